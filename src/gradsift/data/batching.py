@@ -1,0 +1,118 @@
+"""Batches: which examples share one, and how they are padded.
+
+Shape letters: B examples of a batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from gradsift.data.tokens import Encoded
+from gradsift.errors import ConfigError
+
+_MEGA = 50  # batches whose examples are sorted by length together, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Padded examples. What is padding is told by `attention_mask` alone: the pad id may be a real token too.
+
+    input_ids       (B, T) int64
+    attention_mask  (B, T) int64, 1 at real tokens
+    position_ids    (B, T) int64, counted over real tokens, so that the padding side changes nothing
+    loss_weights    (B, T) float32, 1 at response tokens, else 0; the weight of predicting the token at t
+    rows            (B,) int64, `Encoded.row`
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    loss_weights: torch.Tensor
+    rows: torch.Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
+        return Batch(**moved)
+
+
+def collate(examples: Sequence[Encoded], pad_id: int, padding_side: str = "right") -> Batch:
+    """Pad examples to the longest of them.
+
+    An example's first token weighs nothing even if it were marked as response: there is nothing to
+    predict it from, whatever the padding side.
+
+    Raises:
+        ConfigError: no example, or a padding side other than left and right.
+    """
+    if padding_side not in ("left", "right"):
+        raise ConfigError(f"padding_side={padding_side!r} is not known; choose left or right")
+    if not examples:
+        raise ConfigError("a batch needs at least one example")
+    width = max(len(example.input_ids) for example in examples)
+    shape = (len(examples), width)
+    ids = np.full(shape, pad_id, dtype=np.int64)
+    mask = np.zeros(shape, dtype=np.int64)
+    weights = np.zeros(shape, dtype=np.float32)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        start = width - length if padding_side == "left" else 0
+        ids[row, start : start + length] = example.input_ids
+        mask[row, start : start + length] = 1
+        weights[row, start + 1 : start + length] = example.is_response[1:]
+    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    rows = np.array([example.row for example in examples], dtype=np.int64)
+    return Batch(*(torch.from_numpy(array) for array in (ids, mask, positions, weights, rows)))
+
+
+def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Positions in batches of like length, with at most `max_tokens` tokens each, padding included.
+
+    For passes whose result does not depend on the order. Longest first: what does not fit into
+    memory shows at once. An example longer than `max_tokens` is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    widest = 0
+    for position in sorted(range(len(lengths)), key=lambda p: -lengths[p]):  # stable: ties in file order
+        if not batches or (len(batches[-1]) + 1) * widest > max_tokens:
+            batches.append([])
+            widest = lengths[position]
+        batches[-1].append(position)
+    return batches
+
+
+def epoch_batches(lengths: Sequence[int], batch_size: int, batching: str, seed: int) -> list[list[int]]:
+    """The batches of one epoch: every position exactly once, in an order drawn with `seed`.
+
+    random    a permutation, cut into batches
+    bucketed  a permutation, sorted by length within stretches of up to 50 batches (at least four
+              stretches where there are enough examples, so that batches differ between epochs), cut into
+              batches, which are then shuffled
+
+    The one smaller batch that may be left over is kept.
+
+    Raises:
+        ConfigError: an unknown `batching`, or a batch size below 1.
+    """
+    if batching not in ("bucketed", "random"):
+        raise ConfigError(f"batching={batching!r} is not known; choose bucketed or random")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} is too small; give at least 1")
+    rng = np.random.default_rng(seed)
+    order: list[int] = rng.permutation(len(lengths)).tolist()
+    if batching == "random":
+        return _cut(order, batch_size)
+    stretch = batch_size * min(_MEGA, max(1, len(lengths) // (4 * batch_size)))
+    batches = []
+    for start in range(0, len(order), stretch):
+        by_length = sorted(order[start : start + stretch], key=lambda p: lengths[p])
+        batches += _cut(by_length, batch_size)
+    return [batches[b] for b in rng.permutation(len(batches)).tolist()]
+
+
+def _cut(order: list[int], size: int) -> list[list[int]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]

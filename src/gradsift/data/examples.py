@@ -1,0 +1,259 @@
+"""Examples and their ids, the rows that were rejected, and the files that hold both."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import decimal
+import hashlib
+import json
+import math
+import uuid
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gradsift.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row that can be trained on.
+
+    row_index     position in the source, from 0; rejected rows leave gaps
+    example_id    content hash and occurrence number; no two examples share one
+    content_hash  hash of history, instruction, input and output; exact duplicates share it
+    history       turns before the last exchange; its assistant turns carry loss too
+    instruction, input, output
+                  the last exchange; input is "" where there is none
+    original      every column of the source row, as JSON values
+    """
+
+    row_index: int
+    example_id: str
+    content_hash: str
+    history: tuple[Turn, ...]
+    instruction: str
+    input: str
+    output: str
+    original: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that cannot be used: its position in the source (from 0), why, and its line (from 1) if known."""
+
+    row: int
+    reason: str
+    line: int | None
+
+
+# --------------------------------------------------------------------------------------------- ids
+
+
+def content_hash(history: Sequence[Turn], instruction: str, input: str, output: str) -> str:
+    """16 hex digits of SHA-256 over the fields; JSON keeps the borders between them unambiguous."""
+    fields = [[[turn.role, turn.content] for turn in history], instruction, input, output]
+    return hashlib.sha256(json.dumps(fields).encode("ascii")).hexdigest()[:16]
+
+
+def make_example(
+    row_index: int,
+    history: Sequence[Turn],
+    instruction: str,
+    input: str,
+    output: str,
+    original: dict[str, Any],
+    occurrences: Counter[str],
+) -> Example:
+    """Build an example and its ids.
+
+    Args:
+        occurrences: how often each content hash came up so far in the dataset; counted up here.
+    """
+    digest = content_hash(history, instruction, input, output)
+    example_id = f"{digest}-{occurrences[digest]}"
+    occurrences[digest] += 1
+    return Example(row_index, example_id, digest, tuple(history), instruction, input, output, original)
+
+
+# ----------------------------------------------------------------------------------- JSON values
+
+
+def json_value(value: Any) -> Any:
+    """What a column holds as a JSON value, so that any row can be written as JSON and read back alike.
+
+    JSON values stay what they are. NaN becomes null, as data frames mean it; infinities become the
+    text "Infinity" or "-Infinity"; dates and times their ISO text; decimals and UUIDs their text;
+    bytes base64 text; tuples lists.
+
+    Raises:
+        TypeError: a value of another kind (an image, say).
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        return None if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else str(key): json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(item) for item in value]
+    if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta | decimal.Decimal | uuid.UUID):
+        return str(value)
+    if isinstance(value, bytes | bytearray):
+        return base64.b64encode(value).decode("ascii")
+    raise TypeError(f"a {type(value).__name__}, which JSON cannot hold")
+
+
+# ------------------------------------------------------------------------------------------- files
+
+_TEXTS = ("example_id", "content_hash", "instruction", "input", "output")
+
+
+def write_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Write examples as parquet; `read_examples` gives back equal ones.
+
+    The original row is kept as JSON text: columns of any shape fit, and differing rows do not
+    have to agree on types.
+
+    Raises:
+        DataError: an original holds something that is no JSON value (see `json_value`), or a field
+            holds half a surrogate pair.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = {name: [getattr(example, name) for example in examples] for name in _TEXTS}
+    history = [[asdict(turn) for turn in example.history] for example in examples]
+    turn = pa.struct([("role", pa.string()), ("content", pa.string())])
+    try:
+        table = pa.table(
+            {
+                "row_index": pa.array([example.row_index for example in examples], pa.int64()),
+                **{name: pa.array(values, pa.string()) for name, values in texts.items()},
+                "history": pa.array(history, pa.list_(turn)),
+                "original": pa.array([_original_text(example) for example in examples], pa.string()),
+            }
+        )
+    except UnicodeEncodeError as error:
+        raise DataError(f"an example's text holds half a surrogate pair ({error}); mend it in the source") from error
+    pq.write_table(table, path, compression="zstd")
+
+
+def _original_text(example: Example) -> str:
+    try:
+        # ASCII escapes: other columns may hold half a surrogate pair, which UTF-8 cannot
+        return json.dumps(example.original, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"row {example.row_index}: its original columns are not JSON values ({error}); pass them through json_value"
+        ) from error
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Read what `write_examples` wrote, in the same order.
+
+    Raises:
+        DataError: the file is missing, broken, or holds something else.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            rows = file.read(use_threads=False).to_pylist()
+        return [_example(row) for row in rows]
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read ({error}); delete its folder and load the data again") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} is no file of examples ({error!r}); delete its folder and load the data again"
+        ) from error
+
+
+def _example(row: Mapping[str, Any]) -> Example:
+    history = tuple(Turn(turn["role"], turn["content"]) for turn in row["history"])
+    texts = {name: row[name] for name in _TEXTS}
+    return Example(row_index=row["row_index"], history=history, original=json.loads(row["original"]), **texts)
+
+
+def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
+    """Write one JSON object a rejected row: row, reason, line."""
+    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rejected), encoding="ascii")
+
+
+# ------------------------------------------------------------------------------------------ sample
+
+
+def draw(
+    examples: Sequence[Example], limit: int | None, holdout: int, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """A seeded sample of the examples, and others held out; both in the order of the source.
+
+    `holdout` examples are drawn first, so they are the same for every `limit`; then at most `limit`
+    of the others, where a smaller sample is part of a larger one. Held out and pool never share a
+    prompt (history, instruction and input), and so no content hash either: examples with one
+    prompt are held out together. Only where that cannot give exactly `holdout` is such a group cut;
+    its remaining examples then are in neither.
+
+    Returns:
+        pool, held-out examples
+
+    Raises:
+        ConfigError: `holdout` leaves no example for the pool.
+    """
+    import numpy as np
+
+    # two streams: the held-out rows shall not depend on the limit, nor the order of the pool on `holdout`
+    held_rng, pool_rng = (np.random.default_rng([seed, stream]) for stream in (0, 1))
+    priority = pool_rng.permutation(len(examples))
+    held, barred = (
+        _hold_out(examples, holdout, held_rng.permutation(len(examples)).tolist()) if holdout else ([], set())
+    )
+    free = [index for index in priority.tolist() if index not in barred]
+    if not free:
+        raise ConfigError(
+            f"data.holdout={holdout} leaves none of the {len(examples)} accepted rows to select from "
+            "(rows with equal prompts stay together); give a smaller data.holdout"
+        )
+    pool = free if limit is None else free[:limit]
+    return [examples[i] for i in sorted(pool)], [examples[i] for i in sorted(held)]
+
+
+def _hold_out(examples: Sequence[Example], holdout: int, order: list[int]) -> tuple[list[int], set[int]]:
+    """Positions held out, and all positions that share a prompt with them."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index in order:  # a random order of the examples gives one of the groups
+        example = examples[index]
+        groups.setdefault((example.history, example.instruction, example.input), []).append(index)
+    held: list[int] = []
+    too_big = []
+    for group in groups.values():
+        if len(held) + len(group) <= holdout:
+            held += group
+        else:
+            too_big.append(group)
+    barred = set(held)
+    if len(held) < holdout and too_big:
+        smallest = min(too_big, key=len)
+        held += smallest[: holdout - len(held)]
+        barred.update(smallest)
+    if len(held) < holdout:
+        raise ConfigError(
+            f"data.holdout={holdout}, but only {len(examples)} rows were accepted; give a smaller data.holdout"
+        )
+    return held, barred

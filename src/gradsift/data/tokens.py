@@ -1,0 +1,225 @@
+"""Tokens of examples and prompts, and which of them are response."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from gradsift.data.examples import Example
+from gradsift.data.templates import Segment, prompt_segments, render
+from gradsift.errors import ConfigError, DataError
+
+_CHUNK = 1000  # examples tokenised in one call: bounds the memory that a tokenizer's own records take
+_MOST_UNKNOWN = 0.5  # share of unknown tokens above which the tokenizer cannot be meant for the data
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """An example in tokens.
+
+    row          position in the list of examples that was encoded (not `row_index`)
+    input_ids    (T,) int32
+    is_response  (T,) bool; the first token never is, so every response token has one before it
+    """
+
+    row: int
+    input_ids: np.ndarray
+    is_response: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeReport:
+    """What happened to the examples on the way.
+
+    truncated_prompts      examples that lost prompt tokens
+    truncated_responses    examples that lost response tokens
+    rows_without_response  positions of examples whose response has no token; they are not encoded
+    unknown_share          share of unknown tokens over prompts and responses
+    """
+
+    truncated_prompts: int
+    truncated_responses: int
+    rows_without_response: list[int]
+    unknown_share: float
+
+
+Part = tuple[list[int], bool]  # token ids, is_response
+
+
+def encode(
+    examples: Sequence[Example], tokenizer: Any, template: str, max_length: int
+) -> tuple[list[Encoded], EncodeReport]:
+    """Tokenise examples, in their order.
+
+    The tokenizer's start token comes first where it puts one there by itself (Llama) and the chat
+    template does not. Its end token comes last and belongs to the response, unless the chat template has
+    closed the turn already. A special token that is spelt out in an example's text is text.
+
+    Of an example longer than `max_length`, prompt tokens go first, from the left; at least one
+    token of context stays, and it is the start token where there is one. Response tokens go only where
+    they do not fit by themselves: of a conversation then its earliest exchanges as a whole, of a
+    single response its end.
+
+    Args:
+        template: alpaca, chat or plain.
+        max_length: tokens, prompt and response together; at least 2.
+
+    Raises:
+        ConfigError: `max_length` or the template cannot be used.
+        DataError: more than half of the tokens are unknown to the tokenizer.
+    """
+    if max_length < 2:
+        raise ConfigError(f"max_length={max_length} is too small; give at least 2")
+    start, end, special = _start(tokenizer), _end(tokenizer), set(tokenizer.all_special_ids)
+    encoded: list[Encoded] = []
+    silent: list[int] = []
+    cut_prompts = cut_responses = unknown = total = 0
+    for row, parts in enumerate(_tokenised(examples, tokenizer, template)):
+        total += sum(len(ids) for ids, _ in parts)
+        unknown += sum(ids.count(tokenizer.unk_token_id) for ids, _ in parts)
+        if not _tokens(parts, True):
+            silent.append(row)
+            continue
+        closed = template == "chat" and parts[-1][0][-1] in special
+        whole = _with_start(parts if closed else [*parts, (end, True)], start)
+        fitted = _fit(whole, max_length)
+        example = _encoded(row, fitted)
+        if not example.is_response.any():
+            silent.append(row)
+            continue
+        encoded.append(example)
+        cut_prompts += _tokens(fitted, False) < _tokens(whole, False)
+        cut_responses += _tokens(fitted, True) < _tokens(whole, True)
+    share = unknown / total if total else 0.0
+    _refuse_unknown(share, tokenizer)
+    return encoded, EncodeReport(cut_prompts, cut_responses, silent, share)
+
+
+def encode_prompt(instruction: str, input: str, tokenizer: Any, template: str) -> list[int]:
+    """Token ids after which a response is generated: those of the prompt part in `encode`, not cut.
+
+    Raises:
+        ConfigError: the template cannot be used.
+    """
+    segments = prompt_segments(instruction, input, template, tokenizer)
+    parts = [(ids, False) for ids in _ids(segments, tokenizer)]
+    return list(chain.from_iterable(ids for ids, _ in _with_start(parts, _start(tokenizer))))
+
+
+# --------------------------------------------------------------------------------- segments to ids
+
+
+def _tokenised(examples: Sequence[Example], tokenizer: Any, template: str) -> Iterator[list[Part]]:
+    """The parts of each example, in order."""
+    for first in range(0, len(examples), _CHUNK):
+        rendered = [render(example, template, tokenizer) for example in examples[first : first + _CHUNK]]
+        ids = iter(_ids(list(chain.from_iterable(rendered)), tokenizer))
+        for segments in rendered:
+            yield [(next(ids), segment.is_response) for segment in segments]
+
+
+def _ids(segments: Sequence[Segment], tokenizer: Any) -> list[list[int]]:
+    """Token ids of each segment, each tokenised apart from the others."""
+    found: list[list[int]] = [[] for _ in segments]
+    for is_markup in (False, True):
+        places = [place for place, segment in enumerate(segments) if segment.is_markup is is_markup]
+        if not places:
+            continue
+        output = tokenizer(
+            [segments[place].text for place in places],
+            add_special_tokens=False,
+            split_special_tokens=not is_markup,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # no warning about the model's length: `_fit` sees to it
+        )
+        for place, ids in zip(places, output["input_ids"], strict=True):
+            found[place] = ids
+    return found
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """The start token, if the tokenizer has one and puts it before a text by itself."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def _end(tokenizer: Any) -> list[int]:
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ConfigError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no end token (eos), so a model could never learn where "
+            "a response ends; choose a model whose tokenizer has one"
+        )
+    return [eos]
+
+
+def _with_start(parts: list[Part], start: list[int]) -> list[Part]:
+    """The parts after the start token, unless a chat template wrote it already."""
+    if parts and start and parts[0][0][:1] == start:
+        return [(start, False), (parts[0][0][1:], parts[0][1]), *parts[1:]]
+    return [(start, False), *parts]
+
+
+# --------------------------------------------------------------------------------------- truncation
+
+
+def _fit(parts: list[Part], max_length: int) -> list[Part]:
+    """Cut parts (the first of which holds the start token, or nothing) to `max_length` as `encode` says."""
+    start, *rest = parts
+    while _tokens(rest, True) > max_length - 1 and (later := _after_first_exchange(rest)):
+        rest = later
+    rest = _cut_end(rest, max_length - 1)
+    excess = len(start[0]) + sum(len(ids) for ids, _ in rest) - max_length
+    kept = [start]
+    must_stay = 0 if start[0] else 1  # the first context token: what follows is predicted from it
+    for ids, is_response in rest:
+        if not is_response and excess > 0 and ids:
+            dropped = min(excess, len(ids) - must_stay)
+            excess -= dropped
+            ids, must_stay = ids[dropped:], 0
+        kept.append((ids, is_response))
+    return kept
+
+
+def _after_first_exchange(parts: list[Part]) -> list[Part]:
+    """What follows the first prompt and its response; nothing, if they are the only ones."""
+    roles = [is_response for _, is_response in parts]
+    first_response = roles.index(True)
+    if False not in roles[first_response:]:
+        return []
+    return parts[roles.index(False, first_response) :]
+
+
+def _cut_end(parts: list[Part], room: int) -> list[Part]:
+    """Keep the first `room` response tokens."""
+    kept = []
+    for ids, is_response in parts:
+        if is_response:
+            ids = ids[:room]
+            room -= len(ids)
+        kept.append((ids, is_response))
+    return kept
+
+
+def _tokens(parts: Iterable[Part], is_response: bool) -> int:
+    return sum(len(ids) for ids, response in parts if response is is_response)
+
+
+def _encoded(row: int, parts: list[Part]) -> Encoded:
+    ids = np.fromiter(chain.from_iterable(ids for ids, _ in parts), dtype=np.int32)
+    is_response = np.repeat([response for _, response in parts], [len(ids) for ids, _ in parts])
+    is_response[0] = False  # differs only where a prompt has no token at all
+    return Encoded(row, ids, is_response)
+
+
+def _refuse_unknown(share: float, tokenizer: Any) -> None:
+    if share > _MOST_UNKNOWN:
+        raise DataError(
+            f"{share:.0%} of the data's tokens are unknown to the tokenizer {tokenizer.name_or_path!r}: it was made "
+            "for other text; choose a model that fits the data"
+        )

@@ -1,0 +1,550 @@
+"""The embedded world: seeded instruction examples whose answers can be checked exactly.
+
+Thirteen families of small tasks (copy, sort, add, look up ...) over a closed vocabulary of about 240 words. Text is
+words separated by single spaces, so a word-level tokenizer loses nothing. Part of the rows is spoilt on purpose and
+every row carries a label, which lets a selection method be judged against the truth instead of against another method.
+
+Labels say what a row teaches. Of two contradictory twins (one prompt, two answers) the one with the wrong answer is
+`contradictory` and spoilt; the other has the right answer and stays `clean`, though no method can tell them apart
+without knowing the task. Duplicates repeat clean rows: they are not spoilt, only redundant, and a class of their own.
+"""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gradsift.errors import ConfigError
+
+SPOILT = ("wrong_answer", "mismatched_answer", "truncated", "contradictory")
+DUPLICATES = ("exact_duplicate", "near_duplicate")
+QUALITIES = ("clean", *SPOILT, *DUPLICATES)
+
+NUMBERS = tuple(str(n) for n in range(40))
+# Without the syllables that are English words: an instruction or an answer may use those.
+SYLLABLES = tuple(c + v for c in "bdfklnpr" for v in "aeiou" if c + v not in ("be", "do", "no"))
+CAPITALS = tuple(syllable.upper() for syllable in SYLLABLES)
+MARK = ";"  # separates what is asked about from the list it is asked of
+
+MAX_TASKS = 4_800  # `add` has 400 different sums and every 13th task is one
+
+
+@dataclass(frozen=True)
+class Label:
+    """What is known about a row: `quality` is one of QUALITIES, `family` the name of its kind of task."""
+
+    quality: str
+    family: str
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether training on the row teaches a wrong answer."""
+        return self.quality in SPOILT
+
+
+@dataclass(frozen=True)
+class World:
+    """A generated dataset: `rows` in Alpaca's shape, `labels` in the same order, and a benchmark of right answers.
+
+    A row holds instruction, input, output; a benchmark item holds item_id, instruction, input, reference, family.
+    """
+
+    rows: list[dict[str, str]]
+    labels: list[Label]
+    benchmark: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """A kind of task: how its arguments are drawn and solved, and how it is asked for.
+
+    `operator` is its one-word name in pretraining. A wording with {} takes the arguments inside the instruction,
+    and the row's input is then empty.
+    """
+
+    name: str
+    operator: str
+    draw: Callable[[random.Random], str]
+    solve: Callable[[str], str]
+    wordings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Task:
+    family: _Family
+    arguments: str
+    wording: str
+
+    @property
+    def answer(self) -> str:
+        return self.family.solve(self.arguments)
+
+
+def _syllables(rng: random.Random, low: int = 3, high: int = 4) -> list[str]:
+    """Between low and high different syllables."""
+    return rng.sample(SYLLABLES, rng.randint(low, high))
+
+
+def _draw_words(rng: random.Random) -> str:
+    return " ".join(_syllables(rng))
+
+
+def _draw_counted(rng: random.Random) -> str:
+    return " ".join(_syllables(rng, 2, 6))
+
+
+def _draw_numbers(rng: random.Random) -> str:
+    return " ".join(rng.sample(NUMBERS, rng.randint(3, 4)))
+
+
+def _draw_summands(rng: random.Random) -> str:
+    return f"{rng.randrange(20)} {rng.randrange(20)}"
+
+
+def _draw_membership(rng: random.Random) -> str:
+    word, *others = _syllables(rng, 4, 5)
+    if rng.random() < 0.5:
+        others[rng.randrange(len(others))] = word
+    return " ".join([word, MARK, *others])
+
+
+def _draw_replacement(rng: random.Random) -> str:
+    new, *words = _syllables(rng, 3, 4)
+    return " ".join([rng.choice(words), new, MARK, *words])
+
+
+def _draw_repetition(rng: random.Random) -> str:
+    return " ".join([str(rng.randint(2, 3)), MARK, *_syllables(rng, 2, 3)])
+
+
+def _draw_table(rng: random.Random) -> str:
+    keys = _syllables(rng, 2, 3)
+    values = rng.sample(NUMBERS, len(keys))
+    pairs = (word for pair in zip(keys, values, strict=True) for word in pair)
+    return " ".join([rng.choice(keys), MARK, *pairs])
+
+
+def _asked_and_list(arguments: str) -> tuple[list[str], list[str]]:
+    """The words before and after the mark."""
+    asked, words = arguments.split(f" {MARK} ")
+    return asked.split(), words.split()
+
+
+def _member(arguments: str) -> str:
+    (word,), words = _asked_and_list(arguments)
+    return "yes" if word in words else "no"
+
+
+def _replace(arguments: str) -> str:
+    (old, new), words = _asked_and_list(arguments)
+    return " ".join(new if word == old else word for word in words)
+
+
+def _repeat(arguments: str) -> str:
+    (times,), words = _asked_and_list(arguments)
+    return " ".join(words * int(times))
+
+
+def _look_up(arguments: str) -> str:
+    (key,), table = _asked_and_list(arguments)
+    return table[table.index(key) + 1]
+
+
+def _swap_ends(arguments: str) -> str:
+    first, *middle, last = arguments.split()
+    return " ".join([last, *middle, first])
+
+
+# Families with one-word answers alternate with families of longer ones: the tasks are dealt out in this order, so any
+# few in a row hold enough answers that can be truncated.
+_FAMILIES = (
+    _Family(
+        "count",
+        "#count",
+        _draw_counted,
+        lambda text: str(len(text.split())),
+        (
+            "how many words are in the list",
+            "count the following words",
+            "give the length of the list",
+            "how many words are there in {}",
+        ),
+    ),
+    _Family(
+        "copy",
+        "#copy",
+        _draw_words,
+        lambda text: text,
+        (
+            "write the words as they are",
+            "copy the following list",
+            "say the same words again",
+            "give back the list unchanged",
+        ),
+    ),
+    _Family(
+        "add",
+        "#add",
+        _draw_summands,
+        lambda text: str(sum(map(int, text.split()))),
+        (
+            "add the two numbers",
+            "what is the sum of the numbers",
+            "give the total of the numbers",
+            "work out the sum of {}",
+        ),
+    ),
+    _Family(
+        "reverse",
+        "#reverse",
+        _draw_words,
+        lambda text: " ".join(reversed(text.split())),
+        (
+            "write the words from back to front",
+            "reverse the following list",
+            "say the words in the opposite order",
+            "turn the list around",
+        ),
+    ),
+    _Family(
+        "max",
+        "#max",
+        _draw_numbers,
+        lambda text: str(max(map(int, text.split()))),
+        (
+            "find the largest number",
+            "which number is the biggest",
+            "give the highest of the numbers",
+            "what is the maximum of {}",
+        ),
+    ),
+    _Family(
+        "sort",
+        "#sort",
+        _draw_numbers,
+        lambda text: " ".join(sorted(text.split(), key=int)),
+        (
+            "put the numbers in rising order",
+            "sort the following numbers",
+            "order the numbers from small to large",
+            "write the numbers so that they grow",
+        ),
+    ),
+    _Family(
+        "first",
+        "#first",
+        _draw_words,
+        lambda text: text.split()[0],
+        (
+            "which word comes first",
+            "give the first word of the list",
+            "say the word at the start",
+            "with which word does {} begin",
+        ),
+    ),
+    _Family(
+        "upper",
+        "#upper",
+        _draw_words,
+        lambda text: text.upper(),
+        (
+            "write the words in capital letters",
+            "change the following list to upper case",
+            "say the words in big letters",
+            "make every letter a capital",
+        ),
+    ),
+    _Family(
+        "last",
+        "#last",
+        _draw_words,
+        lambda text: text.split()[-1],
+        (
+            "which word comes last",
+            "give the final word of the list",
+            "say the word at the end",
+            "with which word does {} end",
+        ),
+    ),
+    _Family(
+        "replace",
+        "#replace",
+        _draw_replacement,
+        _replace,
+        (
+            "replace one word by another",
+            "exchange the word in the list",
+            "put the new word for the old",
+            "change the list as told",
+        ),
+    ),
+    _Family(
+        "member",
+        "#member",
+        _draw_membership,
+        _member,
+        (
+            "is the word in the list",
+            "does the list hold the word",
+            "say yes or no to the word",
+            "find out if the word is there",
+        ),
+    ),
+    _Family(
+        "repeat",
+        "#repeat",
+        _draw_repetition,
+        _repeat,
+        (
+            "repeat the words as often as told",
+            "write the list many times",
+            "say the words over and over",
+            "give the list several times in a row",
+        ),
+    ),
+    _Family(
+        "look_up",
+        "#look_up",
+        _draw_table,
+        _look_up,
+        (
+            "look up the word in the table",
+            "which number belongs to the word",
+            "give the value of the key",
+            "find the number after the word",
+        ),
+    ),
+)
+
+# Skills of the pretraining text that no instruction ever asks for.
+_OTHER_FAMILIES = (
+    _Family("second", "#second", _draw_words, lambda text: text.split()[1]),
+    _Family("rest", "#rest", _draw_words, lambda text: " ".join(text.split()[1:])),
+    _Family("swap_ends", "#swap_ends", _draw_words, _swap_ends),
+    _Family("min", "#min", _draw_numbers, lambda text: str(min(map(int, text.split())))),
+    _Family("falling", "#falling", _draw_numbers, lambda text: " ".join(sorted(text.split(), key=int, reverse=True))),
+)
+
+_BY_NAME = {family.name: family for family in _FAMILIES}
+FAMILIES = tuple(_BY_NAME)
+
+VOCABULARY: tuple[str, ...] = (
+    *NUMBERS,
+    *SYLLABLES,
+    *CAPITALS,
+    MARK,
+    "yes",
+    "no",
+    *(family.operator for family in (*_FAMILIES, *_OTHER_FAMILIES)),
+    *sorted(
+        {word for family in _FAMILIES for wording in family.wordings for word in wording.split()} - {"{}", "yes", "no"}
+    ),
+)
+
+
+def generate(
+    *, size: int = 2000, spoilt: float = 0.5, duplicates: float = 0.06, benchmark_items: int = 390, seed: int = 0
+) -> World:
+    """Draw a dataset and its benchmark; equal arguments give equal worlds on every machine.
+
+    size             rows, N
+    spoilt           share of rows with a wrong answer, in equal parts (to one row) of the four kinds in SPOILT
+    duplicates       share of rows that repeat a clean row, half of them word for word, half with another wording
+    benchmark_items  questions with right answers; none asks for the same family and arguments as any row
+
+    Families are equally frequent before spoiling; a truncated answer had more than one word, so that kind comes from
+    the families with such answers, and those families have fewer rows of the other kinds instead.
+    Raises ConfigError for arguments that no world can satisfy.
+    """
+    _refuse_impossible(size, spoilt, duplicates, benchmark_items)
+    n_spoilt, n_duplicates = round(size * spoilt), round(size * duplicates)
+    counts = _divide(n_spoilt, SPOILT) | _divide(n_duplicates, DUPLICATES)
+    counts["clean"] = size - n_spoilt - n_duplicates
+
+    rng = random.Random(f"verifiable rows {seed}")
+    own_prompt = counts["clean"] + n_spoilt - counts["contradictory"]  # rows that share their prompt with no other
+    tasks = _draw_tasks(own_prompt + benchmark_items, rng)
+    asked, tasks = tasks[:benchmark_items], tasks[benchmark_items:]
+    clean, to_spoil = tasks[: counts["clean"]], tasks[counts["clean"] :]
+
+    labelled = [(_row(task, task.answer), Label("clean", task.family.name)) for task in clean]
+    labelled += _spoil(to_spoil, [task.answer for task in tasks], counts, rng)
+    for task in rng.sample(clean, counts["contradictory"]):
+        labelled.append((_row(task, _wrong_answer(task, rng)), Label("contradictory", task.family.name)))
+    repeated = rng.sample(clean, n_duplicates)
+    for task in repeated[: counts["exact_duplicate"]]:
+        labelled.append((_row(task, task.answer), Label("exact_duplicate", task.family.name)))
+    for task in repeated[counts["exact_duplicate"] :]:
+        other = rng.choice([wording for wording in task.family.wordings if wording != task.wording])
+        reworded = _Task(task.family, task.arguments, other)
+        labelled.append((_row(reworded, task.answer), Label("near_duplicate", task.family.name)))
+    rng.shuffle(labelled)
+    return World([row for row, _ in labelled], [label for _, label in labelled], _benchmark(asked))
+
+
+def pretraining_rows(
+    count: int, *, seed: int = 0, instructed_share: float = 0.01, other_share: float = 0.1
+) -> list[tuple[str, str]]:
+    """Draw (prompt, response) pairs that teach a backbone the skills but hardly the instructions.
+
+    Prompts name the skill by its operator ("#sort\\n7 3 9\\n"), said up to seven times: a wording is as long, and a
+    model with absolute positions knows a skill only at the places where it saw the arguments. A share of `other_share`
+    asks for skills outside the dataset, and `instructed_share` is worded as in the dataset, in rows drawn anew. Both
+    shares are exact to rounding.
+    """
+    if min(instructed_share, other_share) < 0 or instructed_share + other_share > 1:
+        raise ConfigError(
+            f"instructed_share={instructed_share}, other_share={other_share}: shares are at least 0 and together at "
+            "most 1; lower one of them"
+        )
+    rng = random.Random(f"verifiable pretraining {seed}")
+    n_instructed, n_other = round(count * instructed_share), round(count * other_share)
+    rows = []
+    for index in range(count):
+        family = rng.choice(_OTHER_FAMILIES if n_instructed <= index < n_instructed + n_other else _FAMILIES)
+        arguments = family.draw(rng)
+        instruction, given = " ".join([family.operator] * rng.randint(1, 7)), arguments
+        if index < n_instructed:
+            instruction, given = _asked(_Task(family, arguments, rng.choice(family.wordings)))
+        rows.append((plain_prompt(instruction, given), family.solve(arguments)))
+    rng.shuffle(rows)
+    return rows
+
+
+def plain_prompt(instruction: str, given: str) -> str:
+    """The prompt text of the `plain` template: each part on a line of its own, an empty input left out."""
+    return instruction + "\n" + (given + "\n" if given else "")
+
+
+def solve(family: str, instruction: str, given: str) -> str:
+    """The right answer to a prompt of this world, computed from its text. Raises ConfigError for an unknown prompt."""
+    if family not in _BY_NAME:
+        raise ConfigError(f"family={family!r} is not in this world; one of {', '.join(FAMILIES)}")
+    for wording in _BY_NAME[family].wordings:
+        head, hole, tail = wording.partition("{}")
+        if not hole and instruction == wording:
+            return _BY_NAME[family].solve(given)
+        if hole and instruction.startswith(head) and instruction.endswith(tail):
+            return _BY_NAME[family].solve(instruction[len(head) : len(instruction) - len(tail)])
+    raise ConfigError(f"instruction={instruction!r} is no wording of family {family!r}; pass the row's own family")
+
+
+def answers_match(output: str, reference: str) -> bool:
+    """Whether two answers are the same words in the same order; the amount of white space does not count."""
+    return output.split() == reference.split()
+
+
+def effective_families(families: Sequence[str]) -> float:
+    """The number of equally frequent families as diverse as these: exp of the entropy of their shares; 0 for none."""
+    shares = [count / len(families) for count in Counter(families).values()]
+    return math.exp(-sum(share * math.log(share) for share in shares)) if shares else 0.0
+
+
+def _refuse_impossible(size: int, spoilt: float, duplicates: float, benchmark_items: int) -> None:
+    if size < 1:
+        raise ConfigError(f"size={size}: a dataset has at least one row; raise size")
+    if benchmark_items < 0:
+        raise ConfigError(f"benchmark_items={benchmark_items}: cannot be negative; use 0 for no benchmark")
+    if size + benchmark_items > MAX_TASKS:
+        raise ConfigError(
+            f"size={size}, benchmark_items={benchmark_items}: this world has {MAX_TASKS} tasks for both together; "
+            "lower one of them"
+        )
+    for name, share in (("spoilt", spoilt), ("duplicates", duplicates)):
+        if not 0 <= share <= 1:
+            raise ConfigError(f"{name}={share}: a share lies between 0 and 1; 0 means none")
+    n_spoilt, n_duplicates = round(size * spoilt), round(size * duplicates)
+    clean = size - n_spoilt - n_duplicates
+    twins = _divide(n_spoilt, SPOILT)["contradictory"]
+    if clean < max(twins, n_duplicates):
+        raise ConfigError(
+            f"spoilt={spoilt}, duplicates={duplicates}: {max(clean, 0)} clean rows are left, but {twins} contradictory "
+            f"rows and {n_duplicates} duplicates need a clean row each; lower spoilt or duplicates"
+        )
+
+
+def _divide(total: int, kinds: Sequence[str]) -> dict[str, int]:
+    """Equal parts of a total; the first kinds take what is left over."""
+    part, rest = divmod(total, len(kinds))
+    return {kind: part + (index < rest) for index, kind in enumerate(kinds)}
+
+
+def _draw_tasks(count: int, rng: random.Random) -> list[_Task]:
+    """Tasks of all families in turn, no two with the same family and arguments."""
+    tasks: list[_Task] = []
+    seen: set[tuple[str, str]] = set()
+    while len(tasks) < count:
+        family = _FAMILIES[len(tasks) % len(_FAMILIES)]
+        arguments = family.draw(rng)
+        if (family.name, arguments) not in seen:
+            seen.add((family.name, arguments))
+            tasks.append(_Task(family, arguments, rng.choice(family.wordings)))
+    return tasks
+
+
+def _asked(task: _Task) -> tuple[str, str]:
+    """Instruction and input of a task."""
+    if "{}" in task.wording:
+        return task.wording.replace("{}", task.arguments), ""
+    return task.wording, task.arguments
+
+
+def _row(task: _Task, output: str) -> dict[str, str]:
+    instruction, given = _asked(task)
+    return {"instruction": instruction, "input": given, "output": output}
+
+
+def _spoil(
+    to_spoil: Sequence[_Task], answers: Sequence[str], counts: dict[str, int], rng: random.Random
+) -> list[tuple[dict[str, str], Label]]:
+    """Rows with a truncated, wrong or foreign answer (one of `answers`), as many of each as counts says."""
+    order = rng.sample(to_spoil, len(to_spoil))
+    order.sort(key=lambda task: " " not in task.answer)  # stable: answers that can be truncated come first
+    truncated, others = order[: counts["truncated"]], order[counts["truncated"] :]
+    rng.shuffle(others)
+    rows = []
+    for task in truncated:
+        words = task.answer.split()
+        rows.append((_row(task, " ".join(words[: rng.randrange(1, len(words))])), Label("truncated", task.family.name)))
+    for index, task in enumerate(others):
+        if index < counts["wrong_answer"]:
+            rows.append((_row(task, _wrong_answer(task, rng)), Label("wrong_answer", task.family.name)))
+        else:
+            rows.append((_row(task, _foreign_answer(task, answers, rng)), Label("mismatched_answer", task.family.name)))
+    return rows
+
+
+def _wrong_answer(task: _Task, rng: random.Random) -> str:
+    """A wrong answer of the right form: as many words, of the same kind."""
+    right = task.answer.split()
+    if right[0] in ("yes", "no"):
+        return "no" if right[0] == "yes" else "yes"
+    kind = next(words for words in (NUMBERS, SYLLABLES, CAPITALS) if right[0] in words)
+    while True:
+        wrong = [rng.choice(kind) for _ in right]
+        if wrong != right:
+            return " ".join(wrong)
+
+
+def _foreign_answer(task: _Task, answers: Sequence[str], rng: random.Random) -> str:
+    """One of the answers to other tasks, wrong for this one."""
+    right = task.answer
+    # Only a world of a few rows has no other answer to offer.
+    return rng.choice([answer for answer in answers if answer != right] or ["no" if right == "yes" else "yes"])
+
+
+def _benchmark(tasks: Sequence[_Task]) -> list[dict[str, str]]:
+    items = []
+    for index, task in enumerate(tasks):
+        instruction, given = _asked(task)
+        items.append(
+            {
+                "item_id": f"verifiable-{index:04d}",
+                "instruction": instruction,
+                "input": given,
+                "reference": task.answer,
+                "family": task.family.name,
+            }
+        )
+    return items

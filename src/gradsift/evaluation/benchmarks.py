@@ -1,0 +1,231 @@
+"""Benchmark items: the questions that the finetuned models answer.
+
+Test sets name their fields differently and nest them; which (dotted) field holds which part is
+configuration, so a new set needs no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPMessage
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import unquote, urlsplit
+
+from gradsift.config import BenchmarkSetConfig
+from gradsift.errors import ConfigError, DataError
+
+DOWNLOAD_LIMIT = 200 * 2**20  # bytes; the largest set in use is below 2 MB
+DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of one benchmark. `input` is empty where the set has none."""
+
+    benchmark: str
+    item_id: str
+    instruction: str
+    input: str
+    reference: str | None
+
+
+def load_benchmark(
+    name: str,
+    spec: BenchmarkSetConfig,
+    limit: int | None = None,
+    fetch: Callable[[str], Path] | None = None,
+) -> list[Item]:
+    """Read the items of one benchmark, in the order of its file.
+
+    Args:
+        name: key of the set in `benchmark.catalog`.
+        spec: where the file is and which dotted fields (`instances.0.input`) hold the parts.
+        limit: only the first so many items; the whole set when None.
+        fetch: turns `spec.url` into a local file, see `fetch_url`; None forbids downloads.
+
+    Raises:
+        ConfigError: the set has neither path nor url.
+        DataError: the file is missing, is not JSON or JSONL, is empty, lacks a field in some row,
+            or gives two rows the same id. The message names file, row, field and config key.
+    """
+    file = _locate(name, spec, fetch)
+    key = f"benchmark.catalog.{name}"
+    rows = _read_rows(file, key)[:limit]
+    items: list[Item] = []
+    first_row: dict[str, int] = {}
+    for number, row in enumerate(rows, start=1):
+        part = _RowReader(row, file, number, key)
+        item_id = str(number) if spec.id is None else part.text("id", spec.id, numbers=True)
+        if item_id in first_row:
+            raise DataError(
+                f"{file}, rows {first_row[item_id]} and {number} have the same id {item_id!r} "
+                f"in field {spec.id!r} ({key}.id); name a unique field, or null for the row number"
+            )
+        first_row[item_id] = number
+        items.append(
+            Item(
+                benchmark=name,
+                item_id=item_id,
+                instruction=part.text("instruction", spec.instruction, filled=True),
+                input="" if spec.input is None else part.text("input", spec.input),
+                reference=None
+                if spec.reference is None
+                else part.text("reference", spec.reference, numbers=True, filled=True),
+            )
+        )
+    return items
+
+
+def _locate(name: str, spec: BenchmarkSetConfig, fetch: Callable[[str], Path] | None) -> Path:
+    remedy = f"benchmark.catalog.{name}.path=FILE"
+    if spec.path is not None:
+        file = Path(spec.path).expanduser()
+        if not file.is_file():
+            raise DataError(f"{file} is not there; give the benchmark's file with {remedy}")
+        return file
+    if spec.url is None:
+        raise ConfigError(f"benchmark.catalog.{name} has neither path nor url; give {remedy}")
+    if fetch is None:
+        raise DataError(f"benchmark {name} lies at {spec.url} and downloads are off; give {remedy}")
+    try:
+        return fetch(spec.url)
+    except DataError as error:
+        raise DataError(f"benchmark {name}: {error}, or give its place with {remedy}") from error
+
+
+def _read_rows(file: Path, key: str) -> list[Any]:
+    """The rows of a JSON list or of a JSONL file; which of the two it is shows in its first character."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text (byte {error.start}); check {key}.path") from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); check {key}.path") from error
+    rows: list[Any] = []
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{file}, line {error.lineno}: broken JSON ({error.msg}); check {key}.path") from error
+    else:
+        # not splitlines(): JSON strings may hold U+2028 and its like unescaped
+        for number, line in enumerate(text.split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise DataError(f"{file}, line {number}: broken JSON ({error.msg}); check {key}.path") from error
+    if not rows:
+        raise DataError(f"{file} holds no rows; check {key}.path")
+    return rows
+
+
+@dataclass(frozen=True)
+class _RowReader:
+    """Reads the parts of one row; `number` counts rows from 1."""
+
+    row: Any
+    file: Path
+    number: int
+    key: str
+
+    def text(self, part: str, field: str, *, numbers: bool = False, filled: bool = False) -> str:
+        """The string in a dotted field; `numbers` admits whole numbers, `filled` refuses blank text."""
+        value = self.row
+        for step in field.split("."):
+            if isinstance(value, dict) and step in value:
+                value = value[step]
+            elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+                value = value[int(step)]
+            else:
+                raise self._error(part, field, f"is missing (this row has: {self._has()})")
+        if numbers and isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str):
+            raise self._error(part, field, f"holds {type(value).__name__}, not text")
+        if filled and not value.strip():
+            raise self._error(part, field, "is blank")
+        return value
+
+    def _has(self) -> str:
+        if isinstance(self.row, dict):
+            return ", ".join(map(str, self.row)) or "no field"
+        return f"no fields, it is of type {type(self.row).__name__}"
+
+    def _error(self, part: str, field: str, problem: str) -> DataError:
+        return DataError(f"{self.file}, row {self.number}: field {field!r} {problem}; check {self.key}.{part}")
+
+
+def fetch_url(url: str, folder: Path) -> Path:
+    """Download `url` into `folder`, once; a file that is already there is returned without a request.
+
+    Only https is spoken, except to this machine itself. The file appears under its name only when whole.
+
+    Raises:
+        DataError: no https, no network, an HTTP error, or more than `DOWNLOAD_LIMIT` bytes. The
+            message says under which name the file may be put in place by hand.
+    """
+    target = folder / _file_name(url)
+    if target.is_file():
+        return target
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        _check_scheme(url)
+        folder.mkdir(parents=True, exist_ok=True)
+        _download(url, part)
+        part.replace(target)
+    # URLError is an OSError; HTTPException covers replies that break off or are no HTTP
+    except (OSError, HTTPException, ValueError) as error:
+        raise DataError(f"cannot download {url} ({error}); put the file at {target}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return target
+
+
+def _file_name(url: str) -> str:
+    """The URL's last step, made safe, behind a short hash: two sets may both be called test.jsonl."""
+    last = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", last).lstrip(".")[-80:] or "download"
+    return f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{safe}"
+
+
+def _check_scheme(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in LOOPBACK):
+        raise ValueError("only https addresses are fetched")
+
+
+class _SameRulesRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is held to the same scheme as the address it came from."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        _check_scheme(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _download(url: str, part: Path) -> None:
+    opener = urllib.request.build_opener(_SameRulesRedirect)
+    request = urllib.request.Request(url, headers={"User-Agent": "gradsift"})  # noqa: S310 - scheme is checked
+    with opener.open(request, timeout=DOWNLOAD_TIMEOUT) as reply, part.open("wb") as out:
+        announced = reply.headers.get("Content-Length")
+        size = 0
+        while chunk := reply.read(2**16):
+            size += len(chunk)
+            if size > DOWNLOAD_LIMIT:
+                raise ValueError(f"more than {DOWNLOAD_LIMIT // 2**20} MB")
+            out.write(chunk)
+    # read(n) returns quietly when the connection breaks early
+    if announced is not None and size != int(announced):
+        raise ValueError(f"broke off after {size} of {announced} bytes")

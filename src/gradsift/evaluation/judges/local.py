@@ -1,0 +1,173 @@
+"""The local judge: log P("A") against log P("B") under a model on this machine.
+
+A plumbing check when the model is small. SmolLM2-135M-Instruct prefers A in both orders on all 100 pairs
+of LLMBar-Natural; summed over the orders it agrees with the human label on 55 of them (chat template) or
+50 (plain), which is chance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+
+from gradsift.errors import ConfigError
+from gradsift.evaluation.generation import left_padded
+from gradsift.evaluation.judges import Combine, JudgeRequest, Reply, content_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# The pieces around instruction, input, answer A and answer B.
+OPENING = "Two answers, A and B, were given to the same instruction. Which one is better?\n\nInstruction:\n"
+INPUT = "\n\nInput:\n"
+ANSWER_A = "\n\nAnswer A:\n"
+ANSWER_B = "\n\nAnswer B:\n"
+QUESTION = "\n\nWhich answer is more helpful, relevant, accurate and detailed? Reply with one letter, A or B."
+PLAIN_CUE = "\nBetter answer:"
+SLOT = "\N{OBJECT REPLACEMENT CHARACTER}gradsift\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+class _Prompt(NamedTuple):
+    """Token ids of a prompt, and whether its two answers are the same."""
+
+    tokens: list[int]
+    equal: bool
+
+
+class LocalJudge:
+    """Shows a pair to a causal LM and compares the probabilities of the next token being A or B.
+
+    The scores are the two log-probabilities (nats). Small models prefer one letter whatever is
+    shown, by about the same amount for every pair, so the orders combine by "sum".
+
+    The parts of a prompt are tokenised apart and answers without special tokens: no answer can
+    close the user's turn. Answers that do not fit `max_length` are cut to the same number of tokens.
+    Two answers that are equal after that are scored equal without asking the model, whose rounding
+    would otherwise decide.
+    """
+
+    combine: Combine = "sum"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        max_length: int,
+        batch_size: int,
+        template: Literal["auto", "chat", "plain"] = "auto",
+    ) -> None:
+        """`name` stands for the weights in `prompt_hash`; `template="auto"` takes the chat template if there is one.
+
+        Raises:
+            ConfigError: the tokenizer has no tokens, or only one and the same, for A and B.
+        """
+        self.name = name
+        self._model = model.eval()
+        self._tokenizer = tokenizer
+        context = getattr(model.config, "max_position_embeddings", None)
+        self._max_length = min(max_length, context) if isinstance(context, int) else max_length
+        self._batch_size = batch_size
+        chat = bool(tokenizer.chat_template) if template == "auto" else template == "chat"
+        self._head, self._tail = _chat_frame(tokenizer) if chat else _plain_frame(tokenizer)
+        self._letters = _letter_tokens(tokenizer, "A"), _letter_tokens(tokenizer, "B")
+        if not all(self._letters) or set(self._letters[0]) & set(self._letters[1]):
+            raise ConfigError(f"judge.model: the tokenizer of {name} has no single tokens for A and B; choose another")
+
+    def prompt_hash(self, request: JudgeRequest) -> str:
+        """Hash of the judge's name and the prompt's tokens."""
+        prompt = self._prompt(request)
+        return content_hash("local", self.name, prompt.tokens if prompt else None)
+
+    def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply]]:
+        """Yield the requests that need no model first, then batch by batch, longest prompts first."""
+        asked: list[tuple[JudgeRequest, list[int]]] = []
+        for request in requests:
+            prompt = self._prompt(request)
+            if prompt is None:
+                reason = f"the question alone exceeds judge.max_length={self._max_length} tokens"
+                yield request, Reply("", None, reason)
+            elif prompt.equal:
+                yield request, Reply("equal answers", (math.log(0.5), math.log(0.5)))
+            else:
+                asked.append((request, prompt.tokens))
+        asked.sort(key=lambda pair: -len(pair[1]))
+        for start in range(0, len(asked), self._batch_size):
+            batch = asked[start : start + self._batch_size]
+            scores = self._log_probabilities([tokens for _, tokens in batch])
+            for (request, _), (a, b) in zip(batch, scores, strict=True):
+                text = f"log P(A) = {a}, log P(B) = {b}"
+                finite = math.isfinite(a) and math.isfinite(b)
+                yield request, Reply(text, (a, b)) if finite else Reply(text, None, "a log-probability is not finite")
+
+    def _log_probabilities(self, prompts: list[list[int]]) -> list[tuple[float, float]]:
+        """log P(A) and log P(B) as the next token after each prompt, summed over each letter's spellings."""
+        tokens, mask = left_padded(prompts, 0, self._model.device)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # forward() would count the padding
+        with torch.no_grad():
+            # only the last column's logits: (B, 1, vocabulary) instead of (B, T, vocabulary)
+            out = self._model(
+                input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
+            )
+        log_p = torch.log_softmax(out.logits[:, -1].float(), dim=-1)
+        a, b = (log_p[:, ids].logsumexp(dim=-1).tolist() for ids in self._letters)
+        return list(zip(a, b, strict=True))
+
+    def _prompt(self, request: JudgeRequest) -> _Prompt | None:
+        """The prompt's tokens, at most `max_length`; None if the question leaves no room for the answers."""
+        question = self._encode(OPENING + request.instruction + (INPUT + request.input if request.input else ""))
+        start = [*self._head, *question, *self._encode(ANSWER_A)]
+        between = self._encode(ANSWER_B)
+        end = [*self._encode(QUESTION), *self._tail]
+        first, second = self._encode(request.first), self._encode(request.second)
+        room = self._max_length - len(start) - len(between) - len(end)
+        if len(first) + len(second) > room:
+            if room < 2:
+                return None
+            # the longer one gets what the shorter one leaves; the same for both orders
+            share = max(room // 2, room - min(len(first), len(second)))
+            first, second = first[:share], second[:share]
+        return _Prompt([*start, *first, *between, *second, *end], equal=first == second)
+
+    def _encode(self, text: str) -> list[int]:
+        return _encode(self._tokenizer, text)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, markup: bool = False) -> list[int]:
+    """Token ids of `text` alone; only with `markup` may it spell special tokens."""
+    if not text:
+        return []
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=not markup)["input_ids"]
+    return ids
+
+
+def _plain_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens before and after a plain prompt: the tokenizer's own start token, if any, and the cue."""
+    start = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
+    return start, _encode(tokenizer, PLAIN_CUE)
+
+
+def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens before and after a user's message in the chat template, up to where the answer begins."""
+    text: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": SLOT}], tokenize=False, add_generation_prompt=True
+    )
+    if text.count(SLOT) != 1:
+        raise ConfigError("judge.model: its chat template does not show a user's message once; use template=plain")
+    head, tail = text.split(SLOT)
+    return _encode(tokenizer, head, markup=True), _encode(tokenizer, tail, markup=True)
+
+
+def _letter_tokens(tokenizer: PreTrainedTokenizerBase, letter: str) -> list[int]:
+    """Every single token that a model may answer `letter` with: bare, or with white space before it."""
+    found = set()
+    for spelling in (letter, f" {letter}", f"\n{letter}"):
+        # the last token, because some tokenizers put the white space into a token of its own
+        last = _encode(tokenizer, spelling)[-1:]
+        if last and last[0] != tokenizer.unk_token_id and tokenizer.decode(last).strip() == letter:
+            found.add(last[0])
+    return sorted(found)

@@ -1,0 +1,215 @@
+"""The stages behind the finetune: answers, held-out loss, judgments, PWS."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradsift.artifacts import Artifact
+from gradsift.config import (
+    EMBEDDED,
+    BenchmarkConfig,
+    JudgeConfig,
+    LocalJudgeConfig,
+    OpenaiJudgeConfig,
+    TargetConfig,
+)
+from gradsift.data.batching import collate, length_batches
+from gradsift.data.load import embedded_items, heldout_of
+from gradsift.data.tokens import encode, encode_prompt
+from gradsift.data.verifiable import answers_match
+from gradsift.errors import ConfigError
+from gradsift.evaluation.benchmarks import Item, fetch_url, load_benchmark
+from gradsift.evaluation.generation import generate_answers, model_outputs, read_model_outputs, write_model_outputs
+from gradsift.evaluation.judges import Judge
+from gradsift.evaluation.judging import judge_pairs, read_judgments
+from gradsift.evaluation.pws import read_pws, summarise, write_pws
+from gradsift.runtime import Runtime
+from gradsift.training.backbones import backbone, load_backbone
+from gradsift.training.finetuning import device_of, response_losses
+from gradsift.training.target import load_tuned
+
+VERSION = 1
+OUTPUTS_FILE = "model_outputs.json"
+_LOSS_TOKENS = 4096  # padded tokens a batch; no result depends on it
+
+
+def benchmark_items(runtime: Runtime, config: BenchmarkConfig, loaded: Artifact) -> list[Item]:
+    """The items of every set in `benchmark.sets`, in that order."""
+    fetch = functools.partial(fetch_url, folder=runtime.store.root / "downloads")
+    items: list[Item] = []
+    for name in config.sets:
+        if name == EMBEDDED:
+            items += embedded_items(loaded)[: config.limit]
+        else:
+            items += load_benchmark(name, config.catalog[name], config.limit, fetch)
+    return items
+
+
+def generate(
+    runtime: Runtime,
+    config: BenchmarkConfig,
+    target_config: TargetConfig,
+    target: Artifact,
+    tuned: Artifact | None,
+    items: Sequence[Item],
+) -> Artifact:
+    """Greedy answers of the finetuned target (or of the untouched one, for `tuned=None`) to every item."""
+    questions = json.dumps([asdict(item) for item in items], sort_keys=True)
+    settings = {
+        "items": hashlib.sha256(questions.encode()).hexdigest(),
+        "max_new_tokens": config.max_new_tokens,
+        "template": target_config.template,
+        "max_length": target_config.max_length,
+        "precision": runtime.compute.precision,
+    }
+    generator = tuned.path.name if tuned else f"{target_config.name}-untuned"
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        tuned_model = load_tuned(runtime, target_config, target, tuned)
+        prompts = [
+            encode_prompt(item.instruction, item.input, tuned_model.tokenizer, target_config.template)
+            for item in items
+        ]
+        with runtime.display.task(f"answer {len(items)} questions", len(items)) as advance:
+            answers = generate_answers(
+                tuned_model.model,
+                tuned_model.tokenizer,
+                prompts,
+                max_new_tokens=config.max_new_tokens,
+                batch_size=config.batch_size,
+                progress=advance,
+            )
+        write_model_outputs(folder / OUTPUTS_FILE, model_outputs(items, answers, generator))
+        return {"rows": len(items)}
+
+    parents = [target, *([tuned] if tuned else [])]
+    return runtime.store.obtain("generate", generator.rsplit("-", 1)[0], settings, parents, make, version=VERSION)
+
+
+def accuracy(answers: Artifact) -> float | None:
+    """Share of the answers that equal their reference answer, over the items that have one."""
+    checked = [row for row in read_model_outputs(answers.file(OUTPUTS_FILE)) if row["reference"] is not None]
+    if not checked:
+        return None
+    return sum(answers_match(row["output"], str(row["reference"])) for row in checked) / len(checked)
+
+
+def heldout_loss(
+    runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, loaded: Artifact
+) -> float | None:
+    """Mean over the held-out examples of the mean NLL of a response token, in nats; None without such examples."""
+    if not loaded.info["heldout"]:
+        return None
+    settings = {
+        "template": config.template,
+        "max_length": config.max_length,
+        "precision": runtime.compute.precision,
+    }
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        model = load_tuned(runtime, config, target, tuned)
+        limit = min(config.max_length, model.context)
+        encoded, _ = encode(heldout_of(loaded), model.tokenizer, config.template, limit)
+        total = 0.0
+        with runtime.display.task("held-out loss", len(encoded)) as advance, torch.inference_mode():
+            for rows in length_batches([len(e.input_ids) for e in encoded], _LOSS_TOKENS):
+                batch = collate([encoded[row] for row in rows], model.pad_id).to(device_of(runtime.compute))
+                total += float(response_losses(model.model, batch).sum())
+                advance(len(rows))
+        loss = {"heldout_loss": total / len(encoded), "rows": len(encoded)}
+        (folder / "heldout.json").write_text(json.dumps(loss), encoding="utf-8")
+        return loss
+
+    parents = [target, loaded, *([tuned] if tuned else [])]
+    slug = tuned.path.name.rsplit("-", 1)[0] if tuned else f"{config.name}-untuned"
+    made = runtime.store.obtain("heldout", slug, settings, parents, make, version=VERSION)
+    return float(made.info["heldout_loss"])
+
+
+def judge(runtime: Runtime, config: JudgeConfig, answers: Artifact, reference: Artifact) -> Artifact:
+    """Judge every pair of answers in both orders; replies are kept as they arrive and never asked for twice."""
+    settings = {k: v for k, v in asdict(config).items() if k not in _NOT_JUDGMENT}
+    parents = [answers, reference]
+    model = None
+    if isinstance(config, LocalJudgeConfig):
+        model = backbone(runtime, config.model)
+        parents.append(model)
+        settings |= {"model": None, "precision": runtime.compute.precision}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        ours, theirs = (read_model_outputs(a.file(OUTPUTS_FILE)) for a in (answers, reference))
+        client = _client(runtime, config, model)
+        with runtime.display.task(f"judge={config.name}, both orders", 2 * len(ours)) as advance:
+            judgments = judge_pairs(client, ours, theirs, folder / "judgments.jsonl", advance)
+        invalid = sum(not judgment.valid for judgment in judgments)
+        return {"rows": len(judgments), "invalid": invalid, "combine": client.combine}
+
+    return runtime.store.obtain("judge", config.name, settings, parents, make, version=VERSION, keep_part=True)
+
+
+# what changes neither a reply nor its meaning
+_NOT_JUDGMENT = (
+    "bootstrap",
+    "confidence",
+    "base_url",
+    "api_key_env",
+    "timeout",
+    "retries",
+    "concurrency",
+    "batch_size",
+)
+
+
+def _client(runtime: Runtime, config: JudgeConfig, model: Artifact | None) -> Judge:
+    if isinstance(config, OpenaiJudgeConfig):
+        from gradsift.evaluation.judges.openai import OpenaiJudge
+
+        return OpenaiJudge(
+            model=config.model,
+            base_url=config.base_url,
+            api_key_env=config.api_key_env,
+            temperature=config.temperature,
+            max_tokens=config.max_tokens,
+            timeout=config.timeout,
+            retries=config.retries,
+            concurrency=config.concurrency,
+        )
+    if isinstance(config, LocalJudgeConfig) and model is not None:
+        from gradsift.evaluation.judges.local import LocalJudge
+
+        loaded = load_backbone(model, config.model, runtime.compute)
+        device = device_of(runtime.compute)
+        return LocalJudge(
+            loaded.model.to(device),
+            loaded.tokenizer,
+            name=f"local:{model.path.name}",
+            max_length=min(config.max_length, loaded.context),
+            batch_size=config.batch_size,
+        )
+    if config.name == "verifier":
+        from gradsift.evaluation.judges.verifier import VerifierJudge
+
+        return VerifierJudge(answers_match, name="verifier:exact")
+    raise ConfigError(f"judge={config.name} is not known; choose verifier, local or openai")
+
+
+def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact) -> dict[str, Any]:
+    """Outcomes and PWS with intervals, per benchmark and pooled (see `gradsift.evaluation.pws`)."""
+    settings = {"bootstrap": config.bootstrap, "confidence": config.confidence, "seed": 0}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        judgments = read_judgments(judged.file("judgments.jsonl"))
+        summary = summarise(judgments, judged.info["combine"], config.bootstrap, config.confidence, seed=0)
+        write_pws(folder / "pws.json", summary)
+        return {"rows": len(judgments)}
+
+    made = runtime.store.obtain("pws", config.name, settings, [judged], make, version=VERSION)
+    return read_pws(made.file("pws.json"))

@@ -1,0 +1,1 @@
+"""Per-sample LoRA gradients and their statistics."""

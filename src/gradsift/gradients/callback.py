@@ -1,0 +1,122 @@
+"""The Lightning callback that collects per-sample gradient norms of one epoch.
+
+`epoch_end`: after the epoch every example passes once at the fixed weights theta^(m,e), dropout off.
+This is the paper's g_i^(m,e). `during_training`: the norms come from the training steps' own
+backward passes, at weights that move during the epoch; no extra pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+
+from gradsift.data.batching import Batch, collate
+from gradsift.data.tokens import Encoded
+from gradsift.errors import GradsiftError
+from gradsift.gradients.norms import PerSampleNorms
+from gradsift.training.finetuning import require_finite, response_losses
+
+COLUMNS = ("norm_A", "norm_B", "loss")
+Progress = Callable[[int], None]  # called with the number of examples that are done
+
+
+class GradientNorms(L.Callback):
+    """Collects `norm_A`, `norm_B` and `loss` of every example, in the order of `encoded`."""
+
+    def __init__(
+        self,
+        adapted: Any,
+        encoded: Sequence[Encoded],
+        collect: str,
+        *,
+        batches: Sequence[Sequence[int]] = (),
+        pad_id: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        """
+        Args:
+            collect: `epoch_end` or `during_training`.
+            batches: positions in `encoded` for the pass of `epoch_end`, each exactly once.
+        """
+        self._hooks = PerSampleNorms(adapted)
+        self._encoded = encoded
+        self._collect = collect
+        self._batches = batches
+        self._pad_id = pad_id
+        self._progress = progress
+        self._parts: list[tuple[torch.Tensor, ...]] = []  # rows, norm_A, norm_B, loss; on the device
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        if self._collect == "during_training":
+            self._hooks.__enter__()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_index: int) -> None:
+        if self._collect == "during_training":
+            losses = outputs["losses"]
+            self._parts.append((batch.rows, *self._hooks.take(len(losses) * trainer.accumulate_grad_batches), losses))
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        if self._collect == "during_training":
+            self._hooks.__exit__(None, None, None)
+            return
+        with trainer.precision_plugin.forward_context():
+            self._parts = collect_norms(
+                module.model, self._hooks, self._encoded, self._batches, self._pad_id, module.device, self._progress
+            )
+
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        self._hooks.__exit__(None, None, None)
+
+    def table(self) -> dict[str, np.ndarray]:
+        """The columns, float32, one entry an example; every example exactly once.
+
+        Raises:
+            GradsiftError: a norm or loss that is not finite, or an example without one; names the rows.
+        """
+        expected = torch.tensor([example.row for example in self._encoded])
+        rows = torch.cat([part[0] for part in self._parts]).cpu()
+        order, expected_order = rows.argsort(), expected.argsort()
+        if not torch.equal(rows[order], expected[expected_order]):
+            raise GradsiftError(
+                f"the epoch gave {len(rows)} gradient norms for {len(expected)} examples; each must have exactly one"
+            )
+        columns = {}
+        for index, name in enumerate(COLUMNS, start=1):
+            values = torch.cat([part[index] for part in self._parts]).float().cpu()
+            require_finite("loss" if name == "loss" else "gradient norm", rows, values)
+            columns[name] = torch.empty_like(values).index_copy_(0, expected_order, values[order]).numpy()
+        return columns
+
+
+def collect_norms(
+    adapted: Any,
+    hooks: PerSampleNorms,
+    encoded: Sequence[Encoded],
+    batches: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> list[tuple[torch.Tensor, ...]]:
+    """One pass at fixed weights, dropout off; leaves neither gradients nor a changed mode behind.
+
+    Returns:
+        For each batch rows, norm_A, norm_B, loss; (B,) each.
+    """
+    was_training = adapted.training
+    adapted.eval()
+    parts: list[tuple[torch.Tensor, ...]] = []
+    with hooks, torch.enable_grad():
+        for positions in batches:
+            batch = collate([encoded[position] for position in positions], pad_id).to(device)
+            losses = response_losses(adapted, batch)
+            losses.sum().backward()
+            parts.append((batch.rows, *hooks.take(), losses.detach()))
+            adapted.zero_grad(set_to_none=True)
+            if progress is not None:
+                progress(len(positions))
+    adapted.train(was_training)
+    return parts

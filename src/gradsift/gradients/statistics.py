@@ -1,0 +1,88 @@
+"""Mean and variance over the ensemble of the gradient norms at the two snapshots.
+
+GRADFILTERING (arXiv 2601.13697): G_i^(e) = mean over m of ||g_i^(m,e)||, V_i^(e) = variance over m.
+The variance is the population's (divided by M). Shape letters: M members, N examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gradsift.artifacts import Artifact
+from gradsift.proxy.ensemble import read_norms
+from gradsift.runtime import Runtime
+
+VERSION = 1
+STATISTICS_FILE = "statistics.parquet"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Per example, (N,) float64 each; NaN for an example that has no response token to learn from."""
+
+    G_s: np.ndarray  # mean norm at the early snapshot
+    G_t: np.ndarray  # mean norm at the late snapshot
+    V_s: np.ndarray  # variance of the norm over members, early; norm squared
+    V_t: np.ndarray  # the same, late
+    loss_s: np.ndarray  # mean loss over members, early; nats a response token
+    loss_t: np.ndarray  # the same, late
+
+
+def norm_of(columns: Mapping[str, np.ndarray], scope: str) -> np.ndarray:
+    """L2 norm over the LoRA factors in scope: `all`, `A` or `B`; (N,) float64."""
+    norm_a, norm_b = columns["norm_A"].astype(np.float64), columns["norm_B"].astype(np.float64)
+    return {"A": norm_a, "B": norm_b, "all": np.hypot(norm_a, norm_b)}[scope]
+
+
+def mean_and_variance(norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Over the members: norms (M, N) to G (N,) and V (N,), the variance divided by M."""
+    return norms.mean(0), norms.var(0)
+
+
+def statistics(
+    runtime: Runtime, ensemble: Sequence[Sequence[Artifact]], snapshots: Sequence[int], scope: str, count: int
+) -> Artifact:
+    """The statistics of the ensemble's members at the early and the late epoch.
+
+    Args:
+        count: N, the number of examples.
+    """
+    early, late = ([chain[epoch - 1] for chain in ensemble] for epoch in snapshots)
+    settings = {"norm_scope": scope}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        write_statistics(folder / STATISTICS_FILE, compute_statistics(early, late, scope, count))
+        return {"rows": count}
+
+    slug = f"M{len(ensemble)}-s{snapshots[0]}-t{snapshots[1]}"
+    return runtime.store.obtain("statistics", slug, settings, [*early, *late], make, version=VERSION)
+
+
+def compute_statistics(early: Sequence[Artifact], late: Sequence[Artifact], scope: str, count: int) -> Statistics:
+    columns = {}
+    for suffix, members in (("s", early), ("t", late)):
+        norms = np.full((len(members), count), np.nan)
+        losses = np.full((len(members), count), np.nan)
+        for index, member in enumerate(members):
+            table = read_norms(member)
+            norms[index, table["row"]] = norm_of(table, scope)
+            losses[index, table["row"]] = table["loss"]
+        columns[f"G_{suffix}"], columns[f"V_{suffix}"] = mean_and_variance(norms)
+        columns[f"loss_{suffix}"] = losses.mean(0)
+    return Statistics(**columns)
+
+
+def write_statistics(path: Path, values: Statistics) -> None:
+    pq.write_table(pa.table({field.name: getattr(values, field.name) for field in fields(values)}), path)
+
+
+def read_statistics(artifact: Artifact) -> Statistics:
+    table = pq.read_table(artifact.file(STATISTICS_FILE))
+    return Statistics(**{name: table[name].to_numpy() for name in table.column_names})

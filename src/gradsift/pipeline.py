@@ -1,0 +1,210 @@
+"""The whole method, in the paper's order.
+
+    examples -> proxy ensemble -> gradient statistics -> scores -> selection
+             -> finetune -> answers -> judgments in both orders -> PWS
+
+Every line of `run` is a stage. A stage finds its finished work in the store or makes it; nothing is
+computed that the chosen scorer does not ask for.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradsift.artifacts import Artifact
+from gradsift.config import EMBEDDED, Config, VerifiableDataConfig
+from gradsift.data.examples import Example
+from gradsift.data.load import load, pool_of
+from gradsift.data.tokens import Encoded, encode
+from gradsift.evaluation import stages as evaluation
+from gradsift.evaluation.benchmarks import Item
+from gradsift.gradients.statistics import read_statistics, statistics
+from gradsift.proxy.ensemble import read_norms, train_ensemble
+from gradsift.report.results import Results
+from gradsift.runtime import Runtime
+from gradsift.scoring.stage import Source, score
+from gradsift.selection.budget import budget
+from gradsift.selection.stage import positions_of, select
+from gradsift.training.backbones import Backbone, backbone, load_backbone
+from gradsift.training.finetuning import device_of
+from gradsift.training.target import finetune
+
+
+def run(config: Config, runtime: Runtime, results: Results) -> None:
+    """One run: fills `results` as the stages finish, and ends early where `stop_after` says."""
+    line = Line(config, runtime)
+    results.loaded(line.loaded)
+    if config.stop_after == "load":
+        return
+    if not line.keeps_all:
+        budget(config.alpha, int(line.loaded.info["rows"]))  # refused now, not after the training
+    if config.stop_after == "statistics":
+        line.statistics()
+        return
+    scored = score(runtime, config.scorer, line.loaded, line.pool, line.sources())
+    results.scored(scored)
+    if config.stop_after == "scores":
+        return
+    selection = line.select(scored)
+    results.selected(selection, line.loaded)
+    if config.stop_after == "selection":
+        return
+    tuned = line.finetune(selection)
+    results.finetuned(tuned, line.heldout_loss(tuned))
+    if config.stop_after == "finetune":
+        return
+    answers = line.answers(tuned)
+    results.answered(evaluation.accuracy(answers))
+    if config.stop_after == "generate":
+        return
+    if line.keeps_all:  # the full-data model against itself: PWS is 1 by definition
+        results.is_reference()
+    else:
+        reference = line.finetune(line.everything())
+        reference_answers = line.answers(reference)
+        judged = evaluation.judge(runtime, config.judge, answers, reference_answers)
+        results.judged(evaluation.pws(runtime, config.judge, judged), judged)
+        results.reference(line.heldout_loss(reference), evaluation.accuracy(reference_answers))
+    if EMBEDDED in config.benchmark.sets:
+        untuned = line.answers(None)
+        results.untuned(line.heldout_loss(None), evaluation.accuracy(untuned))
+
+
+class Line:
+    """The stages of one run, bound to its config; models and examples are loaded when first needed."""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config = config
+        self.runtime = runtime
+        self.keeps_all = config.scorer_name == "full"
+        self.loaded = load(runtime, config.data)
+
+    @functools.cache  # noqa: B019 - lives as long as the run
+    def pool(self) -> list[Example]:
+        return pool_of(self.loaded)
+
+    # ------------------------------------------------------------------------------------- scoring
+
+    @functools.cache  # noqa: B019
+    def proxy(self) -> Artifact:
+        return backbone(self.runtime, self.config.proxy.model)
+
+    @functools.cache  # noqa: B019
+    def proxy_backbone(self) -> Backbone:
+        loaded = load_backbone(self.proxy(), self.config.proxy.model, self.runtime.compute)
+        loaded.model.to(device_of(self.runtime.compute))
+        return loaded
+
+    @functools.cache  # noqa: B019
+    def proxy_encoded(self) -> tuple[Backbone, Sequence[Encoded]]:
+        model, proxy = self.proxy_backbone(), self.config.proxy
+        encoded, report = encode(self.pool(), model.tokenizer, proxy.template, min(proxy.max_length, model.context))
+        if report.truncated_prompts or report.truncated_responses:
+            self.runtime.display.say(
+                f"of {len(encoded):,} rows {report.truncated_prompts:,} prompts and {report.truncated_responses:,} "
+                f"responses were cut to proxy.max_length={proxy.max_length}"
+            )
+        return model, encoded
+
+    @functools.cache  # noqa: B019
+    def ensemble(self, epochs: int) -> list[list[Artifact]]:
+        members = self.config.proxy.members
+        return train_ensemble(
+            self.runtime, self.config.proxy, self.proxy(), self.loaded, self.proxy_encoded, members, epochs
+        )
+
+    def statistics(self) -> Artifact:
+        proxy = self.config.proxy
+        ensemble = self.ensemble(proxy.total_epochs)
+        rows = int(self.loaded.info["rows"])
+        return statistics(self.runtime, ensemble, proxy.snapshots, proxy.norm_scope, rows)
+
+    def late_members(self) -> list[Artifact]:
+        return [chain[self.config.proxy.snapshots[1] - 1] for chain in self.ensemble(self.config.proxy.total_epochs)]
+
+    def late_losses(self) -> np.ndarray:
+        losses = np.full((self.config.proxy.members, int(self.loaded.info["rows"])), np.nan)
+        for index, member in enumerate(self.late_members()):
+            table = read_norms(member)
+            losses[index, table["row"]] = table["loss"]
+        mean: np.ndarray = losses.mean(0)
+        return mean
+
+    def sources(self) -> dict[str, Source]:
+        """What a scorer may ask for (see `gradsift.scoring`)."""
+        nothing: list[Artifact] = []
+        return {
+            "count": Source(lambda: nothing, lambda: int(self.loaded.info["rows"])),
+            "examples": Source(lambda: nothing, self.pool),
+            "statistics": Source(lambda: [self.statistics()], lambda: read_statistics(self.statistics())),
+            "late_losses": Source(self.late_members, self.late_losses),
+            "backbone": Source(lambda: [self.proxy()], self.proxy_backbone),
+            "task": Source(lambda: nothing, lambda: self.runtime.display.task),
+        }
+
+    # ----------------------------------------------------------------------- selection and evaluation
+
+    def select(self, scored: Artifact) -> Artifact:
+        config = self.config
+        alpha = 1.0 if self.keeps_all else config.alpha
+        return select(self.runtime, config.selector, scored, self.pool, alpha, config.budget_base)
+
+    def everything(self) -> np.ndarray:
+        """All positions of the pool: the full-data reference."""
+        return np.arange(int(self.loaded.info["rows"]))
+
+    @functools.cache  # noqa: B019
+    def target(self) -> Artifact:
+        return backbone(self.runtime, self.config.target.model)
+
+    def finetune(self, selection: Artifact | np.ndarray) -> Artifact:
+        positions = positions_of(selection) if isinstance(selection, Artifact) else selection
+        return finetune(self.runtime, self.config.target, self.target(), self.loaded, self.pool(), positions)
+
+    @functools.cache  # noqa: B019
+    def items(self) -> list[Item]:
+        return evaluation.benchmark_items(self.runtime, self.config.benchmark, self.loaded)
+
+    def answers(self, tuned: Artifact | None) -> Artifact:
+        config = self.config
+        return evaluation.generate(self.runtime, config.benchmark, config.target, self.target(), tuned, self.items())
+
+    def heldout_loss(self, tuned: Artifact | None) -> float | None:
+        return evaluation.heldout_loss(self.runtime, self.config.target, self.target(), tuned, self.loaded)
+
+
+def prepare(config: Config) -> None:
+    """Set what torch and its friends keep for the whole process."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # said by peft's own call
+    if config.compute.threads is not None:
+        torch.set_num_threads(config.compute.threads)
+    device_of(config.compute)  # a device that is not there is refused before anything is done
+
+
+def plan_of(config: Config) -> list[tuple[str, Any]]:
+    """What a run is about to do, for people."""
+    proxy, target, data = config.proxy, config.target, config.data
+    rows = f", {data.size:,} rows" if isinstance(data, VerifiableDataConfig) else ""
+    length = f"{target.steps} steps" if target.steps else f"{target.epochs} epochs"
+    snapshots = ",".join(map(str, proxy.snapshots))
+    plan = [
+        ("data", f"{data.name}{rows}" + (f", at most {data.limit:,}" if data.limit else "")),
+        ("scorer", config.scorer_name),
+        ("proxy", f"{proxy.name}, {proxy.members} members, snapshots {snapshots}, collect={proxy.collect}"),
+        ("selection", "all rows" if config.scorer_name == "full" else f"{config.alpha:g} of the rows"),
+        ("target", f"{target.name}, LoRA rank {target.lora.rank}, {length}"),
+        ("benchmark", ", ".join(config.benchmark.sets)),
+        ("judge", config.judge.name),
+        ("compute", f"{device_of(config.compute)}, {config.compute.precision}, {torch.get_num_threads()} threads"),
+        ("artifacts", config.artifacts),
+    ]
+    return [*plan, ("stop after", config.stop_after)] if config.stop_after else plan

@@ -1,0 +1,1 @@
+"""The proxy ensemble: one member and epoch is one unit of work and of resume."""

@@ -1,0 +1,205 @@
+"""Training of the proxy ensemble and collection of its per-sample gradient norms.
+
+GRADFILTERING (arXiv 2601.13697), section 3: M adapters on one frozen backbone differ by their
+initial A and their data order; each minimises its own loss. Member m's parameters after e epochs
+are theta^(m,e), and ||g_i^(m,e)|| is the norm of example i's gradient there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from gradsift.artifacts import Artifact
+from gradsift.config import ProxyConfig
+from gradsift.data.batching import epoch_batches, length_batches
+from gradsift.data.tokens import Encoded
+from gradsift.gradients.callback import GradientNorms
+from gradsift.runtime import Runtime, derive_seed
+from gradsift.training import lora
+from gradsift.training.backbones import Backbone
+from gradsift.training.curves import write_curve
+from gradsift.training.finetuning import Finetuning, Optimization, device_of, fit
+
+VERSION = 1
+NORMS_FILE = "gradient_norms.parquet"
+
+
+def train_ensemble(
+    runtime: Runtime,
+    config: ProxyConfig,
+    proxy: Artifact,
+    examples: Artifact,
+    load: Callable[[], tuple[Backbone, Sequence[Encoded]]],
+    members: int,
+    epochs: int,
+) -> list[list[Artifact]]:
+    """Members 0 to `members` - 1, epochs 1 to `epochs`; each trained once, whoever asks.
+
+    Args:
+        load: gives the backbone and the encoded examples; called only if a member has to be trained.
+
+    Returns:
+        An artifact for each member and epoch, as [member][epoch - 1].
+    """
+    ensemble: list[list[Artifact]] = []
+    for member in range(members):
+        chain: list[Artifact] = []
+        for epoch in range(1, epochs + 1):
+            parents = [chain[-1]] if chain else [proxy, examples]
+            chain.append(
+                runtime.store.obtain(
+                    "member",
+                    f"m{member}-e{epoch}",
+                    member_settings(config, runtime, member, epoch),
+                    parents,
+                    _maker(runtime, config, load, member, epoch, members, epochs, chain),
+                    version=VERSION,
+                )
+            )
+        ensemble.append(chain)
+    return ensemble
+
+
+def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: int) -> dict[str, Any]:
+    """What a member's epoch depends on: neither M, nor the snapshots, nor (for a constant rate) the epochs to come."""
+    return {
+        "member": member,
+        "epoch": epoch,
+        "seed": runtime.seed,
+        "precision": runtime.compute.precision,
+        "lora": asdict(config.lora),
+        "template": config.template,
+        "max_length": config.max_length,
+        "collect": config.collect,
+        "learning_rate": config.learning_rate,
+        "schedule": config.schedule,
+        "scheduled_epochs": None if config.schedule == "constant" else config.total_epochs,
+        "warmup_steps": config.warmup_steps,
+        "weight_decay": config.weight_decay,
+        "batch_size": config.batch_size,
+        "batching": config.batching,
+    }
+
+
+def _maker(
+    runtime: Runtime,
+    config: ProxyConfig,
+    load: Callable[[], tuple[Backbone, Sequence[Encoded]]],
+    member: int,
+    epoch: int,
+    members: int,
+    epochs: int,
+    chain: list[Artifact],
+) -> Callable[[Path], Mapping[str, Any]]:
+    previous = chain[-1] if chain else None
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        backbone, encoded = load()
+        label = f"proxy member {member + 1}/{members}, epoch {epoch}/{epochs}"
+        passes = 2 if config.collect == "epoch_end" else 1
+        with runtime.display.task(label, passes * len(encoded)) as advance:
+            return train_member_epoch(runtime, config, backbone, encoded, member, epoch, previous, folder, advance)
+
+    return make
+
+
+def train_member_epoch(
+    runtime: Runtime,
+    config: ProxyConfig,
+    backbone: Backbone,
+    encoded: Sequence[Encoded],
+    member: int,
+    epoch: int,
+    previous: Artifact | None,
+    folder: Path,
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """Train one member for one epoch from where the epoch before left it, collect the norms, write both."""
+    lengths = [len(example.input_ids) for example in encoded]
+    plan = epoch_batches(lengths, config.batch_size, config.batching, derive_seed(runtime.seed, "order", member, epoch))
+    adapted = lora.add_adapter(backbone.model, config.lora, derive_seed(runtime.seed, "lora", member))
+    try:
+        module = Finetuning(
+            adapted,
+            Optimization(
+                config.learning_rate,
+                config.weight_decay,
+                config.schedule,
+                config.warmup_steps,
+                total_steps=len(plan) * config.total_epochs,
+            ),
+            first_step=len(plan) * (epoch - 1),
+        )
+        if previous is not None:
+            lora.load_adapter(adapted, previous.path)
+            module.restore_from = previous.file("optimizer.safetensors")
+        norms = GradientNorms(
+            adapted,
+            encoded,
+            config.collect,
+            batches=length_batches(lengths, config.collect_tokens),
+            pad_id=backbone.pad_id,
+            progress=advance,
+        )
+        keeper = OptimizerKeeper(folder / "optimizer.safetensors")
+        torch.manual_seed(derive_seed(runtime.seed, "dropout", member, epoch))
+        adapted.to(device_of(runtime.compute))
+        steps = fit(
+            module,
+            encoded,
+            plan,
+            pad_id=backbone.pad_id,
+            compute=runtime.compute,
+            callbacks=[ShowProgress(advance), norms, keeper],
+        )
+        lora.save_adapter(adapted, folder)
+        write_norms(folder / NORMS_FILE, norms.table(), encoded)
+        write_curve(folder, module.curve)
+    finally:
+        lora.remove_adapter(adapted)
+    return {"optimizer_steps": steps, "rows": len(encoded)}
+
+
+class ShowProgress(L.Callback):
+    """Advances a bar by the examples of each batch."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance = advance
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
+        self._advance(len(batch.rows))
+
+
+class OptimizerKeeper(L.Callback):
+    """Writes the optimiser's state when the training ends, for the next epoch to go on from."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        lora.save_optimizer(trainer.optimizers[0], lora.trainable_parameters(module.model), self._path)
+
+
+def write_norms(path: Path, columns: Mapping[str, np.ndarray], encoded: Sequence[Encoded]) -> None:
+    """Columns row (position among the examples), norm_A, norm_B, loss, n_tokens (response tokens)."""
+    table = {
+        "row": np.array([example.row for example in encoded], dtype=np.int64),
+        **columns,
+        "n_tokens": np.array([int(example.is_response.sum()) for example in encoded], dtype=np.int32),
+    }
+    pq.write_table(pa.table(table), path)
+
+
+def read_norms(artifact: Artifact) -> dict[str, np.ndarray]:
+    """What `write_norms` wrote."""
+    table = pq.read_table(artifact.file(NORMS_FILE))
+    return {name: table[name].to_numpy() for name in table.column_names}

@@ -1,0 +1,1 @@
+"""What a run found, for scripts (`run.json`) and for people (tables)."""

@@ -1,0 +1,122 @@
+"""The results of one run, collected as its stages finish, and their `run.json`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gradsift.artifacts import Artifact, Store
+from gradsift.data.load import Labels, labels_of
+from gradsift.data.verifiable import SPOILT, effective_families
+from gradsift.scoring.scores import SCORED
+from gradsift.scoring.stage import scores_of
+from gradsift.selection.stage import SELECTION_FILE, positions_of
+from gradsift.tracking import Tracker
+from gradsift.training.curves import read_curve
+
+RUN_FILE = "run.json"
+
+
+@dataclass
+class Results:
+    """Everything `run.json` says besides the stages; a value is there once its stage is done."""
+
+    folder: Path
+    values: dict[str, Any] = field(default_factory=dict)
+    curve: list[dict[str, float]] = field(default_factory=list)  # of the target's finetune
+    files: dict[str, str] = field(default_factory=dict)  # what a person may want to open
+
+    def loaded(self, artifact: Artifact) -> None:
+        self.values["data"] = dict(artifact.info)
+        if artifact.info["rejected"]:
+            self.files["rejected rows"] = str(artifact.file("rejected.jsonl"))
+
+    def scored(self, artifact: Artifact) -> None:
+        statuses = {k: v for k, v in artifact.info.items() if k not in ("rows", "optimizer_steps")}
+        self.values["scores"] = {"rows": artifact.info["rows"], "statuses": statuses}
+        self.files["scores"] = str(artifact.file("scores.parquet"))
+        scores = scores_of(artifact)
+        reasons: dict[str, int] = {}
+        for reason in scores.reason[scores.status != SCORED]:
+            reasons[reason] = reasons.get(reason, 0) + 1
+        if reasons:
+            self.values["scores"]["reasons"] = reasons
+
+    def selected(self, artifact: Artifact, loaded: Artifact) -> None:
+        info = {k: v for k, v in artifact.info.items() if k != "optimizer_steps"}
+        labels = labels_of(loaded)
+        if labels is not None:
+            info |= composition(labels, positions_of(artifact).tolist())
+        self.values["selection"] = info
+        shutil.copyfile(artifact.file(SELECTION_FILE), self.folder / SELECTION_FILE)
+        self.files["selection"] = str(self.folder / SELECTION_FILE)
+
+    def finetuned(self, artifact: Artifact, heldout_loss: float | None) -> None:
+        self.values["heldout_loss"] = {"model": heldout_loss}
+        self.files["adapter"] = str(artifact.file("adapter"))
+        self.curve = read_curve(artifact.path)
+        self.values["final_training_loss"] = _tail_mean([entry["loss"] for entry in self.curve])
+
+    def answered(self, accuracy: float | None) -> None:
+        self.values["accuracy"] = {"model": accuracy}
+
+    def is_reference(self) -> None:
+        self.values["pws"] = 1.0
+        self.values["pws_by_definition"] = True
+
+    def judged(self, summary: dict[str, Any], artifact: Artifact) -> None:
+        self.values["pws"] = summary["pooled"]["pws"]
+        self.values["pooled"] = summary["pooled"]
+        self.values["benchmarks"] = summary["benchmarks"]
+        self.files["judgments"] = str(artifact.file("judgments.jsonl"))
+
+    def reference(self, heldout_loss: float | None, accuracy: float | None) -> None:
+        self.values["heldout_loss"]["reference"] = heldout_loss
+        self.values["accuracy"]["reference"] = accuracy
+
+    def untuned(self, heldout_loss: float | None, accuracy: float | None) -> None:
+        self.values["heldout_loss"]["untuned"] = heldout_loss
+        self.values["accuracy"]["untuned"] = accuracy
+
+    def track(self, tracker: Tracker) -> None:
+        """Send the finetune's training curve and every number to the tracker."""
+        if self.curve:
+            tracker.curve("finetune", self.curve)
+        tracker.summary(self.values)
+
+    def write(self, status: str, store: Store, about: dict[str, Any], error: str | None = None) -> None:
+        """Write `run.json`; `status` is finished, stopped, failed or interrupted."""
+        content = {
+            "status": status,
+            **about,
+            "stages": store.records_as_dicts(),
+            "pws": None,
+            **self.values,
+            "files": self.files,
+            **({"error": error} if error else {}),
+        }
+        part = self.folder / f".{RUN_FILE}.part"
+        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part.rename(self.folder / RUN_FILE)
+
+
+def composition(labels: Labels, positions: list[int]) -> dict[str, Any]:
+    """Shares of the quality labels among the selected examples, and their effective number of families."""
+    quality = [labels.quality[position] for position in positions]
+    shares = {name: quality.count(name) / len(quality) for name in sorted(set(labels.quality))}
+    return {
+        "labels": shares,
+        "spoilt_share": sum(shares.get(name, 0.0) for name in SPOILT),
+        "families": effective_families([labels.family[position] for position in positions]),
+        "spoilt_share_pool": sum(labels.quality.count(name) for name in SPOILT) / len(labels.quality),
+        "families_pool": effective_families(labels.family),
+    }
+
+
+def _tail_mean(losses: list[float]) -> float:
+    """Mean over the last tenth of the batches: single batches are noisy."""
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail)

@@ -1,0 +1,96 @@
+"""What a run and a sweep show on the terminal."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from gradsift.artifacts import StageRecord
+from gradsift.report.tables import pws_table, write_csv
+from gradsift.runtime import Display
+
+RUN_FILE = "run.json"
+
+
+class RunView:
+    """A plan before, a line for every unit of work that is done, a table after."""
+
+    def __init__(self, number: int | None = None, display: Display | None = None) -> None:
+        self.display = display or Display()
+        self._number = number
+        self._reused = 0
+
+    def starting(self) -> None:
+        heading = "run" if self._number is None else f"run {self._number} of the sweep"
+        self.display.console.rule(f"gradsift: {heading}", align="left", style="dim")
+
+    def plan(self, plan: list[tuple[str, Any]]) -> None:
+        """The resolved plan, one line an item."""
+        table = Table.grid(padding=(0, 2))
+        for name, value in plan:
+            table.add_row(name, str(value))
+        self.display.console.print(table)
+
+    def stage_done(self, record: StageRecord) -> None:
+        if record.reused:
+            self._reused += 1
+            return
+        steps = f", {record.optimizer_steps:,} steps" if record.optimizer_steps else ""
+        self.display.say(f"  {record.name:<10} {Path(record.artifact).name}  {record.seconds:.1f} s{steps}")
+
+    def finished(self, folder: Path, *, in_sweep: bool) -> None:
+        """The table of this run and the paths of what it wrote."""
+        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        if self._reused:
+            self.display.say(f"  {self._reused} units of finished work were reused")
+        for line in remarks(run):
+            self.display.say(f"  note: {line}")
+        if in_sweep:
+            return
+        if run["status"] == "finished":
+            self.display.console.print()
+            self.display.console.print(pws_table([run], "PWS against the model tuned on all rows"))
+        self.display.say("")
+        for name, path in {"run": str(folder / RUN_FILE), **run["files"]}.items():
+            self.display.say(f"{name}: {path}")
+
+
+def remarks(run: dict[str, Any]) -> list[str]:
+    """What a reader of the table has to know."""
+    lines = []
+    if rejected := run.get("data", {}).get("rejected"):
+        lines.append(f"{rejected:,} rows of the data were rejected; the reasons are in rejected.jsonl")
+    for reason, count in run.get("scores", {}).get("reasons", {}).items():
+        lines.append(f"{count:,} rows have no score or are dropped by the method: {reason}")
+    selection = run.get("selection", {})
+    if shortfall := selection.get("shortfall"):
+        lines.append(f"the selection is {shortfall:,} rows short of its budget: no more rows have a score")
+    if (negative := selection.get("negative_drops_pool")) is not None and negative > 0.5:
+        lines.append(
+            f"the gradient norm rose between the snapshots for {negative:.0%} of the rows "
+            f"({selection['negative_drops_selection']:.0%} of the selection); there a high variance raises the score"
+        )
+    if run.get("judge") == "local" and run.get("status") == "finished":
+        lines.append("judge=local with a small model is a plumbing check: its PWS says nothing about quality")
+    return lines
+
+
+def sweep_finished(folder: Path) -> bool:
+    """Print the sweep's table, write `results.csv`; False if a job failed."""
+    display = Display()
+    files = sorted(folder.glob(f"*/{RUN_FILE}"), key=lambda path: int(path.parent.name.split("-", 1)[0]))
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    failed = [(path, run) for path, run in zip(files, runs, strict=True) if run["status"] == "failed"]
+    if shown := [run for run in runs if run["status"] == "finished"]:
+        display.console.print()
+        display.console.print(pws_table(shown, "PWS against the model tuned on all rows"))
+        write_csv(folder / "results.csv", shown)
+        display.say(f"\ntable: {folder / 'results.csv'}")
+    display.say(f"runs: {folder}")
+    for path, run in failed:
+        display.say(f"failed: {path.parent.name} ({shlex.join(run['overrides'])}): {run['error']}")
+    return not failed

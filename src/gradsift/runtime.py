@@ -1,0 +1,80 @@
+"""What every stage is given besides its own config: the store, the machine, and a way to show progress."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gradsift.artifacts import Store
+from gradsift.config import ComputeConfig
+
+Advance = Callable[[int], None]
+_FILE_WIDTH = 132  # columns where the output is no terminal
+_LOG_EVERY = 30.0  # seconds between progress lines where there is no terminal
+
+
+class Display:
+    """Bars with an ETA on a terminal, sparse lines elsewhere."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        if console is None and not self.console.is_terminal:
+            self.console.width = _FILE_WIDTH
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Advance]:
+        """Show the progress of `total` units of work; call what it yields with the number just done."""
+        if not self.console.is_terminal:
+            yield self._lines(description, total)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(description, total=total)
+            yield lambda done: progress.advance(task, done)
+
+    def _lines(self, description: str, total: int) -> Advance:
+        started = last = time.monotonic()
+        done = 0
+
+        def advance(more: int) -> None:
+            nonlocal done, last
+            done += more
+            now = time.monotonic()
+            if done < total and now - last >= _LOG_EVERY:
+                last = now
+                eta = (now - started) / done * (total - done)
+                self.say(f"  {description}: {done:,} of {total:,}, about {eta / 60:.0f} min left")
+
+        return advance
+
+
+@dataclass
+class Runtime:
+    """What a run hands to each of its stages."""
+
+    store: Store
+    compute: ComputeConfig
+    display: Display
+    seed: int  # of the proxy ensemble and of the target
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed for one purpose, such as ("lora", member); independent of every other purpose's."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:4], "little")

@@ -1,0 +1,49 @@
+"""Gradient Signal-to-Noise Ratio and its ablations (GRADFILTERING, arXiv 2601.13697, Eq. 5 and Table 2).
+
+    GSNR_i = (G_i^s - G_i^t) / (G_i^s + eps)  x  1 / (V_i^t + eps)
+
+G^s and G^t are the ensemble's mean gradient norms at the early and the late snapshot, V^t the
+variance of the late norms over the members. The paper gives no value for eps. Mind the sign: where
+the norm rises from s to t the drop is negative, and dividing by V^t then favours a high variance,
+the opposite of the score's intent; `drop` is written beside the score so that this can be seen.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gradsift.gradients.statistics import Statistics
+from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
+
+
+def gsnr(statistics: Statistics, *, eps: float) -> Scores:
+    """Eq. 5: the normalised drop over the late variance."""
+    drop = statistics.G_s - statistics.G_t
+    return _scores(statistics, drop / (statistics.G_s + eps) / (statistics.V_t + eps))
+
+
+def gsnr_raw_drop(statistics: Statistics, *, eps: float) -> Scores:
+    """Ablation 1: G_s - G_t. `eps` is not used; it is here so that one sweep can turn it for all four."""
+    return _scores(statistics, statistics.G_s - statistics.G_t)
+
+
+def gsnr_normalized_drop(statistics: Statistics, *, eps: float) -> Scores:
+    """Ablation 2: the first factor of Eq. 5 alone."""
+    return _scores(statistics, (statistics.G_s - statistics.G_t) / (statistics.G_s + eps))
+
+
+def gsnr_variance_normalized(statistics: Statistics, *, eps: float) -> Scores:
+    """Ablation 3, our reading: (G_s - G_t) / (V_t + eps)."""
+    return _scores(statistics, (statistics.G_s - statistics.G_t) / (statistics.V_t + eps))
+
+
+def _scores(statistics: Statistics, score: np.ndarray) -> Scores:
+    parts = {
+        "G_s": statistics.G_s,
+        "G_t": statistics.G_t,
+        "V_t": statistics.V_t,
+        "drop": statistics.G_s - statistics.G_t,
+    }
+    scores = Scores(score, parts)
+    scores.mark(np.isnan(statistics.G_t), UNDEFINED, NO_RESPONSE)
+    return scores

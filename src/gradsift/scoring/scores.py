@@ -1,0 +1,66 @@
+"""The score table: a score, its parts and a status for every example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gradsift.errors import GradsiftError
+
+SCORED = "scored"
+UNDEFINED = "undefined"  # the method defines no score for this example
+EXCLUDED = "excluded"  # the method drops this example
+
+NO_RESPONSE = "no response token is left within the maximal length"
+
+
+@dataclass
+class Scores:
+    """Scores of N examples, in their order. Examples that are not `scored` are never selected."""
+
+    score: np.ndarray  # (N,) float64, higher = keep; NaN where undefined
+    parts: Mapping[str, np.ndarray] = field(default_factory=dict)  # (N,) each: what the score is made of
+    status: np.ndarray = field(init=False)  # (N,) str
+    reason: np.ndarray = field(init=False)  # (N,) str, empty where scored
+
+    def __post_init__(self) -> None:
+        self.status = np.full(len(self.score), SCORED, dtype=object)
+        self.reason = np.full(len(self.score), "", dtype=object)
+
+    def mark(self, where: np.ndarray, status: str, reason: str) -> None:
+        """Give the examples in `where` (N,) bool a status other than scored, and its reason."""
+        fresh = where & (self.status == SCORED)
+        self.status[fresh] = status
+        self.reason[fresh] = reason
+
+    def require_finite(self, row_indices: Sequence[int]) -> None:
+        """Raise a `GradsiftError` that names the rows (of the source) whose score is no finite number."""
+        bad = (self.status == SCORED) & ~np.isfinite(self.score)
+        if bad.any():
+            rows = ", ".join(str(row_indices[i]) for i in np.flatnonzero(bad)[:8])
+            raise GradsiftError(
+                f"{int(bad.sum())} scores are NaN or infinite, the first at row {rows}; look at these rows and at the "
+                "training loss (a lower proxy.learning_rate or compute.precision=float32 may help)"
+            )
+
+
+def write_scores(path: Path, scores: Scores, example_ids: list[str]) -> None:
+    columns = {"example_id": pa.array(example_ids), "score": pa.array(scores.score)}
+    columns |= {name: pa.array(np.asarray(values)) for name, values in scores.parts.items()}
+    columns |= {"status": pa.array(scores.status.tolist()), "reason": pa.array(scores.reason.tolist())}
+    pq.write_table(pa.table(columns), path)
+
+
+def read_scores(path: Path) -> Scores:
+    table = pq.read_table(path)
+    own = ("example_id", "score", "status", "reason")
+    parts = {name: table[name].to_numpy() for name in table.column_names if name not in own}
+    scores = Scores(table["score"].to_numpy(), parts)
+    scores.status = np.array(table["status"].to_pylist(), dtype=object)
+    scores.reason = np.array(table["reason"].to_pylist(), dtype=object)
+    return scores

@@ -1,0 +1,100 @@
+"""The score stage: call a scorer with what it asks for, and nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from gradsift.artifacts import Artifact
+from gradsift.data.examples import Example
+from gradsift.errors import ConfigError
+from gradsift.runtime import Runtime
+from gradsift.scoring.scores import Scores, read_scores, write_scores
+
+VERSION = 1
+SCORES_FILE = "scores.parquet"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something that a scorer may ask for: the artifacts it comes from, and how to read it from them."""
+
+    artifacts: Callable[[], Sequence[Artifact]]
+    value: Callable[[], Any]
+
+
+def score(
+    runtime: Runtime,
+    config: Any,
+    loaded: Artifact,
+    pool: Callable[[], Sequence[Example]],
+    sources: Mapping[str, Source],
+) -> Artifact:
+    """Score every example of the pool."""
+    options = scorer_options(config)
+    scorer = resolve(options.pop("_target_"))
+    name = options.pop("name")
+    asked, constants = signature_of(name, scorer, sources)
+    unknown = sorted(set(options) - set(constants))
+    if unknown:
+        raise ConfigError(
+            f"scorer.{unknown[0]} is no constant of scorer={name}; it has {', '.join(constants) or 'none'}"
+        )
+    parents = [loaded, *(artifact for parameter in asked for artifact in sources[parameter].artifacts())]
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        scores: Scores = scorer(*(sources[parameter].value() for parameter in asked), **options)
+        examples = pool()
+        scores.require_finite([example.row_index for example in examples])
+        write_scores(folder / SCORES_FILE, scores, [example.example_id for example in examples])
+        statuses, counts = _counts(scores)
+        return {"rows": len(examples), **dict(zip(statuses, counts, strict=True))}
+
+    return runtime.store.obtain("score", name, {"name": name, **options}, parents, make, version=VERSION)
+
+
+def scorer_options(config: Any) -> dict[str, Any]:
+    """A scorer's config, ours or a user's own, as a plain dictionary with `_target_` and `name`."""
+    options = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
+    for key in ("_target_", "name"):
+        if not isinstance(options.get(key), str):
+            raise ConfigError(f"scorer.{key} is missing; a scorer's YAML names its function and itself")
+    return options
+
+
+def resolve(target: str) -> Callable[..., Scores]:
+    """The function that `_target_` names."""
+    module_name, _, function_name = target.rpartition(".")
+    try:
+        scorer: Callable[..., Scores] = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"scorer._target_={target} cannot be imported ({error}); give package.module.function"
+        ) from error
+    return scorer
+
+
+def signature_of(
+    name: str, scorer: Callable[..., Scores], sources: Mapping[str, Source]
+) -> tuple[list[str], list[str]]:
+    """The scorer's inputs (positional parameters) and its constants (keyword-only ones)."""
+    parameters = inspect.signature(scorer).parameters.values()
+    asked = [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+    unknown = [parameter for parameter in asked if parameter not in sources]
+    if unknown:
+        raise ConfigError(f"scorer={name} asks for {unknown[0]!r}; a scorer can ask for {', '.join(sources)}")
+    return asked, [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
+def _counts(scores: Scores) -> tuple[list[str], list[int]]:
+    statuses = sorted(set(scores.status.tolist()))
+    return statuses, [int((scores.status == status).sum()) for status in statuses]
+
+
+def scores_of(artifact: Artifact) -> Scores:
+    """What the score stage wrote."""
+    return read_scores(artifact.file(SCORES_FILE))

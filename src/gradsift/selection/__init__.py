@@ -1,0 +1,1 @@
+"""Selectors: from scores to the examples that are kept."""

@@ -1,0 +1,87 @@
+"""The select stage: the exact budget of examples, each written out whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradsift.artifacts import Artifact
+from gradsift.config import SelectorConfig
+from gradsift.data.examples import Example
+from gradsift.runtime import Runtime
+from gradsift.scoring.scores import SCORED, Scores
+from gradsift.scoring.stage import scores_of
+from gradsift.selection.budget import budget
+from gradsift.selection.topk import topk
+
+VERSION = 1
+SELECTION_FILE = "selection.jsonl"
+
+
+def select(
+    runtime: Runtime,
+    config: SelectorConfig,
+    scored: Artifact,
+    pool: Callable[[], Sequence[Example]],
+    alpha: float,
+    base: str,
+) -> Artifact:
+    """Keep floor(alpha x N) examples; what is lacking where fewer have a score is a reported shortfall.
+
+    Args:
+        base: what N counts: `accepted` rows, or `scored` ones.
+    """
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        scores, examples = scores_of(scored), pool()
+        count = len(examples) if base == "accepted" else int((scores.status == SCORED).sum())
+        size = budget(alpha, count)
+        positions = topk(scores, size)
+        write_selection(folder / SELECTION_FILE, positions, scores, examples)
+        np.save(folder / "positions.npy", positions)
+        return {
+            "rows": len(positions),
+            "budget": size,
+            "shortfall": size - len(positions),
+            **_sign_of_drops(scores, positions),
+        }
+
+    settings = {"selector": config.name, "alpha": alpha, "budget_base": base}
+    slug = f"{scored.path.name.rsplit('-', 1)[0]}-{alpha}"
+    return runtime.store.obtain("select", slug, settings, [scored], make, version=VERSION)
+
+
+def _sign_of_drops(scores: Scores, positions: np.ndarray) -> dict[str, float]:
+    """Share of negative gradient drops in pool and selection: there dividing by V_t favours a high variance."""
+    drop = scores.parts.get("drop")
+    if drop is None:
+        return {}
+    return {
+        "negative_drops_pool": float((drop[scores.status == SCORED] < 0).mean()),
+        "negative_drops_selection": float((drop[positions] < 0).mean()) if len(positions) else 0.0,
+    }
+
+
+def write_selection(path: Path, positions: np.ndarray, scores: Scores, examples: Sequence[Example]) -> None:
+    """One line an example, best first: the original row, and under `gradsift` its rank, score and ids."""
+    with path.open("w", encoding="utf-8") as stream:
+        for rank, position in enumerate(positions, start=1):
+            example = examples[position]
+            own = {
+                "rank": rank,
+                "score": float(scores.score[position]),
+                "example_id": example.example_id,
+                "row_index": example.row_index,
+            }
+            row = {**example.original, "gradsift": own}
+            stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+
+
+def positions_of(selection: Artifact) -> np.ndarray:
+    """Positions of the selected examples in the pool, best first."""
+    positions: np.ndarray = np.load(selection.file("positions.npy"), allow_pickle=False)
+    return positions

@@ -1,0 +1,1 @@
+"""Backbones, adapters, and the one loop that finetunes proxy and target."""

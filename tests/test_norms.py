@@ -1,0 +1,184 @@
+"""Laws of the per-sample gradient norms: they equal the one-example autograd loop, however examples are batched."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from gradsift.config import LoraConfig
+from gradsift.data.batching import collate
+from gradsift.data.tokens import Encoded
+from gradsift.errors import ConfigError, GradsiftError
+from gradsift.gradients.norms import PerSampleNorms, squared_norms
+from gradsift.training import lora
+from gradsift.training.finetuning import response_losses
+
+VOCABULARY = 61
+TARGETS = {
+    "gpt2": [["all-linear"], ["c_attn"], ["c_attn", "c_proj", "c_fc"]],
+    "llama": [["all-linear"], ["q_proj", "v_proj"], ["down_proj"]],
+}
+CASES = [(name, targets) for name, choices in TARGETS.items() for targets in choices]
+
+
+def tiny_model(architecture: str, tied: bool = True) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if architecture == "gpt2":
+        config = GPT2Config(
+            vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=2, n_head=2, tie_word_embeddings=tied
+        )
+        model = GPT2LMHeadModel(config)
+    else:
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            tie_word_embeddings=tied,
+        )
+        model = LlamaForCausalLM(config)
+    return model.requires_grad_(False).eval()
+
+
+def adapted_model(architecture: str, targets: list[str], tied: bool = True) -> torch.nn.Module:
+    """With B away from zero, as after some training: at B = 0 the gradient of A vanishes."""
+    adapted = lora.add_adapter(tiny_model(architecture, tied), LoraConfig(rank=3, targets=targets), seed=1)
+    torch.manual_seed(2)
+    for name, parameter in lora.trainable_parameters(adapted).items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    return adapted.eval()
+
+
+def ragged_examples(count: int = 7, seed: int = 3) -> list[Encoded]:
+    rng = np.random.default_rng(seed)
+    examples = []
+    for row in range(count):
+        length = int(rng.integers(3, 14))
+        is_response = np.arange(length) >= rng.integers(1, length)
+        examples.append(Encoded(row, rng.integers(0, VOCABULARY, length).astype(np.int32), is_response))
+    return examples
+
+
+def loop_norms(adapted: torch.nn.Module, examples: list[Encoded]) -> np.ndarray:
+    """The obvious way: one example, one backward pass, the gradients that autograd leaves on the parameters."""
+    norms = []
+    for example in examples:
+        ids = torch.tensor(example.input_ids, dtype=torch.long)[None]
+        logits = adapted(input_ids=ids).logits[0, :-1].float()
+        predicted = torch.tensor(example.is_response[1:])
+        log_probabilities = torch.log_softmax(logits, -1)[torch.arange(len(predicted)), ids[0, 1:]]
+        loss = -log_probabilities[predicted].mean()
+        adapted.zero_grad()
+        loss.backward()
+        squares = {"A": 0.0, "B": 0.0}
+        for name, parameter in lora.trainable_parameters(adapted).items():
+            squares["A" if "lora_A" in name else "B"] += float(parameter.grad.double().square().sum())
+        norms.append([squares["A"] ** 0.5, squares["B"] ** 0.5, float(loss)])
+        adapted.zero_grad()
+    return np.array(norms)
+
+
+def batch_norms(
+    adapted: torch.nn.Module, examples: list[Encoded], batch_size: int, side: str = "right", mean: bool = False
+) -> np.ndarray:
+    norms = np.empty((len(examples), 3))
+    with PerSampleNorms(adapted) as hooks:
+        for start in range(0, len(examples), batch_size):
+            part = examples[start : start + batch_size]
+            batch = collate(part, 0, padding_side=side)
+            losses = response_losses(adapted, batch)
+            (losses.mean() if mean else losses.sum()).backward()
+            norm_a, norm_b = hooks.take(len(part) if mean else 1.0)
+            norms[[example.row for example in part]] = torch.stack([norm_a, norm_b, losses], 1).detach().numpy()
+    return norms
+
+
+@pytest.mark.parametrize(("architecture", "targets"), CASES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_norms_equal_the_one_example_loop(architecture: str, targets: list[str], tied: bool) -> None:
+    adapted, examples = adapted_model(architecture, targets, tied), ragged_examples()
+    expected = loop_norms(adapted, examples)
+    assert (expected > 1e-3).all()  # or the comparison would be of noise
+    np.testing.assert_allclose(batch_norms(adapted, examples, 7), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_batch_size_and_padding_side_change_nothing(architecture: str, batch_size: int, side: str) -> None:
+    adapted, examples = adapted_model(architecture, ["all-linear"]), ragged_examples()
+    expected = batch_norms(adapted, examples, 1)
+    np.testing.assert_allclose(batch_norms(adapted, examples, batch_size, side), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_row_order_changes_nothing(architecture: str) -> None:
+    adapted, examples = adapted_model(architecture, ["all-linear"]), ragged_examples()
+    shuffled = [examples[i] for i in np.random.default_rng(5).permutation(len(examples))]
+    np.testing.assert_allclose(batch_norms(adapted, shuffled, 3), batch_norms(adapted, examples, 3), rtol=1e-5)
+
+
+def test_the_mean_loss_of_a_training_step_gives_the_same_norms() -> None:
+    adapted, examples = adapted_model("gpt2", ["all-linear"]), ragged_examples()
+    np.testing.assert_allclose(
+        batch_norms(adapted, examples, 3, mean=True), batch_norms(adapted, examples, 3), rtol=1e-5
+    )
+
+
+def test_a_fresh_adapter_has_no_gradient_of_a() -> None:
+    adapted = lora.add_adapter(tiny_model("gpt2"), LoraConfig(rank=3), seed=1).eval()
+    norms = batch_norms(adapted, ragged_examples(), 7)
+    assert (norms[:, 0] == 0).all()
+    assert (norms[:, 1] > 0).all()
+
+
+def test_squared_norms_by_hand() -> None:
+    activations = torch.tensor([[[1.0, 2.0], [3.0, 0.0]]])  # B=1, T=2, I=2
+    backprops = torch.tensor([[[1.0], [-1.0]]])  # O=1
+    # gradient = 1*(1,2) - 1*(3,0) = (-2, 2)
+    assert squared_norms(activations, backprops).tolist() == [8.0]
+
+
+def test_hooks_leave_with_the_context() -> None:
+    adapted, examples = adapted_model("gpt2", ["c_attn"]), ragged_examples(2)
+    hooks = PerSampleNorms(adapted)
+    with hooks:
+        pass
+    response_losses(adapted, collate(examples, 0)).sum().backward()
+    with pytest.raises(GradsiftError, match="no backward pass"):
+        hooks.take()
+
+
+def test_a_model_without_adapters_is_refused() -> None:
+    with pytest.raises(GradsiftError, match="LoRA adapters"):
+        PerSampleNorms(tiny_model("gpt2"))
+
+
+@pytest.mark.parametrize("targets", [["nowhere"], ["wte"]])
+def test_targets_that_are_no_linear_layers_are_refused_with_the_names_there_are(targets: list[str]) -> None:
+    with pytest.raises(ConfigError, match="c_attn"):
+        lora.add_adapter(tiny_model("gpt2"), LoraConfig(targets=targets), seed=0)
+
+
+def test_adapters_with_the_same_seed_are_equal_and_others_differ() -> None:
+    def first_a(seed: int) -> torch.Tensor:
+        adapted = lora.add_adapter(tiny_model("gpt2"), LoraConfig(), seed)
+        return next(iter(lora.trainable_parameters(adapted).values())).detach().clone()
+
+    assert torch.equal(first_a(1), first_a(1))
+    assert not torch.equal(first_a(1), first_a(2))
+
+
+def test_a_removed_adapter_leaves_the_backbone_as_it_was() -> None:
+    model = tiny_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    adapted = lora.add_adapter(model, LoraConfig(), seed=0)
+    after = lora.remove_adapter(adapted).state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -1,0 +1,282 @@
+"""Laws of the embedded world: every answer is checkable, every label true, every share exact, nothing leaks."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradsift.data.verifiable import (
+    DUPLICATES,
+    FAMILIES,
+    MARK,
+    NUMBERS,
+    QUALITIES,
+    SPOILT,
+    SYLLABLES,
+    VOCABULARY,
+    World,
+    answers_match,
+    effective_families,
+    generate,
+    plain_prompt,
+    pretraining_rows,
+    solve,
+)
+from gradsift.errors import ConfigError
+from gradsift.training.nano import nano_model, nano_tokenizer, pretrain
+
+ARGUMENT_WORDS = {*NUMBERS, *SYLLABLES, MARK}
+
+
+def rows_of(world: World, *qualities: str) -> list[tuple[dict[str, str], str]]:
+    """The rows of these qualities, each with its family."""
+    pairs = zip(world.rows, world.labels, strict=True)
+    return [(row, label.family) for row, label in pairs if label.quality in qualities]
+
+
+def arguments_of(row: dict[str, str]) -> str:
+    """What the task is about, whether it stands in the instruction or in the input."""
+    words = (row["instruction"] + " " + row["input"]).split()
+    return " ".join(word for word in words if word in ARGUMENT_WORDS)
+
+
+def right_answer(row: dict[str, str], family: str) -> str:
+    return solve(family, row["instruction"], row["input"])
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2])
+def world(request: pytest.FixtureRequest) -> World:
+    return generate(seed=request.param)
+
+
+def test_equal_seeds_give_equal_worlds_and_other_seeds_others() -> None:
+    assert generate(size=100, seed=3) == generate(size=100, seed=3)
+    assert generate(size=100, seed=3) != generate(size=100, seed=4)
+    assert pretraining_rows(50, seed=3) == pretraining_rows(50, seed=3)
+    assert pretraining_rows(50, seed=3) != pretraining_rows(50, seed=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.integers(1, 300),
+    spoilt=st.floats(0, 0.6),
+    duplicates=st.floats(0, 0.1),
+    benchmark_items=st.integers(0, 50),
+    seed=st.integers(0, 5),
+)
+def test_every_share_is_exact_to_rounding(
+    size: int, spoilt: float, duplicates: float, benchmark_items: int, seed: int
+) -> None:
+    try:
+        world = generate(size=size, spoilt=spoilt, duplicates=duplicates, benchmark_items=benchmark_items, seed=seed)
+    except ConfigError:
+        assert size < 20, "only a world of a few rows may lack clean rows at these shares"
+        return
+    counts = Counter(label.quality for label in world.labels)
+    spoilt_counts = [counts[kind] for kind in SPOILT]
+    duplicate_counts = [counts[kind] for kind in DUPLICATES]
+    assert len(world.rows) == len(world.labels) == size
+    assert len(world.benchmark) == benchmark_items
+    assert sum(spoilt_counts) == round(size * spoilt) == sum(label.spoilt for label in world.labels)
+    assert sum(duplicate_counts) == round(size * duplicates)
+    assert max(spoilt_counts) - min(spoilt_counts) <= 1
+    assert max(duplicate_counts) - min(duplicate_counts) <= 1
+    for row, family in rows_of(world, *SPOILT):
+        assert not answers_match(row["output"], right_answer(row, family))
+
+
+def test_labels_name_known_qualities_and_families(world: World) -> None:
+    assert {label.quality for label in world.labels} == set(QUALITIES)
+    assert {label.family for label in world.labels} == set(FAMILIES)
+    assert len(FAMILIES) >= 12
+
+
+def test_clean_rows_and_duplicates_have_the_right_answer(world: World) -> None:
+    for row, family in rows_of(world, "clean", *DUPLICATES):
+        assert answers_match(row["output"], right_answer(row, family))
+
+
+def test_families_are_equally_frequent_among_clean_rows(world: World) -> None:
+    counts = Counter(family for _, family in rows_of(world, "clean"))
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_every_benchmark_family_is_checkable(world: World) -> None:
+    assert {item["family"] for item in world.benchmark} == set(FAMILIES)
+    assert len({item["item_id"] for item in world.benchmark}) == len(world.benchmark)
+    for item in world.benchmark:
+        assert item["reference"] == right_answer(item, item["family"])
+
+
+def test_wrong_answers_are_wrong_and_have_the_right_form(world: World) -> None:
+    for row, family in rows_of(world, "wrong_answer", "contradictory"):
+        right = right_answer(row, family)
+        assert not answers_match(row["output"], right)
+        assert len(row["output"].split()) == len(right.split())
+
+
+def test_mismatched_answers_are_wrong_for_their_prompt(world: World) -> None:
+    for row, family in rows_of(world, "mismatched_answer"):
+        assert not answers_match(row["output"], right_answer(row, family))
+
+
+def test_truncated_answers_are_shorter_beginnings_of_the_right_one(world: World) -> None:
+    for row, family in rows_of(world, "truncated"):
+        left, right = row["output"].split(), right_answer(row, family).split()
+        assert 0 < len(left) < len(right)
+        assert left == right[: len(left)]
+
+
+def test_contradictory_rows_have_a_clean_twin_with_another_answer(world: World) -> None:
+    clean = {(row["instruction"], row["input"]): row["output"] for row, _ in rows_of(world, "clean")}
+    twins = [(row["instruction"], row["input"], row["output"]) for row, _ in rows_of(world, "contradictory")]
+    for instruction, given_input, output in twins:
+        assert not answers_match(output, clean[instruction, given_input])
+    assert len({twin[:2] for twin in twins}) == len(twins)
+
+
+def test_exact_duplicates_equal_a_clean_row_and_near_duplicates_reword_one(world: World) -> None:
+    clean = rows_of(world, "clean")
+    wordings = {(family, arguments_of(row)): row["instruction"] for row, family in clean}
+    for row, family in rows_of(world, "exact_duplicate"):
+        assert (row, family) in clean
+    for row, family in rows_of(world, "near_duplicate"):
+        assert row["instruction"] != wordings[family, arguments_of(row)]
+
+
+def test_prompts_repeat_only_between_twins_and_exact_duplicates(world: World) -> None:
+    repeatable = rows_of(world, "contradictory", "exact_duplicate")
+    prompts = {(row["instruction"], row["input"]) for row in world.rows}
+    assert len(prompts) == len(world.rows) - len(repeatable)
+
+
+def test_no_benchmark_prompt_occurs_among_the_rows(world: World) -> None:
+    prompts = {(row["instruction"], row["input"]) for row in world.rows}
+    asked = [(item["instruction"], item["input"]) for item in world.benchmark]
+    assert not prompts & set(asked)
+    assert len(set(asked)) == len(asked)
+    # Nor the same question in other words.
+    questions = {(label.family, arguments_of(row)) for row, label in zip(world.rows, world.labels, strict=True)}
+    assert not questions & {(item["family"], arguments_of(item)) for item in world.benchmark}
+
+
+def test_rows_are_shuffled(world: World) -> None:
+    """A tenth of the rows from either end holds every quality: no block of one kind."""
+    tenth = len(world.labels) // 10
+    for part in (world.labels[:tenth], world.labels[-tenth:]):
+        assert {label.quality for label in part} == set(QUALITIES)
+
+
+def test_all_text_is_single_spaced_words_of_the_vocabulary(world: World) -> None:
+    known = set(VOCABULARY)
+    assert len(known) == len(VOCABULARY)
+    for row in world.rows + world.benchmark:
+        for name in ("instruction", "input", "output", "reference"):
+            words = row.get(name, "").split(" ") if row.get(name) else []
+            assert known.issuperset(words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"size": 0}, "size=0"),
+        ({"size": 100_000}, "size=100000"),
+        ({"spoilt": -0.1}, "spoilt=-0.1"),
+        ({"spoilt": 1.0}, "spoilt=1.0"),
+        ({"spoilt": float("nan")}, "spoilt=nan"),
+        ({"duplicates": 1.5}, "duplicates=1.5"),
+        ({"duplicates": 0.4}, "duplicates=0.4"),
+        ({"benchmark_items": -1}, "benchmark_items=-1"),
+    ],
+)
+def test_impossible_arguments_are_refused_by_name(arguments: dict[str, float], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        generate(**arguments)  # type: ignore[arg-type]
+
+
+def test_the_limit_on_tasks_can_be_reached() -> None:
+    assert len(generate(size=4000, spoilt=0.0, duplicates=0.0, benchmark_items=800).rows) == 4000
+
+
+def test_solve_refuses_prompts_of_another_world() -> None:
+    with pytest.raises(ConfigError, match="poem"):
+        solve("poem", "write a poem", "")
+    with pytest.raises(ConfigError, match="write a poem"):
+        solve("copy", "write a poem", "")
+
+
+def test_answers_match_ignores_white_space_only() -> None:
+    assert answers_match(" ka  mo\n", "ka mo")
+    assert not answers_match("KA mo", "ka mo")
+    assert not answers_match("ka mo ti", "ka mo")
+    assert not answers_match("", "ka")
+
+
+def test_effective_families_counts_equal_shares_as_whole_families() -> None:
+    assert effective_families([]) == 0.0
+    assert effective_families(["sort"] * 9) == pytest.approx(1.0)
+    assert effective_families(["sort", "copy", "add"] * 4) == pytest.approx(3.0)
+    assert 1.0 < effective_families(["sort", "sort", "sort", "copy"]) < 2.0
+
+
+def test_pretraining_rows_hold_exact_shares_and_right_answers() -> None:
+    rows = pretraining_rows(1000, instructed_share=0.03, other_share=0.1)
+    instructed = [(prompt, response) for prompt, response in rows if not prompt.startswith("#")]
+    operators = Counter(prompt.split()[0] for prompt, _ in rows if prompt.startswith("#"))
+    assert len(instructed) == 30
+    assert sum(count for operator, count in operators.items() if operator[1:] not in FAMILIES) == 100
+    assert set(FAMILIES) <= {operator[1:] for operator in operators}
+    with pytest.raises(ConfigError, match=r"instructed_share=0\.7"):
+        pretraining_rows(10, instructed_share=0.7, other_share=0.4)
+
+
+def test_tokenizer_round_trip_loses_nothing_and_knows_every_word(world: World) -> None:
+    tokenizer = nano_tokenizer()
+    texts = [plain_prompt(row["instruction"], row["input"]) for row in world.rows] + [" ".join(VOCABULARY)]
+    for text in texts + [prompt for prompt, _ in pretraining_rows(200)]:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids).split() == text.split()
+    longest = max(len(tokenizer(text)["input_ids"]) for text in texts[:-1])
+    assert longest < tokenizer.model_max_length // 2, "an example must leave room for its answer"
+
+
+def test_special_tokens_differ_except_bos_and_eos() -> None:
+    tokenizer = nano_tokenizer()
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 3
+    assert tokenizer("ka #copy <poem>\n", add_special_tokens=False)["input_ids"].count(tokenizer.unk_token_id) >= 1
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_nano_models_are_small_seeded_and_leave_the_global_seed_alone(architecture: str) -> None:
+    before = torch.random.get_rng_state()
+    model = nano_model(architecture, seed=1)  # type: ignore[arg-type]
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert 150_000 <= sum(weight.numel() for weight in model.parameters()) <= 300_000
+    twin, other = (nano_model(architecture, seed=seed) for seed in (1, 2))  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_unknown_architecture_is_refused() -> None:
+    with pytest.raises(ConfigError, match="architecture='rnn'"):
+        nano_model("rnn")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_pretraining_lowers_the_loss_reports_progress_and_repeats_exactly(architecture: str) -> None:
+    tokenizer = nano_tokenizer()
+    seen: list[tuple[int, int, float]] = []
+    model, twin = (nano_model(architecture) for _ in range(2))  # type: ignore[arg-type]
+    result = pretrain(
+        model, tokenizer, steps=30, batch_size=16, progress=lambda step, steps, loss: seen.append((step, steps, loss))
+    )
+    pretrain(twin, tokenizer, steps=30, batch_size=16)
+    assert result.steps == 30
+    assert result.seconds > 0
+    assert [step for step, _, _ in seen] == list(range(1, 31))
+    assert result.loss == pytest.approx(sum(loss for _, _, loss in seen[-3:]) / 3)
+    assert result.loss < seen[0][2]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))

@@ -74,7 +74,7 @@ class JsonDataConfig(DataConfig):
     """A local file: .json, .jsonl, .json.gz, .jsonl.gz, .parquet or .csv."""
 
     path: str = MISSING
-    format: str = "auto"  # auto: decided by the columns of the first row
+    format: str = "auto"  # auto: decided by the columns of the first row that fits a format
     fields: FieldsConfig = field(default_factory=FieldsConfig)
 
     def __post_init__(self) -> None:
@@ -123,11 +123,11 @@ class NanoConfig:
     """Pretraining of a nano backbone on the skills of the embedded world in another surface form."""
 
     architecture: str = "gpt2"
-    steps: int = 1400
-    batch_size: int = 64
-    learning_rate: float = 4e-3
+    steps: int = 2400
+    batch_size: int = 32
+    learning_rate: float = 2.5e-3
     prompt_loss_weight: float = 0.1
-    instructed_share: float = 0.002  # rows that already are in the instructed form
+    instructed_share: float = 0.01  # rows that already are in the instructed form
     seed: int = 0
 
     def __post_init__(self) -> None:

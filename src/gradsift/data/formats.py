@@ -199,8 +199,8 @@ def _csv_rows(path: Path, text: str) -> Iterator[SourceRow]:
     try:
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         header = next((cells for cells in reader if cells), [])
-        if len(set(header)) < len(header) or "" in header:
-            raise DataError(f"{path}: column names must be there and differ, but the first line has {header}")
+        if len(set(header)) < len(header):
+            raise DataError(f"{path}: column names must differ, but are {_listed(header)}; rename some")
         rows: list[SourceRow] = []
         line = reader.line_num + 1  # where the row begins: a quoted cell may span lines
         for cells in reader:
@@ -402,6 +402,8 @@ def _original(content: Any) -> dict[str, Any]:
             original[str(name)] = json_value(value)
         except TypeError as error:
             raise _Unusable(f"column {name!r} holds {error}") from error
+        except RecursionError:
+            raise _Unusable(f"column {name!r} is nested too deep") from None
     return original
 
 

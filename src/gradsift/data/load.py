@@ -61,7 +61,7 @@ def _load_rows(runtime: Runtime, config: DataConfig, settings: Mapping[str, Any]
 
 
 def _name(config: JsonDataConfig | HubDataConfig) -> str:
-    return f"data.path={config.path}" if isinstance(config, JsonDataConfig) else f"data={config.id}"
+    return config.path if isinstance(config, JsonDataConfig) else config.id
 
 
 def _write(

@@ -78,13 +78,14 @@ def encode(
     encoded: list[Encoded] = []
     silent: list[int] = []
     cut_prompts = cut_responses = unknown = total = 0
+    unknown_id = tokenizer.unk_token_id
     for row, parts in enumerate(_tokenised(examples, tokenizer, template)):
         total += sum(len(ids) for ids, _ in parts)
-        unknown += sum(ids.count(tokenizer.unk_token_id) for ids, _ in parts)
+        unknown += sum(ids.count(unknown_id) for ids, _ in parts)
         if not _tokens(parts, True):
             silent.append(row)
             continue
-        closed = template == "chat" and parts[-1][0][-1] in special
+        closed = template == "chat" and not special.isdisjoint(parts[-1][0][-1:])
         whole = _with_start(parts if closed else [*parts, (end, True)], start)
         fitted = _fit(whole, max_length)
         example = _encoded(row, fitted)

@@ -26,7 +26,7 @@ from gradsift.errors import ConfigError
 
 Architecture = Literal["gpt2", "llama"]
 
-CONTEXT = 128  # tokens; the longest example of the embedded world has about 35
+CONTEXT = 128  # tokens; the longest example of the embedded world has about 25
 _PAD, _EOS, _UNK, _NEWLINE = "<pad>", "<eos>", "<unk>", "\n"
 
 

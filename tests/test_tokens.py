@@ -1,0 +1,208 @@
+"""Tokens: what carries loss, what truncation may take, and the prompt of generation being that of training."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+
+from gradsift.config import FieldsConfig
+from gradsift.data.examples import Example, Turn
+from gradsift.data.formats import parse_rows, read_rows
+from gradsift.data.tokens import Encoded, encode, encode_prompt
+from gradsift.errors import ConfigError, DataError
+
+TEMPLATES = ["alpaca", "chat", "plain"]
+
+
+def example(instruction: str, output: str, input: str = "", history: tuple[Turn, ...] = ()) -> Example:
+    return Example(0, "id-0", "id", history, instruction, input, output, {})
+
+
+def talk(*texts: str, output: str) -> Example:
+    """A conversation: user and assistant in turn, the last text the user's."""
+    roles = ["user", "assistant"] * len(texts)
+    history = tuple(Turn(role, text) for role, text in zip(roles, texts[:-1], strict=False))
+    return example(texts[-1], output, history=history)
+
+
+def with_start_token(tokenizer: Any) -> Any:
+    """As Llama's: the tokenizer puts <bos> before every text by itself."""
+    tokenizer = copy.deepcopy(tokenizer)  # hypothesis uses one fixture for all its cases
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def encode_one(one: Example, tokenizer: Any, template: str = "plain", max_length: int = 4096) -> Encoded:
+    (encoded,), _ = encode([one], tokenizer, template, max_length)
+    return encoded
+
+
+def response_of(encoded: Encoded, tokenizer: Any) -> str:
+    text: str = tokenizer.decode(encoded.input_ids[encoded.is_response])
+    return text
+
+
+def prompt_of(encoded: Encoded, tokenizer: Any) -> str:
+    text: str = tokenizer.decode(encoded.input_ids[~encoded.is_response])
+    return text
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("starts", [False, True])
+def test_prompt_for_generation_has_the_ids_of_the_prompt_in_training(
+    template: str, starts: bool, byte_tokenizer: Any
+) -> None:
+    tokenizer = with_start_token(byte_tokenizer) if starts else byte_tokenizer
+    for instruction, given_input in [("add", "3 4"), ("😀 <eos>", ""), ("<|im_start|>", "<bos>")]:
+        encoded = encode_one(example(instruction, "7", given_input), tokenizer, template)
+        prompt = encode_prompt(instruction, given_input, tokenizer, template)
+        assert encoded.input_ids[~encoded.is_response].tolist() == prompt
+        assert not encoded.is_response[: len(prompt)].any()
+
+
+def test_response_is_the_answer_and_one_end_token(byte_tokenizer: Any) -> None:
+    encoded = encode_one(example("add", "7", "3 4"), byte_tokenizer)
+    assert (prompt_of(encoded, byte_tokenizer), response_of(encoded, byte_tokenizer)) == ("add\n3 4\n", "7<eos>")
+    assert encoded.input_ids.dtype == np.int32
+    assert encoded.is_response.dtype == np.bool_
+
+
+def test_chat_template_that_closes_the_turn_gets_no_second_end(byte_tokenizer: Any) -> None:
+    encoded = encode_one(talk("hi", "hello", "more", output="bye"), byte_tokenizer, "chat")
+    assert response_of(encoded, byte_tokenizer) == "hello<|im_end|>bye<|im_end|>"
+    byte_tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    assert response_of(encode_one(example("a", "b"), byte_tokenizer, "chat"), byte_tokenizer) == "[b]<eos>"
+
+
+def test_start_token_comes_once_and_only_where_the_tokenizer_adds_it(byte_tokenizer: Any) -> None:
+    byte_tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos = byte_tokenizer.bos_token_id
+    assert bos not in encode_one(example("a", "b"), byte_tokenizer).input_ids
+    tokenizer = with_start_token(byte_tokenizer)
+    for template in TEMPLATES:
+        assert encode_one(example("a", "b"), tokenizer, template).input_ids.tolist().count(bos) == 1
+    tokenizer.chat_template = "<bos>" + tokenizer.chat_template
+    ids = encode_one(example("a", "b"), tokenizer, "chat").input_ids.tolist()
+    assert ids[0] == bos
+    assert ids.count(bos) == 1
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_special_tokens_spelt_in_an_example_stay_text(template: str, byte_tokenizer: Any) -> None:
+    plain = encode_one(example("a", "b"), byte_tokenizer, template)
+    spelt = encode_one(example("a<|im_end|><eos>", "b<eos>c<|im_start|>"), byte_tokenizer, template)
+    specials = set(byte_tokenizer.all_special_ids)
+    assert [i for i in spelt.input_ids if i in specials] == [i for i in plain.input_ids if i in specials]
+    assert response_of(spelt, byte_tokenizer).startswith("b<eos>c<|im_start|>")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(2, 40), st.sampled_from(["plain", "chat"]), st.booleans())
+def test_truncation_takes_prompt_tokens_before_response_tokens(
+    byte_tokenizer: Any, prompt: int, response: int, limit: int, template: str, starts: bool
+) -> None:
+    tokenizer = with_start_token(byte_tokenizer) if starts else byte_tokenizer
+    one = example("p" * prompt, "r" * response)
+    whole = encode_one(one, tokenizer, template)
+    (cut,), report = encode([one], tokenizer, template, limit)
+    wanted = whole.input_ids[whole.is_response][: limit - 1].tolist()
+    assert len(cut.input_ids) == min(limit, len(whole.input_ids))
+    assert cut.input_ids[cut.is_response].tolist() == wanted
+    assert not cut.is_response[0]
+    context = cut.input_ids[~cut.is_response].tolist()
+    assert context  # at least one token to predict from
+    if starts:
+        assert context[0] == tokenizer.bos_token_id
+        context = context[1:]
+    prompt_tokens = whole.input_ids[~whole.is_response].tolist()
+    assert context == prompt_tokens[len(prompt_tokens) - len(context) :]
+    assert report.truncated_prompts == (len(cut.input_ids[~cut.is_response]) < (~whole.is_response).sum())
+    assert report.truncated_responses == (len(wanted) < whole.is_response.sum())
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=4, max_size=4), st.integers(2, 60))
+def test_a_conversation_keeps_all_responses_that_fit(byte_tokenizer: Any, sizes: list[int], limit: int) -> None:
+    one = talk("p" * sizes[0], "r" * sizes[1], "q" * sizes[2], output="s" * sizes[3])
+    cut = encode_one(one, byte_tokenizer, max_length=limit)
+    responses = response_of(cut, byte_tokenizer)
+    everything = "r" * sizes[1] + "s" * sizes[3] + "<eos>"
+    assert len(cut.input_ids) <= limit
+    assert not cut.is_response[0]
+    if sizes[1] + sizes[3] + 1 <= limit - 1:
+        assert responses == everything
+    else:  # the earlier exchange goes as a whole
+        assert "r" not in responses
+        assert "p" not in prompt_of(cut, byte_tokenizer)
+        assert cut.is_response.sum() == min(sizes[3] + 1, limit - 1)
+
+
+def test_rows_are_positions_and_order_is_kept(byte_tokenizer: Any) -> None:
+    examples = [example(f"prompt {i}", "answer" * (i % 20 + 1)) for i in range(2500)]
+    encoded, _ = encode(examples, byte_tokenizer, "plain", 64)
+    assert [e.row for e in encoded] == list(range(len(examples)))
+    for position in (0, 999, 1000, 2499):  # around the borders of a tokenizer call
+        alone = encode_one(examples[position], byte_tokenizer, max_length=64)
+        assert np.array_equal(encoded[position].input_ids, alone.input_ids)
+        assert np.array_equal(encoded[position].is_response, alone.is_response)
+
+
+def word_tokenizer() -> Any:
+    from gradsift.training.nano import nano_tokenizer
+
+    return nano_tokenizer()
+
+
+def test_a_response_without_a_token_is_listed_and_left_out() -> None:
+    # a word tokenizer that drops white space sees nothing in a response of a no-break space
+    encoded, report = encode([example("copy", "1 2"), example("copy", "\u00a0")], word_tokenizer(), "plain", 64)
+    assert [e.row for e in encoded] == [0]
+    assert report.rows_without_response == [1]
+
+
+def test_a_tokenizer_that_knows_less_than_half_is_refused() -> None:
+    fits, report = encode([example("copy the following list", "1 2")], word_tokenizer(), "plain", 64)
+    assert len(fits) == 1
+    assert report.unknown_share == 0
+    with pytest.raises(DataError, match="unknown to the tokenizer"):
+        encode([example("Describe photosynthesis.", "Plants turn light into sugar.")], word_tokenizer(), "plain", 64)
+
+
+def test_unusable_settings_are_refused(byte_tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match="max_length=1"):
+        encode([example("a", "b")], byte_tokenizer, "plain", 1)
+    byte_tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="no end token"):
+        encode([example("a", "b")], byte_tokenizer, "plain", 64)
+
+
+def test_no_example_gives_no_tokens(byte_tokenizer: Any) -> None:
+    encoded, report = encode([], byte_tokenizer, "plain", 64)
+    assert encoded == []
+    assert report.unknown_share == 0
+
+
+@pytest.mark.skipif("GRADSIFT_DATA" not in os.environ, reason="GRADSIFT_DATA is unset: no real data here")
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_real_alpaca_rows_keep_their_responses(template: str, byte_tokenizer: Any) -> None:
+    path = Path(os.environ["GRADSIFT_DATA"]) / "instruct" / "alpaca_gpt4_999.json"
+    examples, _ = parse_rows(read_rows(path), "auto", FieldsConfig())
+    encoded, report = encode(examples, byte_tokenizer, template, 1024)
+    assert len(encoded) == 999
+    assert report.rows_without_response == []
+    assert 0 < report.truncated_responses < report.truncated_prompts < 999
+    for one in encoded:
+        whole = len(examples[one.row].output.encode()) + 1  # one token a byte, and the end
+        assert len(one.input_ids) <= 1024
+        assert one.is_response.sum() == min(whole, 1023)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from gradsift.artifacts import Artifact
-from gradsift.config import EMBEDDED, Config, VerifiableDataConfig
+from gradsift.config import Config, VerifiableDataConfig
 from gradsift.data.examples import Example
 from gradsift.data.load import load, pool_of
 from gradsift.data.tokens import Encoded, encode
@@ -71,9 +71,9 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
         judged = evaluation.judge(runtime, config.judge, answers, reference_answers)
         results.judged(evaluation.pws(runtime, config.judge, judged), judged)
         results.reference(line.heldout_loss(reference), evaluation.accuracy(reference_answers))
-    if EMBEDDED in config.benchmark.sets:
-        untuned = line.answers(None)
-        results.untuned(line.heldout_loss(None), evaluation.accuracy(untuned))
+    # what the target could do before: without it nobody sees whether any finetune helped
+    checkable = any(item.reference is not None for item in line.items())
+    results.untuned(line.heldout_loss(None), evaluation.accuracy(line.answers(None)) if checkable else None)
 
 
 class Line:

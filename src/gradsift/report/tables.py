@@ -67,7 +67,7 @@ def rows_of(run: Run) -> list[dict[str, str]]:
 def context_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     """Rows that every comparison needs beside it: the target before any finetuning."""
     for run in runs:
-        if _get(run, "accuracy", "untuned") is not None:
+        if _get(run, "accuracy", "untuned") is not None or _get(run, "heldout_loss", "untuned") is not None:
             row = dict.fromkeys(rows_of(run)[0], "-")
             row |= {
                 "scorer": "(no finetuning)",

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import ipaddress
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "WANDB_MODE": "offline",
+    "WANDB_ERROR_REPORTING": "false",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+SMOKE = ("experiment=smoke", "tracker=none")
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -32,3 +50,71 @@ def byte_tokenizer() -> Any:
     )
     fast.chat_template = CHATML
     return fast
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails any connection that leaves this machine."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            host = address[0]
+            if host != "localhost" and not ipaddress.ip_address(host).is_loopback:
+                raise AssertionError(f"a test tried to reach {host}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that holds the two nano backbones of `experiment=smoke`, made once a session."""
+    root = tmp_path_factory.mktemp("backbones")
+    from gradsift.artifacts import Store
+    from gradsift.config import ComputeConfig, ModelConfig, NanoConfig
+    from gradsift.runtime import Display, Runtime
+    from gradsift.training.backbones import backbone
+
+    runtime = Runtime(Store(root / "store"), ComputeConfig(), Display(), seed=0)
+    for architecture in ("gpt2", "llama"):
+        backbone(runtime, ModelConfig(kind="nano", nano=NanoConfig(architecture=architecture, steps=20)))
+    return root / "store"
+
+
+class Cli:
+    """Runs the command line in this process; `store` and `folder` are the test's own."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.store = folder / "store"
+        self._monkeypatch = monkeypatch
+
+    def __call__(self, *arguments: str) -> int:
+        """The exit code of `python run.py ARGUMENTS`."""
+        from hydra.core.global_hydra import GlobalHydra
+
+        from gradsift import cli
+
+        GlobalHydra.instance().clear()
+        self._monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        self._monkeypatch.setattr(cli, "_failed", False)
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            return int(exit_.code or 0)
+        return 0
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Every `run.json` below the folder, oldest first."""
+        files = [*self.folder.glob("outputs/*/*/run.json"), *self.folder.glob("multirun/*/*/*/run.json")]
+        return [json.loads(file.read_text()) for file in sorted(files, key=lambda file: file.stat().st_mtime_ns)]
+
+
+@pytest.fixture
+def gradsift(tmp_path: Path, backbones: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command line in an empty folder, with a store of its own that already has the nano backbones."""
+    shutil.copytree(backbones, tmp_path / "store")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADSIFT_ARTIFACTS", str(tmp_path / "store"))
+    return Cli(tmp_path, monkeypatch)

@@ -79,7 +79,7 @@ def loop_norms(adapted: torch.nn.Module, examples: list[Encoded]) -> np.ndarray:
         squares = {"A": 0.0, "B": 0.0}
         for name, parameter in lora.trainable_parameters(adapted).items():
             squares["A" if "lora_A" in name else "B"] += float(parameter.grad.double().square().sum())
-        norms.append([squares["A"] ** 0.5, squares["B"] ** 0.5, float(loss)])
+        norms.append([squares["A"] ** 0.5, squares["B"] ** 0.5, loss.item()])
         adapted.zero_grad()
     return np.array(norms)
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from gradsift.data.examples import Example
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED
@@ -36,17 +33,12 @@ def no_bar(description: str, total: int):
     yield lambda done: None
 
 
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    vocabulary = {character: index for index, character in enumerate(sorted(ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevelDecoder()
+@pytest.fixture
+def backbone(byte_tokenizer: Any) -> Backbone:
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=256, n_positions=128, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3)
-    )
-    return Backbone(model.eval(), PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    size = len(byte_tokenizer)
+    config = GPT2Config(vocab_size=size, n_positions=128, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3)
+    return Backbone(GPT2LMHeadModel(config).eval(), byte_tokenizer)
 
 
 def examples() -> list[Example]:

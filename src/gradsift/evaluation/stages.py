@@ -75,8 +75,7 @@ def generate(
     def make(folder: Path) -> Mapping[str, Any]:
         tuned_model = load_tuned(runtime, target_config, target, tuned)
         prompts = [
-            encode_prompt(item.instruction, item.input, tuned_model.tokenizer, target_config.template)
-            for item in items
+            encode_prompt(item.instruction, item.input, tuned_model.tokenizer, target_config.template) for item in items
         ]
         with runtime.display.task(f"answer {len(items)} questions", len(items)) as advance:
             answers = generate_answers(

@@ -64,10 +64,8 @@ def superfilter(
         loss_together = span_losses(backbone, together, advance)
     ifd = np.exp(loss_together) / np.exp(loss_alone)
     scores = Scores(ifd, {"ifd": ifd, "loss_alone": loss_alone, "loss_with_prompt": loss_together})
+    scores.mark(np.isnan(loss_together), UNDEFINED, "the prompt leaves no token of the response within max_length")
     scores.mark(np.isnan(loss_alone), UNDEFINED, "the response has a single token, of which none is scored alone")
-    scores.mark(
-        np.isnan(loss_together), UNDEFINED, "the prompt leaves no token of the response within max_length"
-    )
     scores.mark(ifd >= 1, EXCLUDED, "IFD is at least 1: the prompt does not make the response likelier")
     return scores
 

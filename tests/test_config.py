@@ -1,0 +1,156 @@
+"""Every YAML composes, wrong values are refused before anything heavy is imported, and defaults have one place."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from gradsift.cli import conf_folder
+from gradsift.config import Config, dump_config, load_config, register_schemas, restore_config
+from gradsift.errors import ConfigError
+
+REPOSITORY = Path(__file__).parents[1]
+CHOICES = sorted(
+    (path.parent.name, path.stem)
+    for path in conf_folder().glob("*/*.yaml")
+    if path.parent.name != "hydra" and path.stem != "catalog"
+)
+NEEDED = {  # what a choice cannot do without
+    ("data", "json"): ["data.path=x.json", "proxy=smollm2", "target=smollm2", "benchmark=vicuna", "judge=local"],
+    ("data", "alpaca"): ["proxy=gpt2", "target=llama2_7b", "benchmark=vicuna", "judge=local"],
+    ("data", "alpaca_gpt4"): ["proxy=gpt2", "target=llama2_7b", "benchmark=vicuna", "judge=local"],
+    ("benchmark", "vicuna"): ["judge=openai"],
+    ("benchmark", "paper"): ["judge=openai"],
+}
+
+
+def composed(*overrides: str) -> Config:
+    register_schemas()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return load_config(compose("config", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_yaml_composes(group: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADSIFT_DATA", "somewhere")
+    config = composed(f"{group}={choice}", *NEEDED.get((group, choice), []))
+    node = getattr(config, group, None)
+    if getattr(node, "name", None) is not None:
+        assert node.name == choice  # the file, the choice and the name are one word
+
+
+def test_the_help_names_every_choice() -> None:
+    text = (conf_folder() / "help.txt").read_text()
+    groups = {path.name for path in conf_folder().iterdir() if path.is_dir()}
+    assert all(f"  {group} " in text for group in groups)
+    words = text.replace(",", " ").split()
+    assert [choice for _, choice in CHOICES if choice not in words] == []
+
+
+def test_a_sweep_word_turns_the_same_key_for_every_scorer() -> None:
+    for group, choice in CHOICES:
+        if group == "scorer":
+            config = composed(f"scorer={choice}", "proxy.members=3", "proxy.snapshots=[1,3]")
+            assert (config.proxy.members, config.proxy.snapshots) == (3, [1, 3])
+
+
+def test_the_command_line_wins_over_method_and_experiment() -> None:
+    assert composed("method=superfiltering").scorer_name == "superfilter"
+    assert composed("method=superfiltering", "scorer=random").scorer_name == "random"
+    assert composed("experiment=smoke", "proxy.members=4").proxy.members == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["alpha=0"], "alpha=0.0 is no share"),
+        (["alpha=-0.1"], "alpha=-0.1 is no share"),
+        (["alpha=1.5"], "alpha=1.5 is no share"),
+        (["alpha=nan"], "alpha=nan is no share"),
+        (["proxy.members=1"], "divides by a variance over members"),
+        (["proxy.members=0"], "proxy.members=0 is too small"),
+        (["proxy.snapshots=[2,1]"], "two increasing epochs"),
+        (["proxy.snapshots=[1,1]"], "two increasing epochs"),
+        (["proxy.snapshots=[0,2]"], "two increasing epochs"),
+        (["proxy.snapshots=[1]"], "two increasing epochs"),
+        (["proxy.snapshots=[1,3]", "proxy.epochs=2"], "reach beyond proxy.epochs=2; raise proxy.epochs to 3"),
+        (["proxy.collect=sometimes"], "choose one of: epoch_end, during_training"),
+        (["proxy.norm_scope=C"], "choose one of: all, A, B"),
+        (["proxy.learning_rate=0"], "greater than 0"),
+        (["scorer.eps=0"], "scorer.eps=0.0 must be greater than 0"),
+        (["stop_after=lunch"], "choose one of: load, statistics"),
+        (["data=json"], "data.path is not set"),
+        (["data=json", "data.path=x"], "proxy=nano (choose proxy=smollm2"),
+        (["benchmark.sets=[nowhere]"], "'nowhere', which"),
+        (["benchmark=vicuna"], "judge=verifier needs reference answers"),
+        (["target.epochs=2"], "either target.epochs or target.steps"),
+        (["target.steps=null"], "either target.epochs or target.steps"),
+        (["data.spoilt=1"], "data.spoilt=1.0 is no share"),
+        (["compute.device=tpu"], "choose one of: auto, cpu, cuda"),
+        (["judge.confidence=1"], "judge.confidence=1.0"),
+        (["budget_base=all"], "choose one of: accepted, scored"),
+        (["proxy.lora.rank=0"], "lora.rank=0 is too small"),
+        (["tracker.mode=loud"], "choose one of: offline, online"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named_with_the_remedy(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        composed(*overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_member_is_enough_for_scores_without_a_variance() -> None:
+    assert composed("proxy.members=1", "scorer=late_loss").proxy.members == 1
+
+
+@pytest.mark.parametrize("override", ["proxy.memberz=3", "scorer.eps=abc", "scorer=nowhere", "data.limit=many"])
+def test_names_and_types_are_refused_while_composing(override: str) -> None:
+    with pytest.raises(Exception, match=r"memberz|eps|nowhere|limit"):
+        composed(override)
+
+
+@pytest.mark.parametrize("overrides", [[], ["scorer=superfilter", "alpha=0.05"], ["scorer=random", "judge=openai"]])
+def test_a_dumped_config_comes_back_as_it_was(overrides: list[str]) -> None:
+    config = composed(*overrides)
+    text = OmegaConf.to_yaml(OmegaConf.create(dump_config(config)))
+    again: Any = OmegaConf.to_container(OmegaConf.create(text))
+    assert restore_config(again) == config
+
+
+def test_a_foreign_dump_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot be read by this version"):
+        restore_config({"schemas": {"data": "nowhere"}, "values": {}})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["alpha=2"], 2), (["proxy.memberz=1"], 1), (["scorer=nowhere"], 1)]
+)
+def test_help_and_config_errors_import_nothing_heavy(arguments: list[str], code: int, tmp_path: Path) -> None:
+    program = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print('HEAVY', sorted({'torch', 'transformers', 'lightning', 'wandb', 'pyarrow'}"
+        " & set(sys.modules))))\n"
+        f"sys.argv = ['run.py', *{arguments!r}]\n"
+        "from gradsift.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == code, done.stderr
+    assert "HEAVY []" in done.stdout
+    assert "Traceback" not in done.stderr
+    if code == 2:
+        assert done.stderr.startswith("error: alpha=2.0")
+        assert done.stderr.count("\n") == 1
+
+
+def test_the_console_script_and_the_wheel_carry_the_configuration() -> None:
+    project = (REPOSITORY / "pyproject.toml").read_text()
+    assert 'gradsift = "gradsift.cli:main"' in project
+    assert 'conf = "gradsift/conf"' in project

@@ -1,0 +1,234 @@
+"""Laws of the whole line, on the smallest embedded world (a toy: two members, four steps)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import SMOKE
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def trained(run: dict[str, Any]) -> int:
+    return sum(stage["optimizer_steps"] for stage in run["stages"])
+
+
+def names(run: dict[str, Any], reused: bool) -> list[str]:
+    return [stage["name"] for stage in run["stages"] if stage["reused"] is reused]
+
+
+def test_a_run_ends_in_a_pws_table_and_a_second_one_answers_at_once(gradsift, capsys) -> None:
+    assert gradsift(*SMOKE) == 0
+    out = capsys.readouterr().out
+    assert "PWS against the model tuned on all rows" in out
+    (first,) = gradsift.runs()
+    assert first["status"] == "finished"
+    assert 0 <= first["pws"] <= 2
+    assert first["pooled"]["win"] + first["pooled"]["tie"] + first["pooled"]["lose"] == 26
+    assert set(first["stages"][0]) == {"name", "artifact", "fingerprint", "reused", "seconds", "optimizer_steps"}
+    assert names(first, reused=False).count("member") == 4  # two members, two epochs
+    assert trained(first) == 4 * 4 + 2 * 4  # 120 rows in batches of 32; four steps a target
+    (selection,) = gradsift.folder.glob("outputs/*/*/selection.jsonl")
+    rows = [json.loads(line) for line in selection.read_text().splitlines()]
+    assert len(rows) == first["selection"]["budget"] == 12
+    assert [row["gradsift"]["rank"] for row in rows] == list(range(1, 13))
+    assert sum(first["selection"]["labels"].values()) == pytest.approx(1)
+
+    assert gradsift(*SMOKE) == 0
+    second = gradsift.runs()[-1]
+    assert trained(second) == 0
+    assert names(second, reused=False) == []
+    assert second["pws"] == first["pws"]
+
+
+def test_a_sweep_trains_one_ensemble_and_one_reference(gradsift, capsys) -> None:
+    arguments = ("-m", *SMOKE, "alpha=0.05,0.1,0.15", "scorer=gsnr,random,superfilter")
+    assert gradsift(*arguments) == 0
+    runs = gradsift.runs()
+    assert len(runs) == 9
+    done = [stage for run in runs for stage in run["stages"] if not stage["reused"]]
+    assert [stage["name"] for stage in done].count("member") == 4
+    tuned = {stage["artifact"] for run in runs for stage in run["stages"] if stage["name"] == "finetune"}
+    assert len([path for path in tuned if "-120rows-" in path]) == 1
+    assert len({stage["fingerprint"] for stage in done}) == len(done)  # nothing was made twice
+    assert {run["selection"]["rows"] for run in runs} == {6, 12, 18}
+    assert "results.csv" in capsys.readouterr().out
+
+    assert gradsift(*arguments) == 0
+    assert sum(trained(run) for run in gradsift.runs()[9:]) == 0
+
+
+def test_members_and_epochs_are_shared_between_ensembles_and_snapshots(gradsift) -> None:
+    smoke = (*SMOKE, "stop_after=scores")
+    assert gradsift(*smoke, "proxy.members=2", "proxy.snapshots=[1,2]") == 0
+    assert gradsift(*smoke, "proxy.members=3", "proxy.snapshots=[1,2]") == 0
+    assert names(gradsift.runs()[-1], reused=False).count("member") == 2  # the third member alone
+    assert gradsift(*smoke, "proxy.members=3", "proxy.snapshots=[1,3]") == 0
+    assert names(gradsift.runs()[-1], reused=False).count("member") == 3  # the third epoch alone
+    assert gradsift(*smoke, "proxy.members=2", "proxy.snapshots=[2,3]") == 0
+    assert names(gradsift.runs()[-1], reused=False) == ["statistics", "score"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "last"),
+    [
+        ("load", "load"),
+        ("statistics", "statistics"),
+        ("scores", "score"),
+        ("selection", "select"),
+        ("finetune", "heldout"),
+        ("generate", "generate"),
+    ],
+)
+def test_stop_after_ends_the_line(gradsift, stage: str, last: str) -> None:
+    assert gradsift(*SMOKE, f"stop_after={stage}") == 0
+    (run,) = gradsift.runs()
+    assert run["status"] == "stopped"
+    assert run["stages"][-1]["name"] == last
+    assert run["pws"] is None
+
+
+def test_a_scorer_gets_nothing_that_it_does_not_ask_for(gradsift) -> None:
+    assert gradsift(*SMOKE, "scorer=random", "stop_after=selection") == 0
+    assert {stage["name"] for stage in gradsift.runs()[-1]["stages"]} == {"load", "score", "select"}
+    assert gradsift(*SMOKE, "scorer=superfilter", "stop_after=selection") == 0
+    assert {stage["name"] for stage in gradsift.runs()[-1]["stages"]} == {"load", "backbone", "score", "select"}
+
+
+def test_full_is_the_reference_and_needs_no_judge(gradsift) -> None:
+    assert gradsift(*SMOKE, "scorer=full", "alpha=0.05") == 0
+    (run,) = gradsift.runs()
+    assert run["pws"] == 1.0
+    assert run["selection"]["rows"] == 120  # alpha is ignored
+    assert "judge" not in names(run, reused=False)
+
+
+def test_no_scorer_can_read_the_quality_labels(gradsift) -> None:
+    assert gradsift(*SMOKE, "stop_after=load") == 0
+    (loaded,) = gradsift.store.glob("load/verifiable-*")
+    examples = pq.read_table(loaded / "examples.parquet")
+    text = json.dumps(examples.to_pylist(), default=str)
+    assert not {"quality", "family", "label"} & set(examples.column_names)
+    for word in ("spoilt", "wrong_answer", "near_duplicate", "contradictory"):
+        assert word not in text
+
+
+def test_during_training_collects_every_example_without_a_second_pass(gradsift) -> None:
+    assert gradsift(*SMOKE, "proxy.collect=during_training", "stop_after=scores") == 0
+    norms = [pq.read_table(path) for path in gradsift.store.glob("member/*/gradient_norms.parquet")]
+    assert len(norms) == 4
+    for table in norms:
+        assert table["row"].to_pylist() == list(range(120))
+        assert min(table["norm_B"].to_pylist()) > 0
+
+
+def test_where_norms_are_taken_changes_no_training(gradsift) -> None:
+    for collect in ("epoch_end", "during_training"):
+        assert gradsift(*SMOKE, f"proxy.collect={collect}", "stop_after=scores") == 0
+    adapters = [path.read_bytes() for path in gradsift.store.glob("member/m1-e2-*/adapter_model.safetensors")]
+    assert len(adapters) == 2
+    assert adapters[0] == adapters[1]
+
+
+def test_a_changed_file_never_meets_a_stale_result(gradsift) -> None:
+    data = gradsift.folder / "data.json"
+    rows = [{"instruction": f"say {i}", "input": "", "output": f"{i} it is"} for i in range(30)]
+    foreign = ("data=json", f"data.path={data}", "tracker=none", "scorer=random", "stop_after=selection", "proxy=gpt2")
+    selections = []
+    for change in ("first", "second"):
+        rows[3]["output"] = change
+        data.write_text(json.dumps(rows))
+        assert gradsift(*foreign, "alpha=1.0") == 0
+        (latest,) = set(gradsift.folder.glob("outputs/*/*/selection.jsonl")) - set(selections)
+        selections.append(latest)
+        assert f'"output": "{change}"' in latest.read_text()
+
+
+def test_a_replayed_run_repeats_itself_from_its_own_folder(gradsift) -> None:
+    assert gradsift(*SMOKE, "alpha=0.15", "scorer=late_loss") == 0
+    (folder,) = gradsift.folder.glob("outputs/*/*")
+    assert gradsift("--replay", str(folder)) == 0
+    first, second = gradsift.runs()
+    assert trained(second) == 0
+    assert (second["scorer"], second["alpha"], second["pws"]) == ("late_loss", 0.15, first["pws"])
+
+
+@pytest.mark.parametrize("arguments", [(), ("nowhere",), ("a", "b")])
+def test_a_replay_of_nothing_is_refused(gradsift, capsys, arguments: tuple[str, ...]) -> None:
+    assert gradsift("--replay", *arguments) == 2
+    assert "--replay" in capsys.readouterr().err
+
+
+def test_in_a_sweep_a_failed_job_stops_no_other(gradsift, capsys) -> None:
+    assert gradsift("-m", *SMOKE, "stop_after=selection", "scorer=random", "alpha=0.0001,0.1") == 2
+    assert [run["status"] for run in gradsift.runs()] == ["failed", "stopped"]
+    captured = capsys.readouterr()
+    assert "error: alpha=0.0001 of 120 rows selects no example; give at least 0.008333" in captured.err
+    assert "failed: 0-random-0.0001" in captured.out
+    assert "Traceback" not in captured.err
+
+
+def test_an_empty_budget_is_refused_before_any_training(gradsift, capsys) -> None:
+    assert gradsift(*SMOKE, "alpha=0.001") == 2
+    (run,) = gradsift.runs()
+    assert {stage["name"] for stage in run["stages"]} == {"load"}
+
+
+def test_a_defect_is_said_in_one_line_and_its_trace_kept(gradsift, capsys, monkeypatch) -> None:
+    def broken(*args: Any) -> None:
+        raise ZeroDivisionError("broken")
+
+    monkeypatch.setattr("gradsift.pipeline.select", broken)
+    assert gradsift(*SMOKE, "scorer=random") == 2
+    assert "unexpected ZeroDivisionError: broken" in capsys.readouterr().err
+    (trace,) = gradsift.folder.glob("outputs/*/*/error.txt")
+    assert "Traceback" in trace.read_text()
+    assert gradsift.runs()[0]["status"] == "failed"
+
+
+def test_a_user_scorer_stands_on_the_same_interface(gradsift, monkeypatch) -> None:
+    (gradsift.folder / "my_scores.py").write_text(
+        "from gradsift.scoring.scores import Scores\n"
+        "import numpy as np\n"
+        "def shortest(examples, *, sign):\n"
+        "    return Scores(np.array([sign * len(e.output) for e in examples], dtype=float))\n"
+    )
+    monkeypatch.syspath_prepend(str(gradsift.folder))
+    own = ("~scorer", "+scorer={_target_: my_scores.shortest, name: shortest, sign: -1}")
+    assert gradsift(*SMOKE, *own, "stop_after=selection") == 0
+    (selection,) = gradsift.folder.glob("outputs/*/*/selection.jsonl")
+    lengths = [len(json.loads(line)["output"]) for line in selection.read_text().splitlines()]
+    assert lengths == sorted(lengths)
+
+
+@pytest.mark.parametrize("moment", ["member", "finetune", "judge"])
+def test_kill_9_loses_nothing_and_changes_nothing(gradsift, moment: str, tmp_path: Path) -> None:
+    """The command that was killed, given again, ends with the same bytes as one that was never killed."""
+    command = [sys.executable, str(REPOSITORY / "run.py"), *SMOKE]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    for store in (killed, whole):
+        (store / "backbone").parent.mkdir(exist_ok=True)
+        subprocess.run(["cp", "-r", str(gradsift.store / "backbone"), str(store / "backbone")], check=True)
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "GRADSIFT_ARTIFACTS": str(killed)})
+    deadline = time.monotonic() + 120
+    while not list(killed.glob(f"{moment}/*.part")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for store in (killed, whole):
+        subprocess.run(command, cwd=tmp_path, env={**os.environ, "GRADSIFT_ARTIFACTS": str(store)}, check=True)
+    for name in ("scores.parquet", "selection.jsonl", "adapter_model.safetensors", "judgments.jsonl", "pws.json"):
+        ours, theirs = ({p.relative_to(s): p.read_bytes() for p in s.rglob(name)} for s in (killed, whole))
+        assert ours, name
+        assert ours == theirs

@@ -119,7 +119,7 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     from gradsift.report.terminal import RunView
 
     view = RunView(number)
-    view.starting()
+    view.starting(overrides)
     from gradsift.artifacts import Store
     from gradsift.pipeline import plan_of, prepare, run
     from gradsift.report.results import Results
@@ -157,6 +157,7 @@ def _about(config: Config, overrides: list[str]) -> dict[str, Any]:
         "scorer": config.scorer_name,
         "alpha": config.alpha,
         "seed": config.seed,
+        "data_seed": config.data.seed,
         "dataset": config.data.name,
         "proxy": config.proxy.name,
         "members": config.proxy.members,

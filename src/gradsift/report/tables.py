@@ -1,9 +1,13 @@
-"""Tables on the terminal and as CSV, from `run.json` files alone."""
+"""Tables on the terminal and as CSV, from `run.json` files alone.
+
+A row is one run and benchmark (and the pooled figure where there are several). Runs that differ in
+nothing but a seed share a line on the terminal: their mean, with the least and the most.
+"""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,133 @@ from rich import box
 from rich.table import Table
 
 Run = Mapping[str, Any]
+Row = dict[str, Any]
+
+SETTINGS = ("dataset", "proxy", "members", "snapshots", "target", "judge", "scorer", "alpha", "benchmark")
+SEEDS = ("data_seed", "seed")
+COUNTS = ("win", "tie", "lose", "invalid")
+MEASURES = ("rows", "pws", "accuracy", "heldout_loss", "spoilt_share", "families")
+UNTUNED = "(no finetuning)"
+TITLE = "PWS against the model tuned on all rows"
+
+
+def flat_rows(run: Run) -> list[Row]:
+    """The rows of one run, as plain values; None where the run has no such figure."""
+    cells: dict[str, Mapping[str, Any]] = dict(run.get("benchmarks") or {})
+    if len(cells) != 1:
+        name = "pooled" if cells else "+".join(run.get("benchmark_sets") or [])
+        cells[name] = run.get("pooled") or {"pws": run.get("pws")}
+    return [_row(run, benchmark, cell) for benchmark, cell in cells.items()]
+
+
+def _row(run: Run, benchmark: str, cell: Mapping[str, Any]) -> Row:
+    full = run.get("scorer") == "full"
+    return {
+        **{name: run.get(name) for name in (*SETTINGS, *SEEDS)},
+        "snapshots": ",".join(map(str, run.get("snapshots") or [])),
+        "alpha": "all" if full else run.get("alpha"),
+        "benchmark": benchmark,
+        "rows": _get(run, "selection", "rows"),
+        **{name: cell.get(name) for name in ("pws", "pws_low", "pws_high", *COUNTS)},
+        "accuracy": _get(run, "accuracy", "model"),
+        "heldout_loss": _get(run, "heldout_loss", "model"),
+        "spoilt_share": _get(run, "selection", "spoilt_share"),
+        "families": _get(run, "selection", "families"),
+        "status": run.get("status"),
+    }
+
+
+def untuned_rows(runs: Iterable[Run]) -> list[Row]:
+    """The target before any finetuning, once for each dataset, target and seed: what every row is to be held against."""
+    rows: dict[tuple[Any, ...], Row] = {}
+    for run in runs:
+        accuracy, loss = _get(run, "accuracy", "untuned"), _get(run, "heldout_loss", "untuned")
+        key = tuple(run.get(name) for name in ("dataset", "target", *SEEDS))
+        if (accuracy is not None or loss is not None) and key not in rows:
+            shared = {name: run.get(name) for name in ("dataset", "target", "status", *SEEDS)}
+            rows[key] = dict.fromkeys(flat_rows(run)[0]) | shared
+            rows[key] |= {"scorer": UNTUNED, "accuracy": accuracy, "heldout_loss": loss}
+    return list(rows.values())
+
+
+def over_seeds(rows: Iterable[Row]) -> list[Row]:
+    """Rows that differ by seeds alone as one: means, summed outcomes, and `pws_low` and `pws_high` the least and most."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in SETTINGS), []).append(row)
+    return [_mean_row(group) if len(group) > 1 else group[0] | {"runs": 1} for group in groups.values()]
+
+
+def _mean_row(group: Sequence[Row]) -> Row:
+    mean: Row = {name: group[0][name] for name in SETTINGS} | {"runs": len(group)}
+    for name in (*MEASURES, *COUNTS):
+        values = [row[name] for row in group if row[name] is not None]
+        # a mean over some of the runs would be compared with means over all of them
+        whole = len(values) == len(group)
+        mean[name] = None if not whole else sum(values) if name in COUNTS else sum(values) / len(values)
+    known = [row["pws"] for row in group if row["pws"] is not None]
+    mean |= {"pws_low": min(known, default=None), "pws_high": max(known, default=None)}
+    return mean
+
+
+def pws_table(runs: Sequence[Run]) -> Table:
+    """The PWS table; columns without any value are left out, and settings that do not vary stand in no column."""
+    rows = over_seeds([row for run in runs for row in flat_rows(run)] + untuned_rows(runs))
+    title = TITLE
+    benchmarks = {row["benchmark"] for row in rows} - {None}
+    if len(benchmarks) == 1:
+        title += f", benchmark {benchmarks.pop()}"
+    if (most := max(row["runs"] for row in rows)) > 1:
+        title += f"; means of {most} seeds, PWS with least and most"
+    always = ("scorer", "alpha")
+    shown = [n for n in SETTINGS if n in always or len({row[n] for row in rows} - {None}) > 1]
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    columns = {name: [_text(row[name]) for row in rows] for name in shown} | _figures(rows)
+    for name, values in columns.items():
+        if any(value not in ("", "-") for value in values):
+            left = name in ("scorer", "benchmark", "dataset", "target", "proxy")
+            table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    kept = [values for values in columns.values() if any(value not in ("", "-") for value in values)]
+    for cells in zip(*kept, strict=True):
+        table.add_row(*cells)
+    return table
+
+
+def _figures(rows: Sequence[Row]) -> dict[str, list[str]]:
+    return {
+        "rows": [_text(row["rows"]) for row in rows],
+        "PWS": [_pws(row) for row in rows],
+        "win/tie/lose": [_outcomes(row) for row in rows],
+        "accuracy": [_number(row["accuracy"]) for row in rows],
+        "held-out": [_number(row["heldout_loss"]) for row in rows],
+        "spoilt": [_number(row["spoilt_share"], 2) for row in rows],
+        "families": [_number(row["families"], 1) for row in rows],
+    }
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None or value == "" else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _pws(row: Row) -> str:
+    if row["pws"] is None:
+        return "-"
+    if row["scorer"] == "full":
+        return "1 (itself)"
+    if row["pws_low"] is None:
+        return f"{row['pws']:.3f}"
+    return f"{row['pws']:.3f} [{row['pws_low']:.3f}, {row['pws_high']:.3f}]"
+
+
+def _outcomes(row: Row) -> str:
+    if row["win"] is None:
+        return "-"
+    invalid = f" ({row['invalid']} invalid)" if row["invalid"] else ""
+    return f"{row['win']}/{row['tie']}/{row['lose']}{invalid}"
 
 
 def _get(run: Run, *keys: str) -> Any:
@@ -20,86 +151,9 @@ def _get(run: Run, *keys: str) -> Any:
     return value
 
 
-def _number(value: Any, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _pws(cell: Mapping[str, Any] | None, pws: float | None) -> str:
-    if cell is None or cell.get("pws") is None:
-        return _number(pws)
-    return f"{cell['pws']:.3f} [{cell['pws_low']:.3f}, {cell['pws_high']:.3f}]"
-
-
-def _outcomes(cell: Mapping[str, Any] | None) -> str:
-    if cell is None:
-        return "-"
-    invalid = f" ({cell['invalid']} invalid)" if cell["invalid"] else ""
-    return f"{cell['win']}/{cell['tie']}/{cell['lose']}{invalid}"
-
-
-def rows_of(run: Run) -> list[dict[str, str]]:
-    """The table's rows for one run: one a benchmark, and the pooled one where there are several."""
-    cells: list[tuple[str, Mapping[str, Any] | None]] = (
-        list(_get(run, "benchmarks").items()) if run.get("benchmarks") else []
-    )
-    if len(cells) != 1:
-        cells.append((("pooled" if cells else ", ".join(run.get("benchmark_sets") or [])), run.get("pooled")))
-    full = run.get("scorer") == "full"
-    rows = []
-    for name, cell in cells:
-        row = {
-            "scorer": str(run.get("scorer")),
-            "alpha": "all" if full else f"{run.get('alpha'):g}",
-            "rows": str(_get(run, "selection", "rows") or "-"),
-            "benchmark": name,
-            "PWS": "1 (itself)" if full and run.get("pws") == 1 else _pws(cell, run.get("pws")),
-            "win/tie/lose": _outcomes(cell),
-            "accuracy": _number(_get(run, "accuracy", "model")),
-            "held-out": _number(_get(run, "heldout_loss", "model")),
-            "spoilt": _number(_get(run, "selection", "spoilt_share"), 2),
-            "families": _number(_get(run, "selection", "families"), 1),
-            "note": "" if run.get("status") == "finished" else str(run.get("error") or run.get("status")),
-        }
-        rows.append(row)
-    return rows
-
-
-def context_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """Rows that every comparison needs beside it: the target before any finetuning."""
-    for run in runs:
-        if _get(run, "accuracy", "untuned") is not None or _get(run, "heldout_loss", "untuned") is not None:
-            row = dict.fromkeys(rows_of(run)[0], "-")
-            row |= {
-                "scorer": "(no finetuning)",
-                "accuracy": _number(_get(run, "accuracy", "untuned")),
-                "held-out": _number(_get(run, "heldout_loss", "untuned")),
-                "note": "",
-            }
-            return [row]
-    return []
-
-
-def pws_table(runs: Sequence[Run], title: str) -> Table:
-    """The PWS table; columns without any value are left out."""
-    rows = [row for run in runs for row in rows_of(run)] + context_rows(runs)
-    shown = [name for name in rows[0] if any(row[name] not in ("-", "") for row in rows)]
-    benchmarks = {row["benchmark"] for row in rows} - {"-"}
-    if len(benchmarks) == 1:  # said once, in the title
-        shown.remove("benchmark")
-        title += f", benchmark {benchmarks.pop()}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name in shown:
-        table.add_column(
-            name, justify="left" if name in ("scorer", "benchmark", "note") else "right", no_wrap=name != "note"
-        )
-    for row in rows:
-        table.add_row(*(row[name] for name in shown))
-    return table
-
-
 def write_csv(path: Path, runs: Sequence[Run]) -> None:
-    """The same rows as the PWS table, all columns."""
-    rows = [row for run in runs for row in rows_of(run)] + context_rows(runs)
+    """Every row of every run, nothing averaged, plain values."""
+    rows = [row for run in runs for row in flat_rows(run)] + untuned_rows(runs)
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
         writer.writeheader()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ class RunView:
         self._number = number
         self._reused = 0
 
-    def starting(self) -> None:
-        heading = "run" if self._number is None else f"run {self._number} of the sweep"
+    def starting(self, overrides: Sequence[str]) -> None:
+        """The heading; in a sweep it tells the runs apart."""
+        heading = "run" if self._number is None else f"run {self._number} of the sweep: {' '.join(overrides)}"
         self.display.console.rule(f"gradsift: {heading}", align="left", style="dim")
 
     def plan(self, plan: list[tuple[str, Any]]) -> None:
-        """The resolved plan, one line an item."""
+        """The resolved plan, one line an item; of a sweep only the first run's, the others differ by their heading."""
+        if self._number is not None and self._number > 1:
+            return
         table = Table.grid(padding=(0, 2))
         for name, value in plan:
             table.add_row(name, str(value))
@@ -53,7 +57,7 @@ class RunView:
             return
         if run["status"] == "finished":
             self.display.console.print()
-            self.display.console.print(pws_table([run], "PWS against the model tuned on all rows"))
+            self.display.console.print(pws_table([run]))
         self.display.say("")
         for name, path in {"run": str(folder / RUN_FILE), **run["files"]}.items():
             self.display.say(f"{name}: {path}")
@@ -87,7 +91,7 @@ def sweep_finished(folder: Path) -> bool:
     failed = [(path, run) for path, run in zip(files, runs, strict=True) if run["status"] == "failed"]
     if shown := [run for run in runs if run["status"] == "finished"]:
         display.console.print()
-        display.console.print(pws_table(shown, "PWS against the model tuned on all rows"))
+        display.console.print(pws_table(shown))
         write_csv(folder / "results.csv", shown)
         display.say(f"\ntable: {folder / 'results.csv'}")
     display.say(f"runs: {folder}")

@@ -172,7 +172,7 @@ def test_in_a_sweep_a_failed_job_stops_no_other(gradsift, capsys) -> None:
     assert gradsift("-m", *SMOKE, "stop_after=selection", "scorer=random", "alpha=0.0001,0.1") == 2
     assert [run["status"] for run in gradsift.runs()] == ["failed", "stopped"]
     captured = capsys.readouterr()
-    assert "error: alpha=0.0001 of 120 rows selects no example; give at least 0.008333" in captured.err
+    assert "error: alpha=0.0001 of 120 rows selects no example; give at least 0.008334" in captured.err
     assert "failed: 0-random-0.0001" in captured.out
     assert "Traceback" not in captured.err
 

@@ -18,17 +18,19 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from gradsift.errors import GradsiftError
 
 MANIFEST = "manifest.json"
+_PATIENCE = 3.0  # seconds before a wait for another process is said
 _HASH_LIMIT = 256 * 2**20  # bytes; beyond this reuse checks a file's size alone
 _STORE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO)
 _PACKAGES = ("gradsift", "torch", "transformers", "peft", "lightning", "numpy")
@@ -73,6 +75,7 @@ class Store:
     say: Callable[[str], None] = print
     done: Callable[[StageRecord], None] = lambda record: None  # told of every unit, reused or made
     records: list[StageRecord] = field(default_factory=list)
+    _other_commits: set[str | None] = field(default_factory=set)
 
     def obtain(
         self,
@@ -104,7 +107,7 @@ class Store:
             found = self._whole(stage, path, fingerprint)
             if found is None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with FileLock(path.parent / f".{path.name}.lock"):
+                with self._locked(path):
                     found = self._whole(stage, path, fingerprint)  # another process may have finished it
                     if found is None:
                         return self._make(stage, path, fingerprint, config, parents, make, version, keep_part)
@@ -155,6 +158,20 @@ class Store:
         self._record(artifact, reused=False, seconds=seconds, steps=int(info.get("optimizer_steps", 0)))
         return artifact
 
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        """One process at a time makes an artifact; the kernel frees the lock of a process that died."""
+        lock = FileLock(path.parent / f".{path.name}.lock")
+        try:
+            lock.acquire(timeout=_PATIENCE)
+        except Timeout:
+            self.say(f"  waiting for another process that makes {path.name}")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
     def _whole(self, stage: str, path: Path, fingerprint: str) -> Artifact | None:
         """The artifact at `path` if every file is as the manifest says; a damaged one is set aside."""
         if not path.is_dir():
@@ -182,8 +199,10 @@ class Store:
     def _record(self, artifact: Artifact, *, reused: bool, seconds: float, steps: int) -> None:
         if any(record.fingerprint == artifact.fingerprint for record in self.records):
             return  # the run already counted this unit
-        if reused and artifact.manifest["git_sha"] != git_sha():
-            self.say(f"{artifact.stage}: {artifact.path.name} was made at commit {artifact.manifest['git_sha']}")
+        made_at = artifact.manifest["git_sha"]
+        if reused and made_at != git_sha() and made_at not in self._other_commits:
+            self._other_commits.add(made_at)
+            self.say(f"  reusing work of another commit ({made_at}), {artifact.stage}/{artifact.path.name} first")
         record = StageRecord(artifact.stage, str(artifact.path), artifact.fingerprint, reused, round(seconds, 3), steps)
         self.records.append(record)
         self.done(record)

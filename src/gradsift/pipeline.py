@@ -47,7 +47,7 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
     if config.stop_after == "statistics":
         line.statistics()
         return
-    scored = score(runtime, config.scorer, line.loaded, line.pool, line.sources())
+    scored = score(runtime, config.scorer, line.loaded, lambda: line.pool, line.sources())
     results.scored(scored)
     if config.stop_after == "scores":
         return
@@ -72,7 +72,7 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
         results.judged(evaluation.pws(runtime, config.judge, judged), judged)
         results.reference(line.heldout_loss(reference), evaluation.accuracy(reference_answers))
     # what the target could do before: without it nobody sees whether any finetune helped
-    checkable = any(item.reference is not None for item in line.items())
+    checkable = any(item.reference is not None for item in line.items)
     results.untuned(line.heldout_loss(None), evaluation.accuracy(line.answers(None)) if checkable else None)
 
 
@@ -85,26 +85,26 @@ class Line:
         self.keeps_all = config.scorer_name == "full"
         self.loaded = load(runtime, config.data)
 
-    @functools.cache  # noqa: B019 - lives as long as the run
+    @functools.cached_property
     def pool(self) -> list[Example]:
         return pool_of(self.loaded)
 
     # ------------------------------------------------------------------------------------- scoring
 
-    @functools.cache  # noqa: B019
+    @functools.cached_property
     def proxy(self) -> Artifact:
         return backbone(self.runtime, self.config.proxy.model)
 
-    @functools.cache  # noqa: B019
+    @functools.cached_property
     def proxy_backbone(self) -> Backbone:
-        loaded = load_backbone(self.proxy(), self.config.proxy.model, self.runtime.compute)
+        loaded = load_backbone(self.proxy, self.config.proxy.model, self.runtime.compute)
         loaded.model.to(device_of(self.runtime.compute))
         return loaded
 
-    @functools.cache  # noqa: B019
+    @functools.cached_property
     def proxy_encoded(self) -> tuple[Backbone, Sequence[Encoded]]:
-        model, proxy = self.proxy_backbone(), self.config.proxy
-        encoded, report = encode(self.pool(), model.tokenizer, proxy.template, min(proxy.max_length, model.context))
+        model, proxy = self.proxy_backbone, self.config.proxy
+        encoded, report = encode(self.pool, model.tokenizer, proxy.template, min(proxy.max_length, model.context))
         if report.truncated_prompts or report.truncated_responses:
             self.runtime.display.say(
                 f"of {len(encoded):,} rows {report.truncated_prompts:,} prompts and {report.truncated_responses:,} "
@@ -112,21 +112,18 @@ class Line:
             )
         return model, encoded
 
-    @functools.cache  # noqa: B019
-    def ensemble(self, epochs: int) -> list[list[Artifact]]:
-        members = self.config.proxy.members
-        return train_ensemble(
-            self.runtime, self.config.proxy, self.proxy(), self.loaded, self.proxy_encoded, members, epochs
-        )
+    @functools.cached_property
+    def ensemble(self) -> list[list[Artifact]]:
+        """Members and epochs, as [member][epoch - 1]."""
+        return train_ensemble(self.runtime, self.config.proxy, self.proxy, self.loaded, lambda: self.proxy_encoded)
 
     def statistics(self) -> Artifact:
         proxy = self.config.proxy
-        ensemble = self.ensemble(proxy.total_epochs)
         rows = int(self.loaded.info["rows"])
-        return statistics(self.runtime, ensemble, proxy.snapshots, proxy.norm_scope, rows)
+        return statistics(self.runtime, self.ensemble, proxy.snapshots, proxy.norm_scope, rows)
 
     def late_members(self) -> list[Artifact]:
-        return [chain[self.config.proxy.snapshots[1] - 1] for chain in self.ensemble(self.config.proxy.total_epochs)]
+        return [chain[self.config.proxy.snapshots[1] - 1] for chain in self.ensemble]
 
     def late_losses(self) -> np.ndarray:
         losses = np.full((self.config.proxy.members, int(self.loaded.info["rows"])), np.nan)
@@ -141,10 +138,10 @@ class Line:
         nothing: list[Artifact] = []
         return {
             "count": Source(lambda: nothing, lambda: int(self.loaded.info["rows"])),
-            "examples": Source(lambda: nothing, self.pool),
+            "examples": Source(lambda: nothing, lambda: self.pool),
             "statistics": Source(lambda: [self.statistics()], lambda: read_statistics(self.statistics())),
             "late_losses": Source(self.late_members, self.late_losses),
-            "backbone": Source(lambda: [self.proxy()], self.proxy_backbone),
+            "backbone": Source(lambda: [self.proxy], lambda: self.proxy_backbone),
             "task": Source(lambda: nothing, lambda: self.runtime.display.task),
         }
 
@@ -153,30 +150,30 @@ class Line:
     def select(self, scored: Artifact) -> Artifact:
         config = self.config
         alpha = 1.0 if self.keeps_all else config.alpha
-        return select(self.runtime, config.selector, scored, self.pool, alpha, config.budget_base)
+        return select(self.runtime, config.selector, scored, lambda: self.pool, alpha, config.budget_base)
 
     def everything(self) -> np.ndarray:
         """All positions of the pool: the full-data reference."""
         return np.arange(int(self.loaded.info["rows"]))
 
-    @functools.cache  # noqa: B019
+    @functools.cached_property
     def target(self) -> Artifact:
         return backbone(self.runtime, self.config.target.model)
 
     def finetune(self, selection: Artifact | np.ndarray) -> Artifact:
         positions = positions_of(selection) if isinstance(selection, Artifact) else selection
-        return finetune(self.runtime, self.config.target, self.target(), self.loaded, self.pool(), positions)
+        return finetune(self.runtime, self.config.target, self.target, self.loaded, self.pool, positions)
 
-    @functools.cache  # noqa: B019
+    @functools.cached_property
     def items(self) -> list[Item]:
         return evaluation.benchmark_items(self.runtime, self.config.benchmark, self.loaded)
 
     def answers(self, tuned: Artifact | None) -> Artifact:
         config = self.config
-        return evaluation.generate(self.runtime, config.benchmark, config.target, self.target(), tuned, self.items())
+        return evaluation.generate(self.runtime, config.benchmark, config.target, self.target, tuned, self.items)
 
     def heldout_loss(self, tuned: Artifact | None) -> float | None:
-        return evaluation.heldout_loss(self.runtime, self.config.target, self.target(), tuned, self.loaded)
+        return evaluation.heldout_loss(self.runtime, self.config.target, self.target, tuned, self.loaded)
 
 
 def prepare(config: Config) -> None:

@@ -39,10 +39,8 @@ def train_ensemble(
     proxy: Artifact,
     examples: Artifact,
     load: Callable[[], tuple[Backbone, Sequence[Encoded]]],
-    members: int,
-    epochs: int,
 ) -> list[list[Artifact]]:
-    """Members 0 to `members` - 1, epochs 1 to `epochs`; each trained once, whoever asks.
+    """All members through all epochs; each (member, epoch) is trained once, whoever asks.
 
     Args:
         load: gives the backbone and the encoded examples; called only if a member has to be trained.
@@ -51,9 +49,9 @@ def train_ensemble(
         An artifact for each member and epoch, as [member][epoch - 1].
     """
     ensemble: list[list[Artifact]] = []
-    for member in range(members):
+    for member in range(config.members):
         chain: list[Artifact] = []
-        for epoch in range(1, epochs + 1):
+        for epoch in range(1, config.total_epochs + 1):
             parents = [chain[-1]] if chain else [proxy, examples]
             chain.append(
                 runtime.store.obtain(
@@ -61,7 +59,7 @@ def train_ensemble(
                     f"m{member}-e{epoch}",
                     member_settings(config, runtime, member, epoch),
                     parents,
-                    _maker(runtime, config, load, member, epoch, members, epochs, chain),
+                    _maker(runtime, config, load, member, epoch, chain[-1] if chain else None),
                     version=VERSION,
                 )
             )
@@ -96,15 +94,11 @@ def _maker(
     load: Callable[[], tuple[Backbone, Sequence[Encoded]]],
     member: int,
     epoch: int,
-    members: int,
-    epochs: int,
-    chain: list[Artifact],
+    previous: Artifact | None,
 ) -> Callable[[Path], Mapping[str, Any]]:
-    previous = chain[-1] if chain else None
-
     def make(folder: Path) -> Mapping[str, Any]:
         backbone, encoded = load()
-        label = f"proxy member {member + 1}/{members}, epoch {epoch}/{epochs}"
+        label = f"proxy member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
         passes = 2 if config.collect == "epoch_end" else 1
         with runtime.display.task(label, passes * len(encoded)) as advance:
             return train_member_epoch(runtime, config, backbone, encoded, member, epoch, previous, folder, advance)

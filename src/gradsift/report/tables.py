@@ -52,7 +52,7 @@ def _row(run: Run, benchmark: str, cell: Mapping[str, Any]) -> Row:
 
 
 def untuned_rows(runs: Iterable[Run]) -> list[Row]:
-    """The target before any finetuning, once for each dataset, target and seed: what every row is to be held against."""
+    """The target before any finetuning, once for each dataset, target and seed: the measure of every other row."""
     rows: dict[tuple[Any, ...], Row] = {}
     for run in runs:
         accuracy, loss = _get(run, "accuracy", "untuned"), _get(run, "heldout_loss", "untuned")
@@ -65,7 +65,7 @@ def untuned_rows(runs: Iterable[Run]) -> list[Row]:
 
 
 def over_seeds(rows: Iterable[Row]) -> list[Row]:
-    """Rows that differ by seeds alone as one: means, summed outcomes, and `pws_low` and `pws_high` the least and most."""
+    """Rows that differ by seeds alone as one: means, summed outcomes; `pws_low` and `pws_high` are least and most."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in SETTINGS), []).append(row)

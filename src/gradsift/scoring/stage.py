@@ -36,8 +36,8 @@ def score(
 ) -> Artifact:
     """Score every example of the pool."""
     options = scorer_options(config)
-    scorer = resolve(options.pop("_target_"))
-    name = options.pop("name")
+    target, name = options.pop("_target_"), options.pop("name")
+    scorer = resolve(target)
     asked, constants = signature_of(name, scorer, sources)
     unknown = sorted(set(options) - set(constants))
     if unknown:
@@ -54,7 +54,8 @@ def score(
         statuses, counts = _counts(scores)
         return {"rows": len(examples), **dict(zip(statuses, counts, strict=True))}
 
-    return runtime.store.obtain("score", name, {"name": name, **options}, parents, make, version=VERSION)
+    settings = {"name": name, "function": target, "precision": runtime.compute.precision, **options}
+    return runtime.store.obtain("score", name, settings, parents, make, version=VERSION)
 
 
 def scorer_options(config: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 from gradsift.errors import ConfigError
@@ -15,9 +16,8 @@ def budget(alpha: float, count: int) -> int:
     """
     size = int(Fraction(str(alpha)) * count)
     if size == 0:
-        raise ConfigError(
-            f"alpha={alpha} of {count:,} rows selects no example; give at least {1 / count:.6f}".rstrip("0")
-            if count
-            else f"alpha={alpha} has no rows to select from; look at the reasons in rejected.jsonl or at the scores"
-        )
+        if not count:
+            raise ConfigError("there are no rows to select from; look at rejected.jsonl or at the scores' reasons")
+        least = math.ceil(10**6 / count) / 10**6
+        raise ConfigError(f"alpha={alpha} of {count:,} rows selects no example; give at least {least:g}")
     return size

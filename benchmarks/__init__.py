@@ -1,0 +1,1 @@
+"""Side-by-side speed comparisons; each prints ratios that were measured in one run."""

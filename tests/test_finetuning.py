@@ -1,0 +1,538 @@
+"""Laws of the one training loop: continued = uninterrupted, fast losses and norms = slow loops, a stop is a stop."""
+
+from __future__ import annotations
+
+import io
+import signal
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from test_norms import VOCABULARY, adapted_model, loop_norms, ragged_examples, tiny_model
+
+from gradsift.artifacts import Artifact, Store
+from gradsift.config import ComputeConfig, FieldsConfig, LoraConfig, ModelConfig, NanoConfig, ProxyConfig, TargetConfig
+from gradsift.data.batching import collate, epoch_batches
+from gradsift.data.examples import Example
+from gradsift.data.formats import parse_rows
+from gradsift.data.tokens import Encoded
+from gradsift.errors import GradsiftError
+from gradsift.gradients.callback import COLUMNS, GradientNorms, collect_norms
+from gradsift.gradients.norms import PerSampleNorms
+from gradsift.proxy.ensemble import read_norms, train_member_epoch
+from gradsift.runtime import Display, Runtime, derive_seed
+from gradsift.training import finetuning, lora, target
+from gradsift.training.backbones import Backbone, backbone, load_backbone
+from gradsift.training.finetuning import Finetuning, Optimization, fit, response_losses
+from gradsift.training.target import batch_plan, load_tuned, train_target
+
+CPU = ComputeConfig(device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def optimization(**changes: Any) -> Optimization:
+    values = {"learning_rate": 1e-2, "weight_decay": 0.01, "schedule": "constant", "warmup_steps": 0, "total_steps": 9}
+    return Optimization(**(values | changes))
+
+
+def runtime(store: Path, seed: int = 0) -> Runtime:
+    return Runtime(Store(store, say=lambda line: None), CPU, Display(Console(file=io.StringIO())), seed)
+
+
+def train(adapted: Any, encoded: Sequence[Encoded], plan: Sequence[Sequence[int]], **options: Any) -> tuple[int, Any]:
+    module = Finetuning(adapted, options.pop("optimization", optimization()), options.pop("first_step", 0))
+    compute = options.pop("compute", CPU)
+    return fit(module, encoded, plan, pad_id=0, compute=compute, **options), module
+
+
+def weights_of(adapted: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in lora.trainable_parameters(adapted).items()}
+
+
+def multi_turn_examples() -> list[Encoded]:
+    """Prompt and response in turns, of different lengths; one begins with a response after a single token."""
+    masks = ["0011", "00110001101", "0100111", "01", "000000000001"]
+    rng = np.random.default_rng(11)
+    return [
+        Encoded(row, rng.integers(0, VOCABULARY, len(mask)).astype(np.int32), np.array([m == "1" for m in mask]))
+        for row, mask in enumerate(masks)
+    ]
+
+
+# ------------------------------------------------------------------------------------------ losses
+
+
+def slow_loss(model: Any, example: Encoded) -> float:
+    """Token by token: each response token is predicted from the tokens before it and from nothing else."""
+    losses = []
+    for position in range(1, len(example.input_ids)):
+        if example.is_response[position]:
+            before = torch.tensor(example.input_ids[:position], dtype=torch.long)[None]
+            logits = model(input_ids=before).logits[0, -1].double()
+            losses.append(-torch.log_softmax(logits, -1)[int(example.input_ids[position])].item())
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_response_losses_equal_the_token_by_token_loop(architecture: str) -> None:
+    model, examples = adapted_model(architecture, ["all-linear"]), multi_turn_examples()
+    with torch.no_grad():
+        expected = [slow_loss(model, example) for example in examples]
+        losses = response_losses(model, collate(examples, 0))
+    assert losses.dtype == torch.float32
+    np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_loss_does_not_depend_on_the_batch_it_is_in(architecture: str) -> None:
+    model, examples = adapted_model(architecture, ["all-linear"]), multi_turn_examples()
+    with torch.no_grad():
+        alone = [response_losses(model, collate([example], 0)).item() for example in examples]
+        for order in ([0, 1, 2, 3, 4], [4, 0], [3, 1], [2, 4, 1]):
+            for side in ("right", "left"):
+                batch = collate([examples[i] for i in order], 5, padding_side=side)
+                np.testing.assert_allclose(response_losses(model, batch), [alone[i] for i in order], rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0, [1, 1, 1, 1, 1, 1]),
+        ("constant", 3, [1 / 4, 2 / 4, 3 / 4, 1, 1, 1]),
+        ("linear", 0, [1, 0.8, 0.6, 0.4, 0.2, 0]),
+        ("linear", 1, [0.5, 0.8, 0.6, 0.4, 0.2, 0]),
+        ("linear", 3, [1 / 4, 0.8 * 2 / 4, 0.6 * 3 / 4, 0.4, 0.2, 0]),
+    ],
+)
+def test_the_learning_rate_factor_by_hand(schedule: str, warmup: int, expected: list[float]) -> None:
+    rate = optimization(schedule=schedule, warmup_steps=warmup, total_steps=5)
+    assert [rate.factor(step) for step in range(6)] == pytest.approx(expected)
+    assert rate.factor(50) >= 0  # beyond the end the rate never turns negative
+
+
+class Rates(L.Callback):
+    """Notes the learning rate that each optimiser step takes."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_training_follows_the_factor_by_optimiser_step_from_its_first_step(accumulate: int) -> None:
+    rate, rates = optimization(schedule="linear", warmup_steps=2, total_steps=6), Rates()
+    plan = [[0, 1]] * (4 * accumulate)
+    steps, _ = train(
+        adapted_model("gpt2", ["c_attn"]),
+        ragged_examples(2),
+        plan,
+        optimization=rate,
+        first_step=1,
+        callbacks=[rates],
+        accumulate=accumulate,
+    )
+    assert steps == 4
+    assert rates.seen == pytest.approx([1e-2 * rate.factor(step) for step in (1, 2, 3, 4)])
+
+
+# -------------------------------------------------------------------------------------- continuing
+
+
+def proxy_config(**changes: Any) -> ProxyConfig:
+    values = {
+        "name": "tiny",
+        "model": ModelConfig(path="tiny"),
+        "lora": LoraConfig(rank=2),
+        "learning_rate": 1e-2,
+        "weight_decay": 0.01,
+        "warmup_steps": 2,
+        "batch_size": 4,
+        "collect_tokens": 40,
+    }
+    return ProxyConfig(**(values | changes))
+
+
+def member_epoch(
+    folder: Path, model: Any, config: ProxyConfig, encoded: Sequence[Encoded], epoch: int, previous: Path | None
+) -> dict[str, Any]:
+    """Train member 1 for one epoch in `folder`, from what `previous` holds."""
+    folder.mkdir()
+    tokenizer: Any = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 0})()
+    before = Artifact("member", previous, "fingerprint", {}) if previous else None
+    return train_member_epoch(
+        runtime(folder.parent / "store"),
+        config,
+        Backbone(model, tokenizer),
+        encoded,
+        1,
+        epoch,
+        before,
+        folder,
+        lambda n: None,
+    )
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+@pytest.mark.parametrize("collect", ["epoch_end", "during_training"])
+def test_an_epoch_continued_from_disk_equals_training_without_a_stop(
+    schedule: str, collect: str, tmp_path: Path
+) -> None:
+    config, encoded = proxy_config(schedule=schedule, collect=collect), ragged_examples(10)
+    first = member_epoch(tmp_path / "1", tiny_model("gpt2"), config, encoded, 1, None)
+    second = member_epoch(tmp_path / "2", tiny_model("gpt2"), config, encoded, 2, tmp_path / "1")
+    assert first["optimizer_steps"] == second["optimizer_steps"] == 3
+
+    lengths = [len(example.input_ids) for example in encoded]
+    plans = [epoch_batches(lengths, 4, config.batching, derive_seed(0, "order", 1, epoch)) for epoch in (1, 2)]
+    whole = lora.add_adapter(tiny_model("gpt2"), config.lora, derive_seed(0, "lora", 1))
+    rate = optimization(schedule=schedule, warmup_steps=2, total_steps=6)
+    train(whole, encoded, plans[0] + plans[1], optimization=rate)
+    lora.save_adapter(whole, tmp_path / "whole")
+    stopped, unstopped, early = ((tmp_path / name / lora.ADAPTER_FILE).read_bytes() for name in ("2", "whole", "1"))
+    assert stopped == unstopped
+    assert stopped != early
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="collect_norms ends with adapted.train(True), which puts the frozen backbone in training mode: a backbone "
+    "with dropout (gpt2: 0.1) then trains its later epochs and members, and scores, with dropout on",
+)
+def test_an_epoch_is_the_same_in_one_process_and_after_a_restart(tmp_path: Path) -> None:
+    config, encoded, kept = proxy_config(), ragged_examples(10), tiny_model("gpt2")  # GPT-2's own dropout is 0.1
+    member_epoch(tmp_path / "1", kept, config, encoded, 1, None)
+    member_epoch(tmp_path / "same", kept, config, encoded, 2, tmp_path / "1")
+    member_epoch(tmp_path / "restart", tiny_model("gpt2"), config, encoded, 2, tmp_path / "1")
+    same, restart = ((tmp_path / name / lora.ADAPTER_FILE).read_bytes() for name in ("same", "restart"))
+    assert same == restart
+
+
+def test_members_differ_and_leave_the_backbone_as_it_was(tmp_path: Path) -> None:
+    model, encoded = tiny_model("gpt2"), ragged_examples(6)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    member_epoch(tmp_path / "1", model, proxy_config(), encoded, 1, None)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    norms = read_norms(Artifact("member", tmp_path / "1", "", {}))
+    assert norms["row"].tolist() == list(range(6))
+    assert norms["n_tokens"].tolist() == [int(example.is_response.sum()) for example in encoded]
+
+
+def test_accumulated_batches_equal_one_large_batch() -> None:
+    encoded = ragged_examples(16)
+    large, small = ([list(range(s, s + n)) for s in range(0, 16, n)] for n in (8, 4))
+    models = [adapted_model("gpt2", ["all-linear"]) for _ in range(2)]
+    before = weights_of(models[0])
+    assert train(models[0], encoded, large)[0] == 2
+    assert train(models[1], encoded, small, accumulate=2)[0] == 2
+    for name, value in weights_of(models[0]).items():
+        assert not torch.equal(value, before[name])
+        np.testing.assert_allclose(weights_of(models[1])[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_training_curve_tells_each_batchs_loss_and_tokens() -> None:
+    encoded, adapted = ragged_examples(5), adapted_model("gpt2", ["c_attn"])
+    with torch.no_grad():
+        first = response_losses(adapted, collate(encoded[:2], 0)).mean().item()
+    _, module = train(adapted, encoded, [[0, 1], [2, 3, 4]])
+    lengths = [len(example.input_ids) for example in encoded]
+    assert [entry["tokens"] for entry in module.curve] == [sum(lengths[:2]), sum(lengths[2:])]
+    assert module.curve[0]["loss"] == pytest.approx(first, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- norms
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_norms_during_training_are_those_of_each_steps_weights(architecture: str) -> None:
+    encoded = ragged_examples(9)
+    plan = [[4, 0, 7], [1, 8], [2, 3, 5, 6]]
+    rate = optimization(schedule="linear", warmup_steps=1, total_steps=4)
+    adapted = adapted_model(architecture, ["all-linear"])
+    norms = GradientNorms(adapted, encoded, "during_training")
+    train(adapted, encoded, plan, optimization=rate, callbacks=[norms])
+
+    twin = adapted_model(architecture, ["all-linear"])
+    optimizer = torch.optim.AdamW(lora.trainable_parameters(twin).values(), lr=1e-2, weight_decay=0.01)
+    expected = np.empty((9, 3))
+    for step, rows in enumerate(plan):
+        expected[rows] = loop_norms(twin, [encoded[row] for row in rows])
+        optimizer.param_groups[0]["lr"] = 1e-2 * rate.factor(step)
+        optimizer.zero_grad()
+        response_losses(twin, collate([encoded[row] for row in rows], 0)).mean().backward()
+        optimizer.step()
+    found = np.stack([norms.table()[name] for name in COLUMNS], 1)
+    np.testing.assert_allclose(found, expected, rtol=2e-4)
+    final = loop_norms(twin, encoded)
+    assert np.abs(final / expected - 1).max() > 0.01  # or the weights hardly moved, and nothing was tested
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_norms_at_the_epochs_end_are_those_of_its_final_weights(architecture: str) -> None:
+    encoded, adapted = ragged_examples(9), adapted_model(architecture, ["all-linear"])
+    start = loop_norms(adapted, encoded)
+    norms = GradientNorms(adapted, encoded, "epoch_end", batches=[[8, 3], [0, 1, 2, 4], [5, 6, 7]])
+    train(adapted, encoded, [[0, 1, 2, 3], [4, 5, 6, 7, 8]], callbacks=[norms])
+    assert all(parameter.grad is None for parameter in adapted.parameters())
+    found = np.stack([norms.table()[name] for name in COLUMNS], 1)
+    assert found.dtype == np.float32
+    adapted.eval()
+    final = loop_norms(adapted, encoded)
+    np.testing.assert_allclose(found, final, rtol=1e-5)
+    assert np.abs(final / start - 1).max() > 0.01
+
+
+def collected(adapted: Any, encoded: Sequence[Encoded]) -> np.ndarray:
+    parts = collect_norms(adapted, PerSampleNorms(adapted), encoded, [range(len(encoded))], 0, torch.device("cpu"))
+    return torch.stack(parts[0][1:], 1).numpy()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_collection_pass_leaves_mode_and_gradients_as_they_were(training: bool) -> None:
+    adapted = adapted_model("gpt2", ["c_attn"]).train(training)
+    modes = [module.training for module in adapted.modules()]
+    collected(adapted, ragged_examples(3))
+    assert [module.training for module in adapted.modules()] == modes
+    assert all(parameter.grad is None for parameter in adapted.parameters())
+    assert not any(module._forward_hooks for module in adapted.modules())
+
+
+@pytest.mark.xfail(
+    strict=True, reason="collect_norms restores the mode of the whole by that of its top: see the restart law above"
+)
+def test_a_collection_pass_leaves_the_frozen_backbone_in_evaluation_mode() -> None:
+    adapted = lora.add_adapter(tiny_model("gpt2"), LoraConfig(rank=2, dropout=0.5), seed=0)
+    modes = {name: module.training for name, module in adapted.named_modules()}
+    assert set(modes.values()) == {True, False}  # the adapter trains, the backbone does not
+    collected(adapted, ragged_examples(3))
+    assert {name: module.training for name, module in adapted.named_modules()} == modes
+
+
+def test_dropout_is_off_in_a_collection_pass() -> None:
+    plain, dropped = (
+        lora.add_adapter(tiny_model("gpt2"), LoraConfig(rank=2, dropout=dropout), seed=0) for dropout in (0.0, 0.5)
+    )
+    encoded = ragged_examples(3)
+    np.testing.assert_array_equal(collected(dropped, encoded), collected(plain.eval(), encoded))
+
+
+@pytest.mark.parametrize("plan", [[[0, 1], [2]], [[0, 1], [2, 3], [3]]])
+def test_an_example_without_exactly_one_norm_is_an_error(plan: list[list[int]]) -> None:
+    encoded, adapted = ragged_examples(4), adapted_model("gpt2", ["c_attn"])
+    norms = GradientNorms(adapted, encoded, "during_training")
+    train(adapted, encoded, plan, callbacks=[norms])
+    with pytest.raises(GradsiftError, match="exactly one"):
+        norms.table()
+
+
+@pytest.mark.parametrize("collect", ["epoch_end", "during_training"])
+def test_bfloat16_runs_on_the_cpu_and_its_norms_are_finite_float32(collect: str) -> None:
+    encoded = ragged_examples(6)
+    adapted = lora.add_adapter(tiny_model("llama").to(torch.bfloat16), LoraConfig(rank=2), seed=1)
+    norms = GradientNorms(adapted, encoded, collect, batches=[range(6)])
+    compute = ComputeConfig(device="cpu", precision="bfloat16")
+    train(adapted, encoded, [[0, 1, 2], [3, 4, 5]], callbacks=[norms], compute=compute)
+    assert {value.dtype for value in weights_of(adapted).values()} == {torch.float32}
+    for name, column in norms.table().items():
+        assert column.dtype == np.float32
+        assert np.isfinite(column).all()
+        assert name == "norm_A" or (column > 0).all()
+    if collect == "epoch_end":  # and they are norms: those of float32 to bfloat16's three digits
+        adapted.float().eval()
+        exact = loop_norms(adapted, encoded)
+        np.testing.assert_allclose(norms.table()["norm_B"], exact[:, 1], rtol=0.1)
+
+
+# ------------------------------------------------------------------------------------------- stops
+
+
+def poisoned(row: int, value: float) -> Any:
+    """`response_losses` with another value for one row."""
+
+    def losses(model: Any, batch: Any) -> torch.Tensor:
+        return torch.where(batch.rows == row, torch.tensor(value), response_losses(model, batch))
+
+    return losses
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("batches", "at_most"), [(3, 3), (40, 16)])
+def test_a_loss_that_is_not_finite_stops_the_training_and_names_its_row(
+    value: float, batches: int, at_most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, rates = ragged_examples(4), Rates()
+    monkeypatch.setattr(finetuning, "response_losses", poisoned(2, value))
+    with pytest.raises(GradsiftError, match="the training loss of row 2 is not finite; lower the learning rate"):
+        train(adapted_model("gpt2", ["c_attn"]), encoded, [[0, 1], [2], *[[1, 3]] * (batches - 2)], callbacks=[rates])
+    assert len(rates.seen) <= at_most
+
+
+def test_a_learning_rate_that_blows_up_stops_the_training() -> None:
+    with pytest.raises(GradsiftError, match="not finite"):
+        train(
+            adapted_model("gpt2", ["c_attn"]),
+            ragged_examples(4),
+            [[0, 1], [2, 3]] * 3,
+            optimization=optimization(learning_rate=1e30),
+        )
+
+
+@pytest.mark.xfail(
+    strict=True, reason="training errors name Encoded.row, the place in the selection, not the row of the source"
+)
+def test_a_loss_that_is_not_finite_names_the_row_of_the_source(
+    tmp_path: Path, backbones: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, tiny, loaded = nano_target(backbones)
+    chosen = nano_examples(range(100, 104))
+    monkeypatch.setattr(finetuning, "response_losses", poisoned(2, float("nan")))
+    with pytest.raises(GradsiftError, match="row 102 is not finite"):
+        train_target(run, target_config(steps=2), load_backbone(loaded, tiny, CPU), chosen, tmp_path)
+
+
+class CtrlC(L.Callback):
+    """What Ctrl-C does, in the middle of the training."""
+
+    def __init__(self, real_signal: bool) -> None:
+        self._real_signal = real_signal
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        if self._real_signal:
+            signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("real_signal", [True, False])
+def test_ctrl_c_surfaces_and_the_next_one_works_again(real_signal: bool) -> None:
+    encoded, adapted = ragged_examples(2), adapted_model("gpt2", ["c_attn"])
+    norms = GradientNorms(adapted, encoded, "during_training")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt):
+        train(adapted, encoded, [[0], [1]], callbacks=[norms, CtrlC(real_signal)])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not any(module._forward_hooks for module in adapted.modules())
+
+
+@pytest.mark.xfail(strict=True, reason="fit() sets Python's own handler after Ctrl-C, whichever was there before")
+def test_ctrl_c_leaves_the_callers_own_handler_in_place() -> None:
+    def own(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, own)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(adapted_model("gpt2", ["c_attn"]), ragged_examples(2), [[0], [1]], callbacks=[CtrlC(True)])
+        assert signal.getsignal(signal.SIGINT) is own
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ------------------------------------------------------------------------------------------ target
+
+
+def target_config(**changes: Any) -> TargetConfig:
+    values = {
+        "name": "tiny",
+        "model": ModelConfig(kind="nano", nano=NanoConfig(architecture="llama", steps=20)),
+        "template": "plain",
+        "max_length": 64,
+        "batch_size": 2,
+        "learning_rate": 1e-2,
+    }
+    return TargetConfig(**(values | changes))
+
+
+def nano_target(backbones: Path) -> tuple[Runtime, ModelConfig, Artifact]:
+    run, config = runtime(backbones), target_config(steps=1).model
+    return run, config, backbone(run, config)
+
+
+def nano_examples(row_indices: Sequence[int] = range(5)) -> list[Example]:
+    words = ["ba", "fi", "ku", "la", "ne", "po", "ra"]
+    rows = [
+        (i, {"instruction": "copy the following list", "input": " ".join(words[k:]), "output": " ".join(words[k:])})
+        for k, i in enumerate(row_indices)
+    ]
+    return parse_rows(rows, "alpaca", FieldsConfig())[0]
+
+
+def test_a_plan_of_epochs_holds_every_example_once_an_epoch() -> None:
+    lengths = [3, 9, 4, 4, 7, 5, 6, 3, 8, 5]
+    plan = batch_plan(lengths, target_config(epochs=3, batch_size=4, accumulate=2), seed=0)
+    assert len(plan) == 9
+    epochs = [plan[start : start + 3] for start in (0, 3, 6)]
+    assert all(sorted(chain.from_iterable(epoch)) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert plan != batch_plan(lengths, target_config(epochs=3, batch_size=4), seed=1)
+
+
+@pytest.mark.parametrize(("steps", "accumulate", "batches"), [(1, 1, 1), (3, 1, 3), (7, 1, 7), (7, 2, 14), (2, 3, 6)])
+def test_a_plan_of_steps_holds_exactly_their_batches(steps: int, accumulate: int, batches: int) -> None:
+    lengths = [3, 9, 4, 4, 7, 5, 6, 3, 8, 5]
+    config = target_config(steps=steps, accumulate=accumulate, batch_size=4)
+    plan = batch_plan(lengths, config, seed=0)
+    assert len(plan) == batches
+    endless = batch_plan(lengths, target_config(epochs=9, batch_size=4), seed=0)
+    assert plan == endless[:batches]  # passes follow each other; the last one is cut
+
+
+@pytest.mark.xfail(strict=True, reason="batch_plan never ends where nothing was selected and target.steps is given")
+def test_a_plan_over_no_example_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = iter(range(3))
+
+    def counted(*arguments: Any) -> list[list[int]]:
+        next(passes)  # StopIteration: it would go on for ever
+        return epoch_batches(*arguments)
+
+    monkeypatch.setattr(target, "epoch_batches", counted)
+    with pytest.raises(GradsiftError):
+        batch_plan([], target_config(steps=3), seed=0)
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(5, 25)[None]).logits
+
+
+def test_a_tuned_target_comes_back_from_disk_as_it_was(tmp_path: Path, backbones: Path) -> None:
+    run, model, made = nano_target(backbones)
+    config = target_config(steps=3)
+    trained = load_backbone(made, model, CPU)
+    untouched = logits_of(trained.model)
+    info = train_target(run, config, trained, nano_examples(), tmp_path)
+    assert (info["optimizer_steps"], info["rows"]) == (3, 5)
+    tuned = Artifact("finetune", tmp_path, "fingerprint", {})
+    restored = logits_of(load_tuned(run, config, made, tuned).model)
+    torch.testing.assert_close(restored, logits_of(trained.model.eval()), rtol=0, atol=0)
+    assert (restored - untouched).abs().max() > 1e-3
+    torch.testing.assert_close(logits_of(load_tuned(run, config, made, None).model), untouched, rtol=0, atol=0)
+
+
+def test_steps_are_optimiser_steps_whatever_is_accumulated(tmp_path: Path, backbones: Path) -> None:
+    run, model, made = nano_target(backbones)
+    for accumulate in (1, 2):
+        config = target_config(steps=2, accumulate=accumulate)
+        info = train_target(run, config, load_backbone(made, model, CPU), nano_examples(), tmp_path / str(accumulate))
+        assert info["optimizer_steps"] == 2
+    config = target_config(epochs=1, accumulate=2)  # three batches: the third is a step of its own
+    info = train_target(run, config, load_backbone(made, model, CPU), nano_examples(), tmp_path / "epochs")
+    assert info["optimizer_steps"] == 2

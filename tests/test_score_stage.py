@@ -1,0 +1,228 @@
+"""Laws of the score stage: a scorer gets what it asks for, a mistake is refused before work, no NaN is ever kept."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from gradsift.artifacts import Artifact, Store
+from gradsift.config import ComputeConfig, FieldsConfig, GsnrConfig, RandomScorerConfig
+from gradsift.data.examples import Example
+from gradsift.data.formats import parse_rows
+from gradsift.errors import ConfigError, GradsiftError
+from gradsift.report.results import Results
+from gradsift.runtime import Display, Runtime
+from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
+from gradsift.scoring.stage import SCORES_FILE, Source, score, scores_of
+
+ROWS = [(10 + 3 * i, {"instruction": f"say {i}", "output": "x" * (i + 1)}) for i in range(6)]
+
+
+def pool() -> list[Example]:
+    return parse_rows(ROWS, "alpaca", FieldsConfig())[0]
+
+
+# ------------------------------------------------------------------ scorers as a user may write them
+
+
+def by_length(examples: Any, *, sign: int = 1) -> Scores:
+    return Scores(np.array([sign * len(example.output) for example in examples], dtype=float))
+
+
+def by_length_backwards(examples: Any, *, sign: int = 1) -> Scores:
+    return by_length(examples, sign=-sign)
+
+
+def needs_a_constant(count: int, *, constant: float) -> Scores:
+    return Scores(np.full(count, constant))
+
+
+def asks_for_the_impossible(count: int, labels: Any) -> Scores:
+    return Scores(np.zeros(count))
+
+
+def with_a_hole(count: int, *, hole: str) -> Scores:
+    value = float(hole)
+    return Scores(np.array([0.0, value, 1.0, 2.0, value, 3.0]))
+
+
+def of_all_statuses(count: int) -> Scores:
+    scores = Scores(np.array([0.5, np.nan, 1.5, 0.1, np.inf, 0.2]), {"part": np.arange(6.0)})
+    scores.mark(np.isnan(scores.score), UNDEFINED, "no token")
+    scores.mark(scores.score > 1, EXCLUDED, "too large")
+    return scores
+
+
+NO_FUNCTION = 3.14
+
+
+@pytest.fixture(autouse=True)
+def users_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This file's scorers as the module `my_scores`, whatever name pytest gives the file."""
+    module = ModuleType("my_scores")
+    module.__dict__.update({name: value for name, value in globals().items() if not name.startswith("__")})
+    monkeypatch.setitem(sys.modules, "my_scores", module)
+
+
+class Bench:
+    """A store with loaded data; `asked` notes which sources were read, and in which order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store = Store(folder / "store", say=lambda line: None)
+        self.runtime = Runtime(self.store, ComputeConfig(), Display(Console(file=io.StringIO())), seed=0)
+        self.loaded = self.artifact("load")
+        self.parent = self.artifact("statistics")
+        self.asked: list[str] = []
+
+    def artifact(self, stage: str, **config: Any) -> Artifact:
+        return self.store.obtain(stage, "x", config, [], lambda folder: {"rows": 6}, version=1)
+
+    def sources(self) -> dict[str, Source]:
+        values = {"count": (6, []), "examples": (pool(), []), "statistics": ("the statistics", [self.parent])}
+
+        def source(name: str, value: Any, artifacts: list[Artifact]) -> Source:
+            return Source(lambda: artifacts, lambda: (self.asked.append(name), value)[1])
+
+        return {name: source(name, *entry) for name, entry in values.items()}
+
+    def __call__(self, function: str, **options: Any) -> Artifact:
+        name = options.pop("name", "mine")
+        return self.score({"_target_": f"my_scores.{function}", "name": name, **options})
+
+    def score(self, config: Any) -> Artifact:
+        return score(self.runtime, config, self.loaded, pool, self.sources())
+
+    def unfinished(self) -> bool:
+        """Whether no score artifact is whole."""
+        return not list(self.store.root.glob("score/*/manifest.json"))
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+# -------------------------------------------------------------------------------------- the good way
+
+
+def test_a_scorer_gets_what_it_asks_for_and_its_scores_stand_in_row_order(bench: Bench) -> None:
+    artifact = bench("by_length", sign=-1)
+    assert bench.asked == ["examples"]
+    assert scores_of(artifact).score.tolist() == [-1, -2, -3, -4, -5, -6]
+    table = pq.read_table(artifact.file(SCORES_FILE))
+    assert table["example_id"].to_pylist() == [example.example_id for example in pool()]
+
+
+def test_our_own_configs_are_taken_as_they_are(bench: Bench) -> None:
+    config = RandomScorerConfig(_target_="gradsift.scoring.random.random", name="random", seed=4)
+    artifact = bench.score(config)
+    assert scores_of(artifact).score.tolist() == np.random.default_rng(4).random(6).tolist()
+
+
+def test_every_status_is_counted_and_kept_with_its_reason(bench: Bench, tmp_path: Path) -> None:
+    artifact = bench("of_all_statuses")
+    assert artifact.info == {"rows": 6, "scored": 3, "undefined": 1, "excluded": 2}
+    scores = scores_of(artifact)
+    assert scores.status.tolist() == ["scored", "undefined", "excluded", "scored", "excluded", "scored"]
+    assert scores.reason.tolist() == ["", "no token", "too large", "", "too large", ""]
+    assert scores.parts["part"].tolist() == [0, 1, 2, 3, 4, 5]
+    results = Results(tmp_path)
+    results.scored(artifact)
+    assert results.values["scores"] == {
+        "rows": 6,
+        "statuses": {"scored": 3, "undefined": 1, "excluded": 2},
+        "reasons": {"no token": 1, "too large": 2},
+    }
+
+
+def test_scores_are_made_once_and_anew_for_other_constants_or_parents(bench: Bench) -> None:
+    first, second = bench("by_length"), bench("by_length")
+    assert first.path == second.path
+    assert bench.asked == ["examples"]  # the second call read nothing
+    assert bench("by_length", sign=-1).fingerprint != first.fingerprint
+    bench.loaded = bench.artifact("load", other=True)
+    assert bench("by_length").fingerprint != first.fingerprint
+
+
+def test_another_function_of_the_same_name_never_meets_a_stale_result(bench: Bench) -> None:
+    assert scores_of(bench("by_length")).score.tolist() == [1, 2, 3, 4, 5, 6]
+    assert scores_of(bench("by_length_backwards")).score.tolist() == [-1, -2, -3, -4, -5, -6]
+
+
+# ------------------------------------------------------------------------------------------ mistakes
+
+
+def test_a_constant_that_the_scorer_does_not_have_is_refused(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match=r"scorer.eps is no constant of scorer=mine; it has sign"):
+        bench("by_length", eps=0.1)
+    with pytest.raises(ConfigError, match=r"scorer.sign is no constant of scorer=mine; it has none"):
+        bench("of_all_statuses", sign=1)
+    gsnr = GsnrConfig(_target_="gradsift.scoring.full.full", name="full")
+    with pytest.raises(ConfigError, match=r"scorer.eps is no constant of scorer=full"):
+        bench.score(gsnr)
+    assert bench.asked == []
+    assert bench.unfinished()
+
+
+def test_an_input_that_nobody_has_is_refused(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match=r"scorer=mine asks for 'labels'; .* ask for count, examples, statistics"):
+        bench("asks_for_the_impossible")
+    assert bench.asked == []
+
+
+@pytest.mark.parametrize(
+    "target", ["nowhere", "no.such.module", "my_scores.nothing", "gradsift.scoring.gsnr.gsnrr", "", "."]
+)
+def test_a_target_that_cannot_be_imported_is_refused(target: str, bench: Bench) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be imported .*; give package.module.function"):
+        bench.score({"_target_": target, "name": "mine"})
+
+
+@pytest.mark.parametrize(
+    "config", [{"name": "mine"}, {"_target_": "my_scores.by_length"}, {"_target_": 1, "name": "x"}]
+)
+def test_a_scorer_names_its_function_and_itself(config: Mapping[str, Any], bench: Bench) -> None:
+    with pytest.raises(ConfigError, match=r"scorer\.(_target_|name) is missing"):
+        bench.score(config)
+
+
+@pytest.mark.xfail(strict=True, reason="a _target_ that is no function ends as an `unexpected TypeError`")
+def test_a_target_that_is_no_function_is_refused(bench: Bench) -> None:
+    with pytest.raises(ConfigError):
+        bench("NO_FUNCTION")
+
+
+@pytest.mark.xfail(strict=True, reason="a module that fails while it is imported is only caught for ImportError")
+def test_a_target_in_a_broken_module_is_refused(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_scores.py").write_text("def mine(count:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError):
+        bench.score({"_target_": "broken_scores.mine", "name": "mine"})
+
+
+@pytest.mark.xfail(strict=True, reason="a constant without a default that is not given is a TypeError in the scorer")
+def test_a_constant_that_is_missing_is_refused(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match="constant"):
+        bench("needs_a_constant")
+
+
+@pytest.mark.parametrize("hole", ["nan", "inf", "-inf"])
+def test_a_score_that_is_no_number_stops_the_stage_and_names_the_rows_of_the_source(hole: str, bench: Bench) -> None:
+    with pytest.raises(GradsiftError, match="2 scores are NaN or infinite, the first at row 13, 22"):
+        bench("with_a_hole", hole=hole)
+    assert bench.unfinished()
+
+
+@pytest.mark.xfail(strict=True, reason="_positive lets infinity through, and the fingerprint ends in a ValueError")
+def test_a_constant_that_is_infinite_is_refused(bench: Bench) -> None:
+    with pytest.raises(ConfigError):
+        bench.score(GsnrConfig(_target_="gradsift.scoring.gsnr.gsnr", name="gsnr", eps=float("inf")))

@@ -1,0 +1,238 @@
+"""Laws of the tracker: files always, W&B offline inside the run folder and always finished, no secret written."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMOKE
+
+from gradsift.config import TrackerConfig
+from gradsift.errors import ConfigError
+from gradsift.tracking import METRICS_FILE, Tracker
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
+CURVE = [{"batch": 0, "loss": 2.5, "tokens": 30}, {"batch": 1, "loss": 2.0, "tokens": 12}]
+VALUES = {"pws": None, "accuracy": {"model": 0.5}, "by_definition": True, "files": "a text", "list": [1]}
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No login, and whatever a tracker sets in the environment is undone."""
+    for name in ("WANDB_DATA_DIR", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("NETRC", raising=False)
+
+
+@pytest.fixture
+def reached(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Every address that this process connects to besides its own machine; a library may hide the guard's error."""
+    addresses: list[Any] = []
+    guarded = socket.socket.connect
+
+    def connect(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("localhost", "127.0.0.1", "::1"):
+            addresses.append(address)
+        guarded(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    yield addresses
+
+
+def wandb_config(**changes: Any) -> TrackerConfig:
+    return TrackerConfig(**({"name": "wandb"} | changes))
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+
+
+def records(folder: Path) -> list[Any]:
+    """What the one offline run below `folder` holds (LevelDB's log format: crc, length, type before each record)."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.rglob("*.wandb")
+    data, position, found = path.read_bytes(), 7, []
+    assert len(data) < 2**15  # one block: no record is split
+    while position < len(data):
+        (length,) = struct.unpack_from("<H", data, position + 4)
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data[position + 7 : position + 7 + length])
+        found.append(record)
+        position += 7 + length
+    return found
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def test_without_a_tracker_only_the_metrics_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wandb.init", lambda **options: pytest.fail("W&B was started"))
+    with Tracker(TrackerConfig(name="none"), tmp_path, "sweep", {"name": "x"}) as tracker:
+        tracker.curve("finetune", CURVE)
+        tracker.summary(VALUES)
+    assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
+    assert lines(tmp_path) == [
+        {"batch": 0, "finetune/loss": 2.5, "finetune/tokens": 30.0},
+        {"batch": 1, "finetune/loss": 2.0, "finetune/tokens": 42.0},  # tokens seen so far
+        {"pws": None, "accuracy/model": 0.5, "by_definition": True},
+    ]
+    assert "WANDB_DATA_DIR" not in os.environ
+
+
+# --------------------------------------------------------------------------------------------- W&B
+
+
+def test_an_offline_run_is_whole_inside_the_run_folder_and_holds_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reached: list[Any]
+) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with Tracker(wandb_config(), folder, "my-sweep", {"name": "gsnr-0.1", "alpha": 0.1}) as tracker:
+        tracker.curve("finetune", CURVE)
+        tracker.summary(VALUES)
+    assert wandb.run is None
+    assert reached == []
+    assert len(lines(folder)) == 3
+    assert list((folder / "wandb").glob("offline-run-*"))
+    found = records(folder)
+    (run,) = [record.run for record in found if record.HasField("run")]
+    assert (run.display_name, run.run_group, run.project) == ("gsnr-0.1", "my-sweep", "gradsift")
+    assert [record.exit.exit_code for record in found if record.HasField("exit")] == [0]
+    assert sum(record.HasField("history") for record in found) == 2
+    summary = {item.key or item.nested_key[0]: item.value_json for r in found for item in r.summary.update}
+    assert summary["accuracy/model"] == "0.5"
+    secret = [p for p in tmp_path.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
+    assert secret == []
+
+
+def test_an_offline_run_is_finished_after_an_exception(tmp_path: Path, reached: list[Any]) -> None:
+    import wandb
+
+    with pytest.raises(ZeroDivisionError), Tracker(wandb_config(), tmp_path, None, {"name": "x"}):
+        raise ZeroDivisionError
+    assert wandb.run is None
+    assert reached == []
+    assert [record.exit.exit_code for record in records(tmp_path) if record.HasField("exit")] == [1]
+
+
+class Started:
+    """Stands for `wandb.init`; keeps what each run was started with and how it ended."""
+
+    def __init__(self) -> None:
+        self.options: list[dict[str, Any]] = []
+        self.exit_codes: list[int] = []
+        self.summary: dict[str, Any] = {}
+
+    def __call__(self, **options: Any) -> Started:
+        self.options.append(options | {"data": os.environ.get("WANDB_DATA_DIR")})
+        return self
+
+    def log(self, line: dict[str, Any]) -> None:
+        pass
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_codes.append(exit_code)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    stub = Started()
+    monkeypatch.setattr("wandb.init", stub)
+    return stub
+
+
+@pytest.mark.parametrize(("group", "expected"), [(None, "the-sweep"), ("mine", "mine")])
+def test_the_group_is_the_sweep_unless_one_is_given(
+    group: str | None, expected: str, tmp_path: Path, started: Started
+) -> None:
+    with Tracker(wandb_config(group=group), tmp_path, "the-sweep", {"name": "x"}):
+        pass
+    assert [options["group"] for options in started.options] == [expected]
+
+
+def test_the_runs_of_a_sweep_share_its_name_and_are_all_finished(gradsift, started: Started) -> None:
+    command = ("-m", *SMOKE, "tracker=wandb", "scorer=random", "stop_after=selection", "alpha=0.0001,0.1,0.2")
+    assert gradsift(*command) == 2  # the first job selects nothing
+    (sweep,) = gradsift.folder.glob("multirun/*/*")
+    assert [options["group"] for options in started.options] == [sweep.name] * 3
+    assert [options["mode"] for options in started.options] == ["offline"] * 3
+    assert [Path(options["dir"]).name for options in started.options] == [
+        "0-random-0.0001",
+        "1-random-0.1",
+        "2-random-0.2",
+    ]
+    assert started.exit_codes == [1, 0, 0]
+
+
+@pytest.mark.xfail(
+    strict=True, reason="WANDB_DATA_DIR is set by the first job of a sweep and kept: later jobs stage in its folder"
+)
+def test_each_run_of_a_sweep_stages_in_its_own_folder(tmp_path: Path, started: Started) -> None:
+    for name in ("0", "1"):
+        with Tracker(wandb_config(), tmp_path / name, "sweep", {"name": name}):
+            pass
+    assert [options["data"] for options in started.options] == [str(tmp_path / "0"), str(tmp_path / "1")]
+
+
+def test_a_data_folder_that_the_user_chose_is_respected(
+    tmp_path: Path, started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", "/somewhere")
+    with Tracker(wandb_config(), tmp_path, None, {"name": "x"}):
+        pass
+    assert [options["data"] for options in started.options] == ["/somewhere"]
+
+
+# ------------------------------------------------------------------------------------------ online
+
+
+def refused_online(folder: Path) -> None:
+    began = time.monotonic()
+    with (
+        pytest.raises(ConfigError, match=r"tracker.mode=online needs a login: .*tracker.mode=offline"),
+        Tracker(wandb_config(mode="online"), folder, None, {"name": "x"}),
+    ):
+        pytest.fail("it started")
+    assert time.monotonic() - began < 2
+
+
+def test_online_without_a_login_is_refused_at_once(tmp_path: Path, started: Started, reached: list[Any]) -> None:
+    refused_online(tmp_path)
+    assert started.options == reached == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("login", ["key", "netrc"])
+def test_online_with_a_login_is_tried(
+    login: str, tmp_path: Path, started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if login == "key":
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+    else:
+        (tmp_path / "netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {KEY}\n")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with Tracker(wandb_config(mode="online"), tmp_path, None, {"name": "x"}):
+        pass
+    assert [options["mode"] for options in started.options] == ["online"]
+
+
+@pytest.mark.xfail(strict=True, reason="any ~/.netrc counts as a W&B login, one for another machine alone too")
+def test_a_login_for_another_machine_is_no_login(
+    tmp_path: Path, started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine example.org login user password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    refused_online(tmp_path)

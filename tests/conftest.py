@@ -22,7 +22,7 @@ os.environ |= {
     "WANDB_ERROR_REPORTING": "false",
     "TOKENIZERS_PARALLELISM": "false",
 }
-SMOKE = ("experiment=smoke", "tracker=none")
+SMOKE = ("experiment=smoke", "tracker=none", "compute.threads=1")
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -71,14 +71,19 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def backbones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store that holds the two nano backbones of `experiment=smoke`, made once a session."""
     root = tmp_path_factory.mktemp("backbones")
+    import torch
+
     from gradsift.artifacts import Store
     from gradsift.config import ComputeConfig, ModelConfig, NanoConfig
     from gradsift.runtime import Display, Runtime
     from gradsift.training.backbones import backbone
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model gains nothing from two, and waits for the second on a busy machine
     runtime = Runtime(Store(root / "store"), ComputeConfig(), Display(), seed=0)
     for architecture in ("gpt2", "llama"):
         backbone(runtime, ModelConfig(kind="nano", nano=NanoConfig(architecture=architecture, steps=20)))
+    torch.set_num_threads(threads)
     return root / "store"
 
 

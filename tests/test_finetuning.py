@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,15 @@ from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.gradients.callback import COLUMNS, GradientNorms, collect_norms
 from gradsift.gradients.norms import PerSampleNorms
-from gradsift.proxy.ensemble import read_norms, train_member_epoch
+from gradsift.proxy.ensemble import ProxyInputs, read_norms, train_member_epoch
 from gradsift.runtime import Display, Runtime, derive_seed
-from gradsift.training import finetuning, lora, target
+from gradsift.training import finetuning, lora
 from gradsift.training.backbones import Backbone, backbone, load_backbone
 from gradsift.training.finetuning import Finetuning, Optimization, fit, response_losses
 from gradsift.training.target import batch_plan, load_tuned, train_target
 
 CPU = ComputeConfig(device="cpu")
+SOURCE_ROWS = range(10, 100)  # where the examples stand in their source
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +56,8 @@ def runtime(store: Path, seed: int = 0) -> Runtime:
 
 def train(adapted: Any, encoded: Sequence[Encoded], plan: Sequence[Sequence[int]], **options: Any) -> tuple[int, Any]:
     module = Finetuning(adapted, options.pop("optimization", optimization()), options.pop("first_step", 0))
-    compute = options.pop("compute", CPU)
-    return fit(module, encoded, plan, pad_id=0, compute=compute, **options), module
+    shared = {"pad_id": 0, "compute": CPU, "row_indices": SOURCE_ROWS}
+    return fit(module, encoded, plan, **(shared | options)), module
 
 
 def weights_of(adapted: Any) -> dict[str, torch.Tensor]:
@@ -180,8 +182,7 @@ def member_epoch(
     return train_member_epoch(
         runtime(folder.parent / "store"),
         config,
-        Backbone(model, tokenizer),
-        encoded,
+        ProxyInputs(Backbone(model, tokenizer), encoded, SOURCE_ROWS),
         1,
         epoch,
         before,
@@ -211,11 +212,6 @@ def test_an_epoch_continued_from_disk_equals_training_without_a_stop(
     assert stopped != early
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="collect_norms ends with adapted.train(True), which puts the frozen backbone in training mode: a backbone "
-    "with dropout (gpt2: 0.1) then trains its later epochs and members, and scores, with dropout on",
-)
 def test_an_epoch_is_the_same_in_one_process_and_after_a_restart(tmp_path: Path) -> None:
     config, encoded, kept = proxy_config(), ragged_examples(10), tiny_model("gpt2")  # GPT-2's own dropout is 0.1
     member_epoch(tmp_path / "1", kept, config, encoded, 1, None)
@@ -268,7 +264,7 @@ def test_norms_during_training_are_those_of_each_steps_weights(architecture: str
     plan = [[4, 0, 7], [1, 8], [2, 3, 5, 6]]
     rate = optimization(schedule="linear", warmup_steps=1, total_steps=4)
     adapted = adapted_model(architecture, ["all-linear"])
-    norms = GradientNorms(adapted, encoded, "during_training")
+    norms = GradientNorms(adapted, encoded, "during_training", row_indices=SOURCE_ROWS)
     train(adapted, encoded, plan, optimization=rate, callbacks=[norms])
 
     twin = adapted_model(architecture, ["all-linear"])
@@ -290,7 +286,9 @@ def test_norms_during_training_are_those_of_each_steps_weights(architecture: str
 def test_norms_at_the_epochs_end_are_those_of_its_final_weights(architecture: str) -> None:
     encoded, adapted = ragged_examples(9), adapted_model(architecture, ["all-linear"])
     start = loop_norms(adapted, encoded)
-    norms = GradientNorms(adapted, encoded, "epoch_end", batches=[[8, 3], [0, 1, 2, 4], [5, 6, 7]])
+    norms = GradientNorms(
+        adapted, encoded, "epoch_end", batches=[[8, 3], [0, 1, 2, 4], [5, 6, 7]], row_indices=SOURCE_ROWS
+    )
     train(adapted, encoded, [[0, 1, 2, 3], [4, 5, 6, 7, 8]], callbacks=[norms])
     assert all(parameter.grad is None for parameter in adapted.parameters())
     found = np.stack([norms.table()[name] for name in COLUMNS], 1)
@@ -316,9 +314,6 @@ def test_a_collection_pass_leaves_mode_and_gradients_as_they_were(training: bool
     assert not any(module._forward_hooks for module in adapted.modules())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="collect_norms restores the mode of the whole by that of its top: see the restart law above"
-)
 def test_a_collection_pass_leaves_the_frozen_backbone_in_evaluation_mode() -> None:
     adapted = lora.add_adapter(tiny_model("gpt2"), LoraConfig(rank=2, dropout=0.5), seed=0)
     modes = {name: module.training for name, module in adapted.named_modules()}
@@ -335,10 +330,21 @@ def test_dropout_is_off_in_a_collection_pass() -> None:
     np.testing.assert_array_equal(collected(dropped, encoded), collected(plain.eval(), encoded))
 
 
+def test_a_norm_that_is_not_finite_names_the_row_of_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded, adapted = ragged_examples(3), adapted_model("gpt2", ["c_attn"])
+    monkeypatch.setattr(
+        "gradsift.gradients.norms.squared_norms", lambda *maps: torch.tensor([1.0, float("nan"), float("inf")])
+    )
+    norms = GradientNorms(adapted, encoded, "during_training", row_indices=SOURCE_ROWS)
+    train(adapted, encoded, [[2, 1, 0]], callbacks=[norms])
+    with pytest.raises(GradsiftError, match="the gradient norm of row 11, 10 is not finite"):
+        norms.table()
+
+
 @pytest.mark.parametrize("plan", [[[0, 1], [2]], [[0, 1], [2, 3], [3]]])
 def test_an_example_without_exactly_one_norm_is_an_error(plan: list[list[int]]) -> None:
     encoded, adapted = ragged_examples(4), adapted_model("gpt2", ["c_attn"])
-    norms = GradientNorms(adapted, encoded, "during_training")
+    norms = GradientNorms(adapted, encoded, "during_training", row_indices=SOURCE_ROWS)
     train(adapted, encoded, plan, callbacks=[norms])
     with pytest.raises(GradsiftError, match="exactly one"):
         norms.table()
@@ -348,7 +354,7 @@ def test_an_example_without_exactly_one_norm_is_an_error(plan: list[list[int]]) 
 def test_bfloat16_runs_on_the_cpu_and_its_norms_are_finite_float32(collect: str) -> None:
     encoded = ragged_examples(6)
     adapted = lora.add_adapter(tiny_model("llama").to(torch.bfloat16), LoraConfig(rank=2), seed=1)
-    norms = GradientNorms(adapted, encoded, collect, batches=[range(6)])
+    norms = GradientNorms(adapted, encoded, collect, batches=[range(6)], row_indices=SOURCE_ROWS)
     compute = ComputeConfig(device="cpu", precision="bfloat16")
     train(adapted, encoded, [[0, 1, 2], [3, 4, 5]], callbacks=[norms], compute=compute)
     assert {value.dtype for value in weights_of(adapted).values()} == {torch.float32}
@@ -381,7 +387,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_its_row(
 ) -> None:
     encoded, rates = ragged_examples(4), Rates()
     monkeypatch.setattr(finetuning, "response_losses", poisoned(2, value))
-    with pytest.raises(GradsiftError, match="the training loss of row 2 is not finite; lower the learning rate"):
+    with pytest.raises(GradsiftError, match="the training loss of row 12 is not finite; lower the learning rate"):
         train(adapted_model("gpt2", ["c_attn"]), encoded, [[0, 1], [2], *[[1, 3]] * (batches - 2)], callbacks=[rates])
     assert len(rates.seen) <= at_most
 
@@ -396,9 +402,6 @@ def test_a_learning_rate_that_blows_up_stops_the_training() -> None:
         )
 
 
-@pytest.mark.xfail(
-    strict=True, reason="training errors name Encoded.row, the place in the selection, not the row of the source"
-)
 def test_a_loss_that_is_not_finite_names_the_row_of_the_source(
     tmp_path: Path, backbones: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,7 +427,7 @@ class CtrlC(L.Callback):
 @pytest.mark.parametrize("real_signal", [True, False])
 def test_ctrl_c_surfaces_and_the_next_one_works_again(real_signal: bool) -> None:
     encoded, adapted = ragged_examples(2), adapted_model("gpt2", ["c_attn"])
-    norms = GradientNorms(adapted, encoded, "during_training")
+    norms = GradientNorms(adapted, encoded, "during_training", row_indices=SOURCE_ROWS)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with pytest.raises(KeyboardInterrupt):
         train(adapted, encoded, [[0], [1]], callbacks=[norms, CtrlC(real_signal)])
@@ -432,7 +435,6 @@ def test_ctrl_c_surfaces_and_the_next_one_works_again(real_signal: bool) -> None
     assert not any(module._forward_hooks for module in adapted.modules())
 
 
-@pytest.mark.xfail(strict=True, reason="fit() sets Python's own handler after Ctrl-C, whichever was there before")
 def test_ctrl_c_leaves_the_callers_own_handler_in_place() -> None:
     def own(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -495,19 +497,6 @@ def test_a_plan_of_steps_holds_exactly_their_batches(steps: int, accumulate: int
     assert plan == endless[:batches]  # passes follow each other; the last one is cut
 
 
-@pytest.mark.xfail(strict=True, reason="batch_plan never ends where nothing was selected and target.steps is given")
-def test_a_plan_over_no_example_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = iter(range(3))
-
-    def counted(*arguments: Any) -> list[list[int]]:
-        next(passes)  # StopIteration: it would go on for ever
-        return epoch_batches(*arguments)
-
-    monkeypatch.setattr(target, "epoch_batches", counted)
-    with pytest.raises(GradsiftError):
-        batch_plan([], target_config(steps=3), seed=0)
-
-
 def logits_of(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=torch.arange(5, 25)[None]).logits
@@ -525,6 +514,13 @@ def test_a_tuned_target_comes_back_from_disk_as_it_was(tmp_path: Path, backbones
     torch.testing.assert_close(restored, logits_of(trained.model.eval()), rtol=0, atol=0)
     assert (restored - untouched).abs().max() > 1e-3
     torch.testing.assert_close(logits_of(load_tuned(run, config, made, None).model), untouched, rtol=0, atol=0)
+
+
+def test_a_selection_without_a_response_token_is_refused(tmp_path: Path, backbones: Path) -> None:
+    run, model, made = nano_target(backbones)
+    silent = [replace(example, output=" ") for example in nano_examples()]
+    with pytest.raises(GradsiftError, match="no selected example has a response token"):
+        train_target(run, target_config(steps=2), load_backbone(made, model, CPU), silent, tmp_path)
 
 
 def test_steps_are_optimiser_steps_whatever_is_accumulated(tmp_path: Path, backbones: Path) -> None:

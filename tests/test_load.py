@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,10 @@ def loaded(tmp_path: Path, path: Path, **changes: Any) -> Artifact:
     return load(runtime(tmp_path / "store"), JsonDataConfig(name="json", path=str(path), **changes))
 
 
+def counts(info: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(info[name] for name in ("rows", "accepted", "heldout", "rejected"))
+
+
 def ids(examples: Any) -> list[str]:
     return [example.example_id for example in examples]
 
@@ -65,7 +70,7 @@ def test_every_row_is_either_an_example_or_rejected_with_a_reason(name: str, tmp
     assert "NUL" in rejected[3]["reason"]
     assert [example.row_index for example in pool] == [i for i in range(len(ROWS)) if i not in REJECTED]
     assert [example.original for example in pool] == [ROWS[example.row_index] for example in pool]
-    assert artifact.info == {"rows": 23, "accepted": 23, "heldout": 0, "rejected": 4}
+    assert counts(artifact.info) == (23, 23, 0, 4)
     assert heldout_of(artifact) == []
     assert labels_of(artifact) is None
     if name == "rows.jsonl":
@@ -85,7 +90,7 @@ def test_limit_and_holdout_draw_disjoint_rows_in_the_order_of_the_file(tmp_path:
     artifact = loaded(tmp_path, path, limit=8, holdout=5)
     pool, held = pool_of(artifact), heldout_of(artifact)
     assert (len(pool), len(held)) == (8, 5)
-    assert artifact.info == {"rows": 8, "accepted": 23, "heldout": 5, "rejected": 4}
+    assert counts(artifact.info) == (8, 23, 5, 4)
     assert not set(ids(pool)) & set(ids(held))
     for examples in (pool, held):
         rows = [example.row_index for example in examples]
@@ -113,9 +118,9 @@ def test_other_names_of_the_columns(tmp_path: Path) -> None:
     assert example.original == {"q": "Say a.", "context": "b", "a": "a it is"}
 
 
-@pytest.mark.parametrize("name", ["nowhere.json", "."])
-def test_a_path_that_is_no_file_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is not a file"):
+@pytest.mark.parametrize(("name", "reason"), [("nowhere.json", "does not exist"), (".", "is a folder")])
+def test_a_path_that_is_no_file_is_refused(name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=reason):
         loaded(tmp_path, tmp_path / name)
 
 
@@ -152,9 +157,6 @@ def test_every_option_that_changes_the_rows_is_in_the_fingerprint(change: dict[s
     assert loaded(tmp_path, path).fingerprint != loaded(tmp_path, path, **change).fingerprint
 
 
-@pytest.mark.xfail(
-    strict=True, reason="path.suffixes[-2:] takes part of a dotted stem: rows.v1.json and rows.v2.json differ"
-)
 def test_a_dot_in_the_name_of_a_file_is_no_other_content(tmp_path: Path) -> None:
     first, second = (loaded(tmp_path, write(tmp_path / name)) for name in ("rows.v1.json", "rows.v2.json"))
     assert first.fingerprint == second.fingerprint
@@ -181,16 +183,12 @@ def test_the_selection_holds_every_original_column(gradsift) -> None:
         assert row == ROWS[index]
         assert set(own) == {"rank", "score", "example_id", "row_index"}
     (run,) = gradsift.runs()
-    assert run["data"] == {"rows": 23, "accepted": 23, "heldout": 0, "rejected": 4}
+    assert counts(run["data"]) == (23, 23, 0, 4)
     rejected = Path(run["files"]["rejected rows"])
     rejected = rejected if rejected.is_absolute() else gradsift.folder / rejected
     assert len(rejected.read_text().splitlines()) == 4
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="half a surrogate pair in another column is accepted on loading, but write_selection writes UTF-8 unescaped",
-)
 def test_a_column_that_utf_8_cannot_hold_comes_through(gradsift) -> None:
     rows = [{"instruction": "a", "output": "b", "raw": "cut \ud83d"}, {"instruction": "c", "output": "d", "raw": ""}]
     assert {row["raw"] for row in select_all(gradsift, rows)} == {"cut \ud83d", ""}
@@ -238,10 +236,6 @@ def test_another_world_is_another_artifact(change: dict[str, Any], tmp_path: Pat
     assert world(tmp_path).fingerprint != world(tmp_path, **change).fingerprint
 
 
-@pytest.mark.xfail(strict=True, reason="data.holdout is accepted for the embedded world and then ignored in silence")
-def test_a_holdout_of_the_world_is_kept_or_refused(tmp_path: Path) -> None:
-    try:
-        artifact = world(tmp_path, holdout=10)
-    except ConfigError:
-        return
-    assert artifact.info["rows"] == 290
+def test_a_holdout_of_the_world_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.holdout"):  # its benchmark is the held-out set
+        world(tmp_path, holdout=10)

@@ -210,6 +210,76 @@ def test_a_user_scorer_stands_on_the_same_interface(gradsift, monkeypatch) -> No
     assert lengths == sorted(lengths)
 
 
+def test_a_judge_without_a_key_is_refused_before_any_training(gradsift, capsys, monkeypatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert gradsift(*SMOKE, "judge=openai") == 2
+    assert "OPENAI_API_KEY" in capsys.readouterr().err
+    assert {stage["name"] for stage in gradsift.runs()[0]["stages"]} == {"load"}
+
+
+def test_a_benchmark_of_ones_own_is_added_on_the_command_line(gradsift) -> None:
+    questions = gradsift.folder / "questions.json"
+    questions.write_text(
+        json.dumps([{"question": "copy : ba", "answer": "ba"}, {"question": "add : 1 2", "answer": "3"}])
+    )
+    entry = f"{{path: {questions}, instruction: question, reference: answer}}"
+    own = (f"+benchmark.catalog.mine={entry}", "benchmark.sets=[verifiable,mine]")
+    assert gradsift(*SMOKE, *own) == 0
+    (run,) = gradsift.runs()
+    assert set(run["benchmarks"]) == {"verifiable", "mine"}
+    assert run["pooled"]["n"] == 26 + 2
+
+
+def test_a_benchmark_file_that_is_not_there_is_refused_before_any_training(gradsift, capsys) -> None:
+    own = (
+        "benchmark.sets=[vicuna]",
+        "benchmark.catalog.vicuna.path=nowhere.jsonl",
+        "judge=openai",
+        "judge.base_url=http://127.0.0.1:9",
+    )
+    assert gradsift(*SMOKE, *own) == 2
+    assert "nowhere.jsonl" in capsys.readouterr().err
+    assert {stage["name"] for stage in gradsift.runs()[0]["stages"]} == {"load"}
+
+
+def test_a_selection_of_nothing_is_refused_with_the_reason(gradsift, capsys, monkeypatch) -> None:
+    (gradsift.folder / "no_scores.py").write_text(
+        "from gradsift.scoring.scores import UNDEFINED, Scores\n"
+        "import numpy as np\n"
+        "def none(count):\n"
+        "    scores = Scores(np.full(count, np.nan))\n"
+        "    scores.mark(np.isnan(scores.score), UNDEFINED, 'no opinion')\n"
+        "    return scores\n"
+    )
+    monkeypatch.syspath_prepend(str(gradsift.folder))
+    assert gradsift(*SMOKE, "~scorer", "+scorer={_target_: no_scores.none, name: none}") == 2
+    assert "none can be selected (no opinion)" in capsys.readouterr().err
+
+
+def test_runs_that_differ_in_more_than_a_seed_are_not_averaged(gradsift, capsys) -> None:
+    assert gradsift("-m", *SMOKE, "scorer.eps=1e-8,1e-1", "seed=0,1") == 0
+    table = capsys.readouterr().out.split("PWS against")[1]
+    assert "means of 2 seeds" in table
+    assert "scorer.eps=1e-08" in table
+    assert "scorer.eps=0.1" in table
+
+
+def test_an_edited_scorer_of_ones_own_is_not_answered_from_the_store(gradsift) -> None:
+    """In processes of their own: a module is imported once a process."""
+    scorer = gradsift.folder / "edited.py"
+    command = [sys.executable, str(REPOSITORY / "run.py"), *SMOKE, "stop_after=selection"]
+    command += ["~scorer", "+scorer={_target_: edited.by_length, name: by_length}"]
+    for sign in ("", "-"):
+        scorer.write_text(
+            "from gradsift.scoring.scores import Scores\nimport numpy as np\n"
+            f"def by_length(examples):\n    return Scores(np.array([{sign}len(e.output) for e in examples], float))\n"
+        )
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(gradsift.folder)})
+    first, second = (names(run, reused=False) for run in gradsift.runs())
+    assert "score" in first
+    assert "score" in second
+
+
 @pytest.mark.parametrize("moment", ["member", "finetune", "judge"])
 def test_kill_9_loses_nothing_and_changes_nothing(gradsift, moment: str, tmp_path: Path) -> None:
     """The command that was killed, given again, ends with the same bytes as one that was never killed."""

@@ -26,13 +26,23 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from gradsift.errors import GradsiftError
 
 MANIFEST = "manifest.json"
 _PATIENCE = 3.0  # seconds before a wait for another process is said
 _HASH_LIMIT = 256 * 2**20  # bytes; beyond this reuse checks a file's size alone
-_STORE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO)
+_STORE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EIO,
+    errno.EFBIG,
+)
 _PACKAGES = ("gradsift", "torch", "transformers", "peft", "lightning", "numpy")
 
 
@@ -47,6 +57,11 @@ class Artifact:
 
     def file(self, name: str) -> Path:
         return self.path / name
+
+    @property
+    def identity(self) -> str:
+        """What children hash: the fingerprint, and for what came from outside also its content (`info["content"]`)."""
+        return f"{self.fingerprint}:{self.info.get('content', '')}"
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -111,11 +126,12 @@ class Store:
                     found = self._whole(stage, path, fingerprint)  # another process may have finished it
                     if found is None:
                         return self._make(stage, path, fingerprint, config, parents, make, version, keep_part)
-        except OSError as error:
-            if error.errno not in _STORE_ERRORS:
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, OSError) and error.errno not in _STORE_ERRORS:
                 raise
+            reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
             raise GradsiftError(
-                f"stage {stage} could not keep its work in {path.parent}: {error.strerror or error}; "
+                f"stage {stage} could not keep its work in {path.parent}: {reason}; "
                 "give another folder with artifacts=DIR or GRADSIFT_ARTIFACTS, or free this one"
             ) from error
         self._record(found, reused=True, seconds=time.perf_counter() - started, steps=0)
@@ -180,11 +196,13 @@ class Store:
         manifest: dict[str, Any] = {}
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            if not {"files", "info", "git_sha"} <= set(manifest):
+                raise KeyError
             for name, described in manifest["files"].items():
                 if not (path / name).is_file() or _describe(path / name) != described:
                     damage = f"{name} is missing or is not what was written"
                     break
-        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError):
+        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
             damage = f"{MANIFEST} cannot be read"
         if damage is None:
             return Artifact(stage, path, fingerprint, manifest)
@@ -211,11 +229,16 @@ class Store:
         return [asdict(record) for record in self.records]
 
 
+def content_hash(content: Mapping[str, Any]) -> str:
+    """SHA-256 over JSON values, whatever the order of the keys."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def fingerprint_of(stage: str, version: int, config: Mapping[str, Any], parents: Sequence[Artifact]) -> str:
     """12 hex digits over everything that changes the result."""
-    identity = {"stage": stage, "version": version, "config": config, "parents": [p.fingerprint for p in parents]}
-    text = json.dumps(identity, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    identity = {"stage": stage, "version": version, "config": config, "parents": [p.identity for p in parents]}
+    return content_hash(identity)[:12]
 
 
 def file_hash(path: Path) -> str:

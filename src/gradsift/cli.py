@@ -6,26 +6,37 @@ problem that the user can mend ends as one line and exit code 2; in a sweep the 
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
+import re
+import signal
 import sys
-import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from gradsift import config as config_module
 from gradsift.config import Config, dump_config, load_config, register_schemas, restore_config
 from gradsift.errors import ConfigError, GradsiftError
 
 CONFIG_FILE = "config.yaml"
 _failed = False  # whether any job of this process failed
+_traced = False  # whether the user asked for traces with HYDRA_FULL_ERROR=1
+_SEEDS = (("values", "seed"), ("values", "data", "seed"), ("values", "scorer", "seed"))
 
 
 def conf_folder() -> Path:
@@ -40,18 +51,56 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     register_schemas()
     arguments = sys.argv[1:]
+    global _traced
+    _traced = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         if arguments in (["--help"], ["-h"]):
             print((conf_folder() / "help.txt").read_text(encoding="utf-8"), end="")
         elif arguments[:1] == ["--replay"]:
             replay(arguments[1:])
         else:
-            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(_job)()
+            with _hydra_raises():
+                hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(_job)()
+    except (HydraException, OmegaConfBaseException) as error:  # a group, an option or a type that is not there
+        if _traced:
+            raise
+        _fail(_in_one_line(f"{error}\n{error.__cause__ or ''}"))
+    except OSError as error:
+        if _traced:
+            raise
+        _fail(f"the folder of the run cannot be written: {error}; give another with hydra.run.dir=DIR")
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would cut the message short
         _error("interrupted; what is finished is kept, and the same command goes on from there")
         sys.exit(130)
     if _failed:
         sys.exit(2)
+
+
+@contextmanager
+def _hydra_raises() -> Iterator[None]:
+    """Have Hydra raise its errors instead of printing several lines and leaving with code 1."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _in_one_line(message: str) -> str:
+    """Hydra's composition errors without where it searched, and with the likeliest spelling."""
+    kept = message.split("Config search path:")[0].split("full_key:")[0]
+    text = " ".join(part.strip() for part in kept.splitlines() if part.strip() and "To append" not in part)
+    if match := re.search(r"Key '(\w+)' not in '(\w+)'", text):
+        known = getattr(config_module, match[2], None)
+        names = [field.name for field in fields(known)] if known is not None and is_dataclass(known) else []
+        if close := difflib.get_close_matches(match[1], names, n=1):
+            text += f"; did you mean {close[0]}?"
+    return text
 
 
 def _job(composed: DictConfig) -> float | None:
@@ -83,7 +132,10 @@ def replay(arguments: list[str]) -> None:
     folder.mkdir(parents=True)
 
     def load() -> Config:
-        dumped = OmegaConf.to_container(OmegaConf.load(source))
+        try:
+            dumped = OmegaConf.to_container(OmegaConf.load(source))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{source} cannot be read ({str(error).splitlines()[0]})") from error
         if not isinstance(dumped, dict):
             raise ConfigError(f"{source} is not the config of a run")
         return restore_config(dumped)  # type: ignore[arg-type]
@@ -101,15 +153,16 @@ def attempt(load: Any, folder: Path, overrides: list[str], sweep: str | None, nu
         config = load()
         return execute(config, folder, overrides, sweep, number)
     except GradsiftError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if _traced:
             raise
         _fail(str(error))
         _note_failure(folder, overrides, str(error))
     except Exception as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if _traced:
             raise
         (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        _fail(f"unexpected {type(error).__name__}: {error} (a defect of gradsift; trace in {folder / 'error.txt'})")
+        reason = (str(error) or "no message").splitlines()[0]
+        _fail(f"unexpected {type(error).__name__}: {reason} (a defect of gradsift; trace in {folder / 'error.txt'})")
         _note_failure(folder, overrides, f"{type(error).__name__}: {error}")
     return None
 
@@ -130,29 +183,36 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     view.plan(plan_of(config))
     (folder / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.create(dump_config(config))), encoding="utf-8")
     store = Store(Path(config.artifacts), view.display.say, view.stage_done)
-    results = Results(folder)
     about = _about(config, overrides)
-    started = time.perf_counter()
     with Tracker(config.tracker, folder, sweep, about) as tracker:
+        results = Results(folder, tracker, store, about)
         try:
             run(config, Runtime(store, config.compute, view.display, config.seed), results)
         except BaseException as error:
-            about["seconds"] = round(time.perf_counter() - started, 3)
-            status = "failed" if isinstance(error, Exception) else "interrupted"
-            results.write(status, store, about, str(error) or type(error).__name__)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave run.json and W&B half closed
+            results.finish("failed" if isinstance(error, Exception) else "interrupted", str(error))
+            if isinstance(error, Exception):
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             raise
-        about["seconds"] = round(time.perf_counter() - started, 3)
-        results.write("stopped" if config.stop_after else "finished", store, about)
-        results.track(tracker)
+        results.finish("stopped" if config.stop_after else "finished")
     view.finished(folder, in_sweep=sweep is not None)
     pws = results.values.get("pws")
     return None if pws is None else float(pws)
 
 
 def _about(config: Config, overrides: list[str]) -> dict[str, Any]:
+    from gradsift.artifacts import content_hash
+
     name = config.scorer_name if config.scorer_name == "full" else f"{config.scorer_name}-{config.alpha:g}"
+    dumped = dump_config(config)
+    for *path, last in _SEEDS:
+        node = dumped
+        for key in path:
+            node = node[key]
+        node.pop(last, None)
     return {
         "name": name,
+        "variant": content_hash(dumped)[:12],  # the whole config but its seeds: what repeats share
         "overrides": overrides,
         "scorer": config.scorer_name,
         "alpha": config.alpha,

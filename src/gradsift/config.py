@@ -9,6 +9,7 @@ reads a whole `Config`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,13 +28,13 @@ def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _at_least(option: str, value: float | None, least: float) -> None:
-    if value is not None and not value >= least:
-        raise ConfigError(f"{option}={value} is too small; give at least {least}")
+    if value is not None and not least <= value < math.inf:
+        raise ConfigError(f"{option}={value} is out of range; give at least {least}, and a finite number")
 
 
 def _positive(option: str, value: float) -> None:
-    if not value > 0:
-        raise ConfigError(f"{option}={value} must be greater than 0")
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{option}={value} must be greater than 0 and finite")
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -64,6 +65,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _at_least("data.limit", self.limit, 1)
         _at_least("data.holdout", self.holdout, 0)
+        _at_least("data.seed", self.seed, 0)
 
 
 DATA_FORMATS = ("auto", "alpaca", "messages", "sharegpt", "prompt_completion")
@@ -87,7 +89,7 @@ class HubDataConfig(DataConfig):
     """A dataset of the Hugging Face hub."""
 
     id: str = MISSING
-    revision: str | None = None  # a commit; the newest one when empty
+    revision: str | None = None  # a commit; when empty the one that is current at first use, for this store
     split: str = "train"
     format: str = "auto"
     fields: FieldsConfig = field(default_factory=FieldsConfig)
@@ -110,6 +112,10 @@ class VerifiableDataConfig(DataConfig):
         super().__post_init__()
         _at_least("data.size", self.size, 1)
         _at_least("data.benchmark_items", self.benchmark_items, 1)
+        if self.holdout:
+            raise ConfigError(
+                "data.holdout has no use for data=verifiable: its benchmark is the held-out set; leave it 0"
+            )
         for option, share in (("data.spoilt", self.spoilt), ("data.duplicates", self.duplicates)):
             if not 0 <= share < 1:
                 raise ConfigError(f"{option}={share} is no share; give a number from 0 to below 1")
@@ -133,6 +139,10 @@ class NanoConfig:
     def __post_init__(self) -> None:
         _one_of("model.nano.architecture", self.architecture, ("gpt2", "llama"))
         _at_least("model.nano.steps", self.steps, 1)
+        _at_least("model.nano.batch_size", self.batch_size, 1)
+        _at_least("model.nano.seed", self.seed, 0)
+        _positive("model.nano.learning_rate", self.learning_rate)
+        _at_least("model.nano.prompt_loss_weight", self.prompt_loss_weight, 0)
 
 
 @dataclass
@@ -141,7 +151,7 @@ class ModelConfig:
 
     kind: str = "pretrained"  # pretrained: hub id or folder; nano: pretrained here; smollm2: from its package
     path: str | None = None  # hub id or local folder, for kind=pretrained
-    revision: str | None = None  # hub commit, for kind=pretrained
+    revision: str | None = None  # hub commit; when empty the one that is current at first use, for this store
     trust_remote_code: bool = False
     nano: NanoConfig = field(default_factory=NanoConfig)
 
@@ -162,6 +172,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _at_least("lora.rank", self.rank, 1)
+        _positive("lora.alpha", self.alpha)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout={self.dropout} is no probability; give a number from 0 to below 1")
         if not self.targets:
@@ -178,6 +189,7 @@ def _check_training(group: str, config: ProxyConfig | TargetConfig) -> None:
     _at_least(f"{group}.max_length", config.max_length, 2)
     _at_least(f"{group}.batch_size", config.batch_size, 1)
     _at_least(f"{group}.warmup_steps", config.warmup_steps, 0)
+    _at_least(f"{group}.weight_decay", config.weight_decay, 0)
     _positive(f"{group}.learning_rate", config.learning_rate)
 
 
@@ -282,6 +294,9 @@ class RandomScorerConfig(ScorerConfig):
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _at_least("scorer.seed", self.seed, 0)
+
 
 @dataclass
 class SuperfilterConfig(ScorerConfig):
@@ -318,12 +333,24 @@ class BenchmarkSetConfig:
     reference: str | None = None  # the reference answer, for judge=verifier
 
 
+def _benchmark_set(name: str, entry: Any) -> BenchmarkSetConfig:
+    if isinstance(entry, BenchmarkSetConfig):
+        return entry
+    known = [f.name for f in dataclasses.fields(BenchmarkSetConfig)]
+    for key, value in entry.items():
+        if key not in known:
+            raise ConfigError(f"benchmark.catalog.{name}.{key} is not known; an entry has {', '.join(known)}")
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"benchmark.catalog.{name}.{key}={value!r} must be text")
+    return BenchmarkSetConfig(**entry)
+
+
 @dataclass
 class BenchmarkConfig:
     """Which questions the finetuned models answer, and how."""
 
     sets: list[str] = field(default_factory=list)
-    catalog: dict[str, BenchmarkSetConfig] = field(default_factory=dict)
+    catalog: dict[str, Any] = field(default_factory=dict)  # name: BenchmarkSetConfig, or its fields
     upstream: str | None = None  # base address that the catalog's entries may refer to
     limit: int | None = None  # the first items of each set
     max_new_tokens: int = 512
@@ -335,6 +362,7 @@ class BenchmarkConfig:
         _at_least("benchmark.batch_size", self.batch_size, 1)
         if not self.sets:
             raise ConfigError("benchmark.sets is empty; name at least one, as in benchmark.sets=[vicuna]")
+        self.catalog = {name: _benchmark_set(name, entry) for name, entry in self.catalog.items()}
         for name in self.sets:
             if name != EMBEDDED and name not in self.catalog:
                 known = ", ".join([EMBEDDED, *self.catalog])
@@ -370,6 +398,11 @@ class LocalJudgeConfig(JudgeConfig):
     max_length: int = 2048
     batch_size: int = 8
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("judge.max_length", self.max_length, 16)
+        _at_least("judge.batch_size", self.batch_size, 1)
+
 
 @dataclass
 class OpenaiJudgeConfig(JudgeConfig):
@@ -388,6 +421,13 @@ class OpenaiJudgeConfig(JudgeConfig):
         super().__post_init__()
         _at_least("judge.retries", self.retries, 0)
         _at_least("judge.concurrency", self.concurrency, 1)
+        _at_least("judge.max_tokens", self.max_tokens, 1)
+        _at_least("judge.temperature", self.temperature, 0)
+        if self.base_url and "@" in self.base_url:
+            raise ConfigError(
+                "judge.base_url holds a user name or password, which would be written to the run's folder; "
+                f"put the key into the environment variable {self.api_key_env}"
+            )
         _positive("judge.timeout", self.timeout)
 
 
@@ -449,6 +489,7 @@ class Config:
                 f"alpha={self.alpha} is no share of the data; give a number above 0 and up to 1, as in 0.1"
             )
         _one_of("budget_base", self.budget_base, ("accepted", "scored"))
+        _at_least("seed", self.seed, 0)
         if self.stop_after is not None:
             _one_of("stop_after", self.stop_after, STAGES)
         self._check_ensemble()
@@ -477,7 +518,7 @@ class Config:
     def _check_embedded_parts(self) -> None:
         """The nano models and the embedded benchmark know nothing outside the embedded world."""
         foreign = []
-        if self.proxy.model.kind == "nano":
+        if self.proxy.model.kind == "nano" and self.scorer_name not in ("random", "full"):
             foreign.append("proxy=nano (choose proxy=smollm2 or proxy=gpt2)")
         if self.reaches("finetune") and self.target.model.kind == "nano":
             foreign.append("target=nano (choose target=smollm2 or target=llama2_7b, or stop_after=selection)")

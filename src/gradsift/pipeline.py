@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,11 @@ from gradsift.artifacts import Artifact
 from gradsift.config import Config, VerifiableDataConfig
 from gradsift.data.examples import Example
 from gradsift.data.load import load, pool_of
-from gradsift.data.tokens import Encoded, encode
+from gradsift.data.tokens import encode
 from gradsift.evaluation import stages as evaluation
 from gradsift.evaluation.benchmarks import Item
 from gradsift.gradients.statistics import read_statistics, statistics
-from gradsift.proxy.ensemble import read_norms, train_ensemble
+from gradsift.proxy.ensemble import ProxyInputs, read_norms, train_ensemble
 from gradsift.report.results import Results
 from gradsift.runtime import Runtime
 from gradsift.scoring.stage import Source, score
@@ -33,7 +32,7 @@ from gradsift.selection.budget import budget
 from gradsift.selection.stage import positions_of, select
 from gradsift.training.backbones import Backbone, backbone, load_backbone
 from gradsift.training.finetuning import device_of
-from gradsift.training.target import finetune
+from gradsift.training.target import finetune, say_report
 
 
 def run(config: Config, runtime: Runtime, results: Results) -> None:
@@ -42,13 +41,14 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
     results.loaded(line.loaded)
     if config.stop_after == "load":
         return
-    if not line.keeps_all:
-        budget(config.alpha, int(line.loaded.info["rows"]))  # refused now, not after the training
+    line.check()
     if config.stop_after == "statistics":
         line.statistics()
         return
     scored = score(runtime, config.scorer, line.loaded, lambda: line.pool, line.sources())
     results.scored(scored)
+    if line.has_ensemble:
+        results.ensemble(line.ensemble)
     if config.stop_after == "scores":
         return
     selection = line.select(scored)
@@ -85,6 +85,18 @@ class Line:
         self.keeps_all = config.scorer_name == "full"
         self.loaded = load(runtime, config.data)
 
+    def check(self) -> None:
+        """Refuse now what would fail only after hours of training."""
+        config = self.config
+        if not self.keeps_all:
+            budget(config.alpha, int(self.loaded.info["rows"]))
+        if config.reaches("judge"):
+            evaluation.check_judge(self.runtime, config.judge)
+        if config.reaches("generate"):
+            _ = self.items
+        if config.reaches("finetune"):
+            _ = self.target
+
     @functools.cached_property
     def pool(self) -> list[Example]:
         return pool_of(self.loaded)
@@ -102,20 +114,21 @@ class Line:
         return loaded
 
     @functools.cached_property
-    def proxy_encoded(self) -> tuple[Backbone, Sequence[Encoded]]:
+    def proxy_inputs(self) -> ProxyInputs:
         model, proxy = self.proxy_backbone, self.config.proxy
         encoded, report = encode(self.pool, model.tokenizer, proxy.template, min(proxy.max_length, model.context))
-        if report.truncated_prompts or report.truncated_responses:
-            self.runtime.display.say(
-                f"of {len(encoded):,} rows {report.truncated_prompts:,} prompts and {report.truncated_responses:,} "
-                f"responses were cut to proxy.max_length={proxy.max_length}"
-            )
-        return model, encoded
+        say_report(self.runtime, report, len(self.pool), "proxy")
+        return ProxyInputs(model, encoded, [example.row_index for example in self.pool])
 
     @functools.cached_property
     def ensemble(self) -> list[list[Artifact]]:
         """Members and epochs, as [member][epoch - 1]."""
-        return train_ensemble(self.runtime, self.config.proxy, self.proxy, self.loaded, lambda: self.proxy_encoded)
+        return train_ensemble(self.runtime, self.config.proxy, self.proxy, self.loaded, lambda: self.proxy_inputs)
+
+    @property
+    def has_ensemble(self) -> bool:
+        """Whether anything asked for the ensemble."""
+        return "ensemble" in self.__dict__
 
     def statistics(self) -> Artifact:
         proxy = self.config.proxy

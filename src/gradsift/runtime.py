@@ -56,7 +56,7 @@ class Display:
             nonlocal done, last
             done += more
             now = time.monotonic()
-            if done < total and now - last >= _LOG_EVERY:
+            if 0 < done < total and now - last >= _LOG_EVERY:
                 last = now
                 eta = (now - started) / done * (total - done)
                 self.say(f"  {description}: {done:,} of {total:,}, about {eta / 60:.0f} min left")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import netrc
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 from gradsift.config import TrackerConfig
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, GradsiftError
 
 METRICS_FILE = "metrics.jsonl"
+_INIT_TIMEOUT = 30.0  # seconds
 
 
 class Tracker:
@@ -32,19 +35,27 @@ class Tracker:
             raise ConfigError(
                 "tracker.mode=online needs a login: set WANDB_API_KEY, run `wandb login`, or take tracker.mode=offline"
             )
-        os.environ.setdefault("WANDB_DATA_DIR", str(self._folder))
+        os.environ["WANDB_DATA_DIR"] = str(self._folder)  # else offline artifacts land outside the run's folder
+        if self._config.mode == "offline":
+            os.environ["WANDB_ERROR_REPORTING"] = "false"  # offline means no host at all
         import wandb
 
-        self._wandb = wandb.init(
-            project=self._config.project,
-            entity=self._config.entity,
-            group=self._group,
-            name=str(self._about.get("name")),
-            mode=self._config.mode,  # type: ignore[arg-type]
-            dir=str(self._folder),
-            config=dict(self._about),
-            settings=wandb.Settings(silent=True, console="off", save_code=False, disable_git=True),
-        )
+        try:
+            self._wandb = wandb.init(
+                project=self._config.project,
+                entity=self._config.entity,
+                group=self._group,
+                name=str(self._about.get("name")),
+                mode=self._config.mode,  # type: ignore[arg-type]
+                dir=str(self._folder),
+                config=dict(self._about),
+                settings=wandb.Settings(
+                    silent=True, console="off", save_code=False, disable_git=True, init_timeout=_INIT_TIMEOUT
+                ),
+            )
+        except wandb.Error as error:
+            reason = str(error).splitlines()[0][:200]
+            raise GradsiftError(f"W&B did not start ({reason}); take tracker.mode=offline or tracker=none") from error
         return self
 
     def curve(self, name: str, curve: list[dict[str, float]]) -> None:
@@ -74,8 +85,12 @@ class Tracker:
 
 
 def _logged_in() -> bool:
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    return netrc.is_file()
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return path.is_file() and host in netrc.netrc(path).hosts
+    except netrc.NetrcParseError:
+        return False
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float | None]]:

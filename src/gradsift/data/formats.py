@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import sys
@@ -66,7 +67,7 @@ def read_rows(path: Path) -> Iterator[SourceRow]:
         DataError: the file is missing, a folder, empty, half-written, of no known type, not UTF-8 or
             broken; names the file, the line where there is one, and the remedy.
     """
-    kind = _kind(path)
+    kind = file_kind(path)
     with _reading(path):
         if kind == "parquet":
             yield from _parquet_rows(path)
@@ -84,7 +85,7 @@ def read_rows(path: Path) -> Iterator[SourceRow]:
             yield from rows
 
 
-def _kind(path: Path) -> str:
+def file_kind(path: Path) -> str:
     """json, jsonl, csv or parquet, by the file's name."""
     if path.is_dir():
         raise DataError(f"data.path={path} is a folder; name one file in it")
@@ -95,6 +96,16 @@ def _kind(path: Path) -> str:
         raise DataError(f"data.path={path} is of no known type; its name must end in one of: {', '.join(SUFFIXES)}")
     kind = name.removesuffix(".gz").rsplit(".", 1)[1]
     return "jsonl" if kind == "ndjson" else kind
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of the file's bytes.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with _reading(path), path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

@@ -40,9 +40,7 @@ def load(runtime: Runtime, config: DataConfig) -> Artifact:
         return _load_world(runtime, config)
     if isinstance(config, JsonDataConfig):
         path = Path(config.path).expanduser()
-        if not path.is_file():
-            raise DataError(f"data.path={config.path} is not a file; give one that holds instruction examples")
-        settings = asdict(config) | {"path": None, "suffixes": path.suffixes[-2:], "sha256": file_hash(path)}
+        settings = asdict(config) | {"path": None, "kind": formats.file_kind(path), "sha256": formats.hash_of(path)}
         return _load_rows(runtime, config, settings, path)
     return _load_rows(runtime, config, asdict(config), None)
 
@@ -71,7 +69,9 @@ def _write(
     write_examples(folder / EXAMPLES_FILE, pool)
     write_examples(folder / HELDOUT_FILE, heldout)
     write_rejected(folder / "rejected.jsonl", rejected)
-    return {"rows": len(pool), "accepted": len(examples), "heldout": len(heldout), "rejected": len(rejected)}
+    counts = {"rows": len(pool), "accepted": len(examples), "heldout": len(heldout), "rejected": len(rejected)}
+    # a hub dataset may change under its name: what is computed from it is bound to what was read
+    return counts | {"content": file_hash(folder / EXAMPLES_FILE)}
 
 
 def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:

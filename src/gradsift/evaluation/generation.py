@@ -43,6 +43,8 @@ def generate_answers(
         ConfigError: `max_new_tokens` leaves no room for a prompt in the model's context.
         DataError: a prompt has no token.
     """
+    from gradsift.training.lora import evaluating
+
     context = _context_length(model)
     if context is not None and max_new_tokens >= context:
         raise ConfigError(
@@ -54,7 +56,7 @@ def generate_answers(
     # longest first: a batch that does not fit into memory shows at once
     order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
     answers = [""] * len(prompts)
-    with _evaluating(model), _greedy(model, tokenizer, ends, max_new_tokens) as generate:
+    with evaluating(model), _greedy(model, tokenizer, ends, max_new_tokens) as generate:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = [list(prompts[n]) if room is None else list(prompts[n])[-room:] for n in rows]
@@ -80,18 +82,6 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
     named = getattr(model.generation_config, "eos_token_id", None)
     ends = set(named) if isinstance(named, list) else {named}
     return {token for token in (*ends, tokenizer.eos_token_id) if token is not None}
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Dropout off; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -67,7 +67,6 @@ def generate(
         "items": hashlib.sha256(questions.encode()).hexdigest(),
         "max_new_tokens": config.max_new_tokens,
         "template": target_config.template,
-        "max_length": target_config.max_length,
         "precision": runtime.compute.precision,
     }
     generator = tuned.path.name if tuned else f"{target_config.name}-untuned"
@@ -90,7 +89,11 @@ def generate(
         return {"rows": len(items)}
 
     parents = [target, *([tuned] if tuned else [])]
-    return runtime.store.obtain("generate", generator.rsplit("-", 1)[0], settings, parents, make, version=VERSION)
+    return runtime.store.obtain("generate", _slug(target_config, tuned), settings, parents, make, version=VERSION)
+
+
+def _slug(config: TargetConfig, tuned: Artifact | None) -> str:
+    return tuned.path.name.rsplit("-", 1)[0] if tuned else f"{config.name}-untuned"
 
 
 def accuracy(answers: Artifact) -> float | None:
@@ -128,9 +131,16 @@ def heldout_loss(
         return loss
 
     parents = [target, loaded, *([tuned] if tuned else [])]
-    slug = tuned.path.name.rsplit("-", 1)[0] if tuned else f"{config.name}-untuned"
-    made = runtime.store.obtain("heldout", slug, settings, parents, make, version=VERSION)
+    made = runtime.store.obtain("heldout", _slug(config, tuned), settings, parents, make, version=VERSION)
     return float(made.info["heldout_loss"])
+
+
+def check_judge(runtime: Runtime, config: JudgeConfig) -> None:
+    """Refuse a judge that could not be asked later: a missing key, a model that cannot be had."""
+    if isinstance(config, LocalJudgeConfig):
+        backbone(runtime, config.model)
+    else:
+        _client(runtime, config, None)
 
 
 def judge(runtime: Runtime, config: JudgeConfig, answers: Artifact, reference: Artifact) -> Artifact:
@@ -158,7 +168,6 @@ def judge(runtime: Runtime, config: JudgeConfig, answers: Artifact, reference: A
 _NOT_JUDGMENT = (
     "bootstrap",
     "confidence",
-    "base_url",
     "api_key_env",
     "timeout",
     "retries",

@@ -18,6 +18,7 @@ from gradsift.data.batching import Batch, collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.gradients.norms import PerSampleNorms
+from gradsift.training import lora
 from gradsift.training.finetuning import require_finite, response_losses
 
 COLUMNS = ("norm_A", "norm_B", "loss")
@@ -34,11 +35,13 @@ class GradientNorms(L.Callback):
         collect: str,
         *,
         batches: Sequence[Sequence[int]] = (),
+        row_indices: Sequence[int],
         pad_id: int = 0,
         progress: Progress | None = None,
     ) -> None:
         """
         Args:
+            row_indices: of the examples that `Encoded.row` counts, in the data's source; for errors.
             collect: `epoch_end` or `during_training`.
             batches: positions in `encoded` for the pass of `epoch_end`, each exactly once.
         """
@@ -46,6 +49,7 @@ class GradientNorms(L.Callback):
         self._encoded = encoded
         self._collect = collect
         self._batches = batches
+        self._row_indices = row_indices
         self._pad_id = pad_id
         self._progress = progress
         self._parts: list[tuple[torch.Tensor, ...]] = []  # rows, norm_A, norm_B, loss; on the device
@@ -87,7 +91,7 @@ class GradientNorms(L.Callback):
         columns = {}
         for index, name in enumerate(COLUMNS, start=1):
             values = torch.cat([part[index] for part in self._parts]).float().cpu()
-            require_finite("loss" if name == "loss" else "gradient norm", rows, values)
+            require_finite("loss" if name == "loss" else "gradient norm", rows, values, self._row_indices)
             columns[name] = torch.empty_like(values).index_copy_(0, expected_order, values[order]).numpy()
         return columns
 
@@ -106,10 +110,8 @@ def collect_norms(
     Returns:
         For each batch rows, norm_A, norm_B, loss; (B,) each.
     """
-    was_training = adapted.training
-    adapted.eval()
     parts: list[tuple[torch.Tensor, ...]] = []
-    with hooks, torch.enable_grad():
+    with lora.evaluating(adapted), hooks, torch.enable_grad():
         for positions in batches:
             batch = collate([encoded[position] for position in positions], pad_id).to(device)
             losses = response_losses(adapted, batch)
@@ -118,5 +120,4 @@ def collect_norms(
             adapted.zero_grad(set_to_none=True)
             if progress is not None:
                 progress(len(positions))
-    adapted.train(was_training)
     return parts

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -29,8 +29,16 @@ from gradsift.training.backbones import Backbone
 from gradsift.training.curves import write_curve
 from gradsift.training.finetuning import Finetuning, Optimization, device_of, fit
 
-VERSION = 1
+VERSION = 2
 NORMS_FILE = "gradient_norms.parquet"
+
+
+class ProxyInputs(NamedTuple):
+    """What every member trains on."""
+
+    backbone: Backbone
+    encoded: Sequence[Encoded]
+    row_indices: Sequence[int]  # of the examples that `Encoded.row` counts, in the data's source
 
 
 def train_ensemble(
@@ -38,12 +46,12 @@ def train_ensemble(
     config: ProxyConfig,
     proxy: Artifact,
     examples: Artifact,
-    load: Callable[[], tuple[Backbone, Sequence[Encoded]]],
+    load: Callable[[], ProxyInputs],
 ) -> list[list[Artifact]]:
     """All members through all epochs; each (member, epoch) is trained once, whoever asks.
 
     Args:
-        load: gives the backbone and the encoded examples; called only if a member has to be trained.
+        load: called only if a member has to be trained.
 
     Returns:
         An artifact for each member and epoch, as [member][epoch - 1].
@@ -91,17 +99,17 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
 def _maker(
     runtime: Runtime,
     config: ProxyConfig,
-    load: Callable[[], tuple[Backbone, Sequence[Encoded]]],
+    load: Callable[[], ProxyInputs],
     member: int,
     epoch: int,
     previous: Artifact | None,
 ) -> Callable[[Path], Mapping[str, Any]]:
     def make(folder: Path) -> Mapping[str, Any]:
-        backbone, encoded = load()
+        inputs = load()
         label = f"proxy member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
         passes = 2 if config.collect == "epoch_end" else 1
-        with runtime.display.task(label, passes * len(encoded)) as advance:
-            return train_member_epoch(runtime, config, backbone, encoded, member, epoch, previous, folder, advance)
+        with runtime.display.task(label, passes * len(inputs.encoded)) as advance:
+            return train_member_epoch(runtime, config, inputs, member, epoch, previous, folder, advance)
 
     return make
 
@@ -109,8 +117,7 @@ def _maker(
 def train_member_epoch(
     runtime: Runtime,
     config: ProxyConfig,
-    backbone: Backbone,
-    encoded: Sequence[Encoded],
+    inputs: ProxyInputs,
     member: int,
     epoch: int,
     previous: Artifact | None,
@@ -118,6 +125,7 @@ def train_member_epoch(
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
     """Train one member for one epoch from where the epoch before left it, collect the norms, write both."""
+    backbone, encoded, row_indices = inputs
     lengths = [len(example.input_ids) for example in encoded]
     plan = epoch_batches(lengths, config.batch_size, config.batching, derive_seed(runtime.seed, "order", member, epoch))
     adapted = lora.add_adapter(backbone.model, config.lora, derive_seed(runtime.seed, "lora", member))
@@ -141,6 +149,7 @@ def train_member_epoch(
             encoded,
             config.collect,
             batches=length_batches(lengths, config.collect_tokens),
+            row_indices=row_indices,
             pad_id=backbone.pad_id,
             progress=advance,
         )
@@ -153,6 +162,7 @@ def train_member_epoch(
             plan,
             pad_id=backbone.pad_id,
             compute=runtime.compute,
+            row_indices=row_indices,
             callbacks=[ShowProgress(advance), norms, keeper],
         )
         lora.save_adapter(adapted, folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,12 @@ class Results:
     """Everything `run.json` says besides the stages; a value is there once its stage is done."""
 
     folder: Path
+    tracker: Tracker
+    store: Store
+    about: dict[str, Any]  # what tells this run from others
     values: dict[str, Any] = field(default_factory=dict)
-    curve: list[dict[str, float]] = field(default_factory=list)  # of the target's finetune
     files: dict[str, str] = field(default_factory=dict)  # what a person may want to open
+    _started: float = field(default_factory=time.perf_counter)
 
     def loaded(self, artifact: Artifact) -> None:
         self.values["data"] = dict(artifact.info)
@@ -57,8 +62,9 @@ class Results:
     def finetuned(self, artifact: Artifact, heldout_loss: float | None) -> None:
         self.values["heldout_loss"] = {"model": heldout_loss}
         self.files["adapter"] = str(artifact.file("adapter"))
-        self.curve = read_curve(artifact.path)
-        self.values["final_training_loss"] = _tail_mean([entry["loss"] for entry in self.curve])
+        curve = read_curve(artifact.path)
+        self.tracker.curve("finetune", curve)
+        self.values["final_training_loss"] = _tail_mean([entry["loss"] for entry in curve])
 
     def answered(self, accuracy: float | None) -> None:
         self.values["accuracy"] = {"model": accuracy}
@@ -81,26 +87,27 @@ class Results:
         self.values["heldout_loss"]["untuned"] = heldout_loss
         self.values["accuracy"]["untuned"] = accuracy
 
-    def track(self, tracker: Tracker) -> None:
-        """Send the finetune's training curve and every number to the tracker."""
-        if self.curve:
-            tracker.curve("finetune", self.curve)
-        tracker.summary(self.values)
+    def ensemble(self, members: Sequence[Sequence[Artifact]]) -> None:
+        for number, chain in enumerate(members):
+            curves = [entry for artifact in chain for entry in read_curve(artifact.path)]
+            self.tracker.curve(f"member_{number}", [entry | {"batch": index} for index, entry in enumerate(curves)])
 
-    def write(self, status: str, store: Store, about: dict[str, Any], error: str | None = None) -> None:
-        """Write `run.json`; `status` is finished, stopped, failed or interrupted."""
+    def finish(self, status: str, error: str | None = None) -> None:
+        """Write `run.json` and the summary; `status` is finished, stopped, failed or interrupted."""
         content = {
             "status": status,
-            **about,
-            "stages": store.records_as_dicts(),
+            **self.about,
+            "seconds": round(time.perf_counter() - self._started, 3),
+            "stages": self.store.records_as_dicts(),
             "pws": None,
             **self.values,
             "files": self.files,
-            **({"error": error} if error else {}),
+            **({"error": error or status} if status in ("failed", "interrupted") else {}),
         }
         part = self.folder / f".{RUN_FILE}.part"
         part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         part.rename(self.folder / RUN_FILE)
+        self.tracker.summary(self.values)
 
 
 def composition(labels: Labels, positions: list[int]) -> dict[str, Any]:

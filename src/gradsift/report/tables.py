@@ -1,7 +1,8 @@
 """Tables on the terminal and as CSV, from `run.json` files alone.
 
-A row is one run and benchmark (and the pooled figure where there are several). Runs that differ in
-nothing but a seed share a line on the terminal: their mean, with the least and the most.
+A row is one run and benchmark (and the pooled figure where there are several). Runs whose whole
+configs differ in nothing but a seed share a line on the terminal: their mean, with the least and the
+most. Overrides that some runs have and others have not stand in the column `settings`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,31 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 Run = Mapping[str, Any]
 Row = dict[str, Any]
 
-SETTINGS = ("dataset", "proxy", "members", "snapshots", "target", "judge", "scorer", "alpha", "benchmark")
+SETTINGS = ("dataset", "proxy", "members", "snapshots", "target", "judge", "scorer", "alpha", "settings", "benchmark")
 SEEDS = ("data_seed", "seed")
+_OWN_COLUMN = ("scorer", "alpha", "data", "proxy", "target", "judge", "proxy.members", "proxy.snapshots")
+_SEED_KEYS = ("seed", "data.seed", "scorer.seed")
 COUNTS = ("win", "tie", "lose", "invalid")
 MEASURES = ("rows", "pws", "accuracy", "heldout_loss", "spoilt_share", "families")
 UNTUNED = "(no finetuning)"
 TITLE = "PWS against the model tuned on all rows"
+
+
+def with_settings(runs: Sequence[Run]) -> list[Run]:
+    """The runs, each with the overrides that tell it from the others as `settings`."""
+    own = [
+        [o for o in run.get("overrides") or [] if o.split("=", 1)[0] not in _OWN_COLUMN + _SEED_KEYS] for run in runs
+    ]
+    shared = set(own[0]).intersection(*own) if own else set()
+    return [
+        {**run, "settings": " ".join(o for o in overrides if o not in shared)}
+        for run, overrides in zip(runs, own, strict=True)
+    ]
 
 
 def flat_rows(run: Run) -> list[Row]:
@@ -37,7 +53,7 @@ def flat_rows(run: Run) -> list[Row]:
 def _row(run: Run, benchmark: str, cell: Mapping[str, Any]) -> Row:
     full = run.get("scorer") == "full"
     return {
-        **{name: run.get(name) for name in (*SETTINGS, *SEEDS)},
+        **{name: run.get(name) for name in ("variant", *SETTINGS, *SEEDS)},
         "snapshots": ",".join(map(str, run.get("snapshots") or [])),
         "alpha": "all" if full else run.get("alpha"),
         "benchmark": benchmark,
@@ -56,9 +72,9 @@ def untuned_rows(runs: Iterable[Run]) -> list[Row]:
     rows: dict[tuple[Any, ...], Row] = {}
     for run in runs:
         accuracy, loss = _get(run, "accuracy", "untuned"), _get(run, "heldout_loss", "untuned")
-        key = tuple(run.get(name) for name in ("dataset", "target", *SEEDS))
+        key = tuple(run.get(name) for name in ("dataset", "target", "settings", *SEEDS))
         if (accuracy is not None or loss is not None) and key not in rows:
-            shared = {name: run.get(name) for name in ("dataset", "target", "status", *SEEDS)}
+            shared = {name: run.get(name) for name in ("dataset", "target", "settings", "status", *SEEDS)}
             rows[key] = dict.fromkeys(flat_rows(run)[0]) | shared
             rows[key] |= {"scorer": UNTUNED, "accuracy": accuracy, "heldout_loss": loss}
     return list(rows.values())
@@ -68,7 +84,7 @@ def over_seeds(rows: Iterable[Row]) -> list[Row]:
     """Rows that differ by seeds alone as one: means, summed outcomes; `pws_low` and `pws_high` are least and most."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in SETTINGS), []).append(row)
+        groups.setdefault((row["variant"], *(row[name] for name in SETTINGS)), []).append(row)
     return [_mean_row(group) if len(group) > 1 else group[0] | {"runs": 1} for group in groups.values()]
 
 
@@ -86,6 +102,7 @@ def _mean_row(group: Sequence[Row]) -> Row:
 
 def pws_table(runs: Sequence[Run]) -> Table:
     """The PWS table; columns without any value are left out, and settings that do not vary stand in no column."""
+    runs = with_settings(runs)
     rows = over_seeds([row for run in runs for row in flat_rows(run)] + untuned_rows(runs))
     title = TITLE
     benchmarks = {row["benchmark"] for row in rows} - {None}
@@ -99,11 +116,11 @@ def pws_table(runs: Sequence[Run]) -> Table:
     columns = {name: [_text(row[name]) for row in rows] for name in shown} | _figures(rows)
     for name, values in columns.items():
         if any(value not in ("", "-") for value in values):
-            left = name in ("scorer", "benchmark", "dataset", "target", "proxy")
+            left = name in ("scorer", "benchmark", "dataset", "target", "proxy", "settings")
             table.add_column(name, justify="left" if left else "right", no_wrap=True)
     kept = [values for values in columns.values() if any(value not in ("", "-") for value in values)]
     for cells in zip(*kept, strict=True):
-        table.add_row(*cells)
+        table.add_row(*map(Text, cells))
     return table
 
 
@@ -153,6 +170,7 @@ def _get(run: Run, *keys: str) -> Any:
 
 def write_csv(path: Path, runs: Sequence[Run]) -> None:
     """Every row of every run, nothing averaged, plain values."""
+    runs = with_settings(runs)
     rows = [row for run in runs for row in flat_rows(run)] + untuned_rows(runs)
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]))

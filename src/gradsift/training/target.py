@@ -15,7 +15,8 @@ from gradsift.artifacts import Artifact
 from gradsift.config import TargetConfig
 from gradsift.data.batching import epoch_batches
 from gradsift.data.examples import Example
-from gradsift.data.tokens import encode
+from gradsift.data.tokens import EncodeReport, encode
+from gradsift.errors import GradsiftError
 from gradsift.proxy.ensemble import ShowProgress
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora
@@ -58,6 +59,8 @@ def finetune(
 
 def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[list[int]]:
     """The batches of the whole training: `epochs` passes, or passes until `steps` optimiser steps are filled."""
+    if not len(lengths):
+        raise GradsiftError("there is no example to finetune on")
     plan: list[list[int]] = []
     epoch = 0
     while True:
@@ -73,7 +76,12 @@ def train_target(
     runtime: Runtime, config: TargetConfig, backbone: Backbone, chosen: Sequence[Example], folder: Path
 ) -> dict[str, Any]:
     """Finetune and write `adapter/` in peft's format and the training curve."""
-    encoded, _ = encode(chosen, backbone.tokenizer, config.template, min(config.max_length, backbone.context))
+    encoded, report = encode(chosen, backbone.tokenizer, config.template, min(config.max_length, backbone.context))
+    say_report(runtime, report, len(chosen), "target")
+    if not encoded:
+        raise GradsiftError(
+            "no selected example has a response token for the target's tokenizer; look at the selection"
+        )
     plan = batch_plan([len(example.input_ids) for example in encoded], config, runtime.seed)
     optimization = Optimization(
         config.learning_rate,
@@ -93,12 +101,27 @@ def train_target(
             plan,
             pad_id=backbone.pad_id,
             compute=runtime.compute,
+            row_indices=[example.row_index for example in chosen],
             callbacks=[ShowProgress(advance)],
             accumulate=config.accumulate,
         )
     lora.save_adapter(adapted, folder / "adapter")
     write_curve(folder, module.curve)
-    return {"optimizer_steps": steps, "rows": len(chosen), "tokens": sum(int(e["tokens"]) for e in module.curve)}
+    return {"optimizer_steps": steps, "rows": len(encoded), "tokens": sum(int(e["tokens"]) for e in module.curve)}
+
+
+def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str) -> None:
+    """Say what the tokeniser cut or could not use; silence where nothing was lost."""
+    if report.truncated_prompts or report.truncated_responses:
+        runtime.display.say(
+            f"  of {rows:,} rows {report.truncated_prompts:,} prompts and {report.truncated_responses:,} responses "
+            f"were cut to {group}.max_length"
+        )
+    if report.rows_without_response:
+        runtime.display.say(
+            f"  {len(report.rows_without_response):,} of {rows:,} rows have no response token for the {group}'s "
+            "tokenizer and are left out"
+        )
 
 
 def load_tuned(runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None) -> Backbone:

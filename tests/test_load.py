@@ -15,9 +15,10 @@ from rich.console import Console
 
 from gradsift.artifacts import Artifact, Store
 from gradsift.config import ComputeConfig, FieldsConfig, JsonDataConfig, VerifiableDataConfig
-from gradsift.data.load import embedded_items, heldout_of, labels_of, load, pool_of
+from gradsift.data.load import heldout_of, labels_of, load, pool_of
 from gradsift.data.verifiable import QUALITIES, SPOILT, answers_match, generate, solve
 from gradsift.errors import ConfigError, DataError
+from gradsift.evaluation.stages import embedded_items
 from gradsift.runtime import Display, Runtime
 
 ROWS: list[Any] = [

@@ -23,8 +23,9 @@ from gradsift.data.load import load, pool_of
 from gradsift.data.tokens import encode
 from gradsift.evaluation import stages as evaluation
 from gradsift.evaluation.benchmarks import Item
+from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.statistics import read_statistics, statistics
-from gradsift.proxy.ensemble import ProxyInputs, read_norms, train_ensemble
+from gradsift.proxy.ensemble import ProxyInputs, train_ensemble
 from gradsift.report.results import Results
 from gradsift.runtime import Runtime
 from gradsift.scoring.stage import Source, score

@@ -16,7 +16,6 @@ from gradsift.config import DataConfig, FieldsConfig, HubDataConfig, JsonDataCon
 from gradsift.data import formats, verifiable
 from gradsift.data.examples import Example, Rejected, draw, read_examples, write_examples, write_rejected
 from gradsift.errors import DataError
-from gradsift.evaluation.benchmarks import Item
 from gradsift.runtime import Runtime
 
 VERSION = 1
@@ -117,9 +116,3 @@ def labels_of(loaded: Artifact) -> Labels | None:
         return None
     table = pq.read_table(path)
     return Labels(table["quality"].to_pylist(), table["family"].to_pylist())
-
-
-def embedded_items(loaded: Artifact) -> list[Item]:
-    """The benchmark that came with the embedded world."""
-    rows = json.loads(loaded.file(BENCHMARK_FILE).read_text(encoding="utf-8"))
-    return [Item("verifiable", row["item_id"], row["instruction"], row["input"], row["reference"]) for row in rows]

@@ -22,7 +22,7 @@ from gradsift.config import (
     TargetConfig,
 )
 from gradsift.data.batching import collate, length_batches
-from gradsift.data.load import embedded_items, heldout_of
+from gradsift.data.load import BENCHMARK_FILE, heldout_of
 from gradsift.data.tokens import encode, encode_prompt
 from gradsift.data.verifiable import answers_match
 from gradsift.errors import ConfigError
@@ -51,6 +51,12 @@ def benchmark_items(runtime: Runtime, config: BenchmarkConfig, loaded: Artifact)
         else:
             items += load_benchmark(name, config.catalog[name], config.limit, fetch)
     return items
+
+
+def embedded_items(loaded: Artifact) -> list[Item]:
+    """The benchmark that came with the embedded world."""
+    rows = json.loads(loaded.file(BENCHMARK_FILE).read_text(encoding="utf-8"))
+    return [Item(EMBEDDED, row["item_id"], row["instruction"], row["input"], row["reference"]) for row in rows]
 
 
 def generate(

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradsift.artifacts import Artifact
-from gradsift.proxy.ensemble import read_norms
+from gradsift.gradients.norms_table import read_norms
 from gradsift.runtime import Runtime
 
 VERSION = 1

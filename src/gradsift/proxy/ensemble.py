@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from gradsift.artifacts import Artifact
@@ -23,14 +20,14 @@ from gradsift.config import ProxyConfig
 from gradsift.data.batching import epoch_batches, length_batches
 from gradsift.data.tokens import Encoded
 from gradsift.gradients.callback import GradientNorms
+from gradsift.gradients.norms_table import write_norms
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora
 from gradsift.training.backbones import Backbone
 from gradsift.training.curves import write_curve
-from gradsift.training.finetuning import Finetuning, Optimization, device_of, fit
+from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, device_of, fit
 
 VERSION = 2
-NORMS_FILE = "gradient_norms.parquet"
 
 
 class ProxyInputs(NamedTuple):
@@ -166,21 +163,11 @@ def train_member_epoch(
             callbacks=[ShowProgress(advance), norms, keeper],
         )
         lora.save_adapter(adapted, folder)
-        write_norms(folder / NORMS_FILE, norms.table(), encoded)
+        write_norms(folder, norms.table(), encoded)
         write_curve(folder, module.curve)
     finally:
         lora.remove_adapter(adapted)
     return {"optimizer_steps": steps, "rows": len(encoded)}
-
-
-class ShowProgress(L.Callback):
-    """Advances a bar by the examples of each batch."""
-
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self._advance = advance
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
-        self._advance(len(batch.rows))
 
 
 class OptimizerKeeper(L.Callback):
@@ -191,19 +178,3 @@ class OptimizerKeeper(L.Callback):
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         lora.save_optimizer(trainer.optimizers[0], lora.trainable_parameters(module.model), self._path)
-
-
-def write_norms(path: Path, columns: Mapping[str, np.ndarray], encoded: Sequence[Encoded]) -> None:
-    """Columns row (position among the examples), norm_A, norm_B, loss, n_tokens (response tokens)."""
-    table = {
-        "row": np.array([example.row for example in encoded], dtype=np.int64),
-        **columns,
-        "n_tokens": np.array([int(example.is_response.sum()) for example in encoded], dtype=np.int32),
-    }
-    pq.write_table(pa.table(table), path)
-
-
-def read_norms(artifact: Artifact) -> dict[str, np.ndarray]:
-    """What `write_norms` wrote."""
-    table = pq.read_table(artifact.file(NORMS_FILE))
-    return {name: table[name].to_numpy() for name in table.column_names}

@@ -10,7 +10,7 @@ import inspect
 import logging
 import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,16 @@ def quiet_trainer(compute: ComputeConfig, callbacks: list[L.Callback], accumulat
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
+
+
+class ShowProgress(L.Callback):
+    """Advances a bar by the examples of each batch."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance = advance
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
+        self._advance(len(batch.rows))
 
 
 class StopAtNonFiniteLoss(L.Callback):

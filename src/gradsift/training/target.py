@@ -17,12 +17,11 @@ from gradsift.data.batching import epoch_batches
 from gradsift.data.examples import Example
 from gradsift.data.tokens import EncodeReport, encode
 from gradsift.errors import GradsiftError
-from gradsift.proxy.ensemble import ShowProgress
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora
 from gradsift.training.backbones import Backbone, load_backbone
 from gradsift.training.curves import write_curve
-from gradsift.training.finetuning import Finetuning, Optimization, device_of, fit
+from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, device_of, fit
 
 VERSION = 1
 

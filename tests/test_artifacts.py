@@ -97,6 +97,23 @@ def test_resumable_work_goes_on_from_what_is_there(tmp_path: Path) -> None:
     assert artifact.file("lines.txt").read_text() == "line\n" * 3
 
 
+def test_a_kill_between_manifest_and_rename_costs_no_kept_work(tmp_path: Path) -> None:
+    made = []
+
+    def make(folder: Path) -> dict:
+        made.append(1)
+        (folder / "replies.txt").write_text("paid for")
+        return {}
+
+    artifact = Store(tmp_path).obtain("stage", "slug", {}, [], make, version=1, keep_part=True)
+    artifact.path.rename(artifact.path.with_name(artifact.path.name + ".part"))  # as if the rename had not come
+    for _ in range(2):
+        store = Store(tmp_path, say=lambda line: None)
+        again = store.obtain("stage", "slug", {}, [], make, version=1, keep_part=True)
+        assert MANIFEST not in again.manifest["files"]
+    assert len(made) == 2  # the last call found it whole
+
+
 def _count_runs(root: str, log: str) -> None:
     def make(folder: Path) -> dict:
         with Path(log).open("a") as stream:

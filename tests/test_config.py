@@ -25,8 +25,8 @@ NEEDED = {  # what a choice cannot do without
     ("data", "json"): ["data.path=x.json", "proxy=smollm2", "target=smollm2", "benchmark=vicuna", "judge=local"],
     ("data", "alpaca"): ["proxy=gpt2", "target=llama2_7b", "benchmark=vicuna", "judge=local"],
     ("data", "alpaca_gpt4"): ["proxy=gpt2", "target=llama2_7b", "benchmark=vicuna", "judge=local"],
-    ("benchmark", "vicuna"): ["judge=openai"],
-    ("benchmark", "paper"): ["judge=openai"],
+    ("benchmark", "vicuna"): ["target=llama2_7b", "judge=openai"],
+    ("benchmark", "paper"): ["target=llama2_7b", "judge=openai"],
 }
 
 
@@ -88,7 +88,11 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["data=json"], "data.path is not set"),
         (["data=json", "data.path=x"], "proxy=nano (choose proxy=smollm2"),
         (["benchmark.sets=[nowhere]"], "'nowhere', which"),
-        (["benchmark=vicuna"], "judge=verifier needs reference answers"),
+        (["benchmark=vicuna", "target=smollm2"], "judge=verifier needs reference answers"),
+        (["benchmark=vicuna", "judge=openai"], "target=nano knows the embedded world's words alone"),
+        (["benchmark.sets=[verifiable,verifiable]"], "names a set twice"),
+        (["scorer=gsnr_variance_normalized", "proxy.members=1"], "divides by a variance"),
+        (["experiment=smollm2_alpaca"], "the environment variable GRADSIFT_DATA is not set"),
         (["target.epochs=2"], "either target.epochs or target.steps"),
         (["target.steps=null"], "either target.epochs or target.steps"),
         (["data.spoilt=1"], "data.spoilt=1.0 is no share"),
@@ -99,11 +103,18 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["tracker.mode=loud"], "choose one of: offline, online"),
     ],
 )
-def test_a_value_that_cannot_be_used_is_named_with_the_remedy(overrides: list[str], message: str) -> None:
+def test_a_value_that_cannot_be_used_is_named_with_the_remedy(
+    overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRADSIFT_DATA", raising=False)
     with pytest.raises(ConfigError) as caught:
         composed(*overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_full_needs_no_judge_that_could_be_asked() -> None:
+    assert composed("scorer=full", "benchmark=vicuna", "target=smollm2").judge.name == "verifier"
 
 
 def test_one_member_is_enough_for_scores_without_a_variance() -> None:

@@ -425,11 +425,19 @@ class CtrlC(L.Callback):
         raise KeyboardInterrupt
 
 
+@pytest.fixture
+def python_handler() -> Iterator[None]:
+    """Python's own handler of Ctrl-C, which a shell's background jobs start without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handler")
 @pytest.mark.parametrize("real_signal", [True, False])
 def test_ctrl_c_surfaces_and_the_next_one_works_again(real_signal: bool) -> None:
     encoded, adapted = ragged_examples(2), adapted_model("gpt2", ["c_attn"])
     norms = GradientNorms(adapted, encoded, "during_training", row_indices=SOURCE_ROWS)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with pytest.raises(KeyboardInterrupt):
         train(adapted, encoded, [[0], [1]], callbacks=[norms, CtrlC(real_signal)])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -112,6 +112,25 @@ def test_full_is_the_reference_and_needs_no_judge(gradsift) -> None:
     assert "judge" not in names(run, reused=False)
 
 
+def test_full_runs_without_the_judges_key(gradsift, monkeypatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert gradsift(*SMOKE, "scorer=full", "judge=openai", "stop_after=judge") == 0
+    assert gradsift.runs()[0]["pws"] == 1.0
+
+
+def test_a_budget_that_is_not_reached_is_not_refused(gradsift) -> None:
+    assert gradsift(*SMOKE, "scorer=random", "alpha=0.0001", "stop_after=scores") == 0
+
+
+def test_a_run_in_a_used_folder_shows_nothing_of_the_run_before(gradsift) -> None:
+    folder = f"hydra.run.dir={gradsift.folder / 'outputs' / 'a' / 'b'}"
+    assert gradsift(*SMOKE, folder, "scorer=random", "stop_after=selection") == 0
+    assert gradsift(*SMOKE, folder, "scorer=random", "alpha=0") == 2
+    (run,) = gradsift.runs()
+    assert run["status"] == "failed"
+    assert not list(gradsift.folder.glob("outputs/a/b/selection.jsonl"))
+
+
 def test_no_scorer_can_read_the_quality_labels(gradsift) -> None:
     assert gradsift(*SMOKE, "stop_after=load") == 0
     (loaded,) = gradsift.store.glob("load/verifiable-*")

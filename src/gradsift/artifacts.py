@@ -127,7 +127,7 @@ class Store:
                     if found is None:
                         return self._make(stage, path, fingerprint, config, parents, make, version, keep_part)
         except (OSError, SafetensorError) as error:
-            if isinstance(error, OSError) and error.errno not in _STORE_ERRORS:
+            if isinstance(error, OSError) and not self._is_ours(error):
                 raise
             reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
             raise GradsiftError(
@@ -136,6 +136,12 @@ class Store:
             ) from error
         self._record(found, reused=True, seconds=time.perf_counter() - started, steps=0)
         return found
+
+    def _is_ours(self, error: OSError) -> bool:
+        """Whether an error is about writing to the store, and not about something that a stage reads elsewhere."""
+        if error.errno not in _STORE_ERRORS:
+            return False
+        return error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(self.root)
 
     def _make(
         self,
@@ -152,6 +158,7 @@ class Store:
         if part.exists() and not keep_part:
             shutil.rmtree(part)
         part.mkdir(exist_ok=True)
+        (part / MANIFEST).unlink(missing_ok=True)  # of a process that died just before the rename
         started = time.perf_counter()
         info = dict(make(part))
         seconds = time.perf_counter() - started

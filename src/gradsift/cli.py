@@ -34,6 +34,7 @@ from gradsift.config import Config, dump_config, load_config, register_schemas, 
 from gradsift.errors import ConfigError, GradsiftError
 
 CONFIG_FILE = "config.yaml"
+_WRITTEN = ("run.json", "metrics.jsonl", "selection.jsonl", "error.txt")
 _failed = False  # whether any job of this process failed
 _traced = False  # whether the user asked for traces with HYDRA_FULL_ERROR=1
 _SEEDS = (("values", "seed"), ("values", "data", "seed"), ("values", "scorer", "seed"))
@@ -149,6 +150,8 @@ def attempt(load: Any, folder: Path, overrides: list[str], sweep: str | None, nu
     Returns:
         The pooled PWS, for Hydra's sweepers that search; None where there is none.
     """
+    for name in _WRITTEN:  # of an earlier run in the same folder; it must not pass for this one's
+        (folder / name).unlink(missing_ok=True)
     try:
         config = load()
         return execute(config, folder, overrides, sweep, number)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -360,6 +361,8 @@ class BenchmarkConfig:
         _at_least("benchmark.limit", self.limit, 1)
         _at_least("benchmark.max_new_tokens", self.max_new_tokens, 1)
         _at_least("benchmark.batch_size", self.batch_size, 1)
+        if len(set(self.sets)) < len(self.sets):
+            raise ConfigError(f"benchmark.sets={list(self.sets)} names a set twice; name each once")
         if not self.sets:
             raise ConfigError("benchmark.sets is empty; name at least one, as in benchmark.sets=[vicuna]")
         self.catalog = {name: _benchmark_set(name, entry) for name, entry in self.catalog.items()}
@@ -454,7 +457,7 @@ class ComputeConfig:
     """The machine."""
 
     device: str = "auto"  # auto: cuda where there is one, else cpu
-    precision: str = "float32"  # bfloat16: autocast, LoRA weights and norms stay float32
+    precision: str = "float32"  # bfloat16: frozen weights and autocast; LoRA weights and norms stay float32
     threads: int | None = None  # torch's own choice when empty
 
     def __post_init__(self) -> None:
@@ -476,7 +479,6 @@ class Config:
     judge: JudgeConfig = MISSING
     tracker: TrackerConfig = MISSING
     compute: ComputeConfig = MISSING
-    method: str | None = None  # name of the recipe, for the record
     alpha: float = 0.1  # share of the rows that is selected
     budget_base: str = "accepted"  # alpha's base: all accepted rows, or those that got a score
     seed: int = 0  # proxy ensemble and target
@@ -493,9 +495,8 @@ class Config:
         if self.stop_after is not None:
             _one_of("stop_after", self.stop_after, STAGES)
         self._check_ensemble()
-        if self.data.name != EMBEDDED:
-            self._check_embedded_parts()
-        if self.reaches("judge"):
+        self._check_embedded_parts()
+        if self.reaches("judge") and self.scorer_name != "full":  # full against itself needs no judge
             self._check_judge()
 
     @property
@@ -509,7 +510,7 @@ class Config:
         return self.stop_after is None or STAGES.index(stage) <= STAGES.index(self.stop_after)
 
     def _check_ensemble(self) -> None:
-        if isinstance(self.scorer, GsnrConfig) and self.proxy.members < 2:
+        if self.scorer_name in ("gsnr", "gsnr_variance_normalized") and self.proxy.members < 2:
             raise ConfigError(
                 f"scorer={self.scorer.name} divides by a variance over members, but proxy.members="
                 f"{self.proxy.members}; give at least 2 (the paper has 5)"
@@ -517,6 +518,14 @@ class Config:
 
     def _check_embedded_parts(self) -> None:
         """The nano models and the embedded benchmark know nothing outside the embedded world."""
+        foreign_sets = [name for name in self.benchmark.sets if name != EMBEDDED]
+        if self.reaches("generate") and self.target.model.kind == "nano" and foreign_sets and self._is_embedded:
+            raise ConfigError(
+                f"target=nano knows the embedded world's words alone and cannot answer benchmark.sets={foreign_sets}; "
+                "take benchmark=verifiable or another target"
+            )
+        if self._is_embedded:
+            return
         foreign = []
         if self.proxy.model.kind == "nano" and self.scorer_name not in ("random", "full"):
             foreign.append("proxy=nano (choose proxy=smollm2 or proxy=gpt2)")
@@ -526,6 +535,10 @@ class Config:
             foreign.append("benchmark=verifiable (choose benchmark=vicuna, or stop_after=selection)")
         if foreign:
             raise ConfigError(f"data={self.data.name} does not go with the embedded world's {'; '.join(foreign)}")
+
+    @property
+    def _is_embedded(self) -> bool:
+        return self.data.name == EMBEDDED
 
     def _check_judge(self) -> None:
         if self.judge.name != "verifier":
@@ -582,7 +595,10 @@ def load_config(composed: DictConfig) -> Config:
             raise ConfigError(f"{missing[0]} is not set; give it as in {missing[0]}=VALUE")
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+        reason = str(error).splitlines()[0]
+        if match := re.search(r"Environment variable '(\w+)' not found", reason):
+            reason = f"the environment variable {match[1]} is not set; the YAML file's header says to what"
+        raise ConfigError(reason) from error
     if not isinstance(config, Config):
         raise ConfigError("the config was not composed from conf/config.yaml: its first default must be `schema`")
     return config

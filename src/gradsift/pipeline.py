@@ -45,6 +45,7 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
     line.check()
     if config.stop_after == "statistics":
         line.statistics()
+        results.ensemble(line.ensemble)
         return
     scored = score(runtime, config.scorer, line.loaded, lambda: line.pool, line.sources())
     results.scored(scored)
@@ -89,9 +90,9 @@ class Line:
     def check(self) -> None:
         """Refuse now what would fail only after hours of training."""
         config = self.config
-        if not self.keeps_all:
+        if config.reaches("selection") and not self.keeps_all:
             budget(config.alpha, int(self.loaded.info["rows"]))
-        if config.reaches("judge"):
+        if config.reaches("judge") and not self.keeps_all:
             evaluation.check_judge(self.runtime, config.judge)
         if config.reaches("generate"):
             _ = self.items

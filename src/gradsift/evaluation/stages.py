@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ from gradsift.data.batching import collate, length_batches
 from gradsift.data.load import BENCHMARK_FILE, heldout_of
 from gradsift.data.tokens import encode, encode_prompt
 from gradsift.data.verifiable import answers_match
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.benchmarks import Item, fetch_url, load_benchmark
 from gradsift.evaluation.generation import generate_answers, model_outputs, read_model_outputs, write_model_outputs
 from gradsift.evaluation.judges import Judge
@@ -33,7 +34,7 @@ from gradsift.evaluation.judging import judge_pairs, read_judgments
 from gradsift.evaluation.pws import read_pws, summarise, write_pws
 from gradsift.runtime import Runtime
 from gradsift.training.backbones import backbone, load_backbone
-from gradsift.training.finetuning import device_of, response_losses
+from gradsift.training.finetuning import device_of, require_finite, response_losses
 from gradsift.training.target import load_tuned
 
 VERSION = 1
@@ -125,12 +126,18 @@ def heldout_loss(
     def make(folder: Path) -> Mapping[str, Any]:
         model = load_tuned(runtime, config, target, tuned)
         limit = min(config.max_length, model.context)
-        encoded, _ = encode(heldout_of(loaded), model.tokenizer, config.template, limit)
+        held = heldout_of(loaded)
+        encoded, _ = encode(held, model.tokenizer, config.template, limit)
+        if not encoded:
+            raise GradsiftError("no held-out example has a response token for the target; take data.holdout=0")
+        row_indices = [example.row_index for example in held]
         total = 0.0
         with runtime.display.task("held-out loss", len(encoded)) as advance, torch.inference_mode():
             for rows in length_batches([len(e.input_ids) for e in encoded], _LOSS_TOKENS):
                 batch = collate([encoded[row] for row in rows], model.pad_id).to(device_of(runtime.compute))
-                total += float(response_losses(model.model, batch).sum())
+                losses = response_losses(model.model, batch)
+                require_finite("held-out loss", batch.rows, losses, row_indices)
+                total += float(losses.sum())
                 advance(len(rows))
         loss = {"heldout_loss": total / len(encoded), "rows": len(encoded)}
         (folder / "heldout.json").write_text(json.dumps(loss), encoding="utf-8")
@@ -154,6 +161,8 @@ def judge(runtime: Runtime, config: JudgeConfig, answers: Artifact, reference: A
     settings = {k: v for k, v in asdict(config).items() if k not in _NOT_JUDGMENT}
     parents = [answers, reference]
     model = None
+    if isinstance(config, OpenaiJudgeConfig):  # two endpoints may call different models by one name
+        settings["base_url"] = config.base_url or os.environ.get("OPENAI_BASE_URL")
     if isinstance(config, LocalJudgeConfig):
         model = backbone(runtime, config.model)
         parents.append(model)

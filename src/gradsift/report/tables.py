@@ -63,6 +63,7 @@ def _row(run: Run, benchmark: str, cell: Mapping[str, Any]) -> Row:
         "heldout_loss": _get(run, "heldout_loss", "model"),
         "spoilt_share": _get(run, "selection", "spoilt_share"),
         "families": _get(run, "selection", "families"),
+        **{f"label_{name}": share for name, share in (_get(run, "selection", "labels") or {}).items()},
         "status": run.get("status"),
     }
 
@@ -173,6 +174,7 @@ def write_csv(path: Path, runs: Sequence[Run]) -> None:
     runs = with_settings(runs)
     rows = [row for run in runs for row in flat_rows(run)] + untuned_rows(runs)
     with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+        names = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(stream, fieldnames=list(names))
         writer.writeheader()
         writer.writerows(rows)

@@ -84,10 +84,16 @@ def remarks(run: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _job_number(path: Path) -> tuple[int, str]:
+    """Jobs in their order, where the folders' names begin with a number."""
+    number = path.parent.name.split("-", 1)[0]
+    return (int(number) if number.isdecimal() else 0, path.parent.name)
+
+
 def sweep_finished(folder: Path) -> bool:
     """Print the sweep's table, write `results.csv`; False if a job failed."""
     display = Display()
-    files = sorted(folder.glob(f"*/{RUN_FILE}"), key=lambda path: int(path.parent.name.split("-", 1)[0]))
+    files = sorted(folder.glob(f"*/{RUN_FILE}"), key=_job_number)
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     failed = [(path, run) for path, run in zip(files, runs, strict=True) if run["status"] == "failed"]
     if shown := [run for run in runs if run["status"] == "finished"]:

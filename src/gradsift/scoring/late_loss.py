@@ -8,7 +8,7 @@ from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
 
 def late_loss(late_losses: np.ndarray) -> Scores:
-    """-(1/M) sum over m of the loss of example i under theta^(m,t); examples that the ensemble fits rank first."""
+    """-(1/M) sum over m of example i's loss at the late snapshot, taken where `proxy.collect` says."""
     scores = Scores(-late_losses)
     scores.mark(np.isnan(late_losses), UNDEFINED, NO_RESPONSE)
     return scores

@@ -251,8 +251,8 @@ def test_a_benchmark_of_ones_own_is_added_on_the_command_line(gradsift) -> None:
 
 def test_a_benchmark_file_that_is_not_there_is_refused_before_any_training(gradsift, capsys) -> None:
     own = (
-        "benchmark.sets=[vicuna]",
-        "benchmark.catalog.vicuna.path=nowhere.jsonl",
+        "benchmark.sets=[mine]",
+        "+benchmark.catalog.mine={path: nowhere.jsonl}",
         "judge=openai",
         "judge.base_url=http://127.0.0.1:9",
     )

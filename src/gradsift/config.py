@@ -518,7 +518,8 @@ class Config:
 
     def _check_embedded_parts(self) -> None:
         """The nano models and the embedded benchmark know nothing outside the embedded world."""
-        foreign_sets = [name for name in self.benchmark.sets if name != EMBEDDED]
+        # a set of the user's own may keep to the embedded world's words; the published ones do not
+        foreign_sets = [name for name in self.benchmark.sets if name != EMBEDDED and self.benchmark.catalog[name].url]
         if self.reaches("generate") and self.target.model.kind == "nano" and foreign_sets and self._is_embedded:
             raise ConfigError(
                 f"target=nano knows the embedded world's words alone and cannot answer benchmark.sets={foreign_sets}; "

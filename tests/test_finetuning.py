@@ -38,12 +38,7 @@ CPU = ComputeConfig(device="cpu")
 SOURCE_ROWS = range(10, 100)  # where the examples stand in their source
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def optimization(**changes: Any) -> Optimization:

@@ -1,0 +1,249 @@
+"""Is the proxy ensemble what the score takes it for?
+
+GRADFILTERING (arXiv 2601.13697) takes the members for samples of a posterior, and a falling gradient norm
+for learning. Its failure signatures are a collapsed ensemble (V_t near 0) and a proxy that does not learn
+(scores near 0); a norm that rises and an eps that outweighs what it is added to turn the ranking over.
+
+Examples without statistics (NaN) are left out. Shape letters: M members, N examples, R rank, I inputs and
+O outputs of an adapted layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from gradsift.artifacts import Artifact
+from gradsift.diagnostics import Diagnostic
+from gradsift.gradients.statistics import Statistics
+from gradsift.training.curves import read_curve
+from gradsift.training.lora import ADAPTER_FILE
+
+# Relative distance of the members' updates: 0 for one member twice, sqrt(2) for unrelated ones. The
+# ensembles of experiments/LOG.md, none of which is collapsed, have 1.1 (nano, M = 5) and 1.3 (SmolLM2, M = 3).
+LEAST_ADAPTER_SPREAD = 0.3
+# Median of sqrt(V_t) / G_t: 0.10-0.11 (nano) and 0.03 (SmolLM2) there. The draw of A alone gives 0.02 to members
+# that never learned (smoke run), so what lies below are members that are copies of each other.
+LEAST_NORM_SPREAD = 0.01
+# Relative fall of the loss between the snapshots, over the same examples, so without sampling noise:
+# 0.06-0.11 there. A learning rate too small by orders of magnitude gives 1e-5 and less.
+LEAST_FALL_BETWEEN_SNAPSHOTS = 0.001
+# From the first to the last tenth of the batches, which hold different examples: 0.3 there.
+LEAST_FALL_FROM_START = 0.01
+# Batches in such a tenth, of all members: fewer differ by more than they learn (5 % between two in the smoke run).
+LEAST_BATCHES = 10
+# A norm that rises for every second example says more about the regime than about the examples.
+MOST_NEGATIVE_DROPS = 0.5
+# Median of |G_s - G_t| / G_s: 0.08-0.16 there. Below this every score is near zero and noise ranks.
+LEAST_DROP_SIZE = 0.005
+# The examples in which eps takes V_t's place have the highest scores of all; a hundredth of the pool
+# is a fifth of the paper's smallest budget.
+MOST_EPS_DOMINATED = 0.01
+
+
+def diagnose_ensemble(ensemble: Sequence[Sequence[Artifact]], statistics: Statistics | None) -> list[Diagnostic]:
+    """Everything that can be said of the ensemble.
+
+    Args:
+        ensemble: [member][epoch - 1], up to the late snapshot.
+        statistics: None if the scorer does not use them; what needs them is then left out.
+    """
+    adapters = [load_file(chain[-1].file(ADAPTER_FILE)) for chain in ensemble]
+    curves = [[entry["loss"] for epoch in chain for entry in read_curve(epoch.path)] for chain in ensemble]
+    found = [adapter_spread(adapters), loss_from_start(curves)]
+    if statistics is not None:
+        found += [
+            norm_spread(statistics, len(ensemble)),
+            loss_between_snapshots(statistics),
+            drop_sign(statistics),
+            drop_size(statistics),
+        ]
+    return found
+
+
+# ---------------------------------------------------------------------------------------- collapse
+
+
+def adapter_spread(adapters: Sequence[Mapping[str, np.ndarray]]) -> Diagnostic:
+    """Mean distance of two members' updates B A over the mean norm of an update, all layers together.
+
+    The factors themselves cannot tell: A is drawn anew for each member and stays near its draw, and B
+    is written in A's basis, so either has a spread of sqrt(2) even where all members compute the same.
+
+    Args:
+        adapters: each member's `lora_A` (R, I) and `lora_B` (O, R) weights, by peft's names.
+    """
+    if len(adapters) < 2:
+        return Diagnostic.unknown("adapter_spread", "relative_distance", "one member has no spread")
+    products = update_products(adapters)
+    squares = np.diag(products)
+    norm = float(np.sqrt(squares).mean())
+    check = "that proxy.learning_rate and the number of steps move the adapters"
+    if norm == 0:
+        return Diagnostic(
+            "adapter_spread",
+            "warning",
+            {"relative_distance": None},
+            f"no member's adapter has left zero; check {check}",
+        )
+    first, second = np.triu_indices(len(adapters), k=1)
+    between = squares[first] + squares[second] - 2 * products[first, second]
+    spread = float(np.sqrt(np.maximum(between, 0)).mean()) / norm
+    return Diagnostic.judged(
+        "adapter_spread",
+        spread < LEAST_ADAPTER_SPREAD,
+        {"relative_distance": spread},
+        f"two members' updates lie {spread:.2g} of their norm apart (unrelated ones 1.4)",
+        "V_t, and the members' seeds and data orders",
+    )
+
+
+def update_products(adapters: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+    """Inner products of the members' updates B A, without ever forming one; (M, M) float64.
+
+    <B A, B' A'> = sum over the entries of (B^T B') * (A A'^T), both (R, R).
+    """
+    products = np.zeros((len(adapters), len(adapters)))
+    for name in adapters[0]:
+        if "lora_A" not in name:
+            continue
+        a = np.stack([adapter[name] for adapter in adapters]).astype(np.float64)  # (M, R, I)
+        b = np.stack([adapter[name.replace("lora_A", "lora_B")] for adapter in adapters]).astype(
+            np.float64
+        )  # (M, O, R)
+        for m in range(len(adapters)):
+            for n in range(len(adapters)):
+                products[m, n] += ((b[m].T @ b[n]) * (a[m] @ a[n].T)).sum()
+    return products
+
+
+def norm_spread(statistics: Statistics, members: int) -> Diagnostic:
+    """Median over the examples of sqrt(V_t) / G_t, the norms' coefficient of variation over the members."""
+    if members < 2:
+        return Diagnostic.unknown("norm_spread", "median_variation", "one member has no variance")
+    variance, norm = _defined(statistics.V_t, statistics.G_t)
+    moved = norm > 0
+    if not moved.any():
+        return Diagnostic.unknown("norm_spread", "median_variation", "no example has a gradient at the late snapshot")
+    variation = float(np.median(np.sqrt(variance[moved]) / norm[moved]))
+    return Diagnostic.judged(
+        "norm_spread",
+        variation < LEAST_NORM_SPREAD,
+        {"median_variation": variation},
+        f"the members' gradient norms of an example vary by {100 * variation:.2g}% of their mean",
+        "V_t, which is then rounding or less, and the members' seeds; a higher proxy.learning_rate parts them",
+    )
+
+
+# ---------------------------------------------------------------------------------------- learning
+
+
+def loss_between_snapshots(statistics: Statistics) -> Diagnostic:
+    """Relative fall of the members' mean loss from the early to the late snapshot, over the same examples."""
+    early, late = _defined(statistics.loss_s, statistics.loss_t)
+    if not early.size or not early.mean() > 0:
+        return Diagnostic.unknown("loss_between_snapshots", "relative_fall", "no example has a loss that could fall")
+    moments = ("at the early snapshot", "at the late one")
+    return _fall("loss_between_snapshots", early, late, moments, LEAST_FALL_BETWEEN_SNAPSHOTS)
+
+
+def loss_from_start(curves: Sequence[Sequence[float]]) -> Diagnostic:
+    """Relative fall of the training loss from the first to the last tenth of the batches.
+
+    Args:
+        curves: each member's mean loss of each batch, epoch after epoch to the late snapshot; nats a token.
+    """
+    firsts = np.array([loss for curve in curves for loss in curve[: _tenth(curve)]])
+    lasts = np.array([loss for curve in curves for loss in curve[-_tenth(curve) :]])
+    if firsts.size < LEAST_BATCHES:
+        reason = f"a tenth of all members' batches is {firsts.size}, too few to tell"
+        return Diagnostic.unknown("loss_from_start", "relative_fall", reason)
+    if not firsts.mean() > 0:
+        return Diagnostic.unknown("loss_from_start", "relative_fall", "the first batches have no loss that could fall")
+    moments = ("in the first tenth of the batches", "in the last")
+    return _fall("loss_from_start", firsts, lasts, moments, LEAST_FALL_FROM_START)
+
+
+def _tenth(curve: Sequence[float]) -> int:
+    return max(1, len(curve) // 10)
+
+
+def _fall(name: str, before: np.ndarray, after: np.ndarray, moments: tuple[str, str], least: float) -> Diagnostic:
+    first, last = float(before.mean()), float(after.mean())
+    fall = (first - last) / first
+    return Diagnostic.judged(
+        name,
+        fall < least,
+        {"relative_fall": fall, "first": first, "last": last},
+        f"the members' mean loss was {first:.3f} nats a token {moments[0]} and {last:.3f} {moments[1]} "
+        f"({-100 * fall:+.2g}%)",
+        "proxy.learning_rate, the number of steps, and that the proxy knows the data's language and template",
+    )
+
+
+# ----------------------------------------------------------------------------------- drops and eps
+
+
+def drop_sign(statistics: Statistics) -> Diagnostic:
+    """Mean of G_s - G_t, and the share of examples in which it is negative.
+
+    Where it is negative, dividing by V_t favours a high variance, the opposite of what the score is for.
+    """
+    early, late = _defined(statistics.G_s, statistics.G_t)
+    if not early.size:
+        return Diagnostic.unknown("drop_sign", "negative_share", "no example has a gradient norm")
+    drop = early - late
+    mean, negative = float(drop.mean()), float((drop < 0).mean())
+    return Diagnostic.judged(
+        "drop_sign",
+        negative > MOST_NEGATIVE_DROPS or mean < 0,
+        {"negative_share": negative, "mean_drop": mean, "mean_early_norm": float(early.mean())},
+        f"the gradient norm rose between the snapshots for {negative:.0%} of the rows (mean drop {mean:.3g} of "
+        f"{early.mean():.3g})",
+        "the number of steps before the first snapshot (B starts at zero, and A's gradient grows with B) and "
+        "proxy.learning_rate; where the norm rises a high V_t raises the score",
+    )
+
+
+def drop_size(statistics: Statistics) -> Diagnostic:
+    """Median of |G_s - G_t| / G_s: near zero so are all scores."""
+    early, late = _defined(statistics.G_s, statistics.G_t)
+    moved = early > 0
+    if not moved.any():
+        return Diagnostic.unknown("drop_size", "median_change", "no example has a gradient at the early snapshot")
+    change = float(np.median(np.abs(early[moved] - late[moved]) / early[moved]))
+    return Diagnostic.judged(
+        "drop_size",
+        change < LEAST_DROP_SIZE,
+        {"median_change": change},
+        f"the gradient norm of an example changed by {100 * change:.2g}% between the snapshots",
+        "proxy.learning_rate and the distance of proxy.snapshots; scores near zero are ranked by noise",
+    )
+
+
+def eps_share(eps: float, denominators: Mapping[str, np.ndarray]) -> Diagnostic:
+    """Share of the examples in which eps is at least as large as what it is added to.
+
+    Args:
+        denominators: what the score adds eps to, by name: G_s (norm), V_t (norm squared); (N,) each.
+    """
+    defined = {name: values[np.isfinite(values)] for name, values in denominators.items()}
+    if not all(values.size for values in defined.values()):
+        return Diagnostic.unknown("eps_share", next(iter(defined)), "no example has a gradient norm")
+    shares = {name: float((eps >= values).mean()) for name, values in defined.items()}
+    seen = " and ".join(f"at least {name} in {share:.1%} of the rows" for name, share in shares.items())
+    return Diagnostic.judged(
+        "eps_share",
+        max(shares.values()) > MOST_EPS_DOMINATED,
+        {max(shares, key=shares.__getitem__): max(shares.values()), **shares},
+        f"eps={eps:g} is {seen}",
+        "scorer.eps, and V_t for a collapsed ensemble; there eps decides the score and not the ensemble",
+    )
+
+
+def _defined(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The entries in which both are numbers."""
+    both = np.isfinite(first) & np.isfinite(second)
+    return first[both], second[both]

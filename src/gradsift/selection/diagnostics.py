@@ -1,0 +1,110 @@
+"""Is the selection more than the trivial part of the pool?
+
+A failure signature of GRADFILTERING (arXiv 2601.13697) is a selection of trivially easy examples: rows
+that the proxy had fitted anyway, or that are merely short. Rows without a value (NaN) are left out.
+Shape letters: N examples of the pool, k selected ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from gradsift.data.examples import Example
+from gradsift.diagnostics import Diagnostic
+
+# Mean over the selection by that over the pool. A first trial's score that did nothing but prefer short
+# answers had 0.44; a score that is the late loss itself has 0.2 in experiments/LOG.md's toy world, G-SNR 0.6-0.7.
+LEAST_OF_POOL = 0.5
+# Standard errors of a random draw of k examples: a handful of rows falls below half the pool by chance.
+LEAST_STANDARD_ERRORS = 3.0
+# The score's sign has to be right where it counts, so less is borne here than in the whole pool.
+MOST_NEGATIVE_DROPS = 0.1
+
+_MEANING = {
+    "late_loss": "late loss, in nats a token,",
+    "response_tokens": "number of response tokens",
+    "response_characters": "number of response characters",
+    "prompt_characters": "number of prompt characters",
+    "response_to_prompt": "ratio of response to prompt characters",
+}
+
+
+def diagnose_selection(
+    positions: np.ndarray, pool: Sequence[Example], measures: Mapping[str, np.ndarray], drop: np.ndarray | None
+) -> list[Diagnostic]:
+    """Everything that can be said of a selection.
+
+    Args:
+        positions: (k,) of the selected examples.
+        measures: what the ensemble knows of each example, (N,) each: `late_loss`, `response_tokens` (which
+            stand in for the response's characters); may be empty.
+        drop: (N,) G_s - G_t, if the score is made of it.
+    """
+    compared = {**lengths(pool), **measures}
+    if "response_tokens" in measures:
+        del compared["response_characters"]  # one warning for short responses is enough
+    found = [] if drop is None else [selected_drop_sign(drop, positions)]
+    return found + [against_pool(name, compared[name], positions) for name in _MEANING if name in compared]
+
+
+def lengths(pool: Sequence[Example]) -> dict[str, np.ndarray]:
+    """Characters of the responses (every assistant turn) and of all that comes before or between; (N,) each."""
+    responses = [_response_length(example) for example in pool]
+    turns = [sum(len(turn.content) for turn in example.history) for example in pool]
+    totals = [
+        count + len(example.instruction) + len(example.input) + len(example.output)
+        for count, example in zip(turns, pool, strict=True)
+    ]
+    response, prompt = (
+        np.array(responses, dtype=float),
+        np.array(totals, dtype=float) - np.array(responses, dtype=float),
+    )
+    ratio = np.divide(response, prompt, out=np.full(len(pool), np.nan), where=prompt > 0)
+    return {"response_characters": response, "prompt_characters": prompt, "response_to_prompt": ratio}
+
+
+def _response_length(example: Example) -> int:
+    return len(example.output) + sum(len(turn.content) for turn in example.history if turn.role == "assistant")
+
+
+def against_pool(measure: str, values: np.ndarray, positions: np.ndarray) -> Diagnostic:
+    """Mean of a measure over the selection by its mean over the pool; a warning where it is far lower.
+
+    Args:
+        values: (N,), NaN where the example has none.
+    """
+    name = f"selection_{measure}"
+    known, chosen = values[np.isfinite(values)], values[positions][np.isfinite(values[positions])]
+    if not chosen.size or not known.mean() > 0:
+        return Diagnostic.unknown(name, "ratio", f"the {_MEANING[measure]} is not known of the selected rows")
+    pool, selection = float(known.mean()), float(chosen.mean())
+    # of the mean of so many draws without replacement
+    error = float(known.std() * np.sqrt((1 - chosen.size / known.size) / chosen.size))
+    return Diagnostic.judged(
+        name,
+        selection < LEAST_OF_POOL * pool and selection < pool - LEAST_STANDARD_ERRORS * error,
+        {"ratio": selection / pool, "selection": selection, "pool": pool},
+        f"the mean {_MEANING[measure]} is {selection:.3g} in the selection and {pool:.3g} in the pool",
+        "the selected rows, and the full-data (scorer=full) and random baselines: trivial rows teach little",
+    )
+
+
+def selected_drop_sign(drop: np.ndarray, positions: np.ndarray) -> Diagnostic:
+    """Share of the selected examples whose gradient norm rose.
+
+    Args:
+        drop: (N,) G_s - G_t, NaN where undefined.
+    """
+    chosen = drop[positions][np.isfinite(drop[positions])]
+    if not chosen.size:
+        return Diagnostic.unknown("selection_drop_sign", "negative_share", "no selected row has a gradient norm")
+    negative = float((chosen < 0).mean())
+    return Diagnostic.judged(
+        "selection_drop_sign",
+        negative > MOST_NEGATIVE_DROPS,
+        {"negative_share": negative},
+        f"the gradient norm rose between the snapshots for {negative:.0%} of the selected rows",
+        "V_t, which where the norm rises raises the score, and the number of steps before the first snapshot",
+    )

@@ -317,7 +317,14 @@ def test_kill_9_loses_nothing_and_changes_nothing(gradsift, moment: str, tmp_pat
     process.wait()
     for store in (killed, whole):
         subprocess.run(command, cwd=tmp_path, env={**os.environ, "GRADSIFT_ARTIFACTS": str(store)}, check=True)
-    for name in ("scores.parquet", "selection.jsonl", "adapter_model.safetensors", "judgments.jsonl", "pws.json"):
+    for name in (
+        "scores.parquet",
+        "selection.jsonl",
+        "diagnostics.json",
+        "adapter_model.safetensors",
+        "judgments.jsonl",
+        "pws.json",
+    ):
         ours, theirs = ({p.relative_to(s): p.read_bytes() for p in s.rglob(name)} for s in (killed, whole))
         assert ours, name
         assert ours == theirs

@@ -107,7 +107,7 @@ class Bench:
         return self.score({"_target_": f"my_scores.{function}", "name": name, **options})
 
     def score(self, config: Any) -> Artifact:
-        return score(self.runtime, config, self.loaded, pool, self.sources())
+        return score(self.runtime, config, self.loaded, pool, self.sources(), lambda asked: [])
 
     def unfinished(self) -> bool:
         """Whether no score artifact is whole."""
@@ -156,14 +156,14 @@ def test_every_status_is_counted_and_kept_with_its_reason(bench: Bench, tmp_path
 @pytest.mark.parametrize(("base", "positions"), [("accepted", [0, 5]), ("scored", [0])])
 def test_only_what_is_scored_is_selected(base: str, positions: list[int], bench: Bench) -> None:
     scored = bench("of_all_statuses")  # 0.5, -, -, 0.1, -, 0.2
-    made = select(bench.runtime, SelectorConfig(name="topk"), scored, pool, 0.34, base)
+    made = select(bench.runtime, SelectorConfig(name="topk"), scored, pool, dict, 0.34, base)
     assert positions_of(made).tolist() == positions
 
 
 @pytest.mark.parametrize("base", ["accepted", "scored"])
 def test_a_pool_without_any_score_is_refused(base: str, bench: Bench) -> None:
     with pytest.raises(GradsiftError, match="score"):
-        select(bench.runtime, SelectorConfig(name="topk"), bench("of_no_score"), pool, 0.5, base)
+        select(bench.runtime, SelectorConfig(name="topk"), bench("of_no_score"), pool, dict, 0.5, base)
 
 
 def test_scores_are_made_once_and_anew_for_other_constants_or_parents(bench: Bench) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ from gradsift.config import Config, VerifiableDataConfig
 from gradsift.data.examples import Example
 from gradsift.data.load import load, pool_of
 from gradsift.data.tokens import encode
+from gradsift.diagnostics import Diagnostic
 from gradsift.evaluation import stages as evaluation
 from gradsift.evaluation.benchmarks import Item
+from gradsift.gradients.diagnostics import diagnose_ensemble
 from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.statistics import read_statistics, statistics
 from gradsift.proxy.ensemble import ProxyInputs, train_ensemble
@@ -47,7 +50,7 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
         line.statistics()
         results.ensemble(line.ensemble)
         return
-    scored = score(runtime, config.scorer, line.loaded, lambda: line.pool, line.sources())
+    scored = score(runtime, config.scorer, line.loaded, lambda: line.pool, line.sources(), line.diagnose)
     results.scored(scored)
     if line.has_ensemble:
         results.ensemble(line.ensemble)
@@ -148,6 +151,27 @@ class Line:
         mean: np.ndarray = losses.mean(0)
         return mean
 
+    def response_tokens(self) -> np.ndarray:
+        """(N,) float64, the same for every member; NaN for an example that has none."""
+        tokens = np.full(int(self.loaded.info["rows"]), np.nan)
+        table = read_norms(self.late_members()[0])
+        tokens[table["row"]] = table["n_tokens"]
+        return tokens
+
+    def diagnose(self, asked: Sequence[str]) -> list[Diagnostic]:
+        """Of the ensemble up to the late snapshot, if the scorer asked for it."""
+        if not self.has_ensemble:
+            return []
+        late = self.config.proxy.snapshots[1]
+        found = read_statistics(self.statistics()) if "statistics" in asked else None
+        return diagnose_ensemble([chain[:late] for chain in self.ensemble], found)
+
+    def measures(self) -> dict[str, np.ndarray]:
+        """What the ensemble, if the scorer asked for it, knows of each example besides its norms."""
+        if not self.has_ensemble:
+            return {}
+        return {"late_loss": self.late_losses(), "response_tokens": self.response_tokens()}
+
     def sources(self) -> dict[str, Source]:
         """What a scorer may ask for (see `gradsift.scoring`)."""
         nothing: list[Artifact] = []
@@ -165,7 +189,8 @@ class Line:
     def select(self, scored: Artifact) -> Artifact:
         config = self.config
         alpha = 1.0 if self.keeps_all else config.alpha
-        return select(self.runtime, config.selector, scored, lambda: self.pool, alpha, config.budget_base)
+        base = config.budget_base
+        return select(self.runtime, config.selector, scored, lambda: self.pool, self.measures, alpha, base)
 
     def everything(self) -> np.ndarray:
         """All positions of the pool: the full-data reference."""

@@ -13,6 +13,7 @@ from typing import Any
 from gradsift.artifacts import Artifact, Store
 from gradsift.data.load import Labels, labels_of
 from gradsift.data.verifiable import SPOILT, effective_families
+from gradsift.diagnostics import read_diagnostics
 from gradsift.scoring.scores import SCORED
 from gradsift.scoring.stage import scores_of
 from gradsift.selection.stage import SELECTION_FILE, positions_of
@@ -49,6 +50,7 @@ class Results:
             reasons[reason] = reasons.get(reason, 0) + 1
         if reasons:
             self.values["scores"]["reasons"] = reasons
+        self._diagnosed(artifact)
 
     def selected(self, artifact: Artifact, loaded: Artifact) -> None:
         info = {k: v for k, v in artifact.info.items() if k != "optimizer_steps"}
@@ -56,8 +58,14 @@ class Results:
         if labels is not None:
             info |= composition(labels, positions_of(artifact).tolist())
         self.values["selection"] = info
+        self._diagnosed(artifact)
         shutil.copyfile(artifact.file(SELECTION_FILE), self.folder / SELECTION_FILE)
         self.files["selection"] = str(self.folder / SELECTION_FILE)
+
+    def _diagnosed(self, artifact: Artifact) -> None:
+        found = self.values.setdefault("diagnostics", {})
+        found |= read_diagnostics(artifact.path)
+        self.values["warnings"] = sum(diagnostic["verdict"] == "warning" for diagnostic in found.values())
 
     def finetuned(self, artifact: Artifact, heldout_loss: float | None) -> None:
         self.values["heldout_loss"] = {"model": heldout_loss}

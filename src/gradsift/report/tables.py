@@ -16,6 +16,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from gradsift.diagnostics import Diagnostic
+
 Run = Mapping[str, Any]
 Row = dict[str, Any]
 
@@ -167,6 +169,53 @@ def _get(run: Run, *keys: str) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
+
+
+def against_random(runs: Sequence[Run]) -> list[Diagnostic]:
+    """Does a subset do worse than random rows? One diagnostic for each scorer and setting that random stands beside.
+
+    Pooled PWS are compared between runs that have the seeds and all but the scorer and its constants in
+    common; where random selection was not run there is nothing to compare with, and nothing is said.
+    """
+    rows = [flat_rows(run)[-1] for run in with_settings(runs)]  # the last is the pooled one, or the only one
+    rows = [row for row in rows if row["pws"] is not None and row["scorer"] != "full"]
+    named = [n for n in SETTINGS if n in ("scorer", "alpha") or len({row[n] for row in rows}) > 1]
+    random: dict[tuple[Any, ...], list[float]] = {}
+    methods: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["scorer"] == "random":
+            random.setdefault(_beside(row), []).append(row["pws"])
+        else:
+            methods.setdefault(", ".join(_text(row[n]) for n in named if row[n] != ""), []).append(row)
+    pairs = {
+        name: [(row["pws"], sum(known) / len(known)) for row in group if (known := random.get(_beside(row)))]
+        for name, group in methods.items()
+    }
+    return [_against_random(name, found) for name, found in pairs.items() if found]
+
+
+def _beside(row: Row) -> tuple[Any, ...]:
+    """What a run shares with the random selection that it is compared with."""
+    own = ("scorer.", "method=")
+    settings = tuple(o for o in row["settings"].split(" ") if not o.startswith(own))
+    return (*(row[name] for name in (*SETTINGS, *SEEDS) if name not in ("scorer", "settings")), settings)
+
+
+def _against_random(name: str, pairs: Sequence[tuple[float, float]]) -> Diagnostic:
+    """
+    Args:
+        pairs: PWS of the method and of random selection, for each run that has a counterpart.
+    """
+    ours, theirs = (sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))
+    worse = sum(pair[0] < pair[1] for pair in pairs)
+    return Diagnostic.judged(
+        f"against_random ({name})",
+        ours < theirs,
+        {"difference": ours - theirs, "pws": ours, "pws_random": theirs, "pairs": len(pairs), "pairs_lower": worse},
+        f"{name}: PWS {ours:.3f} against {theirs:.3f} for random rows, lower in {worse} of {len(pairs)} pairs of runs",
+        "the runs' own warnings, the full-data baseline (scorer=full: near random there is little to select), "
+        "and more seeds before leaning on it",
+    )
 
 
 def write_csv(path: Path, runs: Sequence[Run]) -> None:

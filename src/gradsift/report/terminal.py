@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gradsift.artifacts import StageRecord
-from gradsift.report.tables import pws_table, write_csv
+from gradsift.diagnostics import write_diagnostics
+from gradsift.report.tables import against_random, pws_table, write_csv
 from gradsift.runtime import Display
 
 RUN_FILE = "run.json"
@@ -54,6 +55,8 @@ class RunView:
             self.display.say(f"  {self._reused} units of finished work were reused")
         for line in remarks(run):
             self.display.say(f"  note: {line}")
+        for line in findings(run.get("diagnostics", {})):
+            self.display.say(f"  {line}")
         if in_sweep:
             return
         if run["status"] == "finished":
@@ -74,14 +77,24 @@ def remarks(run: dict[str, Any]) -> list[str]:
     selection = run.get("selection", {})
     if shortfall := selection.get("shortfall"):
         lines.append(f"the selection is {shortfall:,} rows short of its budget: no more rows have a score")
-    if (negative := selection.get("negative_drops_pool")) is not None and negative > 0.5:
-        lines.append(
-            f"the gradient norm rose between the snapshots for {negative:.0%} of the rows "
-            f"({selection['negative_drops_selection']:.0%} of the selection); there a high variance raises the score"
-        )
     if run.get("judge") == "local" and run.get("status") == "finished":
         lines.append("judge=local with a small model is a plumbing check: its PWS says nothing about quality")
     return lines
+
+
+def findings(diagnostics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for all diagnostics that found nothing, with the figure each judged, and one for every warning."""
+    well, unknown, warnings = [], [], []
+    for name, found in diagnostics.items():
+        if found["verdict"] == "ok":
+            well.append(f"{name} {next(iter(found['values'].values())):.3g}")
+        elif found["verdict"] == "unknown":
+            unknown.append(f"{name} ({found['message']})")
+        else:
+            warnings.append(f"warning: {found['message']} [{name}]")
+    lines = [f"diagnostics, nothing found: {', '.join(well)}"] if well else []
+    lines += [f"diagnostics, not known: {', '.join(unknown)}"] if unknown else []
+    return lines + warnings
 
 
 def _job_number(path: Path) -> tuple[int, str]:
@@ -100,6 +113,10 @@ def sweep_finished(folder: Path) -> bool:
         display.console.print()
         display.console.print(pws_table(shown))
         write_csv(folder / "results.csv", shown)
+        if compared := against_random(shown):
+            write_diagnostics(folder, compared)
+            for line in findings({diagnostic.name: diagnostic.as_json() for diagnostic in compared}):
+                display.say(line)
         display.say(f"\ntable: {folder / 'results.csv'}")
     display.say(f"runs: {folder}")
     for path, run in failed:

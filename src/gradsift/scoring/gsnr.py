@@ -10,8 +10,11 @@ the opposite of the score's intent; `drop` is written beside the score so that t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from gradsift.gradients.diagnostics import eps_share
 from gradsift.gradients.statistics import Statistics
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
@@ -19,31 +22,33 @@ from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 def gsnr(statistics: Statistics, *, eps: float) -> Scores:
     """Eq. 5: the normalised drop over the late variance."""
     drop = statistics.G_s - statistics.G_t
-    return _scores(statistics, drop / (statistics.G_s + eps) / (statistics.V_t + eps))
+    return _scores(statistics, drop / (statistics.G_s + eps) / (statistics.V_t + eps), eps, ("G_s", "V_t"))
 
 
 def gsnr_raw_drop(statistics: Statistics, *, eps: float) -> Scores:
     """Ablation 1: G_s - G_t. `eps` is not used; it is here so that one sweep can turn it for all four."""
-    return _scores(statistics, statistics.G_s - statistics.G_t)
+    return _scores(statistics, statistics.G_s - statistics.G_t, eps, ())
 
 
 def gsnr_normalized_drop(statistics: Statistics, *, eps: float) -> Scores:
     """Ablation 2: the first factor of Eq. 5 alone."""
-    return _scores(statistics, (statistics.G_s - statistics.G_t) / (statistics.G_s + eps))
+    return _scores(statistics, (statistics.G_s - statistics.G_t) / (statistics.G_s + eps), eps, ("G_s",))
 
 
 def gsnr_variance_normalized(statistics: Statistics, *, eps: float) -> Scores:
     """Ablation 3, our reading: (G_s - G_t) / (V_t + eps)."""
-    return _scores(statistics, (statistics.G_s - statistics.G_t) / (statistics.V_t + eps))
+    return _scores(statistics, (statistics.G_s - statistics.G_t) / (statistics.V_t + eps), eps, ("V_t",))
 
 
-def _scores(statistics: Statistics, score: np.ndarray) -> Scores:
+def _scores(statistics: Statistics, score: np.ndarray, eps: float, denominators: Sequence[str]) -> Scores:
+    """The score with its parts; `denominators` are those that eps was added to."""
     parts = {
         "G_s": statistics.G_s,
         "G_t": statistics.G_t,
         "V_t": statistics.V_t,
         "drop": statistics.G_s - statistics.G_t,
     }
-    scores = Scores(score, parts)
+    diagnostics = [eps_share(eps, {name: parts[name] for name in denominators})] if denominators else []
+    scores = Scores(score, parts, diagnostics)
     scores.mark(np.isnan(statistics.G_t), UNDEFINED, NO_RESPONSE)
     return scores

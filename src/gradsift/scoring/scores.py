@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gradsift.diagnostics import Diagnostic
 from gradsift.errors import GradsiftError
 
 SCORED = "scored"
@@ -25,6 +26,7 @@ class Scores:
 
     score: np.ndarray  # (N,) float64, higher = keep; NaN where undefined
     parts: Mapping[str, np.ndarray] = field(default_factory=dict)  # (N,) each: what the score is made of
+    diagnostics: list[Diagnostic] = field(default_factory=list)  # what the method noticed; not in the table
     status: np.ndarray = field(init=False)  # (N,) str
     reason: np.ndarray = field(init=False)  # (N,) str, empty where scored
 

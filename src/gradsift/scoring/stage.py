@@ -12,11 +12,12 @@ from typing import Any
 
 from gradsift.artifacts import Artifact
 from gradsift.data.examples import Example
+from gradsift.diagnostics import Diagnostic, write_diagnostics
 from gradsift.errors import ConfigError
 from gradsift.runtime import Runtime
 from gradsift.scoring.scores import Scores, read_scores, write_scores
 
-VERSION = 1
+VERSION = 2
 SCORES_FILE = "scores.parquet"
 
 
@@ -34,8 +35,14 @@ def score(
     loaded: Artifact,
     pool: Callable[[], Sequence[Example]],
     sources: Mapping[str, Source],
+    diagnose: Callable[[Sequence[str]], Sequence[Diagnostic]],
 ) -> Artifact:
-    """Score every example of the pool."""
+    """Score every example of the pool.
+
+    Args:
+        diagnose: given what the scorer asks for, diagnostics of these things; they are stored with the
+            scores, so they must depend on nothing else.
+    """
     options = scorer_options(config)
     target, name = options.pop("_target_"), options.pop("name")
     scorer = resolve(target)
@@ -55,6 +62,7 @@ def score(
         examples = pool()
         scores.require_finite([example.row_index for example in examples])
         write_scores(folder / SCORES_FILE, scores, [example.example_id for example in examples])
+        write_diagnostics(folder, [*diagnose(asked), *scores.diagnostics])
         statuses, counts = _counts(scores)
         return {"rows": len(examples), **dict(zip(statuses, counts, strict=True))}
 

@@ -12,14 +12,16 @@ import numpy as np
 from gradsift.artifacts import Artifact
 from gradsift.config import SelectorConfig
 from gradsift.data.examples import Example
+from gradsift.diagnostics import write_diagnostics
 from gradsift.errors import GradsiftError
 from gradsift.runtime import Runtime
 from gradsift.scoring.scores import SCORED, Scores
 from gradsift.scoring.stage import scores_of
 from gradsift.selection.budget import budget
+from gradsift.selection.diagnostics import diagnose_selection
 from gradsift.selection.topk import topk
 
-VERSION = 1
+VERSION = 2
 SELECTION_FILE = "selection.jsonl"
 
 
@@ -28,12 +30,14 @@ def select(
     config: SelectorConfig,
     scored: Artifact,
     pool: Callable[[], Sequence[Example]],
+    measures: Callable[[], Mapping[str, np.ndarray]],
     alpha: float,
     base: str,
 ) -> Artifact:
     """Keep floor(alpha x N) examples; what is lacking where fewer have a score is a reported shortfall.
 
     Args:
+        measures: for the diagnostics (see `diagnose_selection`); of what the scores were made of and nothing else.
         base: what N counts: `accepted` rows, or `scored` ones.
     """
 
@@ -47,27 +51,12 @@ def select(
             raise GradsiftError(f"no example has a score, so none can be selected ({reasons}); choose another scorer")
         write_selection(folder / SELECTION_FILE, positions, scores, examples)
         np.save(folder / "positions.npy", positions)
-        return {
-            "rows": len(positions),
-            "budget": size,
-            "shortfall": size - len(positions),
-            **_sign_of_drops(scores, positions),
-        }
+        write_diagnostics(folder, diagnose_selection(positions, examples, measures(), scores.parts.get("drop")))
+        return {"rows": len(positions), "budget": size, "shortfall": size - len(positions)}
 
     settings = {"selector": config.name, "alpha": alpha, "budget_base": base}
     slug = f"{scored.path.name.rsplit('-', 1)[0]}-{alpha}"
     return runtime.store.obtain("select", slug, settings, [scored], make, version=VERSION)
-
-
-def _sign_of_drops(scores: Scores, positions: np.ndarray) -> dict[str, float]:
-    """Share of negative gradient drops in pool and selection: there dividing by V_t favours a high variance."""
-    drop = scores.parts.get("drop")
-    if drop is None:
-        return {}
-    return {
-        "negative_drops_pool": float((drop[scores.status == SCORED] < 0).mean()),
-        "negative_drops_selection": float((drop[positions] < 0).mean()),
-    }
 
 
 def write_selection(path: Path, positions: np.ndarray, scores: Scores, examples: Sequence[Example]) -> None:

@@ -1,0 +1,455 @@
+"""Laws of the diagnostics: each fires on the failure it is named for and is quiet otherwise; worked out by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SMOKE
+from rich.console import Console
+
+from gradsift.config import FieldsConfig
+from gradsift.data.examples import Example, Turn
+from gradsift.data.formats import parse_rows
+from gradsift.diagnostics import DIAGNOSTICS_FILE, Diagnostic, read_diagnostics, write_diagnostics
+from gradsift.gradients.diagnostics import (
+    adapter_spread,
+    drop_sign,
+    drop_size,
+    eps_share,
+    loss_between_snapshots,
+    loss_from_start,
+    norm_spread,
+    update_products,
+)
+from gradsift.gradients.statistics import Statistics
+from gradsift.report.tables import against_random
+from gradsift.report.terminal import RunView, findings, sweep_finished
+from gradsift.runtime import Display
+from gradsift.scoring.gsnr import gsnr, gsnr_normalized_drop, gsnr_raw_drop, gsnr_variance_normalized
+from gradsift.selection.diagnostics import against_pool, diagnose_selection, lengths, selected_drop_sign
+
+NAN = float("nan")
+
+
+def ensemble(**changes: Any) -> Statistics:
+    """Two healthy examples, and one without a response token."""
+    columns = {
+        "G_s": [4.0, 2.0, NAN],
+        "G_t": [2.0, 1.0, NAN],
+        "V_s": [1.0, 1.0, NAN],
+        "V_t": [1.0, 0.01, NAN],
+        "loss_s": [3.0, 1.0, NAN],
+        "loss_t": [2.0, 1.0, NAN],
+    }
+    return Statistics(**{name: np.array(values) for name, values in (columns | changes).items()})
+
+
+NO_ROW = Statistics(*(np.array([NAN, NAN]) for _ in range(6)))
+
+
+def adapter(a: list[list[float]], b: list[list[float]]) -> dict[str, np.ndarray]:
+    return {"layer.lora_A.weight": np.array(a, np.float32), "layer.lora_B.weight": np.array(b, np.float32)}
+
+
+def is_unknown(diagnostic: Diagnostic) -> bool:
+    """Whether there is no verdict, and no number that could pass for one."""
+    return diagnostic.verdict == "unknown" and list(diagnostic.values.values()) == [None]
+
+
+# ---------------------------------------------------------------------------------------- collapse
+
+
+def test_the_products_of_the_updates_equal_those_of_the_multiplied_matrices() -> None:
+    """The obvious twin: every update formed whole."""
+    rng = np.random.default_rng(0)
+    members = []
+    for _ in range(3):
+        shapes = {"x": ((2, 5), (4, 2)), "y": ((2, 3), (7, 2))}
+        members.append(
+            {
+                f"{layer}.lora_{factor}.weight": rng.normal(size=shape).astype(np.float32)
+                for layer, both in shapes.items()
+                for factor, shape in zip("AB", both, strict=True)
+            }
+        )
+    updates = [
+        np.concatenate([(m[f"{n}.lora_B.weight"].astype(float) @ m[f"{n}.lora_A.weight"]).ravel() for n in "xy"])
+        for m in members
+    ]
+    np.testing.assert_allclose(update_products(members), np.stack(updates) @ np.stack(updates).T, rtol=1e-10)
+
+
+def test_members_with_unrelated_updates_are_spread() -> None:
+    one, other = adapter([[1.0, 0.0]], [[3.0]]), adapter([[0.0, 1.0]], [[3.0]])
+    found = adapter_spread([one, other])
+    assert found.verdict == "ok"
+    assert found.values["relative_distance"] == pytest.approx(math.sqrt(2))
+
+
+def test_members_with_one_update_are_collapsed_whatever_their_factors() -> None:
+    """A and B differ by a rotation, their product does not: the spread of a factor would miss it."""
+    one = adapter([[1.0, 0.0], [0.0, 1.0]], [[2.0, 0.0]])
+    other = adapter([[0.0, 1.0], [1.0, 0.0]], [[0.0, 2.0]])
+    found = adapter_spread([one, other])
+    assert found.verdict == "warning"
+    assert found.values["relative_distance"] == 0
+    assert "V_t" in found.message
+
+
+def test_adapters_that_never_left_zero_are_a_warning_without_a_number() -> None:
+    found = adapter_spread([adapter([[1.0]], [[0.0]]), adapter([[2.0]], [[0.0]])])
+    assert (found.verdict, found.values) == ("warning", {"relative_distance": None})
+    assert "proxy.learning_rate" in found.message
+
+
+def test_the_norms_variation_by_hand() -> None:
+    found = norm_spread(ensemble(), members=5)  # sqrt(1) / 2 and sqrt(.01) / 1
+    assert (found.verdict, found.values["median_variation"]) == ("ok", pytest.approx((0.5 + 0.1) / 2))
+    found = norm_spread(ensemble(V_t=[1e-4, 1e-6, NAN]), members=5)
+    assert (found.verdict, found.values["median_variation"]) == ("warning", pytest.approx((0.005 + 0.001) / 2))
+    assert "V_t" in found.message
+
+
+def test_one_member_has_no_spread() -> None:
+    assert is_unknown(norm_spread(ensemble(V_t=[0.0, 0.0, NAN]), members=1))
+    assert is_unknown(adapter_spread([adapter([[1.0]], [[1.0]])]))
+
+
+# ---------------------------------------------------------------------------------------- learning
+
+
+def test_a_loss_that_falls_between_the_snapshots_by_hand() -> None:
+    found = loss_between_snapshots(ensemble())
+    assert (found.verdict, dict(found.values)) == ("ok", {"relative_fall": 0.25, "first": 2.0, "last": 1.5})
+    assert "2.000 nats a token at the early snapshot and 1.500 at the late one (-25%)" in found.message
+
+
+@pytest.mark.parametrize("late", [[3.0, 1.0, NAN], [3.0, 0.9999, NAN], [4.0, 1.0, NAN]])
+def test_a_loss_that_stands_or_rises_is_a_warning(late: list[float]) -> None:
+    found = loss_between_snapshots(ensemble(loss_t=late))
+    assert found.verdict == "warning"
+    assert "proxy.learning_rate" in found.message
+
+
+def test_the_fall_from_the_first_batches_by_hand() -> None:
+    longer = [10.0, 8.0, *[7.0] * 17, 4.0, 2.0]  # 21 batches and 20: tenths of two
+    shorter = [6.0, 4.0, *[0.0] * 16, 1.0, 1.0]
+    found = loss_from_start([longer, shorter, longer, shorter, longer, shorter])
+    assert found.verdict == "ok"
+    assert found.values == {"relative_fall": pytest.approx(5 / 7), "first": 7.0, "last": 2.0}
+    found = loss_from_start([[2.0, 9.0, 2.0]] * 10)  # what happens in between is no learning
+    assert (found.verdict, found.values["relative_fall"]) == ("warning", 0)
+    assert "proxy.learning_rate" in found.message
+
+
+def test_a_few_noisy_batches_are_no_evidence() -> None:
+    assert is_unknown(loss_from_start([[2.0, 3.0]] * 9))
+    assert is_unknown(loss_from_start([[]]))
+    assert is_unknown(loss_from_start([[0.0, 0.0]] * 10))
+
+
+# ----------------------------------------------------------------------------------- drops and eps
+
+
+def test_the_sign_of_the_drops_by_hand() -> None:
+    found = drop_sign(ensemble())
+    assert (found.verdict, found.values["negative_share"], found.values["mean_drop"]) == ("ok", 0.0, 1.5)
+    found = drop_sign(ensemble(G_t=[2.0, 3.0, NAN]))  # drops of 2 and -1: half of the rows, and the mean above zero
+    assert (found.verdict, found.values["negative_share"], found.values["mean_drop"]) == ("ok", 0.5, 0.5)
+    found = drop_sign(ensemble(G_t=[5.0, 3.0, NAN]))
+    assert (found.verdict, found.values["negative_share"], found.values["mean_drop"]) == ("warning", 1.0, -1.0)
+    assert "steps before the first snapshot" in found.message
+
+
+def test_a_mean_that_rises_is_a_warning_though_most_norms_fall() -> None:
+    rising = ensemble(G_s=[1.0, 1.0, 1.0], G_t=[0.9, 0.9, 9.0])
+    assert drop_sign(rising).verdict == "warning"
+    assert drop_sign(rising).values["negative_share"] == pytest.approx(1 / 3)
+
+
+def test_norms_that_do_not_change_are_a_warning() -> None:
+    assert drop_size(ensemble()).values == {"median_change": 0.5}
+    assert drop_size(ensemble()).verdict == "ok"
+    found = drop_size(ensemble(G_t=[4.0004, 2.0002, NAN]))
+    assert (found.verdict, found.values["median_change"]) == ("warning", pytest.approx(1e-4))
+    assert "proxy.snapshots" in found.message
+
+
+def test_the_share_where_eps_dominates_by_hand() -> None:
+    values = {"G_s": np.array([4.0, 2.0, NAN, 1.0, 1.0]), "V_t": np.array([1.0, 0.01, NAN, 0.5, 0.02])}
+    found = eps_share(0.02, values)
+    assert (found.verdict, dict(found.values)) == ("warning", {"V_t": 0.5, "G_s": 0.0})
+    assert next(iter(found.values)) == "V_t"  # the worst is the one that is shown
+    assert "scorer.eps" in found.message
+    assert eps_share(1e-8, values).verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    ("scorer", "denominators"),
+    [(gsnr, {"G_s", "V_t"}), (gsnr_normalized_drop, {"G_s"}), (gsnr_variance_normalized, {"V_t"})],
+)
+def test_a_scorer_judges_its_own_eps_where_it_adds_it(scorer: Any, denominators: set[str]) -> None:
+    (found,) = scorer(ensemble(), eps=0.5).diagnostics
+    assert set(found.values) == denominators
+    assert found.verdict == ("warning" if "V_t" in denominators else "ok")
+    assert "eps=0.5" in found.message
+
+
+def test_a_score_without_eps_has_no_share_of_it() -> None:
+    assert gsnr_raw_drop(ensemble(), eps=0.5).diagnostics == []
+
+
+def test_without_any_defined_row_nothing_is_judged() -> None:
+    for judge in (loss_between_snapshots, drop_sign, drop_size):
+        assert is_unknown(judge(NO_ROW))
+    assert is_unknown(norm_spread(NO_ROW, members=5))
+    assert is_unknown(eps_share(1e-8, {"V_t": NO_ROW.V_t}))
+    assert is_unknown(norm_spread(replace(ensemble(), G_t=np.zeros(3)), members=5))
+    assert is_unknown(drop_size(replace(ensemble(), G_s=np.zeros(3))))
+
+
+# --------------------------------------------------------------------------------------- selection
+
+
+def examples(*outputs: str) -> list[Example]:
+    rows = [(index, {"instruction": "write", "output": output}) for index, output in enumerate(outputs)]
+    return parse_rows(rows, "alpaca", FieldsConfig())[0]
+
+
+def test_a_selection_of_the_easy_rows_is_a_warning_by_hand() -> None:
+    losses = np.array([0.1] * 100 + [2.1] * 100 + [NAN])
+    found = against_pool("late_loss", losses, np.arange(50))
+    assert found.verdict == "warning"
+    assert found.values == pytest.approx({"ratio": 0.1 / 1.1, "selection": 0.1, "pool": 1.1})
+    assert "scorer=full" in found.message
+    found = against_pool("late_loss", losses, np.arange(0, 201, 4))  # the last of them has no loss
+    assert (found.verdict, found.values["ratio"]) == ("ok", pytest.approx(1.0))
+
+
+def test_an_easier_selection_within_chance_is_none() -> None:
+    """One row of ten: less than half the pool's mean, and nothing that a draw could not do."""
+    found = against_pool("late_loss", np.array([0.1] + [1.0] * 5 + [2.0] * 4), np.array([0]))
+    assert found.values["ratio"] < 0.1
+    assert found.verdict == "ok"
+
+
+def test_a_harder_selection_is_no_warning() -> None:
+    values = np.array([1.0] * 90 + [50.0] * 10)
+    assert against_pool("response_tokens", values, np.arange(90, 100)).verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    ("values", "positions"), [([1.0, 2.0], []), ([1.0, NAN], [1]), ([NAN, NAN], [0]), ([0.0, 0.0], [0])]
+)
+def test_what_has_no_ratio_has_no_verdict(values: list[float], positions: list[int]) -> None:
+    assert is_unknown(against_pool("late_loss", np.array(values), np.array(positions, dtype=int)))
+
+
+def test_the_sign_of_the_selected_drops_by_hand() -> None:
+    drop = np.array([3.0, -1.0, NAN, 2.0, -4.0])
+    assert selected_drop_sign(drop, np.array([0, 3])).verdict == "ok"
+    found = selected_drop_sign(drop, np.array([0, 1, 2]))
+    assert (found.verdict, found.values["negative_share"]) == ("warning", 0.5)
+    assert is_unknown(selected_drop_sign(drop, np.array([2])))
+    assert is_unknown(selected_drop_sign(drop, np.array([], dtype=int)))
+
+
+def test_every_assistant_turn_counts_as_response() -> None:
+    (example,) = examples("12345")
+    history = (Turn("system", "be kind"), Turn("user", "hi"), Turn("assistant", "hello"))
+    found = lengths([replace(example, history=history, input="in")])
+    assert found["response_characters"].tolist() == [10]
+    assert found["prompt_characters"].tolist() == [len("be kind" + "hi" + "write" + "in")]
+    assert found["response_to_prompt"].tolist() == [10 / 16]
+
+
+def test_short_answers_are_a_warning_for_every_scorer() -> None:
+    pool = examples(*["no"] * 100, *["a long and patient answer"] * 100)
+    found = {d.name: d for d in diagnose_selection(np.arange(20), pool, {}, None)}
+    assert {name: d.verdict for name, d in found.items()} == {
+        "selection_response_characters": "warning",
+        "selection_prompt_characters": "ok",
+        "selection_response_to_prompt": "warning",
+    }
+    found = {d.name: d for d in diagnose_selection(np.arange(0, 200, 10), pool, {}, None)}
+    assert {d.verdict for d in found.values()} == {"ok"}
+
+
+def test_what_the_ensemble_knows_is_compared_too() -> None:
+    pool = examples(*["yes"] * 4)
+    measures = {"late_loss": np.ones(4), "response_tokens": np.full(4, 7.0)}
+    names = [d.name for d in diagnose_selection(np.array([1]), pool, measures, np.ones(4))]
+    assert names == [
+        "selection_drop_sign",
+        "selection_late_loss",
+        "selection_response_tokens",
+        "selection_prompt_characters",
+        "selection_response_to_prompt",
+    ]
+
+
+# ---------------------------------------------------------------------------------- against random
+
+
+def run(scorer: str, pws: float | None, **changes: Any) -> dict[str, Any]:
+    values = {
+        "status": "finished",
+        "scorer": scorer,
+        "alpha": 0.1,
+        "dataset": "alpaca",
+        "target": "llama",
+        "seed": 0,
+        "data_seed": 0,
+        "pws": pws,
+        "pooled": {"pws": pws},
+        "overrides": [],
+        "stages": [],
+    }
+    return values | changes
+
+
+def test_a_subset_worse_than_random_is_a_warning_by_hand() -> None:
+    runs = [run("gsnr", 0.75), run("gsnr", 1.0, seed=1), run("random", 1.25), run("random", 0.75, seed=1)]
+    (found,) = against_random(runs)
+    assert found.verdict == "warning"
+    assert found.values == {"difference": -0.125, "pws": 0.875, "pws_random": 1.0, "pairs": 2, "pairs_lower": 1}
+    assert found.message.startswith("gsnr, 0.1: PWS 0.875 against 1.000 for random rows, lower in 1 of 2 pairs")
+    assert "scorer=full" in found.message
+    (found,) = against_random([run("late_loss", 1.0), run("random", 1.0)])
+    assert found.verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"alpha": 0.05}, {"seed": 1}, {"data_seed": 1}, {"dataset": "x"}, {"target": "x"}, {"overrides": ["x=1"]}],
+)
+def test_random_selection_of_another_setting_is_no_baseline(change: dict[str, Any]) -> None:
+    assert against_random([run("gsnr", 0.5), run("random", 1.0, **change)]) == []
+
+
+def test_where_there_is_no_figure_nothing_is_compared() -> None:
+    assert against_random([run("gsnr", 0.5)]) == []
+    assert against_random([run("gsnr", None), run("random", 1.0)]) == []
+    assert against_random([run("gsnr", 0.5), run("random", None)]) == []
+    assert against_random([run("full", 0.5), run("random", 1.0)]) == []  # the reference is no subset
+
+
+def test_the_scorers_own_constants_are_compared_with_one_random_selection() -> None:
+    runs = [run("gsnr", pws, overrides=["method=gradfiltering", f"scorer.eps={pws}"]) for pws in (0.5, 1.5)]
+    found = against_random([*runs, run("random", 1.0, overrides=["method=random"])])
+    assert [d.verdict for d in found] == ["warning", "ok"]
+    assert len({d.name for d in found}) == 2
+
+
+def test_a_sweep_ends_with_the_comparison_and_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for scorer, pws in (("gsnr", 0.75), ("late_loss", 1.25), ("random", 1.0)):
+        (tmp_path / scorer).mkdir()
+        (tmp_path / scorer / "run.json").write_text(json.dumps(run(scorer, pws)))
+    assert sweep_finished(tmp_path)
+    out = capsys.readouterr().out
+    assert "warning: gsnr, 0.1: PWS 0.750 against 1.000 for random rows" in out
+    assert "nothing found: against_random (late_loss, 0.1) 0.25" in out
+    kept = read_diagnostics(tmp_path)
+    assert [found["verdict"] for found in kept.values()] == ["warning", "ok"]
+
+
+# ---------------------------------------------------------------------------------------- the file
+
+
+def test_diagnostics_survive_the_disk_and_hold_no_nan(tmp_path: Path) -> None:
+    write_diagnostics(tmp_path, [norm_spread(ensemble(), 1), drop_sign(ensemble())])
+    found = read_diagnostics(tmp_path)
+    assert found["norm_spread"] == {
+        "verdict": "unknown",
+        "values": {"median_variation": None},
+        "message": "one member has no variance",
+    }
+    assert found["drop_sign"]["verdict"] == "ok"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_diagnostics(tmp_path, [Diagnostic("x", "ok", {"x": NAN}, "")])
+
+
+def test_the_terminal_shows_warnings_whole_and_the_rest_in_a_line(tmp_path: Path) -> None:
+    shown = [drop_sign(ensemble(G_t=[5.0, 3.0, NAN])), drop_size(ensemble()), norm_spread(ensemble(), 1)]
+    diagnostics = {d.name: d.as_json() for d in shown}
+    assert findings(diagnostics) == [
+        "diagnostics, nothing found: drop_size 0.5",
+        "diagnostics, not known: norm_spread (one member has no variance)",
+        f"warning: {shown[0].message} [drop_sign]",
+    ]
+    assert findings({}) == []
+    stream = io.StringIO()
+    content = run("gsnr", None, status="stopped", files={}, diagnostics=diagnostics)
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    RunView(display=Display(Console(file=stream, width=160))).finished(tmp_path, in_sweep=True)
+    assert "  warning: the gradient norm rose between the snapshots for 100% of the rows" in stream.getvalue()
+
+
+# ------------------------------------------------------------------------------------ the whole line
+
+
+ENSEMBLE = {"adapter_spread", "loss_from_start"}
+STATISTICS = {"norm_spread", "loss_between_snapshots", "drop_sign", "drop_size"}
+CHARACTERS = {"selection_prompt_characters", "selection_response_to_prompt"}
+TOKENS = CHARACTERS | {"selection_late_loss", "selection_response_tokens"}
+
+
+def refuse_constant(text: str) -> None:
+    raise AssertionError(f"{text} is no JSON")
+
+
+def stored(gradsift: Any, stage: str) -> Mapping[str, Any]:
+    (path,) = gradsift.store.glob(f"{stage}/*/{DIAGNOSTICS_FILE}")
+    found: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse_constant)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("scorer", "of_scores", "of_selection"),
+    [
+        ("gsnr", ENSEMBLE | STATISTICS | {"eps_share"}, TOKENS | {"selection_drop_sign"}),
+        ("late_loss", ENSEMBLE, TOKENS),
+        ("random", set(), CHARACTERS | {"selection_response_characters"}),
+        ("full", set(), CHARACTERS | {"selection_response_characters"}),
+    ],
+)
+def test_a_run_stores_prints_and_logs_what_its_scorer_lets_it_say(
+    gradsift, capsys, scorer: str, of_scores: set[str], of_selection: set[str]
+) -> None:
+    assert gradsift(*SMOKE, f"scorer={scorer}", "stop_after=selection") == 0
+    (run,) = gradsift.runs()
+    assert set(stored(gradsift, "score")) == of_scores
+    assert set(stored(gradsift, "select")) == of_selection
+    assert run["diagnostics"] == stored(gradsift, "score") | stored(gradsift, "select")
+    verdicts = [found["verdict"] for found in run["diagnostics"].values()]
+    assert run["warnings"] == verdicts.count("warning")
+    out = capsys.readouterr().out
+    assert out.count("  warning: ") == run["warnings"]
+    (metrics,) = gradsift.folder.glob("outputs/*/*/metrics.jsonl")
+    summary = json.loads(metrics.read_text().splitlines()[-1])
+    assert summary["warnings"] == run["warnings"]
+    ratio = run["diagnostics"]["selection_prompt_characters"]["values"]["ratio"]
+    assert summary["diagnostics/selection_prompt_characters/values/ratio"] == ratio
+
+
+def test_a_learning_rate_of_nearly_nothing_is_seen(gradsift, capsys) -> None:
+    assert gradsift(*SMOKE, "proxy.learning_rate=1e-12", "stop_after=scores") == 0
+    (run,) = gradsift.runs()
+    warned = {name for name, found in run["diagnostics"].items() if found["verdict"] == "warning"}
+    assert warned >= {"loss_between_snapshots", "drop_size"}
+    assert "proxy.learning_rate" in capsys.readouterr().out
+
+
+def test_a_reused_score_keeps_its_diagnostics(gradsift) -> None:
+    for _ in range(2):
+        assert gradsift(*SMOKE, "stop_after=selection") == 0
+    first, second = gradsift.runs()
+    assert second["diagnostics"] == first["diagnostics"]

@@ -16,6 +16,8 @@ from gradsift.report.tables import pws_table, write_csv
 from gradsift.runtime import Display
 
 RUN_FILE = "run.json"
+_MEMORY = {"process_peak_resident_gb": "resident", "process_peak_cuda_gb": "on the GPU"}
+_BASELINES = ("random", "full")  # ask no model for anything
 
 
 class RunView:
@@ -52,6 +54,9 @@ class RunView:
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         if self._reused:
             self.display.say(f"  {self._reused} units of finished work were reused")
+        if peaks := run.get("memory"):
+            shown = ", ".join(f"{peak:.1f} GB {_MEMORY[name]}" for name, peak in peaks.items())
+            self.display.say(f"  peak memory of the process so far: {shown}")
         for line in remarks(run):
             self.display.say(f"  note: {line}")
         if in_sweep:
@@ -79,6 +84,8 @@ def remarks(run: dict[str, Any]) -> list[str]:
             f"the gradient norm rose between the snapshots for {negative:.0%} of the rows "
             f"({selection['negative_drops_selection']:.0%} of the selection); there a high variance raises the score"
         )
+    if run.get("proxy") == "tiny_bytes" and "scores" in run and run.get("scorer") not in _BASELINES:
+        lines.append("proxy=tiny_bytes has random weights: its scores are a plumbing check and say nothing of the rows")
     if run.get("judge") == "local" and run.get("status") == "finished":
         lines.append("judge=local with a small model is a plumbing check: its PWS says nothing about quality")
     return lines

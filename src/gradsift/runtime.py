@@ -78,8 +78,9 @@ class Runtime:
 def peak_memory() -> dict[str, float]:
     """The most memory this process has held so far, in GB (10^9 bytes); in a sweep over all its runs up to now.
 
-    process_peak_resident_gb      resident memory, as the operating system counts it
-    process_peak_cuda_gb          tensors on the current CUDA device, where there is one
+    process_peak_resident_gb  resident memory (`ru_maxrss`); Linux counts in what a larger process that launched
+                              this one held then (a notebook, say)
+    process_peak_cuda_gb      tensors on the current CUDA device, where there is one
     """
     import torch
 

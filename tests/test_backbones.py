@@ -89,6 +89,20 @@ def test_a_loaded_backbone_is_frozen_and_in_evaluation_mode(precision: str, dtyp
     assert loaded.pad_id == loaded.tokenizer.pad_token_id != loaded.tokenizer.eos_token_id
 
 
+def test_tiny_bytes_is_random_frozen_and_never_trained(tmp_path: Path) -> None:
+    config = ModelConfig(kind="tiny_bytes")
+    first, second = (backbone(runtime(tmp_path / store), config) for store in ("a", "b"))
+    weights = [made.file("model.safetensors").read_bytes() for made in (first, second)]
+    assert weights[0] == weights[1]
+    assert first.fingerprint == second.fingerprint
+    assert first.info["optimizer_steps"] == 0
+    loaded = load_backbone(first, config, CPU)
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert loaded.context == 1024
+    assert loaded.pad_id == loaded.tokenizer.pad_token_id != loaded.tokenizer.eos_token_id
+    assert loaded.tokenizer.decode(loaded.tokenizer("né 🟥")["input_ids"]) == "né 🟥"
+
+
 @pytest.mark.parametrize(("pad", "eos", "expected"), [(7, 3, 7), (None, 3, 3), (0, 3, 0), (None, None, 0)])
 def test_any_id_will_do_for_padding(pad: int | None, eos: int | None, expected: int) -> None:
     assert Backbone(None, SimpleNamespace(pad_token_id=pad, eos_token_id=eos)).pad_id == expected

@@ -93,6 +93,9 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["benchmark.sets=[verifiable,verifiable]"], "names a set twice"),
         (["scorer=gsnr_variance_normalized", "proxy.members=1"], "divides by a variance"),
         (["experiment=smollm2_alpaca"], "the environment variable GRADSIFT_DATA is not set"),
+        (["target.model.kind=tiny_bytes"], "target.model.kind=tiny_bytes has random weights"),
+        (["judge=local", "judge.model.kind=tiny_bytes"], "judge.model.kind=tiny_bytes has random weights"),
+        (["experiment=full_size"], "the environment variable GRADSIFT_DATA is not set"),
         (["target.epochs=2"], "either target.epochs or target.steps"),
         (["target.steps=null"], "either target.epochs or target.steps"),
         (["data.spoilt=1"], "data.spoilt=1.0 is no share"),
@@ -115,6 +118,22 @@ def test_a_value_that_cannot_be_used_is_named_with_the_remedy(
 
 def test_full_needs_no_judge_that_could_be_asked() -> None:
     assert composed("scorer=full", "benchmark=vicuna", "target=smollm2").judge.name == "verifier"
+
+
+@pytest.mark.parametrize("scorer", ["gsnr", "superfilter", "late_loss"])
+def test_random_weights_take_any_data_for_scores(scorer: str) -> None:
+    foreign = ("data=json", "data.path=x.json", "proxy=tiny_bytes", f"scorer={scorer}")
+    assert composed(*foreign, "stop_after=selection").proxy.model.kind == "tiny_bytes"
+    assert composed("proxy=tiny_bytes", "target.model.kind=tiny_bytes", "stop_after=selection")  # a target never made
+
+
+@pytest.mark.parametrize("scorer", ["gsnr", "superfilter"])
+def test_full_size_is_one_experiment_for_both_scorers(scorer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADSIFT_DATA", "somewhere")
+    config = composed("experiment=full_size", f"scorer={scorer}")
+    proxy = config.proxy
+    assert (proxy.members, proxy.collect, proxy.max_length) == (2, "during_training", 256)
+    assert (config.stop_after, config.tracker.name, config.data.limit) == ("selection", "none", None)
 
 
 def test_one_member_is_enough_for_scores_without_a_variance() -> None:

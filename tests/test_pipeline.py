@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -139,6 +140,23 @@ def test_no_scorer_can_read_the_quality_labels(gradsift) -> None:
     assert not {"quality", "family", "label"} & set(examples.column_names)
     for word in ("spoilt", "wrong_answer", "near_duplicate", "contradictory"):
         assert word not in text
+
+
+def test_full_size_runs_both_scorers_on_one_backbone(gradsift, monkeypatch, capsys) -> None:
+    file = gradsift.folder / "data" / "instruct" / "alpaca_cleaned_51k.json.gz"
+    file.parent.mkdir(parents=True)
+    rows = [{"instruction": f"Say {n} times 🟥.", "input": "", "output": f"{n} né " * (n % 7 + 1)} for n in range(40)]
+    file.write_bytes(gzip.compress(json.dumps(rows).encode()))
+    monkeypatch.setenv("GRADSIFT_DATA", str(gradsift.folder / "data"))
+    assert gradsift("-m", "experiment=full_size", "scorer=gsnr,superfilter", "compute.threads=1") == 0
+    by_scorer = {run["scorer"]: run for run in gradsift.runs()}
+    assert names(by_scorer["gsnr"], reused=False).count("member") == 4  # two members, two epochs
+    assert "backbone" in names(by_scorer["superfilter"], reused=True)
+    for run in by_scorer.values():
+        assert run["status"] == "stopped"
+        assert run["selection"]["budget"] == 4
+        assert run["memory"]["process_peak_resident_gb"] > 0
+    assert capsys.readouterr().out.count("proxy=tiny_bytes has random weights") == 2
 
 
 def test_during_training_collects_every_example_without_a_second_pass(gradsift) -> None:

@@ -286,6 +286,13 @@ def test_remarks_by_hand() -> None:
     assert len(lines) == 5
 
 
+@pytest.mark.parametrize(("scorer", "remarked"), [("gsnr", True), ("superfilter", True), ("random", False)])
+def test_scores_of_random_weights_are_called_plumbing(scorer: str, remarked: bool) -> None:
+    lines = remarks(run(proxy="tiny_bytes", scorer=scorer, scores={"rows": 9}, status="stopped"))
+    assert any("plumbing check" in line for line in lines) is remarked
+    assert remarks(run(proxy="tiny_bytes", scorer=scorer, status="failed")) == []  # before there was a score
+
+
 def test_unfinished_local_judgments_need_no_remark() -> None:
     assert remarks(run(selection={"shortfall": 0}, judge="local", status="stopped")) == []
 
@@ -336,6 +343,7 @@ def test_run_json_is_plain_json(tmp_path: Path) -> None:
     assert set(stage) == {"name", "artifact", "fingerprint", "reused", "seconds", "optimizer_steps"}
     assert (stage["name"], stage["reused"], stage["optimizer_steps"]) == ("load", False, 4)
     assert "error" not in written
+    assert written["memory"]["process_peak_resident_gb"] > 0.01
     results.is_reference()
     results.finish("failed", "it broke")
     written = json.loads((tmp_path / RUN_FILE).read_text())
@@ -389,7 +397,8 @@ def test_a_run_ends_with_its_table_and_the_paths_of_what_it_wrote(
 ) -> None:
     stream = io.StringIO()
     view = RunView(display=Display(Console(file=stream, width=160)))
-    content = run(status=status, files={"selection": "somewhere/selection.jsonl"}, data={"rejected": 3})
+    memory = {"process_peak_resident_gb": 1.26, "process_peak_cuda_gb": 2.0}
+    content = run(status=status, files={"selection": "somewhere/selection.jsonl"}, data={"rejected": 3}, memory=memory)
     (tmp_path / RUN_FILE).write_text(json.dumps(content))
     view.finished(tmp_path, in_sweep=in_sweep)
     text = stream.getvalue()
@@ -397,6 +406,7 @@ def test_a_run_ends_with_its_table_and_the_paths_of_what_it_wrote(
     assert f"run: {tmp_path / RUN_FILE}" in text
     assert "selection: somewhere/selection.jsonl" in text
     assert "note: 3 rows of the data were rejected" in text
+    assert "peak memory of the process so far: 1.3 GB resident, 2.0 GB on the GPU" in text
 
 
 def test_the_heading_of_a_sweeps_run_shows_its_overrides_as_they_are() -> None:

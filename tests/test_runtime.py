@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from gradsift import runtime
-from gradsift.runtime import Display, derive_seed
+from gradsift.runtime import Display, derive_seed, peak_memory
 
 
 def display(terminal: bool, width: int = 100) -> tuple[Display, io.StringIO]:
@@ -85,6 +88,28 @@ def test_what_is_said_stays_on_one_line_and_as_it_is() -> None:
 def test_a_file_is_wide_enough_for_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     assert Display().console.width == 132
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="this system does not say what a process held")
+def test_the_peak_counts_what_was_held_and_never_falls() -> None:
+    before = peak_memory()["process_peak_resident_gb"]
+    held = np.ones(int((before + 0.2) * 1e9), dtype=np.uint8)  # more than the process ever had, whatever it has now
+    during = peak_memory()["process_peak_resident_gb"]
+    assert during >= before + 0.2
+    assert during < 2 * before + 1  # GB, not another unit
+    del held
+    assert peak_memory()["process_peak_resident_gb"] >= during
+
+
+def test_the_gpus_peak_is_told_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "process_peak_cuda_gb" not in peak_memory()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2_500_000_000)
+    assert peak_memory()["process_peak_cuda_gb"] == 2.5
 
 
 # ------------------------------------------------------------------------------------------- seeds

@@ -187,6 +187,14 @@ def test_unusable_settings_are_refused(byte_tokenizer: Any) -> None:
         encode([example("a", "b")], byte_tokenizer, "plain", 64)
 
 
+def test_progress_counts_every_example_once(byte_tokenizer: Any) -> None:
+    done: list[int] = []
+    examples = [example("a", "b" if row % 2 else "") for row in range(2500)]  # those without a response count too
+    encode(examples, byte_tokenizer, "plain", 64, done.append)
+    assert sum(done) == 2500
+    assert len(done) > 1  # it moves while the work goes on
+
+
 def test_no_example_gives_no_tokens(byte_tokenizer: Any) -> None:
     encoded, report = encode([], byte_tokenizer, "plain", 64)
     assert encoded == []

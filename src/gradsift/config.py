@@ -150,14 +150,15 @@ class NanoConfig:
 class ModelConfig:
     """A causal language model: its backbone, without adapters."""
 
-    kind: str = "pretrained"  # pretrained: hub id or folder; nano: pretrained here; smollm2: from its package
+    # pretrained: hub id or folder; nano: pretrained here; smollm2: from its package; tiny_bytes: random, for plumbing
+    kind: str = "pretrained"
     path: str | None = None  # hub id or local folder, for kind=pretrained
     revision: str | None = None  # hub commit; when empty the one that is current at first use, for this store
     trust_remote_code: bool = False
     nano: NanoConfig = field(default_factory=NanoConfig)
 
     def __post_init__(self) -> None:
-        _one_of("model.kind", self.kind, ("pretrained", "nano", "smollm2"))
+        _one_of("model.kind", self.kind, ("pretrained", "nano", "smollm2", "tiny_bytes"))
         if self.kind == "pretrained" and not self.path:
             raise ConfigError("model.path is empty; give a hub id or a folder that holds a causal language model")
 
@@ -496,6 +497,7 @@ class Config:
             _one_of("stop_after", self.stop_after, STAGES)
         self._check_ensemble()
         self._check_embedded_parts()
+        self._check_random_weights()
         if self.reaches("judge") and self.scorer_name != "full":  # full against itself needs no judge
             self._check_judge()
 
@@ -536,6 +538,17 @@ class Config:
             foreign.append("benchmark=verifiable (choose benchmark=vicuna, or stop_after=selection)")
         if foreign:
             raise ConfigError(f"data={self.data.name} does not go with the embedded world's {'; '.join(foreign)}")
+
+    def _check_random_weights(self) -> None:
+        """A model of random weights takes any data, but for scores alone: it has no answer and no judgment to give."""
+        if self.reaches("finetune") and self.target.model.kind == "tiny_bytes":
+            raise ConfigError(
+                "target.model.kind=tiny_bytes has random weights, so no answer of it means anything; "
+                "take another target, or stop_after=selection"
+            )
+        judge = getattr(self.judge, "model", None)
+        if self.reaches("judge") and isinstance(judge, ModelConfig) and judge.kind == "tiny_bytes":
+            raise ConfigError("judge.model.kind=tiny_bytes has random weights and cannot judge; take another judge")
 
     @property
     def _is_embedded(self) -> bool:

@@ -121,7 +121,9 @@ class Line:
     @functools.cached_property
     def proxy_inputs(self) -> ProxyInputs:
         model, proxy = self.proxy_backbone, self.config.proxy
-        encoded, report = encode(self.pool, model.tokenizer, proxy.template, min(proxy.max_length, model.context))
+        limit = min(proxy.max_length, model.context)
+        with self.runtime.display.task("tokenise for the proxy", len(self.pool)) as advance:
+            encoded, report = encode(self.pool, model.tokenizer, proxy.template, limit, advance)
         say_report(self.runtime, report, len(self.pool), "proxy")
         return ProxyInputs(model, encoded, [example.row_index for example in self.pool])
 

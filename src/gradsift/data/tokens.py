@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -51,7 +51,11 @@ Part = tuple[list[int], bool]  # token ids, is_response
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: Any, template: str, max_length: int
+    examples: Sequence[Example],
+    tokenizer: Any,
+    template: str,
+    max_length: int,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[Encoded], EncodeReport]:
     """Tokenise examples, in their order.
 
@@ -67,6 +71,7 @@ def encode(
     Args:
         template: alpaca, chat or plain.
         max_length: tokens, prompt and response together; at least 2.
+        progress: called with the number of examples that were just done.
 
     Raises:
         ConfigError: `max_length` or the template cannot be used.
@@ -79,7 +84,7 @@ def encode(
     silent: list[int] = []
     cut_prompts = cut_responses = unknown = total = 0
     unknown_id = tokenizer.unk_token_id
-    for row, parts in enumerate(_tokenised(examples, tokenizer, template)):
+    for row, parts in enumerate(_tokenised(examples, tokenizer, template, progress)):
         total += sum(len(ids) for ids, _ in parts)
         unknown += sum(ids.count(unknown_id) for ids, _ in parts)
         if not _tokens(parts, True):
@@ -114,13 +119,16 @@ def encode_prompt(instruction: str, input: str, tokenizer: Any, template: str) -
 # --------------------------------------------------------------------------------- segments to ids
 
 
-def _tokenised(examples: Sequence[Example], tokenizer: Any, template: str) -> Iterator[list[Part]]:
+def _tokenised(
+    examples: Sequence[Example], tokenizer: Any, template: str, progress: Callable[[int], None]
+) -> Iterator[list[Part]]:
     """The parts of each example, in order."""
     for first in range(0, len(examples), _CHUNK):
         rendered = [render(example, template, tokenizer) for example in examples[first : first + _CHUNK]]
         ids = iter(_ids(list(chain.from_iterable(rendered)), tokenizer))
         for segments in rendered:
             yield [(next(ids), segment.is_response) for segment in segments]
+        progress(len(rendered))
 
 
 def _ids(segments: Sequence[Segment], tokenizer: Any) -> list[list[int]]:

@@ -14,6 +14,7 @@ from gradsift.artifacts import Artifact, Store
 from gradsift.data.load import Labels, labels_of
 from gradsift.data.verifiable import SPOILT, effective_families
 from gradsift.diagnostics import read_diagnostics
+from gradsift.runtime import peak_memory
 from gradsift.scoring.scores import SCORED
 from gradsift.scoring.stage import scores_of
 from gradsift.selection.stage import SELECTION_FILE, positions_of
@@ -102,10 +103,12 @@ class Results:
 
     def finish(self, status: str, error: str | None = None) -> None:
         """Write `run.json` and the summary; `status` is finished, stopped, failed or interrupted."""
+        memory = peak_memory()
         content = {
             "status": status,
             **self.about,
             "seconds": round(time.perf_counter() - self._started, 3),
+            "memory": memory,
             "stages": self.store.records_as_dicts(),
             "pws": None,
             **self.values,
@@ -115,7 +118,7 @@ class Results:
         part = self.folder / f".{RUN_FILE}.part"
         part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         part.rename(self.folder / RUN_FILE)
-        self.tracker.summary(self.values)
+        self.tracker.summary({**self.values, "memory": memory})
 
 
 def composition(labels: Labels, positions: list[int]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from gradsift.report.tables import against_random, pws_table, write_csv
 from gradsift.runtime import Display
 
 RUN_FILE = "run.json"
+_MEMORY = {"process_peak_resident_gb": "resident", "process_peak_cuda_gb": "on the GPU"}
+_BASELINES = ("random", "full")  # ask no model for anything
 
 
 class RunView:
@@ -53,6 +55,9 @@ class RunView:
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         if self._reused:
             self.display.say(f"  {self._reused} units of finished work were reused")
+        if peaks := run.get("memory"):
+            shown = ", ".join(f"{peak:.1f} GB {_MEMORY[name]}" for name, peak in peaks.items())
+            self.display.say(f"  peak memory of the process so far: {shown}")
         for line in remarks(run):
             self.display.say(f"  note: {line}")
         for line in findings(run.get("diagnostics", {})):
@@ -77,6 +82,8 @@ def remarks(run: dict[str, Any]) -> list[str]:
     selection = run.get("selection", {})
     if shortfall := selection.get("shortfall"):
         lines.append(f"the selection is {shortfall:,} rows short of its budget: no more rows have a score")
+    if run.get("proxy") == "tiny_bytes" and "scores" in run and run.get("scorer") not in _BASELINES:
+        lines.append("proxy=tiny_bytes has random weights: its scores are a plumbing check and say nothing of the rows")
     if run.get("judge") == "local" and run.get("status") == "finished":
         lines.append("judge=local with a small model is a plumbing check: its PWS says nothing about quality")
     return lines

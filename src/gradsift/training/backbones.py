@@ -1,4 +1,4 @@
-"""Backbones as artifacts: pretrained here (nano), converted from a package (smollm2), or pinned on the hub."""
+"""Backbones as artifacts: made here (nano, tiny_bytes), converted from a package (smollm2), or pinned on the hub."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
         return _nano(runtime, config)
     if config.kind == "smollm2":
         return _smollm2(runtime)
+    if config.kind == "tiny_bytes":
+        return _tiny_bytes(runtime)
     return _pretrained(runtime, config)
 
 
@@ -93,6 +95,20 @@ def _nano(runtime: Runtime, config: ModelConfig) -> Artifact:
         return {"optimizer_steps": result.steps, "loss": result.loss, "parameters": model.num_parameters()}
 
     return runtime.store.obtain("backbone", f"nano-{config.nano.architecture}", settings, [], make, version=VERSION)
+
+
+def _tiny_bytes(runtime: Runtime) -> Artifact:
+    settings = {"seed": 0}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        from gradsift.training import tiny_bytes
+
+        model = tiny_bytes.bytes_model(**settings)
+        model.save_pretrained(folder)
+        tiny_bytes.bytes_tokenizer().save_pretrained(folder)
+        return {"optimizer_steps": 0, "parameters": model.num_parameters()}
+
+    return runtime.store.obtain("backbone", "tiny-bytes", settings, [], make, version=VERSION)
 
 
 def _smollm2(runtime: Runtime) -> Artifact:

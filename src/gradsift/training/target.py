@@ -75,7 +75,9 @@ def train_target(
     runtime: Runtime, config: TargetConfig, backbone: Backbone, chosen: Sequence[Example], folder: Path
 ) -> dict[str, Any]:
     """Finetune and write `adapter/` in peft's format and the training curve."""
-    encoded, report = encode(chosen, backbone.tokenizer, config.template, min(config.max_length, backbone.context))
+    limit = min(config.max_length, backbone.context)
+    with runtime.display.task("tokenise for the target", len(chosen)) as advance:
+        encoded, report = encode(chosen, backbone.tokenizer, config.template, limit, advance)
     say_report(runtime, report, len(chosen), "target")
     if not encoded:
         raise GradsiftError(

@@ -1,0 +1,52 @@
+"""A byte-level GPT-2 of random weights: real data through the whole line where no pretrained model is at hand.
+
+It knows no language, so it is for memory and plumbing: what is scored with it says nothing about the data.
+"""
+
+import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+CONTEXT = 1024  # tokens, that is bytes
+_PAD, _EOS = "<pad>", "<eos>"
+
+
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte of UTF-8, so that any text comes back as it was; beside the 256 `<eos>` and `<pad>`."""
+    alphabet = sorted(ByteLevel.alphabet())  # 256 printable characters, one for each byte
+    tokenizer = Tokenizer(BPE({character: index for index, character in enumerate(alphabet)}, merges=[]))
+    # without merges the usual cut into words changes no token; leaving it out halves the time
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=_PAD,
+        eos_token=_EOS,
+        model_max_length=CONTEXT,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def bytes_model(*, width: int = 128, layers: int = 4, heads: int = 4, seed: int = 0) -> GPT2LMHeadModel:
+    """A GPT-2 of about a million parameters, drawn with `seed` and never trained; dropout is off throughout."""
+    tokenizer = bytes_tokenizer()
+    config = GPT2Config(
+        vocab_size=-(-len(tokenizer) // 64) * 64,  # a multiple of 64: matrix products are faster
+        n_positions=CONTEXT,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's function in one kernel: a sixth less time a step
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config)

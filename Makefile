@@ -41,7 +41,7 @@ types: setup ## mypy --strict on src
 check: lint types test ## lint, types and tests
 
 bench: setup ## side-by-side speed comparisons
-	$(BIN)/python -m benchmarks.norms $(BENCH)
+	$(BIN)/python -m benchmarks.engine $(BENCH)
 
 clean: ## remove what the tools left behind; artifacts and runs stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

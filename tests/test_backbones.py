@@ -114,7 +114,7 @@ def test_any_id_will_do_for_padding(pad: int | None, eos: int | None, expected: 
 def test_a_local_folder_loads_with_its_own_weights_and_tokenizer(folder: Path, tmp_path: Path) -> None:
     config = ModelConfig(path=str(folder))
     loaded = load_backbone(pin(tmp_path, folder), config, CPU)
-    torch.testing.assert_close(logits_of(loaded.model), logits_of(tiny_model("gpt2")), rtol=0, atol=0)
+    torch.testing.assert_close(logits_of(loaded.model), logits_of(tiny_model("gpt2")), rtol=1e-5, atol=1e-6)
     assert loaded.context == 32
     assert loaded.tokenizer.decode(loaded.tokenizer("a <eos> 🟥")["input_ids"]) == "a <eos> 🟥"
     assert len(list((tmp_path / "backbone").glob("*/*.safetensors"))) == 0  # a pin, not a copy

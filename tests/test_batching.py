@@ -24,13 +24,18 @@ def test_collate_pads_by_mask_on_either_side() -> None:
     right = collate(examples, pad_id=2)
     assert right.input_ids.tolist() == [[5, 2, 6, 2], [8, 2, 2, 2]]
     assert right.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert right.loss_weights.tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
+    assert right.places.tolist() == [1, 2, 4]
+    assert right.targets.tolist() == [6, 2, 2]
+    assert right.counts.tolist() == [2, 1]
+    assert right.model_inputs().keys() == {"input_ids"}
     assert right.rows.tolist() == [7, 3]
     left = collate(examples, pad_id=2, padding_side="left")
     assert left.input_ids.tolist() == [[5, 2, 6, 2], [2, 2, 8, 2]]
     assert left.attention_mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
     assert left.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
-    assert left.loss_weights.tolist() == [[0, 0, 1, 1], [0, 0, 0, 1]]
+    assert left.places.tolist() == [1, 2, 6]
+    assert left.targets.tolist() == [6, 2, 2]
+    assert left.model_inputs().keys() == {"input_ids", "attention_mask", "position_ids"}
 
 
 @settings(deadline=None)
@@ -43,9 +48,11 @@ def test_real_tokens_of_a_batch_are_the_examples(lengths: list[int], side: str) 
         length = len(example.input_ids)
         assert batch.input_ids[row][real[row]].tolist() == example.input_ids.tolist()
         assert batch.position_ids[row][real[row]].tolist() == list(range(length))
-        weights = batch.loss_weights[row][real[row]]
-        assert weights.tolist() == [0.0, *example.is_response[1:].astype(float)]
-    assert not batch.loss_weights[~real].any()
+    responses = [example.input_ids[1:][example.is_response[1:]] for example in examples]
+    assert batch.targets.tolist() == np.concatenate(responses).tolist()
+    assert batch.counts.tolist() == [len(response) for response in responses]
+    assert batch.input_ids.flatten()[batch.places + 1].tolist() == batch.targets.tolist()
+    assert real.flatten()[batch.places].all()
 
 
 def test_batch_types_and_device() -> None:
@@ -53,7 +60,7 @@ def test_batch_types_and_device() -> None:
     assert isinstance(batch, Batch)
     integers = (batch.input_ids, batch.attention_mask, batch.position_ids, batch.rows)
     assert all(tensor.dtype == torch.int64 for tensor in integers)
-    assert batch.loss_weights.dtype == torch.float32
+    assert batch.counts.dtype == torch.float32
     assert batch.to("meta").input_ids.device.type == "meta"
 
 

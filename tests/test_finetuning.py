@@ -31,7 +31,8 @@ from gradsift.proxy.ensemble import ProxyInputs, train_member_epoch
 from gradsift.runtime import Display, Runtime, derive_seed
 from gradsift.training import finetuning, lora
 from gradsift.training.backbones import Backbone, backbone, load_backbone
-from gradsift.training.finetuning import Finetuning, Optimization, fit, response_losses
+from gradsift.training.device import TokenBudget
+from gradsift.training.finetuning import Finetuning, Optimization, ResponseLosses, fit
 from gradsift.training.target import batch_plan, load_tuned, train_target
 
 CPU = ComputeConfig(device="cpu")
@@ -51,8 +52,9 @@ def runtime(store: Path, seed: int = 0) -> Runtime:
 
 
 def train(adapted: Any, encoded: Sequence[Encoded], plan: Sequence[Sequence[int]], **options: Any) -> tuple[int, Any]:
-    module = Finetuning(adapted, options.pop("optimization", optimization()), options.pop("first_step", 0))
-    shared = {"pad_id": 0, "compute": CPU, "row_indices": SOURCE_ROWS}
+    budget = TokenBudget(options.pop("tokens", 4096), options.pop("say", print))
+    module = Finetuning(adapted, options.pop("optimization", optimization()), budget, 0, options.pop("first_step", 0))
+    shared = {"compute": CPU, "row_indices": SOURCE_ROWS}
     return fit(module, encoded, plan, **(shared | options)), module
 
 
@@ -89,7 +91,7 @@ def test_response_losses_equal_the_token_by_token_loop(architecture: str) -> Non
     model, examples = adapted_model(architecture, ["all-linear"]), multi_turn_examples()
     with torch.no_grad():
         expected = [slow_loss(model, example) for example in examples]
-        losses = response_losses(model, collate(examples, 0))
+        losses = ResponseLosses(model)(collate(examples, 0))
     assert losses.dtype == torch.float32
     np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5)
 
@@ -98,11 +100,11 @@ def test_response_losses_equal_the_token_by_token_loop(architecture: str) -> Non
 def test_a_loss_does_not_depend_on_the_batch_it_is_in(architecture: str) -> None:
     model, examples = adapted_model(architecture, ["all-linear"]), multi_turn_examples()
     with torch.no_grad():
-        alone = [response_losses(model, collate([example], 0)).item() for example in examples]
+        alone = [ResponseLosses(model)(collate([example], 0)).item() for example in examples]
         for order in ([0, 1, 2, 3, 4], [4, 0], [3, 1], [2, 4, 1]):
             for side in ("right", "left"):
                 batch = collate([examples[i] for i in order], 5, padding_side=side)
-                np.testing.assert_allclose(response_losses(model, batch), [alone[i] for i in order], rtol=1e-5)
+                np.testing.assert_allclose(ResponseLosses(model)(batch), [alone[i] for i in order], rtol=1e-5)
 
 
 # --------------------------------------------------------------------------------------- schedules
@@ -134,10 +136,10 @@ class Rates(L.Callback):
         self.seen.append(optimizer.param_groups[0]["lr"])
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_training_follows_the_factor_by_optimiser_step_from_its_first_step(accumulate: int) -> None:
+@pytest.mark.parametrize("tokens", [4096, 1])
+def test_training_follows_the_factor_by_optimiser_step_from_its_first_step(tokens: int) -> None:
     rate, rates = optimization(schedule="linear", warmup_steps=2, total_steps=6), Rates()
-    plan = [[0, 1]] * (4 * accumulate)
+    plan = [[0, 1]] * 4
     steps, _ = train(
         adapted_model("gpt2", ["c_attn"]),
         ragged_examples(2),
@@ -145,7 +147,7 @@ def test_training_follows_the_factor_by_optimiser_step_from_its_first_step(accum
         optimization=rate,
         first_step=1,
         callbacks=[rates],
-        accumulate=accumulate,
+        tokens=tokens,
     )
     assert steps == 4
     assert rates.seen == pytest.approx([1e-2 * rate.factor(step) for step in (1, 2, 3, 4)])
@@ -163,7 +165,6 @@ def proxy_config(**changes: Any) -> ProxyConfig:
         "weight_decay": 0.01,
         "warmup_steps": 2,
         "batch_size": 4,
-        "collect_tokens": 40,
     }
     return ProxyConfig(**(values | changes))
 
@@ -201,7 +202,9 @@ def test_an_epoch_continued_from_disk_equals_training_without_a_stop(
     plans = [epoch_batches(lengths, 4, config.batching, derive_seed(0, "order", 1, epoch)) for epoch in (1, 2)]
     whole = lora.add_adapter(tiny_model("gpt2"), config.lora, derive_seed(0, "lora", 1))
     rate = optimization(schedule=schedule, warmup_steps=2, total_steps=6)
-    train(whole, encoded, plans[0] + plans[1], optimization=rate)
+    norms = GradientNorms(whole, encoded, "during_training", row_indices=SOURCE_ROWS)
+    callbacks = [norms] if collect == "during_training" else []  # gradients are summed in another order
+    train(whole, encoded, plans[0] + plans[1], optimization=rate, callbacks=callbacks)
     lora.save_adapter(whole, tmp_path / "whole")
     stopped, unstopped, early = ((tmp_path / name / lora.ADAPTER_FILE).read_bytes() for name in ("2", "whole", "1"))
     assert stopped == unstopped
@@ -229,13 +232,13 @@ def test_members_differ_and_leave_the_backbone_as_it_was(tmp_path: Path) -> None
     assert norms["n_tokens"].tolist() == [int(example.is_response.sum()) for example in encoded]
 
 
-def test_accumulated_batches_equal_one_large_batch() -> None:
-    encoded = ragged_examples(16)
-    large, small = ([list(range(s, s + n)) for s in range(0, 16, n)] for n in (8, 4))
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_a_step_in_several_batches_equals_the_step_in_one(tokens: int) -> None:
+    encoded, plan = ragged_examples(16), [list(range(8)), list(range(8, 16))]
     models = [adapted_model("gpt2", ["all-linear"]) for _ in range(2)]
     before = weights_of(models[0])
-    assert train(models[0], encoded, large)[0] == 2
-    assert train(models[1], encoded, small, accumulate=2)[0] == 2
+    assert train(models[0], encoded, plan)[0] == 2
+    assert train(models[1], encoded, plan, tokens=tokens)[0] == 2
     for name, value in weights_of(models[0]).items():
         assert not torch.equal(value, before[name])
         np.testing.assert_allclose(weights_of(models[1])[name], value, rtol=1e-4, atol=1e-5)
@@ -244,7 +247,7 @@ def test_accumulated_batches_equal_one_large_batch() -> None:
 def test_a_training_curve_tells_each_batchs_loss_and_tokens() -> None:
     encoded, adapted = ragged_examples(5), adapted_model("gpt2", ["c_attn"])
     with torch.no_grad():
-        first = response_losses(adapted, collate(encoded[:2], 0)).mean().item()
+        first = ResponseLosses(adapted)(collate(encoded[:2], 0)).mean().item()
     _, module = train(adapted, encoded, [[0, 1], [2, 3, 4]])
     lengths = [len(example.input_ids) for example in encoded]
     assert [entry["tokens"] for entry in module.curve] == [sum(lengths[:2]), sum(lengths[2:])]
@@ -270,7 +273,7 @@ def test_norms_during_training_are_those_of_each_steps_weights(architecture: str
         expected[rows] = loop_norms(twin, [encoded[row] for row in rows])
         optimizer.param_groups[0]["lr"] = 1e-2 * rate.factor(step)
         optimizer.zero_grad()
-        response_losses(twin, collate([encoded[row] for row in rows], 0)).mean().backward()
+        ResponseLosses(twin)(collate([encoded[row] for row in rows], 0)).mean().backward()
         optimizer.step()
     found = np.stack([norms.table()[name] for name in COLUMNS], 1)
     np.testing.assert_allclose(found, expected, rtol=2e-4)
@@ -282,10 +285,8 @@ def test_norms_during_training_are_those_of_each_steps_weights(architecture: str
 def test_norms_at_the_epochs_end_are_those_of_its_final_weights(architecture: str) -> None:
     encoded, adapted = ragged_examples(9), adapted_model(architecture, ["all-linear"])
     start = loop_norms(adapted, encoded)
-    norms = GradientNorms(
-        adapted, encoded, "epoch_end", batches=[[8, 3], [0, 1, 2, 4], [5, 6, 7]], row_indices=SOURCE_ROWS
-    )
-    train(adapted, encoded, [[0, 1, 2, 3], [4, 5, 6, 7, 8]], callbacks=[norms])
+    norms = GradientNorms(adapted, encoded, "epoch_end", row_indices=SOURCE_ROWS)
+    train(adapted, encoded, [[0, 1, 2, 3], [4, 5, 6, 7, 8]], callbacks=[norms], tokens=30)
     assert all(parameter.grad is None for parameter in adapted.parameters())
     found = np.stack([norms.table()[name] for name in COLUMNS], 1)
     assert found.dtype == np.float32
@@ -296,7 +297,8 @@ def test_norms_at_the_epochs_end_are_those_of_its_final_weights(architecture: st
 
 
 def collected(adapted: Any, encoded: Sequence[Encoded]) -> np.ndarray:
-    parts = collect_norms(adapted, PerSampleNorms(adapted), encoded, [range(len(encoded))], 0, torch.device("cpu"))
+    parts = collect_norms(adapted, encoded, TokenBudget(4096), 0, torch.device("cpu"))
+    assert len(parts) == 1
     return torch.stack(parts[0][1:], 1).numpy()
 
 
@@ -307,7 +309,7 @@ def test_a_collection_pass_leaves_mode_and_gradients_as_they_were(training: bool
     collected(adapted, ragged_examples(3))
     assert [module.training for module in adapted.modules()] == modes
     assert all(parameter.grad is None for parameter in adapted.parameters())
-    assert not any(module._forward_hooks for module in adapted.modules())
+    assert all(layer.norm_probe is None for _, layer in lora.lora_layers(adapted))
 
 
 def test_a_collection_pass_leaves_the_frozen_backbone_in_evaluation_mode() -> None:
@@ -328,10 +330,16 @@ def test_dropout_is_off_in_a_collection_pass() -> None:
 
 def test_a_norm_that_is_not_finite_names_the_row_of_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded, adapted = ragged_examples(3), adapted_model("gpt2", ["c_attn"])
-    monkeypatch.setattr(
-        "gradsift.gradients.norms.squared_norms", lambda *maps: torch.tensor([1.0, float("nan"), float("inf")])
-    )
     norms = GradientNorms(adapted, encoded, "during_training", row_indices=SOURCE_ROWS)
+    take = PerSampleNorms.take
+
+    def poisoned_take(norms: PerSampleNorms, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        norm_a, norm_b = take(norms, scale)
+        return norm_a, norm_b * torch.tensor([1.0, float("nan"), float("inf")])
+
+    monkeypatch.setattr(PerSampleNorms, "take", poisoned_take)
+    # of one length, so that they keep their order
+    encoded = [Encoded(example.row, example.input_ids[:3], np.array([False, True, True])) for example in encoded]
     train(adapted, encoded, [[2, 1, 0]], callbacks=[norms])
     with pytest.raises(GradsiftError, match="the gradient norm of row 11, 10 is not finite"):
         norms.table()
@@ -350,7 +358,7 @@ def test_an_example_without_exactly_one_norm_is_an_error(plan: list[list[int]]) 
 def test_bfloat16_runs_on_the_cpu_and_its_norms_are_finite_float32(collect: str) -> None:
     encoded = ragged_examples(6)
     adapted = lora.add_adapter(tiny_model("llama").to(torch.bfloat16), LoraConfig(rank=2), seed=1)
-    norms = GradientNorms(adapted, encoded, collect, batches=[range(6)], row_indices=SOURCE_ROWS)
+    norms = GradientNorms(adapted, encoded, collect, row_indices=SOURCE_ROWS)
     compute = ComputeConfig(device="cpu", precision="bfloat16")
     train(adapted, encoded, [[0, 1, 2], [3, 4, 5]], callbacks=[norms], compute=compute)
     assert {value.dtype for value in weights_of(adapted).values()} == {torch.float32}
@@ -368,12 +376,13 @@ def test_bfloat16_runs_on_the_cpu_and_its_norms_are_finite_float32(collect: str)
 
 
 def poisoned(row: int, value: float) -> Any:
-    """`response_losses` with another value for one row."""
+    """`ResponseLosses` with another value for one row."""
 
-    def losses(model: Any, batch: Any) -> torch.Tensor:
-        return torch.where(batch.rows == row, torch.tensor(value), response_losses(model, batch))
+    class Poisoned(ResponseLosses):
+        def __call__(self, batch: Any) -> torch.Tensor:
+            return torch.where(batch.rows == row, torch.tensor(value), super().__call__(batch))
 
-    return losses
+    return Poisoned
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -382,7 +391,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_its_row(
     value: float, batches: int, at_most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded, rates = ragged_examples(4), Rates()
-    monkeypatch.setattr(finetuning, "response_losses", poisoned(2, value))
+    monkeypatch.setattr(finetuning, "ResponseLosses", poisoned(2, value))
     with pytest.raises(GradsiftError, match="the training loss of row 12 is not finite; lower the learning rate"):
         train(adapted_model("gpt2", ["c_attn"]), encoded, [[0, 1], [2], *[[1, 3]] * (batches - 2)], callbacks=[rates])
     assert len(rates.seen) <= at_most
@@ -403,7 +412,7 @@ def test_a_loss_that_is_not_finite_names_the_row_of_the_source(
 ) -> None:
     run, tiny, loaded = nano_target(backbones)
     chosen = nano_examples(range(100, 104))
-    monkeypatch.setattr(finetuning, "response_losses", poisoned(2, float("nan")))
+    monkeypatch.setattr(finetuning, "ResponseLosses", poisoned(2, float("nan")))
     with pytest.raises(GradsiftError, match="row 102 is not finite"):
         train_target(run, target_config(steps=2), load_backbone(loaded, tiny, CPU), chosen, tmp_path)
 
@@ -436,7 +445,7 @@ def test_ctrl_c_surfaces_and_the_next_one_works_again(real_signal: bool) -> None
     with pytest.raises(KeyboardInterrupt):
         train(adapted, encoded, [[0], [1]], callbacks=[norms, CtrlC(real_signal)])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert not any(module._forward_hooks for module in adapted.modules())
+    assert all(layer.norm_probe is None for _, layer in lora.lora_layers(adapted))
 
 
 def test_ctrl_c_leaves_the_callers_own_handler_in_place() -> None:
@@ -483,7 +492,7 @@ def nano_examples(row_indices: Sequence[int] = range(5)) -> list[Example]:
 
 def test_a_plan_of_epochs_holds_every_example_once_an_epoch() -> None:
     lengths = [3, 9, 4, 4, 7, 5, 6, 3, 8, 5]
-    plan = batch_plan(lengths, target_config(epochs=3, batch_size=4, accumulate=2), seed=0)
+    plan = batch_plan(lengths, target_config(epochs=3, batch_size=4), seed=0)
     assert len(plan) == 9
     epochs = [plan[start : start + 3] for start in (0, 3, 6)]
     assert all(sorted(chain.from_iterable(epoch)) == list(range(10)) for epoch in epochs)
@@ -491,14 +500,13 @@ def test_a_plan_of_epochs_holds_every_example_once_an_epoch() -> None:
     assert plan != batch_plan(lengths, target_config(epochs=3, batch_size=4), seed=1)
 
 
-@pytest.mark.parametrize(("steps", "accumulate", "batches"), [(1, 1, 1), (3, 1, 3), (7, 1, 7), (7, 2, 14), (2, 3, 6)])
-def test_a_plan_of_steps_holds_exactly_their_batches(steps: int, accumulate: int, batches: int) -> None:
+@pytest.mark.parametrize("steps", [1, 3, 7])
+def test_a_plan_of_steps_holds_exactly_these(steps: int) -> None:
     lengths = [3, 9, 4, 4, 7, 5, 6, 3, 8, 5]
-    config = target_config(steps=steps, accumulate=accumulate, batch_size=4)
-    plan = batch_plan(lengths, config, seed=0)
-    assert len(plan) == batches
+    plan = batch_plan(lengths, target_config(steps=steps, batch_size=4), seed=0)
+    assert len(plan) == steps
     endless = batch_plan(lengths, target_config(epochs=9, batch_size=4), seed=0)
-    assert plan == endless[:batches]  # passes follow each other; the last one is cut
+    assert plan == endless[:steps]  # passes follow each other; the last one is cut
 
 
 def logits_of(model: Any) -> torch.Tensor:
@@ -525,14 +533,3 @@ def test_a_selection_without_a_response_token_is_refused(tmp_path: Path, backbon
     silent = [replace(example, output=" ") for example in nano_examples()]
     with pytest.raises(GradsiftError, match="no selected example has a response token"):
         train_target(run, target_config(steps=2), load_backbone(made, model, CPU), silent, tmp_path)
-
-
-def test_steps_are_optimiser_steps_whatever_is_accumulated(tmp_path: Path, backbones: Path) -> None:
-    run, model, made = nano_target(backbones)
-    for accumulate in (1, 2):
-        config = target_config(steps=2, accumulate=accumulate)
-        info = train_target(run, config, load_backbone(made, model, CPU), nano_examples(), tmp_path / str(accumulate))
-        assert info["optimizer_steps"] == 2
-    config = target_config(epochs=1, accumulate=2)  # three batches: the third is a step of its own
-    info = train_target(run, config, load_backbone(made, model, CPU), nano_examples(), tmp_path / "epochs")
-    assert info["optimizer_steps"] == 2

@@ -11,9 +11,9 @@ from gradsift.config import LoraConfig
 from gradsift.data.batching import collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError, GradsiftError
-from gradsift.gradients.norms import PerSampleNorms, squared_norms
+from gradsift.gradients.norms import PerSampleNorms
 from gradsift.training import lora
-from gradsift.training.finetuning import response_losses
+from gradsift.training.finetuning import ResponseLosses
 
 VOCABULARY = 61
 TARGETS = {
@@ -88,11 +88,12 @@ def batch_norms(
     adapted: torch.nn.Module, examples: list[Encoded], batch_size: int, side: str = "right", mean: bool = False
 ) -> np.ndarray:
     norms = np.empty((len(examples), 3))
+    response_losses = ResponseLosses(adapted)
     with PerSampleNorms(adapted) as hooks:
         for start in range(0, len(examples), batch_size):
             part = examples[start : start + batch_size]
             batch = collate(part, 0, padding_side=side)
-            losses = response_losses(adapted, batch)
+            losses = response_losses(batch)
             (losses.mean() if mean else losses.sum()).backward()
             norm_a, norm_b = hooks.take(len(part) if mean else 1.0)
             norms[[example.row for example in part]] = torch.stack([norm_a, norm_b, losses], 1).detach().numpy()
@@ -138,19 +139,12 @@ def test_a_fresh_adapter_has_no_gradient_of_a() -> None:
     assert (norms[:, 1] > 0).all()
 
 
-def test_squared_norms_by_hand() -> None:
-    activations = torch.tensor([[[1.0, 2.0], [3.0, 0.0]]])  # B=1, T=2, I=2
-    backprops = torch.tensor([[[1.0], [-1.0]]])  # O=1
-    # gradient = 1*(1,2) - 1*(3,0) = (-2, 2)
-    assert squared_norms(activations, backprops).tolist() == [8.0]
-
-
 def test_hooks_leave_with_the_context() -> None:
     adapted, examples = adapted_model("gpt2", ["c_attn"]), ragged_examples(2)
     hooks = PerSampleNorms(adapted)
     with hooks:
         pass
-    response_losses(adapted, collate(examples, 0)).sum().backward()
+    ResponseLosses(adapted)(collate(examples, 0)).sum().backward()
     with pytest.raises(GradsiftError, match="no backward pass"):
         hooks.take()
 

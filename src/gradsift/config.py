@@ -215,12 +215,10 @@ class ProxyConfig:
     weight_decay: float = 0.0
     batch_size: int = 8
     batching: str = "bucketed"  # bucketed: examples of like length share a batch; random: they do not
-    collect_tokens: int = 4096  # padded tokens a batch in the collection pass; no result depends on it
 
     def __post_init__(self) -> None:
         _check_training("proxy", self)
         _at_least("proxy.members", self.members, 1)
-        _at_least("proxy.collect_tokens", self.collect_tokens, 1)
         _one_of("proxy.collect", self.collect, ("epoch_end", "during_training"))
         _one_of("proxy.norm_scope", self.norm_scope, ("all", "A", "B"))
         _one_of("proxy.batching", self.batching, ("bucketed", "random"))
@@ -255,14 +253,12 @@ class TargetConfig:
     schedule: str = "linear"
     warmup_steps: int = 0
     weight_decay: float = 0.0
-    batch_size: int = 16
-    accumulate: int = 1  # batches an optimiser step
+    batch_size: int = 16  # examples an optimiser step
     batching: str = "bucketed"
 
     def __post_init__(self) -> None:
         _check_training("target", self)
         _one_of("target.batching", self.batching, ("bucketed", "random"))
-        _at_least("target.accumulate", self.accumulate, 1)
         _at_least("target.epochs", self.epochs, 1)
         _at_least("target.steps", self.steps, 1)
         if (self.epochs is None) == (self.steps is None):
@@ -458,12 +454,14 @@ class ComputeConfig:
     """The machine."""
 
     device: str = "auto"  # auto: cuda where there is one, else cpu
-    precision: str = "float32"  # bfloat16: frozen weights and autocast; LoRA weights and norms stay float32
+    precision: str = "float32"  # bfloat16: frozen weights and activations; LoRA weights and norms stay float32
+    tokens: int | None = None  # padded tokens that pass through a model at once; what suits it when empty
     threads: int | None = None  # torch's own choice when empty
 
     def __post_init__(self) -> None:
         _one_of("compute.device", self.device, ("auto", "cpu", "cuda"))
         _one_of("compute.precision", self.precision, ("float32", "bfloat16"))
+        _at_least("compute.tokens", self.tokens, 1)
         _at_least("compute.threads", self.threads, 1)
 
 

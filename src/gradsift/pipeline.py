@@ -35,7 +35,7 @@ from gradsift.scoring.stage import Source, score
 from gradsift.selection.budget import budget
 from gradsift.selection.stage import positions_of, select
 from gradsift.training.backbones import Backbone, backbone, load_backbone
-from gradsift.training.finetuning import device_of
+from gradsift.training.device import device_of
 from gradsift.training.target import finetune, say_report
 
 

@@ -19,31 +19,55 @@ _MEGA = 50  # batches whose examples are sorted by length together, at most
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded examples. What is padding is told by `attention_mask` alone: the pad id may be a real token too.
+    """Padded examples, and the places where a response token is predicted.
+
+    What is padding is told by `attention_mask` alone: the pad id may be a real token too. Places count
+    through the B x T tokens, row by row, and are worked out here, on the CPU, so that no device has to be
+    asked for them.
 
     input_ids       (B, T) int64
     attention_mask  (B, T) int64, 1 at real tokens
     position_ids    (B, T) int64, counted over real tokens, so that the padding side changes nothing
-    loss_weights    (B, T) float32, 1 at response tokens, else 0; the weight of predicting the token at t
+    places          (P,) int64, tokens whose successor is a response token
+    targets         (P,) int64, the response token that follows each place
+    counts          (B,) float32, response tokens that are predicted in each example
     rows            (B,) int64, `Encoded.row`
+    padding_side    right or left
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
-    loss_weights: torch.Tensor
+    places: torch.Tensor
+    targets: torch.Tensor
+    counts: torch.Tensor
     rows: torch.Tensor
+    padding_side: str = "right"
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
-        return Batch(**moved)
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device; the host does not wait for the copy."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "padding_side"}
+        if torch.device(device).type == "cuda":
+            moved = {name: tensor.pin_memory() for name, tensor in moved.items()}
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in moved.items()}
+        return Batch(**moved, padding_side=self.padding_side)
+
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        """What a causal language model needs of it.
+
+        Filling on the right comes after all that is predicted, so causal attention never sees it, and neither
+        mask nor positions are needed; without them attention can take its fast paths.
+        """
+        inputs = {"input_ids": self.input_ids}
+        if self.padding_side == "left":
+            inputs |= {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
+        return inputs
 
 
 def collate(examples: Sequence[Encoded], pad_id: int, padding_side: str = "right") -> Batch:
     """Pad examples to the longest of them.
 
-    An example's first token weighs nothing even if it were marked as response: there is nothing to
+    An example's first token is never predicted even if it were marked as response: there is nothing to
     predict it from, whatever the padding side.
 
     Raises:
@@ -54,19 +78,29 @@ def collate(examples: Sequence[Encoded], pad_id: int, padding_side: str = "right
     if not examples:
         raise ConfigError("a batch needs at least one example")
     width = max(len(example.input_ids) for example in examples)
-    shape = (len(examples), width)
-    ids = np.full(shape, pad_id, dtype=np.int64)
-    mask = np.zeros(shape, dtype=np.int64)
-    weights = np.zeros(shape, dtype=np.float32)
+    ids = np.full((len(examples), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(examples), width), dtype=np.int64)
+    predicted = np.zeros((len(examples), width), dtype=bool)
     for row, example in enumerate(examples):
         length = len(example.input_ids)
         start = width - length if padding_side == "left" else 0
         ids[row, start : start + length] = example.input_ids
         mask[row, start : start + length] = 1
-        weights[row, start + 1 : start + length] = example.is_response[1:]
+        predicted[row, start + 1 : start + length] = example.is_response[1:]
     positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    following = np.flatnonzero(predicted)
+    counts = predicted.sum(axis=1, dtype=np.float32)
     rows = np.array([example.row for example in examples], dtype=np.int64)
-    return Batch(*(torch.from_numpy(array) for array in (ids, mask, positions, weights, rows)))
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        attention_mask=torch.from_numpy(mask),
+        position_ids=torch.from_numpy(positions),
+        places=torch.from_numpy(following - 1),
+        targets=torch.from_numpy(ids.ravel()[following]),
+        counts=torch.from_numpy(counts),
+        rows=torch.from_numpy(rows),
+        padding_side=padding_side,
+    )
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -34,12 +34,13 @@ from gradsift.evaluation.judging import judge_pairs, read_judgments
 from gradsift.evaluation.pws import read_pws, summarise, write_pws
 from gradsift.runtime import Runtime
 from gradsift.training.backbones import backbone, load_backbone
-from gradsift.training.finetuning import device_of, require_finite, response_losses
+from gradsift.training.device import device_of
+from gradsift.training.finetuning import ResponseLosses, require_finite
 from gradsift.training.target import load_tuned
 
 VERSION = 1
 OUTPUTS_FILE = "model_outputs.json"
-_LOSS_TOKENS = 4096  # padded tokens a batch; no result depends on it
+_LOSS_TOKENS = 4096  # padded tokens at once, where compute.tokens does not say; no result depends on it
 
 
 def benchmark_items(runtime: Runtime, config: BenchmarkConfig, loaded: Artifact) -> list[Item]:
@@ -133,9 +134,11 @@ def heldout_loss(
         row_indices = [example.row_index for example in held]
         total = 0.0
         with runtime.display.task("held-out loss", len(encoded)) as advance, torch.inference_mode():
-            for rows in length_batches([len(e.input_ids) for e in encoded], _LOSS_TOKENS):
+            response_losses = ResponseLosses(model.model)
+            budget = runtime.compute.tokens or _LOSS_TOKENS
+            for rows in length_batches([len(e.input_ids) for e in encoded], budget):
                 batch = collate([encoded[row] for row in rows], model.pad_id).to(device_of(runtime.compute))
-                losses = response_losses(model.model, batch)
+                losses = response_losses(batch)
                 require_finite("held-out loss", batch.rows, losses, row_indices)
                 total += float(losses.sum())
                 advance(len(rows))

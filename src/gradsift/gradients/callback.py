@@ -14,12 +14,13 @@ import lightning as L
 import numpy as np
 import torch
 
-from gradsift.data.batching import Batch, collate
+from gradsift.data.batching import collate, length_batches
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.gradients.norms import PerSampleNorms
 from gradsift.training import lora
-from gradsift.training.finetuning import require_finite, response_losses
+from gradsift.training.device import TokenBudget
+from gradsift.training.finetuning import ResponseLosses, require_finite
 
 COLUMNS = ("norm_A", "norm_B", "loss")
 Progress = Callable[[int], None]  # called with the number of examples that are done
@@ -34,46 +35,43 @@ class GradientNorms(L.Callback):
         encoded: Sequence[Encoded],
         collect: str,
         *,
-        batches: Sequence[Sequence[int]] = (),
         row_indices: Sequence[int],
-        pad_id: int = 0,
         progress: Progress | None = None,
     ) -> None:
         """
         Args:
             row_indices: of the examples that `Encoded.row` counts, in the data's source; for errors.
             collect: `epoch_end` or `during_training`.
-            batches: positions in `encoded` for the pass of `epoch_end`, each exactly once.
         """
-        self._hooks = PerSampleNorms(adapted)
+        self._norms = PerSampleNorms(adapted)
         self._encoded = encoded
         self._collect = collect
-        self._batches = batches
         self._row_indices = row_indices
-        self._pad_id = pad_id
         self._progress = progress
         self._parts: list[tuple[torch.Tensor, ...]] = []  # rows, norm_A, norm_B, loss; on the device
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         if self._collect == "during_training":
-            self._hooks.__enter__()
+            module.norms = self._norms.__enter__()
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_index: int) -> None:
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
         if self._collect == "during_training":
-            losses = outputs["losses"]
-            self._parts.append((batch.rows, *self._hooks.take(len(losses) * trainer.accumulate_grad_batches), losses))
+            self._parts.append(tuple(outputs[name] for name in ("rows", "norm_A", "norm_B", "losses")))
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         if self._collect == "during_training":
-            self._hooks.__exit__(None, None, None)
-            return
-        with trainer.precision_plugin.forward_context():
+            self._stop(module)
+        else:
             self._parts = collect_norms(
-                module.model, self._hooks, self._encoded, self._batches, self._pad_id, module.device, self._progress
+                module.model, self._encoded, module.budget, module.pad_id, module.device, self._progress
             )
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
-        self._hooks.__exit__(None, None, None)
+        self._stop(module)
+
+    def _stop(self, module: Any) -> None:
+        module.norms = None
+        self._norms.__exit__(None, None, None)
 
     def table(self) -> dict[str, np.ndarray]:
         """The columns, float32, one entry an example; every example exactly once.
@@ -98,9 +96,8 @@ class GradientNorms(L.Callback):
 
 def collect_norms(
     adapted: Any,
-    hooks: PerSampleNorms,
     encoded: Sequence[Encoded],
-    batches: Sequence[Sequence[int]],
+    budget: TokenBudget,
     pad_id: int,
     device: torch.device,
     progress: Progress | None = None,
@@ -111,13 +108,27 @@ def collect_norms(
         For each batch rows, norm_A, norm_B, loss; (B,) each.
     """
     parts: list[tuple[torch.Tensor, ...]] = []
-    with lora.evaluating(adapted), hooks, torch.enable_grad():
-        for positions in batches:
-            batch = collate([encoded[position] for position in positions], pad_id).to(device)
-            losses = response_losses(adapted, batch)
-            losses.sum().backward()
-            parts.append((batch.rows, *hooks.take(), losses.detach()))
-            adapted.zero_grad(set_to_none=True)
+    response_losses = ResponseLosses(adapted)
+
+    def one_batch(examples: Sequence[Encoded]) -> tuple[torch.Tensor, ...]:
+        norms.forget()
+        adapted.zero_grad(set_to_none=True)
+        batch = collate(examples, pad_id).to(device)
+        losses = response_losses(batch)
+        losses.sum().backward()
+        return (batch.rows, *norms.take(), losses.detach())
+
+    def batches(waiting: Sequence[Encoded], tokens: int) -> list[list[Encoded]]:
+        return [[waiting[p] for p in ps] for ps in length_batches([len(e.input_ids) for e in waiting], tokens)]
+
+    with lora.evaluating(adapted), PerSampleNorms(adapted) as norms, torch.enable_grad():
+        for examples in batches(encoded, budget.tokens):
+
+            def work(tokens: int, examples: Sequence[Encoded] = examples) -> list[tuple[torch.Tensor, ...]]:
+                return [one_batch(part) for part in batches(examples, tokens)]
+
+            parts += budget.run(work, [len(example.input_ids) for example in examples])
             if progress is not None:
-                progress(len(positions))
+                progress(len(examples))
+        adapted.zero_grad(set_to_none=True)
     return parts

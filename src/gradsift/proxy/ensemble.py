@@ -17,7 +17,7 @@ import torch
 
 from gradsift.artifacts import Artifact
 from gradsift.config import ProxyConfig
-from gradsift.data.batching import epoch_batches, length_batches
+from gradsift.data.batching import epoch_batches
 from gradsift.data.tokens import Encoded
 from gradsift.gradients.callback import GradientNorms
 from gradsift.gradients.norms_table import write_norms
@@ -25,9 +25,10 @@ from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora
 from gradsift.training.backbones import Backbone
 from gradsift.training.curves import write_curve
-from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, device_of, fit
+from gradsift.training.device import TokenBudget, device_of
+from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, fit
 
-VERSION = 2
+VERSION = 3
 
 
 class ProxyInputs(NamedTuple):
@@ -127,6 +128,7 @@ def train_member_epoch(
     plan = epoch_batches(lengths, config.batch_size, config.batching, derive_seed(runtime.seed, "order", member, epoch))
     adapted = lora.add_adapter(backbone.model, config.lora, derive_seed(runtime.seed, "lora", member))
     try:
+        adapted.to(device_of(runtime.compute))
         module = Finetuning(
             adapted,
             Optimization(
@@ -136,28 +138,20 @@ def train_member_epoch(
                 config.warmup_steps,
                 total_steps=len(plan) * config.total_epochs,
             ),
+            TokenBudget.of(backbone.model, runtime.compute.tokens, runtime.display.say),
+            backbone.pad_id,
             first_step=len(plan) * (epoch - 1),
         )
         if previous is not None:
             lora.load_adapter(adapted, previous.path)
             module.restore_from = previous.file("optimizer.safetensors")
-        norms = GradientNorms(
-            adapted,
-            encoded,
-            config.collect,
-            batches=length_batches(lengths, config.collect_tokens),
-            row_indices=row_indices,
-            pad_id=backbone.pad_id,
-            progress=advance,
-        )
+        norms = GradientNorms(adapted, encoded, config.collect, row_indices=row_indices, progress=advance)
         keeper = OptimizerKeeper(folder / "optimizer.safetensors")
         torch.manual_seed(derive_seed(runtime.seed, "dropout", member, epoch))
-        adapted.to(device_of(runtime.compute))
         steps = fit(
             module,
             encoded,
             plan,
-            pad_id=backbone.pad_id,
             compute=runtime.compute,
             row_indices=row_indices,
             callbacks=[ShowProgress(advance), norms, keeper],

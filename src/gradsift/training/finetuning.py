@@ -1,31 +1,34 @@
 """The one Lightning module that trains adapters, for the proxy and for the target.
 
-Shape letters: B examples of a batch, T tokens, V vocabulary.
+Shape letters: N examples of a step, B of a batch, T tokens.
 """
 
 from __future__ import annotations
 
 import gc
-import inspect
 import logging
 import signal
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from gradsift.config import ComputeConfig
-from gradsift.data.batching import Batch, collate
+from gradsift.data.batching import Batch, collate, length_batches
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.training import lora
+from gradsift.training.device import TokenBudget, device_of
+from gradsift.training.head import OutputHead, token_losses
+
+if TYPE_CHECKING:
+    from gradsift.gradients.norms import PerSampleNorms
 
 
 @dataclass(frozen=True)
@@ -46,47 +49,77 @@ class Optimization:
         return warmup * max(0.0, 1.0 - step / max(1, self.total_steps))
 
 
-def response_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+class ResponseLosses:
     """Mean negative log-likelihood of each example's response tokens, in nats, float32.
 
     Every example is weighed by its own tokens alone, so a loss does not depend on the batch.
-
-    Returns:
-        losses: (B,)
     """
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    if "position_ids" in inspect.signature(_forward_of(model)).parameters:
-        inputs["position_ids"] = batch.position_ids  # so that the padding side changes nothing
-    logits = model(**inputs).logits[:, :-1]  # (B, T-1, V)
-    targets, weights = batch.input_ids[:, 1:], batch.loss_weights[:, 1:]
-    predicted = weights > 0  # float32 only where a token is predicted
-    token_losses = torch.zeros_like(weights)
-    token_losses[predicted] = F.cross_entropy(logits[predicted].float(), targets[predicted], reduction="none")
-    return (token_losses * weights).sum(1) / weights.sum(1)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._head = OutputHead.of(model)
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Losses (B,)."""
+        found = token_losses(self._model, self._head, batch.model_inputs(), batch.places, batch.targets)
+        spread = found.new_zeros(batch.input_ids.numel()).scatter(0, batch.places, found)
+        return spread.view_as(batch.input_ids).sum(1) / batch.counts
 
 
-def _forward_of(model: Any) -> Any:
-    return model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward
+class Step:
+    """The examples of one optimiser step. Lightning leaves it as it is: batches are made of it where they are used."""
+
+    def __init__(self, examples: Sequence[Encoded]) -> None:
+        self.examples = examples
 
 
 class Finetuning(L.LightningModule):
-    """Trains the trainable parameters of `model` on the mean of the examples' losses."""
+    """Trains the trainable parameters of `model` on the mean of the examples' losses.
 
-    def __init__(self, model: nn.Module, optimization: Optimization, first_step: int = 0) -> None:
+    The examples of a step pass through the model in batches of like length that the token budget
+    allows; their gradients add up, so that neither memory nor speed depends on the size of a step.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimization: Optimization, budget: TokenBudget, pad_id: int, first_step: int = 0
+    ) -> None:
         super().__init__()
+        self.automatic_optimization = False
         self.model = model
         self.optimization = optimization
+        self.budget = budget
+        self.pad_id = pad_id
         self.first_step = first_step  # optimiser steps that earlier epochs took
         self.restore_from: Path | None = None  # an earlier epoch's optimiser state
-        self.curve: list[dict[str, float]] = []  # one entry a batch
+        self.norms: PerSampleNorms | None = None  # set while the norms of the training steps are wanted
+        self.curve: list[dict[str, float]] = []  # one entry a step
+        self._losses = ResponseLosses(model)
 
-    def training_step(self, batch: Batch, batch_index: int) -> dict[str, torch.Tensor]:
-        losses = response_losses(self.model, batch)
-        return {"loss": losses.mean(), "losses": losses.detach()}
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
+    def training_step(self, step: Step, step_index: int) -> dict[str, torch.Tensor]:
+        lengths = [len(example.input_ids) for example in step.examples]
+        outputs = self.budget.run(lambda tokens: self._backward(step.examples, lengths, tokens), lengths)
+        self.optimizers().step()  # type: ignore[union-attr]
+        self.lr_schedulers().step()  # type: ignore[union-attr]
         # kept on the device: reading a loss here would wait for it every step
-        self.curve.append({"loss": outputs["losses"].mean(), "tokens": batch.attention_mask.sum()})  # type: ignore[dict-item]
+        self.curve.append({"loss": outputs["losses"].mean(), "tokens": sum(lengths)})  # type: ignore[dict-item]
+        return outputs
+
+    def _backward(self, examples: Sequence[Encoded], lengths: Sequence[int], tokens: int) -> dict[str, torch.Tensor]:
+        """Gradients of the mean loss; returns rows, losses and, where they are wanted, norm_A and norm_B, (N,) each."""
+        self.optimizers().zero_grad()  # type: ignore[union-attr]
+        if self.norms is not None:
+            self.norms.forget()
+        parts = []
+        for positions in length_batches(lengths, tokens):
+            batch = collate([examples[position] for position in positions], self.pad_id).to(self.device)
+            losses = self._losses(batch)
+            self.manual_backward(losses.sum() / len(examples))
+            norms = self.norms.take(len(examples)) if self.norms is not None else ()
+            parts.append((batch.rows, losses.detach(), *norms))
+        return {
+            name: torch.cat(values)
+            for name, values in zip(("rows", "losses", "norm_A", "norm_B"), zip(*parts, strict=True), strict=False)
+        }
 
     def configure_optimizers(self) -> Any:
         parameters = lora.trainable_parameters(self.model)
@@ -98,7 +131,7 @@ class Finetuning(L.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: self.optimization.factor(self.first_step + step)
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
 
 def fit(
@@ -106,13 +139,11 @@ def fit(
     encoded: Sequence[Encoded],
     plan: Sequence[Sequence[int]],
     *,
-    pad_id: int,
     compute: ComputeConfig,
     row_indices: Sequence[int],
     callbacks: Sequence[L.Callback] = (),
-    accumulate: int = 1,
 ) -> int:
-    """Train over the batches of `plan` (positions in `encoded`) in the order given.
+    """Train over the steps of `plan` (positions in `encoded`) in the order given.
 
     Args:
         row_indices: of the examples that `Encoded.row` counts, in the data's source; for errors.
@@ -121,15 +152,11 @@ def fit(
         The number of optimiser steps taken.
 
     Raises:
-        GradsiftError: a loss that is not finite; names the rows.
+        GradsiftError: a loss that is not finite, named by its rows; memory does not hold a single example.
     """
-    loader: Any = DataLoader(
-        encoded,  # type: ignore[arg-type]
-        batch_sampler=plan,  # type: ignore[arg-type]
-        collate_fn=lambda examples: collate(examples, pad_id),
-    )
+    loader: Any = DataLoader(encoded, batch_sampler=plan, collate_fn=Step)  # type: ignore[arg-type]
     handler = signal.getsignal(signal.SIGINT)
-    trainer = quiet_trainer(compute, [StopAtNonFiniteLoss(row_indices), *callbacks], accumulate)
+    trainer = quiet_trainer(compute, [StopAtNonFiniteLoss(row_indices), *callbacks])
     try:
         trainer.fit(module, loader)
     except SystemExit:  # Lightning turns Ctrl-C into an exit and leaves the signal ignored
@@ -139,11 +166,11 @@ def fit(
         gc.collect()  # Lightning's reference cycles would keep the model on the device
         torch.cuda.empty_cache()
     for entry in module.curve:
-        entry["loss"], entry["tokens"] = float(entry["loss"]), int(entry["tokens"])
+        entry["loss"] = float(entry["loss"])
     return int(trainer.global_step)
 
 
-def quiet_trainer(compute: ComputeConfig, callbacks: list[L.Callback], accumulate: int) -> L.Trainer:
+def quiet_trainer(compute: ComputeConfig, callbacks: list[L.Callback]) -> L.Trainer:
     """A trainer for one pass over a loader that writes, logs and prints nothing by itself."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     # a loader over tokens in memory needs no workers; the frozen backbone is in evaluation mode on purpose
@@ -152,9 +179,8 @@ def quiet_trainer(compute: ComputeConfig, callbacks: list[L.Callback], accumulat
     return L.Trainer(
         accelerator="gpu" if device_of(compute).type == "cuda" else "cpu",
         devices=1,
-        precision="bf16-mixed" if compute.precision == "bfloat16" else "32-true",
+        precision="32-true",  # nothing is cast: frozen weights have their precision since they were loaded
         max_epochs=1,
-        accumulate_grad_batches=accumulate,
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
@@ -165,24 +191,24 @@ def quiet_trainer(compute: ComputeConfig, callbacks: list[L.Callback], accumulat
 
 
 class ShowProgress(L.Callback):
-    """Advances a bar by the examples of each batch."""
+    """Advances a bar by the examples of each step."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self._advance = advance
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
-        self._advance(len(batch.rows))
+        self._advance(len(batch.examples))
 
 
 class StopAtNonFiniteLoss(L.Callback):
-    """Ends the training at a NaN or infinite loss; looks every 16 batches, so as not to wait for the device."""
+    """Ends the training at a NaN or infinite loss; looks every 16 steps, so as not to wait for the device."""
 
     def __init__(self, row_indices: Sequence[int]) -> None:
         self._row_indices = row_indices
         self._recent: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
-        self._recent.append((batch.rows, outputs["losses"]))
+        self._recent.append((outputs["rows"], outputs["losses"]))
         if len(self._recent) == 16:
             self._check()
 
@@ -203,12 +229,3 @@ def require_finite(what: str, rows: torch.Tensor, values: torch.Tensor, row_indi
             f"the {what} of row {', '.join(str(row_indices[int(r)]) for r in rows[bad][:8])} is not finite; lower the "
             "learning rate, or take compute.precision=float32"
         )
-
-
-def device_of(compute: ComputeConfig) -> torch.device:
-    """The device that `compute.device` asks for."""
-    if compute.device == "cuda" and not torch.cuda.is_available():
-        raise GradsiftError("compute.device=cuda, but torch finds no CUDA device; take compute.device=auto")
-    if compute.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda")

@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gradsift.config import LoraConfig
 from gradsift.errors import ConfigError
+from gradsift.training.adapted import ADAPTER, fuse
 
-ADAPTER = "default"  # peft's name of the active adapter
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -59,6 +59,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
     adapted.eval()
     for _, layer in lora_layers(adapted):
         layer.lora_dropout.train()
+    fuse(adapted)
     return adapted
 
 

@@ -21,9 +21,10 @@ from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora
 from gradsift.training.backbones import Backbone, load_backbone
 from gradsift.training.curves import write_curve
-from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, device_of, fit
+from gradsift.training.device import TokenBudget, device_of
+from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, fit
 
-VERSION = 1
+VERSION = 2
 
 
 def finetune(
@@ -67,8 +68,8 @@ def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[
         plan += epoch_batches(lengths, config.batch_size, config.batching, derive_seed(seed, "target order", epoch))
         if config.epochs is not None and epoch == config.epochs:
             return plan
-        if config.steps is not None and len(plan) >= config.steps * config.accumulate:
-            return plan[: config.steps * config.accumulate]
+        if config.steps is not None and len(plan) >= config.steps:
+            return plan[: config.steps]
 
 
 def train_target(
@@ -89,22 +90,21 @@ def train_target(
         config.weight_decay,
         config.schedule,
         config.warmup_steps,
-        total_steps=-(-len(plan) // config.accumulate),
+        total_steps=len(plan),
     )
     adapted = lora.add_adapter(backbone.model, config.lora, derive_seed(runtime.seed, "target lora"))
     adapted.to(device_of(runtime.compute))
     torch.manual_seed(derive_seed(runtime.seed, "target dropout"))
-    module = Finetuning(adapted, optimization)
+    budget = TokenBudget.of(backbone.model, runtime.compute.tokens, runtime.display.say)
+    module = Finetuning(adapted, optimization, budget, backbone.pad_id)
     with runtime.display.task(f"finetune {config.name} on {len(chosen):,} rows", sum(map(len, plan))) as advance:
         steps = fit(
             module,
             encoded,
             plan,
-            pad_id=backbone.pad_id,
             compute=runtime.compute,
             row_indices=[example.row_index for example in chosen],
             callbacks=[ShowProgress(advance)],
-            accumulate=config.accumulate,
         )
     lora.save_adapter(adapted, folder / "adapter")
     write_curve(folder, module.curve)

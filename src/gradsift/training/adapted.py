@@ -1,0 +1,140 @@
+"""A frozen linear layer with its LoRA adapter as one differentiable map.
+
+    y = W x + b + s B A x,   s = alpha / rank
+
+peft computes the adapter beside the layer, in float32, with a cast, an addition and a product of the
+layer's full width each. Here the adapter's product is added by the matrix product itself, in the
+precision of the activations, and the backward pass knows that W is frozen. A and B stay float32
+parameters; their gradients are summed in float32.
+
+The gradient that one example gives to A and B is a product of its backprops and its activations over
+its own tokens. Their sum over the examples is the gradient that the optimiser needs anyhow, so the
+norms of the parts cost next to nothing: `NormProbe` gathers them, as gradients of a probe, and no
+loop over examples is needed.
+
+Shape letters: B examples of a batch, T tokens, I inputs of a layer, O its outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from gradsift.errors import GradsiftError
+
+ADAPTER = "default"  # peft's name of the active adapter
+
+
+class NormProbe:
+    """Gathers squared per-sample gradient norms over all adapted layers of a backward pass.
+
+    Each layer takes the probe as one more input and gives the squared norms of its A and its B as the
+    probe's gradient; autograd adds them up, on the device, without a hook.
+    """
+
+    def __init__(self) -> None:
+        self._probe: torch.Tensor | None = None
+
+    def of(self, activations: torch.Tensor) -> torch.Tensor:
+        """The probe, (2, B) float32, of the pass that `activations` (B, T, I) belong to."""
+        if activations.dim() != 3:
+            raise GradsiftError(
+                f"an adapted layer sees inputs of shape {tuple(activations.shape)}, not (batch, tokens, width), so "
+                "its examples cannot be told apart; leave it out of lora.targets"
+            )
+        if self._probe is None:
+            self._probe = torch.zeros(2, len(activations), device=activations.device, requires_grad=True)
+        return self._probe
+
+    def take(self) -> torch.Tensor | None:
+        """Squared norms of the gradients of A and of B, (2, B), of the last pass; None if there was no backward."""
+        probe, self._probe = self._probe, None
+        return None if probe is None else probe.grad
+
+
+class AdaptedLinear(Linear):  # type: ignore[misc]
+    """peft's adapted layer with the forward pass of this module; weights, names and files are peft's."""
+
+    norm_probe: NormProbe | None = None  # set while norms are gathered
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        base: Any = self.get_base_layer()
+        dropout: Any = self.lora_dropout[ADAPTER]
+        weight = base.weight if isinstance(base, Conv1D) else base.weight.t()  # (I, O)
+        drops = isinstance(dropout, nn.Dropout) and dropout.training
+        probe = self.norm_probe.of(x) if self.norm_probe is not None and torch.is_grad_enabled() else None
+        factors = (self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight)
+        y: torch.Tensor = _Map.apply(  # type: ignore[no-untyped-call]
+            x, dropout(x) if drops else None, weight, base.bias, *factors, self.scaling[ADAPTER], probe
+        )
+        return y
+
+
+def fuse(adapted: nn.Module) -> None:
+    """Give the plain adapted layers of a model the forward pass of `AdaptedLinear`."""
+    module: Any
+    for module in adapted.modules():
+        if type(module) is Linear and isinstance(module.get_base_layer(), nn.Linear | Conv1D):
+            module.__class__ = AdaptedLinear
+
+
+class _Map(torch.autograd.Function):
+    """The map, and its gradients with respect to x, A and B; the probe's gradient is the squared norms."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,  # (..., I)
+        dropped: torch.Tensor | None,  # (..., I) what the adapter sees, where dropout is on
+        weight: torch.Tensor,  # (I, O) frozen
+        bias: torch.Tensor | None,  # (O,) frozen
+        factor_a: torch.Tensor,  # (R, I)
+        factor_b: torch.Tensor,  # (O, R)
+        scale: float,
+        probe: torch.Tensor | None,  # (2, B)
+    ) -> torch.Tensor:
+        inputs = x.reshape(-1, x.shape[-1])
+        y = inputs @ weight if bias is None else torch.addmm(bias, inputs, weight)
+        a, b = factor_a.to(x.dtype), factor_b.to(x.dtype)
+        seen = inputs if dropped is None else dropped.reshape(-1, x.shape[-1])
+        inner = seen @ a.t()  # (B T, R)
+        y.addmm_(inner, b.t(), alpha=scale)
+        ctx.save_for_backward(weight, x if dropped is None else dropped, inner, a, b, probe)
+        ctx.scale, ctx.has_dropout = scale, dropped is not None
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, seen, inner, a, b, probe = ctx.saved_tensors
+        backprops = gradients[0].reshape(-1, b.shape[0])  # (B T, O)
+        inner_backprops = backprops @ b  # (B T, R), without the scale
+        to_x = to_dropped = None
+        if ctx.needs_input_grad[0]:
+            to_x = backprops @ weight.t()
+            if not ctx.has_dropout:
+                to_x.addmm_(inner_backprops, a, alpha=ctx.scale)
+            to_x = to_x.view_as(seen)
+        if ctx.has_dropout and ctx.needs_input_grad[1]:
+            to_dropped = (inner_backprops @ a).mul_(ctx.scale).view_as(seen)
+        examples = len(seen) if probe is not None else 1  # one part is enough where only the sum is wanted
+        parts_a = _parts(inner_backprops, seen, examples)  # (B, R, I)
+        parts_b = _parts(inner, backprops, examples)  # (B, R, O)
+        squares = None
+        if probe is not None:
+            norms = [torch.linalg.vector_norm(p, dim=(1, 2), dtype=torch.float32) for p in (parts_a, parts_b)]
+            squares = torch.stack(norms).mul_(ctx.scale).square_()
+        to_a = parts_a.sum(0, dtype=torch.float32).mul_(ctx.scale)
+        to_b = parts_b.sum(0, dtype=torch.float32).mul_(ctx.scale).t()
+        return to_x, to_dropped, None, None, to_a, to_b, None, squares
+
+
+def _parts(left: torch.Tensor, right: torch.Tensor, examples: int) -> torch.Tensor:
+    """Sum over each example's tokens of left (B T, R) times right (B T, I): (B, R, I)."""
+    left = left.reshape(examples, -1, left.shape[-1])
+    return torch.bmm(left.transpose(1, 2), right.reshape(examples, -1, right.shape[-1]))

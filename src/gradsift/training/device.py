@@ -1,0 +1,82 @@
+"""The device, how many tokens pass through a model at once, and what happens when memory does not hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from gradsift.config import ComputeConfig
+from gradsift.errors import GradsiftError
+
+T = TypeVar("T")
+_GPU_TOKENS = 16384
+_CPU_ACTIVATION = 393_216  # numbers in a (tokens, hidden size) activation that a CPU core's cache still likes
+
+
+class TokenBudget:
+    """Padded tokens that pass through a model at once. Halved whenever memory runs out; no result depends on it."""
+
+    def __init__(self, tokens: int, say: Callable[[str], None] = print) -> None:
+        self.tokens = tokens
+        self._say = say
+
+    @classmethod
+    def of(cls, model: Any, tokens: int | None, say: Callable[[str], None]) -> TokenBudget:
+        """The budget that was asked for, or what suits the model and the device it is on."""
+        if tokens is None:
+            parameter = next(model.parameters())
+            hidden = int(getattr(model.config, "hidden_size", None) or parameter.shape[-1])
+            tokens = _GPU_TOKENS if parameter.device.type == "cuda" else max(256, _CPU_ACTIVATION // hidden)
+        return cls(tokens, say)
+
+    def run(self, work: Callable[[int], T], lengths: Sequence[int]) -> T:
+        """`work(tokens)`, from its start with half the tokens after each time that memory ran out.
+
+        Args:
+            work: leaves nothing behind when it fails.
+            lengths: in tokens, of the examples that it passes through the model.
+
+        Raises:
+            GradsiftError: memory does not hold a single one of the examples.
+        """
+        while True:
+            try:
+                return work(self.tokens)
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._halve(lengths)  # here, where the failed pass is no longer held by the exception
+
+    def _halve(self, lengths: Sequence[int]) -> None:
+        longest = max(lengths)
+        used = min(self.tokens, longest * len(lengths))
+        if used <= longest:
+            raise GradsiftError(
+                f"memory ran out with a single example of {longest:,} tokens; lower max_length, or take a smaller "
+                "model or compute.precision=bfloat16"
+            )
+        self.tokens = max(used // 2, longest)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._say(
+            f"  memory ran out with {used:,} tokens at once; the batch is repeated with {self.tokens:,} "
+            f"(compute.tokens={self.tokens} starts with that)"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch has an exception of its own for GPUs alone."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "not enough memory" in str(error) or "out of memory" in str(error).lower()
+
+
+def device_of(compute: ComputeConfig) -> torch.device:
+    """The device that `compute.device` asks for."""
+    if compute.device == "cuda" and not torch.cuda.is_available():
+        raise GradsiftError("compute.device=cuda, but torch finds no CUDA device; take compute.device=auto")
+    if compute.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda")

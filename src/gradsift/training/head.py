@@ -1,0 +1,156 @@
+"""Token losses of a causal language model without its (B, T, V) logits.
+
+The output head is applied to the hidden states of the predicted places alone, a chunk of them at a
+time, and while a chunk's logits are at hand the gradient that its losses give the hidden states is
+worked out too: the logits are made once and never kept.
+
+Shape letters: B examples of a batch, T tokens, D hidden size, P predicted places of the batch,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gradsift.training.lora import evaluating
+
+_CHUNK_LOGITS = 2**23  # logits of a chunk, 32 MB in float32; no result depends on it
+_MULTIPLE = 64  # of the vocabulary in bfloat16: other widths run at half speed (50,257 on AMX)
+
+
+class OutputHead:
+    """The output embedding of a model whose logits are nothing but its product with the last hidden states."""
+
+    def __init__(self, below: nn.Module, embedding: nn.Linear) -> None:
+        self._below = below  # the model below its head: gives the hidden states
+        self.vocabulary = embedding.out_features
+        weight, bias = embedding.weight.detach(), None if embedding.bias is None else embedding.bias.detach()
+        if weight.dtype == torch.bfloat16 and (lacking := -self.vocabulary % _MULTIPLE):
+            weight = F.pad(weight, (0, 0, 0, lacking))
+            bias = None if bias is None else F.pad(bias, (0, lacking))
+        self.weight, self.bias = weight, bias  # (V, D), (V,); in bfloat16 with zero rows up to a multiple of 64
+        # kept from call to call: fresh memory of this size costs as much as the product that fills it
+        self._logits = torch.empty(0)
+        self._exact = torch.empty(0)
+
+    @classmethod
+    def of(cls, model: Any) -> OutputHead | None:
+        """The head of a causal language model, adapted or not; None where its logits cannot be had this way.
+
+        Some models scale or cap what the head returns (Gemma, Cohere, Granite). No list of them is
+        kept: a short random batch is passed through both ways, and the logits must be the same bits.
+        """
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        embedding = causal.get_output_embeddings()
+        if type(embedding) is not nn.Linear or embedding.weight.requires_grad or causal.base_model is causal:
+            return None
+        return cls(causal.base_model, embedding) if _is_last_step(causal, embedding) else None
+
+    def hidden_states(self, inputs: Mapping[str, torch.Tensor], places: torch.Tensor) -> torch.Tensor:
+        """Last hidden states at `places`.
+
+        Args:
+            inputs: of the model's forward, (B, T) each.
+            places: (P,) int64 into the B x T tokens, on the model's device.
+
+        Returns:
+            (P, D)
+        """
+        hidden: torch.Tensor = self._below(**inputs, use_cache=False)[0]
+        return hidden.flatten(0, 1).index_select(0, places)
+
+    def token_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Negative log-likelihood of `targets` (P,) after `hidden` (P, D), in nats; (P,) float32."""
+        losses: torch.Tensor = _TokenLosses.apply(hidden, targets, self, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+        return losses
+
+    def buffers(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for the logits of `count` places: (count, padded V) in the weight's precision, (count, V) float32."""
+        shape = (count, len(self.weight))
+        if self._logits.numel() < count * shape[1]:
+            with torch.inference_mode(False):  # or they would be of no use in training afterwards
+                self._logits = self.weight.new_empty(count * shape[1])
+                if self.weight.dtype != torch.float32:
+                    self._exact = self.weight.new_empty(count * self.vocabulary, dtype=torch.float32)
+        logits = self._logits[: count * shape[1]].view(shape)
+        if self.weight.dtype == torch.float32:
+            return logits, logits[:, : self.vocabulary]
+        return logits, self._exact[: count * self.vocabulary].view(count, self.vocabulary)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Cross entropy of each place; the gradient of the hidden states is made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: OutputHead, wants_gradient: bool
+    ) -> torch.Tensor:
+        size = max(1, _CHUNK_LOGITS // len(head.weight))
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if wants_gradient and ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), size):
+            chunk = slice(start, start + size)
+            losses[chunk] = _chunk(hidden[chunk], targets[chunk], head, None if gradient is None else gradient[chunk])
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0][:, None].to(gradient.dtype), None, None, None
+
+
+def _chunk(
+    hidden: torch.Tensor, targets: torch.Tensor, head: OutputHead, gradient: torch.Tensor | None
+) -> torch.Tensor:
+    """Losses (P,) of a chunk; fills `gradient` (P, D) with (softmax - one-hot) W, where one is given."""
+    logits, exact = head.buffers(len(hidden))
+    torch.mm(hidden, head.weight.t(), out=logits)
+    if head.bias is not None:
+        logits.add_(head.bias)
+    if exact.dtype != logits.dtype:
+        exact.copy_(logits[:, : head.vocabulary])
+    chosen = exact.gather(1, targets[:, None])
+    largest = exact.amax(1, keepdim=True)
+    total = exact.sub_(largest).exp_().sum(1, keepdim=True)
+    losses = (largest + total.log() - chosen)[:, 0]
+    if gradient is not None:
+        exact.div_(total).scatter_add_(1, targets[:, None], torch.full_like(total, -1.0))
+        if exact.dtype != logits.dtype:
+            logits[:, : head.vocabulary] = exact  # the columns beyond stay zero: their weights are
+        torch.mm(logits, head.weight, out=gradient)
+    return losses
+
+
+def token_losses(
+    model: Any,
+    head: OutputHead | None,
+    inputs: Mapping[str, torch.Tensor],
+    places: torch.Tensor,
+    targets: torch.Tensor,
+) -> torch.Tensor:
+    """Negative log-likelihood of `targets` (P,) by the tokens at `places` (P,) of the batch, in nats; (P,) float32.
+
+    Args:
+        head: of the model, or None: then all of its logits are made.
+    """
+    if head is not None:
+        return head.token_losses(head.hidden_states(inputs, places), targets)
+    logits = model(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, places)
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+@torch.no_grad()
+def _is_last_step(causal: Any, embedding: nn.Linear) -> bool:
+    """Whether the model's logits are `embedding` of the last hidden states, bit for bit: it is the same product."""
+    vocabulary = causal.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocabulary, (2, 7), generator=torch.Generator().manual_seed(0)).to(embedding.weight.device)
+    with evaluating(causal):  # a dropout mask would be another one in each pass
+        logits = causal(input_ids=ids, use_cache=False).logits
+        shortcut = embedding(causal.base_model(input_ids=ids, use_cache=False)[0])
+    return torch.equal(logits, shortcut.to(logits.dtype))

@@ -86,11 +86,11 @@ def superfilter_screened(
     The error of bfloat16 is measured on a random sample that is scored both ways, and on every
     example that is scored both ways later (see `Screening`). What is certain to be selected, left
     out or excluded at that error keeps its bfloat16 score; the part `bits` of the table says which
-    those are (16). The selected examples and the statuses are those of `superfilter`; the order
-    among the selected is that of the scores of the table.
+    those are (16). The selected examples and the statuses are those of `superfilter`, as long as no
+    error exceeds `safety` times the largest measured, and up to IFDs that differ by no more than
+    float32's own rounding (1e-6); the order among the selected is that of the table's scores.
 
-    It pays where the machine multiplies bfloat16 fast (AMX or AVX-512 BF16, CUDA); elsewhere
-    `superfilter` is faster.
+    It can pay where the machine multiplies bfloat16 fast (AMX or AVX-512 BF16, CUDA).
 
     Args:
         budget: size of the selection for a number of examples that have a score.

@@ -42,6 +42,7 @@ check: lint types test ## lint, types and tests
 
 bench: setup ## side-by-side speed comparisons
 	$(BIN)/python -m benchmarks.engine $(BENCH)
+	$(BIN)/python -m benchmarks.ifd $(BENCH_IFD)
 
 clean: ## remove what the tools left behind; artifacts and runs stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

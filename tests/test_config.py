@@ -84,6 +84,8 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["proxy.norm_scope=C"], "choose one of: all, A, B"),
         (["proxy.learning_rate=0"], "greater than 0"),
         (["scorer.eps=0"], "scorer.eps=0.0 must be greater than 0"),
+        (["scorer=superfilter_screened", "compute.precision=bfloat16"], "take compute.precision=float32"),
+        (["scorer=superfilter_screened", "scorer.safety=0.5"], "scorer.safety=0.5 is out of range"),
         (["stop_after=lunch"], "choose one of: load, statistics"),
         (["data=json"], "data.path is not set"),
         (["data=json", "data.path=x"], "proxy=nano (choose proxy=smollm2"),
@@ -146,7 +148,10 @@ def test_names_and_types_are_refused_while_composing(override: str) -> None:
         composed(override)
 
 
-@pytest.mark.parametrize("overrides", [[], ["scorer=superfilter", "alpha=0.05"], ["scorer=random", "judge=openai"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["scorer=superfilter", "alpha=0.05"], ["scorer=superfilter_screened"], ["scorer=random", "judge=openai"]],
+)
 def test_a_dumped_config_comes_back_as_it_was(overrides: list[str]) -> None:
     config = composed(*overrides)
     text = OmegaConf.to_yaml(OmegaConf.create(dump_config(config)))

@@ -175,6 +175,18 @@ def test_scores_are_made_once_and_anew_for_other_constants_or_parents(bench: Ben
     assert bench("by_length").fingerprint != first.fingerprint
 
 
+def test_options_of_a_source_count_for_the_scorers_that_ask_for_it(bench: Bench) -> None:
+    def made(function: str, alpha: float) -> str:
+        sources = bench.sources()
+        sources["examples"] = Source(list, pool, {"alpha": alpha})
+        config = {"_target_": f"my_scores.{function}", "name": "mine"}
+        return score(bench.runtime, config, bench.loaded, pool, sources, lambda asked: []).fingerprint
+
+    assert made("by_length", 0.1) != made("by_length", 0.2)
+    assert made("by_length", 0.1) == made("by_length", 0.1)
+    assert made("of_all_statuses", 0.1) == made("of_all_statuses", 0.2)
+
+
 def test_another_function_of_the_same_name_never_meets_a_stale_result(bench: Bench) -> None:
     assert scores_of(bench("by_length")).score.tolist() == [1, 2, 3, 4, 5, 6]
     assert scores_of(bench("by_length_backwards")).score.tolist() == [-1, -2, -3, -4, -5, -6]

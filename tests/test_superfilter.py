@@ -1,20 +1,27 @@
-"""IFD against a slow one-example implementation, and the edges of the published procedure."""
+"""IFD against a slow one-example implementation, the edges of the published procedure, and the screened scorer."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gradsift.data.examples import Example
-from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED
-from gradsift.scoring.superfilter import superfilter
+from gradsift.errors import GradsiftError
+from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
+from gradsift.scoring.superfilter import Screening, Span, in_bfloat16, span_losses, superfilter, superfilter_screened
+from gradsift.selection.topk import topk
+from gradsift.training import head as head_module
 from gradsift.training.backbones import Backbone
+from gradsift.training.head import OutputHead, token_losses
 
 TEXTS = [
     ("name a colour", "", "red"),
@@ -35,10 +42,30 @@ def no_bar(description: str, total: int):
 
 @pytest.fixture
 def backbone(byte_tokenizer: Any) -> Backbone:
+    return Backbone(model_of("gpt2", len(byte_tokenizer)), byte_tokenizer)
+
+
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+
+
+def model_of(architecture: str, size: int) -> Any:
     torch.manual_seed(0)
-    size = len(byte_tokenizer)
-    config = GPT2Config(vocab_size=size, n_positions=128, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3)
-    return Backbone(GPT2LMHeadModel(config).eval(), byte_tokenizer)
+    if architecture == "gpt2":
+        config = GPT2Config(vocab_size=size, n_positions=128, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3)
+        return GPT2LMHeadModel(config).requires_grad_(False).eval()
+    if architecture == "llama":
+        return LlamaForCausalLM(LlamaConfig(vocab_size=size, **SMALL)).requires_grad_(False).eval()
+    return Gemma2ForCausalLM(Gemma2Config(vocab_size=size, **SMALL)).requires_grad_(False).eval()  # caps its logits
 
 
 def examples() -> list[Example]:
@@ -93,3 +120,179 @@ def test_row_order_changes_no_score(backbone: Backbone) -> None:
     rows = examples()
     shuffled = superfilter([rows[i] for i in order], backbone, no_bar, max_length=128).score
     np.testing.assert_allclose(shuffled, superfilter(rows, backbone, no_bar, max_length=128).score[order], rtol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2"])
+def test_ifd_equals_the_slow_way_for_every_architecture(architecture: str, byte_tokenizer: Any) -> None:
+    backbone = Backbone(model_of(architecture, len(byte_tokenizer)), byte_tokenizer)
+    expected = np.array([slow_ifd(backbone, *text, 128) for text in TEXTS])
+    np.testing.assert_allclose(
+        superfilter(examples(), backbone, no_bar, max_length=128).score, expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_equal_rows_tie_wherever_they_stand(backbone: Backbone) -> None:
+    rows = [*examples(), *examples()[::-1]]
+    scores = superfilter(rows, backbone, no_bar, max_length=128).score
+    np.testing.assert_array_equal(scores[: len(TEXTS)], scores[len(TEXTS) :][::-1])
+
+
+# ------------------------------------------------------------------------------------ the output head
+
+
+@pytest.mark.parametrize(("architecture", "has_head"), [("gpt2", True), ("llama", True), ("gemma2", False)])
+def test_a_head_is_taken_only_where_nothing_comes_after_it(architecture: str, has_head: bool) -> None:
+    assert (OutputHead.of(model_of(architecture, 100)) is not None) == has_head
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_and_padded_vocabulary_change_no_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama", 101).to(dtype)
+    ids = torch.randint(101, (3, 20))
+    positions, targets = torch.tensor([0, 7, 18, 25, 44, 59]), torch.tensor([5, 100, 0, 3, 2, 77])
+    head = OutputHead.of(model)
+    assert head is not None
+    assert len(head.weight) == (128 if dtype == torch.bfloat16 else 101)
+    with torch.no_grad():
+        expected = token_losses(model, None, {"input_ids": ids}, positions, targets)
+        for rows in (1, 4, 100):
+            monkeypatch.setattr(head_module, "_CHUNK_LOGITS", rows * len(head.weight))
+            found = token_losses(model, head, {"input_ids": ids}, positions, targets)
+            torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+
+
+def test_no_tensor_holds_the_logits_of_a_batch(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head sees the predicted positions alone, and of these a chunk at a time."""
+    monkeypatch.setattr(head_module, "_CHUNK_LOGITS", 8 * len(backbone.tokenizer))
+    heights: list[int] = []
+    buffers = OutputHead.buffers
+
+    def watched(head: OutputHead, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        heights.append(count)
+        logits, exact = buffers(head, count)
+        assert logits.shape[0] == exact.shape[0] == count
+        return logits, exact
+
+    spans = [Span(np.arange(start, start + 60, dtype=np.int32), 40) for start in range(4)]
+    made = OutputHead.of(backbone.model)
+    monkeypatch.setattr(OutputHead, "of", lambda model: made)
+    monkeypatch.setattr(OutputHead, "buffers", watched)
+    span_losses(backbone, spans, range(4), lambda done: None)
+    assert sum(heights) == 4 * 20
+    assert max(heights) == 8
+
+
+# --------------------------------------------------------------------------------------- screening
+
+
+def many() -> list[Example]:
+    """80 examples with answers of 1 to 30 bytes, some of them equal."""
+    rng = np.random.default_rng(0)
+    words = ["red", "blue", "seven", "a", "of the", "sum", "is", "ß", "north", "?"]
+
+    def text(least: int, most: int) -> str:
+        return " ".join(rng.choice(words, rng.integers(least, most)))
+
+    texts = [(text(1, 6), text(0, 3), text(1, 7)) for _ in range(70)]
+    return [Example(i, f"{i}-0", str(i), (), *each, {}) for i, each in enumerate([*texts, *texts[:10]])]
+
+
+def screened(rows: list[Example], backbone: Backbone, budget: Callable[[int], int], **options: Any) -> Scores:
+    constants = {"max_length": 128, "calibration": 8, "safety": 2.0, **options}
+    return superfilter_screened(rows, backbone, no_bar, budget, **constants)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2"])
+def test_screening_selects_what_float32_selects(architecture: str, byte_tokenizer: Any) -> None:
+    backbone = Backbone(model_of(architecture, len(byte_tokenizer)), byte_tokenizer)
+    expected = superfilter(many(), backbone, no_bar, max_length=128)
+    spared = 0
+    for size in (1, 4, 8, 20, 79):
+        scores = screened(many(), backbone, lambda scored, size=size: size)
+        assert set(topk(scores, size)) == set(topk(expected, size))
+        assert scores.status.tolist() == expected.status.tolist()
+        bits = scores.parts["bits"]
+        np.testing.assert_allclose(scores.score[bits == 32], expected.score[bits == 32], rtol=1e-5)
+        spared += int((bits == 16).sum())
+    assert spared  # else nothing was screened
+
+
+def test_screening_counts_the_scored_for_a_budget_of_them(backbone: Backbone) -> None:
+    asked: list[int] = []
+
+    def half(scored: int) -> int:
+        asked.append(scored)
+        return scored // 2
+
+    scores = screened(many(), backbone, half)
+    expected = superfilter(many(), backbone, no_bar, max_length=128)
+    assert asked[-1] == (expected.status == SCORED).sum()
+    assert set(topk(scores, asked[-1] // 2)) == set(topk(expected, asked[-1] // 2))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.sampled_from([0.5, 1.0, 3.0]))
+def test_screening_is_right_among_crowds_near_one_and_near_the_last_place(seed: int, size: int, spread: float) -> None:
+    """Whatever the values, as long as no error is larger than `safety` times the largest one measured."""
+    rng = np.random.default_rng(seed)
+    count = 60
+    lengths = rng.integers(0, 30, (2, count)).astype(float)
+    unit = np.sqrt((1 / np.maximum(lengths, 1)).sum(0))
+    exact = np.exp(np.round(rng.normal(0, 0.02 * spread, count), 2 + int(rng.integers(0, 3))))  # ties, crowds at 1
+    exact[rng.random(count) < 0.3] = 0.98
+    errors = 0.01 * rng.choice([-1, 1], count) * rng.uniform(0.5, 1, count)
+    defined = (lengths > 0).all(0)
+    exact[~defined] = np.nan
+    screening = Screening(exact * np.exp(errors * unit), lengths, safety=2.0)
+    rows = screening.sample(3)
+    while len(rows):
+        assert defined[rows].all()
+        assert not screening.exact[rows].any()  # so that it ends
+        screening.measure(rows, exact[rows])
+        rows = screening.undecided(lambda scored: size)
+
+    def selected(values: np.ndarray) -> set[int]:
+        scores = Scores(values)
+        scores.mark(~(values < 1), EXCLUDED, "not below 1")
+        return set(topk(scores, size).tolist())
+
+    assert selected(screening.values) == selected(exact)
+    np.testing.assert_array_equal(screening.values < 1, exact < 1)
+
+
+def test_a_value_lost_in_bfloat16_is_taken_from_float32() -> None:
+    screening = Screening(np.array([np.inf, 0.5, np.nan, 0.2]), np.ones((2, 4)), safety=2.0)
+    screening.measure(np.array([1]), np.array([0.5]))
+    assert screening.undecided(lambda scored: 1).tolist() == [0, 2]
+
+
+def test_screening_leaves_rows_without_a_score(backbone: Backbone) -> None:
+    alone = [examples()[4]]  # an answer of one token
+    assert screened(alone, backbone, lambda scored: 1).status.tolist() == [UNDEFINED]
+
+
+def test_screening_refuses_a_backbone_that_is_not_in_float32(backbone: Backbone) -> None:
+    half = Backbone(in_bfloat16(backbone.model), backbone.tokenizer)
+    with pytest.raises(GradsiftError, match="load it in float32"):
+        screened(many(), half, lambda scored: 1)
+
+
+def test_a_bfloat16_copy_leaves_the_original_and_shares_its_ties(backbone: Backbone) -> None:
+    half = in_bfloat16(backbone.model)
+    assert half.lm_head.weight is half.transformer.wte.weight
+    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
+    assert backbone.model.dtype == torch.float32
+
+
+def test_alpha_belongs_to_screened_scores_alone(gradsift: Any) -> None:
+    """A sweep over alpha shares the float32 scores; the screened ones are another for each alpha."""
+    arguments = ("experiment=smoke", "tracker=none", "compute.threads=1", "stop_after=selection", "alpha=0.05,0.1")
+    assert gradsift("-m", *arguments, "scorer=superfilter,superfilter_screened") == 0
+    stages = [stage for run in gradsift.runs() for stage in run["stages"] if stage["name"] == "score"]
+    scorers = ("superfilter", "superfilter_screened")
+    fingerprints = {
+        scorer: [stage["fingerprint"] for stage in stages if f"/{scorer}-" in stage["artifact"]] for scorer in scorers
+    }
+    assert [len(fingerprints[scorer]) for scorer in fingerprints] == [2, 2]
+    assert len(set(fingerprints["superfilter"])) == 1
+    assert len(set(fingerprints["superfilter_screened"])) == 2

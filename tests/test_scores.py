@@ -52,7 +52,7 @@ def test_the_variance_is_the_populations() -> None:
 @pytest.mark.parametrize(("scope", "expected"), [("all", 5.0), ("A", 3.0), ("B", 4.0)])
 def test_norm_scope(scope: str, expected: float) -> None:
     columns = {"norm_A": np.array([3.0], np.float32), "norm_B": np.array([4.0], np.float32)}
-    assert norm_of(columns, scope).tolist() == [expected]
+    assert norm_of(columns, scope, 1.0, 2.0).tolist() == [expected]
 
 
 def test_late_loss_prefers_what_the_ensemble_fits() -> None:

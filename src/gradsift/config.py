@@ -208,7 +208,7 @@ class ProxyConfig:
     snapshots: list[int] = field(default_factory=lambda: [1, 2])  # epochs s (early) and t (late)
     epochs: int | None = None  # the last snapshot when empty
     collect: str = "epoch_end"  # where per-sample gradients are taken
-    norm_scope: str = "all"  # which LoRA factors enter the norm
+    norm_scope: str = "all"  # LoRA factors in the norm; scaled: both, each over the size of the other factor
     learning_rate: float = 5e-5
     schedule: str = "constant"  # constant keeps an epoch's result independent of the number of epochs
     warmup_steps: int = 0
@@ -220,7 +220,7 @@ class ProxyConfig:
         _check_training("proxy", self)
         _at_least("proxy.members", self.members, 1)
         _one_of("proxy.collect", self.collect, ("epoch_end", "during_training"))
-        _one_of("proxy.norm_scope", self.norm_scope, ("all", "A", "B"))
+        _one_of("proxy.norm_scope", self.norm_scope, ("all", "A", "B", "scaled"))
         _one_of("proxy.batching", self.batching, ("bucketed", "random"))
         early_late = self.snapshots
         if len(early_late) != 2 or not 1 <= early_late[0] < early_late[1]:

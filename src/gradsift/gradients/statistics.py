@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradsift.artifacts import Artifact
+from gradsift.errors import GradsiftError
 from gradsift.gradients.norms_table import read_norms
 from gradsift.runtime import Runtime
 
@@ -35,9 +36,22 @@ class Statistics:
     loss_t: np.ndarray  # the same, late
 
 
-def norm_of(columns: Mapping[str, np.ndarray], scope: str) -> np.ndarray:
-    """L2 norm over the LoRA factors in scope: `all`, `A` or `B`; (N,) float64."""
+def norm_of(columns: Mapping[str, np.ndarray], scope: str, size_a: float, size_b: float) -> np.ndarray:
+    """L2 norm over the LoRA factors in scope: `all`, `A`, `B` or `scaled`; (N,) float64.
+
+    The gradient of A is proportional to B and the other way round, so a norm grows while B grows from
+    zero, whatever the example does. `scaled` divides either factor's norm by the other factor's size.
+
+    Args:
+        size_a, size_b: Frobenius norms of the member's A and B over all layers, at the epoch's end.
+    """
     norm_a, norm_b = columns["norm_A"].astype(np.float64), columns["norm_B"].astype(np.float64)
+    if scope == "scaled":
+        if not (size_a > 0 and size_b > 0):
+            raise GradsiftError(
+                "proxy.norm_scope=scaled: an adapter is still zero; train it first, or take another scope"
+            )
+        return np.hypot(norm_a / size_b, norm_b / size_a)
     return {"A": norm_a, "B": norm_b, "all": np.hypot(norm_a, norm_b)}[scope]
 
 
@@ -72,7 +86,7 @@ def compute_statistics(early: Sequence[Artifact], late: Sequence[Artifact], scop
         losses = np.full((len(members), count), np.nan)
         for index, member in enumerate(members):
             table = read_norms(member)
-            norms[index, table["row"]] = norm_of(table, scope)
+            norms[index, table["row"]] = norm_of(table, scope, member.info["size_A"], member.info["size_B"])
             losses[index, table["row"]] = table["loss"]
         columns[f"G_{suffix}"], columns[f"V_{suffix}"] = mean_and_variance(norms)
         columns[f"loss_{suffix}"] = losses.mean(0)

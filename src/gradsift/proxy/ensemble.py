@@ -159,9 +159,10 @@ def train_member_epoch(
         lora.save_adapter(adapted, folder)
         write_norms(folder, norms.table(), encoded)
         write_curve(folder, module.curve)
+        sizes = lora.factor_sizes(adapted)
     finally:
         lora.remove_adapter(adapted)
-    return {"optimizer_steps": steps, "rows": len(encoded)}
+    return {"optimizer_steps": steps, "rows": len(encoded), **sizes}
 
 
 class OptimizerKeeper(L.Callback):

@@ -98,6 +98,16 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def factor_sizes(adapted: nn.Module) -> dict[str, float]:
+    """Frobenius norms of the active adapter's factors over all layers, as `size_A` and `size_B`."""
+    layers = [layer for _, layer in lora_layers(adapted)]
+    return {
+        f"size_{name}": float(sum(getattr(layer, f"lora_{name}")[ADAPTER].weight.square().sum() for layer in layers))
+        ** 0.5
+        for name in "AB"
+    }
+
+
 def save_adapter(adapted: Any, folder: Path) -> None:
     """Write the adapter in peft's own format (safetensors)."""
     adapted.save_pretrained(folder, safe_serialization=True)

@@ -1,0 +1,314 @@
+"""Laws of the gradient engine: the fast layer is peft's, the fast head is the model's, memory changes no result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from test_finetuning import SOURCE_ROWS, train, weights_of
+from test_norms import VOCABULARY, adapted_model, batch_norms, loop_norms, ragged_examples, tiny_model
+from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers.activations import NewGELUActivation
+
+from gradsift.config import ComputeConfig, LoraConfig
+from gradsift.data.batching import collate
+from gradsift.data.tokens import Encoded
+from gradsift.errors import GradsiftError
+from gradsift.gradients.callback import COLUMNS, GradientNorms, collect_norms
+from gradsift.gradients.norms import PerSampleNorms
+from gradsift.training import finetuning, lora
+from gradsift.training import head as head_module
+from gradsift.training.adapted import AdaptedLinear, NormProbe
+from gradsift.training.backbones import _same_but_faster
+from gradsift.training.device import TokenBudget, is_out_of_memory
+from gradsift.training.finetuning import ResponseLosses
+from gradsift.training.head import OutputHead, token_losses
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# ----------------------------------------------------------------------------------------- the layer
+
+
+def unfused(adapted: Any) -> Any:
+    """The same model with peft's own forward pass."""
+    for _, layer in lora.lora_layers(adapted):
+        layer.__class__ = peft.tuners.lora.Linear
+    return adapted
+
+
+def gradients(adapted: Any, examples: list[Encoded]) -> dict[str, torch.Tensor]:
+    torch.manual_seed(7)  # the dropout masks
+    ResponseLosses(adapted)(collate(examples, 0)).mean().backward()
+    return {name: parameter.grad.clone() for name, parameter in lora.trainable_parameters(adapted).items()}
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("targets", [["all-linear"], ["c_attn", "q_proj"]])
+@pytest.mark.parametrize("norms", [True, False])
+def test_an_adapted_layer_computes_what_pefts_does(architecture: str, targets: list[str], norms: bool) -> None:
+    fast, slow = adapted_model(architecture, targets), unfused(adapted_model(architecture, targets))
+    assert all(isinstance(layer, AdaptedLinear) for _, layer in lora.lora_layers(fast))
+    ids = torch.randint(VOCABULARY, (3, 11))
+    torch.testing.assert_close(fast(input_ids=ids).logits, slow(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+    expected = gradients(slow, ragged_examples())
+    if norms:
+        with PerSampleNorms(fast):
+            found = gradients(fast, ragged_examples())
+    else:
+        found = gradients(fast, ragged_examples())
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_dropout_drops_what_pefts_does(architecture: str) -> None:
+    fast, slow = (lora.add_adapter(tiny_model(architecture), LoraConfig(rank=3, dropout=0.4), seed=1) for _ in range(2))
+    for adapted in (fast, slow):
+        torch.manual_seed(2)
+        for name, parameter in lora.trainable_parameters(adapted).items():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.3)
+    expected = gradients(unfused(slow), ragged_examples())
+    found = gradients(fast, ragged_examples())
+    without = gradients(fast.eval(), ragged_examples())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    assert any((without[name] - gradient).abs().max() > 1e-3 for name, gradient in expected.items())
+
+
+def test_a_layer_whose_adapter_is_off_or_merged_is_pefts() -> None:
+    adapted, ids = adapted_model("gpt2", ["c_attn"]), torch.arange(9)[None]
+    with_adapter = adapted(input_ids=ids).logits
+    with adapted.disable_adapter():
+        torch.testing.assert_close(adapted(input_ids=ids).logits, tiny_model("gpt2")(input_ids=ids).logits)
+    adapted.merge_adapter()
+    torch.testing.assert_close(adapted(input_ids=ids).logits, with_adapter, rtol=1e-4, atol=1e-5)
+
+
+def test_examples_that_cannot_be_told_apart_are_refused() -> None:
+    with pytest.raises(GradsiftError, match=r"lora\.targets"):
+        NormProbe().of(torch.zeros(4, 5))
+
+
+def test_layers_that_are_not_plain_have_no_norms() -> None:
+    with pytest.raises(GradsiftError, match="plain linear layers"):
+        PerSampleNorms(unfused(adapted_model("gpt2", ["c_attn"])))
+
+
+def test_a_pass_that_did_not_end_leaves_no_norm_behind() -> None:
+    adapted, examples = adapted_model("gpt2", ["c_attn"]), ragged_examples(4)
+    with PerSampleNorms(adapted) as norms:
+        ResponseLosses(adapted)(collate(examples[:3], 0))  # forward only, of another size
+        norms.forget()
+        ResponseLosses(adapted)(collate(examples, 0)).sum().backward()
+        assert norms.take()[0].shape == (4,)
+
+
+# ------------------------------------------------------------------------------------------ the head
+
+
+@pytest.mark.parametrize(("architecture", "tied"), [("gpt2", True), ("llama", False)])
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_the_heads_losses_and_their_gradient_are_those_of_all_logits(
+    architecture: str, tied: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(architecture, tied)
+    monkeypatch.setattr(head_module, "_CHUNK_LOGITS", chunk * VOCABULARY)
+    head = OutputHead.of(model)
+    assert head is not None
+    targets = torch.randint(VOCABULARY, (12,))
+    hidden = torch.randn(12, 16, requires_grad=True)
+    weights = torch.rand(12)
+    found = head.token_losses(hidden, targets)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), hidden)
+    expected = torch.nn.functional.cross_entropy(hidden @ head.weight.t(), targets, reduction="none")
+    (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), hidden)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_a_head_in_bfloat16_predicts_no_word_of_its_padding() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    head = OutputHead.of(model)
+    assert head is not None
+    assert len(head.weight) == 64 > VOCABULARY
+    hidden = (torch.randn(9, 16) - 3).to(torch.bfloat16).requires_grad_()
+    targets = torch.randint(VOCABULARY, (9,))
+    found = head.token_losses(hidden, targets)
+    found.sum().backward()
+    exact = hidden.detach().float().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(
+        exact @ head.weight[:VOCABULARY].float().t(), targets, reduction="none"
+    )
+    expected.sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(hidden.grad.float(), exact.grad, rtol=0.1, atol=1e-2)
+
+
+def test_a_head_may_be_used_without_and_then_with_gradients() -> None:
+    model, targets = tiny_model("gpt2"), torch.tensor([1, 2])
+    head = OutputHead.of(model)
+    assert head is not None
+    with torch.inference_mode():
+        first = head.token_losses(torch.ones(2, 16), targets)
+    hidden = torch.ones(2, 16, requires_grad=True)
+    second = head.token_losses(hidden, targets)
+    second.sum().backward()
+    torch.testing.assert_close(first.clone(), second.detach())
+    assert hidden.grad is not None
+
+
+def capped_model() -> Any:
+    """Gemma 2 caps its logits, so nothing may be taken from below its head."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma2Config(
+        vocab_size=VOCABULARY, **shape, num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.5, pad_token_id=0
+    )
+    model = Gemma2ForCausalLM(config).requires_grad_(False).eval()
+    adapted = lora.add_adapter(model, LoraConfig(rank=2), seed=1)
+    for name, parameter in lora.trainable_parameters(adapted).items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    return adapted.eval()
+
+
+def test_a_model_that_changes_its_logits_is_trained_on_them_all() -> None:
+    adapted, examples = capped_model(), ragged_examples()
+    assert OutputHead.of(adapted) is None
+    np.testing.assert_allclose(batch_norms(adapted, examples, 3), loop_norms(adapted, examples), rtol=1e-5)
+
+
+def test_a_head_that_is_adapted_itself_is_not_passed_by() -> None:
+    adapted = lora.add_adapter(tiny_model("llama", tied=False), LoraConfig(rank=2, targets=["lm_head"]), seed=1)
+    assert OutputHead.of(adapted) is None
+    examples = ragged_examples(5)
+    norms = batch_norms(adapted.eval(), examples, 5)
+    np.testing.assert_allclose(norms[:, 1:], loop_norms(adapted, examples)[:, 1:], rtol=1e-5)
+
+
+def test_token_losses_need_no_head() -> None:
+    model, ids = tiny_model("gpt2"), torch.randint(VOCABULARY, (2, 6))
+    places, targets = torch.tensor([0, 4, 8]), torch.tensor([3, 1, 60])
+    with torch.no_grad():
+        found, expected = (
+            token_losses(model, h, {"input_ids": ids}, places, targets) for h in (OutputHead.of(model), None)
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gelu_in_one_kernel_is_the_same_function() -> None:
+    model, ids = tiny_model("gpt2"), torch.randint(VOCABULARY, (2, 6))
+    before = model(input_ids=ids).logits
+    _same_but_faster(model, ComputeConfig(device="cpu"))
+    assert not any(isinstance(module, NewGELUActivation) for module in model.modules())
+    torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-5, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_bfloat16_norms_are_float32s_to_bfloat16s_digits(architecture: str) -> None:
+    examples = ragged_examples(9)
+    exact = batch_norms(adapted_model(architecture, ["all-linear"]), examples, 9)
+    half = adapted_model(architecture, ["all-linear"])
+    half.get_base_model().to(torch.bfloat16)
+    for parameter in lora.trainable_parameters(half).values():
+        parameter.data = parameter.data.float()
+    rough = batch_norms(half, examples, 9)
+    np.testing.assert_allclose(rough, exact, rtol=0.1)
+    assert np.abs(rough / exact - 1).max() > 1e-5  # it was bfloat16
+
+
+# -------------------------------------------------------------------------------------------- memory
+
+
+def failing_above(tokens: int, error: Exception) -> type[ResponseLosses]:
+    """`ResponseLosses` on a device that holds no batch of more than `tokens`."""
+
+    class Small(ResponseLosses):
+        def __call__(self, batch: Any) -> torch.Tensor:
+            losses = super().__call__(batch)
+            if batch.input_ids.numel() > tokens:
+                losses.sum().backward()  # fails in the middle: gradients and norms were already written
+                raise error
+            return losses
+
+    return Small
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: not enough memory: you tried to ..."
+    ),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_halves_the_budget_says_so_and_changes_no_result(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, plan = ragged_examples(9), [[4, 0, 7, 1], [8, 2, 3, 5, 6]]
+    tables, adapters = [], []
+    said: list[str] = []
+    for losses in (ResponseLosses, failing_above(30, error)):
+        monkeypatch.setattr(finetuning, "ResponseLosses", losses)
+        adapted = adapted_model("gpt2", ["all-linear"])
+        norms = GradientNorms(adapted, encoded, "during_training", row_indices=SOURCE_ROWS)
+        train(adapted, encoded, plan, callbacks=[norms], say=said.append)
+        tables.append(np.stack([norms.table()[name] for name in COLUMNS], 1))
+        adapters.append(weights_of(adapted))
+    np.testing.assert_allclose(tables[1], tables[0], rtol=2e-5)
+    for name, value in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], value, rtol=1e-4, atol=1e-5)
+    assert said
+    assert "memory ran out with" in said[0]
+    assert "the batch is repeated with" in said[0]
+
+
+def test_out_of_memory_in_a_collection_pass_changes_no_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded, adapted, said = ragged_examples(9), adapted_model("llama", ["all-linear"]), []
+    passes: list[np.ndarray] = []
+    for losses in (ResponseLosses, failing_above(30, OUT_OF_MEMORY[0])):
+        monkeypatch.setattr("gradsift.gradients.callback.ResponseLosses", losses)
+        budget = TokenBudget(1000, said.append)
+        parts = collect_norms(adapted, encoded, budget, 0, torch.device("cpu"))
+        rows = torch.cat([part[0] for part in parts])
+        passes.append(
+            torch.stack([torch.cat(c) for c in list(zip(*parts, strict=True))[1:]], 1)[rows.argsort()].numpy()
+        )
+    np.testing.assert_allclose(passes[1], passes[0], rtol=1e-5)
+    assert said
+    assert budget.tokens <= 30
+    assert all(parameter.grad is None for parameter in adapted.parameters())
+
+
+def test_a_single_example_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetuning, "ResponseLosses", failing_above(2, OUT_OF_MEMORY[0]))
+    with pytest.raises(GradsiftError, match="single example of 1. tokens; lower max_length"):
+        train(adapted_model("gpt2", ["c_attn"]), ragged_examples(4), [[0, 1, 2, 3]], say=lambda line: None)
+
+
+def test_other_errors_are_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetuning, "ResponseLosses", failing_above(2, RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train(adapted_model("gpt2", ["c_attn"]), ragged_examples(4), [[0, 1, 2, 3]])
+    assert not is_out_of_memory(ValueError("not enough memory of this"[:3]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "hidden", "expected"), [(None, 768, 512), (None, 16, 24576), (None, 4096, 256), (77, 768, 77)]
+)
+def test_a_budget_suits_the_model_where_none_is_asked_for(asked: int | None, hidden: int, expected: int) -> None:
+    model: Callable[..., Any] = type("Model", (torch.nn.Linear,), {})
+    layer = model(2, 2)
+    layer.config = type("Config", (), {"hidden_size": hidden})()
+    assert TokenBudget.of(layer, asked, print).tokens == expected

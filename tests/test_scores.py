@@ -49,10 +49,16 @@ def test_the_variance_is_the_populations() -> None:
     np.testing.assert_allclose(variance, [8 / 3, 2.0])
 
 
-@pytest.mark.parametrize(("scope", "expected"), [("all", 5.0), ("A", 3.0), ("B", 4.0)])
+@pytest.mark.parametrize(("scope", "expected"), [("all", 5.0), ("A", 3.0), ("B", 4.0), ("scaled", 4.272001872658765)])
 def test_norm_scope(scope: str, expected: float) -> None:
     columns = {"norm_A": np.array([3.0], np.float32), "norm_B": np.array([4.0], np.float32)}
-    assert norm_of(columns, scope, 1.0, 2.0).tolist() == [expected]
+    assert norm_of(columns, scope, 1.0, 2.0).tolist() == [expected]  # scaled: 3 over 2 and 4 over 1
+
+
+def test_an_adapter_that_is_zero_cannot_scale_a_norm() -> None:
+    columns = {"norm_A": np.array([3.0], np.float32), "norm_B": np.array([4.0], np.float32)}
+    with pytest.raises(GradsiftError, match="scaled"):
+        norm_of(columns, "scaled", 1.0, 0.0)
 
 
 def test_late_loss_prefers_what_the_ensemble_fits() -> None:

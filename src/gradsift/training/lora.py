@@ -100,12 +100,11 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def factor_sizes(adapted: nn.Module) -> dict[str, float]:
     """Frobenius norms of the active adapter's factors over all layers, as `size_A` and `size_B`."""
-    layers = [layer for _, layer in lora_layers(adapted)]
-    return {
-        f"size_{name}": float(sum(getattr(layer, f"lora_{name}")[ADAPTER].weight.square().sum() for layer in layers))
-        ** 0.5
-        for name in "AB"
-    }
+    squares = {"A": 0.0, "B": 0.0}
+    for _, layer in lora_layers(adapted):
+        squares["A"] += float(layer.lora_A[ADAPTER].weight.square().sum())
+        squares["B"] += float(layer.lora_B[ADAPTER].weight.square().sum())
+    return {"size_A": squares["A"] ** 0.5, "size_B": squares["B"] ** 0.5}
 
 
 def save_adapter(adapted: Any, folder: Path) -> None:

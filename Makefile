@@ -1,6 +1,6 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-smollm2 run test slow lint types check bench clean
+.PHONY: help setup setup-smollm2 setup-bench run test slow lint types check bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -40,7 +40,10 @@ types: setup ## mypy --strict on src
 
 check: lint types test ## lint, types and tests
 
-bench: setup ## side-by-side speed comparisons
+setup-bench: setup ## install the rivals that the benchmarks run beside ours
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+
+bench: setup-bench ## side-by-side speed comparisons (about 10 minutes)
 	$(BIN)/python -m benchmarks.engine $(BENCH)
 	$(BIN)/python -m benchmarks.ifd $(BENCH_IFD)
 

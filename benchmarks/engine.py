@@ -86,7 +86,7 @@ class Clock(L.Callback):
 
 
 class Round:
-    """The rows of each round: batches of like length, as an epoch over the pool has them."""
+    """The rows of each round: batches of like length, as an epoch over the pool has them; of round -1 a single one."""
 
     def __init__(self, pool: Sequence[Encoded], steps: int) -> None:
         self.pool = pool
@@ -94,7 +94,7 @@ class Round:
         self._steps = [plan[start : start + steps] for start in range(0, len(plan), steps)]
 
     def plan(self, number: int) -> list[list[int]]:
-        return self._steps[number % len(self._steps)]
+        return self._steps[number % len(self._steps)] if number >= 0 else self._steps[-2][:1]
 
     def rows(self, number: int) -> list[Encoded]:
         return [self.pool[position] for step in self.plan(number) for position in step]
@@ -299,19 +299,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     peaks: dict[str, list[float]] = {"bfloat16": [], "float32": []}
     errors: list[float] = []
 
-    def engine(number: int) -> float:
+    def gemm(number: int) -> float:
         for name, precision in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
-            peaks[name].append(gemm_peak(precision))
-        return train(fast, rounds, number, with_norms=True)[0]
+            if number >= 0:
+                peaks[name].append(gemm_peak(precision))
+        return 0.0
 
     def looped(number: int) -> float:
         seconds, norms = loop(users, rounds.rows(number))
-        ours = train(exact, rounds, number, with_norms=True)[1]
-        errors.append(float(np.abs(ours / norms - 1).max()))
+        if number >= 0:
+            ours = train(exact, rounds, number, with_norms=True)[1]
+            errors.append(float(np.abs(ours / norms - 1).max()))
         return seconds
 
     ways: dict[str, Callable[[int], float]] = {
-        "engine": engine,
+        "gemm": gemm,
+        "engine": lambda n: train(fast, rounds, n, with_norms=True)[0],
         "step": lambda n: train(fast, rounds, n, with_norms=False)[0],
         "epoch_end": lambda n: epoch_end(fast, rounds, n),
         "engine_float32": lambda n: train(exact, rounds, n, with_norms=True)[0],
@@ -323,13 +326,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "plain_step": lambda n: plain_step(plain, rounds.random_batches(n)),
     }
     seconds = interleaved(ways, options.rounds)
-    needed = [operations(rounds.rows(n), fast) for n in range(1, options.rounds + 1)]
+    del seconds["gemm"]
+    needed = [operations(rounds.rows(n), fast) for n in range(options.rounds)]
     fractions = {
-        name: spread([f / s / p for f, s, p in zip(needed, seconds[way], peaks[name][1:], strict=True)])
+        name: spread([f / s / p for f, s, p in zip(needed, seconds[way], peaks[name], strict=True)])
         for name, way in (("bfloat16", "engine"), ("float32", "engine_float32"))
     }
-    counts = [len(rounds.rows(n)) for n in range(1, options.rounds + 1)]
-    tokens = [sum(len(r.input_ids) for r in rounds.rows(n)) for n in range(1, options.rounds + 1)]
+    counts = [len(rounds.rows(n)) for n in range(options.rounds)]
+    tokens = [sum(len(r.input_ids) for r in rounds.rows(n)) for n in range(options.rounds)]
     return {
         "vs_loop": per_round(seconds["loop"], seconds["engine"]),
         "vs_opacus": per_round(seconds["opacus"], seconds["engine"]) if "opacus" in seconds else None,
@@ -353,7 +357,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "milliseconds_an_example": {
             way: spread([1000 * s / c for s, c in zip(values, counts, strict=True)]) for way, values in seconds.items()
         },
-        "gemm_peak_tflops": {name: spread([p / 1e12 for p in values[1:]]) for name, values in peaks.items()},
+        "gemm_peak_tflops": {name: spread([p / 1e12 for p in values]) for name, values in peaks.items()},
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "workload": {
             "lengths": source,

@@ -80,13 +80,17 @@ def gemm_peak(precision: torch.dtype) -> float:
 
 
 def interleaved(ways: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round, one way after the other; a first round warms up and is not counted."""
+    """Seconds of each way in each round 0, 1, ..., in an order drawn anew for each round.
+
+    Before it is timed each way runs once on round -1, a small one: what ran before leaves caches and the
+    allocator in another state, and that is no property of the way.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, way in ways.items():
-            taken = way(number)
-            if number:
-                seconds[name].append(taken)
+    for number in range(rounds):
+        for index in np.random.default_rng(number).permutation(len(ways)):
+            name = list(ways)[index]
+            ways[name](-1)
+            seconds[name].append(ways[name](number))
     return seconds
 
 

@@ -166,7 +166,7 @@ class Line:
             return []
         late = self.config.proxy.snapshots[1]
         found = read_statistics(self.statistics()) if "statistics" in asked else None
-        return diagnose_ensemble([chain[:late] for chain in self.ensemble], found)
+        return diagnose_ensemble([chain[:late] for chain in self.ensemble], found, self.config.compute.precision)
 
     def measures(self) -> dict[str, np.ndarray]:
         """What the ensemble, if the scorer asked for it, knows of each example besides its norms."""

@@ -41,14 +41,21 @@ LEAST_DROP_SIZE = 0.005
 # The examples in which eps takes V_t's place have the highest scores of all; a hundredth of the pool
 # is a fifth of the paper's smallest budget.
 MOST_EPS_DOMINATED = 0.01
+# Median relative error of a bfloat16 norm at equal weights (SmolLM2, see experiments/2026-11-22-gradient-engine).
+BFLOAT16_ERROR = 0.01
+# Its square is the share of V_t that is rounding.
+MOST_ERROR_OVER_SPREAD = 0.1
 
 
-def diagnose_ensemble(ensemble: Sequence[Sequence[Artifact]], statistics: Statistics | None) -> list[Diagnostic]:
+def diagnose_ensemble(
+    ensemble: Sequence[Sequence[Artifact]], statistics: Statistics | None, precision: str
+) -> list[Diagnostic]:
     """Everything that can be said of the ensemble.
 
     Args:
         ensemble: [member][epoch - 1], up to the late snapshot.
         statistics: None if the scorer does not use them; what needs them is then left out.
+        precision: of the backbone, float32 or bfloat16.
     """
     adapters = [load_file(chain[-1].file(ADAPTER_FILE)) for chain in ensemble]
     curves = [[entry["loss"] for epoch in chain for entry in read_curve(epoch.path)] for chain in ensemble]
@@ -59,6 +66,7 @@ def diagnose_ensemble(ensemble: Sequence[Sequence[Artifact]], statistics: Statis
             loss_between_snapshots(statistics),
             drop_sign(statistics),
             drop_size(statistics),
+            norm_precision(precision, statistics),
         ]
     return found
 
@@ -138,6 +146,27 @@ def norm_spread(statistics: Statistics, members: int) -> Diagnostic:
 
 
 # ---------------------------------------------------------------------------------------- learning
+
+
+def norm_precision(precision: str, statistics: Statistics) -> Diagnostic:
+    """Whether the norms are known better than the members differ.
+
+    Rounding moves a member's norm by about `BFLOAT16_ERROR`, another way for each member, so it enters
+    V_t; it is harmless only where the members differ by much more.
+    """
+    late, variance = _defined(statistics.G_t, statistics.V_t)
+    if precision == "float32" or not len(late):
+        return Diagnostic("norm_precision", "ok", {"error_over_spread": 0.0}, "gradient norms were taken in float32")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        spread = float(np.median(np.sqrt(variance) / late))
+    if not spread > 0:
+        return Diagnostic.unknown("norm_precision", "error_over_spread", "the members do not differ")
+    share = BFLOAT16_ERROR / spread
+    seen = f"bfloat16 moves a norm by about {BFLOAT16_ERROR:.1%}, the members differ by {spread:.1%}"
+    check = "the ranking with compute.precision=float32"
+    return Diagnostic.judged(
+        "norm_precision", share > MOST_ERROR_OVER_SPREAD, {"error_over_spread": share}, seen, check
+    )
 
 
 def loss_between_snapshots(statistics: Statistics) -> Diagnostic:

@@ -1,0 +1,87 @@
+"""How far the rankings of finished runs agree, and what they say of labels where the data has some.
+
+    python -m experiments.agreement RUN RUN [RUN ...]
+
+RUN is a run folder that got as far as its scores. Every run is compared with the first: Spearman's
+rank correlation of the scores over the rows that both scored, and the share of the top tenth of one
+that is in the top tenth of the other. With labels (the embedded world): AUROC of spoilt against
+other rows (1: every spoilt row below every other), and the spoilt share of the top tenth. Prints
+Markdown; differing options of the runs name the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from scipy.stats import rankdata, spearmanr
+
+from gradsift.data.verifiable import SPOILT
+
+TOP = 0.1
+
+
+def artifact_of(run: Path, stage: str) -> Path:
+    stages = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]
+    found = [Path(entry["artifact"]) for entry in stages if entry["name"] == stage]
+    if not found:
+        raise SystemExit(f"{run} has no stage {stage}: it stopped before")
+    return found[-1]
+
+
+def scores_of(run: Path) -> np.ndarray:
+    """(N,) float64; NaN where a row has no score."""
+    table = pq.read_table(artifact_of(run, "score") / "scores.parquet")
+    scored = np.array(table["status"].to_pylist()) == "scored"
+    return np.where(scored, table["score"].to_numpy(), np.nan)
+
+
+def spoilt_of(run: Path) -> np.ndarray | None:
+    """(N,) bool, None where the data has no labels."""
+    file = artifact_of(run, "load") / "labels.parquet"
+    return np.isin(pq.read_table(file)["quality"].to_pylist(), list(SPOILT)) if file.is_file() else None
+
+
+def top(scores: np.ndarray) -> np.ndarray:
+    """Rows of the top tenth; ties by row, as in the selection."""
+    ranked = np.argsort(np.where(np.isnan(scores), np.inf, -scores), kind="stable")
+    return ranked[: int(TOP * len(scores))]
+
+
+def auroc(scores: np.ndarray, spoilt: np.ndarray) -> float:
+    """Probability that a spoilt row scores below another one, ties counting half."""
+    known = ~np.isnan(scores)
+    ranks, bad = rankdata(-scores[known]), spoilt[known]
+    count = bad.sum()
+    return float((ranks[bad].sum() - count * (count + 1) / 2) / (count * (len(bad) - count)))
+
+
+def row_of(name: str, scores: np.ndarray, first: np.ndarray, spoilt: np.ndarray | None) -> str:
+    both = ~np.isnan(scores) & ~np.isnan(first)
+    shared = len(np.intersect1d(top(scores), top(first))) / len(top(first))
+    cells = [name, f"{spearmanr(scores[both], first[both]).statistic:.3f}", f"{shared:.2f}"]
+    if spoilt is not None:
+        cells += [f"{auroc(scores, spoilt):.2f}", f"{spoilt[top(scores)].mean():.2f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+")
+    runs = parser.parse_args().runs
+    overrides = [set(json.loads((run / "run.json").read_text(encoding="utf-8"))["overrides"]) for run in runs]
+    shared = set.intersection(*overrides)
+    spoilt = spoilt_of(runs[0])
+    head = ["run", "Spearman with the first", "top tenth shared"] + (["AUROC", "spoilt"] if spoilt is not None else [])
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    first = scores_of(runs[0])
+    for run, options in zip(runs, overrides, strict=True):
+        name = " ".join(sorted(options - shared)) or run.name
+        print(row_of(name, scores_of(run), first, spoilt_of(run)))
+
+
+if __name__ == "__main__":
+    main()

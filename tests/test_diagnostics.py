@@ -20,12 +20,14 @@ from gradsift.data.examples import Example, Turn
 from gradsift.data.formats import parse_rows
 from gradsift.diagnostics import DIAGNOSTICS_FILE, Diagnostic, read_diagnostics, write_diagnostics
 from gradsift.gradients.diagnostics import (
+    BFLOAT16_ERROR,
     adapter_spread,
     drop_sign,
     drop_size,
     eps_share,
     loss_between_snapshots,
     loss_from_start,
+    norm_precision,
     norm_spread,
     update_products,
 )
@@ -397,7 +399,7 @@ def test_the_terminal_shows_warnings_whole_and_the_rest_in_a_line(tmp_path: Path
 
 
 ENSEMBLE = {"adapter_spread", "loss_from_start"}
-STATISTICS = {"norm_spread", "loss_between_snapshots", "drop_sign", "drop_size"}
+STATISTICS = {"norm_spread", "loss_between_snapshots", "drop_sign", "drop_size", "norm_precision"}
 CHARACTERS = {"selection_prompt_characters", "selection_response_to_prompt"}
 TOKENS = CHARACTERS | {"selection_late_loss", "selection_response_tokens"}
 
@@ -453,3 +455,20 @@ def test_a_reused_score_keeps_its_diagnostics(gradsift) -> None:
         assert gradsift(*SMOKE, "stop_after=selection") == 0
     first, second = gradsift.runs()
     assert second["diagnostics"] == first["diagnostics"]
+
+
+# --------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize(
+    ("precision", "spread", "verdict"),
+    [("float32", 1e-6, "ok"), ("bfloat16", 0.5, "ok"), ("bfloat16", 0.02, "warning"), ("bfloat16", 0.0, "unknown")],
+)
+def test_bfloat16_norms_are_trusted_only_where_the_members_differ_by_more(
+    precision: str, spread: float, verdict: str
+) -> None:
+    found = norm_precision(precision, ensemble(G_t=[2.0, 4.0, NAN], V_t=[(2 * spread) ** 2, (4 * spread) ** 2, NAN]))
+    assert found.verdict == verdict
+    if verdict == "warning":
+        assert "compute.precision=float32" in found.message
+        assert found.values["error_over_spread"] == pytest.approx(BFLOAT16_ERROR / spread)

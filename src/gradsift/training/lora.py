@@ -102,8 +102,8 @@ def factor_sizes(adapted: nn.Module) -> dict[str, float]:
     """Frobenius norms of the active adapter's factors over all layers, as `size_A` and `size_B`."""
     squares = {"A": 0.0, "B": 0.0}
     for _, layer in lora_layers(adapted):
-        squares["A"] += float(layer.lora_A[ADAPTER].weight.square().sum())
-        squares["B"] += float(layer.lora_B[ADAPTER].weight.square().sum())
+        squares["A"] += float(layer.lora_A[ADAPTER].weight.detach().square().sum())
+        squares["B"] += float(layer.lora_B[ADAPTER].weight.detach().square().sum())
     return {"size_A": squares["A"] ** 0.5, "size_B": squares["B"] ** 0.5}
 
 

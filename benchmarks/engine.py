@@ -12,7 +12,7 @@ histogram). Every round takes other rows, and all ways take turns on the same ro
   *_float32    the same three in float32
   loop         one example a backward pass, float32, the norms from the parameters' gradients
   opacus       GradSampleModule, sorted batches of 8, float32
-  ghost        Opacus' fast gradient clipping (ghost norms), two passes' worth, sorted batches of 8, float32
+  ghost        Opacus' fast gradient clipping (ghost norms), sorted batches of 8, float32
   vmap         torch.func: vmap(grad) over sorted batches of 8, float32
   plain_step   Lightning and peft as a user would train, random padded batches of 8, float32, no norms
 
@@ -94,7 +94,7 @@ class Round:
         self._steps = [plan[start : start + steps] for start in range(0, len(plan), steps)]
 
     def plan(self, number: int) -> list[list[int]]:
-        return self._steps[number % len(self._steps)] if number >= 0 else self._steps[-2][:1]
+        return self._steps[number % len(self._steps)] if number >= 0 else self._steps[-1][:1]
 
     def rows(self, number: int) -> list[Encoded]:
         return [self.pool[position] for step in self.plan(number) for position in step]
@@ -410,7 +410,7 @@ def show(results: dict[str, Any]) -> None:
         print(f"    {way:26s}{line(milliseconds, 0)}")
     for precision, peak in results["gemm_peak_tflops"].items():
         print(f"  {'GEMM peak TFLOP/s ' + precision:28s}{line(peak)}")
-    print(f"  peak memory of this process {results['peak_memory_gb']:.1f} GB")
+    print(f"  peak memory of this process, with the models of all rivals, {results['peak_memory_gb']:.1f} GB")
     print(f"  float32 norms against the loop: {results['float32']['largest_relative_difference_to_loop']:.1e} relative")
 
 

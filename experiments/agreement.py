@@ -48,7 +48,7 @@ def spoilt_of(run: Path) -> np.ndarray | None:
 def top(scores: np.ndarray) -> np.ndarray:
     """Rows of the top tenth; ties by row, as in the selection."""
     ranked = np.argsort(np.where(np.isnan(scores), np.inf, -scores), kind="stable")
-    return ranked[: int(TOP * len(scores))]
+    return ranked[: max(1, int(TOP * len(scores)))]
 
 
 def auroc(scores: np.ndarray, spoilt: np.ndarray) -> float:
@@ -75,6 +75,8 @@ def main() -> None:
     overrides = [set(json.loads((run / "run.json").read_text(encoding="utf-8"))["overrides"]) for run in runs]
     shared = set.intersection(*overrides)
     spoilt = spoilt_of(runs[0])
+    if len({artifact_of(run, "load") for run in runs}) > 1:
+        raise SystemExit("the runs do not score the same rows; compare runs with the same data options")
     head = ["run", "Spearman with the first", "top tenth shared"] + (["AUROC", "spoilt"] if spoilt is not None else [])
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     first = scores_of(runs[0])

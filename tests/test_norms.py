@@ -89,13 +89,13 @@ def batch_norms(
 ) -> np.ndarray:
     norms = np.empty((len(examples), 3))
     response_losses = ResponseLosses(adapted)
-    with PerSampleNorms(adapted) as hooks:
+    with PerSampleNorms(adapted) as probe:
         for start in range(0, len(examples), batch_size):
             part = examples[start : start + batch_size]
             batch = collate(part, 0, padding_side=side)
             losses = response_losses(batch)
             (losses.mean() if mean else losses.sum()).backward()
-            norm_a, norm_b = hooks.take(len(part) if mean else 1.0)
+            norm_a, norm_b = probe.take(len(part) if mean else 1.0)
             norms[[example.row for example in part]] = torch.stack([norm_a, norm_b, losses], 1).detach().numpy()
     return norms
 
@@ -141,12 +141,12 @@ def test_a_fresh_adapter_has_no_gradient_of_a() -> None:
 
 def test_hooks_leave_with_the_context() -> None:
     adapted, examples = adapted_model("gpt2", ["c_attn"]), ragged_examples(2)
-    hooks = PerSampleNorms(adapted)
-    with hooks:
+    probe = PerSampleNorms(adapted)
+    with probe:
         pass
     ResponseLosses(adapted)(collate(examples, 0)).sum().backward()
     with pytest.raises(GradsiftError, match="no backward pass"):
-        hooks.take()
+        probe.take()
 
 
 def test_a_model_without_adapters_is_refused() -> None:

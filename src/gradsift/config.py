@@ -254,7 +254,7 @@ class TargetConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     batch_size: int = 16  # examples an optimiser step
-    batching: str = "bucketed"
+    batching: str = "random"  # a step of one length would be biased; within a step batches are of like length anyway
 
     def __post_init__(self) -> None:
         _check_training("target", self)

@@ -35,7 +35,7 @@ from gradsift.scoring.stage import Source, score
 from gradsift.selection.budget import budget
 from gradsift.selection.stage import positions_of, select
 from gradsift.training.backbones import Backbone, backbone, load_backbone
-from gradsift.training.device import device_of
+from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.target import finetune, say_report
 
 
@@ -125,7 +125,8 @@ class Line:
         with self.runtime.display.task("tokenise for the proxy", len(self.pool)) as advance:
             encoded, report = encode(self.pool, model.tokenizer, proxy.template, limit, advance)
         say_report(self.runtime, report, len(self.pool), "proxy")
-        return ProxyInputs(model, encoded, [example.row_index for example in self.pool])
+        budget = TokenBudget.of(model.model, self.config.compute.tokens, self.runtime.display.say)
+        return ProxyInputs(model, encoded, [example.row_index for example in self.pool], budget)
 
     @functools.cached_property
     def ensemble(self) -> list[list[Artifact]]:

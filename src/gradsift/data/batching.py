@@ -119,6 +119,12 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
+def by_length(examples: Sequence[Encoded], max_tokens: int) -> list[list[Encoded]]:
+    """The examples in the batches of `length_batches`."""
+    positions = length_batches([len(example.input_ids) for example in examples], max_tokens)
+    return [[examples[position] for position in batch] for batch in positions]
+
+
 def epoch_batches(lengths: Sequence[int], batch_size: int, batching: str, seed: int) -> list[list[int]]:
     """The batches of one epoch: every position exactly once, in an order drawn with `seed`.
 

@@ -22,9 +22,9 @@ from gradsift.config import (
     OpenaiJudgeConfig,
     TargetConfig,
 )
-from gradsift.data.batching import collate, length_batches
+from gradsift.data.batching import by_length, collate
 from gradsift.data.load import BENCHMARK_FILE, heldout_of
-from gradsift.data.tokens import encode, encode_prompt
+from gradsift.data.tokens import Encoded, encode, encode_prompt
 from gradsift.data.verifiable import answers_match
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.benchmarks import Item, fetch_url, load_benchmark
@@ -34,11 +34,11 @@ from gradsift.evaluation.judging import judge_pairs, read_judgments
 from gradsift.evaluation.pws import read_pws, summarise, write_pws
 from gradsift.runtime import Runtime
 from gradsift.training.backbones import backbone, load_backbone
-from gradsift.training.device import device_of
+from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.finetuning import ResponseLosses, require_finite
 from gradsift.training.target import load_tuned
 
-VERSION = 1
+VERSION = 2
 OUTPUTS_FILE = "model_outputs.json"
 _LOSS_TOKENS = 4096  # padded tokens at once, where compute.tokens does not say; no result depends on it
 
@@ -131,17 +131,21 @@ def heldout_loss(
         encoded, _ = encode(held, model.tokenizer, config.template, limit)
         if not encoded:
             raise GradsiftError("no held-out example has a response token for the target; take data.holdout=0")
-        row_indices = [example.row_index for example in held]
+        row_indices, device = [example.row_index for example in held], device_of(runtime.compute)
         total = 0.0
         with runtime.display.task("held-out loss", len(encoded)) as advance, torch.inference_mode():
             response_losses = ResponseLosses(model.model)
-            budget = runtime.compute.tokens or _LOSS_TOKENS
-            for rows in length_batches([len(e.input_ids) for e in encoded], budget):
-                batch = collate([encoded[row] for row in rows], model.pad_id).to(device_of(runtime.compute))
-                losses = response_losses(batch)
-                require_finite("held-out loss", batch.rows, losses, row_indices)
-                total += float(losses.sum())
-                advance(len(rows))
+            budget = TokenBudget(runtime.compute.tokens or _LOSS_TOKENS, runtime.display.say)
+            for examples in by_length(encoded, budget.tokens):
+
+                def losses_of(tokens: int, examples: Sequence[Encoded] = examples) -> list[tuple[torch.Tensor, ...]]:
+                    batches = (collate(part, model.pad_id).to(device) for part in by_length(examples, tokens))
+                    return [(batch.rows, response_losses(batch)) for batch in batches]
+
+                for rows, losses in budget.run(losses_of, [len(example.input_ids) for example in examples]):
+                    require_finite("held-out loss", rows, losses, row_indices)
+                    total += float(losses.sum())
+                advance(len(examples))
         loss = {"heldout_loss": total / len(encoded), "rows": len(encoded)}
         (folder / "heldout.json").write_text(json.dumps(loss), encoding="utf-8")
         return loss

@@ -14,7 +14,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from gradsift.data.batching import collate, length_batches
+from gradsift.data.batching import by_length, collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.gradients.norms import PerSampleNorms
@@ -118,14 +118,11 @@ def collect_norms(
         losses.sum().backward()
         return (batch.rows, *norms.take(), losses.detach())
 
-    def batches(waiting: Sequence[Encoded], tokens: int) -> list[list[Encoded]]:
-        return [[waiting[p] for p in ps] for ps in length_batches([len(e.input_ids) for e in waiting], tokens)]
-
     with lora.evaluating(adapted), PerSampleNorms(adapted) as norms, torch.enable_grad():
-        for examples in batches(encoded, budget.tokens):
+        for examples in by_length(encoded, budget.tokens):
 
             def work(tokens: int, examples: Sequence[Encoded] = examples) -> list[tuple[torch.Tensor, ...]]:
-                return [one_batch(part) for part in batches(examples, tokens)]
+                return [one_batch(part) for part in by_length(examples, tokens)]
 
             parts += budget.run(work, [len(example.input_ids) for example in examples])
             if progress is not None:

@@ -154,11 +154,11 @@ def norm_precision(precision: str, statistics: Statistics) -> Diagnostic:
     Rounding moves a member's norm by about `BFLOAT16_ERROR`, another way for each member, so it enters
     V_t; it is harmless only where the members differ by much more.
     """
-    late, variance = _defined(statistics.G_t, statistics.V_t)
-    if precision == "float32" or not len(late):
+    if precision == "float32":
         return Diagnostic("norm_precision", "ok", {"error_over_spread": 0.0}, "gradient norms were taken in float32")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        spread = float(np.median(np.sqrt(variance) / late))
+    late, variance = _defined(statistics.G_t, statistics.V_t)
+    moving = late > 0
+    spread = float(np.median(np.sqrt(variance[moving]) / late[moving])) if moving.any() else 0.0
     if not spread > 0:
         return Diagnostic.unknown("norm_precision", "error_over_spread", "the members do not differ")
     share = BFLOAT16_ERROR / spread

@@ -37,6 +37,7 @@ class ProxyInputs(NamedTuple):
     backbone: Backbone
     encoded: Sequence[Encoded]
     row_indices: Sequence[int]  # of the examples that `Encoded.row` counts, in the data's source
+    budget: TokenBudget  # of all members: what one of them learnt of the memory holds for the next
 
 
 def train_ensemble(
@@ -91,6 +92,7 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
         "weight_decay": config.weight_decay,
         "batch_size": config.batch_size,
         "batching": config.batching,
+        "tokens": runtime.compute.tokens if config.lora.dropout else None,  # dropout masks are drawn batch by batch
     }
 
 
@@ -123,7 +125,7 @@ def train_member_epoch(
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
     """Train one member for one epoch from where the epoch before left it, collect the norms, write both."""
-    backbone, encoded, row_indices = inputs
+    backbone, encoded, row_indices, budget = inputs
     lengths = [len(example.input_ids) for example in encoded]
     plan = epoch_batches(lengths, config.batch_size, config.batching, derive_seed(runtime.seed, "order", member, epoch))
     adapted = lora.add_adapter(backbone.model, config.lora, derive_seed(runtime.seed, "lora", member))
@@ -138,7 +140,7 @@ def train_member_epoch(
                 config.warmup_steps,
                 total_steps=len(plan) * config.total_epochs,
             ),
-            TokenBudget.of(backbone.model, runtime.compute.tokens, runtime.display.say),
+            budget,
             backbone.pad_id,
             first_step=len(plan) * (epoch - 1),
         )

@@ -5,7 +5,8 @@
 peft computes the adapter beside the layer, in float32, with a cast, an addition and a product of the
 layer's full width each. Here the adapter's product is added by the matrix product itself, in the
 precision of the activations, and the backward pass knows that W is frozen. A and B stay float32
-parameters; their gradients are summed in float32.
+parameters; the examples' gradients are summed in float32, whether their norms are wanted or not, so that
+a training does not depend on it.
 
 The gradient that one example gives to A and B is a product of its backprops and its activations over
 its own tokens. Their sum over the examples is the gradient that the optimiser needs anyhow, so the
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.errors import GradsiftError
@@ -38,9 +40,21 @@ class NormProbe:
 
     def __init__(self) -> None:
         self._probe: torch.Tensor | None = None
+        self._layers: set[int] = set()  # that took the probe in this pass
 
-    def of(self, activations: torch.Tensor) -> torch.Tensor:
-        """The probe, (2, B) float32, of the pass that `activations` (B, T, I) belong to."""
+    def of(self, layer: object, activations: torch.Tensor) -> torch.Tensor:
+        """The probe, (2, B) float32, of the pass in which `layer` sees `activations` (B, T, I).
+
+        Raises:
+            GradsiftError: the examples cannot be told apart, or the layer is passed twice: its gradient
+                would be a sum of two, whose norm is not the sum of their norms.
+        """
+        if id(layer) in self._layers:
+            raise GradsiftError(
+                "an adapted layer is passed twice in one forward pass, so its per-sample gradients cannot be told "
+                "from one pass; leave it out of lora.targets"
+            )
+        self._layers.add(id(layer))
         if activations.dim() != 3:
             raise GradsiftError(
                 f"an adapted layer sees inputs of shape {tuple(activations.shape)}, not (batch, tokens, width), so "
@@ -48,11 +62,17 @@ class NormProbe:
             )
         if self._probe is None:
             self._probe = torch.zeros(2, len(activations), device=activations.device, requires_grad=True)
+        if len(activations) != self._probe.shape[1]:
+            raise GradsiftError(
+                f"an adapted layer sees {len(activations)} examples where another one saw {self._probe.shape[1]}; "
+                "leave the layers that are not passed example by example out of lora.targets"
+            )
         return self._probe
 
     def take(self) -> torch.Tensor | None:
         """Squared norms of the gradients of A and of B, (2, B), of the last pass; None if there was no backward."""
         probe, self._probe = self._probe, None
+        self._layers.clear()
         return None if probe is None else probe.grad
 
 
@@ -68,7 +88,7 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
         dropout: Any = self.lora_dropout[ADAPTER]
         weight = base.weight if isinstance(base, Conv1D) else base.weight.t()  # (I, O)
         drops = isinstance(dropout, nn.Dropout) and dropout.training
-        probe = self.norm_probe.of(x) if self.norm_probe is not None and torch.is_grad_enabled() else None
+        probe = self.norm_probe.of(self, x) if self.norm_probe is not None and torch.is_grad_enabled() else None
         factors = (self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight)
         y: torch.Tensor = _Map.apply(  # type: ignore[no-untyped-call]
             x, dropout(x) if drops else None, weight, base.bias, *factors, self.scaling[ADAPTER], probe
@@ -110,6 +130,7 @@ class _Map(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight, seen, inner, a, b, probe = ctx.saved_tensors
         backprops = gradients[0].reshape(-1, b.shape[0])  # (B T, O)
@@ -122,7 +143,7 @@ class _Map(torch.autograd.Function):
             to_x = to_x.view_as(seen)
         if ctx.has_dropout and ctx.needs_input_grad[1]:
             to_dropped = (inner_backprops @ a).mul_(ctx.scale).view_as(seen)
-        examples = len(seen) if probe is not None else 1  # one part is enough where only the sum is wanted
+        examples = len(seen) if seen.dim() == 3 else 1
         parts_a = _parts(inner_backprops, seen, examples)  # (B, R, I)
         parts_b = _parts(inner, backprops, examples)  # (B, R, O)
         squares = None

@@ -12,11 +12,16 @@ from gradsift.errors import GradsiftError
 
 T = TypeVar("T")
 _GPU_TOKENS = 16384
+# what torch says where it has no exception of its own: on a CPU under Linux, elsewhere, and from inside cuBLAS
+_SIGNS = ("allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
 _CPU_ACTIVATION = 393_216  # numbers in a (tokens, hidden size) activation that a CPU core's cache still likes
 
 
 class TokenBudget:
-    """Padded tokens that pass through a model at once. Halved whenever memory runs out; no result depends on it."""
+    """Padded tokens that pass through a model at once. Halved whenever memory runs out.
+
+    No result depends on it beyond rounding, unless lora.dropout is on: masks are drawn batch by batch.
+    """
 
     def __init__(self, tokens: int, say: Callable[[str], None] = print) -> None:
         self.tokens = tokens
@@ -70,7 +75,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: torch has an exception of its own for GPUs alone."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return "not enough memory" in str(error) or "out of memory" in str(error).lower()
+    message = str(error).lower()
+    return any(sign in message for sign in _SIGNS)
 
 
 def device_of(compute: ComputeConfig) -> torch.device:

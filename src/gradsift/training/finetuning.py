@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from gradsift.config import ComputeConfig
-from gradsift.data.batching import Batch, collate, length_batches
+from gradsift.data.batching import Batch, by_length, collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.training import lora
@@ -97,21 +97,21 @@ class Finetuning(L.LightningModule):
 
     def training_step(self, step: Step, step_index: int) -> dict[str, torch.Tensor]:
         lengths = [len(example.input_ids) for example in step.examples]
-        outputs = self.budget.run(lambda tokens: self._backward(step.examples, lengths, tokens), lengths)
+        outputs = self.budget.run(lambda tokens: self._backward(step.examples, tokens), lengths)
         self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
         # kept on the device: reading a loss here would wait for it every step
         self.curve.append({"loss": outputs["losses"].mean(), "tokens": sum(lengths)})  # type: ignore[dict-item]
         return outputs
 
-    def _backward(self, examples: Sequence[Encoded], lengths: Sequence[int], tokens: int) -> dict[str, torch.Tensor]:
+    def _backward(self, examples: Sequence[Encoded], tokens: int) -> dict[str, torch.Tensor]:
         """Gradients of the mean loss; returns rows, losses and, where they are wanted, norm_A and norm_B, (N,) each."""
         self.optimizers().zero_grad()  # type: ignore[union-attr]
         if self.norms is not None:
             self.norms.forget()
         parts = []
-        for positions in length_batches(lengths, tokens):
-            batch = collate([examples[position] for position in positions], self.pad_id).to(self.device)
+        for part in by_length(examples, tokens):
+            batch = collate(part, self.pad_id).to(self.device)
             losses = self._losses(batch)
             self.manual_backward(losses.sum() / len(examples))
             norms = self.norms.take(len(examples)) if self.norms is not None else ()
@@ -156,7 +156,7 @@ def fit(
     """
     loader: Any = DataLoader(encoded, batch_sampler=plan, collate_fn=Step)  # type: ignore[arg-type]
     handler = signal.getsignal(signal.SIGINT)
-    trainer = quiet_trainer(compute, [StopAtNonFiniteLoss(row_indices), *callbacks])
+    trainer = quiet_trainer(compute, [StopAtNonFinite(row_indices), *callbacks])
     try:
         trainer.fit(module, loader)
     except SystemExit:  # Lightning turns Ctrl-C into an exit and leaves the signal ignored
@@ -200,15 +200,15 @@ class ShowProgress(L.Callback):
         self._advance(len(batch.examples))
 
 
-class StopAtNonFiniteLoss(L.Callback):
-    """Ends the training at a NaN or infinite loss; looks every 16 steps, so as not to wait for the device."""
+class StopAtNonFinite(L.Callback):
+    """Ends the training at a NaN or infinite loss or norm; looks every 16 steps, so as not to wait for the device."""
 
     def __init__(self, row_indices: Sequence[int]) -> None:
         self._row_indices = row_indices
-        self._recent: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._recent: list[dict[str, torch.Tensor]] = []
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
-        self._recent.append((outputs["rows"], outputs["losses"]))
+        self._recent.append(outputs)
         if len(self._recent) == 16:
             self._check()
 
@@ -216,8 +216,10 @@ class StopAtNonFiniteLoss(L.Callback):
         self._check()
 
     def _check(self) -> None:
-        for rows, losses in self._recent:
-            require_finite("training loss", rows, losses, self._row_indices)
+        names = {"losses": "training loss", "norm_A": "gradient norm", "norm_B": "gradient norm"}
+        for outputs in self._recent:
+            for name in names.keys() & outputs.keys():
+                require_finite(names[name], outputs["rows"], outputs[name], self._row_indices)
         self._recent.clear()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from gradsift.training.lora import evaluating
@@ -100,9 +101,10 @@ class _TokenLosses(torch.autograd.Function):
         return losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0][:, None].to(gradient.dtype), None, None, None
+        return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None, None
 
 
 def _chunk(
@@ -152,5 +154,8 @@ def _is_last_step(causal: Any, embedding: nn.Linear) -> bool:
     ids = torch.randint(vocabulary, (2, 7), generator=torch.Generator().manual_seed(0)).to(embedding.weight.device)
     with evaluating(causal):  # a dropout mask would be another one in each pass
         logits = causal(input_ids=ids, use_cache=False).logits
-        shortcut = embedding(causal.base_model(input_ids=ids, use_cache=False)[0])
+        hidden = causal.base_model(input_ids=ids, use_cache=False)[0]
+        if hidden.dtype != embedding.weight.dtype:
+            return False  # the model casts before its head
+        shortcut = embedding(hidden)
     return torch.equal(logits, shortcut.to(logits.dtype))

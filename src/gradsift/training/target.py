@@ -48,6 +48,7 @@ def finetune(
         "examples": identity,
         "seed": runtime.seed,
         "precision": runtime.compute.precision,
+        "tokens": runtime.compute.tokens if config.lora.dropout else None,  # dropout masks are drawn batch by batch
     }
 
     def make(folder: Path) -> Mapping[str, Any]:

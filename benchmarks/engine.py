@@ -105,7 +105,7 @@ class Round:
 
     def random_batches(self, number: int) -> list[list[Encoded]]:
         rows = self.rows(number)
-        order = np.random.default_rng(number).permutation(len(rows))
+        order = np.random.default_rng(number + 1).permutation(len(rows))
         return [[rows[p] for p in order[start : start + BATCH]] for start in range(0, len(rows), BATCH)]
 
 

@@ -53,7 +53,7 @@ def published(model: Any, examples: Sequence[Example]) -> np.ndarray:
     for alone, together in zip(*spans_of(examples, model, DEFAULTS.max_length), strict=True):
         perplexities = []
         for span in (alone, together):
-            ids = torch.tensor([span.ids], device=model.model.device)
+            ids = torch.from_numpy(span.ids).long().to(model.model.device)[None]
             labels = ids.clone()
             labels[:, : span.first] = -100
             loss = model.model(input_ids=ids, labels=labels).loss if span.scored else torch.tensor(np.nan)

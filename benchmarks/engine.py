@@ -404,7 +404,7 @@ def show(results: dict[str, Any]) -> None:
     for name in ("vs_loop", "callback_overhead", "gemm_peak_fraction"):
         print(f"  {'float32 ' + name:28s}{line(results['float32'][name])}")
     for precision, ratio in results["epoch_end_over_epoch"].items():
-        print(f"  {'epoch_end pass / epoch ' + precision:28s}{line(ratio)}")
+        print(f"  {'epoch_end/epoch ' + precision:28s}{line(ratio)}")
     print("  milliseconds an example:")
     for way, milliseconds in results["milliseconds_an_example"].items():
         print(f"    {way:26s}{line(milliseconds, 0)}")

@@ -1,6 +1,6 @@
 """The gradient engine against the ways that its users have today.
 
-    python -m benchmarks.engine [--rounds 5] [--steps 3] [--targets c_attn]
+    python -m benchmarks.engine [--rounds 3] [--steps 3] [--targets c_attn]
 
 GPT-2 (124M architecture, random weights: the arithmetic is the same), LoRA of rank 8, rows with
 Alpaca's lengths (real ones where GRADSIFT_DATA is set and SmolLM2 is installed, else a shipped
@@ -422,7 +422,7 @@ def line(values: dict[str, float] | None, digits: int = 2) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="batches of 8 a round")
     parser.add_argument("--targets", default="c_attn", help="adapted layers: c_attn (peft's choice) or all-linear")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))

@@ -1,6 +1,6 @@
 """IFD scores: the published procedure against ours in float32 and against the screened scorer.
 
-    python -m benchmarks.ifd [--rounds 3] [--rows 256] [--alpha 0.1]
+    python -m benchmarks.ifd [--rounds 2] [--rows 128] [--alpha 0.1]
 
 The published procedure as its users run it: one row at a time, two forwards a row, float32, the
 model's own loss over all of its logits. The three take turns on the same rows. Model and rows are
@@ -111,8 +111,8 @@ def random_material(count: int) -> tuple[Backbone, list[Example], str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--alpha", type=float, default=0.1)
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     options = parser.parse_args()

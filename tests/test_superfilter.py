@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 from gradsift.data.examples import Example
 from gradsift.errors import GradsiftError
+from gradsift.scoring import superfilter as superfilter_module
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
 from gradsift.scoring.superfilter import Screening, Span, in_bfloat16, span_losses, superfilter, superfilter_screened
 from gradsift.selection.topk import topk
@@ -296,3 +297,20 @@ def test_alpha_belongs_to_screened_scores_alone(gradsift: Any) -> None:
     assert [len(fingerprints[scorer]) for scorer in fingerprints] == [2, 2]
     assert len(set(fingerprints["superfilter"])) == 1
     assert len(set(fingerprints["superfilter_screened"])) == 2
+
+
+def test_out_of_memory_halves_the_batch_and_changes_no_score(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spans = [Span(np.arange(start, start + 20, dtype=np.int32), 5) for start in range(12)]
+    expected = span_losses(backbone, spans, range(12), lambda done: None)
+    whole = superfilter_module._batch_losses
+
+    def small(backbone: Backbone, head: Any, spans: Sequence[Span]) -> np.ndarray:
+        if len(spans) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(backbone, head, spans)
+
+    monkeypatch.setattr(superfilter_module, "_batch_losses", small)
+    np.testing.assert_allclose(span_losses(backbone, spans, range(12), lambda done: None), expected, rtol=1e-5)
+    assert "memory ran out with 240 tokens at once" in capsys.readouterr().out

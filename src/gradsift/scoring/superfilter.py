@@ -32,6 +32,7 @@ from gradsift.errors import GradsiftError
 from gradsift.runtime import Advance
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
 from gradsift.training.backbones import Backbone
+from gradsift.training.device import TokenBudget
 from gradsift.training.finetuning import require_finite
 from gradsift.training.head import OutputHead, token_losses
 
@@ -252,10 +253,19 @@ def span_losses(
     groups = list(same.values())
     advance(len(spans) - sum(map(len, groups)))
     head = OutputHead.of(backbone.model)
-    batch_tokens = _BATCH_TOKENS[backbone.model.device.type]
-    for batch in length_batches([len(spans[group[0]].ids) for group in groups], batch_tokens):
-        means = _batch_losses(backbone, head, [spans[groups[position][0]] for position in batch])
-        for position, mean in zip(batch, means, strict=True):
+    budget = TokenBudget(_BATCH_TOKENS[backbone.model.device.type])
+    lengths = [len(spans[group[0]].ids) for group in groups]
+    for batch in length_batches(lengths, budget.tokens):
+
+        def means_of(tokens: int, batch: Sequence[int] = batch) -> dict[int, float]:
+            means: dict[int, float] = {}
+            for part in length_batches([lengths[position] for position in batch], tokens):
+                positions = [batch[index] for index in part]
+                found = _batch_losses(backbone, head, [spans[groups[position][0]] for position in positions])
+                means |= dict(zip(positions, found.tolist(), strict=True))
+            return means
+
+        for position, mean in budget.run(means_of, [lengths[position] for position in batch]).items():
             losses[groups[position]] = mean
         rows = [index for position in batch for index in groups[position]]
         if row_indices is not None:

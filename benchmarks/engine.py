@@ -173,13 +173,18 @@ def mean_losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     return losses.view(len(labels), -1).sum(1) / batch.counts
 
 
+def backward_from_all_logits(module: Any, rows: Sequence[Encoded]) -> None:
+    """Backpropagate the sum of the examples' mean losses."""
+    batch = collate(rows, 0)
+    logits = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    mean_losses(logits, batch).sum().backward()
+
+
 def opacus(module: Any, batches: Sequence[Sequence[Encoded]]) -> float:
     """Per-sample gradients as Opacus leaves them on the parameters, then their norms."""
     started = time.perf_counter()
     for rows in batches:
-        batch = collate(rows, 0)
-        logits = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        mean_losses(logits, batch).sum().backward()
+        backward_from_all_logits(module, rows)
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.grad_sample.flatten(1).square().sum(1)
@@ -192,9 +197,7 @@ def ghost(module: Any, batches: Sequence[Sequence[Encoded]]) -> float:
     """Norms by Opacus' ghost mode: per-sample gradients are never made."""
     started = time.perf_counter()
     for rows in batches:
-        batch = collate(rows, 0)
-        logits = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        mean_losses(logits, batch).sum().backward()
+        backward_from_all_logits(module, rows)
         module.get_norm_sample()
         module.zero_grad(set_to_none=True)
     return time.perf_counter() - started

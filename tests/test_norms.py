@@ -139,7 +139,7 @@ def test_a_fresh_adapter_has_no_gradient_of_a() -> None:
     assert (norms[:, 1] > 0).all()
 
 
-def test_hooks_leave_with_the_context() -> None:
+def test_probes_leave_with_the_context() -> None:
     adapted, examples = adapted_model("gpt2", ["c_attn"]), ragged_examples(2)
     probe = PerSampleNorms(adapted)
     with probe:

@@ -22,7 +22,7 @@ from gradsift.config import (
     OpenaiJudgeConfig,
     TargetConfig,
 )
-from gradsift.data.batching import by_length, collate
+from gradsift.data.batching import collate
 from gradsift.data.load import BENCHMARK_FILE, heldout_of
 from gradsift.data.tokens import Encoded, encode, encode_prompt
 from gradsift.data.verifiable import answers_match
@@ -136,13 +136,13 @@ def heldout_loss(
         with runtime.display.task("held-out loss", len(encoded)) as advance, torch.inference_mode():
             response_losses = ResponseLosses(model.model)
             budget = TokenBudget(runtime.compute.tokens or _LOSS_TOKENS, runtime.display.say)
-            for examples in by_length(encoded, budget.tokens):
 
-                def losses_of(tokens: int, examples: Sequence[Encoded] = examples) -> list[tuple[torch.Tensor, ...]]:
-                    batches = (collate(part, model.pad_id).to(device) for part in by_length(examples, tokens))
-                    return [(batch.rows, response_losses(batch)) for batch in batches]
+            def losses_of(examples: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+                batch = collate(examples, model.pad_id).to(device)
+                return batch.rows, response_losses(batch)
 
-                for rows, losses in budget.run(losses_of, [len(example.input_ids) for example in examples]):
+            for examples, found in budget.passes(encoded, losses_of):
+                for rows, losses in found:
                     require_finite("held-out loss", rows, losses, row_indices)
                     total += float(losses.sum())
                 advance(len(examples))

@@ -14,7 +14,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from gradsift.data.batching import by_length, collate
+from gradsift.data.batching import collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.gradients.norms import PerSampleNorms
@@ -119,12 +119,8 @@ def collect_norms(
         return (batch.rows, *norms.take(), losses.detach())
 
     with lora.evaluating(adapted), PerSampleNorms(adapted) as norms, torch.enable_grad():
-        for examples in by_length(encoded, budget.tokens):
-
-            def work(tokens: int, examples: Sequence[Encoded] = examples) -> list[tuple[torch.Tensor, ...]]:
-                return [one_batch(part) for part in by_length(examples, tokens)]
-
-            parts += budget.run(work, [len(example.input_ids) for example in examples])
+        for examples, found in budget.passes(encoded, one_batch):
+            parts += found
             if progress is not None:
                 progress(len(examples))
         adapted.zero_grad(set_to_none=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from gradsift.config import ComputeConfig
+from gradsift.data.batching import by_length
+from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 
 T = TypeVar("T")
@@ -53,6 +55,17 @@ class TokenBudget:
                 if not is_out_of_memory(error):
                     raise
             self._halve(lengths)  # here, where the failed pass is no longer held by the exception
+
+    def passes(
+        self, examples: Sequence[Encoded], work: Callable[[list[Encoded]], T]
+    ) -> Iterator[tuple[list[Encoded], list[T]]]:
+        """The examples in groups of like length, and what `work` made of each batch that a group took."""
+        for group in by_length(examples, self.tokens):
+
+            def batch_by_batch(tokens: int, group: list[Encoded] = group) -> list[T]:
+                return [work(batch) for batch in by_length(group, tokens)]
+
+            yield group, self.run(batch_by_batch, [len(example.input_ids) for example in group])
 
     def _halve(self, lengths: Sequence[int]) -> None:
         longest = max(lengths)

@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 
+from gradsift.cli import conf_folder
+from gradsift.config import load_config, register_schemas
 from gradsift.errors import GradsiftError
 from gradsift.features.vectors import Features, unit_rows
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
@@ -19,12 +22,15 @@ from gradsift.selection.gradient_walk import gradient_walk
 from gradsift.selection.gumbel import gumbel
 from gradsift.selection.repr_filter import repr_filter
 from gradsift.selection.round_robin import round_robin, round_robin_queries
+from gradsift.selection.topk import topk
+from gradsift.sources import Source, method
 
 WALK = {"explained": 0.5, "keep": 0.8, "fill": "strict", "graph": True, "neighbours": None}
 QUERIES = 5
 
 # name: the selector, how many sets of vectors it takes, its constants
 SELECTORS: dict[str, tuple[Callable[..., Choice], int, dict[str, Any]]] = {
+    "topk": (topk, 0, {}),
     "facility_location": (facility_location, 1, {"similarity": "exp_distance", "candidates": 1.0}),
     "facility_location_cosine": (facility_location, 1, {"similarity": "cosine", "candidates": 1.0}),
     "repr_filter": (repr_filter, 1, {"threshold": 0.9}),
@@ -209,3 +215,18 @@ def test_products_are_those_of_the_definition_and_equal_rows_tie_exactly() -> No
     np.testing.assert_allclose(found, vectors[positions].astype(float) @ vectors[:4].T.astype(float), atol=1e-9)
     back = found[np.argsort(positions)]
     assert (back[:1500] == back[1500:]).all()
+
+
+@pytest.mark.parametrize("choice", sorted(path.stem for path in (conf_folder() / "selector").glob("*.yaml")))
+def test_every_selectors_yaml_gives_its_function_all_that_it_takes(choice: str) -> None:
+    """The function is found, its constants have values, and it runs on the sources that it names."""
+    assert choice in SELECTORS  # so that the laws hold for it
+    register_schemas()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = load_config(compose("config", overrides=[f"selector={choice}"]))
+    scores, vectors = pool()
+    values = {name: Features(vectors) for name in ("embeddings", "gradients")}
+    values |= {name: Features(vectors[:3], ("a", "a", "b")) for name in ("target_embeddings", "target_gradients")}
+    sources = {name: Source(list, lambda value=value: value) for name, value in values.items()}  # type: ignore[misc]
+    selector = method("selector", config.selector, tuple(sources), given=("scores", "size"))
+    require_lawful(selector(scores, 4, sources=sources), scores, 4)

@@ -85,6 +85,16 @@ def test_the_lazy_greedy_is_the_naive_greedy_beyond_one_batch(kind: str) -> None
     assert chosen.tolist() == naive(scores, 20, vectors, kind, 1.0)
 
 
+def test_a_bound_that_ties_with_a_gain_is_no_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by search: here an old bound equals the largest gain, the example comes first, and its gain is smaller."""
+    monkeypatch.setattr(module, "_FIRST_BATCH", 1)
+    rows = ["0001", "1000", "1111", "0000", "0000", "0100", "0000", "0100", "0100", "0110", "0111"]
+    vectors = unit_rows(np.array([[float(bit) for bit in row] for row in rows]))
+    scores = Scores(np.zeros(len(rows)))
+    chosen = facility_location(scores, 5, Features(vectors), similarity="cosine", candidates=1.0).positions
+    assert chosen.tolist() == naive(scores, 5, vectors, "cosine", 1.0) == [2, 5, 0, 1, 9]
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 8), st.sampled_from(["cosine", "exp_distance"]))
 def test_the_greedy_reaches_its_share_of_the_best(seed: int, count: int, kind: str) -> None:

@@ -26,7 +26,8 @@ from gradsift.selection.candidates import best_by_direction
 from gradsift.selection.choice import Choice
 from gradsift.selection.products import DECIMALS, blocks, squared_lengths
 
-Similarity = Callable[[np.ndarray, np.ndarray], np.ndarray]  # rows (B, D) and columns (C, D) to (B, C) from 0
+# inner products (B, C), squared lengths of the rows (B,) and of the columns (C,), and D, to (B, C) from 0
+Similarity = Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]
 
 _FIRST_BATCH = 16  # gains computed together; doubled while they do not suffice
 _LARGEST_BATCH = 512
@@ -57,15 +58,17 @@ def facility_location(scores: Scores, size: int, embeddings: Features, *, simila
     return Choice(ground[picked], _diagnostics(cover.covered, len(picked)))
 
 
-def exp_distance(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    squared = (rows**2).sum(1)[:, None] + (columns**2).sum(1) - 2 * rows @ columns.T
-    distance: np.ndarray = np.sqrt(np.where(squared < _SAME, 0, squared))
-    near: np.ndarray = np.exp(-distance / rows.shape[1])
+def exp_distance(inner: np.ndarray, rows: np.ndarray, columns: np.ndarray, dimensions: int) -> np.ndarray:
+    squared = rows[:, None] + columns - 2 * inner
+    squared[squared < _SAME] = 0
+    distance = np.sqrt(squared, out=squared)
+    distance /= -dimensions
+    near: np.ndarray = np.exp(distance, out=distance)
     return near
 
 
-def cosine(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    positive: np.ndarray = np.maximum(rows @ columns.T, 0)
+def cosine(inner: np.ndarray, rows: np.ndarray, columns: np.ndarray, dimensions: int) -> np.ndarray:
+    positive: np.ndarray = np.maximum(inner, 0)
     return positive
 
 
@@ -79,7 +82,8 @@ class _Cover:
         self.features = features
         self.ground = ground
         self.similarity = similarity
-        self.directed = squared_lengths(features, ground) > 0
+        self.squares = squared_lengths(features, ground)
+        self.directed = self.squares > 0
         self.covered = np.zeros(len(ground))  # max over the picks of sim(i, .)
         self.bounds = np.full(len(ground), np.inf)  # a candidate's gain when it was last computed; -inf once picked
 
@@ -115,7 +119,7 @@ class _Cover:
     def _similarities(self, columns: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
         others = self.features.vectors[self.ground[columns]].astype(np.float64)
         for where, rows in blocks(self.features, self.ground):
-            near = self.similarity(rows, others)
+            near = self.similarity(rows @ others.T, self.squares[where], self.squares[columns], rows.shape[1])
             near[~self.directed[where]] = 0
             near[:, ~self.directed[columns]] = 0
             yield where, near

@@ -33,10 +33,11 @@ def per_crowd(positions: np.ndarray, *sizes: int) -> list[int]:
         ("equal", 20, [12, 6, 2]),
     ],
 )
-def test_the_budget_is_shared_out(allocation: str, size: int, expected: list[int]) -> None:
+@pytest.mark.parametrize("seed", range(4))  # that number the clusters in different ways
+def test_the_budget_is_shared_out(allocation: str, size: int, expected: list[int], seed: int) -> None:
     scores = Scores(-np.arange(20.0))  # clusters stand in the order of their best, so in that of the crowds
     features = Features(crowds(12, 6, 2))
-    choice = clusters(scores, size, features, clusters=3, allocation=allocation, seed=0)
+    choice = clusters(scores, size, features, clusters=3, allocation=allocation, seed=seed)
     assert per_crowd(choice.positions, 12, 6, 2) == expected
     (found,) = choice.diagnostics
     assert found.verdict == "ok"

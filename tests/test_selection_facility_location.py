@@ -34,6 +34,11 @@ def value(near: np.ndarray, chosen: tuple[int, ...]) -> float:
 
 def naive(scores: Scores, size: int, vectors: np.ndarray, kind: str, share: float) -> list[int]:
     """Every gain anew for every pick."""
+    return naive_cover(scores, size, vectors, kind, share)[0]
+
+
+def naive_cover(scores: Scores, size: int, vectors: np.ndarray, kind: str, share: float) -> tuple[list[int], float]:
+    """The picks, and a candidate's mean similarity to the nearest of them."""
     ground = sorted(range(len(vectors)), key=lambda i: (not vectors[i].any(), -scores.score[i], i))
     ground = ground[: round(share * len(vectors))]
     near = np.array([[similarity_of(kind, vectors[i], vectors[j]) for j in ground] for i in ground])
@@ -42,7 +47,7 @@ def naive(scores: Scores, size: int, vectors: np.ndarray, kind: str, share: floa
         left = [place for place in range(len(ground)) if place not in chosen]
         gains = [round(value(near, (*chosen, place)) - value(near, chosen), 9) for place in left]
         chosen = (*chosen, left[gains.index(max(gains))])
-    return [ground[place] for place in chosen]
+    return [ground[place] for place in chosen], value(near, chosen) / len(ground)
 
 
 def pool(seed: int, count: int, dimensions: int) -> tuple[Scores, np.ndarray]:
@@ -74,8 +79,10 @@ def test_the_lazy_greedy_is_the_naive_greedy(
     size = max(1, count // 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_FIRST_BATCH", batch)
-        chosen = facility_location(scores, size, Features(vectors), similarity=kind, candidates=share).positions
-    assert chosen.tolist() == naive(scores, size, vectors, kind, share)
+        choice = facility_location(scores, size, Features(vectors), similarity=kind, candidates=share)
+    picks, covered = naive_cover(scores, size, vectors, kind, share)
+    assert choice.positions.tolist() == picks
+    assert choice.diagnostics[0].values["mean_similarity"] == pytest.approx(covered, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "exp_distance"])

@@ -207,14 +207,20 @@ def test_vectors_of_other_data_are_refused(name: str) -> None:
         select(name, scores, 5, vectors[:-1])
 
 
-def test_products_are_those_of_the_definition_and_equal_rows_tie_exactly() -> None:
-    vectors = unit_rows(np.random.default_rng(1).normal(size=(3000, 7)))
-    vectors[1500:] = vectors[:1500]
-    positions = np.random.default_rng(2).permutation(3000)
+def test_products_are_those_of_the_definition_whatever_the_blocks_and_equal_rows_tie_exactly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vectors = unit_rows(np.random.default_rng(1).normal(size=(600, 301)))
+    vectors[300:] = vectors[:300]
+    positions = np.random.default_rng(2).permutation(600)
     found = products.products(Features(vectors), positions, vectors[:4])
     np.testing.assert_allclose(found, vectors[positions].astype(float) @ vectors[:4].T.astype(float), atol=1e-9)
     back = found[np.argsort(positions)]
-    assert (back[:1500] == back[1500:]).all()
+    assert (back[:300] == back[300:]).all()
+    for rows in (1, 7):
+        monkeypatch.setattr(products, "_MOST_ROWS", rows)
+        assert (products.products(Features(vectors), positions, vectors[:4]) == found).all()
+    assert (np.round(found, 9) == found).all()
 
 
 @pytest.mark.parametrize("choice", sorted(path.stem for path in (conf_folder() / "selector").glob("*.yaml")))

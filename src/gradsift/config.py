@@ -205,6 +205,9 @@ class ProxyConfig:
     template: str = "alpaca"
     max_length: int = 1024  # tokens, prompt and response together; response tokens are kept first
     members: int = 5  # M of the paper
+    # what members differ by: lora_seeds (initial A and data order), bootstrap (a resample of the data and its order),
+    # mc_dropout (the dropout masks under which one trained adapter is passed)
+    ensemble: str = "lora_seeds"
     snapshots: list[int] = field(default_factory=lambda: [1, 2])  # epochs s (early) and t (late)
     epochs: int | None = None  # the last snapshot when empty
     collect: str = "epoch_end"  # where per-sample gradients are taken
@@ -221,6 +224,7 @@ class ProxyConfig:
         _at_least("proxy.members", self.members, 1)
         _one_of("proxy.collect", self.collect, ("epoch_end", "during_training"))
         _one_of("proxy.norm_scope", self.norm_scope, ("all", "A", "B", "scaled"))
+        self._check_kind()
         _one_of("proxy.batching", self.batching, ("bucketed", "random"))
         early_late = self.snapshots
         if len(early_late) != 2 or not 1 <= early_late[0] < early_late[1]:
@@ -231,6 +235,25 @@ class ProxyConfig:
             raise ConfigError(
                 f"proxy.snapshots={list(early_late)} reach beyond proxy.epochs={self.epochs}; "
                 f"raise proxy.epochs to {early_late[1]} or leave it empty"
+            )
+
+    def _check_kind(self) -> None:
+        _one_of("proxy.ensemble", self.ensemble, ("lora_seeds", "bootstrap", "mc_dropout"))
+        if self.ensemble == "lora_seeds":
+            return
+        if self.collect == "during_training":
+            reason = {
+                "bootstrap": "a resample leaves out about a third of the rows, which would have no norm",
+                "mc_dropout": "its members are passes over weights that stay as they are",
+            }[self.ensemble]
+            raise ConfigError(
+                f"proxy.ensemble={self.ensemble} does not go with proxy.collect=during_training: {reason}; "
+                "take proxy.collect=epoch_end"
+            )
+        if self.ensemble == "mc_dropout" and not self.lora.dropout:
+            raise ConfigError(
+                "proxy.ensemble=mc_dropout needs dropout, but proxy.lora.dropout=0.0: all members would be one; "
+                "give a probability, as in proxy.lora.dropout=0.1"
             )
 
     @property

@@ -28,7 +28,7 @@ from gradsift.evaluation.benchmarks import Item
 from gradsift.gradients.diagnostics import diagnose_ensemble
 from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.statistics import read_statistics, statistics
-from gradsift.proxy.ensemble import ProxyInputs, train_ensemble
+from gradsift.proxy.ensemble import ProxyInputs, train_adapters, train_ensemble
 from gradsift.report.results import Results
 from gradsift.runtime import Runtime
 from gradsift.scoring.stage import Source, score
@@ -48,12 +48,12 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
     line.check()
     if config.stop_after == "statistics":
         line.statistics()
-        results.ensemble(line.ensemble)
+        results.ensemble(line.adapters)
         return
     scored = score(runtime, config.scorer, line.loaded, lambda: line.pool, line.sources(), line.diagnose)
     results.scored(scored)
     if line.has_ensemble:
-        results.ensemble(line.ensemble)
+        results.ensemble(line.adapters)
     if config.stop_after == "scores":
         return
     selection = line.select(scored)
@@ -133,6 +133,11 @@ class Line:
         """Members and epochs, as [member][epoch - 1]."""
         return train_ensemble(self.runtime, self.config.proxy, self.proxy, self.loaded, lambda: self.proxy_inputs)
 
+    @functools.cached_property
+    def adapters(self) -> list[list[Artifact]]:
+        """The ensemble's weights, as [adapter][epoch - 1]: one a member, or one that all members share."""
+        return train_adapters(self.runtime, self.config.proxy, self.proxy, self.loaded, lambda: self.proxy_inputs)
+
     @property
     def has_ensemble(self) -> bool:
         """Whether anything asked for the ensemble."""
@@ -167,7 +172,8 @@ class Line:
             return []
         late = self.config.proxy.snapshots[1]
         found = read_statistics(self.statistics()) if "statistics" in asked else None
-        return diagnose_ensemble([chain[:late] for chain in self.ensemble], found, self.config.compute.precision)
+        trained = [chain[:late] for chain in self.adapters]
+        return diagnose_ensemble(trained, found, self.config.compute.precision, len(self.ensemble))
 
     def measures(self) -> dict[str, np.ndarray]:
         """What the ensemble, if the scorer asked for it, knows of each example besides its norms."""
@@ -246,10 +252,11 @@ def plan_of(config: Config) -> list[tuple[str, Any]]:
     rows = f", {data.size:,} rows" if isinstance(data, VerifiableDataConfig) else ""
     length = f"{target.steps} steps" if target.steps else f"{target.epochs} epochs"
     snapshots = ",".join(map(str, proxy.snapshots))
+    members = f"{proxy.members} members by {proxy.ensemble}"
     plan = [
         ("data", f"{data.name}{rows}" + (f", at most {data.limit:,}" if data.limit else "")),
         ("scorer", config.scorer_name),
-        ("proxy", f"{proxy.name}, {proxy.members} members, snapshots {snapshots}, collect={proxy.collect}"),
+        ("proxy", f"{proxy.name}, {members}, snapshots {snapshots}, collect={proxy.collect}"),
         ("selection", "all rows" if config.scorer_name == "full" else f"{config.alpha:g} of the rows"),
         ("target", f"{target.name}, LoRA rank {target.lora.rank}, {length}"),
         ("benchmark", ", ".join(config.benchmark.sets)),

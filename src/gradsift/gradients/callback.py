@@ -8,6 +8,7 @@ backward passes, at weights that move during the epoch; no extra pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -74,24 +75,35 @@ class GradientNorms(L.Callback):
         self._norms.__exit__(None, None, None)
 
     def table(self) -> dict[str, np.ndarray]:
-        """The columns, float32, one entry an example; every example exactly once.
+        """What was collected, as `norms_columns` gives it."""
+        return norms_columns(self._parts, self._encoded, self._row_indices)
 
-        Raises:
-            GradsiftError: a norm or loss that is not finite, or an example without one; names the rows.
-        """
-        expected = torch.tensor([example.row for example in self._encoded])
-        rows = torch.cat([part[0] for part in self._parts]).cpu()
-        order, expected_order = rows.argsort(), expected.argsort()
-        if not torch.equal(rows[order], expected[expected_order]):
-            raise GradsiftError(
-                f"the epoch gave {len(rows)} gradient norms for {len(expected)} examples; each must have exactly one"
-            )
-        columns = {}
-        for index, name in enumerate(COLUMNS, start=1):
-            values = torch.cat([part[index] for part in self._parts]).float().cpu()
-            require_finite("loss" if name == "loss" else "gradient norm", rows, values, self._row_indices)
-            columns[name] = torch.empty_like(values).index_copy_(0, expected_order, values[order]).numpy()
-        return columns
+
+def norms_columns(
+    parts: Sequence[tuple[torch.Tensor, ...]], encoded: Sequence[Encoded], row_indices: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """The columns, float32, one entry an example in the order of `encoded`; every example exactly once.
+
+    Args:
+        parts: rows, norm_A, norm_B, loss; of each batch.
+        row_indices: of the examples that `Encoded.row` counts, in the data's source; for errors.
+
+    Raises:
+        GradsiftError: a norm or loss that is not finite, or an example without one; names the rows.
+    """
+    expected = torch.tensor([example.row for example in encoded])
+    rows = torch.cat([part[0] for part in parts]).cpu()
+    order, expected_order = rows.argsort(), expected.argsort()
+    if not torch.equal(rows[order], expected[expected_order]):
+        raise GradsiftError(
+            f"the epoch gave {len(rows)} gradient norms for {len(expected)} examples; each must have exactly one"
+        )
+    columns = {}
+    for index, name in enumerate(COLUMNS, start=1):
+        values = torch.cat([part[index] for part in parts]).float().cpu()
+        require_finite("loss" if name == "loss" else "gradient norm", rows, values, row_indices)
+        columns[name] = torch.empty_like(values).index_copy_(0, expected_order, values[order]).numpy()
+    return columns
 
 
 def collect_norms(
@@ -101,8 +113,14 @@ def collect_norms(
     pad_id: int,
     device: torch.device,
     progress: Progress | None = None,
+    *,
+    dropout: bool = False,
 ) -> list[tuple[torch.Tensor, ...]]:
-    """One pass at fixed weights, dropout off; leaves neither gradients nor a changed mode behind.
+    """One pass at fixed weights; leaves neither gradients nor a changed mode behind.
+
+    Args:
+        dropout: leave the adapters' dropout as it is, on after `lora.add_adapter`; an example's norm is then that
+            of its gradient under the masks that its batch drew. Off otherwise.
 
     Returns:
         For each batch rows, norm_A, norm_B, loss; (B,) each.
@@ -118,7 +136,8 @@ def collect_norms(
         losses.sum().backward()
         return (batch.rows, *norms.take(), losses.detach())
 
-    with lora.evaluating(adapted), PerSampleNorms(adapted) as norms, torch.enable_grad():
+    mode = nullcontext() if dropout else lora.evaluating(adapted)
+    with mode, PerSampleNorms(adapted) as norms, torch.enable_grad():
         for examples, found in budget.passes(encoded, one_batch):
             parts += found
             if progress is not None:

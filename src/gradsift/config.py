@@ -343,6 +343,37 @@ class ScreenedSuperfilterConfig(SuperfilterConfig):
 
 
 @dataclass
+class GradsConfig(ScorerConfig):
+    """Representativeness, diversity and redundancy (GrADS); the paper's account gives none of these values."""
+
+    weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])  # w_g, w_d, w_s; 0 leaves a component out
+    combine: str = "statistics"  # of embedding and head: their eight statistics, the two norms, or one norm over both
+    bandwidth: Any = "scott"  # of the kernel density, in standard deviations of the signal; or scott
+    region: str = "high"  # the density that is representative
+    diversity: str = "spread"  # spread: one minus the mean cosine to the pool; words: rarity of the words
+    neighbours: int = 1  # most similar others whose mean cosine is the redundancy
+    scale: str = "rank"  # how each factor is brought to 0..1
+
+    def __post_init__(self) -> None:
+        if len(self.weights) != 3 or not any(self.weights):
+            raise ConfigError(
+                f"scorer.weights={list(self.weights)} must be three numbers, w_g, w_d and w_s, of which one is not 0, "
+                "as in [1,1,1]"
+            )
+        for weight in self.weights:
+            _at_least("scorer.weights", weight, 0)
+        if self.bandwidth != "scott":
+            if isinstance(self.bandwidth, bool) or not isinstance(self.bandwidth, int | float):
+                raise ConfigError(f"scorer.bandwidth={self.bandwidth!r} is no number; give one above 0, or scott")
+            _positive("scorer.bandwidth", self.bandwidth)
+        _one_of("scorer.combine", self.combine, ("statistics", "norms", "norm"))
+        _one_of("scorer.region", self.region, ("high", "low"))
+        _one_of("scorer.diversity", self.diversity, ("spread", "words"))
+        _one_of("scorer.scale", self.scale, ("rank", "minmax"))
+        _at_least("scorer.neighbours", self.neighbours, 1)
+
+
+@dataclass
 class SelectorConfig:
     """A selector: takes scores, returns the rows that are kept."""
 
@@ -619,6 +650,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "random": RandomScorerConfig,
         "superfilter": SuperfilterConfig,
         "superfilter_screened": ScreenedSuperfilterConfig,
+        "grads": GradsConfig,
     },
     "selector": {"selector": SelectorConfig},
     "benchmark": {"benchmark": BenchmarkConfig},

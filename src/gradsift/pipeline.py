@@ -26,9 +26,10 @@ from gradsift.diagnostics import Diagnostic
 from gradsift.evaluation import stages as evaluation
 from gradsift.evaluation.benchmarks import Item
 from gradsift.gradients.diagnostics import diagnose_ensemble
+from gradsift.gradients.embedding_head import embedding_gradients, read_embedding_gradients
 from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.statistics import read_statistics, statistics
-from gradsift.proxy.ensemble import ProxyInputs, train_adapters, train_ensemble
+from gradsift.proxy.ensemble import ProxyInputs, train_adapter, train_adapters, train_ensemble
 from gradsift.report.results import Results
 from gradsift.runtime import Runtime
 from gradsift.scoring.stage import Source, score
@@ -166,6 +167,12 @@ class Line:
         tokens[table["row"]] = table["n_tokens"]
         return tokens
 
+    def embedding_gradients(self) -> Artifact:
+        """Of the first adapter after its first epoch; no other member and no later epoch is trained for it."""
+        proxy, rows = self.config.proxy, int(self.loaded.info["rows"])
+        first = train_adapter(self.runtime, proxy, self.proxy, self.loaded, lambda: self.proxy_inputs, 0, epochs=1)
+        return embedding_gradients(self.runtime, first[0], proxy.lora, lambda: self.proxy_inputs, rows)
+
     def diagnose(self, asked: Sequence[str]) -> list[Diagnostic]:
         """Of the ensemble up to the late snapshot, if the scorer asked for it."""
         if not self.has_ensemble:
@@ -194,6 +201,9 @@ class Line:
             "examples": Source(lambda: nothing, lambda: self.pool),
             "statistics": Source(lambda: [self.statistics()], lambda: read_statistics(self.statistics())),
             "late_losses": Source(self.late_members, self.late_losses),
+            "embedding_gradients": Source(
+                lambda: [self.embedding_gradients()], lambda: read_embedding_gradients(self.embedding_gradients())
+            ),
             "backbone": Source(lambda: [self.proxy], lambda: self.proxy_backbone),
             "budget": Source(
                 lambda: nothing,

@@ -61,7 +61,7 @@ def vectors(*rows: list[float]) -> Features:
 
 
 def scored(gradient: EmbeddingGradients, embeddings: Features, **constants: Any) -> Scores:
-    examples = pool(*("word " * (i + 1) for i in range(len(embeddings))))
+    examples = pool(*(" ".join(f"w{j}" for j in range(i + 1)) for i in range(len(embeddings))))
     return grads(examples, gradient, embeddings, task, **(DEFAULTS | constants))
 
 

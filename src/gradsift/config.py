@@ -254,6 +254,9 @@ class ProxyConfig:
     template: str = "alpaca"
     max_length: int = 1024  # tokens, prompt and response together; response tokens are kept first
     members: int = 5  # M of the paper
+    # what members differ by: lora_seeds (initial A and data order), bootstrap (a resample of the data and its order),
+    # mc_dropout (the dropout masks under which one trained adapter is passed)
+    ensemble: str = "lora_seeds"
     snapshots: list[int] = field(default_factory=lambda: [1, 2])  # epochs s (early) and t (late)
     epochs: int | None = None  # the last snapshot when empty
     collect: str = "epoch_end"  # where per-sample gradients are taken
@@ -270,6 +273,7 @@ class ProxyConfig:
         _at_least("proxy.members", self.members, 1)
         _one_of("proxy.collect", self.collect, ("epoch_end", "during_training"))
         _one_of("proxy.norm_scope", self.norm_scope, ("all", "A", "B", "scaled"))
+        self._check_kind()
         _one_of("proxy.batching", self.batching, ("bucketed", "random"))
         early_late = self.snapshots
         if len(early_late) != 2 or not 1 <= early_late[0] < early_late[1]:
@@ -280,6 +284,25 @@ class ProxyConfig:
             raise ConfigError(
                 f"proxy.snapshots={list(early_late)} reach beyond proxy.epochs={self.epochs}; "
                 f"raise proxy.epochs to {early_late[1]} or leave it empty"
+            )
+
+    def _check_kind(self) -> None:
+        _one_of("proxy.ensemble", self.ensemble, ("lora_seeds", "bootstrap", "mc_dropout"))
+        if self.ensemble == "lora_seeds":
+            return
+        if self.collect == "during_training":
+            reason = {
+                "bootstrap": "a resample leaves out about a third of the rows, which would have no norm",
+                "mc_dropout": "its members are passes over weights that stay as they are",
+            }[self.ensemble]
+            raise ConfigError(
+                f"proxy.ensemble={self.ensemble} does not go with proxy.collect=during_training: {reason}; "
+                "take proxy.collect=epoch_end"
+            )
+        if self.ensemble == "mc_dropout" and not self.lora.dropout:
+            raise ConfigError(
+                "proxy.ensemble=mc_dropout needs dropout, but proxy.lora.dropout=0.0: all members would be one; "
+                "give a probability, as in proxy.lora.dropout=0.1"
             )
 
     @property
@@ -366,6 +389,37 @@ class ScreenedSuperfilterConfig(SuperfilterConfig):
         super().__post_init__()
         _at_least("scorer.calibration", self.calibration, 1)
         _at_least("scorer.safety", self.safety, 1)
+
+
+@dataclass
+class GradsConfig(ScorerConfig):
+    """Representativeness, diversity and redundancy (GrADS); the paper's account gives none of these values."""
+
+    weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])  # w_g, w_d, w_s; 0 leaves a component out
+    combine: str = "statistics"  # of embedding and head: their eight statistics, the two norms, or one norm over both
+    bandwidth: Any = "scott"  # of the kernel density, in standard deviations of the signal; or scott
+    region: str = "high"  # the density that is representative
+    diversity: str = "spread"  # spread: one minus the mean cosine to the pool; words: rarity of the words
+    neighbours: int = 1  # most similar others whose mean cosine is the redundancy
+    scale: str = "rank"  # how each factor is brought to 0..1
+
+    def __post_init__(self) -> None:
+        if len(self.weights) != 3 or not any(self.weights):
+            raise ConfigError(
+                f"scorer.weights={list(self.weights)} must be three numbers, w_g, w_d and w_s, of which one is not 0, "
+                "as in [1,1,1]"
+            )
+        for weight in self.weights:
+            _at_least("scorer.weights", weight, 0)
+        if self.bandwidth != "scott":
+            if isinstance(self.bandwidth, bool) or not isinstance(self.bandwidth, int | float):
+                raise ConfigError(f"scorer.bandwidth={self.bandwidth!r} is no number; give one above 0, or scott")
+            _positive("scorer.bandwidth", self.bandwidth)
+        _one_of("scorer.combine", self.combine, ("statistics", "norms", "norm"))
+        _one_of("scorer.region", self.region, ("high", "low"))
+        _one_of("scorer.diversity", self.diversity, ("spread", "words"))
+        _one_of("scorer.scale", self.scale, ("rank", "minmax"))
+        _at_least("scorer.neighbours", self.neighbours, 1)
 
 
 @dataclass
@@ -730,6 +784,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "random": RandomScorerConfig,
         "superfilter": SuperfilterConfig,
         "superfilter_screened": ScreenedSuperfilterConfig,
+        "grads": GradsConfig,
     },
     "selector": {
         "selector": SelectorConfig,

@@ -27,9 +27,10 @@ from gradsift.diagnostics import Diagnostic
 from gradsift.evaluation import stages as evaluation
 from gradsift.evaluation.benchmarks import Item
 from gradsift.gradients.diagnostics import diagnose_ensemble
+from gradsift.gradients.embedding_head import embedding_gradients, read_embedding_gradients
 from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.statistics import read_statistics, statistics
-from gradsift.proxy.ensemble import ProxyInputs, train_ensemble
+from gradsift.proxy.ensemble import ProxyInputs, train_adapter, train_adapters, train_ensemble
 from gradsift.report.results import Results
 from gradsift.runtime import Runtime
 from gradsift.scoring.stage import score
@@ -51,12 +52,12 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
     line.check()
     if config.stop_after == "statistics":
         line.statistics()
-        results.ensemble(line.ensemble)
+        results.ensemble(line.adapters)
         return
     scored = score(runtime, line.scorer, line.loaded, lambda: line.pool, line.sources, line.diagnose)
     results.scored(scored)
     if line.has_ensemble:
-        results.ensemble(line.ensemble)
+        results.ensemble(line.adapters)
     if config.stop_after == "scores":
         return
     selection = line.select(scored)
@@ -148,6 +149,11 @@ class Line:
         """Members and epochs, as [member][epoch - 1]."""
         return train_ensemble(self.runtime, self.config.proxy, self.proxy, self.loaded, lambda: self.proxy_inputs)
 
+    @functools.cached_property
+    def adapters(self) -> list[list[Artifact]]:
+        """The ensemble's weights, as [adapter][epoch - 1]: one a member, or one that all members share."""
+        return train_adapters(self.runtime, self.config.proxy, self.proxy, self.loaded, lambda: self.proxy_inputs)
+
     @property
     def has_ensemble(self) -> bool:
         """Whether anything asked for the ensemble."""
@@ -176,13 +182,20 @@ class Line:
         tokens[table["row"]] = table["n_tokens"]
         return tokens
 
+    def embedding_gradients(self) -> Artifact:
+        """Of the first adapter after its first epoch; no other member and no later epoch is trained for it."""
+        proxy, rows = self.config.proxy, int(self.loaded.info["rows"])
+        first = train_adapter(self.runtime, proxy, self.proxy, self.loaded, lambda: self.proxy_inputs, 0, epochs=1)
+        return embedding_gradients(self.runtime, first[0], proxy.lora, lambda: self.proxy_inputs, rows)
+
     def diagnose(self, asked: Sequence[str]) -> list[Diagnostic]:
         """Of the ensemble up to the late snapshot, if the scorer asked for it."""
         if not self.has_ensemble:
             return []
         late = self.config.proxy.snapshots[1]
         found = read_statistics(self.statistics()) if "statistics" in asked else None
-        return diagnose_ensemble([chain[:late] for chain in self.ensemble], found, self.config.compute.precision)
+        trained = [chain[:late] for chain in self.adapters]
+        return diagnose_ensemble(trained, found, self.config.compute.precision, len(self.ensemble))
 
     def measures(self) -> dict[str, np.ndarray]:
         """What the ensemble, if the scorer asked for it, knows of each example besides its norms."""
@@ -204,6 +217,9 @@ class Line:
             "examples": Source(lambda: nothing, lambda: self.pool),
             "statistics": Source(lambda: [self.statistics()], lambda: read_statistics(self.statistics())),
             "late_losses": Source(self.late_members, self.late_losses),
+            "embedding_gradients": Source(
+                lambda: [self.embedding_gradients()], lambda: read_embedding_gradients(self.embedding_gradients())
+            ),
             "backbone": Source(lambda: [self.proxy], lambda: self.proxy_backbone),
             "budget": Source(
                 lambda: nothing,
@@ -267,10 +283,11 @@ def plan_of(config: Config) -> list[tuple[str, Any]]:
     rows = f", {data.size:,} rows" if isinstance(data, VerifiableDataConfig) else ""
     length = f"{target.steps} steps" if target.steps else f"{target.epochs} epochs"
     snapshots = ",".join(map(str, proxy.snapshots))
+    members = f"{proxy.members} members by {proxy.ensemble}"
     plan = [
         ("data", f"{data.name}{rows}" + (f", at most {data.limit:,}" if data.limit else "")),
         ("scorer", config.scorer_name),
-        ("proxy", f"{proxy.name}, {proxy.members} members, snapshots {snapshots}, collect={proxy.collect}"),
+        ("proxy", f"{proxy.name}, {members}, snapshots {snapshots}, collect={proxy.collect}"),
         ("selection", "all rows" if config.scorer_name == "full" else f"{config.alpha:g} of the rows"),
         ("target", f"{target.name}, LoRA rank {target.lora.rank}, {length}"),
         ("benchmark", ", ".join(config.benchmark.sets)),

@@ -8,6 +8,7 @@ backward passes, at weights that move during the epoch; no extra pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -131,8 +132,15 @@ def collect_norms(
     pad_id: int,
     device: torch.device,
     progress: Progress | None = None,
+    *,
+    dropout: bool = False,
 ) -> Collected:
-    """One pass at fixed weights, dropout off; leaves neither gradients nor a changed mode behind."""
+    """One pass at fixed weights; leaves neither gradients nor a changed mode behind.
+
+    Args:
+        dropout: leave the adapters' dropout as it is, on after `lora.add_adapter`; an example's norm is then that
+            of its gradient under the masks that its batch drew. Off otherwise.
+    """
     collected = Collected(encoded)
     response_losses = ResponseLosses(adapted)
 
@@ -144,7 +152,8 @@ def collect_norms(
         losses.sum().backward()
         return (batch.rows, *norms.take(), losses.detach())
 
-    with lora.evaluating(adapted), PerSampleNorms(adapted) as norms, torch.enable_grad():
+    mode = nullcontext() if dropout else lora.evaluating(adapted)
+    with mode, PerSampleNorms(adapted) as norms, torch.enable_grad():
         for examples, found in budget.passes(encoded, one_batch):
             for part in found:
                 collected.add(*part)

@@ -49,21 +49,22 @@ MOST_ERROR_OVER_SPREAD = 0.1
 
 
 def diagnose_ensemble(
-    ensemble: Sequence[Sequence[Artifact]], statistics: Statistics | None, precision: str
+    trained: Sequence[Sequence[Artifact]], statistics: Statistics | None, precision: str, members: int
 ) -> list[Diagnostic]:
     """Everything that can be said of the ensemble.
 
     Args:
-        ensemble: [member][epoch - 1], up to the late snapshot.
+        trained: [adapter][epoch - 1], up to the late snapshot; as many as members, or one that they share.
         statistics: None if the scorer does not use them; what needs them is then left out.
         precision: of the backbone, float32 or bfloat16.
+        members: M.
     """
-    adapters = [load_file(chain[-1].file(ADAPTER_FILE)) for chain in ensemble]
-    curves = [[entry["loss"] for epoch in chain for entry in read_curve(epoch.path)] for chain in ensemble]
+    adapters = [load_file(chain[-1].file(ADAPTER_FILE)) for chain in trained]
+    curves = [[entry["loss"] for epoch in chain for entry in read_curve(epoch.path)] for chain in trained]
     found = [adapter_spread(adapters), loss_from_start(curves)]
     if statistics is not None:
         found += [
-            norm_spread(statistics, len(ensemble)),
+            norm_spread(statistics, members),
             loss_between_snapshots(statistics),
             drop_sign(statistics),
             drop_size(statistics),
@@ -85,7 +86,7 @@ def adapter_spread(adapters: Sequence[Mapping[str, np.ndarray]]) -> Diagnostic:
         adapters: each member's `lora_A` (R, I) and `lora_B` (O, R) weights, by peft's names.
     """
     if len(adapters) < 2:
-        return Diagnostic.unknown("adapter_spread", "relative_distance", "one member has no spread")
+        return Diagnostic.unknown("adapter_spread", "relative_distance", "one adapter has no spread")
     products = update_products(adapters)
     squares = np.diag(products)
     norm = float(np.sqrt(squares).mean())

@@ -7,6 +7,9 @@ nothing else:
     examples     the examples (their quality labels, where there are any, are not among them)
     statistics   `gradsift.gradients.statistics.Statistics` of the proxy ensemble
     late_losses  (N,) mean loss of the members at the late snapshot
+    embedding_gradients
+                 `gradsift.gradients.embedding_head.EmbeddingGradients` after the first epoch of the ensemble's
+                 first adapter, which alone is trained for it
     backbone     the proxy's backbone, without adapters
     budget       `budget(scored)`: how many examples will be selected where `scored` have a score. The
                  scores then belong to one alpha, and every alpha computes its own

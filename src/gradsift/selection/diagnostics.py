@@ -13,6 +13,8 @@ import numpy as np
 
 from gradsift.data.examples import Example
 from gradsift.diagnostics import Diagnostic
+from gradsift.features.neighbours import nearest_anchor_cosines
+from gradsift.features.vectors import Features
 
 # Mean over the selection by that over the pool. A first trial's score that did nothing but prefer short
 # answers had 0.44; a score that is the late loss itself has 0.2 in experiments/LOG.md's toy world, G-SNR 0.6-0.7.
@@ -21,6 +23,9 @@ LEAST_OF_POOL = 0.5
 LEAST_STANDARD_ERRORS = 3.0
 # The score's sign has to be right where it counts, so less is borne here than in the whole pool.
 MOST_NEGATIVE_DROPS = 0.1
+# Mean distance of the pool to the selection over that to a random one of the same size. Over 5,000 Alpaca rows (tf-idf
+# in 128 dimensions, 5 and 10 %) random draws differ by 1 %; the shortest answers give 1.27, the longest 1.07-1.12.
+MOST_OF_RANDOM_DISTANCE = 1.15
 
 _MEANING = {
     "late_loss": "late loss, in nats a token,",
@@ -107,4 +112,45 @@ def selected_drop_sign(drop: np.ndarray, positions: np.ndarray) -> Diagnostic:
         {"negative_share": negative},
         f"the gradient norm rose between the snapshots for {negative:.0%} of the selected rows",
         "V_t, which where the norm rises raises the score, and the number of steps before the first snapshot",
+    )
+
+
+def coverage(features: Features, positions: np.ndarray, radius: float) -> Diagnostic:
+    """How well the selection covers the pool, beside a random selection of the same size.
+
+    Distance is one minus the cosine to the nearest selected example; a selected one has distance 0. Examples
+    whose vector has no direction are left out.
+
+    Args:
+        features: of the pool.
+        positions: (k,) of the selected examples.
+        radius: distance within which an example counts as covered.
+
+    Returns:
+        values: the pool's mean distance over that to the random selection, both distances, and the share of the
+            pool that either covers.
+    """
+    usable = np.flatnonzero(features.has_direction())
+    size = len(np.intersect1d(positions, usable))
+    if not size:
+        return Diagnostic.unknown("coverage", "distance_to_random", "no selected row has a vector with a direction")
+    drawn = np.random.default_rng(0).choice(usable, size, replace=False)
+    to_selection, to_random = (1 - nearest_anchor_cosines(features, chosen)[usable] for chosen in (positions, drawn))
+    ours, theirs = float(to_selection.mean()), float(to_random.mean())
+    # an example's own cosine, and that of its copy, is 1 up to rounding
+    covered, covered_randomly = (float((d <= radius + 1e-6).mean()) for d in (to_selection, to_random))
+    ratio = ours / theirs if theirs > 1e-6 else 1.0
+    return Diagnostic.judged(
+        "coverage",
+        ratio > MOST_OF_RANDOM_DISTANCE,
+        {
+            "distance_to_random": ratio,
+            "distance": ours,
+            "random_distance": theirs,
+            "covered": covered,
+            "covered_randomly": covered_randomly,
+        },
+        f"a pool row lies {ours:.3g} (one minus cosine) from the nearest selected one and {theirs:.3g} from a random "
+        f"selection's; {covered:.0%} of the pool lie within {radius:g}, and {covered_randomly:.0%} of a random one's",
+        "which part of the pool the score leaves out; a selector that spreads its choice covers more",
     )

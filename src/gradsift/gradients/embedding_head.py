@@ -1,0 +1,226 @@
+"""Statistics of each example's gradient with respect to input embedding and LM head (GrADS, arXiv 2511.08620).
+
+The loss is the mean negative log-likelihood of the example's response tokens. Its two gradients are
+matrices of V x D numbers, of which only maximum, minimum, mean and standard deviation are kept, over all
+entries, the zeros included. They are exact, and neither matrix is ever whole in memory:
+
+    embedding  the row of a token is the sum of the backprops of its places; every other row is zero
+    head       (P - Y)^T H / n over the n response places: P predicted probabilities, Y one-hot targets,
+               H last hidden states; made a chunk of the vocabulary at a time
+
+The head's mean is 0 by definition: the probabilities of a place sum to one, and so does its target. The
+embedding's is 0 but for rounding where every reader of it subtracts a mean first (GPT-2's LayerNorm).
+Where one tensor serves both uses (GPT-2) they are told apart all the same; its gradient is the sum of the two.
+
+Shape letters: B examples of a batch, T tokens, U different tokens of each example, P predicted places of the
+batch, n those of one example, D hidden size, V vocabulary, N examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gradsift.artifacts import Artifact
+from gradsift.config import LoraConfig
+from gradsift.data.batching import Batch, collate
+from gradsift.data.tokens import Encoded
+from gradsift.errors import GradsiftError
+from gradsift.runtime import Runtime
+from gradsift.training import lora
+from gradsift.training.device import TokenBudget, device_of
+from gradsift.training.finetuning import require_finite
+from gradsift.training.head import OutputHead
+
+if TYPE_CHECKING:
+    from gradsift.proxy.ensemble import ProxyInputs
+
+VERSION = 1
+STATISTICS_FILE = "embedding_gradients.parquet"
+_CHUNK = 2**18  # entries of the head's gradient at a time, 1 MB in float32: they stay in a core's cache
+
+
+@dataclass(frozen=True)
+class EmbeddingGradients:
+    """Over all V x D entries of each example's two gradients; (N,) float64 each, NaN without a response token."""
+
+    embedding_max: np.ndarray
+    embedding_min: np.ndarray
+    embedding_mean: np.ndarray
+    embedding_std: np.ndarray  # divided by V x D; with the mean it gives the norm over sqrt(V x D)
+    head_max: np.ndarray
+    head_min: np.ndarray
+    head_mean: np.ndarray  # 0
+    head_std: np.ndarray
+    entries: int  # V x D
+
+
+COLUMNS = tuple(f"{use}_{name}" for use in ("embedding", "head") for name in ("max", "min", "mean", "std"))
+
+
+def embedding_gradients(
+    runtime: Runtime, member: Artifact, config: LoraConfig, load: Callable[[], ProxyInputs], count: int
+) -> Artifact:
+    """The statistics at the weights of a member's epoch, dropout off.
+
+    Args:
+        member: what `gradsift.proxy.ensemble.train_adapter` made for an epoch; all settings are its own.
+        config: of its adapter.
+        load: called only if the work has to be done.
+        count: N, the number of examples.
+    """
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        backbone, encoded, row_indices, budget = load()
+        device = device_of(runtime.compute)
+        adapted = lora.add_adapter(backbone.model, config, seed=0)
+        try:
+            lora.load_adapter(adapted, member.path)
+            adapted.to(device)
+            with runtime.display.task("gradients of embedding and head", len(encoded)) as advance:
+                found = collect_statistics(adapted, encoded, row_indices, budget, backbone.pad_id, device, advance)
+        finally:
+            lora.remove_adapter(adapted)
+        columns = np.full((len(COLUMNS), count), np.nan)
+        columns[:, [example.row for example in encoded]] = found.T
+        pq.write_table(pa.table(dict(zip(COLUMNS, columns, strict=True))), folder / STATISTICS_FILE)
+        return {"rows": len(encoded), "entries": backbone.model.get_input_embeddings().weight.numel()}
+
+    slug = member.path.name.rsplit("-", 1)[0]
+    return runtime.store.obtain("embedding_gradients", slug, {}, [member], make, version=VERSION)
+
+
+def read_embedding_gradients(artifact: Artifact) -> EmbeddingGradients:
+    table = pq.read_table(artifact.file(STATISTICS_FILE))
+    columns = {name: table[name].to_numpy() for name in COLUMNS}
+    return EmbeddingGradients(**columns, entries=int(artifact.info["entries"]))
+
+
+def collect_statistics(
+    adapted: Any,
+    encoded: Sequence[Encoded],
+    row_indices: Sequence[int],
+    budget: TokenBudget,
+    pad_id: int,
+    device: torch.device,
+    progress: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """One pass over the examples at fixed weights, dropout off.
+
+    Returns:
+        (len(encoded), 8) float64, in the order of `encoded`; columns as `COLUMNS`.
+
+    Raises:
+        GradsiftError: the model's embedding or head is not plain; a statistic that is not finite, with its rows.
+    """
+    place_of = {example.row: place for place, example in enumerate(encoded)}
+    statistics = np.empty((len(encoded), len(COLUMNS)))
+    with lora.evaluating(adapted), torch.enable_grad(), UseOfEmbedding(adapted) as uses:
+        for examples, found in budget.passes(encoded, lambda part: uses.statistics(collate(part, pad_id).to(device))):
+            for rows, values in found:
+                require_finite("embedding or head gradient", rows, values.sum(1), row_indices)
+                statistics[[place_of[int(row)] for row in rows]] = values.numpy()
+            progress(len(examples))
+    return statistics
+
+
+class UseOfEmbedding:
+    """Watches what a model's input embedding gives, as a context manager, and what its head is given."""
+
+    def __init__(self, adapted: Any) -> None:
+        head = OutputHead.of(adapted)
+        causal = adapted.get_base_model()
+        embedding = causal.get_input_embeddings()
+        if head is None or type(embedding) is not nn.Embedding:
+            raise GradsiftError(
+                f"{type(causal).__name__} scales or caps what its embedding or its head gives, or one of them is in "
+                "proxy.lora.targets, so their gradients cannot be told from activations; take another proxy"
+            )
+        self._head = head
+        self._embedding = embedding
+        self._output = causal.get_output_embeddings()
+        self._embedded = torch.empty(0)
+
+    def __enter__(self) -> UseOfEmbedding:
+        self._hook = self._embedding.register_forward_hook(self._keep)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+        self._embedded = torch.empty(0)
+
+    def _keep(self, module: nn.Module, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+        self._embedded = embedded.detach().requires_grad_()
+        return self._embedded
+
+    def statistics(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows (B,) and statistics (B, 8) float64 of a batch, on the CPU."""
+        hidden = self._head.hidden_states(batch.model_inputs(), batch.places)
+        owners = torch.div(batch.places, batch.input_ids.shape[1], rounding_mode="floor")  # (P,) examples
+        losses = self._head.token_losses(hidden, batch.targets) / batch.counts[owners]
+        (backprops,) = torch.autograd.grad(losses.sum(), self._embedded)
+        embedding = embedding_statistics(batch, backprops, self._embedding.num_embeddings)
+        sizes = batch.counts.long().tolist()
+        parts = zip(hidden.detach().split(sizes), batch.targets.split(sizes), strict=True)
+        head = torch.stack([head_statistics(self._output, *part) for part in parts])
+        return batch.rows.cpu(), torch.cat([embedding, head], 1).cpu()
+
+
+def embedding_statistics(batch: Batch, backprops: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Statistics (B, 4) float64 of each example's gradient of the input embedding.
+
+    Args:
+        backprops: (B, T, D), of the embedded tokens.
+    """
+    real = batch.attention_mask.bool()
+    examples = torch.arange(len(real), device=real.device)[:, None].expand_as(real)
+    tokens, inverse = torch.unique((examples * vocabulary + batch.input_ids)[real], return_inverse=True)
+    rows = torch.zeros(len(tokens), backprops.shape[2], device=real.device)  # (U of all examples, D)
+    rows.index_add_(0, inverse, backprops[real].float())
+    owners = torch.div(tokens, vocabulary, rounding_mode="floor")
+    zero = backprops.new_zeros(len(real), dtype=torch.float32)  # the rows of all other tokens
+    absent = torch.bincount(owners, minlength=len(real)) < vocabulary
+    largest = zero.where(absent, -torch.inf).scatter_reduce(0, owners, rows.amax(1), "amax")
+    smallest = zero.where(absent, torch.inf).scatter_reduce(0, owners, rows.amin(1), "amin")
+    total, squares = (zero.double().index_add(0, owners, part.double().sum(1)) for part in (rows, rows.square()))
+    return _of_moments(largest, smallest, total, squares, vocabulary * backprops.shape[2])
+
+
+def head_statistics(output: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Statistics (4,) float64 of one example's gradient of the head.
+
+    Args:
+        output: the head, of which the logits are made again.
+        hidden: (n, D), last hidden states at the example's predicted places.
+        targets: (n,), the tokens that follow.
+    """
+    with torch.no_grad():
+        errors = torch.softmax(F.linear(hidden, output.weight, output.bias).float(), 1)  # (n, V)
+        errors.scatter_add_(1, targets[:, None], errors.new_full((len(targets), 1), -1.0))
+        hidden = hidden.float() / len(hidden)
+        extremes, squares = [], errors.new_zeros((), dtype=torch.float64)
+        for chunk in errors.split(max(1, _CHUNK // hidden.shape[1]), dim=1):
+            gradient = chunk.t() @ hidden
+            extremes.append(torch.stack(gradient.aminmax()))
+            squares += torch.linalg.vector_norm(gradient).double().square()
+        smallest, largest = torch.stack(extremes).unbind(1)
+        entries = output.weight.shape[0] * output.weight.shape[1]
+        return _of_moments(largest.amax(), smallest.amin(), torch.zeros_like(squares), squares, entries)
+
+
+def _of_moments(
+    largest: torch.Tensor, smallest: torch.Tensor, total: torch.Tensor, squares: torch.Tensor, entries: int
+) -> torch.Tensor:
+    """Maximum, minimum, mean and standard deviation from the sums over so many entries, along a new last axis."""
+    mean = total / entries
+    deviation = (squares / entries - mean.square()).clamp_min(0).sqrt()
+    return torch.stack([largest.double(), smallest.double(), mean, deviation], -1)

@@ -1,0 +1,204 @@
+"""GrADS (arXiv 2511.08620): representative, diverse and not redundant examples. No public code exists; our reading.
+
+    score_i = w_g R_i + w_d C_i + w_s (1 - S_i)
+
+R  representativeness: Gaussian kernel density of the example's gradient signal among those of the pool. The
+   signal is made of the statistics of its gradients of input embedding and LM head after one preliminary epoch.
+C  content diversity: how far the example lies from the rest of the pool.
+S  redundancy: mean cosine to its nearest neighbours in the space of the embeddings.
+
+Each factor is brought to 0..1 over the examples that are scored. The paper's account leaves open how the two
+gradients combine, the bandwidth, the region of density that is representative, and what measures content:
+each is a constant of the scorer. A weight of 0 leaves its component out, uncomputed.
+
+Shape letters: N examples, F columns of the signal, B rows of a block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+
+from gradsift.data.examples import Example
+from gradsift.diagnostics import Diagnostic
+from gradsift.errors import ConfigError, GradsiftError
+from gradsift.features.neighbours import mean_cosines, nearest_cosines, row_blocks
+from gradsift.features.vectors import Features
+from gradsift.gradients.embedding_head import COLUMNS, EmbeddingGradients
+from gradsift.runtime import Advance
+from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
+
+Task = Callable[[str, int], AbstractContextManager[Advance]]
+
+# |sum| over norm of all entries of a gradient: about 1 (1.2 with SmolLM2 and Alpaca rows) where they are
+# unrelated; where they cancel, rounding leaves 2e-7 in float32 and 2e-3 in bfloat16 (random GPT-2)
+LEAST_SUM_OVER_NORM = 0.03
+_CACHE_BYTES = 2**20  # of kernel evaluations at a time: a third of the time that blocks beyond the cache take
+
+
+def grads(
+    examples: Sequence[Example],
+    embedding_gradients: EmbeddingGradients,
+    embeddings: Features,
+    task: Task,
+    *,
+    weights: Sequence[float],
+    combine: str,
+    bandwidth: str | float,
+    region: str,
+    diversity: str,
+    neighbours: int,
+    scale: str,
+) -> Scores:
+    """The weighted sum, with its factors as parts.
+
+    Args:
+        weights: w_g, w_d, w_s.
+        combine: see `signal_of`.
+        bandwidth: of the kernel, in standard deviations of the signal's columns, or `scott`: N^(-1 / (F + 4)).
+        region: `high` density is representative, or `low`.
+        diversity: `spread`, one minus the mean cosine to all others; or `words`, the mean inverse document
+            frequency of the example's words.
+        neighbours: so many of the most similar others make up the redundancy; 1 for the maximal cosine.
+        scale: `rank` or `minmax`, see `to_unit`.
+    """
+    of_gradients, of_content, of_similarity = weights
+    has_response = np.isfinite(embedding_gradients.head_std)
+    has_direction = embeddings.has_direction()
+    if len(embeddings) != len(has_response):
+        raise GradsiftError(f"there are {len(embeddings)} embeddings for {len(has_response)} examples of the pool")
+    scored, factors, diagnostics = has_response.copy(), {}, []
+    if needs_direction := bool(of_similarity or (of_content and diversity == "spread")):
+        scored &= has_direction
+        _refuse_few(int(has_direction.sum()), neighbours if of_similarity else 1)
+    if of_gradients:
+        signal = signal_of(embedding_gradients, combine, scored)
+        width = scott(*signal.shape) if bandwidth == "scott" else float(bandwidth)
+        with task("grads, density", int(scored.sum())) as advance:
+            density = np.full(len(scored), np.nan)
+            density[scored] = kernel_density(signal, width, advance)
+        factors["representativeness"] = to_unit(density if region == "high" else -density, scored, scale)
+        diagnostics.append(describe(signal, width, combine))
+    if of_content:
+        content = 1 - mean_cosines(embeddings) if diversity == "spread" else word_rarity(examples)
+        factors["diversity"] = to_unit(content, scored, scale)
+    if of_similarity:
+        with task("grads, neighbours", len(examples)) as advance:
+            factors["redundancy"] = to_unit(nearest_cosines(embeddings, neighbours, advance), scored, scale)
+    zero = np.where(scored, 0.0, np.nan)
+    score = of_gradients * factors.get("representativeness", zero) + of_content * factors.get("diversity", zero)
+    score += of_similarity * (1 - factors.get("redundancy", zero))
+    scores = Scores(score, factors, diagnostics)
+    scores.mark(~has_response, UNDEFINED, NO_RESPONSE)
+    if needs_direction:
+        scores.mark(~has_direction, UNDEFINED, "its embedding has no direction")
+    return scores
+
+
+def _refuse_few(count: int, neighbours: int) -> None:
+    if count <= neighbours:
+        raise ConfigError(
+            f"scorer.neighbours={neighbours}: {count} examples have an embedding with a direction, so none has as many "
+            "others; give fewer neighbours or more data"
+        )
+
+
+# -------------------------------------------------------------------------------- representativeness
+
+
+def signal_of(gradients: EmbeddingGradients, combine: str, rows: np.ndarray) -> np.ndarray:
+    """What the density is taken of: the examples in `rows` (N,) bool, each column with mean 0 and variance 1.
+
+    statistics   maximum, minimum, mean and standard deviation of either gradient
+    norms        the two norms
+    norm         the norm over both together
+
+    A column that says nothing is left out: one that is constant, and a mean that is but the rounding of a sum
+    that cancels (the head's always, the embedding's behind a LayerNorm).
+
+    Returns:
+        (rows.sum(), F) float64
+    """
+    table = {name: getattr(gradients, name)[rows] for name in COLUMNS}
+    sizes = {use: np.hypot(table[f"{use}_mean"], table[f"{use}_std"]) for use in ("embedding", "head")}
+    if combine == "statistics":
+        for use, size in sizes.items():
+            sums = np.abs(table[f"{use}_mean"]) * gradients.entries**0.5
+            if not size.size or np.median(sums) < LEAST_SUM_OVER_NORM * np.median(size):
+                del table[f"{use}_mean"]
+    else:  # norms over sqrt(V D), which standardisation takes out again
+        table = sizes if combine == "norms" else {"norm": np.hypot(*sizes.values())}
+    columns = [(values - values.mean()) / values.std() for values in table.values() if np.ptp(values) > 0]
+    return np.stack(columns, 1) if columns else np.zeros((int(rows.sum()), 0))
+
+
+def scott(count: int, columns: int) -> float:
+    """Scott's bandwidth for columns of variance 1."""
+    return float(max(count, 1) ** (-1 / (columns + 4)))
+
+
+def kernel_density(signal: np.ndarray, bandwidth: float, advance: Advance = lambda done: None) -> np.ndarray:
+    """Gaussian kernel density at each point of `signal` (N, F) among all of them, itself included; (N,) float64.
+
+    Exact, in N^2 kernel evaluations, a block of rows at a time.
+    """
+    count, columns = signal.shape
+    points = signal / bandwidth
+    lengths = np.square(points).sum(1)
+    density = np.empty(count)
+    for block in row_blocks(count, 8 * count, _CACHE_BYTES):
+        exponents = points[block] @ points.T  # (B, N) -|x - y|^2 / 2 = x y - |x|^2 / 2 - |y|^2 / 2
+        exponents -= lengths[block, None] / 2
+        exponents -= lengths / 2
+        np.minimum(exponents, 0, out=exponents)
+        density[block] = np.exp(exponents, out=exponents).mean(1)
+        advance(len(exponents))
+    scale: float = (2 * np.pi) ** (-columns / 2) * bandwidth**-columns
+    return density * scale
+
+
+def describe(signal: np.ndarray, bandwidth: float, combine: str) -> Diagnostic:
+    """How many columns of the signal there are; none is a warning, for then every density is the same."""
+    columns = signal.shape[1]
+    return Diagnostic.judged(
+        "grads_signal",
+        columns == 0,
+        {"columns": float(columns), "bandwidth": bandwidth},
+        f"the gradient signal (combine={combine}) has {columns} columns that vary; kernel width {bandwidth:.3g} of "
+        "their standard deviation",
+        "that the examples differ at all: representativeness is the same for all of them",
+    )
+
+
+# ------------------------------------------------------------------------------ diversity and scale
+
+
+def word_rarity(examples: Sequence[Example]) -> np.ndarray:
+    """Mean over an example's different words of log(N / number of examples with the word), (N,); 0 without a word."""
+    texts = [" ".join([*(turn.content for turn in e.history), e.instruction, e.input, e.output]) for e in examples]
+    words = [sorted(set(re.findall(r"\w+", text.lower()))) for text in texts]
+    holders = Counter(word for each in words for word in each)
+    count = len(examples)
+    return np.array([np.mean([np.log(count / holders[word]) for word in each]) if each else 0.0 for each in words])
+
+
+def to_unit(values: np.ndarray, rows: np.ndarray, scale: str) -> np.ndarray:
+    """Values (N,) brought to 0..1 over `rows` (N,) bool, NaN elsewhere; .5 where all are equal.
+
+    rank    the share of the others that are lower, equal ones counting half
+    minmax  the distance from the lowest over that of the highest from the lowest
+    """
+    found = np.full(len(values), np.nan)
+    known = values[rows]
+    if not known.size or np.ptp(known) == 0:
+        found[rows] = 0.5
+    elif scale == "rank":
+        _, inverse, counts = np.unique(known, return_inverse=True, return_counts=True)
+        found[rows] = (np.cumsum(counts) - (counts + 1) / 2)[inverse] / (len(known) - 1)
+    else:
+        found[rows] = (known - known.min()) / np.ptp(known)
+    return found

@@ -1,0 +1,306 @@
+"""Laws of the ensembles: what members share and what they differ by, exact norms under masks, nothing done twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import SMOKE
+from safetensors.numpy import load_file
+from test_finetuning import SOURCE_ROWS, proxy_config, runtime
+from test_norms import loop_norms, ragged_examples, tiny_model
+from torch import nn
+
+from gradsift.artifacts import Artifact
+from gradsift.config import ComputeConfig, LoraConfig, ProxyConfig
+from gradsift.data.tokens import Encoded
+from gradsift.errors import ConfigError
+from gradsift.gradients.callback import COLUMNS, collect_norms
+from gradsift.gradients.norms_table import read_norms
+from gradsift.gradients.statistics import compute_statistics
+from gradsift.proxy.ensemble import ProxyInputs, epoch_plan, member_settings, train_adapters, train_ensemble
+from gradsift.runtime import Runtime
+from gradsift.training import lora
+from gradsift.training.backbones import Backbone
+from gradsift.training.device import TokenBudget
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+MODES = {"lora_seeds": 0.0, "bootstrap": 0.0, "mc_dropout": 0.3}  # with a lora.dropout that suits them
+NEW = ["bootstrap", "mc_dropout"]
+
+
+def config(mode: str, **changes: Any) -> ProxyConfig:
+    return proxy_config(ensemble=mode, lora=LoraConfig(rank=2, dropout=MODES[mode]), **changes)
+
+
+def parents(run: Runtime) -> tuple[Artifact, Artifact]:
+    made = [run.store.obtain(stage, "x", {}, [], lambda folder: {}, version=1) for stage in ("backbone", "load")]
+    return made[0], made[1]
+
+
+def inputs(encoded: list[Encoded]) -> ProxyInputs:
+    tokenizer: Any = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 0})()
+    return ProxyInputs(Backbone(tiny_model("gpt2"), tokenizer), encoded, SOURCE_ROWS, TokenBudget(4096))
+
+
+def trained(
+    store: Path, settings: ProxyConfig, encoded: list[Encoded] | None = None
+) -> tuple[list[list[Artifact]], Runtime]:
+    run = runtime(store)
+    return train_ensemble(run, settings, *parents(run), lambda: inputs(encoded or ragged_examples(10))), run
+
+
+def made(run: Runtime) -> Counter[str]:
+    return Counter(record.name for record in run.store.records if not record.reused)
+
+
+def norms_of(ensemble: list[list[Artifact]], epoch: int) -> np.ndarray:
+    """norm_B of the members, (M, N)."""
+    return np.stack([read_norms(chain[epoch - 1])["norm_B"] for chain in ensemble])
+
+
+# ------------------------------------------------------------------------------------------ every kind
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_members_differ_and_fewer_of_them_are_the_first_of_more(mode: str, tmp_path: Path) -> None:
+    five, run = trained(tmp_path, config(mode, members=5))
+    assert made(run)["member"] == (2 if mode == "mc_dropout" else 10)
+    assert made(run)["dropout"] == (10 if mode == "mc_dropout" else 0)
+    for epoch in (1, 2):
+        norms = norms_of(five, epoch)
+        assert norms.shape == (5, 10)
+        assert (norms.var(0) > 1e-8).all()
+    for scope in ("all", "scaled"):
+        found = compute_statistics([c[0] for c in five], [c[1] for c in five], scope, 11)
+        assert np.isnan(found.V_t[10])  # the pool's last example was not encoded
+        assert (found.V_t[:10] > 0).all()
+        assert (found.G_s[:10] > 0).all()
+    three, again = trained(tmp_path, config(mode, members=3))
+    assert not made(again)
+    assert [[a.path for a in chain] for chain in three] == [[a.path for a in chain] for chain in five[:3]]
+
+
+@pytest.mark.parametrize("mode", NEW)
+def test_equal_commands_give_equal_bytes_and_other_seeds_do_not(mode: str, tmp_path: Path) -> None:
+    first, again = (trained(tmp_path / name, config(mode, members=2))[0] for name in "ab")
+    for left, right in zip(chain(*first), chain(*again), strict=True):
+        assert left.fingerprint == right.fingerprint
+        assert left.file("gradient_norms.parquet").read_bytes() == right.file("gradient_norms.parquet").read_bytes()
+    other = runtime(tmp_path / "c", seed=1)
+    found = train_ensemble(other, config(mode, members=2), *parents(other), lambda: inputs(ragged_examples(10)))
+    assert not np.allclose(norms_of(first, 2), norms_of(found, 2), rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", NEW)
+def test_an_interrupted_ensemble_goes_on_where_it_stopped(mode: str, tmp_path: Path, monkeypatch: Any) -> None:
+    settings = config(mode, members=2)
+    whole, _ = trained(tmp_path / "whole", settings)
+    calls = 0
+
+    def stops(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return collect_norms(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gradsift.proxy.ensemble.collect_norms", stops)
+        patch.setattr("gradsift.gradients.callback.collect_norms", stops)
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path / "stopped", settings)
+    found, run = trained(tmp_path / "stopped", settings)
+    assert sum(made(run).values()) == (2 + 4 if mode == "mc_dropout" else 4) - 3
+    for left, right in zip(chain(*found), chain(*whole), strict=True):
+        assert left.file("gradient_norms.parquet").read_bytes() == right.file("gradient_norms.parquet").read_bytes()
+
+
+@pytest.mark.parametrize("mode", NEW)
+def test_the_line_runs_to_a_selection_with_its_diagnostics(gradsift, mode: str) -> None:
+    smoke = (*SMOKE, f"proxy.ensemble={mode}", f"proxy.lora.dropout={MODES[mode]}", "stop_after=selection")
+    assert gradsift(*smoke) == 0
+    (run,) = gradsift.runs()
+    assert run["selection"]["rows"] == 12
+    verdict = run["diagnostics"]["adapter_spread"]["verdict"]
+    assert verdict == ("unknown" if mode == "mc_dropout" else "ok")
+    assert run["diagnostics"]["norm_spread"]["values"]["median_variation"] > 1e-4
+    scores = pq.read_table(next(iter(gradsift.store.glob("score/gsnr-*/scores.parquet"))))
+    assert min(scores["V_t"].to_pylist()) > 0
+    assert gradsift(*smoke, "scorer=late_loss") == 0
+    assert {s["name"] for s in gradsift.runs()[-1]["stages"] if not s["reused"]} == {"score", "select"}
+
+
+# ---------------------------------------------------------------------------------------- lora_seeds
+
+
+def test_an_artifact_of_lora_seeds_is_what_it_was_before_there_were_others(tmp_path: Path) -> None:
+    settings = member_settings(config("lora_seeds"), runtime(tmp_path), member=1, epoch=2)
+    assert settings == {
+        "member": 1,
+        "epoch": 2,
+        "seed": 0,
+        "precision": "float32",
+        "lora": {"rank": 2, "alpha": 16.0, "dropout": 0.0, "targets": ["all-linear"]},
+        "template": "alpaca",
+        "max_length": 1024,
+        "collect": "epoch_end",
+        "learning_rate": 1e-2,
+        "schedule": "constant",
+        "scheduled_epochs": None,
+        "warmup_steps": 2,
+        "weight_decay": 0.01,
+        "batch_size": 4,
+        "batching": "bucketed",
+        "tokens": None,
+    }
+
+
+# ----------------------------------------------------------------------------------------- bootstrap
+
+
+def test_a_bootstrap_member_sees_its_own_resample_in_every_epoch() -> None:
+    settings, lengths = config("bootstrap"), [5 + i % 7 for i in range(400)]
+    plans = {(m, e): epoch_plan(settings, lengths, 0, m, e) for m in (0, 1) for e in (1, 2)}
+    drawn = {key: Counter(position for batch in plan for position in batch) for key, plan in plans.items()}
+    assert all(sum(counts.values()) == 400 for counts in drawn.values())
+    assert drawn[0, 1] == drawn[0, 2]
+    assert plans[0, 1] != plans[0, 2]  # the order is another one
+    assert drawn[0, 1] != drawn[1, 1]
+    assert 0.58 < len(drawn[0, 1]) / 400 < 0.68  # 1 - 1/e of the rows
+    assert max(max(batch) for batch in plans[1, 1]) < 400
+
+
+def test_bootstrap_members_start_from_one_adapter_and_others_do_not(tmp_path: Path) -> None:
+    still = {"members": 2, "learning_rate": 1e-12, "weight_decay": 0.0}
+    for mode, same in (("bootstrap", True), ("lora_seeds", False)):
+        ensemble, _ = trained(tmp_path, config(mode, **still))
+        first, second = (load_file(chain[0].file(lora.ADAPTER_FILE)) for chain in ensemble)
+        for name in first:
+            if "lora_A" in name:
+                assert np.allclose(first[name], second[name], atol=1e-9) is same
+
+
+# ---------------------------------------------------------------------------------------- mc_dropout
+
+
+class FixedMask(nn.Module):
+    """Multiplies by the factors that one example's tokens were multiplied by."""
+
+    def __init__(self, factors: torch.Tensor) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factors[:, : x.shape[1]]
+
+
+def dropping_model(architecture: str, dropout: float) -> Any:
+    adapted = lora.add_adapter(tiny_model(architecture), LoraConfig(rank=3, dropout=dropout), seed=1)
+    torch.manual_seed(2)
+    for name, parameter in lora.trainable_parameters(adapted).items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    return adapted
+
+
+def under_masks(adapted: Any, examples: list[Encoded], seed: int, tokens: int = 4096) -> np.ndarray:
+    """norm_A, norm_B, loss, (N, 3), as the members of mc_dropout have them."""
+    torch.manual_seed(seed)
+    columns = collect_norms(adapted, examples, TokenBudget(tokens), 0, CPU, dropout=True).columns(range(len(examples)))
+    return np.stack([columns[name] for name in COLUMNS], 1)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_norms_under_dropout_are_those_of_one_example_under_the_same_masks(architecture: str) -> None:
+    adapted, examples = dropping_model(architecture, 0.4), ragged_examples()
+    factors: dict[str, torch.Tensor] = {}
+    hooks = []
+    for name, layer in lora.lora_layers(adapted):
+
+        def note(module: Any, given: Any, dropped: torch.Tensor, name: str = name) -> None:
+            # a GELU far below zero gives 0, and no gradient passes there either
+            factors[name] = (dropped / given[0]).detach().nan_to_num(1.0)
+
+        hooks.append(layer.lora_dropout["default"].register_forward_hook(note))
+    found = under_masks(adapted, examples, seed=5)
+    for hook in hooks:
+        hook.remove()
+    assert any((mask == 0).float().mean().sub(0.4).abs() < 0.1 for mask in factors.values())
+    # in the batch the longest examples came first
+    places = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
+    for _, layer in lora.lora_layers(adapted):
+        layer.__class__ = peft.tuners.lora.Linear  # the twin is peft's layer and autograd's gradient
+    for place, row in enumerate(places):
+        for name, layer in lora.lora_layers(adapted):
+            layer.lora_dropout["default"] = FixedMask(factors[name][place : place + 1])
+        expected = loop_norms(adapted, [examples[row]])[0]
+        np.testing.assert_allclose(found[row], expected, rtol=1e-4)
+
+
+def test_a_pass_under_masks_leaves_the_mode_and_a_pass_without_them_drops_nothing() -> None:
+    adapted, examples = dropping_model("gpt2", 0.4), ragged_examples()
+    assert not np.allclose(under_masks(adapted, examples, 1), under_masks(adapted, examples, 2), rtol=1e-2)
+    plain = [torch.stack(collect_norms(adapted, examples, TokenBudget(4096), 0, CPU)[0][1:]) for _ in range(2)]
+    assert torch.equal(*plain)
+    assert all(layer.lora_dropout.training for _, layer in lora.lora_layers(adapted))
+
+
+def test_the_variance_vanishes_with_the_dropout() -> None:
+    examples, variances = ragged_examples(), []
+    for dropout in (0.2, 0.002, 1e-9):
+        adapted = dropping_model("llama", dropout)
+        variances.append(np.var([under_masks(adapted, examples, seed)[:, :2] for seed in range(6)], axis=0).mean())
+    assert variances[0] > 5 * variances[1] > 0
+    assert variances[2] < 1e-12
+
+
+def test_training_is_member_0_of_lora_seeds_and_is_shared_with_it(tmp_path: Path) -> None:
+    dropping = config("mc_dropout", members=2)
+    ensemble, run = trained(tmp_path, dropping)
+    adapters = train_adapters(run, dropping, *parents(run), lambda: inputs(ragged_examples(10)))
+    assert len(adapters) == 1
+    seeds, again = trained(tmp_path, proxy_config(members=2, lora=dropping.lora))
+    assert made(again) == {"member": 2}  # its member 1 alone
+    assert [a.path for a in seeds[0]] == [a.path for a in adapters[0]]
+    assert ensemble[1][1].manifest["parents"] == [adapters[0][1].fingerprint]
+
+
+def test_masks_depend_on_the_token_budget_and_so_does_the_artifact(tmp_path: Path) -> None:
+    settings = config("mc_dropout", members=1, snapshots=[1, 2])
+    paths = set()
+    for tokens in (64, 128):
+        run = runtime(tmp_path)
+        run.compute = ComputeConfig(device="cpu", tokens=tokens)
+        ensemble = train_ensemble(run, settings, *parents(run), lambda: inputs(ragged_examples(10)))
+        paths |= {artifact.path for artifact in ensemble[0]}
+    assert len(paths) == 4
+
+
+# -------------------------------------------------------------------------------------------- config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ensemble": "snapshots"}, "choose one of: lora_seeds, bootstrap, mc_dropout"),
+        ({"ensemble": "mc_dropout"}, "proxy.lora.dropout=0.0"),
+        ({"ensemble": "bootstrap", "collect": "during_training"}, "take proxy.collect=epoch_end"),
+        (
+            {"ensemble": "mc_dropout", "collect": "during_training", "lora": LoraConfig(dropout=0.1)},
+            "take proxy.collect=epoch_end",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        proxy_config(**changes)

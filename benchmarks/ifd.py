@@ -121,7 +121,9 @@ def main() -> None:
     constants = {"calibration": DEFAULTS.calibration, "safety": DEFAULTS.safety}
     ways: dict[str, Callable[[Sequence[Example]], Any]] = {
         "published": lambda rows: as_loaded_by_users(model, lambda: published(model, rows)),
-        "float32": lambda rows: superfilter(rows, model, silent, max_length=DEFAULTS.max_length),
+        "float32": lambda rows: superfilter(
+            rows, model, silent, max_length=DEFAULTS.max_length, fidelity="fixed", keep="high"
+        ),
         "screened": lambda rows: superfilter_screened(
             rows, model, silent, lambda scored: size, max_length=DEFAULTS.max_length, **constants
         ),

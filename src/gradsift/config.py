@@ -296,27 +296,76 @@ class RandomScorerConfig(ScorerConfig):
         _at_least("scorer.seed", self.seed, 0)
 
 
+FIDELITIES = ("original", "fixed")
+
+
 @dataclass
 class SuperfilterConfig(ScorerConfig):
     """Instruction-following difficulty under the proxy's backbone (Superfiltering)."""
 
     max_length: int = 1024  # L of the published code
+    fidelity: str = "fixed"  # original: with the published code's slips
+    keep: str = "high"  # high: the published direction; low: ranks clean rows higher in noisy data
 
     def __post_init__(self) -> None:
         _at_least("scorer.max_length", self.max_length, 2)
+        _one_of("scorer.fidelity", self.fidelity, FIDELITIES)
+        _one_of("scorer.keep", self.keep, ("high", "low"))
+        if (self.fidelity, self.keep) == ("original", "low"):
+            raise ConfigError(
+                "scorer.keep=low would put first the rows that scorer.fidelity=original gives an IFD of 0 because they "
+                "could not be scored; take scorer.fidelity=fixed"
+            )
 
 
 @dataclass
-class ScreenedSuperfilterConfig(SuperfilterConfig):
+class ScreenedSuperfilterConfig(ScorerConfig):
     """The same selection from bfloat16 scores, of which those that decide are scored again in float32."""
 
+    max_length: int = 1024  # L of the published code
     calibration: int = 32  # random rows scored both ways, for bfloat16's error
     safety: float = 2.0  # error to be reckoned with, in largest errors measured
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _at_least("scorer.max_length", self.max_length, 2)
         _at_least("scorer.calibration", self.calibration, 1)
         _at_least("scorer.safety", self.safety, 1)
+
+
+@dataclass
+class CherryConfig(ScorerConfig):
+    """Instruction-following difficulty as a ratio of losses (Cherry)."""
+
+    max_length: int = 512  # L of the published command
+    fidelity: str = "fixed"  # original: a response is measured after it was cut
+
+    def __post_init__(self) -> None:
+        _at_least("scorer.max_length", self.max_length, 2)
+        _one_of("scorer.fidelity", self.fidelity, FIDELITIES)
+
+
+@dataclass
+class PerplexityConfig(ScorerConfig):
+    """Perplexity of the response under the proxy's backbone, without training."""
+
+    prefer: str = "low"  # middle: closest to the median in the ranking
+
+    def __post_init__(self) -> None:
+        _one_of("scorer.prefer", self.prefer, ("low", "high", "middle"))
+
+
+@dataclass
+class LengthConfig(ScorerConfig):
+    """Length of a part of the example."""
+
+    unit: str = "tokens"  # of the proxy's tokenizer; characters ask for no model
+    part: str = "response"
+    prefer: str = "long"
+
+    def __post_init__(self) -> None:
+        _one_of("scorer.unit", self.unit, ("tokens", "characters"))
+        _one_of("scorer.part", self.part, ("response", "prompt", "both"))
+        _one_of("scorer.prefer", self.prefer, ("long", "short"))
 
 
 @dataclass
@@ -549,7 +598,8 @@ class Config:
         if self._is_embedded:
             return
         foreign = []
-        if self.proxy.model.kind == "nano" and self.scorer_name not in ("random", "full"):
+        counts_characters = isinstance(self.scorer, LengthConfig) and self.scorer.unit == "characters"
+        if self.proxy.model.kind == "nano" and self.scorer_name not in ("random", "full") and not counts_characters:
             foreign.append("proxy=nano (choose proxy=smollm2 or proxy=gpt2)")
         if self.reaches("finetune") and self.target.model.kind == "nano":
             foreign.append("target=nano (choose target=smollm2 or target=llama2_7b, or stop_after=selection)")
@@ -596,6 +646,9 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "random": RandomScorerConfig,
         "superfilter": SuperfilterConfig,
         "superfilter_screened": ScreenedSuperfilterConfig,
+        "cherry": CherryConfig,
+        "perplexity": PerplexityConfig,
+        "length": LengthConfig,
     },
     "selector": {"selector": SelectorConfig},
     "benchmark": {"benchmark": BenchmarkConfig},

@@ -189,6 +189,11 @@ class Line:
             "statistics": Source(lambda: [self.statistics()], lambda: read_statistics(self.statistics())),
             "late_losses": Source(self.late_members, self.late_losses),
             "backbone": Source(lambda: [self.proxy], lambda: self.proxy_backbone),
+            "proxy_inputs": Source(
+                lambda: [self.proxy],
+                lambda: self.proxy_inputs,
+                {"template": self.config.proxy.template, "max_length": self.config.proxy.max_length},
+            ),
             "budget": Source(
                 lambda: nothing,
                 lambda: self.budget,

@@ -62,8 +62,16 @@ class DataConfig:
     limit: int | None = None  # at most this many rows, drawn with `seed`; the order of the file is kept
     holdout: int = 0  # rows set aside before selection, for the held-out loss
     seed: int = 0  # sampling for `limit` and `holdout`; the embedded world's content
+    dedup: str = "none"  # exact: equal texts; near: also texts that share most of their words. The first row stays
+    dedup_threshold: float = 0.8  # Jaccard similarity of word triples from which rows are near duplicates
 
     def __post_init__(self) -> None:
+        _one_of("data.dedup", self.dedup, ("none", "exact", "near"))
+        if not 0.5 <= self.dedup_threshold <= 1:
+            raise ConfigError(
+                f"data.dedup_threshold={self.dedup_threshold} is out of range; give a Jaccard similarity from 0.5 "
+                "(half of the word triples in common) to 1"
+            )
         _at_least("data.limit", self.limit, 1)
         _at_least("data.holdout", self.holdout, 0)
         _at_least("data.seed", self.seed, 0)

@@ -152,7 +152,7 @@ def summary(
         ratios = [before / after for before, after in zip(seconds["published"], seconds[way], strict=True)]
         return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
-    same = set(topk(screened, size).tolist()) == set(topk(float32, size).tolist())
+    same = set(topk(screened, size).positions.tolist()) == set(topk(float32, size).positions.tolist())
     return {
         **ratio("screened"),
         "precision": "bfloat16, float32 where it decides",

@@ -32,8 +32,8 @@ def test_lengths_are_those_counted_by_hand(part: str, byte_tokenizer: Any) -> No
 def test_short_turns_the_ranking_around_and_ties_keep_the_order_of_the_rows() -> None:
     rows = [ROWS[0], *ROWS, ROWS[2]]
     long, short = (length_in_characters(rows, unit="characters", part="response", prefer=p) for p in ("long", "short"))
-    assert topk(long, 5).tolist() == [3, 4, 0, 1, 2]
-    assert topk(short, 5).tolist() == [2, 0, 1, 3, 4]
+    assert topk(long, 5).positions.tolist() == [3, 4, 0, 1, 2]
+    assert topk(short, 5).positions.tolist() == [2, 0, 1, 3, 4]
     np.testing.assert_array_equal(long.parts["characters"], short.parts["characters"])
 
 

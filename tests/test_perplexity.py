@@ -60,12 +60,12 @@ def test_each_direction_takes_its_end_and_the_middle_the_median(backbone: Backbo
     inputs = inputs_of(rows, backbone)
     low, high, middle = (perplexity(inputs, no_bar, prefer=prefer) for prefer in ("low", "high", "middle"))
     found = low.parts["perplexity"]
-    assert topk(low, len(rows)).tolist() == np.argsort(found).tolist()
-    assert topk(high, len(rows)).tolist() == np.argsort(-found).tolist()
+    assert topk(low, len(rows)).positions.tolist() == np.argsort(found).tolist()
+    assert topk(high, len(rows)).positions.tolist() == np.argsort(-found).tolist()
     order = np.argsort(found).tolist()
-    assert found[topk(middle, 1)] == np.median(found)
-    assert set(topk(middle, 3)) == set(order[2:5])  # the middle stretch of the ranking
-    assert set(topk(middle, 5)) == set(order[1:6])
+    assert found[topk(middle, 1).positions] == np.median(found)
+    assert set(topk(middle, 3).positions) == set(order[2:5])  # the middle stretch of the ranking
+    assert set(topk(middle, 5).positions) == set(order[1:6])
 
 
 def test_the_middle_is_a_place_in_the_ranking_and_not_a_value() -> None:
@@ -91,7 +91,7 @@ def test_a_row_without_a_response_token_has_no_score(backbone: Backbone) -> None
     for prefer in ("low", "high", "middle"):
         scores = perplexity(without, no_bar, prefer=prefer)
         assert np.flatnonzero(scores.status == UNDEFINED).tolist() == [2]
-        assert 2 not in topk(scores, len(rows))
+        assert 2 not in topk(scores, len(rows)).positions
 
 
 def test_the_pipeline_scores_without_training(gradsift: Any) -> None:

@@ -121,7 +121,9 @@ def main() -> None:
     constants = {"calibration": DEFAULTS.calibration, "safety": DEFAULTS.safety}
     ways: dict[str, Callable[[Sequence[Example]], Any]] = {
         "published": lambda rows: as_loaded_by_users(model, lambda: published(model, rows)),
-        "float32": lambda rows: superfilter(rows, model, silent, max_length=DEFAULTS.max_length),
+        "float32": lambda rows: superfilter(
+            rows, model, silent, max_length=DEFAULTS.max_length, fidelity="fixed", keep="high"
+        ),
         "screened": lambda rows: superfilter_screened(
             rows, model, silent, lambda scored: size, max_length=DEFAULTS.max_length, **constants
         ),
@@ -150,7 +152,7 @@ def summary(
         ratios = [before / after for before, after in zip(seconds["published"], seconds[way], strict=True)]
         return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
-    same = set(topk(screened, size).tolist()) == set(topk(float32, size).tolist())
+    same = set(topk(screened, size).positions.tolist()) == set(topk(float32, size).positions.tolist())
     return {
         **ratio("screened"),
         "precision": "bfloat16, float32 where it decides",

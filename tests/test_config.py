@@ -87,6 +87,19 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["scorer.eps=0"], "scorer.eps=0.0 must be greater than 0"),
         (["scorer=superfilter_screened", "compute.precision=bfloat16"], "take compute.precision=float32"),
         (["scorer=superfilter_screened", "scorer.safety=0.5"], "scorer.safety=0.5 is out of range"),
+        (["scorer=superfilter", "scorer.fidelity=exact"], "choose one of: original, fixed"),
+        (["scorer=superfilter", "scorer.keep=middle"], "choose one of: high, low"),
+        (["scorer=superfilter", "scorer.keep=low", "scorer.fidelity=original"], "take scorer.fidelity=fixed"),
+        (["scorer=cherry", "scorer.fidelity=no"], "choose one of: original, fixed"),
+        (["scorer=cherry", "scorer.max_length=1"], "scorer.max_length=1 is out of range"),
+        (["scorer=perplexity", "scorer.prefer=best"], "choose one of: low, high, middle"),
+        (["scorer=length", "scorer.unit=words"], "choose one of: tokens, characters"),
+        (["scorer=length", "scorer.part=all"], "choose one of: response, prompt, both"),
+        (["scorer=length", "scorer.prefer=high"], "choose one of: long, short"),
+        (["scorer=length", "data=json", "data.path=x", "stop_after=selection"], "proxy=nano (choose proxy=smollm2"),
+        (["data.dedup=some"], "choose one of: none, exact, near"),
+        (["data.dedup_threshold=0.4"], "data.dedup_threshold=0.4 is out of range"),
+        (["data.dedup_threshold=nan"], "data.dedup_threshold=nan is out of range"),
         (
             ["selector=facility_location", "alpha=0.3"],
             "selector.candidates=0.2 lets fewer examples enter than alpha=0.3",
@@ -133,6 +146,17 @@ def test_a_value_that_cannot_be_used_is_named_with_the_remedy(
     assert "\n" not in str(caught.value)
 
 
+def test_characters_of_any_data_can_be_counted_without_a_proxy() -> None:
+    config = composed("scorer=length", "scorer.unit=characters", "data=json", "data.path=x", "stop_after=selection")
+    assert config.scorer._target_ == "gradsift.scoring.length.length_in_characters"
+
+
+def test_cherrys_budget_is_a_share_of_the_surviving_rows() -> None:
+    config = composed("method=cherry")
+    assert (config.scorer_name, config.budget_base) == ("cherry", "scored")
+    assert composed("method=cherry", "budget_base=accepted").budget_base == "accepted"
+
+
 def test_full_needs_no_judge_that_could_be_asked() -> None:
     assert composed("scorer=full", "benchmark=vicuna", "target=smollm2").judge.name == "verifier"
 
@@ -165,7 +189,13 @@ def test_names_and_types_are_refused_while_composing(override: str) -> None:
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["scorer=superfilter", "alpha=0.05"], ["scorer=superfilter_screened"], ["scorer=random", "judge=openai"]],
+    [
+        [],
+        ["scorer=superfilter", "alpha=0.05"],
+        ["scorer=superfilter_screened"],
+        ["scorer=random", "judge=openai"],
+        ["scorer=length"],
+    ],
 )
 def test_a_dumped_config_comes_back_as_it_was(overrides: list[str]) -> None:
     config = composed(*overrides)

@@ -14,11 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from gradsift.config import FIDELITIES
 from gradsift.data.examples import Example
 from gradsift.errors import GradsiftError
+from gradsift.scoring import spans as spans_module
 from gradsift.scoring import superfilter as superfilter_module
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
-from gradsift.scoring.superfilter import Screening, Span, in_bfloat16, span_losses, superfilter, superfilter_screened
+from gradsift.scoring.spans import Span, span_losses
+from gradsift.scoring.superfilter import Screening, in_bfloat16, published_scores, superfilter_screened
 from gradsift.selection.topk import topk
 from gradsift.training import head as head_module
 from gradsift.training.backbones import Backbone
@@ -67,6 +70,18 @@ def model_of(architecture: str, size: int) -> Any:
     if architecture == "llama":
         return LlamaForCausalLM(LlamaConfig(vocab_size=size, **SMALL)).requires_grad_(False).eval()
     return Gemma2ForCausalLM(Gemma2Config(vocab_size=size, **SMALL)).requires_grad_(False).eval()  # caps its logits
+
+
+def superfilter(
+    rows: Sequence[Example],
+    backbone: Backbone,
+    task: Any,
+    *,
+    max_length: int,
+    fidelity: str = "fixed",
+    keep: str = "high",
+) -> Scores:
+    return superfilter_module.superfilter(rows, backbone, task, max_length=max_length, fidelity=fidelity, keep=keep)
 
 
 def examples() -> list[Example]:
@@ -136,6 +151,97 @@ def test_equal_rows_tie_wherever_they_stand(backbone: Backbone) -> None:
     rows = [*examples(), *examples()[::-1]]
     scores = superfilter(rows, backbone, no_bar, max_length=128).score
     np.testing.assert_array_equal(scores[: len(TEXTS)], scores[len(TEXTS) :][::-1])
+
+
+# ---------------------------------------------------------------------- the published slips, the other direction
+
+PUBLISHED = [
+    *TEXTS,
+    ("nothing to say", "", ""),  # the published code leaves such a row out before it is scored; no token is no token
+    ("an answer too long for the model and for the length", "", "word " * 30),
+    ("a prompt too long " * 9, "", "word " * 3),
+]
+
+
+def published_ifd(backbone: Backbone, instruction: str, input_: str, output: str, limit: int) -> float:
+    """Perplexities row by row as the published code takes them: 0 after any exception, float32, NaN kept."""
+
+    def perplexity(text: str, limit: int, masked: str) -> float:
+        ids = backbone.tokenizer(text)["input_ids"][:limit]
+        start = len(backbone.tokenizer(masked)["input_ids"]) if masked else 0
+        try:
+            with torch.no_grad():
+                if not ids:
+                    raise IndexError("no token")  # torch's own complaint differs from version to version
+                logits = backbone.model(torch.tensor([ids])).logits[0, :-1]
+            labels = torch.tensor([-100] * min(start, len(ids)) + ids[start:])[1:]
+            return torch.exp(torch.nn.functional.cross_entropy(logits, labels)).item()
+        except (IndexError, RuntimeError):
+            return 0.0
+
+    prompt = f"{instruction}\n{input_}\n" if input_ else f"{instruction}\n"
+    p = len(backbone.tokenizer(prompt)["input_ids"][:limit])
+    alone, conditioned = perplexity(output, limit - p + 1, ""), perplexity(prompt + output, limit, prompt)
+    try:
+        return conditioned / alone
+    except ZeroDivisionError:
+        return 0.0
+
+
+@pytest.mark.parametrize("limit", [40, 128, 300])
+def test_original_gives_what_the_published_code_gives(limit: int, backbone: Backbone) -> None:
+    rows = [Example(i, f"{i}-0", str(i), (), *text, {}) for i, text in enumerate(PUBLISHED)]
+    expected = np.array([published_ifd(backbone, *text, limit) for text in PUBLISHED])
+    scores = superfilter(rows, backbone, no_bar, max_length=limit, fidelity="original")
+    np.testing.assert_allclose(scores.score, expected, rtol=1e-4)
+    # the rows that the published code keeps, in its order
+    kept = sorted((row for row in range(len(rows)) if expected[row] < 1), key=lambda row: -expected[row])
+    assert topk(scores, len(rows)).positions.tolist() == kept
+    failed = [row for row in kept if expected[row] == 0]
+    assert failed == ([8, 9, 10] if limit == 300 else [8])  # 300 tokens are more than the model's 128
+    assert kept[-len(failed) :] == failed
+    assert scores.diagnostics[0].values == {"failed": float(len(failed))}
+    assert scores.diagnostics[0].verdict == "warning"
+    fixed = superfilter(rows, backbone, no_bar, max_length=limit)
+    assert fixed.status[8] == UNDEFINED
+
+
+def test_original_and_fixed_agree_where_nothing_slips(backbone: Backbone) -> None:
+    published, ours = (superfilter(examples(), backbone, no_bar, max_length=40, fidelity=f) for f in FIDELITIES)
+    assert published.status.tolist() == ours.status.tolist()
+    assert published.reason.tolist() == ours.reason.tolist()
+    np.testing.assert_allclose(published.score, ours.score, rtol=1e-5)
+    assert published.diagnostics[0].verdict == "ok"
+
+
+def test_perplexities_beyond_float32_are_infinite_in_the_published_code() -> None:
+    losses = np.array([[100.0, 1.0, 100.0, 1.0], [1.0, 100.0, 100.0, 0.5]])
+    scores = published_scores(*losses, np.zeros((2, 4), dtype=bool))
+    assert scores.status.tolist() == [SCORED, EXCLUDED, UNDEFINED, SCORED]
+    assert scores.score[0] == 0
+    assert "float32" in scores.reason[2]
+
+
+def test_original_counts_the_start_token_that_the_tokenizer_puts_there(backbone: Backbone) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = backbone.tokenizer
+    eos = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{eos[0]} $A", special_tokens=[eos])
+    one = [examples()[4]]  # an answer of one token has a token before it now
+    scores = superfilter(one, backbone, no_bar, max_length=40, fidelity="original")
+    np.testing.assert_allclose(scores.score, [published_ifd(backbone, *TEXTS[4], 40)], rtol=1e-4)
+    assert superfilter(one, backbone, no_bar, max_length=40).status.tolist() == [UNDEFINED]
+
+
+def test_low_turns_the_ranking_of_the_scored_around(backbone: Backbone) -> None:
+    high, low = (superfilter(many(), backbone, no_bar, max_length=128, keep=keep) for keep in ("high", "low"))
+    assert high.status.tolist() == low.status.tolist()
+    np.testing.assert_array_equal(low.score, -high.score)
+    np.testing.assert_array_equal(low.parts["ifd"], high.parts["ifd"])
+    defined = high.score[high.status == SCORED]
+    assert high.score[topk(high, 1).positions] == defined.max()
+    assert high.score[topk(low, 1).positions] == defined.min()
 
 
 # ------------------------------------------------------------------------------------ the output head
@@ -210,7 +316,7 @@ def test_screening_selects_what_float32_selects(architecture: str, byte_tokenize
     spared = 0
     for size in (1, 4, 8, 20, 79):
         scores = screened(many(), backbone, lambda scored, size=size: size)
-        assert set(topk(scores, size)) == set(topk(expected, size))
+        assert set(topk(scores, size).positions) == set(topk(expected, size).positions)
         assert scores.status.tolist() == expected.status.tolist()
         bits = scores.parts["bits"]
         np.testing.assert_allclose(scores.score[bits == 32], expected.score[bits == 32], rtol=1e-5)
@@ -228,7 +334,7 @@ def test_screening_counts_the_scored_for_a_budget_of_them(backbone: Backbone) ->
     scores = screened(many(), backbone, half)
     expected = superfilter(many(), backbone, no_bar, max_length=128)
     assert asked[-1] == (expected.status == SCORED).sum()
-    assert set(topk(scores, asked[-1] // 2)) == set(topk(expected, asked[-1] // 2))
+    assert set(topk(scores, asked[-1] // 2).positions) == set(topk(expected, asked[-1] // 2).positions)
 
 
 @settings(deadline=None, max_examples=200)
@@ -255,7 +361,7 @@ def test_screening_is_right_among_crowds_near_one_and_near_the_last_place(seed: 
     def selected(values: np.ndarray) -> set[int]:
         scores = Scores(values)
         scores.mark(~(values < 1), EXCLUDED, "not below 1")
-        return set(topk(scores, size).tolist())
+        return set(topk(scores, size).positions.tolist())
 
     assert selected(screening.values) == selected(exact)
     np.testing.assert_array_equal(screening.values < 1, exact < 1)
@@ -304,13 +410,13 @@ def test_out_of_memory_halves_the_batch_and_changes_no_score(
 ) -> None:
     spans = [Span(np.arange(start, start + 20, dtype=np.int32), 5) for start in range(12)]
     expected = span_losses(backbone, spans, range(12), lambda done: None)
-    whole = superfilter_module._batch_losses
+    whole = spans_module._batch_losses
 
     def small(backbone: Backbone, head: Any, spans: Sequence[Span]) -> np.ndarray:
         if len(spans) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(backbone, head, spans)
 
-    monkeypatch.setattr(superfilter_module, "_batch_losses", small)
+    monkeypatch.setattr(spans_module, "_batch_losses", small)
     np.testing.assert_allclose(span_losses(backbone, spans, range(12), lambda done: None), expected, rtol=1e-5)
     assert "memory ran out with 240 tokens at once" in capsys.readouterr().out

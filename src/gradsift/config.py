@@ -62,8 +62,16 @@ class DataConfig:
     limit: int | None = None  # at most this many rows, drawn with `seed`; the order of the file is kept
     holdout: int = 0  # rows set aside before selection, for the held-out loss
     seed: int = 0  # sampling for `limit` and `holdout`; the embedded world's content
+    dedup: str = "none"  # exact: equal texts; near: also texts that share most of their words. The first row stays
+    dedup_threshold: float = 0.8  # Jaccard similarity of word triples from which rows are near duplicates
 
     def __post_init__(self) -> None:
+        _one_of("data.dedup", self.dedup, ("none", "exact", "near"))
+        if not 0.5 <= self.dedup_threshold <= 1:
+            raise ConfigError(
+                f"data.dedup_threshold={self.dedup_threshold} is out of range; give a Jaccard similarity from 0.5 "
+                "(half of the word triples in common) to 1"
+            )
         _at_least("data.limit", self.limit, 1)
         _at_least("data.holdout", self.holdout, 0)
         _at_least("data.seed", self.seed, 0)
@@ -368,25 +376,38 @@ class RandomScorerConfig(ScorerConfig):
         _at_least("scorer.seed", self.seed, 0)
 
 
+FIDELITIES = ("original", "fixed")
+
+
 @dataclass
 class SuperfilterConfig(ScorerConfig):
     """Instruction-following difficulty under the proxy's backbone (Superfiltering)."""
 
     max_length: int = 1024  # L of the published code
+    fidelity: str = "fixed"  # original: with the published code's slips
+    keep: str = "high"  # high: the published direction; low: ranks clean rows higher in noisy data
 
     def __post_init__(self) -> None:
         _at_least("scorer.max_length", self.max_length, 2)
+        _one_of("scorer.fidelity", self.fidelity, FIDELITIES)
+        _one_of("scorer.keep", self.keep, ("high", "low"))
+        if (self.fidelity, self.keep) == ("original", "low"):
+            raise ConfigError(
+                "scorer.keep=low would put first the rows that scorer.fidelity=original gives an IFD of 0 because they "
+                "could not be scored; take scorer.fidelity=fixed"
+            )
 
 
 @dataclass
-class ScreenedSuperfilterConfig(SuperfilterConfig):
+class ScreenedSuperfilterConfig(ScorerConfig):
     """The same selection from bfloat16 scores, of which those that decide are scored again in float32."""
 
+    max_length: int = 1024  # L of the published code
     calibration: int = 32  # random rows scored both ways, for bfloat16's error
     safety: float = 2.0  # error to be reckoned with, in largest errors measured
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _at_least("scorer.max_length", self.max_length, 2)
         _at_least("scorer.calibration", self.calibration, 1)
         _at_least("scorer.safety", self.safety, 1)
 
@@ -420,6 +441,42 @@ class GradsConfig(ScorerConfig):
         _one_of("scorer.diversity", self.diversity, ("spread", "words"))
         _one_of("scorer.scale", self.scale, ("rank", "minmax"))
         _at_least("scorer.neighbours", self.neighbours, 1)
+
+
+@dataclass
+class CherryConfig(ScorerConfig):
+    """Instruction-following difficulty as a ratio of losses (Cherry)."""
+
+    max_length: int = 512  # L of the published command
+    fidelity: str = "fixed"  # original: a response is measured after it was cut
+
+    def __post_init__(self) -> None:
+        _at_least("scorer.max_length", self.max_length, 2)
+        _one_of("scorer.fidelity", self.fidelity, FIDELITIES)
+
+
+@dataclass
+class PerplexityConfig(ScorerConfig):
+    """Perplexity of the response under the proxy's backbone, without training."""
+
+    prefer: str = "low"  # middle: closest to the median in the ranking
+
+    def __post_init__(self) -> None:
+        _one_of("scorer.prefer", self.prefer, ("low", "high", "middle"))
+
+
+@dataclass
+class LengthConfig(ScorerConfig):
+    """Length of a part of the example."""
+
+    unit: str = "tokens"  # of the proxy's tokenizer; characters ask for no model
+    part: str = "response"
+    prefer: str = "long"
+
+    def __post_init__(self) -> None:
+        _one_of("scorer.unit", self.unit, ("tokens", "characters"))
+        _one_of("scorer.part", self.part, ("response", "prompt", "both"))
+        _one_of("scorer.prefer", self.prefer, ("long", "short"))
 
 
 @dataclass
@@ -732,7 +789,8 @@ class Config:
         foreign = []
         if isinstance(self.target_set, VerifiableTargetSetConfig):
             foreign.append("target_set=verifiable (choose target_set=json target_set.path=FILE)")
-        if self.proxy.model.kind == "nano" and self.scorer_name not in ("random", "full"):
+        counts_characters = isinstance(self.scorer, LengthConfig) and self.scorer.unit == "characters"
+        if self.proxy.model.kind == "nano" and self.scorer_name not in ("random", "full") and not counts_characters:
             foreign.append("proxy=nano (choose proxy=smollm2 or proxy=gpt2)")
         if self.reaches("finetune") and self.target.model.kind == "nano":
             foreign.append("target=nano (choose target=smollm2 or target=llama2_7b, or stop_after=selection)")
@@ -785,6 +843,9 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "superfilter": SuperfilterConfig,
         "superfilter_screened": ScreenedSuperfilterConfig,
         "grads": GradsConfig,
+        "cherry": CherryConfig,
+        "perplexity": PerplexityConfig,
+        "length": LengthConfig,
     },
     "selector": {
         "selector": SelectorConfig,

@@ -221,6 +221,11 @@ class Line:
                 lambda: [self.embedding_gradients()], lambda: read_embedding_gradients(self.embedding_gradients())
             ),
             "backbone": Source(lambda: [self.proxy], lambda: self.proxy_backbone),
+            "proxy_inputs": Source(
+                lambda: [self.proxy],
+                lambda: self.proxy_inputs,
+                {"template": self.config.proxy.template, "max_length": self.config.proxy.max_length},
+            ),
             "budget": Source(
                 lambda: nothing,
                 lambda: self.budget,

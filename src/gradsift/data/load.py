@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from gradsift.artifacts import Artifact, file_hash
 from gradsift.config import DataConfig, FieldsConfig, HubDataConfig, JsonDataConfig, VerifiableDataConfig
-from gradsift.data import formats, verifiable
+from gradsift.data import dedup, formats, verifiable
 from gradsift.data.examples import Example, Rejected, draw, read_examples, write_examples, write_rejected
-from gradsift.errors import DataError
+from gradsift.errors import ConfigError, DataError
 from gradsift.runtime import Runtime
 
 VERSION = 1
@@ -34,14 +34,26 @@ class Labels:
 
 
 def load(runtime: Runtime, config: DataConfig) -> Artifact:
-    """Read, check and number the examples; set held-out ones aside."""
+    """Read, check and number the examples; drop repeated ones where asked to; set held-out ones aside."""
     if isinstance(config, VerifiableDataConfig):
         return _load_world(runtime, config)
     if isinstance(config, JsonDataConfig):
         path = Path(config.path).expanduser()
-        settings = asdict(config) | {"path": None, "kind": formats.file_kind(path), "sha256": formats.hash_of(path)}
+        settings = _settings(config) | {"path": None, "kind": formats.file_kind(path), "sha256": formats.hash_of(path)}
         return _load_rows(runtime, config, settings, path)
-    return _load_rows(runtime, config, asdict(config), None)
+    return _load_rows(runtime, config, _settings(config), None)
+
+
+def _settings(config: DataConfig) -> dict[str, Any]:
+    """What changes the examples: of the options about duplicates those that have a say."""
+    settings = asdict(config)
+    if config.dedup != "near":
+        del settings["dedup_threshold"]
+    else:
+        settings["dedup_version"] = dedup.VERSION
+    if config.dedup == "none":
+        del settings["dedup"]
+    return settings
 
 
 def _load_rows(runtime: Runtime, config: DataConfig, settings: Mapping[str, Any], path: Path | None) -> Artifact:
@@ -52,13 +64,30 @@ def _load_rows(runtime: Runtime, config: DataConfig, settings: Mapping[str, Any]
         elif isinstance(config, HubDataConfig):
             rows = formats.load_hub(config.id, config.revision, config.split)
         examples, rejected = formats.parse_rows(rows, config.format, config.fields, source=_name(config))
-        return _write(folder, config, examples, rejected)
+        kept, repeated = _without_duplicates(runtime, config, examples)
+        return _write(folder, config, kept, sorted([*rejected, *repeated], key=lambda row: row.row))
 
     return runtime.store.obtain("load", config.name, settings, [], make, version=VERSION)
 
 
 def _name(config: JsonDataConfig | HubDataConfig) -> str:
     return config.path if isinstance(config, JsonDataConfig) else config.id
+
+
+def _without_duplicates(
+    runtime: Runtime, config: DataConfig, examples: Sequence[Example]
+) -> tuple[list[Example], list[Rejected]]:
+    if config.dedup == "none":
+        return list(examples), []
+    with runtime.display.task(f"data.dedup={config.dedup}", len(examples)) as advance:
+        kept, repeated = dedup.deduplicated(examples, config.dedup, config.dedup_threshold, advance)
+    if repeated and config.holdout >= len(kept):
+        raise ConfigError(
+            f"data.dedup={config.dedup} drops {len(repeated):,} of the {len(examples):,} rows, and "
+            f"data.holdout={config.holdout} leaves none of the other {len(kept):,} to select from; give a smaller "
+            "data.holdout, or data.dedup=none"
+        )
+    return kept, repeated
 
 
 def _write(
@@ -85,7 +114,8 @@ def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
         examples, rejected = formats.parse_rows(enumerate(world.rows), "alpaca", FieldsConfig())
         if rejected:
             raise DataError(f"the embedded world made an unusable row {rejected[0].row}: {rejected[0].reason}")
-        pool, _ = draw(examples, config.limit, 0, config.seed)
+        kept, repeated = _without_duplicates(runtime, config, examples)
+        pool, _ = draw(kept, config.limit, 0, config.seed)
         labels = [world.labels[example.row_index] for example in pool]
         write_examples(folder / EXAMPLES_FILE, pool)
         # the benchmark's own answers serve as held-out examples: they are clean, unlike the pool
@@ -93,10 +123,11 @@ def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
         write_examples(folder / HELDOUT_FILE, formats.parse_rows(enumerate(held), "alpaca", FieldsConfig())[0])
         quality, family = [label.quality for label in labels], [label.family for label in labels]
         pq.write_table(pa.table({"quality": quality, "family": family}), folder / LABELS_FILE)
+        write_rejected(folder / "rejected.jsonl", repeated)
         (folder / BENCHMARK_FILE).write_text(json.dumps(world.benchmark, indent=1), encoding="utf-8")
-        return {"rows": len(pool), "accepted": len(examples), "heldout": len(held), "rejected": 0}
+        return {"rows": len(pool), "accepted": len(kept), "heldout": len(held), "rejected": len(repeated)}
 
-    return runtime.store.obtain("load", f"{config.name}-{config.size}", asdict(config), [], make, version=VERSION)
+    return runtime.store.obtain("load", f"{config.name}-{config.size}", _settings(config), [], make, version=VERSION)
 
 
 def pool_of(loaded: Artifact) -> list[Example]:

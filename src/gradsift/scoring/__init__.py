@@ -11,6 +11,7 @@ nothing else:
                  `gradsift.gradients.embedding_head.EmbeddingGradients` after the first epoch of the ensemble's
                  first adapter, which alone is trained for it
     backbone     the proxy's backbone, without adapters
+    proxy_inputs the backbone, and the examples in tokens of the proxy's template
     budget       `budget(scored)`: how many examples will be selected where `scored` have a score. The
                  scores then belong to one alpha, and every alpha computes its own
     task         a progress bar: `with task(description, total) as advance`

@@ -2,75 +2,84 @@
 
     IFD(x, y) = exp(mean loss of y after the prompt x) / exp(mean loss of y alone)
 
-Highest IFD below 1 is kept. The details are those of the published procedure: the prompt is
-`instruction` and `input`, a line each, whatever template the training uses; neither BOS nor EOS;
-p tokens of the prompt cut to L; the answer alone is cut to L - p + 1 tokens and its first token is
-not scored; prompt and answer together are cut to L, and only the tokens after those of the text
-before the answer's last occurrence are scored. Two things differ on purpose: an answer without a
-score is `undefined` with a reason (the published code drops it silently), and the budget's base is
-not fixed to 52,002. For conversations, where the source is silent, the prompt is all that comes
-before the last response.
+Highest IFD below 1 is kept; `keep=low` keeps the lowest, which ranks clean rows higher in noisy data.
+The details are those of the published procedure: the prompt is `instruction` and `input`, a line each,
+whatever template the training uses; neither BOS nor EOS; p tokens of the prompt cut to L; the answer
+alone is cut to L - p + 1 tokens and its first token is not scored; prompt and answer together are cut
+to L, and only the tokens after those of the prompt are scored. For conversations, where the source is
+silent, the prompt is all that comes before the last response.
 
-`superfilter_screened` selects the same rows in less time where bfloat16 is fast: see there.
+`fidelity=original` gives every row the IFD that the published code gives it, slips included:
+
+    a text that its model cannot take        IFD 0: a row like any other, at the end of the ranking. That is
+                                             a text without a token, or with more of them than the backbone's
+                                             context where max_length is larger than that
+    an answer of one token                   IFD NaN, so it is never selected; `undefined` here in both ways
+    a perplexity that float32 cannot hold    infinite: IFD 0, at least 1 or NaN, by which of the two it is
+    a tokenizer that puts BOS before a text  BOS counts as a token (GPT-2's puts none)
+
+`fixed` never makes a number of a failure, cuts to the context, and calculates in float64. The published
+budget, a share of 52,002 rows whatever the data, belongs to the selection and is not reproduced: for k rows
+of N give alpha=k/N.
+
+`superfilter_screened` selects the same rows as `fixed` in less time where bfloat16 is fast: see there.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from gradsift.data.batching import length_batches
 from gradsift.data.examples import Example
+from gradsift.diagnostics import Diagnostic
 from gradsift.errors import GradsiftError
 from gradsift.runtime import Advance
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
+from gradsift.scoring.spans import Span, Task, span_losses, token_ids
 from gradsift.training.backbones import Backbone
-from gradsift.training.device import TokenBudget
-from gradsift.training.finetuning import require_finite
-from gradsift.training.head import OutputHead, token_losses
 
-_CHUNK = 1000  # examples tokenised in one call
-_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # padded; no result depends on it. A CPU has them in its caches
-
-Task = Callable[[str, int], AbstractContextManager[Advance]]
+_NOTHING_LEFT = "the prompt leaves no token of the response within max_length"
+_NOTHING_ALONE = "the response has a single token, of which none is scored alone"
+_NOT_BELOW_ONE = "IFD is at least 1: the prompt does not make the response likelier"
 
 
-@dataclass(frozen=True)
-class Span:
-    """Token ids, of which those from `start` on are scored."""
-
-    ids: np.ndarray  # (T,) int32
-    start: int
-
-    @property
-    def first(self) -> int:
-        """The first token that is scored: at least the second, as nothing predicts the first."""
-        return max(1, self.start)
-
-    @property
-    def scored(self) -> int:
-        return max(0, len(self.ids) - self.first)
-
-
-def superfilter(examples: Sequence[Example], backbone: Backbone, task: Task, *, max_length: int) -> Scores:
+def superfilter(
+    examples: Sequence[Example], backbone: Backbone, task: Task, *, max_length: int, fidelity: str, keep: str
+) -> Scores:
     """IFD of each example under the proxy's backbone, without adapters.
 
     Args:
-        max_length: L of the published code; the model's context where that is smaller.
+        max_length: L of the published code. With `fixed` the model's context where that is smaller.
+        fidelity: original or fixed; see above.
+        keep: high (the published direction) or low: what a high score stands for.
     """
-    alone, together = spans_of(examples, backbone, max_length)
+    if fidelity == "original":
+        prompts, answers = [ifd_prompt(example) for example in examples], [example.output for example in examples]
+        alone, together = ifd_spans(backbone.tokenizer, prompts, answers, max_length, special=True)
+    else:
+        alone, together = spans_of(examples, backbone, max_length)
+    spans = [*alone, *together]
+    fails = np.array([fidelity == "original" and not 0 < len(span.ids) <= backbone.context for span in spans])
     row_indices = [example.row_index for example in examples]
-    with task("superfilter", 2 * len(examples)) as advance:
-        losses = span_losses(backbone, [*alone, *together], 2 * row_indices, advance)
+    with task("superfilter", len(spans)) as advance:
+        losses = np.full(len(spans), np.nan)
+        passed = np.flatnonzero(~fails)
+        chosen, rows = [spans[i] for i in passed], [row_indices[i % len(examples)] for i in passed]
+        losses[passed] = span_losses(backbone, chosen, rows, advance)
+        advance(int(fails.sum()))
     loss_alone, loss_together = losses.reshape(2, -1)
-    return ifd_scores(loss_alone, loss_together, {})
+    if fidelity == "original":
+        scores = published_scores(loss_alone, loss_together, fails.reshape(2, -1))
+    else:
+        scores = ifd_scores(loss_alone, loss_together, {})
+    if keep == "low":
+        scores.score = -scores.score
+    return scores
 
 
 def superfilter_screened(
@@ -188,9 +197,36 @@ def ifd_scores(loss_alone: np.ndarray, loss_together: np.ndarray, parts: dict[st
     """The score table of mean losses (N,) in nats; NaN where there is none."""
     ifd = np.exp(loss_together) / np.exp(loss_alone)
     scores = Scores(ifd, {"ifd": ifd, "loss_alone": loss_alone, "loss_with_prompt": loss_together, **parts})
-    scores.mark(np.isnan(loss_together), UNDEFINED, "the prompt leaves no token of the response within max_length")
-    scores.mark(np.isnan(loss_alone), UNDEFINED, "the response has a single token, of which none is scored alone")
-    scores.mark(ifd >= 1, EXCLUDED, "IFD is at least 1: the prompt does not make the response likelier")
+    scores.mark(np.isnan(loss_together), UNDEFINED, _NOTHING_LEFT)
+    scores.mark(np.isnan(loss_alone), UNDEFINED, _NOTHING_ALONE)
+    scores.mark(ifd >= 1, EXCLUDED, _NOT_BELOW_ONE)
+    return scores
+
+
+def published_scores(loss_alone: np.ndarray, loss_together: np.ndarray, fails: np.ndarray) -> Scores:
+    """The score table as the published code would fill it.
+
+    Args:
+        loss_alone, loss_together: (N,) nats; NaN where no token is scored.
+        fails: (2, N) bool, texts (alone, together) that the model cannot take: perplexity and loss are 0 there.
+    """
+    losses = np.where(fails, 0.0, [loss_alone, loss_together])
+    with np.errstate(over="ignore", invalid="ignore"):
+        alone, together = np.where(fails, 0.0, np.exp(losses.astype(np.float32)).astype(float))
+        ifd = np.divide(together, alone, out=np.zeros_like(alone), where=~fails[0])  # 0 in place of a division by 0
+    either = fails.any(0)
+    failed = Diagnostic.judged(
+        "failed_rows",
+        bool(either.any()),
+        {"failed": float(either.sum())},
+        f"{int(either.sum()):,} rows have IFD 0 because their text could not be scored, as in the published code",
+        "whether such rows were selected; scorer.fidelity=fixed leaves them out",
+    )
+    scores = Scores(ifd, {"ifd": ifd, "loss_alone": losses[0], "loss_with_prompt": losses[1]}, [failed])
+    scores.mark(np.isnan(ifd) & np.isnan(losses[1]), UNDEFINED, _NOTHING_LEFT)
+    scores.mark(np.isnan(ifd) & np.isnan(losses[0]), UNDEFINED, _NOTHING_ALONE)
+    scores.mark(np.isnan(ifd), UNDEFINED, "both perplexities are larger than float32 can hold")
+    scores.mark(ifd >= 1, EXCLUDED, _NOT_BELOW_ONE)
     return scores
 
 
@@ -207,25 +243,20 @@ def spans_of(examples: Sequence[Example], backbone: Backbone, max_length: int) -
 
 
 def ifd_spans(
-    tokenizer: object, prompts: Sequence[str], answers: Sequence[str], limit: int
+    tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], limit: int, *, special: bool = False
 ) -> tuple[list[Span], list[Span]]:
-    """Token spans of the answers alone and of the answers after their prompts."""
+    """Token spans of the answers alone and of the answers after their prompts.
+
+    The published code looks for the answer's last occurrence in the text. As the text ends with the answer, all
+    before that is the prompt, whatever else the prompt repeats.
+    """
     alone, together = [], []
-    for first in range(0, len(prompts), _CHUNK):  # bounds the memory that the tokenizer's own records take
-        chunk = slice(first, first + _CHUNK)
-        before = [prompt + answer for prompt, answer in zip(prompts[chunk], answers[chunk], strict=True)]
-        # the answer may stand in the text twice: all before its last occurrence is context
-        contexts = [text[: text.rfind(answer)] for text, answer in zip(before, answers[chunk], strict=True)]
-        ids = (_ids(tokenizer, texts) for texts in (prompts[chunk], answers[chunk], before, contexts))
-        for prompt, answer, text, context in zip(*ids, strict=True):
-            alone.append(Span(answer[: limit - min(len(prompt), limit) + 1], 1))
-            together.append(Span(text[:limit], len(context)))
+    texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    ids = (token_ids(tokenizer, each, special=special) for each in (prompts, answers, texts))
+    for prompt, answer, text in zip(*ids, strict=True):
+        alone.append(Span(answer[: limit - min(len(prompt), limit) + 1], 1))
+        together.append(Span(text[:limit], len(prompt)))
     return alone, together
-
-
-def _ids(tokenizer: object, texts: Sequence[str]) -> list[np.ndarray]:
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[operator]
-    return [np.array(ids, dtype=np.int32) for ids in encoded]
 
 
 def in_bfloat16(model: nn.Module) -> nn.Module:
@@ -235,61 +266,3 @@ def in_bfloat16(model: nn.Module) -> nn.Module:
         for weight in model.parameters()
     }
     return copy.deepcopy(model, weights)
-
-
-def span_losses(
-    backbone: Backbone, spans: Sequence[Span], row_indices: Sequence[int] | None, advance: Advance
-) -> np.ndarray:
-    """Mean loss (nats) over each span's scored tokens, (N,) float64; NaN where a span scores none.
-
-    Args:
-        row_indices: of the spans in the data's source, for errors; None where a loss may be NaN or infinite.
-    """
-    losses = np.full(len(spans), np.nan)
-    same: dict[tuple[int, bytes], list[int]] = {}  # equal spans are passed once, so that their losses tie
-    for index, span in enumerate(spans):
-        if span.scored:
-            same.setdefault((span.first, span.ids.tobytes()), []).append(index)
-    groups = list(same.values())
-    advance(len(spans) - sum(map(len, groups)))
-    head = OutputHead.of(backbone.model)
-    budget = TokenBudget(_BATCH_TOKENS[backbone.model.device.type])
-    lengths = [len(spans[group[0]].ids) for group in groups]
-    for batch in length_batches(lengths, budget.tokens):
-
-        def means_of(tokens: int, batch: Sequence[int] = batch) -> dict[int, float]:
-            means: dict[int, float] = {}
-            for part in length_batches([lengths[position] for position in batch], tokens):
-                positions = [batch[index] for index in part]
-                found = _batch_losses(backbone, head, [spans[groups[position][0]] for position in positions])
-                means |= dict(zip(positions, found.tolist(), strict=True))
-            return means
-
-        for position, mean in budget.run(means_of, [lengths[position] for position in batch]).items():
-            losses[groups[position]] = mean
-        rows = [index for position in batch for index in groups[position]]
-        if row_indices is not None:
-            require_finite("loss", torch.tensor(rows), torch.from_numpy(losses[rows]), row_indices)
-        advance(len(rows))
-    return losses
-
-
-@torch.inference_mode()
-def _batch_losses(backbone: Backbone, head: OutputHead | None, spans: Sequence[Span]) -> np.ndarray:
-    """Padded on the right, so that causal attention never sees the padding, and needs no mask."""
-    device = backbone.model.device
-    longest = max(len(span.ids) for span in spans)
-    ids = torch.full((len(spans), longest), backbone.pad_id)
-    for row, span in enumerate(spans):
-        ids[row, : len(span.ids)] = torch.from_numpy(span.ids)
-    # where to predict is worked out here and not by a mask on the device, which would have to be waited for
-    predicted = [torch.arange(span.first, len(span.ids)) + row * longest for row, span in enumerate(spans)]
-    positions = torch.cat(predicted)
-    losses = token_losses(
-        backbone.model,
-        head,
-        {"input_ids": ids.to(device)},
-        (positions - 1).to(device),
-        ids.flatten()[positions].to(device),
-    )
-    return np.array([float(part.mean()) for part in losses.cpu().double().split([span.scored for span in spans])])

@@ -1,0 +1,90 @@
+"""Instruction-following difficulty as a ratio of losses (Cherry, arXiv 2308.12032).
+
+    IFD(x, y) = mean loss of y after the prompt x / mean loss of y alone
+
+Superfiltering's score of the same name is a ratio of perplexities, with another prompt: the two rank rows
+differently. Here the prompt is Alpaca's, "alone" means after the bare line "### Response:", a start token
+comes first where the tokenizer puts one there by itself, and every token of the answer is scored, both times.
+p tokens of the prompt, cut to L; prompt and answer cut to L. Highest IFD up to 1 is kept. The budget is a
+share of the rows that survive: budget_base=scored, as in method=cherry. For conversations, where the source
+is silent, the prompt is all that comes before the last response. The published model first learns from 1,000
+diverse rows; ours is the proxy's backbone as it is: name a model that has done so if you want that step.
+
+`fidelity=original` measures the answer after the cut to L - p + 4 tokens, "### Response:" included. The rule
+"prompt and answer longer than L" then depends on how many tokens that line has: with LLaMA's tokenizer no
+row is ever too long, and the two losses of a long answer are means over different tokens. `fixed` measures
+it before the cut, which is what the rule says. Not reproduced, for they belong to the selection: of rows with
+equal scores the published code prefers the last one, and a share that is less than one row selects all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gradsift.data.examples import Example
+from gradsift.data.templates import render
+from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
+from gradsift.scoring.spans import Span, Task, span_losses, token_ids
+from gradsift.training.backbones import Backbone
+
+_RESPONSE = "### Response:"
+_ROOM_FOR_RESPONSE = 4  # tokens that the published code reckons with for that line
+
+
+def cherry(examples: Sequence[Example], backbone: Backbone, task: Task, *, max_length: int, fidelity: str) -> Scores:
+    """IFD of each example under the proxy's backbone, without adapters.
+
+    Args:
+        max_length: L of the published code; the model's context where that is smaller.
+        fidelity: original or fixed; see above.
+    """
+    limit = min(max_length, backbone.context)
+    alone, together, too_long = cherry_spans(examples, backbone, limit, measure_cut=fidelity == "original")
+    lacks = np.array([not (one.scored and two.scored) for one, two in zip(alone, together, strict=True)])
+    passed = np.flatnonzero(~too_long & ~lacks)
+    losses = np.full((2, len(examples)), np.nan)
+    with task("cherry", 2 * len(examples)) as advance:
+        chosen = [spans[row] for spans in (alone, together) for row in passed]
+        rows = 2 * [examples[row].row_index for row in passed.tolist()]
+        losses[:, passed] = span_losses(backbone, chosen, rows, advance).reshape(2, -1)
+        advance(2 * (len(examples) - len(passed)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ifd = losses[1] / losses[0]
+    scores = Scores(ifd, {"ifd": ifd, "loss_alone": losses[0], "loss_with_prompt": losses[1]})
+    scores.mark(too_long, EXCLUDED, "the prompt and the response together are longer than max_length")
+    scores.mark(lacks, UNDEFINED, "the prompt leaves no token of the response within max_length")
+    scores.mark(losses[0] == 0, UNDEFINED, "the response alone has a loss of 0, by which nothing can be divided")
+    scores.mark(ifd > 1, EXCLUDED, "IFD is above 1: the prompt does not make the response likelier")
+    return scores
+
+
+def cherry_spans(
+    examples: Sequence[Example], backbone: Backbone, limit: int, *, measure_cut: bool
+) -> tuple[list[Span], list[Span], np.ndarray]:
+    """Token spans of each answer after "### Response:" and after its prompt, and which rows are too long, (N,) bool.
+
+    Args:
+        measure_cut: measure the answer after it was cut.
+    """
+    prompts = [cherry_prompt(example) for example in examples]
+    alone = [_RESPONSE + example.output for example in examples]
+    together = [prompt + example.output for prompt, example in zip(prompts, examples, strict=True)]
+    (line,) = token_ids(backbone.tokenizer, [_RESPONSE], special=True)
+    ids = (token_ids(backbone.tokenizer, texts, special=True) for texts in (prompts, alone, together))
+    spans: tuple[list[Span], list[Span]] = [], []
+    too_long = []
+    for prompt, direct, text in zip(*ids, strict=True):
+        length = min(len(prompt), limit)
+        cut = Span(direct[: limit - length + _ROOM_FOR_RESPONSE], len(line))
+        answer = cut.scored if measure_cut else len(direct) - len(line)
+        too_long.append(length + answer > limit)
+        spans[0].append(cut if measure_cut else Span(direct, len(line)))
+        spans[1].append(Span(text[:limit], len(prompt)))
+    return *spans, np.array(too_long, dtype=bool)
+
+
+def cherry_prompt(example: Example) -> str:
+    """The Alpaca prompt, up to and with "### Response:"."""
+    return "".join(segment.text for segment in render(example, "alpaca")[:-1])

@@ -1,0 +1,47 @@
+"""Lengths of the response, the prompt or both: a baseline that much more elaborate scores have to beat.
+
+Long responses alone make a strong selection (Zhao et al., arXiv 2402.04833), and many scores hide a taste for
+some length. The texts are counted as they are: without template, special tokens or truncation.
+`scorer.unit` chooses the function, so counting characters asks for no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gradsift.data.examples import Example
+from gradsift.scoring.scores import Scores
+from gradsift.scoring.spans import token_ids
+from gradsift.training.backbones import Backbone
+
+
+def length_in_tokens(examples: Sequence[Example], backbone: Backbone, *, unit: str, part: str, prefer: str) -> Scores:
+    """Length in tokens of the proxy's tokenizer, each text tokenised by itself.
+
+    Args:
+        unit: names the column of the lengths.
+        part: response (the last one of a conversation), prompt (all before it) or both.
+        prefer: long or short.
+    """
+    texts = [texts_of(example, part) for example in examples]
+    counts = [len(ids) for ids in token_ids(backbone.tokenizer, [text for row in texts for text in row], special=False)]
+    row_of = np.repeat(np.arange(len(texts)), [len(row) for row in texts])
+    return _scores(np.bincount(row_of, counts, minlength=len(texts)), unit, prefer)
+
+
+def length_in_characters(examples: Sequence[Example], *, unit: str, part: str, prefer: str) -> Scores:
+    """Length in Unicode characters; constants as in `length_in_tokens`."""
+    counts = [sum(map(len, texts_of(example, part))) for example in examples]
+    return _scores(np.array(counts, dtype=float), unit, prefer)
+
+
+def texts_of(example: Example, part: str) -> list[str]:
+    """The texts that make up a part of an example."""
+    prompt = [*(turn.content for turn in example.history), example.instruction, example.input]
+    return {"response": [example.output], "prompt": prompt, "both": [*prompt, example.output]}[part]
+
+
+def _scores(lengths: np.ndarray, unit: str, prefer: str) -> Scores:
+    return Scores(lengths if prefer == "long" else -lengths, {unit: lengths})

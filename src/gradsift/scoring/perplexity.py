@@ -1,0 +1,66 @@
+"""The backbone's perplexity of each response after its prompt: a baseline without training.
+
+    PPL(x, y) = exp(mean loss of y's tokens after the prompt x)
+
+Prompt and response stand in the proxy's template and are cut as for training, the end token included; of
+a conversation every response counts. `low` prefers what the model already expects, `high` what surprises it
+(hard rows and noise alike), `middle` the rows that stand closest to the median in the ranking. Papers prune by
+perplexity in all three directions and define the middle as a band of percentiles, which is our reading.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from gradsift.data.batching import collate
+from gradsift.data.tokens import Encoded
+from gradsift.proxy.ensemble import ProxyInputs
+from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
+from gradsift.scoring.spans import Task
+from gradsift.training.finetuning import ResponseLosses, require_finite
+
+
+def perplexity(proxy_inputs: ProxyInputs, task: Task, *, prefer: str) -> Scores:
+    """Perplexity under the proxy's backbone, without adapters, and the score that prefers it low, high or middle.
+
+    Raises:
+        GradsiftError: a loss that is not finite, named by its row.
+    """
+    losses = response_losses(proxy_inputs, task)
+    with np.errstate(over="ignore"):  # beyond e^709 it is infinite; scores are made of the losses
+        parts = {"perplexity": np.exp(losses), "loss": losses}
+    scores = Scores({"low": -losses, "high": losses, "middle": -from_median(losses)}[prefer], parts)
+    scores.mark(np.isnan(losses), UNDEFINED, NO_RESPONSE)
+    return scores
+
+
+@torch.inference_mode()
+def response_losses(proxy_inputs: ProxyInputs, task: Task) -> np.ndarray:
+    """Mean loss (nats) of each example's response tokens, (N,) float64; NaN where there is none."""
+    backbone, encoded, row_indices, budget = proxy_inputs
+    losses = np.full(len(row_indices), np.nan)
+    losses_of = ResponseLosses(backbone.model)
+
+    def pass_through(examples: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = collate(examples, backbone.pad_id)
+        return batch.rows, losses_of(batch.to(backbone.model.device)).cpu()
+
+    with task("perplexity", len(encoded)) as advance:
+        for examples, found in budget.passes(encoded, pass_through):
+            for rows, values in found:
+                require_finite("loss", rows, values, row_indices)
+                losses[rows.numpy()] = values.double().numpy()
+            advance(len(examples))
+    return losses
+
+
+def from_median(values: np.ndarray) -> np.ndarray:
+    """How far from the middle of the ranking each value (N,) stands: 0 at the median, up to 0.5; equal values alike."""
+    from scipy.stats import rankdata
+
+    found = np.full(len(values), np.nan)
+    known = ~np.isnan(values)
+    if known.any():
+        found[known] = np.abs((rankdata(values[known]) - 0.5) / known.sum() - 0.5)
+    return found

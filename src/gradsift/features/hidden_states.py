@@ -50,7 +50,7 @@ class HiddenStates:
         texts = [Text(b"", 0)] * len(examples)  # what has no response token stays empty
         for example in encoded:
             texts[example.row] = _text(example.input_ids)
-        # some examples lose tokens of both: no more than the sum, no fewer than the larger count
+        # not the sum: an example that loses response tokens has lost those of its prompt before
         return texts, max(report.truncated_prompts, report.truncated_responses)
 
     @torch.inference_mode()

@@ -133,6 +133,12 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["judge.confidence=1"], "judge.confidence=1.0"),
         (["budget_base=all"], "choose one of: accepted, scored"),
         (["proxy.lora.rank=0"], "lora.rank=0 is out of range"),
+        (["embedder.pooling=max"], "embedder.pooling='max' is not known; choose one of: mean, weighted_mean, last"),
+        (["embedder.text=answer"], "embedder.text='answer' is not known; choose one of: prompt_and_response"),
+        (["embedder.max_length=1"], "embedder.max_length=1 is out of range"),
+        (["embedder=sentence_transformers", "embedder.text=prompt_and_response"], "text=instruction_input_output"),
+        (["scorer=sbert", "scorer.over=median"], "scorer.over='median' is not known; choose one of: mean, max"),
+        (["data=json", "data.path=x", "scorer=sbert", "stop_after=scores"], "proxy=nano (choose proxy=smollm2"),
         (["tracker.mode=loud"], "choose one of: offline, online"),
     ],
 )
@@ -166,6 +172,12 @@ def test_random_weights_take_any_data_for_scores(scorer: str) -> None:
     foreign = ("data=json", "data.path=x.json", "proxy=tiny_bytes", f"scorer={scorer}")
     assert composed(*foreign, "stop_after=selection").proxy.model.kind == "tiny_bytes"
     assert composed("proxy=tiny_bytes", "target.model.kind=tiny_bytes", "stop_after=selection")  # a target never made
+
+
+@pytest.mark.parametrize("scorer", ["rds_plus", "sbert"])
+def test_a_sentence_encoder_makes_the_proxy_no_matter_for_similarity(scorer: str) -> None:
+    foreign = ("data=json", "data.path=x.json", f"scorer={scorer}", "stop_after=selection")
+    assert composed(*foreign, "embedder=sentence_transformers").proxy.model.kind == "nano"
 
 
 @pytest.mark.parametrize("scorer", ["gsnr", "superfilter"])

@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from gradsift.config import FieldsConfig
 from gradsift.data.examples import Example, Turn
 from gradsift.data.formats import parse_rows, read_rows
-from gradsift.data.tokens import Encoded, encode, encode_prompt
+from gradsift.data.tokens import Encoded, encode, encode_prompt, encode_prompts
 from gradsift.errors import ConfigError, DataError
 
 TEMPLATES = ["alpaca", "chat", "plain"]
@@ -69,6 +69,30 @@ def test_prompt_for_generation_has_the_ids_of_the_prompt_in_training(
         prompt = encode_prompt(instruction, given_input, tokenizer, template)
         assert encoded.input_ids[~encoded.is_response].tolist() == prompt
         assert not encoded.is_response[: len(prompt)].any()
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("starts", [False, True])
+def test_prompts_of_examples_are_those_of_generation_and_are_cut_on_the_left(
+    template: str, starts: bool, byte_tokenizer: Any
+) -> None:
+    tokenizer = with_start_token(byte_tokenizer) if starts else byte_tokenizer
+    one, long = example("add", "7", "3 4"), talk("add 3 4", "it is 7", "and 5 6?", output="11")
+    (ids, longer), cut = encode_prompts([one, long], tokenizer, template, 4096)
+    assert (ids.tolist(), cut) == (encode_prompt("add", "3 4", tokenizer, template), 0)
+    encoded = encode_one(long, tokenizer, template)
+    last = np.flatnonzero(np.diff(encoded.is_response.astype(int)) == 1)[-1] + 1  # where the last response begins
+    assert longer.tolist() == encoded.input_ids[:last].tolist()
+    (short, _), cut = encode_prompts([one, long], tokenizer, template, 5)
+    assert short.tolist() == (ids[:1].tolist() + ids[-4:].tolist() if starts else ids[-5:].tolist())
+    assert cut == 2
+
+
+def test_prompts_in_another_tokenizers_words_are_refused() -> None:
+    from gradsift.training.nano import nano_tokenizer
+
+    with pytest.raises(DataError, match="of the data's tokens are unknown"):
+        encode_prompts([example("perambulate gracefully", "x")], nano_tokenizer(), "plain", 64)
 
 
 def test_response_is_the_answer_and_one_end_token(byte_tokenizer: Any) -> None:

@@ -345,6 +345,55 @@ class TargetConfig:
             raise ConfigError("give either target.epochs or target.steps, and leave the other empty (null)")
 
 
+# ------------------------------------------------------------------------------------------ embedder
+
+POOLINGS = ("mean", "weighted_mean", "last")
+
+
+@dataclass
+class EmbedderConfig:
+    """What turns the text of an example into a vector, for the methods that compare examples with each other."""
+
+    name: str = MISSING
+    text: str = "prompt_and_response"
+    max_length: int = 1024  # tokens; what the model takes where that is less
+
+    def __post_init__(self) -> None:
+        _at_least("embedder.max_length", self.max_length, 2)
+
+
+@dataclass
+class HiddenStatesConfig(EmbedderConfig):
+    """Last hidden states of the proxy's backbone, pooled over the tokens."""
+
+    # prompt_and_response, prompt: in the proxy's template; instruction_input_output: a line each, whatever the template
+    text: str = "prompt_and_response"
+    pooling: str = "mean"  # weighted_mean: token t of 1..T weighs t; last: the last token alone
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("embedder.text", self.text, ("prompt_and_response", "prompt", "instruction_input_output"))
+        _one_of("embedder.pooling", self.pooling, POOLINGS)
+
+
+@dataclass
+class SentenceTransformersConfig(EmbedderConfig):
+    """A model of the package sentence-transformers, which pools by itself."""
+
+    text: str = "instruction_input_output"  # or prompt: without the response; neither has a template
+    model: str = MISSING  # hub id, or a folder that sentence-transformers saved
+    revision: str | None = None  # hub commit; when empty the one that is current at first use, for this store
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text == "prompt_and_response":
+            raise ConfigError(
+                "embedder.text=prompt_and_response is in the proxy's template, which a sentence encoder was not made "
+                "for; take embedder.text=instruction_input_output"
+            )
+        _one_of("embedder.text", self.text, ("instruction_input_output", "prompt"))
+
+
 # ---------------------------------------------------------------------------- scores and selection
 
 
@@ -477,6 +526,16 @@ class LengthConfig(ScorerConfig):
         _one_of("scorer.unit", self.unit, ("tokens", "characters"))
         _one_of("scorer.part", self.part, ("response", "prompt", "both"))
         _one_of("scorer.prefer", self.prefer, ("long", "short"))
+
+
+@dataclass
+class SbertConfig(ScorerConfig):
+    """Similarity to a target set."""
+
+    over: str = "mean"  # cosines to the target rows: their mean, or their max
+
+    def __post_init__(self) -> None:
+        _one_of("scorer.over", self.over, ("mean", "max"))
 
 
 @dataclass
@@ -712,6 +771,7 @@ class Config:
     data: DataConfig = MISSING
     target_set: TargetSetConfig = MISSING
     proxy: ProxyConfig = MISSING
+    embedder: EmbedderConfig = MISSING
     scorer: Any = MISSING  # an open set: see ScorerConfig
     selector: Any = MISSING  # an open set: see SelectorConfig
     target: TargetConfig = MISSING
@@ -752,6 +812,13 @@ class Config:
         """Whether a run with this config comes as far as `stage`."""
         return self.stop_after is None or STAGES.index(stage) <= STAGES.index(self.stop_after)
 
+    @property
+    def _scores_without_proxy(self) -> bool:
+        by_similarity = self.scorer_name in ("rds_plus", "sbert")
+        encoded_apart = by_similarity and isinstance(self.embedder, SentenceTransformersConfig)
+        counts_characters = isinstance(self.scorer, LengthConfig) and self.scorer.unit == "characters"
+        return self.scorer_name in ("random", "full") or encoded_apart or counts_characters
+
     def _check_ensemble(self) -> None:
         if self.scorer_name in ("gsnr", "gsnr_variance_normalized") and self.proxy.members < 2:
             raise ConfigError(
@@ -789,8 +856,7 @@ class Config:
         foreign = []
         if isinstance(self.target_set, VerifiableTargetSetConfig):
             foreign.append("target_set=verifiable (choose target_set=json target_set.path=FILE)")
-        counts_characters = isinstance(self.scorer, LengthConfig) and self.scorer.unit == "characters"
-        if self.proxy.model.kind == "nano" and self.scorer_name not in ("random", "full") and not counts_characters:
+        if self.proxy.model.kind == "nano" and not self._scores_without_proxy:
             foreign.append("proxy=nano (choose proxy=smollm2 or proxy=gpt2)")
         if self.reaches("finetune") and self.target.model.kind == "nano":
             foreign.append("target=nano (choose target=smollm2 or target=llama2_7b, or stop_after=selection)")
@@ -836,6 +902,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     },
     "proxy": {"proxy": ProxyConfig},
     "target": {"target": TargetConfig},
+    "embedder": {"hidden_states": HiddenStatesConfig, "sentence_transformers": SentenceTransformersConfig},
     "scorer": {
         "scorer": ScorerConfig,
         "gsnr": GsnrConfig,
@@ -846,6 +913,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "cherry": CherryConfig,
         "perplexity": PerplexityConfig,
         "length": LengthConfig,
+        "sbert": SbertConfig,
     },
     "selector": {
         "selector": SelectorConfig,

@@ -18,14 +18,18 @@ import numpy as np
 import torch
 
 from gradsift.artifacts import Artifact
-from gradsift.config import Config, VerifiableDataConfig
+from gradsift.config import Config, SentenceTransformersConfig, VerifiableDataConfig
 from gradsift.data.examples import Example
 from gradsift.data.load import load, pool_of
-from gradsift.data.target_set import find_overlap, load_target_set
+from gradsift.data.target_set import find_overlap, load_target_set, target_set_of
 from gradsift.data.tokens import encode
 from gradsift.diagnostics import Diagnostic
 from gradsift.evaluation import stages as evaluation
 from gradsift.evaluation.benchmarks import Item
+from gradsift.features.embeddings import Embedder, embed
+from gradsift.features.hidden_states import hidden_states_embedder
+from gradsift.features.sentence_encoder import sentence_embedder
+from gradsift.features.vectors import read_features
 from gradsift.gradients.diagnostics import diagnose_ensemble
 from gradsift.gradients.embedding_head import embedding_gradients, read_embedding_gradients
 from gradsift.gradients.norms_table import read_norms
@@ -103,6 +107,8 @@ class Line:
             budget(config.alpha, int(self.loaded.info["rows"]))
         if any(name.startswith("target_") for chosen in methods for name in chosen.asked):
             find_overlap(self.runtime, self.target_set, self.loaded)
+        if any(name in ("embeddings", "target_embeddings") for chosen in methods for name in chosen.asked):
+            _ = self.embedder
         if config.reaches("judge") and not self.keeps_all:
             evaluation.check_judge(self.runtime, config.judge)
         if config.reaches("generate"):
@@ -209,6 +215,23 @@ class Line:
         return budget(self.config.alpha, base)
 
     @functools.cached_property
+    def embedder(self) -> Embedder:
+        config = self.config.embedder
+        if isinstance(config, SentenceTransformersConfig):
+            return sentence_embedder(self.runtime, config)
+        return hidden_states_embedder(config, self.config.proxy.template, self.proxy, lambda: self.proxy_backbone)
+
+    def embeddings(self) -> Artifact:
+        return embed(self.runtime, self.embedder, self.loaded, lambda: (self.pool, []))
+
+    def target_embeddings(self) -> Artifact:
+        def rows() -> tuple[list[Example], list[str]]:
+            found = target_set_of(self.target_set)
+            return found.examples, found.tasks
+
+        return embed(self.runtime, self.embedder, self.target_set, rows)
+
+    @functools.cached_property
     def sources(self) -> dict[str, Source]:
         """What a scorer or a selector may ask for (see `gradsift.scoring` and `gradsift.selection`)."""
         nothing: list[Artifact] = []
@@ -230,6 +253,10 @@ class Line:
                 lambda: nothing,
                 lambda: self.budget,
                 {"alpha": self.config.alpha, "budget_base": self.config.budget_base},
+            ),
+            "embeddings": Source(lambda: [self.embeddings()], lambda: read_features(self.embeddings())),
+            "target_embeddings": Source(
+                lambda: [self.target_embeddings()], lambda: read_features(self.target_embeddings())
             ),
             "task": Source(lambda: nothing, lambda: self.runtime.display.task),
         }

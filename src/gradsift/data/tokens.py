@@ -105,6 +105,40 @@ def encode(
     return encoded, EncodeReport(cut_prompts, cut_responses, silent, share)
 
 
+def encode_prompts(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    template: str,
+    max_length: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[list[np.ndarray], int]:
+    """Token ids of all that comes before each example's last response, and how many of these prompts were cut.
+
+    A prompt longer than `max_length` loses tokens from the left, except the start token where there is one.
+
+    Returns:
+        (T,) int32 each, and the number of those that were cut
+
+    Raises:
+        ConfigError: the template cannot be used.
+        DataError: more than half of the tokens are unknown to the tokenizer.
+    """
+    start, unknown_id = _start(tokenizer), tokenizer.unk_token_id
+    found: list[np.ndarray] = []
+    cut = unknown = total = 0
+    for parts in _tokenised(examples, tokenizer, template, progress):
+        while parts and parts[-1][1]:
+            parts.pop()
+        (first, _), *rest = _with_start(parts, start)
+        ids = list(chain.from_iterable(part for part, _ in rest))
+        total, unknown = total + len(ids), unknown + ids.count(unknown_id)
+        excess = max(0, len(first) + len(ids) - max_length)
+        cut += excess > 0
+        found.append(np.array([*first, *ids[excess:]], dtype=np.int32))
+    _refuse_unknown(unknown / total if total else 0.0, tokenizer)
+    return found, cut
+
+
 def encode_prompt(instruction: str, input: str, tokenizer: Any, template: str) -> list[int]:
     """Token ids after which a response is generated: those of the prompt part in `encode`, not cut.
 

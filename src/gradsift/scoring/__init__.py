@@ -12,6 +12,9 @@ nothing else:
                  first adapter, which alone is trained for it
     backbone     the proxy's backbone, without adapters
     proxy_inputs the backbone, and the examples in tokens of the proxy's template
+    embeddings, target_embeddings
+                 `gradsift.features.vectors.Features` of the examples and of the target set's rows (with
+                 their tasks), by the run's embedder
     budget       `budget(scored)`: how many examples will be selected where `scored` have a score. The
                  scores then belong to one alpha, and every alpha computes its own
     task         a progress bar: `with task(description, total) as advance`

@@ -1,0 +1,163 @@
+"""The embeddings stage: one vector of length 1 for the text of each example, from the run's embedder.
+
+Equal texts are embedded once, so that exact duplicates tie whatever batch they would have been in. Work
+is kept block by block: a run that was interrupted continues at the block it was in.
+
+Shape letters: N examples, B texts of a batch, D features.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from gradsift.artifacts import Artifact
+from gradsift.data.batching import length_batches
+from gradsift.data.examples import Example
+from gradsift.errors import GradsiftError
+from gradsift.features.vectors import FEATURES_FILE, open_features, unit_rows, write_ids
+from gradsift.runtime import Advance, Runtime
+from gradsift.training.device import TokenBudget
+
+VERSION = 1
+_BLOCK = 4096  # texts between two notes of what is done
+_PROGRESS_FILE = "progress.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What an encoder reads of an example, and the number of its tokens (0: nothing)."""
+
+    content: Any  # hashable, and the encoder's own: token ids as bytes, or a string
+    tokens: int
+
+
+class Encoder(Protocol):
+    """A loaded model that turns texts into vectors of any length."""
+
+    model: Any  # its transformer, for the token budget
+    dimensions: int
+
+    def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Text], int]:
+        """Each example's text, and how many were cut to the maximal length."""
+        ...
+
+    def embed(self, texts: Sequence[Text]) -> np.ndarray:
+        """(B, D) float32 of texts with at least one token each, in one pass."""
+        ...
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """An embedder as it is configured."""
+
+    name: str
+    settings: Mapping[str, Any]  # what its vectors depend on besides the model; JSON values
+    model: Artifact
+    load: Callable[[], Encoder]
+
+
+def embed(
+    runtime: Runtime,
+    embedder: Embedder,
+    source: Artifact,
+    rows: Callable[[], tuple[Sequence[Example], Sequence[str]]],
+) -> Artifact:
+    """Embed examples; see `gradsift.features.vectors.read_features`. An empty text has a row of zeros.
+
+    Args:
+        source: what the examples come from.
+        rows: the examples, and the task of each where they are a target set's.
+
+    Raises:
+        GradsiftError: an embedding is not finite; names the rows.
+    """
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        (examples, tasks), encoder = rows(), embedder.load()
+        with runtime.display.task("read texts", len(examples)) as advance:
+            texts, cut = encoder.read(examples, advance)
+        if cut:
+            runtime.display.say(f"  {cut:,} of {len(texts):,} texts were cut to embedder.max_length or the model's own")
+        budget = TokenBudget.of(encoder.model, runtime.compute.tokens, runtime.display.say)
+        _fill(folder, encoder, texts, [example.row_index for example in examples], budget, runtime)
+        write_ids(folder, [example.example_id for example in examples], tasks)
+        empty = sum(text.tokens == 0 for text in texts)
+        return {"rows": len(texts), "dimensions": encoder.dimensions, "empty": empty, "cut": cut}
+
+    settings = {**embedder.settings, "precision": runtime.compute.precision}
+    slug, parents = f"{embedder.name}-{source.stage}", [embedder.model, source]
+    return runtime.store.obtain("embeddings", slug, settings, parents, make, version=VERSION, keep_part=True)
+
+
+def _fill(
+    folder: Path,
+    encoder: Encoder,
+    texts: Sequence[Text],
+    row_indices: Sequence[int],
+    budget: TokenBudget,
+    runtime: Runtime,
+) -> None:
+    """Write `features.npy`, from the first block that is not there yet."""
+    places: dict[Text, list[int]] = {}
+    for row, text in enumerate(texts):
+        if text.tokens:
+            places.setdefault(text, []).append(row)
+    unique = list(places)
+    done = _done(folder)
+    vectors: Any = (
+        np.load(folder / FEATURES_FILE, mmap_mode="r+", allow_pickle=False)
+        if done
+        else open_features(folder, len(texts), encoder.dimensions)
+    )
+    with runtime.display.task(f"embed {len(texts):,} texts", len(unique)) as advance:
+        advance(done)
+        for start in range(done, len(unique), _BLOCK):
+            for batch, found in embedded(encoder, unique[start : start + _BLOCK], budget):
+                rows = [places[text] for text in batch]
+                _require_finite(found, [row_indices[each[0]] for each in rows])
+                for each, vector in zip(rows, unit_rows(found), strict=True):
+                    vectors[each] = vector
+                advance(len(batch))
+            vectors.flush()
+            _note(folder, min(start + _BLOCK, len(unique)))
+    (folder / _PROGRESS_FILE).unlink(missing_ok=True)
+
+
+def embedded(encoder: Encoder, texts: Sequence[Text], budget: TokenBudget) -> Iterator[tuple[list[Text], np.ndarray]]:
+    """The texts in batches of like length under the token budget, and the vectors (B, D) of each batch."""
+    lengths = [text.tokens for text in texts]
+    for batch in length_batches(lengths, budget.tokens):
+
+        def vectors_of(tokens: int, batch: Sequence[int] = batch) -> np.ndarray:
+            parts = length_batches([lengths[place] for place in batch], tokens)  # keeps the order: it is sorted
+            return np.concatenate([encoder.embed([texts[batch[index]] for index in part]) for part in parts])
+
+        yield [texts[place] for place in batch], budget.run(vectors_of, [lengths[place] for place in batch])
+
+
+def _require_finite(vectors: np.ndarray, row_indices: Sequence[int]) -> None:
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(bad):
+        rows = ", ".join(str(row_indices[place]) for place in bad[:8])
+        raise GradsiftError(
+            f"the embedding of row {rows} is not finite; take compute.precision=float32 or another embedder"
+        )
+
+
+def _done(folder: Path) -> int:
+    """Texts that an interrupted run has left embedded in `folder`."""
+    if not (folder / _PROGRESS_FILE).exists():
+        return 0
+    return int(json.loads((folder / _PROGRESS_FILE).read_text(encoding="utf-8")))
+
+
+def _note(folder: Path, done: int) -> None:
+    fresh = folder / f"{_PROGRESS_FILE}.new"
+    fresh.write_text(json.dumps(done), encoding="utf-8")
+    fresh.replace(folder / _PROGRESS_FILE)  # whole or not there, whenever the run is killed

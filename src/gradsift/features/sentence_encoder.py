@@ -1,0 +1,158 @@
+"""Embeddings by a model of the package sentence-transformers, which is an optional extra.
+
+The package pools and normalises as the model's own files say. Nothing but the package's own modules
+and safetensors weights is loaded: no code of the model's.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradsift.artifacts import Artifact, file_hash
+from gradsift.config import SentenceTransformersConfig
+from gradsift.data.examples import Example
+from gradsift.data.templates import render
+from gradsift.errors import ConfigError, DataError
+from gradsift.features.embeddings import Embedder, Text
+from gradsift.runtime import Advance, Runtime
+from gradsift.training.device import device_of
+
+VERSION = 1
+_LAYOUT = "modules.json"  # what every saved sentence encoder has
+_CHUNK = 1000  # texts tokenised in one call
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
+
+
+class SentenceEncoder:
+    """An encoder that is a sentence-transformers model (see `gradsift.features.embeddings.Encoder`)."""
+
+    def __init__(self, encoder: Any, config: SentenceTransformersConfig) -> None:
+        self._encoder, self._text = encoder, config.text
+        own = encoder.max_seq_length
+        encoder.max_seq_length = min(config.max_length, own) if own else config.max_length
+        self.model = encoder[0].auto_model
+        self.dimensions = int(encoder.get_embedding_dimension())
+
+    def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Text], int]:
+        """The text of each example and its tokens, and how many texts the model will not read to their end."""
+        limit, texts, cut = self._encoder.max_seq_length, [], 0
+        for first in range(0, len(examples), _CHUNK):
+            contents = [text_of(example, self._text) for example in examples[first : first + _CHUNK]]
+            ids = self._encoder.tokenizer(contents, truncation=False, verbose=False)["input_ids"]
+            for content, tokens in zip(contents, ids, strict=True):
+                texts.append(Text(content, min(len(tokens), limit) if content.strip() else 0))
+                cut += len(tokens) > limit
+            advance(len(contents))
+        return texts, cut
+
+    def embed(self, texts: Sequence[Text]) -> np.ndarray:
+        """(B, D) float32, of any length."""
+        contents = [text.content for text in texts]
+        found = self._encoder.encode(
+            contents, batch_size=len(contents), show_progress_bar=False, convert_to_tensor=True
+        )
+        vectors: np.ndarray = found.float().cpu().numpy()
+        return vectors
+
+
+def text_of(example: Example, text: str) -> str:
+    """Instruction, input and output (not for `text=prompt`), a line each; earlier turns come first."""
+    segments = render(example, "plain")
+    if text == "prompt":
+        segments = segments[:-1]
+    return "".join(segment.text for segment in segments)
+
+
+def sentence_embedder(runtime: Runtime, config: SentenceTransformersConfig) -> Embedder:
+    """The embedder of this config; its model is pinned now and loaded when first needed."""
+    pin = sentence_encoder(runtime, config)
+    settings = {"text": config.text, "max_length": config.max_length}
+    return Embedder(config.name, settings, pin, functools.cache(lambda: load_sentence_encoder(runtime, config, pin)))
+
+
+def sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig) -> Artifact:
+    """A pin of the model: the folder's content or the hub's commit, so that later runs see the same weights.
+
+    Raises:
+        ConfigError: the package is not installed.
+        DataError: neither a saved sentence encoder nor a model of the hub; names `embedder.model`.
+    """
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise ConfigError(
+            f"embedder={config.name} needs the package sentence-transformers; install it with "
+            "`pip install -c constraints.txt -e '.[embeddings]'`, or take embedder=hidden_states"
+        )
+    folder = Path(config.model).expanduser()
+    if folder.is_dir():
+        settings: dict[str, Any] = {"files": _folder_hashes(folder, config)}
+    else:
+        settings = {"hub": config.model, "revision": config.revision}
+
+    def make(part: Path) -> Mapping[str, Any]:
+        revision = None if "files" in settings else _hub_commit(config)
+        return {"revision": revision, "content": revision or ""}
+
+    slug = config.model.rstrip("/").rsplit("/", 1)[-1].lower()
+    return runtime.store.obtain("sentence_encoder", slug, settings, [], make, version=VERSION)
+
+
+def load_sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig, pin: Artifact) -> SentenceEncoder:
+    """Load the model that `sentence_encoder` pinned."""
+    import torch
+    from safetensors import SafetensorError
+    from sentence_transformers import SentenceTransformer
+
+    folder = Path(config.model).expanduser()
+    dtype = torch.bfloat16 if runtime.compute.precision == "bfloat16" else torch.float32
+    try:
+        encoder = SentenceTransformer(
+            str(folder) if folder.is_dir() else config.model,
+            device=str(device_of(runtime.compute)),
+            revision=pin.info["revision"],
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True, "dtype": dtype},
+        )
+    except (*_LOAD_ERRORS, SafetensorError) as error:
+        raise _unusable(config, error) from error
+    return SentenceEncoder(encoder.eval(), config)
+
+
+def _folder_hashes(folder: Path, config: SentenceTransformersConfig) -> dict[str, str]:
+    if not (folder / _LAYOUT).is_file():
+        raise DataError(
+            f"embedder.model={config.model} is a folder without {_LAYOUT}; give one that sentence-transformers saved"
+        )
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".txt", ".model"))
+    return {str(p.relative_to(folder)): _hash_of(p, p.stat().st_mtime_ns, p.stat().st_size) for p in files}
+
+
+@functools.cache
+def _hash_of(file: Path, modified: int, size: int) -> str:
+    """Weights take a while to hash: once a process while time and size stay the same."""
+    return file_hash(file)
+
+
+def _hub_commit(config: SentenceTransformersConfig) -> str:
+    """The commit that the hub (or its local cache) has for this model now."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        file = hf_hub_download(config.model, _LAYOUT, revision=config.revision)
+    except (*_LOAD_ERRORS, HfHubHTTPError) as error:
+        raise _unusable(config, error) from error
+    return Path(file).parent.name
+
+
+def _unusable(config: SentenceTransformersConfig, error: Exception) -> DataError:
+    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    return DataError(
+        f"embedder.model={config.model} could not be loaded ({reason}): the hub cannot be reached and the local cache "
+        "does not have it, or it is no sentence-transformers model with safetensors; give a folder that is"
+    )

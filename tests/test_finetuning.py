@@ -27,7 +27,8 @@ from gradsift.errors import GradsiftError
 from gradsift.gradients.callback import COLUMNS, GradientNorms, collect_norms
 from gradsift.gradients.norms import PerSampleNorms
 from gradsift.gradients.norms_table import read_norms
-from gradsift.proxy.ensemble import ProxyInputs, train_member_epoch
+from gradsift.proxy.ensemble import train_member_epoch
+from gradsift.proxy.epochs import ProxyInputs
 from gradsift.runtime import Display, Runtime, derive_seed
 from gradsift.training import finetuning, lora
 from gradsift.training.backbones import Backbone, backbone, load_backbone

@@ -29,7 +29,8 @@ from gradsift.evaluation.benchmarks import Item
 from gradsift.gradients.diagnostics import diagnose_ensemble
 from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.statistics import read_statistics, statistics
-from gradsift.proxy.ensemble import ProxyInputs, train_ensemble
+from gradsift.proxy.ensemble import train_ensemble
+from gradsift.proxy.epochs import ProxyInputs
 from gradsift.report.results import Results
 from gradsift.runtime import Runtime
 from gradsift.scoring.stage import score

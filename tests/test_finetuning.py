@@ -308,7 +308,7 @@ def test_a_collection_pass_leaves_mode_and_gradients_as_they_were(training: bool
     collected(adapted, ragged_examples(3))
     assert [module.training for module in adapted.modules()] == modes
     assert all(parameter.grad is None for parameter in adapted.parameters())
-    assert all(layer.norm_probe is None for _, layer in lora.lora_layers(adapted))
+    assert all(layer.probe is None for _, layer in lora.lora_layers(adapted))
 
 
 def test_a_collection_pass_leaves_the_frozen_backbone_in_evaluation_mode() -> None:
@@ -443,7 +443,7 @@ def test_ctrl_c_surfaces_and_the_next_one_works_again(real_signal: bool) -> None
     with pytest.raises(KeyboardInterrupt):
         train(adapted, encoded, [[0], [1]], callbacks=[norms, CtrlC(real_signal)])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert all(layer.norm_probe is None for _, layer in lora.lora_layers(adapted))
+    assert all(layer.probe is None for _, layer in lora.lora_layers(adapted))
 
 
 def test_ctrl_c_leaves_the_callers_own_handler_in_place() -> None:

@@ -316,7 +316,7 @@ class TargetConfig:
 
 @dataclass
 class WarmupConfig:
-    """Training on a few random rows before gradients are taken: the proxy's backbone, template and max_length (LESS)."""
+    """Training of the proxy's backbone on a few random rows before gradients are taken (LESS)."""
 
     share: float | None = 0.05  # of the rows; either share or rows
     rows: int | None = None  # all rows where the data has fewer

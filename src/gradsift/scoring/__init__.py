@@ -7,6 +7,9 @@ nothing else:
     examples     the examples (their quality labels, where there are any, are not among them)
     statistics   `gradsift.gradients.statistics.Statistics` of the proxy ensemble
     late_losses  (N,) mean loss of the members at the late snapshot
+    directions   (M, N) cosines of each member's gradient of an example with its mean gradient of the pool
+    gradients, target_gradients
+                 `gradsift.features.vectors.Features` of the pool's and of the target set's gradients
     backbone     the proxy's backbone, without adapters
     budget       `budget(scored)`: how many examples will be selected where `scored` have a score. The
                  scores then belong to one alpha, and every alpha computes its own

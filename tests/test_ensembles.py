@@ -25,7 +25,8 @@ from gradsift.errors import ConfigError
 from gradsift.gradients.callback import COLUMNS, collect_norms
 from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.statistics import compute_statistics
-from gradsift.proxy.ensemble import ProxyInputs, epoch_plan, member_settings, train_adapters, train_ensemble
+from gradsift.proxy.ensemble import epoch_plan, member_settings, train_adapters, train_ensemble
+from gradsift.proxy.epochs import ProxyInputs
 from gradsift.runtime import Runtime
 from gradsift.training import lora
 from gradsift.training.backbones import Backbone

@@ -28,7 +28,8 @@ from gradsift.errors import GradsiftError
 from gradsift.gradients.callback import COLUMNS, Collected, GradientNorms, collect_norms
 from gradsift.gradients.norms import PerSampleNorms
 from gradsift.gradients.norms_table import read_norms
-from gradsift.proxy.ensemble import ProxyInputs, train_member_epoch
+from gradsift.proxy.ensemble import train_member_epoch
+from gradsift.proxy.epochs import ProxyInputs
 from gradsift.runtime import Display, Runtime, derive_seed
 from gradsift.training import finetuning, lora
 from gradsift.training.backbones import Backbone, backbone, load_backbone
@@ -334,7 +335,7 @@ def test_a_collection_pass_leaves_mode_and_gradients_as_they_were(training: bool
     collected(adapted, ragged_examples(3))
     assert [module.training for module in adapted.modules()] == modes
     assert all(parameter.grad is None for parameter in adapted.parameters())
-    assert all(layer.norm_probe is None for _, layer in lora.lora_layers(adapted))
+    assert all(layer.probe is None for _, layer in lora.lora_layers(adapted))
 
 
 def test_a_collection_pass_leaves_the_frozen_backbone_in_evaluation_mode() -> None:
@@ -469,7 +470,7 @@ def test_ctrl_c_surfaces_and_the_next_one_works_again(real_signal: bool) -> None
     with pytest.raises(KeyboardInterrupt):
         train(adapted, encoded, [[0], [1]], callbacks=[norms, CtrlC(real_signal)])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert all(layer.norm_probe is None for _, layer in lora.lora_layers(adapted))
+    assert all(layer.probe is None for _, layer in lora.lora_layers(adapted))
 
 
 def test_ctrl_c_leaves_the_callers_own_handler_in_place() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from gradsift.data.examples import Example, Turn
 from gradsift.data.tokens import encode
-from gradsift.proxy.ensemble import ProxyInputs
+from gradsift.proxy.epochs import ProxyInputs
 from gradsift.scoring.perplexity import from_median, perplexity
 from gradsift.scoring.scores import SCORED, UNDEFINED
 from gradsift.selection.topk import topk

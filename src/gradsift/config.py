@@ -394,6 +394,74 @@ class SentenceTransformersConfig(EmbedderConfig):
         _one_of("embedder.text", self.text, ("instruction_input_output", "prompt"))
 
 
+@dataclass
+class WarmupConfig:
+    """Training of the proxy's backbone on a few random rows before gradients are taken (LESS)."""
+
+    share: float | None = 0.05  # of the rows; either share or rows
+    rows: int | None = None  # all rows where the data has fewer
+    epochs: int = 4  # each ends in a checkpoint
+    learning_rate: float = 2e-5
+    schedule: str = "linear"
+    warmup_ratio: float = 0.03  # share of the optimiser steps in which the learning rate rises
+    batch_size: int = 32
+    # attention of Llama's and of GPT-2's kind; a name that the model does not have is passed over
+    lora: LoraConfig = field(
+        default_factory=lambda: LoraConfig(
+            rank=128,
+            alpha=512.0,
+            dropout=0.1,
+            targets=["q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "attn.c_proj"],
+        )
+    )
+    seed: int | None = None  # rows, order, initial A; the run's seed when empty
+
+    def __post_init__(self) -> None:
+        _one_of("features.warmup.schedule", self.schedule, SCHEDULES)
+        _at_least("features.warmup.rows", self.rows, 1)
+        _at_least("features.warmup.epochs", self.epochs, 1)
+        _at_least("features.warmup.batch_size", self.batch_size, 1)
+        _at_least("features.warmup.seed", self.seed, 0)
+        _positive("features.warmup.learning_rate", self.learning_rate)
+        if (self.share is None) == (self.rows is None):
+            raise ConfigError(
+                "give either features.warmup.share or features.warmup.rows, and leave the other empty (null)"
+            )
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ConfigError(
+                f"features.warmup.share={self.share} is no share of the data; give a number above 0 and up to 1"
+            )
+        if not 0 <= self.warmup_ratio < 1:
+            raise ConfigError(
+                f"features.warmup.warmup_ratio={self.warmup_ratio} is no share; give a number from 0 to below 1"
+            )
+
+
+@dataclass
+class FeaturesConfig:
+    """Gradients of the examples as vectors, for the methods that compare their directions (LESS, G2IS)."""
+
+    name: str = MISSING
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    checkpoints: str = "all"  # all: one after each epoch of the warm-up, weighed by its learning rate; last
+    dimensions: int | None = 8192  # of the random projection, for each checkpoint; null keeps gradients as they are
+    projection_seed: int = 0
+    gradient_params: str = "lora"  # full: of all weights of the model, one example at a time
+    adam: bool = True  # the pool's gradients as Adam would turn them; those of the target set stay plain
+    normalise: bool = True  # cosines between gradients; False: inner products, so that long gradients count more
+
+    def __post_init__(self) -> None:
+        _one_of("features.checkpoints", self.checkpoints, ("all", "last"))
+        _one_of("features.gradient_params", self.gradient_params, ("lora", "full"))
+        _at_least("features.dimensions", self.dimensions, 1)
+        _at_least("features.projection_seed", self.projection_seed, 0)
+        if self.adam and self.gradient_params == "full":
+            raise ConfigError(
+                "features.adam=true needs Adam's moments, which the warm-up has of the LoRA parameters alone; with "
+                "features.gradient_params=full give features.adam=false"
+            )
+
+
 # ---------------------------------------------------------------------------- scores and selection
 
 
@@ -413,6 +481,28 @@ class GsnrConfig(ScorerConfig):
 
     def __post_init__(self) -> None:
         _positive("scorer.eps", self.eps)
+
+
+@dataclass
+class GsnrDirectionConfig(GsnrConfig):
+    """Agreement with the mean gradient of the pool, alone or beside the G-SNR."""
+
+    weigh: str = "none"  # gsnr: the cosine times the rank of the G-SNR among all examples, as a share
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("scorer.weigh", self.weigh, ("none", "gsnr"))
+
+
+@dataclass
+class G2isConfig(ScorerConfig):
+    """Agreement with the core knowledge of the target set (G2IS)."""
+
+    explained: float = 0.5  # share of the target gradients' variance that the components explain
+
+    def __post_init__(self) -> None:
+        if not 0 < self.explained <= 1:
+            raise ConfigError(f"scorer.explained={self.explained} is no share; give a number above 0 and up to 1")
 
 
 @dataclass
@@ -772,6 +862,7 @@ class Config:
     target_set: TargetSetConfig = MISSING
     proxy: ProxyConfig = MISSING
     embedder: EmbedderConfig = MISSING
+    features: FeaturesConfig = MISSING
     scorer: Any = MISSING  # an open set: see ScorerConfig
     selector: Any = MISSING  # an open set: see SelectorConfig
     target: TargetConfig = MISSING
@@ -820,7 +911,9 @@ class Config:
         return self.scorer_name in ("random", "full") or encoded_apart or counts_characters
 
     def _check_ensemble(self) -> None:
-        if self.scorer_name in ("gsnr", "gsnr_variance_normalized") and self.proxy.members < 2:
+        divides = self.scorer_name in ("gsnr", "gsnr_variance_normalized")
+        divides |= isinstance(self.scorer, GsnrDirectionConfig) and self.scorer.weigh == "gsnr"
+        if divides and self.proxy.members < 2:
             raise ConfigError(
                 f"scorer={self.scorer.name} divides by a variance over members, but proxy.members="
                 f"{self.proxy.members}; give at least 2 (the paper has 5)"
@@ -901,11 +994,14 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "verifiable_tasks": VerifiableTargetSetConfig,
     },
     "proxy": {"proxy": ProxyConfig},
+    "features": {"features": FeaturesConfig},
     "target": {"target": TargetConfig},
     "embedder": {"hidden_states": HiddenStatesConfig, "sentence_transformers": SentenceTransformersConfig},
     "scorer": {
         "scorer": ScorerConfig,
         "gsnr": GsnrConfig,
+        "gsnr_direction": GsnrDirectionConfig,
+        "g2is": G2isConfig,
         "random": RandomScorerConfig,
         "superfilter": SuperfilterConfig,
         "superfilter_screened": ScreenedSuperfilterConfig,

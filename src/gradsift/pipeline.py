@@ -24,17 +24,22 @@ from gradsift.data.load import load, pool_of
 from gradsift.data.target_set import find_overlap, load_target_set, target_set_of
 from gradsift.data.tokens import encode
 from gradsift.diagnostics import Diagnostic
+from gradsift.errors import ConfigError
 from gradsift.evaluation import stages as evaluation
 from gradsift.evaluation.benchmarks import Item
 from gradsift.features.embeddings import Embedder, embed
+from gradsift.features.gradients import FeatureInputs, gradient_features, require_room
 from gradsift.features.hidden_states import hidden_states_embedder
 from gradsift.features.sentence_encoder import sentence_embedder
 from gradsift.features.vectors import read_features
+from gradsift.features.warmup import warm_up, warmup_rows
 from gradsift.gradients.diagnostics import diagnose_ensemble
+from gradsift.gradients.directions import directions, read_cosines
 from gradsift.gradients.embedding_head import embedding_gradients, read_embedding_gradients
 from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.statistics import read_statistics, statistics
-from gradsift.proxy.ensemble import ProxyInputs, train_adapter, train_adapters, train_ensemble
+from gradsift.proxy.ensemble import train_adapter, train_adapters, train_ensemble
+from gradsift.proxy.epochs import ProxyInputs
 from gradsift.report.results import Results
 from gradsift.runtime import Runtime
 from gradsift.scoring.stage import score
@@ -105,9 +110,12 @@ class Line:
         methods += [self.selector] if config.reaches("selection") else []
         if config.reaches("selection") and not self.keeps_all:
             budget(config.alpha, int(self.loaded.info["rows"]))
-        if any(name.startswith("target_") for chosen in methods for name in chosen.asked):
+        asked = {name for chosen in methods for name in chosen.asked}
+        if asked & {"gradients", "target_gradients"}:
+            self._check_features()
+        if any(name.startswith("target_") for name in asked):
             find_overlap(self.runtime, self.target_set, self.loaded)
-        if any(name in ("embeddings", "target_embeddings") for chosen in methods for name in chosen.asked):
+        if asked & {"embeddings", "target_embeddings"}:
             _ = self.embedder
         if config.reaches("judge") and not self.keeps_all:
             evaluation.check_judge(self.runtime, config.judge)
@@ -115,6 +123,15 @@ class Line:
             _ = self.items
         if config.reaches("finetune"):
             _ = self.target
+
+    def _check_features(self) -> None:
+        config = self.config
+        if config.features.name == "nano" and config.proxy.model.kind != "nano":
+            raise ConfigError(
+                f"features=nano is made for the embedded world's models, not for proxy={config.proxy.name}; choose "
+                "features=less or features=g2is"
+            )
+        warmup_rows(config.features.warmup, int(self.loaded.info["rows"]))
 
     @functools.cached_property
     def pool(self) -> list[Example]:
@@ -142,13 +159,16 @@ class Line:
 
     @functools.cached_property
     def proxy_inputs(self) -> ProxyInputs:
+        return self._encoded(self.pool, "the proxy")
+
+    def _encoded(self, examples: list[Example], purpose: str) -> ProxyInputs:
         model, proxy = self.proxy_backbone, self.config.proxy
         limit = min(proxy.max_length, model.context)
-        with self.runtime.display.task("tokenise for the proxy", len(self.pool)) as advance:
-            encoded, report = encode(self.pool, model.tokenizer, proxy.template, limit, advance)
-        say_report(self.runtime, report, len(self.pool), "proxy")
+        with self.runtime.display.task(f"tokenise for {purpose}", len(examples)) as advance:
+            encoded, report = encode(examples, model.tokenizer, proxy.template, limit, advance)
+        say_report(self.runtime, report, len(examples), "proxy")
         budget = TokenBudget.of(model.model, self.config.compute.tokens, self.runtime.display.say)
-        return ProxyInputs(model, encoded, [example.row_index for example in self.pool], budget)
+        return ProxyInputs(model, encoded, [example.row_index for example in examples], budget)
 
     @functools.cached_property
     def ensemble(self) -> list[list[Artifact]]:
@@ -180,6 +200,63 @@ class Line:
             losses[index, table["row"]] = table["loss"]
         mean: np.ndarray = losses.mean(0)
         return mean
+
+    @functools.cached_property
+    def directions(self) -> list[Artifact]:
+        """A table a member, at the late snapshot."""
+        lora = self.config.proxy.lora
+        return [directions(self.runtime, lora, member, lambda: self.proxy_inputs) for member in self.late_members()]
+
+    @functools.cached_property
+    def checkpoints(self) -> list[Artifact]:
+        """Those of the warm-up, one an epoch."""
+
+        def load() -> ProxyInputs:
+            config = self.config.features
+            count = 1 if config.checkpoints == "last" else config.warmup.epochs
+            require_room(self.runtime, config, self._pool_inputs(), count)  # before the first epoch, not after the last
+            return self.proxy_inputs
+
+        features, proxy = self.config.features, self.config.proxy
+        return warm_up(self.runtime, features.warmup, proxy, self.proxy, self.loaded, load)
+
+    def _pool_inputs(self) -> FeatureInputs:
+        return FeatureInputs(self.proxy_inputs, [example.example_id for example in self.pool])
+
+    def _target_inputs(self) -> FeatureInputs:
+        found = target_set_of(self.target_set)
+        ids = [example.example_id for example in found.examples]
+        return FeatureInputs(self._encoded(found.examples, "the target set"), ids, found.tasks)
+
+    @functools.cached_property
+    def gradients(self) -> Artifact:
+        """Gradient features of the pool."""
+        config = self.config
+        return gradient_features(
+            self.runtime,
+            config.features,
+            config.proxy,
+            self.checkpoints,
+            self.loaded,
+            self._pool_inputs,
+            slug="pool",
+            adam=config.features.adam,
+        )
+
+    @functools.cached_property
+    def target_gradients(self) -> Artifact:
+        """Gradient features of the target set."""
+        config = self.config
+        return gradient_features(
+            self.runtime,
+            config.features,
+            config.proxy,
+            self.checkpoints,
+            self.target_set,
+            self._target_inputs,
+            slug=f"target-{config.target_set.name}",
+            adam=False,  # the pool's gradients are steps of Adam, a target's is what a step is measured by
+        )
 
     def response_tokens(self) -> np.ndarray:
         """(N,) float64, the same for every member; NaN for an example that has none."""
@@ -243,6 +320,11 @@ class Line:
             "embedding_gradients": Source(
                 lambda: [self.embedding_gradients()], lambda: read_embedding_gradients(self.embedding_gradients())
             ),
+            "directions": Source(
+                lambda: self.directions, lambda: read_cosines(self.directions, int(self.loaded.info["rows"]))
+            ),
+            "gradients": Source(lambda: [self.gradients], lambda: read_features(self.gradients)),
+            "target_gradients": Source(lambda: [self.target_gradients], lambda: read_features(self.target_gradients)),
             "backbone": Source(lambda: [self.proxy], lambda: self.proxy_backbone),
             "proxy_inputs": Source(
                 lambda: [self.proxy],

@@ -2,7 +2,8 @@
 
 A feature artifact holds `features.npy` (N, D) float32, memory-mapped when read, in the order of the
 examples, and `ids.json`, whose entries name the rows. A row of zeros means that the example has no
-direction (a zero gradient, an empty text); every other row has length 1.
+direction (a zero gradient, an empty text); every other row has length 1, or less where a part of it is
+missing (a gradient that is zero at some checkpoints), or any where `features.normalise` is off.
 
 Shape letters: N examples, D features, B rows of a block.
 """
@@ -30,6 +31,7 @@ class Features:
 
     vectors: np.ndarray  # (N, D) float32, often memory-mapped; length 1 a row, or 0 for a row without direction
     tasks: tuple[str, ...] = ()  # (N,) or empty
+    silent: tuple[int, ...] = ()  # rows of zeros whose example has no response token
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -53,17 +55,25 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
     return unit
 
 
-def open_features(folder: Path, rows: int, dimensions: int) -> np.ndarray:
-    """An array (rows, dimensions) float32 in `folder` to be filled block by block; call `flush` when done."""
-    written: np.ndarray = np.lib.format.open_memmap(
-        folder / FEATURES_FILE, mode="w+", dtype=np.float32, shape=(rows, dimensions)
-    )
+def open_features(folder: Path, rows: int, dimensions: int, continues: bool = False) -> np.ndarray:
+    """An array (rows, dimensions) float32 in `folder` to be filled block by block; call `flush` when done.
+
+    Args:
+        continues: keep what an earlier process has filled; else all is zero.
+    """
+    if continues:
+        written: np.ndarray = np.load(folder / FEATURES_FILE, mmap_mode="r+", allow_pickle=False)
+    else:
+        written = np.lib.format.open_memmap(
+            folder / FEATURES_FILE, mode="w+", dtype=np.float32, shape=(rows, dimensions)
+        )
     return written
 
 
-def write_ids(folder: Path, ids: Sequence[str], tasks: Sequence[str] = ()) -> None:
+def write_ids(folder: Path, ids: Sequence[str], tasks: Sequence[str] = (), silent: Sequence[int] = ()) -> None:
     """What the rows of `features.npy` are."""
-    (folder / IDS_FILE).write_text(json.dumps({"ids": list(ids), "tasks": list(tasks)}), encoding="utf-8")
+    content = {"ids": list(ids), "tasks": list(tasks), "silent": list(silent)}
+    (folder / IDS_FILE).write_text(json.dumps(content), encoding="utf-8")
 
 
 def read_features(artifact: Artifact) -> Features:
@@ -76,4 +86,4 @@ def read_features(artifact: Artifact) -> Features:
     named = json.loads(artifact.file(IDS_FILE).read_text(encoding="utf-8"))
     if len(named["ids"]) != len(vectors):
         raise GradsiftError(f"{artifact.path.name} holds {len(vectors)} vectors for {len(named['ids'])} examples")
-    return Features(vectors, tuple(named["tasks"]))
+    return Features(vectors, tuple(named["tasks"]), tuple(named["silent"]))

@@ -42,7 +42,7 @@ from gradsift.training.finetuning import require_finite
 from gradsift.training.head import OutputHead
 
 if TYPE_CHECKING:
-    from gradsift.proxy.ensemble import ProxyInputs
+    from gradsift.proxy.epochs import ProxyInputs
 
 VERSION = 1
 STATISTICS_FILE = "embedding_gradients.parquet"

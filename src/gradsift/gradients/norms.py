@@ -16,6 +16,24 @@ from gradsift.training.adapted import AdaptedLinear, NormProbe
 from gradsift.training.lora import lora_layers
 
 
+def probed_layers(adapted: nn.Module) -> list[AdaptedLinear]:
+    """The adapted layers, whose backward pass meets each example's gradient.
+
+    Raises:
+        GradsiftError: there is none, or one of another kind.
+    """
+    layers = [layer for _, layer in lora_layers(adapted)]
+    if not layers:
+        raise GradsiftError("per-sample gradients need a model with LoRA adapters; it has none")
+    for layer in layers:
+        if not isinstance(layer, AdaptedLinear):
+            raise GradsiftError(
+                f"per-sample gradients need plain linear layers, not {type(layer.get_base_layer()).__name__}; "
+                "leave it out of lora.targets, and load the model unquantised"
+            )
+    return layers
+
+
 class PerSampleNorms:
     """Turns each backward pass through the active adapter into per-sample gradient norms.
 
@@ -24,27 +42,19 @@ class PerSampleNorms:
     """
 
     def __init__(self, adapted: nn.Module) -> None:
-        self._layers = [layer for _, layer in lora_layers(adapted)]
-        if not self._layers:
-            raise GradsiftError("per-sample gradient norms need a model with LoRA adapters; it has none")
-        for layer in self._layers:
-            if not isinstance(layer, AdaptedLinear):
-                raise GradsiftError(
-                    f"per-sample gradient norms need plain linear layers, not {type(layer.get_base_layer()).__name__}; "
-                    "leave it out of lora.targets, and load the model unquantised"
-                )
+        self._layers = probed_layers(adapted)
         self._probe = NormProbe()
 
     def __enter__(self) -> PerSampleNorms:
         for layer in self._layers:
-            layer.norm_probe = self._probe
+            layer.probe = self._probe
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for layer in self._layers:
-            layer.norm_probe = None
+            layer.probe = None
         self.forget()
 
     def forget(self) -> None:

@@ -17,36 +17,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 
 from gradsift.artifacts import Artifact
 from gradsift.config import ProxyConfig
 from gradsift.data.batching import epoch_batches
-from gradsift.data.tokens import Encoded
 from gradsift.gradients.callback import GradientNorms, collect_norms
 from gradsift.gradients.norms_table import write_norms
+from gradsift.proxy.epochs import EpochStart, ProxyInputs, adapter, train_epoch
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora
-from gradsift.training.backbones import Backbone
-from gradsift.training.curves import write_curve
-from gradsift.training.device import TokenBudget, device_of
-from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, fit
+from gradsift.training.device import device_of
+from gradsift.training.finetuning import Optimization, ShowProgress
 
 VERSION = 3
 COLLECT_VERSION = 1
-
-
-class ProxyInputs(NamedTuple):
-    """What every member trains on."""
-
-    backbone: Backbone
-    encoded: Sequence[Encoded]
-    row_indices: Sequence[int]  # of the examples that `Encoded.row` counts, in the data's source
-    budget: TokenBudget  # of all members: what one of them learnt of the memory holds for the next
 
 
 def train_ensemble(
@@ -168,47 +156,23 @@ def train_member_epoch(
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
     """Train one member for one epoch from where the epoch before left it, collect the norms, write both."""
-    backbone, encoded, row_indices, budget = inputs
-    lengths = [len(example.input_ids) for example in encoded]
+    lengths = [len(example.input_ids) for example in inputs.encoded]
     plan = epoch_plan(config, lengths, runtime.seed, member, epoch)
-    first = 0 if config.ensemble == "bootstrap" else member
-    adapted = lora.add_adapter(backbone.model, config.lora, derive_seed(runtime.seed, "lora", first))
-    try:
-        adapted.to(device_of(runtime.compute))
-        module = Finetuning(
-            adapted,
-            Optimization(
-                config.learning_rate,
-                config.weight_decay,
-                config.schedule,
-                config.warmup_steps,
-                total_steps=len(plan) * config.total_epochs,
-            ),
-            budget,
-            backbone.pad_id,
-            first_step=len(plan) * (epoch - 1),
-        )
-        if previous is not None:
-            lora.load_adapter(adapted, previous.path)
-            module.restore_from = previous.file("optimizer.safetensors")
-        norms = GradientNorms(adapted, encoded, config.collect, row_indices=row_indices, progress=advance)
-        keeper = OptimizerKeeper(folder / "optimizer.safetensors")
-        torch.manual_seed(derive_seed(runtime.seed, "dropout", member, epoch))
-        steps = fit(
-            module,
-            encoded,
-            plan,
-            compute=runtime.compute,
-            row_indices=row_indices,
-            callbacks=[ShowProgress(advance), norms, keeper],
-        )
-        lora.save_adapter(adapted, folder)
-        write_norms(folder, norms.table(), encoded)
-        write_curve(folder, module.curve)
-        sizes = lora.factor_sizes(adapted)
-    finally:
-        lora.remove_adapter(adapted)
-    return {"optimizer_steps": steps, "rows": len(encoded), **sizes}
+    optimization = Optimization(
+        config.learning_rate,
+        config.weight_decay,
+        config.schedule,
+        config.warmup_steps,
+        total_steps=len(plan) * config.total_epochs,
+    )
+    start = EpochStart(len(plan) * (epoch - 1), derive_seed(runtime.seed, "dropout", member, epoch), previous)
+    first = derive_seed(runtime.seed, "lora", 0 if config.ensemble == "bootstrap" else member)
+    with adapter(inputs.backbone, config.lora, first, runtime.compute) as adapted:
+        norms = GradientNorms(adapted, inputs.encoded, config.collect, row_indices=inputs.row_indices, progress=advance)
+        callbacks = [ShowProgress(advance), norms]
+        info = train_epoch(adapted, inputs, optimization, plan, start, folder, runtime.compute, callbacks)
+        write_norms(folder, norms.table(), inputs.encoded)
+    return info
 
 
 def epoch_plan(config: ProxyConfig, lengths: Sequence[int], seed: int, member: int, epoch: int) -> list[list[int]]:
@@ -241,27 +205,13 @@ def collect_under_masks(
     def make(folder: Path) -> Mapping[str, Any]:
         backbone, encoded, row_indices, budget = load()
         device = device_of(runtime.compute)
-        adapted = lora.add_adapter(backbone.model, config.lora, seed=0)
         label = f"dropout member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
-        try:
+        with adapter(backbone, config.lora, 0, runtime.compute) as adapted:
             lora.load_adapter(adapted, weights.path)
-            adapted.to(device)
             torch.manual_seed(derive_seed(runtime.seed, "mc_dropout", member, epoch))
             with runtime.display.task(label, len(encoded)) as advance:
                 collected = collect_norms(adapted, encoded, budget, backbone.pad_id, device, advance, dropout=True)
-        finally:
-            lora.remove_adapter(adapted)
         write_norms(folder, collected.columns(row_indices), encoded)
         return {"rows": len(encoded), "size_A": weights.info["size_A"], "size_B": weights.info["size_B"]}
 
     return runtime.store.obtain("dropout", f"m{member}-e{epoch}", settings, [weights], make, version=COLLECT_VERSION)
-
-
-class OptimizerKeeper(L.Callback):
-    """Writes the optimiser's state when the training ends, for the next epoch to go on from."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def on_train_end(self, trainer: Any, module: Any) -> None:
-        lora.save_optimizer(trainer.optimizers[0], lora.trainable_parameters(module.model), self._path)

@@ -10,6 +10,9 @@ nothing else:
     embedding_gradients
                  `gradsift.gradients.embedding_head.EmbeddingGradients` after the first epoch of the ensemble's
                  first adapter, which alone is trained for it
+    directions   (M, N) cosines of each member's gradient of an example with its mean gradient of the pool
+    gradients, target_gradients
+                 `gradsift.features.vectors.Features` of the pool's and of the target set's gradients
     backbone     the proxy's backbone, without adapters
     proxy_inputs the backbone, and the examples in tokens of the proxy's template
     embeddings, target_embeddings

@@ -11,13 +11,15 @@ a training does not depend on it.
 The gradient that one example gives to A and B is a product of its backprops and its activations over
 its own tokens. Their sum over the examples is the gradient that the optimiser needs anyhow, so the
 norms of the parts cost next to nothing: `NormProbe` gathers them, as gradients of a probe, and no
-loop over examples is needed.
+loop over examples is needed. `GradientProbe` gathers the parts themselves in the same way.
 
-Shape letters: B examples of a batch, T tokens, I inputs of a layer, O its outputs, R rank.
+Shape letters: B examples of a batch, T tokens, I inputs of a layer, O its outputs, R rank, P_l numbers
+in the A and the B of a layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,23 +33,19 @@ from gradsift.errors import GradsiftError
 ADAPTER = "default"  # peft's name of the active adapter
 
 
-class NormProbe:
-    """Gathers squared per-sample gradient norms over all adapted layers of a backward pass.
-
-    Each layer takes the probe as one more input and gives the squared norms of its A and its B as the
-    probe's gradient; autograd adds them up, on the device, without a hook.
-    """
+class Passes:
+    """Sees to it that the examples of one forward pass can be told apart in every adapted layer."""
 
     def __init__(self) -> None:
-        self._probe: torch.Tensor | None = None
-        self._layers: set[int] = set()  # that took the probe in this pass
+        self._layers: set[int] = set()  # that were passed
+        self._examples: int | None = None
 
-    def of(self, layer: object, activations: torch.Tensor) -> torch.Tensor:
-        """The probe, (2, B) float32, of the pass in which `layer` sees `activations` (B, T, I).
+    def note(self, layer: object, activations: torch.Tensor) -> int:
+        """B, where `layer` sees `activations` (B, T, I).
 
         Raises:
             GradsiftError: the examples cannot be told apart, or the layer is passed twice: its gradient
-                would be a sum of two, whose norm is not the sum of their norms.
+                would be a sum of two.
         """
         if id(layer) in self._layers:
             raise GradsiftError(
@@ -60,26 +58,89 @@ class NormProbe:
                 f"an adapted layer sees inputs of shape {tuple(activations.shape)}, not (batch, tokens, width), so "
                 "its examples cannot be told apart; leave it out of lora.targets"
             )
-        if self._probe is None:
-            self._probe = torch.zeros(2, len(activations), device=activations.device, requires_grad=True)
-        if len(activations) != self._probe.shape[1]:
+        if self._examples is None:
+            self._examples = len(activations)
+        if len(activations) != self._examples:
             raise GradsiftError(
-                f"an adapted layer sees {len(activations)} examples where another one saw {self._probe.shape[1]}; "
+                f"an adapted layer sees {len(activations)} examples where another one saw {self._examples}; "
                 "leave the layers that are not passed example by example out of lora.targets"
             )
+        return self._examples
+
+    def forget(self) -> None:
+        self._layers.clear()
+        self._examples = None
+
+
+class NormProbe:
+    """Gathers squared per-sample gradient norms over all adapted layers of a backward pass.
+
+    Each layer takes the probe as one more input and gives the squared norms of its A and its B as the
+    probe's gradient; autograd adds them up, on the device, without a hook.
+    """
+
+    def __init__(self) -> None:
+        self._probe: torch.Tensor | None = None
+        self._passes = Passes()
+
+    def of(self, layer: Any, activations: torch.Tensor) -> torch.Tensor:
+        """The probe, (2, B) float32, of the pass in which `layer` sees `activations` (B, T, I).
+
+        Raises:
+            GradsiftError: see `Passes`.
+        """
+        examples = self._passes.note(layer, activations)
+        if self._probe is None:
+            self._probe = torch.zeros(2, examples, device=activations.device, requires_grad=True)
         return self._probe
+
+    @staticmethod
+    def gather(parts_a: torch.Tensor, parts_b: torch.Tensor, scale: float) -> torch.Tensor:
+        """Squared norms (2, B) of a layer's parts."""
+        norms = [torch.linalg.vector_norm(p, dim=(1, 2), dtype=torch.float32) for p in (parts_a, parts_b)]
+        return torch.stack(norms).mul_(scale).square_()
 
     def take(self) -> torch.Tensor | None:
         """Squared norms of the gradients of A and of B, (2, B), of the last pass; None if there was no backward."""
         probe, self._probe = self._probe, None
-        self._layers.clear()
+        self._passes.forget()
         return None if probe is None else probe.grad
+
+
+class GradientProbe:
+    """Gathers the per-sample gradients of all adapted layers: each layer has a probe of its own, (B, P_l)."""
+
+    def __init__(self) -> None:
+        self.probes: dict[int, torch.Tensor] = {}  # by the layer's id, in the order of the forward pass
+        self._passes = Passes()
+
+    def of(self, layer: Any, activations: torch.Tensor) -> torch.Tensor:
+        """The probe, (B, P_l) float32 without memory of its own, of the pass in which `layer` sees `activations`.
+
+        Raises:
+            GradsiftError: see `Passes`.
+        """
+        examples = self._passes.note(layer, activations)
+        size = layer.lora_A[ADAPTER].weight.numel() + layer.lora_B[ADAPTER].weight.numel()
+        probe = torch.zeros((), device=activations.device).expand(examples, size).requires_grad_()
+        self.probes[id(layer)] = probe
+        return probe
+
+    @staticmethod
+    def gather(parts_a: torch.Tensor, parts_b: torch.Tensor, scale: float) -> torch.Tensor:
+        """A layer's gradients (B, P_l): A's (R, I) row by row, then B's (O, R)."""
+        parts = [parts_a.flatten(1), parts_b.transpose(1, 2).flatten(1)]
+        return torch.cat(parts, 1).to(torch.float32).mul_(scale)
+
+    def forget(self) -> None:
+        self.probes.clear()
+        self._passes.forget()
 
 
 class AdaptedLinear(Linear):  # type: ignore[misc]
     """peft's adapted layer with the forward pass of this module; weights, names and files are peft's."""
 
-    norm_probe: NormProbe | None = None  # set while norms are gathered
+    probe: NormProbe | GradientProbe | None = None  # set while norms or gradients are gathered
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters or self.merged:
@@ -88,10 +149,11 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
         dropout: Any = self.lora_dropout[ADAPTER]
         weight = base.weight if isinstance(base, Conv1D) else base.weight.t()  # (I, O)
         drops = isinstance(dropout, nn.Dropout) and dropout.training
-        probe = self.norm_probe.of(self, x) if self.norm_probe is not None and torch.is_grad_enabled() else None
+        probe = self.probe if torch.is_grad_enabled() else None
+        taken = (probe.of(self, x), probe.gather) if probe is not None else (None, None)
         factors = (self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight)
         y: torch.Tensor = _Map.apply(  # type: ignore[no-untyped-call]
-            x, dropout(x) if drops else None, weight, base.bias, *factors, self.scaling[ADAPTER], probe
+            x, dropout(x) if drops else None, weight, base.bias, *factors, self.scaling[ADAPTER], *taken
         )
         return y
 
@@ -105,7 +167,7 @@ def fuse(adapted: nn.Module) -> None:
 
 
 class _Map(torch.autograd.Function):
-    """The map, and its gradients with respect to x, A and B; the probe's gradient is the squared norms."""
+    """The map, and its gradients with respect to x, A and B; the probe's gradient is what it gathers."""
 
     @staticmethod
     def forward(
@@ -117,7 +179,8 @@ class _Map(torch.autograd.Function):
         factor_a: torch.Tensor,  # (R, I)
         factor_b: torch.Tensor,  # (O, R)
         scale: float,
-        probe: torch.Tensor | None,  # (2, B)
+        probe: torch.Tensor | None,  # (2, B) or (B, P_l)
+        gather: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None,  # from the parts, like the probe
     ) -> torch.Tensor:
         inputs = x.reshape(-1, x.shape[-1])
         y = inputs @ weight if bias is None else torch.addmm(bias, inputs, weight)
@@ -125,14 +188,14 @@ class _Map(torch.autograd.Function):
         seen = inputs if dropped is None else dropped.reshape(-1, x.shape[-1])
         inner = seen @ a.t()  # (B T, R)
         y.addmm_(inner, b.t(), alpha=scale)
-        ctx.save_for_backward(weight, x if dropped is None else dropped, inner, a, b, probe)
-        ctx.scale, ctx.has_dropout = scale, dropped is not None
+        ctx.save_for_backward(weight, x if dropped is None else dropped, inner, a, b)
+        ctx.scale, ctx.has_dropout, ctx.gather = scale, dropped is not None, gather
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weight, seen, inner, a, b, probe = ctx.saved_tensors
+        weight, seen, inner, a, b = ctx.saved_tensors
         backprops = gradients[0].reshape(-1, b.shape[0])  # (B T, O)
         inner_backprops = backprops @ b  # (B T, R), without the scale
         to_x = to_dropped = None
@@ -146,13 +209,10 @@ class _Map(torch.autograd.Function):
         examples = len(seen) if seen.dim() == 3 else 1
         parts_a = _parts(inner_backprops, seen, examples)  # (B, R, I)
         parts_b = _parts(inner, backprops, examples)  # (B, R, O)
-        squares = None
-        if probe is not None:
-            norms = [torch.linalg.vector_norm(p, dim=(1, 2), dtype=torch.float32) for p in (parts_a, parts_b)]
-            squares = torch.stack(norms).mul_(ctx.scale).square_()
+        gathered = None if ctx.gather is None else ctx.gather(parts_a, parts_b, ctx.scale)
         to_a = parts_a.sum(0, dtype=torch.float32).mul_(ctx.scale)
         to_b = parts_b.sum(0, dtype=torch.float32).mul_(ctx.scale).t()
-        return to_x, to_dropped, None, None, to_a, to_b, None, squares
+        return to_x, to_dropped, None, None, to_a, to_b, None, gathered, None
 
 
 def _parts(left: torch.Tensor, right: torch.Tensor, examples: int) -> torch.Tensor:

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from gradsift.gradients.norms import PerSampleNorms
 
 
+BETAS = (0.9, 0.999)  # of AdamW everywhere: its saved state does not tell them
+
+
 @dataclass(frozen=True)
 class Optimization:
     """AdamW and its learning rate over `total_steps` optimiser steps."""
@@ -48,6 +51,10 @@ class Optimization:
         if self.schedule == "constant":
             return warmup
         return warmup * max(0.0, 1.0 - step / max(1, self.total_steps))
+
+    def mean_rate(self, first: int, last: int) -> float:
+        """Mean learning rate over the steps from `first` to before `last`."""
+        return self.learning_rate * sum(self.factor(step) for step in range(first, last)) / (last - first)
 
 
 class ResponseLosses:
@@ -134,7 +141,10 @@ class Finetuning(L.LightningModule):
     def configure_optimizers(self) -> Any:
         parameters = lora.trainable_parameters(self.model)
         optimizer = torch.optim.AdamW(
-            parameters.values(), lr=self.optimization.learning_rate, weight_decay=self.optimization.weight_decay
+            parameters.values(),
+            lr=self.optimization.learning_rate,
+            betas=BETAS,
+            weight_decay=self.optimization.weight_decay,
         )
         if self.restore_from is not None:
             lora.load_optimizer(optimizer, parameters, self.restore_from)

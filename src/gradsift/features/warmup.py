@@ -1,0 +1,127 @@
+"""Warm-up training on a few random rows, whose checkpoints are where gradient features are taken (LESS, section 4).
+
+The published LESS fixes the seed of the subset; here rows, order and initial A all follow from one seed.
+Every epoch is an artifact that the next one goes on from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradsift.artifacts import Artifact
+from gradsift.config import ProxyConfig, WarmupConfig
+from gradsift.data.batching import epoch_batches
+from gradsift.errors import GradsiftError
+from gradsift.proxy.epochs import EpochStart, ProxyInputs, adapter, train_epoch
+from gradsift.runtime import Runtime, derive_seed
+from gradsift.training.finetuning import Optimization, ShowProgress
+
+VERSION = 1
+
+
+def warm_up(
+    runtime: Runtime,
+    config: WarmupConfig,
+    proxy_config: ProxyConfig,
+    proxy: Artifact,
+    loaded: Artifact,
+    load: Callable[[], ProxyInputs],
+) -> list[Artifact]:
+    """A checkpoint (adapter and Adam's state) after each epoch, with its mean `learning_rate`.
+
+    Args:
+        load: called only if an epoch has to be trained.
+
+    Raises:
+        GradsiftError: there is no row to train on.
+    """
+    count = warmup_rows(config, int(loaded.info["rows"]))
+    chain: list[Artifact] = []
+    for epoch in range(1, config.epochs + 1):
+        previous = chain[-1] if chain else None
+
+        def make(folder: Path, epoch: int = epoch, previous: Artifact | None = previous) -> Mapping[str, Any]:
+            return _train(runtime, config, load(), int(loaded.info["rows"]), epoch, previous, folder)
+
+        settings = asdict(config) | {
+            "share": None,
+            "rows": count,
+            "epochs": None if config.schedule == "constant" and not config.warmup_ratio else config.epochs,
+            "epoch": epoch,
+            "seed": _seed(runtime, config),
+            "precision": runtime.compute.precision,
+            "template": proxy_config.template,
+            "max_length": proxy_config.max_length,
+            "tokens": runtime.compute.tokens if config.lora.dropout else None,  # dropout masks are drawn batch by batch
+        }
+        parents = [previous] if previous else [proxy, loaded]
+        chain.append(runtime.store.obtain("warmup", f"{count}rows-e{epoch}", settings, parents, make, version=VERSION))
+    return chain
+
+
+def warmup_rows(config: WarmupConfig, rows: int) -> int:
+    """How many of `rows` rows are trained on.
+
+    Raises:
+        GradsiftError: none.
+    """
+    count = min(config.rows, rows) if config.rows is not None else math.floor((config.share or 0) * rows + 1e-9)
+    if count < 1:
+        raise GradsiftError(
+            f"features.warmup.share={config.share} of {rows:,} rows is not a single one; give a larger share, or "
+            "features.warmup.rows=NUMBER"
+        )
+    return count
+
+
+def draw_rows(config: WarmupConfig, rows: int, seed: int) -> np.ndarray:
+    """Positions of the warm-up's rows in the pool, ascending."""
+    rng = np.random.default_rng(derive_seed(seed, "warmup rows"))
+    return np.sort(rng.permutation(rows)[: warmup_rows(config, rows)])
+
+
+def _seed(runtime: Runtime, config: WarmupConfig) -> int:
+    return runtime.seed if config.seed is None else config.seed
+
+
+def _train(
+    runtime: Runtime,
+    config: WarmupConfig,
+    inputs: ProxyInputs,
+    rows: int,
+    epoch: int,
+    previous: Artifact | None,
+    folder: Path,
+) -> dict[str, Any]:
+    seed = _seed(runtime, config)
+    drawn = set(draw_rows(config, rows, seed).tolist())
+    inputs = inputs._replace(encoded=[example for example in inputs.encoded if example.row in drawn])
+    if not inputs.encoded:
+        raise GradsiftError(
+            f"none of the {len(drawn):,} warm-up rows has a response token; raise features.warmup.share (or rows)"
+        )
+    plan = _plan(config, [len(example.input_ids) for example in inputs.encoded], seed, epoch)
+    total = len(plan) * config.epochs
+    optimization = Optimization(
+        config.learning_rate, 0.0, config.schedule, math.ceil(config.warmup_ratio * total), total_steps=total
+    )
+    first = len(plan) * (epoch - 1)
+    start = EpochStart(first, derive_seed(seed, "warmup dropout", epoch), previous)
+    label = f"warm-up, epoch {epoch}/{config.epochs}"
+    with (
+        adapter(inputs.backbone, config.lora, derive_seed(seed, "warmup lora"), runtime.compute) as adapted,
+        runtime.display.task(label, len(inputs.encoded)) as advance,
+    ):
+        callbacks = [ShowProgress(advance)]
+        info = train_epoch(adapted, inputs, optimization, plan, start, folder, runtime.compute, callbacks)
+    return info | {"learning_rate": optimization.mean_rate(first, first + len(plan))}
+
+
+def _plan(config: WarmupConfig, lengths: Sequence[int], seed: int, epoch: int) -> list[list[int]]:
+    return epoch_batches(lengths, config.batch_size, "random", derive_seed(seed, "warmup order", epoch))

@@ -1,0 +1,115 @@
+"""How far each example's gradient points where the whole pool's does, at one member's late snapshot.
+
+    cos_i = <g_i, g> / (|g_i| |g|),   g = (1/N) sum_i g_i
+
+over the LoRA parameters, unprojected. Descent goes along -g, so an example with a positive cosine pulls the way
+that the pool pulls. Two passes over the pool: the mean, then each example beside it.
+
+Shape letters: N examples, B of a batch, P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from gradsift.artifacts import Artifact
+from gradsift.config import LoraConfig
+from gradsift.data.batching import collate
+from gradsift.data.tokens import Encoded
+from gradsift.errors import GradsiftError
+from gradsift.gradients.per_sample import gradient_pass
+from gradsift.proxy.epochs import ProxyInputs, adapter
+from gradsift.runtime import Advance, Runtime
+from gradsift.training import lora
+from gradsift.training.finetuning import ResponseLosses, require_finite
+
+VERSION = 1
+DIRECTIONS_FILE = "directions.parquet"
+
+
+def directions(runtime: Runtime, config: LoraConfig, member: Artifact, load: Callable[[], ProxyInputs]) -> Artifact:
+    """A table of row (position among the examples), cosine (NaN where the gradient is zero) and norm.
+
+    Args:
+        member: a member's epoch, with its adapter.
+        load: called only if there is something to be done.
+    """
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        inputs = load()
+        label = f"directions of {member.path.name.rsplit('-', 1)[0]}"
+        with (
+            adapter(inputs.backbone, config, 0, runtime.compute) as adapted,
+            runtime.display.task(label, 2 * len(inputs.encoded)) as advance,
+        ):
+            lora.load_adapter(adapted, member.path)
+            columns = cosines(adapted, inputs, mean_gradient(adapted, inputs, advance), advance)
+        pq.write_table(pa.table(columns), folder / DIRECTIONS_FILE)
+        return {"rows": len(inputs.encoded)}
+
+    slug = member.path.name.rsplit("-", 1)[0]
+    return runtime.store.obtain("direction", slug, {}, [member], make, version=VERSION)
+
+
+def mean_gradient(adapted: Any, inputs: ProxyInputs, advance: Advance = lambda done: None) -> torch.Tensor:
+    """g (P,) float64, in the order of `trainable_parameters`, dropout off.
+
+    Raises:
+        GradsiftError: it is zero.
+    """
+    parameters = list(lora.trainable_parameters(adapted).values())
+    losses_of = ResponseLosses(adapted)
+    total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64, device=parameters[0].device)
+
+    def of_batch(batch: Sequence[Encoded]) -> torch.Tensor:
+        losses = losses_of(collate(batch, inputs.backbone.pad_id).to(total.device))
+        return torch.cat([part.flatten() for part in torch.autograd.grad(losses.sum(), parameters)])
+
+    with lora.evaluating(adapted), torch.enable_grad():
+        for examples, found in inputs.budget.passes(inputs.encoded, of_batch):
+            for part in found:
+                total += part
+            advance(len(examples))
+    if not bool(total.any()):
+        raise GradsiftError("the mean gradient of the pool is zero, so it has no direction; see proxy.learning_rate")
+    return total / len(inputs.encoded)
+
+
+def cosines(
+    adapted: Any, inputs: ProxyInputs, mean: torch.Tensor, advance: Advance = lambda done: None
+) -> dict[str, np.ndarray]:
+    """Columns row (n,) int64, cosine and norm (n,) float64 of the examples that have a response, in their order."""
+    unit = (mean / mean.norm()).float()
+    rows = np.array([example.row for example in inputs.encoded], dtype=np.int64)
+    places = {int(row): place for place, row in enumerate(rows)}
+    norms, dots = np.zeros(len(rows)), np.zeros(len(rows))
+
+    with gradient_pass(adapted, "lora", inputs.backbone.pad_id) as gradients:
+
+        def of_batch(batch: Sequence[Encoded]) -> None:
+            for part, found in gradients.parts(batch):
+                where = [places[example.row] for example in part]
+                norms[where] = torch.linalg.vector_norm(found, dim=1).double().cpu().numpy()
+                dots[where] = (found @ unit).double().cpu().numpy()
+
+        for examples, _ in inputs.budget.passes(inputs.encoded, of_batch):
+            advance(len(examples))
+    require_finite("gradient", torch.from_numpy(rows), torch.from_numpy(norms), inputs.row_indices)
+    cosine = np.divide(dots, norms, out=np.full(len(rows), np.nan), where=norms > 0)
+    return {"row": rows, "cosine": cosine, "norm": norms}
+
+
+def read_cosines(artifacts: Sequence[Artifact], rows: int) -> np.ndarray:
+    """(M, N) float64 of the members' tables; NaN for an example without a gradient."""
+    found = np.full((len(artifacts), rows), np.nan)
+    for index, artifact in enumerate(artifacts):
+        table = pq.read_table(artifact.file(DIRECTIONS_FILE))
+        found[index, table["row"].to_numpy()] = table["cosine"].to_numpy()
+    return found

@@ -1,0 +1,32 @@
+"""Agreement with the core knowledge of a target set: G2IS (arXiv 2502.11062) without its graph, as a score.
+
+    score(z) = sum_k s_k <row_z, K_k> / sum_k s_k
+
+K_k are the principal components of the target gradients (see `gradsift.selection.core_knowledge`), turned towards
+their mean, and s_k the share of the variance that each explains. The paper selects by a walk and has no score:
+this is our reading, which gives `selector=gradient_walk` its fill, and any other selector something to rank by.
+"""
+
+from __future__ import annotations
+
+from gradsift.features.vectors import Features
+from gradsift.scoring.agreement import agreement, mark_undirected
+from gradsift.scoring.scores import Scores
+from gradsift.selection.core_knowledge import core_knowledge
+
+
+def g2is(gradients: Features, target_gradients: Features, *, explained: float) -> Scores:
+    """The mean projection on the components, weighted by their variance; `component:<k>` holds that on each.
+
+    Args:
+        explained: share of the target gradients' variance that the components explain.
+
+    Raises:
+        GradsiftError: every gradient of the target set is zero.
+    """
+    core = core_knowledge(target_gradients, explained)
+    projections = agreement(gradients, core.directions)
+    parts = {f"component:{k}": projections[:, k] for k in range(len(core.variances))}
+    scores = Scores(projections @ core.variances / core.variances.sum(), parts)
+    mark_undirected(scores, gradients)
+    return scores

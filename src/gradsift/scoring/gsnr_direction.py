@@ -1,0 +1,53 @@
+"""A direction-aware variant of GRADFILTERING (the paper's open question 2), in our reading.
+
+    score_i = (1/M) sum_m cos(g_i^m, g^m)               weigh=none
+    score_i = rank_i x (1/M) sum_m cos(g_i^m, g^m)      weigh=gsnr
+
+g^m is the mean gradient of the pool at member m's late snapshot, and rank_i the share of examples whose G-SNR
+(Eq. 5) is not above that of i. A product with the G-SNR itself would turn two wrongs into a right, as both
+may be negative, and its largest values are those of a tiny variance; with its rank, agreement counts for more where
+the ensemble is sure, and so does disagreement.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gradsift.gradients.statistics import Statistics
+from gradsift.scoring.agreement import NO_GRADIENT
+from gradsift.scoring.gsnr import gsnr
+from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
+
+
+def gsnr_direction(statistics: Statistics, directions: np.ndarray, *, weigh: str, eps: float) -> Scores:
+    """Mean over the members of the cosine with the pool's mean gradient.
+
+    Args:
+        directions: (M, N) cosines; NaN where a member has no gradient of an example, which its mean leaves out.
+        weigh: `none`, or `gsnr` for the product with the rank of the G-SNR.
+        eps: of the G-SNR.
+    """
+    known = ~np.isnan(directions)
+    count = known.sum(0)
+    total = np.where(known, directions, 0.0).sum(0)
+    cosine = np.divide(total, count, out=np.full(directions.shape[1], np.nan), where=count > 0)
+    spread = np.where(known, directions - cosine, 0.0)
+    deviation = np.sqrt(np.divide((spread**2).sum(0), count, out=np.full(len(cosine), np.nan), where=count > 0))
+    ratio = gsnr(statistics, eps=eps)
+    rank = shares_not_above(ratio.score)
+    parts = {"cosine": cosine, "cosine_deviation": deviation, "gsnr": ratio.score, "gsnr_rank": rank}
+    scores = Scores(cosine * rank if weigh == "gsnr" else cosine.copy(), parts)
+    if weigh == "gsnr":
+        scores.diagnostics += ratio.diagnostics
+    scores.mark(np.isnan(statistics.G_t), UNDEFINED, NO_RESPONSE)
+    scores.mark(count == 0, UNDEFINED, NO_GRADIENT)
+    return scores
+
+
+def shares_not_above(values: np.ndarray) -> np.ndarray:
+    """(N,) in (0, 1]: the share of the finite values that are at most this one; NaN where it is not finite."""
+    finite = np.isfinite(values)
+    ordered = np.sort(values[finite])
+    shares = np.full(len(values), np.nan)
+    shares[finite] = np.searchsorted(ordered, values[finite], side="right") / max(1, len(ordered))
+    return shares

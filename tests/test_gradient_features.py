@@ -1,0 +1,323 @@
+"""Laws of gradient features: LESS by its formula, example by example; no result depends on blocks, order or a kill."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_config import composed
+from test_engine import unfused
+from test_per_sample import assert_rows_close, example_loss
+
+from gradsift.artifacts import Store
+from gradsift.config import WarmupConfig
+from gradsift.errors import ConfigError, GradsiftError
+from gradsift.features import gradients as module
+from gradsift.features.gradients import checkpoint_weights, gradient_features
+from gradsift.features.vectors import read_features
+from gradsift.features.warmup import draw_rows, warmup_rows
+from gradsift.gradients.norms_table import read_norms
+from gradsift.gradients.projection import Projection
+from gradsift.pipeline import Line
+from gradsift.proxy.epochs import adapter
+from gradsift.runtime import Display, Runtime
+from gradsift.scoring.less import less
+from gradsift.training import lora
+from gradsift.training.device import TokenBudget
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OPTIONS = (
+    "experiment=smoke",
+    "tracker=none",
+    "data.size=40",
+    "proxy.epochs=2",
+    "scorer=less",
+    "target_set=verifiable",
+    "target_set.limit=3",
+    "features.dimensions=48",
+    "features.warmup.share=0.3",
+    "features.warmup.epochs=2",
+    "features.warmup.batch_size=4",
+    "features.warmup.lora.rank=2",
+    "features.warmup.lora.dropout=0.1",
+)
+
+
+def line_of(store: Path, *options: str) -> Line:
+    config = composed(*OPTIONS, *options)
+    return Line(config, Runtime(Store(store, lambda text: None), config.compute, Display(), seed=0))
+
+
+@pytest.fixture(scope="module")
+def store(backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("features") / "store"
+    shutil.copytree(backbones, root)
+    return root
+
+
+@pytest.fixture
+def line(store: Path) -> Line:
+    return line_of(store)
+
+
+@pytest.fixture
+def fresh(backbones: Path, tmp_path: Path) -> Path:
+    """A store in which nothing but the backbones is made."""
+    shutil.copytree(backbones, tmp_path / "store")
+    return tmp_path / "store"
+
+
+# ----------------------------------------------------------------------------------- LESS by its formula
+
+
+def plain_gradients(line: Line, checkpoint: Any, examples: Any, adam: bool) -> Iterator[np.ndarray]:
+    """One example at a time through peft's own layers; with `adam` Gamma, parameter by parameter. (P,) float64."""
+    state = load_file(checkpoint.file("optimizer.safetensors"))
+    with adapter(line.proxy_backbone, line.config.features.warmup.lora, 5, line.config.compute) as adapted:
+        unfused(adapted)
+        lora.load_adapter(adapted, checkpoint.path)
+        adapted.eval()
+        for example in examples:
+            adapted.zero_grad()
+            example_loss(adapted, example).backward()
+            parts = []
+            for name, parameter in lora.trainable_parameters(adapted).items():
+                g = parameter.grad.double()
+                if adam:
+                    m = 0.9 * state[f"exp_avg:{name}"].double() + 0.1 * g
+                    v = 0.999 * state[f"exp_avg_sq:{name}"].double() + 0.001 * g * g
+                    g = m / (v + 1e-8).sqrt()
+                parts.append(g.numpy().ravel())
+            yield np.concatenate(parts)
+
+
+def mean_rates(steps: int, epochs: int, peak: float) -> list[float]:
+    """Of each epoch, for a linear decay after a rise over 3 % of the steps."""
+    total, rising = steps * epochs, int(np.ceil(0.03 * steps * epochs))
+    rates = [peak * min(1, (step + 1) / (rising + 1)) * (1 - step / total) for step in range(total)]
+    return [float(np.mean(rates[steps * epoch : steps * (epoch + 1)])) for epoch in range(epochs)]
+
+
+def test_scores_are_those_of_less_by_its_formula(line: Line) -> None:
+    rates = mean_rates(steps=3, epochs=2, peak=2e-3)  # 12 of 40 rows in batches of 4
+    assert [checkpoint.info["learning_rate"] for checkpoint in line.checkpoints] == pytest.approx(rates)
+    pool, targets = line.proxy_inputs.encoded, line._target_inputs()
+    cosines = np.zeros((40, 6))
+    for rate, checkpoint in zip(rates, line.checkpoints, strict=True):
+        sides = []
+        for examples, adam in ((pool, True), (targets.inputs.encoded, False)):
+            exact = np.stack(list(plain_gradients(line, checkpoint, examples, adam)))
+            matrix = Projection(exact.shape[1], 48, 0)(torch.eye(exact.shape[1])).double().numpy()
+            projected = exact @ matrix
+            sides.append(projected / np.linalg.norm(projected, axis=1, keepdims=True))
+        cosines += rate / sum(rates) * sides[0] @ sides[1].T
+    expected = np.maximum(cosines[:, :3].mean(1), cosines[:, 3:].mean(1))
+    assert targets.tasks == ["sort"] * 3 + ["reverse"] * 3
+    scores = less(read_features(line.gradients), read_features(line.target_gradients))
+    np.testing.assert_allclose(scores.score, expected, atol=1e-5)
+    np.testing.assert_allclose(scores.parts["task:sort"], cosines[:, :3].mean(1), atol=1e-5)
+    assert scores.score.std() > 1e-3
+
+
+def test_rows_are_unit_blocks_by_the_root_of_their_weights(line: Line) -> None:
+    vectors = np.asarray(read_features(line.gradients).vectors)
+    weights = checkpoint_weights(line.checkpoints)
+    assert vectors.shape == (40, 2 * 48)
+    assert weights.sum() == pytest.approx(1)
+    assert weights[0] > weights[1] > 0
+    for index, weight in enumerate(weights):
+        lengths = np.linalg.norm(vectors[:, index * 48 : (index + 1) * 48], axis=1)
+        np.testing.assert_allclose(lengths, weight**0.5, rtol=1e-5)
+
+
+def test_without_projection_and_normalising_rows_are_the_gradients(store: Path) -> None:
+    options = ("features.dimensions=null", "features.normalise=false", "features.checkpoints=last")
+    line = line_of(store, *options, "features.adam=false")
+    exact = np.stack(list(plain_gradients(line, line.checkpoints[-1], line.proxy_inputs.encoded, adam=False)))
+    assert_rows_close(np.asarray(read_features(line.gradients).vectors), exact)
+
+
+def test_full_gradients_have_a_column_for_every_weight_of_the_model(store: Path) -> None:
+    options = ("features.gradient_params=full", "features.adam=false", "features.checkpoints=last")
+    line = line_of(store, *options, "target_set.limit=1")
+    parameters = line.proxy_backbone.model.num_parameters()
+    before = {name: value.clone() for name, value in line.proxy_backbone.model.state_dict().items()}
+    assert line.target_gradients.info["parameters"] == parameters
+    assert line.target_gradients.info["dimensions"] == 48
+    after = line.proxy_backbone.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# ----------------------------------------------------------------------------- what changes no result
+
+
+def made(line: Line, fresh: Path, given: Any = None) -> np.ndarray:
+    """The pool's features once more, in another store."""
+    runtime = Runtime(Store(fresh, lambda text: None), line.config.compute, Display(), seed=0)
+    load = line._pool_inputs if given is None else lambda: given
+    config = line.config
+    artifact = gradient_features(
+        runtime, config.features, config.proxy, line.checkpoints, line.loaded, load, "pool", adam=True
+    )
+    assert not (artifact.path / "progress.json").exists()
+    return np.array(read_features(artifact).vectors)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 4096), (7, 40), (512, 100)])
+def test_neither_blocks_nor_the_token_budget_change_features(
+    rows: int, tokens: int, line: Line, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = np.asarray(read_features(line.gradients).vectors)
+    monkeypatch.setattr(module, "_MOST_ROWS", rows)
+    given = line._pool_inputs()
+    given = replace(given, inputs=given.inputs._replace(budget=TokenBudget(tokens)))
+    assert_rows_close(made(line, fresh, given), expected)
+
+
+def test_row_order_changes_no_examples_features(line: Line, fresh: Path) -> None:
+    expected = np.asarray(read_features(line.gradients).vectors)
+    given = line._pool_inputs()
+    order = np.random.default_rng(0).permutation(40)
+    place = {int(row): index for index, row in enumerate(order)}
+    moved = sorted((replace(example, row=place[example.row]) for example in given.inputs.encoded), key=lambda e: e.row)
+    shuffled = replace(given, inputs=given.inputs._replace(encoded=moved))
+    assert_rows_close(made(line, fresh, shuffled), expected[order])
+
+
+def test_a_killed_stage_goes_on_after_its_last_whole_block(
+    line: Line, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MOST_ROWS", 9)  # 5 blocks at each of 2 checkpoints
+    expected = made(line, fresh)
+    shutil.rmtree(fresh / "features")
+    vectors, starts = module._Blocks.vectors, []
+
+    def dying(self: Any, start: int, *rest: Any) -> np.ndarray:
+        if len(starts) in (3, 7):
+            starts.append(-1)
+            raise KeyboardInterrupt
+        starts.append(start)
+        return vectors(self, start, *rest)
+
+    monkeypatch.setattr(module._Blocks, "vectors", dying)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            made(line, fresh)
+    found = made(line, fresh)
+    assert starts == [0, 9, 18, -1, 27, 36, 0, -1, 9, 18, 27, 36]  # nothing twice
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_an_example_without_a_response_has_a_row_of_zeros_and_no_score(line: Line, fresh: Path) -> None:
+    given = line._pool_inputs()
+    lacking = [example for example in given.inputs.encoded if example.row not in (4, 39)]
+    config, runtime = line.config, Runtime(Store(fresh, lambda text: None), line.config.compute, Display(), seed=0)
+    load = lambda: replace(given, inputs=given.inputs._replace(encoded=lacking))  # noqa: E731
+    artifact = gradient_features(
+        runtime, config.features, config.proxy, line.checkpoints, line.loaded, load, "pool", adam=True
+    )
+    features = read_features(artifact)
+    assert features.silent == (4, 39)
+    assert np.flatnonzero(~features.has_direction()).tolist() == [4, 39]
+    scores = less(features, read_features(line.target_gradients))
+    assert scores.status[[4, 39]].tolist() == ["undefined"] * 2
+    assert set(scores.reason[[4, 39]]) == {"no response token is left within the maximal length"}
+    assert np.isfinite(np.delete(scores.score, [4, 39])).all()
+
+
+# ----------------------------------------------------------------------------------- what is refused
+
+
+def test_a_full_disk_is_seen_before_the_warm_up(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = line_of(fresh)
+    usage = shutil.disk_usage(fresh)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=4 * 40 * 2 * 48 - 1))
+    with pytest.raises(GradsiftError, match=r"40 rows x 2 checkpoints x 48 dimensions.* lower features\.dimensions"):
+        _ = line.gradients
+    assert not list((fresh / "warmup").glob("*/manifest.json"))
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+    _ = line.gradients
+    assert "40 rows x 2 checkpoints x 48 dimensions x 4 bytes = 0.00 GB on disk" in capsys.readouterr().out
+
+
+def test_unprojected_gradients_beyond_the_stated_size_are_refused(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_UNPROJECTED", 1000)
+    with pytest.raises(ConfigError, match=r"features\.dimensions=null .* more than 1,000 numbers"):
+        _ = line_of(fresh, "features.dimensions=null").gradients
+
+
+def test_a_gradient_that_is_not_finite_is_named_by_its_row(line: Line, fresh: Path) -> None:
+    given = line._pool_inputs()
+    broken = given.inputs.backbone.model.transformer.wte.weight
+    token = int(given.inputs.encoded[7].input_ids[-2])
+    kept = broken[token].clone()
+    broken[token] = torch.inf
+    try:
+        with pytest.raises(GradsiftError, match=r"gradient of row .* is not finite"):
+            made(line, fresh)
+    finally:
+        broken[token] = kept
+
+
+# ------------------------------------------------------------------------------------------- warm-up
+
+
+def test_the_seed_turns_rows_and_weights_of_the_warm_up(line: Line, store: Path) -> None:
+    config = line.config.features.warmup
+    assert len(draw_rows(config, 40, 0)) == len(set(draw_rows(config, 40, 0).tolist())) == 12
+    assert draw_rows(config, 40, 0).tolist() != draw_rows(config, 40, 1).tolist()
+    other = line_of(store, "features.warmup.seed=1")
+    assert other.checkpoints[0].fingerprint != line.checkpoints[0].fingerprint
+    same = line_of(store, "features.warmup.seed=0")  # the run's own
+    assert same.checkpoints[1].fingerprint == line.checkpoints[1].fingerprint
+
+
+def test_the_number_of_warm_up_rows() -> None:
+    assert warmup_rows(WarmupConfig(share=0.05), 1000) == 50
+    assert warmup_rows(WarmupConfig(share=0.29), 100) == 29  # .29 * 100 is 28.999999999999996
+    assert warmup_rows(WarmupConfig(share=None, rows=5000), 300) == 300
+    with pytest.raises(GradsiftError, match=r"features\.warmup\.share=0.05 of 19 rows is not a single one"):
+        warmup_rows(WarmupConfig(share=0.05), 19)
+
+
+def test_the_last_checkpoint_alone_shares_the_warm_up_and_weighs_one(line: Line, store: Path) -> None:
+    last = line_of(store, "features.checkpoints=last")
+    assert [c.fingerprint for c in last.checkpoints] == [c.fingerprint for c in line.checkpoints]
+    vectors = np.asarray(read_features(last.gradients).vectors)
+    both = np.asarray(read_features(line.gradients).vectors)
+    np.testing.assert_allclose(vectors * checkpoint_weights(line.checkpoints)[1] ** 0.5, both[:, 48:], atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------- directions
+
+
+def test_directions_are_cosines_with_the_mean_gradient_example_by_example(line: Line) -> None:
+    from gradsift.gradients.directions import read_cosines
+
+    found = read_cosines(line.directions, 40)
+    assert found.shape == (2, 40)
+    for member, cosines in zip(line.late_members(), found, strict=True):
+        exact = []
+        with adapter(line.proxy_backbone, line.config.proxy.lora, 3, line.config.compute) as adapted:
+            unfused(adapted)
+            lora.load_adapter(adapted, member.path)
+            for example in line.proxy_inputs.encoded:
+                adapted.zero_grad()
+                example_loss(adapted, example).backward()
+                parts = [p.grad.double().numpy().ravel() for p in lora.trainable_parameters(adapted).values()]
+                exact.append(np.concatenate(parts))
+        gradients = np.stack(exact)
+        mean = gradients.mean(0)
+        lengths = np.linalg.norm(gradients, axis=1)
+        np.testing.assert_allclose(cosines, gradients @ mean / lengths / np.linalg.norm(mean), atol=1e-5)
+        norms = read_norms(member)
+        np.testing.assert_allclose(np.hypot(norms["norm_A"], norms["norm_B"]), lengths, rtol=1e-4)

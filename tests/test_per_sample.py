@@ -1,0 +1,201 @@
+"""Laws of per-sample gradients: they equal the one-example autograd loop, Adam's formula and a dense projection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_norms import adapted_model, batch_norms, ragged_examples, tiny_model
+
+from gradsift.config import LoraConfig
+from gradsift.data.tokens import Encoded
+from gradsift.errors import GradsiftError
+from gradsift.gradients import per_sample
+from gradsift.gradients.adam import AdamState
+from gradsift.gradients.per_sample import gradient_pass
+from gradsift.gradients.projection import Projection
+from gradsift.training import lora
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def example_loss(model: torch.nn.Module, example: Encoded) -> torch.Tensor:
+    """Mean negative log-likelihood of the response tokens, from the definition."""
+    ids = torch.tensor(example.input_ids, dtype=torch.long)[None]
+    log_probabilities = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), -1)
+    chosen = log_probabilities[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
+    return -chosen[torch.tensor(example.is_response[1:])].mean()
+
+
+def loop_gradients(model: torch.nn.Module, examples: list[Encoded]) -> np.ndarray:
+    """(B, P): one example, one backward pass, what autograd leaves on the trainable parameters, in their order."""
+    rows = []
+    for example in examples:
+        model.zero_grad()
+        example_loss(model, example).backward()
+        rows.append(np.concatenate([p.grad.numpy().ravel() for p in lora.trainable_parameters(model).values()]))
+    model.zero_grad()
+    return np.stack(rows)
+
+
+def batched(adapted: torch.nn.Module, examples: list[Encoded], size: int, side: str = "right") -> np.ndarray:
+    with gradient_pass(adapted, "lora", 0, side) as gradients:
+        return np.concatenate([gradients(examples[i : i + size]).numpy() for i in range(0, len(examples), size)])
+
+
+def assert_rows_close(found: np.ndarray, expected: np.ndarray) -> None:
+    """Relative to each row's length."""
+    errors = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert found.dtype == np.float32
+    assert errors.max() < 1e-5
+
+
+# --------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_gradients_equal_the_one_example_loop(architecture: str, side: str, size: int) -> None:
+    adapted, examples = adapted_model(architecture, ["all-linear"]), ragged_examples()
+    expected = loop_gradients(adapted, examples)
+    assert (np.linalg.norm(expected, axis=1) > 1e-2).all()
+    assert_rows_close(batched(adapted, examples, size, side), expected)
+
+
+@pytest.mark.parametrize(("architecture", "targets"), [("gpt2", ["c_fc"]), ("llama", ["q_proj", "down_proj"])])
+def test_their_lengths_are_the_norms_of_the_engine(architecture: str, targets: list[str]) -> None:
+    adapted, examples = adapted_model(architecture, targets), ragged_examples()
+    norms = np.linalg.norm(batch_norms(adapted, examples, 7)[:, :2], axis=1)
+    np.testing.assert_allclose(np.linalg.norm(batched(adapted, examples, 7), axis=1), norms, rtol=1e-5)
+
+
+def test_dropout_is_off_and_nothing_is_left_behind() -> None:
+    adapted = lora.add_adapter(tiny_model("gpt2"), LoraConfig(rank=3, dropout=0.5), seed=1)
+    examples = ragged_examples(4)
+    np.testing.assert_array_equal(batched(adapted, examples, 4), batched(adapted, examples, 4))
+    assert all(parameter.grad is None for parameter in adapted.parameters())
+    assert all(layer.probe is None and layer.lora_dropout.training for _, layer in lora.lora_layers(adapted))
+
+
+def test_a_batch_is_split_where_its_gradients_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted, examples = adapted_model("gpt2", ["c_attn"]), ragged_examples()
+    expected = batched(adapted, examples, 7)
+    monkeypatch.setattr(per_sample, "_BATCH_BYTES", 2 * 4 * expected.shape[1])
+    assert_rows_close(batched(adapted, examples, 7), expected)
+
+
+@pytest.mark.parametrize(("architecture", "tied"), [("gpt2", True), ("llama", False)])
+def test_full_gradients_are_those_of_the_merged_models_weights(architecture: str, tied: bool) -> None:
+    adapted, examples = adapted_model(architecture, ["all-linear"], tied), ragged_examples(3)
+    before = [parameter.detach().clone() for parameter in adapted.parameters()]
+    with gradient_pass(adapted, "full", 0) as gradients:
+        found = gradients(examples).numpy()
+    assert all(torch.equal(old, new) for old, new in zip(before, adapted.parameters(), strict=True))
+    merged = adapted.merge_and_unload().requires_grad_(True)
+    assert gradients.size == found.shape[1] == merged.num_parameters()
+    assert_rows_close(found, loop_gradients(merged, examples))
+
+
+def test_a_model_without_adapters_has_no_lora_gradients() -> None:
+    with pytest.raises(GradsiftError, match="LoRA adapters"), gradient_pass(tiny_model("gpt2"), "lora", 0):
+        pass
+
+
+# -------------------------------------------------------------------------------------------- Adam
+
+
+def trained_state(adapted: torch.nn.Module, path: Path) -> None:
+    """Two steps of AdamW, and its state as a checkpoint keeps it."""
+    parameters = lora.trainable_parameters(adapted)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
+    for example in ragged_examples(2, seed=9):
+        optimizer.zero_grad()
+        example_loss(adapted, example).backward()
+        optimizer.step()
+    lora.save_optimizer(optimizer, parameters, path)
+    adapted.zero_grad()
+
+
+def test_adams_adjustment_is_the_formula_parameter_by_parameter(tmp_path: Path) -> None:
+    adapted, examples = adapted_model("llama", ["all-linear"]), ragged_examples(4)
+    trained_state(adapted, tmp_path / "state.safetensors")
+    from safetensors.torch import load_file
+
+    state = load_file(tmp_path / "state.safetensors")
+    expected = []
+    for example in examples:
+        adapted.zero_grad()
+        example_loss(adapted, example).backward()
+        parts = []
+        for name, parameter in lora.trainable_parameters(adapted).items():
+            m = 0.9 * state[f"exp_avg:{name}"].double() + 0.1 * parameter.grad.double()
+            v = 0.999 * state[f"exp_avg_sq:{name}"].double() + 0.001 * parameter.grad.double() ** 2
+            parts.append((m / (v + 1e-8).sqrt()).numpy().ravel())
+        expected.append(np.concatenate(parts))
+    adam = AdamState.read(tmp_path / "state.safetensors", lora.trainable_parameters(adapted), torch.device("cpu"))
+    adjusted = adam.adjust(torch.from_numpy(batched(adapted, examples, 4)))
+    assert_rows_close(adjusted.numpy(), np.stack(expected))
+
+
+def test_adam_gives_nothing_to_an_example_without_a_gradient() -> None:
+    adam = AdamState(torch.ones(3), torch.ones(3))
+    adjusted = adam.adjust(torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+    assert adjusted[0].tolist() == [0, 0, 0]
+    assert (adjusted[1] != 0).all()  # the moments of the others are there
+
+
+def test_a_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    trained_state(adapted_model("gpt2", ["c_fc"]), tmp_path / "state.safetensors")
+    parameters = lora.trainable_parameters(adapted_model("gpt2", ["c_attn"]))
+    with pytest.raises(GradsiftError, match=r"no Adam moments of .*c_attn"):
+        AdamState.read(tmp_path / "state.safetensors", parameters, torch.device("cpu"))
+
+
+# -------------------------------------------------------------------------------------- projection
+
+
+@pytest.mark.parametrize(("size", "dimensions"), [(5, 3), (1024, 64), (2500, 100)])
+def test_the_projection_is_an_explicit_matrix_of_signs(size: int, dimensions: int) -> None:
+    projection = Projection(size, dimensions, seed=3)
+    rows = torch.randn(4, size, generator=torch.Generator().manual_seed(0))
+    matrix = projection(torch.eye(size)).double() * dimensions**0.5
+    torch.testing.assert_close(matrix.abs(), torch.ones(size, dimensions, dtype=torch.float64))
+    expected = rows.double() @ matrix / dimensions**0.5
+    torch.testing.assert_close(projection(rows).double(), expected, rtol=1e-5, atol=1e-4)
+    assert abs(float(matrix.mean())) < 5 / (size * dimensions) ** 0.5  # as many of each sign
+    assert len({tuple(column) for column in matrix.t().tolist()}) == dimensions or size < 10
+
+
+def test_another_seed_is_another_matrix_and_a_prefix_of_parameters_the_same() -> None:
+    ones = torch.eye(1500)
+    assert torch.equal(Projection(1500, 64, 1)(ones), Projection(1500, 64, 1)(ones))
+    assert not torch.equal(Projection(1500, 64, 1)(ones), Projection(1500, 64, 2)(ones))
+    assert torch.equal(Projection(1200, 64, 1)(torch.eye(1200)), Projection(1500, 64, 1)(ones)[:1200])
+    tiles = Projection(1500, 64, 1)
+    assert not np.array_equal(tiles.signs(0), tiles.signs(1))
+
+
+def test_how_many_rows_are_projected_at_once_changes_nothing() -> None:
+    projection = Projection(3000, 128, seed=0)
+    rows = torch.randn(9, 3000)
+    singly = torch.cat([projection(row[None]) for row in rows])
+    torch.testing.assert_close(projection(rows), singly, rtol=1e-5, atol=1e-5)
+
+
+def test_inner_products_survive_within_the_bound() -> None:
+    """200 pairs of all cosines: errors of the promised size, none beyond five of them, no bias."""
+    size, dimensions, pairs = 4000, 512, 200
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((pairs, size))
+    y = np.linspace(-3, 3, pairs)[:, None] * x + rng.standard_normal((pairs, size))
+    projection = Projection(size, dimensions, seed=1)
+    px, py = (projection(torch.from_numpy(rows.astype(np.float32))).double().numpy() for rows in (x, y))
+    exact = (x * y).sum(1)
+    deviation = np.sqrt((np.square(x).sum(1) * np.square(y).sum(1) + exact**2) / dimensions)
+    errors = ((px * py).sum(1) - exact) / deviation
+    assert np.abs(errors).max() < 5
+    assert 0.8 < np.sqrt(np.mean(errors**2)) < 1.2
+    assert abs(errors.mean()) < 0.35  # five standard errors

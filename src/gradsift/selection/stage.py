@@ -33,12 +33,14 @@ def select(
     measures: Callable[[], Mapping[str, np.ndarray]],
     alpha: float,
     base: str,
+    corruption: Mapping[int, str],
 ) -> Artifact:
     """Keep floor(alpha x N) examples; what is lacking where fewer have a score is a reported shortfall.
 
     Args:
         measures: for the diagnostics (see `diagnose_selection`); of what the scores were made of and nothing else.
         base: what N counts: `accepted` rows, or `scored` ones.
+        corruption: what was injected at which position, from the loaded data; the selection says so of these rows.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -49,7 +51,7 @@ def select(
         if not len(positions):
             reasons = ", ".join(sorted({str(r) for r in scores.reason if r}))
             raise GradsiftError(f"no example has a score, so none can be selected ({reasons}); choose another scorer")
-        write_selection(folder / SELECTION_FILE, positions, scores, examples)
+        write_selection(folder / SELECTION_FILE, positions, scores, examples, corruption)
         np.save(folder / "positions.npy", positions)
         write_diagnostics(folder, diagnose_selection(positions, examples, measures(), scores.parts.get("drop")))
         return {"rows": len(positions), "budget": size, "shortfall": size - len(positions)}
@@ -59,8 +61,17 @@ def select(
     return runtime.store.obtain("select", slug, settings, [scored], make, version=VERSION)
 
 
-def write_selection(path: Path, positions: np.ndarray, scores: Scores, examples: Sequence[Example]) -> None:
-    """One line an example, best first: the original row, and under `gradsift` its rank, score and ids."""
+def write_selection(
+    path: Path,
+    positions: np.ndarray,
+    scores: Scores,
+    examples: Sequence[Example],
+    corruption: Mapping[int, str] | None = None,
+) -> None:
+    """One line an example, best first: the original row, and under `gradsift` its rank, score and ids.
+
+    The original row is the source's also where the example was corrupted for an audit; `corruption` names the kind.
+    """
     with path.open("w", encoding="utf-8") as stream:
         for rank, position in enumerate(positions, start=1):
             example = examples[position]
@@ -70,6 +81,8 @@ def write_selection(path: Path, positions: np.ndarray, scores: Scores, examples:
                 "example_id": example.example_id,
                 "row_index": example.row_index,
             }
+            if corruption and int(position) in corruption:
+                own["corruption"] = corruption[int(position)]
             row = {**example.original, "gradsift": own}
             stream.write(_json_line(row) + "\n")
 

@@ -151,6 +151,55 @@ class VerifiableDataConfig(DataConfig):
             raise ConfigError(f"data.delayed={self.delayed} is out of range; give a share from 0 (none) to 0.5")
 
 
+# ---------------------------------------------------------------------------------------- target set
+
+
+@dataclass
+class TargetSetConfig:
+    """Examples of what the finetuned model shall be good at, in tasks; for the methods that select towards them."""
+
+    name: str = MISSING
+    limit: int | None = None  # at most this many rows a task, drawn with `seed`; their order is kept
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("target_set.limit", self.limit, 1)
+        _at_least("target_set.seed", self.seed, 0)
+
+
+@dataclass
+class FilesTargetSetConfig(TargetSetConfig):
+    """Target rows from files: one a task, or one whose column names each row's task."""
+
+    path: str | None = None  # a local file, or a folder that holds the files of `urls`; wins over `urls`
+    urls: dict[str, str] = field(default_factory=dict)  # task: address of its file, fetched once at run time
+    task: str | None = None  # column that names a row's task; one file is one task when empty
+    rows: str | None = None  # key that holds the rows where a .json file has other things beside them
+    format: str = "auto"
+    fields: FieldsConfig = field(default_factory=FieldsConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("target_set.format", self.format, DATA_FORMATS)
+        if not self.path and not self.urls:
+            raise ConfigError("target_set.path is empty; name a file with rows of what the model shall be good at")
+
+
+@dataclass
+class VerifiableTargetSetConfig(TargetSetConfig):
+    """Right answers of the embedded world, to questions that its dataset and its benchmark do not ask."""
+
+    tasks: list[str] = field(default_factory=lambda: ["sort", "reverse"])  # families of the embedded world
+    limit: int | None = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"target_set.tasks={list(self.tasks)} must name at least one family, and each once")
+        if self.limit is None:
+            raise ConfigError("target_set.limit is empty; the embedded world needs the number of rows a task")
+
+
 # -------------------------------------------------------------------------------------------- models
 
 
@@ -350,12 +399,79 @@ class ScreenedSuperfilterConfig(SuperfilterConfig):
 
 @dataclass
 class SelectorConfig:
-    """A selector: takes scores, returns the rows that are kept."""
+    """A selector: `_target_` names a function of scores, budget and what it asks for (see selection)."""
 
+    _target_: str = MISSING
     name: str = MISSING
 
+
+@dataclass
+class FacilityLocationConfig(SelectorConfig):
+    """The best by score, of which those are taken that have something like every one of them (Superfiltering.D)."""
+
+    similarity: str = "exp_distance"  # exp(-distance / dimensions) of the published code, or cosine
+    candidates: float = 0.2  # share of the pool, by score, that enters; at least alpha
+
     def __post_init__(self) -> None:
-        _one_of("selector.name", self.name, ("topk",))
+        _one_of("selector.similarity", self.similarity, ("exp_distance", "cosine"))
+        if not 0 < self.candidates <= 1:
+            raise ConfigError(f"selector.candidates={self.candidates} is no share; give a number above 0 and up to 1")
+
+
+@dataclass
+class ReprFilterConfig(SelectorConfig):
+    """The best that are not too much alike (DEITA)."""
+
+    threshold: float = 0.9  # largest cosine of an example to those selected before it
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.threshold <= 1:
+            raise ConfigError(f"selector.threshold={self.threshold} is no cosine; give a number from -1 to 1")
+
+
+@dataclass
+class ClustersConfig(SelectorConfig):
+    """The best of every k-means cluster of the embeddings."""
+
+    clusters: int = 100
+    allocation: str = "proportional"  # to the clusters' sizes; equal: as equal as these allow
+    seed: int = 0  # of k-means
+
+    def __post_init__(self) -> None:
+        _at_least("selector.clusters", self.clusters, 1)
+        _one_of("selector.allocation", self.allocation, ("proportional", "equal"))
+        _at_least("selector.seed", self.seed, 0)
+
+
+@dataclass
+class GumbelConfig(SelectorConfig):
+    """A draw without replacement in which high scores are likely."""
+
+    temperature: float = 1.0  # standard deviations of the score that multiply an example's odds by e
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive("selector.temperature", self.temperature)
+        _at_least("selector.seed", self.seed, 0)
+
+
+@dataclass
+class GradientWalkConfig(SelectorConfig):
+    """Walks through gradients that agree with each other and with the target set's (G2IS)."""
+
+    explained: float = 0.5  # share of the target gradients' variance that the components explain
+    keep: float = 0.8  # share of its cosine with a component that the sum must keep with a further example
+    fill: str = "strict"  # where the walks stop early: strict leaves a shortfall, topup adds the highest scores
+    graph: bool = True  # false: the ablation with components alone
+    neighbours: int | None = None  # of the last example that are looked at; all when empty
+
+    def __post_init__(self) -> None:
+        if not 0 < self.explained <= 1:
+            raise ConfigError(f"selector.explained={self.explained} is no share; give a number above 0 and up to 1")
+        if not 0 <= self.keep <= 1:
+            raise ConfigError(f"selector.keep={self.keep} is no share; give a number from 0 to 1")
+        _one_of("selector.fill", self.fill, ("strict", "topup"))
+        _at_least("selector.neighbours", self.neighbours, 1)
 
 
 # ---------------------------------------------------------------------------------------- evaluation
@@ -529,9 +645,10 @@ class Config:
     """Everything that a run depends on."""
 
     data: DataConfig = MISSING
+    target_set: TargetSetConfig = MISSING
     proxy: ProxyConfig = MISSING
     scorer: Any = MISSING  # an open set: see ScorerConfig
-    selector: SelectorConfig = MISSING
+    selector: Any = MISSING  # an open set: see SelectorConfig
     target: TargetConfig = MISSING
     benchmark: BenchmarkConfig = MISSING
     judge: JudgeConfig = MISSING
@@ -555,6 +672,7 @@ class Config:
             _one_of("stop_after", self.stop_after, STAGES)
         self._check_ensemble()
         self._check_screening()
+        self._check_candidates()
         self._check_embedded_parts()
         self._check_random_weights()
         if self.audit.enabled:
@@ -586,6 +704,15 @@ class Config:
                 f"{self.compute.precision} rules out; take compute.precision=float32, or scorer=superfilter"
             )
 
+    def _check_candidates(self) -> None:
+        if not isinstance(self.selector, FacilityLocationConfig) or not self.reaches("selection"):
+            return
+        if self.budget_base == "accepted" and self.selector.candidates < self.alpha:
+            raise ConfigError(
+                f"selector.candidates={self.selector.candidates} lets fewer examples enter than alpha={self.alpha} "
+                "selects; raise selector.candidates, or lower alpha below it"
+            )
+
     def _check_embedded_parts(self) -> None:
         """The nano models and the embedded benchmark know nothing outside the embedded world."""
         # a set of the user's own may keep to the embedded world's words; the published ones do not
@@ -598,6 +725,8 @@ class Config:
         if self._is_embedded:
             return
         foreign = []
+        if isinstance(self.target_set, VerifiableTargetSetConfig):
+            foreign.append("target_set=verifiable (choose target_set=json target_set.path=FILE)")
         if self.proxy.model.kind == "nano" and self.scorer_name not in ("random", "full"):
             foreign.append("proxy=nano (choose proxy=smollm2 or proxy=gpt2)")
         if self.reaches("finetune") and self.target.model.kind == "nano":
@@ -654,6 +783,11 @@ class Config:
 
 SCHEMAS: dict[str, dict[str, type]] = {
     "data": {"json": JsonDataConfig, "hub": HubDataConfig, "verifiable": VerifiableDataConfig},
+    "target_set": {
+        "target_set": TargetSetConfig,
+        "files": FilesTargetSetConfig,
+        "verifiable_tasks": VerifiableTargetSetConfig,
+    },
     "proxy": {"proxy": ProxyConfig},
     "target": {"target": TargetConfig},
     "scorer": {
@@ -663,7 +797,14 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "superfilter": SuperfilterConfig,
         "superfilter_screened": ScreenedSuperfilterConfig,
     },
-    "selector": {"selector": SelectorConfig},
+    "selector": {
+        "selector": SelectorConfig,
+        "facility_location": FacilityLocationConfig,
+        "repr_filter": ReprFilterConfig,
+        "clusters": ClustersConfig,
+        "gumbel": GumbelConfig,
+        "gradient_walk": GradientWalkConfig,
+    },
     "benchmark": {"benchmark": BenchmarkConfig},
     "judge": {"verifier": VerifierJudgeConfig, "local": LocalJudgeConfig, "openai": OpenaiJudgeConfig},
     "tracker": {"tracker": TrackerConfig},

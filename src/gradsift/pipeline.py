@@ -21,6 +21,7 @@ from gradsift.artifacts import Artifact
 from gradsift.config import Config, VerifiableDataConfig
 from gradsift.data.examples import Example
 from gradsift.data.load import corruption_of, labels_of, load, pool_of
+from gradsift.data.target_set import find_overlap, load_target_set
 from gradsift.data.tokens import encode
 from gradsift.diagnostics import Diagnostic
 from gradsift.evaluation import stages as evaluation
@@ -33,9 +34,11 @@ from gradsift.report.audit import audit
 from gradsift.report.clusters import prompt_clusters
 from gradsift.report.results import Results
 from gradsift.runtime import Runtime
-from gradsift.scoring.stage import Source, score, scores_of
+from gradsift.scoring.stage import score, scores_of
 from gradsift.selection.budget import budget
 from gradsift.selection.stage import positions_of, select
+from gradsift.selection.topk import topk
+from gradsift.sources import Method, Source, method
 from gradsift.training.backbones import Backbone, backbone, load_backbone
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.target import finetune, say_report
@@ -52,7 +55,7 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
         line.statistics()
         results.ensemble(line.ensemble)
         return
-    scored = score(runtime, config.scorer, line.loaded, lambda: line.pool, line.sources(), line.diagnose)
+    scored = score(runtime, line.scorer, line.loaded, lambda: line.pool, line.sources, line.diagnose)
     results.scored(scored)
     if line.has_ensemble:
         results.ensemble(line.ensemble)
@@ -97,11 +100,15 @@ class Line:
     def check(self) -> None:
         """Refuse now what would fail only after hours of training."""
         config = self.config
+        methods = [self.scorer] if config.reaches("scores") and config.stop_after != "statistics" else []
+        methods += [self.selector] if config.reaches("selection") else []
         if config.reaches("selection") and not self.keeps_all:
             for alpha in (config.alpha, *(config.audit.alphas if config.audit.enabled else ())):
                 budget(alpha, int(self.loaded.info["rows"]))
         if config.audit.enabled:
             _ = self.families
+        if any(name.startswith("target_") for chosen in methods for name in chosen.asked):
+            find_overlap(self.runtime, self.target_set, self.loaded)
         if config.reaches("judge") and not self.keeps_all:
             evaluation.check_judge(self.runtime, config.judge)
         if config.reaches("generate"):
@@ -114,6 +121,14 @@ class Line:
         return pool_of(self.loaded)
 
     # ------------------------------------------------------------------------------------- scoring
+
+    @functools.cached_property
+    def scorer(self) -> Method:
+        return method("scorer", self.config.scorer, tuple(self.sources))
+
+    @functools.cached_property
+    def target_set(self) -> Artifact:
+        return load_target_set(self.runtime, self.config.target_set, self.loaded)
 
     @functools.cached_property
     def proxy(self) -> Artifact:
@@ -187,8 +202,9 @@ class Line:
         base = int(self.loaded.info["rows"]) if self.config.budget_base == "accepted" else scored
         return budget(self.config.alpha, base)
 
+    @functools.cached_property
     def sources(self) -> dict[str, Source]:
-        """What a scorer may ask for (see `gradsift.scoring`)."""
+        """What a scorer or a selector may ask for (see `gradsift.scoring` and `gradsift.selection`)."""
         nothing: list[Artifact] = []
         return {
             "count": Source(lambda: nothing, lambda: int(self.loaded.info["rows"])),
@@ -206,11 +222,17 @@ class Line:
 
     # ----------------------------------------------------------------------- selection and evaluation
 
+    @functools.cached_property
+    def selector(self) -> Method:
+        if self.keeps_all:
+            return Method("topk", "gradsift.selection.topk.topk", topk, (), {})
+        return method("selector", self.config.selector, tuple(self.sources), given=("scores", "size"))
+
     def select(self, scored: Artifact, alpha: float | None = None) -> Artifact:
-        config = self.config
-        alpha = 1.0 if self.keeps_all else alpha or config.alpha
-        base, corruption = config.budget_base, corruption_of(self.loaded)
-        return select(self.runtime, config.selector, scored, lambda: self.pool, self.measures, alpha, base, corruption)
+        alpha, base = (1.0 if self.keeps_all else alpha or self.config.alpha), self.config.budget_base
+        pool, sources, measures = (lambda: self.pool), self.sources, self.measures
+        corruption = corruption_of(self.loaded)
+        return select(self.runtime, self.selector, scored, pool, sources, measures, alpha, base, corruption)
 
     @functools.cached_property
     def families(self) -> list[str]:

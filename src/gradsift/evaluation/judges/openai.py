@@ -15,13 +15,12 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from gradsift.data.download import LOOPBACK
 from gradsift.errors import ConfigError
 from gradsift.evaluation.judges import Combine, JudgeError, JudgeRequest, Reply, content_hash
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionMessageParam
-
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 SYSTEM = (
     "You compare the answers of two AI assistants to a user's question and grade each of them. "

@@ -34,10 +34,15 @@ from gradsift.config import Config, dump_config, load_config, register_schemas, 
 from gradsift.errors import ConfigError, GradsiftError
 
 CONFIG_FILE = "config.yaml"
-_WRITTEN = ("run.json", "metrics.jsonl", "selection.jsonl", "error.txt")
+_WRITTEN = ("run.json", "metrics.jsonl", "selection.jsonl", "audit.json", "error.txt")
 _failed = False  # whether any job of this process failed
 _traced = False  # whether the user asked for traces with HYDRA_FULL_ERROR=1
-_SEEDS = (("values", "seed"), ("values", "data", "seed"), ("values", "scorer", "seed"))
+_SEEDS = (
+    ("values", "seed"),
+    ("values", "data", "seed"),
+    ("values", "data", "corruption", "seed"),
+    ("values", "scorer", "seed"),
+)
 
 
 def conf_folder() -> Path:

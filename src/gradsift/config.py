@@ -21,6 +21,8 @@ from gradsift.errors import ConfigError
 
 STAGES = ("load", "statistics", "scores", "selection", "finetune", "generate", "judge")
 EMBEDDED = "verifiable"  # the name of the embedded data and of its benchmark
+COPIES = ("exact_duplicate", "near_duplicate")
+CORRUPTIONS = ("wrong_answer", "mismatched_answer", "truncated", "garbled", *COPIES)
 
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
@@ -55,6 +57,29 @@ class FieldsConfig:
 
 
 @dataclass
+class CorruptionConfig:
+    """Known corruption, injected to audit scorers: labels say which rows, and no scorer sees them."""
+
+    share: float = 0.0  # of the rows, after `limit`; parts of equal size for each kind, duplicates on top of the rows
+    kinds: list[str] = field(default_factory=lambda: list(CORRUPTIONS))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ConfigError(
+                f"data.corruption.share={self.share} is no share; give a number from 0 (none) to below 1, as in 0.3"
+            )
+        for kind in self.kinds:
+            _one_of("data.corruption.kinds", kind, CORRUPTIONS)
+        if not self.kinds or len(set(self.kinds)) < len(self.kinds):
+            raise ConfigError(
+                f"data.corruption.kinds={list(self.kinds)} must name at least one kind, and each once; known: "
+                f"{', '.join(CORRUPTIONS)}"
+            )
+        _at_least("data.corruption.seed", self.seed, 0)
+
+
+@dataclass
 class DataConfig:
     """What every dataset has."""
 
@@ -64,6 +89,7 @@ class DataConfig:
     seed: int = 0  # sampling for `limit` and `holdout`; the embedded world's content
     dedup: str = "none"  # exact: equal texts; near: also texts that share most of their words. The first row stays
     dedup_threshold: float = 0.8  # Jaccard similarity of word triples from which rows are near duplicates
+    corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
 
     def __post_init__(self) -> None:
         _one_of("data.dedup", self.dedup, ("none", "exact", "near"))
@@ -115,6 +141,7 @@ class VerifiableDataConfig(DataConfig):
     size: int = 2000
     spoilt: float = 0.5  # share of the rows that are spoilt, over four kinds
     duplicates: float = 0.06  # share of the rows that are exact or near duplicates
+    delayed: float = 0.0  # share of the tasks that can be learnt only after others (half as many) are
     benchmark_items: int = 390
 
     def __post_init__(self) -> None:
@@ -128,6 +155,8 @@ class VerifiableDataConfig(DataConfig):
         for option, share in (("data.spoilt", self.spoilt), ("data.duplicates", self.duplicates)):
             if not 0 <= share < 1:
                 raise ConfigError(f"{option}={share} is no share; give a number from 0 to below 1")
+        if not 0 <= self.delayed <= 0.5:
+            raise ConfigError(f"data.delayed={self.delayed} is out of range; give a share from 0 (none) to 0.5")
 
 
 # ---------------------------------------------------------------------------------------- target set
@@ -820,6 +849,23 @@ class OpenaiJudgeConfig(JudgeConfig):
         _positive("judge.timeout", self.timeout)
 
 
+@dataclass
+class AuditConfig:
+    """How well the scorer keeps known corruption out (see report/audit.py)."""
+
+    enabled: bool = False
+    alphas: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.15])  # shares selected for the audit alone
+    clusters: int = 30  # of the prompts, where the data has no families
+
+    def __post_init__(self) -> None:
+        _at_least("audit.clusters", self.clusters, 2)
+        if not self.alphas or len(set(self.alphas)) < len(self.alphas):
+            raise ConfigError(f"audit.alphas={list(self.alphas)} must name at least one share, and each once")
+        for alpha in self.alphas:
+            if not 0 < alpha <= 1:
+                raise ConfigError(f"audit.alphas holds {alpha}, which is no share; give numbers above 0 and up to 1")
+
+
 # ------------------------------------------------------------------------------ tracking and machine
 
 
@@ -870,6 +916,7 @@ class Config:
     judge: JudgeConfig = MISSING
     tracker: TrackerConfig = MISSING
     compute: ComputeConfig = MISSING
+    audit: AuditConfig = field(default_factory=AuditConfig)
     alpha: float = 0.1  # share of the rows that is selected
     budget_base: str = "accepted"  # alpha's base: all accepted rows, or those that got a score
     seed: int = 0  # proxy ensemble and target
@@ -890,6 +937,8 @@ class Config:
         self._check_candidates()
         self._check_embedded_parts()
         self._check_random_weights()
+        if self.audit.enabled:
+            self._check_audit()
         if self.reaches("judge") and self.scorer_name != "full":  # full against itself needs no judge
             self._check_judge()
 
@@ -968,6 +1017,23 @@ class Config:
         judge = getattr(self.judge, "model", None)
         if self.reaches("judge") and isinstance(judge, ModelConfig) and judge.kind == "tiny_bytes":
             raise ConfigError("judge.model.kind=tiny_bytes has random weights and cannot judge; take another judge")
+
+    def _check_audit(self) -> None:
+        if not self.reaches("selection"):
+            raise ConfigError(
+                f"audit.enabled looks at selections, but stop_after={self.stop_after}; take stop_after=selection"
+            )
+        spoilt = self.data.spoilt if isinstance(self.data, VerifiableDataConfig) else 0.0
+        if not self.data.corruption.share and not spoilt:
+            raise ConfigError(
+                f"audit.enabled compares scores with known corruption, of which data={self.data.name} has none; inject "
+                "some with data.corruption.share, as in data.corruption.share=0.3"
+            )
+        if self.scorer_name == "superfilter_screened":
+            raise ConfigError(
+                "scorer=superfilter_screened makes scores for one alpha, and an audit looks at audit.alphas="
+                f"{list(self.audit.alphas)}; take scorer=superfilter"
+            )
 
     @property
     def _is_embedded(self) -> bool:

@@ -26,7 +26,7 @@ from gradsift.data.batching import collate
 from gradsift.data.download import fetch_url
 from gradsift.data.load import benchmark_rows, heldout_of
 from gradsift.data.tokens import Encoded, encode, encode_prompt
-from gradsift.data.verifiable import answers_match
+from gradsift.data.verifiable import FAMILIES, answers_match
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.benchmarks import Item, load_benchmark
 from gradsift.evaluation.generation import generate_answers, model_outputs, read_model_outputs, write_model_outputs
@@ -57,10 +57,12 @@ def benchmark_items(runtime: Runtime, config: BenchmarkConfig, loaded: Artifact)
 
 
 def embedded_items(loaded: Artifact) -> list[Item]:
-    """The benchmark that came with the embedded world."""
+    """The benchmark that came with the embedded world; the families of `data.delayed` are benchmarks of their own."""
+    rows = benchmark_rows(loaded)
+    names = [EMBEDDED if row["family"] in FAMILIES else f"{EMBEDDED}_{row['family']}" for row in rows]
     return [
-        Item(EMBEDDED, row["item_id"], row["instruction"], row["input"], row["reference"])
-        for row in benchmark_rows(loaded)
+        Item(name, row["item_id"], row["instruction"], row["input"], row["reference"])
+        for name, row in zip(names, rows, strict=True)
     ]
 
 
@@ -113,6 +115,15 @@ def accuracy(answers: Artifact) -> float | None:
     if not checked:
         return None
     return sum(answers_match(row["output"], str(row["reference"])) for row in checked) / len(checked)
+
+
+def accuracies(answers: Artifact) -> dict[str, float]:
+    """`accuracy` for each benchmark that has reference answers."""
+    right: dict[str, list[bool]] = {}
+    for row in read_model_outputs(answers.file(OUTPUTS_FILE)):
+        if row["reference"] is not None:
+            right.setdefault(row["dataset"], []).append(answers_match(row["output"], str(row["reference"])))
+    return {benchmark: sum(found) / len(found) for benchmark, found in right.items()}
 
 
 def heldout_loss(

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from gradsift.artifacts import StageRecord
 from gradsift.diagnostics import write_diagnostics
+from gradsift.report.audit_tables import audit_tables, rich_table, sweep_audit, write_audit
 from gradsift.report.tables import against_random, pws_table, write_csv
 from gradsift.runtime import Display
 
@@ -67,6 +68,7 @@ class RunView:
         if run["status"] == "finished":
             self.display.console.print()
             self.display.console.print(pws_table([run]))
+        _show_audit([(folder / RUN_FILE, run)], self.display)
         self.display.say("")
         for name, path in {"run": str(folder / RUN_FILE), **run["files"]}.items():
             self.display.say(f"{name}: {path}")
@@ -110,6 +112,19 @@ def _job_number(path: Path) -> tuple[int, str]:
     return (int(number) if number.isdecimal() else 0, path.parent.name)
 
 
+def _show_audit(jobs: Sequence[tuple[Path, dict[str, Any]]], display: Display, folder: Path | None = None) -> bool:
+    """Print the tables of a noise audit and write its files to `folder`; False where no job was audited."""
+    audit = sweep_audit(jobs)
+    if audit is None:
+        return False
+    if folder is not None:
+        write_audit(folder, audit)
+    for table in audit_tables(audit, brief=True):
+        display.console.print()
+        display.console.print(rich_table(table))
+    return True
+
+
 def sweep_finished(folder: Path) -> bool:
     """Print the sweep's table, write `results.csv`; False if a job failed."""
     display = Display()
@@ -125,6 +140,8 @@ def sweep_finished(folder: Path) -> bool:
             for line in findings({diagnostic.name: diagnostic.as_json() for diagnostic in compared}):
                 display.say(line)
         display.say(f"\ntable: {folder / 'results.csv'}")
+    if _show_audit(list(zip(files, runs, strict=True)), display, folder):
+        display.say(f"\naudit: {folder / 'audit.md'}")
     display.say(f"runs: {folder}")
     for path, run in failed:
         display.say(f"failed: {path.parent.name} ({shlex.join(run['overrides'])}): {run['error']}")

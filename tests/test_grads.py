@@ -148,7 +148,7 @@ def test_the_score_is_its_parts_whatever_the_constants() -> None:
         r, c, s = (found.parts[name] for name in ("representativeness", "diversity", "redundancy"))
         np.testing.assert_allclose(found.score, 0.5 * r + 2 * c + 3 * (1 - s))
         # equal ones share a rank: two that are nearest to each other, and all that lie alone
-        assert all(0 <= part.min() and part.max() <= 1 and np.ptp(part) > 0.5 for part in (r, c, s))
+        assert all(part.min() >= 0 and part.max() <= 1 and np.ptp(part) > 0.5 for part in (r, c, s))
 
 
 def test_the_low_region_is_the_high_one_turned_over() -> None:

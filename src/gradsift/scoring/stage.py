@@ -67,7 +67,7 @@ def score(
         statuses, counts = _counts(scores)
         return {"rows": len(examples), **dict(zip(statuses, counts, strict=True))}
 
-    settings = {"name": name, "function": target, "precision": runtime.compute.precision, **options}
+    settings = {"name": name, "function": target, **runtime.compute.numerics, **options}
     for parameter in asked:
         settings |= {f"{parameter}.{option}": value for option, value in sources[parameter].settings.items()}
     if not target.startswith("gradsift."):  # ours are versioned by hand, a user's own by its text

@@ -35,6 +35,7 @@ from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget
 from gradsift.training.finetuning import require_finite
 from gradsift.training.head import OutputHead, token_losses
+from gradsift.training.residual import residual_in_float32
 
 _CHUNK = 1000  # examples tokenised in one call
 _BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # padded; no result depends on it. A CPU has them in its caches
@@ -229,12 +230,14 @@ def _ids(tokenizer: object, texts: Sequence[str]) -> list[np.ndarray]:
 
 
 def in_bfloat16(model: nn.Module) -> nn.Module:
-    """A copy with bfloat16 weights; buffers, such as the frequencies of rotary positions, stay as they are."""
+    """A copy as `load_backbone` gives it in bfloat16; buffers, such as the frequencies of rotary positions, stay."""
     weights: dict[int, Any] = {
         id(weight): nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
         for weight in model.parameters()
     }
-    return copy.deepcopy(model, weights)
+    half = copy.deepcopy(model, weights)
+    residual_in_float32(half)
+    return half
 
 
 def span_losses(

@@ -38,10 +38,12 @@ def residual_in_float32(model: Any) -> bool:
     Returns:
         Whether the stream is float32 now.
     """
-    known = type(model).__module__.startswith("transformers.models.")  # others may call their own blocks llama
-    if model.dtype != torch.bfloat16 or not known or model.config.model_type not in _STREAMS:
-        return model.dtype == torch.float32
-    blocks_name, norm_names, last = _STREAMS[model.config.model_type]
+    if model.dtype == torch.float32:
+        return True
+    kind = model.config.model_type
+    if kind not in _STREAMS or not type(model).__module__.startswith("transformers.models."):
+        return False  # code from outside may call its own blocks llama
+    blocks_name, norm_names, last = _STREAMS[kind]
     blocks = getattr(model.base_model, blocks_name)
     blocks[0].register_forward_pre_hook(_widen)  # from here on the sums are float32, as one of their terms is
     norms = [getattr(block, name) for block in blocks for name in norm_names]

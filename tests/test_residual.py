@@ -29,7 +29,7 @@ from gradsift.data.batching import collate
 from gradsift.training import lora
 from gradsift.training.finetuning import ResponseLosses
 from gradsift.training.head import OutputHead
-from gradsift.training.residual import residual_in_float32
+from gradsift.training.residual import residual_in_float32, residual_precision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -116,6 +116,7 @@ def test_the_stream_is_float32_both_ways_and_all_products_are_bfloat16(architect
 def test_the_head_is_still_had_by_itself(architecture: str) -> None:
     model = model_of(architecture).to(torch.bfloat16)
     assert residual_in_float32(model)
+    assert residual_precision(adapted(model)) == "float32"  # under adapters too
     assert OutputHead.of(model) is not None
 
 
@@ -154,6 +155,7 @@ def test_blocks_that_are_not_known_stay_in_bfloat16() -> None:
     ids = torch.arange(9)[None]
     before = model(input_ids=ids).logits
     assert not residual_in_float32(model)
+    assert residual_precision(model) == "bfloat16"
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert torch.equal(model(input_ids=ids).logits, before)
 

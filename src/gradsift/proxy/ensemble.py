@@ -27,6 +27,7 @@ from gradsift.training.backbones import Backbone
 from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, fit
+from gradsift.training.residual import residual_precision
 
 VERSION = 3
 
@@ -164,7 +165,8 @@ def train_member_epoch(
         sizes = lora.factor_sizes(adapted)
     finally:
         lora.remove_adapter(adapted)
-    return {"optimizer_steps": steps, "rows": len(encoded), **sizes}
+    residual = residual_precision(backbone.model)
+    return {"optimizer_steps": steps, "rows": len(encoded), "residual": residual, **sizes}
 
 
 class OptimizerKeeper(L.Callback):

@@ -53,6 +53,14 @@ def residual_in_float32(model: Any) -> bool:
     return True
 
 
+def residual_precision(model: nn.Module) -> str:
+    """What the residual stream of such a model is kept in: float32 or bfloat16."""
+    if next(model.parameters()).dtype == torch.float32:
+        return "float32"
+    widened = any(_widen in module._forward_pre_hooks.values() for module in model.modules())
+    return "float32" if widened else "bfloat16"
+
+
 def _widen(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return inputs[0].float(), *inputs[1:]
 

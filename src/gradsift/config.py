@@ -889,7 +889,7 @@ class ComputeConfig:
     """The machine."""
 
     device: str = "auto"  # auto: cuda where there is one, else cpu
-    precision: str = "float32"  # bfloat16: frozen weights and activations; LoRA weights and norms stay float32
+    precision: str = "float32"  # bfloat16: frozen weights and products; LoRA weights, norms and residual stream float32
     tokens: int | None = None  # padded tokens that pass through a model at once; what suits it when empty
     threads: int | None = None  # torch's own choice when empty
 
@@ -898,6 +898,13 @@ class ComputeConfig:
         _one_of("compute.precision", self.precision, ("float32", "bfloat16"))
         _at_least("compute.tokens", self.tokens, 1)
         _at_least("compute.threads", self.threads, 1)
+
+    @property
+    def numerics(self) -> dict[str, str]:
+        """What a result of a model depends on, for the settings of a stage; of these options no other one matters."""
+        if self.precision == "float32":
+            return {"precision": "float32"}
+        return {"precision": self.precision, "residual": "float32"}  # results from before it was are other results
 
 
 @dataclass

@@ -80,7 +80,7 @@ def generate(
         "items": hashlib.sha256(questions.encode()).hexdigest(),
         "max_new_tokens": config.max_new_tokens,
         "template": target_config.template,
-        "precision": runtime.compute.precision,
+        **runtime.compute.numerics,
     }
     generator = tuned.path.name if tuned else f"{target_config.name}-untuned"
 
@@ -135,7 +135,7 @@ def heldout_loss(
     settings = {
         "template": config.template,
         "max_length": config.max_length,
-        "precision": runtime.compute.precision,
+        **runtime.compute.numerics,
     }
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -187,7 +187,7 @@ def judge(runtime: Runtime, config: JudgeConfig, answers: Artifact, reference: A
     if isinstance(config, LocalJudgeConfig):
         model = backbone(runtime, config.model)
         parents.append(model)
-        settings |= {"model": None, "precision": runtime.compute.precision}
+        settings |= {"model": None, **runtime.compute.numerics}
 
     def make(folder: Path) -> Mapping[str, Any]:
         ours, theirs = (read_model_outputs(a.file(OUTPUTS_FILE)) for a in (answers, reference))

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from gradsift.config import BenchmarkSetConfig
+from gradsift.data import download
+from gradsift.data.download import fetch_url
 from gradsift.errors import ConfigError, DataError
-from gradsift.evaluation import benchmarks
-from gradsift.evaluation.benchmarks import Item, fetch_url, load_benchmark
+from gradsift.evaluation.benchmarks import Item, load_benchmark
 
 
 def write_jsonl(path: Path, *rows: Any) -> Path:
@@ -151,7 +152,7 @@ def test_a_failed_download_leaves_nothing_and_says_where_the_file_goes(
 def test_too_large_a_file_is_refused(
     tmp_path: Path, server: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmarks, "DOWNLOAD_LIMIT", 10)
+    monkeypatch.setattr(download, "DOWNLOAD_LIMIT", 10)
     with pytest.raises(DataError, match="more than"):
         fetch_url(f"{server[0]}/set.json", tmp_path)
 

@@ -25,6 +25,7 @@ NEEDED = {  # what a choice cannot do without
     ("data", "json"): ["data.path=x.json", "proxy=smollm2", "target=smollm2", "benchmark=vicuna", "judge=local"],
     ("data", "alpaca"): ["proxy=gpt2", "target=llama2_7b", "benchmark=vicuna", "judge=local"],
     ("data", "alpaca_gpt4"): ["proxy=gpt2", "target=llama2_7b", "benchmark=vicuna", "judge=local"],
+    ("target_set", "json"): ["target_set.path=x.json"],
     ("benchmark", "vicuna"): ["target=llama2_7b", "judge=openai"],
     ("benchmark", "paper"): ["target=llama2_7b", "judge=openai"],
 }

@@ -15,17 +15,22 @@ import pytest
 from rich.console import Console
 
 from gradsift.artifacts import Artifact, Store
-from gradsift.config import ComputeConfig, FieldsConfig, GsnrConfig, RandomScorerConfig, SelectorConfig, TrackerConfig
+from gradsift.config import ComputeConfig, FieldsConfig, GsnrConfig, RandomScorerConfig, TrackerConfig
 from gradsift.data.examples import Example
 from gradsift.data.formats import parse_rows
+from gradsift.diagnostics import Diagnostic, read_diagnostics
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.report.results import Results
 from gradsift.runtime import Display, Runtime
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
-from gradsift.scoring.stage import SCORES_FILE, Source, score, scores_of
+from gradsift.scoring.stage import SCORES_FILE, score, scores_of
+from gradsift.selection.choice import Choice
 from gradsift.selection.stage import positions_of, select
+from gradsift.selection.topk import topk
+from gradsift.sources import Method, Source, method
 from gradsift.tracking import Tracker
 
+TOPK = Method("topk", "gradsift.selection.topk.topk", topk, (), {})
 ROWS = [(10 + 3 * i, {"instruction": f"say {i}", "output": "x" * (i + 1)}) for i in range(6)]
 
 
@@ -107,7 +112,10 @@ class Bench:
         return self.score({"_target_": f"my_scores.{function}", "name": name, **options})
 
     def score(self, config: Any) -> Artifact:
-        return score(self.runtime, config, self.loaded, pool, self.sources(), lambda asked: [])
+        sources = self.sources()
+        return score(
+            self.runtime, method("scorer", config, tuple(sources)), self.loaded, pool, sources, lambda asked: []
+        )
 
     def unfinished(self) -> bool:
         """Whether no score artifact is whole."""
@@ -156,14 +164,14 @@ def test_every_status_is_counted_and_kept_with_its_reason(bench: Bench, tmp_path
 @pytest.mark.parametrize(("base", "positions"), [("accepted", [0, 5]), ("scored", [0])])
 def test_only_what_is_scored_is_selected(base: str, positions: list[int], bench: Bench) -> None:
     scored = bench("of_all_statuses")  # 0.5, -, -, 0.1, -, 0.2
-    made = select(bench.runtime, SelectorConfig(name="topk"), scored, pool, dict, 0.34, base)
+    made = select(bench.runtime, TOPK, scored, pool, {}, dict, 0.34, base)
     assert positions_of(made).tolist() == positions
 
 
 @pytest.mark.parametrize("base", ["accepted", "scored"])
 def test_a_pool_without_any_score_is_refused(base: str, bench: Bench) -> None:
     with pytest.raises(GradsiftError, match="score"):
-        select(bench.runtime, SelectorConfig(name="topk"), bench("of_no_score"), pool, dict, 0.5, base)
+        select(bench.runtime, TOPK, bench("of_no_score"), pool, {}, dict, 0.5, base)
 
 
 def test_scores_are_made_once_and_anew_for_other_constants_or_parents(bench: Bench) -> None:
@@ -179,8 +187,8 @@ def test_options_of_a_source_count_for_the_scorers_that_ask_for_it(bench: Bench)
     def made(function: str, alpha: float) -> str:
         sources = bench.sources()
         sources["examples"] = Source(list, pool, {"alpha": alpha})
-        config = {"_target_": f"my_scores.{function}", "name": "mine"}
-        return score(bench.runtime, config, bench.loaded, pool, sources, lambda asked: []).fingerprint
+        scorer = method("scorer", {"_target_": f"my_scores.{function}", "name": "mine"}, tuple(sources))
+        return score(bench.runtime, scorer, bench.loaded, pool, sources, lambda asked: []).fingerprint
 
     assert made("by_length", 0.1) != made("by_length", 0.2)
     assert made("by_length", 0.1) == made("by_length", 0.1)
@@ -256,3 +264,43 @@ def test_a_score_that_is_no_number_stops_the_stage_and_names_the_rows_of_the_sou
 def test_a_constant_that_is_infinite_is_refused(bench: Bench) -> None:
     with pytest.raises(ConfigError):
         bench.score(GsnrConfig(_target_="gradsift.scoring.gsnr.gsnr", name="gsnr", eps=float("inf")))
+
+
+# ------------------------------------------------------------------------------------------ selectors
+
+
+def longest_first(scores: Scores, size: int, examples: Any, *, sign: int = 1) -> Choice:
+    order = sorted(range(len(examples)), key=lambda i: -sign * len(examples[i].output))
+    return Choice(np.array(order[:size]), [Diagnostic.unknown("noticed", "value", "something")])
+
+
+def selects_nothing(scores: Scores, size: int) -> Choice:
+    return Choice(np.zeros(0, dtype=np.int64), [Diagnostic.unknown("why", "value", "the well is dry")])
+
+
+def takes_no_size(scores: Scores) -> Choice:
+    return Choice(np.zeros(0, dtype=np.int64))
+
+
+def selected(bench: Bench, function: str, **options: Any) -> Artifact:
+    sources = bench.sources()
+    config = {"_target_": f"my_scores.{function}", "name": "mine", **options}
+    selector = method("selector", config, tuple(sources), given=("scores", "size"))
+    return select(bench.runtime, selector, bench("by_length"), pool, sources, dict, 0.5, "accepted")
+
+
+def test_a_selector_of_the_users_own_gets_scores_budget_and_what_it_asks_for(bench: Bench) -> None:
+    made = selected(bench, "longest_first", sign=-1)
+    assert positions_of(made).tolist() == [0, 1, 2]
+    assert read_diagnostics(made.path)["noticed"]["message"] == "something"
+    assert made.fingerprint != selected(bench, "longest_first").fingerprint
+
+
+def test_a_selection_of_nothing_is_an_error_with_the_selectors_reason(bench: Bench) -> None:
+    with pytest.raises(GradsiftError, match=r"selector=mine selected no example .the well is dry."):
+        selected(bench, "selects_nothing")
+
+
+def test_a_selector_must_take_scores_and_size_first(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match="selector=mine must take scores, size first"):
+        selected(bench, "takes_no_size")

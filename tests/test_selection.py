@@ -54,13 +54,13 @@ def test_an_empty_budget_names_the_smallest_alpha() -> None:
 def test_topk_equals_a_stable_sort(values: list[int], size: int) -> None:
     scores = Scores(np.array(values, dtype=float))
     expected = sorted(range(len(values)), key=lambda i: (-values[i], i))[:size]
-    assert topk(scores, size).tolist() == expected
+    assert topk(scores, size).positions.tolist() == expected
 
 
 def test_what_is_not_scored_is_never_selected() -> None:
     scores = Scores(np.array([9.0, 1.0, 2.0]))
     scores.mark(np.array([True, False, False]), EXCLUDED, "no")
-    assert topk(scores, 3).tolist() == [2, 1]
+    assert topk(scores, 3).positions.tolist() == [2, 1]
     assert scores.status[0] != SCORED
 
 

@@ -122,6 +122,55 @@ class VerifiableDataConfig(DataConfig):
                 raise ConfigError(f"{option}={share} is no share; give a number from 0 to below 1")
 
 
+# ---------------------------------------------------------------------------------------- target set
+
+
+@dataclass
+class TargetSetConfig:
+    """Examples of what the finetuned model shall be good at, in tasks; for the methods that select towards them."""
+
+    name: str = MISSING
+    limit: int | None = None  # at most this many rows a task, drawn with `seed`; their order is kept
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("target_set.limit", self.limit, 1)
+        _at_least("target_set.seed", self.seed, 0)
+
+
+@dataclass
+class FilesTargetSetConfig(TargetSetConfig):
+    """Target rows from files: one a task, or one whose column names each row's task."""
+
+    path: str | None = None  # a local file, or a folder that holds the files of `urls`; wins over `urls`
+    urls: dict[str, str] = field(default_factory=dict)  # task: address of its file, fetched once at run time
+    task: str | None = None  # column that names a row's task; one file is one task when empty
+    rows: str | None = None  # key that holds the rows where a .json file has other things beside them
+    format: str = "auto"
+    fields: FieldsConfig = field(default_factory=FieldsConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("target_set.format", self.format, DATA_FORMATS)
+        if not self.path and not self.urls:
+            raise ConfigError("target_set.path is empty; name a file with rows of what the model shall be good at")
+
+
+@dataclass
+class VerifiableTargetSetConfig(TargetSetConfig):
+    """Right answers of the embedded world, to questions that its dataset and its benchmark do not ask."""
+
+    tasks: list[str] = field(default_factory=lambda: ["sort", "reverse"])  # families of the embedded world
+    limit: int | None = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"target_set.tasks={list(self.tasks)} must name at least one family, and each once")
+        if self.limit is None:
+            raise ConfigError("target_set.limit is empty; the embedded world needs the number of rows a task")
+
+
 # -------------------------------------------------------------------------------------------- models
 
 
@@ -321,12 +370,10 @@ class ScreenedSuperfilterConfig(SuperfilterConfig):
 
 @dataclass
 class SelectorConfig:
-    """A selector: takes scores, returns the rows that are kept."""
+    """A selector: `_target_` names a function of scores, budget and what it asks for (see selection)."""
 
+    _target_: str = MISSING
     name: str = MISSING
-
-    def __post_init__(self) -> None:
-        _one_of("selector.name", self.name, ("topk",))
 
 
 # ---------------------------------------------------------------------------------------- evaluation
@@ -483,9 +530,10 @@ class Config:
     """Everything that a run depends on."""
 
     data: DataConfig = MISSING
+    target_set: TargetSetConfig = MISSING
     proxy: ProxyConfig = MISSING
     scorer: Any = MISSING  # an open set: see ScorerConfig
-    selector: SelectorConfig = MISSING
+    selector: Any = MISSING  # an open set: see SelectorConfig
     target: TargetConfig = MISSING
     benchmark: BenchmarkConfig = MISSING
     judge: JudgeConfig = MISSING
@@ -549,6 +597,8 @@ class Config:
         if self._is_embedded:
             return
         foreign = []
+        if isinstance(self.target_set, VerifiableTargetSetConfig):
+            foreign.append("target_set=verifiable (choose target_set=json target_set.path=FILE)")
         if self.proxy.model.kind == "nano" and self.scorer_name not in ("random", "full"):
             foreign.append("proxy=nano (choose proxy=smollm2 or proxy=gpt2)")
         if self.reaches("finetune") and self.target.model.kind == "nano":
@@ -588,6 +638,11 @@ class Config:
 
 SCHEMAS: dict[str, dict[str, type]] = {
     "data": {"json": JsonDataConfig, "hub": HubDataConfig, "verifiable": VerifiableDataConfig},
+    "target_set": {
+        "target_set": TargetSetConfig,
+        "files": FilesTargetSetConfig,
+        "verifiable_tasks": VerifiableTargetSetConfig,
+    },
     "proxy": {"proxy": ProxyConfig},
     "target": {"target": TargetConfig},
     "scorer": {

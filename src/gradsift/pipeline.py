@@ -21,6 +21,7 @@ from gradsift.artifacts import Artifact
 from gradsift.config import Config, VerifiableDataConfig
 from gradsift.data.examples import Example
 from gradsift.data.load import load, pool_of
+from gradsift.data.target_set import find_overlap, load_target_set
 from gradsift.data.tokens import encode
 from gradsift.diagnostics import Diagnostic
 from gradsift.evaluation import stages as evaluation
@@ -31,9 +32,11 @@ from gradsift.gradients.statistics import read_statistics, statistics
 from gradsift.proxy.ensemble import ProxyInputs, train_ensemble
 from gradsift.report.results import Results
 from gradsift.runtime import Runtime
-from gradsift.scoring.stage import Source, score
+from gradsift.scoring.stage import score
 from gradsift.selection.budget import budget
 from gradsift.selection.stage import positions_of, select
+from gradsift.selection.topk import topk
+from gradsift.sources import Method, Source, method
 from gradsift.training.backbones import Backbone, backbone, load_backbone
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.target import finetune, say_report
@@ -50,7 +53,7 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
         line.statistics()
         results.ensemble(line.ensemble)
         return
-    scored = score(runtime, config.scorer, line.loaded, lambda: line.pool, line.sources(), line.diagnose)
+    scored = score(runtime, line.scorer, line.loaded, lambda: line.pool, line.sources, line.diagnose)
     results.scored(scored)
     if line.has_ensemble:
         results.ensemble(line.ensemble)
@@ -93,8 +96,12 @@ class Line:
     def check(self) -> None:
         """Refuse now what would fail only after hours of training."""
         config = self.config
+        methods = [self.scorer] if config.reaches("scores") and config.stop_after != "statistics" else []
+        methods += [self.selector] if config.reaches("selection") else []
         if config.reaches("selection") and not self.keeps_all:
             budget(config.alpha, int(self.loaded.info["rows"]))
+        if any(name.startswith("target_") for chosen in methods for name in chosen.asked):
+            find_overlap(self.runtime, self.target_set, self.loaded)
         if config.reaches("judge") and not self.keeps_all:
             evaluation.check_judge(self.runtime, config.judge)
         if config.reaches("generate"):
@@ -107,6 +114,14 @@ class Line:
         return pool_of(self.loaded)
 
     # ------------------------------------------------------------------------------------- scoring
+
+    @functools.cached_property
+    def scorer(self) -> Method:
+        return method("scorer", self.config.scorer, tuple(self.sources))
+
+    @functools.cached_property
+    def target_set(self) -> Artifact:
+        return load_target_set(self.runtime, self.config.target_set, self.loaded)
 
     @functools.cached_property
     def proxy(self) -> Artifact:
@@ -180,8 +195,9 @@ class Line:
         base = int(self.loaded.info["rows"]) if self.config.budget_base == "accepted" else scored
         return budget(self.config.alpha, base)
 
+    @functools.cached_property
     def sources(self) -> dict[str, Source]:
-        """What a scorer may ask for (see `gradsift.scoring`)."""
+        """What a scorer or a selector may ask for (see `gradsift.scoring` and `gradsift.selection`)."""
         nothing: list[Artifact] = []
         return {
             "count": Source(lambda: nothing, lambda: int(self.loaded.info["rows"])),
@@ -199,11 +215,16 @@ class Line:
 
     # ----------------------------------------------------------------------- selection and evaluation
 
+    @functools.cached_property
+    def selector(self) -> Method:
+        if self.keeps_all:
+            return Method("topk", "gradsift.selection.topk.topk", topk, (), {})
+        return method("selector", self.config.selector, tuple(self.sources), given=("scores", "size"))
+
     def select(self, scored: Artifact) -> Artifact:
-        config = self.config
-        alpha = 1.0 if self.keeps_all else config.alpha
-        base = config.budget_base
-        return select(self.runtime, config.selector, scored, lambda: self.pool, self.measures, alpha, base)
+        alpha, base = (1.0 if self.keeps_all else self.config.alpha), self.config.budget_base
+        pool, sources, measures = (lambda: self.pool), self.sources, self.measures
+        return select(self.runtime, self.selector, scored, pool, sources, measures, alpha, base)
 
     def everything(self) -> np.ndarray:
         """All positions of the pool: the full-data reference."""

@@ -54,7 +54,7 @@ class SourceRow(NamedTuple):
 # ------------------------------------------------------------------------------------------- files
 
 
-def read_rows(path: Path) -> Iterator[SourceRow]:
+def read_rows(path: Path, *, group: str = "data", holder: str | None = None) -> Iterator[SourceRow]:
     """The rows of a .json, .jsonl, .csv (each also with .gz) or .parquet file, in its order.
 
     .json     an array of objects; an object that holds one such array and nothing else, {"data": [...]};
@@ -63,11 +63,15 @@ def read_rows(path: Path) -> Iterator[SourceRow]:
     .csv      UTF-8, commas, the column names in the first line; every cell is text
     .parquet  columns of any type
 
+    Args:
+        group: of the options that name the file, for errors.
+        holder: key of the array, where a .json file's object holds other things beside it.
+
     Raises:
         DataError: the file is missing, a folder, empty, half-written, of no known type, not UTF-8 or
             broken; names the file, the line where there is one, and the remedy.
     """
-    kind = file_kind(path)
+    kind = file_kind(path, group)
     with _reading(path):
         if kind == "parquet":
             yield from _parquet_rows(path)
@@ -77,7 +81,7 @@ def read_rows(path: Path) -> Iterator[SourceRow]:
                 rows = _json_lines(path, stream)
             else:
                 text = _decoded(path, stream.read(), 1)
-                rows = _json_rows(path, text) if kind == "json" else _csv_rows(path, text)
+                rows = _json_rows(path, text, holder) if kind == "json" else _csv_rows(path, text)
             first = next(rows, None)
             if first is None:
                 raise DataError(f"{path} is empty: it holds no row; fetch or write it again")
@@ -85,15 +89,15 @@ def read_rows(path: Path) -> Iterator[SourceRow]:
             yield from rows
 
 
-def file_kind(path: Path) -> str:
+def file_kind(path: Path, group: str = "data") -> str:
     """json, jsonl, csv or parquet, by the file's name."""
     if path.is_dir():
-        raise DataError(f"data.path={path} is a folder; name one file in it")
+        raise DataError(f"{group}.path={path} is a folder; name one file in it")
     if not path.exists():
-        raise DataError(f"data.path={path} does not exist; check the name (now in {Path.cwd()})")
+        raise DataError(f"{group}.path={path} does not exist; check the name (now in {Path.cwd()})")
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
-        raise DataError(f"data.path={path} is of no known type; its name must end in one of: {', '.join(SUFFIXES)}")
+        raise DataError(f"{group}.path={path} is of no known type; its name must end in one of: {', '.join(SUFFIXES)}")
     kind = name.removesuffix(".gz").rsplit(".", 1)[1]
     return "jsonl" if kind == "ndjson" else kind
 
@@ -165,17 +169,17 @@ def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[SourceRow]:
             index += 1
 
 
-def _json_rows(path: Path, text: str) -> Iterator[SourceRow]:
+def _json_rows(path: Path, text: str, holder: str | None) -> Iterator[SourceRow]:
     if not text.strip():
         return iter(())
-    if _is_json_lines(text):
+    if holder is None and _is_json_lines(text):
         return _json_lines(path, io.BytesIO(text.encode("utf-8")))
     value = _loads(path, text, 1)
     if isinstance(value, list):
         return _numbered(value)
     if not isinstance(value, dict):
         raise DataError(f"{path} holds a single {_type(value)}; it must hold an array of objects")
-    wrapped = next(iter(value.values())) if len(value) == 1 else None
+    wrapped = value.get(holder) if holder else next(iter(value.values())) if len(value) == 1 else None
     if isinstance(wrapped, list) and all(isinstance(row, dict) for row in wrapped):
         return _numbered(wrapped)
     raise DataError(
@@ -324,7 +328,11 @@ class _Conversation(NamedTuple):
 
 
 def parse_rows(
-    rows: Iterable[SourceRow | tuple[int, Any]], format: str, fields: FieldsConfig, source: str = "the data"
+    rows: Iterable[SourceRow | tuple[int, Any]],
+    format: str,
+    fields: FieldsConfig,
+    source: str = "the data",
+    group: str = "data",
 ) -> tuple[list[Example], list[Rejected]]:
     """Turn rows into examples.
 
@@ -341,17 +349,18 @@ def parse_rows(
     Args:
         rows: what a reader of this module gives; pairs of position and columns will do.
         source: name of the data in errors.
+        group: of the options that describe the data, for errors.
 
     Raises:
         DataError: there is no row, no format fits, or not a single row can be used; lists the columns.
         ConfigError: an unknown format.
     """
     if format not in DATA_FORMATS:
-        raise ConfigError(f"data.format={format!r} is not known; choose one of: {', '.join(DATA_FORMATS)}")
+        raise ConfigError(f"{group}.format={format!r} is not known; choose one of: {', '.join(DATA_FORMATS)}")
     found = [SourceRow(*row) for row in rows]
     if not found:
         raise DataError(f"{source} is empty: it holds no row")
-    parse = _PARSERS[_recognised(found, fields, source) if format == "auto" else format]
+    parse = _PARSERS[_recognised(found, fields, source, group) if format == "auto" else format]
     examples: list[Example] = []
     rejected: list[Rejected] = []
     occurrences: Counter[str] = Counter()
@@ -363,11 +372,11 @@ def parse_rows(
         except _Unusable as reason:
             rejected.append(Rejected(row, str(reason), line))
     if not examples:
-        raise DataError(_nothing_usable(found, rejected, source))
+        raise DataError(_nothing_usable(found, rejected, source, group))
     return examples, rejected
 
 
-def _recognised(rows: Iterable[SourceRow], fields: FieldsConfig, source: str) -> str:
+def _recognised(rows: Iterable[SourceRow], fields: FieldsConfig, source: str, group: str) -> str:
     needed = {
         "alpaca": {fields.instruction, fields.output},
         "messages": {fields.messages},
@@ -380,17 +389,17 @@ def _recognised(rows: Iterable[SourceRow], fields: FieldsConfig, source: str) ->
                 return format
     wanted = "; ".join(f"{format}: {', '.join(sorted(columns))}" for format, columns in needed.items())
     raise DataError(
-        f"{source} is in no format that data.format=auto knows: its columns are {_columns(rows)}, a format needs "
-        f"({wanted}); set data.format, and the names of its columns as in data.fields.output=NAME"
+        f"{source} is in no format that {group}.format=auto knows: its columns are {_columns(rows)}, a format needs "
+        f"({wanted}); set {group}.format, and the names of its columns as in {group}.fields.output=NAME"
     )
 
 
-def _nothing_usable(rows: Iterable[SourceRow], rejected: list[Rejected], source: str) -> str:
+def _nothing_usable(rows: Iterable[SourceRow], rejected: list[Rejected], source: str, group: str) -> str:
     reasons = Counter(row.reason for row in rejected).most_common(3)
     told = "; ".join(f"{reason} ({count:,} rows)" for reason, count in reasons)
     return (
         f"{source}: none of its {len(rejected):,} rows can be used: {told}. Its columns are {_columns(rows)}; check "
-        "data.format, and the names of its columns as in data.fields.output=NAME"
+        f"{group}.format, and the names of its columns as in {group}.fields.output=NAME"
     )
 
 

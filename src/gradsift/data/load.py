@@ -109,6 +109,12 @@ def heldout_of(loaded: Artifact) -> list[Example]:
     return read_examples(loaded.file(HELDOUT_FILE))
 
 
+def benchmark_rows(loaded: Artifact) -> list[dict[str, str]]:
+    """The questions that came with the embedded world."""
+    rows: list[dict[str, str]] = json.loads(loaded.file(BENCHMARK_FILE).read_text(encoding="utf-8"))
+    return rows
+
+
 def labels_of(loaded: Artifact) -> Labels | None:
     """Quality labels and families, where the data has them; for reports only."""
     path = loaded.file(LABELS_FILE)

@@ -12,7 +12,7 @@ without knowing the task. Duplicates repeat clean rows: they are not spoilt, onl
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 from gradsift.errors import ConfigError
@@ -410,6 +410,24 @@ def pretraining_rows(
         rows.append((plain_prompt(instruction, given), family.solve(arguments)))
     rng.shuffle(rows)
     return rows
+
+
+def further_rows(family: str, count: int, taken: Set[tuple[str, str]], seed: int) -> list[dict[str, str]]:
+    """Clean rows of one family whose (instruction, input) is not among those `taken`.
+
+    Raises ConfigError for an unknown family, or one that has not so many questions left.
+    """
+    if family not in _BY_NAME:
+        raise ConfigError(f"family={family!r} is not in this world; one of {', '.join(FAMILIES)}")
+    rng = random.Random(f"verifiable further {family} {seed}")
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for _ in range(200 * count):
+        task = _Task(_BY_NAME[family], _BY_NAME[family].draw(rng), rng.choice(_BY_NAME[family].wordings))
+        if _asked(task) not in taken:
+            rows.setdefault(_asked(task), _row(task, task.answer))
+        if len(rows) == count:
+            return list(rows.values())
+    raise ConfigError(f"family={family!r} has no {count} questions left beside the data's; ask for fewer")
 
 
 def plain_prompt(instruction: str, given: str) -> str:

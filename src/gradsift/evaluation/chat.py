@@ -27,11 +27,11 @@ from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
+from gradsift.data.download import LOOPBACK
 from gradsift.errors import ConfigError
 from gradsift.evaluation.judges import DryRun, JudgeError, content_hash
 from gradsift.evaluation.reply_cache import Completion, ReplyCache, Spent, Tokens
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _REFUSED = (400, 413, 422)  # what HTTP says of one request's content
 _PASSING = (408, 409, 429)
 _BYTES_A_TOKEN = 4  # a rule of thumb for English; about right for other scripts in UTF-8 too

@@ -23,11 +23,12 @@ from gradsift.config import (
     TargetConfig,
 )
 from gradsift.data.batching import collate
-from gradsift.data.load import BENCHMARK_FILE, heldout_of
+from gradsift.data.download import fetch_url
+from gradsift.data.load import benchmark_rows, heldout_of
 from gradsift.data.tokens import Encoded, encode, encode_prompt
 from gradsift.data.verifiable import answers_match
 from gradsift.errors import ConfigError, GradsiftError
-from gradsift.evaluation.benchmarks import Item, fetch_url, load_benchmark
+from gradsift.evaluation.benchmarks import Item, load_benchmark
 from gradsift.evaluation.generation import generate_answers, model_outputs, read_model_outputs, write_model_outputs
 from gradsift.evaluation.judges import Judge
 from gradsift.evaluation.judging import judge_pairs, read_judgments
@@ -57,8 +58,10 @@ def benchmark_items(runtime: Runtime, config: BenchmarkConfig, loaded: Artifact)
 
 def embedded_items(loaded: Artifact) -> list[Item]:
     """The benchmark that came with the embedded world."""
-    rows = json.loads(loaded.file(BENCHMARK_FILE).read_text(encoding="utf-8"))
-    return [Item(EMBEDDED, row["item_id"], row["instruction"], row["input"], row["reference"]) for row in rows]
+    return [
+        Item(EMBEDDED, row["item_id"], row["instruction"], row["input"], row["reference"])
+        for row in benchmark_rows(loaded)
+    ]
 
 
 def generate(

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from gradsift.artifacts import Artifact
-from gradsift.config import SelectorConfig
 from gradsift.data.examples import Example
 from gradsift.diagnostics import write_diagnostics
 from gradsift.errors import GradsiftError
@@ -18,18 +17,20 @@ from gradsift.runtime import Runtime
 from gradsift.scoring.scores import SCORED, Scores
 from gradsift.scoring.stage import scores_of
 from gradsift.selection.budget import budget
+from gradsift.selection.choice import Choice
 from gradsift.selection.diagnostics import diagnose_selection
-from gradsift.selection.topk import topk
+from gradsift.sources import Method, Source
 
-VERSION = 2
+VERSION = 3
 SELECTION_FILE = "selection.jsonl"
 
 
 def select(
     runtime: Runtime,
-    config: SelectorConfig,
+    selector: Method,
     scored: Artifact,
     pool: Callable[[], Sequence[Example]],
+    sources: Mapping[str, Source],
     measures: Callable[[], Mapping[str, np.ndarray]],
     alpha: float,
     base: str,
@@ -45,18 +46,24 @@ def select(
         scores, examples = scores_of(scored), pool()
         count = len(examples) if base == "accepted" else int((scores.status == SCORED).sum())
         size = budget(alpha, count)
-        positions = topk(scores, size)
-        if not len(positions):
+        if not (scores.status == SCORED).any():
             reasons = ", ".join(sorted({str(r) for r in scores.reason if r}))
             raise GradsiftError(f"no example has a score, so none can be selected ({reasons}); choose another scorer")
+        choice: Choice = selector(scores, size, sources=sources)
+        positions = choice.positions
+        if not len(positions):
+            why = "; ".join(diagnostic.message for diagnostic in choice.diagnostics) or "it does not say why"
+            raise GradsiftError(f"selector={selector.name} selected no example ({why}); choose another selector")
         write_selection(folder / SELECTION_FILE, positions, scores, examples)
         np.save(folder / "positions.npy", positions)
-        write_diagnostics(folder, diagnose_selection(positions, examples, measures(), scores.parts.get("drop")))
+        found = diagnose_selection(positions, examples, measures(), scores.parts.get("drop"))
+        write_diagnostics(folder, [*found, *choice.diagnostics])
         return {"rows": len(positions), "budget": size, "shortfall": size - len(positions)}
 
-    settings = {"selector": config.name, "alpha": alpha, "budget_base": base}
-    slug = f"{scored.path.name.rsplit('-', 1)[0]}-{alpha}"
-    return runtime.store.obtain("select", slug, settings, [scored], make, version=VERSION)
+    settings = {"selector": selector.settings(sources), "alpha": alpha, "budget_base": base}
+    slug = f"{scored.path.name.rsplit('-', 1)[0]}-{selector.name}-{alpha}"
+    parents = [scored, *selector.parents(sources)]
+    return runtime.store.obtain("select", slug, settings, parents, make, version=VERSION)
 
 
 def write_selection(path: Path, positions: np.ndarray, scores: Scores, examples: Sequence[Example]) -> None:

@@ -1,18 +1,19 @@
-"""The highest scores, exactly as many as the budget says."""
+"""The highest scores: the selector of the paper."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from gradsift.scoring.scores import SCORED, Scores
+from gradsift.selection.choice import Choice
 
 
-def topk(scores: Scores, size: int) -> np.ndarray:
+def topk(scores: Scores, size: int) -> Choice:
     """Positions of the `size` highest scores, best first; ties by row order, only `scored` examples.
 
     Returns:
-        (k,) int64, k = min(size, number of scored examples).
+        min(size, number of scored examples) positions.
     """
     candidates = np.flatnonzero(scores.status == SCORED)
     order = np.argsort(-scores.score[candidates], kind="stable")
-    return candidates[order][:size]
+    return Choice(candidates[order][:size])

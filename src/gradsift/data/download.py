@@ -1,0 +1,83 @@
+"""Files that are fetched from their upstream place at run time, once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import urllib.request
+from http.client import HTTPException, HTTPMessage
+from pathlib import Path
+from typing import IO
+from urllib.parse import unquote, urlsplit
+
+from gradsift.errors import DataError
+
+DOWNLOAD_LIMIT = 200 * 2**20  # bytes; the largest set in use is below 2 MB
+DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def fetch_url(url: str, folder: Path) -> Path:
+    """Download `url` into `folder`, once; a file that is already there is returned without a request.
+
+    Only https is spoken, except to this machine itself. The file appears under its name only when whole.
+
+    Raises:
+        DataError: no https, no network, an HTTP error, or more than `DOWNLOAD_LIMIT` bytes. The
+            message says under which name the file may be put in place by hand.
+    """
+    target = folder / _file_name(url)
+    if target.is_file():
+        return target
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        _check_scheme(url)
+        folder.mkdir(parents=True, exist_ok=True)
+        _download(url, part)
+        part.replace(target)
+    # URLError is an OSError; HTTPException covers replies that break off or are no HTTP
+    except (OSError, HTTPException, ValueError) as error:
+        raise DataError(f"cannot download {url} ({error}); put the file at {target}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return target
+
+
+def _file_name(url: str) -> str:
+    """The URL's last step, made safe, behind a short hash: two sets may both be called test.jsonl."""
+    last = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", last).lstrip(".")[-80:] or "download"
+    return f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{safe}"
+
+
+def _check_scheme(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in LOOPBACK):
+        raise ValueError("only https addresses are fetched")
+
+
+class _SameRulesRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is held to the same scheme as the address it came from."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        _check_scheme(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _download(url: str, part: Path) -> None:
+    opener = urllib.request.build_opener(_SameRulesRedirect)
+    request = urllib.request.Request(url, headers={"User-Agent": "gradsift"})  # noqa: S310 - scheme is checked
+    with opener.open(request, timeout=DOWNLOAD_TIMEOUT) as reply, part.open("wb") as out:
+        announced = reply.headers.get("Content-Length")
+        size = 0
+        while chunk := reply.read(2**16):
+            size += len(chunk)
+            if size > DOWNLOAD_LIMIT:
+                raise ValueError(f"more than {DOWNLOAD_LIMIT // 2**20} MB")
+            out.write(chunk)
+    # read(n) returns quietly when the connection breaks early
+    if announced is not None and size != int(announced):
+        raise ValueError(f"broke off after {size} of {announced} bytes")

@@ -1,0 +1,163 @@
+"""The target set: examples of what the finetuned model shall be good at, each of one task.
+
+Methods such as LESS, G2IS, RDS+ and similarity to Sentence-BERT embeddings select towards it. Its rows
+are read, checked and numbered like those of the data; a row that cannot be used is an error here, since a
+target set is small and made with care.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gradsift.artifacts import Artifact, file_hash
+from gradsift.config import FieldsConfig, FilesTargetSetConfig, TargetSetConfig, VerifiableTargetSetConfig
+from gradsift.data import verifiable
+from gradsift.data.download import fetch_url
+from gradsift.data.examples import Example, draw, read_examples, write_examples
+from gradsift.data.formats import SourceRow, file_kind, hash_of, parse_rows, read_rows
+from gradsift.data.load import benchmark_rows, pool_of
+from gradsift.errors import ConfigError, DataError
+from gradsift.runtime import Runtime
+
+VERSION = 1
+EXAMPLES_FILE = "examples.parquet"
+TASKS_FILE = "tasks.json"
+OVERLAP_FILE = "overlap.jsonl"
+_NAMED = 5  # rows that a warning lists; all of them are in the file
+
+
+@dataclass(frozen=True)
+class TargetSet:
+    """Q examples and the task of each, the rows of a task side by side."""
+
+    examples: list[Example]
+    tasks: list[str]
+
+
+def load_target_set(runtime: Runtime, config: TargetSetConfig, loaded: Artifact) -> Artifact:
+    """Read the target rows, at most `config.limit` of each task.
+
+    Raises:
+        ConfigError: there is no target set, or no such task.
+        DataError: a file is missing, of another schema or empty, or a row cannot be used; names it.
+    """
+    if isinstance(config, FilesTargetSetConfig):
+        return _load_files(runtime, config)
+    if isinstance(config, VerifiableTargetSetConfig):
+        return _load_world(runtime, config, loaded)
+    raise ConfigError(
+        "target_set=none, and what was chosen selects towards a target set; give target_set=json target_set.path=FILE, "
+        "or target_set=gsm8k, bbh or (for data=verifiable) verifiable"
+    )
+
+
+def _load_files(runtime: Runtime, config: FilesTargetSetConfig) -> Artifact:
+    files = _files(config, runtime.store.root / "downloads")
+    for file in files.values():
+        file_kind(file, "target_set")  # refuses a file that is not there, or of no known type
+    settings = asdict(config) | {"path": None, "urls": None, "sha256": {t: hash_of(f) for t, f in files.items()}}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        by_task: dict[str, list[Example]] = {}
+        for name, file in files.items():
+            rows = list(read_rows(file, group="target_set", holder=config.rows))
+            tasks = [name if config.task is None else _task_of(row, config.task, file) for row in rows]
+            examples, rejected = parse_rows(rows, config.format, config.fields, source=str(file), group="target_set")
+            if rejected:
+                raise DataError(
+                    f"{file}, row {rejected[0].row}: {rejected[0].reason}; mend or delete the row, or check "
+                    "target_set.format and the names of its columns as in target_set.fields.output=NAME"
+                )
+            for task, example in zip(tasks, examples, strict=True):
+                by_task.setdefault(task, []).append(example)
+        return _write(folder, config, by_task)
+
+    return runtime.store.obtain("target_set", config.name, settings, [], make, version=VERSION)
+
+
+def _files(config: FilesTargetSetConfig, downloads: Path) -> dict[str, Path]:
+    """The file of each task."""
+    if config.path is None:
+        return {task: fetch_url(url, downloads) for task, url in config.urls.items()}
+    path = Path(config.path).expanduser()
+    if not path.is_dir():
+        return {next(iter(config.urls)) if len(config.urls) == 1 else path.name.split(".")[0]: path}
+    if not config.urls:
+        raise ConfigError(f"target_set.path={config.path} is a folder; name one file in it")
+    return {task: path / url.rsplit("/", 1)[-1] for task, url in config.urls.items()}
+
+
+def _task_of(row: SourceRow, column: str, file: Path) -> str:
+    task = row.content.get(column) if isinstance(row.content, dict) else None
+    if not isinstance(task, str) or not task.strip():
+        raise DataError(f"{file}, row {row.row}: column {column!r} names no task; check target_set.task")
+    return task
+
+
+def _load_world(runtime: Runtime, config: VerifiableTargetSetConfig, loaded: Artifact) -> Artifact:
+    def make(folder: Path) -> Mapping[str, Any]:
+        taken = {(example.instruction, example.input) for example in pool_of(loaded)}
+        taken |= {(item["instruction"], item["input"]) for item in benchmark_rows(loaded)}
+        by_task = {}
+        for task in config.tasks:
+            rows = verifiable.further_rows(task, config.limit or 1, taken, config.seed)
+            by_task[task] = parse_rows(enumerate(rows), "alpaca", FieldsConfig())[0]
+        return _write(folder, config, by_task)
+
+    return runtime.store.obtain("target_set", config.name, asdict(config), [loaded], make, version=VERSION)
+
+
+def _write(folder: Path, config: TargetSetConfig, by_task: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
+    examples: list[Example] = []
+    tasks: list[str] = []
+    for task, rows in by_task.items():
+        drawn, _ = draw(rows, config.limit, 0, config.seed)
+        examples += [replace(row, example_id=f"{task}/{row.example_id}") for row in drawn]
+        tasks += [task] * len(drawn)
+    write_examples(folder / EXAMPLES_FILE, examples)
+    (folder / TASKS_FILE).write_text(json.dumps(tasks), encoding="utf-8")
+    return {"rows": len(examples), "tasks": len(by_task), "content": file_hash(folder / EXAMPLES_FILE)}
+
+
+def target_set_of(artifact: Artifact) -> TargetSet:
+    """What `load_target_set` wrote."""
+    tasks = json.loads(artifact.file(TASKS_FILE).read_text(encoding="utf-8"))
+    return TargetSet(read_examples(artifact.file(EXAMPLES_FILE)), tasks)
+
+
+def find_overlap(runtime: Runtime, target_set: Artifact, loaded: Artifact) -> Artifact:
+    """Rows of the target set whose prompt, or prompt and response, stands in the pool too; listed in `overlap.jsonl`.
+
+    Selecting towards what is trained on flatters the selection, so it is said, and left to the user.
+    """
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        rows: dict[tuple[Any, ...], list[Example]] = {}
+        for example in pool_of(loaded):
+            rows.setdefault((example.history, example.instruction, example.input), []).append(example)
+        found = target_set_of(target_set)
+        count = 0
+        with (folder / OVERLAP_FILE).open("w", encoding="ascii") as stream:
+            for task, target in zip(found.tasks, found.examples, strict=True):
+                shared = rows.get((target.history, target.instruction, target.input), [])
+                count += bool(shared)
+                for example in shared:
+                    same = "prompt and response" if example.output == target.output else "prompt"
+                    line = {"task": task, "target_row": target.row_index, "row": example.row_index, "shared": same}
+                    stream.write(json.dumps(line) + "\n")
+        return {"rows": len(found.examples), "overlapping": count}
+
+    made = runtime.store.obtain("overlap", target_set.path.name, {}, [target_set, loaded], make, version=VERSION)
+    if made.info["overlapping"]:
+        lines = made.file(OVERLAP_FILE).read_text(encoding="ascii").splitlines()
+        first = ", ".join(str(json.loads(line)["row"]) for line in lines[:_NAMED])
+        runtime.display.say(
+            f"  warning: {made.info['overlapping']} of {made.info['rows']} target rows stand in the data too (data row "
+            f"{first}{', ...' if len(lines) > _NAMED else ''}; all in {made.file(OVERLAP_FILE)}), which flatters what "
+            "is selected; take other target rows"
+        )
+    return made

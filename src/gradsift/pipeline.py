@@ -104,6 +104,9 @@ class Line:
             find_overlap(self.runtime, self.target_set, self.loaded)
         if config.reaches("judge") and not self.keeps_all:
             evaluation.check_judge(self.runtime, config.judge)
+        if any("rater" in chosen.asked for chosen in methods):
+            config.check_rater()
+            evaluation.check_judge(self.runtime, config.judge)
         if config.reaches("generate"):
             _ = self.items
         if config.reaches("finetune"):
@@ -210,6 +213,7 @@ class Line:
                 lambda: self.budget,
                 {"alpha": self.config.alpha, "budget_base": self.config.budget_base},
             ),
+            "rater": evaluation.rater(self.runtime, self.config.judge),
             "task": Source(lambda: nothing, lambda: self.runtime.display.task),
         }
 

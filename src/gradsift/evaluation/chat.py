@@ -31,34 +31,15 @@ from gradsift.data.download import LOOPBACK
 from gradsift.errors import ConfigError
 from gradsift.evaluation.judges import DryRun, JudgeError, content_hash
 from gradsift.evaluation.reply_cache import Completion, ReplyCache, Spent, Tokens
+from gradsift.evaluation.spending import CapReached, Messages, Plan, Purse, Stopped, Terms, estimated_tokens, tokens_of
 
 _REFUSED = (400, 413, 422)  # what HTTP says of one request's content
 _PASSING = (408, 409, 429)
-_BYTES_A_TOKEN = 4  # a rule of thumb for English; about right for other scripts in UTF-8 too
-_FRAME_TOKENS = 4  # around each message
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 8.0  # seconds before a retry that the endpoint gave no time for
 _LARGEST_BODY = 2**24  # bytes
 _NO_CREDIT = "insufficient_quota"  # OpenAI's code for an empty account, which it sends as a 429
 
-Messages = Sequence[Mapping[str, str]]
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What requests cost and how many may be sent; prices in USD for a million tokens, None where unknown."""
-
-    price_input: float | None = None
-    price_output: float | None = None
-    max_usd: float | None = None  # needs both prices
-    max_calls: int | None = None
-    dry_run: bool = False
-
-    def usd(self, prompt_tokens: int, completion_tokens: int) -> float | None:
-        """The price of so many tokens; None where it is not known."""
-        if self.price_input is None or self.price_output is None:
-            return None
-        return (prompt_tokens * self.price_input + completion_tokens * self.price_output) / 1e6
 
 
 @dataclass(frozen=True)
@@ -68,27 +49,6 @@ class Answer(Generic[Value]):
     text: str
     value: Value | None
     reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What asking would take; a reply that cannot be read is asked for again, which is not counted here."""
-
-    calls: int  # requests to send
-    cached: int  # replies that are there already
-    prompt_tokens: int  # estimated
-    completion_tokens: int  # at most
-    usd: float | None  # at most, as far as the estimate goes
-
-    def describe(self) -> str:
-        price = "price unknown (judge.price_input and judge.price_output are not set)"
-        if self.usd is not None:
-            price = f"at most about {self.usd:.4g} USD"
-        return (
-            f"{self.calls:,} requests to send, {self.cached:,} replies found in the cache; about "
-            f"{self.prompt_tokens:,} prompt tokens (estimate: {_BYTES_A_TOKEN} bytes a token) and at most "
-            f"{self.completion_tokens:,} reply tokens; {price}"
-        )
 
 
 class ChatClient:
@@ -203,7 +163,7 @@ class ChatClient:
         self, prompts: Sequence[Messages], groups: Sequence[list[int]], reader: _Reader[Value], scope: str
     ) -> Iterator[tuple[list[int], Answer[Value]]]:
         """Answers to groups of equal prompts, as they come in."""
-        purse = _Purse(self._cache, scope, self._terms)
+        purse = Purse(self._cache, scope, self._terms)
         waiting: SimpleQueue[int] = SimpleQueue()
         for number in range(len(groups)):
             waiting.put(number)
@@ -219,7 +179,7 @@ class ChatClient:
                         arrived.put((number, self._answer(position, prompts[position], reader, purse, stop)))
                     except (_Refused, _Failed) as failure:
                         arrived.put((number, failure))
-            except (Empty, _Stopped):
+            except (Empty, Stopped):
                 pass
             except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
                 stop.set()
@@ -256,7 +216,7 @@ class ChatClient:
             stop.set()
         if fatal is None:
             yield from _refusals(streak, groups, left, failed)
-        if isinstance(fatal, _CapReached):
+        if isinstance(fatal, CapReached):
             plan = self._plan([prompts[groups[number][0]] for number in left], 0)
             raise JudgeError(self._explain_cap(fatal, purse.spent, plan))
         if fatal is not None:
@@ -268,7 +228,7 @@ class ChatClient:
             )
 
     def _answer(
-        self, position: int, messages: Messages, reader: _Reader[Value], purse: _Purse, stop: threading.Event
+        self, position: int, messages: Messages, reader: _Reader[Value], purse: Purse, stop: threading.Event
     ) -> Answer[Value]:
         completion = Completion("")
         for attempt in range(1, reader.tries + 1):
@@ -276,16 +236,14 @@ class ChatClient:
             with self._cache.claimed(key, stop.wait):
                 found = self._cache.find(key)  # another process may have asked since
                 if found is None and stop.is_set():
-                    raise _Stopped
+                    raise Stopped
                 completion = found or self._send(messages, key, purse, stop)
             value = reader.read(position, completion.text)
             if value is not None:
                 return Answer(completion.text, value)
         return reader.unread(completion)
 
-    def _look_up(
-        self, position: int, messages: Messages, reader: _Reader[Value]
-    ) -> tuple[int, Answer[Value] | None]:
+    def _look_up(self, position: int, messages: Messages, reader: _Reader[Value]) -> tuple[int, Answer[Value] | None]:
         """How many replies the cache holds, and the answer if they suffice for one."""
         completion = Completion("")
         for attempt in range(1, reader.tries + 1):
@@ -310,7 +268,7 @@ class ChatClient:
 
     # ------------------------------------------------------------------------------------ one request
 
-    def _send(self, messages: Messages, key: str, purse: _Purse, stop: threading.Event) -> Completion:
+    def _send(self, messages: Messages, key: str, purse: Purse, stop: threading.Event) -> Completion:
         """One reply, on the disk when this returns."""
         estimate = Tokens(estimated_tokens(messages), self.parameters["max_tokens"], estimated=True)
         for retry in itertools.count():
@@ -318,7 +276,7 @@ class ChatClient:
             purse.reserve(estimate, stop)
             try:
                 completion, tokens = self._request(messages)
-                tokens = tokens or Tokens(estimate.prompt, _tokens_of(completion.text), estimated=True)
+                tokens = tokens or Tokens(estimate.prompt, tokens_of(completion.text), estimated=True)
                 self._cache.keep(key, completion, purse.scope, tokens)
                 purse.settle(estimate, tokens)
                 return completion
@@ -333,7 +291,7 @@ class ChatClient:
             except BaseException:
                 purse.settle(estimate, None)
                 raise
-        raise _Stopped  # never: the loop has no end of its own
+        raise Stopped  # never: the loop has no end of its own
 
     def _wait(self, failure: _Failed, retry: int, stop: threading.Event) -> None:
         """Before the next try: the time that the endpoint asks for, or exponentially longer; never in step."""
@@ -342,23 +300,23 @@ class ChatClient:
             delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2**retry) * random.uniform(0.5, 1.0)
         elif delay > self._max_wait:
             raise JudgeError(
-                f"{self.name}: the endpoint asks to wait {delay:,.0f} s, longer than judge.max_wait={self._max_wait:g}; "
-                "the replies so far are kept: give the same command again then"
+                f"{self.name}: the endpoint asks to wait {delay:,.0f} s, longer than "
+                f"judge.max_wait={self._max_wait:g}; the replies so far are kept: give the same command again then"
             )
         else:
             self._pause.until(time.monotonic() + delay)
             delay *= random.uniform(1.0, 1.1)
         if stop.wait(delay):
-            raise _Stopped
+            raise Stopped
 
     def _request(self, messages: Messages) -> tuple[Completion, Tokens | None]:
         """One request, within twice the timeout however slowly the reply drips in."""
         import openai
 
         deadline = time.monotonic() + self._timeout
-        create = self._client.chat.completions.with_streaming_response.create
+        create: Any = self._client.chat.completions.with_streaming_response.create
         try:
-            with create(messages=list(messages), **self.parameters) as response:  # type: ignore[call-overload]
+            with create(messages=list(messages), **self.parameters) as response:
                 body = _read_body(response.iter_bytes(), deadline)
         except openai.APIStatusError as error:
             # `from None`, here and below: the original may quote the key
@@ -424,15 +382,15 @@ class ChatClient:
             f"(judge.give_up={self._give_up}, judge.retries={self._retries}), the last one: {last.said}; {last.remedy}"
         )
 
-    def _explain_cap(self, reached: _CapReached, spent: Spent, left: Plan) -> str:
+    def _explain_cap(self, reached: CapReached, spent: Spent, left: Plan) -> str:
         terms = self._terms
         usd = terms.usd(spent.prompt_tokens, spent.completion_tokens)
         money = "" if usd is None else f" for {usd:.4g} USD"
         more = "" if left.usd is None else f" (at most about {left.usd:.4g} USD)"
         return (
-            f"{self.name}: the spending cap {reached.cap} is reached: this stage has sent {spent.calls:,} requests{money}; "
-            f"{left.calls:,} prompts{more} are left; raise {reached.cap.split('=')[0]} and give the same command again: "
-            "the replies so far are kept and cost nothing more"
+            f"{self.name}: the spending cap {reached.cap} is reached: this stage has sent {spent.calls:,} "
+            f"requests{money}; {left.calls:,} prompts{more} are left; raise {reached.cap.split('=')[0]} and give the "
+            "same command again: the replies so far are kept and cost nothing more"
         )
 
     def _scrub(self, text: str) -> str:
@@ -467,20 +425,8 @@ class _Failed(_Failure):
         self.charged, self.wait = charged, wait
 
 
-class _Stopped(Exception):
-    """Another thread ended the asking."""
-
-
 class _TooLate(Exception):
     """A reply dripped in for longer than the timeout."""
-
-
-class _CapReached(Exception):
-    """The next request may cost more than is allowed."""
-
-    def __init__(self, cap: str) -> None:
-        super().__init__(cap)
-        self.cap = cap
 
 
 @dataclass(frozen=True)
@@ -512,61 +458,7 @@ class _Pause:
     def wait(self, stop: threading.Event) -> None:
         while (delay := self._until - time.monotonic()) > 0:
             if stop.wait(delay):
-                raise _Stopped
-
-
-class _Purse:
-    """The spending of a scope against its caps, requests under way included at their estimate."""
-
-    def __init__(self, cache: ReplyCache, scope: str, terms: Terms) -> None:
-        self.scope = scope
-        self.spent = cache.spent(scope)
-        self._terms = terms
-        self._under_way = Tokens(0, 0)
-        self._calls_under_way = 0
-        self._changed = threading.Condition()
-
-    def reserve(self, estimate: Tokens, stop: threading.Event) -> None:
-        """Set the cost of a request aside; waits for those under way where they decide whether it fits."""
-        with self._changed:
-            while cap := self._exceeded(estimate):
-                if not self._calls_under_way:
-                    raise _CapReached(cap)
-                if stop.is_set():
-                    raise _Stopped
-                self._changed.wait(0.2)
-            self._move(estimate, 1)
-
-    def settle(self, estimate: Tokens, paid: Tokens | None) -> None:
-        """Replace what was set aside by what it came to."""
-        with self._changed:
-            self._move(estimate, -1)
-            if paid is not None:
-                spent = self.spent
-                self.spent = Spent(
-                    spent.calls + 1,
-                    spent.prompt_tokens + paid.prompt,
-                    spent.completion_tokens + paid.completion,
-                    spent.estimated_calls + paid.estimated,
-                )
-            self._changed.notify_all()
-
-    def _move(self, estimate: Tokens, sign: int) -> None:
-        held = self._under_way
-        self._calls_under_way += sign
-        self._under_way = Tokens(held.prompt + sign * estimate.prompt, held.completion + sign * estimate.completion)
-
-    def _exceeded(self, more: Tokens) -> str | None:
-        """The cap that one more request would break, as it is set."""
-        terms, spent, held = self._terms, self.spent, self._under_way
-        if terms.max_calls is not None and spent.calls + self._calls_under_way + 1 > terms.max_calls:
-            return f"judge.max_calls={terms.max_calls}"
-        usd = terms.usd(
-            spent.prompt_tokens + held.prompt + more.prompt, spent.completion_tokens + held.completion + more.completion
-        )
-        if terms.max_usd is not None and usd is not None and usd > terms.max_usd:
-            return f"judge.max_usd={terms.max_usd:g}"
-        return None
+                raise Stopped
 
 
 def _refusals(
@@ -584,15 +476,6 @@ def _refusals(
         else:
             failed.append(failure)
     streak.clear()
-
-
-def estimated_tokens(messages: Messages) -> int:
-    """Tokens of a prompt, by the bytes of its text: exact counts would need every model's own tokenizer."""
-    return sum(_tokens_of(message["content"]) + _FRAME_TOKENS for message in messages)
-
-
-def _tokens_of(text: str) -> int:
-    return math.ceil(len(text.encode("utf-8", "replace")) / _BYTES_A_TOKEN)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -628,10 +511,10 @@ def _usage(content: Mapping[str, Any]) -> Tokens | None:
     usage = content.get("usage")
     if not isinstance(usage, dict):
         return None
-    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    if not all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts):
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if not isinstance(prompt, int) or not isinstance(completion, int) or min(prompt, completion) < 0:
         return None
-    return Tokens(*counts)
+    return Tokens(prompt, completion)
 
 
 def _api_key(variable: str, base_url: str | None, needed: bool) -> str | None:

@@ -84,6 +84,8 @@ def remarks(run: dict[str, Any]) -> list[str]:
         lines.append(f"the selection is {shortfall:,} rows short of its budget: no more rows have a score")
     if run.get("proxy") == "tiny_bytes" and "scores" in run and run.get("scorer") not in _BASELINES:
         lines.append("proxy=tiny_bytes has random weights: its scores are a plumbing check and say nothing of the rows")
+    if run.get("dry_run"):
+        lines.append("judge.dry_run=true: nothing was sent; the same command without it goes on from here")
     if run.get("judge") == "local" and run.get("status") == "finished":
         lines.append("judge=local with a small model is a plumbing check: its PWS says nothing about quality")
     return lines

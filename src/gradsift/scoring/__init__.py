@@ -8,6 +8,7 @@ nothing else:
     statistics   `gradsift.gradients.statistics.Statistics` of the proxy ensemble
     late_losses  (N,) mean loss of the members at the late snapshot
     backbone     the proxy's backbone, without adapters
+    rater        `gradsift.evaluation.judges.Rater`: the run's judge, which can grade single examples
     budget       `budget(scored)`: how many examples will be selected where `scored` have a score. The
                  scores then belong to one alpha, and every alpha computes its own
     task         a progress bar: `with task(description, total) as advance`

@@ -41,7 +41,7 @@ def llm_rating(
         for position, e in enumerate(examples)
         for question in questions
     ]
-    grades = {question: np.full(len(examples), np.nan) for question in questions}
+    grades: dict[str, np.ndarray] = {question: np.full(len(examples), np.nan) for question in questions}
     unrated: dict[str, list[int]] = {}  # reason: positions
     with task(f"rate with {rater.name}", len(requests)) as advance:
         for request, rating in rater.rate(requests):

@@ -125,7 +125,9 @@ class LocalJudge:
             grades = range(scale.low, scale.high + 1)
             digits = [_letter_tokens(self._tokenizer, str(grade)) for grade in grades]
             if not all(digits):
-                raise ConfigError(f"judge.model: the tokenizer of {self.name} has no single tokens for digits; choose another")
+                raise ConfigError(
+                    f"judge.model: the tokenizer of {self.name} has no single tokens for digits; choose another"
+                )
             asked: list[tuple[RatingRequest, list[int]]] = []
             for request in requests:
                 if request.question != question:
@@ -162,9 +164,7 @@ class LocalJudge:
         response = self._encode(request.response)[:room] if scale.shows_response else []
         return [*start, *response, *end]
 
-    def _log_probabilities(
-        self, prompts: list[list[int]], choices: Sequence[Sequence[int]]
-    ) -> list[tuple[float, ...]]:
+    def _log_probabilities(self, prompts: list[list[int]], choices: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
         """log P of each choice as the next token after each prompt, summed over the choice's spellings."""
         tokens, mask = left_padded(prompts, 0, self._model.device)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # forward() would count the padding

@@ -28,7 +28,7 @@ _OPEN, _CLOSE = r"[\s*_`(\[]*", r"[\s*_`)\].]*"
 _BETWEEN = r"(?:\s*[,;|]\s*|\s+(?:and\s+)?|[\s*_`]+)"
 _HEADING = r"(?:(?:scores?|grades?|ratings?)\s*[:=]\s*)?"
 _PLAIN = re.compile(rf"{_OPEN}{_HEADING}{_OPEN}{_GRADE}{_BETWEEN}{_GRADE}{_CLOSE}", re.IGNORECASE)
-_LABEL = r"(?:the\s+)?(?:answer|assistant|response|model|ai|score|grade|rating)\s*#?([12AB])[\s*_`]*[:=\-–][\s*_`]*"
+_LABEL = r"(?:the\s+)?(?:answer|assistant|response|model|ai|score|grade|rating)\s*#?([12AB])[\s*_`]*[:=\-][\s*_`]*"
 _LABELLED = re.compile(
     rf"{_OPEN}{_HEADING}{_LABEL}{_GRADE}[\s*_`)\].]*[,;|]?(?:\s+and)?[\s*_`(\[]*{_LABEL}{_GRADE}{_CLOSE}", re.IGNORECASE
 )

@@ -64,7 +64,10 @@ def render_rating(request: RatingRequest) -> list[dict[str, str]]:
     parts = {f"earlier turn {n}, {turn.role}": turn.content for n, turn in enumerate(request.history, start=1)}
     parts |= {"instruction": request.instruction} | ({"input": request.input} if request.input else {})
     parts |= {"response": request.response} if scale.shows_response else {}
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": in_blocks(parts, scale.task + "\n" + _ENDING)}]
+    return [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": in_blocks(parts, scale.task + "\n" + _ENDING)},
+    ]
 
 
 def in_blocks(parts: Mapping[str, str], task: str) -> str:

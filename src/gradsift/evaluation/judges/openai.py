@@ -73,7 +73,9 @@ class OpenaiJudge:
     def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Rating]]:
         """Yield ratings as they come in; see `ChatClient.ask` for what ends them."""
         prompts = [render_rating(request) for request in requests]
-        self._rating_scope = f"rate-{content_hash(self._chat.parameters, prompts)[:12]}"
+        # the same examples in another order are the same stage, whose spending goes on
+        asked = sorted({content_hash(prompt) for prompt in prompts})
+        self._rating_scope = f"rate-{content_hash(self._chat.parameters, asked)[:12]}"
 
         def grade(position: int, text: str) -> float | None:
             scale = SCALES[requests[position].question]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gradsift.errors import DataError
-from gradsift.evaluation.judges import Combine
+from gradsift.evaluation.judges import Combine, Order
 from gradsift.evaluation.judging import Judgment
 
 Outcome = Literal["win", "tie", "lose", "invalid"]
@@ -38,6 +38,30 @@ def outcome(forward: Judgment | None, reverse: Judgment | None, combine: Combine
     return "win" if total > 0 else "lose" if total < 0 else "tie"
 
 
+def in_both_orders(judgments: Iterable[Judgment]) -> dict[tuple[str, str], dict[Order, Judgment]]:
+    """The judgments of each (benchmark, item) by order, sorted by benchmark and item.
+
+    Raises:
+        DataError: an item has two judgments in one order, so one of them answers another prompt.
+    """
+    pairs: dict[tuple[str, str], dict[Order, Judgment]] = {}
+    for judgment in judgments:
+        orders = pairs.setdefault((judgment.benchmark, judgment.item_id), {})
+        if judgment.order in orders:
+            raise DataError(
+                f"item {judgment.benchmark}/{judgment.item_id} has two judgments in the order {judgment.order}; "
+                "keep those of one run"
+            )
+        orders[judgment.order] = judgment
+    return dict(sorted(pairs.items()))
+
+
+def outcomes_of(judgments: Iterable[Judgment], combine: Combine) -> dict[tuple[str, str], Outcome]:
+    """What became of the model on each (benchmark, item); see `outcome`."""
+    pairs = in_both_orders(judgments)
+    return {item: outcome(orders.get("forward"), orders.get("reverse"), combine) for item, orders in pairs.items()}
+
+
 def summarise(
     judgments: Iterable[Judgment], combine: Combine, bootstrap: int, confidence: float, seed: int
 ) -> dict[str, Any]:
@@ -58,18 +82,9 @@ def summarise(
     Raises:
         DataError: an item has two judgments in one order, so one of them answers another prompt.
     """
-    pairs: dict[tuple[str, str], dict[str, Judgment]] = {}
-    for judgment in judgments:
-        orders = pairs.setdefault((judgment.benchmark, judgment.item_id), {})
-        if judgment.order in orders:
-            raise DataError(
-                f"item {judgment.benchmark}/{judgment.item_id} has two judgments in the order {judgment.order}; "
-                "keep those of one run"
-            )
-        orders[judgment.order] = judgment
     outcomes: dict[str, list[Outcome]] = {}
-    for (benchmark, _), orders in sorted(pairs.items(), key=lambda pair: pair[0]):
-        outcomes.setdefault(benchmark, []).append(outcome(orders.get("forward"), orders.get("reverse"), combine))
+    for (benchmark, _), found in outcomes_of(judgments, combine).items():
+        outcomes.setdefault(benchmark, []).append(found)
     # each cell has a random stream of its own: a further benchmark leaves the others' intervals alone
     cells = {
         name: _cell(found, bootstrap, confidence, np.random.default_rng([seed, *name.encode()]))

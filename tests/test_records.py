@@ -1,0 +1,253 @@
+"""Judge records of other origin: the published figures come out, bias is seen, broken files are refused by row."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradsift.errors import DataError
+from gradsift.evaluation.agreement import agreement, paired_test
+from gradsift.evaluation.bias import length_bias, position_bias
+from gradsift.evaluation.judging import Judgment
+from gradsift.evaluation.records import describe, main, read_all, read_records
+
+NEEDS_DATA = pytest.mark.skipif("GRADSIFT_DATA" not in os.environ, reason="GRADSIFT_DATA is not set")
+
+
+def data(*names: str) -> list[str]:
+    return [str(Path(os.environ["GRADSIFT_DATA"], name)) for name in names]
+
+
+def reviews(folder: Path, *pairs: tuple[Any, Any], name: str = "a.json") -> str:
+    """Rows of (scores, scores_reverse), the latter as shown; answers of 3 and 5 characters."""
+    rows = [{"Answer1": "abc", "Answer2": "abcde", "scores": s, "scores_reverse": r} for s, r in pairs]
+    (folder / name).write_text(json.dumps({"Meta_Info": {"dataset_name": "set"}, "data": rows}))
+    return str(folder / name)
+
+
+def annotations(folder: Path, *preferences: float | None, swapped: bool = False, name: str = "b.json") -> str:
+    generators = ("model", "reference") if swapped else ("reference", "model")
+    rows = [
+        {
+            "instruction": f"question {number}",
+            "output_1": "abc" if swapped else "abcde",
+            "output_2": "abcde" if swapped else "abc",
+            "generator_1": generators[0],
+            "generator_2": generators[1],
+            "preference": preference,
+        }
+        for number, preference in enumerate(preferences)
+    ]
+    (folder / name).write_text(json.dumps(rows))
+    return str(folder / name)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(list(arguments)) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+# ------------------------------------------------------------------------------------- published files
+
+
+@NEEDS_DATA
+def test_the_published_reviews_give_the_published_counts_and_their_position_bias(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = ("vicuna", "koala", "wizardlm", "sinstruct", "lima")
+    result = printed(capsys, *data(*(f"judge/cherry5_vs_alpaca_{name}_gpt3.5.json" for name in names)))
+    cells = {name: [result["benchmarks"][name][kind] for kind in ("win", "tie", "lose")] for name in names}
+    assert cells == {
+        "vicuna": [16, 58, 6],
+        "koala": [32, 110, 38],
+        "wizardlm": [50, 135, 33],
+        "sinstruct": [40, 172, 40],
+        "lima": [60, 210, 30],
+    }
+    assert round(result["pooled"]["pws"], 10) == 1.0495145631
+    assert (result["position_bias"]["flips"], result["position_bias"]["to_second"]) == (672, 639)
+
+
+@NEEDS_DATA
+def test_the_published_annotations_give_the_published_win_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    (file,) = data("alpaca_eval/alpaca-7b_annotations_alpaca_eval_gpt4.json")
+    found = printed(capsys, file)["one_order"]
+    assert (round(found["win_rate"], 6), round(found["standard_error"], 6)) == (26.459627, 1.535711)
+
+
+@NEEDS_DATA
+def test_the_command_prints_json(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gradsift.evaluation.records", *data("judge/cherry5_vs_alpaca_vicuna_gpt3.5.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["pooled"]["win"] == 16
+
+
+# ------------------------------------------------------------------------------------------ small files
+
+
+def test_reviews_by_hand(tmp_path: Path) -> None:
+    file = reviews(
+        tmp_path, ("[9, 8]", "[7, 9]"), ([8, 8], [8, 8]), ([8, 9], [8, 9]), ([-1, -1], [8, 9]), ([0, 3], [3, 0])
+    )
+    records = read_records(Path(file))
+    result = describe(records, bootstrap=10, confidence=0.9, seed=0)
+    # a win (shown second, the model has 9), a tie, a flip to the second place, an invalid item, a loss
+    assert [result["pooled"][kind] for kind in ("win", "tie", "lose", "invalid")] == [1, 2, 1, 1]
+    assert result["position_bias"] == {
+        "items": 4,
+        "flips": 1,
+        "flip_share": 0.25,
+        "to_first": 0,
+        "to_second": 1,
+        "first_share": 2 / 6,
+    }
+    assert records.lengths["set", "1"] == (3, 5)
+    assert result["length_bias"]["longer_share"] == 0.5
+
+
+def test_annotations_of_both_orders_are_one_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forward = annotations(tmp_path, 1, 2, 1, 1.5, 0, None)
+    (tmp_path / "other").mkdir()
+    reverse = annotations(tmp_path / "other", 2, 1, 1, 1.5, 1, 1, swapped=True, name="b.json")
+    result = printed(capsys, forward, reverse)
+    # the reference twice; the model twice; a flip to the first place; draws; a draw and a win; one order lacking
+    assert [result["pooled"][kind] for kind in ("win", "tie", "lose", "invalid")] == [2, 2, 1, 1]
+    assert result["position_bias"]["to_first"] == 1
+    assert "one_order" not in result
+
+
+def test_annotations_of_one_order_have_a_win_rate_and_no_pws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = printed(capsys, annotations(tmp_path, 1, 2, 2, 1.5, 0, None))
+    assert result["pooled"]["pws"] is None
+    found = result["one_order"]
+    assert [found[kind] for kind in ("n", "win", "tie", "lose", "invalid")] == [5, 2, 2, 1, 1]
+    assert found["win_rate"] == pytest.approx(60)
+    assert found["standard_error"] == pytest.approx(100 * np.std([0, 1, 1, 0.5, 0.5], ddof=1) / np.sqrt(5))
+
+
+def test_our_own_judgments_are_read_and_log_probabilities_are_summed(tmp_path: Path) -> None:
+    lines = [
+        Judgment("set", "1", order, "h", "local:m", "", model, reference, True, None)
+        for order, model, reference in (("forward", -0.2, -2.0), ("reverse", -1.9, -0.3))
+    ]
+    (tmp_path / "j.jsonl").write_text("".join(json.dumps(vars(line)) + "\n" for line in lines))
+    records = read_records(tmp_path / "j.jsonl")
+    assert records.combine == "sum"
+    assert describe(records, bootstrap=10, confidence=0.9, seed=0)["pooled"]["win"] == 1
+    grades = Path(reviews(tmp_path, ([9, 8], [8, 9])))
+    with pytest.raises(DataError, match="score them apart"):
+        read_all([tmp_path / "j.jsonl", grades])
+
+
+def test_labels_and_a_second_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "second").mkdir()
+    win, lose = ([9, 8], [8, 9]), ([8, 9], [9, 8])
+    first = reviews(tmp_path, win, win, win, lose)
+    second = reviews(tmp_path / "second", win, lose, lose, lose)
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text("".join(json.dumps({"item_id": str(i), "label": x}) + "\n" for i, x in ((1, "win"), (4, "win"))))
+    result = printed(capsys, first, "--labels", str(labels), "--against", second)
+    assert result["agreement"] == {"items": 2, "accuracy": 0.5, "kappa": 0.0, "unlabelled": 2, "invalid": 0}
+    assert result["paired_test"]["difference"] == 1.0  # two of four items by 2
+    assert result["against"]["pooled"]["pws"] == 0.5
+
+
+# -------------------------------------------------------------------------------------------- functions
+
+
+def judgment(item: str, order: str, model: float | None, reference: float | None) -> Judgment:
+    return Judgment("set", item, order, "", "j", "", model, reference, model is not None, None)  # type: ignore[arg-type]
+
+
+def test_a_judge_that_always_prefers_one_place_flips_every_item() -> None:
+    for first, second, side in ((9, 8, "to_first"), (8, 9, "to_second")):
+        found = position_bias(
+            [j for n in "ab" for j in (judgment(n, "forward", first, second), judgment(n, "reverse", second, first))]
+        )
+        assert (found["flips"], found[side], found["first_share"]) == (2, 2, 1.0 if side == "to_first" else 0.0)
+
+
+def test_items_without_both_orders_show_no_place() -> None:
+    found = position_bias(
+        [judgment("a", "forward", 9, 8), judgment("b", "forward", 9, 8), judgment("b", "reverse", None, None)]
+    )
+    assert (found["items"], found["flip_share"], found["first_share"]) == (0, None, None)
+
+
+def test_length_bias_by_hand() -> None:
+    outcomes = {"a": (9, 8), "b": (9, 8), "c": (8, 9), "d": (8, 8)}
+    judgments = [judgment(n, order, *scores) for n, scores in outcomes.items() for order in ("forward", "reverse")]
+    lengths = {("set", "a"): (9, 3), ("set", "b"): (3, 9), ("set", "c"): (2, 8), ("set", "d"): (1, 2)}
+    found = length_bias(judgments, "signs", lengths)
+    assert (found["items"], found["longer_wins"]) == (3, 2)
+    assert (found["mean_model"], found["mean_reference"]) == (15 / 4, 22 / 4)
+    assert length_bias(judgments, "signs", {})["longer_share"] is None
+
+
+def test_kappa_by_hand() -> None:
+    ours = {("s", str(n)): kind for n, kind in enumerate(["win", "win", "lose", "tie", "invalid"])}
+    people = {("s", str(n)): kind for n, kind in enumerate(["win", "lose", "lose", "tie", "win"])}
+    found = agreement(ours, people)  # type: ignore[arg-type]
+    # chance: wins 2/4 x 1/4, losses 1/4 x 2/4, ties 1/4 x 1/4
+    assert (found["accuracy"], found["kappa"]) == (0.75, pytest.approx((0.75 - 5 / 16) / (1 - 5 / 16)))
+    with pytest.raises(DataError, match="no item has both"):
+        agreement(ours, {})  # type: ignore[arg-type]
+
+
+def test_the_paired_test_equals_the_enumeration_of_all_sign_flips() -> None:
+    first = ["win", "win", "tie", "win", "lose", "win"]
+    second = ["lose", "tie", "tie", "win", "win", "lose"]
+    a, b = ({("s", str(n)): kind for n, kind in enumerate(found)} for found in (first, second))
+    values = {"win": 1, "tie": 0, "lose": -1}
+    differences = np.array([values[x] - values[y] for x, y in zip(first, second, strict=True)])
+    flips = [abs(np.mean(differences * signs)) for signs in product((1, -1), repeat=6)]
+    exact = np.mean(np.array(flips) >= abs(differences.mean()) - 1e-12)
+    found = paired_test(a, b, resamples=20000, confidence=0.95, seed=0)  # type: ignore[arg-type]
+    assert found["difference"] == pytest.approx(differences.mean())
+    assert found["p_value"] == pytest.approx(exact, abs=0.015)
+    assert paired_test(a, a, resamples=100, confidence=0.95, seed=0)["p_value"] == 1  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.json", "{", "cannot be read as JSON"),
+        ("a.json", "[1, 2]", "of no known kind"),
+        ("a.json", '{"data": [{"scores": [1, 2]}]}', r"a.json, row 1: `scores` or `scores_reverse` is missing"),
+        ("a.json", '{"data": [{"scores": "[1]", "scores_reverse": "[1, 2]"}]}', r"row 1: '\[1\]' is no pair"),
+        ("a.json", '[{"preference": 1}, {"preference": 7}]', r"row 2: preference=7 is neither"),
+        ("a.json", '[{"generator_2": "m", "preference": 1}, {"generator_2": "n", "preference": 1}]', r"row 2: neither"),
+        ("a.json", '[{"preference": 1}, {}]', r"row 2: `preference` is missing"),
+        ("a.jsonl", '{"x": 1}\n{"y": 2}\n', "line 1 is no judgment"),
+    ],
+)
+def test_broken_files_are_refused_by_row(
+    name: str, content: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=words):
+        read_records(tmp_path / name)
+    assert main([str(tmp_path / name)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_file_that_is_given_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = reviews(tmp_path, ([9, 8], [8, 9]))
+    assert main([file, file]) == 2
+    assert "two judgments in the order forward" in capsys.readouterr().err
+    assert main([str(tmp_path / "none.json")]) == 2
+    assert main([file, "--bootstrap", "0"]) == 2

@@ -317,11 +317,11 @@ def test_an_endpoint_that_hangs_or_drips_or_is_down_is_an_error(endpoint: Endpoi
     with pytest.raises(JudgeError, match=r"timed out; raise judge\.timeout=0\.1 seconds"):
         asked(client(timeout=0.1, retries=0), ["a"])
     assert client().spent("s")["calls"] == 1  # it may be charged for
-    endpoint.behave = lambda text, attempt: (200, "1", {"blanks": "40"})  # never silent for long enough, 2 s in all
+    endpoint.behave = lambda text, attempt: (200, "1", {"blanks": "100"})  # never silent for long, 5 s in all
     started = time.monotonic()
     with pytest.raises(JudgeError, match=r"timed out; raise judge\.timeout=0\.3 seconds"):
         asked(client(timeout=0.3, retries=0), ["b"])
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 3
     with pytest.raises(JudgeError, match=r"network and judge\.base_url"):
         asked(client(base_url="http://127.0.0.1:9/v1", retries=0), ["c"], scope="down")
     assert client().spent("down")["calls"] == 0
@@ -456,12 +456,12 @@ def test_a_refusal_in_its_own_field_is_the_text(endpoint: Endpoint, client: Clie
 
 def test_leaving_early_stops_the_sending(endpoint: Endpoint, client: Client) -> None:
     def slow(text: str, attempt: int) -> Answer:
-        time.sleep(0.02)
+        time.sleep(0.1)
         return 200, "7", {}
 
     endpoint.behave = slow
     answers = client().ask(prompts(*MANY), number, scope="s", unread="?")
     assert len(list(itertools.islice(answers, 2))) == 2
     answers.close()  # type: ignore[attr-defined]
-    time.sleep(0.15)
-    assert len(endpoint.bodies) < 15
+    time.sleep(0.3)
+    assert len(endpoint.bodies) < 30

@@ -10,13 +10,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from endpoint import Endpoint
+from endpoint import NOW, Answer, Endpoint
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -26,13 +27,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from gradsift.data import verifiable
 from gradsift.data.examples import Turn
 from gradsift.errors import ConfigError
+from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.chat import ChatClient
-from gradsift.evaluation.judges import JudgeRequest, RatingRequest, Reply
+from gradsift.evaluation.generation import model_outputs
+from gradsift.evaluation.judges import JudgeError, JudgeRequest, RatingRequest, Reply
 from gradsift.evaluation.judges.local import LocalJudge
 from gradsift.evaluation.judges.openai import OpenaiJudge, render_prompt
 from gradsift.evaluation.judges.parsing import UNREAD, parse_grade, parse_scores
 from gradsift.evaluation.judges.rating import SCALES, render_rating
 from gradsift.evaluation.judges.verifier import VerifierJudge
+from gradsift.evaluation.judging import judge_pairs, read_judgments
 from gradsift.evaluation.reply_cache import ReplyCache
 
 
@@ -464,6 +468,56 @@ def test_the_published_parser_asks_once_and_says_where_it_made_a_tie(endpoint: E
     assert replies[even] == Reply("8 9", (8, 9))
     assert replies[odd].scores == (-1, -1) and "a tie" in str(replies[odd].reason)
     assert len(endpoint.bodies) == 2
+
+
+def hang(text: str, attempt: int) -> Answer:
+    time.sleep(2.5)
+    return 200, "8 7", {}
+
+
+ENDS = {  # what an endpoint may begin to do in the middle, and what is said then
+    "500": ((500, "oops", NOW), "oops"),
+    "429": ((429, "slow down", {"Retry-After": "0"}), "slow down"),
+    "a long wait": ((429, "slow down", {"Retry-After": "3600"}), "judge.max_wait"),
+    "a wrong key": ((401, "who are you?", {}), "JUDGE_KEY"),
+    "no JSON": ((200, b"<html>log in</html>", {"Content-Type": "text/html"}), "no whole chat completion"),
+    "a truncated body": ((200, "8 7", {"lacking": "50"}), "broke off"),
+    "a truncated JSON": ((200, b'{"choices": [{"mess', {}), "no whole chat completion"),
+    "refusing it all": ((400, "no such parameter", {}), "no such parameter"),
+    "hanging": (hang, "timed out"),
+}
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_every_misbehaviour_ends_in_a_count_and_a_state_to_go_on_from(
+    endpoint: Endpoint, openai_judge: Any, tmp_path: Path, kind: str
+) -> None:
+    wrong, said = ENDS[kind]
+    items = [Item("set", str(n), f"question {n}", "", None) for n in range(8)]
+    pairs = [model_outputs(items, [f"{who} {n}" for n in range(8)], who) for who in ("ours", "theirs")]
+    path = tmp_path / "judgments.jsonl"
+
+    def behave(text: str, attempt: int) -> Answer:
+        if len(endpoint.bodies) <= 5:
+            return 200, "8 7", {}
+        return wrong(text, attempt) if callable(wrong) else wrong
+
+    endpoint.behave = behave
+    options = {
+        "cache": "one",
+        "retries": 0,
+        "give_up": 3,
+        "concurrency": 1,
+        "timeout": 1.0 if kind == "hanging" else 60.0,
+    }
+    with pytest.raises(JudgeError, match=rf"(?s){said}.*again.*\(5 of 16 requests are answered\)"):
+        judge_pairs(openai_judge(**options), *pairs, path)
+    assert len(read_judgments(path)) == 5 and all(judgment.valid for judgment in read_judgments(path))
+    endpoint.bodies.clear()
+    endpoint.behave = lambda text, attempt: (200, "8 7", {})
+    judgments = judge_pairs(openai_judge(**options), *pairs, path)
+    assert len(judgments) == 16 and all(judgment.valid for judgment in judgments)
+    assert len(endpoint.bodies) == 11
 
 
 def test_the_hash_follows_prompt_parameters_and_parser_and_not_the_address(openai_judge: Any) -> None:

@@ -49,7 +49,7 @@ def rater(endpoint: Endpoint, tmp_path: Path) -> Rater:
 
 
 def grades(text: str, attempt: int) -> Answer:
-    """The endpoint's opinion: a task's complexity is its number plus 1 (modulo 6), a response's quality its own text."""
+    """The endpoint's opinion: a task's complexity follows from its number, a quality is the response itself."""
     number = int(re.findall(r"task (\d+)", text)[0])
     if SCALES["complexity"].task in text:
         return 200, f"{number % 6 + 1}", {}

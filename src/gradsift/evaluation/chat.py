@@ -219,6 +219,8 @@ class ChatClient:
         if isinstance(fatal, CapReached):
             plan = self._plan([prompts[groups[number][0]] for number in left], 0)
             raise JudgeError(self._explain_cap(fatal, purse.spent, plan))
+        if isinstance(fatal, JudgeError):
+            raise JudgeError(f"{fatal} ({len(groups) - len(left)} of {len(groups)} requests are answered)")
         if fatal is not None:
             raise fatal
         if failed:
@@ -285,6 +287,12 @@ class ChatClient:
                 if failure.charged:
                     self._cache.charge(purse.scope, estimate)
                 purse.settle(estimate, estimate if failure.charged else None)
+                if failure.wait is not None and failure.wait > self._max_wait:
+                    raise JudgeError(
+                        f"{self.name}: the endpoint asks to wait {failure.wait:,.0f} s, longer than "
+                        f"judge.max_wait={self._max_wait:g}; the replies so far are kept: give the same command "
+                        "again then"
+                    ) from None
                 if retry >= self._retries:
                     raise
                 self._wait(failure, retry, stop)
@@ -298,11 +306,6 @@ class ChatClient:
         delay = failure.wait
         if delay is None:
             delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2**retry) * random.uniform(0.5, 1.0)
-        elif delay > self._max_wait:
-            raise JudgeError(
-                f"{self.name}: the endpoint asks to wait {delay:,.0f} s, longer than "
-                f"judge.max_wait={self._max_wait:g}; the replies so far are kept: give the same command again then"
-            )
         else:
             self._pause.until(time.monotonic() + delay)
             delay *= random.uniform(1.0, 1.1)

@@ -244,6 +244,12 @@ def test_a_prompt_that_the_endpoint_refuses_is_without_a_reply_and_the_others_go
     assert client().spent("s")["calls"] == 28  # and costs nothing
 
 
+def test_refusals_with_replies_between_them_are_no_reason_to_give_up(endpoint: Endpoint, client: Client) -> None:
+    endpoint.behave = lambda text, attempt: (400, "filtered", {}) if text.endswith(("3", "7")) else (200, "7", {})
+    got = asked(client(give_up=2, concurrency=1), MANY)
+    assert len(got) == 30 and list(got.values()).count(7) == 24
+
+
 def test_a_wrong_option_that_every_prompt_is_refused_for_leaves_no_prompt_without_a_reply(
     endpoint: Endpoint, client: Client
 ) -> None:

@@ -129,7 +129,7 @@ class ReplyCache:
             try:
                 fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
                 break
-            except OSError:
+            except (BlockingIOError, PermissionError):  # another process has it
                 if stopped(_POLL):
                     break
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import signal
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from gradsift.data.examples import Example
 from gradsift.data.formats import parse_rows
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
-from gradsift.gradients.callback import COLUMNS, GradientNorms, collect_norms
+from gradsift.gradients.callback import COLUMNS, Collected, GradientNorms, collect_norms
 from gradsift.gradients.norms import PerSampleNorms
 from gradsift.gradients.norms_table import read_norms
 from gradsift.proxy.ensemble import ProxyInputs, train_member_epoch
@@ -295,9 +296,35 @@ def test_norms_at_the_epochs_end_are_those_of_its_final_weights(architecture: st
 
 
 def collected(adapted: Any, encoded: Sequence[Encoded]) -> np.ndarray:
-    parts = collect_norms(adapted, encoded, TokenBudget(4096), 0, torch.device("cpu"))
-    assert len(parts) == 1
-    return torch.stack(parts[0][1:], 1).numpy()
+    found = collect_norms(adapted, encoded, TokenBudget(4096), 0, torch.device("cpu")).columns(range(len(encoded)))
+    return np.stack([found[name] for name in COLUMNS], 1)
+
+
+def test_what_is_collected_stands_in_the_examples_order_whatever_the_batches() -> None:
+    encoded = [
+        dataclasses.replace(example, row=row) for example, row in zip(ragged_examples(4), (7, 2, 9, 4), strict=True)
+    ]
+    batches = [([9], [90.0]), ([4, 7], [40.0, 70.0]), ([2], [20.0])]
+    found = Collected(encoded)
+    for rows, values in batches:
+        column = torch.tensor(values)
+        found.add(torch.tensor(rows), column, column + 1, column + 2)
+    columns = found.columns(range(10))
+    assert [columns[name].tolist() for name in COLUMNS] == [
+        [70, 20, 90, 40],
+        [71, 21, 91, 41],
+        [72, 22, 92, 42],
+    ]
+    found.add(torch.tensor([2]), *torch.zeros(3, 1))
+    with pytest.raises(GradsiftError, match="5 gradient norms for 4 examples"):
+        found.columns(range(10))
+
+
+def test_a_norm_that_is_not_finite_is_named_by_its_row_of_the_source() -> None:
+    found = Collected(ragged_examples(2))
+    found.add(torch.tensor([1, 0]), torch.tensor([torch.inf, 1.0]), torch.ones(2), torch.ones(2))
+    with pytest.raises(GradsiftError, match="gradient norm of row 31 is not finite"):
+        found.columns([30, 31])
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -387,6 +387,75 @@ class SelectorConfig:
     name: str = MISSING
 
 
+@dataclass
+class FacilityLocationConfig(SelectorConfig):
+    """The best by score, of which those are taken that have something like every one of them (Superfiltering.D)."""
+
+    similarity: str = "exp_distance"  # exp(-distance / dimensions) of the published code, or cosine
+    candidates: float = 0.2  # share of the pool, by score, that enters; at least alpha
+
+    def __post_init__(self) -> None:
+        _one_of("selector.similarity", self.similarity, ("exp_distance", "cosine"))
+        if not 0 < self.candidates <= 1:
+            raise ConfigError(f"selector.candidates={self.candidates} is no share; give a number above 0 and up to 1")
+
+
+@dataclass
+class ReprFilterConfig(SelectorConfig):
+    """The best that are not too much alike (DEITA)."""
+
+    threshold: float = 0.9  # largest cosine of an example to those selected before it
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.threshold <= 1:
+            raise ConfigError(f"selector.threshold={self.threshold} is no cosine; give a number from -1 to 1")
+
+
+@dataclass
+class ClustersConfig(SelectorConfig):
+    """The best of every k-means cluster of the embeddings."""
+
+    clusters: int = 100
+    allocation: str = "proportional"  # to the clusters' sizes; equal: as equal as these allow
+    seed: int = 0  # of k-means
+
+    def __post_init__(self) -> None:
+        _at_least("selector.clusters", self.clusters, 1)
+        _one_of("selector.allocation", self.allocation, ("proportional", "equal"))
+        _at_least("selector.seed", self.seed, 0)
+
+
+@dataclass
+class GumbelConfig(SelectorConfig):
+    """A draw without replacement in which high scores are likely."""
+
+    temperature: float = 1.0  # standard deviations of the score that multiply an example's odds by e
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive("selector.temperature", self.temperature)
+        _at_least("selector.seed", self.seed, 0)
+
+
+@dataclass
+class GradientWalkConfig(SelectorConfig):
+    """Walks through gradients that agree with each other and with the target set's (G2IS)."""
+
+    explained: float = 0.5  # share of the target gradients' variance that the components explain
+    keep: float = 0.8  # share of its cosine with a component that the sum must keep with a further example
+    fill: str = "strict"  # where the walks stop early: strict leaves a shortfall, topup adds the highest scores
+    graph: bool = True  # false: the ablation with components alone
+    neighbours: int | None = None  # of the last example that are looked at; all when empty
+
+    def __post_init__(self) -> None:
+        if not 0 < self.explained <= 1:
+            raise ConfigError(f"selector.explained={self.explained} is no share; give a number above 0 and up to 1")
+        if not 0 <= self.keep <= 1:
+            raise ConfigError(f"selector.keep={self.keep} is no share; give a number from 0 to 1")
+        _one_of("selector.fill", self.fill, ("strict", "topup"))
+        _at_least("selector.neighbours", self.neighbours, 1)
+
+
 # ---------------------------------------------------------------------------------------- evaluation
 
 
@@ -593,6 +662,7 @@ class Config:
             _one_of("stop_after", self.stop_after, STAGES)
         self._check_ensemble()
         self._check_screening()
+        self._check_candidates()
         self._check_embedded_parts()
         self._check_random_weights()
         if self.reaches("scores") and self.scorer_name == "llm_rating":
@@ -622,6 +692,15 @@ class Config:
             raise ConfigError(
                 "scorer=superfilter_screened refines bfloat16 scores in float32, which compute.precision="
                 f"{self.compute.precision} rules out; take compute.precision=float32, or scorer=superfilter"
+            )
+
+    def _check_candidates(self) -> None:
+        if not isinstance(self.selector, FacilityLocationConfig) or not self.reaches("selection"):
+            return
+        if self.budget_base == "accepted" and self.selector.candidates < self.alpha:
+            raise ConfigError(
+                f"selector.candidates={self.selector.candidates} lets fewer examples enter than alpha={self.alpha} "
+                "selects; raise selector.candidates, or lower alpha below it"
             )
 
     def _check_embedded_parts(self) -> None:
@@ -706,7 +785,14 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "superfilter": SuperfilterConfig,
         "superfilter_screened": ScreenedSuperfilterConfig,
     },
-    "selector": {"selector": SelectorConfig},
+    "selector": {
+        "selector": SelectorConfig,
+        "facility_location": FacilityLocationConfig,
+        "repr_filter": ReprFilterConfig,
+        "clusters": ClustersConfig,
+        "gumbel": GumbelConfig,
+        "gradient_walk": GradientWalkConfig,
+    },
     "benchmark": {"benchmark": BenchmarkConfig},
     "judge": {"verifier": VerifierJudgeConfig, "local": LocalJudgeConfig, "openai": OpenaiJudgeConfig},
     "tracker": {"tracker": TrackerConfig},

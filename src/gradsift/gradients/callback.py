@@ -48,7 +48,7 @@ class GradientNorms(L.Callback):
         self._collect = collect
         self._row_indices = row_indices
         self._progress = progress
-        self._parts: list[tuple[torch.Tensor, ...]] = []  # rows, norm_A, norm_B, loss; on the device
+        self._collected = Collected(encoded)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         if self._collect == "during_training":
@@ -56,13 +56,13 @@ class GradientNorms(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
         if self._collect == "during_training":
-            self._parts.append(tuple(outputs[name] for name in ("rows", "norm_A", "norm_B", "losses")))
+            self._collected.add(*(outputs[name] for name in ("rows", "norm_A", "norm_B", "losses")))
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         if self._collect == "during_training":
             self._stop(module)
         else:
-            self._parts = collect_norms(
+            self._collected = collect_norms(
                 module.model, self._encoded, module.budget, module.pad_id, module.device, self._progress
             )
 
@@ -74,24 +74,54 @@ class GradientNorms(L.Callback):
         self._norms.__exit__(None, None, None)
 
     def table(self) -> dict[str, np.ndarray]:
-        """The columns, float32, one entry an example; every example exactly once.
+        """What was collected, as `Collected.columns` gives it."""
+        return self._collected.columns(self._row_indices)
+
+
+class Collected:
+    """Norms and losses of N examples, gathered on the device batch by batch.
+
+    They are written into one tensor: thousands of small ones, each kept among the large ones of its step,
+    would leave the memory between them to nobody (gigabytes on a CPU).
+    """
+
+    def __init__(self, encoded: Sequence[Encoded]) -> None:
+        self._rows = torch.tensor([example.row for example in encoded])
+        self._places = torch.full((int(self._rows.max()) + 1 if len(encoded) else 0,), -1)  # of a row in `encoded`
+        self._places[self._rows] = torch.arange(len(encoded))
+        self._values = torch.full((len(COLUMNS), len(encoded)), torch.nan)
+        self._times = torch.zeros(len(encoded), dtype=torch.int64)  # that an example came by
+
+    def add(self, rows: torch.Tensor, *columns: torch.Tensor) -> None:
+        """One batch: rows (B,), then norm_A, norm_B and loss, (B,) each."""
+        if self._places.device != rows.device:
+            self._places, self._values, self._times = (
+                tensor.to(rows.device) for tensor in (self._places, self._values, self._times)
+            )
+        places = self._places[rows]
+        self._values[:, places] = torch.stack([column.float() for column in columns])
+        self._times.index_add_(0, places, torch.ones_like(places))
+
+    def columns(self, row_indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """The columns, float32, one entry an example in the order of `encoded`.
+
+        Args:
+            row_indices: of the examples that `Encoded.row` counts, in the data's source; for errors.
 
         Raises:
-            GradsiftError: a norm or loss that is not finite, or an example without one; names the rows.
+            GradsiftError: a norm or loss that is not finite, or an example that did not come by exactly once;
+                names the rows.
         """
-        expected = torch.tensor([example.row for example in self._encoded])
-        rows = torch.cat([part[0] for part in self._parts]).cpu()
-        order, expected_order = rows.argsort(), expected.argsort()
-        if not torch.equal(rows[order], expected[expected_order]):
+        times = self._times.cpu()
+        if bool((times != 1).any()):
             raise GradsiftError(
-                f"the epoch gave {len(rows)} gradient norms for {len(expected)} examples; each must have exactly one"
+                f"the epoch gave {int(times.sum())} gradient norms for {len(times)} examples; each must have exactly "
+                "one"
             )
-        columns = {}
-        for index, name in enumerate(COLUMNS, start=1):
-            values = torch.cat([part[index] for part in self._parts]).float().cpu()
-            require_finite("loss" if name == "loss" else "gradient norm", rows, values, self._row_indices)
-            columns[name] = torch.empty_like(values).index_copy_(0, expected_order, values[order]).numpy()
-        return columns
+        values = self._values.cpu()
+        for name, column in zip(COLUMNS, values, strict=True):
+            require_finite("loss" if name == "loss" else "gradient norm", self._rows, column, row_indices)
+        return {name: column.numpy() for name, column in zip(COLUMNS, values, strict=True)}
 
 
 def collect_norms(
@@ -101,13 +131,9 @@ def collect_norms(
     pad_id: int,
     device: torch.device,
     progress: Progress | None = None,
-) -> list[tuple[torch.Tensor, ...]]:
-    """One pass at fixed weights, dropout off; leaves neither gradients nor a changed mode behind.
-
-    Returns:
-        For each batch rows, norm_A, norm_B, loss; (B,) each.
-    """
-    parts: list[tuple[torch.Tensor, ...]] = []
+) -> Collected:
+    """One pass at fixed weights, dropout off; leaves neither gradients nor a changed mode behind."""
+    collected = Collected(encoded)
     response_losses = ResponseLosses(adapted)
 
     def one_batch(examples: Sequence[Encoded]) -> tuple[torch.Tensor, ...]:
@@ -120,8 +146,9 @@ def collect_norms(
 
     with lora.evaluating(adapted), PerSampleNorms(adapted) as norms, torch.enable_grad():
         for examples, found in budget.passes(encoded, one_batch):
-            parts += found
+            for part in found:
+                collected.add(*part)
             if progress is not None:
                 progress(len(examples))
         adapted.zero_grad(set_to_none=True)
-    return parts
+    return collected

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from gradsift.scoring.scores import SCORED, Scores
+from gradsift.scoring.scores import Scores
+from gradsift.selection.candidates import best_first
 from gradsift.selection.choice import Choice
 
 
@@ -14,6 +13,4 @@ def topk(scores: Scores, size: int) -> Choice:
     Returns:
         min(size, number of scored examples) positions.
     """
-    candidates = np.flatnonzero(scores.status == SCORED)
-    order = np.argsort(-scores.score[candidates], kind="stable")
-    return Choice(candidates[order][:size])
+    return Choice(best_first(scores)[:size])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import signal
 import warnings
 from collections.abc import Callable, Sequence
@@ -92,7 +93,8 @@ class Finetuning(L.LightningModule):
         self.first_step = first_step  # optimiser steps that earlier epochs took
         self.restore_from: Path | None = None  # an earlier epoch's optimiser state
         self.norms: PerSampleNorms | None = None  # set while the norms of the training steps are wanted
-        self.curve: list[dict[str, float]] = []  # one entry a step
+        self.curve: list[dict[str, float]] = []  # one entry a step; its loss is there when `fit` has ended
+        self._step_losses = torch.zeros(0)  # on the device: reading a loss there would wait for it every step
         self._losses = ResponseLosses(model)
 
     def training_step(self, step: Step, step_index: int) -> dict[str, torch.Tensor]:
@@ -100,9 +102,17 @@ class Finetuning(L.LightningModule):
         outputs = self.budget.run(lambda tokens: self._backward(step.examples, tokens), lengths)
         self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        # kept on the device: reading a loss here would wait for it every step
-        self.curve.append({"loss": outputs["losses"].mean(), "tokens": sum(lengths)})  # type: ignore[dict-item]
+        if step_index >= len(self._step_losses):  # one tensor that grows: small ones would break up the memory
+            room = torch.zeros(2 * len(self._step_losses) + 64, device=self.device)
+            room[: len(self._step_losses)] = self._step_losses
+            self._step_losses = room
+        self._step_losses[step_index] = outputs["losses"].mean()
+        self.curve.append({"loss": math.nan, "tokens": sum(lengths)})
         return outputs
+
+    def on_train_end(self) -> None:
+        for entry, loss in zip(self.curve, self._step_losses.tolist(), strict=False):
+            entry["loss"] = loss
 
     def _backward(self, examples: Sequence[Encoded], tokens: int) -> dict[str, torch.Tensor]:
         """Gradients of the mean loss; returns rows, losses and, where they are wanted, norm_A and norm_B, (N,) each."""
@@ -165,8 +175,6 @@ def fit(
     if trainer.strategy.root_device.type == "cuda":
         gc.collect()  # Lightning's reference cycles would keep the model on the device
         torch.cuda.empty_cache()
-    for entry in module.curve:
-        entry["loss"] = float(entry["loss"])
     return int(trainer.global_step)
 
 

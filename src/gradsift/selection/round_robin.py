@@ -1,0 +1,124 @@
+"""Taking turns: each in turn picks the best that is left to it.
+
+Shape letters: N examples, n candidates, T that take turns (tasks or queries), D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from gradsift.errors import ConfigError, GradsiftError
+from gradsift.features.vectors import Features
+from gradsift.scoring.scores import Scores
+from gradsift.selection.candidates import best_by_direction, best_first
+from gradsift.selection.choice import Choice
+from gradsift.selection.products import products
+
+TASK_PART = "task:"  # a part of the score table with this prefix is the score for one task
+_AT_ONCE = 128  # queries compared with the pool in one pass
+_FIRST_PICKS = 64  # of a query; it ranks more when it has used them up
+
+
+def round_robin(scores: Scores, size: int) -> Choice:
+    """The tasks of the score table take turns, in the order of its columns.
+
+    Raises:
+        ConfigError: the scorer gives no score a task.
+        GradsiftError: an example that is scored has no score for a task.
+    """
+    tasks = {name: np.asarray(part) for name, part in scores.parts.items() if name.startswith(TASK_PART)}
+    if not tasks:
+        raise ConfigError(
+            "selector=round_robin takes turns between tasks, and this scorer gives no score a task; choose "
+            "scorer=less, rds_plus or sbert with a target_set, or selector=topk"
+        )
+    ranked = best_first(scores)
+    for name, part in tasks.items():
+        if not np.isfinite(part[ranked]).all():
+            row = int(ranked[~np.isfinite(part[ranked])].min())
+            raise GradsiftError(f"{name} of the score table is no finite number at position {row}, which is scored")
+    rankings = [iter(_by_similarity(part[ranked], ranked)) for part in tasks.values()]
+    taken = np.zeros(len(scores.score), dtype=bool)
+    return Choice(_take_turns(rankings, min(size, len(ranked)), taken))
+
+
+def round_robin_queries(scores: Scores, size: int, embeddings: Features, target_embeddings: Features) -> Choice:
+    """RDS+ (arXiv 2503.01807): each query of the target set takes turns and picks its best row by cosine.
+
+    With several tasks a row's similarity to a task is the largest cosine to its queries, and the tasks take
+    turns, in the order in which they occur. Of the scores only the status matters. Rows without direction
+    come last; queries without direction take no turn (our reading).
+
+    Raises:
+        GradsiftError: no query has a direction.
+    """
+    directed, undirected = best_by_direction(scores, embeddings)
+    queries = np.flatnonzero(target_embeddings.has_direction())
+    if not len(queries):
+        raise GradsiftError("no example of the target set has an embedding other than zero; look at its rows")
+    pool = np.sort(directed)  # so that ties go by row order
+    tasks = [target_embeddings.tasks[query] for query in queries] if target_embeddings.tasks else []
+    within = min(size, len(pool))
+    taken = np.zeros(len(embeddings), dtype=bool)
+    rankings = (
+        _tasks_rank(embeddings, pool, target_embeddings, queries, tasks)
+        if len(set(tasks)) > 1
+        else _queries_rank(embeddings, pool, target_embeddings, queries, taken)
+    )
+    return Choice(np.concatenate([_take_turns(rankings, within, taken), undirected[: size - within]]))
+
+
+def _take_turns(rankings: Sequence[Iterator[int]], size: int, taken: np.ndarray) -> np.ndarray:
+    """(size,) int64: each ranking in turn gives the first of its positions that is not `taken` (N,), and marks it."""
+    chosen: list[int] = []
+    while len(chosen) < size:
+        for ranking in rankings[: size - len(chosen)]:
+            chosen.append(next(position for position in ranking if not taken[position]))
+            taken[chosen[-1]] = True
+    return np.array(chosen, dtype=np.int64)
+
+
+def _by_similarity(similarity: np.ndarray, positions: np.ndarray) -> list[int]:
+    """`positions` (n,) by descending `similarity` (n,), ties by row order."""
+    ordered: list[int] = positions[np.lexsort((positions, -similarity))].tolist()
+    return ordered
+
+
+def _similarities(
+    pool: Features, positions: np.ndarray, target: Features, queries: np.ndarray
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Each query's place in `queries`, and its cosines (n,) to `positions`; many queries in one pass over the pool."""
+    for start in range(0, len(queries), _AT_ONCE):
+        found = products(pool, positions, target.vectors[queries[start : start + _AT_ONCE]])
+        yield from enumerate(found.T, start)
+
+
+def _tasks_rank(
+    pool: Features, positions: np.ndarray, target: Features, queries: np.ndarray, tasks: Sequence[str]
+) -> list[Iterator[int]]:
+    """For each task, in the order in which they occur: `positions` by their largest cosine to its queries."""
+    best = {task: np.full(len(positions), -np.inf) for task in tasks}
+    for place, similarity in _similarities(pool, positions, target, queries):
+        best[tasks[place]] = np.maximum(best[tasks[place]], similarity)
+    return [iter(_by_similarity(similarity, positions)) for similarity in best.values()]
+
+
+def _queries_rank(
+    pool: Features, positions: np.ndarray, target: Features, queries: np.ndarray, taken: np.ndarray
+) -> list[Iterator[int]]:
+    """For each query: `positions` by cosine; few at first, then more of those not `taken` (N,)."""
+
+    def ranking(query: int, known: list[int]) -> Iterator[int]:
+        while True:
+            yield from known
+            left = positions[~taken[positions]]
+            ((_, similarity),) = _similarities(pool, left, target, queries[query : query + 1])
+            known = _by_similarity(similarity, left)[: 4 * len(known)]
+
+    first = [
+        (query, _by_similarity(similarity, positions)[:_FIRST_PICKS])
+        for query, similarity in _similarities(pool, positions, target, queries)
+    ]
+    return [ranking(query, known) for query, known in first]

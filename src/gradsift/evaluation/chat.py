@@ -170,27 +170,14 @@ class ChatClient:
         arrived: SimpleQueue[tuple[int, Answer[Value] | _Failure] | Exception | None] = SimpleQueue()
         stop = threading.Event()
 
-        def work() -> None:
-            try:
-                while not stop.is_set():
-                    number = waiting.get_nowait()
-                    position = groups[number][0]
-                    try:
-                        arrived.put((number, self._answer(position, prompts[position], reader, purse, stop)))
-                    except (_Refused, _Failed) as failure:
-                        arrived.put((number, failure))
-            except (Empty, Stopped):
-                pass
-            except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
-                stop.set()
-                arrived.put(error)
-            finally:
-                arrived.put(None)
+        def answer(number: int) -> Answer[Value]:
+            position = groups[number][0]
+            return self._answer(position, prompts[position], reader, purse, stop)
 
         # daemons, unlike a thread pool's: Ctrl-C must not wait for requests that hang
         workers = min(self._concurrency, len(groups))
         for _ in range(workers):
-            threading.Thread(target=work, daemon=True).start()
+            threading.Thread(target=_work, args=(answer, waiting, arrived, stop), daemon=True).start()
         left = set(range(len(groups)))
         streak: list[tuple[int, _Failure]] = []  # failures since the last reply
         failed: list[_Failure] = []
@@ -201,8 +188,7 @@ class ChatClient:
                 if result is None:
                     workers -= 1
                 elif isinstance(result, Exception):
-                    # a cap explains itself once all that was under way is in
-                    fatal = fatal or result
+                    fatal = fatal or result  # raised once all that was under way is in
                 elif isinstance(result[1], _Failure):
                     streak.append((result[0], result[1]))
                     if len(streak) >= self._give_up and fatal is None:
@@ -462,6 +448,29 @@ class _Pause:
         while (delay := self._until - time.monotonic()) > 0:
             if stop.wait(delay):
                 raise Stopped
+
+
+def _work(
+    answer: Callable[[int], Answer[Value]],
+    waiting: SimpleQueue[int],
+    arrived: SimpleQueue[tuple[int, Answer[Value] | _Failure] | Exception | None],
+    stop: threading.Event,
+) -> None:
+    """One thread: puts into `arrived` what becomes of each number, an exception that ends all, and None at its end."""
+    try:
+        while not stop.is_set():
+            number = waiting.get_nowait()
+            try:
+                arrived.put((number, answer(number)))
+            except _Failure as failure:
+                arrived.put((number, failure))
+    except (Empty, Stopped):
+        pass
+    except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
+        stop.set()
+        arrived.put(error)
+    finally:
+        arrived.put(None)
 
 
 def _refusals(

@@ -293,6 +293,20 @@ def test_scores_of_random_weights_are_called_plumbing(scorer: str, remarked: boo
     assert remarks(run(proxy="tiny_bytes", scorer=scorer, status="failed")) == []  # before there was a score
 
 
+@pytest.mark.parametrize(
+    ("judge", "word"), [("local", "plumbing check"), ("verifier", "upper bound"), ("openai", None)]
+)
+def test_what_a_raters_scores_are_worth_is_said(judge: str, word: str | None) -> None:
+    lines = remarks(run(scorer="llm_rating", judge=judge, scores={"rows": 9}, status="stopped"))
+    assert len(lines) == (word is not None) and (word is None or word in lines[0])
+    assert remarks(run(scorer="gsnr", judge=judge, scores={"rows": 9}, status="stopped")) == []
+
+
+def test_a_dry_run_is_remarked() -> None:
+    (line,) = remarks(run(dry_run="5 requests to send", status="stopped", judge="openai"))
+    assert "nothing was sent" in line
+
+
 def test_unfinished_local_judgments_need_no_remark() -> None:
     assert remarks(run(selection={"shortfall": 0}, judge="local", status="stopped")) == []
 

@@ -23,6 +23,7 @@ STAGES = ("load", "statistics", "scores", "selection", "finetune", "generate", "
 EMBEDDED = "verifiable"  # the name of the embedded data and of its benchmark
 COPIES = ("exact_duplicate", "near_duplicate")
 CORRUPTIONS = ("wrong_answer", "mismatched_answer", "truncated", "garbled", *COPIES)
+RATERS = ("verifier", "local", "openai")  # judges that can grade one example
 
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
@@ -658,6 +659,16 @@ class SbertConfig(ScorerConfig):
 
 
 @dataclass
+class RatingConfig(ScorerConfig):
+    """Grades of each example by the run's judge (AlpaGasus, DEITA)."""
+
+    style: str = "alpagasus"  # alpagasus: accuracy 0-5; deita: complexity 1-6 times quality 1-6
+
+    def __post_init__(self) -> None:
+        _one_of("scorer.style", self.style, ("alpagasus", "deita"))
+
+
+@dataclass
 class SelectorConfig:
     """A selector: `_target_` names a function of scores, budget and what it asks for (see selection)."""
 
@@ -832,21 +843,47 @@ class OpenaiJudgeConfig(JudgeConfig):
     temperature: float = 0.0
     max_tokens: int = 256
     timeout: float = 60.0  # seconds a request
-    retries: int = 5  # of a failed request, by the client, with backoff
-    concurrency: int = 4
+    retries: int = 5  # of a request that failed, with exponential backoff; the endpoint's Retry-After is heeded
+    max_wait: float = 120.0  # seconds; a longer Retry-After ends the run, to be gone on with later
+    give_up: int = 10  # so many requests in a row that failed for good end the run
+    concurrency: int = 4  # requests at a time
+    parse: str = "tolerant"  # how scores are read; legacy: the published rule, which makes an unread reply a tie
+    dry_run: bool = False  # say what would be sent and what it would cost, and end there
+    price_input: float | None = None  # USD a million prompt tokens; unknown when empty
+    price_output: float | None = None  # USD a million reply tokens
+    max_usd: float | None = None  # spending cap of one stage, over all its runs; needs both prices
+    max_calls: int | None = None  # the same, in requests
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least("judge.retries", self.retries, 0)
+        _at_least("judge.max_wait", self.max_wait, 0)
+        _at_least("judge.give_up", self.give_up, 1)
         _at_least("judge.concurrency", self.concurrency, 1)
         _at_least("judge.max_tokens", self.max_tokens, 1)
         _at_least("judge.temperature", self.temperature, 0)
+        _one_of("judge.parse", self.parse, ("strict", "tolerant", "legacy"))
         if self.base_url and "@" in self.base_url:
             raise ConfigError(
                 "judge.base_url holds a user name or password, which would be written to the run's folder; "
                 f"put the key into the environment variable {self.api_key_env}"
             )
         _positive("judge.timeout", self.timeout)
+        self._check_money()
+
+    def _check_money(self) -> None:
+        _at_least("judge.price_input", self.price_input, 0)
+        _at_least("judge.price_output", self.price_output, 0)
+        _at_least("judge.max_calls", self.max_calls, 1)
+        if self.max_usd is not None:
+            _positive("judge.max_usd", self.max_usd)
+        if (self.price_input is None) != (self.price_output is None):
+            raise ConfigError("give both judge.price_input and judge.price_output, or neither")
+        if self.max_usd is not None and self.price_input is None:
+            raise ConfigError(
+                f"judge.max_usd={self.max_usd:g} needs judge.price_input and judge.price_output (USD a million "
+                "tokens); give them, or cap the requests with judge.max_calls"
+            )
 
 
 @dataclass
@@ -946,6 +983,8 @@ class Config:
         self._check_random_weights()
         if self.audit.enabled:
             self._check_audit()
+        if self.reaches("scores") and self.scorer_name == "llm_rating":
+            self.check_rater()
         if self.reaches("judge") and self.scorer_name != "full":  # full against itself needs no judge
             self._check_judge()
 
@@ -1042,6 +1081,20 @@ class Config:
                 f"{list(self.audit.alphas)}; take scorer=superfilter"
             )
 
+    def check_rater(self) -> None:
+        """Refuse a judge that cannot rate single examples of this run's data."""
+        name = self.judge.name
+        if name not in RATERS:
+            raise ConfigError(f"scorer={self.scorer_name} needs a judge that can rate one example; judge={name} cannot")
+        if name == "verifier" and not self._is_embedded:
+            raise ConfigError(
+                f"judge=verifier knows the right answers of data={EMBEDDED} alone and cannot rate "
+                f"data={self.data.name} for scorer={self.scorer_name}; choose judge=openai or judge=local"
+            )
+        model = getattr(self.judge, "model", None)
+        if isinstance(model, ModelConfig) and model.kind == "tiny_bytes":
+            raise ConfigError("judge.model.kind=tiny_bytes has random weights and cannot rate; take another judge")
+
     @property
     def _is_embedded(self) -> bool:
         return self.data.name == EMBEDDED
@@ -1075,6 +1128,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "gsnr": GsnrConfig,
         "gsnr_direction": GsnrDirectionConfig,
         "g2is": G2isConfig,
+        "llm_rating": RatingConfig,
         "random": RandomScorerConfig,
         "superfilter": SuperfilterConfig,
         "superfilter_screened": ScreenedSuperfilterConfig,

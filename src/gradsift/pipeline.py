@@ -126,6 +126,9 @@ class Line:
             _ = self.embedder
         if config.reaches("judge") and not self.keeps_all:
             evaluation.check_judge(self.runtime, config.judge)
+        if any("rater" in chosen.asked for chosen in methods):
+            config.check_rater()
+            evaluation.check_judge(self.runtime, config.judge)
         if config.reaches("generate"):
             _ = self.items
         if config.reaches("finetune"):
@@ -347,6 +350,7 @@ class Line:
             "target_embeddings": Source(
                 lambda: [self.target_embeddings()], lambda: read_features(self.target_embeddings())
             ),
+            "rater": evaluation.rater(self.runtime, self.config.judge),
             "task": Source(lambda: nothing, lambda: self.runtime.display.task),
         }
 

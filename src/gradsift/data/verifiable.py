@@ -551,6 +551,16 @@ def _reworded(task: _Task, rng: random.Random) -> _Task:
     return _Task(task.family, task.arguments, other)
 
 
+def right_answer(instruction: str, given: str) -> str:
+    """The right answer to a prompt of any family, found by its wording. Raises ConfigError for an unknown prompt."""
+    for family in FAMILIES:
+        try:
+            return solve(family, instruction, given)
+        except ConfigError:  # another family's wording
+            continue
+    raise ConfigError(f"instruction={instruction!r} is no wording of this world; pass an unchanged row of it")
+
+
 def answers_match(output: str, reference: str) -> bool:
     """Whether two answers are the same words in the same order; the amount of white space does not count."""
     return output.split() == reference.split()

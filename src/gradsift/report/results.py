@@ -35,6 +35,7 @@ class Results:
     about: dict[str, Any]  # what tells this run from others
     values: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # what a person may want to open
+    ends_early: bool = False
     _started: float = field(default_factory=time.perf_counter)
 
     def loaded(self, artifact: Artifact) -> None:
@@ -92,10 +93,16 @@ class Results:
         self.values["pws"] = 1.0
         self.values["pws_by_definition"] = True
 
+    def planned(self, plan: str) -> None:
+        """A dry run ends here: what it would have sent."""
+        self.values["dry_run"] = plan
+        self.ends_early = True
+
     def judged(self, summary: dict[str, Any], artifact: Artifact) -> None:
         self.values["pws"] = summary["pooled"]["pws"]
         self.values["pooled"] = summary["pooled"]
         self.values["benchmarks"] = summary["benchmarks"]
+        self.values["judging"] = {key: artifact.info[key] for key in ("invalid", "cost") if key in artifact.info}
         self.files["judgments"] = str(artifact.file("judgments.jsonl"))
 
     def reference(self, heldout_loss: float | None, accuracy: float | None) -> None:

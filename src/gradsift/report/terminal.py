@@ -19,6 +19,10 @@ from gradsift.runtime import Display
 
 RUN_FILE = "run.json"
 _MEMORY = {"process_peak_resident_gb": "resident", "process_peak_cuda_gb": "on the GPU"}
+_RATERS = {
+    "local": "judge=local rated with a small model: a plumbing check, its scores say nothing of the rows",
+    "verifier": "judge=verifier rated as an oracle that knows the embedded world's right answers: an upper bound",
+}
 _BASELINES = ("random", "full")  # ask no model for anything
 
 
@@ -86,6 +90,10 @@ def remarks(run: dict[str, Any]) -> list[str]:
         lines.append(f"the selection is {shortfall:,} rows short of its budget: no more rows have a score")
     if run.get("proxy") == "tiny_bytes" and "scores" in run and run.get("scorer") not in _BASELINES:
         lines.append("proxy=tiny_bytes has random weights: its scores are a plumbing check and say nothing of the rows")
+    if run.get("dry_run"):
+        lines.append("judge.dry_run=true: nothing was sent; the same command without it goes on from here")
+    if run.get("scorer") == "llm_rating" and "scores" in run and run.get("judge") in _RATERS:
+        lines.append(_RATERS[run["judge"]])
     if run.get("judge") == "local" and run.get("status") == "finished":
         lines.append("judge=local with a small model is a plumbing check: its PWS says nothing about quality")
     return lines

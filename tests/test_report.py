@@ -269,6 +269,12 @@ def test_a_run_without_surprises_has_no_remarks() -> None:
     assert remarks({"status": "stopped"}) == []
 
 
+@pytest.mark.parametrize(("scored", "why"), [(7, "no more rows have a score"), (8, "the selector stopped before")])
+def test_a_shortfall_is_laid_to_the_scores_or_to_the_selector(scored: int, why: str) -> None:
+    found = remarks(run(scores={"statuses": {"scored": scored}}, selection={"shortfall": 3, "rows": 7}))
+    assert found == [f"the selection is 3 rows short of its budget: {why}"]
+
+
 def test_remarks_by_hand() -> None:
     selection = {"shortfall": 1500}
     lines = remarks(

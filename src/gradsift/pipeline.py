@@ -91,7 +91,7 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
         reference = line.finetune(line.everything())
         reference_answers = line.answers(reference)
         judged = evaluation.judge(runtime, config.judge, answers, reference_answers)
-        results.judged(evaluation.pws(runtime, config.judge, judged), judged)
+        results.judged(evaluation.pws(runtime, config.judge, judged, answers, reference_answers), judged)
         results.reference(line.heldout_loss(reference), evaluation.accuracy(reference_answers))
     # what the target could do before: without it nobody sees whether any finetune helped
     checkable = any(item.reference is not None for item in line.items)

@@ -29,6 +29,7 @@ from gradsift.data.tokens import Encoded, encode, encode_prompt
 from gradsift.data.verifiable import FAMILIES, answers_match
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.benchmarks import Item, load_benchmark
+from gradsift.evaluation.bias import length_bias, position_bias
 from gradsift.evaluation.chat import ChatClient
 from gradsift.evaluation.generation import generate_answers, model_outputs, read_model_outputs, write_model_outputs
 from gradsift.evaluation.judges import Rater
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from gradsift.evaluation.judges.local import LocalJudge
 
 VERSION = 2
+PWS_VERSION = 3
 OUTPUTS_FILE = "model_outputs.json"
 REPLIES_FILE = "judge_cache.sqlite"  # in the store's folder, for all runs
 _LOSS_TOKENS = 4096  # padded tokens at once, where compute.tokens does not say; no result depends on it
@@ -293,15 +295,30 @@ def _chat(runtime: Runtime, config: OpenaiJudgeConfig) -> ChatClient:
     )
 
 
-def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact) -> dict[str, Any]:
-    """Outcomes and PWS with intervals, per benchmark and pooled (see `gradsift.evaluation.pws`)."""
+def pws(
+    runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifact, reference: Artifact
+) -> dict[str, Any]:
+    """Outcomes and PWS with intervals, per benchmark and pooled, and the judge's bias towards place and length.
+
+    Args:
+        answers: what was judged, against `reference`.
+    """
     settings = {"bootstrap": config.bootstrap, "confidence": config.confidence, "seed": 0}
 
     def make(folder: Path) -> Mapping[str, Any]:
-        judgments = read_judgments(judged.file("judgments.jsonl"))
-        summary = summarise(judgments, judged.info["combine"], config.bootstrap, config.confidence, seed=0)
+        judgments, combine = read_judgments(judged.file("judgments.jsonl")), judged.info["combine"]
+        summary = summarise(judgments, combine, config.bootstrap, config.confidence, seed=0)
+        ours, theirs = (_lengths(artifact) for artifact in (answers, reference))
+        summary["position_bias"] = position_bias(judgments)
+        summary["length_bias"] = length_bias(judgments, combine, {item: (ours[item], theirs[item]) for item in ours})
         write_pws(folder / "pws.json", summary)
         return {"rows": len(judgments)}
 
-    made = runtime.store.obtain("pws", config.name, settings, [judged], make, version=VERSION)
+    made = runtime.store.obtain("pws", config.name, settings, [judged], make, version=PWS_VERSION)
     return read_pws(made.file("pws.json"))
+
+
+def _lengths(answers: Artifact) -> dict[tuple[str, str], int]:
+    """Characters of each answer, by benchmark and item."""
+    rows = read_model_outputs(answers.file(OUTPUTS_FILE))
+    return {(row["dataset"], row["item_id"]): len(row["output"]) for row in rows}

@@ -102,6 +102,7 @@ class Results:
         self.values["pws"] = summary["pooled"]["pws"]
         self.values["pooled"] = summary["pooled"]
         self.values["benchmarks"] = summary["benchmarks"]
+        self.values |= {name: summary[name] for name in ("position_bias", "length_bias")}
         self.values["judging"] = {key: artifact.info[key] for key in ("invalid", "cost") if key in artifact.info}
         self.files["judgments"] = str(artifact.file("judgments.jsonl"))
 

@@ -87,7 +87,10 @@ def remarks(run: dict[str, Any]) -> list[str]:
         lines.append(f"{count:,} rows have no score or are dropped by the method: {reason}")
     selection = run.get("selection", {})
     if shortfall := selection.get("shortfall"):
-        lines.append(f"the selection is {shortfall:,} rows short of its budget: no more rows have a score")
+        scored = run.get("scores", {}).get("statuses", {}).get("scored")
+        early = scored is not None and selection["rows"] < scored
+        why = "the selector stopped before" if early else "no more rows have a score"
+        lines.append(f"the selection is {shortfall:,} rows short of its budget: {why}")
     if run.get("proxy") == "tiny_bytes" and "scores" in run and run.get("scorer") not in _BASELINES:
         lines.append("proxy=tiny_bytes has random weights: its scores are a plumbing check and say nothing of the rows")
     if run.get("dry_run"):

@@ -321,3 +321,9 @@ def test_directions_are_cosines_with_the_mean_gradient_example_by_example(line: 
         np.testing.assert_allclose(cosines, gradients @ mean / lengths / np.linalg.norm(mean), atol=1e-5)
         norms = read_norms(member)
         np.testing.assert_allclose(np.hypot(norms["norm_A"], norms["norm_B"]), lengths, rtol=1e-4)
+
+
+def test_members_that_share_their_weights_share_their_direction(store: Path) -> None:
+    line = line_of(store, "scorer=gsnr_direction", "proxy.ensemble=mc_dropout", "proxy.lora.dropout=0.1")
+    assert [member.stage for member in line.late_members()] == ["dropout"] * 2
+    assert line.sources["directions"].value().shape == (1, 40)

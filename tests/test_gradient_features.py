@@ -181,6 +181,16 @@ def test_neither_blocks_nor_the_token_budget_change_features(
     assert_rows_close(made(line, fresh, given), expected)
 
 
+def test_large_gradients_take_small_blocks_and_it_is_said(
+    line: Line, fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = np.asarray(read_features(line.gradients).vectors)
+    capsys.readouterr()
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 5 * 4 * line.gradients.info["parameters"])
+    assert_rows_close(made(line, fresh), expected)
+    assert "so only 5 are projected at once" in capsys.readouterr().out
+
+
 def test_row_order_changes_no_examples_features(line: Line, fresh: Path) -> None:
     expected = np.asarray(read_features(line.gradients).vectors)
     given = line._pool_inputs()

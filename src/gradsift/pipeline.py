@@ -203,9 +203,10 @@ class Line:
 
     @functools.cached_property
     def directions(self) -> list[Artifact]:
-        """A table a member, at the late snapshot."""
-        lora = self.config.proxy.lora
-        return [directions(self.runtime, lora, member, lambda: self.proxy_inputs) for member in self.late_members()]
+        """A table an adapter, at the late snapshot: one a member, or a single one where all members share it."""
+        lora, late = self.config.proxy.lora, self.config.proxy.snapshots[1]
+        trained = [chain[late - 1] for chain in self.adapters]  # members of mc_dropout have no weights of their own
+        return [directions(self.runtime, lora, adapter, lambda: self.proxy_inputs) for adapter in trained]
 
     @functools.cached_property
     def checkpoints(self) -> list[Artifact]:

@@ -41,7 +41,7 @@ from gradsift.training.finetuning import require_finite
 
 VERSION = 1
 PROGRESS_FILE = "progress.json"
-_BLOCK_BYTES = 256 * 2**20  # of gradients that wait for the projection, whose signs are drawn once a block
+_BLOCK_BYTES = 2 * 2**30  # of gradients that wait for the projection, whose signs are spelt out once a block
 _MOST_ROWS = 512  # of a block: what an interrupted run may have to do again
 _MOST_UNPROJECTED = 4 * 10**9  # numbers, 16 GB
 
@@ -188,6 +188,11 @@ def _adam_state(runtime: Runtime, checkpoint: Artifact, adapted: Any) -> AdamSta
     return AdamState.read(checkpoint.file(OPTIMIZER_FILE), parameters, device_of(runtime.compute))
 
 
+def _block_bytes(device: torch.device) -> int:
+    """What a block of gradients may take: a GPU's signs and passes need the rest of its memory."""
+    return int(torch.cuda.mem_get_info(device)[0]) // 4 if device.type == "cuda" else _BLOCK_BYTES
+
+
 class _Blocks:
     """Vectors of successive blocks of examples at one checkpoint."""
 
@@ -200,7 +205,7 @@ class _Blocks:
         normalise: bool,
         device: torch.device,
     ) -> None:
-        self.rows = min(_MOST_ROWS, max(1, _BLOCK_BYTES // (4 * gradients.size)))
+        self.rows = min(_MOST_ROWS, max(1, _block_bytes(device) // (4 * gradients.size)))
         self._inputs = inputs
         self._positions = np.array([example.row for example in inputs.encoded], dtype=np.int64)  # ascending
         self._gradients = gradients

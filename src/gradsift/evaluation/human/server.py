@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gradsift.errors import ConfigError
 from gradsift.evaluation.human.pairs import Pairs
-from gradsift.evaluation.human.votes import NAME_LENGTH, Choice, Rater, Vote, Votes
+from gradsift.evaluation.human.votes import NAME_LENGTH, Choice, Rater, Votes
 from gradsift.evaluation.pws import summarise_outcomes
 
 LOOPBACK = "127.0.0.1"
@@ -173,13 +173,9 @@ class Pages:
             return self._page("done.html", here=here, rater=rater, count=len(votes))
         outcomes = {vote.key: vote.outcome for vote in votes}
         cell = summarise_outcomes(outcomes, bootstrap=2000, confidence=0.95, seed=0)["pooled"]
-        revealed = [self._revealed(vote) for vote in votes] if self.unblind else []
         names = (self.votes.about["model"], self.votes.about["reference"]) if self.unblind else None
+        revealed = votes if self.unblind else []
         return self._page("counts.html", here=here, rater=rater, cell=cell, revealed=revealed, names=names)
-
-    def _revealed(self, vote: Vote) -> dict[str, Any]:
-        first, second = ("model", "reference") if vote.model_first else ("reference", "model")
-        return {"item": vote.item, "first": first, "second": second, "choice": vote.choice, "outcome": vote.outcome}
 
     async def finish(self, request: Request) -> Response:
         rater = self._rater(request)

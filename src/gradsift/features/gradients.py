@@ -166,10 +166,10 @@ def _write(
     size = parameter_count(runtime, config, inputs)
     dimensions = config.dimensions or size
     projection = Projection(size, dimensions, config.projection_seed) if config.dimensions is not None else None
-    rows = block_rows(size, device_of(runtime.compute))
-    if projection is not None and rows < min(_FEW_ROWS, len(given.ids)):
+    at_once = block_rows(size, device_of(runtime.compute))
+    if projection is not None and at_once < min(_FEW_ROWS, len(given.ids)):
         runtime.display.say(
-            f"  warning: a gradient has {size:,} numbers, so only {rows} are projected at once, and "
+            f"  warning: a gradient has {size:,} numbers, so only {at_once} are projected at once, and "
             "drawing the projection takes most of the time; a smaller features.warmup.lora.rank is faster"
         )
     table = _Table(folder, len(given.ids), dimensions, len(checkpoints))

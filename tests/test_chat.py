@@ -349,6 +349,16 @@ def test_the_key_is_in_no_reply_no_log_and_no_store(
     assert KEY not in repr(ours) + str(logged)
 
 
+@pytest.mark.parametrize("key", ["1", "none"])
+def test_what_stands_in_place_of_a_key_is_not_taken_out_of_replies(
+    endpoint: Endpoint, client: Client, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", key)
+    endpoint.behave = lambda text, attempt: (200, "10 1\nnone better", {})
+    ((_, answer),) = client().ask(prompts("a"), lambda position, text: text, scope="s", unread="?")
+    assert answer.text == "10 1\nnone better"
+
+
 def test_a_missing_key_names_the_variable_and_loopback_needs_none(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

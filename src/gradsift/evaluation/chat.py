@@ -37,6 +37,7 @@ _REFUSED = (400, 413, 422)  # what HTTP says of one request's content
 _PASSING = (408, 409, 429)
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 8.0  # seconds before a retry that the endpoint gave no time for
 _LARGEST_BODY = 2**24  # bytes
+_SHORTEST_SECRET = 8  # characters; no real key has fewer
 _NO_CREDIT = "insufficient_quota"  # OpenAI's code for an empty account, which it sends as a 429
 
 Value = TypeVar("Value")
@@ -383,8 +384,11 @@ class ChatClient:
         )
 
     def _scrub(self, text: str) -> str:
-        """`text` without the key: endpoints have been seen to quote it."""
-        return text.replace(self._key, "***") if self._key else text
+        """`text` without the key: endpoints have been seen to quote it.
+
+        What local servers are given in place of a key ("1", "none") is no secret, and replies hold such words.
+        """
+        return text.replace(self._key, "***") if self._key and len(self._key) >= _SHORTEST_SECRET else text
 
 
 _GO_ON = "the replies so far are kept: give the same command again to go on"

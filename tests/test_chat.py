@@ -260,6 +260,20 @@ def test_a_wrong_option_that_every_prompt_is_refused_for_leaves_no_prompt_withou
     assert got == {}
 
 
+def test_fewer_prompts_than_give_up_that_are_all_refused_are_no_answers_either(
+    endpoint: Endpoint, client: Client
+) -> None:
+    endpoint.behave = lambda text, attempt: (400, "max_tokens is not supported", {})
+    got: dict[int, Any] = {}
+    with pytest.raises(JudgeError, match=r"every prompt is refused.*max_tokens is not supported.*judge\.max_tokens"):
+        asked(client(give_up=5), MANY[:3], into=got)
+    assert got == {}
+    endpoint.behave = lambda text, attempt: (200, "7", {}) if text == MANY[0] else (400, "filtered", {})
+    assert asked(client(give_up=5), MANY[:1]) == {0: 7}
+    # the endpoint has replied in this scope, so these two are refused for what they say
+    assert len(asked(client(give_up=5), MANY[1:3])) == 2
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [

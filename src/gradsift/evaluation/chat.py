@@ -155,15 +155,19 @@ class ChatClient:
             raise DryRun(plan.describe())
         for positions, answer in known:
             yield from ((position, answer) for position in positions)
-        for positions, answer in self._send_all(prompts, missing, reader, scope):
+        for positions, answer in self._send_all(prompts, missing, reader, scope, works=bool(known)):
             yield from ((position, answer) for position in positions)
 
     # ------------------------------------------------------------------------------ several at a time
 
     def _send_all(
-        self, prompts: Sequence[Messages], groups: Sequence[list[int]], reader: _Reader[Value], scope: str
+        self, prompts: Sequence[Messages], groups: Sequence[list[int]], reader: _Reader[Value], scope: str, works: bool
     ) -> Iterator[tuple[list[int], Answer[Value]]]:
-        """Answers to groups of equal prompts, as they come in."""
+        """Answers to groups of equal prompts, as they come in.
+
+        Args:
+            works: whether the endpoint is known to answer such requests.
+        """
         purse = Purse(self._cache, scope, self._terms)
         waiting: SimpleQueue[int] = SimpleQueue()
         for number in range(len(groups)):
@@ -201,6 +205,9 @@ class ChatClient:
                     yield groups[result[0]], result[1]
         finally:
             stop.set()
+        refused_alone = all(isinstance(failure, _Refused) for _, failure in streak) and not (works or purse.spent.calls)
+        if fatal is None and streak and refused_alone:
+            fatal = JudgeError(f"{self.name}: every prompt is refused: {streak[-1][1].said}; {streak[-1][1].remedy}")
         if fatal is None:
             yield from _refusals(streak, groups, left, failed)
         if isinstance(fatal, CapReached):

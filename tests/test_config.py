@@ -105,6 +105,10 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
             ["selector=facility_location", "alpha=0.3"],
             "selector.candidates=0.2 lets fewer examples enter than alpha=0.3",
         ),
+        (
+            ["selector=facility_location", "stop_after=selection", "audit.enabled=true", "audit.alphas=[0.05,0.3]"],
+            "selector.candidates=0.2 lets fewer examples enter than audit.alphas=0.3",
+        ),
         (["selector=facility_location", "selector.candidates=2"], "selector.candidates=2.0 is no share"),
         (["selector=facility_location", "selector.similarity=dot"], "choose one of: exp_distance, cosine"),
         (["selector=repr_filter", "selector.threshold=90"], "selector.threshold=90.0 is no cosine"),

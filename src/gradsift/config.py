@@ -1032,10 +1032,15 @@ class Config:
     def _check_candidates(self) -> None:
         if not isinstance(self.selector, FacilityLocationConfig) or not self.reaches("selection"):
             return
-        if self.budget_base == "accepted" and self.selector.candidates < self.alpha:
+        if self.budget_base != "accepted":
+            return
+        option, most = "alpha", self.alpha
+        if self.audit.enabled and max(self.audit.alphas) > self.alpha:
+            option, most = "audit.alphas", max(self.audit.alphas)
+        if self.selector.candidates < most:
             raise ConfigError(
-                f"selector.candidates={self.selector.candidates} lets fewer examples enter than alpha={self.alpha} "
-                "selects; raise selector.candidates, or lower alpha below it"
+                f"selector.candidates={self.selector.candidates} lets fewer examples enter than {option}={most} "
+                f"selects; raise selector.candidates, or lower {option} below it"
             )
 
     def _check_turns(self) -> None:

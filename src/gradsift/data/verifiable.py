@@ -553,7 +553,7 @@ def _reworded(task: _Task, rng: random.Random) -> _Task:
 
 def right_answer(instruction: str, given: str) -> str:
     """The right answer to a prompt of any family, found by its wording. Raises ConfigError for an unknown prompt."""
-    for family in FAMILIES:
+    for family in _BY_NAME:  # those of `delayed` too
         try:
             return solve(family, instruction, given)
         except ConfigError:  # another family's wording

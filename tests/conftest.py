@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from endpoint import Endpoint, serving
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -134,3 +135,13 @@ def gradsift(tmp_path: Path, backbones: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GRADSIFT_ARTIFACTS", str(tmp_path / "store"))
     return Cli(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    """A chat endpoint on this machine, and no key in the environment."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    with serving() as ours:
+        yield ours

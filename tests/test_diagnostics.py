@@ -461,14 +461,23 @@ def test_a_reused_score_keeps_its_diagnostics(gradsift) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "spread", "verdict"),
-    [("float32", 1e-6, "ok"), ("bfloat16", 0.5, "ok"), ("bfloat16", 0.02, "warning"), ("bfloat16", 0.0, "unknown")],
+    ("error", "spread", "verdict"),
+    [(0.0, 1e-6, "ok"), (0.004, 0.5, "ok"), (0.004, 0.02, "warning"), (0.004, 0.0, "unknown")],
 )
 def test_bfloat16_norms_are_trusted_only_where_the_members_differ_by_more(
-    precision: str, spread: float, verdict: str
+    error: float, spread: float, verdict: str
 ) -> None:
-    found = norm_precision(precision, ensemble(G_t=[2.0, 4.0, NAN], V_t=[(2 * spread) ** 2, (4 * spread) ** 2, NAN]))
+    found = norm_precision(error, ensemble(G_t=[2.0, 4.0, NAN], V_t=[(2 * spread) ** 2, (4 * spread) ** 2, NAN]))
     assert found.verdict == verdict
     if verdict == "warning":
         assert "compute.precision=float32" in found.message
-        assert found.values["error_over_spread"] == pytest.approx(BFLOAT16_ERROR / spread)
+        assert found.values["error_over_spread"] == pytest.approx(error / spread)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_error_of_a_norm_is_that_of_the_members_precision(gradsift, precision: str) -> None:
+    assert gradsift(*SMOKE, f"compute.precision={precision}", "stop_after=scores") == 0
+    found = stored(gradsift, "score")["norm_precision"]["values"]["error_over_spread"]
+    spread = stored(gradsift, "score")["norm_spread"]["values"]["median_variation"]
+    expected = 0.0 if precision == "float32" else BFLOAT16_ERROR["float32"] / spread  # the smoke run's proxy is known
+    assert found == pytest.approx(expected)

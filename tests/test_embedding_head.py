@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import SMOKE
 from test_engine import capped_model
 from test_ensembles import inputs, parents
 from test_finetuning import SOURCE_ROWS, proxy_config, runtime
@@ -215,3 +216,20 @@ def test_the_stage_reads_one_members_first_epoch_and_is_done_once(tmp_path: Path
     assert stage().path == made.path
     assert [record.name for record in run.store.records].count("embedding_gradients") == 1
     assert [record.name for record in run.store.records].count("member") == 1
+
+
+def test_a_scorer_that_asks_for_them_trains_one_epoch_of_one_member(gradsift, monkeypatch: pytest.MonkeyPatch) -> None:
+    (gradsift.folder / "head_scores.py").write_text(
+        "from gradsift.scoring.scores import Scores\n"
+        "def smallest(embedding_gradients):\n"
+        "    return Scores(-embedding_gradients.head_std)\n"
+    )
+    monkeypatch.syspath_prepend(str(gradsift.folder))
+    own = (*SMOKE, "~scorer", "+scorer={_target_: head_scores.smallest, name: smallest}", "stop_after=selection")
+    assert gradsift(*own) == 0
+    made = [(s["name"], s["optimizer_steps"]) for s in gradsift.runs()[-1]["stages"] if not s["reused"]]
+    assert [name for name, _ in made] == ["load", "member", "embedding_gradients", "score", "select"]
+    assert sum(steps for _, steps in made) == 4  # 120 rows in batches of 32, once
+    assert gradsift(*own[:-3], "scorer=late_loss", "stop_after=scores") == 0
+    again = [s["name"] for s in gradsift.runs()[-1]["stages"] if not s["reused"]]
+    assert again.count("member") == 3  # two members of two epochs, one of which was there

@@ -161,6 +161,32 @@ def test_a_head_in_bfloat16_predicts_no_word_of_its_padding() -> None:
     torch.testing.assert_close(hidden.grad.float(), exact.grad, rtol=0.1, atol=1e-2)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_bfloat16_head_rounds_what_logits_differ_by_and_not_what_they_are(bias: bool) -> None:
+    """Likely words have logits of about 40, which bfloat16 has in steps of .25."""
+    torch.manual_seed(0)
+    embedding = torch.nn.Linear(32, 61, bias=bias).requires_grad_(False)
+    embedding.weight.mul_(0.5)
+    embedding.weight[:, 0] += 5
+    embedding = embedding.to(torch.bfloat16)
+    head = OutputHead(torch.nn.Identity(), embedding)
+    hidden = torch.randn(50, 32)
+    hidden[:, 0] = 8
+    hidden = hidden.to(torch.bfloat16).requires_grad_()
+    targets = torch.randint(61, (50,))
+    found = head.token_losses(hidden, targets)
+    found.sum().backward()
+    exact = hidden.detach().float().requires_grad_()
+    logits = embedding.float()(exact)
+    assert 35 < logits.min() < logits.max() < 50
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    expected.sum().backward()
+    rounded = torch.nn.functional.cross_entropy(logits.to(torch.bfloat16).float(), targets, reduction="none")
+    assert (found - expected).abs().max() < 0.1 * (rounded - expected).abs().max()
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
+    torch.testing.assert_close(hidden.grad.float(), exact.grad, rtol=0.02, atol=0.02)
+
+
 def test_a_head_may_be_used_without_and_then_with_gradients() -> None:
     model, targets = tiny_model("gpt2"), torch.tensor([1, 2])
     head = OutputHead.of(model)

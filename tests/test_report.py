@@ -269,6 +269,12 @@ def test_a_run_without_surprises_has_no_remarks() -> None:
     assert remarks({"status": "stopped"}) == []
 
 
+@pytest.mark.parametrize(("scored", "why"), [(7, "no more rows have a score"), (8, "the selector stopped before")])
+def test_a_shortfall_is_laid_to_the_scores_or_to_the_selector(scored: int, why: str) -> None:
+    found = remarks(run(scores={"statuses": {"scored": scored}}, selection={"shortfall": 3, "rows": 7}))
+    assert found == [f"the selection is 3 rows short of its budget: {why}"]
+
+
 def test_remarks_by_hand() -> None:
     selection = {"shortfall": 1500}
     lines = remarks(
@@ -291,6 +297,20 @@ def test_scores_of_random_weights_are_called_plumbing(scorer: str, remarked: boo
     lines = remarks(run(proxy="tiny_bytes", scorer=scorer, scores={"rows": 9}, status="stopped"))
     assert any("plumbing check" in line for line in lines) is remarked
     assert remarks(run(proxy="tiny_bytes", scorer=scorer, status="failed")) == []  # before there was a score
+
+
+@pytest.mark.parametrize(
+    ("judge", "word"), [("local", "plumbing check"), ("verifier", "upper bound"), ("openai", None)]
+)
+def test_what_a_raters_scores_are_worth_is_said(judge: str, word: str | None) -> None:
+    lines = remarks(run(scorer="llm_rating", judge=judge, scores={"rows": 9}, status="stopped"))
+    assert len(lines) == (word is not None) and (word is None or word in lines[0])
+    assert remarks(run(scorer="gsnr", judge=judge, scores={"rows": 9}, status="stopped")) == []
+
+
+def test_a_dry_run_is_remarked() -> None:
+    (line,) = remarks(run(dry_run="5 requests to send", status="stopped", judge="openai"))
+    assert "nothing was sent" in line
 
 
 def test_unfinished_local_judgments_need_no_remark() -> None:

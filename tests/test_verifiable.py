@@ -1,6 +1,9 @@
 """Laws of the embedded world: every answer is checkable, every label true, every share exact, nothing leaks."""
 
+import hashlib
+import json
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradsift.data.verifiable import (
+    DEFINING,
+    DELAYED,
     DUPLICATES,
     FAMILIES,
     MARK,
     NUMBERS,
+    OPERATIONS,
     QUALITIES,
     SPOILT,
     SYLLABLES,
@@ -189,11 +195,80 @@ def test_all_text_is_single_spaced_words_of_the_vocabulary(world: World) -> None
         ({"duplicates": 1.5}, "duplicates=1.5"),
         ({"duplicates": 0.4}, "duplicates=0.4"),
         ({"benchmark_items": -1}, "benchmark_items=-1"),
+        ({"delayed": -0.1}, "delayed=-0.1"),
+        ({"delayed": 0.6}, "delayed=0.6"),
+        ({"delayed": float("nan")}, "delayed=nan"),
     ],
 )
 def test_impossible_arguments_are_refused_by_name(arguments: dict[str, float], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         generate(**arguments)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------- delayed credit
+
+
+def hash_of(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def test_without_delay_worlds_vocabulary_and_pretraining_text_are_those_of_before() -> None:
+    """Recorded before the option existed: stored datasets and backbones stay what they are."""
+    world = generate(size=1000, spoilt=0.3, duplicates=0.1, seed=7)
+    assert hash_of([world.rows, [asdict(label) for label in world.labels], world.benchmark]) == "b5c591d994252b49"
+    assert hash_of(pretraining_rows(500)) == "259c552c0b583573"
+    assert hash_of(VOCABULARY) == "5fb7a92092967cd3"
+
+
+@pytest.fixture(scope="module")
+def delayed_world() -> World:
+    return generate(delayed=0.2, seed=1)
+
+
+def test_a_share_of_rows_and_benchmark_is_delayed_and_half_as_much_defines(delayed_world: World) -> None:
+    for families in ([label.family for label in delayed_world.labels], [i["family"] for i in delayed_world.benchmark]):
+        counts = Counter(families)
+        assert set(counts) == {*FAMILIES, DEFINING, DELAYED}
+        assert counts[DELAYED] / len(families) == pytest.approx(0.2, abs=0.02)
+        assert counts[DEFINING] / len(families) == pytest.approx(0.1, abs=0.02)
+    spoilt = Counter(label.family for label in delayed_world.labels if label.spoilt)
+    assert spoilt[DELAYED] / sum(spoilt.values()) == pytest.approx(0.2, abs=0.03)  # no cleaner than the others
+
+
+@pytest.mark.parametrize(
+    ("name", "after"), [("BA", "d c b a"), ("DI", "d b c a"), ("FO", "b c d"), ("KU", "A B C D"), ("LE", "b c d a")]
+)
+def test_operations_by_hand(name: str, after: str) -> None:
+    assert " ".join(OPERATIONS[name](["a", "b", "c", "d"])) == after
+
+
+def test_chained_answers_follow_from_what_named_rows_show(delayed_world: World) -> None:
+    """Put through one named prompt after the other, a chained row's words become its answer."""
+    named = next(row for row, family in rows_of(delayed_world, "clean") if family == DEFINING)
+    chained = [row for row, family in rows_of(delayed_world, "clean", *DUPLICATES) if family == DELAYED]
+    assert len(chained) > 100
+    for row in chained:
+        names, words = row["input"].split(f" {MARK} ")
+        first, second = names.split()
+        assert first != second
+        for name in (first, second):
+            words = solve(DEFINING, named["instruction"], f"{name} {MARK} {words}")
+        assert row["output"] == words
+
+
+def test_every_name_that_is_chained_is_defined_by_clean_rows(delayed_world: World) -> None:
+    clean = rows_of(delayed_world, "clean")
+    defined = Counter(row["input"].split()[0] for row, family in clean if family == DEFINING)
+    used = {name for row, family in clean if family == DELAYED for name in row["input"].split()[:2]}
+    assert used == set(OPERATIONS)
+    assert min(defined[name] for name in used) >= 5
+
+
+def test_delayed_rows_keep_to_the_vocabulary_and_their_labels_are_true(delayed_world: World) -> None:
+    known = set(VOCABULARY)
+    for row, label in zip(delayed_world.rows, delayed_world.labels, strict=True):
+        assert known.issuperset(f"{row['instruction']} {row['input']} {row['output']}".split())
+        assert answers_match(row["output"], right_answer(row, label.family)) is not label.spoilt
 
 
 def test_the_limit_on_tasks_can_be_reached() -> None:

@@ -34,10 +34,15 @@ from gradsift.config import Config, dump_config, load_config, register_schemas, 
 from gradsift.errors import ConfigError, GradsiftError
 
 CONFIG_FILE = "config.yaml"
-_WRITTEN = ("run.json", "metrics.jsonl", "selection.jsonl", "error.txt")
+_WRITTEN = ("run.json", "metrics.jsonl", "selection.jsonl", "audit.json", "error.txt")
 _failed = False  # whether any job of this process failed
 _traced = False  # whether the user asked for traces with HYDRA_FULL_ERROR=1
-_SEEDS = (("values", "seed"), ("values", "data", "seed"), ("values", "scorer", "seed"))
+_SEEDS = (
+    ("values", "seed"),
+    ("values", "data", "seed"),
+    ("values", "data", "corruption", "seed"),
+    ("values", "scorer", "seed"),
+)
 
 
 def conf_folder() -> Path:
@@ -177,6 +182,7 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     view = RunView(number)
     view.starting(overrides)
     from gradsift.artifacts import Store
+    from gradsift.evaluation.judges import DryRun
     from gradsift.pipeline import plan_of, prepare, run
     from gradsift.report.results import Results
     from gradsift.runtime import Runtime
@@ -191,13 +197,15 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
         results = Results(folder, tracker, store, about)
         try:
             run(config, Runtime(store, config.compute, view.display, config.seed), results)
+        except DryRun as plan:
+            results.planned(str(plan))
         except BaseException as error:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave run.json and W&B half closed
             results.finish("failed" if isinstance(error, Exception) else "interrupted", str(error))
             if isinstance(error, Exception):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
             raise
-        results.finish("stopped" if config.stop_after else "finished")
+        results.finish("stopped" if config.stop_after or results.ends_early else "finished")
     view.finished(folder, in_sweep=sweep is not None)
     pws = results.values.get("pws")
     return None if pws is None else float(pws)

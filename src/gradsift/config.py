@@ -23,6 +23,9 @@ STAGES = ("load", "statistics", "scores", "selection", "finetune", "generate", "
 EMBEDDED = "verifiable"  # the name of the embedded data and of its benchmark
 TERSE = "verifiable_terse"  # its skills in the form in which the nano models learnt them: what a finetune may forget
 MATCHES = ("exact", "number", "choice")
+COPIES = ("exact_duplicate", "near_duplicate")
+CORRUPTIONS = ("wrong_answer", "mismatched_answer", "truncated", "garbled", *COPIES)
+RATERS = ("verifier", "local", "openai")  # judges that can grade one example
 
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
@@ -57,6 +60,29 @@ class FieldsConfig:
 
 
 @dataclass
+class CorruptionConfig:
+    """Known corruption, injected to audit scorers: labels say which rows, and no scorer sees them."""
+
+    share: float = 0.0  # of the rows, after `limit`; parts of equal size for each kind, duplicates on top of the rows
+    kinds: list[str] = field(default_factory=lambda: list(CORRUPTIONS))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ConfigError(
+                f"data.corruption.share={self.share} is no share; give a number from 0 (none) to below 1, as in 0.3"
+            )
+        for kind in self.kinds:
+            _one_of("data.corruption.kinds", kind, CORRUPTIONS)
+        if not self.kinds or len(set(self.kinds)) < len(self.kinds):
+            raise ConfigError(
+                f"data.corruption.kinds={list(self.kinds)} must name at least one kind, and each once; known: "
+                f"{', '.join(CORRUPTIONS)}"
+            )
+        _at_least("data.corruption.seed", self.seed, 0)
+
+
+@dataclass
 class DataConfig:
     """What every dataset has."""
 
@@ -66,6 +92,7 @@ class DataConfig:
     seed: int = 0  # sampling for `limit` and `holdout`; the embedded world's content
     dedup: str = "none"  # exact: equal texts; near: also texts that share most of their words. The first row stays
     dedup_threshold: float = 0.8  # Jaccard similarity of word triples from which rows are near duplicates
+    corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
 
     def __post_init__(self) -> None:
         _one_of("data.dedup", self.dedup, ("none", "exact", "near"))
@@ -117,6 +144,7 @@ class VerifiableDataConfig(DataConfig):
     size: int = 2000
     spoilt: float = 0.5  # share of the rows that are spoilt, over four kinds
     duplicates: float = 0.06  # share of the rows that are exact or near duplicates
+    delayed: float = 0.0  # share of the tasks that can be learnt only after others (half as many) are
     benchmark_items: int = 390
 
     def __post_init__(self) -> None:
@@ -130,6 +158,8 @@ class VerifiableDataConfig(DataConfig):
         for option, share in (("data.spoilt", self.spoilt), ("data.duplicates", self.duplicates)):
             if not 0 <= share < 1:
                 raise ConfigError(f"{option}={share} is no share; give a number from 0 to below 1")
+        if not 0 <= self.delayed <= 0.5:
+            raise ConfigError(f"data.delayed={self.delayed} is out of range; give a share from 0 (none) to 0.5")
 
 
 # ---------------------------------------------------------------------------------------- target set
@@ -631,6 +661,16 @@ class SbertConfig(ScorerConfig):
 
 
 @dataclass
+class RatingConfig(ScorerConfig):
+    """Grades of each example by the run's judge (AlpaGasus, DEITA)."""
+
+    style: str = "alpagasus"  # alpagasus: accuracy 0-5; deita: complexity 1-6 times quality 1-6
+
+    def __post_init__(self) -> None:
+        _one_of("scorer.style", self.style, ("alpagasus", "deita"))
+
+
+@dataclass
 class SelectorConfig:
     """A selector: `_target_` names a function of scores, budget and what it asks for (see selection)."""
 
@@ -848,21 +888,64 @@ class OpenaiJudgeConfig(JudgeConfig):
     temperature: float = 0.0
     max_tokens: int = 256
     timeout: float = 60.0  # seconds a request
-    retries: int = 5  # of a failed request, by the client, with backoff
-    concurrency: int = 4
+    retries: int = 5  # of a request that failed, with exponential backoff; the endpoint's Retry-After is heeded
+    max_wait: float = 120.0  # seconds; a longer Retry-After ends the run, to be gone on with later
+    give_up: int = 10  # so many requests in a row that failed for good end the run
+    concurrency: int = 4  # requests at a time
+    parse: str = "tolerant"  # how scores are read; legacy: the published rule, which makes an unread reply a tie
+    dry_run: bool = False  # say what would be sent and what it would cost, and end there
+    price_input: float | None = None  # USD a million prompt tokens; unknown when empty
+    price_output: float | None = None  # USD a million reply tokens
+    max_usd: float | None = None  # spending cap of one stage, over all its runs; needs both prices
+    max_calls: int | None = None  # the same, in requests
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least("judge.retries", self.retries, 0)
+        _at_least("judge.max_wait", self.max_wait, 0)
+        _at_least("judge.give_up", self.give_up, 1)
         _at_least("judge.concurrency", self.concurrency, 1)
         _at_least("judge.max_tokens", self.max_tokens, 1)
         _at_least("judge.temperature", self.temperature, 0)
+        _one_of("judge.parse", self.parse, ("strict", "tolerant", "legacy"))
         if self.base_url and "@" in self.base_url:
             raise ConfigError(
                 "judge.base_url holds a user name or password, which would be written to the run's folder; "
                 f"put the key into the environment variable {self.api_key_env}"
             )
         _positive("judge.timeout", self.timeout)
+        self._check_money()
+
+    def _check_money(self) -> None:
+        _at_least("judge.price_input", self.price_input, 0)
+        _at_least("judge.price_output", self.price_output, 0)
+        _at_least("judge.max_calls", self.max_calls, 1)
+        if self.max_usd is not None:
+            _positive("judge.max_usd", self.max_usd)
+        if (self.price_input is None) != (self.price_output is None):
+            raise ConfigError("give both judge.price_input and judge.price_output, or neither")
+        if self.max_usd is not None and self.price_input is None:
+            raise ConfigError(
+                f"judge.max_usd={self.max_usd:g} needs judge.price_input and judge.price_output (USD a million "
+                "tokens); give them, or cap the requests with judge.max_calls"
+            )
+
+
+@dataclass
+class AuditConfig:
+    """How well the scorer keeps known corruption out (see report/audit.py)."""
+
+    enabled: bool = False
+    alphas: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.15])  # shares selected for the audit alone
+    clusters: int = 30  # of the prompts, where the data has no families
+
+    def __post_init__(self) -> None:
+        _at_least("audit.clusters", self.clusters, 2)
+        if not self.alphas or len(set(self.alphas)) < len(self.alphas):
+            raise ConfigError(f"audit.alphas={list(self.alphas)} must name at least one share, and each once")
+        for alpha in self.alphas:
+            if not 0 < alpha <= 1:
+                raise ConfigError(f"audit.alphas holds {alpha}, which is no share; give numbers above 0 and up to 1")
 
 
 # ------------------------------------------------------------------------------ tracking and machine
@@ -888,7 +971,7 @@ class ComputeConfig:
     """The machine."""
 
     device: str = "auto"  # auto: cuda where there is one, else cpu
-    precision: str = "float32"  # bfloat16: frozen weights and activations; LoRA weights and norms stay float32
+    precision: str = "float32"  # bfloat16: frozen weights and products; LoRA weights, norms and residual stream float32
     tokens: int | None = None  # padded tokens that pass through a model at once; what suits it when empty
     threads: int | None = None  # torch's own choice when empty
 
@@ -897,6 +980,13 @@ class ComputeConfig:
         _one_of("compute.precision", self.precision, ("float32", "bfloat16"))
         _at_least("compute.tokens", self.tokens, 1)
         _at_least("compute.threads", self.threads, 1)
+
+    @property
+    def numerics(self) -> dict[str, str]:
+        """What a result of a model depends on, for the settings of a stage; of these options no other one matters."""
+        if self.precision == "float32":
+            return {"precision": "float32"}
+        return {"precision": self.precision, "residual": "float32"}  # results from before it was are other results
 
 
 @dataclass
@@ -915,6 +1005,7 @@ class Config:
     judge: JudgeConfig = MISSING
     tracker: TrackerConfig = MISSING
     compute: ComputeConfig = MISSING
+    audit: AuditConfig = field(default_factory=AuditConfig)
     alpha: float = 0.1  # share of the rows that is selected
     budget_base: str = "accepted"  # alpha's base: all accepted rows, or those that got a score
     seed: int = 0  # proxy ensemble and target
@@ -935,6 +1026,10 @@ class Config:
         self._check_candidates()
         self._check_embedded_parts()
         self._check_random_weights()
+        if self.audit.enabled:
+            self._check_audit()
+        if self.reaches("scores") and self.scorer_name == "llm_rating":
+            self.check_rater()
         if self.reaches("judge") and self.scorer_name != "full":  # full against itself needs no judge
             self._check_judge()
 
@@ -1019,6 +1114,37 @@ class Config:
         if self.reaches("judge") and isinstance(judge, ModelConfig) and judge.kind == "tiny_bytes":
             raise ConfigError("judge.model.kind=tiny_bytes has random weights and cannot judge; take another judge")
 
+    def _check_audit(self) -> None:
+        if not self.reaches("selection"):
+            raise ConfigError(
+                f"audit.enabled looks at selections, but stop_after={self.stop_after}; take stop_after=selection"
+            )
+        spoilt = self.data.spoilt if isinstance(self.data, VerifiableDataConfig) else 0.0
+        if not self.data.corruption.share and not spoilt:
+            raise ConfigError(
+                f"audit.enabled compares scores with known corruption, of which data={self.data.name} has none; inject "
+                "some with data.corruption.share, as in data.corruption.share=0.3"
+            )
+        if self.scorer_name == "superfilter_screened":
+            raise ConfigError(
+                "scorer=superfilter_screened makes scores for one alpha, and an audit looks at audit.alphas="
+                f"{list(self.audit.alphas)}; take scorer=superfilter"
+            )
+
+    def check_rater(self) -> None:
+        """Refuse a judge that cannot rate single examples of this run's data."""
+        name = self.judge.name
+        if name not in RATERS:
+            raise ConfigError(f"scorer={self.scorer_name} needs a judge that can rate one example; judge={name} cannot")
+        if name == "verifier" and not self._is_embedded:
+            raise ConfigError(
+                f"judge=verifier knows the right answers of data={EMBEDDED} alone and cannot rate "
+                f"data={self.data.name} for scorer={self.scorer_name}; choose judge=openai or judge=local"
+            )
+        model = getattr(self.judge, "model", None)
+        if isinstance(model, ModelConfig) and model.kind == "tiny_bytes":
+            raise ConfigError("judge.model.kind=tiny_bytes has random weights and cannot rate; take another judge")
+
     @property
     def _is_embedded(self) -> bool:
         return self.data.name == EMBEDDED
@@ -1051,6 +1177,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "gsnr": GsnrConfig,
         "gsnr_direction": GsnrDirectionConfig,
         "g2is": G2isConfig,
+        "llm_rating": RatingConfig,
         "random": RandomScorerConfig,
         "superfilter": SuperfilterConfig,
         "superfilter_screened": ScreenedSuperfilterConfig,

@@ -20,7 +20,7 @@ import torch
 from gradsift.artifacts import Artifact
 from gradsift.config import Config, SentenceTransformersConfig, VerifiableDataConfig
 from gradsift.data.examples import Example
-from gradsift.data.load import load, pool_of
+from gradsift.data.load import corruption_of, labels_of, load, pool_of
 from gradsift.data.target_set import find_overlap, load_target_set, target_set_of
 from gradsift.data.tokens import encode
 from gradsift.diagnostics import Diagnostic
@@ -40,9 +40,11 @@ from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.statistics import read_statistics, statistics
 from gradsift.proxy.ensemble import train_adapter, train_adapters, train_ensemble
 from gradsift.proxy.epochs import ProxyInputs
+from gradsift.report.audit import audit
+from gradsift.report.clusters import prompt_clusters
 from gradsift.report.results import Results
 from gradsift.runtime import Runtime
-from gradsift.scoring.stage import score
+from gradsift.scoring.stage import score, scores_of
 from gradsift.selection.budget import budget
 from gradsift.selection.stage import positions_of, select
 from gradsift.selection.topk import topk
@@ -71,6 +73,8 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
         return
     selection = line.select(scored)
     results.selected(selection, line.loaded)
+    if config.audit.enabled:
+        results.audited(line.audit(scored))
     if config.stop_after == "selection":
         return
     tuned = line.finetune(selection)
@@ -78,7 +82,7 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
     if config.stop_after == "finetune":
         return
     answers = line.answers(tuned)
-    results.answered(evaluation.accuracy(answers))
+    results.answered(evaluation.accuracy(answers), evaluation.accuracies(answers))
     if config.stop_after == "generate":
         return
     if line.keeps_all:  # the full-data model against itself: PWS is 1 by definition
@@ -87,7 +91,7 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
         reference = line.finetune(line.everything())
         reference_answers = line.answers(reference)
         judged = evaluation.judge(runtime, config.judge, answers, reference_answers)
-        results.judged(evaluation.pws(runtime, config.judge, judged), judged)
+        results.judged(evaluation.pws(runtime, config.judge, judged, answers, reference_answers), judged)
         results.reference(line.heldout_loss(reference), evaluation.accuracy(reference_answers))
     # what the target could do before: without it nobody sees whether any finetune helped
     checkable = any(item.reference is not None for item in line.items)
@@ -109,7 +113,10 @@ class Line:
         methods = [self.scorer] if config.reaches("scores") and config.stop_after != "statistics" else []
         methods += [self.selector] if config.reaches("selection") else []
         if config.reaches("selection") and not self.keeps_all:
-            budget(config.alpha, int(self.loaded.info["rows"]))
+            for alpha in (config.alpha, *(config.audit.alphas if config.audit.enabled else ())):
+                budget(alpha, int(self.loaded.info["rows"]))
+        if config.audit.enabled:
+            _ = self.families
         asked = {name for chosen in methods for name in chosen.asked}
         if asked & {"gradients", "target_gradients"}:
             self._check_features()
@@ -118,6 +125,9 @@ class Line:
         if asked & {"embeddings", "target_embeddings"}:
             _ = self.embedder
         if config.reaches("judge") and not self.keeps_all:
+            evaluation.check_judge(self.runtime, config.judge)
+        if any("rater" in chosen.asked for chosen in methods):
+            config.check_rater()
             evaluation.check_judge(self.runtime, config.judge)
         if config.reaches("generate"):
             _ = self.items
@@ -340,6 +350,7 @@ class Line:
             "target_embeddings": Source(
                 lambda: [self.target_embeddings()], lambda: read_features(self.target_embeddings())
             ),
+            "rater": evaluation.rater(self.runtime, self.config.judge),
             "task": Source(lambda: nothing, lambda: self.runtime.display.task),
         }
 
@@ -351,10 +362,27 @@ class Line:
             return Method("topk", "gradsift.selection.topk.topk", topk, (), {})
         return method("selector", self.config.selector, tuple(self.sources), given=("scores", "size"))
 
-    def select(self, scored: Artifact) -> Artifact:
-        alpha, base = (1.0 if self.keeps_all else self.config.alpha), self.config.budget_base
+    def select(self, scored: Artifact, alpha: float | None = None) -> Artifact:
+        alpha, base = (1.0 if self.keeps_all else alpha or self.config.alpha), self.config.budget_base
         pool, sources, measures = (lambda: self.pool), self.sources, self.measures
-        return select(self.runtime, self.selector, scored, pool, sources, measures, alpha, base)
+        corruption = corruption_of(self.loaded)
+        return select(self.runtime, self.selector, scored, pool, sources, measures, alpha, base, corruption)
+
+    @functools.cached_property
+    def families(self) -> list[str]:
+        """Kinds of task, (N,): the embedded world's own, else clusters of the prompts. For the audit alone."""
+        labels = labels_of(self.loaded)
+        if labels and labels.family:
+            return labels.family
+        return prompt_clusters(self.runtime, self.loaded, lambda: self.pool, self.config.audit.clusters)
+
+    def audit(self, scored: Artifact) -> dict[str, Any]:
+        """What the scorer, and the selector with it, makes of the known corruption."""
+        labels = labels_of(self.loaded)
+        assert labels is not None  # noqa: S101 - the config has refused data without
+        chosen = {alpha: positions_of(self.select(scored, alpha)) for alpha in self.config.audit.alphas}
+        found = audit(scores_of(scored), labels, self.families, chosen)
+        return {"data": self.loaded.fingerprint, "families": "labels" if labels.family else "clusters"} | found
 
     def everything(self) -> np.ndarray:
         """All positions of the pool: the full-data reference."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradsift.artifacts import Artifact, file_hash
-from gradsift.config import DataConfig, FieldsConfig, HubDataConfig, JsonDataConfig, VerifiableDataConfig
-from gradsift.data import dedup, formats, verifiable
+from gradsift.config import (
+    CorruptionConfig,
+    DataConfig,
+    FieldsConfig,
+    HubDataConfig,
+    JsonDataConfig,
+    VerifiableDataConfig,
+)
+from gradsift.data import corruption, dedup, formats, verifiable
 from gradsift.data.examples import Example, Rejected, draw, read_examples, write_examples, write_rejected
 from gradsift.errors import ConfigError, DataError
 from gradsift.runtime import Runtime
@@ -23,14 +32,17 @@ EXAMPLES_FILE = "examples.parquet"
 HELDOUT_FILE = "heldout.parquet"
 LABELS_FILE = "labels.parquet"  # apart from the examples: no scorer reads it
 BENCHMARK_FILE = "benchmark.json"
+SPOILT = (*verifiable.SPOILT, "garbled")  # qualities of which an example teaches something wrong
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What is known about each example of a generated dataset, in the order of the examples."""
+    """What is known about each example of a generated or corrupted dataset, in the order of the examples."""
 
-    quality: list[str]
-    family: list[str]
+    quality: list[str]  # "clean", one of SPOILT, or a kind of duplicate
+    family: list[str] | None  # kind of task; known in the embedded world alone
+    corruption: list[str | None] | None = None  # what was done to the example; None where nothing was injected
+    origin: list[int | None] | None = None  # of an injected copy, the position of the example it repeats
 
 
 def load(runtime: Runtime, config: DataConfig) -> Artifact:
@@ -39,13 +51,13 @@ def load(runtime: Runtime, config: DataConfig) -> Artifact:
         return _load_world(runtime, config)
     if isinstance(config, JsonDataConfig):
         path = Path(config.path).expanduser()
-        settings = _settings(config) | {"path": None, "kind": formats.file_kind(path), "sha256": formats.hash_of(path)}
-        return _load_rows(runtime, config, settings, path)
+        own = {"path": None, "kind": formats.file_kind(path), "sha256": formats.hash_of(path)}
+        return _load_rows(runtime, config, _settings(config) | own, path)
     return _load_rows(runtime, config, _settings(config), None)
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
-    """What changes the examples: of the options about duplicates those that have a say."""
+    """The options that change the result. One that is off is left out, so that data read before it existed is found."""
     settings = asdict(config)
     if config.dedup != "near":
         del settings["dedup_threshold"]
@@ -53,6 +65,10 @@ def _settings(config: DataConfig) -> dict[str, Any]:
         settings["dedup_version"] = dedup.VERSION
     if config.dedup == "none":
         del settings["dedup"]
+    if not config.corruption.share:
+        del settings["corruption"]
+    if settings.get("delayed") == 0:
+        del settings["delayed"]
     return settings
 
 
@@ -94,10 +110,17 @@ def _write(
     folder: Path, config: DataConfig, examples: Sequence[Example], rejected: Sequence[Rejected]
 ) -> dict[str, Any]:
     pool, heldout = draw(examples, config.limit, config.holdout, config.seed)
+    counts: dict[str, Any] = {"accepted": len(examples), "heldout": len(heldout), "rejected": len(rejected)}
+    if config.corruption.share:
+        rows = [example.row_index for example in examples] + [row.row for row in rejected]
+        clean, before = Labels(["clean"] * len(pool), None), pool
+        pool, labels = _corrupt(config.corruption, pool, clean, corruption.changes_of_text(pool), max(rows) + 1)
+        _write_labels(folder, labels)
+        counts["corrupted"] = _corrupted(labels) | {"stand_ins": corruption.stand_ins(before, labels.corruption or ())}
+    counts["rows"] = len(pool)
     write_examples(folder / EXAMPLES_FILE, pool)
     write_examples(folder / HELDOUT_FILE, heldout)
     write_rejected(folder / "rejected.jsonl", rejected)
-    counts = {"rows": len(pool), "accepted": len(examples), "heldout": len(heldout), "rejected": len(rejected)}
     # a hub dataset may change under its name: what is computed from it is bound to what was read
     return counts | {"content": file_hash(folder / EXAMPLES_FILE)}
 
@@ -109,6 +132,7 @@ def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
             spoilt=config.spoilt,
             duplicates=config.duplicates,
             benchmark_items=config.benchmark_items,
+            delayed=config.delayed,
             seed=config.seed,
         )
         examples, rejected = formats.parse_rows(enumerate(world.rows), "alpaca", FieldsConfig())
@@ -116,18 +140,72 @@ def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
             raise DataError(f"the embedded world made an unusable row {rejected[0].row}: {rejected[0].reason}")
         kept, repeated = _without_duplicates(runtime, config, examples)
         pool, _ = draw(kept, config.limit, 0, config.seed)
-        labels = [world.labels[example.row_index] for example in pool]
+        known = [world.labels[example.row_index] for example in pool]
+        labels = Labels([label.quality for label in known], [label.family for label in known])
+        counts: dict[str, Any] = {"accepted": len(kept), "heldout": len(world.benchmark), "rejected": len(repeated)}
+        if config.corruption.share:
+            changes = corruption.changes_of_text(pool) | _world_changes(world)
+            pool, labels = _corrupt(config.corruption, pool, labels, changes, len(world.rows))
+            counts["corrupted"] = _corrupted(labels)
         write_examples(folder / EXAMPLES_FILE, pool)
         # the benchmark's own answers serve as held-out examples: they are clean, unlike the pool
         held = [{**item, "output": item["reference"]} for item in world.benchmark]
         write_examples(folder / HELDOUT_FILE, formats.parse_rows(enumerate(held), "alpaca", FieldsConfig())[0])
-        quality, family = [label.quality for label in labels], [label.family for label in labels]
-        pq.write_table(pa.table({"quality": quality, "family": family}), folder / LABELS_FILE)
+        _write_labels(folder, labels)
         write_rejected(folder / "rejected.jsonl", repeated)
         (folder / BENCHMARK_FILE).write_text(json.dumps(world.benchmark, indent=1), encoding="utf-8")
-        return {"rows": len(pool), "accepted": len(kept), "heldout": len(held), "rejected": len(repeated)}
+        return counts | {"rows": len(pool)}
 
     return runtime.store.obtain("load", f"{config.name}-{config.size}", _settings(config), [], make, version=VERSION)
+
+
+def _world_changes(world: verifiable.World) -> dict[str, corruption.Change]:
+    """The kinds of corruption that have to keep to the embedded world's words, or to its form."""
+
+    def reworded(example: Example, rng: random.Random) -> corruption.Texts:
+        family = world.labels[example.row_index].family
+        return (*verifiable.reworded(family, example.instruction, example.input, rng), example.output)
+
+    return {
+        "wrong_answer": corruption.of_output(verifiable.wrong_answer),
+        "garbled": corruption.of_output(verifiable.garbled),
+        "near_duplicate": reworded,
+    }
+
+
+def _corrupt(
+    config: CorruptionConfig,
+    pool: Sequence[Example],
+    labels: Labels,
+    changes: Mapping[str, corruption.Change],
+    next_row: int,
+) -> tuple[list[Example], Labels]:
+    """Corrupt a share of the pool; what is spoilt or a duplicate already stays as it is."""
+    made = corruption.corrupt(
+        pool,
+        changes,
+        share=config.share,
+        kinds=config.kinds,
+        seed=config.seed,
+        next_row=next_row,
+        sound=[position for position, quality in enumerate(labels.quality) if quality == "clean"],
+    )
+    source = [position if origin is None else origin for position, origin in enumerate(made.origin)]
+    quality = [kind or labels.quality[position] for kind, position in zip(made.kind, source, strict=True)]
+    family = None if labels.family is None else [labels.family[position] for position in source]
+    return made.examples, Labels(quality, family, made.kind, made.origin)
+
+
+def _corrupted(labels: Labels) -> dict[str, int]:
+    return dict(Counter(kind for kind in labels.corruption or () if kind))
+
+
+def _write_labels(folder: Path, labels: Labels) -> None:
+    """A column for each thing that is known."""
+    columns = {name: values for name, values in vars(labels).items() if values is not None}
+    types = {"origin": pa.int64()}
+    arrays = {name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()}
+    pq.write_table(pa.table(arrays), folder / LABELS_FILE)
 
 
 def pool_of(loaded: Artifact) -> list[Example]:
@@ -147,9 +225,16 @@ def benchmark_rows(loaded: Artifact) -> list[dict[str, str]]:
 
 
 def labels_of(loaded: Artifact) -> Labels | None:
-    """Quality labels and families, where the data has them; for reports only."""
+    """What is known of the examples, where anything is; for reports only."""
     path = loaded.file(LABELS_FILE)
     if not path.is_file():
         return None
-    table = pq.read_table(path)
-    return Labels(table["quality"].to_pylist(), table["family"].to_pylist())
+    columns = pq.read_table(path).to_pydict()
+    return Labels(columns["quality"], columns.get("family"), columns.get("corruption"), columns.get("origin"))
+
+
+def corruption_of(loaded: Artifact) -> dict[int, str]:
+    """What was done to the examples at these positions; empty for data as it was read."""
+    labels = labels_of(loaded)
+    kinds = labels.corruption if labels else None
+    return {position: kind for position, kind in enumerate(kinds or ()) if kind}

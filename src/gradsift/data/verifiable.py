@@ -7,13 +7,19 @@ every row carries a label, which lets a selection method be judged against the t
 Labels say what a row teaches. Of two contradictory twins (one prompt, two answers) the one with the wrong answer is
 `contradictory` and spoilt; the other has the right answer and stays `clean`, though no method can tell them apart
 without knowing the task. Duplicates repeat clean rows: they are not spoilt, only redundant, and a class of their own.
+
+With `delayed` there are two more families, about operations whose names mean nothing before the rows are learnt: a
+`named` row shows what one name does, and a `chained` row applies two names one after the other, so that what it
+teaches can be taken up only once the names are known (delayed credit, an open question of GRADFILTERING).
 """
 
+import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from fractions import Fraction
 
 from gradsift.errors import ConfigError
 
@@ -154,6 +160,33 @@ def _look_up(arguments: str) -> str:
 def _swap_ends(arguments: str) -> str:
     first, *middle, last = arguments.split()
     return " ".join([last, *middle, first])
+
+
+# What the names of the delayed families stand for. Capitals are in the vocabulary, and nothing in the pretraining text
+# gives them a meaning; `named` rows alone do.
+OPERATIONS: dict[str, Callable[[list[str]], list[str]]] = {
+    "BA": lambda words: words[::-1],
+    "DI": lambda words: [words[-1], *words[1:-1], words[0]],
+    "FO": lambda words: words[1:],
+    "KU": lambda words: [word.upper() for word in words],
+    "LE": lambda words: [*words[1:], words[0]],
+}
+
+
+def _draw_named(rng: random.Random) -> str:
+    return " ".join([rng.choice(list(OPERATIONS)), MARK, *_syllables(rng, 4, 4)])
+
+
+def _draw_chained(rng: random.Random) -> str:
+    return " ".join([*rng.sample(list(OPERATIONS), 2), MARK, *_syllables(rng, 4, 4)])
+
+
+def _operate(arguments: str) -> str:
+    """The words after the mark, put through the operations named before it, from left to right."""
+    names, words = _asked_and_list(arguments)
+    for name in names:
+        words = OPERATIONS[name](words)
+    return " ".join(words)
 
 
 # Families with one-word answers alternate with families of longer ones: the tasks are dealt out in this order, so any
@@ -326,8 +359,38 @@ _OTHER_FAMILIES = (
     _Family("falling", "#falling", _draw_numbers, lambda text: " ".join(sorted(text.split(), key=int, reverse=True))),
 )
 
-_BY_NAME = {family.name: family for family in _FAMILIES}
-FAMILIES = tuple(_BY_NAME)
+# Apart from _FAMILIES: no pretraining text is drawn from them, and their wordings use words that are there anyway, so a
+# world with them has the vocabulary, and takes the backbones, of one without.
+_NAMED = _Family(
+    "named",
+    "",
+    _draw_named,
+    _operate,
+    (
+        "change the list as the capital word say",
+        "work out what the capital word make of the list",
+        "write the list as told in big letters",
+        "put the words in the order of the capital word",
+    ),
+)
+_CHAINED = _Family(
+    "chained",
+    "",
+    _draw_chained,
+    _operate,
+    (
+        "change the list as two capital words say",
+        "work out what the two words make of the list",
+        "change the list by one capital word and by another",
+        "write the list as told by two capital words in a row",
+    ),
+)
+DEFINING = _NAMED.name  # the family whose rows show what a name does
+DELAYED = _CHAINED.name  # the family whose rows can be learnt only once the names are
+MOST_DELAYED = 0.5  # three quarters of the tasks are then about names
+
+FAMILIES = tuple(family.name for family in _FAMILIES)
+_BY_NAME = {family.name: family for family in (*_FAMILIES, _NAMED, _CHAINED)}
 
 VOCABULARY: tuple[str, ...] = (
     *NUMBERS,
@@ -344,7 +407,13 @@ VOCABULARY: tuple[str, ...] = (
 
 
 def generate(
-    *, size: int = 2000, spoilt: float = 0.5, duplicates: float = 0.06, benchmark_items: int = 390, seed: int = 0
+    *,
+    size: int = 2000,
+    spoilt: float = 0.5,
+    duplicates: float = 0.06,
+    benchmark_items: int = 390,
+    delayed: float = 0.0,
+    seed: int = 0,
 ) -> World:
     """Draw a dataset and its benchmark; equal arguments give equal worlds on every machine.
 
@@ -352,33 +421,33 @@ def generate(
     spoilt           share of rows with a wrong answer, in equal parts (to one row) of the four kinds in SPOILT
     duplicates       share of rows that repeat a clean row, half of them word for word, half with another wording
     benchmark_items  questions with right answers; none asks for the same family and arguments as any row
+    delayed          share of the tasks, of rows and benchmark alike, that chain two named operations; half as many
+                     more show what one name does. 0 gives the same bytes as a world without the option
 
-    Families are equally frequent before spoiling; a truncated answer had more than one word, so that kind comes from
-    the families with such answers, and those families have fewer rows of the other kinds instead.
+    The families of FAMILIES are equally frequent before spoiling; a truncated answer had more than one word, so that
+    kind comes from the families with such answers, and those families have fewer rows of the other kinds instead.
     Raises ConfigError for arguments that no world can satisfy.
     """
-    _refuse_impossible(size, spoilt, duplicates, benchmark_items)
+    _refuse_impossible(size, spoilt, duplicates, benchmark_items, delayed)
     n_spoilt, n_duplicates = round(size * spoilt), round(size * duplicates)
     counts = _divide(n_spoilt, SPOILT) | _divide(n_duplicates, DUPLICATES)
     counts["clean"] = size - n_spoilt - n_duplicates
 
     rng = random.Random(f"verifiable rows {seed}")
     own_prompt = counts["clean"] + n_spoilt - counts["contradictory"]  # rows that share their prompt with no other
-    tasks = _draw_tasks(own_prompt + benchmark_items, rng)
+    tasks = _draw_tasks(own_prompt + benchmark_items, delayed, rng)
     asked, tasks = tasks[:benchmark_items], tasks[benchmark_items:]
     clean, to_spoil = tasks[: counts["clean"]], tasks[counts["clean"] :]
 
     labelled = [(_row(task, task.answer), Label("clean", task.family.name)) for task in clean]
     labelled += _spoil(to_spoil, [task.answer for task in tasks], counts, rng)
     for task in rng.sample(clean, counts["contradictory"]):
-        labelled.append((_row(task, _wrong_answer(task, rng)), Label("contradictory", task.family.name)))
+        labelled.append((_row(task, wrong_answer(task.answer, rng)), Label("contradictory", task.family.name)))
     repeated = rng.sample(clean, n_duplicates)
     for task in repeated[: counts["exact_duplicate"]]:
         labelled.append((_row(task, task.answer), Label("exact_duplicate", task.family.name)))
     for task in repeated[counts["exact_duplicate"] :]:
-        other = rng.choice([wording for wording in task.family.wordings if wording != task.wording])
-        reworded = _Task(task.family, task.arguments, other)
-        labelled.append((_row(reworded, task.answer), Label("near_duplicate", task.family.name)))
+        labelled.append((_row(_reworded(task, rng), task.answer), Label("near_duplicate", task.family.name)))
     rng.shuffle(labelled)
     return World([row for row, _ in labelled], [label for _, label in labelled], _benchmark(asked))
 
@@ -437,15 +506,59 @@ def plain_prompt(instruction: str, given: str) -> str:
 
 def solve(family: str, instruction: str, given: str) -> str:
     """The right answer to a prompt of this world, computed from its text. Raises ConfigError for an unknown prompt."""
+    return _task_of(family, instruction, given).answer
+
+
+def reworded(family: str, instruction: str, given: str, rng: random.Random) -> tuple[str, str]:
+    """Instruction and input that ask for the same in another wording. Raises ConfigError for an unknown prompt."""
+    return _asked(_reworded(_task_of(family, instruction, given), rng))
+
+
+def wrong_answer(answer: str, rng: random.Random) -> str:
+    """A wrong answer of the right form: as many words as the right one has, of the same kind."""
+    right = answer.split()
+    if right[0] in ("yes", "no"):
+        return "no" if right[0] == "yes" else "yes"
+    kind = next(words for words in (NUMBERS, SYLLABLES, CAPITALS) if right[0] in words)
+    while True:
+        wrong = [rng.choice(kind) for _ in right]
+        if wrong != right:
+            return " ".join(wrong)
+
+
+def garbled(answer: str, rng: random.Random) -> str:
+    """As many words as the answer has, each any word of the vocabulary."""
+    while True:
+        words = " ".join(rng.choice(VOCABULARY) for _ in answer.split())
+        if words != answer:
+            return words
+
+
+def _task_of(family: str, instruction: str, given: str) -> _Task:
     if family not in _BY_NAME:
-        raise ConfigError(f"family={family!r} is not in this world; one of {', '.join(FAMILIES)}")
+        raise ConfigError(f"family={family!r} is not in this world; one of {', '.join(_BY_NAME)}")
     for wording in _BY_NAME[family].wordings:
         head, hole, tail = wording.partition("{}")
         if not hole and instruction == wording:
-            return _BY_NAME[family].solve(given)
+            return _Task(_BY_NAME[family], given, wording)
         if hole and instruction.startswith(head) and instruction.endswith(tail):
-            return _BY_NAME[family].solve(instruction[len(head) : len(instruction) - len(tail)])
+            return _Task(_BY_NAME[family], instruction[len(head) : len(instruction) - len(tail)], wording)
     raise ConfigError(f"instruction={instruction!r} is no wording of family {family!r}; pass the row's own family")
+
+
+def _reworded(task: _Task, rng: random.Random) -> _Task:
+    other = rng.choice([wording for wording in task.family.wordings if wording != task.wording])
+    return _Task(task.family, task.arguments, other)
+
+
+def right_answer(instruction: str, given: str) -> str:
+    """The right answer to a prompt of any family, found by its wording. Raises ConfigError for an unknown prompt."""
+    for family in FAMILIES:
+        try:
+            return solve(family, instruction, given)
+        except ConfigError:  # another family's wording
+            continue
+    raise ConfigError(f"instruction={instruction!r} is no wording of this world; pass an unchanged row of it")
 
 
 def answers_match(output: str, reference: str) -> bool:
@@ -459,7 +572,7 @@ def effective_families(families: Sequence[str]) -> float:
     return math.exp(-sum(share * math.log(share) for share in shares)) if shares else 0.0
 
 
-def _refuse_impossible(size: int, spoilt: float, duplicates: float, benchmark_items: int) -> None:
+def _refuse_impossible(size: int, spoilt: float, duplicates: float, benchmark_items: int, delayed: float) -> None:
     if size < 1:
         raise ConfigError(f"size={size}: a dataset has at least one row; raise size")
     if benchmark_items < 0:
@@ -472,6 +585,8 @@ def _refuse_impossible(size: int, spoilt: float, duplicates: float, benchmark_it
     for name, share in (("spoilt", spoilt), ("duplicates", duplicates)):
         if not 0 <= share <= 1:
             raise ConfigError(f"{name}={share}: a share lies between 0 and 1; 0 means none")
+    if not 0 <= delayed <= MOST_DELAYED:
+        raise ConfigError(f"delayed={delayed}: this share lies between 0 and {MOST_DELAYED}; 0 means none")
     n_spoilt, n_duplicates = round(size * spoilt), round(size * duplicates)
     clean = size - n_spoilt - n_duplicates
     twins = _divide(n_spoilt, SPOILT)["contradictory"]
@@ -488,17 +603,25 @@ def _divide(total: int, kinds: Sequence[str]) -> dict[str, int]:
     return {kind: part + (index < rest) for index, kind in enumerate(kinds)}
 
 
-def _draw_tasks(count: int, rng: random.Random) -> list[_Task]:
+def _draw_tasks(count: int, delayed: float, rng: random.Random) -> list[_Task]:
     """Tasks of all families in turn, no two with the same family and arguments."""
     tasks: list[_Task] = []
     seen: set[tuple[str, str]] = set()
-    while len(tasks) < count:
-        family = _FAMILIES[len(tasks) % len(_FAMILIES)]
+    for family in itertools.islice(_families_in_turn(delayed), count):
         arguments = family.draw(rng)
-        if (family.name, arguments) not in seen:
-            seen.add((family.name, arguments))
-            tasks.append(_Task(family, arguments, rng.choice(family.wordings)))
+        while (family.name, arguments) in seen:
+            arguments = family.draw(rng)
+        seen.add((family.name, arguments))
+        tasks.append(_Task(family, arguments, rng.choice(family.wordings)))
     return tasks
+
+
+def _families_in_turn(delayed: float) -> Iterator[_Family]:
+    """The families over and over, those about names spread evenly; of these, two in three are chained."""
+    plain, about_names = itertools.cycle(_FAMILIES), itertools.cycle((_CHAINED, _NAMED, _CHAINED))
+    share = Fraction(str(delayed)) * Fraction(3, 2)
+    for index in itertools.count():
+        yield next(about_names if int((index + 1) * share) > int(index * share) else plain)
 
 
 def _asked(task: _Task) -> tuple[str, str]:
@@ -527,22 +650,10 @@ def _spoil(
         rows.append((_row(task, " ".join(words[: rng.randrange(1, len(words))])), Label("truncated", task.family.name)))
     for index, task in enumerate(others):
         if index < counts["wrong_answer"]:
-            rows.append((_row(task, _wrong_answer(task, rng)), Label("wrong_answer", task.family.name)))
+            rows.append((_row(task, wrong_answer(task.answer, rng)), Label("wrong_answer", task.family.name)))
         else:
             rows.append((_row(task, _foreign_answer(task, answers, rng)), Label("mismatched_answer", task.family.name)))
     return rows
-
-
-def _wrong_answer(task: _Task, rng: random.Random) -> str:
-    """A wrong answer of the right form: as many words, of the same kind."""
-    right = task.answer.split()
-    if right[0] in ("yes", "no"):
-        return "no" if right[0] == "yes" else "yes"
-    kind = next(words for words in (NUMBERS, SYLLABLES, CAPITALS) if right[0] in words)
-    while True:
-        wrong = [rng.choice(kind) for _ in right]
-        if wrong != right:
-            return " ".join(wrong)
 
 
 def _foreign_answer(task: _Task, answers: Sequence[str], rng: random.Random) -> str:

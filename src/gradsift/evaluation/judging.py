@@ -23,7 +23,7 @@ class Judgment:
     """One reply of a judge about one pair in one order, as it stands in `judgments.jsonl`.
 
     The scores belong to the model and to the reference model, whichever was shown first; both are
-    None, and `reason` says why, where `valid` is false.
+    None, and `reason` says why, where `valid` is false. Beside scores, `reason` says what is odd about them.
     """
 
     benchmark: str
@@ -186,7 +186,7 @@ def _judgment(judge: str, prompt_hash: str, request: JudgeRequest, reply: Reply)
     elif not all(map(math.isfinite, scores)):
         scores, reason = None, "a score is not finite"
     else:
-        scores, reason = scores if request.order == "forward" else (scores[1], scores[0]), None
+        scores = scores if request.order == "forward" else (scores[1], scores[0])
     return Judgment(
         benchmark=request.benchmark,
         item_id=request.item_id,

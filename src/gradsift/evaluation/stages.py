@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -26,21 +26,35 @@ from gradsift.data.batching import collate
 from gradsift.data.download import fetch_url
 from gradsift.data.load import benchmark_rows, heldout_of
 from gradsift.data.tokens import Encoded, encode, encode_prompt
-from gradsift.data.verifiable import answers_match
+from gradsift.data.verifiable import FAMILIES, answers_match
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.benchmarks import Item, load_benchmark
+from gradsift.evaluation.bias import length_bias, position_bias
+from gradsift.evaluation.chat import ChatClient
 from gradsift.evaluation.generation import generate_answers, model_outputs, read_model_outputs, write_model_outputs
-from gradsift.evaluation.judges import Judge
+from gradsift.evaluation.judges import Rater
+from gradsift.evaluation.judges.openai import OpenaiJudge
+from gradsift.evaluation.judges.parsing import Parse
+from gradsift.evaluation.judges.rating import wording_hash
+from gradsift.evaluation.judges.verifier import VerifierJudge
 from gradsift.evaluation.judging import judge_pairs, read_judgments
 from gradsift.evaluation.pws import read_pws, summarise, write_pws
+from gradsift.evaluation.reply_cache import ReplyCache
+from gradsift.evaluation.spending import Terms
 from gradsift.runtime import Runtime
+from gradsift.sources import Source
 from gradsift.training.backbones import backbone, load_backbone
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.finetuning import ResponseLosses, require_finite
 from gradsift.training.target import load_tuned
 
+if TYPE_CHECKING:
+    from gradsift.evaluation.judges.local import LocalJudge
+
 VERSION = 2
+PWS_VERSION = 3
 OUTPUTS_FILE = "model_outputs.json"
+REPLIES_FILE = "judge_cache.sqlite"  # in the store's folder, for all runs
 _LOSS_TOKENS = 4096  # padded tokens at once, where compute.tokens does not say; no result depends on it
 
 
@@ -57,10 +71,12 @@ def benchmark_items(runtime: Runtime, config: BenchmarkConfig, loaded: Artifact)
 
 
 def embedded_items(loaded: Artifact) -> list[Item]:
-    """The benchmark that came with the embedded world."""
+    """The benchmark that came with the embedded world; the families of `data.delayed` are benchmarks of their own."""
+    rows = benchmark_rows(loaded)
+    names = [EMBEDDED if row["family"] in FAMILIES else f"{EMBEDDED}_{row['family']}" for row in rows]
     return [
-        Item(EMBEDDED, row["item_id"], row["instruction"], row["input"], row["reference"])
-        for row in benchmark_rows(loaded)
+        Item(name, row["item_id"], row["instruction"], row["input"], row["reference"])
+        for name, row in zip(names, rows, strict=True)
     ]
 
 
@@ -78,7 +94,7 @@ def generate(
         "items": hashlib.sha256(questions.encode()).hexdigest(),
         "max_new_tokens": config.max_new_tokens,
         "template": target_config.template,
-        "precision": runtime.compute.precision,
+        **runtime.compute.numerics,
     }
     generator = tuned.path.name if tuned else f"{target_config.name}-untuned"
 
@@ -115,6 +131,15 @@ def accuracy(answers: Artifact) -> float | None:
     return sum(answers_match(row["output"], str(row["reference"])) for row in checked) / len(checked)
 
 
+def accuracies(answers: Artifact) -> dict[str, float]:
+    """`accuracy` for each benchmark that has reference answers."""
+    right: dict[str, list[bool]] = {}
+    for row in read_model_outputs(answers.file(OUTPUTS_FILE)):
+        if row["reference"] is not None:
+            right.setdefault(row["dataset"], []).append(answers_match(row["output"], str(row["reference"])))
+    return {benchmark: sum(found) / len(found) for benchmark, found in right.items()}
+
+
 def heldout_loss(
     runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, loaded: Artifact
 ) -> float | None:
@@ -124,7 +149,7 @@ def heldout_loss(
     settings = {
         "template": config.template,
         "max_length": config.max_length,
-        "precision": runtime.compute.precision,
+        **runtime.compute.numerics,
     }
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -163,30 +188,49 @@ def check_judge(runtime: Runtime, config: JudgeConfig) -> None:
     if isinstance(config, LocalJudgeConfig):
         backbone(runtime, config.model)
     else:
-        _client(runtime, config, None)
+        _client(runtime, config, [])
 
 
 def judge(runtime: Runtime, config: JudgeConfig, answers: Artifact, reference: Artifact) -> Artifact:
     """Judge every pair of answers in both orders; replies are kept as they arrive and never asked for twice."""
-    settings = {k: v for k, v in asdict(config).items() if k not in _NOT_JUDGMENT}
-    parents = [answers, reference]
-    model = None
-    if isinstance(config, OpenaiJudgeConfig):  # two endpoints may call different models by one name
-        settings["base_url"] = config.base_url or os.environ.get("OPENAI_BASE_URL")
-    if isinstance(config, LocalJudgeConfig):
-        model = backbone(runtime, config.model)
-        parents.append(model)
-        settings |= {"model": None, "precision": runtime.compute.precision}
+    models = judge_models(runtime, config)
 
     def make(folder: Path) -> Mapping[str, Any]:
         ours, theirs = (read_model_outputs(a.file(OUTPUTS_FILE)) for a in (answers, reference))
-        client = _client(runtime, config, model)
+        client = _client(runtime, config, models, scope=f"judge-{folder.name}")
         with runtime.display.task(f"judge={config.name}, both orders", 2 * len(ours)) as advance:
             judgments = judge_pairs(client, ours, theirs, folder / "judgments.jsonl", advance)
         invalid = sum(not judgment.valid for judgment in judgments)
-        return {"rows": len(judgments), "invalid": invalid, "combine": client.combine}
+        cost = client.cost() if isinstance(client, OpenaiJudge) else {}
+        return {"rows": len(judgments), "invalid": invalid, "combine": client.combine, "cost": cost}
 
+    settings, parents = judge_settings(runtime, config), [answers, reference, *models]
     return runtime.store.obtain("judge", config.name, settings, parents, make, version=VERSION, keep_part=True)
+
+
+def judge_models(runtime: Runtime, config: JudgeConfig) -> list[Artifact]:
+    """The model that judges, where it is on this machine."""
+    return [backbone(runtime, config.model)] if isinstance(config, LocalJudgeConfig) else []
+
+
+def judge_settings(runtime: Runtime, config: JudgeConfig) -> dict[str, Any]:
+    """What the judge's replies depend on besides prompts and models."""
+    settings = {k: v for k, v in asdict(config).items() if k not in _NOT_JUDGMENT}
+    if isinstance(config, OpenaiJudgeConfig):  # two endpoints may call different models by one name
+        settings["base_url"] = config.base_url or os.environ.get("OPENAI_BASE_URL")
+    if isinstance(config, LocalJudgeConfig):
+        settings |= {"model": None, **runtime.compute.numerics}
+    return settings
+
+
+def rater(runtime: Runtime, config: JudgeConfig) -> Source:
+    """The run's judge as what grades single examples, for the scorers that ask for it."""
+
+    def value() -> Rater:
+        return _client(runtime, config, judge_models(runtime, config))
+
+    settings = {**judge_settings(runtime, config), "wording": wording_hash()}
+    return Source(lambda: judge_models(runtime, config), value, settings)
 
 
 # what changes neither a reply nor its meaning
@@ -196,28 +240,27 @@ _NOT_JUDGMENT = (
     "api_key_env",
     "timeout",
     "retries",
+    "max_wait",
+    "give_up",
     "concurrency",
+    "dry_run",
+    "price_input",
+    "price_output",
+    "max_usd",
+    "max_calls",
     "batch_size",
 )
 
 
-def _client(runtime: Runtime, config: JudgeConfig, model: Artifact | None) -> Judge:
+def _client(
+    runtime: Runtime, config: JudgeConfig, models: Sequence[Artifact], scope: str = "judge"
+) -> OpenaiJudge | LocalJudge | VerifierJudge:
     if isinstance(config, OpenaiJudgeConfig):
-        from gradsift.evaluation.judges.openai import OpenaiJudge
-
-        return OpenaiJudge(
-            model=config.model,
-            base_url=config.base_url,
-            api_key_env=config.api_key_env,
-            temperature=config.temperature,
-            max_tokens=config.max_tokens,
-            timeout=config.timeout,
-            retries=config.retries,
-            concurrency=config.concurrency,
-        )
-    if isinstance(config, LocalJudgeConfig) and model is not None:
+        return OpenaiJudge(_chat(runtime, config), scope=scope, parse=cast(Parse, config.parse))
+    if isinstance(config, LocalJudgeConfig):
         from gradsift.evaluation.judges.local import LocalJudge
 
+        (model,) = models
         loaded = load_backbone(model, config.model, runtime.compute)
         device = device_of(runtime.compute)
         return LocalJudge(
@@ -228,21 +271,54 @@ def _client(runtime: Runtime, config: JudgeConfig, model: Artifact | None) -> Ju
             batch_size=config.batch_size,
         )
     if config.name == "verifier":
-        from gradsift.evaluation.judges.verifier import VerifierJudge
-
         return VerifierJudge(answers_match, name="verifier:exact")
     raise ConfigError(f"judge={config.name} is not known; choose verifier, local or openai")
 
 
-def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact) -> dict[str, Any]:
-    """Outcomes and PWS with intervals, per benchmark and pooled (see `gradsift.evaluation.pws`)."""
+def _chat(runtime: Runtime, config: OpenaiJudgeConfig) -> ChatClient:
+    """The endpoint, with the store's replies beside it: nothing that any run paid for is paid again."""
+    terms = Terms(config.price_input, config.price_output, config.max_usd, config.max_calls, config.dry_run)
+    return ChatClient(
+        model=config.model,
+        cache=ReplyCache(runtime.store.root / REPLIES_FILE),
+        base_url=config.base_url,
+        api_key_env=config.api_key_env,
+        temperature=config.temperature,
+        max_tokens=config.max_tokens,
+        timeout=config.timeout,
+        retries=config.retries,
+        max_wait=config.max_wait,
+        give_up=config.give_up,
+        concurrency=config.concurrency,
+        terms=terms,
+        say=runtime.display.say,
+    )
+
+
+def pws(
+    runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifact, reference: Artifact
+) -> dict[str, Any]:
+    """Outcomes and PWS with intervals, per benchmark and pooled, and the judge's bias towards place and length.
+
+    Args:
+        answers: what was judged, against `reference`.
+    """
     settings = {"bootstrap": config.bootstrap, "confidence": config.confidence, "seed": 0}
 
     def make(folder: Path) -> Mapping[str, Any]:
-        judgments = read_judgments(judged.file("judgments.jsonl"))
-        summary = summarise(judgments, judged.info["combine"], config.bootstrap, config.confidence, seed=0)
+        judgments, combine = read_judgments(judged.file("judgments.jsonl")), judged.info["combine"]
+        summary = summarise(judgments, combine, config.bootstrap, config.confidence, seed=0)
+        ours, theirs = (_lengths(artifact) for artifact in (answers, reference))
+        summary["position_bias"] = position_bias(judgments)
+        summary["length_bias"] = length_bias(judgments, combine, {item: (ours[item], theirs[item]) for item in ours})
         write_pws(folder / "pws.json", summary)
         return {"rows": len(judgments)}
 
-    made = runtime.store.obtain("pws", config.name, settings, [judged], make, version=VERSION)
+    made = runtime.store.obtain("pws", config.name, settings, [judged], make, version=PWS_VERSION)
     return read_pws(made.file("pws.json"))
+
+
+def _lengths(answers: Artifact) -> dict[tuple[str, str], int]:
+    """Characters of each answer, by benchmark and item."""
+    rows = read_model_outputs(answers.file(OUTPUTS_FILE))
+    return {(row["dataset"], row["item_id"]): len(row["output"]) for row in rows}

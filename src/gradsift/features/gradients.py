@@ -87,7 +87,7 @@ def gradient_features(
         "normalise": config.normalise,
         "template": proxy_config.template,
         "max_length": proxy_config.max_length,
-        "precision": runtime.compute.precision,
+        **runtime.compute.numerics,
     }
 
     def make(folder: Path) -> Mapping[str, Any]:

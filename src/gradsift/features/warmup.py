@@ -55,7 +55,7 @@ def warm_up(
             "epochs": None if config.schedule == "constant" and not config.warmup_ratio else config.epochs,
             "epoch": epoch,
             "seed": _seed(runtime, config),
-            "precision": runtime.compute.precision,
+            **runtime.compute.numerics,
             "template": proxy_config.template,
             "max_length": proxy_config.max_length,
             "tokens": runtime.compute.tokens if config.lora.dropout else None,  # dropout masks are drawn batch by batch

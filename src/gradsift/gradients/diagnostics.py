@@ -41,9 +41,9 @@ LEAST_DROP_SIZE = 0.005
 # The examples in which eps takes V_t's place have the highest scores of all; a hundredth of the pool
 # is a fifth of the paper's smallest budget.
 MOST_EPS_DOMINATED = 0.01
-# Median relative error of a bfloat16 norm, its part that differs between members (SmolLM2, Alpaca rows, see
-# experiments/2026-11-22-gradient-engine): with members that differ by .03 it cost the ranking .02 of Spearman.
-BFLOAT16_ERROR = 0.004
+# Median relative error of a bfloat16 norm, its part that differs between members, by the precision of the residual
+# stream (SmolLM2, Alpaca rows, see experiments/2026-11-22-gradient-engine).
+BFLOAT16_ERROR = {"float32": 0.003, "bfloat16": 0.004}
 # Its square is the share of V_t that is rounding.
 MOST_ERROR_OVER_SPREAD = 0.1
 
@@ -61,6 +61,7 @@ def diagnose_ensemble(
     """
     adapters = [load_file(chain[-1].file(ADAPTER_FILE)) for chain in trained]
     curves = [[entry["loss"] for epoch in chain for entry in read_curve(epoch.path)] for chain in trained]
+    error = 0.0 if precision == "float32" else BFLOAT16_ERROR[trained[0][-1].info["residual"]]
     found = [adapter_spread(adapters), loss_from_start(curves)]
     if statistics is not None:
         found += [
@@ -68,7 +69,7 @@ def diagnose_ensemble(
             loss_between_snapshots(statistics),
             drop_sign(statistics),
             drop_size(statistics),
-            norm_precision(precision, statistics),
+            norm_precision(error, statistics),
         ]
     return found
 
@@ -150,21 +151,24 @@ def norm_spread(statistics: Statistics, members: int) -> Diagnostic:
 # ---------------------------------------------------------------------------------------- learning
 
 
-def norm_precision(precision: str, statistics: Statistics) -> Diagnostic:
+def norm_precision(error: float, statistics: Statistics) -> Diagnostic:
     """Whether the norms are known better than the members differ.
 
-    Rounding moves a member's norm by about `BFLOAT16_ERROR`, another way for each member, so it enters
-    V_t; it is harmless only where the members differ by much more.
+    Rounding moves each member's norm another way, so it enters V_t; it is harmless only where the members
+    differ by much more.
+
+    Args:
+        error: by which rounding moves a norm, relative; 0 in float32.
     """
-    if precision == "float32":
+    if not error:
         return Diagnostic("norm_precision", "ok", {"error_over_spread": 0.0}, "gradient norms were taken in float32")
     late, variance = _defined(statistics.G_t, statistics.V_t)
     moving = late > 0
     spread = float(np.median(np.sqrt(variance[moving]) / late[moving])) if moving.any() else 0.0
     if not spread > 0:
         return Diagnostic.unknown("norm_precision", "error_over_spread", "the members do not differ")
-    share = BFLOAT16_ERROR / spread
-    seen = f"bfloat16 moves a norm by about {BFLOAT16_ERROR:.1%}, the members differ by {spread:.1%}"
+    share = error / spread
+    seen = f"bfloat16 moves a norm by about {error:.1%}, the members differ by {spread:.1%}"
     check = "the ranking with compute.precision=float32"
     return Diagnostic.judged(
         "norm_precision", share > MOST_ERROR_OVER_SPREAD, {"error_over_spread": share}, seen, check

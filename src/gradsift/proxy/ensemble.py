@@ -111,7 +111,7 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
         "member": member,
         "epoch": epoch,
         "seed": runtime.seed,
-        "precision": runtime.compute.precision,
+        **runtime.compute.numerics,
         "lora": asdict(config.lora),
         "template": config.template,
         "max_length": config.max_length,

@@ -18,6 +18,7 @@ from gradsift.training.backbones import Backbone
 from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.finetuning import Finetuning, Optimization, fit
+from gradsift.training.residual import residual_precision
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 
@@ -62,7 +63,7 @@ def train_epoch(
     """Train over the steps of `plan` (positions in `inputs.encoded`); write adapter, optimiser state and curve.
 
     Returns:
-        optimizer_steps, rows, and the sizes of the adapter's factors.
+        optimizer_steps, rows, the precision of the residual stream, and the sizes of the adapter's factors.
     """
     backbone, encoded, row_indices, budget = inputs
     module = Finetuning(adapted, optimization, budget, backbone.pad_id, start.first_step)
@@ -74,7 +75,8 @@ def train_epoch(
     steps = fit(module, encoded, plan, compute=compute, row_indices=row_indices, callbacks=[*callbacks, keeper])
     lora.save_adapter(adapted, folder)
     write_curve(folder, module.curve)
-    return {"optimizer_steps": steps, "rows": len(encoded), **lora.factor_sizes(adapted)}
+    residual = residual_precision(backbone.model)
+    return {"optimizer_steps": steps, "rows": len(encoded), "residual": residual, **lora.factor_sizes(adapted)}
 
 
 class OptimizerKeeper(L.Callback):

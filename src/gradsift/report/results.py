@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.artifacts import Artifact, Store
-from gradsift.data.load import Labels, labels_of
-from gradsift.data.verifiable import SPOILT, effective_families
+from gradsift.data.load import SPOILT, Labels, labels_of
+from gradsift.data.verifiable import effective_families
 from gradsift.diagnostics import read_diagnostics
+from gradsift.report.audit_tables import AUDIT_FILE
 from gradsift.runtime import peak_memory
 from gradsift.scoring.scores import SCORED
 from gradsift.scoring.stage import scores_of
@@ -34,6 +35,7 @@ class Results:
     about: dict[str, Any]  # what tells this run from others
     values: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # what a person may want to open
+    ends_early: bool = False
     _started: float = field(default_factory=time.perf_counter)
 
     def loaded(self, artifact: Artifact) -> None:
@@ -63,6 +65,13 @@ class Results:
         shutil.copyfile(artifact.file(SELECTION_FILE), self.folder / SELECTION_FILE)
         self.files["selection"] = str(self.folder / SELECTION_FILE)
 
+    def audited(self, audit: dict[str, Any]) -> None:
+        """`audit.json` holds all of it, `run.json` all but the positions that were selected."""
+        (self.folder / AUDIT_FILE).write_text(json.dumps(audit, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        short = [{k: v for k, v in cell.items() if k != "positions"} for cell in audit["selections"]]
+        self.values["audit"] = audit | {"selections": short}
+        self.files["audit"] = str(self.folder / AUDIT_FILE)
+
     def _diagnosed(self, artifact: Artifact) -> None:
         found = self.values.setdefault("diagnostics", {})
         found |= read_diagnostics(artifact.path)
@@ -75,17 +84,26 @@ class Results:
         self.tracker.curve("finetune", curve)
         self.values["final_training_loss"] = _tail_mean([entry["loss"] for entry in curve])
 
-    def answered(self, accuracy: float | None) -> None:
+    def answered(self, accuracy: float | None, by_benchmark: dict[str, float]) -> None:
         self.values["accuracy"] = {"model": accuracy}
+        if len(by_benchmark) > 1:
+            self.values["accuracy"]["benchmarks"] = by_benchmark
 
     def is_reference(self) -> None:
         self.values["pws"] = 1.0
         self.values["pws_by_definition"] = True
 
+    def planned(self, plan: str) -> None:
+        """A dry run ends here: what it would have sent."""
+        self.values["dry_run"] = plan
+        self.ends_early = True
+
     def judged(self, summary: dict[str, Any], artifact: Artifact) -> None:
         self.values["pws"] = summary["pooled"]["pws"]
         self.values["pooled"] = summary["pooled"]
         self.values["benchmarks"] = summary["benchmarks"]
+        self.values |= {name: summary[name] for name in ("position_bias", "length_bias")}
+        self.values["judging"] = {key: artifact.info[key] for key in ("invalid", "cost") if key in artifact.info}
         self.files["judgments"] = str(artifact.file("judgments.jsonl"))
 
     def reference(self, heldout_loss: float | None, accuracy: float | None) -> None:
@@ -128,10 +146,16 @@ def composition(labels: Labels, positions: list[int]) -> dict[str, Any]:
     return {
         "labels": shares,
         "spoilt_share": sum(shares.get(name, 0.0) for name in SPOILT),
-        "families": effective_families([labels.family[position] for position in positions]),
         "spoilt_share_pool": sum(labels.quality.count(name) for name in SPOILT) / len(labels.quality),
-        "families_pool": effective_families(labels.family),
+        **_families(labels.family, positions),
     }
+
+
+def _families(family: list[str] | None, positions: list[int]) -> dict[str, float]:
+    if family is None:
+        return {}
+    kept = [family[position] for position in positions]
+    return {"families": effective_families(kept), "families_pool": effective_families(family)}
 
 
 def _tail_mean(losses: list[float]) -> float:

@@ -24,7 +24,7 @@ Row = dict[str, Any]
 SETTINGS = ("dataset", "proxy", "members", "snapshots", "target", "judge", "scorer", "alpha", "settings", "benchmark")
 SEEDS = ("data_seed", "seed")
 _OWN_COLUMN = ("scorer", "alpha", "data", "proxy", "target", "judge", "proxy.members", "proxy.snapshots")
-_SEED_KEYS = ("seed", "data.seed", "scorer.seed")
+SEED_KEYS = ("seed", "data.seed", "data.corruption.seed", "scorer.seed")
 COUNTS = ("win", "tie", "lose", "invalid")
 MEASURES = ("rows", "pws", "accuracy", "heldout_loss", "spoilt_share", "families")
 UNTUNED = "(no finetuning)"
@@ -33,9 +33,7 @@ TITLE = "PWS against the model tuned on all rows"
 
 def with_settings(runs: Sequence[Run]) -> list[Run]:
     """The runs, each with the overrides that tell it from the others as `settings`."""
-    own = [
-        [o for o in run.get("overrides") or [] if o.split("=", 1)[0] not in _OWN_COLUMN + _SEED_KEYS] for run in runs
-    ]
+    own = [[o for o in run.get("overrides") or [] if o.split("=", 1)[0] not in _OWN_COLUMN + SEED_KEYS] for run in runs]
     shared = set(own[0]).intersection(*own) if own else set()
     return [
         {**run, "settings": " ".join(o for o in overrides if o not in shared)}
@@ -61,7 +59,7 @@ def _row(run: Run, benchmark: str, cell: Mapping[str, Any]) -> Row:
         "benchmark": benchmark,
         "rows": _get(run, "selection", "rows"),
         **{name: cell.get(name) for name in ("pws", "pws_low", "pws_high", *COUNTS)},
-        "accuracy": _get(run, "accuracy", "model"),
+        "accuracy": (_get(run, "accuracy", "benchmarks") or {}).get(benchmark, _get(run, "accuracy", "model")),
         "heldout_loss": _get(run, "heldout_loss", "model"),
         "spoilt_share": _get(run, "selection", "spoilt_share"),
         "families": _get(run, "selection", "families"),

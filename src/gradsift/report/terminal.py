@@ -13,11 +13,16 @@ from rich.text import Text
 
 from gradsift.artifacts import StageRecord
 from gradsift.diagnostics import write_diagnostics
+from gradsift.report.audit_tables import audit_tables, rich_table, sweep_audit, write_audit
 from gradsift.report.tables import against_random, pws_table, write_csv
 from gradsift.runtime import Display
 
 RUN_FILE = "run.json"
 _MEMORY = {"process_peak_resident_gb": "resident", "process_peak_cuda_gb": "on the GPU"}
+_RATERS = {
+    "local": "judge=local rated with a small model: a plumbing check, its scores say nothing of the rows",
+    "verifier": "judge=verifier rated as an oracle that knows the embedded world's right answers: an upper bound",
+}
 _BASELINES = ("random", "full")  # ask no model for anything
 
 
@@ -67,6 +72,7 @@ class RunView:
         if run["status"] == "finished":
             self.display.console.print()
             self.display.console.print(pws_table([run]))
+        _show_audit([(folder / RUN_FILE, run)], self.display)
         self.display.say("")
         for name, path in {"run": str(folder / RUN_FILE), **run["files"]}.items():
             self.display.say(f"{name}: {path}")
@@ -81,9 +87,16 @@ def remarks(run: dict[str, Any]) -> list[str]:
         lines.append(f"{count:,} rows have no score or are dropped by the method: {reason}")
     selection = run.get("selection", {})
     if shortfall := selection.get("shortfall"):
-        lines.append(f"the selection is {shortfall:,} rows short of its budget: no more rows have a score")
+        scored = run.get("scores", {}).get("statuses", {}).get("scored")
+        early = scored is not None and selection["rows"] < scored
+        why = "the selector stopped before" if early else "no more rows have a score"
+        lines.append(f"the selection is {shortfall:,} rows short of its budget: {why}")
     if run.get("proxy") == "tiny_bytes" and "scores" in run and run.get("scorer") not in _BASELINES:
         lines.append("proxy=tiny_bytes has random weights: its scores are a plumbing check and say nothing of the rows")
+    if run.get("dry_run"):
+        lines.append("judge.dry_run=true: nothing was sent; the same command without it goes on from here")
+    if run.get("scorer") == "llm_rating" and "scores" in run and run.get("judge") in _RATERS:
+        lines.append(_RATERS[run["judge"]])
     if run.get("judge") == "local" and run.get("status") == "finished":
         lines.append("judge=local with a small model is a plumbing check: its PWS says nothing about quality")
     return lines
@@ -110,6 +123,19 @@ def _job_number(path: Path) -> tuple[int, str]:
     return (int(number) if number.isdecimal() else 0, path.parent.name)
 
 
+def _show_audit(jobs: Sequence[tuple[Path, dict[str, Any]]], display: Display, folder: Path | None = None) -> bool:
+    """Print the tables of a noise audit and write its files to `folder`; False where no job was audited."""
+    audit = sweep_audit(jobs)
+    if audit is None:
+        return False
+    if folder is not None:
+        write_audit(folder, audit)
+    for table in audit_tables(audit, brief=True):
+        display.console.print()
+        display.console.print(rich_table(table))
+    return True
+
+
 def sweep_finished(folder: Path) -> bool:
     """Print the sweep's table, write `results.csv`; False if a job failed."""
     display = Display()
@@ -125,6 +151,8 @@ def sweep_finished(folder: Path) -> bool:
             for line in findings({diagnostic.name: diagnostic.as_json() for diagnostic in compared}):
                 display.say(line)
         display.say(f"\ntable: {folder / 'results.csv'}")
+    if _show_audit(list(zip(files, runs, strict=True)), display, folder):
+        display.say(f"\naudit: {folder / 'audit.md'}")
     display.say(f"runs: {folder}")
     for path, run in failed:
         display.say(f"failed: {path.parent.name} ({shlex.join(run['overrides'])}): {run['error']}")

@@ -41,7 +41,7 @@ def score(
         statuses, counts = _counts(scores)
         return {"rows": len(examples), **dict(zip(statuses, counts, strict=True))}
 
-    settings = {"precision": runtime.compute.precision, **scorer.settings(sources)}
+    settings = {**runtime.compute.numerics, **scorer.settings(sources)}
     parents = [loaded, *scorer.parents(sources)]
     return runtime.store.obtain("score", scorer.name, settings, parents, make, version=VERSION)
 

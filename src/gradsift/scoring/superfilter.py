@@ -42,6 +42,7 @@ from gradsift.runtime import Advance
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
 from gradsift.scoring.spans import Span, Task, span_losses, token_ids
 from gradsift.training.backbones import Backbone
+from gradsift.training.residual import residual_in_float32
 
 _NOTHING_LEFT = "the prompt leaves no token of the response within max_length"
 _NOTHING_ALONE = "the response has a single token, of which none is scored alone"
@@ -260,9 +261,11 @@ def ifd_spans(
 
 
 def in_bfloat16(model: nn.Module) -> nn.Module:
-    """A copy with bfloat16 weights; buffers, such as the frequencies of rotary positions, stay as they are."""
+    """A copy as `load_backbone` gives it in bfloat16; buffers, such as the frequencies of rotary positions, stay."""
     weights: dict[int, Any] = {
         id(weight): nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
         for weight in model.parameters()
     }
-    return copy.deepcopy(model, weights)
+    half = copy.deepcopy(model, weights)
+    residual_in_float32(half)
+    return half

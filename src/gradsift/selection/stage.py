@@ -34,12 +34,14 @@ def select(
     measures: Callable[[], Mapping[str, np.ndarray]],
     alpha: float,
     base: str,
+    corruption: Mapping[int, str],
 ) -> Artifact:
     """Keep floor(alpha x N) examples; what is lacking where fewer have a score is a reported shortfall.
 
     Args:
         measures: for the diagnostics (see `diagnose_selection`); of what the scores were made of and nothing else.
         base: what N counts: `accepted` rows, or `scored` ones.
+        corruption: what was injected at which position, from the loaded data; the selection says so of these rows.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -54,7 +56,7 @@ def select(
         if not len(positions):
             why = "; ".join(diagnostic.message for diagnostic in choice.diagnostics) or "it does not say why"
             raise GradsiftError(f"selector={selector.name} selected no example ({why}); choose another selector")
-        write_selection(folder / SELECTION_FILE, positions, scores, examples)
+        write_selection(folder / SELECTION_FILE, positions, scores, examples, corruption)
         np.save(folder / "positions.npy", positions)
         found = diagnose_selection(positions, examples, measures(), scores.parts.get("drop"))
         write_diagnostics(folder, [*found, *choice.diagnostics])
@@ -66,8 +68,17 @@ def select(
     return runtime.store.obtain("select", slug, settings, parents, make, version=VERSION)
 
 
-def write_selection(path: Path, positions: np.ndarray, scores: Scores, examples: Sequence[Example]) -> None:
-    """One line an example, best first: the original row, and under `gradsift` its rank, score and ids."""
+def write_selection(
+    path: Path,
+    positions: np.ndarray,
+    scores: Scores,
+    examples: Sequence[Example],
+    corruption: Mapping[int, str] | None = None,
+) -> None:
+    """One line an example, best first: the original row, and under `gradsift` its rank, score and ids.
+
+    The original row is the source's also where the example was corrupted for an audit; `corruption` names the kind.
+    """
     with path.open("w", encoding="utf-8") as stream:
         for rank, position in enumerate(positions, start=1):
             example = examples[position]
@@ -77,6 +88,8 @@ def write_selection(path: Path, positions: np.ndarray, scores: Scores, examples:
                 "example_id": example.example_id,
                 "row_index": example.row_index,
             }
+            if corruption and int(position) in corruption:
+                own["corruption"] = corruption[int(position)]
             row = {**example.original, "gradsift": own}
             stream.write(_json_line(row) + "\n")
 

@@ -19,6 +19,7 @@ from gradsift.config import ComputeConfig, ModelConfig
 from gradsift.errors import ConfigError, DataError
 from gradsift.runtime import Runtime
 from gradsift.training.device import device_of
+from gradsift.training.residual import residual_in_float32
 
 VERSION = 1
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -66,6 +67,7 @@ def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfi
     with _hub_errors(config):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    residual_in_float32(model)
     _same_but_faster(model, compute)
     model.requires_grad_(False)
     return Backbone(model.eval(), tokenizer)

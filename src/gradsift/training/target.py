@@ -47,7 +47,7 @@ def finetune(
         "model": None,  # the parent artifact stands for it
         "examples": identity,
         "seed": runtime.seed,
-        "precision": runtime.compute.precision,
+        **runtime.compute.numerics,
         "tokens": runtime.compute.tokens if config.lora.dropout else None,  # dropout masks are drawn batch by batch
     }
 

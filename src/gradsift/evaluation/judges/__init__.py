@@ -1,4 +1,4 @@
-"""Judges: whatever can give two answers to one question a score each.
+"""Judges: whatever can give two answers to one question a score each; and raters, which grade one example.
 
 A judge sees a pair in the order in which it is shown and knows neither which model wrote what nor
 what becomes of the scores; `gradsift.evaluation.judging` asks both orders and keeps the replies.
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from gradsift.data.examples import Turn
 from gradsift.errors import GradsiftError
 
 Order = Literal["forward", "reverse"]
@@ -20,6 +21,10 @@ Combine = Literal["signs", "sum"]
 
 class JudgeError(GradsiftError):
     """A judge could not be asked: a reply that will not come is never turned into a score."""
+
+
+class DryRun(GradsiftError):
+    """A dry run said what it would send, and ends here."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,10 @@ class JudgeRequest:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a judge said: its raw text, and the scores of first and second, or the reason why there are none."""
+    """What a judge said: its raw text, and the scores of first and second, or the reason why there are none.
+
+    A reason beside scores says what is odd about them.
+    """
 
     text: str
     scores: tuple[float, float] | None
@@ -75,6 +83,49 @@ class Judge(Protocol):
         Raises:
             JudgeError: a request failed for good; replies that had arrived were yielded before.
         """
+
+
+Question = Literal["accuracy", "complexity", "quality"]
+
+
+@dataclass(frozen=True)
+class RatingRequest:
+    """One question about one example (see `gradsift.evaluation.judges.rating`); `position` is that in the pool."""
+
+    position: int
+    question: Question
+    history: tuple[Turn, ...]
+    instruction: str
+    input: str
+    response: str
+
+
+@dataclass(frozen=True)
+class Rating:
+    """What a rater said: its raw text, and the grade, or the reason why there is none."""
+
+    text: str
+    grade: float | None
+    reason: str | None = None
+
+
+class Rater(Protocol):
+    """The interface of whatever can grade one example; the judges that can implement it too."""
+
+    @property
+    def name(self) -> str:
+        """Names the rater."""
+
+    def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Rating]]:
+        """Yield one rating for each request, in any order, as they come in.
+
+        Raises:
+            JudgeError: a request failed for good; ratings that had arrived were yielded before.
+            DryRun: it was to be said only what would be sent.
+        """
+
+    def rating_cost(self) -> dict[str, float | int | None]:
+        """What the last `rate` came to (requests, tokens, USD; None where unknown); empty where it costs nothing."""
 
 
 def content_hash(*parts: object) -> str:

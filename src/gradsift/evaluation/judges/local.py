@@ -1,4 +1,4 @@
-"""The local judge: log P("A") against log P("B") under a model on this machine.
+"""The local judge: log P("A") against log P("B") under a model on this machine; as a rater, the expected digit.
 
 A plumbing check when the model is small. SmolLM2-135M-Instruct prefers A in both orders on all 100 pairs
 of LLMBar-Natural; summed over the orders it agrees with the human label on 55 of them (chat template) or
@@ -15,7 +15,8 @@ import torch
 
 from gradsift.errors import ConfigError
 from gradsift.evaluation.generation import left_padded
-from gradsift.evaluation.judges import Combine, JudgeRequest, Reply, content_hash
+from gradsift.evaluation.judges import Combine, JudgeRequest, Question, Rating, RatingRequest, Reply, content_hash
+from gradsift.evaluation.judges.rating import SCALES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +28,11 @@ ANSWER_A = "\n\nAnswer A:\n"
 ANSWER_B = "\n\nAnswer B:\n"
 QUESTION = "\n\nWhich answer is more helpful, relevant, accurate and detailed? Reply with one letter, A or B."
 PLAIN_CUE = "\nBetter answer:"
+# The pieces around an example that is rated.
+RATED = "An instruction from a dataset"
+RATED_RESPONSE = "\n\nResponse:\n"
+RATED_ENDING = " Reply with one digit."
+RATED_CUE = "\nGrade:"
 SLOT = "\N{OBJECT REPLACEMENT CHARACTER}gradsift\N{OBJECT REPLACEMENT CHARACTER}"
 
 
@@ -73,7 +79,8 @@ class LocalJudge:
         self._max_length = min(max_length, context) if isinstance(context, int) else max_length
         self._batch_size = batch_size
         chat = bool(tokenizer.chat_template) if template == "auto" else template == "chat"
-        self._head, self._tail = _chat_frame(tokenizer) if chat else _plain_frame(tokenizer)
+        self._head, self._tail = _chat_frame(tokenizer) if chat else _plain_frame(tokenizer, PLAIN_CUE)
+        self._rated_tail = self._tail if chat else _encode(tokenizer, RATED_CUE)
         self._letters = _letter_tokens(tokenizer, "A"), _letter_tokens(tokenizer, "B")
         if not all(self._letters) or set(self._letters[0]) & set(self._letters[1]):
             raise ConfigError(f"judge.model: the tokenizer of {name} has no single tokens for A and B; choose another")
@@ -98,14 +105,67 @@ class LocalJudge:
         asked.sort(key=lambda pair: -len(pair[1]))
         for start in range(0, len(asked), self._batch_size):
             batch = asked[start : start + self._batch_size]
-            scores = self._log_probabilities([tokens for _, tokens in batch])
+            scores = self._log_probabilities([tokens for _, tokens in batch], self._letters)
             for (request, _), (a, b) in zip(batch, scores, strict=True):
                 text = f"log P(A) = {a}, log P(B) = {b}"
                 finite = math.isfinite(a) and math.isfinite(b)
                 yield request, Reply(text, (a, b)) if finite else Reply(text, None, "a log-probability is not finite")
 
-    def _log_probabilities(self, prompts: list[list[int]]) -> list[tuple[float, float]]:
-        """log P(A) and log P(B) as the next token after each prompt, summed over each letter's spellings."""
+    def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Rating]]:
+        """Yield the expected grade under the next-token probabilities of the scale's digits.
+
+        A plumbing check, as the judge is: no small model tells good data by it. A response that does not
+        fit `max_length` is cut.
+
+        Raises:
+            ConfigError: the tokenizer has no single tokens of their own for the digits.
+        """
+        for question in sorted({request.question for request in requests}):
+            scale = SCALES[question]
+            grades = range(scale.low, scale.high + 1)
+            digits = [_letter_tokens(self._tokenizer, str(grade)) for grade in grades]
+            if not all(digits):
+                raise ConfigError(
+                    f"judge.model: the tokenizer of {self.name} has no single tokens for digits; choose another"
+                )
+            asked: list[tuple[RatingRequest, list[int]]] = []
+            for request in requests:
+                if request.question != question:
+                    continue
+                tokens = self._rated_prompt(request, question)
+                if tokens is None:
+                    reason = f"the question alone exceeds judge.max_length={self._max_length} tokens"
+                    yield request, Rating("", None, reason)
+                else:
+                    asked.append((request, tokens))
+            asked.sort(key=lambda pair: -len(pair[1]))
+            for start in range(0, len(asked), self._batch_size):
+                batch = asked[start : start + self._batch_size]
+                found = self._log_probabilities([tokens for _, tokens in batch], digits)
+                for (request, _), log_p in zip(batch, found, strict=True):
+                    yield request, _expected(grades, log_p)
+
+    def rating_cost(self) -> dict[str, float | int | None]:
+        """Nothing is paid for."""
+        return {}
+
+    def _rated_prompt(self, request: RatingRequest, question: Question) -> list[int] | None:
+        """The prompt's tokens, at most `max_length`; None if the question leaves no room for the response."""
+        scale = SCALES[question]
+        turns = "".join(f"\n\nEarlier turn, {turn.role}:\n{turn.content}" for turn in request.history)
+        given = INPUT + request.input if request.input else ""
+        start = [*self._head, *self._encode(f"{RATED}.{turns}\n\nInstruction:\n{request.instruction}{given}")]
+        end = [*self._encode(f"\n\n{scale.short}{RATED_ENDING}"), *self._rated_tail]
+        if scale.shows_response:
+            start += self._encode(RATED_RESPONSE)
+        room = self._max_length - len(start) - len(end)
+        if room < scale.shows_response:
+            return None
+        response = self._encode(request.response)[:room] if scale.shows_response else []
+        return [*start, *response, *end]
+
+    def _log_probabilities(self, prompts: list[list[int]], choices: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """log P of each choice as the next token after each prompt, summed over the choice's spellings."""
         tokens, mask = left_padded(prompts, 0, self._model.device)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # forward() would count the padding
         with torch.no_grad():
@@ -114,8 +174,7 @@ class LocalJudge:
                 input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
             )
         log_p = torch.log_softmax(out.logits[:, -1].float(), dim=-1)
-        a, b = (log_p[:, ids].logsumexp(dim=-1).tolist() for ids in self._letters)
-        return list(zip(a, b, strict=True))
+        return list(zip(*(log_p[:, list(ids)].logsumexp(dim=-1).tolist() for ids in choices), strict=True))
 
     def _prompt(self, request: JudgeRequest) -> _Prompt | None:
         """The prompt's tokens, at most `max_length`; None if the question leaves no room for the answers."""
@@ -145,10 +204,20 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, markup: bool = Fal
     return ids
 
 
-def _plain_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _expected(grades: Sequence[int], log_p: Sequence[float]) -> Rating:
+    """The mean of the grades, weighted by their probabilities."""
+    weights = [math.exp(value) for value in log_p]
+    text = ", ".join(f"log P({grade}) = {value:.4f}" for grade, value in zip(grades, log_p, strict=True))
+    total = sum(weights)
+    if not (math.isfinite(total) and total > 0):
+        return Rating(text, None, "no digit has a probability")
+    return Rating(text, sum(grade * weight for grade, weight in zip(grades, weights, strict=True)) / total)
+
+
+def _plain_frame(tokenizer: PreTrainedTokenizerBase, cue: str) -> tuple[list[int], list[int]]:
     """The tokens before and after a plain prompt: the tokenizer's own start token, if any, and the cue."""
     start = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
-    return start, _encode(tokenizer, PLAIN_CUE)
+    return start, _encode(tokenizer, cue)
 
 
 def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

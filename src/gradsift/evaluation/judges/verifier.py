@@ -1,11 +1,17 @@
-"""The verifier: grades answers against the benchmark's reference answer, without any model."""
+"""The verifier: grades answers against the benchmark's reference answer, without any model.
+
+As a rater it is an oracle: it works out the right response to an example of the embedded world from the
+example's own text. Nobody has that for data of their own, so what it selects is an upper bound.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from gradsift.data.verifiable import right_answer
 from gradsift.errors import ConfigError
-from gradsift.evaluation.judges import Combine, JudgeRequest, Reply, content_hash
+from gradsift.evaluation.judges import Combine, JudgeRequest, Rating, RatingRequest, Reply, content_hash
+from gradsift.evaluation.judges.rating import SCALES
 
 
 class VerifierJudge:
@@ -39,3 +45,31 @@ class VerifierJudge:
         for request, reference in known:
             first, second = (int(self._matches(a, reference)) for a in (request.first, request.second))
             yield request, Reply(f"{first} {second}", (float(first), float(second)))
+
+    def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Rating]]:
+        """Grade each example: the highest grade if its response is right, else the lowest.
+
+        For `complexity`, which nothing in that world measures, the number of words of the right response,
+        up to the end of the scale.
+
+        Raises:
+            ConfigError: an instruction is none of the embedded world's.
+        """
+        for request in requests:
+            scale = SCALES[request.question]
+            try:
+                right = right_answer(request.instruction, request.input)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"judge=verifier can rate data=verifiable alone, and example {request.position + 1} is none of it "
+                    f"({error}); choose judge=openai or judge=local"
+                ) from error
+            if request.question == "complexity":
+                grade = min(scale.high, max(scale.low, len(right.split())))
+            else:
+                grade = scale.high if self._matches(request.response, right) else scale.low
+            yield request, Rating(right, float(grade))
+
+    def rating_cost(self) -> dict[str, float | int | None]:
+        """Nothing is paid for."""
+        return {}

@@ -1,0 +1,275 @@
+"""Known corruption, put into a share of a dataset, so that scorers can be audited on it (see `report/audit.py`).
+
+Six kinds. Four change an example's answer in place:
+
+    wrong_answer       every number another number, every sentence with a verb to negate negated; where an answer has
+                       neither, another example's answer of like length stands in for it
+    mismatched_answer  another example's answer
+    truncated          the answer up to a random word
+    garbled            the answer's words in random order, and each word's letters too
+
+Two are copies behind the last example, so nothing of the dataset is lost: they are redundant, not spoilt.
+
+    exact_duplicate    the example again
+    near_duplicate     the example again, with a word in ten of its instruction left out, said twice, or swapped
+
+The examples are otherwise what they were: `original` keeps the source's columns as they are, which is why a selection
+written from a corrupted dataset marks these rows. The embedded world has its own wrong and garbled answers and
+rewordings, within its vocabulary; the caller passes them as `changes`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from gradsift.config import COPIES
+from gradsift.data.examples import Example, make_example
+from gradsift.errors import ConfigError
+
+Texts = tuple[str, str, str]  # instruction, input, output
+Change = Callable[[Example, random.Random], Texts | None]  # None: the example offers nothing to change in this way
+
+_TRIES = 20  # a shuffle that gives back the very text is drawn again
+_NEIGHBOURS = 10  # answers of like length to choose from, either way
+_EACH_WORDS = 10  # words of an instruction to one edit
+# Numbers that count the lines of a list say nothing, so they stay.
+_NUMBER = re.compile(r"(?m)^(?P<place>\s*\d+[.):])(?=\s+\S)|(?P<number>\d+)")
+_SENTENCE = re.compile(r"[^.!?\n]+")
+_VERB = re.compile(
+    r"\b(?:(is|are|was|were|can|could|will|would|should|must|may|might)( not)?|(cannot))\b", re.IGNORECASE
+)
+_VERDICT = re.compile(r"^(\W*)(yes|no|true|false)\b", re.IGNORECASE)
+_OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """A corrupted dataset: N + D examples, the D copies last."""
+
+    examples: list[Example]
+    kind: list[str | None]  # what was done to the example; None where nothing was
+    origin: list[int | None]  # of a copy, the position of the example it repeats
+
+
+def corrupt(
+    examples: Sequence[Example],
+    changes: Mapping[str, Change],
+    *,
+    share: float,
+    kinds: Sequence[str],
+    seed: int,
+    next_row: int,
+    sound: Sequence[int] | None = None,
+) -> Corrupted:
+    """Corrupt round(share x N) of N examples, in equal parts (to one) of each kind; no example is used twice.
+
+    Args:
+        changes: how each kind is made (see `changes_of_text`).
+        next_row: the first `row_index` that no row of the source has; the copies are numbered from there.
+        sound: positions that may be corrupted or copied; all where None.
+
+    Raises:
+        ConfigError: too few examples for a part of each kind, or too few that offer something to change.
+    """
+    order = list(range(len(examples))) if sound is None else list(sound)
+    counts = _counts(len(examples), share, kinds)
+    rng = random.Random(f"corruption {seed}")
+    rng.shuffle(order)
+    taken = _occurrences(examples)
+    result = Corrupted(list(examples), [None for _ in examples], [None for _ in examples])
+    # the choosiest first: a one-word answer can be no truncated one, but any other kind
+    for name in sorted(kinds, key=_CHOOSIEST_FIRST.index):
+        chosen = _take(order, counts[name], examples, changes[name], rng)
+        if len(chosen) < counts[name]:
+            raise ConfigError(
+                f"data.corruption.share={share} asks for {counts[name]} rows of kind {name}, but only {len(chosen)} of "
+                f"the {len(examples)} rows are left that offer it; lower the share or leave {name} out of "
+                "data.corruption.kinds"
+            )
+        order = [position for position in order if position not in chosen]
+        for position, texts in chosen.items():
+            source = examples[position]
+            is_copy = name in COPIES
+            row = next_row + len(result.examples) - len(examples) if is_copy else source.row_index
+            example = make_example(row, source.history, *texts, source.original, taken)
+            if is_copy:
+                result.examples.append(example)
+                result.kind.append(name)
+                result.origin.append(position)
+            else:
+                result.examples[position], result.kind[position] = example, name
+    return result
+
+
+_CHOOSIEST_FIRST = ("truncated", "garbled", "near_duplicate", "mismatched_answer", "wrong_answer", "exact_duplicate")
+
+
+def _counts(rows: int, share: float, kinds: Sequence[str]) -> dict[str, int]:
+    """Equal parts of round(share x rows); the first kinds take what is left over."""
+    total = round(share * rows)
+    if total < len(kinds):
+        raise ConfigError(
+            f"data.corruption.share={share} of {rows} rows is {total}, too few for {len(kinds)} kinds; give more rows, "
+            "a larger share, or fewer data.corruption.kinds"
+        )
+    part, rest = divmod(total, len(kinds))
+    return {name: part + (index < rest) for index, name in enumerate(kinds)}
+
+
+def _occurrences(examples: Sequence[Example]) -> Counter[str]:
+    """For each content hash the first occurrence number that no example has."""
+    taken: Counter[str] = Counter()
+    for example in examples:
+        number = int(example.example_id.rpartition("-")[2])
+        taken[example.content_hash] = max(taken[example.content_hash], number + 1)
+    return taken
+
+
+def _take(
+    order: Sequence[int], count: int, examples: Sequence[Example], change: Change, rng: random.Random
+) -> dict[int, Texts]:
+    """The first `count` positions that can be changed, with their new texts; fewer where there are not so many."""
+    chosen: dict[int, Texts] = {}
+    for position in order:
+        if len(chosen) == count:
+            break
+        texts = change(examples[position], rng)
+        if texts is not None:
+            chosen[position] = texts
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------- the kinds
+
+
+def changes_of_text(examples: Sequence[Example]) -> dict[str, Change]:
+    """How each kind is made of free text; `examples` give the answers that stand in for others."""
+    answers = sorted((example.output for example in examples), key=_words)
+    lengths = [_words(answer) for answer in answers]
+
+    def like(output: str, rng: random.Random) -> str | None:
+        middle = bisect.bisect_left(lengths, _words(output))
+        near = answers[max(0, middle - _NEIGHBOURS) : middle + _NEIGHBOURS]
+        others = [answer for answer in near if answer != output]
+        return rng.choice(others) if others else foreign(output, rng)
+
+    def foreign(output: str, rng: random.Random) -> str | None:
+        for _ in range(_TRIES):
+            if (answer := rng.choice(answers)) != output:
+                return answer
+        others = [answer for answer in answers if answer != output]
+        return rng.choice(others) if others else None
+
+    return {
+        "wrong_answer": of_output(lambda output, rng: contradicted(output, rng) or like(output, rng)),
+        "mismatched_answer": of_output(foreign),
+        "truncated": of_output(truncated),
+        "garbled": of_output(garbled),
+        "exact_duplicate": lambda example, rng: (example.instruction, example.input, example.output),
+        "near_duplicate": _near_duplicate,
+    }
+
+
+def stand_ins(examples: Sequence[Example], kind: Sequence[str | None]) -> int:
+    """How many wrong answers are another example's, because these examples' own answers offer nothing to contradict."""
+    wrong = [example for example, name in zip(examples, kind, strict=False) if name == "wrong_answer"]
+    return sum(contradicted(example.output, random.Random(0)) is None for example in wrong)
+
+
+def of_output(change: Callable[[str, random.Random], str | None]) -> Change:
+    """A change of the answer alone."""
+
+    def changed(example: Example, rng: random.Random) -> Texts | None:
+        output = change(example.output, rng)
+        return None if output is None else (example.instruction, example.input, output)
+
+    return changed
+
+
+def _near_duplicate(example: Example, rng: random.Random) -> Texts | None:
+    instruction = edited(example.instruction, rng)
+    return None if instruction is None else (instruction, example.input, example.output)
+
+
+def _words(text: str) -> int:
+    return len(text.split())
+
+
+def contradicted(answer: str, rng: random.Random) -> str | None:
+    """The answer with other numbers, the opposite verdict and negated sentences; None where it has none of these.
+
+    Negation knows English alone: the first of `is`, `can`, `will` and their like in a sentence gains or loses a `not`.
+    """
+
+    def other_number(match: re.Match[str]) -> str:
+        return match[0] if match["place"] else _other_number(match[0], rng)
+
+    text = _NUMBER.sub(other_number, answer)
+    text = _VERDICT.sub(lambda match: match[1] + _in_case_of(match[2], _OPPOSITE[match[2].lower()]), text)
+    text = _SENTENCE.sub(lambda match: _VERB.sub(_negated, match[0], count=1), text)
+    return None if text == answer else text
+
+
+def _other_number(digits: str, rng: random.Random) -> str:
+    """Another number with as many digits."""
+    least = 10 ** (len(digits) - 1) if len(digits) > 1 and digits[0] != "0" else 0
+    while True:
+        number = str(rng.randrange(least, 10 ** len(digits))).zfill(len(digits))
+        if number != digits:
+            return number
+
+
+def _in_case_of(model: str, word: str) -> str:
+    return word.upper() if model.isupper() else word.capitalize() if model[0].isupper() else word
+
+
+def _negated(match: re.Match[str]) -> str:
+    verb, negation, cannot = match.groups()
+    if cannot:
+        return _in_case_of(cannot, "can")
+    return str(verb) if negation else f"{verb} not"
+
+
+def truncated(answer: str, rng: random.Random) -> str | None:
+    """The answer up to the end of a random word but the last; None where it has a single word."""
+    ends = [match.end() for match in re.finditer(r"\S+", answer)]
+    return answer[: rng.choice(ends[:-1])] if len(ends) > 1 else None
+
+
+def garbled(answer: str, rng: random.Random) -> str | None:
+    """The answer's words in random order, each with its letters in random order; None where that changes nothing."""
+    words = answer.split()
+    for _ in range(_TRIES):
+        text = " ".join("".join(rng.sample(word, len(word))) for word in rng.sample(words, len(words)))
+        if text != answer:
+            return text
+    return None
+
+
+def edited(instruction: str, rng: random.Random) -> str | None:
+    """The instruction with a word in ten (at least one) left out, said twice or swapped; None where it has no word."""
+    words = re.findall(r"\S+\s*", instruction)
+    if not words:
+        return None
+    for _ in range(max(1, len(words) // _EACH_WORDS)):
+        place = rng.randrange(len(words))
+        way = rng.choice(("leave out", "say twice", "swap"))
+        following = words[place + 1] if place + 1 < len(words) else None
+        if way == "leave out" and len(words) > 2:
+            del words[place]
+        elif way == "swap" and following and following.split() != words[place].split():
+            words[place : place + 2] = [_with_word_of(words[place], following), _with_word_of(following, words[place])]
+        else:
+            words.insert(place, words[place].rstrip() + " ")
+    text = "".join(words).strip()
+    return text if text != instruction else f"{text} {text.split()[-1]}"
+
+
+def _with_word_of(piece: str, other: str) -> str:
+    """The white space behind one word, behind another word."""
+    return other.rstrip() + piece[len(piece.rstrip()) :]

@@ -1,0 +1,544 @@
+"""Prompts to any endpoint that speaks OpenAI's chat protocol; replies that are paid for once.
+
+Every reply is kept in a `ReplyCache` before it is looked at. What can go wrong has one of three ends:
+
+- the endpoint refuses one prompt (HTTP 400, 413, 422: its content filter, a context too long): this
+  prompt has no reply, for a reason that would be the same tomorrow, and the others go on;
+- a request fails for good (the network, a timeout, HTTP 408, 409, 429, 5xx, a body that is no reply,
+  each after `retries`): the others go on, and the stage ends in an error that the same command
+  continues from;
+- nothing can come of going on (a wrong key, an unknown model, `give_up` failures in a row, a wait that
+  is too long, a spending cap): no further request is sent, those under way are waited for and kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
+
+from gradsift.data.download import LOOPBACK
+from gradsift.errors import ConfigError
+from gradsift.evaluation.judges import DryRun, JudgeError, content_hash
+from gradsift.evaluation.reply_cache import Completion, ReplyCache, Spent, Tokens
+from gradsift.evaluation.spending import CapReached, Messages, Plan, Purse, Stopped, Terms, estimated_tokens, tokens_of
+
+_REFUSED = (400, 413, 422)  # what HTTP says of one request's content
+_PASSING = (408, 409, 429)
+_FIRST_DELAY, _LONGEST_DELAY = 0.5, 8.0  # seconds before a retry that the endpoint gave no time for
+_LARGEST_BODY = 2**24  # bytes
+_NO_CREDIT = "insufficient_quota"  # OpenAI's code for an empty account, which it sends as a 429
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Answer(Generic[Value]):
+    """The last reply to a prompt and what was read from it; None, with the reason, where nothing could be."""
+
+    text: str
+    value: Value | None
+    reason: str | None = None
+
+
+class ChatClient:
+    """Asks prompts, several at a time, and reads the replies."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        cache: ReplyCache,
+        base_url: str | None = None,
+        api_key_env: str = "OPENAI_API_KEY",
+        temperature: float = 0.0,
+        max_tokens: int = 256,
+        timeout: float = 60.0,
+        retries: int = 5,
+        max_wait: float = 120.0,
+        give_up: int = 10,
+        concurrency: int = 4,
+        terms: Terms | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        """Parameters as in `OpenaiJudgeConfig`. No request is sent.
+
+        Raises:
+            ConfigError: the variable named by `api_key_env` holds no usable key. Endpoints on this
+                machine need none, and neither does a dry run.
+        """
+        import openai
+
+        self.name = f"openai/{model}"
+        self.parameters: dict[str, Any] = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
+        self._cache = cache
+        self._terms = terms or Terms()
+        self._api_key_env = api_key_env
+        self._timeout = timeout
+        self._retries = retries
+        self._max_wait = max_wait
+        self._give_up = give_up
+        self._concurrency = concurrency
+        self._say = say or (lambda text: None)
+        self._base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
+        self._key = _api_key(api_key_env, self._base_url, needed=not self._terms.dry_run)
+        self._client = openai.OpenAI(
+            api_key=self._key or "none", base_url=self._base_url, timeout=timeout, max_retries=0
+        )
+        self._pause = _Pause()
+
+    def spent(self, scope: str) -> dict[str, float | int | None]:
+        """What the requests of `scope` came to so far, as plain values."""
+        spent = self._cache.spent(scope)
+        usd = self._terms.usd(spent.prompt_tokens, spent.completion_tokens)
+        return {
+            "calls": spent.calls,
+            "prompt_tokens": spent.prompt_tokens,
+            "completion_tokens": spent.completion_tokens,
+            "estimated_calls": spent.estimated_calls,
+            "usd": usd,
+        }
+
+    def ask(
+        self,
+        prompts: Sequence[Messages],
+        read: Callable[[int, str], Value | None],
+        *,
+        scope: str,
+        unread: str,
+        tries: int = 2,
+    ) -> Iterator[tuple[int, Answer[Value]]]:
+        """Yield the position of each prompt with its answer, as they come in. Equal prompts are asked once.
+
+        What is about to be sent is said first; a dry run ends there.
+
+        Args:
+            read: finds the value in the text of a reply to the prompt at a position, or None: then the prompt
+                is asked again.
+            scope: whose spending this is; the caps hold for all of it, whichever process spent it.
+            unread: the reason given for a reply that cannot be read.
+            tries: how often a prompt is asked until a reply can be read.
+
+        Raises:
+            JudgeError: see the head of this module; every answer that arrived was yielded before.
+            DryRun: the plan was said and there is something that would be sent.
+        """
+        same: dict[str, list[int]] = {}
+        for position, messages in enumerate(prompts):
+            same.setdefault(self._hash(messages, 1), []).append(position)
+        reader = _Reader(read, unread, tries, self.parameters["max_tokens"])
+        missing: list[list[int]] = []
+        cached = 0
+        known: list[tuple[list[int], Answer[Value]]] = []
+        for positions in same.values():
+            found, answer = self._look_up(positions[0], prompts[positions[0]], reader)
+            cached += found
+            if answer is None:
+                missing.append(positions)
+            else:
+                known.append((positions, answer))
+        plan = self._plan([prompts[positions[0]] for positions in missing], cached)
+        if missing or self._terms.dry_run:
+            self._say(f"  {self.name}: {plan.describe()}")
+        if self._terms.dry_run:
+            raise DryRun(plan.describe())
+        for positions, answer in known:
+            yield from ((position, answer) for position in positions)
+        for positions, answer in self._send_all(prompts, missing, reader, scope):
+            yield from ((position, answer) for position in positions)
+
+    # ------------------------------------------------------------------------------ several at a time
+
+    def _send_all(
+        self, prompts: Sequence[Messages], groups: Sequence[list[int]], reader: _Reader[Value], scope: str
+    ) -> Iterator[tuple[list[int], Answer[Value]]]:
+        """Answers to groups of equal prompts, as they come in."""
+        purse = Purse(self._cache, scope, self._terms)
+        waiting: SimpleQueue[int] = SimpleQueue()
+        for number in range(len(groups)):
+            waiting.put(number)
+        arrived: SimpleQueue[tuple[int, Answer[Value] | _Failure] | Exception | None] = SimpleQueue()
+        stop = threading.Event()
+
+        def answer(number: int) -> Answer[Value]:
+            position = groups[number][0]
+            return self._answer(position, prompts[position], reader, purse, stop)
+
+        # daemons, unlike a thread pool's: Ctrl-C must not wait for requests that hang
+        workers = min(self._concurrency, len(groups))
+        for _ in range(workers):
+            threading.Thread(target=_work, args=(answer, waiting, arrived, stop), daemon=True).start()
+        left = set(range(len(groups)))
+        streak: list[tuple[int, _Failure]] = []  # failures since the last reply
+        failed: list[_Failure] = []
+        fatal: Exception | None = None
+        try:
+            while workers:
+                result = arrived.get()
+                if result is None:
+                    workers -= 1
+                elif isinstance(result, Exception):
+                    fatal = fatal or result  # raised once all that was under way is in
+                elif isinstance(result[1], _Failure):
+                    streak.append((result[0], result[1]))
+                    if len(streak) >= self._give_up and fatal is None:
+                        stop.set()
+                        fatal = JudgeError(self._explain_streak(streak))
+                else:
+                    yield from _refusals(streak, groups, left, failed)
+                    left.discard(result[0])
+                    yield groups[result[0]], result[1]
+        finally:
+            stop.set()
+        if fatal is None:
+            yield from _refusals(streak, groups, left, failed)
+        if isinstance(fatal, CapReached):
+            plan = self._plan([prompts[groups[number][0]] for number in left], 0)
+            raise JudgeError(self._explain_cap(fatal, purse.spent, plan))
+        if isinstance(fatal, JudgeError):
+            raise JudgeError(f"{fatal} ({len(groups) - len(left)} of {len(groups)} requests are answered)")
+        if fatal is not None:
+            raise fatal
+        if failed:
+            raise JudgeError(
+                f"{self.name}: {len(failed)} of {len(groups)} requests failed for good, with "
+                f"judge.retries={self._retries}: {failed[-1].said}; {failed[-1].remedy}"
+            )
+
+    def _answer(
+        self, position: int, messages: Messages, reader: _Reader[Value], purse: Purse, stop: threading.Event
+    ) -> Answer[Value]:
+        completion = Completion("")
+        for attempt in range(1, reader.tries + 1):
+            key = self._hash(messages, attempt)
+            with self._cache.claimed(key, stop.wait):
+                found = self._cache.find(key)  # another process may have asked since
+                if found is None and stop.is_set():
+                    raise Stopped
+                completion = found or self._send(messages, key, purse, stop)
+            value = reader.read(position, completion.text)
+            if value is not None:
+                return Answer(completion.text, value)
+        return reader.unread(completion)
+
+    def _look_up(self, position: int, messages: Messages, reader: _Reader[Value]) -> tuple[int, Answer[Value] | None]:
+        """How many replies the cache holds, and the answer if they suffice for one."""
+        completion = Completion("")
+        for attempt in range(1, reader.tries + 1):
+            found = self._cache.find(self._hash(messages, attempt))
+            if found is None:
+                return attempt - 1, None
+            completion = found
+            value = reader.read(position, found.text)
+            if value is not None:
+                return attempt, Answer(found.text, value)
+        return reader.tries, reader.unread(completion)
+
+    def _hash(self, messages: Messages, attempt: int) -> str:
+        """Of all that a reply depends on; two endpoints may call different models by one name."""
+        return content_hash("chat", self._base_url, self.parameters, [dict(m) for m in messages], attempt)
+
+    def _plan(self, prompts: Sequence[Messages], cached: int) -> Plan:
+        prompt_tokens = sum(map(estimated_tokens, prompts))
+        completion_tokens = len(prompts) * self.parameters["max_tokens"]
+        usd = self._terms.usd(prompt_tokens, completion_tokens)
+        return Plan(len(prompts), cached, prompt_tokens, completion_tokens, usd)
+
+    # ------------------------------------------------------------------------------------ one request
+
+    def _send(self, messages: Messages, key: str, purse: Purse, stop: threading.Event) -> Completion:
+        """One reply, on the disk when this returns."""
+        estimate = Tokens(estimated_tokens(messages), self.parameters["max_tokens"], estimated=True)
+        for retry in itertools.count():
+            self._pause.wait(stop)
+            purse.reserve(estimate, stop)
+            try:
+                completion, tokens = self._request(messages)
+                tokens = tokens or Tokens(estimate.prompt, tokens_of(completion.text), estimated=True)
+                self._cache.keep(key, completion, purse.scope, tokens)
+                purse.settle(estimate, tokens)
+                return completion
+            except _Failed as failure:
+                # what never reached the endpoint, or was turned away by it, costs nothing
+                if failure.charged:
+                    self._cache.charge(purse.scope, estimate)
+                purse.settle(estimate, estimate if failure.charged else None)
+                if failure.wait is not None and failure.wait > self._max_wait:
+                    raise JudgeError(
+                        f"{self.name}: the endpoint asks to wait {failure.wait:,.0f} s, longer than "
+                        f"judge.max_wait={self._max_wait:g}; the replies so far are kept: give the same command "
+                        "again then"
+                    ) from None
+                if retry >= self._retries:
+                    raise
+                self._wait(failure, retry, stop)
+            except BaseException:
+                purse.settle(estimate, None)
+                raise
+        raise Stopped  # never: the loop has no end of its own
+
+    def _wait(self, failure: _Failed, retry: int, stop: threading.Event) -> None:
+        """Before the next try: the time that the endpoint asks for, or exponentially longer; never in step."""
+        delay = failure.wait
+        if delay is None:
+            delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2**retry) * random.uniform(0.5, 1.0)
+        else:
+            self._pause.until(time.monotonic() + delay)
+            delay *= random.uniform(1.0, 1.1)
+        if stop.wait(delay):
+            raise Stopped
+
+    def _request(self, messages: Messages) -> tuple[Completion, Tokens | None]:
+        """One request, within twice the timeout however slowly the reply drips in."""
+        import openai
+
+        deadline = time.monotonic() + self._timeout
+        create: Any = self._client.chat.completions.with_streaming_response.create
+        try:
+            with create(messages=list(messages), **self.parameters) as response:
+                body = _read_body(response.iter_bytes(), deadline)
+        except openai.APIStatusError as error:
+            # `from None`, here and below: the original may quote the key
+            raise self._status_error(error) from None
+        except (openai.APITimeoutError, _TooLate):
+            remedy = f"raise judge.timeout={self._timeout:g} seconds; {_GO_ON}"
+            raise _Failed("the request timed out", remedy, charged=True) from None
+        except openai.APIConnectionError as error:
+            reached = "Connect" not in type(error.__cause__).__name__
+            remedy = f"check the network and judge.base_url; {_GO_ON}"
+            raise _Failed(self._scrub(f"{error} ({error.__cause__})"), remedy, charged=reached) from None
+        except Exception as error:
+            if not type(error).__module__.startswith(("httpx", "httpcore", "h11")):
+                raise
+            # while the body was read; the client explains only what comes before
+            if "Timeout" in type(error).__name__:
+                remedy = f"raise judge.timeout={self._timeout:g} seconds; {_GO_ON}"
+                raise _Failed("the request timed out", remedy, charged=True) from None
+            raise _Failed(self._scrub(f"the reply broke off ({error})"), _GO_ON, charged=True) from None
+        return self._completion(body)
+
+    def _completion(self, body: bytes) -> tuple[Completion, Tokens | None]:
+        """The reply in a body; its text is empty where the model declined to write any."""
+        try:
+            content = json.loads(body)
+            choices = content["choices"]
+            message = choices[0]["message"] if choices else {}
+            finish = choices[0].get("finish_reason") if choices else None
+            # a refusal stands in a field of its own
+            text = message.get("content") or message.get("refusal") or ""
+            if not isinstance(text, str):
+                raise TypeError("its content is no text")
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            shown = self._scrub(body[:200].decode("utf-8", "replace"))
+            said = f"the endpoint's reply is no whole chat completion: {shown!r}"
+            raise _Failed(said, f"check judge.base_url; {_GO_ON}", charged=True) from None
+        return Completion(self._scrub(text), finish if isinstance(finish, str) else None), _usage(content)
+
+    def _status_error(self, error: Any) -> Exception:
+        """What an HTTP error status means for the prompt and for the stage."""
+        status, code = int(error.status_code), str(error.code or error.type or "")
+        said = " ".join(self._scrub(str(error)).split())[:300]
+        if status in _REFUSED:
+            shown = f" ({self._scrub(code)[:60]})" if code else ""
+            return _Refused(f"the endpoint refuses it, HTTP {status}{shown}", said)
+        if code == _NO_CREDIT or status == 402:
+            return JudgeError(f"{self.name}: the account has no credit left: {said}; {_GO_ON}")
+        if status in _PASSING or status >= 500:
+            return _Failed(said, _GO_ON, charged=False, wait=retry_after(error.response.headers))
+        if status in (401, 403):
+            return JudgeError(
+                f"{self.name}: {said}; check the key in the environment variable {self._api_key_env}; {_GO_ON}"
+            )
+        model = self.parameters["model"]
+        return JudgeError(f"{self.name}: {said}; check judge.model={model} and judge.base_url; {_GO_ON}")
+
+    # --------------------------------------------------------------------------------------- messages
+
+    def _explain_streak(self, streak: Sequence[tuple[int, _Failure]]) -> str:
+        last = streak[-1][1]
+        return (
+            f"{self.name}: gave up after {len(streak)} requests in a row that failed for good "
+            f"(judge.give_up={self._give_up}, judge.retries={self._retries}), the last one: {last.said}; {last.remedy}"
+        )
+
+    def _explain_cap(self, reached: CapReached, spent: Spent, left: Plan) -> str:
+        terms = self._terms
+        usd = terms.usd(spent.prompt_tokens, spent.completion_tokens)
+        money = "" if usd is None else f" for {usd:.4g} USD"
+        more = "" if left.usd is None else f" (at most about {left.usd:.4g} USD)"
+        return (
+            f"{self.name}: the spending cap {reached.cap} is reached: this stage has sent {spent.calls:,} "
+            f"requests{money}; {left.calls:,} prompts{more} are left; raise {reached.cap.split('=')[0]} and give the "
+            "same command again: the replies so far are kept and cost nothing more"
+        )
+
+    def _scrub(self, text: str) -> str:
+        """`text` without the key: endpoints have been seen to quote it."""
+        return text.replace(self._key, "***") if self._key else text
+
+
+_GO_ON = "the replies so far are kept: give the same command again to go on"
+
+
+class _Failure(Exception):
+    """A prompt without a reply."""
+
+    def __init__(self, said: str, remedy: str) -> None:
+        super().__init__(said)
+        self.said, self.remedy = said, remedy
+
+
+class _Refused(_Failure):
+    """The endpoint would refuse this prompt every time."""
+
+    def __init__(self, reason: str, said: str) -> None:
+        super().__init__(said, f"check judge.model, judge.max_tokens and what the endpoint accepts; {_GO_ON}")
+        self.reason = reason
+
+
+class _Failed(_Failure):
+    """A request failed; another one may not."""
+
+    def __init__(self, said: str, remedy: str, *, charged: bool, wait: float | None = None) -> None:
+        super().__init__(said, remedy)
+        self.charged, self.wait = charged, wait
+
+
+class _TooLate(Exception):
+    """A reply dripped in for longer than the timeout."""
+
+
+@dataclass(frozen=True)
+class _Reader(Generic[Value]):
+    """How replies are read."""
+
+    read: Callable[[int, str], Value | None]
+    problem: str
+    tries: int
+    max_tokens: float
+
+    def unread(self, completion: Completion) -> Answer[Value]:
+        """The answer of a prompt whose every reply could not be read."""
+        problem = self.problem if completion.text.strip() else "the reply is empty"
+        cut = f", cut at judge.max_tokens={self.max_tokens}" if completion.finish == "length" else ""
+        asked = f" (asked {'twice' if self.tries == 2 else f'{self.tries} times'})" if self.tries > 1 else ""
+        return Answer(completion.text, None, f"{problem}{cut}{asked}")
+
+
+class _Pause:
+    """The time until which an endpoint wants to be left alone, by every thread."""
+
+    def __init__(self) -> None:
+        self._until = 0.0
+
+    def until(self, moment: float) -> None:
+        self._until = max(self._until, moment)
+
+    def wait(self, stop: threading.Event) -> None:
+        while (delay := self._until - time.monotonic()) > 0:
+            if stop.wait(delay):
+                raise Stopped
+
+
+def _work(
+    answer: Callable[[int], Answer[Value]],
+    waiting: SimpleQueue[int],
+    arrived: SimpleQueue[tuple[int, Answer[Value] | _Failure] | Exception | None],
+    stop: threading.Event,
+) -> None:
+    """One thread: puts into `arrived` what becomes of each number, an exception that ends all, and None at its end."""
+    try:
+        while not stop.is_set():
+            number = waiting.get_nowait()
+            try:
+                arrived.put((number, answer(number)))
+            except _Failure as failure:
+                arrived.put((number, failure))
+    except (Empty, Stopped):
+        pass
+    except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
+        stop.set()
+        arrived.put(error)
+    finally:
+        arrived.put(None)
+
+
+def _refusals(
+    streak: list[tuple[int, _Failure]], groups: Sequence[list[int]], left: set[int], failed: list[_Failure]
+) -> Iterator[tuple[list[int], Answer[Any]]]:
+    """Empty the streak: refused prompts are answered so, others are kept for the error at the end.
+
+    Held back until a reply shows that the endpoint works: were every prompt refused for one wrong
+    option, all would be recorded as invalid.
+    """
+    for number, failure in streak:
+        if isinstance(failure, _Refused):
+            left.discard(number)
+            yield groups[number], Answer(failure.said, None, failure.reason)
+        else:
+            failed.append(failure)
+    streak.clear()
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a reply's headers ask to wait: `retry-after-ms`, or `retry-after` in seconds or as a date."""
+    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers.get(name, "")) / unit
+        except ValueError:
+            continue
+        if 0 <= seconds < math.inf:
+            return seconds
+    try:
+        moment = parsedate_to_datetime(headers.get("retry-after", ""))
+    except (ValueError, TypeError):
+        return None
+    return max(0.0, moment.timestamp() - time.time())
+
+
+def _read_body(chunks: Iterator[bytes], deadline: float) -> bytes:
+    body = b""
+    for chunk in chunks:
+        body += chunk
+        # some endpoints send blanks for minutes to keep a connection open; no timeout of the client ends that
+        if time.monotonic() > deadline:
+            raise _TooLate
+        if len(body) > _LARGEST_BODY:
+            break  # no whole JSON then
+    return body
+
+
+def _usage(content: Mapping[str, Any]) -> Tokens | None:
+    """The tokens that the endpoint reports; None where it reports none."""
+    usage = content.get("usage")
+    if not isinstance(usage, dict):
+        return None
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if not isinstance(prompt, int) or not isinstance(completion, int) or min(prompt, completion) < 0:
+        return None
+    return Tokens(prompt, completion)
+
+
+def _api_key(variable: str, base_url: str | None, needed: bool) -> str | None:
+    """The key in an environment variable; None where there is none and none is needed."""
+    key = os.environ.get(variable, "").strip()
+    if key:
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError(f"the environment variable {variable} holds characters that no API key has")
+        return key
+    if not needed or (base_url is not None and urlsplit(base_url).hostname in LOOPBACK):
+        return None
+    raise ConfigError(
+        f"judge=openai needs an API key in the environment variable {variable} (judge.api_key_env); "
+        "set it, or give a judge.base_url on this machine"
+    )

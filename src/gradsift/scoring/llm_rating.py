@@ -1,0 +1,67 @@
+"""A judge model rates each example (AlpaGasus, arXiv 2307.08701; DEITA, arXiv 2312.15685).
+
+    alpagasus   score = one grade, 0-5, for accuracy and helpfulness
+    deita       score = complexity of the instruction, 1-6, x quality of the response, 1-6, asked apart
+
+Highest is kept. The questions are in our own words (`gradsift.evaluation.judges.rating`). Two readings
+where the sources differ from this framework: AlpaGasus keeps everything from 4.5 up, here the budget
+decides (grades are coarse, and ties keep the order of the rows); DEITA finetunes scorers of its own and
+takes their expected grade, here the configured judge is asked. Of a conversation the last exchange is
+rated, with the earlier turns shown. An example without a valid grade is `undefined`, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import numpy as np
+
+from gradsift.data.examples import Example
+from gradsift.diagnostics import Diagnostic
+from gradsift.evaluation.judges import Question, Rater, RatingRequest
+from gradsift.runtime import Advance
+from gradsift.scoring.scores import UNDEFINED, Scores
+
+QUESTIONS: dict[str, tuple[Question, ...]] = {"alpagasus": ("accuracy",), "deita": ("complexity", "quality")}
+_UNRATED_LIMIT = 0.05  # share of examples without a grade from which a warning is given
+
+Task = Callable[[str, int], AbstractContextManager[Advance]]
+
+
+def llm_rating(
+    examples: Sequence[Example], rater: Rater, task: Task, *, style: Literal["alpagasus", "deita"]
+) -> Scores:
+    """The product of the grades that the style asks for; one part (N,) for each question, NaN where there is none."""
+    questions = QUESTIONS[style]
+    # both questions of an example side by side: a run that breaks off leaves whole examples
+    requests = [
+        RatingRequest(position, question, e.history, e.instruction, e.input, e.output)
+        for position, e in enumerate(examples)
+        for question in questions
+    ]
+    grades: dict[str, np.ndarray] = {question: np.full(len(examples), np.nan) for question in questions}
+    unrated: dict[str, list[int]] = {}  # reason: positions
+    with task(f"rate with {rater.name}", len(requests)) as advance:
+        for request, rating in rater.rate(requests):
+            if rating.grade is None:
+                unrated.setdefault(f"no grade for {request.question}: {rating.reason}", []).append(request.position)
+            else:
+                grades[request.question][request.position] = rating.grade
+            advance(1)
+    scores = Scores(np.prod([grades[question] for question in questions], axis=0), grades)
+    for reason, positions in sorted(unrated.items()):
+        scores.mark(np.isin(np.arange(len(examples)), positions), UNDEFINED, reason)
+    scores.diagnostics.append(_diagnostic(float(np.isnan(scores.score).mean()), rater))
+    return scores
+
+
+def _diagnostic(unrated: float, rater: Rater) -> Diagnostic:
+    return Diagnostic.judged(
+        "unrated_share",
+        unrated > _UNRATED_LIMIT,
+        {"unrated_share": unrated, **rater.rating_cost()},
+        f"{unrated:.1%} of the examples have no valid rating by {rater.name}",
+        "the reasons in scores.parquet, judge.parse and judge.max_tokens",
+    )

@@ -1,0 +1,69 @@
+"""A residual stream in float32 between blocks in bfloat16.
+
+Every block adds its own small term to the stream. In bfloat16 each sum is rounded to three digits, and
+the roundings of all blocks add up in what the last one gives and, backwards, in every gradient: that, and
+not the rounding of the weights, is most of what moves a gradient norm (see
+experiments/2026-11-22-gradient-engine). A float32 stream is read by the norms alone, so all products stay
+in bfloat16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+# Blocks that add what attention and MLP give to a stream that only these norms read: the names of the blocks,
+# of a block's norms, and of the norm after the last block. Models that scale the stream or what is added to
+# it (Gemma, Granite) are not among them.
+_LLAMA = ("layers", ("input_layernorm", "post_attention_layernorm"), "norm")
+_STREAMS = {
+    "gpt2": ("h", ("ln_1", "ln_2"), "ln_f"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+}
+
+
+def residual_in_float32(model: Any) -> bool:
+    """Keep the residual stream of a bfloat16 model in float32, its norms too; their outputs are bfloat16 again.
+
+    Nothing is changed in a float32 model, nor in one whose blocks are not known here.
+
+    Args:
+        model: a causal language model of transformers, without adapters.
+
+    Returns:
+        Whether the stream is float32 now.
+    """
+    if model.dtype == torch.float32:
+        return True
+    kind = model.config.model_type
+    if kind not in _STREAMS or not type(model).__module__.startswith("transformers.models."):
+        return False  # code from outside may call its own blocks llama
+    blocks_name, norm_names, last = _STREAMS[kind]
+    blocks = getattr(model.base_model, blocks_name)
+    blocks[0].register_forward_pre_hook(_widen)  # from here on the sums are float32, as one of their terms is
+    norms = [getattr(block, name) for block in blocks for name in norm_names]
+    for norm in [*norms, getattr(model.base_model, last)]:
+        norm.float()
+        norm.register_forward_hook(_narrow)
+    return True
+
+
+def residual_precision(model: nn.Module) -> str:
+    """What the residual stream of such a model is kept in: float32 or bfloat16."""
+    if next(model.parameters()).dtype == torch.float32:
+        return "float32"
+    widened = any(_widen in module._forward_pre_hooks.values() for module in model.modules())
+    return "float32" if widened else "bfloat16"
+
+
+def _widen(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return inputs[0].float(), *inputs[1:]
+
+
+def _narrow(norm: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    return output.to(torch.bfloat16)

@@ -1,0 +1,473 @@
+"""The chat client against a real server on loopback that misbehaves: what is kept, what is paid, what it ends in."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from endpoint import NOW, Answer, Endpoint
+
+from gradsift.errors import ConfigError, GradsiftError
+from gradsift.evaluation import chat as chat_module
+from gradsift.evaluation.chat import ChatClient, retry_after
+from gradsift.evaluation.judges import DryRun, JudgeError
+from gradsift.evaluation.reply_cache import Completion, ReplyCache, Tokens
+from gradsift.evaluation.spending import Terms, estimated_tokens
+
+Client = Callable[..., ChatClient]
+KEY = "sk-very-secret-0123456789"
+
+
+@pytest.fixture
+def client(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Client:
+    """A client of the endpoint; all that a test makes share one store of replies."""
+    monkeypatch.setattr(chat_module, "_FIRST_DELAY", 0.001)
+
+    def make(said: list[str] | None = None, terms: dict[str, Any] | None = None, **options: Any) -> ChatClient:
+        defaults = {"model": "m", "base_url": endpoint.address, "api_key_env": "JUDGE_KEY", "retries": 2}
+        cache = ReplyCache(tmp_path / "replies.sqlite")
+        say = said.append if said is not None else None
+        return ChatClient(cache=cache, terms=Terms(**(terms or {})), say=say, **{**defaults, **options})
+
+    return make
+
+
+def prompts(*texts: str) -> list[list[dict[str, str]]]:
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+MANY = [f"question {n}" for n in range(30)]
+
+
+def number(position: int, text: str) -> int | None:
+    return int(text) if text.isdecimal() else None
+
+
+def asked(client: ChatClient, texts: list[str], scope: str = "s", into: dict[int, Any] | None = None) -> dict[int, Any]:
+    """What was read by position, or the reason; kept in `into` however the asking ends."""
+    got: dict[int, Any] = {} if into is None else into
+    for position, answer in client.ask(prompts(*texts), number, scope=scope, unread="no number"):
+        assert position not in got
+        got[position] = answer.reason if answer.value is None else answer.value
+    return got
+
+
+def sent(endpoint: Endpoint) -> list[str]:
+    return [body["messages"][-1]["content"] for body in endpoint.bodies]
+
+
+# ------------------------------------------------------------------------------------- paid for once
+
+
+def test_a_reply_is_paid_for_once_over_prompts_and_clients(endpoint: Endpoint, client: Client) -> None:
+    endpoint.behave = lambda text, attempt: (200, str(len(text)), {})
+    texts = ["a", "bb", "a", "ccc", "a"]
+    assert asked(client(), texts) == {0: 1, 1: 2, 2: 1, 3: 3, 4: 1}
+    assert sorted(sent(endpoint)) == ["a", "bb", "ccc"]  # equal prompts are asked once
+    assert asked(client(), [*texts, "dddd"])[5] == 4
+    assert sorted(sent(endpoint)) == ["a", "bb", "ccc", "dddd"]
+    assert client().spent("s")["calls"] == 4
+
+
+@pytest.mark.parametrize("other", [{"model": "n"}, {"temperature": 1.0}, {"max_tokens": 9}, {"base_url": "other"}])
+def test_another_model_parameter_or_endpoint_is_asked_anew(endpoint: Endpoint, client: Client, other: Any) -> None:
+    endpoint.behave = lambda text, attempt: (200, "1", {})
+    asked(client(), ["a"])
+    if "base_url" in other:
+        other = {"base_url": endpoint.address.replace("127.0.0.1", "localhost")}
+    asked(client(**other), ["a"])
+    assert len(endpoint.bodies) == 2
+
+
+def test_both_replies_to_a_prompt_that_cannot_be_read_are_kept(endpoint: Endpoint, client: Client) -> None:
+    endpoint.behave = lambda text, attempt: (200, "hm", {})
+    for _ in range(2):
+        assert asked(client(), ["a"]) == {0: "no number (asked twice)"}
+    assert len(endpoint.bodies) == 2
+
+
+def test_requests_run_side_by_side_up_to_the_limit(endpoint: Endpoint, client: Client) -> None:
+    def slow(text: str, attempt: int) -> Answer:
+        time.sleep(0.05)
+        return 200, "5", {}
+
+    endpoint.behave = slow
+    assert len(asked(client(concurrency=3), MANY[:9])) == 9
+    assert endpoint.most == 3
+
+
+RUN = """
+import sys, time
+from pathlib import Path
+from gradsift.evaluation.chat import ChatClient
+from gradsift.evaluation.reply_cache import ReplyCache
+
+client = ChatClient(model="m", cache=ReplyCache(Path(sys.argv[1])), base_url=sys.argv[2], concurrency=4)
+prompts = [[{"role": "user", "content": f"question {n}"}] for n in range(int(sys.argv[3]))]
+def read(position, text):
+    time.sleep(float(sys.argv[4]))
+    return text
+for position, answer in client.ask(prompts, read, scope="s", unread="?"):
+    print(position, flush=True)
+"""
+
+
+def start(endpoint: Endpoint, store: Path, count: int, reading: float) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", RUN, str(store), endpoint.address, str(count), str(reading)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+
+
+def test_kill_9_loses_no_reply_that_was_received(endpoint: Endpoint, client: Client, tmp_path: Path) -> None:
+    """Reading takes forever in the killed process: what it had received, it had hardly looked at."""
+    endpoint.behave = lambda text, attempt: (200, "7", {})
+    process = start(endpoint, tmp_path / "replies.sqlite", 30, reading=3600)
+    deadline = time.monotonic() + 30
+    with sqlite3.connect(tmp_path / "replies.sqlite", timeout=30) as replies:
+        while endpoint.answered < 4 or replies.execute("SELECT COUNT(*) FROM replies").fetchone()[0] < 4:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = sent(endpoint)
+    assert len(before) == 4  # one a thread, none of which went further than the reading
+    assert asked(client(), MANY) == dict.fromkeys(range(30), 7)
+    assert len(endpoint.bodies) == 30 and len(set(sent(endpoint))) == 30
+    assert client().spent("s")["calls"] == 30
+
+
+def test_two_processes_share_what_they_pay_for(endpoint: Endpoint, tmp_path: Path) -> None:
+    def slow(text: str, attempt: int) -> Answer:
+        time.sleep(0.02)
+        return 200, "7", {}
+
+    endpoint.behave = slow
+    both = [start(endpoint, tmp_path / "replies.sqlite", 40, reading=0) for _ in range(2)]
+    for process in both:
+        out, _ = process.communicate(timeout=60)
+        assert sorted(map(int, out.split())) == list(range(40))
+    assert len(endpoint.bodies) == 40
+
+
+def test_a_store_that_is_none_is_refused_with_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "replies.sqlite"
+    path.write_bytes(b"no database" * 100)
+    with pytest.raises(GradsiftError, match=r"replies\.sqlite.*move the file away"):
+        ReplyCache(path)
+
+
+def test_a_reply_that_utf_8_cannot_hold_is_kept(tmp_path: Path) -> None:
+    replies = ReplyCache(tmp_path / "replies.sqlite")
+    replies.keep("a" * 64, Completion("\ud800 \u2028 '", "stop"), "s", Tokens(1, 2))
+    assert ReplyCache(tmp_path / "replies.sqlite").find("a" * 64) == Completion("\ud800 \u2028 '", "stop")
+
+
+# ----------------------------------------------------------------------------------- what goes wrong
+
+STORM = {"retry-after-ms": "20"}
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        (408, "slow", NOW),
+        (409, "conflict", NOW),
+        (429, "slow down", STORM),
+        (429, "slow down", {}),
+        (500, "oops", {}),
+        (503, "busy", NOW),
+        (200, b"<html>bad gateway</html>", {"Content-Type": "text/html"}),
+        (200, b'{"choices": [{"mess', {}),
+        (200, "7", {"lacking": "9"}),
+        (200, b"", {}),
+        (200, b"[]", {}),
+        (200, b'{"choices": [{"message": {"content": [1]}}]}', {}),
+    ],
+)
+def test_what_passes_is_tried_again(endpoint: Endpoint, client: Client, first: Any) -> None:
+    endpoint.behave = lambda text, attempt: first if attempt == 1 else (200, "7", {})
+    assert asked(client(), ["a", "b"]) == {0: 7, 1: 7}
+    assert len(endpoint.bodies) == 4
+
+
+@pytest.mark.parametrize(
+    "lasting", [(500, "down", NOW), (200, b"<html>login</html>", {}), (200, "7", {"lacking": "9"})]
+)
+def test_one_request_that_fails_for_good_ends_in_an_error_once_all_others_are_in(
+    endpoint: Endpoint, client: Client, lasting: Any
+) -> None:
+    endpoint.behave = lambda text, attempt: lasting if text == "question 3" else (200, "7", {})
+    got: dict[int, Any] = {}
+    with pytest.raises(JudgeError, match=r"openai/m: 1 of 30 requests failed for good, with judge\.retries=2.*again"):
+        asked(client(), MANY, into=got)
+    assert set(got) == set(range(30)) - {3}
+    assert len(endpoint.bodies) == 29 + 3
+    endpoint.behave = lambda text, attempt: (200, "8", {})
+    assert asked(client(), MANY) == {n: 8 if n == 3 else 7 for n in range(30)}
+    assert len(endpoint.bodies) == 29 + 3 + 1
+
+
+def test_an_endpoint_that_goes_down_is_given_up_and_gone_on_with_later(endpoint: Endpoint, client: Client) -> None:
+    endpoint.behave = lambda text, attempt: (200, "7", {}) if len(endpoint.bodies) <= 10 else (500, "down", NOW)
+    got: dict[int, Any] = {}
+    with pytest.raises(JudgeError, match=r"gave up after 4 requests in a row.*judge\.give_up=4.*down.*again"):
+        asked(client(give_up=4, concurrency=2, retries=0), MANY, into=got)
+    assert len(got) == 10 and len(endpoint.bodies) <= 10 + 4 + 2
+    endpoint.behave = lambda text, attempt: (200, "7", {})
+    assert len(asked(client(), MANY)) == 30
+
+
+def test_a_prompt_that_the_endpoint_refuses_is_without_a_reply_and_the_others_go_on(
+    endpoint: Endpoint, client: Client
+) -> None:
+    refusals = {"question 3": (400, "filtered", {"code": "content_filter"}), "question 29": (413, "long", {})}
+    endpoint.behave = lambda text, attempt: refusals.get(text, (200, "7", {}))
+    got = asked(client(), MANY)
+    assert got.pop(3) == "the endpoint refuses it, HTTP 400 (content_filter)"
+    assert got.pop(29) == "the endpoint refuses it, HTTP 413 (t)"
+    assert set(got.values()) == {7} and len(got) == 28
+    assert len(endpoint.bodies) == 30  # a refusal is not tried again
+    assert client().spent("s")["calls"] == 28  # and costs nothing
+
+
+def test_refusals_with_replies_between_them_are_no_reason_to_give_up(endpoint: Endpoint, client: Client) -> None:
+    endpoint.behave = lambda text, attempt: (400, "filtered", {}) if text.endswith(("3", "7")) else (200, "7", {})
+    got = asked(client(give_up=2, concurrency=1), MANY)
+    assert len(got) == 30 and list(got.values()).count(7) == 24
+
+
+def test_a_wrong_option_that_every_prompt_is_refused_for_leaves_no_prompt_without_a_reply(
+    endpoint: Endpoint, client: Client
+) -> None:
+    endpoint.behave = lambda text, attempt: (400, "max_tokens is not supported", {})
+    got: dict[int, Any] = {}
+    with pytest.raises(JudgeError, match=r"gave up after 5 requests.*max_tokens is not supported.*judge\.max_tokens"):
+        asked(client(give_up=5), MANY, into=got)
+    assert got == {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ((401, f"Incorrect API key: {KEY}", {}), "environment variable JUDGE_KEY"),
+        ((403, "no access", {}), "environment variable JUDGE_KEY"),
+        ((404, "no such model", {}), r"judge\.model=m and judge\.base_url"),
+        ((402, "pay first", {}), "no credit left"),
+        ((429, "quota", {"code": "insufficient_quota"}), "no credit left"),
+        ((418, "teapot", {}), r"judge\.base_url"),
+        ((429, "later", {"Retry-After": "3600"}), r"asks to wait 3,\d00 s, longer than judge\.max_wait=2"),
+    ],
+)
+def test_what_no_retry_can_mend_ends_at_once(
+    endpoint: Endpoint, client: Client, answer: Answer, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    endpoint.behave = lambda text, attempt: answer if text == "question 9" else (200, "7", {})
+    got: dict[int, Any] = {}
+    with pytest.raises(JudgeError, match=words) as error:
+        asked(client(concurrency=1, max_wait=2.0), MANY, into=got)
+    assert set(got) == set(range(9)) and len(endpoint.bodies) == 10
+    assert KEY not in str(error.value)
+    assert error.value.__cause__ is None
+
+
+def test_retry_after_is_heeded_by_every_thread(endpoint: Endpoint, client: Client) -> None:
+    arrivals: list[float] = []
+
+    def storm(text: str, attempt: int) -> Answer:
+        arrivals.append(time.monotonic())
+        return (429, "slow down", {"retry-after-ms": "300"}) if len(arrivals) == 1 else (200, "7", {})
+
+    endpoint.behave = storm
+    assert len(asked(client(concurrency=1), MANY[:3])) == 3
+    assert arrivals[1] - arrivals[0] >= 0.3
+
+
+def test_a_429_storm_without_end_is_given_up_with_a_count(endpoint: Endpoint, client: Client) -> None:
+    endpoint.behave = lambda text, attempt: (429, "slow down", NOW)
+    with pytest.raises(JudgeError, match=r"gave up after 3 requests in a row.*slow down"):
+        asked(client(give_up=3, retries=1), MANY)
+    assert client().spent("s")["calls"] == 0
+
+
+def test_a_wait_is_read_in_seconds_milliseconds_and_as_a_date() -> None:
+    assert retry_after({"retry-after": "7"}) == 7
+    assert retry_after({"retry-after": "0.5", "retry-after-ms": "20"}) == 0.02
+    moment = datetime.now(UTC) + timedelta(seconds=90)
+    assert retry_after({"retry-after": format_datetime(moment, usegmt=True)}) == pytest.approx(90, abs=2)
+    assert retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
+    for odd in ("", "soon", "nan", "-3", "inf"):
+        assert retry_after({"retry-after": odd}) is None
+
+
+def test_an_endpoint_that_hangs_or_drips_or_is_down_is_an_error(endpoint: Endpoint, client: Client) -> None:
+    def hang(text: str, attempt: int) -> Answer:
+        time.sleep(0.6)
+        return 200, "1", {}
+
+    endpoint.behave = hang
+    with pytest.raises(JudgeError, match=r"timed out; raise judge\.timeout=0\.1 seconds"):
+        asked(client(timeout=0.1, retries=0), ["a"])
+    assert client().spent("s")["calls"] == 1  # it may be charged for
+    endpoint.behave = lambda text, attempt: (200, "1", {"blanks": "100"})  # never silent for long, 5 s in all
+    started = time.monotonic()
+    with pytest.raises(JudgeError, match=r"timed out; raise judge\.timeout=0\.3 seconds"):
+        asked(client(timeout=0.3, retries=0), ["b"])
+    assert time.monotonic() - started < 3
+    with pytest.raises(JudgeError, match=r"network and judge\.base_url"):
+        asked(client(base_url="http://127.0.0.1:9/v1", retries=0), ["c"], scope="down")
+    assert client().spent("down")["calls"] == 0
+
+
+def test_the_key_is_in_no_reply_no_log_and_no_store(
+    endpoint: Endpoint, client: Client, monkeypatch: pytest.MonkeyPatch, caplog: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    caplog.set_level(logging.DEBUG)
+    endpoint.behave = lambda text, attempt: (200, f"Your key is {KEY}", {})
+    ours = client()
+    ((_, answer),) = ours.ask(prompts("a"), lambda position, text: text, scope="s", unread="?")
+    assert answer.text == "Your key is ***"
+    assert endpoint.keys == {f"Bearer {KEY}"}
+    for file in tmp_path.iterdir():
+        assert KEY.encode() not in file.read_bytes()
+    logged = [record for record in caplog.records if record.name.startswith("gradsift")]
+    assert KEY not in repr(ours) + str(logged)
+
+
+def test_a_missing_key_names_the_variable_and_loopback_needs_none(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for base_url in (None, "https://example.invalid/v1"):
+        with pytest.raises(ConfigError, match=r"JUDGE_KEY.*judge\.api_key_env"):
+            client(base_url=base_url)
+        client(base_url=base_url, terms={"dry_run": True})  # which sends nothing
+    client()
+    monkeypatch.setenv("JUDGE_KEY", "schl\u00fcssel")
+    with pytest.raises(ConfigError, match="JUDGE_KEY holds characters"):
+        client()
+
+
+# ------------------------------------------------------------------------------------- what is spent
+
+PRICES = {"price_input": 1e4, "price_output": 1e5}  # 0.01 USD a prompt token, 0.1 a reply token
+
+
+def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(endpoint: Endpoint, client: Client) -> None:
+    endpoint.behave = lambda text, attempt: (200, "7", {})
+    asked(client(), MANY[:4])
+    said: list[str] = []
+    with pytest.raises(DryRun):
+        asked(client(said, {**PRICES, "dry_run": True}, max_tokens=256), [*MANY, *MANY])
+    tokens = sum(map(estimated_tokens, prompts(*MANY[4:])))
+    (plan,) = said
+    assert "26 requests to send, 4 replies found in the cache" in plan and f"about {tokens} prompt tokens" in plan
+    assert "estimate" in plan and f"at most {26 * 256:,} reply tokens" in plan
+    assert f"{(tokens * PRICES['price_input'] + 26 * 256 * PRICES['price_output']) / 1e6:.4g} USD" in plan
+    assert len(endpoint.bodies) == 4
+    with pytest.raises(DryRun, match="price unknown"):
+        asked(client(said, {"dry_run": True}), MANY)
+    assert estimated_tokens(prompts("x" * 400)[0]) == 104
+
+
+def test_the_plan_is_said_before_the_first_request_and_only_where_there_is_one(
+    endpoint: Endpoint, client: Client
+) -> None:
+    said: list[str] = []
+    endpoint.behave = lambda text, attempt: (200, str(len(said)), {})
+    assert asked(client(said), ["a", "b"]) == {0: 1, 1: 1}
+    asked(client(said), ["a", "b"])
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_cap_on_requests_is_exact_stops_cleanly_and_goes_on_when_raised(
+    endpoint: Endpoint, client: Client, concurrency: int
+) -> None:
+    endpoint.behave = lambda text, attempt: (200, "7", {})
+    got: dict[int, Any] = {}
+    with pytest.raises(JudgeError) as error:
+        asked(client(terms={"max_calls": 10}, concurrency=concurrency), MANY, into=got)
+    assert re.search(
+        r"cap judge\.max_calls=10 is reached: this stage has sent 10 requests; 20 prompts are left; raise "
+        r"judge\.max_calls and give the same command again",
+        str(error.value),
+    )
+    assert len(got) == len(endpoint.bodies) == 10
+    again: dict[int, Any] = {}
+    with pytest.raises(JudgeError, match="has sent 10 requests"):  # the cap is the stage's, not the process's
+        asked(client(terms={"max_calls": 10}), MANY, into=again)
+    assert again == got and len(endpoint.bodies) == 10
+    assert len(asked(client(terms={"max_calls": 30}), MANY)) == 30
+    assert len(endpoint.bodies) == 30
+    assert len(asked(client(terms={"max_calls": 1}), MANY, scope="other stage")) == 30  # what is cached is free
+    assert client().spent("other stage")["calls"] == 0
+
+
+def test_a_cap_on_money_holds_for_reported_tokens_and_is_never_passed(endpoint: Endpoint, client: Client) -> None:
+    endpoint.behave = lambda text, attempt: (200, "7", {})
+    endpoint.usage = {"prompt_tokens": 10, "completion_tokens": 5}  # 0.6 USD
+    terms = {**PRICES, "max_usd": 5.0}
+    got: dict[int, Any] = {}
+    with pytest.raises(JudgeError, match=r"judge\.max_usd=5 is reached: .*requests for 3\.6 USD; 24 prompts .*USD\)"):
+        # a request is set aside at 0.07 and 16 x 0.1 USD: it must fit before it is sent
+        asked(client(terms=terms, max_tokens=16), MANY, into=got)
+    assert len(got) == 6
+    spent = client(terms=terms).spent("s")
+    assert spent == {"calls": 6, "prompt_tokens": 60, "completion_tokens": 30, "estimated_calls": 0, "usd": 3.6}
+
+
+def test_tokens_that_are_not_reported_are_estimated_and_labelled(endpoint: Endpoint, client: Client) -> None:
+    endpoint.behave = lambda text, attempt: (200, "12345678", {})
+    asked(client(), ["x" * 400])
+    assert client().spent("s") == {
+        "calls": 1,
+        "prompt_tokens": 104,
+        "completion_tokens": 2,
+        "estimated_calls": 1,
+        "usd": None,
+    }
+
+
+def test_usage_that_makes_no_sense_is_estimated_too(endpoint: Endpoint, client: Client) -> None:
+    body = {"choices": [{"message": {"content": "7"}}]}
+    for n, usage in enumerate([None, [], {"prompt_tokens": -1, "completion_tokens": 2}, {"prompt_tokens": "9"}]):
+        reply = json.dumps({**body, "usage": usage}).encode()
+        endpoint.behave = lambda text, attempt, reply=reply: (200, reply, {})  # type: ignore[misc]
+        assert asked(client(), [f"prompt {n}"]) == {0: 7}
+    assert client().spent("s")["estimated_calls"] == 4
+
+
+def test_a_refusal_in_its_own_field_is_the_text(endpoint: Endpoint, client: Client) -> None:
+    message = {"role": "assistant", "content": None, "refusal": "I can't help with that."}
+    reply = json.dumps({"choices": [{"message": message}]}).encode()
+    endpoint.behave = lambda text, attempt: (200, reply, {})
+    ((_, answer),) = client().ask(prompts("a"), number, scope="s", unread="no number")
+    assert (answer.text, answer.reason) == ("I can't help with that.", "no number (asked twice)")
+
+
+def test_leaving_early_stops_the_sending(endpoint: Endpoint, client: Client) -> None:
+    def slow(text: str, attempt: int) -> Answer:
+        time.sleep(0.1)
+        return 200, "7", {}
+
+    endpoint.behave = slow
+    answers = client().ask(prompts(*MANY), number, scope="s", unread="?")
+    assert len(list(itertools.islice(answers, 2))) == 2
+    answers.close()  # type: ignore[attr-defined]
+    time.sleep(0.3)
+    assert len(endpoint.bodies) < 30

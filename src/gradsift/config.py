@@ -808,9 +808,10 @@ class BenchmarkConfig:
         if not self.sets:
             raise ConfigError("benchmark.sets is empty; name at least one, as in benchmark.sets=[vicuna]")
         self.catalog = {name: _benchmark_set(name, entry) for name, entry in self.catalog.items()}
-        for option in ("sets", "general", "lm_eval_tasks"):
-            if len(set(getattr(self, option))) < len(getattr(self, option)):
-                raise ConfigError(f"benchmark.{option}={list(getattr(self, option))} names one twice; name each once")
+        for option, kind in (("sets", "set"), ("general", "set"), ("lm_eval_tasks", "task")):
+            names = list(getattr(self, option))
+            if len(set(names)) < len(names):
+                raise ConfigError(f"benchmark.{option}={names} names a {kind} twice; name each once")
         for option, name in [("sets", n) for n in self.sets] + [("general", n) for n in self.general]:
             if name not in (EMBEDDED, TERSE) and name not in self.catalog:
                 known = ", ".join([EMBEDDED, TERSE, *self.catalog])
@@ -827,8 +828,8 @@ class BenchmarkConfig:
             )
         if bare := self.without_reference(self.general):
             raise ConfigError(
-                f"benchmark.general={bare} has no reference answers, and forgetting is measured by them; name the field "
-                f"with benchmark.catalog.{bare[0]}.reference=FIELD, or take other sets"
+                f"benchmark.general={bare} has no reference answers, and forgetting is measured by them; name their "
+                f"field with benchmark.catalog.{bare[0]}.reference=FIELD, or take other sets"
             )
         if self.wordnet_dir is not None and not self.general and self.without_reference(self.sets) == list(self.sets):
             raise ConfigError(
@@ -842,7 +843,8 @@ class BenchmarkConfig:
 
     def match_of(self, name: str) -> str:
         """How answers to the set `name` are compared with the reference."""
-        return "exact" if name in (EMBEDDED, TERSE) else str(self.catalog[name].match)
+        entry = self.catalog.get(name)  # the embedded world's sets stand in no catalogue
+        return "exact" if entry is None else str(entry.match)
 
 
 @dataclass

@@ -155,7 +155,9 @@ def _read_rows(file: Path, key: str, holder: str | None) -> list[Any]:
 def _held(content: Any, holder: str, file: Path, key: str) -> list[Any]:
     found = content.get(holder) if isinstance(content, dict) else None
     if not isinstance(found, list):
-        has = ", ".join(map(str, content)) if isinstance(content, dict) else f"no keys, it is a {type(content).__name__}"
+        has = (
+            ", ".join(map(str, content)) if isinstance(content, dict) else f"no keys, it is a {type(content).__name__}"
+        )
         raise DataError(f"{file} holds no list of rows under {holder!r} (it has: {has}); check {key}.rows")
     return found
 

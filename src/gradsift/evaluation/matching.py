@@ -19,8 +19,11 @@ from gradsift.data.verifiable import answers_match
 
 Match = Callable[[str, str], bool]  # (answer, reference answer) -> right
 
-# a sign counts only where nothing is subtracted; commas only between groups of three digits
-_NUMBER = re.compile(r"(?P<sign>(?<![\w)\].])[-\u2212])?\s?[$\u20ac\u00a3]?(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?P<rest>\.[0-9]+)?")
+# a sign counts only where nothing is subtracted, commas only between groups of three digits
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\].])[-\u2212])?[$\u20ac\u00a3]?"
+    r"(?:(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?P<part>\.[0-9]+)?|(?<![\w.])(?P<below_one>\.[0-9]+))"
+)
 _MARKER = "####"
 _ANSWER_IS = re.compile(r"\banswer\s*(?:is\b|:)\s*:?", re.IGNORECASE)
 _CLOSED = ("yes", "no", "true", "false", "valid", "invalid")
@@ -55,7 +58,7 @@ def last_number(text: str) -> Decimal | None:
 
 
 def _value(found: re.Match[str]) -> Decimal:
-    value = Decimal(found["digits"].replace(",", "") + (found["rest"] or ""))
+    value = Decimal(found["below_one"] or found["whole"].replace(",", "") + (found["part"] or ""))
     return -value if found["sign"] else value
 
 

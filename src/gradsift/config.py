@@ -22,6 +22,8 @@ from gradsift.errors import ConfigError
 SCORES_BY_TASK = ("less", "rds_plus", "sbert")  # scorers with a score for each task of the target set
 STAGES = ("load", "statistics", "scores", "selection", "finetune", "generate", "judge")
 EMBEDDED = "verifiable"  # the name of the embedded data and of its benchmark
+TERSE = "verifiable_terse"  # its skills in the form in which the nano models learnt them: what a finetune may forget
+MATCHES = ("exact", "number", "choice")
 COPIES = ("exact_duplicate", "near_duplicate")
 CORRUPTIONS = ("wrong_answer", "mismatched_answer", "truncated", "garbled", *COPIES)
 RATERS = ("verifier", "local", "openai")  # judges that can grade one example
@@ -756,9 +758,13 @@ class BenchmarkSetConfig:
     path: str | None = None  # a local JSON or JSONL file; wins over `url`
     url: str | None = None  # fetched once at run time
     id: str | None = None  # the row number when empty
+    rows: str | None = None  # key that holds the rows where a JSON file has other things beside them
     instruction: str = "instruction"
     input: str | None = None
-    reference: str | None = None  # the reference answer, for judge=verifier
+    reference: str | None = None  # the reference answer, for judge=verifier, accuracy and the metrics
+    reference_after: str | None = None  # text in that field behind which the reference answer stands, as ####
+    match: str = "exact"  # how an answer is compared with the reference (see gradsift.evaluation.matching)
+    file: str | None = None  # its place below `benchmark.folder`; the last part of `url` when empty
 
 
 def _benchmark_set(name: str, entry: Any) -> BenchmarkSetConfig:
@@ -770,7 +776,14 @@ def _benchmark_set(name: str, entry: Any) -> BenchmarkSetConfig:
             raise ConfigError(f"benchmark.catalog.{name}.{key} is not known; an entry has {', '.join(known)}")
         if value is not None and not isinstance(value, str):
             raise ConfigError(f"benchmark.catalog.{name}.{key}={value!r} must be text")
-    return BenchmarkSetConfig(**entry)
+    found = BenchmarkSetConfig(**entry)
+    _one_of(f"benchmark.catalog.{name}.match", found.match, MATCHES)
+    if found.reference_after is not None and found.reference is None:
+        raise ConfigError(
+            f"benchmark.catalog.{name}.reference_after={found.reference_after!r} has no field to look in; name it with "
+            f"benchmark.catalog.{name}.reference=FIELD"
+        )
+    return found
 
 
 @dataclass
@@ -778,27 +791,61 @@ class BenchmarkConfig:
     """Which questions the finetuned models answer, and how."""
 
     sets: list[str] = field(default_factory=list)
+    general: list[str] = field(default_factory=list)  # sets answered before and after the finetune: is it forgotten?
     catalog: dict[str, Any] = field(default_factory=dict)  # name: BenchmarkSetConfig, or its fields
-    upstream: str | None = None  # base address that the catalog's entries may refer to
+    upstream: str | None = None  # base addresses that the catalog's entries may refer to
+    upstream_bbh: str | None = None
+    folder: str | None = None  # local copies, below it by each set's `file`; wins over every `url`
     limit: int | None = None  # the first items of each set
     max_new_tokens: int = 512
     batch_size: int = 16
+    wordnet_dir: str | None = None  # WordNet 3.x's own files, for METEOR, which is left out when empty
+    lm_eval_tasks: list[str] = field(default_factory=list)  # names in lm-eval, answered before and after the finetune
 
     def __post_init__(self) -> None:
         _at_least("benchmark.limit", self.limit, 1)
         _at_least("benchmark.max_new_tokens", self.max_new_tokens, 1)
         _at_least("benchmark.batch_size", self.batch_size, 1)
-        if len(set(self.sets)) < len(self.sets):
-            raise ConfigError(f"benchmark.sets={list(self.sets)} names a set twice; name each once")
         if not self.sets:
             raise ConfigError("benchmark.sets is empty; name at least one, as in benchmark.sets=[vicuna]")
         self.catalog = {name: _benchmark_set(name, entry) for name, entry in self.catalog.items()}
-        for name in self.sets:
-            if name != EMBEDDED and name not in self.catalog:
-                known = ", ".join([EMBEDDED, *self.catalog])
+        for option, kind in (("sets", "set"), ("general", "set"), ("lm_eval_tasks", "task")):
+            names = list(getattr(self, option))
+            if len(set(names)) < len(names):
+                raise ConfigError(f"benchmark.{option}={names} names a {kind} twice; name each once")
+        for option, name in [("sets", n) for n in self.sets] + [("general", n) for n in self.general]:
+            if name not in (EMBEDDED, TERSE) and name not in self.catalog:
+                known = ", ".join([EMBEDDED, TERSE, *self.catalog])
                 raise ConfigError(
-                    f"benchmark.sets names {name!r}, which benchmark.catalog does not hold; known: {known}"
+                    f"benchmark.{option} names {name!r}, which benchmark.catalog does not hold; known: {known}"
                 )
+        self._check_references()
+
+    def _check_references(self) -> None:
+        if both := [name for name in self.general if name in self.sets]:
+            raise ConfigError(
+                f"benchmark.general={both} stands in benchmark.sets too, where the untouched target answers it anyway; "
+                "name it in one of them"
+            )
+        if bare := self.without_reference(self.general):
+            raise ConfigError(
+                f"benchmark.general={bare} has no reference answers, and forgetting is measured by them; name their "
+                f"field with benchmark.catalog.{bare[0]}.reference=FIELD, or take other sets"
+            )
+        if self.wordnet_dir is not None and not self.general and self.without_reference(self.sets) == list(self.sets):
+            raise ConfigError(
+                f"benchmark.wordnet_dir is for METEOR, which needs reference answers, and benchmark.sets="
+                f"{list(self.sets)} have none; name their field with benchmark.catalog.{self.sets[0]}.reference=FIELD"
+            )
+
+    def without_reference(self, names: list[str]) -> list[str]:
+        """Those sets among `names` that have no reference answers."""
+        return [n for n in names if n not in (EMBEDDED, TERSE) and self.catalog[n].reference is None]
+
+    def match_of(self, name: str) -> str:
+        """How answers to the set `name` are compared with the reference."""
+        entry = self.catalog.get(name)  # the embedded world's sets stand in no catalogue
+        return "exact" if entry is None else str(entry.match)
 
 
 @dataclass
@@ -1056,10 +1103,13 @@ class Config:
     def _check_embedded_parts(self) -> None:
         """The nano models and the embedded benchmark know nothing outside the embedded world."""
         # a set of the user's own may keep to the embedded world's words; the published ones do not
-        foreign_sets = [name for name in self.benchmark.sets if name != EMBEDDED and self.benchmark.catalog[name].url]
+        asked = [*self.benchmark.sets, *self.benchmark.general]
+        embedded_sets = [name for name in asked if name in (EMBEDDED, TERSE)]
+        foreign_sets = [name for name in asked if name not in embedded_sets and self.benchmark.catalog[name].url]
+        foreign_sets += self.benchmark.lm_eval_tasks
         if self.reaches("generate") and self.target.model.kind == "nano" and foreign_sets and self._is_embedded:
             raise ConfigError(
-                f"target=nano knows the embedded world's words alone and cannot answer benchmark.sets={foreign_sets}; "
+                f"target=nano knows the embedded world's words alone and cannot answer {foreign_sets}; "
                 "take benchmark=verifiable or another target"
             )
         if self._is_embedded:
@@ -1073,6 +1123,8 @@ class Config:
             foreign.append("target=nano (choose target=smollm2 or target=llama2_7b, or stop_after=selection)")
         if self.reaches("generate") and EMBEDDED in self.benchmark.sets:
             foreign.append("benchmark=verifiable (choose benchmark=vicuna, or stop_after=selection)")
+        elif self.reaches("generate") and embedded_sets:
+            foreign.append(f"benchmark sets {embedded_sets} (take them out of benchmark.sets and benchmark.general)")
         if foreign:
             raise ConfigError(f"data={self.data.name} does not go with the embedded world's {'; '.join(foreign)}")
 
@@ -1125,8 +1177,7 @@ class Config:
     def _check_judge(self) -> None:
         if self.judge.name != "verifier":
             return
-        bare = [n for n in self.benchmark.sets if n != EMBEDDED and self.benchmark.catalog[n].reference is None]
-        if bare:
+        if bare := self.benchmark.without_reference(self.benchmark.sets):
             raise ConfigError(
                 f"judge=verifier needs reference answers, which benchmark.sets={bare} do not have; "
                 "choose judge=openai or judge=local"

@@ -24,6 +24,7 @@ Figures = Mapping[str, Any]
 
 AUDIT_FILE = "audit.json"
 ALL_ROWS = "(all rows)"
+_NOT_IN_A_NAME = ("scorer", "alpha", "data")  # a method is called by its scorer and by all else that tells it apart
 FAILED = "failed"
 _READING = (
     "How to read it: a method is of use on this data where the spoilt share of its selection lies below that of all "
@@ -53,7 +54,7 @@ def sweep_audit(jobs: Sequence[tuple[Path, Run]]) -> SweepAudit | None:
     """The audits of these jobs (their `run.json` and its content); None where there is none."""
     datasets: dict[tuple[str, ...], dict[str, Any]] = {}
     failed: dict[str, str] = {}
-    runs = with_settings([run for _, run in jobs])
+    runs = with_settings([run for _, run in jobs], _NOT_IN_A_NAME)
     for (path, _), run in zip(jobs, runs, strict=True):
         name = _method(run)
         if "audit" not in run:

@@ -31,9 +31,12 @@ UNTUNED = "(no finetuning)"
 TITLE = "PWS against the model tuned on all rows"
 
 
-def with_settings(runs: Sequence[Run]) -> list[Run]:
-    """The runs, each with the overrides that tell it from the others as `settings`."""
-    own = [[o for o in run.get("overrides") or [] if o.split("=", 1)[0] not in _OWN_COLUMN + SEED_KEYS] for run in runs]
+def with_settings(runs: Sequence[Run], shown_elsewhere: Sequence[str] = _OWN_COLUMN) -> list[Run]:
+    """The runs, each with the overrides that tell it from the others as `settings`, but for seeds and what is shown
+    elsewhere.
+    """
+    apart = (*shown_elsewhere, *SEED_KEYS)
+    own = [[o for o in run.get("overrides") or [] if o.split("=", 1)[0] not in apart] for run in runs]
     shared = set(own[0]).intersection(*own) if own else set()
     return [
         {**run, "settings": " ".join(o for o in overrides if o not in shared)}

@@ -26,6 +26,7 @@ NEEDED = {  # what a choice cannot do without
     ("data", "alpaca"): ["proxy=gpt2", "target=llama2_7b", "benchmark=vicuna", "judge=local"],
     ("data", "alpaca_gpt4"): ["proxy=gpt2", "target=llama2_7b", "benchmark=vicuna", "judge=local"],
     ("target_set", "json"): ["target_set.path=x.json"],
+    ("selector", "round_robin"): ["scorer=less"],
     ("benchmark", "vicuna"): ["target=llama2_7b", "judge=openai"],
     ("benchmark", "paper"): ["target=llama2_7b", "judge=openai"],
 }

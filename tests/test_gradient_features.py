@@ -181,6 +181,16 @@ def test_neither_blocks_nor_the_token_budget_change_features(
     assert_rows_close(made(line, fresh, given), expected)
 
 
+def test_large_gradients_take_small_blocks_and_it_is_said(
+    line: Line, fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = np.asarray(read_features(line.gradients).vectors)
+    capsys.readouterr()
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 5 * 4 * line.gradients.info["parameters"])
+    assert_rows_close(made(line, fresh), expected)
+    assert "so only 5 are projected at once" in capsys.readouterr().out
+
+
 def test_row_order_changes_no_examples_features(line: Line, fresh: Path) -> None:
     expected = np.asarray(read_features(line.gradients).vectors)
     given = line._pool_inputs()
@@ -321,3 +331,9 @@ def test_directions_are_cosines_with_the_mean_gradient_example_by_example(line: 
         np.testing.assert_allclose(cosines, gradients @ mean / lengths / np.linalg.norm(mean), atol=1e-5)
         norms = read_norms(member)
         np.testing.assert_allclose(np.hypot(norms["norm_A"], norms["norm_B"]), lengths, rtol=1e-4)
+
+
+def test_members_that_share_their_weights_share_their_direction(store: Path) -> None:
+    line = line_of(store, "scorer=gsnr_direction", "proxy.ensemble=mc_dropout", "proxy.lora.dropout=0.1")
+    assert [member.stage for member in line.late_members()] == ["dropout"] * 2
+    assert line.sources["directions"].value().shape == (1, 40)

@@ -207,6 +207,13 @@ def test_the_walk_of_g2is_and_the_direction_of_the_pool_run(gradsift) -> None:
     assert (made.count("member"), made.count("direction"), made.count("features")) == (4, 2, 0)
 
 
+def test_the_direction_of_the_pool_is_that_of_the_one_adapter_which_all_members_of_mc_dropout_share(gradsift) -> None:
+    dropping = ("proxy.ensemble=mc_dropout", "proxy.lora.dropout=0.1")
+    assert gradsift(*SMOKE, "scorer=gsnr_direction", *dropping, "stop_after=selection") == 0
+    made = [stage["name"] for stage in gradsift.runs()[-1]["stages"] if not stage["reused"]]
+    assert (made.count("member"), made.count("dropout"), made.count("direction")) == (2, 4, 1)
+
+
 def test_without_a_target_set_less_stops_before_it_trains(gradsift, capsys) -> None:
     assert gradsift(*SMOKE, "scorer=less", "stop_after=selection") == 2
     assert "target_set=none, and what was chosen selects towards a target set" in capsys.readouterr().err

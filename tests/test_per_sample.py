@@ -15,7 +15,7 @@ from gradsift.errors import GradsiftError
 from gradsift.gradients import per_sample
 from gradsift.gradients.adam import AdamState
 from gradsift.gradients.per_sample import gradient_pass
-from gradsift.gradients.projection import Projection
+from gradsift.gradients.projection import Projection, on_cpu, on_device
 from gradsift.training import lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,7 +175,26 @@ def test_another_seed_is_another_matrix_and_a_prefix_of_parameters_the_same() ->
     assert not torch.equal(Projection(1500, 64, 1)(ones), Projection(1500, 64, 2)(ones))
     assert torch.equal(Projection(1200, 64, 1)(torch.eye(1200)), Projection(1500, 64, 1)(ones)[:1200])
     tiles = Projection(1500, 64, 1)
-    assert not np.array_equal(tiles.signs(0), tiles.signs(1))
+    cpu = torch.device("cpu")
+    assert not torch.equal(tiles.signs(0, cpu), tiles.signs(1, cpu))
+
+
+def test_a_gpu_spells_out_the_same_signs_from_their_bits() -> None:
+    drawn = np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8)
+    by_bits = np.unpackbits(drawn).reshape(-1, 8) * 2.0 - 1
+    for signs in (on_cpu(drawn), on_device(drawn, torch.device("cpu"))):
+        assert signs.dtype == torch.float32
+        assert np.array_equal(signs.numpy(), by_bits)
+
+
+def test_the_matrix_is_the_one_that_stored_features_were_made_with() -> None:
+    """A change of these needs a higher VERSION of the features stage."""
+    signs = Projection(1024, 70, seed=5).signs(3, torch.device("cpu"))
+    words = np.random.PCG64([5, 3]).random_raw(2 * 1024).reshape(1024, 2)
+    for row, column in ((0, 0), (0, 69), (1, 7), (1023, 64)):
+        word = int(words[row, column // 64]).to_bytes(8, "little")
+        bit = word[column % 64 // 8] >> (7 - column % 8) & 1
+        assert signs[row, column] == 2 * bit - 1
 
 
 def test_how_many_rows_are_projected_at_once_changes_nothing() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 
 from gradsift.features.vectors import Features, unit_rows
 from gradsift.scoring.scores import Scores
+from gradsift.selection import clusters as module
+from gradsift.selection import products
 from gradsift.selection.budget import equal_shares, proportional_shares
 from gradsift.selection.clusters import clusters
 
@@ -65,6 +69,23 @@ def test_no_more_clusters_than_different_embeddings_and_it_is_said(allocation: s
     assert found.verdict == "warning"
     assert found.values["clusters"] == 3
     assert "selector.clusters=8" in found.message
+
+
+def test_different_embeddings_are_counted_no_further_than_there_are_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = unit_rows(np.random.default_rng(0).normal(size=(60, 5)))
+    vectors[1::2] = vectors[::2]
+    looked_at: list[int] = []
+
+    def noting(features: Features, positions: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        for where, rows in products.blocks(features, positions):
+            looked_at.extend(range(where.start, where.stop))
+            yield where, rows
+
+    monkeypatch.setattr(module, "blocks", noting)
+    monkeypatch.setattr(products, "_MOST_ROWS", 4)
+    assert module._different(Features(vectors), np.arange(60), 8) == 8
+    assert len(looked_at) == 16  # each vector twice; the other 44 rows are not kept in memory
+    assert module._different(Features(vectors), np.arange(60), 31) == 30
 
 
 def test_the_seed_is_that_of_k_means() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_config import composed
 
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.features.vectors import Features, unit_rows
@@ -43,6 +44,16 @@ def test_tasks_taking_turns_are_the_loop(seed: int, count: int, tasks: int) -> N
 def test_a_score_table_without_tasks_is_refused_with_the_scorers_that_have_them() -> None:
     with pytest.raises(ConfigError, match="scorer=less, rds_plus or sbert with a target_set"):
         round_robin(Scores(np.zeros(3), {"loss": np.zeros(3)}), 2)
+
+
+@pytest.mark.parametrize("scorer", ["gsnr", "g2is", "random"])
+def test_a_scorer_of_ours_without_tasks_is_refused_before_anything_is_computed(scorer: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"scorer={scorer} gives no score a task; choose scorer=less, rds_plus, sbert"
+    ):
+        composed("selector=round_robin", f"scorer={scorer}")
+    assert composed("selector=round_robin", f"scorer={scorer}", "stop_after=scores").selector_name == "round_robin"
+    assert composed("selector=round_robin", "scorer=full").scorer_name == "full"  # it keeps all, whatever the selector
 
 
 def test_a_task_that_lacks_a_score_of_a_scored_example_is_refused() -> None:

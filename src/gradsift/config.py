@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gradsift.errors import ConfigError
 
+SCORES_BY_TASK = ("less", "rds_plus", "sbert")  # scorers with a score for each task of the target set
 STAGES = ("load", "statistics", "scores", "selection", "finetune", "generate", "judge")
 EMBEDDED = "verifiable"  # the name of the embedded data and of its benchmark
 COPIES = ("exact_duplicate", "near_duplicate")
@@ -979,6 +980,7 @@ class Config:
         self._check_ensemble()
         self._check_screening()
         self._check_candidates()
+        self._check_turns()
         self._check_embedded_parts()
         self._check_random_weights()
         if self.audit.enabled:
@@ -992,6 +994,12 @@ class Config:
     def scorer_name(self) -> str:
         """The scorer's name, for a scorer of ours or of the user's own."""
         name = self.scorer.get("name", "?") if isinstance(self.scorer, dict) else self.scorer.name
+        return str(name)
+
+    @property
+    def selector_name(self) -> str:
+        """The selector's name, likewise."""
+        name = self.selector.get("name", "?") if isinstance(self.selector, dict) else self.selector.name
         return str(name)
 
     def reaches(self, stage: str) -> bool:
@@ -1028,6 +1036,16 @@ class Config:
             raise ConfigError(
                 f"selector.candidates={self.selector.candidates} lets fewer examples enter than alpha={self.alpha} "
                 "selects; raise selector.candidates, or lower alpha below it"
+            )
+
+    def _check_turns(self) -> None:
+        """Of a scorer of the user's own nothing is known here; the selector itself looks at its scores."""
+        takes_turns = self.selector_name == "round_robin" and self.reaches("selection") and self.scorer_name != "full"
+        is_ours = isinstance(self.scorer, ScorerConfig) and self.scorer._target_.startswith("gradsift.")
+        if takes_turns and is_ours and self.scorer_name not in SCORES_BY_TASK:
+            raise ConfigError(
+                f"selector=round_robin takes turns between tasks, and scorer={self.scorer_name} gives no score a task; "
+                f"choose scorer={', '.join(SCORES_BY_TASK)} with a target_set, or selector=topk"
             )
 
     def _check_embedded_parts(self) -> None:

@@ -213,9 +213,9 @@ class Line:
 
     @functools.cached_property
     def directions(self) -> list[Artifact]:
-        """A table a member, at the late snapshot."""
-        lora = self.config.proxy.lora
-        return [directions(self.runtime, lora, member, lambda: self.proxy_inputs) for member in self.late_members()]
+        """A table an adapter, at the late snapshot: one a member, or one where members share their weights."""
+        lora, late = self.config.proxy.lora, [chain[self.config.proxy.snapshots[1] - 1] for chain in self.adapters]
+        return [directions(self.runtime, lora, weights, lambda: self.proxy_inputs) for weights in late]
 
     @functools.cached_property
     def checkpoints(self) -> list[Artifact]:

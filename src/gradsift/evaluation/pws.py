@@ -7,7 +7,7 @@ PWS = (win - lose) / (win + tie + lose) + 1: 1 is parity, 2 wins every item, 0 l
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,22 +82,28 @@ def summarise(
     Raises:
         DataError: an item has two judgments in one order, so one of them answers another prompt.
     """
-    outcomes: dict[str, list[Outcome]] = {}
-    for (benchmark, _), found in outcomes_of(judgments, combine).items():
-        outcomes.setdefault(benchmark, []).append(found)
+    summary = summarise_outcomes(outcomes_of(judgments, combine), bootstrap, confidence, seed)
+    return {"combine": combine, **summary}
+
+
+def summarise_outcomes(
+    outcomes: Mapping[tuple[str, str], Outcome], bootstrap: int, confidence: float, seed: int
+) -> dict[str, Any]:
+    """`summarise` for outcomes by (benchmark, item), whoever decided them; without `combine`."""
+    benchmarks: dict[str, list[Outcome]] = {}
+    for (benchmark, _), found in sorted(outcomes.items()):
+        benchmarks.setdefault(benchmark, []).append(found)
     # each cell has a random stream of its own: a further benchmark leaves the others' intervals alone
     cells = {
         name: _cell(found, bootstrap, confidence, np.random.default_rng([seed, *name.encode()]))
-        for name, found in outcomes.items()
+        for name, found in benchmarks.items()
     }
-    pooled = [one for found in outcomes.values() for one in found]
     return {
-        "combine": combine,
         "bootstrap": bootstrap,
         "confidence": confidence,
         "seed": seed,
         "benchmarks": cells,
-        "pooled": _cell(pooled, bootstrap, confidence, np.random.default_rng([seed])),
+        "pooled": _cell(list(outcomes.values()), bootstrap, confidence, np.random.default_rng([seed])),
     }
 
 

@@ -41,8 +41,9 @@ from gradsift.training.finetuning import require_finite
 
 VERSION = 1
 PROGRESS_FILE = "progress.json"
-_BLOCK_BYTES = 256 * 2**20  # of gradients that wait for the projection, whose signs are drawn once a block
+_BLOCK_BYTES = 2 * 2**30  # of gradients that wait for the projection, whose signs are spelt out once a block
 _MOST_ROWS = 512  # of a block: what an interrupted run may have to do again
+_FEW_ROWS = 64  # of a block: with fewer, drawing the signs takes longer than to multiply with them
 _MOST_UNPROJECTED = 4 * 10**9  # numbers, 16 GB
 
 
@@ -140,6 +141,12 @@ def parameter_count(runtime: Runtime, config: FeaturesConfig, inputs: ProxyInput
         return sum(parameter.numel() for parameter in lora.trainable_parameters(adapted).values())
 
 
+def block_rows(size: int, device: torch.device) -> int:
+    """B, where a gradient has `size` numbers; a GPU's signs and passes need the rest of its memory."""
+    room = int(torch.cuda.mem_get_info(device)[0]) // 4 if device.type == "cuda" else _BLOCK_BYTES
+    return min(_MOST_ROWS, max(1, room // (4 * size)))
+
+
 def checkpoint_weights(checkpoints: Sequence[Artifact]) -> np.ndarray:
     """w (C,) float64: mean learning rates, with sum 1."""
     rates = np.array([checkpoint.info["learning_rate"] for checkpoint in checkpoints], dtype=np.float64)
@@ -159,6 +166,12 @@ def _write(
     size = parameter_count(runtime, config, inputs)
     dimensions = config.dimensions or size
     projection = Projection(size, dimensions, config.projection_seed) if config.dimensions is not None else None
+    at_once = block_rows(size, device_of(runtime.compute))
+    if projection is not None and at_once < min(_FEW_ROWS, len(given.ids)):
+        runtime.display.say(
+            f"  warning: a gradient has {size:,} numbers, so only {at_once} are projected at once, and "
+            "drawing the projection takes most of the time; a smaller features.warmup.lora.rank is faster"
+        )
     table = _Table(folder, len(given.ids), dimensions, len(checkpoints))
     label = f"gradients of {len(inputs.encoded):,} examples at {len(checkpoints)} checkpoints"
     with (
@@ -200,7 +213,7 @@ class _Blocks:
         normalise: bool,
         device: torch.device,
     ) -> None:
-        self.rows = min(_MOST_ROWS, max(1, _BLOCK_BYTES // (4 * gradients.size)))
+        self.rows = block_rows(gradients.size, device)
         self._inputs = inputs
         self._positions = np.array([example.row for example in inputs.encoded], dtype=np.int64)  # ascending
         self._gradients = gradients

@@ -66,7 +66,7 @@ def warm_up(
 
 
 def warmup_rows(config: WarmupConfig, rows: int) -> int:
-    """How many of `rows` rows are trained on.
+    """How many of `rows` rows are trained on; all of them where `config.rows` asks for more.
 
     Raises:
         GradsiftError: none.

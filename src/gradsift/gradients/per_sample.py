@@ -98,7 +98,7 @@ def _full_pass(adapted: Any, pad_id: int, padding_side: str) -> GradientPass:
     def one(example: Encoded) -> torch.Tensor:
         losses = losses_of(collate([example], pad_id, padding_side).to(parameters[0].device))
         parts = torch.autograd.grad(losses.sum(), parameters, allow_unused=True, materialize_grads=True)
-        return torch.cat([part.flatten() for part in parts]).to(torch.float32)
+        return torch.cat([part.flatten().to(torch.float32) for part in parts])
 
     def work(examples: Sequence[Encoded]) -> torch.Tensor:
         return torch.stack([one(example) for example in examples])

@@ -10,7 +10,8 @@ nothing else:
     embedding_gradients
                  `gradsift.gradients.embedding_head.EmbeddingGradients` after the first epoch of the ensemble's
                  first adapter, which alone is trained for it
-    directions   (M, N) cosines of each member's gradient of an example with its mean gradient of the pool
+    directions   (M, N) cosines of each member's gradient of an example with its mean gradient of the pool; (1, N)
+                 for proxy.ensemble=mc_dropout, whose members share their weights
     gradients, target_gradients
                  `gradsift.features.vectors.Features` of the pool's and of the target set's gradients
     backbone     the proxy's backbone, without adapters

@@ -29,7 +29,7 @@ def clusters(scores: Scores, size: int, embeddings: Features, *, clusters: int, 
         seed: of k-means.
     """
     directed, undirected = best_by_direction(scores, embeddings)
-    count = min(clusters, _different(embeddings, directed))
+    count = _different(embeddings, directed, clusters)
     if not count:
         return Choice(undirected[:size], [_found(np.zeros(0, dtype=np.int64), clusters)])
     labels = _by_first_seen(_kmeans(embeddings.vectors[directed], count, seed))
@@ -40,9 +40,15 @@ def clusters(scores: Scores, size: int, embeddings: Features, *, clusters: int, 
     return Choice(np.concatenate([directed[taken], undirected[: size - within]]), [_found(sizes, clusters)])
 
 
-def _different(features: Features, positions: np.ndarray) -> int:
-    """How many different vectors there are."""
-    return len({row.tobytes() for _, rows in blocks(features, positions) for row in rows + 0.0})  # -0.0 is 0.0
+def _different(features: Features, positions: np.ndarray, most: int) -> int:
+    """How many different vectors there are, counted up to `most`."""
+    seen: set[bytes] = set()
+    for _, rows in blocks(features, positions):
+        for row in rows + 0.0:  # -0.0 is 0.0
+            seen.add(row.tobytes())
+            if len(seen) == most:  # no more of them than that are ever held
+                return most
+    return len(seen)
 
 
 def _kmeans(vectors: np.ndarray, count: int, seed: int) -> np.ndarray:

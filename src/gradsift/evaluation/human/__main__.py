@@ -1,0 +1,138 @@
+"""The command line: serve the pairs of a run, or of two files, to raters; with `--results`, print what they said."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gradsift.errors import ConfigError, GradsiftError
+from gradsift.evaluation.agreement import Outcomes
+from gradsift.evaluation.human.pairs import PairFiles, files_of_run, read_pairs
+from gradsift.evaluation.human.results import describe
+from gradsift.evaluation.human.votes import Votes
+from gradsift.evaluation.judging import read_judgments
+from gradsift.evaluation.pws import outcomes_of
+from gradsift.evaluation.records import read_records
+
+DATABASE = "human_eval.sqlite"
+PORT = 8765
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0, or 2 with one line on stderr."""
+    options = _parser().parse_args(arguments)
+    try:
+        _check(options)
+        files = _files(options)
+        path = options.database or (options.run or Path()) / DATABASE
+        if options.results:
+            print(json.dumps(_results(options, files, path), indent=1, allow_nan=False))
+        else:
+            _serve(options, files, path)
+    except (GradsiftError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m gradsift.evaluation.human", description=__doc__)
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--model", type=Path, metavar="FILE", help="model_outputs.json, in place of a run")
+    parser.add_argument("--reference", type=Path, metavar="FILE", help="model_outputs.json of the reference")
+    parser.add_argument("--judgments", type=Path, metavar="FILE", help="an LLM judge's (default: those of the run)")
+    parser.add_argument(
+        "--database", type=Path, metavar="FILE", help=f"the votes (default: {DATABASE} in the run's folder)"
+    )
+    parser.add_argument("--raters", metavar="A,B", help="only these may vote, or are counted (default: anyone)")
+    parser.add_argument("--items", type=int, help="so many pairs, drawn with the seed (default: all)")
+    parser.add_argument("--seed", type=int, help="of the draw, the order and the sides (default 0)")
+    parser.add_argument("--port", type=int, default=PORT, help=f"on 127.0.0.1 (default {PORT}; 0 takes a free one)")
+    parser.add_argument("--unblind", action="store_true", help="show raters who have finished which side was whose")
+    parser.add_argument("--results", action="store_true", help="print the counts as JSON and serve nothing")
+    parser.add_argument("--bootstrap", type=int, default=2000, help="resamples for the intervals (default 2000)")
+    parser.add_argument("--confidence", type=float, default=0.95)
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    named = (options.model is not None) + (options.reference is not None)
+    if (options.run is None and named < 2) or (options.run is not None and named):
+        raise ConfigError("give either the folder of a run, or two files with --model and --reference")
+    if options.bootstrap < 1 or not 0 < options.confidence < 1:
+        raise ConfigError("--bootstrap must be at least 1, and --confidence between 0 and 1")
+    missing = [name for name in ("starlette", "uvicorn", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing and not options.results:
+        raise ConfigError(
+            f"the page needs the package {missing[0]}; install it with `pip install -c constraints.txt -e '.[human]'`"
+        )
+
+
+def _files(options: argparse.Namespace) -> PairFiles:
+    files = files_of_run(options.run) if options.run else PairFiles(options.model, options.reference)
+    return replace(files, judgments=options.judgments, combine=None) if options.judgments else files
+
+
+def _serve(options: argparse.Namespace, files: PairFiles, path: Path) -> None:
+    from gradsift.evaluation.human.server import LOOPBACK, Pages, listen, serve
+
+    pairs = read_pairs(files)
+    fresh = not path.exists()
+    listener = listen(options.port)
+    votes = Votes.create(path, pairs, options.items, options.seed or 0) if fresh else Votes(path)
+    votes.require(pairs, options.items, options.seed)
+    pages = Pages(votes, pairs, invited=_names(options.raters), unblind=options.unblind)
+    port = listener.getsockname()[1]
+    print(f"{len(votes.keys)} of {len(pairs.items)} pairs; votes are kept in {path}")
+    print(f"open http://{LOOPBACK}:{port}{pages.root}/")
+    print(f"(from another machine: ssh -L {port}:{LOOPBACK}:{port} THIS_MACHINE, then the same address; Ctrl-C ends)")
+    sys.stdout.flush()
+    serve(pages.app(), listener)
+    votes.close()
+    print("ended; the same command goes on, and with --results it prints the counts")
+
+
+def _results(options: argparse.Namespace, files: PairFiles, path: Path) -> dict[str, Any]:
+    votes = Votes(path)
+    if files.model.is_file() and files.reference.is_file():  # votes outlive the store
+        votes.require(read_pairs(files))
+    else:
+        print("the answers are gone; whether the votes are about them was not checked", file=sys.stderr)
+    found = votes.all()
+    names = _names(options.raters)
+    known = [rater.name for rater in votes.raters()]
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"--raters: nobody called {unknown[0]} has voted; there are {', '.join(known) or 'none'}")
+    judged = _judged(files)
+    drawn = set(votes.keys.values())
+    counted = [vote for vote in found if not names or vote.rater in names]
+    about = {name: votes.about[name] for name in ("model", "reference")}
+    settings = {"bootstrap": options.bootstrap, "confidence": options.confidence, "seed": int(votes.about["seed"])}
+    restricted = None if judged is None else {key: outcome for key, outcome in judged.items() if key in drawn}
+    return {**about, "items": len(votes.keys), **describe(counted, restricted, **settings)}
+
+
+def _judged(files: PairFiles) -> Outcomes | None:
+    if files.judgments is None:
+        return None
+    if files.combine is None:
+        records = read_records(files.judgments)
+        return outcomes_of(records.judgments, records.combine)
+    return outcomes_of(read_judgments(files.judgments), files.combine)
+
+
+def _names(raters: str | None) -> list[str]:
+    names = [" ".join(name.split()) for name in (raters or "").split(",")]
+    if raters is not None and not all(names):
+        raise ConfigError(f"--raters {raters!r}: an empty name; give names with commas between them")
+    return names if raters is not None else []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""The pages for raters: plain forms that need no script, served on loopback alone.
+
+What protects them: the address holds a random key, so neither another user of the machine nor a page
+in the rater's browser can guess it; the Host header must name this machine (a foreign name that
+resolves to loopback does not), a form must come from a page of the same origin, and a strict content
+security policy stands behind the escaping of every text. Which side is whose never leaves the server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qs
+
+import uvicorn
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gradsift.errors import ConfigError
+from gradsift.evaluation.human.pairs import Pairs
+from gradsift.evaluation.human.votes import NAME_LENGTH, Choice, Rater, Votes
+from gradsift.evaluation.pws import summarise_outcomes
+
+LOOPBACK = "127.0.0.1"
+CUT = 6000  # characters of a text that are shown at first
+_BODY = 4096  # bytes of a form
+_CHOICES: dict[str, Choice] = {"first": "first", "tie": "tie", "second": "second"}
+_FILES = {"style.css": "text/css", "keys.js": "text/javascript", "icon.svg": "image/svg+xml"}
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-store",  # a page from the browser's memory would show an earlier vote
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "same-origin",  # the address is a secret
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as a page shows it: whole, or its beginning."""
+
+    shown: str
+    hidden: int  # characters that are left out
+
+    @classmethod
+    def of(cls, text: str, whole: bool) -> Text:
+        cut = text if whole else text[:CUT]
+        return cls(presentable(cut), len(text) - len(cut))
+
+
+def presentable(text: str) -> str:
+    """`text` with U+FFFD for what no page can hold: control characters and half surrogate pairs."""
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    lines = whole.replace("\r\n", "\n").replace("\r", "\n")
+    return "".join("\ufffd" if ord(one) < 32 and one not in "\n\t" else one for one in lines)
+
+
+class Pages:
+    """The pages about one file of votes."""
+
+    def __init__(self, votes: Votes, pairs: Pairs, *, invited: Sequence[str], unblind: bool) -> None:
+        self.votes = votes
+        self.pairs = pairs
+        self.invited = [votes.join(name).name for name in invited]
+        self.unblind = unblind
+        self.root = f"/{votes.about['address']}"
+        templates = Environment(
+            loader=PackageLoader("gradsift.evaluation.human", "pages"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        templates.globals["root"] = self.root
+        self.templates = templates
+
+    def app(self) -> ASGIApp:
+        routes = [
+            Route("/", self.start),
+            Route("/raters", self.join, methods=["POST"]),
+            Route("/r/{rater:int}", self.next),
+            Route("/r/{rater:int}/{item:int}", self.pair),
+            Route("/r/{rater:int}/{item:int}", self.vote, methods=["POST"]),
+            Route("/r/{rater:int}/done", self.done),
+            Route("/r/{rater:int}/done", self.finish, methods=["POST"]),
+            *(Route(f"/{name}", self.file, name=name) for name in _FILES),
+        ]
+        return Starlette(
+            routes=[Mount(self.root, routes=routes)],
+            middleware=[
+                Middleware(_Headers),
+                Middleware(TrustedHostMiddleware, allowed_hosts=[LOOPBACK, "localhost"], www_redirect=False),
+                Middleware(_SameOrigin),
+                Middleware(RequestBodyLimitMiddleware, max_body_size=_BODY),
+            ],
+            exception_handlers={sqlite3.Error: _not_kept},
+        )
+
+    # ---------------------------------------------------------------------------------------- pages
+
+    async def start(self, request: Request) -> Response:
+        return self._start()
+
+    def _start(self, error: str | None = None) -> Response:
+        about = {"count": len(self.votes.keys), "invited": self.invited, "limit": NAME_LENGTH}
+        return self._page("start.html", status=400 if error else 200, error=error, **about)
+
+    async def join(self, request: Request) -> Response:
+        name = (await _form(request)).get("name", "")
+        try:
+            if self.invited and name not in self.invited:
+                raise ConfigError("this name was not invited; choose one of those below")
+            rater = self.votes.join(name)
+        except ConfigError as error:
+            return self._start(str(error))
+        return self._to(rater, None)
+
+    async def next(self, request: Request) -> Response:
+        rater = self._rater(request)
+        return self._to(rater, self._unrated(rater, after=0))
+
+    async def pair(self, request: Request) -> Response:
+        rater, item = self._rater(request), self._item(request)
+        votes = self.votes.of(rater)
+        vote = votes[item - 1]
+        pair = self.pairs.items[vote.key]
+        answers = (pair.model, pair.reference) if vote.model_first else (pair.reference, pair.model)
+        whole = request.query_params.get("text") == "whole"
+        return self._page(
+            "pair.html",
+            here=f"{self.root}/r/{rater.number}",
+            rater=rater,
+            item=item,
+            count=len(votes),
+            rated=sum(one.choice is not None for one in votes),
+            choice=vote.choice,
+            instruction=Text.of(pair.instruction, whole),
+            input=Text.of(pair.input, whole),
+            answers=[Text.of(answer, whole) for answer in answers],
+        )
+
+    async def vote(self, request: Request) -> Response:
+        rater, item = self._rater(request), self._item(request)
+        choice = _CHOICES.get((await _form(request)).get("choice", ""))
+        if choice is None:
+            raise HTTPException(400, "A vote is one of first, tie and second; go back and choose one.")
+        if not self.votes.vote(rater, item, choice):
+            return self._to(rater, None)  # finished: the counts say so
+        return self._to(rater, self._unrated(rater, after=item))
+
+    async def done(self, request: Request) -> Response:
+        rater = self._rater(request)
+        votes = self.votes.of(rater)
+        here = f"{self.root}/r/{rater.number}"
+        if not rater.finished:
+            missing = self._unrated(rater, after=0)
+            if missing is not None:
+                return self._to(rater, missing)
+            return self._page("done.html", here=here, rater=rater, count=len(votes))
+        outcomes = {vote.key: vote.outcome for vote in votes}
+        cell = summarise_outcomes(outcomes, bootstrap=2000, confidence=0.95, seed=0)["pooled"]
+        names = (self.votes.about["model"], self.votes.about["reference"]) if self.unblind else None
+        revealed = votes if self.unblind else []
+        return self._page("counts.html", here=here, rater=rater, cell=cell, revealed=revealed, names=names)
+
+    async def finish(self, request: Request) -> Response:
+        rater = self._rater(request)
+        self.votes.finish(rater)
+        return self._to(rater, self._unrated(rater, after=0))
+
+    async def file(self, request: Request) -> Response:
+        name = request.url.path.rsplit("/", 1)[1]
+        loader = self.templates.loader
+        source = loader.get_source(self.templates, name)[0] if loader else ""
+        return Response(source, media_type=_FILES[name])
+
+    # -------------------------------------------------------------------------------------- helpers
+
+    def _page(self, name: str, status: int = 200, **values: Any) -> Response:
+        return HTMLResponse(self.templates.get_template(name).render(values), status)
+
+    def _to(self, rater: Rater, item: int | None) -> Response:
+        """Send the browser to an item, or to the end."""
+        return RedirectResponse(f"{self.root}/r/{rater.number}/{'done' if item is None else item}", 303)
+
+    def _rater(self, request: Request) -> Rater:
+        number = request.path_params["rater"]
+        for rater in self.votes.raters():
+            if rater.number == number:
+                return rater
+        raise HTTPException(404, "There is no such rater; begin at the first page.")
+
+    def _item(self, request: Request) -> int:
+        item: int = request.path_params["item"]
+        if item not in self.votes.keys:
+            raise HTTPException(404, f"There is no pair {item}; they are numbered from 1 to {len(self.votes.keys)}.")
+        return item
+
+    def _unrated(self, rater: Rater, after: int) -> int | None:
+        """The next item without a vote, behind `after` first; None when every item has one."""
+        missing = [vote.item for vote in self.votes.of(rater) if vote.choice is None]
+        return next((item for item in missing if item > after), missing[0] if missing else None)
+
+
+async def _form(request: Request) -> dict[str, str]:
+    """The last value of each field."""
+    fields = parse_qs((await request.body()).decode("utf-8", "replace"))
+    return {name: values[-1] for name, values in fields.items()}
+
+
+async def _not_kept(request: Request, error: Exception) -> Response:
+    return PlainTextResponse(
+        f"The file of votes cannot be used just now ({error}). Nothing of this click was kept; free some space "
+        "or wait, then go back and try again.",
+        503,
+    )
+
+
+class _Headers:
+    """Puts `_HEADERS` on every response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        await self.app(scope, receive, with_headers)
+
+
+class _SameOrigin:
+    """Refuses a form that another site's page sent."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD"):
+            headers = Headers(scope=scope)
+            site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+            foreign = origin is not None and origin.lower() != f"http://{headers['host']}".lower()
+            if foreign or site not in (None, "same-origin"):
+                await PlainTextResponse("This form was sent by another site's page.", 403)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def listen(port: int) -> socket.socket:
+    """A socket that listens on loopback; port 0 takes a free one.
+
+    Raises:
+        ConfigError: the port is taken, or may not be used.
+    """
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for old connections
+    try:
+        listener.bind((LOOPBACK, port))
+        listener.listen()
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"--port {port}: {reason}; give another, or 0 for a free one") from error
+    return listener
+
+
+def serve(app: ASGIApp, listener: socket.socket) -> None:
+    """Answer until Ctrl-C."""
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=2
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])

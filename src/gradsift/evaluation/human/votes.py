@@ -1,0 +1,251 @@
+"""Who voted what, in one SQLite file: each vote is on disk before the next page is shown."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import sqlite3
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from gradsift.errors import ConfigError, DataError
+from gradsift.evaluation.human.pairs import Key, Pairs
+from gradsift.evaluation.pws import Outcome
+
+Choice = Literal["first", "tie", "second"]
+NAME_LENGTH = 60  # characters of a rater's name
+
+_APPLICATION = 0x67736865  # "gshe": tells our file from other SQLite files
+_FORMAT = 1
+_SCHEMA = f"""
+CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE items (item INTEGER PRIMARY KEY, benchmark TEXT NOT NULL, item_id TEXT NOT NULL) STRICT;
+CREATE TABLE raters (
+    rater INTEGER PRIMARY KEY, name TEXT NOT NULL, folded TEXT NOT NULL UNIQUE, joined TEXT NOT NULL, finished TEXT
+) STRICT;
+CREATE TABLE shown (
+    rater INTEGER NOT NULL REFERENCES raters, item INTEGER NOT NULL REFERENCES items,
+    model_first INTEGER NOT NULL CHECK (model_first IN (0, 1)),
+    choice TEXT CHECK (choice IN ('first', 'tie', 'second')), voted TEXT,
+    PRIMARY KEY (rater, item)
+) STRICT;
+PRAGMA application_id = {_APPLICATION};
+PRAGMA user_version = {_FORMAT};
+"""
+
+
+@dataclass(frozen=True)
+class Rater:
+    """`finished`: the rater has closed the votes, and may see what they add up to."""
+
+    number: int
+    name: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What one rater saw and said about one item; `choice` is None as long as there is no vote."""
+
+    rater: str
+    item: int  # 1 is shown first
+    key: Key
+    model_first: bool
+    choice: Choice | None
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the vote means for the model; "invalid" without a vote."""
+        if self.choice is None:
+            return "invalid"
+        if self.choice == "tie":
+            return "tie"
+        return "win" if (self.choice == "first") == self.model_first else "lose"
+
+
+class Votes:
+    """The file of votes about one draw of one set of pairs."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a file that `create` has made.
+
+        Raises:
+            DataError: it is missing, broken, or something else.
+        """
+        if not path.is_file():
+            raise DataError(f"{path} is not there, so nobody has voted; serve the pairs first, without --results")
+        self.path = path
+        try:
+            self._connection = _connect(path)
+            application, version = (self._value(f"PRAGMA {name}") for name in ("application_id", "user_version"))
+        except sqlite3.Error as error:
+            raise DataError(f"{path} cannot be opened as a file of votes ({error}); name another --database") from error
+        if (application, version) != (_APPLICATION, _FORMAT):
+            self.close()
+            raise DataError(f"{path} is a database of something else, or of another version; name another --database")
+        self._connection.execute("PRAGMA journal_mode = WAL")  # people read while others vote
+        self.about: dict[str, str] = dict(self._connection.execute("SELECT name, value FROM about"))
+        rows = self._connection.execute("SELECT item, benchmark, item_id FROM items ORDER BY item")
+        self.keys: dict[int, Key] = {item: (benchmark, item_id) for item, benchmark, item_id in rows}
+
+    @classmethod
+    def create(cls, path: Path, pairs: Pairs, items: int | None, seed: int) -> Votes:
+        """Draw `items` pairs (all, for None) in random order into a new file; one that is there already is opened.
+
+        Raises:
+            ConfigError: there are fewer pairs than `items`.
+            DataError: as for opening; or the file cannot be written.
+        """
+        keys = sorted(pairs.items)
+        if items is not None and not 1 <= items <= len(keys):
+            raise ConfigError(f"--items {items}: there are {len(keys)} pairs; give a number from 1 to {len(keys)}")
+        drawn = random.Random(f"items/{seed}").sample(keys, items or len(keys))
+        about = {
+            "content": pairs.content,
+            "model": _text(pairs.model),
+            "reference": _text(pairs.reference),
+            "seed": str(seed),
+            "address": secrets.token_urlsafe(16),
+        }
+        try:
+            path.touch(mode=0o600)  # it holds people's names and the key of the address
+            connection = _connect(path)
+            with _transaction(connection):
+                if connection.execute("PRAGMA schema_version").fetchone() == (0,):  # empty: no other process was faster
+                    for statement in _SCHEMA.split(";"):
+                        connection.execute(statement)
+                    connection.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+                    rows = [(number, *key) for number, key in enumerate(drawn, start=1)]
+                    connection.executemany("INSERT INTO items VALUES (?, ?, ?)", rows)
+            connection.close()
+        except (OSError, sqlite3.Error) as error:
+            raise DataError(f"{path} cannot be made a file of votes ({error}); name another --database") from error
+        return cls(path)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def require(self, pairs: Pairs, items: int | None = None, seed: int | None = None) -> None:
+        """Refuse pairs, or options of the draw, that are not those of the file.
+
+        Raises:
+            ConfigError, DataError: names what differs.
+        """
+        if self.about["content"] != pairs.content:
+            raise DataError(
+                f"{self.path} holds votes about other answers ({self.about['model']} against "
+                f"{self.about['reference']}); name another --database"
+            )
+        for option, asked, held in (("--items", items, len(self.keys)), ("--seed", seed, int(self.about["seed"]))):
+            if asked is not None and asked != held:
+                raise ConfigError(
+                    f"{option} {asked}: {self.path} was begun with {held}; leave the option out to go on, or name "
+                    "another --database"
+                )
+
+    # --------------------------------------------------------------------------------------- raters
+
+    def join(self, name: str) -> Rater:
+        """The rater of that name; capitals and extra spaces count for nothing.
+
+        Who joins for the first time is shown the model first on half of the items; which ones depends on the
+        seed and the name alone.
+
+        Raises:
+            ConfigError: the name is empty, too long or not printable.
+        """
+        name = " ".join(unicodedata.normalize("NFC", name).split())
+        if not name or len(name) > NAME_LENGTH or not name.isprintable():
+            raise ConfigError(f"a rater's name has 1 to {NAME_LENGTH} printable characters, not {name[:80]!a}")
+        folded = name.casefold()
+        with _transaction(self._connection):
+            if self._value("SELECT count(*) FROM raters WHERE folded = ?", folded) == 0:
+                cursor = self._connection.execute(
+                    "INSERT INTO raters (name, folded, joined) VALUES (?, ?, ?)", (name, folded, _now())
+                )
+                sides = self._sides(folded)
+                self._connection.executemany(
+                    "INSERT INTO shown (rater, item, model_first) VALUES (?, ?, ?)",
+                    [(cursor.lastrowid, item, side) for item, side in zip(self.keys, sides, strict=True)],
+                )
+        return next(rater for rater in self.raters() if rater.name.casefold() == folded)
+
+    def _sides(self, folded: str) -> list[bool]:
+        count = len(self.keys)
+        sides = [True, False] * ((count + 1) // 2)
+        random.Random(f"sides/{self.about['seed']}/{folded}").shuffle(sides)
+        return sides[:count]
+
+    def raters(self) -> list[Rater]:
+        """In the order in which they joined."""
+        rows = self._connection.execute("SELECT rater, name, finished IS NOT NULL FROM raters ORDER BY rater")
+        return [Rater(number, name, bool(finished)) for number, name, finished in rows]
+
+    # ---------------------------------------------------------------------------------------- votes
+
+    def vote(self, rater: Rater, item: int, choice: Choice) -> bool:
+        """Keep a vote, in place of an earlier one; False, and nothing is kept, once the rater has finished."""
+        cursor = self._connection.execute(
+            "UPDATE shown SET choice = ?, voted = ? WHERE rater = ? AND item = ? "
+            "AND (SELECT finished FROM raters WHERE raters.rater = shown.rater) IS NULL",
+            (choice, _now(), rater.number, item),
+        )
+        return cursor.rowcount == 1
+
+    def finish(self, rater: Rater) -> bool:
+        """Close the votes of a rater; False as long as one is missing."""
+        self._connection.execute(
+            "UPDATE raters SET finished = ? WHERE rater = ? AND finished IS NULL "
+            "AND NOT EXISTS (SELECT 1 FROM shown WHERE shown.rater = raters.rater AND choice IS NULL)",
+            (_now(), rater.number),
+        )
+        return any(found.number == rater.number and found.finished for found in self.raters())
+
+    def of(self, rater: Rater) -> list[Vote]:
+        """One entry an item, in the order shown."""
+        return list(self._read("WHERE rater = ?", rater.number))
+
+    def all(self) -> list[Vote]:
+        """The votes that were cast, by rater and item."""
+        return list(self._read("WHERE choice IS NOT NULL"))
+
+    def _read(self, condition: str, *values: int) -> Iterator[Vote]:
+        query = "SELECT name, item, model_first, choice FROM shown JOIN raters USING (rater) "
+        for name, item, first, choice in self._connection.execute(f"{query} {condition} ORDER BY rater, item", values):
+            yield Vote(name, item, self.keys[item], bool(first), choice)
+
+    def _value(self, query: str, *values: str) -> int:
+        found: int = self._connection.execute(query, values).fetchone()[0]
+        return found
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # None: each statement commits by itself, and what has several says BEGIN
+    connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA synchronous = FULL")  # a vote that was confirmed outlives a power cut
+    connection.execute("PRAGMA foreign_keys = ON")
+    return connection
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _text(name: str) -> str:
+    return name.encode("utf-8", "replace").decode()

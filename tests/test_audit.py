@@ -145,6 +145,28 @@ def test_means_of_audits_leave_out_what_one_of_them_has_not() -> None:
     }
 
 
+def test_methods_are_told_apart_by_whatever_was_swept(tmp_path: Path) -> None:
+    """Same scorer, other ensemble: each has a line of its own, and their selections are compared."""
+    swept = {
+        "proxy.members=3": [0, 1, 2],
+        "proxy.snapshots=[1,3]": [2, 3, 4],
+        "proxy=gpt2": [5, 6, 7],
+        "features.warmup.seed=1": [0, 1, 2],
+    }
+    jobs = []
+    for number, (override, positions) in enumerate(swept.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        selections = [{"alpha": 0.1, "positions": positions}]
+        (folder / "audit.json").write_text(json.dumps({"data": "d", "selections": selections}))
+        overrides = ["experiment=x", "scorer=gsnr", override]
+        jobs.append((folder / "run.json", {"status": "stopped", "scorer": "gsnr", "overrides": overrides, "audit": {}}))
+    (dataset,) = sweep_audit(jobs).datasets
+    names = [f"gsnr {override}" for override in swept]
+    assert list(dataset["methods"]) == names
+    assert list(dataset["overlap"]["0.1"][names[0]].values()) == [1.0, 1 / 5, 0.0, 1.0]
+
+
 def test_a_sweep_without_an_audit_has_none(tmp_path: Path) -> None:
     assert sweep_audit([(tmp_path / "run.json", {"status": "finished", "overrides": []})]) is None
     assert audit_tables(SweepAudit([], {"random": "broken"}), brief=True) == []

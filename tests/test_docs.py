@@ -1,0 +1,108 @@
+"""What the documentation tells people to type is accepted, and what it points to is there."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from gradsift.cli import conf_folder
+from gradsift.config import load_config, register_schemas
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+EXPERIMENTS = sorted(path.stem for path in (conf_folder() / "experiment").glob("*.yaml"))
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The overrides of each `python run.py` that is written out whole; what follows two spaces is a remark."""
+    lines = [line.split("  ")[0].strip() for line in re.findall(r"(?:^ {4,}|`)python run\.py ([^`\n]+)", text, re.M)]
+    whole = dict.fromkeys(line.replace("NAME", "gradfiltering") for line in lines if "..." not in line)
+    return [[word for word in shlex.split(line) if word != "-m"] for line in whole]
+
+
+BARE = {("experiment=" + name,) for name in EXPERIMENTS}  # test_config.py composes these
+COMMANDS = [
+    pytest.param(command, id=" ".join(command))
+    for page in PAGES
+    for command in commands_of(page.read_text())
+    if tuple(command) not in BARE
+]
+
+
+def jobs_of(overrides: list[str]) -> Iterator[list[str]]:
+    """Each job's overrides of a sweep, the experiment's own sweep included."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    given = {o.key_or_group: o for o in parsed}
+    params = compose("config", overrides=_first(overrides), return_hydra_config=True).hydra.sweeper.params or {}
+    own = [f"{key}={value}" for key, value in params.items() if key not in given]
+    choices = []
+    for override in [*parsed, *OverridesParser.create().parse_overrides(own)]:
+        values = (
+            override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
+        )
+        choices.append([f"{override.get_key_element()}={value}" for value in values])
+    yield from map(list, itertools.product(*choices))
+
+
+def _first(overrides: list[str]) -> list[str]:
+    """The overrides, of a sweep the first value of each."""
+    found = []
+    for override in OverridesParser.create().parse_overrides(overrides):
+        value = (
+            next(override.sweep_string_iterator())
+            if override.is_sweep_override()
+            else override.get_value_element_as_str()
+        )
+        found.append(f"{override.get_key_element()}={value}")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def composing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("GRADSIFT_DATA", "somewhere")
+    register_schemas()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        yield
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_docs_is_accepted(command: list[str]) -> None:
+    load_config(compose("config", overrides=_first(command)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_job_of_an_experiment_is_accepted(name: str) -> None:
+    for job in jobs_of([f"experiment={name}"]):
+        load_config(compose("config", overrides=job))
+
+
+def test_every_choice_has_its_place_in_the_page_on_methods() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text()
+    groups = ("method", "scorer", "selector", "target_set", "features", "embedder")
+    choices = [path.stem for group in groups for path in (conf_folder() / group).glob("*.yaml")]
+    assert [choice for choice in choices if not re.search(rf"\b{choice}\b", text)] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target.read_text()), link
+
+
+def _anchors(text: str) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -52,6 +52,14 @@ def test_equal_gradients_tie_wherever_they_stand() -> None:
     assert len(set(scores.score[[5, 11, 1999, 2999]].tolist())) == 1
 
 
+def test_gradients_that_do_not_tell_the_rows_apart_are_said() -> None:
+    alike = Features(np.repeat(features(1).vectors, 9, axis=0))
+    found = {each.name: each.verdict for each in less(alike, features(7, TASKS, seed=1)).diagnostics}
+    assert found["gradient_spread"] == "warning"
+    found = {each.name: each.verdict for each in less(features(9), features(7, TASKS, seed=1)).diagnostics}
+    assert found["gradient_spread"] == "ok"
+
+
 def test_target_rows_without_a_gradient_are_not_averaged() -> None:
     pool, target = features(5), features(7, TASKS, seed=1)
     target.vectors[[0, 5]] = 0

@@ -94,7 +94,10 @@ def _files(config: FilesTargetSetConfig, downloads: Path) -> dict[str, Path]:
 def _task_of(row: SourceRow, column: str, file: Path) -> str:
     task = row.content.get(column) if isinstance(row.content, dict) else None
     if not isinstance(task, str) or not task.strip():
-        raise DataError(f"{file}, row {row.row}: column {column!r} names no task; check target_set.task")
+        raise DataError(
+            f"{file}, row {row.row}: column {column!r} holds {task!r}, which is no text that names a task; check "
+            "target_set.task"
+        )
     return task
 
 

@@ -172,6 +172,9 @@ def _write(
             f"  warning: a gradient has {size:,} numbers, so only {at_once} are projected at once, and "
             "drawing the projection takes most of the time; a smaller features.warmup.lora.rank is faster"
         )
+    if projection is not None:
+        cost = float(len(given.ids)) * len(checkpoints) * size * dimensions
+        runtime.display.say(f"  projecting them takes {cost:.1e} multiplications beside the backward passes")
     table = _Table(folder, len(given.ids), dimensions, len(checkpoints))
     label = f"gradients of {len(inputs.encoded):,} examples at {len(checkpoints)} checkpoints"
     with (

@@ -9,6 +9,7 @@ import numpy as np
 
 from gradsift.features.vectors import Features
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
+from gradsift.scoring.spread import spread
 from gradsift.selection.products import DECIMALS, blocks
 
 NO_GRADIENT = "the gradient is zero, so it has no direction"
@@ -25,10 +26,12 @@ def agreement(features: Features, directions: np.ndarray) -> np.ndarray:
 
 
 def mark_undirected(scores: Scores, features: Features) -> None:
-    """Undefined, with the reason, where an example has no response or no gradient."""
+    """Undefined, with the reason, where an example has no response or no gradient; says whether the others differ."""
+    scores.diagnostics.append(spread(features, "gradient", "the data for equal rows, and features.warmup"))
     silent = np.zeros(len(features), dtype=bool)
     silent[list(features.silent)] = True
     undirected = ~features.has_direction()
-    scores.score[undirected] = np.nan
+    for values in (scores.score, *scores.parts.values()):
+        values[undirected] = np.nan
     scores.mark(silent, UNDEFINED, NO_RESPONSE)
     scores.mark(undirected, UNDEFINED, NO_GRADIENT)

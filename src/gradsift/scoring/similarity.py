@@ -17,11 +17,10 @@ from gradsift.diagnostics import Diagnostic
 from gradsift.errors import GradsiftError
 from gradsift.features.vectors import Features
 from gradsift.scoring.scores import UNDEFINED, Scores
+from gradsift.scoring.spread import spread
 
 NO_DIRECTION = "the embedding has no direction: the text is empty, or the embedder gave it zeros"
-# Mean cosine between two rows from which on the embeddings are called alike. Last hidden states share much of their
-# direction at the best of times (see the documentation's figures), so only what is beyond that is a finding.
-MOST_ALIKE = 0.9999
+_CHECK = "the embedder: its model (random weights?), embedder.pooling and embedder.max_length"
 _PRODUCTS = 2**23  # cosines held at once, 64 MB; no result depends on it
 
 Over = Literal["mean", "max"]
@@ -53,7 +52,7 @@ def _scores(embeddings: Features, targets: Features, over: Over) -> Scores:
     blank = ~embeddings.has_direction()
     score, cosines = _kept(score, blank), _kept(cosines, blank)
     parts = {f"task:{task}": cosines[:, place] for place, task in enumerate(by_task)}
-    scores = Scores(score, parts, [spread(embeddings), *lost])
+    scores = Scores(score, parts, [spread(embeddings, "embedding", _CHECK), *lost])
     scores.mark(blank, UNDEFINED, NO_DIRECTION)
     return scores
 
@@ -106,26 +105,3 @@ def _columns(targets: Features) -> tuple[dict[str, np.ndarray], list[Diagnostic]
     blank = int((~pointing).sum())
     seen = f"{blank} of {len(tasks)} target rows have an embedding of zeros and are left out"
     return by_task, [Diagnostic.judged("target_direction", True, {"rows": float(blank)}, seen, "their texts")]
-
-
-def spread(embeddings: Features) -> Diagnostic:
-    """Mean cosine between two different rows that have a direction; near 1 the embeddings tell no row apart.
-
-    It follows from the length of the rows' mean: |sum of N unit rows|^2 = N + N (N - 1) mean cosine.
-    """
-    name, value = "embedding_spread", "mean_cosine"
-    total, count = np.zeros(embeddings.vectors.shape[1]), 0
-    for _, block in embeddings.blocks():
-        total += block.sum(axis=0, dtype=np.float64)
-        count += int(np.any(block != 0, axis=1).sum())
-    if count < 2:
-        return Diagnostic.unknown(name, value, "fewer than two rows have an embedding")
-    mean = float((total @ total - count) / (count * (count - 1)))
-    return Diagnostic.judged(
-        name,
-        mean > MOST_ALIKE,
-        {value: mean},
-        f"two rows' embeddings have a mean cosine of {mean:.4f}"
-        + (": they hardly tell the rows apart, and equal scores go by row order" if mean > MOST_ALIKE else ""),
-        "the embedder: its model (random weights?), embedder.pooling and embedder.max_length",
-    )

@@ -72,7 +72,7 @@ def test_a_task_without_any_gradient_is_left_out_and_said() -> None:
     target.vectors[4:] = 0
     scores = less(pool, target)
     assert list(scores.parts) == ["task:a"]
-    (diagnostic,) = scores.diagnostics
+    (diagnostic,) = (each for each in scores.diagnostics if each.name == "target_tasks")
     assert (diagnostic.verdict, diagnostic.values) == ("warning", {"tasks_without_gradient": 1})
     assert "no row of b has a gradient" in diagnostic.message
 

@@ -105,7 +105,7 @@ def test_spread_is_the_mean_cosine_of_different_rows() -> None:
     rows[5] = 0  # has no direction, so no cosine
     known = np.delete(rows, 5, axis=0)
     slow = np.mean([known[i] @ known[j] for i in range(11) for j in range(11) if i != j])
-    assert spread(Features(rows)).values["mean_cosine"] == pytest.approx(slow, abs=1e-6)
+    assert spread(Features(rows), "embedding", "them").values["mean_cosine"] == pytest.approx(slow, abs=1e-6)
 
 
 def test_embeddings_that_tell_nothing_apart_are_said() -> None:

@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -26,7 +27,7 @@ from gradsift.evaluation import chat as chat_module
 from gradsift.evaluation.chat import ChatClient, retry_after
 from gradsift.evaluation.judges import DryRun, JudgeError
 from gradsift.evaluation.reply_cache import Completion, ReplyCache, Tokens
-from gradsift.evaluation.spending import Terms, estimated_tokens
+from gradsift.evaluation.spending import CapReached, Purse, Terms, estimated_tokens
 
 Client = Callable[..., ChatClient]
 KEY = "sk-very-secret-0123456789"
@@ -440,6 +441,20 @@ def test_a_cap_on_requests_is_exact_stops_cleanly_and_goes_on_when_raised(
     assert len(endpoint.bodies) == 30
     assert len(asked(client(terms={"max_calls": 1}), MANY, scope="other stage")) == 30  # what is cached is free
     assert client().spent("other stage")["calls"] == 0
+
+
+def test_a_cap_counts_what_another_process_pays_meanwhile(tmp_path: Path) -> None:
+    caches = [ReplyCache(tmp_path / "replies.sqlite") for _ in range(2)]
+    purses = [Purse(cache, "s", Terms(max_calls=3)) for cache in caches]
+    estimate = Tokens(1, 1)
+    for number in range(3):
+        cache, purse = caches[number % 2], purses[number % 2]
+        purse.reserve(estimate, threading.Event())
+        cache.keep(str(number), Completion("7"), "s", estimate)
+        purse.settle(estimate)
+    for purse in purses:
+        with pytest.raises(CapReached, match=r"judge\.max_calls=3"):
+            purse.reserve(estimate, threading.Event())
 
 
 def test_a_cap_on_money_holds_for_reported_tokens_and_is_never_passed(endpoint: Endpoint, client: Client) -> None:

@@ -274,13 +274,13 @@ class ChatClient:
                 completion, tokens = self._request(messages)
                 tokens = tokens or Tokens(estimate.prompt, tokens_of(completion.text), estimated=True)
                 self._cache.keep(key, completion, purse.scope, tokens)
-                purse.settle(estimate, tokens)
+                purse.settle(estimate)
                 return completion
             except _Failed as failure:
                 # what never reached the endpoint, or was turned away by it, costs nothing
                 if failure.charged:
                     self._cache.charge(purse.scope, estimate)
-                purse.settle(estimate, estimate if failure.charged else None)
+                purse.settle(estimate)
                 if failure.wait is not None and failure.wait > self._max_wait:
                     raise JudgeError(
                         f"{self.name}: the endpoint asks to wait {failure.wait:,.0f} s, longer than "
@@ -291,7 +291,7 @@ class ChatClient:
                     raise
                 self._wait(failure, retry, stop)
             except BaseException:
-                purse.settle(estimate, None)
+                purse.settle(estimate)
                 raise
         raise Stopped  # never: the loop has no end of its own
 

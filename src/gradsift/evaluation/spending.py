@@ -66,15 +66,23 @@ class CapReached(Exception):
 
 
 class Purse:
-    """The spending of a scope against its caps, requests under way included at their estimate."""
+    """The spending of a scope against its caps, this process's requests under way included at their estimate.
+
+    Another process of the same scope counts with what it has paid, so it can pass a cap by what it has under way.
+    """
 
     def __init__(self, cache: ReplyCache, scope: str, terms: Terms) -> None:
         self.scope = scope
-        self.spent = cache.spent(scope)
+        self._cache = cache
         self._terms = terms
         self._under_way = Tokens(0, 0)
         self._calls_under_way = 0
         self._changed = threading.Condition()
+
+    @property
+    def spent(self) -> Spent:
+        """What the scope has come to, other processes included."""
+        return self._cache.spent(self.scope)
 
     def reserve(self, estimate: Tokens, stop: threading.Event) -> None:
         """Set the cost of a request aside; waits for those under way where they decide whether it fits."""
@@ -87,18 +95,10 @@ class Purse:
                 self._changed.wait(0.2)
             self._move(estimate, 1)
 
-    def settle(self, estimate: Tokens, paid: Tokens | None) -> None:
-        """Replace what was set aside by what it came to."""
+    def settle(self, estimate: Tokens) -> None:
+        """Give back what was set aside, once the cache holds what it came to."""
         with self._changed:
             self._move(estimate, -1)
-            if paid is not None:
-                spent = self.spent
-                self.spent = Spent(
-                    spent.calls + 1,
-                    spent.prompt_tokens + paid.prompt,
-                    spent.completion_tokens + paid.completion,
-                    spent.estimated_calls + paid.estimated,
-                )
             self._changed.notify_all()
 
     def _move(self, estimate: Tokens, sign: int) -> None:

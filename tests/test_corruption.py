@@ -156,6 +156,7 @@ def test_answers_without_number_or_verb_are_replaced_and_counted() -> None:
     [
         ("It is warm. They were not there!", "It is not warm. They were there!"),
         ("You cannot swim", "You can swim"),
+        ("You can't swim", "You can swim"),
         ("Yes, it is.", "No, it is not."),
         ("FALSE", "TRUE"),
         ("1. red\n2. It can fly", "1. red\n2. It can not fly"),

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from gradsift.artifacts import Artifact, Store, fingerprint_of
-from gradsift.config import ComputeConfig, FieldsConfig, JsonDataConfig, VerifiableDataConfig
+from gradsift.config import COPIES, ComputeConfig, FieldsConfig, JsonDataConfig, VerifiableDataConfig
 from gradsift.data.dedup import bands_of, deduplicated, jaccard, near_duplicates, shingles
 from gradsift.data.examples import Example, Turn
 from gradsift.data.formats import file_kind, hash_of, parse_rows, read_rows
 from gradsift.data.load import VERSION, heldout_of, labels_of, load, pool_of
-from gradsift.data.verifiable import generate
+from gradsift.data.verifiable import generate, question_of
 from gradsift.errors import ConfigError
 from gradsift.runtime import Display, Runtime
 
@@ -231,7 +231,7 @@ def test_a_holdout_that_duplicates_leave_nothing_for_is_refused(tmp_path: Path) 
 def test_without_dedup_the_artifact_is_the_one_from_before_there_was_any(tmp_path: Path) -> None:
     artifact = loaded(tmp_path, ROWS)
     settings = asdict(JsonDataConfig(name="json"))
-    del settings["dedup"], settings["dedup_threshold"]
+    del settings["dedup"], settings["dedup_threshold"], settings["corruption"]
     settings |= {"path": None, "kind": file_kind(tmp_path / "rows.json"), "sha256": hash_of(tmp_path / "rows.json")}
     assert artifact.fingerprint == fingerprint_of("load", VERSION, settings, [])
     assert loaded(tmp_path, dedup_threshold=0.9).path == artifact.path
@@ -261,7 +261,17 @@ def test_labels_of_the_world_stay_beside_their_examples(dedup: str, tmp_path: Pa
     assert len(pool) == len(labels.quality) == 150
     for example, quality in zip(pool, labels.quality, strict=True):
         label, row = truth.labels[example.row_index], truth.rows[example.row_index]
-        assert (quality, example.output) == (label.quality, row["output"])
+        lone = label.quality in COPIES and quality == "clean"
+        assert (label.quality if lone else quality, example.output) == (label.quality, row["output"])
+    questions = [
+        question_of(family, example.instruction, example.input)
+        for example, family in zip(pool, labels.family or (), strict=True)
+    ]
+    clean = {question for question, quality in zip(questions, labels.quality, strict=True) if quality == "clean"}
+    copies_kept = [q for q, quality in zip(questions, labels.quality, strict=True) if quality in COPIES]
+    assert set(copies_kept) <= clean  # a copy repeats something
+    relabelled = sum(truth.labels[e.row_index].quality in COPIES for e in pool) - len(copies_kept)
+    assert relabelled > 0
     assert max(Counter(example.content_hash for example in pool).values()) == 1
     dropped = Counter(truth.labels[row].quality for row, _ in rejected_of(artifact))
     assert artifact.info["rejected"] == dropped.total() == 400 - artifact.info["accepted"]

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from gradsift.artifacts import Artifact, Store
-from gradsift.config import ComputeConfig, FieldsConfig, JsonDataConfig, VerifiableDataConfig
+from gradsift.config import COPIES, ComputeConfig, FieldsConfig, JsonDataConfig, VerifiableDataConfig
 from gradsift.data.load import heldout_of, labels_of, load, pool_of
 from gradsift.data.verifiable import QUALITIES, SPOILT, answers_match, generate, solve
 from gradsift.errors import ConfigError, DataError
@@ -216,7 +216,9 @@ def test_labels_stand_beside_their_examples_whatever_the_limit(limit: int | None
         assert quality in QUALITIES
         assert answers_match(example.output, right) is (quality not in SPOILT)
         label = truth.labels[example.row_index]
-        assert (label.quality, label.family) == (quality, family)
+        lone = label.quality in COPIES and quality == "clean"  # the row it repeats is not in the pool
+        assert (quality if lone else label.quality, label.family) == (quality, family)
+        assert limit != 1000 or not lone
 
 
 def test_the_worlds_examples_have_unique_ids_and_its_held_out_ones_are_right(tmp_path: Path) -> None:

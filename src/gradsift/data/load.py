@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from gradsift.artifacts import Artifact, file_hash
 from gradsift.config import (
+    COPIES,
     CorruptionConfig,
     DataConfig,
     FieldsConfig,
@@ -65,7 +66,11 @@ def _settings(config: DataConfig) -> dict[str, Any]:
         settings["dedup_version"] = dedup.VERSION
     if config.dedup == "none":
         del settings["dedup"]
-    if not config.corruption.share:
+    if isinstance(config, VerifiableDataConfig) and (config.dedup != "none" or config.limit):
+        settings["labels_version"] = 2  # since copies whose original is not in the pool are clean
+    if config.corruption.share:
+        settings["corruption_version"] = corruption.VERSION
+    else:
         del settings["corruption"]
     if settings.get("delayed") == 0:
         del settings["delayed"]
@@ -141,7 +146,7 @@ def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
         kept, repeated = _without_duplicates(runtime, config, examples)
         pool, _ = draw(kept, config.limit, 0, config.seed)
         known = [world.labels[example.row_index] for example in pool]
-        labels = Labels([label.quality for label in known], [label.family for label in known])
+        labels = Labels(_without_lone_copies(pool, known), [label.family for label in known])
         counts: dict[str, Any] = {"accepted": len(kept), "heldout": len(world.benchmark), "rejected": len(repeated)}
         if config.corruption.share:
             changes = corruption.changes_of_text(pool) | _world_changes(world)
@@ -157,6 +162,22 @@ def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
         return counts | {"rows": len(pool)}
 
     return runtime.store.obtain("load", f"{config.name}-{config.size}", _settings(config), [], make, version=VERSION)
+
+
+def _without_lone_copies(pool: Sequence[Example], known: Sequence[verifiable.Label]) -> list[str]:
+    """Quality of each example; a copy is clean where the row it repeats is not in the pool (`dedup` and `limit`)."""
+    questions = [
+        verifiable.question_of(label.family, example.instruction, example.input)
+        for example, label in zip(pool, known, strict=True)
+    ]
+    asked = {question for question, label in zip(questions, known, strict=True) if label.quality == "clean"}
+    quality = []
+    for question, label in zip(questions, known, strict=True):
+        alone = label.quality in COPIES and question not in asked
+        quality.append("clean" if alone else label.quality)
+        if alone:
+            asked.add(question)  # a second copy repeats this one
+    return quality
 
 
 def _world_changes(world: verifiable.World) -> dict[str, corruption.Change]:

@@ -561,6 +561,12 @@ def garbled(answer: str, rng: random.Random) -> str:
             return words
 
 
+def question_of(family: str, instruction: str, given: str) -> tuple[str, str]:
+    """Family and arguments of a prompt of this world: the same for every wording of one question."""
+    task = _task_of(family, instruction, given)
+    return task.family.name, task.arguments
+
+
 def _task_of(family: str, instruction: str, given: str) -> _Task:
     if family not in _BY_NAME:
         raise ConfigError(f"family={family!r} is not in this world; one of {', '.join(_BY_NAME)}")

@@ -261,5 +261,6 @@ def test_every_real_reference_matches_itself_and_few_others(name: str, catalog: 
     matches = MATCHERS[catalog[name].match]
     texts = [str(item.reference) for item in items]
     assert all(matches(f"Let us see.\nSo the answer is {text}.", text) for text in texts)
-    right = [matches(one, other) for one, other in itertools.pairwise(texts)]
-    assert right == [one.replace(",", "") == other.replace(",", "") for one, other in itertools.pairwise(texts)]
+    pairs = list(itertools.pairwise(texts))
+    equal = [one.replace(",", "") == other.replace(",", "") for one, other in pairs]
+    assert [matches(one, other) for one, other in pairs] == equal

@@ -42,6 +42,7 @@ _SEEDS = (
     ("values", "data", "seed"),
     ("values", "data", "corruption", "seed"),
     ("values", "scorer", "seed"),
+    ("values", "selector", "seed"),
 )
 
 

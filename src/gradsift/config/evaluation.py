@@ -176,9 +176,9 @@ class OpenaiJudgeConfig(JudgeConfig):
         at_least("judge.max_tokens", self.max_tokens, 1)
         at_least("judge.temperature", self.temperature, 0)
         one_of("judge.parse", self.parse, ("strict", "tolerant", "legacy"))
-        if self.base_url and "@" in self.base_url:
+        if self.base_url and ("@" in self.base_url or "?" in self.base_url):
             raise ConfigError(
-                "judge.base_url holds a user name or password, which would be written to the run's folder; "
+                "judge.base_url holds a user name, a password or a query, which would be written to the run's folder; "
                 f"put the key into the environment variable {self.api_key_env}"
             )
         positive("judge.timeout", self.timeout)

@@ -27,7 +27,7 @@ _NUMBER = re.compile(
 _MARKER = "####"
 _ANSWER_IS = re.compile(r"\banswer\s*(?:is\b|:)\s*:?", re.IGNORECASE)
 _CLOSED = ("yes", "no", "true", "false", "valid", "invalid")
-_EDGES = " \t\"'.,;:!\u201c\u201d\u2018\u2019"  # around a statement; no brackets, which are answers to some tasks
+_EDGES = " \t\"'.,;:!?\u201c\u201d\u2018\u2019"  # around a statement; no brackets, which are answers to some tasks
 _LETTER = re.compile(r"\(([A-Z])\)")
 _BARE_LETTER = re.compile(r"(?:option\s+)?\(?([A-Z])(?:[).:,]|$)", re.IGNORECASE)
 

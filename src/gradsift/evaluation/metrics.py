@@ -52,7 +52,7 @@ def measure(
     return {
         "benchmarks": {name: _measure(found, match_of, wordnet) for name, found in by_set.items()},
         "pooled": _measure(known, match_of, wordnet),
-        "bleu_signature": str(_bleu().get_signature()),
+        "bleu_signature": bleu_signature(),
     }
 
 
@@ -96,6 +96,13 @@ def bleu(answers: Sequence[str], references: Sequence[str]) -> float | None:
     return float(score.score) if score.totals[-1] else None
 
 
+def bleu_signature() -> str:
+    """What sacrebleu asks to be told beside its figure: case, tokens, smoothing, version."""
+    metric = _bleu()
+    metric.corpus_score(["a"], [["a"]])  # it knows the number of references only once it has met one
+    return str(metric.get_signature())
+
+
 def _bleu() -> Any:
     from sacrebleu.metrics import BLEU
 
@@ -136,11 +143,17 @@ def read_wordnet(folder: Path) -> Synonyms:
     """nltk's reader of WordNet's own files, which are text."""
     import warnings
 
+    import nltk.data
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
+    class Reader(WordNetCorpusReader):  # type: ignore[misc]
+        def map_wn(self, version: str = "wordnet") -> None:
+            """Other languages are mapped through a copy in nltk's own folders; there is none, and none is asked for."""
+
+    nltk.data.path.append(str(folder))  # nltk reads nothing outside the folders that stand there
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # says that other languages are not there
-        return WordNetCorpusReader(str(folder), None)
+        return Reader(str(folder), None)
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:

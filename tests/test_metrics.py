@@ -46,13 +46,13 @@ def test_bleu_of_short_answers_is_unknown() -> None:
     assert bleu(["ba du", "no"], ["ba du", "no"]) is None
 
 
-WORDNET = {  # two synsets: car and automobile, cat; in WordNet's own format
+WORDNET = {  # two synsets: car and auto, cat; in WordNet's own format
     "lexnames": "00\tadj.all\t3\n01\tadj.pert\t3\n02\tadv.all\t4\n03\tnoun.Tops\t1\n",
     "data.noun": (
-        "00000000 03 n 02 car 0 automobile 0 000 | a vehicle  \n"  # the first field is the place in the file
-        "00000054 03 n 01 cat 0 000 | an animal  \n"
+        "00000000 03 n 02 car 0 auto 0 000 | a vehicle  \n"  # the first field is the place in the file
+        "00000048 03 n 01 cat 0 000 | an animal  \n"
     ),
-    "index.noun": ("automobile n 1 0 1 0 00000000  \ncar n 1 0 1 0 00000000  \ncat n 1 0 1 0 00000054  \n"),
+    "index.noun": ("auto n 1 0 1 0 00000000  \ncar n 1 0 1 0 00000000  \ncat n 1 0 1 0 00000048  \n"),
     **{f"{kind}.{part}": "" for kind in ("data", "index") for part in ("verb", "adj", "adv")},
     **{f"{part}.exc": "" for part in ("noun", "verb", "adj", "adv")},
 }
@@ -68,7 +68,7 @@ def wordnet_dir(tmp_path: Path) -> Path:
 def test_meteor_counts_wordnets_synonyms(wordnet_dir: Path) -> None:
     wordnet = read_wordnet(wordnet_dir)
     # all m = 2 words match in one chunk: 1 - 0.5 (1/2)^3
-    assert meteor(["the car"], ["the automobile"], wordnet) == pytest.approx(1 - 0.5 / 8)
+    assert meteor(["the car"], ["the auto"], wordnet) == pytest.approx(1 - 0.5 / 8)
     # one of two words: precision and recall 1/2, so F = 1/2; one chunk of one match: penalty 0.5
     assert meteor(["the car"], ["the cat"], wordnet) == pytest.approx(0.25)
     assert meteor([""], ["the cat"], wordnet) == 0

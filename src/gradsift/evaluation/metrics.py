@@ -5,7 +5,7 @@ rouge_l   mean F-measure of the longest common subsequence of words, 0 to 1 (Lin
           case, ASCII letters and digits alone, no stemming
 bleu      corpus BLEU, 0 to 100 (Papineni et al., 2002; Post, 2018); package sacrebleu with its defaults
 meteor    mean METEOR, 0 to 1 (Lavie and Agarwal, 2007); package nltk with its constants, the words split as for
-          BLEU. Needs WordNet's files
+          BLEU. Needs WordNet's files, in which nltk looks up stems: a word that stemming changes has no synonyms
 
 A metric that cannot be computed is None with a reason beside it, never 0.
 """

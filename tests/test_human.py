@@ -469,7 +469,7 @@ def test_agreement_with_a_file_of_judgments(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_run_names_its_answers_and_its_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from gradsift.artifacts import Store
-    from gradsift.config import ComputeConfig, VerifierJudgeConfig
+    from gradsift.config import BenchmarkConfig, ComputeConfig, VerifierJudgeConfig
     from gradsift.evaluation import stages
     from gradsift.runtime import Display, Runtime
 
@@ -494,7 +494,8 @@ def test_a_run_names_its_answers_and_its_judge(tmp_path: Path, capsys: pytest.Ca
 
     note()
     assert "has compared no two models" in refused(capsys, str(run))
-    stages.judge(runtime, VerifierJudgeConfig(name="verifier"), model, reference)
+    benchmark = BenchmarkConfig(sets=["verifiable"])
+    stages.judge(runtime, VerifierJudgeConfig(name="verifier"), benchmark, model, reference)
     note()
     pairs = read_pairs(files_of_run(run))
     assert (pairs.model, pairs.reference) == (MODEL, REFERENCE)

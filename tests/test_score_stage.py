@@ -164,14 +164,14 @@ def test_every_status_is_counted_and_kept_with_its_reason(bench: Bench, tmp_path
 @pytest.mark.parametrize(("base", "positions"), [("accepted", [0, 5]), ("scored", [0])])
 def test_only_what_is_scored_is_selected(base: str, positions: list[int], bench: Bench) -> None:
     scored = bench("of_all_statuses")  # 0.5, -, -, 0.1, -, 0.2
-    made = select(bench.runtime, TOPK, scored, pool, {}, dict, 0.34, base)
+    made = select(bench.runtime, TOPK, scored, pool, {}, dict, 0.34, base, {})
     assert positions_of(made).tolist() == positions
 
 
 @pytest.mark.parametrize("base", ["accepted", "scored"])
 def test_a_pool_without_any_score_is_refused(base: str, bench: Bench) -> None:
     with pytest.raises(GradsiftError, match="score"):
-        select(bench.runtime, TOPK, bench("of_no_score"), pool, {}, dict, 0.5, base)
+        select(bench.runtime, TOPK, bench("of_no_score"), pool, {}, dict, 0.5, base, {})
 
 
 def test_scores_are_made_once_and_anew_for_other_constants_or_parents(bench: Bench) -> None:
@@ -286,7 +286,7 @@ def selected(bench: Bench, function: str, **options: Any) -> Artifact:
     sources = bench.sources()
     config = {"_target_": f"my_scores.{function}", "name": "mine", **options}
     selector = method("selector", config, tuple(sources), given=("scores", "size"))
-    return select(bench.runtime, selector, bench("by_length"), pool, sources, dict, 0.5, "accepted")
+    return select(bench.runtime, selector, bench("by_length"), pool, sources, dict, 0.5, "accepted", {})
 
 
 def test_a_selector_of_the_users_own_gets_scores_budget_and_what_it_asks_for(bench: Bench) -> None:

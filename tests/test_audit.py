@@ -172,6 +172,22 @@ def test_a_sweep_without_an_audit_has_none(tmp_path: Path) -> None:
     assert audit_tables(SweepAudit([], {"random": "broken"}), brief=True) == []
 
 
+def test_one_scorer_with_two_proxies_is_two_methods(tmp_path: Path) -> None:
+    jobs = []
+    for number, (proxy, spoilt) in enumerate((("a", 0.1), ("b", 0.3))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        selection = {"alpha": 0.1, "spoilt": spoilt, "positions": [number]}
+        (folder / "audit.json").write_text(json.dumps({"data": "d", "selections": [selection]}), encoding="utf-8")
+        run = {"status": "stopped", "scorer": "gsnr", "audit": {}, "overrides": ["alpha=0.1", f"proxy={proxy}"]}
+        jobs.append((folder / "run.json", run))
+    found = sweep_audit(jobs)
+    assert found is not None
+    (dataset,) = found.datasets
+    spoilt_shares = {name: figures["selections"][0]["spoilt"] for name, figures in dataset["methods"].items()}
+    assert spoilt_shares == {"gsnr proxy=a": 0.1, "gsnr proxy=b": 0.3}
+
+
 # ------------------------------------------------------------------------------------- command line
 
 

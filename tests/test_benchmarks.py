@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 
-from gradsift.config import BenchmarkSetConfig
+from gradsift.cli import conf_folder
+from gradsift.config import BenchmarkSetConfig, load_config, register_schemas
 from gradsift.data import download
 from gradsift.data.download import fetch_url
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.benchmarks import Item, load_benchmark
+from gradsift.evaluation.matching import MATCHERS
 
 
 def write_jsonl(path: Path, *rows: Any) -> Path:
@@ -78,6 +83,42 @@ def test_a_bad_file_names_place_and_remedy(
         load_benchmark("s", BenchmarkSetConfig(path=str(file), **options))  # type: ignore[arg-type]
     for word in [str(file), *words]:
         assert word in str(error.value)
+
+
+def test_rows_may_stand_under_a_key(tmp_path: Path) -> None:
+    file = tmp_path / "set.json"
+    file.write_text(json.dumps({"canary": "x", "examples": [{"input": "2 + 2", "target": "4"}]}, indent=2))
+    spec = BenchmarkSetConfig(path=str(file), rows="examples", instruction="input", reference="target")
+    assert load_benchmark("s", spec) == [Item("s", "1", "2 + 2", "", "4")]
+    spec.rows = "rows"
+    with pytest.raises(
+        DataError, match=r"under 'rows' \(it has: canary, examples\); check benchmark\.catalog\.s\.rows"
+    ):
+        load_benchmark("s", spec)
+
+
+def test_the_reference_stands_behind_the_last_mark(tmp_path: Path) -> None:
+    spec = BenchmarkSetConfig(instruction="q", reference="a", reference_after="####", match="number")
+    spec.path = str(write_jsonl(tmp_path / "good.jsonl", {"q": "?", "a": "1 #### 2\n#### 1,080"}))
+    assert load_benchmark("s", spec)[0].reference == "1,080"
+    for answer, words in (("1080", "nothing behind '####'"), ("x ####", "nothing behind"), ("#### ten", "no number")):
+        spec.path = str(write_jsonl(tmp_path / "bad.jsonl", {"q": "?", "a": answer}))
+        with pytest.raises(DataError, match=f"row 1: field 'a'.*{words}"):
+            load_benchmark("s", spec)
+
+
+def test_a_folder_stands_in_for_the_addresses(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "set.jsonl", {"instruction": "by its address"})
+    write_jsonl(tmp_path / "other.jsonl", {"instruction": "by its name"})
+    spec = BenchmarkSetConfig(url="https://example.invalid/data/set.jsonl")
+    assert load_benchmark("s", spec, folder=tmp_path)[0].instruction == "by its address"
+    spec.file = "other.jsonl"
+    assert load_benchmark("s", spec, folder=tmp_path)[0].instruction == "by its name"
+    spec.file = "sub/set.jsonl"
+    with pytest.raises(DataError, match=r"sub/set\.jsonl is not there; put https://example\.invalid/data/set\.jsonl"):
+        load_benchmark("s", spec, folder=tmp_path)
+    spec.path = str(tmp_path / "other.jsonl")  # one set's own path wins
+    assert load_benchmark("s", spec, folder=tmp_path)[0].instruction == "by its name"
 
 
 def test_missing_files_and_places_name_the_option(tmp_path: Path) -> None:
@@ -165,22 +206,60 @@ def test_only_https_is_fetched(tmp_path: Path, url: str) -> None:
 
 # ----------------------------------------------------------------------------------------- real sets
 
-REAL = {
-    "vicuna": (80, BenchmarkSetConfig(id="question_id", instruction="text")),
-    "wizardlm": (218, BenchmarkSetConfig(id="idx", instruction="Instruction")),
-    "koala": (180, BenchmarkSetConfig(id="id", instruction="prompt")),
-    "lima": (300, BenchmarkSetConfig(instruction="conversations")),
-    "sinstruct": (
-        252,
-        BenchmarkSetConfig(id="id", input="instances.0.input", reference="instances.0.output"),
-    ),
+TASKS = (
+    "boolean_expressions",
+    "date_understanding",
+    "logical_deduction_three_objects",
+    "navigate",
+    "object_counting",
+    "word_sorting",
+)
+SIZES = {
+    "vicuna": 80,
+    "wizardlm": 218,
+    "koala": 180,
+    "lima": 300,
+    "self_instruct": 252,
+    "gsm8k": 1319,
+    **{f"bbh_{task}": 250 for task in TASKS},
 }
+real = pytest.mark.skipif("GRADSIFT_DATA" not in os.environ, reason="GRADSIFT_DATA is not set")
 
 
-@pytest.mark.skipif("GRADSIFT_DATA" not in os.environ, reason="GRADSIFT_DATA is not set")
-@pytest.mark.parametrize("name", REAL)
-def test_the_papers_test_sets_load_by_config_alone(name: str) -> None:
-    size, spec = REAL[name]
-    spec.path = str(Path(os.environ["GRADSIFT_DATA"]) / "benchmarks" / f"{name}_test_set.jsonl")
-    items = load_benchmark(name, spec)
-    assert len(items) == len({item.item_id for item in items}) == size
+@pytest.fixture(scope="module")
+def catalog() -> dict[str, BenchmarkSetConfig]:
+    """The catalogue as it is shipped."""
+    register_schemas()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return load_config(compose("config", overrides=["stop_after=selection"])).benchmark.catalog
+
+
+@real
+@pytest.mark.parametrize("name", SIZES)
+def test_the_catalogues_sets_load_from_a_folder_without_an_override_each(name: str, catalog: Any) -> None:
+    items = load_benchmark(name, catalog[name], folder=Path(os.environ["GRADSIFT_DATA"]) / "benchmarks")
+    assert len(items) == len({item.item_id for item in items}) == SIZES[name]
+
+
+@real
+def test_alpaca_evals_own_file_has_805_instructions(catalog: Any) -> None:
+    spec = replace(catalog["alpaca_eval"], path=f"{os.environ['GRADSIFT_DATA']}/alpaca_eval/text_davinci_003.json")
+    assert len(load_benchmark("alpaca_eval", spec)) == 805
+
+
+def test_mt_bench_is_its_first_turns(catalog: Any, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "question.jsonl", {"question_id": 81, "category": "writing", "turns": ["Go.", "On."]})
+    assert load_benchmark("mt_bench", replace(catalog["mt_bench"], path=str(file))) == [
+        Item("mt_bench", "81", "Go.", "", None)
+    ]
+
+
+@real
+@pytest.mark.parametrize("name", ["gsm8k", *(f"bbh_{task}" for task in TASKS)])
+def test_every_real_reference_matches_itself_and_few_others(name: str, catalog: Any) -> None:
+    items = load_benchmark(name, catalog[name], folder=Path(os.environ["GRADSIFT_DATA"]) / "benchmarks")
+    matches = MATCHERS[catalog[name].match]
+    texts = [str(item.reference) for item in items]
+    assert all(matches(f"Let us see.\nSo the answer is {text}.", text) for text in texts)
+    right = [matches(one, other) for one, other in itertools.pairwise(texts)]
+    assert right == [one.replace(",", "") == other.replace(",", "") for one, other in itertools.pairwise(texts)]

@@ -260,6 +260,20 @@ def test_a_wrong_option_that_every_prompt_is_refused_for_leaves_no_prompt_withou
     assert got == {}
 
 
+def test_fewer_prompts_than_give_up_that_are_all_refused_are_no_answers_either(
+    endpoint: Endpoint, client: Client
+) -> None:
+    endpoint.behave = lambda text, attempt: (400, "max_tokens is not supported", {})
+    got: dict[int, Any] = {}
+    with pytest.raises(JudgeError, match=r"every prompt is refused.*max_tokens is not supported.*judge\.max_tokens"):
+        asked(client(give_up=5), MANY[:3], into=got)
+    assert got == {}
+    endpoint.behave = lambda text, attempt: (200, "7", {}) if text == MANY[0] else (400, "filtered", {})
+    assert asked(client(give_up=5), MANY[:1]) == {0: 7}
+    # the endpoint has replied in this scope, so these two are refused for what they say
+    assert len(asked(client(give_up=5), MANY[1:3])) == 2
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
@@ -347,6 +361,16 @@ def test_the_key_is_in_no_reply_no_log_and_no_store(
         assert KEY.encode() not in file.read_bytes()
     logged = [record for record in caplog.records if record.name.startswith("gradsift")]
     assert KEY not in repr(ours) + str(logged)
+
+
+@pytest.mark.parametrize("key", ["1", "none"])
+def test_what_stands_in_place_of_a_key_is_not_taken_out_of_replies(
+    endpoint: Endpoint, client: Client, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", key)
+    endpoint.behave = lambda text, attempt: (200, "10 1\nnone better", {})
+    ((_, answer),) = client().ask(prompts("a"), lambda position, text: text, scope="s", unread="?")
+    assert answer.text == "10 1\nnone better"
 
 
 def test_a_missing_key_names_the_variable_and_loopback_needs_none(

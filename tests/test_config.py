@@ -29,6 +29,10 @@ NEEDED = {  # what a choice cannot do without
     ("selector", "round_robin"): ["scorer=less"],
     ("benchmark", "vicuna"): ["target=llama2_7b", "judge=openai"],
     ("benchmark", "paper"): ["target=llama2_7b", "judge=openai"],
+    **{
+        ("benchmark", name): ["target=llama2_7b", "judge=openai"]
+        for name in ("wizardlm", "koala", "lima", "self_instruct", "alpaca_eval", "mt_bench", "gsm8k", "bbh")
+    },
 }
 
 
@@ -105,6 +109,10 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
             ["selector=facility_location", "alpha=0.3"],
             "selector.candidates=0.2 lets fewer examples enter than alpha=0.3",
         ),
+        (
+            ["selector=facility_location", "stop_after=selection", "audit.enabled=true", "audit.alphas=[0.05,0.3]"],
+            "selector.candidates=0.2 lets fewer examples enter than audit.alphas=0.3",
+        ),
         (["selector=facility_location", "selector.candidates=2"], "selector.candidates=2.0 is no share"),
         (["selector=facility_location", "selector.similarity=dot"], "choose one of: exp_distance, cosine"),
         (["selector=repr_filter", "selector.threshold=90"], "selector.threshold=90.0 is no cosine"),
@@ -122,6 +130,19 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["benchmark=vicuna", "target=smollm2"], "judge=verifier needs reference answers"),
         (["benchmark=vicuna", "judge=openai"], "target=nano knows the embedded world's words alone"),
         (["benchmark.sets=[verifiable,verifiable]"], "names a set twice"),
+        (["benchmark.general=[bbh_navigate,bbh_navigate]"], "names a set twice"),
+        (["benchmark.general=[nowhere]"], "benchmark.general names 'nowhere', which"),
+        (["benchmark.general=[verifiable]"], "stands in benchmark.sets too"),
+        (["benchmark.general=[vicuna]"], "benchmark.general=['vicuna'] has no reference answers"),
+        (["benchmark.general=[bbh_navigate]"], "cannot answer ['bbh_navigate']"),
+        (["benchmark.lm_eval_tasks=[arc_easy]"], "cannot answer ['arc_easy']"),
+        (["benchmark=vicuna", "benchmark.wordnet_dir=x"], "METEOR, which needs reference answers"),
+        (["+benchmark.catalog.vicuna.match=fuzzy"], "choose one of: exact, number, choice"),
+        (["+benchmark.catalog.vicuna.reference_after=x"], "has no field to look in"),
+        (
+            ["data=json", "data.path=x", "proxy=smollm2", "target=smollm2", "benchmark.sets=[verifiable_terse]"],
+            "benchmark sets ['verifiable_terse']",
+        ),
         (["scorer=gsnr_variance_normalized", "proxy.members=1"], "divides by a variance"),
         (["experiment=smollm2_alpaca"], "the environment variable GRADSIFT_DATA is not set"),
         (["target.model.kind=tiny_bytes"], "target.model.kind=tiny_bytes has random weights"),

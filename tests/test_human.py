@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -229,6 +229,17 @@ def test_raters_and_processes_at_once_keep_every_vote(
     only = printed(capsys, *arguments(files, "--raters", "Ann,Cem"))
     assert list(only["raters"]) == [name for name in found["raters"] if name != "Bob"]
     assert only["majority"]["pooled"]["split"] == 8
+
+
+def test_a_vote_that_cannot_be_kept_is_said(tmp_path: Path, serve: Callable[..., Served]) -> None:
+    served = serve(*arguments(outputs(tmp_path)))
+    place, vote = f"{served.root}/r/1/1", {"choice": "tie"}
+    with served.client("Ann") as client, closing(sqlite3.connect(tmp_path / "votes.sqlite")) as connection:
+        connection.execute("ALTER TABLE shown RENAME TO elsewhere")
+        answer = client.post(place, data=vote)
+        assert (answer.status_code, "Nothing of this click was kept" in answer.text) == (503, True)
+        connection.execute("ALTER TABLE elsewhere RENAME TO shown")
+        assert client.post(place, data=vote).url.path.endswith("/r/1/2")
 
 
 # --------------------------------------------------------------------------------------------- blinding

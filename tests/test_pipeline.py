@@ -87,7 +87,7 @@ def test_members_and_epochs_are_shared_between_ensembles_and_snapshots(gradsift)
         ("scores", "score"),
         ("selection", "select"),
         ("finetune", "heldout"),
-        ("generate", "generate"),
+        ("generate", "metrics"),
     ],
 )
 def test_stop_after_ends_the_line(gradsift, stage: str, last: str) -> None:

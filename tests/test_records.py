@@ -116,8 +116,7 @@ def test_reviews_by_hand(tmp_path: Path) -> None:
 
 def test_annotations_of_both_orders_are_one_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     forward = annotations(tmp_path, 1, 2, 1, 1.5, 0, None)
-    (tmp_path / "other").mkdir()
-    reverse = annotations(tmp_path / "other", 2, 1, 1, 1.5, 1, 1, swapped=True, name="b.json")
+    reverse = annotations(tmp_path, 2, 1, 1, 1.5, 1, 1, swapped=True, name="swapped.json")
     result = printed(capsys, forward, reverse)
     # the reference twice; the model twice; a flip to the first place; draws; a draw and a win; one order lacking
     assert [result["pooled"][kind] for kind in ("win", "tie", "lose", "invalid")] == [2, 2, 1, 1]
@@ -148,6 +147,22 @@ def test_our_own_judgments_are_read_and_log_probabilities_are_summed(tmp_path: P
     grades = Path(reviews(tmp_path, ([9, 8], [8, 9])))
     with pytest.raises(DataError, match="score them apart"):
         read_all([tmp_path / "j.jsonl", grades])
+
+
+@pytest.mark.parametrize(
+    ("records", "labels", "message"),
+    [
+        (b"", b'{"item_id": "1", "label": "win"}', "no item has both"),
+        (b"", b'{"item_id": "\xff", "label": "win"}', "line 1"),
+    ],
+)
+def test_records_without_a_judgment_and_labels_in_another_encoding_are_named(
+    records: bytes, labels: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "judgments.jsonl").write_bytes(records)
+    (tmp_path / "labels.jsonl").write_bytes(labels)
+    assert main([str(tmp_path / "judgments.jsonl"), "--labels", str(tmp_path / "labels.jsonl")]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_labels_and_a_second_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradsift.data import verifiable
 from gradsift.data.verifiable import (
     DEFINING,
     DELAYED,
@@ -269,6 +270,11 @@ def test_delayed_rows_keep_to_the_vocabulary_and_their_labels_are_true(delayed_w
     for row, label in zip(delayed_world.rows, delayed_world.labels, strict=True):
         assert known.issuperset(f"{row['instruction']} {row['input']} {row['output']}".split())
         assert answers_match(row["output"], right_answer(row, label.family)) is not label.spoilt
+
+
+def test_the_right_answer_is_found_without_the_family_in_a_delayed_world_too(delayed_world: World) -> None:
+    for row, label in zip(delayed_world.rows, delayed_world.labels, strict=True):
+        assert verifiable.right_answer(row["instruction"], row["input"]) == right_answer(row, label.family)
 
 
 def test_the_limit_on_tasks_can_be_reached() -> None:

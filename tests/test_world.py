@@ -41,7 +41,10 @@ def test_all_clean_beats_random_clean_beats_random_beats_spoilt(tmp_path: Path) 
             "random": rng.choice(len(quality), tenth, replace=False),
             "spoilt": rng.choice(spoilt, tenth, replace=False),
         }
-        found[seed] = {name: accuracy(line.answers(line.finetune(rows))) for name, rows in selections.items()}
+        found[seed] = {
+            name: accuracy(line.config.benchmark, line.answers(line.finetune(rows)))
+            for name, rows in selections.items()
+        }
     print(found)
     for accuracies in found.values():
         assert list(accuracies) == sorted(accuracies, key=lambda name: -accuracies[name]), found

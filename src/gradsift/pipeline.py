@@ -82,7 +82,9 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
     if config.stop_after == "finetune":
         return
     answers = line.answers(tuned)
-    results.answered(evaluation.accuracy(answers), evaluation.accuracies(answers))
+    results.answered(line.metrics(answers))
+    if line.asks_forgetting:
+        results.forgot(line.forgetting(tuned))
     if config.stop_after == "generate":
         return
     if line.keeps_all:  # the full-data model against itself: PWS is 1 by definition
@@ -90,12 +92,12 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
     else:
         reference = line.finetune(line.everything())
         reference_answers = line.answers(reference)
-        judged = evaluation.judge(runtime, config.judge, answers, reference_answers)
+        judged = evaluation.judge(runtime, config.judge, config.benchmark, answers, reference_answers)
         results.judged(evaluation.pws(runtime, config.judge, judged, answers, reference_answers), judged)
-        results.reference(line.heldout_loss(reference), evaluation.accuracy(reference_answers))
+        results.reference(line.heldout_loss(reference), line.metrics(reference_answers))
     # what the target could do before: without it nobody sees whether any finetune helped
     checkable = any(item.reference is not None for item in line.items)
-    results.untuned(line.heldout_loss(None), evaluation.accuracy(line.answers(None)) if checkable else None)
+    results.untuned(line.heldout_loss(None), line.metrics(line.answers(None)) if checkable else None)
 
 
 class Line:
@@ -130,7 +132,8 @@ class Line:
             config.check_rater()
             evaluation.check_judge(self.runtime, config.judge)
         if config.reaches("generate"):
-            _ = self.items
+            evaluation.check_metrics(config.benchmark)
+            _ = self.items, self.general_items
         if config.reaches("finetune"):
             _ = self.target
 
@@ -398,11 +401,31 @@ class Line:
 
     @functools.cached_property
     def items(self) -> list[Item]:
-        return evaluation.benchmark_items(self.runtime, self.config.benchmark, self.loaded)
+        return self._items_of(self.config.benchmark.sets)
+
+    @functools.cached_property
+    def general_items(self) -> list[Item]:
+        """What the target is asked before and after the finetune."""
+        return self._items_of(self.config.benchmark.general)
+
+    def _items_of(self, names: Sequence[str]) -> list[Item]:
+        config = self.config
+        return evaluation.benchmark_items(self.runtime, config.benchmark, names, self.loaded, config.data.seed)
 
     def answers(self, tuned: Artifact | None) -> Artifact:
         config = self.config
         return evaluation.generate(self.runtime, config.benchmark, config.target, self.target, tuned, self.items)
+
+    def metrics(self, answers: Artifact) -> dict[str, Any] | None:
+        return evaluation.metrics(self.runtime, self.config.benchmark, answers)
+
+    @property
+    def asks_forgetting(self) -> bool:
+        return bool(self.config.benchmark.general or self.config.benchmark.lm_eval_tasks)
+
+    def forgetting(self, tuned: Artifact) -> dict[str, Any]:
+        config, items = self.config, self.general_items
+        return evaluation.forgetting(self.runtime, config.benchmark, config.target, self.target, tuned, items)
 
     def heldout_loss(self, tuned: Artifact | None) -> float | None:
         return evaluation.heldout_loss(self.runtime, self.config.target, self.target, tuned, self.loaded)
@@ -419,6 +442,10 @@ def prepare(config: Config) -> None:
     device_of(config.compute)  # a device that is not there is refused before anything is done
 
 
+def _general(config: Config) -> list[str]:
+    return [*config.benchmark.general, *(f"lm_eval/{task}" for task in config.benchmark.lm_eval_tasks)]
+
+
 def plan_of(config: Config) -> list[tuple[str, Any]]:
     """What a run is about to do, for people."""
     proxy, target, data = config.proxy, config.target, config.data
@@ -433,6 +460,7 @@ def plan_of(config: Config) -> list[tuple[str, Any]]:
         ("selection", "all rows" if config.scorer_name == "full" else f"{config.alpha:g} of the rows"),
         ("target", f"{target.name}, LoRA rank {target.lora.rank}, {length}"),
         ("benchmark", ", ".join(config.benchmark.sets)),
+        *([("forgetting", ", ".join(general))] if (general := _general(config)) else []),
         ("judge", config.judge.name),
         ("compute", f"{device_of(config.compute)}, {config.compute.precision}, {torch.get_num_threads()} threads"),
         ("artifacts", config.artifacts),

@@ -6,7 +6,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -16,6 +16,7 @@ from gradsift.artifacts import Store
 from gradsift.config import ComputeConfig
 
 Advance = Callable[[int], None]
+Task = Callable[[str, int], AbstractContextManager[Advance]]  # a progress bar: description and total
 _FILE_WIDTH = 132  # columns where the output is no terminal
 _LOG_EVERY = 30.0  # seconds between progress lines where there is no terminal
 

@@ -481,6 +481,33 @@ def pretraining_rows(
     return rows
 
 
+def terse_rows(count: int, *, seed: int = 0) -> list[dict[str, str]]:
+    """Questions in the pretraining's own form, of all its skills in turn, those outside the dataset among them.
+
+    What a backbone can answer before any finetune: a finetune on the instructed form may make it forget. No two rows
+    ask for the same skill and arguments. The keys are those of a benchmark item.
+    """
+    rng = random.Random(f"verifiable terse {seed}")
+    families = itertools.cycle((*_FAMILIES, *_OTHER_FAMILIES))
+    seen: set[tuple[str, str]] = set()
+    rows = []
+    for index, family in enumerate(itertools.islice(families, count)):
+        arguments = family.draw(rng)
+        while (family.name, arguments) in seen:
+            arguments = family.draw(rng)
+        seen.add((family.name, arguments))
+        rows.append(
+            {
+                "item_id": f"terse-{index:04d}",
+                "instruction": " ".join([family.operator] * rng.randint(1, 7)),  # as often as in `pretraining_rows`
+                "input": arguments,
+                "reference": family.solve(arguments),
+                "family": family.name,
+            }
+        )
+    return rows
+
+
 def further_rows(family: str, count: int, taken: Set[tuple[str, str]], seed: int) -> list[dict[str, str]]:
     """Clean rows of one family whose (instruction, input) is not among those `taken`.
 
@@ -553,7 +580,7 @@ def _reworded(task: _Task, rng: random.Random) -> _Task:
 
 def right_answer(instruction: str, given: str) -> str:
     """The right answer to a prompt of any family, found by its wording. Raises ConfigError for an unknown prompt."""
-    for family in FAMILIES:
+    for family in _BY_NAME:  # those of `delayed` too
         try:
             return solve(family, instruction, given)
         except ConfigError:  # another family's wording

@@ -14,6 +14,7 @@ from typing import Any
 
 from gradsift.config import BenchmarkSetConfig
 from gradsift.errors import ConfigError, DataError
+from gradsift.evaluation.matching import has_number
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ def load_benchmark(
     spec: BenchmarkSetConfig,
     limit: int | None = None,
     fetch: Callable[[str], Path] | None = None,
+    folder: Path | None = None,
 ) -> list[Item]:
     """Read the items of one benchmark, in the order of its file.
 
@@ -40,15 +42,17 @@ def load_benchmark(
         spec: where the file is and which dotted fields (`instances.0.input`) hold the parts.
         limit: only the first so many items; the whole set when None.
         fetch: turns `spec.url` into a local file, see `fetch_url`; None forbids downloads.
+        folder: local copies of the files that would be downloaded, `benchmark.folder`.
 
     Raises:
         ConfigError: the set has neither path nor url.
-        DataError: the file is missing, is not JSON or JSONL, is empty, lacks a field in some row,
-            or gives two rows the same id. The message names file, row, field and config key.
+        DataError: the file is missing, is not JSON or JSONL, is empty, lacks a field in some row, has a
+            reference that `spec.match` cannot compare, or gives two rows the same id. The message names file,
+            row, field and config key.
     """
-    file = _locate(name, spec, fetch)
+    file = _locate(name, spec, fetch, folder)
     key = f"benchmark.catalog.{name}"
-    rows = _read_rows(file, key)[:limit]
+    rows = _read_rows(file, key, spec.rows)[:limit]
     items: list[Item] = []
     first_row: dict[str, int] = {}
     for number, row in enumerate(rows, start=1):
@@ -66,15 +70,31 @@ def load_benchmark(
                 item_id=item_id,
                 instruction=part.text("instruction", spec.instruction, filled=True),
                 input="" if spec.input is None else part.text("input", spec.input),
-                reference=None
-                if spec.reference is None
-                else part.text("reference", spec.reference, numbers=True, filled=True),
+                reference=_reference(part, spec),
             )
         )
     return items
 
 
-def _locate(name: str, spec: BenchmarkSetConfig, fetch: Callable[[str], Path] | None) -> Path:
+def _reference(part: _RowReader, spec: BenchmarkSetConfig) -> str | None:
+    """The reference answer: what stands behind the last `reference_after`, or the whole field."""
+    if spec.reference is None:
+        return None
+    text = part.text("reference", spec.reference, numbers=True, filled=True)
+    if spec.reference_after is not None:
+        _, found, text = text.rpartition(spec.reference_after)
+        if not found or not text.strip():
+            problem = f"has nothing behind {spec.reference_after!r}"
+            raise part.error("reference_after", spec.reference, problem)
+        text = text.strip()
+    if spec.match == "number" and not has_number(text):
+        raise part.error("match", spec.reference, f"holds no number to compare with ({text[:40]!r})")
+    return text
+
+
+def _locate(
+    name: str, spec: BenchmarkSetConfig, fetch: Callable[[str], Path] | None, folder: Path | None = None
+) -> Path:
     remedy = f"benchmark.catalog.{name}.path=FILE"
     if spec.path is not None:
         file = Path(spec.path).expanduser()
@@ -83,6 +103,14 @@ def _locate(name: str, spec: BenchmarkSetConfig, fetch: Callable[[str], Path] | 
         return file
     if spec.url is None:
         raise ConfigError(f"benchmark.catalog.{name} has neither path nor url; give {remedy}")
+    if folder is not None:
+        file = folder / (spec.file or spec.url.rsplit("/", 1)[-1])
+        if not file.is_file():
+            raise DataError(
+                f"{file} is not there; put {spec.url} at that place, name another below benchmark.folder with "
+                f"benchmark.catalog.{name}.file=NAME, or give {remedy}"
+            )
+        return file
     if fetch is None:
         raise DataError(f"benchmark {name} lies at {spec.url} and downloads are off; give {remedy}")
     try:
@@ -91,8 +119,11 @@ def _locate(name: str, spec: BenchmarkSetConfig, fetch: Callable[[str], Path] | 
         raise DataError(f"benchmark {name}: {error}, or give its place with {remedy}") from error
 
 
-def _read_rows(file: Path, key: str) -> list[Any]:
-    """The rows of a JSON list or of a JSONL file; which of the two it is shows in its first character."""
+def _read_rows(file: Path, key: str, holder: str | None) -> list[Any]:
+    """The rows of a JSON list, of a JSONL file, or under the key `holder` of a JSON object.
+
+    Which of the first two it is shows in the file's first character.
+    """
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -100,11 +131,13 @@ def _read_rows(file: Path, key: str) -> list[Any]:
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}); check {key}.path") from error
     rows: list[Any] = []
-    if text.lstrip().startswith("["):
+    if holder is not None or text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{file}, line {error.lineno}: broken JSON ({error.msg}); check {key}.path") from error
+        if holder is not None:
+            rows = _held(rows, holder, file, key)
     else:
         # not splitlines(): JSON strings may hold U+2028 and its like unescaped
         for number, line in enumerate(text.split("\n"), start=1):
@@ -117,6 +150,16 @@ def _read_rows(file: Path, key: str) -> list[Any]:
     if not rows:
         raise DataError(f"{file} holds no rows; check {key}.path")
     return rows
+
+
+def _held(content: Any, holder: str, file: Path, key: str) -> list[Any]:
+    found = content.get(holder) if isinstance(content, dict) else None
+    if not isinstance(found, list):
+        has = (
+            ", ".join(map(str, content)) if isinstance(content, dict) else f"no keys, it is a {type(content).__name__}"
+        )
+        raise DataError(f"{file} holds no list of rows under {holder!r} (it has: {has}); check {key}.rows")
+    return found
 
 
 @dataclass(frozen=True)
@@ -137,13 +180,13 @@ class _RowReader:
             elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
                 value = value[int(step)]
             else:
-                raise self._error(part, field, f"is missing (this row has: {self._has()})")
+                raise self.error(part, field, f"is missing (this row has: {self._has()})")
         if numbers and isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str):
-            raise self._error(part, field, f"holds {type(value).__name__}, not text")
+            raise self.error(part, field, f"holds {type(value).__name__}, not text")
         if filled and not value.strip():
-            raise self._error(part, field, "is blank")
+            raise self.error(part, field, "is blank")
         return value
 
     def _has(self) -> str:
@@ -151,5 +194,6 @@ class _RowReader:
             return ", ".join(map(str, self.row)) or "no field"
         return f"no fields, it is of type {type(self.row).__name__}"
 
-    def _error(self, part: str, field: str, problem: str) -> DataError:
+    def error(self, part: str, field: str, problem: str) -> DataError:
+        """What is wrong with `field` of this row; the remedy is the config key `part`."""
         return DataError(f"{self.file}, row {self.number}: field {field!r} {problem}; check {self.key}.{part}")

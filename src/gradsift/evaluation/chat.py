@@ -37,6 +37,7 @@ _REFUSED = (400, 413, 422)  # what HTTP says of one request's content
 _PASSING = (408, 409, 429)
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 8.0  # seconds before a retry that the endpoint gave no time for
 _LARGEST_BODY = 2**24  # bytes
+_SHORTEST_SECRET = 8  # characters; no real key has fewer
 _NO_CREDIT = "insufficient_quota"  # OpenAI's code for an empty account, which it sends as a 429
 
 Value = TypeVar("Value")
@@ -154,15 +155,19 @@ class ChatClient:
             raise DryRun(plan.describe())
         for positions, answer in known:
             yield from ((position, answer) for position in positions)
-        for positions, answer in self._send_all(prompts, missing, reader, scope):
+        for positions, answer in self._send_all(prompts, missing, reader, scope, works=bool(known)):
             yield from ((position, answer) for position in positions)
 
     # ------------------------------------------------------------------------------ several at a time
 
     def _send_all(
-        self, prompts: Sequence[Messages], groups: Sequence[list[int]], reader: _Reader[Value], scope: str
+        self, prompts: Sequence[Messages], groups: Sequence[list[int]], reader: _Reader[Value], scope: str, works: bool
     ) -> Iterator[tuple[list[int], Answer[Value]]]:
-        """Answers to groups of equal prompts, as they come in."""
+        """Answers to groups of equal prompts, as they come in.
+
+        Args:
+            works: whether the endpoint is known to answer such requests.
+        """
         purse = Purse(self._cache, scope, self._terms)
         waiting: SimpleQueue[int] = SimpleQueue()
         for number in range(len(groups)):
@@ -200,6 +205,9 @@ class ChatClient:
                     yield groups[result[0]], result[1]
         finally:
             stop.set()
+        refused_alone = all(isinstance(failure, _Refused) for _, failure in streak) and not (works or purse.spent.calls)
+        if fatal is None and streak and refused_alone:
+            fatal = JudgeError(f"{self.name}: every prompt is refused: {streak[-1][1].said}; {streak[-1][1].remedy}")
         if fatal is None:
             yield from _refusals(streak, groups, left, failed)
         if isinstance(fatal, CapReached):
@@ -383,8 +391,11 @@ class ChatClient:
         )
 
     def _scrub(self, text: str) -> str:
-        """`text` without the key: endpoints have been seen to quote it."""
-        return text.replace(self._key, "***") if self._key else text
+        """`text` without the key: endpoints have been seen to quote it.
+
+        What local servers are given in place of a key ("1", "none") is no secret, and replies hold such words.
+        """
+        return text.replace(self._key, "***") if self._key and len(self._key) >= _SHORTEST_SECRET else text
 
 
 _GO_ON = "the replies so far are kept: give the same command again to go on"

@@ -32,6 +32,8 @@ from gradsift.evaluation.judges import Combine, Order
 from gradsift.evaluation.judging import Judgment, read_judgments
 from gradsift.evaluation.pws import Outcome, outcomes_of, summarise
 
+_ANNOTATIONS = "annotations"  # benchmark of alpaca_eval's rows that name none
+
 
 @dataclass
 class Records:
@@ -114,7 +116,7 @@ def _annotations(path: Path, rows: Sequence[Any], model: str | None) -> Records:
         valid = isinstance(preference, int | float) and not isinstance(preference, bool) and np.isfinite(preference)
         if valid and preference != 0 and not 1 <= preference <= 2:
             raise DataError(f"{place}: preference={preference} is neither from 1 to 2 nor 0; mend or delete the row")
-        benchmark = str(row.get("dataset") or path.stem)
+        benchmark = str(row.get("dataset") or _ANNOTATIONS)  # not the file's name: its other order has another
         text = str(row.get("instruction", number))
         repeat = seen[benchmark, text] = seen.get((benchmark, text), 0) + 1
         item = text if repeat == 1 else f"{text} ({repeat})"
@@ -202,11 +204,11 @@ def read_labels(path: Path) -> Outcomes:
         DataError: a line is none of that; names it.
     """
     labels: dict[tuple[str, str], Outcome] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
+    for number, content in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not content.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(content)
             item = str(row.get("benchmark", "")), str(row["item_id"])
             if row["label"] not in get_args(Outcome):
                 raise ValueError(f"label={row['label']!r}")
@@ -248,10 +250,10 @@ def _result(options: argparse.Namespace) -> dict[str, Any]:
     if options.labels:
         labels = read_labels(options.labels)
         if {benchmark for benchmark, _ in labels} == {""}:  # one benchmark, which the labels need not name
-            (name, *more) = {benchmark for benchmark, _ in outcomes}
-            if more:
+            names = {benchmark for benchmark, _ in outcomes}
+            if len(names) > 1:
                 raise DataError("the records hold several benchmarks, so each label must name its `benchmark`")
-            labels = {(name, item): label for (_, item), label in labels.items()}
+            labels = {(name, item): label for name in names for (_, item), label in labels.items()}
         result["agreement"] = agreement(outcomes, labels)
     if options.against:
         other = read_all(options.against)

@@ -1,4 +1,4 @@
-"""The stages behind the finetune: answers, held-out loss, judgments, PWS."""
+"""The stages behind the finetune: answers, their metrics, held-out loss, forgetting, judgments, PWS."""
 
 from __future__ import annotations
 
@@ -8,22 +8,26 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from gradsift.artifacts import Artifact
+from gradsift.artifacts import Artifact, file_hash
 from gradsift.config import (
     EMBEDDED,
+    TERSE,
     BenchmarkConfig,
     JudgeConfig,
     LocalJudgeConfig,
     OpenaiJudgeConfig,
     TargetConfig,
 )
+from gradsift.data import verifiable
 from gradsift.data.batching import collate
 from gradsift.data.download import fetch_url
+from gradsift.data.examples import Example
 from gradsift.data.load import benchmark_rows, heldout_of
 from gradsift.data.tokens import Encoded, encode, encode_prompt
 from gradsift.data.verifiable import FAMILIES, answers_match
@@ -38,12 +42,15 @@ from gradsift.evaluation.judges.parsing import Parse
 from gradsift.evaluation.judges.rating import wording_hash
 from gradsift.evaluation.judges.verifier import VerifierJudge
 from gradsift.evaluation.judging import judge_pairs, read_judgments
+from gradsift.evaluation.lm_harness import check_lm_eval, evaluate_tasks
+from gradsift.evaluation.matching import MATCHERS
+from gradsift.evaluation.metrics import change, check_wordnet, measure, read_wordnet
 from gradsift.evaluation.pws import read_pws, summarise, write_pws
 from gradsift.evaluation.reply_cache import ReplyCache
 from gradsift.evaluation.spending import Terms
 from gradsift.runtime import Runtime
 from gradsift.sources import Source
-from gradsift.training.backbones import backbone, load_backbone
+from gradsift.training.backbones import Backbone, backbone, load_backbone
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.finetuning import ResponseLosses, require_finite
 from gradsift.training.target import load_tuned
@@ -53,20 +60,28 @@ if TYPE_CHECKING:
 
 VERSION = 2
 PWS_VERSION = 3
+METRICS_VERSION = 1
 OUTPUTS_FILE = "model_outputs.json"
+METRICS_FILE = "metrics.json"
+TERSE_ITEMS = 360  # twenty of each skill
 REPLIES_FILE = "judge_cache.sqlite"  # in the store's folder, for all runs
 _LOSS_TOKENS = 4096  # padded tokens at once, where compute.tokens does not say; no result depends on it
 
 
-def benchmark_items(runtime: Runtime, config: BenchmarkConfig, loaded: Artifact) -> list[Item]:
-    """The items of every set in `benchmark.sets`, in that order."""
+def benchmark_items(
+    runtime: Runtime, config: BenchmarkConfig, names: Sequence[str], loaded: Artifact, seed: int
+) -> list[Item]:
+    """The items of the sets `names`, in that order; `seed` draws those of the embedded world's terse set."""
     fetch = functools.partial(fetch_url, folder=runtime.store.root / "downloads")
+    folder = None if config.folder is None else Path(config.folder).expanduser()
     items: list[Item] = []
-    for name in config.sets:
+    for name in names:
         if name == EMBEDDED:
             items += embedded_items(loaded)[: config.limit]
+        elif name == TERSE:
+            items += [_item(TERSE, row) for row in verifiable.terse_rows(TERSE_ITEMS, seed=seed)][: config.limit]
         else:
-            items += load_benchmark(name, config.catalog[name], config.limit, fetch)
+            items += load_benchmark(name, config.catalog[name], config.limit, fetch, folder)
     return items
 
 
@@ -74,10 +89,11 @@ def embedded_items(loaded: Artifact) -> list[Item]:
     """The benchmark that came with the embedded world; the families of `data.delayed` are benchmarks of their own."""
     rows = benchmark_rows(loaded)
     names = [EMBEDDED if row["family"] in FAMILIES else f"{EMBEDDED}_{row['family']}" for row in rows]
-    return [
-        Item(name, row["item_id"], row["instruction"], row["input"], row["reference"])
-        for name, row in zip(names, rows, strict=True)
-    ]
+    return [_item(name, row) for name, row in zip(names, rows, strict=True)]
+
+
+def _item(name: str, row: Mapping[str, str]) -> Item:
+    return Item(name, row["item_id"], row["instruction"], row["input"], row["reference"])
 
 
 def generate(
@@ -89,9 +105,8 @@ def generate(
     items: Sequence[Item],
 ) -> Artifact:
     """Greedy answers of the finetuned target (or of the untouched one, for `tuned=None`) to every item."""
-    questions = json.dumps([asdict(item) for item in items], sort_keys=True)
     settings = {
-        "items": hashlib.sha256(questions.encode()).hexdigest(),
+        "items": _hash(items),
         "max_new_tokens": config.max_new_tokens,
         "template": target_config.template,
         **runtime.compute.numerics,
@@ -119,25 +134,153 @@ def generate(
     return runtime.store.obtain("generate", _slug(target_config, tuned), settings, parents, make, version=VERSION)
 
 
+def _hash(items: Sequence[Item]) -> str:
+    questions = json.dumps([asdict(item) for item in items], sort_keys=True)
+    return hashlib.sha256(questions.encode()).hexdigest()
+
+
 def _slug(config: TargetConfig, tuned: Artifact | None) -> str:
     return tuned.path.name.rsplit("-", 1)[0] if tuned else f"{config.name}-untuned"
 
 
-def accuracy(answers: Artifact) -> float | None:
-    """Share of the answers that equal their reference answer, over the items that have one."""
-    checked = [row for row in read_model_outputs(answers.file(OUTPUTS_FILE)) if row["reference"] is not None]
-    if not checked:
+def check_metrics(config: BenchmarkConfig) -> None:
+    """Refuse now metrics that could not be computed later."""
+    check_wordnet(config.wordnet_dir)
+    check_lm_eval(config.lm_eval_tasks)
+
+
+def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact) -> dict[str, Any] | None:
+    """Accuracy, ROUGE-L, BLEU and METEOR per benchmark and pooled (see `gradsift.evaluation.metrics`).
+
+    None where no item has a reference answer.
+    """
+    rows = read_model_outputs(answers.file(OUTPUTS_FILE))
+    asked = sorted({row["dataset"] for row in rows if row["reference"] is not None})
+    if not asked:
         return None
-    return sum(answers_match(row["output"], str(row["reference"])) for row in checked) / len(checked)
+    wordnet = check_wordnet(config.wordnet_dir)
+    settings = {
+        "match": {name: config.match_of(name) for name in asked},
+        "wordnet": None if wordnet is None else [file_hash(file) for file in sorted(wordnet.glob("data.*"))],
+    }
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        with runtime.display.task(f"metrics of {len(rows)} answers", len(rows)) as advance:
+            found = measure(rows, config.match_of, None if wordnet is None else read_wordnet(wordnet))
+            advance(len(rows))
+        (folder / METRICS_FILE).write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
+        return {"rows": found["pooled"]["items"]}
+
+    slug = answers.path.name.rsplit("-", 1)[0]
+    made = runtime.store.obtain("metrics", slug, settings, [answers], make, version=METRICS_VERSION)
+    found: dict[str, Any] = json.loads(made.file(METRICS_FILE).read_text(encoding="utf-8"))
+    return found
 
 
-def accuracies(answers: Artifact) -> dict[str, float]:
-    """`accuracy` for each benchmark that has reference answers."""
-    right: dict[str, list[bool]] = {}
-    for row in read_model_outputs(answers.file(OUTPUTS_FILE)):
-        if row["reference"] is not None:
-            right.setdefault(row["dataset"], []).append(answers_match(row["output"], str(row["reference"])))
-    return {benchmark: sum(found) / len(found) for benchmark, found in right.items()}
+def accuracy(config: BenchmarkConfig, answers: Artifact) -> float | None:
+    """Share of the answers that are right by their benchmark's rule, over the items with a reference answer."""
+    rows = [row for row in read_model_outputs(answers.file(OUTPUTS_FILE)) if row["reference"] is not None]
+    right = [MATCHERS[config.match_of(row["dataset"])](row["output"], str(row["reference"])) for row in rows]
+    return sum(right) / len(right) if right else None
+
+
+# ---------------------------------------------------------------------------------------- forgetting
+
+
+def forgetting(
+    runtime: Runtime,
+    config: BenchmarkConfig,
+    target_config: TargetConfig,
+    target: Artifact,
+    tuned: Artifact,
+    items: Sequence[Item],
+) -> dict[str, Any]:
+    """What the target knew before the finetune, and knows after it, of what it was not tuned for.
+
+    Args:
+        items: those of `benchmark.general`.
+
+    Returns:
+        `{set: {"before", "after", "change"}}`, each with the metrics and with `loss`, the mean NLL of a token of
+        the reference answer (nats), as far as they are there; a task of lm-eval is the set `lm_eval/<task>`.
+    """
+
+    def state(model: Artifact | None) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        if items:
+            answers = generate(runtime, config, target_config, target, model, items)
+            measured = metrics(runtime, config, answers) or {"benchmarks": {}}
+            losses = reference_losses(runtime, target_config, target, model, items)
+            found = {name: {**values, "loss": losses.get(name)} for name, values in measured["benchmarks"].items()}
+        if config.lm_eval_tasks:
+            tasks = _lm_eval(runtime, config, target_config, target, model)
+            found |= {f"lm_eval/{task}": values for task, values in tasks.items()}
+        return found
+
+    before, after = state(None), state(tuned)
+    return {
+        name: {"before": before[name], "after": after[name], "change": change(before[name], after[name])}
+        for name in before
+    }
+
+
+def reference_losses(
+    runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, items: Sequence[Item]
+) -> dict[str, float]:
+    """By benchmark, the mean over its items of the mean NLL of a token of the reference answer, in nats.
+
+    A set none of whose references has a token for the target is left out.
+    """
+    known = [item for item in items if item.reference is not None]
+    settings = {
+        "items": _hash(known),
+        "template": config.template,
+        "max_length": config.max_length,
+        **runtime.compute.numerics,
+    }
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        examples = [
+            Example(
+                row, f"{item.benchmark}/{item.item_id}", "", (), item.instruction, item.input, str(item.reference), {}
+            )
+            for row, item in enumerate(known)
+        ]
+        model = load_tuned(runtime, config, target, tuned)
+        by_set: dict[str, list[float]] = {}
+        for rows, losses in _losses(runtime, config, model, examples, "loss of the reference answers"):
+            for row, loss in zip(rows.tolist(), losses.tolist(), strict=True):
+                by_set.setdefault(known[row].benchmark, []).append(loss)
+        return {"rows": len(known), "losses": {name: sum(found) / len(found) for name, found in by_set.items()}}
+
+    parents = [target, *([tuned] if tuned else [])]
+    made = runtime.store.obtain("reference_loss", _slug(config, tuned), settings, parents, make, version=VERSION)
+    found: dict[str, float] = made.info["losses"]
+    return found
+
+
+def _lm_eval(
+    runtime: Runtime, config: BenchmarkConfig, target_config: TargetConfig, target: Artifact, tuned: Artifact | None
+) -> dict[str, dict[str, float]]:
+    settings = {"tasks": list(config.lm_eval_tasks), "limit": config.limit, **runtime.compute.numerics}
+    settings["package"] = metadata.version("lm-eval")  # tasks change from release to release
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        model = load_tuned(runtime, target_config, target, tuned)
+        plain: Any = model.model
+        plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain  # LoRA layers sit inside
+        found = evaluate_tasks(
+            plain, model.tokenizer, config.lm_eval_tasks, limit=config.limit, batch_size=config.batch_size
+        )
+        return {"rows": len(found), "tasks": found}
+
+    parents = [target, *([tuned] if tuned else [])]
+    made = runtime.store.obtain("lm_eval", _slug(target_config, tuned), settings, parents, make, version=1)
+    found: dict[str, dict[str, float]] = made.info["tasks"]
+    return found
+
+
+# ------------------------------------------------------------------------------------- held-out loss
 
 
 def heldout_loss(
@@ -154,33 +297,43 @@ def heldout_loss(
 
     def make(folder: Path) -> Mapping[str, Any]:
         model = load_tuned(runtime, config, target, tuned)
-        limit = min(config.max_length, model.context)
-        held = heldout_of(loaded)
-        encoded, _ = encode(held, model.tokenizer, config.template, limit)
-        if not encoded:
+        total, count = 0.0, 0
+        for _, losses in _losses(runtime, config, model, heldout_of(loaded), "held-out loss"):
+            total += float(losses.sum())
+            count += len(losses)
+        if not count:
             raise GradsiftError("no held-out example has a response token for the target; take data.holdout=0")
-        row_indices, device = [example.row_index for example in held], device_of(runtime.compute)
-        total = 0.0
-        with runtime.display.task("held-out loss", len(encoded)) as advance, torch.inference_mode():
-            response_losses = ResponseLosses(model.model)
-            budget = TokenBudget(runtime.compute.tokens or _LOSS_TOKENS, runtime.display.say)
-
-            def losses_of(examples: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-                batch = collate(examples, model.pad_id).to(device)
-                return batch.rows, response_losses(batch)
-
-            for examples, found in budget.passes(encoded, losses_of):
-                for rows, losses in found:
-                    require_finite("held-out loss", rows, losses, row_indices)
-                    total += float(losses.sum())
-                advance(len(examples))
-        loss = {"heldout_loss": total / len(encoded), "rows": len(encoded)}
+        loss = {"heldout_loss": total / count, "rows": count}
         (folder / "heldout.json").write_text(json.dumps(loss), encoding="utf-8")
         return loss
 
     parents = [target, loaded, *([tuned] if tuned else [])]
     made = runtime.store.obtain("heldout", _slug(config, tuned), settings, parents, make, version=VERSION)
     return float(made.info["heldout_loss"])
+
+
+def _losses(
+    runtime: Runtime, config: TargetConfig, model: Backbone, examples: Sequence[Example], purpose: str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Positions in `examples` and mean NLL of a response token, batch by batch; those without one are left out."""
+    limit = min(config.max_length, model.context)
+    encoded, _ = encode(examples, model.tokenizer, config.template, limit)
+    row_indices, device = [example.row_index for example in examples], device_of(runtime.compute)
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with runtime.display.task(purpose, len(encoded)) as advance, torch.inference_mode():
+        response_losses = ResponseLosses(model.model)
+        budget = TokenBudget(runtime.compute.tokens or _LOSS_TOKENS, runtime.display.say)
+
+        def losses_of(batch_examples: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+            batch = collate(batch_examples, model.pad_id).to(device)
+            return batch.rows, response_losses(batch)
+
+        for passed, results in budget.passes(encoded, losses_of):
+            for rows, losses in results:
+                require_finite(purpose, rows, losses, row_indices)
+                found.append((rows.cpu(), losses.cpu()))
+            advance(len(passed))
+    return found
 
 
 def check_judge(runtime: Runtime, config: JudgeConfig) -> None:
@@ -191,13 +344,17 @@ def check_judge(runtime: Runtime, config: JudgeConfig) -> None:
         _client(runtime, config, [])
 
 
-def judge(runtime: Runtime, config: JudgeConfig, answers: Artifact, reference: Artifact) -> Artifact:
+def judge(
+    runtime: Runtime, config: JudgeConfig, benchmark: BenchmarkConfig, answers: Artifact, reference: Artifact
+) -> Artifact:
     """Judge every pair of answers in both orders; replies are kept as they arrive and never asked for twice."""
     models = judge_models(runtime, config)
+    # by set, where the verifier compares otherwise than word for word
+    rules = {name: rule for name in benchmark.sets if (rule := benchmark.match_of(name)) != "exact"}
 
     def make(folder: Path) -> Mapping[str, Any]:
         ours, theirs = (read_model_outputs(a.file(OUTPUTS_FILE)) for a in (answers, reference))
-        client = _client(runtime, config, models, scope=f"judge-{folder.name}")
+        client = _client(runtime, config, models, scope=f"judge-{folder.name}", rules=rules)
         with runtime.display.task(f"judge={config.name}, both orders", 2 * len(ours)) as advance:
             judgments = judge_pairs(client, ours, theirs, folder / "judgments.jsonl", advance)
         invalid = sum(not judgment.valid for judgment in judgments)
@@ -205,6 +362,8 @@ def judge(runtime: Runtime, config: JudgeConfig, answers: Artifact, reference: A
         return {"rows": len(judgments), "invalid": invalid, "combine": client.combine, "cost": cost}
 
     settings, parents = judge_settings(runtime, config), [answers, reference, *models]
+    if config.name == "verifier" and rules:
+        settings["match"] = rules
     return runtime.store.obtain("judge", config.name, settings, parents, make, version=VERSION, keep_part=True)
 
 
@@ -253,7 +412,11 @@ _NOT_JUDGMENT = (
 
 
 def _client(
-    runtime: Runtime, config: JudgeConfig, models: Sequence[Artifact], scope: str = "judge"
+    runtime: Runtime,
+    config: JudgeConfig,
+    models: Sequence[Artifact],
+    scope: str = "judge",
+    rules: Mapping[str, str] | None = None,
 ) -> OpenaiJudge | LocalJudge | VerifierJudge:
     if isinstance(config, OpenaiJudgeConfig):
         return OpenaiJudge(_chat(runtime, config), scope=scope, parse=cast(Parse, config.parse))
@@ -271,7 +434,9 @@ def _client(
             batch_size=config.batch_size,
         )
     if config.name == "verifier":
-        return VerifierJudge(answers_match, name="verifier:exact")
+        by_set = {name: MATCHERS[rule] for name, rule in (rules or {}).items()}
+        name = ",".join(["verifier:exact", *(f"{key}={rule}" for key, rule in sorted((rules or {}).items()))])
+        return VerifierJudge(answers_match, name=name, by_benchmark=by_set)
     raise ConfigError(f"judge={config.name} is not known; choose verifier, local or openai")
 
 

@@ -24,8 +24,9 @@ Figures = Mapping[str, Any]
 
 AUDIT_FILE = "audit.json"
 ALL_ROWS = "(all rows)"
-_NOT_IN_A_NAME = ("scorer", "alpha", "data")  # a method is called by its scorer and by all else that tells it apart
 FAILED = "failed"
+# overrides that name no method: the scorer is named anyway, the data parts the tables, the others change no audit
+_TOLD_APART = ("scorer", "data", "alpha", "target")
 _READING = (
     "How to read it: a method is of use on this data where the spoilt share of its selection lies below that of all "
     "rows by more than a random draw varies, at the budgets that matter. AUROC is the chance that a clean row scores "
@@ -54,7 +55,7 @@ def sweep_audit(jobs: Sequence[tuple[Path, Run]]) -> SweepAudit | None:
     """The audits of these jobs (their `run.json` and its content); None where there is none."""
     datasets: dict[tuple[str, ...], dict[str, Any]] = {}
     failed: dict[str, str] = {}
-    runs = with_settings([run for _, run in jobs], _NOT_IN_A_NAME)
+    runs = with_settings([run for _, run in jobs], _TOLD_APART)
     for (path, _), run in zip(jobs, runs, strict=True):
         name = _method(run)
         if "audit" not in run:

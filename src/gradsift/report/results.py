@@ -84,10 +84,23 @@ class Results:
         self.tracker.curve("finetune", curve)
         self.values["final_training_loss"] = _tail_mean([entry["loss"] for entry in curve])
 
-    def answered(self, accuracy: float | None, by_benchmark: dict[str, float]) -> None:
-        self.values["accuracy"] = {"model": accuracy}
+    def answered(self, metrics: dict[str, Any] | None) -> None:
+        self._measured("model", metrics)
+        by_benchmark = self.values["accuracy"]["by_benchmark"].get("model", {})
         if len(by_benchmark) > 1:
             self.values["accuracy"]["benchmarks"] = by_benchmark
+
+    def _measured(self, model: str, metrics: dict[str, Any] | None) -> None:
+        """Metrics of the answers of the model, the reference or the untuned target; None without reference answers."""
+        accuracy = self.values.setdefault("accuracy", {"by_benchmark": {}})
+        accuracy[model] = None if metrics is None else metrics["pooled"]["accuracy"]
+        if metrics is not None:
+            by_set = metrics["benchmarks"]
+            accuracy["by_benchmark"][model] = {name: found["accuracy"] for name, found in by_set.items()}
+            self.values.setdefault("metrics", {})[model] = metrics
+
+    def forgot(self, forgetting: dict[str, Any]) -> None:
+        self.values["forgetting"] = forgetting
 
     def is_reference(self) -> None:
         self.values["pws"] = 1.0
@@ -106,13 +119,13 @@ class Results:
         self.values["judging"] = {key: artifact.info[key] for key in ("invalid", "cost") if key in artifact.info}
         self.files["judgments"] = str(artifact.file("judgments.jsonl"))
 
-    def reference(self, heldout_loss: float | None, accuracy: float | None) -> None:
+    def reference(self, heldout_loss: float | None, metrics: dict[str, Any] | None) -> None:
         self.values["heldout_loss"]["reference"] = heldout_loss
-        self.values["accuracy"]["reference"] = accuracy
+        self._measured("reference", metrics)
 
-    def untuned(self, heldout_loss: float | None, accuracy: float | None) -> None:
+    def untuned(self, heldout_loss: float | None, metrics: dict[str, Any] | None) -> None:
         self.values["heldout_loss"]["untuned"] = heldout_loss
-        self.values["accuracy"]["untuned"] = accuracy
+        self._measured("untuned", metrics)
 
     def ensemble(self, members: Sequence[Sequence[Artifact]]) -> None:
         for number, chain in enumerate(members):

@@ -31,12 +31,14 @@ UNTUNED = "(no finetuning)"
 TITLE = "PWS against the model tuned on all rows"
 
 
-def with_settings(runs: Sequence[Run], shown_elsewhere: Sequence[str] = _OWN_COLUMN) -> list[Run]:
-    """The runs, each with the overrides that tell it from the others as `settings`, but for seeds and what is shown
-    elsewhere.
+def with_settings(runs: Sequence[Run], told_apart: Sequence[str] = _OWN_COLUMN) -> list[Run]:
+    """The runs, each with the overrides that tell it from the others as `settings`.
+
+    Args:
+        told_apart: keys of overrides that are shown elsewhere.
     """
-    apart = (*shown_elsewhere, *SEED_KEYS)
-    own = [[o for o in run.get("overrides") or [] if o.split("=", 1)[0] not in apart] for run in runs]
+    elsewhere = (*told_apart, *SEED_KEYS)
+    own = [[o for o in run.get("overrides") or [] if o.split("=", 1)[0] not in elsewhere] for run in runs]
     shared = set(own[0]).intersection(*own) if own else set()
     return [
         {**run, "settings": " ".join(o for o in overrides if o not in shared)}

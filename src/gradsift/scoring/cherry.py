@@ -25,8 +25,9 @@ import numpy as np
 
 from gradsift.data.examples import Example
 from gradsift.data.templates import render
+from gradsift.runtime import Task
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
-from gradsift.scoring.spans import Span, Task, span_losses, token_ids
+from gradsift.scoring.spans import Span, span_losses, token_ids
 from gradsift.training.backbones import Backbone
 
 _RESPONSE = "### Response:"

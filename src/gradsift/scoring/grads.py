@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -29,10 +28,8 @@ from gradsift.errors import ConfigError, GradsiftError
 from gradsift.features.neighbours import mean_cosines, nearest_cosines, row_blocks
 from gradsift.features.vectors import Features
 from gradsift.gradients.embedding_head import COLUMNS, EmbeddingGradients
-from gradsift.runtime import Advance
+from gradsift.runtime import Advance, Task
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
-
-Task = Callable[[str, int], AbstractContextManager[Advance]]
 
 # |sum| over norm of all entries of a gradient: about 1 (1.2 with SmolLM2 and Alpaca rows) where they are
 # unrelated; where they cancel, rounding leaves 2e-7 in float32 and 2e-3 in bfloat16 (random GPT-2)

@@ -12,8 +12,7 @@ rated, with the earlier turns shown. An example without a valid grade is `undefi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -21,13 +20,11 @@ import numpy as np
 from gradsift.data.examples import Example
 from gradsift.diagnostics import Diagnostic
 from gradsift.evaluation.judges import Question, Rater, RatingRequest
-from gradsift.runtime import Advance
+from gradsift.runtime import Task
 from gradsift.scoring.scores import UNDEFINED, Scores
 
 QUESTIONS: dict[str, tuple[Question, ...]] = {"alpagasus": ("accuracy",), "deita": ("complexity", "quality")}
 _UNRATED_LIMIT = 0.05  # share of examples without a grade from which a warning is given
-
-Task = Callable[[str, int], AbstractContextManager[Advance]]
 
 
 def llm_rating(

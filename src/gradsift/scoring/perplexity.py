@@ -16,8 +16,8 @@ import torch
 from gradsift.data.batching import collate
 from gradsift.data.tokens import Encoded
 from gradsift.proxy.epochs import ProxyInputs
+from gradsift.runtime import Task
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
-from gradsift.scoring.spans import Task
 from gradsift.training.finetuning import ResponseLosses, require_finite
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,6 @@ from gradsift.training.head import OutputHead, token_losses
 
 _CHUNK = 1000  # texts tokenised in one call: bounds the memory that a tokenizer's own records take
 _BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # padded; no result depends on it. A CPU has them in its caches
-
-Task = Callable[[str, int], AbstractContextManager[Advance]]
 
 
 @dataclass(frozen=True)

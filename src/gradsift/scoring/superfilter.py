@@ -38,9 +38,9 @@ from torch import nn
 from gradsift.data.examples import Example
 from gradsift.diagnostics import Diagnostic
 from gradsift.errors import GradsiftError
-from gradsift.runtime import Advance
+from gradsift.runtime import Advance, Task
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
-from gradsift.scoring.spans import Span, Task, span_losses, token_ids
+from gradsift.scoring.spans import Span, span_losses, token_ids
 from gradsift.training.backbones import Backbone
 from gradsift.training.residual import residual_in_float32
 

@@ -226,7 +226,7 @@ class Votes:
 
 def _connect(path: Path) -> sqlite3.Connection:
     # None: each statement commits by itself, and what has several says BEGIN
-    connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA synchronous = FULL")  # a vote that was confirmed outlives a power cut
     connection.execute("PRAGMA foreign_keys = ON")
     return connection

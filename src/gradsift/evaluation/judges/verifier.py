@@ -6,7 +6,7 @@ example's own text. Nobody has that for data of their own, so what it selects is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from gradsift.data.verifiable import right_answer
 from gradsift.errors import ConfigError
@@ -19,10 +19,19 @@ class VerifierJudge:
 
     combine: Combine = "signs"
 
-    def __init__(self, matches: Callable[[str, str], bool], name: str = "verifier") -> None:
-        """`name` must tell different kinds of `matches` apart: it stands for them in `prompt_hash`."""
+    def __init__(
+        self,
+        matches: Callable[[str, str], bool],
+        name: str = "verifier",
+        by_benchmark: Mapping[str, Callable[[str, str], bool]] | None = None,
+    ) -> None:
+        """`by_benchmark` replaces `matches` for the sets that it names.
+
+        `name` must tell different kinds of both apart: it stands for them in `prompt_hash`.
+        """
         self.name = name
         self._matches = matches
+        self._by_benchmark = by_benchmark or {}
 
     def prompt_hash(self, request: JudgeRequest) -> str:
         """Hash of the verifier's name, the two answers and the reference answer."""
@@ -43,7 +52,8 @@ class VerifierJudge:
                 )
             known.append((request, request.reference))
         for request, reference in known:
-            first, second = (int(self._matches(a, reference)) for a in (request.first, request.second))
+            matches = self._by_benchmark.get(request.benchmark, self._matches)
+            first, second = (int(matches(answer, reference)) for answer in (request.first, request.second))
             yield request, Reply(f"{first} {second}", (float(first), float(second)))
 
     def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Rating]]:

@@ -1,0 +1,47 @@
+"""Tracking and the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from gradsift.config.checks import at_least, one_of
+
+
+@dataclass
+class TrackerConfig:
+    """Where metrics go besides the run folder."""
+
+    name: str = MISSING  # wandb or none
+    mode: str = "offline"  # offline runs are sent later with `wandb sync`
+    project: str = "gradsift"
+    entity: str | None = None
+    group: str | None = None  # the sweep's folder name when empty
+
+    def __post_init__(self) -> None:
+        one_of("tracker.name", self.name, ("wandb", "none"))
+        one_of("tracker.mode", self.mode, ("offline", "online"))
+
+
+@dataclass
+class ComputeConfig:
+    """The machine."""
+
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    precision: str = "float32"  # bfloat16: frozen weights and products; LoRA weights, norms and residual stream float32
+    tokens: int | None = None  # padded tokens that pass through a model at once; what suits it when empty
+    threads: int | None = None  # torch's own choice when empty
+
+    def __post_init__(self) -> None:
+        one_of("compute.device", self.device, ("auto", "cpu", "cuda"))
+        one_of("compute.precision", self.precision, ("float32", "bfloat16"))
+        at_least("compute.tokens", self.tokens, 1)
+        at_least("compute.threads", self.threads, 1)
+
+    @property
+    def numerics(self) -> dict[str, str]:
+        """What a result of a model depends on, for the settings of a stage; of these options no other one matters."""
+        if self.precision == "float32":
+            return {"precision": "float32"}
+        return {"precision": self.precision, "residual": "float32"}  # results from before it was are other results

@@ -1,0 +1,151 @@
+"""The boundary to Hydra: schemas by group, and configs from what it composed."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gradsift.config.data import (
+    FilesTargetSetConfig,
+    HubDataConfig,
+    JsonDataConfig,
+    TargetSetConfig,
+    VerifiableDataConfig,
+    VerifiableTargetSetConfig,
+)
+from gradsift.config.evaluation import BenchmarkConfig, LocalJudgeConfig, OpenaiJudgeConfig, VerifierJudgeConfig
+from gradsift.config.machine import ComputeConfig, TrackerConfig
+from gradsift.config.methods import (
+    CherryConfig,
+    ClustersConfig,
+    FacilityLocationConfig,
+    G2isConfig,
+    GradientWalkConfig,
+    GradsConfig,
+    GsnrConfig,
+    GsnrDirectionConfig,
+    GumbelConfig,
+    LengthConfig,
+    PerplexityConfig,
+    RandomScorerConfig,
+    RatingConfig,
+    ReprFilterConfig,
+    SbertConfig,
+    ScorerConfig,
+    ScreenedSuperfilterConfig,
+    SelectorConfig,
+    SuperfilterConfig,
+)
+from gradsift.config.models import (
+    FeaturesConfig,
+    HiddenStatesConfig,
+    ModelConfig,
+    ProxyConfig,
+    SentenceTransformersConfig,
+    TargetConfig,
+)
+from gradsift.config.run import Config
+from gradsift.errors import ConfigError
+
+SCHEMAS: dict[str, dict[str, type]] = {
+    "data": {"json": JsonDataConfig, "hub": HubDataConfig, "verifiable": VerifiableDataConfig},
+    "target_set": {
+        "target_set": TargetSetConfig,
+        "files": FilesTargetSetConfig,
+        "verifiable_tasks": VerifiableTargetSetConfig,
+    },
+    "proxy": {"proxy": ProxyConfig},
+    "features": {"features": FeaturesConfig},
+    "target": {"target": TargetConfig},
+    "embedder": {"hidden_states": HiddenStatesConfig, "sentence_transformers": SentenceTransformersConfig},
+    "scorer": {
+        "scorer": ScorerConfig,
+        "gsnr": GsnrConfig,
+        "gsnr_direction": GsnrDirectionConfig,
+        "g2is": G2isConfig,
+        "llm_rating": RatingConfig,
+        "random": RandomScorerConfig,
+        "superfilter": SuperfilterConfig,
+        "superfilter_screened": ScreenedSuperfilterConfig,
+        "grads": GradsConfig,
+        "cherry": CherryConfig,
+        "perplexity": PerplexityConfig,
+        "length": LengthConfig,
+        "sbert": SbertConfig,
+    },
+    "selector": {
+        "selector": SelectorConfig,
+        "facility_location": FacilityLocationConfig,
+        "repr_filter": ReprFilterConfig,
+        "clusters": ClustersConfig,
+        "gumbel": GumbelConfig,
+        "gradient_walk": GradientWalkConfig,
+    },
+    "benchmark": {"benchmark": BenchmarkConfig},
+    "judge": {"verifier": VerifierJudgeConfig, "local": LocalJudgeConfig, "openai": OpenaiJudgeConfig},
+    "tracker": {"tracker": TrackerConfig},
+    "compute": {"compute": ComputeConfig},
+    "model": {"model": ModelConfig},
+}
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra as `schema/<group>/<variant>`."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, variants in SCHEMAS.items():
+        for name, node in variants.items():
+            store.store(group=f"schema/{group}", name=name, node=node)
+
+
+def load_config(composed: DictConfig) -> Config:
+    """Convert a composed config into checked dataclasses.
+
+    Raises:
+        ConfigError: an option is missing, unknown or has a value that cannot be used.
+    """
+    try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ConfigError(f"{missing[0]} is not set; give it as in {missing[0]}=VALUE")
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        if match := re.search(r"Environment variable '(\w+)' not found", reason):
+            reason = f"the environment variable {match[1]} is not set; the YAML file's header says to what"
+        raise ConfigError(reason) from error
+    if not isinstance(config, Config):
+        raise ConfigError("the config was not composed from conf/config.yaml: its first default must be `schema`")
+    return config
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """A config as plain values, with the schema of each group beside them, so that `restore_config` can read it."""
+    values = dataclasses.asdict(config)
+    schemas: dict[str, str] = {}
+    for group, variants in SCHEMAS.items():
+        for name, schema in variants.items():
+            if type(getattr(config, group, None)) is schema:
+                schemas[group] = name
+    return {"schemas": schemas, "values": values}
+
+
+def restore_config(dumped: dict[str, Any]) -> Config:
+    """The config that `dump_config` described, checked again.
+
+    Raises:
+        ConfigError: it is not such a description, or was written by a version with other options.
+    """
+    try:
+        composed = OmegaConf.structured(Config)
+        for group, schema in dumped["schemas"].items():
+            composed[group] = OmegaConf.structured(SCHEMAS[group][schema])
+        return load_config(OmegaConf.merge(composed, dumped["values"]))  # type: ignore[arg-type]
+    except (KeyError, TypeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"this run's config cannot be read by this version of gradsift ({error})") from error

@@ -1,0 +1,172 @@
+"""Metrics beside the judge: values worked out by hand, and nothing that is unknown ever a 0."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradsift.config import BenchmarkConfig
+from gradsift.errors import ConfigError
+from gradsift.evaluation.benchmarks import Item
+from gradsift.evaluation.generation import ModelOutput, model_outputs
+from gradsift.evaluation.lm_harness import check_lm_eval, figures
+from gradsift.evaluation.metrics import bleu, change, check_wordnet, measure, meteor, read_wordnet, rouge_l
+
+
+def rows(*pairs: tuple[str, str | None], dataset: str = "set") -> list[ModelOutput]:
+    items = [Item(dataset, str(n), "q", "", reference) for n, (_, reference) in enumerate(pairs)]
+    return model_outputs(items, [answer for answer, _ in pairs], "model")
+
+
+def test_rouge_l_is_the_mean_f_measure_of_the_longest_common_subsequence() -> None:
+    # the cat sat / the cat on the mat: subsequence of 2; precision 2/3, recall 2/5, F = 1/2
+    assert rouge_l(["The cat sat."], ["the cat on the mat"]) == pytest.approx(0.5)
+    assert rouge_l(["The cat sat.", ""], ["the cat on the mat", "a word"]) == pytest.approx(0.25)
+
+
+def test_rouge_l_does_not_count_a_reference_that_it_cannot_read() -> None:
+    assert rouge_l(["] )", "yes"], ["] )", "yes"]) == 1
+    assert rouge_l(["\u5317\u4eac"], ["\u5317\u4eac"]) is None
+
+
+def test_bleu_is_the_corpus_score_by_its_definition() -> None:
+    # precisions 4/5, 3/4, 2/3, 1/2 of one to four tokens in a row; equal lengths, so no brevity penalty
+    expected = 100 * math.exp(sum(math.log(p) for p in (4 / 5, 3 / 4, 2 / 3, 1 / 2)) / 4)
+    assert bleu(["a b c d x"], ["a b c d e"]) == pytest.approx(expected)
+    # a corpus adds up counts: it is no mean of the two
+    both = 100 * math.exp(sum(math.log(p) for p in (9 / 10, 7 / 8, 5 / 6, 3 / 4)) / 4)
+    assert bleu(["a b c d x", "k l m n o"], ["a b c d e", "k l m n o"]) == pytest.approx(both)
+
+
+def test_bleu_of_short_answers_is_unknown() -> None:
+    assert bleu(["ba du", "no"], ["ba du", "no"]) is None
+
+
+WORDNET = {  # two synsets: car and automobile, cat; in WordNet's own format
+    "lexnames": "00\tadj.all\t3\n01\tadj.pert\t3\n02\tadv.all\t4\n03\tnoun.Tops\t1\n",
+    "data.noun": (
+        "00000000 03 n 02 car 0 automobile 0 000 | a vehicle  \n"  # the first field is the place in the file
+        "00000055 03 n 01 cat 0 000 | an animal  \n"
+    ),
+    "index.noun": ("automobile n 1 0 1 0 00000000  \ncar n 1 0 1 0 00000000  \ncat n 1 0 1 0 00000055  \n"),
+    **{f"{kind}.{part}": "" for kind in ("data", "index") for part in ("verb", "adj", "adv")},
+    **{f"{part}.exc": "" for part in ("noun", "verb", "adj", "adv")},
+}
+
+
+@pytest.fixture
+def wordnet_dir(tmp_path: Path) -> Path:
+    for name, text in WORDNET.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_meteor_counts_wordnets_synonyms(wordnet_dir: Path) -> None:
+    wordnet = read_wordnet(wordnet_dir)
+    # all m = 2 words match in one chunk: 1 - 0.5 (1/2)^3
+    assert meteor(["the car"], ["the automobile"], wordnet) == pytest.approx(1 - 0.5 / 8)
+    # one of two words: precision and recall 1/2, so F = 1/2; one chunk of one match: penalty 0.5
+    assert meteor(["the car"], ["the cat"], wordnet) == pytest.approx(0.25)
+    assert meteor([""], ["the cat"], wordnet) == 0
+
+
+def test_wordnet_is_refused_where_files_are_missing(wordnet_dir: Path) -> None:
+    assert check_wordnet(None) is None
+    assert check_wordnet(str(wordnet_dir)) == wordnet_dir
+    (wordnet_dir / "lexnames").unlink()
+    with pytest.raises(ConfigError, match=r"benchmark\.wordnet_dir=.* lacks lexnames; give"):
+        check_wordnet(str(wordnet_dir))
+
+
+def test_metrics_are_per_benchmark_and_pooled_over_all_items() -> None:
+    answers = [
+        *rows(("ba du", "ba du"), ("ba", "du"), dataset="words"),
+        *rows(("it is 12.0", "12"), dataset="numbers"),
+        *rows(("anything", None), dataset="open"),
+    ]
+    found = measure(answers, {"words": "exact", "numbers": "number"}.__getitem__)
+    assert set(found["benchmarks"]) == {"words", "numbers"}
+    assert found["benchmarks"]["words"]["accuracy"] == 0.5
+    assert (
+        found["benchmarks"]["numbers"] | {"absent": None}
+        == {
+            "items": 1,
+            "accuracy": 1.0,
+            "rouge_l": pytest.approx(2 * (1 / 4) / (1 / 4 + 1)),  # it is 12 0 / 12
+            "bleu": 0.0,  # a measured one: four tokens are there, and none in a row match
+            "meteor": None,
+            "absent": None,
+        }
+        or found["benchmarks"]["numbers"]["bleu"] is None
+    )
+    assert found["pooled"]["items"] == 3
+    assert found["pooled"]["accuracy"] == pytest.approx(2 / 3)
+    assert "wordnet_dir" in found["pooled"]["absent"]["meteor"]
+    assert "tok:13a" in found["bleu_signature"]
+
+
+def test_change_is_of_what_both_have() -> None:
+    before: dict[str, Any] = {"items": 5, "accuracy": 0.75, "bleu": None, "loss": 1.0, "absent": {"bleu": "short"}}
+    after = {"items": 5, "accuracy": 0.5, "bleu": 3.0, "loss": 1.5}
+    assert change(before, after) == {"accuracy": -0.25, "loss": 0.5}
+
+
+# ------------------------------------------------------------------------------------------- lm-eval
+
+
+def test_tasks_without_lm_eval_are_refused_with_the_command_that_installs_it() -> None:
+    check_lm_eval([])
+    if importlib.util.find_spec("lm_eval"):
+        pytest.skip("lm-eval is installed")
+    with pytest.raises(ConfigError, match=r"lm_eval_tasks=\['arc_easy'\].*pip install -e '\.\[lm-eval\]'"):
+        check_lm_eval(["arc_easy"])
+
+
+def test_lm_evals_report_is_read_without_errors_and_labels() -> None:
+    reported = {"alias": "arc_easy", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 1, "sample_len": 5}
+    assert figures(reported) == {"acc,none": 0.5, "acc_norm,none": 1.0}
+
+
+def test_lm_eval_knows_its_tasks() -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is an optional extra and is not installed")
+    with pytest.raises(ConfigError, match="not known to lm-eval"):
+        check_lm_eval(["no_such_task"])
+
+
+# ------------------------------------------------------------------------------------------- the line
+
+
+def test_metrics_and_forgetting_end_in_run_json_and_are_not_made_twice(gradsift, wordnet_dir: Path) -> None:
+    smoke = ("experiment=smoke", "tracker=none", "compute.threads=1", "scorer=random")
+    asked = ("benchmark.general=[verifiable_terse]", f"benchmark.wordnet_dir={wordnet_dir}", "benchmark.limit=18")
+    assert gradsift(*smoke, *asked) == 0
+    (run,) = gradsift.runs()
+    for model in ("model", "reference", "untuned"):
+        metrics = run["metrics"][model]
+        assert metrics["pooled"]["accuracy"] == run["accuracy"][model]
+        assert metrics["benchmarks"]["verifiable"]["accuracy"] == run["accuracy"]["by_benchmark"][model]["verifiable"]
+        assert metrics["pooled"]["items"] == 18
+        assert 0 <= metrics["pooled"]["rouge_l"] <= 1
+        assert metrics["pooled"]["meteor"] is not None
+    forgotten = run["forgetting"]["verifiable_terse"]
+    assert forgotten["before"]["items"] == forgotten["after"]["items"] == 18
+    assert forgotten["before"]["loss"] > 0
+    assert forgotten["change"]["loss"] == forgotten["after"]["loss"] - forgotten["before"]["loss"] != 0
+
+    assert gradsift(*smoke, *asked) == 0
+    again = gradsift.runs()[-1]
+    assert all(stage["reused"] for stage in again["stages"])
+    assert (again["metrics"], again["forgetting"]) == (run["metrics"], run["forgetting"])
+
+
+def test_an_unset_config_compares_word_for_word() -> None:
+    config = BenchmarkConfig(sets=["verifiable"], catalog={"mine": {"reference": "a", "match": "number"}})
+    assert [config.match_of(name) for name in ("verifiable", "verifiable_named", "mine")] == [
+        "exact",
+        "exact",
+        "number",
+    ]

@@ -23,7 +23,10 @@ EXPERIMENTS = sorted(path.stem for path in (conf_folder() / "experiment").glob("
 def commands_of(text: str) -> list[list[str]]:
     """The overrides of each `python run.py` that is written out whole; what follows two spaces is a remark."""
     lines = [line.split("  ")[0].strip() for line in re.findall(r"(?:^ {4,}|`)python run\.py ([^`\n]+)", text, re.M)]
-    whole = dict.fromkeys(line.replace("NAME", "gradfiltering") for line in lines if "..." not in line)
+    lines = [
+        line.replace("[smoke,NAME]", "[smoke,gradfiltering_eps]").replace("NAME", "gradfiltering") for line in lines
+    ]
+    whole = dict.fromkeys(line for line in lines if "..." not in line)
     return [[word for word in shlex.split(line) if word != "-m"] for line in whole]
 
 

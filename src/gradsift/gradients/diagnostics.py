@@ -42,10 +42,11 @@ LEAST_DROP_SIZE = 0.005
 # is a fifth of the paper's smallest budget.
 MOST_EPS_DOMINATED = 0.01
 # Median relative error of a bfloat16 norm, its part that differs between members, by the precision of the residual
-# stream (SmolLM2, 75 Alpaca rows, see experiments/2026-11-22-gradient-engine).
-BFLOAT16_ERROR = {"float32": 0.0033, "bfloat16": 0.0042}
-# Its square is the share of V_t that is rounding.
-MOST_ERROR_OVER_SPREAD = 0.1
+# stream (SmolLM2, 300 Alpaca rows, see experiments/2026-11-22-gradient-engine).
+BFLOAT16_ERROR = {"float32": 0.0029, "bfloat16": 0.0041}
+# Its square is the share of V_t that is rounding. At .09 and .13 of the members' spread G-SNR agreed with float32's by
+# a Spearman of .982 and .978 there: the first is too near to the bar of .98 to be trusted on 300 rows.
+MOST_ERROR_OVER_SPREAD = 0.08
 
 
 def diagnose_ensemble(

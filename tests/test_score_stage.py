@@ -20,11 +20,13 @@ from gradsift.data.examples import Example
 from gradsift.data.formats import parse_rows
 from gradsift.diagnostics import Diagnostic, read_diagnostics
 from gradsift.errors import ConfigError, GradsiftError
+from gradsift.features.vectors import Features, unit_rows
 from gradsift.report.results import Results
 from gradsift.runtime import Display, Runtime
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
 from gradsift.scoring.stage import SCORES_FILE, score, scores_of
 from gradsift.selection.choice import Choice
+from gradsift.selection.diagnostics import COVERED_WITHIN, coverage
 from gradsift.selection.stage import positions_of, select
 from gradsift.selection.topk import topk
 from gradsift.sources import Method, Source, method
@@ -294,6 +296,16 @@ def test_a_selector_of_the_users_own_gets_scores_budget_and_what_it_asks_for(ben
     assert positions_of(made).tolist() == [0, 1, 2]
     assert read_diagnostics(made.path)["noticed"]["message"] == "something"
     assert made.fingerprint != selected(bench, "longest_first").fingerprint
+
+
+def test_coverage_is_told_where_embeddings_are_at_hand(bench: Bench) -> None:
+    features = Features(unit_rows(np.random.default_rng(0).standard_normal((6, 4))))
+    scored = bench("by_length")
+    bare = select(bench.runtime, TOPK, scored, pool, {}, dict, 0.5, "accepted", {})
+    assert "coverage" not in read_diagnostics(bare.path)
+    told = select(bench.runtime, TOPK, scored, pool, {}, dict, 0.34, "accepted", {}, lambda: features)
+    values = read_diagnostics(told.path)["coverage"]["values"]
+    assert values == coverage(features, positions_of(told), COVERED_WITHIN).values
 
 
 def test_a_selection_of_nothing_is_an_error_with_the_selectors_reason(bench: Bench) -> None:

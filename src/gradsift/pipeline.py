@@ -369,7 +369,9 @@ class Line:
         alpha, base = (1.0 if self.keeps_all else alpha or self.config.alpha), self.config.budget_base
         pool, sources, measures = (lambda: self.pool), self.sources, self.measures
         corruption = corruption_of(self.loaded)
-        return select(self.runtime, self.selector, scored, pool, sources, measures, alpha, base, corruption)
+        compared = "embeddings" in (*self.scorer.asked, *self.selector.asked)
+        embeddings = sources["embeddings"].value if compared else None
+        return select(self.runtime, self.selector, scored, pool, sources, measures, alpha, base, corruption, embeddings)
 
     @functools.cached_property
     def families(self) -> list[str]:

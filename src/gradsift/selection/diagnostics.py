@@ -26,6 +26,7 @@ MOST_NEGATIVE_DROPS = 0.1
 # Mean distance of the pool to the selection over that to a random one of the same size. Over 5,000 Alpaca rows (tf-idf
 # in 128 dimensions, 5 and 10 %) random draws differ by 1 %; the shortest answers give 1.27, the longest 1.07-1.12.
 MOST_OF_RANDOM_DISTANCE = 1.15
+COVERED_WITHIN = 0.1  # one minus cosine: DEITA's bound for rows that say the same
 
 _MEANING = {
     "late_loss": "late loss, in nats a token,",

@@ -13,15 +13,16 @@ from gradsift.artifacts import Artifact
 from gradsift.data.examples import Example
 from gradsift.diagnostics import write_diagnostics
 from gradsift.errors import GradsiftError
+from gradsift.features.vectors import Features
 from gradsift.runtime import Runtime
 from gradsift.scoring.scores import SCORED, Scores
 from gradsift.scoring.stage import scores_of
 from gradsift.selection.budget import budget
 from gradsift.selection.choice import Choice
-from gradsift.selection.diagnostics import diagnose_selection
+from gradsift.selection.diagnostics import COVERED_WITHIN, coverage, diagnose_selection
 from gradsift.sources import Method, Source
 
-VERSION = 3
+VERSION = 4
 SELECTION_FILE = "selection.jsonl"
 
 
@@ -35,6 +36,7 @@ def select(
     alpha: float,
     base: str,
     corruption: Mapping[int, str],
+    embeddings: Callable[[], Features] | None = None,
 ) -> Artifact:
     """Keep floor(alpha x N) examples; what is lacking where fewer have a score is a reported shortfall.
 
@@ -42,6 +44,7 @@ def select(
         measures: for the diagnostics (see `diagnose_selection`); of what the scores were made of and nothing else.
         base: what N counts: `accepted` rows, or `scored` ones.
         corruption: what was injected at which position, from the loaded data; the selection says so of these rows.
+        embeddings: of the pool, where the scorer or the selector asked for them: the selection's coverage is told.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -59,6 +62,8 @@ def select(
         write_selection(folder / SELECTION_FILE, positions, scores, examples, corruption)
         np.save(folder / "positions.npy", positions)
         found = diagnose_selection(positions, examples, measures(), scores.parts.get("drop"))
+        if embeddings is not None:
+            found.append(coverage(embeddings(), positions, COVERED_WITHIN))
         write_diagnostics(folder, [*found, *choice.diagnostics])
         return {"rows": len(positions), "budget": size, "shortfall": size - len(positions)}
 

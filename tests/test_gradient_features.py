@@ -25,7 +25,7 @@ from gradsift.features.vectors import read_features
 from gradsift.features.warmup import draw_rows, warmup_rows
 from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.projection import Projection
-from gradsift.pipeline import Line
+from gradsift.line import Line
 from gradsift.proxy.epochs import adapter
 from gradsift.runtime import Display, Runtime
 from gradsift.scoring.less import less

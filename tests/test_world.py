@@ -17,7 +17,7 @@ from gradsift.config import load_config, register_schemas
 from gradsift.data.load import labels_of
 from gradsift.data.verifiable import SPOILT
 from gradsift.evaluation.stages import accuracy
-from gradsift.pipeline import Line
+from gradsift.line import Line
 from gradsift.runtime import Display, Runtime
 
 

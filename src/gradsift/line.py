@@ -1,0 +1,381 @@
+"""The stages of one run, bound to its config: what `pipeline.run` calls in order.
+
+Models and examples are loaded when they are first needed, and nothing is computed that the chosen scorer and
+selector do not ask for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gradsift.artifacts import Artifact
+from gradsift.config import Config, SentenceTransformersConfig
+from gradsift.data.examples import Example
+from gradsift.data.load import corruption_of, labels_of, load, pool_of
+from gradsift.data.target_set import find_overlap, load_target_set, target_set_of
+from gradsift.data.tokens import encode
+from gradsift.diagnostics import Diagnostic
+from gradsift.errors import ConfigError
+from gradsift.evaluation import stages as evaluation
+from gradsift.evaluation.benchmarks import Item
+from gradsift.features.embeddings import Embedder, embed
+from gradsift.features.gradients import FeatureInputs, gradient_features, require_room
+from gradsift.features.hidden_states import hidden_states_embedder
+from gradsift.features.sentence_encoder import sentence_embedder
+from gradsift.features.vectors import read_features
+from gradsift.features.warmup import warm_up, warmup_rows
+from gradsift.gradients.diagnostics import diagnose_ensemble
+from gradsift.gradients.directions import directions, read_cosines
+from gradsift.gradients.embedding_head import embedding_gradients, read_embedding_gradients
+from gradsift.gradients.norms_table import read_norms
+from gradsift.gradients.statistics import read_statistics, statistics
+from gradsift.proxy.ensemble import train_adapter, train_adapters, train_ensemble
+from gradsift.proxy.epochs import ProxyInputs
+from gradsift.report.audit import audit
+from gradsift.report.clusters import prompt_clusters
+from gradsift.runtime import Runtime
+from gradsift.scoring.stage import scores_of
+from gradsift.selection.budget import budget
+from gradsift.selection.stage import positions_of, select
+from gradsift.selection.topk import topk
+from gradsift.sources import Method, Source, method
+from gradsift.training.backbones import Backbone, backbone, load_backbone
+from gradsift.training.device import TokenBudget, device_of
+from gradsift.training.target import finetune, say_report
+
+
+class Line:
+    """One run: each method is a stage, found in the store or made."""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config = config
+        self.runtime = runtime
+        self.keeps_all = config.scorer_name == "full"
+        self.loaded = load(runtime, config.data)
+
+    def check(self) -> None:
+        """Refuse now what would fail only after hours of training."""
+        config = self.config
+        methods = [self.scorer] if config.reaches("scores") and config.stop_after != "statistics" else []
+        methods += [self.selector] if config.reaches("selection") else []
+        if config.reaches("selection") and not self.keeps_all:
+            for alpha in (config.alpha, *(config.audit.alphas if config.audit.enabled else ())):
+                budget(alpha, int(self.loaded.info["rows"]))
+        if config.audit.enabled:
+            _ = self.families
+        asked = {name for chosen in methods for name in chosen.asked}
+        if asked & {"gradients", "target_gradients"}:
+            self._check_features()
+        if any(name.startswith("target_") for name in asked):
+            find_overlap(self.runtime, self.target_set, self.loaded)
+        if asked & {"embeddings", "target_embeddings"}:
+            _ = self.embedder
+        if config.reaches("judge") and not self.keeps_all:
+            evaluation.check_judge(self.runtime, config.judge)
+        if any("rater" in chosen.asked for chosen in methods):
+            config.check_rater()
+            evaluation.check_judge(self.runtime, config.judge)
+        if config.reaches("generate"):
+            evaluation.check_metrics(config.benchmark)
+            _ = self.items, self.general_items
+        if config.reaches("finetune"):
+            _ = self.target
+
+    def _check_features(self) -> None:
+        config = self.config
+        if config.features.name == "nano" and config.proxy.model.kind != "nano":
+            raise ConfigError(
+                f"features=nano is made for the embedded world's models, not for proxy={config.proxy.name}; choose "
+                "features=less or features=g2is"
+            )
+        warmup_rows(config.features.warmup, int(self.loaded.info["rows"]))
+
+    @functools.cached_property
+    def pool(self) -> list[Example]:
+        return pool_of(self.loaded)
+
+    # ------------------------------------------------------------------------------------- scoring
+
+    @functools.cached_property
+    def scorer(self) -> Method:
+        return method("scorer", self.config.scorer, tuple(self.sources))
+
+    @functools.cached_property
+    def target_set(self) -> Artifact:
+        return load_target_set(self.runtime, self.config.target_set, self.loaded)
+
+    @functools.cached_property
+    def proxy(self) -> Artifact:
+        return backbone(self.runtime, self.config.proxy.model)
+
+    @functools.cached_property
+    def proxy_backbone(self) -> Backbone:
+        loaded = load_backbone(self.proxy, self.config.proxy.model, self.runtime.compute)
+        loaded.model.to(device_of(self.runtime.compute))
+        return loaded
+
+    @functools.cached_property
+    def proxy_inputs(self) -> ProxyInputs:
+        return self._encoded(self.pool, "the proxy")
+
+    def _encoded(self, examples: list[Example], purpose: str) -> ProxyInputs:
+        model, proxy = self.proxy_backbone, self.config.proxy
+        limit = min(proxy.max_length, model.context)
+        with self.runtime.display.task(f"tokenise for {purpose}", len(examples)) as advance:
+            encoded, report = encode(examples, model.tokenizer, proxy.template, limit, advance)
+        say_report(self.runtime, report, len(examples), "proxy")
+        budget = TokenBudget.of(model.model, self.config.compute.tokens, self.runtime.display.say)
+        return ProxyInputs(model, encoded, [example.row_index for example in examples], budget)
+
+    @functools.cached_property
+    def ensemble(self) -> list[list[Artifact]]:
+        """Members and epochs, as [member][epoch - 1]."""
+        return train_ensemble(self.runtime, self.config.proxy, self.proxy, self.loaded, lambda: self.proxy_inputs)
+
+    @functools.cached_property
+    def adapters(self) -> list[list[Artifact]]:
+        """The ensemble's weights, as [adapter][epoch - 1]: one a member, or one that all members share."""
+        return train_adapters(self.runtime, self.config.proxy, self.proxy, self.loaded, lambda: self.proxy_inputs)
+
+    @property
+    def has_ensemble(self) -> bool:
+        """Whether anything asked for the ensemble."""
+        return "ensemble" in self.__dict__
+
+    def statistics(self) -> Artifact:
+        proxy = self.config.proxy
+        rows = int(self.loaded.info["rows"])
+        return statistics(self.runtime, self.ensemble, proxy.snapshots, proxy.norm_scope, rows)
+
+    def late_members(self) -> list[Artifact]:
+        return [chain[self.config.proxy.snapshots[1] - 1] for chain in self.ensemble]
+
+    def late_losses(self) -> np.ndarray:
+        losses = np.full((self.config.proxy.members, int(self.loaded.info["rows"])), np.nan)
+        for index, member in enumerate(self.late_members()):
+            table = read_norms(member)
+            losses[index, table["row"]] = table["loss"]
+        mean: np.ndarray = losses.mean(0)
+        return mean
+
+    @functools.cached_property
+    def directions(self) -> list[Artifact]:
+        """A table an adapter, at the late snapshot: one a member, or one where members share their weights."""
+        lora, late = self.config.proxy.lora, [chain[self.config.proxy.snapshots[1] - 1] for chain in self.adapters]
+        return [directions(self.runtime, lora, weights, lambda: self.proxy_inputs) for weights in late]
+
+    @functools.cached_property
+    def checkpoints(self) -> list[Artifact]:
+        """Those of the warm-up, one an epoch."""
+
+        def load() -> ProxyInputs:
+            config = self.config.features
+            count = 1 if config.checkpoints == "last" else config.warmup.epochs
+            require_room(self.runtime, config, self._pool_inputs(), count)  # before the first epoch, not after the last
+            return self.proxy_inputs
+
+        features, proxy = self.config.features, self.config.proxy
+        return warm_up(self.runtime, features.warmup, proxy, self.proxy, self.loaded, load)
+
+    def _pool_inputs(self) -> FeatureInputs:
+        return FeatureInputs(self.proxy_inputs, [example.example_id for example in self.pool])
+
+    def _target_inputs(self) -> FeatureInputs:
+        found = target_set_of(self.target_set)
+        ids = [example.example_id for example in found.examples]
+        return FeatureInputs(self._encoded(found.examples, "the target set"), ids, found.tasks)
+
+    @functools.cached_property
+    def gradients(self) -> Artifact:
+        """Gradient features of the pool."""
+        config = self.config
+        return gradient_features(
+            self.runtime,
+            config.features,
+            config.proxy,
+            self.checkpoints,
+            self.loaded,
+            self._pool_inputs,
+            slug="pool",
+            adam=config.features.adam,
+        )
+
+    @functools.cached_property
+    def target_gradients(self) -> Artifact:
+        """Gradient features of the target set."""
+        config = self.config
+        return gradient_features(
+            self.runtime,
+            config.features,
+            config.proxy,
+            self.checkpoints,
+            self.target_set,
+            self._target_inputs,
+            slug=f"target-{config.target_set.name}",
+            adam=False,  # the pool's gradients are steps of Adam, a target's is what a step is measured by
+        )
+
+    def response_tokens(self) -> np.ndarray:
+        """(N,) float64, the same for every member; NaN for an example that has none."""
+        tokens = np.full(int(self.loaded.info["rows"]), np.nan)
+        table = read_norms(self.late_members()[0])
+        tokens[table["row"]] = table["n_tokens"]
+        return tokens
+
+    def embedding_gradients(self) -> Artifact:
+        """Of the first adapter after its first epoch; no other member and no later epoch is trained for it."""
+        proxy, rows = self.config.proxy, int(self.loaded.info["rows"])
+        first = train_adapter(self.runtime, proxy, self.proxy, self.loaded, lambda: self.proxy_inputs, 0, epochs=1)
+        return embedding_gradients(self.runtime, first[0], proxy.lora, lambda: self.proxy_inputs, rows)
+
+    def diagnose(self, asked: Sequence[str]) -> list[Diagnostic]:
+        """Of the ensemble up to the late snapshot, if the scorer asked for it."""
+        if not self.has_ensemble:
+            return []
+        late = self.config.proxy.snapshots[1]
+        found = read_statistics(self.statistics()) if "statistics" in asked else None
+        trained = [chain[:late] for chain in self.adapters]
+        return diagnose_ensemble(trained, found, self.config.compute.precision, len(self.ensemble))
+
+    def measures(self) -> dict[str, np.ndarray]:
+        """What the ensemble, if the scorer asked for it, knows of each example besides its norms."""
+        if not self.has_ensemble:
+            return {}
+        return {"late_loss": self.late_losses(), "response_tokens": self.response_tokens()}
+
+    def budget(self, scored: int) -> int:
+        """How many examples are selected where `scored` of them have a score."""
+        base = int(self.loaded.info["rows"]) if self.config.budget_base == "accepted" else scored
+        return budget(self.config.alpha, base)
+
+    @functools.cached_property
+    def embedder(self) -> Embedder:
+        config = self.config.embedder
+        if isinstance(config, SentenceTransformersConfig):
+            return sentence_embedder(self.runtime, config)
+        return hidden_states_embedder(config, self.config.proxy.template, self.proxy, lambda: self.proxy_backbone)
+
+    def embeddings(self) -> Artifact:
+        return embed(self.runtime, self.embedder, self.loaded, lambda: (self.pool, []))
+
+    def target_embeddings(self) -> Artifact:
+        def rows() -> tuple[list[Example], list[str]]:
+            found = target_set_of(self.target_set)
+            return found.examples, found.tasks
+
+        return embed(self.runtime, self.embedder, self.target_set, rows)
+
+    @functools.cached_property
+    def sources(self) -> dict[str, Source]:
+        """What a scorer or a selector may ask for (see `gradsift.scoring` and `gradsift.selection`)."""
+        nothing: list[Artifact] = []
+        return {
+            "count": Source(lambda: nothing, lambda: int(self.loaded.info["rows"])),
+            "examples": Source(lambda: nothing, lambda: self.pool),
+            "statistics": Source(lambda: [self.statistics()], lambda: read_statistics(self.statistics())),
+            "late_losses": Source(self.late_members, self.late_losses),
+            "embedding_gradients": Source(
+                lambda: [self.embedding_gradients()], lambda: read_embedding_gradients(self.embedding_gradients())
+            ),
+            "directions": Source(
+                lambda: self.directions, lambda: read_cosines(self.directions, int(self.loaded.info["rows"]))
+            ),
+            "gradients": Source(lambda: [self.gradients], lambda: read_features(self.gradients)),
+            "target_gradients": Source(lambda: [self.target_gradients], lambda: read_features(self.target_gradients)),
+            "backbone": Source(lambda: [self.proxy], lambda: self.proxy_backbone),
+            "proxy_inputs": Source(
+                lambda: [self.proxy],
+                lambda: self.proxy_inputs,
+                {"template": self.config.proxy.template, "max_length": self.config.proxy.max_length},
+            ),
+            "budget": Source(
+                lambda: nothing,
+                lambda: self.budget,
+                {"alpha": self.config.alpha, "budget_base": self.config.budget_base},
+            ),
+            "embeddings": Source(lambda: [self.embeddings()], lambda: read_features(self.embeddings())),
+            "target_embeddings": Source(
+                lambda: [self.target_embeddings()], lambda: read_features(self.target_embeddings())
+            ),
+            "rater": evaluation.rater(self.runtime, self.config.judge),
+            "task": Source(lambda: nothing, lambda: self.runtime.display.task),
+        }
+
+    # ----------------------------------------------------------------------- selection and evaluation
+
+    @functools.cached_property
+    def selector(self) -> Method:
+        if self.keeps_all:
+            return Method("topk", "gradsift.selection.topk.topk", topk, (), {})
+        return method("selector", self.config.selector, tuple(self.sources), given=("scores", "size"))
+
+    def select(self, scored: Artifact, alpha: float | None = None) -> Artifact:
+        alpha, base = (1.0 if self.keeps_all else alpha or self.config.alpha), self.config.budget_base
+        pool, sources, measures = (lambda: self.pool), self.sources, self.measures
+        corruption = corruption_of(self.loaded)
+        compared = "embeddings" in (*self.scorer.asked, *self.selector.asked)
+        embeddings = sources["embeddings"].value if compared else None
+        return select(self.runtime, self.selector, scored, pool, sources, measures, alpha, base, corruption, embeddings)
+
+    @functools.cached_property
+    def families(self) -> list[str]:
+        """Kinds of task, (N,): the embedded world's own, else clusters of the prompts. For the audit alone."""
+        labels = labels_of(self.loaded)
+        if labels and labels.family:
+            return labels.family
+        return prompt_clusters(self.runtime, self.loaded, lambda: self.pool, self.config.audit.clusters)
+
+    def audit(self, scored: Artifact) -> dict[str, Any]:
+        """What the scorer, and the selector with it, makes of the known corruption."""
+        labels = labels_of(self.loaded)
+        assert labels is not None  # noqa: S101 - the config has refused data without
+        chosen = {alpha: positions_of(self.select(scored, alpha)) for alpha in self.config.audit.alphas}
+        found = audit(scores_of(scored), labels, self.families, chosen)
+        return {"data": self.loaded.fingerprint, "families": "labels" if labels.family else "clusters"} | found
+
+    def everything(self) -> np.ndarray:
+        """All positions of the pool: the full-data reference."""
+        return np.arange(int(self.loaded.info["rows"]))
+
+    @functools.cached_property
+    def target(self) -> Artifact:
+        return backbone(self.runtime, self.config.target.model)
+
+    def finetune(self, selection: Artifact | np.ndarray) -> Artifact:
+        positions = positions_of(selection) if isinstance(selection, Artifact) else selection
+        return finetune(self.runtime, self.config.target, self.target, self.loaded, self.pool, positions)
+
+    @functools.cached_property
+    def items(self) -> list[Item]:
+        return self._items_of(self.config.benchmark.sets)
+
+    @functools.cached_property
+    def general_items(self) -> list[Item]:
+        """What the target is asked before and after the finetune."""
+        return self._items_of(self.config.benchmark.general)
+
+    def _items_of(self, names: Sequence[str]) -> list[Item]:
+        config = self.config
+        return evaluation.benchmark_items(self.runtime, config.benchmark, names, self.loaded, config.data.seed)
+
+    def answers(self, tuned: Artifact | None) -> Artifact:
+        config = self.config
+        return evaluation.generate(self.runtime, config.benchmark, config.target, self.target, tuned, self.items)
+
+    def metrics(self, answers: Artifact) -> dict[str, Any] | None:
+        return evaluation.metrics(self.runtime, self.config.benchmark, answers)
+
+    @property
+    def asks_forgetting(self) -> bool:
+        return bool(self.config.benchmark.general or self.config.benchmark.lm_eval_tasks)
+
+    def forgetting(self, tuned: Artifact) -> dict[str, Any]:
+        config, items = self.config, self.general_items
+        return evaluation.forgetting(self.runtime, config.benchmark, config.target, self.target, tuned, items)
+
+    def heldout_loss(self, tuned: Artifact | None) -> float | None:
+        return evaluation.heldout_loss(self.runtime, self.config.target, self.target, tuned, self.loaded)

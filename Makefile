@@ -29,7 +29,7 @@ human-eval: setup ## blinded pairs of RUN=outputs/DATE/TIME for people to judge;
 	@test -n "$(RUN)" || { echo "name the folder of a finished run, as in: make human-eval RUN=outputs/DATE/TIME"; exit 1; }
 	@$(BIN)/python -m gradsift.evaluation.human "$(RUN)" $(HUMAN)
 
-test: setup ## the tests (a few minutes)
+test: setup ## the tests (up to ten minutes)
 	$(BIN)/python -m pytest
 
 slow: setup ## the tests that take minutes each: the embedded world's validity law

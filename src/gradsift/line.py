@@ -7,7 +7,7 @@ selector do not ask for.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -152,7 +152,11 @@ class Line:
         return statistics(self.runtime, self.ensemble, proxy.snapshots, proxy.norm_scope, rows)
 
     def late_members(self) -> list[Artifact]:
-        return [chain[self.config.proxy.snapshots[1] - 1] for chain in self.ensemble]
+        return self._late(self.ensemble)
+
+    def _late(self, chains: Sequence[Sequence[Artifact]]) -> list[Artifact]:
+        """Each chain's artifact at the late snapshot."""
+        return [chain[self.config.proxy.snapshots[1] - 1] for chain in chains]
 
     def late_losses(self) -> np.ndarray:
         losses = np.full((self.config.proxy.members, int(self.loaded.info["rows"])), np.nan)
@@ -165,7 +169,7 @@ class Line:
     @functools.cached_property
     def directions(self) -> list[Artifact]:
         """A table an adapter, at the late snapshot: one a member, or one where members share their weights."""
-        lora, late = self.config.proxy.lora, [chain[self.config.proxy.snapshots[1] - 1] for chain in self.adapters]
+        lora, late = self.config.proxy.lora, self._late(self.adapters)
         return [directions(self.runtime, lora, weights, lambda: self.proxy_inputs) for weights in late]
 
     @functools.cached_property
@@ -192,32 +196,17 @@ class Line:
     @functools.cached_property
     def gradients(self) -> Artifact:
         """Gradient features of the pool."""
-        config = self.config
-        return gradient_features(
-            self.runtime,
-            config.features,
-            config.proxy,
-            self.checkpoints,
-            self.loaded,
-            self._pool_inputs,
-            slug="pool",
-            adam=config.features.adam,
-        )
+        return self._gradients(self.loaded, self._pool_inputs, "pool", self.config.features.adam)
 
     @functools.cached_property
     def target_gradients(self) -> Artifact:
-        """Gradient features of the target set."""
-        config = self.config
-        return gradient_features(
-            self.runtime,
-            config.features,
-            config.proxy,
-            self.checkpoints,
-            self.target_set,
-            self._target_inputs,
-            slug=f"target-{config.target_set.name}",
-            adam=False,  # the pool's gradients are steps of Adam, a target's is what a step is measured by
-        )
+        """Gradient features of the target set: plain, as a target's gradient is what a step of Adam is measured by."""
+        slug = f"target-{self.config.target_set.name}"
+        return self._gradients(self.target_set, self._target_inputs, slug, adam=False)
+
+    def _gradients(self, rows: Artifact, load: Callable[[], FeatureInputs], slug: str, adam: bool) -> Artifact:
+        features, proxy = self.config.features, self.config.proxy
+        return gradient_features(self.runtime, features, proxy, self.checkpoints, rows, load, slug=slug, adam=adam)
 
     def response_tokens(self) -> np.ndarray:
         """(N,) float64, the same for every member; NaN for an example that has none."""

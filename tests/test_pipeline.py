@@ -224,7 +224,7 @@ def test_a_defect_is_said_in_one_line_and_its_trace_kept(gradsift, capsys, monke
     def broken(*args: Any) -> None:
         raise ZeroDivisionError("broken")
 
-    monkeypatch.setattr("gradsift.pipeline.select", broken)
+    monkeypatch.setattr("gradsift.line.select", broken)
     assert gradsift(*SMOKE, "scorer=random") == 2
     assert "unexpected ZeroDivisionError: broken" in capsys.readouterr().err
     (trace,) = gradsift.folder.glob("outputs/*/*/error.txt")

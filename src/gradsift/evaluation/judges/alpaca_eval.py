@@ -24,6 +24,7 @@ from gradsift.evaluation.judges.annotators import SLOT, Annotator
 from gradsift.evaluation.judges.parsing import parse_scores
 from gradsift.evaluation.reply_cache import Completion
 
+NAMES = "alpaca_eval/"  # what the name of such a judge begins with, in records
 EQUAL = "both answers are the same text, a draw without asking (as in alpaca_eval)"
 
 Parser = Callable[[Any], Any]
@@ -52,7 +53,7 @@ class AlpacaEvalJudge:
 
     def __init__(self, chat: ChatClient, annotator: Annotator, *, scope: str = "judge") -> None:
         """`chat` has the annotator's model and parameters; `scope` is whose spending this is."""
-        self.name = f"alpaca_eval/{annotator.name}/{chat.parameters['model']}"
+        self.name = f"{NAMES}{annotator.name}/{chat.parameters['model']}"
         self._chat = chat
         self._annotator = annotator
         self._scope = scope
@@ -88,11 +89,9 @@ def render(annotator: Annotator, request: JudgeRequest) -> list[dict[str, str]]:
 
     A prompt without a slot for the input has it behind the instruction, after an empty line.
     """
-    instruction = request.instruction
-    if request.input and not any("{input}" in text for _, text in annotator.messages):
-        instruction = f"{instruction}\n\n{request.input}"
+    has_slot = any("{input}" in text for _, text in annotator.messages)
     parts = {
-        "instruction": instruction,
+        "instruction": request.instruction if has_slot else whole_instruction(request.instruction, request.input),
         "input": request.input,
         "output_1": request.first,
         "output_2": request.second,
@@ -101,6 +100,11 @@ def render(annotator: Annotator, request: JudgeRequest) -> list[dict[str, str]]:
         {"role": role, "content": SLOT.sub(lambda slot: parts[slot[1]], text).strip()}
         for role, text in annotator.messages
     ]
+
+
+def whole_instruction(instruction: str, input: str) -> str:
+    """Instruction and input as the one text that alpaca_eval has room for."""
+    return f"{instruction}\n\n{input}" if input else instruction
 
 
 def preference(parser: Parser, completion: Completion, *, reads_choice: bool) -> float | None:

@@ -33,6 +33,7 @@ from gradsift.gradients.directions import directions, read_cosines
 from gradsift.gradients.embedding_head import embedding_gradients, read_embedding_gradients
 from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.statistics import read_statistics, statistics
+from gradsift.journal import Journal
 from gradsift.proxy.ensemble import train_adapter, train_adapters, train_ensemble
 from gradsift.proxy.epochs import ProxyInputs
 from gradsift.report.audit import audit
@@ -292,6 +293,7 @@ class Line:
             ),
             "rater": evaluation.rater(self.runtime, self.config.judge),
             "task": Source(lambda: nothing, lambda: self.runtime.display.task),
+            "journal": Source(lambda: nothing, Journal),  # the score stage has one that keeps what it is told
         }
 
     # ----------------------------------------------------------------------- selection and evaluation

@@ -7,7 +7,7 @@ backward passes, at weights that move during the epoch; no extra pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -70,6 +70,13 @@ class GradientNorms(L.Callback):
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         self._stop(module)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the training steps gave so far."""
+        return self._collected.state_dict() if self._collect == "during_training" else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._collected.load_state_dict(state)
+
     def _stop(self, module: Any) -> None:
         module.norms = None
         self._norms.__exit__(None, None, None)
@@ -102,6 +109,13 @@ class Collected:
         places = self._places[rows]
         self._values[:, places] = torch.stack([column.float() for column in columns])
         self._times.index_add_(0, places, torch.ones_like(places))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What was added so far, for `load_state_dict` of another process."""
+        return {"values": self._values, "times": self._times}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._values, self._times = (state[name].to(self._places.device) for name in ("values", "times"))
 
     def columns(self, row_indices: Sequence[int]) -> dict[str, np.ndarray]:
         """The columns, float32, one entry an example in the order of `encoded`.

@@ -6,6 +6,10 @@ fingerprints of its parents. Work happens in a folder that ends in `.part`; `man
 size and hash of every file, is written last and the folder is renamed when whole. So an artifact is
 either complete or not there, a repeated command finds its work, and changed input never meets a
 stale result.
+
+What long work needs to go on from after a kill lies in the folder's `unfinished/` until it is whole: the
+state of a training (`gradsift.training.save_point`), the results of the batches so far (`gradsift.journal`).
+As the folder's name holds the fingerprint, nobody goes on from the point of another config.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ from safetensors import SafetensorError
 from gradsift.errors import GradsiftError
 
 MANIFEST = "manifest.json"
+UNFINISHED = "unfinished"  # folder of what an interrupted `make` goes on from; no artifact holds it
+_MADE_BY = "made_by.json"  # in it: the code and the packages that began
 _PATIENCE = 3.0  # seconds before a wait for another process is said
 _HASH_LIMIT = 256 * 2**20  # bytes; beyond this reuse checks a file's size alone
 _STORE_ERRORS = (
@@ -107,10 +113,12 @@ class Store:
 
         Args:
             config: everything that changes the result besides the parents; JSON values.
-            make: fills the folder it is given and returns its counts (`optimizer_steps` among them).
+            make: fills the folder it is given and returns its counts: `optimizer_steps` among them, and
+                `resumed_steps`, those of them that an interrupted process had taken. It may go on from what it
+                finds in the folder's `unfinished/`, which it need not tidy up.
             version: raised in code whenever the stage's result changes.
-            keep_part: leave what an interrupted `make` wrote for the next one to continue from;
-                otherwise it starts from an empty folder.
+            keep_part: leave all that an interrupted `make` wrote for the next one to continue from;
+                otherwise it starts from a folder with nothing but `unfinished/`.
 
         Raises:
             GradsiftError: the store cannot be written; names the unit, the folder and the remedy.
@@ -137,6 +145,12 @@ class Store:
         self._record(found, reused=True, seconds=time.perf_counter() - started, steps=0)
         return found
 
+    def has(
+        self, stage: str, slug: str, config: Mapping[str, Any], parents: Sequence[Artifact], *, version: int
+    ) -> bool:
+        """Whether `obtain` would find the artifact; its files are not looked into."""
+        return (self.root / stage / f"{slug}-{fingerprint_of(stage, version, config, parents)}" / MANIFEST).is_file()
+
     def _is_ours(self, error: OSError) -> bool:
         """Whether an error is about writing to the store, and not about something that a stage reads elsewhere."""
         if error.errno not in _STORE_ERRORS:
@@ -154,11 +168,7 @@ class Store:
         version: int,
         keep_part: bool,
     ) -> Artifact:
-        part = path.with_name(path.name + ".part")
-        if part.exists() and not keep_part:
-            shutil.rmtree(part)
-        part.mkdir(exist_ok=True)
-        (part / MANIFEST).unlink(missing_ok=True)  # of a process that died just before the rename
+        part = self._part(path, keep_part)
         started = time.perf_counter()
         info = dict(make(part))
         seconds = time.perf_counter() - started
@@ -176,10 +186,33 @@ class Store:
             "files": {name: _describe(part / name) for name in _files(part)},
         }
         _write_synced(part / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+        shutil.rmtree(part / UNFINISHED)
         part.rename(path)
         artifact = Artifact(stage, path, fingerprint, manifest)
-        self._record(artifact, reused=False, seconds=seconds, steps=int(info.get("optimizer_steps", 0)))
+        steps = int(info.get("optimizer_steps", 0)) - int(info.get("resumed_steps", 0))
+        self._record(artifact, reused=False, seconds=seconds, steps=steps)
         return artifact
+
+    def _part(self, path: Path, keep_part: bool) -> Path:
+        """The folder to work in, with what an interrupted process left there to go on from."""
+        part = path.with_name(path.name + ".part")
+        unfinished = part / UNFINISHED
+        unfinished.mkdir(parents=True, exist_ok=True)
+        (part / MANIFEST).unlink(missing_ok=True)  # of a process that died just before the rename
+        if not keep_part:
+            for left in part.iterdir():
+                if left.is_dir() and left != unfinished:
+                    shutil.rmtree(left)
+                elif left != unfinished:
+                    left.unlink()
+        ours = json.dumps({"git_sha": git_sha(), "packages": package_versions()}, sort_keys=True)
+        note = unfinished / _MADE_BY
+        if note.exists() and len(list(part.rglob("*"))) > 2:
+            self.say(f"  {path.name}: going on from where an interrupted run was")
+            if note.read_text(encoding="utf-8") != ours:
+                self.say("    which had other code or packages: equal bytes are not promised then")
+        note.write_text(ours, encoding="utf-8")
+        return part
 
     @contextmanager
     def _locked(self, path: Path) -> Iterator[None]:
@@ -255,7 +288,9 @@ def file_hash(path: Path) -> str:
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    """What belongs to the artifact, relative to its folder."""
+    files = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    return sorted(str(file) for file in files if file.parts[0] != UNFINISHED)
 
 
 def _describe(path: Path) -> dict[str, Any]:

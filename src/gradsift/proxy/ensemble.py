@@ -28,6 +28,7 @@ from gradsift.data.batching import epoch_batches
 from gradsift.gradients.callback import GradientNorms, collect_norms
 from gradsift.gradients.norms_table import write_norms
 from gradsift.proxy.epochs import EpochStart, ProxyInputs, adapter, train_epoch
+from gradsift.proxy.trajectory import Trajectory
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora
 from gradsift.training.device import device_of
@@ -169,8 +170,10 @@ def train_member_epoch(
     first = derive_seed(runtime.seed, "lora", 0 if config.ensemble == "bootstrap" else member)
     with adapter(inputs.backbone, config.lora, first, runtime.compute) as adapted:
         norms = GradientNorms(adapted, inputs.encoded, config.collect, row_indices=inputs.row_indices, progress=advance)
-        callbacks = [ShowProgress(advance), norms]
+        trajectory = Trajectory(adapted, start.first_step, len(plan))
+        callbacks = [ShowProgress(advance), norms, trajectory]
         info = train_epoch(adapted, inputs, optimization, plan, start, folder, runtime.compute, callbacks)
+        trajectory.write(folder)
         write_norms(folder, norms.table(), inputs.encoded)
     return info
 

@@ -8,6 +8,7 @@ said (`Material.gaps`, `Missing`) and never guessed.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -208,6 +209,20 @@ class Material:
     def member_curves(self, run: Run) -> list[Curve]:
         """Training of each adapter, epoch after epoch."""
         return [[entry for artifact in chain for entry in self._read(_curve, artifact)] for chain in self.members(run)]
+
+    def norms(self, run: Run, epoch: int) -> list[list[Artifact]]:
+        """The members' gradient norms after an epoch, as [member][shard]; for `read_norms` and `compute_statistics`."""
+        found: dict[int, list[Artifact]] = {}
+        if (run.config.get("proxy") or {}).get("collect") == "during_training":
+            return [[chain[epoch - 1]] for chain in self.members(run)]
+        run.one("norms")
+        for artifact in run.artifacts["norms"]:
+            named = re.match(r"m(\d+)-e(\d+)-", artifact.path.name)
+            if named and int(named[2]) == epoch:
+                found.setdefault(int(named[1]), []).append(artifact)
+        if not found:
+            raise Missing(f"{run.name}: no norms were collected after epoch {epoch}")
+        return [shards for _, shards in sorted(found.items())]
 
     def trajectories(self, run: Run) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each adapter: optimiser steps (P,) and points (P, D) of its way through all epochs."""

@@ -46,6 +46,12 @@ FIGURES = (
         sensitivity.members_and_snapshots,
     ),
     Entry(
+        "ensemble_size",
+        "Members that a ranking needs",
+        "G-SNR by the first members alone against all of them; where the lines near 1, more members change little.",
+        sensitivity.ensemble_size,
+    ),
+    Entry(
         "eps",
         "Sensitivity to eps",
         "The same gradient statistics scored with other values of eps; where the lines fall, eps and not the "

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gradsift.config import GsnrConfig
-from gradsift.gradients.statistics import Statistics
+from gradsift.gradients.statistics import Statistics, compute_statistics
 from gradsift.report.audit_tables import jaccard
 from gradsift.report.figures.clouds import spearman
 from gradsift.report.figures.groups import MOST_ROWS, by_method, mean, middle_alpha, reached, standing_for
@@ -99,6 +99,38 @@ def _overlap_with(material: Material, runs: Sequence[Run], largest: Setting) -> 
             common = jaccard(material.selected(run).tolist(), material.selected(other).tolist())
             found.setdefault(setting_of(run), []).append(common)
     return {setting: float(np.mean(values)) for setting, values in found.items()}
+
+
+def ensemble_size(material: Material) -> Figure:
+    """The ranking by the first m members held against that by all of them."""
+    run = standing_for(material, "statistics")
+    with styled():
+        figure, (axes,) = panels(width=6.0, height=3.4)
+        sizes, correlation, overlap = size_curves(material, run)
+        axes.plot(sizes, correlation, "o-", color=COLOURS[0], label="rank correlation of the scores")
+        axes.plot(sizes, overlap, "s--", color=COLOURS[1], label=f"overlap of the top {run.alpha:.0%}")
+        axes.set(xlabel=f"members, of {sizes[-1]}", ylabel="agreement with all members", ylim=(0, 1.03))
+        axes.set_xticks(sizes)
+        axes.set_title(run.name)
+        legend(figure, axes)
+    return figure
+
+
+def size_curves(material: Material, run: Run) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Numbers of members m from 2 to M; Spearman and Jaccard of the score by the first m with that by all.
+
+    Raises:
+        Missing: there are fewer than three members.
+    """
+    early, late = (material.norms(run, epoch) for epoch in run.record["snapshots"])
+    sizes = list(range(2, len(early) + 1))
+    if len(sizes) < 2:
+        raise Missing(f"{run.name}: {len(early)} members are too few to leave some out")
+    scope, count = run.config["proxy"]["norm_scope"], len(material.statistics(run).G_s)
+    scores = [gsnr(compute_statistics(early[:m], late[:m], scope, count), eps=own_eps(run)).score for m in sizes]
+    size = int(run.alpha * count)
+    overlap = [jaccard(top(score, size), top(scores[-1], size)) for score in scores]
+    return sizes, np.array([spearman(score, scores[-1]) or 0.0 for score in scores]), np.array(overlap)
 
 
 # --------------------------------------------------------------------------------------------- eps

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from gradsift.cost import passed
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.benchmarks import Item
 
@@ -63,9 +64,10 @@ def generate_answers(
             for n, tokens in zip(rows, batch, strict=True):
                 if not tokens:
                     raise DataError(f"prompt {n + 1} of {len(prompts)} has no token; a model needs at least one")
-            for n, tokens in zip(rows, generate(batch), strict=True):
+            for n, prompt, tokens in zip(rows, batch, generate(batch), strict=True):
                 end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
                 answers[n] = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+                passed(len(prompt) + min(end, len(tokens) - 1))  # the last token of an answer is not fed back
             if progress is not None:
                 progress(len(rows))
     return answers

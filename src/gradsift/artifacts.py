@@ -32,6 +32,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from gradsift.cost import counting, peak_resident_gb
 from gradsift.errors import GradsiftError
 
 MANIFEST = "manifest.json"
@@ -49,6 +50,7 @@ _STORE_ERRORS = (
     errno.EIO,
     errno.EFBIG,
 )
+_MODEL_STAGES = ("backbone", "sentence_encoder")
 _PACKAGES = ("gradsift", "torch", "transformers", "peft", "lightning", "numpy")
 
 
@@ -75,6 +77,18 @@ class Artifact:
         info: Mapping[str, Any] = self.manifest["info"]
         return info
 
+    @property
+    def size(self) -> int | None:
+        """Examples that the work on it passed over; None where that is not known."""
+        size: int | None = self.manifest.get("size") or self.info.get("rows")
+        return size
+
+    @property
+    def models(self) -> Sequence[str]:
+        """Names of the models that it, or what it was made from, passed examples through."""
+        models: Sequence[str] = self.manifest.get("models", ())
+        return models
+
 
 @dataclass(frozen=True)
 class StageRecord:
@@ -86,6 +100,9 @@ class StageRecord:
     reused: bool
     seconds: float  # spent by this run
     optimizer_steps: int  # taken by this run
+    forward_tokens: int  # passed by this run (see gradsift.cost)
+    saved_steps: int = 0  # of a unit that was reused, the optimiser steps that making it had taken
+    saved_tokens: int = 0  # likewise
 
 
 @dataclass
@@ -108,6 +125,8 @@ class Store:
         *,
         version: int,
         keep_part: bool = False,
+        size: int | None = None,
+        light: bool = False,
     ) -> Artifact:
         """Return the artifact that `config` and `parents` describe; call `make` only if it is not there.
 
@@ -119,6 +138,10 @@ class Store:
             version: raised in code whenever the stage's result changes.
             keep_part: leave all that an interrupted `make` wrote for the next one to continue from;
                 otherwise it starts from a folder with nothing but `unfinished/`.
+            size: examples that the work passes over, where that is another number than the parents'; a plan
+                scales its estimates by it.
+            light: takes seconds and no model, and what follows cannot be planned without its content: a plan
+                makes it, in a folder that is thrown away.
 
         Raises:
             GradsiftError: the store cannot be written; names the unit, the folder and the remedy.
@@ -133,7 +156,9 @@ class Store:
                 with self._locked(path):
                     found = self._whole(stage, path, fingerprint)  # another process may have finished it
                     if found is None:
-                        return self._make(stage, path, fingerprint, config, parents, make, version, keep_part)
+                        lineage = {"size": size or size_of(parents), "models": models_of(stage, slug, parents)}
+                        described = {"version": version, "config": config, **lineage}
+                        return self._make(stage, path, fingerprint, described, parents, make, keep_part)
         except (OSError, SafetensorError) as error:
             if isinstance(error, OSError) and not self._is_ours(error):
                 raise
@@ -142,7 +167,7 @@ class Store:
                 f"stage {stage} could not keep its work in {path.parent}: {reason}; "
                 "give another folder with artifacts=DIR or GRADSIFT_ARTIFACTS, or free this one"
             ) from error
-        self._record(found, reused=True, seconds=time.perf_counter() - started, steps=0)
+        self._record(found, reused=True, seconds=time.perf_counter() - started)
         return found
 
     def has(
@@ -162,24 +187,26 @@ class Store:
         stage: str,
         path: Path,
         fingerprint: str,
-        config: Mapping[str, Any],
+        described: Mapping[str, Any],
         parents: Sequence[Artifact],
         make: Callable[[Path], Mapping[str, Any]],
-        version: int,
         keep_part: bool,
     ) -> Artifact:
         part = self._part(path, keep_part)
         started = time.perf_counter()
-        info = dict(make(part))
+        with counting() as tokens:
+            info = dict(make(part))
+        if tokens():
+            info["forward_tokens"] = tokens()
         seconds = time.perf_counter() - started
         manifest = {
             "stage": stage,
-            "version": version,
             "fingerprint": fingerprint,
-            "config": config,
+            **described,
             "parents": [parent.fingerprint for parent in parents],
             "info": info,
             "seconds": round(seconds, 3),
+            "peak_resident_gb": peak_resident_gb(),  # of the process up to then
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "git_sha": git_sha(),
             "packages": package_versions(),
@@ -189,8 +216,7 @@ class Store:
         shutil.rmtree(part / UNFINISHED)
         part.rename(path)
         artifact = Artifact(stage, path, fingerprint, manifest)
-        steps = int(info.get("optimizer_steps", 0)) - int(info.get("resumed_steps", 0))
-        self._record(artifact, reused=False, seconds=seconds, steps=steps)
+        self._record(artifact, reused=False, seconds=seconds)
         return artifact
 
     def _part(self, path: Path, keep_part: bool) -> Path:
@@ -232,18 +258,7 @@ class Store:
         """The artifact at `path` if every file is as the manifest says; a damaged one is set aside."""
         if not path.is_dir():
             return None
-        damage = None
-        manifest: dict[str, Any] = {}
-        try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            if not {"files", "info", "git_sha"} <= set(manifest):
-                raise KeyError
-            for name, described in manifest["files"].items():
-                if not (path / name).is_file() or _describe(path / name) != described:
-                    damage = f"{name} is missing or is not what was written"
-                    break
-        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-            damage = f"{MANIFEST} cannot be read"
+        manifest, damage = read_manifest(path)
         if damage is None:
             return Artifact(stage, path, fingerprint, manifest)
         aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
@@ -254,19 +269,48 @@ class Store:
         self.say(f"{stage}: {path.name} is damaged ({damage}); it was set aside as {aside.name} and is made again")
         return None
 
-    def _record(self, artifact: Artifact, *, reused: bool, seconds: float, steps: int) -> None:
+    def _record(self, artifact: Artifact, *, reused: bool, seconds: float) -> None:
         if any(record.fingerprint == artifact.fingerprint for record in self.records):
             return  # the run already counted this unit
         made_at = artifact.manifest["git_sha"]
         if reused and made_at != git_sha() and made_at not in self._other_commits:
             self._other_commits.add(made_at)
             self.say(f"  reusing work of another commit ({made_at}), {artifact.stage}/{artifact.path.name} first")
-        record = StageRecord(artifact.stage, str(artifact.path), artifact.fingerprint, reused, round(seconds, 3), steps)
+        counts = [int(artifact.info.get(name, 0)) for name in ("optimizer_steps", "forward_tokens")]
+        resumed = int(artifact.info.get("resumed_steps", 0))
+        spent, saved = ([0, 0], counts) if reused else ([counts[0] - resumed, counts[1]], [0, 0])
+        path, seconds = str(artifact.path), round(seconds, 3)
+        record = StageRecord(artifact.stage, path, artifact.fingerprint, reused, seconds, *spent, *saved)
         self.records.append(record)
         self.done(record)
 
     def records_as_dicts(self) -> list[dict[str, Any]]:
         return [asdict(record) for record in self.records]
+
+
+def read_manifest(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The manifest of the artifact at `path`, and what is damaged there: None where every file is as it says."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if not {"files", "info", "git_sha"} <= set(manifest):
+            raise KeyError
+        for name, described in manifest["files"].items():
+            if not (path / name).is_file() or _describe(path / name) != described:
+                return manifest, f"{name} is missing or is not what was written"
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        return {}, f"{MANIFEST} cannot be read"
+    return manifest, None
+
+
+def size_of(parents: Sequence[Artifact]) -> int | None:
+    """Examples that work on these parents passes over, where the stage does not say otherwise: the most of any."""
+    return max((parent.size or 0 for parent in parents if parent.stage not in _MODEL_STAGES), default=0) or None
+
+
+def models_of(stage: str, slug: str, parents: Sequence[Artifact]) -> list[str]:
+    """See `Artifact.models`."""
+    own = {slug} if stage in _MODEL_STAGES else set()
+    return sorted(own.union(*(parent.models for parent in parents)))
 
 
 def content_hash(content: Mapping[str, Any]) -> str:
@@ -282,7 +326,13 @@ def fingerprint_of(stage: str, version: int, config: Mapping[str, Any], parents:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """SHA-256 of a file's bytes; they are read once a process while the file stays the same."""
+    found = path.stat()
+    return _hash_of(path.absolute(), found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+@functools.cache
+def _hash_of(path: Path, inode: int, modified: int, size: int) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -184,13 +184,13 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     view.starting(overrides)
     from gradsift.artifacts import Store
     from gradsift.evaluation.judges import DryRun
-    from gradsift.pipeline import plan_of, prepare, run
+    from gradsift.pipeline import prepare, run, settings_of
     from gradsift.report.results import Results
     from gradsift.runtime import Runtime
     from gradsift.tracking import Tracker
 
     prepare(config)
-    view.plan(plan_of(config))
+    view.settings(settings_of(config))
     (folder / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.create(dump_config(config))), encoding="utf-8")
     store = Store(Path(config.artifacts), view.display.say, view.stage_done)
     about = _about(config, overrides)
@@ -198,8 +198,8 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
         results = Results(folder, tracker, store, about)
         try:
             run(config, Runtime(store, config.compute, view.display, config.seed), results)
-        except DryRun as plan:
-            results.planned(str(plan))
+        except DryRun as said:
+            results.dry_run(str(said))
         except BaseException as error:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave run.json and W&B half closed
             results.finish("failed" if isinstance(error, Exception) else "interrupted", str(error))

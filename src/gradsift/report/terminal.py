@@ -15,6 +15,7 @@ from gradsift.artifacts import StageRecord
 from gradsift.diagnostics import write_diagnostics
 from gradsift.report.audit_tables import audit_tables, rich_table, sweep_audit, write_audit
 from gradsift.report.tables import against_random, pws_table, write_csv
+from gradsift.report.work import WORK_FILE, work_by_stage, work_lines, work_of, work_table, write_work
 from gradsift.runtime import Display
 
 RUN_FILE = "run.json"
@@ -27,30 +28,28 @@ _BASELINES = ("random", "full")  # ask no model for anything
 
 
 class RunView:
-    """A plan before, a line for every unit of work that is done, a table after."""
+    """The settings before, a line for every unit of work that is done, a table after."""
 
     def __init__(self, number: int | None = None, display: Display | None = None) -> None:
         self.display = display or Display()
         self._number = number
-        self._reused = 0
 
     def starting(self, overrides: Sequence[str]) -> None:
         """The heading; in a sweep it tells the runs apart."""
         heading = "run" if self._number is None else f"run {self._number} of the sweep: {' '.join(overrides)}"
         self.display.console.rule(Text(f"gradsift: {heading}"), align="left", style="dim")
 
-    def plan(self, plan: list[tuple[str, Any]]) -> None:
-        """The resolved plan, one line an item; of a sweep only the first run's, the others differ by their heading."""
+    def settings(self, settings: list[tuple[str, Any]]) -> None:
+        """One line a setting; of a sweep only the first run's, the others differ by their heading."""
         if self._number is not None and self._number > 1:
             return
         table = Table.grid(padding=(0, 2))
-        for name, value in plan:
+        for name, value in settings:
             table.add_row(name, str(value))
         self.display.console.print(table)
 
     def stage_done(self, record: StageRecord) -> None:
         if record.reused:
-            self._reused += 1
             return
         steps = f", {record.optimizer_steps:,} steps" if record.optimizer_steps else ""
         self.display.say(f"  {record.name:<10} {Path(record.artifact).name}  {record.seconds:.1f} s{steps}")
@@ -58,8 +57,9 @@ class RunView:
     def finished(self, folder: Path, *, in_sweep: bool) -> None:
         """The table of this run and the paths of what it wrote."""
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        if self._reused:
-            self.display.say(f"  {self._reused} units of finished work were reused")
+        if stages := run.get("stages"):
+            for line in work_lines(work_of(stages)):
+                self.display.say(f"  {line}")
         if peaks := run.get("memory"):
             shown = ", ".join(f"{peak:.1f} GB {_MEMORY[name]}" for name, peak in peaks.items())
             self.display.say(f"  peak memory of the process so far: {shown}")
@@ -151,6 +151,11 @@ def sweep_finished(folder: Path) -> bool:
             for line in findings({diagnostic.name: diagnostic.as_json() for diagnostic in compared}):
                 display.say(line)
         display.say(f"\ntable: {folder / 'results.csv'}")
+    if any(run.get("stages") for run in runs):
+        by_stage = work_by_stage(runs)
+        write_work(folder / WORK_FILE, by_stage)
+        display.console.print()
+        display.console.print(work_table(by_stage))
     if _show_audit(list(zip(files, runs, strict=True)), display, folder):
         display.say(f"\naudit: {folder / 'audit.md'}")
     display.say(f"runs: {folder}")

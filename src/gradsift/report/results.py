@@ -145,6 +145,12 @@ class Results:
             curves = [entry for artifact in chain for entry in read_curve(artifact.path)]
             self.tracker.curve(f"member_{number}", [entry | {"batch": index} for index, entry in enumerate(curves)])
 
+    def value_of(self, objective: str) -> float | None:
+        """The pooled PWS, or the tuned target's accuracy or held-out loss; None where the run has none."""
+        found = self.values.get(objective)
+        value = found.get("model") if isinstance(found, dict) else found
+        return None if value is None else float(value)
+
     def finish(self, status: str, error: str | None = None) -> None:
         """Write `run.json` and the summary; `status` is finished, stopped, failed or interrupted."""
         memory, stages = peak_memory(), self.store.records_as_dicts()
@@ -155,6 +161,7 @@ class Results:
             "memory": memory,
             "work": work_of(stages),
             "stages": stages,
+            **({"reused_from": sorted(self.store.other_code)} if self.store.other_code else {}),
             "pws": None,
             **self.values,
             "files": self.files,

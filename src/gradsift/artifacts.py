@@ -92,6 +92,10 @@ class StageRecord:
     optimizer_steps: int  # taken by this run
 
 
+def _own_name() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
+
+
 @dataclass(frozen=True)
 class Holder:
     """The name that the process at work on a unit leaves in the lock's file."""
@@ -227,7 +231,7 @@ class Store:
     ) -> Artifact:
         part = path.with_name(path.name + ".part")
         if part.exists() and not keep_part:
-            shutil.rmtree(part)
+            _clear(part)
         part.mkdir(exist_ok=True)
         (part / MANIFEST).unlink(missing_ok=True)  # of a process that died just before the rename
         started = time.perf_counter()
@@ -346,6 +350,13 @@ def _write_synced(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _clear(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:  # it names the file without its folder
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def _remedy(error: Exception) -> str:

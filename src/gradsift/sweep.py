@@ -89,7 +89,7 @@ def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
     choices: dict[str, Job] = {}
     for override in parsed:  # the command line comes last and wins
         key = override.get_key_element()
-        choices[key] = [f"{key}={value}" for value in _values(override)]
+        choices[key] = [f"{key}={value}" for value in values_of(override)]
     if not searches:
         return [list(job) for job in itertools.product(*choices.values())]
     first = {key: values[0] for key, values in choices.items()}
@@ -97,7 +97,8 @@ def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
     return [list(job) for job in dict.fromkeys(map(tuple, tried))]
 
 
-def _values(override: Override) -> Iterator[str]:
+def values_of(override: Override) -> Iterator[str]:
+    """The values that an override names, of an interval its ends, as they are written."""
     if not override.is_sweep_override():
         yield override.get_value_element_as_str()
     elif override.is_discrete_sweep():

@@ -57,6 +57,8 @@ def begin(composed: DictConfig, name: Callable[[Exception], str]) -> tuple[Sweep
     missing = _missing_plugins(composed)
     searches = composed.hydra.sweeper._target_ != _GRID
     jobs = [] if missing else jobs_of(composed, searches)
+    if searches and not missing:
+        _quieten_optuna()
     problems = missing or _named(jobs, _errors(composed, jobs, searches, name), searches)
     shown = None if searches else tuple(tuple(job) for job in jobs)
     return Sweep(Path(composed.hydra.sweep.dir), shown), problems
@@ -72,6 +74,14 @@ def _missing_plugins(composed: DictConfig) -> list[str]:
             remedy = f"pip install 'gradsift[{extra}]'" if extra else f"install {plugin.replace('_', '-')}"
             problems.append(f"hydra/{kind}={choice} needs a plugin that is not installed; {remedy}")
     return problems
+
+
+def _quieten_optuna() -> None:
+    """It would print a line for every trial, between those of the runs."""
+    if _is_installed("optuna"):
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def _is_installed(module: str) -> bool:

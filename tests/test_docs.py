@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from gradsift.cli import conf_folder
 from gradsift.config import load_config, register_schemas
-from gradsift.sweep import begin
+from gradsift.sweep import begin, values_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -43,12 +43,7 @@ def _first(overrides: list[str]) -> list[str]:
     """The overrides, of a sweep the first value of each."""
     found = []
     for override in OverridesParser.create().parse_overrides(overrides):
-        value = (
-            next(override.sweep_string_iterator())
-            if override.is_sweep_override()
-            else override.get_value_element_as_str()
-        )
-        found.append(f"{override.get_key_element()}={value}")
+        found.append(f"{override.get_key_element()}={next(values_of(override))}")
     return found
 
 

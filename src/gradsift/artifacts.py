@@ -115,6 +115,10 @@ class StageRecord:
     saved_tokens: int = 0  # likewise
 
 
+def _own_name() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
+
+
 @dataclass(frozen=True)
 class Holder:
     """The name that the process at work on a unit leaves in the lock's file."""
@@ -286,7 +290,7 @@ class Store:
         }
         holder.require()
         _write_synced(part / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
-        shutil.rmtree(part / UNFINISHED)
+        _clear(part / UNFINISHED)
         part.rename(path)
         artifact = Artifact(stage, path, fingerprint, manifest)
         self._record(artifact, reused=False, seconds=seconds)
@@ -301,7 +305,7 @@ class Store:
         if not keep_part:
             for left in part.iterdir():
                 if left.is_dir() and left != unfinished:
-                    shutil.rmtree(left)
+                    _clear(left)
                 elif left != unfinished:
                     left.unlink()
         ours = json.dumps({"git_sha": git_sha(), "packages": package_versions()}, sort_keys=True)
@@ -431,6 +435,13 @@ def _write_synced(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _clear(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:  # it names the file without its folder
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def _remedy(error: Exception) -> str:

@@ -57,6 +57,8 @@ def begin(composed: DictConfig, name: Callable[[Exception], str]) -> tuple[Sweep
     missing = _missing_plugins(composed)
     searches = composed.hydra.sweeper._target_ != _GRID
     jobs = [] if missing else jobs_of(composed, searches)
+    if searches and not missing:
+        _quieten_optuna()
     problems = missing or _named(jobs, _errors(composed, jobs, searches, name), searches)
     shown = None if searches else tuple(tuple(job) for job in jobs)
     return Sweep(Path(composed.hydra.sweep.dir), shown), problems
@@ -74,6 +76,14 @@ def _missing_plugins(composed: DictConfig) -> list[str]:
     return problems
 
 
+def _quieten_optuna() -> None:
+    """It would print a line for every trial, between those of the runs."""
+    if _is_installed("optuna"):
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
@@ -89,7 +99,7 @@ def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
     choices: dict[str, Job] = {}
     for override in parsed:  # the command line comes last and wins
         key = override.get_key_element()
-        choices[key] = [f"{key}={value}" for value in _values(override)]
+        choices[key] = [f"{key}={value}" for value in values_of(override)]
     if not searches:
         return [list(job) for job in itertools.product(*choices.values())]
     first = {key: values[0] for key, values in choices.items()}
@@ -97,7 +107,8 @@ def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
     return [list(job) for job in dict.fromkeys(map(tuple, tried))]
 
 
-def _values(override: Override) -> Iterator[str]:
+def values_of(override: Override) -> Iterator[str]:
+    """The values that an override names, of an interval its ends, as they are written."""
     if not override.is_sweep_override():
         yield override.get_value_element_as_str()
     elif override.is_discrete_sweep():

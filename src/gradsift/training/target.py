@@ -22,7 +22,7 @@ from gradsift.training import lora
 from gradsift.training.backbones import Backbone, load_backbone
 from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
-from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, fit
+from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, fit, step_counts
 
 VERSION = 2
 
@@ -42,20 +42,29 @@ def finetune(
     """
     chosen = [pool[position] for position in sorted(int(p) for p in positions)]
     identity = hashlib.sha256("\n".join(example.example_id for example in chosen).encode()).hexdigest()
-    settings = asdict(config) | {
+    settings = finetune_settings(runtime, config) | {"examples": identity}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        return train_target(runtime, config, load_backbone(target, config.model, runtime.compute), chosen, folder)
+
+    slug, size = f"{config.name}-{len(chosen)}rows", passes(config, len(chosen))
+    return runtime.store.obtain("finetune", slug, settings, [target, loaded], make, version=VERSION, size=size)
+
+
+def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:
+    """What a finetune depends on besides its examples."""
+    return asdict(config) | {
         "name": None,
         "model": None,  # the parent artifact stands for it
-        "examples": identity,
         "seed": runtime.seed,
         **runtime.compute.numerics,
         "tokens": runtime.compute.tokens if config.lora.dropout else None,  # dropout masks are drawn batch by batch
     }
 
-    def make(folder: Path) -> Mapping[str, Any]:
-        return train_target(runtime, config, load_backbone(target, config.model, runtime.compute), chosen, folder)
 
-    slug = f"{config.name}-{len(chosen)}rows"
-    return runtime.store.obtain("finetune", slug, settings, [target, loaded], make, version=VERSION)
+def passes(config: TargetConfig, rows: int) -> int:
+    """Examples that pass through the target in a finetune on so many."""
+    return rows * config.epochs if config.epochs is not None else (config.steps or 0) * min(config.batch_size, rows)
 
 
 def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[list[int]]:
@@ -106,10 +115,11 @@ def train_target(
             compute=runtime.compute,
             row_indices=[example.row_index for example in chosen],
             callbacks=[ShowProgress(advance)],
+            folder=folder,
         )
     lora.save_adapter(adapted, folder / "adapter")
     write_curve(folder, module.curve)
-    return {"optimizer_steps": steps, "rows": len(encoded), "tokens": sum(int(e["tokens"]) for e in module.curve)}
+    return {**step_counts(module, steps), "rows": len(encoded), "tokens": sum(int(e["tokens"]) for e in module.curve)}
 
 
 def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str) -> None:

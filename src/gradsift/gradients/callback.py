@@ -19,7 +19,7 @@ from gradsift.data.batching import collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.gradients.norms import PerSampleNorms
-from gradsift.training import lora
+from gradsift.training import lora, ranks
 from gradsift.training.device import TokenBudget
 from gradsift.training.finetuning import ResponseLosses, require_finite
 
@@ -84,6 +84,17 @@ class Collected:
         self._values[:, places] = torch.stack([column.float() for column in columns])
         self._times.index_add_(0, places, torch.ones_like(places))
 
+    def of_all_ranks(self, encoded: Sequence[Encoded]) -> Collected:
+        """What all ranks collected, for the examples of all ranks."""
+        if ranks.size() == 1:
+            return self
+        own = {"rows": self._rows, "times": self._times, **dict(zip(COLUMNS, self._values, strict=True))}
+        found = ranks.gather({name: column.to(self._values.device) for name, column in own.items()}, len(encoded))
+        whole = Collected(encoded)
+        whole.add(found["rows"], *(found[name] for name in COLUMNS))
+        whole._times[whole._places[found["rows"]]] = found["times"]
+        return whole
+
     def columns(self, row_indices: Sequence[int]) -> dict[str, np.ndarray]:
         """The columns, float32, one entry an example in the order of `encoded`.
 
@@ -116,13 +127,14 @@ def collect_norms(
     *,
     dropout: bool = False,
 ) -> Collected:
-    """One pass at fixed weights; leaves neither gradients nor a changed mode behind.
+    """One pass at fixed weights, divided over the ranks; leaves neither gradients nor a changed mode behind.
 
     Args:
         dropout: leave the adapters' dropout as it is, on after `lora.add_adapter`; an example's norm is then that
             of its gradient under the masks that its batch drew. Off otherwise.
     """
-    collected = Collected(encoded)
+    mine = ranks.share(encoded)
+    collected = Collected(mine)
     response_losses = ResponseLosses(adapted)
 
     def one_batch(examples: Sequence[Encoded]) -> tuple[torch.Tensor, ...]:
@@ -135,10 +147,10 @@ def collect_norms(
 
     mode = nullcontext() if dropout else lora.evaluating(adapted)
     with mode, PerSampleNorms(adapted) as norms, torch.enable_grad():
-        for examples, found in budget.passes(encoded, one_batch):
+        for examples, found in budget.passes(mine, one_batch):
             for part in found:
                 collected.add(*part)
             if progress is not None:
-                progress(len(examples))
+                progress(len(examples) * ranks.size())
         adapted.zero_grad(set_to_none=True)
-    return collected
+    return collected.of_all_ranks(encoded)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
-import torch
 
 from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, LoraConfig
@@ -18,6 +17,7 @@ from gradsift.training.backbones import Backbone
 from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.finetuning import Finetuning, Optimization, fit
+from gradsift.training.ranks import seed_draws
 from gradsift.training.residual import residual_precision
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -71,7 +71,7 @@ def train_epoch(
         lora.load_adapter(adapted, start.previous.path)
         module.restore_from = start.previous.file(OPTIMIZER_FILE)
     keeper = OptimizerKeeper(folder / OPTIMIZER_FILE)
-    torch.manual_seed(start.dropout_seed)
+    seed_draws(start.dropout_seed)
     steps = fit(module, encoded, plan, compute=compute, row_indices=row_indices, callbacks=[*callbacks, keeper])
     lora.save_adapter(adapted, folder)
     write_curve(folder, module.curve)

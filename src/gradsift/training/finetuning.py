@@ -24,7 +24,7 @@ from gradsift.config import ComputeConfig
 from gradsift.data.batching import Batch, by_length, collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
-from gradsift.training import lora
+from gradsift.training import lora, ranks
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.head import OutputHead, token_losses
 
@@ -106,7 +106,10 @@ class Finetuning(L.LightningModule):
 
     def training_step(self, step: Step, step_index: int) -> dict[str, torch.Tensor]:
         lengths = [len(example.input_ids) for example in step.examples]
-        outputs = self.budget.run(lambda tokens: self._backward(step.examples, tokens), lengths)
+        mine = ranks.share(step.examples)
+        outputs = self.budget.run(lambda tokens: self._backward(mine, len(lengths), tokens), lengths)
+        ranks.sum_gradients(list(lora.trainable_parameters(self.model).values()))
+        outputs = ranks.gather(outputs, len(lengths))
         self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
         if step_index >= len(self._step_losses):  # one tensor that grows: small ones would break up the memory
@@ -121,22 +124,31 @@ class Finetuning(L.LightningModule):
         for entry, loss in zip(self.curve, self._step_losses.tolist(), strict=False):
             entry["loss"] = loss
 
-    def _backward(self, examples: Sequence[Encoded], tokens: int) -> dict[str, torch.Tensor]:
-        """Gradients of the mean loss; returns rows, losses and, where they are wanted, norm_A and norm_B, (N,) each."""
+    def _backward(self, examples: Sequence[Encoded], total: int, tokens: int) -> dict[str, torch.Tensor]:
+        """The examples' part of the gradients of a step's mean loss.
+
+        Args:
+            examples: of this rank.
+            total: N, the step's examples on all ranks.
+
+        Returns:
+            rows, losses and, where they are wanted, norm_A and norm_B, (n,) each.
+        """
         self.optimizers().zero_grad()  # type: ignore[union-attr]
         if self.norms is not None:
             self.norms.forget()
-        parts = []
+        names = ("rows", "losses", "norm_A", "norm_B")[: 2 if self.norms is None else 4]
+        parts: list[tuple[torch.Tensor, ...]] = []
         for part in by_length(examples, tokens):
             batch = collate(part, self.pad_id).to(self.device)
             losses = self._losses(batch)
-            self.manual_backward(losses.sum() / len(examples))
-            norms = self.norms.take(len(examples)) if self.norms is not None else ()
+            self.manual_backward(losses.sum() / total)
+            norms = self.norms.take(total) if self.norms is not None else ()
             parts.append((batch.rows, losses.detach(), *norms))
-        return {
-            name: torch.cat(values)
-            for name, values in zip(("rows", "losses", "norm_A", "norm_B"), zip(*parts, strict=True), strict=False)
-        }
+        if not parts:  # more ranks than examples
+            none = torch.empty(0, device=self.device)
+            return {name: none.long() if name == "rows" else none for name in names}
+        return {name: torch.cat(values) for name, values in zip(names, zip(*parts, strict=True), strict=True)}
 
     def configure_optimizers(self) -> Any:
         parameters = lora.trainable_parameters(self.model)
@@ -196,7 +208,9 @@ def quiet_trainer(compute: ComputeConfig, callbacks: list[L.Callback]) -> L.Trai
         warnings.filterwarnings("ignore", message)
     return L.Trainer(
         accelerator="gpu" if device_of(compute).type == "cuda" else "cpu",
-        devices=1,
+        strategy=ranks.Ranks() if ranks.size() > 1 else "auto",
+        devices=ranks.size(),
+        use_distributed_sampler=False,
         precision="32-true",  # nothing is cast: frozen weights have their precision since they were loaded
         max_epochs=1,
         callbacks=callbacks,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from gradsift.artifacts import Artifact
 from gradsift.config import TargetConfig
@@ -23,6 +22,7 @@ from gradsift.training.backbones import Backbone, load_backbone
 from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, fit
+from gradsift.training.ranks import on_all_ranks, seed_draws
 
 VERSION = 2
 
@@ -48,11 +48,13 @@ def finetune(
         "examples": identity,
         "seed": runtime.seed,
         **runtime.compute.numerics,
-        "tokens": runtime.compute.tokens if config.lora.dropout else None,  # dropout masks are drawn batch by batch
+        "tokens": runtime.compute.mask_batches
+        if config.lora.dropout
+        else None,  # dropout masks are drawn batch by batch
     }
 
     def make(folder: Path) -> Mapping[str, Any]:
-        return train_target(runtime, config, load_backbone(target, config.model, runtime.compute), chosen, folder)
+        return on_all_ranks(runtime, folder, _train, config, target, chosen)
 
     slug = f"{config.name}-{len(chosen)}rows"
     return runtime.store.obtain("finetune", slug, settings, [target, loaded], make, version=VERSION)
@@ -71,6 +73,12 @@ def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[
             return plan
         if config.steps is not None and len(plan) >= config.steps:
             return plan[: config.steps]
+
+
+def _train(
+    runtime: Runtime, folder: Path, config: TargetConfig, target: Artifact, chosen: Sequence[Example]
+) -> dict[str, Any]:
+    return train_target(runtime, config, load_backbone(target, config.model, runtime.compute), chosen, folder)
 
 
 def train_target(
@@ -95,7 +103,7 @@ def train_target(
     )
     adapted = lora.add_adapter(backbone.model, config.lora, derive_seed(runtime.seed, "target lora"))
     adapted.to(device_of(runtime.compute))
-    torch.manual_seed(derive_seed(runtime.seed, "target dropout"))
+    seed_draws(derive_seed(runtime.seed, "target dropout"))
     budget = TokenBudget.of(backbone.model, runtime.compute.tokens, runtime.display.say)
     module = Finetuning(adapted, optimization, budget, backbone.pad_id)
     with runtime.display.task(f"finetune {config.name} on {len(chosen):,} rows", sum(map(len, plan))) as advance:

@@ -9,7 +9,6 @@ computed that the chosen scorer does not ask for.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from gradsift.line import Line
 from gradsift.report.results import Results
 from gradsift.runtime import Runtime
 from gradsift.scoring.stage import score
+from gradsift.training.backbones import quieten
 from gradsift.training.device import device_of
 
 
@@ -74,10 +74,7 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
 
 def prepare(config: Config) -> None:
     """Set what torch and its friends keep for the whole process."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # said by peft's own call
+    quieten()
     if config.compute.threads is not None:
         torch.set_num_threads(config.compute.threads)
     device_of(config.compute)  # a device that is not there is refused before anything is done

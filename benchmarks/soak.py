@@ -44,6 +44,7 @@ MOMENTS = (
     *(None, "member", "member", "norms", "warmup", "warmup", None, "score"),
     *("finetune", "finetune", "member", "member", "generate", None, "heldout", "judge"),
 )
+PROCESS = ("resumed_steps", "forward_tokens", "seconds")  # counts that tell what the last process did
 LONGEST = 2.0  # seconds from the first sign of work to a kill at any moment
 PATIENCE = 600.0  # seconds for one process
 
@@ -236,7 +237,7 @@ def _contents(store: Path) -> dict[str, Any]:
         name = str(path.relative_to(store))
         if path.name == MANIFEST:
             info = json.loads(path.read_text(encoding="utf-8"))["info"]
-            found[name] = {key: value for key, value in info.items() if key not in ("resumed_steps", "seconds")}
+            found[name] = {key: value for key, value in info.items() if key not in PROCESS}
         else:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

@@ -24,6 +24,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from gradsift.cost import counting
 from gradsift.data import verifiable
 from gradsift.data.examples import Turn
 from gradsift.errors import ConfigError
@@ -121,6 +122,13 @@ def local_judge(architecture: str = "gpt2", **options: Any) -> LocalJudge:
 
 
 RAGGED = [ask(str(n), "word " * n, "other " * (7 - n), instruction="Say it. " * (1 + n % 3)) for n in range(8)]
+
+
+def test_a_local_judge_counts_the_tokens_of_its_prompts() -> None:
+    judge = local_judge()
+    with counting() as tokens:
+        list(judge.judge([*RAGGED, ask("equal", "same", "same")]))  # two equal answers need no model
+    assert tokens() == sum(len(judge._prompt(request).tokens) for request in RAGGED)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])

@@ -38,7 +38,8 @@ def test_a_run_ends_in_a_pws_table_and_a_second_one_answers_at_once(gradsift, ca
     assert first["status"] == "finished"
     assert 0 <= first["pws"] <= 2
     assert first["pooled"]["win"] + first["pooled"]["tie"] + first["pooled"]["lose"] == 26
-    assert set(first["stages"][0]) == {"name", "artifact", "fingerprint", "reused", "seconds", "optimizer_steps"}
+    counts = {"optimizer_steps", "forward_tokens", "saved_steps", "saved_tokens"}
+    assert set(first["stages"][0]) == {"name", "artifact", "fingerprint", "reused", "seconds"} | counts
     assert names(first, reused=False).count("member") == 4  # two members, two epochs
     assert trained(first) == 4 * 4 + 2 * 4  # 120 rows in batches of 32; four steps a target
     (selection,) = gradsift.folder.glob("outputs/*/*/selection.jsonl")

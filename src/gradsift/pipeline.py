@@ -87,7 +87,7 @@ def _general(config: Config) -> list[str]:
     return [*config.benchmark.general, *(f"lm_eval/{task}" for task in config.benchmark.lm_eval_tasks)]
 
 
-def plan_of(config: Config) -> list[tuple[str, Any]]:
+def settings_of(config: Config) -> list[tuple[str, Any]]:
     """What a run is about to do, for people."""
     proxy, target, data = config.proxy, config.target, config.data
     rows = f", {data.size:,} rows" if isinstance(data, VerifiableDataConfig) else ""

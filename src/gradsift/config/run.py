@@ -38,6 +38,7 @@ STAGES = ("load", "statistics", "scores", "selection", "finetune", "generate", "
 
 
 SCORES_BY_TASK = ("less", "rds_plus", "sbert")  # scorers with a score for each task of the target set
+OBJECTIVES = {"pws": "judge", "accuracy": "generate", "heldout_loss": "finetune"}  # and the stage that gives each
 RATERS = ("verifier", "local", "openai")  # judges that can grade one example
 
 
@@ -62,6 +63,7 @@ class Config:
     budget_base: str = "accepted"  # alpha's base: all accepted rows, or those that got a score
     seed: int = 0  # proxy ensemble and target
     stop_after: str | None = None  # a stage's name ends the line there
+    objective: str = "pws"  # what a search (hydra/sweeper=optuna) looks at: pws, accuracy, or heldout_loss to minimize
     artifacts: str = "artifacts"  # folder of finished work, shared by all runs
 
     def __post_init__(self) -> None:
@@ -71,6 +73,7 @@ class Config:
             )
         one_of("budget_base", self.budget_base, ("accepted", "scored"))
         at_least("seed", self.seed, 0)
+        one_of("objective", self.objective, tuple(OBJECTIVES))
         if self.stop_after is not None:
             one_of("stop_after", self.stop_after, STAGES)
         self._check_ensemble()
@@ -106,6 +109,14 @@ class Config:
     def reaches(self, stage: str) -> bool:
         """Whether a run with this config comes as far as `stage`."""
         return self.stop_after is None or STAGES.index(stage) <= STAGES.index(self.stop_after)
+
+    def check_objective(self) -> None:
+        """Refuse a search that would never see its objective."""
+        if not self.reaches(OBJECTIVES[self.objective]):
+            raise ConfigError(
+                f"objective={self.objective} is known after {OBJECTIVES[self.objective]}, but "
+                f"stop_after={self.stop_after}; take a later stage, or another objective"
+            )
 
     @property
     def _scores_without_proxy(self) -> bool:

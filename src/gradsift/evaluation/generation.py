@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from gradsift.cost import passed
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.benchmarks import Item
 from gradsift.journal import Journal
@@ -69,7 +70,10 @@ def generate_answers(
                     raise DataError(f"prompt {n + 1} of {len(prompts)} has no token; a model needs at least one")
 
             def answer(batch: list[list[int]] = batch) -> list[str]:
-                return [_text(tokenizer, tokens, ends) for tokens in generate(batch)]
+                found = generate(batch)
+                for prompt, tokens in zip(batch, found, strict=True):  # an answer's last token is not fed back
+                    passed(len(prompt) + min(_end(tokens, ends), len(tokens) - 1))
+                return [_text(tokenizer, tokens, ends) for tokens in found]
 
             for n, text in zip(rows, kept.once(rows, answer), strict=True):
                 answers[n] = text
@@ -78,10 +82,14 @@ def generate_answers(
     return answers
 
 
+def _end(tokens: list[int], ends: set[int]) -> int:
+    """The place of the first end token; the number of tokens where there is none."""
+    return next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+
+
 def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: set[int]) -> str:
     """What stands before the first end token."""
-    end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    text: str = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+    text: str = tokenizer.decode(tokens[: _end(tokens, ends)], skip_special_tokens=True).strip()
     return text
 
 

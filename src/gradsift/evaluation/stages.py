@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -132,8 +132,8 @@ def generate(
         write_model_outputs(folder / OUTPUTS_FILE, model_outputs(items, answers, generator))
         return {"rows": len(items)}
 
-    parents = [target, *([tuned] if tuned else [])]
-    return runtime.store.obtain("generate", _slug(target_config, tuned), settings, parents, make, version=VERSION)
+    parents, slug = [target, *([tuned] if tuned else [])], _slug(target_config, tuned)
+    return runtime.store.obtain("generate", slug, settings, parents, make, version=VERSION, size=len(items))
 
 
 def _hash(items: Sequence[Item]) -> str:
@@ -151,13 +151,16 @@ def check_metrics(config: BenchmarkConfig) -> None:
     check_lm_eval(config.lm_eval_tasks)
 
 
-def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact) -> dict[str, Any] | None:
+def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact, items: Sequence[Item]) -> Artifact | None:
     """Accuracy, ROUGE-L, BLEU and METEOR per benchmark and pooled (see `gradsift.evaluation.metrics`).
 
-    None where no item has a reference answer.
+    Args:
+        answers: those of `generate` to the items.
+
+    Returns:
+        What `metrics_of` reads; None where no item has a reference answer.
     """
-    rows = read_model_outputs(answers.file(OUTPUTS_FILE))
-    asked = sorted({row["dataset"] for row in rows if row["reference"] is not None})
+    asked = sorted({item.benchmark for item in items if item.reference is not None})
     if not asked:
         return None
     wordnet = check_wordnet(config.wordnet_dir)
@@ -167,6 +170,7 @@ def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact) -> dic
     }
 
     def make(folder: Path) -> Mapping[str, Any]:
+        rows = read_model_outputs(answers.file(OUTPUTS_FILE))
         with runtime.display.task(f"metrics of {len(rows)} answers", len(rows)) as advance:
             found = measure(rows, config.match_of, None if wordnet is None else read_wordnet(wordnet))
             advance(len(rows))
@@ -174,7 +178,13 @@ def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact) -> dic
         return {"rows": found["pooled"]["items"]}
 
     slug = answers.path.name.rsplit("-", 1)[0]
-    made = runtime.store.obtain("metrics", slug, settings, [answers], make, version=METRICS_VERSION)
+    return runtime.store.obtain("metrics", slug, settings, [answers], make, version=METRICS_VERSION)
+
+
+def metrics_of(made: Artifact | None) -> dict[str, Any] | None:
+    """What `metrics` wrote."""
+    if made is None:
+        return None
     found: dict[str, Any] = json.loads(made.file(METRICS_FILE).read_text(encoding="utf-8"))
     return found
 
@@ -189,6 +199,14 @@ def accuracy(config: BenchmarkConfig, answers: Artifact) -> float | None:
 # ---------------------------------------------------------------------------------------- forgetting
 
 
+class General(NamedTuple):
+    """What is known of a model outside what it is tuned for; None where it was not asked for."""
+
+    metrics: Artifact | None
+    losses: Artifact | None
+    tasks: Artifact | None
+
+
 def forgetting(
     runtime: Runtime,
     config: BenchmarkConfig,
@@ -196,30 +214,42 @@ def forgetting(
     target: Artifact,
     tuned: Artifact,
     items: Sequence[Item],
-) -> dict[str, Any]:
+) -> tuple[General, General]:
     """What the target knew before the finetune, and knows after it, of what it was not tuned for.
 
     Args:
         items: those of `benchmark.general`.
+    """
+
+    def state(model: Artifact | None) -> General:
+        measured = losses = tasks = None
+        if items:
+            answers = generate(runtime, config, target_config, target, model, items)
+            measured = metrics(runtime, config, answers, items)
+            losses = reference_losses(runtime, target_config, target, model, items)
+        if config.lm_eval_tasks:
+            tasks = _lm_eval(runtime, config, target_config, target, model)
+        return General(measured, losses, tasks)
+
+    return state(None), state(tuned)
+
+
+def forgetting_of(states: tuple[General, General]) -> dict[str, Any]:
+    """What `forgetting` found.
 
     Returns:
         `{set: {"before", "after", "change"}}`, each with the metrics and with `loss`, the mean NLL of a token of
         the reference answer (nats), as far as they are there; a task of lm-eval is the set `lm_eval/<task>`.
     """
 
-    def state(model: Artifact | None) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
-        if items:
-            answers = generate(runtime, config, target_config, target, model, items)
-            measured = metrics(runtime, config, answers) or {"benchmarks": {}}
-            losses = reference_losses(runtime, target_config, target, model, items)
-            found = {name: {**values, "loss": losses.get(name)} for name, values in measured["benchmarks"].items()}
-        if config.lm_eval_tasks:
-            tasks = _lm_eval(runtime, config, target_config, target, model)
-            found |= {f"lm_eval/{task}": values for task, values in tasks.items()}
-        return found
+    def values_of(state: General) -> dict[str, dict[str, Any]]:
+        measured = metrics_of(state.metrics) or {"benchmarks": {}}
+        losses = {} if state.losses is None else state.losses.info["losses"]
+        found = {name: {**values, "loss": losses.get(name)} for name, values in measured["benchmarks"].items()}
+        tasks = {} if state.tasks is None else state.tasks.info["tasks"]
+        return found | {f"lm_eval/{task}": values for task, values in tasks.items()}
 
-    before, after = state(None), state(tuned)
+    before, after = (values_of(state) for state in states)
     return {
         name: {"before": before[name], "after": after[name], "change": change(before[name], after[name])}
         for name in before
@@ -228,8 +258,8 @@ def forgetting(
 
 def reference_losses(
     runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, items: Sequence[Item]
-) -> dict[str, float]:
-    """By benchmark, the mean over its items of the mean NLL of a token of the reference answer, in nats.
+) -> Artifact:
+    """Mean over a benchmark's items of the mean NLL of a token of the reference answer, nats; `info["losses"]` by name.
 
     A set none of whose references has a token for the target is left out.
     """
@@ -255,15 +285,13 @@ def reference_losses(
                 by_set.setdefault(known[row].benchmark, []).append(loss)
         return {"rows": len(known), "losses": {name: sum(found) / len(found) for name, found in by_set.items()}}
 
-    parents = [target, *([tuned] if tuned else [])]
-    made = runtime.store.obtain("reference_loss", _slug(config, tuned), settings, parents, make, version=VERSION)
-    found: dict[str, float] = made.info["losses"]
-    return found
+    parents, slug = [target, *([tuned] if tuned else [])], _slug(config, tuned)
+    return runtime.store.obtain("reference_loss", slug, settings, parents, make, version=VERSION, size=len(known))
 
 
 def _lm_eval(
     runtime: Runtime, config: BenchmarkConfig, target_config: TargetConfig, target: Artifact, tuned: Artifact | None
-) -> dict[str, dict[str, float]]:
+) -> Artifact:
     settings = {"tasks": list(config.lm_eval_tasks), "limit": config.limit, **runtime.compute.numerics}
     settings["package"] = metadata.version("lm-eval")  # tasks change from release to release
 
@@ -277,9 +305,7 @@ def _lm_eval(
         return {"rows": len(found), "tasks": found}
 
     parents = [target, *([tuned] if tuned else [])]
-    made = runtime.store.obtain("lm_eval", _slug(target_config, tuned), settings, parents, make, version=1)
-    found: dict[str, dict[str, float]] = made.info["tasks"]
-    return found
+    return runtime.store.obtain("lm_eval", _slug(target_config, tuned), settings, parents, make, version=1)
 
 
 # ------------------------------------------------------------------------------------- held-out loss
@@ -287,7 +313,7 @@ def _lm_eval(
 
 def heldout_loss(
     runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, loaded: Artifact
-) -> float | None:
+) -> Artifact | None:
     """Mean over the held-out examples of the mean NLL of a response token, in nats; None without such examples."""
     if not loaded.info["heldout"]:
         return None
@@ -309,9 +335,14 @@ def heldout_loss(
         (folder / "heldout.json").write_text(json.dumps(loss), encoding="utf-8")
         return loss
 
-    parents = [target, loaded, *([tuned] if tuned else [])]
-    made = runtime.store.obtain("heldout", _slug(config, tuned), settings, parents, make, version=VERSION)
-    return float(made.info["heldout_loss"])
+    parents, slug = [target, loaded, *([tuned] if tuned else [])], _slug(config, tuned)
+    size = int(loaded.info["heldout"])
+    return runtime.store.obtain("heldout", slug, settings, parents, make, version=VERSION, size=size)
+
+
+def heldout_loss_of(made: Artifact | None) -> float | None:
+    """What `heldout_loss` found."""
+    return None if made is None else float(made.info["heldout_loss"])
 
 
 def _losses(
@@ -463,9 +494,7 @@ def _chat(runtime: Runtime, config: OpenaiJudgeConfig) -> ChatClient:
     )
 
 
-def pws(
-    runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifact, reference: Artifact
-) -> dict[str, Any]:
+def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifact, reference: Artifact) -> Artifact:
     """Outcomes and PWS with intervals, per benchmark and pooled, and the judge's bias towards place and length.
 
     Args:
@@ -482,7 +511,11 @@ def pws(
         write_pws(folder / "pws.json", summary)
         return {"rows": len(judgments)}
 
-    made = runtime.store.obtain("pws", config.name, settings, [judged], make, version=PWS_VERSION)
+    return runtime.store.obtain("pws", config.name, settings, [judged], make, version=PWS_VERSION)
+
+
+def pws_of(made: Artifact) -> dict[str, Any]:
+    """What `pws` wrote."""
     return read_pws(made.file("pws.json"))
 
 

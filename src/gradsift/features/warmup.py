@@ -61,7 +61,8 @@ def warm_up(
             "tokens": runtime.compute.tokens if config.lora.dropout else None,  # dropout masks are drawn batch by batch
         }
         parents = [previous] if previous else [proxy, loaded]
-        chain.append(runtime.store.obtain("warmup", f"{count}rows-e{epoch}", settings, parents, make, version=VERSION))
+        slug = f"{count}rows-e{epoch}"
+        chain.append(runtime.store.obtain("warmup", slug, settings, parents, make, version=VERSION, size=count))
     return chain
 
 

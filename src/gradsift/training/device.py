@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from gradsift.config import ComputeConfig
+from gradsift.cost import passed
 from gradsift.data.batching import by_length
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
@@ -45,17 +46,20 @@ class TokenBudget:
 
         Args:
             work: leaves nothing behind when it fails.
-            lengths: in tokens, of the examples that it passes through the model.
+            lengths: in tokens, of the examples that it passes through the model; they are counted as passed.
 
         Raises:
             GradsiftError: memory does not hold a single one of the examples.
         """
         while True:
             try:
-                return work(self.tokens)
+                done = work(self.tokens)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+            else:
+                passed(sum(lengths))
+                return done
             self._halve(lengths)  # here, where the failed pass is no longer held by the exception
 
     def passes(

@@ -42,20 +42,29 @@ def finetune(
     """
     chosen = [pool[position] for position in sorted(int(p) for p in positions)]
     identity = hashlib.sha256("\n".join(example.example_id for example in chosen).encode()).hexdigest()
-    settings = asdict(config) | {
+    settings = finetune_settings(runtime, config) | {"examples": identity}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        return train_target(runtime, config, load_backbone(target, config.model, runtime.compute), chosen, folder)
+
+    slug, size = f"{config.name}-{len(chosen)}rows", passes(config, len(chosen))
+    return runtime.store.obtain("finetune", slug, settings, [target, loaded], make, version=VERSION, size=size)
+
+
+def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:
+    """What a finetune depends on besides its examples."""
+    return asdict(config) | {
         "name": None,
         "model": None,  # the parent artifact stands for it
-        "examples": identity,
         "seed": runtime.seed,
         **runtime.compute.numerics,
         "tokens": runtime.compute.tokens if config.lora.dropout else None,  # dropout masks are drawn batch by batch
     }
 
-    def make(folder: Path) -> Mapping[str, Any]:
-        return train_target(runtime, config, load_backbone(target, config.model, runtime.compute), chosen, folder)
 
-    slug = f"{config.name}-{len(chosen)}rows"
-    return runtime.store.obtain("finetune", slug, settings, [target, loaded], make, version=VERSION)
+def passes(config: TargetConfig, rows: int) -> int:
+    """Examples that pass through the target in a finetune on so many."""
+    return rows * config.epochs if config.epochs is not None else (config.steps or 0) * min(config.batch_size, rows)
 
 
 def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[list[int]]:

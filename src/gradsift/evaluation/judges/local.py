@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
+from gradsift.cost import passed
 from gradsift.errors import ConfigError
 from gradsift.evaluation.generation import left_padded
 from gradsift.evaluation.judges import Combine, JudgeRequest, Question, Rating, RatingRequest, Reply, content_hash
@@ -173,6 +174,7 @@ class LocalJudge:
             out = self._model(
                 input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
             )
+        passed(sum(map(len, prompts)))
         log_p = torch.log_softmax(out.logits[:, -1].float(), dim=-1)
         return list(zip(*(log_p[:, list(ids)].logsumexp(dim=-1).tolist() for ids in choices), strict=True))
 

@@ -1,6 +1,6 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-smollm2 setup-bench run human-eval test slow lint types check bench clean
+.PHONY: help setup setup-smollm2 setup-bench run human-eval test slow lint types check bench soak clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -50,6 +50,9 @@ setup-bench: setup ## install the rivals that the benchmarks run beside ours
 bench: setup-bench ## side-by-side speed comparisons (about 10 minutes)
 	$(BIN)/python -m benchmarks.engine $(BENCH)
 	$(BIN)/python -m benchmarks.ifd $(BENCH_IFD)
+
+soak: setup ## kill a small sweep twenty times and compare every byte with an undisturbed one; SOAK="--kills 100 --fork"
+	$(BIN)/python -m benchmarks.soak $(SOAK)
 
 clean: ## remove what the tools left behind; artifacts and runs stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

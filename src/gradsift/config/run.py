@@ -62,6 +62,7 @@ class Config:
     budget_base: str = "accepted"  # alpha's base: all accepted rows, or those that got a score
     seed: int = 0  # proxy ensemble and target
     stop_after: str | None = None  # a stage's name ends the line there
+    plan: bool = False  # show what is done and what is to do, and do nothing
     artifacts: str = "artifacts"  # folder of finished work, shared by all runs
 
     def __post_init__(self) -> None:

@@ -53,10 +53,12 @@ def test_every_yaml_composes(group: str, choice: str, monkeypatch: pytest.Monkey
 
 def test_the_help_names_every_choice() -> None:
     text = (conf_folder() / "help.txt").read_text()
-    groups = {path.name for path in conf_folder().iterdir() if path.is_dir()}
+    groups = {path.name for path in conf_folder().iterdir() if path.is_dir()} - {"hydra"}
+    groups |= {f"hydra/{path.name}" for path in (conf_folder() / "hydra").iterdir()}
     assert all(f"  {group} " in text for group in groups)
-    words = text.replace(",", " ").split()
-    assert [choice for _, choice in CHOICES if choice not in words] == []
+    words = text.replace(",", " ").replace(":", " ").split()
+    hydras = [("hydra", path.stem) for path in conf_folder().glob("hydra/*/*.yaml")]
+    assert [choice for _, choice in [*CHOICES, *hydras] if choice not in words] == []
 
 
 def test_a_sweep_word_turns_the_same_key_for_every_scorer() -> None:
@@ -181,6 +183,7 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         ),
         (["experiment=audit_smollm2"], "the environment variable GRADSIFT_DATA is not set"),
         (["tracker.mode=loud"], "choose one of: offline, online"),
+        (["objective=loss"], "objective='loss' is not known; choose one of: pws, accuracy, heldout_loss"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named_with_the_remedy(

@@ -79,7 +79,7 @@ def test_a_unit_tells_its_tokens_once(tmp_path: Path) -> None:
         (("method=grads", "stop_after=scores"), "member embedding_gradients"),
         (("method=less", "target_set=verifiable", "stop_after=scores"), "warmup features"),
         (("method=rds_plus", "target_set=verifiable", "stop_after=scores"), "embeddings"),
-        (("proxy.ensemble=mc_dropout", "proxy.lora.dropout=0.1", "stop_after=scores"), "member dropout"),
+        (("proxy.ensemble=mc_dropout", "proxy.lora.dropout=0.1", "stop_after=scores"), "member norms"),
     ],
 )
 def test_tokens_told_are_tokens_seen(gradsift, monkeypatch, arguments: tuple[str, ...], stages: str) -> None:

@@ -119,6 +119,11 @@ class Planner(Store):
             return made
         return self._planned(stage, path, fingerprint, config, parents, size, certain=True)
 
+    def has(
+        self, stage: str, slug: str, config: Mapping[str, Any], parents: Sequence[Artifact], *, version: int
+    ) -> bool:
+        return (self.store / stage / f"{slug}-{fingerprint_of(stage, version, config, parents)}" / MANIFEST).is_file()
+
     def expect(
         self, stage: str, slug: str, config: Mapping[str, Any], parents: Sequence[Artifact], size: int
     ) -> Artifact:

@@ -32,12 +32,14 @@ class ComputeConfig:
     precision: str = "float32"  # bfloat16: frozen weights and products; LoRA weights, norms and residual stream float32
     tokens: int | None = None  # padded tokens that pass through a model at once; what suits it when empty
     threads: int | None = None  # torch's own choice when empty
+    save_every: float = 60.0  # seconds of work that a killed process may lose, within an epoch; 0: after each step
 
     def __post_init__(self) -> None:
         one_of("compute.device", self.device, ("auto", "cpu", "cuda"))
         one_of("compute.precision", self.precision, ("float32", "bfloat16"))
         at_least("compute.tokens", self.tokens, 1)
         at_least("compute.threads", self.threads, 1)
+        at_least("compute.save_every", self.save_every, 0)
 
     @property
     def numerics(self) -> dict[str, str]:

@@ -38,6 +38,7 @@ STAGES = ("load", "statistics", "scores", "selection", "finetune", "generate", "
 
 
 SCORES_BY_TASK = ("less", "rds_plus", "sbert")  # scorers with a score for each task of the target set
+OBJECTIVES = {"pws": "judge", "accuracy": "generate", "heldout_loss": "finetune"}  # and the stage that gives each
 RATERS = ("verifier", "local", "openai")  # judges that can grade one example
 
 
@@ -63,6 +64,7 @@ class Config:
     seed: int = 0  # proxy ensemble and target
     stop_after: str | None = None  # a stage's name ends the line there
     plan: bool = False  # show what is done and what is to do, and do nothing
+    objective: str = "pws"  # what a search (hydra/sweeper=optuna) looks at: pws, accuracy, or heldout_loss to minimize
     artifacts: str = "artifacts"  # folder of finished work, shared by all runs
 
     def __post_init__(self) -> None:
@@ -72,9 +74,15 @@ class Config:
             )
         one_of("budget_base", self.budget_base, ("accepted", "scored"))
         at_least("seed", self.seed, 0)
+        one_of("objective", self.objective, tuple(OBJECTIVES))
         if self.stop_after is not None:
             one_of("stop_after", self.stop_after, STAGES)
         self._check_ensemble()
+        if self.proxy.shard is not None and self.stop_after != "statistics":
+            raise ConfigError(
+                f"proxy.shard={self.proxy.shard} collects one of {self.proxy.shards} shards and ends there, but "
+                f"stop_after={self.stop_after}; add stop_after=statistics, or leave proxy.shard empty (null)"
+            )
         self._check_screening()
         self._check_candidates()
         self._check_turns()
@@ -102,6 +110,16 @@ class Config:
     def reaches(self, stage: str) -> bool:
         """Whether a run with this config comes as far as `stage`."""
         return self.stop_after is None or STAGES.index(stage) <= STAGES.index(self.stop_after)
+
+    def check_objective(self) -> None:
+        """Refuse a search that would never see its objective."""
+        if self.plan:
+            raise ConfigError("plan=true shows no search, whose jobs follow from results; plan one job, or a sweep")
+        if not self.reaches(OBJECTIVES[self.objective]):
+            raise ConfigError(
+                f"objective={self.objective} is known after {OBJECTIVES[self.objective]}, but "
+                f"stop_after={self.stop_after}; take a later stage, or another objective"
+            )
 
     @property
     def _scores_without_proxy(self) -> bool:

@@ -92,12 +92,22 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"model": ModelConfig},
 }
 
+REPLACED = {  # settings of Hydra's plugins in whose place those of `conf/hydra/` stand
+    "launcher": ("joblib", "submitit_local", "submitit_slurm", "ray"),
+    "sweeper": ("optuna",),
+}
+
 
 def register_schemas() -> None:
-    """Make the dataclasses known to Hydra as `schema/<group>/<variant>`."""
+    """Make the dataclasses known to Hydra as `schema/<group>/<variant>`, and forget what `conf/hydra/` replaces."""
     from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
 
     store = ConfigStore.instance()
+    Plugins.instance()  # the first call loads the plugins, which store their own settings
+    for group, choices in REPLACED.items():
+        for choice in choices:  # Hydra wants a choice from one source alone
+            store.repo["hydra"].get(group, {}).pop(f"{choice}.yaml", None)
     store.store(name="schema", node=Config)
     for group, variants in SCHEMAS.items():
         for name, node in variants.items():

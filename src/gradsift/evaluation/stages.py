@@ -48,6 +48,7 @@ from gradsift.evaluation.metrics import change, check_wordnet, measure, read_wor
 from gradsift.evaluation.pws import read_pws, summarise, write_pws
 from gradsift.evaluation.reply_cache import ReplyCache
 from gradsift.evaluation.spending import Terms
+from gradsift.journal import Journal
 from gradsift.runtime import Runtime
 from gradsift.sources import Source
 from gradsift.training.backbones import Backbone, backbone, load_backbone
@@ -126,6 +127,7 @@ def generate(
                 max_new_tokens=config.max_new_tokens,
                 batch_size=config.batch_size,
                 progress=advance,
+                journal=Journal(folder, runtime.compute.save_every),
             )
         write_model_outputs(folder / OUTPUTS_FILE, model_outputs(items, answers, generator))
         return {"rows": len(items)}
@@ -278,7 +280,7 @@ def reference_losses(
         ]
         model = load_tuned(runtime, config, target, tuned)
         by_set: dict[str, list[float]] = {}
-        for rows, losses in _losses(runtime, config, model, examples, "loss of the reference answers"):
+        for rows, losses in _losses(runtime, config, model, examples, folder, "loss of the reference answers"):
             for row, loss in zip(rows.tolist(), losses.tolist(), strict=True):
                 by_set.setdefault(known[row].benchmark, []).append(loss)
         return {"rows": len(known), "losses": {name: sum(found) / len(found) for name, found in by_set.items()}}
@@ -324,7 +326,7 @@ def heldout_loss(
     def make(folder: Path) -> Mapping[str, Any]:
         model = load_tuned(runtime, config, target, tuned)
         total, count = 0.0, 0
-        for _, losses in _losses(runtime, config, model, heldout_of(loaded), "held-out loss"):
+        for _, losses in _losses(runtime, config, model, heldout_of(loaded), folder, "held-out loss"):
             total += float(losses.sum())
             count += len(losses)
         if not count:
@@ -344,7 +346,7 @@ def heldout_loss_of(made: Artifact | None) -> float | None:
 
 
 def _losses(
-    runtime: Runtime, config: TargetConfig, model: Backbone, examples: Sequence[Example], purpose: str
+    runtime: Runtime, config: TargetConfig, model: Backbone, examples: Sequence[Example], folder: Path, purpose: str
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Positions in `examples` and mean NLL of a response token, batch by batch; those without one are left out."""
     limit = min(config.max_length, model.context)
@@ -359,7 +361,8 @@ def _losses(
             batch = collate(batch_examples, model.pad_id).to(device)
             return batch.rows, response_losses(batch)
 
-        for passed, results in budget.passes(encoded, losses_of):
+        journal = Journal(folder, runtime.compute.save_every)
+        for passed, results in budget.passes(encoded, losses_of, journal):
             for rows, losses in results:
                 require_finite(purpose, rows, losses, row_indices)
                 found.append((rows.cpu(), losses.cpu()))

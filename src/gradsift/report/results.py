@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.artifacts import Artifact, Store
+from gradsift.config import ProxyConfig
 from gradsift.data.load import SPOILT, Labels, labels_of
 from gradsift.data.verifiable import effective_families
 from gradsift.diagnostics import read_diagnostics
@@ -45,6 +46,13 @@ class Results:
         self.values["data"] = dict(artifact.info)
         if artifact.info["rejected"]:
             self.files["rejected rows"] = str(artifact.file("rejected.jsonl"))
+
+    def collected(self, proxy: ProxyConfig, missing: Sequence[int]) -> None:
+        """One shard of the norms is there; `missing` are those that other jobs have not yet made."""
+        self.values["shards"] = {"collected": proxy.shard, "of": proxy.shards, "missing": list(missing)}
+        said = f"  shard {proxy.shard} of {proxy.shards} is collected (they count from 0); "
+        said += f"still missing: {', '.join(map(str, missing))}; " if missing else "none is missing; "
+        self.store.say(said + "the same command without proxy.shard goes on with all of them")
 
     def scored(self, artifact: Artifact) -> None:
         statuses = {k: v for k, v in artifact.info.items() if k not in ("rows", *_COUNTS)}
@@ -137,6 +145,12 @@ class Results:
             curves = [entry for artifact in chain for entry in read_curve(artifact.path)]
             self.tracker.curve(f"member_{number}", [entry | {"batch": index} for index, entry in enumerate(curves)])
 
+    def value_of(self, objective: str) -> float | None:
+        """The pooled PWS, or the tuned target's accuracy or held-out loss; None where the run has none."""
+        found = self.values.get(objective)
+        value = found.get("model") if isinstance(found, dict) else found
+        return None if value is None else float(value)
+
     def finish(self, status: str, error: str | None = None) -> None:
         """Write `run.json` and the summary; `status` is finished, stopped, failed or interrupted."""
         memory, stages = peak_memory(), self.store.records_as_dicts()
@@ -147,6 +161,7 @@ class Results:
             "memory": memory,
             "work": work_of(stages),
             "stages": stages,
+            **({"reused_from": sorted(self.store.other_code)} if self.store.other_code else {}),
             "pws": None,
             **self.values,
             "files": self.files,

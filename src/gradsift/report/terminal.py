@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.table import Table
 from rich.text import Text
 
@@ -145,8 +146,12 @@ def _show_audit(jobs: Sequence[tuple[Path, dict[str, Any]]], display: Display, f
     return True
 
 
-def sweep_finished(folder: Path) -> bool:
-    """Print the sweep's table, write `results.csv`; False if a job failed."""
+def sweep_finished(folder: Path, jobs: Sequence[Sequence[str]] | None = None) -> bool:
+    """Print the sweep's table, write `results.csv`; False if a job failed or left no word.
+
+    Args:
+        jobs: the overrides of every job; None where nobody knew them beforehand.
+    """
     display = Display()
     files = sorted(folder.glob(f"*/{RUN_FILE}"), key=_job_number)
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in files]
@@ -173,7 +178,34 @@ def sweep_finished(folder: Path) -> bool:
         display.console.print(work_table(by_stage))
     if _show_audit(list(zip(files, runs, strict=True)), display, folder):
         display.say(f"\naudit: {folder / 'audit.md'}")
+    if best := _best_trial(folder):
+        display.say(f"best trial: {best}")
     display.say(f"runs: {folder}")
     for path, run in failed:
         display.say(f"failed: {path.parent.name} ({shlex.join(run['overrides'])}): {run['error']}")
-    return not failed
+    silent = _silent(folder, files, jobs)
+    for job in silent:
+        display.say(f"failed: {job}: it left no {RUN_FILE}, so its process was killed or is still at work")
+    return not failed and not silent
+
+
+def _silent(folder: Path, files: Sequence[Path], jobs: Sequence[Sequence[str]] | None) -> list[str]:
+    """The jobs that left no `run.json`: those that began and, where all are known, those that never did."""
+    spoken = {path.parent for path in files}
+    begun = {path.parent for path in folder.glob("*/.hydra")} - spoken
+    silent = {_job_number(path / RUN_FILE): path.name for path in begun}
+    numbers = {_job_number(path / RUN_FILE)[0] for path in begun | spoken}
+    for number, overrides in enumerate(jobs or ()):
+        if number not in numbers:
+            silent[(number, "")] = f"{number} ({shlex.join(overrides)})"
+    return [silent[key] for key in sorted(silent)]
+
+
+def _best_trial(folder: Path) -> str | None:
+    """What a search found, in one line; None after a plain sweep."""
+    path = folder / "optimization_results.yaml"
+    if not path.is_file():
+        return None
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    params = " ".join(f"{key}={value}" for key, value in found["best_params"].items())
+    return f"{params}: {found['best_value']:.4g}"

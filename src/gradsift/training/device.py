@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from gradsift.cost import passed
 from gradsift.data.batching import by_length
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
+from gradsift.journal import Journal
 
 T = TypeVar("T")
 _GPU_TOKENS = 16384
@@ -61,15 +63,22 @@ class TokenBudget:
             self._halve(lengths)  # here, where the failed pass is no longer held by the exception
 
     def passes(
-        self, examples: Sequence[Encoded], work: Callable[[list[Encoded]], T]
+        self, examples: Sequence[Encoded], work: Callable[[list[Encoded]], T], journal: Journal | None = None
     ) -> Iterator[tuple[list[Encoded], list[T]]]:
-        """The examples in groups of like length, and what `work` made of each batch that a group took."""
+        """The examples in groups of like length, and what `work` made of each batch that a group took.
+
+        Args:
+            journal: keeps what `work` returns, so that an interrupted pass goes on after its last group.
+        """
+        kept = journal or Journal()
         for group in by_length(examples, self.tokens):
 
             def batch_by_batch(tokens: int, group: list[Encoded] = group) -> list[T]:
                 return [work(batch) for batch in by_length(group, tokens)]
 
-            yield group, self.run(batch_by_batch, [len(example.input_ids) for example in group])
+            lengths = [len(example.input_ids) for example in group]
+            rows = [example.row for example in group]
+            yield group, kept.once(rows, functools.partial(self.run, batch_by_batch, lengths))
 
     def _halve(self, lengths: Sequence[int]) -> None:
         longest = max(lengths)

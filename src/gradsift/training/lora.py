@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -120,18 +120,30 @@ def load_adapter(adapted: Any, folder: Path) -> None:
         raise ConfigError(f"the adapter in {folder.name} does not fit this model: {outcome.unexpected_keys[0]}")
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], path: Path) -> None:
-    """Write the optimiser's state as `<kind>:<parameter>` tensors (safetensors)."""
-    tensors = {}
-    for name, parameter in parameters.items():
-        for kind, value in optimizer.state[parameter].items():
-            tensors[f"{kind}:{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    save_file(tensors, path)
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The optimiser's state, as `<kind>:<parameter>`."""
+    return {
+        f"{kind}:{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for name, parameter in parameters.items()
+        for kind, value in optimizer.state[parameter].items()
+    }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], path: Path) -> None:
-    """Restore what `save_optimizer` wrote; the state moves to each parameter's device."""
-    for key, value in load_file(path).items():
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Restore what `optimizer_tensors` gave; the state moves to each parameter's device."""
+    for key, value in tensors.items():
         kind, name = key.split(":", 1)
         parameter = parameters[name]
         optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], path: Path) -> None:
+    """Write the optimiser's state (safetensors)."""
+    save_file(optimizer_tensors(optimizer, parameters), path)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], path: Path) -> None:
+    """Restore what `save_optimizer` wrote."""
+    restore_optimizer(optimizer, parameters, load_file(path))

@@ -23,7 +23,7 @@ from gradsift.training import lora
 from gradsift.training.backbones import Backbone, load_backbone
 from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
-from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, fit
+from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, fit, step_counts
 
 VERSION = 2
 
@@ -125,10 +125,11 @@ def train_target(
             compute=runtime.compute,
             row_indices=[example.row_index for example in chosen],
             callbacks=[ShowProgress(advance)],
+            folder=folder,
         )
     lora.save_adapter(adapted, folder / "adapter")
     write_curve(folder, module.curve)
-    return {"optimizer_steps": steps, "rows": len(encoded), "tokens": sum(int(e["tokens"]) for e in module.curve)}
+    return {**step_counts(module, steps), "rows": len(encoded), "tokens": sum(int(e["tokens"]) for e in module.curve)}
 
 
 def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str) -> None:

@@ -216,7 +216,7 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     view.starting(overrides)
     from gradsift.artifacts import Store
     from gradsift.evaluation.judges import DryRun
-    from gradsift.pipeline import prepare, run, settings_of
+    from gradsift.pipeline import plan, prepare, run, settings_of
     from gradsift.report.results import Results
     from gradsift.runtime import Runtime
     from gradsift.tracking import Tracker
@@ -224,6 +224,10 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     prepare(config)
     view.settings(settings_of(config))
     (folder / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.create(dump_config(config))), encoding="utf-8")
+    if config.plan:
+        plan(config, view.display, folder, _about(config, overrides))
+        view.planned(folder, in_sweep=sweep is not None)
+        return None
     store = Store(Path(config.artifacts), view.display.say, view.stage_done)
     about = _about(config, overrides)
     with Tracker(config.tracker, folder, sweep, about) as tracker:

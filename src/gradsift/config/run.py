@@ -63,6 +63,7 @@ class Config:
     budget_base: str = "accepted"  # alpha's base: all accepted rows, or those that got a score
     seed: int = 0  # proxy ensemble and target
     stop_after: str | None = None  # a stage's name ends the line there
+    plan: bool = False  # show what is done and what is to do, and do nothing
     objective: str = "pws"  # what a search (hydra/sweeper=optuna) looks at: pws, accuracy, or heldout_loss to minimize
     artifacts: str = "artifacts"  # folder of finished work, shared by all runs
 
@@ -112,6 +113,8 @@ class Config:
 
     def check_objective(self) -> None:
         """Refuse a search that would never see its objective."""
+        if self.plan:
+            raise ConfigError("plan=true shows no search, whose jobs follow from results; plan one job, or a sweep")
         if not self.reaches(OBJECTIVES[self.objective]):
             raise ConfigError(
                 f"objective={self.objective} is known after {OBJECTIVES[self.objective]}, but "

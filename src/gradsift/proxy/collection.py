@@ -44,7 +44,8 @@ def collect(
     def make(folder: Path) -> Mapping[str, Any]:
         return on_all_ranks(runtime, folder, collect_rows, config, load(), member, epoch, weights, shard)
 
-    return runtime.store.obtain(**_identity(runtime, config, member, epoch, weights, shard), make=make)
+    size = -(-(weights.size or 0) // config.shards)
+    return runtime.store.obtain(**_identity(runtime, config, member, epoch, weights, shard), make=make, size=size)
 
 
 def collect_rows(

@@ -16,6 +16,7 @@ from gradsift.data.batching import epoch_batches
 from gradsift.data.examples import Example
 from gradsift.data.tokens import EncodeReport, encode
 from gradsift.errors import GradsiftError
+from gradsift.planning import Planned
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora
 from gradsift.training.backbones import Backbone, load_backbone
@@ -49,6 +50,15 @@ def finetune(
 
     slug, size = f"{config.name}-{len(chosen)}rows", passes(config, len(chosen))
     return runtime.store.obtain("finetune", slug, settings, [target, loaded], make, version=VERSION, size=size)
+
+
+def expected_finetune(
+    runtime: Runtime, config: TargetConfig, target: Artifact, loaded: Artifact, selection: Planned, rows: int
+) -> Artifact:
+    """The finetune on a selection that is not made yet, for a plan; `rows` are its examples at most."""
+    settings = finetune_settings(runtime, config) | {"selection": selection.fingerprint}
+    slug, parents = f"{config.name}-{rows}rows", [target, loaded, selection]
+    return selection.planner.expect("finetune", slug, settings, parents, passes(config, rows))
 
 
 def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:

@@ -1,0 +1,26 @@
+"""What every HTML page of ours is made with: templates that escape, and texts that a page can hold."""
+
+from __future__ import annotations
+
+import re
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f]")
+
+
+def templates(package: str, folder: str) -> Environment:
+    """The templates in a package's folder; every value is escaped, and a name that is not given is an error."""
+    return Environment(
+        loader=PackageLoader(package, folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def presentable(text: str) -> str:
+    """`text` with U+FFFD for what no page can hold: control characters and half surrogate pairs."""
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return _CONTROL.sub("\ufffd", whole.replace("\r\n", "\n").replace("\r", "\n"))

@@ -23,7 +23,7 @@ os.environ |= {
     "WANDB_ERROR_REPORTING": "false",
     "TOKENIZERS_PARALLELISM": "false",
 }
-SMOKE = ("experiment=smoke", "tracker=none", "compute.threads=1")
+SMOKE = ("experiment=smoke", "tracker=none", "compute.threads=1", "report=false")
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

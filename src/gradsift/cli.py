@@ -185,6 +185,7 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     from gradsift.artifacts import Store
     from gradsift.evaluation.judges import DryRun
     from gradsift.pipeline import plan_of, prepare, run
+    from gradsift.report.automatic import report_at_end
     from gradsift.report.results import Results
     from gradsift.runtime import Runtime
     from gradsift.tracking import Tracker
@@ -193,6 +194,7 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     view.plan(plan_of(config))
     (folder / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.create(dump_config(config))), encoding="utf-8")
     store = Store(Path(config.artifacts), view.display.say, view.stage_done)
+    reports = config.report and sweep is None
     about = _about(config, overrides)
     with Tracker(config.tracker, folder, sweep, about) as tracker:
         results = Results(folder, tracker, store, about)
@@ -205,9 +207,13 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
             results.finish("failed" if isinstance(error, Exception) else "interrupted", str(error))
             if isinstance(error, Exception):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
+                if reports and store.records:
+                    report_at_end(folder, view.display)
             raise
         results.finish("stopped" if config.stop_after or results.ends_early else "finished")
     view.finished(folder, in_sweep=sweep is not None)
+    if reports:
+        report_at_end(folder, view.display)
     pws = results.values.get("pws")
     return None if pws is None else float(pws)
 

@@ -63,6 +63,7 @@ class Config:
     seed: int = 0  # proxy ensemble and target
     stop_after: str | None = None  # a stage's name ends the line there
     artifacts: str = "artifacts"  # folder of finished work, shared by all runs
+    report: bool = True  # report.html at the end of a run; of a sweep one for all of its jobs
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:

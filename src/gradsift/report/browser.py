@@ -66,7 +66,7 @@ class Pool:
 
 
 def pools(material: Material) -> list[Pool]:
-    """The pools that any run selected from. A run without scores or a selection has nothing to show, and is left out."""
+    """The pools that any run selected from; a run without scores or a selection has nothing to show."""
     groups: dict[str, list[Run]] = {}
     for run in material.runs:
         if run.data is not None and run.has("load") and run.has("score") and run.has("select"):

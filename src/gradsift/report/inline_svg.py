@@ -30,7 +30,7 @@ def inline_svg(text: str, name: str, label: str) -> Markup:
     """
     root = ElementTree.fromstring(text)  # noqa: S314 - written by matplotlib a moment ago
     shown = _element(root, name)
-    for key in ("width", "height", "version"):
+    for key in ("height", "version"):  # the height follows from the width that there is room for
         shown.attrib.pop(key, None)
     # what matplotlib's own style sheet says of all elements
     shown.attrib |= {"role": "img", "aria-label": label, "stroke-linejoin": "round", "stroke-linecap": "butt"}
@@ -54,8 +54,6 @@ def _element(source: ElementTree.Element, name: str) -> ElementTree.Element:
                 made.set("href", value)
         elif not key.startswith("{") and not key.lower().startswith("on"):
             made.set(key, _themed(_LOCAL.sub(rf"url(#{name}-\1)", value)))
-    if made.tag == "text" and "fill" not in made.attrib:
-        made.set("fill", "var(--ink)")
     for child in source:
         if isinstance(child.tag, str) and child.tag.removeprefix(_SVG) not in _DROPPED:
             made.append(_element(child, name))

@@ -14,6 +14,7 @@ from rich.text import Text
 from gradsift.artifacts import StageRecord
 from gradsift.diagnostics import write_diagnostics
 from gradsift.report.audit_tables import audit_tables, rich_table, sweep_audit, write_audit
+from gradsift.report.automatic import report_at_end, wanted_by_jobs
 from gradsift.report.tables import against_random, pws_table, write_csv
 from gradsift.runtime import Display
 
@@ -137,7 +138,7 @@ def _show_audit(jobs: Sequence[tuple[Path, dict[str, Any]]], display: Display, f
 
 
 def sweep_finished(folder: Path) -> bool:
-    """Print the sweep's table, write `results.csv`; False if a job failed."""
+    """Print the sweep's table, write `results.csv` and the report; False if a job failed."""
     display = Display()
     files = sorted(folder.glob(f"*/{RUN_FILE}"), key=_job_number)
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in files]
@@ -153,6 +154,8 @@ def sweep_finished(folder: Path) -> bool:
         display.say(f"\ntable: {folder / 'results.csv'}")
     if _show_audit(list(zip(files, runs, strict=True)), display, folder):
         display.say(f"\naudit: {folder / 'audit.md'}")
+    if wanted_by_jobs(folder):
+        report_at_end(folder, display)
     display.say(f"runs: {folder}")
     for path, run in failed:
         display.say(f"failed: {path.parent.name} ({shlex.join(run['overrides'])}): {run['error']}")

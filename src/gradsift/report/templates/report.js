@@ -54,6 +54,10 @@ const END = "\x1e"; // after each example's texts
 const FIELD = "\x1f"; // between an example's fields
 const TYPES = { f4: Float32Array, u4: Uint32Array, u2: Uint16Array, u1: Uint8Array };
 const HEADS = 20; // examples that the views of the best and of the worst show
+const MEANINGS = {
+  G_s: "mean norm, early", G_t: "mean norm, late", V_s: "variance over members, early", V_t: "variance over members, late",
+  loss_s: "mean loss, early", loss_t: "mean loss, late", ifd: "loss ratio with and without the prompt", drop: "fall of the mean norm",
+};
 
 async function unpack(about, packed) {
   const bytes = Uint8Array.from(atob(packed), (one) => one.charCodeAt(0));
@@ -83,8 +87,8 @@ class Pool {
   }
 
   fields(row) {
-    const [prompt, input, response] = this.texts[row].split(FIELD);
-    return { prompt, input, response };
+    const [prompt, input, response, before] = this.texts[row].split(FIELD);
+    return { prompt, input, response, before };
   }
 
   holding(word) {
@@ -154,10 +158,11 @@ class Browser {
     this.rows = new Uint32Array();
     this.active = 0; // place in `rows`
     this.head = 0; // how many are shown at most; 0: all
+    $("examples-ready").hidden = false;
     const changed = () => this.refresh();
     $("query").addEventListener("input", changed);
     for (const id of ["kept", "label", "family", "sort", "other"]) $(id).addEventListener("change", () => { this.leaveView(id); changed(); });
-    $("run").addEventListener("change", () => { this.describe(); changed(); });
+    $("run").addEventListener("change", () => { if (this.pool) this.describe(); changed(); });
     $("pool").addEventListener("change", () => this.show(Number($("pool").value)));
     $("turn").addEventListener("click", () => { this.leaveView("sort"); this.turned = !this.turned; changed(); });
     for (const button of document.querySelectorAll("[data-view]")) button.addEventListener("click", () => this.view(button.dataset.view));
@@ -191,7 +196,6 @@ class Browser {
     }
     this.describe();
     this.view("all");
-    $("examples-ready").hidden = false;
   }
 
   get selection() { return this.pool.about.selections[Number($("run").value)]; }
@@ -212,6 +216,7 @@ class Browser {
   }
 
   view(name) {
+    if (!this.pool) return;
     const set = { all: ["score", false, 0], best: ["score", false, HEADS], worst: ["score", true, HEADS], apart: ["apart", false, 0] }[name];
     if (name !== "all") for (const id of ["query", "kept", "label", "family"]) $(id).value = "";
     [$("sort").value, this.turned, this.head] = set;
@@ -246,12 +251,13 @@ class Browser {
     for (const row of order) without[row] = 0;
     const rest = this.head ? [] : Uint32Array.from({ length: pool.count }, (_, row) => row).filter((row) => without[row]);
     const all = new Uint32Array(order.length + rest.length);
-    all.set(this.turned ? order.toReversed() : order);
+    all.set(this.turned ? order.slice().reverse() : order);
     all.set(rest, order.length);
     return all;
   }
 
   refresh() {
+    if (!this.pool) return; // not unpacked yet
     const { pool, selection } = this;
     const about = pool.about;
     const sought = words($("query").value);
@@ -261,9 +267,13 @@ class Browser {
     const status = pool.column(about.methods[this.method].status);
     const label = $("label").value === "" ? null : [pool.column(about.label), Number($("label").value)];
     const family = $("family").value === "" ? null : [pool.column(about.family), Number($("family").value)];
-    const passes = (row) =>
-      hits.every((hit) => hit[row]) && (kept === "" || (kept === "kept") === (place[row] > 0) && (kept === "kept" || kept === "dropped")
-        || kept === about.statuses[status[row]]) && (!label || label[0][row] === label[1]) && (!family || family[0][row] === family[1]);
+    const tests = hits.map((hit) => (row) => hit[row]);
+    if (kept === "kept") tests.push((row) => place[row]);
+    else if (kept === "dropped") tests.push((row) => !place[row]);
+    else if (kept) tests.push((row) => about.statuses[status[row]] === kept);
+    if (label) tests.push((row) => label[0][row] === label[1]);
+    if (family) tests.push((row) => family[0][row] === family[1]);
+    const passes = (row) => tests.every((test) => test(row));
     let rows = this.ordered().filter(passes);
     if (this.head) rows = rows.subarray(0, this.head);
     this.rows = rows;
@@ -274,7 +284,6 @@ class Browser {
     for (const button of document.querySelectorAll("[data-view]")) button.setAttribute("aria-pressed", String(button.dataset.view === this.named));
     const apart = $("sort").value === "apart";
     $("other").parentElement.hidden = !apart;
-    $("turn").textContent = this.turned ? "\u2191 reversed" : "\u2193 as usual";
     $("turn").setAttribute("aria-pressed", String(this.turned));
     $("found").textContent = `${whole.format(rows.length)} of ${whole.format(pool.count)} examples${about.total > pool.count ? ` (a part of ${whole.format(about.total)})` : ""}`;
     this.draw();
@@ -309,7 +318,7 @@ class Browser {
     made.append(element("span", "rank", rank ? `#${whole.format(rank)}` : "\u2013"), this.badge(row));
     const { prompt, input, response } = pool.fields(row);
     const lines = element("span", "lines");
-    const shown = [prompt || input, response].map((text, line) => {
+    const shown = [[prompt, input].filter(Boolean).join(" \u00b7 "), response].map((text, line) => {
       const one = element("span", line ? "second" : "first");
       one.dir = "auto";
       marked(one, glimpse(text, sought), sought);
@@ -363,23 +372,25 @@ class Browser {
     const { pool, sought } = this;
     const { about } = pool;
     const row = this.rows[this.active];
-    const { prompt, input, response } = pool.fields(row);
+    const { prompt, input, response, before } = pool.fields(row);
     $("detail-name").textContent = `Row ${whole.format(pool.numbers[row])}`;
     const body = $("detail-body");
     body.replaceChildren(this.badge(row));
     if (about.labels.length) body.append(" ", element("span", "badge", about.labels[pool.column(about.label)[row]]));
     if (about.families.length) body.append(" ", element("span", "badge", about.families[pool.column(about.family)[row]]));
     body.append(element("p", "why", this.why(this.selection, row)));
-    for (const [name, text] of [["Prompt", prompt], ["Input", input], ["Response", response]]) {
-      if (!text && name === "Input") continue;
+    for (const [name, text] of [["Earlier turns", before], ["Prompt", prompt], ["Input", input], ["Response", response]]) {
+      if (!text && (name === "Input" || name === "Earlier turns")) continue;
       const shown = element("div", "text");
       shown.dir = "auto";
       marked(shown, text || "(empty)", sought);
       body.append(element("h4", "", name), shown);
     }
+    const hidden = pool.column(about.hidden)[row];
+    if (hidden) body.append(element("p", "soft", `${whole.format(hidden)} more characters are cut here; the data has them.`));
     body.append(element("h4", "", "Under every method"), this.standings(row));
     const values = this.values(row);
-    if (values.length) body.append(element("h4", "", "Values"), table(["value", "", ""], values));
+    if (values.length) body.append(element("h4", "", "Values"), table(["", "value", "of"], values));
   }
 
   standings(row) {
@@ -400,7 +411,7 @@ class Browser {
     for (const method of this.pool.about.methods) for (const [name, column] of method.parts) {
       const key = `${name} ${column}`;
       if (shown.has(key)) shown.get(key)[2] += `, ${method.name}`;
-      else shown.set(key, [name, number(this.pool.column(column)[row]), method.name]);
+      else shown.set(key, [MEANINGS[name] ? `${name}, ${MEANINGS[name]}` : name, number(this.pool.column(column)[row]), method.name]);
     }
     return [...shown.values()];
   }

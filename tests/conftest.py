@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import browser  # noqa: F401 - a fixture
 from endpoint import Endpoint, serving
 
 os.environ |= {

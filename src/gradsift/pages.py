@@ -6,6 +6,7 @@ import re
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+_PATH = re.compile(r"(?<![\w.:/~])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\",;:()\[\]]+[/\\])+(?=[^\s/\\'\",;:()\[\]]+)")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f]")
 
 
@@ -24,3 +25,8 @@ def presentable(text: str) -> str:
     """`text` with U+FFFD for what no page can hold: control characters and half surrogate pairs."""
     whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return _CONTROL.sub("\ufffd", whole.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def portable(text: str) -> str:
+    """`text` without the folders of absolute paths, which say something of the machine and nothing of the run."""
+    return _PATH.sub("\u2026/", text)

@@ -193,7 +193,7 @@ def pack(pool: Pool, most: int = MOST) -> Packed:
     }
     about["texts"] = len(columns.bytes)
     texts = _END.join(_FIELD.join(presentable(text[:CUT]) for text in _fields(one)) for one in examples)
-    packed = gzip.compress(bytes(columns.bytes) + texts.encode("utf-8"), 6, mtime=0)
+    packed = gzip.compress(bytes(columns.bytes) + texts.encode("utf-8"), 4, mtime=0)
     return Packed(pool.name, about, base64.b64encode(packed).decode("ascii"))
 
 
@@ -204,7 +204,11 @@ def held(pool: Pool, most: int) -> np.ndarray:
         return np.arange(count)
     selected = np.zeros(count, bool)
     for selection in pool.selections:
-        selected |= (selection.place > 0) & (selection.place <= most // len(pool.selections))
+        selected |= selection.place > 0
+    if selected.sum() > most:  # of each selection the first
+        selected[:] = False
+        for selection in pool.selections:
+            selected |= (selection.place > 0) & (selection.place <= most // len(pool.selections))
     room = most - int(selected.sum())
     others = np.flatnonzero(~selected)
     evenly = others[np.linspace(0, len(others) - 1, room).astype(int)] if room > 0 else others[:0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def _of_sweep(material: Material) -> tuple[str, list[str], list[Tile]]:
     verdicts, tiles = _best(material)
     failed = sum(run.status in FAILED for run in runs)
     tiles += [
-        Tile("runs finished", f"{len(material.finished)} of {len(runs)}", f"{failed} failed" if failed else ""),
+        Tile("runs finished", f"{len(material.finished)} of {len(runs)}", f"{failed} did not" if failed else ""),
         *_rows(runs),
         Tile("time", duration(sum(run.record.get("seconds", 0.0) for run in runs)), "all runs, one after the other"),
     ]
@@ -152,18 +152,19 @@ def _notes(material: Material) -> Iterator[Note]:
     failed = [run for run in runs if run.status in FAILED]
     if failed and material.is_sweep:
         yield Note("failed", f"{len(failed)} of {len(runs)} runs did not finish; see what is missing.")
-    named: dict[str, list[Mapping[str, Any]]] = {}
+    named: dict[str, list[str]] = {}
     for run in runs:
         for name, found in (run.record.get("diagnostics") or {}).items():
             if found["verdict"] == "warning":
-                named.setdefault(name, []).append(found)
+                where = f"{run.name}: " if material.is_sweep else ""
+                named.setdefault(name, []).append(where + found["message"])
     path = material.folder / DIAGNOSTICS_FILE
     if material.is_sweep and path.is_file():
         beside = read_diagnostics(Path(material.folder))
-        named |= {name: [found] for name, found in beside.items() if found["verdict"] == "warning"}
-    for name, warnings in named.items():
-        where = f" (in {len(warnings)} of {len(runs)} runs; this is the first)" if len(warnings) > 1 else ""
-        yield Note("warning", f"{name}: {warnings[0]['message']}{where}")
+        named |= {name: [found["message"]] for name, found in beside.items() if found["verdict"] == "warning"}
+    for name, messages in named.items():
+        others = f" ({len(messages)} of {len(runs)} runs are warned of; this is the first)" if len(messages) > 1 else ""
+        yield Note("warning", f"{messages[0]} [{name}]{others}")
     told: dict[str, int] = {}
     for run in runs:
         for line in remarks(dict(run.record)):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from rich.table import Table
 
-from gradsift.pages import presentable, templates
+from gradsift.pages import portable, presentable, templates
 from gradsift.report.audit_tables import audit_tables, sweep_audit
 from gradsift.report.browser import CUT, MOST, Packed, pack, pools
 from gradsift.report.figures import FIGURES, Entry, write_figures
@@ -35,7 +34,6 @@ from gradsift.report.text_table import TextTable
 
 REPORT_FILE = "report.html"
 FIGURES_FOLDER, TABLES_FOLDER = "figures", "tables"
-_PATH = re.compile(r"(?<![\w.:/~])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\",;:()\[\]]+[/\\])+(?=[^\s/\\'\",;:()\[\]]+)")
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,8 @@ def write_report(
     no_figure = write_figures(material, to / FIGURES_FOLDER, wanted)
     no_table = write_tables(material, to / TABLES_FOLDER)
     shown = [_shown(entry, to, no_figure.get(entry.name), wanted) for entry in FIGURES]
-    page = render(material, shown, no_table)
+    packed, left_out = _packed(material)
+    page = render(material, shown, no_table, packed, left_out)
     part = to / f".{REPORT_FILE}.part"
     part.write_text(page, encoding="utf-8")
     part.rename(to / REPORT_FILE)
@@ -145,7 +144,7 @@ def _shown(entry: Entry, to: Path, reason: str | None, formats: Iterable[Format]
     files = [f"{FIGURES_FOLDER}/{entry.name}.{form}" for form in formats]
     files += [path for path in [f"{TABLES_FOLDER}/{entry.name}.csv"] if (to / path).is_file()]
     if reason is not None:
-        return Shown(entry, None, portable(reason), False, [])
+        return Shown(entry, None, reason, False, [])
     text = (to / FIGURES_FOLDER / f"{entry.name}.svg").read_text(encoding="utf-8")
     label = f"{entry.title}. {entry.caption}"
     svg = inline_svg(text, entry.name, label)
@@ -161,10 +160,20 @@ def _is_wide(svg: str) -> bool:
 # ------------------------------------------------------------------------------------------- the page
 
 
-def render(material: Material, figures: Sequence[Shown], no_table: Mapping[str, str]) -> str:
-    """The page as HTML."""
+def render(
+    material: Material,
+    figures: Sequence[Shown],
+    no_table: Mapping[str, str],
+    packed: Sequence[Packed],
+    left_out: Sequence[str] = (),
+) -> str:
+    """The page as HTML.
+
+    Args:
+        no_table: reasons of the tables that could not be made.
+        packed, left_out: pools of examples that the page holds, and the names of those that it does not.
+    """
     style, script = (_source(name) for name in ("report.css", "report.js"))
-    packed, left_out = _packed(material)
     values = {
         "style": Markup(style),  # noqa: S704 - our own file
         "script": Markup(script),  # noqa: S704 - our own file
@@ -176,7 +185,7 @@ def render(material: Material, figures: Sequence[Shown], no_table: Mapping[str, 
         "runs_table": _runs_table(material),
         "audits": _audits(material),
         "unfinished": [run for run in material.runs if run.status not in ("finished", "stopped")],
-        "gaps": [portable(gap) for gap in material.gaps],
+        "gaps": material.gaps,
         "pools": packed,
         "left_out": left_out,
         "cut": CUT,
@@ -184,12 +193,32 @@ def render(material: Material, figures: Sequence[Shown], no_table: Mapping[str, 
         "repeat": repeat(material),
         "versions": versions(material),
         "config": _config(material),
-        "portable": portable,
         "folder": material.folder.name,
     }
     environment = templates("gradsift.report", "templates")
-    environment.filters["clean"] = lambda text: presentable(str(text))
+    environment.filters["clean"] = lambda text: presentable(portable(str(text)))
+    environment.filters["breakable"] = lambda text: escape(text).replace("_", Markup("_<wbr>"))
+    environment.globals["groups_of"] = groups_of
     return environment.get_template("report.html").render(values)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring columns of a table that share what stands before the colon of their names."""
+
+    title: str
+    names: list[str]
+
+
+def groups_of(header: Sequence[str]) -> list[Group]:
+    """The groups of all columns but the first; empty where a name has no colon, or none shares anything."""
+    pairs = [name.partition(": ") for name in header[1:]]
+    groups: list[Group] = []
+    for title, _, name in pairs:
+        if not groups or groups[-1].title != title:
+            groups.append(Group(title, []))
+        groups[-1].names.append(name)
+    return groups if all(colon for _, colon, _ in pairs) and len(groups) < len(pairs) else []
 
 
 def sections_of(figures: Sequence[Shown]) -> list[Section]:
@@ -232,7 +261,7 @@ def _packed(material: Material) -> tuple[list[Packed], list[str]]:
 def _table(
     make: Callable[[Material], TextTable], material: Material, reason: str | None
 ) -> tuple[TextTable | None, str]:
-    return (make(material), "") if reason is None else (None, portable(reason))
+    return (make(material), "") if reason is None else (None, reason)
 
 
 def _runs_table(material: Material) -> TextTable | None:
@@ -248,22 +277,17 @@ def _as_text(table: Table) -> TextTable:
 
 def _audits(material: Material) -> list[TextTable]:
     audit = sweep_audit([(run.folder / RUN_FILE, run.record) for run in material.runs])
-    return audit_tables(audit, brief=False) if audit else []
+    return audit_tables(audit, brief=True) if audit else []
 
 
 # ------------------------------------------------------------------------------------- how to repeat it
-
-
-def portable(text: str) -> str:
-    """`text` without the folders of absolute paths, which say something of the machine and nothing of the run."""
-    return _PATH.sub("\u2026/", text)
 
 
 def repeat(material: Material) -> list[str]:
     """Commands that do it again."""
     if not material.is_sweep:
         overrides = material.runs[0].record.get("overrides") or []
-        return [_command(overrides), f"python run.py --replay {shlex.quote(portable(str(material.folder)))}"]
+        return [_command(overrides), f"python run.py --replay {shlex.quote(str(material.folder))}"]
     overrides = _sweep_overrides(material.folder)
     if overrides is not None:
         return [_command(["-m", *overrides])]
@@ -272,8 +296,8 @@ def repeat(material: Material) -> list[str]:
 
 def _command(words: Sequence[str]) -> str:
     if words and str(words[0]).startswith("--replay"):
-        return portable(f"python run.py {words[0]}")
-    return portable(shlex.join(["python", "run.py", *map(str, words)]))
+        return f"python run.py {words[0]}"
+    return shlex.join(["python", "run.py", *map(str, words)])
 
 
 def _sweep_overrides(folder: Path) -> list[str] | None:
@@ -301,5 +325,5 @@ def _config(material: Material) -> str:
         if run.config:
             values: dict[str, Any] = {key: value for key, value in run.config.items() if key != "artifacts"}
             text = yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False, allow_unicode=True, width=100)
-            return portable(f"# {run.name}/{CONFIG_FILE}\n{text}")
+            return f"# {run.name}/{CONFIG_FILE}\n{text}"
     return ""

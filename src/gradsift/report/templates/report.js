@@ -60,7 +60,9 @@ const MEANINGS = {
 };
 
 async function unpack(about, packed) {
-  const bytes = Uint8Array.from(atob(packed), (one) => one.charCodeAt(0));
+  const decoded = atob(packed);
+  const bytes = new Uint8Array(decoded.length);
+  for (let at = 0; at < bytes.length; at++) bytes[at] = decoded.charCodeAt(at);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   const buffer = await new Response(stream).arrayBuffer();
   return new Pool(about, buffer);
@@ -458,12 +460,12 @@ class Browser {
     if (event.key === "/") {
       event.preventDefault();
       $("query").focus();
-      $("examples").scrollIntoView();
+      $("examples").scrollIntoView({ behavior: "instant" });
       return;
     }
     const { top, bottom } = this.list.getBoundingClientRect();
     const step = { j: 1, k: -1 }[event.key];
-    if (step && this.pool && top < innerHeight && bottom > 0) this.move(this.active + step, false);
+    if (step && this.pool && (event.target === this.list || (top < innerHeight && bottom > 0))) this.move(this.active + step, false);
   }
 }
 

@@ -75,8 +75,21 @@ def test_members_and_epochs_are_shared_between_ensembles_and_snapshots(gradsift)
     assert names(gradsift.runs()[-1], reused=False).count("member") == 2  # the third member alone
     assert gradsift(*smoke, "proxy.members=3", "proxy.snapshots=[1,3]") == 0
     assert names(gradsift.runs()[-1], reused=False).count("member") == 3  # the third epoch alone
+    assert names(gradsift.runs()[-1], reused=False).count("norms") == 3
     assert gradsift(*smoke, "proxy.members=2", "proxy.snapshots=[2,3]") == 0
     assert names(gradsift.runs()[-1], reused=False) == ["statistics", "score"]
+
+
+def test_an_epoch_that_no_snapshot_needs_is_trained_and_not_collected(gradsift) -> None:
+    smoke = (*SMOKE, "stop_after=scores", "proxy.members=2")
+    assert gradsift(*smoke, "proxy.snapshots=[1,3]") == 0
+    made = names(gradsift.runs()[-1], reused=False)
+    assert (made.count("member"), made.count("norms")) == (6, 4)
+    assert gradsift(*smoke, "proxy.snapshots=[2,3]") == 0
+    assert names(gradsift.runs()[-1], reused=False) == ["norms", "norms", "statistics", "score"]
+    assert gradsift(*smoke, "proxy.snapshots=[3,4]", "scorer=late_loss") == 0  # asks for the late snapshot alone
+    made = names(gradsift.runs()[-1], reused=False)
+    assert (made.count("member"), made.count("norms")) == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +330,7 @@ def test_an_edited_scorer_of_ones_own_is_not_answered_from_the_store(gradsift) -
     assert "score" in second
 
 
-@pytest.mark.parametrize("moment", ["member", "finetune", "judge"])
+@pytest.mark.parametrize("moment", ["member", "norms", "finetune", "judge"])
 def test_kill_9_loses_nothing_and_changes_nothing(gradsift, moment: str, tmp_path: Path) -> None:
     """The command that was killed, given again, ends with the same bytes as one that was never killed."""
     command = [sys.executable, str(REPOSITORY / "run.py"), *SMOKE]

@@ -137,6 +137,12 @@ class Store:
         self._record(found, reused=True, seconds=time.perf_counter() - started, steps=0)
         return found
 
+    def has(
+        self, stage: str, slug: str, config: Mapping[str, Any], parents: Sequence[Artifact], *, version: int
+    ) -> bool:
+        """Whether `obtain` would find the artifact; its files are not looked into."""
+        return (self.root / stage / f"{slug}-{fingerprint_of(stage, version, config, parents)}" / MANIFEST).is_file()
+
     def _is_ours(self, error: OSError) -> bool:
         """Whether an error is about writing to the store, and not about something that a stage reads elsewhere."""
         if error.errno not in _STORE_ERRORS:

@@ -31,12 +31,15 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
         return
     line.check()
     if config.stop_after == "statistics":
-        line.statistics()
+        if config.proxy.shard is None:
+            line.statistics()
+        else:
+            results.collected(config.proxy, line.collect_shard())
         results.ensemble(line.adapters)
         return
     scored = score(runtime, line.scorer, line.loaded, lambda: line.pool, line.sources, line.diagnose)
     results.scored(scored)
-    if line.has_ensemble:
+    if line.has_norms:
         results.ensemble(line.adapters)
     if config.stop_after == "scores":
         return

@@ -75,6 +75,11 @@ class Config:
         if self.stop_after is not None:
             one_of("stop_after", self.stop_after, STAGES)
         self._check_ensemble()
+        if self.proxy.shard is not None and self.stop_after != "statistics":
+            raise ConfigError(
+                f"proxy.shard={self.proxy.shard} collects one of {self.proxy.shards} shards and ends there, but "
+                f"stop_after={self.stop_after}; add stop_after=statistics, or leave proxy.shard empty (null)"
+            )
         self._check_screening()
         self._check_candidates()
         self._check_turns()

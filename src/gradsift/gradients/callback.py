@@ -1,8 +1,8 @@
-"""The Lightning callback that collects per-sample gradient norms of one epoch.
+"""Per-sample gradient norms of all examples: from the steps of a training epoch, or by a pass at fixed weights.
 
-`epoch_end`: after the epoch every example passes once at the fixed weights theta^(m,e), dropout off.
-This is the paper's g_i^(m,e). `during_training`: the norms come from the training steps' own
-backward passes, at weights that move during the epoch; no extra pass.
+`GradientNorms` is the Lightning callback of `proxy.collect=during_training`: the norms come from the training
+steps' own backward passes, at weights that move during the epoch; no extra pass. `collect_norms` is the pass of
+`proxy.collect=epoch_end`: at the fixed weights theta^(m,e), dropout off, which is the paper's g_i^(m,e).
 """
 
 from __future__ import annotations
@@ -28,44 +28,25 @@ Progress = Callable[[int], None]  # called with the number of examples that are 
 
 
 class GradientNorms(L.Callback):
-    """Collects `norm_A`, `norm_B` and `loss` of every example, in the order of `encoded`."""
+    """Collects `norm_A`, `norm_B` and `loss` of every example while it is trained on, in the order of `encoded`."""
 
-    def __init__(
-        self,
-        adapted: Any,
-        encoded: Sequence[Encoded],
-        collect: str,
-        *,
-        row_indices: Sequence[int],
-        progress: Progress | None = None,
-    ) -> None:
+    def __init__(self, adapted: Any, encoded: Sequence[Encoded], *, row_indices: Sequence[int]) -> None:
         """
         Args:
             row_indices: of the examples that `Encoded.row` counts, in the data's source; for errors.
-            collect: `epoch_end` or `during_training`.
         """
         self._norms = PerSampleNorms(adapted)
-        self._encoded = encoded
-        self._collect = collect
         self._row_indices = row_indices
-        self._progress = progress
         self._collected = Collected(encoded)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        if self._collect == "during_training":
-            module.norms = self._norms.__enter__()
+        module.norms = self._norms.__enter__()
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
-        if self._collect == "during_training":
-            self._collected.add(*(outputs[name] for name in ("rows", "norm_A", "norm_B", "losses")))
+        self._collected.add(*(outputs[name] for name in ("rows", "norm_A", "norm_B", "losses")))
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        if self._collect == "during_training":
-            self._stop(module)
-        else:
-            self._collected = collect_norms(
-                module.model, self._encoded, module.budget, module.pad_id, module.device, self._progress
-            )
+        self._stop(module)
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         self._stop(module)
@@ -87,7 +68,7 @@ class Collected:
     """
 
     def __init__(self, encoded: Sequence[Encoded]) -> None:
-        self._rows = torch.tensor([example.row for example in encoded])
+        self._rows = torch.tensor([example.row for example in encoded], dtype=torch.int64)
         self._places = torch.full((int(self._rows.max()) + 1 if len(encoded) else 0,), -1)  # of a row in `encoded`
         self._places[self._rows] = torch.arange(len(encoded))
         self._values = torch.full((len(COLUMNS), len(encoded)), torch.nan)

@@ -8,6 +8,7 @@ said (`Material.gaps`, `Missing`) and never guessed.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +29,7 @@ from gradsift.report.tables import with_settings
 from gradsift.scoring.scores import Scores
 from gradsift.scoring.stage import scores_of
 from gradsift.selection.stage import positions_of
-from gradsift.training.curves import read_curve
+from gradsift.training.curves import TRAJECTORY_FILE, read_curve, read_trajectory
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
@@ -67,9 +68,14 @@ class Run:
         return self.record.get("error")
 
     @property
+    def is_full(self) -> bool:
+        """Whether this is the full-data run."""
+        return bool(self.record["scorer"] == "full")
+
+    @property
     def alpha(self) -> float:
         """The share that is selected; 1 for the full-data run, which ignores the option."""
-        return 1.0 if self.record["scorer"] == "full" else float(self.record["alpha"])
+        return 1.0 if self.is_full else float(self.record["alpha"])
 
     @property
     def data(self) -> str | None:
@@ -161,14 +167,6 @@ class Material:
                 gaps.append(f"{run.name}: {run.lost[0]}{more} are not in the store any more")
         return gaps
 
-    def datasets(self) -> dict[str, list[Run]]:
-        """Runs that came as far as a selection, by the data that they selected from."""
-        found: dict[str, list[Run]] = {}
-        for run in self.runs:
-            if run.data is not None and run.has("select") and run.record["scorer"] != "full":
-                found.setdefault(run.data, []).append(run)
-        return found
-
     def _read(self, reader: Callable[[Artifact], T], artifact: Artifact) -> T:
         key = (reader, artifact.path)
         if key not in self._kept:
@@ -213,6 +211,33 @@ class Material:
         """Training of each adapter, epoch after epoch."""
         return [[entry for artifact in chain for entry in self._read(_curve, artifact)] for chain in self.members(run)]
 
+    def norms(self, run: Run, epoch: int) -> list[list[Artifact]]:
+        """The members' gradient norms after an epoch, as [member][shard]; for `read_norms` and `compute_statistics`."""
+        found: dict[int, list[Artifact]] = {}
+        if (run.config.get("proxy") or {}).get("collect") == "during_training":
+            return [[chain[epoch - 1]] for chain in self.members(run)]
+        run.one("norms")
+        for artifact in run.artifacts["norms"]:
+            named = re.match(r"m(\d+)-e(\d+)-", artifact.path.name)
+            if named and int(named[2]) == epoch:
+                found.setdefault(int(named[1]), []).append(artifact)
+        if not found:
+            raise Missing(f"{run.name}: no norms were collected after epoch {epoch}")
+        return [shards for _, shards in sorted(found.items())]
+
+    def trajectories(self, run: Run) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each adapter: optimiser steps (P,) and points (P, D) of its way through all epochs."""
+        ways = []
+        for chain in self.members(run):
+            for artifact in chain:
+                if not artifact.file(TRAJECTORY_FILE).is_file():
+                    raise Missing(
+                        f"{run.name}: the members were trained before their ways were noted; train them again"
+                    )
+            steps, points = zip(*(self._read(_trajectory, artifact) for artifact in chain), strict=True)
+            ways.append((np.concatenate(steps), np.concatenate(points)))
+        return ways
+
     def judgments(self, run: Run) -> list[Judgment]:
         """Every reply of the judge, forward and reverse."""
         return self._read(_judgments, run.one("judge"))
@@ -220,6 +245,10 @@ class Material:
 
 def _curve(artifact: Artifact) -> Curve:
     return read_curve(artifact.path)
+
+
+def _trajectory(artifact: Artifact) -> tuple[np.ndarray, np.ndarray]:
+    return read_trajectory(artifact.path)
 
 
 def _judgments(artifact: Artifact) -> list[Judgment]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.artifacts import Artifact, Store
+from gradsift.config import ProxyConfig
 from gradsift.data.load import SPOILT, Labels, labels_of
 from gradsift.data.verifiable import effective_families
 from gradsift.diagnostics import read_diagnostics
@@ -42,6 +43,13 @@ class Results:
         self.values["data"] = dict(artifact.info)
         if artifact.info["rejected"]:
             self.files["rejected rows"] = str(artifact.file("rejected.jsonl"))
+
+    def collected(self, proxy: ProxyConfig, missing: Sequence[int]) -> None:
+        """One shard of the norms is there; `missing` are those that other jobs have not yet made."""
+        self.values["shards"] = {"collected": proxy.shard, "of": proxy.shards, "missing": list(missing)}
+        said = f"  shard {proxy.shard} of {proxy.shards} is collected (they count from 0); "
+        said += f"still missing: {', '.join(map(str, missing))}; " if missing else "none is missing; "
+        self.store.say(said + "the same command without proxy.shard goes on with all of them")
 
     def scored(self, artifact: Artifact) -> None:
         statuses = {k: v for k, v in artifact.info.items() if k not in ("rows", "optimizer_steps")}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from gradsift.report.figures.style import INK, Looks, legend, panels, styled
-from gradsift.report.material import Material, Missing, Run
+from gradsift.report.figures.groups import MOST_LINES, by_method, middle_alpha, reached
+from gradsift.report.figures.style import INK, Look, Looks, legend, panels, styled
+from gradsift.report.material import Material, Run
 
 _POINTS = 400  # a line needs no more
+ALL = "all rows"
 _SMOOTH = 0.05  # share of the steps that a running mean spans
 
 
@@ -29,10 +31,10 @@ def convergence(material: Material) -> Figure:
         figure, (by_step, by_token) = panels(2, height=3.4)
         looks = Looks(curves)
         for name, (tokens, loss) in curves.items():
-            style = {"color": INK} if name == "all rows" else {"color": looks.colour(name)}
+            look: Look = {"color": INK} if name == ALL else {"color": looks.colour(name)}
             keep = np.unique(np.linspace(0, len(loss) - 1, min(_POINTS, len(loss))).astype(int))
-            by_step.plot(keep + 1, loss[keep], label=name, linestyle=looks.dash(name), **style)
-            by_token.plot(tokens[keep], loss[keep], label=name, linestyle=looks.dash(name), **style)
+            by_step.plot(keep + 1, loss[keep], label=name, linestyle=looks.dash(name), **look)
+            by_token.plot(tokens[keep], loss[keep], label=name, linestyle=looks.dash(name), **look)
         by_step.set(xlabel="optimiser steps", ylabel="training loss (nats a token)")
         # equal compute: no line goes beyond where the shortest one ends
         by_token.set(xlabel="tokens", xlim=(0, min(tokens[-1] for tokens, _ in curves.values())))
@@ -43,19 +45,14 @@ def convergence(material: Material) -> Figure:
 
 def _curves(material: Material) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """By method: tokens seen and smoothed loss, means over the runs (seeds) at one alpha."""
-    runs = [run for run in material.runs if run.has("finetune")]
-    if not runs:
-        raise Missing("no run came as far as the target's finetune")
-    alphas = sorted({run.alpha for run in runs if run.alpha < 1})
-    alpha = alphas[len(alphas) // 2] if alphas else 1.0
+    runs = reached(material, "finetune", but_full=False)
+    alpha = middle_alpha(runs)
     groups: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for run in runs:
-        if run.alpha in (alpha, 1.0):
-            groups.setdefault("all rows" if run.alpha == 1 else run.method, []).append(_curve(material, run, "model"))
-    if "all rows" not in groups:
-        references = {run.artifacts["finetune"][1].path: run for run in runs if len(run.artifacts["finetune"]) > 1}
-        if references:
-            groups["all rows"] = [_curve(material, run, "reference") for run in references.values()]
+    for method, group in by_method(runs, alpha, MOST_LINES).items():
+        groups[ALL if group[0].is_full else method] = [_curve(material, run, "model") for run in group]
+    references = {run.artifacts["finetune"][1].path: run for run in runs if len(run.artifacts["finetune"]) > 1}
+    if references:
+        groups[ALL] = [_curve(material, run, "reference") for run in references.values()]
     return {name: _mean(curves) for name, curves in groups.items()}
 
 

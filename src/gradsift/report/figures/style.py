@@ -11,9 +11,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 INK = "#1d1e21"  # text and lines
 FAINT = "#6c6e75"  # secondary text, ticks
@@ -24,9 +28,12 @@ ON_LIGHT, ON_DARK = "#000000", "#ffffff"
 # Okabe and Ito's palette without its yellow, which is too light for lines, and its black, which is INK
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#6a51a3")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "++", "---")
+# lines alone: a dot in a hatch is a circle for each in an SVG
+HATCHES = ("", "//", "\\\\", "xx", "--", "||", "++", "/")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 SEQUENTIAL = "cividis"  # made for colour-blind readers
+DIVERGING = LinearSegmentedColormap.from_list("diverging", [COLOURS[1], "#f4f2ee", COLOURS[0]])  # around a middle
+NEUTRAL = "#a9adbb"  # a fill beside colours: all rows, ties, what was reused; seen on white and on black
 
 _SETTINGS: dict[str, Any] = {
     "font.family": "sans-serif",
@@ -64,6 +71,7 @@ _SETTINGS: dict[str, Any] = {
     "svg.hashsalt": "gradsift",
 }
 Format = Literal["png", "svg"]
+Look = dict[str, Any]  # keywords of an artist
 
 
 def styled() -> Any:
@@ -97,16 +105,37 @@ class Looks:
         return DASHES[self._place[name] % len(DASHES)]
 
 
-def legend(figure: Figure, axes: Axes, columns: int = 4) -> None:
-    """The legend of `axes`, below the figure, where it covers nothing."""
-    handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 0:
-        figure.legend(handles, labels, loc="outside lower left", ncols=min(columns, len(labels)))
+def legend(figure: Figure, *axes: Axes) -> None:
+    """The legend of all `axes` below the figure, where it covers nothing; in as many columns as fit."""
+    found: dict[str, Any] = {}
+    for panel in axes:
+        handles, labels = panel.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    if found:
+        width = 0.5 + 0.085 * max(map(len, found))  # inches that a column takes
+        columns = max(1, min(len(found), int(figure.get_figwidth() / width)))
+        figure.legend(list(found.values()), list(found), loc="outside lower left", ncols=columns)
 
 
-def bars_of_cells(values: Sequence[float]) -> list[str]:
-    """Text colours that can be read on the cells of a sequential map, for values from 0 to 1."""
-    return [ON_DARK if value < 0.55 else ON_LIGHT for value in values]
+def plain_log(axis: Axis, numbers: int = 6) -> None:
+    """Plain numbers on a logarithmic axis that spans few decades; powers of ten elsewhere."""
+    low, high = axis.get_view_interval()
+    if high / low < 1000:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=numbers))
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def cells(axes: Axes, shades: np.ndarray, texts: Sequence[Sequence[str]], *, diverging: bool = False) -> None:
+    """A coloured field (rows, columns) of shades from 0 to 1, and a text in each cell; NaN stays empty."""
+    axes.imshow(shades, cmap=DIVERGING if diverging else SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
+    for row, column in np.ndindex(*shades.shape):
+        shade = shades[row, column]
+        is_dark = abs(shade - 0.5) > 0.3 if diverging else shade < 0.55
+        if np.isfinite(shade):
+            colour = ON_DARK if is_dark else ON_LIGHT
+            axes.text(column, row, texts[row][column], ha="center", va="center", color=colour)
+    axes.grid(False)
 
 
 def bytes_of(figure: Figure, form: Format) -> bytes:

@@ -341,7 +341,10 @@ def test_absolute_folders_are_left_out_and_nothing_else(text: str, shown: str) -
 
 def test_a_table_is_grouped_where_columns_share_a_heading() -> None:
     groups = groups_of(["place", "0.1: gsnr", "0.1: random", "0.2: gsnr"])
-    assert [(group.title, group.names) for group in groups] == [("0.1", ["gsnr", "random"]), ("0.2", ["gsnr"])]
+    assert [(group.title, group.names) for group in groups] == [
+        ("alpha 0.1", ["gsnr", "random"]),
+        ("alpha 0.2", ["gsnr"]),
+    ]
     assert groups_of(["scorer", "alpha", "PWS"]) == []
     assert groups_of(["place", "0.1: gsnr", "0.2: gsnr"]) == []
 

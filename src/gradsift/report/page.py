@@ -49,23 +49,31 @@ class Shown:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page, in reading order; its figures are those of a module of `figures/`."""
+    """A part of the page, in reading order; its figures are those of modules of `figures/`."""
 
     id: str
     name: str  # in the navigation
     title: str
     lead: str
-    module: str = ""
+    modules: tuple[str, ...] = ()
     figures: Sequence[Shown] = ()
 
 
 SECTIONS = (
     Section(
+        "results",
+        "Results",
+        "What came out",
+        "PWS is 1 + (wins - losses) / pairs against the model tuned on all rows: above 1, the selection trains the "
+        "better model.",
+        ("results",),
+    ),
+    Section(
         "sensitivity",
         "Sensitivity",
         "Does the result hang on the settings?",
         "The size of the ensemble, its snapshots, eps and the seed are choices; a result that turns with them is none.",
-        "sensitivity",
+        ("sensitivity",),
     ),
     Section(
         "convergence",
@@ -73,35 +81,43 @@ SECTIONS = (
         "Does the target learn faster from a selection?",
         "The target's training loss at equal compute. A low training loss can also mean easy rows: read it beside the "
         "held-out loss and the PWS.",
-        "convergence",
+        ("convergence",),
     ),
     Section(
         "selection",
         "Selection",
         "What is selected, and by what?",
         "How the scores spread, what stands behind them, and how far the methods agree.",
-        "selection",
+        ("scores", "selection"),
+    ),
+    Section(
+        "audit",
+        "Noise audit",
+        "Does a score keep known corruption out?",
+        "A method is of use on this data where the spoilt share of its selection lies below that of all rows by more "
+        "than a random draw varies.",
+        ("audit",),
     ),
     Section(
         "ensemble",
         "Ensemble",
         "Do the members of the ensemble differ?",
         "The variance in the score is one over members. Where they collapse into one, it says nothing.",
-        "ensemble",
+        ("ensemble",),
     ),
     Section(
         "judge",
         "Judge",
         "What did the judge say, and what moved it?",
         "Each pair was judged in both orders. A judge that follows the place or the length of an answer is a poor one.",
-        "judge",
+        ("judge",),
     ),
     Section(
         "cost",
         "Cost",
         "What did it cost?",
         "Time by stage, and what was found in the store and not computed again.",
-        "cost",
+        ("cost",),
     ),
 )
 
@@ -154,7 +170,7 @@ def _shown(entry: Entry, to: Path, reason: str | None, formats: Iterable[Format]
 def _is_wide(svg: str) -> bool:
     """Whether a figure needs the page's whole width."""
     width = svg.partition('viewBox="0 0 ')[2].partition(" ")[0]  # points
-    return float(width) > 400
+    return float(width) > 450  # two narrower ones stand side by side
 
 
 # ------------------------------------------------------------------------------------------- the page
@@ -204,19 +220,19 @@ def render(
 
 @dataclass(frozen=True)
 class Group:
-    """Neighbouring columns of a table that share what stands before the colon of their names."""
+    """Neighbouring columns of a table, named `ALPHA: METHOD`, that share their alpha."""
 
     title: str
     names: list[str]
 
 
 def groups_of(header: Sequence[str]) -> list[Group]:
-    """The groups of all columns but the first; empty where a name has no colon, or none shares anything."""
+    """The groups of all columns but the first; empty where these are named otherwise, or none shares its alpha."""
     pairs = [name.partition(": ") for name in header[1:]]
     groups: list[Group] = []
     for title, _, name in pairs:
-        if not groups or groups[-1].title != title:
-            groups.append(Group(title, []))
+        if not groups or groups[-1].title != f"alpha {title}":
+            groups.append(Group(f"alpha {title}", []))
         groups[-1].names.append(name)
     return groups if all(colon for _, colon, _ in pairs) and len(groups) < len(pairs) else []
 
@@ -224,9 +240,12 @@ def groups_of(header: Sequence[str]) -> list[Group]:
 def sections_of(figures: Sequence[Shown]) -> list[Section]:
     """The sections with their figures; those of a module without a section stand in the last one."""
     by_module: dict[str, list[Shown]] = {}
-    for shown in figures:
+    for shown in sorted(figures, key=lambda shown: shown.svg is None):  # those that are there first
         by_module.setdefault(shown.entry.draw.__module__.rpartition(".")[2], []).append(shown)
-    found = [replace(section, figures=by_module.pop(section.module, [])) for section in SECTIONS]
+    found = [
+        replace(section, figures=[shown for name in section.modules for shown in by_module.pop(name, [])])
+        for section in SECTIONS
+    ]
     rest = [shown for group in by_module.values() for shown in group]
     return [*found, Section("more", "More", "More figures", "", figures=rest)] if rest else found
 

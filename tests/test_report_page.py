@@ -251,7 +251,7 @@ def test_every_figure_is_there_or_says_why_not(sweep: Made, opened: Any) -> None
 @NEEDS_CHROMIUM
 def test_the_head_and_the_failures_are_told(sweep: Made, opened: Any) -> None:
     head = opened.inner_text("#headline")
-    assert "6 runs: 4 methods, 2 budgets" in head
+    assert "6 runs: 3 methods, 2 budgets, 1 seed" in head
     assert "superfilter at 25 %" in head
     assert "1.230 [1.100, 1.400]" in head
     assert "gsnr matches or beats superfilter in 0 of 2 cells" in head

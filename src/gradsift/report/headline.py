@@ -50,10 +50,11 @@ def headline(material: Material) -> Headline:
 
 def _of_sweep(material: Material) -> tuple[str, list[str], list[Tile]]:
     runs = material.runs
+    known = [run for run in runs if "variant" in run.record]  # the others failed before they said what they were
     parts = [
-        counted(len({run.method for run in runs}), "method"),
-        counted(len({run.alpha for run in runs if run.record["scorer"] != "full"}), "budget"),
-        counted(len({(run.record.get("data_seed"), run.record.get("seed")) for run in runs}), "seed"),
+        counted(len({run.method for run in known}), "method"),
+        counted(len({run.alpha for run in known if run.record["scorer"] != "full"}), "budget"),
+        counted(len({(run.record.get("data_seed"), run.record.get("seed")) for run in known}), "seed"),
     ]
     verdicts, tiles = _best(material)
     failed = sum(run.status in FAILED for run in runs)
@@ -62,7 +63,8 @@ def _of_sweep(material: Material) -> tuple[str, list[str], list[Tile]]:
         *_rows(runs),
         Tile("time", duration(sum(run.record.get("seconds", 0.0) for run in runs)), "all runs, one after the other"),
     ]
-    return f"{counted(len(runs), 'run')}: {', '.join(parts)}", verdicts, tiles
+    title = counted(len(runs), "run")
+    return f"{title}: {', '.join(parts)}" if known else title, verdicts, tiles
 
 
 def _best(material: Material) -> tuple[list[str], list[Tile]]:

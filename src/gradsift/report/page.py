@@ -243,11 +243,19 @@ def sections_of(figures: Sequence[Shown]) -> list[Section]:
     for shown in sorted(figures, key=lambda shown: shown.svg is None):  # those that are there first
         by_module.setdefault(shown.entry.draw.__module__.rpartition(".")[2], []).append(shown)
     found = [
-        replace(section, figures=[shown for name in section.modules for shown in by_module.pop(name, [])])
+        replace(section, figures=_laid_out([shown for name in section.modules for shown in by_module.pop(name, [])]))
         for section in SECTIONS
     ]
     rest = [shown for group in by_module.values() for shown in group]
-    return [*found, Section("more", "More", "More figures", "", figures=rest)] if rest else found
+    return [*found, Section("more", "More", "More figures", "", figures=_laid_out(rest))] if rest else found
+
+
+def _laid_out(figures: list[Shown]) -> list[Shown]:
+    """The figures, the last narrow one made wide where it would stand alone in its row."""
+    narrow = [place for place, shown in enumerate(figures) if shown.svg is not None and not shown.wide]
+    if len(narrow) % 2:
+        figures[narrow[-1]] = replace(figures[narrow[-1]], wide=True)
+    return figures
 
 
 def _source(name: str) -> str:

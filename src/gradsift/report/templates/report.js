@@ -460,7 +460,7 @@ class Browser {
     if (event.key === "/") {
       event.preventDefault();
       $("query").focus();
-      $("examples").scrollIntoView({ behavior: "instant" });
+      $("examples").scrollIntoView();
       return;
     }
     const { top, bottom } = this.list.getBoundingClientRect();

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import browser  # noqa: F401 - a fixture
 from endpoint import Endpoint, serving
 
 os.environ |= {
@@ -23,7 +24,7 @@ os.environ |= {
     "WANDB_ERROR_REPORTING": "false",
     "TOKENIZERS_PARALLELISM": "false",
 }
-SMOKE = ("experiment=smoke", "tracker=none", "compute.threads=1")
+SMOKE = ("experiment=smoke", "tracker=none", "compute.threads=1", "report=false")
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SMOKE
 
 from gradsift.config import BenchmarkConfig
 from gradsift.errors import ConfigError
@@ -141,7 +142,7 @@ def test_lm_eval_knows_its_tasks() -> None:
 
 
 def test_metrics_and_forgetting_end_in_run_json_and_are_not_made_twice(gradsift, wordnet_dir: Path) -> None:
-    smoke = ("experiment=smoke", "tracker=none", "compute.threads=1", "scorer=random")
+    smoke = (*SMOKE, "scorer=random")
     asked = ("benchmark.general=[verifiable_terse]", f"benchmark.wordnet_dir={wordnet_dir}", "benchmark.limit=18")
     assert gradsift(*smoke, *asked) == 0
     (run,) = gradsift.runs()

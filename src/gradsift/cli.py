@@ -217,6 +217,7 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     from gradsift.artifacts import Store
     from gradsift.evaluation.judges import DryRun
     from gradsift.pipeline import plan, prepare, run, settings_of
+    from gradsift.report.automatic import report_at_end
     from gradsift.report.results import Results
     from gradsift.runtime import Runtime
     from gradsift.tracking import Tracker
@@ -229,6 +230,7 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
         view.planned(folder, in_sweep=sweep is not None)
         return None
     store = Store(Path(config.artifacts), view.display.say, view.stage_done)
+    reports = config.report and sweep is None
     about = _about(config, overrides)
     with Tracker(config.tracker, folder, sweep, about) as tracker:
         results = Results(folder, tracker, store, about)
@@ -242,9 +244,13 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
             results.finish("failed" if isinstance(error, Exception) else "interrupted", str(error))
             if isinstance(error, Exception):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
+                if reports and store.records:
+                    report_at_end(folder, view.display)
             raise
         results.finish("stopped" if config.stop_after or results.ends_early else "finished")
     view.finished(folder, in_sweep=sweep is not None)
+    if reports:
+        report_at_end(folder, view.display)
     return results.value_of(config.objective)
 
 

@@ -66,6 +66,7 @@ class Config:
     plan: bool = False  # show what is done and what is to do, and do nothing
     objective: str = "pws"  # what a search (hydra/sweeper=optuna) looks at: pws, accuracy, or heldout_loss to minimize
     artifacts: str = "artifacts"  # folder of finished work, shared by all runs
+    report: bool = True  # report.html at the end of a run; of a sweep one for all of its jobs
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:

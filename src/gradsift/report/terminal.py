@@ -15,6 +15,7 @@ from rich.text import Text
 from gradsift.artifacts import StageRecord
 from gradsift.diagnostics import write_diagnostics
 from gradsift.report.audit_tables import audit_tables, rich_table, sweep_audit, write_audit
+from gradsift.report.automatic import report_at_end, wanted_by_jobs
 from gradsift.report.plans import jobs_table, plan_lines, plan_table, stages_table
 from gradsift.report.tables import against_random, pws_table, write_csv
 from gradsift.report.work import WORK_FILE, work_by_stage, work_lines, work_of, work_table, write_work
@@ -147,7 +148,7 @@ def _show_audit(jobs: Sequence[tuple[Path, dict[str, Any]]], display: Display, f
 
 
 def sweep_finished(folder: Path, jobs: Sequence[Sequence[str]] | None = None) -> bool:
-    """Print the sweep's table, write `results.csv`; False if a job failed or left no word.
+    """Print the sweep's table, write `results.csv` and the report; False if a job failed or left no word.
 
     Args:
         jobs: the overrides of every job; None where nobody knew them beforehand.
@@ -180,6 +181,8 @@ def sweep_finished(folder: Path, jobs: Sequence[Sequence[str]] | None = None) ->
         display.say(f"\naudit: {folder / 'audit.md'}")
     if best := _best_trial(folder):
         display.say(f"best trial: {best}")
+    if wanted_by_jobs(folder) and not planned:
+        report_at_end(folder, display)
     display.say(f"runs: {folder}")
     for path, run in failed:
         display.say(f"failed: {path.parent.name} ({shlex.join(run['overrides'])}): {run['error']}")

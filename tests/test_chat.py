@@ -54,8 +54,8 @@ def prompts(*texts: str) -> list[list[dict[str, str]]]:
 MANY = [f"question {n}" for n in range(30)]
 
 
-def number(position: int, text: str) -> int | None:
-    return int(text) if text.isdecimal() else None
+def number(position: int, reply: Completion) -> int | None:
+    return int(reply.text) if reply.text.isdecimal() else None
 
 
 def asked(client: ChatClient, texts: list[str], scope: str = "s", into: dict[int, Any] | None = None) -> dict[int, Any]:
@@ -119,9 +119,9 @@ from gradsift.evaluation.reply_cache import ReplyCache
 
 client = ChatClient(model="m", cache=ReplyCache(Path(sys.argv[1])), base_url=sys.argv[2], concurrency=4)
 prompts = [[{"role": "user", "content": f"question {n}"}] for n in range(int(sys.argv[3]))]
-def read(position, text):
+def read(position, reply):
     time.sleep(float(sys.argv[4]))
-    return text
+    return reply.text
 for position, answer in client.ask(prompts, read, scope="s", unread="?"):
     print(position, flush=True)
 """
@@ -355,7 +355,7 @@ def test_the_key_is_in_no_reply_no_log_and_no_store(
     caplog.set_level(logging.DEBUG)
     endpoint.behave = lambda text, attempt: (200, f"Your key is {KEY}", {})
     ours = client()
-    ((_, answer),) = ours.ask(prompts("a"), lambda position, text: text, scope="s", unread="?")
+    ((_, answer),) = ours.ask(prompts("a"), lambda position, reply: reply.text, scope="s", unread="?")
     assert answer.text == "Your key is ***"
     assert endpoint.keys == {f"Bearer {KEY}"}
     for file in tmp_path.iterdir():
@@ -370,7 +370,7 @@ def test_what_stands_in_place_of_a_key_is_not_taken_out_of_replies(
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", key)
     endpoint.behave = lambda text, attempt: (200, "10 1\nnone better", {})
-    ((_, answer),) = client().ask(prompts("a"), lambda position, text: text, scope="s", unread="?")
+    ((_, answer),) = client().ask(prompts("a"), lambda position, reply: reply.text, scope="s", unread="?")
     assert answer.text == "10 1\nnone better"
 
 

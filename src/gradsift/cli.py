@@ -72,7 +72,7 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:  # a group, an option or a type that is not there
         if _traced():
             raise
-        _fail(_in_one_line(f"{error}\n{error.__cause__ or ''}"))
+        _fail(in_one_line(f"{error}\n{error.__cause__ or ''}"))
     except OSError as error:
         if _traced():
             raise
@@ -130,7 +130,7 @@ def _hydra_raises() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def _in_one_line(message: str) -> str:
+def in_one_line(message: str) -> str:
     """Hydra's composition errors without where it searched, and with the likeliest spelling."""
     kept = message.split("Config search path:")[0].split("full_key:")[0]
     text = " ".join(part.strip() for part in kept.splitlines() if part.strip() and "To append" not in part)

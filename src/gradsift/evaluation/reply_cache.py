@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from gradsift.errors import GradsiftError
 
@@ -33,10 +34,14 @@ CREATE INDEX IF NOT EXISTS sent_by_scope ON sent (scope);
 
 @dataclass(frozen=True)
 class Completion:
-    """One reply of an endpoint; `finish` is its own word for why it ended ("stop", "length" ...)."""
+    """One reply of an endpoint; `finish` is its own word for why it ended ("stop", "length" ...).
+
+    `logprobs` are by token `token`, `logprob` and `top_logprobs`, where a request asked for them.
+    """
 
     text: str
     finish: str | None = None
+    logprobs: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)

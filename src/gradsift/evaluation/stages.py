@@ -39,8 +39,8 @@ from gradsift.evaluation.generation import generate_answers, model_outputs, read
 from gradsift.evaluation.judges import Rater
 from gradsift.evaluation.judges.openai import OpenaiJudge
 from gradsift.evaluation.judges.parsing import Parse
-from gradsift.evaluation.judges.rating import wording_hash
 from gradsift.evaluation.judges.verifier import VerifierJudge
+from gradsift.evaluation.judges.wording import judge_wording, rating_wording
 from gradsift.evaluation.judging import judge_pairs, read_judgments
 from gradsift.evaluation.lm_harness import check_lm_eval, evaluate_tasks
 from gradsift.evaluation.matching import MATCHERS
@@ -361,7 +361,8 @@ def judge(
         cost = client.cost() if isinstance(client, OpenaiJudge) else {}
         return {"rows": len(judgments), "invalid": invalid, "combine": client.combine, "cost": cost}
 
-    settings, parents = judge_settings(runtime, config), [answers, reference, *models]
+    settings = judge_settings(runtime, config, judge_wording(config.name))
+    parents = [answers, reference, *models]
     if config.name == "verifier" and rules:
         settings["match"] = rules
     return runtime.store.obtain("judge", config.name, settings, parents, make, version=VERSION, keep_part=True)
@@ -372,14 +373,14 @@ def judge_models(runtime: Runtime, config: JudgeConfig) -> list[Artifact]:
     return [backbone(runtime, config.model)] if isinstance(config, LocalJudgeConfig) else []
 
 
-def judge_settings(runtime: Runtime, config: JudgeConfig) -> dict[str, Any]:
-    """What the judge's replies depend on besides prompts and models."""
+def judge_settings(runtime: Runtime, config: JudgeConfig, wording: str | None) -> dict[str, Any]:
+    """What the judge's replies depend on besides what it is shown and its model's weights."""
     settings = {k: v for k, v in asdict(config).items() if k not in _NOT_JUDGMENT}
     if isinstance(config, OpenaiJudgeConfig):  # two endpoints may call different models by one name
         settings["base_url"] = config.base_url or os.environ.get("OPENAI_BASE_URL")
     if isinstance(config, LocalJudgeConfig):
         settings |= {"model": None, **runtime.compute.numerics}
-    return settings
+    return settings if wording is None else {**settings, "wording": wording}
 
 
 def rater(runtime: Runtime, config: JudgeConfig) -> Source:
@@ -388,7 +389,7 @@ def rater(runtime: Runtime, config: JudgeConfig) -> Source:
     def value() -> Rater:
         return _client(runtime, config, judge_models(runtime, config))
 
-    settings = {**judge_settings(runtime, config), "wording": wording_hash()}
+    settings = judge_settings(runtime, config, rating_wording(config.name))
     return Source(lambda: judge_models(runtime, config), value, settings)
 
 

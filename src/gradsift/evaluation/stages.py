@@ -31,7 +31,7 @@ from gradsift.data.examples import Example
 from gradsift.data.load import benchmark_rows, heldout_of
 from gradsift.data.tokens import Encoded, encode, encode_prompt
 from gradsift.data.verifiable import FAMILIES, answers_match
-from gradsift.errors import ConfigError, GradsiftError
+from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.evaluation.benchmarks import Item, load_benchmark
 from gradsift.evaluation.bias import length_bias, position_bias
 from gradsift.evaluation.chat import ChatClient
@@ -146,7 +146,11 @@ def _slug(config: TargetConfig, tuned: Artifact | None) -> str:
 def check_metrics(config: BenchmarkConfig) -> None:
     """Refuse now metrics that could not be computed later."""
     check_wordnet(config.wordnet_dir)
-    check_lm_eval(config.lm_eval_tasks)
+    if config.lm_eval_folder is not None and not Path(config.lm_eval_folder).is_dir():
+        raise DataError(
+            f"benchmark.lm_eval_folder={config.lm_eval_folder} is no folder; name one with tasks of lm-eval"
+        )
+    check_lm_eval(config.lm_eval_tasks, config.lm_eval_folder)
 
 
 def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact) -> dict[str, Any] | None:
@@ -264,13 +268,21 @@ def _lm_eval(
 ) -> dict[str, dict[str, float]]:
     settings = {"tasks": list(config.lm_eval_tasks), "limit": config.limit, **runtime.compute.numerics}
     settings["package"] = metadata.version("lm-eval")  # tasks change from release to release
+    if config.lm_eval_folder is not None:
+        files = sorted(file for file in Path(config.lm_eval_folder).rglob("*") if file.is_file())
+        settings["folder"] = {str(file.relative_to(config.lm_eval_folder)): file_hash(file) for file in files}
 
     def make(folder: Path) -> Mapping[str, Any]:
         model = load_tuned(runtime, target_config, target, tuned)
         plain: Any = model.model
         plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain  # LoRA layers sit inside
         found = evaluate_tasks(
-            plain, model.tokenizer, config.lm_eval_tasks, limit=config.limit, batch_size=config.batch_size
+            plain,
+            model.tokenizer,
+            config.lm_eval_tasks,
+            folder=config.lm_eval_folder,
+            limit=config.limit,
+            batch_size=config.batch_size,
         )
         return {"rows": len(found), "tasks": found}
 

@@ -99,7 +99,7 @@ def _compose_and_run() -> None:
     except Exception as error:
         if _sweep is None or _traced():
             raise
-        reason = _in_one_line(str(error)) or "no message"
+        reason = in_one_line(str(error)) or "no message"
         _fail(
             f"the sweep ended early with {type(error).__name__}: {reason}; "
             "what is finished is kept, and the same command goes on from there"
@@ -305,7 +305,7 @@ class SweepCheck(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global _sweep
-        sweep, problems = begin(config, lambda error: _in_one_line(f"{error}\n{error.__cause__ or ''}"))
+        sweep, problems = begin(config, lambda error: in_one_line(f"{error}\n{error.__cause__ or ''}"))
         if problems:
             for problem in problems:
                 _fail(problem)

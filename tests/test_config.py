@@ -155,6 +155,7 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["target.steps=null"], "either target.epochs or target.steps"),
         (["data.spoilt=1"], "data.spoilt=1.0 is no share"),
         (["compute.device=tpu"], "choose one of: auto, cpu, cuda"),
+        (["compute.save_every=-1"], "give at least 0, and a finite number"),
         (["judge.confidence=1"], "judge.confidence=1.0"),
         (["budget_base=all"], "choose one of: accepted, scored"),
         (["proxy.lora.rank=0"], "lora.rank=0 is out of range"),

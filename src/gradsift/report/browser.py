@@ -80,7 +80,8 @@ def _pool(material: Material, runs: Sequence[Run]) -> Pool:
     labels = material.labels(first)
     seed = first.record.get("data_seed")
     name = str(first.record.get("dataset", "data")) + (f", seed {seed}" if seed is not None else "")
-    pool = Pool(name, material.examples(first), labels and labels.quality, labels and labels.family)
+    quality, family = (labels.quality, labels.family) if labels else (None, None)
+    pool = Pool(name, material.examples(first), quality, family)
     places: dict[str, int] = {}
     names: set[str] = set()
     for run in methods:

@@ -275,7 +275,9 @@ def _policy(style: str, script: str) -> str:
 
 def _packed(material: Material) -> tuple[list[Packed], list[str]]:
     """The pools that fit into one page, and the names of the others."""
-    found, left_out, room = [], [], MOST
+    found: list[Packed] = []
+    left_out: list[str] = []
+    room = MOST
     for pool in pools(material):
         if found and len(pool.examples) > room:
             left_out.append(pool.name)

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from gradsift.artifacts import Artifact, Store
 from gradsift.data.examples import Example, Turn, make_example, write_examples
-from gradsift.data.load import EXAMPLES_FILE, LABELS_FILE
+from gradsift.data.load import EXAMPLES_FILE, LABELS_FILE, Labels
 from gradsift.errors import GradsiftError
 from gradsift.gradients.statistics import STATISTICS_FILE, Statistics, write_statistics
 from gradsift.pages import portable, presentable
@@ -36,6 +36,7 @@ from gradsift.report.figures import FIGURES
 from gradsift.report.inline_svg import inline_svg
 from gradsift.report.material import Missing, read
 from gradsift.report.page import groups_of, write_report
+from gradsift.report.results import composition
 from gradsift.report.terminal import sweep_finished
 from gradsift.runtime import Display
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores, write_scores
@@ -55,6 +56,7 @@ SPECIAL = [
     ("", "", ""),
 ]
 WORDS = ("sort", "the", "list", "of", "words", "capital", "name", "a", "colour", "count", "THE", "Of")
+LABELS = Labels(["clean" if row % 3 else "wrong_answer" for row in range(ROWS)], ["add", "sort"] * (ROWS // 2))
 
 
 def examples() -> list[Example]:
@@ -126,6 +128,8 @@ class Made:
             "data_seed": 0,
             "dataset": "mine",
             "proxy": "nano",
+            "members": 2,
+            "snapshots": [1, 2],
             "target": "nano",
             "judge": "verifier",
             "benchmark_sets": ["vicuna"],
@@ -135,7 +139,7 @@ class Made:
             "pws": pws["pws"],
             "pooled": pws,
             "benchmarks": {"vicuna": pws},
-            "selection": {"rows": size},
+            "selection": {"rows": size} | composition(LABELS, topk(scores, size).positions.tolist()),
             "files": {},
         } | changes
         (folder / "run.json").write_text(json.dumps(run))
@@ -161,8 +165,7 @@ def made(folder: Path) -> Made:
 
     def make_load(part: Path) -> dict[str, Any]:
         write_examples(part / EXAMPLES_FILE, pool)
-        quality = ["clean" if row % 3 else "wrong_answer" for row in range(ROWS)]
-        pq.write_table(pa.table({"quality": quality, "family": ["add", "sort"] * (ROWS // 2)}), part / LABELS_FILE)
+        pq.write_table(pa.table({"quality": LABELS.quality, "family": LABELS.family}), part / LABELS_FILE)
         return {"rows": ROWS}
 
     return Made(folder / "sweep", store, store.obtain("load", "mine", {}, [], make_load, version=1), pool)
@@ -177,7 +180,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Made:
     stopped = {"status": "stopped", "pws": None, "pooled": None, "benchmarks": None}
     found.job(4, "random", 0.1, **stopped)
     found.failed(5, f"no file /home/somebody/secret/model.bin {HOSTILE}")
-    write_report(found.folder)
+    write_report(found.folder, formats=["svg"])
     return found
 
 
@@ -612,6 +615,10 @@ def test_a_sweep_ends_with_its_report_unless_told_otherwise(tmp_path: Path, caps
     job = found.job(0, "gsnr", 0.1)
     assert sweep_finished(found.folder) is True
     assert f"report: {found.folder / 'report.html'}" in capsys.readouterr().out
+    names = {path.stem for path in found.folder.glob("figures/*.svg")}
+    assert names == {path.stem for path in found.folder.glob("figures/*.png")}
+    assert "pws" in names
+    assert {"pws.csv", "pws.md"} <= {path.name for path in found.folder.glob("tables/*")}
     (found.folder / "report.html").unlink()
     config = yaml.safe_load((job / "config.yaml").read_text())
     config["values"]["report"] = False

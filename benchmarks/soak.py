@@ -1,6 +1,6 @@
 """Does a sweep that is killed again and again end with the bytes of one that never was?
 
-    python -m benchmarks.soak [--kills 20] [--seed 0] [--folder soak]
+    python -m benchmarks.soak [--kills 20] [--seed 0] [--folder soak] [--fork]
 
 A small sweep over the embedded world (three methods, both ways to collect, dropout, finetune, answers, judging) runs
 once undisturbed. Then the same command is given again and again in a store of its own, and each process is killed
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -43,6 +44,7 @@ MOMENTS = (
     *(None, "member", "member", "norms", "warmup", "warmup", None, "score"),
     *("finetune", "finetune", "member", "member", "generate", None, "heldout", "judge"),
 )
+PROCESS = ("resumed_steps", "forward_tokens", "seconds")  # counts that tell what the last process did
 LONGEST = 2.0  # seconds from the first sign of work to a kill at any moment
 PATIENCE = 600.0  # seconds for one process
 
@@ -94,6 +96,36 @@ def run_py(arguments: Sequence[str], folder: Path, store: Path) -> subprocess.Po
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)  # noqa: S603
 
 
+class Forked:
+    """`run.py` in a process that is forked from one which has the imports: quicker, else the same."""
+
+    def __init__(self, arguments: Sequence[str], folder: Path, store: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["gradsift.line", "gradsift.cli"])
+        self._process = context.Process(target=_as_run_py, args=(list(arguments), folder, store))
+        self._process.start()
+        self.pid = int(self._process.pid or 0)
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int:
+        self._process.join()
+        return int(self._process.exitcode or 0)
+
+
+def _as_run_py(arguments: list[str], folder: Path, store: Path) -> None:
+    os.chdir(folder)
+    os.environ["GRADSIFT_ARTIFACTS"] = str(store)
+    with (folder / "output.txt").open("ab") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.argv = ["run.py", *arguments]
+    from gradsift.cli import main
+
+    main()
+
+
 def soak(
     folder: Path,
     kills: int,
@@ -105,16 +137,19 @@ def soak(
 ) -> Outcome:
     """Run the sweep undisturbed, then in rounds with `kills` kills in all; compare after each round."""
     chance, outcome = random.Random(seed), Outcome()
-    whole = folder / "whole"
+    store, whole = (
+        folder / "store",
+        folder / "whole",
+    )  # at one place while they are made: adapters name their backbone's
     say(f"undisturbed: run.py {' '.join(sweep)}")
     started = time.monotonic()
-    _finish(start(sweep, _fresh(folder / "runs"), whole), folder)
+    _finish(start(sweep, _fresh(folder / "runs"), store), folder)
+    store.rename(whole)
     say(f"  {time.monotonic() - started:.1f} s")
     left = [moments[index % len(moments)] for index in range(kills)]
     number = 0
     while left:
         number += 1
-        store = folder / f"killed-{number}"
         while True:
             process = start((*sweep, "compute.save_every=0"), folder / "runs", store)
             hit = kill(process, store, left[0], chance) if left else None
@@ -128,6 +163,7 @@ def soak(
         outcome.files += compared
         outcome.differing += [f"round {number}: {name}" for name in differing]
         say(f"round {number}: {compared} files compared, {len(differing)} differ")
+        store.rename(folder / f"killed-{number}")
     return outcome
 
 
@@ -201,7 +237,7 @@ def _contents(store: Path) -> dict[str, Any]:
         name = str(path.relative_to(store))
         if path.name == MANIFEST:
             info = json.loads(path.read_text(encoding="utf-8"))["info"]
-            found[name] = {key: value for key, value in info.items() if key not in ("resumed_steps", "seconds")}
+            found[name] = {key: value for key, value in info.items() if key not in PROCESS}
         else:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
@@ -212,11 +248,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("soak"), help="of runs and stores; removed if all is well")
+    parser.add_argument("--fork", action="store_true", help="fork the processes from one that has the imports")
     options = parser.parse_args()
     folder = options.folder.resolve()
     if folder.exists():
         sys.exit(f"error: {options.folder} is there already; remove it, or give another with --folder")
-    outcome = soak(folder, options.kills, options.seed)
+    outcome = soak(folder, options.kills, options.seed, start=Forked if options.fork else run_py)
     print(f"{len(outcome.hits)} kills; killed at two or more points of one training: {outcome.twice_in_one_epoch()}")
     if outcome.differing:
         sys.exit("error: these differ from the undisturbed run's: " + ", ".join(outcome.differing))

@@ -38,6 +38,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
         (["proxy.members=1,2", "scorer=late_loss,gsnr"], ["job 2 of 4 (", "divides by a variance over members"]),
         (["target.epochs=null,2"], ["job 2 of 2 (", "either target.epochs or target.steps"]),
         (["scorer=late_loss,gsnr", "scorer.eps=1e-8"], ["job 1 of 2 (", "eps"]),
+        (["alpha=range(a)"], ["alpha=range(a)"]),
         (["alpha=0.1,2", "compute.device=cpu,tpu"], ["job 2 of 4 (", "tpu", "job 3 of 4 (", "alpha=2"]),
     ],
     ids=lambda value: " ".join(value) if "=" in value[0] else "",
@@ -92,7 +93,7 @@ def test_a_shared_composition_is_what_hydra_composes(hydra_ready) -> None:
 
 def test_a_job_may_speak_of_its_number(hydra_ready) -> None:
     composed = master("tracker.group=${hydra:job.num}", "artifacts=${hydra:runtime.output_dir}", "alpha=0.1,0.2")
-    assert sweep.begin(composed, str)[1] == []
+    assert sweep.begin(composed, str).jobs is not None
 
 
 def test_jobs_that_differ_by_values_share_a_composition(hydra_ready, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,8 +101,7 @@ def test_jobs_that_differ_by_values_share_a_composition(hydra_ready, monkeypatch
     loader, calls = sweep._loader(), []
     load = loader.load_sweep_config
     monkeypatch.setattr(loader, "load_sweep_config", lambda *given: calls.append(given) or load(*given))
-    found, problems = sweep.begin(composed, str)
-    assert problems == []
+    found = sweep.begin(composed, str)
     assert found.jobs is not None
     assert len(found.jobs) == 40
     assert found.jobs[1] == ("scorer=gsnr", "alpha=0.1", "seed=1")
@@ -155,3 +155,20 @@ def test_a_search_looks_at_the_ends_of_its_space_first(bare, capsys, overrides: 
     assert message in err
     assert err.endswith("error: no job was started\n")
     assert list(bare.folder.iterdir()) == []
+
+
+def test_jobs_write_where_the_sweep_was_begun(bare, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the folder is called, and wherever a launcher's worker composes its job."""
+    place = bare.folder / "it's here"
+    elsewhere = bare.folder / "elsewhere"
+    place.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(place)
+    register_schemas()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        composed = master("alpha=0.1,0.2")
+        sweep.fix_place(composed)
+        monkeypatch.chdir(elsewhere)
+        job = sweep._loader().load_sweep_config(composed, ["alpha=0.2"])
+    assert Path(job.hydra.sweep.dir).parents[2] == place
+    assert job.hydra.job.env_set[sweep.HOME] == str(place)

@@ -308,7 +308,7 @@ class Store:
                     _clear(left)
                 elif left != unfinished:
                     left.unlink()
-        ours = json.dumps({"git_sha": git_sha(), "packages": package_versions()}, sort_keys=True)
+        ours = json.dumps({"code": code_hash(), "packages": package_versions()}, sort_keys=True)
         note = unfinished / _MADE_BY
         if note.exists() and len(list(part.rglob("*"))) > 2:
             self.say(f"  {path.name}: going on from where an interrupted run was")

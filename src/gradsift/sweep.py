@@ -25,8 +25,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from gradsift.config import Config, load_config
-from gradsift.errors import GradsiftError
+from gradsift.errors import ConfigError, GradsiftError
 
+HOME = "GRADSIFT_HOME"  # in a job's environment: the folder in which its sweep was begun
 Job = list[str]  # the overrides of one job
 _GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _EXTRAS = {  # the optional extra that brings a plugin of Hydra
@@ -45,35 +46,52 @@ class Sweep:
     jobs: tuple[tuple[str, ...], ...] | None  # overrides in the order of the jobs; None where a search draws them
 
 
-def begin(composed: DictConfig, name: Callable[[Exception], str]) -> tuple[Sweep, list[str]]:
+def begin(composed: DictConfig, name: Callable[[Exception], str]) -> Sweep:
     """Check a sweep that Hydra has composed and not started; nothing is written.
 
     Args:
         name: says an error of Hydra or OmegaConf in one line.
 
-    Returns:
-        The sweep, and what is wrong with it: a line for each kind of error.
+    Raises:
+        ConfigError: a line for each kind of error, with the first job that has it.
+        HydraException: the overrides cannot be read.
     """
-    missing = _missing_plugins(composed)
+    _require_plugins(composed)
     searches = composed.hydra.sweeper._target_ != _GRID
-    jobs = [] if missing else jobs_of(composed, searches)
-    if searches and not missing:
+    if searches:
         _quieten_optuna()
-    problems = missing or _named(jobs, _errors(composed, jobs, searches, name), searches)
-    shown = None if searches else tuple(tuple(job) for job in jobs)
-    return Sweep(Path(composed.hydra.sweep.dir), shown), problems
+    jobs = jobs_of(composed, searches)
+    if problems := _named(jobs, _errors(composed, jobs, searches, name), searches):
+        raise ConfigError("\n".join(problems))
+    return Sweep(Path(composed.hydra.sweep.dir), None if searches else tuple(tuple(job) for job in jobs))
 
 
-def _missing_plugins(composed: DictConfig) -> list[str]:
-    problems = []
+def fix_place(composed: DictConfig) -> None:
+    """Have every job write where the sweep was begun, in whatever folder its process was started.
+
+    A launcher's worker composes its job anew from the overrides and then changes nothing but the environment, so
+    the folder of the sweep becomes absolute and this one goes along as a variable (see `HOME`).
+    """
+    folder = Path(composed.hydra.sweep.dir).absolute()
+    composed.hydra.sweep.dir = str(folder)
+    composed.hydra.overrides.hydra += [
+        f"hydra.sweep.dir={_quoted(folder)}",
+        f"+hydra.job.env_set.{HOME}={_quoted(Path.cwd())}",
+    ]
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _require_plugins(composed: DictConfig) -> None:
     for kind in ("launcher", "sweeper"):
         target = str(composed.hydra[kind]._target_)
         plugin = target.split(".")[1] if target.startswith("hydra_plugins.") else None
         if plugin is not None and not _is_installed(f"hydra_plugins.{plugin}"):
             choice, extra = composed.hydra.runtime.choices[f"hydra/{kind}"], _EXTRAS.get(plugin)
             remedy = f"pip install 'gradsift[{extra}]'" if extra else f"install {plugin.replace('_', '-')}"
-            problems.append(f"hydra/{kind}={choice} needs a plugin that is not installed; {remedy}")
-    return problems
+            raise ConfigError(f"hydra/{kind}={choice} needs a plugin that is not installed; {remedy}")
 
 
 def _quieten_optuna() -> None:

@@ -66,6 +66,7 @@ class BenchmarkConfig:
     batch_size: int = 16
     wordnet_dir: str | None = None  # WordNet 3.x's own files, for METEOR, which is left out when empty
     lm_eval_tasks: list[str] = field(default_factory=list)  # names in lm-eval, answered before and after the finetune
+    lm_eval_folder: str | None = None  # YAML files of tasks beside lm-eval's own, with their data
 
     def __post_init__(self) -> None:
         at_least("benchmark.limit", self.limit, 1)
@@ -84,6 +85,10 @@ class BenchmarkConfig:
                 raise ConfigError(
                     f"benchmark.{option} names {name!r}, which benchmark.catalog does not hold; known: {known}"
                 )
+        if self.lm_eval_folder is not None and not self.lm_eval_tasks:
+            raise ConfigError(
+                f"benchmark.lm_eval_folder={self.lm_eval_folder} holds tasks, and benchmark.lm_eval_tasks names none"
+            )
         self._check_references()
 
     def _check_references(self) -> None:

@@ -270,18 +270,15 @@ class ChatClient:
         estimate = Tokens(estimated_tokens(messages), self.parameters["max_tokens"], estimated=True)
         for retry in itertools.count():
             self._pause.wait(stop)
-            purse.reserve(estimate, stop)
+            number = purse.reserve(estimate, stop)
             try:
                 completion, tokens = self._request(messages)
                 tokens = tokens or Tokens(estimate.prompt, tokens_of(completion.text), estimated=True)
-                self._cache.keep(key, completion, purse.scope, tokens)
-                purse.settle(estimate)
+                purse.keep(number, key, completion, tokens)
                 return completion
             except _Failed as failure:
                 # what never reached the endpoint, or was turned away by it, costs nothing
-                if failure.charged:
-                    self._cache.charge(purse.scope, estimate)
-                purse.settle(estimate)
+                purse.settle(number, estimate if failure.charged else None)
                 if failure.wait is not None and failure.wait > self._max_wait:
                     raise JudgeError(
                         f"{self.name}: the endpoint asks to wait {failure.wait:,.0f} s, longer than "
@@ -291,8 +288,11 @@ class ChatClient:
                 if retry >= self._retries:
                     raise
                 self._wait(failure, retry, stop)
+            except (_Refused, JudgeError):  # turned away
+                purse.settle(number, None)
+                raise
             except BaseException:
-                purse.settle(estimate)
+                purse.settle(number, estimate)
                 raise
         raise Stopped  # never: the loop has no end of its own
 

@@ -109,7 +109,7 @@ def _config(options: Sequence[str]) -> Config:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
             return load_config(compose("config", overrides=list(options)))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(in_one_line(f"{error}\n{error.__cause__ or ''}")) from error
+        raise ConfigError(in_one_line(error)) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ from gradsift.data.examples import Example
 from gradsift.data.load import benchmark_rows, heldout_of
 from gradsift.data.tokens import Encoded, encode, encode_prompt
 from gradsift.data.verifiable import FAMILIES, answers_match
-from gradsift.errors import ConfigError, GradsiftError
+from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.evaluation.benchmarks import Item, load_benchmark
 from gradsift.evaluation.bias import length_bias, position_bias
 from gradsift.evaluation.chat import ChatClient
@@ -43,8 +43,8 @@ from gradsift.evaluation.judges.alpaca_eval import AlpacaEvalJudge
 from gradsift.evaluation.judges.annotators import read_annotator
 from gradsift.evaluation.judges.openai import OpenaiJudge
 from gradsift.evaluation.judges.parsing import Parse
-from gradsift.evaluation.judges.rating import wording_hash
 from gradsift.evaluation.judges.verifier import VerifierJudge
+from gradsift.evaluation.judges.wording import judge_wording, rating_wording
 from gradsift.evaluation.judging import judge_pairs, read_judgments
 from gradsift.evaluation.lm_harness import check_lm_eval, evaluate_tasks
 from gradsift.evaluation.matching import MATCHERS
@@ -152,7 +152,11 @@ def _slug(config: TargetConfig, tuned: Artifact | None) -> str:
 def check_metrics(config: BenchmarkConfig) -> None:
     """Refuse now metrics that could not be computed later."""
     check_wordnet(config.wordnet_dir)
-    check_lm_eval(config.lm_eval_tasks)
+    if config.lm_eval_folder is not None and not Path(config.lm_eval_folder).is_dir():
+        raise DataError(
+            f"benchmark.lm_eval_folder={config.lm_eval_folder} is no folder; name one with tasks of lm-eval"
+        )
+    check_lm_eval(config.lm_eval_tasks, config.lm_eval_folder)
 
 
 def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact, items: Sequence[Item]) -> Artifact | None:
@@ -296,15 +300,23 @@ def reference_losses(
 def _lm_eval(
     runtime: Runtime, config: BenchmarkConfig, target_config: TargetConfig, target: Artifact, tuned: Artifact | None
 ) -> Artifact:
-    settings = {"tasks": list(config.lm_eval_tasks), "limit": config.limit, **runtime.compute.numerics}
+    settings: dict[str, Any] = {"tasks": list(config.lm_eval_tasks), "limit": config.limit, **runtime.compute.numerics}
     settings["package"] = metadata.version("lm-eval")  # tasks change from release to release
+    if config.lm_eval_folder is not None:
+        files = sorted(file for file in Path(config.lm_eval_folder).rglob("*") if file.is_file())
+        settings["folder"] = {str(file.relative_to(config.lm_eval_folder)): file_hash(file) for file in files}
 
     def make(folder: Path) -> Mapping[str, Any]:
         model = load_tuned(runtime, target_config, target, tuned)
         plain: Any = model.model
         plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain  # LoRA layers sit inside
         found = evaluate_tasks(
-            plain, model.tokenizer, config.lm_eval_tasks, limit=config.limit, batch_size=config.batch_size
+            plain,
+            model.tokenizer,
+            config.lm_eval_tasks,
+            folder=config.lm_eval_folder,
+            limit=config.limit,
+            batch_size=config.batch_size,
         )
         return {"rows": len(found), "tasks": found}
 
@@ -399,7 +411,8 @@ def judge(
         cost = client.cost() if isinstance(client, OpenaiJudge | AlpacaEvalJudge) else {}
         return {"rows": len(judgments), "invalid": invalid, "combine": client.combine, "cost": cost}
 
-    settings, parents = judge_settings(runtime, config), [answers, reference, *models]
+    settings = judge_settings(runtime, config, judge_wording(config.name))
+    parents = [answers, reference, *models]
     if config.name == "verifier" and rules:
         settings["match"] = rules
     return runtime.store.obtain("judge", config.name, settings, parents, make, version=VERSION, keep_part=True)
@@ -410,8 +423,8 @@ def judge_models(runtime: Runtime, config: JudgeConfig) -> list[Artifact]:
     return [backbone(runtime, config.model)] if isinstance(config, LocalJudgeConfig) else []
 
 
-def judge_settings(runtime: Runtime, config: JudgeConfig) -> dict[str, Any]:
-    """What the judge's replies depend on besides prompts and models."""
+def judge_settings(runtime: Runtime, config: JudgeConfig, wording: str | None) -> dict[str, Any]:
+    """What the judge's replies depend on besides what it is shown and its model's weights."""
     settings = {k: v for k, v in asdict(config).items() if k not in _NOT_JUDGMENT}
     if isinstance(config, EndpointJudgeConfig):  # two endpoints may call different models by one name
         settings["base_url"] = config.base_url or os.environ.get("OPENAI_BASE_URL")
@@ -421,7 +434,7 @@ def judge_settings(runtime: Runtime, config: JudgeConfig) -> dict[str, Any]:
         settings["base_url"] = config.base_url or annotator.base_url or os.environ.get("OPENAI_BASE_URL")
     if isinstance(config, LocalJudgeConfig):
         settings |= {"model": None, **runtime.compute.numerics}
-    return settings
+    return settings if wording is None else {**settings, "wording": wording}
 
 
 def rater(runtime: Runtime, config: JudgeConfig) -> Source:
@@ -433,7 +446,7 @@ def rater(runtime: Runtime, config: JudgeConfig) -> Source:
             raise ConfigError(f"judge={config.name} compares pairs and cannot rate one example; take judge=openai")
         return client
 
-    settings = {**judge_settings(runtime, config), "wording": wording_hash()}
+    settings = judge_settings(runtime, config, rating_wording(config.name))
     return Source(lambda: judge_models(runtime, config), value, settings)
 
 

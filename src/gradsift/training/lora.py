@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from gradsift.errors import ConfigError
 from gradsift.training.adapted import ADAPTER, fuse
 
 ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
@@ -111,6 +113,10 @@ def save_adapter(adapted: Any, folder: Path) -> None:
     """Write the adapter in peft's own format (safetensors)."""
     adapted.save_pretrained(folder, safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    if isinstance(config["target_modules"], list):  # a set, whose order differs from process to process
+        config["target_modules"].sort()
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def load_adapter(adapted: Any, folder: Path) -> None:

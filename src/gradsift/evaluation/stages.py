@@ -266,7 +266,7 @@ def reference_losses(
 def _lm_eval(
     runtime: Runtime, config: BenchmarkConfig, target_config: TargetConfig, target: Artifact, tuned: Artifact | None
 ) -> dict[str, dict[str, float]]:
-    settings = {"tasks": list(config.lm_eval_tasks), "limit": config.limit, **runtime.compute.numerics}
+    settings: dict[str, Any] = {"tasks": list(config.lm_eval_tasks), "limit": config.limit, **runtime.compute.numerics}
     settings["package"] = metadata.version("lm-eval")  # tasks change from release to release
     if config.lm_eval_folder is not None:
         files = sorted(file for file in Path(config.lm_eval_folder).rglob("*") if file.is_file())

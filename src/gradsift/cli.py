@@ -72,7 +72,7 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:  # a group, an option or a type that is not there
         if _traced():
             raise
-        _fail(_in_one_line(f"{error}\n{error.__cause__ or ''}"))
+        _fail(in_one_line(f"{error}\n{error.__cause__ or ''}"))
     except OSError as error:
         if _traced():
             raise
@@ -99,7 +99,7 @@ def _compose_and_run() -> None:
     except Exception as error:
         if _sweep is None or _traced():
             raise
-        reason = _in_one_line(str(error)) or "no message"
+        reason = in_one_line(str(error)) or "no message"
         _fail(
             f"the sweep ended early with {type(error).__name__}: {reason}; "
             "what is finished is kept, and the same command goes on from there"
@@ -130,7 +130,7 @@ def _hydra_raises() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def _in_one_line(message: str) -> str:
+def in_one_line(message: str) -> str:
     """Hydra's composition errors without where it searched, and with the likeliest spelling."""
     kept = message.split("Config search path:")[0].split("full_key:")[0]
     text = " ".join(part.strip() for part in kept.splitlines() if part.strip() and "To append" not in part)
@@ -216,7 +216,8 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     view.starting(overrides)
     from gradsift.artifacts import Store
     from gradsift.evaluation.judges import DryRun
-    from gradsift.pipeline import prepare, run, settings_of
+    from gradsift.pipeline import plan, prepare, run, settings_of
+    from gradsift.report.automatic import report_at_end
     from gradsift.report.results import Results
     from gradsift.runtime import Runtime
     from gradsift.tracking import Tracker
@@ -224,7 +225,12 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     prepare(config)
     view.settings(settings_of(config))
     (folder / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.create(dump_config(config))), encoding="utf-8")
+    if config.plan:
+        plan(config, view.display, folder, _about(config, overrides))
+        view.planned(folder, in_sweep=sweep is not None)
+        return None
     store = Store(Path(config.artifacts), view.display.say, view.stage_done)
+    reports = config.report and sweep is None
     about = _about(config, overrides)
     with Tracker(config.tracker, folder, sweep, about) as tracker:
         results = Results(folder, tracker, store, about)
@@ -238,9 +244,13 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
             results.finish("failed" if isinstance(error, Exception) else "interrupted", str(error))
             if isinstance(error, Exception):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
+                if reports and store.records:
+                    report_at_end(folder, view.display)
             raise
         results.finish("stopped" if config.stop_after or results.ends_early else "finished")
     view.finished(folder, in_sweep=sweep is not None)
+    if reports:
+        report_at_end(folder, view.display)
     return results.value_of(config.objective)
 
 
@@ -295,7 +305,7 @@ class SweepCheck(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global _sweep
-        sweep, problems = begin(config, lambda error: _in_one_line(f"{error}\n{error.__cause__ or ''}"))
+        sweep, problems = begin(config, lambda error: in_one_line(f"{error}\n{error.__cause__ or ''}"))
         if problems:
             for problem in problems:
                 _fail(problem)

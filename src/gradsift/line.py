@@ -35,6 +35,7 @@ from gradsift.gradients.embedding_head import embedding_gradients, read_embeddin
 from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.statistics import read_statistics, statistics
 from gradsift.journal import Journal
+from gradsift.planning import Planned
 from gradsift.proxy.ensemble import collect_shard, ensemble_norms, train_adapter, train_adapters
 from gradsift.proxy.epochs import ProxyInputs
 from gradsift.report.audit import audit
@@ -47,7 +48,7 @@ from gradsift.selection.topk import topk
 from gradsift.sources import Method, Source, method
 from gradsift.training.backbones import Backbone, backbone, load_backbone
 from gradsift.training.device import TokenBudget, device_of
-from gradsift.training.target import finetune, say_report
+from gradsift.training.target import expected_finetune, finetune, say_report
 
 
 class Line:
@@ -351,7 +352,13 @@ class Line:
         return backbone(self.runtime, self.config.target.model)
 
     def finetune(self, selection: Artifact | np.ndarray) -> Artifact:
-        positions = positions_of(selection) if isinstance(selection, Artifact) else selection
+        if self.keeps_all:
+            positions = self.everything()
+        elif isinstance(selection, Planned):
+            rows = self.budget(int(self.loaded.info["rows"]))
+            return expected_finetune(self.runtime, self.config.target, self.target, self.loaded, selection, rows)
+        else:
+            positions = positions_of(selection) if isinstance(selection, Artifact) else selection
         return finetune(self.runtime, self.config.target, self.target, self.loaded, self.pool, positions)
 
     @functools.cached_property

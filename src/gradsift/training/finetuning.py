@@ -24,7 +24,8 @@ from gradsift.config import ComputeConfig
 from gradsift.data.batching import Batch, by_length, collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
-from gradsift.training import lora
+from gradsift.runtime import derive_seed
+from gradsift.training import lora, ranks
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.head import OutputHead, token_losses
 from gradsift.training.save_point import SavePoint
@@ -90,7 +91,13 @@ class Finetuning(L.LightningModule):
     """
 
     def __init__(
-        self, model: nn.Module, optimization: Optimization, budget: TokenBudget, pad_id: int, first_step: int = 0
+        self,
+        model: nn.Module,
+        optimization: Optimization,
+        budget: TokenBudget,
+        pad_id: int,
+        first_step: int = 0,
+        dropout_seed: int = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -99,6 +106,7 @@ class Finetuning(L.LightningModule):
         self.budget = budget
         self.pad_id = pad_id
         self.first_step = first_step  # optimiser steps that earlier epochs took
+        self.dropout_seed = dropout_seed
         self.restore_from: Path | None = None  # an earlier epoch's optimiser state
         self.norms: PerSampleNorms | None = None  # set while the norms of the training steps are wanted
         self.curve: list[dict[str, float]] = []  # one entry a step; its loss is there when `fit` has ended
@@ -118,7 +126,12 @@ class Finetuning(L.LightningModule):
 
     def training_step(self, step: Step, step_index: int) -> dict[str, torch.Tensor]:
         lengths = [len(example.input_ids) for example in step.examples]
-        outputs = self.budget.run(lambda tokens: self._backward(step.examples, tokens), lengths)
+        mine = ranks.share(step.examples)
+        # masks depend on the step and the rank, not on what went before: a training that goes on needs no random state
+        torch.manual_seed(derive_seed(self.dropout_seed, len(self.curve), ranks.rank()))
+        outputs = self.budget.run(lambda tokens: self._backward(mine, len(lengths), tokens), lengths)
+        ranks.sum_gradients(list(lora.trainable_parameters(self.model).values()))
+        outputs = ranks.gather(outputs, len(lengths))
         self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
         done = len(self.curve)
@@ -134,22 +147,31 @@ class Finetuning(L.LightningModule):
         for entry, loss in zip(self.curve, self._step_losses.tolist(), strict=False):
             entry["loss"] = loss
 
-    def _backward(self, examples: Sequence[Encoded], tokens: int) -> dict[str, torch.Tensor]:
-        """Gradients of the mean loss; returns rows, losses and, where they are wanted, norm_A and norm_B, (N,) each."""
+    def _backward(self, examples: Sequence[Encoded], total: int, tokens: int) -> dict[str, torch.Tensor]:
+        """The examples' part of the gradients of a step's mean loss.
+
+        Args:
+            examples: of this rank.
+            total: N, the step's examples on all ranks.
+
+        Returns:
+            rows, losses and, where they are wanted, norm_A and norm_B, (n,) each.
+        """
         self.optimizers().zero_grad()  # type: ignore[union-attr]
         if self.norms is not None:
             self.norms.forget()
-        parts = []
+        names = ("rows", "losses", "norm_A", "norm_B")[: 2 if self.norms is None else 4]
+        parts: list[tuple[torch.Tensor, ...]] = []
         for part in by_length(examples, tokens):
             batch = collate(part, self.pad_id).to(self.device)
             losses = self._losses(batch)
-            self.manual_backward(losses.sum() / len(examples))
-            norms = self.norms.take(len(examples)) if self.norms is not None else ()
+            self.manual_backward(losses.sum() / total)
+            norms = self.norms.take(total) if self.norms is not None else ()
             parts.append((batch.rows, losses.detach(), *norms))
-        return {
-            name: torch.cat(values)
-            for name, values in zip(("rows", "losses", "norm_A", "norm_B"), zip(*parts, strict=True), strict=False)
-        }
+        if not parts:  # more ranks than examples
+            none = torch.empty(0, device=self.device)
+            return {name: none.long() if name == "rows" else none for name in names}
+        return {name: torch.cat(values) for name, values in zip(names, zip(*parts, strict=True), strict=True)}
 
     def configure_optimizers(self) -> Any:
         parameters = lora.trainable_parameters(self.model)
@@ -223,7 +245,9 @@ def quiet_trainer(compute: ComputeConfig, callbacks: list[L.Callback]) -> L.Trai
         warnings.filterwarnings("ignore", message)
     return L.Trainer(
         accelerator="gpu" if device_of(compute).type == "cuda" else "cpu",
-        devices=1,
+        strategy=ranks.Ranks() if ranks.size() > 1 else "auto",
+        devices=ranks.size(),
+        use_distributed_sampler=False,
         precision="32-true",  # nothing is cast: frozen weights have their precision since they were loaded
         max_epochs=1,
         callbacks=callbacks,

@@ -1,8 +1,8 @@
 """Where a training goes on from after a kill: a point within the epoch, saved as it goes.
 
 The batches of a training are known before it begins, so a point is the number of steps taken and all that they
-changed: adapter, optimiser state, random numbers (of dropout), the curve, the token budget, and the state of the
-callbacks. What goes on from it takes the steps that are left, and ends with the same bytes.
+changed: adapter, optimiser state, the curve, the token budget, and the state of the callbacks. (Dropout masks are
+seeded by the step.) What goes on from it takes the steps that are left, and ends with the same bytes.
 
 One safetensors file, written beside the last one and put in its place: a kill at any moment leaves one of the two.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gradsift.training.finetuning import Finetuning
 
 POINT_FILE = "training.safetensors"
-_FORMAT = 1  # raised when the file changes: an older one is passed over
+_FORMAT = 2  # raised when the file changes: an older one is passed over
 _SHARE = 0.01  # of the time that saving may take, whatever `compute.save_every` says
 
 
@@ -81,12 +81,7 @@ class SavePoint(L.Callback):
             state = self._states.get(key, {}) | _part(self._found, key)
             if state:
                 callback.load_state_dict(state)
-
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_index: int) -> None:
-        """Random numbers come last: making the loader's iterator has drawn one."""
-        if self._found:
-            _set_random_state(_part(self._found, "random"), module.device)
-            self._found, self._states = {}, {}
+        self._found, self._states = {}, {}
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
         is_last = len(module.curve) == self._steps  # a training without steps to take would not end as one with them
@@ -103,7 +98,6 @@ class SavePoint(L.Callback):
         losses, tokens = module.curve_so_far()
         tensors = {f"adapter:{name}": parameter.detach() for name, parameter in parameters.items()}
         tensors |= _named("optimizer", lora.optimizer_tensors(trainer.optimizers[0], parameters))
-        tensors |= _named("random", _random_state(module.device))
         tensors |= _named("curve", {"losses": losses, "tokens": tokens})
         states: dict[str, dict[str, Any]] = {}
         for key, callback in self._callbacks.items():
@@ -154,14 +148,3 @@ def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
 def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """The tensors that `_named` gave this prefix, under their own names."""
     return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}:")}
-
-
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
-
-
-def _set_random_state(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)

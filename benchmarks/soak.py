@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak [--kills 20] [--seed 0] [--folder soak] [--fork]
 
-A small sweep over the embedded world (three methods, both ways to collect, dropout, finetune, answers, judging) runs
+A small sweep over the embedded world (two methods, both ways to collect, dropout, finetune, answers, judging) runs
 once undisturbed. Then the same command is given again and again in a store of its own, and each process is killed
 with SIGKILL: at a random moment, or shortly after a chosen stage has saved a point, so that single epochs are
 hit several times. Once a round has ended by itself, all files of both stores are compared byte for byte (of the
@@ -35,9 +35,9 @@ from gradsift.artifacts import MANIFEST, UNFINISHED
 REPOSITORY = Path(__file__).parents[1]
 SWEEP = (
     *("-m", "experiment=smoke", "tracker=none", "compute.threads=1", "compute.tokens=256"),
-    *("method=gradfiltering,superfiltering,less", "proxy.collect=epoch_end,during_training"),
-    *("proxy.members=3", "proxy.batch_size=4", "proxy.lora.dropout=0.1"),
-    *("target.steps=30", "target.lora.dropout=0.1", "benchmark.batch_size=4", "features.warmup.share=0.5"),
+    *("method=gradfiltering,less", "proxy.collect=epoch_end,during_training"),
+    *("proxy.members=2", "proxy.batch_size=4", "proxy.lora.dropout=0.1", "features.warmup.share=0.3"),
+    *("target.steps=20", "target.lora.dropout=0.1", "benchmark.batch_size=4"),
 )
 # whose points are waited for; None is any moment. Two in a row hit one epoch twice
 MOMENTS = (

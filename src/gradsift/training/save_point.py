@@ -84,6 +84,8 @@ class SavePoint(L.Callback):
         self._found, self._states = {}, {}
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
+        if not trainer.is_global_zero:
+            return
         is_last = len(module.curve) == self._steps  # a training without steps to take would not end as one with them
         if is_last or time.monotonic() - self._saved_at < self._wait:
             return

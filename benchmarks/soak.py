@@ -26,11 +26,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from gradsift.artifacts import MANIFEST, UNFINISHED
+from gradsift.artifacts import MADE_BY, MANIFEST, UNFINISHED
 
 REPOSITORY = Path(__file__).parents[1]
 SWEEP = (
@@ -175,24 +176,28 @@ def _fresh(folder: Path) -> Path:
 def kill(process: Running, store: Path, moment: str | None, chance: random.Random) -> Hit | None:
     """Kill the process at its moment; None if it ended before that came."""
     began = time.monotonic()
-    before = _points(store)
-    while not (_parts(store) if moment is None else _moved(before, _points(store), moment)):
+    points, parts = _points(store), _parts(store)
+    while not (_parts(store) - parts if moment is None else _moved(points, _points(store), moment)):
         if process.poll() is not None:
             return None
         if time.monotonic() - began > PATIENCE:
             raise TimeoutError(f"no sign of {moment or 'work'} within {PATIENCE:.0f} s")
-        time.sleep(0.002)
+        time.sleep(0.01)
     time.sleep(chance.uniform(0, LONGEST if moment is None else 0.1))
     if process.poll() is not None:
         return None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    return Hit(time.monotonic() - began, dict.fromkeys(_parts(store), 0) | _points(store))
+    return Hit(time.monotonic() - began, dict.fromkeys((name for name, _ in _parts(store)), 0) | _points(store))
 
 
-def _parts(store: Path) -> list[str]:
-    """Artifacts in the making."""
-    return [f"{path.parent.name}/{_plain(path)}" for path in store.glob("*/*.part")]
+def _parts(store: Path) -> set[tuple[str, int]]:
+    """Artifacts in the making, and when a process last took them up."""
+    found = set()
+    for part in store.glob("*/*.part"):
+        with suppress(FileNotFoundError):  # finished meanwhile
+            found.add((f"{part.parent.name}/{_plain(part)}", (part / UNFINISHED / MADE_BY).stat().st_mtime_ns))
+    return found
 
 
 def _plain(path: Path) -> str:

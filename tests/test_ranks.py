@@ -16,6 +16,7 @@ from test_finetuning import nano_examples, nano_target, proxy_config, runtime, t
 
 from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, LoraConfig, ProxyConfig, TargetConfig
+from gradsift.cost import counting
 from gradsift.data.examples import Example
 from gradsift.data.tokens import encode
 from gradsift.errors import ConfigError, GradsiftError
@@ -82,14 +83,17 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 def test_two_processes_find_what_one_finds(backbones: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    infos = []
+    infos, counts = [], []
     for folder, compute in ((one, ComputeConfig(device="cpu", threads=1)), (two, DDP)):
         folder.mkdir()
         run = runtime(tmp_path / "store")
         run.compute = compute
-        infos.append(on_all_ranks(run, folder, everything, *arguments(backbones)))
+        with counting() as tokens:
+            infos.append(on_all_ranks(run, folder, everything, *arguments(backbones)))
+        counts.append(tokens())
     assert [info.pop("ranks") for info in infos] == [1, 2]
     assert ranks.size() == 1  # the group has ended
+    assert counts[0] == counts[1] > 0
     sizes = ("size_A", "size_B")
     for name, info in infos[0].items():
         for key, value in info.items():

@@ -28,6 +28,7 @@ from torch.multiprocessing import get_context
 
 from gradsift.artifacts import Store
 from gradsift.config import ComputeConfig
+from gradsift.cost import counting, passed
 from gradsift.data.batching import shard_of
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
@@ -132,7 +133,18 @@ def on_all_ranks(runtime: Runtime, folder: Path, work: Callable[..., T], *argume
         tempfile.TemporaryDirectory(prefix="gradsift-ranks-") as scratch,
         _others(runtime, folder, Path(scratch), work, arguments),
     ):
-        return work(runtime, folder, *arguments)
+        return _counted(work, runtime, folder, arguments)
+
+
+def _counted(work: Callable[..., T], runtime: Runtime, folder: Path, arguments: tuple[Any, ...]) -> T:
+    """What `work` returns; the forward tokens of all ranks are counted on rank 0, for the unit under way there."""
+    with counting() as tokens:
+        found = work(runtime, folder, *arguments)
+    total = torch.tensor(tokens())
+    total = total.cuda() if distributed.get_backend() == "nccl" else total
+    distributed.all_reduce(total)
+    passed(int(total))
+    return found
 
 
 @contextmanager
@@ -216,7 +228,7 @@ def _other(
         runtime = Runtime(Store(scratch / "store", display.say), compute, display, seed)
         said.send(_READY)
         with _group(number, compute, scratch):
-            work(runtime, mine, *arguments)
+            _counted(work, runtime, mine, arguments)
     except Exception as error:  # noqa: BLE001 - rank 0 raises it
         said.send(str(error) if isinstance(error, GradsiftError) else f"rank {number}: {type(error).__name__}: {error}")
         raise SystemExit(1) from None

@@ -259,6 +259,7 @@ def test_the_head_and_the_failures_are_told(sweep: Made, opened: Any) -> None:
     assert "1.230 [1.100, 1.400]" in head
     assert "gsnr matches or beats superfilter in 0 of 2 cells" in head
     assert "4 of 6" in head
+    assert "1 did not, 1 stopped as asked" in head
     assert "1 of 6 runs did not finish" in head
     missing = opened.inner_text("#missing")
     assert f"no file \u2026/model.bin {HOSTILE}" in missing

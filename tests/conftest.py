@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import browser  # noqa: F401 - a fixture
 from endpoint import Endpoint, serving
 
 os.environ |= {
@@ -23,7 +24,7 @@ os.environ |= {
     "WANDB_ERROR_REPORTING": "false",
     "TOKENIZERS_PARALLELISM": "false",
 }
-SMOKE = ("experiment=smoke", "tracker=none", "compute.threads=1")
+SMOKE = ("experiment=smoke", "tracker=none", "compute.threads=1", "report=false")
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -116,6 +117,7 @@ class Cli:
         GlobalHydra.instance().clear()
         self._monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
         self._monkeypatch.setattr(cli, "_failed", False)
+        self._monkeypatch.setenv(cli.TRACE, "0")  # main sets it: this puts it back
         try:
             cli.main()
         except SystemExit as exit_:

@@ -24,6 +24,7 @@ from gradsift.data.load import Labels, labels_of, pool_of
 from gradsift.errors import DataError, GradsiftError
 from gradsift.evaluation.judging import Judgment, read_judgments
 from gradsift.gradients.statistics import Statistics, read_statistics
+from gradsift.pages import portable
 from gradsift.report.tables import with_settings
 from gradsift.scoring.scores import Scores
 from gradsift.scoring.stage import scores_of
@@ -274,7 +275,7 @@ def read(folder: Path, artifacts: Path | None = None) -> Material:
     runs = []
     for job, config, record in zip(folders, configs, records, strict=True):
         stores = [Path(store) for store in (artifacts, config.get("artifacts")) if store is not None]
-        method = f"{record['scorer']} {record['settings']}".strip()
+        method = portable(f"{record['scorer']} {record['settings']}".strip())
         runs.append(Run(job, record, config, method, stores))
     return Material(folder, runs, is_sweep)
 

@@ -184,6 +184,7 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     view.starting(overrides)
     from gradsift.artifacts import Store
     from gradsift.evaluation.judges import DryRun
+    from gradsift.nodes import store_of
     from gradsift.pipeline import plan_of, prepare, run
     from gradsift.report.results import Results
     from gradsift.runtime import Runtime
@@ -192,7 +193,7 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     prepare(config)
     view.plan(plan_of(config))
     (folder / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.create(dump_config(config))), encoding="utf-8")
-    store = Store(Path(config.artifacts), view.display.say, view.stage_done)
+    store = store_of(config.compute, Store(Path(config.artifacts), view.display.say, view.stage_done))
     about = _about(config, overrides)
     with Tracker(config.tracker, folder, sweep, about) as tracker:
         results = Results(folder, tracker, store, about)

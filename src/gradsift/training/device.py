@@ -103,7 +103,7 @@ def device_of(compute: ComputeConfig) -> torch.device:
         return torch.device("cpu")
     if compute.devices > torch.cuda.device_count():
         raise GradsiftError(
-            f"compute.devices={compute.devices}, but torch finds {torch.cuda.device_count()} CUDA devices here; give as "
-            "many, or compute.device=cpu"
+            f"compute.devices={compute.devices}, but torch finds {torch.cuda.device_count()} CUDA devices here; give "
+            "as many, or compute.device=cpu"
         )
     return torch.device("cuda")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from torch import distributed
@@ -169,7 +169,7 @@ class _Environment(TorchElasticEnvironment):
 
 
 def on_all_ranks(runtime: Runtime, folder: Path, work: Callable[..., T], *arguments: Any) -> T:
-    """`work(runtime, folder, *arguments)` on `compute.devices` ranks; returns what it returned on rank 0, here.
+    """`work(runtime, folder, *arguments)` on `compute.ranks` processes; returns what it returned in this one.
 
     Args:
         folder: of the artifact in the making; other ranks work in a copy of it, which is dropped.
@@ -297,9 +297,10 @@ def _group(local: int, compute: ComputeConfig, scratch: Path, unit: str) -> Iter
         torch.cuda.set_device(local)
     number = node_of(compute) * compute.devices + local
     if compute.num_nodes == 1:
-        meeting: distributed.Store = distributed.FileStore(str(scratch / "group"), compute.ranks)
+        meeting: Any = distributed.FileStore(str(scratch / "group"), compute.ranks)  # type: ignore[attr-defined]
     else:
-        meeting = distributed.PrefixStore(unit.removesuffix(".part"), _meeting_of_nodes(number == 0))
+        unit = unit.removesuffix(".part")
+        meeting = distributed.PrefixStore(unit, _meeting_of_nodes(number == 0))  # type: ignore[attr-defined]
     distributed.init_process_group("nccl" if cuda else "gloo", store=meeting, rank=number, world_size=compute.ranks)
     try:
         yield
@@ -308,7 +309,9 @@ def _group(local: int, compute: ComputeConfig, scratch: Path, unit: str) -> Iter
 
 
 @functools.cache
-def _meeting_of_nodes(is_first: bool) -> distributed.Store:
+def _meeting_of_nodes(is_first: bool) -> Any:
     """Where the machines tell each other their addresses; the first one keeps it for as long as it lives."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return distributed.TCPStore(address, port, is_master=is_first, wait_for_workers=False)
+    return distributed.TCPStore(  # type: ignore[attr-defined]
+        address, port, is_master=is_first, wait_for_workers=False
+    )

@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak [--kills 20] [--seed 0] [--folder soak] [--fork]
 
-A small sweep over the embedded world (three methods, both ways to collect, dropout, finetune, answers, judging) runs
+A small sweep over the embedded world (two methods, both ways to collect, dropout, finetune, answers, judging) runs
 once undisturbed. Then the same command is given again and again in a store of its own, and each process is killed
 with SIGKILL: at a random moment, or shortly after a chosen stage has saved a point, so that single epochs are
 hit several times. Once a round has ended by itself, all files of both stores are compared byte for byte (of the
@@ -26,18 +26,19 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from gradsift.artifacts import MANIFEST, UNFINISHED
+from gradsift.artifacts import MADE_BY, MANIFEST, UNFINISHED
 
 REPOSITORY = Path(__file__).parents[1]
 SWEEP = (
     *("-m", "experiment=smoke", "tracker=none", "compute.threads=1", "compute.tokens=256"),
-    *("method=gradfiltering,superfiltering,less", "proxy.collect=epoch_end,during_training"),
-    *("proxy.members=3", "proxy.batch_size=4", "proxy.lora.dropout=0.1"),
-    *("target.steps=30", "target.lora.dropout=0.1", "benchmark.batch_size=4", "features.warmup.share=0.5"),
+    *("method=gradfiltering,less", "proxy.collect=epoch_end,during_training"),
+    *("proxy.members=2", "proxy.batch_size=4", "proxy.lora.dropout=0.1", "features.warmup.share=0.3"),
+    *("target.steps=20", "target.lora.dropout=0.1", "benchmark.batch_size=4"),
 )
 # whose points are waited for; None is any moment. Two in a row hit one epoch twice
 MOMENTS = (
@@ -175,24 +176,28 @@ def _fresh(folder: Path) -> Path:
 def kill(process: Running, store: Path, moment: str | None, chance: random.Random) -> Hit | None:
     """Kill the process at its moment; None if it ended before that came."""
     began = time.monotonic()
-    before = _points(store)
-    while not (_parts(store) if moment is None else _moved(before, _points(store), moment)):
+    points, parts = _points(store), _parts(store)
+    while not (_parts(store) - parts if moment is None else _moved(points, _points(store), moment)):
         if process.poll() is not None:
             return None
         if time.monotonic() - began > PATIENCE:
             raise TimeoutError(f"no sign of {moment or 'work'} within {PATIENCE:.0f} s")
-        time.sleep(0.002)
+        time.sleep(0.01)
     time.sleep(chance.uniform(0, LONGEST if moment is None else 0.1))
     if process.poll() is not None:
         return None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    return Hit(time.monotonic() - began, dict.fromkeys(_parts(store), 0) | _points(store))
+    return Hit(time.monotonic() - began, dict.fromkeys((name for name, _ in _parts(store)), 0) | _points(store))
 
 
-def _parts(store: Path) -> list[str]:
-    """Artifacts in the making."""
-    return [f"{path.parent.name}/{_plain(path)}" for path in store.glob("*/*.part")]
+def _parts(store: Path) -> set[tuple[str, int]]:
+    """Artifacts in the making, and when a process last took them up."""
+    found = set()
+    for part in store.glob("*/*.part"):
+        with suppress(FileNotFoundError):  # finished meanwhile
+            found.add((f"{part.parent.name}/{_plain(part)}", (part / UNFINISHED / MADE_BY).stat().st_mtime_ns))
+    return found
 
 
 def _plain(path: Path) -> str:

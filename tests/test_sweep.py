@@ -38,7 +38,6 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
         (["proxy.members=1,2", "scorer=late_loss,gsnr"], ["job 2 of 4 (", "divides by a variance over members"]),
         (["target.epochs=null,2"], ["job 2 of 2 (", "either target.epochs or target.steps"]),
         (["scorer=late_loss,gsnr", "scorer.eps=1e-8"], ["job 1 of 2 (", "eps"]),
-        (["alpha=range(a)"], ["alpha=range(a)"]),
         (["alpha=0.1,2", "compute.device=cpu,tpu"], ["job 2 of 4 (", "tpu", "job 3 of 4 (", "alpha=2"]),
     ],
     ids=lambda value: " ".join(value) if "=" in value[0] else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from test_ensembles import config, trained
-from test_norms import tiny_model
+from test_ensembles import config, inputs, parents, trained
+from test_finetuning import runtime
+from test_norms import ragged_examples, tiny_model
 from torch import nn
 
-from gradsift.config import LoraConfig
+from gradsift.config import ComputeConfig, LoraConfig
+from gradsift.proxy.ensemble import train_adapters
 from gradsift.proxy.trajectory import DIMENSIONS, POINTS, Trajectory
 from gradsift.training import lora
 from gradsift.training.adapted import ADAPTER
@@ -118,3 +121,27 @@ def test_distances_between_updates_are_kept() -> None:
         for i, j in zip(first, second, strict=True)
     ]
     assert np.mean(ratios) == pytest.approx(1, abs=0.15)
+
+
+def test_a_member_that_was_interrupted_has_the_trajectory_of_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second step of the first epoch raises once; the same command goes on after the first."""
+    settings = config("lora_seeds", members=1, batch_size=2)
+    (whole,), _ = trained(tmp_path / "whole", settings)
+    seen, steps = Trajectory.on_train_batch_end, iter(range(100))
+
+    def stop(self: Trajectory, *arguments: Any) -> None:
+        seen(self, *arguments)
+        if next(steps) == 1:
+            raise KeyboardInterrupt
+
+    run = replace(runtime(tmp_path / "resumed"), compute=ComputeConfig(device="cpu", save_every=0))
+    arguments = (run, settings, *parents(run), lambda: inputs(ragged_examples(10)))
+    monkeypatch.setattr(Trajectory, "on_train_batch_end", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_adapters(*arguments)
+    (resumed,) = train_adapters(*arguments)
+    assert resumed[0].info["resumed_steps"] == 1
+    for one, other in zip(whole, resumed, strict=True):
+        assert one.file(TRAJECTORY_FILE).read_bytes() == other.file(TRAJECTORY_FILE).read_bytes()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from gradsift.errors import GradsiftError
 from gradsift.runtime import Display
 
 
@@ -17,10 +17,9 @@ def report_at_end(folder: Path, display: Display) -> None:
         from gradsift.report.page import write_report
 
         display.say(f"report: {write_report(folder)}")
-    except Exception as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    except Exception as error:  # noqa: BLE001 - whatever it is, the run itself is done
+        reason = "" if isinstance(error, GradsiftError) else f"{type(error).__name__}: "
+        reason += (str(error) or "no message").splitlines()[0]
         display.say(
             f"report: not written ({reason}); the results stand in run.json, and `python -m gradsift.report {folder}` "
             "tries again"

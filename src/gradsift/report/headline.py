@@ -57,9 +57,13 @@ def _of_sweep(material: Material) -> tuple[str, list[str], list[Tile]]:
         counted(len({(run.record.get("data_seed"), run.record.get("seed")) for run in known}), "seed"),
     ]
     verdicts, tiles = _best(material)
-    failed = sum(run.status in FAILED for run in runs)
+    counts = {
+        "did not": sum(run.status in FAILED for run in runs),
+        "stopped as asked": sum(run.status == "stopped" for run in runs),
+    }
+    others = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
     tiles += [
-        Tile("runs finished", f"{len(material.finished)} of {len(runs)}", f"{failed} did not" if failed else ""),
+        Tile("runs finished", f"{len(material.finished)} of {len(runs)}", others),
         *_rows(runs),
         Tile("time", duration(sum(run.record.get("seconds", 0.0) for run in runs)), "all runs, one after the other"),
     ]
@@ -142,6 +146,8 @@ def _asked(material: Material) -> str:
     ):
         values = dict.fromkeys(_plain(record[key]) for record in records if record.get(key) is not None)
         found += [f"{name} {' or '.join(values)}"] if values else []
+    stages = dict.fromkeys(str(run.config["stop_after"]) for run in material.runs if run.config.get("stop_after"))
+    found += [f"stopped after {' or '.join(stages)}"] if stages else []
     return "; ".join(found)
 
 

@@ -263,7 +263,11 @@ class Browser {
     const { pool, selection } = this;
     const about = pool.about;
     const sought = words($("query").value);
-    const hits = sought.map((word) => pool.holding(word));
+    const hits = [];
+    for (const word of [...sought].sort((one, other) => other.length - one.length)) {
+      hits.push(pool.holding(word));
+      if (!hits.at(-1).includes(1)) break; // the other words need no look
+    }
     const kept = $("kept").value;
     const place = pool.column(selection.place);
     const status = pool.column(about.methods[this.method].status);

@@ -145,6 +145,9 @@ def test_judge_calls_are_told(gradsift, capsys, monkeypatch) -> None:
     calls = {unit["name"]: unit["calls"] for unit in plan["plan"] if unit["calls"]}
     assert calls == {"score": 2 * 60, "judge": 2 * 13}
     assert "judge calls 146" in capsys.readouterr().out
+    judge = ("judge=alpaca_eval", "judge.base_url=http://127.0.0.1:9")
+    (plan,) = planned(gradsift, *TINY, *judge, "scorer=random")
+    assert {unit["name"]: unit["calls"] for unit in plan["plan"] if unit["calls"]} == {"judge": 2 * 13}
 
 
 def test_a_damaged_unit_is_to_do_and_stays_as_it_is(gradsift) -> None:

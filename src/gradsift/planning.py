@@ -230,7 +230,7 @@ def _bytes(manifest: Mapping[str, Any], scale: float) -> float:
 
 def _calls(stage: str, config: Mapping[str, Any], size: int) -> int:
     """Calls to a judge behind an endpoint, none of whose replies is known; a pair is judged in both orders."""
-    if stage == "judge" and config.get("name") == "openai":
+    if stage == "judge" and config.get("name") in ("openai", "alpaca_eval"):
         return 2 * size
     if stage == "score" and config.get("rater.name") == "openai":
         return QUESTIONS[config["style"]] * size

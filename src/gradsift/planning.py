@@ -127,10 +127,10 @@ class Planner(Store):
     def expect(
         self, stage: str, slug: str, config: Mapping[str, Any], parents: Sequence[Artifact], size: int
     ) -> Artifact:
-        """A name for what depends on the content of one of the parents, which is not made.
+        """A name for what depends on the content of something that is not made.
 
         Args:
-            config: tells it from others that are to be expected of the same parents.
+            config: names that too, to tell this from others that are to be expected of the same parents.
         """
         fingerprint = fingerprint_of(stage, 0, config, parents)
         path = self.store / stage / f"{slug}-{fingerprint}"

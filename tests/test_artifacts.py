@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from gradsift.artifacts import MANIFEST, Artifact, Store, fingerprint_of
+from gradsift import artifacts
+from gradsift.artifacts import MANIFEST, UNFINISHED, Artifact, Store, fingerprint_of
 from gradsift.errors import GradsiftError
 
 
@@ -186,6 +187,65 @@ def test_an_os_error_that_is_not_about_the_store_is_not_disguised(tmp_path: Path
 
     with pytest.raises(FileNotFoundError):
         Store(tmp_path).obtain("stage", "slug", {}, [], make, version=1)
+
+
+def test_work_goes_on_from_what_it_keeps_as_unfinished_and_the_artifact_holds_none_of_it(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def make(folder: Path) -> dict:
+        kept, half = folder / UNFINISHED / "steps", folder / "half.txt"
+        assert not half.exists()  # all else is begun anew
+        half.write_text("half")
+        done = int(kept.read_text()) if kept.exists() else 0
+        kept.write_text(str(done + 2))
+        if done < 4:
+            raise ValueError("interrupted")
+        half.unlink()
+        return {"optimizer_steps": done + 2, "resumed_steps": done}
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="interrupted"):
+            Store(tmp_path, said.append).obtain("stage", "slug", {}, [], make, version=1)
+    store = Store(tmp_path, said.append)
+    artifact = store.obtain("stage", "slug", {}, [], make, version=1)
+    assert [path.name for path in artifact.path.iterdir()] == [MANIFEST]
+    assert store.records[0].optimizer_steps == 2  # those of this process
+    assert artifact.info["optimizer_steps"] == 6
+    assert len(said) == 2
+    assert "going on from where an interrupted run was" in said[0]
+
+
+def test_another_config_never_goes_on_from_this_ones_point(tmp_path: Path) -> None:
+    def make(folder: Path) -> dict:
+        found = list((folder / UNFINISHED).glob("point"))
+        (folder / UNFINISHED / "point").write_text("")
+        if not found:
+            raise ValueError("interrupted")
+        return {}
+
+    for config in ({"a": 1}, {"a": 2}):
+        with pytest.raises(ValueError, match="interrupted"):
+            Store(tmp_path).obtain("stage", "slug", config, [], make, version=1)
+    with pytest.raises(ValueError, match="interrupted"):
+        Store(tmp_path).obtain("stage", "slug", {"a": 1}, [], make, version=2)
+    Store(tmp_path).obtain("stage", "slug", {"a": 1}, [], make, version=1)
+
+
+def test_going_on_with_other_code_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def make(folder: Path) -> dict:
+        found = (folder / UNFINISHED / "point").exists()
+        (folder / UNFINISHED / "point").write_text("")
+        if not found:
+            raise ValueError("interrupted")
+        return {}
+
+    with pytest.raises(ValueError, match="interrupted"):
+        Store(tmp_path, said.append).obtain("stage", "slug", {}, [], make, version=1)
+    monkeypatch.setattr(artifacts, "package_versions", lambda: {"torch": "9.9"})
+    Store(tmp_path, said.append).obtain("stage", "slug", {}, [], make, version=1)
+    assert "other code or packages" in said[-1]
 
 
 def test_a_unit_that_two_processes_make_at_once_is_not_kept_by_the_first(tmp_path: Path) -> None:

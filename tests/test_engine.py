@@ -303,7 +303,7 @@ def test_out_of_memory_halves_the_budget_says_so_and_changes_no_result(
     for losses in (ResponseLosses, failing_above(30, error)):
         monkeypatch.setattr(finetuning, "ResponseLosses", losses)
         adapted = adapted_model("gpt2", ["all-linear"])
-        norms = GradientNorms(adapted, encoded, "during_training", row_indices=SOURCE_ROWS)
+        norms = GradientNorms(adapted, encoded, row_indices=SOURCE_ROWS)
         train(adapted, encoded, plan, callbacks=[norms], say=said.append)
         tables.append(np.stack([norms.table()[name] for name in COLUMNS], 1))
         adapters.append(weights_of(adapted))

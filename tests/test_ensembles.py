@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from gradsift.errors import ConfigError
 from gradsift.gradients.callback import COLUMNS, collect_norms
 from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.statistics import compute_statistics
-from gradsift.proxy.ensemble import epoch_plan, member_settings, train_adapters, train_ensemble
+from gradsift.journal import Journal
+from gradsift.proxy.ensemble import ensemble_norms, epoch_plan, member_settings, train_adapters
 from gradsift.proxy.epochs import ProxyInputs
 from gradsift.runtime import Runtime
 from gradsift.training import lora
@@ -56,17 +56,33 @@ def inputs(encoded: list[Encoded]) -> ProxyInputs:
 def trained(
     store: Path, settings: ProxyConfig, encoded: list[Encoded] | None = None
 ) -> tuple[list[list[Artifact]], Runtime]:
+    """The adapters as [adapter][epoch - 1]."""
     run = runtime(store)
-    return train_ensemble(run, settings, *parents(run), lambda: inputs(encoded or ragged_examples(10))), run
+    return train_adapters(run, settings, *parents(run), lambda: inputs(encoded or ragged_examples(10))), run
+
+
+def ensemble(
+    store: Path, settings: ProxyConfig, encoded: list[Encoded] | None = None
+) -> tuple[dict[int, list[list[Artifact]]], Runtime]:
+    """The norms after each epoch, as {epoch: [member][shard]}."""
+    adapters, run = trained(store, settings, encoded)
+    examples = encoded or ragged_examples(10)
+    return {
+        epoch: ensemble_norms(run, settings, adapters, lambda: inputs(examples), epoch) for epoch in settings.snapshots
+    }, run
 
 
 def made(run: Runtime) -> Counter[str]:
     return Counter(record.name for record in run.store.records if not record.reused)
 
 
-def norms_of(ensemble: list[list[Artifact]], epoch: int) -> np.ndarray:
+def norms_of(members: list[list[Artifact]]) -> np.ndarray:
     """norm_B of the members, (M, N)."""
-    return np.stack([read_norms(chain[epoch - 1])["norm_B"] for chain in ensemble])
+    return np.stack([read_norms(shards)["norm_B"] for shards in members])
+
+
+def flat(found: dict[int, list[list[Artifact]]]) -> list[Artifact]:
+    return [shard for members in found.values() for shards in members for shard in shards]
 
 
 # ------------------------------------------------------------------------------------------ every kind
@@ -74,38 +90,39 @@ def norms_of(ensemble: list[list[Artifact]], epoch: int) -> np.ndarray:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_members_differ_and_fewer_of_them_are_the_first_of_more(mode: str, tmp_path: Path) -> None:
-    five, run = trained(tmp_path, config(mode, members=5))
+    five, run = ensemble(tmp_path, config(mode, members=5))
     assert made(run)["member"] == (2 if mode == "mc_dropout" else 10)
-    assert made(run)["dropout"] == (10 if mode == "mc_dropout" else 0)
+    assert made(run)["norms"] == 10
     for epoch in (1, 2):
-        norms = norms_of(five, epoch)
+        norms = norms_of(five[epoch])
         assert norms.shape == (5, 10)
         assert (norms.var(0) > 1e-8).all()
     for scope in ("all", "scaled"):
-        found = compute_statistics([c[0] for c in five], [c[1] for c in five], scope, 11)
+        found = compute_statistics(five[1], five[2], scope, 11)
         assert np.isnan(found.V_t[10])  # the pool's last example was not encoded
         assert (found.V_t[:10] > 0).all()
         assert (found.G_s[:10] > 0).all()
-    three, again = trained(tmp_path, config(mode, members=3))
+    three, again = ensemble(tmp_path, config(mode, members=3))
     assert not made(again)
-    assert [[a.path for a in chain] for chain in three] == [[a.path for a in chain] for chain in five[:3]]
+    assert [a.path for a in flat(three)] == [a.path for a in flat({epoch: five[epoch][:3] for epoch in (1, 2)})]
 
 
 @pytest.mark.parametrize("mode", NEW)
 def test_equal_commands_give_equal_bytes_and_other_seeds_do_not(mode: str, tmp_path: Path) -> None:
-    first, again = (trained(tmp_path / name, config(mode, members=2))[0] for name in "ab")
-    for left, right in zip(chain(*first), chain(*again), strict=True):
+    first, again = (ensemble(tmp_path / name, config(mode, members=2))[0] for name in "ab")
+    for left, right in zip(flat(first), flat(again), strict=True):
         assert left.fingerprint == right.fingerprint
         assert left.file("gradient_norms.parquet").read_bytes() == right.file("gradient_norms.parquet").read_bytes()
     other = runtime(tmp_path / "c", seed=1)
-    found = train_ensemble(other, config(mode, members=2), *parents(other), lambda: inputs(ragged_examples(10)))
-    assert not np.allclose(norms_of(first, 2), norms_of(found, 2), rtol=1e-3)
+    adapters = train_adapters(other, config(mode, members=2), *parents(other), lambda: inputs(ragged_examples(10)))
+    found = ensemble_norms(other, config(mode, members=2), adapters, lambda: inputs(ragged_examples(10)), 2)
+    assert not np.allclose(norms_of(first[2]), norms_of(found), rtol=1e-3)
 
 
 @pytest.mark.parametrize("mode", NEW)
 def test_an_interrupted_ensemble_goes_on_where_it_stopped(mode: str, tmp_path: Path, monkeypatch: Any) -> None:
     settings = config(mode, members=2)
-    whole, _ = trained(tmp_path / "whole", settings)
+    whole, _ = ensemble(tmp_path / "whole", settings)
     calls = 0
 
     def stops(*arguments: Any, **options: Any) -> Any:
@@ -116,13 +133,12 @@ def test_an_interrupted_ensemble_goes_on_where_it_stopped(mode: str, tmp_path: P
         return collect_norms(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("gradsift.proxy.ensemble.collect_norms", stops)
-        patch.setattr("gradsift.gradients.callback.collect_norms", stops)
+        patch.setattr("gradsift.proxy.collection.collect_norms", stops)
         with pytest.raises(KeyboardInterrupt):
-            trained(tmp_path / "stopped", settings)
-    found, run = trained(tmp_path / "stopped", settings)
-    assert sum(made(run).values()) == (2 + 4 if mode == "mc_dropout" else 4) - 3
-    for left, right in zip(chain(*found), chain(*whole), strict=True):
+            ensemble(tmp_path / "stopped", settings)
+    found, run = ensemble(tmp_path / "stopped", settings)
+    assert made(run) == {"norms": 1}  # the fourth of them
+    for left, right in zip(flat(found), flat(whole), strict=True):
         assert left.file("gradient_norms.parquet").read_bytes() == right.file("gradient_norms.parquet").read_bytes()
 
 
@@ -144,8 +160,9 @@ def test_the_line_runs_to_a_selection_with_its_diagnostics(gradsift, mode: str) 
 # ---------------------------------------------------------------------------------------- lora_seeds
 
 
-def test_an_artifact_of_lora_seeds_is_what_it_was_before_there_were_others(tmp_path: Path) -> None:
-    settings = member_settings(config("lora_seeds"), runtime(tmp_path), member=1, epoch=2)
+def test_what_the_weights_of_lora_seeds_depend_on(tmp_path: Path) -> None:
+    """On none of the shards of a collection, which is another stage."""
+    settings = member_settings(config("lora_seeds", shards=3, shard=1), runtime(tmp_path), member=1, epoch=2)
     assert settings == {
         "member": 1,
         "epoch": 2,
@@ -154,7 +171,6 @@ def test_an_artifact_of_lora_seeds_is_what_it_was_before_there_were_others(tmp_p
         "lora": {"rank": 2, "alpha": 16.0, "dropout": 0.0, "targets": ["all-linear"]},
         "template": "alpaca",
         "max_length": 1024,
-        "collect": "epoch_end",
         "learning_rate": 1e-2,
         "schedule": "constant",
         "scheduled_epochs": None,
@@ -184,8 +200,8 @@ def test_a_bootstrap_member_sees_its_own_resample_in_every_epoch() -> None:
 def test_bootstrap_members_start_from_one_adapter_and_others_do_not(tmp_path: Path) -> None:
     still = {"members": 2, "learning_rate": 1e-12, "weight_decay": 0.0}
     for mode, same in (("bootstrap", True), ("lora_seeds", False)):
-        ensemble, _ = trained(tmp_path, config(mode, **still))
-        first, second = (load_file(chain[0].file(lora.ADAPTER_FILE)) for chain in ensemble)
+        adapters, _ = trained(tmp_path, config(mode, **still))
+        first, second = (load_file(chain[0].file(lora.ADAPTER_FILE)) for chain in adapters)
         for name in first:
             if "lora_A" in name:
                 assert np.allclose(first[name], second[name], atol=1e-9) is same
@@ -216,8 +232,7 @@ def dropping_model(architecture: str, dropout: float) -> Any:
 
 def under_masks(adapted: Any, examples: list[Encoded], seed: int, tokens: int = 4096) -> np.ndarray:
     """norm_A, norm_B, loss, (N, 3), as the members of mc_dropout have them."""
-    torch.manual_seed(seed)
-    columns = collect_norms(adapted, examples, TokenBudget(tokens), 0, CPU, dropout=True).columns(range(len(examples)))
+    columns = collect_norms(adapted, examples, TokenBudget(tokens), 0, CPU, masks=seed).columns(range(len(examples)))
     return np.stack([columns[name] for name in COLUMNS], 1)
 
 
@@ -267,13 +282,13 @@ def test_the_variance_vanishes_with_the_dropout() -> None:
 
 def test_training_is_member_0_of_lora_seeds_and_is_shared_with_it(tmp_path: Path) -> None:
     dropping = config("mc_dropout", members=2)
-    ensemble, run = trained(tmp_path, dropping)
-    adapters = train_adapters(run, dropping, *parents(run), lambda: inputs(ragged_examples(10)))
+    norms, _ = ensemble(tmp_path, dropping)
+    adapters, _ = trained(tmp_path, dropping)
     assert len(adapters) == 1
     seeds, again = trained(tmp_path, proxy_config(members=2, lora=dropping.lora))
     assert made(again) == {"member": 2}  # its member 1 alone
     assert [a.path for a in seeds[0]] == [a.path for a in adapters[0]]
-    assert ensemble[1][1].manifest["parents"] == [adapters[0][1].fingerprint]
+    assert norms[2][1][0].manifest["parents"] == [adapters[0][1].fingerprint]
 
 
 def test_masks_depend_on_the_token_budget_and_so_does_the_artifact(tmp_path: Path) -> None:
@@ -282,9 +297,28 @@ def test_masks_depend_on_the_token_budget_and_so_does_the_artifact(tmp_path: Pat
     for tokens in (64, 128):
         run = runtime(tmp_path)
         run.compute = ComputeConfig(device="cpu", tokens=tokens)
-        ensemble = train_ensemble(run, settings, *parents(run), lambda: inputs(ragged_examples(10)))
-        paths |= {artifact.path for artifact in ensemble[0]}
+        adapters = train_adapters(run, settings, *parents(run), lambda: inputs(ragged_examples(10)))
+        for epoch in (1, 2):
+            paths |= {
+                a.path for (a,) in ensemble_norms(run, settings, adapters, lambda: inputs(ragged_examples(10)), epoch)
+            }
     assert len(paths) == 4
+
+
+def test_a_pass_under_masks_that_was_cut_short_draws_on_as_one_that_was_not(tmp_path: Path) -> None:
+    adapted, examples = dropping_model("gpt2", 0.4), ragged_examples(12)
+    whole = under_masks(adapted, examples, seed=3, tokens=30)
+
+    def stops(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        options = {"masks": 3, "journal": Journal(tmp_path)}
+        collect_norms(adapted, examples, TokenBudget(30), 0, CPU, stops, **options)
+    torch.manual_seed(99)
+    options = {"masks": 3, "journal": Journal(tmp_path)}
+    found = collect_norms(adapted, examples, TokenBudget(30), 0, CPU, **options).columns(range(12))
+    assert np.array_equal(np.stack([found[name] for name in COLUMNS], 1), whole)
 
 
 # -------------------------------------------------------------------------------------------- config

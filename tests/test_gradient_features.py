@@ -35,6 +35,7 @@ from gradsift.training.device import TokenBudget
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = (
     "experiment=smoke",
+    "report=false",
     "tracker=none",
     "data.size=40",
     "proxy.epochs=2",
@@ -315,11 +316,11 @@ def test_directions_are_cosines_with_the_mean_gradient_example_by_example(line: 
 
     found = read_cosines(line.directions, 40)
     assert found.shape == (2, 40)
-    for member, cosines in zip(line.late_members(), found, strict=True):
+    for chain, shards, cosines in zip(line.adapters, line.late_norms(), found, strict=True):
         exact = []
         with adapter(line.proxy_backbone, line.config.proxy.lora, 3, line.config.compute) as adapted:
             unfused(adapted)
-            lora.load_adapter(adapted, member.path)
+            lora.load_adapter(adapted, chain[1].path)
             for example in line.proxy_inputs.encoded:
                 adapted.zero_grad()
                 example_loss(adapted, example).backward()
@@ -329,11 +330,11 @@ def test_directions_are_cosines_with_the_mean_gradient_example_by_example(line: 
         mean = gradients.mean(0)
         lengths = np.linalg.norm(gradients, axis=1)
         np.testing.assert_allclose(cosines, gradients @ mean / lengths / np.linalg.norm(mean), atol=1e-5)
-        norms = read_norms(member)
+        norms = read_norms(shards)
         np.testing.assert_allclose(np.hypot(norms["norm_A"], norms["norm_B"]), lengths, rtol=1e-4)
 
 
 def test_members_that_share_their_weights_share_their_direction(store: Path) -> None:
     line = line_of(store, "scorer=gsnr_direction", "proxy.ensemble=mc_dropout", "proxy.lora.dropout=0.1")
-    assert [member.stage for member in line.late_members()] == ["dropout"] * 2
+    assert len({shard.path for shards in line.late_norms() for shard in shards}) == 2
     assert line.sources["directions"].value().shape == (1, 40)

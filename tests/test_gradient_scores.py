@@ -219,7 +219,7 @@ def test_the_direction_of_the_pool_is_that_of_the_one_adapter_which_all_members_
     dropping = ("proxy.ensemble=mc_dropout", "proxy.lora.dropout=0.1")
     assert gradsift(*SMOKE, "scorer=gsnr_direction", *dropping, "stop_after=selection") == 0
     made = [stage["name"] for stage in gradsift.runs()[-1]["stages"] if not stage["reused"]]
-    assert (made.count("member"), made.count("dropout"), made.count("direction")) == (2, 4, 1)
+    assert (made.count("member"), made.count("norms"), made.count("direction")) == (2, 4, 1)
 
 
 def test_without_a_target_set_less_stops_before_it_trains(gradsift, capsys) -> None:

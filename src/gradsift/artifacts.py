@@ -7,6 +7,10 @@ size and hash of every file, is written last and the folder is renamed when whol
 either complete or not there, a repeated command finds its work, and changed input never meets a
 stale result.
 
+What long work needs to go on from after a kill lies in the folder's `unfinished/` until it is whole: the
+state of a training (`gradsift.training.save_point`), the results of the batches so far (`gradsift.journal`).
+As the folder's name holds the fingerprint, nobody goes on from the point of another config.
+
 Processes, on this machine or on others that share the store, keep off each other's units by locks of
 the file system, which it frees when their holder dies; no clock is ever compared.
 """
@@ -33,9 +37,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from gradsift.cost import counting, peak_resident_gb
 from gradsift.errors import GradsiftError
 
 MANIFEST = "manifest.json"
+UNFINISHED = "unfinished"  # folder of what an interrupted `make` goes on from; no artifact holds it
+MADE_BY = "made_by.json"  # in it: the code and the packages that began
 _PATIENCE = 3.0  # seconds before a wait for another process is said
 _POLL = 0.5  # seconds between looks at a lock after that: a hundred waiting jobs shall not wear out a file server
 _HASH_LIMIT = 256 * 2**20  # bytes; beyond this reuse checks a file's size alone
@@ -51,6 +58,7 @@ _STORE_ERRORS = (
     errno.EEXIST,
     errno.ENOTEMPTY,
 )
+_MODEL_STAGES = ("backbone", "sentence_encoder")
 _GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EHOSTDOWN, errno.ETIMEDOUT)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _PACKAGES = ("gradsift", "torch", "transformers", "peft", "lightning", "numpy")
@@ -79,6 +87,18 @@ class Artifact:
         info: Mapping[str, Any] = self.manifest["info"]
         return info
 
+    @property
+    def size(self) -> int | None:
+        """Examples that the work on it passed over; None where that is not known."""
+        size: int | None = self.manifest.get("size") or self.info.get("rows")
+        return size
+
+    @property
+    def models(self) -> Sequence[str]:
+        """Names of the models that it, or what it was made from, passed examples through."""
+        models: Sequence[str] = self.manifest.get("models", ())
+        return models
+
 
 @dataclass(frozen=True)
 class StageRecord:
@@ -90,6 +110,9 @@ class StageRecord:
     reused: bool
     seconds: float  # spent by this run
     optimizer_steps: int  # taken by this run
+    forward_tokens: int  # passed by this run (see gradsift.cost)
+    saved_steps: int = 0  # of a unit that was reused, the optimiser steps that making it had taken
+    saved_tokens: int = 0  # likewise
 
 
 def _own_name() -> str:
@@ -155,15 +178,23 @@ class Store:
         *,
         version: int,
         keep_part: bool = False,
+        size: int | None = None,
+        light: bool = False,
     ) -> Artifact:
         """Return the artifact that `config` and `parents` describe; call `make` only if it is not there.
 
         Args:
             config: everything that changes the result besides the parents; JSON values.
-            make: fills the folder it is given and returns its counts (`optimizer_steps` among them).
+            make: fills the folder it is given and returns its counts: `optimizer_steps` among them, and
+                `resumed_steps`, those of them that an interrupted process had taken. It may go on from what it
+                finds in the folder's `unfinished/`, which it need not tidy up.
             version: raised in code whenever the stage's result changes.
-            keep_part: leave what an interrupted `make` wrote for the next one to continue from;
-                otherwise it starts from an empty folder.
+            keep_part: leave all that an interrupted `make` wrote for the next one to continue from;
+                otherwise it starts from a folder with nothing but `unfinished/`.
+            size: examples that the work passes over, where that is another number than the parents'; a plan
+                scales its estimates by it.
+            light: takes seconds and no model, and what follows cannot be planned without its content: a plan
+                makes it, in a folder that is thrown away.
 
         Raises:
             GradsiftError: the store cannot be written; names the unit, the folder and the remedy.
@@ -179,8 +210,10 @@ class Store:
                 with self._locked(path) as holder:
                     found = self._whole(stage, path, fingerprint)  # another process may have finished it
                     if found is None:
-                        return self._make(stage, path, fingerprint, config, parents, make, version, keep_part, holder)
-        self._record(found, reused=True, seconds=time.perf_counter() - started, steps=0)
+                        lineage = {"size": size or size_of(parents), "models": models_of(stage, slug, parents)}
+                        described = {"version": version, "config": config, **lineage}
+                        return self._make(stage, path, fingerprint, described, parents, make, keep_part, holder)
+        self._record(found, reused=True, seconds=time.perf_counter() - started)
         return found
 
     @contextmanager
@@ -196,6 +229,12 @@ class Store:
                 f"{unit} could not keep its work in {self.root}: {reason}; {_remedy(error)}; "
                 "what is finished is kept, and the same command goes on from there"
             ) from error
+
+    def has(
+        self, stage: str, slug: str, config: Mapping[str, Any], parents: Sequence[Artifact], *, version: int
+    ) -> bool:
+        """Whether `obtain` would find the artifact; its files are not looked into."""
+        return (self.root / stage / f"{slug}-{fingerprint_of(stage, version, config, parents)}" / MANIFEST).is_file()
 
     def _is_ours(self, error: OSError) -> bool:
         """Whether an error is about the store, and not about something that a stage reads elsewhere."""
@@ -222,29 +261,27 @@ class Store:
         stage: str,
         path: Path,
         fingerprint: str,
-        config: Mapping[str, Any],
+        described: Mapping[str, Any],
         parents: Sequence[Artifact],
         make: Callable[[Path], Mapping[str, Any]],
-        version: int,
         keep_part: bool,
         holder: Holder,
     ) -> Artifact:
-        part = path.with_name(path.name + ".part")
-        if part.exists() and not keep_part:
-            _clear(part)
-        part.mkdir(exist_ok=True)
-        (part / MANIFEST).unlink(missing_ok=True)  # of a process that died just before the rename
+        part = self._part(path, keep_part)
         started = time.perf_counter()
-        info = dict(make(part))
+        with counting() as tokens:
+            info = dict(make(part))
+        if tokens():
+            info["forward_tokens"] = tokens()
         seconds = time.perf_counter() - started
         manifest = {
             "stage": stage,
-            "version": version,
             "fingerprint": fingerprint,
-            "config": config,
+            **described,
             "parents": [parent.fingerprint for parent in parents],
             "info": info,
             "seconds": round(seconds, 3),
+            "peak_resident_gb": peak_resident_gb(),  # of the process up to then
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "git_sha": git_sha(),
             "code": code_hash(),
@@ -253,10 +290,32 @@ class Store:
         }
         holder.require()
         _write_synced(part / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+        _clear(part / UNFINISHED)
         part.rename(path)
         artifact = Artifact(stage, path, fingerprint, manifest)
-        self._record(artifact, reused=False, seconds=seconds, steps=int(info.get("optimizer_steps", 0)))
+        self._record(artifact, reused=False, seconds=seconds)
         return artifact
+
+    def _part(self, path: Path, keep_part: bool) -> Path:
+        """The folder to work in, with what an interrupted process left there to go on from."""
+        part = path.with_name(path.name + ".part")
+        unfinished = part / UNFINISHED
+        unfinished.mkdir(parents=True, exist_ok=True)
+        (part / MANIFEST).unlink(missing_ok=True)  # of a process that died just before the rename
+        if not keep_part:
+            for left in part.iterdir():
+                if left.is_dir() and left != unfinished:
+                    _clear(left)
+                elif left != unfinished:
+                    left.unlink()
+        ours = json.dumps({"code": code_hash(), "packages": package_versions()}, sort_keys=True)
+        note = unfinished / MADE_BY
+        if note.exists() and len(list(part.rglob("*"))) > 2:
+            self.say(f"  {path.name}: going on from where an interrupted run was")
+            if note.read_text(encoding="utf-8") != ours:
+                self.say("    which had other code or packages: equal bytes are not promised then")
+        note.write_text(ours, encoding="utf-8")
+        return part
 
     @contextmanager
     def _locked(self, path: Path) -> Iterator[Holder]:
@@ -282,18 +341,7 @@ class Store:
         """The artifact at `path` if every file is as the manifest says; a damaged one is set aside."""
         if not path.is_dir():
             return None
-        damage = None
-        manifest: dict[str, Any] = {}
-        try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            if not {"files", "info", "git_sha"} <= set(manifest):
-                raise KeyError
-            for name, described in manifest["files"].items():
-                if not (path / name).is_file() or _describe(path / name) != described:
-                    damage = f"{name} is missing or is not what was written"
-                    break
-        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-            damage = f"{MANIFEST} cannot be read"
+        manifest, damage = read_manifest(path)
         if damage is None:
             return Artifact(stage, path, fingerprint, manifest)
         aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
@@ -304,18 +352,47 @@ class Store:
         self.say(f"{stage}: {path.name} is damaged ({damage}); it was set aside as {aside.name} and is made again")
         return None
 
-    def _record(self, artifact: Artifact, *, reused: bool, seconds: float, steps: int) -> None:
+    def _record(self, artifact: Artifact, *, reused: bool, seconds: float) -> None:
         if any(record.fingerprint == artifact.fingerprint for record in self.records):
             return  # the run already counted this unit
         if reused and (other := _other_code(artifact.manifest)) and other not in self.other_code:
             self.other_code.add(other)
             self.say(f"  reusing work of other code ({other}), {artifact.stage}/{artifact.path.name} first")
-        record = StageRecord(artifact.stage, str(artifact.path), artifact.fingerprint, reused, round(seconds, 3), steps)
+        counts = [int(artifact.info.get(name, 0)) for name in ("optimizer_steps", "forward_tokens")]
+        resumed = int(artifact.info.get("resumed_steps", 0))
+        spent, saved = ([0, 0], counts) if reused else ([counts[0] - resumed, counts[1]], [0, 0])
+        path, seconds = str(artifact.path), round(seconds, 3)
+        record = StageRecord(artifact.stage, path, artifact.fingerprint, reused, seconds, *spent, *saved)
         self.records.append(record)
         self.done(record)
 
     def records_as_dicts(self) -> list[dict[str, Any]]:
         return [asdict(record) for record in self.records]
+
+
+def read_manifest(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The manifest of the artifact at `path`, and what is damaged there: None where every file is as it says."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if not {"files", "info", "git_sha"} <= set(manifest):
+            raise KeyError
+        for name, described in manifest["files"].items():
+            if not (path / name).is_file() or _describe(path / name) != described:
+                return manifest, f"{name} is missing or is not what was written"
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        return {}, f"{MANIFEST} cannot be read"
+    return manifest, None
+
+
+def size_of(parents: Sequence[Artifact]) -> int | None:
+    """Examples that work on these parents passes over, where the stage does not say otherwise: the most of any."""
+    return max((parent.size or 0 for parent in parents if parent.stage not in _MODEL_STAGES), default=0) or None
+
+
+def models_of(stage: str, slug: str, parents: Sequence[Artifact]) -> list[str]:
+    """See `Artifact.models`."""
+    own = {slug} if stage in _MODEL_STAGES else set()
+    return sorted(own.union(*(parent.models for parent in parents)))
 
 
 def content_hash(content: Mapping[str, Any]) -> str:
@@ -331,13 +408,21 @@ def fingerprint_of(stage: str, version: int, config: Mapping[str, Any], parents:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """SHA-256 of a file's bytes; they are read once a process while the file stays the same."""
+    found = path.stat()
+    return _hash_of(path.absolute(), found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+@functools.cache
+def _hash_of(path: Path, inode: int, modified: int, size: int) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    """What belongs to the artifact, relative to its folder."""
+    files = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    return sorted(str(file) for file in files if file.parts[0] != UNFINISHED)
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:  # a group, an option or a type that is not there
         if _traced():
             raise
-        _fail(_in_one_line(error))
+        _fail(in_one_line(error))
     except OSError as error:
         if _traced():
             raise
@@ -99,7 +99,7 @@ def _compose_and_run() -> None:
     except Exception as error:
         if _sweep is None or _traced():
             raise
-        reason = _in_one_line(error) or "no message"
+        reason = in_one_line(error) or "no message"
         _fail(
             f"the sweep ended early with {type(error).__name__}: {reason}; "
             "what is finished is kept, and the same command goes on from there"
@@ -130,7 +130,7 @@ def _hydra_raises() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """Hydra's composition errors without where it searched, and with the likeliest spelling."""
     message = f"{error}\n{error.__cause__ or ''}"
     kept = message.split("Config search path:")[0].split("full_key:")[0]
@@ -219,31 +219,41 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     view.starting(overrides)
     from gradsift.artifacts import Store
     from gradsift.evaluation.judges import DryRun
-    from gradsift.pipeline import plan_of, prepare, run
+    from gradsift.pipeline import plan, prepare, run, settings_of
+    from gradsift.report.automatic import report_at_end
     from gradsift.report.results import Results
     from gradsift.runtime import Runtime
     from gradsift.tracking import Tracker
 
     prepare(config)
-    view.plan(plan_of(config))
+    view.settings(settings_of(config))
     (folder / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.create(dump_config(config))), encoding="utf-8")
+    if config.plan:
+        plan(config, view.display, folder, _about(config, overrides))
+        view.planned(folder, in_sweep=sweep is not None)
+        return None
     store = Store(Path(config.artifacts), view.display.say, view.stage_done)
+    reports = config.report and sweep is None
     about = _about(config, overrides)
     with Tracker(config.tracker, folder, sweep, about) as tracker:
         results = Results(folder, tracker, store, about)
         try:
             with store.guarded("the run"):
                 run(config, Runtime(store, config.compute, view.display, config.seed), results)
-        except DryRun as plan:
-            results.planned(str(plan))
+        except DryRun as said:
+            results.dry_run(str(said))
         except BaseException as error:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave run.json and W&B half closed
             results.finish("failed" if isinstance(error, Exception) else "interrupted", str(error))
             if isinstance(error, Exception):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
+                if reports and store.records:
+                    report_at_end(folder, view.display)
             raise
         results.finish("stopped" if config.stop_after or results.ends_early else "finished")
     view.finished(folder, in_sweep=sweep is not None)
+    if reports:
+        report_at_end(folder, view.display)
     return results.value_of(config.objective)
 
 
@@ -299,9 +309,9 @@ class SweepCheck(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global _sweep
         try:
-            sweep = begin(config, _in_one_line)
+            sweep = begin(config, in_one_line)
         except Exception as error:
-            problems = str(error) if isinstance(error, GradsiftError) else _in_one_line(error)
+            problems = str(error) if isinstance(error, GradsiftError) else in_one_line(error)
             for problem in problems.splitlines():
                 _fail(problem)
             _error("no job was started")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,12 @@ from gradsift.gradients.directions import directions, read_cosines
 from gradsift.gradients.embedding_head import embedding_gradients, read_embedding_gradients
 from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.statistics import read_statistics, statistics
-from gradsift.proxy.ensemble import train_adapter, train_adapters, train_ensemble
+from gradsift.journal import Journal
+from gradsift.planning import Planned
+from gradsift.proxy.ensemble import collect_shard, ensemble_norms, train_adapter, train_adapters
 from gradsift.proxy.epochs import ProxyInputs
 from gradsift.report.audit import audit
-from gradsift.report.clusters import prompt_clusters
+from gradsift.report.clusters import clusters_of, prompt_clusters
 from gradsift.runtime import Runtime
 from gradsift.scoring.stage import scores_of
 from gradsift.selection.budget import budget
@@ -45,7 +48,7 @@ from gradsift.selection.topk import topk
 from gradsift.sources import Method, Source, method
 from gradsift.training.backbones import Backbone, backbone, load_backbone
 from gradsift.training.device import TokenBudget, device_of
-from gradsift.training.target import finetune, say_report
+from gradsift.training.target import expected_finetune, finetune, say_report
 
 
 class Line:
@@ -55,6 +58,7 @@ class Line:
         self.config = config
         self.runtime = runtime
         self.keeps_all = config.scorer_name == "full"
+        self._norms: dict[int, list[list[Artifact]]] = {}  # by epoch
         self.loaded = load(runtime, config.data)
 
     def check(self) -> None:
@@ -66,7 +70,7 @@ class Line:
             for alpha in (config.alpha, *(config.audit.alphas if config.audit.enabled else ())):
                 budget(alpha, int(self.loaded.info["rows"]))
         if config.audit.enabled:
-            _ = self.families
+            _ = self.clusters
         asked = {name for chosen in methods for name in chosen.asked}
         if asked & {"gradients", "target_gradients"}:
             self._check_features()
@@ -132,36 +136,41 @@ class Line:
         return ProxyInputs(model, encoded, [example.row_index for example in examples], budget)
 
     @functools.cached_property
-    def ensemble(self) -> list[list[Artifact]]:
-        """Members and epochs, as [member][epoch - 1]."""
-        return train_ensemble(self.runtime, self.config.proxy, self.proxy, self.loaded, lambda: self.proxy_inputs)
-
-    @functools.cached_property
     def adapters(self) -> list[list[Artifact]]:
         """The ensemble's weights, as [adapter][epoch - 1]: one a member, or one that all members share."""
         return train_adapters(self.runtime, self.config.proxy, self.proxy, self.loaded, lambda: self.proxy_inputs)
 
+    def norms(self, epoch: int) -> list[list[Artifact]]:
+        """The members' gradient norms after an epoch, as [member][shard]; an epoch nobody asks for has none."""
+        if epoch not in self._norms:
+            proxy, load = self.config.proxy, lambda: self.proxy_inputs
+            self._norms[epoch] = ensemble_norms(self.runtime, proxy, self.adapters, load, epoch)
+        return self._norms[epoch]
+
     @property
-    def has_ensemble(self) -> bool:
-        """Whether anything asked for the ensemble."""
-        return "ensemble" in self.__dict__
+    def has_norms(self) -> bool:
+        """Whether anything asked for norms of the ensemble."""
+        return bool(self._norms)
+
+    def collect_shard(self) -> list[int]:
+        """Collect the shard `proxy.shard` of all members; returns the shards of which something is missing."""
+        proxy = self.config.proxy
+        assert proxy.shard is not None  # noqa: S101 - the caller's branch
+        return collect_shard(self.runtime, proxy, self.adapters, lambda: self.proxy_inputs, proxy.shard)
 
     def statistics(self) -> Artifact:
         proxy = self.config.proxy
+        early, late = (self.norms(epoch) for epoch in proxy.snapshots)
         rows = int(self.loaded.info["rows"])
-        return statistics(self.runtime, self.ensemble, proxy.snapshots, proxy.norm_scope, rows)
+        return statistics(self.runtime, early, late, proxy.snapshots, proxy.norm_scope, rows)
 
-    def late_members(self) -> list[Artifact]:
-        return self._late(self.ensemble)
-
-    def _late(self, chains: Sequence[Sequence[Artifact]]) -> list[Artifact]:
-        """Each chain's artifact at the late snapshot."""
-        return [chain[self.config.proxy.snapshots[1] - 1] for chain in chains]
+    def late_norms(self) -> list[list[Artifact]]:
+        return self.norms(self.config.proxy.snapshots[1])
 
     def late_losses(self) -> np.ndarray:
         losses = np.full((self.config.proxy.members, int(self.loaded.info["rows"])), np.nan)
-        for index, member in enumerate(self.late_members()):
-            table = read_norms(member)
+        for index, shards in enumerate(self.late_norms()):
+            table = read_norms(shards)
             losses[index, table["row"]] = table["loss"]
         mean: np.ndarray = losses.mean(0)
         return mean
@@ -169,8 +178,9 @@ class Line:
     @functools.cached_property
     def directions(self) -> list[Artifact]:
         """A table an adapter, at the late snapshot: one a member, or one where members share their weights."""
-        lora, late = self.config.proxy.lora, self._late(self.adapters)
-        return [directions(self.runtime, lora, weights, lambda: self.proxy_inputs) for weights in late]
+        proxy = self.config.proxy
+        late = [epochs[proxy.snapshots[1] - 1] for epochs in self.adapters]
+        return [directions(self.runtime, proxy.lora, weights, lambda: self.proxy_inputs) for weights in late]
 
     @functools.cached_property
     def checkpoints(self) -> list[Artifact]:
@@ -211,7 +221,7 @@ class Line:
     def response_tokens(self) -> np.ndarray:
         """(N,) float64, the same for every member; NaN for an example that has none."""
         tokens = np.full(int(self.loaded.info["rows"]), np.nan)
-        table = read_norms(self.late_members()[0])
+        table = read_norms(self.late_norms()[0])
         tokens[table["row"]] = table["n_tokens"]
         return tokens
 
@@ -223,16 +233,16 @@ class Line:
 
     def diagnose(self, asked: Sequence[str]) -> list[Diagnostic]:
         """Of the ensemble up to the late snapshot, if the scorer asked for it."""
-        if not self.has_ensemble:
+        if not self.has_norms:
             return []
         late = self.config.proxy.snapshots[1]
         found = read_statistics(self.statistics()) if "statistics" in asked else None
-        trained = [chain[:late] for chain in self.adapters]
-        return diagnose_ensemble(trained, found, self.config.compute.precision, len(self.ensemble))
+        trained = [epochs[:late] for epochs in self.adapters]
+        return diagnose_ensemble(trained, found, self.config.compute.precision, self.config.proxy.members)
 
     def measures(self) -> dict[str, np.ndarray]:
         """What the ensemble, if the scorer asked for it, knows of each example besides its norms."""
-        if not self.has_ensemble:
+        if not self.has_norms:
             return {}
         return {"late_loss": self.late_losses(), "response_tokens": self.response_tokens()}
 
@@ -266,7 +276,7 @@ class Line:
             "count": Source(lambda: nothing, lambda: int(self.loaded.info["rows"])),
             "examples": Source(lambda: nothing, lambda: self.pool),
             "statistics": Source(lambda: [self.statistics()], lambda: read_statistics(self.statistics())),
-            "late_losses": Source(self.late_members, self.late_losses),
+            "late_losses": Source(lambda: list(chain.from_iterable(self.late_norms())), self.late_losses),
             "embedding_gradients": Source(
                 lambda: [self.embedding_gradients()], lambda: read_embedding_gradients(self.embedding_gradients())
             ),
@@ -292,6 +302,7 @@ class Line:
             ),
             "rater": evaluation.rater(self.runtime, self.config.judge),
             "task": Source(lambda: nothing, lambda: self.runtime.display.task),
+            "journal": Source(lambda: nothing, Journal),  # the score stage has one that keeps what it is told
         }
 
     # ----------------------------------------------------------------------- selection and evaluation
@@ -311,20 +322,26 @@ class Line:
         return select(self.runtime, self.selector, scored, pool, sources, measures, alpha, base, corruption, embeddings)
 
     @functools.cached_property
-    def families(self) -> list[str]:
-        """Kinds of task, (N,): the embedded world's own, else clusters of the prompts. For the audit alone."""
+    def clusters(self) -> Artifact | None:
+        """What stands for the kinds of task in an audit where the data does not tell them."""
         labels = labels_of(self.loaded)
         if labels and labels.family:
-            return labels.family
+            return None
         return prompt_clusters(self.runtime, self.loaded, lambda: self.pool, self.config.audit.clusters)
 
-    def audit(self, scored: Artifact) -> dict[str, Any]:
-        """What the scorer, and the selector with it, makes of the known corruption."""
-        labels = labels_of(self.loaded)
+    def audit(self, scored: Artifact) -> Callable[[], dict[str, Any]]:
+        """What the scorer, and the selector with it, makes of the known corruption; worked out when it is called."""
+        labels, clusters = labels_of(self.loaded), self.clusters
         assert labels is not None  # noqa: S101 - the config has refused data without
-        chosen = {alpha: positions_of(self.select(scored, alpha)) for alpha in self.config.audit.alphas}
-        found = audit(scores_of(scored), labels, self.families, chosen)
-        return {"data": self.loaded.fingerprint, "families": "labels" if labels.family else "clusters"} | found
+        selections = {alpha: self.select(scored, alpha) for alpha in self.config.audit.alphas}
+
+        def found() -> dict[str, Any]:
+            families = clusters_of(clusters) if clusters else labels.family or []
+            chosen = {alpha: positions_of(selection) for alpha, selection in selections.items()}
+            about = {"data": self.loaded.fingerprint, "families": "clusters" if clusters else "labels"}
+            return about | audit(scores_of(scored), labels, families, chosen)
+
+        return found
 
     def everything(self) -> np.ndarray:
         """All positions of the pool: the full-data reference."""
@@ -335,7 +352,13 @@ class Line:
         return backbone(self.runtime, self.config.target.model)
 
     def finetune(self, selection: Artifact | np.ndarray) -> Artifact:
-        positions = positions_of(selection) if isinstance(selection, Artifact) else selection
+        if self.keeps_all:
+            positions = self.everything()
+        elif isinstance(selection, Planned):
+            rows = self.budget(int(self.loaded.info["rows"]))
+            return expected_finetune(self.runtime, self.config.target, self.target, self.loaded, selection, rows)
+        else:
+            positions = positions_of(selection) if isinstance(selection, Artifact) else selection
         return finetune(self.runtime, self.config.target, self.target, self.loaded, self.pool, positions)
 
     @functools.cached_property
@@ -355,16 +378,16 @@ class Line:
         config = self.config
         return evaluation.generate(self.runtime, config.benchmark, config.target, self.target, tuned, self.items)
 
-    def metrics(self, answers: Artifact) -> dict[str, Any] | None:
-        return evaluation.metrics(self.runtime, self.config.benchmark, answers)
+    def metrics(self, answers: Artifact) -> Artifact | None:
+        return evaluation.metrics(self.runtime, self.config.benchmark, answers, self.items)
 
     @property
     def asks_forgetting(self) -> bool:
         return bool(self.config.benchmark.general or self.config.benchmark.lm_eval_tasks)
 
-    def forgetting(self, tuned: Artifact) -> dict[str, Any]:
+    def forgetting(self, tuned: Artifact) -> tuple[evaluation.General, evaluation.General]:
         config, items = self.config, self.general_items
         return evaluation.forgetting(self.runtime, config.benchmark, config.target, self.target, tuned, items)
 
-    def heldout_loss(self, tuned: Artifact | None) -> float | None:
+    def heldout_loss(self, tuned: Artifact | None) -> Artifact | None:
         return evaluation.heldout_loss(self.runtime, self.config.target, self.target, tuned, self.loaded)

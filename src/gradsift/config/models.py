@@ -98,6 +98,8 @@ class ProxyConfig:
     snapshots: list[int] = field(default_factory=lambda: [1, 2])  # epochs s (early) and t (late)
     epochs: int | None = None  # the last snapshot when empty
     collect: str = "epoch_end"  # where per-sample gradients are taken
+    shards: int = 1  # parts of the rows that are collected apart, by jobs of their own where `shard` is set
+    shard: int | None = None  # the one, from 0, that this run collects before it ends; all when empty
     norm_scope: str = "all"  # LoRA factors in the norm; scaled: both, each over the size of the other factor
     learning_rate: float = 5e-5
     schedule: str = "constant"  # constant keeps an epoch's result independent of the number of epochs
@@ -112,6 +114,7 @@ class ProxyConfig:
         one_of("proxy.collect", self.collect, ("epoch_end", "during_training"))
         one_of("proxy.norm_scope", self.norm_scope, ("all", "A", "B", "scaled"))
         self._check_kind()
+        self._check_shards()
         one_of("proxy.batching", self.batching, ("bucketed", "random"))
         early_late = self.snapshots
         if len(early_late) != 2 or not 1 <= early_late[0] < early_late[1]:
@@ -141,6 +144,19 @@ class ProxyConfig:
             raise ConfigError(
                 "proxy.ensemble=mc_dropout needs dropout, but proxy.lora.dropout=0.0: all members would be one; "
                 "give a probability, as in proxy.lora.dropout=0.1"
+            )
+
+    def _check_shards(self) -> None:
+        at_least("proxy.shards", self.shards, 1)
+        if self.shards > 1 and self.collect == "during_training":
+            raise ConfigError(
+                f"proxy.shards={self.shards} does not go with proxy.collect=during_training: there the training itself "
+                "gives the norms; take proxy.collect=epoch_end, or proxy.shards=1"
+            )
+        if self.shard is not None and not 0 <= self.shard < self.shards:
+            raise ConfigError(
+                f"proxy.shard={self.shard} is none of proxy.shards={self.shards}, which count from 0 to "
+                f"{self.shards - 1}; give one of these, or leave it empty (null) for all"
             )
 
     @property

@@ -17,7 +17,13 @@ from gradsift.config.data import (
     VerifiableDataConfig,
     VerifiableTargetSetConfig,
 )
-from gradsift.config.evaluation import BenchmarkConfig, LocalJudgeConfig, OpenaiJudgeConfig, VerifierJudgeConfig
+from gradsift.config.evaluation import (
+    AlpacaEvalJudgeConfig,
+    BenchmarkConfig,
+    LocalJudgeConfig,
+    OpenaiJudgeConfig,
+    VerifierJudgeConfig,
+)
 from gradsift.config.machine import ComputeConfig, TrackerConfig
 from gradsift.config.methods import (
     CherryConfig,
@@ -86,7 +92,12 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "gradient_walk": GradientWalkConfig,
     },
     "benchmark": {"benchmark": BenchmarkConfig},
-    "judge": {"verifier": VerifierJudgeConfig, "local": LocalJudgeConfig, "openai": OpenaiJudgeConfig},
+    "judge": {
+        "verifier": VerifierJudgeConfig,
+        "local": LocalJudgeConfig,
+        "openai": OpenaiJudgeConfig,
+        "alpaca_eval": AlpacaEvalJudgeConfig,
+    },
     "tracker": {"tracker": TrackerConfig},
     "compute": {"compute": ComputeConfig},
     "model": {"model": ModelConfig},

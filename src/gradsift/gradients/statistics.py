@@ -61,32 +61,41 @@ def mean_and_variance(norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def statistics(
-    runtime: Runtime, ensemble: Sequence[Sequence[Artifact]], snapshots: Sequence[int], scope: str, count: int
+    runtime: Runtime,
+    early: Sequence[Sequence[Artifact]],
+    late: Sequence[Sequence[Artifact]],
+    snapshots: Sequence[int],
+    scope: str,
+    count: int,
 ) -> Artifact:
     """The statistics of the ensemble's members at the early and the late epoch.
 
     Args:
+        early, late: the members' norms at the snapshots, as [member][shard].
         count: N, the number of examples.
     """
-    early, late = ([chain[epoch - 1] for chain in ensemble] for epoch in snapshots)
     settings = {"norm_scope": scope}
 
     def make(folder: Path) -> Mapping[str, Any]:
         write_statistics(folder / STATISTICS_FILE, compute_statistics(early, late, scope, count))
         return {"rows": count}
 
-    slug = f"M{len(ensemble)}-s{snapshots[0]}-t{snapshots[1]}"
-    return runtime.store.obtain("statistics", slug, settings, [*early, *late], make, version=VERSION)
+    slug = f"M{len(early)}-s{snapshots[0]}-t{snapshots[1]}"
+    parents = [shard for shards in (*early, *late) for shard in shards]
+    return runtime.store.obtain("statistics", slug, settings, parents, make, version=VERSION)
 
 
-def compute_statistics(early: Sequence[Artifact], late: Sequence[Artifact], scope: str, count: int) -> Statistics:
+def compute_statistics(
+    early: Sequence[Sequence[Artifact]], late: Sequence[Sequence[Artifact]], scope: str, count: int
+) -> Statistics:
+    """The statistics of norms that are given as [member][shard]."""
     columns = {}
     for suffix, members in (("s", early), ("t", late)):
         norms = np.full((len(members), count), np.nan)
         losses = np.full((len(members), count), np.nan)
-        for index, member in enumerate(members):
-            table = read_norms(member)
-            norms[index, table["row"]] = norm_of(table, scope, member.info["size_A"], member.info["size_B"])
+        for index, shards in enumerate(members):
+            table, info = read_norms(shards), shards[0].info
+            norms[index, table["row"]] = norm_of(table, scope, info["size_A"], info["size_B"])
             losses[index, table["row"]] = table["loss"]
         columns[f"G_{suffix}"], columns[f"V_{suffix}"] = mean_and_variance(norms)
         columns[f"loss_{suffix}"] = losses.mean(0)

@@ -1,4 +1,4 @@
-"""Training of the proxy ensemble and collection of its per-sample gradient norms.
+"""Training of the proxy ensemble, and its per-sample gradient norms.
 
 GRADFILTERING (arXiv 2601.13697), section 3: M adapters on one frozen backbone differ by their
 initial A and their data order; each minimises its own loss. Member m's parameters after e epochs
@@ -9,7 +9,10 @@ That is `lora_seeds`. The two other ensembles are the checks that the paper asks
     bootstrap   all members start from one A; member m trains on as many draws with replacement from the
                 examples as there are, the same ones in every epoch, in an order of its own
     mc_dropout  one adapter is trained, with dropout (member 0 of `lora_seeds`); member m is a pass over its
-                weights after each epoch under dropout masks of its own
+                weights after an epoch under dropout masks of its own
+
+Norms are taken by a pass over the examples after an epoch (`gradsift.proxy.collection`), and only after
+epochs that something asks for; those of `proxy.collect=during_training` come from the training itself.
 """
 
 from __future__ import annotations
@@ -19,48 +22,72 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
-import torch
 
 from gradsift.artifacts import Artifact
 from gradsift.config import ProxyConfig
 from gradsift.data.batching import epoch_batches
-from gradsift.gradients.callback import GradientNorms, collect_norms
+from gradsift.gradients.callback import GradientNorms
 from gradsift.gradients.norms_table import write_norms
+from gradsift.proxy.collection import collect, is_collected
 from gradsift.proxy.epochs import EpochStart, ProxyInputs, adapter, train_epoch
+from gradsift.proxy.trajectory import Trajectory
 from gradsift.runtime import Runtime, derive_seed
-from gradsift.training import lora
-from gradsift.training.device import device_of
 from gradsift.training.finetuning import Optimization, ShowProgress
+from gradsift.training.ranks import on_all_ranks
 
-VERSION = 3
-COLLECT_VERSION = 1
+VERSION = 5
 
 
-def train_ensemble(
+def ensemble_norms(
     runtime: Runtime,
     config: ProxyConfig,
-    proxy: Artifact,
-    examples: Artifact,
+    adapters: Sequence[Sequence[Artifact]],
     load: Callable[[], ProxyInputs],
+    epoch: int,
 ) -> list[list[Artifact]]:
-    """All members through all epochs; each (member, epoch) is trained or passed once, whoever asks.
+    """The members' norms after an epoch, as [member][shard]; each shard is collected once, whoever asks.
 
     Args:
-        load: called only if a member has to be trained or passed.
+        adapters: what `train_adapters` made.
+        load: called only if a shard has to be collected.
+    """
+    if config.collect == "during_training":
+        return [[chain[epoch - 1]] for chain in adapters]
+    return [
+        [collect(runtime, config, load, member, epoch, weights, shard) for shard in range(config.shards)]
+        for member, weights in enumerate(_weights(config, adapters, epoch))
+    ]
+
+
+def collect_shard(
+    runtime: Runtime,
+    config: ProxyConfig,
+    adapters: Sequence[Sequence[Artifact]],
+    load: Callable[[], ProxyInputs],
+    shard: int,
+) -> list[int]:
+    """Collect one shard of all members at both snapshots.
 
     Returns:
-        For each member and epoch an artifact with its gradient norms, as [member][epoch - 1]. Those of
-        mc_dropout hold nothing else; where the weights are, `train_adapters` knows.
+        The shards of which something is still missing: other processes' work, or work to be done.
     """
-    adapters = train_adapters(runtime, config, proxy, examples, load)
-    if config.ensemble != "mc_dropout":
-        return adapters
-    return [
-        [collect_under_masks(runtime, config, load, member, epoch, weights) for epoch, weights in enumerate(shared, 1)]
-        for shared in adapters
-        for member in range(config.members)
-    ]
+    missing = set()
+    for epoch in config.snapshots:
+        for member, weights in enumerate(_weights(config, adapters, epoch)):
+            collect(runtime, config, load, member, epoch, weights, shard)
+    for epoch in config.snapshots:
+        for member, weights in enumerate(_weights(config, adapters, epoch)):
+            there = (is_collected(runtime, config, member, epoch, weights, other) for other in range(config.shards))
+            missing |= {other for other, is_there in enumerate(there) if not is_there}
+    return sorted(missing)
+
+
+def _weights(config: ProxyConfig, adapters: Sequence[Sequence[Artifact]], epoch: int) -> list[Artifact]:
+    """Of each member after an epoch."""
+    found = [chain[epoch - 1] for chain in adapters]
+    return found * config.members if config.ensemble == "mc_dropout" else found
 
 
 def train_adapters(
@@ -70,11 +97,17 @@ def train_adapters(
     examples: Artifact,
     load: Callable[[], ProxyInputs],
 ) -> list[list[Artifact]]:
-    """The adapters of the ensemble, as [adapter][epoch - 1]: one a member, but a single one for mc_dropout."""
+    """The adapters of the ensemble, as [adapter][epoch - 1]: one a member, but a single one for mc_dropout.
+
+    Each (adapter, epoch) is trained once, whoever asks. Jobs of different shards begin with different members.
+    """
     count = 1 if config.ensemble == "mc_dropout" else config.members
-    return [
-        train_adapter(runtime, config, proxy, examples, load, member, config.total_epochs) for member in range(count)
-    ]
+    first = config.shard or 0
+    order = [(first + place) % count for place in range(count)]
+    trained = {
+        member: train_adapter(runtime, config, proxy, examples, load, member, config.total_epochs) for member in order
+    }
+    return [trained[member] for member in range(count)]
 
 
 def train_adapter(
@@ -86,7 +119,7 @@ def train_adapter(
     member: int,
     epochs: int,
 ) -> list[Artifact]:
-    """One member's weights and norms after each of its first `epochs` epochs."""
+    """One member's weights after each of its first `epochs` epochs; for `during_training` with the norms of each."""
     chain: list[Artifact] = []
     for epoch in range(1, epochs + 1):
         parents = [chain[-1]] if chain else [proxy, examples]
@@ -106,8 +139,11 @@ def train_adapter(
 def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: int) -> dict[str, Any]:
     """What a member's epoch depends on: neither M, nor the snapshots, nor (for a constant rate) the epochs to come."""
     resampled = {"ensemble": "bootstrap"} if config.ensemble == "bootstrap" else {}
+    # the weights are the same, but the norms are there only where they were taken
+    collected = {"collect": "during_training"} if config.collect == "during_training" else {}
     return {
         **resampled,
+        **collected,
         "member": member,
         "epoch": epoch,
         "seed": runtime.seed,
@@ -115,7 +151,6 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
         "lora": asdict(config.lora),
         "template": config.template,
         "max_length": config.max_length,
-        "collect": config.collect,
         "learning_rate": config.learning_rate,
         "schedule": config.schedule,
         "scheduled_epochs": None if config.schedule == "constant" else config.total_epochs,
@@ -123,7 +158,7 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
         "weight_decay": config.weight_decay,
         "batch_size": config.batch_size,
         "batching": config.batching,
-        "tokens": runtime.compute.tokens if config.lora.dropout else None,  # dropout masks are drawn batch by batch
+        "tokens": runtime.compute.mask_batches if config.lora.dropout else None,
     }
 
 
@@ -136,13 +171,23 @@ def _maker(
     previous: Artifact | None,
 ) -> Callable[[Path], Mapping[str, Any]]:
     def make(folder: Path) -> Mapping[str, Any]:
-        inputs = load()
-        label = f"proxy member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
-        passes = 2 if config.collect == "epoch_end" else 1
-        with runtime.display.task(label, passes * len(inputs.encoded)) as advance:
-            return train_member_epoch(runtime, config, inputs, member, epoch, previous, folder, advance)
+        return on_all_ranks(runtime, folder, _train, config, load(), member, epoch, previous)
 
     return make
+
+
+def _train(
+    runtime: Runtime,
+    folder: Path,
+    config: ProxyConfig,
+    inputs: ProxyInputs,
+    member: int,
+    epoch: int,
+    previous: Artifact | None,
+) -> dict[str, Any]:
+    label = f"proxy member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
+    with runtime.display.task(label, len(inputs.encoded)) as advance:
+        return train_member_epoch(runtime, config, inputs, member, epoch, previous, folder, advance)
 
 
 def train_member_epoch(
@@ -155,7 +200,7 @@ def train_member_epoch(
     folder: Path,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Train one member for one epoch from where the epoch before left it, collect the norms, write both."""
+    """Train one member for one epoch from where the epoch before left it; write it, and norms taken on the way."""
     lengths = [len(example.input_ids) for example in inputs.encoded]
     plan = epoch_plan(config, lengths, runtime.seed, member, epoch)
     optimization = Optimization(
@@ -168,10 +213,17 @@ def train_member_epoch(
     start = EpochStart(len(plan) * (epoch - 1), derive_seed(runtime.seed, "dropout", member, epoch), previous)
     first = derive_seed(runtime.seed, "lora", 0 if config.ensemble == "bootstrap" else member)
     with adapter(inputs.backbone, config.lora, first, runtime.compute) as adapted:
-        norms = GradientNorms(adapted, inputs.encoded, config.collect, row_indices=inputs.row_indices, progress=advance)
-        callbacks = [ShowProgress(advance), norms]
+        trajectory = Trajectory(adapted, start.first_step, len(plan))
+        callbacks: list[L.Callback] = [ShowProgress(advance), trajectory]
+        norms = None
+        if config.collect == "during_training":
+            norms = GradientNorms(adapted, inputs.encoded, row_indices=inputs.row_indices)
+            callbacks.append(norms)
         info = train_epoch(adapted, inputs, optimization, plan, start, folder, runtime.compute, callbacks)
-        write_norms(folder, norms.table(), inputs.encoded)
+        trajectory.write(folder)
+    if norms is not None:
+        info |= write_norms(folder, norms.table(), inputs.encoded, shard=0, shards=1)
+        info["all_rows"] = len(inputs.encoded)
     return info
 
 
@@ -184,34 +236,3 @@ def epoch_plan(config: ProxyConfig, lengths: Sequence[int], seed: int, member: i
     draws = np.random.default_rng(derive_seed(seed, "bootstrap", member)).integers(count, size=count).tolist()
     plan = epoch_batches([lengths[draw] for draw in draws], config.batch_size, config.batching, order)
     return [[draws[position] for position in batch] for batch in plan]
-
-
-def collect_under_masks(
-    runtime: Runtime,
-    config: ProxyConfig,
-    load: Callable[[], ProxyInputs],
-    member: int,
-    epoch: int,
-    weights: Artifact,
-) -> Artifact:
-    """Member `member` of mc_dropout: the norms and losses of all examples at `weights` under its own masks."""
-    settings = {
-        "member": member,
-        "epoch": epoch,
-        "seed": runtime.seed,
-        "tokens": runtime.compute.tokens,  # the masks are drawn batch by batch
-    }
-
-    def make(folder: Path) -> Mapping[str, Any]:
-        backbone, encoded, row_indices, budget = load()
-        device = device_of(runtime.compute)
-        label = f"dropout member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
-        with adapter(backbone, config.lora, 0, runtime.compute) as adapted:
-            lora.load_adapter(adapted, weights.path)
-            torch.manual_seed(derive_seed(runtime.seed, "mc_dropout", member, epoch))
-            with runtime.display.task(label, len(encoded)) as advance:
-                collected = collect_norms(adapted, encoded, budget, backbone.pad_id, device, advance, dropout=True)
-        write_norms(folder, collected.columns(row_indices), encoded)
-        return {"rows": len(encoded), "size_A": weights.info["size_A"], "size_B": weights.info["size_B"]}
-
-    return runtime.store.obtain("dropout", f"m{member}-e{epoch}", settings, [weights], make, version=COLLECT_VERSION)

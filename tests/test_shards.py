@@ -1,0 +1,146 @@
+"""Laws of sharded collection: all shards are the whole table, each row once; what is missing is named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import SMOKE
+from test_ensembles import config, ensemble, flat, made
+from test_finetuning import proxy_config
+from test_norms import ragged_examples
+
+from gradsift.artifacts import Artifact
+from gradsift.data.batching import shard_of
+from gradsift.errors import ConfigError, GradsiftError
+from gradsift.gradients.norms_table import NORMS_FILE, read_norms
+from gradsift.gradients.statistics import compute_statistics
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 10, 13])
+def test_shards_part_the_rows_by_like_work_and_keep_their_order(shards: int) -> None:
+    encoded = ragged_examples(10)
+    parts = [shard_of(encoded, shard, shards) for shard in range(shards)]
+    assert sorted(example.row for part in parts for example in part) == list(range(10))
+    for shard, part in enumerate(parts):
+        assert [example.row for example in part] == sorted(example.row for example in part)
+        assert len(part) == len(range(shard, 10, shards))
+    tokens = [sum(len(example.input_ids) for example in part) for part in parts]
+    longest = max(len(example.input_ids) for example in encoded)
+    assert max(tokens) - min(tokens) <= longest
+    assert shards > 1 or parts[0] == encoded
+
+
+@pytest.mark.parametrize("mode", ["lora_seeds", "bootstrap"])
+def test_statistics_of_shards_are_those_of_the_whole(mode: str, tmp_path: Path) -> None:
+    whole, run = ensemble(tmp_path, config(mode, members=2))
+    parts, again = ensemble(tmp_path, config(mode, members=2, shards=3))
+    assert made(run)["norms"] == 4
+    assert made(again) == {"norms": 12}  # the members are there
+    for epoch in (1, 2):
+        for left, right in zip(whole[epoch], parts[epoch], strict=True):
+            one, three = read_norms(left), read_norms(right)
+            assert one["row"].tolist() == three["row"].tolist() == list(range(10))
+            for name in one:
+                np.testing.assert_allclose(three[name], one[name], rtol=1e-6)
+    found, expected = (compute_statistics(norms[1], norms[2], "all", 11) for norms in (parts, whole))
+    np.testing.assert_allclose(found.G_t, expected.G_t, rtol=1e-6)
+    assert np.isnan(found.G_t[10])
+    assert np.isfinite(found.G_t[:10]).all()
+
+
+def test_more_shards_than_rows_leave_some_empty_and_nothing_lost(tmp_path: Path) -> None:
+    norms, _ = ensemble(tmp_path, config("lora_seeds", members=1, shards=4), ragged_examples(3))
+    assert [shard.info["rows"] for shard in norms[1][0]] == [1, 1, 1, 0]
+    assert read_norms(norms[1][0])["row"].tolist() == [0, 1, 2]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[Artifact]:
+    return flat(ensemble(tmp_path, config("lora_seeds", members=1, shards=3, snapshots=[1, 2]))[0])[:3]
+
+
+def altered(shard: Artifact, folder: Path, rows: Any) -> Artifact:
+    """The shard with the rows that `rows` makes of its table."""
+    folder.mkdir()
+    pq.write_table(rows(pq.read_table(shard.file(NORMS_FILE))), folder / NORMS_FILE)
+    return replace(shard, path=folder)
+
+
+def test_a_missing_shard_is_named_with_what_collects_it(shards: list[Artifact]) -> None:
+    with pytest.raises(
+        GradsiftError, match=r"m0-e1-s0of3: its norms lack shard 1 of 3; .* proxy.shards=3 proxy.shard=1"
+    ):
+        read_norms([shards[0], shards[2]])
+
+
+def test_missing_rows_and_rows_that_are_there_twice_are_named(shards: list[Artifact], tmp_path: Path) -> None:
+    short = altered(shards[1], tmp_path / "short", lambda table: table.slice(1))
+    with pytest.raises(GradsiftError, match=r"shard 1 of 3 of its norms holds 2 of 3 rows"):
+        read_norms([shards[0], short, shards[2]])
+    row = int(read_norms(shards)["row"][-1])
+
+    def repeated(table: pa.Table) -> pa.Table:
+        return table.set_column(0, "row", pa.array([row] * len(table)))
+
+    with pytest.raises(GradsiftError, match=f"rows {row}.* are in its norms twice"):
+        read_norms([shards[0], altered(shards[1], tmp_path / "twice", repeated), shards[2]])
+
+
+def test_shards_of_different_tables_do_not_merge(shards: list[Artifact], tmp_path: Path) -> None:
+    (whole,) = flat(ensemble(tmp_path, config("lora_seeds", members=1))[0])[:1]
+    with pytest.raises(GradsiftError, match="shards of different tables"):
+        read_norms([*shards, whole])
+    with pytest.raises(GradsiftError, match="4 shards where there are 3"):
+        read_norms([*shards, shards[0]])
+
+
+def test_jobs_of_one_shard_each_leave_a_whole_that_the_next_run_merges(gradsift, capsys) -> None:
+    smoke = (*SMOKE, "proxy.shards=2")
+    assert gradsift(*smoke, "proxy.shard=1", "stop_after=statistics") == 0
+    first = gradsift.runs()[-1]
+    assert (first["status"], first["shards"]) == ("stopped", {"collected": 1, "of": 2, "missing": [0]})
+    assert [stage["name"] for stage in first["stages"]].count("member") == 4
+    assert [stage["name"] for stage in first["stages"]].count("norms") == 4
+    assert "still missing: 0;" in capsys.readouterr().out
+
+    assert gradsift(*smoke, "scorer=gsnr", "stop_after=scores") == 0  # makes the missing shard itself
+    run = gradsift.runs()[-1]
+    made_now = [stage["name"] for stage in run["stages"] if not stage["reused"]]
+    assert made_now == ["norms"] * 4 + ["statistics", "score"]
+
+    assert gradsift(*smoke, "proxy.shard=0", "stop_after=statistics") == 0
+    assert gradsift.runs()[-1]["shards"]["missing"] == []
+    assert "none is missing" in capsys.readouterr().out
+
+    assert gradsift(*SMOKE, "stop_after=scores") == 0  # in one piece
+    scores = [pq.read_table(path) for path in sorted(gradsift.store.glob("score/*/scores.parquet"))]
+    assert len(scores) == 2
+    for name in ("G_s", "G_t", "V_t"):
+        np.testing.assert_allclose(scores[0][name], scores[1][name], rtol=1e-5 if name == "V_t" else 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shards": 0}, "proxy.shards=0"),
+        ({"shards": 2, "shard": 2}, "proxy.shard=2 is none of proxy.shards=2"),
+        ({"shard": -1}, "proxy.shard=-1 is none"),
+        ({"shards": 2, "collect": "during_training"}, "take proxy.collect=epoch_end"),
+    ],
+)
+def test_shards_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        proxy_config(**changes)
+
+
+def test_a_shard_ends_the_run_and_says_so(gradsift, capsys) -> None:
+    assert gradsift(*SMOKE, "proxy.shards=2", "proxy.shard=0") == 2
+    assert "add stop_after=statistics" in capsys.readouterr().err

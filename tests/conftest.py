@@ -117,6 +117,7 @@ class Cli:
         GlobalHydra.instance().clear()
         self._monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
         self._monkeypatch.setattr(cli, "_failed", False)
+        self._monkeypatch.setenv(cli.TRACE, "0")  # main sets it: this puts it back
         try:
             cli.main()
         except SystemExit as exit_:

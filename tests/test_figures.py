@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
 from gradsift.errors import DataError
+from gradsift.report.figure_tables import FIGURE_TABLES
 from gradsift.report.figures import (
     FIGURES,
     audit,
@@ -34,6 +36,7 @@ from gradsift.report.figures import (
 from gradsift.report.figures.clouds import MOST_POINTS, cloud, thinned
 from gradsift.report.figures.style import FAINT, INK, PAPER, RULE, bytes_of, panels, styled
 from gradsift.report.material import Material, Missing, Run, read
+from gradsift.report.paper_tables import TABLES, write_tables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -488,3 +491,18 @@ def test_the_projection_is_the_one_that_its_docstring_says(material: Material) -
             point += [u @ (b.astype(float) @ a) @ v for u, v in zip(left.astype(float), right, strict=True)]
     last = load_file(folder / "trajectory.safetensors")["points"][-1]
     assert last == pytest.approx(point / DIMENSIONS**0.5, rel=1e-4, abs=1e-6)
+
+
+def test_the_numbers_behind_the_figures_are_written(material: Material, tmp_path: Path) -> None:
+    reasons = write_tables(material, tmp_path)
+    assert set(reasons) <= {"ablations"}
+    written = {path.stem for path in tmp_path.glob("*.csv")}
+    assert written == {*TABLES, *FIGURE_TABLES} - set(reasons)
+    assert set(FIGURE_TABLES) <= {entry.name for entry in FIGURES}
+    rows = list(csv.DictReader((tmp_path / "cost.csv").read_text().splitlines()))
+    assert {row["stage"]: int(row["made"]) for row in rows}["member"] == 12
+    rows = list(csv.DictReader((tmp_path / "overlap.csv").read_text().splitlines()))
+    one, other = run_of(material, "0-gsnr-0.1"), run_of(material, "2-random-0.1")
+    (row,) = [row for row in rows if {row["method"], row["other"]} == {one.method, other.method}]
+    sets = set(kept(one)), set(kept(other))
+    assert float(row["jaccard"]) == pytest.approx(len(sets[0] & sets[1]) / len(sets[0] | sets[1]))

@@ -21,6 +21,8 @@ import httpx
 import numpy as np
 import pytest
 from browsing import NEEDS_CHROMIUM, Watched
+from conftest import SMOKE
+from endpoint import Endpoint
 
 from gradsift.errors import DataError
 from gradsift.evaluation.human.__main__ import main
@@ -494,7 +496,7 @@ def test_a_run_names_its_answers_and_its_judge(tmp_path: Path, capsys: pytest.Ca
         (run / "run.json").write_text(json.dumps({"stages": runtime.store.records_as_dicts()}))
 
     note()
-    assert "has compared no two models" in refused(capsys, str(run))
+    assert "has no answers of two models" in refused(capsys, str(run))
     benchmark = BenchmarkConfig(sets=["verifiable"])
     stages.judge(runtime, VerifierJudgeConfig(name="verifier"), benchmark, model, reference)
     note()
@@ -511,6 +513,29 @@ def test_a_run_names_its_answers_and_its_judge(tmp_path: Path, capsys: pytest.Ca
     shutil.rmtree(reference.path)
     assert printed(capsys, str(run)) == found  # votes outlive the answers
     assert "model_outputs.json cannot be read" in refused(capsys, str(run), "--port", "0")
+
+
+def test_a_run_whose_judge_never_finished_has_its_answers_all_the_same(
+    gradsift: Any, endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A whole run with questions about forgetting, which two models answer too: before and after the finetune."""
+    endpoint.behave = lambda text, attempt: (401, "no such key", {})
+    judge = ("judge=openai", f"judge.base_url={endpoint.address}", "judge.model=m")
+    assert gradsift(*SMOKE, "scorer=random", "benchmark.general=[verifiable_terse]", "benchmark.limit=5", *judge) == 2
+    (run,) = gradsift.folder.glob("outputs/*/*")
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+    files = files_of_run(run)
+    assert files.judgments is None
+    pairs = read_pairs(files)
+    assert len(pairs.items) == 5 and {key[0] for key in pairs.items} == {"verifiable"}
+    both = files.model, files.reference
+    model, reference = (json.loads((file.parent / "manifest.json").read_text()) for file in both)
+    stages = json.loads((run / "run.json").read_text())["stages"]
+    selected, everything = (stage["fingerprint"] for stage in stages if stage["name"] == "finetune")
+    assert selected in model["parents"] and everything in reference["parents"]
+    (run / "run.json").write_text(json.dumps({"stages": [s for s in stages if s["fingerprint"] != everything]}))
+    capsys.readouterr()
+    assert "has no answers of two models" in refused(capsys, str(run))
 
 
 # ---------------------------------------------------------------------------------------------- mistakes

@@ -16,10 +16,10 @@ from test_finetuning import proxy_config
 from test_norms import ragged_examples
 
 from gradsift.artifacts import Artifact
+from gradsift.data.batching import shard_of
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.gradients.norms_table import NORMS_FILE, read_norms
 from gradsift.gradients.statistics import compute_statistics
-from gradsift.proxy.collection import shard_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("shards", [1, 2, 3, 10, 13])
 def test_shards_part_the_rows_by_like_work_and_keep_their_order(shards: int) -> None:
     encoded = ragged_examples(10)
-    parts = [shard_rows(encoded, shard, shards) for shard in range(shards)]
+    parts = [shard_of(encoded, shard, shards) for shard in range(shards)]
     assert sorted(example.row for part in parts for example in part) == list(range(10))
     for shard, part in enumerate(parts):
         assert [example.row for example in part] == sorted(example.row for example in part)

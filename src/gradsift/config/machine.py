@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from omegaconf import MISSING
 
 from gradsift.config.checks import at_least, one_of
+from gradsift.errors import ConfigError
 
 
 @dataclass
@@ -31,13 +33,28 @@ class ComputeConfig:
     device: str = "auto"  # auto: cuda where there is one, else cpu
     precision: str = "float32"  # bfloat16: frozen weights and products; LoRA weights, norms and residual stream float32
     tokens: int | None = None  # padded tokens that pass through a model at once; what suits it when empty
-    threads: int | None = None  # torch's own choice when empty
+    threads: int | None = None  # of each process; torch's own choice when empty
+    save_every: float = 60.0  # seconds of work that a killed process may lose, within an epoch; 0: after each step
+    strategy: str = "single"  # ddp: `devices` processes share a training or a collection, each with the whole model
+    devices: int = 1  # processes, each with a GPU of its own or on the CPU; more than one with strategy=ddp
 
     def __post_init__(self) -> None:
         one_of("compute.device", self.device, ("auto", "cpu", "cuda"))
         one_of("compute.precision", self.precision, ("float32", "bfloat16"))
         at_least("compute.tokens", self.tokens, 1)
         at_least("compute.threads", self.threads, 1)
+        at_least("compute.save_every", self.save_every, 0)
+        one_of("compute.strategy", self.strategy, ("single", "ddp"))
+        at_least("compute.devices", self.devices, 1)
+        if self.strategy == "single" and self.devices > 1:
+            raise ConfigError(
+                f"compute.devices={self.devices} need a strategy, but compute.strategy=single; take compute=ddp"
+            )
+
+    @property
+    def mask_batches(self) -> Any:
+        """What dropout masks depend on, for the settings of a stage: they are drawn batch by batch, rank by rank."""
+        return self.tokens if self.devices == 1 else {"tokens": self.tokens, "ranks": self.devices}
 
     @property
     def numerics(self) -> dict[str, str]:

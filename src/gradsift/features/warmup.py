@@ -21,8 +21,9 @@ from gradsift.errors import GradsiftError
 from gradsift.proxy.epochs import EpochStart, ProxyInputs, adapter, train_epoch
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training.finetuning import Optimization, ShowProgress
+from gradsift.training.ranks import on_all_ranks
 
-VERSION = 1
+VERSION = 2
 
 
 def warm_up(
@@ -47,7 +48,7 @@ def warm_up(
         previous = chain[-1] if chain else None
 
         def make(folder: Path, epoch: int = epoch, previous: Artifact | None = previous) -> Mapping[str, Any]:
-            return _train(runtime, config, load(), int(loaded.info["rows"]), epoch, previous, folder)
+            return on_all_ranks(runtime, folder, _train, config, load(), int(loaded.info["rows"]), epoch, previous)
 
         settings = asdict(config) | {
             "share": None,
@@ -58,10 +59,11 @@ def warm_up(
             **runtime.compute.numerics,
             "template": proxy_config.template,
             "max_length": proxy_config.max_length,
-            "tokens": runtime.compute.tokens if config.lora.dropout else None,  # dropout masks are drawn batch by batch
+            "tokens": runtime.compute.mask_batches if config.lora.dropout else None,
         }
         parents = [previous] if previous else [proxy, loaded]
-        chain.append(runtime.store.obtain("warmup", f"{count}rows-e{epoch}", settings, parents, make, version=VERSION))
+        slug = f"{count}rows-e{epoch}"
+        chain.append(runtime.store.obtain("warmup", slug, settings, parents, make, version=VERSION, size=count))
     return chain
 
 
@@ -92,12 +94,12 @@ def _seed(runtime: Runtime, config: WarmupConfig) -> int:
 
 def _train(
     runtime: Runtime,
+    folder: Path,
     config: WarmupConfig,
     inputs: ProxyInputs,
     rows: int,
     epoch: int,
     previous: Artifact | None,
-    folder: Path,
 ) -> dict[str, Any]:
     seed = _seed(runtime, config)
     drawn = set(draw_rows(config, rows, seed).tolist())

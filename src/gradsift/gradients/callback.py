@@ -7,7 +7,7 @@ steps' own backward passes, at weights that move during the epoch; no extra pass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,11 +15,14 @@ import lightning as L
 import numpy as np
 import torch
 
+from gradsift.cost import passed
 from gradsift.data.batching import collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.gradients.norms import PerSampleNorms
-from gradsift.training import lora
+from gradsift.journal import Journal
+from gradsift.runtime import derive_seed
+from gradsift.training import lora, ranks
 from gradsift.training.device import TokenBudget
 from gradsift.training.finetuning import ResponseLosses, require_finite
 
@@ -50,6 +53,13 @@ class GradientNorms(L.Callback):
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         self._stop(module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the training steps gave so far."""
+        return self._collected.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._collected.load_state_dict(state)
 
     def _stop(self, module: Any) -> None:
         module.norms = None
@@ -84,6 +94,24 @@ class Collected:
         self._values[:, places] = torch.stack([column.float() for column in columns])
         self._times.index_add_(0, places, torch.ones_like(places))
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What was added so far, for `load_state_dict` of another process."""
+        return {"values": self._values, "times": self._times}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._values, self._times = (state[name].to(self._places.device) for name in ("values", "times"))
+
+    def of_all_ranks(self, encoded: Sequence[Encoded]) -> Collected:
+        """What all ranks collected, for the examples of all ranks."""
+        if ranks.size() == 1:
+            return self
+        own = {"rows": self._rows, "times": self._times, **dict(zip(COLUMNS, self._values, strict=True))}
+        found = ranks.gather({name: column.to(self._values.device) for name, column in own.items()}, len(encoded))
+        whole = Collected(encoded)
+        whole.add(found["rows"], *(found[name] for name in COLUMNS))
+        whole._times[whole._places[found["rows"]]] = found["times"]
+        return whole
+
     def columns(self, row_indices: Sequence[int]) -> dict[str, np.ndarray]:
         """The columns, float32, one entry an example in the order of `encoded`.
 
@@ -114,18 +142,24 @@ def collect_norms(
     device: torch.device,
     progress: Progress | None = None,
     *,
-    dropout: bool = False,
+    masks: int | None = None,
+    journal: Journal | None = None,
 ) -> Collected:
-    """One pass at fixed weights; leaves neither gradients nor a changed mode behind.
+    """One pass at fixed weights, divided over the ranks; leaves neither gradients nor a changed mode behind.
 
     Args:
-        dropout: leave the adapters' dropout as it is, on after `lora.add_adapter`; an example's norm is then that
-            of its gradient under the masks that its batch drew. Off otherwise.
+        masks: leave the adapters' dropout as it is, on after `lora.add_adapter`; an example's norm is then that
+            of its gradient under the masks that its batch draws with this seed, whatever went before. Dropout is
+            off otherwise.
+        journal: keeps the norms batch by batch.
     """
-    collected = Collected(encoded)
+    mine = ranks.share(encoded)
+    collected = Collected(mine)
     response_losses = ResponseLosses(adapted)
 
     def one_batch(examples: Sequence[Encoded]) -> tuple[torch.Tensor, ...]:
+        if masks is not None:
+            torch.manual_seed(derive_seed(masks, examples[0].row))
         norms.forget()
         adapted.zero_grad(set_to_none=True)
         batch = collate(examples, pad_id).to(device)
@@ -133,12 +167,13 @@ def collect_norms(
         losses.sum().backward()
         return (batch.rows, *norms.take(), losses.detach())
 
-    mode = nullcontext() if dropout else lora.evaluating(adapted)
+    mode = lora.evaluating(adapted) if masks is None else nullcontext()
     with mode, PerSampleNorms(adapted) as norms, torch.enable_grad():
-        for examples, found in budget.passes(encoded, one_batch):
+        for examples, found in budget.passes(mine, one_batch, journal):
             for part in found:
                 collected.add(*part)
             if progress is not None:
-                progress(len(examples))
+                progress(len(examples) * ranks.size())
         adapted.zero_grad(set_to_none=True)
-    return collected
+    passed(sum(len(example.input_ids) for example in encoded) - sum(len(example.input_ids) for example in mine))
+    return collected.of_all_ranks(encoded)

@@ -6,23 +6,23 @@ g_i^(m,e). A member of mc_dropout is such a pass over weights that all members s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gradsift.artifacts import Artifact
 from gradsift.config import ProxyConfig
-from gradsift.data.tokens import Encoded
+from gradsift.data.batching import shard_of
 from gradsift.gradients.callback import collect_norms
 from gradsift.gradients.norms_table import write_norms
+from gradsift.journal import Journal
 from gradsift.proxy.epochs import ProxyInputs, adapter
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora
 from gradsift.training.device import device_of
+from gradsift.training.ranks import on_all_ranks
 
-VERSION = 1
+VERSION = 2
 
 
 def collect(
@@ -42,25 +42,37 @@ def collect(
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
-        inputs = load()
-        encoded = shard_rows(inputs.encoded, shard, config.shards)
-        label = f"norms of member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
-        label += f", shard {shard} of {config.shards}" if config.shards > 1 else ""
-        with (
-            adapter(inputs.backbone, config.lora, 0, runtime.compute) as adapted,
-            runtime.display.task(label, len(encoded)) as advance,
-        ):
-            lora.load_adapter(adapted, weights.path)
-            masks = config.ensemble == "mc_dropout"
-            if masks:
-                torch.manual_seed(_mask_seed(runtime, config, member, epoch, shard))
-            pad_id, device = inputs.backbone.pad_id, device_of(runtime.compute)
-            found = collect_norms(adapted, encoded, inputs.budget, pad_id, device, advance, dropout=masks)
-        sizes = {name: weights.info[name] for name in ("size_A", "size_B")}
-        info = write_norms(folder, found.columns(inputs.row_indices), encoded, shard, config.shards)
-        return {**info, "all_rows": len(inputs.encoded), **sizes}
+        return on_all_ranks(runtime, folder, collect_rows, config, load(), member, epoch, weights, shard)
 
-    return runtime.store.obtain(**_identity(runtime, config, member, epoch, weights, shard), make=make)
+    size = -(-(weights.size or 0) // config.shards)
+    return runtime.store.obtain(**_identity(runtime, config, member, epoch, weights, shard), make=make, size=size)
+
+
+def collect_rows(
+    runtime: Runtime,
+    folder: Path,
+    config: ProxyConfig,
+    inputs: ProxyInputs,
+    member: int,
+    epoch: int,
+    weights: Artifact,
+    shard: int,
+) -> dict[str, Any]:
+    """Take the norms of one shard at `weights` and write them."""
+    encoded = shard_of(inputs.encoded, shard, config.shards)
+    label = f"norms of member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
+    label += f", shard {shard} of {config.shards}" if config.shards > 1 else ""
+    with (
+        adapter(inputs.backbone, config.lora, 0, runtime.compute) as adapted,
+        runtime.display.task(label, len(encoded)) as advance,
+    ):
+        lora.load_adapter(adapted, weights.path)
+        masks = _mask_seed(runtime, config, member, epoch, shard) if config.ensemble == "mc_dropout" else None
+        journal = Journal(folder, runtime.compute.save_every)
+        pad_id, device = inputs.backbone.pad_id, device_of(runtime.compute)
+        found = collect_norms(adapted, encoded, inputs.budget, pad_id, device, advance, masks=masks, journal=journal)
+    info = write_norms(folder, found.columns(inputs.row_indices), encoded, shard, config.shards)
+    return {**info, "all_rows": len(inputs.encoded), **{name: weights.info[name] for name in ("size_A", "size_B")}}
 
 
 def is_collected(runtime: Runtime, config: ProxyConfig, member: int, epoch: int, weights: Artifact, shard: int) -> bool:
@@ -73,7 +85,7 @@ def _identity(
 ) -> dict[str, Any]:
     settings: dict[str, Any] = {"shard": shard, "shards": config.shards}
     if config.ensemble == "mc_dropout":  # the masks are drawn batch by batch
-        settings |= {"masks_of": member, "seed": runtime.seed, "tokens": runtime.compute.tokens}
+        settings |= {"masks_of": member, "seed": runtime.seed, "tokens": runtime.compute.mask_batches}
     slug = f"m{member}-e{epoch}" + (f"-s{shard}of{config.shards}" if config.shards > 1 else "")
     return {"stage": "norms", "slug": slug, "config": settings, "parents": [weights], "version": VERSION}
 
@@ -81,9 +93,3 @@ def _identity(
 def _mask_seed(runtime: Runtime, config: ProxyConfig, member: int, epoch: int, shard: int) -> int:
     parts = (runtime.seed, "mc_dropout", member, epoch)
     return derive_seed(*parts) if config.shards == 1 else derive_seed(*parts, shard, config.shards)
-
-
-def shard_rows(encoded: Sequence[Encoded], shard: int, shards: int) -> list[Encoded]:
-    """The examples of one shard, in their order: every `shards`-th of them by length, so that all have like work."""
-    by_length = sorted(range(len(encoded)), key=lambda position: -len(encoded[position].input_ids))
-    return [encoded[position] for position in sorted(by_length[shard::shards])]

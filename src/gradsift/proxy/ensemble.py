@@ -35,8 +35,9 @@ from gradsift.proxy.epochs import EpochStart, ProxyInputs, adapter, train_epoch
 from gradsift.proxy.trajectory import Trajectory
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training.finetuning import Optimization, ShowProgress
+from gradsift.training.ranks import on_all_ranks
 
-VERSION = 4
+VERSION = 5
 
 
 def ensemble_norms(
@@ -157,7 +158,7 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
         "weight_decay": config.weight_decay,
         "batch_size": config.batch_size,
         "batching": config.batching,
-        "tokens": runtime.compute.tokens if config.lora.dropout else None,  # dropout masks are drawn batch by batch
+        "tokens": runtime.compute.mask_batches if config.lora.dropout else None,
     }
 
 
@@ -170,12 +171,23 @@ def _maker(
     previous: Artifact | None,
 ) -> Callable[[Path], Mapping[str, Any]]:
     def make(folder: Path) -> Mapping[str, Any]:
-        inputs = load()
-        label = f"proxy member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
-        with runtime.display.task(label, len(inputs.encoded)) as advance:
-            return train_member_epoch(runtime, config, inputs, member, epoch, previous, folder, advance)
+        return on_all_ranks(runtime, folder, _train, config, load(), member, epoch, previous)
 
     return make
+
+
+def _train(
+    runtime: Runtime,
+    folder: Path,
+    config: ProxyConfig,
+    inputs: ProxyInputs,
+    member: int,
+    epoch: int,
+    previous: Artifact | None,
+) -> dict[str, Any]:
+    label = f"proxy member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
+    with runtime.display.task(label, len(inputs.encoded)) as advance:
+        return train_member_epoch(runtime, config, inputs, member, epoch, previous, folder, advance)
 
 
 def train_member_epoch(

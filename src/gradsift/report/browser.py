@@ -80,7 +80,7 @@ def _pool(material: Material, runs: Sequence[Run]) -> Pool:
     labels = material.labels(first)
     seed = first.record.get("data_seed")
     name = str(first.record.get("dataset", "data")) + (f", seed {seed}" if seed is not None else "")
-    quality, family = (labels.quality, labels.family) if labels else (None, None)
+    quality, family = (None, None) if labels is None else (labels.quality, labels.family)
     pool = Pool(name, material.examples(first), quality, family)
     places: dict[str, int] = {}
     names: set[str] = set()

@@ -271,13 +271,22 @@ def read(folder: Path, artifacts: Path | None = None) -> Material:
             f"{folder} holds neither {RUN_FILE} nor folders of jobs; give the folder of a run or of a sweep"
         )
     configs = [_config(job) for job in folders]
-    records = with_settings([_record(job) for job in folders], _TOLD_APART)
+    records = _named([_record(job) for job in folders])
     runs = []
     for job, config, record in zip(folders, configs, records, strict=True):
         stores = [Path(store) for store in (artifacts, config.get("artifacts")) if store is not None]
         method = portable(f"{record['scorer']} {record['settings']}".strip())
         runs.append(Run(job, record, config, method, stores))
     return Material(folder, runs, is_sweep)
+
+
+def _named(records: Sequence[dict[str, Any]]) -> list[Mapping[str, Any]]:
+    """The records with their `settings`; a run that failed does not count in what the others have in common."""
+    sound = [record for record in records if record["status"] not in FAILED]
+    named = {id(record): found for record, found in zip(sound, with_settings(sound, _TOLD_APART), strict=True)}
+    failed = with_settings([record for record in records if id(record) not in named], _TOLD_APART)
+    others = iter(failed)
+    return [named.get(id(record)) or next(others) for record in records]
 
 
 def job_number(folder: Path) -> tuple[int, str]:

@@ -167,23 +167,27 @@ def ablation_table(material: Material) -> TextTable:
     return TextTable("Ablations of the score", header, rows, frozenset(), note, records)
 
 
+_MOST_LINES = 200  # of a table that people may want to read
 TABLES = {"pws": pws_table, "ablations": ablation_table}
 
 
 def write_tables(material: Material, folder: Path) -> dict[str, str]:
-    """Write each table as `<name>.csv` (plain values) and `<name>.md`.
+    """Write each table as `<name>.csv` (plain values) and, unless it is long, `<name>.md`.
 
     Returns:
         The reasons of those that could not be made, by name.
     """
+    from gradsift.report.figure_tables import FIGURE_TABLES  # its figures read the cells of this module
+
     folder.mkdir(parents=True, exist_ok=True)
     reasons = {}
-    for name, make in TABLES.items():
+    for name, make in {**TABLES, **FIGURE_TABLES}.items():
         try:
             table = make(material)
         except Missing as reason:
             reasons[name] = str(reason)
             continue
-        (folder / f"{name}.md").write_text(markdown(table) + "\n", encoding="utf-8")
+        if len(table.rows) <= _MOST_LINES:
+            (folder / f"{name}.md").write_text(markdown(table) + "\n", encoding="utf-8")
         write_records(folder / f"{name}.csv", table.records)
     return reasons

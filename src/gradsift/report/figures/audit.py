@@ -15,7 +15,7 @@ from gradsift.report.material import Material, Missing
 Audit = Mapping[str, Any]
 
 
-def _audits(material: Material, most: int) -> dict[str, list[Audit]]:
+def audits(material: Material, most: int = MOST_LINES) -> dict[str, list[Audit]]:
     """Audits by method; a run's alpha does not matter to them, so one run a method and dataset counts."""
     found: dict[str, dict[tuple[Any, Any], Audit]] = {}
     for run in material.runs:
@@ -29,14 +29,14 @@ def _audits(material: Material, most: int) -> dict[str, list[Audit]]:
 
 def spoilt(material: Material) -> Figure:
     """Share of corrupted rows in the selection at each alpha; the band is where random draws of that size lie."""
-    audits = _audits(material, MOST_LINES)
+    found = audits(material)
     with styled():
         figure, (axes,) = panels(width=6.2, height=3.6)
-        looks = Looks(audits)
-        for method, theirs in audits.items():
+        looks = Looks(found)
+        for method, theirs in found.items():
             alphas, shares = spoilt_shares(theirs)
             axes.plot(alphas, shares, marker=looks.marker(method), color=looks.colour(method), label=method)
-        first = next(iter(audits.values()))[0]
+        first = next(iter(found.values()))[0]
         spread = 2 * np.array([cell["spoilt_random_sd"] for cell in first["selections"]])
         axes.fill_between(alphas, first["spoilt"] - spread, first["spoilt"] + spread, color=FAINT, alpha=0.18, lw=0)
         axes.axhline(first["spoilt"], color=INK, linewidth=1, linestyle=(0, (4, 2)), label="all rows")
@@ -56,10 +56,10 @@ def spoilt_shares(audits: list[Audit]) -> tuple[list[float], np.ndarray]:
 
 def auroc(material: Material) -> Figure:
     """Chance that a clean row scores higher than one of each kind of corruption; below .5 the score prefers it."""
-    audits = _audits(material, MOST_ROWS)
-    kinds = list(dict.fromkeys(kind for theirs in audits.values() for audit in theirs for kind in audit["kinds"]))
-    methods = list(audits)
-    values = np.array([[_mean_auroc(audits[method], kind) for kind in kinds] for method in methods])
+    found = audits(material, MOST_ROWS)
+    kinds = list(dict.fromkeys(kind for theirs in found.values() for audit in theirs for kind in audit["kinds"]))
+    methods = list(found)
+    values = np.array([[_mean_auroc(found[method], kind) for kind in kinds] for method in methods])
     with styled():
         figure, (axes,) = panels(width=2.6 + 0.85 * len(kinds), height=1.4 + 0.36 * len(methods))
         cells(axes, values, [[f"{value:.2f}" for value in line] for line in values], diverging=True)

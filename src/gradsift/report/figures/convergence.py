@@ -26,24 +26,24 @@ def smooth(values: np.ndarray, share: float = _SMOOTH) -> np.ndarray:
 
 def convergence(material: Material) -> Figure:
     """Loss against optimiser steps, and against tokens: equal steps are not equal compute where answers are longer."""
-    curves = _curves(material)
+    found = curves(material)
     with styled():
         figure, (by_step, by_token) = panels(2, height=3.4)
-        looks = Looks(curves)
-        for name, (tokens, loss) in curves.items():
+        looks = Looks(found)
+        for name, (tokens, loss) in found.items():
             look: Look = {"color": INK} if name == ALL else {"color": looks.colour(name)}
             keep = np.unique(np.linspace(0, len(loss) - 1, min(_POINTS, len(loss))).astype(int))
             by_step.plot(keep + 1, loss[keep], label=name, linestyle=looks.dash(name), **look)
             by_token.plot(tokens[keep], loss[keep], label=name, linestyle=looks.dash(name), **look)
         by_step.set(xlabel="optimiser steps", ylabel="training loss (nats a token)")
         # equal compute: no line goes beyond where the shortest one ends
-        by_token.set(xlabel="tokens", xlim=(0, min(tokens[-1] for tokens, _ in curves.values())))
+        by_token.set(xlabel="tokens", xlim=(0, min(tokens[-1] for tokens, _ in found.values())))
         by_token.sharey(by_step)
         legend(figure, by_step)
     return figure
 
 
-def _curves(material: Material) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def curves(material: Material) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """By method: tokens seen and smoothed loss, means over the runs (seeds) at one alpha."""
     runs = reached(material, "finetune", but_full=False)
     alpha = middle_alpha(runs)

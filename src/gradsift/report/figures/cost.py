@@ -61,22 +61,22 @@ def tokens_of(artifact: Artifact) -> int:
 def cost(material: Material) -> Figure:
     """Seconds, units, tokens and memory, a row for each stage."""
     found = costs(material)
-    stages = list(found)
+    stages, all_costs = list(found), list(found.values())
+    memory = [its.memory for its in all_costs]
+    columns = 4 if any(memory) else 3  # artifacts of before it was recorded have none
     with styled():
-        figure, axes = panels(4, width=8.6, height=1.3 + 0.24 * len(stages))
-        made, reused = [c.seconds for c in found.values()], [c.saved for c in found.values()]
-        _bars(axes[0], made, reused, "seconds")
-        _bars(axes[1], [c.made for c in found.values()], [c.reused for c in found.values()], "units of work")
-        _bars(axes[2], [c.tokens for c in found.values()], None, "tokens through a model")
-        _bars(axes[3], [c.memory for c in found.values()], None, "peak memory so far (GB)")
+        figure, axes = panels(columns, width=8.6, height=1.3 + 0.24 * len(stages))
+        _bars(axes[0], [its.seconds for its in all_costs], [its.saved for its in all_costs], "seconds")
+        _bars(axes[1], [its.made for its in all_costs], [its.reused for its in all_costs], "units of work")
+        _bars(axes[2], [its.tokens for its in all_costs], None, "tokens through a model")
         axes[2].xaxis.set_major_formatter(_short)
+        if columns == 4:
+            _bars(axes[3], memory, None, "peak memory so far (GB)")
         for panel in axes:
             panel.set_yticks(range(len(stages)), stages if panel is axes[0] else [])
             panel.set_ylim(len(stages) - 0.5, -0.5)
             panel.grid(axis="y", visible=False)
             panel.locator_params(axis="x", nbins=4)
-        if not any(c.memory for c in found.values()):
-            axes[3].set_visible(False)  # artifacts of before it was recorded
         legend(figure, axes[0])
     return figure
 

@@ -96,7 +96,7 @@ def collapse(material: Material) -> Figure:
         middle = float(np.median(variation))
         right.axvline(middle, color=INK, linewidth=1.2, label=f"median {middle:.3f}")
         right.axvline(
-            LEAST_NORM_SPREAD, color=COLOURS[1], linestyle=(0, (4, 2)), label=f"collapsed {LEAST_NORM_SPREAD}"
+            LEAST_NORM_SPREAD, color=COLOURS[1], linestyle=(0, (4, 2)), label=f"collapsed below {LEAST_NORM_SPREAD}"
         )
         right.set(xlabel="$\\sqrt{V_t} / G_t$ of an example", ylabel="examples", xlim=(0, None))
         right.set_title("spread of the gradient norms")
@@ -115,7 +115,7 @@ def _spread(material: Material, run: Run, axes: Axes) -> None:
     steps, spread = spread_over_steps(ways)
     axes.plot(steps, spread, marker="o", ms=3.5, color=COLOURS[0])
     axes.axhline(
-        LEAST_ADAPTER_SPREAD, color=COLOURS[1], linestyle=(0, (4, 2)), label=f"collapsed {LEAST_ADAPTER_SPREAD}"
+        LEAST_ADAPTER_SPREAD, color=COLOURS[1], linestyle=(0, (4, 2)), label=f"collapsed below {LEAST_ADAPTER_SPREAD}"
     )
     axes.axhline(2**0.5, color=INK, linewidth=1, linestyle=(0, (1, 1.5)), label="unrelated members")
     axes.set(xlabel="optimiser steps", ylabel="distance / norm", ylim=(0, 1.6))

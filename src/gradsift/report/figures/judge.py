@@ -15,7 +15,7 @@ from gradsift.report.material import Material, Missing, Run
 _OUTCOMES = {"win": COLOURS[0], "tie": NEUTRAL, "lose": COLOURS[1], "invalid": COLOURS[3]}
 
 
-def _judged(material: Material) -> dict[str, list[Run]]:
+def judged(material: Material) -> dict[str, list[Run]]:
     """Finished runs with judgments by alpha and method, at most MOST_ROWS of them."""
     groups: dict[str, list[Run]] = {}
     for run in sorted(material.finished, key=lambda run: run.alpha):
@@ -34,7 +34,7 @@ def total(runs: Sequence[Run], part: str, name: str) -> int:
 
 def outcomes(material: Material) -> Figure:
     """Share of the items won, tied and lost against the full-data model, and of those without a valid verdict."""
-    groups = _judged(material)
+    groups = judged(material)
     with styled():
         figure, (axes,) = panels(width=7.2, height=1.1 + 0.3 * len(groups))
         start = np.zeros(len(groups))
@@ -74,7 +74,7 @@ def _rows(axes: Any, names: Sequence[str]) -> None:
 
 def position_bias(material: Material) -> Figure:
     """Share of the items in which the judge named the same place in both orders, by that place."""
-    groups = _judged(material)
+    groups = judged(material)
     groups = {name: runs for name, runs in groups.items() if total(runs, "position_bias", "items")}
     if not groups:
         raise Missing("no item has a valid judgment in both orders")
@@ -101,7 +101,7 @@ def position_bias(material: Material) -> Figure:
 
 def length_bias(material: Material) -> Figure:
     """How often the longer answer won, over the decided items whose answers differ in length; half is no preference."""
-    shares = longer_shares(_judged(material))
+    shares = longer_shares(judged(material))
     if not shares:
         raise Missing("no decided item has answers of different lengths")
     with styled():

@@ -19,7 +19,7 @@ from gradsift.report.material import Material, Missing, Run
 from gradsift.scoring.gsnr import gsnr
 
 Setting = tuple[int, tuple[int, ...]]  # M, snapshots
-_EPS = np.logspace(-12, 2, 57)
+EPS = np.logspace(-12, 2, 57)
 
 
 # ------------------------------------------------------------------------------- M and snapshots
@@ -143,8 +143,8 @@ def eps(material: Material) -> Figure:
     with styled():
         figure, (axes,) = panels(width=6.2, height=3.5)
         correlation, overlap = eps_curves(values, own, run.alpha)
-        axes.plot(_EPS, correlation, color=COLOURS[0], label="rank correlation of the scores")
-        axes.plot(_EPS, overlap, color=COLOURS[1], linestyle=(0, (5, 2)), label=f"overlap of the top {run.alpha:.0%}")
+        axes.plot(EPS, correlation, color=COLOURS[0], label="rank correlation of the scores")
+        axes.plot(EPS, overlap, color=COLOURS[1], linestyle=(0, (5, 2)), label=f"overlap of the top {run.alpha:.0%}")
         axes.axvline(own, color=INK, linewidth=1, label=f"this run: {own:g}")
         middle = float(np.nanmedian(values.V_t))
         axes.axvline(middle, color=FAINT, linewidth=1, linestyle=(0, (1, 1.5)), label=f"median $V_t$: {middle:.2g}")
@@ -166,7 +166,7 @@ def eps_curves(values: Statistics, own: float, alpha: float) -> tuple[np.ndarray
     base = gsnr(values, eps=own).score
     size = int(alpha * len(base))
     kept = top(base, size)
-    scores = [gsnr(values, eps=float(value)).score for value in _EPS]
+    scores = [gsnr(values, eps=float(value)).score for value in EPS]
     correlation = np.array([spearman(base, score) or 0.0 for score in scores])
     overlap = np.array([jaccard(kept, top(score, size)) for score in scores])
     return correlation, overlap

@@ -142,6 +142,9 @@ def bytes_of(figure: Figure, form: Format) -> bytes:
     """The figure as a file, the same bytes each time: PNG on paper, SVG with a transparent background."""
     stream = io.BytesIO()
     with styled():
+        if (layout := figure.get_layout_engine()) is not None:  # once for all formats, which otherwise differ by a hair
+            layout.execute(figure)
+            figure.set_layout_engine("none")
         if form == "svg":
             figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         else:

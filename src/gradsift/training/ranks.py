@@ -1,0 +1,239 @@
+"""One training, or one pass over examples, by several processes: the ranks of a torch.distributed group.
+
+The process that makes an artifact is rank 0. It starts the others for this one piece of work, each with the same
+function and arguments, and they end with it: no script is started again, so a job of a sweep, its store, its locks
+and its folder are there once, whatever launched it. Examples are divided over the ranks and what is found comes
+together on all of them; what the other ranks write goes to a scratch folder.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from rich.console import Console
+from torch import distributed
+from torch.multiprocessing import get_context
+
+from gradsift.artifacts import Store
+from gradsift.config import ComputeConfig
+from gradsift.data.batching import shard_of
+from gradsift.data.tokens import Encoded
+from gradsift.errors import GradsiftError
+from gradsift.runtime import Display, Runtime
+from gradsift.training.backbones import quieten
+from gradsift.training.device import device_of
+
+T = TypeVar("T")
+_PATIENCE = 30.0  # seconds in which other ranks end after rank 0 has
+_READY = ""  # what a rank says before it joins
+_ENDED = "ended without a word; memory, perhaps: see the system's log"
+
+
+def rank() -> int:
+    """Of this process in its group; 0 without one."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def size() -> int:
+    """Processes of the group; 1 without one."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def share(examples: Sequence[Encoded]) -> Sequence[Encoded]:
+    """This rank's part of the examples: every one is one rank's, none is there twice."""
+    return examples if size() == 1 else shard_of(examples, rank(), size())
+
+
+def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Give every rank the sum of all ranks' gradients; a parameter without one has zero."""
+    if size() == 1:
+        return
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([part.flatten() for part in parts])
+    distributed.all_reduce(flat)
+    for parameter, summed in zip(parameters, flat.split([part.numel() for part in parts]), strict=True):
+        parameter.grad = summed.view_as(parameter)
+
+
+def gather(columns: Mapping[str, torch.Tensor], total: int) -> dict[str, torch.Tensor]:
+    """The columns of all ranks, one after another, on every rank.
+
+    Args:
+        columns: (n,) each, of the examples of `share`, in any order.
+        total: examples of all ranks.
+    """
+    if size() == 1:
+        return dict(columns)
+    counts = [len(range(number, total, size())) for number in range(size())]
+    mine = torch.stack([column.double() for column in columns.values()])  # a row's number is exact in float64
+    padded = torch.nn.functional.pad(mine, (0, max(counts) - mine.shape[1])).contiguous()
+    found = [torch.empty_like(padded) for _ in counts]
+    distributed.all_gather(found, padded)
+    whole = torch.cat([part[:, :count] for part, count in zip(found, counts, strict=True)], 1)
+    return {name: values.to(column.dtype) for (name, column), values in zip(columns.items(), whole, strict=True)}
+
+
+class Ranks(DDPStrategy):
+    """Lightning's strategy for a group that is there already.
+
+    The model is not wrapped: the wrapper averages each backward pass over the ranks, while here a step has several
+    and ranks have unequal numbers of examples. `sum_gradients` does it once a step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(cluster_environment=_Environment())
+
+    def configure_ddp(self) -> None:
+        pass
+
+
+class _Environment(TorchElasticEnvironment):
+    def world_size(self) -> int:
+        return size()
+
+    def global_rank(self) -> int:
+        return rank()
+
+    def local_rank(self) -> int:
+        return rank()
+
+    def node_rank(self) -> int:
+        return 0
+
+
+# ------------------------------------------------------------------------------------------ processes
+
+
+def on_all_ranks(runtime: Runtime, folder: Path, work: Callable[..., T], *arguments: Any) -> T:
+    """`work(runtime, folder, *arguments)` on `compute.devices` ranks; returns what it returned on rank 0, here.
+
+    Args:
+        folder: of the artifact in the making; other ranks work in a copy of it, which is dropped.
+        work: a function of a module; it and the arguments are pickled.
+
+    Raises:
+        GradsiftError: a rank failed; with its reason.
+    """
+    if runtime.compute.devices == 1:
+        return work(runtime, folder, *arguments)
+    with (
+        tempfile.TemporaryDirectory(prefix="gradsift-ranks-") as scratch,
+        _others(runtime, folder, Path(scratch), work, arguments),
+    ):
+        return work(runtime, folder, *arguments)
+
+
+@contextmanager
+def _others(
+    runtime: Runtime, folder: Path, scratch: Path, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Iterator[None]:
+    """The other ranks at work, and this process in a group with them."""
+    context = get_context("spawn")
+    processes: list[SpawnProcess] = []
+    ends: list[Connection] = []
+    try:
+        for number in range(1, runtime.compute.devices):
+            ours, theirs = context.Pipe(duplex=False)
+            given = (number, runtime.compute, runtime.seed, torch.get_num_threads(), scratch, folder, theirs)
+            process = context.Process(target=_other, args=(*given, work, arguments), daemon=True)
+            process.start()
+            theirs.close()
+            processes.append(process)
+            ends.append(ours)
+        _await(processes, ends)
+        with _group(0, runtime.compute, scratch):
+            yield
+        for process in processes:
+            process.join(_PATIENCE)
+    except Exception as error:
+        if isinstance(error, GradsiftError):
+            raise
+        for number, (process, end) in enumerate(zip(processes, ends, strict=True), start=1):
+            if reason := _last_word(process, end):
+                raise GradsiftError(reason if reason != _ENDED else f"rank {number} {_ENDED}") from error
+        raise
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _await(processes: Sequence[SpawnProcess], ends: Sequence[Connection]) -> None:
+    """Wait until every other rank is about to join: a group would wait for one that died."""
+    for process, end in zip(processes, ends, strict=True):
+        wait([end, process.sentinel])
+        try:
+            ready = end.poll() and end.recv() == _READY
+        except EOFError:
+            ready = False
+        if not ready:
+            raise RuntimeError("a rank did not join the group")
+
+
+def _last_word(process: SpawnProcess, end: Connection) -> str | None:
+    """What a rank failed of; None if it did not, or not yet."""
+    try:
+        while end.poll(1):
+            if (text := end.recv()) != _READY:
+                return str(text)
+    except EOFError:
+        process.join(1)
+    return _ENDED if process.exitcode else None
+
+
+def _other(
+    number: int,
+    compute: ComputeConfig,
+    seed: int,
+    threads: int,
+    scratch: Path,
+    folder: Path,
+    said: Connection,
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    """A rank's process: the same work in a folder of its own, silently."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; rank 0 ends the others
+    try:
+        torch.set_num_threads(threads)
+        quieten()
+        mine = scratch / f"rank{number}"
+        shutil.copytree(folder, mine)
+        display = Display(Console(file=io.StringIO()))
+        runtime = Runtime(Store(scratch / "store", display.say), compute, display, seed)
+        said.send(_READY)
+        with _group(number, compute, scratch):
+            work(runtime, mine, *arguments)
+    except Exception as error:  # noqa: BLE001 - rank 0 raises it
+        said.send(str(error) if isinstance(error, GradsiftError) else f"rank {number}: {type(error).__name__}: {error}")
+        raise SystemExit(1) from None
+
+
+@contextmanager
+def _group(number: int, compute: ComputeConfig, scratch: Path) -> Iterator[None]:
+    cuda = device_of(compute).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(number)
+    distributed.init_process_group(
+        "nccl" if cuda else "gloo",
+        init_method=f"file://{scratch / 'group'}",
+        rank=number,
+        world_size=compute.devices,
+    )
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()

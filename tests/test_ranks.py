@@ -1,0 +1,157 @@
+"""Laws of several ranks: two real processes find what one finds, count every row once, and fail as one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMOKE
+from safetensors.numpy import load_file
+from test_finetuning import nano_examples, nano_target, proxy_config, runtime, target_config
+
+from gradsift.artifacts import Artifact
+from gradsift.config import ComputeConfig, LoraConfig, ProxyConfig, TargetConfig
+from gradsift.data.examples import Example
+from gradsift.data.tokens import encode
+from gradsift.errors import ConfigError, GradsiftError
+from gradsift.gradients.norms_table import read_norms
+from gradsift.proxy.collection import collect_rows
+from gradsift.proxy.ensemble import train_member_epoch
+from gradsift.proxy.epochs import OPTIMIZER_FILE, ProxyInputs
+from gradsift.runtime import Runtime
+from gradsift.training import ranks
+from gradsift.training.backbones import load_backbone
+from gradsift.training.curves import read_curve
+from gradsift.training.device import TokenBudget
+from gradsift.training.lora import ADAPTER_FILE
+from gradsift.training.ranks import on_all_ranks
+from gradsift.training.target import train_target
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DDP = ComputeConfig(device="cpu", threads=1, strategy="ddp", devices=2)
+
+
+def everything(
+    run: Runtime,
+    folder: Path,
+    target: tuple[TargetConfig, Artifact, list[Example]],
+    proxy: tuple[ProxyConfig, ProxyInputs],
+) -> dict[str, Any]:
+    """A finetune, two epochs of a member with the norms of its steps, and a collection pass."""
+    config, made, chosen = target
+    settings, inputs = proxy
+    infos: dict[str, Any] = {"ranks": ranks.size()}
+    infos["finetune"] = train_target(run, config, load_backbone(made, config.model, run.compute), chosen, folder)
+    before = None
+    for epoch in (1, 2):
+        part = folder / f"e{epoch}"
+        part.mkdir()
+        info = train_member_epoch(run, settings, inputs, 0, epoch, before, part, lambda done: None)
+        before = Artifact("member", part, "fingerprint", {"info": info})
+        infos[part.name] = info
+    part = folder / "norms"
+    part.mkdir()
+    passed = replace(settings, collect="epoch_end")
+    infos["norms"] = collect_rows(run, part, passed, inputs, 0, 2, before, 0)
+    return infos
+
+
+def arguments(backbones: Path) -> tuple[Any, Any]:
+    run, model, made = nano_target(backbones)
+    examples = nano_examples()
+    # 7 rows in steps of 3, 3 and 1: ranks have unequal parts, and in the last step one of them has none
+    chosen = [replace(example, row_index=40 + place) for place, example in enumerate([*examples, *examples[:2]])]
+    # Adam divides by a gradient's size, so what rounding does to a tiny one grows with the learning rate
+    config = target_config(epochs=2, batch_size=3, lora=LoraConfig(rank=2), learning_rate=1e-3)
+    proxy = proxy_config(model=model, template="plain", batch_size=3, collect="during_training", learning_rate=1e-3)
+    backbone = load_backbone(made, model, run.compute)
+    encoded, _ = encode(chosen, backbone.tokenizer, "plain", 64)
+    rows = [example.row_index for example in chosen]
+    return (config, made, chosen), (proxy, ProxyInputs(backbone, encoded, rows, TokenBudget(64)))
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def test_two_processes_find_what_one_finds(backbones: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    infos = []
+    for folder, compute in ((one, ComputeConfig(device="cpu", threads=1)), (two, DDP)):
+        folder.mkdir()
+        run = runtime(tmp_path / "store")
+        run.compute = compute
+        infos.append(on_all_ranks(run, folder, everything, *arguments(backbones)))
+    assert [info.pop("ranks") for info in infos] == [1, 2]
+    assert ranks.size() == 1  # the group has ended
+    sizes = ("size_A", "size_B")
+    for name, info in infos[0].items():
+        for key, value in info.items():
+            assert infos[1][name][key] == (pytest.approx(value, rel=1e-6) if key in sizes else value)
+    files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(two) for path in two.rglob("*") if path.is_file())
+    # a tiny gradient's square, in Adam's state, has more of rounding than what the state makes of the weights
+    for name, limit in (
+        (f"adapter/{ADAPTER_FILE}", 1e-6),
+        (f"e2/{ADAPTER_FILE}", 1e-6),
+        (f"e2/{OPTIMIZER_FILE}", 1e-5),
+    ):
+        left, right = (load_file(folder / name) for folder in (one, two))
+        assert left.keys() == right.keys()
+        for key in left:
+            assert relative(right[key], left[key]) <= limit, key
+    for part in ("e1", "e2", "norms"):
+        tables = [
+            read_norms([Artifact("norms", folder / part, "", {"info": info[part]})])
+            for folder, info in zip((one, two), infos, strict=True)
+        ]
+        assert tables[0]["row"].tolist() == tables[1]["row"].tolist() == list(range(7))
+        for key in ("norm_A", "norm_B", "loss", "n_tokens"):
+            np.testing.assert_allclose(tables[1][key], tables[0][key], rtol=1e-6, atol=0)
+    for part in (".", "e1", "e2"):
+        curves = [read_curve(folder / part) for folder in (one, two)]
+        assert [entry["tokens"] for entry in curves[0]] == [entry["tokens"] for entry in curves[1]]
+        losses = [[entry["loss"] for entry in curve] for curve in curves]
+        np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+
+
+def fails(run: Runtime, folder: Path, how: str) -> None:
+    """Rank 1 fails, and rank 0 waits for it."""
+    if ranks.rank() == 1 and how == "says":
+        raise GradsiftError("row 7 is not to be had")
+    if ranks.rank() == 1:
+        os._exit(3)
+    ranks.gather({"rows": torch.zeros(1)}, 2)
+
+
+@pytest.mark.parametrize(("how", "message"), [("says", "row 7 is not to be had"), ("dies", "rank 1 ended")])
+def test_a_rank_that_fails_ends_the_work_with_its_reason(how: str, message: str, tmp_path: Path) -> None:
+    run = runtime(tmp_path / "store")
+    run.compute = DDP
+    with pytest.raises(GradsiftError, match=message):
+        on_all_ranks(run, tmp_path, fails, how)
+    assert ranks.size() == 1
+
+
+@pytest.mark.slow
+def test_a_run_on_two_ranks_finds_the_work_of_one_and_the_other_way_round(gradsift) -> None:
+    """The number of ranks is in no fingerprint, so the statistics are shared."""
+    smoke = (*SMOKE, "proxy.members=1", "stop_after=statistics")
+    assert gradsift(*smoke, "compute=ddp", "compute.devices=2") == 0
+    made = [stage["name"] for stage in gradsift.runs()[-1]["stages"] if not stage["reused"]]
+    assert made.count("member") == made.count("norms") == 2
+    assert gradsift(*smoke) == 0
+    assert not [stage for stage in gradsift.runs()[-1]["stages"] if not stage["reused"]]
+
+
+def test_ranks_need_a_strategy_and_are_part_of_what_masks_depend_on() -> None:
+    with pytest.raises(ConfigError, match="take compute=ddp"):
+        ComputeConfig(devices=2)
+    assert ComputeConfig(tokens=64).mask_batches == 64
+    assert replace(DDP, tokens=64).mask_batches == {"tokens": 64, "ranks": 2}

@@ -160,7 +160,7 @@ def test_a_rank_that_fails_ends_the_work_with_its_reason(how: str, message: str,
 @pytest.mark.slow
 def test_a_run_on_two_ranks_finds_the_work_of_one_and_the_other_way_round(gradsift) -> None:
     """The number of ranks is in no fingerprint, so the statistics are shared."""
-    smoke = (*SMOKE, "proxy.members=1", "stop_after=statistics")
+    smoke = (*SMOKE, "scorer=late_loss", "proxy.members=1", "stop_after=statistics")
     assert gradsift(*smoke, "compute=ddp", "compute.devices=2") == 0
     made = [stage["name"] for stage in gradsift.runs()[-1]["stages"] if not stage["reused"]]
     assert made.count("member") == made.count("norms") == 2
@@ -174,7 +174,14 @@ def test_two_machines_share_the_work_and_the_first_one_writes(gradsift, tmp_path
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(REPOSITORY / "run.py"), *SMOKE, "proxy.members=1", "stop_after=statistics"]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "run.py"),
+        *SMOKE,
+        "scorer=late_loss",
+        "proxy.members=1",
+        "stop_after=statistics",
+    ]
     command += ["compute=ddp", "compute.devices=1", "compute.num_nodes=2"]
     machines = []
     for node in (0, 1):
@@ -188,7 +195,7 @@ def test_two_machines_share_the_work_and_the_first_one_writes(gradsift, tmp_path
     made = [stage["name"] for stage in first["stages"] if not stage["reused"]]
     assert made.count("member") == made.count("norms") == 2
     assert not [stage for stage in second["stages"] if not stage["reused"]]
-    assert gradsift(*SMOKE, "proxy.members=1", "stop_after=statistics") == 0
+    assert gradsift(*SMOKE, "scorer=late_loss", "proxy.members=1", "stop_after=statistics") == 0
     assert not [stage for stage in gradsift.runs()[-1]["stages"] if not stage["reused"]]
 
 

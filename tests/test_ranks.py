@@ -182,7 +182,7 @@ def test_two_machines_share_the_work_and_the_first_one_writes(gradsift, tmp_path
         "proxy.members=1",
         "stop_after=statistics",
     ]
-    command += ["compute=ddp", "compute.devices=1", "compute.num_nodes=2"]
+    command += ["proxy.members=1", "stop_after=statistics", "compute=ddp", "compute.devices=1", "compute.num_nodes=2"]
     machines = []
     for node in (0, 1):
         shared = {"NODE_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

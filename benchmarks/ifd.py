@@ -31,6 +31,7 @@ from gradsift.artifacts import Store
 from gradsift.config import ComputeConfig, FieldsConfig, ModelConfig, ScreenedSuperfilterConfig
 from gradsift.data.examples import Example
 from gradsift.data.formats import parse_rows
+from gradsift.journal import Journal
 from gradsift.runtime import Advance, Display, Runtime
 from gradsift.scoring.scores import Scores
 from gradsift.scoring.superfilter import spans_of, superfilter, superfilter_screened
@@ -122,10 +123,10 @@ def main() -> None:
     ways: dict[str, Callable[[Sequence[Example]], Any]] = {
         "published": lambda rows: as_loaded_by_users(model, lambda: published(model, rows)),
         "float32": lambda rows: superfilter(
-            rows, model, silent, max_length=DEFAULTS.max_length, fidelity="fixed", keep="high"
+            rows, model, silent, Journal(), max_length=DEFAULTS.max_length, fidelity="fixed", keep="high"
         ),
         "screened": lambda rows: superfilter_screened(
-            rows, model, silent, lambda scored: size, max_length=DEFAULTS.max_length, **constants
+            rows, model, silent, Journal(), lambda scored: size, max_length=DEFAULTS.max_length, **constants
         ),
     }
     for way in WAYS:

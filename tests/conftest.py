@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import browser  # noqa: F401 - a fixture
 from endpoint import Endpoint, serving
 
 os.environ |= {
@@ -23,7 +24,7 @@ os.environ |= {
     "WANDB_ERROR_REPORTING": "false",
     "TOKENIZERS_PARALLELISM": "false",
 }
-SMOKE = ("experiment=smoke", "tracker=none", "compute.threads=1")
+SMOKE = ("experiment=smoke", "tracker=none", "compute.threads=1", "report=false")
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -116,6 +117,7 @@ class Cli:
         GlobalHydra.instance().clear()
         self._monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
         self._monkeypatch.setattr(cli, "_failed", False)
+        self._monkeypatch.setenv(cli.TRACE, "0")  # main sets it: this puts it back
         try:
             cli.main()
         except SystemExit as exit_:
@@ -135,6 +137,37 @@ def gradsift(tmp_path: Path, backbones: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GRADSIFT_ARTIFACTS", str(tmp_path / "store"))
     return Cli(tmp_path, monkeypatch)
+
+
+JOBS = {  # of `report_sweep`: what each adds to the smoke run
+    "0-gsnr-0.1": ("scorer=gsnr", "seed=0"),
+    "1-raw_drop-0.1": ("scorer=gsnr_raw_drop", "seed=0"),
+    "2-random-0.1": ("scorer=random", "seed=0"),
+    "3-gsnr-0.1": ("scorer=gsnr", "seed=1"),
+    "4-members": ("scorer=gsnr", "seed=0", "proxy.members=2"),
+    "5-failed": ("scorer=gsnr", "seed=0", "alpha=0.001"),
+}
+
+
+@pytest.fixture(scope="session")
+def report_sweep(tmp_path_factory: pytest.TempPathFactory, backbones: Path) -> Path:
+    """A folder of jobs as a sweep leaves it, one of them failed; its store is beside it. Nobody may write to it."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("report")
+    shutil.copytree(backbones, folder / "store")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("GRADSIFT_ARTIFACTS", str(folder / "store"))
+        run = Cli(folder, monkeypatch)
+        for name, overrides in JOBS.items():
+            audit = ("proxy.members=3", "audit.enabled=true", "audit.alphas=[0.1,0.2]")
+            code = run(*SMOKE, *audit, *overrides, f"hydra.run.dir=sweep/{name}")
+            assert code == (2 if name == "5-failed" else 0)
+    torch.set_num_threads(threads)
+    return folder / "sweep"
 
 
 @pytest.fixture

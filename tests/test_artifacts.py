@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from gradsift.artifacts import MANIFEST, Artifact, Store, fingerprint_of
+from gradsift import artifacts
+from gradsift.artifacts import MANIFEST, UNFINISHED, Artifact, Store, fingerprint_of
 from gradsift.errors import GradsiftError
 
 
@@ -163,7 +169,7 @@ def test_kill_9_leaves_neither_a_lock_nor_a_half_artifact(tmp_path: Path) -> Non
 def test_a_store_that_cannot_be_written_is_named_with_the_remedy(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    with pytest.raises(GradsiftError, match=r"stage stage could not keep its work in .*artifacts=DIR"):
+    with pytest.raises(GradsiftError, match=r"stage stage \(slug-.*\) could not keep its work in .*artifacts=DIR"):
         build(blocked, {})
 
 
@@ -181,3 +187,145 @@ def test_an_os_error_that_is_not_about_the_store_is_not_disguised(tmp_path: Path
 
     with pytest.raises(FileNotFoundError):
         Store(tmp_path).obtain("stage", "slug", {}, [], make, version=1)
+
+
+def test_work_goes_on_from_what_it_keeps_as_unfinished_and_the_artifact_holds_none_of_it(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def make(folder: Path) -> dict:
+        kept, half = folder / UNFINISHED / "steps", folder / "half.txt"
+        assert not half.exists()  # all else is begun anew
+        half.write_text("half")
+        done = int(kept.read_text()) if kept.exists() else 0
+        kept.write_text(str(done + 2))
+        if done < 4:
+            raise ValueError("interrupted")
+        half.unlink()
+        return {"optimizer_steps": done + 2, "resumed_steps": done}
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="interrupted"):
+            Store(tmp_path, said.append).obtain("stage", "slug", {}, [], make, version=1)
+    store = Store(tmp_path, said.append)
+    artifact = store.obtain("stage", "slug", {}, [], make, version=1)
+    assert [path.name for path in artifact.path.iterdir()] == [MANIFEST]
+    assert store.records[0].optimizer_steps == 2  # those of this process
+    assert artifact.info["optimizer_steps"] == 6
+    assert len(said) == 2
+    assert "going on from where an interrupted run was" in said[0]
+
+
+def test_another_config_never_goes_on_from_this_ones_point(tmp_path: Path) -> None:
+    def make(folder: Path) -> dict:
+        found = list((folder / UNFINISHED).glob("point"))
+        (folder / UNFINISHED / "point").write_text("")
+        if not found:
+            raise ValueError("interrupted")
+        return {}
+
+    for config in ({"a": 1}, {"a": 2}):
+        with pytest.raises(ValueError, match="interrupted"):
+            Store(tmp_path).obtain("stage", "slug", config, [], make, version=1)
+    with pytest.raises(ValueError, match="interrupted"):
+        Store(tmp_path).obtain("stage", "slug", {"a": 1}, [], make, version=2)
+    Store(tmp_path).obtain("stage", "slug", {"a": 1}, [], make, version=1)
+
+
+def test_going_on_with_other_code_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def make(folder: Path) -> dict:
+        found = (folder / UNFINISHED / "point").exists()
+        (folder / UNFINISHED / "point").write_text("")
+        if not found:
+            raise ValueError("interrupted")
+        return {}
+
+    with pytest.raises(ValueError, match="interrupted"):
+        Store(tmp_path, said.append).obtain("stage", "slug", {}, [], make, version=1)
+    monkeypatch.setattr(artifacts, "package_versions", lambda: {"torch": "9.9"})
+    Store(tmp_path, said.append).obtain("stage", "slug", {}, [], make, version=1)
+    assert "other code or packages" in said[-1]
+
+
+def test_a_unit_that_two_processes_make_at_once_is_not_kept_by_the_first(tmp_path: Path) -> None:
+    """As where locks hold on one machine alone, or somebody clears them away."""
+    lock = []
+
+    def make(folder: Path) -> dict:
+        lock.extend(tmp_path.glob("stage/.*.lock"))
+        lock[0].unlink()
+        _, theirs = build(tmp_path, {}, text="theirs")
+        assert theirs.file("result.txt").read_text() == "theirs"
+        folder.mkdir()
+        (folder / "result.txt").write_text("ours")
+        return {}
+
+    with pytest.raises(GradsiftError, match=r"slug-.* was taken over by process \d+ on .*locks.*do not hold"):
+        Store(tmp_path).obtain("stage", "slug", {}, [], make, version=1)
+    _, kept = build(tmp_path, {})
+    assert kept.file("result.txt").read_text() == "theirs"
+
+
+def test_a_store_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file system here lacks them, so the system call is told to."""
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(GradsiftError, match=r"stage stage .*no locks between processes.*docs/sweeps\.md"):
+        build(tmp_path, {})
+    assert list(tmp_path.glob("stage/slug*")) == []
+
+
+def test_a_clock_that_is_wrong_changes_nothing(tmp_path: Path) -> None:
+    _, made = build(tmp_path, {})
+    manifest = json.loads(made.file(MANIFEST).read_text()) | {"finished": "2999-01-01T00:00:00Z"}
+    made.file(MANIFEST).write_text(json.dumps(manifest))
+    far = 32_000_000_000  # seconds: after the year 2900
+    for path in [tmp_path, *tmp_path.rglob("*")]:
+        os.utime(path, (far, far))
+    store, again = build(tmp_path, {}, text="never written")
+    assert store.records[0].reused
+    for path in [tmp_path, *tmp_path.rglob("*")]:
+        os.utime(path, (0, 0))
+    assert build(tmp_path, {}, text="never written")[0].records[0].reused
+    left = again.path.rename(again.path.with_name(again.path.name + ".part"))  # work of a process that died
+    os.utime(left, (far, far))
+    (tmp_path / "stage" / f".{again.path.name}.lock").write_text("a holder that is no more")
+    store, anew = build(tmp_path, {}, text="anew")
+    assert anew.file("result.txt").read_text() == "anew"
+
+
+@pytest.mark.parametrize(("change", "said"), [({"code": "other"}, "commit a1b2"), ({"packages": {}}, "torch None")])
+def test_work_of_other_code_is_said(tmp_path: Path, change: dict, said: str) -> None:
+    _, made = build(tmp_path, {})
+    heard: list[str] = []
+    Store(tmp_path, heard.append).obtain("stage", "slug", {}, [], lambda folder: {}, version=1)
+    assert heard == []
+    manifest = json.loads(made.file(MANIFEST).read_text()) | {"git_sha": "a1b2"} | change
+    made.file(MANIFEST).write_text(json.dumps(manifest))
+    store = Store(tmp_path, heard.append)
+    for _ in range(2):
+        store.obtain("stage", "slug", {}, [], lambda folder: {}, version=1)
+    assert len(heard) == 1
+    assert "reusing work of other code" in heard[0]
+    assert said in heard[0]
+    assert said in " ".join(store.other_code)
+
+
+def test_edited_code_is_other_code_at_any_commit(tmp_path: Path) -> None:
+    source = Path(__file__).parents[1] / "src" / "gradsift"
+    shutil.copytree(source, tmp_path / "gradsift", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-c", "from gradsift.artifacts import code_hash, git_sha; print(git_sha(), code_hash())"]
+
+    def described() -> str:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    first = described()
+    assert first.startswith("None ")
+    with (tmp_path / "gradsift" / "scoring" / "gsnr.py").open("a") as stream:
+        stream.write("\n# changed\n")
+    assert described() != first

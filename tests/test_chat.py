@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import logging
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -26,8 +28,8 @@ from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation import chat as chat_module
 from gradsift.evaluation.chat import ChatClient, retry_after
 from gradsift.evaluation.judges import DryRun, JudgeError
-from gradsift.evaluation.reply_cache import Completion, ReplyCache, Tokens
-from gradsift.evaluation.spending import CapReached, Purse, Terms, estimated_tokens
+from gradsift.evaluation.reply_cache import Completion, ReplyCache, Spent, Tokens
+from gradsift.evaluation.spending import CapReached, Purse, Stopped, Terms, estimated_tokens
 
 Client = Callable[..., ChatClient]
 KEY = "sk-very-secret-0123456789"
@@ -54,8 +56,8 @@ def prompts(*texts: str) -> list[list[dict[str, str]]]:
 MANY = [f"question {n}" for n in range(30)]
 
 
-def number(position: int, text: str) -> int | None:
-    return int(text) if text.isdecimal() else None
+def number(position: int, reply: Completion) -> int | None:
+    return int(reply.text) if reply.text.isdecimal() else None
 
 
 def asked(client: ChatClient, texts: list[str], scope: str = "s", into: dict[int, Any] | None = None) -> dict[int, Any]:
@@ -103,7 +105,7 @@ def test_both_replies_to_a_prompt_that_cannot_be_read_are_kept(endpoint: Endpoin
 
 def test_requests_run_side_by_side_up_to_the_limit(endpoint: Endpoint, client: Client) -> None:
     def slow(text: str, attempt: int) -> Answer:
-        time.sleep(0.05)
+        time.sleep(0.2)
         return 200, "5", {}
 
     endpoint.behave = slow
@@ -119,17 +121,17 @@ from gradsift.evaluation.reply_cache import ReplyCache
 
 client = ChatClient(model="m", cache=ReplyCache(Path(sys.argv[1])), base_url=sys.argv[2], concurrency=4)
 prompts = [[{"role": "user", "content": f"question {n}"}] for n in range(int(sys.argv[3]))]
-def read(position, text):
+def read(position, reply):
     time.sleep(float(sys.argv[4]))
-    return text
+    return reply.text
 for position, answer in client.ask(prompts, read, scope="s", unread="?"):
     print(position, flush=True)
 """
 
 
-def start(endpoint: Endpoint, store: Path, count: int, reading: float) -> subprocess.Popen[str]:
+def start(endpoint: Endpoint, store: Path, count: int, reading: float, program: str = RUN) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", RUN, str(store), endpoint.address, str(count), str(reading)]
+    command = [sys.executable, "-c", program, str(store), endpoint.address, str(count), str(reading)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
 
@@ -355,7 +357,7 @@ def test_the_key_is_in_no_reply_no_log_and_no_store(
     caplog.set_level(logging.DEBUG)
     endpoint.behave = lambda text, attempt: (200, f"Your key is {KEY}", {})
     ours = client()
-    ((_, answer),) = ours.ask(prompts("a"), lambda position, text: text, scope="s", unread="?")
+    ((_, answer),) = ours.ask(prompts("a"), lambda position, reply: reply.text, scope="s", unread="?")
     assert answer.text == "Your key is ***"
     assert endpoint.keys == {f"Bearer {KEY}"}
     for file in tmp_path.iterdir():
@@ -370,7 +372,7 @@ def test_what_stands_in_place_of_a_key_is_not_taken_out_of_replies(
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", key)
     endpoint.behave = lambda text, attempt: (200, "10 1\nnone better", {})
-    ((_, answer),) = client().ask(prompts("a"), lambda position, text: text, scope="s", unread="?")
+    ((_, answer),) = client().ask(prompts("a"), lambda position, reply: reply.text, scope="s", unread="?")
     assert answer.text == "10 1\nnone better"
 
 
@@ -443,18 +445,108 @@ def test_a_cap_on_requests_is_exact_stops_cleanly_and_goes_on_when_raised(
     assert client().spent("other stage")["calls"] == 0
 
 
-def test_a_cap_counts_what_another_process_pays_meanwhile(tmp_path: Path) -> None:
-    caches = [ReplyCache(tmp_path / "replies.sqlite") for _ in range(2)]
-    purses = [Purse(cache, "s", Terms(max_calls=3)) for cache in caches]
-    estimate = Tokens(1, 1)
-    for number in range(3):
-        cache, purse = caches[number % 2], purses[number % 2]
-        purse.reserve(estimate, threading.Event())
-        cache.keep(str(number), Completion("7"), "s", estimate)
-        purse.settle(estimate)
-    for purse in purses:
-        with pytest.raises(CapReached, match=r"judge\.max_calls=3"):
-            purse.reserve(estimate, threading.Event())
+def test_two_processes_under_one_cap_do_not_pass_it_together(endpoint: Endpoint, tmp_path: Path) -> None:
+    def slow(text: str, attempt: int) -> Answer:
+        time.sleep(0.1)  # all four threads of both have room under the cap if they look at what is paid alone
+        return 200, "7", {}
+
+    endpoint.behave = slow
+    store = tmp_path / "replies.sqlite"
+    program = "from gradsift.evaluation.spending import Terms\n" + RUN.replace(
+        "concurrency=4", "concurrency=4, terms=Terms(max_calls=5)"
+    )
+    # other questions each, so that no reply is shared
+    both = [start(endpoint, store, 20, 0, program.replace("question", word)) for word in ("first", "second")]
+    for process in both:
+        process.communicate(timeout=60)
+        assert process.returncode == 1  # the cap
+    assert len(endpoint.bodies) == 5
+    assert ReplyCache(store).spent("s").calls == 5
+
+
+def test_what_a_killed_process_had_under_way_counts_as_sent(endpoint: Endpoint, client: Client, tmp_path: Path) -> None:
+    release = threading.Event()
+
+    def hang(text: str, attempt: int) -> Answer:
+        release.wait(30)
+        return 200, "7", {}
+
+    endpoint.behave = hang
+    process = start(endpoint, tmp_path / "replies.sqlite", 30, reading=0)
+    deadline = time.monotonic() + 30
+    while len(endpoint.bodies) < 4:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    cache = ReplyCache(tmp_path / "replies.sqlite")
+    with cache.ledger("s") as ledger:
+        assert (ledger.spent.calls, ledger.under_way.calls) == (0, 4)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    release.set()
+    with cache.ledger("s") as ledger:
+        assert (ledger.spent.calls, ledger.spent.estimated_calls, ledger.under_way.calls) == (4, 4, 0)
+    with pytest.raises(JudgeError, match="has sent 6 requests"):
+        asked(client(terms={"max_calls": 6}), MANY)
+    assert len(endpoint.bodies) == 6
+
+
+def test_a_request_under_way_keeps_its_place_under_the_cap_until_it_costs_less(tmp_path: Path) -> None:
+    """Two stages of the same scope: the second waits, because the first may come to less than its estimate."""
+    cache = ReplyCache(tmp_path / "replies.sqlite")
+    purses = [Purse(cache, "s", Terms(price_input=1e6, price_output=1e6, max_usd=10)) for _ in range(2)]
+    first = purses[0].reserve(Tokens(4, 4), threading.Event())
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(Stopped):
+        purses[1].reserve(Tokens(4, 4), stopped)
+    threading.Timer(0.3, lambda: purses[0].keep(first, "a", Completion("7"), Tokens(1, 1))).start()
+    second = purses[1].reserve(Tokens(4, 4), threading.Event())
+    purses[1].settle(second, Tokens(4, 4, estimated=True))
+    assert cache.spent("s") == Spent(2, 5, 5, 1)
+    with pytest.raises(CapReached, match=r"judge\.max_usd=10"):
+        purses[0].reserve(Tokens(1, 0), threading.Event())
+    assert purses[0].spent == cache.spent("s")
+
+
+CLAIM = """
+import sys
+from pathlib import Path
+from gradsift.evaluation.reply_cache import ReplyCache
+
+with ReplyCache(Path(sys.argv[1])).claimed(sys.argv[2], lambda seconds: print("taken") or True):
+    print("claimed")
+"""
+
+
+def test_a_claim_survives_the_end_of_another_cache_of_the_same_file(tmp_path: Path) -> None:
+    path, key = tmp_path / "replies.sqlite", "a" * 64
+
+    def others() -> str:
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", CLAIM, str(path), key]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+    first = ReplyCache(path)
+    with first.claimed(key, lambda seconds: True):
+        second = ReplyCache(tmp_path / "." / "replies.sqlite")
+        with second.claimed("b" * 64, lambda seconds: True):
+            pass
+        del second
+        gc.collect()
+        assert others() == "taken\nclaimed\n"
+    assert others() == "claimed\n"
+
+
+def test_a_store_that_was_deleted_is_opened_anew(tmp_path: Path) -> None:
+    path = tmp_path / "store" / "replies.sqlite"
+    first = ReplyCache(path)
+    first.keep("a" * 64, Completion("7"), "s", Tokens(1, 1))
+    assert ReplyCache(path).find("a" * 64) == Completion("7")
+    shutil.rmtree(path.parent)
+    again = ReplyCache(path)
+    assert again.find("a" * 64) is None
+    again.keep("b" * 64, Completion("8"), "s", Tokens(1, 1))
+    assert ReplyCache(path).find("b" * 64) == Completion("8")
 
 
 def test_a_cap_on_money_holds_for_reported_tokens_and_is_never_passed(endpoint: Endpoint, client: Client) -> None:

@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from gradsift.config import FIDELITIES
 from gradsift.data.examples import Example, Turn
+from gradsift.journal import Journal
 from gradsift.scoring.cherry import cherry
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
 from gradsift.training.backbones import Backbone
@@ -88,7 +89,7 @@ def slow_cherry(
 @pytest.mark.parametrize("limit", [230, 300])
 def test_cherry_equals_the_slow_one_example_way(limit: int, fidelity: str, backbone: Backbone) -> None:
     expected = [slow_cherry(backbone, *text, limit, fidelity) for text in TEXTS]
-    scores = cherry(rows_of(TEXTS), backbone, no_bar, max_length=limit, fidelity=fidelity)
+    scores = cherry(rows_of(TEXTS), backbone, no_bar, Journal(), max_length=limit, fidelity=fidelity)
     assert scores.status.tolist() == [status for status, _ in expected]
     np.testing.assert_allclose(scores.score, [ratio for _, ratio in expected], rtol=1e-5)
     assert {SCORED, EXCLUDED} <= set(scores.status.tolist())
@@ -96,7 +97,8 @@ def test_cherry_equals_the_slow_one_example_way(limit: int, fidelity: str, backb
 
 def test_fixed_leaves_out_what_original_cuts(backbone: Backbone) -> None:
     original, fixed = (
-        cherry(rows_of(TEXTS), backbone, no_bar, max_length=300, fidelity=fidelity) for fidelity in FIDELITIES
+        cherry(rows_of(TEXTS), backbone, no_bar, Journal(), max_length=300, fidelity=fidelity)
+        for fidelity in FIDELITIES
     )
     assert "longer than max_length" in fixed.reason[4]
     assert "longer than max_length" not in original.reason[4]  # its line alone takes 13 tokens, not the 4 reckoned with
@@ -106,7 +108,7 @@ def test_fixed_leaves_out_what_original_cuts(backbone: Backbone) -> None:
 
 
 def test_the_reasons_say_what_is_wrong(backbone: Backbone) -> None:
-    scores = cherry(rows_of(TEXTS), backbone, no_bar, max_length=230, fidelity="original")
+    scores = cherry(rows_of(TEXTS), backbone, no_bar, Journal(), max_length=230, fidelity="original")
     assert "no token of the response" in scores.reason[6]
     above = scores.parts["ifd"] > 1
     assert above.any()
@@ -114,21 +116,23 @@ def test_the_reasons_say_what_is_wrong(backbone: Backbone) -> None:
 
 
 def test_a_ratio_of_losses_is_not_one_of_perplexities(backbone: Backbone) -> None:
-    scores = cherry(rows_of(TEXTS[:3]), backbone, no_bar, max_length=300, fidelity="fixed")
+    scores = cherry(rows_of(TEXTS[:3]), backbone, no_bar, Journal(), max_length=300, fidelity="fixed")
     np.testing.assert_array_equal(scores.parts["ifd"], scores.parts["loss_with_prompt"] / scores.parts["loss_alone"])
 
 
 def test_the_prompt_of_a_conversation_is_all_before_the_last_response(backbone: Backbone) -> None:
     history = (Turn("user", "hello"), Turn("assistant", "good day"))
     bare, talk = (Example(0, "0-0", "0", turns, "name a colour", "", "red", {}) for turns in ((), history))
-    first, second = (cherry([row], backbone, no_bar, max_length=400, fidelity="fixed").parts for row in (bare, talk))
+    first, second = (
+        cherry([row], backbone, no_bar, Journal(), max_length=400, fidelity="fixed").parts for row in (bare, talk)
+    )
     assert first["loss_alone"] == pytest.approx(second["loss_alone"])
     assert first["loss_with_prompt"] != pytest.approx(second["loss_with_prompt"])
 
 
 def test_neither_order_nor_company_changes_a_score(backbone: Backbone) -> None:
     def scores_of(rows: list[Example]) -> Scores:
-        return cherry(rows, backbone, no_bar, max_length=300, fidelity="fixed")
+        return cherry(rows, backbone, no_bar, Journal(), max_length=300, fidelity="fixed")
 
     rows = rows_of(TEXTS)
     together = scores_of(rows).score

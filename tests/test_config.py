@@ -53,10 +53,12 @@ def test_every_yaml_composes(group: str, choice: str, monkeypatch: pytest.Monkey
 
 def test_the_help_names_every_choice() -> None:
     text = (conf_folder() / "help.txt").read_text()
-    groups = {path.name for path in conf_folder().iterdir() if path.is_dir()}
+    groups = {path.name for path in conf_folder().iterdir() if path.is_dir()} - {"hydra"}
+    groups |= {f"hydra/{path.name}" for path in (conf_folder() / "hydra").iterdir()}
     assert all(f"  {group} " in text for group in groups)
-    words = text.replace(",", " ").split()
-    assert [choice for _, choice in CHOICES if choice not in words] == []
+    words = text.replace(",", " ").replace(":", " ").split()
+    hydras = [("hydra", path.stem) for path in conf_folder().glob("hydra/*/*.yaml")]
+    assert [choice for _, choice in [*CHOICES, *hydras] if choice not in words] == []
 
 
 def test_a_sweep_word_turns_the_same_key_for_every_scorer() -> None:
@@ -136,6 +138,7 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["benchmark.general=[vicuna]"], "benchmark.general=['vicuna'] has no reference answers"),
         (["benchmark.general=[bbh_navigate]"], "cannot answer ['bbh_navigate']"),
         (["benchmark.lm_eval_tasks=[arc_easy]"], "cannot answer ['arc_easy']"),
+        (["benchmark.lm_eval_folder=x"], "benchmark.lm_eval_tasks names none"),
         (["benchmark=vicuna", "benchmark.wordnet_dir=x"], "METEOR, which needs reference answers"),
         (["+benchmark.catalog.vicuna.match=fuzzy"], "choose one of: exact, number, choice"),
         (["+benchmark.catalog.vicuna.reference_after=x"], "has no field to look in"),
@@ -152,6 +155,7 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["target.steps=null"], "either target.epochs or target.steps"),
         (["data.spoilt=1"], "data.spoilt=1.0 is no share"),
         (["compute.device=tpu"], "choose one of: auto, cpu, cuda"),
+        (["compute.save_every=-1"], "give at least 0, and a finite number"),
         (["judge.confidence=1"], "judge.confidence=1.0"),
         (["budget_base=all"], "choose one of: accepted, scored"),
         (["proxy.lora.rank=0"], "lora.rank=0 is out of range"),
@@ -181,6 +185,7 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         ),
         (["experiment=audit_smollm2"], "the environment variable GRADSIFT_DATA is not set"),
         (["tracker.mode=loud"], "choose one of: offline, online"),
+        (["objective=loss"], "objective='loss' is not known; choose one of: pws, accuracy, heldout_loss"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named_with_the_remedy(
@@ -196,6 +201,45 @@ def test_a_value_that_cannot_be_used_is_named_with_the_remedy(
 def test_characters_of_any_data_can_be_counted_without_a_proxy() -> None:
     config = composed("scorer=length", "scorer.unit=characters", "data=json", "data.path=x", "stop_after=selection")
     assert config.scorer._target_ == "gradsift.scoring.length.length_in_characters"
+
+
+NOT_THE_PROXYS = {"count", "examples", "budget", "task", "rater"}
+NOT_THE_ENCODERS = NOT_THE_PROXYS | {"embeddings", "target_embeddings"}
+
+
+@pytest.mark.parametrize("embedder", ["hidden_states", "sentence_transformers"])
+@pytest.mark.parametrize(("group", "choice"), [pair for pair in CHOICES if pair[0] in ("scorer", "selector")])
+def test_what_asks_for_the_proxy_is_refused_with_one_that_does_not_know_the_data_and_nothing_else(
+    group: str, choice: str, embedder: str
+) -> None:
+    """Held against the functions' signatures."""
+    import inspect
+    from importlib import import_module
+
+    scorer = ["scorer=random"] if group == "selector" else []
+    if choice == "round_robin":
+        scorer = ["scorer=sbert"]  # which has a score a task
+    stop = "stop_after=selection" if group == "selector" else "stop_after=scores"
+    chosen = [*scorer, f"{group}={choice}", f"embedder={embedder}", "judge=openai", stop]
+    node = getattr(composed(*chosen), group)
+    module, _, function = node._target_.rpartition(".")
+    parameters = inspect.signature(getattr(import_module(module), function)).parameters.values()
+    asked = {p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY} - {"scores", "size"}
+    if scorer == ["scorer=sbert"]:
+        asked.add("embeddings")
+    foreign = ["data=json", "data.path=x.json", *chosen]
+    if asked <= (NOT_THE_ENCODERS if embedder == "sentence_transformers" else NOT_THE_PROXYS):
+        assert composed(*foreign).proxy.model.kind == "nano"
+    else:
+        with pytest.raises(ConfigError, match="proxy=nano"):
+            composed(*foreign)
+
+
+def test_a_run_that_ends_before_the_proxy_needs_none() -> None:
+    foreign = ("data=json", "data.path=x.json", "scorer=random")
+    assert composed(*foreign, "stop_after=load").proxy.model.kind == "nano"
+    with pytest.raises(ConfigError, match="proxy=nano"):
+        composed(*foreign, "stop_after=statistics")
 
 
 def test_cherrys_budget_is_a_share_of_the_surviving_rows() -> None:

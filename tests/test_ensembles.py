@@ -24,6 +24,7 @@ from gradsift.errors import ConfigError
 from gradsift.gradients.callback import COLUMNS, collect_norms
 from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.statistics import compute_statistics
+from gradsift.journal import Journal
 from gradsift.proxy.ensemble import ensemble_norms, epoch_plan, member_settings, train_adapters
 from gradsift.proxy.epochs import ProxyInputs
 from gradsift.runtime import Runtime
@@ -231,8 +232,7 @@ def dropping_model(architecture: str, dropout: float) -> Any:
 
 def under_masks(adapted: Any, examples: list[Encoded], seed: int, tokens: int = 4096) -> np.ndarray:
     """norm_A, norm_B, loss, (N, 3), as the members of mc_dropout have them."""
-    torch.manual_seed(seed)
-    columns = collect_norms(adapted, examples, TokenBudget(tokens), 0, CPU, dropout=True).columns(range(len(examples)))
+    columns = collect_norms(adapted, examples, TokenBudget(tokens), 0, CPU, masks=seed).columns(range(len(examples)))
     return np.stack([columns[name] for name in COLUMNS], 1)
 
 
@@ -303,6 +303,22 @@ def test_masks_depend_on_the_token_budget_and_so_does_the_artifact(tmp_path: Pat
                 a.path for (a,) in ensemble_norms(run, settings, adapters, lambda: inputs(ragged_examples(10)), epoch)
             }
     assert len(paths) == 4
+
+
+def test_a_pass_under_masks_that_was_cut_short_draws_on_as_one_that_was_not(tmp_path: Path) -> None:
+    adapted, examples = dropping_model("gpt2", 0.4), ragged_examples(12)
+    whole = under_masks(adapted, examples, seed=3, tokens=30)
+
+    def stops(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        options = {"masks": 3, "journal": Journal(tmp_path)}
+        collect_norms(adapted, examples, TokenBudget(30), 0, CPU, stops, **options)
+    torch.manual_seed(99)
+    options = {"masks": 3, "journal": Journal(tmp_path)}
+    found = collect_norms(adapted, examples, TokenBudget(30), 0, CPU, **options).columns(range(12))
+    assert np.array_equal(np.stack([found[name] for name in COLUMNS], 1), whole)
 
 
 # -------------------------------------------------------------------------------------------- config

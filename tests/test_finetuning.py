@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -172,21 +172,28 @@ def proxy_config(**changes: Any) -> ProxyConfig:
 
 
 def member_epoch(
-    folder: Path, model: Any, config: ProxyConfig, encoded: Sequence[Encoded], epoch: int, previous: Path | None
+    folder: Path,
+    model: Any,
+    config: ProxyConfig,
+    encoded: Sequence[Encoded],
+    epoch: int,
+    previous: Path | None,
+    advance: Callable[[int], None] = lambda done: None,
+    compute: ComputeConfig = CPU,
 ) -> dict[str, Any]:
     """Train member 1 for one epoch in `folder`, from what `previous` holds."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     tokenizer: Any = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 0})()
     before = Artifact("member", previous, "fingerprint", {}) if previous else None
     return train_member_epoch(
-        runtime(folder.parent / "store"),
+        replace(runtime(folder.parent / "store"), compute=compute),
         config,
         ProxyInputs(Backbone(model, tokenizer), encoded, SOURCE_ROWS, TokenBudget(4096)),
         1,
         epoch,
         before,
         folder,
-        lambda n: None,
+        advance,
     )
 
 

@@ -35,6 +35,7 @@ from gradsift.training.device import TokenBudget
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = (
     "experiment=smoke",
+    "report=false",
     "tracker=none",
     "data.size=40",
     "proxy.epochs=2",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 import shutil
 import signal
@@ -21,14 +20,18 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from browsing import NEEDS_CHROMIUM, Watched
+from conftest import SMOKE
+from endpoint import Endpoint
 
 from gradsift.errors import DataError
 from gradsift.evaluation.human.__main__ import main
 from gradsift.evaluation.human.pairs import PairFiles, files_of_run, read_pairs
 from gradsift.evaluation.human.results import describe, fleiss_kappa, majority
-from gradsift.evaluation.human.server import CUT, listen, presentable
+from gradsift.evaluation.human.server import CUT, listen
 from gradsift.evaluation.human.votes import Vote, Votes
 from gradsift.evaluation.judging import Judgment
+from gradsift.pages import presentable
 
 MODEL, REFERENCE = "secret-model", "secret-reference"
 HOSTILE = "<script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'></div>&amp; \"'"
@@ -493,7 +496,7 @@ def test_a_run_names_its_answers_and_its_judge(tmp_path: Path, capsys: pytest.Ca
         (run / "run.json").write_text(json.dumps({"stages": runtime.store.records_as_dicts()}))
 
     note()
-    assert "has compared no two models" in refused(capsys, str(run))
+    assert "has no answers of two models" in refused(capsys, str(run))
     benchmark = BenchmarkConfig(sets=["verifiable"])
     stages.judge(runtime, VerifierJudgeConfig(name="verifier"), benchmark, model, reference)
     note()
@@ -510,6 +513,29 @@ def test_a_run_names_its_answers_and_its_judge(tmp_path: Path, capsys: pytest.Ca
     shutil.rmtree(reference.path)
     assert printed(capsys, str(run)) == found  # votes outlive the answers
     assert "model_outputs.json cannot be read" in refused(capsys, str(run), "--port", "0")
+
+
+def test_a_run_whose_judge_never_finished_has_its_answers_all_the_same(
+    gradsift: Any, endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A whole run with questions about forgetting, which two models answer too: before and after the finetune."""
+    endpoint.behave = lambda text, attempt: (401, "no such key", {})
+    judge = ("judge=openai", f"judge.base_url={endpoint.address}", "judge.model=m")
+    assert gradsift(*SMOKE, "scorer=random", "benchmark.general=[verifiable_terse]", "benchmark.limit=5", *judge) == 2
+    (run,) = gradsift.folder.glob("outputs/*/*")
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+    files = files_of_run(run)
+    assert files.judgments is None
+    pairs = read_pairs(files)
+    assert len(pairs.items) == 5 and {key[0] for key in pairs.items} == {"verifiable"}
+    both = files.model, files.reference
+    model, reference = (json.loads((file.parent / "manifest.json").read_text()) for file in both)
+    stages = json.loads((run / "run.json").read_text())["stages"]
+    selected, everything = (stage["fingerprint"] for stage in stages if stage["name"] == "finetune")
+    assert selected in model["parents"] and everything in reference["parents"]
+    (run / "run.json").write_text(json.dumps({"stages": [s for s in stages if s["fingerprint"] != everything]}))
+    capsys.readouterr()
+    assert "has no answers of two models" in refused(capsys, str(run))
 
 
 # ---------------------------------------------------------------------------------------------- mistakes
@@ -590,58 +616,11 @@ def test_ctrl_c_ends_quietly(tmp_path: Path, serve: Callable[..., Served]) -> No
 
 # ------------------------------------------------------------------------------------------ real browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-NEEDS_CHROMIUM = pytest.mark.skipif(
-    CHROMIUM is None and "CI" not in os.environ, reason="chromium is not installed (in CI this is an error)"
-)
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    assert CHROMIUM is not None, "chromium is not installed: apt-get install chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-class Watched:
-    """A page, and what it did besides showing itself."""
-
-    def __init__(self, browser: Any, **options: Any) -> None:
-        self.context = browser.new_context(**options)
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(20_000)
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-
-    def begin(self, served: Served, name: str) -> None:
-        self.page.goto(served.url)
-        self.page.get_by_label("Your name").fill(name)
-        self.page.get_by_role("button", name="Begin or go on").click()
-
-    def is_at(self, item: int | str) -> None:
-        self.page.wait_for_url(f"**/{item}")
-
-    def close_clean(self, served: Served) -> None:
-        assert self.complaints == []
-        assert all(url.startswith(served.origin + "/") for url in self.requests)
-        self.context.close()
+def begin(watched: Watched, served: Served, name: str) -> None:
+    watched.page.goto(served.url)
+    watched.page.get_by_label("Your name").fill(name)
+    watched.page.get_by_role("button", name="Begin or go on").click()
 
 
 @NEEDS_CHROMIUM
@@ -650,7 +629,7 @@ def test_keys_and_clicks_in_a_browser(tmp_path: Path, serve: Callable[..., Serve
     votes = Votes(tmp_path / "votes.sqlite")
     watched = Watched(browser)
     page = watched.page
-    watched.begin(served, "Ann 1t2")  # letters in the field are no votes
+    begin(watched, served, "Ann 1t2")  # letters in the field are no votes
     watched.is_at(1)
     for item, key in enumerate(["1", "ArrowRight", "t"], start=1):
         watched.is_at(item)
@@ -680,7 +659,7 @@ def test_keys_and_clicks_in_a_browser(tmp_path: Path, serve: Callable[..., Serve
     page.get_by_role("button", name="Finish").click()
     won = sum(vote.outcome == "win" for vote in votes.of(rater))
     assert page.locator("#win").inner_text() == str(won)
-    watched.close_clean(served)
+    watched.close_clean(served.origin + "/")
 
 
 @NEEDS_CHROMIUM
@@ -689,7 +668,7 @@ def test_without_a_script_on_a_telephone(tmp_path: Path, serve: Callable[..., Se
     served = serve(*arguments(outputs(tmp_path, 2, good=long_word, bad="\u0645\u0631\u062d\u0628\u0627 " * 50)))
     watched = Watched(browser, java_script_enabled=False, viewport={"width": 360, "height": 640}, color_scheme="dark")
     page = watched.page
-    watched.begin(served, "Bob")
+    begin(watched, served, "Bob")
     for item in (1, 2):
         watched.is_at(item)
         boxes = [page.locator(f"#{name}").bounding_box() for name in ("first", "tie", "second")]
@@ -704,7 +683,7 @@ def test_without_a_script_on_a_telephone(tmp_path: Path, serve: Callable[..., Se
     watched.is_at("done")
     page.get_by_role("button", name="Finish").click()
     assert page.locator("h1").inner_text() == "Your votes"
-    watched.close_clean(served)
+    watched.close_clean(served.origin + "/")
 
 
 @NEEDS_CHROMIUM

@@ -24,20 +24,27 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from gradsift.artifacts import Artifact, Store
+from gradsift.config import BenchmarkConfig, ComputeConfig, OpenaiJudgeConfig
+from gradsift.cost import counting
 from gradsift.data import verifiable
 from gradsift.data.examples import Turn
 from gradsift.errors import ConfigError
+from gradsift.evaluation import stages
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.chat import ChatClient
-from gradsift.evaluation.generation import model_outputs
-from gradsift.evaluation.judges import JudgeError, JudgeRequest, RatingRequest, Reply
+from gradsift.evaluation.generation import model_outputs, write_model_outputs
+from gradsift.evaluation.judges import JudgeError, JudgeRequest, RatingRequest, Reply, local, openai
+from gradsift.evaluation.judges import rating as rating_module
 from gradsift.evaluation.judges.local import LocalJudge
 from gradsift.evaluation.judges.openai import OpenaiJudge, render_prompt
 from gradsift.evaluation.judges.parsing import UNREAD, parse_grade, parse_scores
 from gradsift.evaluation.judges.rating import SCALES, render_rating
 from gradsift.evaluation.judges.verifier import VerifierJudge
+from gradsift.evaluation.judges.wording import judge_wording, rating_wording
 from gradsift.evaluation.judging import judge_pairs, read_judgments
 from gradsift.evaluation.reply_cache import ReplyCache
+from gradsift.runtime import Display, Runtime
 
 
 def ask(item_id: str = "1", first: str = "good", second: str = "bad", **other: Any) -> JudgeRequest:
@@ -121,6 +128,13 @@ def local_judge(architecture: str = "gpt2", **options: Any) -> LocalJudge:
 
 
 RAGGED = [ask(str(n), "word " * n, "other " * (7 - n), instruction="Say it. " * (1 + n % 3)) for n in range(8)]
+
+
+def test_a_local_judge_counts_the_tokens_of_its_prompts() -> None:
+    judge = local_judge()
+    with counting() as tokens:
+        list(judge.judge([*RAGGED, ask("equal", "same", "same")]))  # two equal answers need no model
+    assert tokens() == sum(len(judge._prompt(request).tokens) for request in RAGGED)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -239,7 +253,7 @@ def test_the_local_rating_is_the_expected_digit_of_one_unpadded_forward(chat: bo
     assert len(ratings) == len(RATED)
     for request, rating in ratings.items():
         scale = SCALES[request.question]
-        tokens = judge._rated_prompt(request, request.question)
+        tokens = judge._rated_prompt(request)
         with torch.no_grad():
             p = model(input_ids=torch.tensor([tokens])).logits[0, -1].softmax(-1)
         weights = {g: float(p[tokenizer.convert_tokens_to_ids(str(g))]) for g in range(scale.low, scale.high + 1)}
@@ -253,7 +267,7 @@ def test_local_ratings_do_not_depend_on_the_batch_and_long_responses_are_cut() -
     for request, rating in one.items():
         assert many[request].grade == pytest.approx(rating.grade, abs=1e-5)
     judge = local_judge(max_length=260)
-    tokens = judge._rated_prompt(rated(response="x" * 900), "accuracy")
+    tokens = judge._rated_prompt(rated(response="x" * 900))
     assert tokens is not None and len(tokens) == 260
     ((_, rating),) = judge.rate([rated(instruction="q" * 900)])
     assert rating.grade is None and "judge.max_length=260" in str(rating.reason)
@@ -544,3 +558,76 @@ def test_importing_the_judges_loads_neither_client_nor_torch() -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert run.stdout.strip() == "set()"
+
+
+# ------------------------------------------------------------------------------------------ wording
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "changed"),
+    [
+        (openai, "SYSTEM", {"openai pairs"}),
+        (openai, "TASK", {"openai pairs"}),
+        (rating_module, "SYSTEM", {"openai ratings"}),
+        (rating_module, "_ENDING", {"openai ratings"}),
+        (local, "OPENING", {"local pairs"}),
+        (local, "ANSWER_A", {"local pairs"}),
+        (local, "ANSWER_B", {"local pairs"}),
+        (local, "QUESTION", {"local pairs"}),
+        (local, "PLAIN_CUE", {"local pairs"}),
+        (local, "INPUT", {"local pairs", "local ratings"}),
+        (local, "RATED", {"local ratings"}),
+        (local, "RATED_RESPONSE", {"local ratings"}),
+        (local, "RATED_ENDING", {"local ratings"}),
+        (local, "RATED_CUE", {"local ratings"}),
+        ("complexity", "task", {"openai ratings"}),
+        ("quality", "short", {"local ratings"}),
+        ("blocks", "ruler", {"openai pairs", "openai ratings"}),
+    ],
+)
+def test_each_word_of_a_prompt_is_in_the_wording_of_those_that_say_it_alone(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, changed: set[str]
+) -> None:
+    def wordings() -> dict[str, str | None]:
+        kinds = {"pairs": judge_wording, "ratings": rating_wording}
+        return {f"{judge} {kind}": of(judge) for judge in ("openai", "local") for kind, of in kinds.items()}
+
+    before = wordings()
+    if module == "blocks":  # what stands between the parts, which no constant holds
+        for place in (openai, rating_module):
+            monkeypatch.setattr(place, "in_blocks", lambda parts, task: "\n---\n".join([*parts.values(), task]))
+    elif isinstance(module, str):
+        scale = dataclasses.replace(SCALES[module], **{name: "another question"})  # type: ignore[index]
+        for place in (rating_module, local):
+            monkeypatch.setattr(place, "SCALES", {**SCALES, module: scale})
+    else:
+        monkeypatch.setattr(module, name, getattr(module, name) + "!")
+    assert {key for key, value in wordings().items() if value != before[key]} == changed
+    assert judge_wording("verifier") is None is rating_wording("verifier")
+
+
+def test_judgments_of_another_wording_are_not_taken_for_these(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime(Store(tmp_path / "store", say=lambda text: None), ComputeConfig(), Display(), seed=0)
+
+    def answers(text: str) -> Artifact:
+        def make(folder: Path) -> dict[str, Any]:
+            rows = model_outputs([Item("set", "1", "Say it.", "", None)], [text], text)
+            write_model_outputs(folder / stages.OUTPUTS_FILE, rows)
+            return {"rows": 1}
+
+        return runtime.store.obtain("generate", text, {"of": text}, [], make, version=1)
+
+    config = OpenaiJudgeConfig(name="openai", model="m", base_url=endpoint.address)
+    benchmark = BenchmarkConfig(sets=["verifiable"])
+
+    def judged() -> Path:
+        return stages.judge(runtime, config, benchmark, answers("good"), answers("bad")).path
+
+    first = judged()
+    assert judged() == first and len(endpoint.bodies) == 2
+    rate = stages.rater(runtime, config).settings
+    monkeypatch.setattr(openai, "TASK", openai.TASK + " Be brief.")
+    assert judged() != first and len(endpoint.bodies) == 4
+    assert stages.rater(runtime, config).settings == rate  # which asks other questions

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import SMOKE
 
 from gradsift.data.examples import Example, Turn
 from gradsift.scoring.length import length_in_characters, length_in_tokens
@@ -38,7 +39,7 @@ def test_short_turns_the_ranking_around_and_ties_keep_the_order_of_the_rows() ->
 
 
 def test_characters_ask_for_no_model_and_tokens_for_the_proxys(gradsift: Any) -> None:
-    arguments = ("experiment=smoke", "tracker=none", "compute.threads=1", "stop_after=selection", "scorer=length")
+    arguments = (*SMOKE, "stop_after=selection", "scorer=length")
     assert gradsift("-m", *arguments, "scorer.unit=characters,tokens", "scorer.prefer=long,short") == 0
     runs = gradsift.runs()
     names = [[stage["name"] for stage in run["stages"]] for run in runs]

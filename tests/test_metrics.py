@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SMOKE
 
 from gradsift.config import BenchmarkConfig
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.generation import ModelOutput, model_outputs
-from gradsift.evaluation.lm_harness import check_lm_eval, figures
+from gradsift.evaluation.lm_harness import check_lm_eval, evaluate_tasks, figures
 from gradsift.evaluation.metrics import bleu, change, check_wordnet, measure, meteor, read_wordnet, rouge_l
 
 
@@ -119,11 +121,11 @@ def test_change_is_of_what_both_have() -> None:
 
 
 def test_tasks_without_lm_eval_are_refused_with_the_command_that_installs_it() -> None:
-    check_lm_eval([])
+    check_lm_eval([], None)
     if importlib.util.find_spec("lm_eval"):
         pytest.skip("lm-eval is installed")
     with pytest.raises(ConfigError, match=r"lm_eval_tasks=\['arc_easy'\].*pip install -e '\.\[lm-eval\]'"):
-        check_lm_eval(["arc_easy"])
+        check_lm_eval(["arc_easy"], None)
 
 
 def test_lm_evals_report_is_read_without_errors_and_labels() -> None:
@@ -131,17 +133,86 @@ def test_lm_evals_report_is_read_without_errors_and_labels() -> None:
     assert figures(reported) == {"acc,none": 0.5, "acc_norm,none": 1.0}
 
 
-def test_lm_eval_knows_its_tasks() -> None:
+CHOICES = [("Two plus two is", "four", "seven"), ("Grass is", "loud", "green"), ("A week has", "many days", "seven")]
+
+
+@pytest.fixture
+def task_folder(tmp_path: Path) -> Path:
+    """A task of lm-eval that needs no hub: which of two answers is the more probable one."""
     pytest.importorskip("lm_eval", reason="lm-eval is an optional extra and is not installed")
-    with pytest.raises(ConfigError, match="not known to lm-eval"):
-        check_lm_eval(["no_such_task"])
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    lines = [json.dumps({"question": q, "right": right, "wrong": wrong}) for q, right, wrong in CHOICES]
+    (folder / "items.jsonl").write_text("\n".join(lines))
+    task = {
+        "task": "mine",
+        "tag": "mine_and_others",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "items.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{[right, wrong]}}",
+        "doc_to_target": 0,
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "mine.yaml").write_text(json.dumps(task))
+    return folder
+
+
+def test_lm_evals_figure_is_that_of_a_loop_over_the_choices(task_folder: Path) -> None:
+    import torch
+
+    from gradsift.training import tiny_bytes
+
+    model, tokenizer = tiny_bytes.bytes_model(seed=0).eval(), tiny_bytes.bytes_tokenizer()
+
+    def log_p(question: str, answer: str) -> float:
+        start, whole = (
+            tokenizer(text, return_tensors="pt")["input_ids"] for text in (question, f"{question} {answer}")
+        )
+        with torch.no_grad():
+            log_p = model(whole).logits[0].log_softmax(-1)
+        return sum(float(log_p[t - 1, whole[0, t]]) for t in range(start.shape[1], whole.shape[1]))
+
+    right = [log_p(question, right) > log_p(question, wrong) for question, right, wrong in CHOICES]
+    check_lm_eval(["mine"], str(task_folder))
+    options: dict[str, Any] = {"folder": str(task_folder), "batch_size": 2}
+    assert 0 < sum(right) < 3
+    found = evaluate_tasks(model, tokenizer, ["mine"], limit=None, **options)
+    assert found == {"mine": {"acc,none": pytest.approx(sum(right) / 3)}}
+    found = evaluate_tasks(model, tokenizer, ["mine"], limit=1, **options)
+    assert found == {"mine": {"acc,none": float(right[0])}}
+    (task_folder / "items.jsonl").unlink()
+    with pytest.raises(DataError, match=r"cannot have the data of one of them.*benchmark\.lm_eval_folder"):
+        evaluate_tasks(model, tokenizer, ["mine"], limit=None, **options)
+
+
+def test_a_task_of_ones_own_is_done_before_and_after_the_finetune(gradsift, task_folder: Path) -> None:
+    smoke = ("experiment=smoke", "tracker=none", "compute.threads=1", "scorer=random", "stop_after=generate")
+    asked = ("benchmark.limit=3", "benchmark.lm_eval_tasks=[mine]", f"benchmark.lm_eval_folder={task_folder}")
+    assert gradsift(*smoke, *asked) == 0
+    assert set(gradsift.runs()[0]["forgetting"]["lm_eval/mine"]["before"]) == {"acc,none"}
+    assert gradsift(*smoke, *asked) == 0
+    assert all(stage["reused"] for stage in gradsift.runs()[1]["stages"])
+    (task_folder / "items.jsonl").write_text((task_folder / "items.jsonl").read_text() + "\n")
+    assert gradsift(*smoke, *asked) == 0
+    done = [stage["name"] for stage in gradsift.runs()[2]["stages"] if not stage["reused"]]
+    assert done == ["lm_eval", "lm_eval"]
+
+
+@pytest.mark.slow  # lm-eval looks through its 14,000 files
+def test_what_is_no_task_of_lm_eval_is_refused(task_folder: Path) -> None:
+    for name in ("no_such_task", "mine_and_others"):  # a tag, which has no figures
+        with pytest.raises(ConfigError, match=r"is no task or group of lm-eval.*benchmark\.lm_eval_folder"):
+            check_lm_eval([name], str(task_folder))
 
 
 # ------------------------------------------------------------------------------------------- the line
 
 
 def test_metrics_and_forgetting_end_in_run_json_and_are_not_made_twice(gradsift, wordnet_dir: Path) -> None:
-    smoke = ("experiment=smoke", "tracker=none", "compute.threads=1", "scorer=random")
+    smoke = (*SMOKE, "scorer=random")
     asked = ("benchmark.general=[verifiable_terse]", f"benchmark.wordnet_dir={wordnet_dir}", "benchmark.limit=18")
     assert gradsift(*smoke, *asked) == 0
     (run,) = gradsift.runs()

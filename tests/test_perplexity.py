@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import SMOKE
 
 from gradsift.data.examples import Example, Turn
 from gradsift.data.tokens import encode
+from gradsift.journal import Journal
 from gradsift.proxy.epochs import ProxyInputs
 from gradsift.scoring.perplexity import from_median, perplexity
 from gradsift.scoring.scores import SCORED, UNDEFINED
@@ -48,7 +50,7 @@ def slow_loss(backbone: Backbone, row: Example) -> float:
 def test_perplexity_equals_the_slow_one_token_way(backbone: Backbone) -> None:
     rows = rows_of(TEXTS)
     expected = np.array([slow_loss(backbone, row) for row in rows])
-    scores = perplexity(inputs_of(rows, backbone), no_bar, prefer="low")
+    scores = perplexity(inputs_of(rows, backbone), no_bar, Journal(), prefer="low")
     np.testing.assert_allclose(scores.parts["loss"], expected, rtol=1e-5)
     np.testing.assert_allclose(scores.parts["perplexity"], np.exp(expected), rtol=1e-4)
     assert set(scores.status) == {SCORED}
@@ -58,7 +60,7 @@ def test_each_direction_takes_its_end_and_the_middle_the_median(backbone: Backbo
     rows = rows_of(TEXTS[:-1])
     assert len(rows) % 2  # so that one row is the median
     inputs = inputs_of(rows, backbone)
-    low, high, middle = (perplexity(inputs, no_bar, prefer=prefer) for prefer in ("low", "high", "middle"))
+    low, high, middle = (perplexity(inputs, no_bar, Journal(), prefer=prefer) for prefer in ("low", "high", "middle"))
     found = low.parts["perplexity"]
     assert topk(low, len(rows)).positions.tolist() == np.argsort(found).tolist()
     assert topk(high, len(rows)).positions.tolist() == np.argsort(-found).tolist()
@@ -78,9 +80,9 @@ def test_the_middle_is_a_place_in_the_ranking_and_not_a_value() -> None:
 @pytest.mark.parametrize("tokens", [1, 60, 4096])
 def test_neither_order_nor_batches_nor_padding_change_a_score(tokens: int, backbone: Backbone) -> None:
     rows = rows_of(TEXTS)
-    expected = perplexity(inputs_of(rows, backbone), no_bar, prefer="low").score
+    expected = perplexity(inputs_of(rows, backbone), no_bar, Journal(), prefer="low").score
     order = np.random.default_rng(1).permutation(len(rows))
-    shuffled = perplexity(inputs_of([rows[i] for i in order], backbone, tokens), no_bar, prefer="low").score
+    shuffled = perplexity(inputs_of([rows[i] for i in order], backbone, tokens), no_bar, Journal(), prefer="low").score
     np.testing.assert_allclose(shuffled, expected[order], rtol=1e-5)
 
 
@@ -89,14 +91,14 @@ def test_a_row_without_a_response_token_has_no_score(backbone: Backbone) -> None
     inputs = inputs_of(rows, backbone)
     without = inputs._replace(encoded=[example for example in inputs.encoded if example.row != 2])
     for prefer in ("low", "high", "middle"):
-        scores = perplexity(without, no_bar, prefer=prefer)
+        scores = perplexity(without, no_bar, Journal(), prefer=prefer)
         assert np.flatnonzero(scores.status == UNDEFINED).tolist() == [2]
         assert 2 not in topk(scores, len(rows)).positions
 
 
 def test_the_pipeline_scores_without_training(gradsift: Any) -> None:
     """The scores belong to the proxy's template; no member of the ensemble is trained."""
-    arguments = ("experiment=smoke", "tracker=none", "compute.threads=1", "stop_after=selection", "scorer=perplexity")
+    arguments = (*SMOKE, "stop_after=selection", "scorer=perplexity")
     assert gradsift("-m", *arguments, "proxy.template=alpaca,plain") == 0
     stages = [stage for run in gradsift.runs() for stage in run["stages"]]
     assert len({stage["fingerprint"] for stage in stages if stage["name"] == "score"}) == 2

@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from conftest import SMOKE
+
+from gradsift.training.finetuning import ShowProgress
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -35,7 +38,8 @@ def test_a_run_ends_in_a_pws_table_and_a_second_one_answers_at_once(gradsift, ca
     assert first["status"] == "finished"
     assert 0 <= first["pws"] <= 2
     assert first["pooled"]["win"] + first["pooled"]["tie"] + first["pooled"]["lose"] == 26
-    assert set(first["stages"][0]) == {"name", "artifact", "fingerprint", "reused", "seconds", "optimizer_steps"}
+    counts = {"optimizer_steps", "forward_tokens", "saved_steps", "saved_tokens"}
+    assert set(first["stages"][0]) == {"name", "artifact", "fingerprint", "reused", "seconds"} | counts
     assert names(first, reused=False).count("member") == 4  # two members, two epochs
     assert trained(first) == 4 * 4 + 2 * 4  # 120 rows in batches of 32; four steps a target
     (selection,) = gradsift.folder.glob("outputs/*/*/selection.jsonl")
@@ -328,6 +332,33 @@ def test_an_edited_scorer_of_ones_own_is_not_answered_from_the_store(gradsift) -
     first, second = (names(run, reused=False) for run in gradsift.runs())
     assert "score" in first
     assert "score" in second
+
+
+def test_a_sweep_given_again_works_on_its_failed_job_alone(gradsift, monkeypatch) -> None:
+    arguments = ("-m", *SMOKE, "alpha=0.1,0.2", "compute.save_every=0")
+    tunes = count()
+
+    class BreaksDown(ShowProgress):
+        def on_train_batch_end(self, trainer: Any, module: Any, *rest: Any) -> None:
+            if len(module.curve) == 3:
+                raise RuntimeError("the machine had a bad day")
+
+    def bar(advance: Any) -> ShowProgress:
+        is_second_jobs = next(tunes) == 2  # the reference is tuned by the first one
+        return BreaksDown(advance) if is_second_jobs else ShowProgress(advance)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gradsift.training.target.ShowProgress", bar)
+        assert gradsift(*arguments) == 2
+    assert [run["status"] for run in gradsift.runs()] == ["finished", "failed"]
+
+    assert gradsift(*arguments) == 0
+    finished, failed = gradsift.runs()[2:]
+    assert trained(finished) == 0
+    assert names(finished, reused=False) == []
+    assert sum(stage["seconds"] for stage in finished["stages"]) < 1
+    assert trained(failed) == 4 - 2  # two steps of its finetune were saved
+    assert names(failed, reused=False)[0] == "finetune"
 
 
 @pytest.mark.parametrize("moment", ["member", "norms", "finetune", "judge"])

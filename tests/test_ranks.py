@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, LoraConfig, ProxyConfig, TargetConfig
+from gradsift.cost import counting
 from gradsift.data.examples import Example
 from gradsift.data.tokens import encode
 from gradsift.errors import ConfigError, GradsiftError
@@ -58,7 +59,9 @@ def everything(
         (folder / "fsdp").mkdir()
         sharded = Runtime(run.store, replace(run.compute, strategy="fsdp"), run.display, run.seed)
         backbone = load_backbone(made, config.model, run.compute)
-        infos["fsdp"] = train_target(sharded, config, backbone, chosen, folder / "fsdp")
+        with counting() as tokens:
+            infos["fsdp"] = train_target(sharded, config, backbone, chosen, folder / "fsdp")
+        infos["fsdp tokens"] = tokens()
         parts = [parameter for parameter in backbone.model.parameters() if isinstance(parameter, DTensor)]
         infos["in parts"] = sum(2 * part.to_local().numel() == part.numel() for part in parts) / len(parts)
     before = None
@@ -95,19 +98,23 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 def test_two_processes_find_what_one_finds(backbones: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    infos = []
+    infos, counts = [], []
     for folder, compute in ((one, ComputeConfig(device="cpu", threads=1)), (two, DDP)):
         folder.mkdir()
         run = runtime(tmp_path / "store")
         run.compute = compute
-        infos.append(on_all_ranks(run, folder, everything, *arguments(backbones)))
+        with counting() as tokens:
+            infos.append(on_all_ranks(run, folder, everything, *arguments(backbones)))
+        counts.append(tokens())
     assert [info.pop("ranks") for info in infos] == [1, 2]
     assert infos[1].pop("in parts") > 0.9
+    assert 0 < infos[1].pop("fsdp tokens") < infos[0]["finetune"]["tokens"]  # rank 0 has a part of them
     (two / "fsdp").rename(tmp_path / "fsdp")
     assert infos[1].pop("fsdp") == infos[0]["finetune"]
     whole, sharded = (load_file(folder / "adapter" / ADAPTER_FILE) for folder in (one, tmp_path / "fsdp"))
     assert all(relative(sharded[key], whole[key]) <= 1e-6 for key in whole)
     assert ranks.size() == 1  # the group has ended
+    assert counts[0] == counts[1] > 0
     sizes = ("size_A", "size_B")
     for name, info in infos[0].items():
         for key, value in info.items():

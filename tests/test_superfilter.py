@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import SMOKE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -17,6 +18,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 from gradsift.config import FIDELITIES
 from gradsift.data.examples import Example
 from gradsift.errors import GradsiftError
+from gradsift.journal import Journal
 from gradsift.scoring import spans as spans_module
 from gradsift.scoring import superfilter as superfilter_module
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
@@ -80,8 +82,10 @@ def superfilter(
     max_length: int,
     fidelity: str = "fixed",
     keep: str = "high",
+    journal: Journal | None = None,
 ) -> Scores:
-    return superfilter_module.superfilter(rows, backbone, task, max_length=max_length, fidelity=fidelity, keep=keep)
+    constants = {"max_length": max_length, "fidelity": fidelity, "keep": keep}
+    return superfilter_module.superfilter(rows, backbone, task, journal or Journal(), **constants)
 
 
 def examples() -> list[Example]:
@@ -284,7 +288,7 @@ def test_no_tensor_holds_the_logits_of_a_batch(backbone: Backbone, monkeypatch: 
     made = OutputHead.of(backbone.model)
     monkeypatch.setattr(OutputHead, "of", lambda model: made)
     monkeypatch.setattr(OutputHead, "buffers", watched)
-    span_losses(backbone, spans, range(4), lambda done: None)
+    span_losses(backbone, spans, range(4), lambda done: None, Journal())
     assert sum(heights) == 4 * 20
     assert max(heights) == 8
 
@@ -306,7 +310,7 @@ def many() -> list[Example]:
 
 def screened(rows: list[Example], backbone: Backbone, budget: Callable[[int], int], **options: Any) -> Scores:
     constants = {"max_length": 128, "calibration": 8, "safety": 2.0, **options}
-    return superfilter_screened(rows, backbone, no_bar, budget, **constants)
+    return superfilter_screened(rows, backbone, no_bar, Journal(), budget, **constants)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2"])
@@ -395,7 +399,7 @@ def test_a_bfloat16_copy_leaves_the_original_and_shares_its_ties(backbone: Backb
 
 def test_alpha_belongs_to_screened_scores_alone(gradsift: Any) -> None:
     """A sweep over alpha shares the float32 scores; the screened ones are another for each alpha."""
-    arguments = ("experiment=smoke", "tracker=none", "compute.threads=1", "stop_after=selection", "alpha=0.05,0.1")
+    arguments = (*SMOKE, "stop_after=selection", "alpha=0.05,0.1")
     assert gradsift("-m", *arguments, "scorer=superfilter,superfilter_screened") == 0
     stages = [stage for run in gradsift.runs() for stage in run["stages"] if stage["name"] == "score"]
     scorers = ("superfilter", "superfilter_screened")
@@ -411,7 +415,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_score(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spans = [Span(np.arange(start, start + 20, dtype=np.int32), 5) for start in range(12)]
-    expected = span_losses(backbone, spans, range(12), lambda done: None)
+    expected = span_losses(backbone, spans, range(12), lambda done: None, Journal())
     whole = spans_module._batch_losses
 
     def small(backbone: Backbone, head: Any, spans: Sequence[Span]) -> np.ndarray:
@@ -420,5 +424,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_score(
         return whole(backbone, head, spans)
 
     monkeypatch.setattr(spans_module, "_batch_losses", small)
-    np.testing.assert_allclose(span_losses(backbone, spans, range(12), lambda done: None), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        span_losses(backbone, spans, range(12), lambda done: None, Journal()), expected, rtol=1e-5
+    )
     assert "memory ran out with 240 tokens at once" in capsys.readouterr().out

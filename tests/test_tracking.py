@@ -16,7 +16,7 @@ from conftest import SMOKE
 
 from gradsift.config import TrackerConfig
 from gradsift.errors import ConfigError, GradsiftError
-from gradsift.tracking import METRICS_FILE, Tracker
+from gradsift.tracking import METRICS_FILE, Tracker, log_report
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 CURVE = [{"batch": 0, "loss": 2.5, "tokens": 30}, {"batch": 1, "loss": 2.0, "tokens": 12}]
@@ -248,3 +248,41 @@ def test_a_login_for_another_machine_is_no_login(
     (tmp_path / "netrc").write_text("machine example.org login user password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     refused_online(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------- a report
+
+
+def report(folder: Path, tracker: str) -> None:
+    """What a report of a sweep leaves for the tracker: the jobs' config, a figure and a table."""
+    from PIL import Image
+
+    for name in ("0-gsnr-0.1", "figures", "tables"):
+        (folder / name).mkdir(parents=True)
+    config = f"values: {{tracker: {{name: {tracker}, mode: offline, project: gradsift, entity: null, group: null}}}}\n"
+    (folder / "0-gsnr-0.1" / "config.yaml").write_text(config)
+    Image.new("RGB", (8, 6), "white").save(folder / "figures" / "pws.png")
+    (folder / "tables" / "pws.csv").write_text('method,pws\n"gsnr, late",1.25\nrandom,1.0\n')
+
+
+def test_a_sweeps_report_is_an_offline_run_in_its_group(tmp_path: Path, reached: list[Any]) -> None:
+    import wandb
+
+    report(tmp_path / "12-30", "wandb")
+    assert log_report(tmp_path / "12-30")
+    assert wandb.run is None and reached == []
+    found = records(tmp_path)
+    (run,) = [record.run for record in found if record.HasField("run")]
+    assert (run.display_name, run.run_group, run.job_type) == ("report-12-30", "12-30", "report")
+    (history,) = [record.history for record in found if record.HasField("history")]
+    logged = {tuple(item.nested_key) or (item.key,): json.loads(item.value_json) for item in history.item}
+    assert logged["figures/pws", "_type"] == "image-file"
+    assert logged["tables/pws", "nrows"] == 2
+    (table,) = (tmp_path / "12-30").rglob("*.table.json")
+    assert json.loads(table.read_text())["data"] == [["gsnr, late", "1.25"], ["random", "1.0"]]
+
+
+def test_a_report_of_untracked_runs_starts_nothing(tmp_path: Path, started: Started) -> None:
+    report(tmp_path / "sweep", "none")
+    assert not log_report(tmp_path / "sweep")
+    assert started.options == []

@@ -6,6 +6,13 @@ fingerprints of its parents. Work happens in a folder that ends in `.part`; `man
 size and hash of every file, is written last and the folder is renamed when whole. So an artifact is
 either complete or not there, a repeated command finds its work, and changed input never meets a
 stale result.
+
+What long work needs to go on from after a kill lies in the folder's `unfinished/` until it is whole: the
+state of a training (`gradsift.training.save_point`), the results of the batches so far (`gradsift.journal`).
+As the folder's name holds the fingerprint, nobody goes on from the point of another config.
+
+Processes, on this machine or on others that share the store, keep off each other's units by locks of
+the file system, which it frees when their holder dies; no clock is ever compared.
 """
 
 from __future__ import annotations
@@ -16,8 +23,10 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,10 +37,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from gradsift.cost import counting, peak_resident_gb
 from gradsift.errors import GradsiftError
 
 MANIFEST = "manifest.json"
+UNFINISHED = "unfinished"  # folder of what an interrupted `make` goes on from; no artifact holds it
+MADE_BY = "made_by.json"  # in it: the code and the packages that began
 _PATIENCE = 3.0  # seconds before a wait for another process is said
+_POLL = 0.5  # seconds between looks at a lock after that: a hundred waiting jobs shall not wear out a file server
 _HASH_LIMIT = 256 * 2**20  # bytes; beyond this reuse checks a file's size alone
 _STORE_ERRORS = (
     errno.ENOSPC,
@@ -42,7 +55,12 @@ _STORE_ERRORS = (
     errno.ENOTDIR,
     errno.EIO,
     errno.EFBIG,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
 )
+_MODEL_STAGES = ("backbone", "sentence_encoder")
+_GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EHOSTDOWN, errno.ETIMEDOUT)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _PACKAGES = ("gradsift", "torch", "transformers", "peft", "lightning", "numpy")
 
 
@@ -69,6 +87,18 @@ class Artifact:
         info: Mapping[str, Any] = self.manifest["info"]
         return info
 
+    @property
+    def size(self) -> int | None:
+        """Examples that the work on it passed over; None where that is not known."""
+        size: int | None = self.manifest.get("size") or self.info.get("rows")
+        return size
+
+    @property
+    def models(self) -> Sequence[str]:
+        """Names of the models that it, or what it was made from, passed examples through."""
+        models: Sequence[str] = self.manifest.get("models", ())
+        return models
+
 
 @dataclass(frozen=True)
 class StageRecord:
@@ -80,6 +110,51 @@ class StageRecord:
     reused: bool
     seconds: float  # spent by this run
     optimizer_steps: int  # taken by this run
+    forward_tokens: int  # passed by this run (see gradsift.cost)
+    saved_steps: int = 0  # of a unit that was reused, the optimiser steps that making it had taken
+    saved_tokens: int = 0  # likewise
+
+
+def _own_name() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The name that the process at work on a unit leaves in the lock's file."""
+
+    file: Path
+    unit: str
+    name: str = field(
+        default_factory=lambda: f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
+    )
+
+    def sign(self) -> None:
+        self.file.write_text(self.name, encoding="utf-8")
+
+    def named(self) -> str:
+        """Who signed last."""
+        try:
+            return self.file.read_text(encoding="utf-8").split(",")[0] or "not named"
+        except OSError:
+            return "not named"
+
+    def require(self) -> None:
+        """Let no work through that another process has begun too, which happens where locks do not hold.
+
+        Raises:
+            GradsiftError: another process signed since.
+        """
+        try:
+            found = self.file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return  # taken away by somebody, but nobody else is at work
+        if found != self.name:
+            raise GradsiftError(
+                f"{self.unit} was taken over by {self.named()} while this process made it, so the locks of "
+                f"{self.file.parent} do not hold: its file system must have locks that all machines see, and nobody "
+                "may clear away the .lock files of a store in use (docs/sweeps.md)"
+            )
 
 
 @dataclass
@@ -90,7 +165,8 @@ class Store:
     say: Callable[[str], None] = print
     done: Callable[[StageRecord], None] = lambda record: None  # told of every unit, reused or made
     records: list[StageRecord] = field(default_factory=list)
-    _other_commits: set[str | None] = field(default_factory=set)
+    other_code: set[str] = field(default_factory=set)  # that made what this run reused
+    _inode: int | None = None  # of the root, once it is there
 
     def obtain(
         self,
@@ -102,15 +178,23 @@ class Store:
         *,
         version: int,
         keep_part: bool = False,
+        size: int | None = None,
+        light: bool = False,
     ) -> Artifact:
         """Return the artifact that `config` and `parents` describe; call `make` only if it is not there.
 
         Args:
             config: everything that changes the result besides the parents; JSON values.
-            make: fills the folder it is given and returns its counts (`optimizer_steps` among them).
+            make: fills the folder it is given and returns its counts: `optimizer_steps` among them, and
+                `resumed_steps`, those of them that an interrupted process had taken. It may go on from what it
+                finds in the folder's `unfinished/`, which it need not tidy up.
             version: raised in code whenever the stage's result changes.
-            keep_part: leave what an interrupted `make` wrote for the next one to continue from;
-                otherwise it starts from an empty folder.
+            keep_part: leave all that an interrupted `make` wrote for the next one to continue from;
+                otherwise it starts from a folder with nothing but `unfinished/`.
+            size: examples that the work passes over, where that is another number than the parents'; a plan
+                scales its estimates by it.
+            light: takes seconds and no model, and what follows cannot be planned without its content: a plan
+                makes it, in a folder that is thrown away.
 
         Raises:
             GradsiftError: the store cannot be written; names the unit, the folder and the remedy.
@@ -118,24 +202,33 @@ class Store:
         fingerprint = fingerprint_of(stage, version, config, parents)
         path = self.root / stage / f"{slug}-{fingerprint}"
         started = time.perf_counter()
-        try:
+        with self.guarded(f"stage {stage} ({path.name})"):
+            self._require_same_folder()
             found = self._whole(stage, path, fingerprint)
             if found is None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with self._locked(path):
+                with self._locked(path) as holder:
                     found = self._whole(stage, path, fingerprint)  # another process may have finished it
                     if found is None:
-                        return self._make(stage, path, fingerprint, config, parents, make, version, keep_part)
+                        lineage = {"size": size or size_of(parents), "models": models_of(stage, slug, parents)}
+                        described = {"version": version, "config": config, **lineage}
+                        return self._make(stage, path, fingerprint, described, parents, make, keep_part, holder)
+        self._record(found, reused=True, seconds=time.perf_counter() - started)
+        return found
+
+    @contextmanager
+    def guarded(self, unit: str) -> Iterator[None]:
+        """Turn errors of the store's disk into one that names `unit`, the folder and the remedy; others pass."""
+        try:
+            yield
         except (OSError, SafetensorError) as error:
             if isinstance(error, OSError) and not self._is_ours(error):
                 raise
             reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
             raise GradsiftError(
-                f"stage {stage} could not keep its work in {path.parent}: {reason}; "
-                "give another folder with artifacts=DIR or GRADSIFT_ARTIFACTS, or free this one"
+                f"{unit} could not keep its work in {self.root}: {reason}; {_remedy(error)}; "
+                "what is finished is kept, and the same command goes on from there"
             ) from error
-        self._record(found, reused=True, seconds=time.perf_counter() - started, steps=0)
-        return found
 
     def has(
         self, stage: str, slug: str, config: Mapping[str, Any], parents: Sequence[Artifact], *, version: int
@@ -144,60 +237,103 @@ class Store:
         return (self.root / stage / f"{slug}-{fingerprint_of(stage, version, config, parents)}" / MANIFEST).is_file()
 
     def _is_ours(self, error: OSError) -> bool:
-        """Whether an error is about writing to the store, and not about something that a stage reads elsewhere."""
-        if error.errno not in _STORE_ERRORS:
+        """Whether an error is about the store, and not about something that a stage reads elsewhere."""
+        if error.errno in _GONE:  # of a file that is not there only what lies in the store is ours
+            return str(self.root) in str(error)
+        if error.errno not in (*_STORE_ERRORS, *_NO_LOCKS):
             return False
         return error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(self.root)
+
+    def _require_same_folder(self) -> None:
+        """Under a mount that vanished lies another folder, mostly empty: no work may begin anew in there."""
+        if self._inode is None:
+            self.root.mkdir(parents=True, exist_ok=True)
+        inode = self.root.stat().st_ino  # without the device's number: automounters change it
+        if self._inode not in (None, inode):
+            raise GradsiftError(
+                f"{self.root} is not the folder that it was when this run began: was its disk unmounted? "
+                "Bring it back; the same command goes on from there"
+            )
+        self._inode = inode
 
     def _make(
         self,
         stage: str,
         path: Path,
         fingerprint: str,
-        config: Mapping[str, Any],
+        described: Mapping[str, Any],
         parents: Sequence[Artifact],
         make: Callable[[Path], Mapping[str, Any]],
-        version: int,
         keep_part: bool,
+        holder: Holder,
     ) -> Artifact:
-        part = path.with_name(path.name + ".part")
-        if part.exists() and not keep_part:
-            shutil.rmtree(part)
-        part.mkdir(exist_ok=True)
-        (part / MANIFEST).unlink(missing_ok=True)  # of a process that died just before the rename
+        part = self._part(path, keep_part)
         started = time.perf_counter()
-        info = dict(make(part))
+        with counting() as tokens:
+            info = dict(make(part))
+        if tokens():
+            info["forward_tokens"] = tokens()
         seconds = time.perf_counter() - started
         manifest = {
             "stage": stage,
-            "version": version,
             "fingerprint": fingerprint,
-            "config": config,
+            **described,
             "parents": [parent.fingerprint for parent in parents],
             "info": info,
             "seconds": round(seconds, 3),
+            "peak_resident_gb": peak_resident_gb(),  # of the process up to then
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "git_sha": git_sha(),
+            "code": code_hash(),
             "packages": package_versions(),
             "files": {name: _describe(part / name) for name in _files(part)},
         }
+        holder.require()
         _write_synced(part / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+        _clear(part / UNFINISHED)
         part.rename(path)
         artifact = Artifact(stage, path, fingerprint, manifest)
-        self._record(artifact, reused=False, seconds=seconds, steps=int(info.get("optimizer_steps", 0)))
+        self._record(artifact, reused=False, seconds=seconds)
         return artifact
 
+    def _part(self, path: Path, keep_part: bool) -> Path:
+        """The folder to work in, with what an interrupted process left there to go on from."""
+        part = path.with_name(path.name + ".part")
+        unfinished = part / UNFINISHED
+        unfinished.mkdir(parents=True, exist_ok=True)
+        (part / MANIFEST).unlink(missing_ok=True)  # of a process that died just before the rename
+        if not keep_part:
+            for left in part.iterdir():
+                if left.is_dir() and left != unfinished:
+                    _clear(left)
+                elif left != unfinished:
+                    left.unlink()
+        ours = json.dumps({"code": code_hash(), "packages": package_versions()}, sort_keys=True)
+        note = unfinished / MADE_BY
+        if note.exists() and len(list(part.rglob("*"))) > 2:
+            self.say(f"  {path.name}: going on from where an interrupted run was")
+            if note.read_text(encoding="utf-8") != ours:
+                self.say("    which had other code or packages: equal bytes are not promised then")
+        note.write_text(ours, encoding="utf-8")
+        return part
+
     @contextmanager
-    def _locked(self, path: Path) -> Iterator[None]:
-        """One process at a time makes an artifact; the kernel frees the lock of a process that died."""
-        lock = FileLock(path.parent / f".{path.name}.lock")
+    def _locked(self, path: Path) -> Iterator[Holder]:
+        """One process at a time makes an artifact; the kernel frees the lock of a process that died.
+
+        A file system without such locks is refused: a lock that is a mere file would outlive a holder that died
+        elsewhere, and whether that one is still at work could only be told by clocks.
+        """
+        holder = Holder(path.parent / f".{path.name}.lock", path.name)
+        lock = FileLock(holder.file, fallback_to_soft=False)
         try:
             lock.acquire(timeout=_PATIENCE)
         except Timeout:
-            self.say(f"  waiting for another process that makes {path.name}")
-            lock.acquire()
+            self.say(f"  waiting for another process ({holder.named()}) that makes {path.name}")
+            lock.acquire(poll_interval=_POLL)
         try:
-            yield
+            holder.sign()
+            yield holder
         finally:
             lock.release()
 
@@ -205,18 +341,7 @@ class Store:
         """The artifact at `path` if every file is as the manifest says; a damaged one is set aside."""
         if not path.is_dir():
             return None
-        damage = None
-        manifest: dict[str, Any] = {}
-        try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            if not {"files", "info", "git_sha"} <= set(manifest):
-                raise KeyError
-            for name, described in manifest["files"].items():
-                if not (path / name).is_file() or _describe(path / name) != described:
-                    damage = f"{name} is missing or is not what was written"
-                    break
-        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-            damage = f"{MANIFEST} cannot be read"
+        manifest, damage = read_manifest(path)
         if damage is None:
             return Artifact(stage, path, fingerprint, manifest)
         aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
@@ -227,19 +352,47 @@ class Store:
         self.say(f"{stage}: {path.name} is damaged ({damage}); it was set aside as {aside.name} and is made again")
         return None
 
-    def _record(self, artifact: Artifact, *, reused: bool, seconds: float, steps: int) -> None:
+    def _record(self, artifact: Artifact, *, reused: bool, seconds: float) -> None:
         if any(record.fingerprint == artifact.fingerprint for record in self.records):
             return  # the run already counted this unit
-        made_at = artifact.manifest["git_sha"]
-        if reused and made_at != git_sha() and made_at not in self._other_commits:
-            self._other_commits.add(made_at)
-            self.say(f"  reusing work of another commit ({made_at}), {artifact.stage}/{artifact.path.name} first")
-        record = StageRecord(artifact.stage, str(artifact.path), artifact.fingerprint, reused, round(seconds, 3), steps)
+        if reused and (other := _other_code(artifact.manifest)) and other not in self.other_code:
+            self.other_code.add(other)
+            self.say(f"  reusing work of other code ({other}), {artifact.stage}/{artifact.path.name} first")
+        counts = [int(artifact.info.get(name, 0)) for name in ("optimizer_steps", "forward_tokens")]
+        resumed = int(artifact.info.get("resumed_steps", 0))
+        spent, saved = ([0, 0], counts) if reused else ([counts[0] - resumed, counts[1]], [0, 0])
+        path, seconds = str(artifact.path), round(seconds, 3)
+        record = StageRecord(artifact.stage, path, artifact.fingerprint, reused, seconds, *spent, *saved)
         self.records.append(record)
         self.done(record)
 
     def records_as_dicts(self) -> list[dict[str, Any]]:
         return [asdict(record) for record in self.records]
+
+
+def read_manifest(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The manifest of the artifact at `path`, and what is damaged there: None where every file is as it says."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if not {"files", "info", "git_sha"} <= set(manifest):
+            raise KeyError
+        for name, described in manifest["files"].items():
+            if not (path / name).is_file() or _describe(path / name) != described:
+                return manifest, f"{name} is missing or is not what was written"
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        return {}, f"{MANIFEST} cannot be read"
+    return manifest, None
+
+
+def size_of(parents: Sequence[Artifact]) -> int | None:
+    """Examples that work on these parents passes over, where the stage does not say otherwise: the most of any."""
+    return max((parent.size or 0 for parent in parents if parent.stage not in _MODEL_STAGES), default=0) or None
+
+
+def models_of(stage: str, slug: str, parents: Sequence[Artifact]) -> list[str]:
+    """See `Artifact.models`."""
+    own = {slug} if stage in _MODEL_STAGES else set()
+    return sorted(own.union(*(parent.models for parent in parents)))
 
 
 def content_hash(content: Mapping[str, Any]) -> str:
@@ -255,13 +408,21 @@ def fingerprint_of(stage: str, version: int, config: Mapping[str, Any], parents:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """SHA-256 of a file's bytes; they are read once a process while the file stays the same."""
+    found = path.stat()
+    return _hash_of(path.absolute(), found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+@functools.cache
+def _hash_of(path: Path, inode: int, modified: int, size: int) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    """What belongs to the artifact, relative to its folder."""
+    files = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    return sorted(str(file) for file in files if file.parts[0] != UNFINISHED)
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -274,6 +435,39 @@ def _write_synced(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _clear(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:  # it names the file without its folder
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
+def _remedy(error: Exception) -> str:
+    number = getattr(error, "errno", None)
+    if number in _NO_LOCKS:
+        return "its file system has no locks between processes; give one that has with artifacts=DIR (docs/sweeps.md)"
+    if number in _GONE:
+        return "a file or a folder of it is gone; was its disk unmounted, or did somebody clear it away?"
+    return "give another folder with artifacts=DIR or GRADSIFT_ARTIFACTS, or free this one"
+
+
+def _other_code(manifest: Mapping[str, Any]) -> str:
+    """What differs between the code that made an artifact and this one, in a few words; empty where nothing does."""
+    differs = [] if manifest.get("code") == code_hash() else [f"commit {manifest['git_sha'] or 'unknown'}"]
+    theirs, ours = manifest.get("packages") or {}, package_versions()
+    return ", ".join(differs + [f"{name} {theirs.get(name)}" for name in _PACKAGES if theirs.get(name) != ours[name]])
+
+
+@functools.cache
+def code_hash() -> str:
+    """12 hex digits over this package's source files: tells apart what a commit cannot (edits, installed wheels)."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{file_hash(path)}\n".encode())
+    return digest.hexdigest()[:12]
 
 
 @functools.cache

@@ -32,11 +32,13 @@ from omegaconf.errors import OmegaConfBaseException
 from gradsift import config as config_module
 from gradsift.config import Config, dump_config, load_config, register_schemas, restore_config
 from gradsift.errors import ConfigError, GradsiftError
+from gradsift.sweep import HOME, Sweep, begin, fix_place
 
 CONFIG_FILE = "config.yaml"
 _WRITTEN = ("run.json", "metrics.jsonl", "selection.jsonl", "audit.json", "error.txt")
+TRACE = "GRADSIFT_TRACE"  # set where the user asked for traces: jobs in other processes see it too
 _failed = False  # whether any job of this process failed
-_traced = False  # whether the user asked for traces with HYDRA_FULL_ERROR=1
+_sweep: Sweep | None = None  # that this process has begun
 _SEEDS = (
     ("values", "seed"),
     ("values", "data", "seed"),
@@ -56,24 +58,23 @@ def main() -> None:
     """Entry point of `run.py` and of the console script."""
     os.environ.setdefault("HYDRA_MAIN_MODULE", "gradsift.cli")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    register_schemas()
     arguments = sys.argv[1:]
-    global _traced
-    _traced = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    global _sweep
+    _sweep = None
+    os.environ[TRACE] = os.environ.get("HYDRA_FULL_ERROR", "0")
     try:
         if arguments in (["--help"], ["-h"]):
             print((conf_folder() / "help.txt").read_text(encoding="utf-8"), end="")
         elif arguments[:1] == ["--replay"]:
             replay(arguments[1:])
         else:
-            with _hydra_raises():
-                hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(_job)()
+            _compose_and_run()
     except (HydraException, OmegaConfBaseException) as error:  # a group, an option or a type that is not there
-        if _traced:
+        if _traced():
             raise
-        _fail(_in_one_line(f"{error}\n{error.__cause__ or ''}"))
+        _fail(in_one_line(error))
     except OSError as error:
-        if _traced:
+        if _traced():
             raise
         _fail(f"the folder of the run cannot be written: {error}; give another with hydra.run.dir=DIR")
     except KeyboardInterrupt:
@@ -82,6 +83,37 @@ def main() -> None:
         sys.exit(130)
     if _failed:
         sys.exit(2)
+
+
+def _traced() -> bool:
+    """Whether the user asked for traces with HYDRA_FULL_ERROR=1."""
+    return os.environ.get(TRACE) == "1"
+
+
+def _compose_and_run() -> None:
+    """Hydra's part: one job, or a sweep and its summary, also where the launcher gave up."""
+    register_schemas()
+    try:
+        with _hydra_raises():
+            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(_job)()
+    except Exception as error:
+        if _sweep is None or _traced():
+            raise
+        reason = in_one_line(error) or "no message"
+        _fail(
+            f"the sweep ended early with {type(error).__name__}: {reason}; "
+            "what is finished is kept, and the same command goes on from there"
+        )
+    if _sweep is not None and _sweep.folder.is_dir():
+        _summarise(_sweep)
+
+
+def _summarise(sweep: Sweep) -> None:
+    from gradsift.report.terminal import sweep_finished
+
+    if not sweep_finished(_relative(sweep.folder), sweep.jobs):
+        global _failed
+        _failed = True
 
 
 @contextmanager
@@ -98,8 +130,9 @@ def _hydra_raises() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def _in_one_line(message: str) -> str:
+def in_one_line(error: Exception) -> str:
     """Hydra's composition errors without where it searched, and with the likeliest spelling."""
+    message = f"{error}\n{error.__cause__ or ''}"
     kept = message.split("Config search path:")[0].split("full_key:")[0]
     text = " ".join(part.strip() for part in kept.splitlines() if part.strip() and "To append" not in part)
     if match := re.search(r"Key '(\w+)' not in '(\w+)'", text):
@@ -112,6 +145,8 @@ def _in_one_line(message: str) -> str:
 
 def _job(composed: DictConfig) -> float | None:
     """One job of Hydra; a sweep's others go on whatever becomes of it."""
+    if home := os.environ.get(HOME):  # a worker of a launcher may have been started elsewhere
+        os.chdir(home)
     settings = HydraConfig.get()
     folder = _relative(Path(settings.runtime.output_dir))
     sweep = Path(settings.sweep.dir).name if settings.mode == RunMode.MULTIRUN else None
@@ -154,7 +189,7 @@ def attempt(load: Any, folder: Path, overrides: list[str], sweep: str | None, nu
     """Run once and report; a failure is said in one line, noted in `run.json` and remembered for the exit code.
 
     Returns:
-        The pooled PWS, for Hydra's sweepers that search; None where there is none.
+        The value of `objective`, for a search; None where there is none: a failure is no number.
     """
     for name in _WRITTEN:  # of an earlier run in the same folder; it must not pass for this one's
         (folder / name).unlink(missing_ok=True)
@@ -162,12 +197,12 @@ def attempt(load: Any, folder: Path, overrides: list[str], sweep: str | None, nu
         config = load()
         return execute(config, folder, overrides, sweep, number)
     except GradsiftError as error:
-        if _traced:
+        if _traced():
             raise
         _fail(str(error))
         _note_failure(folder, overrides, str(error))
     except Exception as error:
-        if _traced:
+        if _traced():
             raise
         (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         reason = (str(error) or "no message").splitlines()[0]
@@ -185,32 +220,42 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     from gradsift.artifacts import Store
     from gradsift.evaluation.judges import DryRun
     from gradsift.nodes import store_of
-    from gradsift.pipeline import plan_of, prepare, run
+    from gradsift.pipeline import plan, prepare, run, settings_of
+    from gradsift.report.automatic import report_at_end
     from gradsift.report.results import Results
     from gradsift.runtime import Runtime
     from gradsift.tracking import Tracker
 
     prepare(config)
-    view.plan(plan_of(config))
+    view.settings(settings_of(config))
     (folder / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.create(dump_config(config))), encoding="utf-8")
+    if config.plan:
+        plan(config, view.display, folder, _about(config, overrides))
+        view.planned(folder, in_sweep=sweep is not None)
+        return None
     store = store_of(config.compute, Store(Path(config.artifacts), view.display.say, view.stage_done))
+    reports = config.report and sweep is None
     about = _about(config, overrides)
     with Tracker(config.tracker, folder, sweep, about) as tracker:
         results = Results(folder, tracker, store, about)
         try:
-            run(config, Runtime(store, config.compute, view.display, config.seed), results)
-        except DryRun as plan:
-            results.planned(str(plan))
+            with store.guarded("the run"):
+                run(config, Runtime(store, config.compute, view.display, config.seed), results)
+        except DryRun as said:
+            results.dry_run(str(said))
         except BaseException as error:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave run.json and W&B half closed
             results.finish("failed" if isinstance(error, Exception) else "interrupted", str(error))
             if isinstance(error, Exception):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
+                if reports and store.records:
+                    report_at_end(folder, view.display)
             raise
         results.finish("stopped" if config.stop_after or results.ends_early else "finished")
     view.finished(folder, in_sweep=sweep is not None)
-    pws = results.values.get("pws")
-    return None if pws is None else float(pws)
+    if reports:
+        report_at_end(folder, view.display)
+    return results.value_of(config.objective)
 
 
 def _about(config: Config, overrides: list[str]) -> dict[str, Any]:
@@ -259,13 +304,18 @@ def _fail(message: str) -> None:
     _error(message)
 
 
-class SweepSummary(Callback):
-    """Ends a sweep with one table over its jobs, and a non-zero exit code if one of them failed."""
+class SweepCheck(Callback):
+    """Refuses a sweep with a job that cannot run, before anything is written."""
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from gradsift.report.terminal import sweep_finished
-
-        folder = _relative(Path(config.hydra.sweep.dir))
-        if not sweep_finished(folder):
-            global _failed
-            _failed = True
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        global _sweep
+        try:
+            sweep = begin(config, in_one_line)
+        except Exception as error:
+            problems = str(error) if isinstance(error, GradsiftError) else in_one_line(error)
+            for problem in problems.splitlines():
+                _fail(problem)
+            _error("no job was started")
+            raise SystemExit(2) from error  # Hydra makes a warning of every exception here, and begins the sweep
+        fix_place(config)
+        _sweep = sweep

@@ -34,10 +34,12 @@ from gradsift.gradients.directions import directions, read_cosines
 from gradsift.gradients.embedding_head import embedding_gradients, read_embedding_gradients
 from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.statistics import read_statistics, statistics
+from gradsift.journal import Journal
+from gradsift.planning import Planned
 from gradsift.proxy.ensemble import collect_shard, ensemble_norms, train_adapter, train_adapters
 from gradsift.proxy.epochs import ProxyInputs
 from gradsift.report.audit import audit
-from gradsift.report.clusters import prompt_clusters
+from gradsift.report.clusters import clusters_of, prompt_clusters
 from gradsift.runtime import Runtime
 from gradsift.scoring.stage import scores_of
 from gradsift.selection.budget import budget
@@ -46,7 +48,7 @@ from gradsift.selection.topk import topk
 from gradsift.sources import Method, Source, method
 from gradsift.training.backbones import Backbone, backbone, load_backbone
 from gradsift.training.device import TokenBudget, device_of
-from gradsift.training.target import finetune, say_report
+from gradsift.training.target import expected_finetune, finetune, say_report
 
 
 class Line:
@@ -68,7 +70,7 @@ class Line:
             for alpha in (config.alpha, *(config.audit.alphas if config.audit.enabled else ())):
                 budget(alpha, int(self.loaded.info["rows"]))
         if config.audit.enabled:
-            _ = self.families
+            _ = self.clusters
         asked = {name for chosen in methods for name in chosen.asked}
         if asked & {"gradients", "target_gradients"}:
             self._check_features()
@@ -300,6 +302,7 @@ class Line:
             ),
             "rater": evaluation.rater(self.runtime, self.config.judge),
             "task": Source(lambda: nothing, lambda: self.runtime.display.task),
+            "journal": Source(lambda: nothing, Journal),  # the score stage has one that keeps what it is told
         }
 
     # ----------------------------------------------------------------------- selection and evaluation
@@ -319,20 +322,26 @@ class Line:
         return select(self.runtime, self.selector, scored, pool, sources, measures, alpha, base, corruption, embeddings)
 
     @functools.cached_property
-    def families(self) -> list[str]:
-        """Kinds of task, (N,): the embedded world's own, else clusters of the prompts. For the audit alone."""
+    def clusters(self) -> Artifact | None:
+        """What stands for the kinds of task in an audit where the data does not tell them."""
         labels = labels_of(self.loaded)
         if labels and labels.family:
-            return labels.family
+            return None
         return prompt_clusters(self.runtime, self.loaded, lambda: self.pool, self.config.audit.clusters)
 
-    def audit(self, scored: Artifact) -> dict[str, Any]:
-        """What the scorer, and the selector with it, makes of the known corruption."""
-        labels = labels_of(self.loaded)
+    def audit(self, scored: Artifact) -> Callable[[], dict[str, Any]]:
+        """What the scorer, and the selector with it, makes of the known corruption; worked out when it is called."""
+        labels, clusters = labels_of(self.loaded), self.clusters
         assert labels is not None  # noqa: S101 - the config has refused data without
-        chosen = {alpha: positions_of(self.select(scored, alpha)) for alpha in self.config.audit.alphas}
-        found = audit(scores_of(scored), labels, self.families, chosen)
-        return {"data": self.loaded.fingerprint, "families": "labels" if labels.family else "clusters"} | found
+        selections = {alpha: self.select(scored, alpha) for alpha in self.config.audit.alphas}
+
+        def found() -> dict[str, Any]:
+            families = clusters_of(clusters) if clusters else labels.family or []
+            chosen = {alpha: positions_of(selection) for alpha, selection in selections.items()}
+            about = {"data": self.loaded.fingerprint, "families": "clusters" if clusters else "labels"}
+            return about | audit(scores_of(scored), labels, families, chosen)
+
+        return found
 
     def everything(self) -> np.ndarray:
         """All positions of the pool: the full-data reference."""
@@ -343,7 +352,13 @@ class Line:
         return backbone(self.runtime, self.config.target.model)
 
     def finetune(self, selection: Artifact | np.ndarray) -> Artifact:
-        positions = positions_of(selection) if isinstance(selection, Artifact) else selection
+        if self.keeps_all:
+            positions = self.everything()
+        elif isinstance(selection, Planned):
+            rows = self.budget(int(self.loaded.info["rows"]))
+            return expected_finetune(self.runtime, self.config.target, self.target, self.loaded, selection, rows)
+        else:
+            positions = positions_of(selection) if isinstance(selection, Artifact) else selection
         return finetune(self.runtime, self.config.target, self.target, self.loaded, self.pool, positions)
 
     @functools.cached_property
@@ -363,16 +378,16 @@ class Line:
         config = self.config
         return evaluation.generate(self.runtime, config.benchmark, config.target, self.target, tuned, self.items)
 
-    def metrics(self, answers: Artifact) -> dict[str, Any] | None:
-        return evaluation.metrics(self.runtime, self.config.benchmark, answers)
+    def metrics(self, answers: Artifact) -> Artifact | None:
+        return evaluation.metrics(self.runtime, self.config.benchmark, answers, self.items)
 
     @property
     def asks_forgetting(self) -> bool:
         return bool(self.config.benchmark.general or self.config.benchmark.lm_eval_tasks)
 
-    def forgetting(self, tuned: Artifact) -> dict[str, Any]:
+    def forgetting(self, tuned: Artifact) -> tuple[evaluation.General, evaluation.General]:
         config, items = self.config, self.general_items
         return evaluation.forgetting(self.runtime, config.benchmark, config.target, self.target, tuned, items)
 
-    def heldout_loss(self, tuned: Artifact | None) -> float | None:
+    def heldout_loss(self, tuned: Artifact | None) -> Artifact | None:
         return evaluation.heldout_loss(self.runtime, self.config.target, self.target, tuned, self.loaded)

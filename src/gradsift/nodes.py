@@ -77,5 +77,5 @@ class FollowingStore(Store):
                 folder.mkdir()
                 make(folder)
             took_part = True
-        self._record(found, reused=True, seconds=time.perf_counter() - started, steps=0)
+        self._record(found, reused=True, seconds=time.perf_counter() - started)
         return found

@@ -9,6 +9,8 @@ computed that the chosen scorer does not ask for.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +18,10 @@ import torch
 from gradsift.config import Config, VerifiableDataConfig
 from gradsift.evaluation import stages as evaluation
 from gradsift.line import Line
+from gradsift.planning import NotMade, Planner, unread
+from gradsift.report.plans import write_plan
 from gradsift.report.results import Results
-from gradsift.runtime import Runtime
+from gradsift.runtime import Display, Runtime
 from gradsift.scoring.stage import score
 from gradsift.training.backbones import quieten
 from gradsift.training.device import device_of
@@ -72,6 +76,17 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
     results.untuned(line.heldout_loss(None), line.metrics(line.answers(None)) if checkable else None)
 
 
+def plan(config: Config, display: Display, folder: Path, about: Mapping[str, Any]) -> None:
+    """Walk the same line and make nothing; `run.json` then holds what is done and what is to do."""
+    planner = Planner(Path(config.artifacts), display.say)
+    ends = None
+    try:
+        run(config, Runtime(planner, config.compute, display, config.seed), unread())
+    except NotMade as missing:  # a stage reads what another one has yet to make
+        ends = str(missing)
+    write_plan(folder, about, planner, ends)
+
+
 def prepare(config: Config) -> None:
     """Set what torch and its friends keep for the whole process."""
     quieten()
@@ -84,7 +99,7 @@ def _general(config: Config) -> list[str]:
     return [*config.benchmark.general, *(f"lm_eval/{task}" for task in config.benchmark.lm_eval_tasks)]
 
 
-def plan_of(config: Config) -> list[tuple[str, Any]]:
+def settings_of(config: Config) -> list[tuple[str, Any]]:
     """What a run is about to do, for people."""
     proxy, target, data = config.proxy, config.target, config.data
     rows = f", {data.size:,} rows" if isinstance(data, VerifiableDataConfig) else ""

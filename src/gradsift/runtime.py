@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gradsift.artifacts import Store
 from gradsift.config import ComputeConfig
+from gradsift.cost import peak_resident_gb
 
 Advance = Callable[[int], None]
 Task = Callable[[str, int], AbstractContextManager[Advance]]  # a progress bar: description and total
@@ -79,21 +79,16 @@ class Runtime:
 def peak_memory() -> dict[str, float]:
     """The most memory this process has held so far, in GB (10^9 bytes); in a sweep over all its runs up to now.
 
-    process_peak_resident_gb  resident memory (`ru_maxrss`); Linux counts in what a larger process that launched
-                              this one held then (a notebook, say)
+    process_peak_resident_gb  resident memory (see `peak_resident_gb`)
     process_peak_cuda_gb      tensors on the current CUDA device, where there is one
     """
     import torch
 
-    peaks = {}
-    if sys.platform != "win32":
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-        peaks["process_peak_resident_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    resident = peak_resident_gb()
+    peaks = {} if resident is None else {"process_peak_resident_gb": resident}
     if torch.cuda.is_available():
-        peaks["process_peak_cuda_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return {name: round(peak, 3) for name, peak in peaks.items()}
+        peaks["process_peak_cuda_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    return peaks
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import netrc
 import os
@@ -11,10 +12,14 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
+import yaml
+
 from gradsift.config import TrackerConfig
 from gradsift.errors import ConfigError, GradsiftError
 
 METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.yaml"
+FIGURES_FOLDER, TABLES_FOLDER = "figures", "tables"  # beside the page
 _INIT_TIMEOUT = 30.0  # seconds
 
 
@@ -29,33 +34,9 @@ class Tracker:
         self._wandb: Any = None
 
     def __enter__(self) -> Tracker:
-        if self._config.name != "wandb":
-            return self
-        if self._config.mode == "online" and not os.environ.get("WANDB_API_KEY") and not _logged_in():
-            raise ConfigError(
-                "tracker.mode=online needs a login: set WANDB_API_KEY, run `wandb login`, or take tracker.mode=offline"
-            )
-        os.environ["WANDB_DATA_DIR"] = str(self._folder)  # else offline artifacts land outside the run's folder
-        if self._config.mode == "offline":
-            os.environ["WANDB_ERROR_REPORTING"] = "false"  # offline means no host at all
-        import wandb
-
-        try:
-            self._wandb = wandb.init(
-                project=self._config.project,
-                entity=self._config.entity,
-                group=self._group,
-                name=str(self._about.get("name")),
-                mode=self._config.mode,  # type: ignore[arg-type]
-                dir=str(self._folder),
-                config=dict(self._about),
-                settings=wandb.Settings(
-                    silent=True, console="off", save_code=False, disable_git=True, init_timeout=_INIT_TIMEOUT
-                ),
-            )
-        except wandb.Error as error:
-            reason = str(error).splitlines()[0][:200]
-            raise GradsiftError(f"W&B did not start ({reason}); take tracker.mode=offline or tracker=none") from error
+        if self._config.name == "wandb":
+            about = dict(self._about)
+            self._wandb = _start(self._config, self._folder, self._group, str(about.get("name")), about, "run")
         return self
 
     def curve(self, name: str, curve: list[dict[str, float]]) -> None:
@@ -82,6 +63,82 @@ class Tracker:
     ) -> None:
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
+
+
+def log_report(folder: Path) -> bool:
+    """Log the figures (PNG) and tables (CSV) that a report wrote to `folder` to W&B, as a run of the job type `report`.
+
+    It is a run of its own, in the sweep's group where there is one: the runs that it shows have ended, and may have
+    been sent already.
+
+    Returns:
+        False where the runs were not tracked by W&B; nothing is done then.
+    """
+    values = _config_of(folder)
+    if (values.get("tracker") or {}).get("name") != "wandb":
+        return False
+    config = TrackerConfig(**values["tracker"])
+    is_sweep = not (folder / CONFIG_FILE).is_file()
+    group = config.group or (folder.name if is_sweep else None)
+    run = _start(config, folder, group, f"report-{folder.name}", {"report_of": folder.name}, "report")
+    import wandb
+
+    try:
+        logged: dict[str, Any] = {
+            f"figures/{path.stem}": wandb.Image(str(path)) for path in sorted(folder.glob(f"{FIGURES_FOLDER}/*.png"))
+        }
+        for path in sorted(folder.glob(f"{TABLES_FOLDER}/*.csv")):
+            header, *rows = csv.reader(path.read_text(encoding="utf-8").splitlines())
+            logged[f"tables/{path.stem}"] = wandb.Table(columns=header, data=rows)
+        run.log(logged)
+    finally:
+        run.finish()
+    return True
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """The values of a run's config, or of the first job's of a sweep; empty where there is none."""
+    paths = [folder / CONFIG_FILE, *sorted(folder.glob(f"*/{CONFIG_FILE}"))]
+    path = next((path for path in paths if path.is_file()), None)
+    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["values"] if path else {}
+    return values
+
+
+def _start(
+    config: TrackerConfig, folder: Path, group: str | None, name: str, about: dict[str, Any], job_type: str
+) -> Any:
+    """A W&B run.
+
+    Raises:
+        ConfigError: it shall be sent, and nobody is logged in.
+        GradsiftError: W&B did not start; says why.
+    """
+    if config.mode == "online" and not os.environ.get("WANDB_API_KEY") and not _logged_in():
+        raise ConfigError(
+            "tracker.mode=online needs a login: set WANDB_API_KEY, run `wandb login`, or take tracker.mode=offline"
+        )
+    os.environ["WANDB_DATA_DIR"] = str(folder)  # else offline artifacts land outside the run's folder
+    if config.mode == "offline":
+        os.environ["WANDB_ERROR_REPORTING"] = "false"  # offline means no host at all
+    import wandb
+
+    try:
+        return wandb.init(
+            project=config.project,
+            entity=config.entity,
+            group=group,
+            name=name,
+            job_type=job_type,
+            mode=config.mode,  # type: ignore[arg-type]
+            dir=str(folder),
+            config=about,
+            settings=wandb.Settings(
+                silent=True, console="off", save_code=False, disable_git=True, init_timeout=_INIT_TIMEOUT
+            ),
+        )
+    except wandb.Error as error:
+        reason = str(error).splitlines()[0][:200]
+        raise GradsiftError(f"W&B did not start ({reason}); take tracker.mode=offline or tracker=none") from error
 
 
 def _logged_in() -> bool:

@@ -24,9 +24,11 @@ from gradsift.config.data import (
 )
 from gradsift.config.evaluation import (
     MATCHES,
+    AlpacaEvalJudgeConfig,
     AuditConfig,
     BenchmarkConfig,
     BenchmarkSetConfig,
+    EndpointJudgeConfig,
     JudgeConfig,
     LocalJudgeConfig,
     OpenaiJudgeConfig,
@@ -87,6 +89,7 @@ __all__ = [
     "STAGES",
     "TEMPLATES",
     "TERSE",
+    "AlpacaEvalJudgeConfig",
     "AuditConfig",
     "BenchmarkConfig",
     "BenchmarkSetConfig",
@@ -97,6 +100,7 @@ __all__ = [
     "CorruptionConfig",
     "DataConfig",
     "EmbedderConfig",
+    "EndpointJudgeConfig",
     "FacilityLocationConfig",
     "FeaturesConfig",
     "FieldsConfig",

@@ -66,6 +66,7 @@ class BenchmarkConfig:
     batch_size: int = 16
     wordnet_dir: str | None = None  # WordNet 3.x's own files, for METEOR, which is left out when empty
     lm_eval_tasks: list[str] = field(default_factory=list)  # names in lm-eval, answered before and after the finetune
+    lm_eval_folder: str | None = None  # YAML files of tasks beside lm-eval's own, with their data
 
     def __post_init__(self) -> None:
         at_least("benchmark.limit", self.limit, 1)
@@ -84,6 +85,10 @@ class BenchmarkConfig:
                 raise ConfigError(
                     f"benchmark.{option} names {name!r}, which benchmark.catalog does not hold; known: {known}"
                 )
+        if self.lm_eval_folder is not None and not self.lm_eval_tasks:
+            raise ConfigError(
+                f"benchmark.lm_eval_folder={self.lm_eval_folder} holds tasks, and benchmark.lm_eval_tasks names none"
+            )
         self._check_references()
 
     def _check_references(self) -> None:
@@ -147,20 +152,16 @@ class LocalJudgeConfig(JudgeConfig):
 
 
 @dataclass
-class OpenaiJudgeConfig(JudgeConfig):
-    """The paper's 1-10 protocol on any OpenAI-compatible endpoint."""
+class EndpointJudgeConfig(JudgeConfig):
+    """How a judge behind an OpenAI-compatible endpoint is reached and paid."""
 
-    model: str = "gpt-4o"
     base_url: str | None = None  # the client's own default when empty
     api_key_env: str = "OPENAI_API_KEY"  # name of the variable; the key itself never enters the config
-    temperature: float = 0.0
-    max_tokens: int = 256
     timeout: float = 60.0  # seconds a request
     retries: int = 5  # of a request that failed, with exponential backoff; the endpoint's Retry-After is heeded
     max_wait: float = 120.0  # seconds; a longer Retry-After ends the run, to be gone on with later
     give_up: int = 10  # so many requests in a row that failed for good end the run
     concurrency: int = 4  # requests at a time
-    parse: str = "tolerant"  # how scores are read; legacy: the published rule, which makes an unread reply a tie
     dry_run: bool = False  # say what would be sent and what it would cost, and end there
     price_input: float | None = None  # USD a million prompt tokens; unknown when empty
     price_output: float | None = None  # USD a million reply tokens
@@ -173,9 +174,6 @@ class OpenaiJudgeConfig(JudgeConfig):
         at_least("judge.max_wait", self.max_wait, 0)
         at_least("judge.give_up", self.give_up, 1)
         at_least("judge.concurrency", self.concurrency, 1)
-        at_least("judge.max_tokens", self.max_tokens, 1)
-        at_least("judge.temperature", self.temperature, 0)
-        one_of("judge.parse", self.parse, ("strict", "tolerant", "legacy"))
         if self.base_url and ("@" in self.base_url or "?" in self.base_url):
             raise ConfigError(
                 "judge.base_url holds a user name, a password or a query, which would be written to the run's folder; "
@@ -196,6 +194,45 @@ class OpenaiJudgeConfig(JudgeConfig):
             raise ConfigError(
                 f"judge.max_usd={self.max_usd:g} needs judge.price_input and judge.price_output (USD a million "
                 "tokens); give them, or cap the requests with judge.max_calls"
+            )
+
+
+@dataclass
+class OpenaiJudgeConfig(EndpointJudgeConfig):
+    """The paper's 1-10 protocol on any OpenAI-compatible endpoint."""
+
+    model: str = "gpt-4o"
+    temperature: float = 0.0
+    max_tokens: int = 256
+    parse: str = "tolerant"  # how scores are read; legacy: the published rule, which makes an unread reply a tie
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("judge.max_tokens", self.max_tokens, 1)
+        at_least("judge.temperature", self.temperature, 0)
+        one_of("judge.parse", self.parse, ("strict", "tolerant", "legacy"))
+
+
+@dataclass
+class AlpacaEvalJudgeConfig(EndpointJudgeConfig):
+    """One of alpaca_eval's annotators, asked in both orders."""
+
+    annotators: str = "weighted_alpaca_eval_gpt4_turbo"  # a shipped one, or the folder (or file) of one's own
+    model: str | None = None  # the annotator's own when empty
+    max_tokens: int | None = None  # likewise
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("judge.max_tokens", self.max_tokens, 1)
+        # imported here: the package of judges imports this one
+        from gradsift.evaluation.judges.annotators import read_annotator
+
+        foreign = read_annotator(self.annotators).base_url
+        # OpenAI's key is for OpenAI, not for whatever address stands in a file
+        if foreign and not self.base_url and self.api_key_env == EndpointJudgeConfig.api_key_env:
+            raise ConfigError(
+                f"judge.annotators={self.annotators} asks {foreign}; name the environment variable that holds a key "
+                "for it with judge.api_key_env=NAME, or another endpoint with judge.base_url=URL"
             )
 
 

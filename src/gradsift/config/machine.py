@@ -34,6 +34,7 @@ class ComputeConfig:
     precision: str = "float32"  # bfloat16: frozen weights and products; LoRA weights, norms and residual stream float32
     tokens: int | None = None  # padded tokens that pass through a model at once; what suits it when empty
     threads: int | None = None  # of each process; torch's own choice when empty
+    save_every: float = 60.0  # seconds of work that a killed process may lose, within an epoch; 0: after each step
     # ddp: `devices` processes share a training or a collection, each with the whole model; fsdp: for the target each
     # holds a part of its frozen weights
     strategy: str = "single"
@@ -45,6 +46,7 @@ class ComputeConfig:
         one_of("compute.precision", self.precision, ("float32", "bfloat16"))
         at_least("compute.tokens", self.tokens, 1)
         at_least("compute.threads", self.threads, 1)
+        at_least("compute.save_every", self.save_every, 0)
         one_of("compute.strategy", self.strategy, ("single", "ddp", "fsdp"))
         at_least("compute.devices", self.devices, 1)
         at_least("compute.num_nodes", self.num_nodes, 1)

@@ -38,7 +38,11 @@ STAGES = ("load", "statistics", "scores", "selection", "finetune", "generate", "
 
 
 SCORES_BY_TASK = ("less", "rds_plus", "sbert")  # scorers with a score for each task of the target set
+OBJECTIVES = {"pws": "judge", "accuracy": "generate", "heldout_loss": "finetune"}  # and the stage that gives each
 RATERS = ("verifier", "local", "openai")  # judges that can grade one example
+# what asks for nothing of the proxy, or only for its embeddings, which another embedder may make (a test holds both)
+WITHOUT_PROXY = ("random", "full", "llm_rating")
+BY_EMBEDDINGS = ("rds_plus", "sbert", "facility_location", "repr_filter", "clusters", "round_robin_queries")
 
 
 @dataclass
@@ -62,7 +66,10 @@ class Config:
     budget_base: str = "accepted"  # alpha's base: all accepted rows, or those that got a score
     seed: int = 0  # proxy ensemble and target
     stop_after: str | None = None  # a stage's name ends the line there
+    plan: bool = False  # show what is done and what is to do, and do nothing
+    objective: str = "pws"  # what a search (hydra/sweeper=optuna) looks at: pws, accuracy, or heldout_loss to minimize
     artifacts: str = "artifacts"  # folder of finished work, shared by all runs
+    report: bool = True  # report.html at the end of a run; of a sweep one for all of its jobs
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:
@@ -71,6 +78,7 @@ class Config:
             )
         one_of("budget_base", self.budget_base, ("accepted", "scored"))
         at_least("seed", self.seed, 0)
+        one_of("objective", self.objective, tuple(OBJECTIVES))
         if self.stop_after is not None:
             one_of("stop_after", self.stop_after, STAGES)
         self._check_ensemble()
@@ -107,12 +115,28 @@ class Config:
         """Whether a run with this config comes as far as `stage`."""
         return self.stop_after is None or STAGES.index(stage) <= STAGES.index(self.stop_after)
 
+    def check_objective(self) -> None:
+        """Refuse a search that would never see its objective."""
+        if self.plan:
+            raise ConfigError("plan=true shows no search, whose jobs follow from results; plan one job, or a sweep")
+        if not self.reaches(OBJECTIVES[self.objective]):
+            raise ConfigError(
+                f"objective={self.objective} is known after {OBJECTIVES[self.objective]}, but "
+                f"stop_after={self.stop_after}; take a later stage, or another objective"
+            )
+
     @property
-    def _scores_without_proxy(self) -> bool:
-        by_similarity = self.scorer_name in ("rds_plus", "sbert")
-        encoded_apart = by_similarity and isinstance(self.embedder, SentenceTransformersConfig)
+    def _needs_proxy(self) -> bool:
+        """Whether the run computes anything with the proxy; a user's own scorer is taken to, a selector not to."""
+        if not self.reaches("scores"):
+            return self.stop_after == "statistics"
+        encoded_apart = BY_EMBEDDINGS if isinstance(self.embedder, SentenceTransformersConfig) else ()
         counts_characters = isinstance(self.scorer, LengthConfig) and self.scorer.unit == "characters"
-        return self.scorer_name in ("random", "full") or encoded_apart or counts_characters
+        if not counts_characters and self.scorer_name not in (*WITHOUT_PROXY, *encoded_apart):
+            return True
+        if not self.reaches("selection") or self.scorer_name == "full":  # which selects everything
+            return False
+        return self.selector_name in ("gradient_walk", *BY_EMBEDDINGS) and self.selector_name not in encoded_apart
 
     def _check_ensemble(self) -> None:
         divides = self.scorer_name in ("gsnr", "gsnr_variance_normalized")
@@ -160,7 +184,7 @@ class Config:
         asked = [*self.benchmark.sets, *self.benchmark.general]
         embedded_sets = [name for name in asked if name in (EMBEDDED, TERSE)]
         foreign_sets = [name for name in asked if name not in embedded_sets and self.benchmark.catalog[name].url]
-        foreign_sets += self.benchmark.lm_eval_tasks
+        foreign_sets += [] if self.benchmark.lm_eval_folder else self.benchmark.lm_eval_tasks
         if self.reaches("generate") and self.target.model.kind == "nano" and foreign_sets and self._is_embedded:
             raise ConfigError(
                 f"target=nano knows the embedded world's words alone and cannot answer {foreign_sets}; "
@@ -171,7 +195,7 @@ class Config:
         foreign = []
         if isinstance(self.target_set, VerifiableTargetSetConfig):
             foreign.append("target_set=verifiable (choose target_set=json target_set.path=FILE)")
-        if self.proxy.model.kind == "nano" and not self._scores_without_proxy:
+        if self.proxy.model.kind == "nano" and self._needs_proxy:
             foreign.append("proxy=nano (choose proxy=smollm2 or proxy=gpt2)")
         if self.reaches("finetune") and self.target.model.kind == "nano":
             foreign.append("target=nano (choose target=smollm2 or target=llama2_7b, or stop_after=selection)")

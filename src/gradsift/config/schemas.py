@@ -17,7 +17,13 @@ from gradsift.config.data import (
     VerifiableDataConfig,
     VerifiableTargetSetConfig,
 )
-from gradsift.config.evaluation import BenchmarkConfig, LocalJudgeConfig, OpenaiJudgeConfig, VerifierJudgeConfig
+from gradsift.config.evaluation import (
+    AlpacaEvalJudgeConfig,
+    BenchmarkConfig,
+    LocalJudgeConfig,
+    OpenaiJudgeConfig,
+    VerifierJudgeConfig,
+)
 from gradsift.config.machine import ComputeConfig, TrackerConfig
 from gradsift.config.methods import (
     CherryConfig,
@@ -86,18 +92,33 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "gradient_walk": GradientWalkConfig,
     },
     "benchmark": {"benchmark": BenchmarkConfig},
-    "judge": {"verifier": VerifierJudgeConfig, "local": LocalJudgeConfig, "openai": OpenaiJudgeConfig},
+    "judge": {
+        "verifier": VerifierJudgeConfig,
+        "local": LocalJudgeConfig,
+        "openai": OpenaiJudgeConfig,
+        "alpaca_eval": AlpacaEvalJudgeConfig,
+    },
     "tracker": {"tracker": TrackerConfig},
     "compute": {"compute": ComputeConfig},
     "model": {"model": ModelConfig},
 }
 
+REPLACED = {  # settings of Hydra's plugins in whose place those of `conf/hydra/` stand
+    "launcher": ("joblib", "submitit_local", "submitit_slurm", "ray"),
+    "sweeper": ("optuna",),
+}
+
 
 def register_schemas() -> None:
-    """Make the dataclasses known to Hydra as `schema/<group>/<variant>`."""
+    """Make the dataclasses known to Hydra as `schema/<group>/<variant>`, and forget what `conf/hydra/` replaces."""
     from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
 
     store = ConfigStore.instance()
+    Plugins.instance()  # the first call loads the plugins, which store their own settings
+    for group, choices in REPLACED.items():
+        for choice in choices:  # Hydra wants a choice from one source alone
+            store.repo["hydra"].get(group, {}).pop(f"{choice}.yaml", None)
     store.store(name="schema", node=Config)
     for group, variants in SCHEMAS.items():
         for name, node in variants.items():

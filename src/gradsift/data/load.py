@@ -88,7 +88,7 @@ def _load_rows(runtime: Runtime, config: DataConfig, settings: Mapping[str, Any]
         kept, repeated = _without_duplicates(runtime, config, examples)
         return _write(folder, config, kept, sorted([*rejected, *repeated], key=lambda row: row.row))
 
-    return runtime.store.obtain("load", config.name, settings, [], make, version=VERSION)
+    return runtime.store.obtain("load", config.name, settings, [], make, version=VERSION, light=True)
 
 
 def _name(config: JsonDataConfig | HubDataConfig) -> str:
@@ -161,7 +161,9 @@ def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
         (folder / BENCHMARK_FILE).write_text(json.dumps(world.benchmark, indent=1), encoding="utf-8")
         return counts | {"rows": len(pool)}
 
-    return runtime.store.obtain("load", f"{config.name}-{config.size}", _settings(config), [], make, version=VERSION)
+    return runtime.store.obtain(
+        "load", f"{config.name}-{config.size}", _settings(config), [], make, version=VERSION, light=True
+    )
 
 
 def _without_lone_copies(pool: Sequence[Example], known: Sequence[verifiable.Label]) -> list[str]:

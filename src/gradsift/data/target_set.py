@@ -76,7 +76,7 @@ def _load_files(runtime: Runtime, config: FilesTargetSetConfig) -> Artifact:
                 by_task.setdefault(task, []).append(example)
         return _write(folder, config, by_task)
 
-    return runtime.store.obtain("target_set", config.name, settings, [], make, version=VERSION)
+    return runtime.store.obtain("target_set", config.name, settings, [], make, version=VERSION, light=True)
 
 
 def _files(config: FilesTargetSetConfig, downloads: Path) -> dict[str, Path]:
@@ -111,7 +111,7 @@ def _load_world(runtime: Runtime, config: VerifiableTargetSetConfig, loaded: Art
             by_task[task] = parse_rows(enumerate(rows), "alpaca", FieldsConfig())[0]
         return _write(folder, config, by_task)
 
-    return runtime.store.obtain("target_set", config.name, asdict(config), [loaded], make, version=VERSION)
+    return runtime.store.obtain("target_set", config.name, asdict(config), [loaded], make, version=VERSION, light=True)
 
 
 def _write(folder: Path, config: TargetSetConfig, by_task: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
@@ -154,7 +154,9 @@ def find_overlap(runtime: Runtime, target_set: Artifact, loaded: Artifact) -> Ar
                     stream.write(json.dumps(line) + "\n")
         return {"rows": len(found.examples), "overlapping": count}
 
-    made = runtime.store.obtain("overlap", target_set.path.name, {}, [target_set, loaded], make, version=VERSION)
+    made = runtime.store.obtain(
+        "overlap", target_set.path.name, {}, [target_set, loaded], make, version=VERSION, light=True
+    )
     if made.info["overlapping"]:
         lines = made.file(OVERLAP_FILE).read_text(encoding="ascii").splitlines()
         first = ", ".join(str(json.loads(line)["row"]) for line in lines[:_NAMED])

@@ -64,6 +64,7 @@ class ChatClient:
         api_key_env: str = "OPENAI_API_KEY",
         temperature: float = 0.0,
         max_tokens: int = 256,
+        parameters: Mapping[str, Any] | None = None,
         timeout: float = 60.0,
         retries: int = 5,
         max_wait: float = 120.0,
@@ -72,7 +73,7 @@ class ChatClient:
         terms: Terms | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        """Parameters as in `OpenaiJudgeConfig`. No request is sent.
+        """Parameters as in `OpenaiJudgeConfig`; `parameters` are further ones of a request. No request is sent.
 
         Raises:
             ConfigError: the variable named by `api_key_env` holds no usable key. Endpoints on this
@@ -82,6 +83,7 @@ class ChatClient:
 
         self.name = f"openai/{model}"
         self.parameters: dict[str, Any] = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
+        self.parameters |= parameters or {}
         self._cache = cache
         self._terms = terms or Terms()
         self._api_key_env = api_key_env
@@ -113,7 +115,7 @@ class ChatClient:
     def ask(
         self,
         prompts: Sequence[Messages],
-        read: Callable[[int, str], Value | None],
+        read: Callable[[int, Completion], Value | None],
         *,
         scope: str,
         unread: str,
@@ -124,8 +126,7 @@ class ChatClient:
         What is about to be sent is said first; a dry run ends there.
 
         Args:
-            read: finds the value in the text of a reply to the prompt at a position, or None: then the prompt
-                is asked again.
+            read: finds the value in a reply to the prompt at a position, or None: then the prompt is asked again.
             scope: whose spending this is; the caps hold for all of it, whichever process spent it.
             unread: the reason given for a reply that cannot be read.
             tries: how often a prompt is asked until a reply can be read.
@@ -234,7 +235,7 @@ class ChatClient:
                 if found is None and stop.is_set():
                     raise Stopped
                 completion = found or self._send(messages, key, purse, stop)
-            value = reader.read(position, completion.text)
+            value = reader.read(position, completion)
             if value is not None:
                 return Answer(completion.text, value)
         return reader.unread(completion)
@@ -247,7 +248,7 @@ class ChatClient:
             if found is None:
                 return attempt - 1, None
             completion = found
-            value = reader.read(position, found.text)
+            value = reader.read(position, found)
             if value is not None:
                 return attempt, Answer(found.text, value)
         return reader.tries, reader.unread(completion)
@@ -269,18 +270,15 @@ class ChatClient:
         estimate = Tokens(estimated_tokens(messages), self.parameters["max_tokens"], estimated=True)
         for retry in itertools.count():
             self._pause.wait(stop)
-            purse.reserve(estimate, stop)
+            number = purse.reserve(estimate, stop)
             try:
                 completion, tokens = self._request(messages)
                 tokens = tokens or Tokens(estimate.prompt, tokens_of(completion.text), estimated=True)
-                self._cache.keep(key, completion, purse.scope, tokens)
-                purse.settle(estimate)
+                purse.keep(number, key, completion, tokens)
                 return completion
             except _Failed as failure:
                 # what never reached the endpoint, or was turned away by it, costs nothing
-                if failure.charged:
-                    self._cache.charge(purse.scope, estimate)
-                purse.settle(estimate)
+                purse.settle(number, estimate if failure.charged else None)
                 if failure.wait is not None and failure.wait > self._max_wait:
                     raise JudgeError(
                         f"{self.name}: the endpoint asks to wait {failure.wait:,.0f} s, longer than "
@@ -290,8 +288,11 @@ class ChatClient:
                 if retry >= self._retries:
                     raise
                 self._wait(failure, retry, stop)
+            except (_Refused, JudgeError):  # turned away
+                purse.settle(number, None)
+                raise
             except BaseException:
-                purse.settle(estimate)
+                purse.settle(number, estimate)
                 raise
         raise Stopped  # never: the loop has no end of its own
 
@@ -313,7 +314,9 @@ class ChatClient:
         deadline = time.monotonic() + self._timeout
         create: Any = self._client.chat.completions.with_streaming_response.create
         try:
-            with create(messages=list(messages), **self.parameters) as response:
+            # as an extra body: endpoints know parameters that the client does not
+            body_of: dict[str, Any] = {name: self.parameters[name] for name in self.parameters if name != "model"}
+            with create(messages=list(messages), model=self.parameters["model"], extra_body=body_of) as response:
                 body = _read_body(response.iter_bytes(), deadline)
         except openai.APIStatusError as error:
             # `from None`, here and below: the original may quote the key
@@ -342,15 +345,19 @@ class ChatClient:
             choices = content["choices"]
             message = choices[0]["message"] if choices else {}
             finish = choices[0].get("finish_reason") if choices else None
-            # a refusal stands in a field of its own
+            # a refusal stands in a field of its own, and so does what a function is called with
             text = message.get("content") or message.get("refusal") or ""
+            if calls := message.get("tool_calls"):
+                text = calls[0]["function"]["arguments"]
             if not isinstance(text, str):
                 raise TypeError("its content is no text")
+            logprobs = _logprobs(choices[0]) if choices and self.parameters.get("logprobs") else None
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             shown = self._scrub(body[:200].decode("utf-8", "replace"))
             said = f"the endpoint's reply is no whole chat completion: {shown!r}"
             raise _Failed(said, f"check judge.base_url; {_GO_ON}", charged=True) from None
-        return Completion(self._scrub(text), finish if isinstance(finish, str) else None), _usage(content)
+        finish = finish if isinstance(finish, str) else None
+        return Completion(self._scrub(text), finish, logprobs), _usage(content)
 
     def _status_error(self, error: Any) -> Exception:
         """What an HTTP error status means for the prompt and for the stage."""
@@ -433,7 +440,7 @@ class _TooLate(Exception):
 class _Reader(Generic[Value]):
     """How replies are read."""
 
-    read: Callable[[int, str], Value | None]
+    read: Callable[[int, Completion], Value | None]
     problem: str
     tries: int
     max_tokens: float
@@ -529,6 +536,18 @@ def _read_body(chunks: Iterator[bytes], deadline: float) -> bytes:
     return body
 
 
+def _logprobs(choice: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The log-probabilities of a choice, token by token, without the bytes; None where it has none."""
+    tokens = (choice.get("logprobs") or {}).get("content")
+    if not tokens:
+        return None
+
+    def kept(token: Mapping[str, Any]) -> dict[str, Any]:
+        return {"token": str(token["token"]), "logprob": float(token["logprob"])}
+
+    return [kept(token) | {"top_logprobs": [kept(top) for top in token.get("top_logprobs") or []]} for token in tokens]
+
+
 def _usage(content: Mapping[str, Any]) -> Tokens | None:
     """The tokens that the endpoint reports; None where it reports none."""
     usage = content.get("usage")
@@ -550,6 +569,6 @@ def _api_key(variable: str, base_url: str | None, needed: bool) -> str | None:
     if not needed or (base_url is not None and urlsplit(base_url).hostname in LOOPBACK):
         return None
     raise ConfigError(
-        f"judge=openai needs an API key in the environment variable {variable} (judge.api_key_env); "
+        f"the judge needs an API key in the environment variable {variable} (judge.api_key_env); "
         "set it, or give a judge.base_url on this machine"
     )

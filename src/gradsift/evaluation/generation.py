@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from gradsift.cost import passed
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.benchmarks import Item
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from gradsift.journal import Journal
 
 
 def generate_answers(
@@ -24,6 +27,7 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int,
     progress: Callable[[int], None] | None = None,
+    journal: Journal | None = None,
 ) -> list[str]:
     """Greedy continuations of tokenised prompts, in the order given.
 
@@ -38,11 +42,13 @@ def generate_answers(
         max_new_tokens: tokens an answer may have.
         batch_size: prompts a batch; answers do not depend on it.
         progress: called after each batch with the number of new answers.
+        journal: keeps the answers batch by batch.
 
     Raises:
         ConfigError: `max_new_tokens` leaves no room for a prompt in the model's context.
         DataError: a prompt has no token.
     """
+    from gradsift.journal import Journal
     from gradsift.training.lora import evaluating
 
     context = _context_length(model)
@@ -56,6 +62,7 @@ def generate_answers(
     # longest first: a batch that does not fit into memory shows at once
     order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
     answers = [""] * len(prompts)
+    kept = journal or Journal()
     with evaluating(model), _greedy(model, tokenizer, ends, max_new_tokens) as generate:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -63,12 +70,29 @@ def generate_answers(
             for n, tokens in zip(rows, batch, strict=True):
                 if not tokens:
                     raise DataError(f"prompt {n + 1} of {len(prompts)} has no token; a model needs at least one")
-            for n, tokens in zip(rows, generate(batch), strict=True):
-                end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-                answers[n] = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+
+            def answer(batch: list[list[int]] = batch) -> list[str]:
+                found = generate(batch)
+                for prompt, tokens in zip(batch, found, strict=True):  # an answer's last token is not fed back
+                    passed(len(prompt) + min(_end(tokens, ends), len(tokens) - 1))
+                return [_text(tokenizer, tokens, ends) for tokens in found]
+
+            for n, text in zip(rows, kept.once(rows, answer), strict=True):
+                answers[n] = text
             if progress is not None:
                 progress(len(rows))
     return answers
+
+
+def _end(tokens: list[int], ends: set[int]) -> int:
+    """The place of the first end token; the number of tokens where there is none."""
+    return next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: set[int]) -> str:
+    """What stands before the first end token."""
+    text: str = tokenizer.decode(tokens[: _end(tokens, ends)], skip_special_tokens=True).strip()
+    return text
 
 
 def _context_length(model: PreTrainedModel) -> int | None:

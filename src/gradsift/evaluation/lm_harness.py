@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, DataError, GradsiftError
 
 INSTALL = "pip install -e '.[lm-eval]'"
 
 
-def check_lm_eval(tasks: Sequence[str]) -> None:
+def check_lm_eval(tasks: Sequence[str], folder: str | None) -> None:
     """Refuse tasks without the package that has them.
+
+    Args:
+        folder: YAML files of tasks beside the package's own.
 
     Raises:
         ConfigError: lm-eval is not installed, or does not know a task.
@@ -21,28 +25,70 @@ def check_lm_eval(tasks: Sequence[str]) -> None:
         return
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(f"benchmark.lm_eval_tasks={list(tasks)} needs the package lm-eval; install it with {INSTALL}")
-    from lm_eval.tasks import TaskManager
-
-    known = set(TaskManager().all_tasks)
+    known = _known(_manager(tuple(tasks), folder))
     if unknown := [task for task in tasks if task not in known]:
-        raise ConfigError(f"benchmark.lm_eval_tasks={unknown} is not known to lm-eval; `lm_eval ls tasks` lists them")
+        raise ConfigError(
+            f"benchmark.lm_eval_tasks={unknown} is no task or group of lm-eval; `lm_eval ls tasks` lists them, and "
+            "benchmark.lm_eval_folder names a folder with YAML files of your own"
+        )
 
 
 def evaluate_tasks(
-    model: Any, tokenizer: Any, tasks: Sequence[str], *, limit: int | None, batch_size: int
+    model: Any, tokenizer: Any, tasks: Sequence[str], *, folder: str | None, limit: int | None, batch_size: int
 ) -> dict[str, dict[str, float]]:
     """Every figure that lm-eval reports of each task, at the task's own number of shots.
 
     Args:
         model: a transformers model on its device; LoRA layers may sit in it.
         limit: the first so many documents of each task; all of them when None.
+
+    Raises:
+        DataError: the data of a task cannot be had.
+        GradsiftError: a group has no figure of its own.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit, bootstrap_iters=0, log_samples=False)
-    return {task: figures(found["results"][task]) for task in tasks}
+    manager = _manager(tuple(tasks), folder)
+    try:
+        found = simple_evaluate(
+            model=wrapped,
+            tasks=list(tasks),
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=False,
+            task_manager=manager,
+        )
+    except OSError as error:  # the hub's errors too
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise DataError(
+            f"benchmark.lm_eval_tasks={list(tasks)}: lm-eval cannot have the data of one of them ({reason}); that of "
+            "its own tasks lies on the hub: run where it can be reached, or give benchmark.lm_eval_folder"
+        ) from error
+    reported = {task: figures(found["results"][task]) for task in tasks}
+    if bare := [task for task, values in reported.items() if not values]:
+        raise GradsiftError(
+            f"benchmark.lm_eval_tasks={bare}: lm-eval reports no figure of these groups; name their tasks"
+        )
+    return reported
+
+
+@functools.cache
+def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
+    """lm-eval's index of tasks; of the folder alone where that is enough: the package's takes ten seconds and more."""
+    from lm_eval.tasks import TaskManager
+
+    if folder is not None:
+        own = TaskManager(include_path=folder, include_defaults=False)
+        if set(tasks) <= _known(own):
+            return own
+    return TaskManager(include_path=folder)
+
+
+def _known(manager: Any) -> set[str]:
+    """Tasks and groups; a tag has no figures."""
+    return {*manager.all_subtasks, *manager.all_groups}
 
 
 def figures(reported: Mapping[str, Any]) -> dict[str, float]:

@@ -7,10 +7,11 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gradsift.evaluation.reply_cache import ReplyCache, Spent, Tokens
+from gradsift.evaluation.reply_cache import Completion, ReplyCache, Spent, Tokens
 
 _BYTES_A_TOKEN = 4  # a rule of thumb for English; about right for other scripts in UTF-8 too
 _FRAME_TOKENS = 4  # around each message
+_POLL = 0.1  # seconds between looks at whether requests under way have left room
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -66,53 +67,55 @@ class CapReached(Exception):
 
 
 class Purse:
-    """The spending of a scope against its caps, this process's requests under way included at their estimate.
-
-    Another process of the same scope counts with what it has paid, so it can pass a cap by what it has under way.
-    """
+    """The spending of a scope against its caps, over all processes; requests under way count at their estimate."""
 
     def __init__(self, cache: ReplyCache, scope: str, terms: Terms) -> None:
-        self.scope = scope
         self._cache = cache
+        self._scope = scope
         self._terms = terms
-        self._under_way = Tokens(0, 0)
-        self._calls_under_way = 0
-        self._changed = threading.Condition()
 
     @property
     def spent(self) -> Spent:
         """What the scope has come to, other processes included."""
-        return self._cache.spent(self.scope)
+        return self._cache.spent(self._scope)
 
-    def reserve(self, estimate: Tokens, stop: threading.Event) -> None:
-        """Set the cost of a request aside; waits for those under way where they decide whether it fits."""
-        with self._changed:
-            while cap := self._exceeded(estimate):
-                if not self._calls_under_way:
-                    raise CapReached(cap)
-                if stop.is_set():
-                    raise Stopped
-                self._changed.wait(0.2)
-            self._move(estimate, 1)
+    def reserve(self, estimate: Tokens, stop: threading.Event) -> int:
+        """Set the cost of a request aside before it is sent; waits for those under way where they decide.
 
-    def settle(self, estimate: Tokens) -> None:
-        """Give back what was set aside, once the cache holds what it came to."""
-        with self._changed:
-            self._move(estimate, -1)
-            self._changed.notify_all()
+        Returns:
+            The number under which it is to be kept or settled.
 
-    def _move(self, estimate: Tokens, sign: int) -> None:
-        held = self._under_way
-        self._calls_under_way += sign
-        self._under_way = Tokens(held.prompt + sign * estimate.prompt, held.completion + sign * estimate.completion)
+        Raises:
+            CapReached: it does not fit, and nothing is under way that may come to less than its estimate.
+            Stopped: `stop` was set meanwhile.
+        """
+        while True:
+            with self._cache.ledger(self._scope) as ledger:
+                under_way = ledger.under_way
+                cap = self._exceeded(ledger.spent, under_way, estimate)
+                if cap is None:
+                    return ledger.set_aside(estimate)
+            if not under_way.calls:
+                raise CapReached(cap)
+            if stop.wait(_POLL):
+                raise Stopped
 
-    def _exceeded(self, more: Tokens) -> str | None:
+    def keep(self, number: int, key: str, completion: Completion, tokens: Tokens) -> None:
+        """Commit a reply under `key`, with what it cost, in the place of what was set aside."""
+        self._cache.keep(key, completion, self._scope, tokens, number)
+
+    def settle(self, number: int, tokens: Tokens | None) -> None:
+        """Put what a request without a reply may be charged with in the place of what was set aside; None: nothing."""
+        self._cache.settle(self._scope, tokens, number)
+
+    def _exceeded(self, spent: Spent, held: Spent, more: Tokens) -> str | None:
         """The cap that one more request would break, as it is set."""
-        terms, spent, held = self._terms, self.spent, self._under_way
-        if terms.max_calls is not None and spent.calls + self._calls_under_way + 1 > terms.max_calls:
+        terms = self._terms
+        if terms.max_calls is not None and spent.calls + held.calls + 1 > terms.max_calls:
             return f"judge.max_calls={terms.max_calls}"
         usd = terms.usd(
-            spent.prompt_tokens + held.prompt + more.prompt, spent.completion_tokens + held.completion + more.completion
+            spent.prompt_tokens + held.prompt_tokens + more.prompt,
+            spent.completion_tokens + held.completion_tokens + more.completion,
         )
         if terms.max_usd is not None and usd is not None and usd > terms.max_usd:
             return f"judge.max_usd={terms.max_usd:g}"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -18,7 +18,9 @@ from gradsift.artifacts import Artifact, file_hash
 from gradsift.config import (
     EMBEDDED,
     TERSE,
+    AlpacaEvalJudgeConfig,
     BenchmarkConfig,
+    EndpointJudgeConfig,
     JudgeConfig,
     LocalJudgeConfig,
     OpenaiJudgeConfig,
@@ -31,16 +33,18 @@ from gradsift.data.examples import Example
 from gradsift.data.load import benchmark_rows, heldout_of
 from gradsift.data.tokens import Encoded, encode, encode_prompt
 from gradsift.data.verifiable import FAMILIES, answers_match
-from gradsift.errors import ConfigError, GradsiftError
+from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.evaluation.benchmarks import Item, load_benchmark
 from gradsift.evaluation.bias import length_bias, position_bias
 from gradsift.evaluation.chat import ChatClient
 from gradsift.evaluation.generation import generate_answers, model_outputs, read_model_outputs, write_model_outputs
 from gradsift.evaluation.judges import Rater
+from gradsift.evaluation.judges.alpaca_eval import AlpacaEvalJudge
+from gradsift.evaluation.judges.annotators import read_annotator
 from gradsift.evaluation.judges.openai import OpenaiJudge
 from gradsift.evaluation.judges.parsing import Parse
-from gradsift.evaluation.judges.rating import wording_hash
 from gradsift.evaluation.judges.verifier import VerifierJudge
+from gradsift.evaluation.judges.wording import judge_wording, rating_wording
 from gradsift.evaluation.judging import judge_pairs, read_judgments
 from gradsift.evaluation.lm_harness import check_lm_eval, evaluate_tasks
 from gradsift.evaluation.matching import MATCHERS
@@ -48,6 +52,7 @@ from gradsift.evaluation.metrics import change, check_wordnet, measure, read_wor
 from gradsift.evaluation.pws import read_pws, summarise, write_pws
 from gradsift.evaluation.reply_cache import ReplyCache
 from gradsift.evaluation.spending import Terms
+from gradsift.journal import Journal
 from gradsift.runtime import Runtime
 from gradsift.sources import Source
 from gradsift.training.backbones import Backbone, backbone, load_backbone
@@ -126,12 +131,13 @@ def generate(
                 max_new_tokens=config.max_new_tokens,
                 batch_size=config.batch_size,
                 progress=advance,
+                journal=Journal(folder, runtime.compute.save_every),
             )
         write_model_outputs(folder / OUTPUTS_FILE, model_outputs(items, answers, generator))
         return {"rows": len(items)}
 
-    parents = [target, *([tuned] if tuned else [])]
-    return runtime.store.obtain("generate", _slug(target_config, tuned), settings, parents, make, version=VERSION)
+    parents, slug = [target, *([tuned] if tuned else [])], _slug(target_config, tuned)
+    return runtime.store.obtain("generate", slug, settings, parents, make, version=VERSION, size=len(items))
 
 
 def _hash(items: Sequence[Item]) -> str:
@@ -146,16 +152,23 @@ def _slug(config: TargetConfig, tuned: Artifact | None) -> str:
 def check_metrics(config: BenchmarkConfig) -> None:
     """Refuse now metrics that could not be computed later."""
     check_wordnet(config.wordnet_dir)
-    check_lm_eval(config.lm_eval_tasks)
+    if config.lm_eval_folder is not None and not Path(config.lm_eval_folder).is_dir():
+        raise DataError(
+            f"benchmark.lm_eval_folder={config.lm_eval_folder} is no folder; name one with tasks of lm-eval"
+        )
+    check_lm_eval(config.lm_eval_tasks, config.lm_eval_folder)
 
 
-def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact) -> dict[str, Any] | None:
+def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact, items: Sequence[Item]) -> Artifact | None:
     """Accuracy, ROUGE-L, BLEU and METEOR per benchmark and pooled (see `gradsift.evaluation.metrics`).
 
-    None where no item has a reference answer.
+    Args:
+        answers: those of `generate` to the items.
+
+    Returns:
+        What `metrics_of` reads; None where no item has a reference answer.
     """
-    rows = read_model_outputs(answers.file(OUTPUTS_FILE))
-    asked = sorted({row["dataset"] for row in rows if row["reference"] is not None})
+    asked = sorted({item.benchmark for item in items if item.reference is not None})
     if not asked:
         return None
     wordnet = check_wordnet(config.wordnet_dir)
@@ -165,6 +178,7 @@ def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact) -> dic
     }
 
     def make(folder: Path) -> Mapping[str, Any]:
+        rows = read_model_outputs(answers.file(OUTPUTS_FILE))
         with runtime.display.task(f"metrics of {len(rows)} answers", len(rows)) as advance:
             found = measure(rows, config.match_of, None if wordnet is None else read_wordnet(wordnet))
             advance(len(rows))
@@ -172,7 +186,13 @@ def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact) -> dic
         return {"rows": found["pooled"]["items"]}
 
     slug = answers.path.name.rsplit("-", 1)[0]
-    made = runtime.store.obtain("metrics", slug, settings, [answers], make, version=METRICS_VERSION)
+    return runtime.store.obtain("metrics", slug, settings, [answers], make, version=METRICS_VERSION)
+
+
+def metrics_of(made: Artifact | None) -> dict[str, Any] | None:
+    """What `metrics` wrote."""
+    if made is None:
+        return None
     found: dict[str, Any] = json.loads(made.file(METRICS_FILE).read_text(encoding="utf-8"))
     return found
 
@@ -187,6 +207,14 @@ def accuracy(config: BenchmarkConfig, answers: Artifact) -> float | None:
 # ---------------------------------------------------------------------------------------- forgetting
 
 
+class General(NamedTuple):
+    """What is known of a model outside what it is tuned for; None where it was not asked for."""
+
+    metrics: Artifact | None
+    losses: Artifact | None
+    tasks: Artifact | None
+
+
 def forgetting(
     runtime: Runtime,
     config: BenchmarkConfig,
@@ -194,30 +222,42 @@ def forgetting(
     target: Artifact,
     tuned: Artifact,
     items: Sequence[Item],
-) -> dict[str, Any]:
+) -> tuple[General, General]:
     """What the target knew before the finetune, and knows after it, of what it was not tuned for.
 
     Args:
         items: those of `benchmark.general`.
+    """
+
+    def state(model: Artifact | None) -> General:
+        measured = losses = tasks = None
+        if items:
+            answers = generate(runtime, config, target_config, target, model, items)
+            measured = metrics(runtime, config, answers, items)
+            losses = reference_losses(runtime, target_config, target, model, items)
+        if config.lm_eval_tasks:
+            tasks = _lm_eval(runtime, config, target_config, target, model)
+        return General(measured, losses, tasks)
+
+    return state(None), state(tuned)
+
+
+def forgetting_of(states: tuple[General, General]) -> dict[str, Any]:
+    """What `forgetting` found.
 
     Returns:
         `{set: {"before", "after", "change"}}`, each with the metrics and with `loss`, the mean NLL of a token of
         the reference answer (nats), as far as they are there; a task of lm-eval is the set `lm_eval/<task>`.
     """
 
-    def state(model: Artifact | None) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
-        if items:
-            answers = generate(runtime, config, target_config, target, model, items)
-            measured = metrics(runtime, config, answers) or {"benchmarks": {}}
-            losses = reference_losses(runtime, target_config, target, model, items)
-            found = {name: {**values, "loss": losses.get(name)} for name, values in measured["benchmarks"].items()}
-        if config.lm_eval_tasks:
-            tasks = _lm_eval(runtime, config, target_config, target, model)
-            found |= {f"lm_eval/{task}": values for task, values in tasks.items()}
-        return found
+    def values_of(state: General) -> dict[str, dict[str, Any]]:
+        measured = metrics_of(state.metrics) or {"benchmarks": {}}
+        losses = {} if state.losses is None else state.losses.info["losses"]
+        found = {name: {**values, "loss": losses.get(name)} for name, values in measured["benchmarks"].items()}
+        tasks = {} if state.tasks is None else state.tasks.info["tasks"]
+        return found | {f"lm_eval/{task}": values for task, values in tasks.items()}
 
-    before, after = state(None), state(tuned)
+    before, after = (values_of(state) for state in states)
     return {
         name: {"before": before[name], "after": after[name], "change": change(before[name], after[name])}
         for name in before
@@ -226,8 +266,8 @@ def forgetting(
 
 def reference_losses(
     runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, items: Sequence[Item]
-) -> dict[str, float]:
-    """By benchmark, the mean over its items of the mean NLL of a token of the reference answer, in nats.
+) -> Artifact:
+    """Mean over a benchmark's items of the mean NLL of a token of the reference answer, nats; `info["losses"]` by name.
 
     A set none of whose references has a token for the target is left out.
     """
@@ -248,36 +288,40 @@ def reference_losses(
         ]
         model = load_tuned(runtime, config, target, tuned)
         by_set: dict[str, list[float]] = {}
-        for rows, losses in _losses(runtime, config, model, examples, "loss of the reference answers"):
+        for rows, losses in _losses(runtime, config, model, examples, folder, "loss of the reference answers"):
             for row, loss in zip(rows.tolist(), losses.tolist(), strict=True):
                 by_set.setdefault(known[row].benchmark, []).append(loss)
         return {"rows": len(known), "losses": {name: sum(found) / len(found) for name, found in by_set.items()}}
 
-    parents = [target, *([tuned] if tuned else [])]
-    made = runtime.store.obtain("reference_loss", _slug(config, tuned), settings, parents, make, version=VERSION)
-    found: dict[str, float] = made.info["losses"]
-    return found
+    parents, slug = [target, *([tuned] if tuned else [])], _slug(config, tuned)
+    return runtime.store.obtain("reference_loss", slug, settings, parents, make, version=VERSION, size=len(known))
 
 
 def _lm_eval(
     runtime: Runtime, config: BenchmarkConfig, target_config: TargetConfig, target: Artifact, tuned: Artifact | None
-) -> dict[str, dict[str, float]]:
-    settings = {"tasks": list(config.lm_eval_tasks), "limit": config.limit, **runtime.compute.numerics}
+) -> Artifact:
+    settings: dict[str, Any] = {"tasks": list(config.lm_eval_tasks), "limit": config.limit, **runtime.compute.numerics}
     settings["package"] = metadata.version("lm-eval")  # tasks change from release to release
+    if config.lm_eval_folder is not None:
+        files = sorted(file for file in Path(config.lm_eval_folder).rglob("*") if file.is_file())
+        settings["folder"] = {str(file.relative_to(config.lm_eval_folder)): file_hash(file) for file in files}
 
     def make(folder: Path) -> Mapping[str, Any]:
         model = load_tuned(runtime, target_config, target, tuned)
         plain: Any = model.model
         plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain  # LoRA layers sit inside
         found = evaluate_tasks(
-            plain, model.tokenizer, config.lm_eval_tasks, limit=config.limit, batch_size=config.batch_size
+            plain,
+            model.tokenizer,
+            config.lm_eval_tasks,
+            folder=config.lm_eval_folder,
+            limit=config.limit,
+            batch_size=config.batch_size,
         )
         return {"rows": len(found), "tasks": found}
 
     parents = [target, *([tuned] if tuned else [])]
-    made = runtime.store.obtain("lm_eval", _slug(target_config, tuned), settings, parents, make, version=1)
-    found: dict[str, dict[str, float]] = made.info["tasks"]
-    return found
+    return runtime.store.obtain("lm_eval", _slug(target_config, tuned), settings, parents, make, version=1)
 
 
 # ------------------------------------------------------------------------------------- held-out loss
@@ -285,7 +329,7 @@ def _lm_eval(
 
 def heldout_loss(
     runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, loaded: Artifact
-) -> float | None:
+) -> Artifact | None:
     """Mean over the held-out examples of the mean NLL of a response token, in nats; None without such examples."""
     if not loaded.info["heldout"]:
         return None
@@ -298,7 +342,7 @@ def heldout_loss(
     def make(folder: Path) -> Mapping[str, Any]:
         model = load_tuned(runtime, config, target, tuned)
         total, count = 0.0, 0
-        for _, losses in _losses(runtime, config, model, heldout_of(loaded), "held-out loss"):
+        for _, losses in _losses(runtime, config, model, heldout_of(loaded), folder, "held-out loss"):
             total += float(losses.sum())
             count += len(losses)
         if not count:
@@ -307,13 +351,18 @@ def heldout_loss(
         (folder / "heldout.json").write_text(json.dumps(loss), encoding="utf-8")
         return loss
 
-    parents = [target, loaded, *([tuned] if tuned else [])]
-    made = runtime.store.obtain("heldout", _slug(config, tuned), settings, parents, make, version=VERSION)
-    return float(made.info["heldout_loss"])
+    parents, slug = [target, loaded, *([tuned] if tuned else [])], _slug(config, tuned)
+    size = int(loaded.info["heldout"])
+    return runtime.store.obtain("heldout", slug, settings, parents, make, version=VERSION, size=size)
+
+
+def heldout_loss_of(made: Artifact | None) -> float | None:
+    """What `heldout_loss` found."""
+    return None if made is None else float(made.info["heldout_loss"])
 
 
 def _losses(
-    runtime: Runtime, config: TargetConfig, model: Backbone, examples: Sequence[Example], purpose: str
+    runtime: Runtime, config: TargetConfig, model: Backbone, examples: Sequence[Example], folder: Path, purpose: str
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Positions in `examples` and mean NLL of a response token, batch by batch; those without one are left out."""
     limit = min(config.max_length, model.context)
@@ -328,7 +377,8 @@ def _losses(
             batch = collate(batch_examples, model.pad_id).to(device)
             return batch.rows, response_losses(batch)
 
-        for passed, results in budget.passes(encoded, losses_of):
+        journal = Journal(folder, runtime.compute.save_every)
+        for passed, results in budget.passes(encoded, losses_of, journal):
             for rows, losses in results:
                 require_finite(purpose, rows, losses, row_indices)
                 found.append((rows.cpu(), losses.cpu()))
@@ -358,10 +408,11 @@ def judge(
         with runtime.display.task(f"judge={config.name}, both orders", 2 * len(ours)) as advance:
             judgments = judge_pairs(client, ours, theirs, folder / "judgments.jsonl", advance)
         invalid = sum(not judgment.valid for judgment in judgments)
-        cost = client.cost() if isinstance(client, OpenaiJudge) else {}
+        cost = client.cost() if isinstance(client, OpenaiJudge | AlpacaEvalJudge) else {}
         return {"rows": len(judgments), "invalid": invalid, "combine": client.combine, "cost": cost}
 
-    settings, parents = judge_settings(runtime, config), [answers, reference, *models]
+    settings = judge_settings(runtime, config, judge_wording(config.name))
+    parents = [answers, reference, *models]
     if config.name == "verifier" and rules:
         settings["match"] = rules
     return runtime.store.obtain("judge", config.name, settings, parents, make, version=VERSION, keep_part=True)
@@ -372,23 +423,30 @@ def judge_models(runtime: Runtime, config: JudgeConfig) -> list[Artifact]:
     return [backbone(runtime, config.model)] if isinstance(config, LocalJudgeConfig) else []
 
 
-def judge_settings(runtime: Runtime, config: JudgeConfig) -> dict[str, Any]:
-    """What the judge's replies depend on besides prompts and models."""
+def judge_settings(runtime: Runtime, config: JudgeConfig, wording: str | None) -> dict[str, Any]:
+    """What the judge's replies depend on besides what it is shown and its model's weights."""
     settings = {k: v for k, v in asdict(config).items() if k not in _NOT_JUDGMENT}
-    if isinstance(config, OpenaiJudgeConfig):  # two endpoints may call different models by one name
+    if isinstance(config, EndpointJudgeConfig):  # two endpoints may call different models by one name
         settings["base_url"] = config.base_url or os.environ.get("OPENAI_BASE_URL")
+    if isinstance(config, AlpacaEvalJudgeConfig):  # by what is in the files, wherever they lie
+        annotator = read_annotator(config.annotators)
+        settings["annotators"] = {"name": annotator.name, "content": annotator.content}
+        settings["base_url"] = config.base_url or annotator.base_url or os.environ.get("OPENAI_BASE_URL")
     if isinstance(config, LocalJudgeConfig):
         settings |= {"model": None, **runtime.compute.numerics}
-    return settings
+    return settings if wording is None else {**settings, "wording": wording}
 
 
 def rater(runtime: Runtime, config: JudgeConfig) -> Source:
     """The run's judge as what grades single examples, for the scorers that ask for it."""
 
     def value() -> Rater:
-        return _client(runtime, config, judge_models(runtime, config))
+        client = _client(runtime, config, judge_models(runtime, config))
+        if isinstance(client, AlpacaEvalJudge):
+            raise ConfigError(f"judge={config.name} compares pairs and cannot rate one example; take judge=openai")
+        return client
 
-    settings = {**judge_settings(runtime, config), "wording": wording_hash()}
+    settings = judge_settings(runtime, config, rating_wording(config.name))
     return Source(lambda: judge_models(runtime, config), value, settings)
 
 
@@ -417,9 +475,26 @@ def _client(
     models: Sequence[Artifact],
     scope: str = "judge",
     rules: Mapping[str, str] | None = None,
-) -> OpenaiJudge | LocalJudge | VerifierJudge:
+) -> OpenaiJudge | AlpacaEvalJudge | LocalJudge | VerifierJudge:
     if isinstance(config, OpenaiJudgeConfig):
-        return OpenaiJudge(_chat(runtime, config), scope=scope, parse=cast(Parse, config.parse))
+        request: dict[str, Any] = {
+            "model": config.model,
+            "temperature": config.temperature,
+            "max_tokens": config.max_tokens,
+        }
+        return OpenaiJudge(_chat(runtime, config, **request), scope=scope, parse=cast(Parse, config.parse))
+    if isinstance(config, AlpacaEvalJudgeConfig):
+        annotator = read_annotator(config.annotators)
+        request = {
+            "model": config.model or annotator.model,
+            "temperature": annotator.temperature,
+            "max_tokens": config.max_tokens or annotator.max_tokens,
+            "parameters": annotator.parameters,
+            "base_url": config.base_url or annotator.base_url,
+        }
+        # a price that the annotator's file states is one for prompt and reply alike, and that of its own model
+        price = annotator.price if config.model is None and config.price_input is None else None
+        return AlpacaEvalJudge(_chat(runtime, config, price=price, **request), annotator, scope=scope)
     if isinstance(config, LocalJudgeConfig):
         from gradsift.evaluation.judges.local import LocalJudge
 
@@ -437,19 +512,21 @@ def _client(
         by_set = {name: MATCHERS[rule] for name, rule in (rules or {}).items()}
         name = ",".join(["verifier:exact", *(f"{key}={rule}" for key, rule in sorted((rules or {}).items()))])
         return VerifierJudge(answers_match, name=name, by_benchmark=by_set)
-    raise ConfigError(f"judge={config.name} is not known; choose verifier, local or openai")
+    raise ConfigError(f"judge={config.name} is not known; choose verifier, local, openai or alpaca_eval")
 
 
-def _chat(runtime: Runtime, config: OpenaiJudgeConfig) -> ChatClient:
-    """The endpoint, with the store's replies beside it: nothing that any run paid for is paid again."""
-    terms = Terms(config.price_input, config.price_output, config.max_usd, config.max_calls, config.dry_run)
+def _chat(runtime: Runtime, config: EndpointJudgeConfig, price: float | None = None, **request: Any) -> ChatClient:
+    """The endpoint, with the store's replies beside it: nothing that any run paid for is paid again.
+
+    Args:
+        price: USD a million tokens, where the config has none.
+        request: what `ChatClient` sends with every prompt.
+    """
+    prices = (config.price_input, config.price_output) if price is None else (price, price)
+    terms = Terms(*prices, config.max_usd, config.max_calls, config.dry_run)
     return ChatClient(
-        model=config.model,
         cache=ReplyCache(runtime.store.root / REPLIES_FILE),
-        base_url=config.base_url,
         api_key_env=config.api_key_env,
-        temperature=config.temperature,
-        max_tokens=config.max_tokens,
         timeout=config.timeout,
         retries=config.retries,
         max_wait=config.max_wait,
@@ -457,12 +534,11 @@ def _chat(runtime: Runtime, config: OpenaiJudgeConfig) -> ChatClient:
         concurrency=config.concurrency,
         terms=terms,
         say=runtime.display.say,
+        **{"base_url": config.base_url, **request},
     )
 
 
-def pws(
-    runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifact, reference: Artifact
-) -> dict[str, Any]:
+def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifact, reference: Artifact) -> Artifact:
     """Outcomes and PWS with intervals, per benchmark and pooled, and the judge's bias towards place and length.
 
     Args:
@@ -479,7 +555,11 @@ def pws(
         write_pws(folder / "pws.json", summary)
         return {"rows": len(judgments)}
 
-    made = runtime.store.obtain("pws", config.name, settings, [judged], make, version=PWS_VERSION)
+    return runtime.store.obtain("pws", config.name, settings, [judged], make, version=PWS_VERSION)
+
+
+def pws_of(made: Artifact) -> dict[str, Any]:
+    """What `pws` wrote."""
     return read_pws(made.file("pws.json"))
 
 

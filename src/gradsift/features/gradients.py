@@ -97,7 +97,8 @@ def gradient_features(
         return _write(runtime, config, checkpoints, given, folder, adam)
 
     parents = [*checkpoints, examples]
-    return runtime.store.obtain("features", slug, settings, parents, make, version=VERSION, keep_part=True)
+    size = len(checkpoints) * (examples.size or 0)
+    return runtime.store.obtain("features", slug, settings, parents, make, version=VERSION, keep_part=True, size=size)
 
 
 def require_room(

@@ -99,7 +99,7 @@ def sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig) -> Ar
         return {"revision": revision, "content": revision or ""}
 
     slug = config.model.rstrip("/").rsplit("/", 1)[-1].lower()
-    return runtime.store.obtain("sentence_encoder", slug, settings, [], make, version=VERSION)
+    return runtime.store.obtain("sentence_encoder", slug, settings, [], make, version=VERSION, light=True)
 
 
 def load_sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig, pin: Artifact) -> SentenceEncoder:
@@ -129,13 +129,7 @@ def _folder_hashes(folder: Path, config: SentenceTransformersConfig) -> dict[str
             f"embedder.model={config.model} is a folder without {_LAYOUT}; give one that sentence-transformers saved"
         )
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".txt", ".model"))
-    return {str(p.relative_to(folder)): _hash_of(p, p.stat().st_mtime_ns, p.stat().st_size) for p in files}
-
-
-@functools.cache
-def _hash_of(file: Path, modified: int, size: int) -> str:
-    """Weights take a while to hash: once a process while time and size stay the same."""
-    return file_hash(file)
+    return {str(p.relative_to(folder)): file_hash(p) for p in files}
 
 
 def _hub_commit(config: SentenceTransformersConfig) -> str:

@@ -11,6 +11,7 @@ Shape letters: N examples, D features, B rows of a block.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,13 +61,18 @@ def open_features(folder: Path, rows: int, dimensions: int, continues: bool = Fa
 
     Args:
         continues: keep what an earlier process has filled; else all is zero.
+
+    Raises:
+        OSError: the disk has no room for the array.
     """
+    path = folder / FEATURES_FILE
     if continues:
-        written: np.ndarray = np.load(folder / FEATURES_FILE, mmap_mode="r+", allow_pickle=False)
+        written: np.ndarray = np.load(path, mmap_mode="r+", allow_pickle=False)
     else:
-        written = np.lib.format.open_memmap(
-            folder / FEATURES_FILE, mode="w+", dtype=np.float32, shape=(rows, dimensions)
-        )
+        written = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, dimensions))
+        if hasattr(os, "posix_fallocate"):  # a mapped page that finds the disk full would kill the process
+            with path.open("r+b") as stream:
+                os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
     return written
 
 

@@ -23,7 +23,7 @@ from gradsift.runtime import Runtime, derive_seed
 from gradsift.training.finetuning import Optimization, ShowProgress
 from gradsift.training.ranks import on_all_ranks
 
-VERSION = 1
+VERSION = 2
 
 
 def warm_up(
@@ -59,12 +59,11 @@ def warm_up(
             **runtime.compute.numerics,
             "template": proxy_config.template,
             "max_length": proxy_config.max_length,
-            "tokens": runtime.compute.mask_batches
-            if config.lora.dropout
-            else None,  # dropout masks are drawn batch by batch
+            "tokens": runtime.compute.mask_batches if config.lora.dropout else None,
         }
         parents = [previous] if previous else [proxy, loaded]
-        chain.append(runtime.store.obtain("warmup", f"{count}rows-e{epoch}", settings, parents, make, version=VERSION))
+        slug = f"{count}rows-e{epoch}"
+        chain.append(runtime.store.obtain("warmup", slug, settings, parents, make, version=VERSION, size=count))
     return chain
 
 

@@ -7,7 +7,7 @@ steps' own backward passes, at weights that move during the epoch; no extra pass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,6 +19,8 @@ from gradsift.data.batching import collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.gradients.norms import PerSampleNorms
+from gradsift.journal import Journal
+from gradsift.runtime import derive_seed
 from gradsift.training import lora, ranks
 from gradsift.training.device import TokenBudget
 from gradsift.training.finetuning import ResponseLosses, require_finite
@@ -50,6 +52,13 @@ class GradientNorms(L.Callback):
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         self._stop(module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the training steps gave so far."""
+        return self._collected.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._collected.load_state_dict(state)
 
     def _stop(self, module: Any) -> None:
         module.norms = None
@@ -83,6 +92,13 @@ class Collected:
         places = self._places[rows]
         self._values[:, places] = torch.stack([column.float() for column in columns])
         self._times.index_add_(0, places, torch.ones_like(places))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What was added so far, for `load_state_dict` of another process."""
+        return {"values": self._values, "times": self._times}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._values, self._times = (state[name].to(self._places.device) for name in ("values", "times"))
 
     def of_all_ranks(self, encoded: Sequence[Encoded]) -> Collected:
         """What all ranks collected, for the examples of all ranks."""
@@ -125,19 +141,24 @@ def collect_norms(
     device: torch.device,
     progress: Progress | None = None,
     *,
-    dropout: bool = False,
+    masks: int | None = None,
+    journal: Journal | None = None,
 ) -> Collected:
     """One pass at fixed weights, divided over the ranks; leaves neither gradients nor a changed mode behind.
 
     Args:
-        dropout: leave the adapters' dropout as it is, on after `lora.add_adapter`; an example's norm is then that
-            of its gradient under the masks that its batch drew. Off otherwise.
+        masks: leave the adapters' dropout as it is, on after `lora.add_adapter`; an example's norm is then that
+            of its gradient under the masks that its batch draws with this seed, whatever went before. Dropout is
+            off otherwise.
+        journal: keeps the norms batch by batch.
     """
     mine = ranks.share(encoded)
     collected = Collected(mine)
     response_losses = ResponseLosses(adapted)
 
     def one_batch(examples: Sequence[Encoded]) -> tuple[torch.Tensor, ...]:
+        if masks is not None:
+            torch.manual_seed(derive_seed(masks, examples[0].row))
         norms.forget()
         adapted.zero_grad(set_to_none=True)
         batch = collate(examples, pad_id).to(device)
@@ -145,9 +166,9 @@ def collect_norms(
         losses.sum().backward()
         return (batch.rows, *norms.take(), losses.detach())
 
-    mode = nullcontext() if dropout else lora.evaluating(adapted)
+    mode = lora.evaluating(adapted) if masks is None else nullcontext()
     with mode, PerSampleNorms(adapted) as norms, torch.enable_grad():
-        for examples, found in budget.passes(mine, one_batch):
+        for examples, found in budget.passes(mine, one_batch, journal):
             for part in found:
                 collected.add(*part)
             if progress is not None:

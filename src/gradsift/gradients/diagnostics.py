@@ -19,7 +19,6 @@ from gradsift.artifacts import Artifact
 from gradsift.diagnostics import Diagnostic
 from gradsift.gradients.statistics import Statistics
 from gradsift.training.curves import read_curve
-from gradsift.training.lora import ADAPTER_FILE
 
 # Relative distance of the members' updates: 0 for one member twice, sqrt(2) for unrelated ones. The
 # ensembles of experiments/LOG.md, none of which is collapsed, have 1.1 (nano, M = 5) and 1.3 (SmolLM2, M = 3).
@@ -60,6 +59,8 @@ def diagnose_ensemble(
         precision: of the backbone, float32 or bfloat16.
         members: M.
     """
+    from gradsift.training.lora import ADAPTER_FILE  # torch comes with it; reports need the bounds above alone
+
     adapters = [load_file(chain[-1].file(ADAPTER_FILE)) for chain in trained]
     curves = [[entry["loss"] for epoch in chain for entry in read_curve(epoch.path)] for chain in trained]
     error = 0.0 if precision == "float32" else BFLOAT16_ERROR[trained[0][-1].info["residual"]]

@@ -25,6 +25,7 @@ from gradsift.data.batching import collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.gradients.per_sample import gradient_pass
+from gradsift.journal import Journal
 from gradsift.proxy.epochs import ProxyInputs, adapter
 from gradsift.runtime import Advance, Runtime
 from gradsift.training import lora
@@ -44,13 +45,14 @@ def directions(runtime: Runtime, config: LoraConfig, member: Artifact, load: Cal
 
     def make(folder: Path) -> Mapping[str, Any]:
         inputs = load()
+        journal = Journal(folder, runtime.compute.save_every)
         label = f"directions of {member.path.name.rsplit('-', 1)[0]}"
         with (
             adapter(inputs.backbone, config, 0, runtime.compute) as adapted,
             runtime.display.task(label, 2 * len(inputs.encoded)) as advance,
         ):
             lora.load_adapter(adapted, member.path)
-            columns = cosines(adapted, inputs, mean_gradient(adapted, inputs, advance), advance)
+            columns = cosines(adapted, inputs, mean_gradient(adapted, inputs, advance), advance, journal)
         pq.write_table(pa.table(columns), folder / DIRECTIONS_FILE)
         return {"rows": len(inputs.encoded)}
 
@@ -83,7 +85,11 @@ def mean_gradient(adapted: Any, inputs: ProxyInputs, advance: Advance = lambda d
 
 
 def cosines(
-    adapted: Any, inputs: ProxyInputs, mean: torch.Tensor, advance: Advance = lambda done: None
+    adapted: Any,
+    inputs: ProxyInputs,
+    mean: torch.Tensor,
+    advance: Advance = lambda done: None,
+    journal: Journal | None = None,
 ) -> dict[str, np.ndarray]:
     """Columns row (n,) int64, cosine and norm (n,) float64 of the examples that have a response, in their order."""
     unit = (mean / mean.norm()).float()
@@ -93,13 +99,15 @@ def cosines(
 
     with gradient_pass(adapted, "lora", inputs.backbone.pad_id) as gradients:
 
-        def of_batch(batch: Sequence[Encoded]) -> None:
-            for part, found in gradients.parts(batch):
-                where = [places[example.row] for example in part]
-                norms[where] = torch.linalg.vector_norm(found, dim=1).double().cpu().numpy()
-                dots[where] = (found @ unit).double().cpu().numpy()
+        def of_batch(batch: Sequence[Encoded]) -> list[tuple[list[int], torch.Tensor, torch.Tensor]]:
+            return [
+                ([places[example.row] for example in part], torch.linalg.vector_norm(found, dim=1), found @ unit)
+                for part, found in gradients.parts(batch)
+            ]
 
-        for examples, _ in inputs.budget.passes(inputs.encoded, of_batch):
+        for examples, batches in inputs.budget.passes(inputs.encoded, of_batch, journal):
+            for where, norm, dot in (part for parts in batches for part in parts):
+                norms[where], dots[where] = norm.double().cpu().numpy(), dot.double().cpu().numpy()
             advance(len(examples))
     require_finite("gradient", torch.from_numpy(rows), torch.from_numpy(norms), inputs.row_indices)
     cosine = np.divide(dots, norms, out=np.full(len(rows), np.nan), where=norms > 0)

@@ -35,6 +35,7 @@ from gradsift.config import LoraConfig
 from gradsift.data.batching import Batch, collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
+from gradsift.journal import Journal
 from gradsift.runtime import Runtime
 from gradsift.training import lora
 from gradsift.training.device import TokenBudget, device_of
@@ -81,13 +82,15 @@ def embedding_gradients(
 
     def make(folder: Path) -> Mapping[str, Any]:
         backbone, encoded, row_indices, budget = load()
-        device = device_of(runtime.compute)
+        device, journal = device_of(runtime.compute), Journal(folder, runtime.compute.save_every)
         adapted = lora.add_adapter(backbone.model, config, seed=0)
         try:
             lora.load_adapter(adapted, member.path)
             adapted.to(device)
             with runtime.display.task("gradients of embedding and head", len(encoded)) as advance:
-                found = collect_statistics(adapted, encoded, row_indices, budget, backbone.pad_id, device, advance)
+                found = collect_statistics(
+                    adapted, encoded, row_indices, budget, backbone.pad_id, device, advance, journal
+                )
         finally:
             lora.remove_adapter(adapted)
         columns = np.full((len(COLUMNS), count), np.nan)
@@ -113,6 +116,7 @@ def collect_statistics(
     pad_id: int,
     device: torch.device,
     progress: Callable[[int], None] = lambda done: None,
+    journal: Journal | None = None,
 ) -> np.ndarray:
     """One pass over the examples at fixed weights, dropout off.
 
@@ -125,7 +129,11 @@ def collect_statistics(
     place_of = {example.row: place for place, example in enumerate(encoded)}
     statistics = np.empty((len(encoded), len(COLUMNS)))
     with lora.evaluating(adapted), torch.enable_grad(), UseOfEmbedding(adapted) as uses:
-        for examples, found in budget.passes(encoded, lambda part: uses.statistics(collate(part, pad_id).to(device))):
+
+        def one_batch(examples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+            return uses.statistics(collate(examples, pad_id).to(device))
+
+        for examples, found in budget.passes(encoded, one_batch, journal):
             for rows, values in found:
                 require_finite("embedding or head gradient", rows, values.sum(1), row_indices)
                 statistics[[place_of[int(row)] for row in rows]] = values.numpy()

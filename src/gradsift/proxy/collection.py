@@ -15,13 +15,14 @@ from gradsift.config import ProxyConfig
 from gradsift.data.batching import shard_of
 from gradsift.gradients.callback import collect_norms
 from gradsift.gradients.norms_table import write_norms
+from gradsift.journal import Journal
 from gradsift.proxy.epochs import ProxyInputs, adapter
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora
 from gradsift.training.device import device_of
-from gradsift.training.ranks import on_all_ranks, seed_draws
+from gradsift.training.ranks import on_all_ranks
 
-VERSION = 1
+VERSION = 2
 
 
 def collect(
@@ -43,7 +44,8 @@ def collect(
     def make(folder: Path) -> Mapping[str, Any]:
         return on_all_ranks(runtime, folder, collect_rows, config, load(), member, epoch, weights, shard)
 
-    return runtime.store.obtain(**_identity(runtime, config, member, epoch, weights, shard), make=make)
+    size = -(-(weights.size or 0) // config.shards)
+    return runtime.store.obtain(**_identity(runtime, config, member, epoch, weights, shard), make=make, size=size)
 
 
 def collect_rows(
@@ -65,11 +67,10 @@ def collect_rows(
         runtime.display.task(label, len(encoded)) as advance,
     ):
         lora.load_adapter(adapted, weights.path)
-        masks = config.ensemble == "mc_dropout"
-        if masks:
-            seed_draws(_mask_seed(runtime, config, member, epoch, shard))
+        masks = _mask_seed(runtime, config, member, epoch, shard) if config.ensemble == "mc_dropout" else None
+        journal = Journal(folder, runtime.compute.save_every)
         pad_id, device = inputs.backbone.pad_id, device_of(runtime.compute)
-        found = collect_norms(adapted, encoded, inputs.budget, pad_id, device, advance, dropout=masks)
+        found = collect_norms(adapted, encoded, inputs.budget, pad_id, device, advance, masks=masks, journal=journal)
     info = write_norms(folder, found.columns(inputs.row_indices), encoded, shard, config.shards)
     return {**info, "all_rows": len(inputs.encoded), **{name: weights.info[name] for name in ("size_A", "size_B")}}
 

@@ -32,11 +32,12 @@ from gradsift.gradients.callback import GradientNorms
 from gradsift.gradients.norms_table import write_norms
 from gradsift.proxy.collection import collect, is_collected
 from gradsift.proxy.epochs import EpochStart, ProxyInputs, adapter, train_epoch
+from gradsift.proxy.trajectory import Trajectory
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training.finetuning import Optimization, ShowProgress
 from gradsift.training.ranks import on_all_ranks
 
-VERSION = 4
+VERSION = 5
 
 
 def ensemble_norms(
@@ -157,9 +158,7 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
         "weight_decay": config.weight_decay,
         "batch_size": config.batch_size,
         "batching": config.batching,
-        "tokens": runtime.compute.mask_batches
-        if config.lora.dropout
-        else None,  # dropout masks are drawn batch by batch
+        "tokens": runtime.compute.mask_batches if config.lora.dropout else None,
     }
 
 
@@ -214,12 +213,14 @@ def train_member_epoch(
     start = EpochStart(len(plan) * (epoch - 1), derive_seed(runtime.seed, "dropout", member, epoch), previous)
     first = derive_seed(runtime.seed, "lora", 0 if config.ensemble == "bootstrap" else member)
     with adapter(inputs.backbone, config.lora, first, runtime.compute) as adapted:
-        callbacks: list[L.Callback] = [ShowProgress(advance)]
+        trajectory = Trajectory(adapted, start.first_step, len(plan))
+        callbacks: list[L.Callback] = [ShowProgress(advance), trajectory]
         norms = None
         if config.collect == "during_training":
             norms = GradientNorms(adapted, inputs.encoded, row_indices=inputs.row_indices)
             callbacks.append(norms)
         info = train_epoch(adapted, inputs, optimization, plan, start, folder, runtime.compute, callbacks)
+        trajectory.write(folder)
     if norms is not None:
         info |= write_norms(folder, norms.table(), inputs.encoded, shard=0, shards=1)
         info["all_rows"] = len(inputs.encoded)

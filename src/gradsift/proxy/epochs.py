@@ -16,8 +16,7 @@ from gradsift.training import lora
 from gradsift.training.backbones import Backbone
 from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
-from gradsift.training.finetuning import Finetuning, Optimization, fit
-from gradsift.training.ranks import seed_draws
+from gradsift.training.finetuning import Finetuning, Optimization, fit, step_counts
 from gradsift.training.residual import residual_precision
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -62,21 +61,24 @@ def train_epoch(
 ) -> dict[str, Any]:
     """Train over the steps of `plan` (positions in `inputs.encoded`); write adapter, optimiser state and curve.
 
+    An epoch that was interrupted goes on within it (see `fit`).
+
     Returns:
-        optimizer_steps, rows, the precision of the residual stream, and the sizes of the adapter's factors.
+        optimizer_steps, resumed_steps, rows, the precision of the residual stream, and the sizes of the adapter's
+        factors.
     """
     backbone, encoded, row_indices, budget = inputs
-    module = Finetuning(adapted, optimization, budget, backbone.pad_id, start.first_step)
+    module = Finetuning(adapted, optimization, budget, backbone.pad_id, start.first_step, start.dropout_seed)
     if start.previous is not None:
         lora.load_adapter(adapted, start.previous.path)
         module.restore_from = start.previous.file(OPTIMIZER_FILE)
     keeper = OptimizerKeeper(folder / OPTIMIZER_FILE)
-    seed_draws(start.dropout_seed)
-    steps = fit(module, encoded, plan, compute=compute, row_indices=row_indices, callbacks=[*callbacks, keeper])
+    callbacks = [*callbacks, keeper]
+    steps = fit(module, encoded, plan, compute=compute, row_indices=row_indices, callbacks=callbacks, folder=folder)
     lora.save_adapter(adapted, folder)
     write_curve(folder, module.curve)
     residual = residual_precision(backbone.model)
-    return {"optimizer_steps": steps, "rows": len(encoded), "residual": residual, **lora.factor_sizes(adapted)}
+    return {**step_counts(module, steps), "rows": len(encoded), "residual": residual, **lora.factor_sizes(adapted)}
 
 
 class OptimizerKeeper(L.Callback):

@@ -6,7 +6,6 @@ has each. A method that failed is shown as failed.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradsift.report.tables import SEED_KEYS, with_settings
+from gradsift.report.text_table import TextTable, markdown, write_records
 
 Run = Mapping[str, Any]
 Figures = Mapping[str, Any]
@@ -34,13 +34,6 @@ _READING = (
     "A copy scores much as its original does, so AUROC cannot say how copies are dealt with; `kept twice` can: the "
     "share of selected copies whose original is selected too. Few families: the selection is of one kind."
 )
-
-
-@dataclass(frozen=True)
-class AuditTable:
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -114,7 +107,7 @@ def mean_of(values: Sequence[Any]) -> Any:
 # ------------------------------------------------------------------------------------------- tables
 
 
-def audit_tables(audit: SweepAudit, *, brief: bool) -> list[AuditTable]:
+def audit_tables(audit: SweepAudit, *, brief: bool) -> list[TextTable]:
     """What the terminal (brief: the overlap at the middle alpha alone) and `audit.md` show."""
     names = {name: None for dataset in audit.datasets for name in dataset["methods"]}
     whole = [name for name in names if all(name in dataset["methods"] for dataset in audit.datasets)]
@@ -132,7 +125,7 @@ def audit_tables(audit: SweepAudit, *, brief: bool) -> list[AuditTable]:
     return [table for table in found if table] + list(_overlaps(overlap, list(methods)))
 
 
-def _kept(methods: Mapping[str, Figures], lost: Sequence[str], seeds: str) -> AuditTable:
+def _kept(methods: Mapping[str, Figures], lost: Sequence[str], seeds: str) -> TextTable:
     base = next(iter(methods.values()))
     cells = base["selections"]
     header = ["method", *(f"spoilt at {_alpha(cell)}" for cell in cells), "AUROC"]
@@ -144,10 +137,10 @@ def _kept(methods: Mapping[str, Figures], lost: Sequence[str], seeds: str) -> Au
     varies = ", ".join(f"{cell['spoilt_random_sd']:.3f} at {_alpha(cell)}" for cell in cells)
     kind = "clusters of prompts" if base["families"] == "clusters" else "kinds of task"
     title = f"spoilt share and effective families ({kind}); a random draw's spoilt share varies by {varies}"
-    return AuditTable(title + seeds, header, _with_lost(rows, lost, header))
+    return TextTable(title + seeds, header, _with_lost(rows, lost, header))
 
 
-def _kinds(methods: Mapping[str, Figures], lost: Sequence[str], seeds: str) -> AuditTable:
+def _kinds(methods: Mapping[str, Figures], lost: Sequence[str], seeds: str) -> TextTable:
     base = next(iter(methods.values()))
     kinds, cells = list(base["kinds"]), base["selections"]
     header = ["method", *(kind.replace("_", " ") for kind in kinds), *(f"twice at {_alpha(cell)}" for cell in cells)]
@@ -156,10 +149,10 @@ def _kinds(methods: Mapping[str, Figures], lost: Sequence[str], seeds: str) -> A
         aurocs = [_number(figures["kinds"].get(kind, {}).get("auroc")) for kind in kinds]
         rows.append([name, *aurocs, *(_number(cell["kept_twice"]) for cell in figures["selections"])])
     title = "AUROC of clean rows against each kind; copies kept beside their original"
-    return AuditTable(title + seeds, header, _with_lost(rows, lost, header))
+    return TextTable(title + seeds, header, _with_lost(rows, lost, header))
 
 
-def _groups(methods: Mapping[str, Figures], seeds: str) -> AuditTable | None:
+def _groups(methods: Mapping[str, Figures], seeds: str) -> TextTable | None:
     base = next(iter(methods.values()))
     if not base["groups"]:
         return None
@@ -175,15 +168,15 @@ def _groups(methods: Mapping[str, Figures], seeds: str) -> AuditTable | None:
             row.append(_number(figures["groups"][name]["auroc"]))
         rows.append(row)
     title = "delayed credit: share of the selection that is clean and of this group; AUROC against the other clean rows"
-    return AuditTable(title + seeds, header, rows)
+    return TextTable(title + seeds, header, rows)
 
 
-def _overlaps(overlap: Mapping[str, Any], names: Sequence[str]) -> Iterator[AuditTable]:
+def _overlaps(overlap: Mapping[str, Any], names: Sequence[str]) -> Iterator[TextTable]:
     if len(names) < 2:
         return
     for alpha, cells in overlap.items():
         rows = [[one, *(_number(cells[one].get(other)) for other in names)] for one in names]
-        yield AuditTable(f"overlap of the selections at {float(alpha):.4g} (Jaccard)", ["method", *names], rows)
+        yield TextTable(f"overlap of the selections at {float(alpha):.4g} (Jaccard)", ["method", *names], rows)
 
 
 def _with_lost(rows: list[list[str]], lost: Sequence[str], header: Sequence[str]) -> list[list[str]]:
@@ -198,7 +191,7 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def rich_table(table: AuditTable) -> Table:
+def rich_table(table: TextTable) -> Table:
     shown = Table(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for number, name in enumerate(table.header):
         shown.add_column(name, justify="right" if number else "left", no_wrap=not number)
@@ -216,12 +209,8 @@ def write_audit(folder: Path, audit: SweepAudit) -> None:
     (folder / AUDIT_FILE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     rows = [row for dataset in audit.datasets for row in _flat(dataset)]
     rows += [{"method": name, "status": FAILED, "error": error} for name, error in audit.failed.items()]
-    names = dict.fromkeys(key for row in rows for key in row)
-    with (folder / "audit.csv").open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(names))
-        writer.writeheader()
-        writer.writerows(rows)
-    parts = ["# Noise audit", _READING, *map(_markdown, audit_tables(audit, brief=False))]
+    write_records(folder / "audit.csv", rows)
+    parts = ["# Noise audit", _READING, *map(markdown, audit_tables(audit, brief=False))]
     parts += [f"failed: {name}: {error}" for name, error in audit.failed.items()]
     (folder / "audit.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -238,12 +227,3 @@ def _flat(dataset: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             plain = {key: value for key, value in cell.items() if not isinstance(value, Mapping)}
             shares = {f"share_{kind}": share for kind, share in {**cell["qualities"], **cell["groups"]}.items()}
             yield {"method": name, **about, "status": "ok", **plain, **whole, **aurocs, **shares}
-
-
-def _markdown(table: AuditTable) -> str:
-    rule = ["---", *["---:"] * (len(table.header) - 1)]
-    return "\n".join([f"**{table.title}**", "", *map(_line, (table.header, rule, *table.rows))])
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

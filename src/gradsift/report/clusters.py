@@ -28,8 +28,8 @@ _DIMENSIONS = 50
 
 def prompt_clusters(
     runtime: Runtime, loaded: Artifact, pool: Callable[[], Sequence[Example]], clusters: int
-) -> list[str]:
-    """The cluster of each example's prompt, (N,); made once for a dataset, so that all methods are held against one.
+) -> Artifact:
+    """Clusters of the examples by their prompts; made once for a dataset, so that all methods are held against one.
 
     Raises:
         ConfigError: there are fewer different prompts than clusters, or no prompt has a word.
@@ -41,9 +41,12 @@ def prompt_clusters(
         (folder / CLUSTERS_FILE).write_text(json.dumps(labels.tolist()), encoding="utf-8")
         return {"rows": len(prompts)}
 
-    made = runtime.store.obtain(
-        "clusters", f"prompts-{clusters}", {"clusters": clusters}, [loaded], make, version=VERSION
-    )
+    slug = f"prompts-{clusters}"
+    return runtime.store.obtain("clusters", slug, {"clusters": clusters}, [loaded], make, version=VERSION)
+
+
+def clusters_of(made: Artifact) -> list[str]:
+    """The cluster of each example's prompt, (N,)."""
     numbers: list[int] = json.loads(made.file(CLUSTERS_FILE).read_text(encoding="utf-8"))
     return [str(number) for number in numbers]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from gradsift.config import ProxyConfig
 from gradsift.data.load import SPOILT, Labels, labels_of
 from gradsift.data.verifiable import effective_families
 from gradsift.diagnostics import read_diagnostics
+from gradsift.evaluation.stages import General, forgetting_of, heldout_loss_of, metrics_of, pws_of
 from gradsift.report.audit_tables import AUDIT_FILE
+from gradsift.report.work import work_of
 from gradsift.runtime import peak_memory
 from gradsift.scoring.scores import SCORED
 from gradsift.scoring.stage import scores_of
@@ -24,6 +26,7 @@ from gradsift.tracking import Tracker
 from gradsift.training.curves import read_curve
 
 RUN_FILE = "run.json"
+_COUNTS = ("optimizer_steps", "forward_tokens")  # of a stage's info, what is told with the stages
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Results:
         self.store.say(said + "the same command without proxy.shard goes on with all of them")
 
     def scored(self, artifact: Artifact) -> None:
-        statuses = {k: v for k, v in artifact.info.items() if k not in ("rows", "optimizer_steps")}
+        statuses = {k: v for k, v in artifact.info.items() if k not in ("rows", *_COUNTS)}
         self.values["scores"] = {"rows": artifact.info["rows"], "statuses": statuses}
         self.files["scores"] = str(artifact.file("scores.parquet"))
         scores = scores_of(artifact)
@@ -64,7 +67,7 @@ class Results:
         self._diagnosed(artifact)
 
     def selected(self, artifact: Artifact, loaded: Artifact) -> None:
-        info = {k: v for k, v in artifact.info.items() if k != "optimizer_steps"}
+        info = {k: v for k, v in artifact.info.items() if k not in _COUNTS}
         labels = labels_of(loaded)
         if labels is not None:
             info |= composition(labels, positions_of(artifact).tolist())
@@ -73,8 +76,9 @@ class Results:
         shutil.copyfile(artifact.file(SELECTION_FILE), self.folder / SELECTION_FILE)
         self.files["selection"] = str(self.folder / SELECTION_FILE)
 
-    def audited(self, audit: dict[str, Any]) -> None:
+    def audited(self, found: Callable[[], dict[str, Any]]) -> None:
         """`audit.json` holds all of it, `run.json` all but the positions that were selected."""
+        audit = found()
         (self.folder / AUDIT_FILE).write_text(json.dumps(audit, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         short = [{k: v for k, v in cell.items() if k != "positions"} for cell in audit["selections"]]
         self.values["audit"] = audit | {"selections": short}
@@ -85,15 +89,15 @@ class Results:
         found |= read_diagnostics(artifact.path)
         self.values["warnings"] = sum(diagnostic["verdict"] == "warning" for diagnostic in found.values())
 
-    def finetuned(self, artifact: Artifact, heldout_loss: float | None) -> None:
-        self.values["heldout_loss"] = {"model": heldout_loss}
+    def finetuned(self, artifact: Artifact, heldout_loss: Artifact | None) -> None:
+        self.values["heldout_loss"] = {"model": heldout_loss_of(heldout_loss)}
         self.files["adapter"] = str(artifact.file("adapter"))
         curve = read_curve(artifact.path)
         self.tracker.curve("finetune", curve)
         self.values["final_training_loss"] = _tail_mean([entry["loss"] for entry in curve])
 
-    def answered(self, metrics: dict[str, Any] | None) -> None:
-        self._measured("model", metrics)
+    def answered(self, metrics: Artifact | None) -> None:
+        self._measured("model", metrics_of(metrics))
         by_benchmark = self.values["accuracy"]["by_benchmark"].get("model", {})
         if len(by_benchmark) > 1:
             self.values["accuracy"]["benchmarks"] = by_benchmark
@@ -107,19 +111,20 @@ class Results:
             accuracy["by_benchmark"][model] = {name: found["accuracy"] for name, found in by_set.items()}
             self.values.setdefault("metrics", {})[model] = metrics
 
-    def forgot(self, forgetting: dict[str, Any]) -> None:
-        self.values["forgetting"] = forgetting
+    def forgot(self, states: tuple[General, General]) -> None:
+        self.values["forgetting"] = forgetting_of(states)
 
     def is_reference(self) -> None:
         self.values["pws"] = 1.0
         self.values["pws_by_definition"] = True
 
-    def planned(self, plan: str) -> None:
-        """A dry run ends here: what it would have sent."""
-        self.values["dry_run"] = plan
+    def dry_run(self, said: str) -> None:
+        """A dry run of the judge ends here: what it would have sent."""
+        self.values["dry_run"] = said
         self.ends_early = True
 
-    def judged(self, summary: dict[str, Any], artifact: Artifact) -> None:
+    def judged(self, pws: Artifact, artifact: Artifact) -> None:
+        summary = pws_of(pws)
         self.values["pws"] = summary["pooled"]["pws"]
         self.values["pooled"] = summary["pooled"]
         self.values["benchmarks"] = summary["benchmarks"]
@@ -127,28 +132,36 @@ class Results:
         self.values["judging"] = {key: artifact.info[key] for key in ("invalid", "cost") if key in artifact.info}
         self.files["judgments"] = str(artifact.file("judgments.jsonl"))
 
-    def reference(self, heldout_loss: float | None, metrics: dict[str, Any] | None) -> None:
-        self.values["heldout_loss"]["reference"] = heldout_loss
-        self._measured("reference", metrics)
+    def reference(self, heldout_loss: Artifact | None, metrics: Artifact | None) -> None:
+        self.values["heldout_loss"]["reference"] = heldout_loss_of(heldout_loss)
+        self._measured("reference", metrics_of(metrics))
 
-    def untuned(self, heldout_loss: float | None, metrics: dict[str, Any] | None) -> None:
-        self.values["heldout_loss"]["untuned"] = heldout_loss
-        self._measured("untuned", metrics)
+    def untuned(self, heldout_loss: Artifact | None, metrics: Artifact | None) -> None:
+        self.values["heldout_loss"]["untuned"] = heldout_loss_of(heldout_loss)
+        self._measured("untuned", metrics_of(metrics))
 
     def ensemble(self, members: Sequence[Sequence[Artifact]]) -> None:
         for number, chain in enumerate(members):
             curves = [entry for artifact in chain for entry in read_curve(artifact.path)]
             self.tracker.curve(f"member_{number}", [entry | {"batch": index} for index, entry in enumerate(curves)])
 
+    def value_of(self, objective: str) -> float | None:
+        """The pooled PWS, or the tuned target's accuracy or held-out loss; None where the run has none."""
+        found = self.values.get(objective)
+        value = found.get("model") if isinstance(found, dict) else found
+        return None if value is None else float(value)
+
     def finish(self, status: str, error: str | None = None) -> None:
         """Write `run.json` and the summary; `status` is finished, stopped, failed or interrupted."""
-        memory = peak_memory()
+        memory, stages = peak_memory(), self.store.records_as_dicts()
         content = {
             "status": status,
             **self.about,
             "seconds": round(time.perf_counter() - self._started, 3),
             "memory": memory,
-            "stages": self.store.records_as_dicts(),
+            "work": work_of(stages),
+            "stages": stages,
+            **({"reused_from": sorted(self.store.other_code)} if self.store.other_code else {}),
             "pws": None,
             **self.values,
             "files": self.files,

@@ -7,7 +7,6 @@ most. Overrides that some runs have and others have not stand in the column `set
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradsift.diagnostics import Diagnostic
+from gradsift.report.text_table import write_records
 
 Run = Mapping[str, Any]
 Row = dict[str, Any]
@@ -225,8 +225,4 @@ def write_csv(path: Path, runs: Sequence[Run]) -> None:
     """Every row of every run, nothing averaged, plain values."""
     runs = with_settings(runs)
     rows = [row for run in runs for row in flat_rows(run)] + untuned_rows(runs)
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        names = dict.fromkeys(name for row in rows for name in row)
-        writer = csv.DictWriter(stream, fieldnames=list(names))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_records(path, rows)

@@ -8,13 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.table import Table
 from rich.text import Text
 
 from gradsift.artifacts import StageRecord
 from gradsift.diagnostics import write_diagnostics
 from gradsift.report.audit_tables import audit_tables, rich_table, sweep_audit, write_audit
+from gradsift.report.automatic import report_at_end, wanted_by_jobs
+from gradsift.report.plans import jobs_table, plan_lines, plan_table, stages_table
 from gradsift.report.tables import against_random, pws_table, write_csv
+from gradsift.report.work import WORK_FILE, work_by_stage, work_lines, work_of, work_table, write_work
 from gradsift.runtime import Display
 
 RUN_FILE = "run.json"
@@ -27,39 +31,46 @@ _BASELINES = ("random", "full")  # ask no model for anything
 
 
 class RunView:
-    """A plan before, a line for every unit of work that is done, a table after."""
+    """The settings before, a line for every unit of work that is done, a table after."""
 
     def __init__(self, number: int | None = None, display: Display | None = None) -> None:
         self.display = display or Display()
         self._number = number
-        self._reused = 0
 
     def starting(self, overrides: Sequence[str]) -> None:
         """The heading; in a sweep it tells the runs apart."""
         heading = "run" if self._number is None else f"run {self._number} of the sweep: {' '.join(overrides)}"
         self.display.console.rule(Text(f"gradsift: {heading}"), align="left", style="dim")
 
-    def plan(self, plan: list[tuple[str, Any]]) -> None:
-        """The resolved plan, one line an item; of a sweep only the first run's, the others differ by their heading."""
+    def settings(self, settings: list[tuple[str, Any]]) -> None:
+        """One line a setting; of a sweep only the first run's, the others differ by their heading."""
         if self._number is not None and self._number > 1:
             return
         table = Table.grid(padding=(0, 2))
-        for name, value in plan:
+        for name, value in settings:
             table.add_row(name, str(value))
         self.display.console.print(table)
 
     def stage_done(self, record: StageRecord) -> None:
         if record.reused:
-            self._reused += 1
             return
         steps = f", {record.optimizer_steps:,} steps" if record.optimizer_steps else ""
         self.display.say(f"  {record.name:<10} {Path(record.artifact).name}  {record.seconds:.1f} s{steps}")
 
+    def planned(self, folder: Path, *, in_sweep: bool) -> None:
+        """The plan; of a sweep's run its totals, as the sweep ends with a table of all."""
+        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        if not in_sweep:
+            self.display.console.print(plan_table(run))
+        for line in plan_lines([run]):
+            self.display.say(f"  {line}")
+
     def finished(self, folder: Path, *, in_sweep: bool) -> None:
         """The table of this run and the paths of what it wrote."""
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        if self._reused:
-            self.display.say(f"  {self._reused} units of finished work were reused")
+        if stages := run.get("stages"):
+            for line in work_lines(work_of(stages)):
+                self.display.say(f"  {line}")
         if peaks := run.get("memory"):
             shown = ", ".join(f"{peak:.1f} GB {_MEMORY[name]}" for name, peak in peaks.items())
             self.display.say(f"  peak memory of the process so far: {shown}")
@@ -136,8 +147,12 @@ def _show_audit(jobs: Sequence[tuple[Path, dict[str, Any]]], display: Display, f
     return True
 
 
-def sweep_finished(folder: Path) -> bool:
-    """Print the sweep's table, write `results.csv`; False if a job failed."""
+def sweep_finished(folder: Path, jobs: Sequence[Sequence[str]] | None = None) -> bool:
+    """Print the sweep's table, write `results.csv` and the report; False if a job failed or left no word.
+
+    Args:
+        jobs: the overrides of every job; None where nobody knew them beforehand.
+    """
     display = Display()
     files = sorted(folder.glob(f"*/{RUN_FILE}"), key=_job_number)
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in files]
@@ -151,9 +166,49 @@ def sweep_finished(folder: Path) -> bool:
             for line in findings({diagnostic.name: diagnostic.as_json() for diagnostic in compared}):
                 display.say(line)
         display.say(f"\ntable: {folder / 'results.csv'}")
+    if planned := [run for run in runs if run["status"] == "planned"]:
+        for table in (jobs_table(planned), stages_table(planned)):
+            display.console.print()
+            display.console.print(table)
+        for line in plan_lines(planned):
+            display.say(line)
+    if any(run.get("stages") for run in runs):
+        by_stage = work_by_stage(runs)
+        write_work(folder / WORK_FILE, by_stage)
+        display.console.print()
+        display.console.print(work_table(by_stage))
     if _show_audit(list(zip(files, runs, strict=True)), display, folder):
         display.say(f"\naudit: {folder / 'audit.md'}")
+    if best := _best_trial(folder):
+        display.say(f"best trial: {best}")
+    if wanted_by_jobs(folder) and not planned:
+        report_at_end(folder, display)
     display.say(f"runs: {folder}")
     for path, run in failed:
         display.say(f"failed: {path.parent.name} ({shlex.join(run['overrides'])}): {run['error']}")
-    return not failed
+    silent = _silent(folder, files, jobs)
+    for job in silent:
+        display.say(f"failed: {job}: it left no {RUN_FILE}, so its process was killed or is still at work")
+    return not failed and not silent
+
+
+def _silent(folder: Path, files: Sequence[Path], jobs: Sequence[Sequence[str]] | None) -> list[str]:
+    """The jobs that left no `run.json`: those that began and, where all are known, those that never did."""
+    spoken = {path.parent for path in files}
+    begun = {path.parent for path in folder.glob("*/.hydra")} - spoken
+    silent = {_job_number(path / RUN_FILE): path.name for path in begun}
+    numbers = {_job_number(path / RUN_FILE)[0] for path in begun | spoken}
+    for number, overrides in enumerate(jobs or ()):
+        if number not in numbers:
+            silent[(number, "")] = f"{number} ({shlex.join(overrides)})"
+    return [silent[key] for key in sorted(silent)]
+
+
+def _best_trial(folder: Path) -> str | None:
+    """What a search found, in one line; None after a plain sweep."""
+    path = folder / "optimization_results.yaml"
+    if not path.is_file():
+        return None
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    params = " ".join(f"{key}={value}" for key, value in found["best_params"].items())
+    return f"{params}: {found['best_value']:.4g}"

@@ -23,6 +23,7 @@ nothing else:
     budget       `budget(scored)`: how many examples will be selected where `scored` have a score. The
                  scores then belong to one alpha, and every alpha computes its own
     task         a progress bar: `with task(description, total) as advance`
+    journal      `gradsift.journal.Journal`: results that a killed run need not make again
 
 Its keyword-only parameters are its constants, filled from `conf/scorer/<name>.yaml`. It returns
 `Scores`. A scorer of your own is such a function and a YAML file with its `_target_`.

@@ -25,6 +25,7 @@ import numpy as np
 
 from gradsift.data.examples import Example
 from gradsift.data.templates import render
+from gradsift.journal import Journal
 from gradsift.runtime import Task
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
 from gradsift.scoring.spans import Span, span_losses, token_ids
@@ -34,7 +35,9 @@ _RESPONSE = "### Response:"
 _ROOM_FOR_RESPONSE = 4  # tokens that the published code reckons with for that line
 
 
-def cherry(examples: Sequence[Example], backbone: Backbone, task: Task, *, max_length: int, fidelity: str) -> Scores:
+def cherry(
+    examples: Sequence[Example], backbone: Backbone, task: Task, journal: Journal, *, max_length: int, fidelity: str
+) -> Scores:
     """IFD of each example under the proxy's backbone, without adapters.
 
     Args:
@@ -49,7 +52,7 @@ def cherry(examples: Sequence[Example], backbone: Backbone, task: Task, *, max_l
     with task("cherry", 2 * len(examples)) as advance:
         chosen = [spans[row] for spans in (alone, together) for row in passed]
         rows = 2 * [examples[row].row_index for row in passed.tolist()]
-        losses[:, passed] = span_losses(backbone, chosen, rows, advance).reshape(2, -1)
+        losses[:, passed] = span_losses(backbone, chosen, rows, advance, journal).reshape(2, -1)
         advance(2 * (len(examples) - len(passed)))
     with np.errstate(divide="ignore", invalid="ignore"):
         ifd = losses[1] / losses[0]

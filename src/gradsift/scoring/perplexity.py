@@ -15,19 +15,20 @@ import torch
 
 from gradsift.data.batching import collate
 from gradsift.data.tokens import Encoded
+from gradsift.journal import Journal
 from gradsift.proxy.epochs import ProxyInputs
 from gradsift.runtime import Task
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 from gradsift.training.finetuning import ResponseLosses, require_finite
 
 
-def perplexity(proxy_inputs: ProxyInputs, task: Task, *, prefer: str) -> Scores:
+def perplexity(proxy_inputs: ProxyInputs, task: Task, journal: Journal, *, prefer: str) -> Scores:
     """Perplexity under the proxy's backbone, without adapters, and the score that prefers it low, high or middle.
 
     Raises:
         GradsiftError: a loss that is not finite, named by its row.
     """
-    losses = response_losses(proxy_inputs, task)
+    losses = response_losses(proxy_inputs, task, journal)
     with np.errstate(over="ignore"):  # beyond e^709 it is infinite; scores are made of the losses
         parts = {"perplexity": np.exp(losses), "loss": losses}
     scores = Scores({"low": -losses, "high": losses, "middle": -from_median(losses)}[prefer], parts)
@@ -36,7 +37,7 @@ def perplexity(proxy_inputs: ProxyInputs, task: Task, *, prefer: str) -> Scores:
 
 
 @torch.inference_mode()
-def response_losses(proxy_inputs: ProxyInputs, task: Task) -> np.ndarray:
+def response_losses(proxy_inputs: ProxyInputs, task: Task, journal: Journal) -> np.ndarray:
     """Mean loss (nats) of each example's response tokens, (N,) float64; NaN where there is none."""
     backbone, encoded, row_indices, budget = proxy_inputs
     losses = np.full(len(row_indices), np.nan)
@@ -47,7 +48,7 @@ def response_losses(proxy_inputs: ProxyInputs, task: Task) -> np.ndarray:
         return batch.rows, losses_of(batch.to(backbone.model.device)).cpu()
 
     with task("perplexity", len(encoded)) as advance:
-        for examples, found in budget.passes(encoded, pass_through):
+        for examples, found in budget.passes(encoded, pass_through, journal):
             for rows, values in found:
                 require_finite("loss", rows, values, row_indices)
                 losses[rows.numpy()] = values.double().numpy()

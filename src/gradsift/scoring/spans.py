@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from gradsift.data.batching import length_batches
+from gradsift.journal import Journal
 from gradsift.runtime import Advance
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget
@@ -50,12 +52,13 @@ def token_ids(tokenizer: Any, texts: Sequence[str], *, special: bool) -> Iterato
 
 
 def span_losses(
-    backbone: Backbone, spans: Sequence[Span], row_indices: Sequence[int] | None, advance: Advance
+    backbone: Backbone, spans: Sequence[Span], row_indices: Sequence[int] | None, advance: Advance, journal: Journal
 ) -> np.ndarray:
     """Mean loss (nats) over each span's scored tokens, (N,) float64; NaN where a span scores none.
 
     Args:
         row_indices: of the spans in the data's source, for errors; None where a loss may be NaN or infinite.
+        journal: keeps the losses batch by batch.
     """
     losses = np.full(len(spans), np.nan)
     same: dict[tuple[int, bytes], list[int]] = {}  # equal spans are passed once, so that their losses tie
@@ -69,15 +72,14 @@ def span_losses(
     lengths = [len(spans[group[0]].ids) for group in groups]
     for batch in length_batches(lengths, budget.tokens):
 
-        def means_of(tokens: int, batch: Sequence[int] = batch) -> dict[int, float]:
-            means: dict[int, float] = {}
-            for part in length_batches([lengths[position] for position in batch], tokens):
-                positions = [batch[index] for index in part]
-                found = _batch_losses(backbone, head, [spans[groups[position][0]] for position in positions])
-                means |= dict(zip(positions, found.tolist(), strict=True))
+        def means_of(tokens: int, batch: Sequence[int] = batch) -> list[float]:
+            means: list[float] = []
+            for part in length_batches([lengths[position] for position in batch], tokens):  # keeps the order
+                means += _batch_losses(backbone, head, [spans[groups[batch[index]][0]] for index in part]).tolist()
             return means
 
-        for position, mean in budget.run(means_of, [lengths[position] for position in batch]).items():
+        work = functools.partial(budget.run, means_of, [lengths[position] for position in batch])
+        for position, mean in zip(batch, journal.once(batch, work), strict=True):
             losses[groups[position]] = mean
         rows = [index for position in batch for index in groups[position]]
         if row_indices is not None:

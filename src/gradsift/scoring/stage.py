@@ -9,6 +9,7 @@ from typing import Any
 from gradsift.artifacts import Artifact
 from gradsift.data.examples import Example
 from gradsift.diagnostics import Diagnostic, write_diagnostics
+from gradsift.journal import Journal
 from gradsift.runtime import Runtime
 from gradsift.scoring.scores import Scores, read_scores, write_scores
 from gradsift.sources import Method, Source
@@ -33,7 +34,8 @@ def score(
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
-        scores: Scores = scorer(sources=sources)
+        journal = Journal(folder, runtime.compute.save_every)
+        scores: Scores = scorer(sources={**sources, "journal": Source(list, lambda: journal)})
         examples = pool()
         scores.require_finite([example.row_index for example in examples])
         write_scores(folder / SCORES_FILE, scores, [example.example_id for example in examples])

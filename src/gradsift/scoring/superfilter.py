@@ -38,6 +38,7 @@ from torch import nn
 from gradsift.data.examples import Example
 from gradsift.diagnostics import Diagnostic
 from gradsift.errors import GradsiftError
+from gradsift.journal import Journal
 from gradsift.runtime import Advance, Task
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
 from gradsift.scoring.spans import Span, span_losses, token_ids
@@ -50,7 +51,14 @@ _NOT_BELOW_ONE = "IFD is at least 1: the prompt does not make the response likel
 
 
 def superfilter(
-    examples: Sequence[Example], backbone: Backbone, task: Task, *, max_length: int, fidelity: str, keep: str
+    examples: Sequence[Example],
+    backbone: Backbone,
+    task: Task,
+    journal: Journal,
+    *,
+    max_length: int,
+    fidelity: str,
+    keep: str,
 ) -> Scores:
     """IFD of each example under the proxy's backbone, without adapters.
 
@@ -71,7 +79,7 @@ def superfilter(
         losses = np.full(len(spans), np.nan)
         passed = np.flatnonzero(~fails)
         chosen, rows = [spans[i] for i in passed], [row_indices[i % len(examples)] for i in passed]
-        losses[passed] = span_losses(backbone, chosen, rows, advance)
+        losses[passed] = span_losses(backbone, chosen, rows, advance, journal)
         advance(int(fails.sum()))
     loss_alone, loss_together = losses.reshape(2, -1)
     if fidelity == "original":
@@ -87,6 +95,7 @@ def superfilter_screened(
     examples: Sequence[Example],
     backbone: Backbone,
     task: Task,
+    journal: Journal,
     budget: Callable[[int], int],
     *,
     max_length: int,
@@ -125,7 +134,7 @@ def superfilter_screened(
     def losses_of(model: Backbone, rows: np.ndarray, advance: Advance, check: bool = True) -> np.ndarray:
         chosen = [span[row] for span in spans for row in rows]
         named = 2 * [row_indices[row] for row in rows] if check else None
-        return span_losses(model, chosen, named, advance).reshape(2, -1)
+        return span_losses(model, chosen, named, advance, journal).reshape(2, -1)
 
     everything = np.arange(count)
     with task("superfilter, bfloat16", 2 * count) as advance:

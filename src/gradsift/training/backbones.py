@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import warnings
@@ -127,7 +126,9 @@ def _nano(runtime: Runtime, config: ModelConfig) -> Artifact:
         tokenizer.save_pretrained(folder)
         return {"optimizer_steps": result.steps, "loss": result.loss, "parameters": model.num_parameters()}
 
-    return runtime.store.obtain("backbone", f"nano-{config.nano.architecture}", settings, [], make, version=VERSION)
+    slug = f"nano-{config.nano.architecture}"
+    size = config.nano.steps * config.nano.batch_size
+    return runtime.store.obtain("backbone", slug, settings, [], make, version=VERSION, size=size)
 
 
 def _tiny_bytes(runtime: Runtime) -> Artifact:
@@ -189,18 +190,12 @@ def _pretrained(runtime: Runtime, config: ModelConfig) -> Artifact:
         return {"optimizer_steps": 0, "revision": pin.get("revision"), "content": pin.get("revision") or ""}
 
     slug = path.rstrip("/").rsplit("/", 1)[-1].lower()
-    return runtime.store.obtain("backbone", slug, settings, [], make, version=VERSION)
+    return runtime.store.obtain("backbone", slug, settings, [], make, version=VERSION, light=True)
 
 
 def _folder_hashes(folder: Path) -> dict[str, str]:
     files = sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES)
-    return {file.name: _hash_of(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files}
-
-
-@functools.cache
-def _hash_of(file: Path, modified: int, size: int) -> str:
-    """Weights take seconds to hash: once a process while time and size stay the same."""
-    return file_hash(file)
+    return {file.name: file_hash(file) for file in files}
 
 
 def _hub_commit(config: ModelConfig) -> str:

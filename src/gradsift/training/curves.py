@@ -1,4 +1,4 @@
-"""Training curves: `curve.jsonl`, one line a batch."""
+"""Training curves: `curve.jsonl`, one line a batch, and the `trajectory.safetensors` of a proxy's adapter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import load_file
+
 CURVE_FILE = "curve.jsonl"
+TRAJECTORY_FILE = "trajectory.safetensors"
 
 
 def write_curve(folder: Path, curve: Sequence[Mapping[str, float]]) -> None:
@@ -17,3 +21,9 @@ def write_curve(folder: Path, curve: Sequence[Mapping[str, float]]) -> None:
 
 def read_curve(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / CURVE_FILE).read_text(encoding="utf-8").splitlines()]
+
+
+def read_trajectory(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Optimiser steps (P,) since the adapter was fresh, and points (P, D); see `gradsift.proxy.trajectory`."""
+    found = load_file(folder / TRAJECTORY_FILE)
+    return found["steps"], found["points"]

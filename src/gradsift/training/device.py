@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from gradsift.config import ComputeConfig
+from gradsift.cost import passed
 from gradsift.data.batching import by_length
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
+from gradsift.journal import Journal
 
 T = TypeVar("T")
 _GPU_TOKENS = 16384
@@ -46,29 +49,39 @@ class TokenBudget:
 
         Args:
             work: leaves nothing behind when it fails.
-            lengths: in tokens, of the examples that it passes through the model.
+            lengths: in tokens, of the examples that it passes through the model; they are counted as passed.
 
         Raises:
             GradsiftError: memory does not hold a single one of the examples.
         """
         while True:
             try:
-                return work(self.tokens)
+                done = work(self.tokens)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+            else:
+                passed(sum(lengths))
+                return done
             self._halve(lengths)  # here, where the failed pass is no longer held by the exception
 
     def passes(
-        self, examples: Sequence[Encoded], work: Callable[[list[Encoded]], T]
+        self, examples: Sequence[Encoded], work: Callable[[list[Encoded]], T], journal: Journal | None = None
     ) -> Iterator[tuple[list[Encoded], list[T]]]:
-        """The examples in groups of like length, and what `work` made of each batch that a group took."""
+        """The examples in groups of like length, and what `work` made of each batch that a group took.
+
+        Args:
+            journal: keeps what `work` returns, so that an interrupted pass goes on after its last group.
+        """
+        kept = journal or Journal()
         for group in by_length(examples, self.tokens):
 
             def batch_by_batch(tokens: int, group: list[Encoded] = group) -> list[T]:
                 return [work(batch) for batch in by_length(group, tokens)]
 
-            yield group, self.run(batch_by_batch, [len(example.input_ids) for example in group])
+            lengths = [len(example.input_ids) for example in group]
+            rows = [example.row for example in group]
+            yield group, kept.once(rows, functools.partial(self.run, batch_by_batch, lengths))
 
     def _halve(self, lengths: Sequence[int]) -> None:
         longest = max(lengths)

@@ -21,12 +21,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from gradsift.config import ComputeConfig
+from gradsift.cost import passed
 from gradsift.data.batching import Batch, by_length, collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
+from gradsift.runtime import derive_seed
 from gradsift.training import lora, ranks
 from gradsift.training.device import TokenBudget, device_of, is_out_of_memory
 from gradsift.training.head import OutputHead, token_losses
+from gradsift.training.save_point import SavePoint
 
 if TYPE_CHECKING:
     from gradsift.gradients.norms import PerSampleNorms
@@ -89,7 +92,13 @@ class Finetuning(L.LightningModule):
     """
 
     def __init__(
-        self, model: nn.Module, optimization: Optimization, budget: TokenBudget, pad_id: int, first_step: int = 0
+        self,
+        model: nn.Module,
+        optimization: Optimization,
+        budget: TokenBudget,
+        pad_id: int,
+        first_step: int = 0,
+        dropout_seed: int = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -98,6 +107,7 @@ class Finetuning(L.LightningModule):
         self.budget = budget
         self.pad_id = pad_id
         self.first_step = first_step  # optimiser steps that earlier epochs took
+        self.dropout_seed = dropout_seed
         self.restore_from: Path | None = None  # an earlier epoch's optimiser state
         self.norms: PerSampleNorms | None = None  # set while the norms of the training steps are wanted
         self.curve: list[dict[str, float]] = []  # one entry a step; its loss is there when `fit` has ended
@@ -105,19 +115,35 @@ class Finetuning(L.LightningModule):
         self._losses = ResponseLosses(model)
         self._is_sharded = ranks.is_sharded(model)
 
+    def resume(self, losses: torch.Tensor, tokens: Sequence[int]) -> None:
+        """Go on after the steps that had these mean losses (n,) and tokens."""
+        self.first_step += len(tokens)
+        self._step_losses = losses.to(self.device)
+        self.curve = [{"loss": math.nan, "tokens": count} for count in tokens]
+
+    def curve_so_far(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean losses (n,) and tokens (n,) of the steps taken."""
+        tokens = torch.tensor([int(entry["tokens"]) for entry in self.curve])
+        return self._step_losses[: len(tokens)], tokens
+
     def training_step(self, step: Step, step_index: int) -> dict[str, torch.Tensor]:
         lengths = [len(example.input_ids) for example in step.examples]
         mine = ranks.share(step.examples)
-        outputs = self._run(lambda tokens: self._backward(mine, step.examples, tokens), lengths)
+        # masks depend on the step and the rank, not on what went before: a training that goes on needs no random state
+        torch.manual_seed(derive_seed(self.dropout_seed, len(self.curve), ranks.rank()))
+        outputs = self._run(
+            lambda tokens: self._backward(mine, step.examples, tokens), [len(example.input_ids) for example in mine]
+        )
         ranks.sum_gradients(list(lora.trainable_parameters(self.model).values()))
         outputs = ranks.gather(outputs, len(lengths))
         self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        if step_index >= len(self._step_losses):  # one tensor that grows: small ones would break up the memory
-            room = torch.zeros(2 * len(self._step_losses) + 64, device=self.device)
-            room[: len(self._step_losses)] = self._step_losses
+        done = len(self.curve)
+        if done >= len(self._step_losses):  # one tensor that grows: small ones would break up the memory
+            room = torch.zeros(2 * done + 64, device=self.device)
+            room[:done] = self._step_losses
             self._step_losses = room
-        self._step_losses[step_index] = outputs["losses"].mean()
+        self._step_losses[done] = outputs["losses"].mean()
         self.curve.append({"loss": math.nan, "tokens": sum(lengths)})
         return outputs
 
@@ -129,6 +155,7 @@ class Finetuning(L.LightningModule):
         if not self._is_sharded:
             return self.budget.run(work, lengths)
         try:
+            passed(sum(lengths))
             return work(self.budget.tokens)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -194,21 +221,30 @@ def fit(
     compute: ComputeConfig,
     row_indices: Sequence[int],
     callbacks: Sequence[L.Callback] = (),
+    folder: Path | None = None,
 ) -> int:
     """Train over the steps of `plan` (positions in `encoded`) in the order given.
 
     Args:
         row_indices: of the examples that `Encoded.row` counts, in the data's source; for errors.
+        folder: of the artifact in the making: where an interrupted training left the point that this one goes on
+            from, and where this one leaves its own.
 
     Returns:
-        The number of optimiser steps taken.
+        The number of optimiser steps that this process took; `module.curve` has them all.
 
     Raises:
         GradsiftError: a loss that is not finite, named by its rows; memory does not hold a single example.
     """
-    loader: Any = DataLoader(encoded, batch_sampler=plan, collate_fn=Step)  # type: ignore[arg-type]
     handler = signal.getsignal(signal.SIGINT)
-    trainer = quiet_trainer(compute, [StopAtNonFinite(row_indices), *callbacks])
+    callbacks = [StopAtNonFinite(row_indices), *callbacks]
+    if folder is not None:
+        point = SavePoint(folder, compute.save_every, len(plan), callbacks)
+        point.restore(module)
+        callbacks.append(point)
+    trainer = quiet_trainer(compute, callbacks)
+    left = plan[len(module.curve) :]
+    loader: Any = DataLoader(encoded, batch_sampler=left, collate_fn=Step)  # type: ignore[arg-type]
     try:
         trainer.fit(module, loader)
     except SystemExit:  # Lightning turns Ctrl-C into an exit and leaves the signal ignored
@@ -218,6 +254,11 @@ def fit(
         gc.collect()  # Lightning's reference cycles would keep the model on the device
         torch.cuda.empty_cache()
     return int(trainer.global_step)
+
+
+def step_counts(module: Finetuning, taken: int) -> dict[str, int]:
+    """For a stage's counts: all steps of the training, and those of them that interrupted processes took."""
+    return {"optimizer_steps": len(module.curve), "resumed_steps": len(module.curve) - taken}
 
 
 def quiet_trainer(compute: ComputeConfig, callbacks: list[L.Callback]) -> L.Trainer:
@@ -248,9 +289,18 @@ class ShowProgress(L.Callback):
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self._advance = advance
+        self._done = 0  # examples
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
+        self._done += len(batch.examples)
         self._advance(len(batch.examples))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self._done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._done = state["done"]
+        self._advance(self._done)
 
 
 class StopAtNonFinite(L.Callback):
@@ -267,6 +317,11 @@ class StopAtNonFinite(L.Callback):
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         self._check()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep; but a point is not saved that nothing could go on from."""
+        self._check()
+        return {}
 
     def _check(self) -> None:
         names = {"losses": "training loss", "norm_A": "gradient norm", "norm_B": "gradient norm"}

@@ -175,9 +175,13 @@ def _is_last_step(causal: Any, embedding: nn.Linear) -> bool:
     """Whether the model's logits are `embedding` of the last hidden states, bit for bit: it is the same product."""
     vocabulary = causal.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (2, 7), generator=torch.Generator().manual_seed(0)).to(embedding.weight.device)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+    }  # without a mask a pad id among them is warned of
     with evaluating(causal):  # a dropout mask would be another one in each pass
-        logits = causal(input_ids=ids, use_cache=False).logits
-        hidden = causal.base_model(input_ids=ids, use_cache=False)[0]
+        logits = causal(**inputs, use_cache=False).logits
+        hidden = causal.base_model(**inputs, use_cache=False)[0]
         if hidden.dtype != embedding.weight.dtype:
             return False  # the model casts before its head
         shortcut = embedding(hidden)

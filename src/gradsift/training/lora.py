@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from gradsift.errors import ConfigError
 from gradsift.training.adapted import ADAPTER, fuse
 
 ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
@@ -111,6 +113,10 @@ def save_adapter(adapted: Any, folder: Path) -> None:
     """Write the adapter in peft's own format (safetensors)."""
     adapted.save_pretrained(folder, safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    if isinstance(config["target_modules"], list):  # a set, whose order differs from process to process
+        config["target_modules"].sort()
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def load_adapter(adapted: Any, folder: Path) -> None:
@@ -120,18 +126,30 @@ def load_adapter(adapted: Any, folder: Path) -> None:
         raise ConfigError(f"the adapter in {folder.name} does not fit this model: {outcome.unexpected_keys[0]}")
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], path: Path) -> None:
-    """Write the optimiser's state as `<kind>:<parameter>` tensors (safetensors)."""
-    tensors = {}
-    for name, parameter in parameters.items():
-        for kind, value in optimizer.state[parameter].items():
-            tensors[f"{kind}:{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    save_file(tensors, path)
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The optimiser's state, as `<kind>:<parameter>`."""
+    return {
+        f"{kind}:{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for name, parameter in parameters.items()
+        for kind, value in optimizer.state[parameter].items()
+    }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], path: Path) -> None:
-    """Restore what `save_optimizer` wrote; the state moves to each parameter's device."""
-    for key, value in load_file(path).items():
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Restore what `optimizer_tensors` gave; the state moves to each parameter's device."""
+    for key, value in tensors.items():
         kind, name = key.split(":", 1)
         parameter = parameters[name]
         optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], path: Path) -> None:
+    """Write the optimiser's state (safetensors)."""
+    save_file(optimizer_tensors(optimizer, parameters), path)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], path: Path) -> None:
+    """Restore what `save_optimizer` wrote."""
+    restore_optimizer(optimizer, parameters, load_file(path))

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from gradsift.cost import passed
 from gradsift.data.verifiable import VOCABULARY, pretraining_rows
 from gradsift.errors import ConfigError
 
@@ -146,6 +147,7 @@ def pretrain(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        passed(sum(len(prompt) + len(response) for prompt, response in batch))
         losses.append(loss.item())
         if progress is not None:
             progress(step + 1, steps, losses[-1])

@@ -34,6 +34,7 @@ from torch.multiprocessing import get_context
 
 from gradsift.artifacts import Store
 from gradsift.config import ComputeConfig
+from gradsift.cost import counting, passed
 from gradsift.data.batching import shard_of
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
@@ -62,11 +63,6 @@ def size() -> int:
 def share(examples: Sequence[Encoded]) -> Sequence[Encoded]:
     """This rank's part of the examples: every one is one rank's, none is there twice."""
     return examples if size() == 1 else shard_of(examples, rank(), size())
-
-
-def seed_draws(seed: int) -> None:
-    """Seed what this rank draws (dropout masks): each rank its own."""
-    torch.manual_seed(seed + rank())
 
 
 def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -195,7 +191,18 @@ def _work(runtime: Runtime, folder: Path, scratch: Path, work: Callable[..., T],
         folder = scratch / f"rank{rank()}"
         shutil.copytree(places[0], folder)
     distributed.barrier()
-    return work(runtime, folder, *arguments)
+    return _counted(work, runtime, folder, arguments)
+
+
+def _counted(work: Callable[..., T], runtime: Runtime, folder: Path, arguments: tuple[Any, ...]) -> T:
+    """What `work` returns; the forward tokens of all ranks are counted on rank 0, for the unit under way there."""
+    with counting() as tokens:
+        found = work(runtime, folder, *arguments)
+    total = torch.tensor(tokens())
+    total = total.cuda() if distributed.get_backend() == "nccl" else total
+    distributed.all_reduce(total)
+    passed(int(total))
+    return found
 
 
 @contextmanager

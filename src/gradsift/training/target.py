@@ -16,15 +16,16 @@ from gradsift.data.batching import epoch_batches
 from gradsift.data.examples import Example
 from gradsift.data.tokens import EncodeReport, encode
 from gradsift.errors import GradsiftError
+from gradsift.planning import Planned
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora
 from gradsift.training.backbones import Backbone, load_backbone
 from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
-from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, fit
-from gradsift.training.ranks import on_all_ranks, seed_draws, shard_weights
+from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, fit, step_counts
+from gradsift.training.ranks import on_all_ranks, shard_weights
 
-VERSION = 2
+VERSION = 3
 
 
 def finetune(
@@ -42,22 +43,38 @@ def finetune(
     """
     chosen = [pool[position] for position in sorted(int(p) for p in positions)]
     identity = hashlib.sha256("\n".join(example.example_id for example in chosen).encode()).hexdigest()
-    settings = asdict(config) | {
-        "name": None,
-        "model": None,  # the parent artifact stands for it
-        "examples": identity,
-        "seed": runtime.seed,
-        **runtime.compute.numerics,
-        "tokens": runtime.compute.mask_batches
-        if config.lora.dropout
-        else None,  # dropout masks are drawn batch by batch
-    }
+    settings = finetune_settings(runtime, config) | {"examples": identity}
 
     def make(folder: Path) -> Mapping[str, Any]:
         return on_all_ranks(runtime, folder, _train, config, target, chosen)
 
-    slug = f"{config.name}-{len(chosen)}rows"
-    return runtime.store.obtain("finetune", slug, settings, [target, loaded], make, version=VERSION)
+    slug, size = f"{config.name}-{len(chosen)}rows", passes(config, len(chosen))
+    return runtime.store.obtain("finetune", slug, settings, [target, loaded], make, version=VERSION, size=size)
+
+
+def expected_finetune(
+    runtime: Runtime, config: TargetConfig, target: Artifact, loaded: Artifact, selection: Planned, rows: int
+) -> Artifact:
+    """The finetune on a selection that is not made yet, for a plan; `rows` are its examples at most."""
+    settings = finetune_settings(runtime, config) | {"selection": selection.fingerprint}
+    slug, parents = f"{config.name}-{rows}rows", [target, loaded, selection]
+    return selection.planner.expect("finetune", slug, settings, parents, passes(config, rows))
+
+
+def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:
+    """What a finetune depends on besides its examples."""
+    return asdict(config) | {
+        "name": None,
+        "model": None,  # the parent artifact stands for it
+        "seed": runtime.seed,
+        **runtime.compute.numerics,
+        "tokens": runtime.compute.mask_batches if config.lora.dropout else None,
+    }
+
+
+def passes(config: TargetConfig, rows: int) -> int:
+    """Examples that pass through the target in a finetune on so many."""
+    return rows * config.epochs if config.epochs is not None else (config.steps or 0) * min(config.batch_size, rows)
 
 
 def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[list[int]]:
@@ -104,9 +121,9 @@ def train_target(
     adapted = lora.add_adapter(backbone.model, config.lora, derive_seed(runtime.seed, "target lora"))
     shard_weights(adapted, runtime.compute)
     adapted.to(device_of(runtime.compute))
-    seed_draws(derive_seed(runtime.seed, "target dropout"))
     budget = TokenBudget.of(backbone.model, runtime.compute.tokens, runtime.display.say)
-    module = Finetuning(adapted, optimization, budget, backbone.pad_id)
+    dropout_seed = derive_seed(runtime.seed, "target dropout")
+    module = Finetuning(adapted, optimization, budget, backbone.pad_id, dropout_seed=dropout_seed)
     with runtime.display.task(f"finetune {config.name} on {len(chosen):,} rows", sum(map(len, plan))) as advance:
         steps = fit(
             module,
@@ -115,10 +132,11 @@ def train_target(
             compute=runtime.compute,
             row_indices=[example.row_index for example in chosen],
             callbacks=[ShowProgress(advance)],
+            folder=folder,
         )
     lora.save_adapter(adapted, folder / "adapter")
     write_curve(folder, module.curve)
-    return {"optimizer_steps": steps, "rows": len(encoded), "tokens": sum(int(e["tokens"]) for e in module.curve)}
+    return {**step_counts(module, steps), "rows": len(encoded), "tokens": sum(int(e["tokens"]) for e in module.curve)}
 
 
 def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str) -> None:

@@ -67,7 +67,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("give either the folder of a run, or two files with --model and --reference")
     if options.bootstrap < 1 or not 0 < options.confidence < 1:
         raise ConfigError("--bootstrap must be at least 1, and --confidence between 0 and 1")
-    missing = [name for name in ("starlette", "uvicorn", "jinja2") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing and not options.results:
         raise ConfigError(
             f"the page needs the package {missing[0]}; install it with `pip install -c constraints.txt -e '.[human]'`"

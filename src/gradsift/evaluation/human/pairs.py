@@ -65,27 +65,17 @@ def read_pairs(files: PairFiles) -> Pairs:
 
 
 def files_of_run(folder: Path) -> PairFiles:
-    """The answers that the judge stage of a run compared, and its judgments.
+    """The two models' answers of a run, and its judge's judgments if it came to an end.
 
     Raises:
-        DataError: `folder` holds no run, the run never judged two models, or its artifacts are gone.
+        DataError: `folder` holds no run, the run made no two models' answers, or its artifacts are gone.
     """
     stages = _stages(folder)
     judged = [Path(stage["artifact"]) for stage in stages if stage["name"] == "judge"]
     if not judged:
-        raise DataError(
-            f"{folder}: the run has compared no two models (it stopped early, failed, or is of the full-data model "
-            "itself); name two model_outputs.json with --model and --reference"
-        )
-    try:
-        manifest = json.loads((judged[-1] / MANIFEST).read_text(encoding="utf-8"))
-        combine: Combine = manifest["info"]["combine"]
-        parents = manifest["parents"][:2]  # the answers, then the reference's
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{folder}: the judge's artifact {judged[-1]} cannot be read ({error}); run this from the folder "
-            "in which the run was started, or give the run's command again"
-        ) from error
+        return _unjudged(folder, stages)
+    manifest = _manifest(folder, judged[-1])
+    parents = manifest["parents"][:2]  # the answers, then the reference's
     answers = {stage["fingerprint"]: Path(stage["artifact"]) for stage in stages if stage["name"] == "generate"}
     lacking = [parent for parent in parents if parent not in answers]
     if lacking or len(parents) < 2:
@@ -93,7 +83,40 @@ def files_of_run(folder: Path) -> PairFiles:
             f"{folder}: run.json does not name the judged answers {', '.join(lacking)}; give its command again"
         )
     model, reference = (answers[parent] / OUTPUTS_FILE for parent in parents)
-    return PairFiles(model, reference, judged[-1] / "judgments.jsonl", combine)
+    return PairFiles(model, reference, judged[-1] / "judgments.jsonl", manifest["info"]["combine"])
+
+
+def _unjudged(folder: Path, stages: list[dict[str, Any]]) -> PairFiles:
+    """The answers of a run whose judge is not done: those of its first two finetunes, to the same items."""
+    tuned = [stage["fingerprint"] for stage in stages if stage["name"] == "finetune"][:2]  # selection, all rows
+    found: dict[str, dict[str, Path]] = {}  # by a hash of the items: finetune, answers
+    for stage in stages:
+        if stage["name"] == "generate":
+            artifact = Path(stage["artifact"])
+            manifest = _manifest(folder, artifact)
+            answers = found.setdefault(str(manifest["config"].get("items")), {})
+            answers |= {parent: artifact / OUTPUTS_FILE for parent in manifest["parents"] if parent in tuned}
+    # the questions about forgetting are answered by the first alone
+    both = [answers for answers in found.values() if len(answers) == 2]
+    if not both:
+        raise DataError(
+            f"{folder}: the run has no answers of two models (it stopped early, failed, or is of the full-data model "
+            "itself); name two model_outputs.json with --model and --reference"
+        )
+    return PairFiles(both[0][tuned[0]], both[0][tuned[1]])
+
+
+def _manifest(folder: Path, artifact: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
+        if not {"config", "info", "parents"} <= manifest.keys():
+            raise KeyError("config, info or parents")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{folder}: the run's artifact {artifact} cannot be read ({error}); run this from the folder "
+            "in which the run was started, or give the run's command again"
+        ) from error
+    return manifest
 
 
 def _stages(folder: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import uvicorn
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -33,6 +32,7 @@ from gradsift.errors import ConfigError
 from gradsift.evaluation.human.pairs import Pairs
 from gradsift.evaluation.human.votes import NAME_LENGTH, Choice, Rater, Votes
 from gradsift.evaluation.pws import summarise_outcomes
+from gradsift.pages import presentable, templates
 
 LOOPBACK = "127.0.0.1"
 CUT = 6000  # characters of a text that are shown at first
@@ -62,13 +62,6 @@ class Text:
         return cls(presentable(cut), len(text) - len(cut))
 
 
-def presentable(text: str) -> str:
-    """`text` with U+FFFD for what no page can hold: control characters and half surrogate pairs."""
-    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    lines = whole.replace("\r\n", "\n").replace("\r", "\n")
-    return "".join("\ufffd" if ord(one) < 32 and one not in "\n\t" else one for one in lines)
-
-
 class Pages:
     """The pages about one file of votes."""
 
@@ -78,15 +71,8 @@ class Pages:
         self.invited = [votes.join(name).name for name in invited]
         self.unblind = unblind
         self.root = f"/{votes.about['address']}"
-        templates = Environment(
-            loader=PackageLoader("gradsift.evaluation.human", "pages"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        templates.globals["root"] = self.root
-        self.templates = templates
+        self.templates = templates("gradsift.evaluation.human", "pages")
+        self.templates.globals["root"] = self.root
 
     def app(self) -> ASGIApp:
         routes = [

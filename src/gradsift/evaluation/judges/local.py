@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
+from gradsift.cost import passed
 from gradsift.errors import ConfigError
 from gradsift.evaluation.generation import left_padded
-from gradsift.evaluation.judges import Combine, JudgeRequest, Question, Rating, RatingRequest, Reply, content_hash
+from gradsift.evaluation.judges import Combine, JudgeRequest, Rating, RatingRequest, Reply, content_hash
 from gradsift.evaluation.judges.rating import SCALES
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class LocalJudge:
             for request in requests:
                 if request.question != question:
                     continue
-                tokens = self._rated_prompt(request, question)
+                tokens = self._rated_prompt(request)
                 if tokens is None:
                     reason = f"the question alone exceeds judge.max_length={self._max_length} tokens"
                     yield request, Rating("", None, reason)
@@ -149,20 +150,15 @@ class LocalJudge:
         """Nothing is paid for."""
         return {}
 
-    def _rated_prompt(self, request: RatingRequest, question: Question) -> list[int] | None:
+    def _rated_prompt(self, request: RatingRequest) -> list[int] | None:
         """The prompt's tokens, at most `max_length`; None if the question leaves no room for the response."""
-        scale = SCALES[question]
-        turns = "".join(f"\n\nEarlier turn, {turn.role}:\n{turn.content}" for turn in request.history)
-        given = INPUT + request.input if request.input else ""
-        start = [*self._head, *self._encode(f"{RATED}.{turns}\n\nInstruction:\n{request.instruction}{given}")]
-        end = [*self._encode(f"\n\n{scale.short}{RATED_ENDING}"), *self._rated_tail]
-        if scale.shows_response:
-            start += self._encode(RATED_RESPONSE)
+        opening, heading, response, ending = map(self._encode, render_rated(request))
+        start = [*self._head, *opening, *heading]
+        end = [*ending, *self._rated_tail]
         room = self._max_length - len(start) - len(end)
-        if room < scale.shows_response:
+        if room < SCALES[request.question].shows_response:
             return None
-        response = self._encode(request.response)[:room] if scale.shows_response else []
-        return [*start, *response, *end]
+        return [*start, *response[:room], *end]
 
     def _log_probabilities(self, prompts: list[list[int]], choices: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
         """log P of each choice as the next token after each prompt, summed over the choice's spellings."""
@@ -173,16 +169,15 @@ class LocalJudge:
             out = self._model(
                 input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
             )
+        passed(sum(map(len, prompts)))
         log_p = torch.log_softmax(out.logits[:, -1].float(), dim=-1)
         return list(zip(*(log_p[:, list(ids)].logsumexp(dim=-1).tolist() for ids in choices), strict=True))
 
     def _prompt(self, request: JudgeRequest) -> _Prompt | None:
         """The prompt's tokens, at most `max_length`; None if the question leaves no room for the answers."""
-        question = self._encode(OPENING + request.instruction + (INPUT + request.input if request.input else ""))
-        start = [*self._head, *question, *self._encode(ANSWER_A)]
-        between = self._encode(ANSWER_B)
-        end = [*self._encode(QUESTION), *self._tail]
-        first, second = self._encode(request.first), self._encode(request.second)
+        opening, before_a, first, between, second, question = map(self._encode, render_pair(request))
+        start = [*self._head, *opening, *before_a]
+        end = [*question, *self._tail]
         room = self._max_length - len(start) - len(between) - len(end)
         if len(first) + len(second) > room:
             if room < 2:
@@ -194,6 +189,22 @@ class LocalJudge:
 
     def _encode(self, text: str) -> list[int]:
         return _encode(self._tokenizer, text)
+
+
+def render_pair(request: JudgeRequest) -> tuple[str, str, str, str, str, str]:
+    """The pieces of the prompt about a pair, which are tokenised apart; the answers are the third and the fifth."""
+    opening = OPENING + request.instruction + (INPUT + request.input if request.input else "")
+    return opening, ANSWER_A, request.first, ANSWER_B, request.second, QUESTION
+
+
+def render_rated(request: RatingRequest) -> tuple[str, str, str, str]:
+    """The pieces of the prompt about an example; the response is the third, and empty where it is not shown."""
+    scale = SCALES[request.question]
+    turns = "".join(f"\n\nEarlier turn, {turn.role}:\n{turn.content}" for turn in request.history)
+    given = INPUT + request.input if request.input else ""
+    opening = f"{RATED}.{turns}\n\nInstruction:\n{request.instruction}{given}"
+    shown = (RATED_RESPONSE, request.response) if scale.shows_response else ("", "")
+    return opening, *shown, f"\n\n{scale.short}{RATED_ENDING}"
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, markup: bool = False) -> list[int]:

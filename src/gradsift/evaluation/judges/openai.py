@@ -13,6 +13,7 @@ from gradsift.evaluation.chat import Answer, ChatClient
 from gradsift.evaluation.judges import Combine, JudgeRequest, Rating, RatingRequest, Reply, content_hash
 from gradsift.evaluation.judges.parsing import UNREAD, Pair, Parse, parse_grade, parse_scores
 from gradsift.evaluation.judges.rating import SCALES, in_blocks, render_rating
+from gradsift.evaluation.reply_cache import Completion
 
 SYSTEM = (
     "You compare the answers of two AI assistants to a user's question and grade each of them. "
@@ -60,8 +61,8 @@ class OpenaiJudge:
         prompts = [render_prompt(request) for request in requests]
         unread = f"no two scores from 0 to 10 where judge.parse={self._parse} looks for them"
 
-        def scores(position: int, text: str) -> Pair | None:
-            return parse_scores(text, self._parse)
+        def scores(position: int, completion: Completion) -> Pair | None:
+            return parse_scores(completion.text, self._parse)
 
         for position, answer in self._chat.ask(prompts, scores, scope=self._scope, unread=unread):
             yield requests[position], _reply(answer)
@@ -77,9 +78,9 @@ class OpenaiJudge:
         asked = sorted({content_hash(prompt) for prompt in prompts})
         self._rating_scope = f"rate-{content_hash(self._chat.parameters, asked)[:12]}"
 
-        def grade(position: int, text: str) -> float | None:
+        def grade(position: int, completion: Completion) -> float | None:
             scale = SCALES[requests[position].question]
-            return parse_grade(text, scale.low, scale.high, self._parse)
+            return parse_grade(completion.text, scale.low, scale.high, self._parse)
 
         unread = "no grade of its scale on the first line of the reply"
         for position, answer in self._chat.ask(prompts, grade, scope=self._rating_scope, unread=unread):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gradsift.evaluation.judges import Question, RatingRequest, content_hash
+from gradsift.evaluation.judges import Question, RatingRequest
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,3 @@ def in_blocks(parts: Mapping[str, str], task: str) -> str:
     blocks = [f"{ruler} {name} {ruler}\n{text}\n{ruler} end of {name} {ruler}" for name, text in parts.items()]
     # half a surrogate pair, which web text may hold, cannot be sent
     return "\n\n".join([*blocks, task]).encode("utf-8", "replace").decode("utf-8")
-
-
-def wording_hash() -> str:
-    """Of everything that the questions say: a score belongs to one wording."""
-    return content_hash(SYSTEM, _ENDING, [[q, s.low, s.high, s.task, s.short] for q, s in SCALES.items()])[:12]

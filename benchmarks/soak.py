@@ -1,0 +1,270 @@
+"""Does a sweep that is killed again and again end with the bytes of one that never was?
+
+    python -m benchmarks.soak [--kills 20] [--seed 0] [--folder soak] [--fork]
+
+A small sweep over the embedded world (two methods, both ways to collect, dropout, finetune, answers, judging) runs
+once undisturbed. Then the same command is given again and again in a store of its own, and each process is killed
+with SIGKILL: at a random moment, or shortly after a chosen stage has saved a point, so that single epochs are
+hit several times. Once a round has ended by itself, all files of both stores are compared byte for byte (of the
+manifests, which tell times, the counts alone). Rounds begin until there were enough kills.
+
+Undisturbed, points are saved as usual; with kills, after every step (`compute.save_every=0`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from gradsift.artifacts import MADE_BY, MANIFEST, UNFINISHED
+
+REPOSITORY = Path(__file__).parents[1]
+SWEEP = (
+    *("-m", "experiment=smoke", "tracker=none", "compute.threads=1", "compute.tokens=256"),
+    *("method=gradfiltering,less", "proxy.collect=epoch_end,during_training"),
+    *("proxy.members=2", "proxy.batch_size=4", "proxy.lora.dropout=0.1", "features.warmup.share=0.3"),
+    *("target.steps=20", "target.lora.dropout=0.1", "benchmark.batch_size=4"),
+)
+# whose points are waited for; None is any moment. Two in a row hit one epoch twice
+MOMENTS = (
+    *(None, "member", "member", "norms", "warmup", "warmup", None, "score"),
+    *("finetune", "finetune", "member", "member", "generate", None, "heldout", "judge"),
+)
+PROCESS = ("resumed_steps", "forward_tokens", "seconds")  # counts that tell what the last process did
+LONGEST = 2.0  # seconds from the first sign of work to a kill at any moment
+PATIENCE = 600.0  # seconds for one process
+
+
+class Running(Protocol):
+    """A process that carries out the sweep."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self) -> int: ...
+
+
+Start = Callable[[Sequence[str], Path, Path], Running]  # arguments, folder to run in, store
+
+
+@dataclass
+class Hit:
+    """What a process was at when it was killed."""
+
+    seconds: float  # since it began
+    at: dict[str, int]  # unfinished artifacts, with the steps or results that were saved
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{name} with {done} saved" for name, done in sorted(self.at.items())) or "between two stages"
+        return f"after {self.seconds:5.1f} s: {where}"
+
+
+@dataclass
+class Outcome:
+    """What the soak found."""
+
+    hits: list[Hit] = field(default_factory=list)
+    files: int = 0  # compared, over all rounds
+    differing: list[str] = field(default_factory=list)
+
+    def twice_in_one_epoch(self) -> list[str]:
+        """Trainings that were killed at two different points, or more."""
+        points = {(name, done) for hit in self.hits for name, done in hit.at.items() if done}
+        trained = Counter(name for name, _ in points if name.split("/")[0] in ("member", "warmup", "finetune"))
+        return sorted(name for name, times in trained.items() if times > 1)
+
+
+def run_py(arguments: Sequence[str], folder: Path, store: Path) -> subprocess.Popen[bytes]:
+    """The command as people give it."""
+    environment = {**os.environ, "GRADSIFT_ARTIFACTS": str(store), "PYTHONPATH": str(REPOSITORY / "src")}
+    with (folder / "output.txt").open("ab") as output:
+        command = [sys.executable, str(REPOSITORY / "run.py"), *arguments]
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)  # noqa: S603
+
+
+class Forked:
+    """`run.py` in a process that is forked from one which has the imports: quicker, else the same."""
+
+    def __init__(self, arguments: Sequence[str], folder: Path, store: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["gradsift.line", "gradsift.cli"])
+        self._process = context.Process(target=_as_run_py, args=(list(arguments), folder, store))
+        self._process.start()
+        self.pid = int(self._process.pid or 0)
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int:
+        self._process.join()
+        return int(self._process.exitcode or 0)
+
+
+def _as_run_py(arguments: list[str], folder: Path, store: Path) -> None:
+    os.chdir(folder)
+    os.environ["GRADSIFT_ARTIFACTS"] = str(store)
+    with (folder / "output.txt").open("ab") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.argv = ["run.py", *arguments]
+    from gradsift.cli import main
+
+    main()
+
+
+def soak(
+    folder: Path,
+    kills: int,
+    seed: int,
+    sweep: Sequence[str] = SWEEP,
+    moments: Sequence[str | None] = MOMENTS,
+    start: Start = run_py,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Run the sweep undisturbed, then in rounds with `kills` kills in all; compare after each round."""
+    chance, outcome = random.Random(seed), Outcome()
+    store, whole = (
+        folder / "store",
+        folder / "whole",
+    )  # at one place while they are made: adapters name their backbone's
+    say(f"undisturbed: run.py {' '.join(sweep)}")
+    started = time.monotonic()
+    _finish(start(sweep, _fresh(folder / "runs"), store), folder)
+    store.rename(whole)
+    say(f"  {time.monotonic() - started:.1f} s")
+    left = [moments[index % len(moments)] for index in range(kills)]
+    number = 0
+    while left:
+        number += 1
+        while True:
+            process = start((*sweep, "compute.save_every=0"), folder / "runs", store)
+            hit = kill(process, store, left[0], chance) if left else None
+            if hit is None:
+                break
+            left.pop(0)
+            outcome.hits.append(hit)
+            say(f"kill {len(outcome.hits):3d} {hit}")
+        _finish(process, folder)
+        compared, differing = compare(whole, store)
+        outcome.files += compared
+        outcome.differing += [f"round {number}: {name}" for name in differing]
+        say(f"round {number}: {compared} files compared, {len(differing)} differ")
+        store.rename(folder / f"killed-{number}")
+    return outcome
+
+
+def _fresh(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def kill(process: Running, store: Path, moment: str | None, chance: random.Random) -> Hit | None:
+    """Kill the process at its moment; None if it ended before that came."""
+    began = time.monotonic()
+    points, parts = _points(store), _parts(store)
+    while not (_parts(store) - parts if moment is None else _moved(points, _points(store), moment)):
+        if process.poll() is not None:
+            return None
+        if time.monotonic() - began > PATIENCE:
+            raise TimeoutError(f"no sign of {moment or 'work'} within {PATIENCE:.0f} s")
+        time.sleep(0.01)
+    time.sleep(chance.uniform(0, LONGEST if moment is None else 0.1))
+    if process.poll() is not None:
+        return None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    return Hit(time.monotonic() - began, dict.fromkeys((name for name, _ in _parts(store)), 0) | _points(store))
+
+
+def _parts(store: Path) -> set[tuple[str, int]]:
+    """Artifacts in the making, and when a process last took them up."""
+    found = set()
+    for part in store.glob("*/*.part"):
+        with suppress(FileNotFoundError):  # finished meanwhile
+            found.add((f"{part.parent.name}/{_plain(part)}", (part / UNFINISHED / MADE_BY).stat().st_mtime_ns))
+    return found
+
+
+def _plain(path: Path) -> str:
+    return path.name.removesuffix(".part")
+
+
+def _points(store: Path) -> dict[str, int]:
+    """What each of them has saved: steps of a training, lines of a journal."""
+    from gradsift.journal import JOURNAL_FILE
+    from gradsift.training.save_point import steps_saved
+
+    found = {}
+    for part in store.glob("*/*.part"):
+        journal = part / UNFINISHED / JOURNAL_FILE
+        try:
+            found[f"{part.parent.name}/{_plain(part)}"] = steps_saved(part) or journal.read_bytes().count(b"\n")
+        except FileNotFoundError:  # it was finished meanwhile, or has saved nothing yet
+            continue
+    return found
+
+
+def _moved(before: dict[str, int], now: dict[str, int], stage: str) -> bool:
+    return any(done > before.get(name, 0) for name, done in now.items() if name.split("/")[0] == stage)
+
+
+def _finish(process: Running, folder: Path) -> None:
+    if code := process.wait():
+        raise RuntimeError(f"the sweep ended with exit code {code}; see {folder / 'runs' / 'output.txt'}")
+
+
+def compare(whole: Path, killed: Path) -> tuple[int, list[str]]:
+    """How many files were compared, and which differ or are there once."""
+    ours, theirs = _contents(killed), _contents(whole)
+    return len(theirs), sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+
+
+def _contents(store: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path in store.rglob("*"):
+        if not path.is_file() or path.name.startswith("."):  # locks
+            continue
+        name = str(path.relative_to(store))
+        if path.name == MANIFEST:
+            info = json.loads(path.read_text(encoding="utf-8"))["info"]
+            found[name] = {key: value for key, value in info.items() if key not in PROCESS}
+        else:
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=Path("soak"), help="of runs and stores; removed if all is well")
+    parser.add_argument("--fork", action="store_true", help="fork the processes from one that has the imports")
+    options = parser.parse_args()
+    folder = options.folder.resolve()
+    if folder.exists():
+        sys.exit(f"error: {options.folder} is there already; remove it, or give another with --folder")
+    outcome = soak(folder, options.kills, options.seed, start=Forked if options.fork else run_py)
+    print(f"{len(outcome.hits)} kills; killed at two or more points of one training: {outcome.twice_in_one_epoch()}")
+    if outcome.differing:
+        sys.exit("error: these differ from the undisturbed run's: " + ", ".join(outcome.differing))
+    print(f"all {outcome.files} files are those of the undisturbed run, byte for byte")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What work takes: tokens that pass through models, and memory.
+
+Forward tokens are the real tokens, padding left out, that pass forward through a model on this machine: each of
+them once in every pass, whether a backward pass follows or not. So an epoch of training counts every example's
+tokens once, and the collection of norms behind it counts them again. In generation a prompt counts its tokens and
+an answer those that are fed back, once each, as the key-value cache keeps the rest; a batch that is repeated
+because memory ran out counts once. What a judge behind an endpoint reads is not counted: it is paid for in calls.
+
+Counted is what the process that finished the unit passed; what an interrupted one had passed before is not in it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_open: list[int] = []  # a count for each unit of work under way in this process, the innermost last
+
+
+def passed(tokens: int) -> None:
+    """Count tokens that have just passed through a model, for the unit of work under way."""
+    if _open:
+        _open[-1] += tokens
+
+
+@contextmanager
+def counting() -> Iterator[Callable[[], int]]:
+    """Count the forward tokens of one unit of work; yields what tells them, also afterwards."""
+    _open.append(0)
+    place, total = len(_open) - 1, 0
+
+    def tokens() -> int:
+        return _open[place] if len(_open) > place else total
+
+    try:
+        yield tokens
+    finally:
+        total = _open.pop()
+
+
+def peak_resident_gb() -> float | None:
+    """The most resident memory this process has held so far, in GB (10^9 bytes); None where the system does not tell.
+
+    Linux counts in what a larger process that launched this one held then (a notebook, say).
+    """
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)

@@ -1,0 +1,139 @@
+"""A PWS of two model_outputs.json: `python -m gradsift.evaluation.compare MODEL REFERENCE [OPTION=VALUE ...]`.
+
+The answers may come from anywhere; nothing is trained. Options are those of a run that concern its judge: judge=NAME,
+judge.*, compute.*, benchmark.catalog.* (how answers to a set are compared with a reference) and artifacts. Judgments
+are kept in the store like those of a run, so the same command goes on where it was stopped. The result is printed as
+JSON, everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradsift.cli import conf_folder, in_one_line
+from gradsift.config import BenchmarkConfig, Config, load_config, register_schemas
+from gradsift.errors import ConfigError, GradsiftError
+from gradsift.evaluation.export import export, slug
+from gradsift.evaluation.generation import ModelOutput, read_pair, write_model_outputs
+from gradsift.evaluation.human.pairs import OUTPUTS_FILE, PairFiles
+
+if TYPE_CHECKING:
+    from gradsift.artifacts import Artifact, Store
+
+VERSION = 1
+_OPTIONS = re.compile(r"\+?\+?(judge(\..+)?|compute(\..+)?|benchmark\.catalog\..+|artifacts)=.*", re.DOTALL)
+
+
+def compare(config: Config, model: Path, reference: Path) -> dict[str, Any]:
+    """Judge the answers of `model` against those of `reference` in both orders.
+
+    Returns:
+        What `gradsift.evaluation.stages.pws` returns, with `model` and `reference` (generators), `judge`, `cost`
+        and `files`; `{"dry_run": plan}` for a dry run.
+
+    Raises:
+        DataError: a file is missing or broken, or the two are not answers to the same items; names the rows.
+        JudgeError: the judge could not be asked, or not to the end.
+    """
+    pair = read_pair(model, reference)
+    from rich.console import Console
+
+    from gradsift.artifacts import Store
+    from gradsift.evaluation import stages
+    from gradsift.evaluation.judges import DryRun
+    from gradsift.pipeline import prepare
+    from gradsift.runtime import Display, Runtime
+
+    prepare(config)
+    display = Display(Console(stderr=True, highlight=False))
+    runtime = Runtime(Store(Path(config.artifacts), display.say), config.compute, display, config.seed)
+    stages.check_judge(runtime, config.judge)
+    answers, theirs = (imported(runtime.store, rows) for rows in pair)
+    try:
+        judged = stages.judge(runtime, config.judge, _about(config.benchmark, pair[0]), answers, theirs)
+    except DryRun as plan:
+        return {"dry_run": str(plan)}
+    return {
+        "model": pair[0][0]["generator"],
+        "reference": pair[1][0]["generator"],
+        "judge": config.judge.name,
+        **stages.pws_of(stages.pws(runtime, config.judge, judged, answers, theirs)),
+        "cost": judged.info["cost"],
+        "files": {
+            "model": str(answers.file(OUTPUTS_FILE)),
+            "reference": str(theirs.file(OUTPUTS_FILE)),
+            "judgments": str(judged.file("judgments.jsonl")),
+        },
+    }
+
+
+def imported(store: Store, rows: Sequence[ModelOutput]) -> Artifact:
+    """Answers from a file, as an artifact that stages can take as a parent."""
+    from gradsift.artifacts import content_hash
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        write_model_outputs(folder / OUTPUTS_FILE, rows)
+        return {"rows": len(rows)}
+
+    settings = {"answers": content_hash({"rows": list(rows)})}
+    return store.obtain("imported", slug(rows[0]["generator"]), settings, [], make, version=VERSION)
+
+
+def _about(benchmark: BenchmarkConfig, rows: Sequence[ModelOutput]) -> BenchmarkConfig:
+    """The benchmark config of the sets that the answers name, as far as it is known what they are."""
+    known = [name for name in dict.fromkeys(row["dataset"] for row in rows) if name in benchmark.catalog]
+    return replace(benchmark, sets=known) if known else benchmark
+
+
+def _config(options: Sequence[str]) -> Config:
+    """The default run's config with these options, for the sake of its judge."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    for option in options:
+        if not _OPTIONS.fullmatch(option):
+            raise ConfigError(
+                f"{option!r} has no say here; options are judge=NAME, judge.KEY=VALUE, compute.KEY=VALUE, "
+                "benchmark.catalog.SET.KEY=VALUE and artifacts=DIR"
+            )
+    register_schemas()
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            return load_config(compose("config", overrides=list(options)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(in_one_line(error)) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 0, or 2 with one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m gradsift.evaluation.compare", description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path, metavar="MODEL", help="model_outputs.json of the model")
+    parser.add_argument("reference", type=Path, metavar="REFERENCE", help="model_outputs.json of the reference")
+    parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="judge=NAME, judge.KEY=VALUE ...")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="write alpaca_eval's files too (see .export)")
+    options = parser.parse_args(arguments)
+    try:
+        result = compare(_config(options.options), options.model, options.reference)
+        if options.to is not None and "files" in result:
+            files = {name: Path(path) for name, path in result["files"].items()}
+            export(PairFiles(**files, combine=result["combine"]), options.to)
+        print(json.dumps(result, indent=1, allow_nan=False))
+    except (GradsiftError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; the judgments so far are kept, and the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""The judge alpaca_eval: its annotators' prompts, parameters and parsers; both orders, and our own client.
+
+alpaca_eval's PairwiseAnnotator shows each pair in one order, which it draws by the instruction and does not record,
+keeps its replies under a key that knows neither model nor prompt, and drops what it cannot read. So its annotators
+are taken and its sending is not: requests go through `gradsift.evaluation.chat`, with its cache, caps and retries.
+The tests compare requests and preferences with PairwiseAnnotator's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from numbers import Real
+from typing import Any
+
+from gradsift.evaluation.chat import ChatClient
+from gradsift.evaluation.judges import Combine, JudgeRequest, Reply, content_hash
+from gradsift.evaluation.judges.annotators import SLOT, Annotator
+from gradsift.evaluation.judges.parsing import parse_scores
+from gradsift.evaluation.reply_cache import Completion
+
+NAMES = "alpaca_eval/"  # what the name of such a judge begins with, in records
+EQUAL = "both answers are the same text, a draw without asking (as in alpaca_eval)"
+
+Parser = Callable[[Any], Any]
+# what alpaca_eval's parsers raise on replies of another shape than they expect
+_UNREADABLE = (
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+class AlpacaEvalJudge:
+    """Asks one of alpaca_eval's annotators which answer is better.
+
+    A preference p lies between 1 (the first answer) and 2 (the second); the scores of first and second are
+    2 - p and p - 1. A weighted annotator's p is 1 + the probability of the second answer; each order votes by
+    which side of 1.5 it is on (`combine="signs"`, as for every judge that grades), however near.
+    """
+
+    combine: Combine = "signs"
+
+    def __init__(self, chat: ChatClient, annotator: Annotator, *, scope: str = "judge") -> None:
+        """`chat` has the annotator's model and parameters; `scope` is whose spending this is."""
+        self.name = f"{NAMES}{annotator.name}/{chat.parameters['model']}"
+        self._chat = chat
+        self._annotator = annotator
+        self._scope = scope
+
+    def prompt_hash(self, request: JudgeRequest) -> str:
+        """Hash of messages, model, parameters and parser; not of the endpoint's address."""
+        reading = [self._annotator.parser, self._annotator.parser_options, self._annotator.reads_choice]
+        return content_hash("alpaca_eval", self._chat.parameters, reading, render(self._annotator, request))
+
+    def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply]]:
+        """Yield replies as they come in; see `ChatClient.ask` for what ends them. Equal answers are not asked about."""
+        asked = [request for request in requests if request.first != request.second]
+        parser = parser_of(self._annotator)
+        needs = " and needs the endpoint's log-probabilities" if self._annotator.parser == "logprob_parser" else ""
+        unread = f"{self._annotator.parser} finds no preference in it{needs}"
+
+        def read(position: int, completion: Completion) -> float | None:
+            return preference(parser, completion, reads_choice=self._annotator.reads_choice)
+
+        prompts = [render(self._annotator, request) for request in asked]
+        for position, answer in self._chat.ask(prompts, read, scope=self._scope, unread=unread):
+            scores = None if answer.value is None else (2 - answer.value, answer.value - 1)
+            yield asked[position], Reply(answer.text, scores, answer.reason)
+        yield from ((r, Reply("", (0.5, 0.5), EQUAL)) for r in requests if r.first == r.second)
+
+    def cost(self) -> dict[str, float | int | None]:
+        """What this judge's pairs came to so far, in earlier processes too (see `ChatClient.spent`)."""
+        return self._chat.spent(self._scope)
+
+
+def render(annotator: Annotator, request: JudgeRequest) -> list[dict[str, str]]:
+    """The messages for a pair, all slots filled at once: what stands in an answer fills none.
+
+    A prompt without a slot for the input has it behind the instruction, after an empty line.
+    """
+    has_slot = any("{input}" in text for _, text in annotator.messages)
+    parts = {
+        "instruction": request.instruction if has_slot else whole_instruction(request.instruction, request.input),
+        "input": request.input,
+        "output_1": request.first,
+        "output_2": request.second,
+    }
+    return [
+        {"role": role, "content": SLOT.sub(lambda slot: parts[slot[1]], text).strip()}
+        for role, text in annotator.messages
+    ]
+
+
+def whole_instruction(instruction: str, input: str) -> str:
+    """Instruction and input as the one text that alpaca_eval has room for."""
+    return f"{instruction}\n\n{input}" if input else instruction
+
+
+def preference(parser: Parser, completion: Completion, *, reads_choice: bool) -> float | None:
+    """What the parser finds in a reply, from 1 to 2; None unless it is exactly one preference.
+
+    alpaca_eval's older word for a draw, 0, is 1.5.
+    """
+    shown: Any = completion.text
+    if reads_choice:
+        shown = {"text": completion.text, "message": {"content": completion.text}}
+        shown |= {"logprobs": {"content": completion.logprobs}} if completion.logprobs else {}
+    try:
+        found = list(parser(shown))
+    except _UNREADABLE:
+        return None
+    if len(found) != 1 or isinstance(found[0], bool) or not isinstance(found[0], Real):
+        return None
+    value = 1.5 if found[0] == 0 else float(found[0])
+    return value if math.isfinite(value) and 1 <= value <= 2 else None
+
+
+def parser_of(annotator: Annotator) -> Parser:
+    """The function from a reply to the list of its preferences.
+
+    Ours replaces `lmsys_parser`, which reads neither "8, 7" nor "8/10 7/10".
+    """
+    if annotator.parser == "lmsys_parser":
+        return _from_two_scores
+    # a copy: regex_parser puts compiled patterns into its options, which are hashed and must stay plain
+    return partial(getattr(_parsers(), annotator.parser), **copy.deepcopy(dict(annotator.parser_options)))
+
+
+def _from_two_scores(text: str) -> list[float]:
+    scores = parse_scores(text)
+    if scores is None:
+        return []
+    return [1.5 if scores[0] == scores[1] else 1.0 if scores[0] > scores[1] else 2.0]
+
+
+def _parsers() -> Any:
+    """alpaca_eval's module of parsers; what importing the package does to this process is undone.
+
+    It sets the root logger to INFO, and loads a `.env` file into the environment, where an address or a key of
+    another project may stand. Its parsers log replies that they cannot read; here each is counted, with its reason.
+    """
+    root, environment = logging.getLogger(), set(os.environ)
+    level = root.level
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it uses a part of setuptools that is to go
+            from alpaca_eval import completion_parsers
+    finally:
+        root.setLevel(level)
+        for name in set(os.environ) - environment:
+            del os.environ[name]
+    silent = logging.getLogger("alpaca_eval.completion_parsers")
+    silent.disabled = True
+    completion_parsers.logging = silent
+    return completion_parsers

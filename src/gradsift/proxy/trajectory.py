@@ -1,0 +1,92 @@
+"""Where an adapter goes while it trains, in a few dimensions: `trajectory.safetensors` beside its weights.
+
+A point is a random projection of the update B A over all layers. The factors themselves would not do: A is drawn anew
+for each member and stays near its draw, so members lie far apart before they have learned anything, while their
+updates all start at zero. Coordinate k is the sum over the layers of u_k^T B A v_k / sqrt(D), with vectors of random
+signs that are the same for all members: distances between updates are kept, up to the error of D draws, and B A is
+never formed (arXiv 2601.13697, Fig. 1, shows the adapters by t-SNE).
+
+Shape letters: P points, D dimensions, R rank, I inputs and O outputs of an adapted layer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from gradsift.runtime import derive_seed
+from gradsift.training import lora
+from gradsift.training.adapted import ADAPTER
+from gradsift.training.curves import TRAJECTORY_FILE
+
+DIMENSIONS = 64
+POINTS = 16  # an epoch
+
+
+class Trajectory(L.Callback):
+    """Notes the projected update before the first step and at even distances through an epoch; it draws no number
+    from the training's own streams and changes nothing.
+
+    Args:
+        adapted: the model whose adapter trains.
+        first_step: optimiser steps that earlier epochs took.
+        steps: of this epoch.
+    """
+
+    def __init__(self, adapted: Any, first_step: int, steps: int) -> None:
+        self._layers = [layer for _, layer in lora.lora_layers(adapted)]
+        self._signs = [_signs(name, layer) for name, layer in lora.lora_layers(adapted)]
+        self._first = first_step
+        self._wanted = {round(steps * part / POINTS) for part in range(1, POINTS + 1)} - {0}
+        self._done = 0  # steps of this epoch
+        self._steps: list[int] = []
+        self._points: list[torch.Tensor] = []
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        if self._first == 0 and not self._steps:
+            self._note()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
+        self._done += 1
+        if self._done in self._wanted:
+            self._note()
+
+    @torch.no_grad()
+    def _note(self) -> None:
+        point = torch.zeros(DIMENSIONS)
+        for layer, (left, right) in zip(self._layers, self._signs, strict=True):
+            a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            outward = left.to(b) @ b  # (D, R)
+            inward = right.to(a) @ a.T  # (D, R)
+            point += (outward * inward).sum(1).float().cpu()
+        self._steps.append(self._first + self._done)
+        self._points.append(point / DIMENSIONS**0.5)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"done": torch.tensor(self._done), **self._tensors()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._done = int(state_dict["done"])
+        self._steps = state_dict["steps"].tolist()
+        self._points = list(state_dict["points"])
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        points = torch.stack(self._points) if self._points else torch.zeros(0, DIMENSIONS)
+        return {"steps": torch.tensor(self._steps, dtype=torch.int64), "points": points}
+
+    def write(self, folder: Path) -> None:
+        """Write `steps` (P,), optimiser steps since the adapter was fresh, and `points` (P, D) float32."""
+        save_file(self._tensors(), folder / TRAJECTORY_FILE)
+
+
+def _signs(name: str, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one layer: u (D, O) and v (D, I), int8 of -1 and 1."""
+    generator = np.random.default_rng(derive_seed("trajectory", name))
+    sizes = (layer.lora_B[ADAPTER].weight.shape[0], layer.lora_A[ADAPTER].weight.shape[1])
+    left, right = (torch.from_numpy(generator.choice(np.array([-1, 1], np.int8), (DIMENSIONS, n))) for n in sizes)
+    return left, right

@@ -1,0 +1,40 @@
+"""The report at the end of a run or a sweep: written last, it changes no outcome; what fails is said in a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gradsift.errors import GradsiftError
+from gradsift.runtime import Display
+
+
+def report_at_end(folder: Path, display: Display) -> None:
+    """Write `report.html` and its files into the folder, and say where it is or why it is not."""
+    try:
+        from gradsift.report.page import write_report
+
+        display.say(f"report: {write_report(folder)}")
+    except Exception as error:  # noqa: BLE001 - whatever it is, the run itself is done
+        reason = "" if isinstance(error, GradsiftError) else f"{type(error).__name__}: "
+        reason += (str(error) or "no message").splitlines()[0]
+        display.say(
+            f"report: not written ({reason}); the results stand in run.json, and `python -m gradsift.report {folder}` "
+            "tries again"
+        )
+
+
+def wanted_by_jobs(folder: Path) -> bool:
+    """Whether a sweep's jobs were run with `report=true`; not where none came as far as a config."""
+    wanted = [_wanted(path) for path in sorted(folder.glob("*/config.yaml"))]
+    return bool(wanted) and all(wanted)
+
+
+def _wanted(path: Path) -> bool:
+    try:
+        found: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return bool(found["values"].get("report", True))
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return True

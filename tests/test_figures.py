@@ -1,0 +1,508 @@
+"""Laws of the figures: what is drawn is what the artifacts say, worked out here from the files in another way."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from matplotlib.collections import PathCollection
+from safetensors.numpy import load_file
+from scipy.stats import spearmanr
+
+from gradsift.errors import DataError
+from gradsift.report.figure_tables import FIGURE_TABLES
+from gradsift.report.figures import (
+    FIGURES,
+    audit,
+    convergence,
+    cost,
+    ensemble,
+    judge,
+    results,
+    scores,
+    selection,
+    sensitivity,
+    write_figures,
+)
+from gradsift.report.figures.clouds import MOST_POINTS, cloud, thinned
+from gradsift.report.figures.style import FAINT, INK, PAPER, RULE, bytes_of, panels, styled
+from gradsift.report.material import Material, Missing, Run, read
+from gradsift.report.paper_tables import TABLES, write_tables
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def material(report_sweep: Path) -> Material:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(report_sweep.parent)
+        return read(report_sweep)
+
+
+def run_of(material: Material, name: str) -> Run:
+    return next(run for run in material.runs if run.name == name)
+
+
+def stage_of(run: Run, stage: str, place: int = 0) -> Path:
+    """The artifact that `run.json` names, without `Material`."""
+    found = [entry for entry in run.record["stages"] if entry["name"] == stage]
+    return Path(found[place]["artifact"])
+
+
+def table(run: Run, stage: str, file: str) -> dict[str, np.ndarray]:
+    columns = pq.read_table(stage_of(run, stage) / file)
+    return {name: columns[name].to_numpy(zero_copy_only=False) for name in columns.column_names}
+
+
+def kept(run: Run) -> list[str]:
+    """Ids of the selected examples, from the run's own selection.jsonl."""
+    lines = (run.folder / "selection.jsonl").read_text().splitlines()
+    return [json.loads(line)["gradsift"]["example_id"] for line in lines]
+
+
+def lines_of(axes: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return {line.get_label(): (np.array(line.get_xdata()), np.array(line.get_ydata())) for line in axes.lines}
+
+
+# ------------------------------------------------------------------------------------- all figures
+
+
+def test_every_figure_is_drawn_alike_each_time(material: Material) -> None:
+    names = [entry.name for entry in FIGURES]
+    assert len(set(names)) == len(names)
+    for entry in FIGURES:
+        assert entry.title and entry.caption.endswith(".")
+        try:
+            svg = bytes_of(entry.draw(material), "svg")
+        except Missing as reason:  # so few items may all have answers of one length
+            assert str(reason) == "no decided item has answers of different lengths"
+            continue
+        assert svg == bytes_of(entry.draw(material), "svg"), entry.name
+        assert b"<svg" in svg and len(svg) < 250_000, (entry.name, len(svg))
+
+
+def test_files_are_written_and_reasons_told(material: Material, tmp_path: Path) -> None:
+    lone = Material(material.folder, [run_of(material, "2-random-0.1")], False)
+    reasons = write_figures(lone, tmp_path, ["svg"])
+    assert reasons["eps"] == "2-random-0.1: there is no stage statistics (scorer=random does not need it)"
+    assert reasons["overlap"] == "only one method selected at alpha=0.1"
+    drawn = {path.stem for path in tmp_path.iterdir()}
+    assert drawn == {entry.name for entry in FIGURES} - set(reasons)
+    assert {"convergence", "judge_outcomes", "cost"} <= drawn
+
+
+def test_a_page_can_give_the_neutral_colours_its_own(material: Material) -> None:
+    """Text and axes are in the four named colours alone, so that a dark page can swap them."""
+    assert len({INK, FAINT, RULE, PAPER}) == 4
+    svg = bytes_of(convergence.convergence(material), "svg").decode()
+    assert "#000000" not in svg and "#ffffff" not in svg
+    assert INK in svg and FAINT in svg and RULE in svg
+
+
+def test_a_report_needs_no_torch(report_sweep: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from gradsift.report.figures import FIGURES; "
+        "from gradsift.report.material import read; m = read(Path('sweep')); "
+        "[f.draw(m) for f in FIGURES if f.name in ('eps', 'collapse', 'judge_outcomes', 'trajectories_pca')]; "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=report_sweep.parent)
+
+
+# ------------------------------------------------------------------------------- figures by figure
+
+
+def test_pws_shows_the_means_of_run_json(material: Material) -> None:
+    (axes,) = results.pws(material).axes
+    drawn = {bar.get_label(): bar.lines[0].get_xdata() for bar in axes.containers}
+    both = [run_of(material, name).record["pws"] for name in ("0-gsnr-0.1", "3-gsnr-0.1")]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    gsnr = next(i for i, name in enumerate(names) if name.startswith("gsnr") and "members=3" not in name)
+    assert len(names) == len(drawn["alpha 0.1"])
+    assert drawn["alpha 0.1"][gsnr] == pytest.approx(np.mean(both))
+
+
+def test_convergence_is_the_curve_of_the_finetune(material: Material) -> None:
+    by_step, by_token = convergence.convergence(material).axes
+    run = run_of(material, "2-random-0.1")
+    entries = [json.loads(line) for line in (stage_of(run, "finetune") / "curve.jsonl").read_text().splitlines()]
+    steps, losses = lines_of(by_step)[run.method]
+    assert steps.tolist() == [1, 2, 3, 4]
+    assert losses == pytest.approx([entry["loss"] for entry in entries])  # too few steps to be smoothed
+    tokens, _ = lines_of(by_token)[run.method]
+    assert tokens.tolist() == np.cumsum([entry["tokens"] for entry in entries]).tolist()
+    ends = [x[-1] for x, _ in lines_of(by_token).values()]
+    assert by_token.get_xlim() == (0, min(ends))
+    assert convergence.ALL in lines_of(by_step)
+
+
+def test_smoothing_is_a_mean_over_neighbours() -> None:
+    values = np.random.default_rng(0).normal(size=100)
+    slow = [values[max(0, i - 5) : i + 6].mean() for i in range(100)]
+    assert convergence.smooth(values, 0.1) == pytest.approx(slow)
+
+
+def test_overlap_is_that_of_the_selected_ids(material: Material) -> None:
+    alpha, names, values = selection.overlaps(material)
+    assert alpha == 0.1
+    one, other = (set(kept(run_of(material, name))) for name in ("0-gsnr-0.1", "2-random-0.1"))
+    methods = [run_of(material, name).method for name in ("0-gsnr-0.1", "2-random-0.1")]
+    row, column = (names.index(method) for method in methods)
+    assert values[row, column] == pytest.approx(len(one & other) / len(one | other))
+    assert np.diag(values) == pytest.approx(1)
+    texts = [text.get_text() for text in selection.overlap(material).axes[0].texts]
+    assert f"{values[row, column]:.2f}" in texts
+
+
+def test_labels_are_shares_of_the_selected_rows(material: Material) -> None:
+    run = run_of(material, "2-random-0.1")
+    quality = table(run, "load", "labels.parquet")["quality"]
+    chosen = np.load(stage_of(run, "select") / "positions.npy")
+    _, rows = selection.label_shares(material)
+    expected = {name: count / len(chosen) for name, count in Counter(quality[chosen]).items()}
+    assert {name: share for name, share in rows[run.method].items() if share} == pytest.approx(expected)
+    (axes,) = selection.labels(material).axes
+    ends = {bar.get_y(): bar.get_x() + bar.get_width() for bar in axes.patches}
+    assert list(ends.values()) == pytest.approx([1.0] * len(rows))
+
+
+def test_norms_are_those_of_the_statistics_with_the_selection_marked(material: Material) -> None:
+    run = run_of(material, "0-gsnr-0.1")
+    (axes,) = scores.early_late_norms(material).axes
+    values = table(run, "statistics", "statistics.parquet")
+    drawn = lines_of(axes)
+    assert drawn["all rows"][0] == pytest.approx(values["G_s"]) and drawn["all rows"][1] == pytest.approx(values["G_t"])
+    chosen = sorted(np.load(stage_of(run, "select") / "positions.npy").tolist())
+    assert drawn["selected"][1] == pytest.approx(values["G_t"][chosen])
+    rose = float((values["G_t"] > values["G_s"]).mean())
+    assert f"{rose:.0%}" in axes.get_title(loc="left")
+
+
+def test_histograms_count_every_scored_and_every_selected_row(material: Material) -> None:
+    figure = scores.score_distributions(material)
+    for panel in figure.axes:
+        if panel.get_visible():
+            counts = [sum(patch.get_height() for patch in container) for container in panel.containers]
+            assert counts == [120, 12]
+
+
+def test_bins_hold_scores_of_any_scale() -> None:
+    spread = np.array([-1e6, -1.0, 0.0, 1.0, 2.0, 3.0, 1e9])
+    for values in (spread, np.ones(5), np.linspace(0, 1, 50), -np.abs(spread)):
+        edges, _ = scores._bins(values)
+        assert np.histogram(values, edges)[0].sum() == len(values)
+        assert (np.diff(edges) > 0).all()
+
+
+def test_lengths_are_medians_along_the_ranking(material: Material) -> None:
+    run = run_of(material, "2-random-0.1")
+    (axes,) = scores.score_length(material).axes
+    score, examples = table(run, "score", "scores.parquet")["score"], table(run, "load", "examples.parquet")["output"]
+    order = sorted(range(120), key=lambda i: -score[i])
+    expected = [float(np.median([len(examples[i]) for i in order[k : k + 6]])) for k in range(0, 120, 6)]
+    assert lines_of(axes)[run.method][1] == pytest.approx(expected)
+
+
+def test_variance_is_held_against_loss_row_by_row_and_run_by_run(material: Material) -> None:
+    run = run_of(material, "0-gsnr-0.1")
+    values = table(run, "statistics", "statistics.parquet")
+    left, _ = scores.variance_and_loss(material).axes
+    assert left.get_title(loc="left") == (
+        f"rank correlation {spearmanr(values['loss_t'], values['V_t']).statistic:+.2f}"
+    )
+    points = scores.selections_by_variance(material, values["V_t"], run)
+    chosen = np.load(stage_of(run, "select") / "positions.npy")
+    expected = (run.method, values["V_t"][chosen].mean(), run.record["heldout_loss"]["model"])
+    assert points[0][0] == expected[0] and points[0][1:] == pytest.approx(expected[1:])
+    assert len(points) == 5  # all but the failed one
+
+
+def test_eps_curves_are_the_score_under_other_eps(material: Material) -> None:
+    run = run_of(material, "0-gsnr-0.1")
+    values = table(run, "statistics", "statistics.parquet")
+
+    def slow(eps: float) -> np.ndarray:
+        return (values["G_s"] - values["G_t"]) / (values["G_s"] + eps) / (values["V_t"] + eps)
+
+    drawn = lines_of(sensitivity.eps(material).axes[0])
+    grid, correlation = drawn["rank correlation of the scores"]
+    assert grid[0] == pytest.approx(1e-12) and grid[-1] == pytest.approx(100)
+    own, far = slow(1e-8), slow(100.0)
+    assert correlation[-1] == pytest.approx(spearmanr(own, far).statistic)
+    sets = [set(np.argsort(-score, kind="stable")[:12].tolist()) for score in (own, far)]
+    assert drawn["overlap of the top 10%"][1][-1] == pytest.approx(len(sets[0] & sets[1]) / len(sets[0] | sets[1]))
+    assert correlation[np.abs(grid - 1e-8).argmin()] == pytest.approx(1)
+
+
+def test_fewer_members_are_scored_from_their_norms(material: Material) -> None:
+    run = run_of(material, "0-gsnr-0.1")
+    sizes, correlation, overlap = sensitivity.size_curves(material, run)
+    assert sizes == [2, 3] and correlation[-1] == pytest.approx(1) and overlap[-1] == 1
+    two = run_of(material, "4-members")  # the same run with M = 2
+    pair = [table(one, "score", "scores.parquet")["score"] for one in (two, run)]
+    assert correlation[0] == pytest.approx(spearmanr(*pair).statistic)
+
+
+def test_the_grid_holds_pws_by_members_and_snapshots(material: Material) -> None:
+    scorer, measure, grid = sensitivity.settings_grid(material)
+    assert (scorer, measure) == ("gsnr", "PWS")
+    three = [run_of(material, name).record["pws"] for name in ("0-gsnr-0.1", "3-gsnr-0.1")]
+    assert grid == {
+        (3, (1, 2)): pytest.approx(np.mean(three)),
+        (2, (1, 2)): pytest.approx(run_of(material, "4-members").record["pws"]),
+    }
+
+
+def test_without_pws_the_grid_holds_the_overlap_with_the_largest_setting(material: Material) -> None:
+    runs = []
+    for name in ("0-gsnr-0.1", "4-members"):
+        run = run_of(material, name)
+        record = {key: value for key, value in run.record.items() if key not in ("pws", "heldout_loss")}
+        runs.append(Run(run.folder, record, run.config, run.method, run.stores))
+    _, measure, grid = sensitivity.settings_grid(Material(material.folder, runs, True))
+    one, other = (set(kept(run)) for run in runs)
+    assert measure == "overlap with M=3, [1, 2]"
+    assert grid[2, (1, 2)] == pytest.approx(len(one & other) / len(one | other)) and grid[3, (1, 2)] == 1
+
+
+def test_two_seeds_on_the_same_data_are_compared(material: Material) -> None:
+    pair = [run_of(material, name) for name in ("0-gsnr-0.1", "3-gsnr-0.1")]
+    _, found = sensitivity.seed_agreement(material)
+    (correlations, overlaps) = found[pair[0].method]
+    scores_ = [table(run, "score", "scores.parquet")["score"] for run in pair]
+    sets = [set(kept(run)) for run in pair]
+    assert correlations == pytest.approx([spearmanr(*scores_).statistic])
+    assert overlaps == pytest.approx([len(sets[0] & sets[1]) / len(sets[0] | sets[1])])
+    assert list(found) == [pair[0].method]  # the others have one seed
+
+
+# ---------------------------------------------------------------------------------------- ensemble
+
+
+def test_ways_are_drawn_from_where_they_begin_to_the_adapters_end(material: Material) -> None:
+    ways = material.trajectories(run_of(material, "0-gsnr-0.1"))
+    assert [steps.tolist() for steps, _ in ways] == [[0, 1, 2, 3, 4, 5, 6, 7, 8]] * 3
+    points = np.concatenate([points for _, points in ways])
+    flat, shares = ensemble.principal(points)
+    from sklearn.decomposition import PCA
+
+    reference = PCA(2).fit(points.astype(float))
+    assert np.abs(flat) == pytest.approx(np.abs(reference.transform(points.astype(float))), abs=1e-6)
+    assert shares == pytest.approx(reference.explained_variance_ratio_)
+    (axes,) = ensemble.trajectories_pca(material).axes
+    clouds = [c for c in axes.collections if isinstance(c, PathCollection)]
+    assert np.concatenate([np.asarray(c.get_offsets()) for c in clouds]) == pytest.approx(flat)
+    (axes,) = ensemble.trajectories_tsne(material).axes
+    assert sum(len(c.get_offsets()) for c in axes.collections) == 27
+
+
+def test_the_members_distance_is_about_that_of_their_updates(material: Material) -> None:
+    """A projection to 64 dimensions keeps a distance up to about a tenth; the exact one is in the diagnostics."""
+    run = run_of(material, "0-gsnr-0.1")
+    steps, spread = ensemble.spread_over_steps(material.trajectories(run))
+    assert np.isnan(spread[0]) and steps[-1] == 8
+    exact = run.record["diagnostics"]["adapter_spread"]["values"]["relative_distance"]
+    assert spread[-1] == pytest.approx(exact, rel=0.2)
+
+
+def test_collapse_counts_every_row(material: Material) -> None:
+    run = run_of(material, "0-gsnr-0.1")
+    values = table(run, "statistics", "statistics.parquet")
+    _, axes = ensemble.collapse(material).axes
+    assert sum(patch.get_height() for patch in axes.patches) == (values["G_t"] > 0).sum()
+    assert f"median {np.median(np.sqrt(values['V_t']) / values['G_t']):.3f}" in lines_of(axes)
+
+
+def test_members_losses_are_their_curves(material: Material) -> None:
+    run = run_of(material, "0-gsnr-0.1")
+    files = [stage_of(run, "member", place) / "curve.jsonl" for place in (0, 1)]
+    losses = [json.loads(line)["loss"] for file in files for line in file.read_text().splitlines()]
+    (axes,) = ensemble.training_loss(material).axes
+    assert lines_of(axes)["member 0"][1] == pytest.approx(losses)
+
+
+# ------------------------------------------------------------------------- judge, audit and cost
+
+
+def test_outcomes_are_those_of_the_judgments(material: Material) -> None:
+    run = run_of(material, "2-random-0.1")
+    lines = (stage_of(run, "judge") / "judgments.jsonl").read_text().splitlines()
+    signs: dict[str, float] = {}
+    for reply in map(json.loads, lines):
+        margin = np.sign(reply["score_model"] - reply["score_reference"])
+        signs[reply["item_id"]] = signs.get(reply["item_id"], 0.0) + margin
+    expected = Counter(np.sign(list(signs.values())).tolist())
+    (axes,) = judge.outcomes(material).axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    place = names.index(f"{run.method}, 0.1")
+    widths = {bars.get_label(): bars[place].get_width() for bars in axes.containers}
+    assert widths["win"] == pytest.approx(expected[1.0] / 26) and widths["tie"] == pytest.approx(expected[0.0] / 26)
+    assert widths["lose"] == pytest.approx(expected[-1.0] / 26)
+
+
+def test_biases_are_summed_over_seeds(material: Material) -> None:
+    pair = [run_of(material, name) for name in ("0-gsnr-0.1", "3-gsnr-0.1")]
+    shares = judge.longer_shares({"gsnr": pair})
+    counts = [run.record["length_bias"] for run in pair]
+    items = sum(count["items"] for count in counts)
+    if items:
+        assert shares["gsnr"] == (sum(count["longer_wins"] for count in counts) / items, items)
+    flips = [run.record["position_bias"]["to_second"] for run in pair]
+    assert judge.total(pair, "position_bias", "to_second") == sum(flips)
+
+
+def test_a_judge_that_prefers_a_place_is_shown_to(material: Material) -> None:
+    run = run_of(material, "2-random-0.1")
+    bias = {"items": 20, "flips": 8, "to_first": 2, "to_second": 6, "flip_share": 0.4, "first_share": 0.4}
+    biased = Run(run.folder, {**run.record, "position_bias": bias}, run.config, run.method, run.stores)
+    (axes,) = judge.position_bias(Material(material.folder, [biased], True)).axes
+    widths = {bars.get_label(): bars[0].get_width() for bars in axes.containers}
+    assert widths == {"flips to the first place": -0.1, "flips to the second place": pytest.approx(0.3)}
+
+
+def test_the_audit_is_drawn_as_audit_json_has_it(material: Material) -> None:
+    run = run_of(material, "2-random-0.1")
+    written = json.loads((run.folder / "audit.json").read_text())
+    (axes,) = audit.spoilt(material).axes
+    alphas, shares = lines_of(axes)[run.method]
+    assert alphas.tolist() == [0.1, 0.2]
+    assert shares == pytest.approx([cell["spoilt"] for cell in written["selections"]])
+    (axes,) = audit.auroc(material).axes
+    texts = [text.get_text() for text in axes.texts]
+    assert all(f"{kind['auroc']:.2f}" in texts for kind in written["kinds"].values())
+
+
+def test_costs_add_up_to_the_runs_stages(material: Material) -> None:
+    found = cost.costs(material)
+    stages = [stage for run in material.runs for stage in run.record["stages"]]
+    for name, its in found.items():
+        mine = [stage for stage in stages if stage["name"] == name]
+        assert its.made + its.reused == len(mine)
+        assert its.seconds == pytest.approx(sum(stage["seconds"] for stage in mine if not stage["reused"]))
+    assert found["member"].made == 2 * 3 * 2 and found["member"].reused > 0  # two seeds, three members, two epochs
+    assert found["member"].saved > 0 and found["finetune"].tokens > 0
+
+
+# -------------------------------------------------------------------------- what is not there
+
+
+def test_gaps_name_the_jobs_that_failed_and_why(material: Material) -> None:
+    assert len(material.gaps) == 1
+    assert material.gaps[0].startswith("5-failed: it failed: alpha=0.001 ")
+
+
+def test_a_store_that_moved_is_found_where_it_is_said_to_be(
+    report_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(report_sweep, tmp_path / "sweep")
+    for file in (tmp_path / "sweep").glob("*/*.*"):  # as on another machine: no path of this one holds
+        if file.name in ("run.json", "config.yaml"):
+            file.write_text(file.read_text().replace(str(report_sweep.parent), "/elsewhere"))
+    lost = read(tmp_path / "sweep")
+    run = run_of(lost, "0-gsnr-0.1")
+    assert not run.artifacts
+    assert any(gap.startswith("0-gsnr-0.1: load/") and gap.endswith("not in the store any more") for gap in lost.gaps)
+    with pytest.raises(Missing, match=r"0-gsnr-0.1: the artifact score/gsnr-.* is not in the store any more"):
+        lost.scores(run)
+    assert results.pws(lost)  # run.json is enough for it
+    found = read(tmp_path / "sweep", report_sweep.parent / "store")
+    assert found.scores(run_of(found, "0-gsnr-0.1")).score.shape == (120,)
+
+
+def test_a_run_that_stopped_early_shows_what_it_has(gradsift, tmp_path: Path) -> None:
+    assert gradsift("experiment=smoke", "tracker=none", "stop_after=selection", "hydra.run.dir=one") == 0
+    stopped = read(tmp_path / "one")
+    reasons = write_figures(stopped, tmp_path / "figures", ["svg"])
+    assert (tmp_path / "figures" / "early_late_norms.svg").is_file()
+    assert reasons["convergence"] == "one: there is no stage finetune (it was stopped after selection)"
+    assert reasons["judge_outcomes"] == "no run has judgments"
+
+
+def test_a_job_that_was_killed_is_told_and_a_folder_without_runs_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds neither run\.json nor folders of jobs"):
+        read(tmp_path)
+    hydra = tmp_path / "3-gsnr-0.1" / ".hydra"
+    hydra.mkdir(parents=True)
+    (hydra / "overrides.yaml").write_text("- scorer=gsnr\n- alpha=0.05\n")
+    killed = read(tmp_path)
+    assert killed.gaps == ["3-gsnr-0.1: it is unfinished: it was killed or is still at work"]
+    assert killed.runs[0].alpha == 0.05 and killed.runs[0].method == "gsnr"
+    reasons = write_figures(killed, tmp_path / "figures", ["svg"])
+    assert set(reasons) == {entry.name for entry in FIGURES}
+
+
+def test_trajectories_that_were_never_noted_are_missed(material: Material, tmp_path: Path) -> None:
+    run = run_of(material, "0-gsnr-0.1")
+    shutil.copytree(stage_of(run, "member").parents[1], tmp_path / "store")
+    for file in (tmp_path / "store").rglob("trajectory.safetensors"):
+        file.unlink()
+    stages = [{**stage, "artifact": f"gone/{Path(stage['artifact']).name}"} for stage in run.record["stages"]]
+    old = Run(run.folder, {**run.record, "stages": stages}, run.config, run.method, [tmp_path / "store"])
+    with pytest.raises(Missing, match="trained before their ways were noted"):
+        ensemble.trajectories_pca(Material(material.folder, [old], False))
+
+
+# ------------------------------------------------------------------------------------ full size
+
+
+def test_a_cloud_of_52_000_rows_stays_small() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.lognormal(size=(2, 52_000))
+    marked = rng.random(52_000) < 0.15
+    with styled():
+        figure, (axes,) = panels()
+        cloud(axes, x, y, marked, log=True)
+    counts = axes.collections[0].get_array()
+    assert counts.sum() == 52_000
+    assert len(lines_of(axes).popitem()[1][0]) == MOST_POINTS
+    assert len(bytes_of(figure, "svg")) < 1_000_000
+
+
+def test_thinning_keeps_the_order_and_all_of_few() -> None:
+    assert thinned(np.arange(5), 5).tolist() == [0, 1, 2, 3, 4]
+    few = thinned(np.arange(100), 10)
+    assert len(set(few.tolist())) == 10 and (np.diff(few) > 0).all()
+
+
+def test_the_projection_is_the_one_that_its_docstring_says(material: Material) -> None:
+    """Coordinate by coordinate from the adapter's own file, in float64, one layer and one vector after the other."""
+    from gradsift.proxy.trajectory import DIMENSIONS
+    from gradsift.runtime import derive_seed
+
+    run = run_of(material, "0-gsnr-0.1")
+    folder = stage_of(run, "member", 1)
+    weights = load_file(folder / "adapter_model.safetensors")
+    point = np.zeros(DIMENSIONS)
+    for name, a in weights.items():
+        if "lora_A" in name:
+            b = weights[name.replace("lora_A", "lora_B")]
+            signs = np.random.default_rng(derive_seed("trajectory", name.split(".lora_A")[0]))
+            left, right = (signs.choice(np.array([-1, 1], np.int8), (DIMENSIONS, n)) for n in (len(b), a.shape[1]))
+            point += [u @ (b.astype(float) @ a) @ v for u, v in zip(left.astype(float), right, strict=True)]
+    last = load_file(folder / "trajectory.safetensors")["points"][-1]
+    assert last == pytest.approx(point / DIMENSIONS**0.5, rel=1e-4, abs=1e-6)
+
+
+def test_the_numbers_behind_the_figures_are_written(material: Material, tmp_path: Path) -> None:
+    reasons = write_tables(material, tmp_path)
+    assert set(reasons) <= {"ablations"}
+    written = {path.stem for path in tmp_path.glob("*.csv")}
+    assert written == {*TABLES, *FIGURE_TABLES} - set(reasons)
+    assert set(FIGURE_TABLES) <= {entry.name for entry in FIGURES}
+    rows = list(csv.DictReader((tmp_path / "cost.csv").read_text().splitlines()))
+    assert {row["stage"]: int(row["made"]) for row in rows}["member"] == 12
+    rows = list(csv.DictReader((tmp_path / "overlap.csv").read_text().splitlines()))
+    one, other = run_of(material, "0-gsnr-0.1"), run_of(material, "2-random-0.1")
+    (row,) = [row for row in rows if {row["method"], row["other"]} == {one.method, other.method}]
+    sets = set(kept(one)), set(kept(other))
+    assert float(row["jaccard"]) == pytest.approx(len(sets[0] & sets[1]) / len(sets[0] | sets[1]))

@@ -1,0 +1,193 @@
+"""Laws of the journal: what was found is not made again, and nothing else is ever taken for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMOKE
+from test_generation import ragged_prompts, tiny_model, tiny_tokenizer
+
+from gradsift import journal as journal_module
+from gradsift.artifacts import UNFINISHED
+from gradsift.data.tokens import Encoded
+from gradsift.evaluation import generation
+from gradsift.evaluation.generation import generate_answers
+from gradsift.journal import JOURNAL_FILE, Journal
+from gradsift.training.device import TokenBudget
+
+ODD = [0.1, 1 / 3, 1e-45, 3.4e38, -0.0, float("nan"), float("inf")]
+VALUES = ["a\ud800\u2028b", [1, None], {"loss": 0.1}, torch.tensor(ODD), torch.tensor([ODD], dtype=torch.float64)]
+
+
+def asked(folder: Path, keys: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """What a computation that asks for these keys is given, and those that had to be made."""
+    made: list[Any] = []
+
+    def make(key: Any) -> Callable[[], Any]:
+        def work() -> Any:
+            made.append(key)
+            return f"{key} {next(serial)}"
+
+        return work
+
+    journal = Journal(folder)
+    return [journal.once(key, make(key)) for key in keys], made
+
+
+serial = count()
+
+
+def lines(folder: Path) -> Path:
+    return folder / UNFINISHED / JOURNAL_FILE
+
+
+def test_what_was_found_is_given_again_in_its_order(tmp_path: Path) -> None:
+    first, _ = asked(tmp_path, [[1], [2]])
+    again, made = asked(tmp_path, [[1], [2], [3]])
+    assert again[:2] == first
+    assert made == [[3]]
+    assert asked(tmp_path, [[1], [2], [3]]) == (again, [])
+
+
+@pytest.mark.parametrize("value", VALUES, ids=range(len(VALUES)))
+def test_values_come_back_as_they_were(value: Any, tmp_path: Path) -> None:
+    Journal(tmp_path).once("key", lambda: [value])
+    (found,) = Journal(tmp_path).once("key", lambda: pytest.fail("made again"))
+    if isinstance(value, torch.Tensor):
+        assert found.dtype == value.dtype
+        assert found.numpy().tobytes() == value.numpy().tobytes()
+    else:
+        assert found == value
+
+
+def test_another_computation_is_given_nothing_from_where_it_differs(tmp_path: Path) -> None:
+    asked(tmp_path, ["a", "b", "c"])
+    found, made = asked(tmp_path, ["a", "B", "c"])
+    assert made == ["B", "c"]
+    assert asked(tmp_path, ["a", "B", "c"]) == (found, [])
+
+
+def test_a_line_that_was_cut_is_made_again(tmp_path: Path) -> None:
+    whole, _ = asked(tmp_path, ["a", "b"])
+    content = lines(tmp_path).read_bytes()
+    second = content.index(b"\n") + 1
+    for cut in range(len(content)):
+        lines(tmp_path).write_bytes(content[:cut])
+        found, made = asked(tmp_path, ["a", "b"])
+        assert made == (["a", "b"] if cut < second else ["b"])
+        assert asked(tmp_path, ["a", "b"]) == (found, [])
+        assert found[0] == whole[0] or cut < second
+    lines(tmp_path).write_bytes(content[:second] + b"\0" * 20)  # what a machine that went down may leave
+    assert asked(tmp_path, ["a", "b"])[1] == ["b"]
+
+
+def test_a_failure_leaves_no_result(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        Journal(tmp_path).once("a", lambda: 1 // 0)
+    assert asked(tmp_path, ["a"])[1] == ["a"]
+
+
+def test_what_json_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="ndarray"):
+        Journal(tmp_path).once("a", lambda: np.zeros(2))
+
+
+def test_what_waits_on_a_gpu_is_written_with_the_next_that_is_due(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(journal_module, "_on_gpu", lambda value: True)
+    journal = Journal(tmp_path, every=0.05)
+    journal.once("a", lambda: 1)
+    assert not lines(tmp_path).exists()
+    time.sleep(0.06)
+    journal.once("b", lambda: 2)
+    assert asked(tmp_path, ["a", "b"]) == ([1, 2], [])
+
+
+class Stop(Exception):
+    """Stands for kill -9."""
+
+
+def test_a_pass_goes_on_with_the_groups_that_are_left(tmp_path: Path) -> None:
+    examples = [Encoded(row, np.zeros(2 + row % 5, np.int32), np.ones(2 + row % 5, bool)) for row in range(20)]
+    left = [3]
+    passed: list[int] = []
+
+    def work(batch: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+        left[0] -= 1
+        if not left[0]:
+            raise Stop
+        rows = torch.tensor([example.row for example in batch])
+        passed.extend(rows.tolist())
+        return rows, rows / 3
+
+    def found(folder: Path | None) -> list[list[Any]]:
+        passes = TokenBudget(16).passes(examples, work, Journal(folder))
+        return [[[part.tolist() for part in parts] for parts in results] for _, results in passes]
+
+    with pytest.raises(Stop):
+        found(tmp_path)
+    before = list(passed)
+    left[0] = -1
+    resumed = found(tmp_path)
+    assert sorted(passed) == list(range(20))
+    assert 0 < len(before) < 20
+    assert resumed == found(None)
+
+
+def test_answers_are_generated_once_each(tmp_path: Path, monkeypatch: Any) -> None:
+    model, tokenizer, prompts = tiny_model("gpt2"), tiny_tokenizer(), ragged_prompts()
+    decoded: list[int] = []
+    plain = generation._text
+
+    def noted(*arguments: Any) -> str:
+        decoded.append(1)
+        return plain(*arguments)
+
+    monkeypatch.setattr(generation, "_text", noted)
+
+    def answers(folder: Path | None, progress: Callable[[int], None] = lambda done: None) -> list[str]:
+        options = {"max_new_tokens": 8, "batch_size": 3, "progress": progress, "journal": Journal(folder)}
+        return generate_answers(model, tokenizer, prompts, **options)
+
+    def die(done: int) -> None:
+        if len(decoded) >= 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        answers(tmp_path, die)
+    resumed = answers(tmp_path)
+    assert len(decoded) == len(prompts)
+    assert resumed == answers(None)
+
+
+@pytest.mark.parametrize("scorer", ["superfilter_screened", "perplexity"])
+def test_a_scoring_pass_that_was_cut_short_ends_with_the_same_table(gradsift, monkeypatch: Any, scorer: str) -> None:
+    command = (*SMOKE, f"scorer={scorer}", "stop_after=scores", "compute.tokens=64")
+    monkeypatch.setattr("gradsift.scoring.spans._BATCH_TOKENS", {"cpu": 64})
+    assert gradsift(*command, f"artifacts={gradsift.folder / 'whole'}") == 0
+    once, made = Journal.once, []
+
+    def watched(journal: Journal, key: Any, make: Callable[[], Any]) -> Any:
+        def noted() -> Any:
+            if len(made) == 7:
+                raise KeyboardInterrupt
+            made.append(key)
+            return make()
+
+        return once(journal, key, noted)
+
+    monkeypatch.setattr(Journal, "once", watched)
+    assert gradsift(*command) == 130
+    before, made[:] = list(made), [None] * 8  # beyond the stop
+    assert gradsift(*command) == 0
+    assert len(before) == 7
+    assert not [key for key in made[8:] if key in before]  # the screening's second pass asks for fewer rows at a time
+    (ours,), (theirs,) = (store.glob("score/*/scores.parquet") for store in (gradsift.store, gradsift.folder / "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert not list(gradsift.store.rglob(UNFINISHED))

@@ -1,0 +1,207 @@
+"""Laws of `plan=true`: it says what then happens, and does nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMOKE
+
+from gradsift.artifacts import Artifact, Store, size_of
+from gradsift.planning import DONE, TO_DO, Earlier, NotMade, Planned, Planner
+from gradsift.report.plans import AT_MOST, SHARED, duration, plan_lines, states, to_do, volume
+
+TINY = (*SMOKE, "data.size=60", "data.benchmark_items=13", "target.steps=2")
+
+
+def listing(root: Path) -> dict[str, tuple[int, int]]:
+    """Every file and folder with its size and time of change."""
+    return {str(p.relative_to(root)): (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(root.rglob("*"))}
+
+
+def planned(gradsift: Any, *arguments: str) -> list[dict[str, Any]]:
+    """The `run.json` of each job, after it was seen that the store is as it was."""
+    before, there = listing(gradsift.store), len(gradsift.runs())
+    assert gradsift(*arguments, "plan=true") == 0
+    assert listing(gradsift.store) == before
+    runs = gradsift.runs()[there:]
+    assert {run["status"] for run in runs} == {"planned"}
+    assert [run["plan_ends"] for run in runs] == [None] * len(runs)
+    return runs
+
+
+def named(artifact: str) -> tuple[str, str]:
+    """Stage and readable name of a unit, whose fingerprint nobody can know yet."""
+    folder = Path(artifact)
+    return folder.parent.name, folder.name.rsplit("-", 1)[0]
+
+
+def agrees(plan: list[dict[str, Any]], run: list[dict[str, Any]]) -> None:
+    """What the plans have to do is what the runs made, no more and no less; in a sweep finetunes may coincide."""
+    stages = [stage for each in run for stage in each["stages"]]
+    made = {stage["fingerprint"]: stage["artifact"] for stage in stages if not stage["reused"]}
+    units = to_do(plan)
+    certain = {unit["fingerprint"] for unit in units if unit["certain"]}
+    assert certain <= set(made)
+    rest = Counter(named(artifact) for fingerprint, artifact in made.items() if fingerprint not in certain)
+    expected = Counter(named(unit["artifact"]) for unit in units if not unit["certain"])
+    assert rest <= expected if len(plan) > 1 else rest == expected
+    assert set(rest) == set(expected)
+    done = {unit["fingerprint"] for each in plan for unit in each["plan"] if unit["state"] == DONE}
+    assert done <= {stage["fingerprint"] for stage in stages if stage["reused"]}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("scorer=superfilter", "stop_after=finetune"),
+        ("method=less", "target_set=verifiable", "stop_after=selection"),
+        ("method=g2is", "target_set=verifiable", "stop_after=selection"),
+        ("method=deita", "embedder=hidden_states", "stop_after=selection"),
+        ("proxy.ensemble=mc_dropout", "proxy.lora.dropout=0.1", "stop_after=statistics"),
+        ("audit.enabled=true", "data.corruption.share=0.3", "scorer=random", "stop_after=selection"),
+        ("benchmark.general=[verifiable_terse]", "benchmark.limit=9", "scorer=random", "stop_after=generate"),
+    ],
+)
+def test_what_is_to_do_is_what_then_is_made(gradsift, arguments: tuple[str, ...]) -> None:
+    plan = planned(gradsift, *TINY, *arguments)
+    assert to_do(plan)
+    assert gradsift(*TINY, *arguments) == 0
+    agrees(plan, gradsift.runs()[-1:])
+    assert to_do(planned(gradsift, *TINY, *arguments)) == []
+
+
+def test_what_is_done_is_reused(gradsift) -> None:
+    assert gradsift(*TINY, "stop_after=scores") == 0
+    plan = planned(gradsift, *TINY)
+    (units,) = states(plan)
+    done = {unit["name"] for unit, state in units if state == DONE}
+    assert done == {"load", "backbone", "member", "norms", "statistics", "score"}
+    assert {unit["name"] for unit, state in units if state == AT_MOST} == {
+        "finetune", "heldout", "generate", "metrics", "judge", "pws",
+    }  # fmt: skip
+    assert gradsift(*TINY) == 0
+    agrees(plan, gradsift.runs()[-1:])
+
+
+def test_a_sweeps_plan_counts_each_unit_once(gradsift, capsys) -> None:
+    sweep = ("-m", *TINY, "scorer=late_loss,full", "proxy.members=1,2", "stop_after=finetune")
+    plan = planned(gradsift, *sweep)
+    out = capsys.readouterr().out
+    assert "Plan by job" in out
+    assert "Plan by stage" in out
+    assert len(plan) == 4
+    counts = Counter(unit["name"] for unit in to_do(plan))
+    assert (counts["member"], counts["score"], counts["finetune"]) == (4, 3, 3)  # full ignores M
+    shared = Counter(unit["name"] for units in states(plan) for unit, state in units if state == SHARED)
+    assert (shared["member"], shared["finetune"]) == (2, 1)
+    assert gradsift(*sweep) == 0
+    agrees(plan, gradsift.runs()[-4:])
+
+
+def test_estimates_come_from_the_nearest_work_and_grow_with_the_examples(gradsift) -> None:
+    def members(*arguments: str) -> list[dict[str, Any]]:
+        (plan,) = planned(gradsift, *TINY, *arguments, "stop_after=statistics")
+        return [unit for unit in plan["plan"] if unit["name"] == "member"]
+
+    assert {unit["seconds"] for unit in members()} == {None}  # nothing like them is in the store
+    assert gradsift(*TINY, "stop_after=statistics") == 0
+    manifests = [json.loads(file.read_text()) for file in gradsift.store.glob("member/*/manifest.json")]
+    (new,) = [unit for unit in members("proxy.members=3") if unit["state"] == TO_DO][:1]
+    seconds = sorted(manifest["seconds"] for manifest in manifests)
+    assert seconds[0] <= new["seconds"] <= seconds[-1]
+    assert new["peak_gb"] > 0.1
+    assert new["bytes"] > 1000
+    larger = members("data.size=120")
+    assert larger[0]["seconds"] == pytest.approx(2 * new["seconds"], rel=0.5)
+    assert {unit["seconds"] for unit in members("proxy.model.nano.architecture=llama")} == {None}  # another model
+
+
+def test_an_estimate_asks_the_same_method_alone(tmp_path: Path) -> None:
+    for name, seconds, eps in (("gsnr", 4.0, 1), ("gsnr", 8.0, 2), ("slow", 900.0, 2)):
+        folder = tmp_path / "score" / f"{name}-{eps}"
+        folder.mkdir(parents=True)
+        files = {"scores.parquet": {"bytes": 100}, "adapter.safetensors": {"bytes": 7}}
+        content = {"config": {"name": name, "eps": eps}, "seconds": seconds, "files": files, "size": 10, "models": []}
+        (folder / "manifest.json").write_text(json.dumps(content))
+    (tmp_path / "score" / "broken").mkdir()
+    (tmp_path / "score" / "broken" / "manifest.json").write_text("{")
+    wanted = {"size": 20, "models": [], "config": {"name": "gsnr", "eps": 2}}
+    found = Earlier(tmp_path).estimate(Artifact("score", tmp_path, "f", wanted))
+    assert (found["seconds"], found["bytes"]) == (16.0, 207)
+    none = Earlier(tmp_path).estimate(Artifact("score", tmp_path, "f", {**wanted, "models": ["gpt2"]}))
+    assert none == {"calls": 0}
+
+
+def test_judge_calls_are_told(gradsift, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "never sent")
+    judge = ("judge=openai", "judge.model=some", "judge.base_url=http://127.0.0.1:9")
+    (plan,) = planned(gradsift, *TINY, *judge, "scorer=llm_rating", "scorer.style=deita")
+    calls = {unit["name"]: unit["calls"] for unit in plan["plan"] if unit["calls"]}
+    assert calls == {"score": 2 * 60, "judge": 2 * 13}
+    assert "judge calls 146" in capsys.readouterr().out
+
+
+def test_a_damaged_unit_is_to_do_and_stays_as_it_is(gradsift) -> None:
+    arguments = (*TINY, "scorer=random", "stop_after=selection")
+    assert gradsift(*arguments) == 0
+    (positions,) = gradsift.store.glob("select/*/positions.npy")
+    os.truncate(positions, 3)
+    plan = planned(gradsift, *arguments)
+    assert [unit["name"] for unit in to_do(plan)] == ["select"]
+
+
+def test_what_is_not_made_cannot_be_read(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", say=lambda line: None)
+    made = store.obtain("load", "rows", {}, [], lambda folder: {"rows": 8}, version=1)
+    planner = Planner(tmp_path / "store", lambda line: None)
+
+    def refuse(folder: Path) -> dict[str, Any]:
+        raise AssertionError("a plan made something")
+
+    unit = planner.obtain("member", "m0", {"epoch": 1}, [made], refuse, version=1)
+    assert isinstance(unit, Planned)
+    assert size_of([unit]) == unit.size == 8
+    with pytest.raises(NotMade, match=r"member/m0-.* is not made yet"):
+        _ = unit.info
+    with pytest.raises(NotMade, match=r"no norms\.parquet to read"):
+        unit.file("norms.parquet")
+    below = planner.expect("finetune", "tiny", {}, [unit], size=4)
+    child = planner.obtain("heldout", "tiny", {}, [below], refuse, version=1, size=2)
+    certain = {each.name: each.certain for each in planner.units.values()}
+    assert certain == {"member": True, "finetune": False, "heldout": False}
+    assert (below.size, child.size) == (4, 2)
+
+
+def test_a_plan_that_cannot_be_refused_later_is_refused_now(gradsift, capsys) -> None:
+    before = listing(gradsift.store)
+    assert gradsift(*TINY, "alpha=0.001", "plan=true") == 2
+    assert "selects no example" in capsys.readouterr().err
+    assert listing(gradsift.store) == before
+
+
+def test_totals_say_what_is_not_known() -> None:
+    unit = {"name": "a", "artifact": "s/a-1", "fingerprint": "1", "state": TO_DO, "certain": True, "calls": 0}
+    known = unit | {"fingerprint": "2", "seconds": 3.0, "bytes": 10**9, "peak_gb": 1.25}
+    unknown = unit | {"seconds": None, "bytes": None, "peak_gb": None}
+    run = {"plan": [known, unknown], "plan_ends": None, "free_bytes": 10**6}
+    lines = "\n".join(plan_lines([run, run]))
+    assert "0 units done, 2 to do" in lines
+    assert "time 3.0 s + ?, disk 1.0 GB + ?, peak memory 1.2 GB, judge calls none" in lines
+    assert "1 units are like none in the store" in lines
+    assert "the disk has 1 MB free" in lines
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(2.04, "2.0 s"), (50, "50 s"), (600, "10 min"), (7200, "2.0 h")])
+def test_durations_are_for_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("size", "text"), [(5, "5 B"), (12_300, "12 kB"), (4_000_000, "4 MB"), (2.5e9, "2.5 GB")])
+def test_volumes_are_for_people(size: float, text: str) -> None:
+    assert volume(size) == text

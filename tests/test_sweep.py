@@ -1,0 +1,173 @@
+"""Laws of sweeps: every job is checked before the first one starts, and looked for after the last."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMOKE, Cli
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from gradsift import sweep
+from gradsift.cli import conf_folder
+from gradsift.config import dump_config, register_schemas
+from gradsift.config.schemas import REPLACED
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """The command line in an empty folder, for what is refused before any work."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADSIFT_ARTIFACTS", str(tmp_path / "store"))
+    return Cli(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (["scorer=gsnr,nosuch"], ["job 2 of 2 (", "scorer=nosuch", "Available options", "late_loss"]),
+        (["alpha=0.1,2"], ["job 2 of 2 (", "alpha=2", "give a number above 0 and up to 1"]),
+        (["proxy.members=3,x"], ["job 2 of 2 (", "proxy.members=x", "'x' of type 'str' could not be converted"]),
+        (["proxy.memberz=3,4"], ["job 1 of 2 (", "and 1 more: ", "did you mean members?"]),
+        (["proxy.members=1,2", "scorer=late_loss,gsnr"], ["job 2 of 4 (", "divides by a variance over members"]),
+        (["target.epochs=null,2"], ["job 2 of 2 (", "either target.epochs or target.steps"]),
+        (["scorer=late_loss,gsnr", "scorer.eps=1e-8"], ["job 1 of 2 (", "eps"]),
+        (["alpha=0.1,2", "compute.device=cpu,tpu"], ["job 2 of 4 (", "tpu", "job 3 of 4 (", "alpha=2"]),
+    ],
+    ids=lambda value: " ".join(value) if "=" in value[0] else "",
+)
+def test_a_sweep_over_a_value_that_cannot_be_is_refused_before_the_first_job(
+    bare, capsys, overrides: list[str], messages: list[str]
+) -> None:
+    assert bare("-m", *SMOKE, *overrides) == 2
+    captured = capsys.readouterr()
+    for message in messages:
+        assert message in captured.err
+    lines = captured.err.splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    assert lines[-1] == "error: no job was started"
+    assert captured.out == ""
+    assert list(bare.folder.iterdir()) == []
+
+
+@pytest.fixture
+def hydra_ready() -> Iterator[None]:
+    register_schemas()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        yield
+
+
+def master(*overrides: str) -> DictConfig:
+    """What Hydra has composed when a sweep begins."""
+    composed = compose("config", return_hydra_config=True)
+    composed.hydra.job.config_name = "config"
+    composed.hydra.overrides.task = list(overrides)
+    return composed
+
+
+JOBS = [
+    ["alpha=0.05", "scorer=gsnr", "scorer.eps=0.1", "proxy.snapshots=[2,4]"],
+    ["alpha=0.1", "scorer=gsnr", "scorer.eps=0.2", "proxy.snapshots=[1,3]"],
+    ["experiment=smoke", "proxy.members=3", "stop_after=scores", "proxy.model.nano.steps=7"],
+    ["method=g2is", "alpha=0.1", "features=less"],
+    ["+benchmark.catalog.mine={path: here.jsonl}", "benchmark.sets=[verifiable,mine]", "stop_after=generate"],
+    ["~scorer", "+scorer={_target_: my.scores, name: mine, sign: -1}", "alpha=1"],
+    ["target.lora.rank=${proxy.lora.rank}", "artifacts='a, b'", "proxy.lora.rank=3"],
+    ["target.lora.rank=${proxy.lora.rank}", "artifacts='b'", "proxy.lora.rank=4"],
+]
+
+
+def test_a_shared_composition_is_what_hydra_composes(hydra_ready) -> None:
+    composed = master()
+    shared = sweep._Shared(composed)
+    for job in JOBS:
+        assert dump_config(shared.load(job)) == dump_config(sweep._loaded(composed, job))
+
+
+def test_a_job_may_speak_of_its_number(hydra_ready) -> None:
+    composed = master("tracker.group=${hydra:job.num}", "artifacts=${hydra:runtime.output_dir}", "alpha=0.1,0.2")
+    assert sweep.begin(composed, str).jobs is not None
+
+
+def test_jobs_that_differ_by_values_share_a_composition(hydra_ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    composed = master("scorer=gsnr,random", "alpha=0.1,0.2", "seed=range(10)")
+    loader, calls = sweep._loader(), []
+    load = loader.load_sweep_config
+    monkeypatch.setattr(loader, "load_sweep_config", lambda *given: calls.append(given) or load(*given))
+    found = sweep.begin(composed, str)
+    assert found.jobs is not None
+    assert len(found.jobs) == 40
+    assert found.jobs[1] == ("scorer=gsnr", "alpha=0.1", "seed=1")
+    assert len(calls) == 2
+
+
+def test_the_command_line_wins_over_the_experiments_own_sweep(hydra_ready) -> None:
+    composed = compose("config", overrides=["experiment=world"], return_hydra_config=True)
+    composed.hydra.job.config_name = "config"
+    composed.hydra.overrides.task = ["experiment=world", "data.seed=7"]
+    jobs = sweep.jobs_of(composed, searches=False)
+    assert len(jobs) == 4
+    assert {tuple(job) for job in jobs} == {
+        ("data.seed=7", f"scorer={scorer}", "alpha=0.1", "experiment=world")
+        for scorer in ("gsnr", "late_loss", "random", "full")
+    }
+
+
+def test_a_plugin_that_is_not_there_is_named_in_one_line(bare, capsys) -> None:
+    assert bare("-m", *SMOKE, "alpha=0.1,0.2", "hydra.launcher._target_=hydra_plugins.hydra_nowhere.Launcher") == 2
+    err = capsys.readouterr().err
+    assert "hydra/launcher=basic needs a plugin that is not installed; install hydra-nowhere" in err
+    assert err.count("\n") == 2
+
+
+def test_every_plugin_has_an_extra_that_brings_it() -> None:
+    extras: dict[str, Any] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    for plugin, extra in sweep._EXTRAS.items():
+        assert any(need.startswith(plugin.replace("_", "-")) for need in extras["optional-dependencies"][extra])
+    ours = [path for kind in ("launcher", "sweeper") for path in (conf_folder() / "hydra" / kind).glob("*.yaml")]
+    assert {(path.parent.name, path.stem) for path in ours} == {
+        (k, c) for k, choices in REPLACED.items() for c in choices
+    }
+    for path in ours:
+        (target,) = [line for line in path.read_text().splitlines() if line.startswith("_target_: hydra_plugins.")]
+        assert target.split(".")[1] in sweep._EXTRAS
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["hydra.sweeper.params.alpha='interval(0.1,2)'"], "alpha=2"),
+        (["proxy.members=choice(2,1)"], "proxy.members=1"),
+        (["stop_after=scores"], "objective=pws is known after judge, but stop_after=scores"),
+    ],
+)
+def test_a_search_looks_at_the_ends_of_its_space_first(bare, capsys, overrides: list[str], message: str) -> None:
+    pytest.importorskip("optuna")
+    assert bare("experiment=search", *overrides) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.endswith("error: no job was started\n")
+    assert list(bare.folder.iterdir()) == []
+
+
+def test_jobs_write_where_the_sweep_was_begun(bare, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the folder is called, and wherever a launcher's worker composes its job."""
+    place = bare.folder / "it's here"
+    elsewhere = bare.folder / "elsewhere"
+    place.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(place)
+    register_schemas()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        composed = master("alpha=0.1,0.2")
+        sweep.fix_place(composed)
+        monkeypatch.chdir(elsewhere)
+        job = sweep._loader().load_sweep_config(composed, ["alpha=0.2"])
+    assert Path(job.hydra.sweep.dir).parents[2] == place
+    assert job.hydra.job.env_set[sweep.HOME] == str(place)

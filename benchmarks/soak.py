@@ -1,8 +1,8 @@
 """Does a sweep that is killed again and again end with the bytes of one that never was?
 
-    python -m benchmarks.soak [--kills 20] [--seed 0] [--folder soak] [--fork]
+    python -m benchmarks.soak [--kills 20] [--seed 0] [--folder outputs/soak] [--fork]
 
-A small sweep over the embedded world (three methods, both ways to collect, dropout, finetune, answers, judging) runs
+A small sweep over the embedded world (two methods, both ways to collect, dropout, finetune, answers, judging) runs
 once undisturbed. Then the same command is given again and again in a store of its own, and each process is killed
 with SIGKILL: at a random moment, or shortly after a chosen stage has saved a point, so that single epochs are
 hit several times. Once a round has ended by itself, all files of both stores are compared byte for byte (of the
@@ -15,34 +15,35 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from gradsift.artifacts import MANIFEST, UNFINISHED
+from gradsift.artifacts import MADE_BY, MANIFEST, UNFINISHED
 
 REPOSITORY = Path(__file__).parents[1]
 SWEEP = (
     *("-m", "experiment=smoke", "tracker=none", "compute.threads=1", "compute.tokens=256"),
-    *("method=gradfiltering,superfiltering,less", "proxy.collect=epoch_end,during_training"),
-    *("proxy.members=3", "proxy.batch_size=4", "proxy.lora.dropout=0.1"),
-    *("target.steps=30", "target.lora.dropout=0.1", "benchmark.batch_size=4", "features.warmup.share=0.5"),
+    *("method=gradfiltering,less", "proxy.collect=epoch_end,during_training"),
+    *("proxy.members=2", "proxy.batch_size=4", "proxy.lora.dropout=0.1", "features.warmup.share=0.3"),
+    *("target.steps=20", "target.lora.dropout=0.1", "benchmark.batch_size=4"),
 )
 # whose points are waited for; None is any moment. Two in a row hit one epoch twice
 MOMENTS = (
-    *(None, "member", "member", "norms", "warmup", "warmup", None, "score"),
-    *("finetune", "finetune", "member", "member", "generate", None, "heldout", "judge"),
+    *(None, "member", "member", None, "norms", "finetune", "finetune", None),
+    *("generate", "member", "member", "finetune", None, "warmup", "warmup", None),
 )
 PROCESS = ("resumed_steps", "forward_tokens", "seconds")  # counts that tell what the last process did
 LONGEST = 2.0  # seconds from the first sign of work to a kill at any moment
@@ -135,29 +136,26 @@ def soak(
     start: Start = run_py,
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Run the sweep undisturbed, then in rounds with `kills` kills in all; compare after each round."""
+    """Run the sweep undisturbed, then in rounds with `kills` kills in all; compare after each round.
+
+    A moment that has not come when the sweep ends is passed over.
+    """
     chance, outcome = random.Random(seed), Outcome()
-    store, whole = (
-        folder / "store",
-        folder / "whole",
-    )  # at one place while they are made: adapters name their backbone's
-    say(f"undisturbed: run.py {' '.join(sweep)}")
-    started = time.monotonic()
-    _finish(start(sweep, _fresh(folder / "runs"), store), folder)
-    store.rename(whole)
-    say(f"  {time.monotonic() - started:.1f} s")
-    left = [moments[index % len(moments)] for index in range(kills)]
-    number = 0
-    while left:
-        number += 1
-        while True:
-            process = start((*sweep, "compute.save_every=0"), folder / "runs", store)
-            hit = kill(process, store, left[0], chance) if left else None
-            if hit is None:
-                break
-            left.pop(0)
+    store, whole = folder / "store", folder / "whole"  # all are made at one place, which adapters name
+    say(f"run.py {' '.join(sweep)}")
+    if not whole.exists():
+        started = time.monotonic()
+        _finish(start(sweep, _fresh(folder / "runs"), store), folder)
+        store.rename(whole)
+        say(f"undisturbed: {time.monotonic() - started:.1f} s")
+    to_come = itertools.cycle(moments)
+    while len(outcome.hits) < kills:
+        number = len(list(folder.glob("killed-*"))) + 1
+        process = start((*sweep, "compute.save_every=0"), folder / "runs", store)
+        while len(outcome.hits) < kills and (hit := kill(process, store, next(to_come), chance)):
             outcome.hits.append(hit)
             say(f"kill {len(outcome.hits):3d} {hit}")
+            process = start((*sweep, "compute.save_every=0"), folder / "runs", store)
         _finish(process, folder)
         compared, differing = compare(whole, store)
         outcome.files += compared
@@ -175,24 +173,28 @@ def _fresh(folder: Path) -> Path:
 def kill(process: Running, store: Path, moment: str | None, chance: random.Random) -> Hit | None:
     """Kill the process at its moment; None if it ended before that came."""
     began = time.monotonic()
-    before = _points(store)
-    while not (_parts(store) if moment is None else _moved(before, _points(store), moment)):
+    points, parts = _points(store), _parts(store)
+    while not (_parts(store) - parts if moment is None else _moved(points, _points(store), moment)):
         if process.poll() is not None:
             return None
         if time.monotonic() - began > PATIENCE:
             raise TimeoutError(f"no sign of {moment or 'work'} within {PATIENCE:.0f} s")
-        time.sleep(0.002)
+        time.sleep(0.01)
     time.sleep(chance.uniform(0, LONGEST if moment is None else 0.1))
     if process.poll() is not None:
         return None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    return Hit(time.monotonic() - began, dict.fromkeys(_parts(store), 0) | _points(store))
+    return Hit(time.monotonic() - began, dict.fromkeys((name for name, _ in _parts(store)), 0) | _points(store))
 
 
-def _parts(store: Path) -> list[str]:
-    """Artifacts in the making."""
-    return [f"{path.parent.name}/{_plain(path)}" for path in store.glob("*/*.part")]
+def _parts(store: Path) -> set[tuple[str, int]]:
+    """Artifacts in the making, and when a process last took them up."""
+    found = set()
+    for part in store.glob("*/*.part"):
+        with suppress(FileNotFoundError):  # finished meanwhile
+            found.add((f"{part.parent.name}/{_plain(part)}", (part / UNFINISHED / MADE_BY).stat().st_mtime_ns))
+    return found
 
 
 def _plain(path: Path) -> str:
@@ -247,18 +249,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path("soak"), help="of runs and stores; removed if all is well")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("soak"), help="of runs and stores; an undisturbed one there is taken"
+    )
     parser.add_argument("--fork", action="store_true", help="fork the processes from one that has the imports")
     options = parser.parse_args()
     folder = options.folder.resolve()
-    if folder.exists():
-        sys.exit(f"error: {options.folder} is there already; remove it, or give another with --folder")
+    if (folder / "store").exists():
+        sys.exit(f"error: {options.folder} is of a soak that did not end; remove it, or give another with --folder")
     outcome = soak(folder, options.kills, options.seed, start=Forked if options.fork else run_py)
     print(f"{len(outcome.hits)} kills; killed at two or more points of one training: {outcome.twice_in_one_epoch()}")
     if outcome.differing:
         sys.exit("error: these differ from the undisturbed run's: " + ", ".join(outcome.differing))
     print(f"all {outcome.files} files are those of the undisturbed run, byte for byte")
-    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_both_replies_to_a_prompt_that_cannot_be_read_are_kept(endpoint: Endpoin
 
 def test_requests_run_side_by_side_up_to_the_limit(endpoint: Endpoint, client: Client) -> None:
     def slow(text: str, attempt: int) -> Answer:
-        time.sleep(0.05)
+        time.sleep(0.2)
         return 200, "5", {}
 
     endpoint.behave = slow

@@ -7,10 +7,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pandas as pd
 import pytest
 import yaml
+from conftest import SMOKE
 from endpoint import Endpoint
 
 from gradsift.errors import DataError
@@ -169,11 +171,18 @@ def test_a_name_is_one_part_of_a_path() -> None:
     ]
 
 
-def test_a_finished_run_is_exported(gradsift: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    from conftest import SMOKE
-
-    assert gradsift(*SMOKE, "scorer=random") == 0
+def test_a_run_that_alpaca_evals_annotator_judged_is_exported(
+    gradsift: Any, endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint.behave = lambda text, attempt: (
+        200,
+        f"[{{'model': 'model_1', 'rank': {1 + crc32(text.encode()) % 2}}}]",
+        {},
+    )
+    options = ("judge=alpaca_eval", "judge.annotators=alpaca_eval_gpt4", f"judge.base_url={endpoint.address}")
+    assert gradsift(*SMOKE, "scorer=random", *options) == 0
     (run,) = gradsift.folder.glob("outputs/*/*")
+    assert gradsift.runs()[0]["judging"]["cost"]["calls"] == len(endpoint.bodies) > 0
     capsys.readouterr()
     assert export_module.main([str(run), "--to", "published"]) == 0
     printed = [Path(line) for line in capsys.readouterr().out.splitlines()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from conftest import SMOKE
 from test_generation import ragged_prompts, tiny_model, tiny_tokenizer
 
+from gradsift import journal as journal_module
 from gradsift.artifacts import UNFINISHED
 from gradsift.data.tokens import Encoded
 from gradsift.evaluation import generation
@@ -95,6 +97,16 @@ def test_a_failure_leaves_no_result(tmp_path: Path) -> None:
 def test_what_json_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="ndarray"):
         Journal(tmp_path).once("a", lambda: np.zeros(2))
+
+
+def test_what_waits_on_a_gpu_is_written_with_the_next_that_is_due(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(journal_module, "_on_gpu", lambda value: True)
+    journal = Journal(tmp_path, every=0.05)
+    journal.once("a", lambda: 1)
+    assert not lines(tmp_path).exists()
+    time.sleep(0.06)
+    journal.once("b", lambda: 2)
+    assert asked(tmp_path, ["a", "b"]) == ([1, 2], [])
 
 
 class Stop(Exception):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,16 @@ import torch
 from conftest import SMOKE
 from safetensors.numpy import load_file
 from test_finetuning import nano_examples, nano_target, proxy_config, runtime, target_config
+from torch.distributed.tensor import DTensor
 
 from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, LoraConfig, ProxyConfig, TargetConfig
+from gradsift.cost import counting
 from gradsift.data.examples import Example
 from gradsift.data.tokens import encode
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.gradients.norms_table import read_norms
+from gradsift.nodes import node_of
 from gradsift.proxy.collection import collect_rows
 from gradsift.proxy.ensemble import train_member_epoch
 from gradsift.proxy.epochs import OPTIMIZER_FILE, ProxyInputs
@@ -34,6 +40,7 @@ from gradsift.training.target import train_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+REPOSITORY = Path(__file__).parents[1]
 DDP = ComputeConfig(device="cpu", threads=1, strategy="ddp", devices=2)
 
 
@@ -48,6 +55,15 @@ def everything(
     settings, inputs = proxy
     infos: dict[str, Any] = {"ranks": ranks.size()}
     infos["finetune"] = train_target(run, config, load_backbone(made, config.model, run.compute), chosen, folder)
+    if ranks.size() > 1:  # with the target's frozen weights in parts
+        (folder / "fsdp").mkdir()
+        sharded = Runtime(run.store, replace(run.compute, strategy="fsdp"), run.display, run.seed)
+        backbone = load_backbone(made, config.model, run.compute)
+        with counting() as tokens:
+            infos["fsdp"] = train_target(sharded, config, backbone, chosen, folder / "fsdp")
+        infos["fsdp tokens"] = tokens()
+        parts = [parameter for parameter in backbone.model.parameters() if isinstance(parameter, DTensor)]
+        infos["in parts"] = sum(2 * part.to_local().numel() == part.numel() for part in parts) / len(parts)
     before = None
     for epoch in (1, 2):
         part = folder / f"e{epoch}"
@@ -82,14 +98,23 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 def test_two_processes_find_what_one_finds(backbones: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    infos = []
+    infos, counts = [], []
     for folder, compute in ((one, ComputeConfig(device="cpu", threads=1)), (two, DDP)):
         folder.mkdir()
         run = runtime(tmp_path / "store")
         run.compute = compute
-        infos.append(on_all_ranks(run, folder, everything, *arguments(backbones)))
+        with counting() as tokens:
+            infos.append(on_all_ranks(run, folder, everything, *arguments(backbones)))
+        counts.append(tokens())
     assert [info.pop("ranks") for info in infos] == [1, 2]
+    assert infos[1].pop("in parts") > 0.9
+    assert 0 < infos[1].pop("fsdp tokens") < infos[0]["finetune"]["tokens"]  # rank 0 has a part of them
+    (two / "fsdp").rename(tmp_path / "fsdp")
+    assert infos[1].pop("fsdp") == infos[0]["finetune"]
+    whole, sharded = (load_file(folder / "adapter" / ADAPTER_FILE) for folder in (one, tmp_path / "fsdp"))
+    assert all(relative(sharded[key], whole[key]) <= 1e-6 for key in whole)
     assert ranks.size() == 1  # the group has ended
+    assert counts[1] - infos[0]["finetune"]["tokens"] == counts[0] > 0  # two ranks also train with weights in parts
     sizes = ("size_A", "size_B")
     for name, info in infos[0].items():
         for key, value in info.items():
@@ -142,12 +167,62 @@ def test_a_rank_that_fails_ends_the_work_with_its_reason(how: str, message: str,
 @pytest.mark.slow
 def test_a_run_on_two_ranks_finds_the_work_of_one_and_the_other_way_round(gradsift) -> None:
     """The number of ranks is in no fingerprint, so the statistics are shared."""
-    smoke = (*SMOKE, "proxy.members=1", "stop_after=statistics")
+    smoke = (*SMOKE, "scorer=late_loss", "proxy.members=1", "stop_after=statistics")
     assert gradsift(*smoke, "compute=ddp", "compute.devices=2") == 0
     made = [stage["name"] for stage in gradsift.runs()[-1]["stages"] if not stage["reused"]]
     assert made.count("member") == made.count("norms") == 2
     assert gradsift(*smoke) == 0
     assert not [stage for stage in gradsift.runs()[-1]["stages"] if not stage["reused"]]
+
+
+@pytest.mark.slow
+def test_two_machines_share_the_work_and_the_first_one_writes(gradsift, tmp_path: Path) -> None:
+    """Two processes on this one, as `srun` would start them: the same command, another NODE_RANK."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "run.py"),
+        *SMOKE,
+        "scorer=late_loss",
+        "proxy.members=1",
+        "stop_after=statistics",
+    ]
+    command += ["proxy.members=1", "stop_after=statistics", "compute=ddp", "compute.devices=1", "compute.num_nodes=2"]
+    machines = []
+    for node in (0, 1):
+        shared = {"NODE_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        folder = f"hydra.run.dir=outputs/both/node{node}"
+        machines.append(subprocess.Popen([*command, folder], env={**os.environ, **shared}, cwd=tmp_path))
+    assert [machine.wait(300) for machine in machines] == [0, 0]
+    first, second = gradsift.runs()
+    if not any(stage["optimizer_steps"] for stage in first["stages"]):
+        first, second = second, first
+    made = [stage["name"] for stage in first["stages"] if not stage["reused"]]
+    assert made.count("member") == made.count("norms") == 2
+    assert not [stage for stage in second["stages"] if not stage["reused"]]
+    assert gradsift(*SMOKE, "scorer=late_loss", "proxy.members=1", "stop_after=statistics") == 0
+    assert not [stage for stage in gradsift.runs()[-1]["stages"] if not stage["reused"]]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "NODE_RANK or GROUP_RANK or SLURM_NODEID does not say"),
+        ({"NODE_RANK": "2"}, r"found '2'"),
+        ({"SLURM_NODEID": "1"}, "needs MASTER_ADDR"),
+    ],
+)
+def test_a_machine_that_does_not_know_its_number_is_refused(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        node_of(replace(DDP, num_nodes=2))
 
 
 def test_ranks_need_a_strategy_and_are_part_of_what_masks_depend_on() -> None:

@@ -42,7 +42,7 @@ from gradsift.errors import GradsiftError
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"  # folder of what an interrupted `make` goes on from; no artifact holds it
-_MADE_BY = "made_by.json"  # in it: the code and the packages that began
+MADE_BY = "made_by.json"  # in it: the code and the packages that began
 _PATIENCE = 3.0  # seconds before a wait for another process is said
 _POLL = 0.5  # seconds between looks at a lock after that: a hundred waiting jobs shall not wear out a file server
 _HASH_LIMIT = 256 * 2**20  # bytes; beyond this reuse checks a file's size alone
@@ -309,7 +309,7 @@ class Store:
                 elif left != unfinished:
                     left.unlink()
         ours = json.dumps({"code": code_hash(), "packages": package_versions()}, sort_keys=True)
-        note = unfinished / _MADE_BY
+        note = unfinished / MADE_BY
         if note.exists() and len(list(part.rglob("*"))) > 2:
             self.say(f"  {path.name}: going on from where an interrupted run was")
             if note.read_text(encoding="utf-8") != ours:

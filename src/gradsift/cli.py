@@ -219,6 +219,7 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     view.starting(overrides)
     from gradsift.artifacts import Store
     from gradsift.evaluation.judges import DryRun
+    from gradsift.nodes import store_of
     from gradsift.pipeline import plan, prepare, run, settings_of
     from gradsift.report.automatic import report_at_end
     from gradsift.report.results import Results
@@ -232,7 +233,7 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
         plan(config, view.display, folder, _about(config, overrides))
         view.planned(folder, in_sweep=sweep is not None)
         return None
-    store = Store(Path(config.artifacts), view.display.say, view.stage_done)
+    store = store_of(config.compute, Store(Path(config.artifacts), view.display.say, view.stage_done))
     reports = config.report and sweep is None
     about = _about(config, overrides)
     with Tracker(config.tracker, folder, sweep, about) as tracker:

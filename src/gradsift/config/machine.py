@@ -35,8 +35,11 @@ class ComputeConfig:
     tokens: int | None = None  # padded tokens that pass through a model at once; what suits it when empty
     threads: int | None = None  # of each process; torch's own choice when empty
     save_every: float = 60.0  # seconds of work that a killed process may lose, within an epoch; 0: after each step
-    strategy: str = "single"  # ddp: `devices` processes share a training or a collection, each with the whole model
-    devices: int = 1  # processes, each with a GPU of its own or on the CPU; more than one with strategy=ddp
+    # ddp: `devices` processes share a training or a collection, each with the whole model; fsdp: for the target each
+    # holds a part of its frozen weights
+    strategy: str = "single"
+    devices: int = 1  # processes a machine, each with a GPU of its own or on the CPU; more than one with ddp and fsdp
+    num_nodes: int = 1  # machines that share the work and the store; the same command runs on each
 
     def __post_init__(self) -> None:
         one_of("compute.device", self.device, ("auto", "cpu", "cuda"))
@@ -44,17 +47,24 @@ class ComputeConfig:
         at_least("compute.tokens", self.tokens, 1)
         at_least("compute.threads", self.threads, 1)
         at_least("compute.save_every", self.save_every, 0)
-        one_of("compute.strategy", self.strategy, ("single", "ddp"))
+        one_of("compute.strategy", self.strategy, ("single", "ddp", "fsdp"))
         at_least("compute.devices", self.devices, 1)
-        if self.strategy == "single" and self.devices > 1:
+        at_least("compute.num_nodes", self.num_nodes, 1)
+        if self.strategy == "single" and self.ranks > 1:
             raise ConfigError(
-                f"compute.devices={self.devices} need a strategy, but compute.strategy=single; take compute=ddp"
+                f"compute.devices={self.devices} and compute.num_nodes={self.num_nodes} need a strategy, but "
+                "compute.strategy=single; take compute=ddp or compute=fsdp"
             )
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share a training or a collection."""
+        return self.devices * self.num_nodes
 
     @property
     def mask_batches(self) -> Any:
         """What dropout masks depend on, for the settings of a stage: they are drawn batch by batch, rank by rank."""
-        return self.tokens if self.devices == 1 else {"tokens": self.tokens, "ranks": self.devices}
+        return self.tokens if self.ranks == 1 else {"tokens": self.tokens, "ranks": self.ranks}
 
     @property
     def numerics(self) -> dict[str, str]:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from gradsift.cost import passed
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.benchmarks import Item
-from gradsift.journal import Journal
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from gradsift.journal import Journal
 
 
 def generate_answers(
@@ -47,6 +48,7 @@ def generate_answers(
         ConfigError: `max_new_tokens` leaves no room for a prompt in the model's context.
         DataError: a prompt has no token.
     """
+    from gradsift.journal import Journal
     from gradsift.training.lora import evaluating
 
     context = _context_length(model)

@@ -430,7 +430,7 @@ def judge_settings(runtime: Runtime, config: JudgeConfig, wording: str | None) -
         settings["base_url"] = config.base_url or os.environ.get("OPENAI_BASE_URL")
     if isinstance(config, AlpacaEvalJudgeConfig):  # by what is in the files, wherever they lie
         annotator = read_annotator(config.annotators)
-        settings["annotators"] = {k: v for k, v in asdict(annotator).items() if k != "price"}
+        settings["annotators"] = {"name": annotator.name, "content": annotator.content}
         settings["base_url"] = config.base_url or annotator.base_url or os.environ.get("OPENAI_BASE_URL")
     if isinstance(config, LocalJudgeConfig):
         settings |= {"model": None, **runtime.compute.numerics}

@@ -114,4 +114,9 @@ def device_of(compute: ComputeConfig) -> torch.device:
         raise GradsiftError("compute.device=cuda, but torch finds no CUDA device; take compute.device=auto")
     if compute.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if compute.devices > torch.cuda.device_count():
+        raise GradsiftError(
+            f"compute.devices={compute.devices}, but torch finds {torch.cuda.device_count()} CUDA devices here; give "
+            "as many, or compute.device=cpu"
+        )
     return torch.device("cuda")

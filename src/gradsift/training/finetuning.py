@@ -21,12 +21,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from gradsift.config import ComputeConfig
+from gradsift.cost import passed
 from gradsift.data.batching import Batch, by_length, collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.runtime import derive_seed
 from gradsift.training import lora, ranks
-from gradsift.training.device import TokenBudget, device_of
+from gradsift.training.device import TokenBudget, device_of, is_out_of_memory
 from gradsift.training.head import OutputHead, token_losses
 from gradsift.training.save_point import SavePoint
 
@@ -112,6 +113,7 @@ class Finetuning(L.LightningModule):
         self.curve: list[dict[str, float]] = []  # one entry a step; its loss is there when `fit` has ended
         self._step_losses = torch.zeros(0)  # on the device: reading a loss there would wait for it every step
         self._losses = ResponseLosses(model)
+        self._is_sharded = ranks.is_sharded(model)
 
     def resume(self, losses: torch.Tensor, tokens: Sequence[int]) -> None:
         """Go on after the steps that had these mean losses (n,) and tokens."""
@@ -129,7 +131,8 @@ class Finetuning(L.LightningModule):
         mine = ranks.share(step.examples)
         # masks depend on the step and the rank, not on what went before: a training that goes on needs no random state
         torch.manual_seed(derive_seed(self.dropout_seed, len(self.curve), ranks.rank()))
-        outputs = self.budget.run(lambda tokens: self._backward(mine, len(lengths), tokens), lengths)
+        own = [len(example.input_ids) for example in mine]
+        outputs = self._run(lambda tokens: self._backward(mine, step.examples, tokens), own)
         ranks.sum_gradients(list(lora.trainable_parameters(self.model).values()))
         outputs = ranks.gather(outputs, len(lengths))
         self.optimizers().step()  # type: ignore[union-attr]
@@ -147,12 +150,27 @@ class Finetuning(L.LightningModule):
         for entry, loss in zip(self.curve, self._step_losses.tolist(), strict=False):
             entry["loss"] = loss
 
-    def _backward(self, examples: Sequence[Encoded], total: int, tokens: int) -> dict[str, torch.Tensor]:
-        """The examples' part of the gradients of a step's mean loss.
+    def _run(self, work: Callable[[int], dict[str, torch.Tensor]], lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+        if not self._is_sharded:
+            return self.budget.run(work, lengths)
+        try:
+            done = work(self.budget.tokens)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise GradsiftError(
+                f"memory ran out with {self.budget.tokens:,} tokens at once, and ranks that share weights cannot go "
+                "back; give fewer with compute.tokens"
+            ) from error
+        passed(sum(lengths))
+        return done
+
+    def _backward(self, mine: Sequence[Encoded], examples: Sequence[Encoded], tokens: int) -> dict[str, torch.Tensor]:
+        """This rank's part of the gradients of a step's mean loss.
 
         Args:
-            examples: of this rank.
-            total: N, the step's examples on all ranks.
+            mine: this rank's share of the step's examples.
+            examples: of the step, N.
 
         Returns:
             rows, losses and, where they are wanted, norm_A and norm_B, (n,) each.
@@ -162,12 +180,18 @@ class Finetuning(L.LightningModule):
             self.norms.forget()
         names = ("rows", "losses", "norm_A", "norm_B")[: 2 if self.norms is None else 4]
         parts: list[tuple[torch.Tensor, ...]] = []
-        for part in by_length(examples, tokens):
+        batches = by_length(mine, tokens)
+        # a rank with fewer batches than others lends them its weights by passes that count for nothing
+        lent = ranks.most(len(batches)) - len(batches) if self._is_sharded else 0
+        for part in batches:
             batch = collate(part, self.pad_id).to(self.device)
             losses = self._losses(batch)
-            self.manual_backward(losses.sum() / total)
-            norms = self.norms.take(total) if self.norms is not None else ()
+            self.manual_backward(losses.sum() / len(examples))
+            norms = self.norms.take(len(examples)) if self.norms is not None else ()
             parts.append((batch.rows, losses.detach(), *norms))
+        for _ in range(lent):
+            shortest = min(examples, key=lambda example: len(example.input_ids))
+            self.manual_backward(0 * self._losses(collate([shortest], self.pad_id).to(self.device)).sum())
         if not parts:  # more ranks than examples
             none = torch.empty(0, device=self.device)
             return {name: none.long() if name == "rows" else none for name in names}
@@ -246,7 +270,8 @@ def quiet_trainer(compute: ComputeConfig, callbacks: list[L.Callback]) -> L.Trai
     return L.Trainer(
         accelerator="gpu" if device_of(compute).type == "cuda" else "cpu",
         strategy=ranks.Ranks() if ranks.size() > 1 else "auto",
-        devices=ranks.size(),
+        devices=compute.devices if ranks.size() > 1 else 1,
+        num_nodes=compute.num_nodes if ranks.size() > 1 else 1,
         use_distributed_sampler=False,
         precision="32-true",  # nothing is cast: frozen weights have their precision since they were loaded
         max_epochs=1,

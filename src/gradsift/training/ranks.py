@@ -8,7 +8,10 @@ together on all of them; what the other ranks write goes to a scratch folder.
 
 from __future__ import annotations
 
+import functools
 import io
+import os
+import pickle
 import shutil
 import signal
 import tempfile
@@ -24,18 +27,24 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing import get_context
 
 from gradsift.artifacts import Store
 from gradsift.config import ComputeConfig
+from gradsift.cost import counting, passed
 from gradsift.data.batching import shard_of
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
+from gradsift.nodes import node_of
 from gradsift.runtime import Display, Runtime
 from gradsift.training.backbones import quieten
 from gradsift.training.device import device_of
 
 T = TypeVar("T")
+_local_size = 1  # ranks on this machine
 _PATIENCE = 30.0  # seconds in which other ranks end after rank 0 has
 _READY = ""  # what a rank says before it joins
 _ENDED = "ended without a word; memory, perhaps: see the system's log"
@@ -85,6 +94,45 @@ def gather(columns: Mapping[str, torch.Tensor], total: int) -> dict[str, torch.T
     return {name: values.to(column.dtype) for (name, column), values in zip(columns.items(), whole, strict=True)}
 
 
+def shard_weights(adapted: Any, compute: ComputeConfig) -> None:
+    """Divide the frozen weights of the model's layers over the ranks (`compute.strategy=fsdp`), a layer at a time.
+
+    A layer's weights are whole only while it is passed through (torch's `fully_shard`). The adapter's stay with
+    every rank, and so do embeddings and head: the gradients come together as without.
+
+    Raises:
+        GradsiftError: a model that does not say which of its modules are its layers.
+    """
+    if size() == 1 or compute.strategy != "fsdp":
+        return
+    causal = adapted.get_base_model()
+    names = set(causal._no_split_modules or ())
+    layers = [module for module in causal.modules() if type(module).__name__ in names]
+    if not layers:
+        raise GradsiftError(
+            f"compute.strategy=fsdp cannot tell the layers of {type(causal).__name__}; take compute.strategy=ddp"
+        )
+    mesh = init_device_mesh(device_of(compute).type, (size(),))
+    whole = {parameter for parameter in adapted.parameters() if parameter.requires_grad}
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
+    rest = {parameter for parameter in adapted.parameters() if not isinstance(parameter, DTensor)}
+    fully_shard(causal.base_model, mesh=mesh, ignored_params=rest)  # has the layers fetch each other's weights ahead
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether each pass through the model needs all ranks."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def most(count: int) -> int:
+    """The largest of the ranks' counts."""
+    counts = torch.tensor(count)
+    counts = counts.cuda() if distributed.get_backend() == "nccl" else counts
+    distributed.all_reduce(counts, op=distributed.ReduceOp.MAX)
+    return int(counts)
+
+
 class Ranks(DDPStrategy):
     """Lightning's strategy for a group that is there already.
 
@@ -107,17 +155,17 @@ class _Environment(TorchElasticEnvironment):
         return rank()
 
     def local_rank(self) -> int:
-        return rank()
+        return rank() % _local_size
 
     def node_rank(self) -> int:
-        return 0
+        return rank() // _local_size
 
 
 # ------------------------------------------------------------------------------------------ processes
 
 
 def on_all_ranks(runtime: Runtime, folder: Path, work: Callable[..., T], *arguments: Any) -> T:
-    """`work(runtime, folder, *arguments)` on `compute.devices` ranks; returns what it returned on rank 0, here.
+    """`work(runtime, folder, *arguments)` on `compute.ranks` processes; returns what it returned in this one.
 
     Args:
         folder: of the artifact in the making; other ranks work in a copy of it, which is dropped.
@@ -126,13 +174,35 @@ def on_all_ranks(runtime: Runtime, folder: Path, work: Callable[..., T], *argume
     Raises:
         GradsiftError: a rank failed; with its reason.
     """
-    if runtime.compute.devices == 1:
+    if runtime.compute.ranks == 1:
         return work(runtime, folder, *arguments)
     with (
         tempfile.TemporaryDirectory(prefix="gradsift-ranks-") as scratch,
         _others(runtime, folder, Path(scratch), work, arguments),
     ):
-        return work(runtime, folder, *arguments)
+        return _work(runtime, folder, Path(scratch), work, arguments)
+
+
+def _work(runtime: Runtime, folder: Path, scratch: Path, work: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+    """In the group: rank 0 in `folder`, every other in a copy of rank 0's folder as it stands."""
+    places = [str(folder.resolve())]
+    distributed.broadcast_object_list(places)
+    if rank():
+        folder = scratch / f"rank{rank()}"
+        shutil.copytree(places[0], folder)
+    distributed.barrier()
+    return _counted(work, runtime, folder, arguments)
+
+
+def _counted(work: Callable[..., T], runtime: Runtime, folder: Path, arguments: tuple[Any, ...]) -> T:
+    """What `work` returns; the forward tokens of all ranks are counted on rank 0, for the unit under way there."""
+    with counting() as tokens:
+        found = work(runtime, folder, *arguments)
+    total = torch.tensor(tokens())
+    total = total.cuda() if distributed.get_backend() == "nccl" else total
+    distributed.all_reduce(total)
+    passed(int(total))
+    return found
 
 
 @contextmanager
@@ -147,13 +217,13 @@ def _others(
         for number in range(1, runtime.compute.devices):
             ours, theirs = context.Pipe(duplex=False)
             given = (number, runtime.compute, runtime.seed, torch.get_num_threads(), scratch, folder, theirs)
-            process = context.Process(target=_other, args=(*given, work, arguments), daemon=True)
+            process = context.Process(target=_other, args=(*given, pickle.dumps((work, arguments))), daemon=True)
             process.start()
             theirs.close()
             processes.append(process)
             ends.append(ours)
         _await(processes, ends)
-        with _group(0, runtime.compute, scratch):
+        with _group(0, runtime.compute, scratch, folder.name):
             yield
         for process in processes:
             process.join(_PATIENCE)
@@ -202,38 +272,53 @@ def _other(
     scratch: Path,
     folder: Path,
     said: Connection,
-    work: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    pickled: bytes,
 ) -> None:
     """A rank's process: the same work in a folder of its own, silently."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; rank 0 ends the others
     try:
         torch.set_num_threads(threads)
         quieten()
-        mine = scratch / f"rank{number}"
-        shutil.copytree(folder, mine)
+        work, arguments = pickle.loads(pickled)  # noqa: S301 - rank 0's own
         display = Display(Console(file=io.StringIO()))
         runtime = Runtime(Store(scratch / "store", display.say), compute, display, seed)
         said.send(_READY)
-        with _group(number, compute, scratch):
-            work(runtime, mine, *arguments)
+        with _group(number, compute, scratch, folder.name):
+            _work(runtime, folder, scratch, work, arguments)
     except Exception as error:  # noqa: BLE001 - rank 0 raises it
         said.send(str(error) if isinstance(error, GradsiftError) else f"rank {number}: {type(error).__name__}: {error}")
         raise SystemExit(1) from None
 
 
 @contextmanager
-def _group(number: int, compute: ComputeConfig, scratch: Path) -> Iterator[None]:
+def _group(local: int, compute: ComputeConfig, scratch: Path, unit: str) -> Iterator[None]:
+    """The group of all machines' ranks, of which this is number `local` of its machine.
+
+    Args:
+        unit: the artifact's name, on all machines the same: a group's own.
+    """
+    global _local_size
+    _local_size = compute.devices
     cuda = device_of(compute).type == "cuda"
     if cuda:
-        torch.cuda.set_device(number)
-    distributed.init_process_group(
-        "nccl" if cuda else "gloo",
-        init_method=f"file://{scratch / 'group'}",
-        rank=number,
-        world_size=compute.devices,
-    )
+        torch.cuda.set_device(local)
+    number = node_of(compute) * compute.devices + local
+    if compute.num_nodes == 1:
+        meeting: Any = distributed.FileStore(str(scratch / "group"), compute.ranks)  # type: ignore[attr-defined]
+    else:
+        unit = unit.removesuffix(".part")
+        meeting = distributed.PrefixStore(unit, _meeting_of_nodes(number == 0))  # type: ignore[attr-defined]
+    distributed.init_process_group("nccl" if cuda else "gloo", store=meeting, rank=number, world_size=compute.ranks)
     try:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+@functools.cache
+def _meeting_of_nodes(is_first: bool) -> Any:
+    """Where the machines tell each other their addresses; the first one keeps it for as long as it lives."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return distributed.TCPStore(  # type: ignore[attr-defined]
+        address, port, is_master=is_first, wait_for_workers=False
+    )

@@ -84,6 +84,8 @@ class SavePoint(L.Callback):
         self._found, self._states = {}, {}
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
+        if not trainer.is_global_zero:
+            return
         is_last = len(module.curve) == self._steps  # a training without steps to take would not end as one with them
         if is_last or time.monotonic() - self._saved_at < self._wait:
             return
@@ -112,7 +114,7 @@ class SavePoint(L.Callback):
 
 def steps_saved(folder: Path) -> int:
     """Steps of the point that lies in the folder of an artifact in the making; 0 where there is none."""
-    found = _read(folder / UNFINISHED / POINT_FILE)
+    found = _read(folder / UNFINISHED / POINT_FILE, with_tensors=False)
     return 0 if found is None else int(found[1]["steps"])
 
 
@@ -127,7 +129,7 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, 
     fresh.replace(path)
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+def _read(path: Path, with_tensors: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """Tensors and the rest; None where there is no point, or one that this code cannot go on from."""
     if not path.exists():
         return None
@@ -136,7 +138,8 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
             about = json.loads(file.metadata()["about"])
             if about["format"] != _FORMAT:
                 return None
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 - not a mapping
+            names = file.keys() if with_tensors else []
+            return {name: file.get_tensor(name) for name in names}, about
     except SafetensorError:  # cut short by a machine that went down
         return None
 

@@ -23,7 +23,7 @@ from gradsift.training.backbones import Backbone, load_backbone
 from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, fit, step_counts
-from gradsift.training.ranks import on_all_ranks
+from gradsift.training.ranks import on_all_ranks, shard_weights
 
 VERSION = 3
 
@@ -57,8 +57,8 @@ def expected_finetune(
 ) -> Artifact:
     """The finetune on a selection that is not made yet, for a plan; `rows` are its examples at most."""
     settings = finetune_settings(runtime, config) | {"selection": selection.fingerprint}
-    slug, parents = f"{config.name}-{rows}rows", [target, loaded, selection]
-    return selection.planner.expect("finetune", slug, settings, parents, passes(config, rows))
+    slug, size = f"{config.name}-{rows}rows", passes(config, rows)
+    return selection.planner.expect("finetune", slug, settings, [target, loaded], size)
 
 
 def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:
@@ -119,6 +119,7 @@ def train_target(
         total_steps=len(plan),
     )
     adapted = lora.add_adapter(backbone.model, config.lora, derive_seed(runtime.seed, "target lora"))
+    shard_weights(adapted, runtime.compute)
     adapted.to(device_of(runtime.compute))
     budget = TokenBudget.of(backbone.model, runtime.compute.tokens, runtime.display.say)
     dropout_seed = derive_seed(runtime.seed, "target dropout")

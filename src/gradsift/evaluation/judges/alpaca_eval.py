@@ -60,8 +60,8 @@ class AlpacaEvalJudge:
 
     def prompt_hash(self, request: JudgeRequest) -> str:
         """Hash of messages, model, parameters and parser; not of the endpoint's address."""
-        rule = {key: value for key, value in self._annotator.rule.items() if key != "messages"}
-        return content_hash("alpaca_eval", self._chat.parameters, rule, render(self._annotator, request))
+        reading = [self._annotator.parser, self._annotator.parser_options, self._annotator.reads_choice]
+        return content_hash("alpaca_eval", self._chat.parameters, reading, render(self._annotator, request))
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply]]:
         """Yield replies as they come in; see `ChatClient.ask` for what ends them. Equal answers are not asked about."""

@@ -11,13 +11,14 @@ import difflib
 import importlib.util
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from gradsift.errors import ConfigError
+from gradsift.evaluation.judges import content_hash
 
 PARSERS = (
     "regex_parser",
@@ -76,14 +77,9 @@ class Annotator:
     price: float | None
 
     @property
-    def rule(self) -> dict[str, Any]:
-        """What prompt and reading depend on, as plain values."""
-        return {
-            "messages": [list(message) for message in self.messages],
-            "parser": self.parser,
-            "parser_options": dict(self.parser_options),
-            "reads_choice": self.reads_choice,
-        }
+    def content(self) -> str:
+        """A hash of all that requests and their reading depend on."""
+        return content_hash({key: value for key, value in asdict(self).items() if key != "price"})
 
 
 def shipped() -> dict[str, Path]:

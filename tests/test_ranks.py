@@ -59,7 +59,9 @@ def everything(
         (folder / "fsdp").mkdir()
         sharded = Runtime(run.store, replace(run.compute, strategy="fsdp"), run.display, run.seed)
         backbone = load_backbone(made, config.model, run.compute)
-        infos["fsdp"] = train_target(sharded, config, backbone, chosen, folder / "fsdp")
+        with counting() as tokens:
+            infos["fsdp"] = train_target(sharded, config, backbone, chosen, folder / "fsdp")
+        infos["fsdp tokens"] = tokens()
         parts = [parameter for parameter in backbone.model.parameters() if isinstance(parameter, DTensor)]
         infos["in parts"] = sum(2 * part.to_local().numel() == part.numel() for part in parts) / len(parts)
     before = None
@@ -106,6 +108,7 @@ def test_two_processes_find_what_one_finds(backbones: Path, tmp_path: Path) -> N
         counts.append(tokens())
     assert [info.pop("ranks") for info in infos] == [1, 2]
     assert infos[1].pop("in parts") > 0.9
+    assert 0 < infos[1].pop("fsdp tokens") < infos[0]["finetune"]["tokens"]  # rank 0 has a part of them
     (two / "fsdp").rename(tmp_path / "fsdp")
     assert infos[1].pop("fsdp") == infos[0]["finetune"]
     whole, sharded = (load_file(folder / "adapter" / ADAPTER_FILE) for folder in (one, tmp_path / "fsdp"))
@@ -164,7 +167,7 @@ def test_a_rank_that_fails_ends_the_work_with_its_reason(how: str, message: str,
 @pytest.mark.slow
 def test_a_run_on_two_ranks_finds_the_work_of_one_and_the_other_way_round(gradsift) -> None:
     """The number of ranks is in no fingerprint, so the statistics are shared."""
-    smoke = (*SMOKE, "proxy.members=1", "stop_after=statistics")
+    smoke = (*SMOKE, "scorer=late_loss", "proxy.members=1", "stop_after=statistics")
     assert gradsift(*smoke, "compute=ddp", "compute.devices=2") == 0
     made = [stage["name"] for stage in gradsift.runs()[-1]["stages"] if not stage["reused"]]
     assert made.count("member") == made.count("norms") == 2
@@ -178,8 +181,15 @@ def test_two_machines_share_the_work_and_the_first_one_writes(gradsift, tmp_path
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(REPOSITORY / "run.py"), *SMOKE, "proxy.members=1", "stop_after=statistics"]
-    command += ["compute=ddp", "compute.devices=1", "compute.num_nodes=2"]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "run.py"),
+        *SMOKE,
+        "scorer=late_loss",
+        "proxy.members=1",
+        "stop_after=statistics",
+    ]
+    command += ["proxy.members=1", "stop_after=statistics", "compute=ddp", "compute.devices=1", "compute.num_nodes=2"]
     machines = []
     for node in (0, 1):
         shared = {"NODE_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -192,7 +202,7 @@ def test_two_machines_share_the_work_and_the_first_one_writes(gradsift, tmp_path
     made = [stage["name"] for stage in first["stages"] if not stage["reused"]]
     assert made.count("member") == made.count("norms") == 2
     assert not [stage for stage in second["stages"] if not stage["reused"]]
-    assert gradsift(*SMOKE, "proxy.members=1", "stop_after=statistics") == 0
+    assert gradsift(*SMOKE, "scorer=late_loss", "proxy.members=1", "stop_after=statistics") == 0
     assert not [stage for stage in gradsift.runs()[-1]["stages"] if not stage["reused"]]
 
 

@@ -155,8 +155,7 @@ class Finetuning(L.LightningModule):
         if not self._is_sharded:
             return self.budget.run(work, lengths)
         try:
-            passed(sum(lengths))
-            return work(self.budget.tokens)
+            done = work(self.budget.tokens)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -164,6 +163,8 @@ class Finetuning(L.LightningModule):
                 f"memory ran out with {self.budget.tokens:,} tokens at once, and ranks that share weights cannot go "
                 "back; give fewer with compute.tokens"
             ) from error
+        passed(sum(lengths))
+        return done
 
     def _backward(self, mine: Sequence[Encoded], examples: Sequence[Encoded], tokens: int) -> dict[str, torch.Tensor]:
         """This rank's part of the gradients of a step's mean loss.

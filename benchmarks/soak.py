@@ -1,6 +1,6 @@
 """Does a sweep that is killed again and again end with the bytes of one that never was?
 
-    python -m benchmarks.soak [--kills 20] [--seed 0] [--folder soak] [--fork]
+    python -m benchmarks.soak [--kills 20] [--seed 0] [--folder outputs/soak] [--fork]
 
 A small sweep over the embedded world (two methods, both ways to collect, dropout, finetune, answers, judging) runs
 once undisturbed. Then the same command is given again and again in a store of its own, and each process is killed
@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -42,8 +42,8 @@ SWEEP = (
 )
 # whose points are waited for; None is any moment. Two in a row hit one epoch twice
 MOMENTS = (
-    *(None, "member", "member", "norms", "warmup", "warmup", None, "score"),
-    *("finetune", "finetune", "member", "member", "generate", None, "heldout", "judge"),
+    *(None, "member", "member", None, "norms", "finetune", "finetune", None),
+    *("generate", "member", "member", "finetune", None, "warmup", "warmup", None),
 )
 PROCESS = ("resumed_steps", "forward_tokens", "seconds")  # counts that tell what the last process did
 LONGEST = 2.0  # seconds from the first sign of work to a kill at any moment
@@ -136,29 +136,26 @@ def soak(
     start: Start = run_py,
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Run the sweep undisturbed, then in rounds with `kills` kills in all; compare after each round."""
+    """Run the sweep undisturbed, then in rounds with `kills` kills in all; compare after each round.
+
+    A moment that has not come when the sweep ends is passed over.
+    """
     chance, outcome = random.Random(seed), Outcome()
-    store, whole = (
-        folder / "store",
-        folder / "whole",
-    )  # at one place while they are made: adapters name their backbone's
-    say(f"undisturbed: run.py {' '.join(sweep)}")
-    started = time.monotonic()
-    _finish(start(sweep, _fresh(folder / "runs"), store), folder)
-    store.rename(whole)
-    say(f"  {time.monotonic() - started:.1f} s")
-    left = [moments[index % len(moments)] for index in range(kills)]
-    number = 0
-    while left:
-        number += 1
-        while True:
-            process = start((*sweep, "compute.save_every=0"), folder / "runs", store)
-            hit = kill(process, store, left[0], chance) if left else None
-            if hit is None:
-                break
-            left.pop(0)
+    store, whole = folder / "store", folder / "whole"  # all are made at one place, which adapters name
+    say(f"run.py {' '.join(sweep)}")
+    if not whole.exists():
+        started = time.monotonic()
+        _finish(start(sweep, _fresh(folder / "runs"), store), folder)
+        store.rename(whole)
+        say(f"undisturbed: {time.monotonic() - started:.1f} s")
+    to_come = itertools.cycle(moments)
+    while len(outcome.hits) < kills:
+        number = len(list(folder.glob("killed-*"))) + 1
+        process = start((*sweep, "compute.save_every=0"), folder / "runs", store)
+        while len(outcome.hits) < kills and (hit := kill(process, store, next(to_come), chance)):
             outcome.hits.append(hit)
             say(f"kill {len(outcome.hits):3d} {hit}")
+            process = start((*sweep, "compute.save_every=0"), folder / "runs", store)
         _finish(process, folder)
         compared, differing = compare(whole, store)
         outcome.files += compared
@@ -252,18 +249,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path("soak"), help="of runs and stores; removed if all is well")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("soak"), help="of runs and stores; an undisturbed one there is taken"
+    )
     parser.add_argument("--fork", action="store_true", help="fork the processes from one that has the imports")
     options = parser.parse_args()
     folder = options.folder.resolve()
-    if folder.exists():
-        sys.exit(f"error: {options.folder} is there already; remove it, or give another with --folder")
+    if (folder / "store").exists():
+        sys.exit(f"error: {options.folder} is of a soak that did not end; remove it, or give another with --folder")
     outcome = soak(folder, options.kills, options.seed, start=Forked if options.fork else run_py)
     print(f"{len(outcome.hits)} kills; killed at two or more points of one training: {outcome.twice_in_one_epoch()}")
     if outcome.differing:
         sys.exit("error: these differ from the undisturbed run's: " + ", ".join(outcome.differing))
     print(f"all {outcome.files} files are those of the undisturbed run, byte for byte")
-    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -59,13 +59,16 @@ def agrees(plan: list[dict[str, Any]], run: list[dict[str, Any]]) -> None:
     "arguments",
     [
         (),
-        ("scorer=superfilter", "stop_after=finetune"),
+        pytest.param(("scorer=superfilter", "stop_after=finetune"), marks=pytest.mark.slow),
         ("method=less", "target_set=verifiable", "stop_after=selection"),
-        ("method=g2is", "target_set=verifiable", "stop_after=selection"),
-        ("method=deita", "embedder=hidden_states", "stop_after=selection"),
+        pytest.param(("method=g2is", "target_set=verifiable", "stop_after=selection"), marks=pytest.mark.slow),
+        pytest.param(("method=deita", "embedder=hidden_states", "stop_after=selection"), marks=pytest.mark.slow),
         ("proxy.ensemble=mc_dropout", "proxy.lora.dropout=0.1", "stop_after=statistics"),
         ("audit.enabled=true", "data.corruption.share=0.3", "scorer=random", "stop_after=selection"),
-        ("benchmark.general=[verifiable_terse]", "benchmark.limit=9", "scorer=random", "stop_after=generate"),
+        pytest.param(
+            ("benchmark.general=[verifiable_terse]", "benchmark.limit=9", "scorer=random", "stop_after=generate"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_is_to_do_is_what_then_is_made(gradsift, arguments: tuple[str, ...]) -> None:
@@ -145,6 +148,9 @@ def test_judge_calls_are_told(gradsift, capsys, monkeypatch) -> None:
     calls = {unit["name"]: unit["calls"] for unit in plan["plan"] if unit["calls"]}
     assert calls == {"score": 2 * 60, "judge": 2 * 13}
     assert "judge calls 146" in capsys.readouterr().out
+    judge = ("judge=alpaca_eval", "judge.base_url=http://127.0.0.1:9")
+    (plan,) = planned(gradsift, *TINY, *judge, "scorer=random")
+    assert {unit["name"]: unit["calls"] for unit in plan["plan"] if unit["calls"]} == {"judge": 2 * 13}
 
 
 def test_a_damaged_unit_is_to_do_and_stays_as_it_is(gradsift) -> None:

@@ -35,9 +35,10 @@ from gradsift.report.browser import CUT, STATUSES, Pool, held, pack, pools
 from gradsift.report.figures import FIGURES
 from gradsift.report.inline_svg import inline_svg
 from gradsift.report.material import Missing, read
-from gradsift.report.page import groups_of, write_report
+from gradsift.report.page import groups_of, words_of, write_report
 from gradsift.report.results import composition
 from gradsift.report.terminal import sweep_finished
+from gradsift.report.text_table import TextTable
 from gradsift.runtime import Display
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores, write_scores
 from gradsift.scoring.stage import SCORES_FILE
@@ -353,6 +354,11 @@ def test_a_table_is_grouped_where_columns_share_a_heading() -> None:
     assert groups_of(["place", "0.1: gsnr", "0.2: gsnr"]) == []
 
 
+def test_words_stand_at_the_left_and_figures_at_the_right() -> None:
+    rows = [["gsnr", "2", "late_loss", "0.9 [0.8, 1.0]", "-"], ["-", "4", "(no finetuning)", "-", ""]]
+    assert words_of(TextTable("t", list("abcde"), rows)) == {0, 2}
+
+
 def test_a_figure_follows_the_page_and_brings_nothing_else_along() -> None:
     svg = inline_svg(
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="10pt" height="5pt">'
@@ -645,7 +651,7 @@ def test_a_run_ends_with_its_report(gradsift: Any, capsys: pytest.CaptureFixture
     (folder,) = gradsift.folder.glob("outputs/*/*")
     assert f"report: {folder.relative_to(gradsift.folder) / 'report.html'}" in capsys.readouterr().out
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "it was stopped after selection" in page
+    assert "This run ended early: it was stopped after selection." in page
     assert gradsift(*options, "scorer=random", "stop_after=selection", "report=false") == 0
     assert len(list(gradsift.folder.glob("outputs/*/*/report.html"))) == 1
 
@@ -661,3 +667,19 @@ def test_a_report_that_fails_leaves_the_run_as_it_is(
     assert gradsift(*options, "scorer=random", "stop_after=selection") == 0
     assert "report: not written (ZeroDivisionError: a defect);" in capsys.readouterr().out
     assert [run["status"] for run in gradsift.runs()] == ["stopped"]
+
+
+def test_a_run_that_fails_on_the_way_still_ends_with_its_report(
+    gradsift: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"instruction": f"say {letter}", "output": letter} for letter in "abcd"]  # IFD needs two tokens
+    (gradsift.folder / "rows.json").write_text(json.dumps(rows))
+    options = ("data=json", "data.path=rows.json", "proxy=tiny_bytes", "tracker=none", "compute.threads=1")
+    assert gradsift(*options, "scorer=superfilter", "alpha=0.5", "stop_after=selection") == 2
+    told = capsys.readouterr()
+    (folder,) = gradsift.folder.glob("outputs/*/*")
+    assert "report: " in told.out
+    assert told.err.startswith("error: no example has a score")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "This run did not finish (failed): no example has a score" in page
+    assert gradsift(*options, "scorer=superfilter", "alpha=0.1", "stop_after=selection") == 2  # before any work

@@ -32,13 +32,23 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
     ("overrides", "messages"),
     [
         (["scorer=gsnr,nosuch"], ["job 2 of 2 (", "scorer=nosuch", "Available options", "late_loss"]),
-        (["alpha=0.1,2"], ["job 2 of 2 (", "alpha=2", "give a number above 0 and up to 1"]),
-        (["proxy.members=3,x"], ["job 2 of 2 (", "proxy.members=x", "'x' of type 'str' could not be converted"]),
         (["proxy.memberz=3,4"], ["job 1 of 2 (", "and 1 more: ", "did you mean members?"]),
-        (["proxy.members=1,2", "scorer=late_loss,gsnr"], ["job 2 of 4 (", "divides by a variance over members"]),
-        (["target.epochs=null,2"], ["job 2 of 2 (", "either target.epochs or target.steps"]),
-        (["scorer=late_loss,gsnr", "scorer.eps=1e-8"], ["job 1 of 2 (", "eps"]),
-        (["alpha=0.1,2", "compute.device=cpu,tpu"], ["job 2 of 4 (", "tpu", "job 3 of 4 (", "alpha=2"]),
+        (
+            ["alpha=0.1,2", "proxy.members=3,x", "target.epochs=null,2"],
+            [
+                "job 2 of 8 (",
+                "either target.epochs or target.steps",
+                "job 3 of 8 (",
+                "proxy.members=x",
+                "'x' of type 'str' could not be converted",
+                "job 5 of 8 (",
+                "alpha=2.0 is no share of the data; give a number above 0 and up to 1",
+            ],
+        ),
+        (
+            ["proxy.members=1,2", "scorer=late_loss,gsnr", "scorer.eps=1e-8"],
+            ["job 1 of 4 (", "eps", "and 1 more: ", "job 2 of 4 (", "divides by a variance over members"],
+        ),
     ],
     ids=lambda value: " ".join(value) if "=" in value[0] else "",
 )
@@ -75,11 +85,10 @@ JOBS = [
     ["alpha=0.05", "scorer=gsnr", "scorer.eps=0.1", "proxy.snapshots=[2,4]"],
     ["alpha=0.1", "scorer=gsnr", "scorer.eps=0.2", "proxy.snapshots=[1,3]"],
     ["experiment=smoke", "proxy.members=3", "stop_after=scores", "proxy.model.nano.steps=7"],
-    ["method=g2is", "alpha=0.1", "features=less"],
     ["+benchmark.catalog.mine={path: here.jsonl}", "benchmark.sets=[verifiable,mine]", "stop_after=generate"],
     ["~scorer", "+scorer={_target_: my.scores, name: mine, sign: -1}", "alpha=1"],
     ["target.lora.rank=${proxy.lora.rank}", "artifacts='a, b'", "proxy.lora.rank=3"],
-    ["target.lora.rank=${proxy.lora.rank}", "artifacts='b'", "proxy.lora.rank=4"],
+    ["target.lora.rank=${proxy.lora.rank}", "artifacts=b", "proxy.lora.rank=4"],
 ]
 
 
@@ -142,8 +151,7 @@ def test_every_plugin_has_an_extra_that_brings_it() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["hydra.sweeper.params.alpha='interval(0.1,2)'"], "alpha=2"),
-        (["proxy.members=choice(2,1)"], "proxy.members=1"),
+        (["hydra.sweeper.params.alpha='interval(0.1,2)'", "proxy.members=choice(2,1)"], "alpha=2.0 proxy.members=2"),
         (["stop_after=scores"], "objective=pws is known after judge, but stop_after=scores"),
     ],
 )

@@ -16,6 +16,8 @@ from conftest import SMOKE
 
 from gradsift.config import TrackerConfig
 from gradsift.errors import ConfigError, GradsiftError
+from gradsift.report.automatic import report_at_end
+from gradsift.runtime import Display
 from gradsift.tracking import METRICS_FILE, Tracker, log_report
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -286,3 +288,17 @@ def test_a_report_of_untracked_runs_starts_nothing(tmp_path: Path, started: Star
     report(tmp_path / "sweep", "none")
     assert not log_report(tmp_path / "sweep")
     assert started.options == []
+
+
+def test_a_report_that_cannot_be_logged_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sweep"
+    report(folder, "wandb")
+    config = folder / "0-gsnr-0.1" / "config.yaml"
+    config.write_text(config.read_text().replace("offline", "online"))  # and nobody is logged in
+    monkeypatch.setattr("gradsift.report.page.write_report", lambda folder: folder / "report.html")
+    report_at_end(folder, Display())
+    written, lost = " ".join(capsys.readouterr().out.split()).split(" report: ")
+    assert written == f"report: {folder / 'report.html'}"
+    assert lost.startswith("not logged to W&B (tracker.mode=online needs a login: ")

@@ -127,10 +127,10 @@ class Planner(Store):
     def expect(
         self, stage: str, slug: str, config: Mapping[str, Any], parents: Sequence[Artifact], size: int
     ) -> Artifact:
-        """A name for what depends on the content of one of the parents, which is not made.
+        """A name for what depends on the content of something that is not made.
 
         Args:
-            config: tells it from others that are to be expected of the same parents.
+            config: names that too, to tell this from others that are to be expected of the same parents.
         """
         fingerprint = fingerprint_of(stage, 0, config, parents)
         path = self.store / stage / f"{slug}-{fingerprint}"
@@ -230,7 +230,7 @@ def _bytes(manifest: Mapping[str, Any], scale: float) -> float:
 
 def _calls(stage: str, config: Mapping[str, Any], size: int) -> int:
     """Calls to a judge behind an endpoint, none of whose replies is known; a pair is judged in both orders."""
-    if stage == "judge" and config.get("name") == "openai":
+    if stage == "judge" and config.get("name") in ("openai", "alpaca_eval"):
         return 2 * size
     if stage == "score" and config.get("rater.name") == "openai":
         return QUESTIONS[config["style"]] * size

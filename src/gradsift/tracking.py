@@ -80,10 +80,9 @@ def log_report(folder: Path) -> bool:
     config = TrackerConfig(**values["tracker"])
     is_sweep = not (folder / CONFIG_FILE).is_file()
     group = config.group or (folder.name if is_sweep else None)
-    run = _start(config, folder, group, f"report-{folder.name}", {"report_of": folder.name}, "report")
     import wandb
 
-    try:
+    with _start(config, folder, group, f"report-{folder.name}", {"report_of": folder.name}, "report") as run:
         logged: dict[str, Any] = {
             f"figures/{path.stem}": wandb.Image(str(path)) for path in sorted(folder.glob(f"{FIGURES_FOLDER}/*.png"))
         }
@@ -91,8 +90,6 @@ def log_report(folder: Path) -> bool:
             header, *rows = csv.reader(path.read_text(encoding="utf-8").splitlines())
             logged[f"tables/{path.stem}"] = wandb.Table(columns=header, data=rows)
         run.log(logged)
-    finally:
-        run.finish()
     return True
 
 

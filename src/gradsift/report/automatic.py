@@ -9,21 +9,30 @@ import yaml
 
 from gradsift.errors import GradsiftError
 from gradsift.runtime import Display
+from gradsift.tracking import log_report
 
 
 def report_at_end(folder: Path, display: Display) -> None:
-    """Write `report.html` and its files into the folder, and say where it is or why it is not."""
+    """Write `report.html` and its files into the folder, and say where it is or why it is not; log it where asked."""
     try:
         from gradsift.report.page import write_report
 
         display.say(f"report: {write_report(folder)}")
     except Exception as error:  # noqa: BLE001 - whatever it is, the run itself is done
-        reason = "" if isinstance(error, GradsiftError) else f"{type(error).__name__}: "
-        reason += (str(error) or "no message").splitlines()[0]
         display.say(
-            f"report: not written ({reason}); the results stand in run.json, and `python -m gradsift.report {folder}` "
-            "tries again"
+            f"report: not written ({_reason(error)}); the results stand in run.json, and `python -m gradsift.report "
+            f"{folder}` tries again"
         )
+        return
+    try:
+        log_report(folder)
+    except Exception as error:  # noqa: BLE001 - likewise
+        display.say(f"report: not logged to W&B ({_reason(error)}); its files are in {folder}")
+
+
+def _reason(error: Exception) -> str:
+    name = "" if isinstance(error, GradsiftError) else f"{type(error).__name__}: "
+    return name + (str(error) or "no message").splitlines()[0]
 
 
 def wanted_by_jobs(folder: Path) -> bool:

@@ -96,7 +96,11 @@ def _best(material: Material) -> tuple[list[str], list[Tile]]:
 def _of_run(run: Run) -> tuple[str, list[str], list[Tile]]:
     record = run.record
     name = "all rows" if record["scorer"] == "full" else f"{run.method} at {100 * run.alpha:g} %"
-    verdicts = [f"This run {record['status']}: {run.outcome}."] if run.status != "finished" else []
+    verdicts = []
+    if run.status in FAILED:
+        verdicts.append(f"This run did not finish ({run.status}): {run.error}.")
+    elif run.status != "finished":
+        verdicts.append(f"This run ended early: {run.outcome}.")
     pooled = record.get("pooled") or {}
     tiles = []
     if record.get("pws_by_definition"):

@@ -214,7 +214,7 @@ def render(
     environment = templates("gradsift.report", "templates")
     environment.filters["clean"] = lambda text: presentable(portable(str(text)))
     environment.filters["breakable"] = lambda text: escape(text).replace("_", Markup("_<wbr>"))
-    environment.globals["groups_of"] = groups_of
+    environment.globals |= {"groups_of": groups_of, "words_of": words_of}
     return environment.get_template("report.html").render(values)
 
 
@@ -235,6 +235,12 @@ def groups_of(header: Sequence[str]) -> list[Group]:
             groups.append(Group(f"alpha {title}", []))
         groups[-1].names.append(name)
     return groups if all(colon for _, colon, _ in pairs) and len(groups) < len(pairs) else []
+
+
+def words_of(table: TextTable) -> set[int]:
+    """Places of the columns that hold words and not figures: these stand at the left."""
+    columns = enumerate(zip(*table.rows, strict=True))
+    return {place for place, cells in columns if any(cell[:1].isalpha() or cell.startswith("(") for cell in cells)}
 
 
 def sections_of(figures: Sequence[Shown]) -> list[Section]:

@@ -60,8 +60,10 @@ class RunView:
     def planned(self, folder: Path, *, in_sweep: bool) -> None:
         """The plan; of a sweep's run its totals, as the sweep ends with a table of all."""
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        if not in_sweep:
-            self.display.console.print(plan_table(run))
+        if in_sweep:
+            self.display.say(f"  {plan_lines([run])[0]}")
+            return
+        self.display.console.print(plan_table(run))
         for line in plan_lines([run]):
             self.display.say(f"  {line}")
 

@@ -131,9 +131,8 @@ class Finetuning(L.LightningModule):
         mine = ranks.share(step.examples)
         # masks depend on the step and the rank, not on what went before: a training that goes on needs no random state
         torch.manual_seed(derive_seed(self.dropout_seed, len(self.curve), ranks.rank()))
-        outputs = self._run(
-            lambda tokens: self._backward(mine, step.examples, tokens), [len(example.input_ids) for example in mine]
-        )
+        own = [len(example.input_ids) for example in mine]
+        outputs = self._run(lambda tokens: self._backward(mine, step.examples, tokens), own)
         ranks.sum_gradients(list(lora.trainable_parameters(self.model).values()))
         outputs = ranks.gather(outputs, len(lengths))
         self.optimizers().step()  # type: ignore[union-attr]

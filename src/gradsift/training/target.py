@@ -57,8 +57,8 @@ def expected_finetune(
 ) -> Artifact:
     """The finetune on a selection that is not made yet, for a plan; `rows` are its examples at most."""
     settings = finetune_settings(runtime, config) | {"selection": selection.fingerprint}
-    slug, parents = f"{config.name}-{rows}rows", [target, loaded, selection]
-    return selection.planner.expect("finetune", slug, settings, parents, passes(config, rows))
+    slug, size = f"{config.name}-{rows}rows", passes(config, rows)
+    return selection.planner.expect("finetune", slug, settings, [target, loaded], size)
 
 
 def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:

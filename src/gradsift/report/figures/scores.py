@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -134,22 +136,24 @@ def variance_and_loss(material: Material) -> Figure:
     """V_t against the late loss, example by example; and of whole selections, their mean V_t against held-out loss."""
     run = standing_for(material, "statistics")
     values = material.statistics(run)
+    points = selections_by_variance(material, values.V_t, run)
     with styled():
-        figure, (left, right) = panels(2, height=3.5)
-        cloud(left, values.loss_t, values.V_t, _marked(material, run, len(values.V_t)), log=True)
-        left.set(xlabel="late loss (nats a token)", ylabel="variance over members, $V_t$")
-        left.set_title(as_text(spearman(values.loss_t, values.V_t)))
-        _selections_by_variance(material, values.V_t, run, right)
-        legend(figure, left, right)
+        panel_count = 2 if len(points) > 1 else 1
+        figure, axes = panels(panel_count, width=1.2 + 3.0 * panel_count, height=3.5)
+        cloud(axes[0], values.loss_t, values.V_t, _marked(material, run, len(values.V_t)), log=True)
+        axes[0].set(xlabel="late loss (nats a token)", ylabel="variance over members, $V_t$")
+        axes[0].set_title(as_text(spearman(values.loss_t, values.V_t)))
+        if len(points) > 1:
+            _selections(axes[1], points)
+        for panel in axes:
+            plain_log(panel.xaxis)
+        plain_log(axes[0].yaxis)
+        legend(figure, *axes)
     return figure
 
 
-def _selections_by_variance(material: Material, variance: np.ndarray, of: Run, axes: Axes) -> None:
+def _selections(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     """A point a run that selected from the same data: its selection's mean V_t, and the tuned target's loss."""
-    points = selections_by_variance(material, variance, of)
-    if not points:
-        axes.set_visible(False)
-        return
     looks = Looks(name for name, _, _ in points)
     for name in dict.fromkeys(name for name, _, _ in points):
         theirs = [(v, loss) for other, v, loss in points if other == name]

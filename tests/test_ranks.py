@@ -116,7 +116,7 @@ def test_two_processes_find_what_one_finds(backbones: Path, tmp_path: Path) -> N
     whole, sharded = (load_file(folder / "adapter" / ADAPTER_FILE) for folder in (one, tmp_path / "fsdp"))
     assert all(relative(sharded[key], whole[key]) <= 1e-6 for key in whole)
     assert ranks.size() == 1  # the group has ended
-    assert counts[0] == counts[1] > 0  # the training with weights in parts, of two ranks alone, has a count of its own
+    assert counts[0] == counts[1] > 0  # without what two ranks did besides
     sizes = ("size_A", "size_B")
     for name, info in infos[0].items():
         for key, value in info.items():

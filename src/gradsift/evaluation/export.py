@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.errors import DataError, GradsiftError
-from gradsift.evaluation.generation import ModelOutput, item_key, read_pair
-from gradsift.evaluation.human.pairs import OUTPUTS_FILE, PairFiles, files_of_run
+from gradsift.evaluation.generation import OUTPUTS_FILE, ModelOutput, item_key, read_pair
+from gradsift.evaluation.human.pairs import PairFiles, files_of_run
 from gradsift.evaluation.judges import Combine, Order
 from gradsift.evaluation.judges.alpaca_eval import NAMES, whole_instruction
 from gradsift.evaluation.judging import ORDERS, Judgment

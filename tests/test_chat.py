@@ -401,7 +401,7 @@ def test_an_address_that_nothing_can_be_sent_to_is_refused_before_anything_is_co
 
 def test_the_environments_address_is_held_to_the_same_rules(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", "http://me:secret@127.0.0.1:9/v1")
-    with pytest.raises(ConfigError, match="OPENAI_BASE_URL holds a user name.*JUDGE_KEY") as error:
+    with pytest.raises(ConfigError, match=r"OPENAI_BASE_URL holds a user name.*JUDGE_KEY") as error:
         client(base_url=None)
     assert "secret" not in str(error.value)  # it would have stood in the judgments' manifest
 

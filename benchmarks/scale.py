@@ -168,10 +168,11 @@ class Pool:
 
 def measured(pool: Pool, stage: str) -> dict[str, Any]:
     """One stage in this process, whose peak is its own as the process is new; what comes before it is there."""
-    before, started = peak_resident_gb(), time.perf_counter()
+    before, started, spent = peak_resident_gb(), time.perf_counter(), time.process_time()
     getattr(pool, stage)()
-    seconds = time.perf_counter() - started
-    return {"seconds": round(seconds, 1), "peak_gb": peak_resident_gb(), "before_gb": before}
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - spent
+    peak = {"peak_gb": peak_resident_gb(), "before_gb": before}
+    return {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1), **peak}
 
 
 def make_inputs(pool: Pool) -> None:
@@ -203,7 +204,8 @@ def run(pool: Pool) -> dict[str, Any]:
     stages = {}
     for stage in ("statistics", "scores", "selection"):
         stages[stage] = found = alone(measured, pool, stage)
-        print(f"{stage:12} {found['seconds']:8.1f} s   peak {found['peak_gb']:.2f} GB, {found['before_gb']:.2f} before")
+        times = f"{found['seconds']:8.1f} s, {found['cpu_seconds']:8.1f} s of CPU"
+        print(f"{stage:12} {times}   peak {found['peak_gb']:.2f} GB, {found['before_gb']:.2f} before", flush=True)
     settings = {"rows": pool.rows, "members": pool.members, "shards": pool.shards, "alpha": pool.alpha}
     files = file_bytes(pool)
     for name, size in files.items():

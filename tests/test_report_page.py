@@ -104,7 +104,7 @@ class Made:
         ids = [example.example_id for example in self.pool]
 
         def make_scores(part: Path) -> dict[str, Any]:
-            write_scores(part / SCORES_FILE, scores, ids)
+            write_scores(part / SCORES_FILE, scores, [ids])
             return {"rows": ROWS}
 
         scored = self.store.obtain("score", scorer, {"scorer": scorer}, [self.loaded], make_scores, version=1)

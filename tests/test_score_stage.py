@@ -65,6 +65,10 @@ def with_a_hole(count: int, *, hole: str) -> Scores:
     return Scores(np.array([0.0, value, 1.0, 2.0, value, 3.0]))
 
 
+def one_too_few(count: int) -> Scores:
+    return Scores(np.zeros(count - 1))
+
+
 def of_all_statuses(count: int) -> Scores:
     scores = Scores(np.array([0.5, np.nan, 1.5, 0.1, np.inf, 0.2]), {"part": np.arange(6.0)})
     scores.mark(np.isnan(scores.score), UNDEFINED, "no token")
@@ -264,6 +268,11 @@ def test_a_score_that_is_no_number_stops_the_stage_and_names_the_rows_of_the_sou
     with pytest.raises(GradsiftError, match="2 scores are NaN or infinite, the first at row 13, 22"):
         bench("with_a_hole", hole=hole)
     assert bench.unfinished()
+
+
+def test_a_score_too_few_or_too_many_is_refused(bench: Bench) -> None:
+    with pytest.raises(GradsiftError, match="scorer=mine gave 5 scores for 6 examples"):
+        bench("one_too_few")
 
 
 def test_a_constant_that_is_infinite_is_refused(bench: Bench) -> None:

@@ -160,7 +160,7 @@ def _start(
                 console="off",
                 save_code=False,
                 disable_git=True,
-                x_disable_meta=True,  # folders, arguments, the machine's name
+                x_disable_meta=True,  # folders and arguments of the process
                 init_timeout=_INIT_TIMEOUT,
             ),
         )

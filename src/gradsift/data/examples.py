@@ -192,12 +192,12 @@ def read_blocks(path: Path, names: Sequence[str] | None = None) -> Iterator[pa.R
         yield from file.iter_batches(_BLOCK, columns=None if names is None else list(names), use_threads=False)
 
 
-def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
-    """Some columns of all rows; see `read_blocks`."""
+def read_column(path: Path, name: str) -> pa.ChunkedArray:
+    """One column of all rows; see `read_blocks`."""
     import pyarrow.parquet as pq
 
     with _reading(path), pq.ParquetFile(path) as file:
-        return file.read(list(names), use_threads=False).select(list(names))
+        return file.read([name], use_threads=False)[name]
 
 
 @contextmanager

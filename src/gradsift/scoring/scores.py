@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,23 +41,35 @@ class Scores:
         self.status[fresh] = status
         self.reason[fresh] = reason
 
-    def require_finite(self, row_indices: Sequence[int] | np.ndarray) -> None:
+    def require_finite(self, row_indices: Callable[[], Sequence[int]]) -> None:
         """Raise a `GradsiftError` that names the rows (of the source) whose score is no finite number."""
         bad = (self.status == SCORED) & ~np.isfinite(self.score)
         if bad.any():
-            rows = ", ".join(str(row_indices[i]) for i in np.flatnonzero(bad)[:8])
+            indices = row_indices()
+            rows = ", ".join(str(indices[i]) for i in np.flatnonzero(bad)[:8])
             raise GradsiftError(
                 f"{int(bad.sum())} scores are NaN or infinite, the first at row {rows}; look at these rows and at the "
                 "training loss (a lower proxy.learning_rate or compute.precision=float32 may help)"
             )
 
 
-def write_scores(path: Path, scores: Scores, example_ids: Sequence[str] | pa.ChunkedArray) -> None:
-    own_ids = example_ids if isinstance(example_ids, pa.ChunkedArray) else pa.array(example_ids)
-    columns = {"example_id": own_ids, "score": pa.array(scores.score)}
-    columns |= {name: pa.array(np.asarray(values)) for name, values in scores.parts.items()}
-    columns |= {"status": pa.array(scores.status.tolist()), "reason": pa.array(scores.reason.tolist())}
-    pq.write_table(pa.table(columns), path)
+def write_scores(path: Path, scores: Scores, example_ids: Iterable[Sequence[str] | pa.Array]) -> None:
+    """Write the scores, in as many blocks of rows as the ids of the N examples come in."""
+    writer, start = None, 0
+    with contextlib.ExitStack() as stack:
+        for ids in example_ids:
+            table = _table(scores, slice(start, start + len(ids)), ids)
+            writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
+            writer.write_table(table)
+            start += len(ids)
+
+
+def _table(scores: Scores, rows: slice, ids: Sequence[str] | pa.Array) -> pa.Table:
+    columns = {"example_id": pa.array(ids, pa.string()), "score": pa.array(scores.score[rows])}
+    columns |= {name: pa.array(np.asarray(values)[rows]) for name, values in scores.parts.items()}
+    columns |= {"status": pa.array(scores.status[rows], pa.string())}
+    columns |= {"reason": pa.array(scores.reason[rows], pa.string())}
+    return pa.table(columns)
 
 
 def read_scores(path: Path) -> Scores:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.artifacts import Artifact
-from gradsift.data.examples import read_columns
+from gradsift.data.examples import read_column
 from gradsift.data.load import EXAMPLES_FILE
 from gradsift.diagnostics import Diagnostic, write_diagnostics
+from gradsift.errors import GradsiftError
 from gradsift.journal import Journal
 from gradsift.runtime import Runtime
 from gradsift.scoring.scores import Scores, read_scores, write_scores
@@ -36,12 +37,17 @@ def score(
     def make(folder: Path) -> Mapping[str, Any]:
         journal = Journal(folder, runtime.compute.save_every)
         scores: Scores = scorer(sources={**sources, "journal": Source(list, lambda: journal)})
-        ids = read_columns(loaded.file(EXAMPLES_FILE), ("row_index", "example_id"))
-        scores.require_finite(ids["row_index"].to_numpy())
-        write_scores(folder / SCORES_FILE, scores, ids["example_id"])
+        examples, rows = loaded.file(EXAMPLES_FILE), int(loaded.info["rows"])
+        if len(scores.score) != rows:
+            raise GradsiftError(
+                f"scorer={scorer.name} gave {len(scores.score):,} scores for {rows:,} examples; a scorer gives one for "
+                "each, in their order"
+            )
+        scores.require_finite(lambda: read_column(examples, "row_index").to_pylist())
         write_diagnostics(folder, [*diagnose(scorer.asked), *scores.diagnostics])
+        write_scores(folder / SCORES_FILE, scores, read_column(examples, "example_id").chunks)
         statuses, counts = _counts(scores)
-        return {"rows": ids.num_rows, **dict(zip(statuses, counts, strict=True))}
+        return {"rows": rows, **dict(zip(statuses, counts, strict=True))}
 
     settings = {**runtime.compute.numerics, **scorer.settings(sources)}
     parents = [loaded, *scorer.parents(sources)]

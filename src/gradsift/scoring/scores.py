@@ -84,5 +84,6 @@ def read_scores(path: Path) -> Scores:
 
 def _texts(column: pa.ChunkedArray) -> np.ndarray:
     """(N,) str in which equal texts are one object: millions of rows share a handful of reasons."""
-    chunks = [np.array(chunk.dictionary.to_pylist(), dtype=object)[chunk.indices] for chunk in column.chunks]
-    return np.concatenate([np.empty(0, dtype=object), *chunks])
+    chunks = column.unify_dictionaries().chunks
+    texts = np.array(chunks[0].dictionary.to_pylist() if chunks else [], dtype=object)
+    return np.concatenate([np.empty(0, dtype=object), *(texts[chunk.indices] for chunk in chunks)])

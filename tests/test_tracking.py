@@ -133,6 +133,22 @@ def test_an_offline_run_is_whole_inside_the_run_folder_and_holds_no_key(
     assert secret == []
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_files_are_artifacts_of_the_run_where_they_are_asked_for(asked: bool, tmp_path: Path) -> None:
+    (tmp_path / "selection.jsonl").write_text('{"rank": 0}\n')
+    with Tracker(wandb_config(files=asked), tmp_path, None, {"name": "x"}) as tracker:
+        tracker.file("selection", "0123456789ab", tmp_path / "selection.jsonl")
+    logged = [record.request.log_artifact.artifact for record in records(tmp_path) if record.HasField("request")]
+    logged += [record.artifact for record in records(tmp_path) if record.HasField("artifact")]
+    found = [(one.name, one.type, [entry.path for entry in one.manifest.contents]) for one in logged if one.name]
+    assert found == ([("selection-0123456789ab", "selection", ["selection.jsonl"])] if asked else [])
+
+
+def test_files_without_a_tracker_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"tracker.files=true .* tracker=wandb"):
+        TrackerConfig(name="none", files=True)
+
+
 def test_an_offline_run_is_finished_after_an_exception(tmp_path: Path, reached: list[Any]) -> None:
     import wandb
 

@@ -125,9 +125,7 @@ class Holder:
 
     file: Path
     unit: str
-    name: str = field(
-        default_factory=lambda: f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
-    )
+    name: str = field(default_factory=_own_name)
 
     def sign(self) -> None:
         self.file.write_text(self.name, encoding="utf-8")
@@ -199,8 +197,7 @@ class Store:
         Raises:
             GradsiftError: the store cannot be written; names the unit, the folder and the remedy.
         """
-        fingerprint = fingerprint_of(stage, version, config, parents)
-        path = self.root / stage / f"{slug}-{fingerprint}"
+        fingerprint, path = self.place(stage, slug, config, parents, version)
         started = time.perf_counter()
         with self.guarded(f"stage {stage} ({path.name})"):
             self._require_same_folder()
@@ -238,7 +235,14 @@ class Store:
         self, stage: str, slug: str, config: Mapping[str, Any], parents: Sequence[Artifact], *, version: int
     ) -> bool:
         """Whether `obtain` would find the artifact; its files are not looked into."""
-        return (self.root / stage / f"{slug}-{fingerprint_of(stage, version, config, parents)}" / MANIFEST).is_file()
+        return (self.place(stage, slug, config, parents, version)[1] / MANIFEST).is_file()
+
+    def place(
+        self, stage: str, slug: str, config: Mapping[str, Any], parents: Sequence[Artifact], version: int
+    ) -> tuple[str, Path]:
+        """Fingerprint and folder of a unit."""
+        fingerprint = fingerprint_of(stage, version, config, parents)
+        return fingerprint, self.root / stage / f"{slug}-{fingerprint}"
 
     def _is_ours(self, error: OSError | SafetensorError, nameless: bool) -> bool:
         """Whether an error is about the store, and not about something that a stage reads elsewhere."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradsift.artifacts import Artifact, Store, fingerprint_of
+from gradsift.artifacts import Artifact, Store
 from gradsift.config import ComputeConfig
 from gradsift.errors import ConfigError
 
@@ -64,8 +64,7 @@ class FollowingStore(Store):
         **options: Any,
     ) -> Artifact:
         """The artifact once the first machine has made it; takes part where machines share the work."""
-        fingerprint = fingerprint_of(stage, version, config, parents)
-        path = self.root / stage / f"{slug}-{fingerprint}"
+        fingerprint, path = self.place(stage, slug, config, parents, version)
         started = time.perf_counter()
         took_part = stage not in SHARED
         while (found := self._whole(stage, path, fingerprint)) is None:

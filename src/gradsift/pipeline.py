@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from gradsift.artifacts import Store
 from gradsift.config import Config, VerifiableDataConfig
 from gradsift.evaluation.stages.judging import judge, pws
 from gradsift.line import Line
@@ -81,7 +82,8 @@ def plan(config: Config, display: Display, folder: Path, about: Mapping[str, Any
     planner = Planner(Path(config.artifacts), display.say)
     ends = None
     try:
-        run(config, Runtime(planner, config.compute, display, config.seed), unread())
+        with Store(planner.store).guarded("the plan", nameless=False):
+            run(config, Runtime(planner, config.compute, display, config.seed), unread())
     except NotMade as missing:  # a stage reads what another one has yet to make
         ends = str(missing)
     write_plan(folder, about, planner, ends)

@@ -50,6 +50,19 @@ class Tracker:
                 if self._wandb is not None:
                     self._wandb.log(line)
 
+    def file(self, kind: str, fingerprint: str, path: Path) -> None:
+        """Log a file as an artifact of W&B, if `tracker.files` asks for it.
+
+        It is named by the fingerprint of the unit that made it: runs that share the unit share the artifact.
+        """
+        if self._wandb is None or not self._config.files:
+            return
+        import wandb
+
+        artifact = wandb.Artifact(f"{kind}-{fingerprint}", kind)
+        artifact.add_file(str(path))
+        self._wandb.log_artifact(artifact)
+
     def summary(self, values: Mapping[str, Any]) -> None:
         """Log the numbers of `values`, nested names joined by a slash."""
         flat = dict(_flatten(values))

@@ -20,10 +20,13 @@ class TrackerConfig:
     project: str = "gradsift"
     entity: str | None = None
     group: str | None = None  # the sweep's folder name when empty
+    files: bool = False  # give W&B the scores and the selection too, which hold whole examples
 
     def __post_init__(self) -> None:
         one_of("tracker.name", self.name, ("wandb", "none"))
         one_of("tracker.mode", self.mode, ("offline", "online"))
+        if self.files and self.name == "none":
+            raise ConfigError("tracker.files=true gives files to W&B; take tracker=wandb, or leave it out")
 
 
 @dataclass

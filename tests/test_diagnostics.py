@@ -16,7 +16,7 @@ from conftest import SMOKE
 from rich.console import Console
 
 from gradsift.config import FieldsConfig
-from gradsift.data.examples import Example, Turn
+from gradsift.data.examples import Example, Turn, write_examples
 from gradsift.data.formats import parse_rows
 from gradsift.diagnostics import DIAGNOSTICS_FILE, Diagnostic, read_diagnostics, write_diagnostics
 from gradsift.gradients.diagnostics import (
@@ -264,17 +264,22 @@ def test_the_sign_of_the_selected_drops_by_hand() -> None:
     assert is_unknown(selected_drop_sign(drop, np.array([], dtype=int)))
 
 
-def test_every_assistant_turn_counts_as_response() -> None:
+def written(folder: Path, pool: list[Example]) -> Path:
+    write_examples(folder / "examples.parquet", pool)
+    return folder / "examples.parquet"
+
+
+def test_every_assistant_turn_counts_as_response(tmp_path: Path) -> None:
     (example,) = examples("12345")
     history = (Turn("system", "be kind"), Turn("user", "hi"), Turn("assistant", "hello"))
-    found = lengths([replace(example, history=history, input="in")])
+    found = lengths(written(tmp_path, [replace(example, history=history, input="in")]))
     assert found["response_characters"].tolist() == [10]
     assert found["prompt_characters"].tolist() == [len("be kind" + "hi" + "write" + "in")]
     assert found["response_to_prompt"].tolist() == [10 / 16]
 
 
-def test_short_answers_are_a_warning_for_every_scorer() -> None:
-    pool = examples(*["no"] * 100, *["a long and patient answer"] * 100)
+def test_short_answers_are_a_warning_for_every_scorer(tmp_path: Path) -> None:
+    pool = written(tmp_path, examples(*["no"] * 100, *["a long and patient answer"] * 100))
     found = {d.name: d for d in diagnose_selection(np.arange(20), pool, {}, None)}
     assert {name: d.verdict for name, d in found.items()} == {
         "selection_response_characters": "warning",
@@ -285,8 +290,8 @@ def test_short_answers_are_a_warning_for_every_scorer() -> None:
     assert {d.verdict for d in found.values()} == {"ok"}
 
 
-def test_what_the_ensemble_knows_is_compared_too() -> None:
-    pool = examples(*["yes"] * 4)
+def test_what_the_ensemble_knows_is_compared_too(tmp_path: Path) -> None:
+    pool = written(tmp_path, examples(*["yes"] * 4))
     measures = {"late_loss": np.ones(4), "response_tokens": np.full(4, 7.0)}
     names = [d.name for d in diagnose_selection(np.array([1]), pool, measures, np.ones(4))]
     assert names == [

@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gradsift import config as config_module
-from gradsift.config import Config, dump_config, load_config, register_schemas, restore_config
+from gradsift.config import Config, TrackerConfig, dump_config, load_config, register_schemas, restore_config
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.sweep import HOME, Sweep, begin, fix_place
 
@@ -149,7 +149,7 @@ def _job(composed: DictConfig) -> float | None:
         os.chdir(home)
     settings = HydraConfig.get()
     folder = _relative(Path(settings.runtime.output_dir))
-    sweep = Path(settings.sweep.dir).name if settings.mode == RunMode.MULTIRUN else None
+    sweep = Path(settings.sweep.dir) if settings.mode == RunMode.MULTIRUN else None
     number = int(settings.job.num) + 1 if sweep else None
     overrides = [str(override) for override in settings.overrides.task]
     return attempt(lambda: load_config(composed), folder, overrides, sweep, number)
@@ -185,7 +185,7 @@ def replay(arguments: list[str]) -> None:
     attempt(load, folder, [f"--replay {arguments[0]}"], None, None)
 
 
-def attempt(load: Any, folder: Path, overrides: list[str], sweep: str | None, number: int | None) -> float | None:
+def attempt(load: Any, folder: Path, overrides: list[str], sweep: Path | None, number: int | None) -> float | None:
     """Run once and report; a failure is said in one line, noted in `run.json` and remembered for the exit code.
 
     Returns:
@@ -211,7 +211,7 @@ def attempt(load: Any, folder: Path, overrides: list[str], sweep: str | None, nu
     return None
 
 
-def execute(config: Config, folder: Path, overrides: list[str], sweep: str | None, number: int | None) -> float | None:
+def execute(config: Config, folder: Path, overrides: list[str], sweep: Path | None, number: int | None) -> float | None:
     """Run one checked config and write its folder: run.json, config.yaml, metrics.jsonl, selection.jsonl."""
     from gradsift.report.terminal import RunView
 
@@ -219,12 +219,12 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     view.starting(overrides)
     from gradsift.artifacts import Store
     from gradsift.evaluation.judges import DryRun
-    from gradsift.nodes import store_of
+    from gradsift.nodes import node_of, store_of
     from gradsift.pipeline import plan, prepare, run, settings_of
     from gradsift.report.automatic import report_at_end
     from gradsift.report.results import Results
     from gradsift.runtime import Runtime
-    from gradsift.tracking import Tracker
+    from gradsift.tracking import Tracker, group_of
 
     prepare(config)
     view.settings(settings_of(config))
@@ -234,9 +234,11 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
         view.planned(folder, in_sweep=sweep is not None)
         return None
     store = store_of(config.compute, Store(Path(config.artifacts), view.display.say, view.stage_done))
-    reports = config.report and sweep is None
+    first = node_of(config.compute) == 0  # of several machines in one run one speaks
+    reports = config.report and sweep is None and first
     about = _about(config, overrides)
-    with Tracker(config.tracker, folder, sweep, about) as tracker:
+    group = group_of(sweep) if sweep else None
+    with Tracker(config.tracker if first else TrackerConfig(name="none"), folder, group, about) as tracker:
         results = Results(folder, tracker, store, about)
         try:
             with store.guarded("the run", nameless=False):

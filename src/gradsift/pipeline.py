@@ -42,7 +42,7 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
             results.collected(config.proxy, line.collect_shard())
         results.ensemble(line.adapters)
         return
-    scored = score(runtime, line.scorer, line.loaded, lambda: line.pool, line.sources, line.diagnose)
+    scored = score(runtime, line.scorer, line.loaded, line.sources, line.diagnose)
     results.scored(scored)
     if line.has_norms:
         results.ensemble(line.adapters)

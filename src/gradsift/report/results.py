@@ -61,7 +61,7 @@ class Results:
         statuses = {k: v for k, v in artifact.info.items() if k not in ("rows", *_COUNTS)}
         self.values["scores"] = {"rows": artifact.info["rows"], "statuses": statuses}
         self.files["scores"] = str(artifact.file(SCORES_FILE))
-        self.tracker.file("scores", artifact.fingerprint, artifact.file(SCORES_FILE))
+        self.tracker.artifact(artifact, SCORES_FILE)
         scores = scores_of(artifact)
         reasons: dict[str, int] = {}
         for reason in scores.reason[scores.status != SCORED]:
@@ -79,7 +79,7 @@ class Results:
         self._diagnosed(artifact)
         shutil.copyfile(artifact.file(SELECTION_FILE), self.folder / SELECTION_FILE)
         self.files["selection"] = str(self.folder / SELECTION_FILE)
-        self.tracker.file("selection", artifact.fingerprint, artifact.file(SELECTION_FILE))
+        self.tracker.artifact(artifact, SELECTION_FILE)
 
     def audited(self, found: Callable[[], dict[str, Any]]) -> None:
         """`audit.json` holds all of it, `run.json` all but the positions that were selected."""

@@ -40,7 +40,7 @@ class Scores:
         self.status[fresh] = status
         self.reason[fresh] = reason
 
-    def require_finite(self, row_indices: Sequence[int]) -> None:
+    def require_finite(self, row_indices: Sequence[int] | np.ndarray) -> None:
         """Raise a `GradsiftError` that names the rows (of the source) whose score is no finite number."""
         bad = (self.status == SCORED) & ~np.isfinite(self.score)
         if bad.any():
@@ -51,18 +51,25 @@ class Scores:
             )
 
 
-def write_scores(path: Path, scores: Scores, example_ids: list[str]) -> None:
-    columns = {"example_id": pa.array(example_ids), "score": pa.array(scores.score)}
+def write_scores(path: Path, scores: Scores, example_ids: Sequence[str] | pa.ChunkedArray) -> None:
+    own_ids = example_ids if isinstance(example_ids, pa.ChunkedArray) else pa.array(example_ids)
+    columns = {"example_id": own_ids, "score": pa.array(scores.score)}
     columns |= {name: pa.array(np.asarray(values)) for name, values in scores.parts.items()}
     columns |= {"status": pa.array(scores.status.tolist()), "reason": pa.array(scores.reason.tolist())}
     pq.write_table(pa.table(columns), path)
 
 
 def read_scores(path: Path) -> Scores:
-    table = pq.read_table(path)
-    own = ("example_id", "score", "status", "reason")
-    parts = {name: table[name].to_numpy() for name in table.column_names if name not in own}
-    scores = Scores(table["score"].to_numpy(), parts)
-    scores.status = np.array(table["status"].to_pylist(), dtype=object)
-    scores.reason = np.array(table["reason"].to_pylist(), dtype=object)
+    with pq.ParquetFile(path, read_dictionary=["status", "reason"]) as file:  # by column, as in `read_statistics`
+        own = ("example_id", "score", "status", "reason")
+        numbers = [name for name in file.schema_arrow.names if name not in own]
+        parts = {name: file.read([name])[name].to_numpy() for name in numbers}
+        scores = Scores(file.read(["score"])["score"].to_numpy(), parts)
+        scores.status, scores.reason = (_texts(file.read([name])[name]) for name in ("status", "reason"))
     return scores
+
+
+def _texts(column: pa.ChunkedArray) -> np.ndarray:
+    """(N,) str in which equal texts are one object: millions of rows share a handful of reasons."""
+    chunks = [np.array(chunk.dictionary.to_pylist(), dtype=object)[chunk.indices] for chunk in column.chunks]
+    return np.concatenate([np.empty(0, dtype=object), *chunks])

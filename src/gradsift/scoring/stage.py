@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.artifacts import Artifact
-from gradsift.data.examples import Example
+from gradsift.data.examples import read_columns
+from gradsift.data.load import EXAMPLES_FILE
 from gradsift.diagnostics import Diagnostic, write_diagnostics
 from gradsift.runtime import Runtime
 from gradsift.scoring.scores import Scores, read_scores, write_scores
@@ -21,7 +22,6 @@ def score(
     runtime: Runtime,
     scorer: Method,
     loaded: Artifact,
-    pool: Callable[[], Sequence[Example]],
     sources: Mapping[str, Source],
     diagnose: Callable[[Sequence[str]], Sequence[Diagnostic]],
 ) -> Artifact:
@@ -37,12 +37,12 @@ def score(
 
         journal = Journal(folder, runtime.compute.save_every)
         scores: Scores = scorer(sources={**sources, "journal": Source(list, lambda: journal)})
-        examples = pool()
-        scores.require_finite([example.row_index for example in examples])
-        write_scores(folder / SCORES_FILE, scores, [example.example_id for example in examples])
+        ids = read_columns(loaded.file(EXAMPLES_FILE), ("row_index", "example_id"))
+        scores.require_finite(ids["row_index"].to_numpy())
+        write_scores(folder / SCORES_FILE, scores, ids["example_id"])
         write_diagnostics(folder, [*diagnose(scorer.asked), *scores.diagnostics])
         statuses, counts = _counts(scores)
-        return {"rows": len(examples), **dict(zip(statuses, counts, strict=True))}
+        return {"rows": ids.num_rows, **dict(zip(statuses, counts, strict=True))}
 
     settings = {**runtime.compute.numerics, **scorer.settings(sources)}
     parents = [loaded, *scorer.parents(sources)]

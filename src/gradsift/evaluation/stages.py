@@ -55,7 +55,7 @@ from gradsift.evaluation.spending import Terms
 from gradsift.journal import Journal
 from gradsift.runtime import Runtime
 from gradsift.sources import Source
-from gradsift.training.backbones import Backbone, backbone, load_backbone
+from gradsift.training.backbones import Backbone, backbone, load_shown
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.finetuning import ResponseLosses, require_finite
 from gradsift.training.target import load_tuned
@@ -179,9 +179,9 @@ def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact, items:
 
     def make(folder: Path) -> Mapping[str, Any]:
         rows = read_model_outputs(answers.file(OUTPUTS_FILE))
-        with runtime.display.task(f"metrics of {len(rows)} answers", len(rows)) as advance:
-            found = measure(rows, config.match_of, None if wordnet is None else read_wordnet(wordnet))
-            advance(len(rows))
+        known = sum(row["reference"] is not None for row in rows)
+        with runtime.display.task(f"metrics of {known:,} answers", 2 * known) as advance:
+            found = measure(rows, config.match_of, None if wordnet is None else read_wordnet(wordnet), advance)
         (folder / METRICS_FILE).write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
         return {"rows": found["pooled"]["items"]}
 
@@ -366,7 +366,8 @@ def _losses(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Positions in `examples` and mean NLL of a response token, batch by batch; those without one are left out."""
     limit = min(config.max_length, model.context)
-    encoded, _ = encode(examples, model.tokenizer, config.template, limit)
+    with runtime.display.task("tokenise for the target", len(examples)) as advance:
+        encoded, _ = encode(examples, model.tokenizer, config.template, limit, advance)
     row_indices, device = [example.row_index for example in examples], device_of(runtime.compute)
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     with runtime.display.task(purpose, len(encoded)) as advance, torch.inference_mode():
@@ -499,7 +500,7 @@ def _client(
         from gradsift.evaluation.judges.local import LocalJudge
 
         (model,) = models
-        loaded = load_backbone(model, config.model, runtime.compute)
+        loaded = load_shown(runtime, model, config.model)
         device = device_of(runtime.compute)
         return LocalJudge(
             loaded.model.to(device),

@@ -90,24 +90,31 @@ class Made:
 
     folder: Path
     store: Store
-    loaded: Artifact
     pool: list[Example]
+
+    def load(self) -> Artifact:
+        def make_load(part: Path) -> dict[str, Any]:
+            write_examples(part / EXAMPLES_FILE, self.pool)
+            pq.write_table(pa.table({"quality": LABELS.quality, "family": LABELS.family}), part / LABELS_FILE)
+            return {"rows": ROWS}
+
+        return self.store.obtain("load", "mine", {}, [], make_load, version=1)
 
     def job(self, number: int, scorer: str, alpha: float, **changes: Any) -> Path:
         scores = scores_of(scorer)
         folder = self.folder / f"{number}-{scorer}-{alpha}"
         folder.mkdir(parents=True)
         self.store.records.clear()
-        self.store._record(self.loaded, reused=True, seconds=0.0, steps=0)
+        loaded = self.load()
         if scorer == "gsnr":
-            self.store.obtain("statistics", "M2", {}, [self.loaded], _statistics, version=1)
+            self.store.obtain("statistics", "M2", {}, [loaded], _statistics, version=1)
         ids = [example.example_id for example in self.pool]
 
         def make_scores(part: Path) -> dict[str, Any]:
             write_scores(part / SCORES_FILE, scores, ids)
             return {"rows": ROWS}
 
-        scored = self.store.obtain("score", scorer, {"scorer": scorer}, [self.loaded], make_scores, version=1)
+        scored = self.store.obtain("score", scorer, {"scorer": scorer}, [loaded], make_scores, version=1)
         size = int(alpha * ROWS)
 
         def make_selection(part: Path) -> dict[str, Any]:
@@ -162,14 +169,7 @@ def _statistics(part: Path) -> dict[str, Any]:
 
 
 def made(folder: Path) -> Made:
-    store, pool = Store(folder / "store", say=lambda line: None), examples()
-
-    def make_load(part: Path) -> dict[str, Any]:
-        write_examples(part / EXAMPLES_FILE, pool)
-        pq.write_table(pa.table({"quality": LABELS.quality, "family": LABELS.family}), part / LABELS_FILE)
-        return {"rows": ROWS}
-
-    return Made(folder / "sweep", store, store.obtain("load", "mine", {}, [], make_load, version=1), pool)
+    return Made(folder / "sweep", Store(folder / "store", say=lambda line: None), examples())
 
 
 @pytest.fixture(scope="module")

@@ -219,12 +219,16 @@ class Store:
         return found
 
     @contextmanager
-    def guarded(self, unit: str) -> Iterator[None]:
-        """Turn errors of the store's disk into one that names `unit`, the folder and the remedy; others pass."""
+    def guarded(self, unit: str, *, nameless: bool = True) -> Iterator[None]:
+        """Turn errors of the store's disk into one that names `unit`, the folder and the remedy; others pass.
+
+        Args:
+            nameless: whether errors that name no file are the store's; in the midst of a stage they are.
+        """
         try:
             yield
         except (OSError, SafetensorError) as error:
-            if isinstance(error, OSError) and not self._is_ours(error):
+            if not self._is_ours(error, nameless):
                 raise
             reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
             raise GradsiftError(
@@ -238,13 +242,17 @@ class Store:
         """Whether `obtain` would find the artifact; its files are not looked into."""
         return (self.root / stage / f"{slug}-{fingerprint_of(stage, version, config, parents)}" / MANIFEST).is_file()
 
-    def _is_ours(self, error: OSError) -> bool:
+    def _is_ours(self, error: OSError | SafetensorError, nameless: bool) -> bool:
         """Whether an error is about the store, and not about something that a stage reads elsewhere."""
+        if isinstance(error, SafetensorError):
+            return nameless
         if error.errno in _GONE:  # of a file that is not there only what lies in the store is ours
             return str(self.root) in str(error)
         if error.errno not in (*_STORE_ERRORS, *_NO_LOCKS):
             return False
-        return error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(self.root)
+        if error.filename is None:
+            return nameless
+        return Path(os.fsdecode(error.filename)).is_relative_to(self.root)
 
     def _require_same_folder(self) -> None:
         """Under a mount that vanished lies another folder, mostly empty: no work may begin anew in there."""

@@ -241,7 +241,7 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     with Tracker(config.tracker, folder, sweep, about) as tracker:
         results = Results(folder, tracker, store, about)
         try:
-            with store.guarded("the run"):
+            with store.guarded("the run", nameless=False):
                 run(config, Runtime(store, config.compute, view.display, config.seed), results)
         except DryRun as said:
             results.dry_run(str(said))

@@ -25,7 +25,7 @@ from gradsift.errors import DataError, GradsiftError
 from gradsift.evaluation.judging import Judgment, read_judgments
 from gradsift.gradients.statistics import Statistics, read_statistics
 from gradsift.pages import portable
-from gradsift.report.tables import with_settings
+from gradsift.report.tables import job_number, with_settings
 from gradsift.scoring.scores import Scores
 from gradsift.scoring.stage import scores_of
 from gradsift.selection.stage import positions_of
@@ -287,12 +287,6 @@ def _named(records: Sequence[dict[str, Any]]) -> list[Mapping[str, Any]]:
     failed = with_settings([record for record in records if id(record) not in named], _TOLD_APART)
     others = iter(failed)
     return [named.get(id(record)) or next(others) for record in records]
-
-
-def job_number(folder: Path) -> tuple[int, str]:
-    """Jobs in their order, where the folders' names begin with a number."""
-    number = folder.name.split("-", 1)[0]
-    return (int(number) if number.isdecimal() else 0, folder.name)
 
 
 def _jobs(folder: Path) -> list[Path]:

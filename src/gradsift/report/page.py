@@ -31,9 +31,9 @@ from gradsift.report.material import CONFIG_FILE, RUN_FILE, Material, read
 from gradsift.report.paper_tables import TABLES, write_tables
 from gradsift.report.tables import pws_table
 from gradsift.report.text_table import TextTable
+from gradsift.tracking import FIGURES_FOLDER, TABLES_FOLDER
 
 REPORT_FILE = "report.html"
-FIGURES_FOLDER, TABLES_FOLDER = "figures", "tables"
 
 
 @dataclass(frozen=True)

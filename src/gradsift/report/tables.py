@@ -31,6 +31,12 @@ UNTUNED = "(no finetuning)"
 TITLE = "PWS against the model tuned on all rows"
 
 
+def job_number(folder: Path) -> tuple[int, str]:
+    """Jobs in their order, where the folders' names begin with a number."""
+    number = folder.name.split("-", 1)[0]
+    return (int(number) if number.isdecimal() else 0, folder.name)
+
+
 def with_settings(runs: Sequence[Run], told_apart: Sequence[str] = _OWN_COLUMN) -> list[Run]:
     """The runs, each with the overrides that tell it from the others as `settings`.
 

@@ -21,7 +21,7 @@ from gradsift.report.automatic import report_at_end, wanted_by_jobs
 from gradsift.report.notes import remarks_of_all, warnings_of
 from gradsift.report.plans import jobs_table, plan_lines, plan_table, stages_table
 from gradsift.report.summary import one_line, summary
-from gradsift.report.tables import against_random, pws_table, write_csv
+from gradsift.report.tables import against_random, job_number, pws_table, write_csv
 from gradsift.report.work import WORK_FILE, work_by_stage, work_table, write_work
 from gradsift.runtime import Display
 
@@ -135,12 +135,6 @@ def _warn(found: Mapping[str, str], display: Display) -> None:
         display.say(f"and {len(found) - _MOST_WARNINGS:,} more warnings, in diagnostics.json and the report")
 
 
-def _job_number(path: Path) -> tuple[int, str]:
-    """Jobs in their order, where the folders' names begin with a number."""
-    number = path.parent.name.split("-", 1)[0]
-    return (int(number) if number.isdecimal() else 0, path.parent.name)
-
-
 def _show_audit(jobs: Sequence[tuple[Path, dict[str, Any]]], display: Display, folder: Path | None = None) -> bool:
     """Print the tables of a noise audit and write its files to `folder`; False where no job was audited."""
     audit = sweep_audit(jobs)
@@ -161,7 +155,7 @@ def sweep_finished(folder: Path, jobs: Sequence[Sequence[str]] | None = None) ->
         jobs: the overrides of every job; None where nobody knew them beforehand.
     """
     display = Display()
-    files = sorted(folder.glob(f"*/{RUN_FILE}"), key=_job_number)
+    files = sorted(folder.glob(f"*/{RUN_FILE}"), key=lambda file: job_number(file.parent))
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     planned = [run for run in runs if run["status"] == "planned"]
     written = _results(folder, runs, display)
@@ -236,8 +230,8 @@ def _silent(folder: Path, files: Sequence[Path], jobs: Sequence[Sequence[str]] |
     """The jobs that left no `run.json`: those that began and, where all are known, those that never did."""
     spoken = {path.parent for path in files}
     begun = {path.parent for path in folder.glob("*/.hydra")} - spoken
-    silent = {_job_number(path / RUN_FILE): path.name for path in begun}
-    numbers = {_job_number(path / RUN_FILE)[0] for path in begun | spoken}
+    silent = {job_number(path): path.name for path in begun}
+    numbers = {job_number(path)[0] for path in begun | spoken}
     for number, overrides in enumerate(jobs or ()):
         if number not in numbers:
             silent[(number, "")] = f"{number} ({shlex.join(overrides)})"

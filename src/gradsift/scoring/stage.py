@@ -9,7 +9,6 @@ from typing import Any
 from gradsift.artifacts import Artifact
 from gradsift.data.examples import Example
 from gradsift.diagnostics import Diagnostic, write_diagnostics
-from gradsift.journal import Journal
 from gradsift.runtime import Runtime
 from gradsift.scoring.scores import Scores, read_scores, write_scores
 from gradsift.sources import Method, Source
@@ -34,6 +33,8 @@ def score(
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
+        from gradsift.journal import Journal  # torch comes with it, and a report reads scores without
+
         journal = Journal(folder, runtime.compute.save_every)
         scores: Scores = scorer(sources={**sources, "journal": Source(list, lambda: journal)})
         examples = pool()

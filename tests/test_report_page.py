@@ -639,7 +639,7 @@ def test_a_report_that_fails_is_one_line(tmp_path: Path) -> None:
     job = found.job(0, "gsnr", 0.1)
     (job / "run.json").write_text("{")
     with Console(record=True, width=400) as console:
-        automatic.report_at_end(found.folder, Display(console))
+        assert automatic.report_at_end(found.folder, Display(console)) is None
     (line,) = console.export_text().splitlines()
     assert line.startswith("report: not written (")
     assert "run.json" in line

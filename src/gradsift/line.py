@@ -50,7 +50,7 @@ from gradsift.selection.budget import budget
 from gradsift.selection.stage import positions_of, select
 from gradsift.selection.topk import topk
 from gradsift.sources import Method, Source, method
-from gradsift.training.backbones import Backbone, backbone, load_backbone
+from gradsift.training.backbones import Backbone, backbone, load_shown
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.target import expected_finetune, finetune, say_report
 
@@ -122,7 +122,7 @@ class Line:
 
     @functools.cached_property
     def proxy_backbone(self) -> Backbone:
-        loaded = load_backbone(self.proxy, self.config.proxy.model, self.runtime.compute)
+        loaded = load_shown(self.runtime, self.proxy, self.config.proxy.model)
         loaded.model.to(device_of(self.runtime.compute))
         return loaded
 

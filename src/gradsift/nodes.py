@@ -46,7 +46,7 @@ def node_of(compute: ComputeConfig) -> int:
 
 def store_of(compute: ComputeConfig, store: Store) -> Store:
     """The store as this machine may use it."""
-    return store if node_of(compute) == 0 else FollowingStore(store.root, store.say, store.done)
+    return store if node_of(compute) == 0 else FollowingStore(store.root, store.say, store.done, store.at_work)
 
 
 class FollowingStore(Store):
@@ -71,7 +71,7 @@ class FollowingStore(Store):
             if took_part:
                 time.sleep(_LOOK_EVERY)
                 continue
-            with tempfile.TemporaryDirectory(prefix="gradsift-node-") as scratch:
+            with self.at_work(f"{stage} {slug}"), tempfile.TemporaryDirectory(prefix="gradsift-node-") as scratch:
                 folder = Path(scratch) / path.name
                 folder.mkdir()
                 make(folder)

@@ -9,15 +9,21 @@ import yaml
 
 from gradsift.errors import GradsiftError
 from gradsift.runtime import Display
-from gradsift.tracking import log_report
+from gradsift.tracking import is_logged, log_report
 
 
 def report_at_end(folder: Path, display: Display) -> None:
     """Write `report.html` and its files into the folder, and say where it is or why it is not; log it where asked."""
     try:
+        from gradsift.report.figures.style import Format
+        from gradsift.report.material import Incomplete
         from gradsift.report.page import write_report
 
-        display.say(f"report: {write_report(folder)}")
+        formats: list[Format] = ["svg", "png"] if is_logged(folder) else ["svg"]  # the page needs no PNG
+        try:
+            display.say(f"report: {write_report(folder, formats=formats)}")
+        except Incomplete as error:
+            display.say(f"report: {error}")
     except Exception as error:  # noqa: BLE001 - whatever it is, the run itself is done
         display.say(
             f"report: not written ({_reason(error)}); the results stand in run.json, and `python -m gradsift.report "

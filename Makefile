@@ -37,7 +37,7 @@ human-eval: setup ## blinded pairs of RUN=outputs/DATE/TIME for people to judge;
 	@$(BIN)/python -m gradsift.evaluation.human "$(RUN)" $(HUMAN)
 
 test: setup ## the tests (up to ten minutes)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 slow: setup ## the tests that take minutes each: the embedded world's validity law
 	$(BIN)/python -m pytest -m slow

@@ -211,7 +211,7 @@ def _points(store: Path) -> dict[str, int]:
         journal = part / UNFINISHED / JOURNAL_FILE
         try:
             found[f"{part.parent.name}/{_plain(part)}"] = steps_saved(part) or journal.read_bytes().count(b"\n")
-        except FileNotFoundError:  # it was finished meanwhile, or has saved nothing yet
+        except (FileNotFoundError, RuntimeError):  # it was finished meanwhile, or has saved nothing yet
             continue
     return found
 

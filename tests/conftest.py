@@ -24,6 +24,8 @@ os.environ |= {
     "WANDB_ERROR_REPORTING": "false",
     "TOKENIZERS_PARALLELISM": "false",
 }
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; before torch is loaded
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 SMOKE = ("experiment=smoke", "tracker=none", "compute.threads=1", "report=false")
 
 CHATML = (

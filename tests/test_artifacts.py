@@ -329,3 +329,12 @@ def test_edited_code_is_other_code_at_any_commit(tmp_path: Path) -> None:
     with (tmp_path / "gradsift" / "scoring" / "gsnr.py").open("a") as stream:
         stream.write("\n# changed\n")
     assert described() != first
+
+
+def test_between_stages_only_what_names_the_store_is_its_error(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    gone = r"the run could not keep.*was its disk unmounted"
+    with pytest.raises(GradsiftError, match=gone), store.guarded("the run", nameless=False):
+        (tmp_path / "stage" / "scores.parquet").read_bytes()
+    with pytest.raises(PermissionError), store.guarded("the run", nameless=False):
+        raise PermissionError(errno.EACCES, "a socket's")

@@ -420,8 +420,17 @@ def test_a_report_that_cannot_be_logged_is_written_all_the_same(
     report(folder, "wandb")
     config = folder / "0-gsnr-0.1" / "config.yaml"
     config.write_text(config.read_text().replace("offline", "online"))  # and nobody is logged in
-    monkeypatch.setattr("gradsift.report.page.write_report", lambda folder: folder / "report.html")
-    report_at_end(folder, Display())
-    written, lost = " ".join(capsys.readouterr().out.split()).split(" report: ")
-    assert written == f"report: {folder / 'report.html'}"
-    assert lost.startswith("not logged to W&B (tracker.mode=online needs a login: ")
+    killed = folder / "-1-gsnr-0.1" / "config.yaml"
+    killed.parent.mkdir()
+    killed.write_text("values: {tracker: ")  # cut off; the next job's counts
+    asked: list[list[str]] = []
+
+    def written_page(folder: Path, formats: list[str]) -> Path:
+        asked.append(formats)
+        return folder / "report.html"
+
+    monkeypatch.setattr("gradsift.report.page.write_report", written_page)
+    assert report_at_end(folder, Display()) == folder / "report.html"
+    assert asked == [["svg", "png"]]
+    lost = " ".join(capsys.readouterr().out.split())
+    assert lost.startswith("report: not logged to W&B (tracker.mode=online needs a login: ")

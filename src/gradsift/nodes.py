@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradsift.artifacts import Artifact, Store, fingerprint_of
+from gradsift.artifacts import Artifact, Store
 from gradsift.config import ComputeConfig
 from gradsift.errors import ConfigError
 
@@ -46,7 +46,7 @@ def node_of(compute: ComputeConfig) -> int:
 
 def store_of(compute: ComputeConfig, store: Store) -> Store:
     """The store as this machine may use it."""
-    return store if node_of(compute) == 0 else FollowingStore(store.root, store.say, store.done)
+    return store if node_of(compute) == 0 else FollowingStore(store.root, store.say, store.done, store.at_work)
 
 
 class FollowingStore(Store):
@@ -64,15 +64,14 @@ class FollowingStore(Store):
         **options: Any,
     ) -> Artifact:
         """The artifact once the first machine has made it; takes part where machines share the work."""
-        fingerprint = fingerprint_of(stage, version, config, parents)
-        path = self.root / stage / f"{slug}-{fingerprint}"
+        fingerprint, path = self.place(stage, slug, config, parents, version)
         started = time.perf_counter()
         took_part = stage not in SHARED
         while (found := self._whole(stage, path, fingerprint)) is None:
             if took_part:
                 time.sleep(_LOOK_EVERY)
                 continue
-            with tempfile.TemporaryDirectory(prefix="gradsift-node-") as scratch:
+            with self.at_work(f"{stage} {slug}"), tempfile.TemporaryDirectory(prefix="gradsift-node-") as scratch:
                 folder = Path(scratch) / path.name
                 folder.mkdir()
                 make(folder)

@@ -98,9 +98,9 @@ def log_report(folder: Path) -> bool:
     Returns:
         False where the runs were not tracked by W&B; nothing is done then.
     """
-    values = _config_of(folder)
-    if (values.get("tracker") or {}).get("name") != "wandb":
+    if not is_logged(folder):
         return False
+    values = _config_of(folder)
     config = TrackerConfig(**values["tracker"])
     is_sweep = not (folder / CONFIG_FILE).is_file()
     group = config.group or (group_of(folder) if is_sweep else None)
@@ -117,12 +117,21 @@ def log_report(folder: Path) -> bool:
     return True
 
 
+def is_logged(folder: Path) -> bool:
+    """Whether the runs of a run's or a sweep's folder are tracked by W&B, and their report with them."""
+    return bool((_config_of(folder).get("tracker") or {}).get("name") == "wandb")
+
+
 def _config_of(folder: Path) -> dict[str, Any]:
-    """The values of a run's config, or of the first job's of a sweep; empty where there is none."""
+    """The values of a run's config, or of the first job's of a sweep that has one; empty where there is none."""
     paths = [folder / CONFIG_FILE, *sorted(folder.glob(f"*/{CONFIG_FILE}"))]
-    path = next((path for path in paths if path.is_file()), None)
-    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["values"] if path else {}
-    return values
+    for path in paths:
+        try:
+            values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["values"]
+        except (OSError, yaml.YAMLError, KeyError, TypeError):  # none, or cut off where the job was killed
+            continue
+        return values
+    return {}
 
 
 def _start(

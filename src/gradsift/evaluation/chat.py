@@ -27,6 +27,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
+from gradsift.config.checks import endpoint_address
 from gradsift.data.download import LOOPBACK
 from gradsift.errors import ConfigError
 from gradsift.evaluation.judges import DryRun, JudgeError, content_hash
@@ -76,8 +77,8 @@ class ChatClient:
         """Parameters as in `OpenaiJudgeConfig`; `parameters` are further ones of a request. No request is sent.
 
         Raises:
-            ConfigError: the variable named by `api_key_env` holds no usable key. Endpoints on this
-                machine need none, and neither does a dry run.
+            ConfigError: the variable named by `api_key_env` holds no usable key (endpoints on this machine
+                need none, and neither does a dry run), or OPENAI_BASE_URL no address.
         """
         import openai
 
@@ -93,7 +94,10 @@ class ChatClient:
         self._give_up = give_up
         self._concurrency = concurrency
         self._say = say or (lambda text: None)
-        self._base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
+        address = base_url or os.environ.get("OPENAI_BASE_URL")
+        if address:
+            endpoint_address("judge.base_url" if base_url else "OPENAI_BASE_URL", address, api_key_env)
+        self._base_url = address.rstrip("/") if address else None  # the slash makes no other endpoint of it
         self._key = _api_key(api_key_env, self._base_url, needed=not self._terms.dry_run)
         self._client = openai.OpenAI(
             api_key=self._key or "none", base_url=self._base_url, timeout=timeout, max_retries=0

@@ -160,6 +160,8 @@ def left_padded(
 
 # ------------------------------------------------------------------------------------- model_outputs
 
+OUTPUTS_FILE = "model_outputs.json"
+
 
 class ModelOutput(TypedDict):
     """One answer: alpaca_eval's keys (`dataset` is the benchmark's name), then ours."""

@@ -15,7 +15,10 @@ from gradsift.config import ProxyConfig
 from gradsift.data.load import SPOILT, Labels, labels_of
 from gradsift.data.verifiable import effective_families
 from gradsift.diagnostics import read_diagnostics
-from gradsift.evaluation.stages import General, forgetting_of, heldout_loss_of, metrics_of, pws_of
+from gradsift.evaluation.stages.forgetting import General, forgetting_of
+from gradsift.evaluation.stages.judging import pws_of
+from gradsift.evaluation.stages.losses import heldout_loss_of
+from gradsift.evaluation.stages.metrics import metrics_of
 from gradsift.report.audit_tables import AUDIT_FILE
 from gradsift.report.work import work_of
 from gradsift.runtime import peak_memory

@@ -11,7 +11,6 @@ from gradsift.data.examples import read_column
 from gradsift.data.load import EXAMPLES_FILE
 from gradsift.diagnostics import Diagnostic, write_diagnostics
 from gradsift.errors import GradsiftError
-from gradsift.journal import Journal
 from gradsift.runtime import Runtime
 from gradsift.scoring.scores import Scores, read_scores, write_scores
 from gradsift.sources import Method, Source
@@ -35,6 +34,8 @@ def score(
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
+        from gradsift.journal import Journal  # torch comes with it, and a report reads scores without
+
         journal = Journal(folder, runtime.compute.save_every)
         scores: Scores = scorer(sources={**sources, "journal": Source(list, lambda: journal)})
         examples, rows = loaded.file(EXAMPLES_FILE), int(loaded.info["rows"])

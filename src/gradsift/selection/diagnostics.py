@@ -75,7 +75,8 @@ def _lengths(block: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
     """Of the responses and of the prompts."""
 
     def characters(texts: pa.Array) -> np.ndarray:
-        return pc.utf8_length(texts).to_numpy(zero_copy_only=False).astype(float)
+        counts: np.ndarray = pc.utf8_length(texts).to_numpy(zero_copy_only=False).astype(float)
+        return counts
 
     turns = block["history"].flatten()
     counts = pc.list_value_length(block["history"]).to_numpy(zero_copy_only=False)

@@ -95,7 +95,7 @@ def write_selection(
     with tempfile.TemporaryFile(dir=path.parent) as lines, path.open("wb") as stream:
         for position, row in _rows(examples, ranks):
             rank = int(ranks[position])
-            own = {"rank": rank, "score": float(scores.score[position])}
+            own: dict[str, Any] = {"rank": rank, "score": float(scores.score[position])}
             own |= {name: row[name] for name in ("example_id", "row_index")}
             if corruption and position in corruption:
                 own["corruption"] = corruption[position]

@@ -15,8 +15,10 @@ import pickle
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -276,6 +278,7 @@ def _other(
 ) -> None:
     """A rank's process: the same work in a folder of its own, silently."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; rank 0 ends the others
+    threading.Thread(target=_end_with_rank_0, daemon=True).start()
     try:
         torch.set_num_threads(threads)
         quieten()
@@ -288,6 +291,14 @@ def _other(
     except Exception as error:  # noqa: BLE001 - rank 0 raises it
         said.send(str(error) if isinstance(error, GradsiftError) else f"rank {number}: {type(error).__name__}: {error}")
         raise SystemExit(1) from None
+
+
+def _end_with_rank_0() -> None:
+    """A killed rank 0 cannot end the others, which would keep their GPUs until torch's timeout."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 @contextmanager

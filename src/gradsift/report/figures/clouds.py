@@ -10,7 +10,8 @@ from matplotlib.colors import LinearSegmentedColormap
 
 from gradsift.report.figures.style import COLOURS
 
-MOST_POINTS = 3000
+MOST_POINTS = 1500
+_CLOUD = "#7d8296"
 _GREYS = LinearSegmentedColormap.from_list("counts", ["#c9ccd6", "#4a5068"])  # seen on white and on black
 
 
@@ -29,10 +30,11 @@ def cloud(axes: Axes, x: np.ndarray, y: np.ndarray, marked: np.ndarray | None = 
 
 def _draw(axes: Axes, x: np.ndarray, y: np.ndarray, log: bool) -> None:
     if len(x) <= MOST_POINTS:
-        axes.plot(x, y, "o", ms=2.6, mec="none", color="#7d8296", alpha=0.7, label="all rows")
+        axes.plot(x, y, "o", ms=2.6, mec="none", color=_CLOUD, alpha=0.7, label="all rows")
         return
     scale: dict[str, Any] = {"xscale": "log", "yscale": "log"} if log else {}
-    axes.hexbin(x, y, gridsize=(48, 30), mincnt=1, bins="log", cmap=_GREYS, linewidths=0, label="all rows", **scale)
+    axes.hexbin(x, y, gridsize=(48, 30), mincnt=1, bins="log", cmap=_GREYS, linewidths=0, **scale)
+    axes.plot([], [], "h", ms=7, mec="none", color=_CLOUD, label="all rows, darker where there are more")
 
 
 def thinned(values: np.ndarray, most: int) -> np.ndarray:
@@ -55,4 +57,8 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float | None:
 
 
 def as_text(correlation: float | None) -> str:
-    return "rank correlation not defined" if correlation is None else f"rank correlation {correlation:+.2f}"
+    return (
+        "rank correlation not defined"
+        if correlation is None
+        else f"rank correlation {round(correlation, 2) + 0.0:+.2f}"
+    )

@@ -27,7 +27,8 @@ from endpoint import NOW, Answer, Endpoint
 from gradsift.config import OpenaiJudgeConfig
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation import chat as chat_module
-from gradsift.evaluation.chat import ChatClient, retry_after
+from gradsift.evaluation.chat import ChatClient
+from gradsift.evaluation.endpoint import retry_after
 from gradsift.evaluation.judges import DryRun, JudgeError
 from gradsift.evaluation.reply_cache import Completion, ReplyCache, Spent, Tokens
 from gradsift.evaluation.spending import CapReached, Purse, Stopped, Terms, estimated_tokens

@@ -164,6 +164,7 @@ def test_our_own_judgments_are_read_and_log_probabilities_are_summed(tmp_path: P
     [
         (b"", b'{"item_id": "1", "label": "win"}', "no item has both"),
         (b"", b'{"item_id": "\xff", "label": "win"}', "line 1"),
+        (b"", b'{"item_id": 1, "label": "win"}\n{"item_id": 1, "label": "tie"}', "line 2: a second label of 1"),
     ],
 )
 def test_records_without_a_judgment_and_labels_in_another_encoding_are_named(

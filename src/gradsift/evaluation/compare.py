@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("reference", type=Path, metavar="REFERENCE", help="model_outputs.json of the reference")
     parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="judge=NAME, judge.KEY=VALUE ...")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="write alpaca_eval's files too (see .export)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # options of the run behind --to too
     try:
         result = compare(_config(options.options), options.model, options.reference)
         if options.to is not None and "files" in result:

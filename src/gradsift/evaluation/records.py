@@ -214,7 +214,8 @@ def read_labels(path: Path) -> Outcomes:
             item = str(row.get("benchmark", "")), str(row["item_id"])
             if row["label"] not in get_args(Outcome):
                 raise ValueError(f"label={row['label']!r}")
-            labels[item] = row["label"]
+            if labels.setdefault(item, row["label"]) != row["label"]:
+                raise ValueError(f"a second label of {row['item_id']!r}, other than the first,")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path}, line {number}: {error!s} is not understood; a line has item_id, label (win, tie, lose or "

@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gradsift import config as config_module
-from gradsift.config import Config, dump_config, load_config, register_schemas, restore_config
+from gradsift.config import Config, TrackerConfig, dump_config, load_config, register_schemas, restore_config
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.sweep import HOME, Sweep, begin, fix_place
 
@@ -219,7 +219,7 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     view.starting(overrides)
     from gradsift.artifacts import Store
     from gradsift.evaluation.judges import DryRun
-    from gradsift.nodes import store_of
+    from gradsift.nodes import node_of, store_of
     from gradsift.pipeline import plan, prepare, run, settings_of
     from gradsift.report.automatic import report_at_end
     from gradsift.report.results import Results
@@ -233,10 +233,11 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
         plan(config, view.display, folder, _about(config, overrides))
         view.planned(folder, in_sweep=sweep is not None)
         return None
-    store = store_of(config.compute, Store(Path(config.artifacts), view.display.say, view.stage_done))
+    ours = Store(Path(config.artifacts), view.display.say, view.stage_done)
+    tracked = config.tracker if node_of(config.compute) == 0 else TrackerConfig(name="none")  # one W&B run a job
     reports = config.report and sweep is None
     about = _about(config, overrides)
-    with Tracker(config.tracker, folder, sweep, about) as tracker:
+    with store_of(config.compute, ours, number) as store, Tracker(tracked, folder, sweep, about) as tracker:
         results = Results(folder, tracker, store, about)
         try:
             with store.guarded("the run", nameless=False):

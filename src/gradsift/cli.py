@@ -235,12 +235,13 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: Path | No
         plan(config, view.display, folder, _about(config, overrides))
         view.planned(folder, in_sweep=sweep is not None)
         return None
-    store = store_of(config.compute, Store(Path(config.artifacts), view.display.say, view.stage_done, view.at_work))
+    ours = Store(Path(config.artifacts), view.display.say, view.stage_done, view.at_work)
     first = node_of(config.compute) == 0  # of several machines in one run one speaks
+    tracked = config.tracker if first else TrackerConfig(name="none")
     reports = config.report and sweep is None and first
     about = _about(config, overrides)
     group = group_of(sweep) if sweep else None
-    with Tracker(config.tracker if first else TrackerConfig(name="none"), folder, group, about) as tracker:
+    with store_of(config.compute, ours, number) as store, Tracker(tracked, folder, group, about) as tracker:
         results = Results(folder, tracker, store, about)
         try:
             with store.guarded("the run", nameless=False):

@@ -57,7 +57,7 @@ def facility_location(
         )
     ground = np.concatenate(best_by_direction(scores, embeddings))[:count]
     cover = _Cover(embeddings, ground, SIMILARITIES[similarity])
-    picked = []
+    picked: list[int] = []
     with task("facility location", min(size, len(ground))) as advance:
         while len(picked) < min(size, len(ground)):
             picked.append(cover.pick())

@@ -495,7 +495,7 @@ def test_a_run_ends_in_no_more_than_a_screen(width: int, tmp_path: Path) -> None
     assert [line.split(": ")[0] for line in lines[-5:]] == ["report", "run", "selection", "rejected rows", "adapter"]
     assert f"run: {tmp_path / RUN_FILE}" in text
     wrapped = lines.index(next(line for line in lines if line.startswith("selected")))
-    assert lines[wrapped + 1].startswith(" " * 12 if width == 80 else "PWS")
+    assert lines[wrapped + 1].startswith(" " * 12)  # a figure stays beside its name
 
 
 def test_in_a_log_the_summary_has_no_control_characters_and_unbroken_lines(tmp_path: Path) -> None:

@@ -110,6 +110,19 @@ def test_what_is_said_stays_on_one_line_and_as_it_is() -> None:
     assert stream.getvalue() == text + "\n"
 
 
+def test_on_a_terminal_what_is_said_is_wrapped_between_words_and_no_path_is_broken() -> None:
+    shown, stream = display(terminal=True, width=20)
+    shown.say("  warning: some rows [x] are bad, see /a/path/longer-than-the/width.jsonl\n\nnext")
+    assert stream.getvalue().split("\n") == [
+        "  warning: some rows",
+        "    [x] are bad, see",
+        "    /a/path/longer-than-the/width.jsonl",
+        "",
+        "next",
+        "",
+    ]
+
+
 def test_a_file_is_wide_enough_for_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     assert Display().console.width == 132

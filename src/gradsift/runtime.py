@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -33,6 +34,9 @@ class Display:
         self._progress: Progress | None = None  # while any bar is shown
 
     def say(self, text: str) -> None:
+        """A line: in a log as it is, on a terminal wrapped between words; a path is never broken."""
+        if self.console.is_terminal:
+            text = "\n".join(_wrapped(line, self.console.width) for line in text.split("\n"))
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
@@ -77,6 +81,12 @@ class Display:
                 self.say(f"  {description}: {done:,} of {total:,}, about {eta / 60:.0f} min left")
 
         return advance
+
+
+def _wrapped(line: str, width: int) -> str:
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    rows = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(rows)
 
 
 class _Count(MofNCompleteColumn):

@@ -36,8 +36,8 @@ from gradsift.features.warmup import warm_up, warmup_rows
 from gradsift.gradients.diagnostics import diagnose_ensemble
 from gradsift.gradients.directions import directions, read_cosines
 from gradsift.gradients.embedding_head import embedding_gradients, read_embedding_gradients
-from gradsift.gradients.norms_table import read_norms
-from gradsift.gradients.statistics import read_statistics, statistics
+from gradsift.gradients.norms_table import by_example
+from gradsift.gradients.statistics import mean_loss, read_statistics, statistics
 from gradsift.journal import Journal
 from gradsift.planning import Planned
 from gradsift.proxy.ensemble import collect_shard, ensemble_norms, train_adapter, train_adapters
@@ -50,7 +50,7 @@ from gradsift.selection.budget import budget
 from gradsift.selection.stage import positions_of, select
 from gradsift.selection.topk import topk
 from gradsift.sources import Method, Source, method
-from gradsift.training.backbones import Backbone, backbone, load_backbone
+from gradsift.training.backbones import Backbone, backbone, load_shown
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.target import expected_finetune, finetune, say_report
 
@@ -122,7 +122,7 @@ class Line:
 
     @functools.cached_property
     def proxy_backbone(self) -> Backbone:
-        loaded = load_backbone(self.proxy, self.config.proxy.model, self.runtime.compute)
+        loaded = load_shown(self.runtime, self.proxy, self.config.proxy.model)
         loaded.model.to(device_of(self.runtime.compute))
         return loaded
 
@@ -172,12 +172,7 @@ class Line:
         return self.norms(self.config.proxy.snapshots[1])
 
     def late_losses(self) -> np.ndarray:
-        losses = np.full((self.config.proxy.members, int(self.loaded.info["rows"])), np.nan)
-        for index, shards in enumerate(self.late_norms()):
-            table = read_norms(shards)
-            losses[index, table["row"]] = table["loss"]
-        mean: np.ndarray = losses.mean(0)
-        return mean
+        return mean_loss(self.late_norms(), int(self.loaded.info["rows"]))
 
     @functools.cached_property
     def directions(self) -> list[Artifact]:
@@ -224,10 +219,7 @@ class Line:
 
     def response_tokens(self) -> np.ndarray:
         """(N,) float64, the same for every member; NaN for an example that has none."""
-        tokens = np.full(int(self.loaded.info["rows"]), np.nan)
-        table = read_norms(self.late_norms()[0])
-        tokens[table["row"]] = table["n_tokens"]
-        return tokens
+        return by_example(self.late_norms()[0], ("n_tokens",), int(self.loaded.info["rows"]))["n_tokens"]
 
     def embedding_gradients(self) -> Artifact:
         """Of the first adapter after its first epoch; no other member and no later epoch is trained for it."""
@@ -319,11 +311,11 @@ class Line:
 
     def select(self, scored: Artifact, alpha: float | None = None) -> Artifact:
         alpha, base = (1.0 if self.keeps_all else alpha or self.config.alpha), self.config.budget_base
-        pool, sources, measures = (lambda: self.pool), self.sources, self.measures
+        data, sources, measures = self.loaded, self.sources, self.measures
         corruption = corruption_of(self.loaded)
         compared = "embeddings" in (*self.scorer.asked, *self.selector.asked)
         embeddings = sources["embeddings"].value if compared else None
-        return select(self.runtime, self.selector, scored, pool, sources, measures, alpha, base, corruption, embeddings)
+        return select(self.runtime, self.selector, scored, data, sources, measures, alpha, base, corruption, embeddings)
 
     @functools.cached_property
     def clusters(self) -> Artifact | None:

@@ -36,7 +36,7 @@ from gradsift.evaluation.reply_cache import ReplyCache
 from gradsift.evaluation.spending import Terms
 from gradsift.runtime import Runtime
 from gradsift.sources import Source
-from gradsift.training.backbones import backbone, load_backbone
+from gradsift.training.backbones import backbone, load_shown
 from gradsift.training.device import device_of
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _client(
         from gradsift.evaluation.judges.local import LocalJudge
 
         (model,) = models
-        loaded = load_backbone(model, config.model, runtime.compute)
+        loaded = load_shown(runtime, model, config.model)
         device = device_of(runtime.compute)
         return LocalJudge(
             loaded.model.to(device),

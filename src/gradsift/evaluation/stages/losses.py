@@ -101,7 +101,8 @@ def _losses(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Positions in `examples` and mean NLL of a response token, batch by batch; those without one are left out."""
     limit = min(config.max_length, model.context)
-    encoded, _ = encode(examples, model.tokenizer, config.template, limit)
+    with runtime.display.task("tokenise for the target", len(examples)) as advance:
+        encoded, _ = encode(examples, model.tokenizer, config.template, limit, advance)
     row_indices, device = [example.row_index for example in examples], device_of(runtime.compute)
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     with runtime.display.task(purpose, len(encoded)) as advance, torch.inference_mode():

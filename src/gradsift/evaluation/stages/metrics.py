@@ -50,9 +50,9 @@ def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact, items:
 
     def make(folder: Path) -> Mapping[str, Any]:
         rows = read_model_outputs(answers.file(OUTPUTS_FILE))
-        with runtime.display.task(f"metrics of {len(rows)} answers", len(rows)) as advance:
-            found = measure(rows, config.match_of, None if wordnet is None else read_wordnet(wordnet))
-            advance(len(rows))
+        known = sum(row["reference"] is not None for row in rows)
+        with runtime.display.task(f"metrics of {known:,} answers", 2 * known) as advance:
+            found = measure(rows, config.match_of, None if wordnet is None else read_wordnet(wordnet), advance)
         (folder / METRICS_FILE).write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
         return {"rows": found["pooled"]["items"]}
 

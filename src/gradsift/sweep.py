@@ -245,15 +245,9 @@ class _Shared:
 
     def load(self, job: Job) -> Config:
         """The job's config, as the job will see it but for its number."""
-<<<<<<< HEAD
-        plain, others = self._parted(job)
-=======
         self.set_values = False
-        parsed = OverridesParser.create().parse_overrides(job)
-        plain = [override for override in parsed if self._is_plain(override)]
+        plain, others = self._parted(job)
         self.set_values = bool(plain)
-        others = tuple(line for line, override in zip(job, parsed, strict=True) if override not in plain)
->>>>>>> 27621a6f18d07db48936d9109ddd9676158ff5ca
         keys = tuple(override.key_or_group for override in plain)
         if (others, keys) not in self._bases:
             self._bases[others, keys] = self._base(others, keys)

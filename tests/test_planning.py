@@ -191,6 +191,22 @@ def test_a_plan_that_cannot_be_refused_later_is_refused_now(gradsift, capsys) ->
     assert listing(gradsift.store) == before
 
 
+def test_a_store_that_cannot_be_read_ends_a_plan_in_one_line(gradsift, capsys) -> None:
+    (gradsift.folder / "file").touch()
+    assert gradsift(*TINY, "plan=true", "artifacts=file") == 2
+    error = capsys.readouterr().err
+    assert "the plan could not" in error and "artifacts=DIR" in error
+    assert "defect" not in error
+
+
+def test_a_plan_of_one_shard_is_what_its_job_makes(gradsift) -> None:
+    shard = (*TINY, "proxy.shards=2", "proxy.shard=1", "stop_after=statistics")
+    plan = planned(gradsift, *shard)
+    assert Counter(unit["name"] for unit in to_do(plan))["norms"] == 4
+    assert gradsift(*shard) == 0
+    agrees(plan, gradsift.runs()[-1:])
+
+
 def test_totals_say_what_is_not_known() -> None:
     unit = {"name": "a", "artifact": "s/a-1", "fingerprint": "1", "state": TO_DO, "certain": True, "calls": 0}
     known = unit | {"fingerprint": "2", "seconds": 3.0, "bytes": 10**9, "peak_gb": 1.25}

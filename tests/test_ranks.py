@@ -6,7 +6,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,14 +23,14 @@ from safetensors.numpy import load_file
 from test_finetuning import nano_examples, nano_target, proxy_config, runtime, target_config
 from torch.distributed.tensor import DTensor
 
-from gradsift.artifacts import Artifact
+from gradsift.artifacts import Artifact, Store
 from gradsift.config import ComputeConfig, LoraConfig, ProxyConfig, TargetConfig
 from gradsift.cost import counting
 from gradsift.data.examples import Example
 from gradsift.data.tokens import encode
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.gradients.norms_table import read_norms
-from gradsift.nodes import node_of
+from gradsift.nodes import meeting, node_of, store_of
 from gradsift.proxy.collection import collect_rows
 from gradsift.proxy.ensemble import train_member_epoch
 from gradsift.proxy.epochs import OPTIMIZER_FILE, ProxyInputs
@@ -235,6 +238,56 @@ def test_two_machines_share_the_work_and_the_first_one_writes(gradsift, tmp_path
     assert not [stage for stage in second["stages"] if not stage["reused"]]
     assert gradsift(*SMOKE, "scorer=late_loss", "proxy.members=1", "stop_after=statistics") == 0
     assert not [stage for stage in gradsift.runs()[-1]["stages"] if not stage["reused"]]
+
+
+@pytest.fixture
+def meeting_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    meeting.cache_clear()
+    yield
+    meeting.cache_clear()
+
+
+@pytest.mark.parametrize("end", ["fails", "dies"])
+def test_a_machine_waits_no_longer_than_the_first_one_is_at_work(
+    end: str, meeting_place: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = ComputeConfig(device="cpu", strategy="ddp", devices=1, num_nodes=2)
+    store = Store(tmp_path / "store")
+    store.root.mkdir()
+    made: list[Artifact] = []
+
+    def makes_one(ours: Store) -> None:
+        ready.set()
+        time.sleep(0.7)
+        made.append(ours.obtain("load", "x", {}, [], lambda folder: {"rows": 1}, version=1))
+
+    def first() -> None:
+        if end == "dies":
+            server = meeting(True)
+            makes_one(store)
+            meeting.cache_clear()
+            del server  # its last reference: the connections are cut, as with the process
+            return
+        with store_of(compute, store, 3) as ours:
+            makes_one(ours)
+            raise GradsiftError("the disk is full")
+
+    ready = threading.Event()
+    monkeypatch.setenv("NODE_RANK", "0")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(first)
+        assert ready.wait(20)
+        monkeypatch.setenv("NODE_RANK", "1")
+        with store_of(compute, Store(store.root), 3) as following:
+            found = following.obtain("load", "x", {}, [], lambda folder: pytest.fail("it writes"), version=1)
+            with pytest.raises(GradsiftError, match=r"first machine's run ended before it made y-"):
+                following.obtain("score", "y", {}, [], lambda folder: pytest.fail("it writes"), version=1)
+        assert running.exception() is None if end == "dies" else "disk" in str(running.exception())
+    assert [found.fingerprint] == [artifact.fingerprint for artifact in made]
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ class Made:
         ids = [example.example_id for example in self.pool]
 
         def make_scores(part: Path) -> dict[str, Any]:
-            write_scores(part / SCORES_FILE, scores, ids)
+            write_scores(part / SCORES_FILE, scores, [ids])
             return {"rows": ROWS}
 
         scored = self.store.obtain("score", scorer, {"scorer": scorer}, [loaded], make_scores, version=1)
@@ -120,7 +120,7 @@ class Made:
         def make_selection(part: Path) -> dict[str, Any]:
             positions = topk(scores, size).positions
             np.save(part / "positions.npy", positions)
-            write_selection(part / SELECTION_FILE, positions, scores, self.pool)
+            write_selection(part / SELECTION_FILE, positions, scores, self.loaded.file(EXAMPLES_FILE))
             return {"rows": len(positions), "budget": size, "shortfall": size - len(positions)}
 
         self.store.obtain("select", f"{scorer}-{alpha}", {"alpha": alpha}, [scored], make_selection, version=1)
@@ -643,7 +643,7 @@ def test_a_report_that_fails_is_one_line(tmp_path: Path) -> None:
     job = found.job(0, "gsnr", 0.1)
     (job / "run.json").write_text("{")
     with Console(record=True, width=400) as console:
-        automatic.report_at_end(found.folder, Display(console))
+        assert automatic.report_at_end(found.folder, Display(console)) is None
     (line,) = console.export_text().splitlines()
     assert line.startswith("report: not written (")
     assert "run.json" in line

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import SMOKE, Cli
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from gradsift import sweep
 from gradsift.cli import conf_folder
@@ -94,9 +94,29 @@ JOBS = [
 
 def test_a_shared_composition_is_what_hydra_composes(hydra_ready) -> None:
     composed = master()
-    shared = sweep._Shared(composed)
+    compose_job = sweep._loader().load_sweep_config
+    shared = sweep._Shared(composed, compose_job)
     for job in JOBS:
         assert dump_config(shared.load(job)) == dump_config(sweep._loaded(composed, job))
+        assert OmegaConf.to_container(shared.compose(job)) == OmegaConf.to_container(compose_job(composed, job))
+
+
+def test_the_launcher_is_given_shared_compositions_that_know_where_the_sweep_began(
+    hydra_ready, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed = master("scorer=gsnr,random", "alpha=0.1,0.2,0.3")
+    loader, calls = sweep._loader(), []
+    compose_job = loader.load_sweep_config
+    monkeypatch.setattr(loader, "load_sweep_config", lambda *given: calls.append(given) or compose_job(*given))
+    found = sweep.begin(composed, str)
+    sweep.fix_place(composed)
+    calls.clear()
+    assert found.jobs is not None
+    for job in map(list, found.jobs):
+        launched = loader.load_sweep_config(composed, job)
+        assert OmegaConf.to_container(launched) == OmegaConf.to_container(compose_job(composed, job))
+        assert Path(launched.hydra.sweep.dir).is_absolute()
+    assert len(calls) == 2
 
 
 def test_a_job_may_speak_of_its_number(hydra_ready) -> None:

@@ -28,7 +28,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -125,9 +125,7 @@ class Holder:
 
     file: Path
     unit: str
-    name: str = field(
-        default_factory=lambda: f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
-    )
+    name: str = field(default_factory=_own_name)
 
     def sign(self) -> None:
         self.file.write_text(self.name, encoding="utf-8")
@@ -164,6 +162,7 @@ class Store:
     root: Path
     say: Callable[[str], None] = print
     done: Callable[[StageRecord], None] = lambda record: None  # told of every unit, reused or made
+    at_work: Callable[[str], AbstractContextManager[Any]] = nullcontext  # entered while a unit is waited for or made
     records: list[StageRecord] = field(default_factory=list)
     other_code: set[str] = field(default_factory=set)  # that made what this run reused
     _inode: int | None = None  # of the root, once it is there
@@ -199,8 +198,7 @@ class Store:
         Raises:
             GradsiftError: the store cannot be written; names the unit, the folder and the remedy.
         """
-        fingerprint = fingerprint_of(stage, version, config, parents)
-        path = self.root / stage / f"{slug}-{fingerprint}"
+        fingerprint, path = self.place(stage, slug, config, parents, version)
         started = time.perf_counter()
         with self.guarded(f"stage {stage} ({path.name})"):
             self._require_same_folder()
@@ -212,7 +210,8 @@ class Store:
                     if found is None:
                         lineage = {"size": size or size_of(parents), "models": models_of(stage, slug, parents)}
                         described = {"version": version, "config": config, **lineage}
-                        return self._make(stage, path, fingerprint, described, parents, make, keep_part, holder)
+                        with self.at_work(f"{stage} {slug}"):
+                            return self._make(stage, path, fingerprint, described, parents, make, keep_part, holder)
         self._record(found, reused=True, seconds=time.perf_counter() - started)
         return found
 
@@ -238,7 +237,14 @@ class Store:
         self, stage: str, slug: str, config: Mapping[str, Any], parents: Sequence[Artifact], *, version: int
     ) -> bool:
         """Whether `obtain` would find the artifact; its files are not looked into."""
-        return (self.root / stage / f"{slug}-{fingerprint_of(stage, version, config, parents)}" / MANIFEST).is_file()
+        return (self.place(stage, slug, config, parents, version)[1] / MANIFEST).is_file()
+
+    def place(
+        self, stage: str, slug: str, config: Mapping[str, Any], parents: Sequence[Artifact], version: int
+    ) -> tuple[str, Path]:
+        """Fingerprint and folder of a unit."""
+        fingerprint = fingerprint_of(stage, version, config, parents)
+        return fingerprint, self.root / stage / f"{slug}-{fingerprint}"
 
     def _is_ours(self, error: OSError | SafetensorError, nameless: bool) -> bool:
         """Whether an error is about the store, and not about something that a stage reads elsewhere."""
@@ -338,7 +344,8 @@ class Store:
             lock.acquire(timeout=_PATIENCE)
         except Timeout:
             self.say(f"  waiting for another process ({holder.named()}) that makes {path.name}")
-            lock.acquire(poll_interval=_POLL)
+            with self.at_work(f"wait for {path.name}"):
+                lock.acquire(poll_interval=_POLL)
         try:
             holder.sign()
             yield holder

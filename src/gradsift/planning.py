@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from gradsift.artifacts import MANIFEST, Artifact, Store, fingerprint_of, models_of, read_manifest, size_of
+from gradsift.artifacts import MANIFEST, Artifact, Store, models_of, read_manifest, size_of
 from gradsift.errors import GradsiftError
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class Planner(Store):
     def __init__(self, store: Path, say: Callable[[str], None]) -> None:
         super().__init__(_scratch(), say)
         self.store = store
+        self._made = Store(store)
         self.units: dict[str, Unit] = {}
         self._earlier = Earlier(store)
         _show_downloads(store / "downloads", self.root / "downloads")
@@ -108,8 +109,7 @@ class Planner(Store):
         light: bool = False,
     ) -> Artifact:
         """The artifact if it is there or light, or else its name; notes which."""
-        fingerprint = fingerprint_of(stage, version, config, parents)
-        path = self.store / stage / f"{slug}-{fingerprint}"
+        fingerprint, path = self._made.place(stage, slug, config, parents, version)
         manifest, damage = read_manifest(path)
         if damage is None:
             return self._note(Artifact(stage, path, fingerprint, manifest), DONE, certain=True)
@@ -122,7 +122,7 @@ class Planner(Store):
     def has(
         self, stage: str, slug: str, config: Mapping[str, Any], parents: Sequence[Artifact], *, version: int
     ) -> bool:
-        return (self.store / stage / f"{slug}-{fingerprint_of(stage, version, config, parents)}" / MANIFEST).is_file()
+        return self._made.has(stage, slug, config, parents, version=version)
 
     def expect(
         self, stage: str, slug: str, config: Mapping[str, Any], parents: Sequence[Artifact], size: int
@@ -132,8 +132,7 @@ class Planner(Store):
         Args:
             config: names that too, to tell this from others that are to be expected of the same parents.
         """
-        fingerprint = fingerprint_of(stage, 0, config, parents)
-        path = self.store / stage / f"{slug}-{fingerprint}"
+        fingerprint, path = self._made.place(stage, slug, config, parents, 0)
         return self._planned(stage, path, fingerprint, config, parents, size, certain=False)
 
     def _planned(

@@ -2,12 +2,13 @@
 
 Hydra's launchers may run jobs in other processes, on other machines and hours later; a value that
 does not exist shall not wait for that. Composing a config takes Hydra a tenth of a second, so jobs
-that differ by plain values alone share one composition, and Hydra itself is asked again only about
-what seems wrong.
+that differ by plain values alone share one composition, here and when they are launched in this process, and
+Hydra itself is asked again only about what seems wrong.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -30,6 +32,7 @@ from gradsift.errors import ConfigError, GradsiftError
 HOME = "GRADSIFT_HOME"  # in a job's environment: the folder in which its sweep was begun
 Job = list[str]  # the overrides of one job
 _GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+_IN_THIS_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 _EXTRAS = {  # the optional extra that brings a plugin of Hydra
     "hydra_joblib_launcher": "launchers",
     "hydra_submitit_launcher": "launchers",
@@ -64,7 +67,9 @@ def begin(composed: DictConfig, name: Callable[[Exception], str]) -> Sweep:
     if problems := _named(jobs, _errors(composed, jobs, searches, name), searches):
         raise ConfigError("\n".join(problems))
     if not searches:
-        _compose_once()
+        _check_once()
+    if composed.hydra.launcher._target_ == _IN_THIS_PROCESS:
+        _share_compositions()
     return Sweep(Path(composed.hydra.sweep.dir), None if searches else tuple(tuple(job) for job in jobs))
 
 
@@ -86,11 +91,25 @@ def _quoted(path: Path) -> str:
     return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def _compose_once() -> None:
+def _check_once() -> None:
     """Keep Hydra's grid from composing every job just to see whether it can, as `begin` has seen: 0.2 s a job."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     BasicSweeper.validate_batch_is_legal = lambda self, batch: None  # type: ignore[method-assign]
+
+
+def _share_compositions() -> None:
+    """Give Hydra's launcher in this process what `_Shared` composes: else a job that finds all done mostly composes."""
+    loader = _loader()
+    compose = loader.load_sweep_config
+    shared: list[_Shared] = []
+
+    def load_sweep_config(master: DictConfig, overrides: Job) -> DictConfig:
+        if not shared:  # only now: `fix_place` has changed the sweep's config since it was checked
+            shared.append(_Shared(master, compose))
+        return shared[0].compose(overrides)
+
+    loader.load_sweep_config = load_sweep_config
 
 
 def _require_plugins(composed: DictConfig) -> None:
@@ -162,7 +181,7 @@ def _errors(
         return None
 
     before = HydraConfig.instance().cfg
-    shared = _Shared(composed)
+    shared = _Shared(composed, _loader().load_sweep_config)
     confirmed: dict[str, str] = {}  # errors that Hydra had too, and how it says them
     errors: list[str | None] = []
     try:
@@ -198,26 +217,54 @@ def _hide_hydra(job: DictConfig) -> None:
 class _Shared:
     """Compositions that jobs share: jobs with the same keys set their values in one, as Hydra does after composing."""
 
-    def __init__(self, composed: DictConfig) -> None:
+    def __init__(self, composed: DictConfig, compose: Callable[[DictConfig, Job], DictConfig]) -> None:
+        """
+        Args:
+            composed: of the sweep.
+            compose: Hydra's own way to a job's config.
+        """
         self._composed = composed
+        self._compose = compose
+        self._wholes: dict[tuple[str, ...], DictConfig] = {}
         self._bases: dict[tuple[tuple[str, ...], tuple[str, ...]], DictConfig] = {}
         self._groups: dict[str, bool] = {}
 
+    def compose(self, job: Job) -> DictConfig:
+        """What Hydra composes for the job, to the last value."""
+        plain, others = self._parted(job)
+        config = copy.deepcopy(self._whole(others))
+        _set(config, plain)
+        config.hydra.overrides.task = list(job)
+        naming = config.hydra.job.config.override_dirname
+        parsed = OverridesParser.create().parse_overrides(job)
+        config.hydra.job.override_dirname = get_overrides_dirname(
+            parsed, naming.exclude_keys, naming.item_sep, naming.kv_sep
+        )
+        return config
+
     def load(self, job: Job) -> Config:
         """The job's config, as the job will see it but for its number."""
-        parsed = OverridesParser.create().parse_overrides(job)
-        plain = [override for override in parsed if self._is_plain(override)]
-        others = tuple(line for line, override in zip(job, parsed, strict=True) if override not in plain)
+        plain, others = self._parted(job)
         keys = tuple(override.key_or_group for override in plain)
         if (others, keys) not in self._bases:
             self._bases[others, keys] = self._base(others, keys)
         base = self._bases[others, keys]
-        for override in plain:
-            OmegaConf.update(base, override.key_or_group, override.value(), merge=True)
+        _set(base, plain)
         return load_config(base)
 
-    def _base(self, others: Sequence[str], keys: Sequence[str]) -> DictConfig:
-        base: DictConfig = _loader().load_sweep_config(self._composed, list(others))
+    def _parted(self, job: Job) -> tuple[list[Override], tuple[str, ...]]:
+        """The overrides that replace one value, and the lines of the others."""
+        parsed = OverridesParser.create().parse_overrides(job)
+        plain = [override for override in parsed if self._is_plain(override)]
+        return plain, tuple(line for line, override in zip(job, parsed, strict=True) if override not in plain)
+
+    def _whole(self, others: tuple[str, ...]) -> DictConfig:
+        if others not in self._wholes:
+            self._wholes[others] = self._compose(self._composed, list(others))
+        return self._wholes[others]
+
+    def _base(self, others: tuple[str, ...], keys: Sequence[str]) -> DictConfig:
+        base = copy.deepcopy(self._whole(others))
         _hide_hydra(base)
         if not any(key.startswith("benchmark") for key in keys):
             OmegaConf.resolve(base.benchmark)  # its catalogue holds most of all interpolations
@@ -230,6 +277,11 @@ class _Shared:
             self._groups[key] = bool(_loader().get_group_options(key))
         changes = override.type is not None and override.type.name == "CHANGE" and not self._groups[key]
         return changes and not isinstance(override.value(), dict)
+
+
+def _set(config: DictConfig, values: Sequence[Override]) -> None:
+    for override in values:
+        OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
 
 
 def _loader() -> Any:

@@ -6,6 +6,9 @@ import csv
 import json
 import netrc
 import os
+import re
+import secrets
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +17,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from gradsift.artifacts import Artifact, content_hash
 from gradsift.config import TrackerConfig
 from gradsift.errors import ConfigError, GradsiftError
 
@@ -21,6 +25,15 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 FIGURES_FOLDER, TABLES_FOLDER = "figures", "tables"  # beside the page
 _INIT_TIMEOUT = 30.0  # seconds
+_LONGEST_NAME = 128  # characters of an artifact's name that W&B takes
+# of an absolute path: all but its last name
+_FOLDERS = re.compile(r"(?:~(?=/)|(?<![\w.:/])/|\b[A-Za-z]:\\)[^'\",=\[\]{}]*[/\\]")
+
+
+def group_of(sweep: Path) -> str:
+    """The group of a sweep's runs: its folder's name, behind the day where that is the folder above."""
+    day = sweep.parent.name
+    return f"{day}_{sweep.name}" if re.fullmatch(r"\d{4}-\d\d-\d\d", day) else sweep.name
 
 
 class Tracker:
@@ -35,7 +48,7 @@ class Tracker:
 
     def __enter__(self) -> Tracker:
         if self._config.name == "wandb":
-            about = dict(self._about)
+            about = without_folders(dict(self._about))
             self._wandb = _start(self._config, self._folder, self._group, str(about.get("name")), about, "run")
         return self
 
@@ -58,6 +71,17 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.summary.update(flat)
 
+    def artifact(self, made: Artifact, file: str) -> None:
+        """Send a file of a stage along where `tracker.artifacts` asks for it; equal ones of several runs are one."""
+        if self._wandb is None or not self._config.artifacts:
+            return
+        import wandb
+
+        name = re.sub(r"[^\w.-]", "_", f"{made.stage}-{made.path.name}")[-_LONGEST_NAME:]  # the fingerprint is last
+        sent = wandb.Artifact(name, type=made.stage, metadata=dict(made.info))
+        sent.add_file(str(made.file(file)), skip_cache=True)
+        self._wandb.log_artifact(sent)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -79,7 +103,7 @@ def log_report(folder: Path) -> bool:
     values = _config_of(folder)
     config = TrackerConfig(**values["tracker"])
     is_sweep = not (folder / CONFIG_FILE).is_file()
-    group = config.group or (folder.name if is_sweep else None)
+    group = config.group or (group_of(folder) if is_sweep else None)
     import wandb
 
     with _start(config, folder, group, f"report-{folder.name}", {"report_of": folder.name}, "report") as run:
@@ -123,6 +147,7 @@ def _start(
         raise ConfigError(
             "tracker.mode=online needs a login: set WANDB_API_KEY, run `wandb login`, or take tracker.mode=offline"
         )
+    run_id = _run_id(folder, about)
     os.environ["WANDB_DATA_DIR"] = str(folder)  # else offline artifacts land outside the run's folder
     if config.mode == "offline":
         os.environ["WANDB_ERROR_REPORTING"] = "false"  # offline means no host at all
@@ -130,6 +155,7 @@ def _start(
 
     try:
         return wandb.init(
+            id=run_id,
             project=config.project,
             entity=config.entity,
             group=group,
@@ -139,12 +165,43 @@ def _start(
             dir=str(folder),
             config=about,
             settings=wandb.Settings(
-                silent=True, console="off", save_code=False, disable_git=True, init_timeout=_INIT_TIMEOUT
+                silent=True,
+                console="off",
+                save_code=False,
+                disable_git=True,
+                x_disable_meta=True,  # folders and arguments of the process
+                init_timeout=_INIT_TIMEOUT,
             ),
         )
     except wandb.Error as error:
         reason = str(error).splitlines()[0][:200]
         raise GradsiftError(f"W&B did not start ({reason}); take tracker.mode=offline or tracker=none") from error
+
+
+def _run_id(folder: Path, about: Mapping[str, Any]) -> str:
+    """The W&B id of what `about` describes in this folder: random, and kept there.
+
+    So no two jobs share one, on whatever machine, and a job that is given again in its folder (put in the queue again
+    by Slurm, say) takes the place of the run that it left, of which nothing unsent stays.
+    """
+    kept = folder / "wandb" / f"{content_hash(about)[:12]}.id"
+    run_id = kept.read_text(encoding="utf-8") if kept.is_file() else ""
+    if not run_id:
+        run_id = secrets.token_hex(8)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(run_id, encoding="utf-8")
+    for left in folder.glob(f"wandb/offline-run-*-{run_id}"):
+        shutil.rmtree(left)
+    return run_id
+
+
+def without_folders(value: Any) -> Any:
+    """The same with the last name alone of every absolute path: no folder of this machine belongs on W&B."""
+    if isinstance(value, str):
+        return _FOLDERS.sub("", value)
+    if isinstance(value, Mapping):
+        return {key: without_folders(item) for key, item in value.items()}
+    return [without_folders(item) for item in value] if isinstance(value, list) else value
 
 
 def _logged_in() -> bool:

@@ -20,7 +20,7 @@ import yaml
 
 from gradsift.artifacts import MANIFEST, Artifact
 from gradsift.data.examples import Example
-from gradsift.data.load import Labels, labels_of, pool_of
+from gradsift.data.load import EXAMPLES_FILE, Labels, labels_of, pool_of
 from gradsift.errors import DataError, GradsiftError
 from gradsift.evaluation.judging import Judgment, read_judgments
 from gradsift.gradients.statistics import Statistics, read_statistics
@@ -204,6 +204,10 @@ class Material:
     def examples(self, run: Run) -> list[Example]:
         """The pool, N examples."""
         return self._read(pool_of, run.one("load"))
+
+    def examples_file(self, run: Run) -> Path:
+        """The same, for what reads it a block of rows at a time."""
+        return run.one("load").file(EXAMPLES_FILE)
 
     def labels(self, run: Run) -> Labels | None:
         """What is known of the examples; None for data without labels."""

@@ -8,7 +8,6 @@ together on all of them; what the other ranks write goes to a scratch folder.
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import pickle
@@ -40,7 +39,7 @@ from gradsift.cost import counting, passed
 from gradsift.data.batching import shard_of
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
-from gradsift.nodes import node_of
+from gradsift.nodes import meeting, node_of
 from gradsift.runtime import Display, Runtime
 from gradsift.training.backbones import quieten
 from gradsift.training.device import device_of
@@ -315,21 +314,12 @@ def _group(local: int, compute: ComputeConfig, scratch: Path, unit: str) -> Iter
         torch.cuda.set_device(local)
     number = node_of(compute) * compute.devices + local
     if compute.num_nodes == 1:
-        meeting: Any = distributed.FileStore(str(scratch / "group"), compute.ranks)  # type: ignore[attr-defined]
+        found: Any = distributed.FileStore(str(scratch / "group"), compute.ranks)  # type: ignore[attr-defined]
     else:
         unit = unit.removesuffix(".part")
-        meeting = distributed.PrefixStore(unit, _meeting_of_nodes(number == 0))  # type: ignore[attr-defined]
-    distributed.init_process_group("nccl" if cuda else "gloo", store=meeting, rank=number, world_size=compute.ranks)
+        found = distributed.PrefixStore(unit, meeting(number == 0))  # type: ignore[attr-defined]
+    distributed.init_process_group("nccl" if cuda else "gloo", store=found, rank=number, world_size=compute.ranks)
     try:
         yield
     finally:
         distributed.destroy_process_group()
-
-
-@functools.cache
-def _meeting_of_nodes(is_first: bool) -> Any:
-    """Where the machines tell each other their addresses; the first one keeps it for as long as it lives."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return distributed.TCPStore(  # type: ignore[attr-defined]
-        address, port, is_master=is_first, wait_for_workers=False
-    )

@@ -134,7 +134,7 @@ def _lengths_by_rank(material: Material, run: Run) -> np.ndarray:
     if len(scored) < _BANDS:
         raise Missing(f"{run.name}: {len(scored)} scored rows are too few to look at {_BANDS} bands of them")
     order = scored[np.argsort(-scores.score[scored], kind="stable")]
-    response = lengths(material.examples(run))["response_characters"]
+    response = lengths(material.examples_file(run))["response_characters"]
     return np.array([np.median(response[band]) for band in np.array_split(order, _BANDS)])
 
 

@@ -162,7 +162,7 @@ def test_methods_are_told_apart_by_whatever_was_swept(tmp_path: Path) -> None:
         overrides = ["experiment=x", "scorer=gsnr", override]
         jobs.append((folder / "run.json", {"status": "stopped", "scorer": "gsnr", "overrides": overrides, "audit": {}}))
     (dataset,) = sweep_audit(jobs).datasets
-    names = [f"gsnr {override}" for override in swept]
+    names = ["gsnr M=3", "gsnr [1,3]", "gsnr proxy=gpt2", "gsnr features.warmup.seed=1"]
     assert list(dataset["methods"]) == names
     assert list(dataset["overlap"]["0.1"][names[0]].values()) == [1.0, 1 / 5, 0.0, 1.0]
 

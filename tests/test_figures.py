@@ -17,7 +17,7 @@ import pytest
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
-from scipy.stats import spearmanr
+from scipy.stats import binomtest, spearmanr
 
 from gradsift.errors import DataError
 from gradsift.report.figure_tables import FIGURE_TABLES
@@ -35,7 +35,8 @@ from gradsift.report.figures import (
     write_figures,
 )
 from gradsift.report.figures.clouds import MOST_POINTS, cloud, thinned
-from gradsift.report.figures.style import FAINT, INK, PAPER, RULE, bytes_of, panels, styled
+from gradsift.report.figures.groups import among, largest_ensemble
+from gradsift.report.figures.style import FAINT, INK, PAPER, RULE, Looks, bytes_of, legend, panels, styled
 from gradsift.report.material import Material, Missing, Run, read
 from gradsift.report.paper_tables import TABLES, write_tables
 from gradsift.scoring.scores import UNDEFINED, Scores
@@ -233,6 +234,43 @@ def test_a_defect_in_one_figure_or_table_costs_no_other(
     reasons = write_tables(material, tmp_path / "tables")
     assert reasons["pws"] == r"failed with KeyError: 'a name\nin two lines'"
     assert (tmp_path / "tables" / "overlap.csv").is_file() and not (tmp_path / "tables" / "pws.csv").exists()
+
+
+def test_of_many_methods_every_scorer_keeps_one() -> None:
+    scorers = {"gsnr M=2": "gsnr", "gsnr M=3": "gsnr", "gsnr M=4": "gsnr", "random": "random", "late_loss": "late_loss"}
+    assert among(scorers, 3) == {"gsnr M=2", "random", "late_loss"}
+    assert among(scorers, 4) == {"gsnr M=2", "gsnr M=3", "random", "late_loss"}
+    assert among(scorers, 9) == set(scorers)
+
+
+def test_a_long_legend_takes_nothing_from_what_is_drawn() -> None:
+    heights = []
+    for count in (2, 12):
+        with styled():
+            figure, (axes,) = panels(width=5, height=3)
+            for number in range(count):
+                axes.plot([0, 1], [0, number], label=f"a method with so long a name that it fills a line {number}")
+            legend(figure, axes)
+            bytes_of(figure, "svg")
+            heights.append(axes.get_position().height * figure.get_figheight())
+    assert heights[1] > 0.9 * heights[0]
+
+
+def test_no_two_of_many_methods_look_alike() -> None:
+    names = [str(number) for number in range(24)]
+    looks = Looks(names)
+    assert len({(looks.colour(name), looks.marker(name)) for name in names}) == len(names)
+
+
+def test_members_are_left_out_of_the_largest_ensemble(material: Material) -> None:
+    runs = [run_of(material, "4-members"), run_of(material, "0-gsnr-0.1")]
+    assert largest_ensemble(Material(material.folder, runs, True)) is runs[1]
+
+
+@pytest.mark.parametrize(("wins", "items"), [(0, 3), (3, 3), (7, 12), (1, 400)])
+def test_the_interval_of_a_share_is_wilsons(wins: int, items: int) -> None:
+    by_scipy = binomtest(wins, items).proportion_ci(method="wilson")
+    assert judge.wilson(wins / items, items) == pytest.approx((by_scipy.low, by_scipy.high), abs=1e-4)
 
 
 def test_bins_hold_scores_of_any_scale() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from gradsift.report.material import Material, Missing, Run
 from gradsift.report.paper_tables import ablation_table, cells_of, count, pws_table, write_tables
+from gradsift.report.tables import method_name
 from gradsift.report.text_table import TextTable, markdown
 
 
@@ -120,3 +121,9 @@ def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
 def test_markdown_keeps_a_bar_in_a_cell_apart_from_the_tables_own() -> None:
     table = TextTable("title", ["a", "b"], [["x|y", "1"]], frozenset({(0, 1)}), "note")
     assert markdown(table) == "**title**\n\n| a | b |\n| --- | ---: |\n| x\\|y | **1** |\n\nnote"
+
+
+def test_a_methods_name_is_short_and_holds_all_that_tells_it_apart() -> None:
+    settings = "proxy.members=2 proxy.snapshots=[1,3] scorer.eps=0.1"
+    assert method_name("gsnr", settings) == "gsnr M=2 [1,3] scorer.eps=0.1"
+    assert method_name("random", None) == "random"

@@ -16,7 +16,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from gradsift.report.tables import SEED_KEYS, with_settings
+from gradsift.report.tables import SEED_KEYS, method_name, with_settings
 from gradsift.report.text_table import TextTable, markdown, write_records
 
 Run = Mapping[str, Any]
@@ -71,7 +71,7 @@ def sweep_audit(jobs: Sequence[tuple[Path, Run]]) -> SweepAudit | None:
 
 def _method(run: Run) -> str:
     scorer = run.get("scorer") or next((o.split("=", 1)[1] for o in run["overrides"] if o.startswith("scorer=")), "?")
-    return f"{scorer} {run['settings']}".strip()
+    return method_name(scorer, run["settings"])
 
 
 def jaccard(one: Sequence[int], other: Sequence[int]) -> float:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gradsift.report.figures import audit, convergence, cost, judge, selection, sensitivity
-from gradsift.report.figures.groups import standing_for
+from gradsift.report.figures.groups import largest_ensemble, standing_for
 from gradsift.report.material import Material
 from gradsift.report.text_table import TextTable
 
@@ -46,7 +46,7 @@ def _settings(material: Material) -> Records:
 
 
 def _size(material: Material) -> Records:
-    run = standing_for(material, "statistics")
+    run = largest_ensemble(material)
     sizes, correlation, overlap = sensitivity.size_curves(material, run)
     return [
         {"run": run.name, "members": m, "rank_correlation": float(c), "overlap": o}

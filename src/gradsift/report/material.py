@@ -25,7 +25,7 @@ from gradsift.errors import DataError, GradsiftError
 from gradsift.evaluation.judging import Judgment, read_judgments
 from gradsift.gradients.statistics import Statistics, read_statistics
 from gradsift.pages import portable
-from gradsift.report.tables import job_number, with_settings
+from gradsift.report.tables import job_number, method_name, with_settings
 from gradsift.scoring.scores import Scores
 from gradsift.scoring.stage import scores_of
 from gradsift.selection.stage import positions_of
@@ -304,7 +304,7 @@ def read(folder: Path, artifacts: Path | None = None) -> Material:
     runs = []
     for job, config, record in zip(folders, configs, records, strict=True):
         stores = [Path(store) for store in (artifacts, config.get("artifacts")) if store is not None]
-        method = portable(f"{record['scorer']} {record['settings']}".strip())
+        method = portable(method_name(record["scorer"], record["settings"]))
         runs.append(Run(job, record, config, method, stores))
     return Material(folder, runs, is_sweep)
 

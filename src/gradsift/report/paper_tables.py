@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.report.material import Material, Missing, attempt
-from gradsift.report.tables import Row, flat_rows, over_seeds
+from gradsift.report.tables import Row, flat_rows, method_name, over_seeds
 from gradsift.report.text_table import TextTable, markdown, write_records
 
 METHOD = "gsnr"
@@ -49,7 +49,7 @@ def cells_of(material: Material) -> Cells:
         if row["pws"] is None or row["scorer"] == "full":
             continue
         place = (str(row["dataset"]), str(row["target"]), str(row["benchmark"]))
-        method = f"{row['scorer']} {row['settings'] or ''}".strip()
+        method = method_name(row["scorer"], row["settings"])
         found[place, (float(row["alpha"]), method)] = row
     if not found:
         raise Missing("no run came as far as a PWS against the full-data model")

@@ -52,6 +52,12 @@ def with_settings(runs: Sequence[Run], told_apart: Sequence[str] = _OWN_COLUMN) 
     ]
 
 
+def method_name(scorer: str, settings: str | None) -> str:
+    """A scorer and what tells it from others of its name: short, as it stands in legends and at axes."""
+    short = (settings or "").replace("proxy.members=", "M=").replace("proxy.snapshots=", "")
+    return f"{scorer} {short}".strip()
+
+
 def flat_rows(run: Run) -> list[Row]:
     """The rows of one run, as plain values; None where the run has no such figure."""
     cells: dict[str, Mapping[str, Any]] = dict(run.get("benchmarks") or {})

@@ -69,14 +69,14 @@ FIGURES = (
         "convergence",
         "Convergence",
         "Training loss of the target on each method's selection, smoothed; at equal tokens the lower line "
-        "learns faster, though noisy rows cannot be learned.",
+        "learns faster, though noisy rows cannot be learned. At most eight are drawn.",
         convergence.convergence,
     ),
     Entry(
         "score_distributions",
         "Score distributions",
         "All scored rows in grey, the selected ones in colour; the axis is linear around zero and "
-        "logarithmic far from it.",
+        "logarithmic far from it. At most eight are drawn.",
         scores.score_distributions,
     ),
     Entry(
@@ -89,7 +89,7 @@ FIGURES = (
         "score_length",
         "Score against response length",
         "Median response along each ranking, best rows left; a line that rises or falls from the left edge "
-        "selects by length.",
+        "selects by length. At most eight are drawn.",
         scores.score_length,
     ),
     Entry(
@@ -163,7 +163,7 @@ FIGURES = (
         "audit_spoilt",
         "Noise audit: spoilt rows selected",
         "Share of corrupted rows in the selection; below the band a method avoids them, within it does no "
-        "better than chance.",
+        "better than chance. At most eight are drawn.",
         audit.spoilt,
     ),
     Entry(

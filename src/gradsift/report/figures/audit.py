@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from gradsift.report.figures.groups import MOST_LINES, MOST_ROWS
+from gradsift.report.figures.groups import MOST_LINES, MOST_ROWS, among
 from gradsift.report.figures.style import FAINT, INK, Looks, cells, legend, panels, styled
 from gradsift.report.material import Material, Missing
 
@@ -18,10 +18,11 @@ Audit = Mapping[str, Any]
 def audits(material: Material, most: int = MOST_LINES) -> dict[str, list[Audit]]:
     """Audits by method; a run's alpha does not matter to them, so one run a method and dataset counts."""
     found: dict[str, dict[tuple[Any, Any], Audit]] = {}
-    for run in material.runs:
-        audit = run.record.get("audit")
-        if audit is not None and (run.method in found or len(found) < most):
-            found.setdefault(run.method, {})[audit["data"], run.record["seed"]] = audit
+    audited = [run for run in material.runs if run.record.get("audit") is not None]
+    shown = among({run.method: str(run.record["scorer"]) for run in audited}, most)
+    for run in audited:
+        if run.method in shown:
+            found.setdefault(run.method, {})[run.record["audit"]["data"], run.record["seed"]] = run.record["audit"]
     if not found:
         raise Missing("no run was audited; audit.enabled=true looks at known corruption (experiment=audit)")
     return {method: list(audits.values()) for method, audits in found.items()}

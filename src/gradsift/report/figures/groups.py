@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from gradsift.report.material import Material, Missing, Run
 
@@ -17,12 +18,23 @@ def middle_alpha(runs: Sequence[Run]) -> float:
 
 
 def by_method(runs: Sequence[Run], alpha: float, most: int = MOST_ROWS) -> dict[str, list[Run]]:
-    """The runs at `alpha` by method, at most so many methods, in the order of the sweep."""
+    """The runs at `alpha` by method, in the sweep's order; of more than `most` methods one of each scorer first."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        if run.alpha == alpha and (run.method in groups or len(groups) < most):
+        if run.alpha == alpha:
             groups.setdefault(run.method, []).append(run)
-    return groups
+    shown = among({name: str(group[0].record["scorer"]) for name, group in groups.items()}, most)
+    return {name: group for name, group in groups.items() if name in shown}
+
+
+def among(scorers: Mapping[str, str], most: int) -> set[str]:
+    """At most so many methods, given with their scorers: one of each scorer, then a second of each, and so on."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for name, scorer in scorers.items():
+        turns.append((seen[scorer], name))
+        seen[scorer] += 1
+    return {name for _, name in sorted(turns, key=lambda turn: turn[0])[:most]}
 
 
 def reached(material: Material, stage: str, but_full: bool = True) -> list[Run]:
@@ -45,6 +57,13 @@ def standing_for(material: Material, stage: str, scorer: str = "gsnr") -> Run:
     runs = reached(material, stage)
     at_alpha = [run for run in runs if run.alpha == middle_alpha(runs)]
     return next((run for run in at_alpha if run.record["scorer"] == scorer), at_alpha[0])
+
+
+def largest_ensemble(material: Material) -> Run:
+    """Of the runs like the one that stands for all, the first with the most members."""
+    one = standing_for(material, "statistics")
+    like = [run for run in reached(material, "statistics") if run.alpha == one.alpha]
+    return max((run for run in like if run.record["scorer"] == one.record["scorer"]), key=lambda r: r.record["members"])
 
 
 def mean(values: Sequence[float | None]) -> float | None:

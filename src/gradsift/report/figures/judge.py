@@ -93,7 +93,7 @@ def position_bias(material: Material) -> Figure:
         if not any(total(runs, "position_bias", "flips") for runs in groups.values()):
             axes.set_title("no verdict changed with the order")
         most = max(0.02, *np.abs(axes.get_xlim()))
-        axes.set(xlim=(-most, most), xlabel="share of the items whose two verdicts contradict each other")
+        axes.set(xlim=(-most, most), xlabel="share of the items whose\ntwo verdicts contradict each other")
         axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):.0%}")
         legend(figure, axes)
     return figure
@@ -107,13 +107,22 @@ def length_bias(material: Material) -> Figure:
     with styled():
         figure, (axes,) = panels(width=7.2, height=1.1 + 0.3 * len(shares))
         for place, (share, items) in enumerate(shares.values()):
-            error = 1.96 * (share * (1 - share) / items) ** 0.5
-            axes.errorbar(share, place, xerr=error, fmt="o", ms=6, color=COLOURS[0], capsize=3)
+            low, high = wilson(share, items)
+            axes.errorbar(
+                share, place, xerr=[[share - low], [high - share]], fmt="o", ms=6, color=COLOURS[0], capsize=3
+            )
             axes.text(1.02, place, f"n={items}", va="center", color=FAINT, transform=axes.get_yaxis_transform())
         axes.axvline(0.5, color=INK, linewidth=1, linestyle=(0, (4, 2)))
         _rows(axes, list(shares))
-        axes.set(xlim=(0, 1), xlabel="share of the decided items that the longer answer won (95 % interval)")
+        axes.set(xlim=(0, 1), xlabel="share of the decided items that\nthe longer answer won (95 % interval)")
     return figure
+
+
+def wilson(share: float, items: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share, which few items and a share of 0 or 1 leave as wide as it is."""
+    z = 1.96**2 / items
+    half = (z * share * (1 - share) + z * z / 4) ** 0.5
+    return max(0.0, (share + z / 2 - half) / (1 + z)), min(1.0, (share + z / 2 + half) / (1 + z))
 
 
 def longer_shares(groups: Mapping[str, Sequence[Run]]) -> dict[str, tuple[float, int]]:

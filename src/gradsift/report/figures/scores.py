@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -49,12 +50,12 @@ def score_distributions(material: Material) -> Figure:
             bins, width = _bins(values)
             if width is not None:
                 panel.set_xscale("asinh", linear_width=width)
-                panel.xaxis.set_major_locator(AsinhLocator(width, numticks=4))
+                panel.xaxis.set_major_locator(AsinhLocator(width, numticks=3))
                 panel.xaxis.set_minor_locator(NullLocator())
             panel.hist(values, bins=bins, color=NEUTRAL, label="all rows")
             chosen = scores.score[material.selected(run)]
             panel.hist(chosen, bins=bins, color=COLOURS[1], hatch=HATCHES[1], label="selected", edgecolor=INK)
-            panel.set_title(name)
+            panel.set_title(fill(name, 22))
             panel.locator_params(axis="y", nbins=4)
             if width is None:
                 panel.locator_params(axis="x", nbins=4)
@@ -92,7 +93,7 @@ def early_late_norms(material: Material) -> Figure:
         rose = float((values.G_t > values.G_s)[np.isfinite(values.G_s)].mean())
         plain_log(axes.xaxis)
         plain_log(axes.yaxis)
-        axes.set_title(f"{run.method}: the norm rose for {rose:.0%} of the rows")
+        axes.set_title(f"{run.method}\nthe norm rose for {rose:.0%} of the rows")
         legend(figure, axes)
     return figure
 

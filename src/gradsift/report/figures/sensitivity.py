@@ -13,7 +13,15 @@ from gradsift.config import GsnrConfig
 from gradsift.gradients.statistics import Statistics, compute_statistics
 from gradsift.report.audit_tables import jaccard
 from gradsift.report.figures.clouds import spearman
-from gradsift.report.figures.groups import MOST_ROWS, by_method, mean, middle_alpha, reached, standing_for
+from gradsift.report.figures.groups import (
+    MOST_ROWS,
+    by_method,
+    largest_ensemble,
+    mean,
+    middle_alpha,
+    reached,
+    standing_for,
+)
 from gradsift.report.figures.style import COLOURS, FAINT, INK, cells, legend, panels, styled
 from gradsift.report.material import Material, Missing, Run
 from gradsift.scoring.gsnr import gsnr
@@ -103,7 +111,7 @@ def _overlap_with(material: Material, runs: Sequence[Run], largest: Setting) -> 
 
 def ensemble_size(material: Material) -> Figure:
     """The ranking by the first m members held against that by all of them."""
-    run = standing_for(material, "statistics")
+    run = largest_ensemble(material)
     with styled():
         figure, (axes,) = panels(width=6.0, height=3.4)
         sizes, correlation, overlap = size_curves(material, run)

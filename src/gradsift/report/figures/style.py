@@ -95,17 +95,22 @@ class Looks:
         return COLOURS[self._place[name] % len(COLOURS)]
 
     def marker(self, name: str) -> str:
-        return MARKERS[self._place[name] % len(MARKERS)]
+        return MARKERS[self._beside(name) % len(MARKERS)]
 
     def hatch(self, name: str) -> str:
-        return HATCHES[self._place[name] % len(HATCHES)]
+        return HATCHES[self._beside(name) % len(HATCHES)]
 
     def dash(self, name: str) -> Any:
-        return DASHES[self._place[name] % len(DASHES)]
+        return DASHES[self._beside(name) % len(DASHES)]
+
+    def _beside(self, name: str) -> int:
+        """One further with each round of the colours, so that a colour comes back with another mark."""
+        place = self._place[name]
+        return place + place // len(COLOURS)
 
 
 def legend(figure: Figure, *axes: Axes) -> None:
-    """The legend of all `axes` below the figure, where it covers nothing; in as many columns as fit."""
+    """The legend of all `axes` below the figure, in as many columns as fit; what is drawn keeps its height."""
     found: dict[str, Any] = {}
     for panel in axes:
         handles, labels = panel.get_legend_handles_labels()
@@ -113,6 +118,8 @@ def legend(figure: Figure, *axes: Axes) -> None:
     if found:
         width = 0.5 + 0.085 * max(map(len, found))  # inches that a column takes
         columns = max(1, min(len(found), int(figure.get_figwidth() / width)))
+        lines = -(-len(found) // columns)
+        figure.set_figheight(figure.get_figheight() + 0.17 * max(0, lines - 2))  # two have their place
         figure.legend(list(found.values()), list(found), loc="outside lower left", ncols=columns)
 
 

@@ -120,7 +120,7 @@ class Made:
         def make_selection(part: Path) -> dict[str, Any]:
             positions = topk(scores, size).positions
             np.save(part / "positions.npy", positions)
-            write_selection(part / SELECTION_FILE, positions, scores, self.loaded.file(EXAMPLES_FILE))
+            write_selection(part / SELECTION_FILE, positions, scores, loaded.file(EXAMPLES_FILE))
             return {"rows": len(positions), "budget": size, "shortfall": size - len(positions)}
 
         self.store.obtain("select", f"{scorer}-{alpha}", {"alpha": alpha}, [scored], make_selection, version=1)

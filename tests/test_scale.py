@@ -156,6 +156,7 @@ def test_statuses_and_reasons_come_back_with_equal_texts_once_in_memory(tmp_path
     scores = Scores(np.arange(400.0), {"part": np.arange(400)})
     scores.mark(np.arange(400) % 3 == 1, EXCLUDED, "too large")
     scores.mark(np.arange(400) % 3 == 2, UNDEFINED, "no token")
+    assert len({id(text) for text in scores.status}) == len({id(text) for text in scores.reason}) == 3
     ids = [f"{i}-0" for i in range(400)]
     write_scores(tmp_path / "scores.parquet", scores, [ids[:3], pa.array(ids[3:])])
     again = read_scores(tmp_path / "scores.parquet")

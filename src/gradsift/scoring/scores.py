@@ -32,14 +32,14 @@ class Scores:
     reason: np.ndarray = field(init=False)  # (N,) str, empty where scored
 
     def __post_init__(self) -> None:
-        self.status = np.full(len(self.score), SCORED, dtype=object)
-        self.reason = np.full(len(self.score), "", dtype=object)
+        self.status = np.full(len(self.score), _one(SCORED), dtype=object)
+        self.reason = np.full(len(self.score), _one(""), dtype=object)
 
     def mark(self, where: np.ndarray, status: str, reason: str) -> None:
         """Give the examples in `where` (N,) bool a status other than scored, and its reason."""
         fresh = where & (self.status == SCORED)
-        self.status[fresh] = status
-        self.reason[fresh] = reason
+        self.status[fresh] = _one(status)
+        self.reason[fresh] = _one(reason)
 
     def require_finite(self, row_indices: Callable[[], Sequence[int]]) -> None:
         """Raise a `GradsiftError` that names the rows (of the source) whose score is no finite number."""
@@ -51,6 +51,11 @@ class Scores:
                 f"{int(bad.sum())} scores are NaN or infinite, the first at row {rows}; look at these rows and at the "
                 "training loss (a lower proxy.learning_rate or compute.precision=float32 may help)"
             )
+
+
+def _one(text: str) -> np.ndarray:
+    """A text that numpy fills in as it is: of a plain one it makes a string anew for each element, 55 bytes each."""
+    return np.array(text, dtype=object)
 
 
 def write_scores(path: Path, scores: Scores, example_ids: Iterable[Sequence[str] | pa.Array]) -> None:

@@ -36,7 +36,7 @@ from gradsift.runtime import Advance, Display, Runtime
 from gradsift.scoring.scores import Scores
 from gradsift.scoring.superfilter import spans_of, superfilter, superfilter_screened
 from gradsift.selection.topk import topk
-from gradsift.training.backbones import Backbone, backbone, load_backbone
+from gradsift.training.backbones import Backbone, backbone, load_backbone, quieten
 
 DEFAULTS = ScreenedSuperfilterConfig(_target_="", name="")
 WAYS = ("published", "float32", "screened")
@@ -79,6 +79,7 @@ def real_material(count: int) -> tuple[Backbone, list[Example], str] | None:
         return None
     runtime = Runtime(Store(Path(os.environ.get("GRADSIFT_ARTIFACTS", "artifacts"))), ComputeConfig(), Display(), 0)
     config = ModelConfig(kind="smollm2")
+    quieten()
     model = load_backbone(backbone(runtime, config), config, runtime.compute)
     rows = json.loads((Path(folder) / "instruct" / "alpaca_5000.json").read_text(encoding="utf-8"))
     chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:count])

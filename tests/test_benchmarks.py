@@ -36,6 +36,20 @@ def test_dotted_fields_reach_into_lists_and_objects(tmp_path: Path) -> None:
     assert load_benchmark("mine", spec) == [Item("mine", "t0", "Add.", "2 and 3", "5")]
 
 
+def test_a_key_may_hold_dots_blanks_and_other_scripts(tmp_path: Path) -> None:
+    row = {
+        "task.question": "Add.",
+        "task": {"question": "wrong"},
+        "the input": "2 and 3",
+        "\u05ea\u05e9\u05d5\u05d1\u05d4": "5",
+    }
+    file = write_jsonl(tmp_path / "set.jsonl", row)
+    spec = BenchmarkSetConfig(
+        path=str(file), instruction="task.question", input="the input", reference="\u05ea\u05e9\u05d5\u05d1\u05d4"
+    )
+    assert load_benchmark("mine", spec) == [Item("mine", "1", "Add.", "2 and 3", "5")]
+
+
 def test_json_list_and_jsonl_give_the_same_items(tmp_path: Path) -> None:
     rows = [{"text": "a", "question_id": 1}, {"text": "b", "question_id": 2}]
     lines = write_jsonl(tmp_path / "set.jsonl", *rows)
@@ -69,6 +83,11 @@ def test_a_line_separator_inside_a_string_does_not_end_the_row(tmp_path: Path) -
         ('{"instruction": "x", "n": 1}\n{"instruction": "y", "n": 1}', {"id": "n"}, ["rows 1 and 2", "'1'", ".id"]),
         ('{"instruction": "x"}\n{"instruc', {}, ["line 2", "broken JSON", "benchmark.catalog.s.path"]),
         ('[{"instruction": "x"},\n{"instruc', {}, ["line 2", "broken JSON"]),
+        (
+            '{"version": 1,\n "data": [{"instruction": "x"}]}',
+            {},
+            ["(it has: version, data)", "benchmark.catalog.s.rows"],
+        ),
         ("", {}, ["no rows"]),
         ("[]", {}, ["no rows"]),
         ('["just text"]', {}, ["row 1", "type str"]),

@@ -24,9 +24,11 @@ from typing import Any
 import pytest
 from endpoint import NOW, Answer, Endpoint
 
+from gradsift.config import OpenaiJudgeConfig
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation import chat as chat_module
-from gradsift.evaluation.chat import ChatClient, retry_after
+from gradsift.evaluation.chat import ChatClient
+from gradsift.evaluation.endpoint import retry_after
 from gradsift.evaluation.judges import DryRun, JudgeError
 from gradsift.evaluation.reply_cache import Completion, ReplyCache, Spent, Tokens
 from gradsift.evaluation.spending import CapReached, Purse, Stopped, Terms, estimated_tokens
@@ -387,6 +389,29 @@ def test_a_missing_key_names_the_variable_and_loopback_needs_none(
     monkeypatch.setenv("JUDGE_KEY", "schl\u00fcssel")
     with pytest.raises(ConfigError, match="JUDGE_KEY holds characters"):
         client()
+
+
+BAD_ADDRESSES = ("localhost:8000/v1", "ftp://host/v1", "http://", "http://[::1", "http://host:port/v1", "http://a b/v1")
+
+
+@pytest.mark.parametrize("address", BAD_ADDRESSES)
+def test_an_address_that_nothing_can_be_sent_to_is_refused_before_anything_is_computed(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"judge\.base_url=.*http://127\.0\.0\.1:8000/v1"):
+        OpenaiJudgeConfig(name="openai", base_url=address)
+
+
+def test_the_environments_address_is_held_to_the_same_rules(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://me:secret@127.0.0.1:9/v1")
+    with pytest.raises(ConfigError, match=r"OPENAI_BASE_URL holds a user name.*JUDGE_KEY") as error:
+        client(base_url=None)
+    assert "secret" not in str(error.value)  # it would have stood in the judgments' manifest
+
+
+def test_a_slash_behind_the_address_pays_nothing_anew(endpoint: Endpoint, client: Client) -> None:
+    endpoint.behave = lambda text, attempt: (200, "1", {})
+    asked(client(), ["a"])
+    asked(client(base_url=endpoint.address + "/"), ["a"])
+    assert len(endpoint.bodies) == 1
 
 
 # ------------------------------------------------------------------------------------- what is spent

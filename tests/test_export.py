@@ -160,6 +160,11 @@ def test_what_cannot_be_exported_is_refused(files: PairFiles, tmp_path: Path) ->
     write_model_outputs(files.reference, OURS)
     with pytest.raises(DataError, match="both by the generator 'ours-m'"):
         export(files, tmp_path / "new")
+    write_model_outputs(files.reference, [{**row, "generator": "ours/m"} for row in OURS])
+    write_model_outputs(files.model, [{**row, "generator": "ours m"} for row in OURS])
+    with pytest.raises(DataError, match="'ours m' and 'ours/m' would share the folder ours_m"):
+        export(files, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_name_is_one_part_of_a_path() -> None:
@@ -243,7 +248,7 @@ def test_two_files_have_a_pws_from_any_judge(compared: Any, endpoint: Endpoint, 
     assert found["cost"]["calls"] == len(endpoint.bodies) == 12
     assert len(read_judgments(Path(found["files"]["judgments"]))) == 12
     assert len(list((tmp_path / "to").rglob("*.json"))) == 5
-    assert compared(plain(OURS), plain(THEIRS), *options, "--to", "to", judge=judge) == found
+    assert compared(plain(OURS), plain(THEIRS), "--to", "to", *options, "judge.retries=0", judge=judge) == found
     assert len(endpoint.bodies) == 12
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
@@ -37,6 +38,8 @@ from gradsift.report.figures.clouds import MOST_POINTS, cloud, thinned
 from gradsift.report.figures.style import FAINT, INK, PAPER, RULE, bytes_of, panels, styled
 from gradsift.report.material import Material, Missing, Run, read
 from gradsift.report.paper_tables import TABLES, write_tables
+from gradsift.scoring.scores import UNDEFINED, Scores
+from gradsift.scoring.stage import scores_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -193,6 +196,43 @@ def test_histograms_count_every_scored_and_every_selected_row(material: Material
         if panel.get_visible():
             counts = [sum(patch.get_height() for patch in container) for container in panel.containers]
             assert counts == [120, 12]
+
+
+def test_scores_of_no_row_are_missed_and_their_axes_are_named(material: Material) -> None:
+    run = run_of(material, "0-gsnr-0.1")
+    scored = material.scores(run)
+    lone = Material(material.folder, [run], False)
+    none = Scores(np.full_like(scored.score, np.nan), {})
+    none.mark(np.isnan(none.score), UNDEFINED, "none")
+    lone._kept[scores_of, run.one("score").path] = none
+    with pytest.raises(Missing, match="no run has a scored row"):
+        scores.score_distributions(lone)
+    drawn = scores.score_distributions(material)
+    assert (drawn.get_supxlabel(), drawn.get_supylabel()) == ("score (each method's own scale)", "rows")
+
+
+def test_a_correlation_that_is_not_defined_is_a_gap_and_a_negative_one_is_seen() -> None:
+    rising, flat = np.arange(4.0), np.ones(4)
+    values = sensitivity._correlations([rising, flat, -rising], rising)
+    assert values[[0, 2]] == pytest.approx([1, -1]) and np.isnan(values[1])
+    assert sensitivity._agreement(values)[0] < -1 and sensitivity._agreement(np.array([np.nan]))[0] == -0.02
+
+
+def test_a_defect_in_one_figure_or_table_costs_no_other(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: Material) -> Figure:
+        raise KeyError("a name\nin two lines")
+
+    entries = [entry._replace(draw=broken) if entry.name == "cost" else entry for entry in FIGURES]
+    monkeypatch.setattr("gradsift.report.figures.FIGURES", [one for one in entries if one.name in ("cost", "overlap")])
+    (tmp_path / "cost.png").write_text("of an earlier report")
+    assert write_figures(material, tmp_path, ["svg"]) == {"cost": r"failed with KeyError: 'a name\nin two lines'"}
+    assert [path.name for path in tmp_path.iterdir()] == ["overlap.svg"]
+    monkeypatch.setitem(TABLES, "pws", broken)
+    reasons = write_tables(material, tmp_path / "tables")
+    assert reasons["pws"] == r"failed with KeyError: 'a name\nin two lines'"
+    assert (tmp_path / "tables" / "overlap.csv").is_file() and not (tmp_path / "tables" / "pws.csv").exists()
 
 
 def test_bins_hold_scores_of_any_scale() -> None:
@@ -396,8 +436,8 @@ def test_costs_add_up_to_the_runs_stages(material: Material) -> None:
 
 
 def test_gaps_name_the_jobs_that_failed_and_why(material: Material) -> None:
-    assert len(material.gaps) == 1
-    assert material.gaps[0].startswith("5-failed: it failed: alpha=0.001 ")
+    assert material.gaps == []  # the table of runs that did not finish has it
+    assert run_of(material, "5-failed").outcome.startswith("it failed: alpha=0.001 ")
 
 
 def test_a_store_that_moved_is_found_where_it_is_said_to_be(
@@ -435,10 +475,13 @@ def test_a_job_that_was_killed_is_told_and_a_folder_without_runs_refused(tmp_pat
     hydra.mkdir(parents=True)
     (hydra / "overrides.yaml").write_text("- scorer=gsnr\n- alpha=0.05\n")
     killed = read(tmp_path)
-    assert killed.gaps == ["3-gsnr-0.1: it is unfinished: it was killed or is still at work"]
+    assert killed.is_sweep
+    assert killed.runs[0].outcome == "it is unfinished: it was killed or is still at work"
     assert killed.runs[0].alpha == 0.05 and killed.runs[0].method == "gsnr"
     reasons = write_figures(killed, tmp_path / "figures", ["svg"])
     assert set(reasons) == {entry.name for entry in FIGURES}
+    lone = read(hydra.parent)
+    assert not lone.is_sweep and [run.outcome for run in lone.runs] == [killed.runs[0].outcome]
 
 
 def test_trajectories_that_were_never_noted_are_missed(material: Material, tmp_path: Path) -> None:

@@ -194,13 +194,19 @@ def test_pairs_that_do_not_match_are_refused_with_the_differing_rows(tmp_path: P
     check_pairs(rows, rows[::-1])  # the order of rows is free
 
 
+def test_an_id_may_be_a_whole_number(tmp_path: Path) -> None:
+    row = {"instruction": "x", "output": "y"}
+    (tmp_path / "m.json").write_text(json.dumps([row | {"item_id": 7}, row]))
+    assert [row["item_id"] for row in read_model_outputs(tmp_path / "m.json")] == ["7", "2"]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ('[{"instruction": "x", "outp', "not whole JSON"),
         ("[]", "no list of answers"),
         ('[{"instruction": "x"}]', "row 1: output is missing"),
-        ('[{"instruction": "x", "output": "y", "item_id": 3}]', "row 1: item_id"),
+        ('[{"instruction": "x", "output": "y", "item_id": true}]', "row 1: item_id"),
         ("[4]", "row 1 is of type int"),
         (
             json.dumps([{"instruction": "x", "output": "y", "item_id": "a"}] * 2),

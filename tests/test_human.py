@@ -473,7 +473,8 @@ def test_agreement_with_a_file_of_judgments(tmp_path: Path, capsys: pytest.Captu
 def test_a_run_names_its_answers_and_its_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from gradsift.artifacts import Store
     from gradsift.config import BenchmarkConfig, ComputeConfig, VerifierJudgeConfig
-    from gradsift.evaluation import stages
+    from gradsift.evaluation.generation import OUTPUTS_FILE
+    from gradsift.evaluation.stages.judging import judge
     from gradsift.runtime import Display, Runtime
 
     runtime = Runtime(Store(tmp_path / "store", say=lambda text: None), ComputeConfig(), Display(), seed=0)
@@ -483,7 +484,7 @@ def test_a_run_names_its_answers_and_its_judge(tmp_path: Path, capsys: pytest.Ca
         rows = [row | {"reference": f"good {row['item_id']}"} for row in json.loads(path.read_text())]
 
         def make(folder: Path) -> dict[str, Any]:
-            (folder / stages.OUTPUTS_FILE).write_text(json.dumps(rows))
+            (folder / OUTPUTS_FILE).write_text(json.dumps(rows))
             return {"rows": len(rows)}
 
         return runtime.store.obtain("generate", path.stem, {"of": path.stem}, [], make, version=1)
@@ -498,7 +499,7 @@ def test_a_run_names_its_answers_and_its_judge(tmp_path: Path, capsys: pytest.Ca
     note()
     assert "has no answers of two models" in refused(capsys, str(run))
     benchmark = BenchmarkConfig(sets=["verifiable"])
-    stages.judge(runtime, VerifierJudgeConfig(name="verifier"), benchmark, model, reference)
+    judge(runtime, VerifierJudgeConfig(name="verifier"), benchmark, model, reference)
     note()
     pairs = read_pairs(files_of_run(run))
     assert (pairs.model, pairs.reference) == (MODEL, REFERENCE)

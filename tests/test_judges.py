@@ -30,10 +30,9 @@ from gradsift.cost import counting
 from gradsift.data import verifiable
 from gradsift.data.examples import Turn
 from gradsift.errors import ConfigError
-from gradsift.evaluation import stages
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.chat import ChatClient
-from gradsift.evaluation.generation import model_outputs, write_model_outputs
+from gradsift.evaluation.generation import OUTPUTS_FILE, model_outputs, write_model_outputs
 from gradsift.evaluation.judges import JudgeError, JudgeRequest, RatingRequest, Reply, local, openai
 from gradsift.evaluation.judges import rating as rating_module
 from gradsift.evaluation.judges.local import LocalJudge
@@ -44,6 +43,7 @@ from gradsift.evaluation.judges.verifier import VerifierJudge
 from gradsift.evaluation.judges.wording import judge_wording, rating_wording
 from gradsift.evaluation.judging import judge_pairs, read_judgments
 from gradsift.evaluation.reply_cache import ReplyCache
+from gradsift.evaluation.stages.judging import judge, rater
 from gradsift.runtime import Display, Runtime
 
 
@@ -614,7 +614,7 @@ def test_judgments_of_another_wording_are_not_taken_for_these(
     def answers(text: str) -> Artifact:
         def make(folder: Path) -> dict[str, Any]:
             rows = model_outputs([Item("set", "1", "Say it.", "", None)], [text], text)
-            write_model_outputs(folder / stages.OUTPUTS_FILE, rows)
+            write_model_outputs(folder / OUTPUTS_FILE, rows)
             return {"rows": 1}
 
         return runtime.store.obtain("generate", text, {"of": text}, [], make, version=1)
@@ -623,11 +623,11 @@ def test_judgments_of_another_wording_are_not_taken_for_these(
     benchmark = BenchmarkConfig(sets=["verifiable"])
 
     def judged() -> Path:
-        return stages.judge(runtime, config, benchmark, answers("good"), answers("bad")).path
+        return judge(runtime, config, benchmark, answers("good"), answers("bad")).path
 
     first = judged()
     assert judged() == first and len(endpoint.bodies) == 2
-    rate = stages.rater(runtime, config).settings
+    rate = rater(runtime, config).settings
     monkeypatch.setattr(openai, "TASK", openai.TASK + " Be brief.")
     assert judged() != first and len(endpoint.bodies) == 4
-    assert stages.rater(runtime, config).settings == rate  # which asks other questions
+    assert rater(runtime, config).settings == rate  # which asks other questions

@@ -18,7 +18,7 @@ from gradsift.config import COPIES, ComputeConfig, FieldsConfig, JsonDataConfig,
 from gradsift.data.load import heldout_of, labels_of, load, pool_of
 from gradsift.data.verifiable import QUALITIES, SPOILT, answers_match, generate, solve
 from gradsift.errors import ConfigError, DataError
-from gradsift.evaluation.stages import embedded_items
+from gradsift.evaluation.stages.answers import embedded_items
 from gradsift.runtime import Display, Runtime
 
 ROWS: list[Any] = [

@@ -135,6 +135,16 @@ def test_annotations_of_one_order_have_a_win_rate_and_no_pws(
     assert found["standard_error"] == pytest.approx(100 * np.std([0, 1, 1, 0.5, 0.5], ddof=1) / np.sqrt(5))
 
 
+def test_grades_of_one_order_count_by_their_sign(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half a point ahead is a win, as three points are; only a preference says how sure it was."""
+    lines = [
+        Judgment("set", str(number), "forward", "h", "openai/m", "", model, reference, True, None)
+        for number, (model, reference) in enumerate(((8, 7.5), (7, 7), (9, 8.5), (9, 8.5)))
+    ]
+    (tmp_path / "j.jsonl").write_text("".join(json.dumps(vars(line)) + "\n" for line in lines))
+    assert printed(capsys, str(tmp_path / "j.jsonl"))["one_order"]["win_rate"] == 87.5
+
+
 def test_our_own_judgments_are_read_and_log_probabilities_are_summed(tmp_path: Path) -> None:
     lines = [
         Judgment("set", "1", order, "h", "local:m", "", model, reference, True, None)
@@ -154,6 +164,7 @@ def test_our_own_judgments_are_read_and_log_probabilities_are_summed(tmp_path: P
     [
         (b"", b'{"item_id": "1", "label": "win"}', "no item has both"),
         (b"", b'{"item_id": "\xff", "label": "win"}', "line 1"),
+        (b"", b'{"item_id": 1, "label": "win"}\n{"item_id": 1, "label": "tie"}', "line 2: a second label of 1"),
     ],
 )
 def test_records_without_a_judgment_and_labels_in_another_encoding_are_named(

@@ -6,16 +6,19 @@ import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from gradsift.artifacts import Store
+from gradsift.artifacts import StageRecord, Store
 from gradsift.config import TrackerConfig
 from gradsift.data.load import Labels
+from gradsift.report.notes import remarks, remarks_of_all, warnings_of
 from gradsift.report.results import RUN_FILE, Results, composition
+from gradsift.report.summary import one_line, summary
 from gradsift.report.tables import (
     TITLE,
     UNTUNED,
@@ -26,7 +29,7 @@ from gradsift.report.tables import (
     with_settings,
     write_csv,
 )
-from gradsift.report.terminal import RunView, remarks, sweep_finished
+from gradsift.report.terminal import RunView, fitted, sweep_finished
 from gradsift.runtime import Display
 from gradsift.tracking import Tracker
 
@@ -411,28 +414,145 @@ def test_a_sweep_without_a_finished_run_has_no_table(tmp_path: Path, capsys: pyt
     assert "PWS" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("status", "in_sweep", "table"), [("finished", False, True), ("stopped", False, False)])
-def test_a_run_ends_with_its_table_and_the_paths_of_what_it_wrote(
-    status: str, in_sweep: bool, table: bool, tmp_path: Path
-) -> None:
+WORK = {"made": 7, "reused": 1, "optimizer_steps": 1200, "forward_tokens": 34567, "saved_steps": 60, "saved_tokens": 9}
+MEMORY = {"process_peak_resident_gb": 1.26, "process_peak_cuda_gb": 2.0}
+DIAGNOSTICS = {
+    "norm_spread": {"verdict": "ok", "values": {}, "message": "they differ"},
+    "drop_sign": {"verdict": "warning", "values": {}, "message": "the [norm] rose; check " + "x" * 300},
+    "loss_from_start": {"verdict": "unknown", "values": {}, "message": "too few"},
+    "selection_drop_sign": {"verdict": "warning", "values": {}, "message": "it rose there too"},
+}
+
+
+def whole_run(**changes: Any) -> dict[str, Any]:
+    """A finished run with all that a summary speaks of."""
+    files = {"rejected rows": "store/rejected.jsonl", "selection": "there/selection.jsonl", "adapter": "store/adapter"}
+    values = {"files": files, "data": {"rows": 2000, "rejected": 3}, "seconds": 754.0, "work": WORK, "memory": MEMORY}
+    selection = {"rows": 200, "spoilt_share": 0.125, "spoilt_share_pool": 0.5, "families": 12.34, "families_pool": 13.0}
+    return run(**values, selection=selection, diagnostics=DIAGNOSTICS) | changes
+
+
+def shown(content: dict[str, Any], folder: Path, *, terminal: bool, width: int, report: Path | None = None) -> str:
+    """What stands on the screen or in the log when a run has ended."""
     stream = io.StringIO()
-    view = RunView(display=Display(Console(file=stream, width=160)))
-    memory = {"process_peak_resident_gb": 1.26, "process_peak_cuda_gb": 2.0}
-    content = run(status=status, files={"selection": "somewhere/selection.jsonl"}, data={"rejected": 3}, memory=memory)
-    (tmp_path / RUN_FILE).write_text(json.dumps(content))
-    view.finished(tmp_path, in_sweep=in_sweep)
-    text = stream.getvalue()
-    assert ("PWS against the model tuned on all rows" in text) is table
+    console = Console(file=stream, width=width, force_terminal=terminal, no_color=True, highlight=False)
+    (folder / RUN_FILE).write_text(json.dumps(content))
+    RunView(display=Display(console)).finished(folder, report, in_sweep=False)
+    return re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()) if terminal else stream.getvalue()
+
+
+def test_the_summary_of_a_run_by_hand() -> None:
+    assert summary(whole_run(benchmarks={"vicuna": cell(6, 2, 2), "koala": cell(1, 0, 1)}, pooled=cell(7, 2, 3))) == [
+        ("selected", "200 of 2,000 rows by gsnr, 12% of them spoilt (all rows 50%), 12.3 families (all rows 13.0)"),
+        ("PWS", "1.333 [1.083, 1.583] against the model tuned on all rows, win/tie/lose 7/2/3"),
+        ("", "1.000 [0.750, 1.250] koala, win/tie/lose 1/0/1"),
+        ("", "1.400 [1.150, 1.650] vicuna, win/tie/lose 6/2/2"),
+        ("accuracy", "0.500 (all rows 0.750, no finetuning 0.062)"),
+        ("held-out", "1.500 nats a token (all rows 1.250, no finetuning 3.000)"),
+        (
+            "work",
+            "13 min, 7 units made with 1,200 steps and 34,567 tokens, 1 unit reused that had taken 60 steps and 9 "
+            "tokens",
+        ),
+        ("memory", "at most 1.3 GB resident, 2.0 GB on the GPU"),
+        ("2 warnings", "the [norm] rose; check " + "x" * 214 + "... [drop_sign]"),
+        ("", "and selection_drop_sign"),
+        ("note", "3 rows of the data were rejected; the reasons are in rejected.jsonl"),
+    ]
+
+
+def test_a_summary_holds_nothing_that_the_run_has_not() -> None:
+    assert summary({"status": "stopped", "scorer": "gsnr"}) == []
+    assert summary(full() | {"pws_by_definition": True})[:2] == [
+        ("selected", "2,000 rows"),
+        ("PWS", "1 by definition: this is the model tuned on all rows"),
+    ]
+    (judged,) = [text for name, text in summary(run({"vicuna": cell(0, 0, 0, invalid=3)})) if name == "PWS"]
+    assert judged == "no valid pair against the model tuned on all rows, win/tie/lose 0/0/0 (3 invalid)"
+
+
+def test_a_sweeps_run_is_one_line() -> None:
+    assert one_line(whole_run()) == (
+        "PWS 1.400 [1.150, 1.650], 200 of 2,000 rows by gsnr, 7 units made in 13 min, 1 reused, "
+        "2 warnings (drop_sign, selection_drop_sign)"
+    )
+    assert one_line({"status": "stopped", "selection": {"rows": 3}, "scorer": "random"}) == "stopped, 3 rows by random"
+
+
+def test_warnings_and_remarks_of_several_runs() -> None:
+    assert list(warnings_of(DIAGNOSTICS)) == ["drop_sign", "selection_drop_sign"]
+    assert warnings_of(None) == {}
+    lines = remarks_of_all([run(data={"rejected": 1}), run(data={"rejected": 2}), run(data={"rejected": 1})])
+    assert [line[-8:] for line in lines] == ["(2 runs)", "ed.jsonl"]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_a_run_ends_in_no_more_than_a_screen(width: int, tmp_path: Path) -> None:
+    text = shown(whole_run(), tmp_path, terminal=True, width=width, report=Path("there/report.html"))
+    lines = text.splitlines()
+    assert len(lines) <= 24
+    assert all(len(line) <= width for line in lines if ": " not in line[:15])  # paths are never broken
+    assert [line.split(": ")[0] for line in lines[-5:]] == ["report", "run", "selection", "rejected rows", "adapter"]
     assert f"run: {tmp_path / RUN_FILE}" in text
-    assert "selection: somewhere/selection.jsonl" in text
-    assert "note: 3 rows of the data were rejected" in text
-    assert "peak memory of the process so far: 1.3 GB resident, 2.0 GB on the GPU" in text
+    wrapped = lines.index(next(line for line in lines if line.startswith("selected")))
+    assert lines[wrapped + 1].startswith(" " * 12)  # a figure stays beside its name
+
+
+def test_in_a_log_the_summary_has_no_control_characters_and_unbroken_lines(tmp_path: Path) -> None:
+    text = shown(whole_run(), tmp_path, terminal=False, width=80)
+    assert all(character.isprintable() for character in text if character != "\n")
+    assert "12.3 families (all rows 13.0)\n" in text
+    assert "report:" not in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def view(number: int | None = None, **options: Any) -> tuple[RunView, io.StringIO]:
+    stream = io.StringIO()
+    return RunView(number, Display(Console(file=stream, width=160)), **options), stream
 
 
 def test_the_heading_of_a_sweeps_run_shows_its_overrides_as_they_are() -> None:
-    stream = io.StringIO()
-    RunView(1, Display(Console(file=stream, width=160))).starting(["target.lora.targets=[c_attn]"])
-    assert "target.lora.targets=[c_attn]" in stream.getvalue()
+    for total, of in ((None, "of the sweep"), (1200, "of 1,200")):
+        run_view, stream = view(1, total=total)
+        run_view.starting(["target.lora.targets=[c_attn]"])
+        assert stream.getvalue() == f"run 1 {of}: target.lora.targets=[c_attn]\n"
+
+
+def test_a_sweep_tells_only_of_units_that_took_long() -> None:
+    units = [
+        StageRecord("score", "store/score/gsnr-1", "1", reused, s, 0, 0, 0, 0)
+        for reused, s in ((False, 9.9), (False, 10.0), (True, 99.0))
+    ]
+    for number, expected in ((None, 2), (3, 1)):
+        run_view, stream = view(number)
+        for unit in units:
+            run_view.stage_done(unit)
+        assert stream.getvalue().count("gsnr-1") == expected
+
+
+def test_a_table_that_is_too_wide_loses_whole_columns_and_says_which() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    table = pws_table([run()])
+    assert fitted(table, Display(console)) == ["held-out", "spoilt", "families"]
+    console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    assert "1.400 [1.150, 1.650]" in text
+    assert fitted(pws_table([run()]), Display(Console(file=io.StringIO(), width=132))) == []
+
+
+def test_a_sweep_ends_with_its_warnings_and_notes_once_and_the_report_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("0-a", "1-b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / RUN_FILE).write_text(json.dumps(whole_run()))
+    assert sweep_finished(tmp_path) is True
+    lines = capsys.readouterr().out.splitlines()
+    assert "warnings of the runs: drop_sign in 2 of 2, selection_drop_sign in 2 of 2" in lines
+    assert sum("rose; check" in line for line in lines) == 1
+    assert "note: 3 rows of the data were rejected; the reasons are in rejected.jsonl (2 runs)" in lines
+    assert lines[-2:] == [f"table: {tmp_path / 'results.csv'}", f"runs: {tmp_path}"]
 
 
 def test_the_table_shows_settings_as_they_are() -> None:

@@ -34,7 +34,7 @@ from gradsift.report.__main__ import main
 from gradsift.report.browser import CUT, STATUSES, Pool, held, pack, pools
 from gradsift.report.figures import FIGURES
 from gradsift.report.inline_svg import inline_svg
-from gradsift.report.material import Missing, read
+from gradsift.report.material import Material, Missing, read
 from gradsift.report.page import groups_of, words_of, write_report
 from gradsift.report.results import composition
 from gradsift.report.terminal import sweep_finished
@@ -111,7 +111,7 @@ class Made:
         ids = [example.example_id for example in self.pool]
 
         def make_scores(part: Path) -> dict[str, Any]:
-            write_scores(part / SCORES_FILE, scores, ids)
+            write_scores(part / SCORES_FILE, scores, [ids])
             return {"rows": ROWS}
 
         scored = self.store.obtain("score", scorer, {"scorer": scorer}, [loaded], make_scores, version=1)
@@ -120,7 +120,7 @@ class Made:
         def make_selection(part: Path) -> dict[str, Any]:
             positions = topk(scores, size).positions
             np.save(part / "positions.npy", positions)
-            write_selection(part / SELECTION_FILE, positions, scores, self.pool)
+            write_selection(part / SELECTION_FILE, positions, scores, self.loaded.file(EXAMPLES_FILE))
             return {"rows": len(positions), "budget": size, "shortfall": size - len(positions)}
 
         self.store.obtain("select", f"{scorer}-{alpha}", {"alpha": alpha}, [scored], make_selection, version=1)
@@ -356,6 +356,8 @@ def test_a_table_is_grouped_where_columns_share_a_heading() -> None:
 
 def test_words_stand_at_the_left_and_figures_at_the_right() -> None:
     rows = [["gsnr", "2", "late_loss", "0.9 [0.8, 1.0]", "-"], ["-", "4", "(no finetuning)", "-", ""]]
+    assert words_of(TextTable("t", list("abcde"), rows)) == {0, 2}
+    rows.append(["random", "failed", "random", "failed", "-"])
     assert words_of(TextTable("t", list("abcde"), rows)) == {0, 2}
 
 
@@ -623,8 +625,10 @@ def test_a_sweep_ends_with_its_report_unless_told_otherwise(tmp_path: Path, caps
     assert sweep_finished(found.folder) is True
     assert f"report: {found.folder / 'report.html'}" in capsys.readouterr().out
     names = {path.stem for path in found.folder.glob("figures/*.svg")}
-    assert names == {path.stem for path in found.folder.glob("figures/*.png")}
     assert "pws" in names
+    assert not list(found.folder.glob("figures/*.png"))  # which W&B alone has a use for
+    page = (found.folder / "report.html").read_text(encoding="utf-8")
+    assert '<a href="work.csv">' in page and (found.folder / "work.csv").is_file()
     assert {"pws.csv", "pws.md"} <= {path.name for path in found.folder.glob("tables/*")}
     (found.folder / "report.html").unlink()
     config = yaml.safe_load((job / "config.yaml").read_text())
@@ -639,10 +643,33 @@ def test_a_report_that_fails_is_one_line(tmp_path: Path) -> None:
     job = found.job(0, "gsnr", 0.1)
     (job / "run.json").write_text("{")
     with Console(record=True, width=400) as console:
-        automatic.report_at_end(found.folder, Display(console))
+        assert automatic.report_at_end(found.folder, Display(console)) is None
     (line,) = console.export_text().splitlines()
     assert line.startswith("report: not written (")
     assert "run.json" in line
+
+
+def test_a_figure_with_a_defect_is_told_and_the_page_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(_: Material) -> Any:
+        raise ZeroDivisionError("by <nothing>")
+
+    found = made(tmp_path)
+    found.job(0, "gsnr", 0.1)
+    entries = [entry._replace(draw=broken) if entry.name == "eps" else entry for entry in FIGURES]
+    for module in ("gradsift.report.figures", "gradsift.report.page"):
+        monkeypatch.setattr(f"{module}.FIGURES", entries)
+    assert main([str(found.folder), "--format", "svg"]) == 2
+    told = "is written, but for the figure eps, which failed with ZeroDivisionError: by <nothing>"
+    assert told in capsys.readouterr().err
+    page = (found.folder / "report.html").read_text(encoding="utf-8")
+    assert "Not drawn: failed with ZeroDivisionError: by &lt;nothing&gt;." in page
+    assert page.count("<svg") > 3 and 'id="repeat"' in page
+    with Console(record=True, width=400) as console:
+        automatic.report_at_end(found.folder, Display(console))
+    (line,) = console.export_text().splitlines()
+    assert line == f"report: {found.folder / 'report.html'} {told}"
 
 
 def test_a_run_ends_with_its_report(gradsift: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -659,7 +686,7 @@ def test_a_run_ends_with_its_report(gradsift: Any, capsys: pytest.CaptureFixture
 def test_a_report_that_fails_leaves_the_run_as_it_is(
     gradsift: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(*arguments: Any) -> None:
+    def broken(*arguments: Any, **options: Any) -> None:
         raise ZeroDivisionError("a defect\nof two lines")
 
     monkeypatch.setattr(page_module, "write_report", broken)

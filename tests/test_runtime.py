@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Iterator
 
@@ -69,6 +70,30 @@ def test_on_a_terminal_progress_is_a_bar_that_goes_away() -> None:
     assert text.rstrip().endswith("\x1b[2K")  # the bar's line is erased at the end
 
 
+def test_work_within_work_has_a_bar_below_and_neither_is_left() -> None:
+    shown, stream = display(terminal=True, width=80)
+    with shown.task("score [gsnr]", None), shown.task("perplexity", 4) as advance:
+        advance(4)
+        shown.say("said beside")
+    text = stream.getvalue()
+    frame = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    assert "score [gsnr]" in frame
+    assert "said beside" in frame
+    assert "0/?" not in frame  # of work without a total nothing is counted
+    assert all(len(line) <= 80 for line in re.split(r"[\r\n]+", frame))
+    assert text.rstrip().endswith("\x1b[2K")
+    with shown.task("the next one", 1):  # and the display is free again
+        pass
+
+
+def test_without_a_terminal_work_of_unknown_length_is_told_once_it_took_long(clock: list[float]) -> None:
+    shown, stream = display(terminal=False)
+    for seconds in (29, 61):
+        with shown.task("load llama", None):
+            clock[0] += seconds
+    assert stream.getvalue() == "  load llama: took 61 s\n"
+
+
 def test_a_task_passes_on_what_goes_wrong_inside() -> None:
     for terminal in (True, False):
         shown, _ = display(terminal)
@@ -83,6 +108,19 @@ def test_what_is_said_stays_on_one_line_and_as_it_is() -> None:
     text = "scores [bold]: " + "x" * 60
     shown.say(text)
     assert stream.getvalue() == text + "\n"
+
+
+def test_on_a_terminal_what_is_said_is_wrapped_between_words_and_no_path_is_broken() -> None:
+    shown, stream = display(terminal=True, width=20)
+    shown.say("  warning: some rows [x] are bad, see /a/path/longer-than-the/width.jsonl\n\nnext")
+    assert stream.getvalue().split("\n") == [
+        "  warning: some rows",
+        "    [x] are bad, see",
+        "    /a/path/longer-than-the/width.jsonl",
+        "",
+        "next",
+        "",
+    ]
 
 
 def test_a_file_is_wide_enough_for_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -16,8 +16,9 @@ from rich.console import Console
 
 from gradsift.artifacts import Artifact, Store
 from gradsift.config import ComputeConfig, FieldsConfig, GsnrConfig, RandomScorerConfig, TrackerConfig
-from gradsift.data.examples import Example
+from gradsift.data.examples import Example, write_examples
 from gradsift.data.formats import parse_rows
+from gradsift.data.load import EXAMPLES_FILE
 from gradsift.diagnostics import Diagnostic, read_diagnostics
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.features.vectors import Features, unit_rows
@@ -64,6 +65,10 @@ def with_a_hole(count: int, *, hole: str) -> Scores:
     return Scores(np.array([0.0, value, 1.0, 2.0, value, 3.0]))
 
 
+def one_too_few(count: int) -> Scores:
+    return Scores(np.zeros(count - 1))
+
+
 def of_all_statuses(count: int) -> Scores:
     scores = Scores(np.array([0.5, np.nan, 1.5, 0.1, np.inf, 0.2]), {"part": np.arange(6.0)})
     scores.mark(np.isnan(scores.score), UNDEFINED, "no token")
@@ -99,7 +104,11 @@ class Bench:
         self.asked: list[str] = []
 
     def artifact(self, stage: str, **config: Any) -> Artifact:
-        return self.store.obtain(stage, "x", config, [], lambda folder: {"rows": 6}, version=1)
+        def make(folder: Path) -> dict[str, Any]:
+            write_examples(folder / EXAMPLES_FILE, pool())
+            return {"rows": 6}
+
+        return self.store.obtain(stage, "x", config, [], make, version=1)
 
     def sources(self) -> dict[str, Source]:
         values = {"count": (6, []), "examples": (pool(), []), "statistics": ("the statistics", [self.parent])}
@@ -115,9 +124,7 @@ class Bench:
 
     def score(self, config: Any) -> Artifact:
         sources = self.sources()
-        return score(
-            self.runtime, method("scorer", config, tuple(sources)), self.loaded, pool, sources, lambda asked: []
-        )
+        return score(self.runtime, method("scorer", config, tuple(sources)), self.loaded, sources, lambda asked: [])
 
     def unfinished(self) -> bool:
         """Whether no score artifact is whole."""
@@ -166,14 +173,14 @@ def test_every_status_is_counted_and_kept_with_its_reason(bench: Bench, tmp_path
 @pytest.mark.parametrize(("base", "positions"), [("accepted", [0, 5]), ("scored", [0])])
 def test_only_what_is_scored_is_selected(base: str, positions: list[int], bench: Bench) -> None:
     scored = bench("of_all_statuses")  # 0.5, -, -, 0.1, -, 0.2
-    made = select(bench.runtime, TOPK, scored, pool, {}, dict, 0.34, base, {})
+    made = select(bench.runtime, TOPK, scored, bench.loaded, {}, dict, 0.34, base, {})
     assert positions_of(made).tolist() == positions
 
 
 @pytest.mark.parametrize("base", ["accepted", "scored"])
 def test_a_pool_without_any_score_is_refused(base: str, bench: Bench) -> None:
     with pytest.raises(GradsiftError, match="score"):
-        select(bench.runtime, TOPK, bench("of_no_score"), pool, {}, dict, 0.5, base, {})
+        select(bench.runtime, TOPK, bench("of_no_score"), bench.loaded, {}, dict, 0.5, base, {})
 
 
 def test_scores_are_made_once_and_anew_for_other_constants_or_parents(bench: Bench) -> None:
@@ -190,7 +197,7 @@ def test_options_of_a_source_count_for_the_scorers_that_ask_for_it(bench: Bench)
         sources = bench.sources()
         sources["examples"] = Source(list, pool, {"alpha": alpha})
         scorer = method("scorer", {"_target_": f"my_scores.{function}", "name": "mine"}, tuple(sources))
-        return score(bench.runtime, scorer, bench.loaded, pool, sources, lambda asked: []).fingerprint
+        return score(bench.runtime, scorer, bench.loaded, sources, lambda asked: []).fingerprint
 
     assert made("by_length", 0.1) != made("by_length", 0.2)
     assert made("by_length", 0.1) == made("by_length", 0.1)
@@ -263,6 +270,11 @@ def test_a_score_that_is_no_number_stops_the_stage_and_names_the_rows_of_the_sou
     assert bench.unfinished()
 
 
+def test_a_score_too_few_or_too_many_is_refused(bench: Bench) -> None:
+    with pytest.raises(GradsiftError, match="scorer=mine gave 5 scores for 6 examples"):
+        bench("one_too_few")
+
+
 def test_a_constant_that_is_infinite_is_refused(bench: Bench) -> None:
     with pytest.raises(ConfigError):
         bench.score(GsnrConfig(_target_="gradsift.scoring.gsnr.gsnr", name="gsnr", eps=float("inf")))
@@ -288,7 +300,7 @@ def selected(bench: Bench, function: str, **options: Any) -> Artifact:
     sources = bench.sources()
     config = {"_target_": f"my_scores.{function}", "name": "mine", **options}
     selector = method("selector", config, tuple(sources), given=("scores", "size"))
-    return select(bench.runtime, selector, bench("by_length"), pool, sources, dict, 0.5, "accepted", {})
+    return select(bench.runtime, selector, bench("by_length"), bench.loaded, sources, dict, 0.5, "accepted", {})
 
 
 def test_a_selector_of_the_users_own_gets_scores_budget_and_what_it_asks_for(bench: Bench) -> None:
@@ -301,9 +313,9 @@ def test_a_selector_of_the_users_own_gets_scores_budget_and_what_it_asks_for(ben
 def test_coverage_is_told_where_embeddings_are_at_hand(bench: Bench) -> None:
     features = Features(unit_rows(np.random.default_rng(0).standard_normal((6, 4))))
     scored = bench("by_length")
-    bare = select(bench.runtime, TOPK, scored, pool, {}, dict, 0.5, "accepted", {})
+    bare = select(bench.runtime, TOPK, scored, bench.loaded, {}, dict, 0.5, "accepted", {})
     assert "coverage" not in read_diagnostics(bare.path)
-    told = select(bench.runtime, TOPK, scored, pool, {}, dict, 0.34, "accepted", {}, lambda: features)
+    told = select(bench.runtime, TOPK, scored, bench.loaded, {}, dict, 0.34, "accepted", {}, lambda: features)
     values = read_diagnostics(told.path)["coverage"]["values"]
     assert values == coverage(features, positions_of(told), COVERED_WITHIN).values
 

@@ -44,7 +44,7 @@ def test_gsnr_and_its_ablations_by_hand(scorer, expected) -> None:  # eps = 0.5
 
 
 def test_the_variance_is_the_populations() -> None:
-    mean, variance = mean_and_variance(np.array([[1.0, 0.0], [3.0, 0.0], [5.0, 3.0]]))
+    mean, variance = mean_and_variance(lambda: np.array([[1.0, 0.0], [3.0, 0.0], [5.0, 3.0]]))
     np.testing.assert_allclose(mean, [3.0, 1.0])
     np.testing.assert_allclose(variance, [8 / 3, 2.0])
 
@@ -77,7 +77,7 @@ def test_a_score_that_is_not_finite_stops_and_names_its_row() -> None:
     scores = Scores(np.array([1.0, np.inf, np.nan, np.nan]))
     scores.mark(np.array([False, False, False, True]), UNDEFINED, "none")
     with pytest.raises(GradsiftError, match="2 scores are NaN or infinite, the first at row 11, 12"):
-        scores.require_finite([10, 11, 12, 13])
+        scores.require_finite(lambda: [10, 11, 12, 13])
 
 
 def test_the_first_status_of_an_example_stays() -> None:
@@ -90,7 +90,7 @@ def test_the_first_status_of_an_example_stays() -> None:
 def test_scores_survive_the_disk(tmp_path) -> None:
     scores = Scores(np.array([1.5, np.nan]), {"ifd": np.array([0.5, np.nan])})
     scores.mark(np.isnan(scores.score), UNDEFINED, "why")
-    write_scores(tmp_path / "scores.parquet", scores, ["a-0", "b-0"])
+    write_scores(tmp_path / "scores.parquet", scores, [["a-0"], ["b-0"]])
     again = read_scores(tmp_path / "scores.parquet")
     np.testing.assert_array_equal(again.score, scores.score)
     np.testing.assert_array_equal(again.parts["ifd"], scores.parts["ifd"])

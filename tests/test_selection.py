@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsift.data.examples import Example
+from gradsift.data.examples import Example, write_examples
 from gradsift.errors import ConfigError
 from gradsift.scoring.scores import EXCLUDED, SCORED, Scores
 from gradsift.selection.budget import budget
@@ -67,7 +67,8 @@ def test_what_is_not_scored_is_never_selected() -> None:
 def test_a_selected_line_is_the_whole_original_row(tmp_path) -> None:
     original = {"instruction": "a", "output": "ß\u2028\U0001f600", "extra": {"deep": [1, None]}}
     example = Example(7, "abc-0", "abc", (), "a", "", "b", original)
-    write_selection(tmp_path / "s.jsonl", np.array([0]), Scores(np.array([0.5])), [example])
+    write_examples(tmp_path / "e.parquet", [example])
+    write_selection(tmp_path / "s.jsonl", np.array([0]), Scores(np.array([0.5])), tmp_path / "e.parquet")
     (line,) = (tmp_path / "s.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
     row = json.loads(line)
     assert row.pop("gradsift") == {"rank": 1, "score": 0.5, "example_id": "abc-0", "row_index": 7}

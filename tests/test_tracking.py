@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import importlib.util
 import json
 import os
 import socket
@@ -14,11 +17,12 @@ from typing import Any
 import pytest
 from conftest import SMOKE
 
+from gradsift.artifacts import Artifact, Store
 from gradsift.config import TrackerConfig
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.report.automatic import report_at_end
 from gradsift.runtime import Display
-from gradsift.tracking import METRICS_FILE, Tracker, log_report
+from gradsift.tracking import METRICS_FILE, Tracker, group_of, log_report, without_folders
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 CURVE = [{"batch": 0, "loss": 2.5, "tokens": 30}, {"batch": 1, "loss": 2.0, "tokens": 12}]
@@ -78,7 +82,7 @@ def parsed(data: bytes) -> list[Any]:
 def records(folder: Path) -> list[Any]:
     """What the one offline run below `folder` holds; W&B's own process may write it a moment after the finish."""
     (path,) = folder.rglob("*.wandb")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         size, found = path.stat().st_size, parsed(path.read_bytes())
         if any(record.HasField("exit") for record in found):
@@ -133,22 +137,6 @@ def test_an_offline_run_is_whole_inside_the_run_folder_and_holds_no_key(
     assert secret == []
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_files_are_artifacts_of_the_run_where_they_are_asked_for(asked: bool, tmp_path: Path) -> None:
-    (tmp_path / "selection.jsonl").write_text('{"rank": 0}\n')
-    with Tracker(wandb_config(files=asked), tmp_path, None, {"name": "x"}) as tracker:
-        tracker.file("selection", "0123456789ab", tmp_path / "selection.jsonl")
-    logged = [record.request.log_artifact.artifact for record in records(tmp_path) if record.HasField("request")]
-    logged += [record.artifact for record in records(tmp_path) if record.HasField("artifact")]
-    found = [(one.name, one.type, [entry.path for entry in one.manifest.contents]) for one in logged if one.name]
-    assert found == ([("selection-0123456789ab", "selection", ["selection.jsonl"])] if asked else [])
-
-
-def test_files_without_a_tracker_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"tracker.files=true .* tracker=wandb"):
-        TrackerConfig(name="none", files=True)
-
-
 def test_an_offline_run_is_finished_after_an_exception(tmp_path: Path, reached: list[Any]) -> None:
     import wandb
 
@@ -174,6 +162,9 @@ class Started:
     def log(self, line: dict[str, Any]) -> None:
         pass
 
+    def log_artifact(self, sent: Any) -> None:
+        pytest.fail("an artifact was logged")
+
     def finish(self, exit_code: int) -> None:
         self.exit_codes.append(exit_code)
 
@@ -198,7 +189,7 @@ def test_the_runs_of_a_sweep_share_its_name_and_are_all_finished(gradsift, start
     command = ("-m", *SMOKE, "tracker=wandb", "scorer=random", "stop_after=selection", "alpha=0.0001,0.1,0.2")
     assert gradsift(*command) == 2  # the first job selects nothing
     (sweep,) = gradsift.folder.glob("multirun/*/*")
-    assert [options["group"] for options in started.options] == [sweep.name] * 3
+    assert [options["group"] for options in started.options] == [f"{sweep.parent.name}_{sweep.name}"] * 3
     assert [options["mode"] for options in started.options] == ["offline"] * 3
     assert [Path(options["dir"]).name for options in started.options] == [
         "0-random-0.0001",
@@ -206,6 +197,59 @@ def test_the_runs_of_a_sweep_share_its_name_and_are_all_finished(gradsift, start
         "2-random-0.2",
     ]
     assert started.exit_codes == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("folder", "group"),
+    [
+        ("multirun/2026-11-22/12-30-05", "2026-11-22_12-30-05"),  # the time alone comes again the next day
+        ("/home/me/sweeps/alphas", "alphas"),
+    ],
+)
+def test_a_group_is_named_after_the_sweeps_day_and_folder(folder: str, group: str) -> None:
+    assert group_of(Path(folder)) == group
+
+
+def ids_of(started: Started, folder: Path, *abouts: dict[str, Any]) -> list[str]:
+    for about in abouts:
+        with Tracker(wandb_config(), folder, "sweep", about):
+            pass
+    return [options["id"] for options in started.options][-len(abouts) :]
+
+
+def test_every_job_has_an_id_of_its_own_and_keeps_it_when_given_again(tmp_path: Path, started: Started) -> None:
+    job, other = {"name": "x", "alpha": 0.1}, {"name": "x", "alpha": 0.2}
+    first, second = ids_of(started, tmp_path / "0", job, other)
+    (elsewhere,) = ids_of(started, tmp_path / "1", job)
+    assert len({first, second, elsewhere}) == 3
+    assert ids_of(started, tmp_path / "0", other, job) == [second, first]
+    (tmp_path / "0" / "wandb").rename(tmp_path / "moved")
+    assert ids_of(started, tmp_path / "0", job) != [first]
+
+
+def test_of_a_job_that_is_given_again_one_run_is_left_to_send(tmp_path: Path, started: Started) -> None:
+    job, other = {"name": "x", "alpha": 0.1}, {"name": "x", "alpha": 0.2}
+    first, second = ids_of(started, tmp_path, job, other)
+    runs = [tmp_path / "wandb" / f"offline-run-{day}-{run}" for day, run in (("1", first), ("2", second))]
+    for run in runs:
+        (run / "files").mkdir(parents=True)
+    ids_of(started, tmp_path, job)
+    assert [run.is_dir() for run in runs] == [False, True]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("joblib") is None, reason="joblib is not installed (an optional extra)")
+def test_jobs_of_other_processes_are_offline_runs_of_one_group(gradsift, monkeypatch: pytest.MonkeyPatch) -> None:
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor().shutdown(wait=True, kill_workers=True)  # workers that find this checkout
+    source = str(Path(__file__).parents[1] / "src")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([source, os.environ.get("PYTHONPATH", "")]))
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "compute.threads=1", "report=false")
+    assert gradsift("-m", *SMOKE, *launcher, "tracker=wandb", "stop_after=load", "alpha=0.1,0.2") == 0
+    (sweep,) = gradsift.folder.glob("multirun/*/*")
+    runs = [record.run for job in sorted(sweep.glob("*/")) for record in records(job) if record.HasField("run")]
+    assert [run.run_group for run in runs] == [f"{sweep.parent.name}_{sweep.name}"] * 2
+    assert len({run.run_id for run in runs}) == 2
 
 
 def test_each_run_of_a_sweep_stages_in_its_own_folder(tmp_path: Path, started: Started) -> None:
@@ -225,6 +269,69 @@ def test_a_start_that_fails_is_said_in_one_line(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(GradsiftError, match=r"no such entity.*tracker=none") as caught:
         Tracker(wandb_config(), tmp_path, None, {"name": "x"}).__enter__()
     assert "\n" not in str(caught.value)
+
+
+# --------------------------------------------------------------------------------- files, and no folders
+
+
+def selection(folder: Path) -> Artifact:
+    def make(part: Path) -> dict[str, Any]:
+        (part / "selection.jsonl").write_text("a line\n")
+        return {"rows": 1}
+
+    return Store(folder, say=lambda line: None).obtain("select", "gsnr topk-0.1", {}, [], make, version=1)
+
+
+def test_a_stages_file_goes_along_where_that_is_asked_for_and_no_folder_with_it(
+    tmp_path: Path, reached: list[Any]
+) -> None:
+    made = selection(tmp_path / "store")
+    about = {"name": "x", "overrides": [f"artifacts={tmp_path / 'store'}", f"data.path={tmp_path}/mine.json"]}
+    with Tracker(wandb_config(artifacts=True), tmp_path / "run", "g", about) as tracker:
+        tracker.artifact(made, "selection.jsonl")
+        tracker.summary(VALUES)
+    assert reached == []
+    found = records(tmp_path / "run")
+    (sent,) = [record.artifact for record in found if record.HasField("artifact")]
+    assert (sent.type, sent.name) == ("select", f"select-gsnr_topk-0.1-{made.fingerprint}")
+    assert json.loads(sent.metadata) == {"rows": 1}
+    (entry,) = sent.manifest.contents
+    assert entry.path == "selection.jsonl"
+    assert base64.b64decode(entry.digest) == hashlib.md5(b"a line\n", usedforsecurity=False).digest()
+    assert Path(entry.local_path).is_relative_to(tmp_path / "run")  # what is sent later does not need the store
+    (run,) = [record.run for record in found if record.HasField("run")]
+    config = {item.key: item.value_json for item in run.config.update}
+    assert json.loads(config["overrides"]) == ["artifacts=store", "data.path=mine.json"]
+    told = [record for record in found if not record.HasField("artifact")]
+    assert not any(str(tmp_path) in str(record) for record in told)
+
+
+def test_without_being_asked_no_file_goes_along(tmp_path: Path, started: Started) -> None:
+    with Tracker(wandb_config(), tmp_path / "run", None, {"name": "x"}) as tracker:
+        tracker.artifact(selection(tmp_path / "store"), "selection.jsonl")
+    assert not list((tmp_path / "run").rglob("*.jsonl"))
+
+
+def test_files_for_a_tracker_that_is_none_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"tracker\.artifacts=true .* tracker=wandb"):
+        TrackerConfig(name="none", artifacts=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("data.path=/home/me/my data/rows.json", "data.path=rows.json"),
+        ("data.path=~/rows.json", "data.path=rows.json"),
+        ("data.path=C:\\me\\rows.json", "data.path=rows.json"),
+        ("target.model.path='/models/a b/llama'", "target.model.path='llama'"),
+        ("judge.base_url=https://host/v1", "judge.base_url=https://host/v1"),
+        ("proxy.snapshots=[1,2]", "proxy.snapshots=[1,2]"),
+        ("data.path=mine/rows.json", "data.path=mine/rows.json"),
+        ("~hydra/launcher", "~hydra/launcher"),
+    ],
+)
+def test_of_an_absolute_path_the_last_name_is_told(override: str, told: str) -> None:
+    assert without_folders({"overrides": [override], "alpha": 0.1}) == {"overrides": [told], "alpha": 0.1}
 
 
 # ------------------------------------------------------------------------------------------ online
@@ -313,8 +420,17 @@ def test_a_report_that_cannot_be_logged_is_written_all_the_same(
     report(folder, "wandb")
     config = folder / "0-gsnr-0.1" / "config.yaml"
     config.write_text(config.read_text().replace("offline", "online"))  # and nobody is logged in
-    monkeypatch.setattr("gradsift.report.page.write_report", lambda folder: folder / "report.html")
-    report_at_end(folder, Display())
-    written, lost = " ".join(capsys.readouterr().out.split()).split(" report: ")
-    assert written == f"report: {folder / 'report.html'}"
-    assert lost.startswith("not logged to W&B (tracker.mode=online needs a login: ")
+    killed = folder / "-1-gsnr-0.1" / "config.yaml"
+    killed.parent.mkdir()
+    killed.write_text("values: {tracker: ")  # cut off; the next job's counts
+    asked: list[list[str]] = []
+
+    def written_page(folder: Path, formats: list[str]) -> Path:
+        asked.append(formats)
+        return folder / "report.html"
+
+    monkeypatch.setattr("gradsift.report.page.write_report", written_page)
+    assert report_at_end(folder, Display()) == folder / "report.html"
+    assert asked == [["svg", "png"]]
+    lost = " ".join(capsys.readouterr().out.split())
+    assert lost.startswith("report: not logged to W&B (tracker.mode=online needs a login: ")

@@ -28,7 +28,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -162,6 +162,7 @@ class Store:
     root: Path
     say: Callable[[str], None] = print
     done: Callable[[StageRecord], None] = lambda record: None  # told of every unit, reused or made
+    at_work: Callable[[str], AbstractContextManager[Any]] = nullcontext  # entered while a unit is waited for or made
     records: list[StageRecord] = field(default_factory=list)
     other_code: set[str] = field(default_factory=set)  # that made what this run reused
     _inode: int | None = None  # of the root, once it is there
@@ -209,7 +210,8 @@ class Store:
                     if found is None:
                         lineage = {"size": size or size_of(parents), "models": models_of(stage, slug, parents)}
                         described = {"version": version, "config": config, **lineage}
-                        return self._make(stage, path, fingerprint, described, parents, make, keep_part, holder)
+                        with self.at_work(f"{stage} {slug}"):
+                            return self._make(stage, path, fingerprint, described, parents, make, keep_part, holder)
         self._record(found, reused=True, seconds=time.perf_counter() - started)
         return found
 
@@ -342,7 +344,8 @@ class Store:
             lock.acquire(timeout=_PATIENCE)
         except Timeout:
             self.say(f"  waiting for another process ({holder.named()}) that makes {path.name}")
-            lock.acquire(poll_interval=_POLL)
+            with self.at_work(f"wait for {path.name}"):
+                lock.acquire(poll_interval=_POLL)
         try:
             holder.sign()
             yield holder

@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from datetime import datetime
@@ -58,6 +58,7 @@ def main() -> None:
     """Entry point of `run.py` and of the console script."""
     os.environ.setdefault("HYDRA_MAIN_MODULE", "gradsift.cli")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars: ours are enough, and a log wants none
     arguments = sys.argv[1:]
     global _sweep
     _sweep = None
@@ -149,7 +150,7 @@ def _job(composed: DictConfig) -> float | None:
         os.chdir(home)
     settings = HydraConfig.get()
     folder = _relative(Path(settings.runtime.output_dir))
-    sweep = Path(settings.sweep.dir).name if settings.mode == RunMode.MULTIRUN else None
+    sweep = Path(settings.sweep.dir) if settings.mode == RunMode.MULTIRUN else None
     number = int(settings.job.num) + 1 if sweep else None
     overrides = [str(override) for override in settings.overrides.task]
     return attempt(lambda: load_config(composed), folder, overrides, sweep, number)
@@ -185,7 +186,7 @@ def replay(arguments: list[str]) -> None:
     attempt(load, folder, [f"--replay {arguments[0]}"], None, None)
 
 
-def attempt(load: Any, folder: Path, overrides: list[str], sweep: str | None, number: int | None) -> float | None:
+def attempt(load: Any, folder: Path, overrides: list[str], sweep: Path | None, number: int | None) -> float | None:
     """Run once and report; a failure is said in one line, noted in `run.json` and remembered for the exit code.
 
     Returns:
@@ -211,12 +212,13 @@ def attempt(load: Any, folder: Path, overrides: list[str], sweep: str | None, nu
     return None
 
 
-def execute(config: Config, folder: Path, overrides: list[str], sweep: str | None, number: int | None) -> float | None:
+def execute(config: Config, folder: Path, overrides: list[str], sweep: Path | None, number: int | None) -> float | None:
     """Run one checked config and write its folder: run.json, config.yaml, metrics.jsonl, selection.jsonl."""
     from gradsift.report.terminal import RunView
 
-    view = RunView(number)
-    view.starting(overrides)
+    jobs = _sweep.jobs if _sweep is not None else None
+    view = RunView(number, total=len(jobs) if jobs else None)
+    view.starting(_own(overrides, jobs))
     from gradsift.artifacts import Store
     from gradsift.evaluation.judges import DryRun
     from gradsift.nodes import node_of, store_of
@@ -224,7 +226,7 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
     from gradsift.report.automatic import report_at_end
     from gradsift.report.results import Results
     from gradsift.runtime import Runtime
-    from gradsift.tracking import Tracker
+    from gradsift.tracking import Tracker, group_of
 
     prepare(config)
     view.settings(settings_of(config))
@@ -233,11 +235,13 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
         plan(config, view.display, folder, _about(config, overrides))
         view.planned(folder, in_sweep=sweep is not None)
         return None
-    ours = Store(Path(config.artifacts), view.display.say, view.stage_done)
-    tracked = config.tracker if node_of(config.compute) == 0 else TrackerConfig(name="none")  # one W&B run a job
-    reports = config.report and sweep is None
+    ours = Store(Path(config.artifacts), view.display.say, view.stage_done, view.at_work)
+    first = node_of(config.compute) == 0  # of several machines in one run one speaks
+    tracked = config.tracker if first else TrackerConfig(name="none")
+    reports = config.report and sweep is None and first
     about = _about(config, overrides)
-    with store_of(config.compute, ours, number) as store, Tracker(tracked, folder, sweep, about) as tracker:
+    group = group_of(sweep) if sweep else None
+    with store_of(config.compute, ours, number) as store, Tracker(tracked, folder, group, about) as tracker:
         results = Results(folder, tracker, store, about)
         try:
             with store.guarded("the run", nameless=False):
@@ -249,14 +253,19 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: str | Non
             results.finish("failed" if isinstance(error, Exception) else "interrupted", str(error))
             if isinstance(error, Exception):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-                if reports and store.records:
-                    report_at_end(folder, view.display)
+                if reports and store.records and (report := report_at_end(folder, view.display)):
+                    view.display.say(f"report: {report}")
             raise
         results.finish("stopped" if config.stop_after or results.ends_early else "finished")
-    view.finished(folder, in_sweep=sweep is not None)
-    if reports:
-        report_at_end(folder, view.display)
+    report = report_at_end(folder, view.display) if reports else None
+    view.finished(folder, report, in_sweep=sweep is not None)
     return results.value_of(config.objective)
+
+
+def _own(overrides: list[str], jobs: Sequence[Sequence[str]] | None) -> list[str]:
+    """What tells a job from the others; all of it where the others are not known, or do not differ."""
+    shared = set(jobs[0]).intersection(*jobs) if jobs else set()
+    return [override for override in overrides if override not in shared] or overrides
 
 
 def _about(config: Config, overrides: list[str]) -> dict[str, Any]:

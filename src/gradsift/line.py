@@ -21,8 +21,12 @@ from gradsift.data.target_set import find_overlap, load_target_set, target_set_o
 from gradsift.data.tokens import encode
 from gradsift.diagnostics import Diagnostic
 from gradsift.errors import ConfigError
-from gradsift.evaluation import stages as evaluation
 from gradsift.evaluation.benchmarks import Item
+from gradsift.evaluation.stages.answers import benchmark_items, generate
+from gradsift.evaluation.stages.forgetting import General, forgetting
+from gradsift.evaluation.stages.judging import check_judge, rater
+from gradsift.evaluation.stages.losses import heldout_loss
+from gradsift.evaluation.stages.metrics import check_metrics, metrics
 from gradsift.features.embeddings import Embedder, embed
 from gradsift.features.gradients import FeatureInputs, gradient_features, require_room
 from gradsift.features.hidden_states import hidden_states_embedder
@@ -32,8 +36,8 @@ from gradsift.features.warmup import warm_up, warmup_rows
 from gradsift.gradients.diagnostics import diagnose_ensemble
 from gradsift.gradients.directions import directions, read_cosines
 from gradsift.gradients.embedding_head import embedding_gradients, read_embedding_gradients
-from gradsift.gradients.norms_table import read_norms
-from gradsift.gradients.statistics import read_statistics, statistics
+from gradsift.gradients.norms_table import by_example
+from gradsift.gradients.statistics import mean_loss, read_statistics, statistics
 from gradsift.journal import Journal
 from gradsift.planning import Planned
 from gradsift.proxy.ensemble import collect_shard, ensemble_norms, train_adapter, train_adapters
@@ -46,7 +50,7 @@ from gradsift.selection.budget import budget
 from gradsift.selection.stage import positions_of, select
 from gradsift.selection.topk import topk
 from gradsift.sources import Method, Source, method
-from gradsift.training.backbones import Backbone, backbone, load_backbone
+from gradsift.training.backbones import Backbone, backbone, load_shown
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.target import expected_finetune, finetune, say_report
 
@@ -79,12 +83,12 @@ class Line:
         if asked & {"embeddings", "target_embeddings"}:
             _ = self.embedder
         if config.reaches("judge") and not self.keeps_all:
-            evaluation.check_judge(self.runtime, config.judge)
+            check_judge(self.runtime, config.judge)
         if any("rater" in chosen.asked for chosen in methods):
             config.check_rater()
-            evaluation.check_judge(self.runtime, config.judge)
+            check_judge(self.runtime, config.judge)
         if config.reaches("generate"):
-            evaluation.check_metrics(config.benchmark)
+            check_metrics(config.benchmark)
             _ = self.items, self.general_items
         if config.reaches("finetune"):
             _ = self.target
@@ -118,7 +122,7 @@ class Line:
 
     @functools.cached_property
     def proxy_backbone(self) -> Backbone:
-        loaded = load_backbone(self.proxy, self.config.proxy.model, self.runtime.compute)
+        loaded = load_shown(self.runtime, self.proxy, self.config.proxy.model)
         loaded.model.to(device_of(self.runtime.compute))
         return loaded
 
@@ -168,12 +172,7 @@ class Line:
         return self.norms(self.config.proxy.snapshots[1])
 
     def late_losses(self) -> np.ndarray:
-        losses = np.full((self.config.proxy.members, int(self.loaded.info["rows"])), np.nan)
-        for index, shards in enumerate(self.late_norms()):
-            table = read_norms(shards)
-            losses[index, table["row"]] = table["loss"]
-        mean: np.ndarray = losses.mean(0)
-        return mean
+        return mean_loss(self.late_norms(), int(self.loaded.info["rows"]))
 
     @functools.cached_property
     def directions(self) -> list[Artifact]:
@@ -220,10 +219,7 @@ class Line:
 
     def response_tokens(self) -> np.ndarray:
         """(N,) float64, the same for every member; NaN for an example that has none."""
-        tokens = np.full(int(self.loaded.info["rows"]), np.nan)
-        table = read_norms(self.late_norms()[0])
-        tokens[table["row"]] = table["n_tokens"]
-        return tokens
+        return by_example(self.late_norms()[0], ("n_tokens",), int(self.loaded.info["rows"]))["n_tokens"]
 
     def embedding_gradients(self) -> Artifact:
         """Of the first adapter after its first epoch; no other member and no later epoch is trained for it."""
@@ -300,7 +296,7 @@ class Line:
             "target_embeddings": Source(
                 lambda: [self.target_embeddings()], lambda: read_features(self.target_embeddings())
             ),
-            "rater": evaluation.rater(self.runtime, self.config.judge),
+            "rater": rater(self.runtime, self.config.judge),
             "task": Source(lambda: nothing, lambda: self.runtime.display.task),
             "journal": Source(lambda: nothing, Journal),  # the score stage has one that keeps what it is told
         }
@@ -315,11 +311,11 @@ class Line:
 
     def select(self, scored: Artifact, alpha: float | None = None) -> Artifact:
         alpha, base = (1.0 if self.keeps_all else alpha or self.config.alpha), self.config.budget_base
-        pool, sources, measures = (lambda: self.pool), self.sources, self.measures
+        data, sources, measures = self.loaded, self.sources, self.measures
         corruption = corruption_of(self.loaded)
         compared = "embeddings" in (*self.scorer.asked, *self.selector.asked)
         embeddings = sources["embeddings"].value if compared else None
-        return select(self.runtime, self.selector, scored, pool, sources, measures, alpha, base, corruption, embeddings)
+        return select(self.runtime, self.selector, scored, data, sources, measures, alpha, base, corruption, embeddings)
 
     @functools.cached_property
     def clusters(self) -> Artifact | None:
@@ -372,22 +368,22 @@ class Line:
 
     def _items_of(self, names: Sequence[str]) -> list[Item]:
         config = self.config
-        return evaluation.benchmark_items(self.runtime, config.benchmark, names, self.loaded, config.data.seed)
+        return benchmark_items(self.runtime, config.benchmark, names, self.loaded, config.data.seed)
 
     def answers(self, tuned: Artifact | None) -> Artifact:
         config = self.config
-        return evaluation.generate(self.runtime, config.benchmark, config.target, self.target, tuned, self.items)
+        return generate(self.runtime, config.benchmark, config.target, self.target, tuned, self.items)
 
     def metrics(self, answers: Artifact) -> Artifact | None:
-        return evaluation.metrics(self.runtime, self.config.benchmark, answers, self.items)
+        return metrics(self.runtime, self.config.benchmark, answers, self.items)
 
     @property
     def asks_forgetting(self) -> bool:
         return bool(self.config.benchmark.general or self.config.benchmark.lm_eval_tasks)
 
-    def forgetting(self, tuned: Artifact) -> tuple[evaluation.General, evaluation.General]:
+    def forgetting(self, tuned: Artifact) -> tuple[General, General]:
         config, items = self.config, self.general_items
-        return evaluation.forgetting(self.runtime, config.benchmark, config.target, self.target, tuned, items)
+        return forgetting(self.runtime, config.benchmark, config.target, self.target, tuned, items)
 
     def heldout_loss(self, tuned: Artifact | None) -> Artifact | None:
-        return evaluation.heldout_loss(self.runtime, self.config.target, self.target, tuned, self.loaded)
+        return heldout_loss(self.runtime, self.config.target, self.target, tuned, self.loaded)

@@ -61,7 +61,9 @@ def store_of(compute: ComputeConfig, store: Store, job: int | None) -> Iterator[
     is_first = node_of(compute) == 0
     found, ended = meeting(is_first), f"ended/{job}"
     if not is_first:
-        yield FollowingStore(store.root, store.say, store.done, has_ended=functools.partial(_has_ended, found, ended))
+        yield FollowingStore(
+            store.root, store.say, store.done, store.at_work, has_ended=functools.partial(_has_ended, found, ended)
+        )
         return
     try:
         yield store
@@ -125,7 +127,7 @@ class FollowingStore(Store):
         takes_part, is_last_look = stage in SHARED, False
         while (found := self._whole(stage, path, fingerprint)) is None:
             if takes_part:
-                with tempfile.TemporaryDirectory(prefix="gradsift-node-") as scratch:
+                with self.at_work(f"{stage} {slug}"), tempfile.TemporaryDirectory(prefix="gradsift-node-") as scratch:
                     folder = Path(scratch) / path.name
                     folder.mkdir()
                     make(folder)

@@ -17,7 +17,7 @@ import torch
 
 from gradsift.artifacts import Store
 from gradsift.config import Config, VerifiableDataConfig
-from gradsift.evaluation import stages as evaluation
+from gradsift.evaluation.stages.judging import judge, pws
 from gradsift.line import Line
 from gradsift.planning import NotMade, Planner, unread
 from gradsift.report.plans import write_plan
@@ -42,7 +42,7 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
             results.collected(config.proxy, line.collect_shard())
         results.ensemble(line.adapters)
         return
-    scored = score(runtime, line.scorer, line.loaded, lambda: line.pool, line.sources, line.diagnose)
+    scored = score(runtime, line.scorer, line.loaded, line.sources, line.diagnose)
     results.scored(scored)
     if line.has_norms:
         results.ensemble(line.adapters)
@@ -69,8 +69,8 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
     else:
         reference = line.finetune(line.everything())
         reference_answers = line.answers(reference)
-        judged = evaluation.judge(runtime, config.judge, config.benchmark, answers, reference_answers)
-        results.judged(evaluation.pws(runtime, config.judge, judged, answers, reference_answers), judged)
+        judged = judge(runtime, config.judge, config.benchmark, answers, reference_answers)
+        results.judged(pws(runtime, config.judge, judged, answers, reference_answers), judged)
         results.reference(line.heldout_loss(reference), line.metrics(reference_answers))
     # what the target could do before: without it nobody sees whether any finetune helped
     checkable = any(item.reference is not None for item in line.items)

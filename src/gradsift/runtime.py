@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,13 +11,15 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Task as Row
+from rich.text import Text
 
 from gradsift.artifacts import Store
 from gradsift.config import ComputeConfig
 from gradsift.cost import peak_resident_gb
 
 Advance = Callable[[int], None]
-Task = Callable[[str, int], AbstractContextManager[Advance]]  # a progress bar: description and total
+Task = Callable[[str, int | None], AbstractContextManager[Advance]]  # a progress bar: description and total
 _FILE_WIDTH = 132  # columns where the output is no terminal
 _LOG_EVERY = 30.0  # seconds between progress lines where there is no terminal
 
@@ -28,27 +31,41 @@ class Display:
         self.console = console or Console(highlight=False)
         if console is None and not self.console.is_terminal:
             self.console.width = _FILE_WIDTH
+        self._progress: Progress | None = None  # while any bar is shown
 
     def say(self, text: str) -> None:
+        """A line: in a log as it is, on a terminal wrapped between words; a path is never broken."""
+        if self.console.is_terminal:
+            text = "\n".join(_wrapped(line, self.console.width) for line in text.split("\n"))
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Advance]:
-        """Show the progress of `total` units of work; call what it yields with the number just done."""
+    def task(self, description: str, total: int | None) -> Iterator[Advance]:
+        """Show the progress of `total` units of work; call what it yields with the number just done.
+
+        None is work whose length nobody knows: a bar that only moves, and elsewhere a line once it took long. Bars
+        of work that is part of other work stand below each other.
+        """
         if not self.console.is_terminal:
-            yield self._lines(description, total)
+            started = time.monotonic()
+            yield self._lines(description, total) if total is not None else lambda done: None
+            took = time.monotonic() - started
+            if total is None and took >= _LOG_EVERY:
+                self.say(f"  {description}: took {took:.0f} s")
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            task = progress.add_task(description, total=total)
-            yield lambda done: progress.advance(task, done)
+        if self._progress is None:
+            self._progress = _bars(self.console)
+            self._progress.start()
+        progress = self._progress
+        row = progress.add_task(description, total=total)
+        try:
+            yield lambda done: progress.advance(row, done)
+        finally:
+            if len(progress.tasks) > 1:
+                progress.remove_task(row)
+            else:
+                self._progress = None
+                progress.stop()  # draws the last bar once more, and erases it
 
     def _lines(self, description: str, total: int) -> Advance:
         started = last = time.monotonic()
@@ -64,6 +81,45 @@ class Display:
                 self.say(f"  {description}: {done:,} of {total:,}, about {eta / 60:.0f} min left")
 
         return advance
+
+
+def _wrapped(line: str, width: int) -> str:
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    rows = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(rows)
+
+
+class _Count(MofNCompleteColumn):
+    """Nothing where the total is not known."""
+
+    def render(self, task: Row) -> Text:
+        return super().render(task) if task.total is not None else Text()
+
+
+class _Eta(TimeRemainingColumn):
+    """Likewise."""
+
+    def render(self, task: Row) -> Text:
+        return Text("eta ") + super().render(task) if task.total is not None else Text()
+
+
+def _bars(console: Console) -> Progress:
+    """Bars that leave room for the words and the figures beside them."""
+    width = min(30, max(8, console.width - 64))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=width),
+        _Count(),
+        TimeElapsedColumn(),
+        _Eta(),
+    )
+    return Progress(*columns, console=console, transient=True)
+
+
+@contextmanager
+def unseen(description: str, total: int | None) -> Iterator[Advance]:
+    """A `Task` that shows nothing."""
+    yield lambda done: None
 
 
 @dataclass

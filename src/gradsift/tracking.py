@@ -6,6 +6,9 @@ import csv
 import json
 import netrc
 import os
+import re
+import secrets
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +17,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from gradsift.artifacts import Artifact, content_hash
 from gradsift.config import TrackerConfig
 from gradsift.errors import ConfigError, GradsiftError
 
@@ -21,6 +25,15 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 FIGURES_FOLDER, TABLES_FOLDER = "figures", "tables"  # beside the page
 _INIT_TIMEOUT = 30.0  # seconds
+_LONGEST_NAME = 128  # characters of an artifact's name that W&B takes
+# of an absolute path: all but its last name
+_FOLDERS = re.compile(r"(?:~(?=/)|(?<![\w.:/])/|\b[A-Za-z]:\\)[^'\",=\[\]{}]*[/\\]")
+
+
+def group_of(sweep: Path) -> str:
+    """The group of a sweep's runs: its folder's name, behind the day where that is the folder above."""
+    day = sweep.parent.name
+    return f"{day}_{sweep.name}" if re.fullmatch(r"\d{4}-\d\d-\d\d", day) else sweep.name
 
 
 class Tracker:
@@ -35,7 +48,7 @@ class Tracker:
 
     def __enter__(self) -> Tracker:
         if self._config.name == "wandb":
-            about = dict(self._about)
+            about = without_folders(dict(self._about))
             self._wandb = _start(self._config, self._folder, self._group, str(about.get("name")), about, "run")
         return self
 
@@ -50,19 +63,6 @@ class Tracker:
                 if self._wandb is not None:
                     self._wandb.log(line)
 
-    def file(self, kind: str, fingerprint: str, path: Path) -> None:
-        """Log a file as an artifact of W&B, if `tracker.files` asks for it.
-
-        It is named by the fingerprint of the unit that made it: runs that share the unit share the artifact.
-        """
-        if self._wandb is None or not self._config.files:
-            return
-        import wandb
-
-        artifact = wandb.Artifact(f"{kind}-{fingerprint}", kind)
-        artifact.add_file(str(path))
-        self._wandb.log_artifact(artifact)
-
     def summary(self, values: Mapping[str, Any]) -> None:
         """Log the numbers of `values`, nested names joined by a slash."""
         flat = dict(_flatten(values))
@@ -70,6 +70,17 @@ class Tracker:
             stream.write(json.dumps(flat) + "\n")
         if self._wandb is not None:
             self._wandb.summary.update(flat)
+
+    def artifact(self, made: Artifact, file: str) -> None:
+        """Send a file of a stage along where `tracker.artifacts` asks for it; equal ones of several runs are one."""
+        if self._wandb is None or not self._config.artifacts:
+            return
+        import wandb
+
+        name = re.sub(r"[^\w.-]", "_", f"{made.stage}-{made.path.name}")[-_LONGEST_NAME:]  # the fingerprint is last
+        sent = wandb.Artifact(name, type=made.stage, metadata=dict(made.info))
+        sent.add_file(str(made.file(file)), skip_cache=True)
+        self._wandb.log_artifact(sent)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -87,12 +98,12 @@ def log_report(folder: Path) -> bool:
     Returns:
         False where the runs were not tracked by W&B; nothing is done then.
     """
-    values = _config_of(folder)
-    if (values.get("tracker") or {}).get("name") != "wandb":
+    if not is_logged(folder):
         return False
+    values = _config_of(folder)
     config = TrackerConfig(**values["tracker"])
     is_sweep = not (folder / CONFIG_FILE).is_file()
-    group = config.group or (folder.name if is_sweep else None)
+    group = config.group or (group_of(folder) if is_sweep else None)
     import wandb
 
     with _start(config, folder, group, f"report-{folder.name}", {"report_of": folder.name}, "report") as run:
@@ -106,12 +117,21 @@ def log_report(folder: Path) -> bool:
     return True
 
 
+def is_logged(folder: Path) -> bool:
+    """Whether the runs of a run's or a sweep's folder are tracked by W&B, and their report with them."""
+    return bool((_config_of(folder).get("tracker") or {}).get("name") == "wandb")
+
+
 def _config_of(folder: Path) -> dict[str, Any]:
-    """The values of a run's config, or of the first job's of a sweep; empty where there is none."""
+    """The values of a run's config, or of the first job's of a sweep that has one; empty where there is none."""
     paths = [folder / CONFIG_FILE, *sorted(folder.glob(f"*/{CONFIG_FILE}"))]
-    path = next((path for path in paths if path.is_file()), None)
-    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["values"] if path else {}
-    return values
+    for path in paths:
+        try:
+            values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["values"]
+        except (OSError, yaml.YAMLError, KeyError, TypeError):  # none, or cut off where the job was killed
+            continue
+        return values
+    return {}
 
 
 def _start(
@@ -127,6 +147,7 @@ def _start(
         raise ConfigError(
             "tracker.mode=online needs a login: set WANDB_API_KEY, run `wandb login`, or take tracker.mode=offline"
         )
+    run_id = _run_id(folder, about)
     os.environ["WANDB_DATA_DIR"] = str(folder)  # else offline artifacts land outside the run's folder
     if config.mode == "offline":
         os.environ["WANDB_ERROR_REPORTING"] = "false"  # offline means no host at all
@@ -134,6 +155,7 @@ def _start(
 
     try:
         return wandb.init(
+            id=run_id,
             project=config.project,
             entity=config.entity,
             group=group,
@@ -143,12 +165,43 @@ def _start(
             dir=str(folder),
             config=about,
             settings=wandb.Settings(
-                silent=True, console="off", save_code=False, disable_git=True, init_timeout=_INIT_TIMEOUT
+                silent=True,
+                console="off",
+                save_code=False,
+                disable_git=True,
+                x_disable_meta=True,  # folders and arguments of the process
+                init_timeout=_INIT_TIMEOUT,
             ),
         )
     except wandb.Error as error:
         reason = str(error).splitlines()[0][:200]
         raise GradsiftError(f"W&B did not start ({reason}); take tracker.mode=offline or tracker=none") from error
+
+
+def _run_id(folder: Path, about: Mapping[str, Any]) -> str:
+    """The W&B id of what `about` describes in this folder: random, and kept there.
+
+    So no two jobs share one, on whatever machine, and a job that is given again in its folder (put in the queue again
+    by Slurm, say) takes the place of the run that it left, of which nothing unsent stays.
+    """
+    kept = folder / "wandb" / f"{content_hash(about)[:12]}.id"
+    run_id = kept.read_text(encoding="utf-8") if kept.is_file() else ""
+    if not run_id:
+        run_id = secrets.token_hex(8)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(run_id, encoding="utf-8")
+    for left in folder.glob(f"wandb/offline-run-*-{run_id}"):
+        shutil.rmtree(left)
+    return run_id
+
+
+def without_folders(value: Any) -> Any:
+    """The same with the last name alone of every absolute path: no folder of this machine belongs on W&B."""
+    if isinstance(value, str):
+        return _FOLDERS.sub("", value)
+    if isinstance(value, Mapping):
+        return {key: without_folders(item) for key, item in value.items()}
+    return [without_folders(item) for item in value] if isinstance(value, list) else value
 
 
 def _logged_in() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from urllib.parse import urlsplit
 
 from gradsift.errors import ConfigError
 
@@ -20,3 +21,19 @@ def at_least(option: str, value: float | None, least: float) -> None:
 def positive(option: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise ConfigError(f"{option}={value} must be greater than 0 and finite")
+
+
+def endpoint_address(option: str, url: str, api_key_env: str) -> None:
+    """Refuse an address that no request can be sent to, or that holds a secret: addresses are written to manifests."""
+    if "@" in url or "?" in url:
+        raise ConfigError(
+            f"{option} holds a user name, a password or a query, which would be written to the run's folder; "
+            f"put the key into the environment variable {api_key_env}"
+        )
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets, or a port that is no number
+        whole = False
+    if not whole or any(character.isspace() for character in url):
+        raise ConfigError(f"{option}={url!r} is no endpoint's address; give one like http://127.0.0.1:8000/v1")

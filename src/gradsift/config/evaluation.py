@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from gradsift.config.checks import at_least, one_of, positive
+from gradsift.config.checks import at_least, endpoint_address, one_of, positive
 from gradsift.config.data import EMBEDDED, TERSE
 from gradsift.config.models import ModelConfig
 from gradsift.errors import ConfigError
@@ -174,11 +174,8 @@ class EndpointJudgeConfig(JudgeConfig):
         at_least("judge.max_wait", self.max_wait, 0)
         at_least("judge.give_up", self.give_up, 1)
         at_least("judge.concurrency", self.concurrency, 1)
-        if self.base_url and ("@" in self.base_url or "?" in self.base_url):
-            raise ConfigError(
-                "judge.base_url holds a user name, a password or a query, which would be written to the run's folder; "
-                f"put the key into the environment variable {self.api_key_env}"
-            )
+        if self.base_url:
+            endpoint_address("judge.base_url", self.base_url, self.api_key_env)
         positive("judge.timeout", self.timeout)
         self._check_money()
 
@@ -228,6 +225,8 @@ class AlpacaEvalJudgeConfig(EndpointJudgeConfig):
         from gradsift.evaluation.judges.annotators import read_annotator
 
         foreign = read_annotator(self.annotators).base_url
+        if foreign:
+            endpoint_address(f"judge.annotators={self.annotators}: client_kwargs.base_url", foreign, self.api_key_env)
         # OpenAI's key is for OpenAI, not for whatever address stands in a file
         if foreign and not self.base_url and self.api_key_env == EndpointJudgeConfig.api_key_env:
             raise ConfigError(

@@ -19,14 +19,14 @@ class TrackerConfig:
     mode: str = "offline"  # offline runs are sent later with `wandb sync`
     project: str = "gradsift"
     entity: str | None = None
-    group: str | None = None  # the sweep's folder name when empty
-    files: bool = False  # give W&B the scores and the selection too, which hold whole examples
+    group: str | None = None  # the sweep's day and time (its folder's name) when empty
+    artifacts: bool = False  # scores and selection go along as W&B artifacts, copied into the run's folder
 
     def __post_init__(self) -> None:
         one_of("tracker.name", self.name, ("wandb", "none"))
         one_of("tracker.mode", self.mode, ("offline", "online"))
-        if self.files and self.name == "none":
-            raise ConfigError("tracker.files=true gives files to W&B; take tracker=wandb, or leave it out")
+        if self.artifacts and self.name == "none":
+            raise ConfigError("tracker.artifacts=true sends files to W&B; give tracker=wandb, or leave it out")
 
 
 @dataclass

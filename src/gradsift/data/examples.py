@@ -10,12 +10,18 @@ import json
 import math
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradsift.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_BLOCK = 2**15  # rows that are read at once: some 50 MB of text
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +176,36 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         DataError: the file is missing, broken, or holds something else.
     """
-    import pyarrow as pa
+    with _reading(path):
+        return [_example(row) for block in read_blocks(path) for row in block.to_pylist()]
+
+
+def read_blocks(path: Path, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """The columns that `write_examples` wrote, or some of them, a block of rows after the other: never all in memory.
+
+    Raises:
+        DataError: see `read_examples`.
+    """
     import pyarrow.parquet as pq
 
+    with _reading(path), pq.ParquetFile(path, pre_buffer=False) as file:
+        yield from file.iter_batches(_BLOCK, columns=None if names is None else list(names), use_threads=False)
+
+
+def read_column(path: Path, name: str) -> pa.ChunkedArray:
+    """One column of all rows; see `read_blocks`."""
+    import pyarrow.parquet as pq
+
+    with _reading(path), pq.ParquetFile(path) as file:
+        return file.read([name], use_threads=False)[name]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
     try:
-        with pq.ParquetFile(path) as file:
-            rows = file.read(use_threads=False).to_pylist()
-        return [_example(row) for row in rows]
+        yield
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read ({error}); delete its folder and load the data again") from error
     except (KeyError, TypeError, ValueError) as error:

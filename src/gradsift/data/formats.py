@@ -280,6 +280,7 @@ def load_hub(id: str, revision: str | None, split: str) -> Iterator[SourceRow]:
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    datasets.disable_progress_bars()
     try:
         dataset = datasets.load_dataset(id, revision=revision, split=split)
     except DatasetNotFoundError as error:

@@ -146,10 +146,24 @@ def _read_rows(file: Path, key: str, holder: str | None) -> list[Any]:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
+                if not rows and (keys := _keys_of_object(text)):
+                    raise DataError(
+                        f"{file} is one JSON object (it has: {keys}) and no list of rows; name the key that holds "
+                        f"them with {key}.rows"
+                    ) from error
                 raise DataError(f"{file}, line {number}: broken JSON ({error.msg}); check {key}.path") from error
     if not rows:
         raise DataError(f"{file} holds no rows; check {key}.path")
     return rows
+
+
+def _keys_of_object(text: str) -> str | None:
+    """The keys of a JSON object that is the whole text; None where it is none."""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return ", ".join(content) if isinstance(content, dict) else None
 
 
 def _held(content: Any, holder: str, file: Path, key: str) -> list[Any]:
@@ -174,7 +188,8 @@ class _RowReader:
     def text(self, part: str, field: str, *, numbers: bool = False, filled: bool = False) -> str:
         """The string in a dotted field; `numbers` admits whole numbers, `filled` refuses blank text."""
         value = self.row
-        for step in field.split("."):
+        whole = isinstance(value, dict) and field in value  # a key may hold dots itself
+        for step in [field] if whole else field.split("."):
             if isinstance(value, dict) and step in value:
                 value = value[step]
             elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):

@@ -14,31 +14,20 @@ Every reply is kept in a `ReplyCache` before it is looked at. What can go wrong 
 from __future__ import annotations
 
 import itertools
-import json
-import math
-import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
-from urllib.parse import urlsplit
 
-from gradsift.data.download import LOOPBACK
-from gradsift.errors import ConfigError
+from gradsift.evaluation.endpoint import Endpoint, Failed, Failure, Refused
 from gradsift.evaluation.judges import DryRun, JudgeError, content_hash
 from gradsift.evaluation.reply_cache import Completion, ReplyCache, Spent, Tokens
 from gradsift.evaluation.spending import CapReached, Messages, Plan, Purse, Stopped, Terms, estimated_tokens, tokens_of
 
-_REFUSED = (400, 413, 422)  # what HTTP says of one request's content
-_PASSING = (408, 409, 429)
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 8.0  # seconds before a retry that the endpoint gave no time for
-_LARGEST_BODY = 2**24  # bytes
-_SHORTEST_SECRET = 8  # characters; no real key has fewer
-_NO_CREDIT = "insufficient_quota"  # OpenAI's code for an empty account, which it sends as a 429
 
 Value = TypeVar("Value")
 
@@ -76,28 +65,25 @@ class ChatClient:
         """Parameters as in `OpenaiJudgeConfig`; `parameters` are further ones of a request. No request is sent.
 
         Raises:
-            ConfigError: the variable named by `api_key_env` holds no usable key. Endpoints on this
-                machine need none, and neither does a dry run.
+            ConfigError: see `Endpoint`; a dry run needs no key.
         """
-        import openai
-
-        self.name = f"openai/{model}"
         self.parameters: dict[str, Any] = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
         self.parameters |= parameters or {}
         self._cache = cache
         self._terms = terms or Terms()
-        self._api_key_env = api_key_env
-        self._timeout = timeout
         self._retries = retries
         self._max_wait = max_wait
         self._give_up = give_up
         self._concurrency = concurrency
         self._say = say or (lambda text: None)
-        self._base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
-        self._key = _api_key(api_key_env, self._base_url, needed=not self._terms.dry_run)
-        self._client = openai.OpenAI(
-            api_key=self._key or "none", base_url=self._base_url, timeout=timeout, max_retries=0
+        self._endpoint = Endpoint(
+            base_url=base_url,
+            api_key_env=api_key_env,
+            timeout=timeout,
+            parameters=self.parameters,
+            needs_key=not self._terms.dry_run,
         )
+        self.name = self._endpoint.name
         self._pause = _Pause()
 
     def spent(self, scope: str) -> dict[str, float | int | None]:
@@ -133,7 +119,7 @@ class ChatClient:
 
         Raises:
             JudgeError: see the head of this module; every answer that arrived was yielded before.
-            DryRun: the plan was said and there is something that would be sent.
+            DryRun: it is one; the plan was said, even if nothing would be sent.
         """
         same: dict[str, list[int]] = {}
         for position, messages in enumerate(prompts):
@@ -173,7 +159,7 @@ class ChatClient:
         waiting: SimpleQueue[int] = SimpleQueue()
         for number in range(len(groups)):
             waiting.put(number)
-        arrived: SimpleQueue[tuple[int, Answer[Value] | _Failure] | Exception | None] = SimpleQueue()
+        arrived: SimpleQueue[tuple[int, Answer[Value] | Failure] | Exception | None] = SimpleQueue()
         stop = threading.Event()
 
         def answer(number: int) -> Answer[Value]:
@@ -185,8 +171,8 @@ class ChatClient:
         for _ in range(workers):
             threading.Thread(target=_work, args=(answer, waiting, arrived, stop), daemon=True).start()
         left = set(range(len(groups)))
-        streak: list[tuple[int, _Failure]] = []  # failures since the last reply
-        failed: list[_Failure] = []
+        streak: list[tuple[int, Failure]] = []  # failures since the last reply
+        failed: list[Failure] = []
         fatal: Exception | None = None
         try:
             while workers:
@@ -195,7 +181,7 @@ class ChatClient:
                     workers -= 1
                 elif isinstance(result, Exception):
                     fatal = fatal or result  # raised once all that was under way is in
-                elif isinstance(result[1], _Failure):
+                elif isinstance(result[1], Failure):
                     streak.append((result[0], result[1]))
                     if len(streak) >= self._give_up and fatal is None:
                         stop.set()
@@ -206,7 +192,7 @@ class ChatClient:
                     yield groups[result[0]], result[1]
         finally:
             stop.set()
-        refused_alone = all(isinstance(failure, _Refused) for _, failure in streak) and not (works or purse.spent.calls)
+        refused_alone = all(isinstance(failure, Refused) for _, failure in streak) and not (works or purse.spent.calls)
         if fatal is None and streak and refused_alone:
             fatal = JudgeError(f"{self.name}: every prompt is refused: {streak[-1][1].said}; {streak[-1][1].remedy}")
         if fatal is None:
@@ -255,7 +241,7 @@ class ChatClient:
 
     def _hash(self, messages: Messages, attempt: int) -> str:
         """Of all that a reply depends on; two endpoints may call different models by one name."""
-        return content_hash("chat", self._base_url, self.parameters, [dict(m) for m in messages], attempt)
+        return content_hash("chat", self._endpoint.base_url, self.parameters, [dict(m) for m in messages], attempt)
 
     def _plan(self, prompts: Sequence[Messages], cached: int) -> Plan:
         prompt_tokens = sum(map(estimated_tokens, prompts))
@@ -272,11 +258,11 @@ class ChatClient:
             self._pause.wait(stop)
             number = purse.reserve(estimate, stop)
             try:
-                completion, tokens = self._request(messages)
+                completion, tokens = self._endpoint.request(messages)
                 tokens = tokens or Tokens(estimate.prompt, tokens_of(completion.text), estimated=True)
                 purse.keep(number, key, completion, tokens)
                 return completion
-            except _Failed as failure:
+            except Failed as failure:
                 # what never reached the endpoint, or was turned away by it, costs nothing
                 purse.settle(number, estimate if failure.charged else None)
                 if failure.wait is not None and failure.wait > self._max_wait:
@@ -288,7 +274,7 @@ class ChatClient:
                 if retry >= self._retries:
                     raise
                 self._wait(failure, retry, stop)
-            except (_Refused, JudgeError):  # turned away
+            except (Refused, JudgeError):  # turned away
                 purse.settle(number, None)
                 raise
             except BaseException:
@@ -296,7 +282,7 @@ class ChatClient:
                 raise
         raise Stopped  # never: the loop has no end of its own
 
-    def _wait(self, failure: _Failed, retry: int, stop: threading.Event) -> None:
+    def _wait(self, failure: Failed, retry: int, stop: threading.Event) -> None:
         """Before the next try: the time that the endpoint asks for, or exponentially longer; never in step."""
         delay = failure.wait
         if delay is None:
@@ -307,79 +293,9 @@ class ChatClient:
         if stop.wait(delay):
             raise Stopped
 
-    def _request(self, messages: Messages) -> tuple[Completion, Tokens | None]:
-        """One request, within twice the timeout however slowly the reply drips in."""
-        import openai
-
-        deadline = time.monotonic() + self._timeout
-        create: Any = self._client.chat.completions.with_streaming_response.create
-        try:
-            # as an extra body: endpoints know parameters that the client does not
-            body_of: dict[str, Any] = {name: self.parameters[name] for name in self.parameters if name != "model"}
-            with create(messages=list(messages), model=self.parameters["model"], extra_body=body_of) as response:
-                body = _read_body(response.iter_bytes(), deadline)
-        except openai.APIStatusError as error:
-            # `from None`, here and below: the original may quote the key
-            raise self._status_error(error) from None
-        except (openai.APITimeoutError, _TooLate):
-            remedy = f"raise judge.timeout={self._timeout:g} seconds; {_GO_ON}"
-            raise _Failed("the request timed out", remedy, charged=True) from None
-        except openai.APIConnectionError as error:
-            reached = "Connect" not in type(error.__cause__).__name__
-            remedy = f"check the network and judge.base_url; {_GO_ON}"
-            raise _Failed(self._scrub(f"{error} ({error.__cause__})"), remedy, charged=reached) from None
-        except Exception as error:
-            if not type(error).__module__.startswith(("httpx", "httpcore", "h11")):
-                raise
-            # while the body was read; the client explains only what comes before
-            if "Timeout" in type(error).__name__:
-                remedy = f"raise judge.timeout={self._timeout:g} seconds; {_GO_ON}"
-                raise _Failed("the request timed out", remedy, charged=True) from None
-            raise _Failed(self._scrub(f"the reply broke off ({error})"), _GO_ON, charged=True) from None
-        return self._completion(body)
-
-    def _completion(self, body: bytes) -> tuple[Completion, Tokens | None]:
-        """The reply in a body; its text is empty where the model declined to write any."""
-        try:
-            content = json.loads(body)
-            choices = content["choices"]
-            message = choices[0]["message"] if choices else {}
-            finish = choices[0].get("finish_reason") if choices else None
-            # a refusal stands in a field of its own, and so does what a function is called with
-            text = message.get("content") or message.get("refusal") or ""
-            if calls := message.get("tool_calls"):
-                text = calls[0]["function"]["arguments"]
-            if not isinstance(text, str):
-                raise TypeError("its content is no text")
-            logprobs = _logprobs(choices[0]) if choices and self.parameters.get("logprobs") else None
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            shown = self._scrub(body[:200].decode("utf-8", "replace"))
-            said = f"the endpoint's reply is no whole chat completion: {shown!r}"
-            raise _Failed(said, f"check judge.base_url; {_GO_ON}", charged=True) from None
-        finish = finish if isinstance(finish, str) else None
-        return Completion(self._scrub(text), finish, logprobs), _usage(content)
-
-    def _status_error(self, error: Any) -> Exception:
-        """What an HTTP error status means for the prompt and for the stage."""
-        status, code = int(error.status_code), str(error.code or error.type or "")
-        said = " ".join(self._scrub(str(error)).split())[:300]
-        if status in _REFUSED:
-            shown = f" ({self._scrub(code)[:60]})" if code else ""
-            return _Refused(f"the endpoint refuses it, HTTP {status}{shown}", said)
-        if code == _NO_CREDIT or status == 402:
-            return JudgeError(f"{self.name}: the account has no credit left: {said}; {_GO_ON}")
-        if status in _PASSING or status >= 500:
-            return _Failed(said, _GO_ON, charged=False, wait=retry_after(error.response.headers))
-        if status in (401, 403):
-            return JudgeError(
-                f"{self.name}: {said}; check the key in the environment variable {self._api_key_env}; {_GO_ON}"
-            )
-        model = self.parameters["model"]
-        return JudgeError(f"{self.name}: {said}; check judge.model={model} and judge.base_url; {_GO_ON}")
-
     # --------------------------------------------------------------------------------------- messages
 
-    def _explain_streak(self, streak: Sequence[tuple[int, _Failure]]) -> str:
+    def _explain_streak(self, streak: Sequence[tuple[int, Failure]]) -> str:
         last = streak[-1][1]
         return (
             f"{self.name}: gave up after {len(streak)} requests in a row that failed for good "
@@ -396,44 +312,6 @@ class ChatClient:
             f"requests{money}; {left.calls:,} prompts{more} are left; raise {reached.cap.split('=')[0]} and give the "
             "same command again: the replies so far are kept and cost nothing more"
         )
-
-    def _scrub(self, text: str) -> str:
-        """`text` without the key: endpoints have been seen to quote it.
-
-        What local servers are given in place of a key ("1", "none") is no secret, and replies hold such words.
-        """
-        return text.replace(self._key, "***") if self._key and len(self._key) >= _SHORTEST_SECRET else text
-
-
-_GO_ON = "the replies so far are kept: give the same command again to go on"
-
-
-class _Failure(Exception):
-    """A prompt without a reply."""
-
-    def __init__(self, said: str, remedy: str) -> None:
-        super().__init__(said)
-        self.said, self.remedy = said, remedy
-
-
-class _Refused(_Failure):
-    """The endpoint would refuse this prompt every time."""
-
-    def __init__(self, reason: str, said: str) -> None:
-        super().__init__(said, f"check judge.model, judge.max_tokens and what the endpoint accepts; {_GO_ON}")
-        self.reason = reason
-
-
-class _Failed(_Failure):
-    """A request failed; another one may not."""
-
-    def __init__(self, said: str, remedy: str, *, charged: bool, wait: float | None = None) -> None:
-        super().__init__(said, remedy)
-        self.charged, self.wait = charged, wait
-
-
-class _TooLate(Exception):
-    """A reply dripped in for longer than the timeout."""
 
 
 @dataclass(frozen=True)
@@ -471,7 +349,7 @@ class _Pause:
 def _work(
     answer: Callable[[int], Answer[Value]],
     waiting: SimpleQueue[int],
-    arrived: SimpleQueue[tuple[int, Answer[Value] | _Failure] | Exception | None],
+    arrived: SimpleQueue[tuple[int, Answer[Value] | Failure] | Exception | None],
     stop: threading.Event,
 ) -> None:
     """One thread: puts into `arrived` what becomes of each number, an exception that ends all, and None at its end."""
@@ -480,7 +358,7 @@ def _work(
             number = waiting.get_nowait()
             try:
                 arrived.put((number, answer(number)))
-            except _Failure as failure:
+            except Failure as failure:
                 arrived.put((number, failure))
     except (Empty, Stopped):
         pass
@@ -492,7 +370,7 @@ def _work(
 
 
 def _refusals(
-    streak: list[tuple[int, _Failure]], groups: Sequence[list[int]], left: set[int], failed: list[_Failure]
+    streak: list[tuple[int, Failure]], groups: Sequence[list[int]], left: set[int], failed: list[Failure]
 ) -> Iterator[tuple[list[int], Answer[Any]]]:
     """Empty the streak: refused prompts are answered so, others are kept for the error at the end.
 
@@ -500,75 +378,9 @@ def _refusals(
     option, all would be recorded as invalid.
     """
     for number, failure in streak:
-        if isinstance(failure, _Refused):
+        if isinstance(failure, Refused):
             left.discard(number)
             yield groups[number], Answer(failure.said, None, failure.reason)
         else:
             failed.append(failure)
     streak.clear()
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a reply's headers ask to wait: `retry-after-ms`, or `retry-after` in seconds or as a date."""
-    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers.get(name, "")) / unit
-        except ValueError:
-            continue
-        if 0 <= seconds < math.inf:
-            return seconds
-    try:
-        moment = parsedate_to_datetime(headers.get("retry-after", ""))
-    except (ValueError, TypeError):
-        return None
-    return max(0.0, moment.timestamp() - time.time())
-
-
-def _read_body(chunks: Iterator[bytes], deadline: float) -> bytes:
-    body = b""
-    for chunk in chunks:
-        body += chunk
-        # some endpoints send blanks for minutes to keep a connection open; no timeout of the client ends that
-        if time.monotonic() > deadline:
-            raise _TooLate
-        if len(body) > _LARGEST_BODY:
-            break  # no whole JSON then
-    return body
-
-
-def _logprobs(choice: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The log-probabilities of a choice, token by token, without the bytes; None where it has none."""
-    tokens = (choice.get("logprobs") or {}).get("content")
-    if not tokens:
-        return None
-
-    def kept(token: Mapping[str, Any]) -> dict[str, Any]:
-        return {"token": str(token["token"]), "logprob": float(token["logprob"])}
-
-    return [kept(token) | {"top_logprobs": [kept(top) for top in token.get("top_logprobs") or []]} for token in tokens]
-
-
-def _usage(content: Mapping[str, Any]) -> Tokens | None:
-    """The tokens that the endpoint reports; None where it reports none."""
-    usage = content.get("usage")
-    if not isinstance(usage, dict):
-        return None
-    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if not isinstance(prompt, int) or not isinstance(completion, int) or min(prompt, completion) < 0:
-        return None
-    return Tokens(prompt, completion)
-
-
-def _api_key(variable: str, base_url: str | None, needed: bool) -> str | None:
-    """The key in an environment variable; None where there is none and none is needed."""
-    key = os.environ.get(variable, "").strip()
-    if key:
-        if not (key.isascii() and key.isprintable()):
-            raise ConfigError(f"the environment variable {variable} holds characters that no API key has")
-        return key
-    if not needed or (base_url is not None and urlsplit(base_url).hostname in LOOPBACK):
-        return None
-    raise ConfigError(
-        f"the judge needs an API key in the environment variable {variable} (judge.api_key_env); "
-        "set it, or give a judge.base_url on this machine"
-    )

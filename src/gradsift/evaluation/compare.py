@@ -21,8 +21,8 @@ from gradsift.cli import conf_folder, in_one_line
 from gradsift.config import BenchmarkConfig, Config, load_config, register_schemas
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.export import export, slug
-from gradsift.evaluation.generation import ModelOutput, read_pair, write_model_outputs
-from gradsift.evaluation.human.pairs import OUTPUTS_FILE, PairFiles
+from gradsift.evaluation.generation import OUTPUTS_FILE, ModelOutput, read_pair, write_model_outputs
+from gradsift.evaluation.human.pairs import PairFiles
 
 if TYPE_CHECKING:
     from gradsift.artifacts import Artifact, Store
@@ -35,8 +35,8 @@ def compare(config: Config, model: Path, reference: Path) -> dict[str, Any]:
     """Judge the answers of `model` against those of `reference` in both orders.
 
     Returns:
-        What `gradsift.evaluation.stages.pws` returns, with `model` and `reference` (generators), `judge`, `cost`
-        and `files`; `{"dry_run": plan}` for a dry run.
+        What the stage `pws` finds (see `pws_of`), with `model` and `reference` (generators), `judge`, `cost`, `files`;
+        `{"dry_run": plan}` for a dry run.
 
     Raises:
         DataError: a file is missing or broken, or the two are not answers to the same items; names the rows.
@@ -46,25 +46,25 @@ def compare(config: Config, model: Path, reference: Path) -> dict[str, Any]:
     from rich.console import Console
 
     from gradsift.artifacts import Store
-    from gradsift.evaluation import stages
     from gradsift.evaluation.judges import DryRun
+    from gradsift.evaluation.stages.judging import check_judge, judge, pws, pws_of
     from gradsift.pipeline import prepare
     from gradsift.runtime import Display, Runtime
 
     prepare(config)
     display = Display(Console(stderr=True, highlight=False))
     runtime = Runtime(Store(Path(config.artifacts), display.say), config.compute, display, config.seed)
-    stages.check_judge(runtime, config.judge)
+    check_judge(runtime, config.judge)
     answers, theirs = (imported(runtime.store, rows) for rows in pair)
     try:
-        judged = stages.judge(runtime, config.judge, _about(config.benchmark, pair[0]), answers, theirs)
+        judged = judge(runtime, config.judge, _about(config.benchmark, pair[0]), answers, theirs)
     except DryRun as plan:
         return {"dry_run": str(plan)}
     return {
         "model": pair[0][0]["generator"],
         "reference": pair[1][0]["generator"],
         "judge": config.judge.name,
-        **stages.pws_of(stages.pws(runtime, config.judge, judged, answers, theirs)),
+        **pws_of(pws(runtime, config.judge, judged, answers, theirs)),
         "cost": judged.info["cost"],
         "files": {
             "model": str(answers.file(OUTPUTS_FILE)),
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("reference", type=Path, metavar="REFERENCE", help="model_outputs.json of the reference")
     parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="judge=NAME, judge.KEY=VALUE ...")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="write alpaca_eval's files too (see .export)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # options of the run behind --to too
     try:
         result = compare(_config(options.options), options.model, options.reference)
         if options.to is not None and "files" in result:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.errors import DataError, GradsiftError
-from gradsift.evaluation.generation import ModelOutput, item_key, read_pair
-from gradsift.evaluation.human.pairs import OUTPUTS_FILE, PairFiles, files_of_run
+from gradsift.evaluation.generation import OUTPUTS_FILE, ModelOutput, item_key, read_pair
+from gradsift.evaluation.human.pairs import PairFiles, files_of_run
 from gradsift.evaluation.judges import Combine, Order
 from gradsift.evaluation.judges.alpaca_eval import NAMES, whole_instruction
 from gradsift.evaluation.judging import ORDERS, Judgment
@@ -46,6 +46,11 @@ def export(files: PairFiles, folder: Path) -> list[Path]:
         raise DataError(
             f"{files.model} and {files.reference} are both by the generator {model!r}, so nobody could tell whose the "
             "wins are; give the rows of one file another `generator`"
+        )
+    if slug(model) == slug(reference):
+        raise DataError(
+            f"the generators {model!r} and {reference!r} would share the folder {slug(model)}, and one model's answers "
+            "would replace the other's; give the rows of one file another `generator`"
         )
     contents: dict[Path, list[dict[str, Any]]] = {
         folder / slug(rows[0]["generator"]) / OUTPUTS_FILE: [_output(row) for row in rows] for rows in pair
@@ -131,14 +136,14 @@ def _preference(judgment: Judgment) -> float | None:
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     # ASCII escapes: text from the web may hold half a surrogate pair
-    content = json.dumps(rows, indent=1, allow_nan=False) + "\n"
+    content = (json.dumps(rows, indent=1, allow_nan=False) + "\n").encode("ascii")
     if path.exists():
-        if path.read_text(encoding="utf-8") != content:
+        if path.read_bytes() != content:
             raise DataError(f"{path} is there with other content; name another folder with --to, or delete the file")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(content, encoding="ascii")
+    part.write_bytes(content)
     part.replace(path)
 
 

@@ -160,6 +160,8 @@ def left_padded(
 
 # ------------------------------------------------------------------------------------- model_outputs
 
+OUTPUTS_FILE = "model_outputs.json"
+
 
 class ModelOutput(TypedDict):
     """One answer: alpaca_eval's keys (`dataset` is the benchmark's name), then ours."""
@@ -231,13 +233,14 @@ def _read_row(row: Any, number: int, path: Path) -> ModelOutput:
             raise DataError(f"{path}, row {number}: {name} is missing or is not text")
         return value
 
+    item_id = row.get("item_id", number)
     return ModelOutput(
         instruction=text("instruction"),
         output=text("output"),
         generator=text("generator", path.stem),
         dataset=text("dataset", "unnamed"),
         datasplit=text("datasplit", "eval"),
-        item_id=text("item_id", str(number)),
+        item_id=str(item_id) if type(item_id) is int else text("item_id"),
         input=text("input", ""),
         reference=None if row.get("reference") is None else text("reference"),
     )

@@ -50,6 +50,8 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(wrapped, kind, functools.partial(getattr(wrapped, kind), disable_tqdm=True))
     manager = _manager(tuple(tasks), folder)
     try:
         found = simple_evaluate(

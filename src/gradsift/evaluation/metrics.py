@@ -32,13 +32,17 @@ Synonyms = Any  # nltk's WordNetCorpusReader
 
 
 def measure(
-    rows: Sequence[ModelOutput], match_of: Callable[[str], str], wordnet: Synonyms | None = None
+    rows: Sequence[ModelOutput],
+    match_of: Callable[[str], str],
+    wordnet: Synonyms | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """All metrics of one model's answers, over the items with a reference answer.
 
     Args:
         match_of: the rule of a benchmark's accuracy, by its name.
         wordnet: what `read_wordnet` gave; without it METEOR is absent.
+        progress: told how many rows were just measured, each of them twice: for its benchmark and for all.
 
     Returns:
         `{"benchmarks": {name: metrics}, "pooled": metrics, "bleu_signature": ...}`, where metrics are
@@ -50,13 +54,18 @@ def measure(
     for row in known:
         by_set.setdefault(row["dataset"], []).append(row)
     return {
-        "benchmarks": {name: _measure(found, match_of, wordnet) for name, found in by_set.items()},
-        "pooled": _measure(known, match_of, wordnet),
+        "benchmarks": {name: _measure(found, match_of, wordnet, progress) for name, found in by_set.items()},
+        "pooled": _measure(known, match_of, wordnet, progress),
         "bleu_signature": bleu_signature(),
     }
 
 
-def _measure(rows: Sequence[ModelOutput], match_of: Callable[[str], str], wordnet: Synonyms | None) -> dict[str, Any]:
+def _measure(
+    rows: Sequence[ModelOutput],
+    match_of: Callable[[str], str],
+    wordnet: Synonyms | None,
+    progress: Callable[[int], None],
+) -> dict[str, Any]:
     answers = [row["output"] for row in rows]
     references = [str(row["reference"]) for row in rows]
     right = [
@@ -72,6 +81,7 @@ def _measure(rows: Sequence[ModelOutput], match_of: Callable[[str], str], wordne
     }
     reasons = {"rouge_l": _NO_WORDS, "bleu": _TOO_SHORT, "meteor": _NO_WORDNET}
     absent = {name: reason for name, reason in reasons.items() if found[name] is None}
+    progress(len(rows))
     return {**found, "absent": absent} if absent else found
 
 

@@ -180,10 +180,12 @@ def describe(records: Records, *, bootstrap: int, confidence: float, seed: int) 
 def _one_order(judgments: Sequence[Judgment]) -> dict[str, Any]:
     """alpaca_eval's figures: the win rate in percent (a draw is half a win) and its standard error."""
     pairs = [(j.score_model, j.score_reference) for j in judgments]
-    margins = np.array([a - b for a, b in pairs if a is not None and b is not None])
+    scores = np.array([(a, b) for a, b in pairs if a is not None and b is not None], dtype=float).reshape(-1, 2)
+    margins = scores[:, 0] - scores[:, 1]
     if not margins.size:
         return {"n": 0, "win_rate": None, "standard_error": None, "pws": None}
-    shares = (margins + 1) / 2 if np.abs(margins).max() <= 1 else (np.sign(margins) + 1) / 2
+    # a preference is shared out between the two answers; of other grades only the sign is a win
+    shares = np.where(np.isclose(scores.sum(axis=1), 1), scores[:, 0], (np.sign(margins) + 1) / 2)
     spread = float(shares.std(ddof=1) / np.sqrt(len(shares))) if len(shares) > 1 else None
     return {
         "n": len(shares),
@@ -212,7 +214,8 @@ def read_labels(path: Path) -> Outcomes:
             item = str(row.get("benchmark", "")), str(row["item_id"])
             if row["label"] not in get_args(Outcome):
                 raise ValueError(f"label={row['label']!r}")
-            labels[item] = row["label"]
+            if labels.setdefault(item, row["label"]) != row["label"]:
+                raise ValueError(f"a second label of {row['item_id']!r}, other than the first,")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path}, line {number}: {error!s} is not understood; a line has item_id, label (win, tie, lose or "

@@ -34,24 +34,43 @@ def write_norms(
     return {"rows": len(encoded), "shard": shard, "shards": shards}
 
 
-def read_norms(shards: Sequence[Artifact]) -> dict[str, np.ndarray]:
+def read_norms(shards: Sequence[Artifact], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """The whole table of a member after an epoch, ascending by row: what `write_norms` wrote of all its shards.
+
+    Args:
+        names: of the columns to read besides `row`; all where None.
 
     Raises:
         GradsiftError: a shard or a row is missing or there twice; names it, and what collects it.
     """
-    tables = [pq.read_table(artifact.file(NORMS_FILE)) for artifact in shards]
+    wanted = None if names is None else ["row", *names]
+    tables = [pq.read_table(artifact.file(NORMS_FILE), columns=wanted) for artifact in shards]
     _require_shards(shards, [table.num_rows for table in tables])
     whole = pa.concat_tables(tables)
     columns = {name: whole[name].to_numpy() for name in whole.column_names}
-    order = np.argsort(columns["row"], kind="stable")
-    columns = {name: column[order] for name, column in columns.items()}
     rows = columns["row"]
+    if not (rows[1:] > rows[:-1]).all():
+        order = np.argsort(rows, kind="stable")
+        columns = {name: column[order] for name, column in columns.items()}
+        rows = columns["row"]
     if len(twice := np.unique(rows[1:][rows[1:] == rows[:-1]])):
         raise GradsiftError(
             f"{_name(shards[0])}: {_some(twice)} of the examples are in its norms twice; collect them again in another "
             "store (artifacts=DIR)"
         )
+    return columns
+
+
+def by_example(shards: Sequence[Artifact], names: Sequence[str], count: int) -> dict[str, np.ndarray]:
+    """Columns of a member's norms after an epoch in the order of the `count` examples.
+
+    Returns:
+        (N,) float64 each; NaN for an example that has no response token to learn from.
+    """
+    table = read_norms(shards, names)
+    columns = {name: np.full(count, np.nan) for name in names}
+    for name, column in columns.items():
+        column[table["row"]] = table[name]
     return columns
 
 

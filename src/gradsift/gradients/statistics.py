@@ -1,12 +1,13 @@
 """Mean and variance over the ensemble of the gradient norms at the two snapshots.
 
 GRADFILTERING (arXiv 2601.13697): G_i^(e) = mean over m of ||g_i^(m,e)||, V_i^(e) = variance over m.
-The variance is the population's (divided by M). Shape letters: M members, N examples.
+The variance is the population's (divided by M). Members are read one at a time, so the memory needed grows with N
+and not with M; the norms are read twice for it. Shape letters: M members, N examples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 
 from gradsift.artifacts import Artifact
 from gradsift.errors import GradsiftError
-from gradsift.gradients.norms_table import read_norms
+from gradsift.gradients.norms_table import by_example
 from gradsift.runtime import Runtime
 
 VERSION = 1
@@ -55,9 +56,23 @@ def norm_of(columns: Mapping[str, np.ndarray], scope: str, size_a: float, size_b
     return {"A": norm_a, "B": norm_b, "all": np.hypot(norm_a, norm_b)}[scope]
 
 
-def mean_and_variance(norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Over the members: norms (M, N) to G (N,) and V (N,), the variance divided by M."""
-    return norms.mean(0), norms.var(0)
+def mean_and_variance(norms: Callable[[], Iterable[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Over the members: G (N,) and V (N,) float64, the variance divided by M.
+
+    Args:
+        norms: gives M times (N,), one member after the other; called twice.
+    """
+    mean = mean_over_members(norms())
+    return mean, mean_over_members((one - mean) ** 2 for one in norms())
+
+
+def mean_over_members(values: Iterable[np.ndarray]) -> np.ndarray:
+    """M times (N,) to (N,) float64; no more than one of them is held at a time."""
+    members, total = 0, np.zeros(1)
+    for one in values:
+        total = one.astype(np.float64) if not members else np.add(total, one, out=total)
+        members += 1
+    return total / members
 
 
 def statistics(
@@ -91,15 +106,23 @@ def compute_statistics(
     """The statistics of norms that are given as [member][shard]."""
     columns = {}
     for suffix, members in (("s", early), ("t", late)):
-        norms = np.full((len(members), count), np.nan)
-        losses = np.full((len(members), count), np.nan)
-        for index, shards in enumerate(members):
-            table, info = read_norms(shards), shards[0].info
-            norms[index, table["row"]] = norm_of(table, scope, info["size_A"], info["size_B"])
-            losses[index, table["row"]] = table["loss"]
+
+        def norms(members: Sequence[Sequence[Artifact]] = members) -> Iterable[np.ndarray]:
+            return (_norms(shards, scope, count) for shards in members)
+
         columns[f"G_{suffix}"], columns[f"V_{suffix}"] = mean_and_variance(norms)
-        columns[f"loss_{suffix}"] = losses.mean(0)
+        columns[f"loss_{suffix}"] = mean_loss(members, count)
     return Statistics(**columns)
+
+
+def _norms(shards: Sequence[Artifact], scope: str, count: int) -> np.ndarray:
+    info = shards[0].info
+    return norm_of(by_example(shards, ("norm_A", "norm_B"), count), scope, info["size_A"], info["size_B"])
+
+
+def mean_loss(members: Sequence[Sequence[Artifact]], count: int) -> np.ndarray:
+    """Mean over the members of the losses beside their norms, given as [member][shard]; (N,) float64, NaN for none."""
+    return mean_over_members(by_example(shards, ("loss",), count)["loss"] for shards in members)
 
 
 def write_statistics(path: Path, values: Statistics) -> None:
@@ -107,5 +130,5 @@ def write_statistics(path: Path, values: Statistics) -> None:
 
 
 def read_statistics(artifact: Artifact) -> Statistics:
-    table = pq.read_table(artifact.file(STATISTICS_FILE))
-    return Statistics(**{name: table[name].to_numpy() for name in table.column_names})
+    with pq.ParquetFile(artifact.file(STATISTICS_FILE)) as file:  # a table and its copy are twice as much
+        return Statistics(**{name: file.read([name])[name].to_numpy() for name in file.schema_arrow.names})

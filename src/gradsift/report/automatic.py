@@ -9,25 +9,34 @@ import yaml
 
 from gradsift.errors import GradsiftError
 from gradsift.runtime import Display
-from gradsift.tracking import log_report
+from gradsift.tracking import is_logged, log_report
 
 
-def report_at_end(folder: Path, display: Display) -> None:
-    """Write `report.html` and its files into the folder, and say where it is or why it is not; log it where asked."""
+def report_at_end(folder: Path, display: Display) -> Path | None:
+    """Write `report.html` and its files into the folder and log it where asked; None, and why, if it is not written."""
     try:
-        from gradsift.report.page import write_report
+        from gradsift.report.figures.style import Format
+        from gradsift.report.material import Incomplete
+        from gradsift.report.page import REPORT_FILE, write_report
 
-        display.say(f"report: {write_report(folder)}")
+        formats: list[Format] = ["svg", "png"] if is_logged(folder) else ["svg"]  # the page needs no PNG
+        with display.task("write the report", None):
+            try:
+                write_report(folder, formats=formats)
+            except Incomplete as error:
+                display.say(f"report: {error}")
+        report = folder / REPORT_FILE
     except Exception as error:  # noqa: BLE001 - whatever it is, the run itself is done
         display.say(
             f"report: not written ({_reason(error)}); the results stand in run.json, and `python -m gradsift.report "
             f"{folder}` tries again"
         )
-        return
+        return None
     try:
         log_report(folder)
     except Exception as error:  # noqa: BLE001 - likewise
         display.say(f"report: not logged to W&B ({_reason(error)}); its files are in {folder}")
+    return report
 
 
 def _reason(error: Exception) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 from gradsift.diagnostics import DIAGNOSTICS_FILE, read_diagnostics
 from gradsift.report.material import FAILED, Material, Missing, Run
+from gradsift.report.notes import remarks_of_all, warnings_of
 from gradsift.report.paper_tables import cells_of, count
-from gradsift.report.terminal import remarks
 
 
 @dataclass(frozen=True)
@@ -166,23 +166,17 @@ def _notes(material: Material) -> Iterator[Note]:
         yield Note("failed", f"{len(failed)} of {len(runs)} runs did not finish; see what is missing.")
     named: dict[str, list[str]] = {}
     for run in runs:
-        for name, found in (run.record.get("diagnostics") or {}).items():
-            if found["verdict"] == "warning":
-                where = f"{run.name}: " if material.is_sweep else ""
-                named.setdefault(name, []).append(where + found["message"])
+        for name, message in warnings_of(run.record.get("diagnostics")).items():
+            where = f"{run.name}: " if material.is_sweep else ""
+            named.setdefault(name, []).append(where + message)
     path = material.folder / DIAGNOSTICS_FILE
     if material.is_sweep and path.is_file():
-        beside = read_diagnostics(Path(material.folder))
-        named |= {name: [found["message"]] for name, found in beside.items() if found["verdict"] == "warning"}
+        named |= {name: [message] for name, message in warnings_of(read_diagnostics(Path(material.folder))).items()}
     for name, messages in named.items():
         others = f" ({len(messages)} of {len(runs)} runs are warned of; this is the first)" if len(messages) > 1 else ""
         yield Note("warning", f"{messages[0]} [{name}]{others}")
-    told: dict[str, int] = {}
-    for run in runs:
-        for line in remarks(dict(run.record)):
-            told[line] = told.get(line, 0) + 1
-    for line, times in told.items():
-        yield Note("remark", line + (f" ({times} runs)" if times > 1 else ""))
+    for line in remarks_of_all(run.record for run in runs):
+        yield Note("remark", line)
 
 
 def counted(number: int, name: str) -> str:

@@ -20,7 +20,7 @@ import yaml
 
 from gradsift.artifacts import MANIFEST, Artifact
 from gradsift.data.examples import Example
-from gradsift.data.load import Labels, labels_of, pool_of
+from gradsift.data.load import EXAMPLES_FILE, Labels, labels_of, pool_of
 from gradsift.errors import DataError, GradsiftError
 from gradsift.evaluation.judging import Judgment, read_judgments
 from gradsift.gradients.statistics import Statistics, read_statistics
@@ -33,6 +33,7 @@ from gradsift.training.curves import TRAJECTORY_FILE, read_curve, read_trajector
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
+BROKEN = "failed with"  # begins the reason of what is absent by an error
 FAILED = ("failed", "interrupted", "unfinished")  # statuses of runs that did not come as far as they were asked to
 # overrides that do not name a method: the scorer is named anyway, the others tell datasets, targets and cells apart
 _TOLD_APART = ("scorer", "alpha", "data", "target", "judge")
@@ -42,6 +43,30 @@ Curve = list[dict[str, float]]  # a line a step: batch, loss (nats a token), tok
 
 class Missing(GradsiftError):
     """A figure or table cannot be made of what is there; the message is the reason, for people."""
+
+
+class Incomplete(GradsiftError):
+    """A report is written, and something is absent from it by an error; the message names all of that."""
+
+
+def in_a_line(error: Exception) -> str:
+    """Type and message of an error."""
+    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+
+
+def attempt(make: Callable[[], object]) -> str | None:
+    """Make a figure or a table, so that a defect in one costs no other.
+
+    Returns:
+        Why there is none, where it could not be made; after an error other than Missing it begins with BROKEN.
+    """
+    try:
+        make()
+    except Missing as reason:
+        return str(reason)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is told, and the rest of the report stands
+        return f"{BROKEN} {in_a_line(error)}"
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,8 +184,8 @@ class Material:
 
     @cached_property
     def gaps(self) -> list[str]:
-        """What a reader of the report has to know is not there, and why."""
-        gaps = [f"{run.name}: {run.outcome}" for run in self.runs if run.status != "finished"]
+        """What a reader of the report has to know is not there, and why, beside the runs that did not finish."""
+        gaps = [f"{run.name}: {run.outcome}" for run in self.runs if run.status == "stopped"]
         for run in self.runs:
             if run.lost:
                 more = f" and {len(run.lost) - 1} more" if len(run.lost) > 1 else ""
@@ -179,6 +204,10 @@ class Material:
     def examples(self, run: Run) -> list[Example]:
         """The pool, N examples."""
         return self._read(pool_of, run.one("load"))
+
+    def examples_file(self, run: Run) -> Path:
+        """The same, for what reads it a block of rows at a time."""
+        return run.one("load").file(EXAMPLES_FILE)
 
     def labels(self, run: Run) -> Labels | None:
         """What is known of the examples; None for data without labels."""
@@ -264,7 +293,7 @@ def read(folder: Path, artifacts: Path | None = None) -> Material:
     Raises:
         DataError: there is no run in the folder, or a `run.json` is broken.
     """
-    is_sweep = not (folder / RUN_FILE).is_file()
+    is_sweep = not _is_job(folder)
     folders = sorted(_jobs(folder), key=job_number) if is_sweep else [folder]
     if not folders:
         raise DataError(
@@ -290,11 +319,13 @@ def _named(records: Sequence[dict[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _jobs(folder: Path) -> list[Path]:
-    """Folders of a sweep's jobs, also of those that were killed before they could write a `run.json`."""
-    if not folder.is_dir():
-        return []
-    marks = (RUN_FILE, CONFIG_FILE, ".hydra")
-    return [path for path in folder.iterdir() if path.is_dir() and any((path / mark).exists() for mark in marks)]
+    """Folders of a sweep's jobs."""
+    return [path for path in folder.iterdir() if _is_job(path)] if folder.is_dir() else []
+
+
+def _is_job(folder: Path) -> bool:
+    """Whether a run was begun in the folder, also one that was killed before it could write a `run.json`."""
+    return any((folder / mark).exists() for mark in (RUN_FILE, CONFIG_FILE, ".hydra"))
 
 
 def _record(folder: Path) -> dict[str, Any]:

@@ -27,10 +27,11 @@ from gradsift.report.figures import FIGURES, Entry, write_figures
 from gradsift.report.figures.style import Format
 from gradsift.report.headline import headline
 from gradsift.report.inline_svg import inline_svg
-from gradsift.report.material import CONFIG_FILE, RUN_FILE, Material, read
+from gradsift.report.material import BROKEN, CONFIG_FILE, RUN_FILE, Incomplete, Material, read
 from gradsift.report.paper_tables import TABLES, write_tables
 from gradsift.report.tables import pws_table
 from gradsift.report.text_table import TextTable
+from gradsift.report.work import WORK_FILE, work_by_stage, work_table
 from gradsift.tracking import FIGURES_FOLDER, TABLES_FOLDER
 
 REPORT_FILE = "report.html"
@@ -141,6 +142,7 @@ def write_report(
 
     Raises:
         DataError: there is no run in the folder, or a file of it is broken.
+        Incomplete: the page is written, but some figure or table failed with an error and is absent.
     """
     material = read(folder, artifacts)
     to = folder if to is None else to
@@ -149,11 +151,20 @@ def write_report(
     no_table = write_tables(material, to / TABLES_FOLDER)
     shown = [_shown(entry, to, no_figure.get(entry.name), wanted) for entry in FIGURES]
     packed, left_out = _packed(material)
-    page = render(material, shown, no_table, packed, left_out)
+    work_file = WORK_FILE if (to / WORK_FILE).is_file() else None
+    page = render(material, shown, no_table, packed, left_out, work_file)
     part = to / f".{REPORT_FILE}.part"
     part.write_text(page, encoding="utf-8")
     part.rename(to / REPORT_FILE)
+    if broken := broken_of(no_figure, no_table):
+        raise Incomplete(f"{to / REPORT_FILE} is written, but for {'; '.join(broken)}")
     return to / REPORT_FILE
+
+
+def broken_of(no_figure: Mapping[str, str], no_table: Mapping[str, str]) -> list[str]:
+    """Of the figures and tables that are absent, those that failed with an error, and the error."""
+    absent = [*(("figure", *one) for one in no_figure.items()), *(("table", *one) for one in no_table.items())]
+    return [f"the {kind} {name}, which {reason}" for kind, name, reason in absent if reason.startswith(BROKEN)]
 
 
 def _shown(entry: Entry, to: Path, reason: str | None, formats: Iterable[Format]) -> Shown:
@@ -182,12 +193,14 @@ def render(
     no_table: Mapping[str, str],
     packed: Sequence[Packed],
     left_out: Sequence[str] = (),
+    work_file: str | None = None,
 ) -> str:
     """The page as HTML.
 
     Args:
         no_table: reasons of the tables that could not be made.
         packed, left_out: pools of examples that the page holds, and the names of those that it does not.
+        work_file: a sweep's table of work beside the page.
     """
     style, script = (_source(name) for name in ("report.css", "report.js"))
     values = {
@@ -200,6 +213,8 @@ def render(
         "tables": [(name, *_table(make, material, no_table.get(name))) for name, make in TABLES.items()],
         "runs_table": _runs_table(material),
         "audits": _audits(material),
+        "work": _as_text(work_table(work_by_stage([run.record for run in material.runs]))),
+        "work_file": work_file,
         "unfinished": [run for run in material.runs if run.status not in ("finished", "stopped")],
         "gaps": material.gaps,
         "pools": packed,
@@ -238,9 +253,17 @@ def groups_of(header: Sequence[str]) -> list[Group]:
 
 
 def words_of(table: TextTable) -> set[int]:
-    """Places of the columns that hold words and not figures: these stand at the left."""
+    """Places of the columns that hold words and no figure: these stand at the left."""
     columns = enumerate(zip(*table.rows, strict=True))
-    return {place for place, cells in columns if any(cell[:1].isalpha() or cell.startswith("(") for cell in cells)}
+    return {place for place, cells in columns if any(map(_is_word, cells)) and not any(map(_is_figure, cells))}
+
+
+def _is_word(cell: str) -> bool:
+    return cell[:1].isalpha() or cell.startswith("(")
+
+
+def _is_figure(cell: str) -> bool:
+    return cell.lstrip("+-")[:1].isdigit()
 
 
 def sections_of(figures: Sequence[Shown]) -> list[Section]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradsift.report.material import Material, Missing
+from gradsift.report.material import Material, Missing, attempt
 from gradsift.report.tables import Row, flat_rows, over_seeds
 from gradsift.report.text_table import TextTable, markdown, write_records
 
@@ -172,7 +172,7 @@ TABLES = {"pws": pws_table, "ablations": ablation_table}
 
 
 def write_tables(material: Material, folder: Path) -> dict[str, str]:
-    """Write each table as `<name>.csv` (plain values) and, unless it is long, `<name>.md`.
+    """Write each table as `<name>.csv` (plain values) and, unless it is long, `<name>.md`; earlier ones are removed.
 
     Returns:
         The reasons of those that could not be made, by name.
@@ -182,12 +182,15 @@ def write_tables(material: Material, folder: Path) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     reasons = {}
     for name, make in {**TABLES, **FIGURE_TABLES}.items():
-        try:
-            table = make(material)
-        except Missing as reason:
-            reasons[name] = str(reason)
-            continue
-        if len(table.rows) <= _MOST_LINES:
-            (folder / f"{name}.md").write_text(markdown(table) + "\n", encoding="utf-8")
-        write_records(folder / f"{name}.csv", table.records)
+        for form in ("csv", "md"):
+            (folder / f"{name}.{form}").unlink(missing_ok=True)
+        reason = attempt(lambda: _write(make(material), folder / name))  # noqa: B023 - made at once
+        if reason is not None:
+            reasons[name] = reason
     return reasons
+
+
+def _write(table: TextTable, path: Path) -> None:
+    if len(table.rows) <= _MOST_LINES:
+        path.with_suffix(".md").write_text(markdown(table) + "\n", encoding="utf-8")
+    write_records(path.with_suffix(".csv"), table.records)

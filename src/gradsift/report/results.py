@@ -15,7 +15,10 @@ from gradsift.config import ProxyConfig
 from gradsift.data.load import SPOILT, Labels, labels_of
 from gradsift.data.verifiable import effective_families
 from gradsift.diagnostics import read_diagnostics
-from gradsift.evaluation.stages import General, forgetting_of, heldout_loss_of, metrics_of, pws_of
+from gradsift.evaluation.stages.forgetting import General, forgetting_of
+from gradsift.evaluation.stages.judging import pws_of
+from gradsift.evaluation.stages.losses import heldout_loss_of
+from gradsift.evaluation.stages.metrics import metrics_of
 from gradsift.report.audit_tables import AUDIT_FILE
 from gradsift.report.work import work_of
 from gradsift.runtime import peak_memory
@@ -58,7 +61,7 @@ class Results:
         statuses = {k: v for k, v in artifact.info.items() if k not in ("rows", *_COUNTS)}
         self.values["scores"] = {"rows": artifact.info["rows"], "statuses": statuses}
         self.files["scores"] = str(artifact.file(SCORES_FILE))
-        self.tracker.file("scores", artifact.fingerprint, artifact.file(SCORES_FILE))
+        self.tracker.artifact(artifact, SCORES_FILE)
         scores = scores_of(artifact)
         reasons: dict[str, int] = {}
         for reason in scores.reason[scores.status != SCORED]:
@@ -76,7 +79,7 @@ class Results:
         self._diagnosed(artifact)
         shutil.copyfile(artifact.file(SELECTION_FILE), self.folder / SELECTION_FILE)
         self.files["selection"] = str(self.folder / SELECTION_FILE)
-        self.tracker.file("selection", artifact.fingerprint, artifact.file(SELECTION_FILE))
+        self.tracker.artifact(artifact, SELECTION_FILE)
 
     def audited(self, found: Callable[[], dict[str, Any]]) -> None:
         """`audit.json` holds all of it, `run.json` all but the positions that were selected."""

@@ -139,8 +139,8 @@ def pws_table(runs: Sequence[Run]) -> Table:
 def _figures(rows: Sequence[Row]) -> dict[str, list[str]]:
     return {
         "rows": [_text(row["rows"]) for row in rows],
-        "PWS": [_pws(row) for row in rows],
-        "win/tie/lose": [_outcomes(row) for row in rows],
+        "PWS": [pws_text(row) for row in rows],
+        "win/tie/lose": [outcomes_text(row) for row in rows],
         "accuracy": [_number(row["accuracy"]) for row in rows],
         "held-out": [_number(row["heldout_loss"]) for row in rows],
         "spoilt": [_number(row["spoilt_share"], 2) for row in rows],
@@ -156,7 +156,9 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _pws(row: Row) -> str:
+def pws_text(row: Row) -> str:
+    """The PWS of a row and its interval."""
+    """A row's PWS with its interval."""
     if row["pws"] is None:
         return "-"
     if row["scorer"] == "full":
@@ -166,7 +168,9 @@ def _pws(row: Row) -> str:
     return f"{row['pws']:.3f} [{row['pws_low']:.3f}, {row['pws_high']:.3f}]"
 
 
-def _outcomes(row: Row) -> str:
+def outcomes_text(row: Row) -> str:
+    """Its wins, ties and losses."""
+    """Its win/tie/lose."""
     if row["win"] is None:
         return "-"
     invalid = f" ({row['invalid']} invalid)" if row["invalid"] else ""

@@ -37,16 +37,6 @@ def work_of(stages: Sequence[Mapping[str, Any]]) -> Work:
     return total
 
 
-def work_lines(work: Work) -> list[str]:
-    """For people: what was done, and what was not done again."""
-    done = f"{work['optimizer_steps']:,} optimiser steps, {work['forward_tokens']:,} forward tokens"
-    lines = [f"made: {work['made']:,} units, {done}"]
-    if work["reused"]:
-        saved = f"{work['saved_steps']:,} optimiser steps, {work['saved_tokens']:,} forward tokens"
-        lines.append(f"reused: {work['reused']:,} units, which had taken {saved}")
-    return lines
-
-
 def work_by_stage(runs: Sequence[Mapping[str, Any]]) -> dict[str, Work]:
     """Totals over the runs of a sweep for each stage, in the order of their first appearance, and for `all`."""
     stages = [stage for run in runs for stage in run.get("stages", [])]

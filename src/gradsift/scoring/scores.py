@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,29 +41,49 @@ class Scores:
         self.status[fresh] = status
         self.reason[fresh] = reason
 
-    def require_finite(self, row_indices: Sequence[int]) -> None:
+    def require_finite(self, row_indices: Callable[[], Sequence[int]]) -> None:
         """Raise a `GradsiftError` that names the rows (of the source) whose score is no finite number."""
         bad = (self.status == SCORED) & ~np.isfinite(self.score)
         if bad.any():
-            rows = ", ".join(str(row_indices[i]) for i in np.flatnonzero(bad)[:8])
+            indices = row_indices()
+            rows = ", ".join(str(indices[i]) for i in np.flatnonzero(bad)[:8])
             raise GradsiftError(
                 f"{int(bad.sum())} scores are NaN or infinite, the first at row {rows}; look at these rows and at the "
                 "training loss (a lower proxy.learning_rate or compute.precision=float32 may help)"
             )
 
 
-def write_scores(path: Path, scores: Scores, example_ids: list[str]) -> None:
-    columns = {"example_id": pa.array(example_ids), "score": pa.array(scores.score)}
-    columns |= {name: pa.array(np.asarray(values)) for name, values in scores.parts.items()}
-    columns |= {"status": pa.array(scores.status.tolist()), "reason": pa.array(scores.reason.tolist())}
-    pq.write_table(pa.table(columns), path)
+def write_scores(path: Path, scores: Scores, example_ids: Iterable[Sequence[str] | pa.Array]) -> None:
+    """Write the scores, in as many blocks of rows as the ids of the N examples come in."""
+    writer, start = None, 0
+    with contextlib.ExitStack() as stack:
+        for ids in example_ids:
+            table = _table(scores, slice(start, start + len(ids)), ids)
+            writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
+            writer.write_table(table)
+            start += len(ids)
+
+
+def _table(scores: Scores, rows: slice, ids: Sequence[str] | pa.Array) -> pa.Table:
+    columns = {"example_id": pa.array(ids, pa.string()), "score": pa.array(scores.score[rows])}
+    columns |= {name: pa.array(np.asarray(values)[rows]) for name, values in scores.parts.items()}
+    columns |= {"status": pa.array(scores.status[rows], pa.string())}
+    columns |= {"reason": pa.array(scores.reason[rows], pa.string())}
+    return pa.table(columns)
 
 
 def read_scores(path: Path) -> Scores:
-    table = pq.read_table(path)
-    own = ("example_id", "score", "status", "reason")
-    parts = {name: table[name].to_numpy() for name in table.column_names if name not in own}
-    scores = Scores(table["score"].to_numpy(), parts)
-    scores.status = np.array(table["status"].to_pylist(), dtype=object)
-    scores.reason = np.array(table["reason"].to_pylist(), dtype=object)
+    with pq.ParquetFile(path, read_dictionary=["status", "reason"]) as file:  # by column, as in `read_statistics`
+        own = ("example_id", "score", "status", "reason")
+        numbers = [name for name in file.schema_arrow.names if name not in own]
+        parts = {name: file.read([name])[name].to_numpy() for name in numbers}
+        scores = Scores(file.read(["score"])["score"].to_numpy(), parts)
+        scores.status, scores.reason = (_texts(file.read([name])[name]) for name in ("status", "reason"))
     return scores
+
+
+def _texts(column: pa.ChunkedArray) -> np.ndarray:
+    """(N,) str in which equal texts are one object: millions of rows share a handful of reasons."""
+    chunks = column.unify_dictionaries().chunks
+    texts = np.array(chunks[0].dictionary.to_pylist() if chunks else [], dtype=object)
+    return np.concatenate([np.empty(0, dtype=object), *(texts[chunk.indices] for chunk in chunks)])

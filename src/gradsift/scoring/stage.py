@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.artifacts import Artifact
-from gradsift.data.examples import Example
+from gradsift.data.examples import read_column
+from gradsift.data.load import EXAMPLES_FILE
 from gradsift.diagnostics import Diagnostic, write_diagnostics
+from gradsift.errors import GradsiftError
 from gradsift.runtime import Runtime
 from gradsift.scoring.scores import Scores, read_scores, write_scores
 from gradsift.sources import Method, Source
@@ -21,7 +23,6 @@ def score(
     runtime: Runtime,
     scorer: Method,
     loaded: Artifact,
-    pool: Callable[[], Sequence[Example]],
     sources: Mapping[str, Source],
     diagnose: Callable[[Sequence[str]], Sequence[Diagnostic]],
 ) -> Artifact:
@@ -37,12 +38,17 @@ def score(
 
         journal = Journal(folder, runtime.compute.save_every)
         scores: Scores = scorer(sources={**sources, "journal": Source(list, lambda: journal)})
-        examples = pool()
-        scores.require_finite([example.row_index for example in examples])
-        write_scores(folder / SCORES_FILE, scores, [example.example_id for example in examples])
+        examples, rows = loaded.file(EXAMPLES_FILE), int(loaded.info["rows"])
+        if len(scores.score) != rows:
+            raise GradsiftError(
+                f"scorer={scorer.name} gave {len(scores.score):,} scores for {rows:,} examples; a scorer gives one for "
+                "each, in their order"
+            )
+        scores.require_finite(lambda: read_column(examples, "row_index").to_pylist())
         write_diagnostics(folder, [*diagnose(scorer.asked), *scores.diagnostics])
+        write_scores(folder / SCORES_FILE, scores, read_column(examples, "example_id").chunks)
         statuses, counts = _counts(scores)
-        return {"rows": len(examples), **dict(zip(statuses, counts, strict=True))}
+        return {"rows": rows, **dict(zip(statuses, counts, strict=True))}
 
     settings = {**runtime.compute.numerics, **scorer.settings(sources)}
     parents = [loaded, *scorer.parents(sources)]

@@ -7,6 +7,7 @@ as a scorer does (see `gradsift.scoring`); nothing else is computed:
     target_embeddings  the same of the target set, with each row's task
     gradients          projected per-sample gradients of the pool
     target_gradients   the same of the target set, with each row's task
+    task               a progress bar, as for a scorer
 
 Its keyword-only parameters are its constants, filled from `conf/selector/<name>.yaml`. It returns a
 `Choice`: only examples that are `scored`, none twice, never more than `size`. A selector of your own is

@@ -7,11 +7,14 @@ Shape letters: N examples of the pool, k selected ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from gradsift.data.examples import Example
+from gradsift.data.examples import read_blocks
 from gradsift.diagnostics import Diagnostic
 from gradsift.features.neighbours import nearest_anchor_cosines
 from gradsift.features.vectors import Features
@@ -38,12 +41,13 @@ _MEANING = {
 
 
 def diagnose_selection(
-    positions: np.ndarray, pool: Sequence[Example], measures: Mapping[str, np.ndarray], drop: np.ndarray | None
+    positions: np.ndarray, pool: Path, measures: Mapping[str, np.ndarray], drop: np.ndarray | None
 ) -> list[Diagnostic]:
     """Everything that can be said of a selection.
 
     Args:
         positions: (k,) of the selected examples.
+        pool: the file of the N examples.
         measures: what the ensemble knows of each example, (N,) each: `late_loss`, `response_tokens` (which
             stand in for the response's characters); may be empty.
         drop: (N,) G_s - G_t, if the score is made of it.
@@ -55,24 +59,33 @@ def diagnose_selection(
     return found + [against_pool(name, compared[name], positions) for name in _MEANING if name in compared]
 
 
-def lengths(pool: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Characters of the responses (every assistant turn) and of all that comes before or between; (N,) each."""
-    responses = [_response_length(example) for example in pool]
-    turns = [sum(len(turn.content) for turn in example.history) for example in pool]
-    totals = [
-        count + len(example.instruction) + len(example.input) + len(example.output)
-        for count, example in zip(turns, pool, strict=True)
-    ]
-    response, prompt = (
-        np.array(responses, dtype=float),
-        np.array(totals, dtype=float) - np.array(responses, dtype=float),
-    )
-    ratio = np.divide(response, prompt, out=np.full(len(pool), np.nan), where=prompt > 0)
+def lengths(pool: Path) -> dict[str, np.ndarray]:
+    """Characters of the responses (every assistant turn) and of all that comes before or between; (N,) float64 each.
+
+    Args:
+        pool: the file of the N examples, which is read a block of rows at a time.
+    """
+    blocks = [_lengths(block) for block in read_blocks(pool, ("instruction", "input", "output", "history"))]
+    response, prompt = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    ratio = np.divide(response, prompt, out=np.full(len(prompt), np.nan), where=prompt > 0)
     return {"response_characters": response, "prompt_characters": prompt, "response_to_prompt": ratio}
 
 
-def _response_length(example: Example) -> int:
-    return len(example.output) + sum(len(turn.content) for turn in example.history if turn.role == "assistant")
+def _lengths(block: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Of the responses and of the prompts."""
+
+    def characters(texts: pa.Array) -> np.ndarray:
+        counts: np.ndarray = pc.utf8_length(texts).to_numpy(zero_copy_only=False).astype(float)
+        return counts
+
+    turns = block["history"].flatten()
+    counts = pc.list_value_length(block["history"]).to_numpy(zero_copy_only=False)
+    owners = np.repeat(np.arange(block.num_rows), counts)
+    length = characters(pc.struct_field(turns, "content"))
+    answers = pc.equal(pc.struct_field(turns, "role"), "assistant").to_numpy(zero_copy_only=False)
+    said = np.bincount(owners[answers], length[answers], minlength=block.num_rows)
+    asked = np.bincount(owners[~answers], length[~answers], minlength=block.num_rows)
+    return said + characters(block["output"]), asked + characters(block["instruction"]) + characters(block["input"])
 
 
 def against_pool(measure: str, values: np.ndarray, positions: np.ndarray) -> Diagnostic:

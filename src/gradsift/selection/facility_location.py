@@ -21,6 +21,7 @@ import numpy as np
 from gradsift.diagnostics import Diagnostic
 from gradsift.errors import ConfigError
 from gradsift.features.vectors import Features
+from gradsift.runtime import Task, unseen
 from gradsift.scoring.scores import Scores
 from gradsift.selection.candidates import best_by_direction
 from gradsift.selection.choice import Choice
@@ -34,7 +35,9 @@ _LARGEST_BATCH = 512
 _SAME = 1e-12  # squared distance up to which two unit vectors are one: float64's rounding
 
 
-def facility_location(scores: Scores, size: int, embeddings: Features, *, similarity: str, candidates: float) -> Choice:
+def facility_location(
+    scores: Scores, size: int, embeddings: Features, task: Task = unseen, *, similarity: str, candidates: float
+) -> Choice:
     """Exact greedy maximisation of f over the best candidates by score, in the order of the picks.
 
     A gain can only shrink, so an old one is a bound: only those are computed anew that may be the largest.
@@ -54,7 +57,11 @@ def facility_location(scores: Scores, size: int, embeddings: Features, *, simila
         )
     ground = np.concatenate(best_by_direction(scores, embeddings))[:count]
     cover = _Cover(embeddings, ground, SIMILARITIES[similarity])
-    picked = [cover.pick() for _ in range(min(size, len(ground)))]
+    picked: list[int] = []
+    with task("facility location", min(size, len(ground))) as advance:
+        while len(picked) < min(size, len(ground)):
+            picked.append(cover.pick())
+            advance(1)
     return Choice(ground[picked], _diagnostics(cover.covered, len(picked)))
 
 

@@ -28,6 +28,7 @@ import numpy as np
 from gradsift.diagnostics import Diagnostic
 from gradsift.errors import GradsiftError
 from gradsift.features.vectors import Features
+from gradsift.runtime import Advance, Task, unseen
 from gradsift.scoring.scores import Scores
 from gradsift.selection.budget import proportional_shares
 from gradsift.selection.candidates import best_by_direction, shortfall
@@ -48,6 +49,7 @@ def gradient_walk(
     size: int,
     gradients: Features,
     target_gradients: Features,
+    task: Task = unseen,
     *,
     explained: float,
     keep: float,
@@ -74,7 +76,10 @@ def gradient_walk(
         raise GradsiftError("every gradient of the pool is zero; look at the proxy's training and at its examples")
     walk = Walk.of(gradients, pool, core)
     shares = proportional_shares(min(size, len(pool)), core.variances)
-    rows = [walk.component(index, int(share), keep, graph, neighbours) for index, share in enumerate(shares)]
+    with task("gradient walk", int(shares.sum())) as advance:
+        rows = [
+            walk.component(index, int(share), keep, graph, neighbours, advance) for index, share in enumerate(shares)
+        ]
     picked = pool[[place for taken in rows for place in taken]]
     diagnostics = [_of_core(core, explained), _of_walk(walk, rows, shares)]
     if fill == "topup":
@@ -104,12 +109,21 @@ class Walk:
         towards = products(gradients, pool, core.directions)
         return cls(gradients, pool, towards, squared_lengths(gradients, pool), np.ones(len(pool), dtype=bool))
 
-    def component(self, index: int, share: int, keep: float, graph: bool, neighbours: int | None) -> list[int]:
+    def component(
+        self,
+        index: int,
+        share: int,
+        keep: float,
+        graph: bool,
+        neighbours: int | None,
+        advance: Advance = lambda done: None,
+    ) -> list[int]:
         """Places in `pool` that one component takes, at most `share`, in their order."""
         towards = self.towards[:, index]
         if not graph:
             taken = _largest(np.where(self.unused, towards, -np.inf), min(share, int(self.unused.sum())))
             self.unused[taken] = False
+            advance(len(taken))
             return taken
         taken = []
         total = _Sum(self, towards)
@@ -117,6 +131,7 @@ class Walk:
         while place is not None:
             taken.append(place)
             self.unused[place] = False
+            advance(1)
             if len(taken) == share:
                 break
             near = self._agreeing(total, place, neighbours)

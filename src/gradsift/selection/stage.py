@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from gradsift.artifacts import Artifact
-from gradsift.data.examples import Example
+from gradsift.data.examples import read_blocks
+from gradsift.data.load import EXAMPLES_FILE
 from gradsift.diagnostics import write_diagnostics
 from gradsift.errors import GradsiftError
 from gradsift.features.vectors import Features
@@ -30,7 +33,7 @@ def select(
     runtime: Runtime,
     selector: Method,
     scored: Artifact,
-    pool: Callable[[], Sequence[Example]],
+    loaded: Artifact,
     sources: Mapping[str, Source],
     measures: Callable[[], Mapping[str, np.ndarray]],
     alpha: float,
@@ -48,8 +51,8 @@ def select(
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
-        scores, examples = scores_of(scored), pool()
-        count = len(examples) if base == "accepted" else int((scores.status == SCORED).sum())
+        scores, examples = scores_of(scored), loaded.file(EXAMPLES_FILE)
+        count = len(scores.score) if base == "accepted" else int((scores.status == SCORED).sum())
         size = budget(alpha, count)
         if not (scores.status == SCORED).any():
             reasons = ", ".join(sorted({str(r) for r in scores.reason if r}))
@@ -77,26 +80,40 @@ def write_selection(
     path: Path,
     positions: np.ndarray,
     scores: Scores,
-    examples: Sequence[Example],
+    examples: Path,
     corruption: Mapping[int, str] | None = None,
 ) -> None:
     """One line an example, best first: the original row, and under `gradsift` its rank, score and ids.
 
     The original row is the source's also where the example was corrupted for an audit; `corruption` names the kind.
+    The file `examples` is read once and in its order, its lines go through a file without a name, and neither the
+    pool nor the selection is ever in memory.
     """
-    with path.open("w", encoding="utf-8") as stream:
-        for rank, position in enumerate(positions, start=1):
-            example = examples[position]
-            own = {
-                "rank": rank,
-                "score": float(scores.score[position]),
-                "example_id": example.example_id,
-                "row_index": example.row_index,
-            }
-            if corruption and int(position) in corruption:
-                own["corruption"] = corruption[int(position)]
-            row = {**example.original, "gradsift": own}
-            stream.write(_json_line(row) + "\n")
+    ranks = np.zeros(len(scores.score), dtype=np.int64)  # from 1; 0 where not selected
+    ranks[positions] = np.arange(1, len(positions) + 1)
+    begins, sizes = np.zeros((2, len(positions)), dtype=np.int64)  # by rank: bytes of the file without a name
+    with tempfile.TemporaryFile(dir=path.parent) as lines, path.open("wb") as stream:
+        for position, row in _rows(examples, ranks):
+            rank = int(ranks[position])
+            own: dict[str, Any] = {"rank": rank, "score": float(scores.score[position])}
+            own |= {name: row[name] for name in ("example_id", "row_index")}
+            if corruption and position in corruption:
+                own["corruption"] = corruption[position]
+            line = _json_line({**json.loads(row["original"]), "gradsift": own}).encode("utf-8") + b"\n"
+            begins[rank - 1], sizes[rank - 1] = lines.tell(), len(line)
+            lines.write(line)
+        for begin, size in zip(begins.tolist(), sizes.tolist(), strict=True):
+            lines.seek(begin)
+            stream.write(lines.read(size))
+
+
+def _rows(examples: Path, ranks: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Position and columns of each example that has a rank, in the order of the file."""
+    start = 0
+    for block in read_blocks(examples, ("row_index", "example_id", "original")):
+        chosen = np.flatnonzero(ranks[start : start + block.num_rows])
+        yield from zip((start + chosen).tolist(), block.take(pa.array(chosen)).to_pylist(), strict=True)
+        start += block.num_rows
 
 
 def _json_line(row: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -82,12 +83,24 @@ def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfi
     return Backbone(model.eval(), tokenizer, (artifact, config, compute))
 
 
+def load_shown(runtime: Runtime, artifact: Artifact, config: ModelConfig) -> Backbone:
+    """`load_backbone` with a word about it: 7 billion parameters take a minute."""
+    with runtime.display.task(f"load {artifact.path.name.rsplit('-', 1)[0]}", None):
+        return load_backbone(artifact, config, runtime.compute)
+
+
 def quieten() -> None:
     """Leave out what transformers shows and warns of by itself in this process."""
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # those of the hub's client too
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_padding_hint)
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # said by peft's own call
+
+
+def _is_no_padding_hint(record: logging.LogRecord) -> bool:
+    """It asks for a mask, which rows that are padded on the right do without: they look only to the left."""
+    return "passing in an `attention_mask`" not in record.getMessage()
 
 
 def _same_but_faster(model: Any, compute: ComputeConfig) -> None:
@@ -180,7 +193,7 @@ def _pretrained(runtime: Runtime, config: ModelConfig) -> Artifact:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise DataError(f"model.path={path} is a folder without config.json; give one that transformers can load")
-        settings: dict[str, Any] = {"files": _folder_hashes(folder)}
+        settings: dict[str, Any] = {"files": _folder_hashes(runtime, folder)}
     else:
         settings = {"hub": path, "revision": config.revision}
 
@@ -193,9 +206,14 @@ def _pretrained(runtime: Runtime, config: ModelConfig) -> Artifact:
     return runtime.store.obtain("backbone", slug, settings, [], make, version=VERSION, light=True)
 
 
-def _folder_hashes(folder: Path) -> dict[str, str]:
+def _folder_hashes(runtime: Runtime, folder: Path) -> dict[str, str]:
     files = sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES)
-    return {file.name: file_hash(file) for file in files}
+    hashes = {}
+    with runtime.display.task(f"check the files of {folder.name}", len(files)) as advance:
+        for file in files:
+            hashes[file.name] = file_hash(file)
+            advance(1)
+    return hashes
 
 
 def _hub_commit(config: ModelConfig) -> str:

@@ -19,7 +19,7 @@ from gradsift.errors import GradsiftError
 from gradsift.planning import Planned
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora
-from gradsift.training.backbones import Backbone, load_backbone
+from gradsift.training.backbones import Backbone, load_shown
 from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, fit, step_counts
@@ -95,7 +95,7 @@ def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[
 def _train(
     runtime: Runtime, folder: Path, config: TargetConfig, target: Artifact, chosen: Sequence[Example]
 ) -> dict[str, Any]:
-    return train_target(runtime, config, load_backbone(target, config.model, runtime.compute), chosen, folder)
+    return train_target(runtime, config, load_shown(runtime, target, config.model), chosen, folder)
 
 
 def train_target(
@@ -155,7 +155,7 @@ def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str) ->
 
 def load_tuned(runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None) -> Backbone:
     """The target with the adapter of `tuned`, or as it was before any finetuning; on the device."""
-    backbone = load_backbone(target, config.model, runtime.compute)
+    backbone = load_shown(runtime, target, config.model)
     model: Any = backbone.model
     if tuned is not None:
         model = lora.add_adapter(model, config.lora, seed=0)

@@ -9,10 +9,9 @@ from typing import Any
 
 from gradsift.artifacts import MANIFEST, content_hash
 from gradsift.errors import DataError
-from gradsift.evaluation.generation import item_key, read_pair
+from gradsift.evaluation.generation import OUTPUTS_FILE, item_key, read_pair
 from gradsift.evaluation.judges import Combine
 
-OUTPUTS_FILE = "model_outputs.json"  # as in evaluation.stages, which needs torch
 Key = tuple[str, str]  # (benchmark, item id)
 
 

@@ -48,7 +48,8 @@ class VerifierJudge:
             if request.reference is None:
                 raise ConfigError(
                     f"judge=verifier: item {request.benchmark}/{request.item_id} has no reference answer; "
-                    f"set benchmark.catalog.{request.benchmark}.reference, or choose judge=openai or judge=local"
+                    f"set benchmark.catalog.{request.benchmark}.reference (in a file of answers: `reference`), or "
+                    "choose judge=openai or judge=local"
                 )
             known.append((request, request.reference))
         for request, reference in known:

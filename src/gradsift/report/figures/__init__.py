@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from matplotlib.figure import Figure
 
 from gradsift.report.figures import audit, convergence, cost, ensemble, judge, results, scores, selection, sensitivity
-from gradsift.report.figures.style import Format, save
-from gradsift.report.material import Material, Missing
+from gradsift.report.figures.style import Format, bytes_of
+from gradsift.report.material import Material, attempt
 
 __all__ = ["FIGURES", "Entry", "write_figures"]
 
@@ -183,7 +183,7 @@ FIGURES = (
 
 
 def write_figures(material: Material, folder: Path, formats: Iterable[Format] = ("png", "svg")) -> dict[str, str]:
-    """Write each figure as `<name>.<format>`.
+    """Write each figure as `<name>.<format>`, and remove those of an earlier report.
 
     Returns:
         The reasons of those that could not be drawn, by name.
@@ -191,11 +191,14 @@ def write_figures(material: Material, folder: Path, formats: Iterable[Format] = 
     folder.mkdir(parents=True, exist_ok=True)
     reasons = {}
     for entry in FIGURES:
-        try:
-            figure = entry.draw(material)
-        except Missing as reason:
-            reasons[entry.name] = str(reason)
-            continue
-        for form in formats:
-            save(figure, folder / f"{entry.name}.{form}", form)
+        for form in get_args(Format):
+            (folder / f"{entry.name}.{form}").unlink(missing_ok=True)
+        reason = attempt(lambda: _write(entry.draw(material), folder / entry.name, formats))  # noqa: B023 - made at once
+        if reason is not None:
+            reasons[entry.name] = reason
     return reasons
+
+
+def _write(figure: Figure, path: Path, formats: Iterable[Format]) -> None:
+    for form, content in [(form, bytes_of(figure, form)) for form in formats]:
+        path.with_suffix(f".{form}").write_bytes(content)

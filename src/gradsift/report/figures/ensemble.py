@@ -98,7 +98,7 @@ def collapse(material: Material) -> Figure:
         right.axvline(
             LEAST_NORM_SPREAD, color=COLOURS[1], linestyle=(0, (4, 2)), label=f"collapsed below {LEAST_NORM_SPREAD}"
         )
-        right.set(xlabel="$\\sqrt{V_t} / G_t$ of an example", ylabel="examples", xlim=(0, None))
+        right.set(xlabel="$V_t^{1/2} / G_t$ of an example", ylabel="examples", xlim=(0, None))
         right.set_title("spread of the gradient norms")
         right.legend()
     return figure

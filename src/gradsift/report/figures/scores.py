@@ -35,20 +35,23 @@ _BANDS = 20  # of the ranking, in `score_length`
 def score_distributions(material: Material) -> Figure:
     """A histogram a method at the middle alpha, of all scored examples and of the selected ones."""
     runs = reached(material, "select")
-    shown = {name: group[0] for name, group in by_method(runs, middle_alpha(runs), MOST_LINES).items()}
+    scored = [run for run in runs if SCORED in material.scores(run).status]
+    if not scored:
+        raise Missing("no run has a scored row")
+    shown = {name: group[0] for name, group in by_method(scored, middle_alpha(scored), MOST_LINES).items()}
     with styled():
         columns = min(4, len(shown))
         rows = -(-len(shown) // columns)
-        figure, axes = panels(columns, rows, width=1.2 + 2.0 * columns, height=0.6 + 1.7 * rows)
+        figure, axes = panels(columns, rows, width=1.2 + 2.0 * columns, height=0.9 + 1.7 * rows)
         for panel, (name, run) in zip(axes, shown.items(), strict=False):
             scores = material.scores(run)
-            scored = scores.score[scores.status == SCORED]
-            bins, width = _bins(scored)
+            values = scores.score[scores.status == SCORED]
+            bins, width = _bins(values)
             if width is not None:
                 panel.set_xscale("asinh", linear_width=width)
-                panel.xaxis.set_major_locator(AsinhLocator(width, numticks=5))
+                panel.xaxis.set_major_locator(AsinhLocator(width, numticks=4))
                 panel.xaxis.set_minor_locator(NullLocator())
-            panel.hist(scored, bins=bins, color=NEUTRAL, label="all rows")
+            panel.hist(values, bins=bins, color=NEUTRAL, label="all rows")
             chosen = scores.score[material.selected(run)]
             panel.hist(chosen, bins=bins, color=COLOURS[1], hatch=HATCHES[1], label="selected", edgecolor=INK)
             panel.set_title(name)
@@ -57,6 +60,8 @@ def score_distributions(material: Material) -> Figure:
                 panel.locator_params(axis="x", nbins=4)
         for panel in axes[len(shown) :]:
             panel.set_visible(False)
+        figure.supxlabel("score (each method's own scale)", fontsize=9)
+        figure.supylabel("rows", fontsize=9)
         legend(figure, axes[0])
     return figure
 
@@ -128,7 +133,7 @@ def _lengths_by_rank(material: Material, run: Run) -> np.ndarray:
     if len(scored) < _BANDS:
         raise Missing(f"{run.name}: {len(scored)} scored rows are too few to look at {_BANDS} bands of them")
     order = scored[np.argsort(-scores.score[scored], kind="stable")]
-    response = lengths(material.examples(run))["response_characters"]
+    response = lengths(material.examples_file(run))["response_characters"]
     return np.array([np.median(response[band]) for band in np.array_split(order, _BANDS)])
 
 
@@ -159,7 +164,7 @@ def _selections(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
         theirs = [(v, loss) for other, v, loss in points if other == name]
         axes.plot(*zip(*theirs, strict=True), looks.marker(name), ms=6, color=looks.colour(name), label=name)
     x, y = (np.array([point[i] for point in points]) for i in (1, 2))
-    axes.set(xscale="log", xlabel="mean $V_t$ of the selection", ylabel="held-out loss")
+    axes.set(xscale="log", xlabel="mean $V_t$ of the selection", ylabel="held-out loss (nats a token)")
     axes.set_title(as_text(spearman(x, y)))
 
 

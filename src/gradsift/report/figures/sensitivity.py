@@ -109,7 +109,7 @@ def ensemble_size(material: Material) -> Figure:
         sizes, correlation, overlap = size_curves(material, run)
         axes.plot(sizes, correlation, "o-", color=COLOURS[0], label="rank correlation of the scores")
         axes.plot(sizes, overlap, "s--", color=COLOURS[1], label=f"overlap of the top {run.alpha:.0%}")
-        axes.set(xlabel=f"members, of {sizes[-1]}", ylabel="agreement with all members", ylim=(0, 1.03))
+        axes.set(xlabel=f"members, of {sizes[-1]}", ylabel="agreement with all members", ylim=_agreement(correlation))
         axes.set_xticks(sizes)
         axes.set_title(run.name)
         legend(figure, axes)
@@ -130,7 +130,17 @@ def size_curves(material: Material, run: Run) -> tuple[list[int], np.ndarray, np
     scores = [gsnr(compute_statistics(early[:m], late[:m], scope, count), eps=own_eps(run)).score for m in sizes]
     size = int(run.alpha * count)
     overlap = [jaccard(top(score, size), top(scores[-1], size)) for score in scores]
-    return sizes, np.array([spearman(score, scores[-1]) or 0.0 for score in scores]), np.array(overlap)
+    return sizes, _correlations(scores, scores[-1]), np.array(overlap)
+
+
+def _correlations(scores: Sequence[np.ndarray], with_: np.ndarray) -> np.ndarray:
+    """Spearman of each with one; NaN, a gap in the line, where it is not defined."""
+    return np.array([spearman(score, with_) for score in scores], float)
+
+
+def _agreement(correlation: np.ndarray) -> tuple[float, float]:
+    """Limits of an axis that shows these and shares."""
+    return float(np.fmin.reduce(correlation, initial=0.0)) - 0.02, 1.03
 
 
 # --------------------------------------------------------------------------------------------- eps
@@ -149,7 +159,7 @@ def eps(material: Material) -> Figure:
         middle = float(np.nanmedian(values.V_t))
         axes.axvline(middle, color=FAINT, linewidth=1, linestyle=(0, (1, 1.5)), label=f"median $V_t$: {middle:.2g}")
         axes.set(xscale="log", xlabel="eps", ylabel=f"agreement with eps = {own:g}")
-        axes.set_ylim(min(0.0, float(np.min(correlation))) - 0.02, 1.03)
+        axes.set_ylim(_agreement(correlation))
         axes.set_title(run.name)
         legend(figure, axes)
     return figure
@@ -167,7 +177,7 @@ def eps_curves(values: Statistics, own: float, alpha: float) -> tuple[np.ndarray
     size = int(alpha * len(base))
     kept = top(base, size)
     scores = [gsnr(values, eps=float(value)).score for value in EPS]
-    correlation = np.array([spearman(base, score) or 0.0 for score in scores])
+    correlation = _correlations(scores, base)
     overlap = np.array([jaccard(kept, top(score, size)) for score in scores])
     return correlation, overlap
 

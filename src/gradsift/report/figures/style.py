@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -150,7 +149,3 @@ def bytes_of(figure: Figure, form: Format) -> bytes:
         else:
             figure.savefig(stream, format="png", dpi=160, facecolor=PAPER, metadata={"Software": None})
     return stream.getvalue()
-
-
-def save(figure: Figure, path: Path, form: Format) -> None:
-    path.write_bytes(bytes_of(figure, form))

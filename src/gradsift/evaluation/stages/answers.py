@@ -1,0 +1,103 @@
+"""The benchmark's items, and a model's answers to them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gradsift.artifacts import Artifact
+from gradsift.config import EMBEDDED, TERSE, BenchmarkConfig, TargetConfig
+from gradsift.data import verifiable
+from gradsift.data.download import fetch_url
+from gradsift.data.load import benchmark_rows
+from gradsift.data.tokens import encode_prompt
+from gradsift.data.verifiable import FAMILIES
+from gradsift.evaluation.benchmarks import Item, load_benchmark
+from gradsift.evaluation.generation import OUTPUTS_FILE, generate_answers, model_outputs, write_model_outputs
+from gradsift.journal import Journal
+from gradsift.runtime import Runtime
+from gradsift.training.target import load_tuned
+
+VERSION = 2
+TERSE_ITEMS = 360  # twenty of each skill
+
+
+def benchmark_items(
+    runtime: Runtime, config: BenchmarkConfig, names: Sequence[str], loaded: Artifact, seed: int
+) -> list[Item]:
+    """The items of the sets `names`, in that order; `seed` draws those of the embedded world's terse set."""
+    fetch = functools.partial(fetch_url, folder=runtime.store.root / "downloads")
+    folder = None if config.folder is None else Path(config.folder).expanduser()
+    items: list[Item] = []
+    for name in names:
+        if name == EMBEDDED:
+            items += embedded_items(loaded)[: config.limit]
+        elif name == TERSE:
+            items += [_item(TERSE, row) for row in verifiable.terse_rows(TERSE_ITEMS, seed=seed)][: config.limit]
+        else:
+            items += load_benchmark(name, config.catalog[name], config.limit, fetch, folder)
+    return items
+
+
+def embedded_items(loaded: Artifact) -> list[Item]:
+    """The benchmark that came with the embedded world; the families of `data.delayed` are benchmarks of their own."""
+    rows = benchmark_rows(loaded)
+    names = [EMBEDDED if row["family"] in FAMILIES else f"{EMBEDDED}_{row['family']}" for row in rows]
+    return [_item(name, row) for name, row in zip(names, rows, strict=True)]
+
+
+def _item(name: str, row: Mapping[str, str]) -> Item:
+    return Item(name, row["item_id"], row["instruction"], row["input"], row["reference"])
+
+
+def generate(
+    runtime: Runtime,
+    config: BenchmarkConfig,
+    target_config: TargetConfig,
+    target: Artifact,
+    tuned: Artifact | None,
+    items: Sequence[Item],
+) -> Artifact:
+    """Greedy answers of the finetuned target (or of the untouched one, for `tuned=None`) to every item."""
+    settings = {
+        "items": items_hash(items),
+        "max_new_tokens": config.max_new_tokens,
+        "template": target_config.template,
+        **runtime.compute.numerics,
+    }
+    generator = tuned.path.name if tuned else f"{target_config.name}-untuned"
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        tuned_model = load_tuned(runtime, target_config, target, tuned)
+        prompts = [
+            encode_prompt(item.instruction, item.input, tuned_model.tokenizer, target_config.template) for item in items
+        ]
+        with runtime.display.task(f"answer {len(items)} questions", len(items)) as advance:
+            answers = generate_answers(
+                tuned_model.model,
+                tuned_model.tokenizer,
+                prompts,
+                max_new_tokens=config.max_new_tokens,
+                batch_size=config.batch_size,
+                progress=advance,
+                journal=Journal(folder, runtime.compute.save_every),
+            )
+        write_model_outputs(folder / OUTPUTS_FILE, model_outputs(items, answers, generator))
+        return {"rows": len(items)}
+
+    parents, slug = [target, *([tuned] if tuned else [])], slug_of(target_config, tuned)
+    return runtime.store.obtain("generate", slug, settings, parents, make, version=VERSION, size=len(items))
+
+
+def items_hash(items: Sequence[Item]) -> str:
+    questions = json.dumps([asdict(item) for item in items], sort_keys=True)
+    return hashlib.sha256(questions.encode()).hexdigest()
+
+
+def slug_of(config: TargetConfig, tuned: Artifact | None) -> str:
+    return tuned.path.name.rsplit("-", 1)[0] if tuned else f"{config.name}-untuned"

@@ -1,0 +1,105 @@
+"""What a finetune costs elsewhere: metrics, losses and lm-eval's tasks on general sets, before and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gradsift.artifacts import Artifact, file_hash
+from gradsift.config import BenchmarkConfig, TargetConfig
+from gradsift.evaluation.benchmarks import Item
+from gradsift.evaluation.lm_harness import evaluate_tasks
+from gradsift.evaluation.metrics import change
+from gradsift.evaluation.stages.answers import generate, slug_of
+from gradsift.evaluation.stages.losses import reference_losses
+from gradsift.evaluation.stages.metrics import metrics, metrics_of
+from gradsift.runtime import Runtime
+from gradsift.training.target import load_tuned
+
+LM_EVAL_VERSION = 1
+
+
+class General(NamedTuple):
+    """What is known of a model outside what it is tuned for; None where it was not asked for."""
+
+    metrics: Artifact | None
+    losses: Artifact | None
+    tasks: Artifact | None
+
+
+def forgetting(
+    runtime: Runtime,
+    config: BenchmarkConfig,
+    target_config: TargetConfig,
+    target: Artifact,
+    tuned: Artifact,
+    items: Sequence[Item],
+) -> tuple[General, General]:
+    """What the target knew before the finetune, and knows after it, of what it was not tuned for.
+
+    Args:
+        items: those of `benchmark.general`.
+    """
+
+    def state(model: Artifact | None) -> General:
+        measured = losses = tasks = None
+        if items:
+            answers = generate(runtime, config, target_config, target, model, items)
+            measured = metrics(runtime, config, answers, items)
+            losses = reference_losses(runtime, target_config, target, model, items)
+        if config.lm_eval_tasks:
+            tasks = _lm_eval(runtime, config, target_config, target, model)
+        return General(measured, losses, tasks)
+
+    return state(None), state(tuned)
+
+
+def forgetting_of(states: tuple[General, General]) -> dict[str, Any]:
+    """What `forgetting` found.
+
+    Returns:
+        `{set: {"before", "after", "change"}}`, each with the metrics and with `loss`, the mean NLL of a token of
+        the reference answer (nats), as far as they are there; a task of lm-eval is the set `lm_eval/<task>`.
+    """
+
+    def values_of(state: General) -> dict[str, dict[str, Any]]:
+        measured = metrics_of(state.metrics) or {"benchmarks": {}}
+        losses = {} if state.losses is None else state.losses.info["losses"]
+        found = {name: {**values, "loss": losses.get(name)} for name, values in measured["benchmarks"].items()}
+        tasks = {} if state.tasks is None else state.tasks.info["tasks"]
+        return found | {f"lm_eval/{task}": values for task, values in tasks.items()}
+
+    before, after = (values_of(state) for state in states)
+    return {
+        name: {"before": before[name], "after": after[name], "change": change(before[name], after[name])}
+        for name in before
+    }
+
+
+def _lm_eval(
+    runtime: Runtime, config: BenchmarkConfig, target_config: TargetConfig, target: Artifact, tuned: Artifact | None
+) -> Artifact:
+    settings: dict[str, Any] = {"tasks": list(config.lm_eval_tasks), "limit": config.limit, **runtime.compute.numerics}
+    settings["package"] = metadata.version("lm-eval")  # tasks change from release to release
+    if config.lm_eval_folder is not None:
+        files = sorted(file for file in Path(config.lm_eval_folder).rglob("*") if file.is_file())
+        settings["folder"] = {str(file.relative_to(config.lm_eval_folder)): file_hash(file) for file in files}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        model = load_tuned(runtime, target_config, target, tuned)
+        plain: Any = model.model
+        plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain  # LoRA layers sit inside
+        found = evaluate_tasks(
+            plain,
+            model.tokenizer,
+            config.lm_eval_tasks,
+            folder=config.lm_eval_folder,
+            limit=config.limit,
+            batch_size=config.batch_size,
+        )
+        return {"rows": len(found), "tasks": found}
+
+    parents, slug = [target, *([tuned] if tuned else [])], slug_of(target_config, tuned)
+    return runtime.store.obtain("lm_eval", slug, settings, parents, make, version=LM_EVAL_VERSION)

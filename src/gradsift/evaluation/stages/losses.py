@@ -1,0 +1,122 @@
+"""A model's loss on held-out examples and on the reference answers of a benchmark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradsift.artifacts import Artifact
+from gradsift.config import TargetConfig
+from gradsift.data.batching import collate
+from gradsift.data.examples import Example
+from gradsift.data.load import heldout_of
+from gradsift.data.tokens import Encoded, encode
+from gradsift.errors import GradsiftError
+from gradsift.evaluation.benchmarks import Item
+from gradsift.evaluation.stages.answers import items_hash, slug_of
+from gradsift.journal import Journal
+from gradsift.runtime import Runtime
+from gradsift.training.backbones import Backbone
+from gradsift.training.device import TokenBudget, device_of
+from gradsift.training.finetuning import ResponseLosses, require_finite
+from gradsift.training.target import load_tuned
+
+VERSION = 2
+_LOSS_TOKENS = 4096  # padded tokens at once, where compute.tokens does not say; no result depends on it
+
+
+def heldout_loss(
+    runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, loaded: Artifact
+) -> Artifact | None:
+    """Mean over the held-out examples of the mean NLL of a response token, in nats; None without such examples."""
+    if not loaded.info["heldout"]:
+        return None
+    settings = {
+        "template": config.template,
+        "max_length": config.max_length,
+        **runtime.compute.numerics,
+    }
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        model = load_tuned(runtime, config, target, tuned)
+        total, count = 0.0, 0
+        for _, losses in _losses(runtime, config, model, heldout_of(loaded), folder, "held-out loss"):
+            total += float(losses.sum())
+            count += len(losses)
+        if not count:
+            raise GradsiftError("no held-out example has a response token for the target; take data.holdout=0")
+        loss = {"heldout_loss": total / count, "rows": count}
+        (folder / "heldout.json").write_text(json.dumps(loss), encoding="utf-8")
+        return loss
+
+    parents, slug = [target, loaded, *([tuned] if tuned else [])], slug_of(config, tuned)
+    size = int(loaded.info["heldout"])
+    return runtime.store.obtain("heldout", slug, settings, parents, make, version=VERSION, size=size)
+
+
+def heldout_loss_of(made: Artifact | None) -> float | None:
+    """What `heldout_loss` found."""
+    return None if made is None else float(made.info["heldout_loss"])
+
+
+def reference_losses(
+    runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, items: Sequence[Item]
+) -> Artifact:
+    """Mean over a benchmark's items of the mean NLL of a token of the reference answer, nats; `info["losses"]` by name.
+
+    A set none of whose references has a token for the target is left out.
+    """
+    known = [item for item in items if item.reference is not None]
+    settings = {
+        "items": items_hash(known),
+        "template": config.template,
+        "max_length": config.max_length,
+        **runtime.compute.numerics,
+    }
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        examples = [
+            Example(
+                row, f"{item.benchmark}/{item.item_id}", "", (), item.instruction, item.input, str(item.reference), {}
+            )
+            for row, item in enumerate(known)
+        ]
+        model = load_tuned(runtime, config, target, tuned)
+        by_set: dict[str, list[float]] = {}
+        for rows, losses in _losses(runtime, config, model, examples, folder, "loss of the reference answers"):
+            for row, loss in zip(rows.tolist(), losses.tolist(), strict=True):
+                by_set.setdefault(known[row].benchmark, []).append(loss)
+        return {"rows": len(known), "losses": {name: sum(found) / len(found) for name, found in by_set.items()}}
+
+    parents, slug = [target, *([tuned] if tuned else [])], slug_of(config, tuned)
+    return runtime.store.obtain("reference_loss", slug, settings, parents, make, version=VERSION, size=len(known))
+
+
+def _losses(
+    runtime: Runtime, config: TargetConfig, model: Backbone, examples: Sequence[Example], folder: Path, purpose: str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Positions in `examples` and mean NLL of a response token, batch by batch; those without one are left out."""
+    limit = min(config.max_length, model.context)
+    with runtime.display.task("tokenise for the target", len(examples)) as advance:
+        encoded, _ = encode(examples, model.tokenizer, config.template, limit, advance)
+    row_indices, device = [example.row_index for example in examples], device_of(runtime.compute)
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with runtime.display.task(purpose, len(encoded)) as advance, torch.inference_mode():
+        response_losses = ResponseLosses(model.model)
+        budget = TokenBudget(runtime.compute.tokens or _LOSS_TOKENS, runtime.display.say)
+
+        def losses_of(batch_examples: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+            batch = collate(batch_examples, model.pad_id).to(device)
+            return batch.rows, response_losses(batch)
+
+        journal = Journal(folder, runtime.compute.save_every)
+        for passed, results in budget.passes(encoded, losses_of, journal):
+            for rows, losses in results:
+                require_finite(purpose, rows, losses, row_indices)
+                found.append((rows.cpu(), losses.cpu()))
+            advance(len(passed))
+    return found

@@ -103,6 +103,7 @@ def test_a_changed_answer_or_judge_is_judged_anew(tmp_path: Path) -> None:
     judgments = judge_pairs(judge, rows, reference_rows, path)
     assert {request.item_id for request in judge.asked} == {"1"}
     assert [j.score_model for j in judgments if j.item_id == "1"] == [1, 1]
+    assert read_judgments(path) == judgments  # the stages behind this one read the file
     other = LongerIsBetter(version=2)
     judge_pairs(other, rows, reference_rows, path)
     assert len(other.asked) == 8

@@ -13,6 +13,7 @@ from gradsift.cli import conf_folder
 from gradsift.config import load_config, register_schemas
 from gradsift.errors import GradsiftError
 from gradsift.features.vectors import Features, unit_rows
+from gradsift.runtime import unseen
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
 from gradsift.selection import products
 from gradsift.selection.choice import Choice
@@ -234,5 +235,6 @@ def test_every_selectors_yaml_gives_its_function_all_that_it_takes(choice: str) 
     values = {name: Features(vectors) for name in ("embeddings", "gradients")}
     values |= {name: Features(vectors[:3], ("a", "a", "b")) for name in ("target_embeddings", "target_gradients")}
     sources = {name: Source(list, lambda value=value: value) for name, value in values.items()}  # type: ignore[misc]
+    sources["task"] = Source(list, lambda: unseen)
     selector = method("selector", config.selector, tuple(sources), given=("scores", "size"))
     require_lawful(selector(scores, 4, sources=sources), scores, 4)

@@ -16,6 +16,7 @@ from gradsift import sweep
 from gradsift.cli import conf_folder
 from gradsift.config import dump_config, load_config, register_schemas
 from gradsift.config.schemas import REPLACED
+from gradsift.errors import GradsiftError
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -135,6 +136,16 @@ def test_jobs_that_differ_by_values_share_a_composition(hydra_ready, monkeypatch
     assert found.jobs is not None
     assert len(found.jobs) == 40
     assert found.jobs[1] == ("scorer=gsnr", "alpha=0.1", "seed=1")
+    assert len(calls) == 2
+
+
+def test_an_error_of_hydras_own_composition_is_not_looked_for_twice(hydra_ready, monkeypatch) -> None:
+    composed = master("scorer=gsnr,nosuch")
+    loader, calls = sweep._loader(), []
+    load = loader.load_sweep_config
+    monkeypatch.setattr(loader, "load_sweep_config", lambda *given: calls.append(given) or load(*given))
+    with pytest.raises(GradsiftError, match=r"job 2 of 2 \(scorer=nosuch\)"):
+        sweep.begin(composed, str)
     assert len(calls) == 2
 
 

@@ -187,8 +187,8 @@ def _errors(
     try:
         for job in jobs:
             error = error_of(partial(shared.load, job))
-            if error is not None and error not in confirmed:  # Hydra has the last word
-                heard = error_of(partial(_loaded, composed, job))
+            if error is not None and error not in confirmed:  # Hydra has the last word, if this was not its own
+                heard = error_of(partial(_loaded, composed, job)) if shared.set_values else error
                 if heard is not None:
                     confirmed[error] = heard
             errors.append(None if error is None else confirmed.get(error))
@@ -228,6 +228,7 @@ class _Shared:
         self._wholes: dict[tuple[str, ...], DictConfig] = {}
         self._bases: dict[tuple[tuple[str, ...], tuple[str, ...]], DictConfig] = {}
         self._groups: dict[str, bool] = {}
+        self.set_values = False  # whether the last job was more than what Hydra composed
 
     def compose(self, job: Job) -> DictConfig:
         """What Hydra composes for the job, to the last value."""
@@ -244,7 +245,15 @@ class _Shared:
 
     def load(self, job: Job) -> Config:
         """The job's config, as the job will see it but for its number."""
+<<<<<<< HEAD
         plain, others = self._parted(job)
+=======
+        self.set_values = False
+        parsed = OverridesParser.create().parse_overrides(job)
+        plain = [override for override in parsed if self._is_plain(override)]
+        self.set_values = bool(plain)
+        others = tuple(line for line, override in zip(job, parsed, strict=True) if override not in plain)
+>>>>>>> 27621a6f18d07db48936d9109ddd9676158ff5ca
         keys = tuple(override.key_or_group for override in plain)
         if (others, keys) not in self._bases:
             self._bases[others, keys] = self._base(others, keys)

@@ -49,8 +49,8 @@ def judge_pairs(
 
     Every reply is on disk before the next one is looked at. Called again with the same `path`, pairs
     whose prompt (by hash) this judge has already replied to are not asked again, so a run that was
-    killed at any point goes on where it stopped. Replies to other prompts stay in the file and
-    out of the result.
+    killed at any point goes on where it stopped. Replies to other prompts stay in the file until all of
+    these have one, and then leave it: whoever reads the file finds the result.
 
     Args:
         path: `judgments.jsonl`; made, with its folder, if it is not there.
@@ -66,9 +66,10 @@ def judge_pairs(
     check_pairs(model_outputs, reference_outputs)
     requests = _requests(model_outputs, reference_outputs)
     hashes = {_request_key(request): judge.prompt_hash(request) for request in requests}
+    earlier = _recover(path)
     kept = {
         _judgment_key(judgment): judgment
-        for judgment in _recover(path)
+        for judgment in earlier
         if judgment.judge == judge.name and hashes.get(_judgment_key(judgment)) == judgment.prompt_hash
     }
     if progress is not None and kept:
@@ -78,8 +79,7 @@ def judge_pairs(
         with path.open("a", encoding="ascii") as file:
             for request, reply in judge.judge(missing):
                 judgment = _judgment(judge.name, hashes[_request_key(request)], request, reply)
-                # ASCII escapes: replies may hold half a surrogate pair or U+2028
-                file.write(json.dumps(dataclasses.asdict(judgment), allow_nan=False) + "\n")
+                file.write(_line(judgment))
                 file.flush()
                 os.fsync(file.fileno())
                 kept[_request_key(request)] = judgment
@@ -88,7 +88,17 @@ def judge_pairs(
     lacking = [request for request in requests if _request_key(request) not in kept]
     if lacking:
         raise JudgeError(f"{judge.name} ended without a reply to {len(lacking)} of {len(requests)} requests")
-    return [kept[_request_key(request)] for request in requests]
+    judgments = [kept[_request_key(request)] for request in requests]
+    if len(earlier) + len(missing) > len(judgments):
+        part = path.with_suffix(".part")
+        part.write_text("".join(map(_line, judgments)), encoding="ascii")
+        part.replace(path)
+    return judgments
+
+
+def _line(judgment: Judgment) -> str:
+    # ASCII escapes: replies may hold half a surrogate pair or U+2028
+    return json.dumps(dataclasses.asdict(judgment), allow_nan=False) + "\n"
 
 
 def read_judgments(path: Path) -> list[Judgment]:

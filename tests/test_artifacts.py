@@ -318,7 +318,7 @@ def test_work_of_other_code_is_said(tmp_path: Path, change: dict, said: str) -> 
 def test_edited_code_is_other_code_at_any_commit(tmp_path: Path) -> None:
     source = Path(__file__).parents[1] / "src" / "gradsift"
     shutil.copytree(source, tmp_path / "gradsift", ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-c", "from gradsift.artifacts import code_hash, git_sha; print(git_sha(), code_hash())"]
+    command = [sys.executable, "-c", "from gradsift.versions import code_hash, git_sha; print(git_sha(), code_hash())"]
 
     def described() -> str:
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

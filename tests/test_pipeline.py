@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from conftest import SMOKE
 
 from gradsift.training.finetuning import ShowProgress
@@ -209,9 +210,15 @@ def test_a_changed_file_never_meets_a_stale_result(gradsift) -> None:
 
 
 def test_a_replayed_run_repeats_itself_from_its_own_folder(gradsift) -> None:
-    assert gradsift(*SMOKE, "alpha=0.15", "scorer=late_loss") == 0
+    # what YAML reads as something else unless it is quoted
+    texts = ("tracker.group='1e5'", "tracker.project='yes: é'", "target.learning_rate=1e-6")
+    assert gradsift(*SMOKE, "alpha=0.15", "scorer=late_loss", *texts) == 0
     (folder,) = gradsift.folder.glob("outputs/*/*")
     assert gradsift("--replay", str(folder)) == 0
+    (again,) = set(gradsift.folder.glob("outputs/*/*")) - {folder}
+    assert (again / "config.yaml").read_bytes() == (folder / "config.yaml").read_bytes()
+    dumped = yaml.safe_load((again / "config.yaml").read_text())["values"]
+    assert (dumped["tracker"]["group"], dumped["tracker"]["project"]) == ("1e5", "yes: é")
     first, second = gradsift.runs()
     assert trained(second) == 0
     assert (second["scorer"], second["alpha"], second["pws"]) == ("late_loss", 0.15, first["pws"])

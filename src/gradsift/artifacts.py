@@ -23,28 +23,23 @@ import hashlib
 import json
 import os
 import shutil
-import socket
-import subprocess
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from gradsift.cost import counting, peak_resident_gb
 from gradsift.errors import GradsiftError
+from gradsift.locks import Holder, locked
+from gradsift.versions import code_hash, differences, git_sha, package_versions
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"  # folder of what an interrupted `make` goes on from; no artifact holds it
 MADE_BY = "made_by.json"  # in it: the code and the packages that began
-_PATIENCE = 3.0  # seconds before a wait for another process is said
-_POLL = 0.5  # seconds between looks at a lock after that: a hundred waiting jobs shall not wear out a file server
 _HASH_LIMIT = 256 * 2**20  # bytes; beyond this reuse checks a file's size alone
 _STORE_ERRORS = (
     errno.ENOSPC,
@@ -61,7 +56,6 @@ _STORE_ERRORS = (
 _MODEL_STAGES = ("backbone", "sentence_encoder")
 _GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EHOSTDOWN, errno.ETIMEDOUT)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_PACKAGES = ("gradsift", "torch", "transformers", "peft", "lightning", "numpy")
 
 
 @dataclass(frozen=True)
@@ -115,46 +109,6 @@ class StageRecord:
     saved_tokens: int = 0  # likewise
 
 
-def _own_name() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
-
-
-@dataclass(frozen=True)
-class Holder:
-    """The name that the process at work on a unit leaves in the lock's file."""
-
-    file: Path
-    unit: str
-    name: str = field(default_factory=_own_name)
-
-    def sign(self) -> None:
-        self.file.write_text(self.name, encoding="utf-8")
-
-    def named(self) -> str:
-        """Who signed last."""
-        try:
-            return self.file.read_text(encoding="utf-8").split(",")[0] or "not named"
-        except OSError:
-            return "not named"
-
-    def require(self) -> None:
-        """Let no work through that another process has begun too, which happens where locks do not hold.
-
-        Raises:
-            GradsiftError: another process signed since.
-        """
-        try:
-            found = self.file.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return  # taken away by somebody, but nobody else is at work
-        if found != self.name:
-            raise GradsiftError(
-                f"{self.unit} was taken over by {self.named()} while this process made it, so the locks of "
-                f"{self.file.parent} do not hold: its file system must have locks that all machines see, and nobody "
-                "may clear away the .lock files of a store in use (docs/sweeps.md)"
-            )
-
-
 @dataclass
 class Store:
     """The folder of artifacts, and the record of what this run took from it or added to it."""
@@ -205,7 +159,7 @@ class Store:
             found = self._whole(stage, path, fingerprint)
             if found is None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with self._locked(path) as holder:
+                with locked(path, self.say, self.at_work) as holder:
                     found = self._whole(stage, path, fingerprint)  # another process may have finished it
                     if found is None:
                         lineage = {"size": size or size_of(parents), "models": models_of(stage, slug, parents)}
@@ -331,27 +285,6 @@ class Store:
         note.write_text(ours, encoding="utf-8")
         return part
 
-    @contextmanager
-    def _locked(self, path: Path) -> Iterator[Holder]:
-        """One process at a time makes an artifact; the kernel frees the lock of a process that died.
-
-        A file system without such locks is refused: a lock that is a mere file would outlive a holder that died
-        elsewhere, and whether that one is still at work could only be told by clocks.
-        """
-        holder = Holder(path.parent / f".{path.name}.lock", path.name)
-        lock = FileLock(holder.file, fallback_to_soft=False)
-        try:
-            lock.acquire(timeout=_PATIENCE)
-        except Timeout:
-            self.say(f"  waiting for another process ({holder.named()}) that makes {path.name}")
-            with self.at_work(f"wait for {path.name}"):
-                lock.acquire(poll_interval=_POLL)
-        try:
-            holder.sign()
-            yield holder
-        finally:
-            lock.release()
-
     def _whole(self, stage: str, path: Path, fingerprint: str) -> Artifact | None:
         """The artifact at `path` if every file is as the manifest says; a damaged one is set aside."""
         if not path.is_dir():
@@ -370,7 +303,7 @@ class Store:
     def _record(self, artifact: Artifact, *, reused: bool, seconds: float) -> None:
         if any(record.fingerprint == artifact.fingerprint for record in self.records):
             return  # the run already counted this unit
-        if reused and (other := _other_code(artifact.manifest)) and other not in self.other_code:
+        if reused and (other := differences(artifact.manifest)) and other not in self.other_code:
             self.other_code.add(other)
             self.say(f"  reusing work of other code ({other}), {artifact.stage}/{artifact.path.name} first")
         counts = [int(artifact.info.get(name, 0)) for name in ("optimizer_steps", "forward_tokens")]
@@ -466,38 +399,3 @@ def _remedy(error: Exception) -> str:
     if number in _GONE:
         return "a file or a folder of it is gone; was its disk unmounted, or did somebody clear it away?"
     return "give another folder with artifacts=DIR or GRADSIFT_ARTIFACTS, or free this one"
-
-
-def _other_code(manifest: Mapping[str, Any]) -> str:
-    """What differs between the code that made an artifact and this one, in a few words; empty where nothing does."""
-    differs = [] if manifest.get("code") == code_hash() else [f"commit {manifest['git_sha'] or 'unknown'}"]
-    theirs, ours = manifest.get("packages") or {}, package_versions()
-    return ", ".join(differs + [f"{name} {theirs.get(name)}" for name in _PACKAGES if theirs.get(name) != ours[name]])
-
-
-@functools.cache
-def code_hash() -> str:
-    """12 hex digits over this package's source files: tells apart what a commit cannot (edits, installed wheels)."""
-    folder = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{file_hash(path)}\n".encode())
-    return digest.hexdigest()[:12]
-
-
-@functools.cache
-def git_sha() -> str | None:
-    """Short commit of the checkout that the package is run from; None for an installed wheel."""
-    folder = Path(__file__).parents[2]
-    if not (folder / ".git").exists():
-        return None
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()  # noqa: S603
-    except (OSError, subprocess.SubprocessError):
-        return None  # git is not installed, or the checkout has no commit
-
-
-@functools.cache
-def package_versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in _PACKAGES}

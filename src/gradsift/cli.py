@@ -26,7 +26,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from gradsift import config as config_module
@@ -37,6 +37,7 @@ from gradsift.sweep import HOME, Sweep, begin, fix_place
 CONFIG_FILE = "config.yaml"
 _WRITTEN = ("run.json", "metrics.jsonl", "selection.jsonl", "audit.json", "error.txt")
 TRACE = "GRADSIFT_TRACE"  # set where the user asked for traces: jobs in other processes see it too
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, where PyYAML was built with it
 _failed = False  # whether any job of this process failed
 _sweep: Sweep | None = None  # that this process has begun
 _SEEDS = (
@@ -176,12 +177,12 @@ def replay(arguments: list[str]) -> None:
 
     def load() -> Config:
         try:
-            dumped = OmegaConf.to_container(OmegaConf.load(source))
+            dumped = yaml.safe_load(source.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{source} cannot be read ({str(error).splitlines()[0]})") from error
         if not isinstance(dumped, dict):
             raise ConfigError(f"{source} is not the config of a run")
-        return restore_config(dumped)  # type: ignore[arg-type]
+        return restore_config(dumped)
 
     attempt(load, folder, [f"--replay {arguments[0]}"], None, None)
 
@@ -230,7 +231,8 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: Path | No
 
     prepare(config)
     view.settings(settings_of(config))
-    (folder / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.create(dump_config(config))), encoding="utf-8")
+    dumped = yaml.dump(dump_config(config), Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
+    (folder / CONFIG_FILE).write_text(dumped, encoding="utf-8")
     if config.plan:
         plan(config, view.display, folder, _about(config, overrides))
         view.planned(folder, in_sweep=sweep is not None)

@@ -46,8 +46,8 @@ def _reason(error: Exception) -> str:
 
 def wanted_by_jobs(folder: Path) -> bool:
     """Whether a sweep's jobs were run with `report=true`; not where none came as far as a config."""
-    wanted = [_wanted(path) for path in sorted(folder.glob("*/config.yaml"))]
-    return bool(wanted) and all(wanted)
+    paths = sorted(folder.glob("*/config.yaml"))
+    return bool(paths) and all(map(_wanted, paths))
 
 
 def _wanted(path: Path) -> bool:

@@ -1,0 +1,50 @@
+"""Which code and which packages make results: what tells the work of one state of them from that of another."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("gradsift", "torch", "transformers", "peft", "lightning", "numpy")
+
+
+def differences(manifest: Mapping[str, Any]) -> str:
+    """What differs between the code that made an artifact and this one, in a few words; empty where nothing does."""
+    differs = [] if manifest.get("code") == code_hash() else [f"commit {manifest['git_sha'] or 'unknown'}"]
+    theirs, ours = manifest.get("packages") or {}, package_versions()
+    return ", ".join(differs + [f"{name} {theirs.get(name)}" for name in _PACKAGES if theirs.get(name) != ours[name]])
+
+
+@functools.cache
+def code_hash() -> str:
+    """12 hex digits over this package's source files: tells apart what a commit cannot (edits, installed wheels)."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(
+            f"{path.relative_to(folder).as_posix()}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
+        )
+    return digest.hexdigest()[:12]
+
+
+@functools.cache
+def git_sha() -> str | None:
+    """Short commit of the checkout that the package is run from; None for an installed wheel."""
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return None  # git is not installed, or the checkout has no commit
+
+
+@functools.cache
+def package_versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in _PACKAGES}

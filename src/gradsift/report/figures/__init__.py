@@ -41,8 +41,8 @@ FIGURES = (
     Entry(
         "members_and_snapshots",
         "Sensitivity to M and the snapshots",
-        "One cell for each ensemble size and pair of snapshots; brighter is better, and an even field means "
-        "that the choice does not matter.",
+        "One cell for each ensemble size and pair of snapshots; brighter is better. The shades run from the least "
+        "to the most, however near these are: read the numbers.",
         sensitivity.members_and_snapshots,
     ),
     Entry(
@@ -62,7 +62,7 @@ FIGURES = (
         "seeds",
         "Stability across seeds",
         "Each mark compares two seeds of one method on the same data; a method whose marks lie near chance "
-        "selects by luck.",
+        "selects by luck (random draws by scorer.seed, so seed moves it nowhere).",
         sensitivity.seeds,
     ),
     Entry(

@@ -147,6 +147,7 @@ def _start(
         raise ConfigError(
             "tracker.mode=online needs a login: set WANDB_API_KEY, run `wandb login`, or take tracker.mode=offline"
         )
+    folder = folder.absolute()  # W&B's own process may be one that was started elsewhere
     run_id = _run_id(folder, about)
     os.environ["WANDB_DATA_DIR"] = str(folder)  # else offline artifacts land outside the run's folder
     if config.mode == "offline":

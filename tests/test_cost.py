@@ -139,7 +139,7 @@ def test_a_sweep_counts_every_unit_where_it_was_made(gradsift, capsys) -> None:
     assert rows["member"]["made"] == "9"
     out = capsys.readouterr().out
     assert "Work by stage" in out
-    assert f"reused: {work_of(runs[-1]['stages'])['reused']} units" in out
+    assert f", {work_of(runs[-1]['stages'])['reused']} reused" in out
 
     assert gradsift(*sweep) == 0
     again = work_by_stage(gradsift.runs()[8:])["all"]

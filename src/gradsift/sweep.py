@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra.core.global_hydra import GlobalHydra
@@ -139,8 +139,10 @@ def _is_installed(module: str) -> bool:
 
 def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
     """The jobs of a grid; of a search jobs with every listed value and both ends of every interval, one at a time."""
-    params = [f"{key}={value}" for key, value in (composed.hydra.sweeper.get("params") or {}).items()]
-    given = [*params, *composed.hydra.overrides.task]
+    # as they stand: an override may speak of `${hydra:job.num}`, which only a job has
+    grid = OmegaConf.to_container(composed.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=False)
+    task = OmegaConf.to_container(composed.hydra.overrides.task, resolve=False)
+    given = [*(f"{key}={value}" for key, value in cast(dict[str, Any], grid).items()), *cast(list[str], task)]
     parsed = OverridesParser.create(config_loader=_loader()).parse_overrides(given)
     choices: dict[str, Job] = {}
     for override in parsed:  # the command line comes last and wins

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,8 @@ def fresh_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         from joblib.externals.loky import get_reusable_executor
 
         get_reusable_executor().shutdown(wait=True, kill_workers=True)
+    if ray := sys.modules.get("ray"):
+        ray.shutdown()
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from gradsift.data.batching import epoch_batches
 from gradsift.data.examples import Example
 from gradsift.data.tokens import EncodeReport, encode
 from gradsift.errors import GradsiftError
-from gradsift.planning import Planned
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora
 from gradsift.training.backbones import Backbone, load_shown
@@ -24,6 +23,9 @@ from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, fit, step_counts
 from gradsift.training.ranks import on_all_ranks, shard_weights
+
+if TYPE_CHECKING:
+    from gradsift.planning import Planned
 
 VERSION = 3
 

@@ -488,12 +488,14 @@ def test_warnings_and_remarks_of_several_runs() -> None:
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_a_run_ends_in_no_more_than_a_screen(width: int, tmp_path: Path) -> None:
-    text = shown(whole_run(), tmp_path, terminal=True, width=width, report=Path("there/report.html"))
+    folder = tmp_path / ("a folder with a name that is longer than the screen is wide" * 2)
+    folder.mkdir()
+    text = shown(whole_run(), folder, terminal=True, width=width, report=Path("there/report.html"))
     lines = text.splitlines()
     assert len(lines) <= 24
     assert all(len(line) <= width for line in lines if ": " not in line[:15])  # paths are never broken
     assert [line.split(": ")[0] for line in lines[-5:]] == ["report", "run", "selection", "rejected rows", "adapter"]
-    assert f"run: {tmp_path / RUN_FILE}" in text
+    assert f"run: {folder / RUN_FILE}" in lines
     wrapped = lines.index(next(line for line in lines if line.startswith("selected")))
     assert lines[wrapped + 1].startswith(" " * 12)  # a figure stays beside its name
 

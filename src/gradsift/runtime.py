@@ -39,6 +39,10 @@ class Display:
             text = "\n".join(_wrapped(line, self.console.width) for line in text.split("\n"))
         self.console.print(text, markup=False, soft_wrap=True)
 
+    def say_path(self, name: str, path: object) -> None:
+        """Where something lies, on one line however long it is, to be copied."""
+        self.console.print(f"{name}: {path}", markup=False, soft_wrap=True)
+
     @contextmanager
     def task(self, description: str, total: int | None) -> Iterator[Advance]:
         """Show the progress of `total` units of work; call what it yields with the number just done.

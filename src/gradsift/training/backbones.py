@@ -20,6 +20,7 @@ from gradsift.config import ComputeConfig, ModelConfig
 from gradsift.errors import ConfigError, DataError
 from gradsift.runtime import Runtime
 from gradsift.training.device import device_of
+from gradsift.training.fused import fuse
 from gradsift.training.residual import residual_in_float32
 
 VERSION = 1
@@ -104,13 +105,15 @@ def _is_no_padding_hint(record: logging.LogRecord) -> bool:
 
 
 def _same_but_faster(model: Any, compute: ComputeConfig) -> None:
-    """The same function by other ways: GPT-2's GELU in one kernel, attention that suits short rows on a CPU."""
+    """The same function by other ways: GPT-2's GELU in one kernel; on a CPU fused blocks, or attention by products."""
     from transformers.activations import GELUTanh, NewGELUActivation
 
     for module in model.modules():
         if isinstance(getattr(module, "act", None), NewGELUActivation):
             module.act = GELUTanh()  # eight passes over the widest activation otherwise
-    if device_of(compute).type == "cpu":
+    if device_of(compute).type != "cpu":
+        return
+    if compute.strategy == "fsdp" or not fuse(model):  # packed weights are whole on every rank
         model.set_attn_implementation("eager")  # the backward pass of the fused kernel is slow there
 
 

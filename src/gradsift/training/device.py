@@ -14,12 +14,14 @@ from gradsift.data.batching import by_length
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.journal import Journal
+from gradsift.training.fused import is_fused
 
 T = TypeVar("T")
 _GPU_TOKENS = 16384
 # what torch says where it has no exception of its own: on a CPU under Linux, elsewhere, and from inside cuBLAS
 _SIGNS = ("allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
 _CPU_ACTIVATION = 393_216  # numbers in a (tokens, hidden size) activation that a CPU core's cache still likes
+_FUSED_ACTIVATION = 4 * _CPU_ACTIVATION  # and where weights pass by faster than they can be read from memory
 
 
 class TokenBudget:
@@ -41,7 +43,8 @@ class TokenBudget:
         if tokens is None:
             parameter = next(model.parameters())
             hidden = int(getattr(model.config, "hidden_size", None) or parameter.shape[-1])
-            tokens = _GPU_TOKENS if parameter.device.type == "cuda" else max(256, _CPU_ACTIVATION // hidden)
+            most = _FUSED_ACTIVATION if is_fused(model) else _CPU_ACTIVATION
+            tokens = _GPU_TOKENS if parameter.device.type == "cuda" else max(256, most // hidden)
         return cls(tokens, say)
 
     def run(self, work: Callable[[int], T], lengths: Sequence[int]) -> T:

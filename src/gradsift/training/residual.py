@@ -40,17 +40,24 @@ def residual_in_float32(model: Any) -> bool:
     """
     if model.dtype == torch.float32:
         return True
-    kind = model.config.model_type
-    if kind not in _STREAMS or not type(model).__module__.startswith("transformers.models."):
-        return False  # code from outside may call its own blocks llama
-    blocks_name, norm_names, last = _STREAMS[kind]
-    blocks = getattr(model.base_model, blocks_name)
+    if not (norms := stream_norms(model)):
+        return False
+    blocks = getattr(model.base_model, _STREAMS[model.config.model_type][0])
     blocks[0].register_forward_pre_hook(_widen)  # from here on the sums are float32, as one of their terms is
-    norms = [getattr(block, name) for block in blocks for name in norm_names]
-    for norm in [*norms, getattr(model.base_model, last)]:
+    for norm in norms:
         norm.float()
         norm.register_forward_hook(_narrow)
     return True
+
+
+def stream_norms(model: Any) -> list[Any]:
+    """The norms that alone read a model's residual stream; none of a model whose blocks are not known here."""
+    kind = model.config.model_type
+    if kind not in _STREAMS or not type(model).__module__.startswith("transformers.models."):
+        return []  # code from outside may call its own blocks llama
+    blocks, names, last = _STREAMS[kind]
+    norms = [getattr(block, name) for block in getattr(model.base_model, blocks) for name in names]
+    return [*norms, getattr(model.base_model, last)]
 
 
 def residual_precision(model: nn.Module) -> str:

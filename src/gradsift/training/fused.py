@@ -1,0 +1,224 @@
+"""What lies between the matrix products of a transformer's blocks, one pass over memory each, on a CPU.
+
+It is the same function as transformers' own code, which takes a pass for every sum, product and cast: half
+of a step's time. Norms, the MLP's activation and causal attention are fused here (`kernels.cpp`), for
+models whose blocks are known (`residual.py`); others stay as they are, and so does all where nothing can be
+compiled, on a GPU (whose own attention is fused), and in models whose weights train.
+
+Shape letters: M tokens of a batch, D width, F inner width of an MLP, B examples, H heads, T tokens of an
+example, E width of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers.activations import GELUTanh
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gradsift.training.frozen import Packed, PackedConv1D, PackedLinear, pack_linear_layers
+from gradsift.training.kernels import are_there, kernels
+from gradsift.training.residual import stream_norms
+
+_ATTENTION = "gradsift"  # its name in transformers' register
+_LANES = 16  # numbers that a kernel works on at once: widths are multiples of it
+_SMALLEST = 256  # width of a model that it pays for: what is smaller spends its time in Python
+
+
+def fuse(model: Any) -> bool:
+    """Fuse a frozen causal language model's blocks, on a CPU.
+
+    Args:
+        model: of transformers, without adapters, in bfloat16 with its residual stream in float32. In float32 the
+            products take so much of the time that it would save a tenth at most.
+
+    Returns:
+        Whether that was done.
+    """
+    if model.dtype != torch.bfloat16 or not (norms := stream_norms(model)) or not _fits(model.config):
+        return False
+    if not torch.backends.mkldnn.is_available() or not are_there():
+        return False
+    pack_linear_layers(model, model.get_output_embeddings())
+    for norm in norms:
+        _become(norm, _FusedNorm)
+    for module in model.modules():
+        if isinstance(getattr(module, "act", None), GELUTanh):
+            _become(module, _GeluMlp)
+        elif isinstance(getattr(module, "act_fn", None), nn.SiLU):
+            _become(module, _GatedMlp)
+    model.set_attn_implementation(_ATTENTION)
+    return True
+
+
+def _fits(config: Any) -> bool:
+    """Whether a model's widths do, and it is large enough for this to pay."""
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inner_width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 0
+    widths = (config.hidden_size, head_width, inner_width)
+    return config.hidden_size >= _SMALLEST and not any(width % _LANES for width in widths)
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether `fuse` took this model."""
+    return any(isinstance(module, _FusedNorm) for module in model.modules())
+
+
+def _become(module: Any, mixin: type) -> None:
+    if not isinstance(module, mixin):
+        module.__class__ = _with(mixin, module.__class__)
+
+
+@functools.cache
+def _with(mixin: Any, kind: Any) -> type:
+    return type(f"Fused{kind.__name__}", (mixin, kind), {})
+
+
+# ------------------------------------------------------------------------------------------------- norms
+
+
+class _FusedNorm:
+    """LayerNorm or RMSNorm of a float32 stream, given in bfloat16."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if self.weight.requires_grad:
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        eps = self.eps if isinstance(self, nn.LayerNorm) else self.variance_epsilon
+        y: torch.Tensor = _Norm.apply(x.contiguous(), self.weight, getattr(self, "bias", None), eps, torch.bfloat16)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, precision: torch.dtype
+    ) -> torch.Tensor:
+        y: torch.Tensor
+        y, means, scales = kernels().norm(x, weight, bias, eps, precision)
+        ctx.save_for_backward(x, weight, means, scales)
+        ctx.centred = bias is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        to_x = kernels().norm_backward(gradients[0].contiguous(), *ctx.saved_tensors, ctx.centred)
+        return to_x, None, None, None, None
+
+
+# --------------------------------------------------------------------------------------------------- MLPs
+
+
+class _GeluMlp:
+    """GPT-2's MLP. Where a layer of it is adapted it stays as it is."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.c_fc, self.c_proj
+        drops = self.training and self.dropout.p
+        if drops or any(type(layer) is not PackedConv1D or layer.weight.requires_grad for layer in (first, second)):
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        y: torch.Tensor = _Gelu.apply(x, first.packed, second.packed)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, first: Packed, second: Packed) -> torch.Tensor:
+        inner, slope = kernels().product_gelu(x.reshape(-1, x.shape[-1]), first.forth, first.bias, first.width)
+        ctx.save_for_backward(slope)  # (M, F)
+        ctx.first, ctx.second, ctx.shape = first, second, x.shape
+        return second.outputs(inner).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        backprops = gradients[0].reshape(-1, ctx.second.width)
+        to_inner = kernels().product_times(backprops, ctx.second.back, ctx.saved_tensors[0])
+        return ctx.first.to_inputs(to_inner).view(ctx.shape), None, None
+
+
+class _GatedMlp:
+    """Llama's MLP, silu(gate x) * up x, gate and up as one product. Where a layer is adapted it stays as it is."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        if any(type(layer) is not PackedLinear or layer.weight.requires_grad for layer in layers):
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        if (both := self.__dict__.get("_both")) is None:
+            weight = torch.cat([self.gate_proj.weight, self.up_proj.weight]).t()  # (D, 2 F)
+            biases = [layer.bias for layer in layers[:2] if layer.bias is not None]
+            both = self.__dict__["_both"] = Packed(weight, torch.cat(biases) if biases else None)
+        y: torch.Tensor = _Gated.apply(x, both, self.down_proj.packed)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, both: Packed, down: Packed) -> torch.Tensor:
+        gate_and_up = both.outputs(x.reshape(-1, x.shape[-1]))  # (M, 2 F)
+        ctx.save_for_backward(gate_and_up)
+        ctx.both, ctx.down, ctx.shape = both, down, x.shape
+        return down.outputs(kernels().gated(gate_and_up)).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        to_inner = ctx.down.to_inputs(gradients[0].reshape(-1, ctx.down.width))
+        return ctx.both.to_inputs(kernels().gated_backward(to_inner, *ctx.saved_tensors)).view(ctx.shape), None, None
+
+
+# ---------------------------------------------------------------------------------------------- attention
+
+
+def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """None where attention is causal and nothing else: no padding on the left, no window, no cache, no other mask."""
+    plain = kwargs.get("attention_mask") is None and kwargs.get("allow_is_causal_skip", True)
+    if plain and kwargs.get("local_size") is None and kwargs["q_length"] == kwargs["kv_length"]:
+        return None
+    mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
+
+
+def _attention(
+    module: Any,
+    q: torch.Tensor,  # (B, H, T, E)
+    k: torch.Tensor,  # of as many heads or fewer
+    v: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' interface: (B, T, H, E)."""
+    if attention_mask is not None or dropout or q.shape[2] != k.shape[2] or not module.is_causal:
+        found: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return found
+    return _Attend.apply(q, k, v, q.shape[-1] ** -0.5 if scaling is None else scaling), None  # type: ignore[no-untyped-call]
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        out: torch.Tensor
+        out, log_sums = kernels().attend(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, out, log_sums)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *kernels().attend_backward(gradients[0].contiguous(), *ctx.saved_tensors, ctx.scale), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, _mask)

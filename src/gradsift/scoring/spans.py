@@ -16,6 +16,7 @@ from gradsift.runtime import Advance
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget
 from gradsift.training.finetuning import require_finite
+from gradsift.training.fused import is_fused
 from gradsift.training.head import OutputHead, token_losses
 
 _CHUNK = 1000  # texts tokenised in one call: bounds the memory that a tokenizer's own records take
@@ -68,7 +69,8 @@ def span_losses(
     groups = list(same.values())
     advance(len(spans) - sum(map(len, groups)))
     head = OutputHead.of(backbone.model)
-    budget = TokenBudget(_BATCH_TOKENS[backbone.model.device.type])
+    tokens = None if is_fused(backbone.model) else _BATCH_TOKENS[backbone.model.device.type]
+    budget = TokenBudget.of(backbone.model, tokens, print)
     lengths = [len(spans[group[0]].ids) for group in groups]
     for batch in length_batches(lengths, budget.tokens):
 

@@ -43,6 +43,7 @@ from gradsift.runtime import Advance, Task
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
 from gradsift.scoring.spans import Span, span_losses, token_ids
 from gradsift.training.backbones import Backbone
+from gradsift.training.fused import fuse
 from gradsift.training.residual import residual_in_float32
 
 _NOTHING_LEFT = "the prompt leaves no token of the response within max_length"
@@ -269,12 +270,14 @@ def ifd_spans(
     return alone, together
 
 
-def in_bfloat16(model: nn.Module) -> nn.Module:
+def in_bfloat16(model: Any) -> Any:
     """A copy as `load_backbone` gives it in bfloat16; buffers, such as the frequencies of rotary positions, stay."""
     weights: dict[int, Any] = {
         id(weight): nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
         for weight in model.parameters()
     }
-    half = copy.deepcopy(model, weights)
+    half: Any = copy.deepcopy(model, weights)
     residual_in_float32(half)
+    if half.device.type == "cpu":
+        fuse(half)
     return half

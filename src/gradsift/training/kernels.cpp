@@ -469,6 +469,30 @@ void transpose(const float* from, int64_t rows, int64_t width, float* to, int64_
 }
 
 
+// Turn the halves (a, b) of each row by its token's angles: (a cos - b sin, b cos + a sin). `angles` are the
+// cosines and sines (T, E) of the rows' tokens; `sign` -1 turns back.
+struct Angles {
+  const float *cos = nullptr, *sin = nullptr;
+  int64_t width = 0;
+  void turn(float* rows, int64_t count, int64_t first, float sign) const {
+    if (cos == nullptr) return;
+    int64_t half = width / 2;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t i = 0; i < half; i += LANES) {
+        float* row = rows + r * width + i;
+        const float *c = cos + (first + r) * width + i, *s = sin + (first + r) * width + i;
+        vec a = load(row), b = load(row + half);
+        store(row, a * load(c) - sign * b * load(s));
+        store(row + half, b * load(c + half) + sign * a * load(s + half));
+      }
+  }
+};
+
+Angles angles(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
+  if (!cos) return {};
+  return {cos->const_data_ptr<float>(), sin->const_data_ptr<float>(), cos->size(1)};
+}
+
 // Turn scores (rows, seen) of queries first, first + 1, ... into probabilities; keys after a query count nothing.
 void causal_softmax(float* scores, int64_t rows, int64_t first, int64_t seen, int64_t ld, float scale, float* lse) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -491,7 +515,7 @@ void causal_softmax(float* scores, int64_t rows, int64_t first, int64_t seen, in
 }
 
 template <typename S>
-void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, float scale, Tensor& out, Tensor& lse) {
+void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, float scale, const Angles& turned, Tensor& out, Tensor& lse) {
   int64_t B = q.size(0), H = q.size(1), T = q.size(2), E = q.size(3), group = H / k.size(1), TP = padded(T);
   auto qs = heads<S>(q), ks = heads<S>(k), vs = heads<S>(v);
   S* o = reinterpret_cast<S*>(out.data_ptr());
@@ -503,11 +527,13 @@ void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, float scale, 
     for (int64_t index = from; index < to; ++index) {
       int64_t b = index / H, h = index % H;
       widen(ks.at(b, h / group), ks.token, T, E, keys);
+      turned.turn(keys, T, 0, 1);
       widen(vs.at(b, h / group), vs.token, T, E, values);
       transpose(keys, T, E, keys_t, TP);
       for (int64_t first = 0; first < T; first += QUERIES) {
         int64_t rows = std::min(QUERIES, T - first), seen = first + rows;
         widen(qs.at(b, h) + first * qs.token, qs.token, rows, E, queries);
+        turned.turn(queries, rows, first, 1);
         multiply(rows, padded(seen), E, queries, E, 1, keys_t, TP, scores, TP, false);
         causal_softmax(scores, rows, first, seen, TP, scale, l + index * T + first);
         multiply(rows, E, seen, scores, TP, 1, values, E, result, E, false);
@@ -518,20 +544,22 @@ void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, float scale, 
   });
 }
 
-// Causal attention of examples padded on the right: (B, T, H, E), and the logarithms of the softmax's sums, (B, H, T).
-std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+// Causal attention of examples padded on the right, queries and keys turned by rotary angles (T, E) where they
+// are given: (B, T, H, E), and the logarithms of the softmax's sums, (B, H, T).
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                  const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
   Tensor out = at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options());
   Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
   if (q.scalar_type() == at::kBFloat16)
-    attend_all<bits16>(q, k, v, static_cast<float>(scale), out, lse);
+    attend_all<bits16>(q, k, v, static_cast<float>(scale), angles(cos, sin), out, lse);
   else
-    attend_all<float>(q, k, v, static_cast<float>(scale), out, lse);
+    attend_all<float>(q, k, v, static_cast<float>(scale), angles(cos, sin), out, lse);
   return {out, lse};
 }
 
 template <typename S>
 void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                         const Tensor& lse, float scale, Tensor& to_q, Tensor& to_k, Tensor& to_v) {
+                         const Tensor& lse, float scale, const Angles& turned, Tensor& to_q, Tensor& to_k, Tensor& to_v) {
   int64_t B = q.size(0), H = q.size(1), T = q.size(2), E = q.size(3), group = H / k.size(1), TP = padded(T);
   auto qs = heads<S>(q), ks = heads<S>(k), vs = heads<S>(v), gq = heads<S>(to_q), gk = heads<S>(to_k), gv = heads<S>(to_v);
   const S *g = reinterpret_cast<const S*>(backprops.const_data_ptr()), *o = reinterpret_cast<const S*>(out.const_data_ptr());
@@ -546,6 +574,7 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
     for (int64_t index = from; index < to; ++index) {
       int64_t b = index / k.size(1), kv = index % k.size(1);
       widen(ks.at(b, kv), ks.token, T, E, keys);
+      turned.turn(keys, T, 0, 1);
       widen(vs.at(b, kv), vs.token, T, E, values);
       transpose(keys, T, E, keys_t, TP);
       transpose(values, T, E, values_t, TP);
@@ -556,6 +585,7 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
           int64_t rows = std::min(QUERIES, T - first), seen = first + rows;
           const S *gs = g + (b * T + first) * stride + h * E, *os = o + (b * T + first) * stride + h * E;
           widen(qs.at(b, h) + first * qs.token, qs.token, rows, E, queries);
+        turned.turn(queries, rows, first, 1);
           widen(gs, stride, rows, E, gradients);
           multiply(rows, padded(seen), E, queries, E, 1, keys_t, TP, probabilities, TP, false);
           multiply(rows, padded(seen), E, gradients, E, 1, values_t, TP, scores, TP, false);
@@ -574,6 +604,7 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
             for (int64_t i = known; i < padded(seen); ++i) s[i] = 0;
           }
           multiply(rows, E, seen, scores, TP, 1, keys, E, result, E, false);
+          turned.turn(result, rows, first, -1);
           S* oq = gq.at(b, h) + first * gq.token;
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t i = 0; i < E; i += LANES) store(oq + r * gq.token + i, load(result + r * E + i));
@@ -581,6 +612,7 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
           multiply(seen, E, rows, probabilities, 1, TP, gradients, E, sum_v, E, true);
         }
       }
+      turned.turn(sum_k, T, 0, -1);
       for (int64_t t = 0; t < T; ++t)
         for (int64_t i = 0; i < E; i += LANES) {
           store(gk.at(b, kv) + t * gk.token + i, load(sum_k + t * E + i));
@@ -592,15 +624,16 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
 
 // Gradients of q, k and v, each (B, H, T, E) of its own number of heads.
 std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& backprops, const Tensor& q, const Tensor& k, const Tensor& v,
-                                                   const Tensor& out, const Tensor& lse, double scale) {
+                                                   const Tensor& out, const Tensor& lse, double scale,
+                                                   const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
   auto like = [](const Tensor& x) {  // token by token, as the layers before have their outputs
     return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
   };
   Tensor to_q = like(q), to_k = like(k), to_v = like(v);
   if (q.scalar_type() == at::kBFloat16)
-    attend_backward_all<bits16>(backprops, q, k, v, out, lse, static_cast<float>(scale), to_q, to_k, to_v);
+    attend_backward_all<bits16>(backprops, q, k, v, out, lse, static_cast<float>(scale), angles(cos, sin), to_q, to_k, to_v);
   else
-    attend_backward_all<float>(backprops, q, k, v, out, lse, static_cast<float>(scale), to_q, to_k, to_v);
+    attend_backward_all<float>(backprops, q, k, v, out, lse, static_cast<float>(scale), angles(cos, sin), to_q, to_k, to_v);
   return {to_q, to_k, to_v};
 }
 
@@ -616,6 +649,7 @@ TORCH_LIBRARY(gradsift, m) {
   m.def("product_times(Tensor x, Tensor packed, Tensor factor) -> Tensor", &product_times);
   m.def("product_gelu(Tensor x, Tensor packed, Tensor? bias, int width) -> (Tensor, Tensor)", &product_gelu);
   m.def("cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor chosen, int vocabulary, bool wants_gradient) -> Tensor", &cross_entropy_);
-  m.def("attend(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)", &attend);
-  m.def("attend_backward(Tensor backprops, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)", &attend_backward);
+  m.def("attend(Tensor q, Tensor k, Tensor v, float scale, Tensor? cos=None, Tensor? sin=None) -> (Tensor, Tensor)", &attend);
+  m.def("attend_backward(Tensor backprops, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
+        "Tensor? cos=None, Tensor? sin=None) -> (Tensor, Tensor, Tensor)", &attend_backward);
 }

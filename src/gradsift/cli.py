@@ -178,7 +178,7 @@ def replay(arguments: list[str]) -> None:
     def load() -> Config:
         try:
             dumped = yaml.safe_load(source.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{source} cannot be read ({str(error).splitlines()[0]})") from error
         if not isinstance(dumped, dict):
             raise ConfigError(f"{source} is not the config of a run")

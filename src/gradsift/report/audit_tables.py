@@ -36,10 +36,10 @@ _READING = (
     "How to read it: a method is of use on this data where the spoilt share of its selection lies below that of all "
     "rows by more than a random draw varies, at the budgets that matter; `against chance` says at which alpha it lies "
     f"more than {_SPREADS} standard deviations of a random draw below (cleaner) or above (dirtier). AUROC is the "
-    "chance that a clean row scores higher than a corrupted one (0.5: it cannot tell); it speaks of the whole pool, not "
-    "of the head that is selected. A copy scores much as its original does, so AUROC cannot say how copies are dealt "
-    "with; `kept twice` can: the share of selected copies whose original is selected too. Few families: the selection "
-    "is of one kind."
+    "chance that a clean row scores higher than a corrupted one (0.5: it cannot tell); it speaks of the whole pool, "
+    "not of the head that is selected. A copy scores much as its original does, so AUROC cannot say how copies are "
+    "dealt with; `kept twice` can: the share of selected copies whose original is selected too. Few families: the "
+    "selection is of one kind."
 )
 
 

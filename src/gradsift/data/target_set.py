@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.artifacts import Artifact, file_hash
-from gradsift.config import FieldsConfig, FilesTargetSetConfig, TargetSetConfig, VerifiableTargetSetConfig
+from gradsift.config import (
+    NO_TARGET_SET,
+    FieldsConfig,
+    FilesTargetSetConfig,
+    TargetSetConfig,
+    VerifiableTargetSetConfig,
+)
 from gradsift.data import verifiable
 from gradsift.data.download import fetch_url
 from gradsift.data.examples import Example, draw, read_examples, write_examples
@@ -49,10 +55,7 @@ def load_target_set(runtime: Runtime, config: TargetSetConfig, loaded: Artifact)
         return _load_files(runtime, config)
     if isinstance(config, VerifiableTargetSetConfig):
         return _load_world(runtime, config, loaded)
-    raise ConfigError(
-        "target_set=none, and what was chosen selects towards a target set; give target_set=json target_set.path=FILE, "
-        "or target_set=gsm8k, bbh or (for data=verifiable) verifiable"
-    )
+    raise ConfigError(NO_TARGET_SET.format(method="what was chosen"))
 
 
 def _load_files(runtime: Runtime, config: FilesTargetSetConfig) -> Artifact:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from gradsift.config import (
     VerifiableTargetSetConfig,
 )
 from gradsift.data.load import benchmark_rows, load, pool_of
-from gradsift.data.target_set import OVERLAP_FILE, find_overlap, load_target_set, target_set_of
+from gradsift.data.target_set import OVERLAP_FILE, find_overlap, load_target_set, overlap, target_set_of
 from gradsift.errors import ConfigError, DataError
 from gradsift.runtime import Display, Runtime
 
@@ -112,7 +114,43 @@ def test_rows_that_stand_in_the_data_too_are_listed(
         (0, 1, "prompt and response"),
         (1, 2, "prompt"),
     ]
-    assert "2 of 3 target rows stand in the data too (data row 1, 2; all in" in capsys.readouterr().out
+    assert "2 of 3 target rows are in the data too, or nearly (data row 1, 2; all in" in capsys.readouterr().out
+
+
+LONG = "Find the number of apples that {} bought in three days"
+
+
+def test_a_prompt_in_other_capitals_or_with_an_added_word_is_similar(runtime: Runtime, tmp_path: Path) -> None:
+    prompts = [LONG.format("Anna"), LONG.format("Anna").upper() + "!", LONG.format("Bert"), "say it twice"]
+    loaded = data(runtime, tmp_path, [{"instruction": prompt, "output": "x"} for prompt in prompts])
+    target = [{"instruction": LONG.format("Anna"), "output": "y"}, {"instruction": "say it", "output": "z"}]
+    config = FilesTargetSetConfig(name="json", path=written(tmp_path / "t.json", target))
+    found = find_overlap(runtime, load_target_set(runtime, config, loaded), loaded)
+    lines = [json.loads(line) for line in found.file(OVERLAP_FILE).read_text().splitlines()]
+    assert [(line["target_row"], line["row"], line["shared"]) for line in lines] == [
+        (0, 0, "prompt"),
+        (0, 1, "similar prompt"),  # 9 of 10 triples; another name changes three of them
+    ]
+    assert found.info["overlapping"] == 1
+
+
+@pytest.mark.parametrize("alike", [0.4, 0.8])
+def test_overlap_is_that_of_every_pair_compared(alike: float) -> None:
+    from gradsift.data.dedup import jaccard, shingles_of
+    from gradsift.data.examples import make_example
+
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(["one", "Two"], k=rng.randint(1, 7))) for _ in range(120)]
+    examples = [make_example(n, (), text, "", "x", {}, Counter()) for n, text in enumerate(texts)]
+    targets, pool = examples[:30], examples[30:]
+    pairs = [
+        (place, example.row_index)
+        for place, target in enumerate(targets)
+        for example in pool
+        if jaccard(*(shingles_of([one.instruction.lower()]) for one in (target, example))) >= alike
+    ]
+    assert [(place, example.row_index) for place, example, _ in overlap(targets, pool, alike)] == pairs
+    assert len(pairs) > 30
 
 
 # ------------------------------------------------------------------------------------------ mistakes

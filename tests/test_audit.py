@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import statistics
@@ -12,14 +13,25 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SMOKE
+from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
 from gradsift.config import CORRUPTIONS
 from gradsift.data.load import Labels
 from gradsift.errors import ConfigError
 from gradsift.report.audit import audit, auroc, kept_twice, spread_of_random
-from gradsift.report.audit_tables import FAILED, SweepAudit, audit_tables, jaccard, mean_of, sweep_audit, write_audit
+from gradsift.report.audit_tables import (
+    FAILED,
+    SweepAudit,
+    audit_tables,
+    jaccard,
+    mean_of,
+    rich_table,
+    sweep_audit,
+    write_audit,
+)
 from gradsift.report.clusters import cluster
+from gradsift.report.text_table import TextTable
 from gradsift.scoring.scores import EXCLUDED, Scores
 
 AUDIT = ("experiment=[smoke,audit]", "compute.threads=1")
@@ -176,7 +188,7 @@ def audited(folder: Path, number: int, overrides: list[str], **figures: Any) -> 
     own.mkdir()
     cells = [
         {"alpha": alpha, "spoilt": share, "spoilt_random_sd": 0.1, "families": 4.0, "kept_twice": None}
-        | {"qualities": {}, "groups": {}, "positions": [number], "rows": 9}
+        | {"qualities": {}, "groups": {}, "positions": [number], "rows": figures.get("rows", 9)}
         for alpha, share in zip((0.05, 0.1), figures["spoilt"], strict=True)
     ]
     pool = {"rows": 90, "spoilt": figures.get("base", 0.3), "duplicates": 0.0, "families_pool": 6.0}
@@ -216,6 +228,21 @@ def test_a_head_too_small_to_tell_anything_is_said_to_be(tmp_path: Path) -> None
     assert audit is not None
     assert "At 5 %, 10 % too few rows are selected to tell" in audit_tables(audit, brief=True)[0].note
     assert "every alpha: none." in audit_tables(audit, brief=True)[0].note
+
+
+def test_a_shortfall_is_told_beside_the_shares(tmp_path: Path) -> None:
+    jobs = [audited(tmp_path, n, [f"scorer={n}"], spoilt=[0.3, 0.3], rows=rows) for n, rows in enumerate((9, 4))]
+    audit = sweep_audit(jobs)
+    assert audit is not None
+    note = audit_tables(audit, brief=True)[0].note
+    assert "Fewer rows than others selected: 1 (4 of 9 at 5 %), 1 (4 of 9 at 10 %)." in note
+
+
+def test_no_header_is_cut_on_a_narrow_terminal() -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, width=40)
+    console.print(rich_table(TextTable("t", ["method", "mismatched answer", "contradictory"], [["a" * 20, "1", "2"]])))
+    assert "…" not in shown.getvalue()
 
 
 @pytest.mark.parametrize(("data", "verdict"), [("abcd", "cleaner"), ("aaaa", "no different")])

@@ -182,6 +182,9 @@ def test_a_missing_file_is_named_with_its_option(runtime: Runtime, tmp_path: Pat
         read(runtime, FilesTargetSetConfig(name="json", path=str(tmp_path / "nowhere.json")))
     with pytest.raises(ConfigError, match=r"is a folder; name one file in it"):
         read(runtime, FilesTargetSetConfig(name="json", path=str(tmp_path)))
+    urls = {task: f"https://example.org/{task}/test.json" for task in "ab"}
+    with pytest.raises(ConfigError, match=r"two of target_set.urls end in one file's name"):
+        read(runtime, FilesTargetSetConfig(name="json", path=str(tmp_path), urls=urls))
     with pytest.raises(ConfigError, match=r"target_set.path is empty"):
         FilesTargetSetConfig(name="json")
 

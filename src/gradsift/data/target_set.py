@@ -94,7 +94,13 @@ def _files(config: FilesTargetSetConfig, downloads: Path) -> dict[str, Path]:
         return {next(iter(config.urls)) if len(config.urls) == 1 else path.name.split(".")[0]: path}
     if not config.urls:
         raise ConfigError(f"target_set.path={config.path} is a folder; name one file in it")
-    return {task: path / url.rsplit("/", 1)[-1] for task, url in config.urls.items()}
+    files = {task: path / url.rsplit("/", 1)[-1] for task, url in config.urls.items()}
+    if len(set(files.values())) < len(files):
+        raise ConfigError(
+            f"target_set.path={config.path}: two of target_set.urls end in one file's name, so two tasks would have "
+            "the same rows; leave target_set.path empty, or give one file with target_set.task=COLUMN"
+        )
+    return files
 
 
 def _task_of(row: SourceRow, column: str, file: Path) -> str:

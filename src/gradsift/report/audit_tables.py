@@ -212,12 +212,23 @@ def _summary(methods: Mapping[str, Figures], verdicts: Mapping[str, Mapping[str,
     ]
     if dirtier:
         lines.append(f"Dirtier than one somewhere: {', '.join(dirtier)}.")
+    if short := list(_short(methods)):
+        lines.append(f"Fewer rows than others selected: {', '.join(short)}.")
     if few := [alpha for alpha in alphas if any(alpha in verdict[TOO_FEW] for verdict in verdicts.values())]:
         lines.append(
             f"At {', '.join(few)} too few rows are selected to tell: one without a single spoilt row is within chance. "
             "Take more rows (data.limit), a larger data.corruption.share, or means over data.corruption.seed=0,1,2."
         )
     return " ".join(lines)
+
+
+def _short(methods: Mapping[str, Figures]) -> Iterator[str]:
+    """Selections that hold fewer rows than the largest at their alpha, as in `x (3 of 13 at 10 %)`."""
+    for name, figures in methods.items():
+        for place, cell in enumerate(figures["selections"]):
+            most = max(theirs["selections"][place]["rows"] for theirs in methods.values())
+            if cell["rows"] < most:
+                yield f"{name} ({cell['rows']:.4g} of {most:.4g} at {_alpha(cell)})"
 
 
 def _kept(
@@ -297,7 +308,7 @@ def rich_table(table: TextTable) -> Table:
     shown = Table(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     shown.caption, shown.caption_justify = table.note or None, "left"
     for number, name in enumerate(table.header):
-        shown.add_column(name, justify="right" if number else "left", no_wrap=not number)
+        shown.add_column(name, justify="right" if number else "left", no_wrap=not number, overflow="fold")
     for row in table.rows:
         shown.add_row(*map(Text, row))
     return shown

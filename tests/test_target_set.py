@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SMOKE
 
 from gradsift.artifacts import Artifact, Store
 from gradsift.config import (
@@ -151,6 +152,21 @@ def test_overlap_is_that_of_every_pair_compared(alike: float) -> None:
     ]
     assert [(place, example.row_index) for place, example, _ in overlap(targets, pool, alike)] == pairs
     assert len(pairs) > 30
+
+
+def test_target_rows_that_the_benchmark_asks_are_warned_of(
+    gradsift: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gradsift(*SMOKE, "scorer=random", "stop_after=load") == 0
+    (file,) = gradsift.store.glob("load/*/benchmark.json")
+    items = json.loads(file.read_text())[:2]
+    rows = [{"instruction": item["instruction"], "input": item["input"], "output": "x"} for item in items]
+    path = written(tmp_path / "t.json", [*rows, {"instruction": "say copy", "output": "x"}])
+    towards = ("scorer=sbert", "target_set=json", f"target_set.path={path}", "plan=true")
+    assert gradsift(*SMOKE, *towards) == 0
+    assert "2 of 3 target rows are questions of the benchmark too" in capsys.readouterr().out
+    assert gradsift(*SMOKE, *towards, "stop_after=selection") == 0  # which asks no question
+    assert "questions of the benchmark" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------ mistakes

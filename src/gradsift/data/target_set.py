@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -194,6 +194,16 @@ def overlap(
             if count >= alike * (len(theirs) + len(own[place]) - count):
                 found.append((place, example, _shared(targets[place], example)))
     return sorted(found, key=lambda match: (match[0], match[1].row_index))
+
+
+def warn_of_leak(runtime: Runtime, target_set: Artifact, asked: Set[tuple[str, str]]) -> None:
+    """Say how many target rows are themselves asked (instruction and input) by the benchmark of the run."""
+    targets = target_set_of(target_set).examples
+    if leaked := sum((target.instruction.strip(), target.input.strip()) in asked for target in targets):
+        runtime.display.say(
+            f"  warning: {leaked} of {len(targets)} target rows are questions of the benchmark too, which flatters its "
+            "figures; take other target rows (target_set), or other benchmark.sets"
+        )
 
 
 def _prompt_shingles(example: Example) -> dedup.Shingles:

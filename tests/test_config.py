@@ -26,7 +26,14 @@ NEEDED = {  # what a choice cannot do without
     ("data", "alpaca"): ["proxy=gpt2", "target=llama2_7b", "benchmark=vicuna", "judge=local"],
     ("data", "alpaca_gpt4"): ["proxy=gpt2", "target=llama2_7b", "benchmark=vicuna", "judge=local"],
     ("target_set", "json"): ["target_set.path=x.json"],
-    ("selector", "round_robin"): ["scorer=less"],
+    ("selector", "round_robin"): ["scorer=less", "target_set=verifiable"],
+    **{
+        (group, choice): ["target_set=verifiable"]
+        for group, choice in (
+            *[("scorer", name) for name in ("less", "g2is", "rds_plus", "sbert")],
+            *[("selector", name) for name in ("gradient_walk", "round_robin_queries")],
+        )
+    },
     ("benchmark", "vicuna"): ["target=llama2_7b", "judge=openai"],
     ("benchmark", "paper"): ["target=llama2_7b", "judge=openai"],
     **{
@@ -64,7 +71,7 @@ def test_the_help_names_every_choice() -> None:
 def test_a_sweep_word_turns_the_same_key_for_every_scorer() -> None:
     for group, choice in CHOICES:
         if group == "scorer":
-            config = composed(f"scorer={choice}", "proxy.members=3", "proxy.snapshots=[1,3]")
+            config = composed(f"scorer={choice}", "target_set=verifiable", "proxy.members=3", "proxy.snapshots=[1,3]")
             assert (config.proxy.members, config.proxy.snapshots) == (3, [1, 3])
 
 
@@ -220,7 +227,8 @@ def test_what_asks_for_the_proxy_is_refused_with_one_that_does_not_know_the_data
     if choice == "round_robin":
         scorer = ["scorer=sbert"]  # which has a score a task
     stop = "stop_after=selection" if group == "selector" else "stop_after=scores"
-    chosen = [*scorer, f"{group}={choice}", f"embedder={embedder}", "judge=openai", stop]
+    bare = [*scorer, f"{group}={choice}", f"embedder={embedder}", "judge=openai", stop]
+    chosen = [*bare, "target_set=json", "target_set.path=t.json"]
     node = getattr(composed(*chosen), group)
     module, _, function = node._target_.rpartition(".")
     parameters = inspect.signature(getattr(import_module(module), function)).parameters.values()
@@ -233,6 +241,37 @@ def test_what_asks_for_the_proxy_is_refused_with_one_that_does_not_know_the_data
     else:
         with pytest.raises(ConfigError, match="proxy=nano"):
             composed(*foreign)
+    if any(name.startswith("target_") for name in asked) or choice == "round_robin":  # which here has scorer=sbert
+        with pytest.raises(ConfigError, match=r"target_set=none, and .* selects towards a target set"):
+            composed(*bare)
+    else:
+        composed(*bare)
+
+
+@pytest.mark.parametrize("ends", [["stop_after=statistics"], ["scorer=full"], ["stop_after=scores"]])
+def test_a_selector_that_is_not_reached_needs_no_target_set(ends: list[str]) -> None:
+    assert composed("selector=gradient_walk", *ends).target_set.name == "none"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["judge=local", "judge.dry_run=true"],
+            "the judge that is chosen; it is one of judge=alpaca_eval, judge=openai",
+        ),
+        (["target_set.path=x"], "target_set.path is no option of the target_set that is chosen; it is one of"),
+        (["judge=local", "judge.modle=x"], "judge.modle is no option of the judge that is chosen; did you mean model?"),
+        (["judge.foo.bar=1"], "judge.foo is no option of the judge that is chosen; known: name, bootstrap, confidence"),
+        (["proxy.lora.zzz=1"], "proxy.lora.zzz is no option of the proxy.lora that is chosen; known: rank"),
+        (["nosuch=1"], "nosuch is no option; known: data, target_set"),
+    ],
+)
+def test_an_option_that_another_choice_has_or_none_is_named_so(
+    overrides: list[str], message: str, gradsift: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gradsift(*overrides) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_run_that_ends_before_the_proxy_needs_none() -> None:
@@ -261,7 +300,8 @@ def test_random_weights_take_any_data_for_scores(scorer: str) -> None:
 
 @pytest.mark.parametrize("scorer", ["rds_plus", "sbert"])
 def test_a_sentence_encoder_makes_the_proxy_no_matter_for_similarity(scorer: str) -> None:
-    foreign = ("data=json", "data.path=x.json", f"scorer={scorer}", "stop_after=selection")
+    towards = ("target_set=json", "target_set.path=t.json", f"scorer={scorer}", "stop_after=selection")
+    foreign = ("data=json", "data.path=x.json", *towards)
     assert composed(*foreign, "embedder=sentence_transformers").proxy.model.kind == "nano"
 
 

@@ -224,7 +224,7 @@ def test_the_direction_of_the_pool_is_that_of_the_one_adapter_which_all_members_
 
 def test_without_a_target_set_less_stops_before_it_trains(gradsift, capsys) -> None:
     assert gradsift(*SMOKE, "scorer=less", "stop_after=selection") == 2
-    assert "target_set=none, and what was chosen selects towards a target set" in capsys.readouterr().err
+    assert "target_set=none, and scorer=less selects towards a target set" in capsys.readouterr().err
     assert not (gradsift.store / "warmup").exists()
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from gradsift import outside_json
 from gradsift.cost import passed
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.benchmarks import Item
@@ -207,7 +208,7 @@ def read_model_outputs(path: Path) -> list[ModelOutput]:
             a dataset have the same id.
     """
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        loaded = outside_json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); generate the answers first") from error
     except ValueError as error:  # broken JSON or broken UTF-8

@@ -21,7 +21,7 @@ from gradsift.data.batching import length_batches
 from gradsift.data.examples import Example
 from gradsift.errors import GradsiftError
 from gradsift.features.vectors import FEATURES_FILE, open_features, unit_rows, write_ids
-from gradsift.runtime import Advance, Runtime
+from gradsift.runtime import Advance, Runtime, weighed
 from gradsift.training.device import TokenBudget
 
 VERSION = 1
@@ -118,14 +118,16 @@ def _fill(
     with runtime.display.task(f"embed {len(texts):,} texts", len(unique)) as advance:
         advance(done)
         for start in range(done, len(unique), _BLOCK):
-            for batch, found in embedded(encoder, unique[start : start + _BLOCK], budget):
+            block = unique[start : start + _BLOCK]
+            told = weighed(advance, len(block), sum(text.tokens for text in block))
+            for batch, found in embedded(encoder, block, budget):
                 rows = [places[text] for text in batch]
                 _require_finite(found, [row_indices[each[0]] for each in rows])
                 for each, vector in zip(rows, unit_rows(found), strict=True):
                     vectors[each] = vector
-                advance(len(batch))
+                told(sum(text.tokens for text in batch))
             vectors.flush()
-            _note(folder, min(start + _BLOCK, len(unique)))
+            _note(folder, start + len(block))
     (folder / _PROGRESS_FILE).unlink(missing_ok=True)
 
 

@@ -242,8 +242,8 @@ class _Blocks:
                 block[rows] = found if self._adam is None else self._adam.adjust(found)
 
         advance((stop - start) - len(encoded))
-        for examples, _ in self._inputs.budget.passes(encoded, fill):
-            advance(len(examples))
+        for _ in self._inputs.budget.passes(encoded, fill, advance=advance):
+            pass
         norms = torch.linalg.vector_norm(block, dim=1).cpu()
         require_finite("gradient", torch.arange(start, stop), norms, self._inputs.row_indices)
         projected = (block if self._projection is None else self._projection(block)).cpu().numpy()

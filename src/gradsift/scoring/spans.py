@@ -12,7 +12,7 @@ import torch
 
 from gradsift.data.batching import length_batches
 from gradsift.journal import Journal
-from gradsift.runtime import Advance
+from gradsift.runtime import Advance, weighed
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget
 from gradsift.training.finetuning import require_finite
@@ -70,6 +70,7 @@ def span_losses(
     head = OutputHead.of(backbone.model)
     budget = TokenBudget(_BATCH_TOKENS[backbone.model.device.type])
     lengths = [len(spans[group[0]].ids) for group in groups]
+    told = weighed(advance, sum(map(len, groups)), sum(lengths))
     for batch in length_batches(lengths, budget.tokens):
 
         def means_of(tokens: int, batch: Sequence[int] = batch) -> list[float]:
@@ -84,7 +85,7 @@ def span_losses(
         rows = [index for position in batch for index in groups[position]]
         if row_indices is not None:
             require_finite("loss", torch.tensor(rows), torch.from_numpy(losses[rows]), row_indices)
-        advance(len(rows))
+        told(sum(lengths[position] for position in batch))
     return losses
 
 

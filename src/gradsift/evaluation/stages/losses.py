@@ -114,9 +114,8 @@ def _losses(
             return batch.rows, response_losses(batch)
 
         journal = Journal(folder, runtime.compute.save_every)
-        for passed, results in budget.passes(encoded, losses_of, journal):
+        for results in budget.passes(encoded, losses_of, journal, advance):
             for rows, losses in results:
                 require_finite(purpose, rows, losses, row_indices)
                 found.append((rows.cpu(), losses.cpu()))
-            advance(len(passed))
     return found

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gradsift.config import LoraConfig
@@ -190,6 +193,20 @@ def test_adapters_with_the_same_seed_are_equal_and_others_differ() -> None:
 
     assert torch.equal(first_a(1), first_a(1))
     assert not torch.equal(first_a(1), first_a(2))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapters_file_holds_the_adapter_alone(tied: bool, tmp_path: Path) -> None:
+    adapted = adapted_model("gpt2", LAYERS["gpt2"], tied)
+    lora.save_adapter(adapted, tmp_path)
+    kept = load_file(tmp_path / lora.ADAPTER_FILE)
+    assert kept and all(".lora_A." in name or ".lora_B." in name for name in kept)  # no whole head, say
+    other = adapted_model("gpt2", LAYERS["gpt2"], tied)
+    for parameter in lora.trainable_parameters(other).values():
+        parameter.data.normal_()
+    lora.load_adapter(other, tmp_path)
+    ids = torch.arange(9)[None]
+    assert torch.equal(other(input_ids=ids).logits, adapted(input_ids=ids).logits)
 
 
 def test_a_removed_adapter_leaves_the_backbone_as_it_was() -> None:

@@ -71,6 +71,21 @@ def remove_adapter(adapted: Any) -> nn.Module:
     return model
 
 
+def require_mergeable(adapted: Any) -> None:
+    """Refuse an adapter on a head that is the input embedding too: merged, it would change what the model reads.
+
+    Raises:
+        ConfigError: it is such a one.
+    """
+    causal = adapted.get_base_model()
+    head = causal.get_output_embeddings()
+    if isinstance(head, LoraLayer) and head.get_base_layer().weight is causal.get_input_embeddings().weight:
+        raise ConfigError(
+            "an adapter of the output head cannot be merged into the model, whose head is its input embedding too; "
+            "leave the head out of lora.targets, or take features.gradient_params=lora"
+        )
+
+
 def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
     """The adapted layers, in the order of the model's modules."""
     for name, module in adapted.named_modules():
@@ -111,7 +126,8 @@ def factor_sizes(adapted: nn.Module) -> dict[str, float]:
 
 def save_adapter(adapted: Any, folder: Path) -> None:
     """Write the adapter in peft's own format (safetensors)."""
-    adapted.save_pretrained(folder, safe_serialization=True)
+    # without being told, peft adds the whole matrix of a head that has an adapter
+    adapted.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     if isinstance(config["target_modules"], list):  # a set, whose order differs from process to process

@@ -455,6 +455,16 @@ def test_a_learning_rate_that_blows_up_stops_the_training() -> None:
         )
 
 
+def test_weights_that_the_last_step_broke_are_no_result() -> None:
+    class Breaks(L.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *arguments: Any) -> None:
+            if len(module.curve) == 2:
+                next(iter(lora.trainable_parameters(module.model).values())).data[0, 0] = torch.nan
+
+    with pytest.raises(GradsiftError, match="weights are not finite after the last step"):
+        train(adapted_model("gpt2", ["c_attn"]), ragged_examples(4), [[0, 1], [2, 3]], callbacks=[Breaks()])
+
+
 def test_a_loss_that_is_not_finite_names_the_row_of_the_source(
     tmp_path: Path, backbones: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from gradsift.config import FieldsConfig
 from gradsift.data.examples import Example, Turn, write_examples
 from gradsift.data.formats import parse_rows
 from gradsift.diagnostics import DIAGNOSTICS_FILE, Diagnostic, read_diagnostics, write_diagnostics
+from gradsift.errors import GradsiftError
 from gradsift.gradients.diagnostics import (
     BFLOAT16_ERROR,
     adapter_spread,
@@ -426,6 +427,8 @@ def test_diagnostics_survive_the_disk_and_hold_no_nan(tmp_path: Path) -> None:
     assert found["drop_sign"]["verdict"] == "ok"
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_diagnostics(tmp_path, [Diagnostic("x", "ok", {"x": NAN}, "")])
+    with pytest.raises(GradsiftError, match="two diagnostics are named x;"):
+        write_diagnostics(tmp_path, [Diagnostic(name, "ok", {}, "") for name in "xyx"])
 
 
 # ------------------------------------------------------------------------------------ the whole line

@@ -90,7 +90,7 @@ class Display:
 def weighed(advance: Advance, units: int, weight: int) -> Advance:
     """Tells `advance` of `units` in all while it is itself told of `weight` in all, such as the tokens of so many rows.
 
-    Rows that go longest first would make a bar begin too slowly; as shares of the tokens they advance it evenly.
+    Batches hold like numbers of tokens and take like times, be they of few long rows or of many short ones.
     """
     done = told = 0
 

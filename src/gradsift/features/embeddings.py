@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gradsift.artifacts import Artifact
-from gradsift.data.batching import length_batches
+from gradsift.data.batching import length_batches, spread_out
 from gradsift.data.examples import Example
 from gradsift.errors import GradsiftError
 from gradsift.features.vectors import FEATURES_FILE, open_features, unit_rows, write_ids
@@ -134,7 +134,7 @@ def _fill(
 def embedded(encoder: Encoder, texts: Sequence[Text], budget: TokenBudget) -> Iterator[tuple[list[Text], np.ndarray]]:
     """The texts in batches of like length under the token budget, and the vectors (B, D) of each batch."""
     lengths = [text.tokens for text in texts]
-    for batch in length_batches(lengths, budget.tokens):
+    for batch in spread_out(length_batches(lengths, budget.tokens)):
 
         def vectors_of(tokens: int, batch: Sequence[int] = batch) -> np.ndarray:
             parts = length_batches([lengths[place] for place in batch], tokens)  # keeps the order: it is sorted

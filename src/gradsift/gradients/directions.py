@@ -31,7 +31,7 @@ from gradsift.runtime import Advance, Runtime
 from gradsift.training import lora
 from gradsift.training.finetuning import ResponseLosses, require_finite
 
-VERSION = 1
+VERSION = 2
 DIRECTIONS_FILE = "directions.parquet"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradsift.data.batching import length_batches
+from gradsift.data.batching import length_batches, spread_out
 from gradsift.journal import Journal
 from gradsift.runtime import Advance, weighed
 from gradsift.training.backbones import Backbone
@@ -71,7 +71,7 @@ def span_losses(
     budget = TokenBudget(_BATCH_TOKENS[backbone.model.device.type])
     lengths = [len(spans[group[0]].ids) for group in groups]
     told = weighed(advance, sum(map(len, groups)), sum(lengths))
-    for batch in length_batches(lengths, budget.tokens):
+    for batch in spread_out(length_batches(lengths, budget.tokens)):
 
         def means_of(tokens: int, batch: Sequence[int] = batch) -> list[float]:
             means: list[float] = []

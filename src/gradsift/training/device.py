@@ -10,7 +10,7 @@ import torch
 
 from gradsift.config import ComputeConfig
 from gradsift.cost import passed
-from gradsift.data.batching import by_length
+from gradsift.data.batching import by_length, spread_out
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.journal import Journal
@@ -81,7 +81,7 @@ class TokenBudget:
         """
         kept = journal or Journal()
         told = weighed(advance, len(examples), sum(len(example.input_ids) for example in examples))
-        for group in by_length(examples, self.tokens):
+        for group in spread_out(by_length(examples, self.tokens)):
 
             def batch_by_batch(tokens: int, group: list[Encoded] = group) -> list[T]:
                 return [work(batch) for batch in by_length(group, tokens)]

@@ -25,7 +25,7 @@ from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.finetuning import ResponseLosses, require_finite
 from gradsift.training.target import load_tuned
 
-VERSION = 2
+VERSION = 3
 _LOSS_TOKENS = 4096  # padded tokens at once, where compute.tokens does not say; no result depends on it
 
 

@@ -307,7 +307,8 @@ def test_norms_of_a_loaded_model_are_those_of_plain_transformers_and_peft(archit
     adapted = lora.add_adapter(load_backbone(made, config, CPU).model, LoraConfig(rank=3), seed=1)
     plain = AutoModelForCausalLM.from_pretrained(made.path).requires_grad_(False).eval()
     names = {name.rsplit(".", 1)[-1] for name, _ in lora.lora_layers(adapted)}
-    twin = peft.get_peft_model(plain, peft.LoraConfig(r=3, lora_alpha=16, target_modules=list(names))).eval()
+    theirs = peft.LoraConfig(r=3, lora_alpha=16, target_modules=list(names), fan_in_fan_out=architecture == "gpt2")
+    twin = peft.get_peft_model(plain, theirs).eval()
     weights = lora.trainable_parameters(twin)
     torch.manual_seed(2)
     for name, parameter in lora.trainable_parameters(adapted).items():

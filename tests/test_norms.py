@@ -195,6 +195,7 @@ def test_adapters_with_the_same_seed_are_equal_and_others_differ() -> None:
     assert not torch.equal(first_a(1), first_a(2))
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_adapters_file_holds_the_adapter_alone(tied: bool, tmp_path: Path) -> None:
     adapted = adapted_model("gpt2", LAYERS["gpt2"], tied)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +42,9 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft mends the first by itself, and the second is of merging, which `require_mergeable` guards
+        warnings.filterwarnings("ignore", "(fan_in_fan_out is set|Model has `tie_word_embeddings)", UserWarning)
         torch.manual_seed(seed)
         try:
             adapted = peft.get_peft_model(model, lora)

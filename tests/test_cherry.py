@@ -15,6 +15,7 @@ from gradsift.data.examples import Example, Turn
 from gradsift.journal import Journal
 from gradsift.scoring.cherry import cherry
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
+from gradsift.scoring.spans import Span, span_losses
 from gradsift.training.backbones import Backbone
 from tests.test_superfilter import model_of, no_bar
 
@@ -141,3 +142,12 @@ def test_neither_order_nor_company_changes_a_score(backbone: Backbone) -> None:
     np.testing.assert_allclose([scores_of([row]).score[0] for row in rows], together, rtol=1e-5)
     twice = scores_of([*rows, *rows]).score
     np.testing.assert_array_equal(twice[: len(rows)], twice[len(rows) :])
+
+
+def test_progress_over_spans_is_by_their_tokens(backbone: Backbone) -> None:
+    """The four long ones go first and are half of the tokens; equal spans and one without a scored token count too."""
+    tokens = np.arange(120, dtype=np.int32)
+    spans = [Span(tokens + row, 3) for row in range(4)] + [Span(tokens[:12] + row, 3) for row in range(40)]
+    told: list[int] = []
+    span_losses(backbone, [*spans, spans[-1], Span(tokens[:3], 3)], None, told.append, Journal())
+    assert told == [1, 22, 23]

@@ -11,7 +11,7 @@ from test_norms import adapted_model, batch_norms, ragged_examples, tiny_model
 
 from gradsift.config import LoraConfig
 from gradsift.data.tokens import Encoded
-from gradsift.errors import GradsiftError
+from gradsift.errors import ConfigError, GradsiftError
 from gradsift.gradients import per_sample
 from gradsift.gradients.adam import AdamState
 from gradsift.gradients.per_sample import gradient_pass
@@ -97,6 +97,20 @@ def test_full_gradients_are_those_of_the_merged_models_weights(architecture: str
     merged = adapted.merge_and_unload().requires_grad_(True)
     assert gradients.size == found.shape[1] == merged.num_parameters()
     assert_rows_close(found, loop_gradients(merged, examples))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_an_adapter_of_a_tied_head_is_not_merged_into_the_embedding(architecture: str) -> None:
+    examples = ragged_examples(2)
+    with (
+        pytest.raises(ConfigError, match="its input embedding too"),
+        gradient_pass(adapted_model(architecture, ["lm_head"], tied=True), "full", 0),
+    ):
+        pass
+    adapted = adapted_model(architecture, ["lm_head"], tied=False)
+    with gradient_pass(adapted, "full", 0) as gradients:
+        found = gradients(examples).numpy()
+    assert_rows_close(found, loop_gradients(adapted.merge_and_unload().requires_grad_(True), examples))
 
 
 def test_a_model_without_adapters_has_no_lora_gradients() -> None:

@@ -113,10 +113,12 @@ def require_room(
         folder: what an interrupted run may have written part of them to.
 
     Raises:
-        ConfigError: features.dimensions=null where the unprojected gradients are too large.
+        ConfigError: features.dimensions=null where the unprojected gradients are too large, or full gradients of a
+            model that the adapter cannot be merged into.
         GradsiftError: the disk has no room.
     """
-    dimensions = config.dimensions or parameter_count(runtime, config, given.inputs)
+    parameters = parameter_count(runtime, config, given.inputs)
+    dimensions = config.dimensions or parameters
     numbers = len(given.ids) * checkpoints * dimensions
     size = f"{len(given.ids):,} rows x {checkpoints} checkpoints x {dimensions:,} dimensions"
     if config.dimensions is None and numbers > _MOST_UNPROJECTED:
@@ -139,9 +141,11 @@ def require_room(
 
 def parameter_count(runtime: Runtime, config: FeaturesConfig, inputs: ProxyInputs) -> int:
     """P."""
-    if config.gradient_params == "full":
-        return int(inputs.backbone.model.num_parameters())
+    of_all = int(inputs.backbone.model.num_parameters())
     with adapter(inputs.backbone, config.warmup.lora, 0, runtime.compute) as adapted:
+        if config.gradient_params == "full":
+            lora.require_mergeable(adapted)
+            return of_all
         return sum(parameter.numel() for parameter in lora.trainable_parameters(adapted).values())
 
 
@@ -256,8 +260,8 @@ class _Blocks:
                 block[rows] = found if self._adam is None else self._adam.adjust(found)
 
         advance((stop - start) - len(encoded))
-        for examples, _ in self._inputs.budget.passes(encoded, fill):
-            advance(len(examples))
+        for _ in self._inputs.budget.passes(encoded, fill, advance=advance):
+            pass
         norms = torch.linalg.vector_norm(block, dim=1).cpu()
         require_finite("gradient", torch.arange(start, stop), norms, self._inputs.row_indices)
         projected = (block if self._projection is None else self._projection(block)).cpu().numpy()

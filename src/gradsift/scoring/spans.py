@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradsift.data.batching import length_batches
+from gradsift.data.batching import length_batches, spread_out
 from gradsift.journal import Journal
-from gradsift.runtime import Advance
+from gradsift.runtime import Advance, weighed
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget
 from gradsift.training.finetuning import require_finite
@@ -72,7 +72,8 @@ def span_losses(
     tokens = None if is_fused(backbone.model) else _BATCH_TOKENS[backbone.model.device.type]
     budget = TokenBudget.of(backbone.model, tokens, print)
     lengths = [len(spans[group[0]].ids) for group in groups]
-    for batch in length_batches(lengths, budget.tokens):
+    told = weighed(advance, sum(map(len, groups)), sum(lengths))
+    for batch in spread_out(length_batches(lengths, budget.tokens)):
 
         def means_of(tokens: int, batch: Sequence[int] = batch) -> list[float]:
             means: list[float] = []
@@ -86,7 +87,7 @@ def span_losses(
         rows = [index for position in batch for index in groups[position]]
         if row_indices is not None:
             require_finite("loss", torch.tensor(rows), torch.from_numpy(losses[rows]), row_indices)
-        advance(len(rows))
+        told(sum(lengths[position] for position in batch))
     return losses
 
 

@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from gradsift.config import FIDELITIES
 from gradsift.data.examples import Example, Turn
 from gradsift.journal import Journal
-from gradsift.scoring.cherry import cherry
+from gradsift.scoring.cherry import cherry, loss_ratios
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
 from gradsift.scoring.spans import Span, span_losses
 from gradsift.training.backbones import Backbone
@@ -119,6 +119,13 @@ def test_the_reasons_say_what_is_wrong(backbone: Backbone) -> None:
 def test_a_ratio_of_losses_is_not_one_of_perplexities(backbone: Backbone) -> None:
     scores = cherry(rows_of(TEXTS[:3]), backbone, no_bar, Journal(), max_length=300, fidelity="fixed")
     np.testing.assert_array_equal(scores.parts["ifd"], scores.parts["loss_with_prompt"] / scores.parts["loss_alone"])
+
+
+def test_a_ratio_of_exactly_one_is_kept_and_nothing_is_divided_by_a_loss_of_zero() -> None:
+    alone, together = np.array([2.0, 2.0, 0.0, 0.0]), np.array([2.0, 2.1, 1.0, 0.0])
+    scores = loss_ratios(alone, together, *np.zeros((2, 4), dtype=bool))
+    assert scores.status.tolist() == [SCORED, EXCLUDED, UNDEFINED, UNDEFINED]
+    assert "loss of 0" in scores.reason[2]
 
 
 def test_the_prompt_of_a_conversation_is_all_before_the_last_response(backbone: Backbone) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,7 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["scorer.eps=0"], "scorer.eps=0.0 must be greater than 0"),
         (["scorer=superfilter_screened", "compute.precision=bfloat16"], "take compute.precision=float32"),
         (["scorer=superfilter_screened", "scorer.safety=0.5"], "scorer.safety=0.5 is out of range"),
+        (["scorer=superfilter_screened", "selector=gumbel"], "selector=gumbel looks at others too; take selector=topk"),
         (["scorer=superfilter", "scorer.fidelity=exact"], "choose one of: original, fixed"),
         (["scorer=superfilter", "scorer.keep=middle"], "choose one of: high, low"),
         (["scorer=superfilter", "scorer.keep=low", "scorer.fidelity=original"], "take scorer.fidelity=fixed"),
@@ -279,6 +281,46 @@ def test_a_run_that_ends_before_the_proxy_needs_none() -> None:
     assert composed(*foreign, "stop_after=load").proxy.model.kind == "nano"
     with pytest.raises(ConfigError, match="proxy=nano"):
         composed(*foreign, "stop_after=statistics")
+
+
+RECIPES = {
+    "gradfiltering": {"scorer": "gsnr", "scorer.eps": 1e-8, "proxy.members": 5, "proxy.snapshots": [1, 2]},
+    "superfiltering": {"scorer": "superfilter", "scorer.max_length": 1024, "scorer.keep": "high"},
+    "superfiltering_d": {"scorer": "superfilter", "selector": "facility_location", "selector.candidates": 0.2}
+    | {"scorer.keep": "high", "selector.similarity": "exp_distance"},
+    "cherry": {"scorer": "cherry", "scorer.max_length": 512, "scorer.fidelity": "fixed", "budget_base": "scored"},
+    "less": {"scorer": "less", "target_set": "verifiable"},
+    "g2is": {"scorer": "g2is", "selector": "gradient_walk", "target_set": "verifiable", "selector.fill": "topup"}
+    | {"selector.graph": True, "selector.explained": 0.5, "selector.keep": 0.8, "scorer.explained": 0.5},
+    "g2is_no_graph": {"scorer": "g2is", "selector": "gradient_walk", "target_set": "verifiable"}
+    | {"selector.graph": False, "selector.fill": "strict", "selector.explained": 0.5},
+    "g2is_topk": {"scorer": "g2is", "target_set": "verifiable"},
+    "grads": {"scorer": "grads", "scorer.weights": [1, 1, 1], "scorer.region": "high", "scorer.neighbours": 1},
+    "rds_plus": {"scorer": "rds_plus", "selector": "round_robin_queries", "target_set": "verifiable"}
+    | {"embedder": "rds_plus", "embedder.pooling": "weighted_mean", "embedder.text": "prompt_and_response"},
+    "sbert": {"scorer": "sbert", "scorer.over": "mean", "target_set": "verifiable"},
+    "deita": {"scorer": "llm_rating", "scorer.style": "deita", "selector": "repr_filter", "selector.threshold": 0.9},
+    "random": {"scorer": "random", "scorer.seed": 0},
+    "full": {"scorer": "full"},
+}
+STANDARD = {"selector": "topk", "target_set": "none", "embedder": "hidden_states", "budget_base": "accepted"}
+
+
+@pytest.mark.parametrize("method", [choice for group, choice in CHOICES if group == "method"])
+def test_a_method_is_the_recipe_of_its_paper(method: str) -> None:
+    config = composed(f"method={method}")
+    for option, value in (STANDARD | RECIPES[method]).items():
+        found = functools.reduce(getattr, option.split("."), config)
+        assert getattr(found, "name", found) == value, option
+
+
+def test_a_scorer_and_a_selector_are_the_function_that_they_are_named_after() -> None:
+    others = {"length": "length_in_tokens", "superfilter_low": "superfilter"}
+    for group, choice in CHOICES:
+        if group in ("scorer", "selector"):
+            node = getattr(composed(f"{group}={choice}", *NEEDED.get((group, choice), [])), group)
+            assert node._target_.rpartition(".")[2] == others.get(choice, choice)
+    assert composed("scorer=superfilter_low").scorer.keep == "low"
 
 
 def test_cherrys_budget_is_a_share_of_the_surviving_rows() -> None:

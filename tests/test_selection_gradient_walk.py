@@ -190,6 +190,13 @@ def test_core_knowledge_is_that_of_scikit_learn(rows: int, dimensions: int, expl
     np.testing.assert_allclose(core.cosines, core.directions @ mean / np.linalg.norm(mean), atol=1e-9)
 
 
+def test_half_of_the_variance_is_one_of_two_equal_components() -> None:
+    """By hand: four gradients in a square, one spread along either axis, so that each explains exactly a half."""
+    corners = unit_rows(np.array([[1, 1, 5], [1, -1, 5], [-1, 1, 5], [-1, -1, 5]]))
+    assert len(core_knowledge(Features(corners), 0.5).variances) == 1
+    assert len(core_knowledge(Features(corners), 0.501).variances) == 2
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 def test_without_variance_the_mean_is_the_core_knowledge(rows: int) -> None:
     target = np.repeat(unit_rows(np.random.default_rng(0).normal(size=(1, 7))), rows, axis=0)

@@ -162,10 +162,17 @@ class Config:
             raise ConfigError(NO_TARGET_SET.format(method=f"selector={self.selector_name}"))
 
     def _check_screening(self) -> None:
-        if self.scorer_name == "superfilter_screened" and self.compute.precision != "float32":
+        if self.scorer_name != "superfilter_screened":
+            return
+        if self.compute.precision != "float32":
             raise ConfigError(
                 "scorer=superfilter_screened refines bfloat16 scores in float32, which compute.precision="
                 f"{self.compute.precision} rules out; take compute.precision=float32, or scorer=superfilter"
+            )
+        if self.reaches("selection") and self.selector_name != "topk":
+            raise ConfigError(
+                "scorer=superfilter_screened is exact about which scores are the highest and no more, and "
+                f"selector={self.selector_name} looks at others too; take selector=topk, or scorer=superfilter"
             )
 
     def _check_candidates(self) -> None:

@@ -241,6 +241,20 @@ def test_an_easier_selection_within_chance_is_none() -> None:
     assert found.verdict == "ok"
 
 
+def test_the_chance_is_that_of_a_draw_without_replacement() -> None:
+    """Eight rows of ten: a draw of so many hardly ever misses both of the hard ones."""
+    values = np.array([1.0] * 8 + [100.0] * 2)
+    assert against_pool("late_loss", values, np.arange(8)).verdict == "warning"
+
+
+@pytest.mark.parametrize(("value", "verdict"), [(0.49, "warning"), (0.51, "ok")])
+def test_half_of_the_pool_is_the_limit(value: float, verdict: str) -> None:
+    values = np.full(10_000, 1.0)
+    values[:100] = value * 9900 / (10_000 - value * 100)  # so that the ratio is `value`
+    found = against_pool("late_loss", values, np.arange(100))
+    assert (found.values["ratio"], found.verdict) == (pytest.approx(value), verdict)
+
+
 def test_a_harder_selection_is_no_warning() -> None:
     values = np.array([1.0] * 90 + [50.0] * 10)
     assert against_pool("response_tokens", values, np.arange(90, 100)).verdict == "ok"
@@ -262,6 +276,8 @@ def test_the_sign_of_the_selected_drops_by_hand() -> None:
     assert "steps before the first snapshot" in found.message
     few = selected_drop_sign(np.array([0.1] * 19 + [-9.0]), np.arange(20))  # one of twenty, but it outweighs them
     assert (few.verdict, few.values["negative_share"]) == ("warning", 0.05)
+    tenth, more = np.array([-1.0] + [1.0] * 9), np.array([-1.0, -1.0] + [1.0] * 12)
+    assert [selected_drop_sign(each, np.arange(len(each))).verdict for each in (tenth, more)] == ["ok", "warning"]
     assert is_unknown(selected_drop_sign(drop, np.array([2])))
     assert is_unknown(selected_drop_sign(drop, np.array([], dtype=int)))
 

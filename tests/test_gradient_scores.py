@@ -46,10 +46,13 @@ def test_less_is_the_best_tasks_mean_over_pairs() -> None:
 
 
 def test_equal_gradients_tie_wherever_they_stand() -> None:
-    pool = features(3000)
-    pool.vectors[[5, 1999, 2999]] = pool.vectors[11]
-    scores = less(pool, features(7, TASKS, seed=1))
-    assert len(set(scores.score[[5, 11, 1999, 2999]].tolist())) == 1
+    """Also where the bare product (measured: 64 dimensions, one task) depends on the place in a block."""
+    rng, places = np.random.default_rng(0), [5, 11, 1023, 1024, 1999, 2999, 3000]
+    vectors = unit_rows(rng.standard_normal((3001, 64)))
+    vectors[places] = vectors[11]
+    for tasks in (("a",) * 7, TASKS):
+        scores = less(Features(vectors), Features(unit_rows(rng.standard_normal((7, 64))), tasks))
+        assert len(set(scores.score[places].tolist())) == 1
 
 
 def test_gradients_that_do_not_tell_the_rows_apart_are_said() -> None:

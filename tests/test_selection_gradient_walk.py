@@ -144,6 +144,19 @@ def test_a_walk_by_hand() -> None:
     assert walk(Scores(np.arange(6.0)), 6, pool, target, keep=0.95, fill="topup") == [1, 0, 2, 5, 4, 3]
 
 
+def test_a_right_angle_is_no_conflict() -> None:
+    pool, target = np.eye(3, dtype=np.float32)[:, :2], np.array([[1, 0]], dtype=np.float32)
+    assert walk(Scores(np.zeros(3)), 2, pool, target, keep=0.7) == [0, 1]  # the third has no direction
+    assert walk(Scores(np.zeros(3)), 2, pool, target, keep=0.8) == [0]  # the sum at 45 degrees has a cosine of .71
+
+
+def test_copies_keep_the_whole_direction_but_for_rounding() -> None:
+    """With keep=1 the sum's cosine may not fall at all, and the last digits of a copy's do."""
+    one = unit_rows(np.random.default_rng(0).normal(size=(1, 7)))
+    pool, target = np.repeat(one, 30, axis=0), unit_rows(one + 0.3)
+    assert walk(Scores(np.zeros(30)), 30, pool, target, keep=1.0) == list(range(30))
+
+
 def test_past_all_neighbours_the_walk_goes_by_core_knowledge() -> None:
     angles = np.radians([0, 10, 40, 50])
     pool = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)

@@ -137,6 +137,12 @@ def test_undefined_rows_say_why(backbone: Backbone) -> None:
     assert "prompt leaves no token" in scores.reason[5]
 
 
+def test_nothing_predicts_the_first_token_so_it_is_never_scored(backbone: Backbone) -> None:
+    ids = np.arange(10, 16, dtype=np.int32)
+    whole, rest = span_losses(backbone, [Span(ids, 0), Span(ids, 1)], [0, 1], lambda done: None, Journal())
+    assert whole == rest == pytest.approx(slow_mean_loss(backbone, ids.tolist(), 1), rel=1e-5)
+
+
 def test_an_ifd_of_exactly_one_is_excluded_and_the_largest_below_it_is_kept() -> None:
     alone, together = np.array([1.0, 2.0, 2.0]), np.array([1.0, np.nextafter(2.0, 0), 2.5])
     for scores in (ifd_scores(alone, together, {}), published_scores(alone, together, np.zeros((2, 3), dtype=bool))):

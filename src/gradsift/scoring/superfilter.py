@@ -108,9 +108,10 @@ def superfilter_screened(
     The error of bfloat16 is measured on a random sample that is scored both ways, and on every
     example that is scored both ways later (see `Screening`). What is certain to be selected, left
     out or excluded at that error keeps its bfloat16 score; the part `bits` of the table says which
-    those are (16). The selected examples and the statuses are those of `superfilter`, as long as no
-    error exceeds `safety` times the largest measured, and up to IFDs that differ by no more than
-    float32's own rounding (1e-6); the order among the selected is that of the table's scores.
+    those are (16), and no selector but `topk` may rely on their order. The selected examples and the
+    statuses are those of `superfilter`, as long as no error exceeds `safety` times the largest
+    measured, and up to IFDs that differ by no more than float32's own rounding (1e-6); the order
+    among the selected is that of the table's scores.
 
     It can pay where the machine multiplies bfloat16 fast (AMX or AVX-512 BF16, CUDA).
 
@@ -137,9 +138,9 @@ def superfilter_screened(
         named = 2 * [row_indices[row] for row in rows] if check else None
         return span_losses(model, chosen, named, advance, journal).reshape(2, -1)
 
-    everything = np.arange(count)
     with task("superfilter, bfloat16", 2 * count) as advance:
-        losses = losses_of(Backbone(in_bfloat16(backbone.model), backbone.tokenizer), everything, advance, check=False)
+        half = Backbone(in_bfloat16(backbone.model), backbone.tokenizer)
+        losses = losses_of(half, np.arange(count), advance, check=False)
     lengths = np.array([[span.scored for span in each] for each in spans], dtype=float).reshape(2, -1)
     screening = Screening(np.exp(losses[1]) / np.exp(losses[0]), lengths, safety)
     bits = np.full(count, 16)

@@ -157,6 +157,19 @@ def test_copies_keep_the_whole_direction_but_for_rounding() -> None:
     assert walk(Scores(np.zeros(30)), 30, pool, target, keep=1.0) == list(range(30))
 
 
+def test_a_walk_that_crosses_to_the_other_side_of_its_component_is_said() -> None:
+    """By hand: the best anchor stands at 84 degrees, cosine .10; with 150 the sum is at 117, -.45, which is larger."""
+    pool, target = (
+        np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+        for angles in (np.radians([84, 150]), np.zeros(1))
+    )
+    assert walk(Scores(np.zeros(2)), 2, pool, target) == [0, 1]
+    found = said(pool, target, 2)["gradient_walk"]
+    assert (found.verdict, found.values["turned_away"]) == ("warning", 1)
+    assert "point away from their component" in found.message
+    assert said(pool, target, 1)["gradient_walk"].verdict == "ok"
+
+
 def test_past_all_neighbours_the_walk_goes_by_core_knowledge() -> None:
     angles = np.radians([0, 10, 40, 50])
     pool = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)

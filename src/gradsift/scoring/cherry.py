@@ -54,7 +54,7 @@ def cherry(
         rows = 2 * [examples[row].row_index for row in passed.tolist()]
         losses[:, passed] = span_losses(backbone, chosen, rows, advance, journal).reshape(2, -1)
         advance(2 * (len(examples) - len(passed)))
-    return loss_ratios(*losses, too_long, lacks)
+    return loss_ratios(losses[0], losses[1], too_long, lacks)
 
 
 def loss_ratios(alone: np.ndarray, together: np.ndarray, too_long: np.ndarray, lacks: np.ndarray) -> Scores:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import SMOKE
 
-from experiments import heldout_variance, walk_optimum
+from experiments import heldout_variance, precision, walk_optimum
 from experiments.heldout_variance import over_members
 from experiments.walk_optimum import best_set, compared
 from gradsift.features.vectors import Features, unit_rows
@@ -66,3 +66,22 @@ def test_a_script_answers_in_the_smallest_world(
     monkeypatch.setattr(sys, "argv", ["script", *options, *SMOKE])
     script()
     assert said in capsys.readouterr().out
+
+
+def test_the_parts_of_g_snr_and_their_agreement_by_hand() -> None:
+    early, late = np.array([[2.0, 4.0], [4.0, 4.0]]), np.array([[1.0, 5.0], [3.0, 5.0]])
+    parts = precision.parts_of(early, late, eps=0.5)
+    np.testing.assert_allclose(parts["G-SNR"], [(3 - 2) / 3.5 / 1.5, (4 - 5) / 4.5 / 0.5])
+    np.testing.assert_array_equal(parts["V_t"], [1, 0])
+    scores = np.arange(20.0)
+    assert precision.agreement(scores, scores**3) == pytest.approx((1.0, 1.0))
+    assert precision.agreement(scores, -scores) == pytest.approx((-1.0, 0.0))
+
+
+def test_precision_compares_the_members_own_norms_with_those_in_bfloat16(gradsift, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["precision", *SMOKE, "scorer=gsnr", "--draws", "20"])
+    precision.main()
+    said = capsys.readouterr().out
+    assert "120 rows, 2 members: a norm is off by 0." in said
+    correlation = float(said.split("| G-SNR | ")[1].split()[0])
+    assert 0.9 < correlation < 1  # rounded, or it would be 1

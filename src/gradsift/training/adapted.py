@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.errors import GradsiftError
-from gradsift.training.frozen import Frozen, frozen
+from gradsift.training.frozen import Frozen, frozen, unpack
 
 ADAPTER = "default"  # peft's name of the active adapter
 
@@ -156,6 +156,10 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
             x, dropout(x) if drops else None, frozen(base), *factors, self.scaling[ADAPTER], *taken
         )
         return y
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        unpack(self.get_base_layer())
+        super().merge(*args, **kwargs)
 
 
 def fuse(adapted: nn.Module) -> None:

@@ -75,12 +75,12 @@ class Packed:
 
 
 class _FrozenForward:
-    """The forward pass of a linear layer whose weight is packed; with a weight that trains it is the layer's own."""
+    """The forward pass of a linear layer whose weight is packed; where it trains it is the layer's own."""
 
     packed: Packed
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if self.weight.requires_grad:
+        if trains(self):
             return super().forward(x)  # type: ignore[misc, no-any-return]
         y: torch.Tensor = _Product.apply(x, self.packed)  # type: ignore[no-untyped-call]
         return y
@@ -105,6 +105,20 @@ def pack_linear_layers(model: nn.Module, but: nn.Module | None) -> None:
             layer.__class__ = kind
 
 
+def unpack(layer: Any) -> None:
+    """Forget what is packed of a layer whose weight is about to change."""
+    layer.__dict__.pop("packed_head", None)  # of `head.py`
+    if isinstance(layer, _FrozenForward):
+        plain: Any = Conv1D if isinstance(layer, PackedConv1D) else nn.Linear
+        layer.__class__ = plain
+        del layer.packed
+
+
+def trains(layer: Any) -> bool:
+    """Whether a layer's own weight or bias does."""
+    return any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
+
+
 def frozen(layer: Any) -> Frozen:
     """The products of a linear layer that does not train."""
     return layer.packed if isinstance(layer, PackedLinear | PackedConv1D) else Plain.of(layer)
@@ -114,7 +128,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, packed: Packed) -> torch.Tensor:
         ctx.packed, ctx.shape = packed, x.shape
-        return packed.outputs(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        return packed.outputs(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], packed.width)
 
     @staticmethod
     @once_differentiable

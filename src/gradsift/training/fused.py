@@ -22,9 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gradsift.training.frozen import Packed, PackedConv1D, PackedLinear, pack_linear_layers
+from gradsift.training.frozen import Packed, PackedConv1D, PackedLinear, pack_linear_layers, trains
 from gradsift.training.kernels import are_there, kernels
-from gradsift.training.residual import stream_norms
+from gradsift.training.residual import residual_precision, stream_norms
 
 _ATTENTION = "gradsift"  # its name in transformers' register
 _LANES = 16  # numbers that a kernel works on at once: widths are multiples of it
@@ -43,7 +43,11 @@ def fuse(model: Any) -> bool:
     """
     if model.dtype != torch.bfloat16 or not (norms := stream_norms(model)) or not _fits(model.config):
         return False
-    if not torch.backends.mkldnn.is_available() or not are_there():
+    if model.device.type != "cpu" or residual_precision(model) != "float32":
+        return False
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False  # a processor before AVX-512, whose products in bfloat16 oneDNN leaves alone
+    if not are_there():
         return False
     pack_linear_layers(model, model.get_output_embeddings())
     for norm in norms:
@@ -53,7 +57,8 @@ def fuse(model: Any) -> bool:
             _become(module, _GeluMlp)
         elif isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
             _become(module, _GatedMlp)
-        elif hasattr(module, "q_proj") and not hasattr(module, "q_norm"):  # Qwen3's norms stand before the turn
+        elif hasattr(module, "q_proj") and not (hasattr(module, "q_norm") or module.head_dim % (2 * _LANES)):
+            # Qwen3's norms stand before the turn; the two halves of a head turn into each other
             _become(module, _RotaryAttention)
     model.set_attn_implementation(_ATTENTION)
     return True
@@ -89,7 +94,7 @@ class _FusedNorm:
     """LayerNorm or RMSNorm of a float32 stream, given in bfloat16."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if self.weight.requires_grad:
+        if trains(self):
             return super().forward(x)  # type: ignore[misc, no-any-return]
         eps = self.eps if isinstance(self, nn.LayerNorm) else self.variance_epsilon
         y: torch.Tensor = _Norm.apply(x.contiguous(), self.weight, getattr(self, "bias", None), eps, torch.bfloat16)  # type: ignore[no-untyped-call]
@@ -123,7 +128,7 @@ class _GeluMlp:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         first, second = self.c_fc, self.c_proj
         drops = self.training and self.dropout.p
-        if drops or any(type(layer) is not PackedConv1D or layer.weight.requires_grad for layer in (first, second)):
+        if drops or any(type(layer) is not PackedConv1D or trains(layer) for layer in (first, second)):
             return super().forward(x)  # type: ignore[misc, no-any-return]
         y: torch.Tensor = _Gelu.apply(x, first.packed, second.packed)  # type: ignore[no-untyped-call]
         return y
@@ -150,7 +155,7 @@ class _GatedMlp:
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
-        if any(type(layer) is not PackedLinear or layer.weight.requires_grad for layer in layers):
+        if any(type(layer) is not PackedLinear or trains(layer) for layer in layers):
             return super().forward(x)  # type: ignore[misc, no-any-return]
         if (both := self.__dict__.get("_both")) is None:
             weight = torch.cat([self.gate_proj.weight, self.up_proj.weight]).t()  # (D, 2 F)

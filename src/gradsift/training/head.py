@@ -81,7 +81,7 @@ class OutputHead:
             return max(1, _CHUNK_LOGITS // len(self.weight))
         most = max(BLOCK, 2 * _CHUNK_LOGITS // len(self.weight) // BLOCK * BLOCK)  # as many bytes
         each = -(-count // max(1, -(-count // most)))  # pieces of like size
-        return -(-each // BLOCK) * BLOCK
+        return max(BLOCK, -(-each // BLOCK) * BLOCK)
 
     def buffers(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for the logits of `count` places: (count, padded V) in the weight's precision, (count, V) float32."""

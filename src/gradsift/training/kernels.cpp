@@ -11,12 +11,17 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
+#include <string_view>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -73,13 +78,24 @@ inline void store_some(S* p, int64_t n, vec v) {
 
 inline vec choose(ints condition, vec yes, vec no) { return (vec)(((ints)yes & condition) | ((ints)no & ~condition)); }
 
+// Lane j of the result is number `from[j]` of the lanes of a and then b.
+inline vec shuffle(vec a, vec b, ints from) {
+#ifdef __clang__
+  vec found;
+  for (int j = 0; j < LANES; ++j) found[j] = (from[j] & LANES ? b : a)[from[j] & (LANES - 1)];
+  return found;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 // Lanes j and j + s of each pair fold into one, for s = 8, 4, 2, 1.
 template <typename F>
 inline float fold(vec v, F combine) {
-  v = combine(v, __builtin_shuffle(v, ints{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}));
-  v = combine(v, __builtin_shuffle(v, ints{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}));
-  v = combine(v, __builtin_shuffle(v, ints{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}));
-  v = combine(v, __builtin_shuffle(v, ints{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}));
+  v = combine(v, shuffle(v, v, ints{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}));
+  v = combine(v, shuffle(v, v, ints{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}));
+  v = combine(v, shuffle(v, v, ints{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}));
+  v = combine(v, shuffle(v, v, ints{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}));
   return v[0];
 }
 
@@ -91,14 +107,13 @@ inline float sum(vec v) {
 
 inline float largest(vec v) { return fold(v, larger); }
 
-// e^x to an ulp or two for x up to 88.3, where it stays; 0 below -87.3; NaN stays NaN.
+// e^x to an ulp or two; infinity above 88.3, 0 below -87.3; NaN stays NaN.
 inline vec exponential(vec x) {
-  vec within = choose(x > 88.3f, all(88.3f), x);
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  vec n = within * 1.44269504088896341f + shift;
-  ints whole = (ints)n - (ints)all(shift);
+  vec n = x * 1.44269504088896341f + shift;
+  words power = ((words)n << 23) + (words)all(1.0f);  // 2^n, as the lower bits of a float so large are n's own
   n = n - shift;
-  vec r = within - n * 0.693359375f;
+  vec r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   vec y = all(1.9875691500e-4f);
   y = y * r + 1.3981999507e-3f;
@@ -107,7 +122,25 @@ inline vec exponential(vec x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * (r * r) + r + 1.0f;
-  return choose(x < -87.3f, all(0.0f), (vec)((ints)y + (whole << 23)));
+  y = choose(x > 88.3f, all(std::numeric_limits<float>::infinity()), y * (vec)power);
+  return choose(x < -87.3f, all(0.0f), y);
+}
+
+// What the loops below take for granted, of every tensor that comes from outside.
+void check(const char* name, const Tensor& x, at::IntArrayRef sizes, at::ScalarType precision) {
+  bool plain = x.is_cpu() && x.layout() == at::kStrided && x.is_contiguous();
+  TORCH_CHECK(plain && x.sizes() == sizes && x.scalar_type() == precision, name, " must be ", precision, " of shape ",
+              sizes, ", contiguous on a CPU, not ", x.scalar_type(), " of shape ", x.sizes());
+}
+
+at::ScalarType precision_of(const char* name, const Tensor& x) {
+  at::ScalarType found = x.scalar_type();
+  TORCH_CHECK(found == at::kFloat || found == at::kBFloat16, name, " must be float32 or bfloat16, not ", found);
+  return found;
+}
+
+void check_width(int64_t width) {
+  TORCH_CHECK(width > 0 && width % LANES == 0, "widths must be multiples of ", LANES, ", not ", width);
 }
 
 template <typename F>
@@ -144,13 +177,19 @@ void norm_rows(const float* x, const float* weight, const float* bias, S* y, flo
   });
 }
 
-// LayerNorm (with a bias) or RMSNorm (without) of a float32 stream, given in `like`'s precision.
-std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps,
-                                        at::ScalarType precision) {
-  int64_t width = x.size(-1), rows = x.numel() / width;
+// LayerNorm (with a bias) or RMSNorm (without) of a float32 stream, given in `precision`; means and 1 / deviations.
+std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                        double eps, at::ScalarType precision) {
+  int64_t width = x.size(-1);
+  check_width(width);
+  check("x", x, x.sizes(), at::kFloat);
+  check("weight", weight, {width}, at::kFloat);
+  if (bias) check("bias", *bias, {width}, at::kFloat);
+  int64_t rows = x.numel() / width;
   Tensor y = at::empty(x.sizes(), x.options().dtype(precision));
   Tensor means = at::empty({rows}, x.options()), scales = at::empty({rows}, x.options());
   const float* b = bias ? bias->const_data_ptr<float>() : nullptr;
+  precision_of("y", y);
   auto run = [&](auto* out) {
     norm_rows(x.const_data_ptr<float>(), weight.const_data_ptr<float>(), b, out, means.data_ptr<float>(),
               scales.data_ptr<float>(), rows, width, static_cast<float>(eps));
@@ -160,8 +199,8 @@ std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& x, const Tensor& weight, c
 }
 
 template <typename S>
-void norm_rows_backward(const S* backprops, const float* x, const float* weight, const float* means, const float* scales,
-                        bool centred, float* to_x, int64_t rows, int64_t width) {
+void norm_rows_backward(const S* backprops, const float* x, const float* weight, const float* means,
+                        const float* scales, bool centred, float* to_x, int64_t rows, int64_t width) {
   each_row(rows, width, [&](int64_t row) {
     const S* g = backprops + row * width;
     const float* in = x + row * width;
@@ -180,15 +219,25 @@ void norm_rows_backward(const S* backprops, const float* x, const float* weight,
   });
 }
 
-Tensor norm_backward(const Tensor& backprops, const Tensor& x, const Tensor& weight, const Tensor& means, const Tensor& scales,
-                     bool centred) {
-  int64_t width = x.size(-1), rows = x.numel() / width;
+Tensor norm_backward(const Tensor& backprops, const Tensor& x, const Tensor& weight, const Tensor& means,
+                     const Tensor& scales, bool centred) {
+  int64_t width = x.size(-1);
+  check_width(width);
+  int64_t rows = x.numel() / width;
+  check("x", x, x.sizes(), at::kFloat);
+  check("weight", weight, {width}, at::kFloat);
+  check("means", means, {rows}, at::kFloat);
+  check("scales", scales, {rows}, at::kFloat);
+  check("backprops", backprops, x.sizes(), precision_of("backprops", backprops));
   Tensor to_x = at::empty(x.sizes(), x.options());
   auto run = [&](const auto* g) {
     norm_rows_backward(g, x.const_data_ptr<float>(), weight.const_data_ptr<float>(), means.const_data_ptr<float>(),
                        scales.const_data_ptr<float>(), centred, to_x.data_ptr<float>(), rows, width);
   };
-  backprops.scalar_type() == at::kBFloat16 ? run(backprops.const_data_ptr<bits16>()) : run(backprops.const_data_ptr<float>());
+  if (backprops.scalar_type() == at::kBFloat16)
+    run(backprops.const_data_ptr<bits16>());
+  else
+    run(backprops.const_data_ptr<float>());
   return to_x;
 }
 
@@ -210,10 +259,13 @@ void gelu_piece(const S* x, S* y, S* slope, int64_t from, int64_t to) {
 
 template <typename S>
 void gelu_all(const S* x, S* y, S* slope, int64_t count) {
-  at::parallel_for(0, (count + LANES - 1) / LANES, 2048, [&](int64_t from, int64_t to) { gelu_piece(x, y, slope, from * LANES, to * LANES); });
+  at::parallel_for(0, count / LANES, 2048,
+                   [&](int64_t from, int64_t to) { gelu_piece(x, y, slope, from * LANES, to * LANES); });
 }
 
 std::tuple<Tensor, Tensor> gelu(const Tensor& x) {
+  check("x", x, x.sizes(), precision_of("x", x));
+  check_width(x.size(-1));
   Tensor y = at::empty(x.sizes(), x.options()), slope = at::empty(x.sizes(), x.options());
   if (x.scalar_type() == at::kBFloat16)
     gelu_all(x.const_data_ptr<bits16>(), y.data_ptr<bits16>(), slope.data_ptr<bits16>(), x.numel());
@@ -241,6 +293,9 @@ void gated_row_backward(const S* backprops, const S* both, int64_t width, S* to_
 }
 
 Tensor gated(const Tensor& both) {
+  TORCH_CHECK(both.dim() == 2 && both.size(1) % 2 == 0, "gate and up must be (M, 2 F), not ", both.sizes());
+  check("gate and up", both, both.sizes(), precision_of("gate and up", both));
+  check_width(both.size(1) / 2);
   int64_t rows = both.size(0), width = both.size(1) / 2;
   Tensor y = at::empty({rows, width}, both.options());
   auto run = [&](const auto* in, auto* out) {
@@ -254,10 +309,16 @@ Tensor gated(const Tensor& both) {
 }
 
 Tensor gated_backward(const Tensor& backprops, const Tensor& both) {
+  TORCH_CHECK(both.dim() == 2 && both.size(1) % 2 == 0, "gate and up must be (M, 2 F), not ", both.sizes());
   int64_t rows = both.size(0), width = both.size(1) / 2;
+  check_width(width);
+  check("gate and up", both, both.sizes(), precision_of("gate and up", both));
+  check("backprops", backprops, {rows, width}, both.scalar_type());
   Tensor to_both = at::empty(both.sizes(), both.options());
   auto run = [&](const auto* g, const auto* in, auto* out) {
-    each_row(rows, width, [&](int64_t row) { gated_row_backward(g + row * width, in + row * 2 * width, width, out + row * 2 * width); });
+    each_row(rows, width, [&](int64_t row) {
+      gated_row_backward(g + row * width, in + row * 2 * width, width, out + row * 2 * width);
+    });
   };
   if (both.scalar_type() == at::kBFloat16)
     run(backprops.const_data_ptr<bits16>(), both.const_data_ptr<bits16>(), to_both.data_ptr<bits16>());
@@ -281,8 +342,15 @@ Tensor packed_product(const Tensor& x, const Tensor& packed, const std::optional
 // Every thread multiplies rows of its own, and finishes them with `finish(first row, rows, product)` while they
 // are in its cache.
 template <typename F>
-void products(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, F finish) {
-  int64_t rows = x.size(0), blocks = (rows + BLOCK - 1) / BLOCK, pieces = std::min<int64_t>(at::get_num_threads(), blocks);
+void products(const Tensor& given, const Tensor& packed, const std::optional<Tensor>& bias, int64_t width, F finish) {
+  TORCH_CHECK(packed.is_mkldnn() && packed.scalar_type() == at::kBFloat16, "the weight is not packed in bfloat16");
+  TORCH_CHECK(given.dim() == 2 && packed.sizes() == at::IntArrayRef({width, given.size(1)}), "x ", given.sizes(),
+              " times a packed weight ", packed.sizes(), " is not (M, ", width, ")");
+  const Tensor x = given.contiguous();
+  check("x", x, x.sizes(), at::kBFloat16);
+  if (bias) check("bias", *bias, {width}, at::kBFloat16);
+  int64_t rows = x.size(0), blocks = (rows + BLOCK - 1) / BLOCK;
+  int64_t pieces = std::min<int64_t>(at::get_num_threads(), blocks);
   at::parallel_for(0, pieces, 1, [&](int64_t from, int64_t to) {
     at::AutoDispatchBelowADInplaceOrView guard;
     for (int64_t piece = from; piece < to; ++piece) {
@@ -299,10 +367,11 @@ void products(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
 }
 
 Tensor product(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t width) {
+  TORCH_CHECK(width > 0, "a product's width must be positive, not ", width);
   Tensor y = at::empty({x.size(0), width}, x.options());
   char* out = static_cast<char*>(y.data_ptr());
   int64_t bytes = width * y.element_size();
-  products(x, packed, bias, [&](int64_t first, int64_t rows, const Tensor& part) {
+  products(x, packed, bias, width, [&](int64_t first, int64_t rows, const Tensor& part) {
     std::memcpy(out + first * bytes, part.const_data_ptr(), rows * bytes);
   });
   return y;
@@ -310,21 +379,26 @@ Tensor product(const Tensor& x, const Tensor& packed, const std::optional<Tensor
 
 // x times the packed weight, element by element times `factor`.
 Tensor product_times(const Tensor& x, const Tensor& packed, const Tensor& factor) {
+  check_width(factor.size(-1));
+  check("factor", factor, {x.size(0), factor.size(-1)}, at::kBFloat16);
   Tensor y = at::empty(factor.sizes(), x.options());
   const bits16* f = factor.const_data_ptr<bits16>();
   bits16* out = y.data_ptr<bits16>();
   int64_t width = factor.size(1);
-  products(x, packed, std::nullopt, [&](int64_t first, int64_t rows, const Tensor& part) {
+  products(x, packed, std::nullopt, width, [&](int64_t first, int64_t rows, const Tensor& part) {
     const bits16* in = part.const_data_ptr<bits16>();
-    for (int64_t i = 0; i < rows * width; i += LANES) store(out + first * width + i, load(in + i) * load(f + first * width + i));
+    int64_t start = first * width;
+    for (int64_t i = 0; i < rows * width; i += LANES) store(out + start + i, load(in + i) * load(f + start + i));
   });
   return y;
 }
 
-std::tuple<Tensor, Tensor> product_gelu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t width) {
+std::tuple<Tensor, Tensor> product_gelu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                                        int64_t width) {
+  check_width(width);
   Tensor y = at::empty({x.size(0), width}, x.options()), slope = at::empty({x.size(0), width}, x.options());
   bits16 *out = y.data_ptr<bits16>(), *slopes = slope.data_ptr<bits16>();
-  products(x, packed, bias, [&](int64_t first, int64_t rows, const Tensor& part) {
+  products(x, packed, bias, width, [&](int64_t first, int64_t rows, const Tensor& part) {
     gelu_piece(part.const_data_ptr<bits16>(), out + first * width, slopes + first * width, 0, rows * width);
   });
   return {y, slope};
@@ -349,7 +423,10 @@ float cross_entropy_row(S* logits, int64_t target, float chosen, int64_t width, 
   if (wants_gradient) {
     float factor = 1.0f / all_of_it;
     for (int64_t i = 0; i < whole; i += LANES) store(logits + i, exponential(load(logits + i) - most) * factor);
-    if (rest) store_some(logits + whole, rest, exponential(load_some(logits + whole, rest, lowest) - most) * factor);
+    if (rest) {
+      vec last = load_some(logits + whole, rest, lowest);
+      store_some(logits + whole, rest, exponential(last - most) * factor);
+    }
     logits[target] = static_cast<S>(own * factor - 1.0f);
     for (int64_t i = width; i < padded; ++i) logits[i] = static_cast<S>(0.0f);
   }
@@ -357,10 +434,18 @@ float cross_entropy_row(S* logits, int64_t target, float chosen, int64_t width, 
 }
 
 // Losses (P,) of logits (P, padded V), which become softmax minus one-hot where the gradient is wanted.
-Tensor cross_entropy_(Tensor& logits, const Tensor& targets, const Tensor& chosen, int64_t vocabulary, bool wants_gradient) {
+Tensor cross_entropy_(Tensor& logits, const Tensor& targets, const Tensor& chosen, int64_t vocabulary,
+                      bool wants_gradient) {
+  TORCH_CHECK(logits.dim() == 2, "logits must be (P, padded V), not ", logits.sizes());
   int64_t rows = logits.size(0), padded = logits.size(1);
+  check("logits", logits, logits.sizes(), precision_of("logits", logits));
+  check("targets", targets, {rows}, at::kLong);
+  check("chosen", chosen, {rows}, at::kFloat);
+  TORCH_CHECK(0 < vocabulary && vocabulary <= padded, "a vocabulary of ", vocabulary, " in logits ", logits.sizes());
   Tensor losses = at::empty({rows}, chosen.options());
   const int64_t* t = targets.const_data_ptr<int64_t>();
+  for (int64_t row = 0; row < rows; ++row)
+    TORCH_CHECK_INDEX(0 <= t[row] && t[row] < vocabulary, "target ", t[row], " is not in a vocabulary of ", vocabulary);
   const float* c = chosen.const_data_ptr<float>();
   float* out = losses.data_ptr<float>();
   auto run = [&](auto* data) {
@@ -376,8 +461,8 @@ Tensor cross_entropy_(Tensor& logits, const Tensor& targets, const Tensor& chose
 
 // C (m, n) (+)= A (m, k) B (k, n); A by any strides, B and C row by row with n a multiple of LANES.
 template <int ROWS, int PIECES>
-inline void tile(int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, float* c, int64_t ldc,
-                 bool accumulate) {
+inline void tile(int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, float* c,
+                 int64_t ldc, bool accumulate) {
   vec sums[ROWS][PIECES];
   for (int r = 0; r < ROWS; ++r)
     for (int p = 0; p < PIECES; ++p) sums[r][p] = accumulate ? load(c + r * ldc + p * LANES) : vec{};
@@ -394,15 +479,16 @@ inline void tile(int64_t k, const float* a, int64_t a_row, int64_t a_col, const 
 }
 
 template <int PIECES>
-inline void columns(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, float* c,
-                    int64_t ldc, bool accumulate) {
+inline void columns(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb,
+                    float* c, int64_t ldc, bool accumulate) {
   int64_t row = 0;
-  for (; row + 6 <= m; row += 6) tile<6, PIECES>(k, a + row * a_row, a_row, a_col, b, ldb, c + row * ldc, ldc, accumulate);
+  for (; row + 6 <= m; row += 6)
+    tile<6, PIECES>(k, a + row * a_row, a_row, a_col, b, ldb, c + row * ldc, ldc, accumulate);
   for (; row < m; ++row) tile<1, PIECES>(k, a + row * a_row, a_row, a_col, b, ldb, c + row * ldc, ldc, accumulate);
 }
 
-void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, float* c,
-             int64_t ldc, bool accumulate) {
+void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b,
+              int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   for (int64_t column = 0; column < n;) {
     int64_t pieces = std::min<int64_t>(4, (n - column) / LANES);
     auto run = [&](auto some) { columns<some()>(m, k, a, a_row, a_col, b + column, ldb, c + column, ldc, accumulate); };
@@ -440,7 +526,7 @@ struct Scratch {
 };
 
 template <typename S>
-void widen(const S* from, int64_t stride, int64_t rows, int64_t width, float* to) {  // rows of width (multiple of LANES)
+void widen(const S* from, int64_t stride, int64_t rows, int64_t width, float* to) {  // width is a multiple of LANES
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t i = 0; i < width; i += LANES) store(to + r * width + i, load(from + r * stride + i));
 }
@@ -456,12 +542,13 @@ void transpose(const float* from, int64_t rows, int64_t width, float* to, int64_
       for (int64_t r = 0; r < LANES; ++r) square[r] = row + r < rows ? load(from + (row + r) * width + column) : vec{};
       for (int step = LANES / 2; step > 0; step /= 2) {  // swap the off-diagonal quarters of ever smaller squares
         ints upper = (lanes & step) != 0;
-        ints first = (lanes & ~upper) | ((lanes - step + LANES) & upper), second = ((lanes + step) & ~upper) | ((lanes + LANES) & upper);
+        ints first = (lanes & ~upper) | ((lanes - step + int(LANES)) & upper);
+        ints second = ((lanes + step) & ~upper) | ((lanes + int(LANES)) & upper);
         for (int r = 0; r < LANES; ++r)
           if (!(r & step)) {
             vec a = square[r], b = square[r + step];
-            square[r] = __builtin_shuffle(a, b, first);
-            square[r + step] = __builtin_shuffle(a, b, second);
+            square[r] = shuffle(a, b, first);
+            square[r + step] = shuffle(a, b, second);
           }
       }
       for (int64_t r = 0; r < LANES; ++r) store(to + (column + r) * ld + row, square[r]);
@@ -523,7 +610,8 @@ void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, float scale, 
   at::parallel_for(0, B * H, 1, [&](int64_t from, int64_t to) {
     Scratch scratch(2 * T * E + E * TP + QUERIES * (TP + 2 * E));
     float *keys = scratch.take(T * E), *values = scratch.take(T * E), *keys_t = scratch.take(E * TP);
-    float *scores = scratch.take(QUERIES * TP), *queries = scratch.take(QUERIES * E), *result = scratch.take(QUERIES * E);
+    float* scores = scratch.take(QUERIES * TP);
+    float *queries = scratch.take(QUERIES * E), *result = scratch.take(QUERIES * E);
     for (int64_t index = from; index < to; ++index) {
       int64_t b = index / H, h = index % H;
       widen(ks.at(b, h / group), ks.token, T, E, keys);
@@ -537,17 +625,43 @@ void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, float scale, 
         multiply(rows, padded(seen), E, queries, E, 1, keys_t, TP, scores, TP, false);
         causal_softmax(scores, rows, first, seen, TP, scale, l + index * T + first);
         multiply(rows, E, seen, scores, TP, 1, values, E, result, E, false);
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t i = 0; i < E; i += LANES) store(o + ((b * T + first + r) * H + h) * E + i, load(result + r * E + i));
+        for (int64_t r = 0; r < rows; ++r) {
+          S* row = o + ((b * T + first + r) * H + h) * E;
+          for (int64_t i = 0; i < E; i += LANES) store(row + i, load(result + r * E + i));
+        }
       }
     }
   });
+}
+
+void check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must be (B, H, T, E), not ", q.sizes(), " and ", k.sizes());
+  TORCH_CHECK(k.sizes() == at::IntArrayRef({q.size(0), k.size(1), q.size(2), q.size(3)}) && v.sizes() == k.sizes() &&
+                  k.size(1) > 0 && q.size(1) % k.size(1) == 0,
+              "q ", q.sizes(), ", k ", k.sizes(), " and v ", v.sizes(), " do not fit each other");
+  check_width(q.size(3));
+  for (const Tensor& x : {q, k, v}) {
+    bool plain = x.is_cpu() && x.layout() == at::kStrided && x.stride(3) == 1;
+    TORCH_CHECK(plain && x.scalar_type() == precision_of("q", q), "q, k and v must be on a CPU, of one precision, and ",
+                "head by head contiguous");
+  }
+}
+
+// Both or neither of the cosines and sines of the rotary angles of q's tokens.
+void check_angles(const Tensor& q, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
+  TORCH_CHECK(cos.has_value() == sin.has_value(), "cos and sin go together");
+  if (!cos) return;
+  check("cos", *cos, {q.size(2), q.size(3)}, at::kFloat);
+  check("sin", *sin, {q.size(2), q.size(3)}, at::kFloat);
+  check_width(q.size(3) / 2);
 }
 
 // Causal attention of examples padded on the right, queries and keys turned by rotary angles (T, E) where they
 // are given: (B, T, H, E), and the logarithms of the softmax's sums, (B, H, T).
 std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
                                   const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
+  check_heads(q, k, v);
+  check_angles(q, cos, sin);
   Tensor out = at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options());
   Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
   if (q.scalar_type() == at::kBFloat16)
@@ -561,16 +675,20 @@ template <typename S>
 void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                          const Tensor& lse, float scale, const Angles& turned, Tensor& to_q, Tensor& to_k, Tensor& to_v) {
   int64_t B = q.size(0), H = q.size(1), T = q.size(2), E = q.size(3), group = H / k.size(1), TP = padded(T);
-  auto qs = heads<S>(q), ks = heads<S>(k), vs = heads<S>(v), gq = heads<S>(to_q), gk = heads<S>(to_k), gv = heads<S>(to_v);
-  const S *g = reinterpret_cast<const S*>(backprops.const_data_ptr()), *o = reinterpret_cast<const S*>(out.const_data_ptr());
+  auto qs = heads<S>(q), ks = heads<S>(k), vs = heads<S>(v);
+  auto gq = heads<S>(to_q), gk = heads<S>(to_k), gv = heads<S>(to_v);
+  const S* g = reinterpret_cast<const S*>(backprops.const_data_ptr());
+  const S* o = reinterpret_cast<const S*>(out.const_data_ptr());
   const float* l = lse.const_data_ptr<float>();
   int64_t stride = H * E;
   at::parallel_for(0, B * k.size(1), 1, [&](int64_t from, int64_t to) {
     Scratch scratch(4 * T * E + 2 * E * TP + QUERIES * (2 * TP + 3 * E));
-    float *keys = scratch.take(T * E), *values = scratch.take(T * E), *keys_t = scratch.take(E * TP), *values_t = scratch.take(E * TP);
+    float *keys = scratch.take(T * E), *values = scratch.take(T * E);
+    float *keys_t = scratch.take(E * TP), *values_t = scratch.take(E * TP);
     float *sum_k = scratch.take(T * E), *sum_v = scratch.take(T * E);
     float *probabilities = scratch.take(QUERIES * TP), *scores = scratch.take(QUERIES * TP);
-    float *queries = scratch.take(QUERIES * E), *gradients = scratch.take(QUERIES * E), *result = scratch.take(QUERIES * E);
+    float *queries = scratch.take(QUERIES * E), *gradients = scratch.take(QUERIES * E);
+    float* result = scratch.take(QUERIES * E);
     for (int64_t index = from; index < to; ++index) {
       int64_t b = index / k.size(1), kv = index % k.size(1);
       widen(ks.at(b, kv), ks.token, T, E, keys);
@@ -623,9 +741,16 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
 }
 
 // Gradients of q, k and v, each (B, H, T, E) of its own number of heads.
-std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& backprops, const Tensor& q, const Tensor& k, const Tensor& v,
-                                                   const Tensor& out, const Tensor& lse, double scale,
-                                                   const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
+std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& backprops, const Tensor& q, const Tensor& k,
+                                                   const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                   double scale, const std::optional<Tensor>& cos,
+                                                   const std::optional<Tensor>& sin) {
+  check_heads(q, k, v);
+  check_angles(q, cos, sin);
+  int64_t B = q.size(0), H = q.size(1), T = q.size(2), E = q.size(3);
+  check("backprops", backprops, {B, T, H, E}, q.scalar_type());
+  check("out", out, {B, T, H, E}, q.scalar_type());
+  check("lse", lse, {B, H, T}, at::kFloat);
   auto like = [](const Tensor& x) {  // token by token, as the layers before have their outputs
     return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
   };
@@ -640,16 +765,21 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& backprops, cons
 }  // namespace
 
 TORCH_LIBRARY(gradsift, m) {
-  m.def("norm(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType precision) -> (Tensor, Tensor, Tensor)", &norm);
-  m.def("norm_backward(Tensor backprops, Tensor x, Tensor weight, Tensor means, Tensor scales, bool centred) -> Tensor", &norm_backward);
+  m.def("norm(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType precision) -> (Tensor, Tensor, Tensor)",
+        &norm);
+  m.def("norm_backward(Tensor backprops, Tensor x, Tensor weight, Tensor means, Tensor scales, bool centred) -> Tensor",
+        &norm_backward);
   m.def("gelu(Tensor x) -> (Tensor, Tensor)", &gelu);
   m.def("gated(Tensor both) -> Tensor", &gated);
   m.def("gated_backward(Tensor backprops, Tensor both) -> Tensor", &gated_backward);
   m.def("product(Tensor x, Tensor packed, Tensor? bias, int width) -> Tensor", &product);
   m.def("product_times(Tensor x, Tensor packed, Tensor factor) -> Tensor", &product_times);
   m.def("product_gelu(Tensor x, Tensor packed, Tensor? bias, int width) -> (Tensor, Tensor)", &product_gelu);
-  m.def("cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor chosen, int vocabulary, bool wants_gradient) -> Tensor", &cross_entropy_);
-  m.def("attend(Tensor q, Tensor k, Tensor v, float scale, Tensor? cos=None, Tensor? sin=None) -> (Tensor, Tensor)", &attend);
+  m.def("cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor chosen, int vocabulary, bool wants_gradient)"
+        " -> Tensor", &cross_entropy_);
+  m.def("attend(Tensor q, Tensor k, Tensor v, float scale, Tensor? cos=None, Tensor? sin=None)"
+        " -> (Tensor, Tensor)", &attend);
   m.def("attend_backward(Tensor backprops, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
-        "Tensor? cos=None, Tensor? sin=None) -> (Tensor, Tensor, Tensor)", &attend_backward);
+        "Tensor? cos=None, Tensor? sin=None)"
+        " -> (Tensor, Tensor, Tensor)", &attend_backward);
 }

@@ -38,34 +38,43 @@ def kernels() -> Any:
 @functools.cache
 def are_there() -> bool:
     """Whether they are compiled, or could be just now; where not, what is missing is said once."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        _LOG.warning(f"no C++ compiler is found (CXX, c++): {_SLOWER}")
+    named = os.environ.get("CXX") or "c++"
+    compiler = named.split()  # it may have options, or stand behind ccache
+    if shutil.which(compiler[0]) is None:
+        _LOG.warning(f"no C++ compiler {named} is found (CXX names another): {_SLOWER}")
         return False
-    library = _folder() / f"kernels-{_key(compiler)}.so"
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(library.with_suffix(".lock")):  # of several processes one compiles
-            if not library.is_file():
-                _compile(compiler, library)
+        library = _folder() / f"kernels-{_key(compiler)}.so"
+        if not library.is_file():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(library.with_suffix(".lock")):  # of several processes one compiles
+                if not library.is_file():
+                    _compile(compiler, library)
         torch.ops.load_library(library)
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
-        _LOG.warning(f"kernels.cpp cannot be compiled or loaded ({reason}): {_SLOWER}")
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home, no file locks
+        _LOG.warning(f"kernels.cpp cannot be compiled or loaded ({_reason(error)}): {_SLOWER}")
         return False
     return True
+
+
+def _reason(error: Exception) -> str:
+    """In one line: the compiler's first error, where it gave one."""
+    said = (getattr(error, "stderr", None) or "").strip() or str(error).strip() or type(error).__name__
+    lines = said.splitlines()
+    return next((line for line in lines if "error" in line.lower()), lines[0])
 
 
 def _folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradsift"
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: list[str]) -> str:
     """Of what the compiled file depends on: its source, how it is compiled, torch, and the processor."""
     version = subprocess.run(  # noqa: S603 - the user's own compiler
-        [compiler, "--version"], capture_output=True, text=True, check=False
+        [*compiler, "--version"], capture_output=True, text=True, check=False
     ).stdout
-    parts = [_SOURCE.read_text(encoding="utf-8"), *_FLAGS, version, torch.__version__, platform.machine(), _processor()]
+    compiled = [_SOURCE.read_text(encoding="utf-8"), *compiler[1:], *_FLAGS, version, torch.__version__]
+    parts = [*compiled, platform.machine(), _processor()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -76,7 +85,7 @@ def _processor() -> str:
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(compiler: list[str], library: Path) -> None:
     """Into a folder beside it first, for it is there whole or not at all."""
     root = Path(torch.__file__).parent
     _LOG.warning("compiling kernels.cpp for this processor (once, about 20 s)")
@@ -84,6 +93,6 @@ def _compile(compiler: str, library: Path) -> None:
         part = Path(folder) / library.name
         paths = [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
         subprocess.run(  # noqa: S603
-            [compiler, *_FLAGS, str(_SOURCE), "-o", str(part), *paths], check=True, capture_output=True, text=True
+            [*compiler, *_FLAGS, str(_SOURCE), "-o", str(part), *paths], check=True, capture_output=True, text=True
         )
         part.replace(library)

@@ -21,6 +21,7 @@ from gradsift.training.head import OutputHead, token_losses
 
 _CHUNK = 1000  # texts tokenised in one call: bounds the memory that a tokenizer's own records take
 _BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # padded; no result depends on it. A CPU has them in its caches
+_FUSED_TOKENS = 1024  # where weights are packed: they pass by faster than they can be read from memory
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ def span_losses(
     groups = list(same.values())
     advance(len(spans) - sum(map(len, groups)))
     head = OutputHead.of(backbone.model)
-    tokens = None if is_fused(backbone.model) else _BATCH_TOKENS[backbone.model.device.type]
-    budget = TokenBudget.of(backbone.model, tokens, print)
+    budget = TokenBudget(_FUSED_TOKENS if is_fused(backbone.model) else _BATCH_TOKENS[backbone.model.device.type])
     lengths = [len(spans[group[0]].ids) for group in groups]
     told = weighed(advance, sum(map(len, groups)), sum(lengths))
     for batch in spread_out(length_batches(lengths, budget.tokens)):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from transformers.activations import GELUTanh
+from transformers.activations import GELUTanh, SiLUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -55,7 +55,7 @@ def fuse(model: Any) -> bool:
     for module in model.modules():
         if isinstance(getattr(module, "act", None), GELUTanh):
             _become(module, _GeluMlp)
-        elif isinstance(getattr(module, "act_fn", None), nn.SiLU):
+        elif isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
             _become(module, _GatedMlp)
     model.set_attn_implementation(_ATTENTION)
     return True

@@ -233,7 +233,7 @@ def test_an_adapter_comes_and_goes_and_leaves_no_trace(architecture: str) -> Non
         found = adapted(quick, ["all-linear"])
         assert not torch.equal(logits(found, ids), before)
         with found.disable_adapter():
-            assert torch.equal(logits(found, ids), before)
+            assert error(logits(found, ids), before) < 0.01  # an adapted MLP is not fused
         quick = lora.remove_adapter(found)
         assert torch.equal(logits(quick, ids), before)
 
@@ -242,18 +242,19 @@ def test_an_adapter_comes_and_goes_and_leaves_no_trace(architecture: str) -> Non
 def test_a_merged_adapter_is_in_the_weights_that_are_used(architecture: str) -> None:
     _, plain, quick = models(architecture)
     ids = ids_of(2, 9)
+    without = logits(plain, ids)
     found, expected = adapted(quick, ["all-linear"], 0.2), adapted(plain, ["all-linear"], 0.2)
-    before, without = logits(found, ids), logits(plain, ids)
+    before = logits(found, ids)
+    assert error(without, before) > 0.1  # or nothing below would say much
     copied = copy.deepcopy(found).merge_and_unload()
-    assert error(logits(copied, ids), logits(copy.deepcopy(expected).merge_and_unload(), ids)) < 0.015
+    assert error(logits(copied, ids), logits(copy.deepcopy(expected).merge_and_unload(), ids)) < 0.03
+    assert error(logits(copied, ids), before) < 0.03
     assert torch.equal(logits(found, ids), before)  # the copy's weights are its own
     found.merge_adapter()
-    expected.merge_adapter()
-    assert error(logits(found, ids), logits(expected, ids)) < 0.015
+    assert error(logits(found, ids), before) < 0.03
     found.unmerge_adapter()
-    assert error(logits(found, ids), before) < 0.015
-    assert error(before, logits(found.unload(), ids)) > 0.04
-    assert error(without, before) > 0.04  # or all of this would say nothing
+    assert error(logits(found, ids), before) < 0.03
+    assert error(logits(found.unload(), ids), without) < 0.03
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2"])

@@ -159,7 +159,8 @@ def test_all_that_lies_between_the_products_is_fused(architecture: str, monkeypa
     linear = PackedConv1D if architecture == "gpt2" else PackedLinear
     assert linear in kinds
     assert {bool(kind.__name__.startswith("Fused")) for kind in kinds - {linear}} == {True}
-    assert len(kinds) == 3  # the linear layers, the norms, the MLPs
+    turns_within = architecture in ("llama", "mistral", "qwen2")  # rotary positions, in attention
+    assert len(kinds) == 3 + turns_within  # the linear layers, the norms, the MLPs
     assert type(quick.get_output_embeddings()) is nn.Linear
     head = OutputHead.of(quick)
     assert head is not None

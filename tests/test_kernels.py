@@ -266,16 +266,28 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -
     return (scores.softmax(3) @ v).transpose(1, 2), scores.logsumexp(3)
 
 
-def attends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, slack: float = 4) -> None:
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x (B, H, T, E) by the angles (T, E) of its tokens, one pair (i, i + E / 2) at a time."""
+    half = x.shape[-1] // 2
+    found = torch.empty_like(x)
+    for i in range(half):
+        a, b = x[..., i], x[..., i + half]
+        found[..., i] = a * cos[:, i] - b * sin[:, i]
+        found[..., i + half] = b * cos[:, i + half] + a * sin[:, i + half]
+    return found
+
+
+def attends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *angles: torch.Tensor, slack: float = 4) -> None:
     scale = q.shape[-1] ** -0.5
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected, log_sums = attention(*exact, scale)
-    out, lse = ops().attend(q, k, v, scale)
+    seen = [turned(x, *angles) for x in exact[:2]] if angles else exact[:2]
+    expected, log_sums = attention(*seen, exact[2], scale)
+    out, lse = ops().attend(q, k, v, scale, *angles)
     near(out, expected, slack=slack)
     near(lse, log_sums, slack=4)
     backprops = normal(*out.shape, seed=9, precision=q.dtype)
     gradients = torch.autograd.grad(expected, exact, backprops.double())
-    found = ops().attend_backward(backprops, q, k, v, out, lse, scale)
+    found = ops().attend_backward(backprops, q, k, v, out, lse, scale, *angles)
     rtol = 1e-6 if q.dtype == torch.float32 else 4e-3  # `out`, which the backward pass reads, is rounded too
     for to_x, twin in zip(found, gradients, strict=True):
         assert to_x.shape == twin.shape
@@ -298,6 +310,13 @@ def q_k_v(
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 47, 48, 49, 96, 101])
 def test_attention_of_any_number_of_tokens(tokens: int, precision: torch.dtype) -> None:
     attends(*q_k_v(2, 4, 2, tokens, 32, precision))
+
+
+@compiled
+@BOTH
+@pytest.mark.parametrize(("tokens", "width"), [(1, 32), (33, 64), (101, 128)])
+def test_queries_and_keys_are_turned_by_any_angles(tokens: int, width: int, precision: torch.dtype) -> None:
+    attends(*q_k_v(2, 4, 2, tokens, width, precision), normal(tokens, width, seed=5), normal(tokens, width, seed=6))
 
 
 @compiled
@@ -449,6 +468,10 @@ def wrong_calls() -> Iterator[tuple[str, Any]]:
     yield "cross_entropy_: chosen", lambda: ops().cross_entropy_(x, targets, rows[:1], 32, True)
     yield "cross_entropy_: vocabulary", lambda: ops().cross_entropy_(x, targets, rows, 33, True)
     yield "cross_entropy_: strides", lambda: ops().cross_entropy_(torch.zeros(32, 2).t(), targets, rows, 32, True)
+    angles = torch.zeros(q.shape[2], q.shape[3])
+    yield "attend: one angle", lambda: ops().attend(q, k, v, 1.0, angles)
+    yield "attend: angles", lambda: ops().attend(q, k, v, 1.0, angles[:-1], angles[:-1])
+    yield "attend: precise angles", lambda: ops().attend(q, k, v, 1.0, angles.double(), angles.double())
     yield "attend: width", lambda: ops().attend(q[..., :8], k[..., :8], v[..., :8], 1.0)
     yield "attend: stride", lambda: ops().attend(q.transpose(2, 3).contiguous().transpose(2, 3), k, v, 1.0)
     yield "attend: groups", lambda: ops().attend(q[:, :3], k, v, 1.0)

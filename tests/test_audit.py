@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import statistics
@@ -12,14 +13,25 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SMOKE
+from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
 from gradsift.config import CORRUPTIONS
 from gradsift.data.load import Labels
 from gradsift.errors import ConfigError
 from gradsift.report.audit import audit, auroc, kept_twice, spread_of_random
-from gradsift.report.audit_tables import FAILED, SweepAudit, audit_tables, jaccard, mean_of, sweep_audit
+from gradsift.report.audit_tables import (
+    FAILED,
+    SweepAudit,
+    audit_tables,
+    jaccard,
+    mean_of,
+    rich_table,
+    sweep_audit,
+    write_audit,
+)
 from gradsift.report.clusters import cluster
+from gradsift.report.text_table import TextTable
 from gradsift.scoring.scores import EXCLUDED, Scores
 
 AUDIT = ("experiment=[smoke,audit]", "compute.threads=1")
@@ -167,9 +179,125 @@ def test_methods_are_told_apart_by_whatever_was_swept(tmp_path: Path) -> None:
     assert list(dataset["overlap"]["0.1"][names[0]].values()) == [1.0, 1 / 5, 0.0, 1.0]
 
 
+def audited(folder: Path, number: int, overrides: list[str], **figures: Any) -> tuple[Path, dict[str, Any]]:
+    """A job as its folder shows it; without `spoilt` one that failed."""
+    run = {"status": "stopped", "scorer": overrides[0].partition("=")[2], "overrides": overrides}
+    if "spoilt" not in figures:
+        return folder / "run.json", run | {"status": FAILED, "error": "it broke"}
+    own = folder / str(number)
+    own.mkdir()
+    cells = [
+        {"alpha": alpha, "spoilt": share, "spoilt_random_sd": 0.1, "families": 4.0, "kept_twice": None}
+        | {"qualities": {}, "groups": {}, "positions": [number], "rows": figures.get("rows", 9)}
+        for alpha, share in zip((0.05, 0.1), figures["spoilt"], strict=True)
+    ]
+    pool = {"rows": 90, "spoilt": figures.get("base", 0.3), "duplicates": 0.0, "families_pool": 6.0}
+    whole = {"data": figures.get("data", "d"), "families": "labels", "auroc_spoilt": None, "kinds": {}, "groups": {}}
+    (own / "audit.json").write_text(json.dumps(whole | pool | {"selections": cells}))
+    return own / "run.json", run | {"audit": {}}
+
+
+def column(audit: SweepAudit | None, name: str, table: int = 0) -> dict[str, str]:
+    assert audit is not None
+    found = audit_tables(audit, brief=True)[table]
+    return {row[0]: row[list(found.header).index(name)] for row in found.rows}
+
+
+def test_the_verdict_is_what_lies_outside_of_chance(tmp_path: Path) -> None:
+    shares = {"good": [0.09, 0.05], "bad": [0.51, 0.52], "mixed": [0.0, 0.51], "same": [0.11, 0.49], "late": [0.2, 0.0]}
+    jobs = [audited(tmp_path, n, [f"scorer={name}"], spoilt=spoilt) for n, (name, spoilt) in enumerate(shares.items())]
+    audit = sweep_audit(jobs)
+    assert column(audit, "against chance") == {
+        "(all rows)": "",
+        "good": "cleaner",
+        "bad": "dirtier",
+        "mixed": "cleaner at 5 %; dirtier at 10 %",
+        "same": "no different",
+        "late": "cleaner at 10 %",
+    }
+    assert audit is not None
+    assert audit_tables(audit, brief=True)[0].note == (
+        "Cleaner than a random draw at every alpha: good (4.0) (families kept at 10 %, of 6.0). Dirtier than one "
+        "somewhere: mixed, bad."
+    )
+
+
+def test_a_head_too_small_to_tell_anything_is_said_to_be(tmp_path: Path) -> None:
+    audit = sweep_audit([audited(tmp_path, 0, ["scorer=spotless"], spoilt=[0.0, 0.0], base=0.2)])
+    assert column(audit, "against chance")["spotless"] == "too few rows"
+    assert audit is not None
+    assert "At 5 %, 10 % too few rows are selected to tell" in audit_tables(audit, brief=True)[0].note
+    assert "every alpha: none." in audit_tables(audit, brief=True)[0].note
+
+
+def test_a_shortfall_is_told_beside_the_shares(tmp_path: Path) -> None:
+    jobs = [audited(tmp_path, n, [f"scorer={n}"], spoilt=[0.3, 0.3], rows=rows) for n, rows in enumerate((9, 4))]
+    audit = sweep_audit(jobs)
+    assert audit is not None
+    note = audit_tables(audit, brief=True)[0].note
+    assert "Fewer rows than others selected: 1 (4 of 9 at 5 %), 1 (4 of 9 at 10 %)." in note
+
+
+def test_no_header_is_cut_on_a_narrow_terminal() -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, width=40)
+    console.print(rich_table(TextTable("t", ["method", "mismatched answer", "contradictory"], [["a" * 20, "1", "2"]])))
+    assert "…" not in shown.getvalue()
+
+
+@pytest.mark.parametrize(("data", "verdict"), [("abcd", "cleaner"), ("aaaa", "no different")])
+def test_means_over_other_corruption_vary_less_than_one_draw_and_those_over_one_do_not(
+    data: str, verdict: str, tmp_path: Path
+) -> None:
+    jobs = [
+        audited(tmp_path, n, ["scorer=x", f"seed={n}"], spoilt=[0.15, 0.15], data=name) for n, name in enumerate(data)
+    ]
+    assert column(sweep_audit(jobs), "against chance")["x"] == verdict
+
+
+def test_each_value_of_a_data_option_has_its_own_tables(tmp_path: Path) -> None:
+    jobs = []
+    for rows, share in ((200, 0.05), (400, 0.25)):
+        for scorer in ("a", "b"):
+            overrides = [f"scorer={scorer}", f"data.limit={rows}", "data.seed=0", "data.path=x"]
+            jobs.append(audited(tmp_path, len(jobs), overrides, spoilt=[share, share], data=str(rows)))
+    jobs.append(audited(tmp_path, 9, ["scorer=c", "data.limit=400", "data.seed=0", "data.path=x"]))
+    audit = sweep_audit(jobs)
+    assert audit is not None
+    first, second = (table for table in audit_tables(audit, brief=True) if "against chance" in table.header)
+    assert first.title.endswith("; data.limit=200") and second.title.endswith("; data.limit=400")
+    assert [row[:2] for row in first.rows] == [["(all rows)", "0.30"], ["a", "0.05"], ["b", "0.05"]]
+    assert [row[:2] for row in second.rows] == [["(all rows)", "0.30"], ["a", "0.25"], ["b", "0.25"], ["c", FAILED]]
+
+
+def test_a_method_that_failed_on_one_dataset_is_named_with_it_and_in_no_mean(tmp_path: Path) -> None:
+    jobs = [
+        audited(tmp_path, 0, ["scorer=a", "data.seed=0"], spoilt=[0.1, 0.1], data="0"),
+        audited(tmp_path, 1, ["scorer=a", "data.seed=1"], spoilt=[0.2, 0.2], data="1"),
+        audited(tmp_path, 2, ["scorer=b", "data.seed=0"], spoilt=[0.0, 0.0], data="0"),
+        audited(tmp_path, 3, ["scorer=b", "data.seed=1"]),
+        audited(tmp_path, 4, ["scorer=c", "data.seed=0"]),
+        audited(tmp_path, 5, ["scorer=c", "data.seed=1"]),
+    ]
+    audit = sweep_audit(jobs)
+    spoilt = column(audit, "spoilt at 5 %")
+    assert spoilt == {"(all rows)": "0.30", "a": "0.15", "b": "failed on 1 of 2 datasets", "c": FAILED}
+    assert audit is not None
+    write_audit(tmp_path, audit)
+    text = (tmp_path / "audit.md").read_text()
+    assert "failed: b data.seed=1: it broke" in text
+    assert "failed: c data.seed=0: it broke" in text and "failed: c data.seed=1: it broke" in text
+    rows = [row for row in csv.DictReader((tmp_path / "audit.csv").open()) if row["status"] == FAILED]
+    assert [(row["method"], row["seeds"]) for row in rows] == [
+        ("b", "data.seed=1"),
+        ("c", "data.seed=0"),
+        ("c", "data.seed=1"),
+    ]
+
+
 def test_a_sweep_without_an_audit_has_none(tmp_path: Path) -> None:
     assert sweep_audit([(tmp_path / "run.json", {"status": "finished", "overrides": []})]) is None
-    assert audit_tables(SweepAudit([], {"random": "broken"}), brief=True) == []
+    assert audit_tables(SweepAudit([], []), brief=True) == []
 
 
 def test_one_scorer_with_two_proxies_is_two_methods(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsift.data.batching import Batch, collate, epoch_batches, length_batches
+from gradsift.data.batching import Batch, collate, epoch_batches, length_batches, spread_out
 from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError
 
@@ -80,6 +80,19 @@ def test_length_batches_hold_every_position_once_within_the_bound(lengths: list[
     flat = [lengths[position] for batch in batches for position in batch]
     assert flat == sorted(flat, reverse=True)
     assert batches == length_batches(lengths, bound)
+
+
+def test_every_part_of_a_pass_is_like_the_whole_and_the_longest_go_first() -> None:
+    lengths = np.random.default_rng(0).lognormal(4, 0.8, 2000).astype(int).clip(2, 600).tolist()
+    batches = length_batches(lengths, 1024)
+    order = spread_out(batches)
+    assert order[0] == batches[0]
+    assert sorted(order) == sorted(batches)
+    times = np.array([sum(lengths[p] ** 2 for p in batch) for batch in order], dtype=float)  # as attention takes
+    done = np.cumsum([sum(lengths[p] for p in batch) for batch in order]) / sum(lengths)
+    taken = np.cumsum(times) / times.sum()
+    assert np.abs(taken[len(order) // 10 :] / done[len(order) // 10 :] - 1).max() < 0.35
+    assert [spread_out(few) for few in ([], [1], [1, 2])] == [[], [1], [1, 2]]
 
 
 @given(LENGTHS, st.integers(1, 9), st.sampled_from(["bucketed", "random"]), st.integers(0, 3))

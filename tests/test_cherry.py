@@ -13,8 +13,9 @@ from tokenizers.processors import TemplateProcessing
 from gradsift.config import FIDELITIES
 from gradsift.data.examples import Example, Turn
 from gradsift.journal import Journal
-from gradsift.scoring.cherry import cherry
+from gradsift.scoring.cherry import cherry, loss_ratios
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
+from gradsift.scoring.spans import Span, span_losses
 from gradsift.training.backbones import Backbone
 from tests.test_superfilter import model_of, no_bar
 
@@ -120,6 +121,13 @@ def test_a_ratio_of_losses_is_not_one_of_perplexities(backbone: Backbone) -> Non
     np.testing.assert_array_equal(scores.parts["ifd"], scores.parts["loss_with_prompt"] / scores.parts["loss_alone"])
 
 
+def test_a_ratio_of_exactly_one_is_kept_and_nothing_is_divided_by_a_loss_of_zero() -> None:
+    alone, together = np.array([2.0, 2.0, 0.0, 0.0]), np.array([2.0, 2.1, 1.0, 0.0])
+    scores = loss_ratios(alone, together, *np.zeros((2, 4), dtype=bool))
+    assert scores.status.tolist() == [SCORED, EXCLUDED, UNDEFINED, UNDEFINED]
+    assert "loss of 0" in scores.reason[2]
+
+
 def test_the_prompt_of_a_conversation_is_all_before_the_last_response(backbone: Backbone) -> None:
     history = (Turn("user", "hello"), Turn("assistant", "good day"))
     bare, talk = (Example(0, "0-0", "0", turns, "name a colour", "", "red", {}) for turns in ((), history))
@@ -141,3 +149,12 @@ def test_neither_order_nor_company_changes_a_score(backbone: Backbone) -> None:
     np.testing.assert_allclose([scores_of([row]).score[0] for row in rows], together, rtol=1e-5)
     twice = scores_of([*rows, *rows]).score
     np.testing.assert_array_equal(twice[: len(rows)], twice[len(rows) :])
+
+
+def test_progress_over_spans_is_by_their_tokens(backbone: Backbone) -> None:
+    """The four long ones go first and are half of the tokens; equal spans and one without a scored token count too."""
+    tokens = np.arange(120, dtype=np.int32)
+    spans = [Span(tokens + row, 3) for row in range(4)] + [Span(tokens[:12] + row, 3) for row in range(40)]
+    told: list[int] = []
+    span_losses(backbone, [*spans, spans[-1], Span(tokens[:3], 3)], None, told.append, Journal())
+    assert told == [1, 22, 23]

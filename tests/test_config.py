@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,14 @@ NEEDED = {  # what a choice cannot do without
     ("data", "alpaca"): ["proxy=gpt2", "target=llama2_7b", "benchmark=vicuna", "judge=local"],
     ("data", "alpaca_gpt4"): ["proxy=gpt2", "target=llama2_7b", "benchmark=vicuna", "judge=local"],
     ("target_set", "json"): ["target_set.path=x.json"],
-    ("selector", "round_robin"): ["scorer=less"],
+    ("selector", "round_robin"): ["scorer=less", "target_set=verifiable"],
+    **{
+        (group, choice): ["target_set=verifiable"]
+        for group, choice in (
+            *[("scorer", name) for name in ("less", "g2is", "rds_plus", "sbert")],
+            *[("selector", name) for name in ("gradient_walk", "round_robin_queries")],
+        )
+    },
     ("benchmark", "vicuna"): ["target=llama2_7b", "judge=openai"],
     ("benchmark", "paper"): ["target=llama2_7b", "judge=openai"],
     **{
@@ -49,6 +57,10 @@ def test_every_yaml_composes(group: str, choice: str, monkeypatch: pytest.Monkey
     node = getattr(config, group, None)
     if getattr(node, "name", None) is not None:
         assert node.name == choice  # the file, the choice and the name are one word
+    if group in ("scorer", "selector"):  # and so is the function, but for two
+        functions = {"length": "length_in_tokens", "superfilter_low": "superfilter"}
+        assert node._target_.rpartition(".")[2] == functions.get(choice, choice)
+        assert getattr(node, "keep", "") != "high" or choice != "superfilter_low"
 
 
 def test_the_help_names_every_choice() -> None:
@@ -64,7 +76,7 @@ def test_the_help_names_every_choice() -> None:
 def test_a_sweep_word_turns_the_same_key_for_every_scorer() -> None:
     for group, choice in CHOICES:
         if group == "scorer":
-            config = composed(f"scorer={choice}", "proxy.members=3", "proxy.snapshots=[1,3]")
+            config = composed(f"scorer={choice}", "target_set=verifiable", "proxy.members=3", "proxy.snapshots=[1,3]")
             assert (config.proxy.members, config.proxy.snapshots) == (3, [1, 3])
 
 
@@ -94,6 +106,7 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["scorer.eps=0"], "scorer.eps=0.0 must be greater than 0"),
         (["scorer=superfilter_screened", "compute.precision=bfloat16"], "take compute.precision=float32"),
         (["scorer=superfilter_screened", "scorer.safety=0.5"], "scorer.safety=0.5 is out of range"),
+        (["scorer=superfilter_screened", "selector=gumbel"], "selector=gumbel looks at others too; take selector=topk"),
         (["scorer=superfilter", "scorer.fidelity=exact"], "choose one of: original, fixed"),
         (["scorer=superfilter", "scorer.keep=middle"], "choose one of: high, low"),
         (["scorer=superfilter", "scorer.keep=low", "scorer.fidelity=original"], "take scorer.fidelity=fixed"),
@@ -220,7 +233,8 @@ def test_what_asks_for_the_proxy_is_refused_with_one_that_does_not_know_the_data
     if choice == "round_robin":
         scorer = ["scorer=sbert"]  # which has a score a task
     stop = "stop_after=selection" if group == "selector" else "stop_after=scores"
-    chosen = [*scorer, f"{group}={choice}", f"embedder={embedder}", "judge=openai", stop]
+    bare = [*scorer, f"{group}={choice}", f"embedder={embedder}", "judge=openai", stop]
+    chosen = [*bare, "target_set=json", "target_set.path=t.json"]
     node = getattr(composed(*chosen), group)
     module, _, function = node._target_.rpartition(".")
     parameters = inspect.signature(getattr(import_module(module), function)).parameters.values()
@@ -233,6 +247,37 @@ def test_what_asks_for_the_proxy_is_refused_with_one_that_does_not_know_the_data
     else:
         with pytest.raises(ConfigError, match="proxy=nano"):
             composed(*foreign)
+    if any(name.startswith("target_") for name in asked) or choice == "round_robin":  # which here has scorer=sbert
+        with pytest.raises(ConfigError, match=r"target_set=none, and .* selects towards a target set"):
+            composed(*bare)
+    else:
+        composed(*bare)
+
+
+@pytest.mark.parametrize("ends", [["stop_after=statistics"], ["scorer=full"], ["stop_after=scores"]])
+def test_a_selector_that_is_not_reached_needs_no_target_set(ends: list[str]) -> None:
+    assert composed("selector=gradient_walk", *ends).target_set.name == "none"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["judge=local", "judge.dry_run=true"],
+            "the judge that is chosen; it is one of judge=alpaca_eval, judge=openai",
+        ),
+        (["target_set.path=x"], "target_set.path is no option of the target_set that is chosen; it is one of"),
+        (["judge=local", "judge.modle=x"], "judge.modle is no option of the judge that is chosen; did you mean model?"),
+        (["judge.foo.bar=1"], "judge.foo is no option of the judge that is chosen; known: name, bootstrap, confidence"),
+        (["proxy.lora.zzz=1"], "proxy.lora.zzz is no option of the proxy.lora that is chosen; known: rank"),
+        (["nosuch=1"], "nosuch is no option; known: data, target_set"),
+    ],
+)
+def test_an_option_that_another_choice_has_or_none_is_named_so(
+    overrides: list[str], message: str, gradsift: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gradsift(*overrides) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_run_that_ends_before_the_proxy_needs_none() -> None:
@@ -240,6 +285,37 @@ def test_a_run_that_ends_before_the_proxy_needs_none() -> None:
     assert composed(*foreign, "stop_after=load").proxy.model.kind == "nano"
     with pytest.raises(ConfigError, match="proxy=nano"):
         composed(*foreign, "stop_after=statistics")
+
+
+RECIPES = {
+    "gradfiltering": {"scorer": "gsnr", "scorer.eps": 1e-8, "proxy.members": 5, "proxy.snapshots": [1, 2]},
+    "superfiltering": {"scorer": "superfilter", "scorer.max_length": 1024, "scorer.keep": "high"},
+    "superfiltering_d": {"scorer": "superfilter", "selector": "facility_location", "selector.candidates": 0.2}
+    | {"scorer.keep": "high", "selector.similarity": "exp_distance"},
+    "cherry": {"scorer": "cherry", "scorer.max_length": 512, "scorer.fidelity": "fixed", "budget_base": "scored"},
+    "less": {"scorer": "less", "target_set": "verifiable"},
+    "g2is": {"scorer": "g2is", "selector": "gradient_walk", "target_set": "verifiable", "selector.fill": "topup"}
+    | {"selector.graph": True, "selector.explained": 0.5, "selector.keep": 0.8, "scorer.explained": 0.5},
+    "g2is_no_graph": {"scorer": "g2is", "selector": "gradient_walk", "target_set": "verifiable"}
+    | {"selector.graph": False, "selector.fill": "strict", "selector.explained": 0.5},
+    "g2is_topk": {"scorer": "g2is", "target_set": "verifiable"},
+    "grads": {"scorer": "grads", "scorer.weights": [1, 1, 1], "scorer.region": "high", "scorer.neighbours": 1},
+    "rds_plus": {"scorer": "rds_plus", "selector": "round_robin_queries", "target_set": "verifiable"}
+    | {"embedder": "rds_plus", "embedder.pooling": "weighted_mean", "embedder.text": "prompt_and_response"},
+    "sbert": {"scorer": "sbert", "scorer.over": "mean", "target_set": "verifiable"},
+    "deita": {"scorer": "llm_rating", "scorer.style": "deita", "selector": "repr_filter", "selector.threshold": 0.9},
+    "random": {"scorer": "random", "scorer.seed": 0},
+    "full": {"scorer": "full"},
+}
+STANDARD = {"selector": "topk", "target_set": "none", "embedder": "hidden_states", "budget_base": "accepted"}
+
+
+@pytest.mark.parametrize("method", [choice for group, choice in CHOICES if group == "method"])
+def test_a_method_is_the_recipe_of_its_paper(method: str) -> None:
+    config = composed(f"method={method}")
+    for option, value in (STANDARD | RECIPES[method]).items():
+        found = functools.reduce(getattr, option.split("."), config)
+        assert getattr(found, "name", found) == value, option
 
 
 def test_cherrys_budget_is_a_share_of_the_surviving_rows() -> None:
@@ -261,7 +337,8 @@ def test_random_weights_take_any_data_for_scores(scorer: str) -> None:
 
 @pytest.mark.parametrize("scorer", ["rds_plus", "sbert"])
 def test_a_sentence_encoder_makes_the_proxy_no_matter_for_similarity(scorer: str) -> None:
-    foreign = ("data=json", "data.path=x.json", f"scorer={scorer}", "stop_after=selection")
+    towards = ("target_set=json", "target_set.path=t.json", f"scorer={scorer}", "stop_after=selection")
+    foreign = ("data=json", "data.path=x.json", *towards)
     assert composed(*foreign, "embedder=sentence_transformers").proxy.model.kind == "nano"
 
 

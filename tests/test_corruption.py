@@ -180,6 +180,13 @@ def test_every_number_becomes_another_of_its_length() -> None:
         assert few != "7" and many != "31" and year != "1999"
 
 
+def test_a_number_longer_than_python_reads_is_another_one_too() -> None:
+    pi = "3." + "1415926535" * 900
+    wrong = contradicted(pi, random.Random(0))
+    assert wrong is not None and wrong != pi
+    assert len(wrong) == len(pi) and wrong.replace(".", "").isdigit()
+
+
 def test_truncation_keeps_a_beginning_of_whole_words() -> None:
     seen = {truncated("one two\n three", random.Random(seed)) for seed in range(20)}
     assert seen == {"one", "one two"}

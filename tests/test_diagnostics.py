@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from gradsift.config import FieldsConfig
 from gradsift.data.examples import Example, Turn, write_examples
 from gradsift.data.formats import parse_rows
 from gradsift.diagnostics import DIAGNOSTICS_FILE, Diagnostic, read_diagnostics, write_diagnostics
+from gradsift.errors import GradsiftError
 from gradsift.gradients.diagnostics import (
     BFLOAT16_ERROR,
     adapter_spread,
@@ -240,6 +241,20 @@ def test_an_easier_selection_within_chance_is_none() -> None:
     assert found.verdict == "ok"
 
 
+def test_the_chance_is_that_of_a_draw_without_replacement() -> None:
+    """Eight rows of ten: a draw of so many hardly ever misses both of the hard ones."""
+    values = np.array([1.0] * 8 + [100.0] * 2)
+    assert against_pool("late_loss", values, np.arange(8)).verdict == "warning"
+
+
+@pytest.mark.parametrize(("value", "verdict"), [(0.49, "warning"), (0.51, "ok")])
+def test_half_of_the_pool_is_the_limit(value: float, verdict: str) -> None:
+    values = np.full(10_000, 1.0)
+    values[:100] = value * 9900 / (10_000 - value * 100)  # so that the ratio is `value`
+    found = against_pool("late_loss", values, np.arange(100))
+    assert (found.values["ratio"], found.verdict) == (pytest.approx(value), verdict)
+
+
 def test_a_harder_selection_is_no_warning() -> None:
     values = np.array([1.0] * 90 + [50.0] * 10)
     assert against_pool("response_tokens", values, np.arange(90, 100)).verdict == "ok"
@@ -254,9 +269,15 @@ def test_what_has_no_ratio_has_no_verdict(values: list[float], positions: list[i
 
 def test_the_sign_of_the_selected_drops_by_hand() -> None:
     drop = np.array([3.0, -1.0, NAN, 2.0, -4.0])
-    assert selected_drop_sign(drop, np.array([0, 3])).verdict == "ok"
+    found = selected_drop_sign(drop, np.array([0, 3]))
+    assert (found.verdict, found.values) == ("ok", {"negative_share": 0.0, "mean_drop": 2.5})
     found = selected_drop_sign(drop, np.array([0, 1, 2]))
-    assert (found.verdict, found.values["negative_share"]) == ("warning", 0.5)
+    assert (found.verdict, found.values) == ("warning", {"negative_share": 0.5, "mean_drop": 1.0})
+    assert "steps before the first snapshot" in found.message
+    few = selected_drop_sign(np.array([0.1] * 19 + [-9.0]), np.arange(20))  # one of twenty, but it outweighs them
+    assert (few.verdict, few.values["negative_share"]) == ("warning", 0.05)
+    tenth, more = np.array([-1.0] + [1.0] * 9), np.array([-1.0, -1.0] + [1.0] * 12)
+    assert [selected_drop_sign(each, np.arange(len(each))).verdict for each in (tenth, more)] == ["ok", "warning"]
     assert is_unknown(selected_drop_sign(drop, np.array([2])))
     assert is_unknown(selected_drop_sign(drop, np.array([], dtype=int)))
 
@@ -298,6 +319,49 @@ def test_what_the_ensemble_knows_is_compared_too(tmp_path: Path) -> None:
         "selection_prompt_characters",
         "selection_response_to_prompt",
     ]
+
+
+# ------------------------------------------------------------------------------------------ limits
+
+
+def with_share(share: float, fault: float, otherwise: float) -> np.ndarray:
+    """1,000 values."""
+    return np.where(np.arange(1000) < 1000 * share, fault, otherwise)
+
+
+def selected_of_pool(ratio: float) -> Diagnostic:
+    """100 of 1,000 rows, whose mean is so much of the pool's."""
+    return against_pool("late_loss", with_share(0.1, ratio, (1 - 0.1 * ratio) / 0.9), np.arange(100))
+
+
+HEALTHY_AND_NOT: dict[str, tuple[Callable[[float], Diagnostic], float, float]] = {
+    # what was seen in ensembles that work, and in those that do not (see the limits' comments); neither is the limit
+    "adapter_spread": (lambda d: adapter_spread([adapter([[1, 0]], [[1]]), adapter([[1, d]], [[1]])]), 1.1, 0.1),
+    "norm_spread": (lambda v: norm_spread(ensemble(G_t=[1.0, 1.0, NAN], V_t=[v * v, v * v, NAN]), 5), 0.02, 0.005),
+    "fall between": (
+        lambda f: loss_between_snapshots(ensemble(loss_s=[1.0, 1.0, NAN], loss_t=[1 - f, 1 - f, NAN])),
+        0.01,
+        1e-4,
+    ),
+    "fall from start": (lambda f: loss_from_start([[1.0, 1 - f]] * 10), 0.05, 0.002),
+    "drop_sign": (
+        lambda s: drop_sign(ensemble(G_s=np.ones(1000), G_t=np.ones(1000) - with_share(s, -0.01, 1.0))),
+        0.45,
+        0.6,
+    ),
+    "drop_size": (lambda c: drop_size(ensemble(G_s=[1.0, 1.0, NAN], G_t=[1 - c, 1 + c, NAN])), 0.05, 0.001),
+    "eps_share": (lambda s: eps_share(1e-8, {"V_t": with_share(s, 0.0, 1.0)}), 0.005, 0.05),
+    "norm_precision": (lambda s: norm_precision(s, ensemble(G_t=[1.0, 1.0, NAN], V_t=[1.0, 1.0, NAN])), 0.05, 0.13),
+    "selected drops": (lambda s: selected_drop_sign(with_share(s, -0.01, 1.0), np.arange(1000)), 0.05, 0.2),
+    "selected losses": (selected_of_pool, 0.6, 0.44),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY_AND_NOT)
+def test_a_limit_lies_between_what_works_and_what_does_not(name: str) -> None:
+    diagnose, healthy, failing = HEALTHY_AND_NOT[name]
+    assert diagnose(healthy).verdict == "ok"
+    assert diagnose(failing).verdict == "warning"
 
 
 # ---------------------------------------------------------------------------------- against random
@@ -379,6 +443,8 @@ def test_diagnostics_survive_the_disk_and_hold_no_nan(tmp_path: Path) -> None:
     assert found["drop_sign"]["verdict"] == "ok"
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_diagnostics(tmp_path, [Diagnostic("x", "ok", {"x": NAN}, "")])
+    with pytest.raises(GradsiftError, match="two diagnostics are named x;"):
+        write_diagnostics(tmp_path, [Diagnostic(name, "ok", {}, "") for name in "xyx"])
 
 
 # ------------------------------------------------------------------------------------ the whole line
@@ -430,12 +496,35 @@ def test_a_run_stores_prints_and_logs_what_its_scorer_lets_it_say(
     assert summary["diagnostics/selection_prompt_characters/values/ratio"] == ratio
 
 
+def warned_in(gradsift: Any) -> set[str]:
+    """By the newest run."""
+    found = gradsift.runs()[-1]["diagnostics"]
+    return {name for name, diagnostic in found.items() if diagnostic["verdict"] == "warning"}
+
+
 def test_a_learning_rate_of_nearly_nothing_is_seen(gradsift, capsys) -> None:
     assert gradsift(*SMOKE, "proxy.learning_rate=1e-12", "stop_after=scores") == 0
-    (run,) = gradsift.runs()
-    warned = {name for name, found in run["diagnostics"].items() if found["verdict"] == "warning"}
-    assert warned >= {"loss_between_snapshots", "drop_size"}
+    assert warned_in(gradsift) == {"loss_between_snapshots", "drop_size"}
     assert "proxy.learning_rate" in capsys.readouterr().out
+
+
+def test_a_collapsed_ensemble_whose_norms_rise_is_seen_and_so_is_an_eps_above_them(gradsift) -> None:
+    """Members are dropout masks that drop nothing, in the smoke run's few steps, in which B grows from zero."""
+    collapsed = ("proxy.ensemble=mc_dropout", "proxy.lora.dropout=1e-6")
+    assert gradsift(*SMOKE, *collapsed, "stop_after=selection") == 0
+    assert warned_in(gradsift) == {"norm_spread", "drop_sign", "eps_share", "selection_drop_sign"}
+    normalised = (*collapsed, "scorer=gsnr_normalized_drop", "stop_after=scores")
+    assert gradsift(*SMOKE, *normalised) == 0
+    assert warned_in(gradsift) == {"norm_spread", "drop_sign"}  # V_t has no part in this score
+    assert gradsift(*SMOKE, *normalised, "scorer.eps=1e3") == 0
+    assert warned_in(gradsift) == {"norm_spread", "drop_sign", "eps_share"}
+
+
+def test_a_selection_of_the_short_answers_is_seen(gradsift) -> None:
+    for prefer, warned in (("short", {"selection_response_characters"}), ("long", set())):
+        short = ("data.size=1000", "scorer=length", "scorer.unit=characters", f"scorer.prefer={prefer}")
+        assert gradsift(*SMOKE, *short, "stop_after=selection") == 0
+        assert warned_in(gradsift) & {"selection_response_characters"} == warned
 
 
 def test_a_reused_score_keeps_its_diagnostics(gradsift) -> None:

@@ -315,6 +315,19 @@ def test_out_of_memory_halves_the_budget_says_so_and_changes_no_result(
     assert "the batch is repeated with" in said[0]
 
 
+def test_dropout_after_out_of_memory_is_that_of_the_smaller_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the attempts that failed had drawn."""
+    adapters, tokens = [], 4096
+    for losses in (failing_above(30, OUT_OF_MEMORY[0]), ResponseLosses):
+        monkeypatch.setattr(finetuning, "ResponseLosses", losses)
+        adapted = lora.add_adapter(tiny_model("gpt2"), LoraConfig(rank=3, dropout=0.4), seed=1)
+        _, module = train(adapted, ragged_examples(8), [list(range(8))], tokens=tokens, say=lambda line: None)
+        tokens = module.budget.tokens
+        adapters.append(weights_of(adapted))
+    assert tokens <= 30
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+
+
 def test_out_of_memory_in_a_collection_pass_changes_no_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded, adapted, said = ragged_examples(9), adapted_model("llama", ["all-linear"]), []
     passes: list[np.ndarray] = []

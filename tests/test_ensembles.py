@@ -157,6 +157,18 @@ def test_the_line_runs_to_a_selection_with_its_diagnostics(gradsift, mode: str) 
     assert {s["name"] for s in gradsift.runs()[-1]["stages"] if not s["reused"]} == {"score", "select"}
 
 
+def test_a_member_whose_adapter_is_damaged_is_trained_again(tmp_path: Path) -> None:
+    settings = config("lora_seeds", members=2)
+    adapters, _ = trained(tmp_path, settings)
+    file = adapters[0][0].file(lora.ADAPTER_FILE)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4] + b"\0\0\0\1")  # a weight, or some, of an equally large file
+    again, run = trained(tmp_path, settings)
+    assert made(run) == {"member": 1}
+    assert again[0][0].file(lora.ADAPTER_FILE).read_bytes() == whole
+    assert len(list(tmp_path.glob("member/*.damaged-*"))) == 1
+
+
 # ---------------------------------------------------------------------------------------- lora_seeds
 
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import peft
 import pytest
 import torch
 from rich.console import Console
 from test_norms import VOCABULARY, adapted_model, loop_norms, ragged_examples, tiny_model
+from transformers import AutoModelForCausalLM
 
 from gradsift.artifacts import Artifact, Store
 from gradsift.config import ComputeConfig, FieldsConfig, LoraConfig, ModelConfig, NanoConfig, ProxyConfig, TargetConfig
@@ -289,11 +291,31 @@ def test_norms_during_training_are_those_of_each_steps_weights(architecture: str
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_norms_of_a_collection_pass_are_those_of_the_loop(architecture: str) -> None:
+@pytest.mark.parametrize("tokens", [1, 13, 30, 61, 4096])
+def test_norms_of_a_collection_pass_are_those_of_the_loop(architecture: str, tokens: int) -> None:
     encoded, adapted = ragged_examples(9), adapted_model(architecture, ["all-linear"])
-    found = collected(adapted, encoded, tokens=30)
+    found = collected(adapted, encoded, tokens)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, loop_norms(adapted, encoded), rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_norms_of_a_loaded_model_are_those_of_plain_transformers_and_peft(architecture: str, backbones: Path) -> None:
+    """With nothing of the engine in the twin: neither its layers, nor its attention, head, GELU and losses."""
+    run, config = runtime(backbones), ModelConfig(kind="nano", nano=NanoConfig(architecture=architecture, steps=20))
+    made, encoded = backbone(run, config), ragged_examples(9)
+    adapted = lora.add_adapter(load_backbone(made, config, CPU).model, LoraConfig(rank=3), seed=1)
+    plain = AutoModelForCausalLM.from_pretrained(made.path).requires_grad_(False).eval()
+    names = {name.rsplit(".", 1)[-1] for name, _ in lora.lora_layers(adapted)}
+    theirs = peft.LoraConfig(r=3, lora_alpha=16, target_modules=list(names), fan_in_fan_out=architecture == "gpt2")
+    twin = peft.get_peft_model(plain, theirs).eval()
+    weights = lora.trainable_parameters(twin)
+    torch.manual_seed(2)
+    for name, parameter in lora.trainable_parameters(adapted).items():
+        parameter.data.normal_(std=0.1)
+        weights.pop(name).data.copy_(parameter)
+    assert not weights
+    np.testing.assert_allclose(collected(adapted, encoded, tokens=30), loop_norms(twin, encoded), rtol=1e-5)
 
 
 def collected(adapted: Any, encoded: Sequence[Encoded], tokens: int = 4096) -> np.ndarray:
@@ -432,6 +454,16 @@ def test_a_learning_rate_that_blows_up_stops_the_training() -> None:
             [[0, 1], [2, 3]] * 3,
             optimization=optimization(learning_rate=1e30),
         )
+
+
+def test_weights_that_the_last_step_broke_are_no_result() -> None:
+    class Breaks(L.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *arguments: Any) -> None:
+            if len(module.curve) == 2:
+                next(iter(lora.trainable_parameters(module.model).values())).data[0, 0] = torch.nan
+
+    with pytest.raises(GradsiftError, match="weights are not finite after the last step"):
+        train(adapted_model("gpt2", ["c_attn"]), ragged_examples(4), [[0, 1], [2, 3]], callbacks=[Breaks()])
 
 
 def test_a_loss_that_is_not_finite_names_the_row_of_the_source(

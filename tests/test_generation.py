@@ -160,8 +160,10 @@ def test_impossible_lengths_are_refused() -> None:
     model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
     with pytest.raises(ConfigError, match=r"benchmark\.max_new_tokens=48.*at most 47"):
         generate_answers(model, tokenizer, [[2]], max_new_tokens=CONTEXT, batch_size=1)
+    done: list[int] = []
     with pytest.raises(DataError, match="prompt 2 of 2 has no token"):
-        generate_answers(model, tokenizer, [[2], []], max_new_tokens=2, batch_size=2)
+        generate_answers(model, tokenizer, [[2], []], max_new_tokens=2, batch_size=1, progress=done.append)
+    assert not done  # nor is anything made before
 
 
 # ------------------------------------------------------------------------------------- model_outputs

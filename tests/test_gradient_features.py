@@ -192,6 +192,26 @@ def test_large_gradients_take_small_blocks_and_it_is_said(
     assert "so only 5 are projected at once" in capsys.readouterr().out
 
 
+def test_a_long_projection_is_foretold_with_what_shortens_it(
+    line: Line, fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parameters = line.gradients.info["parameters"]
+    monkeypatch.setattr(Projection, "seconds", lambda self, rows, device: 90.0 * rows)  # blocks of 20: 1,800 s
+    monkeypatch.setattr(module, "_MOST_ROWS", 20)
+    capsys.readouterr()
+    made(line, fresh)
+    said = capsys.readouterr().out
+    assert f"projecting gradients of {parameters:,} numbers to 48 takes about 2.0 h" in said  # 2 blocks, 2 checkpoints
+    assert "less with a smaller features.warmup.lora.rank" in said
+
+
+def test_the_time_of_a_projection_is_that_of_all_its_tiles() -> None:
+    short, long = (
+        min(Projection(size, 64, 0).seconds(3, torch.device("cpu")) for _ in range(5)) for size in (1, 10**8)
+    )
+    assert 0 < 1000 * short < long
+
+
 def test_row_order_changes_no_examples_features(line: Line, fresh: Path) -> None:
     expected = np.asarray(read_features(line.gradients).vectors)
     given = line._pool_inputs()

@@ -112,7 +112,7 @@ def test_a_mean_that_is_rounding_and_a_column_that_stands_still_are_left_out() -
     varying = [1.0, 2.0, 3.0, 4.0, 6.0]
     rounding = gradients(varying, embedding_mean=[1e-6, -1e-6, 3e-6, 0.0, 2e-6])  # over an embedding_std of 1
     assert signal_of(rounding, "statistics", rows).shape == (5, 1)
-    real = gradients(varying, embedding_mean=[0.1, -0.1, 0.3, 0.0, 0.2])  # 10 times that is the sum over the norm
+    real = gradients(varying, embedding_mean=[0.01, -0.01, 0.03, 0.0, 0.02])  # 10 times that is the sum over the norm
     assert signal_of(real, "statistics", rows).shape == (5, 2)
     assert signal_of(gradients([1.0] * 5), "statistics", rows).shape == (5, 0)
 

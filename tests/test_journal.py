@@ -128,7 +128,7 @@ def test_a_pass_goes_on_with_the_groups_that_are_left(tmp_path: Path) -> None:
 
     def found(folder: Path | None) -> list[list[Any]]:
         passes = TokenBudget(16).passes(examples, work, Journal(folder))
-        return [[[part.tolist() for part in parts] for parts in results] for _, results in passes]
+        return [[[part.tolist() for part in parts] for parts in results] for results in passes]
 
     with pytest.raises(Stop):
         found(tmp_path)

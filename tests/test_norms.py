@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gradsift.config import LoraConfig
@@ -16,11 +19,15 @@ from gradsift.training import lora
 from gradsift.training.finetuning import ResponseLosses
 
 VOCABULARY = 61
-TARGETS = {
-    "gpt2": [["all-linear"], ["c_attn"], ["c_attn", "c_proj", "c_fc"]],
-    "llama": [["all-linear"], ["q_proj", "v_proj"], ["down_proj"]],
+LAYERS = {
+    "gpt2": ["c_attn", "c_fc", "c_proj", "lm_head"],
+    "llama": ["down_proj", "gate_proj", "k_proj", "lm_head", "o_proj", "q_proj", "up_proj", "v_proj"],
 }
-CASES = [(name, targets) for name, choices in TARGETS.items() for targets in choices]
+CASES = [
+    (architecture, targets)
+    for architecture, names in LAYERS.items()
+    for targets in (["all-linear"], names, *([name] for name in names))  # all-linear leaves out the head
+]
 
 
 def tiny_model(architecture: str, tied: bool = True) -> torch.nn.Module:
@@ -45,9 +52,12 @@ def tiny_model(architecture: str, tied: bool = True) -> torch.nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def adapted_model(architecture: str, targets: list[str], tied: bool = True) -> torch.nn.Module:
+def adapted_model(
+    architecture: str, targets: list[str], tied: bool = True, rank: int = 3, alpha: float = 16.0
+) -> torch.nn.Module:
     """With B away from zero, as after some training: at B = 0 the gradient of A vanishes."""
-    adapted = lora.add_adapter(tiny_model(architecture, tied), LoraConfig(rank=3, targets=targets), seed=1)
+    config = LoraConfig(rank=rank, alpha=alpha, targets=targets)
+    adapted = lora.add_adapter(tiny_model(architecture, tied), config, seed=1)
     torch.manual_seed(2)
     for name, parameter in lora.trainable_parameters(adapted).items():
         if "lora_B" in name:
@@ -100,6 +110,11 @@ def batch_norms(
     return norms
 
 
+@pytest.mark.parametrize("architecture", LAYERS)
+def test_the_laws_are_of_all_linear_layers(architecture: str) -> None:
+    assert lora.linear_layer_names(tiny_model(architecture)) == LAYERS[architecture]
+
+
 @pytest.mark.parametrize(("architecture", "targets"), CASES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_norms_equal_the_one_example_loop(architecture: str, targets: list[str], tied: bool) -> None:
@@ -107,6 +122,17 @@ def test_norms_equal_the_one_example_loop(architecture: str, targets: list[str],
     expected = loop_norms(adapted, examples)
     assert (expected > 1e-3).all()  # or the comparison would be of noise
     np.testing.assert_allclose(batch_norms(adapted, examples, 7), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", LAYERS)
+@pytest.mark.parametrize(("rank", "alpha"), [(1, 1.0), (2, 16.0), (8, 8.0), (24, 3.0)])  # 24: wider than the layers
+def test_norms_of_any_rank_and_scale_equal_the_loop(architecture: str, rank: int, alpha: float) -> None:
+    adapted, examples = adapted_model(architecture, LAYERS[architecture], rank=rank, alpha=alpha), ragged_examples()
+    expected = loop_norms(adapted, examples)
+    np.testing.assert_allclose(batch_norms(adapted, examples, 7), expected, rtol=1e-5)
+    for _, layer in lora.lora_layers(adapted):
+        layer.scaling["default"] *= 1.5
+    assert np.abs(batch_norms(adapted, examples, 7) / expected - 1).max() > 0.1  # the scale is in them
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -167,6 +193,21 @@ def test_adapters_with_the_same_seed_are_equal_and_others_differ() -> None:
 
     assert torch.equal(first_a(1), first_a(1))
     assert not torch.equal(first_a(1), first_a(2))
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapters_file_holds_the_adapter_alone(tied: bool, tmp_path: Path) -> None:
+    adapted = adapted_model("gpt2", LAYERS["gpt2"], tied)
+    lora.save_adapter(adapted, tmp_path)
+    kept = load_file(tmp_path / lora.ADAPTER_FILE)
+    assert kept and all(".lora_A." in name or ".lora_B." in name for name in kept)  # no whole head, say
+    other = adapted_model("gpt2", LAYERS["gpt2"], tied)
+    for parameter in lora.trainable_parameters(other).values():
+        parameter.data.normal_()
+    lora.load_adapter(other, tmp_path)
+    ids = torch.arange(9)[None]
+    assert torch.equal(other(input_ids=ids).logits, adapted(input_ids=ids).logits)
 
 
 def test_a_removed_adapter_leaves_the_backbone_as_it_was() -> None:

@@ -11,7 +11,7 @@ from test_norms import adapted_model, batch_norms, ragged_examples, tiny_model
 
 from gradsift.config import LoraConfig
 from gradsift.data.tokens import Encoded
-from gradsift.errors import GradsiftError
+from gradsift.errors import ConfigError, GradsiftError
 from gradsift.gradients import per_sample
 from gradsift.gradients.adam import AdamState
 from gradsift.gradients.per_sample import gradient_pass
@@ -99,6 +99,20 @@ def test_full_gradients_are_those_of_the_merged_models_weights(architecture: str
     assert_rows_close(found, loop_gradients(merged, examples))
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_an_adapter_of_a_tied_head_is_not_merged_into_the_embedding(architecture: str) -> None:
+    examples = ragged_examples(2)
+    with (
+        pytest.raises(ConfigError, match="its input embedding too"),
+        gradient_pass(adapted_model(architecture, ["lm_head"], tied=True), "full", 0),
+    ):
+        pass
+    adapted = adapted_model(architecture, ["lm_head"], tied=False)
+    with gradient_pass(adapted, "full", 0) as gradients:
+        found = gradients(examples).numpy()
+    assert_rows_close(found, loop_gradients(adapted.merge_and_unload().requires_grad_(True), examples))
+
+
 def test_a_model_without_adapters_has_no_lora_gradients() -> None:
     with pytest.raises(GradsiftError, match="LoRA adapters"), gradient_pass(tiny_model("gpt2"), "lora", 0):
         pass
@@ -157,6 +171,12 @@ def test_a_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------- projection
 
 
+def whole(projection: Projection, tile: int) -> torch.Tensor:
+    """(S, D): a tile's signs in one strip."""
+    ((_, signs),) = projection.signs(tile, torch.device("cpu"), projection.dimensions)
+    return signs
+
+
 @pytest.mark.parametrize(("size", "dimensions"), [(5, 3), (1024, 64), (2500, 100)])
 def test_the_projection_is_an_explicit_matrix_of_signs(size: int, dimensions: int) -> None:
     projection = Projection(size, dimensions, seed=3)
@@ -175,8 +195,7 @@ def test_another_seed_is_another_matrix_and_a_prefix_of_parameters_the_same() ->
     assert not torch.equal(Projection(1500, 64, 1)(ones), Projection(1500, 64, 2)(ones))
     assert torch.equal(Projection(1200, 64, 1)(torch.eye(1200)), Projection(1500, 64, 1)(ones)[:1200])
     tiles = Projection(1500, 64, 1)
-    cpu = torch.device("cpu")
-    assert not torch.equal(tiles.signs(0, cpu), tiles.signs(1, cpu))
+    assert not torch.equal(whole(tiles, 0), whole(tiles, 1))
 
 
 def test_a_gpu_spells_out_the_same_signs_from_their_bits() -> None:
@@ -189,12 +208,23 @@ def test_a_gpu_spells_out_the_same_signs_from_their_bits() -> None:
 
 def test_the_matrix_is_the_one_that_stored_features_were_made_with() -> None:
     """A change of these needs a higher VERSION of the features stage."""
-    signs = Projection(1024, 70, seed=5).signs(3, torch.device("cpu"))
+    signs = whole(Projection(1024, 70, seed=5), 3)
     words = np.random.PCG64([5, 3]).random_raw(2 * 1024).reshape(1024, 2)
     for row, column in ((0, 0), (0, 69), (1, 7), (1023, 64)):
         word = int(words[row, column // 64]).to_bytes(8, "little")
         bit = word[column % 64 // 8] >> (7 - column % 8) & 1
         assert signs[row, column] == 2 * bit - 1
+
+
+@pytest.mark.parametrize("dimensions", [511, 512, 520, 1100])
+def test_strips_are_the_tile_side_by_side_and_change_no_projection(dimensions: int) -> None:
+    projection = Projection(1300, dimensions, seed=4)
+    starts, strips = zip(*projection.signs(1, torch.device("cpu"), 512), strict=True)
+    assert list(starts) == list(range(0, dimensions, 512))
+    assert torch.equal(torch.cat(strips, 1), whole(projection, 1))
+    rows = torch.randn(3, 1300, generator=torch.Generator().manual_seed(0))
+    expected = rows[:, :1024] @ whole(projection, 0) + rows[:, 1024:] @ whole(projection, 1)[:276]
+    torch.testing.assert_close(projection(rows), expected / dimensions**0.5, rtol=1e-5, atol=1e-5)
 
 
 def test_how_many_rows_are_projected_at_once_changes_nothing() -> None:

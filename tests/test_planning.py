@@ -12,8 +12,9 @@ import pytest
 from conftest import SMOKE
 
 from gradsift.artifacts import Artifact, Store, size_of
+from gradsift.cost import duration
 from gradsift.planning import DONE, TO_DO, Earlier, NotMade, Planned, Planner
-from gradsift.report.plans import AT_MOST, SHARED, duration, plan_lines, states, to_do, volume
+from gradsift.report.plans import AT_MOST, SHARED, plan_lines, states, to_do, volume
 
 TINY = (*SMOKE, "data.size=60", "data.benchmark_items=13", "target.steps=2")
 

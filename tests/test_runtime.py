@@ -13,7 +13,9 @@ import torch
 from rich.console import Console
 
 from gradsift import runtime
+from gradsift.data.tokens import Encoded
 from gradsift.runtime import Display, derive_seed, peak_memory
+from gradsift.training.device import TokenBudget
 
 
 def display(terminal: bool, width: int = 100) -> tuple[Display, io.StringIO]:
@@ -40,6 +42,47 @@ def test_without_a_terminal_progress_is_a_line_every_half_minute(clock: list[flo
         "  answer [all] questions: 600 of 1,200, about 1 min left",
         "  answer [all] questions: 900 of 1,200, about 0 min left",
     ]
+
+
+def test_what_an_earlier_run_did_promises_no_speed(clock: list[float]) -> None:
+    shown, stream = display(terminal=False)
+    with shown.task("norms", 10_000) as advance:
+        advance(9_000)  # found, not made
+        for _ in range(90):
+            clock[0] += 1
+            advance(1)
+    assert stream.getvalue().splitlines()[1:] == [
+        "  norms: 9,060 of 10,000, about 16 min left",
+        "  norms: 9,090 of 10,000, about 15 min left",
+    ]
+
+
+def test_a_pass_over_long_and_short_rows_knows_what_is_left_of_it(clock: list[float]) -> None:
+    """Half of the tokens are in a tenth of the rows."""
+    lengths = [90] * 40 + [10] * 360
+    rows = [Encoded(row, np.zeros(length, np.int32), np.ones(length, bool)) for row, length in enumerate(lengths)]
+    shown, stream = display(terminal=False)
+    ends = clock[0] + sum(lengths)
+    left: list[str] = []
+
+    def work(batch: list[Encoded]) -> None:
+        clock[0] += sum(len(example.input_ids) for example in batch)  # a second a token
+        left.append(f"about {(ends - clock[0]) / 60:.0f} min left")
+
+    told: list[int] = []
+    with shown.task("norms", len(rows)) as advance:
+
+        def noted(done: int) -> None:
+            told.append(done)
+            advance(done)
+
+        list(TokenBudget(90).passes(rows, work, advance=noted))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) > 10
+    assert sum(told) == len(rows)
+    # the lines round what is done to a row, so a minute this way or that
+    promised, true = ([int(line.split("about ")[1].split()[0]) for line in each] for each in (lines, left))
+    assert np.abs(np.array(promised) - np.array(true[: len(promised)])).max() <= 0.1 * true[0]
 
 
 def test_without_a_terminal_quick_work_shows_nothing(clock: list[float]) -> None:

@@ -175,6 +175,16 @@ def test_only_what_is_scored_is_selected(base: str, positions: list[int], bench:
     scored = bench("of_all_statuses")  # 0.5, -, -, 0.1, -, 0.2
     made = select(bench.runtime, TOPK, scored, bench.loaded, {}, dict, 0.34, base, {})
     assert positions_of(made).tolist() == positions
+    assert (made.info["budget"], made.info["shortfall"]) == (len(positions), 0)
+
+
+def test_too_few_scores_for_the_budget_are_a_shortfall(bench: Bench) -> None:
+    made = select(bench.runtime, TOPK, bench("of_all_statuses"), bench.loaded, {}, dict, 0.84, "accepted", {})
+    assert {name: made.info[name] for name in ("budget", "rows", "shortfall")} == {
+        "budget": 5,
+        "rows": 3,
+        "shortfall": 2,
+    }
 
 
 @pytest.mark.parametrize("base", ["accepted", "scored"])

@@ -86,6 +86,8 @@ def test_different_embeddings_are_counted_no_further_than_there_are_clusters(mon
     assert module._different(Features(vectors), np.arange(60), 8) == 8
     assert len(looked_at) == 16  # each vector twice; the other 44 rows are not kept in memory
     assert module._different(Features(vectors), np.arange(60), 31) == 30
+    zeros = np.array([[1, 0.0], [1, -0.0]], dtype=np.float32)  # equal, though not their bytes
+    assert module._different(Features(zeros), np.arange(2), 8) == 1
 
 
 def test_the_seed_is_that_of_k_means() -> None:

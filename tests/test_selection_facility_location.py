@@ -125,8 +125,9 @@ def test_one_of_each_of_two_crowds_is_taken_before_a_second_of_either() -> None:
     vectors = np.repeat(np.eye(3, dtype=np.float32), [10, 5, 1], axis=0)
     choice = facility_location(Scores(np.arange(16.0)), 4, Features(vectors), similarity="cosine", candidates=1.0)
     assert choice.positions.tolist() == [9, 14, 15, 13]  # the larger crowd first; then all is covered: by score
-    (coverage,) = choice.diagnostics
-    assert coverage.values == {"mean_similarity": 1.0, "candidates": 16}
+    (told,) = choice.diagnostics
+    assert told.name == "facility_location"  # beside the selection's `coverage`, which compares with random rows
+    assert told.values == {"mean_similarity": 1.0, "candidates": 16}
 
 
 def test_fewer_candidates_than_the_budget_is_refused() -> None:

@@ -144,6 +144,32 @@ def test_a_walk_by_hand() -> None:
     assert walk(Scores(np.arange(6.0)), 6, pool, target, keep=0.95, fill="topup") == [1, 0, 2, 5, 4, 3]
 
 
+def test_a_right_angle_is_no_conflict() -> None:
+    pool, target = np.eye(3, dtype=np.float32)[:, :2], np.array([[1, 0]], dtype=np.float32)
+    assert walk(Scores(np.zeros(3)), 2, pool, target, keep=0.7) == [0, 1]  # the third has no direction
+    assert walk(Scores(np.zeros(3)), 2, pool, target, keep=0.8) == [0]  # the sum at 45 degrees has a cosine of .71
+
+
+def test_copies_keep_the_whole_direction_but_for_rounding() -> None:
+    """With keep=1 the sum's cosine may not fall at all, and the last digits of a copy's do."""
+    one = unit_rows(np.random.default_rng(0).normal(size=(1, 7)))
+    pool, target = np.repeat(one, 30, axis=0), unit_rows(one + 0.3)
+    assert walk(Scores(np.zeros(30)), 30, pool, target, keep=1.0) == list(range(30))
+
+
+def test_a_walk_that_crosses_to_the_other_side_of_its_component_is_said() -> None:
+    """By hand: the best anchor stands at 84 degrees, cosine .10; with 150 the sum is at 117, -.45, which is larger."""
+    pool, target = (
+        np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+        for angles in (np.radians([84, 150]), np.zeros(1))
+    )
+    assert walk(Scores(np.zeros(2)), 2, pool, target) == [0, 1]
+    found = said(pool, target, 2)["gradient_walk"]
+    assert (found.verdict, found.values["turned_away"]) == ("warning", 1)
+    assert "point away from their component" in found.message
+    assert said(pool, target, 1)["gradient_walk"].verdict == "ok"
+
+
 def test_past_all_neighbours_the_walk_goes_by_core_knowledge() -> None:
     angles = np.radians([0, 10, 40, 50])
     pool = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
@@ -188,6 +214,13 @@ def test_core_knowledge_is_that_of_scikit_learn(rows: int, dimensions: int, expl
     mean = target.astype(float).mean(0)
     assert (core.directions @ mean >= 0).all()
     np.testing.assert_allclose(core.cosines, core.directions @ mean / np.linalg.norm(mean), atol=1e-9)
+
+
+def test_half_of_the_variance_is_one_of_two_equal_components() -> None:
+    """By hand: four gradients in a square, one spread along either axis, so that each explains exactly a half."""
+    corners = unit_rows(np.array([[1, 1, 5], [1, -1, 5], [-1, 1, 5], [-1, -1, 5]]))
+    assert len(core_knowledge(Features(corners), 0.5).variances) == 1
+    assert len(core_knowledge(Features(corners), 0.501).variances) == 2
 
 
 @pytest.mark.parametrize("rows", [1, 5])

@@ -230,7 +230,9 @@ def test_every_selectors_yaml_gives_its_function_all_that_it_takes(choice: str) 
     assert choice in SELECTORS  # so that the laws hold for it
     register_schemas()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        config = load_config(compose("config", overrides=[f"selector={choice}", "scorer=less"]))
+        config = load_config(
+            compose("config", overrides=[f"selector={choice}", "scorer=less", "target_set=verifiable"])
+        )
     scores, vectors = pool()
     values = {name: Features(vectors) for name in ("embeddings", "gradients")}
     values |= {name: Features(vectors[:3], ("a", "a", "b")) for name in ("target_embeddings", "target_gradients")}

@@ -16,14 +16,21 @@ from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gradsift.config import FIDELITIES
-from gradsift.data.examples import Example
+from gradsift.data.examples import Example, Turn
 from gradsift.errors import GradsiftError
 from gradsift.journal import Journal
 from gradsift.scoring import spans as spans_module
 from gradsift.scoring import superfilter as superfilter_module
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
 from gradsift.scoring.spans import Span, span_losses
-from gradsift.scoring.superfilter import Screening, in_bfloat16, published_scores, superfilter_screened
+from gradsift.scoring.superfilter import (
+    Screening,
+    ifd_prompt,
+    ifd_scores,
+    in_bfloat16,
+    published_scores,
+    superfilter_screened,
+)
 from gradsift.selection.topk import topk
 from gradsift.training import head as head_module
 from gradsift.training.backbones import Backbone
@@ -128,6 +135,26 @@ def test_undefined_rows_say_why(backbone: Backbone) -> None:
     scores = superfilter(examples(), backbone, no_bar, max_length=40)
     assert "single token" in scores.reason[4]
     assert "prompt leaves no token" in scores.reason[5]
+
+
+def test_nothing_predicts_the_first_token_so_it_is_never_scored(backbone: Backbone) -> None:
+    ids = np.arange(10, 16, dtype=np.int32)
+    whole, rest = span_losses(backbone, [Span(ids, 0), Span(ids, 1)], [0, 1], lambda done: None, Journal())
+    assert whole == rest == pytest.approx(slow_mean_loss(backbone, ids.tolist(), 1), rel=1e-5)
+
+
+def test_an_ifd_of_exactly_one_is_excluded_and_the_largest_below_it_is_kept() -> None:
+    alone, together = np.array([1.0, 2.0, 2.0]), np.array([1.0, np.nextafter(2.0, 0), 2.5])
+    for scores in (ifd_scores(alone, together, {}), published_scores(alone, together, np.zeros((2, 3), dtype=bool))):
+        assert scores.status[[0, 2]].tolist() == [EXCLUDED, EXCLUDED]
+        assert "at least 1" in scores.reason[0]
+    assert ifd_scores(alone, together, {}).status[1] == SCORED  # float32 cannot tell it from 1, as published
+
+
+def test_the_prompt_of_a_conversation_is_all_before_the_last_response() -> None:
+    turns = (Turn("user", "hello"), Turn("assistant", "good day"))
+    talk = Example(0, "0-0", "0", turns, "name a colour", "of these: red", "red", {})
+    assert ifd_prompt(talk) == "hello\ngood day\nname a colour\nof these: red\n"
 
 
 def test_the_models_context_bounds_the_length(backbone: Backbone) -> None:

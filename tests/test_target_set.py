@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SMOKE
 
 from gradsift.artifacts import Artifact, Store
 from gradsift.config import (
@@ -21,7 +24,7 @@ from gradsift.config import (
     VerifiableTargetSetConfig,
 )
 from gradsift.data.load import benchmark_rows, load, pool_of
-from gradsift.data.target_set import OVERLAP_FILE, find_overlap, load_target_set, target_set_of
+from gradsift.data.target_set import OVERLAP_FILE, find_overlap, load_target_set, overlap, target_set_of
 from gradsift.errors import ConfigError, DataError
 from gradsift.runtime import Display, Runtime
 
@@ -112,7 +115,58 @@ def test_rows_that_stand_in_the_data_too_are_listed(
         (0, 1, "prompt and response"),
         (1, 2, "prompt"),
     ]
-    assert "2 of 3 target rows stand in the data too (data row 1, 2; all in" in capsys.readouterr().out
+    assert "2 of 3 target rows are in the data too, or nearly (data row 1, 2; all in" in capsys.readouterr().out
+
+
+LONG = "Find the number of apples that {} bought in three days"
+
+
+def test_a_prompt_in_other_capitals_or_with_an_added_word_is_similar(runtime: Runtime, tmp_path: Path) -> None:
+    prompts = [LONG.format("Anna"), LONG.format("Anna").upper() + "!", LONG.format("Bert"), "say it twice"]
+    loaded = data(runtime, tmp_path, [{"instruction": prompt, "output": "x"} for prompt in prompts])
+    target = [{"instruction": LONG.format("Anna"), "output": "y"}, {"instruction": "say it", "output": "z"}]
+    config = FilesTargetSetConfig(name="json", path=written(tmp_path / "t.json", target))
+    found = find_overlap(runtime, load_target_set(runtime, config, loaded), loaded)
+    lines = [json.loads(line) for line in found.file(OVERLAP_FILE).read_text().splitlines()]
+    assert [(line["target_row"], line["row"], line["shared"]) for line in lines] == [
+        (0, 0, "prompt"),
+        (0, 1, "similar prompt"),  # 9 of 10 triples; another name changes three of them
+    ]
+    assert found.info["overlapping"] == 1
+
+
+@pytest.mark.parametrize("alike", [0.4, 0.8])
+def test_overlap_is_that_of_every_pair_compared(alike: float) -> None:
+    from gradsift.data.dedup import jaccard, shingles_of
+    from gradsift.data.examples import make_example
+
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(["one", "Two"], k=rng.randint(1, 7))) for _ in range(120)]
+    examples = [make_example(n, (), text, "", "x", {}, Counter()) for n, text in enumerate(texts)]
+    targets, pool = examples[:30], examples[30:]
+    pairs = [
+        (place, example.row_index)
+        for place, target in enumerate(targets)
+        for example in pool
+        if jaccard(*(shingles_of([one.instruction.lower()]) for one in (target, example))) >= alike
+    ]
+    assert [(place, example.row_index) for place, example, _ in overlap(targets, pool, alike)] == pairs
+    assert len(pairs) > 30
+
+
+def test_target_rows_that_the_benchmark_asks_are_warned_of(
+    gradsift: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gradsift(*SMOKE, "scorer=random", "stop_after=load") == 0
+    (file,) = gradsift.store.glob("load/*/benchmark.json")
+    items = json.loads(file.read_text())[:2]
+    rows = [{"instruction": item["instruction"], "input": item["input"], "output": "x"} for item in items]
+    path = written(tmp_path / "t.json", [*rows, {"instruction": "say copy", "output": "x"}])
+    towards = ("scorer=sbert", "target_set=json", f"target_set.path={path}", "plan=true")
+    assert gradsift(*SMOKE, *towards) == 0
+    assert "2 of 3 target rows are questions of the benchmark too" in capsys.readouterr().out
+    assert gradsift(*SMOKE, *towards, "stop_after=selection") == 0  # which asks no question
+    assert "questions of the benchmark" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------ mistakes
@@ -144,6 +198,9 @@ def test_a_missing_file_is_named_with_its_option(runtime: Runtime, tmp_path: Pat
         read(runtime, FilesTargetSetConfig(name="json", path=str(tmp_path / "nowhere.json")))
     with pytest.raises(ConfigError, match=r"is a folder; name one file in it"):
         read(runtime, FilesTargetSetConfig(name="json", path=str(tmp_path)))
+    urls = {task: f"https://example.org/{task}/test.json" for task in "ab"}
+    with pytest.raises(ConfigError, match=r"two of target_set.urls end in one file's name"):
+        read(runtime, FilesTargetSetConfig(name="json", path=str(tmp_path), urls=urls))
     with pytest.raises(ConfigError, match=r"target_set.path is empty"):
         FilesTargetSetConfig(name="json")
 

@@ -137,12 +137,35 @@ def in_one_line(error: Exception) -> str:
     message = f"{error}\n{error.__cause__ or ''}"
     kept = message.split("Config search path:")[0].split("full_key:")[0]
     text = " ".join(part.strip() for part in kept.splitlines() if part.strip() and "To append" not in part)
-    if match := re.search(r"Key '(\w+)' not in '(\w+)'", text):
-        known = getattr(config_module, match[2], None)
-        names = [field.name for field in fields(known)] if known is not None and is_dataclass(known) else []
-        if close := difflib.get_close_matches(match[1], names, n=1):
-            text += f"; did you mean {close[0]}?"
+    if match := re.search(r"Could not override '([\w.]+)'\. Key '(\w+)' not in '(\w+)'", text):
+        return _unknown_option(*match.groups())
     return text
+
+
+def _unknown_option(option: str, key: str, schema: str) -> str:
+    """That an option is not there, and what was meant: the likeliest spelling, or the choices that have it."""
+    parts = option.split(".")[: option.split(".").index(key) + 1]
+    group, place = parts[0], ".".join(parts[:-1])
+    text = f"{'.'.join(parts)} is no option" + (f" of the {place} that is chosen" if place else "")
+    known = _options_of(getattr(config_module, schema, None))
+    if close := difflib.get_close_matches(key, known, n=1):
+        return f"{text}; did you mean {close[0]}?"
+    if having := [f"{group}={choice}" for choice, names in _choices(group).items() if key in names and len(parts) == 2]:
+        return f"{text}; it is one of {', '.join(having)}"
+    return f"{text}; known: {', '.join(known)}" if known else text
+
+
+def _options_of(schema: Any) -> list[str]:
+    return [field.name for field in fields(schema)] if is_dataclass(schema) else []
+
+
+def _choices(group: str) -> dict[str, list[str]]:
+    """The options of every choice of a group, by the schema that its file names."""
+    found = {}
+    for file in sorted((conf_folder() / group).glob("*.yaml")):
+        if match := re.search(r"/schema/\w+@_here_: (\w+)", file.read_text(encoding="utf-8")):
+            found[file.stem] = _options_of(config_module.SCHEMAS[group].get(match[1]))
+    return found
 
 
 def _job(composed: DictConfig) -> float | None:
@@ -178,7 +201,7 @@ def replay(arguments: list[str]) -> None:
     def load() -> Config:
         try:
             dumped = yaml.safe_load(source.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{source} cannot be read ({str(error).splitlines()[0]})") from error
         if not isinstance(dumped, dict):
             raise ConfigError(f"{source} is not the config of a run")

@@ -1,4 +1,4 @@
-"""What work takes: tokens that pass through models, and memory.
+"""What work takes: tokens that pass through models, memory and time.
 
 Forward tokens are the real tokens, padding left out, that pass forward through a model on this machine: each of
 them once in every pass, whether a backward pass follows or not. So an epoch of training counts every example's
@@ -37,6 +37,13 @@ def counting() -> Iterator[Callable[[], int]]:
         yield tokens
     finally:
         total = _open.pop()
+
+
+def duration(seconds: float) -> str:
+    """For people."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def peak_resident_gb() -> float | None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gradsift.errors import GradsiftError
+
 DIAGNOSTICS_FILE = "diagnostics.json"
 
 Verdict = Literal["ok", "warning", "unknown"]  # unknown: there is nothing to judge by
@@ -42,8 +44,16 @@ class Diagnostic:
 
 
 def write_diagnostics(folder: Path, diagnostics: Sequence[Diagnostic]) -> None:
-    """Write verdict, values and message by name; a value that is no finite number is an error."""
+    """Write verdict, values and message by name; a value that is no finite number is an error.
+
+    Raises:
+        GradsiftError: two have one name, so that one of them would be lost.
+    """
     content = {diagnostic.name: diagnostic.as_json() for diagnostic in diagnostics}
+    if len(content) < len(diagnostics):
+        names = [diagnostic.name for diagnostic in diagnostics]
+        twice = ", ".join(name for name in content if names.count(name) > 1)
+        raise GradsiftError(f"two diagnostics are named {twice}; a scorer or selector gives its own names of their own")
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     (folder / DIAGNOSTICS_FILE).write_text(text, encoding="utf-8")
 

@@ -17,7 +17,7 @@ from gradsift.artifacts import Artifact
 from gradsift.config import Config, SentenceTransformersConfig
 from gradsift.data.examples import Example
 from gradsift.data.load import corruption_of, labels_of, load, pool_of
-from gradsift.data.target_set import find_overlap, load_target_set, target_set_of
+from gradsift.data.target_set import find_overlap, load_target_set, target_set_of, warn_of_leak
 from gradsift.data.tokens import encode
 from gradsift.diagnostics import Diagnostic
 from gradsift.errors import ConfigError
@@ -78,7 +78,8 @@ class Line:
         asked = {name for chosen in methods for name in chosen.asked}
         if asked & {"gradients", "target_gradients"}:
             self._check_features()
-        if any(name.startswith("target_") for name in asked):
+        towards_target = any(name.startswith("target_") for name in asked)
+        if towards_target:
             find_overlap(self.runtime, self.target_set, self.loaded)
         if asked & {"embeddings", "target_embeddings"}:
             _ = self.embedder
@@ -90,6 +91,9 @@ class Line:
         if config.reaches("generate"):
             check_metrics(config.benchmark)
             _ = self.items, self.general_items
+            if towards_target:
+                questions = {(item.instruction.strip(), item.input.strip()) for item in self.items}
+                warn_of_leak(self.runtime, self.target_set, questions)
         if config.reaches("finetune"):
             _ = self.target
 

@@ -72,19 +72,36 @@ class Display:
                 progress.stop()  # draws the last bar once more, and erases it
 
     def _lines(self, description: str, total: int) -> Advance:
-        started = last = time.monotonic()
+        last, told = time.monotonic(), 0  # when the last line was said, and of how much
         done = 0
 
         def advance(more: int) -> None:
-            nonlocal done, last
+            nonlocal done, last, told
             done += more
             now = time.monotonic()
-            if 0 < done < total and now - last >= _LOG_EVERY:
-                last = now
-                eta = (now - started) / done * (total - done)
+            if told < done < total and now - last >= _LOG_EVERY:
+                eta = (now - last) / (done - told) * (total - done)  # what an earlier run did took no time in this one
+                last, told = now, done
                 self.say(f"  {description}: {done:,} of {total:,}, about {eta / 60:.0f} min left")
 
         return advance
+
+
+def weighed(advance: Advance, units: int, weight: int) -> Advance:
+    """Tells `advance` of `units` in all while it is itself told of `weight` in all, such as the tokens of so many rows.
+
+    Batches hold like numbers of tokens and take like times, be they of few long rows or of many short ones.
+    """
+    done = told = 0
+
+    def heavier(more: int) -> None:
+        nonlocal done, told
+        done += more
+        now = units * done // weight
+        advance(now - told)
+        told = now
+
+    return heavier
 
 
 def _wrapped(line: str, width: int) -> str:

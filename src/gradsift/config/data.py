@@ -137,6 +137,12 @@ class VerifiableDataConfig(DataConfig):
             raise ConfigError(f"data.delayed={self.delayed} is out of range; give a share from 0 (none) to 0.5")
 
 
+NO_TARGET_SET = (
+    "target_set=none, and {method} selects towards a target set; give target_set=json target_set.path=FILE, or "
+    "target_set=gsm8k, bbh or (for data=verifiable) verifiable"
+)
+
+
 @dataclass
 class TargetSetConfig:
     """Examples of what the finetuned model shall be good at, in tasks; for the methods that select towards them."""

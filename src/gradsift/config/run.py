@@ -10,8 +10,10 @@ from omegaconf import MISSING
 from gradsift.config.checks import at_least, one_of
 from gradsift.config.data import (
     EMBEDDED,
+    NO_TARGET_SET,
     TERSE,
     DataConfig,
+    FilesTargetSetConfig,
     TargetSetConfig,
     VerifiableDataConfig,
     VerifiableTargetSetConfig,
@@ -40,8 +42,9 @@ STAGES = ("load", "statistics", "scores", "selection", "finetune", "generate", "
 SCORES_BY_TASK = ("less", "rds_plus", "sbert")  # scorers with a score for each task of the target set
 OBJECTIVES = {"pws": "judge", "accuracy": "generate", "heldout_loss": "finetune"}  # and the stage that gives each
 RATERS = ("verifier", "local", "openai")  # judges that can grade one example
-# what asks for nothing of the proxy, or only for its embeddings, which another embedder may make (a test holds both)
+# what asks for nothing of the proxy, or only for its embeddings, which another embedder may make (a test holds each)
 WITHOUT_PROXY = ("random", "full", "llm_rating")
+TOWARDS_TARGET = {"scorer": ("less", "g2is", "rds_plus", "sbert"), "selector": ("gradient_walk", "round_robin_queries")}
 BY_EMBEDDINGS = ("rds_plus", "sbert", "facility_location", "repr_filter", "clusters", "round_robin_queries")
 
 
@@ -92,6 +95,7 @@ class Config:
         self._check_turns()
         self._check_embedded_parts()
         self._check_random_weights()
+        self._check_target_set()
         if self.audit.enabled:
             self._check_audit()
         if self.reaches("scores") and self.scorer_name == "llm_rating":
@@ -147,11 +151,28 @@ class Config:
                 f"{self.proxy.members}; give at least 2 (the paper has 5)"
             )
 
+    def _check_target_set(self) -> None:
+        """Of methods of the user's own nothing is known here; the run itself looks at what they ask for."""
+        if isinstance(self.target_set, FilesTargetSetConfig | VerifiableTargetSetConfig):
+            return
+        if self.reaches("scores") and self.scorer_name in TOWARDS_TARGET["scorer"]:
+            raise ConfigError(NO_TARGET_SET.format(method=f"scorer={self.scorer_name}"))
+        selects = self.reaches("selection") and self.scorer_name != "full"
+        if selects and self.selector_name in TOWARDS_TARGET["selector"]:
+            raise ConfigError(NO_TARGET_SET.format(method=f"selector={self.selector_name}"))
+
     def _check_screening(self) -> None:
-        if self.scorer_name == "superfilter_screened" and self.compute.precision != "float32":
+        if self.scorer_name != "superfilter_screened":
+            return
+        if self.compute.precision != "float32":
             raise ConfigError(
                 "scorer=superfilter_screened refines bfloat16 scores in float32, which compute.precision="
                 f"{self.compute.precision} rules out; take compute.precision=float32, or scorer=superfilter"
+            )
+        if self.reaches("selection") and self.selector_name != "topk":
+            raise ConfigError(
+                "scorer=superfilter_screened is exact about which scores are the highest and no more, and "
+                f"selector={self.selector_name} looks at others too; take selector=topk, or scorer=superfilter"
             )
 
     def _check_candidates(self) -> None:

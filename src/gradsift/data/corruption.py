@@ -39,7 +39,8 @@ _NEIGHBOURS = 10  # answers of like length to choose from, either way
 _EACH_WORDS = 10  # words of an instruction to one edit
 VERSION = 1  # raised whenever the same options corrupt otherwise
 # Numbers that count the lines of a list say nothing, so they stay.
-_NUMBER = re.compile(r"(?m)^(?P<place>\s*\d+[.):])(?=\s+\S)|(?P<number>\d+)")
+# Python turns at most 4,300 digits into a number, so a longer one is changed in pieces.
+_NUMBER = re.compile(r"(?m)^(?P<place>\s*\d+[.):])(?=\s+\S)|(?P<number>\d{1,1000})")
 _SENTENCE = re.compile(r"[^.!?\n]+")
 _VERB = re.compile(
     r"\b(?:(is|are|was|were|can|could|will|would|should|must|may|might)( not)?(?!['\u2019]t)|(cannot|can['\u2019]t))\b",

@@ -116,8 +116,17 @@ def bands_of(threshold: float) -> tuple[int, int]:
 
 
 def shingles(example: Example) -> Shingles:
-    """Every three words in a row of history, instruction, input and output; all words where they are fewer."""
-    texts = [*(turn.content for turn in example.history), example.instruction, example.input, example.output]
+    """Of history, instruction, input and output."""
+    return shingles_of([*prompt_texts(example), example.output])
+
+
+def prompt_texts(example: Example) -> list[str]:
+    """History, instruction and input."""
+    return [*(turn.content for turn in example.history), example.instruction, example.input]
+
+
+def shingles_of(texts: Sequence[str]) -> Shingles:
+    """Every three words in a row; all words where they are fewer."""
     words = _WORD.findall("\n".join(texts))
     if len(words) < _SHINGLE:
         return frozenset([tuple(words)])

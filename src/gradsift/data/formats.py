@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gradsift import outside_json
 from gradsift.config import DATA_FORMATS, FieldsConfig
 from gradsift.data.examples import Example, Rejected, Turn, json_value, make_example
 from gradsift.errors import ConfigError, DataError
@@ -147,15 +148,13 @@ def _decoded(path: Path, data: bytes, line: int) -> str:
 def _loads(path: Path, text: str, line: int) -> Any:
     """The JSON value that `text`, which begins at a line of the file, holds."""
     try:
-        return json.loads(text)
+        return outside_json.loads(text)
     except json.JSONDecodeError as error:
         at_end = not text[error.pos :].strip() or error.msg.startswith("Unterminated")
         place = f"line {line + error.lineno - 1}, column {error.colno}"
         raise DataError(
             f"{path}, {place}: broken JSON ({error.msg}); {_AGAIN if at_end else 'mend that place'}"
         ) from error
-    except (RecursionError, ValueError) as error:  # nested thousands deep; a number of thousands of digits
-        raise DataError(f"{path}, line {line}: JSON that cannot be read ({str(error)[:80]}); mend it") from error
 
 
 def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[SourceRow]:
@@ -197,8 +196,8 @@ def _is_json_lines(text: str) -> bool:
     if not first.startswith("{"):
         return False
     try:
-        value = json.loads(first)
-    except (ValueError, RecursionError):
+        value = outside_json.loads(first)
+    except json.JSONDecodeError:
         return False
     if rest.strip() or len(value) != 1:
         return True

@@ -8,14 +8,21 @@ target set is small and made with care.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gradsift.artifacts import Artifact, file_hash
-from gradsift.config import FieldsConfig, FilesTargetSetConfig, TargetSetConfig, VerifiableTargetSetConfig
-from gradsift.data import verifiable
+from gradsift.config import (
+    NO_TARGET_SET,
+    FieldsConfig,
+    FilesTargetSetConfig,
+    TargetSetConfig,
+    VerifiableTargetSetConfig,
+)
+from gradsift.data import dedup, verifiable
 from gradsift.data.download import fetch_url
 from gradsift.data.examples import Example, draw, read_examples, write_examples
 from gradsift.data.formats import SourceRow, file_kind, hash_of, parse_rows, read_rows
@@ -27,6 +34,8 @@ VERSION = 1
 EXAMPLES_FILE = "examples.parquet"
 TASKS_FILE = "tasks.json"
 OVERLAP_FILE = "overlap.jsonl"
+OVERLAP_VERSION = 2
+_ALIKE = 0.8  # Jaccard similarity of similar prompts, as of near duplicates
 _NAMED = 5  # rows that a warning lists; all of them are in the file
 
 
@@ -49,10 +58,7 @@ def load_target_set(runtime: Runtime, config: TargetSetConfig, loaded: Artifact)
         return _load_files(runtime, config)
     if isinstance(config, VerifiableTargetSetConfig):
         return _load_world(runtime, config, loaded)
-    raise ConfigError(
-        "target_set=none, and what was chosen selects towards a target set; give target_set=json target_set.path=FILE, "
-        "or target_set=gsm8k, bbh or (for data=verifiable) verifiable"
-    )
+    raise ConfigError(NO_TARGET_SET.format(method="what was chosen"))
 
 
 def _load_files(runtime: Runtime, config: FilesTargetSetConfig) -> Artifact:
@@ -88,7 +94,13 @@ def _files(config: FilesTargetSetConfig, downloads: Path) -> dict[str, Path]:
         return {next(iter(config.urls)) if len(config.urls) == 1 else path.name.split(".")[0]: path}
     if not config.urls:
         raise ConfigError(f"target_set.path={config.path} is a folder; name one file in it")
-    return {task: path / url.rsplit("/", 1)[-1] for task, url in config.urls.items()}
+    files = {task: path / url.rsplit("/", 1)[-1] for task, url in config.urls.items()}
+    if len(set(files.values())) < len(files):
+        raise ConfigError(
+            f"target_set.path={config.path}: two of target_set.urls end in one file's name, so two tasks would have "
+            "the same rows; leave target_set.path empty, or give one file with target_set.task=COLUMN"
+        )
+    return files
 
 
 def _task_of(row: SourceRow, column: str, file: Path) -> str:
@@ -133,36 +145,72 @@ def target_set_of(artifact: Artifact) -> TargetSet:
 
 
 def find_overlap(runtime: Runtime, target_set: Artifact, loaded: Artifact) -> Artifact:
-    """Rows of the target set whose prompt, or prompt and response, stands in the pool too; listed in `overlap.jsonl`.
+    """Rows of the target set that stand in the pool too, or nearly; listed in `overlap.jsonl` by what they share.
 
     Selecting towards what is trained on flatters the selection, so it is said, and left to the user.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
-        rows: dict[tuple[Any, ...], list[Example]] = {}
-        for example in pool_of(loaded):
-            rows.setdefault((example.history, example.instruction, example.input), []).append(example)
         found = target_set_of(target_set)
-        count = 0
+        matches = overlap(found.examples, pool_of(loaded))
         with (folder / OVERLAP_FILE).open("w", encoding="ascii") as stream:
-            for task, target in zip(found.tasks, found.examples, strict=True):
-                shared = rows.get((target.history, target.instruction, target.input), [])
-                count += bool(shared)
-                for example in shared:
-                    same = "prompt and response" if example.output == target.output else "prompt"
-                    line = {"task": task, "target_row": target.row_index, "row": example.row_index, "shared": same}
-                    stream.write(json.dumps(line) + "\n")
-        return {"rows": len(found.examples), "overlapping": count}
+            for place, example, shared in matches:
+                about = {"task": found.tasks[place], "target_row": found.examples[place].row_index}
+                stream.write(json.dumps(about | {"row": example.row_index, "shared": shared}) + "\n")
+        return {"rows": len(found.examples), "overlapping": len({place for place, _, _ in matches})}
 
     made = runtime.store.obtain(
-        "overlap", target_set.path.name, {}, [target_set, loaded], make, version=VERSION, light=True
+        "overlap", target_set.path.name, {}, [target_set, loaded], make, version=OVERLAP_VERSION, light=True
     )
     if made.info["overlapping"]:
         lines = made.file(OVERLAP_FILE).read_text(encoding="ascii").splitlines()
         first = ", ".join(str(json.loads(line)["row"]) for line in lines[:_NAMED])
         runtime.display.say(
-            f"  warning: {made.info['overlapping']} of {made.info['rows']} target rows stand in the data too (data row "
-            f"{first}{', ...' if len(lines) > _NAMED else ''}; all in {made.file(OVERLAP_FILE)}), which flatters what "
-            "is selected; take other target rows"
+            f"  warning: {made.info['overlapping']} of {made.info['rows']} target rows are in the data too, or nearly "
+            f"(data row {first}{', ...' if len(lines) > _NAMED else ''}; all in {made.file(OVERLAP_FILE)}), which "
+            "flatters what is selected; take other target rows"
         )
     return made
+
+
+def overlap(
+    targets: Sequence[Example], pool: Sequence[Example], alike: float = _ALIKE
+) -> list[tuple[int, Example, str]]:
+    """Place of a target row, an example of the pool with its prompt or one like it, and what they share.
+
+    Prompts are alike where the Jaccard similarity of their word triples, small letters and capitals being the same, is
+    at least `alike`. All pairs that share a triple are compared: a target set is small.
+    """
+    own = [_prompt_shingles(target) for target in targets]
+    holders: dict[tuple[str, ...], list[int]] = {}
+    for place, shingles in enumerate(own):
+        for shingle in shingles:
+            holders.setdefault(shingle, []).append(place)
+    found = []
+    for example in pool:
+        theirs = _prompt_shingles(example)
+        common = Counter(place for shingle in theirs for place in holders.get(shingle, ()))
+        for place, count in common.items():
+            if count >= alike * (len(theirs) + len(own[place]) - count):
+                found.append((place, example, _shared(targets[place], example)))
+    return sorted(found, key=lambda match: (match[0], match[1].row_index))
+
+
+def warn_of_leak(runtime: Runtime, target_set: Artifact, asked: Set[tuple[str, str]]) -> None:
+    """Say how many target rows are themselves asked (instruction and input) by the benchmark of the run."""
+    targets = target_set_of(target_set).examples
+    if leaked := sum((target.instruction.strip(), target.input.strip()) in asked for target in targets):
+        runtime.display.say(
+            f"  warning: {leaked} of {len(targets)} target rows are questions of the benchmark too, which flatters its "
+            "figures; take other target rows (target_set), or other benchmark.sets"
+        )
+
+
+def _prompt_shingles(example: Example) -> dedup.Shingles:
+    return dedup.shingles_of([text.casefold() for text in dedup.prompt_texts(example)])
+
+
+def _shared(target: Example, example: Example) -> str:
+    if (target.history, target.instruction, target.input) != (example.history, example.instruction, example.input):
+        return "similar prompt"
+    return "prompt and response" if target.output == example.output else "prompt"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradsift import outside_json
 from gradsift.config import BenchmarkSetConfig
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.matching import has_number
@@ -133,7 +134,7 @@ def _read_rows(file: Path, key: str, holder: str | None) -> list[Any]:
     rows: list[Any] = []
     if holder is not None or text.lstrip().startswith("["):
         try:
-            rows = json.loads(text)
+            rows = outside_json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{file}, line {error.lineno}: broken JSON ({error.msg}); check {key}.path") from error
         if holder is not None:
@@ -144,7 +145,7 @@ def _read_rows(file: Path, key: str, holder: str | None) -> list[Any]:
             if not line.strip():
                 continue
             try:
-                rows.append(json.loads(line))
+                rows.append(outside_json.loads(line))
             except json.JSONDecodeError as error:
                 if not rows and (keys := _keys_of_object(text)):
                     raise DataError(
@@ -160,7 +161,7 @@ def _read_rows(file: Path, key: str, holder: str | None) -> list[Any]:
 def _keys_of_object(text: str) -> str | None:
     """The keys of a JSON object that is the whole text; None where it is none."""
     try:
-        content = json.loads(text)
+        content = outside_json.loads(text)
     except json.JSONDecodeError:
         return None
     return ", ".join(content) if isinstance(content, dict) else None

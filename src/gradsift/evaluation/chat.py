@@ -155,31 +155,19 @@ class ChatClient:
         Args:
             works: whether the endpoint is known to answer such requests.
         """
-        purse = Purse(self._cache, scope, self._terms)
-        waiting: SimpleQueue[int] = SimpleQueue()
-        for number in range(len(groups)):
-            waiting.put(number)
-        arrived: SimpleQueue[tuple[int, Answer[Value] | Failure] | Exception | None] = SimpleQueue()
-        stop = threading.Event()
+        purse, stop = Purse(self._cache, scope, self._terms), threading.Event()
 
         def answer(number: int) -> Answer[Value]:
             position = groups[number][0]
             return self._answer(position, prompts[position], reader, purse, stop)
 
-        # daemons, unlike a thread pool's: Ctrl-C must not wait for requests that hang
-        workers = min(self._concurrency, len(groups))
-        for _ in range(workers):
-            threading.Thread(target=_work, args=(answer, waiting, arrived, stop), daemon=True).start()
         left = set(range(len(groups)))
         streak: list[tuple[int, Failure]] = []  # failures since the last reply
         failed: list[Failure] = []
         fatal: Exception | None = None
         try:
-            while workers:
-                result = arrived.get()
-                if result is None:
-                    workers -= 1
-                elif isinstance(result, Exception):
+            for result in _arrivals(answer, len(groups), self._concurrency, stop):
+                if isinstance(result, Exception):
                     fatal = fatal or result  # raised once all that was under way is in
                 elif isinstance(result[1], Failure):
                     streak.append((result[0], result[1]))
@@ -205,10 +193,7 @@ class ChatClient:
         if fatal is not None:
             raise fatal
         if failed:
-            raise JudgeError(
-                f"{self.name}: {len(failed)} of {len(groups)} requests failed for good, with "
-                f"judge.retries={self._retries}: {failed[-1].said}; {failed[-1].remedy}"
-            )
+            raise JudgeError(self._explain_failures(failed, len(groups)))
 
     def _answer(
         self, position: int, messages: Messages, reader: _Reader[Value], purse: Purse, stop: threading.Event
@@ -302,6 +287,12 @@ class ChatClient:
             f"(judge.give_up={self._give_up}, judge.retries={self._retries}), the last one: {last.said}; {last.remedy}"
         )
 
+    def _explain_failures(self, failed: Sequence[Failure], requests: int) -> str:
+        return (
+            f"{self.name}: {len(failed)} of {requests} requests failed for good, with judge.retries={self._retries}: "
+            f"{failed[-1].said}; {failed[-1].remedy}"
+        )
+
     def _explain_cap(self, reached: CapReached, spent: Spent, left: Plan) -> str:
         terms = self._terms
         usd = terms.usd(spent.prompt_tokens, spent.completion_tokens)
@@ -344,6 +335,26 @@ class _Pause:
         while (delay := self._until - time.monotonic()) > 0:
             if stop.wait(delay):
                 raise Stopped
+
+
+def _arrivals(
+    answer: Callable[[int], Answer[Value]], count: int, threads: int, stop: threading.Event
+) -> Iterator[tuple[int, Answer[Value] | Failure] | Exception]:
+    """What becomes of the numbers below `count`, as it comes in, until all threads have ended."""
+    waiting: SimpleQueue[int] = SimpleQueue()
+    for number in range(count):
+        waiting.put(number)
+    arrived: SimpleQueue[tuple[int, Answer[Value] | Failure] | Exception | None] = SimpleQueue()
+    workers = min(threads, count)
+    for _ in range(workers):
+        # daemons, unlike a thread pool's: Ctrl-C must not wait for requests that hang
+        threading.Thread(target=_work, args=(answer, waiting, arrived, stop), daemon=True).start()
+    while workers:
+        result = arrived.get()
+        if result is None:
+            workers -= 1
+        else:
+            yield result
 
 
 def _work(

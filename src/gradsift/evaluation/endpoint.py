@@ -5,7 +5,6 @@ The key is taken out of all that is said: endpoints quote it in their errors.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -14,6 +13,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
+from gradsift import outside_json
 from gradsift.config.checks import endpoint_address
 from gradsift.data.download import LOOPBACK
 from gradsift.errors import ConfigError
@@ -130,7 +130,7 @@ class Endpoint:
     def _completion(self, body: bytes) -> tuple[Completion, Tokens | None]:
         """The reply in a body; its text is empty where the model declined to write any."""
         try:
-            content = json.loads(body)
+            content = outside_json.loads(body)
             choices = content["choices"]
             message = choices[0]["message"] if choices else {}
             finish = choices[0].get("finish_reason") if choices else None

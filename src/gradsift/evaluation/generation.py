@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from gradsift import outside_json
 from gradsift.cost import passed
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.benchmarks import Item
@@ -26,7 +28,7 @@ def generate_answers(
     *,
     max_new_tokens: int,
     batch_size: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
     journal: Journal | None = None,
 ) -> list[str]:
     """Greedy continuations of tokenised prompts, in the order given.
@@ -51,37 +53,42 @@ def generate_answers(
     from gradsift.journal import Journal
     from gradsift.training.lora import evaluating
 
-    context = _context_length(model)
-    if context is not None and max_new_tokens >= context:
-        raise ConfigError(
-            f"benchmark.max_new_tokens={max_new_tokens} leaves no room for a prompt in the model's context "
-            f"of {context} tokens; give at most {context - 1}"
-        )
-    room = None if context is None else context - max_new_tokens
-    ends = _end_tokens(model, tokenizer)
+    room, ends = _room(model, max_new_tokens), _end_tokens(model, tokenizer)
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise DataError(f"prompt {number} of {len(prompts)} has no token; a model needs at least one")
     # longest first: a batch that does not fit into memory shows at once
     order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
     answers = [""] * len(prompts)
     kept = journal or Journal()
     with evaluating(model), _greedy(model, tokenizer, ends, max_new_tokens) as generate:
+
+        def answer(rows: list[int]) -> list[str]:
+            batch = [list(prompts[n] if room is None else prompts[n][-room:]) for n in rows]
+            found = generate(batch)
+            for prompt, tokens in zip(batch, found, strict=True):  # an answer's last token is not fed back
+                passed(len(prompt) + min(_end(tokens, ends), len(tokens) - 1))
+            return [_text(tokenizer, tokens, ends) for tokens in found]
+
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = [list(prompts[n]) if room is None else list(prompts[n])[-room:] for n in rows]
-            for n, tokens in zip(rows, batch, strict=True):
-                if not tokens:
-                    raise DataError(f"prompt {n + 1} of {len(prompts)} has no token; a model needs at least one")
-
-            def answer(batch: list[list[int]] = batch) -> list[str]:
-                found = generate(batch)
-                for prompt, tokens in zip(batch, found, strict=True):  # an answer's last token is not fed back
-                    passed(len(prompt) + min(_end(tokens, ends), len(tokens) - 1))
-                return [_text(tokenizer, tokens, ends) for tokens in found]
-
-            for n, text in zip(rows, kept.once(rows, answer), strict=True):
+            for n, text in zip(rows, kept.once(rows, functools.partial(answer, rows)), strict=True):
                 answers[n] = text
-            if progress is not None:
-                progress(len(rows))
+            progress(len(rows))
     return answers
+
+
+def _room(model: PreTrainedModel, max_new_tokens: int) -> int | None:
+    """Tokens that a prompt may have; None where the model's config names no limit."""
+    context = _context_length(model)
+    if context is None:
+        return None
+    if max_new_tokens >= context:
+        raise ConfigError(
+            f"benchmark.max_new_tokens={max_new_tokens} leaves no room for a prompt in the model's context "
+            f"of {context} tokens; give at most {context - 1}"
+        )
+    return context - max_new_tokens
 
 
 def _end(tokens: list[int], ends: set[int]) -> int:
@@ -207,7 +214,7 @@ def read_model_outputs(path: Path) -> list[ModelOutput]:
             a dataset have the same id.
     """
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        loaded = outside_json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); generate the answers first") from error
     except ValueError as error:  # broken JSON or broken UTF-8

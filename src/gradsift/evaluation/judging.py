@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradsift import outside_json
 from gradsift.errors import DataError
 from gradsift.evaluation.generation import ModelOutput, check_pairs, item_key
 from gradsift.evaluation.judges import Judge, JudgeError, JudgeRequest, Order, Reply
@@ -124,7 +125,7 @@ def _parse(path: Path) -> tuple[list[Judgment], int]:
         if number == len(lines) and not line:
             break
         try:
-            judgments.append(_from_record(json.loads(line)))
+            judgments.append(_from_record(outside_json.loads(line)))
         # ValueError: broken JSON, broken UTF-8 or a value that no judgment has
         except (ValueError, TypeError) as error:
             if number == len(lines):

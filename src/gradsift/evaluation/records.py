@@ -25,6 +25,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from gradsift import outside_json
 from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.evaluation.agreement import Outcomes, agreement, paired_test
 from gradsift.evaluation.bias import length_bias, position_bias
@@ -62,7 +63,7 @@ def read_records(path: Path, model: str | None = None) -> Records:
         summed = bool(judgments) and all(judgment.judge.startswith("local:") for judgment in judgments)
         return Records(judgments, combine="sum" if summed else "signs")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = outside_json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}); fetch or write it again") from error
     if isinstance(content, dict) and isinstance(content.get("data"), list):
@@ -97,7 +98,7 @@ def _reviews(path: Path, content: Mapping[str, Any]) -> Records:
 def _pair(value: Any, place: str) -> tuple[float, float] | None:
     """Two scores, which the published files hold as text; [-1, -1] is how they mark a reply without scores."""
     try:
-        found = json.loads(value) if isinstance(value, str) else value
+        found = outside_json.loads(value) if isinstance(value, str) else value
         first, second = (float(score) for score in found)
     except (ValueError, TypeError) as error:
         raise DataError(f"{place}: {value!r} is no pair of scores ({error}); mend or delete the row") from error
@@ -210,7 +211,7 @@ def read_labels(path: Path) -> Outcomes:
         if not content.strip():
             continue
         try:
-            row = json.loads(content)
+            row = outside_json.loads(content)
             item = str(row.get("benchmark", "")), str(row["item_id"])
             if row["label"] not in get_args(Outcome):
                 raise ValueError(f"label={row['label']!r}")

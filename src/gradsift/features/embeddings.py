@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from gradsift.artifacts import Artifact
-from gradsift.data.batching import length_batches
+from gradsift.data.batching import length_batches, spread_out
 from gradsift.data.examples import Example
 from gradsift.errors import GradsiftError
 from gradsift.features.vectors import FEATURES_FILE, open_features, unit_rows, write_ids
-from gradsift.runtime import Advance, Runtime
+from gradsift.runtime import Advance, Runtime, weighed
 from gradsift.training.device import TokenBudget
 
 VERSION = 1
@@ -118,21 +118,23 @@ def _fill(
     with runtime.display.task(f"embed {len(texts):,} texts", len(unique)) as advance:
         advance(done)
         for start in range(done, len(unique), _BLOCK):
-            for batch, found in embedded(encoder, unique[start : start + _BLOCK], budget):
+            block = unique[start : start + _BLOCK]
+            told = weighed(advance, len(block), sum(text.tokens for text in block))
+            for batch, found in embedded(encoder, block, budget):
                 rows = [places[text] for text in batch]
                 _require_finite(found, [row_indices[each[0]] for each in rows])
                 for each, vector in zip(rows, unit_rows(found), strict=True):
                     vectors[each] = vector
-                advance(len(batch))
+                told(sum(text.tokens for text in batch))
             vectors.flush()
-            _note(folder, min(start + _BLOCK, len(unique)))
+            _note(folder, start + len(block))
     (folder / _PROGRESS_FILE).unlink(missing_ok=True)
 
 
 def embedded(encoder: Encoder, texts: Sequence[Text], budget: TokenBudget) -> Iterator[tuple[list[Text], np.ndarray]]:
     """The texts in batches of like length under the token budget, and the vectors (B, D) of each batch."""
     lengths = [text.tokens for text in texts]
-    for batch in length_batches(lengths, budget.tokens):
+    for batch in spread_out(length_batches(lengths, budget.tokens)):
 
         def vectors_of(tokens: int, batch: Sequence[int] = batch) -> np.ndarray:
             parts = length_batches([lengths[place] for place in batch], tokens)  # keeps the order: it is sorted

@@ -16,6 +16,7 @@ Shape letters: N examples, C checkpoints, P parameters, D dimensions of a checkp
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import torch
 
 from gradsift.artifacts import Artifact
 from gradsift.config import FeaturesConfig, ProxyConfig
+from gradsift.cost import duration
 from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.features.vectors import FEATURES_FILE, open_features, unit_rows, write_ids
@@ -43,7 +45,8 @@ VERSION = 1
 PROGRESS_FILE = "progress.json"
 _BLOCK_BYTES = 2 * 2**30  # of gradients that wait for the projection, whose signs are spelt out once a block
 _MOST_ROWS = 512  # of a block: what an interrupted run may have to do again
-_FEW_ROWS = 64  # of a block: with fewer, drawing the signs takes longer than to multiply with them
+_FEW_ROWS = 25  # of a block: with fewer, drawing the signs takes longer than to multiply with them
+_LONG = 60  # seconds of projecting that are worth a word
 _MOST_UNPROJECTED = 4 * 10**9  # numbers, 16 GB
 
 
@@ -110,10 +113,12 @@ def require_room(
         folder: what an interrupted run may have written part of them to.
 
     Raises:
-        ConfigError: features.dimensions=null where the unprojected gradients are too large.
+        ConfigError: features.dimensions=null where the unprojected gradients are too large, or full gradients of a
+            model that the adapter cannot be merged into.
         GradsiftError: the disk has no room.
     """
-    dimensions = config.dimensions or parameter_count(runtime, config, given.inputs)
+    parameters = parameter_count(runtime, config, given.inputs)
+    dimensions = config.dimensions or parameters
     numbers = len(given.ids) * checkpoints * dimensions
     size = f"{len(given.ids):,} rows x {checkpoints} checkpoints x {dimensions:,} dimensions"
     if config.dimensions is None and numbers > _MOST_UNPROJECTED:
@@ -136,9 +141,11 @@ def require_room(
 
 def parameter_count(runtime: Runtime, config: FeaturesConfig, inputs: ProxyInputs) -> int:
     """P."""
-    if config.gradient_params == "full":
-        return int(inputs.backbone.model.num_parameters())
+    of_all = int(inputs.backbone.model.num_parameters())
     with adapter(inputs.backbone, config.warmup.lora, 0, runtime.compute) as adapted:
+        if config.gradient_params == "full":
+            lora.require_mergeable(adapted)
+            return of_all
         return sum(parameter.numel() for parameter in lora.trainable_parameters(adapted).values())
 
 
@@ -167,15 +174,8 @@ def _write(
     size = parameter_count(runtime, config, inputs)
     dimensions = config.dimensions or size
     projection = Projection(size, dimensions, config.projection_seed) if config.dimensions is not None else None
-    at_once = block_rows(size, device_of(runtime.compute))
-    if projection is not None and at_once < min(_FEW_ROWS, len(given.ids)):
-        runtime.display.say(
-            f"  warning: a gradient has {size:,} numbers, so only {at_once} are projected at once, and "
-            "drawing the projection takes most of the time; a smaller features.warmup.lora.rank is faster"
-        )
     if projection is not None:
-        cost = float(len(given.ids)) * len(checkpoints) * size * dimensions
-        runtime.display.say(f"  projecting them takes {cost:.1e} multiplications beside the backward passes")
+        _say_cost(runtime, projection, len(given.ids), len(checkpoints))
     table = _Table(folder, len(given.ids), dimensions, len(checkpoints))
     label = f"gradients of {len(inputs.encoded):,} examples at {len(checkpoints)} checkpoints"
     with (
@@ -198,6 +198,24 @@ def _write(
     silent = [row for row in range(len(given.ids)) if row not in with_response]
     write_ids(folder, given.ids, given.tasks, silent)
     return {"rows": len(given.ids), "checkpoints": len(checkpoints), "dimensions": dimensions, "parameters": size}
+
+
+def _say_cost(runtime: Runtime, projection: Projection, rows: int, checkpoints: int) -> None:
+    """How long the projection of all rows takes: with adapters of a high rank it may be longer than all passes."""
+    device = device_of(runtime.compute)
+    at_once = min(block_rows(projection.size, device), rows)
+    seconds = checkpoints * math.ceil(rows / at_once) * projection.seconds(at_once, device)
+    if seconds > _LONG:
+        runtime.display.say(
+            f"  projecting gradients of {projection.size:,} numbers to {projection.dimensions:,} takes about "
+            f"{duration(seconds)} beside the backward passes; less with a smaller features.warmup.lora.rank or "
+            "features.dimensions, or features.checkpoints=last"
+        )
+    if at_once < min(_FEW_ROWS, rows):
+        runtime.display.say(
+            f"  warning: a gradient has {projection.size:,} numbers, so only {at_once} are projected at once, and "
+            "drawing the projection takes most of the time; a smaller features.warmup.lora.rank is faster"
+        )
 
 
 def _adam_state(runtime: Runtime, checkpoint: Artifact, adapted: Any) -> AdamState:
@@ -242,8 +260,8 @@ class _Blocks:
                 block[rows] = found if self._adam is None else self._adam.adjust(found)
 
         advance((stop - start) - len(encoded))
-        for examples, _ in self._inputs.budget.passes(encoded, fill):
-            advance(len(examples))
+        for _ in self._inputs.budget.passes(encoded, fill, advance=advance):
+            pass
         norms = torch.linalg.vector_norm(block, dim=1).cpu()
         require_finite("gradient", torch.arange(start, stop), norms, self._inputs.row_indices)
         projected = (block if self._projection is None else self._projection(block)).cpu().numpy()

@@ -10,6 +10,7 @@ Shape letters: N examples, D features, B rows of a block.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -44,9 +45,16 @@ class Features:
             yield start, np.asarray(self.vectors[start : start + size], dtype=np.float32)
 
     def has_direction(self) -> np.ndarray:
-        """(N,) bool: whether a row is anything but zeros."""
-        found = [np.any(rows != 0, axis=1) for _, rows in self.blocks()]
-        return np.concatenate(found) if found else np.zeros(0, dtype=bool)
+        """(N,) bool, read-only: whether a row is anything but zeros. All rows are read for it, once."""
+        return self._directed
+
+    @functools.cached_property
+    def _directed(self) -> np.ndarray:
+        found = np.zeros(len(self), dtype=bool)
+        for start, rows in self.blocks():
+            found[start : start + len(rows)] = np.any(rows != 0, axis=1)
+        found.flags.writeable = False
+        return found
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:

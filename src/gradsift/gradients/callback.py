@@ -7,7 +7,7 @@ steps' own backward passes, at weights that move during the epoch; no extra pass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,13 +20,12 @@ from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.gradients.norms import PerSampleNorms
 from gradsift.journal import Journal
-from gradsift.runtime import derive_seed
+from gradsift.runtime import Advance, derive_seed
 from gradsift.training import lora, ranks
 from gradsift.training.device import TokenBudget
 from gradsift.training.finetuning import ResponseLosses, require_finite
 
 COLUMNS = ("norm_A", "norm_B", "loss")
-Progress = Callable[[int], None]  # called with the number of examples that are done
 
 
 class GradientNorms(L.Callback):
@@ -139,7 +138,7 @@ def collect_norms(
     budget: TokenBudget,
     pad_id: int,
     device: torch.device,
-    progress: Progress | None = None,
+    progress: Advance = lambda done: None,
     *,
     masks: int | None = None,
     journal: Journal | None = None,
@@ -168,10 +167,8 @@ def collect_norms(
 
     mode = lora.evaluating(adapted) if masks is None else nullcontext()
     with mode, PerSampleNorms(adapted) as norms, torch.enable_grad():
-        for examples, found in budget.passes(mine, one_batch, journal):
+        for found in budget.passes(mine, one_batch, journal, lambda done: progress(done * ranks.size())):
             for part in found:
                 collected.add(*part)
-            if progress is not None:
-                progress(len(examples) * ranks.size())
         adapted.zero_grad(set_to_none=True)
     return collected.of_all_ranks(encoded)

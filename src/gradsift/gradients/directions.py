@@ -31,7 +31,7 @@ from gradsift.runtime import Advance, Runtime
 from gradsift.training import lora
 from gradsift.training.finetuning import ResponseLosses, require_finite
 
-VERSION = 1
+VERSION = 2
 DIRECTIONS_FILE = "directions.parquet"
 
 
@@ -75,10 +75,9 @@ def mean_gradient(adapted: Any, inputs: ProxyInputs, advance: Advance = lambda d
         return torch.cat([part.flatten() for part in torch.autograd.grad(losses.sum(), parameters)])
 
     with lora.evaluating(adapted), torch.enable_grad():
-        for examples, found in inputs.budget.passes(inputs.encoded, of_batch):
+        for found in inputs.budget.passes(inputs.encoded, of_batch, advance=advance):
             for part in found:
                 total += part
-            advance(len(examples))
     if not bool(total.any()):
         raise GradsiftError("the mean gradient of the pool is zero, so it has no direction; see proxy.learning_rate")
     return total / len(inputs.encoded)
@@ -105,10 +104,9 @@ def cosines(
                 for part, found in gradients.parts(batch)
             ]
 
-        for examples, batches in inputs.budget.passes(inputs.encoded, of_batch, journal):
+        for batches in inputs.budget.passes(inputs.encoded, of_batch, journal, advance):
             for where, norm, dot in (part for parts in batches for part in parts):
                 norms[where], dots[where] = norm.double().cpu().numpy(), dot.double().cpu().numpy()
-            advance(len(examples))
     require_finite("gradient", torch.from_numpy(rows), torch.from_numpy(norms), inputs.row_indices)
     cosine = np.divide(dots, norms, out=np.full(len(rows), np.nan), where=norms > 0)
     return {"row": rows, "cosine": cosine, "norm": norms}

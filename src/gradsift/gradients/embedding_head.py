@@ -36,7 +36,7 @@ from gradsift.data.batching import Batch, collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.journal import Journal
-from gradsift.runtime import Runtime
+from gradsift.runtime import Advance, Runtime
 from gradsift.training import lora
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.finetuning import require_finite
@@ -115,7 +115,7 @@ def collect_statistics(
     budget: TokenBudget,
     pad_id: int,
     device: torch.device,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Advance = lambda done: None,
     journal: Journal | None = None,
 ) -> np.ndarray:
     """One pass over the examples at fixed weights, dropout off.
@@ -133,11 +133,10 @@ def collect_statistics(
         def one_batch(examples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
             return uses.statistics(collate(examples, pad_id).to(device))
 
-        for examples, found in budget.passes(encoded, one_batch, journal):
+        for found in budget.passes(encoded, one_batch, journal, progress):
             for rows, values in found:
                 require_finite("embedding or head gradient", rows, values.sum(1), row_indices)
                 statistics[[place_of[int(row)] for row in rows]] = values.numpy()
-            progress(len(examples))
     return statistics
 
 

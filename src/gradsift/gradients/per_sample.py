@@ -56,7 +56,8 @@ def gradient_pass(adapted: Any, parameters: str, pad_id: int, padding_side: str 
             adapter merged into a copy of it: one backward pass an example and P as large as the model).
 
     Raises:
-        GradsiftError: a layer of which per-sample gradients cannot be told.
+        GradsiftError: a layer of which per-sample gradients cannot be told, or `full` of a model that the adapter
+            cannot be merged into.
     """
     with lora.evaluating(adapted), torch.enable_grad():
         if parameters == "full":
@@ -90,6 +91,7 @@ def _lora_pass(
 
 
 def _full_pass(adapted: Any, pad_id: int, padding_side: str) -> GradientPass:
+    lora.require_mergeable(adapted)
     # a copy: taking a merged adapter out again would leave rounding errors in the backbone that others use
     model: Any = copy.deepcopy(adapted).merge_and_unload()
     parameters = list(model.requires_grad_(True).parameters())

@@ -232,7 +232,14 @@ def epoch_plan(config: ProxyConfig, lengths: Sequence[int], seed: int, member: i
     order = derive_seed(seed, "order", member, epoch)
     if config.ensemble != "bootstrap":
         return epoch_batches(lengths, config.batch_size, config.batching, order)
-    count = len(lengths)
-    draws = np.random.default_rng(derive_seed(seed, "bootstrap", member)).integers(count, size=count).tolist()
+    draws = resample(seed, member, len(lengths))
     plan = epoch_batches([lengths[draw] for draw in draws], config.batch_size, config.batching, order)
     return [[draws[position] for position in batch] for batch in plan]
+
+
+def resample(seed: int, member: int, count: int) -> list[int]:
+    """The positions that a bootstrap member trains on, in every epoch: `count` draws from as many with replacement."""
+    draws: list[int] = (
+        np.random.default_rng(derive_seed(seed, "bootstrap", member)).integers(count, size=count).tolist()
+    )
+    return draws

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradsift.cost import duration
 from gradsift.diagnostics import DIAGNOSTICS_FILE, read_diagnostics
 from gradsift.report.material import FAILED, Material, Missing, Run
 from gradsift.report.notes import remarks_of_all, warnings_of
@@ -181,11 +182,3 @@ def _notes(material: Material) -> Iterator[Note]:
 
 def counted(number: int, name: str) -> str:
     return f"{number:,} {name}{'' if number == 1 else 's'}"
-
-
-def duration(seconds: float) -> str:
-    """As people say it: 12 s, 3 min, 2 h 05 min."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -17,6 +17,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from gradsift.cost import duration
 from gradsift.planning import DONE, TO_DO, Planner
 from gradsift.report.tables import with_settings
 
@@ -131,13 +132,6 @@ def _sum(values: Sequence[float | None], show: Callable[[float], str]) -> str:
     if not known:
         return "?"
     return show(sum(known)) + (" + ?" if len(known) < len(values) else "")
-
-
-def duration(seconds: float) -> str:
-    """For people."""
-    if seconds < 90:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def volume(size: float) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from gradsift.cost import duration
 from gradsift.report.notes import remarks, warnings_of
-from gradsift.report.plans import duration
 from gradsift.report.tables import flat_rows, outcomes_text, pws_text
 
 Run = Mapping[str, Any]

@@ -54,12 +54,17 @@ def cherry(
         rows = 2 * [examples[row].row_index for row in passed.tolist()]
         losses[:, passed] = span_losses(backbone, chosen, rows, advance, journal).reshape(2, -1)
         advance(2 * (len(examples) - len(passed)))
+    return loss_ratios(losses[0], losses[1], too_long, lacks)
+
+
+def loss_ratios(alone: np.ndarray, together: np.ndarray, too_long: np.ndarray, lacks: np.ndarray) -> Scores:
+    """The score table of mean losses (N,) in nats; `too_long` and `lacks` (N,) bool are rows without any."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        ifd = losses[1] / losses[0]
-    scores = Scores(ifd, {"ifd": ifd, "loss_alone": losses[0], "loss_with_prompt": losses[1]})
+        ifd = together / alone
+    scores = Scores(ifd, {"ifd": ifd, "loss_alone": alone, "loss_with_prompt": together})
     scores.mark(too_long, EXCLUDED, "the prompt and the response together are longer than max_length")
     scores.mark(lacks, UNDEFINED, "the prompt leaves no token of the response within max_length")
-    scores.mark(losses[0] == 0, UNDEFINED, "the response alone has a loss of 0, by which nothing can be divided")
+    scores.mark(alone == 0, UNDEFINED, "the response alone has a loss of 0, by which nothing can be divided")
     scores.mark(ifd > 1, EXCLUDED, "IFD is above 1: the prompt does not make the response likelier")
     return scores
 

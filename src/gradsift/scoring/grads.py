@@ -73,13 +73,9 @@ def grads(
         scored &= has_direction
         _refuse_few(int(has_direction.sum()), neighbours if of_similarity else 1)
     if of_gradients:
-        signal = signal_of(embedding_gradients, combine, scored)
-        width = scott(*signal.shape) if bandwidth == "scott" else float(bandwidth)
-        with task("grads, density", int(scored.sum())) as advance:
-            density = np.full(len(scored), np.nan)
-            density[scored] = kernel_density(signal, width, advance)
+        density, described = density_of(embedding_gradients, scored, combine, bandwidth, task)
         factors["representativeness"] = to_unit(density if region == "high" else -density, scored, scale)
-        diagnostics.append(describe(signal, width, combine))
+        diagnostics.append(described)
     if of_content:
         content = 1 - mean_cosines(embeddings) if diversity == "spread" else word_rarity(examples)
         factors["diversity"] = to_unit(content, scored, scale)
@@ -105,6 +101,18 @@ def _refuse_few(count: int, neighbours: int) -> None:
 
 
 # -------------------------------------------------------------------------------- representativeness
+
+
+def density_of(
+    gradients: EmbeddingGradients, rows: np.ndarray, combine: str, bandwidth: str | float, task: Task
+) -> tuple[np.ndarray, Diagnostic]:
+    """Density (N,) of the signal at the examples in `rows` (N,) bool among these, NaN elsewhere; and what it is of."""
+    signal = signal_of(gradients, combine, rows)
+    width = scott(*signal.shape) if bandwidth == "scott" else float(bandwidth)
+    density = np.full(len(rows), np.nan)
+    with task("grads, density", len(signal)) as advance:
+        density[rows] = kernel_density(signal, width, advance)
+    return density, describe(signal, width, combine)
 
 
 def signal_of(gradients: EmbeddingGradients, combine: str, rows: np.ndarray) -> np.ndarray:

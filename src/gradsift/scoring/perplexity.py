@@ -48,11 +48,10 @@ def response_losses(proxy_inputs: ProxyInputs, task: Task, journal: Journal) -> 
         return batch.rows, losses_of(batch.to(backbone.model.device)).cpu()
 
     with task("perplexity", len(encoded)) as advance:
-        for examples, found in budget.passes(encoded, pass_through, journal):
+        for found in budget.passes(encoded, pass_through, journal, advance):
             for rows, values in found:
                 require_finite("loss", rows, values, row_indices)
                 losses[rows.numpy()] = values.double().numpy()
-            advance(len(examples))
     return losses
 
 

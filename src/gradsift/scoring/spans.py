@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradsift.data.batching import length_batches
+from gradsift.data.batching import length_batches, spread_out
 from gradsift.journal import Journal
-from gradsift.runtime import Advance
+from gradsift.runtime import Advance, weighed
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget
 from gradsift.training.finetuning import require_finite
+from gradsift.training.fused import is_fused
 from gradsift.training.head import OutputHead, token_losses
 
 _CHUNK = 1000  # texts tokenised in one call: bounds the memory that a tokenizer's own records take
 _BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # padded; no result depends on it. A CPU has them in its caches
+_FUSED_TOKENS = 1024  # where weights are packed: they pass by faster than they can be read from memory
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,10 @@ def span_losses(
     groups = list(same.values())
     advance(len(spans) - sum(map(len, groups)))
     head = OutputHead.of(backbone.model)
-    budget = TokenBudget(_BATCH_TOKENS[backbone.model.device.type])
+    budget = TokenBudget(_FUSED_TOKENS if is_fused(backbone.model) else _BATCH_TOKENS[backbone.model.device.type])
     lengths = [len(spans[group[0]].ids) for group in groups]
-    for batch in length_batches(lengths, budget.tokens):
+    told = weighed(advance, sum(map(len, groups)), sum(lengths))
+    for batch in spread_out(length_batches(lengths, budget.tokens)):
 
         def means_of(tokens: int, batch: Sequence[int] = batch) -> list[float]:
             means: list[float] = []
@@ -84,7 +87,7 @@ def span_losses(
         rows = [index for position in batch for index in groups[position]]
         if row_indices is not None:
             require_finite("loss", torch.tensor(rows), torch.from_numpy(losses[rows]), row_indices)
-        advance(len(rows))
+        told(sum(lengths[position] for position in batch))
     return losses
 
 

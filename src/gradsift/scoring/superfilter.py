@@ -43,6 +43,7 @@ from gradsift.runtime import Advance, Task
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
 from gradsift.scoring.spans import Span, span_losses, token_ids
 from gradsift.training.backbones import Backbone
+from gradsift.training.fused import fuse
 from gradsift.training.residual import residual_in_float32
 
 _NOTHING_LEFT = "the prompt leaves no token of the response within max_length"
@@ -107,9 +108,10 @@ def superfilter_screened(
     The error of bfloat16 is measured on a random sample that is scored both ways, and on every
     example that is scored both ways later (see `Screening`). What is certain to be selected, left
     out or excluded at that error keeps its bfloat16 score; the part `bits` of the table says which
-    those are (16). The selected examples and the statuses are those of `superfilter`, as long as no
-    error exceeds `safety` times the largest measured, and up to IFDs that differ by no more than
-    float32's own rounding (1e-6); the order among the selected is that of the table's scores.
+    those are (16), and no selector but `topk` may rely on their order. The selected examples and the
+    statuses are those of `superfilter`, as long as no error exceeds `safety` times the largest
+    measured, and up to IFDs that differ by no more than float32's own rounding (1e-6); the order
+    among the selected is that of the table's scores.
 
     It can pay where the machine multiplies bfloat16 fast (AMX or AVX-512 BF16, CUDA).
 
@@ -136,9 +138,9 @@ def superfilter_screened(
         named = 2 * [row_indices[row] for row in rows] if check else None
         return span_losses(model, chosen, named, advance, journal).reshape(2, -1)
 
-    everything = np.arange(count)
     with task("superfilter, bfloat16", 2 * count) as advance:
-        losses = losses_of(Backbone(in_bfloat16(backbone.model), backbone.tokenizer), everything, advance, check=False)
+        half = Backbone(in_bfloat16(backbone.model), backbone.tokenizer)
+        losses = losses_of(half, np.arange(count), advance, check=False)
     lengths = np.array([[span.scored for span in each] for each in spans], dtype=float).reshape(2, -1)
     screening = Screening(np.exp(losses[1]) / np.exp(losses[0]), lengths, safety)
     bits = np.full(count, 16)
@@ -269,12 +271,14 @@ def ifd_spans(
     return alone, together
 
 
-def in_bfloat16(model: nn.Module) -> nn.Module:
+def in_bfloat16(model: Any) -> Any:
     """A copy as `load_backbone` gives it in bfloat16; buffers, such as the frequencies of rotary positions, stay."""
     weights: dict[int, Any] = {
         id(weight): nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
         for weight in model.parameters()
     }
-    half = copy.deepcopy(model, weights)
+    half: Any = copy.deepcopy(model, weights)
     residual_in_float32(half)
+    if half.device.type == "cpu":
+        fuse(half)
     return half

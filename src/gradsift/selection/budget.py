@@ -28,8 +28,8 @@ def budget(alpha: float, count: int) -> int:
 def proportional_shares(size: int, weights: np.ndarray) -> np.ndarray:
     """(C,) int64 that add up to `size`, in proportion to `weights` (C,) >= 0: largest remainder, ties to the first."""
     quotas = size * weights / weights.sum()
-    shares: np.ndarray = np.floor(quotas + 1e-9).astype(np.int64)  # 2.9999999999 is a 3 that was rounded
-    remainders = np.round(quotas - shares, 9)
+    shares: np.ndarray = np.floor(quotas).astype(np.int64)
+    remainders = np.round(quotas - shares, 9)  # of 2.9999999999, a 3 that was rounded, it is 1 and so the largest
     shares[np.argsort(-remainders, kind="stable")[: size - shares.sum()]] += 1
     return shares
 

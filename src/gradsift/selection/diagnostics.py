@@ -111,7 +111,7 @@ def against_pool(measure: str, values: np.ndarray, positions: np.ndarray) -> Dia
 
 
 def selected_drop_sign(drop: np.ndarray, positions: np.ndarray) -> Diagnostic:
-    """Share of the selected examples whose gradient norm rose.
+    """Share of the selected examples whose gradient norm rose, and the mean of their G_s - G_t.
 
     Args:
         drop: (N,) G_s - G_t, NaN where undefined.
@@ -119,12 +119,12 @@ def selected_drop_sign(drop: np.ndarray, positions: np.ndarray) -> Diagnostic:
     chosen = drop[positions][np.isfinite(drop[positions])]
     if not chosen.size:
         return Diagnostic.unknown("selection_drop_sign", "negative_share", "no selected row has a gradient norm")
-    negative = float((chosen < 0).mean())
+    negative, mean = float((chosen < 0).mean()), float(chosen.mean())
     return Diagnostic.judged(
         "selection_drop_sign",
-        negative > MOST_NEGATIVE_DROPS,
-        {"negative_share": negative},
-        f"the gradient norm rose between the snapshots for {negative:.0%} of the selected rows",
+        negative > MOST_NEGATIVE_DROPS or mean < 0,
+        {"negative_share": negative, "mean_drop": mean},
+        f"the gradient norm rose between the snapshots for {negative:.0%} of the selected rows (mean drop {mean:.3g})",
         "V_t, which where the norm rises raises the score, and the number of steps before the first snapshot",
     )
 

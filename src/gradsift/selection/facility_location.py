@@ -137,4 +137,4 @@ def _diagnostics(covered: np.ndarray, count: int) -> list[Diagnostic]:
         return []
     mean = float(covered.mean())
     seen = f"a candidate's mean similarity to the nearest of the {count:,} selected is {mean:.4f}"
-    return [Diagnostic("coverage", "ok", {"mean_similarity": mean, "candidates": len(covered)}, seen)]
+    return [Diagnostic("facility_location", "ok", {"mean_similarity": mean, "candidates": len(covered)}, seen)]

@@ -232,8 +232,11 @@ def _of_walk(walk: Walk, rows: list[list[int]], shares: np.ndarray) -> Diagnosti
     """How far the walks went."""
     counts = [len(taken) for taken in rows]
     early = int(sum(count < share for count, share in zip(counts, shares, strict=True)))
+    # (ii) looks at the size of the cosine alone: from a small one the sum may cross to the other side
+    away = int(sum(walk.towards[taken, index].sum() < 0 for index, taken in enumerate(rows)))
     values: dict[str, float | None] = {
         "stopped_early": early,
+        "turned_away": away,
         "selected": sum(counts),
         "least_of_a_component": min(counts),
         "most_of_a_component": max(counts),
@@ -246,8 +249,10 @@ def _of_walk(walk: Walk, rows: list[list[int]], shares: np.ndarray) -> Diagnosti
     )
     if walk.tested:
         seen += f"; {walk.ruled_out / walk.tested:.0%} of those looked at conflicted with the last"
+    if away:
+        seen += f"; the examples of {away} point away from their component"
     check = "the target set, selector.keep, or selector.graph=false"
-    return Diagnostic.judged("gradient_walk", early > 0, values, seen, check)
+    return Diagnostic.judged("gradient_walk", early > 0 or away > 0, values, seen, check)
 
 
 def _of_topup(count: int, size: int) -> Diagnostic:

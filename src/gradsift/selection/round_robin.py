@@ -58,7 +58,7 @@ def round_robin_queries(scores: Scores, size: int, embeddings: Features, target_
     queries = np.flatnonzero(target_embeddings.has_direction())
     if not len(queries):
         raise GradsiftError("no example of the target set has an embedding other than zero; look at its rows")
-    pool = np.sort(directed)  # so that ties go by row order
+    pool = np.sort(directed)  # in the order of the disk
     tasks = [target_embeddings.tasks[query] for query in queries] if target_embeddings.tasks else []
     within = min(size, len(pool))
     taken = np.zeros(len(embeddings), dtype=bool)

@@ -25,7 +25,7 @@ from gradsift.selection.choice import Choice
 from gradsift.selection.diagnostics import COVERED_WITHIN, coverage, diagnose_selection
 from gradsift.sources import Method, Source
 
-VERSION = 4
+VERSION = 6
 SELECTION_FILE = "selection.jsonl"
 
 

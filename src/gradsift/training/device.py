@@ -10,10 +10,11 @@ import torch
 
 from gradsift.config import ComputeConfig
 from gradsift.cost import passed
-from gradsift.data.batching import by_length
+from gradsift.data.batching import by_length, spread_out
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.journal import Journal
+from gradsift.runtime import Advance, weighed
 from gradsift.training.fused import is_fused
 
 T = TypeVar("T")
@@ -21,7 +22,7 @@ _GPU_TOKENS = 16384
 # what torch says where it has no exception of its own: on a CPU under Linux, elsewhere, and from inside cuBLAS
 _SIGNS = ("allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
 _CPU_ACTIVATION = 393_216  # numbers in a (tokens, hidden size) activation that a CPU core's cache still likes
-_FUSED_ACTIVATION = 4 * _CPU_ACTIVATION  # and where weights pass by faster than they can be read from memory
+_FUSED_ACTIVATION = 3 * _CPU_ACTIVATION  # and where weights pass by faster than they can be read from memory
 
 
 class TokenBudget:
@@ -69,22 +70,29 @@ class TokenBudget:
             self._halve(lengths)  # here, where the failed pass is no longer held by the exception
 
     def passes(
-        self, examples: Sequence[Encoded], work: Callable[[list[Encoded]], T], journal: Journal | None = None
-    ) -> Iterator[tuple[list[Encoded], list[T]]]:
-        """The examples in groups of like length, and what `work` made of each batch that a group took.
+        self,
+        examples: Sequence[Encoded],
+        work: Callable[[list[Encoded]], T],
+        journal: Journal | None = None,
+        advance: Advance = lambda done: None,
+    ) -> Iterator[list[T]]:
+        """What `work` made of each batch that a group took; the examples go in groups of like length.
 
         Args:
             journal: keeps what `work` returns, so that an interrupted pass goes on after its last group.
+            advance: told of as many units as there are examples, by their tokens.
         """
         kept = journal or Journal()
-        for group in by_length(examples, self.tokens):
+        told = weighed(advance, len(examples), sum(len(example.input_ids) for example in examples))
+        for group in spread_out(by_length(examples, self.tokens)):
 
             def batch_by_batch(tokens: int, group: list[Encoded] = group) -> list[T]:
                 return [work(batch) for batch in by_length(group, tokens)]
 
             lengths = [len(example.input_ids) for example in group]
             rows = [example.row for example in group]
-            yield group, kept.once(rows, functools.partial(self.run, batch_by_batch, lengths))
+            yield kept.once(rows, functools.partial(self.run, batch_by_batch, lengths))
+            told(sum(lengths))
 
     def _halve(self, lengths: Sequence[int]) -> None:
         longest = max(lengths)

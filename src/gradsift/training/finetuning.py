@@ -129,8 +129,6 @@ class Finetuning(L.LightningModule):
     def training_step(self, step: Step, step_index: int) -> dict[str, torch.Tensor]:
         lengths = [len(example.input_ids) for example in step.examples]
         mine = ranks.share(step.examples)
-        # masks depend on the step and the rank, not on what went before: a training that goes on needs no random state
-        torch.manual_seed(derive_seed(self.dropout_seed, len(self.curve), ranks.rank()))
         own = [len(example.input_ids) for example in mine]
         outputs = self._run(lambda tokens: self._backward(mine, step.examples, tokens), own)
         ranks.sum_gradients(list(lora.trainable_parameters(self.model).values()))
@@ -175,6 +173,9 @@ class Finetuning(L.LightningModule):
         Returns:
             rows, losses and, where they are wanted, norm_A and norm_B, (n,) each.
         """
+        # masks depend on the step and the rank, not on what went before: neither a training that goes on nor a step
+        # that is repeated needs a random state
+        torch.manual_seed(derive_seed(self.dropout_seed, len(self.curve), ranks.rank()))
         self.optimizers().zero_grad()  # type: ignore[union-attr]
         if self.norms is not None:
             self.norms.forget()
@@ -234,7 +235,8 @@ def fit(
         The number of optimiser steps that this process took; `module.curve` has them all.
 
     Raises:
-        GradsiftError: a loss that is not finite, named by its rows; memory does not hold a single example.
+        GradsiftError: a loss that is not finite, named by its rows; weights that are not; memory does not hold a
+            single example.
     """
     handler = signal.getsignal(signal.SIGINT)
     callbacks = [StopAtNonFinite(row_indices), *callbacks]
@@ -250,6 +252,11 @@ def fit(
     except SystemExit:  # Lightning turns Ctrl-C into an exit and leaves the signal ignored
         signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None
+    if not all(bool(p.isfinite().all()) for p in lora.trainable_parameters(module.model).values()):
+        raise GradsiftError(
+            "the adapter's weights are not finite after the last step, though all losses were; lower the learning "
+            "rate, or take compute.precision=float32"
+        )
     if trainer.strategy.root_device.type == "cuda":
         gc.collect()  # Lightning's reference cycles would keep the model on the device
         torch.cuda.empty_cache()

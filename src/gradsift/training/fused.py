@@ -57,6 +57,9 @@ def fuse(model: Any) -> bool:
             _become(module, _GeluMlp)
         elif isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
             _become(module, _GatedMlp)
+        elif hasattr(module, "q_proj") and not (hasattr(module, "q_norm") or module.head_dim % (2 * _LANES)):
+            # Qwen3's norms stand before the turn; the two halves of a head turn into each other
+            _become(module, _RotaryAttention)
     model.set_attn_implementation(_ATTENTION)
     return True
 
@@ -205,23 +208,59 @@ def _attention(
             module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return found
-    return _Attend.apply(q, k, v, q.shape[-1] ** -0.5 if scaling is None else scaling), None  # type: ignore[no-untyped-call]
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    return _Attend.apply(q, k, v, scale, None, None), None  # type: ignore[no-untyped-call]
+
+
+class _RotaryAttention:
+    """Llama's attention, which turns queries and keys by their positions' angles; plain causal attention only."""
+
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,  # (B, T, D)
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],  # cosines and sines, (1 or B, T, E)
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        cos, sin = position_embeddings
+        drops = self.training and self.attention_dropout
+        if attention_mask is not None or past_key_values is not None or drops or len(cos) > 1 or not self.is_causal:
+            found: tuple[torch.Tensor, None] = super().forward(  # type: ignore[misc]
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+            return found
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (
+            layer(hidden_states).view(shape).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = _Attend.apply(q, k, v, self.scaling, cos[0].float(), sin[0].float())  # type: ignore[no-untyped-call]
+        return self.o_proj(out.flatten(2)), None
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        cos: torch.Tensor | None,  # (T, E) float32
+        sin: torch.Tensor | None,
+    ) -> torch.Tensor:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out: torch.Tensor
-        out, log_sums = kernels().attend(q, k, v, scale)
+        out, log_sums = kernels().attend(q, k, v, scale, cos, sin)
         ctx.save_for_backward(q, k, v, out, log_sums)
-        ctx.scale = scale
+        ctx.turn = (scale, cos, sin)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *kernels().attend_backward(gradients[0].contiguous(), *ctx.saved_tensors, ctx.scale), None
+        to = kernels().attend_backward(gradients[0].contiguous(), *ctx.saved_tensors, *ctx.turn)
+        return *to, None, None, None
 
 
 ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)

@@ -555,6 +555,31 @@ void transpose(const float* from, int64_t rows, int64_t width, float* to, int64_
     }
 }
 
+
+// Turn the halves (a, b) of each row by its token's angles: (a cos - b sin, b cos + a sin). `angles` are the
+// cosines and sines (T, E) of the rows' tokens; `sign` -1 turns back.
+struct Angles {
+  const float *cos = nullptr, *sin = nullptr;
+  int64_t width = 0;
+  void turn(float* rows, int64_t count, int64_t first, float sign) const {
+    if (cos == nullptr) return;
+    int64_t half = width / 2;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t i = 0; i < half; i += LANES) {
+        float* row = rows + r * width + i;
+        const float *c = cos + (first + r) * width + i, *s = sin + (first + r) * width + i;
+        vec a = load(row), b = load(row + half);
+        store(row, a * load(c) - sign * b * load(s));
+        store(row + half, b * load(c + half) + sign * a * load(s + half));
+      }
+  }
+};
+
+Angles angles(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
+  if (!cos) return {};
+  return {cos->const_data_ptr<float>(), sin->const_data_ptr<float>(), cos->size(1)};
+}
+
 // Turn scores (rows, seen) of queries first, first + 1, ... into probabilities; keys after a query count nothing.
 void causal_softmax(float* scores, int64_t rows, int64_t first, int64_t seen, int64_t ld, float scale, float* lse) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -577,7 +602,7 @@ void causal_softmax(float* scores, int64_t rows, int64_t first, int64_t seen, in
 }
 
 template <typename S>
-void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, float scale, Tensor& out, Tensor& lse) {
+void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, float scale, const Angles& turned, Tensor& out, Tensor& lse) {
   int64_t B = q.size(0), H = q.size(1), T = q.size(2), E = q.size(3), group = H / k.size(1), TP = padded(T);
   auto qs = heads<S>(q), ks = heads<S>(k), vs = heads<S>(v);
   S* o = reinterpret_cast<S*>(out.data_ptr());
@@ -590,11 +615,13 @@ void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, float scale, 
     for (int64_t index = from; index < to; ++index) {
       int64_t b = index / H, h = index % H;
       widen(ks.at(b, h / group), ks.token, T, E, keys);
+      turned.turn(keys, T, 0, 1);
       widen(vs.at(b, h / group), vs.token, T, E, values);
       transpose(keys, T, E, keys_t, TP);
       for (int64_t first = 0; first < T; first += QUERIES) {
         int64_t rows = std::min(QUERIES, T - first), seen = first + rows;
         widen(qs.at(b, h) + first * qs.token, qs.token, rows, E, queries);
+        turned.turn(queries, rows, first, 1);
         multiply(rows, padded(seen), E, queries, E, 1, keys_t, TP, scores, TP, false);
         causal_softmax(scores, rows, first, seen, TP, scale, l + index * T + first);
         multiply(rows, E, seen, scores, TP, 1, values, E, result, E, false);
@@ -620,21 +647,33 @@ void check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
   }
 }
 
-// Causal attention of examples padded on the right: (B, T, H, E), and the logarithms of the softmax's sums, (B, H, T).
-std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+// Both or neither of the cosines and sines of the rotary angles of q's tokens.
+void check_angles(const Tensor& q, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
+  TORCH_CHECK(cos.has_value() == sin.has_value(), "cos and sin go together");
+  if (!cos) return;
+  check("cos", *cos, {q.size(2), q.size(3)}, at::kFloat);
+  check("sin", *sin, {q.size(2), q.size(3)}, at::kFloat);
+  check_width(q.size(3) / 2);
+}
+
+// Causal attention of examples padded on the right, queries and keys turned by rotary angles (T, E) where they
+// are given: (B, T, H, E), and the logarithms of the softmax's sums, (B, H, T).
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                  const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
   check_heads(q, k, v);
+  check_angles(q, cos, sin);
   Tensor out = at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options());
   Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
   if (q.scalar_type() == at::kBFloat16)
-    attend_all<bits16>(q, k, v, static_cast<float>(scale), out, lse);
+    attend_all<bits16>(q, k, v, static_cast<float>(scale), angles(cos, sin), out, lse);
   else
-    attend_all<float>(q, k, v, static_cast<float>(scale), out, lse);
+    attend_all<float>(q, k, v, static_cast<float>(scale), angles(cos, sin), out, lse);
   return {out, lse};
 }
 
 template <typename S>
 void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                         const Tensor& lse, float scale, Tensor& to_q, Tensor& to_k, Tensor& to_v) {
+                         const Tensor& lse, float scale, const Angles& turned, Tensor& to_q, Tensor& to_k, Tensor& to_v) {
   int64_t B = q.size(0), H = q.size(1), T = q.size(2), E = q.size(3), group = H / k.size(1), TP = padded(T);
   auto qs = heads<S>(q), ks = heads<S>(k), vs = heads<S>(v);
   auto gq = heads<S>(to_q), gk = heads<S>(to_k), gv = heads<S>(to_v);
@@ -653,6 +692,7 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
     for (int64_t index = from; index < to; ++index) {
       int64_t b = index / k.size(1), kv = index % k.size(1);
       widen(ks.at(b, kv), ks.token, T, E, keys);
+      turned.turn(keys, T, 0, 1);
       widen(vs.at(b, kv), vs.token, T, E, values);
       transpose(keys, T, E, keys_t, TP);
       transpose(values, T, E, values_t, TP);
@@ -663,6 +703,7 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
           int64_t rows = std::min(QUERIES, T - first), seen = first + rows;
           const S *gs = g + (b * T + first) * stride + h * E, *os = o + (b * T + first) * stride + h * E;
           widen(qs.at(b, h) + first * qs.token, qs.token, rows, E, queries);
+        turned.turn(queries, rows, first, 1);
           widen(gs, stride, rows, E, gradients);
           multiply(rows, padded(seen), E, queries, E, 1, keys_t, TP, probabilities, TP, false);
           multiply(rows, padded(seen), E, gradients, E, 1, values_t, TP, scores, TP, false);
@@ -681,6 +722,7 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
             for (int64_t i = known; i < padded(seen); ++i) s[i] = 0;
           }
           multiply(rows, E, seen, scores, TP, 1, keys, E, result, E, false);
+          turned.turn(result, rows, first, -1);
           S* oq = gq.at(b, h) + first * gq.token;
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t i = 0; i < E; i += LANES) store(oq + r * gq.token + i, load(result + r * E + i));
@@ -688,6 +730,7 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
           multiply(seen, E, rows, probabilities, 1, TP, gradients, E, sum_v, E, true);
         }
       }
+      turned.turn(sum_k, T, 0, -1);
       for (int64_t t = 0; t < T; ++t)
         for (int64_t i = 0; i < E; i += LANES) {
           store(gk.at(b, kv) + t * gk.token + i, load(sum_k + t * E + i));
@@ -700,8 +743,10 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
 // Gradients of q, k and v, each (B, H, T, E) of its own number of heads.
 std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& backprops, const Tensor& q, const Tensor& k,
                                                    const Tensor& v, const Tensor& out, const Tensor& lse,
-                                                   double scale) {
+                                                   double scale, const std::optional<Tensor>& cos,
+                                                   const std::optional<Tensor>& sin) {
   check_heads(q, k, v);
+  check_angles(q, cos, sin);
   int64_t B = q.size(0), H = q.size(1), T = q.size(2), E = q.size(3);
   check("backprops", backprops, {B, T, H, E}, q.scalar_type());
   check("out", out, {B, T, H, E}, q.scalar_type());
@@ -711,9 +756,9 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& backprops, cons
   };
   Tensor to_q = like(q), to_k = like(k), to_v = like(v);
   if (q.scalar_type() == at::kBFloat16)
-    attend_backward_all<bits16>(backprops, q, k, v, out, lse, static_cast<float>(scale), to_q, to_k, to_v);
+    attend_backward_all<bits16>(backprops, q, k, v, out, lse, static_cast<float>(scale), angles(cos, sin), to_q, to_k, to_v);
   else
-    attend_backward_all<float>(backprops, q, k, v, out, lse, static_cast<float>(scale), to_q, to_k, to_v);
+    attend_backward_all<float>(backprops, q, k, v, out, lse, static_cast<float>(scale), angles(cos, sin), to_q, to_k, to_v);
   return {to_q, to_k, to_v};
 }
 
@@ -732,7 +777,9 @@ TORCH_LIBRARY(gradsift, m) {
   m.def("product_gelu(Tensor x, Tensor packed, Tensor? bias, int width) -> (Tensor, Tensor)", &product_gelu);
   m.def("cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor chosen, int vocabulary, bool wants_gradient)"
         " -> Tensor", &cross_entropy_);
-  m.def("attend(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)", &attend);
-  m.def("attend_backward(Tensor backprops, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
+  m.def("attend(Tensor q, Tensor k, Tensor v, float scale, Tensor? cos=None, Tensor? sin=None)"
+        " -> (Tensor, Tensor)", &attend);
+  m.def("attend_backward(Tensor backprops, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
+        "Tensor? cos=None, Tensor? sin=None)"
         " -> (Tensor, Tensor, Tensor)", &attend_backward);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +42,9 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft mends the first by itself, and the second is of merging, which `require_mergeable` guards
+        warnings.filterwarnings("ignore", "(fan_in_fan_out is set|Model has `tie_word_embeddings)", UserWarning)
         torch.manual_seed(seed)
         try:
             adapted = peft.get_peft_model(model, lora)
@@ -69,6 +72,21 @@ def remove_adapter(adapted: Any) -> nn.Module:
     """The backbone as it was before `add_adapter`."""
     model: nn.Module = adapted.unload()
     return model
+
+
+def require_mergeable(adapted: Any) -> None:
+    """Refuse an adapter on a head that is the input embedding too: merged, it would change what the model reads.
+
+    Raises:
+        ConfigError: it is such a one.
+    """
+    causal = adapted.get_base_model()
+    head = causal.get_output_embeddings()
+    if isinstance(head, LoraLayer) and head.get_base_layer().weight is causal.get_input_embeddings().weight:
+        raise ConfigError(
+            "an adapter of the output head cannot be merged into the model, whose head is its input embedding too; "
+            "leave the head out of lora.targets, or take features.gradient_params=lora"
+        )
 
 
 def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -111,7 +129,8 @@ def factor_sizes(adapted: nn.Module) -> dict[str, float]:
 
 def save_adapter(adapted: Any, folder: Path) -> None:
     """Write the adapter in peft's own format (safetensors)."""
-    adapted.save_pretrained(folder, safe_serialization=True)
+    # without being told, peft adds the whole matrix of a head that has an adapter
+    adapted.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     if isinstance(config["target_modules"], list):  # a set, whose order differs from process to process

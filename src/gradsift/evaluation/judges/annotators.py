@@ -165,7 +165,7 @@ def _entry(where: str, file: Path) -> tuple[str, Mapping[str, Any]]:
     """Name and content of the one annotator in a file."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{where}: {file} cannot be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()) or not content:
         raise ConfigError(f"{where}: {file} holds no annotator; it must be NAME: {{prompt_template: ..., ...}}")

@@ -25,7 +25,7 @@ from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.finetuning import ResponseLosses, require_finite
 from gradsift.training.target import load_tuned
 
-VERSION = 2
+VERSION = 3
 _LOSS_TOKENS = 4096  # padded tokens at once, where compute.tokens does not say; no result depends on it
 
 
@@ -114,9 +114,8 @@ def _losses(
             return batch.rows, response_losses(batch)
 
         journal = Journal(folder, runtime.compute.save_every)
-        for passed, results in budget.passes(encoded, losses_of, journal):
+        for results in budget.passes(encoded, losses_of, journal, advance):
             for rows, losses in results:
                 require_finite(purpose, rows, losses, row_indices)
                 found.append((rows.cpu(), losses.cpu()))
-            advance(len(passed))
     return found

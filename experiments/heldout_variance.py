@@ -1,0 +1,73 @@
+"""Does V_t go with held-out loss? Asked of GRADFILTERING (arXiv 2601.13697); our reading.
+
+    python -m experiments.heldout_variance [OVERRIDE ...]        the embedded world, ten bootstrap members
+
+A bootstrap member trains on a resample that leaves out about 37 % of the rows, so each row has members that
+never saw it: the mean of their losses at the late snapshot is its held-out loss. V_t and G_t are taken over
+these members alone, and over all, of which some have fitted the row. Prints Markdown: Spearman's rank
+correlation with the held-out loss, over the rows that at least two members left out.
+
+Shape letters: M members, N examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from experiments.composed import line_of
+from gradsift.gradients.norms_table import by_example
+from gradsift.gradients.statistics import norm_of
+from gradsift.line import Line
+from gradsift.proxy.ensemble import resample
+
+DEFAULTS = ("proxy.ensemble=bootstrap", "proxy.members=10", "scorer=gsnr", "stop_after=statistics")
+
+
+def over_members(values: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and population variance of values (M, N) over the members `which` (M, N) bool; NaN for fewer than two."""
+    chosen = np.where(which & (which.sum(0) >= 2), values, np.nan)
+    known = ~np.isnan(chosen).all(0)
+    mean, variance = np.full((2, values.shape[1]), np.nan)
+    mean[known], variance[known] = np.nanmean(chosen[:, known], 0), np.nanvar(chosen[:, known], 0)
+    return mean, variance
+
+
+def members_of(line: Line) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Norms and losses at the late snapshot, (M, N) each, and whether a member left a row out, (M, N) bool."""
+    proxy, count = line.config.proxy, int(line.loaded.info["rows"])
+    members = line.norms(proxy.snapshots[1])
+    tables = [by_example(shards, ("norm_A", "norm_B", "loss"), count) for shards in members]
+    sizes = [(shards[0].info["size_A"], shards[0].info["size_B"]) for shards in members]
+    norms = np.stack([norm_of(table, proxy.norm_scope, *size) for table, size in zip(tables, sizes, strict=True)])
+    losses = np.stack([table["loss"] for table in tables])
+    trained = np.flatnonzero(~np.isnan(losses[0]))  # rows with a response token, of which the resamples are drawn
+    left_out = np.zeros(losses.shape, dtype=bool)
+    for member in range(len(members)):
+        left_out[member, np.delete(trained, resample(line.config.seed, member, len(trained)))] = True
+    return norms, losses, left_out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="as for run.py")
+    line = line_of([*DEFAULTS, *parser.parse_args().overrides])
+    if line.config.proxy.ensemble != "bootstrap":
+        raise SystemExit("only the members of proxy.ensemble=bootstrap leave rows out")
+    norms, losses, left_out = members_of(line)
+    heldout, _ = over_members(losses, left_out)
+    seen, _ = over_members(losses, ~left_out)
+    known = ~np.isnan(heldout)
+    print(f"{int(known.sum()):,} of {len(known):,} rows were left out by at least two of {len(losses)} members;")
+    print(f"mean loss {heldout[known].mean():.3f} where they were left out, {np.nanmean(seen):.3f} where not\n")
+    print("| Spearman with the held-out loss | V_t | G_t |\n|---|---|---|")
+    for name, which in (("members that left the row out", left_out), ("all members", np.ones_like(left_out))):
+        mean, variance = over_members(norms, which)
+        cells = [f"{spearmanr(values[known], heldout[known]).statistic:.3f}" for values in (variance, mean)]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

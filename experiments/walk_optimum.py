@@ -1,0 +1,88 @@
+"""G2IS's walk against the best selection under its own constraint of agreement (arXiv 2502.11062); our reading.
+
+    python -m experiments.walk_optimum [--rows 60] [--draws 10] [--share 0.1] [OVERRIDE ...]
+
+Of each random sub-pool the first component K of the core knowledge takes a share of the rows twice: by the
+walk, and as the exact optimum
+
+    max  sum over S of <g, K>    so that  <g_i, g_j> >= 0 for all pairs in S
+
+found by integer programming, which is why the sub-pools are small. The walk's other test, that each step keeps the
+sum's direction, depends on an order that a set does not have; the optimum goes without it and is an upper bound.
+Prints Markdown: how many rows the walk took and how many could agree at most, and the mean <g, K> of the walk's rows
+and of the optimum with as many. The embedded world, target_set=verifiable.
+
+Shape letters: n rows of a sub-pool, D features.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+
+from experiments.composed import line_of
+from gradsift.features.vectors import Features, read_features
+from gradsift.selection.core_knowledge import CoreKnowledge, core_knowledge
+from gradsift.selection.gradient_walk import Walk
+
+DEFAULTS = ("method=g2is", "stop_after=selection")
+
+
+def best_set(values: np.ndarray, conflict: np.ndarray, least: int, most: int) -> np.ndarray:
+    """Places of the set with the largest sum of `values` (n,), no two of which are in `conflict` (n, n) bool.
+
+    Args:
+        least, most: members of the set.
+    """
+    count = len(values)
+    pairs = np.argwhere(np.triu(conflict, 1))
+    rows = np.repeat(np.arange(len(pairs)), 2)
+    edges = coo_array((np.ones(2 * len(pairs)), (rows, pairs.ravel())), shape=(len(pairs), count))
+    limits = [LinearConstraint(np.ones((1, count)), least, most)]
+    limits += [LinearConstraint(edges.tocsr(), ub=1)] if len(pairs) else []
+    found = milp(-values, integrality=np.ones(count), bounds=Bounds(0, 1), constraints=limits)
+    if not found.success:
+        raise SystemExit(f"no optimum was found: {found.message}")
+    return np.flatnonzero(found.x > 0.5)
+
+
+def compared(vectors: np.ndarray, core: CoreKnowledge, share: int, keep: float) -> tuple[int, int, float, float]:
+    """Rows that the walk takes of `vectors` (n, D), the most that agree, and mean <g, K> of walk and optimum."""
+    walk = Walk.of(Features(vectors), np.arange(len(vectors)), core)
+    taken = walk.component(0, share, keep, graph=True, neighbours=None)
+    values = walk.towards[:, 0]
+    conflict = np.round(vectors.astype(np.float64) @ vectors.T, 9) < 0
+    most = len(best_set(np.ones(len(values)), conflict, 0, share))
+    best = best_set(values, conflict, len(taken), len(taken))
+    return len(taken), most, float(values[taken].mean()), float(values[best].mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=60, help="n (default %(default)s)")
+    parser.add_argument("--draws", type=int, default=10, help="sub-pools (default %(default)s)")
+    parser.add_argument("--share", type=float, default=0.1, help="of a sub-pool that is taken (default %(default)s)")
+    parser.add_argument("overrides", nargs="*", help="as for run.py")
+    options = parser.parse_args()
+    line = line_of([*DEFAULTS, *options.overrides])
+    gradients, selector = read_features(line.gradients), line.config.selector
+    core = core_knowledge(read_features(line.target_gradients), selector.explained)
+    directed = np.flatnonzero(gradients.has_direction())
+    rng = np.random.default_rng(0)
+    print("| sub-pool | asked | walk took | could agree | walk's mean | optimum's |\n|---|---|---|---|---|---|")
+    means = []
+    for draw in range(options.draws):
+        rows = np.sort(rng.choice(directed, min(options.rows, len(directed)), replace=False))
+        asked = max(1, int(options.share * len(rows)))
+        took, most, *mean = compared(np.asarray(gradients.vectors[rows]), core, asked, selector.keep)
+        means.append(mean)
+        print(f"| {draw} | {asked} | {took} | {most} | {mean[0]:.4f} | {mean[1]:.4f} |")
+    walk, best = np.mean(means, axis=0)
+    print(f"| all | | | | {walk:.4f} | {best:.4f} |")
+
+
+if __name__ == "__main__":
+    main()

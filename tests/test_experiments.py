@@ -1,0 +1,87 @@
+"""The open questions that a script of ours asks: by hand, against brute force, and in the smallest world."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from conftest import SMOKE
+
+from experiments import heldout_variance, precision, walk_optimum
+from experiments.heldout_variance import over_members
+from experiments.walk_optimum import best_set, compared
+from gradsift.features.vectors import Features, unit_rows
+from gradsift.selection.core_knowledge import core_knowledge
+
+
+def test_only_the_members_that_left_a_row_out_speak_for_it() -> None:
+    values = np.array([[1.0, 5.0, 2.0], [3.0, 6.0, 9.0], [8.0, 7.0, 4.0]])
+    left_out = np.array([[True, True, True], [True, False, False], [False, False, True]])
+    mean, variance = over_members(values, left_out)
+    np.testing.assert_array_equal(mean, [2, np.nan, 3])  # a single member has no variance
+    np.testing.assert_array_equal(variance, [1, np.nan, 1])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_optimum_is_that_of_brute_force(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values, conflict = rng.normal(size=9), np.triu(rng.random((9, 9)) < 0.3, 1)
+    agreeing = [
+        chosen
+        for size in range(10)
+        for chosen in itertools.combinations(range(9), size)
+        if not conflict[np.ix_(chosen, chosen)].any()
+    ]
+    for least, most in ((0, 9), (3, 3)):
+        best = max((chosen for chosen in agreeing if least <= len(chosen) <= most), key=lambda c: values[list(c)].sum())
+        assert best_set(values, conflict | conflict.T, least, most).tolist() == list(best)
+
+
+def test_the_walk_is_never_above_the_optimum_and_reaches_it_where_nothing_conflicts() -> None:
+    target = Features(np.array([[1, 0]], dtype=np.float32))
+    angles = np.radians([0, 60, -40, 20, -70])  # the anchor's nearest is 20, then 60: which rules -40 out
+    vectors = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    took, most, walk, best = compared(vectors, core_knowledge(target, 0.5), share=3, keep=0.0)
+    assert (took, most) == (3, 3)
+    assert walk == pytest.approx(np.cos(np.radians([0, 20, 60])).mean())
+    assert best == pytest.approx(np.cos(np.radians([0, 20, 40])).mean())
+    alike = unit_rows(np.random.default_rng(0).random((6, 2)) + np.array([9, 0]))
+    took, most, walk, best = compared(alike, core_knowledge(target, 0.5), share=6, keep=0.0)
+    assert (took, most, walk) == (6, 6, pytest.approx(best))
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "said"),
+    [
+        (heldout_variance.main, ("proxy.members=4",), "| members that left the row out | "),
+        (walk_optimum.main, ("--rows=20", "--draws=2", "features.dimensions=32", "target_set.limit=3"), "| 1 | 2 | "),
+    ],
+)
+def test_a_script_answers_in_the_smallest_world(
+    script: Callable[[], None], options: tuple[str, ...], said: str, gradsift, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["script", *options, *SMOKE])
+    script()
+    assert said in capsys.readouterr().out
+
+
+def test_the_parts_of_g_snr_and_their_agreement_by_hand() -> None:
+    early, late = np.array([[2.0, 4.0], [4.0, 4.0]]), np.array([[1.0, 5.0], [3.0, 5.0]])
+    parts = precision.parts_of(early, late, eps=0.5)
+    np.testing.assert_allclose(parts["G-SNR"], [(3 - 2) / 3.5 / 1.5, (4 - 5) / 4.5 / 0.5])
+    np.testing.assert_array_equal(parts["V_t"], [1, 0])
+    scores = np.arange(20.0)
+    assert precision.agreement(scores, scores**3) == pytest.approx((1.0, 1.0))
+    assert precision.agreement(scores, -scores) == pytest.approx((-1.0, 0.0))
+
+
+def test_precision_compares_the_members_own_norms_with_those_in_bfloat16(gradsift, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["precision", *SMOKE, "scorer=gsnr", "--draws", "20"])
+    precision.main()
+    said = capsys.readouterr().out
+    assert "120 rows, 2 members: a norm is off by 0." in said
+    correlation = float(said.split("| G-SNR | ")[1].split()[0])
+    assert 0.9 < correlation < 1  # rounded, or it would be 1

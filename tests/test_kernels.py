@@ -266,16 +266,23 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -
     return (scores.softmax(3) @ v).transpose(1, 2), scores.logsumexp(3)
 
 
-def attends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, slack: float = 4) -> None:
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """By rotary angles, as Llama does it."""
+    a, b = x.chunk(2, 3)
+    return x * cos + torch.cat([-b, a], 3) * sin
+
+
+def attends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *angles: torch.Tensor) -> None:
     scale = q.shape[-1] ** -0.5
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected, log_sums = attention(*exact, scale)
-    out, lse = ops().attend(q, k, v, scale)
-    near(out, expected, slack=slack)
+    queries, keys = (turned(x, *(each.double() for each in angles)) if angles else x for x in exact[:2])
+    expected, log_sums = attention(queries, keys, exact[2], scale)
+    out, lse = ops().attend(q, k, v, scale, *angles)
+    near(out, expected, slack=4)
     near(lse, log_sums, slack=4)
     backprops = normal(*out.shape, seed=9, precision=q.dtype)
     gradients = torch.autograd.grad(expected, exact, backprops.double())
-    found = ops().attend_backward(backprops, q, k, v, out, lse, scale)
+    found = ops().attend_backward(backprops, q, k, v, out, lse, scale, *angles)
     rtol = 1e-6 if q.dtype == torch.float32 else 4e-3  # `out`, which the backward pass reads, is rounded too
     for to_x, twin in zip(found, gradients, strict=True):
         assert to_x.shape == twin.shape
@@ -306,6 +313,15 @@ def test_attention_of_any_number_of_tokens(tokens: int, precision: torch.dtype) 
 @pytest.mark.parametrize("width", [16, 48, 64, 80, 128])
 def test_attention_of_any_heads(heads: int, groups: int, width: int, precision: torch.dtype) -> None:
     attends(*q_k_v(1, heads, groups, 33, width, precision))
+
+
+@compiled
+@BOTH
+@pytest.mark.parametrize(("tokens", "width"), [(1, 32), (49, 64), (101, 96)])
+def test_attention_of_queries_and_keys_that_are_turned(tokens: int, width: int, precision: torch.dtype) -> None:
+    half = torch.arange(tokens)[:, None] * 100.0 ** -torch.linspace(0, 1, width // 2)
+    angles = torch.cat([half, half], 1)
+    attends(*q_k_v(2, 6, 2, tokens, width, precision), 1.1 * angles.cos(), 1.1 * angles.sin())
 
 
 @compiled
@@ -458,7 +474,20 @@ def wrong_calls() -> Iterator[tuple[str, Any]]:
     yield "attend: precision", lambda: ops().attend(q, k.bfloat16(), v, 1.0)
     yield "attend: double", lambda: ops().attend(q.double(), k.double(), v.double(), 1.0)
     yield "attend: three", lambda: ops().attend(q[0], k[0], v[0], 1.0)
+    wide, angles = q_k_v(1, 2, 2, 5, 32, torch.float32), torch.zeros(5, 32)
+    yield "attend: no sines", lambda: ops().attend(*wide, 1.0, angles, None)
+    yield "attend: no cosines", lambda: ops().attend(*wide, 1.0, None, angles)
+    yield "attend: few cosines", lambda: ops().attend(*wide, 1.0, angles[:4], angles)
+    yield "attend: narrow sines", lambda: ops().attend(*wide, 1.0, angles, angles[:, :16])
+    yield "attend: sines in bfloat16", lambda: ops().attend(*wide, 1.0, angles, angles.bfloat16())
+    yield "attend: half a head", lambda: ops().attend(q, k, v, 1.0, angles[:, :16] + 0, angles[:, :16] + 0)
     out, lse = torch.zeros(1, 5, 4, 16), torch.zeros(1, 4, 5)
+    yield (
+        "attend_backward: cosines",
+        lambda: ops().attend_backward(
+            torch.zeros(1, 5, 2, 32), *wide, torch.zeros(1, 5, 2, 32), lse[:, :2] + 0, 1.0, angles[:4], angles
+        ),
+    )
     yield "attend_backward: backprops", lambda: ops().attend_backward(out[:, :4], q, k, v, out, lse, 1.0)
     yield "attend_backward: out", lambda: ops().attend_backward(out, q, k, v, q, lse, 1.0)
     yield "attend_backward: lse", lambda: ops().attend_backward(out, q, k, v, out, lse[:, :2], 1.0)

@@ -555,11 +555,10 @@ void transpose(const float* from, int64_t rows, int64_t width, float* to, int64_
     }
 }
 
-
-// Turn the halves (a, b) of each row by its token's angles: (a cos - b sin, b cos + a sin). `angles` are the
-// cosines and sines (T, E) of the rows' tokens; `sign` -1 turns back.
+// Turn the halves (a, b) of each row by its token's angles: (a cos - b sin, b cos + a sin); `sign` -1 turns a
+// gradient back.
 struct Angles {
-  const float *cos = nullptr, *sin = nullptr;
+  const float *cos = nullptr, *sin = nullptr;  // (T, E), whose halves are equal
   int64_t width = 0;
   void turn(float* rows, int64_t count, int64_t first, float sign) const {
     if (cos == nullptr) return;
@@ -602,7 +601,8 @@ void causal_softmax(float* scores, int64_t rows, int64_t first, int64_t seen, in
 }
 
 template <typename S>
-void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, float scale, const Angles& turned, Tensor& out, Tensor& lse) {
+void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, float scale, const Angles& turned, Tensor& out,
+                Tensor& lse) {
   int64_t B = q.size(0), H = q.size(1), T = q.size(2), E = q.size(3), group = H / k.size(1), TP = padded(T);
   auto qs = heads<S>(q), ks = heads<S>(k), vs = heads<S>(v);
   S* o = reinterpret_cast<S*>(out.data_ptr());
@@ -673,7 +673,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor
 
 template <typename S>
 void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                         const Tensor& lse, float scale, const Angles& turned, Tensor& to_q, Tensor& to_k, Tensor& to_v) {
+                         const Tensor& lse, float scale, const Angles& turned, Tensor& to_q, Tensor& to_k,
+                         Tensor& to_v) {
   int64_t B = q.size(0), H = q.size(1), T = q.size(2), E = q.size(3), group = H / k.size(1), TP = padded(T);
   auto qs = heads<S>(q), ks = heads<S>(k), vs = heads<S>(v);
   auto gq = heads<S>(to_q), gk = heads<S>(to_k), gv = heads<S>(to_v);
@@ -703,7 +704,7 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
           int64_t rows = std::min(QUERIES, T - first), seen = first + rows;
           const S *gs = g + (b * T + first) * stride + h * E, *os = o + (b * T + first) * stride + h * E;
           widen(qs.at(b, h) + first * qs.token, qs.token, rows, E, queries);
-        turned.turn(queries, rows, first, 1);
+          turned.turn(queries, rows, first, 1);
           widen(gs, stride, rows, E, gradients);
           multiply(rows, padded(seen), E, queries, E, 1, keys_t, TP, probabilities, TP, false);
           multiply(rows, padded(seen), E, gradients, E, 1, values_t, TP, scores, TP, false);
@@ -755,10 +756,11 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& backprops, cons
     return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
   };
   Tensor to_q = like(q), to_k = like(k), to_v = like(v);
-  if (q.scalar_type() == at::kBFloat16)
-    attend_backward_all<bits16>(backprops, q, k, v, out, lse, static_cast<float>(scale), angles(cos, sin), to_q, to_k, to_v);
-  else
-    attend_backward_all<float>(backprops, q, k, v, out, lse, static_cast<float>(scale), angles(cos, sin), to_q, to_k, to_v);
+  auto run = [&](auto own) {
+    attend_backward_all<decltype(own)>(backprops, q, k, v, out, lse, static_cast<float>(scale), angles(cos, sin), to_q,
+                                       to_k, to_v);
+  };
+  q.scalar_type() == at::kBFloat16 ? run(bits16()) : run(0.0f);
   return {to_q, to_k, to_v};
 }
 

@@ -159,8 +159,8 @@ def test_all_that_lies_between_the_products_is_fused(architecture: str, monkeypa
     linear = PackedConv1D if architecture == "gpt2" else PackedLinear
     assert linear in kinds
     assert {bool(kind.__name__.startswith("Fused")) for kind in kinds - {linear}} == {True}
-    # the linear layers, the norms, the MLPs, and the attention of models that turn queries and keys just before it
-    assert len(kinds) == (3 if architecture in ("gpt2", "qwen3") else 4)
+    turns_within = architecture in ("llama", "mistral", "qwen2")  # rotary positions, in attention
+    assert len(kinds) == 3 + turns_within  # the linear layers, the norms, the MLPs
     assert type(quick.get_output_embeddings()) is nn.Linear
     head = OutputHead.of(quick)
     assert head is not None

@@ -108,7 +108,7 @@ def pack_linear_layers(model: nn.Module, but: nn.Module | None) -> None:
 def unpack(layer: Any) -> None:
     """Forget what is packed of a layer whose weight is about to change."""
     layer.__dict__.pop("packed_head", None)  # of `head.py`
-    if isinstance(layer, _FrozenForward):
+    if isinstance(layer, PackedLinear | PackedConv1D):
         plain: Any = Conv1D if isinstance(layer, PackedConv1D) else nn.Linear
         layer.__class__ = plain
         del layer.packed

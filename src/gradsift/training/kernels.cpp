@@ -606,7 +606,8 @@ void causal_softmax(float* scores, int64_t rows, int64_t first, int64_t seen, in
 }
 
 template <typename S>
-void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, float scale, const Angles& turned, Tensor& out, Tensor& lse) {
+void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, float scale, const Angles& turned, Tensor& out,
+                Tensor& lse) {
   int64_t B = q.size(0), H = q.size(1), T = q.size(2), E = q.size(3), group = H / k.size(1), TP = padded(T);
   auto qs = heads<S>(q), ks = heads<S>(k), vs = heads<S>(v);
   S* o = reinterpret_cast<S*>(out.data_ptr());
@@ -677,7 +678,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor
 
 template <typename S>
 void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                         const Tensor& lse, float scale, const Angles& turned, Tensor& to_q, Tensor& to_k, Tensor& to_v) {
+                         const Tensor& lse, float scale, const Angles& turned, Tensor& to_q, Tensor& to_k,
+                         Tensor& to_v) {
   int64_t B = q.size(0), H = q.size(1), T = q.size(2), E = q.size(3), group = H / k.size(1), TP = padded(T);
   auto qs = heads<S>(q), ks = heads<S>(k), vs = heads<S>(v);
   auto gq = heads<S>(to_q), gk = heads<S>(to_k), gv = heads<S>(to_v);
@@ -707,7 +709,7 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
           int64_t rows = std::min(QUERIES, T - first), seen = first + rows;
           const S *gs = g + (b * T + first) * stride + h * E, *os = o + (b * T + first) * stride + h * E;
           widen(qs.at(b, h) + first * qs.token, qs.token, rows, E, queries);
-        turned.forth(queries, rows, first);
+            turned.forth(queries, rows, first);
           widen(gs, stride, rows, E, gradients);
           multiply(rows, padded(seen), E, queries, E, 1, keys_t, TP, probabilities, TP, false);
           multiply(rows, padded(seen), E, gradients, E, 1, values_t, TP, scores, TP, false);
@@ -759,10 +761,11 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& backprops, cons
     return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
   };
   Tensor to_q = like(q), to_k = like(k), to_v = like(v);
-  if (q.scalar_type() == at::kBFloat16)
-    attend_backward_all<bits16>(backprops, q, k, v, out, lse, static_cast<float>(scale), angles(cos, sin), to_q, to_k, to_v);
-  else
-    attend_backward_all<float>(backprops, q, k, v, out, lse, static_cast<float>(scale), angles(cos, sin), to_q, to_k, to_v);
+  auto run = [&](auto own) {
+    attend_backward_all<decltype(own)>(backprops, q, k, v, out, lse, static_cast<float>(scale), angles(cos, sin), to_q,
+                                       to_k, to_v);
+  };
+  q.scalar_type() == at::kBFloat16 ? run(bits16()) : run(0.0f);
   return {to_q, to_k, to_v};
 }
 

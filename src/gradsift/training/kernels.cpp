@@ -709,7 +709,7 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
           int64_t rows = std::min(QUERIES, T - first), seen = first + rows;
           const S *gs = g + (b * T + first) * stride + h * E, *os = o + (b * T + first) * stride + h * E;
           widen(qs.at(b, h) + first * qs.token, qs.token, rows, E, queries);
-            turned.forth(queries, rows, first);
+          turned.forth(queries, rows, first);
           widen(gs, stride, rows, E, gradients);
           multiply(rows, padded(seen), E, queries, E, 1, keys_t, TP, probabilities, TP, false);
           multiply(rows, padded(seen), E, gradients, E, 1, values_t, TP, scores, TP, false);

@@ -555,12 +555,14 @@ void transpose(const float* from, int64_t rows, int64_t width, float* to, int64_
     }
 }
 
-// Turn the halves (a, b) of each row by its token's angles: (a cos - b sin, b cos + a sin); `sign` -1 turns a
-// gradient back.
+// Turns the halves (a, b) of each row by its token's angles: (a cos - b sin, b cos + a sin), and gradients back. The
+// cosines and sines are (T, E).
 struct Angles {
-  const float *cos = nullptr, *sin = nullptr;  // (T, E), whose halves are equal
+  const float *cos = nullptr, *sin = nullptr;
   int64_t width = 0;
-  void turn(float* rows, int64_t count, int64_t first, float sign) const {
+
+  template <bool BACK>
+  void turn(float* rows, int64_t count, int64_t first) const {
     if (cos == nullptr) return;
     int64_t half = width / 2;
     for (int64_t r = 0; r < count; ++r)
@@ -568,10 +570,12 @@ struct Angles {
         float* row = rows + r * width + i;
         const float *c = cos + (first + r) * width + i, *s = sin + (first + r) * width + i;
         vec a = load(row), b = load(row + half);
-        store(row, a * load(c) - sign * b * load(s));
-        store(row + half, b * load(c + half) + sign * a * load(s + half));
+        store(row, BACK ? a * load(c) + b * load(s + half) : a * load(c) - b * load(s));
+        store(row + half, BACK ? b * load(c + half) - a * load(s) : b * load(c + half) + a * load(s + half));
       }
   }
+  void forth(float* rows, int64_t count, int64_t first) const { turn<false>(rows, count, first); }
+  void back(float* rows, int64_t count, int64_t first) const { turn<true>(rows, count, first); }
 };
 
 Angles angles(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
@@ -615,13 +619,13 @@ void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, float scale, 
     for (int64_t index = from; index < to; ++index) {
       int64_t b = index / H, h = index % H;
       widen(ks.at(b, h / group), ks.token, T, E, keys);
-      turned.turn(keys, T, 0, 1);
+      turned.forth(keys, T, 0);
       widen(vs.at(b, h / group), vs.token, T, E, values);
       transpose(keys, T, E, keys_t, TP);
       for (int64_t first = 0; first < T; first += QUERIES) {
         int64_t rows = std::min(QUERIES, T - first), seen = first + rows;
         widen(qs.at(b, h) + first * qs.token, qs.token, rows, E, queries);
-        turned.turn(queries, rows, first, 1);
+        turned.forth(queries, rows, first);
         multiply(rows, padded(seen), E, queries, E, 1, keys_t, TP, scores, TP, false);
         causal_softmax(scores, rows, first, seen, TP, scale, l + index * T + first);
         multiply(rows, E, seen, scores, TP, 1, values, E, result, E, false);
@@ -693,7 +697,7 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
     for (int64_t index = from; index < to; ++index) {
       int64_t b = index / k.size(1), kv = index % k.size(1);
       widen(ks.at(b, kv), ks.token, T, E, keys);
-      turned.turn(keys, T, 0, 1);
+      turned.forth(keys, T, 0);
       widen(vs.at(b, kv), vs.token, T, E, values);
       transpose(keys, T, E, keys_t, TP);
       transpose(values, T, E, values_t, TP);
@@ -704,7 +708,7 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
           int64_t rows = std::min(QUERIES, T - first), seen = first + rows;
           const S *gs = g + (b * T + first) * stride + h * E, *os = o + (b * T + first) * stride + h * E;
           widen(qs.at(b, h) + first * qs.token, qs.token, rows, E, queries);
-          turned.turn(queries, rows, first, 1);
+          turned.forth(queries, rows, first);
           widen(gs, stride, rows, E, gradients);
           multiply(rows, padded(seen), E, queries, E, 1, keys_t, TP, probabilities, TP, false);
           multiply(rows, padded(seen), E, gradients, E, 1, values_t, TP, scores, TP, false);
@@ -723,7 +727,7 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
             for (int64_t i = known; i < padded(seen); ++i) s[i] = 0;
           }
           multiply(rows, E, seen, scores, TP, 1, keys, E, result, E, false);
-          turned.turn(result, rows, first, -1);
+          turned.back(result, rows, first);
           S* oq = gq.at(b, h) + first * gq.token;
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t i = 0; i < E; i += LANES) store(oq + r * gq.token + i, load(result + r * E + i));
@@ -731,7 +735,7 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
           multiply(seen, E, rows, probabilities, 1, TP, gradients, E, sum_v, E, true);
         }
       }
-      turned.turn(sum_k, T, 0, -1);
+      turned.back(sum_k, T, 0);
       for (int64_t t = 0; t < T; ++t)
         for (int64_t i = 0; i < E; i += LANES) {
           store(gk.at(b, kv) + t * gk.token + i, load(sum_k + t * E + i));

@@ -329,15 +329,6 @@ def test_attention_of_any_heads(heads: int, groups: int, width: int, precision: 
 
 @compiled
 @BOTH
-@pytest.mark.parametrize(("tokens", "width"), [(1, 32), (49, 64), (101, 96)])
-def test_attention_of_queries_and_keys_that_are_turned(tokens: int, width: int, precision: torch.dtype) -> None:
-    half = torch.arange(tokens)[:, None] * 100.0 ** -torch.linspace(0, 1, width // 2)
-    angles = torch.cat([half, half], 1)
-    attends(*q_k_v(2, 6, 2, tokens, width, precision), 1.1 * angles.cos(), 1.1 * angles.sin())
-
-
-@compiled
-@BOTH
 def test_attention_of_parts_of_other_tensors(precision: torch.dtype) -> None:
     q, k, v = q_k_v(3, 4, 4, 21, 32, precision)
     out, lse = ops().attend(q, k, v, 0.2)
@@ -490,20 +481,7 @@ def wrong_calls() -> Iterator[tuple[str, Any]]:
     yield "attend: precision", lambda: ops().attend(q, k.bfloat16(), v, 1.0)
     yield "attend: double", lambda: ops().attend(q.double(), k.double(), v.double(), 1.0)
     yield "attend: three", lambda: ops().attend(q[0], k[0], v[0], 1.0)
-    wide, angles = q_k_v(1, 2, 2, 5, 32, torch.float32), torch.zeros(5, 32)
-    yield "attend: no sines", lambda: ops().attend(*wide, 1.0, angles, None)
-    yield "attend: no cosines", lambda: ops().attend(*wide, 1.0, None, angles)
-    yield "attend: few cosines", lambda: ops().attend(*wide, 1.0, angles[:4], angles)
-    yield "attend: narrow sines", lambda: ops().attend(*wide, 1.0, angles, angles[:, :16])
-    yield "attend: sines in bfloat16", lambda: ops().attend(*wide, 1.0, angles, angles.bfloat16())
-    yield "attend: half a head", lambda: ops().attend(q, k, v, 1.0, angles[:, :16] + 0, angles[:, :16] + 0)
     out, lse = torch.zeros(1, 5, 4, 16), torch.zeros(1, 4, 5)
-    yield (
-        "attend_backward: cosines",
-        lambda: ops().attend_backward(
-            torch.zeros(1, 5, 2, 32), *wide, torch.zeros(1, 5, 2, 32), lse[:, :2] + 0, 1.0, angles[:4], angles
-        ),
-    )
     yield "attend_backward: backprops", lambda: ops().attend_backward(out[:, :4], q, k, v, out, lse, 1.0)
     yield "attend_backward: out", lambda: ops().attend_backward(out, q, k, v, q, lse, 1.0)
     yield "attend_backward: lse", lambda: ops().attend_backward(out, q, k, v, out, lse[:, :2], 1.0)

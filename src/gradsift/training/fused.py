@@ -123,18 +123,33 @@ class _Norm(torch.autograd.Function):
 
 
 class _GeluMlp:
-    """GPT-2's MLP. Where a layer of it is adapted it stays as it is."""
+    """GPT-2's MLP. Where a layer of it is adapted only the activation is fused."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         first, second = self.c_fc, self.c_proj
-        drops = self.training and self.dropout.p
-        if drops or any(type(layer) is not PackedConv1D or trains(layer) for layer in (first, second)):
+        if self.training and self.dropout.p:
             return super().forward(x)  # type: ignore[misc, no-any-return]
-        y: torch.Tensor = _Gelu.apply(x, first.packed, second.packed)  # type: ignore[no-untyped-call]
+        if any(type(layer) is not PackedConv1D or trains(layer) for layer in (first, second)):
+            return second(_Gelu.apply(first(x)))  # type: ignore[no-untyped-call, no-any-return]
+        y: torch.Tensor = _ProductsAroundGelu.apply(x, first.packed, second.packed)  # type: ignore[no-untyped-call]
         return y
 
 
 class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor
+        y, slope = kernels().gelu(x.contiguous())
+        ctx.save_for_backward(slope)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0] * ctx.saved_tensors[0]  # type: ignore[no-any-return]
+
+
+class _ProductsAroundGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, first: Packed, second: Packed) -> torch.Tensor:
         inner, slope = kernels().product_gelu(x.reshape(-1, x.shape[-1]), first.forth, first.bias, first.width)

@@ -555,7 +555,6 @@ void transpose(const float* from, int64_t rows, int64_t width, float* to, int64_
     }
 }
 
-
 // Turns the halves (a, b) of each row by its token's angles: (a cos - b sin, b cos + a sin), and gradients back. The
 // cosines and sines are (T, E).
 struct Angles {

@@ -39,7 +39,7 @@ human-eval: setup ## blinded pairs of RUN=outputs/DATE/TIME for people to judge;
 test: setup ## the tests, on all cores (8 minutes on two)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-slow: setup ## the tests that take long: the embedded world's validity law, twenty kills, every experiment's jobs
+slow: setup ## the tests that take long: the embedded world's validity law, twenty kills, every experiment's jobs, every method
 	$(BIN)/python -m pytest -m slow
 
 lint: setup ## ruff: lint and format

@@ -154,9 +154,9 @@ class _PackedHead:
 
     def __init__(self, weight: torch.Tensor) -> None:
         pack = torch.ops.mkldnn._reorder_linear_weight
-        self._extra = weight.new_zeros(1, BLOCK)
-        self._extra[0, 0] = 1
-        self._forth = pack(torch.cat([weight, self._extra.expand(len(weight), -1)], 1))
+        ones = weight.new_zeros(len(weight), BLOCK)
+        ones[:, 0] = 1
+        self._forth = pack(torch.cat([weight, ones], 1))
         self._back = pack(weight.t().contiguous())
 
     @classmethod

@@ -21,7 +21,7 @@ from gradsift.training.head import OutputHead, token_losses
 
 _CHUNK = 1000  # texts tokenised in one call: bounds the memory that a tokenizer's own records take
 _BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # padded; no result depends on it. A CPU has them in its caches
-_FUSED_TOKENS = 1024  # where weights are packed: they pass by faster than they can be read from memory
+_FUSED_TOKENS = 1024  # with packed weights, whose way from memory is shared by the rows of a pass
 
 
 @dataclass(frozen=True)

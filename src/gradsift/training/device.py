@@ -22,7 +22,7 @@ _GPU_TOKENS = 16384
 # what torch says where it has no exception of its own: on a CPU under Linux, elsewhere, and from inside cuBLAS
 _SIGNS = ("allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
 _CPU_ACTIVATION = 393_216  # numbers in a (tokens, hidden size) activation that a CPU core's cache still likes
-_FUSED_ACTIVATION = 3 * _CPU_ACTIVATION  # and where weights pass by faster than they can be read from memory
+_FUSED_ACTIVATION = 3 * _CPU_ACTIVATION  # with packed weights, whose way from memory is shared by the rows of a pass
 
 
 class TokenBudget:

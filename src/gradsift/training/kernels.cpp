@@ -531,6 +531,12 @@ void widen(const S* from, int64_t stride, int64_t rows, int64_t width, float* to
     for (int64_t i = 0; i < width; i += LANES) store(to + r * width + i, load(from + r * stride + i));
 }
 
+template <typename S>
+void narrow(const float* from, int64_t rows, int64_t width, S* to, int64_t stride) {  // the way back
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < width; i += LANES) store(to + r * stride + i, load(from + r * width + i));
+}
+
 inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
 // (rows, width) to (width, ld), ld the rows rounded up to LANES; width is a multiple of LANES.
@@ -629,10 +635,7 @@ void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, float scale, 
         multiply(rows, padded(seen), E, queries, E, 1, keys_t, TP, scores, TP, false);
         causal_softmax(scores, rows, first, seen, TP, scale, l + index * T + first);
         multiply(rows, E, seen, scores, TP, 1, values, E, result, E, false);
-        for (int64_t r = 0; r < rows; ++r) {
-          S* row = o + ((b * T + first + r) * H + h) * E;
-          for (int64_t i = 0; i < E; i += LANES) store(row + i, load(result + r * E + i));
-        }
+        narrow(result, rows, E, o + ((b * T + first) * H + h) * E, H * E);
       }
     }
   });
@@ -675,6 +678,19 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor
   return {out, lse};
 }
 
+// Of a query that knows `known` keys: turns its products with keys into probabilities, and the products of its
+// gradient with values, less what all have in common, into the gradient of the former.
+void softmax_backward(float* products, float* gradient, int64_t known, int64_t seen, float scale, float log_sum,
+                      float common) {
+  for (int64_t i = known; i < padded(seen); ++i) products[i] = -std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < padded(seen); i += LANES) {
+    vec p = exponential(load(products + i) * scale - log_sum);
+    store(products + i, p);
+    store(gradient + i, p * (load(gradient + i) - common) * scale);
+  }
+  for (int64_t i = known; i < padded(seen); ++i) gradient[i] = 0;
+}
+
 template <typename S>
 void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                          const Tensor& lse, float scale, const Angles& turned, Tensor& to_q, Tensor& to_k,
@@ -715,32 +731,19 @@ void attend_backward_all(const Tensor& backprops, const Tensor& q, const Tensor&
           for (int64_t r = 0; r < rows; ++r) {
             vec inner{};
             for (int64_t i = 0; i < E; i += LANES) inner += load(gradients + r * E + i) * load(os + r * stride + i);
-            float offset = sum(inner), log_sum = l[(b * H + h) * T + first + r];
-            float *p = probabilities + r * TP, *s = scores + r * TP;
-            int64_t known = first + r + 1;
-            for (int64_t i = known; i < padded(seen); ++i) p[i] = -std::numeric_limits<float>::infinity();
-            for (int64_t i = 0; i < padded(seen); i += LANES) {
-              vec e = exponential(load(p + i) * scale - log_sum);
-              store(p + i, e);
-              store(s + i, e * (load(s + i) - offset) * scale);
-            }
-            for (int64_t i = known; i < padded(seen); ++i) s[i] = 0;
+            float log_sum = l[(b * H + h) * T + first + r];
+            softmax_backward(probabilities + r * TP, scores + r * TP, first + r + 1, seen, scale, log_sum, sum(inner));
           }
           multiply(rows, E, seen, scores, TP, 1, keys, E, result, E, false);
           turned.back(result, rows, first);
-          S* oq = gq.at(b, h) + first * gq.token;
-          for (int64_t r = 0; r < rows; ++r)
-            for (int64_t i = 0; i < E; i += LANES) store(oq + r * gq.token + i, load(result + r * E + i));
+          narrow(result, rows, E, gq.at(b, h) + first * gq.token, gq.token);
           multiply(seen, E, rows, scores, 1, TP, queries, E, sum_k, E, true);
           multiply(seen, E, rows, probabilities, 1, TP, gradients, E, sum_v, E, true);
         }
       }
       turned.back(sum_k, T, 0);
-      for (int64_t t = 0; t < T; ++t)
-        for (int64_t i = 0; i < E; i += LANES) {
-          store(gk.at(b, kv) + t * gk.token + i, load(sum_k + t * E + i));
-          store(gv.at(b, kv) + t * gv.token + i, load(sum_v + t * E + i));
-        }
+      narrow(sum_k, T, E, gk.at(b, kv), gk.token);
+      narrow(sum_v, T, E, gv.at(b, kv), gv.token);
     }
   });
 }

@@ -43,8 +43,7 @@ from gradsift.gradients.callback import GradientNorms, collect_norms
 from gradsift.training import lora
 from gradsift.training.device import TokenBudget
 from gradsift.training.finetuning import Finetuning, Optimization, fit
-from gradsift.training.fused import fuse
-from gradsift.training.residual import residual_in_float32
+from gradsift.training.numerics import prepare
 
 POOL = 2000
 BATCH = 8
@@ -54,8 +53,7 @@ CPU = ComputeConfig(device="cpu")
 def adapted_gpt2(precision: torch.dtype, targets: list[str]) -> Any:
     """Our model, as `proxy=gpt2` has it on a CPU."""
     model = gpt2(precision, activation="gelu_pytorch_tanh", attention="eager")
-    residual_in_float32(model)
-    fuse(model)
+    prepare(model, CPU)
     return away_from_zero(lora.add_adapter(model, LoraConfig(targets=targets), seed=0))
 
 

@@ -28,7 +28,7 @@ from gradsift.gradients.norms_table import by_example
 from gradsift.gradients.statistics import norm_of
 from gradsift.line import Line
 from gradsift.proxy.collection import collect_rows
-from gradsift.training.backbones import load_backbone
+from gradsift.training.backbones import backbone, load_backbone
 from gradsift.training.device import TokenBudget
 
 DEFAULTS = ("compute.precision=float32", "stop_after=statistics")
@@ -45,7 +45,7 @@ def norms_in_bfloat16(line: Line, epoch: int) -> np.ndarray:
     proxy = replace(line.config.proxy, shards=1)
     compute = replace(line.runtime.compute, precision="bfloat16")
     runtime = replace(line.runtime, compute=compute)
-    model = load_backbone(line.proxy, proxy.model, compute)
+    model = load_backbone(backbone(runtime, proxy.model), proxy.model, compute)
     budget = TokenBudget.of(model.model, compute.tokens, runtime.display.say)
     inputs = line.proxy_inputs._replace(backbone=model, budget=budget)
     norms = []

@@ -81,8 +81,9 @@ def test_nano_is_trained_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_a_loaded_backbone_is_frozen_and_in_evaluation_mode(precision: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """In bfloat16 it keeps the residual stream, and so its layer norms, in float32."""
-    made = backbone(runtime(tmp_path), nano())
-    loaded = load_backbone(made, nano(), ComputeConfig(device="cpu", precision=precision))
+    compute = ComputeConfig(device="cpu", precision=precision)
+    made = backbone(replace(runtime(tmp_path), compute=compute), nano())
+    loaded = load_backbone(made, nano(), compute)
     assert {parameter.dtype for parameter in loaded.model.parameters() if parameter.dim() > 1} == {dtype}
     assert loaded.model.transformer.ln_f.weight.dtype == torch.float32
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())

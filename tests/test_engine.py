@@ -23,10 +23,10 @@ from gradsift.gradients.norms import PerSampleNorms
 from gradsift.training import finetuning, lora
 from gradsift.training import head as head_module
 from gradsift.training.adapted import AdaptedLinear, NormProbe
-from gradsift.training.backbones import _same_but_faster
 from gradsift.training.device import TokenBudget, is_out_of_memory
 from gradsift.training.finetuning import ResponseLosses
 from gradsift.training.head import OutputHead, token_losses
+from gradsift.training.numerics import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -242,7 +242,7 @@ def test_token_losses_need_no_head() -> None:
 def test_gelu_in_one_kernel_is_the_same_function() -> None:
     model, ids = tiny_model("gpt2"), torch.randint(VOCABULARY, (2, 6))
     before = model(input_ids=ids).logits
-    _same_but_faster(model, ComputeConfig(device="cpu"))
+    prepare(model, ComputeConfig(device="cpu"))
     assert not any(isinstance(module, NewGELUActivation) for module in model.modules())
     torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-5, atol=1e-6)
 

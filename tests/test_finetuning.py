@@ -30,7 +30,7 @@ from gradsift.errors import GradsiftError
 from gradsift.gradients.callback import COLUMNS, Collected, GradientNorms, collect_norms
 from gradsift.gradients.norms import PerSampleNorms
 from gradsift.gradients.norms_table import read_norms
-from gradsift.proxy.ensemble import train_member_epoch
+from gradsift.proxy.ensemble import member_settings, train_member_epoch
 from gradsift.proxy.epochs import ProxyInputs
 from gradsift.runtime import Display, Runtime, derive_seed
 from gradsift.training import finetuning, lora
@@ -187,12 +187,12 @@ def member_epoch(
     folder.mkdir(exist_ok=True)
     tokenizer: Any = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 0})()
     before = Artifact("member", previous, "fingerprint", {}) if previous else None
+    own = replace(runtime(folder.parent / "store"), compute=compute)
     return train_member_epoch(
-        replace(runtime(folder.parent / "store"), compute=compute),
+        own,
         config,
         ProxyInputs(Backbone(model, tokenizer), encoded, SOURCE_ROWS, TokenBudget(4096)),
-        1,
-        epoch,
+        member_settings(config, own, 1, epoch),
         before,
         folder,
         advance,

@@ -32,7 +32,7 @@ from gradsift.errors import ConfigError, GradsiftError
 from gradsift.gradients.norms_table import read_norms
 from gradsift.nodes import meeting, node_of, store_of
 from gradsift.proxy.collection import collect_rows
-from gradsift.proxy.ensemble import train_member_epoch
+from gradsift.proxy.ensemble import member_settings, train_member_epoch
 from gradsift.proxy.epochs import OPTIMIZER_FILE, ProxyInputs
 from gradsift.runtime import Runtime
 from gradsift.training import ranks
@@ -73,7 +73,9 @@ def everything(
     for epoch in (1, 2):
         part = folder / f"e{epoch}"
         part.mkdir()
-        info = train_member_epoch(run, settings, inputs, 0, epoch, before, part, lambda done: None)
+        info = train_member_epoch(
+            run, settings, inputs, member_settings(settings, run, 0, epoch), before, part, lambda done: None
+        )
         before = Artifact("member", part, "fingerprint", {"info": info})
         infos[part.name] = info
     part = folder / "norms"

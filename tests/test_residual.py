@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from gradsift.config import ComputeConfig, LoraConfig
+from gradsift.config import LoraConfig
 from gradsift.data.batching import collate
 from gradsift.training import lora
 from gradsift.training.finetuning import ResponseLosses
@@ -166,8 +166,3 @@ def test_a_foreign_model_of_a_known_name_stays_in_bfloat16() -> None:
 
     model = Foreign(model_of("llama").config).to(torch.bfloat16)
     assert not residual_in_float32(model)
-
-
-def test_results_in_float32_keep_their_settings_and_those_in_bfloat16_get_others() -> None:
-    assert ComputeConfig().numerics == {"precision": "float32"}
-    assert ComputeConfig(precision="bfloat16").numerics != {"precision": "bfloat16"}

@@ -66,14 +66,16 @@ class Artifact:
     path: Path
     fingerprint: str
     manifest: Mapping[str, Any]
+    # of a model: how this process computes with it (see gradsift.training.numerics)
+    numerics: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     def file(self, name: str) -> Path:
         return self.path / name
 
     @property
     def identity(self) -> str:
-        """What children hash: the fingerprint, and for what came from outside also its content (`info["content"]`)."""
-        return f"{self.fingerprint}:{self.info.get('content', '')}"
+        """What children hash: the fingerprint, the content of what came from outside, and a model's numerics."""
+        return f"{self.fingerprint}:{self.info.get('content', '')}{text_of(self.numerics)}"
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -92,6 +94,14 @@ class Artifact:
         """Names of the models that it, or what it was made from, passed examples through."""
         models: Sequence[str] = self.manifest.get("models", ())
         return models
+
+    @property
+    def computed_by(self) -> Mapping[str, Mapping[str, str]]:
+        """Numerics of the models that its values were computed with, by the model's folder in the store."""
+        if self.numerics:
+            return {self.path.name: self.numerics}
+        computed_by: Mapping[str, Mapping[str, str]] = self.manifest.get("numerics", {})
+        return computed_by
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,7 @@ class Store:
     at_work: Callable[[str], AbstractContextManager[Any]] = nullcontext  # entered while a unit is waited for or made
     records: list[StageRecord] = field(default_factory=list)
     other_code: set[str] = field(default_factory=set)  # that made what this run reused
+    other_numerics: set[str] = field(default_factory=set)  # that were said to be in the store and not used
     _inode: int | None = None  # of the root, once it is there
 
     def obtain(
@@ -162,8 +173,8 @@ class Store:
                 with locked(path, self.say, self.at_work) as holder:
                     found = self._whole(stage, path, fingerprint)  # another process may have finished it
                     if found is None:
-                        lineage = {"size": size or size_of(parents), "models": models_of(stage, slug, parents)}
-                        described = {"version": version, "config": config, **lineage}
+                        described = {"version": version, "config": config, **lineage_of(stage, slug, parents, size)}
+                        self._say_other_numerics(stage, slug, described, parents)
                         with self.at_work(f"{stage} {slug}"):
                             return self._make(stage, path, fingerprint, described, parents, make, keep_part, holder)
         self._record(found, reused=True, seconds=time.perf_counter() - started)
@@ -300,6 +311,24 @@ class Store:
         self.say(f"{stage}: {path.name} is damaged ({damage}); it was set aside as {aside.name} and is made again")
         return None
 
+    def _say_other_numerics(
+        self, stage: str, slug: str, described: Mapping[str, Any], parents: Sequence[Artifact]
+    ) -> None:
+        """Name the artifacts that differ from the one to be made in the numerics of a model alone."""
+        if not any(parent.numerics for parent in parents):  # later stages differ by their parents
+            return
+        wanted = {**described, "parents": [parent.fingerprint for parent in parents]}
+        ours = wanted.pop("numerics")
+        for path in sorted((self.root / stage).glob(f"{slug}-*/{MANIFEST}")):
+            manifest, damage = read_manifest(path.parent)
+            theirs = manifest.get("numerics")
+            if damage or theirs == ours or any(manifest.get(name) != value for name, value in wanted.items()):
+                continue
+            difference = _difference(theirs, ours)
+            if difference not in self.other_numerics:
+                self.other_numerics.add(difference)
+                self.say(f"  {stage}/{path.parent.name} is not used, because it was computed with {difference}")
+
     def _record(self, artifact: Artifact, *, reused: bool, seconds: float) -> None:
         if any(record.fingerprint == artifact.fingerprint for record in self.records):
             return  # the run already counted this unit
@@ -332,6 +361,12 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str | None]:
     return manifest, None
 
 
+def lineage_of(stage: str, slug: str, parents: Sequence[Artifact], size: int | None) -> dict[str, Any]:
+    """What a manifest says of where an artifact comes from: `size`, `models` and their `numerics`."""
+    numerics = {name: dict(values) for parent in parents for name, values in parent.computed_by.items()}
+    return {"size": size or size_of(parents), "models": models_of(stage, slug, parents), "numerics": numerics}
+
+
 def size_of(parents: Sequence[Artifact]) -> int | None:
     """Examples that work on these parents passes over, where the stage does not say otherwise: the most of any."""
     return max((parent.size or 0 for parent in parents if parent.stage not in _MODEL_STAGES), default=0) or None
@@ -341,6 +376,22 @@ def models_of(stage: str, slug: str, parents: Sequence[Artifact]) -> list[str]:
     """See `Artifact.models`."""
     own = {slug} if stage in _MODEL_STAGES else set()
     return sorted(own.union(*(parent.models for parent in parents)))
+
+
+def text_of(numerics: Mapping[str, str]) -> str:
+    return "".join(f":{name}={value}" for name, value in sorted(numerics.items()))
+
+
+def _difference(theirs: Any, ours: Mapping[str, Mapping[str, str]]) -> str:
+    """How the numerics of an artifact in the store differ from ours, as in 'kernels=off (here kernels=3fa9...)'."""
+    theirs = theirs if isinstance(theirs, Mapping) else {}
+    parts = []
+    for model, values in ours.items():
+        others = theirs.get(model) or {}
+        for name, value in values.items():
+            if (other := others.get(name, "unknown")) != value:
+                parts.append(f"{name}={other} (here {name}={value})")
+    return ", ".join(parts) or "models that are not known"
 
 
 def content_hash(content: Mapping[str, Any]) -> str:

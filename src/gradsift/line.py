@@ -225,6 +225,7 @@ class Line:
         """(N,) float64, the same for every member; NaN for an example that has none."""
         return by_example(self.late_norms()[0], ("n_tokens",), int(self.loaded.info["rows"]))["n_tokens"]
 
+    @functools.cached_property
     def embedding_gradients(self) -> Artifact:
         """Of the first adapter after its first epoch; no other member and no later epoch is trained for it."""
         proxy, rows = self.config.proxy, int(self.loaded.info["rows"])
@@ -238,7 +239,7 @@ class Line:
         late = self.config.proxy.snapshots[1]
         found = read_statistics(self.statistics()) if "statistics" in asked else None
         trained = [epochs[:late] for epochs in self.adapters]
-        return diagnose_ensemble(trained, found, self.config.compute.precision, self.config.proxy.members)
+        return diagnose_ensemble(trained, found, self.config.proxy.members)
 
     def measures(self) -> dict[str, np.ndarray]:
         """What the ensemble, if the scorer asked for it, knows of each example besides its norms."""
@@ -278,7 +279,7 @@ class Line:
             "statistics": Source(lambda: [self.statistics()], lambda: read_statistics(self.statistics())),
             "late_losses": Source(lambda: list(chain.from_iterable(self.late_norms())), self.late_losses),
             "embedding_gradients": Source(
-                lambda: [self.embedding_gradients()], lambda: read_embedding_gradients(self.embedding_gradients())
+                lambda: [self.embedding_gradients], lambda: read_embedding_gradients(self.embedding_gradients)
             ),
             "directions": Source(
                 lambda: self.directions, lambda: read_cosines(self.directions, int(self.loaded.info["rows"]))

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from gradsift.artifacts import MANIFEST, Artifact, Store, models_of, read_manifest, size_of
+from gradsift.artifacts import MANIFEST, Artifact, Store, lineage_of, read_manifest, text_of
 from gradsift.errors import GradsiftError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Planned(Artifact):
 
     @property
     def identity(self) -> str:
-        return f"{self.fingerprint}:"
+        return f"{self.fingerprint}:{text_of(self.numerics)}"
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -148,7 +148,7 @@ class Planner(Store):
     ) -> Artifact:
         certain = certain and all(parent.certain for parent in parents if isinstance(parent, Planned))
         slug = path.name.rsplit("-", 1)[0]
-        lineage = {"size": size or size_of(parents), "models": models_of(stage, slug, parents), "config": config}
+        lineage = {**lineage_of(stage, slug, parents, size), "config": config}
         return self._note(Planned(stage, path, fingerprint, lineage, self, certain), TO_DO, certain=certain)
 
     def _note(self, artifact: Artifact, state: str, *, certain: bool) -> Artifact:

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+_SOURCES = (".py", ".cpp")
 _PACKAGES = ("gradsift", "torch", "transformers", "peft", "lightning", "numpy")
 
 
@@ -25,7 +26,7 @@ def code_hash() -> str:
     """12 hex digits over this package's source files: tells apart what a commit cannot (edits, installed wheels)."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in _SOURCES):
         digest.update(
             f"{path.relative_to(folder).as_posix()}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
         )

@@ -35,6 +35,7 @@ class ComputeConfig:
 
     device: str = "auto"  # auto: cuda where there is one, else cpu
     precision: str = "float32"  # bfloat16: frozen weights and products; LoRA weights, norms and residual stream float32
+    kernels: str = "auto"  # compiled kernels for bfloat16 models on a CPU; off: torch's own (docs/cpu.md)
     tokens: int | None = None  # padded tokens that pass through a model at once; what suits it when empty
     threads: int | None = None  # of each process; torch's own choice when empty
     save_every: float = 60.0  # seconds of work that a killed process may lose, within an epoch; 0: after each step
@@ -47,6 +48,7 @@ class ComputeConfig:
     def __post_init__(self) -> None:
         one_of("compute.device", self.device, ("auto", "cpu", "cuda"))
         one_of("compute.precision", self.precision, ("float32", "bfloat16"))
+        one_of("compute.kernels", self.kernels, ("auto", "off"))
         at_least("compute.tokens", self.tokens, 1)
         at_least("compute.threads", self.threads, 1)
         at_least("compute.save_every", self.save_every, 0)
@@ -68,10 +70,3 @@ class ComputeConfig:
     def mask_batches(self) -> Any:
         """What dropout masks depend on, for the settings of a stage: they are drawn batch by batch, rank by rank."""
         return self.tokens if self.ranks == 1 else {"tokens": self.tokens, "ranks": self.ranks}
-
-    @property
-    def numerics(self) -> dict[str, str]:
-        """What a result of a model depends on, for the settings of a stage; of these options no other one matters."""
-        if self.precision == "float32":
-            return {"precision": "float32"}
-        return {"precision": self.precision, "residual": "float32"}  # results from before it was are other results

@@ -90,7 +90,7 @@ def embed(
         empty = sum(text.tokens == 0 for text in texts)
         return {"rows": len(texts), "dimensions": encoder.dimensions, "empty": empty, "cut": cut}
 
-    settings = {**embedder.settings, **runtime.compute.numerics}
+    settings = dict(embedder.settings)
     slug, parents = f"{embedder.name}-{source.stage}", [embedder.model, source]
     return runtime.store.obtain("embeddings", slug, settings, parents, make, version=VERSION, keep_part=True)
 

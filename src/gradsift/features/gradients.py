@@ -91,7 +91,6 @@ def gradient_features(
         "normalise": config.normalise,
         "template": proxy_config.template,
         "max_length": proxy_config.max_length,
-        **runtime.compute.numerics,
     }
 
     def make(folder: Path) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig) -> Ar
         return {"revision": revision, "content": revision or ""}
 
     slug = config.model.rstrip("/").rsplit("/", 1)[-1].lower()
-    return runtime.store.obtain("sentence_encoder", slug, settings, [], make, version=VERSION, light=True)
+    pin = runtime.store.obtain("sentence_encoder", slug, settings, [], make, version=VERSION, light=True)
+    return replace(pin, numerics={"precision": runtime.compute.precision})
 
 
 def load_sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig, pin: Artifact) -> SentenceEncoder:

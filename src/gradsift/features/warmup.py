@@ -56,7 +56,6 @@ def warm_up(
             "epochs": None if config.schedule == "constant" and not config.warmup_ratio else config.epochs,
             "epoch": epoch,
             "seed": _seed(runtime, config),
-            **runtime.compute.numerics,
             "template": proxy_config.template,
             "max_length": proxy_config.max_length,
             "tokens": runtime.compute.mask_batches if config.lora.dropout else None,

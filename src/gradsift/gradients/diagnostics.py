@@ -49,21 +49,21 @@ MOST_ERROR_OVER_SPREAD = 0.08
 
 
 def diagnose_ensemble(
-    trained: Sequence[Sequence[Artifact]], statistics: Statistics | None, precision: str, members: int
+    trained: Sequence[Sequence[Artifact]], statistics: Statistics | None, members: int
 ) -> list[Diagnostic]:
     """Everything that can be said of the ensemble.
 
     Args:
         trained: [adapter][epoch - 1], up to the late snapshot; as many as members, or one that they share.
         statistics: None if the scorer does not use them; what needs them is then left out.
-        precision: of the backbone, float32 or bfloat16.
         members: M.
     """
     from gradsift.training.lora import ADAPTER_FILE  # torch comes with it; reports need the bounds above alone
 
     adapters = [load_file(chain[-1].file(ADAPTER_FILE)) for chain in trained]
     curves = [[entry["loss"] for epoch in chain for entry in read_curve(epoch.path)] for chain in trained]
-    error = 0.0 if precision == "float32" else BFLOAT16_ERROR[trained[0][-1].info["residual"]]
+    (numerics,) = trained[0][-1].computed_by.values()  # of the proxy
+    error = 0.0 if numerics["precision"] == "float32" else BFLOAT16_ERROR[numerics["residual"]]
     found = [adapter_spread(adapters), loss_from_start(curves)]
     if statistics is not None:
         found += [

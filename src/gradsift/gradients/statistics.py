@@ -88,7 +88,11 @@ def statistics(
     Args:
         early, late: the members' norms at the snapshots, as [member][shard].
         count: N, the number of examples.
+
+    Raises:
+        GradsiftError: the members' norms were computed with different numerics.
     """
+    require_equal_numerics([shard for shards in (*early, *late) for shard in shards])
     settings = {"norm_scope": scope}
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -98,6 +102,22 @@ def statistics(
     slug = f"M{len(early)}-s{snapshots[0]}-t{snapshots[1]}"
     parents = [shard for shards in (*early, *late) for shard in shards]
     return runtime.store.obtain("statistics", slug, settings, parents, make, version=VERSION)
+
+
+def require_equal_numerics(norms: Sequence[Artifact]) -> None:
+    """Refuse an ensemble whose members computed in different ways: V_t would measure the ways and not the members.
+
+    Raises:
+        GradsiftError: names two members and their numerics.
+    """
+    first = norms[0]
+    for other in norms[1:]:
+        if other.computed_by != first.computed_by:
+            raise GradsiftError(
+                f"{first.path.name} was computed with {dict(first.computed_by)} and {other.path.name} with "
+                f"{dict(other.computed_by)}; norms of one ensemble must be computed alike. Run the same command again: "
+                "it computes what is missing in the numerics of this machine"
+            )
 
 
 def compute_statistics(

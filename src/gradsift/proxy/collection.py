@@ -41,8 +41,11 @@ def collect(
         shard: which of `config.shards`, from 0.
     """
 
+    label = f"norms of member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
+    label += f", shard {shard} of {config.shards}" if config.shards > 1 else ""
+
     def make(folder: Path) -> Mapping[str, Any]:
-        return on_all_ranks(runtime, folder, collect_rows, config, load(), member, epoch, weights, shard)
+        return on_all_ranks(runtime, folder, collect_rows, config, load(), member, epoch, weights, shard, label)
 
     size = -(-(weights.size or 0) // config.shards)
     return runtime.store.obtain(**_identity(runtime, config, member, epoch, weights, shard), make=make, size=size)
@@ -57,11 +60,10 @@ def collect_rows(
     epoch: int,
     weights: Artifact,
     shard: int,
+    label: str = "norms",
 ) -> dict[str, Any]:
     """Take the norms of one shard at `weights` and write them."""
     encoded = shard_of(inputs.encoded, shard, config.shards)
-    label = f"norms of member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
-    label += f", shard {shard} of {config.shards}" if config.shards > 1 else ""
     with (
         adapter(inputs.backbone, config.lora, 0, runtime.compute) as adapted,
         runtime.display.task(label, len(encoded)) as advance,

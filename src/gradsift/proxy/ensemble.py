@@ -122,17 +122,12 @@ def train_adapter(
     """One member's weights after each of its first `epochs` epochs; for `during_training` with the norms of each."""
     chain: list[Artifact] = []
     for epoch in range(1, epochs + 1):
-        parents = [chain[-1]] if chain else [proxy, examples]
-        chain.append(
-            runtime.store.obtain(
-                "member",
-                f"m{member}-e{epoch}",
-                member_settings(config, runtime, member, epoch),
-                parents,
-                _maker(runtime, config, load, member, epoch, chain[-1] if chain else None),
-                version=VERSION,
-            )
-        )
+        previous = chain[-1] if chain else None
+        parents = [previous] if previous else [proxy, examples]
+        settings = member_settings(config, runtime, member, epoch)
+        label = f"proxy member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
+        make = _maker(runtime, config, load, label, settings, previous)
+        chain.append(runtime.store.obtain("member", f"m{member}-e{epoch}", settings, parents, make, version=VERSION))
     return chain
 
 
@@ -147,7 +142,6 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
         "member": member,
         "epoch": epoch,
         "seed": runtime.seed,
-        **runtime.compute.numerics,
         "lora": asdict(config.lora),
         "template": config.template,
         "max_length": config.max_length,
@@ -166,12 +160,12 @@ def _maker(
     runtime: Runtime,
     config: ProxyConfig,
     load: Callable[[], ProxyInputs],
-    member: int,
-    epoch: int,
+    label: str,
+    settings: Mapping[str, Any],
     previous: Artifact | None,
 ) -> Callable[[Path], Mapping[str, Any]]:
     def make(folder: Path) -> Mapping[str, Any]:
-        return on_all_ranks(runtime, folder, _train, config, load(), member, epoch, previous)
+        return on_all_ranks(runtime, folder, _train, config, load(), label, settings, previous)
 
     return make
 
@@ -181,26 +175,29 @@ def _train(
     folder: Path,
     config: ProxyConfig,
     inputs: ProxyInputs,
-    member: int,
-    epoch: int,
+    label: str,
+    settings: Mapping[str, Any],
     previous: Artifact | None,
 ) -> dict[str, Any]:
-    label = f"proxy member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
     with runtime.display.task(label, len(inputs.encoded)) as advance:
-        return train_member_epoch(runtime, config, inputs, member, epoch, previous, folder, advance)
+        return train_member_epoch(runtime, config, inputs, settings, previous, folder, advance)
 
 
 def train_member_epoch(
     runtime: Runtime,
     config: ProxyConfig,
     inputs: ProxyInputs,
-    member: int,
-    epoch: int,
+    settings: Mapping[str, Any],
     previous: Artifact | None,
     folder: Path,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Train one member for one epoch from where the epoch before left it; write it, and norms taken on the way."""
+    """Train one member for one epoch from where the epoch before left it; write it, and norms taken on the way.
+
+    Args:
+        settings: of `member_settings`; they name the member and the epoch.
+    """
+    member, epoch = settings["member"], settings["epoch"]
     lengths = [len(example.input_ids) for example in inputs.encoded]
     plan = epoch_plan(config, lengths, runtime.seed, member, epoch)
     optimization = Optimization(
@@ -208,7 +205,7 @@ def train_member_epoch(
         config.weight_decay,
         config.schedule,
         config.warmup_steps,
-        total_steps=len(plan) * config.total_epochs,
+        total_steps=len(plan) * (settings["scheduled_epochs"] or epoch),  # a constant rate does not depend on it
     )
     start = EpochStart(len(plan) * (epoch - 1), derive_seed(runtime.seed, "dropout", member, epoch), previous)
     first = derive_seed(runtime.seed, "lora", 0 if config.ensemble == "bootstrap" else member)

@@ -17,7 +17,6 @@ from gradsift.training.backbones import Backbone
 from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.finetuning import Finetuning, Optimization, fit, step_counts
-from gradsift.training.residual import residual_precision
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 
@@ -64,8 +63,7 @@ def train_epoch(
     An epoch that was interrupted goes on within it (see `fit`).
 
     Returns:
-        optimizer_steps, resumed_steps, rows, the precision of the residual stream, and the sizes of the adapter's
-        factors.
+        optimizer_steps, resumed_steps, rows, and the sizes of the adapter's factors.
     """
     backbone, encoded, row_indices, budget = inputs
     module = Finetuning(adapted, optimization, budget, backbone.pad_id, start.first_step, start.dropout_seed)
@@ -77,8 +75,7 @@ def train_epoch(
     steps = fit(module, encoded, plan, compute=compute, row_indices=row_indices, callbacks=callbacks, folder=folder)
     lora.save_adapter(adapted, folder)
     write_curve(folder, module.curve)
-    residual = residual_precision(backbone.model)
-    return {**step_counts(module, steps), "rows": len(encoded), "residual": residual, **lora.factor_sizes(adapted)}
+    return {**step_counts(module, steps), "rows": len(encoded), **lora.factor_sizes(adapted)}
 
 
 class OptimizerKeeper(L.Callback):

@@ -14,14 +14,12 @@ from gradsift.data.batching import length_batches, spread_out
 from gradsift.journal import Journal
 from gradsift.runtime import Advance, weighed
 from gradsift.training.backbones import Backbone
-from gradsift.training.device import TokenBudget
+from gradsift.training.device import TokenBudget, tokens_factor
 from gradsift.training.finetuning import require_finite
-from gradsift.training.fused import is_fused
 from gradsift.training.head import OutputHead, token_losses
 
 _CHUNK = 1000  # texts tokenised in one call: bounds the memory that a tokenizer's own records take
 _BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # padded; no result depends on it. A CPU has them in its caches
-_FUSED_TOKENS = 1024  # with packed weights, whose way from memory is shared by the rows of a pass
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def span_losses(
     groups = list(same.values())
     advance(len(spans) - sum(map(len, groups)))
     head = OutputHead.of(backbone.model)
-    budget = TokenBudget(_FUSED_TOKENS if is_fused(backbone.model) else _BATCH_TOKENS[backbone.model.device.type])
+    budget = TokenBudget(_BATCH_TOKENS[backbone.model.device.type] * min(2, tokens_factor(backbone.model)))
     lengths = [len(spans[group[0]].ids) for group in groups]
     told = weighed(advance, sum(map(len, groups)), sum(lengths))
     for batch in spread_out(length_batches(lengths, budget.tokens)):

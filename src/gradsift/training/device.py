@@ -15,14 +15,12 @@ from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.journal import Journal
 from gradsift.runtime import Advance, weighed
-from gradsift.training.fused import is_fused
 
 T = TypeVar("T")
 _GPU_TOKENS = 16384
 # what torch says where it has no exception of its own: on a CPU under Linux, elsewhere, and from inside cuBLAS
 _SIGNS = ("allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
 _CPU_ACTIVATION = 393_216  # numbers in a (tokens, hidden size) activation that a CPU core's cache still likes
-_FUSED_ACTIVATION = 3 * _CPU_ACTIVATION  # with packed weights, whose way from memory is shared by the rows of a pass
 
 
 class TokenBudget:
@@ -44,7 +42,7 @@ class TokenBudget:
         if tokens is None:
             parameter = next(model.parameters())
             hidden = int(getattr(model.config, "hidden_size", None) or parameter.shape[-1])
-            most = _FUSED_ACTIVATION if is_fused(model) else _CPU_ACTIVATION
+            most = _CPU_ACTIVATION * tokens_factor(model)
             tokens = _GPU_TOKENS if parameter.device.type == "cuda" else max(256, most // hidden)
         return cls(tokens, say)
 
@@ -109,6 +107,15 @@ class TokenBudget:
             f"  memory ran out with {used:,} tokens at once; the batch is repeated with {self.tokens:,} "
             f"(compute.tokens={self.tokens} starts with that)"
         )
+
+
+def tokens_factor(model: Any) -> int:
+    """How many times more tokens than usual suit a pass through `model` on a CPU: its attribute `tokens_factor`, or 1.
+
+    Packed weights set it: each pass reads all of them once, whatever the number of tokens.
+    """
+    factor: int = getattr(model, "tokens_factor", 1)
+    return factor
 
 
 def is_out_of_memory(error: BaseException) -> bool:

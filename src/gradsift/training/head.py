@@ -11,20 +11,27 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from gradsift.training.frozen import BLOCK
-from gradsift.training.fused import is_fused
-from gradsift.training.kernels import kernels
 from gradsift.training.lora import evaluating
 
 _CHUNK_LOGITS = 2**23  # logits of a chunk, 32 MB in float32; no result depends on it
 _MULTIPLE = 64  # of the vocabulary in bfloat16: other widths run at half speed (50,257 on AMX)
+
+
+class FrozenHead(Protocol):
+    """Losses of an output embedding that carries a faster way to them, in its attribute `frozen_head`."""
+
+    def chunk(self, count: int) -> int:
+        """Places whose logits are made at once, out of `count`."""
+
+    def losses(self, hidden: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+        """Cross entropy (P,) float32 of `targets` (P,) after `hidden` (P, D); fills `gradient` (P, D) if given."""
 
 
 class OutputHead:
@@ -38,8 +45,7 @@ class OutputHead:
             weight = F.pad(weight, (0, 0, 0, lacking))
             bias = None if bias is None else F.pad(bias, (0, lacking))
         self.weight, self.bias = weight, bias  # (V, D), (V,); in bfloat16 with zero rows up to a multiple of 64
-        is_packed = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and bias is None and is_fused(below)
-        self.packed = _PackedHead.of(embedding, weight) if is_packed else None
+        self.own: FrozenHead | None = embedding.__dict__.get("frozen_head")
         # kept from call to call: fresh memory of this size costs as much as the product that fills it
         self._logits = torch.empty(0)
         self._exact = torch.empty(0)
@@ -77,11 +83,7 @@ class OutputHead:
 
     def chunk(self, count: int) -> int:
         """Places whose logits are made at once, of `count`."""
-        if self.packed is None:
-            return max(1, _CHUNK_LOGITS // len(self.weight))
-        most = max(BLOCK, 2 * _CHUNK_LOGITS // len(self.weight) // BLOCK * BLOCK)  # as many bytes
-        each = -(-count // max(1, -(-count // most)))  # pieces of like size
-        return max(BLOCK, -(-each // BLOCK) * BLOCK)
+        return max(1, _CHUNK_LOGITS // len(self.weight)) if self.own is None else self.own.chunk(count)
 
     def buffers(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for the logits of `count` places: (count, padded V) in the weight's precision, (count, V) float32."""
@@ -124,8 +126,8 @@ def _chunk(
     hidden: torch.Tensor, targets: torch.Tensor, head: OutputHead, gradient: torch.Tensor | None
 ) -> torch.Tensor:
     """Losses (P,) of a chunk; fills `gradient` (P, D) with (softmax - one-hot) W, where one is given."""
-    if head.packed is not None:
-        return head.packed.losses(hidden, targets, head, gradient)
+    if head.own is not None:
+        return head.own.losses(hidden, targets, gradient)
     logits, exact = head.buffers(len(hidden))
     if exact.dtype == logits.dtype:
         torch.mm(hidden, head.weight.t(), out=logits)
@@ -143,51 +145,6 @@ def _chunk(
             logits[:, : head.vocabulary] = exact  # the columns beyond may hold anything: their weights are zero
         torch.mm(logits, head.weight, out=gradient)
     return losses
-
-
-class _PackedHead:
-    """The head's two products from packed weights (`frozen.py`), and what lies between them in one pass.
-
-    The number that is taken off a place's logits (see `_less_rounded`) is taken off by one more column of the
-    weight, which is one everywhere.
-    """
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        pack = torch.ops.mkldnn._reorder_linear_weight
-        ones = weight.new_zeros(len(weight), BLOCK)
-        ones[:, 0] = 1
-        self._forth = pack(torch.cat([weight, ones], 1))
-        self._back = pack(weight.t().contiguous())
-
-    @classmethod
-    def of(cls, embedding: Any, weight: torch.Tensor) -> _PackedHead:
-        """That of an embedding, made once."""
-        if "packed_head" not in embedding.__dict__:
-            embedding.__dict__["packed_head"] = cls(weight)
-        found: _PackedHead = embedding.__dict__["packed_head"]
-        return found
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _PackedHead:
-        return self  # it never changes
-
-    def losses(
-        self, hidden: torch.Tensor, targets: torch.Tensor, head: OutputHead, gradient: torch.Tensor | None
-    ) -> torch.Tensor:
-        """As `_chunk`."""
-        product = torch.ops.mkldnn._linear_pointwise
-        count, width = hidden.shape
-        own = (hidden.float() * head.weight[targets].float()).sum(1)
-        offset = own.to(hidden.dtype)
-        wider = hidden.new_zeros(count + -count % BLOCK, width + BLOCK)
-        wider[:count, :width] = hidden
-        wider[:count, width] = -offset
-        logits = product(wider, self._forth, None, "none", [], "")
-        losses: torch.Tensor = kernels().cross_entropy_(
-            logits[:count], targets, own - offset.float(), head.vocabulary, gradient is not None
-        )
-        if gradient is not None:
-            gradient.copy_(product(logits, self._back, None, "none", [], "")[:count])
-        return losses
 
 
 def _less_rounded(

@@ -75,6 +75,16 @@ def nano_model(
     The wide initial weights are on purpose: at this width the usual 0.02 leaves the model idle for most of the
     little training it gets.
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = nano_config(architecture, width, layers, heads, initializer_range)
+        return GPT2LMHeadModel(config) if architecture == "gpt2" else LlamaForCausalLM(config)
+
+
+def nano_config(
+    architecture: Architecture, width: int = 64, layers: int = 3, heads: int = 4, initializer_range: float = 0.1
+) -> GPT2Config | LlamaConfig:
+    """The config of `nano_model`."""
     tokenizer = nano_tokenizer()
     # One multiple of 64 above the words: matrix products are faster, and no id is out of reach.
     shared: dict[str, Any] = {
@@ -85,24 +95,20 @@ def nano_model(
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if architecture == "gpt2":
-            dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-            shape = {"n_positions": CONTEXT, "n_embd": width, "n_layer": layers, "n_head": heads}
-            return GPT2LMHeadModel(GPT2Config(**shape, **dropout, **shared))
-        if architecture == "llama":
-            return LlamaForCausalLM(
-                LlamaConfig(
-                    hidden_size=width,
-                    # Three matrices where GPT-2 has two: 2 1/2 widths keep the two of a size.
-                    intermediate_size=width * 5 // 2,
-                    num_hidden_layers=layers,
-                    num_attention_heads=heads,
-                    max_position_embeddings=CONTEXT,
-                    **shared,
-                )
-            )
+    if architecture == "gpt2":
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        shape = {"n_positions": CONTEXT, "n_embd": width, "n_layer": layers, "n_head": heads}
+        return GPT2Config(**shape, **dropout, **shared)
+    if architecture == "llama":
+        return LlamaConfig(
+            hidden_size=width,
+            # Three matrices where GPT-2 has two: 2 1/2 widths keep the two of a size.
+            intermediate_size=width * 5 // 2,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=CONTEXT,
+            **shared,
+        )
     raise ConfigError(f"architecture={architecture!r} is not built in; use 'gpt2' or 'llama'")
 
 

@@ -69,7 +69,6 @@ def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:
         "name": None,
         "model": None,  # the parent artifact stands for it
         "seed": runtime.seed,
-        **runtime.compute.numerics,
         "tokens": runtime.compute.mask_batches if config.lora.dropout else None,
     }
 

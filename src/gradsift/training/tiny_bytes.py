@@ -32,8 +32,15 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
 
 def bytes_model(*, width: int = 128, layers: int = 4, heads: int = 4, seed: int = 0) -> GPT2LMHeadModel:
     """A GPT-2 of about a million parameters, drawn with `seed` and never trained; dropout is off throughout."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(bytes_config(width, layers, heads))
+
+
+def bytes_config(width: int = 128, layers: int = 4, heads: int = 4) -> GPT2Config:
+    """The config of `bytes_model`."""
     tokenizer = bytes_tokenizer()
-    config = GPT2Config(
+    return GPT2Config(
         vocab_size=-(-len(tokenizer) // 64) * 64,  # a multiple of 64: matrix products are faster
         n_positions=CONTEXT,
         n_embd=width,
@@ -47,6 +54,3 @@ def bytes_model(*, width: int = 128, layers: int = 4, heads: int = 4, seed: int 
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.eos_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return GPT2LMHeadModel(config)

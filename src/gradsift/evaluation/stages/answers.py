@@ -68,7 +68,6 @@ def generate(
         "items": items_hash(items),
         "max_new_tokens": config.max_new_tokens,
         "template": target_config.template,
-        **runtime.compute.numerics,
     }
     generator = tuned.path.name if tuned else f"{target_config.name}-untuned"
 

@@ -81,7 +81,7 @@ def forgetting_of(states: tuple[General, General]) -> dict[str, Any]:
 def _lm_eval(
     runtime: Runtime, config: BenchmarkConfig, target_config: TargetConfig, target: Artifact, tuned: Artifact | None
 ) -> Artifact:
-    settings: dict[str, Any] = {"tasks": list(config.lm_eval_tasks), "limit": config.limit, **runtime.compute.numerics}
+    settings: dict[str, Any] = {"tasks": list(config.lm_eval_tasks), "limit": config.limit}
     settings["package"] = metadata.version("lm-eval")  # tasks change from release to release
     if config.lm_eval_folder is not None:
         files = sorted(file for file in Path(config.lm_eval_folder).rglob("*") if file.is_file())

@@ -111,7 +111,7 @@ def judge_settings(runtime: Runtime, config: JudgeConfig, wording: str | None) -
         settings["annotators"] = {"name": annotator.name, "content": annotator.content}
         settings["base_url"] = config.base_url or annotator.base_url or os.environ.get("OPENAI_BASE_URL")
     if isinstance(config, LocalJudgeConfig):
-        settings |= {"model": None, **runtime.compute.numerics}
+        settings["model"] = None  # the parent artifact stands for it
     return settings if wording is None else {**settings, "wording": wording}
 
 

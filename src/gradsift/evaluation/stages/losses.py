@@ -38,7 +38,6 @@ def heldout_loss(
     settings = {
         "template": config.template,
         "max_length": config.max_length,
-        **runtime.compute.numerics,
     }
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -75,7 +74,6 @@ def reference_losses(
         "items": items_hash(known),
         "template": config.template,
         "max_length": config.max_length,
-        **runtime.compute.numerics,
     }
 
     def make(folder: Path) -> Mapping[str, Any]:

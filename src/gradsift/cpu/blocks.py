@@ -1,9 +1,8 @@
-"""What lies between the matrix products of a transformer's blocks, one pass over memory each, on a CPU.
+"""The passes between the matrix products of a transformer's blocks, fused for a CPU.
 
-It is the same function as transformers' own code, which takes a pass for every sum, product and cast: half
-of a step's time. Norms, the MLP's activation and causal attention are fused here (`kernels.cpp`), for
-models whose blocks are known (`residual.py`); others stay as they are, and so does all where nothing can be
-compiled, on a GPU (whose own attention is fused), and in models whose weights train.
+transformers makes one pass over memory for every sum, product and cast, which takes half of a step's time. Norms, the
+activations of MLPs and causal attention compute the same function here in one pass each (`kernels.cpp`), in float32
+inside. Layers that train or are adapted, attention with a mask, a cache or dropout keep transformers' own code.
 
 Shape letters: M tokens of a batch, D width, F inner width of an MLP, B examples, H heads, T tokens of an
 example, E width of a head.
@@ -22,59 +21,31 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gradsift.training.frozen import Packed, PackedConv1D, PackedLinear, pack_linear_layers, trains
-from gradsift.training.kernels import are_there, kernels
-from gradsift.training.residual import residual_precision, stream_norms
+from gradsift.cpu.compiled import kernels
+from gradsift.cpu.products import PackedConv1D, PackedLinear, PackedProducts, is_packed
+from gradsift.training.frozen import trains
 
-_ATTENTION = "gradsift"  # its name in transformers' register
-_LANES = 16  # numbers that a kernel works on at once: widths are multiples of it
-_SMALLEST = 256  # width of a model that it pays for: what is smaller spends its time in Python
+ATTENTION = "gradsift_cpu"  # name of the fused attention in transformers' register
+LANES = 16  # numbers that a kernel works on at once: widths must be multiples of it
 
 
-def fuse(model: Any) -> bool:
-    """Fuse a frozen causal language model's blocks, on a CPU.
+def fuse_blocks(model: nn.Module, norms: list[Any]) -> None:
+    """Replace the forward passes of a frozen model's norms, MLPs and rotary attention.
 
     Args:
-        model: of transformers, without adapters, in bfloat16 with its residual stream in float32. In float32 the
-            products take so much of the time that it would save a tenth at most.
-
-    Returns:
-        Whether that was done.
+        norms: the norms that read the float32 residual stream (`gradsift.training.residual.stream_norms`).
     """
-    if model.dtype != torch.bfloat16 or not (norms := stream_norms(model)) or not _fits(model.config):
-        return False
-    if model.device.type != "cpu" or residual_precision(model) != "float32":
-        return False
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False  # a processor before AVX-512, whose products in bfloat16 oneDNN leaves alone
-    if not are_there():
-        return False
-    pack_linear_layers(model, model.get_output_embeddings())
     for norm in norms:
         _become(norm, _FusedNorm)
+    module: Any
     for module in model.modules():
         if isinstance(getattr(module, "act", None), GELUTanh):
             _become(module, _GeluMlp)
         elif isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
             _become(module, _GatedMlp)
-        elif hasattr(module, "q_proj") and not (hasattr(module, "q_norm") or module.head_dim % (2 * _LANES)):
-            # Qwen3's norms stand before the turn; the two halves of a head turn into each other
+        elif hasattr(module, "q_proj") and not (hasattr(module, "q_norm") or module.head_dim % (2 * LANES)):
+            # Qwen3 normalises queries and keys before it rotates them; a head's two halves rotate into each other
             _become(module, _RotaryAttention)
-    model.set_attn_implementation(_ATTENTION)
-    return True
-
-
-def _fits(config: Any) -> bool:
-    """Whether a model's widths do, and it is large enough for this to pay."""
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    inner_width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 0
-    widths = (config.hidden_size, head_width, inner_width)
-    return config.hidden_size >= _SMALLEST and not any(width % _LANES for width in widths)
-
-
-def is_fused(model: nn.Module) -> bool:
-    """Whether `fuse` took this model."""
-    return any(isinstance(module, _FusedNorm) for module in model.modules())
 
 
 def _become(module: Any, mixin: type) -> None:
@@ -123,15 +94,15 @@ class _Norm(torch.autograd.Function):
 
 
 class _GeluMlp:
-    """GPT-2's MLP. Where a layer of it is adapted only the activation is fused."""
+    """GPT-2's MLP. If one of its layers is adapted, only the activation is fused."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         first, second = self.c_fc, self.c_proj
         if self.training and self.dropout.p:
             return super().forward(x)  # type: ignore[misc, no-any-return]
-        if any(type(layer) is not PackedConv1D or trains(layer) for layer in (first, second)):
+        if not (type(first) is type(second) is PackedConv1D and is_packed(first) and is_packed(second)):
             return second(_Gelu.apply(first(x)))  # type: ignore[no-untyped-call, no-any-return]
-        y: torch.Tensor = _ProductsAroundGelu.apply(x, first.packed, second.packed)  # type: ignore[no-untyped-call]
+        y: torch.Tensor = _ProductsAroundGelu.apply(x, first.frozen_products, second.frozen_products)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -151,8 +122,8 @@ class _Gelu(torch.autograd.Function):
 
 class _ProductsAroundGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, first: Packed, second: Packed) -> torch.Tensor:
-        inner, slope = kernels().product_gelu(x.reshape(-1, x.shape[-1]), first.forth, first.bias, first.width)
+    def forward(ctx: Any, x: torch.Tensor, first: PackedProducts, second: PackedProducts) -> torch.Tensor:
+        inner, slope = kernels().product_gelu(x.reshape(-1, x.shape[-1]), first.forward_weight, first.bias, first.width)
         ctx.save_for_backward(slope)  # (M, F)
         ctx.first, ctx.second, ctx.shape = first, second, x.shape
         return second.outputs(inner).view(*x.shape[:-1], -1)
@@ -161,28 +132,28 @@ class _ProductsAroundGelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         backprops = gradients[0].reshape(-1, ctx.second.width)
-        to_inner = kernels().product_times(backprops, ctx.second.back, ctx.saved_tensors[0])
+        to_inner = kernels().product_times(backprops, ctx.second.backward_weight, ctx.saved_tensors[0])
         return ctx.first.to_inputs(to_inner).view(ctx.shape), None, None
 
 
 class _GatedMlp:
-    """Llama's MLP, silu(gate x) * up x, gate and up as one product. Where a layer is adapted it stays as it is."""
+    """Llama's MLP, silu(gate x) * up x, with gate and up as one product. Unchanged if one of its layers is adapted."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
-        if any(type(layer) is not PackedLinear or trains(layer) for layer in layers):
+        if not all(type(layer) is PackedLinear and is_packed(layer) for layer in layers):
             return super().forward(x)  # type: ignore[misc, no-any-return]
         if (both := self.__dict__.get("_both")) is None:
             weight = torch.cat([self.gate_proj.weight, self.up_proj.weight]).t()  # (D, 2 F)
             biases = [layer.bias for layer in layers[:2] if layer.bias is not None]
-            both = self.__dict__["_both"] = Packed(weight, torch.cat(biases) if biases else None)
-        y: torch.Tensor = _Gated.apply(x, both, self.down_proj.packed)  # type: ignore[no-untyped-call]
+            both = self.__dict__["_both"] = PackedProducts(weight, torch.cat(biases) if biases else None)
+        y: torch.Tensor = _Gated.apply(x, both, self.down_proj.frozen_products)  # type: ignore[no-untyped-call]
         return y
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, both: Packed, down: Packed) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, both: PackedProducts, down: PackedProducts) -> torch.Tensor:
         gate_and_up = both.outputs(x.reshape(-1, x.shape[-1]))  # (M, 2 F)
         ctx.save_for_backward(gate_and_up)
         ctx.both, ctx.down, ctx.shape = both, down, x.shape
@@ -199,7 +170,7 @@ class _Gated(torch.autograd.Function):
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """None where attention is causal and nothing else: no padding on the left, no window, no cache, no other mask."""
+    """None for plain causal attention: without padding on the left, a window, a cache or another mask."""
     plain = kwargs.get("attention_mask") is None and kwargs.get("allow_is_causal_skip", True)
     if plain and kwargs.get("local_size") is None and kwargs["q_length"] == kwargs["kv_length"]:
         return None
@@ -228,7 +199,7 @@ def _attention(
 
 
 class _RotaryAttention:
-    """Llama's attention, which turns queries and keys by their positions' angles; plain causal attention only."""
+    """Llama's attention, which rotates queries and keys by their positions; fused for plain causal attention only."""
 
     def forward(
         self: Any,
@@ -278,5 +249,5 @@ class _Attend(torch.autograd.Function):
         return *to, None, None, None
 
 
-ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, _mask)
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _mask)

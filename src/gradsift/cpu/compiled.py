@@ -1,4 +1,4 @@
-"""What `kernels.cpp` compiles to, once a machine: the passes between a model's matrix products on a CPU."""
+"""The functions of `kernels.cpp`, compiled once a machine with the user's C++ compiler."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from gradsift.errors import GradsiftError
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC"]
-_SLOWER = "models in bfloat16 run on torch's own, slower kernels"
+_SLOWER = "bfloat16 models run on torch's own, slower kernels"
+_PATIENCE = 300.0  # seconds for the compiler, and for another process that compiles; 20 are usual
 _LOG = logging.getLogger(__name__)
 
 
@@ -30,37 +31,45 @@ def kernels() -> Any:
     Raises:
         GradsiftError: they cannot be compiled here.
     """
-    if not are_there():
-        raise GradsiftError("kernels.cpp cannot be compiled here, and is not needed: ask `are_there` first")
+    if not available():
+        raise GradsiftError("kernels.cpp cannot be compiled here; call `available` before using the kernels")
     return torch.ops.gradsift
 
 
+def version() -> str:
+    """12 hex digits over the source and the flags: what the results of the kernels depend on."""
+    text = "\n".join([_SOURCE.read_text(encoding="utf-8"), *_FLAGS])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 @functools.cache
-def are_there() -> bool:
-    """Whether they are compiled, or could be just now; where not, what is missing is said once."""
+def available() -> bool:
+    """Whether the kernels are compiled, or can be compiled now. If not, one warning gives the reason."""
     named = os.environ.get("CXX") or "c++"
     compiler = named.split()  # it may have options, or stand behind ccache
     if shutil.which(compiler[0]) is None:
-        _LOG.warning(f"no C++ compiler {named} is found (CXX names another): {_SLOWER}")
+        _LOG.warning(f"no C++ compiler {named} was found (CXX names another): {_SLOWER}")
         return False
     try:
         library = _folder() / f"kernels-{_key(compiler)}.so"
         if not library.is_file():
             library.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(library.with_suffix(".lock")):  # of several processes one compiles
+            with FileLock(library.with_suffix(".lock"), timeout=_PATIENCE):  # one process compiles
                 if not library.is_file():
                     _compile(compiler, library)
         torch.ops.load_library(library)
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home, no file locks
+    except (OSError, RuntimeError, subprocess.SubprocessError, Timeout) as error:  # RuntimeError: no home folder
         _LOG.warning(f"kernels.cpp cannot be compiled or loaded ({_reason(error)}): {_SLOWER}")
         return False
     return True
 
 
 def _reason(error: Exception) -> str:
-    """In one line: the compiler's first error, where it gave one."""
-    said = (getattr(error, "stderr", None) or "").strip() or str(error).strip() or type(error).__name__
-    lines = said.splitlines()
+    """One line: the compiler's first error, where it gave one."""
+    if isinstance(error, subprocess.TimeoutExpired | Timeout):
+        return f"the compiler did not end within {_PATIENCE:.0f} s"
+    text = (getattr(error, "stderr", None) or "").strip() or str(error).strip() or type(error).__name__
+    lines = text.splitlines()
     return next((line for line in lines if "error" in line.lower()), lines[0])
 
 
@@ -69,30 +78,28 @@ def _folder() -> Path:
 
 
 def _key(compiler: list[str]) -> str:
-    """Of what the compiled file depends on: its source, how it is compiled, torch, and the processor."""
-    version = subprocess.run(  # noqa: S603 - the user's own compiler
-        [*compiler, "--version"], capture_output=True, text=True, check=False
+    """16 hex digits over what the compiled file depends on: source, flags, compiler, torch and processor."""
+    described = subprocess.run(  # noqa: S603 - the user's own compiler
+        [*compiler, "--version"], capture_output=True, text=True, check=False, timeout=_PATIENCE
     ).stdout
-    compiled = [_SOURCE.read_text(encoding="utf-8"), *compiler[1:], *_FLAGS, version, torch.__version__]
-    parts = [*compiled, platform.machine(), _processor()]
+    parts = [version(), *compiler[1:], described, torch.__version__, platform.machine(), _processor()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _processor() -> str:
-    """What the processor can do; a home folder may be shared by several machines."""
+    """The processor's instruction sets: a home folder may be shared by different machines."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
 
 
 def _compile(compiler: list[str], library: Path) -> None:
-    """Into a folder beside it first, for it is there whole or not at all."""
+    """Compile into a folder beside `library` and rename, so that the file is whole or absent."""
     root = Path(torch.__file__).parent
     _LOG.warning("compiling kernels.cpp for this processor (once, about 20 s)")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         part = Path(folder) / library.name
         paths = [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
-        subprocess.run(  # noqa: S603
-            [*compiler, *_FLAGS, str(_SOURCE), "-o", str(part), *paths], check=True, capture_output=True, text=True
-        )
+        command = [*compiler, *_FLAGS, str(_SOURCE), "-o", str(part), *paths]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_PATIENCE)  # noqa: S603
         part.replace(library)

@@ -1,7 +1,12 @@
-"""Every compiled kernel against a slow twin in torch: values, gradients, extremes, odd sizes and wrong calls."""
+"""Laws of the optional CPU kernels: each kernel against float64, and whole models against the same ones without.
+
+Kernels are held element by element to a few roundings of the float64 result. A whole accelerated model must be as near
+to float32 as the same bfloat16 model without kernels.
+"""
 
 from __future__ import annotations
 
+import copy
 import os
 import stat
 import subprocess
@@ -10,19 +15,56 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from test_norms import batch_norms
+from torch import nn
 from torch.nn import functional as F
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+import gradsift.cpu
+from gradsift.config import ComputeConfig, LoraConfig
+from gradsift.cpu import accelerate, blocks, products
+from gradsift.cpu import compiled as module
+from gradsift.cpu.compiled import available, kernels
+from gradsift.cpu.products import PackedConv1D, PackedHead, PackedLinear, PackedProducts
+from gradsift.data.batching import collate
+from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
-from gradsift.training import kernels as module
-from gradsift.training.frozen import Packed
-from gradsift.training.kernels import are_there, kernels
+from gradsift.gradients.per_sample import gradient_pass
+from gradsift.training import lora
+from gradsift.training.finetuning import ResponseLosses
+from gradsift.training.head import OutputHead
+from gradsift.training.numerics import expected_numerics, numerics_of, prepare
+from gradsift.training.residual import residual_in_float32
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-compiled = pytest.mark.skipif(not are_there(), reason="kernels.cpp cannot be compiled here")
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
+compiled = pytest.mark.skipif(not available(), reason="kernels.cpp cannot be compiled here")
+HAS_PRODUCTS = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+has_products = pytest.mark.skipif(
+    not HAS_PRODUCTS, reason="this processor has no bfloat16 products, so none are packed"
+)
 NAN, INF = float("nan"), float("inf")
 BOTH = pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+def test_ci_compiles_the_kernels() -> None:
+    """Elsewhere they may be missing, and then their laws are skipped; not here."""
+    if "CI" not in os.environ:
+        pytest.skip("this law is for CI")
+    assert available()
 
 
 def ops() -> Any:
@@ -143,15 +185,16 @@ def test_whatever_is_not_a_number_stays_so(bits: int) -> None:
 # ----------------------------------------------------------------------------------------------- products
 
 
-def packed(inputs: int, outputs: int, bias: bool = True) -> tuple[Packed, torch.Tensor, torch.Tensor | None]:
+def packed(inputs: int, outputs: int, bias: bool = True) -> tuple[PackedProducts, torch.Tensor, torch.Tensor | None]:
     weight = normal(inputs, outputs, scale=inputs**-0.5, precision=torch.bfloat16, seed=5)
     vector = normal(outputs, precision=torch.bfloat16, seed=6) if bias else None
-    return Packed(weight, vector), weight, vector
+    return PackedProducts(weight, vector), weight, vector
 
 
 ROWS = pytest.mark.parametrize("rows", [1, 31, 32, 33, 161])
 
 
+@has_products
 @compiled
 @ROWS
 @pytest.mark.parametrize("bias", [True, False])
@@ -165,13 +208,14 @@ def test_products_with_packed_weights(rows: int, bias: bool, threads: int) -> No
     near(layer.to_inputs(backprops), backprops.double() @ weight.double().t(), slack=2)
     factor = normal(rows, 64, precision=torch.bfloat16, seed=8)
     product = (backprops.double() @ weight.double().t()).bfloat16().double()
-    near(ops().product_times(backprops, layer.back, factor), product * factor.double(), slack=3)
+    near(ops().product_times(backprops, layer.backward_weight, factor), product * factor.double(), slack=3)
     inner = (x.double() @ weight.double() + offset).bfloat16()
-    y, slope = ops().product_gelu(x, layer.forth, vector, 48)
+    y, slope = ops().product_gelu(x, layer.forward_weight, vector, 48)
     for found, twin in zip((y, slope), ops().gelu(inner), strict=True):
         near(found, twin, slack=8)  # of a product whose last bit may be another
 
 
+@has_products
 @compiled
 def test_products_of_rows_that_do_not_lie_side_by_side() -> None:
     layer, _, _ = packed(64, 48)
@@ -183,6 +227,7 @@ def test_products_of_rows_that_do_not_lie_side_by_side() -> None:
     assert torch.equal(layer.outputs(x[:1].expand(40, -1)), expected[:1].expand(40, -1))
 
 
+@has_products
 @compiled
 def test_a_product_of_no_rows_is_empty() -> None:
     layer, _, _ = packed(64, 48)
@@ -409,6 +454,7 @@ def test_any_number_of_threads_gives_the_same_bits_but_for_products(precision: t
             assert torch.equal(found, twin)
 
 
+@has_products
 @compiled
 @pytest.mark.parametrize("threads", [1, 2])
 def test_kernels_run_where_nothing_is_recorded(threads: int) -> None:
@@ -426,7 +472,6 @@ def test_kernels_run_where_nothing_is_recorded(threads: int) -> None:
 
 def wrong_calls() -> Iterator[tuple[str, Any]]:
     x, weight, rows = torch.zeros(2, 32), torch.ones(32), torch.zeros(2)
-    layer, _, _ = packed(32, 16)
     half = torch.zeros(2, 32, dtype=torch.bfloat16)
     q, k, v = q_k_v(1, 4, 2, 5, 16, torch.float32)
     targets = torch.zeros(2, dtype=torch.int64)
@@ -452,16 +497,6 @@ def wrong_calls() -> Iterator[tuple[str, Any]]:
     yield "gated: shape", lambda: ops().gated(torch.zeros(2, 2, 32))
     yield "gated_backward: backprops", lambda: ops().gated_backward(torch.zeros(1, 16), x)
     yield "gated_backward: precision", lambda: ops().gated_backward(torch.zeros(2, 16), half)
-    yield "product: x", lambda: layer.outputs(torch.zeros(2, 16, dtype=torch.bfloat16))
-    yield "product: x in float32", lambda: layer.outputs(x)
-    yield "product: x of three", lambda: layer.outputs(half[None])
-    yield "product: width", lambda: ops().product(half, layer.forth, None, 32)
-    yield "product: bias", lambda: ops().product(half, layer.forth, torch.zeros(8, dtype=torch.bfloat16), 16)
-    yield "product: not packed", lambda: ops().product(half, torch.zeros(16, 32, dtype=torch.bfloat16), None, 16)
-    yield "product_times: rows", lambda: ops().product_times(half, layer.forth, half[:1, :16].contiguous())
-    yield "product_times: width", lambda: ops().product_times(half, layer.forth, half)
-    yield "product_times: vector", lambda: ops().product_times(half, layer.forth, half[0])
-    yield "product_gelu: width", lambda: ops().product_gelu(half, layer.forth, None, 32)
     yield "cross_entropy_: vector", lambda: ops().cross_entropy_(weight, targets, rows, 32, True)
     yield "cross_entropy_: targets", lambda: ops().cross_entropy_(x, targets[:1], rows, 32, True)
     yield "cross_entropy_: int32", lambda: ops().cross_entropy_(x, targets.int(), rows, 32, True)
@@ -487,16 +522,42 @@ def wrong_calls() -> Iterator[tuple[str, Any]]:
     yield "attend_backward: lse", lambda: ops().attend_backward(out, q, k, v, out, lse[:, :2], 1.0)
 
 
-@compiled
-def test_wrong_calls_raise_and_read_nothing() -> None:
-    accepted = []
-    for name, call in wrong_calls():
+def wrong_products() -> Iterator[tuple[str, Any]]:
+    x, half = torch.zeros(2, 32), torch.zeros(2, 32, dtype=torch.bfloat16)
+    layer, _, _ = packed(32, 16)
+    yield "product: x", lambda: layer.outputs(torch.zeros(2, 16, dtype=torch.bfloat16))
+    yield "product: x in float32", lambda: layer.outputs(x)
+    yield "product: x of three", lambda: layer.outputs(half[None])
+    yield "product: width", lambda: ops().product(half, layer.forward_weight, None, 32)
+    yield "product: bias", lambda: ops().product(half, layer.forward_weight, torch.zeros(8, dtype=torch.bfloat16), 16)
+    yield "product: not packed", lambda: ops().product(half, torch.zeros(16, 32, dtype=torch.bfloat16), None, 16)
+    yield "product_times: rows", lambda: ops().product_times(half, layer.forward_weight, half[:1, :16].contiguous())
+    yield "product_times: width", lambda: ops().product_times(half, layer.forward_weight, half)
+    yield "product_times: vector", lambda: ops().product_times(half, layer.forward_weight, half[0])
+    yield "product_gelu: width", lambda: ops().product_gelu(half, layer.forward_weight, None, 32)
+
+
+def accepted(calls: Iterator[tuple[str, Any]]) -> list[str]:
+    """The calls that raise nothing."""
+    names = []
+    for name, call in calls:
         try:
             call()
         except (RuntimeError, IndexError):
             continue
-        accepted.append(name)
-    assert not accepted
+        names.append(name)
+    return names
+
+
+@compiled
+def test_wrong_calls_raise_and_read_nothing() -> None:
+    assert not accepted(wrong_calls())
+
+
+@compiled
+@has_products
+def test_wrong_products_raise_and_read_nothing() -> None:
+    assert not accepted(wrong_products())
 
 
 # ---------------------------------------------------------------------------------- where they cannot be
@@ -505,11 +566,11 @@ def test_wrong_calls_raise_and_read_nothing() -> None:
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Nothing is known of the compiler yet; an empty cache folder. None of these tests may load what it compiles."""
-    are_there.cache_clear()
+    available.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
     yield tmp_path
-    are_there.cache_clear()
+    available.cache_clear()
 
 
 def compiler_that(folder: Path, script: str) -> str:
@@ -519,12 +580,12 @@ def compiler_that(folder: Path, script: str) -> str:
     return str(file)
 
 
-def test_no_compiler_is_said_once(
+def test_a_missing_compiler_gives_one_warning(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", str(fresh / "nowhere"))
-    assert not are_there()
-    assert not are_there()
+    assert not available()
+    assert not available()
     assert len(caplog.messages) == 1
     assert "CXX" in caplog.text
     with pytest.raises(GradsiftError, match="cannot be compiled"):
@@ -538,7 +599,7 @@ def test_a_failing_compiler_is_quoted(
         '[ "$1" = --version ] || { echo "In file included from" >&2; echo "a.cpp:1: error: no such flag" >&2; exit 1; }'
     )
     monkeypatch.setenv("CXX", compiler_that(fresh, script))
-    assert not are_there()
+    assert not available()
     assert "a.cpp:1: error: no such flag" in caplog.messages[-1]
     assert "In file included" not in caplog.text
     left = [path.name for path in (fresh / "cache" / "gradsift").iterdir() if path.suffix != ".lock"]
@@ -549,10 +610,22 @@ def test_a_compiler_that_fails_in_silence_and_one_that_makes_no_library(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for script in ("exit 3", "exit 0", 'for last; do [ "$before" = -o ] && echo junk > "$last"; before=$last; done'):
-        are_there.cache_clear()
+        available.cache_clear()
         monkeypatch.setenv("CXX", compiler_that(fresh, script))
-        assert not are_there()
+        assert not available()
         assert "cannot be compiled or loaded" in caplog.messages[-1]
+
+
+def test_a_compiler_that_hangs_is_given_up(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_PATIENCE", 0.3)
+    for script in ("exec sleep 20", '[ "$1" = --version ] || exec sleep 20'):
+        available.cache_clear()
+        caplog.clear()
+        monkeypatch.setenv("CXX", compiler_that(fresh, script))
+        assert not available()
+        assert "the compiler did not end within" in caplog.messages[-1]
 
 
 def test_a_cache_folder_that_cannot_be_written(
@@ -560,7 +633,7 @@ def test_a_cache_folder_that_cannot_be_written(
 ) -> None:
     (fresh / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "file"))
-    assert not are_there()
+    assert not available()
     assert "cannot be compiled or loaded" in caplog.text
 
 
@@ -570,7 +643,7 @@ def test_a_user_without_a_home(fresh: Path, monkeypatch: pytest.MonkeyPatch, cap
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", no_home)
-    assert not are_there()
+    assert not available()
     assert "home" in caplog.text
 
 
@@ -586,9 +659,9 @@ def test_another_compiler_processor_or_option_has_a_library_of_its_own(monkeypat
 
 COUNT_COMPILATIONS = """
 import sys, torch
-from gradsift.training import kernels
+from gradsift.cpu import compiled
 torch.ops.load_library = lambda path: open(path).close()
-assert kernels.are_there(), "not there"
+assert compiled.available(), "not there"
 """
 
 
@@ -606,3 +679,447 @@ def test_of_two_processes_one_compiles(fresh: Path) -> None:
         _, said = run.communicate()
         assert run.returncode == 0, said
     assert (fresh / "count").read_text(encoding="utf-8") == "once\n"
+
+
+# ------------------------------------------------------------------------------------------- whole models
+
+
+class EmulatedProducts:
+    """The kernels with torch's products in place of oneDNN's, so that all other laws run on any processor."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.ops.gradsift, name)
+
+    @staticmethod
+    def product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, width: int) -> torch.Tensor:
+        return F.linear(x.float(), packed.float(), None if bias is None else bias.float()).bfloat16()
+
+    def product_times(self, x: torch.Tensor, packed: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        return self.product(x, packed, None, 0) * factor
+
+    def product_gelu(
+        self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        y, slope = torch.ops.gradsift.gelu(self.product(x, packed, bias, width))
+        return y, slope
+
+
+@pytest.fixture
+def products_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    if HAS_PRODUCTS:
+        return
+    emulated = EmulatedProducts()
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(products, "_pack", torch.Tensor.contiguous)
+    monkeypatch.setattr(products, "_product", lambda x, packed: emulated.product(x, packed, None, 0))
+    for user in (products, blocks):
+        monkeypatch.setattr(user, "kernels", lambda: emulated)
+
+
+VOCABULARY = 301  # not a multiple of 16
+WIDTH = 256
+LLAMA_LIKE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"num_attention_heads": 8, "num_key_value_heads": 2}),
+    "mistral": (
+        MistralConfig,
+        MistralForCausalLM,
+        {"num_attention_heads": 4, "num_key_value_heads": 4, "sliding_window": 6},
+    ),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"num_attention_heads": 4, "num_key_value_heads": 2}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"num_attention_heads": 4, "num_key_value_heads": 1}),
+}
+KNOWN = ["gpt2", *LLAMA_LIKE]
+
+
+def exact_model(architecture: str, width: int = WIDTH, **options: Any) -> Any:
+    """Two blocks, in float32, of numbers that bfloat16 has; its biases are not zero."""
+    torch.manual_seed(0)
+    if architecture == "gpt2":
+        shape = {"n_positions": 64, "n_embd": width, "n_layer": 2, "n_head": 4}
+        settings = {"vocab_size": VOCABULARY, "activation_function": "gelu_pytorch_tanh", **shape, **options}
+        model: Any = GPT2LMHeadModel(GPT2Config(**settings))
+    else:
+        config, kind, heads = LLAMA_LIKE[architecture]
+        shape = {"hidden_size": width, "intermediate_size": 3 * width // 2, "num_hidden_layers": 2}
+        shape |= {"head_dim": width // heads["num_attention_heads"], "max_position_embeddings": 64}
+        model = kind(config(vocab_size=VOCABULARY, **shape, **heads, **options))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model.to(torch.bfloat16).float().requires_grad_(False).eval()
+
+
+def in_bfloat16(model: Any) -> Any:
+    """A copy; buffers, such as the frequencies of rotary positions, stay."""
+    half = copy.deepcopy(model, {id(p): nn.Parameter(p.bfloat16(), requires_grad=False) for p in model.parameters()})
+    assert residual_in_float32(half)
+    half.set_attn_implementation("eager")
+    return half
+
+
+def models(architecture: str, **options: Any) -> tuple[Any, Any, Any]:
+    """The same one in float32, in bfloat16, and there fused."""
+    exact = exact_model(architecture, **options)
+    quick = in_bfloat16(exact)
+    assert accelerate(quick)
+    return exact, in_bfloat16(exact), quick
+
+
+def adapted(model: Any, targets: list[str], scale: float = 0.02) -> Any:
+    """With B away from zero, where the gradient of A vanishes."""
+    found = lora.add_adapter(model, LoraConfig(rank=4, targets=targets), seed=1)
+    torch.manual_seed(2)
+    for name, parameter in lora.trainable_parameters(found).items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=scale)
+    return found.eval()
+
+
+def examples() -> list[Encoded]:
+    """Rows of 2 to 50 tokens."""
+    draws = np.random.default_rng(3)
+    sizes = enumerate((2, 5, 16, 17, 33, 50))
+    return [
+        Encoded(row, draws.integers(0, VOCABULARY, size).astype(np.int32), np.arange(size) > size // 3)
+        for row, size in sizes
+    ]
+
+
+def losses_and_norms(model: Any, side: str = "right") -> tuple[torch.Tensor, np.ndarray]:
+    with torch.no_grad():
+        losses = ResponseLosses(model)(collate(examples(), 0, side)).float()
+    return losses, batch_norms(model, examples(), 6, side)
+
+
+def is_accelerated(model: Any) -> bool:
+    return numerics_of(model)["kernels"] == module.version()
+
+
+def logits(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, **options).logits.float()
+
+
+def ids_of(examples: int, tokens: int) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (examples, tokens), generator=torch.Generator().manual_seed(4))
+
+
+def error(found: Any, expected: Any) -> float:
+    found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
+    return float((found - expected).norm() / expected.norm())
+
+
+CASES = [(targets, "right") for targets in ("attention", "gate", "down", "all")] + [("all", "left")]
+
+
+@compiled
+@pytest.mark.usefixtures("products_everywhere")
+@pytest.mark.parametrize("architecture", KNOWN)
+@pytest.mark.parametrize(("targets", "side"), CASES)
+def test_losses_and_norms_are_as_near_to_float32s_as_without(architecture: str, targets: str, side: str) -> None:
+    gpt2 = architecture == "gpt2"
+    named = {
+        "attention": ["c_attn"] if gpt2 else ["q_proj", "v_proj"],
+        "gate": ["c_fc"] if gpt2 else ["gate_proj"],
+        "down": ["mlp.c_proj"] if gpt2 else ["down_proj"],
+        "all": ["all-linear"],
+    }[targets]
+    exact, plain, quick = (losses_and_norms(adapted(model, named), side) for model in models(architecture))
+    for expected, without, found in zip(exact, plain, quick, strict=True):
+        assert error(found, expected) < 2e-3
+        assert error(found, expected) < 1.5 * error(without, expected) + 1e-4
+
+
+@compiled
+@pytest.mark.usefixtures("products_everywhere")
+@pytest.mark.parametrize("architecture", KNOWN)
+def test_all_that_lies_between_the_products_is_fused(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plain, quick = models(architecture)
+    assert is_accelerated(quick)
+    assert not is_accelerated(plain)
+    kinds = {type(module) for module in quick.modules()} - {type(module) for module in plain.modules()}
+    linear = PackedConv1D if architecture == "gpt2" else PackedLinear
+    assert linear in kinds
+    assert {bool(kind.__name__.startswith("Fused")) for kind in kinds - {linear}} == {True}
+    turns_within = architecture in ("llama", "mistral", "qwen2")  # rotary positions, in attention
+    assert len(kinds) == 3 + turns_within  # the linear layers, the norms, the MLPs
+    assert type(quick.get_output_embeddings()) is nn.Linear
+    head = OutputHead.of(quick)
+    assert head is not None
+    assert isinstance(head.own, PackedHead)
+    assert OutputHead.of(copy.copy(quick)).own is head.own  # type: ignore[union-attr]
+    calls = []
+    monkeypatch.setattr(blocks, "sdpa_attention_forward", lambda *args, **kwargs: calls.append(args))
+    window = architecture == "mistral"
+    quick(input_ids=ids_of(2, 5 if window else 40), use_cache=False)
+    assert not calls
+
+
+@compiled
+@pytest.mark.usefixtures("products_everywhere")
+@pytest.mark.parametrize("architecture", KNOWN)
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (1, 50), (3, 33)])
+def test_logits_of_any_shape(architecture: str, rows: int, tokens: int) -> None:
+    exact, plain, quick = models(architecture)
+    ids = ids_of(rows, tokens)
+    expected = logits(exact, ids)
+    assert error(logits(quick, ids), expected) < 1.2 * error(logits(plain, ids), expected) + 1e-4
+    with torch.inference_mode():
+        assert torch.equal(quick(input_ids=ids).logits.float(), logits(quick, ids))
+
+
+def token_by_token(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logits of the places from 12 on, each from a cache of what is before it."""
+    found, cache = [], None
+    for end in range(12, ids.shape[1]):
+        options = {"attention_mask": mask[:, :end], "past_key_values": cache, "use_cache": True}
+        with torch.no_grad():
+            output = model(input_ids=ids[:, 0 if cache is None else end - 1 : end], **options)
+        cache = output.past_key_values
+        found.append(output.logits[:, -1].float())
+    return torch.stack(found, 1)
+
+
+@compiled
+@pytest.mark.usefixtures("products_everywhere")
+@pytest.mark.parametrize("architecture", KNOWN)
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_cache_and_padding_on_the_left(architecture: str, padded: bool) -> None:
+    exact, plain, quick = models(architecture)
+    ids, mask = ids_of(3, 20), torch.ones(3, 20, dtype=torch.int64)
+    if padded:
+        mask[0, :7] = mask[1, :1] = 0
+    expected, without, found = (token_by_token(model, ids, mask) for model in (exact, plain, quick))
+    assert error(found, expected) < 1.5 * error(without, expected) + 1e-3
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    text = quick.generate(ids, attention_mask=mask, **options)
+    assert text.shape == (3, 26)
+    best = logits(exact, text, attention_mask=torch.cat([mask, mask[:, :6] | 1], 1))[:, 19:25]
+    chosen = best.gather(2, text[:, 20:, None])[..., 0]
+    assert (best.amax(2) - chosen).max() < 0.05  # greedy, but for ties
+
+
+@compiled
+@pytest.mark.usefixtures("products_everywhere")
+@pytest.mark.parametrize("architecture", KNOWN)
+def test_packed_rows_do_not_see_each_other(architecture: str) -> None:
+    exact, _, quick = models(architecture)
+    ids, places = ids_of(1, 20), torch.cat([torch.arange(11), torch.arange(9)])[None]
+    expected = logits(exact, ids, position_ids=places, use_cache=False)
+    assert error(logits(quick, ids, position_ids=places, use_cache=False), expected) < 0.01
+    assert error(logits(quick, ids[:, 11:]), expected[:, 11:]) < 0.01
+
+
+# ------------------------------------------------------------------------- adapters and weights that train
+
+
+@compiled
+@pytest.mark.usefixtures("products_everywhere")
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2"])
+def test_an_adapter_comes_and_goes_and_leaves_no_trace(architecture: str) -> None:
+    _, _, quick = models(architecture)
+    ids = ids_of(2, 9)
+    before = logits(quick, ids)
+    for _ in range(2):
+        found = adapted(quick, ["all-linear"])
+        assert not torch.equal(logits(found, ids), before)
+        with found.disable_adapter():
+            assert error(logits(found, ids), before) < 0.01  # an adapted MLP is not fused
+        quick = lora.remove_adapter(found)
+        assert torch.equal(logits(quick, ids), before)
+
+
+@compiled
+@pytest.mark.usefixtures("products_everywhere")
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2"])
+def test_a_merged_adapter_is_in_the_weights_that_are_used(architecture: str) -> None:
+    _, plain, quick = models(architecture)
+    ids = ids_of(2, 9)
+    without = logits(plain, ids)
+    found, expected = adapted(quick, ["all-linear"], 0.2), adapted(plain, ["all-linear"], 0.2)
+    before = logits(found, ids)
+    assert error(without, before) > 0.1  # or nothing below would say much
+    copied = copy.deepcopy(found).merge_and_unload()
+    assert error(logits(copied, ids), logits(copy.deepcopy(expected).merge_and_unload(), ids)) < 0.03
+    assert error(logits(copied, ids), before) < 0.03
+    assert torch.equal(logits(found, ids), before)  # the copy's weights are its own
+    found.merge_adapter()
+    assert error(logits(found, ids), before) < 0.03
+    found.unmerge_adapter()
+    assert error(logits(found, ids), before) < 0.03
+    assert error(logits(found.unload(), ids), without) < 0.03
+
+
+@compiled
+@pytest.mark.usefixtures("products_everywhere")
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2"])
+def test_gradients_of_all_weights(architecture: str) -> None:
+    found = []
+    ids = ids_of(1, 9)
+    for model in models(architecture):
+        each = adapted(model, ["all-linear"])
+        before = logits(each, ids)
+        with gradient_pass(each, "full", 0) as gradients:
+            found.append(gradients(examples()[:3]))
+        assert torch.equal(logits(each, ids), before)
+    exact, plain, quick = found
+    assert exact.shape == quick.shape
+    assert (exact.norm(dim=1) > 0).all()
+    assert error(quick, exact) < 1.2 * error(plain, exact) + 1e-3
+
+
+@compiled
+@pytest.mark.usefixtures("products_everywhere")
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
+def test_a_bias_that_trains_alone_has_a_gradient(architecture: str) -> None:
+    _, plain, quick = models(architecture)
+    gradients = []
+    for model in (plain, quick):
+        names = ("c_fc.bias", "ln_1.bias", "k_proj.bias")
+        biases = [p.requires_grad_() for name, p in model.named_parameters() if name.endswith(names)]
+        parts = torch.autograd.grad(model(input_ids=ids_of(2, 9)).logits.float().logsumexp(2).sum(), biases)
+        gradients.append(torch.cat([part.flatten().float() for part in parts]))
+    assert error(gradients[1], gradients[0]) < 0.02
+
+
+@compiled
+@pytest.mark.usefixtures("products_everywhere")
+@pytest.mark.parametrize("architecture", KNOWN)
+def test_the_gradient_of_the_inputs(architecture: str) -> None:
+    gradients = []
+    for model in models(architecture):
+        inputs = model.get_input_embeddings()(ids_of(2, 21)).detach().requires_grad_()
+        hidden = model.base_model(inputs_embeds=inputs, use_cache=False)[0]
+        weights = torch.linspace(-1, 1, WIDTH)
+        gradients.append(torch.autograd.grad((hidden.float() * weights).sum(), inputs)[0])
+        torch.autograd.grad(model.base_model(inputs_embeds=inputs, use_cache=False)[0].sum(), inputs)  # of stride 0
+    exact, plain, quick = gradients
+    assert error(quick, exact) < 1.2 * error(plain, exact) + 1e-3
+
+
+@compiled
+@pytest.mark.usefixtures("products_everywhere")
+def test_two_threads_change_the_last_digits_at_most() -> None:
+    _, _, quick = models("llama")
+    found = adapted(quick, ["all-linear"])
+    one = losses_and_norms(found)
+    torch.set_num_threads(2)
+    for losses, expected in zip(losses_and_norms(found), one, strict=True):
+        assert error(losses, expected) < 2e-3
+
+
+@compiled
+@pytest.mark.usefixtures("products_everywhere")
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("where", ["norm", "weight", "embedding"])
+def test_what_is_not_a_number_reaches_the_loss(architecture: str, where: str) -> None:
+    half = in_bfloat16(exact_model(architecture))
+    name = {"norm": ("ln_1.weight", "input_layernorm.weight"), "weight": ("c_fc.weight", "up_proj.weight")}
+    names = name.get(where, ("wte.weight", "embed_tokens.weight"))
+    for parameter_name, parameter in half.named_parameters():
+        if parameter_name.endswith(names):
+            parameter.data[..., 0] = float("nan")
+    assert accelerate(half)
+    found = adapted(half, ["all-linear"])
+    losses = ResponseLosses(found)(collate(examples(), 0))
+    assert losses.isnan().all()
+
+
+# -------------------------------------------------------------------------------------- what is not fused
+
+
+@compiled
+@pytest.mark.usefixtures("products_everywhere")
+@pytest.mark.parametrize("width", [128, 272])  # too small to pay; heads of 68
+def test_models_that_do_not_fit_stay_as_they_are(width: int) -> None:
+    half = in_bfloat16(exact_model("gpt2", width=width))
+    kinds = [type(module) for module in half.modules()]
+    assert not accelerate(half)
+    assert kinds == [type(module) for module in half.modules()]
+    assert half.config._attn_implementation == "eager"
+
+
+@compiled
+@pytest.mark.usefixtures("products_everywhere")
+def test_a_stream_that_is_not_float32_and_float32_models_stay_as_they_are() -> None:
+    exact = exact_model("gpt2")
+    assert not accelerate(exact)
+    assert not accelerate(exact.to(torch.bfloat16))
+
+
+@compiled
+@pytest.mark.usefixtures("products_everywhere")
+@pytest.mark.parametrize("lacking", ["compiler", "oneDNN"])
+def test_without_a_compiler_or_library_a_model_has_the_old_path(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if lacking == "compiler":
+        monkeypatch.setattr(gradsift.cpu, "available", lambda: False)
+    else:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    plain, half = (in_bfloat16(exact_model("llama")) for _ in range(2))
+    half.set_attn_implementation("sdpa")
+    prepare(half, ComputeConfig(precision="bfloat16", device="cpu"))
+    assert not is_accelerated(half)
+    assert torch.equal(logits(half, ids_of(2, 9)), logits(plain, ids_of(2, 9)))
+
+
+@compiled
+@pytest.mark.usefixtures("products_everywhere")
+def test_weights_that_are_spread_over_processes_are_not_packed() -> None:
+    compute = ComputeConfig(precision="bfloat16", device="cpu", devices=2, strategy="fsdp")
+    half = in_bfloat16(exact_model("llama"))
+    prepare(half, compute)
+    assert not is_accelerated(half)
+    prepare(half, ComputeConfig(precision="bfloat16", device="cpu"))
+    assert is_accelerated(half)
+
+
+@compiled
+@pytest.mark.usefixtures("products_everywhere")
+def test_gpt2s_dropout_and_other_activations_keep_their_own_mlp() -> None:
+    exact, plain, quick = models("gpt2", activation_function="relu")
+    ids = ids_of(2, 9)
+    assert error(logits(quick, ids), logits(exact, ids)) < 1.2 * error(logits(plain, ids), logits(exact, ids)) + 1e-4
+    _, _, quick = models("gpt2")
+    assert not torch.equal(logits(quick.train(), ids), logits(quick, ids))
+
+
+# ------------------------------------------------------------------------------------------------ the seam
+
+
+@compiled
+@pytest.mark.usefixtures("products_everywhere")
+@pytest.mark.parametrize("architecture", KNOWN)
+@pytest.mark.parametrize("kernels_option", ["auto", "off"])
+def test_the_numerics_of_a_model_are_known_before_it_is_loaded(architecture: str, kernels_option: str) -> None:
+    compute = ComputeConfig(precision="bfloat16", device="cpu", kernels=kernels_option)
+    half = in_bfloat16(exact_model(architecture))
+    prepare(half, compute)
+    assert numerics_of(half) == expected_numerics(half.config, compute, False)
+    assert (numerics_of(half)["kernels"] == "off") is (kernels_option == "off")
+
+
+def test_nothing_of_the_package_is_imported_where_kernels_are_off() -> None:
+    script = """
+import sys
+sys.modules["gradsift.cpu"] = None  # as if the folder was not there
+import gradsift.pipeline
+from gradsift.config import ComputeConfig
+from gradsift.training.nano import nano_config
+from gradsift.training.numerics import expected_numerics
+compute = ComputeConfig(precision="bfloat16", device="cpu", kernels="off")
+print(expected_numerics(nano_config("gpt2"), compute, False)["kernels"])
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "off"
+
+
+def test_another_source_or_flag_is_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    versions = {module.version()}
+    monkeypatch.setattr(module, "_FLAGS", [*module._FLAGS, "-g"])
+    versions.add(module.version())
+    edited = tmp_path / "kernels.cpp"
+    edited.write_text(module._SOURCE.read_text(encoding="utf-8") + "// edited", encoding="utf-8")
+    monkeypatch.setattr(module, "_SOURCE", edited)
+    versions.add(module.version())
+    assert len(versions) == 3

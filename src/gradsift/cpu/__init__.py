@@ -1,0 +1,65 @@
+"""Compiled kernels for frozen bfloat16 models on a CPU: an optional part behind one function.
+
+`accelerate` replaces forward passes of a model in place; the model computes the same function in fewer passes over
+memory. Nothing else in gradsift depends on this package: with `compute.kernels=off`, without a C++ compiler, or on a
+processor without bfloat16 products, models run on torch's own kernels and every law holds as well (docs/cpu.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradsift.cpu.blocks import ATTENTION, LANES, fuse_blocks
+from gradsift.cpu.compiled import available, version
+from gradsift.cpu.products import PackedHead, pack_linear_layers
+from gradsift.training.residual import residual_precision, stream_norms
+
+_SMALLEST = 256  # least width of a model: smaller models spend their time in Python
+_TOKENS_FACTOR = 3  # passes over more tokens pay, because each pass reads all packed weights once
+
+
+def accelerate(model: Any) -> bool:
+    """Speed up a frozen causal language model of transformers, in place.
+
+    Supported are GPT-2, Llama, Mistral, Qwen2 and Qwen3 (`residual.py`) from width 256, in bfloat16 with a float32
+    residual stream. In float32 the products take so much of the time that at most a tenth would be saved.
+
+    Args:
+        model: on the CPU, or on the meta device: then only what the model would report is set.
+
+    Returns:
+        Whether the model was changed. If so, `model.kernels_version` is the version of the kernels.
+    """
+    if not _is_supported(model) or not available():
+        return False
+    model.kernels_version = version()
+    model.tokens_factor = _TOKENS_FACTOR
+    model.set_attn_implementation(ATTENTION)
+    if model.device.type == "meta":
+        return True
+    head = model.get_output_embeddings()
+    pack_linear_layers(model, head)
+    if type(head) is nn.Linear and head.bias is None:
+        head.frozen_head = PackedHead(head.weight)
+    fuse_blocks(model, stream_norms(model))
+    return True
+
+
+def _is_supported(model: Any) -> bool:
+    if model.dtype != torch.bfloat16 or model.device.type not in ("cpu", "meta"):
+        return False
+    if not stream_norms(model) or residual_precision(model) != "float32" or not _fits(model.config):
+        return False
+    # without AVX-512, oneDNN has no bfloat16 products
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _fits(config: Any) -> bool:
+    """Whether all widths are multiples of LANES, and the model is wide enough for the kernels to pay."""
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inner_width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 0
+    widths = (config.hidden_size, head_width, inner_width)
+    return config.hidden_size >= _SMALLEST and not any(width % LANES for width in widths)

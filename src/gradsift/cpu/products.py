@@ -1,0 +1,159 @@
+"""Matrix products of frozen bfloat16 weights on a CPU, from weights packed once in oneDNN's own order.
+
+Without packing, oneDNN reorders a weight in every call, which takes a third of the product's time, and compiles a
+product for every new number of rows. `PackedProducts` packs once and rounds the number of rows up to multiples of 32
+(`kernels.cpp`). It keeps two copies of a weight, one for each product.
+
+Shape letters: M tokens of a batch, I inputs of a layer, O its outputs, P predicted places, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from gradsift.cpu.compiled import kernels
+from gradsift.training.frozen import trains
+
+BLOCK = 32  # rows: oneDNN compiles a product anew for every number of rows
+_CHUNK_LOGITS = 2**24  # bfloat16 logits of a chunk, 32 MB; no result depends on it
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    return packed
+
+
+def _product(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return y
+
+
+class PackedProducts:
+    """`gradsift.training.frozen.FrozenProducts` by oneDNN from packed weights.
+
+    Args:
+        weight: (I, O) bfloat16.
+        bias: (O,) or None.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.inputs, self.width = weight.shape
+        self.forward_weight = _pack(weight.detach().t())
+        self.backward_weight = _pack(weight.detach())
+        self.bias = None if bias is None else bias.detach()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedProducts:
+        return self  # it never changes
+
+    def outputs(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = kernels().product(x, self.forward_weight, self.bias, self.width)
+        return y
+
+    def to_inputs(self, backprops: torch.Tensor) -> torch.Tensor:
+        to_x: torch.Tensor = kernels().product(backprops, self.backward_weight, None, self.inputs)
+        return to_x
+
+
+class _PackedForward:
+    """The forward pass of a linear layer by its packed products; torch's own once it trains or was merged."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if not is_packed(self):
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        y: torch.Tensor = _Product.apply(x, self.frozen_products)  # type: ignore[no-untyped-call]
+        return y
+
+
+class PackedLinear(_PackedForward, nn.Linear):
+    """torch's layer."""
+
+
+class PackedConv1D(_PackedForward, Conv1D):  # type: ignore[misc]
+    """GPT-2's layer, whose weight is (I, O)."""
+
+
+def pack_linear_layers(model: nn.Module, but: nn.Module | None) -> None:
+    """Pack the frozen weights of a bfloat16 model's linear layers, all `but` one."""
+    kinds = {nn.Linear: PackedLinear, Conv1D: PackedConv1D}
+    for module in model.modules():
+        if (kind := kinds.get(type(module))) and module is not but:
+            layer: Any = module
+            weight = layer.weight if kind is PackedConv1D else layer.weight.t()
+            layer.frozen_products = PackedProducts(weight, layer.bias)
+            layer.__class__ = kind
+
+
+def is_packed(layer: Any) -> bool:
+    """Whether the layer's packed weights are in use: not once it trains, is adapted, or has been merged."""
+    return isinstance(layer, PackedLinear | PackedConv1D) and "frozen_products" in layer.__dict__ and not trains(layer)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, packed: PackedProducts) -> torch.Tensor:
+        ctx.packed, ctx.shape = packed, x.shape
+        return packed.outputs(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], packed.width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        backprops = gradients[0].reshape(-1, gradients[0].shape[-1])
+        return ctx.packed.to_inputs(backprops).view(ctx.shape), None
+
+
+class PackedHead:
+    """`gradsift.training.head.FrozenHead` of an output embedding without bias, packed at first use.
+
+    The number that is subtracted from a place's logits before they are rounded (see `head.py`) is subtracted within
+    the product: by one more column of the weight, which is one everywhere.
+
+    Args:
+        weight: (V, D) bfloat16.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._plain = weight.detach()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedHead:
+        return self  # it never changes
+
+    @functools.cached_property
+    def _weights(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Packed weights of both products, and the vocabulary padded to a multiple of 64 (twice as fast on AMX)."""
+        weight = nn.functional.pad(self._plain, (0, 0, 0, -len(self._plain) % 64))
+        ones = weight.new_zeros(len(weight), BLOCK)
+        ones[:, 0] = 1
+        return _pack(torch.cat([weight, ones], 1)), _pack(weight.t()), len(weight)
+
+    def chunk(self, count: int) -> int:
+        """Places whose logits are made at once, out of `count`: pieces of like size, in multiples of BLOCK."""
+        most = max(BLOCK, _CHUNK_LOGITS // self._weights[2] // BLOCK * BLOCK)
+        each = -(-count // max(1, -(-count // most)))
+        return max(BLOCK, -(-each // BLOCK) * BLOCK)
+
+    def losses(self, hidden: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+        """Cross entropy (P,) float32 of `targets` (P,) after `hidden` (P, D).
+
+        Args:
+            gradient: (P, D), filled with the losses' gradients with respect to `hidden`, where one is given.
+        """
+        forward_weight, backward_weight, _ = self._weights
+        count, width = hidden.shape
+        own = (hidden.float() * self._plain[targets].float()).sum(1)
+        offset = own.to(hidden.dtype)
+        wider = hidden.new_zeros(count + -count % BLOCK, width + BLOCK)
+        wider[:count, :width] = hidden
+        wider[:count, width] = -offset
+        logits = _product(wider, forward_weight)
+        losses: torch.Tensor = kernels().cross_entropy_(
+            logits[:count], targets, own - offset.float(), len(self._plain), gradient is not None
+        )
+        if gradient is not None:
+            gradient.copy_(_product(logits, backward_weight)[:count])
+        return losses

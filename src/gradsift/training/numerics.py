@@ -1,0 +1,116 @@
+"""What decides the digits of a model's results besides its weights and inputs, and how a loaded model gets it.
+
+    precision   of weights and products: float32 or bfloat16
+    residual    of the sums between blocks: float32 or bfloat16 (`gradsift.training.residual`)
+    attention   transformers' name of the implementation
+    kernels     version of the compiled CPU kernels that the model uses, or off (`gradsift.cpu`)
+
+Results that were computed in different ways must not be mixed in one ensemble, whose variance V_t would then measure
+the difference between the two ways. So these values are part of a model's identity, and with it of everything that is
+computed from the model.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from gradsift.config import ComputeConfig
+from gradsift.errors import GradsiftError
+from gradsift.training.device import device_of
+from gradsift.training.residual import residual_in_float32, residual_precision
+
+_ROUNDED = "bfloat16"
+
+
+def dtype_of(compute: ComputeConfig) -> torch.dtype:
+    """The precision in which models are loaded."""
+    return torch.bfloat16 if compute.precision == _ROUNDED else torch.float32
+
+
+def prepare(model: Any, compute: ComputeConfig) -> None:
+    """Set up a model that was just loaded: residual stream, activation, attention and CPU kernels.
+
+    Args:
+        model: a causal language model of transformers without adapters, frozen afterwards.
+    """
+    residual_in_float32(model)
+    _fuse_gelu(model)
+    if device_of(compute).type != "cpu":
+        return
+    model.set_attn_implementation("eager")  # the backward pass of torch's fused attention is slow on a CPU
+    if compute.kernels == "auto" and compute.strategy != "fsdp":  # packed weights cannot be divided over ranks
+        from gradsift.cpu import accelerate
+
+        accelerate(model)
+
+
+def numerics_of(model: Any) -> dict[str, str]:
+    """The numerics of a prepared model, read from the model itself."""
+    return {
+        "precision": str(model.dtype).removeprefix("torch."),
+        "residual": residual_precision(model),
+        "attention": str(model.config._attn_implementation),
+        "kernels": getattr(model, "kernels_version", "off"),
+    }
+
+
+def expected_numerics(config: Any, compute: ComputeConfig, trust_remote_code: bool) -> dict[str, str]:
+    """The numerics that a model will have on this machine, without loading its weights.
+
+    The model is built on torch's meta device and prepared like a loaded one.
+
+    Args:
+        config: transformers' config of the model.
+
+    Raises:
+        GradsiftError: transformers cannot build the model; with its reason.
+    """
+    relevant = (compute.precision, compute.device, compute.devices, compute.strategy, compute.kernels)
+    return dict(
+        _expected(config.to_json_string(use_diff=False), relevant, _Unhashed(config, compute, trust_remote_code))
+    )
+
+
+class _Unhashed:
+    """Arguments that a cache does not compare."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Unhashed)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@functools.cache
+def _expected(config_text: str, relevant: tuple[Any, ...], given: _Unhashed) -> dict[str, str]:
+    from transformers import AutoModelForCausalLM
+
+    config, compute, trust_remote_code = given.arguments
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype_of(compute), trust_remote_code=trust_remote_code
+            )
+        prepare(model.requires_grad_(False), compute)
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise GradsiftError(
+            f"transformers cannot build a causal language model from this config ({reason}); give a model whose "
+            "config.json it supports"
+        ) from error
+    return numerics_of(model)
+
+
+def _fuse_gelu(model: Any) -> None:
+    """Compute GPT-2's tanh GELU in one kernel: transformers' own makes eight passes over the widest activation."""
+    from transformers.activations import GELUTanh, NewGELUActivation
+
+    for module in model.modules():
+        if isinstance(getattr(module, "act", None), NewGELUActivation):
+            module.act = GELUTanh()

@@ -1,13 +1,13 @@
-"""IFD scores: the published procedure against ours in float32 and against the screened scorer.
+"""IFD scores: `superfilter` against the published procedure, both in float32.
 
-    python -m benchmarks.ifd [--rounds 2] [--rows 128] [--alpha 0.1]
+    python -m benchmarks.ifd [--rounds 2] [--rows 128]
 
-The published procedure as its users run it: one row at a time, two forwards a row, float32, the
-model's own loss over all of its logits. The three take turns on the same rows. Model and rows are
+The published procedure as its users run it: one row at a time, two forward passes a row, the model's own
+loss over all of its logits. The two take turns on the same rows. Model and rows are
 SmolLM2-135M-Instruct and a random draw from `instruct/alpaca_5000.json` of the folder GRADSIFT_DATA
-where both are there, else a GPT-2 of 124M with random weights and random words of Alpaca's lengths:
-then the scores say nothing, and the screened scorer has nothing to tell apart. `bench.json` gets the
-ratios published / ours under `ifd_vs_published`; its other entries stay.
+where both are there, else a GPT-2 of 124M with random weights and random words of Alpaca's lengths: then
+the times are real and the scores mean nothing. `bench.json` gets the ratio published / ours under
+`ifd_vs_published`; its other entries stay.
 """
 
 from __future__ import annotations
@@ -28,18 +28,16 @@ import torch
 
 from benchmarks.workload import alpaca_rows, merge_into
 from gradsift.artifacts import Store
-from gradsift.config import ComputeConfig, FieldsConfig, ModelConfig, ScreenedSuperfilterConfig
+from gradsift.config import ComputeConfig, FieldsConfig, ModelConfig, SuperfilterConfig
 from gradsift.data.examples import Example
 from gradsift.data.formats import parse_rows
 from gradsift.journal import Journal
 from gradsift.runtime import Advance, Display, Runtime
-from gradsift.scoring.scores import Scores
-from gradsift.scoring.superfilter import spans_of, superfilter, superfilter_screened
-from gradsift.selection.topk import topk
+from gradsift.scoring.superfilter import spans_of, superfilter
 from gradsift.training.backbones import Backbone, backbone, load_backbone, quieten
 
-DEFAULTS = ScreenedSuperfilterConfig(_target_="", name="")
-WAYS = ("published", "float32", "screened")
+DEFAULTS = SuperfilterConfig(_target_="", name="")
+WAYS = ("published", "ours")
 
 
 @contextmanager
@@ -115,74 +113,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows", type=int, default=128)
-    parser.add_argument("--alpha", type=float, default=0.1)
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     options = parser.parse_args()
     model, examples, material = real_material(options.rows) or random_material(options.rows)
-    size = max(1, int(options.alpha * len(examples)))
-    constants = {"calibration": DEFAULTS.calibration, "safety": DEFAULTS.safety}
-    ways: dict[str, Callable[[Sequence[Example]], Any]] = {
+    constants = {"max_length": DEFAULTS.max_length, "fidelity": DEFAULTS.fidelity, "keep": DEFAULTS.keep}
+    ways: dict[str, Callable[[Sequence[Example]], np.ndarray]] = {
         "published": lambda rows: as_loaded_by_users(model, lambda: published(model, rows)),
-        "float32": lambda rows: superfilter(
-            rows, model, silent, Journal(), max_length=DEFAULTS.max_length, fidelity="fixed", keep="high"
-        ),
-        "screened": lambda rows: superfilter_screened(
-            rows, model, silent, Journal(), lambda scored: size, max_length=DEFAULTS.max_length, **constants
-        ),
+        "ours": lambda rows: superfilter(rows, model, silent, Journal(), **constants).score,
     }
     for way in WAYS:
         ways[way](examples[:4])  # warms up
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    found: dict[str, Any] = {}
+    scores: dict[str, np.ndarray] = {}
     for _ in range(options.rounds):
         for way in WAYS:
             started = time.perf_counter()
-            found[way] = ways[way](examples)
+            scores[way] = ways[way](examples)
             seconds[way].append(time.perf_counter() - started)
-    result = {"material": material, "rows": len(examples), "rounds": options.rounds, "alpha": options.alpha}
-    result |= summary(seconds, found["published"], found["float32"], found["screened"], size)
+    result = {"material": material, "rows": len(examples), "rounds": options.rounds}
+    result |= summary(seconds, scores["published"], scores["ours"])
     merge_into(options.out, {"ifd_vs_published": result})
     say(result)
 
 
-def summary(
-    seconds: dict[str, list[float]], slow: np.ndarray, float32: Scores, screened: Scores, size: int
-) -> dict[str, Any]:
-    """The ratios of the screened scorer, those of float32 under `float32`, and whether the results are the same."""
-
-    def ratio(way: str) -> dict[str, float]:
-        ratios = [before / after for before, after in zip(seconds["published"], seconds[way], strict=True)]
-        return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-
-    same = set(topk(screened, size).positions.tolist()) == set(topk(float32, size).positions.tolist())
+def summary(seconds: dict[str, list[float]], slow: np.ndarray, ours: np.ndarray) -> dict[str, Any]:
+    """The ratio of the times, and the largest difference of the scores (N,)."""
+    ratios = [before / after for before, after in zip(seconds["published"], seconds["ours"], strict=True)]
     return {
-        **ratio("screened"),
-        "precision": "bfloat16, float32 where it decides",
-        "float32": ratio("float32"),
+        "median": statistics.median(ratios),
+        "min": min(ratios),
+        "max": max(ratios),
+        "precision": "float32",
         "threads": torch.get_num_threads(),
         "seconds_per_row": {way: statistics.median(seconds[way]) / len(slow) for way in WAYS},
-        "scored_in_float32": float((screened.parts["bits"] == 32).mean()),
-        "same_selection": same and (screened.status == float32.status).all().item(),
         # relative where IFD is above 1, its natural scale: float32 itself holds no more of a tiny one
-        "largest_difference_float32": float(np.nanmax(np.abs(float32.score - slow) / np.maximum(1, slow))),
+        "largest_difference": float(np.nanmax(np.abs(ours - slow) / np.maximum(1, slow))),
     }
 
 
 def say(result: dict[str, Any]) -> None:
     print(f"IFD, {result['rows']} rows, {result['rounds']} rounds, {result['threads']} threads; {result['material']}")
-    for way, ratio in (("float32", result["float32"]), ("screened", result)):
-        milliseconds = result["seconds_per_row"][way] * 1000
-        print(
-            f"  {way:9} {ratio['median']:.2f}x [{ratio['min']:.2f}, {ratio['max']:.2f}] the published procedure, "
-            f"{milliseconds:.0f} ms a row"
-        )
-    difference = result["largest_difference_float32"]
-    print(f"  published {result['seconds_per_row']['published'] * 1000:.0f} ms a row")
-    print(f"  screened: {result['scored_in_float32']:.1%} of the rows scored in float32 too")
-    print(f"  same selection and statuses as float32: {'yes' if result['same_selection'] else 'NO'}")
-    print(f"  float32 against published, largest difference: {difference:.1e} (law: 1e-5)")
-    if not result["same_selection"] or not difference < 1e-5:
-        raise SystemExit("the fast ways do not give the slow way's result")
+    published_ms, ours_ms = (result["seconds_per_row"][way] * 1000 for way in WAYS)
+    print(f"  {result['median']:.2f}x [{result['min']:.2f}, {result['max']:.2f}] the published procedure")
+    print(f"  published {published_ms:.0f} ms a row, ours {ours_ms:.0f} ms a row")
+    print(f"  largest difference of the scores: {result['largest_difference']:.1e} (law: 1e-5)")
+    if not result["largest_difference"] < 1e-5:
+        raise SystemExit("superfilter does not give the scores of the published procedure")
 
 
 if __name__ == "__main__":

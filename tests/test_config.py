@@ -104,9 +104,6 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["proxy.norm_scope=C"], "choose one of: all, A, B"),
         (["proxy.learning_rate=0"], "greater than 0"),
         (["scorer.eps=0"], "scorer.eps=0.0 must be greater than 0"),
-        (["scorer=superfilter_screened", "compute.precision=bfloat16"], "take compute.precision=float32"),
-        (["scorer=superfilter_screened", "scorer.safety=0.5"], "scorer.safety=0.5 is out of range"),
-        (["scorer=superfilter_screened", "selector=gumbel"], "selector=gumbel looks at others too; take selector=topk"),
         (["scorer=superfilter", "scorer.fidelity=exact"], "choose one of: original, fixed"),
         (["scorer=superfilter", "scorer.keep=middle"], "choose one of: high, low"),
         (["scorer=superfilter", "scorer.keep=low", "scorer.fidelity=original"], "take scorer.fidelity=fixed"),
@@ -190,7 +187,6 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["audit.alphas=[0.1,2]"], "audit.alphas holds 2.0"),
         (["audit.clusters=1"], "audit.clusters=1 is out of range"),
         (["experiment=audit", "stop_after=scores"], "stop_after=scores; take stop_after=selection"),
-        (["experiment=audit", "scorer=superfilter_screened"], "take scorer=superfilter"),
         (["experiment=audit", "data.corruption.share=0", "data.spoilt=0"], "as in data.corruption.share=0.3"),
         (
             ["audit.enabled=true", "data=json", "data.path=x", "proxy=gpt2", "stop_after=selection"],
@@ -216,7 +212,7 @@ def test_characters_of_any_data_can_be_counted_without_a_proxy() -> None:
     assert config.scorer._target_ == "gradsift.scoring.length.length_in_characters"
 
 
-NOT_THE_PROXYS = {"count", "examples", "budget", "task", "rater"}
+NOT_THE_PROXYS = {"count", "examples", "task", "rater"}
 NOT_THE_ENCODERS = NOT_THE_PROXYS | {"embeddings", "target_embeddings"}
 
 
@@ -366,7 +362,6 @@ def test_names_and_types_are_refused_while_composing(override: str) -> None:
     [
         [],
         ["scorer=superfilter", "alpha=0.05"],
-        ["scorer=superfilter_screened"],
         ["scorer=random", "judge=openai"],
         ["scorer=length"],
     ],

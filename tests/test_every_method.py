@@ -65,15 +65,14 @@ def test_every_method_selects(gradsift) -> None:
 
 
 def test_every_scorer_goes_with_every_selector_that_fits(gradsift) -> None:
-    """Taking turns needs a score a task; screened scores are made for the highest ones."""
-    scorers = [name for name in choices("scorer") if name != "superfilter_screened"]
+    """Taking turns needs a score a task."""
+    scorers = choices("scorer")
     selectors = [name for name in choices("selector") if name != "round_robin"]
     smallest = ("-m", *SMOKE, *TOWARDS, "stop_after=selection")
     assert gradsift(*smallest, f"scorer={','.join(scorers)}", f"selector={','.join(selectors)}") == 0
     assert gradsift(*smallest, f"scorer={','.join(SCORES_BY_TASK)}", "selector=round_robin") == 0
-    assert gradsift(*smallest, "scorer=superfilter_screened", "selector=topk") == 0
     runs = require_all_whole(gradsift)
-    assert len(runs) == len(scorers) * len(selectors) + len(SCORES_BY_TASK) + 1
+    assert len(runs) == len(scorers) * len(selectors) + len(SCORES_BY_TASK)
 
 
 def test_batches_and_padding_change_no_scorers_ranking(gradsift, monkeypatch: pytest.MonkeyPatch) -> None:

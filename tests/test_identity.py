@@ -10,8 +10,6 @@ import copy
 import dataclasses
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +164,20 @@ def units_of(config: Config, root: Path) -> set[str]:
 
 
 OTHER_WORDS = {
-    **{"constant": "linear", "linear": "constant", "bucketed": "random", "random": "bucketed", "alpaca": "plain"},
-    **{"nano": "tiny_bytes", "gpt2": "llama", "llama": "gpt2", "float32": "bfloat16"},
-    **{"epoch_end": "during_training", "during_training": "epoch_end"},
-    **{"lora_seeds": "bootstrap", "bootstrap": "lora_seeds", "mc_dropout": "bootstrap"},
+    "constant": "linear",
+    "linear": "constant",
+    "bucketed": "random",
+    "random": "bucketed",
+    "alpaca": "plain",
+    "nano": "tiny_bytes",
+    "gpt2": "llama",
+    "llama": "gpt2",
+    "float32": "bfloat16",
+    "epoch_end": "during_training",
+    "during_training": "epoch_end",
+    "lora_seeds": "bootstrap",
+    "bootstrap": "lora_seeds",
+    "mc_dropout": "bootstrap",
 }
 
 

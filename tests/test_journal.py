@@ -166,7 +166,7 @@ def test_answers_are_generated_once_each(tmp_path: Path, monkeypatch: Any) -> No
     assert resumed == answers(None)
 
 
-@pytest.mark.parametrize("scorer", ["superfilter_screened", "perplexity"])
+@pytest.mark.parametrize("scorer", ["superfilter", "perplexity"])
 def test_a_scoring_pass_that_was_cut_short_ends_with_the_same_table(gradsift, monkeypatch: Any, scorer: str) -> None:
     command = (*SMOKE, f"scorer={scorer}", "stop_after=scores", "compute.tokens=64")
     monkeypatch.setattr("gradsift.scoring.spans._BATCH_TOKENS", {"cpu": 64})
@@ -187,7 +187,7 @@ def test_a_scoring_pass_that_was_cut_short_ends_with_the_same_table(gradsift, mo
     before, made[:] = list(made), [None] * 8  # beyond the stop
     assert gradsift(*command) == 0
     assert len(before) == 7
-    assert not [key for key in made[8:] if key in before]  # the screening's second pass asks for fewer rows at a time
+    assert not [key for key in made[8:] if key in before]
     (ours,), (theirs,) = (store.glob("score/*/scores.parquet") for store in (gradsift.store, gradsift.folder / "whole"))
     assert ours.read_bytes() == theirs.read_bytes()
     assert not list(gradsift.store.rglob(UNFINISHED))

@@ -76,7 +76,7 @@ def examples() -> list[Example]:
 def scores_of(name: str) -> Scores:
     rng = np.random.default_rng(len(name))
     score = rng.normal(size=ROWS).round(1)  # with ties
-    scores = Scores(score, {"drop": score / 2} if name == "gsnr" else {"ifd": score, "bits": np.full(ROWS, 16)})
+    scores = Scores(score, {"drop": score / 2} if name == "gsnr" else {"ifd": score, "length": np.full(ROWS, 16)})
     if name == "superfilter":
         scores.score[10] = np.nan
         scores.mark(np.arange(ROWS) == 10, UNDEFINED, "a single <b>token</b>")

@@ -1,36 +1,25 @@
-"""IFD against a slow one-example implementation, the edges of the published procedure, and the screened scorer."""
+"""IFD against a slow one-example implementation, and the edges of the published procedure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMOKE
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gradsift.config import FIDELITIES
 from gradsift.data.examples import Example, Turn
-from gradsift.errors import GradsiftError
 from gradsift.journal import Journal
 from gradsift.scoring import spans as spans_module
 from gradsift.scoring import superfilter as superfilter_module
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
 from gradsift.scoring.spans import Span, span_losses
-from gradsift.scoring.superfilter import (
-    Screening,
-    ifd_prompt,
-    ifd_scores,
-    in_bfloat16,
-    published_scores,
-    superfilter_screened,
-)
+from gradsift.scoring.superfilter import ifd_prompt, ifd_scores, published_scores
 from gradsift.selection.topk import topk
 from gradsift.training import head as head_module
 from gradsift.training.backbones import Backbone
@@ -145,10 +134,10 @@ def test_nothing_predicts_the_first_token_so_it_is_never_scored(backbone: Backbo
 
 def test_an_ifd_of_exactly_one_is_excluded_and_the_largest_below_it_is_kept() -> None:
     alone, together = np.array([1.0, 2.0, 2.0]), np.array([1.0, np.nextafter(2.0, 0), 2.5])
-    for scores in (ifd_scores(alone, together, {}), published_scores(alone, together, np.zeros((2, 3), dtype=bool))):
+    for scores in (ifd_scores(alone, together), published_scores(alone, together, np.zeros((2, 3), dtype=bool))):
         assert scores.status[[0, 2]].tolist() == [EXCLUDED, EXCLUDED]
         assert "at least 1" in scores.reason[0]
-    assert ifd_scores(alone, together, {}).status[1] == SCORED  # float32 cannot tell it from 1, as published
+    assert ifd_scores(alone, together).status[1] == SCORED  # float32 cannot tell it from 1, as published
 
 
 def test_the_prompt_of_a_conversation_is_all_before_the_last_response() -> None:
@@ -265,6 +254,18 @@ def test_original_counts_the_start_token_that_the_tokenizer_puts_there(backbone:
     assert superfilter(one, backbone, no_bar, max_length=40).status.tolist() == [UNDEFINED]
 
 
+def many() -> list[Example]:
+    """80 examples with answers of 1 to 30 bytes, some of them equal."""
+    rng = np.random.default_rng(0)
+    words = ["red", "blue", "seven", "a", "of the", "sum", "is", "ß", "north", "?"]
+
+    def text(least: int, most: int) -> str:
+        return " ".join(rng.choice(words, rng.integers(least, most)))
+
+    texts = [(text(1, 6), text(0, 3), text(1, 7)) for _ in range(70)]
+    return [Example(i, f"{i}-0", str(i), (), *each, {}) for i, each in enumerate([*texts, *texts[:10]])]
+
+
 def test_low_turns_the_ranking_of_the_scored_around(backbone: Backbone) -> None:
     high, low = (superfilter(many(), backbone, no_bar, max_length=128, keep=keep) for keep in ("high", "low"))
     assert high.status.tolist() == low.status.tolist()
@@ -318,124 +319,6 @@ def test_no_tensor_holds_the_logits_of_a_batch(backbone: Backbone, monkeypatch: 
     span_losses(backbone, spans, range(4), lambda done: None, Journal())
     assert sum(heights) == 4 * 20
     assert max(heights) == 8
-
-
-# --------------------------------------------------------------------------------------- screening
-
-
-def many() -> list[Example]:
-    """80 examples with answers of 1 to 30 bytes, some of them equal."""
-    rng = np.random.default_rng(0)
-    words = ["red", "blue", "seven", "a", "of the", "sum", "is", "ß", "north", "?"]
-
-    def text(least: int, most: int) -> str:
-        return " ".join(rng.choice(words, rng.integers(least, most)))
-
-    texts = [(text(1, 6), text(0, 3), text(1, 7)) for _ in range(70)]
-    return [Example(i, f"{i}-0", str(i), (), *each, {}) for i, each in enumerate([*texts, *texts[:10]])]
-
-
-def screened(rows: list[Example], backbone: Backbone, budget: Callable[[int], int], **options: Any) -> Scores:
-    constants = {"max_length": 128, "calibration": 8, "safety": 2.0, **options}
-    return superfilter_screened(rows, backbone, no_bar, Journal(), budget, **constants)
-
-
-@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2"])
-def test_screening_selects_what_float32_selects(architecture: str, byte_tokenizer: Any) -> None:
-    backbone = Backbone(model_of(architecture, len(byte_tokenizer)), byte_tokenizer)
-    expected = superfilter(many(), backbone, no_bar, max_length=128)
-    spared = 0
-    for size in (1, 4, 8, 20, 79):
-        scores = screened(many(), backbone, lambda scored, size=size: size)
-        assert set(topk(scores, size).positions) == set(topk(expected, size).positions)
-        assert scores.status.tolist() == expected.status.tolist()
-        bits = scores.parts["bits"]
-        np.testing.assert_allclose(scores.score[bits == 32], expected.score[bits == 32], rtol=1e-5)
-        spared += int((bits == 16).sum())
-    assert spared  # else nothing was screened
-
-
-def test_screening_counts_the_scored_for_a_budget_of_them(backbone: Backbone) -> None:
-    asked: list[int] = []
-
-    def half(scored: int) -> int:
-        asked.append(scored)
-        return scored // 2
-
-    scores = screened(many(), backbone, half)
-    expected = superfilter(many(), backbone, no_bar, max_length=128)
-    assert asked[-1] == (expected.status == SCORED).sum()
-    assert set(topk(scores, asked[-1] // 2).positions) == set(topk(expected, asked[-1] // 2).positions)
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.sampled_from([0.5, 1.0, 3.0]))
-def test_screening_is_right_among_crowds_near_one_and_near_the_last_place(seed: int, size: int, spread: float) -> None:
-    """Whatever the values, as long as no error is larger than `safety` times the largest one measured."""
-    rng = np.random.default_rng(seed)
-    count = 60
-    lengths = rng.integers(0, 30, (2, count)).astype(float)
-    unit = np.sqrt((1 / np.maximum(lengths, 1)).sum(0))
-    exact = np.exp(np.round(rng.normal(0, 0.02 * spread, count), 2 + int(rng.integers(0, 3))))  # ties, crowds at 1
-    exact[rng.random(count) < 0.3] = 0.98
-    errors = 0.01 * rng.choice([-1, 1], count) * rng.uniform(0.5, 1, count)
-    defined = (lengths > 0).all(0)
-    exact[~defined] = np.nan
-    screening = Screening(exact * np.exp(errors * unit), lengths, safety=2.0)
-    rows = screening.sample(3)
-    while len(rows):
-        assert defined[rows].all()
-        assert not screening.exact[rows].any()  # so that it ends
-        screening.measure(rows, exact[rows])
-        rows = screening.undecided(lambda scored: size)
-
-    def selected(values: np.ndarray) -> set[int]:
-        scores = Scores(values)
-        scores.mark(~(values < 1), EXCLUDED, "not below 1")
-        return set(topk(scores, size).positions.tolist())
-
-    assert selected(screening.values) == selected(exact)
-    np.testing.assert_array_equal(screening.values < 1, exact < 1)
-
-
-def test_a_value_lost_in_bfloat16_is_taken_from_float32() -> None:
-    screening = Screening(np.array([np.inf, 0.5, np.nan, 0.2]), np.ones((2, 4)), safety=2.0)
-    screening.measure(np.array([1]), np.array([0.5]))
-    assert screening.undecided(lambda scored: 1).tolist() == [0, 2]
-
-
-def test_screening_leaves_rows_without_a_score(backbone: Backbone) -> None:
-    alone = [examples()[4]]  # an answer of one token
-    assert screened(alone, backbone, lambda scored: 1).status.tolist() == [UNDEFINED]
-
-
-def test_screening_refuses_a_backbone_that_is_not_in_float32(backbone: Backbone) -> None:
-    half = Backbone(in_bfloat16(backbone.model), backbone.tokenizer)
-    with pytest.raises(GradsiftError, match="load it in float32"):
-        screened(many(), half, lambda scored: 1)
-
-
-def test_a_bfloat16_copy_leaves_the_original_and_shares_its_ties(backbone: Backbone) -> None:
-    half = in_bfloat16(backbone.model)
-    assert half.lm_head.weight is half.transformer.wte.weight
-    assert {weight.dtype for weight in half.parameters() if weight.dim() > 1} == {torch.bfloat16}
-    assert half.transformer.ln_f.weight.dtype == torch.float32  # as the residual stream is
-    assert {weight.dtype for weight in backbone.model.parameters()} == {torch.float32}
-    assert not any(module._forward_hooks for module in backbone.model.modules())
-
-
-def test_alpha_belongs_to_screened_scores_alone(gradsift: Any) -> None:
-    """A sweep over alpha shares the float32 scores; the screened ones are another for each alpha."""
-    arguments = (*SMOKE, "stop_after=selection", "alpha=0.05,0.1")
-    assert gradsift("-m", *arguments, "scorer=superfilter,superfilter_screened") == 0
-    stages = [stage for run in gradsift.runs() for stage in run["stages"] if stage["name"] == "score"]
-    scorers = ("superfilter", "superfilter_screened")
-    fingerprints = {
-        scorer: [stage["fingerprint"] for stage in stages if f"/{scorer}-" in stage["artifact"]] for scorer in scorers
-    }
-    assert [len(fingerprints[scorer]) for scorer in fingerprints] == [2, 2]
-    assert len(set(fingerprints["superfilter"])) == 1
-    assert len(set(fingerprints["superfilter_screened"])) == 2
 
 
 def test_out_of_memory_halves_the_batch_and_changes_no_score(

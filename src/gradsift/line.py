@@ -247,11 +247,6 @@ class Line:
             return {}
         return {"late_loss": self.late_losses(), "response_tokens": self.response_tokens()}
 
-    def budget(self, scored: int) -> int:
-        """How many examples are selected where `scored` of them have a score."""
-        base = int(self.loaded.info["rows"]) if self.config.budget_base == "accepted" else scored
-        return budget(self.config.alpha, base)
-
     @functools.cached_property
     def embedder(self) -> Embedder:
         config = self.config.embedder
@@ -291,11 +286,6 @@ class Line:
                 lambda: [self.proxy],
                 lambda: self.proxy_inputs,
                 {"template": self.config.proxy.template, "max_length": self.config.proxy.max_length},
-            ),
-            "budget": Source(
-                lambda: nothing,
-                lambda: self.budget,
-                {"alpha": self.config.alpha, "budget_base": self.config.budget_base},
             ),
             "embeddings": Source(lambda: [self.embeddings()], lambda: read_features(self.embeddings())),
             "target_embeddings": Source(
@@ -356,7 +346,7 @@ class Line:
         if self.keeps_all:
             positions = self.everything()
         elif isinstance(selection, Planned):
-            rows = self.budget(int(self.loaded.info["rows"]))
+            rows = budget(self.config.alpha, int(self.loaded.info["rows"]))
             return expected_finetune(self.runtime, self.config.target, self.target, self.loaded, selection, rows)
         else:
             positions = positions_of(selection) if isinstance(selection, Artifact) else selection

@@ -54,7 +54,6 @@ from gradsift.config.methods import (
     ReprFilterConfig,
     SbertConfig,
     ScorerConfig,
-    ScreenedSuperfilterConfig,
     SelectorConfig,
     SuperfilterConfig,
 )
@@ -130,7 +129,6 @@ __all__ = [
     "ReprFilterConfig",
     "SbertConfig",
     "ScorerConfig",
-    "ScreenedSuperfilterConfig",
     "SelectorConfig",
     "SentenceTransformersConfig",
     "SuperfilterConfig",

@@ -84,20 +84,6 @@ class SuperfilterConfig(ScorerConfig):
 
 
 @dataclass
-class ScreenedSuperfilterConfig(ScorerConfig):
-    """The same selection from bfloat16 scores, of which those that decide are scored again in float32."""
-
-    max_length: int = 1024  # L of the published code
-    calibration: int = 32  # random rows scored both ways, for bfloat16's error
-    safety: float = 2.0  # error to be reckoned with, in largest errors measured
-
-    def __post_init__(self) -> None:
-        at_least("scorer.max_length", self.max_length, 2)
-        at_least("scorer.calibration", self.calibration, 1)
-        at_least("scorer.safety", self.safety, 1)
-
-
-@dataclass
 class GradsConfig(ScorerConfig):
     """Representativeness, diversity and redundancy (GrADS); the paper's account gives none of these values."""
 

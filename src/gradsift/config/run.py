@@ -90,7 +90,6 @@ class Config:
                 f"proxy.shard={self.proxy.shard} collects one of {self.proxy.shards} shards and ends there, but "
                 f"stop_after={self.stop_after}; add stop_after=statistics, or leave proxy.shard empty (null)"
             )
-        self._check_screening()
         self._check_candidates()
         self._check_turns()
         self._check_embedded_parts()
@@ -160,20 +159,6 @@ class Config:
         selects = self.reaches("selection") and self.scorer_name != "full"
         if selects and self.selector_name in TOWARDS_TARGET["selector"]:
             raise ConfigError(NO_TARGET_SET.format(method=f"selector={self.selector_name}"))
-
-    def _check_screening(self) -> None:
-        if self.scorer_name != "superfilter_screened":
-            return
-        if self.compute.precision != "float32":
-            raise ConfigError(
-                "scorer=superfilter_screened refines bfloat16 scores in float32, which compute.precision="
-                f"{self.compute.precision} rules out; take compute.precision=float32, or scorer=superfilter"
-            )
-        if self.reaches("selection") and self.selector_name != "topk":
-            raise ConfigError(
-                "scorer=superfilter_screened is exact about which scores are the highest and no more, and "
-                f"selector={self.selector_name} looks at others too; take selector=topk, or scorer=superfilter"
-            )
 
     def _check_candidates(self) -> None:
         if not isinstance(self.selector, FacilityLocationConfig) or not self.reaches("selection"):
@@ -248,11 +233,6 @@ class Config:
             raise ConfigError(
                 f"audit.enabled compares scores with known corruption, of which data={self.data.name} has none; inject "
                 "some with data.corruption.share, as in data.corruption.share=0.3"
-            )
-        if self.scorer_name == "superfilter_screened":
-            raise ConfigError(
-                "scorer=superfilter_screened makes scores for one alpha, and an audit looks at audit.alphas="
-                f"{list(self.audit.alphas)}; take scorer=superfilter"
             )
 
     def check_rater(self) -> None:

@@ -42,7 +42,6 @@ from gradsift.config.methods import (
     ReprFilterConfig,
     SbertConfig,
     ScorerConfig,
-    ScreenedSuperfilterConfig,
     SelectorConfig,
     SuperfilterConfig,
 )
@@ -76,7 +75,6 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "llm_rating": RatingConfig,
         "random": RandomScorerConfig,
         "superfilter": SuperfilterConfig,
-        "superfilter_screened": ScreenedSuperfilterConfig,
         "grads": GradsConfig,
         "cherry": CherryConfig,
         "perplexity": PerplexityConfig,

@@ -20,8 +20,6 @@ nothing else:
                  `gradsift.features.vectors.Features` of the examples and of the target set's rows (with
                  their tasks), by the run's embedder
     rater        `gradsift.evaluation.judges.Rater`: the run's judge, which can grade single examples
-    budget       `budget(scored)`: how many examples will be selected where `scored` have a score. The
-                 scores then belong to one alpha, and every alpha computes its own
     task         a progress bar: `with task(description, total) as advance`
     journal      `gradsift.journal.Journal`: results that a killed run need not make again
 

@@ -52,12 +52,12 @@ def token_ids(tokenizer: Any, texts: Sequence[str], *, special: bool) -> Iterato
 
 
 def span_losses(
-    backbone: Backbone, spans: Sequence[Span], row_indices: Sequence[int] | None, advance: Advance, journal: Journal
+    backbone: Backbone, spans: Sequence[Span], row_indices: Sequence[int], advance: Advance, journal: Journal
 ) -> np.ndarray:
     """Mean loss (nats) over each span's scored tokens, (N,) float64; NaN where a span scores none.
 
     Args:
-        row_indices: of the spans in the data's source, for errors; None where a loss may be NaN or infinite.
+        row_indices: of the spans in the data's source, for errors.
         journal: keeps the losses batch by batch.
     """
     losses = np.full(len(spans), np.nan)
@@ -83,8 +83,7 @@ def span_losses(
         for position, mean in zip(batch, journal.once(batch, work), strict=True):
             losses[groups[position]] = mean
         rows = [index for position in batch for index in groups[position]]
-        if row_indices is not None:
-            require_finite("loss", torch.tensor(rows), torch.from_numpy(losses[rows]), row_indices)
+        require_finite("loss", torch.tensor(rows), torch.from_numpy(losses[rows]), row_indices)
         told(sum(lengths[position] for position in batch))
     return losses
 

@@ -21,30 +21,22 @@ silent, the prompt is all that comes before the last response.
 `fixed` never makes a number of a failure, cuts to the context, and calculates in float64. The published
 budget, a share of 52,002 rows whatever the data, belongs to the selection and is not reproduced: for k rows
 of N give alpha=k/N.
-
-`superfilter_screened` selects the same rows as `fixed` in less time where bfloat16 is fast: see there.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
-from gradsift.config import ComputeConfig
 from gradsift.data.examples import Example
 from gradsift.diagnostics import Diagnostic
-from gradsift.errors import GradsiftError
 from gradsift.journal import Journal
-from gradsift.runtime import Advance, Task
+from gradsift.runtime import Task
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
 from gradsift.scoring.spans import Span, span_losses, token_ids
 from gradsift.training.backbones import Backbone
-from gradsift.training.numerics import prepare
 
 _NOTHING_LEFT = "the prompt leaves no token of the response within max_length"
 _NOTHING_ALONE = "the response has a single token, of which none is scored alone"
@@ -86,129 +78,16 @@ def superfilter(
     if fidelity == "original":
         scores = published_scores(loss_alone, loss_together, fails.reshape(2, -1))
     else:
-        scores = ifd_scores(loss_alone, loss_together, {})
+        scores = ifd_scores(loss_alone, loss_together)
     if keep == "low":
         scores.score = -scores.score
     return scores
 
 
-def superfilter_screened(
-    examples: Sequence[Example],
-    backbone: Backbone,
-    task: Task,
-    journal: Journal,
-    budget: Callable[[int], int],
-    *,
-    max_length: int,
-    calibration: int,
-    safety: float,
-) -> Scores:
-    """IFD in bfloat16, and again in float32 for every example on which this budget's selection can depend.
-
-    The error of bfloat16 is measured on a random sample that is scored both ways, and on every
-    example that is scored both ways later (see `Screening`). What is certain to be selected, left
-    out or excluded at that error keeps its bfloat16 score; the part `bits` of the table says which
-    those are (16), and no selector but `topk` may rely on their order. The selected examples and the
-    statuses are those of `superfilter`, as long as no error exceeds `safety` times the largest
-    measured, and up to IFDs that differ by no more than float32's own rounding (1e-6); the order
-    among the selected is that of the table's scores.
-
-    It can pay where the machine multiplies bfloat16 fast (AMX or AVX-512 BF16, CUDA).
-
-    Args:
-        budget: size of the selection for a number of examples that have a score.
-        max_length: L of the published code; the model's context where that is smaller.
-        calibration: examples in the random sample.
-        safety: largest error to be reckoned with, in largest errors that were measured.
-
-    Raises:
-        GradsiftError: the backbone is not in float32, so there is nothing to screen for.
-    """
-    if backbone.model.dtype != torch.float32:
-        raise GradsiftError(
-            f"superfilter_screened refines in float32, but the backbone is in {backbone.model.dtype}; "
-            "load it in float32, or take superfilter"
-        )
-    spans = spans_of(examples, backbone, max_length)
-    row_indices = [example.row_index for example in examples]
-    count = len(examples)
-
-    def losses_of(model: Backbone, rows: np.ndarray, advance: Advance, check: bool = True) -> np.ndarray:
-        chosen = [span[row] for span in spans for row in rows]
-        named = 2 * [row_indices[row] for row in rows] if check else None
-        return span_losses(model, chosen, named, advance, journal).reshape(2, -1)
-
-    with task("superfilter, bfloat16", 2 * count) as advance:
-        half = Backbone(in_bfloat16(backbone.model), backbone.tokenizer)
-        losses = losses_of(half, np.arange(count), advance, check=False)
-    lengths = np.array([[span.scored for span in each] for each in spans], dtype=float).reshape(2, -1)
-    screening = Screening(np.exp(losses[1]) / np.exp(losses[0]), lengths, safety)
-    bits = np.full(count, 16)
-    rows = screening.sample(calibration)
-    while len(rows):
-        with task("superfilter, float32", 2 * len(rows)) as advance:
-            losses[:, rows] = losses_of(backbone, rows, advance)
-        bits[rows] = 32
-        screening.measure(rows, np.exp(losses[1, rows]) / np.exp(losses[0, rows]))
-        rows = screening.undecided(budget)
-    return ifd_scores(losses[0], losses[1], {"bits": bits})
-
-
-class Screening:
-    """What each IFD can be, given approximate values and the exact ones measured so far.
-
-    An example's relative error is reckoned in units of sqrt(1/n + 1/m), n and m its numbers of
-    scored tokens alone and after the prompt: the standard error of a difference of mean losses, were
-    the tokens' rounding errors independent. Where they are not (long responses) the largest error in
-    these units is that of a long response, and the bound is only wider than needed for the rest.
-    The bound is measured, not proven: `safety` is its distance to the largest error seen.
-    """
-
-    def __init__(self, approximate: np.ndarray, lengths: np.ndarray, safety: float) -> None:
-        """`approximate` (N,) IFD, `lengths` (2, N) scored tokens; an example without tokens has no score."""
-        self.defined = lengths.min(0) > 0
-        self.values = approximate.copy()  # (N,) the best that is known
-        self.exact = ~self.defined  # (N,) bool: there is nothing more to learn
-        self._unit = np.sqrt((1 / np.maximum(lengths, 1)).sum(0))
-        self._safety = safety
-        self._largest = 0.0  # error measured so far, in units
-
-    def sample(self, size: int) -> np.ndarray:
-        """Random examples to measure the error on."""
-        rows = np.flatnonzero(self.defined)
-        return np.sort(np.random.default_rng(0).permutation(rows)[:size])
-
-    def measure(self, rows: np.ndarray, exact: np.ndarray) -> None:
-        """Learn the exact values (n,) of `rows` (n,)."""
-        errors = np.abs(np.log(exact / self.values[rows])) / self._unit[rows]
-        self._largest = max(self._largest, errors.max(initial=0.0, where=np.isfinite(errors)))
-        self.values[rows] = exact
-        self.exact[rows] = True
-
-    def undecided(self, budget: Callable[[int], int]) -> np.ndarray:
-        """Examples whose exact value is still needed: 1 or the value at the last selected place may lie on either
-        side of theirs. None when statuses and selection are certain."""
-        factor = np.exp(np.where(self.exact, 0.0, self._safety * self._largest * self._unit))
-        known = np.isfinite(self.values)  # bfloat16 may overflow where float32 does not
-        low, high = np.where(known, self.values / factor, 0.0), np.where(known, self.values * factor, np.inf)
-        about_one = ~self.exact & (low < 1) & (high >= 1)
-        if about_one.any():
-            return np.flatnonzero(about_one)
-        scored = np.flatnonzero(self.defined & (high < 1))
-        size = budget(len(scored)) if len(scored) else 0
-        if size >= len(scored):
-            return np.array([], dtype=int)
-        low, high = low[scored], high[scored]
-        inside = low > np.sort(high)[::-1][size]  # fewer than `size` others can be above
-        outside = high < np.sort(low)[::-1][size - 1]  # `size` others are above for certain
-        rows: np.ndarray = scored[~inside & ~outside & ~self.exact[scored]]
-        return rows
-
-
-def ifd_scores(loss_alone: np.ndarray, loss_together: np.ndarray, parts: dict[str, np.ndarray]) -> Scores:
+def ifd_scores(loss_alone: np.ndarray, loss_together: np.ndarray) -> Scores:
     """The score table of mean losses (N,) in nats; NaN where there is none."""
     ifd = np.exp(loss_together) / np.exp(loss_alone)
-    scores = Scores(ifd, {"ifd": ifd, "loss_alone": loss_alone, "loss_with_prompt": loss_together, **parts})
+    scores = Scores(ifd, {"ifd": ifd, "loss_alone": loss_alone, "loss_with_prompt": loss_together})
     scores.mark(np.isnan(loss_together), UNDEFINED, _NOTHING_LEFT)
     scores.mark(np.isnan(loss_alone), UNDEFINED, _NOTHING_ALONE)
     scores.mark(ifd >= 1, EXCLUDED, _NOT_BELOW_ONE)
@@ -269,14 +148,3 @@ def ifd_spans(
         alone.append(Span(answer[: limit - min(len(prompt), limit) + 1], 1))
         together.append(Span(text[:limit], len(prompt)))
     return alone, together
-
-
-def in_bfloat16(model: Any) -> Any:
-    """A copy as `load_backbone` gives it in bfloat16; buffers, such as the frequencies of rotary positions, stay."""
-    weights: dict[int, Any] = {
-        id(weight): nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
-        for weight in model.parameters()
-    }
-    half: Any = copy.deepcopy(model, weights)
-    prepare(half, ComputeConfig(precision="bfloat16"))
-    return half

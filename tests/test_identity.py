@@ -1,7 +1,7 @@
 """Laws of identities: an artifact's fingerprint covers the options that its stage read, and the numerics that ran.
 
-The options are recorded while a stage works, so nobody has to keep a list of them: each option that was read is changed,
-and the fingerprint must change with it.
+The options are recorded while a stage works, so nobody has to keep a list of them. Each option that was read is
+changed, and the fingerprint must change with it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import shutil
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +157,8 @@ def walk(config: Config, store: Store) -> None:
 def units_of(config: Config, root: Path) -> set[str]:
     """Folders of the units that a run with this config would ask for; nothing is made."""
     planner = Planner(root, lambda line: None)
-    try:
+    with suppress(NotMade):  # what follows reads something that is not made
         walk(config, planner)
-    except NotMade:
-        pass  # what follows reads something that is not made
     return {unit.artifact for unit in planner.units.values()}
 
 

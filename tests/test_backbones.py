@@ -175,7 +175,7 @@ def test_pickled_weights_are_refused(folder: Path, tmp_path: Path) -> None:
 def test_a_folder_with_half_a_config_is_refused(folder: Path, tmp_path: Path) -> None:
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text[: len(text) // 2])
-    assert "could not be loaded" in refusal(folder, tmp_path)
+    assert "config.json is not JSON" in refusal(folder, tmp_path)
 
 
 def test_half_written_weights_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -192,17 +192,20 @@ def test_a_config_of_no_known_model_is_refused(folder: Path, tmp_path: Path) -> 
 class Loader:
     """Stands for `AutoModelForCausalLM` and `AutoTokenizer`; keeps what it was asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
+        self._tokenizer = tokenizer
 
     def from_pretrained(self, source: str, **options: Any) -> Any:
         self.asked.append((source, options))
-        return tiny_model("gpt2")
+        if options.get("output_loading_info"):
+            return tiny_model("gpt2"), {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+        return self._tokenizer
 
 
 @pytest.fixture
-def loader(monkeypatch: pytest.MonkeyPatch) -> Loader:
-    stub = Loader()
+def loader(monkeypatch: pytest.MonkeyPatch, byte_tokenizer: Any) -> Loader:
+    stub = Loader(byte_tokenizer)
     monkeypatch.setattr("transformers.AutoModelForCausalLM", stub)
     monkeypatch.setattr("transformers.AutoTokenizer", stub)
     return stub

@@ -18,9 +18,12 @@ from safetensors import SafetensorError
 from gradsift.artifacts import Artifact, file_hash
 from gradsift.config import ComputeConfig, ModelConfig
 from gradsift.errors import ConfigError, DataError
+from gradsift.outside_json import loads
 from gradsift.runtime import Runtime
+from gradsift.training.checkpointing import checkpoint_blocks
 from gradsift.training.device import device_of
 from gradsift.training.fused import fuse
+from gradsift.training.loading import load_model, load_tokenizer
 from gradsift.training.residual import residual_in_float32
 
 VERSION = 1
@@ -70,16 +73,20 @@ def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
 
 
 def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfig) -> Backbone:
-    """Load the model that `backbone` described; safetensors only."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Load the model that `backbone` described; safetensors only.
 
+    Raises:
+        DataError: files are missing or broken, or weights do not fit the config; names `model.path`.
+    """
     source, options = _source(artifact, config)
-    dtype = torch.bfloat16 if compute.precision == "bfloat16" else torch.float32
+    dtype, name = torch.bfloat16 if compute.precision == "bfloat16" else torch.float32, config.path or config.kind
     with _hub_errors(config):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        tokenizer = load_tokenizer(source, name, **options)
+        model = load_model(source, name, dtype=dtype, **options)
     residual_in_float32(model)
     _same_but_faster(model, compute)
+    if compute.checkpointing:
+        checkpoint_blocks(model)
     model.requires_grad_(False)
     return Backbone(model.eval(), tokenizer, (artifact, config, compute))
 
@@ -95,13 +102,20 @@ def quieten() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # those of the hub's client too
-    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_padding_hint)
+    for is_wanted in (_is_no_padding_hint, _is_no_table):
+        logging.getLogger("transformers.modeling_utils").addFilter(is_wanted)
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # said by peft's own call
 
 
 def _is_no_padding_hint(record: logging.LogRecord) -> bool:
     """It asks for a mask, which rows that are padded on the right do without: they look only to the left."""
     return "passing in an `attention_mask`" not in record.getMessage()
+
+
+def _is_no_table(record: logging.LogRecord) -> bool:
+    """`load_model` refuses weights that do not fit and names them; the table alone names those not converted."""
+    message = record.getMessage()
+    return "LOAD REPORT" not in message or "CONVERSION" in message
 
 
 def _same_but_faster(model: Any, compute: ComputeConfig) -> None:
@@ -196,6 +210,7 @@ def _pretrained(runtime: Runtime, config: ModelConfig) -> Artifact:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise DataError(f"model.path={path} is a folder without config.json; give one that transformers can load")
+        _require_config(folder, path)
         settings: dict[str, Any] = {"files": _folder_hashes(runtime, folder)}
     else:
         settings = {"hub": path, "revision": config.revision}
@@ -209,8 +224,20 @@ def _pretrained(runtime: Runtime, config: ModelConfig) -> Artifact:
     return runtime.store.obtain("backbone", slug, settings, [], make, version=VERSION, light=True)
 
 
+def _require_config(folder: Path, path: str) -> None:
+    """Refuse a config.json that is no JSON object now: transformers would name neither the file nor the reason."""
+    try:
+        config = loads((folder / "config.json").read_bytes())
+    except ValueError as error:
+        raise DataError(f"model.path={path}: config.json is not JSON ({str(error).splitlines()[0]})") from error
+    if not isinstance(config, dict):
+        raise DataError(
+            f"model.path={path}: config.json is not an object with the model's settings: {str(config)[:40]}"
+        )
+
+
 def _folder_hashes(runtime: Runtime, folder: Path) -> dict[str, str]:
-    files = sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES)
+    files = sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES and p.is_file())
     hashes = {}
     with runtime.display.task(f"check the files of {folder.name}", len(files)) as advance:
         for file in files:
@@ -252,7 +279,7 @@ class _hub_errors:
         if isinstance(error, errors.RevisionNotFoundError):
             raise DataError(f"model.path={name} has no such revision; check model.revision") from error
         if isinstance(error, OSError | errors.HfHubHTTPError | ValueError | SafetensorError):
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)[:200]
             raise DataError(
                 f"model.path={name} could not be loaded ({reason}): the hub cannot be reached and the local cache does "
                 "not have it, or it is not a whole model with safetensors and a tokenizer; give a folder that is"

@@ -18,7 +18,6 @@ epochs that something asks for; those of `proxy.collect=during_training` come fr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +147,7 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
         "epoch": epoch,
         "seed": runtime.seed,
         **runtime.compute.numerics,
-        "lora": asdict(config.lora),
+        "lora": config.lora.settings,
         "template": config.template,
         "max_length": config.max_length,
         "learning_rate": config.learning_rate,

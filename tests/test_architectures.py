@@ -115,7 +115,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "in_proj,x_proj",
     ),
     "mixtral": (HEAD | {"num_local_experts": 4}, "model.layers.0.mlp.gate is of class MixtralTopKRouter", ATTENTION),
-    "olmoe": (LLAMA | {"num_experts": 4, "num_experts_per_tok": 2}, "model.layers.0.mlp.gate is of class OlmoeTopKRouter", ATTENTION),
+    "olmoe": (
+        LLAMA | {"num_experts": 4, "num_experts_per_tok": 2},
+        "model.layers.0.mlp.gate is of class OlmoeTopKRouter",
+        ATTENTION,
+    ),
     "opt": (
         SPECIAL
         | {"hidden_size": 16, "num_hidden_layers": 2, "ffn_dim": 24, "num_attention_heads": 2}
@@ -209,6 +213,7 @@ def test_a_family_is_refused_with_the_layer_and_the_targets_that_work(name: str)
     assert str(caught.value).startswith("proxy.lora.targets=[all-linear] ")
     assert reason in str(caught.value)
     assert str(caught.value).endswith(f"; targets that work: proxy.lora.targets=[{targets}]")
+    assert not list(lora.lora_layers(model))  # also where peft gave up halfway
     trained = adapted(model, targets.split(","))
     assert_close(batch_norms(trained, examples, 5), exact_norms(trained, examples))
 

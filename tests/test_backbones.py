@@ -177,7 +177,7 @@ def test_pickled_weights_are_refused(folder: Path, tmp_path: Path) -> None:
 def test_a_folder_with_half_a_config_is_refused(folder: Path, tmp_path: Path) -> None:
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text[: len(text) // 2])
-    assert "could not be loaded" in refusal(folder, tmp_path)
+    assert "config.json is not JSON" in refusal(folder, tmp_path)
 
 
 def test_half_written_weights_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -194,17 +194,20 @@ def test_a_config_of_no_known_model_is_refused(folder: Path, tmp_path: Path) -> 
 class Loader:
     """Stands for `AutoModelForCausalLM` and `AutoTokenizer`; keeps what it was asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
+        self._tokenizer = tokenizer
 
     def from_pretrained(self, source: str, **options: Any) -> Any:
         self.asked.append((source, options))
-        return tiny_model("gpt2")
+        if options.get("output_loading_info"):
+            return tiny_model("gpt2"), {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+        return self._tokenizer
 
 
 @pytest.fixture
-def loader(monkeypatch: pytest.MonkeyPatch) -> Loader:
-    stub = Loader()
+def loader(monkeypatch: pytest.MonkeyPatch, byte_tokenizer: Any) -> Loader:
+    stub = Loader(byte_tokenizer)
     monkeypatch.setattr("transformers.AutoModelForCausalLM", stub)
     monkeypatch.setattr("transformers.AutoTokenizer", stub)
     return stub
@@ -212,7 +215,7 @@ def loader(monkeypatch: pytest.MonkeyPatch) -> Loader:
 
 def test_code_beside_a_folders_weights_runs_if_it_is_trusted(folder: Path, tmp_path: Path, loader: Loader) -> None:
     config = ModelConfig(path=str(folder), trust_remote_code=True)
-    load_backbone(pin(tmp_path, folder), config, CPU)
+    load_backbone(backbone(runtime(tmp_path), config), config, CPU)
     assert all(options.get("trust_remote_code") for _, options in loader.asked)
 
 
@@ -280,6 +283,8 @@ def test_an_error_of_another_kind_is_not_hidden(tmp_path: Path, monkeypatch: pyt
 def test_a_hub_model_is_pinned_to_the_commit_of_its_first_use(
     tmp_path: Path, loader: Loader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for commit in ("c0ffee", "moved on"):
+        tiny_model("gpt2").config.save_pretrained(tmp_path / "snapshots" / commit)
     commits = iter(["c0ffee", "moved on"])
     monkeypatch.setattr(
         "huggingface_hub.hf_hub_download", lambda *a, **o: str(tmp_path / "snapshots" / next(commits) / "config.json")

@@ -98,7 +98,7 @@ def test_examples_that_cannot_be_told_apart_are_refused() -> None:
 def test_layers_that_see_other_examples_or_are_passed_twice_are_refused() -> None:
     probe = NormProbe()
     probe.of("first", torch.zeros(1, 4, 5))
-    with pytest.raises(GradsiftError, match="3 examples where another one saw 1"):
+    with pytest.raises(GradsiftError, match="3 examples where another layer saw 1"):
         probe.of("second", torch.zeros(3, 4, 5))
     with pytest.raises(GradsiftError, match="passed twice"):
         probe.of("first", torch.zeros(1, 4, 5))

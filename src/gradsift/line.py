@@ -35,7 +35,7 @@ from gradsift.features.vectors import read_features
 from gradsift.features.warmup import warm_up, warmup_rows
 from gradsift.gradients.diagnostics import diagnose_ensemble
 from gradsift.gradients.directions import directions, read_cosines
-from gradsift.gradients.embedding_head import embedding_gradients, read_embedding_gradients
+from gradsift.gradients.embedding_head import checked_inputs, embedding_gradients, read_embedding_gradients
 from gradsift.gradients.norms_table import by_example
 from gradsift.gradients.statistics import mean_loss, read_statistics, statistics
 from gradsift.journal import Journal
@@ -52,6 +52,7 @@ from gradsift.selection.topk import topk
 from gradsift.sources import Method, Source, method
 from gradsift.training.backbones import Backbone, backbone, load_shown
 from gradsift.training.device import TokenBudget, device_of
+from gradsift.training.probing import require_adaptable
 from gradsift.training.target import expected_finetune, finetune, say_report
 
 
@@ -63,6 +64,7 @@ class Line:
         self.runtime = runtime
         self.keeps_all = config.scorer_name == "full"
         self._norms: dict[int, list[list[Artifact]]] = {}  # by epoch
+        self._tried: set[str] = set()  # options of the proxy's adapters that are known to work
         self.loaded = load(runtime, config.data)
 
     def check(self) -> None:
@@ -143,16 +145,36 @@ class Line:
         budget = TokenBudget.of(model.model, self.config.compute.tokens, self.runtime.display.say)
         return ProxyInputs(model, encoded, [example.row_index for example in examples], budget)
 
+    def _inputs_to_train(self, option: str = "proxy.lora") -> ProxyInputs:
+        """`proxy_inputs`, after a trial of the adapter `option`, and of the target's where one will be tuned.
+
+        Called where the first unit has to be made: a run that finds its work done loads no model.
+        """
+        if self.config.reaches("finetune") and not self._tried:
+            same = self.target.identity == self.proxy.identity
+            loaded = self.proxy_backbone if same else load_shown(self.runtime, self.target, self.config.target.model)
+            require_adaptable(loaded.model, self.config.target.lora, "target.lora", norms=False)
+        if option not in self._tried:
+            features, own = self.config.features, option == "proxy.lora"
+            config, norms = (
+                (self.config.proxy.lora if own else features.warmup.lora),
+                own or features.gradient_params == "lora",
+            )
+            require_adaptable(self.proxy_backbone.model, config, option, norms=norms)
+            self._tried.add(option)
+        return self.proxy_inputs
+
     @functools.cached_property
     def adapters(self) -> list[list[Artifact]]:
         """The ensemble's weights, as [adapter][epoch - 1]: one a member, or one that all members share."""
-        return train_adapters(self.runtime, self.config.proxy, self.proxy, self.loaded, lambda: self.proxy_inputs)
+        return train_adapters(self.runtime, self.config.proxy, self.proxy, self.loaded, self._inputs_to_train)
 
     def norms(self, epoch: int) -> list[list[Artifact]]:
         """The members' gradient norms after an epoch, as [member][shard]; an epoch nobody asks for has none."""
         if epoch not in self._norms:
-            proxy, load = self.config.proxy, lambda: self.proxy_inputs
-            self._norms[epoch] = ensemble_norms(self.runtime, proxy, self.adapters, load, epoch)
+            self._norms[epoch] = ensemble_norms(
+                self.runtime, self.config.proxy, self.adapters, self._inputs_to_train, epoch
+            )
         return self._norms[epoch]
 
     @property
@@ -164,7 +186,7 @@ class Line:
         """Collect the shard `proxy.shard` of all members; returns the shards of which something is missing."""
         proxy = self.config.proxy
         assert proxy.shard is not None  # noqa: S101 - the caller's branch
-        return collect_shard(self.runtime, proxy, self.adapters, lambda: self.proxy_inputs, proxy.shard)
+        return collect_shard(self.runtime, proxy, self.adapters, self._inputs_to_train, proxy.shard)
 
     def statistics(self) -> Artifact:
         proxy = self.config.proxy
@@ -183,7 +205,7 @@ class Line:
         """A table an adapter, at the late snapshot: one a member, or one where members share their weights."""
         proxy = self.config.proxy
         late = [epochs[proxy.snapshots[1] - 1] for epochs in self.adapters]
-        return [directions(self.runtime, proxy.lora, weights, lambda: self.proxy_inputs) for weights in late]
+        return [directions(self.runtime, proxy.lora, weights, self._inputs_to_train) for weights in late]
 
     @functools.cached_property
     def checkpoints(self) -> list[Artifact]:
@@ -191,9 +213,10 @@ class Line:
 
         def load() -> ProxyInputs:
             config = self.config.features
+            inputs = self._inputs_to_train("features.warmup.lora")
             count = 1 if config.checkpoints == "last" else config.warmup.epochs
             require_room(self.runtime, config, self._pool_inputs(), count)  # before the first epoch, not after the last
-            return self.proxy_inputs
+            return inputs
 
         features, proxy = self.config.features, self.config.proxy
         return warm_up(self.runtime, features.warmup, proxy, self.proxy, self.loaded, load)
@@ -229,7 +252,8 @@ class Line:
     def embedding_gradients(self) -> Artifact:
         """Of the first adapter after its first epoch; no other member and no later epoch is trained for it."""
         proxy, rows = self.config.proxy, int(self.loaded.info["rows"])
-        first = train_adapter(self.runtime, proxy, self.proxy, self.loaded, lambda: self.proxy_inputs, 0, epochs=1)
+        load = checked_inputs(self._inputs_to_train, proxy.lora, self.runtime.compute)
+        first = train_adapter(self.runtime, proxy, self.proxy, self.loaded, load, 0, epochs=1)
         return embedding_gradients(self.runtime, first[0], proxy.lora, lambda: self.proxy_inputs, rows)
 
     def diagnose(self, asked: Sequence[str]) -> list[Diagnostic]:

@@ -37,6 +37,7 @@ class ComputeConfig:
     precision: str = "float32"  # bfloat16: frozen weights and products; LoRA weights, norms and residual stream float32
     kernels: str = "auto"  # compiled kernels for bfloat16 models on a CPU; off: torch's own (docs/cpu.md)
     tokens: int | None = None  # padded tokens that pass through a model at once; what suits it when empty
+    checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third more time
     threads: int | None = None  # of each process; torch's own choice when empty
     save_every: float = 60.0  # seconds of work that a killed process may lose, within an epoch; 0: after each step
     # ddp: `devices` processes share a training or a collection, each with the whole model; fsdp: for the target each

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -56,6 +57,8 @@ class LoraConfig:
     alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
     dropout: float = 0.0
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    use_rslora: bool = False  # scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023)
+    use_dora: bool = False  # refused: per-sample norms are those of A and B alone
 
     def __post_init__(self) -> None:
         at_least("lora.rank", self.rank, 1)
@@ -64,6 +67,20 @@ class LoraConfig:
             raise ConfigError(f"lora.dropout={self.dropout} is no probability; give a number from 0 to below 1")
         if not self.targets:
             raise ConfigError("lora.targets is empty; name the linear layers, or [all-linear]")
+        if self.use_dora:
+            raise ConfigError(
+                "lora.use_dora=true is not offered: DoRA trains a magnitude of each output beside A and B, and the "
+                "norms here are those of A and B; leave it out"
+            )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a result depends on, for the settings of a stage.
+
+        Options that were added later are left out where they are off, so that finished work keeps its name.
+        """
+        later = {"use_rslora": True} if self.use_rslora else {}
+        return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "targets": list(self.targets)} | later
 
 
 TEMPLATES = ("alpaca", "chat", "plain")

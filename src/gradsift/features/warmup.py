@@ -51,6 +51,7 @@ def warm_up(
             return on_all_ranks(runtime, folder, _train, config, load(), int(loaded.info["rows"]), epoch, previous)
 
         settings = asdict(config) | {
+            "lora": config.lora.settings,
             "share": None,
             "rows": count,
             "epochs": None if config.schedule == "constant" and not config.warmup_ratio else config.epochs,

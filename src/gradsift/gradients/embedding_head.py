@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gradsift.artifacts import Artifact
-from gradsift.config import LoraConfig
+from gradsift.config import ComputeConfig, LoraConfig
 from gradsift.data.batching import Batch, collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
@@ -100,6 +100,23 @@ def embedding_gradients(
 
     slug = member.path.name.rsplit("-", 1)[0]
     return runtime.store.obtain("embedding_gradients", slug, {}, [member], make, version=VERSION)
+
+
+def checked_inputs(
+    load: Callable[[], ProxyInputs], config: LoraConfig, compute: ComputeConfig
+) -> Callable[[], ProxyInputs]:
+    """`load` that refuses a model without these gradients before its first member is trained, not after it."""
+
+    def checked() -> ProxyInputs:
+        inputs = load()
+        adapted = lora.add_adapter(inputs.backbone.model, config, seed=0)
+        try:
+            UseOfEmbedding(adapted.to(device_of(compute)))
+        finally:
+            lora.remove_adapter(adapted)
+        return inputs
+
+    return checked
 
 
 def read_embedding_gradients(artifact: Artifact) -> EmbeddingGradients:

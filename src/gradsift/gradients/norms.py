@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gradsift.errors import GradsiftError
-from gradsift.training.adapted import AdaptedLinear, NormProbe
+from gradsift.training.adapted import AdaptedLinear, NormProbe, layer_path
 from gradsift.training.lora import lora_layers
 
 
@@ -20,18 +20,18 @@ def probed_layers(adapted: nn.Module) -> list[AdaptedLinear]:
     """The adapted layers, whose backward pass meets each example's gradient.
 
     Raises:
-        GradsiftError: there is none, or one of another kind.
+        GradsiftError: there is none, or one of another kind; names it.
     """
-    layers = [layer for _, layer in lora_layers(adapted)]
+    layers = dict(lora_layers(adapted))
     if not layers:
         raise GradsiftError("per-sample gradients need a model with LoRA adapters; it has none")
-    for layer in layers:
+    for name, layer in layers.items():
         if not isinstance(layer, AdaptedLinear):
             raise GradsiftError(
-                f"per-sample gradients need plain linear layers, not {type(layer.get_base_layer()).__name__}; "
-                "leave it out of lora.targets, and load the model unquantised"
+                f"per-sample gradients need plain linear layers, and {layer_path(name)} is of class "
+                f"{type(layer.get_base_layer()).__name__}; leave it out of lora.targets, and load the model unquantised"
             )
-    return layers
+    return list(layers.values())
 
 
 class PerSampleNorms:

@@ -18,7 +18,6 @@ epochs that something asks for; those of `proxy.collect=during_training` come fr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +141,7 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
         "member": member,
         "epoch": epoch,
         "seed": runtime.seed,
-        "lora": asdict(config.lora),
+        "lora": config.lora.settings,
         "template": config.template,
         "max_length": config.max_length,
         "learning_rate": config.learning_rate,

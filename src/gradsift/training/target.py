@@ -22,6 +22,7 @@ from gradsift.training.backbones import Backbone, load_shown
 from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, fit, step_counts
+from gradsift.training.probing import require_adaptable
 from gradsift.training.ranks import on_all_ranks, shard_weights
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def expected_finetune(
 def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:
     """What a finetune depends on besides its examples."""
     return asdict(config) | {
+        "lora": config.lora.settings,
         "name": None,
         "model": None,  # the parent artifact stands for it
         "seed": runtime.seed,
@@ -119,6 +121,7 @@ def train_target(
         config.warmup_steps,
         total_steps=len(plan),
     )
+    require_adaptable(backbone.model, config.lora, "target.lora", norms=False)
     adapted = lora.add_adapter(backbone.model, config.lora, derive_seed(runtime.seed, "target lora"))
     shard_weights(adapted, runtime.compute)
     adapted.to(device_of(runtime.compute))

@@ -1,0 +1,120 @@
+"""Loading a causal language model and its tokenizer, with every weight from the files.
+
+transformers fills weights that the files lack with random numbers, leaves out those that it has no place for, and
+says so in a table. Here both are errors, because results would come from another model than the one that was named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from gradsift.errors import DataError
+
+# Causal masks and rotary frequencies, which old files of GPT-2's kin and of Llama hold: no training changes them, and
+# transformers computes them by itself.
+_COMPUTED = re.compile(r"(^|\.)(masked_bias|causal_mask|inv_freq|attn\.bias|attention\.bias)$")
+# What transformers, tokenizers and safetensors raise for files that are broken or do not fit each other. The tokenizers
+# package raises plain `Exception`.
+_ERRORS = (
+    *(ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, ImportError),
+    *(SafetensorError, StrictDataclassError),
+)
+_SHOWN = 3  # names of weights in a message
+
+
+def load_tokenizer(source: str, name: str, **options: Any) -> Any:
+    """The tokenizer of a folder or of a model of the hub.
+
+    Args:
+        name: of the model, for errors.
+        options: of `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        DataError: its files are missing or broken.
+    """
+    from transformers import AutoTokenizer
+
+    with _readable(f"model.path={name}: its tokenizer", "config.json, tokenizer.json and tokenizer_config.json"):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        known, special = set(tokenizer.get_vocab().values()), set(tokenizer.all_special_ids)
+    if not known - special:  # transformers makes an empty one where the files are missing
+        raise DataError(
+            f"model.path={name} has no tokenizer: its vocabulary holds nothing but special tokens; add the model's "
+            "tokenizer.json and tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def load_model(source: str, name: str, **options: Any) -> Any:
+    """The model of a folder or of the hub, from safetensors files alone.
+
+    Args:
+        name: of the model, for errors.
+        options: of `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        DataError: files are broken, or weights are missing, left over or of another shape; names some of them.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _readable(f"model.path={name}: the model", "config.json and the safetensors files"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    if problems := misfits(model, info):
+        raise DataError(
+            f"model.path={name}: config.json describes a {type(model).__name__} that its weights do not fit: "
+            f"{'; '.join(problems)}; give the config.json and the weights of one and the same model"
+        )
+    return model
+
+
+def misfits(model: Any, info: Mapping[str, Collection[Any]]) -> list[str]:
+    """What keeps a model from being the one in its files; nothing where all weights came from there.
+
+    Args:
+        info: transformers' loading info. What is tied to another weight is no longer among its missing ones.
+    """
+    unexpected = [name for name in info["unexpected_keys"] if _belongs(name, model) and not _COMPUTED.search(name)]
+    shapes = [f"{name} is {list(there)}, not {list(wanted)}" for name, there, wanted in info["mismatched_keys"]]
+    kinds = {
+        "missing": list(info["missing_keys"]),
+        "without a place in the model": unexpected,
+        "of another shape": shapes,
+    }
+    return [f"{len(names):,} {kind} ({_some(names)})" for kind, names in kinds.items() if names]
+
+
+def _belongs(name: str, model: Any) -> bool:
+    """Whether a weight is of the model's body or head; others are of another task, such as a classifier's head."""
+    root = name.split(".", 1)[0]
+    own = {child for module in (model, model.base_model) for child, _ in module.named_children()}
+    return root in own
+
+
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(sorted(names)[:_SHOWN])
+    return shown + (", ..." if len(names) > _SHOWN else "")
+
+
+@contextmanager
+def _readable(what: str, files: str) -> Iterator[None]:
+    """Turn what broken files raise into a `DataError`; `OSError` is the hub's (see `backbones`)."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if not isinstance(error, _ERRORS) and type(error) is not Exception:
+            raise
+        reason = " ".join(str(error).split())[:200] or "no message"
+        remedy = f"see whether {files} are whole and of one model"
+        if "trust_remote_code" in str(error):
+            remedy = "model.trust_remote_code=true runs the code that comes with it, if you trust that"
+        raise DataError(f"{what} could not be loaded ({type(error).__name__}: {reason}); {remedy}") from error

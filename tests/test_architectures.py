@@ -1,0 +1,244 @@
+"""Per-sample norms of tiny random models of many families: equal to the one-example loop in float64, or refused.
+
+The loop is autograd through peft's own layers, one example a backward pass, in float64. Ours is one backward pass over
+a padded batch in float32. Each family has a model of two layers; what is refused, is refused with the layer's name.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from test_norms import VOCABULARY, batch_norms, ragged_examples
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gradsift.config import LoraConfig
+from gradsift.data.tokens import Encoded
+from gradsift.errors import ConfigError
+from gradsift.training import lora
+from gradsift.training.checkpointing import checkpoint_blocks
+from gradsift.training.probing import require_adaptable
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),  # transformers' own, of tiny configs
+]
+
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {  # names that most families share
+    **SPECIAL,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+}
+HEAD = LLAMA | {"head_dim": 8}
+GPT2 = SPECIAL | {"n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+STATES = SPECIAL | {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+
+WORK: dict[str, dict[str, Any]] = {
+    "biogpt": LLAMA,
+    "bloom": SPECIAL | {"hidden_size": 16, "n_layer": 2, "n_head": 2},
+    "codegen": GPT2 | {"n_head": 4, "rotary_dim": 2},
+    "cohere": LLAMA,
+    "cohere2": LLAMA,
+    "ernie4_5": HEAD,
+    "exaone4": HEAD,
+    "falcon": SPECIAL | {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "gemma": HEAD,
+    "gemma2": HEAD,
+    "gemma3_text": HEAD,
+    "glm4": HEAD,
+    "gpt2": GPT2,
+    "gpt_bigcode": GPT2,
+    "gpt_neo": SPECIAL
+    | {"max_position_embeddings": 32, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "window_size": 8}
+    | {"attention_types": [[["global", "local"], 1]]},
+    "gpt_neox": LLAMA,
+    "gpt_oss": HEAD | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gptj": GPT2 | {"rotary_dim": 4},
+    "granite": LLAMA,
+    "granitemoe": LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "helium": HEAD,
+    "lfm2": LLAMA,
+    "llama": LLAMA,
+    "mistral": HEAD,
+    "mpt": SPECIAL | {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 32},
+    "nemotron": HEAD,
+    "olmo": LLAMA,
+    "olmo2": LLAMA,
+    "olmo3": LLAMA,
+    "persimmon": LLAMA,
+    "phi": LLAMA,
+    "phi3": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": HEAD,
+    "rwkv": SPECIAL | {"hidden_size": 16, "num_hidden_layers": 2, "context_length": 32, "intermediate_size": 24},
+    "smollm3": LLAMA,
+    "stablelm": LLAMA,
+    "starcoder2": LLAMA,
+    "xglm": SPECIAL
+    | {"d_model": 16, "ffn_dim": 24, "num_layers": 2, "attention_heads": 2, "max_position_embeddings": 32},
+}
+
+# with [all-linear]: settings, the reason, and the targets that the message names
+ATTENTION = "k_proj,o_proj,q_proj,v_proj"
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "deepseek_v3": (
+        LLAMA
+        | {"num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+        | {"moe_intermediate_size": 8, "first_k_dense_replace": 1, "n_shared_experts": 1, "v_head_dim": 8}
+        | {"kv_lora_rank": 4, "q_lora_rank": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
+        "model.layers.1.mlp.experts is of class DeepseekV3Experts",
+        "kv_a_proj_with_mqa,o_proj,q_a_proj,q_b_proj",
+    ),
+    "jamba": (
+        LLAMA | {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4},
+        "model.layers.0.mamba.dt_proj takes no part in a forward pass",
+        "down_proj,gate_proj,in_proj,k_proj,o_proj,out_proj,q_proj,up_proj,v_proj,x_proj",
+    ),
+    "llama4_text": (
+        HEAD | {"intermediate_size_mlp": 24, "num_local_experts": 2},
+        "model.layers.0.feed_forward.router is of class Llama4Router",
+        ATTENTION,
+    ),
+    "mamba": (
+        STATES,
+        "is refused by peft for MambaForCausalLM: [PEFT:PeftType.LORA] Module 'out_proj'",
+        "in_proj,x_proj",
+    ),
+    "mixtral": (HEAD | {"num_local_experts": 4}, "model.layers.0.mlp.gate is of class MixtralTopKRouter", ATTENTION),
+    "olmoe": (
+        LLAMA | {"num_experts": 4, "num_experts_per_tok": 2},
+        "model.layers.0.mlp.gate is of class OlmoeTopKRouter",
+        ATTENTION,
+    ),
+    "opt": (
+        SPECIAL
+        | {"hidden_size": 16, "num_hidden_layers": 2, "ffn_dim": 24, "num_attention_heads": 2}
+        | {"max_position_embeddings": 32, "word_embed_proj_dim": 16},
+        "model.decoder.layers.0.fc1 sees inputs of shape (14, 16), not (batch, tokens, width)",
+        "k_proj,out_proj,q_proj,v_proj",
+    ),
+    "phimoe": (
+        LLAMA | {"num_local_experts": 4},
+        "model.layers.0.mlp.router is of class PhimoeTopKRouter",
+        ATTENTION,
+    ),
+    "qwen2_moe": (
+        LLAMA | EXPERTS | {"shared_expert_intermediate_size": 8},
+        "model.layers.0.mlp.shared_expert.gate_proj sees inputs of shape (14, 16), not (batch, tokens, width)",
+        ATTENTION,
+    ),
+    "qwen3_moe": (HEAD | EXPERTS, "model.layers.0.mlp.experts is of class Qwen3MoeExperts", ATTENTION),
+}
+
+
+def tiny(name: str, settings: dict[str, Any]) -> Any:
+    """A model whose attention and experts are products that float64 has too."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, vocab_size=VOCABULARY, **settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    return model.requires_grad_(False).eval()
+
+
+def adapted(model: Any, targets: list[str]) -> Any:
+    """With B away from zero, as after some training: at B = 0 the gradient of A vanishes."""
+    found = lora.add_adapter(model, LoraConfig(rank=3, targets=targets), seed=1).eval()
+    torch.manual_seed(2)
+    for name, parameter in lora.trainable_parameters(found).items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    return found
+
+
+def exact_norms(model: Any, examples: list[Encoded]) -> np.ndarray:
+    """(N, 3) norms of A and of B, and losses: one example a backward pass in float64, peft's own layers."""
+    exact = copy.deepcopy(model)
+    for _, layer in lora.lora_layers(exact):
+        layer.__class__ = peft.tuners.lora.Linear
+    exact.double()
+    parameters = lora.trainable_parameters(exact)
+    found = []
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # for the masks that a forward pass makes
+    try:
+        for example in examples:
+            ids = torch.tensor(example.input_ids, dtype=torch.long)[None]
+            logits = exact(input_ids=ids, use_cache=False).logits[0, :-1]
+            losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+            loss = losses[torch.tensor(example.is_response[1:])].mean()
+            gradients = torch.autograd.grad(loss, list(parameters.values()))
+            squares = {"lora_A": 0.0, "lora_B": 0.0}
+            for name, gradient in zip(parameters, gradients, strict=True):
+                squares["lora_A" if "lora_A" in name else "lora_B"] += float(gradient.square().sum())
+            found.append([squares["lora_A"] ** 0.5, squares["lora_B"] ** 0.5, float(loss)])
+    finally:
+        torch.set_default_dtype(default)
+    return np.array(found)
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
+    """Relative and by norm, for each column: 1,000 roundings of float32, which ill-conditioned tiny norms need."""
+    assert (expected > 1e-3).all()  # or the comparison would be of noise
+    errors = np.linalg.norm(found - expected, axis=0) / np.linalg.norm(expected, axis=0)
+    assert errors.max() < 1000 * np.finfo(np.float32).eps
+
+
+def test_there_are_families_enough() -> None:
+    assert len(WORK) + len(REFUSED) >= 45
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_norms_of_a_family_equal_the_loop(name: str) -> None:
+    model, examples = tiny(name, WORK[name]), ragged_examples(5)
+    require_adaptable(model, LoraConfig(rank=3), "proxy.lora", norms=True)
+    trained = adapted(model, ["all-linear"])
+    assert_close(batch_norms(trained, examples, 5), exact_norms(trained, examples))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_family_is_refused_with_the_layer_and_the_targets_that_work(name: str) -> None:
+    settings, reason, targets = REFUSED[name]
+    model, examples = tiny(name, settings), ragged_examples(5)
+    with pytest.raises(ConfigError) as caught:
+        require_adaptable(model, LoraConfig(rank=3), "proxy.lora", norms=True)
+    assert str(caught.value).startswith("proxy.lora.targets=[all-linear] ")
+    assert reason in str(caught.value)
+    assert str(caught.value).endswith(f"; targets that work: proxy.lora.targets=[{targets}]")
+    assert not list(lora.lora_layers(model))  # also where peft gave up halfway
+    trained = adapted(model, targets.split(","))
+    assert_close(batch_norms(trained, examples, 5), exact_norms(trained, examples))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "mixtral", "olmoe", "opt", "qwen2_moe", "qwen3_moe"])
+def test_a_target_needs_no_examples_that_are_told_apart(name: str) -> None:
+    require_adaptable(tiny(name, REFUSED[name][0]), LoraConfig(rank=3), "target.lora", norms=False)
+
+
+@pytest.mark.parametrize("name", ["llama4_text", "mamba", "phimoe"])
+def test_a_target_whose_layers_take_no_adapter_is_refused(name: str) -> None:
+    reasons = {
+        "llama4_text": "the pass fails in or after model.layers.0.feed_forward.router, a Llama4Router (AttributeError",
+        "mamba": "is refused by peft for MambaForCausalLM: [PEFT:PeftType.LORA] Module 'out_proj'",
+        "phimoe": "the pass fails in or after model.layers.0.mlp.router, a PhimoeTopKRouter (AttributeError",
+    }
+    with pytest.raises(ConfigError) as caught:
+        require_adaptable(tiny(name, REFUSED[name][0]), LoraConfig(rank=3), "target.lora", norms=False)
+    assert reasons[name] in str(caught.value)
+    assert "targets that work: target.lora.targets=[" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["bloom", "falcon", "gemma3_text", "gpt2", "gpt_neox", "llama", "mpt", "phi", "qwen3"])
+def test_checkpointed_blocks_give_the_same_norms(name: str) -> None:
+    plain, examples = adapted(tiny(name, WORK[name]), ["all-linear"]), ragged_examples(5)
+    checkpointed = adapted(tiny(name, WORK[name]), ["all-linear"])
+    checkpoint_blocks(checkpointed)
+    assert np.array_equal(batch_norms(checkpointed, examples, 5), batch_norms(plain, examples, 5))

@@ -204,6 +204,10 @@ class Loader:
             return tiny_model("gpt2"), {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
         return self._tokenizer
 
+    @staticmethod
+    def from_config(config: Any, **options: Any) -> Any:
+        return tiny_model("gpt2").to(options["dtype"])
+
 
 @pytest.fixture
 def loader(monkeypatch: pytest.MonkeyPatch, byte_tokenizer: Any) -> Loader:

@@ -47,6 +47,8 @@ WITHOUT_EFFECT = {
     "target.model.path": "as proxy.model.path",
     "proxy.model.trust_remote_code": "of models from outside alone, in whose identity it is",
     "target.model.trust_remote_code": "as proxy.model.trust_remote_code",
+    "compute.checkpointing": "computes activations again in the backward pass: test_probing.py and test_architectures.py",
+    "stop_after": "where the run ends",
     "compute.save_every": "how often the state is saved",
     "compute.threads": "digits may depend on it; README says so",
     "benchmark.batch_size": "answers of a batch do not depend on each other: test_generation.py",

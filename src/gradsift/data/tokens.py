@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -14,6 +15,9 @@ from gradsift.data.templates import Segment, prompt_segments, render
 from gradsift.errors import ConfigError, DataError
 
 _CHUNK = 1000  # examples tokenised in one call: bounds the memory that a tokenizer's own records take
+_CHUNK_CHARACTERS = 2_000_000  # the same for long examples: the records take some 200 bytes a character
+_WINDOW = 20_000, 64  # characters, and characters a token of the limit: a text that is longer than both may be cut
+_MARGIN = 64  # tokens kept beyond the limit, so that the cut in a text does not change the tokens within it
 _MOST_UNKNOWN = 0.5  # share of unknown tokens above which the tokenizer cannot be meant for the data
 
 
@@ -84,7 +88,8 @@ def encode(
     silent: list[int] = []
     cut_prompts = cut_responses = unknown = total = 0
     unknown_id = tokenizer.unk_token_id
-    for row, parts in enumerate(_tokenised(examples, tokenizer, template, progress)):
+    cut = partial(shortened, tokenizer=tokenizer, max_length=max_length)
+    for row, parts in enumerate(_tokenised(examples, tokenizer, template, progress, cut)):
         total += sum(len(ids) for ids, _ in parts)
         unknown += sum(ids.count(unknown_id) for ids, _ in parts)
         if not _tokens(parts, True):
@@ -126,7 +131,8 @@ def encode_prompts(
     start, unknown_id = _start(tokenizer), tokenizer.unk_token_id
     found: list[np.ndarray] = []
     cut = unknown = total = 0
-    for parts in _tokenised(examples, tokenizer, template, progress):
+    shorter = partial(shortened, tokenizer=tokenizer, max_length=max_length, keep_ends=True)
+    for parts in _tokenised(examples, tokenizer, template, progress, shorter):
         while parts and parts[-1][1]:
             parts.pop()
         (first, _), *rest = _with_start(parts, start)
@@ -154,15 +160,60 @@ def encode_prompt(instruction: str, input: str, tokenizer: Any, template: str) -
 
 
 def _tokenised(
-    examples: Sequence[Example], tokenizer: Any, template: str, progress: Callable[[int], None]
+    examples: Sequence[Example],
+    tokenizer: Any,
+    template: str,
+    progress: Callable[[int], None],
+    cut: Callable[[list[Segment]], list[Segment]],
 ) -> Iterator[list[Part]]:
-    """The parts of each example, in order."""
-    for first in range(0, len(examples), _CHUNK):
-        rendered = [render(example, template, tokenizer) for example in examples[first : first + _CHUNK]]
+    """The parts of each example, in order; `cut` shortens the segments of one before they are tokenised."""
+    for rendered in _chunks(cut(render(example, template, tokenizer)) for example in examples):
         ids = iter(_ids(list(chain.from_iterable(rendered)), tokenizer))
         for segments in rendered:
             yield [(next(ids), segment.is_response) for segment in segments]
         progress(len(rendered))
+
+
+def _chunks(rendered: Iterable[list[Segment]]) -> Iterator[list[list[Segment]]]:
+    """The segments of examples that are tokenised in one call."""
+    chunk: list[list[Segment]] = []
+    characters = 0
+    for segments in rendered:
+        chunk.append(segments)
+        characters += sum(len(segment.text) for segment in segments)
+        if len(chunk) == _CHUNK or characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def shortened(segments: list[Segment], tokenizer: Any, max_length: int, *, keep_ends: bool = False) -> list[Segment]:
+    """The segments, each cut to somewhat more than `max_length` tokens: a text of 100 MB would take 20 GB in tokens.
+
+    Truncation takes prompts from the left and responses from the right, so a prompt keeps its end and a response its
+    start. Texts that are not much longer than `max_length` tokens stay whole.
+
+    Args:
+        keep_ends: responses keep their ends too, as they are context.
+    """
+    window = max(_WINDOW[0], _WINDOW[1] * max_length)
+    if all(len(segment.text) <= window for segment in segments):
+        return segments
+    return [
+        _cut_text(one, tokenizer, max_length, window, from_end=keep_ends or not one.is_response) for one in segments
+    ]
+
+
+def _cut_text(segment: Segment, tokenizer: Any, max_length: int, window: int, *, from_end: bool) -> Segment:
+    """The last or first `window` characters; four times as many until they are enough tokens."""
+    while window < len(segment.text):
+        text = segment.text[-window:] if from_end else segment.text[:window]
+        shorter = replace(segment, text=text)
+        if len(_ids([shorter], tokenizer)[0]) >= max_length + _MARGIN:
+            return shorter
+        window *= 4
+    return segment
 
 
 def _ids(segments: Sequence[Segment], tokenizer: Any) -> list[list[int]]:

@@ -162,7 +162,7 @@ def test_parquet_keeps_columns_of_any_type(tmp_path: Path) -> None:
         ("a.json", b'[{"a": 1,}]', "line 1, column 10: .*delete the comma before that place"),
         ("a.json", b'[{"a": 1},]', "line 1, column 11: .*delete the comma before that place"),
         ("a.jsonl", b'{"a": 1},\n{"a": 2}', "line 1, column 9: .*delete the commas between the objects"),
-        ("a.jsonl", b'{"a": 1}]', "line 1, column 9: .*delete the bracket"),
+        ("a.jsonl", b'{"a": 1}]', "line 1, column 9: .*mend that place"),
         ("a.jsonl", b'{\n"a": 1\n}\n', r"line 1.*let its name end in \.json if its objects span lines"),
         ("a.jsonl", b'{"a": 1}\n{"a": 2, "a": 3}', "line 2: the key 'a' stands twice in one object"),
         ("a.json", b'{"a": 1}\n{"a": 2, "a": 3}', "line 2: the key 'a' stands twice in one object"),

@@ -117,7 +117,7 @@ def recognise(rows: Sequence[SourceRow], format: str, fields: FieldsConfig, sour
                 shape = _fitting(columns, name, needed, fields, tier, source, group)
                 if shape:
                     return shape
-            if tier == _OTHER and format == "auto" and (chosen := _chosen_alone(columns)):
+            if tier == _OTHER and format == "auto" and (chosen := _chosen_turns(columns, rows)):
                 return Shape("messages", Names(replace(fields, messages=chosen), (chosen,)))
     if format != "auto":  # each row is rejected for the column that it lacks
         return Shape(format, Names(fields, tuple(getattr(fields, part) for part in _NEEDED[format])))
@@ -162,10 +162,13 @@ def _candidates(columns: Iterable[str], own: str, part: str, step: int) -> list[
     return [column for column in columns if folded(column) in wanted]
 
 
-def _chosen_alone(columns: Sequence[str]) -> str | None:
-    """The column of whole chosen conversations, where no column holds the prompt."""
+def _chosen_turns(columns: Sequence[str], rows: Sequence[SourceRow]) -> str | None:
+    """The column of chosen conversations that hold the prompt too, where no column holds it alone."""
     pair = pair_of(dict.fromkeys(columns))
-    return pair[0] if pair else None
+    if pair is None:
+        return None
+    value = next(row.content[pair[0]] for row in rows if isinstance(row.content, dict) and pair[0] in row.content)
+    return None if isinstance(value, str) and not value.lstrip().startswith("[") else pair[0]
 
 
 def _unknown(rows: Sequence[SourceRow], fields: FieldsConfig, source: str, group: str) -> str:
@@ -184,16 +187,25 @@ def _unknown(rows: Sequence[SourceRow], fields: FieldsConfig, source: str, group
 
 def _advice(rows: Sequence[SourceRow], group: str) -> str | None:
     """What to do about shapes that people often have."""
+    whole = 'write each conversation as one row {"messages": [...]}'
+    if _are_turns(rows[0].content):
+        return f"the rows are lists of turns: {whole}"
     row = next((row.content for row in rows if isinstance(row.content, dict)), {})
+    if {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys():
+        return f"the rows are turns: {whole}"
     turns = [name for name, value in row.items() if _are_turns(value)]
     if len(turns) == 1:
         return f"if {turns[0]!r} holds the turns of a conversation, set {group}.fields.messages={turns[0]}"
     by_name = {folded(name): name for name in row}
     if {"input", "output"} <= by_name.keys():
         return f"if {by_name['input']!r} is the whole prompt, set {group}.fields.instruction={by_name['input']}"
-    if "text" in by_name:
+    for part, meaning, known in (("output", "response", _PROMPTS), ("instruction", "prompt", _RESPONSES)):
+        others = [name for name in row if folded(name) not in known]
+        if others and not by_name.keys().isdisjoint(known):
+            return f"name the column of the {meaning} with {group}.fields.{part}=COLUMN, one of: {listed(others)}"
+    if alone := by_name.get("text") or by_name.get("chosen"):
         return (
-            f"the text of column {by_name['text']!r} does not say where the prompt ends and the response begins: "
+            f"the text of column {alone!r} does not say where the prompt ends and the response begins: "
             'split it, and write rows like {"instruction": ..., "output": ...} or {"messages": [...]}'
         )
     return None

@@ -165,20 +165,19 @@ def _values(path: Path, text: str, line: int) -> list[Any]:
         raise DataError(f"{path}{place}: {error}; rename or delete one of the two") from error
     except json.JSONDecodeError as error:
         place = f"line {line + error.lineno - 1}, column {error.colno}"
-        raise DataError(f"{path}, {place}: broken JSON ({error.msg}); {_remedy(text, error)}") from error
+        raise DataError(f"{path}, {place}: broken JSON ({error.msg}); {_remedy(path, text, error)}") from error
 
 
-def _remedy(text: str, error: json.JSONDecodeError) -> str:
+def _remedy(path: Path, text: str, error: json.JSONDecodeError) -> str:
+    is_array = path.name.lower().removesuffix(".gz").endswith(".json")
     rest = text[error.pos :].lstrip(outside_json.BLANK)
     before = text[: error.pos].rstrip(outside_json.BLANK)
     if not rest or error.msg.startswith("Unterminated"):
-        return f"{AGAIN}, or let its name end in .json if its objects span lines"
+        return AGAIN if is_array else f"{AGAIN}, or let its name end in .json if its objects span lines"
     if rest.startswith(("//", "/*", "#")):
         return "JSON has no comments: delete them"
     if rest[0] in "]}" and before.endswith(","):
         return "delete the comma before that place"
-    if rest[0] in "]}" and before.endswith("}"):
-        return "delete the bracket, or let the name end in .json if the file is an array"
     if rest[0] == "," and before.endswith("}"):
         return "delete the commas between the objects, or put the objects in brackets and let the name end in .json"
     return "mend that place"

@@ -172,6 +172,10 @@ def _with_system(row: Mapping[str, Any], names: Names, turns: list[Turn]) -> lis
     column = names.optional(row, "system")
     if column is None or is_empty(row[column]):
         return turns
+    if not isinstance(row[column], str):
+        raise Unusable(
+            f"column {column!r} is {json_type(row[column])}, no system prompt; fields.system=null ignores it"
+        )
     system = Turn("system", text_of(row, column))
     if not turns or turns[0].role != "system":
         return [system, *turns]

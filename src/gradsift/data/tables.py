@@ -71,8 +71,8 @@ def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
 
 def _first_line(text: str) -> str:
     """The line of the column names, without what stands in quotes."""
-    first = next((line for line in text.split("\n") if line.strip()), "")
-    return re.sub(r'"[^"]*"', '""', first)
+    first = re.search(r"[^\r\n]*\S[^\r\n]*", text)
+    return re.sub(r'"[^"]*"', '""', first[0]) if first else ""
 
 
 def _delimiter(text: str, kind: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -189,31 +189,41 @@ def _chunks(rendered: Iterable[list[Segment]]) -> Iterator[list[list[Segment]]]:
 
 
 def shortened(segments: list[Segment], tokenizer: Any, max_length: int, *, keep_ends: bool = False) -> list[Segment]:
-    """The segments, each cut to somewhat more than `max_length` tokens: a text of 100 MB would take 20 GB in tokens.
+    """The segments without most of what truncation to `max_length` tokens takes: 100 MB of text take 20 GB in tokens.
 
-    Truncation takes prompts from the left and responses from the right, so a prompt keeps its end and a response its
-    start. Texts that are not much longer than `max_length` tokens stay whole.
+    Truncation takes prompts from the left, responses from the right, and the earliest exchanges, of which no more
+    than `max_length` can stay. So a prompt keeps its end and a response its start, each somewhat longer than
+    `max_length` tokens. Examples that are not much longer than that stay whole.
 
     Args:
         keep_ends: responses keep their ends too, as they are context.
     """
     window = max(_WINDOW[0], _WINDOW[1] * max_length)
-    if all(len(segment.text) <= window for segment in segments):
+    if sum(len(segment.text) for segment in segments) <= window:
         return segments
+    runs = [(response, list(run)) for response, run in groupby(segments, key=lambda segment: segment.is_response)]
     return [
-        _cut_text(one, tokenizer, max_length, window, from_end=keep_ends or not one.is_response) for one in segments
+        segment
+        for response, run in runs[-2 * max_length :]  # a prompt and a response each
+        for segment in _cut_run(run, tokenizer, max_length, window, from_end=keep_ends or not response)
     ]
 
 
-def _cut_text(segment: Segment, tokenizer: Any, max_length: int, window: int, *, from_end: bool) -> Segment:
-    """The last or first `window` characters; four times as many until they are enough tokens."""
-    while window < len(segment.text):
-        text = segment.text[-window:] if from_end else segment.text[:window]
-        shorter = replace(segment, text=text)
-        if len(_ids([shorter], tokenizer)[0]) >= max_length + _MARGIN:
-            return shorter
+def _cut_run(run: list[Segment], tokenizer: Any, max_length: int, window: int, *, from_end: bool) -> list[Segment]:
+    """The last or first `window` characters of segments; four times as many until they are enough tokens."""
+    while window < sum(len(segment.text) for segment in run):
+        kept: list[Segment] = []
+        room = window
+        for segment in reversed(run) if from_end else run:
+            if room > 0:
+                kept.append(replace(segment, text=segment.text[-room:] if from_end else segment.text[:room]))
+                room -= len(segment.text)
+        if from_end:
+            kept.reverse()
+        if sum(map(len, _ids(kept, tokenizer))) >= max_length + _MARGIN:
+            return kept
         window *= 4
-    return segment
+    return run
 
 
 def _ids(segments: Sequence[Segment], tokenizer: Any) -> list[list[int]]:
@@ -265,6 +275,7 @@ def _with_start(parts: list[Part], start: list[int]) -> list[Part]:
 def _fit(parts: list[Part], max_length: int) -> list[Part]:
     """Cut parts (the first of which holds the start token, or nothing) to `max_length` as `encode` says."""
     start, *rest = parts
+    rest = _joined(rest)
     while _tokens(rest, True) > max_length - 1 and (later := _after_first_exchange(rest)):
         rest = later
     rest = _cut_end(rest, max_length - 1)
@@ -278,6 +289,14 @@ def _fit(parts: list[Part], max_length: int) -> list[Part]:
             ids, must_stay = ids[dropped:], 0
         kept.append((ids, is_response))
     return kept
+
+
+def _joined(parts: list[Part]) -> list[Part]:
+    """The parts, those side by side of one kind as one part, so that a prompt of several parts is cut as a whole."""
+    return [
+        (list(chain.from_iterable(ids for ids, _ in run)), response)
+        for response, run in groupby(parts, key=lambda part: part[1])
+    ]
 
 
 def _after_first_exchange(parts: list[Part]) -> list[Part]:

@@ -135,12 +135,14 @@ def turns_of(entries: Sequence[Any]) -> list[Turn]:
 def earlier_exchanges(row: Mapping[str, Any], name: str) -> list[Turn]:
     """The turns of a column with earlier exchanges: pairs of a user's and an assistant's text, or a list of turns."""
     value = row[name]
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str) and value.lstrip().startswith("["):
         value = _from_text(value, name)
     if is_empty(value):
         return []
     if not isinstance(value, list):
-        raise Unusable(f"field {name!r} is {json_type(value)}, not a list of earlier exchanges")
+        raise Unusable(
+            f"field {name!r} is {json_type(value)}, not a list of earlier exchanges; fields.history=null ignores it"
+        )
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         if any(isinstance(pair, list) for pair in value):
             raise Unusable(f"field {name!r} holds an exchange that is no pair of two texts")

@@ -11,6 +11,7 @@ import pytest
 from gradsift.data import tokens
 from gradsift.data.examples import Example, Turn
 from gradsift.data.tokens import encode, encode_prompts
+from gradsift.scoring.spans import token_ids
 
 WORDS = [
     "the",
@@ -140,3 +141,16 @@ def test_long_examples_are_tokenised_in_smaller_chunks(byte_tokenizer: Any, monk
     done: list[int] = []
     encoded, _ = encode(rows, byte_tokenizer, "plain", 1000, progress=done.append)
     assert (len(encoded), done) == (5, [2, 2, 1])
+
+
+def test_stretches_of_text_have_the_same_tokens_up_to_the_limit(
+    merging_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [text(random.Random(seed), words) for seed, words in enumerate([1, 40, 4000])]
+    whole = list(token_ids(merging_tokenizer, texts, special=True))
+    monkeypatch.setattr(tokens, "_WINDOW", (200, 2))
+    cut = list(token_ids(merging_tokenizer, texts, special=True, limit=30))
+    assert len(cut[2]) < 200 < len(whole[2])
+    for ours, theirs in zip(cut, whole, strict=True):
+        np.testing.assert_array_equal(ours[:30], theirs[:30])
+        assert (len(ours) > 30) == (len(theirs) > 30)

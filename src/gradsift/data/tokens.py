@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -52,6 +52,7 @@ class EncodeReport:
 
 
 Part = tuple[list[int], bool]  # token ids, is_response
+_Texts = TypeVar("_Texts")
 
 
 def encode(
@@ -167,25 +168,32 @@ def _tokenised(
     cut: Callable[[list[Segment]], list[Segment]],
 ) -> Iterator[list[Part]]:
     """The parts of each example, in order; `cut` shortens the segments of one before they are tokenised."""
-    for rendered in _chunks(cut(render(example, template, tokenizer)) for example in examples):
+    every = (cut(render(example, template, tokenizer)) for example in examples)
+    for rendered in chunks(every, lambda segments: sum(len(segment.text) for segment in segments)):
         ids = iter(_ids(list(chain.from_iterable(rendered)), tokenizer))
         for segments in rendered:
             yield [(next(ids), segment.is_response) for segment in segments]
         progress(len(rendered))
 
 
-def _chunks(rendered: Iterable[list[Segment]]) -> Iterator[list[list[Segment]]]:
-    """The segments of examples that are tokenised in one call."""
-    chunk: list[list[Segment]] = []
+def chunks(texts: Iterable[_Texts], characters_of: Callable[[_Texts], int]) -> Iterator[list[_Texts]]:
+    """What is tokenised in one call: as many texts as keep a tokenizer's own records small."""
+    chunk: list[_Texts] = []
     characters = 0
-    for segments in rendered:
-        chunk.append(segments)
-        characters += sum(len(segment.text) for segment in segments)
+    for text in texts:
+        chunk.append(text)
+        characters += characters_of(text)
         if len(chunk) == _CHUNK or characters >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
     if chunk:
         yield chunk
+
+
+def start_of(text: str, tokenizer: Any, max_length: int) -> str:
+    """The text, or of one far longer than `max_length` tokens a start that holds somewhat more tokens than that."""
+    (segment,) = shortened([Segment(text, is_response=True)], tokenizer, max_length)
+    return segment.text
 
 
 def shortened(segments: list[Segment], tokenizer: Any, max_length: int, *, keep_ends: bool = False) -> list[Segment]:

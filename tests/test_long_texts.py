@@ -150,7 +150,7 @@ def test_stretches_of_text_have_the_same_tokens_up_to_the_limit(
     whole = list(token_ids(merging_tokenizer, texts, special=True))
     monkeypatch.setattr(tokens, "_WINDOW", (200, 2))
     cut = list(token_ids(merging_tokenizer, texts, special=True, limit=30))
-    assert len(cut[2]) < 200 < len(whole[2])
+    assert len(cut[2]) < 1000 < len(whole[2])
     for ours, theirs in zip(cut, whole, strict=True):
         np.testing.assert_array_equal(ours[:30], theirs[:30])
         assert (len(ours) > 30) == (len(theirs) > 30)

@@ -22,7 +22,8 @@ from gradsift.artifacts import Artifact, Store, fingerprint_of
 from gradsift.config import COPIES, ComputeConfig, FieldsConfig, JsonDataConfig, VerifiableDataConfig
 from gradsift.data.dedup import bands_of, deduplicated, jaccard, near_duplicates, shingles
 from gradsift.data.examples import Example, Turn
-from gradsift.data.formats import file_kind, hash_of, parse_rows, read_rows
+from gradsift.data.files import file_kind, hash_of, read_rows
+from gradsift.data.formats import parse_rows
 from gradsift.data.load import VERSION, heldout_of, labels_of, load, pool_of
 from gradsift.data.verifiable import generate, question_of
 from gradsift.errors import ConfigError

@@ -127,10 +127,24 @@ def test_broken_example_files_are_named(tmp_path: Path) -> None:
         read_examples(path)
 
 
+ROW = {
+    "a": (1, "\ud83d"),
+    "day": datetime.date(2024, 1, 2),
+    "raw": b"\xff",
+    "deep": json.loads("[" * 900 + "]" * 900),
+    "image": object(),
+}
+
+
 def test_rejected_rows_are_written_as_json_lines(tmp_path: Path) -> None:
-    write_rejected(tmp_path / "r.jsonl", [Rejected(3, "field 'ü' is empty", 7), Rejected(4, "x", None)])
+    write_rejected(tmp_path / "r.jsonl", [Rejected(3, "field 'ü' is empty", 7), Rejected(4, "x", None, ROW)])
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert lines == [{"row": 3, "reason": "field 'ü' is empty", "line": 7}, {"row": 4, "reason": "x", "line": None}]
+    kept = {"a": [1, "\ud83d"], "day": "2024-01-02", "raw": "/w==", "deep": "(not kept: nested too deep)"}
+    kept["image"] = "(not kept: a object, which JSON cannot hold)"
+    assert lines == [
+        {"row": 3, "reason": "field 'ü' is empty", "line": 7, "content": None},
+        {"row": 4, "reason": "x", "line": None, "content": kept},
+    ]
 
 
 @settings(deadline=None)  # the first case imports numpy

@@ -14,7 +14,9 @@ import pytest
 
 from gradsift.config import FieldsConfig
 from gradsift.data.examples import Example, Rejected, Turn
-from gradsift.data.formats import load_hub, parse_rows, read_rows
+from gradsift.data.files import file_kind, read_rows
+from gradsift.data.formats import parse_rows
+from gradsift.data.hub import load_hub
 from gradsift.errors import ConfigError, DataError
 
 FIELDS = FieldsConfig()
@@ -81,9 +83,9 @@ def test_single_line_and_wrapped_json(tmp_path: Path) -> None:
     assert contents(write(tmp_path / "a.json", json.dumps(talk))) == [talk]
     assert contents(write(tmp_path / "a.json", json.dumps({"data": ROWS}))) == ROWS
     assert contents(write(tmp_path / "a.json", json.dumps({"data": ROWS}, indent=1))) == ROWS
-    with pytest.raises(DataError, match="one object with the keys version, data"):
-        contents(write(tmp_path / "a.json", json.dumps({"version": 1, "data": ROWS}, indent=1)))
-    with pytest.raises(DataError, match="single number"):
+    with pytest.raises(DataError, match="one object with the keys version, numbers"):
+        contents(write(tmp_path / "a.json", json.dumps({"version": 1, "numbers": [1]}, indent=1)))
+    with pytest.raises(DataError, match="holds a number; it must hold an array"):
         contents(write(tmp_path / "a.json", "12"))
 
 
@@ -142,7 +144,7 @@ def test_parquet_keeps_columns_of_any_type(tmp_path: Path) -> None:
         ("a.json.gz", b"", "is empty"),
         ("a.csv", b"instruction,output\n", "is empty"),
         ("a.parquet", b"", "is empty"),
-        ("a.txt", b"x", "no known type.*jsonl.*parquet"),
+        ("a.txt", b"x", "no known type.*jsonl.*tsv.*parquet"),
         ("a.json", b'[{"instruction": "a"},\n {"instruction": b}]', r"line 2, column 18: broken JSON"),
         ("a.json", b'[{"instruction": "a"},\n {"instr', "line 2.*half-written"),
         ("a.json", b'{"instruction": "a"}\n{"instr', "line 2.*half-written"),
@@ -152,7 +154,21 @@ def test_parquet_keeps_columns_of_any_type(tmp_path: Path) -> None:
         ("a.jsonl", b'[{"a": 1}]', r"array.*\.json"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "line 2: byte 0xff is not UTF-8"),
         ("a.json", b'[\n"\xe9"]', "line 2: byte 0xe9 is not UTF-8"),
-        ("a.json", "[]".encode("utf-16"), "not UTF-8"),
+        ("a.json", "[]".encode("utf-16"), "is empty"),
+        ("a.json", "[]".encode("utf-16-le"), "holds NUL bytes.*save the file in UTF-8"),
+        ("a.csv", "a,b".encode("utf-16")[:-1], "byte 6 is not UTF-16.*save the file in UTF-8"),
+        ("a.json", b'[{"a": 1},\n // no\n {"a": 2}]', "line 2, column 2: .*JSON has no comments: delete them"),
+        ("a.jsonl", b'# no\n{"a": 2}', "line 1, column 1: .*JSON has no comments: delete them"),
+        ("a.json", b'[{"a": 1,}]', "line 1, column 10: .*delete the comma before that place"),
+        ("a.json", b'[{"a": 1},]', "line 1, column 11: .*delete the comma before that place"),
+        ("a.jsonl", b'{"a": 1},\n{"a": 2}', "line 1, column 9: .*delete the commas between the objects"),
+        ("a.jsonl", b'{"a": 1}]', "line 1, column 9: .*mend that place"),
+        ("a.jsonl", b'{\n"a": 1\n}\n', r"line 1.*let its name end in \.json if its objects span lines"),
+        ("a.jsonl", b'{"a": 1}\n{"a": 2, "a": 3}', "line 2: the key 'a' stands twice in one object"),
+        ("a.json", b'{"a": 1}\n{"a": 2, "a": 3}', "line 2: the key 'a' stands twice in one object"),
+        ("a.json", b'[{"a": 1},\n {"a": 2, "a": 3}]', r"a\.json: the key 'a' stands twice in one object"),
+        ("a.json", b'{"train": [{"q": 1}], "test": [{"q": 2}]}', r"several lists of objects \(train, test\)"),
+        ("a.json", b'[{"q": 1}] {"q": 2}', "holds 2 values; it must hold an array"),
         ("a.json", gzip.compress(b"[]", mtime=0), r"name it a\.json\.gz"),
         ("a.json", b"[" * 200_000, "broken JSON .nested too deep"),
         ("a.json", b"[" + b"1" * 5000 + b"]", r"broken JSON \(Exceeds the limit"),
@@ -175,6 +191,18 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
         contents(tmp_path / "nowhere.json")
     with pytest.raises(DataError, match="is a folder"):
         contents(tmp_path)
+
+
+def test_pipes_and_devices_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "device.jsonl").symlink_to("/dev/zero")
+    for name in ("pipe.jsonl", "device.jsonl"):
+        with pytest.raises(DataError, match=f"{name} is no regular file.*write the rows to a file first"):
+            file_kind(tmp_path / name)
+        with pytest.raises(DataError, match="is no regular file"):
+            next(read_rows(tmp_path / name))
+    (tmp_path / "link.jsonl").symlink_to(write(tmp_path / "a.jsonl", lines(ROWS)))
+    assert contents(tmp_path / "link.jsonl") == ROWS
 
 
 @pytest.mark.parametrize("keep", [10, 60, -9])
@@ -243,7 +271,7 @@ def test_fields_can_have_other_names() -> None:
         (ROWS[0] | {"image": object()}, "column 'image' holds a object"),
         (ROWS[0] | {"deep": json.loads("[" * 700 + "]" * 700)}, "column 'deep' is nested too deep"),
         ("text", "the row is a text, not an object"),
-        (None, "the row is a null, not an object"),
+        (None, "the row is null, not an object"),
     ],
 )
 def test_unusable_alpaca_rows_are_rejected_with_a_reason(row: Any, expected: str) -> None:
@@ -291,15 +319,21 @@ def test_prompt_and_completion_as_text() -> None:
         ("a", "is a text, not a list of turns"),
         ([], "no turn is the assistant's"),
         (turns(("user", "a")), "no turn is the assistant's"),
-        (turns(("tool", "a"), ("assistant", "b")), "turn 1 has the role 'tool'; known: system, user, assistant"),
+        (turns(("tool", "a"), ("assistant", "b")), "turn 1 has the role 'tool'; a text template cannot show"),
+        (
+            turns(("narrator", "a"), ("assistant", "b")),
+            "turn 1 has the role 'narrator'; known: system, developer, user",
+        ),
         (turns((None, "a")), "'role' of turn 1 is null"),
         (turns(("user", "a"), ("assistant", " ")), "'content' of turn 2 is empty"),
         (turns(("user", "a"), ("assistant", None)), "'content' of turn 2 is null"),
-        (turns(("user", [{"type": "text"}]), ("assistant", "b")), "'content' of turn 1 is a list"),
+        (turns(("user", [{"type": "text"}]), ("assistant", "b")), "'text' in part 1 of 'content' of turn 1 is missing"),
+        (turns(("user", {"text": "a"}), ("assistant", "b")), "'content' of turn 1 is an object"),
         (turns(("assistant", "b")), "a turn of the assistant where the user's is due"),
         (turns(("user", "a"), ("user", "b"), ("assistant", "c")), "a turn of the user where the assistant's is due"),
         (turns(("user", "a"), ("assistant", "b"), ("system", "c"), ("assistant", "d")), "a turn of the system"),
-        (["a"], "turn 1 is a text, not an object"),
+        (["a"], "no turn is the assistant's"),
+        (["a", {"role": "assistant", "content": "b"}], "turn 1 is a text, not an object"),
         ([{"role": "user"}], "'content' of turn 1 is missing"),
     ],
 )
@@ -309,7 +343,7 @@ def test_unusable_conversations_are_rejected_with_a_reason(messages: Any, expect
 
 def test_other_unusable_shapes_are_rejected_with_a_reason() -> None:
     assert "'conversations' is missing" in reason({}, "sharegpt")
-    assert "has the role 'bing'" in reason({"conversations": [{"from": "bing", "value": "x"}]}, "sharegpt")
+    assert "has the role 'elf'" in reason({"conversations": [{"from": "elf", "value": "x"}]}, "sharegpt")
     assert "both be text" in reason({"prompt": TALK, "completion": "x"}, "prompt_completion")
     assert "'completion' is missing" in reason({"prompt": "x"}, "prompt_completion")
 
@@ -321,7 +355,7 @@ def test_auto_takes_the_first_row_that_has_the_columns_of_a_format() -> None:
 
 
 def test_unknown_columns_are_listed_with_the_options_to_set() -> None:
-    with pytest.raises(DataError, match=r"q, a, .*data\.format.*data\.fields\.output"):
+    with pytest.raises(DataError, match=r"q, a, .*data\.format.*data\.fields\.instruction=NAME data\.fields\.output"):
         parse({"q": "x", "a": "y"})
     with pytest.raises(DataError, match=r"none of its 1 rows.*'output' is missing.*instruction, q, a; .*data\.fields"):
         parse({"instruction": "z", "q": "x", "a": "y"}, format="alpaca")

@@ -11,7 +11,7 @@ import pytest
 
 from gradsift import outside_json
 from gradsift.config import BenchmarkSetConfig, ComputeConfig, FilesTargetSetConfig
-from gradsift.data.formats import read_rows
+from gradsift.data.files import read_rows
 from gradsift.data.target_set import load_target_set
 from gradsift.errors import DataError, GradsiftError
 from gradsift.evaluation.benchmarks import load_benchmark

@@ -181,7 +181,7 @@ def test_no_target_set_says_how_to_give_one(runtime: Runtime) -> None:
     ("rows", "options", "words"),
     [
         ([], {}, "holds no row"),
-        ([{"question": "a", "answer": "b"}], {}, r"target_set.format=auto .* target_set.fields.output=NAME"),
+        ([{"q": "a", "a": "b"}], {}, r"target_set.format=auto .* target_set.fields.output=NAME"),
         ([*ROWS, {"instruction": "a", "output": ""}], {}, r"t.json, row 6: .*mend or delete the row"),
         (ROWS, {"task": "kind"}, r"row 0: column 'kind' holds None, which is no text .* check target_set.task"),
     ],

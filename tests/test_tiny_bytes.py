@@ -14,7 +14,8 @@ from test_tokens import example
 from transformers import AutoTokenizer
 
 from gradsift.config import FieldsConfig
-from gradsift.data.formats import parse_rows, read_rows
+from gradsift.data.files import read_rows
+from gradsift.data.formats import parse_rows
 from gradsift.data.tokens import encode, encode_prompt
 from gradsift.scoring.superfilter import ifd_prompt, ifd_spans
 from gradsift.training.tiny_bytes import CONTEXT, bytes_model, bytes_tokenizer

@@ -15,7 +15,8 @@ from tokenizers.processors import TemplateProcessing
 
 from gradsift.config import FieldsConfig
 from gradsift.data.examples import Example, Turn
-from gradsift.data.formats import parse_rows, read_rows
+from gradsift.data.files import read_rows
+from gradsift.data.formats import parse_rows
 from gradsift.data.tokens import Encoded, encode, encode_prompt, encode_prompts
 from gradsift.errors import ConfigError, DataError
 

@@ -23,15 +23,17 @@ CORRUPTIONS = ("wrong_answer", "mismatched_answer", "truncated", "garbled", *COP
 
 @dataclass
 class FieldsConfig:
-    """Names of the columns that hold the parts of an example."""
+    """Names of the columns that hold the parts of an example; other names in use are recognised (docs/data.md)."""
 
     instruction: str = "instruction"
-    input: str = "input"  # may be missing from the data
+    input: str | None = "input"  # may be missing from the data; null: no column
     output: str = "output"
     messages: str = "messages"  # [{"role": ..., "content": ...}, ...]
     conversations: str = "conversations"  # ShareGPT: [{"from": ..., "value": ...}, ...]
     prompt: str = "prompt"
     completion: str = "completion"
+    system: str | None = "system"  # the system prompt, may be missing from the data; null: no column
+    history: str | None = "history"  # earlier exchanges [[user, assistant], ...], may be missing; null: no column
 
 
 @dataclass
@@ -86,7 +88,7 @@ DATA_FORMATS = ("auto", "alpaca", "messages", "sharegpt", "prompt_completion")
 
 @dataclass
 class JsonDataConfig(DataConfig):
-    """A local file: .json, .jsonl, .json.gz, .jsonl.gz, .parquet or .csv."""
+    """A local file: .json, .jsonl, .csv, .tsv (each also with .gz) or .parquet."""
 
     path: str = MISSING
     format: str = "auto"  # auto: decided by the columns of the first row that fits a format

@@ -51,7 +51,9 @@ def deduplicated(
     kept = [example for position, example in enumerate(examples) if position not in dropped]
     rows = [example.row_index for example in examples]
     rejected = [
-        Rejected(rows[position], _reason(rows[dropped[position].of], dropped[position]), None)
+        Rejected(
+            rows[position], _reason(rows[dropped[position].of], dropped[position]), None, examples[position].original
+        )
         for position in sorted(dropped)
     ]
     return kept, rejected

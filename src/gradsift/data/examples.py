@@ -12,9 +12,9 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradsift.errors import ConfigError, DataError
 
@@ -24,12 +24,29 @@ if TYPE_CHECKING:
 _BLOCK = 2**15  # rows that are read at once: some 50 MB of text
 
 
+class SourceRow(NamedTuple):
+    """A row as it stands in its source.
+
+    row      position among the rows, from 0
+    content  the columns; another JSON value where the source has one in a row's place
+    line     line in the file, from 1, where the format has lines
+    """
+
+    row: int
+    content: Any
+    line: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a conversation; `role` is system, user or assistant."""
+    """One message of a conversation; `role` is system, user or assistant.
+
+    is_trained  whether an assistant turn carries loss; without meaning for the other roles
+    """
 
     role: str
     content: str
+    is_trained: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +56,7 @@ class Example:
     row_index     position in the source, from 0; rejected rows leave gaps
     example_id    content hash and occurrence number; no two examples share one
     content_hash  hash of history, instruction, input and output; exact duplicates share it
-    history       turns before the last exchange; its assistant turns carry loss too
+    history       turns before the last exchange; its assistant turns carry loss too, unless marked as not trained
     instruction, input, output
                   the last exchange; input is "" where there is none
     original      every column of the source row, as JSON values
@@ -57,11 +74,18 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A row that cannot be used: its position in the source (from 0), why, and its line (from 1) if known."""
+    """A row that cannot be used.
+
+    row      position in the source, from 0
+    reason   why
+    line     line in the file, from 1, where the format has lines
+    content  the row as it stands in the source
+    """
 
     row: int
     reason: str
     line: int | None
+    content: Any = field(default=None, compare=False)
 
 
 # --------------------------------------------------------------------------------------------- ids
@@ -69,7 +93,8 @@ class Rejected:
 
 def content_hash(history: Sequence[Turn], instruction: str, input: str, output: str) -> str:
     """16 hex digits of SHA-256 over the fields; JSON keeps the borders between them unambiguous."""
-    fields = [[[turn.role, turn.content] for turn in history], instruction, input, output]
+    turns = [[turn.role, turn.content] + ([] if turn.is_trained else ["not trained"]) for turn in history]
+    fields = [turns, instruction, input, output]
     return hashlib.sha256(json.dumps(fields).encode("ascii")).hexdigest()[:16]
 
 
@@ -125,6 +150,18 @@ def json_value(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__}, which JSON cannot hold")
 
 
+def json_type(value: Any) -> str:
+    """The type of a value in JSON's words and with its article, for messages."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, int | float):
+        return "a number"
+    names = {"str": "a text", "dict": "an object", "list": "a list"}
+    return names.get(type(value).__name__, f"a {type(value).__name__}")
+
+
 # ------------------------------------------------------------------------------------------- files
 
 _TEXTS = ("example_id", "content_hash", "instruction", "input", "output")
@@ -145,7 +182,7 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
 
     texts = {name: [getattr(example, name) for example in examples] for name in _TEXTS}
     history = [[asdict(turn) for turn in example.history] for example in examples]
-    turn = pa.struct([("role", pa.string()), ("content", pa.string())])
+    turn = pa.struct([("role", pa.string()), ("content", pa.string()), ("is_trained", pa.bool_())])
     try:
         table = pa.table(
             {
@@ -215,14 +252,39 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _example(row: Mapping[str, Any]) -> Example:
-    history = tuple(Turn(turn["role"], turn["content"]) for turn in row["history"])
+    history = tuple(Turn(turn["role"], turn["content"], turn["is_trained"]) for turn in row["history"])
     texts = {name: row[name] for name in _TEXTS}
     return Example(row_index=row["row_index"], history=history, original=json.loads(row["original"]), **texts)
 
 
 def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
-    """Write one JSON object a rejected row: row, reason, line."""
-    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rejected), encoding="ascii")
+    """Write one JSON object a rejected row: row, reason, line, content.
+
+    The content is the row of the source as JSON values; a column that JSON cannot hold is replaced with a text that
+    says so.
+    """
+    with path.open("w", encoding="ascii") as stream:
+        for row in rejected:
+            about = {"row": row.row, "reason": row.reason, "line": row.line, "content": _kept(row.content)}
+            stream.write(json.dumps(about) + "\n")
+
+
+def _kept(content: Any) -> Any:
+    """The content of a rejected row as far as JSON can hold it."""
+    if not isinstance(content, dict):
+        return _kept_value(content)
+    return {str(name): _kept_value(value) for name, value in content.items()}
+
+
+def _kept_value(value: Any) -> Any:
+    try:
+        held = json_value(value)
+        json.dumps(held)
+    except TypeError as error:
+        return f"(not kept: {error})"
+    except RecursionError:
+        return "(not kept: nested too deep)"
+    return held
 
 
 # ------------------------------------------------------------------------------------------ sample

@@ -23,12 +23,12 @@ from gradsift.config import (
     JsonDataConfig,
     VerifiableDataConfig,
 )
-from gradsift.data import corruption, dedup, formats, verifiable
+from gradsift.data import corruption, dedup, files, formats, hub, verifiable
 from gradsift.data.examples import Example, Rejected, draw, read_examples, write_examples, write_rejected
 from gradsift.errors import ConfigError, DataError
 from gradsift.runtime import Runtime
 
-VERSION = 1
+VERSION = 2
 EXAMPLES_FILE = "examples.parquet"
 HELDOUT_FILE = "heldout.parquet"
 LABELS_FILE = "labels.parquet"  # apart from the examples: no scorer reads it
@@ -52,7 +52,7 @@ def load(runtime: Runtime, config: DataConfig) -> Artifact:
         return _load_world(runtime, config)
     if isinstance(config, JsonDataConfig):
         path = Path(config.path).expanduser()
-        own = {"path": None, "kind": formats.file_kind(path), "sha256": formats.hash_of(path)}
+        own = {"path": None, "kind": files.file_kind(path), "sha256": files.hash_of(path)}
         return _load_rows(runtime, config, _settings(config) | own, path)
     return _load_rows(runtime, config, _settings(config), None)
 
@@ -81,9 +81,9 @@ def _load_rows(runtime: Runtime, config: DataConfig, settings: Mapping[str, Any]
     def make(folder: Path) -> Mapping[str, Any]:
         assert isinstance(config, JsonDataConfig | HubDataConfig)  # noqa: S101 - for the type checker
         if isinstance(config, JsonDataConfig) and path is not None:
-            rows = formats.read_rows(path)
+            rows = files.read_rows(path)
         elif isinstance(config, HubDataConfig):
-            rows = formats.load_hub(config.id, config.revision, config.split)
+            rows = hub.load_hub(config.id, config.revision, config.split)
         examples, rejected = formats.parse_rows(rows, config.format, config.fields, source=_name(config))
         kept, repeated = _without_duplicates(runtime, config, examples)
         return _write(folder, config, kept, sorted([*rejected, *repeated], key=lambda row: row.row))

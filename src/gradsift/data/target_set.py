@@ -24,13 +24,14 @@ from gradsift.config import (
 )
 from gradsift.data import dedup, verifiable
 from gradsift.data.download import fetch_url
-from gradsift.data.examples import Example, draw, read_examples, write_examples
-from gradsift.data.formats import SourceRow, file_kind, hash_of, parse_rows, read_rows
+from gradsift.data.examples import Example, SourceRow, draw, read_examples, write_examples
+from gradsift.data.files import file_kind, hash_of, read_rows
+from gradsift.data.formats import parse_rows
 from gradsift.data.load import benchmark_rows, pool_of
 from gradsift.errors import ConfigError, DataError
 from gradsift.runtime import Runtime
 
-VERSION = 1
+VERSION = 2
 EXAMPLES_FILE = "examples.parquet"
 TASKS_FILE = "tasks.json"
 OVERLAP_FILE = "overlap.jsonl"

@@ -48,10 +48,11 @@ class _Exchange:
     instruction: str
     input: str
     output: str | None  # None: still to be generated
+    is_trained: bool = True  # whether the output is response, which carries loss
 
 
 def render(example: Example, template: str, tokenizer: Any = None) -> list[Segment]:
-    """The text of an example, first to last; every assistant turn is a response segment.
+    """The text of an example, first to last; every assistant turn that is trained is a response segment.
 
     Args:
         template: alpaca, chat or plain.
@@ -89,7 +90,7 @@ def _render(system: str | None, exchanges: list[_Exchange], template: str, token
     for number, exchange in enumerate(exchanges):
         segments.append(Segment(prompt_of(system, exchange, is_first=number == 0), False))
         if exchange.output is not None:
-            segments.append(Segment(exchange.output, True))
+            segments.append(Segment(exchange.output, exchange.is_trained))
     return segments
 
 
@@ -102,7 +103,8 @@ def _exchanges(example: Example) -> tuple[str | None, list[_Exchange]]:
             f"row {example.row_index}: the turns before the last exchange do not alternate between user and assistant"
         )
     exchanges = [
-        _Exchange(user.content, "", reply.content) for user, reply in zip(turns[::2], turns[1::2], strict=True)
+        _Exchange(user.content, "", reply.content, reply.is_trained)
+        for user, reply in zip(turns[::2], turns[1::2], strict=True)
     ]
     return system, [*exchanges, _Exchange(example.instruction, example.input, example.output)]
 
@@ -155,7 +157,7 @@ def _chat(system: str | None, exchanges: list[_Exchange], tokenizer: Any) -> lis
                 "template=chat: the tokenizer's chat template changes earlier turns when later ones are added, so a "
                 "response has no fixed place in its text; choose template=alpaca or template=plain"
             )
-        segments += _split(text[len(shown) :], stand_ins, is_response=turn.role == "assistant")
+        segments += _split(text[len(shown) :], stand_ins, is_response=turn.role == "assistant" and turn.is_trained)
         shown = text
     return segments
 
@@ -166,7 +168,7 @@ def _turns(system: str | None, exchanges: list[_Exchange]) -> list[Turn]:
         content = exchange.instruction + ("\n" + exchange.input if exchange.input else "")
         turns.append(Turn("user", content))
         if exchange.output is not None:
-            turns.append(Turn("assistant", exchange.output))
+            turns.append(Turn("assistant", exchange.output, exchange.is_trained))
     return turns
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, groupby
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from gradsift.data.templates import Segment, prompt_segments, render
 from gradsift.errors import ConfigError, DataError
 
 _CHUNK = 1000  # examples tokenised in one call: bounds the memory that a tokenizer's own records take
+_CHUNK_CHARACTERS = 2_000_000  # the same for long examples: the records take some 200 bytes a character
+_WINDOW = 20_000, 64  # characters, and characters a token of the limit: a text that is longer than both may be cut
+_MARGIN = 64  # tokens kept beyond the limit, so that the cut in a text does not change the tokens within it
 _MOST_UNKNOWN = 0.5  # share of unknown tokens above which the tokenizer cannot be meant for the data
 
 
@@ -48,6 +52,7 @@ class EncodeReport:
 
 
 Part = tuple[list[int], bool]  # token ids, is_response
+_Texts = TypeVar("_Texts")
 
 
 def encode(
@@ -84,7 +89,8 @@ def encode(
     silent: list[int] = []
     cut_prompts = cut_responses = unknown = total = 0
     unknown_id = tokenizer.unk_token_id
-    for row, parts in enumerate(_tokenised(examples, tokenizer, template, progress)):
+    cut = partial(shortened, tokenizer=tokenizer, max_length=max_length)
+    for row, parts in enumerate(_tokenised(examples, tokenizer, template, progress, cut)):
         total += sum(len(ids) for ids, _ in parts)
         unknown += sum(ids.count(unknown_id) for ids, _ in parts)
         if not _tokens(parts, True):
@@ -126,7 +132,8 @@ def encode_prompts(
     start, unknown_id = _start(tokenizer), tokenizer.unk_token_id
     found: list[np.ndarray] = []
     cut = unknown = total = 0
-    for parts in _tokenised(examples, tokenizer, template, progress):
+    shorter = partial(shortened, tokenizer=tokenizer, max_length=max_length, keep_ends=True)
+    for parts in _tokenised(examples, tokenizer, template, progress, shorter):
         while parts and parts[-1][1]:
             parts.pop()
         (first, _), *rest = _with_start(parts, start)
@@ -154,15 +161,77 @@ def encode_prompt(instruction: str, input: str, tokenizer: Any, template: str) -
 
 
 def _tokenised(
-    examples: Sequence[Example], tokenizer: Any, template: str, progress: Callable[[int], None]
+    examples: Sequence[Example],
+    tokenizer: Any,
+    template: str,
+    progress: Callable[[int], None],
+    cut: Callable[[list[Segment]], list[Segment]],
 ) -> Iterator[list[Part]]:
-    """The parts of each example, in order."""
-    for first in range(0, len(examples), _CHUNK):
-        rendered = [render(example, template, tokenizer) for example in examples[first : first + _CHUNK]]
+    """The parts of each example, in order; `cut` shortens the segments of one before they are tokenised."""
+    every = (cut(render(example, template, tokenizer)) for example in examples)
+    for rendered in chunks(every, lambda segments: sum(len(segment.text) for segment in segments)):
         ids = iter(_ids(list(chain.from_iterable(rendered)), tokenizer))
         for segments in rendered:
             yield [(next(ids), segment.is_response) for segment in segments]
         progress(len(rendered))
+
+
+def chunks(texts: Iterable[_Texts], characters_of: Callable[[_Texts], int]) -> Iterator[list[_Texts]]:
+    """What is tokenised in one call: as many texts as keep a tokenizer's own records small."""
+    chunk: list[_Texts] = []
+    characters = 0
+    for text in texts:
+        chunk.append(text)
+        characters += characters_of(text)
+        if len(chunk) == _CHUNK or characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def start_of(text: str, tokenizer: Any, max_length: int) -> str:
+    """The text, or of one far longer than `max_length` tokens a start that holds somewhat more tokens than that."""
+    (segment,) = shortened([Segment(text, is_response=True)], tokenizer, max_length)
+    return segment.text
+
+
+def shortened(segments: list[Segment], tokenizer: Any, max_length: int, *, keep_ends: bool = False) -> list[Segment]:
+    """The segments without most of what truncation to `max_length` tokens takes: 100 MB of text take 20 GB in tokens.
+
+    Truncation takes prompts from the left, responses from the right, and the earliest exchanges, of which no more
+    than `max_length` can stay. So a prompt keeps its end and a response its start, each somewhat longer than
+    `max_length` tokens. Examples that are not much longer than that stay whole.
+
+    Args:
+        keep_ends: responses keep their ends too, as they are context.
+    """
+    window = max(_WINDOW[0], _WINDOW[1] * max_length)
+    if sum(len(segment.text) for segment in segments) <= window:
+        return segments
+    runs = [(response, list(run)) for response, run in groupby(segments, key=lambda segment: segment.is_response)]
+    return [
+        segment
+        for response, run in runs[-2 * max_length :]  # a prompt and a response each
+        for segment in _cut_run(run, tokenizer, max_length, window, from_end=keep_ends or not response)
+    ]
+
+
+def _cut_run(run: list[Segment], tokenizer: Any, max_length: int, window: int, *, from_end: bool) -> list[Segment]:
+    """The last or first `window` characters of segments; four times as many until they are enough tokens."""
+    while window < sum(len(segment.text) for segment in run):
+        kept: list[Segment] = []
+        room = window
+        for segment in reversed(run) if from_end else run:
+            if room > 0:
+                kept.append(replace(segment, text=segment.text[-room:] if from_end else segment.text[:room]))
+                room -= len(segment.text)
+        if from_end:
+            kept.reverse()
+        if sum(map(len, _ids(kept, tokenizer))) >= max_length + _MARGIN:
+            return kept
+        window *= 4
+    return run
 
 
 def _ids(segments: Sequence[Segment], tokenizer: Any) -> list[list[int]]:
@@ -214,6 +283,7 @@ def _with_start(parts: list[Part], start: list[int]) -> list[Part]:
 def _fit(parts: list[Part], max_length: int) -> list[Part]:
     """Cut parts (the first of which holds the start token, or nothing) to `max_length` as `encode` says."""
     start, *rest = parts
+    rest = _joined(rest)
     while _tokens(rest, True) > max_length - 1 and (later := _after_first_exchange(rest)):
         rest = later
     rest = _cut_end(rest, max_length - 1)
@@ -227,6 +297,14 @@ def _fit(parts: list[Part], max_length: int) -> list[Part]:
             ids, must_stay = ids[dropped:], 0
         kept.append((ids, is_response))
     return kept
+
+
+def _joined(parts: list[Part]) -> list[Part]:
+    """The parts, those side by side of one kind as one part, so that a prompt of several parts is cut as a whole."""
+    return [
+        (list(chain.from_iterable(ids for ids, _ in run)), response)
+        for response, run in groupby(parts, key=lambda part: part[1])
+    ]
 
 
 def _after_first_exchange(parts: list[Part]) -> list[Part]:

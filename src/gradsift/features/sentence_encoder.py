@@ -19,6 +19,7 @@ from gradsift.artifacts import Artifact, file_hash
 from gradsift.config import SentenceTransformersConfig
 from gradsift.data.examples import Example
 from gradsift.data.templates import render
+from gradsift.data.tokens import start_of
 from gradsift.errors import ConfigError, DataError
 from gradsift.features.embeddings import Embedder, Text
 from gradsift.runtime import Advance, Runtime
@@ -44,7 +45,8 @@ class SentenceEncoder:
         """The text of each example and its tokens, and how many texts the model will not read to their end."""
         limit, texts, cut = self._encoder.max_seq_length, [], 0
         for first in range(0, len(examples), _CHUNK):
-            contents = [text_of(example, self._text) for example in examples[first : first + _CHUNK]]
+            chunk = examples[first : first + _CHUNK]
+            contents = [start_of(text_of(example, self._text), self._encoder.tokenizer, limit) for example in chunk]
             ids = self._encoder.tokenizer(contents, truncation=False, verbose=False)["input_ids"]
             for content, tokens in zip(contents, ids, strict=True):
                 texts.append(Text(content, min(len(tokens), limit) if content.strip() else 0))

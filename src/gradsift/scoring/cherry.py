@@ -81,7 +81,11 @@ def cherry_spans(
     alone = [_RESPONSE + example.output for example in examples]
     together = [prompt + example.output for prompt, example in zip(prompts, examples, strict=True)]
     (line,) = token_ids(backbone.tokenizer, [_RESPONSE], special=True)
-    ids = (token_ids(backbone.tokenizer, texts, special=True) for texts in (prompts, alone, together))
+    limits = (limit, limit if measure_cut else None, limit)  # a response that is measured whole is not cut
+    ids = (
+        token_ids(backbone.tokenizer, texts, special=True, limit=most)
+        for texts, most in zip((prompts, alone, together), limits, strict=True)
+    )
     spans: tuple[list[Span], list[Span]] = [], []
     too_long = []
     for prompt, direct, text in zip(*ids, strict=True):

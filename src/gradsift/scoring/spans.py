@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from gradsift.data.batching import length_batches, spread_out
+from gradsift.data.tokens import chunks, start_of
 from gradsift.journal import Journal
 from gradsift.runtime import Advance, weighed
 from gradsift.training.backbones import Backbone
@@ -18,7 +19,6 @@ from gradsift.training.device import TokenBudget, tokens_factor
 from gradsift.training.finetuning import require_finite
 from gradsift.training.head import OutputHead, token_losses
 
-_CHUNK = 1000  # texts tokenised in one call: bounds the memory that a tokenizer's own records take
 _BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # padded; no result depends on it. A CPU has them in its caches
 
 
@@ -39,14 +39,15 @@ class Span:
         return max(0, len(self.ids) - self.first)
 
 
-def token_ids(tokenizer: Any, texts: Sequence[str], *, special: bool) -> Iterator[np.ndarray]:
+def token_ids(tokenizer: Any, texts: Sequence[str], *, special: bool, limit: int | None = None) -> Iterator[np.ndarray]:
     """Token ids (T,) int32 of each text, in order.
 
     Args:
         special: whether the tokenizer puts its start token (and the like) around a text, as it does unasked.
+        limit: tokens that matter; a text that is far longer gives somewhat more than these. All matter when None.
     """
-    for first in range(0, len(texts), _CHUNK):
-        chunk = list(texts[first : first + _CHUNK])
+    cut = texts if limit is None else (start_of(text, tokenizer, limit) for text in texts)
+    for chunk in chunks(cut, len):
         for ids in tokenizer(chunk, add_special_tokens=special, verbose=False)["input_ids"]:
             yield np.array(ids, dtype=np.int32)
 

@@ -143,7 +143,7 @@ def ifd_spans(
     """
     alone, together = [], []
     texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    ids = (token_ids(tokenizer, each, special=special) for each in (prompts, answers, texts))
+    ids = (token_ids(tokenizer, each, special=special, limit=limit) for each in (prompts, answers, texts))
     for prompt, answer, text in zip(*ids, strict=True):
         alone.append(Span(answer[: limit - min(len(prompt), limit) + 1], 1))
         together.append(Span(text[:limit], len(prompt)))

@@ -1,0 +1,231 @@
+"""Which columns of a dataset hold the parts of an example: recognised by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from gradsift.config import FieldsConfig
+from gradsift.data.examples import SourceRow
+from gradsift.errors import DataError
+
+# Other names that public datasets give to a field, after the name in `FieldsConfig`.
+_PROMPTS = ("instruction", "prompt", "query", "question")
+_RESPONSES = ("output", "response", "answer", "completion")
+_OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "instruction": _PROMPTS,
+    "prompt": _PROMPTS,
+    "output": _RESPONSES,
+    "completion": _RESPONSES,
+    "input": ("input", "context"),
+    "messages": (),
+    "conversations": ("conversation",),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+}
+_NEEDED = {
+    "alpaca": ("instruction", "output"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+}
+_PREFERENCE = ("chosen", "rejected")
+KNOWN = frozenset({*_PROMPTS, *_RESPONSES, *_PREFERENCE, "messages", "conversations", "conversation"})
+_EXACT, _FOLDED, _OTHER = range(3)  # how far a column's name may be from the field's
+
+
+@lru_cache(maxsize=1024)  # asked for with every column of every row
+def folded(name: str) -> str:
+    """A column's name without surrounding blanks, in small letters."""
+    return name.strip().strip("\ufeff").casefold()
+
+
+class Shape(NamedTuple):
+    """A format, and the names that its columns have in the data."""
+
+    format: str
+    names: Names
+
+
+@dataclass(frozen=True)
+class Names:
+    """The columns of the fields: those that a format needs are the same for all rows, the others are looked up per row.
+
+    fields         the configured names, those of the needed columns replaced with the names in the data
+    needed         the needed columns
+    """
+
+    fields: FieldsConfig
+    needed: tuple[str, ...]
+    _known: dict[tuple[tuple[str, ...], str], list[str]] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def prefers(self) -> bool:
+        """Whether the response is the chosen one of two."""
+        return any(folded(name) == "chosen" for name in self.needed)
+
+    def optional(self, row: Mapping[str, Any], part: str) -> str | None:
+        """The column of `row` that holds input, system or history: of several the first one that is not blank."""
+        own = getattr(self.fields, part)
+        key = (tuple(row), part)
+        if key not in self._known:
+            columns = [column for column in row if column not in self.needed]
+            self._known[key] = [] if own is None else _in_order(columns, own, part)
+        names = self._known[key]
+        return next((name for name in names if not _is_blank(row[name])), names[0] if names else None)
+
+
+def _in_order(columns: Sequence[str], own: str, part: str) -> list[str]:
+    tiers = (_candidates(columns, own, part, tier) for tier in (_EXACT, _FOLDED, _OTHER))
+    return list(dict.fromkeys(column for tier in tiers for column in tier))
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def pair_of(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The columns of the chosen and the rejected response, where a row has both."""
+    names = [[column for column in row if folded(column) == wanted] for wanted in _PREFERENCE]
+    return (names[0][0], names[1][0]) if all(names) else None
+
+
+# -------------------------------------------------------------------------------------- recognition
+
+
+def recognise(rows: Sequence[SourceRow], format: str, fields: FieldsConfig, source: str, group: str) -> Shape:
+    """The shape of a dataset.
+
+    The names in `fields` come first, then these names in other letter case or with blanks around them, then the other
+    names in use for a field. At each of these three steps the first row that has all columns of a format decides.
+
+    Args:
+        format: auto, or the only format to look for.
+        source: name of the data in errors.
+        group: of the options that describe the data, for errors.
+
+    Raises:
+        DataError: no format fits, or two columns could be the same field; names the option to set.
+    """
+    formats = _NEEDED if format == "auto" else {format: _NEEDED[format]}
+    headers = list(dict.fromkeys(tuple(row.content) for row in rows if isinstance(row.content, dict)))
+    for tier in (_EXACT, _FOLDED, _OTHER):
+        for columns in headers:
+            for name, needed in formats.items():
+                shape = _fitting(columns, name, needed, fields, tier, source, group)
+                if shape:
+                    return shape
+            if tier == _OTHER and format == "auto" and (chosen := _chosen_turns(columns, rows)):
+                return Shape("messages", Names(replace(fields, messages=chosen), (chosen,)))
+    if format != "auto":  # each row is rejected for the column that it lacks
+        return Shape(format, Names(fields, tuple(getattr(fields, part) for part in _NEEDED[format])))
+    raise DataError(_unknown(rows, fields, source, group))
+
+
+def _fitting(
+    columns: tuple[str, ...],
+    format: str,
+    needed: tuple[str, ...],
+    fields: FieldsConfig,
+    tier: int,
+    source: str,
+    group: str,
+) -> Shape | None:
+    candidates = {part: _needed_candidates(columns, getattr(fields, part), part, tier) for part in needed}
+    if not all(candidates.values()):
+        return None
+    for part, names in candidates.items():
+        if len(names) > 1:
+            choices = " or ".join(f"{group}.fields.{part}={name}" for name in names)
+            raise DataError(f"{source}: the columns {listed(names)} could each be the {part}; say which: {choices}")
+    chosen = {part: names[0] for part, names in candidates.items()}
+    return Shape(format, Names(replace(fields, **chosen), tuple(chosen.values())))
+
+
+def _needed_candidates(columns: Sequence[str], own: str, part: str, tier: int) -> list[str]:
+    """Columns that may hold a needed field, by the first step up to `tier` that gives any."""
+    for step in range(tier + 1):
+        names = _candidates(columns, own, part, step)
+        if step == _OTHER and part in ("output", "completion") and (pair := pair_of(dict.fromkeys(columns))):
+            names = [*names, pair[0]]
+        if names:
+            return names
+    return []
+
+
+def _candidates(columns: Iterable[str], own: str, part: str, step: int) -> list[str]:
+    if step == _EXACT:
+        return [column for column in columns if column == own]
+    wanted = (folded(own),) if step == _FOLDED else _OTHER_NAMES[part]
+    return [column for column in columns if folded(column) in wanted]
+
+
+def _chosen_turns(columns: Sequence[str], rows: Sequence[SourceRow]) -> str | None:
+    """The column of chosen conversations that hold the prompt too, where no column holds it alone."""
+    pair = pair_of(dict.fromkeys(columns))
+    if pair is None:
+        return None
+    value = next(row.content[pair[0]] for row in rows if isinstance(row.content, dict) and pair[0] in row.content)
+    return None if isinstance(value, str) and not value.lstrip().startswith("[") else pair[0]
+
+
+def _unknown(rows: Sequence[SourceRow], fields: FieldsConfig, source: str, group: str) -> str:
+    wanted = "; ".join(
+        f"{format}: {', '.join(getattr(fields, part) for part in needed)}" for format, needed in _NEEDED.items()
+    )
+    advice = _advice(rows, group) or (
+        f"set {group}.format, and the names of its columns as in {group}.fields.instruction=NAME "
+        f"{group}.fields.output=NAME"
+    )
+    return (
+        f"{source} is in no format that {group}.format=auto knows: its columns are {columns_of(rows)}, a format needs "
+        f"({wanted}; or other names in use for these); {advice}"
+    )
+
+
+def _advice(rows: Sequence[SourceRow], group: str) -> str | None:
+    """What to do about shapes that people often have."""
+    whole = 'write each conversation as one row {"messages": [...]}'
+    if _are_turns(rows[0].content):
+        return f"the rows are lists of turns: {whole}"
+    row = next((row.content for row in rows if isinstance(row.content, dict)), {})
+    if {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys():
+        return f"the rows are turns: {whole}"
+    turns = [name for name, value in row.items() if _are_turns(value)]
+    if len(turns) == 1:
+        return f"if {turns[0]!r} holds the turns of a conversation, set {group}.fields.messages={turns[0]}"
+    by_name = {folded(name): name for name in row}
+    if {"input", "output"} <= by_name.keys():
+        return f"if {by_name['input']!r} is the whole prompt, set {group}.fields.instruction={by_name['input']}"
+    for part, meaning, known in (("output", "response", _PROMPTS), ("instruction", "prompt", _RESPONSES)):
+        others = [name for name in row if folded(name) not in known]
+        if others and not by_name.keys().isdisjoint(known):
+            return f"name the column of the {meaning} with {group}.fields.{part}=COLUMN, one of: {listed(others)}"
+    if alone := by_name.get("text") or by_name.get("chosen"):
+        return (
+            f"the text of column {alone!r} does not say where the prompt ends and the response begins: "
+            'split it, and write rows like {"instruction": ..., "output": ...} or {"messages": [...]}'
+        )
+    return None
+
+
+def _are_turns(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    if all(isinstance(turn, str) for turn in value):
+        return len(value) > 1
+    return all(isinstance(turn, dict) and not turn.keys().isdisjoint(("role", "from")) for turn in value)
+
+
+def columns_of(rows: Iterable[SourceRow]) -> str:
+    """The names of all columns, for messages."""
+    names = dict.fromkeys(name for row in rows if isinstance(row.content, dict) for name in row.content)
+    return listed(names) if names else "none (the rows are no objects)"
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names side by side, for messages: at most twenty, and each cut at forty characters."""
+    shown = [str(name)[:40] for name in names]
+    return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")

@@ -1,0 +1,142 @@
+"""Tables to rows: CSV with its delimiters, and parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gradsift.data.columns import listed
+from gradsift.data.examples import SourceRow
+from gradsift.errors import DataError
+
+AGAIN = "the file seems to be half-written; fetch or write it again"
+_DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}  # of two that are as frequent, the first
+
+
+# ---------------------------------------------------------------------------------------------- CSV
+
+
+def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
+    """The rows of a table whose first line names the columns.
+
+    The delimiter is the most frequent of comma, semicolon, tab and bar in that line, outside of quotes; a first line
+    `sep=;`, which spreadsheets write, names it. A line that repeats the column names, as in files joined by hand, is
+    no row.
+
+    Args:
+        text: of the file, without a byte order mark at its start.
+        kind: csv or tsv.
+
+    Raises:
+        DataError: broken quotes, a row of another length, or a column name that stands twice.
+    """
+    skipped = 0
+    if named := re.match(r'"?sep=(.)"?\r?\n', text):
+        text, skipped = text[named.end() :], 1
+    delimiter = named[1] if named else _delimiter(text, kind)
+    limit = csv.field_size_limit(sys.maxsize)  # the module's limit of 131,072 characters a cell guards nothing here
+    try:
+        reader = csv.reader(
+            io.StringIO(text, newline=""),
+            strict=True,
+            delimiter=delimiter,
+            skipinitialspace=_has_blanks_before_quotes(text, delimiter),
+        )
+        header = next((cells for cells in reader if cells), [])
+        if len(set(header)) < len(header):
+            raise DataError(f"{path}: column names must differ, but are {listed(header)}; rename some")
+        rows: list[SourceRow] = []
+        line = reader.line_num + 1 + skipped  # where the row begins: a quoted cell may span lines
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                raise DataError(
+                    f"{path}, line {line}: {len(cells)} cells for {len(header)} columns; mend the quotes, or {AGAIN}"
+                )
+            if cells and [cells[0].lstrip("\ufeff"), *cells[1:]] != header:
+                rows.append(SourceRow(len(rows), dict(zip(header, cells, strict=True)), line))
+            line = reader.line_num + 1 + skipped
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {reader.line_num + skipped}: broken CSV ({error}); mend the quotes, or {AGAIN}"
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+    return iter(rows)
+
+
+def _first_line(text: str) -> str:
+    """The line of the column names, without what stands in quotes."""
+    first = re.search(r"[^\r\n]*\S[^\r\n]*", text)
+    return re.sub(r'"[^"]*"', '""', first[0]) if first else ""
+
+
+def _delimiter(text: str, kind: str) -> str:
+    first = _first_line(text)
+    return max(_DELIMITERS[kind], key=first.count)  # of equals the first
+
+
+def _has_blanks_before_quotes(text: str, delimiter: str) -> bool:
+    """Whether a blank follows every delimiter of the first line, and a quote some of these blanks.
+
+    Such a quote opens a cell for whoever wrote the file, and would be part of the text otherwise.
+    """
+    cells = _first_line(text).split(delimiter)[1:]
+    return bool(cells) and all(cell.startswith(" ") for cell in cells) and f'{delimiter} "' in text
+
+
+# ------------------------------------------------------------------------------------------ parquet
+
+
+def parquet_rows(path: Path) -> Iterator[SourceRow]:
+    """The rows of a parquet file.
+
+    Raises:
+        DataError: the file is empty or broken, or a text in it is not UTF-8; names row and column.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty; fetch or write it again")
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise DataError(f"{path}: column names must differ, but are {listed(names)}; rename some")
+            if file.metadata.num_rows == 0:
+                raise DataError(f"{path} is empty: it holds no row; fetch or write it again")
+            index = 0
+            for batch in file.iter_batches(use_threads=False):
+                for row in _values(path, batch, index):
+                    yield SourceRow(index, row)
+                    index += 1
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no whole parquet file ({str(error).splitlines()[0][:120]}); {AGAIN}") from error
+
+
+def _values(path: Path, batch: Any, first: int) -> Sequence[dict[str, Any]]:
+    """The rows of a batch, the first of which has the number `first`."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date outside of Python's calendar
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            for row, value in enumerate(column):
+                try:
+                    value.as_py()
+                except UnicodeDecodeError as cause:
+                    raise DataError(
+                        f"{path}, row {first + row}, column {name!r}: byte 0x{cause.object[cause.start]:02x} is not "
+                        "UTF-8; decode the text with the encoding that it has, and write the file again"
+                    ) from cause
+                except (ValueError, OverflowError) as cause:
+                    raise DataError(
+                        f"{path}, row {first + row}, column {name!r}: a {column.type} that cannot be read ({cause}); "
+                        "write the column as text"
+                    ) from cause
+        raise DataError(f"{path}, rows from {first}: {error}; write the file again") from error
+    return rows

@@ -1,0 +1,257 @@
+"""Conversations: lists of turns as datasets hold them, to turns of system, user and assistant.
+
+What a text template cannot show (tool calls, reasoning apart from the answer, images) is a reason to reject the row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from gradsift import outside_json
+from gradsift.data.examples import Turn, json_type
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
+_TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
+_KEYS = (("role", "content"), ("from", "value"))
+_UNSHOWN = {  # keys of a turn that change what it says
+    "tool_calls": "tool calls",
+    "function_call": "a function call",
+    "tools": "tools",
+    "reasoning_content": "reasoning apart from the answer",
+    "reasoning": "reasoning apart from the answer",
+    "thinking": "reasoning apart from the answer",
+    "refusal": "a refusal apart from the answer",
+    "image": "an image",
+    "images": "images",
+    "audio": "audio",
+    "audios": "audio",
+    "video": "a video",
+    "videos": "videos",
+}
+_WEIGHTS = ("weight", "loss", "train")  # 0 or false: the turn is context only
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_PART_KEYS = ("type", "text", "annotations", "cache_control")
+
+
+class Unusable(Exception):
+    """Why a row cannot be trained on; becomes a `Rejected`."""
+
+
+class Conversation(NamedTuple):
+    """The parts of an example; see `Example`."""
+
+    history: list[Turn]
+    instruction: str
+    input: str
+    output: str
+
+
+# ----------------------------------------------------------------------------------------- texts
+
+
+def text_of(holder: Mapping[str, Any], name: str, what: str | None = None) -> str:
+    """A field that must be text which a tokenizer and a file can take.
+
+    Args:
+        what: the field in the words of a reason.
+
+    Raises:
+        Unusable: it is missing, is no text, or holds what is no character.
+    """
+    what = what or f"field {name!r}"
+    if name not in holder:
+        raise Unusable(f"{what} is missing")
+    value = holder[name]
+    if not isinstance(value, str):
+        raise Unusable(f"{what} is {json_type(value)}, not text")
+    if "\0" in value:
+        raise Unusable(f"{what} holds a NUL character")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise Unusable(f"{what} holds half a surrogate pair, which is no character")
+    return value
+
+
+def filled_text_of(holder: Mapping[str, Any], name: str, what: str | None = None) -> str:
+    """A field as in `text_of` that must hold more than white space."""
+    value = text_of(holder, name, what)
+    if not value.strip():
+        raise Unusable(f"{what or f'field {name!r}'} is empty")
+    return value
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a column says nothing: null, blank text, an empty list or object, or such a list as JSON text."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    return value is None or value == [] or value == {}
+
+
+# ----------------------------------------------------------------------------------------- turns
+
+
+def turns_in(row: Mapping[str, Any], name: str) -> list[Turn]:
+    """The turns in a column: a list of turns, or JSON text of one.
+
+    A list of texts alternates between user and assistant. An object of lists of equal length is a list of objects,
+    stored by columns.
+
+    Raises:
+        Unusable: the column holds something else, or a turn that cannot be shown as text.
+    """
+    if name not in row:
+        raise Unusable(f"field {name!r} is missing")
+    value = row[name]
+    if isinstance(value, str) and value.lstrip(outside_json.BLANK).startswith("["):
+        value = _from_text(value, name)
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        value = _by_rows(value, name)
+    if not isinstance(value, list):
+        raise Unusable(f"field {name!r} is {json_type(value)}, not a list of turns")
+    return turns_of(value)
+
+
+def turns_of(entries: Sequence[Any]) -> list[Turn]:
+    """Turns from objects with role and content (or from and value), or from texts, of which the first is the user's."""
+    if entries and all(isinstance(entry, str) for entry in entries):
+        texts = {f"turn {number}": entry for number, entry in enumerate(entries, start=1)}
+        roles = ("user", "assistant")
+        return [Turn(roles[place % 2], filled_text_of(texts, name, name)) for place, name in enumerate(texts)]
+    return [_turn(entry, number) for number, entry in enumerate(entries, start=1)]
+
+
+def earlier_exchanges(row: Mapping[str, Any], name: str) -> list[Turn]:
+    """The turns of a column with earlier exchanges: pairs of a user's and an assistant's text, or a list of turns."""
+    value = row[name]
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _from_text(value, name)
+    if is_empty(value):
+        return []
+    if not isinstance(value, list):
+        raise Unusable(
+            f"field {name!r} is {json_type(value)}, not a list of earlier exchanges; fields.history=null ignores it"
+        )
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        if any(isinstance(pair, list) for pair in value):
+            raise Unusable(f"field {name!r} holds an exchange that is no pair of two texts")
+        return turns_of(value)
+    texts = [text for pair in value for text in pair]
+    if not all(isinstance(text, str) for text in texts):
+        raise Unusable(f"field {name!r} holds an exchange that is no pair of two texts")
+    return turns_of(texts)
+
+
+def conversation(turns: list[Turn]) -> Conversation:
+    """The parts of an example: the last exchange that is trained, and what comes before it.
+
+    Turns after the last assistant turn that is trained teach nothing and are left out.
+
+    Raises:
+        Unusable: no assistant turn is trained, or user and assistant do not alternate.
+    """
+    spoken = [turn for turn in turns if turn.role == "assistant"]
+    if spoken and not any(turn.is_trained for turn in spoken):
+        raise Unusable("no turn of the assistant is to be trained: all have weight 0")
+    turns = list(turns)
+    while turns and not (turns[-1].role == "assistant" and turns[-1].is_trained):
+        turns.pop()
+    if not turns:
+        raise Unusable("no turn is the assistant's")
+    first = 0
+    if turns[0].role == "system":
+        first = 1
+        if not turns[0].content.strip():
+            turns, first = turns[1:], 0
+    for number, turn in enumerate(turns[first:]):
+        expected = "assistant" if number % 2 else "user"
+        if turn.role != expected:
+            raise Unusable(
+                f"user and assistant do not take turns: a turn of the {turn.role} where the {expected}'s is due"
+            )
+    return Conversation(turns[:-2], turns[-2].content, "", turns[-1].content)
+
+
+def _from_text(text: str, name: str) -> Any:
+    try:
+        return outside_json.loads(text.strip(outside_json.BLANK))
+    except json.JSONDecodeError as error:
+        raise Unusable(
+            f"field {name!r} is text that is no JSON list of turns ({error.msg} at character {error.pos}); write it "
+            "with json.dumps"
+        ) from error
+
+
+def _by_rows(columns: Mapping[str, list[Any]], name: str) -> list[dict[str, Any]]:
+    lengths = {len(values) for values in columns.values()}
+    if len(lengths) > 1:
+        raise Unusable(f"field {name!r} holds lists of different lengths, not turns")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _turn(entry: Any, number: int) -> Turn:
+    if not isinstance(entry, dict):
+        raise Unusable(f"turn {number} is {json_type(entry)}, not an object")
+    role_key, content_key = _keys_of(entry, number)
+    name = text_of(entry, role_key, f"{role_key!r} of turn {number}").strip().casefold()
+    for key, meaning in _UNSHOWN.items():
+        if not is_empty(entry.get(key)):
+            raise Unusable(
+                f"turn {number} holds {meaning} ({key!r}), which a text template cannot show; delete the key to train "
+                "without it"
+            )
+    if name in _TOOL_ROLES:
+        raise Unusable(f"turn {number} has the role {name!r}; a text template cannot show a tool's turns")
+    if name not in ROLES:
+        raise Unusable(f"turn {number} has the role {name[:40]!r}; known: {', '.join(ROLES)}")
+    role, what = ROLES[name], f"{content_key!r} of turn {number}"
+    shown = entry
+    if isinstance(parts := entry.get(content_key), list):
+        shown = {content_key: "".join(_part(part, place, what) for place, part in enumerate(parts, start=1))}
+    read = text_of if role == "system" else filled_text_of
+    return Turn(role, read(shown, content_key, what), _is_trained(entry, role, number))
+
+
+def _keys_of(entry: Mapping[str, Any], number: int) -> tuple[str, str]:
+    """The keys of a turn's role and content."""
+    whole = [keys for keys in _KEYS if all(entry.get(key) is not None for key in keys)]
+    if len(whole) == 2 and entry["content"] != entry["value"]:
+        raise Unusable(f"turn {number} has both 'content' and 'value', and they differ")
+    return whole[0] if whole else _KEYS["role" not in entry and "from" in entry]
+
+
+def _part(part: Any, number: int, what: str) -> str:
+    """The text of one part of a content that is a list."""
+    if isinstance(part, str):
+        return part
+    where = f"part {number} of {what}"
+    if not isinstance(part, dict):
+        raise Unusable(f"{where} is {json_type(part)}, not an object")
+    kind = part.get("type", "text")
+    others = [str(key) for key, value in part.items() if key not in _PART_KEYS and not is_empty(value)]
+    if kind not in _TEXT_PARTS or others:
+        named = f"is of type {str(kind)[:40]!r}" if kind not in _TEXT_PARTS else f"holds {', '.join(others)[:80]}"
+        raise Unusable(f"{where} {named}; a text template shows text alone")
+    return text_of(part, "text", f"'text' in {where}")
+
+
+def _is_trained(entry: Mapping[str, Any], role: str, number: int) -> bool:
+    """Whether a turn carries loss: not where one of its weights is 0 or false."""
+    weights = {key: entry[key] for key in _WEIGHTS if entry.get(key) is not None}
+    for key, weight in weights.items():
+        if not isinstance(weight, bool | int | float) or weight not in (0, 1):
+            raise Unusable(f"turn {number} has the {key} {str(weight)[:40]!r}; known: 0 (not trained) and 1")
+        if weight and role != "assistant":
+            raise Unusable(f"turn {number} has the {key} {weight}, but a turn of the {role} is never trained")
+    return role != "assistant" or all(weights.values())

@@ -1,6 +1,6 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-smollm2 setup-ray setup-bench run report human-eval test slow lint types check bench soak clean
+.PHONY: help setup setup-smollm2 setup-ray setup-bench run report human-eval test slow lint types check bench soak portable clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -38,6 +38,15 @@ human-eval: setup ## blinded pairs of RUN=outputs/DATE/TIME for people to judge;
 
 test: setup ## the tests, on all cores (8 minutes on two)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# Other processors on this one: kernels off, two threads, and the instruction sets of other machines.
+PORTABLE_SETTINGS := "GRADSIFT_KERNELS=off ONEDNN_MAX_CPU_ISA=AVX2" "OMP_NUM_THREADS=2 ONEDNN_MAX_CPU_ISA=AVX512_CORE" \
+  "OMP_NUM_THREADS=1 MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default"
+portable: setup ## the tests under the settings of other processors; PORTABLE="-m numerics" runs those that compare digits
+	@for settings in $(PORTABLE_SETTINGS); do \
+	  echo "== $$settings"; \
+	  env $$settings $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(PORTABLE) || exit 1; \
+	done
 
 slow: setup ## the tests that take long: the embedded world's validity law, twenty kills, every experiment's jobs, every method
 	$(BIN)/python -m pytest -m slow

@@ -32,7 +32,7 @@ from gradsift.proxy.ensemble import train_adapter
 from gradsift.training import lora
 from gradsift.training.device import TokenBudget
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 CPU = torch.device("cpu")
 CASES = [("gpt2", True), ("gpt2", False), ("llama", True), ("llama", False)]

@@ -29,7 +29,7 @@ from gradsift.training.finetuning import ResponseLosses
 from gradsift.training.head import OutputHead, token_losses
 from gradsift.training.numerics import prepare
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 # ----------------------------------------------------------------------------------------- the layer
 

@@ -43,7 +43,7 @@ CPU = ComputeConfig(device="cpu")
 SOURCE_ROWS = range(10, 100)  # where the examples stand in their source
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 
 def optimization(**changes: Any) -> Optimization:

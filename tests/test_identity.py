@@ -47,7 +47,7 @@ WITHOUT_EFFECT = {
     "target.model.path": "as proxy.model.path",
     "proxy.model.trust_remote_code": "of models from outside alone, in whose identity it is",
     "target.model.trust_remote_code": "as proxy.model.trust_remote_code",
-    "compute.checkpointing": "computes activations again in the backward pass: test_probing.py and test_architectures.py",
+    "compute.checkpointing": "computes activations again in the backward pass: test_probing.py",
     "stop_after": "where the run ends",
     "compute.save_every": "how often the state is saved",
     "compute.threads": "digits may depend on it; README says so",
@@ -220,7 +220,11 @@ def uncovered(config: Config, root: Path, reads: dict[str, set[str]]) -> dict[st
             assert path.endswith((".name", ".kind", ".tasks")), path  # another model, judge or family does not fit
             continue
         for unit, paths in reads.items():
-            checked_only = Path(unit).parent.name == "warmup" and path in CHECKS_ROOM
+            stage = Path(unit).parent.name
+            tries_target = stage in ("member", "norms") and path.startswith(
+                "target."
+            )  # its adapter, before anything trains
+            checked_only = tries_target or (stage == "warmup" and path in CHECKS_ROOM)
             if path in paths and unit in after and not checked_only:
                 missing[unit].append(path)
     return dict(missing)

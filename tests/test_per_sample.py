@@ -18,7 +18,7 @@ from gradsift.gradients.per_sample import gradient_pass
 from gradsift.gradients.projection import Projection, on_cpu, on_device
 from gradsift.training import lora
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 
 def example_loss(model: torch.nn.Module, example: Encoded) -> torch.Tensor:

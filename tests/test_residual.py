@@ -31,7 +31,7 @@ from gradsift.training.finetuning import ResponseLosses
 from gradsift.training.head import OutputHead
 from gradsift.training.residual import residual_in_float32, residual_precision
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 LLAMA_LIKE = {
     "llama": (LlamaConfig, LlamaForCausalLM),

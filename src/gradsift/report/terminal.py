@@ -20,6 +20,7 @@ from gradsift.report.audit_tables import audit_tables, rich_table, sweep_audit, 
 from gradsift.report.automatic import report_at_end, wanted_by_jobs
 from gradsift.report.notes import remarks_of_all, warnings_of
 from gradsift.report.plans import jobs_table, plan_lines, plan_table, stages_table
+from gradsift.report.recorded import compared
 from gradsift.report.summary import one_line, summary
 from gradsift.report.tables import against_random, job_number, pws_table, write_csv
 from gradsift.report.work import WORK_FILE, work_by_stage, work_table, write_work
@@ -149,7 +150,7 @@ def _show_audit(jobs: Sequence[tuple[Path, dict[str, Any]]], display: Display, f
 
 
 def sweep_finished(folder: Path, jobs: Sequence[Sequence[str]] | None = None) -> bool:
-    """Print the sweep's tables, write `results.csv` and the report; False if a job failed or left no word.
+    """Print the sweep's tables, write `results.csv` and the report; False if a job failed or left no `run.json`.
 
     Args:
         jobs: the overrides of every job; None where nobody knew them beforehand.
@@ -182,6 +183,8 @@ def sweep_finished(folder: Path, jobs: Sequence[Sequence[str]] | None = None) ->
     for name, path in {"report": report, **written, "runs": folder}.items():
         if path is not None:
             display.say_path(name, path)
+    for line in [] if planned else compared(files, runs):
+        display.say(line)
     return not failed
 
 

@@ -63,7 +63,7 @@ def pool_blocks(rows: int) -> Iterator[pa.Table]:
     """The columns of `examples.parquet`."""
     rng = np.random.default_rng(0)
     responses = [words(rng, int(length)) for length in rng.integers(2, 72, TEXTS)]
-    turn = pa.struct([("role", pa.string()), ("content", pa.string())])
+    turn = pa.struct([("role", pa.string()), ("content", pa.string()), ("is_trained", pa.bool_())])
     for start in range(0, rows, BLOCK):
         index = range(start, min(start + BLOCK, rows))
         output = [responses[i] for i in rng.integers(0, TEXTS, len(index))]

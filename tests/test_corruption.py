@@ -28,6 +28,7 @@ from gradsift.data.corruption import (
 )
 from gradsift.data.examples import Example, make_example
 from gradsift.data.load import SPOILT, corruption_of, heldout_of, labels_of, load, pool_of
+from gradsift.data.load import VERSION as LOAD_VERSION
 from gradsift.data.verifiable import VOCABULARY, answers_match, solve
 from gradsift.errors import ConfigError
 from gradsift.runtime import Display, Runtime
@@ -270,8 +271,8 @@ def test_labels_stand_beside_the_corrupted_rows_and_held_out_rows_stay_clean(tmp
     assert corruption_of(clean) == {}
 
 
-def test_without_corruption_and_delay_data_is_found_under_its_old_fingerprint(tmp_path: Path) -> None:
-    """Stores that are older than these options hold what was read; it must not be read, and trained on, again."""
+def test_options_that_are_off_are_not_in_the_fingerprint_of_the_data(tmp_path: Path) -> None:
+    """Data without corruption and delay has the same identity as before these options existed."""
     settings = {
         "name": "verifiable",
         "limit": None,
@@ -282,7 +283,7 @@ def test_without_corruption_and_delay_data_is_found_under_its_old_fingerprint(tm
         "duplicates": 0.06,
         "benchmark_items": 40,
     }
-    assert world(tmp_path).fingerprint == fingerprint_of("load", 1, settings, [])
+    assert world(tmp_path).fingerprint == fingerprint_of("load", LOAD_VERSION, settings, [])
     assert world(tmp_path, corruption=CorruptionConfig(seed=3)).fingerprint == world(tmp_path).fingerprint
 
 

@@ -179,7 +179,6 @@ def test_what_the_weights_of_lora_seeds_depend_on(tmp_path: Path) -> None:
         "member": 1,
         "epoch": 2,
         "seed": 0,
-        "precision": "float32",
         "lora": {"rank": 2, "alpha": 16.0, "dropout": 0.0, "targets": ["all-linear"]},
         "template": "alpaca",
         "max_length": 1024,

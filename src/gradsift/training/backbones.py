@@ -22,8 +22,8 @@ from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.outside_json import loads
 from gradsift.runtime import Runtime
 from gradsift.training.checkpointing import checkpoint_blocks
-from gradsift.training.loading import load_model, load_tokenizer
-from gradsift.training.numerics import UnknownModel, dtype_of, expected_numerics, numerics_of, prepare
+from gradsift.training.loading import load_config, load_model, load_tokenizer, readable
+from gradsift.training.numerics import dtype_of, expected_numerics, numerics_of, prepare
 
 VERSION = 2
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -68,10 +68,9 @@ def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
     """
     make = {"nano": _nano, "smollm2": _smollm2, "tiny_bytes": _tiny_bytes, "pretrained": _pretrained}[config.kind]
     made = make(runtime, config)
-    try:
-        numerics = expected_numerics(_config_of(made, config), runtime.compute, config.trust_remote_code)
-    except UnknownModel as error:
-        raise DataError(f"model.path={config.path}: {error}; give a causal language model") from error
+    described = _config_of(made, config)
+    with readable(f"model.path={config.path or config.kind}: the model", "config.json"):
+        numerics = expected_numerics(described, runtime.compute, config.trust_remote_code)
     return replace(made, numerics=numerics)
 
 
@@ -127,8 +126,6 @@ def _is_no_table(record: logging.LogRecord) -> bool:
 
 def _config_of(artifact: Artifact, config: ModelConfig) -> Any:
     """transformers' config of a backbone, also of one that is planned and not made yet."""
-    from transformers import AutoConfig
-
     if config.kind == "nano":
         from gradsift.training.nano import nano_config
 
@@ -138,12 +135,12 @@ def _config_of(artifact: Artifact, config: ModelConfig) -> Any:
 
         return bytes_config()
     if config.kind == "smollm2" and not artifact.path.is_dir():
-        return AutoConfig.from_pretrained(str(_smollm2_folder()), gguf_file=_SMOLLM2_FILE)
+        return load_config(str(_smollm2_folder()), config.kind, gguf_file=_SMOLLM2_FILE)
     source, options = _source(artifact, config)
     if (artifact.path / "config.json").is_file() and not config.trust_remote_code:
         source, options = str(artifact.path), {}  # of a model of the hub: without asking the hub again
     with _hub_errors(config):
-        return AutoConfig.from_pretrained(source, **options)
+        return load_config(source, config.path or config.kind, **options)
 
 
 def _source(artifact: Artifact, config: ModelConfig) -> tuple[str, dict[str, Any]]:

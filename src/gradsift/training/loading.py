@@ -28,6 +28,22 @@ _ERRORS = (
 _SHOWN = 3  # names of weights in a message
 
 
+def load_config(source: str, name: str, **options: Any) -> Any:
+    """The config of a model in a folder or of the hub.
+
+    Args:
+        name: of the model, for errors.
+        options: of `AutoConfig.from_pretrained`.
+
+    Raises:
+        DataError: config.json is broken, or describes no model that transformers has.
+    """
+    from transformers import AutoConfig
+
+    with readable(f"model.path={name}: the model", "config.json"):
+        return AutoConfig.from_pretrained(source, **options)
+
+
 def load_tokenizer(source: str, name: str, **options: Any) -> Any:
     """The tokenizer of a folder or of a model of the hub.
 
@@ -40,7 +56,7 @@ def load_tokenizer(source: str, name: str, **options: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _readable(f"model.path={name}: its tokenizer", "config.json, tokenizer.json and tokenizer_config.json"):
+    with readable(f"model.path={name}: its tokenizer", "config.json, tokenizer.json and tokenizer_config.json"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         known, special = set(tokenizer.get_vocab().values()), set(tokenizer.all_special_ids)
     if not known - special:  # transformers makes an empty one where the files are missing
@@ -63,7 +79,7 @@ def load_model(source: str, name: str, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    with _readable(f"model.path={name}: the model", "config.json and the safetensors files"):
+    with readable(f"model.path={name}: the model", "config.json and the safetensors files"):
         model, info = AutoModelForCausalLM.from_pretrained(
             source, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -104,7 +120,7 @@ def _some(names: Collection[str]) -> str:
 
 
 @contextmanager
-def _readable(what: str, files: str) -> Iterator[None]:
+def readable(what: str, files: str) -> Iterator[None]:
     """Turn what broken files raise into a `DataError`; `OSError` is the hub's (see `backbones`)."""
     try:
         yield

@@ -254,6 +254,20 @@ def test_every_option_that_a_stage_reads_is_in_its_identity(
     assert uncovered(config, tmp_path / "store", reads) == {}
 
 
+@pytest.mark.parametrize(("schedule", "shared"), [("constant", True), ("linear", False)])
+def test_members_of_two_lengths_of_training_are_shared_only_at_a_constant_rate(
+    schedule: str, shared: bool, tmp_path: Path, backbones: Path
+) -> None:
+    shutil.copytree(backbones, tmp_path / "store")
+    members = []
+    for epochs in (2, 3):
+        options = ("scorer=late_loss", f"proxy.schedule={schedule}", f"proxy.epochs={epochs}", "stop_after=scores")
+        units = units_of(composed(*options), tmp_path / "store")
+        members.append({Path(unit).name for unit in units if Path(unit).parent.name == "member"})
+    assert members[0]
+    assert bool(members[0] & members[1]) is shared
+
+
 # ------------------------------------------------------------------------------------------- numerics
 
 

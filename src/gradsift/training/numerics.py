@@ -12,7 +12,6 @@ computed from the model.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -64,30 +63,8 @@ def expected_numerics(config: Any, compute: ComputeConfig, trust_remote_code: bo
     Args:
         config: transformers' config of the model.
     """
-    relevant = (compute.precision, compute.device, compute.devices, compute.strategy, compute.kernels)
-    return dict(
-        _expected(config.to_json_string(use_diff=False), relevant, _Unhashed(config, compute, trust_remote_code))
-    )
-
-
-class _Unhashed:
-    """Arguments that a cache does not compare."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Unhashed)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@functools.cache
-def _expected(config_text: str, relevant: tuple[Any, ...], given: _Unhashed) -> dict[str, str]:
     from transformers import AutoModelForCausalLM
 
-    config, compute, trust_remote_code = given.arguments
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(compute), trust_remote_code=trust_remote_code)
     prepare(model.requires_grad_(False), compute)

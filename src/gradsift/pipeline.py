@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gradsift.artifacts import Store
 from gradsift.config import Config, VerifiableDataConfig
 from gradsift.evaluation.stages.judging import judge, pws
@@ -26,6 +24,7 @@ from gradsift.runtime import Display, Runtime
 from gradsift.scoring.stage import score
 from gradsift.training.backbones import quieten
 from gradsift.training.device import device_of
+from gradsift.training.threads import set_threads, threads_in_words
 
 
 def run(config: Config, runtime: Runtime, results: Results) -> None:
@@ -92,8 +91,7 @@ def plan(config: Config, display: Display, folder: Path, about: Mapping[str, Any
 def prepare(config: Config) -> None:
     """Set what torch and its friends keep for the whole process."""
     quieten()
-    if config.compute.threads is not None:
-        torch.set_num_threads(config.compute.threads)
+    set_threads(config.compute)
     device_of(config.compute)  # a device that is not there is refused before anything is done
 
 
@@ -117,7 +115,7 @@ def settings_of(config: Config) -> list[tuple[str, Any]]:
         ("benchmark", ", ".join(config.benchmark.sets)),
         *([("forgetting", ", ".join(general))] if (general := _general(config)) else []),
         ("judge", config.judge.name),
-        ("compute", f"{device_of(config.compute)}, {config.compute.precision}, {torch.get_num_threads()} threads"),
+        ("compute", f"{device_of(config.compute)}, {config.compute.precision}, {threads_in_words(config.compute)}"),
         ("artifacts", config.artifacts),
     ]
     return [*plan, ("stop after", config.stop_after)] if config.stop_after else plan

@@ -38,7 +38,7 @@ class ComputeConfig:
     kernels: str = "auto"  # compiled kernels for bfloat16 models on a CPU; off: torch's own (docs/cpu.md)
     tokens: int | None = None  # padded tokens that pass through a model at once; what suits it when empty
     checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third more time
-    threads: int | None = None  # of each process; torch's own choice when empty
+    threads: Any = "auto"  # of each process: a number; auto: the free cores; null: torch's own choice
     save_every: float = 60.0  # seconds of work that a killed process may lose, within an epoch; 0: after each step
     # ddp: `devices` processes share a training or a collection, each with the whole model; fsdp: for the target each
     # holds a part of its frozen weights
@@ -51,7 +51,9 @@ class ComputeConfig:
         one_of("compute.precision", self.precision, ("float32", "bfloat16"))
         one_of("compute.kernels", self.kernels, ("auto", "off"))
         at_least("compute.tokens", self.tokens, 1)
-        at_least("compute.threads", self.threads, 1)
+        number = isinstance(self.threads, int) and not isinstance(self.threads, bool) and self.threads >= 1
+        if not number and self.threads not in ("auto", None):
+            raise ConfigError(f"compute.threads={self.threads!r} is not known; give auto, null or a number from 1 on")
         at_least("compute.save_every", self.save_every, 0)
         one_of("compute.strategy", self.strategy, ("single", "ddp", "fsdp"))
         at_least("compute.devices", self.devices, 1)

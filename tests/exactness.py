@@ -37,9 +37,8 @@ def assert_close_by_norm(
     fast, exact = torch.as_tensor(fast).detach(), torch.as_tensor(exact).detach()
     assert exact.dtype == torch.float64, "the exact result must be computed in float64"
     assert fast.shape == exact.shape, f"shapes differ: {tuple(fast.shape)} and {tuple(exact.shape)}"
-    error, size = (
-        value.abs() if dim == () else torch.linalg.vector_norm(value, dim=dim) for value in (fast.double() - exact, exact)
-    )
+    off = fast.double() - exact
+    error, size = (v.abs() if dim == () else torch.linalg.vector_norm(v, dim=dim) for v in (off, exact))
     roundings = torch.finfo(dtype or fast.dtype).eps * size
     within = error <= k * roundings
     worst = (error / roundings)[~within].max() if not within.all() else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,18 +50,17 @@ def exact_copy(model: Any) -> Any:
     exact = copy.deepcopy(model)
     for _, layer in lora.lora_layers(exact):
         layer.__class__ = peft.tuners.lora.Linear
-    exact.double()
-    exact.forward = _in_float64(exact.forward)
-    return exact
+    exact.__class__ = _in_float64(type(exact))
+    return exact.double()
 
 
-def _in_float64(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def exactly(*args: Any, **kwargs: Any) -> Any:
+def _in_float64(kind: Any) -> type:
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with float64():
-            return forward(*args, **kwargs)
+            return kind.forward(self, *args, **kwargs)
 
-    return exactly
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 @contextmanager

@@ -513,6 +513,7 @@ def warned_in(gradsift: Any) -> set[str]:
     return {name for name, diagnostic in found.items() if diagnostic["verdict"] == "warning"}
 
 
+@pytest.mark.numerics
 def test_a_learning_rate_of_nearly_nothing_is_seen(gradsift, capsys) -> None:
     """The norms change in their last digits, if at all: what they tell is that nothing was learned."""
     assert gradsift(*SMOKE, "proxy.learning_rate=1e-12", "stop_after=scores") == 0

@@ -7,6 +7,8 @@ import torch
 from exactness import assert_close_by_norm, exact_copy
 from test_norms import adapted_model
 
+pytestmark = pytest.mark.numerics
+
 
 def test_an_error_of_more_than_k_roundings_is_refused() -> None:
     exact = torch.linspace(-1, 1, 101, dtype=torch.float64)

@@ -42,7 +42,7 @@ test: setup ## the tests, on all cores (8 minutes on two)
 # Other processors on this one: kernels off, two threads, and the instruction sets of other machines.
 PORTABLE_SETTINGS := "GRADSIFT_KERNELS=off ONEDNN_MAX_CPU_ISA=AVX2" "OMP_NUM_THREADS=2 ONEDNN_MAX_CPU_ISA=AVX512_CORE" \
   "OMP_NUM_THREADS=1 MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default"
-portable: setup ## the tests under the settings of other processors; PORTABLE="-m numerics" runs those that compare digits
+portable: setup ## the tests under the settings of other processors; PORTABLE="-m 'numerics and not slow'" runs those that compare digits
 	@for settings in $(PORTABLE_SETTINGS); do \
 	  echo "== $$settings"; \
 	  env $$settings $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(PORTABLE) || exit 1; \

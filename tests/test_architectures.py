@@ -6,24 +6,22 @@ a padded batch in float32. Each family has a model of two layers; what is refuse
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import torch
-from test_norms import VOCABULARY, batch_norms, ragged_examples
+from test_norms import VOCABULARY, assert_norms_close, batch_norms, loop_norms, ragged_examples
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gradsift.config import LoraConfig
-from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError
 from gradsift.training import lora
 from gradsift.training.checkpointing import checkpoint_blocks
 from gradsift.training.probing import require_adaptable
 
 pytestmark = [
+    pytest.mark.numerics,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore"),  # transformers' own, of tiny configs
 ]
@@ -159,39 +157,6 @@ def adapted(model: Any, targets: list[str]) -> Any:
     return found
 
 
-def exact_norms(model: Any, examples: list[Encoded]) -> np.ndarray:
-    """(N, 3) norms of A and of B, and losses: one example a backward pass in float64, peft's own layers."""
-    exact = copy.deepcopy(model)
-    for _, layer in lora.lora_layers(exact):
-        layer.__class__ = peft.tuners.lora.Linear
-    exact.double()
-    parameters = lora.trainable_parameters(exact)
-    found = []
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # for the masks that a forward pass makes
-    try:
-        for example in examples:
-            ids = torch.tensor(example.input_ids, dtype=torch.long)[None]
-            logits = exact(input_ids=ids, use_cache=False).logits[0, :-1]
-            losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
-            loss = losses[torch.tensor(example.is_response[1:])].mean()
-            gradients = torch.autograd.grad(loss, list(parameters.values()))
-            squares = {"lora_A": 0.0, "lora_B": 0.0}
-            for name, gradient in zip(parameters, gradients, strict=True):
-                squares["lora_A" if "lora_A" in name else "lora_B"] += float(gradient.square().sum())
-            found.append([squares["lora_A"] ** 0.5, squares["lora_B"] ** 0.5, float(loss)])
-    finally:
-        torch.set_default_dtype(default)
-    return np.array(found)
-
-
-def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
-    """Relative and by norm, for each column: 1,000 roundings of float32, which ill-conditioned tiny norms need."""
-    assert (expected > 1e-3).all()  # or the comparison would be of noise
-    errors = np.linalg.norm(found - expected, axis=0) / np.linalg.norm(expected, axis=0)
-    assert errors.max() < 1000 * np.finfo(np.float32).eps
-
-
 def test_there_are_families_enough() -> None:
     assert len(WORK) + len(REFUSED) >= 45
 
@@ -201,7 +166,7 @@ def test_norms_of_a_family_equal_the_loop(name: str) -> None:
     model, examples = tiny(name, WORK[name]), ragged_examples(5)
     require_adaptable(model, LoraConfig(rank=3), "proxy.lora", norms=True)
     trained = adapted(model, ["all-linear"])
-    assert_close(batch_norms(trained, examples, 5), exact_norms(trained, examples))
+    assert_norms_close(batch_norms(trained, examples, 5), loop_norms(trained, examples))
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -215,7 +180,7 @@ def test_a_family_is_refused_with_the_layer_and_the_targets_that_work(name: str)
     assert str(caught.value).endswith(f"; targets that work: proxy.lora.targets=[{targets}]")
     assert not list(lora.lora_layers(model))  # also where peft gave up halfway
     trained = adapted(model, targets.split(","))
-    assert_close(batch_norms(trained, examples, 5), exact_norms(trained, examples))
+    assert_norms_close(batch_norms(trained, examples, 5), loop_norms(trained, examples))
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "mixtral", "olmoe", "opt", "qwen2_moe", "qwen3_moe"])

@@ -17,7 +17,9 @@ from gradsift.scoring.cherry import cherry, loss_ratios
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
 from gradsift.scoring.spans import Span, span_losses
 from gradsift.training.backbones import Backbone
-from tests.test_superfilter import model_of, no_bar
+from tests.test_superfilter import assert_apart, assert_scores_close, exact_model, model_of, no_bar
+
+pytestmark = pytest.mark.numerics
 
 BOTH = "Below is an instruction that describes a task, paired with an input that provides further context. "
 ONE = "Below is an instruction that describes a task. "
@@ -56,8 +58,8 @@ def rows_of(texts: list[tuple[str, str, str]]) -> list[Example]:
 
 @torch.no_grad()
 def mean_loss(backbone: Backbone, ids: list[int], first: int) -> float:
-    """Mean NLL of ids[first:], token by token from the logits of a single unpadded row."""
-    predicted = torch.log_softmax(backbone.model(torch.tensor([ids])).logits[0].double(), -1)
+    """Mean NLL of ids[first:] in float64, token by token from the logits of a single unpadded row."""
+    predicted = torch.log_softmax(exact_model(backbone.model)(torch.tensor([ids])).logits[0], -1)
     losses = [-float(predicted[place - 1, ids[place]]) for place in range(first, len(ids))]
     return sum(losses) / len(losses)
 
@@ -92,7 +94,10 @@ def test_cherry_equals_the_slow_one_example_way(limit: int, fidelity: str, backb
     expected = [slow_cherry(backbone, *text, limit, fidelity) for text in TEXTS]
     scores = cherry(rows_of(TEXTS), backbone, no_bar, Journal(), max_length=limit, fidelity=fidelity)
     assert scores.status.tolist() == [status for status, _ in expected]
-    np.testing.assert_allclose(scores.score, [ratio for _, ratio in expected], rtol=1e-5)
+    ratios = np.array([ratio for _, ratio in expected])
+    assert_apart(np.array([*ratios, 1.0]))
+    defined = ~np.isnan(ratios)  # a row that is left out has no slow ratio
+    assert_scores_close(scores.score[defined], ratios[defined])
     assert {SCORED, EXCLUDED} <= set(scores.status.tolist())
 
 
@@ -105,7 +110,9 @@ def test_fixed_leaves_out_what_original_cuts(backbone: Backbone) -> None:
     assert "longer than max_length" not in original.reason[4]  # its line alone takes 13 tokens, not the 4 reckoned with
     assert np.isfinite(original.score[4])
     others = [row for row in range(len(TEXTS)) if row not in (4, 6)]
-    np.testing.assert_allclose(original.score[others], fixed.score[others], rtol=1e-6)
+    for scores in (original, fixed):
+        expected = np.array([slow_cherry(backbone, *TEXTS[row], 300, "fixed")[1] for row in others])
+        assert_scores_close(scores.score[others], expected)
 
 
 def test_the_reasons_say_what_is_wrong(backbone: Backbone) -> None:
@@ -134,8 +141,10 @@ def test_the_prompt_of_a_conversation_is_all_before_the_last_response(backbone: 
     first, second = (
         cherry([row], backbone, no_bar, Journal(), max_length=400, fidelity="fixed").parts for row in (bare, talk)
     )
-    assert first["loss_alone"] == pytest.approx(second["loss_alone"])
-    assert first["loss_with_prompt"] != pytest.approx(second["loss_with_prompt"])
+    direct, line = (backbone.tokenizer(text)["input_ids"] for text in ("### Response:red", "### Response:"))
+    for parts in (first, second):
+        assert_scores_close(parts["loss_alone"], np.array([mean_loss(backbone, direct, len(line))]))
+    assert first["loss_with_prompt"] != pytest.approx(second["loss_with_prompt"], rel=1e-3)
 
 
 def test_neither_order_nor_company_changes_a_score(backbone: Backbone) -> None:
@@ -143,10 +152,10 @@ def test_neither_order_nor_company_changes_a_score(backbone: Backbone) -> None:
         return cherry(rows, backbone, no_bar, Journal(), max_length=300, fidelity="fixed")
 
     rows = rows_of(TEXTS)
-    together = scores_of(rows).score
+    exact = np.array([slow_cherry(backbone, *text, 300, "fixed")[1] for text in TEXTS])
     order = np.random.default_rng(0).permutation(len(rows))
-    np.testing.assert_allclose(scores_of([rows[i] for i in order]).score, together[order], rtol=1e-6)
-    np.testing.assert_allclose([scores_of([row]).score[0] for row in rows], together, rtol=1e-5)
+    assert_scores_close(scores_of([rows[i] for i in order]).score, exact[order])
+    assert_scores_close(np.array([scores_of([row]).score[0] for row in rows]), exact)
     twice = scores_of([*rows, *rows]).score
     np.testing.assert_array_equal(twice[: len(rows)], twice[len(rows) :])
 

@@ -9,9 +9,17 @@ import numpy as np
 import peft
 import pytest
 import torch
-from exactness import assert_close_by_norm
-from test_finetuning import SOURCE_ROWS, train, weights_of
-from test_norms import VOCABULARY, adapted_model, batch_norms, loop_norms, ragged_examples, tiny_model
+from exactness import assert_close_by_norm, exact_copy
+from test_finetuning import SOURCE_ROWS, exact_steps, optimization, train, weights_of
+from test_norms import (
+    VOCABULARY,
+    adapted_model,
+    assert_norms_close,
+    batch_norms,
+    loop_norms,
+    ragged_examples,
+    tiny_model,
+)
 from transformers import Gemma2Config, Gemma2ForCausalLM
 from transformers.activations import NewGELUActivation
 
@@ -34,35 +42,28 @@ pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 # ----------------------------------------------------------------------------------------- the layer
 
 
-def unfused(adapted: Any) -> Any:
-    """The same model with peft's own forward pass."""
-    for _, layer in lora.lora_layers(adapted):
-        layer.__class__ = peft.tuners.lora.Linear
-    return adapted
-
-
 def gradients(adapted: Any, examples: list[Encoded]) -> dict[str, torch.Tensor]:
     torch.manual_seed(7)  # the dropout masks
     ResponseLosses(adapted)(collate(examples, 0)).mean().backward()
     return {name: parameter.grad.clone() for name, parameter in lora.trainable_parameters(adapted).items()}
 
 
-def exact_gradients(adapted: Any, examples: list[Encoded]) -> dict[str, torch.Tensor]:
-    """As `gradients`, in float64 and by all logits: the definition, computed the obvious way."""
+def exact_gradients(exact: Any, examples: list[Encoded]) -> dict[str, torch.Tensor]:
+    """As `gradients`, by all logits of an `exact_copy`: the definition, computed the obvious way."""
     torch.manual_seed(7)
     batch = collate(examples, 0)
-    logits = adapted(**batch.model_inputs()).logits.flatten(0, 1)[batch.places]
+    logits = exact(**batch.model_inputs()).logits.flatten(0, 1)[batch.places]
     nll = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
     rows = batch.places // batch.input_ids.shape[1]
     sum((nll[rows == row].sum() / count for row, count in enumerate(batch.counts))).div(len(examples)).backward()
-    return {name: parameter.grad.clone() for name, parameter in lora.trainable_parameters(adapted).items()}
+    return {name: parameter.grad.clone() for name, parameter in lora.trainable_parameters(exact).items()}
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 @pytest.mark.parametrize("targets", [["all-linear"], ["c_attn", "q_proj"]])
 @pytest.mark.parametrize("norms", [True, False])
 def test_an_adapted_layer_computes_what_pefts_does(architecture: str, targets: list[str], norms: bool) -> None:
-    fast, slow = adapted_model(architecture, targets), unfused(adapted_model(architecture, targets)).double()
+    fast, slow = adapted_model(architecture, targets), exact_copy(adapted_model(architecture, targets))
     assert all(isinstance(layer, AdaptedLinear) for _, layer in lora.lora_layers(fast))
     ids = torch.randint(VOCABULARY, (3, 11))
     assert_close_by_norm(fast(input_ids=ids).logits, slow(input_ids=ids).logits, k=32)
@@ -74,7 +75,8 @@ def test_an_adapted_layer_computes_what_pefts_does(architecture: str, targets: l
         found = gradients(fast, ragged_examples())
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert_close_by_norm(found[name], gradient, k=256)  # sums over some 100 tokens, through two blocks and back
+        # a normalisation layer that meets an almost constant vector multiplies what was rounded before it
+        assert_close_by_norm(found[name], gradient, k=2048)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -85,21 +87,21 @@ def test_dropout_drops_what_pefts_does(architecture: str) -> None:
         for name, parameter in lora.trainable_parameters(adapted).items():
             if "lora_B" in name:
                 parameter.data.normal_(std=0.3)
-    expected = gradients(unfused(slow), ragged_examples())
+    expected = exact_gradients(exact_copy(slow), ragged_examples())
     found = gradients(fast, ragged_examples())
     without = gradients(fast.eval(), ragged_examples())
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+        assert_close_by_norm(found[name], gradient, k=2048)
     assert any((without[name] - gradient).abs().max() > 1e-3 for name, gradient in expected.items())
 
 
 def test_a_layer_whose_adapter_is_off_or_merged_is_pefts() -> None:
     adapted, ids = adapted_model("gpt2", ["c_attn"]), torch.arange(9)[None]
-    with_adapter = adapted(input_ids=ids).logits
+    with_adapter = exact_copy(adapted)(input_ids=ids).logits
     with adapted.disable_adapter():
-        torch.testing.assert_close(adapted(input_ids=ids).logits, tiny_model("gpt2")(input_ids=ids).logits)
+        assert_close_by_norm(adapted(input_ids=ids).logits, exact_copy(tiny_model("gpt2"))(input_ids=ids).logits, k=32)
     adapted.merge_adapter()
-    torch.testing.assert_close(adapted(input_ids=ids).logits, with_adapter, rtol=1e-4, atol=1e-5)
+    assert_close_by_norm(adapted(input_ids=ids).logits, with_adapter, k=32)
 
 
 def test_examples_that_cannot_be_told_apart_are_refused() -> None:
@@ -119,8 +121,11 @@ def test_layers_that_see_other_examples_or_are_passed_twice_are_refused() -> Non
 
 
 def test_layers_that_are_not_plain_have_no_norms() -> None:
+    adapted = adapted_model("gpt2", ["c_attn"])
+    for _, layer in lora.lora_layers(adapted):
+        layer.__class__ = peft.tuners.lora.Linear
     with pytest.raises(GradsiftError, match="plain linear layers"):
-        PerSampleNorms(unfused(adapted_model("gpt2", ["c_attn"])))
+        PerSampleNorms(adapted)
 
 
 def test_a_pass_that_did_not_end_leaves_no_norm_behind() -> None:
@@ -149,10 +154,11 @@ def test_the_heads_losses_and_their_gradient_are_those_of_all_logits(
     weights = torch.rand(12)
     found = head.token_losses(hidden, targets)
     (gradient,) = torch.autograd.grad((found * weights).sum(), hidden)
-    expected = torch.nn.functional.cross_entropy(hidden @ head.weight.t(), targets, reduction="none")
-    (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), hidden)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
+    exact = hidden.detach().double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact @ head.weight.double().t(), targets, reduction="none")
+    (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), exact)
+    assert_close_by_norm(found, expected, k=32, dim=())
+    assert_close_by_norm(gradient, expected_gradient, k=32, dim=-1)
 
 
 def test_a_head_in_bfloat16_predicts_no_word_of_its_padding() -> None:
@@ -164,13 +170,12 @@ def test_a_head_in_bfloat16_predicts_no_word_of_its_padding() -> None:
     targets = torch.randint(VOCABULARY, (9,))
     found = head.token_losses(hidden, targets)
     found.sum().backward()
-    exact = hidden.detach().float().requires_grad_()
-    expected = torch.nn.functional.cross_entropy(
-        exact @ head.weight[:VOCABULARY].float().t(), targets, reduction="none"
-    )
+    exact = hidden.detach().double().requires_grad_()
+    weight = head.weight[:VOCABULARY].double()
+    expected = torch.nn.functional.cross_entropy(exact @ weight.t(), targets, reduction="none")
     expected.sum().backward()
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(hidden.grad.float(), exact.grad, rtol=0.1, atol=1e-2)
+    assert_close_by_norm(found, expected, k=4, dim=(), dtype=torch.bfloat16)
+    assert_close_by_norm(hidden.grad, exact.grad, k=8, dim=-1)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -188,15 +193,15 @@ def test_a_bfloat16_head_rounds_what_logits_differ_by_and_not_what_they_are(bias
     targets = torch.randint(61, (50,))
     found = head.token_losses(hidden, targets)
     found.sum().backward()
-    exact = hidden.detach().float().requires_grad_()
-    logits = embedding.float()(exact)
+    exact = hidden.detach().double().requires_grad_()
+    logits = embedding.double()(exact)
     assert 35 < logits.min() < logits.max() < 50
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     expected.sum().backward()
-    rounded = torch.nn.functional.cross_entropy(logits.to(torch.bfloat16).float(), targets, reduction="none")
-    assert (found - expected).abs().max() < 0.1 * (rounded - expected).abs().max()
-    torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
-    torch.testing.assert_close(hidden.grad.float(), exact.grad, rtol=0.02, atol=0.02)
+    rounded = torch.nn.functional.cross_entropy(logits.to(torch.bfloat16).double(), targets, reduction="none")
+    assert (found - expected).norm() < 0.1 * (rounded - expected).norm()
+    assert_close_by_norm(found, expected, k=1, dtype=torch.bfloat16)
+    assert_close_by_norm(hidden.grad, exact.grad, k=8)
 
 
 def test_a_head_may_be_used_without_and_then_with_gradients() -> None:
@@ -230,7 +235,7 @@ def capped_model() -> Any:
 def test_a_model_that_changes_its_logits_is_trained_on_them_all() -> None:
     adapted, examples = capped_model(), ragged_examples()
     assert OutputHead.of(adapted) is None
-    np.testing.assert_allclose(batch_norms(adapted, examples, 3), loop_norms(adapted, examples), rtol=1e-5)
+    assert_norms_close(batch_norms(adapted, examples, 3), loop_norms(adapted, examples))
 
 
 def test_a_head_that_is_adapted_itself_is_not_passed_by() -> None:
@@ -238,25 +243,25 @@ def test_a_head_that_is_adapted_itself_is_not_passed_by() -> None:
     assert OutputHead.of(adapted) is None
     examples = ragged_examples(5)
     norms = batch_norms(adapted.eval(), examples, 5)
-    np.testing.assert_allclose(norms[:, 1:], loop_norms(adapted, examples)[:, 1:], rtol=1e-5)
+    assert_close_by_norm(norms[:, 1:], loop_norms(adapted, examples)[:, 1:], k=2048, dim=())
 
 
 def test_token_losses_need_no_head() -> None:
     model, ids = tiny_model("gpt2"), torch.randint(VOCABULARY, (2, 6))
     places, targets = torch.tensor([0, 4, 8]), torch.tensor([3, 1, 60])
+    logits = exact_copy(model)(input_ids=ids).logits.flatten(0, 1)[places]
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     with torch.no_grad():
-        found, expected = (
-            token_losses(model, h, {"input_ids": ids}, places, targets) for h in (OutputHead.of(model), None)
-        )
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        for head in (OutputHead.of(model), None):
+            assert_close_by_norm(token_losses(model, head, {"input_ids": ids}, places, targets), expected, 32, dim=())
 
 
 def test_gelu_in_one_kernel_is_the_same_function() -> None:
     model, ids = tiny_model("gpt2"), torch.randint(VOCABULARY, (2, 6))
-    before = model(input_ids=ids).logits
+    before = exact_copy(model)(input_ids=ids).logits
     prepare(model, ComputeConfig(device="cpu"))
     assert not any(isinstance(module, NewGELUActivation) for module in model.modules())
-    torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-5, atol=1e-6)
+    assert_close_by_norm(model(input_ids=ids).logits, before, k=32)
 
 
 # ----------------------------------------------------------------------------------------- precision
@@ -265,7 +270,7 @@ def test_gelu_in_one_kernel_is_the_same_function() -> None:
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_most_bfloat16_norms_are_float32s_to_bfloat16s_digits(architecture: str) -> None:
     examples = ragged_examples(9)
-    exact = batch_norms(adapted_model(architecture, ["all-linear"]), examples, 9)
+    exact = loop_norms(adapted_model(architecture, ["all-linear"]), examples)
     half = adapted_model(architecture, ["all-linear"])
     half.get_base_model().to(torch.bfloat16)
     for parameter in lora.trainable_parameters(half).values():
@@ -309,19 +314,18 @@ def test_a_real_failure_to_allocate_is_known_for_what_it_is() -> None:
 def test_out_of_memory_halves_the_budget_says_so_and_changes_no_result(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoded, plan = ragged_examples(9), [[4, 0, 7, 1], [8, 2, 3, 5, 6]]
-    tables, adapters = [], []
-    said: list[str] = []
-    for losses in (ResponseLosses, failing_above(30, error)):
-        monkeypatch.setattr(finetuning, "ResponseLosses", losses)
-        adapted = adapted_model("gpt2", ["all-linear"])
-        norms = GradientNorms(adapted, encoded, row_indices=SOURCE_ROWS)
-        train(adapted, encoded, plan, callbacks=[norms], say=said.append)
-        tables.append(np.stack([norms.table()[name] for name in COLUMNS], 1))
-        adapters.append(weights_of(adapted))
-    np.testing.assert_allclose(tables[1], tables[0], rtol=2e-5)
-    for name, value in adapters[0].items():
-        torch.testing.assert_close(adapters[1][name], value, rtol=1e-4, atol=1e-5)
+    encoded, plan, said = ragged_examples(9), [[4, 0, 7, 1], [8, 2, 3, 5, 6]], []
+    adapted, expected = adapted_model("gpt2", ["all-linear"]), np.empty((9, 3))
+    steps = exact_steps(adapted, encoded, plan, optimization())
+    for rows, exact in zip(plan, steps, strict=False):
+        expected[rows] = loop_norms(exact, [encoded[row] for row in rows])
+    trained = weights_of(next(steps))
+    monkeypatch.setattr(finetuning, "ResponseLosses", failing_above(30, error))
+    norms = GradientNorms(adapted, encoded, row_indices=SOURCE_ROWS)
+    train(adapted, encoded, plan, callbacks=[norms], say=said.append)
+    assert_norms_close(np.stack([norms.table()[name] for name in COLUMNS], 1), expected)
+    for name, value in weights_of(adapted).items():
+        assert_close_by_norm(value, trained[name], k=1024)
     assert said
     assert "memory ran out with" in said[0]
     assert "the batch is repeated with" in said[0]
@@ -342,13 +346,10 @@ def test_dropout_after_out_of_memory_is_that_of_the_smaller_budget(monkeypatch: 
 
 def test_out_of_memory_in_a_collection_pass_changes_no_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded, adapted, said = ragged_examples(9), adapted_model("llama", ["all-linear"]), []
-    passes: list[np.ndarray] = []
-    for losses in (ResponseLosses, failing_above(30, OUT_OF_MEMORY[0])):
-        monkeypatch.setattr("gradsift.gradients.callback.ResponseLosses", losses)
-        budget = TokenBudget(1000, said.append)
-        found = collect_norms(adapted, encoded, budget, 0, torch.device("cpu")).columns(range(len(encoded)))
-        passes.append(np.stack([found[name] for name in COLUMNS], 1))
-    np.testing.assert_allclose(passes[1], passes[0], rtol=1e-5)
+    monkeypatch.setattr("gradsift.gradients.callback.ResponseLosses", failing_above(30, OUT_OF_MEMORY[0]))
+    budget = TokenBudget(1000, said.append)
+    found = collect_norms(adapted, encoded, budget, 0, torch.device("cpu")).columns(range(len(encoded)))
+    assert_norms_close(np.stack([found[name] for name in COLUMNS], 1), loop_norms(adapted, encoded))
     assert said
     assert budget.tokens <= 30
     assert all(parameter.grad is None for parameter in adapted.parameters())

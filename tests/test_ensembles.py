@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SMOKE
 from safetensors.numpy import load_file
 from test_finetuning import SOURCE_ROWS, proxy_config, runtime
-from test_norms import loop_norms, ragged_examples, tiny_model
+from test_norms import assert_norms_close, loop_norms, ragged_examples, tiny_model
 from torch import nn
 
 from gradsift.artifacts import Artifact
@@ -32,7 +31,7 @@ from gradsift.training import lora
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 CPU = torch.device("cpu")
 MODES = {"lora_seeds": 0.0, "bootstrap": 0.0, "mc_dropout": 0.3}  # with a lora.dropout that suits them
@@ -256,7 +255,7 @@ def test_norms_under_dropout_are_those_of_one_example_under_the_same_masks(archi
 
         def note(module: Any, given: Any, dropped: torch.Tensor, name: str = name) -> None:
             # a GELU far below zero gives 0, and no gradient passes there either
-            factors[name] = (dropped / given[0]).detach().nan_to_num(1.0)
+            factors[name] = (dropped / given[0]).detach().nan_to_num(1.0).gt(0.5).double() / 0.6
 
         hooks.append(layer.lora_dropout["default"].register_forward_hook(note))
     found = under_masks(adapted, examples, seed=5)
@@ -265,13 +264,12 @@ def test_norms_under_dropout_are_those_of_one_example_under_the_same_masks(archi
     assert any((mask == 0).float().mean().sub(0.4).abs() < 0.1 for mask in factors.values())
     # in the batch the longest examples came first
     places = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
-    for _, layer in lora.lora_layers(adapted):
-        layer.__class__ = peft.tuners.lora.Linear  # the twin is peft's layer and autograd's gradient
+    expected = np.empty((len(examples), 3))
     for place, row in enumerate(places):
         for name, layer in lora.lora_layers(adapted):
             layer.lora_dropout["default"] = FixedMask(factors[name][place : place + 1])
-        expected = loop_norms(adapted, [examples[row]])[0]
-        np.testing.assert_allclose(found[row], expected, rtol=1e-4)
+        expected[row] = loop_norms(adapted, [examples[row]])[0]
+    assert_norms_close(found, expected)
 
 
 def test_a_pass_under_masks_leaves_the_mode_and_a_pass_without_them_drops_nothing() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exactness import assert_close_by_norm
 from safetensors.torch import load_file
 from test_config import composed
-from test_engine import unfused
-from test_per_sample import assert_rows_close, example_loss
+from test_per_sample import assert_rows_close, loop_gradients
 
 from gradsift.artifacts import Store
 from gradsift.config import WarmupConfig
@@ -32,7 +31,7 @@ from gradsift.scoring.less import less
 from gradsift.training import lora
 from gradsift.training.device import TokenBudget
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 OPTIONS = (
     "experiment=smoke",
     "report=false",
@@ -78,25 +77,42 @@ def fresh(backbones: Path, tmp_path: Path) -> Path:
 # ----------------------------------------------------------------------------------- LESS by its formula
 
 
-def plain_gradients(line: Line, checkpoint: Any, examples: Any, adam: bool) -> Iterator[np.ndarray]:
-    """One example at a time through peft's own layers; with `adam` Gamma, parameter by parameter. (P,) float64."""
-    state = load_file(checkpoint.file("optimizer.safetensors"))
+def plain_gradients(line: Line, checkpoint: Any, examples: Any, adam: bool) -> np.ndarray:
+    """(N, P) float64, example by example through peft's own layers; with `adam` Gamma."""
     with adapter(line.proxy_backbone, line.config.features.warmup.lora, 5, line.config.compute) as adapted:
-        unfused(adapted)
         lora.load_adapter(adapted, checkpoint.path)
-        adapted.eval()
-        for example in examples:
-            adapted.zero_grad()
-            example_loss(adapted, example).backward()
-            parts = []
-            for name, parameter in lora.trainable_parameters(adapted).items():
-                g = parameter.grad.double()
-                if adam:
-                    m = 0.9 * state[f"exp_avg:{name}"].double() + 0.1 * g
-                    v = 0.999 * state[f"exp_avg_sq:{name}"].double() + 0.001 * g * g
-                    g = m / (v + 1e-8).sqrt()
-                parts.append(g.numpy().ravel())
-            yield np.concatenate(parts)
+        g = loop_gradients(adapted.eval(), examples)
+        names = list(lora.trainable_parameters(adapted))
+    if not adam:
+        return g
+    state = load_file(checkpoint.file("optimizer.safetensors"))
+    exp_avg, exp_avg_sq = (
+        torch.cat([state[f"{kind}:{name}"].double().flatten() for name in names]).numpy()
+        for kind in ("exp_avg", "exp_avg_sq")
+    )
+    return (0.9 * exp_avg + 0.1 * g) / np.sqrt(0.999 * exp_avg_sq + 0.001 * g * g + 1e-8)
+
+
+def projected(line: Line, checkpoint: Any, examples: Any, adam: bool) -> np.ndarray:
+    """(N, D) float64 at length 1."""
+    gradients = plain_gradients(line, checkpoint, examples, adam)
+    signs = Projection(gradients.shape[1], 48, 0)(torch.eye(gradients.shape[1])).sign().double().numpy()
+    rows = gradients @ signs
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def exact(store: Path) -> np.ndarray:
+    """The pool's features in float64."""
+    line = line_of(store)
+    weights = checkpoint_weights(line.checkpoints)
+    sides = [projected(line, checkpoint, line.proxy_inputs.encoded, adam=True) for checkpoint in line.checkpoints]
+    return np.concatenate([side * weight**0.5 for side, weight in zip(sides, weights, strict=True)], axis=1)
+
+
+def assert_cosines_close(found: np.ndarray, exact: np.ndarray) -> None:
+    """A cosine is known to roundings of one, however small it is; the directions to 512 roundings."""
+    assert np.abs(found - exact).max() <= 512 * np.finfo(np.float32).eps
 
 
 def mean_rates(steps: int, epochs: int, peak: float) -> list[float]:
@@ -106,24 +122,19 @@ def mean_rates(steps: int, epochs: int, peak: float) -> list[float]:
     return [float(np.mean(rates[steps * epoch : steps * (epoch + 1)])) for epoch in range(epochs)]
 
 
-def test_scores_are_those_of_less_by_its_formula(line: Line) -> None:
+def test_scores_are_those_of_less_by_its_formula(line: Line, exact: np.ndarray) -> None:
     rates = mean_rates(steps=3, epochs=2, peak=2e-3)  # 12 of 40 rows in batches of 4
     assert [checkpoint.info["learning_rate"] for checkpoint in line.checkpoints] == pytest.approx(rates)
-    pool, targets = line.proxy_inputs.encoded, line._target_inputs()
+    targets = line._target_inputs()
     cosines = np.zeros((40, 6))
-    for rate, checkpoint in zip(rates, line.checkpoints, strict=True):
-        sides = []
-        for examples, adam in ((pool, True), (targets.inputs.encoded, False)):
-            exact = np.stack(list(plain_gradients(line, checkpoint, examples, adam)))
-            matrix = Projection(exact.shape[1], 48, 0)(torch.eye(exact.shape[1])).double().numpy()
-            projected = exact @ matrix
-            sides.append(projected / np.linalg.norm(projected, axis=1, keepdims=True))
-        cosines += rate / sum(rates) * sides[0] @ sides[1].T
+    for rate, checkpoint, block in zip(rates, line.checkpoints, np.split(exact, 2, axis=1), strict=True):
+        ours = block / np.linalg.norm(block, axis=1, keepdims=True)
+        cosines += rate / sum(rates) * ours @ projected(line, checkpoint, targets.inputs.encoded, adam=False).T
     expected = np.maximum(cosines[:, :3].mean(1), cosines[:, 3:].mean(1))
     assert targets.tasks == ["sort"] * 3 + ["reverse"] * 3
     scores = less(read_features(line.gradients), read_features(line.target_gradients))
-    np.testing.assert_allclose(scores.score, expected, atol=1e-5)
-    np.testing.assert_allclose(scores.parts["task:sort"], cosines[:, :3].mean(1), atol=1e-5)
+    assert_cosines_close(scores.score, expected)
+    assert_cosines_close(scores.parts["task:sort"], cosines[:, :3].mean(1))
     assert scores.score.std() > 1e-3
 
 
@@ -135,13 +146,13 @@ def test_rows_are_unit_blocks_by_the_root_of_their_weights(line: Line) -> None:
     assert weights[0] > weights[1] > 0
     for index, weight in enumerate(weights):
         lengths = np.linalg.norm(vectors[:, index * 48 : (index + 1) * 48], axis=1)
-        np.testing.assert_allclose(lengths, weight**0.5, rtol=1e-5)
+        assert_close_by_norm(lengths, np.full(40, weight**0.5), k=16, dim=())
 
 
 def test_without_projection_and_normalising_rows_are_the_gradients(store: Path) -> None:
     options = ("features.dimensions=null", "features.normalise=false", "features.checkpoints=last")
     line = line_of(store, *options, "features.adam=false")
-    exact = np.stack(list(plain_gradients(line, line.checkpoints[-1], line.proxy_inputs.encoded, adam=False)))
+    exact = plain_gradients(line, line.checkpoints[-1], line.proxy_inputs.encoded, adam=False)
     assert_rows_close(np.asarray(read_features(line.gradients).vectors), exact)
 
 
@@ -173,22 +184,20 @@ def made(line: Line, fresh: Path, given: Any = None) -> np.ndarray:
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 4096), (7, 40), (512, 100)])
 def test_neither_blocks_nor_the_token_budget_change_features(
-    rows: int, tokens: int, line: Line, fresh: Path, monkeypatch: pytest.MonkeyPatch
+    rows: int, tokens: int, line: Line, exact: np.ndarray, fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = np.asarray(read_features(line.gradients).vectors)
     monkeypatch.setattr(module, "_MOST_ROWS", rows)
     given = line._pool_inputs()
     given = replace(given, inputs=given.inputs._replace(budget=TokenBudget(tokens)))
-    assert_rows_close(made(line, fresh, given), expected)
+    assert_rows_close(made(line, fresh, given), exact)
 
 
 def test_large_gradients_take_small_blocks_and_it_is_said(
-    line: Line, fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    line: Line, exact: np.ndarray, fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = np.asarray(read_features(line.gradients).vectors)
     capsys.readouterr()
     monkeypatch.setattr(module, "_BLOCK_BYTES", 5 * 4 * line.gradients.info["parameters"])
-    assert_rows_close(made(line, fresh), expected)
+    assert_rows_close(made(line, fresh), exact)
     assert "so only 5 are projected at once" in capsys.readouterr().out
 
 
@@ -212,14 +221,13 @@ def test_the_time_of_a_projection_is_that_of_all_its_tiles() -> None:
     assert 0 < 1000 * short < long
 
 
-def test_row_order_changes_no_examples_features(line: Line, fresh: Path) -> None:
-    expected = np.asarray(read_features(line.gradients).vectors)
+def test_row_order_changes_no_examples_features(line: Line, exact: np.ndarray, fresh: Path) -> None:
     given = line._pool_inputs()
     order = np.random.default_rng(0).permutation(40)
     place = {int(row): index for index, row in enumerate(order)}
     moved = sorted((replace(example, row=place[example.row]) for example in given.inputs.encoded), key=lambda e: e.row)
     shuffled = replace(given, inputs=given.inputs._replace(encoded=moved))
-    assert_rows_close(made(line, fresh, shuffled), expected[order])
+    assert_rows_close(made(line, fresh, shuffled), exact[order])
 
 
 def test_a_killed_stage_goes_on_after_its_last_whole_block(
@@ -320,12 +328,13 @@ def test_the_number_of_warm_up_rows() -> None:
         warmup_rows(WarmupConfig(share=0.05), 19)
 
 
-def test_the_last_checkpoint_alone_shares_the_warm_up_and_weighs_one(line: Line, store: Path) -> None:
+def test_the_last_checkpoint_alone_shares_the_warm_up_and_weighs_one(
+    line: Line, exact: np.ndarray, store: Path
+) -> None:
     last = line_of(store, "features.checkpoints=last")
     assert [c.fingerprint for c in last.checkpoints] == [c.fingerprint for c in line.checkpoints]
     vectors = np.asarray(read_features(last.gradients).vectors)
-    both = np.asarray(read_features(line.gradients).vectors)
-    np.testing.assert_allclose(vectors * checkpoint_weights(line.checkpoints)[1] ** 0.5, both[:, 48:], atol=1e-6)
+    assert_rows_close(vectors, exact[:, 48:] / checkpoint_weights(line.checkpoints)[1] ** 0.5)
 
 
 # ---------------------------------------------------------------------------------------- directions
@@ -337,21 +346,15 @@ def test_directions_are_cosines_with_the_mean_gradient_example_by_example(line: 
     found = read_cosines(line.directions, 40)
     assert found.shape == (2, 40)
     for chain, shards, cosines in zip(line.adapters, line.late_norms(), found, strict=True):
-        exact = []
         with adapter(line.proxy_backbone, line.config.proxy.lora, 3, line.config.compute) as adapted:
-            unfused(adapted)
             lora.load_adapter(adapted, chain[1].path)
-            for example in line.proxy_inputs.encoded:
-                adapted.zero_grad()
-                example_loss(adapted, example).backward()
-                parts = [p.grad.double().numpy().ravel() for p in lora.trainable_parameters(adapted).values()]
-                exact.append(np.concatenate(parts))
-        gradients = np.stack(exact)
+            gradients = loop_gradients(adapted.eval(), line.proxy_inputs.encoded)
         mean = gradients.mean(0)
         lengths = np.linalg.norm(gradients, axis=1)
-        np.testing.assert_allclose(cosines, gradients @ mean / lengths / np.linalg.norm(mean), atol=1e-5)
+        assert_cosines_close(cosines, gradients @ mean / lengths / np.linalg.norm(mean))
         norms = read_norms(shards)
-        np.testing.assert_allclose(np.hypot(norms["norm_A"], norms["norm_B"]), lengths, rtol=1e-4)
+        found = np.hypot(norms["norm_A"], norms["norm_B"]).astype(np.float32)
+        assert_close_by_norm(found, lengths, k=2048, dim=())
 
 
 def test_members_that_share_their_weights_share_their_direction(store: Path) -> None:

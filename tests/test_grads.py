@@ -22,6 +22,8 @@ from gradsift.scoring import grads as module
 from gradsift.scoring.grads import grads, kernel_density, scott, signal_of, to_unit, word_rarity
 from gradsift.scoring.scores import SCORED, UNDEFINED, Scores
 
+pytestmark = pytest.mark.numerics
+
 DEFAULTS = {
     name: value
     for name, value in vars(GradsConfig(_target_="x", name="grads")).items()

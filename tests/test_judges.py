@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import os
 import re
 import subprocess
@@ -15,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from endpoint import NOW, Answer, Endpoint
+from exactness import assert_close_by_norm, exact_copy
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -137,33 +138,37 @@ def test_a_local_judge_counts_the_tokens_of_its_prompts() -> None:
     assert tokens() == sum(len(judge._prompt(request).tokens) for request in RAGGED)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 @pytest.mark.parametrize("chat", [False, True])
 def test_local_scores_are_the_log_probabilities_of_one_unpadded_forward(architecture: str, chat: bool) -> None:
     judge = local_judge(architecture, chat=chat)
-    tokenizer, model = character_tokenizer(chat), tiny_model(architecture).eval()
+    tokenizer, model = character_tokenizer(chat), exact_copy(tiny_model(architecture).eval())
     for request, reply in judge.judge(RAGGED):
-        prompt = judge._prompt(request)
-        assert prompt is not None
-        with torch.no_grad():
-            log_p = model(input_ids=torch.tensor([prompt.tokens])).logits[0, -1].log_softmax(-1)
-        expected = [
-            math.log(
-                log_p[tokenizer.convert_tokens_to_ids(x)].exp() + log_p[tokenizer.convert_tokens_to_ids(f" {x}")].exp()
-            )
-            for x in "AB"
-        ]
-        assert reply.scores == pytest.approx(expected, abs=1e-5)
+        expected = exact_scores(judge, tokenizer, model, request)
+        assert_close_by_norm(np.array(reply.scores), expected, k=256, dtype=torch.float32)
 
 
+def exact_scores(judge: LocalJudge, tokenizer: Any, exact: Any, request: JudgeRequest) -> np.ndarray:
+    """Log probabilities of A and of B, with or without a space before, of one unpadded forward pass in float64."""
+    prompt = judge._prompt(request)
+    assert prompt is not None
+    with torch.no_grad():
+        p = exact(input_ids=torch.tensor([prompt.tokens])).logits[0, -1].softmax(-1)
+    ids = [[tokenizer.convert_tokens_to_ids(word) for word in (x, f" {x}")] for x in "AB"]
+    return np.log([sum(float(p[each]) for each in both) for both in ids])
+
+
+@pytest.mark.numerics
 def test_local_scores_do_not_depend_on_the_batch() -> None:
-    one, many = (
-        {request.item_id: reply.scores for request, reply in local_judge(batch_size=size).judge(RAGGED)}
-        for size in (1, 8)
-    )
-    assert len(one) == 8
-    for item_id, scores in one.items():
-        assert many[item_id] == pytest.approx(scores, abs=1e-5)
+    exact, tokenizer = exact_copy(tiny_model().eval()), character_tokenizer(False)
+    for size in (1, 8):
+        judge = local_judge(batch_size=size)
+        found = list(judge.judge(RAGGED))
+        assert len(found) == 8
+        for request, reply in found:
+            expected = exact_scores(judge, tokenizer, exact, request)
+            assert_close_by_norm(np.array(reply.scores), expected, k=256, dtype=torch.float32)
 
 
 def test_equal_answers_are_scored_equal_exactly() -> None:
@@ -246,26 +251,25 @@ def test_the_verifier_refuses_an_example_that_is_none_of_its_world() -> None:
 RATED = [rated(n, q, response="word " * n, input="x" * (n % 3)) for n in range(7) for q in ("accuracy", "quality")]
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("chat", [False, True])
-def test_the_local_rating_is_the_expected_digit_of_one_unpadded_forward(chat: bool) -> None:
-    judge, tokenizer, model = local_judge(chat=chat), character_tokenizer(chat), tiny_model().eval()
-    ratings = dict(judge.rate(RATED))
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_the_local_rating_is_the_expected_digit_of_one_unpadded_forward(chat: bool, size: int) -> None:
+    judge, tokenizer = local_judge(chat=chat, batch_size=size), character_tokenizer(chat)
+    exact, ratings = exact_copy(tiny_model().eval()), dict(judge.rate(RATED))
     assert len(ratings) == len(RATED)
     for request, rating in ratings.items():
         scale = SCALES[request.question]
         tokens = judge._rated_prompt(request)
         with torch.no_grad():
-            p = model(input_ids=torch.tensor([tokens])).logits[0, -1].softmax(-1)
+            p = exact(input_ids=torch.tensor([tokens])).logits[0, -1].softmax(-1)
         weights = {g: float(p[tokenizer.convert_tokens_to_ids(str(g))]) for g in range(scale.low, scale.high + 1)}
         expected = sum(g * w for g, w in weights.items()) / sum(weights.values())
-        assert rating.grade == pytest.approx(expected, abs=1e-4)
+        assert rating.grade == pytest.approx(expected, rel=256 * torch.finfo(torch.float32).eps)
         assert scale.low < rating.grade < scale.high
 
 
-def test_local_ratings_do_not_depend_on_the_batch_and_long_responses_are_cut() -> None:
-    one, many = (dict(local_judge(batch_size=size).rate(RATED)) for size in (1, 8))
-    for request, rating in one.items():
-        assert many[request].grade == pytest.approx(rating.grade, abs=1e-5)
+def test_long_responses_are_cut_for_a_local_rating() -> None:
     judge = local_judge(max_length=260)
     tokens = judge._rated_prompt(rated(response="x" * 900))
     assert tokens is not None and len(tokens) == 260

@@ -21,7 +21,7 @@ from conftest import SMOKE
 from gradsift.cli import conf_folder
 from gradsift.config import GsnrConfig, LoraConfig, ModelConfig, ProxyConfig, TargetConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 EARLY, LATE = 1, 3
 SMALL = (*SMOKE, "data.size=80", "proxy.members=3", f"proxy.snapshots=[{EARLY},{LATE}]", "stop_after=selection")

@@ -10,6 +10,8 @@ from gradsift.features.neighbours import mean_cosines, nearest_anchor_cosines, n
 from gradsift.features.vectors import Features, unit_rows
 from gradsift.selection.diagnostics import coverage
 
+pytestmark = pytest.mark.numerics
+
 HAND = Features(unit_rows(np.array([[1, 0], [0, 2], [3, 4], [0, 0], [1, 0]], dtype=np.float32)))
 
 

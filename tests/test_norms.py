@@ -1,4 +1,4 @@
-"""Laws of the per-sample gradient norms: they equal the one-example autograd loop, however examples are batched."""
+"""Laws of the per-sample gradient norms: they equal the one-example autograd loop in float64, however batched."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exactness import assert_close_by_norm, exact_copy
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -17,6 +18,8 @@ from gradsift.errors import ConfigError, GradsiftError
 from gradsift.gradients.norms import PerSampleNorms
 from gradsift.training import lora
 from gradsift.training.finetuning import ResponseLosses
+
+pytestmark = pytest.mark.numerics
 
 VOCABULARY = 61
 LAYERS = {
@@ -76,28 +79,37 @@ def ragged_examples(count: int = 7, seed: int = 3) -> list[Encoded]:
 
 
 def loop_norms(adapted: torch.nn.Module, examples: list[Encoded]) -> np.ndarray:
-    """The obvious way: one example, one backward pass, the gradients that autograd leaves on the parameters."""
+    """(N, 3) norms of A and of B, and losses, in float64: one example, one backward pass, peft's own layers."""
+    exact = exact_copy(adapted)
+    parameters = lora.trainable_parameters(exact)
     norms = []
     for example in examples:
         ids = torch.tensor(example.input_ids, dtype=torch.long)[None]
-        logits = adapted(input_ids=ids).logits[0, :-1].float()
-        predicted = torch.tensor(example.is_response[1:])
-        log_probabilities = torch.log_softmax(logits, -1)[torch.arange(len(predicted)), ids[0, 1:]]
-        loss = -log_probabilities[predicted].mean()
-        adapted.zero_grad()
-        loss.backward()
+        logits = exact(input_ids=ids, use_cache=False).logits[0, :-1]
+        log_probabilities = torch.log_softmax(logits, -1)[torch.arange(len(logits)), ids[0, 1:]]
+        loss = -log_probabilities[torch.tensor(example.is_response[1:])].mean()
         squares = {"A": 0.0, "B": 0.0}
-        for name, parameter in lora.trainable_parameters(adapted).items():
-            squares["A" if "lora_A" in name else "B"] += float(parameter.grad.double().square().sum())
+        for name, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+            squares["A" if "lora_A" in name else "B"] += float(gradient.square().sum())
         norms.append([squares["A"] ** 0.5, squares["B"] ** 0.5, loss.item()])
-        adapted.zero_grad()
     return np.array(norms)
+
+
+def assert_norms_close(found: np.ndarray, exact: np.ndarray) -> None:
+    """Each norm and each loss relative to itself.
+
+    Most norms are off by less than 10 roundings. Where a normalisation layer meets an almost constant vector, it
+    divides by a small deviation and multiplies their roundings by some hundred. Losses are hardly touched.
+    """
+    assert (exact > 1e-3).all()  # or the comparison would be of noise
+    assert_close_by_norm(found[:, :2], exact[:, :2], k=2048, dim=())
+    assert_close_by_norm(found[:, 2], exact[:, 2], k=128, dim=())
 
 
 def batch_norms(
     adapted: torch.nn.Module, examples: list[Encoded], batch_size: int, side: str = "right", mean: bool = False
 ) -> np.ndarray:
-    norms = np.empty((len(examples), 3))
+    norms = np.empty((len(examples), 3), np.float32)
     response_losses = ResponseLosses(adapted)
     with PerSampleNorms(adapted) as probe:
         for start in range(0, len(examples), batch_size):
@@ -119,9 +131,7 @@ def test_the_laws_are_of_all_linear_layers(architecture: str) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_norms_equal_the_one_example_loop(architecture: str, targets: list[str], tied: bool) -> None:
     adapted, examples = adapted_model(architecture, targets, tied), ragged_examples()
-    expected = loop_norms(adapted, examples)
-    assert (expected > 1e-3).all()  # or the comparison would be of noise
-    np.testing.assert_allclose(batch_norms(adapted, examples, 7), expected, rtol=1e-5)
+    assert_norms_close(batch_norms(adapted, examples, 7), loop_norms(adapted, examples))
 
 
 @pytest.mark.parametrize("architecture", LAYERS)
@@ -129,33 +139,31 @@ def test_norms_equal_the_one_example_loop(architecture: str, targets: list[str],
 def test_norms_of_any_rank_and_scale_equal_the_loop(architecture: str, rank: int, alpha: float) -> None:
     adapted, examples = adapted_model(architecture, LAYERS[architecture], rank=rank, alpha=alpha), ragged_examples()
     expected = loop_norms(adapted, examples)
-    np.testing.assert_allclose(batch_norms(adapted, examples, 7), expected, rtol=1e-5)
+    assert_norms_close(batch_norms(adapted, examples, 7), expected)
     for _, layer in lora.lora_layers(adapted):
         layer.scaling["default"] *= 1.5
     assert np.abs(batch_norms(adapted, examples, 7) / expected - 1).max() > 0.1  # the scale is in them
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_batch_size_and_padding_side_change_nothing(architecture: str, batch_size: int, side: str) -> None:
+def test_batch_size_and_padding_side_change_nothing(architecture: str) -> None:
     adapted, examples = adapted_model(architecture, ["all-linear"]), ragged_examples()
-    expected = batch_norms(adapted, examples, 1)
-    np.testing.assert_allclose(batch_norms(adapted, examples, batch_size, side), expected, rtol=1e-5)
+    expected = loop_norms(adapted, examples)
+    for batch_size in (1, 2, 3, 7):
+        for side in ("right", "left"):
+            assert_norms_close(batch_norms(adapted, examples, batch_size, side), expected)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_row_order_changes_nothing(architecture: str) -> None:
     adapted, examples = adapted_model(architecture, ["all-linear"]), ragged_examples()
     shuffled = [examples[i] for i in np.random.default_rng(5).permutation(len(examples))]
-    np.testing.assert_allclose(batch_norms(adapted, shuffled, 3), batch_norms(adapted, examples, 3), rtol=1e-5)
+    assert_norms_close(batch_norms(adapted, shuffled, 3), loop_norms(adapted, examples))
 
 
 def test_the_mean_loss_of_a_training_step_gives_the_same_norms() -> None:
     adapted, examples = adapted_model("gpt2", ["all-linear"]), ragged_examples()
-    np.testing.assert_allclose(
-        batch_norms(adapted, examples, 3, mean=True), batch_norms(adapted, examples, 3), rtol=1e-5
-    )
+    assert_norms_close(batch_norms(adapted, examples, 3, mean=True), loop_norms(adapted, examples))
 
 
 def test_a_fresh_adapter_has_no_gradient_of_a() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_norms import adapted_model, batch_norms, ragged_examples, tiny_model
+from exactness import assert_close_by_norm, exact_copy
+from test_norms import adapted_model, batch_norms, loop_norms, ragged_examples, tiny_model
 
 from gradsift.config import LoraConfig
 from gradsift.data.tokens import Encoded
@@ -24,20 +25,17 @@ pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 def example_loss(model: torch.nn.Module, example: Encoded) -> torch.Tensor:
     """Mean negative log-likelihood of the response tokens, from the definition."""
     ids = torch.tensor(example.input_ids, dtype=torch.long)[None]
-    log_probabilities = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), -1)
+    log_probabilities = torch.log_softmax(model(input_ids=ids).logits[0, :-1], -1)
     chosen = log_probabilities[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
     return -chosen[torch.tensor(example.is_response[1:])].mean()
 
 
 def loop_gradients(model: torch.nn.Module, examples: list[Encoded]) -> np.ndarray:
-    """(B, P): one example, one backward pass, what autograd leaves on the trainable parameters, in their order."""
-    rows = []
-    for example in examples:
-        model.zero_grad()
-        example_loss(model, example).backward()
-        rows.append(np.concatenate([p.grad.numpy().ravel() for p in lora.trainable_parameters(model).values()]))
-    model.zero_grad()
-    return np.stack(rows)
+    """(B, P) float64: one example, one backward pass, the trainable parameters in their order."""
+    exact = exact_copy(model)
+    parameters = list(lora.trainable_parameters(exact).values())
+    rows = [torch.autograd.grad(example_loss(exact, example), parameters) for example in examples]
+    return torch.stack([torch.cat([gradient.flatten() for gradient in row]) for row in rows]).numpy()
 
 
 def batched(adapted: torch.nn.Module, examples: list[Encoded], size: int, side: str = "right") -> np.ndarray:
@@ -45,11 +43,10 @@ def batched(adapted: torch.nn.Module, examples: list[Encoded], size: int, side: 
         return np.concatenate([gradients(examples[i : i + size]).numpy() for i in range(0, len(examples), size)])
 
 
-def assert_rows_close(found: np.ndarray, expected: np.ndarray) -> None:
-    """Relative to each row's length."""
-    errors = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+def assert_rows_close(found: np.ndarray, exact: np.ndarray, k: float = 2048) -> None:
+    """Relative to each row's length: as many roundings as `assert_norms_close` allows its length."""
     assert found.dtype == np.float32
-    assert errors.max() < 1e-5
+    assert_close_by_norm(found, exact, k, dim=-1)
 
 
 # --------------------------------------------------------------------------------------- gradients
@@ -68,8 +65,9 @@ def test_gradients_equal_the_one_example_loop(architecture: str, side: str, size
 @pytest.mark.parametrize(("architecture", "targets"), [("gpt2", ["c_fc"]), ("llama", ["q_proj", "down_proj"])])
 def test_their_lengths_are_the_norms_of_the_engine(architecture: str, targets: list[str]) -> None:
     adapted, examples = adapted_model(architecture, targets), ragged_examples()
-    norms = np.linalg.norm(batch_norms(adapted, examples, 7)[:, :2], axis=1)
-    np.testing.assert_allclose(np.linalg.norm(batched(adapted, examples, 7), axis=1), norms, rtol=1e-5)
+    exact = np.linalg.norm(loop_norms(adapted, examples)[:, :2], axis=1)
+    for found in (batched(adapted, examples, 7), batch_norms(adapted, examples, 7)[:, :2]):
+        assert_close_by_norm(np.linalg.norm(found, axis=1), exact, k=2048, dim=())
 
 
 def test_dropout_is_off_and_nothing_is_left_behind() -> None:
@@ -82,7 +80,7 @@ def test_dropout_is_off_and_nothing_is_left_behind() -> None:
 
 def test_a_batch_is_split_where_its_gradients_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted, examples = adapted_model("gpt2", ["c_attn"]), ragged_examples()
-    expected = batched(adapted, examples, 7)
+    expected = loop_gradients(adapted, examples)
     monkeypatch.setattr(per_sample, "_BATCH_BYTES", 2 * 4 * expected.shape[1])
     assert_rows_close(batched(adapted, examples, 7), expected)
 
@@ -139,19 +137,15 @@ def test_adams_adjustment_is_the_formula_parameter_by_parameter(tmp_path: Path) 
     from safetensors.torch import load_file
 
     state = load_file(tmp_path / "state.safetensors")
-    expected = []
-    for example in examples:
-        adapted.zero_grad()
-        example_loss(adapted, example).backward()
-        parts = []
-        for name, parameter in lora.trainable_parameters(adapted).items():
-            m = 0.9 * state[f"exp_avg:{name}"].double() + 0.1 * parameter.grad.double()
-            v = 0.999 * state[f"exp_avg_sq:{name}"].double() + 0.001 * parameter.grad.double() ** 2
-            parts.append((m / (v + 1e-8).sqrt()).numpy().ravel())
-        expected.append(np.concatenate(parts))
+    exp_avg, exp_avg_sq = (
+        torch.cat([state[f"{kind}:{name}"].double().flatten() for name in lora.trainable_parameters(adapted)]).numpy()
+        for kind in ("exp_avg", "exp_avg_sq")
+    )
+    exact = loop_gradients(adapted, examples)
+    m, v = 0.9 * exp_avg + 0.1 * exact, 0.999 * exp_avg_sq + 0.001 * exact**2
     adam = AdamState.read(tmp_path / "state.safetensors", lora.trainable_parameters(adapted), torch.device("cpu"))
     adjusted = adam.adjust(torch.from_numpy(batched(adapted, examples, 4)))
-    assert_rows_close(adjusted.numpy(), np.stack(expected))
+    assert_rows_close(adjusted.numpy(), m / np.sqrt(v + 1e-8))
 
 
 def test_adam_gives_nothing_to_an_example_without_a_gradient() -> None:
@@ -181,10 +175,9 @@ def whole(projection: Projection, tile: int) -> torch.Tensor:
 def test_the_projection_is_an_explicit_matrix_of_signs(size: int, dimensions: int) -> None:
     projection = Projection(size, dimensions, seed=3)
     rows = torch.randn(4, size, generator=torch.Generator().manual_seed(0))
-    matrix = projection(torch.eye(size)).double() * dimensions**0.5
-    torch.testing.assert_close(matrix.abs(), torch.ones(size, dimensions, dtype=torch.float64))
-    expected = rows.double() @ matrix / dimensions**0.5
-    torch.testing.assert_close(projection(rows).double(), expected, rtol=1e-5, atol=1e-4)
+    matrix = (projection(torch.eye(size)) * dimensions**0.5).double()
+    assert_close_by_norm(matrix.abs().float(), torch.ones(size, dimensions, dtype=torch.float64), k=4, dim=())
+    assert_close_by_norm(projection(rows), rows.double() @ matrix.sign() / dimensions**0.5, k=64, dim=-1)
     assert abs(float(matrix.mean())) < 5 / (size * dimensions) ** 0.5  # as many of each sign
     assert len({tuple(column) for column in matrix.t().tolist()}) == dimensions or size < 10
 
@@ -223,15 +216,17 @@ def test_strips_are_the_tile_side_by_side_and_change_no_projection(dimensions: i
     assert list(starts) == list(range(0, dimensions, 512))
     assert torch.equal(torch.cat(strips, 1), whole(projection, 1))
     rows = torch.randn(3, 1300, generator=torch.Generator().manual_seed(0))
-    expected = rows[:, :1024] @ whole(projection, 0) + rows[:, 1024:] @ whole(projection, 1)[:276]
-    torch.testing.assert_close(projection(rows), expected / dimensions**0.5, rtol=1e-5, atol=1e-5)
+    signs = torch.cat([whole(projection, 0), whole(projection, 1)[:276]]).double()
+    assert_close_by_norm(projection(rows), rows.double() @ signs / dimensions**0.5, k=64, dim=-1)
 
 
 def test_how_many_rows_are_projected_at_once_changes_nothing() -> None:
     projection = Projection(3000, 128, seed=0)
     rows = torch.randn(9, 3000)
-    singly = torch.cat([projection(row[None]) for row in rows])
-    torch.testing.assert_close(projection(rows), singly, rtol=1e-5, atol=1e-5)
+    signs = torch.cat([whole(projection, tile) for tile in range(3)])[:3000].double()
+    exact = rows.double() @ signs / 128**0.5
+    for at_once in (1, 2, 9):
+        assert_close_by_norm(torch.cat([projection(part) for part in rows.split(at_once)]), exact, k=64, dim=-1)
 
 
 def test_inner_products_survive_within_the_bound() -> None:

@@ -22,7 +22,7 @@ from gradsift.training.checkpointing import checkpoint_blocks
 from gradsift.training.finetuning import ResponseLosses
 from gradsift.training.probing import require_adaptable
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 
 class Doubled(nn.Linear):

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,31 +20,42 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMOKE
+from exactness import assert_close_by_norm
 from safetensors.numpy import load_file
-from test_finetuning import nano_examples, nano_target, proxy_config, runtime, target_config
+from test_finetuning import (
+    exact_steps,
+    nano_examples,
+    nano_target,
+    proxy_config,
+    runtime,
+    target_config,
+    weights_of,
+)
+from test_norms import loop_norms
 from torch.distributed.tensor import DTensor
 
 from gradsift.artifacts import Artifact, Store
 from gradsift.config import ComputeConfig, LoraConfig, ProxyConfig, TargetConfig
 from gradsift.cost import counting
 from gradsift.data.examples import Example
-from gradsift.data.tokens import encode
+from gradsift.data.tokens import Encoded, encode
 from gradsift.errors import ConfigError, GradsiftError
+from gradsift.gradients.callback import COLUMNS
 from gradsift.gradients.norms_table import read_norms
 from gradsift.nodes import meeting, node_of, store_of
 from gradsift.proxy.collection import collect_rows
-from gradsift.proxy.ensemble import member_settings, train_member_epoch
+from gradsift.proxy.ensemble import epoch_plan, member_settings, train_member_epoch
 from gradsift.proxy.epochs import OPTIMIZER_FILE, ProxyInputs
-from gradsift.runtime import Runtime
-from gradsift.training import ranks
+from gradsift.runtime import Runtime, derive_seed
+from gradsift.training import lora, ranks
 from gradsift.training.backbones import load_backbone
 from gradsift.training.curves import read_curve
 from gradsift.training.device import TokenBudget
-from gradsift.training.lora import ADAPTER_FILE
+from gradsift.training.finetuning import Optimization
 from gradsift.training.ranks import on_all_ranks
-from gradsift.training.target import train_target
+from gradsift.training.target import batch_plan, train_target
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 REPOSITORY = Path(__file__).parents[1]
 DDP = ComputeConfig(device="cpu", threads=1, strategy="ddp", devices=2)
@@ -99,6 +111,46 @@ def arguments(backbones: Path) -> tuple[Any, Any]:
     return (config, made, chosen), (proxy, ProxyInputs(backbone, encoded, rows, TokenBudget(64)))
 
 
+class Exact:
+    """What a training comes to in float64: all examples of a step at once, and each alone for its norms and loss."""
+
+    def __init__(self, adapted: Any, encoded: Sequence[Encoded], plan: list[list[int]], config: Any) -> None:
+        self.adapted = adapted
+        shape = (config.learning_rate, config.weight_decay, config.schedule, config.warmup_steps, len(plan))
+        self.losses: list[float] = []  # of each step
+        self.weights: list[dict[str, torch.Tensor]] = []  # before each step, and after the last
+        self.norms: list[np.ndarray] = []  # (N, 3) at the weights of each step, and after the last
+        for step, exact in enumerate(exact_steps(adapted, encoded, plan, Optimization(*shape))):
+            self.weights.append(weights_of(exact))
+            self.norms.append(loop_norms(exact, encoded))
+            if step < len(plan):
+                self.losses.append(self.norms[-1][plan[step], 2].mean())
+
+    def require(self, folder: Path, step: int) -> None:
+        """That the adapter in `folder` is the one after so many steps."""
+        lora.load_adapter(self.adapted, folder)
+        for name, value in weights_of(self.adapted).items():
+            assert_close_by_norm(value, self.weights[step][name], k=1024)
+
+
+def exact_target(run: Runtime, config: TargetConfig, made: Artifact, chosen: list[Example]) -> Exact:
+    backbone = load_backbone(made, config.model, run.compute)
+    encoded, _ = encode(chosen, backbone.tokenizer, config.template, config.max_length)
+    adapted = lora.add_adapter(backbone.model, config.lora, derive_seed(run.seed, "target lora"))
+    return Exact(adapted, encoded, batch_plan([len(each.input_ids) for each in encoded], config, run.seed), config)
+
+
+def plans_of(run: Runtime, config: ProxyConfig, inputs: ProxyInputs) -> list[list[list[int]]]:
+    """Of the two epochs of member 0."""
+    lengths = [len(example.input_ids) for example in inputs.encoded]
+    return [epoch_plan(config, lengths, run.seed, 0, epoch) for epoch in (1, 2)]
+
+
+def exact_member(run: Runtime, config: ProxyConfig, inputs: ProxyInputs) -> Exact:
+    adapted = lora.add_adapter(inputs.backbone.model, config.lora, derive_seed(run.seed, "lora", 0))
+    return Exact(adapted, inputs.encoded, [*chain.from_iterable(plans_of(run, config, inputs))], config)
+
+
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
@@ -118,39 +170,55 @@ def test_two_processes_find_what_one_finds(backbones: Path, tmp_path: Path) -> N
     assert 0 < infos[1].pop("fsdp tokens") < infos[0]["finetune"]["tokens"]  # rank 0 has a part of them
     (two / "fsdp").rename(tmp_path / "fsdp")
     assert infos[1].pop("fsdp") == infos[0]["finetune"]
-    whole, sharded = (load_file(folder / "adapter" / ADAPTER_FILE) for folder in (one, tmp_path / "fsdp"))
-    assert all(relative(sharded[key], whole[key]) <= 1e-6 for key in whole)
     assert ranks.size() == 1  # the group has ended
     assert counts[0] == counts[1] > 0  # without what two ranks did besides
-    sizes = ("size_A", "size_B")
+    rounding = 2 * 1024 * torch.finfo(torch.float32).eps  # between two that are each so near to what is exact
     for name, info in infos[0].items():
         for key, value in info.items():
-            assert infos[1][name][key] == (pytest.approx(value, rel=1e-6) if key in sizes else value)
+            expected = pytest.approx(value, rel=rounding) if key in ("size_A", "size_B") else value
+            assert infos[1][name][key] == expected
     files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(two) for path in two.rglob("*") if path.is_file())
-    # a tiny gradient's square, in Adam's state, has more of rounding than what the state makes of the weights
-    for name, limit in (
-        (f"adapter/{ADAPTER_FILE}", 1e-6),
-        (f"e2/{ADAPTER_FILE}", 1e-6),
-        (f"e2/{OPTIMIZER_FILE}", 1e-5),
-    ):
-        left, right = (load_file(folder / name) for folder in (one, two))
-        assert left.keys() == right.keys()
-        for key in left:
-            assert relative(right[key], left[key]) <= limit, key
-    for part in ("e1", "e2", "norms"):
-        tables = [
-            read_norms([Artifact("norms", folder / part, "", {"info": info[part]})])
-            for folder, info in zip((one, two), infos, strict=True)
-        ]
-        assert tables[0]["row"].tolist() == tables[1]["row"].tolist() == list(range(7))
-        for key in ("norm_A", "norm_B", "loss", "n_tokens"):
-            np.testing.assert_allclose(tables[1][key], tables[0][key], rtol=1e-6, atol=0)
+    states = [load_file(folder / "e2" / OPTIMIZER_FILE) for folder in (one, two)]
+    assert states[0].keys() == states[1].keys()
+    assert all(relative(states[1][key], states[0][key]) <= rounding for key in states[0])
     for part in (".", "e1", "e2"):
         curves = [read_curve(folder / part) for folder in (one, two)]
         assert [entry["tokens"] for entry in curves[0]] == [entry["tokens"] for entry in curves[1]]
-        losses = [[entry["loss"] for entry in curve] for curve in curves]
-        np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+    target, proxy = arguments(backbones)
+    run = runtime(tmp_path / "store")
+    tuned, member, plans = exact_target(run, *target), exact_member(run, *proxy), plans_of(run, *proxy)
+    for folder, info in zip((one, two), infos, strict=True):
+        require_exact(folder, info, tuned, member, plans)
+    tuned.require(tmp_path / "fsdp" / "adapter", step=len(tuned.losses))
+
+
+def require_exact(
+    folder: Path, info: dict[str, Any], tuned: Exact, member: Exact, plans: list[list[list[int]]]
+) -> None:
+    """That weights, norms and losses of a folder of `everything` are those of a training in float64."""
+    steps = len(plans[0])
+    tuned.require(folder / "adapter", step=len(tuned.losses))
+    for epoch, plan in enumerate(plans):
+        member.require(folder / f"e{epoch + 1}", step=steps * (epoch + 1))
+        during = np.empty_like(member.norms[0])
+        for step, rows in enumerate(plan, start=steps * epoch):
+            during[rows] = member.norms[step][rows]
+        require_norms(folder / f"e{epoch + 1}", info[f"e{epoch + 1}"], during)
+    require_norms(folder / "norms", info["norms"], member.norms[-1])
+    curves = [read_curve(folder / part) for part in (".", "e1", "e2")]
+    found = [[entry["loss"] for entry in curve] for curve in (curves[0], [*curves[1], *curves[2]])]
+    for losses, exact in zip(found, (tuned.losses, member.losses), strict=True):
+        assert_close_by_norm(np.array(losses), np.array(exact), k=128, dim=(), dtype=torch.float32)
+
+
+def require_norms(folder: Path, info: dict[str, Any], exact: np.ndarray) -> None:
+    table = read_norms([Artifact("norms", folder, "", {"info": info})])
+    assert table["row"].tolist() == list(range(7))
+    found = np.stack([table[name] for name in COLUMNS], 1)
+    known = exact > 1e-3  # before the first step B is zero, and so is the gradient of A
+    assert (found[~known] == 0).all()
+    assert_close_by_norm(found[known], exact[known], k=2048, dim=(), dtype=torch.float32)
 
 
 def fails(run: Runtime, folder: Path, how: str) -> None:

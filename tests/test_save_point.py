@@ -36,7 +36,7 @@ from gradsift.training.finetuning import Finetuning, fit
 from gradsift.training.save_point import POINT_FILE, steps_saved
 from gradsift.training.target import train_target
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 EVERY_STEP = ComputeConfig(device="cpu", save_every=0)
 PLAN = [[4, 0, 7], [1, 8], [2, 3, 5, 6], [9, 4], [0, 2, 8], [6]]  # steps of different sizes; rows may come back

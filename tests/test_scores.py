@@ -13,6 +13,8 @@ from gradsift.scoring.late_loss import late_loss
 from gradsift.scoring.random import random
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores, read_scores, write_scores
 
+pytestmark = pytest.mark.numerics
+
 
 def by_hand() -> Statistics:
     """Three examples: a falling norm, a rising one, and one without a response token."""

@@ -16,6 +16,8 @@ from gradsift.scoring.scores import Scores
 from gradsift.selection import facility_location as module
 from gradsift.selection.facility_location import facility_location
 
+pytestmark = pytest.mark.numerics
+
 
 def similarity_of(kind: str, x: np.ndarray, y: np.ndarray) -> float:
     """By the definition, for two vectors."""

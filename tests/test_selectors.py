@@ -26,6 +26,8 @@ from gradsift.selection.round_robin import round_robin, round_robin_queries
 from gradsift.selection.topk import topk
 from gradsift.sources import Source, method
 
+pytestmark = pytest.mark.numerics
+
 WALK = {"explained": 0.5, "keep": 0.8, "fill": "strict", "graph": True, "neighbours": None}
 QUERIES = 5
 

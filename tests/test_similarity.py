@@ -19,6 +19,8 @@ from gradsift.scoring.scores import SCORED, UNDEFINED
 from gradsift.scoring.similarity import rds_plus, sbert, spread
 from gradsift.selection.topk import topk
 
+pytestmark = pytest.mark.numerics
+
 
 def features(rows: Any, tasks: str = "") -> Features:
     return Features(np.array(rows, dtype=np.float32), tuple(tasks))
@@ -79,9 +81,10 @@ def test_blocks_change_nothing(over: Any, monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_mean_cosine_ranks_as_the_cosine_to_the_targets_mean() -> None:
     pool, targets = random_features(40), random_features(9, tasks=2, seed=1)
     scores = sbert(pool, targets, over="mean")
-    center = targets.vectors.mean(axis=0)
-    cosine = pool.vectors @ center / np.linalg.norm(center)
+    center = targets.vectors.mean(axis=0, dtype=np.float64)
+    cosine = pool.vectors.astype(np.float64) @ center / np.linalg.norm(center)
     np.testing.assert_allclose(scores.score, cosine * np.linalg.norm(center), atol=1e-6)
+    assert (np.diff(np.sort(cosine)) > 1e-5).all()  # or rounding could exchange two of them
     assert np.argsort(scores.score).tolist() == np.argsort(cosine).tolist()
 
 
@@ -103,7 +106,7 @@ def verdicts(scores: Any) -> dict[str, str]:
 def test_spread_is_the_mean_cosine_of_different_rows() -> None:
     rows = random_features(12).vectors.copy()
     rows[5] = 0  # has no direction, so no cosine
-    known = np.delete(rows, 5, axis=0)
+    known = np.delete(rows, 5, axis=0).astype(np.float64)
     slow = np.mean([known[i] @ known[j] for i in range(11) for j in range(11) if i != j])
     assert spread(Features(rows), "embedding", "them").values["mean_cosine"] == pytest.approx(slow, abs=1e-6)
 

@@ -22,7 +22,7 @@ from gradsift.training import lora
 from gradsift.training.adapted import ADAPTER
 from gradsift.training.curves import TRAJECTORY_FILE, read_trajectory
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 
 class Blind(L.Callback):

@@ -35,6 +35,9 @@ LEAST_FALL_FROM_START = 0.01
 LEAST_BATCHES = 10
 # A norm that rises for every second example says more about the regime than about the examples.
 MOST_NEGATIVE_DROPS = 0.5
+# Relative error of a norm in float32, far above what tests of the norms find for most (1e-6). A norm that changed by
+# less may have risen on one processor and fallen on another.
+FLOAT32_ERROR = 1e-5
 # Median of |G_s - G_t| / G_s: 0.08-0.16 there. Below this every score is near zero and noise ranks.
 LEAST_DROP_SIZE = 0.005
 # The examples in which eps takes V_t's place have the highest scores of all; a hundredth of the pool
@@ -226,16 +229,20 @@ def _fall(name: str, before: np.ndarray, after: np.ndarray, moments: tuple[str, 
 def drop_sign(statistics: Statistics) -> Diagnostic:
     """Mean of G_s - G_t, and the share of examples in which it is negative.
 
-    Where it is negative, dividing by V_t favours a high variance, the opposite of what the score is for.
+    Where it is negative, dividing by V_t favours a high variance, the opposite of what the score is for. A drop of a
+    rounding's size has no sign; of those `drop_size` warns.
     """
     early, late = _defined(statistics.G_s, statistics.G_t)
     if not early.size:
         return Diagnostic.unknown("drop_sign", "negative_share", "no example has a gradient norm")
-    drop = early - late
-    mean, negative = float(drop.mean()), float((drop < 0).mean())
+    drop, rounding = early - late, FLOAT32_ERROR * early
+    if not (np.abs(drop) > rounding).any():
+        reason = "no gradient norm changed by more than rounding between the snapshots"
+        return Diagnostic.unknown("drop_sign", "negative_share", reason)
+    mean, negative = float(drop.mean()), float((drop < -rounding).mean())
     return Diagnostic.judged(
         "drop_sign",
-        negative > MOST_NEGATIVE_DROPS or mean < 0,
+        negative > MOST_NEGATIVE_DROPS or mean < -rounding.mean(),
         {"negative_share": negative, "mean_drop": mean, "mean_early_norm": float(early.mean())},
         f"the gradient norm rose between the snapshots for {negative:.0%} of the rows (mean drop {mean:.3g} of "
         f"{early.mean():.3g})",

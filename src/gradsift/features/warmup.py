@@ -23,7 +23,7 @@ from gradsift.runtime import Runtime, derive_seed
 from gradsift.training.finetuning import Optimization, ShowProgress
 from gradsift.training.ranks import on_all_ranks
 
-VERSION = 2
+VERSION = 3
 
 
 def warm_up(
@@ -110,9 +110,7 @@ def _train(
         )
     plan = _plan(config, [len(example.input_ids) for example in inputs.encoded], seed, epoch)
     total = len(plan) * config.epochs
-    optimization = Optimization(
-        config.learning_rate, 0.0, config.schedule, math.ceil(config.warmup_ratio * total), total_steps=total
-    )
+    optimization = Optimization(config.learning_rate, 0.0, config.schedule, config.warmup_of(total), total_steps=total)
     first = len(plan) * (epoch - 1)
     start = EpochStart(first, derive_seed(seed, "warmup dropout", epoch), previous)
     label = f"warm-up, epoch {epoch}/{config.epochs}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +29,7 @@ from gradsift.training.ranks import on_all_ranks, shard_weights
 if TYPE_CHECKING:
     from gradsift.planning import Planned
 
-VERSION = 3
+VERSION = 4
 
 
 def finetune(
@@ -80,6 +81,11 @@ def passes(config: TargetConfig, rows: int) -> int:
     return rows * config.epochs if config.epochs is not None else (config.steps or 0) * min(config.batch_size, rows)
 
 
+def planned_steps(config: TargetConfig, rows: int) -> int:
+    """Optimiser steps of a finetune on so many examples."""
+    return config.steps if config.steps is not None else (config.epochs or 0) * math.ceil(rows / config.batch_size)
+
+
 def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[list[int]]:
     """The batches of the whole training: `epochs` passes, or passes until `steps` optimiser steps are filled."""
     if not len(lengths):
@@ -118,8 +124,10 @@ def train_target(
         config.learning_rate,
         config.weight_decay,
         config.schedule,
-        config.warmup_steps,
+        config.warmup_of(len(plan)),
         total_steps=len(plan),
+        loss=config.loss,
+        max_grad_norm=config.max_grad_norm,
     )
     require_adaptable(backbone.model, config.lora, "target.lora", norms=False)
     adapted = lora.add_adapter(backbone.model, config.lora, derive_seed(runtime.seed, "target lora"))

@@ -130,6 +130,10 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["selector=repr_filter", "selector.threshold=90"], "selector.threshold=90.0 is no cosine"),
         (["selector=clusters", "selector.clusters=0"], "selector.clusters=0 is out of range"),
         (["selector=clusters", "selector.allocation=fair"], "choose one of: proportional, equal"),
+        (
+            ["selector=round_robin_queries", "target_set=verifiable", "selector.fidelity=exact"],
+            "choose one of: original, fixed",
+        ),
         (["selector=gumbel", "selector.temperature=0"], "selector.temperature=0.0 must be greater than 0"),
         (["selector=gradient_walk", "selector.explained=0"], "selector.explained=0.0 is no share"),
         (["selector=gradient_walk", "selector.keep=1.2"], "selector.keep=1.2 is no share"),

@@ -19,7 +19,7 @@ from gradsift.config import Config, SentenceTransformersConfig
 from gradsift.data.examples import Example
 from gradsift.data.load import corruption_of, labels_of, load, pool_of
 from gradsift.data.target_set import find_overlap, load_target_set, target_set_of, warn_of_leak
-from gradsift.data.tokens import encode
+from gradsift.data.tokens import encode, encoding_settings
 from gradsift.diagnostics import Diagnostic
 from gradsift.errors import ConfigError
 from gradsift.evaluation.benchmarks import Item
@@ -316,7 +316,7 @@ class Line:
             "proxy_inputs": Source(
                 lambda: [self.proxy],
                 lambda: self.proxy_inputs,
-                {"template": self.config.proxy.template, "max_length": self.config.proxy.max_length},
+                encoding_settings(self.config.proxy.template, self.config.proxy.max_length),
             ),
             "embeddings": Source(lambda: [self.embeddings()], lambda: read_features(self.embeddings())),
             "target_embeddings": Source(

@@ -17,6 +17,7 @@ import numpy as np
 from gradsift.artifacts import Artifact
 from gradsift.config import ProxyConfig, WarmupConfig
 from gradsift.data.batching import epoch_batches
+from gradsift.data.tokens import encoding_settings
 from gradsift.errors import GradsiftError
 from gradsift.proxy.epochs import EpochStart, ProxyInputs, adapter, train_epoch
 from gradsift.runtime import Runtime, derive_seed
@@ -57,8 +58,7 @@ def warm_up(
             "epochs": None if config.schedule == "constant" and not config.warmup_ratio else config.epochs,
             "epoch": epoch,
             "seed": _seed(runtime, config),
-            "template": proxy_config.template,
-            "max_length": proxy_config.max_length,
+            **encoding_settings(proxy_config.template, proxy_config.max_length),
             "tokens": runtime.compute.mask_batches if config.lora.dropout else None,
         }
         parents = [previous] if previous else [proxy, loaded]

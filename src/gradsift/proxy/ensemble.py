@@ -27,6 +27,7 @@ import numpy as np
 from gradsift.artifacts import Artifact
 from gradsift.config import ProxyConfig
 from gradsift.data.batching import epoch_batches
+from gradsift.data.tokens import encoding_settings
 from gradsift.errors import GradsiftError
 from gradsift.gradients.callback import GradientNorms
 from gradsift.gradients.norms_table import write_norms
@@ -143,8 +144,7 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
         "epoch": epoch,
         "seed": runtime.seed,
         "lora": config.lora.settings,
-        "template": config.template,
-        "max_length": config.max_length,
+        **encoding_settings(config.template, config.max_length),
         "learning_rate": config.learning_rate,
         "schedule": config.schedule,
         "scheduled_epochs": None if config.schedule == "constant" else config.total_epochs,

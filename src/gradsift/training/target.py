@@ -15,7 +15,7 @@ from gradsift.artifacts import Artifact
 from gradsift.config import TargetConfig
 from gradsift.data.batching import epoch_batches
 from gradsift.data.examples import Example
-from gradsift.data.tokens import EncodeReport, encode
+from gradsift.data.tokens import EncodeReport, encode, encoding_settings
 from gradsift.errors import GradsiftError
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora
@@ -68,6 +68,7 @@ def expected_finetune(
 def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:
     """What a finetune depends on besides its examples."""
     return asdict(config) | {
+        **encoding_settings(config.template, config.max_length),
         "lora": config.lora.settings,
         "name": None,
         "model": None,  # the parent artifact stands for it

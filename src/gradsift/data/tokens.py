@@ -210,7 +210,7 @@ def _divided(segments: Sequence[Segment], ids: list[int], offsets: Sequence[tupl
 
     Args:
         offsets: of each token, its first character and the one behind its last. Byte-level tokenizers may leave out
-            blanks: a token of blanks alone is then empty and stands behind them.
+            blanks at its ends, which moves no token over a boundary: no template's prompt ends with a blank.
     """
     parts: list[Part] = []
     done = boundary = 0
@@ -221,7 +221,7 @@ def _divided(segments: Sequence[Segment], ids: list[int], offsets: Sequence[tupl
         elif segment.is_response:
             until = bisect_right(offsets, boundary, lo=done, key=lambda offset: offset[1])
         else:
-            until = bisect_left(offsets, boundary, lo=done, key=lambda offset: min(offset[0], offset[1] - 1))
+            until = bisect_left(offsets, boundary, lo=done, key=lambda offset: offset[0])
         parts.append((ids[done:until], segment.is_response))
         done = until
     return parts

@@ -19,7 +19,7 @@ import torch
 from exactness import assert_close_by_norm, exact_copy
 from rich.console import Console
 from test_norms import VOCABULARY, adapted_model, assert_norms_close, loop_norms, ragged_examples, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from gradsift.artifacts import Artifact, Store
 from gradsift.config import ComputeConfig, FieldsConfig, LoraConfig, ModelConfig, NanoConfig, ProxyConfig, TargetConfig
@@ -80,18 +80,22 @@ def multi_turn_examples() -> list[Encoded]:
 # ------------------------------------------------------------------------------------------ losses
 
 
+def slow_token_losses(exact: Any, example: Encoded) -> torch.Tensor:
+    """(n,) float64, token by token: each response token is predicted from the tokens before it and nothing else."""
+    losses = []
+    for position in range(1, len(example.input_ids)):
+        if example.is_response[position]:
+            before = torch.tensor(example.input_ids[:position], dtype=torch.long)[None]
+            logits = exact(input_ids=before).logits[0, -1]
+            losses.append(-torch.log_softmax(logits, -1)[int(example.input_ids[position])])
+    return torch.stack(losses)
+
+
 def slow_losses(model: Any, examples: Sequence[Encoded]) -> np.ndarray:
-    """(N,) float64, token by token: each response token is predicted from the tokens before it and nothing else."""
-    exact, means = exact_copy(model), []
-    for example in examples:
-        losses = []
-        for position in range(1, len(example.input_ids)):
-            if example.is_response[position]:
-                before = torch.tensor(example.input_ids[:position], dtype=torch.long)[None]
-                logits = exact(input_ids=before).logits[0, -1]
-                losses.append(-torch.log_softmax(logits, -1)[int(example.input_ids[position])].item())
-        means.append(sum(losses) / len(losses))
-    return np.array(means)
+    """(N,) float64, each example's mean over its response tokens."""
+    exact = exact_copy(model)
+    with torch.no_grad():
+        return np.array([float(slow_token_losses(exact, example).mean()) for example in examples])
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -121,16 +125,28 @@ def test_a_loss_does_not_depend_on_the_batch_it_is_in(architecture: str) -> None
     ("schedule", "warmup", "expected"),
     [
         ("constant", 0, [1, 1, 1, 1, 1, 1]),
-        ("constant", 3, [1 / 4, 2 / 4, 3 / 4, 1, 1, 1]),
+        ("constant", 3, [0, 1 / 3, 2 / 3, 1, 1, 1]),
         ("linear", 0, [1, 0.8, 0.6, 0.4, 0.2, 0]),
-        ("linear", 1, [0.5, 0.8, 0.6, 0.4, 0.2, 0]),
-        ("linear", 3, [1 / 4, 0.8 * 2 / 4, 0.6 * 3 / 4, 0.4, 0.2, 0]),
+        ("linear", 1, [0, 1, 0.75, 0.5, 0.25, 0]),
+        ("linear", 3, [0, 1 / 3, 2 / 3, 1, 1 / 2, 0]),
+        ("cosine", 1, [0, 1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0]),
     ],
 )
 def test_the_learning_rate_factor_by_hand(schedule: str, warmup: int, expected: list[float]) -> None:
     rate = optimization(schedule=schedule, warmup_steps=warmup, total_steps=5)
     assert [rate.factor(step) for step in range(6)] == pytest.approx(expected)
-    assert rate.factor(50) >= 0  # beyond the end the rate never turns negative
+    assert rate.factor(50) == pytest.approx(expected[-1])  # beyond the end the rate neither turns negative nor rises
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+def test_the_schedules_are_those_of_transformers(schedule: str, warmup: int) -> None:
+    rate = optimization(schedule=schedule, warmup_steps=warmup, total_steps=20)
+    theirs = get_scheduler(schedule, torch.optim.SGD([torch.zeros(1)], lr=1.0), warmup, 20)
+    for step in range(20):
+        assert rate.factor(step) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        theirs.optimizer.step()
+        theirs.step()
 
 
 class Rates(L.Callback):
@@ -158,6 +174,28 @@ def test_training_follows_the_factor_by_optimiser_step_from_its_first_step(token
     )
     assert steps == 4
     assert rates.seen == pytest.approx([1e-2 * rate.factor(step) for step in (1, 2, 3, 4)])
+
+
+def test_a_step_by_token_is_one_step_on_the_mean_over_its_tokens() -> None:
+    """In batches of an example each, clipped; the twin has every token of the step in one float64 mean."""
+    encoded, limit = ragged_examples(6), 0.5
+    adapted, twin = (adapted_model("gpt2", ["all-linear"]) for _ in range(2))
+    rate = optimization(loss="token", max_grad_norm=limit, weight_decay=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        gradients: list[dict[str, torch.Tensor]] = []
+        patch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: gradients.append(gradients_of(adapted)))
+        train(adapted, encoded, [list(range(6))], optimization=rate, tokens=1)
+    twin = exact_copy(twin)
+    tokens = torch.cat([slow_token_losses(twin, example) for example in encoded])
+    tokens.mean().backward()
+    expected = torch.cat([gradient.flatten() for gradient in gradients_of(twin).values()])
+    assert expected.norm() > 2 * limit
+    found = torch.cat([gradient.flatten() for gradient in gradients[0].values()])
+    assert_close_by_norm(found, expected * (limit / expected.norm()), 100)
+
+
+def gradients_of(adapted: Any) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in lora.trainable_parameters(adapted).items() if p.grad is not None}
 
 
 # -------------------------------------------------------------------------------------- continuing
@@ -261,6 +299,12 @@ def exact_steps(adapted: Any, encoded: Sequence[Encoded], plan: Sequence[Sequenc
     yield exact
 
 
+def test_a_snapshot_of_untrained_weights_is_refused(tmp_path: Path) -> None:
+    config = proxy_config(warmup_steps=1, batch_size=6)
+    with pytest.raises(GradsiftError, match=r"proxy\.warmup_steps=1 starts at a learning rate of 0, and epoch 1"):
+        member_epoch(tmp_path / "1", tiny_model("gpt2"), config, ragged_examples(6), 1, None)
+
+
 @pytest.mark.parametrize("tokens", [1, 30, 4096])
 def test_a_step_in_several_batches_equals_the_step_in_one(tokens: int) -> None:
     """By each matrix: Adam divides by a gradient's size, so it multiplies the rounding of a tiny one."""
@@ -275,10 +319,14 @@ def test_a_step_in_several_batches_equals_the_step_in_one(tokens: int) -> None:
         assert_close_by_norm(value, expected[name], k=1024)
 
 
-def test_a_training_curve_tells_each_batchs_loss_and_tokens() -> None:
+@pytest.mark.parametrize("loss", ["example", "token"])
+def test_a_training_curve_tells_each_steps_loss_and_tokens(loss: str) -> None:
     encoded, adapted = ragged_examples(5), adapted_model("gpt2", ["c_attn"])
-    first = slow_losses(adapted, encoded[:2]).mean()
-    _, module = train(adapted, encoded, [[0, 1], [2, 3, 4]])
+    means = slow_losses(adapted, encoded[:2])
+    counts = np.array([example.is_response.sum() for example in encoded[:2]])
+    assert counts[0] != counts[1]
+    first = (means * counts).sum() / counts.sum() if loss == "token" else means.mean()
+    _, module = train(adapted, encoded, [[0, 1], [2, 3, 4]], optimization=optimization(loss=loss))
     lengths = [len(example.input_ids) for example in encoded]
     assert [entry["tokens"] for entry in module.curve] == [sum(lengths[:2]), sum(lengths[2:])]
     assert module.curve[0]["loss"] == pytest.approx(first, rel=1e-5)

@@ -116,9 +116,9 @@ def assert_cosines_close(found: np.ndarray, exact: np.ndarray) -> None:
 
 
 def mean_rates(steps: int, epochs: int, peak: float) -> list[float]:
-    """Of each epoch, for a linear decay after a rise over 3 % of the steps."""
+    """Of each epoch, for a linear decay after a rise from 0 over 3 % of the steps."""
     total, rising = steps * epochs, int(np.ceil(0.03 * steps * epochs))
-    rates = [peak * min(1, (step + 1) / (rising + 1)) * (1 - step / total) for step in range(total)]
+    rates = [peak * min(step / rising, (total - step) / (total - rising)) for step in range(total)]
     return [float(np.mean(rates[steps * epoch : steps * (epoch + 1)])) for epoch in range(epochs)]
 
 

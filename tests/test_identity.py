@@ -24,6 +24,7 @@ from gradsift import pipeline, versions
 from gradsift.artifacts import MANIFEST, Artifact, Store
 from gradsift.cli import conf_folder
 from gradsift.config import ComputeConfig, Config, ModelConfig, NanoConfig, load_config, register_schemas
+from gradsift.data import tokens
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.gradients.statistics import statistics
 from gradsift.planning import NotMade, Planner, unread
@@ -266,6 +267,29 @@ def test_members_of_two_lengths_of_training_are_shared_only_at_a_constant_rate(
         members.append({Path(unit).name for unit in units if Path(unit).parent.name == "member"})
     assert members[0]
     assert bool(members[0] & members[1]) is shared
+
+
+ENCODING_STAGES = {
+    "gsnr": {"member", "norms", "finetune", "heldout", "reference_loss"},
+    "less": {"warmup", "features"},
+    "rds_plus": {"embeddings"},
+    "perplexity": {"score"},
+}
+
+
+@pytest.mark.parametrize("line", ENCODING_STAGES)
+def test_what_is_made_of_other_tokens_is_not_used(
+    line: str, tmp_path: Path, backbones: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(backbones, tmp_path / "store")
+    config = composed(*LINES.get(line, (f"scorer={line}", "stop_after=selection")))
+    units = []
+    for encoding in (tokens.ENCODING, tokens.ENCODING + 1):
+        monkeypatch.setattr(tokens, "ENCODING", encoding)
+        found = units_of(config, tmp_path / "store")
+        units.append({unit for unit in found if Path(unit).parent.name in ENCODING_STAGES[line]})
+    assert {Path(unit).parent.name for unit in units[0]} == ENCODING_STAGES[line]
+    assert not units[0] & units[1]
 
 
 # ------------------------------------------------------------------------------------------- numerics

@@ -50,8 +50,8 @@ def examples(seed: int, words: int) -> list[Example]:
 
 @pytest.fixture
 def merging_tokenizer(byte_tokenizer: Any) -> Any:
-    """Byte pairs with merges, so that a cut within a word changes the tokens beside it."""
-    corpus = [text(random.Random(seed), 200) for seed in range(20)]
+    """Byte pairs with merges, so that a cut within a word changes the tokens beside it, over boundaries too."""
+    corpus = [f"{text(random.Random(seed), 200)}\n\n\n### Instruction:\n" for seed in range(20)]
     trained = byte_tokenizer.train_new_from_iterator(corpus, 400)
     trained.chat_template = byte_tokenizer.chat_template
     return trained
@@ -82,6 +82,25 @@ def test_the_cut_changes_no_token_that_is_kept(
     assert shorter[1] == prompts[1]
     for ids, expected in zip(shorter[0], prompts[0], strict=True):
         np.testing.assert_array_equal(ids, expected)
+
+
+@pytest.mark.parametrize("cut", ["prompt", "response"])
+def test_a_cut_leaves_the_token_between_a_response_and_the_next_prompt(
+    cut: str, merging_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The response ends in a line break, which makes a token with the first one of the prompt."""
+    long = text(random.Random(0), 400)
+    response, instruction = (f"{long}\n", "list") if cut == "response" else ("no\n", long)
+    before = (Turn("user", "say"), Turn("assistant", response))
+    rows = [Example(0, "0-0", "0", before, instruction, "", "yes", {})]
+    (whole,), _ = encode(rows, merging_tokenizer, "alpaca", 64)
+    monkeypatch.setattr(tokens, "_WINDOW", (50, 2))
+    monkeypatch.setattr(tokens, "_MARGIN", 16)
+    seen = _characters_seen(merging_tokenizer, monkeypatch)
+    (short,), _ = encode(rows, merging_tokenizer, "alpaca", 64)
+    assert sum(seen) < len(long)
+    np.testing.assert_array_equal(short.input_ids, whole.input_ids)
+    np.testing.assert_array_equal(short.is_response, whole.is_response)
 
 
 def _characters_seen(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -246,6 +246,27 @@ def test_an_empty_budget_is_refused_before_any_training(gradsift, capsys) -> Non
     assert {stage["name"] for stage in run["stages"]} == {"load"}
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("target.steps=null", "target.epochs=2", "target.warmup_steps=2"),
+            "target.warmup_steps=2 warms up over 2 of 2 optimiser steps",
+        ),
+        (
+            ("scorer=less", "target_set=verifiable", "features.warmup.epochs=1"),
+            "features.warmup.warmup_ratio=0.03 warms up over 1 of 1 optimiser steps",
+        ),
+    ],
+)
+def test_a_warm_up_of_all_steps_is_refused_before_any_training(
+    gradsift, capsys, options: tuple[str, ...], message: str
+) -> None:
+    assert gradsift(*SMOKE, *options) == 2
+    assert message in capsys.readouterr().err
+    assert {stage["name"] for stage in gradsift.runs()[0]["stages"]} <= {"load", "target_set", "backbone"}
+
+
 def test_a_defect_is_said_in_one_line_and_its_trace_kept(gradsift, capsys, monkeypatch) -> None:
     def broken(*args: Any) -> None:
         raise ZeroDivisionError("broken")

@@ -103,7 +103,9 @@ def arguments(backbones: Path) -> tuple[Any, Any]:
     # 7 rows in steps of 3, 3 and 1: ranks have unequal parts, and in the last step one of them has none
     chosen = [replace(example, row_index=40 + place) for place, example in enumerate([*examples, *examples[:2]])]
     # Adam divides by a gradient's size, so what rounding does to a tiny one grows with the learning rate
-    config = target_config(epochs=2, batch_size=3, lora=LoraConfig(rank=2), learning_rate=1e-3)
+    config = target_config(
+        epochs=2, batch_size=3, lora=LoraConfig(rank=2), learning_rate=1e-3, loss="token", max_grad_norm=0.1
+    )
     proxy = proxy_config(model=model, template="plain", batch_size=3, collect="during_training", learning_rate=1e-3)
     backbone = load_backbone(made, model, run.compute)
     encoded, _ = encode(chosen, backbone.tokenizer, "plain", 64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,6 +24,21 @@ def naive(similarities: list[np.ndarray], rows: list[int], size: int) -> list[in
         similarity = similarities[len(chosen) % len(similarities)]
         chosen.append(min((row for row in rows if row not in chosen), key=lambda row: (-similarity[row], row)))
     return chosen
+
+
+def published(similarities: list[np.ndarray], rows: list[int], size: int) -> list[int]:
+    """As RDS+'s scripts: each of `similarities` (N,) in turn pops its own next row, and gives none if it is taken."""
+    own = [sorted(rows, key=lambda row, by=similarity: (-by[row], row)) for similarity in similarities]
+    chosen: list[int] = []
+    while len(chosen) < min(size, len(rows)):
+        for ranking in own:
+            row = ranking.pop(0)
+            if row not in chosen and len(chosen) < size:
+                chosen.append(row)
+    return chosen
+
+
+SLOW = {"original": published, "fixed": naive}
 
 
 def test_tasks_take_turns_in_the_order_of_the_table() -> None:
@@ -82,13 +99,30 @@ def test_queries_taking_turns_are_the_loop(seed: int, count: int, queries: int, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_FIRST_PICKS", first)
         patch.setattr(module, "_AT_ONCE", 2)
-        for size in (1, max(1, count // 2), count):
-            chosen = round_robin_queries(scores, size, Features(vectors), Features(target, names)).positions.tolist()
-            assert chosen == [*naive(turns, rows, size), *rest][:size]
+        for size, (fidelity, slow) in product((1, max(1, count // 2), count), SLOW.items()):
+            pool, towards = Features(vectors), Features(target, names)
+            chosen = round_robin_queries(scores, size, pool, towards, fidelity=fidelity).positions.tolist()
+            assert chosen == [*slow(turns, rows, size), *rest][:size]
+
+
+@pytest.mark.parametrize(("fidelity", "expected"), [("original", [0, 2, 1]), ("fixed", [0, 1, 2])])
+@pytest.mark.parametrize("names", [(), ("a", "b")])
+def test_a_query_or_task_whose_row_is_taken_loses_the_turn(
+    fidelity: str, expected: list[int], names: tuple[str, ...]
+) -> None:
+    """By hand: both rank row 0 first; the first goes on with 2 and the second with 1."""
+    pool = Features(unit_rows(np.array([[10.0, 10, 0], [0, 3, 4], [3, 0, 4], [-1, -1, 0]])))
+    target = Features(unit_rows(np.array([[1.0, 0.1, 0], [0.1, 1, 0]])), names)
+    assert round_robin_queries(Scores(np.zeros(4)), 3, pool, target, fidelity=fidelity).positions.tolist() == expected
+
+
+def test_the_published_selection_is_the_default() -> None:
+    config = composed("method=rds_plus", "target_set=verifiable", "stop_after=selection")
+    assert config.selector.fidelity == "original"
 
 
 @pytest.mark.parametrize("rows", [0, 2])
 def test_a_target_set_without_direction_is_refused(rows: int) -> None:
     pool, target = Features(np.eye(3, dtype=np.float32)), Features(np.zeros((rows, 3), dtype=np.float32))
     with pytest.raises(GradsiftError, match="target set"):
-        round_robin_queries(Scores(np.zeros(3)), 2, pool, target)
+        round_robin_queries(Scores(np.zeros(3)), 2, pool, target, fidelity="original")

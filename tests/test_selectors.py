@@ -41,7 +41,7 @@ SELECTORS: dict[str, tuple[Callable[..., Choice], int, dict[str, Any]]] = {
     "clusters_equal": (clusters, 1, {"clusters": 4, "allocation": "equal", "seed": 0}),
     "gumbel": (gumbel, 0, {"temperature": 1.0, "seed": 3}),
     "round_robin": (round_robin, 0, {}),
-    "round_robin_queries": (round_robin_queries, 2, {}),
+    "round_robin_queries": (round_robin_queries, 2, {"fidelity": "original"}),
     "gradient_walk": (gradient_walk, 2, WALK),
     "gradient_walk_topup": (gradient_walk, 2, {**WALK, "fill": "topup"}),
     "gradient_walk_neighbours": (gradient_walk, 2, {**WALK, "neighbours": 3}),

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import copy
 import os
+from itertools import chain
 from pathlib import Path
+from string import printable
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Prepend, Replace, Sequence
+from tokenizers.processors import ByteLevel, TemplateProcessing
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from gradsift.config import FieldsConfig
 from gradsift.data.examples import Example, Turn
 from gradsift.data.files import read_rows
 from gradsift.data.formats import parse_rows
+from gradsift.data.templates import render
 from gradsift.data.tokens import Encoded, encode, encode_prompt, encode_prompts
 from gradsift.errors import ConfigError, DataError
 
@@ -171,6 +179,97 @@ def test_a_conversation_keeps_all_responses_that_fit(byte_tokenizer: Any, sizes:
         assert "r" not in responses
         assert "p" not in prompt_of(cut, byte_tokenizer)
         assert cut.is_response.sum() == min(sizes[3] + 1, limit - 1)
+
+
+# ------------------------------------------------------------------------- prompt and response in one text
+
+KINDS = ["bytes", "trimmed", "metaspace"]
+CORPUS = (
+    '### Response:- one\n- two\n### Response:(a) \n\n### Instruction:\nsay:"yes"  \n\n\nno.\n\n### Instruction:\n\n\n'
+)
+
+
+@pytest.fixture(params=KINDS)
+def merging(request: pytest.FixtureRequest, byte_tokenizer: Any) -> Any:
+    """Prompt and response share tokens: of GPT-2's kind, of SmolLM2's (offsets without blanks) and of Llama's."""
+    if request.param == "metaspace":
+        tokenizer = Tokenizer(BPE(unk_token="<unk>"))
+        tokenizer.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
+        tokenizer.train_from_iterator(
+            [CORPUS] * 3, BpeTrainer(vocab_size=150, special_tokens=["<unk>"], initial_alphabet=[*printable])
+        )
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+    trained = byte_tokenizer.train_new_from_iterator([CORPUS] * 3, 400)
+    if request.param == "trimmed":
+        trained.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    return trained
+
+
+TALKS = [
+    example("list", "- one\n- two"),
+    example("list", "(a)"),
+    example("say ", '"yes"  ', "so:"),
+    talk("say", "- no.  ", "list", output="(b)"),
+    talk("list", "", " and", output="\n\n"),
+    talk("a", "no.\n", "\n\n", output="\n"),
+    example("", "x", ":"),
+]
+
+
+def slow_parts(one: Example, tokenizer: Any, template: str) -> list[tuple[int, bool]]:
+    """Each token of the whole text, and whether all that it adds to the decoded text is response."""
+    segments = render(one, template)
+    text = "".join(segment.text for segment in segments)
+    kind = [segment.is_response for segment in segments for _ in segment.text]
+    found, place = [], 0
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        piece = tokenizer.convert_ids_to_tokens(token).replace("Ġ", " ").replace("Ċ", "\n").replace("▁", " ")
+        piece = piece[1:] if place == 0 and not text.startswith(piece) else piece  # the blank that Llama's puts first
+        assert text.startswith(piece, place)
+        found.append((token, all(kind[place : place + len(piece)]) and bool(piece)))
+        place += len(piece)
+    assert place == len(text)
+    return found
+
+
+@pytest.mark.parametrize("template", ["alpaca", "plain"])
+def test_a_text_has_the_tokens_of_the_whole_and_a_shared_one_is_prompt(template: str, merging: Any) -> None:
+    shared = 0
+    for one in TALKS:
+        expected = slow_parts(one, merging, template)
+        encoded = encode([one], merging, template, 4096)[0]
+        if not any(response for _, response in expected):
+            assert not encoded
+            continue
+        assert encoded[0].input_ids.tolist() == [*(token for token, _ in expected), merging.eos_token_id]
+        assert encoded[0].is_response.tolist() == [*(response for _, response in expected), True]
+        apart = [merging.encode(segment.text, add_special_tokens=False) for segment in render(one, template)]
+        shared += [*chain.from_iterable(apart)] != [token for token, _ in expected]
+    assert shared  # or the law would hold of parts that are tokenised by themselves
+
+
+def test_the_labels_are_those_of_alpacas_code(merging: Any) -> None:
+    """There the tokens of the whole text carry loss from as many on as the prompt alone has."""
+    for one in TALKS[:3]:
+        prompt = "".join(segment.text for segment in render(one, "alpaca")[:-1])
+        count = len(merging.encode(prompt, add_special_tokens=False))
+        is_response = encode_one(one, merging, "alpaca").is_response
+        assert is_response.tolist() == [place >= count for place in range(len(is_response))]
+
+
+def test_a_prompt_holds_nothing_of_the_response(merging: Any) -> None:
+    for one in TALKS[:3]:
+        (ids,), _ = encode_prompts([one], merging, "alpaca", 4096)
+        assert ids.tolist() == encode_prompt(one.instruction, one.input, merging, "alpaca")
+
+
+def test_without_offsets_each_part_is_tokenised_by_itself(merging: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(merging), "is_fast", False)
+    for one in TALKS[:3]:
+        parts = [merging.encode(segment.text, add_special_tokens=False) for segment in render(one, "alpaca")]
+        encoded = encode_one(one, merging, "alpaca")
+        assert encoded.input_ids.tolist() == [*parts[0], *parts[1], merging.eos_token_id]
+        assert encoded.is_response.sum() == len(parts[1]) + 1
 
 
 def test_rows_are_positions_and_order_is_kept(byte_tokenizer: Any) -> None:

@@ -7,6 +7,7 @@ selector do not ask for.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -18,7 +19,7 @@ from gradsift.config import Config, SentenceTransformersConfig
 from gradsift.data.examples import Example
 from gradsift.data.load import corruption_of, labels_of, load, pool_of
 from gradsift.data.target_set import find_overlap, load_target_set, target_set_of, warn_of_leak
-from gradsift.data.tokens import encode
+from gradsift.data.tokens import encode, encoding_settings
 from gradsift.diagnostics import Diagnostic
 from gradsift.errors import ConfigError
 from gradsift.evaluation.benchmarks import Item
@@ -53,7 +54,7 @@ from gradsift.sources import Method, Source, method
 from gradsift.training.backbones import Backbone, backbone, load_shown
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.probing import require_adaptable
-from gradsift.training.target import expected_finetune, finetune, say_report
+from gradsift.training.target import expected_finetune, finetune, planned_steps, say_report
 
 
 class Line:
@@ -97,6 +98,10 @@ class Line:
                 questions = {(item.instruction.strip(), item.input.strip()) for item in self.items}
                 warn_of_leak(self.runtime, self.target_set, questions)
         if config.reaches("finetune"):
+            rows = int(self.loaded.info["rows"])
+            config.target.warmup_of(
+                planned_steps(config.target, rows if self.keeps_all else budget(config.alpha, rows))
+            )
             _ = self.target
 
     def _check_features(self) -> None:
@@ -106,7 +111,9 @@ class Line:
                 f"features=nano is made for the embedded world's models, not for proxy={config.proxy.name}; choose "
                 "features=less or features=g2is"
             )
-        warmup_rows(config.features.warmup, int(self.loaded.info["rows"]))
+        warmup = config.features.warmup
+        rows = warmup_rows(warmup, int(self.loaded.info["rows"]))
+        warmup.warmup_of(warmup.epochs * math.ceil(rows / warmup.batch_size))
 
     @functools.cached_property
     def pool(self) -> list[Example]:
@@ -309,7 +316,7 @@ class Line:
             "proxy_inputs": Source(
                 lambda: [self.proxy],
                 lambda: self.proxy_inputs,
-                {"template": self.config.proxy.template, "max_length": self.config.proxy.max_length},
+                encoding_settings(self.config.proxy.template, self.config.proxy.max_length),
             ),
             "embeddings": Source(lambda: [self.embeddings()], lambda: read_features(self.embeddings())),
             "target_embeddings": Source(

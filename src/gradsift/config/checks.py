@@ -23,6 +23,16 @@ def positive(option: str, value: float) -> None:
         raise ConfigError(f"{option}={value} must be greater than 0 and finite")
 
 
+def warmup_fits(option: str, warmup: int, steps: int) -> int:
+    """The warm-up's steps, which must leave some of `steps` optimiser steps: it starts at a learning rate of 0."""
+    if 0 < steps <= warmup:
+        raise ConfigError(
+            f"{option} warms up over {warmup:,} of {steps:,} optimiser steps, so the learning rate never reaches its "
+            "full value; give a shorter warm-up (0 for none) or train for longer"
+        )
+    return warmup
+
+
 def endpoint_address(option: str, url: str, api_key_env: str) -> None:
     """Refuse an address that no request can be sent to, or that holds a secret: addresses are written to manifests."""
     if "@" in url or "?" in url:

@@ -229,6 +229,17 @@ class GumbelConfig(SelectorConfig):
 
 
 @dataclass
+class RoundRobinQueriesConfig(SelectorConfig):
+    """The target rows take turns and pick by cosine (RDS+)."""
+
+    # original: a row that is taken costs the turn, as in the published scripts; fixed: the next free row is picked
+    fidelity: str = "original"
+
+    def __post_init__(self) -> None:
+        one_of("selector.fidelity", self.fidelity, FIDELITIES)
+
+
+@dataclass
 class GradientWalkConfig(SelectorConfig):
     """Walks through gradients that agree with each other and with the target set's (G2IS)."""
 

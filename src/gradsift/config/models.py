@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
-from gradsift.config.checks import at_least, one_of, positive
+from gradsift.config.checks import at_least, one_of, positive, warmup_fits
 from gradsift.errors import ConfigError
 
 
@@ -86,7 +87,13 @@ class LoraConfig:
 TEMPLATES = ("alpaca", "chat", "plain")
 
 
-SCHEDULES = ("constant", "linear")
+SCHEDULES = ("constant", "linear", "cosine")
+LOSSES = ("token", "example")
+
+
+def _check_ratio(option: str, ratio: float) -> None:
+    if not 0 <= ratio < 1:
+        raise ConfigError(f"{option}={ratio} is no share; give a number from 0 to below 1")
 
 
 def _check_training(group: str, config: ProxyConfig | TargetConfig) -> None:
@@ -120,7 +127,7 @@ class ProxyConfig:
     norm_scope: str = "all"  # LoRA factors in the norm; scaled: both, each over the size of the other factor
     learning_rate: float = 5e-5
     schedule: str = "constant"  # constant keeps an epoch's result independent of the number of epochs
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # optimiser steps in which the rate rises from 0
     weight_decay: float = 0.0
     batch_size: int = 8
     batching: str = "bucketed"  # bucketed: examples of like length share a batch; random: they do not
@@ -183,7 +190,10 @@ class ProxyConfig:
 
 @dataclass
 class TargetConfig:
-    """The model that is finetuned on the selection."""
+    """The model that is finetuned on the selection.
+
+    By default `loss`, `max_grad_norm` and `schedule` are those of transformers' Trainer, as are AdamW's betas and eps.
+    """
 
     name: str = MISSING
     model: ModelConfig = MISSING
@@ -192,20 +202,43 @@ class TargetConfig:
     max_length: int = 1024
     epochs: int | None = None  # either epochs or steps
     steps: int | None = None  # optimiser steps, the same for every selection: equal compute
-    learning_rate: float = 2e-4
-    schedule: str = "linear"
-    warmup_steps: int = 0
+    # token: the mean over all response tokens of an optimiser step; example: the mean of its examples' means, which
+    # gives the tokens of a short response more weight
+    loss: str = "token"
+    max_grad_norm: float | None = 1.0  # longer gradients of a step are scaled to this L2 norm; null leaves them
+    learning_rate: float = 2e-4  # QLoRA's (Dettmers et al., 2023) for 7B and 13B; the paper gives none
+    schedule: str = "linear"  # after the warm-up; linear and cosine end at 0
+    warmup_steps: int = 0  # optimiser steps in which the rate rises from 0; either these or warmup_ratio
+    warmup_ratio: float = 0.0  # the same as a share of the optimiser steps, rounded up
     weight_decay: float = 0.0
     batch_size: int = 16  # examples an optimiser step
     batching: str = "random"  # a step of one length would be biased; within a step batches are of like length anyway
 
     def __post_init__(self) -> None:
         _check_training("target", self)
+        one_of("target.loss", self.loss, LOSSES)
         one_of("target.batching", self.batching, ("bucketed", "random"))
         at_least("target.epochs", self.epochs, 1)
         at_least("target.steps", self.steps, 1)
+        if self.max_grad_norm is not None:
+            positive("target.max_grad_norm", self.max_grad_norm)
         if (self.epochs is None) == (self.steps is None):
             raise ConfigError("give either target.epochs or target.steps, and leave the other empty (null)")
+        _check_ratio("target.warmup_ratio", self.warmup_ratio)
+        if self.warmup_steps and self.warmup_ratio:
+            raise ConfigError("give either target.warmup_steps or target.warmup_ratio, and leave the other at 0")
+        if self.steps is not None:
+            self.warmup_of(self.steps)
+
+    def warmup_of(self, steps: int) -> int:
+        """The warm-up's part of so many optimiser steps.
+
+        Raises:
+            ConfigError: it takes all of them.
+        """
+        if self.warmup_ratio:
+            return warmup_fits(f"target.warmup_ratio={self.warmup_ratio}", math.ceil(self.warmup_ratio * steps), steps)
+        return warmup_fits(f"target.warmup_steps={self.warmup_steps}", self.warmup_steps, steps)
 
 
 POOLINGS = ("mean", "weighted_mean", "last")
@@ -264,7 +297,7 @@ class WarmupConfig:
     epochs: int = 4  # each ends in a checkpoint
     learning_rate: float = 2e-5
     schedule: str = "linear"
-    warmup_ratio: float = 0.03  # share of the optimiser steps in which the learning rate rises
+    warmup_ratio: float = 0.03  # share of the optimiser steps in which the learning rate rises from 0, rounded up
     batch_size: int = 32
     # attention of Llama's and of GPT-2's kind; a name that the model does not have is passed over
     lora: LoraConfig = field(
@@ -292,10 +325,16 @@ class WarmupConfig:
             raise ConfigError(
                 f"features.warmup.share={self.share} is no share of the data; give a number above 0 and up to 1"
             )
-        if not 0 <= self.warmup_ratio < 1:
-            raise ConfigError(
-                f"features.warmup.warmup_ratio={self.warmup_ratio} is no share; give a number from 0 to below 1"
-            )
+        _check_ratio("features.warmup.warmup_ratio", self.warmup_ratio)
+
+    def warmup_of(self, steps: int) -> int:
+        """The part of so many optimiser steps in which the learning rate rises.
+
+        Raises:
+            ConfigError: it is all of them.
+        """
+        option = f"features.warmup.warmup_ratio={self.warmup_ratio}"
+        return warmup_fits(option, math.ceil(self.warmup_ratio * steps), steps)
 
 
 @dataclass

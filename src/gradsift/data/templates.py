@@ -9,7 +9,7 @@ chat    The tokenizer's own chat template. An input follows its instruction afte
         response is an assistant's text with the marker that ends the turn, without the white space
         after that marker: generation stops at the marker.
 
-Segments are tokenised apart, which makes the prompt of `render` that of `render_prompt`, token by token.
+The text before the first response of `render` is that of `render_prompt`.
 """
 
 from __future__ import annotations

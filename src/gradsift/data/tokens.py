@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,8 +52,15 @@ class EncodeReport:
     unknown_share: float
 
 
+ENCODING = 2  # raised when the same text has other tokens, or another boundary between prompt and response
+
 Part = tuple[list[int], bool]  # token ids, is_response
 _Texts = TypeVar("_Texts")
+
+
+def encoding_settings(template: str, max_length: int) -> dict[str, Any]:
+    """What an example's tokens depend on besides the tokenizer, for the settings of a stage."""
+    return {"template": template, "max_length": max_length, "encoding": ENCODING}
 
 
 def encode(
@@ -63,6 +71,12 @@ def encode(
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[Encoded], EncodeReport]:
     """Tokenise examples, in their order.
+
+    A text template (alpaca, plain) is tokenised as one text, as Alpaca's and TRL's code do. A token that holds both the
+    end of a prompt and the start of its response is prompt: generation begins behind the whole prompt, where no such
+    token can come. One that holds the end of a response and the start of the next prompt is prompt, too. Of a tokenizer
+    without offsets (a slow one), and of a chat template, whose turns end at special tokens, each part is tokenised by
+    itself.
 
     The tokenizer's start token comes first where it puts one there by itself (Llama) and the chat
     template does not. Its end token comes last and belongs to the response, unless the chat template has
@@ -132,10 +146,13 @@ def encode_prompts(
     start, unknown_id = _start(tokenizer), tokenizer.unk_token_id
     found: list[np.ndarray] = []
     cut = unknown = total = 0
-    shorter = partial(shortened, tokenizer=tokenizer, max_length=max_length, keep_ends=True)
-    for parts in _tokenised(examples, tokenizer, template, progress, shorter):
-        while parts and parts[-1][1]:
-            parts.pop()
+
+    def asked(segments: list[Segment]) -> list[Segment]:
+        while segments and segments[-1].is_response:  # before it is tokenised: it may share a token with the prompt
+            segments.pop()
+        return shortened(segments, tokenizer, max_length, keep_ends=True)
+
+    for parts in _tokenised(examples, tokenizer, template, progress, asked):
         (first, _), *rest = _with_start(parts, start)
         ids = list(chain.from_iterable(part for part, _ in rest))
         total, unknown = total + len(ids), unknown + ids.count(unknown_id)
@@ -169,11 +186,45 @@ def _tokenised(
 ) -> Iterator[list[Part]]:
     """The parts of each example, in order; `cut` shortens the segments of one before they are tokenised."""
     every = (cut(render(example, template, tokenizer)) for example in examples)
+    parts_of = _as_one_text if template != "chat" and tokenizer.is_fast else _apart
     for rendered in chunks(every, lambda segments: sum(len(segment.text) for segment in segments)):
-        ids = iter(_ids(list(chain.from_iterable(rendered)), tokenizer))
-        for segments in rendered:
-            yield [(next(ids), segment.is_response) for segment in segments]
+        yield from parts_of(rendered, tokenizer)
         progress(len(rendered))
+
+
+def _apart(rendered: Sequence[list[Segment]], tokenizer: Any) -> Iterator[list[Part]]:
+    ids = iter(_ids(list(chain.from_iterable(rendered)), tokenizer))
+    for segments in rendered:
+        yield [(next(ids), segment.is_response) for segment in segments]
+
+
+def _as_one_text(rendered: Sequence[list[Segment]], tokenizer: Any) -> Iterator[list[Part]]:
+    texts = ["".join(segment.text for segment in segments) for segments in rendered]
+    output = _call(tokenizer, texts, split_special_tokens=True, return_offsets_mapping=True)
+    for segments, ids, offsets in zip(rendered, output["input_ids"], output["offset_mapping"], strict=True):
+        yield _divided(segments, ids, offsets)
+
+
+def _divided(segments: Sequence[Segment], ids: list[int], offsets: Sequence[tuple[int, int]]) -> list[Part]:
+    """The tokens of each segment of one text, a token on both sides of a boundary on the side that is prompt.
+
+    Args:
+        offsets: of each token, its first character and the one behind its last. Byte-level tokenizers may leave out
+            blanks at its ends, which moves no token over a boundary: no template's prompt ends with a blank.
+    """
+    parts: list[Part] = []
+    done = boundary = 0
+    for place, segment in enumerate(segments, start=1):
+        boundary += len(segment.text)
+        if place == len(segments):
+            until = len(ids)
+        elif segment.is_response:
+            until = bisect_right(offsets, boundary, lo=done, key=lambda offset: offset[1])
+        else:
+            until = bisect_left(offsets, boundary, lo=done, key=lambda offset: offset[0])
+        parts.append((ids[done:until], segment.is_response))
+        done = until
+    return parts
 
 
 def chunks(texts: Iterable[_Texts], characters_of: Callable[[_Texts], int]) -> Iterator[list[_Texts]]:
@@ -200,38 +251,55 @@ def shortened(segments: list[Segment], tokenizer: Any, max_length: int, *, keep_
     """The segments without most of what truncation to `max_length` tokens takes: 100 MB of text take 20 GB in tokens.
 
     Truncation takes prompts from the left, responses from the right, and the earliest exchanges, of which no more
-    than `max_length` can stay. So a prompt keeps its end and a response its start, each somewhat longer than
-    `max_length` tokens. Examples that are not much longer than that stay whole.
+    than `max_length` can stay. So a prompt keeps its end and the last response its start, each somewhat longer than
+    `max_length` tokens. An earlier response that is cut is one that truncation takes as a whole; it keeps the end, as a
+    token may reach from there into the next prompt. For the same reason a prompt behind a response keeps its start too.
+    Examples that are not much longer than that stay whole.
 
     Args:
-        keep_ends: responses keep their ends too, as they are context.
+        keep_ends: the last response keeps its end too, as it is context.
     """
     window = max(_WINDOW[0], _WINDOW[1] * max_length)
     if sum(len(segment.text) for segment in segments) <= window:
         return segments
     runs = [(response, list(run)) for response, run in groupby(segments, key=lambda segment: segment.is_response)]
-    return [
-        segment
-        for response, run in runs[-2 * max_length :]  # a prompt and a response each
-        for segment in _cut_run(run, tokenizer, max_length, window, from_end=keep_ends or not response)
-    ]
+    runs = runs[-2 * max_length :]  # a prompt and a response each
+    kept: list[Segment] = []
+    for number, (response, run) in enumerate(runs):
+        from_end = keep_ends or not response or number < len(runs) - 1
+        with_start = from_end and not response and number > 0
+        kept += _cut_run(run, tokenizer, max_length, window, from_end=from_end, with_start=with_start)
+    return kept
 
 
-def _cut_run(run: list[Segment], tokenizer: Any, max_length: int, window: int, *, from_end: bool) -> list[Segment]:
+def _cut_run(
+    run: list[Segment], tokenizer: Any, max_length: int, window: int, *, from_end: bool, with_start: bool
+) -> list[Segment]:
     """The last or first `window` characters of segments; four times as many until they are enough tokens."""
-    while window < sum(len(segment.text) for segment in run):
-        kept: list[Segment] = []
-        room = window
-        for segment in reversed(run) if from_end else run:
-            if room > 0:
-                kept.append(replace(segment, text=segment.text[-room:] if from_end else segment.text[:room]))
-                room -= len(segment.text)
-        if from_end:
-            kept.reverse()
+    while window * (1 + with_start) < sum(len(segment.text) for segment in run):
+        kept = _last_characters(run, window) if from_end else _first_characters(run, window)
         if sum(map(len, _ids(kept, tokenizer))) >= max_length + _MARGIN:
-            return kept
+            return [*_first_characters(run, window), *kept] if with_start else kept
         window *= 4
     return run
+
+
+def _first_characters(segments: Sequence[Segment], room: int) -> list[Segment]:
+    kept = []
+    for segment in segments:
+        if room > 0:
+            kept.append(replace(segment, text=segment.text[:room]))
+            room -= len(segment.text)
+    return kept
+
+
+def _last_characters(segments: Sequence[Segment], room: int) -> list[Segment]:
+    kept = []
+    for segment in reversed(segments):
+        if room > 0:
+            kept.append(replace(segment, text=segment.text[-room:]))
+            room -= len(segment.text)
+    return kept[::-1]
 
 
 def _ids(segments: Sequence[Segment], tokenizer: Any) -> list[list[int]]:
@@ -241,17 +309,21 @@ def _ids(segments: Sequence[Segment], tokenizer: Any) -> list[list[int]]:
         places = [place for place, segment in enumerate(segments) if segment.is_markup is is_markup]
         if not places:
             continue
-        output = tokenizer(
-            [segments[place].text for place in places],
-            add_special_tokens=False,
-            split_special_tokens=not is_markup,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # no warning about the model's length: `_fit` sees to it
-        )
+        output = _call(tokenizer, [segments[place].text for place in places], split_special_tokens=not is_markup)
         for place, ids in zip(places, output["input_ids"], strict=True):
             found[place] = ids
     return found
+
+
+def _call(tokenizer: Any, texts: list[str], **options: bool) -> Any:
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # no warning about the model's length: `_fit` sees to it
+        **options,
+    )
 
 
 def _start(tokenizer: Any) -> list[int]:

@@ -29,7 +29,7 @@ import torch
 from gradsift.artifacts import Artifact
 from gradsift.config import FeaturesConfig, ProxyConfig
 from gradsift.cost import duration
-from gradsift.data.tokens import Encoded
+from gradsift.data.tokens import Encoded, encoding_settings
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.features.vectors import FEATURES_FILE, open_features, unit_rows, write_ids
 from gradsift.gradients.adam import AdamState
@@ -89,8 +89,7 @@ def gradient_features(
         "projection_seed": config.projection_seed if config.dimensions is not None else None,
         "adam": adam,
         "normalise": config.normalise,
-        "template": proxy_config.template,
-        "max_length": proxy_config.max_length,
+        **encoding_settings(proxy_config.template, proxy_config.max_length),
     }
 
     def make(folder: Path) -> Mapping[str, Any]:

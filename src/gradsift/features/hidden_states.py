@@ -20,7 +20,7 @@ from gradsift.artifacts import Artifact
 from gradsift.config import EmbedderConfig, HiddenStatesConfig
 from gradsift.data.batching import Batch, collate
 from gradsift.data.examples import Example
-from gradsift.data.tokens import Encoded, encode, encode_prompts
+from gradsift.data.tokens import Encoded, encode, encode_prompts, encoding_settings
 from gradsift.errors import ConfigError
 from gradsift.features.embeddings import Embedder, Text
 from gradsift.runtime import Advance
@@ -74,12 +74,7 @@ def hidden_states_embedder(
             f"embedder={config.name} is not known; choose hidden_states, rds_plus or sentence_transformers"
         )
     template = "plain" if config.text == "instruction_input_output" else template  # a line each
-    settings = {
-        "text": config.text,
-        "pooling": config.pooling,
-        "max_length": config.max_length,
-        "template": template,
-    }
+    settings = {"text": config.text, "pooling": config.pooling, **encoding_settings(template, config.max_length)}
     return Embedder(config.name, settings, proxy, lambda: HiddenStates(backbone(), config, template))
 
 

@@ -17,13 +17,14 @@ import numpy as np
 from gradsift.artifacts import Artifact
 from gradsift.config import ProxyConfig, WarmupConfig
 from gradsift.data.batching import epoch_batches
+from gradsift.data.tokens import encoding_settings
 from gradsift.errors import GradsiftError
 from gradsift.proxy.epochs import EpochStart, ProxyInputs, adapter, train_epoch
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training.finetuning import Optimization, ShowProgress
 from gradsift.training.ranks import on_all_ranks
 
-VERSION = 2
+VERSION = 3
 
 
 def warm_up(
@@ -57,8 +58,7 @@ def warm_up(
             "epochs": None if config.schedule == "constant" and not config.warmup_ratio else config.epochs,
             "epoch": epoch,
             "seed": _seed(runtime, config),
-            "template": proxy_config.template,
-            "max_length": proxy_config.max_length,
+            **encoding_settings(proxy_config.template, proxy_config.max_length),
             "tokens": runtime.compute.mask_batches if config.lora.dropout else None,
         }
         parents = [previous] if previous else [proxy, loaded]
@@ -110,9 +110,7 @@ def _train(
         )
     plan = _plan(config, [len(example.input_ids) for example in inputs.encoded], seed, epoch)
     total = len(plan) * config.epochs
-    optimization = Optimization(
-        config.learning_rate, 0.0, config.schedule, math.ceil(config.warmup_ratio * total), total_steps=total
-    )
+    optimization = Optimization(config.learning_rate, 0.0, config.schedule, config.warmup_of(total), total_steps=total)
     first = len(plan) * (epoch - 1)
     start = EpochStart(first, derive_seed(seed, "warmup dropout", epoch), previous)
     label = f"warm-up, epoch {epoch}/{config.epochs}"

@@ -27,6 +27,8 @@ import numpy as np
 from gradsift.artifacts import Artifact
 from gradsift.config import ProxyConfig
 from gradsift.data.batching import epoch_batches
+from gradsift.data.tokens import encoding_settings
+from gradsift.errors import GradsiftError
 from gradsift.gradients.callback import GradientNorms
 from gradsift.gradients.norms_table import write_norms
 from gradsift.proxy.collection import collect, is_collected
@@ -36,7 +38,7 @@ from gradsift.runtime import Runtime, derive_seed
 from gradsift.training.finetuning import Optimization, ShowProgress
 from gradsift.training.ranks import on_all_ranks
 
-VERSION = 5
+VERSION = 6
 
 
 def ensemble_norms(
@@ -142,8 +144,7 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
         "epoch": epoch,
         "seed": runtime.seed,
         "lora": config.lora.settings,
-        "template": config.template,
-        "max_length": config.max_length,
+        **encoding_settings(config.template, config.max_length),
         "learning_rate": config.learning_rate,
         "schedule": config.schedule,
         "scheduled_epochs": None if config.schedule == "constant" else config.total_epochs,
@@ -206,7 +207,14 @@ def train_member_epoch(
         config.warmup_steps,
         total_steps=len(plan) * (settings["scheduled_epochs"] or epoch),  # a constant rate does not depend on it
     )
-    start = EpochStart(len(plan) * (epoch - 1), derive_seed(runtime.seed, "dropout", member, epoch), previous)
+    start_step = len(plan) * (epoch - 1)
+    if not optimization.mean_rate(start_step, start_step + len(plan)):
+        raise GradsiftError(
+            f"proxy.warmup_steps={config.warmup_steps} starts at a learning rate of 0, and epoch {epoch} has that one "
+            "step alone, so its snapshot would be of untrained weights; give proxy.warmup_steps=0 or a smaller "
+            "proxy.batch_size"
+        )
+    start = EpochStart(start_step, derive_seed(runtime.seed, "dropout", member, epoch), previous)
     first = derive_seed(runtime.seed, "lora", 0 if config.ensemble == "bootstrap" else member)
     with adapter(inputs.backbone, config.lora, first, runtime.compute) as adapted:
         trajectory = Trajectory(adapted, start.first_step, len(plan))

@@ -1,4 +1,4 @@
-"""Taking turns: each in turn picks the best that is left to it.
+"""Taking turns: each in turn picks the best that is left to it, or in RDS+ the next of its own ranking.
 
 Shape letters: N examples, n candidates, T that take turns (tasks or queries), D features.
 """
@@ -6,6 +6,7 @@ Shape letters: N examples, n candidates, T that take turns (tasks or queries), D
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 
 import numpy as np
 
@@ -40,16 +41,22 @@ def round_robin(scores: Scores, size: int) -> Choice:
             row = int(ranked[~np.isfinite(part[ranked])].min())
             raise GradsiftError(f"{name} of the score table is no finite number at position {row}, which is scored")
     rankings = [iter(_by_similarity(part[ranked], ranked)) for part in tasks.values()]
-    taken = np.zeros(len(scores.score), dtype=bool)
-    return Choice(_take_turns(rankings, min(size, len(ranked)), taken))
+    return Choice(_take_turns(rankings, min(size, len(ranked)), len(scores.score)))
 
 
-def round_robin_queries(scores: Scores, size: int, embeddings: Features, target_embeddings: Features) -> Choice:
+def round_robin_queries(
+    scores: Scores, size: int, embeddings: Features, target_embeddings: Features, *, fidelity: str
+) -> Choice:
     """RDS+ (arXiv 2503.01807): each query of the target set takes turns and picks its best row by cosine.
 
     With several tasks a row's similarity to a task is the largest cosine to its queries, and the tasks take
     turns, in the order in which they occur. Of the scores only the status matters. Rows without direction
     come last; queries without direction take no turn (our reading).
+
+    Args:
+        fidelity: original, as the published scripts: a turn is the next row of the query's (or task's) own ranking,
+            and is lost where another one has taken that row; fixed: it is the best row that nobody has taken, so
+            that all get equally many.
 
     Raises:
         GradsiftError: no query has a direction.
@@ -61,22 +68,31 @@ def round_robin_queries(scores: Scores, size: int, embeddings: Features, target_
     pool = np.sort(directed)  # in the order of the disk
     tasks = [target_embeddings.tasks[query] for query in queries] if target_embeddings.tasks else []
     within = min(size, len(pool))
-    taken = np.zeros(len(embeddings), dtype=bool)
     rankings = (
         _tasks_rank(embeddings, pool, target_embeddings, queries, tasks)
         if len(set(tasks)) > 1
-        else _queries_rank(embeddings, pool, target_embeddings, queries, taken)
+        else _queries_rank(embeddings, pool, target_embeddings, queries)
     )
-    return Choice(np.concatenate([_take_turns(rankings, within, taken), undirected[: size - within]]))
+    turns = _take_turns(rankings, within, len(embeddings), loses_turns=fidelity == "original")
+    return Choice(np.concatenate([turns, undirected[: size - within]]))
 
 
-def _take_turns(rankings: Sequence[Iterator[int]], size: int, taken: np.ndarray) -> np.ndarray:
-    """(size,) int64: each ranking in turn gives the first of its positions that is not `taken` (N,), and marks it."""
+def _take_turns(rankings: Sequence[Iterator[int]], size: int, count: int, *, loses_turns: bool = False) -> np.ndarray:
+    """(size,) int64: the positions that the rankings give in turn, none twice.
+
+    Args:
+        rankings: of the same positions, which are below `count` and at least `size`.
+        loses_turns: a ranking whose next position is taken gives none in this round.
+    """
     chosen: list[int] = []
+    taken = np.zeros(count, dtype=bool)
+    turns = cycle(rankings)
     while len(chosen) < size:
-        for ranking in rankings[: size - len(chosen)]:
-            chosen.append(next(position for position in ranking if not taken[position]))
-            taken[chosen[-1]] = True
+        ranking = next(turns)
+        position = next(ranking) if loses_turns else next(each for each in ranking if not taken[each])
+        if not taken[position]:
+            chosen.append(position)
+            taken[position] = True
     return np.array(chosen, dtype=np.int64)
 
 
@@ -105,17 +121,17 @@ def _tasks_rank(
     return [iter(_by_similarity(similarity, positions)) for similarity in best.values()]
 
 
-def _queries_rank(
-    pool: Features, positions: np.ndarray, target: Features, queries: np.ndarray, taken: np.ndarray
-) -> list[Iterator[int]]:
-    """For each query: `positions` by cosine; few at first, then more of those not `taken` (N,)."""
+def _queries_rank(pool: Features, positions: np.ndarray, target: Features, queries: np.ndarray) -> list[Iterator[int]]:
+    """For each query: `positions` by cosine; few at first, then more where it has used them up."""
 
     def ranking(query: int, known: list[int]) -> Iterator[int]:
-        while True:
-            yield from known
-            left = positions[~taken[positions]]
+        yield from known
+        while len(known) < len(positions):
+            left = np.setdiff1d(positions, known, assume_unique=True)
             ((_, similarity),) = _similarities(pool, left, target, queries[query : query + 1])
-            known = _by_similarity(similarity, left)[: 4 * len(known)]
+            more = _by_similarity(similarity, left)[: 3 * len(known)]
+            yield from more
+            known += more
 
     first = [
         (query, _by_similarity(similarity, positions)[:_FIRST_PICKS])

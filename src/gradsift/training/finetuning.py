@@ -40,20 +40,28 @@ BETAS = (0.9, 0.999)  # of AdamW everywhere: its saved state does not tell them
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW and its learning rate over `total_steps` optimiser steps."""
+    """AdamW, its learning rate over `total_steps` optimiser steps, and what a step minimises.
+
+    The rate and the two other defaults of a target are those of transformers' Trainer. The proxies' loss is that of
+    their per-sample gradients, and nothing is clipped (GRADFILTERING, section 3).
+    """
 
     learning_rate: float
     weight_decay: float
-    schedule: str  # constant or linear (to zero at total_steps)
+    schedule: str  # constant, linear or cosine (both to zero at total_steps)
     warmup_steps: int
     total_steps: int
+    loss: str = "example"  # mean of the examples' means; token: mean over the response tokens of the step
+    max_grad_norm: float | None = None  # L2, over all parameters, of a step's gradient
 
     def factor(self, step: int) -> float:
-        """Share of the learning rate at a step, counted from 0."""
-        warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        """Share of the learning rate at a step, counted from 0: k / w, then of T - w steps those left (or cosine)."""
+        if step < self.warmup_steps:
+            return step / self.warmup_steps
         if self.schedule == "constant":
-            return warmup
-        return warmup * max(0.0, 1.0 - step / max(1, self.total_steps))
+            return 1.0
+        done = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        return 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
     def mean_rate(self, first: int, last: int) -> float:
         """Mean learning rate over the steps from `first` to before `last`."""
@@ -85,7 +93,7 @@ class Step:
 
 
 class Finetuning(L.LightningModule):
-    """Trains the trainable parameters of `model` on the mean of the examples' losses.
+    """Trains the trainable parameters of `model` on the mean loss of each step's examples or response tokens.
 
     The examples of a step pass through the model in batches of like length that the token budget
     allows; their gradients add up, so that neither memory nor speed depends on the size of a step.
@@ -133,6 +141,7 @@ class Finetuning(L.LightningModule):
         outputs = self._run(lambda tokens: self._backward(mine, step.examples, tokens), own)
         ranks.sum_gradients(list(lora.trainable_parameters(self.model).values()))
         outputs = ranks.gather(outputs, len(lengths))
+        self._clip()
         self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
         done = len(self.curve)
@@ -140,7 +149,8 @@ class Finetuning(L.LightningModule):
             room = torch.zeros(2 * done + 64, device=self.device)
             room[:done] = self._step_losses
             self._step_losses = room
-        self._step_losses[done] = outputs["losses"].mean()
+        losses, counts = outputs["losses"], outputs.get("counts")
+        self._step_losses[done] = losses.mean() if counts is None else (losses * counts).sum() / counts.sum()
         self.curve.append({"loss": math.nan, "tokens": sum(lengths)})
         return outputs
 
@@ -164,14 +174,15 @@ class Finetuning(L.LightningModule):
         return done
 
     def _backward(self, mine: Sequence[Encoded], examples: Sequence[Encoded], tokens: int) -> dict[str, torch.Tensor]:
-        """This rank's part of the gradients of a step's mean loss.
+        """This rank's part of the gradients of a step's loss.
 
         Args:
             mine: this rank's share of the step's examples.
             examples: of the step, N.
 
         Returns:
-            rows, losses and, where they are wanted, norm_A and norm_B, (n,) each.
+            rows, losses, for `loss=token` counts (of response tokens) and, where they are wanted, norm_A and norm_B,
+            (n,) each.
         """
         # masks depend on the step and the rank, not on what went before: neither a training that goes on nor a step
         # that is repeated needs a random state
@@ -179,7 +190,10 @@ class Finetuning(L.LightningModule):
         self.optimizers().zero_grad()  # type: ignore[union-attr]
         if self.norms is not None:
             self.norms.forget()
-        names = ("rows", "losses", "norm_A", "norm_B")[: 2 if self.norms is None else 4]
+        by_token = self.optimization.loss == "token"
+        names = ("rows", "losses", *(["counts"] if by_token else []), *(["norm_A", "norm_B"] if self.norms else []))
+        # of the whole step, not of a batch or a rank: all examples or all tokens weigh the same
+        divisor = sum(int(example.is_response[1:].sum()) for example in examples) if by_token else len(examples)
         parts: list[tuple[torch.Tensor, ...]] = []
         batches = by_length(mine, tokens)
         # a rank with fewer batches than others lends them its weights by passes that count for nothing
@@ -187,9 +201,9 @@ class Finetuning(L.LightningModule):
         for part in batches:
             batch = collate(part, self.pad_id).to(self.device)
             losses = self._losses(batch)
-            self.manual_backward(losses.sum() / len(examples))
+            self.manual_backward((losses * batch.counts if by_token else losses).sum() / divisor)
             norms = self.norms.take(len(examples)) if self.norms is not None else ()
-            parts.append((batch.rows, losses.detach(), *norms))
+            parts.append((batch.rows, losses.detach(), *([batch.counts] if by_token else []), *norms))
         for _ in range(lent):
             shortest = min(examples, key=lambda example: len(example.input_ids))
             self.manual_backward(0 * self._losses(collate([shortest], self.pad_id).to(self.device)).sum())
@@ -197,6 +211,12 @@ class Finetuning(L.LightningModule):
             none = torch.empty(0, device=self.device)
             return {name: none.long() if name == "rows" else none for name in names}
         return {name: torch.cat(values) for name, values in zip(names, zip(*parts, strict=True), strict=True)}
+
+    def _clip(self) -> None:
+        """Scale the gradient of the whole step, which all ranks have by now, to the norm that it may have."""
+        if self.optimization.max_grad_norm is not None:
+            parameters = lora.trainable_parameters(self.model).values()
+            nn.utils.clip_grad_norm_(parameters, self.optimization.max_grad_norm)
 
     def configure_optimizers(self) -> Any:
         parameters = lora.trainable_parameters(self.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from gradsift.artifacts import Artifact
 from gradsift.config import TargetConfig
 from gradsift.data.batching import epoch_batches
 from gradsift.data.examples import Example
-from gradsift.data.tokens import EncodeReport, encode
+from gradsift.data.tokens import EncodeReport, encode, encoding_settings
 from gradsift.errors import GradsiftError
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora
@@ -28,7 +29,7 @@ from gradsift.training.ranks import on_all_ranks, shard_weights
 if TYPE_CHECKING:
     from gradsift.planning import Planned
 
-VERSION = 3
+VERSION = 4
 
 
 def finetune(
@@ -67,6 +68,7 @@ def expected_finetune(
 def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:
     """What a finetune depends on besides its examples."""
     return asdict(config) | {
+        **encoding_settings(config.template, config.max_length),
         "lora": config.lora.settings,
         "name": None,
         "model": None,  # the parent artifact stands for it
@@ -78,6 +80,11 @@ def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:
 def passes(config: TargetConfig, rows: int) -> int:
     """Examples that pass through the target in a finetune on so many."""
     return rows * config.epochs if config.epochs is not None else (config.steps or 0) * min(config.batch_size, rows)
+
+
+def planned_steps(config: TargetConfig, rows: int) -> int:
+    """Optimiser steps of a finetune on so many examples."""
+    return config.steps if config.steps is not None else (config.epochs or 0) * math.ceil(rows / config.batch_size)
 
 
 def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[list[int]]:
@@ -118,8 +125,10 @@ def train_target(
         config.learning_rate,
         config.weight_decay,
         config.schedule,
-        config.warmup_steps,
+        config.warmup_of(len(plan)),
         total_steps=len(plan),
+        loss=config.loss,
+        max_grad_norm=config.max_grad_norm,
     )
     require_adaptable(backbone.model, config.lora, "target.lora", norms=False)
     adapted = lora.add_adapter(backbone.model, config.lora, derive_seed(runtime.seed, "target lora"))

@@ -14,7 +14,7 @@ from gradsift.config import TargetConfig
 from gradsift.data.batching import collate
 from gradsift.data.examples import Example
 from gradsift.data.load import heldout_of
-from gradsift.data.tokens import Encoded, encode
+from gradsift.data.tokens import Encoded, encode, encoding_settings
 from gradsift.errors import GradsiftError
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.stages.answers import items_hash, slug_of
@@ -35,10 +35,7 @@ def heldout_loss(
     """Mean over the held-out examples of the mean NLL of a response token, in nats; None without such examples."""
     if not loaded.info["heldout"]:
         return None
-    settings = {
-        "template": config.template,
-        "max_length": config.max_length,
-    }
+    settings = encoding_settings(config.template, config.max_length)
 
     def make(folder: Path) -> Mapping[str, Any]:
         model = load_tuned(runtime, config, target, tuned)
@@ -70,11 +67,7 @@ def reference_losses(
     A set none of whose references has a token for the target is left out.
     """
     known = [item for item in items if item.reference is not None]
-    settings = {
-        "items": items_hash(known),
-        "template": config.template,
-        "max_length": config.max_length,
-    }
+    settings = {"items": items_hash(known), **encoding_settings(config.template, config.max_length)}
 
     def make(folder: Path) -> Mapping[str, Any]:
         examples = [

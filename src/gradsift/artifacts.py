@@ -35,6 +35,8 @@ from safetensors import SafetensorError
 from gradsift.cost import counting, peak_resident_gb
 from gradsift.errors import GradsiftError
 from gradsift.locks import Holder, locked
+from gradsift.names import require_no_link
+from gradsift.names import slug as safe_slug
 from gradsift.versions import code_hash, differences, git_sha, package_versions
 
 MANIFEST = "manifest.json"
@@ -209,7 +211,7 @@ class Store:
     ) -> tuple[str, Path]:
         """Fingerprint and folder of a unit."""
         fingerprint = fingerprint_of(stage, version, config, parents)
-        return fingerprint, self.root / stage / f"{slug}-{fingerprint}"
+        return fingerprint, self.root / stage / f"{safe_slug(slug)}-{fingerprint}"
 
     def _is_ours(self, error: OSError | SafetensorError, nameless: bool) -> bool:
         """Whether an error is about the store, and not about something that a stage reads elsewhere."""
@@ -277,8 +279,10 @@ class Store:
 
     def _part(self, path: Path, keep_part: bool) -> Path:
         """The folder to work in, with what an interrupted process left there to go on from."""
-        part = path.with_name(path.name + ".part")
+        part = require_no_link(path.with_name(path.name + ".part"))
         unfinished = part / UNFINISHED
+        for left in part.rglob("*"):
+            require_no_link(left)
         unfinished.mkdir(parents=True, exist_ok=True)
         (part / MANIFEST).unlink(missing_ok=True)  # of a process that died just before the rename
         if not keep_part:
@@ -319,7 +323,7 @@ class Store:
             return
         wanted = {**described, "parents": [parent.fingerprint for parent in parents]}
         ours = wanted.pop("numerics")
-        for path in sorted((self.root / stage).glob(f"{slug}-*/{MANIFEST}")):
+        for path in sorted((self.root / stage).glob(f"{safe_slug(slug)}-*/{MANIFEST}")):
             manifest, damage = read_manifest(path.parent)
             theirs = manifest.get("numerics")
             if damage or theirs == ours or any(manifest.get(name) != value for name, value in wanted.items()):

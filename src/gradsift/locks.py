@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from gradsift.errors import GradsiftError
+from gradsift.names import require_no_link
 
 _PATIENCE = 3.0  # seconds before a wait for another process is said
 _POLL = 0.5  # seconds between looks at a lock after that: a hundred waiting jobs shall not wear out a file server
@@ -72,8 +73,11 @@ def locked(
     Args:
         say: told for whom this process waits.
         at_work: entered while it waits.
+
+    Raises:
+        GradsiftError: the lock's file is a link.
     """
-    holder = Holder(path.parent / f".{path.name}.lock", path.name)
+    holder = Holder(require_no_link(path.parent / f".{path.name}.lock"), path.name)
     lock = FileLock(holder.file, fallback_to_soft=False)
     try:
         lock.acquire(timeout=_PATIENCE)

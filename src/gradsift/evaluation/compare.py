@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from gradsift.cli import conf_folder, in_one_line
 from gradsift.config import BenchmarkConfig, Config, load_config, register_schemas
 from gradsift.errors import ConfigError, GradsiftError
-from gradsift.evaluation.export import export, slug
+from gradsift.evaluation.export import export
 from gradsift.evaluation.generation import OUTPUTS_FILE, ModelOutput, read_pair, write_model_outputs
 from gradsift.evaluation.human.pairs import PairFiles
+from gradsift.names import slug
 
 if TYPE_CHECKING:
     from gradsift.artifacts import Artifact, Store

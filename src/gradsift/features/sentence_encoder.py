@@ -22,6 +22,7 @@ from gradsift.data.templates import render
 from gradsift.data.tokens import start_of
 from gradsift.errors import ConfigError, DataError
 from gradsift.features.embeddings import Embedder, Text
+from gradsift.names import slug_of_path
 from gradsift.runtime import Advance, Runtime
 from gradsift.training.device import device_of
 
@@ -101,7 +102,7 @@ def sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig) -> Ar
         revision = None if "files" in settings else _hub_commit(config)
         return {"revision": revision, "content": revision or ""}
 
-    slug = config.model.rstrip("/").rsplit("/", 1)[-1].lower()
+    slug = slug_of_path(config.model)
     pin = runtime.store.obtain("sentence_encoder", slug, settings, [], make, version=VERSION, light=True)
     return replace(pin, numerics={"precision": runtime.compute.precision})
 

@@ -31,7 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from gradsift.artifacts import MADE_BY, MANIFEST, UNFINISHED
+from gradsift.artifacts import MADE_BY
+from gradsift.manifests import MANIFEST, UNFINISHED
 
 REPOSITORY = Path(__file__).parents[1]
 SWEEP = (

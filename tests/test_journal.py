@@ -15,11 +15,11 @@ from conftest import SMOKE
 from test_generation import ragged_prompts, tiny_model, tiny_tokenizer
 
 from gradsift import journal as journal_module
-from gradsift.artifacts import UNFINISHED
 from gradsift.data.tokens import Encoded
 from gradsift.evaluation import generation
 from gradsift.evaluation.generation import generate_answers
 from gradsift.journal import JOURNAL_FILE, Journal
+from gradsift.manifests import UNFINISHED
 from gradsift.training.device import TokenBudget
 
 ODD = [0.1, 1 / 3, 1e-45, 3.4e38, -0.0, float("nan"), float("inf")]

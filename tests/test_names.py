@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from test_config import composed
 
-from gradsift.artifacts import UNFINISHED, Store
+from gradsift.artifacts import Store
 from gradsift.config import SCHEMAS, Config
 from gradsift.data.download import _file_name
 from gradsift.errors import ConfigError, GradsiftError
+from gradsift.manifests import UNFINISHED
 from gradsift.names import LONGEST_NAME, LONGEST_SLUG, require_name, require_no_link, slug, slug_of_path
 from gradsift.report.text_table import write_records
 

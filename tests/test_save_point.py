@@ -25,10 +25,10 @@ from test_finetuning import (
 )
 from test_norms import ragged_examples, tiny_model
 
-from gradsift.artifacts import UNFINISHED
 from gradsift.config import ComputeConfig, LoraConfig
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
+from gradsift.manifests import UNFINISHED
 from gradsift.training import finetuning, lora, target
 from gradsift.training.backbones import load_backbone
 from gradsift.training.device import TokenBudget

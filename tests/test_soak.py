@@ -8,7 +8,7 @@ import pytest
 from conftest import SMOKE
 
 from benchmarks.soak import Forked, soak
-from gradsift.artifacts import UNFINISHED
+from gradsift.manifests import UNFINISHED
 
 ONE_RUN = (*SMOKE, "proxy.batch_size=4", "proxy.lora.dropout=0.1", "target.steps=20", "target.lora.dropout=0.1")
 

@@ -294,7 +294,7 @@ def _own(overrides: list[str], jobs: Sequence[Sequence[str]] | None) -> list[str
 
 
 def _about(config: Config, overrides: list[str]) -> dict[str, Any]:
-    from gradsift.artifacts import content_hash
+    from gradsift.manifests import content_hash
 
     name = config.scorer_name if config.scorer_name == "full" else f"{config.scorer_name}-{config.alpha:g}"
     dumped = dump_config(config)

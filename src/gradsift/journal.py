@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from gradsift.artifacts import UNFINISHED
+from gradsift.manifests import UNFINISHED
 
 T = TypeVar("T")
 JOURNAL_FILE = "journal.jsonl"

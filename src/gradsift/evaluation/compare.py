@@ -77,7 +77,7 @@ def compare(config: Config, model: Path, reference: Path) -> dict[str, Any]:
 
 def imported(store: Store, rows: Sequence[ModelOutput]) -> Artifact:
     """Answers from a file, as an artifact that stages can take as a parent."""
-    from gradsift.artifacts import content_hash
+    from gradsift.manifests import content_hash
 
     def make(folder: Path) -> Mapping[str, Any]:
         write_model_outputs(folder / OUTPUTS_FILE, rows)

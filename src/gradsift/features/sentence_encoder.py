@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from gradsift.artifacts import Artifact, file_hash
+from gradsift.artifacts import Artifact
 from gradsift.config import SentenceTransformersConfig
 from gradsift.data.examples import Example
 from gradsift.data.templates import render
 from gradsift.data.tokens import start_of
 from gradsift.errors import ConfigError, DataError
 from gradsift.features.embeddings import Embedder, Text
+from gradsift.manifests import file_hash
 from gradsift.names import slug_of_path
 from gradsift.runtime import Advance, Runtime
 from gradsift.training.device import device_of

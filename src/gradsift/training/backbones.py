@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from gradsift.artifacts import Artifact, file_hash
+from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, ModelConfig
 from gradsift.errors import ConfigError, DataError, GradsiftError
+from gradsift.manifests import file_hash
 from gradsift.names import slug_of_path
 from gradsift.outside_json import loads
 from gradsift.runtime import Runtime

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gradsift.artifacts import UNFINISHED
+from gradsift.manifests import UNFINISHED
 from gradsift.training import lora
 
 if TYPE_CHECKING:

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gradsift.artifacts import MADE_BY
+from gradsift.checked_lines import JOURNAL_FILE
 from gradsift.manifests import MANIFEST, UNFINISHED
 
 REPOSITORY = Path(__file__).parents[1]
@@ -204,7 +205,6 @@ def _plain(path: Path) -> str:
 
 def _points(store: Path) -> dict[str, int]:
     """What each of them has saved: steps of a training, lines of a journal."""
-    from gradsift.journal import JOURNAL_FILE
     from gradsift.training.save_point import steps_saved
 
     found = {}

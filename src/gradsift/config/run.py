@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from gradsift.config.bounds import require_bounds
 from gradsift.config.checks import at_least, one_of
 from gradsift.config.data import (
     EMBEDDED,
@@ -76,6 +77,7 @@ class Config:
     report: bool = True  # report.html at the end of a run; of a sweep one for all of its jobs
 
     def __post_init__(self) -> None:
+        require_bounds(self)
         self._check_names()
         if not 0 < self.alpha <= 1:
             raise ConfigError(

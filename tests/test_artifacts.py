@@ -132,6 +132,26 @@ def test_a_manifest_of_an_earlier_version_without_a_checksum_is_taken(tmp_path: 
     assert build(tmp_path, {}, text="never written")[0].records[0].reused
 
 
+def test_a_note_of_who_began_that_cannot_be_read_ends_nothing(tmp_path: Path) -> None:
+    """Nor does what is left in the file of the lock."""
+    heard: list[str] = []
+
+    def make(folder: Path) -> dict:
+        (folder / UNFINISHED / "point").write_bytes(b"")
+        if len(heard) < 1:
+            heard.append("began")
+            raise ValueError("interrupted")
+        return {}
+
+    store = Store(tmp_path, heard.append)
+    with pytest.raises(ValueError, match="interrupted"):
+        store.obtain("stage", "slug", {}, [], make, version=1)
+    for file in [*tmp_path.glob("stage/*.part/unfinished/made_by.json"), *tmp_path.glob("stage/.*.lock")]:
+        file.write_bytes(b"\xff\xfe\x00")
+    assert store.obtain("stage", "slug", {}, [], make, version=1).info == {}
+    assert "other code or packages" in heard[2]
+
+
 def test_work_that_failed_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     def fail(folder: Path) -> dict:
         (folder / "half.txt").write_text("half")

@@ -15,6 +15,7 @@ from gradsift.cli import conf_folder
 from gradsift.config import Config
 from gradsift.config.bounds import MOST, _numbers, require_bounds
 from gradsift.errors import ConfigError
+from gradsift.evaluation import records
 from gradsift.overrides import require_readable
 from gradsift.sweep import MOST_JOBS, _count, _require_few, values_of
 
@@ -76,6 +77,14 @@ def test_a_number_of_hundreds_of_digits_is_not_spelt_out(config: Config) -> None
 def test_what_would_fill_the_memory_is_refused_from_the_command_line(option: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"{option}=1.* is more than "):
         composed(f"{option}={value}")
+
+
+@pytest.mark.parametrize("wrong", [("--bootstrap", "0"), ("--bootstrap", "1000000000"), ("--seed", "-1")])
+def test_so_is_what_a_command_beside_the_run_would_fill_it_with(
+    wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert records.main(["nothing.jsonl", *wrong]) == 2
+    assert "--bootstrap must be at least 1 and at most 100,000" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------- the command line

@@ -291,7 +291,7 @@ class Store:
         note = unfinished / MADE_BY
         if note.exists() and len(list(part.rglob("*"))) > 2:
             self.say(f"  {path.name}: going on from where an interrupted run was")
-            if note.read_text(encoding="utf-8") != ours:
+            if note.read_bytes() != ours.encode("utf-8"):  # bytes: it may be damaged
                 self.say("    which had other code or packages: equal bytes are not promised then")
         note.write_text(ours, encoding="utf-8")
         return part

@@ -42,7 +42,7 @@ class Holder:
     def named(self) -> str:
         """Who signed last."""
         try:
-            return self.file.read_text(encoding="utf-8").split(",")[0] or "not named"
+            return self.file.read_text(encoding="utf-8", errors="replace").split(",")[0] or "not named"
         except OSError:
             return "not named"
 
@@ -53,7 +53,7 @@ class Holder:
             GradsiftError: another process signed since.
         """
         try:
-            found = self.file.read_text(encoding="utf-8")
+            found = self.file.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return  # taken away by somebody, but nobody else is at work
         if found != self.name:

@@ -62,6 +62,20 @@ def require_bounds(config: Any) -> None:
             raise ConfigError(f"{option}={_shown(value)} is more than {most:,}, {why}; give less")
 
 
+def require_resampling(bootstrap: int, confidence: float, seed: int | None) -> None:
+    """The same for the options of a command that prints intervals.
+
+    Raises:
+        ConfigError: one of them is out of range.
+    """
+    most, most_seed = MOST["bootstrap"][0], _SEED[0]
+    if not 1 <= bootstrap <= most or not 0 < confidence < 1 or not 0 <= (seed or 0) <= most_seed:
+        raise ConfigError(
+            f"--bootstrap must be at least 1 and at most {most:,}, --confidence between 0 and 1, and --seed from 0 to "
+            f"{most_seed:,}"
+        )
+
+
 def _numbers(option: str, value: Any) -> Iterator[tuple[str, int]]:
     """The whole numbers below `value`, each with its dotted name."""
     if dataclasses.is_dataclass(value):

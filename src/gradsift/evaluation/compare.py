@@ -24,6 +24,7 @@ from gradsift.evaluation.export import export
 from gradsift.evaluation.generation import OUTPUTS_FILE, ModelOutput, read_pair, write_model_outputs
 from gradsift.evaluation.human.pairs import PairFiles
 from gradsift.names import slug
+from gradsift.overrides import require_readable
 
 if TYPE_CHECKING:
     from gradsift.artifacts import Artifact, Store
@@ -105,6 +106,7 @@ def _config(options: Sequence[str]) -> Config:
                 f"{option!r} has no say here; options are judge=NAME, judge.KEY=VALUE, compute.KEY=VALUE, "
                 "benchmark.catalog.SET.KEY=VALUE and artifacts=DIR"
             )
+    require_readable(options, conf_folder())
     register_schemas()
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):

@@ -6,7 +6,9 @@ A small sweep over the embedded world (two methods, both ways to collect, dropou
 once undisturbed. Then the same command is given again and again in a store of its own, and each process is killed
 with SIGKILL: at a random moment, or shortly after a chosen stage has saved a point, so that single epochs are
 hit several times. Once a round has ended by itself, all files of both stores are compared byte for byte (of the
-manifests, which tell times, the counts alone). Rounds begin until there were enough kills.
+manifests, which tell times, the counts alone; of the judge's cache the replies). Rounds begin until there were enough
+kills. The judge is an endpoint of this process that takes four requests at a time and answers each after a while of its
+own, so that replies come in another order in each round.
 
 Undisturbed, points are saved as usual; with kills, after every step (`compute.save_every=0`).
 """
@@ -21,17 +23,22 @@ import multiprocessing
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Protocol
 
-from gradsift.artifacts import MADE_BY, MANIFEST, UNFINISHED
+from gradsift.artifacts import MADE_BY
+from gradsift.checked_lines import JOURNAL_FILE
+from gradsift.manifests import MANIFEST, UNFINISHED
 
 REPOSITORY = Path(__file__).parents[1]
 SWEEP = (
@@ -43,9 +50,12 @@ SWEEP = (
 # whose points are waited for; None is any moment. Two in a row hit one epoch twice
 MOMENTS = (
     *(None, "member", "member", None, "norms", "finetune", "finetune", None),
-    *("generate", "member", "member", "finetune", None, "warmup", "warmup", None),
+    *("generate", "member", "member", "judge", "finetune", None, "warmup", "warmup", "judge", None),
 )
-PROCESS = ("resumed_steps", "forward_tokens", "seconds")  # counts that tell what the last process did
+JUDGE = ("judge=openai", "judge.model=soak", "judge.concurrency=4")  # and its address
+PROCESS = ("resumed_steps", "forward_tokens", "seconds", "cost")  # counts that tell what the last process did
+REPLIES_FILE = "judge_cache.sqlite"
+SLOWEST = 0.1  # seconds that the judge takes for a reply at most
 LONGEST = 2.0  # seconds from the first sign of work to a kill at any moment
 PATIENCE = 600.0  # seconds for one process
 
@@ -102,7 +112,7 @@ class Forked:
 
     def __init__(self, arguments: Sequence[str], folder: Path, store: Path) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["gradsift.line", "gradsift.cli"])
+        context.set_forkserver_preload(["gradsift.line", "gradsift.cli", "openai"])
         self._process = context.Process(target=_as_run_py, args=(list(arguments), folder, store))
         self._process.start()
         self.pid = int(self._process.pid or 0)
@@ -140,6 +150,53 @@ def soak(
 
     A moment that has not come when the sweep ends is passed over.
     """
+    with judging(folder) as address:
+        return _soak(folder, kills, seed, (*sweep, *JUDGE, f"judge.base_url={address}"), moments, start, say)
+
+
+@contextmanager
+def judging(folder: Path) -> Iterator[str]:
+    """A chat endpoint on this machine, and its address: the same for all runs of a folder, whose artifacts name it."""
+    noted, chance = folder / "port.txt", random.Random()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
+            grades = [1 + byte % 10 for byte in hashlib.sha256(asked.encode()).digest()[:2]]
+            time.sleep(chance.uniform(0, SLOWEST))
+            message = {"role": "assistant", "content": f"{grades[0]} {grades[1]}\nAs I see it."}
+            choices = [{"index": 0, "finish_reason": "stop", "message": message}]
+            usage = {"prompt_tokens": len(asked), "completion_tokens": 9, "total_tokens": len(asked) + 9}
+            reply = {"id": "x", "object": "chat.completion", "created": 1, "model": "soak", "choices": choices}
+            content = json.dumps(reply | {"usage": usage}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            with suppress(OSError):  # who asked was killed
+                self.wfile.write(content)
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+    port = int(noted.read_text()) if noted.exists() else 0
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+        server.daemon_threads = True
+        (_fresh(folder) / noted.name).write_text(str(server.server_address[1]))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        server.shutdown()
+
+
+def _soak(
+    folder: Path,
+    kills: int,
+    seed: int,
+    sweep: Sequence[str],
+    moments: Sequence[str | None],
+    start: Start,
+    say: Callable[[str], None],
+) -> Outcome:
     chance, outcome = random.Random(seed), Outcome()
     store, whole = folder / "store", folder / "whole"  # all are made at one place, which adapters name
     say(f"run.py {' '.join(sweep)}")
@@ -203,7 +260,6 @@ def _plain(path: Path) -> str:
 
 def _points(store: Path) -> dict[str, int]:
     """What each of them has saved: steps of a training, lines of a journal."""
-    from gradsift.journal import JOURNAL_FILE
     from gradsift.training.save_point import steps_saved
 
     found = {}
@@ -234,9 +290,13 @@ def compare(whole: Path, killed: Path) -> tuple[int, list[str]]:
 def _contents(store: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in store.rglob("*"):
-        if not path.is_file() or path.name.startswith("."):  # locks
+        if not path.is_file() or path.name.startswith((".", f"{REPLIES_FILE}-")):  # locks, SQLite's log
             continue
         name = str(path.relative_to(store))
+        if path.name == REPLIES_FILE:
+            with closing(sqlite3.connect(path)) as replies:
+                found[name] = dict(replies.execute("SELECT key, reply FROM replies"))
+            continue
         if path.name == MANIFEST:
             info = json.loads(path.read_text(encoding="utf-8"))["info"]
             found[name] = {key: value for key, value in info.items() if key not in PROCESS}

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from gradsift import artifacts
-from gradsift.artifacts import MANIFEST, UNFINISHED, Artifact, Store, fingerprint_of
+from gradsift.artifacts import Artifact, Store, fingerprint_of
 from gradsift.errors import GradsiftError
+from gradsift.manifests import MANIFEST, UNFINISHED, write_manifest
 
 
 def build(
@@ -73,6 +74,82 @@ def test_a_damaged_artifact_is_set_aside_and_made_again(tmp_path: Path, damage: 
     assert again.file("result.txt").read_text() == "new"
     assert not store.records[0].reused
     assert len(list(tmp_path.glob("stage/*.damaged-*"))) == 1
+
+
+ENTRIES = {  # of a manifest, and what cannot stand there
+    "another fingerprint": {"fingerprint": "0123456789ab"},
+    "another stage": {"stage": "other"},
+    "no files": {"files": {}},
+    "files that are a list": {"files": ["result.txt"]},
+    "a file described by nothing": {"files": {"result.txt": None}},
+    "info that is a list": {"info": []},
+    "info that is nothing": {"info": None},
+    "a count that is text": {"info": {"rows": "1", "optimizer_steps": 3}},
+    "a negative count": {"info": {"rows": 1, "optimizer_steps": -3}},
+    "a count that is NaN": {"info": {"rows": float("nan")}},
+    "parents that are text": {"parents": "none"},
+    "a commit that is a number": {"git_sha": 7},
+}
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_manifest_that_is_not_of_the_request_is_noticed(tmp_path: Path, entry: str, sealed: bool) -> None:
+    """Also where its own checksum fits, or is not there, as in manifests of earlier versions."""
+    _, artifact = build(tmp_path, {})
+    manifest = json.loads(artifact.file(MANIFEST).read_text()) | ENTRIES[entry]
+    if sealed:
+        write_manifest(artifact.path, manifest)
+    else:
+        manifest.pop("checksum")
+        artifact.file(MANIFEST).write_text(json.dumps(manifest))
+    heard: list[str] = []
+    again = Store(tmp_path, heard.append).obtain("stage", "slug", {}, [], lambda folder: {"rows": 2}, version=1)
+    assert again.info == {"rows": 2}
+    assert len(heard) == 1
+    assert "is damaged (manifest.json" in heard[0] or "is damaged (result.txt" in heard[0]
+
+
+@pytest.mark.parametrize("key", ["info", "seconds", "config", "files", "parents", "finished"])
+def test_a_manifest_whose_content_was_changed_is_noticed(tmp_path: Path, key: str) -> None:
+    """As by a flipped bit: everything else is as it should be."""
+    _, artifact = build(tmp_path, {"a": 1})
+    text = artifact.file(MANIFEST).read_text()
+    manifest = json.loads(text)
+    changed = {"info": {"rows": 9, "optimizer_steps": 3}, "files": manifest["files"] | {"more": {}}}.get(key, ["x"])
+    artifact.file(MANIFEST).write_text(json.dumps(manifest | {key: changed}))
+    heard: list[str] = []
+    store = Store(tmp_path, heard.append)
+    assert store.obtain("stage", "slug", {"a": 1}, [], lambda folder: {}, version=1).info == {}
+    assert "manifest.json does not fit its checksum" in heard[0] and len(heard) == 1
+
+
+def test_a_manifest_of_an_earlier_version_without_a_checksum_is_taken(tmp_path: Path) -> None:
+    _, artifact = build(tmp_path, {})
+    manifest = json.loads(artifact.file(MANIFEST).read_text())
+    del manifest["checksum"]
+    artifact.file(MANIFEST).write_text(json.dumps(manifest))
+    assert build(tmp_path, {}, text="never written")[0].records[0].reused
+
+
+def test_a_note_of_who_began_that_cannot_be_read_ends_nothing(tmp_path: Path) -> None:
+    """Nor does what is left in the file of the lock."""
+    heard: list[str] = []
+
+    def make(folder: Path) -> dict:
+        (folder / UNFINISHED / "point").write_bytes(b"")
+        if len(heard) < 1:
+            heard.append("began")
+            raise ValueError("interrupted")
+        return {}
+
+    store = Store(tmp_path, heard.append)
+    with pytest.raises(ValueError, match="interrupted"):
+        store.obtain("stage", "slug", {}, [], make, version=1)
+    for file in [*tmp_path.glob("stage/*.part/unfinished/made_by.json"), *tmp_path.glob("stage/.*.lock")]:
+        file.write_bytes(b"\xff\xfe\x00")
+    assert store.obtain("stage", "slug", {}, [], make, version=1).info == {}
+    assert "other code or packages" in heard[2]
 
 
 def test_work_that_failed_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
@@ -282,7 +359,7 @@ def test_a_store_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_clock_that_is_wrong_changes_nothing(tmp_path: Path) -> None:
     _, made = build(tmp_path, {})
     manifest = json.loads(made.file(MANIFEST).read_text()) | {"finished": "2999-01-01T00:00:00Z"}
-    made.file(MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(made.path, manifest)
     far = 32_000_000_000  # seconds: after the year 2900
     for path in [tmp_path, *tmp_path.rglob("*")]:
         os.utime(path, (far, far))
@@ -305,7 +382,7 @@ def test_work_of_other_code_is_said(tmp_path: Path, change: dict, said: str) -> 
     Store(tmp_path, heard.append).obtain("stage", "slug", {}, [], lambda folder: {}, version=1)
     assert heard == []
     manifest = json.loads(made.file(MANIFEST).read_text()) | {"git_sha": "a1b2"} | change
-    made.file(MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(made.path, manifest)
     store = Store(tmp_path, heard.append)
     for _ in range(2):
         store.obtain("stage", "slug", {}, [], lambda folder: {}, version=1)

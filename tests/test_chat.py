@@ -181,6 +181,33 @@ def test_a_reply_that_utf_8_cannot_hold_is_kept(tmp_path: Path) -> None:
     assert ReplyCache(tmp_path / "replies.sqlite").find("a" * 64) == Completion("\ud800 \u2028 '", "stop")
 
 
+UNREADABLE = {
+    "empty": "",
+    "cut": '{"text": "8',
+    "no object": "[1]",
+    "no text": '{"finish": "stop"}',
+    "a number": '{"text": 8}',
+    "another field": '{"text": "8 7", "more": 1}',
+    "logprobs of another kind": '{"text": "8 7", "logprobs": "x"}',
+    "deep": "[" * 100_000,
+    "bytes": b"\xff\xfe{",
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_kept_reply_that_cannot_be_read_is_asked_for_again(kind: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    replies = ReplyCache(tmp_path / "replies.sqlite", said.append)
+    replies.keep("a" * 64, Completion("8 7"), "s", Tokens(1, 2))
+    with replies._connection as connection:
+        connection.execute("UPDATE replies SET reply = ?", (UNREADABLE[kind],))
+    assert replies.find("a" * 64) is None
+    assert said == ["  a reply in replies.sqlite cannot be read; it is asked for again"]
+    replies.keep("a" * 64, Completion("9 1"), "s", Tokens(1, 2))
+    assert replies.find("a" * 64) == Completion("9 1")
+    assert len(said) == 1
+
+
 # ----------------------------------------------------------------------------------- what goes wrong
 
 STORM = {"retry-after-ms": "20"}

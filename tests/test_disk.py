@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import SMOKE
 
-from gradsift.artifacts import MANIFEST, Store
+from gradsift.artifacts import Store
 from gradsift.errors import GradsiftError
 from gradsift.features.vectors import open_features
+from gradsift.manifests import MANIFEST
 
 Mount = Callable[..., Path]
 

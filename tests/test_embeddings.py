@@ -28,7 +28,8 @@ from gradsift.features import embeddings as embeddings_module
 from gradsift.features.embeddings import Embedder, Text, embed, embedded
 from gradsift.features.hidden_states import HiddenStates, hidden_states_embedder, pool, pooled_states
 from gradsift.features.sentence_encoder import load_sentence_encoder, sentence_encoder
-from gradsift.features.vectors import IDS_FILE, read_features
+from gradsift.features.vectors import FEATURES_FILE, FILLED_FILE, IDS_FILE, read_features
+from gradsift.manifests import UNFINISHED
 from gradsift.runtime import Display, Runtime
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget
@@ -259,8 +260,9 @@ def test_embeddings_are_found_again_until_something_changes_them(runtime: Runtim
     assert len({first, *(made(**other) for other in others)}) == 5
 
 
+@pytest.mark.parametrize("damage", [None, "vectors", "header", "note", "cut note"])
 def test_an_interrupted_stage_continues_with_the_block_it_was_in(
-    runtime: Runtime, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+    runtime: Runtime, backbone: Backbone, damage: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embeddings_module, "_BLOCK", 2)
     seen: list[int] = []
@@ -283,12 +285,25 @@ def test_an_interrupted_stage_continues_with_the_block_it_was_in(
     with pytest.raises(KeyboardInterrupt):
         run(lives=1)
     assert seen == [2]
+    (part,) = runtime.store.root.glob("embeddings/*.part")
+    if damage is not None:
+        place = {"vectors": 128, "header": 12, "note": 30, "cut note": None}[damage]
+        file = part / FEATURES_FILE if damage in ("vectors", "header") else part / UNFINISHED / FILLED_FILE
+        flip(file, place) if place is not None else file.write_bytes(file.read_bytes()[:-9])
     resumed = run(lives=99)
-    assert seen == [2, 2]  # four different texts in all: nothing was embedded twice
+    # four different texts in all: nothing was embedded twice, but for a block that was damaged
+    assert seen == ([2, 2] if damage is None else [2, 2, 2])
     fresh = Runtime(Store(runtime.store.root.parent / "other", say=lambda line: None), *_rest(runtime))
     whole = embed(fresh, embedder_of(fresh, backbone), parent(fresh, "load"), lambda: (examples(), []))
     assert read_features(resumed).vectors.tobytes() == read_features(whole).vectors.tobytes()
     assert set(resumed.manifest["files"]) == {"features.npy", "ids.json"}
+
+
+def flip(file: Path, place: int) -> None:
+    """Change one bit, as a disk may."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
 
 
 def _rest(runtime: Runtime) -> tuple[Any, ...]:

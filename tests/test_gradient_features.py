@@ -178,7 +178,7 @@ def made(line: Line, fresh: Path, given: Any = None) -> np.ndarray:
     artifact = gradient_features(
         runtime, config.features, config.proxy, line.checkpoints, line.loaded, load, "pool", adam=True
     )
-    assert not (artifact.path / "progress.json").exists()
+    assert sorted(artifact.manifest["files"]) == ["features.npy", "ids.json"]
     return np.array(read_features(artifact).vectors)
 
 

@@ -21,12 +21,13 @@ from hydra.core.global_hydra import GlobalHydra
 
 from gradsift import config as config_package
 from gradsift import pipeline, versions
-from gradsift.artifacts import MANIFEST, Artifact, Store
+from gradsift.artifacts import Artifact, Store
 from gradsift.cli import conf_folder
 from gradsift.config import ComputeConfig, Config, ModelConfig, NanoConfig, load_config, register_schemas
 from gradsift.data import tokens
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.gradients.statistics import statistics
+from gradsift.manifests import MANIFEST
 from gradsift.planning import NotMade, Planner, unread
 from gradsift.runtime import Runtime, unseen
 from gradsift.training.backbones import backbone, load_backbone

@@ -15,18 +15,19 @@ from conftest import SMOKE
 from test_generation import ragged_prompts, tiny_model, tiny_tokenizer
 
 from gradsift import journal as journal_module
-from gradsift.artifacts import UNFINISHED
+from gradsift.checked_lines import JOURNAL_FILE
 from gradsift.data.tokens import Encoded
 from gradsift.evaluation import generation
 from gradsift.evaluation.generation import generate_answers
-from gradsift.journal import JOURNAL_FILE, Journal
+from gradsift.journal import Journal
+from gradsift.manifests import UNFINISHED
 from gradsift.training.device import TokenBudget
 
 ODD = [0.1, 1 / 3, 1e-45, 3.4e38, -0.0, float("nan"), float("inf")]
 VALUES = ["a\ud800\u2028b", [1, None], {"loss": 0.1}, torch.tensor(ODD), torch.tensor([ODD], dtype=torch.float64)]
 
 
-def asked(folder: Path, keys: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+def asked(folder: Path, keys: Sequence[Any], say: Callable[[str], None] = print) -> tuple[list[Any], list[Any]]:
     """What a computation that asks for these keys is given, and those that had to be made."""
     made: list[Any] = []
 
@@ -37,7 +38,7 @@ def asked(folder: Path, keys: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 
         return work
 
-    journal = Journal(folder)
+    journal = Journal(folder, say=say)
     return [journal.once(key, make(key)) for key in keys], made
 
 
@@ -86,6 +87,28 @@ def test_a_line_that_was_cut_is_made_again(tmp_path: Path) -> None:
         assert found[0] == whole[0] or cut < second
     lines(tmp_path).write_bytes(content[:second] + b"\0" * 20)  # what a machine that went down may leave
     assert asked(tmp_path, ["a", "b"])[1] == ["b"]
+
+
+def test_a_line_that_was_changed_is_made_again_with_a_word(tmp_path: Path) -> None:
+    """Whatever bit of it changed: one digit of a loss would else be another loss."""
+    whole, _ = asked(tmp_path, ["a", "b", "c"])
+    content = lines(tmp_path).read_bytes()
+    second, third = content.index(b"\n") + 1, content.rindex(b"\n", 0, -1) + 1
+    for place in range(second, third):
+        lines(tmp_path).write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        said: list[str] = []
+        found, made = asked(tmp_path, ["a", "b", "c"], said.append)
+        assert (found[0], made) == (whole[0], ["b", "c"])
+        (line,) = said
+        assert f"line 2 of {tmp_path.name}/unfinished/journal.jsonl is cut or damaged" in line
+        assert asked(tmp_path, ["a", "b", "c"], said.append) == (found, [])
+        assert len(said) == 1
+
+
+def test_a_line_of_an_earlier_version_has_no_checksum_and_is_made_again(tmp_path: Path) -> None:
+    asked(tmp_path, ["a"])
+    lines(tmp_path).write_text('["a", "found"]\n')
+    assert asked(tmp_path, ["a"])[1] == ["a"]
 
 
 def test_a_failure_leaves_no_result(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from endpoint import NOW, Answer, Endpoint
 from exactness import assert_close_by_norm, exact_copy
+from test_judging import kept
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -42,7 +43,7 @@ from gradsift.evaluation.judges.parsing import UNREAD, parse_grade, parse_scores
 from gradsift.evaluation.judges.rating import SCALES, render_rating
 from gradsift.evaluation.judges.verifier import VerifierJudge
 from gradsift.evaluation.judges.wording import judge_wording, rating_wording
-from gradsift.evaluation.judging import judge_pairs, read_judgments
+from gradsift.evaluation.judging import judge_pairs
 from gradsift.evaluation.reply_cache import ReplyCache
 from gradsift.evaluation.stages.judging import judge, rater
 from gradsift.runtime import Display, Runtime
@@ -530,7 +531,7 @@ def test_every_misbehaviour_ends_in_a_count_and_a_state_to_go_on_from(
     }
     with pytest.raises(JudgeError, match=rf"(?s){said}.*again.*\(5 of 16 requests are answered\)"):
         judge_pairs(openai_judge(**options), *pairs, path)
-    assert len(read_judgments(path)) == 5 and all(judgment.valid for judgment in read_judgments(path))
+    assert len(kept(path)) == 5 and all(judgment.valid for judgment in kept(path))
     endpoint.bodies.clear()
     endpoint.behave = lambda text, attempt: (200, "8 7", {})
     judgments = judge_pairs(openai_judge(**options), *pairs, path)

@@ -25,15 +25,15 @@ from test_finetuning import (
 )
 from test_norms import ragged_examples, tiny_model
 
-from gradsift.artifacts import UNFINISHED
 from gradsift.config import ComputeConfig, LoraConfig
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
+from gradsift.manifests import UNFINISHED
 from gradsift.training import finetuning, lora, target
 from gradsift.training.backbones import load_backbone
 from gradsift.training.device import TokenBudget
 from gradsift.training.finetuning import Finetuning, fit
-from gradsift.training.save_point import POINT_FILE, steps_saved
+from gradsift.training.save_point import POINT_FILE, _checksum, steps_saved
 from gradsift.training.target import train_target
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
@@ -103,27 +103,37 @@ def test_dropout_masks_are_those_of_the_seed(tmp_path: Path) -> None:
     assert not all(map(torch.equal, weights_of(module.model).values(), weights_of(whole.model).values()))
 
 
-def change_point(folder: Path, tensors: dict[str, torch.Tensor], **about: Any) -> None:
+def change_point(folder: Path, tensors: dict[str, torch.Tensor], sealed: bool = True, **about: Any) -> None:
     point = folder / UNFINISHED / POINT_FILE
     with safe_open(point, framework="pt") as file:
-        metadata = json.loads(file.metadata()["about"]) | about
-    save_file(load_file(point) | tensors, point, metadata={"about": json.dumps(metadata)})
+        text = json.dumps(json.loads(file.metadata()["about"]) | about)
+    changed = load_file(point) | tensors
+    checksum = {"checksum": _checksum(changed, text)} if sealed else {}
+    save_file(changed, point, metadata={"about": text, **checksum})
 
 
-@pytest.mark.parametrize("damage", ["cut", "other format"])
+@pytest.mark.parametrize("damage", ["cut", "other format", "header", "about", "weights", "no checksum", "empty"])
 def test_a_point_that_cannot_be_used_costs_no_more_than_itself(damage: str, tmp_path: Path) -> None:
     encoded = ragged_examples(10)
     whole, _ = train(tmp_path / "whole", KillAfter(), encoded)
     with pytest.raises(Killed):
         train(tmp_path / "killed", KillAfter(3), encoded)
-    if damage == "cut":
-        point = tmp_path / "killed" / UNFINISHED / POINT_FILE
-        point.write_bytes(point.read_bytes()[:1000])
-    else:
+    point = tmp_path / "killed" / UNFINISHED / POINT_FILE
+    content = bytearray(point.read_bytes())
+    places = {"header": 9, "about": content.index(b"steps"), "weights": len(content) - 3}
+    if damage in places:
+        content[places[damage]] ^= 1
+    left = {"cut": 1000, "empty": 0}.get(damage, len(content))
+    point.write_bytes(content[:left])
+    if damage == "other format":
         change_point(tmp_path / "killed", {}, format=0)
-    module, taken = train(tmp_path / "killed", KillAfter(), encoded)
+    elif damage == "no checksum":
+        change_point(tmp_path / "killed", {}, sealed=False)
+    said: list[str] = []
+    module, taken = train(tmp_path / "killed", KillAfter(), encoded, budget=TokenBudget(4096, said.append))
     assert taken == len(PLAN)
     assert module.curve == whole.curve
+    assert said == ["  the save point of killed is damaged or of another version; its training begins anew"]
 
 
 def test_a_point_is_never_saved_after_a_loss_that_is_not_finite(tmp_path: Path, monkeypatch: Any) -> None:

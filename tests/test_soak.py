@@ -8,13 +8,13 @@ import pytest
 from conftest import SMOKE
 
 from benchmarks.soak import Forked, soak
-from gradsift.artifacts import UNFINISHED
+from gradsift.manifests import UNFINISHED
 
 ONE_RUN = (*SMOKE, "proxy.batch_size=4", "proxy.lora.dropout=0.1", "target.steps=20", "target.lora.dropout=0.1")
 
 
 def test_three_kills_within_epochs_change_no_byte(tmp_path: Path) -> None:
-    outcome = soak(tmp_path, 3, 0, ONE_RUN, ("member", "member", "finetune"), Forked)
+    outcome = soak(tmp_path, 3, 0, ONE_RUN, ("member", "member", "judge"), Forked)
     assert len(outcome.hits) == 3
     assert outcome.twice_in_one_epoch()
     assert outcome.differing == []

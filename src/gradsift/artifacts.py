@@ -18,8 +18,6 @@ the file system, which it frees when their holder dies; no clock is ever compare
 from __future__ import annotations
 
 import errno
-import functools
-import hashlib
 import json
 import os
 import shutil
@@ -35,12 +33,12 @@ from safetensors import SafetensorError
 from gradsift.cost import counting, peak_resident_gb
 from gradsift.errors import GradsiftError
 from gradsift.locks import Holder, locked
+from gradsift.manifests import MANIFEST, UNFINISHED, content_hash, describe, files_of, read_manifest, write_manifest
+from gradsift.names import require_no_link
+from gradsift.names import slug as safe_slug
 from gradsift.versions import code_hash, differences, git_sha, package_versions
 
-MANIFEST = "manifest.json"
-UNFINISHED = "unfinished"  # folder of what an interrupted `make` goes on from; no artifact holds it
-MADE_BY = "made_by.json"  # in it: the code and the packages that began
-_HASH_LIMIT = 256 * 2**20  # bytes; beyond this reuse checks a file's size alone
+MADE_BY = "made_by.json"  # in `unfinished/`: the code and the packages that began
 _STORE_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -209,7 +207,7 @@ class Store:
     ) -> tuple[str, Path]:
         """Fingerprint and folder of a unit."""
         fingerprint = fingerprint_of(stage, version, config, parents)
-        return fingerprint, self.root / stage / f"{slug}-{fingerprint}"
+        return fingerprint, self.root / stage / f"{safe_slug(slug)}-{fingerprint}"
 
     def _is_ours(self, error: OSError | SafetensorError, nameless: bool) -> bool:
         """Whether an error is about the store, and not about something that a stage reads elsewhere."""
@@ -265,10 +263,10 @@ class Store:
             "git_sha": git_sha(),
             "code": code_hash(),
             "packages": package_versions(),
-            "files": {name: _describe(part / name) for name in _files(part)},
+            "files": {name: describe(part / name) for name in files_of(part)},
         }
         holder.require()
-        _write_synced(part / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+        write_manifest(part, manifest)
         _clear(part / UNFINISHED)
         part.rename(path)
         artifact = Artifact(stage, path, fingerprint, manifest)
@@ -277,8 +275,10 @@ class Store:
 
     def _part(self, path: Path, keep_part: bool) -> Path:
         """The folder to work in, with what an interrupted process left there to go on from."""
-        part = path.with_name(path.name + ".part")
+        part = require_no_link(path.with_name(path.name + ".part"))
         unfinished = part / UNFINISHED
+        for left in part.rglob("*"):
+            require_no_link(left)
         unfinished.mkdir(parents=True, exist_ok=True)
         (part / MANIFEST).unlink(missing_ok=True)  # of a process that died just before the rename
         if not keep_part:
@@ -291,7 +291,7 @@ class Store:
         note = unfinished / MADE_BY
         if note.exists() and len(list(part.rglob("*"))) > 2:
             self.say(f"  {path.name}: going on from where an interrupted run was")
-            if note.read_text(encoding="utf-8") != ours:
+            if note.read_bytes() != ours.encode("utf-8"):  # bytes: it may be damaged
                 self.say("    which had other code or packages: equal bytes are not promised then")
         note.write_text(ours, encoding="utf-8")
         return part
@@ -300,7 +300,7 @@ class Store:
         """The artifact at `path` if every file is as the manifest says; a damaged one is set aside."""
         if not path.is_dir():
             return None
-        manifest, damage = read_manifest(path)
+        manifest, damage = read_manifest(path, stage=stage, fingerprint=fingerprint)
         if damage is None:
             return Artifact(stage, path, fingerprint, manifest)
         aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
@@ -319,7 +319,7 @@ class Store:
             return
         wanted = {**described, "parents": [parent.fingerprint for parent in parents]}
         ours = wanted.pop("numerics")
-        for path in sorted((self.root / stage).glob(f"{slug}-*/{MANIFEST}")):
+        for path in sorted((self.root / stage).glob(f"{safe_slug(slug)}-*/{MANIFEST}")):
             manifest, damage = read_manifest(path.parent)
             theirs = manifest.get("numerics")
             if damage or theirs == ours or any(manifest.get(name) != value for name, value in wanted.items()):
@@ -345,20 +345,6 @@ class Store:
 
     def records_as_dicts(self) -> list[dict[str, Any]]:
         return [asdict(record) for record in self.records]
-
-
-def read_manifest(path: Path) -> tuple[dict[str, Any], str | None]:
-    """The manifest of the artifact at `path`, and what is damaged there: None where every file is as it says."""
-    try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if not {"files", "info", "git_sha"} <= set(manifest):
-            raise KeyError
-        for name, described in manifest["files"].items():
-            if not (path / name).is_file() or _describe(path / name) != described:
-                return manifest, f"{name} is missing or is not what was written"
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        return {}, f"{MANIFEST} cannot be read"
-    return manifest, None
 
 
 def lineage_of(stage: str, slug: str, parents: Sequence[Artifact], size: int | None) -> dict[str, Any]:
@@ -394,46 +380,10 @@ def _difference(theirs: Any, ours: Mapping[str, Mapping[str, str]]) -> str:
     return ", ".join(parts) or "models that are not known"
 
 
-def content_hash(content: Mapping[str, Any]) -> str:
-    """SHA-256 over JSON values, whatever the order of the keys."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def fingerprint_of(stage: str, version: int, config: Mapping[str, Any], parents: Sequence[Artifact]) -> str:
     """12 hex digits over everything that changes the result."""
     identity = {"stage": stage, "version": version, "config": config, "parents": [p.identity for p in parents]}
     return content_hash(identity)[:12]
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes; they are read once a process while the file stays the same."""
-    found = path.stat()
-    return _hash_of(path.absolute(), found.st_ino, found.st_mtime_ns, found.st_size)
-
-
-@functools.cache
-def _hash_of(path: Path, inode: int, modified: int, size: int) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _files(folder: Path) -> list[str]:
-    """What belongs to the artifact, relative to its folder."""
-    files = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
-    return sorted(str(file) for file in files if file.parts[0] != UNFINISHED)
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    return {"bytes": size, "sha256": file_hash(path) if size <= _HASH_LIMIT else None}
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _clear(folder: Path) -> None:

@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gradsift import config as config_module
 from gradsift.config import Config, TrackerConfig, dump_config, load_config, register_schemas, restore_config
 from gradsift.errors import ConfigError, GradsiftError
+from gradsift.overrides import require_readable
 from gradsift.sweep import HOME, Sweep, begin, fix_place
 
 CONFIG_FILE = "config.yaml"
@@ -70,7 +71,10 @@ def main() -> None:
         elif arguments[:1] == ["--replay"]:
             replay(arguments[1:])
         else:
+            require_readable(arguments, conf_folder())
             _compose_and_run()
+    except ConfigError as error:  # of the command line itself
+        _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:  # a group, an option or a type that is not there
         if _traced():
             raise
@@ -99,9 +103,12 @@ def _compose_and_run() -> None:
         with _hydra_raises():
             hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(_job)()
     except Exception as error:
-        if _sweep is None or _traced():
+        if _traced() or (_sweep is None and isinstance(error, HydraException | OmegaConfBaseException | OSError)):
             raise
         reason = in_one_line(error) or "no message"
+        if _sweep is None:
+            _fail(f"Hydra cannot compose this config: {type(error).__name__}: {reason}")
+            return
         _fail(
             f"the sweep ended early with {type(error).__name__}: {reason}; "
             "what is finished is kept, and the same command goes on from there"
@@ -201,7 +208,7 @@ def replay(arguments: list[str]) -> None:
     def load() -> Config:
         try:
             dumped = yaml.safe_load(source.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{source} cannot be read ({str(error).splitlines()[0]})") from error
         if not isinstance(dumped, dict):
             raise ConfigError(f"{source} is not the config of a run")
@@ -294,7 +301,7 @@ def _own(overrides: list[str], jobs: Sequence[Sequence[str]] | None) -> list[str
 
 
 def _about(config: Config, overrides: list[str]) -> dict[str, Any]:
-    from gradsift.artifacts import content_hash
+    from gradsift.manifests import content_hash
 
     name = config.scorer_name if config.scorer_name == "full" else f"{config.scorer_name}-{config.alpha:g}"
     dumped = dump_config(config)

@@ -6,7 +6,8 @@ gives what an interrupted process found for the same `key` at the same place of 
 `make`. A computation that asks for the same things in the same order is so handed what is there and goes on after it,
 with the same batches and the same bytes; from the first key that differs (another token budget, say) all is made anew.
 
-A line is whole or recognised as cut. JSON gives every float32 and float64 back as it was.
+Each line has a checksum: one that was cut or changed is dropped with those after it, and their results are made anew.
+JSON gives every float32 and float64 back as it was.
 """
 
 from __future__ import annotations
@@ -19,24 +20,29 @@ from typing import Any, TypeVar
 
 import torch
 
-from gradsift.artifacts import UNFINISHED
+from gradsift.checked_lines import JOURNAL_FILE, sealed, unsealed
+from gradsift.manifests import UNFINISHED
 
 T = TypeVar("T")
-JOURNAL_FILE = "journal.jsonl"
 
 
 class Journal:
     """The results that one artifact in the making consists of; outside of a folder nothing is kept."""
 
-    def __init__(self, folder: Path | None = None, every: float = 0.0) -> None:
+    def __init__(
+        self, folder: Path | None = None, every: float = 0.0, say: Callable[[str], None] = lambda line: None
+    ) -> None:
         """
         Args:
             folder: of the artifact.
             every: seconds for which results on a GPU may stay there: to fetch one is to wait for the GPU.
+            say: told of a line that was dropped.
         """
         self._path = None if folder is None else folder / UNFINISHED / JOURNAL_FILE
         self._reads = self._path is not None and self._path.exists()
+        self._say = say
         self._known = 0  # bytes of the file that this computation has asked for or written
+        self._number = 0  # of lines in them
         self._every = every
         self._written = time.monotonic()
         self._waiting: list[Any] = []
@@ -54,6 +60,7 @@ class Journal:
             line, found = self._next(self._path)
             if found is not None and found[0] == key:
                 self._known += len(line)
+                self._number += 1
                 value: T = found[1]
                 return value
             self._reads = False
@@ -64,24 +71,30 @@ class Journal:
         return made
 
     def _next(self, path: Path) -> tuple[bytes, Any]:
-        """The next line, and its key and result; None for a line that was cut, or at the end."""
+        """The next line, and its key and result; None for a line that was cut or changed, or at the end."""
         with path.open("rb") as stream:
             stream.seek(self._known)
             line = stream.readline()
-        try:
-            return line, json.loads(line, object_hook=_unpack) if line.endswith(b"\n") else None
-        except ValueError:  # broken JSON or UTF-8: of a machine that went down
-            return line, None
+        text = unsealed(line)
+        if text is not None:
+            return line, json.loads(text, object_hook=_unpack)
+        if line:
+            self._say(
+                f"  line {self._number + 1} of {path.parents[1].name}/{UNFINISHED}/{path.name} is cut or damaged; "
+                "its result, and those after it, are made again"
+            )
+        return line, None
 
     def _write(self, path: Path) -> None:
         # ASCII escapes: a model's answer may hold half a surrogate pair
-        lines = b"".join(json.dumps(each, default=_pack).encode("ascii") + b"\n" for each in self._waiting)
+        lines = b"".join(sealed(json.dumps(each, default=_pack)) for each in self._waiting)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("r+b" if path.exists() else "wb") as stream:
             stream.seek(self._known)
             stream.truncate()
             stream.write(lines)
         self._known += len(lines)
+        self._number += len(self._waiting)
         self._waiting.clear()
         self._written = time.monotonic()
 

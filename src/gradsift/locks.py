@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from gradsift.errors import GradsiftError
+from gradsift.names import require_no_link
 
 _PATIENCE = 3.0  # seconds before a wait for another process is said
 _POLL = 0.5  # seconds between looks at a lock after that: a hundred waiting jobs shall not wear out a file server
@@ -41,7 +42,7 @@ class Holder:
     def named(self) -> str:
         """Who signed last."""
         try:
-            return self.file.read_text(encoding="utf-8").split(",")[0] or "not named"
+            return self.file.read_text(encoding="utf-8", errors="replace").split(",")[0] or "not named"
         except OSError:
             return "not named"
 
@@ -52,7 +53,7 @@ class Holder:
             GradsiftError: another process signed since.
         """
         try:
-            found = self.file.read_text(encoding="utf-8")
+            found = self.file.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return  # taken away by somebody, but nobody else is at work
         if found != self.name:
@@ -72,8 +73,11 @@ def locked(
     Args:
         say: told for whom this process waits.
         at_work: entered while it waits.
+
+    Raises:
+        GradsiftError: the lock's file is a link.
     """
-    holder = Holder(path.parent / f".{path.name}.lock", path.name)
+    holder = Holder(require_no_link(path.parent / f".{path.name}.lock"), path.name)
     lock = FileLock(holder.file, fallback_to_soft=False)
     try:
         lock.acquire(timeout=_PATIENCE)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +21,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from gradsift.artifacts import MANIFEST, Artifact, Store, lineage_of, read_manifest, text_of
+from gradsift.artifacts import Artifact, Store, lineage_of, text_of
 from gradsift.errors import GradsiftError
+from gradsift.manifests import MANIFEST, parse_manifest, read_manifest
 
 if TYPE_CHECKING:
     from gradsift.report.results import Results
@@ -110,7 +110,7 @@ class Planner(Store):
     ) -> Artifact:
         """The artifact if it is there or light, or else its name; notes which."""
         fingerprint, path = self._made.place(stage, slug, config, parents, version)
-        manifest, damage = read_manifest(path)
+        manifest, damage = read_manifest(path, stage=stage, fingerprint=fingerprint)
         if damage is None:
             return self._note(Artifact(stage, path, fingerprint, manifest), DONE, certain=True)
         if light:
@@ -205,10 +205,10 @@ class Earlier:
 def _read(file: Path) -> Mapping[str, Any] | None:
     """A manifest, or None where it is not whole: then there is nothing to learn from it."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_manifest(file)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and {"config", "seconds", "files"} <= set(found) else None
+    return found if {"config", "seconds", "files"} <= set(found) else None
 
 
 def _method(manifest: Mapping[str, Any]) -> Any:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +23,7 @@ from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -31,6 +33,7 @@ from gradsift.errors import ConfigError, GradsiftError
 
 HOME = "GRADSIFT_HOME"  # in a job's environment: the folder in which its sweep was begun
 Job = list[str]  # the overrides of one job
+MOST_JOBS = 10_000  # of a sweep: every one is composed and checked before the first starts
 _GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _IN_THIS_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 _EXTRAS = {  # the optional extra that brings a plugin of Hydra
@@ -144,6 +147,7 @@ def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
     task = OmegaConf.to_container(composed.hydra.overrides.task, resolve=False)
     given = [*(f"{key}={value}" for key, value in cast(dict[str, Any], grid).items()), *cast(list[str], task)]
     parsed = OverridesParser.create(config_loader=_loader()).parse_overrides(given)
+    _require_few(parsed, searches)
     choices: dict[str, Job] = {}
     for override in parsed:  # the command line comes last and wins
         key = override.get_key_element()
@@ -153,6 +157,33 @@ def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
     first = {key: values[0] for key, values in choices.items()}
     tried = [list((first | {key: value}).values()) for key, values in choices.items() for value in values]
     return [list(job) for job in dict.fromkeys(map(tuple, tried))]
+
+
+def _require_few(parsed: Sequence[Override], searches: bool) -> None:
+    """Count the jobs before any is spelt out."""
+    counts = {override.get_key_element(): _count(override) for override in parsed}
+    jobs = sum(counts.values()) if searches else math.prod(counts.values())
+    if jobs > MOST_JOBS:
+        largest = max(counts, key=lambda key: counts[key])
+        what = f"search names {jobs:,} values" if searches else f"sweep has {jobs:,} jobs"
+        raise ConfigError(
+            f"this {what}, and {largest} has {counts[largest]:,} values; at most {MOST_JOBS:,} are checked before the "
+            f"first job, so give {'an interval' if searches else 'fewer values, or several sweeps over the same store'}"
+        )
+
+
+def _count(override: Override) -> int:
+    """How many values an override names; an interval has its two ends."""
+    value = override.value()
+    if isinstance(value, RangeSweep):
+        bounds = value.start or 0, value.stop or 0, value.step
+        if not all(map(math.isfinite, bounds)) or not value.step:
+            raise ConfigError(f"{override.input_line} has no end; give finite numbers, and a step other than 0")
+        start, stop, step = map(Fraction, bounds)
+        return max(0, math.ceil((stop - start) / step))
+    if isinstance(value, IntervalSweep):
+        return 2
+    return len(list(values_of(override)))
 
 
 def values_of(override: Override) -> Iterator[str]:

@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from gradsift.artifacts import Artifact, content_hash
+from gradsift.artifacts import Artifact
 from gradsift.config import TrackerConfig
 from gradsift.errors import ConfigError, GradsiftError
+from gradsift.manifests import content_hash
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from gradsift.config.bounds import require_bounds
 from gradsift.config.checks import at_least, one_of
 from gradsift.config.data import (
     EMBEDDED,
@@ -35,6 +36,7 @@ from gradsift.config.models import (
     TargetConfig,
 )
 from gradsift.errors import ConfigError
+from gradsift.names import require_name
 
 STAGES = ("load", "statistics", "scores", "selection", "finetune", "generate", "judge")
 
@@ -75,6 +77,8 @@ class Config:
     report: bool = True  # report.html at the end of a run; of a sweep one for all of its jobs
 
     def __post_init__(self) -> None:
+        require_bounds(self)
+        self._check_names()
         if not 0 < self.alpha <= 1:
             raise ConfigError(
                 f"alpha={self.alpha} is no share of the data; give a number above 0 and up to 1, as in 0.1"
@@ -105,13 +109,13 @@ class Config:
     @property
     def scorer_name(self) -> str:
         """The scorer's name, for a scorer of ours or of the user's own."""
-        name = self.scorer.get("name", "?") if isinstance(self.scorer, dict) else self.scorer.name
+        name = self.scorer.get("name", "unnamed") if isinstance(self.scorer, dict) else self.scorer.name
         return str(name)
 
     @property
     def selector_name(self) -> str:
         """The selector's name, likewise."""
-        name = self.selector.get("name", "?") if isinstance(self.selector, dict) else self.selector.name
+        name = self.selector.get("name", "unnamed") if isinstance(self.selector, dict) else self.selector.name
         return str(name)
 
     def reaches(self, stage: str) -> bool:
@@ -140,6 +144,15 @@ class Config:
         if not self.reaches("selection") or self.scorer_name == "full":  # which selects everything
             return False
         return self.selector_name in ("gradient_walk", *BY_EMBEDDINGS) and self.selector_name not in encoded_apart
+
+    def _check_names(self) -> None:
+        """Each is a part of paths, in the store or in a sweep's folder."""
+        require_name("scorer.name", self.scorer_name)
+        require_name("selector.name", self.selector_name)
+        for group in ("data", "target_set", "proxy", "embedder", "features", "target", "judge"):
+            require_name(f"{group}.name", getattr(self, group).name)
+        for name in self.benchmark.catalog:
+            require_name("benchmark.catalog", name)
 
     def _check_ensemble(self) -> None:
         divides = self.scorer_name in ("gsnr", "gsnr_variance_normalized")

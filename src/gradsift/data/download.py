@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import urllib.request
 from http.client import HTTPException, HTTPMessage
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import IO
 from urllib.parse import unquote, urlsplit
 
 from gradsift.errors import DataError
+from gradsift.names import require_no_link, slug
 
 DOWNLOAD_LIMIT = 200 * 2**20  # bytes; the largest set in use is below 2 MB
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
@@ -30,7 +30,7 @@ def fetch_url(url: str, folder: Path) -> Path:
     target = folder / _file_name(url)
     if target.is_file():
         return target
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    part = require_no_link(target.with_name(f"{target.name}.{os.getpid()}.part"))
     try:
         _check_scheme(url)
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,8 +47,7 @@ def fetch_url(url: str, folder: Path) -> Path:
 def _file_name(url: str) -> str:
     """The URL's last step, made safe, behind a short hash: two sets may both be called test.jsonl."""
     last = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", last).lstrip(".")[-80:] or "download"
-    return f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{safe}"
+    return f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{slug(last or 'download')[-80:]}"
 
 
 def _check_scheme(url: str) -> None:

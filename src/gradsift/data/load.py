@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gradsift.artifacts import Artifact, file_hash
+from gradsift.artifacts import Artifact
 from gradsift.config import (
     COPIES,
     CorruptionConfig,
@@ -26,6 +26,7 @@ from gradsift.config import (
 from gradsift.data import corruption, dedup, files, formats, hub, verifiable
 from gradsift.data.examples import Example, Rejected, draw, read_examples, write_examples, write_rejected
 from gradsift.errors import ConfigError, DataError
+from gradsift.manifests import file_hash
 from gradsift.runtime import Runtime
 
 VERSION = 2

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gradsift.artifacts import Artifact, file_hash
+from gradsift.artifacts import Artifact
 from gradsift.config import (
     NO_TARGET_SET,
     FieldsConfig,
@@ -29,6 +29,7 @@ from gradsift.data.files import file_kind, hash_of, read_rows
 from gradsift.data.formats import parse_rows
 from gradsift.data.load import benchmark_rows, pool_of
 from gradsift.errors import ConfigError, DataError
+from gradsift.manifests import file_hash
 from gradsift.runtime import Runtime
 
 VERSION = 2

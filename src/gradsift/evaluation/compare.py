@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 from gradsift.cli import conf_folder, in_one_line
 from gradsift.config import BenchmarkConfig, Config, load_config, register_schemas
 from gradsift.errors import ConfigError, GradsiftError
-from gradsift.evaluation.export import export, slug
+from gradsift.evaluation.export import export
 from gradsift.evaluation.generation import OUTPUTS_FILE, ModelOutput, read_pair, write_model_outputs
 from gradsift.evaluation.human.pairs import PairFiles
+from gradsift.names import slug
+from gradsift.overrides import require_readable
 
 if TYPE_CHECKING:
     from gradsift.artifacts import Artifact, Store
@@ -76,7 +78,7 @@ def compare(config: Config, model: Path, reference: Path) -> dict[str, Any]:
 
 def imported(store: Store, rows: Sequence[ModelOutput]) -> Artifact:
     """Answers from a file, as an artifact that stages can take as a parent."""
-    from gradsift.artifacts import content_hash
+    from gradsift.manifests import content_hash
 
     def make(folder: Path) -> Mapping[str, Any]:
         write_model_outputs(folder / OUTPUTS_FILE, rows)
@@ -104,6 +106,7 @@ def _config(options: Sequence[str]) -> Config:
                 f"{option!r} has no say here; options are judge=NAME, judge.KEY=VALUE, compute.KEY=VALUE, "
                 "benchmark.catalog.SET.KEY=VALUE and artifacts=DIR"
             )
+    require_readable(options, conf_folder())
     register_schemas()
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):

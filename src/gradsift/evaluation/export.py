@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from gradsift.evaluation.judges.alpaca_eval import NAMES, whole_instruction
 from gradsift.evaluation.judging import ORDERS, Judgment
 from gradsift.evaluation.pws import in_both_orders, outcome
 from gradsift.evaluation.records import read_records
+from gradsift.names import require_no_link, slug
 
 ANNOTATIONS_FILE = "annotations.json"
 _VERDICTS = {"win": 2.0, "tie": 1.5, "lose": 1.0, "invalid": None}
@@ -67,11 +67,6 @@ def export(files: PairFiles, folder: Path) -> list[Path]:
     for path, rows in contents.items():
         _write(path, rows)
     return list(contents)
-
-
-def slug(name: str) -> str:
-    """A name as one part of a path."""
-    return re.sub(r"[^\w.-]+", "_", name).strip("._")[:80] or "unnamed"
 
 
 def _output(row: ModelOutput) -> dict[str, Any]:
@@ -142,7 +137,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
             raise DataError(f"{path} is there with other content; name another folder with --to, or delete the file")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = require_no_link(path.with_suffix(".part"))
     part.write_bytes(content)
     part.replace(path)
 

@@ -1,4 +1,4 @@
-"""Pairwise judging in both orders, kept reply by reply in `judgments.jsonl`."""
+"""Pairwise judging in both orders, kept reply by reply and written as `judgments.jsonl` in the order of the items."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from gradsift import outside_json
+from gradsift.checked_lines import JOURNAL_FILE, sealed, unsealed
 from gradsift.errors import DataError
 from gradsift.evaluation.generation import ModelOutput, check_pairs, item_key
 from gradsift.evaluation.judges import Judge, JudgeError, JudgeRequest, Order, Reply
+from gradsift.manifests import UNFINISHED
 
 ORDERS: tuple[Order, Order] = ("forward", "reverse")
 
@@ -45,42 +47,44 @@ def judge_pairs(
     reference_outputs: Sequence[ModelOutput],
     path: Path,
     progress: Callable[[int], None] | None = None,
+    say: Callable[[str], None] = print,
 ) -> list[Judgment]:
     """Have each pair of answers judged in both orders.
 
-    Every reply is on disk before the next one is looked at. Called again with the same `path`, pairs
-    whose prompt (by hash) this judge has already replied to are not asked again, so a run that was
-    killed at any point goes on where it stopped. Replies to other prompts stay in the file until all of
-    these have one, and then leave it: whoever reads the file finds the result.
+    Every reply is on disk before the next one is looked at, in `unfinished/` beside `path`. Called again with the same
+    `path`, pairs whose prompt (by hash) this judge has already replied to are not asked again, so a run that was
+    killed at any point goes on where it stopped. `path` itself is written at the end, in the order that is returned:
+    the same judgments are the same bytes, whatever order the replies came in.
 
     Args:
         path: `judgments.jsonl`; made, with its folder, if it is not there.
         progress: called with the number of judgments found on disk, then with 1 for each new one.
+        say: told of kept judgments that cannot be read; their pairs are judged again.
 
     Returns:
         Two judgments an item, forward then reverse, in the order of `model_outputs`.
 
     Raises:
-        DataError: the two models' answers are not to the same items, or `path` is broken.
+        DataError: the two models' answers are not to the same items.
         JudgeError: a request failed for good, or a reply is missing.
     """
     check_pairs(model_outputs, reference_outputs)
     requests = _requests(model_outputs, reference_outputs)
     hashes = {_request_key(request): judge.prompt_hash(request) for request in requests}
-    earlier = _recover(path)
+    journal = path.parent / UNFINISHED / JOURNAL_FILE
     kept = {
         _judgment_key(judgment): judgment
-        for judgment in earlier
+        for judgment in _recover(journal, say)
         if judgment.judge == judge.name and hashes.get(_judgment_key(judgment)) == judgment.prompt_hash
     }
     if progress is not None and kept:
         progress(len(kept))
     missing = [request for request in requests if _request_key(request) not in kept]
     if missing:
-        with path.open("a", encoding="ascii") as file:
+        with journal.open("ab") as file:
             for request, reply in judge.judge(missing):
                 judgment = _judgment(judge.name, hashes[_request_key(request)], request, reply)
-                file.write(_line(judgment))
+                file.write(sealed(_record(judgment)))
                 file.flush()
                 os.fsync(file.fileno())
                 kept[_request_key(request)] = judgment
@@ -90,31 +94,36 @@ def judge_pairs(
     if lacking:
         raise JudgeError(f"{judge.name} ended without a reply to {len(lacking)} of {len(requests)} requests")
     judgments = [kept[_request_key(request)] for request in requests]
-    if len(earlier) + len(missing) > len(judgments):
-        part = path.with_suffix(".part")
-        part.write_text("".join(map(_line, judgments)), encoding="ascii")
-        part.replace(path)
+    path.write_text("".join(f"{_record(judgment)}\n" for judgment in judgments), encoding="ascii")
     return judgments
 
 
-def _line(judgment: Judgment) -> str:
+def _record(judgment: Judgment) -> str:
     # ASCII escapes: replies may hold half a surrogate pair or U+2028
-    return json.dumps(dataclasses.asdict(judgment), allow_nan=False) + "\n"
+    return json.dumps(dataclasses.asdict(judgment), allow_nan=False)
+
+
+def _recover(journal: Path, say: Callable[[str], None]) -> list[Judgment]:
+    """The judgments that an interrupted run has kept; what was cut or changed is taken out of the file."""
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
+    whole = [(line, text) for line in lines if (text := unsealed(line)) is not None]
+    if len(whole) < len(lines):
+        say(f"  {len(lines) - len(whole)} of the kept judgments cannot be read; their pairs are judged again")
+        fresh = journal.with_suffix(".new")
+        fresh.write_bytes(b"".join(line for line, _ in whole))
+        fresh.replace(journal)
+    return [_from_record(json.loads(text)) for _, text in whole]
 
 
 def read_judgments(path: Path) -> list[Judgment]:
     """Read `judgments.jsonl`, in the order of the file.
 
-    A last line without its end is what kill -9 leaves; it is passed over if it is not whole.
+    A last line that is neither ended nor whole is passed over: earlier versions left such a one when they were killed.
 
     Raises:
         DataError: the file is missing, or a line is broken; names the line.
     """
-    return _parse(path)[0]
-
-
-def _parse(path: Path) -> tuple[list[Judgment], int]:
-    """The judgments, and the length in bytes of the half line at the end."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -129,28 +138,10 @@ def _parse(path: Path) -> tuple[list[Judgment], int]:
         # ValueError: broken JSON, broken UTF-8 or a value that no judgment has
         except (ValueError, TypeError) as error:
             if number == len(lines):
-                return judgments, len(line)
+                break
             raise DataError(
                 f"{path}, line {number} is no judgment ({error}); mend or delete the line to have its pair judged again"
             ) from error
-    return judgments, 0
-
-
-def _recover(path: Path) -> list[Judgment]:
-    """The judgments on disk; leaves the file ready for appending, without a half line at its end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        return []
-    judgments, half = _parse(path)
-    with path.open("r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        if half:
-            file.truncate(end - half)
-        elif end:
-            # a whole judgment may have lost only its line end, and it was paid for
-            file.seek(end - 1)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
     return judgments
 
 

@@ -26,6 +26,7 @@ from typing import Any, get_args
 import numpy as np
 
 from gradsift import outside_json
+from gradsift.config.bounds import require_resampling
 from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.evaluation.agreement import Outcomes, agreement, paired_test
 from gradsift.evaluation.bias import length_bias, position_bias
@@ -237,8 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     try:
-        if options.bootstrap < 1 or not 0 < options.confidence < 1:
-            raise ConfigError("--bootstrap must be at least 1, and --confidence between 0 and 1")
+        require_resampling(options.bootstrap, options.confidence, options.seed)
         print(json.dumps(_result(options), indent=1, allow_nan=False))
     except (GradsiftError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+from gradsift import outside_json
 from gradsift.errors import GradsiftError
 
 if sys.platform != "win32":
@@ -146,6 +147,16 @@ class _File:
             return found
 
 
+def _completion(kept: Any) -> Completion | None:
+    """What `keep` wrote; None where that cannot be read."""
+    try:
+        found = Completion(**outside_json.loads(kept))
+    except (ValueError, TypeError):
+        return None
+    texts = isinstance(found.text, str) and isinstance(found.finish, str | None)
+    return found if texts and isinstance(found.logprobs, list | None) else None
+
+
 _open: WeakValueDictionary[tuple[int, int, int], _File] = WeakValueDictionary()
 _opening = threading.Lock()
 
@@ -156,22 +167,31 @@ class ReplyCache:
     Not on a network file system: SQLite's write-ahead log needs shared memory.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
         """Open or make the file at `path`.
+
+        Args:
+            say: told of a reply that cannot be read.
 
         Raises:
             GradsiftError: it cannot be written, or is no such file.
         """
         self.path = path
+        self._say = say
         with self._named_errors():
             self._file = _File.shared(path)
         self._lock, self._connection = self._file.lock, self._file.connection
 
     def find(self, key: str) -> Completion | None:
-        """The reply kept under `key`."""
+        """The reply kept under `key`; None, and a line said, where it cannot be read."""
         with self._lock, self._named_errors():
             row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-            return Completion(**json.loads(row[0])) if row else None
+        if row is None:
+            return None
+        found = _completion(row[0])
+        if found is None:
+            self._say(f"  a reply in {self.path.name} cannot be read; it is asked for again")
+        return found
 
     def keep(self, key: str, completion: Completion, scope: str, tokens: Tokens, number: int | None = None) -> None:
         """Commit a reply and its cost to the disk, together, in the place of what was set aside as `number`."""

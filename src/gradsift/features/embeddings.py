@@ -8,7 +8,6 @@ Shape letters: N examples, B texts of a batch, D features.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,12 @@ from gradsift.artifacts import Artifact
 from gradsift.data.batching import length_batches, spread_out
 from gradsift.data.examples import Example
 from gradsift.errors import GradsiftError
-from gradsift.features.vectors import FEATURES_FILE, open_features, unit_rows, write_ids
+from gradsift.features.vectors import FilledBlocks, open_features, unit_rows, write_ids
 from gradsift.runtime import Advance, Runtime, weighed
 from gradsift.training.device import TokenBudget
 
 VERSION = 1
 _BLOCK = 4096  # texts between two notes of what is done
-_PROGRESS_FILE = "progress.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +107,14 @@ def _fill(
         if text.tokens:
             places.setdefault(text, []).append(row)
     unique = list(places)
-    done = _done(folder)
-    vectors: Any = (
-        np.load(folder / FEATURES_FILE, mmap_mode="r+", allow_pickle=False)
-        if done
-        else open_features(folder, len(texts), encoder.dimensions)
-    )
+    vectors = open_features(folder, len(texts), encoder.dimensions)
+    vectors[[row for row, text in enumerate(texts) if not text.tokens]] = 0
+
+    def content(place: Sequence[int]) -> np.ndarray:
+        return vectors[[row for text in unique[slice(*place)] for row in places[text]]]
+
+    filled = FilledBlocks(folder, content, runtime.display.say)
+    done = filled.places[-1][1] if filled.places else 0
     with runtime.display.task(f"embed {len(texts):,} texts", len(unique)) as advance:
         advance(done)
         for start in range(done, len(unique), _BLOCK):
@@ -127,8 +127,7 @@ def _fill(
                     vectors[each] = vector
                 told(sum(text.tokens for text in batch))
             vectors.flush()
-            _note(folder, start + len(block))
-    (folder / _PROGRESS_FILE).unlink(missing_ok=True)
+            filled.add([start, start + len(block)])
 
 
 def embedded(encoder: Encoder, texts: Sequence[Text], budget: TokenBudget) -> Iterator[tuple[list[Text], np.ndarray]]:
@@ -150,16 +149,3 @@ def _require_finite(vectors: np.ndarray, row_indices: Sequence[int]) -> None:
         raise GradsiftError(
             f"the embedding of row {rows} is not finite; take compute.precision=float32 or another embedder"
         )
-
-
-def _done(folder: Path) -> int:
-    """Texts that an interrupted run has left embedded in `folder`."""
-    if not (folder / _PROGRESS_FILE).exists():
-        return 0
-    return int(json.loads((folder / _PROGRESS_FILE).read_text(encoding="utf-8")))
-
-
-def _note(folder: Path, done: int) -> None:
-    fresh = folder / f"{_PROGRESS_FILE}.new"
-    fresh.write_text(json.dumps(done), encoding="utf-8")
-    fresh.replace(folder / _PROGRESS_FILE)  # whole or not there, whenever the run is killed

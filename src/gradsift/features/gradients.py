@@ -15,7 +15,6 @@ Shape letters: N examples, C checkpoints, P parameters, D dimensions of a checkp
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,7 @@ from gradsift.config import FeaturesConfig, ProxyConfig
 from gradsift.cost import duration
 from gradsift.data.tokens import Encoded, encoding_settings
 from gradsift.errors import ConfigError, GradsiftError
-from gradsift.features.vectors import FEATURES_FILE, open_features, unit_rows, write_ids
+from gradsift.features.vectors import FEATURES_FILE, FilledBlocks, open_features, unit_rows, write_ids
 from gradsift.gradients.adam import AdamState
 from gradsift.gradients.per_sample import GradientPass, gradient_pass
 from gradsift.gradients.projection import Projection
@@ -42,7 +41,6 @@ from gradsift.training.device import device_of
 from gradsift.training.finetuning import require_finite
 
 VERSION = 1
-PROGRESS_FILE = "progress.json"
 _BLOCK_BYTES = 2 * 2**30  # of gradients that wait for the projection, whose signs are spelt out once a block
 _MOST_ROWS = 512  # of a block: what an interrupted run may have to do again
 _FEW_ROWS = 25  # of a block: with fewer, drawing the signs takes longer than to multiply with them
@@ -174,7 +172,7 @@ def _write(
     projection = Projection(size, dimensions, config.projection_seed) if config.dimensions is not None else None
     if projection is not None:
         _say_cost(runtime, projection, len(given.ids), len(checkpoints))
-    table = _Table(folder, len(given.ids), dimensions, len(checkpoints))
+    table = _Table(folder, len(given.ids), dimensions, len(checkpoints), runtime.display.say)
     label = f"gradients of {len(inputs.encoded):,} examples at {len(checkpoints)} checkpoints"
     with (
         adapter(inputs.backbone, config.warmup.lora, 0, runtime.compute) as adapted,
@@ -191,7 +189,6 @@ def _write(
                 while (start := table.first_missing(index)) < len(given.ids):
                     rows = blocks.vectors(start, min(start + blocks.rows, len(given.ids)), advance)
                     table.write(index, rows * np.float32(weight**0.5))
-    table.close()
     with_response = {example.row for example in inputs.encoded}
     silent = [row for row in range(len(given.ids)) if row not in with_response]
     write_ids(folder, given.ids, given.tasks, silent)
@@ -269,35 +266,29 @@ class _Blocks:
 class _Table:
     """`features.npy`, filled one checkpoint after another and block by block, and how far it is filled."""
 
-    def __init__(self, folder: Path, rows: int, dimensions: int, checkpoints: int) -> None:
-        self._progress = folder / PROGRESS_FILE
+    def __init__(self, folder: Path, rows: int, dimensions: int, checkpoints: int, say: Callable[[str], None]) -> None:
         self._rows = rows
         self._width = dimensions
-        self._index, self._row = 0, 0  # all rows of earlier checkpoints, and these first rows of this one, are there
-        continues = self._progress.exists()
-        if continues:
-            found = json.loads(self._progress.read_text(encoding="utf-8"))
-            self._index, self._row = int(found["checkpoint"]), int(found["rows"])
-        self._table = open_features(folder, rows, checkpoints * dimensions, continues)
+        self._table = open_features(folder, rows, checkpoints * dimensions)
+        self._filled = FilledBlocks(folder, self._block, say)  # places are checkpoint, first row, row behind the last
+
+    def _block(self, place: Sequence[int]) -> np.ndarray:
+        index, start, stop = place
+        return self._table[start:stop, index * self._width : (index + 1) * self._width]
 
     @property
     def rows_done(self) -> int:
         """Over all checkpoints."""
-        return self._index * self._rows + self._row
+        return sum(stop - start for _, start, stop in self._filled.places)
 
     def first_missing(self, index: int) -> int:
         """The first row that checkpoint `index` has not."""
-        return self._rows if index < self._index else self._row if index == self._index else 0
+        return max((stop for at, _, stop in self._filled.places if at == index), default=0)
 
     def write(self, index: int, block: np.ndarray) -> None:
         """The next rows of a checkpoint."""
         start = self.first_missing(index)
-        self._table[start : start + len(block), index * self._width : (index + 1) * self._width] = block
-        self._table.flush()  # type: ignore[attr-defined]
-        self._index, self._row = index, start + len(block)
-        fresh = self._progress.with_suffix(".new")
-        fresh.write_text(json.dumps({"checkpoint": self._index, "rows": self._row}), encoding="utf-8")
-        fresh.replace(self._progress)
-
-    def close(self) -> None:
-        self._progress.unlink(missing_ok=True)
+        place = index, start, start + len(block)
+        self._block(place)[:] = block
+        self._table.flush()
+        self._filled.add(place)

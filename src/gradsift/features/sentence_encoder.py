@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from gradsift.artifacts import Artifact, file_hash
+from gradsift.artifacts import Artifact
 from gradsift.config import SentenceTransformersConfig
 from gradsift.data.examples import Example
 from gradsift.data.templates import render
 from gradsift.data.tokens import start_of
 from gradsift.errors import ConfigError, DataError
 from gradsift.features.embeddings import Embedder, Text
+from gradsift.manifests import file_hash
+from gradsift.names import slug_of_path
 from gradsift.runtime import Advance, Runtime
 from gradsift.training.device import device_of
 
@@ -101,7 +103,7 @@ def sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig) -> Ar
         revision = None if "files" in settings else _hub_commit(config)
         return {"revision": revision, "content": revision or ""}
 
-    slug = config.model.rstrip("/").rsplit("/", 1)[-1].lower()
+    slug = slug_of_path(config.model)
     pin = runtime.store.obtain("sentence_encoder", slug, settings, [], make, version=VERSION, light=True)
     return replace(pin, numerics={"precision": runtime.compute.precision})
 

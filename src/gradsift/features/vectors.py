@@ -11,19 +11,23 @@ Shape letters: N examples, D features, B rows of a block.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from gradsift.artifacts import Artifact
+from gradsift.checked_lines import sealed, unsealed
 from gradsift.errors import GradsiftError
+from gradsift.manifests import UNFINISHED
 
 FEATURES_FILE = "features.npy"
 IDS_FILE = "ids.json"
+FILLED_FILE = "filled.jsonl"
 _BLOCK_BYTES = 64 * 2**20
 
 
@@ -64,24 +68,71 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
     return unit
 
 
-def open_features(folder: Path, rows: int, dimensions: int, continues: bool = False) -> np.ndarray:
+def open_features(folder: Path, rows: int, dimensions: int) -> np.memmap:
     """An array (rows, dimensions) float32 in `folder` to be filled block by block; call `flush` when done.
 
-    Args:
-        continues: keep what an earlier process has filled; else all is zero.
+    What an interrupted process has filled is still there (see `FilledBlocks`); all else is zero.
 
     Raises:
         OSError: the disk has no room for the array.
     """
     path = folder / FEATURES_FILE
-    if continues:
-        written: np.ndarray = np.load(path, mmap_mode="r+", allow_pickle=False)
-    else:
+    try:
+        written = np.lib.format.open_memmap(path, mode="r+")
+        there = written.shape == (rows, dimensions) and written.dtype == np.float32
+    except (FileNotFoundError, ValueError):  # not there, or cut or changed in its header
+        there = False
+    if not there:
         written = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, dimensions))
-        if hasattr(os, "posix_fallocate"):  # a mapped page that finds the disk full would kill the process
-            with path.open("r+b") as stream:
-                os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
+    if hasattr(os, "posix_fallocate"):  # a mapped page that finds the disk full would kill the process
+        with path.open("r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
     return written
+
+
+class FilledBlocks:
+    """The blocks of `features.npy` that are filled, in their order, each with a checksum of its numbers."""
+
+    def __init__(
+        self, folder: Path, content: Callable[[Sequence[int]], np.ndarray], say: Callable[[str], None]
+    ) -> None:
+        """Read what an interrupted process has noted, up to the first block that is not what was written.
+
+        Args:
+            folder: of the artifact in the making.
+            content: the numbers of a block, by the place that it was noted with.
+            say: told of a block that was dropped.
+        """
+        self._path = folder / UNFINISHED / FILLED_FILE
+        self._content = content
+        self.places: list[list[int]] = []
+        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
+        good = b""
+        for line in lines:
+            place = self._intact(line)
+            if place is None:
+                say(f"  block {len(self.places) + 1} of {folder.name} is damaged; it and those after it are made again")
+                self._path.write_bytes(good)
+                break
+            self.places.append(place)
+            good += line
+
+    def add(self, place: Sequence[int]) -> None:
+        """Note a block that has been filled and flushed."""
+        self.places.append(list(place))
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab") as stream:
+            stream.write(sealed(json.dumps([list(place), self._checksum(place)])))
+
+    def _intact(self, line: bytes) -> list[int] | None:
+        text = unsealed(line)
+        if text is None:
+            return None
+        place, checksum = json.loads(text)
+        return place if self._checksum(place) == checksum else None
+
+    def _checksum(self, place: Sequence[int]) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self._content(place)).data).hexdigest()[:16]
 
 
 def write_ids(folder: Path, ids: Sequence[str], tasks: Sequence[str] = (), silent: Sequence[int] = ()) -> None:

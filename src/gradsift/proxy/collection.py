@@ -70,7 +70,7 @@ def collect_rows(
     ):
         lora.load_adapter(adapted, weights.path)
         masks = _mask_seed(runtime, config, member, epoch, shard) if config.ensemble == "mc_dropout" else None
-        journal = Journal(folder, runtime.compute.save_every)
+        journal = Journal(folder, runtime.compute.save_every, runtime.display.say)
         pad_id, device = inputs.backbone.pad_id, device_of(runtime.compute)
         found = collect_norms(adapted, encoded, inputs.budget, pad_id, device, advance, masks=masks, journal=journal)
     info = write_norms(folder, found.columns(inputs.row_indices), encoded, shard, config.shards)

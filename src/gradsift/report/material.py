@@ -18,12 +18,13 @@ from typing import Any, TypeVar
 import numpy as np
 import yaml
 
-from gradsift.artifacts import MANIFEST, Artifact
+from gradsift.artifacts import Artifact
 from gradsift.data.examples import Example
 from gradsift.data.load import EXAMPLES_FILE, Labels, labels_of, pool_of
 from gradsift.errors import DataError, GradsiftError
 from gradsift.evaluation.judging import Judgment, read_judgments
 from gradsift.gradients.statistics import Statistics, read_statistics
+from gradsift.manifests import MANIFEST
 from gradsift.pages import portable
 from gradsift.report.tables import job_number, method_name, with_settings
 from gradsift.scoring.scores import Scores

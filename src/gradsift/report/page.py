@@ -20,6 +20,7 @@ import yaml
 from markupsafe import Markup, escape
 from rich.table import Table
 
+from gradsift.names import require_no_link
 from gradsift.pages import portable, presentable, templates
 from gradsift.report.audit_tables import audit_tables, sweep_audit
 from gradsift.report.browser import CUT, MOST, Packed, pack, pools
@@ -153,7 +154,7 @@ def write_report(
     packed, left_out = _packed(material)
     work_file = WORK_FILE if (to / WORK_FILE).is_file() else None
     page = render(material, shown, no_table, packed, left_out, work_file)
-    part = to / f".{REPORT_FILE}.part"
+    part = require_no_link(to / f".{REPORT_FILE}.part")
     part.write_text(page, encoding="utf-8")
     part.rename(to / REPORT_FILE)
     if broken := broken_of(no_figure, no_table):

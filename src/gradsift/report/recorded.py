@@ -22,8 +22,8 @@ from typing import Any
 
 import yaml
 
-from gradsift.artifacts import content_hash
 from gradsift.cli import CONFIG_FILE, conf_folder
+from gradsift.manifests import content_hash
 from gradsift.report.tables import Run, flat_rows, untuned_rows
 
 RECORDED_FILE = Path("experiment") / "world.recorded.json"

@@ -19,6 +19,7 @@ from gradsift.evaluation.stages.forgetting import General, forgetting_of
 from gradsift.evaluation.stages.judging import pws_of
 from gradsift.evaluation.stages.losses import heldout_loss_of
 from gradsift.evaluation.stages.metrics import metrics_of
+from gradsift.names import require_no_link
 from gradsift.report.audit_tables import AUDIT_FILE
 from gradsift.report.work import work_of
 from gradsift.runtime import peak_memory
@@ -172,7 +173,7 @@ class Results:
             "files": self.files,
             **({"error": error or status} if status in ("failed", "interrupted") else {}),
         }
-        part = self.folder / f".{RUN_FILE}.part"
+        part = require_no_link(self.folder / f".{RUN_FILE}.part")
         part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         part.rename(self.folder / RUN_FILE)
         self.tracker.summary({**self.values, "memory": memory})

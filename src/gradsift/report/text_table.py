@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
 
 @dataclass(frozen=True)
 class TextTable:
@@ -39,7 +41,13 @@ def _line(cells: Sequence[str]) -> str:
 
 def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """CSV with a column for every key that any record has."""
+    columns = list(dict.fromkeys(key for record in records for key in record))
     with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(key for record in records for key in record)))
-        writer.writeheader()
-        writer.writerows(records)
+        writer = csv.writer(stream)
+        writer.writerow(map(plain_cell, columns))
+        writer.writerows([plain_cell(record.get(column, "")) for column in columns] for record in records)
+
+
+def plain_cell(value: Any) -> Any:
+    """The value, with an apostrophe before a text that a spreadsheet would take for a formula; numbers stay numbers."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value

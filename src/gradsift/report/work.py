@@ -5,13 +5,14 @@ A run counts its own; a sweep is counted from its `run.json` files alone, wherev
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
+
+from gradsift.report.text_table import write_records
 
 WORK_FILE = "work.csv"
 COLUMNS = ("made", "reused", "seconds", "optimizer_steps", "forward_tokens", "saved_steps", "saved_tokens")
@@ -57,7 +58,4 @@ def work_table(by_stage: Mapping[str, Work]) -> Table:
 
 def write_work(path: Path, by_stage: Mapping[str, Work]) -> None:
     """`work.csv`: a line a stage, and one for all of them."""
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=["stage", *COLUMNS])
-        writer.writeheader()
-        writer.writerows({"stage": name, **work} for name, work in by_stage.items())
+    write_records(path, [{"stage": name, **work} for name, work in by_stage.items()])

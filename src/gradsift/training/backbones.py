@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from gradsift.artifacts import Artifact, file_hash
+from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, ModelConfig
 from gradsift.errors import ConfigError, DataError, GradsiftError
+from gradsift.manifests import file_hash
+from gradsift.names import slug_of_path
 from gradsift.outside_json import loads
 from gradsift.runtime import Runtime
 from gradsift.training.checkpointing import checkpoint_blocks
@@ -242,8 +244,7 @@ def _pretrained(runtime: Runtime, config: ModelConfig) -> Artifact:
         (part / "source.json").write_text(json.dumps(pin, indent=1), encoding="utf-8")
         return {"optimizer_steps": 0, "revision": pin.get("revision"), "content": pin.get("revision") or ""}
 
-    slug = path.rstrip("/").rsplit("/", 1)[-1].lower()
-    return runtime.store.obtain("backbone", slug, settings, [], make, version=VERSION, light=True)
+    return runtime.store.obtain("backbone", slug_of_path(path), settings, [], make, version=VERSION, light=True)
 
 
 def _require_config(folder: Path, path: str) -> None:

@@ -31,7 +31,7 @@ class TokenBudget:
 
     def __init__(self, tokens: int, say: Callable[[str], None] = print) -> None:
         self.tokens = tokens
-        self._say = say
+        self.say = say
 
     def __reduce__(self) -> Any:
         return TokenBudget, (self.tokens,)  # another process says what it has to say where it can
@@ -103,7 +103,7 @@ class TokenBudget:
         self.tokens = max(used // 2, longest)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._say(
+        self.say(
             f"  memory ran out with {used:,} tokens at once; the batch is repeated with {self.tokens:,} "
             f"(compute.tokens={self.tokens} starts with that)"
         )

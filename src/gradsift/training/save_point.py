@@ -4,11 +4,13 @@ The batches of a training are known before it begins, so a point is the number o
 changed: adapter, optimiser state, the curve, the token budget, and the state of the callbacks. (Dropout masks are
 seeded by the step.) What goes on from it takes the steps that are left, and ends with the same bytes.
 
-One safetensors file, written beside the last one and put in its place: a kill at any moment leaves one of the two.
+One safetensors file, written beside the last one and put in its place: a kill at any moment leaves one of the two. It
+has a checksum: a point that a crash or a disk changed is dropped, and the training begins anew.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -21,14 +23,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gradsift.artifacts import UNFINISHED
+from gradsift.manifests import UNFINISHED
 from gradsift.training import lora
 
 if TYPE_CHECKING:
     from gradsift.training.finetuning import Finetuning
 
 POINT_FILE = "training.safetensors"
-_FORMAT = 2  # raised when the file changes: an older one is passed over
+_FORMAT = 3  # raised when the file changes: an older one is passed over
 _SHARE = 0.01  # of the time that saving may take, whatever `compute.save_every` says
 
 
@@ -60,8 +62,12 @@ class SavePoint(L.Callback):
 
         The rest follows when the training begins.
         """
+        if not self._path.exists():
+            return
         found = _read(self._path)
         if found is None:
+            unit = self._path.parents[1].name
+            module.budget.say(f"  the save point of {unit} is damaged or of another version; its training begins anew")
             return
         self._found, about = found
         self._states = about["callbacks"]
@@ -123,7 +129,8 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, 
     fresh = path.with_suffix(".new")
     # clones: safetensors refuses tensors that share memory
     plain = {name: torch.clone(each.cpu(), memory_format=torch.contiguous_format) for name, each in tensors.items()}
-    save_file(plain, fresh, metadata={"about": json.dumps(about, allow_nan=False)})
+    text = json.dumps(about, allow_nan=False)
+    save_file(plain, fresh, metadata={"about": text, "checksum": _checksum(plain, text)})
     with fresh.open("rb+") as stream:
         os.fsync(stream.fileno())
     fresh.replace(path)
@@ -135,13 +142,24 @@ def _read(path: Path, with_tensors: bool = True) -> tuple[dict[str, torch.Tensor
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["about"])
-            if about["format"] != _FORMAT:
-                return None
-            names = file.keys() if with_tensors else []
-            return {name: file.get_tensor(name) for name in names}, about
-    except SafetensorError:  # cut short by a machine that went down
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in (file.keys() if with_tensors else [])}
+    except (SafetensorError, UnicodeDecodeError):  # cut short by a machine that went down, or changed
         return None
+    text = metadata.get("about", "{}")
+    if with_tensors and metadata.get("checksum") != _checksum(tensors, text):
+        return None
+    about = json.loads(text)
+    return (tensors, about) if about.get("format") == _FORMAT else None
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], about: str) -> str:
+    """SHA-256 over names, types, shapes and bytes."""
+    digest = hashlib.sha256(about.encode("utf-8"))
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

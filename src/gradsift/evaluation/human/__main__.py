@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gradsift.config.bounds import require_resampling
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.agreement import Outcomes
 from gradsift.evaluation.human.pairs import PairFiles, files_of_run, read_pairs
@@ -65,8 +66,7 @@ def _check(options: argparse.Namespace) -> None:
     named = (options.model is not None) + (options.reference is not None)
     if (options.run is None and named < 2) or (options.run is not None and named):
         raise ConfigError("give either the folder of a run, or two files with --model and --reference")
-    if options.bootstrap < 1 or not 0 < options.confidence < 1:
-        raise ConfigError("--bootstrap must be at least 1, and --confidence between 0 and 1")
+    require_resampling(options.bootstrap, options.confidence, options.seed)
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing and not options.results:
         raise ConfigError(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradsift.artifacts import MANIFEST, content_hash
 from gradsift.errors import DataError
 from gradsift.evaluation.generation import OUTPUTS_FILE, item_key, read_pair
 from gradsift.evaluation.judges import Combine
+from gradsift.manifests import MANIFEST, content_hash
 
 Key = tuple[str, str]  # (benchmark, item id)
 

@@ -84,7 +84,7 @@ def generate(
                 max_new_tokens=config.max_new_tokens,
                 batch_size=config.batch_size,
                 progress=advance,
-                journal=Journal(folder, runtime.compute.save_every),
+                journal=Journal(folder, runtime.compute.save_every, runtime.display.say),
             )
         write_model_outputs(folder / OUTPUTS_FILE, model_outputs(items, answers, generator))
         return {"rows": len(items)}

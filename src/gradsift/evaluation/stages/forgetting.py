@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gradsift.artifacts import Artifact, file_hash
+from gradsift.artifacts import Artifact
 from gradsift.config import BenchmarkConfig, TargetConfig
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.lm_harness import evaluate_tasks
@@ -15,6 +15,7 @@ from gradsift.evaluation.metrics import change
 from gradsift.evaluation.stages.answers import generate, slug_of
 from gradsift.evaluation.stages.losses import reference_losses
 from gradsift.evaluation.stages.metrics import metrics, metrics_of
+from gradsift.manifests import file_hash
 from gradsift.runtime import Runtime
 from gradsift.training.target import load_tuned
 

@@ -42,7 +42,7 @@ from gradsift.training.device import device_of
 if TYPE_CHECKING:
     from gradsift.evaluation.judges.local import LocalJudge
 
-VERSION = 2
+VERSION = 3
 PWS_VERSION = 3
 REPLIES_FILE = "judge_cache.sqlite"  # in the store's folder, for all runs
 # what changes neither a reply nor its meaning
@@ -84,7 +84,7 @@ def judge(
         ours, theirs = (read_model_outputs(a.file(OUTPUTS_FILE)) for a in (answers, reference))
         client = _client(runtime, config, models, scope=f"judge-{folder.name}", rules=rules)
         with runtime.display.task(f"judge={config.name}, both orders", 2 * len(ours)) as advance:
-            judgments = judge_pairs(client, ours, theirs, folder / "judgments.jsonl", advance)
+            judgments = judge_pairs(client, ours, theirs, folder / "judgments.jsonl", advance, runtime.display.say)
         invalid = sum(not judgment.valid for judgment in judgments)
         cost = client.cost() if isinstance(client, OpenaiJudge | AlpacaEvalJudge) else {}
         return {"rows": len(judgments), "invalid": invalid, "combine": client.combine, "cost": cost}
@@ -93,7 +93,7 @@ def judge(
     parents = [answers, reference, *models]
     if config.name == "verifier" and rules:
         settings["match"] = rules
-    return runtime.store.obtain("judge", config.name, settings, parents, make, version=VERSION, keep_part=True)
+    return runtime.store.obtain("judge", config.name, settings, parents, make, version=VERSION)
 
 
 def judge_models(runtime: Runtime, config: JudgeConfig) -> list[Artifact]:
@@ -184,7 +184,7 @@ def _chat(runtime: Runtime, config: EndpointJudgeConfig, price: float | None = N
     prices = (config.price_input, config.price_output) if price is None else (price, price)
     terms = Terms(*prices, config.max_usd, config.max_calls, config.dry_run)
     return ChatClient(
-        cache=ReplyCache(runtime.store.root / REPLIES_FILE),
+        cache=ReplyCache(runtime.store.root / REPLIES_FILE, runtime.display.say),
         api_key_env=config.api_key_env,
         timeout=config.timeout,
         retries=config.retries,

@@ -104,7 +104,7 @@ def _losses(
             batch = collate(batch_examples, model.pad_id).to(device)
             return batch.rows, response_losses(batch)
 
-        journal = Journal(folder, runtime.compute.save_every)
+        journal = Journal(folder, runtime.compute.save_every, runtime.display.say)
         for results in budget.passes(encoded, losses_of, journal, advance):
             for rows, losses in results:
                 require_finite(purpose, rows, losses, row_indices)

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradsift.artifacts import Artifact, file_hash
+from gradsift.artifacts import Artifact
 from gradsift.config import BenchmarkConfig
 from gradsift.errors import DataError
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.generation import OUTPUTS_FILE, read_model_outputs
 from gradsift.evaluation.lm_harness import check_lm_eval
 from gradsift.evaluation.metrics import check_wordnet, measure, read_wordnet
+from gradsift.manifests import file_hash
 from gradsift.runtime import Runtime
 
 VERSION = 1

@@ -1,0 +1,187 @@
+"""Whole numbers and sweeps that only a slip of the keyboard asks for are refused before they are spelt out."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from test_config import composed
+
+from gradsift import config as config_module
+from gradsift.cli import conf_folder
+from gradsift.config import Config
+from gradsift.config.bounds import MOST, _numbers, require_bounds
+from gradsift.errors import ConfigError
+from gradsift.evaluation import records
+from gradsift.overrides import require_readable
+from gradsift.sweep import MOST_JOBS, _count, _require_few, values_of
+
+UNBOUNDED = {  # whole numbers that cost nothing however large they are
+    "limit": "rows are drawn from those that there are",
+    "holdout": "more than there are is refused",
+    "rows": "more than there are is all",
+    "neighbours": "more than there are is refused, or all",
+    "max_calls": "a cap",
+    "give_up": "a cap",
+}
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return composed()
+
+
+def test_every_whole_number_of_the_config_has_a_bound_or_a_reason_to_have_none() -> None:
+    kinds = [kind for kind in vars(config_module).values() if dataclasses.is_dataclass(kind)]
+    names = {f.name for kind in kinds for f in dataclasses.fields(kind) if str(f.type) in INTEGERS}
+    assert len(names) > 25
+    assert names - {name.rpartition(".")[2] for name in MOST} - set(UNBOUNDED) == set()
+
+
+INTEGERS = ("int", "int | None", "list[int]")
+
+
+def test_numbers_are_found_wherever_they_stand(config: Config) -> None:
+    found = [option for option, _ in _numbers("", config)]
+    assert {"seed", "proxy.lora.rank", "proxy.model.nano.steps", "features.warmup.lora.rank", "data.seed"} < set(found)
+    assert found.count("proxy.snapshots") == 2
+    assert "proxy.model.trust_remote_code" not in found  # a truth value is no number
+
+
+@pytest.mark.parametrize("name", ["members", "max_length", "batch_size"])
+def test_the_largest_value_is_taken_and_the_next_is_refused(config: Config, name: str) -> None:
+    most, why = MOST[name]
+    require_bounds(replace(config, proxy=replace(config.proxy, **{name: most})))
+    with pytest.raises(ConfigError, match=rf"proxy\.{name}={most + 1} is more than {most:,}, {why[:20]}.*give less"):
+        replace(config, proxy=replace(config.proxy, **{name: most + 1}))
+
+
+def test_a_number_of_hundreds_of_digits_is_not_spelt_out(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"^seed=\(a number of about 900 digits\) is more than 4,294,967,295"):
+        replace(config, seed=10**900)
+    with pytest.raises(ConfigError, match=r"about 5,000 digits"):  # Python refuses to
+        replace(config, seed=10**5000)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("proxy.members", "1000000000"),
+        ("proxy.lora.rank", "100000"),
+        ("proxy.snapshots", "[1,1000000000]"),
+    ],
+)
+def test_what_would_fill_the_memory_is_refused_from_the_command_line(option: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{option}=1.* is more than "):
+        composed(f"{option}={value}")
+
+
+@pytest.mark.parametrize("wrong", [("--bootstrap", "0"), ("--bootstrap", "1000000000"), ("--seed", "-1")])
+def test_so_is_what_a_command_beside_the_run_would_fill_it_with(
+    wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert records.main(["nothing.jsonl", *wrong]) == 2
+    assert "--bootstrap must be at least 1 and at most 100,000" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- the command line
+
+
+def refused(*arguments: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        require_readable(arguments, conf_folder())
+    return str(error.value)
+
+
+def test_every_group_that_is_null_is_refused_with_its_choices() -> None:
+    groups = {path.name for path in conf_folder().iterdir() if path.is_dir()} - {"hydra"}
+    for group in groups - {"method", "experiment"}:
+        for written in (f"{group}=null", f"+{group}=NULL", f"{group}=a, null", f"{group}@{group}=null"):
+            assert refused("-m", written).startswith(
+                f"{group}=null leaves the run without its {group}; choose one of: "
+            )
+    assert "gsnr, gsnr_direction" in refused("scorer=null")
+    assert refused("method=null") == "method=null is no choice; leave method out where none is wanted"
+    assert refused("hydra/launcher=null").startswith("hydra/launcher=null leaves the run without")
+
+
+def test_other_nulls_and_other_arguments_pass() -> None:
+    fine = [
+        "data.limit=null",
+        "proxy.epochs=null",
+        "~scorer",
+        "-m",
+        "--cfg=null",
+        "seed=" + "1" * 1000,
+        "scorer=nullable",
+    ]
+    require_readable(fine, conf_folder())
+
+
+def test_a_number_of_thousands_of_digits_is_refused_by_its_option() -> None:
+    assert refused("alpha=0.1", f"seed={'9' * 5000}") == (
+        "seed is given a number of 5,000 digits; give one that fits into 64 bits"
+    )
+
+
+@pytest.mark.parametrize("argument", ["scorer=null", f"seed={'9' * 5000}", "proxy=null"])
+def test_a_line_and_exit_code_2_are_all_that_is_seen(
+    argument: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    from gradsift import cli
+
+    monkeypatch.setattr("sys.argv", ["run.py", argument])
+    monkeypatch.setattr(cli, "_failed", False)
+    monkeypatch.setenv(cli.TRACE, "0")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------- sweeps
+
+
+def parsed(*overrides: str) -> Any:
+    return OverridesParser.create().parse_overrides(list(overrides))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("1,2,3", "7", "[1,2],[1,3]", "choice(a,b)", "sort(3,1,2)", "interval(0,1)", "shuffle(range(0,9))"),
+        *("range(0,7)", "range(0,7,2)", "range(5,0,-2)", "range(0,1,0.25)", "range(0,1,0.1)", "range(3,3)", "range(4)"),
+    ],
+)
+def test_the_count_is_that_of_the_values(text: str) -> None:
+    (override,) = parsed(f"alpha={text}")
+    assert _count(override) == len(list(values_of(override)))
+
+
+@pytest.mark.parametrize(
+    "text", ["range(0,1e9)", "range(0,1000000000)", "shuffle(range(0,1e18))", "sort(range(0,1e9))"]
+)
+def test_a_sweep_of_too_many_jobs_is_counted_and_not_made(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"sweep has [\d,]+ jobs, and alpha has [\d,]+ values; at most 10,000"):
+        _require_few(parsed(f"alpha={text}", "seed=0"), searches=False)
+
+
+def test_jobs_are_counted_over_all_options() -> None:
+    _require_few(parsed("alpha=range(0,100)", "seed=range(0,100)"), searches=False)
+    with pytest.raises(ConfigError, match=rf"has {MOST_JOBS + 100:,} jobs"):
+        _require_few(parsed("alpha=range(0,100)", "seed=range(0,101)"), searches=False)
+    _require_few(parsed("alpha=range(0,100)", "seed=range(0,101)"), searches=True)  # which tries one at a time
+    with pytest.raises(ConfigError, match=r"search names .* give an interval"):
+        _require_few(parsed("alpha=range(0,1e9)"), searches=True)
+
+
+@pytest.mark.parametrize("text", ["range(0,inf)", "range(0,1,0)", "range(0,nan)"])
+def test_a_range_without_an_end_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"alpha={text[:7].replace('(', '.')}.* has no end"):
+        _require_few(parsed(f"alpha={text}"), searches=False)

@@ -3,7 +3,7 @@
     python experiments/2026-11-29-mutants/mutants.py map      # which test passes which line, and how long it takes
     python experiments/2026-11-29-mutants/mutants.py run      # draw the sample and run what has no outcome yet
     python experiments/2026-11-29-mutants/mutants.py named  # four changes by name against their laws
-    python experiments/2026-11-29-mutants/mutants.py again  # run the survivors anew, after tests were mended
+    python experiments/2026-11-29-mutants/mutants.py again  # run the survivors anew, against more tests
 
 It works in a copy of the tree (`--work`), never in the checkout, and goes on from mutants.csv. The process imports
 torch and the other packages once, but nothing of this project, and forks for each mutant: a start takes no seconds.
@@ -12,6 +12,7 @@ torch and the other packages once, but nothing of this project, and forks for ea
 from __future__ import annotations
 
 import argparse
+import ast
 import compileall
 import csv
 import difflib
@@ -54,7 +55,7 @@ TESTS = (  # nearest first
     *("neighbours", "embeddings", "outside_json", "paper_tables", "identity", "every_method", "audit", "ranks"),
     *("long_texts", "engine", "corruption", "experiments", "backbones", "export", "world", "scale", "sweep"),
 )
-FIRST_SECONDS, ALL_SECONDS = 60, 240  # of tests, by their times without a mutant
+FIRST_SECONDS, ALL_SECONDS = 20, 240  # of tests, by their times without a mutant; the first are those of `run`
 NAMED = (  # changes that the suite once let live: file, before, after, and the tests that are to notice
     ("proxy/ensemble.py", '"scheduled_epochs": None if config.schedule == "constant" else config.total_epochs,', "",
      ("test_identity.py", "test_ensembles.py")),
@@ -228,6 +229,8 @@ def run_tests(work: Path, tests: Sequence[str], seconds: float) -> tuple[str, st
     code = forked(work, seconds, body)
     if code == 0:
         return "survived", ""
+    if code in (4, 5):
+        raise SystemExit(f"pytest did not find some of {tests}; map their files again")
     if code is None:
         return "killed", "time limit"
     if code == 70 or not report.exists():
@@ -259,10 +262,12 @@ def make_map(work: Path, names: Sequence[str]) -> None:
         report = json.loads((work / "report.json").read_text())
         print(f"{file.name}: {code}, {time.monotonic() - began:.0f} s, failed: {report['failed']}", flush=True)
         seconds |= {test: taken for test, taken in report["seconds"].items() if test not in report["failed"]}
+        for by_line in lines.values():  # what the map said of this file before its tests were mended
+            for line, tests in by_line.items():
+                by_line[line] = [test for test in tests if not test.startswith(f"tests/{file.name}::")]
         for name, by_line in json.loads((work / "lines.json").read_text()).items():
             for line, tests in by_line.items():
-                passing = {*lines.setdefault(name, {}).get(line, ()), *tests} & seconds.keys()
-                lines[name][line] = sorted(passing)
+                lines.setdefault(name, {}).setdefault(line, []).extend(test for test in tests if test in seconds)
         (work / "map.json").write_text(json.dumps(known))
 
 
@@ -288,11 +293,20 @@ def _traced(work: Path, file: Path) -> int:
     return int(code)
 
 
+def _in_function(mutant: Mutant) -> bool:
+    """Whether its line runs when a function is called, and not when the module is imported."""
+    tree = ast.parse((ROOT / "src/gradsift" / mutant.file).read_text(encoding="utf-8"))
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    return any(node.body[0].lineno <= mutant.line <= (node.end_lineno or 0) for node in functions)
+
+
 def tests_of(mutant: Mutant, known: dict[str, Any]) -> tuple[list[str], list[str]]:
     """The tests that pass the mutant's line (at module level: its file), nearest and quickest first, in two parts."""
     by_line, seconds = known["lines"].get(mutant.file, {}), known["seconds"]
     statement = max((int(line) for line in by_line if int(line) <= mutant.line and by_line[line]), default=0)
     passing = set(by_line.get(str(mutant.line), ()) or by_line.get(str(statement), ()))
+    if not _in_function(mutant):
+        passing = set()
     if not passing:
         passing = {test for tests in by_line.values() for test in tests}
     words = set(Path(mutant.file).with_suffix("").parts)
@@ -332,6 +346,7 @@ def write_results(results: Sequence[Mutant]) -> None:
 
 def run(work: Path, again: bool, files: Sequence[str]) -> None:
     known = json.loads((work / "map.json").read_text())
+    limits = (FIRST_SECONDS, ALL_SECONDS) if again else (FIRST_SECONDS,)
     results = read_results()
     for number, (mutant, text) in enumerate(sample(), 1):
         before = results.get(mutant.key)
@@ -344,9 +359,9 @@ def run(work: Path, again: bool, files: Sequence[str]) -> None:
         began = time.monotonic()
         try:
             file.write_text(text, encoding="utf-8")
-            for tests, limit in zip(tests_of(mutant, known), (FIRST_SECONDS, ALL_SECONDS), strict=True):
+            for tests, limit in zip(tests_of(mutant, known), limits, strict=False):
                 if tests:
-                    mutant.outcome, mutant.by = run_tests(work, tests, 3 * limit)
+                    mutant.outcome, mutant.by = run_tests(work, tests, 60 + 3 * limit)
                     mutant.tests += len(tests)
                 if mutant.outcome == "killed":
                     break

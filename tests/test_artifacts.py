@@ -100,6 +100,14 @@ def test_how_numerics_differ_is_said_name_by_name() -> None:
     assert artifacts._difference(theirs, {}) == "models that are not known"
 
 
+def test_work_in_a_store_is_found_by_the_next_version_of_the_code() -> None:
+    """Other names or another order in what is hashed would make everybody's work anew, though nothing changed."""
+    numerics = {"precision": "float32", "kernels": "off"}
+    parent = Artifact("backbone", Path("x"), "0123456789ab", {"info": {"content": "c0"}}, numerics=numerics)
+    assert parent.identity == "0123456789ab:c0:kernels=off:precision=float32"
+    assert fingerprint_of("member", 5, {"seed": 0}, [parent]) == "f2ee9024e332"
+
+
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone", "manifest"])
 def test_a_damaged_artifact_is_set_aside_and_made_again(tmp_path: Path, damage: str) -> None:
     _, artifact = build(tmp_path, {})

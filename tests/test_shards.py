@@ -50,6 +50,7 @@ def test_statistics_of_shards_are_those_of_the_whole(mode: str, tmp_path: Path) 
             assert one["row"].tolist() == three["row"].tolist() == list(range(10))
             for name in one:
                 np.testing.assert_allclose(three[name], one[name], rtol=1e-6)
+            assert list(read_norms(right, ("loss",))) == ["row", "loss"]
     found, expected = (compute_statistics(norms[1], norms[2], "all", 11) for norms in (parts, whole))
     np.testing.assert_allclose(found.G_t, expected.G_t, rtol=1e-6)
     assert np.isnan(found.G_t[10])

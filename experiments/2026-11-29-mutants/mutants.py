@@ -3,7 +3,7 @@
     python experiments/2026-11-29-mutants/mutants.py map      # which test passes which line, and how long it takes
     python experiments/2026-11-29-mutants/mutants.py run      # draw the sample and run what has no outcome yet
     python experiments/2026-11-29-mutants/mutants.py named  # four changes by name against their laws
-    python experiments/2026-11-29-mutants/mutants.py again  # run the survivors anew, against more tests
+    python experiments/2026-11-29-mutants/mutants.py again  # run the survivors anew, against more or --tests
 
 It works in a copy of the tree (`--work`), never in the checkout, and goes on from mutants.csv. The process imports
 torch and the other packages once, but nothing of this project, and forks for each mutant: a start takes no seconds.
@@ -56,12 +56,15 @@ TESTS = (  # nearest first
     *("long_texts", "engine", "corruption", "experiments", "backbones", "export", "world", "scale", "sweep"),
 )
 FIRST_SECONDS, ALL_SECONDS = 20, 240  # of tests, by their times without a mutant; the first are those of `run`
-NAMED = (  # changes that the suite once let live: file, before, after, and the tests that are to notice
+NAMED = (  # changes that the suite once let live: file, before, after, and the law that is to notice
     ("proxy/ensemble.py", '"scheduled_epochs": None if config.schedule == "constant" else config.total_epochs,', "",
-     ("test_identity.py", "test_ensembles.py")),
-    ("config/models.py", "learning_rate: float = 5e-5", "learning_rate: float = 5e-4", ("test_laws.py",)),
-    ("config/models.py", "learning_rate: float = 2e-4", "learning_rate: float = 2e-5", ("test_laws.py",)),
-    ("line.py", "early, late = (self.norms", "late, early = (self.norms", ("test_laws.py",)),
+     "test_identity.py::test_members_of_two_lengths_of_training_are_shared_only_at_a_constant_rate"),
+    ("config/models.py", "learning_rate: float = 5e-5", "learning_rate: float = 5e-4",
+     "test_laws.py::test_the_proxys_hyperparameters_are_the_papers"),
+    ("config/models.py", "learning_rate: float = 2e-4", "learning_rate: float = 2e-5",
+     "test_laws.py::test_the_targets_recipe_is_as_documented"),
+    ("line.py", "early, late = (self.norms", "late, early = (self.norms",
+     "test_laws.py::test_scores_are_eq_5_of_the_norm_files_with_g_s_early_and_g_t_and_v_t_late"),
 )  # fmt: skip
 PRELOADED = (
     "torch", "lightning", "peft", "datasets", "hydra", "sklearn.cluster", "scipy.stats", "safetensors.torch", "wandb",
@@ -344,7 +347,7 @@ def write_results(results: Sequence[Mutant]) -> None:
         writer.writerows(asdict(mutant) for mutant in sorted(results, key=lambda mutant: mutant.key))
 
 
-def run(work: Path, again: bool, files: Sequence[str]) -> None:
+def run(work: Path, again: bool, files: Sequence[str], named: Sequence[str]) -> None:
     known = json.loads((work / "map.json").read_text())
     limits = (FIRST_SECONDS, ALL_SECONDS) if again else (FIRST_SECONDS,)
     results = read_results()
@@ -352,14 +355,15 @@ def run(work: Path, again: bool, files: Sequence[str]) -> None:
         before = results.get(mutant.key)
         if before is not None and not (again and before.outcome == "survived"):
             continue
-        if files and not any(file in mutant.file for file in files):
+        if files and not any(file in f"{mutant.file}:{mutant.line}" for file in files):
             continue
         file = work / "tree/src/gradsift" / mutant.file
         original = file.read_bytes()
         began = time.monotonic()
         try:
             file.write_text(text, encoding="utf-8")
-            for tests, limit in zip(tests_of(mutant, known), limits, strict=False):
+            parts = (named,) if named else tests_of(mutant, known)
+            for tests, limit in zip(parts, limits, strict=False):
                 if tests:
                     mutant.outcome, mutant.by = run_tests(work, tests, 60 + 3 * limit)
                     mutant.tests += len(tests)
@@ -377,15 +381,15 @@ def run(work: Path, again: bool, files: Sequence[str]) -> None:
 
 
 def run_named(work: Path) -> None:
-    for name, before, after, tests in NAMED:
+    for name, before, after, law in NAMED:
         file = work / "tree/src/gradsift" / name
         original = file.read_text(encoding="utf-8")
         if original.count(before) != 1:
             raise SystemExit(f"{name} no longer has one line {before!r}")
         file.write_text(original.replace(before, after), encoding="utf-8")
-        outcomes = [(test, *run_tests(work, [f"tests/{test}"], 600)) for test in tests]
+        outcome, by = run_tests(work, [f"tests/{law}"], 600)
         file.write_text(original, encoding="utf-8")
-        print(f"{name}: {before.strip()} -> {after or 'nothing'}: {outcomes}", flush=True)
+        print(f"{name}: {before} -> {after or 'nothing'}: {outcome} {by}", flush=True)
 
 
 def main() -> None:
@@ -393,6 +397,9 @@ def main() -> None:
     parser.add_argument("step", choices=("map", "run", "again", "named"))
     parser.add_argument("names", nargs="*", help="tests to map, such as `laws`, or files to mutate; all by default")
     parser.add_argument("--work", type=Path, default=Path("/tmp/mutants"))  # noqa: S108
+    parser.add_argument(
+        "--tests", nargs="+", default=(), help="in place of those of the map, such as tests/test_laws.py"
+    )
     options = parser.parse_args()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -408,7 +415,7 @@ def main() -> None:
     elif options.step == "named":
         run_named(work)
     else:
-        run(work, options.step == "again", options.names)
+        run(work, options.step == "again", options.names, options.tests)
 
 
 if __name__ == "__main__":

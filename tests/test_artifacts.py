@@ -87,6 +87,9 @@ def test_the_size_of_work_is_its_own_or_the_largest_of_its_parents(tmp_path: Pat
     assert [parent.size for parent in parents] == [5, 7]
     assert build(tmp_path, {}, parents)[1].size == 7
     assert build(tmp_path, {"b": 1}, parents, size=6)[1].size == 6
+    unsized = Store(tmp_path).obtain("stage", "unsized", {}, [], lambda folder: {}, version=1)
+    child = Store(tmp_path).obtain("stage", "child", {}, [unsized], lambda folder: {}, version=1)
+    assert (unsized.size, child.size) == (None, None)
 
 
 def test_how_numerics_differ_is_said_name_by_name() -> None:

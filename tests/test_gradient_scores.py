@@ -14,6 +14,7 @@ from test_config import composed
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.features.vectors import Features, unit_rows
 from gradsift.gradients.statistics import Statistics
+from gradsift.scoring.agreement import agreement
 from gradsift.scoring.g2is import g2is
 from gradsift.scoring.gsnr_direction import gsnr_direction, shares_not_above
 from gradsift.scoring.less import less
@@ -43,6 +44,11 @@ def test_less_is_the_best_tasks_mean_over_pairs() -> None:
     assert list(scores.parts) == ["task:a", "task:b"]
     assert (scores.score == scores.parts["task:a"]).any()
     assert (scores.score == scores.parts["task:b"]).any()
+
+
+def test_gradients_of_zero_agree_with_nothing() -> None:
+    found = agreement(Features(np.zeros((3, 6), np.float32)), features(2).vectors)
+    assert found.tolist() == [[0.0, 0.0]] * 3
 
 
 def test_equal_gradients_tie_wherever_they_stand() -> None:

@@ -191,6 +191,13 @@ def test_an_example_without_response_or_direction_has_no_score_and_changes_no_ot
     assert without_embeddings.status.tolist() == [*[SCORED] * 6, UNDEFINED]
 
 
+@pytest.mark.parametrize(("diversity", "defined"), [("spread", False), ("words", True)])
+def test_content_alone_asks_for_a_direction_where_it_is_measured_by_embeddings(diversity: str, defined: bool) -> None:
+    embeddings = vectors([1, 0], [0, 1], [0, 0])
+    found = scored(random_gradients(3), embeddings, weights=[0, 1, 0], diversity=diversity)
+    assert found.status.tolist() == [SCORED, SCORED, SCORED if defined else UNDEFINED]
+
+
 def test_copies_are_the_most_redundant() -> None:
     rows = np.random.default_rng(4).normal(size=(8, 5)).tolist()
     rows[5] = rows[2]

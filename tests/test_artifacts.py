@@ -105,6 +105,7 @@ def test_how_numerics_differ_is_said_name_by_name() -> None:
 
 def test_work_in_a_store_is_found_by_the_next_version_of_the_code() -> None:
     """Other names or another order in what is hashed would make everybody's work anew, though nothing changed."""
+    assert (MANIFEST, UNFINISHED) == ("manifest.json", "unfinished")
     numerics = {"precision": "float32", "kernels": "off"}
     parent = Artifact("backbone", Path("x"), "0123456789ab", {"info": {"content": "c0"}}, numerics=numerics)
     assert parent.identity == "0123456789ab:c0:kernels=off:precision=float32"

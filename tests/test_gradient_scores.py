@@ -142,6 +142,9 @@ def test_the_weight_is_the_rank_of_the_gsnr() -> None:
     for i in range(6):
         rank = sum(other <= ratio[i] for other in ratio) / 6
         assert scores.score[i] == pytest.approx(rank * cosines[:, i].mean())
+    assert list(scores.parts) == ["cosine", "cosine_deviation", "gsnr", "gsnr_rank"]
+    np.testing.assert_allclose(scores.parts["gsnr"], ratio)
+    np.testing.assert_allclose(scores.parts["cosine"] * scores.parts["gsnr_rank"], scores.score)
     assert (ratio < 0).any()  # a product of two negatives would have been a high score
     assert shares_not_above(np.array([3.0, np.nan, 1.0, 3.0])).tolist() == pytest.approx(
         [1, np.nan, 1 / 3, 1], nan_ok=True

@@ -120,7 +120,10 @@ def test_a_mean_that_is_rounding_and_a_column_that_stands_still_are_left_out() -
 def test_a_signal_without_columns_is_warned_of_and_gives_everyone_a_half() -> None:
     found = scored(gradients([1.0] * 3), vectors([1, 0], [0, 1], [1, 1]), weights=[1, 0, 0])
     assert found.score.tolist() == [0.5, 0.5, 0.5]
-    assert [d.verdict for d in found.diagnostics] == ["warning"]
+    (signal,) = found.diagnostics
+    assert (signal.name, signal.verdict, signal.values["columns"]) == ("grads_signal", "warning", 0)
+    assert f"combine={DEFAULTS['combine']}" in signal.message
+    assert "representativeness is the same for all of them" in signal.message
 
 
 # --------------------------------------------------------------------------------------------- score

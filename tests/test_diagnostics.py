@@ -106,7 +106,7 @@ def test_members_with_one_update_are_collapsed_whatever_their_factors() -> None:
 
 def test_adapters_that_never_left_zero_are_a_warning_without_a_number() -> None:
     found = adapter_spread([adapter([[1.0]], [[0.0]]), adapter([[2.0]], [[0.0]])])
-    assert (found.verdict, found.values) == ("warning", {"relative_distance": None})
+    assert (found.name, found.verdict, found.values) == ("adapter_spread", "warning", {"relative_distance": None})
     assert "proxy.learning_rate" in found.message
 
 

@@ -48,6 +48,8 @@ def test_statistics_of_shards_are_those_of_the_whole(mode: str, tmp_path: Path) 
         for left, right in zip(whole[epoch], parts[epoch], strict=True):
             one, three = read_norms(left), read_norms(right)
             assert one["row"].tolist() == three["row"].tolist() == list(range(10))
+            assert list(one) == list(three) == ["row", "norm_A", "norm_B", "loss", "n_tokens"]
+            assert one["n_tokens"].tolist() == [example.is_response.sum() for example in ragged_examples(10)]
             for name in one:
                 np.testing.assert_allclose(three[name], one[name], rtol=1e-6)
             assert list(read_norms(right, ("loss",))) == ["row", "loss"]

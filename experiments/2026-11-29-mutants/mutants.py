@@ -55,7 +55,30 @@ TESTS = (  # nearest first
     *("neighbours", "embeddings", "outside_json", "paper_tables", "identity", "every_method", "audit", "ranks"),
     *("long_texts", "engine", "corruption", "experiments", "backbones", "export", "world", "scale", "sweep"),
 )
-FIRST_SECONDS, ALL_SECONDS = 20, 240  # of tests, by their times without a mutant; the first are those of `run`
+FIRST_SECONDS = 20  # of the tests that `run` chooses, by their times without a mutant
+AGAIN_SECONDS = 900  # a limit
+NEAREST = {  # test files of a module, which `again` runs whole
+    "artifacts": ("artifacts", "shards", "cost", "disk", "planning"),
+    "gradients/adam": ("per_sample",),
+    "gradients/callback": ("ensembles", "norms", "shards"),
+    "gradients/diagnostics": ("diagnostics",),
+    "gradients/directions": ("gradient_scores",),
+    "gradients/embedding_head": ("embedding_head",),
+    "gradients/norms_table": ("shards",),
+    "gradients/per_sample": ("per_sample",),
+    "gradients/projection": ("per_sample", "gradient_features"),
+    "gradients/statistics": ("scores", "shards"),
+    "proxy": ("trajectory", "ensembles", "shards", "save_point"),
+    "scoring/agreement": ("gradient_scores",),
+    "scoring/gsnr": ("scores", "gradient_scores", "diagnostics"),
+    "scoring/spans": ("cherry", "superfilter", "long_texts"),
+    "scoring/stage": ("score_stage",),
+    "scoring/spread": ("similarity",),
+    "selection/clusters": ("selection_clusters", "selectors"),
+    "selection/diagnostics": ("diagnostics",),
+    "selection/products": ("selectors",),
+    "selection/stage": ("score_stage", "corruption"),
+}
 NAMED = (  # changes that the suite once let live: file, before, after, and the law that is to notice
     ("proxy/ensemble.py", '"scheduled_epochs": None if config.schedule == "constant" else config.total_epochs,', "",
      "test_identity.py::test_members_of_two_lengths_of_training_are_shared_only_at_a_constant_rate"),
@@ -303,30 +326,31 @@ def _in_function(mutant: Mutant) -> bool:
     return any(node.body[0].lineno <= mutant.line <= (node.end_lineno or 0) for node in functions)
 
 
-def tests_of(mutant: Mutant, known: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """The tests that pass the mutant's line (at module level: its file), nearest and quickest first, in two parts."""
+def tests_of(mutant: Mutant, known: dict[str, Any]) -> list[str]:
+    """The tests that pass the mutant's line (at module level: its file), nearest and quickest first, for some seconds."""
     by_line, seconds = known["lines"].get(mutant.file, {}), known["seconds"]
     statement = max((int(line) for line in by_line if int(line) <= mutant.line and by_line[line]), default=0)
     passing = set(by_line.get(str(mutant.line), ()) or by_line.get(str(statement), ()))
-    if not _in_function(mutant):
-        passing = set()
-    if not passing:
+    if not passing or not _in_function(mutant):
         passing = {test for tests in by_line.values() for test in tests}
-    words = set(Path(mutant.file).with_suffix("").parts)
 
     def order(test: str) -> tuple[bool, float]:
-        near = any(word in test.split("::")[0] for word in (Path(mutant.file).stem, *words & {"pws", "artifacts"}))
-        return not near, seconds[test]
+        return Path(mutant.file).stem not in test.split("::")[0], seconds[test]
 
-    parts: tuple[list[str], list[str]] = ([], [])
-    total = 0.0
+    found, total = [], 0.0
     for test in sorted(passing, key=order):
         total += seconds[test] + 0.01
         if total <= FIRST_SECONDS:
-            parts[0].append(test)
-        elif total <= ALL_SECONDS:
-            parts[1].append(test)
-    return parts
+            found.append(test)
+    return found
+
+
+def files_of(mutant: Mutant) -> list[str]:
+    """The test files of its module."""
+    name = mutant.file.removesuffix(".py")
+    own = (Path(name).name, f"selection_{Path(name).name}")
+    words = next((NEAREST[key] for key in (name, name.split("/")[0]) if key in NEAREST), own)
+    return [f"tests/test_{word}.py" for word in words if (ROOT / f"tests/test_{word}.py").exists()]
 
 
 # ------------------------------------------------------------------------------------------- the work
@@ -349,7 +373,6 @@ def write_results(results: Sequence[Mutant]) -> None:
 
 def run(work: Path, again: bool, files: Sequence[str], named: Sequence[str]) -> None:
     known = json.loads((work / "map.json").read_text())
-    limits = (FIRST_SECONDS, ALL_SECONDS) if again else (FIRST_SECONDS,)
     results = read_results()
     for number, (mutant, text) in enumerate(sample(), 1):
         before = results.get(mutant.key)
@@ -362,16 +385,11 @@ def run(work: Path, again: bool, files: Sequence[str], named: Sequence[str]) -> 
         began = time.monotonic()
         try:
             file.write_text(text, encoding="utf-8")
-            parts = (named,) if named else tests_of(mutant, known)
-            for tests, limit in zip(parts, limits, strict=False):
-                if tests:
-                    mutant.outcome, mutant.by = run_tests(work, tests, 60 + 3 * limit)
-                    mutant.tests += len(tests)
-                if mutant.outcome == "killed":
-                    break
+            tests = (list(named) or files_of(mutant)) if again else tests_of(mutant, known)
+            mutant.outcome, mutant.by = run_tests(work, tests, AGAIN_SECONDS if again else 60 + 3 * FIRST_SECONDS)
+            mutant.tests = len(tests)
         finally:
             file.write_bytes(original)
-        mutant.outcome = mutant.outcome or "survived"
         mutant.seconds = round(time.monotonic() - began, 1)
         results[mutant.key] = mutant
         write_results(list(results.values()))

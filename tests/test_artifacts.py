@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import calendar
+import contextlib
 import errno
 import hashlib
 import json
@@ -59,6 +60,19 @@ def test_a_change_of_config_parents_or_version_is_other_work(tmp_path: Path) -> 
 
 def test_the_order_of_options_is_not_part_of_the_fingerprint() -> None:
     assert fingerprint_of("s", 1, {"a": 1, "b": 2}, []) == fingerprint_of("s", 1, {"b": 2, "a": 1}, [])
+
+
+def test_whoever_watches_a_store_is_told_which_unit_is_at_work(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def at_work(label: str) -> contextlib.AbstractContextManager[None]:
+        told.append(label)
+        return contextlib.nullcontext()
+
+    store = Store(tmp_path, at_work=at_work)
+    for _ in range(2):
+        store.obtain("stage", "slug", {}, [], lambda folder: {}, version=1)
+    assert told == ["stage slug"]
 
 
 def test_a_manifest_says_what_was_made_of_what_and_with_what(tmp_path: Path) -> None:

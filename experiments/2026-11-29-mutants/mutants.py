@@ -3,7 +3,7 @@
     python experiments/2026-11-29-mutants/mutants.py map      # which test passes which line, and how long it takes
     python experiments/2026-11-29-mutants/mutants.py run      # draw the sample and run what has no outcome yet
     python experiments/2026-11-29-mutants/mutants.py named  # four changes by name against their laws
-    python experiments/2026-11-29-mutants/mutants.py again  # run the survivors anew, against more or --tests
+    python experiments/2026-11-29-mutants/mutants.py again  # run the survivors anew: the module's tests, or --tests
 
 It works in a copy of the tree (`--work`), never in the checkout, and goes on from mutants.csv. The process imports
 torch and the other packages once, but nothing of this project, and forks for each mutant: a start takes no seconds.
@@ -56,7 +56,7 @@ TESTS = (  # nearest first
     *("long_texts", "engine", "corruption", "experiments", "backbones", "export", "world", "scale", "sweep"),
 )
 FIRST_SECONDS = 20  # of the tests that `run` chooses, by their times without a mutant
-AGAIN_SECONDS = 900  # a limit
+LIMIT = 600  # seconds for one mutant
 NEAREST = {  # test files of a module, which `again` runs whole
     "artifacts": ("artifacts", "shards", "cost", "disk", "planning"),
     "gradients/adam": ("per_sample",),
@@ -71,9 +71,19 @@ NEAREST = {  # test files of a module, which `again` runs whole
     "proxy": ("trajectory", "ensembles", "shards", "save_point"),
     "scoring/agreement": ("gradient_scores",),
     "scoring/gsnr": ("scores", "gradient_scores", "diagnostics"),
+    "scoring/full": ("scores",),
+    "scoring/g2is": ("gradient_scores",),
+    "scoring/gsnr_direction": ("gradient_scores",),
+    "scoring/late_loss": ("scores",),
+    "scoring/less": ("gradient_scores",),
+    "scoring/random": ("scores",),
     "scoring/spans": ("cherry", "superfilter", "long_texts"),
     "scoring/stage": ("score_stage",),
     "scoring/spread": ("similarity",),
+    "selection/budget": ("selection",),
+    "selection/candidates": ("selectors",),
+    "selection/core_knowledge": ("selection_gradient_walk",),
+    "selection/topk": ("selectors",),
     "selection/clusters": ("selection_clusters", "selectors"),
     "selection/diagnostics": ("diagnostics",),
     "selection/products": ("selectors",),
@@ -327,7 +337,7 @@ def _in_function(mutant: Mutant) -> bool:
 
 
 def tests_of(mutant: Mutant, known: dict[str, Any]) -> list[str]:
-    """The tests that pass the mutant's line (at module level: its file), nearest and quickest first, for some seconds."""
+    """The tests that pass the mutant's line (at module level: its file), nearest and quickest first."""
     by_line, seconds = known["lines"].get(mutant.file, {}), known["seconds"]
     statement = max((int(line) for line in by_line if int(line) <= mutant.line and by_line[line]), default=0)
     passing = set(by_line.get(str(mutant.line), ()) or by_line.get(str(statement), ()))
@@ -350,7 +360,10 @@ def files_of(mutant: Mutant) -> list[str]:
     name = mutant.file.removesuffix(".py")
     own = (Path(name).name, f"selection_{Path(name).name}")
     words = next((NEAREST[key] for key in (name, name.split("/")[0]) if key in NEAREST), own)
-    return [f"tests/test_{word}.py" for word in words if (ROOT / f"tests/test_{word}.py").exists()]
+    found = [f"tests/test_{word}.py" for word in words if (ROOT / f"tests/test_{word}.py").exists()]
+    if not found:
+        raise SystemExit(f"NEAREST names no tests of {name}")
+    return found
 
 
 # ------------------------------------------------------------------------------------------- the work
@@ -372,7 +385,8 @@ def write_results(results: Sequence[Mutant]) -> None:
 
 
 def run(work: Path, again: bool, files: Sequence[str], named: Sequence[str]) -> None:
-    known = json.loads((work / "map.json").read_text())
+    path = work / "map.json"
+    known = json.loads(path.read_text()) if path.exists() else None
     results = read_results()
     for number, (mutant, text) in enumerate(sample(), 1):
         before = results.get(mutant.key)
@@ -385,8 +399,8 @@ def run(work: Path, again: bool, files: Sequence[str], named: Sequence[str]) -> 
         began = time.monotonic()
         try:
             file.write_text(text, encoding="utf-8")
-            tests = (list(named) or files_of(mutant)) if again else tests_of(mutant, known)
-            mutant.outcome, mutant.by = run_tests(work, tests, AGAIN_SECONDS if again else 60 + 3 * FIRST_SECONDS)
+            tests = list(named) or (tests_of(mutant, known) if known and not again else files_of(mutant))
+            mutant.outcome, mutant.by = run_tests(work, tests, LIMIT)
             mutant.tests = len(tests)
         finally:
             file.write_bytes(original)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import calendar
+import contextlib
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -58,6 +61,70 @@ def test_a_change_of_config_parents_or_version_is_other_work(tmp_path: Path) -> 
 
 def test_the_order_of_options_is_not_part_of_the_fingerprint() -> None:
     assert fingerprint_of("s", 1, {"a": 1, "b": 2}, []) == fingerprint_of("s", 1, {"b": 2, "a": 1}, [])
+
+
+def test_whoever_watches_a_store_is_told_which_unit_is_at_work(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def at_work(label: str) -> contextlib.AbstractContextManager[None]:
+        told.append(label)
+        return contextlib.nullcontext()
+
+    store = Store(tmp_path, at_work=at_work)
+    for _ in range(2):
+        store.obtain("stage", "slug", {}, [], lambda folder: {}, version=1)
+    assert told == ["stage slug"]
+
+
+def test_a_manifest_says_what_was_made_of_what_and_with_what(tmp_path: Path) -> None:
+    _, parent = build(tmp_path, {"a": 1})
+    _, artifact = build(tmp_path, {"a": 2}, [parent])
+    written = json.loads(artifact.file(MANIFEST).read_text())
+    assert written == artifact.manifest
+    made_with = {"seconds", "peak_resident_gb", "finished", "git_sha", "code", "packages"}
+    assert written == {name: written[name] for name in made_with} | {
+        "stage": "stage",
+        "fingerprint": artifact.fingerprint,
+        "version": 1,
+        "config": {"a": 2},
+        "size": 1,
+        "models": [],
+        "numerics": {},
+        "parents": [parent.fingerprint],
+        "info": {"rows": 1, "optimizer_steps": 3},
+        "files": {"result.txt": {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}},
+    }
+    assert time.time() - calendar.timegm(time.strptime(written["finished"], "%Y-%m-%dT%H:%M:%SZ")) < 60
+
+
+def test_the_size_of_work_is_its_own_or_the_largest_of_its_parents(tmp_path: Path) -> None:
+    parents = [build(tmp_path, {"a": size}, size=size)[1] for size in (5, 7)]
+    assert [parent.size for parent in parents] == [5, 7]
+    assert build(tmp_path, {}, parents)[1].size == 7
+    assert build(tmp_path, {"b": 1}, parents, size=6)[1].size == 6
+    unsized = Store(tmp_path).obtain("stage", "unsized", {}, [], lambda folder: {}, version=1)
+    child = Store(tmp_path).obtain("stage", "child", {}, [unsized], lambda folder: {}, version=1)
+    assert (unsized.size, child.size) == (None, None)
+
+
+def test_how_numerics_differ_is_said_name_by_name() -> None:
+    ours = {"model": {"kernels": "off", "precision": "float32"}}
+    theirs = {"model": {"kernels": "a1", "precision": "float32"}, "another": {"kernels": "b2"}}
+    assert artifacts._difference(theirs, ours) == "kernels=a1 (here kernels=off)"
+    assert artifacts._difference({"model": {"precision": "float32"}}, ours) == "kernels=unknown (here kernels=off)"
+    assert artifacts._difference(None, ours) == (
+        "kernels=unknown (here kernels=off), precision=unknown (here precision=float32)"
+    )
+    assert artifacts._difference(theirs, {}) == "models that are not known"
+
+
+def test_work_in_a_store_is_found_by_the_next_version_of_the_code() -> None:
+    """Other names or another order in what is hashed would make everybody's work anew, though nothing changed."""
+    assert (MANIFEST, UNFINISHED) == ("manifest.json", "unfinished")
+    numerics = {"precision": "float32", "kernels": "off"}
+    parent = Artifact("backbone", Path("x"), "0123456789ab", {"info": {"content": "c0"}}, numerics=numerics)
+    assert parent.identity == "0123456789ab:c0:kernels=off:precision=float32"
+    assert fingerprint_of("member", 5, {"seed": 0}, [parent]) == "f2ee9024e332"
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone", "manifest"])

@@ -106,7 +106,7 @@ def test_members_with_one_update_are_collapsed_whatever_their_factors() -> None:
 
 def test_adapters_that_never_left_zero_are_a_warning_without_a_number() -> None:
     found = adapter_spread([adapter([[1.0]], [[0.0]]), adapter([[2.0]], [[0.0]])])
-    assert (found.verdict, found.values) == ("warning", {"relative_distance": None})
+    assert (found.name, found.verdict, found.values) == ("adapter_spread", "warning", {"relative_distance": None})
     assert "proxy.learning_rate" in found.message
 
 
@@ -225,6 +225,44 @@ def test_without_any_defined_row_nothing_is_judged() -> None:
     assert is_unknown(eps_share(1e-8, {"V_t": NO_ROW.V_t}))
     assert is_unknown(norm_spread(replace(ensemble(), G_t=np.zeros(3)), members=5))
     assert is_unknown(drop_size(replace(ensemble(), G_s=np.zeros(3))))
+
+
+ONE, OTHER = adapter([[1.0, 0.0]], [[3.0]]), adapter([[0.0, 1.0]], [[3.0]])
+
+
+@pytest.mark.parametrize(
+    ("judge", "known", "unknown"),
+    [
+        (adapter_spread, ([ONE, OTHER],), [([ONE],)]),
+        (norm_spread, (ensemble(), 2), [(ensemble(), 1), (NO_ROW, 2)]),
+        (norm_precision, (0.1, ensemble()), [(0.1, NO_ROW)]),
+        (loss_between_snapshots, (ensemble(),), [(NO_ROW,)]),
+        (loss_from_start, ([[2.0, 1.0]] * 10,), [([[2.0, 1.0]],), ([[0.0, 0.0]] * 10,)]),
+        (drop_sign, (ensemble(),), [(NO_ROW,)]),
+        (drop_size, (ensemble(),), [(NO_ROW,)]),
+        (eps_share, (0.1, {"V_t": ensemble().V_t}), [(0.1, {"V_t": NO_ROW.V_t})]),
+    ],
+)
+def test_what_cannot_be_judged_has_the_name_and_the_value_of_what_can(judge: Any, known: Any, unknown: Any) -> None:
+    found = judge(*known)
+    assert found.name == judge.__name__
+    assert found.verdict != "unknown"
+    for arguments in unknown:
+        lacking = judge(*arguments)
+        assert (lacking.name, lacking.verdict) == (found.name, "unknown")
+        assert dict(lacking.values) == {next(iter(found.values)): None}
+
+
+def test_what_cannot_be_said_of_the_selections_drops_is_still_named() -> None:
+    known, lacking = (selected_drop_sign(np.full(3, drop), np.arange(2)) for drop in (1.0, NAN))
+    assert (known.name, known.verdict) == ("selection_drop_sign", "ok")
+    assert (lacking.name, lacking.verdict) == ("selection_drop_sign", "unknown")
+    assert dict(lacking.values) == {next(iter(known.values)): None}
+
+
+def test_the_verdict_of_float32_norms_is_that_of_any_others() -> None:
+    exact = norm_precision(0.0, ensemble())
+    assert (exact.name, exact.verdict, dict(exact.values)) == ("norm_precision", "ok", {"error_over_spread": 0.0})
 
 
 # --------------------------------------------------------------------------------------- selection

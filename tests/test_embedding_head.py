@@ -29,6 +29,7 @@ from gradsift.gradients.embedding_head import (
     embedding_statistics,
     read_embedding_gradients,
 )
+from gradsift.journal import Journal
 from gradsift.proxy.ensemble import train_adapter
 from gradsift.training import lora
 from gradsift.training.device import TokenBudget
@@ -87,6 +88,35 @@ def test_statistics_are_those_of_autograds_matrices(architecture: str, tied: boo
     adapted, examples = adapted_model(architecture, ["all-linear"], tied), ragged_examples(9)
     assert len(COLUMNS) == 8
     agree(found(adapted, examples), expected(adapted, examples))
+
+
+def test_a_pass_that_was_cut_short_takes_what_its_journal_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted, examples = adapted_model("gpt2", ["c_attn"]), ragged_examples(9)
+
+    def taken() -> np.ndarray:
+        return collect_statistics(
+            adapted, examples, SOURCE_ROWS, TokenBudget(30), 0, CPU, journal=Journal(tmp_path, every=0)
+        )
+
+    whole, plain, left = found(adapted, examples, 30), UseOfEmbedding.statistics, [2]
+
+    def counted(uses: UseOfEmbedding, batch: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return plain(uses, batch)
+
+    monkeypatch.setattr(UseOfEmbedding, "statistics", counted)
+    with pytest.raises(KeyboardInterrupt):
+        taken()
+    left[0] = 100
+    np.testing.assert_allclose(taken(), whole, rtol=1e-6, atol=1e-12)
+    batches = 100 - left[0]
+    left[0] = 100
+    found(adapted, examples, 30)
+    assert batches == 100 - left[0] - 1
 
 
 @pytest.mark.parametrize("tokens", [1, 30])

@@ -14,6 +14,7 @@ from test_config import composed
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.features.vectors import Features, unit_rows
 from gradsift.gradients.statistics import Statistics
+from gradsift.scoring.agreement import agreement
 from gradsift.scoring.g2is import g2is
 from gradsift.scoring.gsnr_direction import gsnr_direction, shares_not_above
 from gradsift.scoring.less import less
@@ -45,6 +46,11 @@ def test_less_is_the_best_tasks_mean_over_pairs() -> None:
     assert list(scores.parts) == ["task:a", "task:b"]
     assert (scores.score == scores.parts["task:a"]).any()
     assert (scores.score == scores.parts["task:b"]).any()
+
+
+def test_gradients_of_zero_agree_with_nothing() -> None:
+    found = agreement(Features(np.zeros((3, 6), np.float32)), features(2).vectors)
+    assert found.tolist() == [[0.0, 0.0]] * 3
 
 
 def test_equal_gradients_tie_wherever_they_stand() -> None:
@@ -138,6 +144,9 @@ def test_the_weight_is_the_rank_of_the_gsnr() -> None:
     for i in range(6):
         rank = sum(other <= ratio[i] for other in ratio) / 6
         assert scores.score[i] == pytest.approx(rank * cosines[:, i].mean())
+    assert list(scores.parts) == ["cosine", "cosine_deviation", "gsnr", "gsnr_rank"]
+    np.testing.assert_allclose(scores.parts["gsnr"], ratio)
+    np.testing.assert_allclose(scores.parts["cosine"] * scores.parts["gsnr_rank"], scores.score)
     assert (ratio < 0).any()  # a product of two negatives would have been a high score
     assert shares_not_above(np.array([3.0, np.nan, 1.0, 3.0])).tolist() == pytest.approx(
         [1, np.nan, 1 / 3, 1], nan_ok=True

@@ -122,7 +122,10 @@ def test_a_mean_that_is_rounding_and_a_column_that_stands_still_are_left_out() -
 def test_a_signal_without_columns_is_warned_of_and_gives_everyone_a_half() -> None:
     found = scored(gradients([1.0] * 3), vectors([1, 0], [0, 1], [1, 1]), weights=[1, 0, 0])
     assert found.score.tolist() == [0.5, 0.5, 0.5]
-    assert [d.verdict for d in found.diagnostics] == ["warning"]
+    (signal,) = found.diagnostics
+    assert (signal.name, signal.verdict, signal.values["columns"]) == ("grads_signal", "warning", 0)
+    assert f"combine={DEFAULTS['combine']}" in signal.message
+    assert "representativeness is the same for all of them" in signal.message
 
 
 # --------------------------------------------------------------------------------------------- score
@@ -191,6 +194,13 @@ def test_an_example_without_response_or_direction_has_no_score_and_changes_no_ot
     )
     without_embeddings = scored(with_holes, vectors(*rows), weights=[1, 1, 0], diversity="words")
     assert without_embeddings.status.tolist() == [*[SCORED] * 6, UNDEFINED]
+
+
+@pytest.mark.parametrize(("diversity", "defined"), [("spread", False), ("words", True)])
+def test_content_alone_asks_for_a_direction_where_it_is_measured_by_embeddings(diversity: str, defined: bool) -> None:
+    embeddings = vectors([1, 0], [0, 1], [0, 0])
+    found = scored(random_gradients(3), embeddings, weights=[0, 1, 0], diversity=diversity)
+    assert found.status.tolist() == [SCORED, SCORED, SCORED if defined else UNDEFINED]
 
 
 def test_copies_are_the_most_redundant() -> None:

@@ -26,6 +26,7 @@ BYTES = {"response": [3, 6, 9], "prompt": [7, 6, 12], "both": [10, 12, 21]}  # a
 def test_lengths_are_those_counted_by_hand(part: str, byte_tokenizer: Any) -> None:
     characters = length_in_characters(ROWS, unit="characters", part=part, prefer="long")
     assert characters.score.tolist() == characters.parts["characters"].tolist() == CHARACTERS[part]
+    assert characters.score.dtype == np.float64
     tokens = length_in_tokens(ROWS, Backbone(None, byte_tokenizer), unit="tokens", part=part, prefer="long")
     assert tokens.score.tolist() == tokens.parts["tokens"].tolist() == BYTES[part]
 

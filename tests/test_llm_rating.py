@@ -86,7 +86,8 @@ def test_an_example_without_a_valid_grade_has_no_score_and_the_reason(endpoint: 
     )
     assert np.isnan(scores.score[1:4]).all()
     (diagnostic,) = scores.diagnostics
-    assert (diagnostic.verdict, diagnostic.values["unrated_share"]) == ("warning", 0.6)
+    assert (diagnostic.name, diagnostic.verdict) == ("unrated_share", "warning")
+    assert diagnostic.values["unrated_share"] == 0.6
     assert diagnostic.values["calls"] == 2 + 2 * 2
 
 

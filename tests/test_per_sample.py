@@ -97,6 +97,15 @@ def test_full_gradients_are_those_of_the_merged_models_weights(architecture: str
     assert_rows_close(found, loop_gradients(merged, examples))
 
 
+def test_a_weight_that_no_loss_depends_on_has_a_gradient_of_zero() -> None:
+    adapted, examples = adapted_model("gpt2", ["all-linear"]), ragged_examples(2)
+    adapted.get_base_model().register_parameter("spare", torch.nn.Parameter(torch.ones(5)))
+    with gradient_pass(adapted, "full", 0) as gradients:
+        found = gradients(examples).numpy()
+    assert gradients.size == found.shape[1]
+    assert not found[:, :5].any()  # the model's own parameter comes before those of its layers
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_an_adapter_of_a_tied_head_is_not_merged_into_the_embedding(architecture: str) -> None:
     examples = ragged_examples(2)

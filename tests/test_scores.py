@@ -94,6 +94,7 @@ def test_scores_survive_the_disk(tmp_path) -> None:
     scores.mark(np.isnan(scores.score), UNDEFINED, "why")
     write_scores(tmp_path / "scores.parquet", scores, [["a-0"], ["b-0"]])
     again = read_scores(tmp_path / "scores.parquet")
+    assert list(again.parts) == ["ifd"]
     np.testing.assert_array_equal(again.score, scores.score)
     np.testing.assert_array_equal(again.parts["ifd"], scores.parts["ifd"])
     assert again.status.tolist() == scores.status.tolist()

@@ -172,6 +172,13 @@ def test_a_walk_that_crosses_to_the_other_side_of_its_component_is_said() -> Non
     assert said(pool, target, 1)["gradient_walk"].verdict == "ok"
 
 
+def test_a_component_that_took_no_example_does_not_point_away() -> None:
+    target = np.array([[3, 0, 1], [0, 2, 1], [0, 0, 1]], dtype=np.float32)
+    found = said(unit_rows(target), target, 1, explained=1.0)["gradient_walk"]
+    assert (found.values["least_of_a_component"], found.values["most_of_a_component"]) == (0, 1)
+    assert (found.verdict, found.values["turned_away"]) == ("ok", 0)
+
+
 def test_past_all_neighbours_the_walk_goes_by_core_knowledge() -> None:
     angles = np.radians([0, 10, 40, 50])
     pool = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)

@@ -169,12 +169,12 @@ def test_a_pool_without_any_direction_is_selected_by_score_or_refused(name: str)
 
 
 @pytest.mark.parametrize("name", ON_VECTORS)
-@pytest.mark.parametrize("rows", [1, 3])
-def test_the_block_size_changes_nothing(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("limit", "value"), [("_MOST_ROWS", 1), ("_MOST_ROWS", 3), ("_BLOCK_BYTES", 500)])
+def test_the_block_size_changes_nothing(name: str, limit: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
     scores, vectors = pool(count=60)
     vectors[10:20] = vectors[20:30]  # ties as well
     in_one = select(name, scores, 15, vectors).positions.tolist()
-    monkeypatch.setattr(products, "_MOST_ROWS", rows)
+    monkeypatch.setattr(products, limit, value)
     assert select(name, scores, 15, vectors).positions.tolist() == in_one
 
 

@@ -55,7 +55,10 @@ def test_statistics_of_shards_are_those_of_the_whole(mode: str, tmp_path: Path) 
             exact = loop_norms(adapted, ragged_examples(10))
             one, three = read_norms(whole[epoch][member]), read_norms(parts[epoch][member])
             assert one["row"].tolist() == three["row"].tolist() == list(range(10))
-            assert one["n_tokens"].tolist() == three["n_tokens"].tolist()
+            assert list(one) == list(three) == ["row", *COLUMNS, "n_tokens"]
+            expected = [example.is_response.sum() for example in ragged_examples(10)]
+            assert one["n_tokens"].tolist() == three["n_tokens"].tolist() == expected
+            assert list(read_norms(parts[epoch][member], ("loss",))) == ["row", "loss"]
             for table in (one, three):
                 assert_norms_close(np.stack([table[name] for name in COLUMNS], 1), exact)
         late.append(np.hypot(exact[:, 0], exact[:, 1]))
@@ -66,7 +69,7 @@ def test_statistics_of_shards_are_those_of_the_whole(mode: str, tmp_path: Path) 
 
 
 def test_more_shards_than_rows_leave_some_empty_and_nothing_lost(tmp_path: Path) -> None:
-    norms, _ = ensemble(tmp_path, config("lora_seeds", members=1, shards=4), ragged_examples(3))
+    norms, _ = ensemble(tmp_path, config("lora_seeds", members=1, shards=4, warmup_steps=0), ragged_examples(3))
     assert [shard.info["rows"] for shard in norms[1][0]] == [1, 1, 1, 0]
     assert read_norms(norms[1][0])["row"].tolist() == [0, 1, 2]
 

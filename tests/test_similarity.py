@@ -126,6 +126,7 @@ def test_target_rows_of_zeros_are_left_out_and_said() -> None:
     np.testing.assert_allclose(scores.parts["task:a"], [1, 0, 0.6, np.nan, -1], rtol=1e-6)
     np.testing.assert_allclose(scores.score, [0.5, 0.5, 0.7, np.nan, -0.5], rtol=1e-6)
     assert verdicts(scores) == {"embedding_spread": "ok", "target_direction": "warning"}
+    assert [dict(found.values) for found in scores.diagnostics if found.name == "target_direction"] == [{"rows": 1.0}]
     with pytest.raises(GradsiftError, match="no row of the target set's task 'b'"):
         rds_plus(features(POOL), features([[1, 0], [0, 0]], "ab"))
 

@@ -244,7 +244,7 @@ def test_original_gives_what_the_published_code_gives(limit: int, backbone: Back
     assert failed == ([8, 9, 10] if limit == 300 else [8])  # 300 tokens are more than the model's 128
     assert kept[-len(failed) :] == failed
     assert scores.diagnostics[0].values == {"failed": float(len(failed))}
-    assert scores.diagnostics[0].verdict == "warning"
+    assert (scores.diagnostics[0].name, scores.diagnostics[0].verdict) == ("failed_rows", "warning")
     fixed = superfilter(rows, backbone, no_bar, max_length=limit)
     assert fixed.status[8] == UNDEFINED
 

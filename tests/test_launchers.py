@@ -79,6 +79,7 @@ def test_a_job_that_is_killed_is_named(gradsift, capfd, monkeypatch, launcher: t
 SEARCH = ("experiment=[smoke,search]", *SMOKE[1:], "proxy.members=2", "scorer.eps=1e-8")
 
 
+@pytest.mark.slow
 def test_a_trial_without_a_value_is_a_failed_trial_and_no_zero(gradsift, capsys) -> None:
     pytest.importorskip("optuna")
     minimize = ("objective=heldout_loss", "stop_after=finetune", "hydra.sweeper.direction=minimize")

@@ -138,11 +138,12 @@ def test_the_learning_rate_factor_by_hand(schedule: str, warmup: int, expected: 
     assert rate.factor(50) == pytest.approx(expected[-1])  # beyond the end the rate neither turns negative nor rises
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 1, 7])
 def test_the_schedules_are_those_of_transformers(schedule: str, warmup: int) -> None:
     rate = optimization(schedule=schedule, warmup_steps=warmup, total_steps=20)
-    theirs = get_scheduler(schedule, torch.optim.SGD([torch.zeros(1)], lr=1.0), warmup, 20)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    theirs = get_scheduler(name, torch.optim.SGD([torch.zeros(1)], lr=1.0), warmup, 20)
     for step in range(20):
         assert rate.factor(step) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
         theirs.optimizer.step()

@@ -28,8 +28,6 @@ STEPS, BATCH, RATE = 10, 4, 1e-3
 RECIPES: dict[str, dict[str, Any]] = {
     "linear": {"schedule": "linear", "warmup_steps": 0, "max_grad_norm": 1.0},
     "cosine": {"schedule": "cosine", "warmup_steps": 3, "max_grad_norm": 0.3},
-    "linear with warm-up": {"schedule": "linear", "warmup_steps": 3, "max_grad_norm": 0.3},
-    "constant with warm-up": {"schedule": "constant", "warmup_steps": 2, "max_grad_norm": None},
 }
 
 
@@ -77,7 +75,6 @@ def padded(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def arguments(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
-    warmed = recipe["schedule"] == "constant" and recipe["warmup_steps"]
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": BATCH // 2,
@@ -85,9 +82,9 @@ def arguments(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
         "num_train_epochs": 1,
         "learning_rate": RATE,
         "weight_decay": 0.01,
-        "lr_scheduler_type": "constant_with_warmup" if warmed else recipe["schedule"],
+        "lr_scheduler_type": recipe["schedule"],
         "warmup_steps": recipe["warmup_steps"],
-        "max_grad_norm": recipe["max_grad_norm"] or 0.0,
+        "max_grad_norm": recipe["max_grad_norm"],
         "train_sampling_strategy": "sequential",
         "optim": "adamw_torch",
         "use_cpu": True,

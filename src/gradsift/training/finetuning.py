@@ -42,8 +42,8 @@ BETAS = (0.9, 0.999)  # of AdamW everywhere: its saved state does not tell them
 class Optimization:
     """AdamW, its learning rate over `total_steps` optimiser steps, and what a step minimises.
 
-    The rate and the two other defaults of a target are those of transformers' Trainer. The proxies' loss is that of
-    their per-sample gradients, and nothing is clipped (GRADFILTERING, section 3).
+    The schedules are those of transformers' Trainer, and so is `loss="token"`. The defaults here are the proxies': they
+    minimise the loss of which per-sample gradients are taken, and nothing is clipped (GRADFILTERING, section 3).
     """
 
     learning_rate: float

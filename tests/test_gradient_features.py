@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -333,11 +334,11 @@ def test_the_last_checkpoint_alone_shares_the_warm_up_and_weighs_one(line: Line,
 
 
 def test_directions_are_cosines_with_the_mean_gradient_example_by_example(line: Line) -> None:
-    from gradsift.gradients.directions import read_cosines
+    from gradsift.gradients.directions import DIRECTIONS_FILE, read_cosines
 
     found = read_cosines(line.directions, 40)
     assert found.shape == (2, 40)
-    for chain, shards, cosines in zip(line.adapters, line.late_norms(), found, strict=True):
+    for chain, shards, cosines, made in zip(line.adapters, line.late_norms(), found, line.directions, strict=True):
         exact = []
         with adapter(line.proxy_backbone, line.config.proxy.lora, 3, line.config.compute) as adapted:
             unfused(adapted)
@@ -353,6 +354,9 @@ def test_directions_are_cosines_with_the_mean_gradient_example_by_example(line: 
         np.testing.assert_allclose(cosines, gradients @ mean / lengths / np.linalg.norm(mean), atol=1e-5)
         norms = read_norms(shards)
         np.testing.assert_allclose(np.hypot(norms["norm_A"], norms["norm_B"]), lengths, rtol=1e-4)
+        table = pq.read_table(made.file(DIRECTIONS_FILE))
+        assert table.column_names == ["row", "cosine", "norm"]
+        np.testing.assert_allclose(table["norm"].to_numpy(), lengths, rtol=1e-4)
 
 
 def test_members_that_share_their_weights_share_their_direction(store: Path) -> None:

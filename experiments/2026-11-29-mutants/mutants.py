@@ -60,9 +60,9 @@ LIMIT = 600  # seconds for one mutant
 NEAREST = {  # test files of a module, which `again` runs whole
     "artifacts": ("artifacts", "shards", "cost", "disk", "planning"),
     "gradients/adam": ("per_sample",),
-    "gradients/callback": ("ensembles", "norms", "shards"),
+    "gradients/callback": ("norms", "finetuning", "ensembles"),
     "gradients/diagnostics": ("diagnostics",),
-    "gradients/directions": ("gradient_scores",),
+    "gradients/directions": ("gradient_scores", "gradient_features"),
     "gradients/embedding_head": ("embedding_head",),
     "gradients/norms_table": ("shards",),
     "gradients/per_sample": ("per_sample",),

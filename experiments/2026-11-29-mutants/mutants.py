@@ -80,7 +80,7 @@ NEAREST = {  # test files of a module, which `again` runs whole
     "scoring/spans": ("cherry", "superfilter", "long_texts"),
     "scoring/spread": ("similarity",),
     "scoring/stage": ("score_stage", "journal"),
-    "selection/budget": ("selection",),
+    "selection/budget": ("selection", "selection_clusters"),
     "selection/candidates": ("selectors",),
     "selection/clusters": ("selection_clusters", "selectors"),
     "selection/core_knowledge": ("selection_gradient_walk",),

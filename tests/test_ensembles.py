@@ -24,8 +24,9 @@ from gradsift.gradients.callback import COLUMNS, collect_norms
 from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.statistics import compute_statistics
 from gradsift.journal import Journal
+from gradsift.proxy.collection import _mask_seed
 from gradsift.proxy.ensemble import ensemble_norms, epoch_plan, member_settings, train_adapters
-from gradsift.proxy.epochs import ProxyInputs
+from gradsift.proxy.epochs import EpochStart, ProxyInputs, train_epoch
 from gradsift.runtime import Runtime
 from gradsift.training import lora
 from gradsift.training.backbones import Backbone
@@ -202,6 +203,24 @@ def test_what_the_weights_of_lora_seeds_depend_on(tmp_path: Path) -> None:
 def test_a_seed_gives_the_order_that_it_has_always_given(mode: str, batches: list[list[int]]) -> None:
     """Another name of the random stream would give other members under the identity of those in the stores."""
     assert epoch_plan(config(mode, batch_size=3), [3, 9, 4, 7, 5, 8, 6], seed=0, member=1, epoch=2) == batches
+
+
+def test_dropout_is_drawn_anew_in_each_member_and_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[EpochStart] = []
+
+    def noted(*arguments: Any) -> dict[str, Any]:
+        starts.extend(value for value in arguments if isinstance(value, EpochStart))
+        return train_epoch(*arguments)
+
+    monkeypatch.setattr("gradsift.proxy.ensemble.train_epoch", noted)
+    trained(tmp_path, config("lora_seeds", members=2))
+    assert len({start.dropout_seed for start in starts}) == len(starts) == 4
+
+
+def test_masks_are_other_ones_in_each_shard_member_and_epoch(tmp_path: Path) -> None:
+    run, settings = runtime(tmp_path), config("mc_dropout", shards=3)
+    units = [(member, epoch, shard) for member in (0, 1) for epoch in (1, 2) for shard in range(3)]
+    assert len({_mask_seed(run, settings, *unit) for unit in units}) == len(units)
 
 
 def test_a_bootstrap_member_sees_its_own_resample_in_every_epoch() -> None:

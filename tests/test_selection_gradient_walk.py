@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -170,6 +172,20 @@ def test_a_walk_that_crosses_to_the_other_side_of_its_component_is_said() -> Non
     assert (found.verdict, found.values["turned_away"]) == ("warning", 1)
     assert "point away from their component" in found.message
     assert said(pool, target, 1)["gradient_walk"].verdict == "ok"
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_the_bar_of_a_walk_counts_the_examples_that_it_takes(graph: bool) -> None:
+    done: list[int] = []
+
+    @contextmanager
+    def task(description: str, total: int) -> Iterator[Callable[[int], None]]:
+        assert total == 5
+        yield done.append
+
+    pool = unit_rows(np.random.default_rng(0).normal(size=(20, 4)))
+    taken = walk(Scores(np.zeros(20)), 5, pool, pool[:6], graph=graph, task=task)
+    assert sum(done) == len(taken) > 0
 
 
 def test_a_component_that_took_no_example_does_not_point_away() -> None:

@@ -103,11 +103,12 @@ def verdicts(scores: Any) -> dict[str, str]:
     return {diagnostic.name: diagnostic.verdict for diagnostic in scores.diagnostics}
 
 
-def test_spread_is_the_mean_cosine_of_different_rows() -> None:
-    rows = random_features(12).vectors.copy()
-    rows[5] = 0  # has no direction, so no cosine
-    known = np.delete(rows, 5, axis=0).astype(np.float64)
-    slow = np.mean([known[i] @ known[j] for i in range(11) for j in range(11) if i != j])
+@pytest.mark.parametrize("count", [3, 12])
+def test_spread_is_the_mean_cosine_of_different_rows(count: int) -> None:
+    rows = random_features(count).vectors.copy()
+    rows[1] = 0  # has no direction, so no cosine
+    known = np.delete(rows, 1, axis=0).astype(np.float64)
+    slow = np.mean([known[i] @ known[j] for i in range(count - 1) for j in range(count - 1) if i != j])
     assert spread(Features(rows), "embedding", "them").values["mean_cosine"] == pytest.approx(slow, abs=1e-6)
 
 

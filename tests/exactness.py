@@ -34,7 +34,7 @@ def assert_close_by_norm(
             element. The last is for what is a norm itself, or a sum of terms of one sign: nothing cancels in it.
         dtype: gives eps: what the fast result was computed in. None for the dtype in which it is kept.
     """
-    fast, exact = torch.as_tensor(fast).detach(), torch.as_tensor(exact).detach()
+    fast, exact = (torch.tensor(v) if isinstance(v, np.ndarray) else v.detach() for v in (fast, exact))
     assert exact.dtype == torch.float64, "the exact result must be computed in float64"
     assert fast.shape == exact.shape, f"shapes differ: {tuple(fast.shape)} and {tuple(exact.shape)}"
     off = fast.double() - exact

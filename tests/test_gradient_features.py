@@ -347,12 +347,7 @@ def test_directions_are_cosines_with_the_mean_gradient_example_by_example(line: 
 
     found = read_cosines(line.directions, 40)
     assert found.shape == (2, 40)
-<<<<<<< HEAD
-    for chain, shards, cosines in zip(line.adapters, line.late_norms(), found, strict=True):
-=======
     for chain, shards, cosines, made in zip(line.adapters, line.late_norms(), found, line.directions, strict=True):
-        exact = []
->>>>>>> mutants
         with adapter(line.proxy_backbone, line.config.proxy.lora, 3, line.config.compute) as adapted:
             lora.load_adapter(adapted, chain[1].path)
             gradients = loop_gradients(adapted.eval(), line.proxy_inputs.encoded)
@@ -360,15 +355,11 @@ def test_directions_are_cosines_with_the_mean_gradient_example_by_example(line: 
         lengths = np.linalg.norm(gradients, axis=1)
         assert_cosines_close(cosines, gradients @ mean / lengths / np.linalg.norm(mean))
         norms = read_norms(shards)
-<<<<<<< HEAD
         found = np.hypot(norms["norm_A"], norms["norm_B"]).astype(np.float32)
         assert_close_by_norm(found, lengths, k=2048, dim=())
-=======
-        np.testing.assert_allclose(np.hypot(norms["norm_A"], norms["norm_B"]), lengths, rtol=1e-4)
         table = pq.read_table(made.file(DIRECTIONS_FILE))
         assert table.column_names == ["row", "cosine", "norm"]
-        np.testing.assert_allclose(table["norm"].to_numpy(), lengths, rtol=1e-4)
->>>>>>> mutants
+        assert_close_by_norm(table["norm"].to_numpy().astype(np.float32), lengths, k=2048, dim=())
 
 
 def test_members_that_share_their_weights_share_their_direction(store: Path) -> None:

@@ -74,12 +74,16 @@ def test_a_unit_tells_its_tokens_once(tmp_path: Path) -> None:
     [
         ((), "member finetune generate heldout"),
         (("scorer=superfilter", "stop_after=scores"), "score"),
-        (("scorer=perplexity", "stop_after=scores"), "score"),
-        (("scorer=gsnr_direction", "stop_after=scores"), "member direction"),
-        (("method=grads", "stop_after=scores"), "member embedding_gradients"),
+        pytest.param(("scorer=perplexity", "stop_after=scores"), "score", marks=pytest.mark.slow),
+        pytest.param(("scorer=gsnr_direction", "stop_after=scores"), "member direction", marks=pytest.mark.slow),
+        pytest.param(("method=grads", "stop_after=scores"), "member embedding_gradients", marks=pytest.mark.slow),
         (("method=less", "target_set=verifiable", "stop_after=scores"), "warmup features"),
         (("method=rds_plus", "target_set=verifiable", "stop_after=scores"), "embeddings"),
-        (("proxy.ensemble=mc_dropout", "proxy.lora.dropout=0.1", "stop_after=scores"), "member norms"),
+        pytest.param(
+            ("proxy.ensemble=mc_dropout", "proxy.lora.dropout=0.1", "stop_after=scores"),
+            "member norms",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_tokens_told_are_tokens_seen(gradsift, monkeypatch, arguments: tuple[str, ...], stages: str) -> None:

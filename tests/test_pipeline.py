@@ -58,20 +58,20 @@ def test_a_run_ends_in_a_pws_table_and_a_second_one_answers_at_once(gradsift, ca
 
 
 def test_a_sweep_trains_one_ensemble_and_one_reference(gradsift, capsys) -> None:
-    arguments = ("-m", *SMOKE, "alpha=0.05,0.1,0.15", "scorer=gsnr,random,superfilter")
+    arguments = ("-m", *SMOKE, "alpha=0.05,0.1", "scorer=gsnr,random")
     assert gradsift(*arguments) == 0
     runs = gradsift.runs()
-    assert len(runs) == 9
+    assert len(runs) == 4
     done = [stage for run in runs for stage in run["stages"] if not stage["reused"]]
     assert [stage["name"] for stage in done].count("member") == 4
     tuned = {stage["artifact"] for run in runs for stage in run["stages"] if stage["name"] == "finetune"}
     assert len([path for path in tuned if "-120rows-" in path]) == 1
     assert len({stage["fingerprint"] for stage in done}) == len(done)  # nothing was made twice
-    assert {run["selection"]["rows"] for run in runs} == {6, 12, 18}
+    assert {run["selection"]["rows"] for run in runs} == {6, 12}
     assert "results.csv" in capsys.readouterr().out
 
     assert gradsift(*arguments) == 0
-    assert sum(trained(run) for run in gradsift.runs()[9:]) == 0
+    assert sum(trained(run) for run in gradsift.runs()[4:]) == 0
 
 
 def test_members_and_epochs_are_shared_between_ensembles_and_snapshots(gradsift) -> None:
@@ -161,6 +161,7 @@ def test_no_scorer_can_read_the_quality_labels(gradsift) -> None:
         assert word not in text
 
 
+@pytest.mark.slow
 def test_full_size_runs_both_scorers_on_one_backbone(gradsift, monkeypatch, capsys) -> None:
     file = gradsift.folder / "data" / "instruct" / "alpaca_cleaned_51k.json.gz"
     file.parent.mkdir(parents=True)
@@ -341,13 +342,15 @@ def test_a_selection_of_nothing_is_refused_with_the_reason(gradsift, capsys, mon
 
 
 def test_runs_that_differ_in_more_than_a_seed_are_not_averaged(gradsift, capsys) -> None:
-    assert gradsift("-m", *SMOKE, "scorer.eps=1e-8,1e-1", "seed=0,1") == 0
+    small = ("data.size=60", "data.benchmark_items=13", "target.steps=1")
+    assert gradsift("-m", *SMOKE, *small, "scorer.eps=1e-8,1e-1", "seed=0,1") == 0
     table = capsys.readouterr().out.split("PWS against")[1]
     assert "means of 2 seeds" in table
     assert "scorer.eps=1e-08" in table
     assert "scorer.eps=0.1" in table
 
 
+@pytest.mark.slow
 def test_an_edited_scorer_of_ones_own_is_not_answered_from_the_store(gradsift) -> None:
     """In processes of their own: a module is imported once a process."""
     scorer = gradsift.folder / "edited.py"

@@ -86,7 +86,7 @@ NEAREST = {  # test files of a module, which `again` runs whole
     "selection/core_knowledge": ("selection_gradient_walk",),
     "selection/diagnostics": ("diagnostics",),
     "selection/products": ("selectors",),
-    "selection/stage": ("score_stage", "corruption"),
+    "selection/stage": ("score_stage", "audit"),
     "selection/topk": ("selectors",),
 }
 NAMED = (  # changes that the suite once let live: file, before, after, and the law that is to notice

@@ -161,6 +161,7 @@ def test_members_without_a_gradient_are_left_out_and_examples_without_any_are_un
         column[3] = np.nan
     scores = gsnr_direction(found, cosines, weigh="none", eps=1e-8)
     assert scores.score[1] == pytest.approx(cosines[1:, 1].mean())
+    assert scores.parts["cosine_deviation"][1] == pytest.approx(cosines[1:, 1].std())
     assert scores.status.tolist() == ["scored", "scored", "undefined", "undefined", "scored", "scored"]
     assert scores.reason.tolist()[2:4] == ["the gradient is zero, so it has no direction", NO_RESPONSE]
 

@@ -25,6 +25,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -86,7 +87,7 @@ NEAREST = {  # test files of a module, which `again` runs whole
     "selection/core_knowledge": ("selection_gradient_walk",),
     "selection/diagnostics": ("diagnostics",),
     "selection/products": ("selectors",),
-    "selection/stage": ("score_stage", "corruption"),
+    "selection/stage": ("score_stage", "audit"),
     "selection/topk": ("selectors",),
 }
 NAMED = (  # changes that the suite once let live: file, before, after, and the law that is to notice
@@ -428,7 +429,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("step", choices=("map", "run", "again", "named"))
     parser.add_argument("names", nargs="*", help="tests to map, such as `laws`, or files to mutate; all by default")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/mutants"))  # noqa: S108
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "gradsift-mutants")
     parser.add_argument(
         "--tests", nargs="+", default=(), help="in place of those of the map, such as tests/test_laws.py"
     )

@@ -100,6 +100,7 @@ def test_the_help_names_every_choice() -> None:
     assert [choice for _, choice in [*CHOICES, *hydras] if choice not in words] == []
 
 
+@pytest.mark.slow
 def test_a_sweep_word_turns_the_same_key_for_every_scorer() -> None:
     for group, choice in CHOICES:
         if group == "scorer":
@@ -254,7 +255,14 @@ NOT_THE_PROXYS = {"count", "examples", "task", "rater"}
 NOT_THE_ENCODERS = NOT_THE_PROXYS | {"embeddings", "target_embeddings"}
 
 
-@pytest.mark.parametrize(("group", "choice"), [pair for pair in CHOICES if pair[0] in ("scorer", "selector")])
+@pytest.mark.parametrize(
+    ("group", "choice"),
+    [
+        pytest.param(*pair, marks=[] if pair[1] in ("gsnr", "rds_plus", "length", "clusters") else pytest.mark.slow)
+        for pair in CHOICES
+        if pair[0] in ("scorer", "selector")
+    ],
+)
 def test_what_asks_for_the_proxy_is_refused_with_one_that_does_not_know_the_data_and_nothing_else(
     group: str, choice: str
 ) -> None:

@@ -665,6 +665,7 @@ assert compiled.available(), "not there"
 """
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_compiles(fresh: Path) -> None:
     script = (
         f'[ "$1" = --version ] && exit; echo once >> {fresh}/count; sleep 1\n'

@@ -245,7 +245,12 @@ def reads_of_a_unit_of_each_stage(config: Config, root: Path, monkeypatch: pytes
     return recorder.reads
 
 
-@pytest.mark.parametrize("line", LINES)
+OFTEN = ("gsnr", "directions", "grads", "less", "rds_plus", "length")  # the other lines are slow tests
+
+
+@pytest.mark.parametrize(
+    "line", [pytest.param(line, marks=[] if line in OFTEN else pytest.mark.slow) for line in LINES]
+)
 def test_every_option_that_a_stage_reads_is_in_its_identity(
     line: str, tmp_path: Path, backbones: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -232,7 +232,10 @@ def fails(run: Runtime, folder: Path, how: str) -> None:
     ranks.gather({"rows": torch.zeros(1)}, 2)
 
 
-@pytest.mark.parametrize(("how", "message"), [("says", "row 7 is not to be had"), ("dies", "rank 1 ended")])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [pytest.param("says", "row 7 is not to be had", marks=pytest.mark.slow), ("dies", "rank 1 ended")],
+)
 def test_a_rank_that_fails_ends_the_work_with_its_reason(how: str, message: str, tmp_path: Path) -> None:
     run = runtime(tmp_path / "store")
     run.compute = DDP

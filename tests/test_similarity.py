@@ -156,6 +156,7 @@ def test_rds_plus_selects_in_the_embedded_world_and_trains_nothing(gradsift: Any
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_both_ways_of_sbert_share_their_embeddings_and_pools_shares_between_target_sets(gradsift: Any) -> None:
     options = ("-m", *SMOKE, "target_set=verifiable", "stop_after=selection")
     assert gradsift(*options, "scorer=sbert", "scorer.over=mean,max") == 0

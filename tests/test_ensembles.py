@@ -18,7 +18,7 @@ from torch import nn
 
 from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, LoraConfig, ProxyConfig
-from gradsift.data.tokens import Encoded
+from gradsift.data.tokens import ENCODING, Encoded
 from gradsift.errors import ConfigError
 from gradsift.gradients.callback import COLUMNS, collect_norms
 from gradsift.gradients.norms_table import read_norms
@@ -182,6 +182,7 @@ def test_what_the_weights_of_lora_seeds_depend_on(tmp_path: Path) -> None:
         "lora": {"rank": 2, "alpha": 16.0, "dropout": 0.0, "targets": ["all-linear"]},
         "template": "alpaca",
         "max_length": 1024,
+        "encoding": ENCODING,
         "learning_rate": 1e-2,
         "schedule": "constant",
         "scheduled_epochs": None,

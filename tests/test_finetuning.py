@@ -295,7 +295,10 @@ def exact_steps(adapted: Any, encoded: Sequence[Encoded], plan: Sequence[Sequenc
         logits = exact(**batch.model_inputs()).logits.flatten(0, 1)[batch.places]
         losses = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
         examples = batch.places // batch.input_ids.shape[1]
-        torch.stack([losses[examples == place].mean() for place in range(len(rows))]).mean().backward()
+        means = torch.stack([losses[examples == place].mean() for place in range(len(rows))])
+        (losses if rate.loss == "token" else means).mean().backward()
+        if rate.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(lora.trainable_parameters(exact).values(), rate.max_grad_norm)
         optimizer.step()
     yield exact
 

@@ -182,7 +182,7 @@ def test_members_without_a_gradient_are_left_out_and_examples_without_any_are_un
         (["features=g2is", "features.warmup.rows=0"], r"features\.warmup\.rows=0 is out of range"),
         (["features.warmup.epochs=0"], r"features\.warmup\.epochs=0 is out of range"),
         (["features.warmup.warmup_ratio=1"], r"features\.warmup\.warmup_ratio=1.0 is no share"),
-        (["features.warmup.schedule=cosine"], "choose one of: constant, linear"),
+        (["features.warmup.schedule=square"], "choose one of: constant, linear, cosine"),
         (["features.warmup.learning_rate=0"], r"features\.warmup\.learning_rate=0.0 must be greater than 0"),
         (["scorer=g2is", "scorer.explained=0"], r"scorer\.explained=0.0 is no share"),
         (["scorer=gsnr_direction", "scorer.weigh=loss"], "choose one of: none, gsnr"),
@@ -223,7 +223,7 @@ def test_scorers_that_select_towards_a_target_share_their_features(gradsift) -> 
 
 
 def test_the_walk_of_g2is_and_the_direction_of_the_pool_run(gradsift) -> None:
-    towards = ("target_set=verifiable", "target_set.limit=2", "features.dimensions=32", "features.warmup.epochs=1")
+    towards = ("target_set=verifiable", "target_set.limit=2", "features.dimensions=32", "features.warmup.epochs=2")
     assert gradsift(*SMOKE, "scorer=g2is", "selector=gradient_walk", *towards, "stop_after=selection") == 0
     assert gradsift(*SMOKE, "scorer=gsnr_direction", "scorer.weigh=gsnr", "stop_after=selection") == 0
     made = [stage["name"] for stage in gradsift.runs()[-1]["stages"] if not stage["reused"]]

@@ -58,7 +58,7 @@ def test_jobs_of_other_processes_end_as_those_of_one(gradsift, capfd, launcher: 
     assert len(made) == len(set(made))
     if launcher is not SUBMITIT:  # what its jobs print goes to files
         share = max(1, len(os.sched_getaffinity(0)) // 2) if launcher is JOBLIB else 1  # two jobs share the cores
-        assert f"float32, {share} threads" in captured.out
+        assert f"float32, {share} thread{'s' if share > 1 else ''}" in captured.out
 
 
 @pytest.mark.slow

@@ -119,14 +119,18 @@ class Exact:
     def __init__(self, adapted: Any, encoded: Sequence[Encoded], plan: list[list[int]], config: Any) -> None:
         self.adapted = adapted
         shape = (config.learning_rate, config.weight_decay, config.schedule, config.warmup_steps, len(plan))
+        by_token = getattr(config, "loss", "example") == "token"  # a proxy has no such option
+        options = {"loss": config.loss, "max_grad_norm": config.max_grad_norm} if by_token else {}
+        counts = np.array([each.is_response[1:].sum() for each in encoded])
         self.losses: list[float] = []  # of each step
         self.weights: list[dict[str, torch.Tensor]] = []  # before each step, and after the last
         self.norms: list[np.ndarray] = []  # (N, 3) at the weights of each step, and after the last
-        for step, exact in enumerate(exact_steps(adapted, encoded, plan, Optimization(*shape))):
+        for step, exact in enumerate(exact_steps(adapted, encoded, plan, Optimization(*shape, **options))):
             self.weights.append(weights_of(exact))
             self.norms.append(loop_norms(exact, encoded))
             if step < len(plan):
-                self.losses.append(self.norms[-1][plan[step], 2].mean())
+                weights = counts[plan[step]] if by_token else None
+                self.losses.append(np.average(self.norms[-1][plan[step], 2], weights=weights))
 
     def require(self, folder: Path, step: int) -> None:
         """That the adapter in `folder` is the one after so many steps."""

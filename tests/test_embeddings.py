@@ -28,7 +28,7 @@ from gradsift.features import embeddings as embeddings_module
 from gradsift.features.embeddings import Embedder, Text, embed, embedded
 from gradsift.features.hidden_states import HiddenStates, hidden_states_embedder, pool, pooled_states
 from gradsift.features.sentence_encoder import load_sentence_encoder, sentence_encoder
-from gradsift.features.vectors import FEATURES_FILE, FILLED_FILE, IDS_FILE, read_features
+from gradsift.features.vectors import FEATURES_FILE, FILLED_FILE, IDS_FILE, open_features, read_features
 from gradsift.manifests import UNFINISHED
 from gradsift.runtime import Display, Runtime
 from gradsift.training.backbones import Backbone
@@ -258,6 +258,23 @@ def test_embeddings_are_found_again_until_something_changes_them(runtime: Runtim
     assert made() == first
     others = [{"pooling": "last"}, {"text": "prompt"}, {"max_length": 9}, {"source": "target_set"}]
     assert len({first, *(made(**other) for other in others)}) == 5
+
+
+def test_an_array_with_a_changed_header_is_begun_anew_wherever_it_was_changed(tmp_path: Path) -> None:
+    """numpy ends with errors of four kinds for such headers, or makes the file longer."""
+    file = tmp_path / FEATURES_FILE
+    written = open_features(tmp_path, 100, 8)
+    written[:] = 1
+    written.flush()
+    content = file.read_bytes()
+    assert (open_features(tmp_path, 100, 8) == 1).all()
+    size = b"(100, 8), }"
+    headers = [content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :] for place in range(128)]
+    headers += [content.replace(size + b" " * 21, b"(" + rows + b", 8), }") for rows in (b"9" * 24, b"0" * 24)]
+    for header in headers:
+        file.write_bytes(header)
+        assert not open_features(tmp_path, 100, 8).any()
+        assert file.stat().st_size == len(content)
 
 
 @pytest.mark.parametrize("damage", [None, "vectors", "header", "note", "cut note"])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -76,18 +77,26 @@ def open_features(folder: Path, rows: int, dimensions: int) -> np.memmap:
     Raises:
         OSError: the disk has no room for the array.
     """
-    path = folder / FEATURES_FILE
-    try:
-        written = np.lib.format.open_memmap(path, mode="r+")
-        there = written.shape == (rows, dimensions) and written.dtype == np.float32
-    except (FileNotFoundError, ValueError):  # not there, or cut or changed in its header
+    path, header = folder / FEATURES_FILE, _header(rows, dimensions)
+    if path.exists():
+        with path.open("rb") as stream:
+            there = stream.read(len(header)) == header  # numpy has errors of many kinds for one that was changed
+    else:
         there = False
-    if not there:
-        written = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, dimensions))
+    mode = "r+" if there else "w+"
+    written = np.lib.format.open_memmap(path, mode=mode, dtype=np.float32, shape=(rows, dimensions))
     if hasattr(os, "posix_fallocate"):  # a mapped page that finds the disk full would kill the process
         with path.open("r+b") as stream:
             os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
     return written
+
+
+def _header(rows: int, dimensions: int) -> bytes:
+    """The first bytes of the file of an array (rows, dimensions) float32, up to its numbers."""
+    stream = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False}
+    np.lib.format.write_array_header_1_0(stream, described | {"shape": (rows, dimensions)})
+    return stream.getvalue()
 
 
 class FilledBlocks:

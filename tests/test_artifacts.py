@@ -128,7 +128,7 @@ def test_work_in_a_store_is_found_by_the_next_version_of_the_code() -> None:
     assert fingerprint_of("member", 5, {"seed": 0}, [parent]) == "f2ee9024e332"
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "manifest"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "manifest", "manifest is a folder", "file", "link"])
 def test_a_damaged_artifact_is_set_aside_and_made_again(tmp_path: Path, damage: str) -> None:
     _, artifact = build(tmp_path, {})
     file = artifact.file("result.txt")
@@ -136,6 +136,12 @@ def test_a_damaged_artifact_is_set_aside_and_made_again(tmp_path: Path, damage: 
         file.unlink()
     elif damage == "manifest":
         artifact.file(MANIFEST).write_text("{")
+    elif damage == "manifest is a folder":
+        artifact.file(MANIFEST).unlink()
+        artifact.file(MANIFEST).mkdir()
+    elif damage in ("file", "link"):  # where the folder was; a link may lead to a disk that is not there now
+        artifact.path.rename(tmp_path / "elsewhere")
+        artifact.path.touch() if damage == "file" else artifact.path.symlink_to(tmp_path / "nowhere")
     else:
         file.write_text("" if damage == "cut" else "y")
     store, again = build(tmp_path, {}, text="new")
@@ -157,6 +163,9 @@ ENTRIES = {  # of a manifest, and what cannot stand there
     "a count that is NaN": {"info": {"rows": float("nan")}},
     "parents that are text": {"parents": "none"},
     "a commit that is a number": {"git_sha": 7},
+    "models that are a number": {"models": 3},
+    "a size that is text": {"size": "1"},
+    "numerics that are a list": {"numerics": []},
 }
 
 

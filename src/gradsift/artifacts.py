@@ -298,7 +298,7 @@ class Store:
 
     def _whole(self, stage: str, path: Path, fingerprint: str) -> Artifact | None:
         """The artifact at `path` if every file is as the manifest says; a damaged one is set aside."""
-        if not path.is_dir():
+        if not os.path.lexists(path):
             return None
         manifest, damage = read_manifest(path, stage=stage, fingerprint=fingerprint)
         if damage is None:

@@ -57,7 +57,7 @@ def read_manifest(path: Path, **request: str) -> tuple[dict[str, Any], str | Non
     """
     try:
         manifest = parse_manifest(path / MANIFEST)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return {}, f"{MANIFEST} is not there"
     except ValueError as error:
         return {}, f"{MANIFEST} cannot be read ({error})"
@@ -69,6 +69,9 @@ def _misfit(manifest: Mapping[str, Any], request: Mapping[str, str]) -> str | No
     """What a manifest lacks or says that cannot be."""
     for key, kind in (("files", dict), ("info", dict), ("parents", list), ("git_sha", str | None)):
         if key not in manifest or not isinstance(manifest[key], kind):
+            return f"{MANIFEST} has no readable {key}"
+    for key, kind in (("size", int | None), ("models", list), ("numerics", dict)):  # earlier versions wrote none
+        if key in manifest and not isinstance(manifest[key], kind):
             return f"{MANIFEST} has no readable {key}"
     for key, value in request.items():
         if manifest.get(key) != value:

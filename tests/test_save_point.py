@@ -129,6 +129,7 @@ def test_a_point_that_cannot_be_used_costs_no_more_than_itself(damage: str, tmp_
         change_point(tmp_path / "killed", {}, format=0)
     elif damage == "no checksum":
         change_point(tmp_path / "killed", {}, sealed=False)
+    assert steps_saved(tmp_path / "killed") == 0
     said: list[str] = []
     module, taken = train(tmp_path / "killed", KillAfter(), encoded, budget=TokenBudget(4096, said.append))
     assert taken == len(PLAN)

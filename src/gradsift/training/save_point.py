@@ -120,7 +120,7 @@ class SavePoint(L.Callback):
 
 def steps_saved(folder: Path) -> int:
     """Steps of the point that lies in the folder of an artifact in the making; 0 where there is none."""
-    found = _read(folder / UNFINISHED / POINT_FILE, with_tensors=False)
+    found = _read(folder / UNFINISHED / POINT_FILE)
     return 0 if found is None else int(found[1]["steps"])
 
 
@@ -136,18 +136,18 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, 
     fresh.replace(path)
 
 
-def _read(path: Path, with_tensors: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """Tensors and the rest; None where there is no point, or one that this code cannot go on from."""
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in (file.keys() if with_tensors else [])}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (SafetensorError, UnicodeDecodeError):  # cut short by a machine that went down, or changed
         return None
     text = metadata.get("about", "{}")
-    if with_tensors and metadata.get("checksum") != _checksum(tensors, text):
+    if metadata.get("checksum") != _checksum(tensors, text):
         return None
     about = json.loads(text)
     return (tensors, about) if about.get("format") == _FORMAT else None

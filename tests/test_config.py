@@ -422,6 +422,12 @@ def test_a_dumped_config_comes_back_as_it_was(overrides: list[str]) -> None:
     assert restore_config(again) == config
 
 
+@pytest.mark.parametrize("dumped", [{}, {"schemas": [], "values": {}}, {"schemas": {}, "values": 3}])
+def test_a_dump_that_was_damaged_is_refused(dumped: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="no readable schemas and values"):
+        restore_config(dumped)
+
+
 def test_a_foreign_dump_is_refused() -> None:
     with pytest.raises(ConfigError, match="cannot be read by this version"):
         restore_config({"schemas": {"data": "nowhere"}, "values": {}})

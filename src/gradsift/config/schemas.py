@@ -163,6 +163,8 @@ def restore_config(dumped: dict[str, Any]) -> Config:
     Raises:
         ConfigError: it is not such a description, or was written by a version with other options.
     """
+    if not all(isinstance(dumped.get(part), dict) for part in ("schemas", "values")):
+        raise ConfigError("this run's config has no readable schemas and values; give another run, or its options")
     try:
         composed = OmegaConf.structured(Config)
         for group, schema in dumped["schemas"].items():

@@ -248,6 +248,13 @@ def test_the_paired_test_equals_the_enumeration_of_all_sign_flips() -> None:
 # --------------------------------------------------------------------------------------------- mistakes
 
 
+HUGE = "9" * 400  # beyond all floats
+JUDGMENT = (
+    '{"benchmark": "b", "item_id": "1", "order": "forward", "prompt_hash": "h", "judge": "j", "reply": "r", '
+    '"score_model": null, "score_reference": 1, "valid": true, "reason": ""}'
+)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -259,6 +266,9 @@ def test_the_paired_test_equals_the_enumeration_of_all_sign_flips() -> None:
         ("a.json", '[{"generator_2": "m", "preference": 1}, {"generator_2": "n", "preference": 1}]', r"row 2: neither"),
         ("a.json", '[{"preference": 1}, {}]', r"row 2: `preference` is missing"),
         ("a.jsonl", '{"x": 1}\n{"y": 2}\n', "line 1 is no judgment"),
+        ("a.json", f'{{"data": [{{"scores": [{HUGE}, 1], "scores_reverse": [1, 2]}}]}}', "row 1: .* is no pair"),
+        ("a.json", f'[{{"preference": {HUGE}}}]', r"row 1: preference=9+ is neither"),
+        ("a.jsonl", JUDGMENT.replace("null", HUGE) + "\n\n", "line 1 is no judgment"),
     ],
 )
 def test_broken_files_are_refused_by_row(

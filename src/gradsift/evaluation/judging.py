@@ -135,8 +135,8 @@ def read_judgments(path: Path) -> list[Judgment]:
             break
         try:
             judgments.append(_from_record(outside_json.loads(line)))
-        # ValueError: broken JSON, broken UTF-8 or a value that no judgment has
-        except (ValueError, TypeError) as error:
+        # ValueError: broken JSON, broken UTF-8 or a value that no judgment has; OverflowError: a huge score
+        except (ValueError, TypeError, OverflowError) as error:
             if number == len(lines):
                 break
             raise DataError(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ def _pair(value: Any, place: str) -> tuple[float, float] | None:
     try:
         found = outside_json.loads(value) if isinstance(value, str) else value
         first, second = (float(score) for score in found)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise DataError(f"{place}: {value!r} is no pair of scores ({error}); mend or delete the row") from error
     return None if first < 0 or second < 0 or not np.isfinite([first, second]).all() else (first, second)
 
@@ -115,7 +116,8 @@ def _annotations(path: Path, rows: Sequence[Any], model: str | None) -> Records:
         if not isinstance(row, dict) or "preference" not in row:
             raise DataError(f"{place}: `preference` is missing; mend or delete the row")
         preference = row["preference"]
-        valid = isinstance(preference, int | float) and not isinstance(preference, bool) and np.isfinite(preference)
+        valid = isinstance(preference, int | float) and not isinstance(preference, bool)
+        valid = valid and -math.inf < preference < math.inf  # numpy takes no whole number of hundreds of digits
         if valid and preference != 0 and not 1 <= preference <= 2:
             raise DataError(f"{place}: preference={preference} is neither from 1 to 2 nor 0; mend or delete the row")
         benchmark = str(row.get("dataset") or _ANNOTATIONS)  # not the file's name: its other order has another

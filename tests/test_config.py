@@ -233,6 +233,9 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         ),
         (["experiment=audit_smollm2"], "the environment variable GRADSIFT_DATA is not set"),
         (["tracker.mode=loud"], "choose one of: offline, online"),
+        (["judge=openai", "judge.timeout=1e10"], "judge.timeout=1e+10 is more than 604,800 seconds"),
+        (["judge=openai", "judge.max_wait=1e300"], "judge.max_wait=1e+300 is more than 604,800 seconds"),
+        (["proxy.model.nano.instructed_share=nan"], "model.nano.instructed_share=nan is no share"),
         (["objective=loss"], "objective='loss' is not known; choose one of: pws, accuracy, heldout_loss"),
     ],
 )

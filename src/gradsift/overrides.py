@@ -27,7 +27,7 @@ def require_readable(arguments: Sequence[str], conf: Path) -> None:
         group = key.lstrip("+~").split("@")[0]
         if (longest := max((len(digits) for digits in re.findall(r"\d+", value)), default=0)) > _MOST_DIGITS:
             raise ConfigError(f"{key} is given a number of {longest:,} digits; give one that fits into 64 bits")
-        names_null = "null" in [part.strip().lower() for part in value.split(",")]
+        names_null = "null" in re.split(r"[\s,()\[\]]+", value.lower())
         if names_null and group and (conf / group).is_dir():
             raise ConfigError(_no_choice(group, conf / group))
 

@@ -165,11 +165,15 @@ def _require_few(parsed: Sequence[Override], searches: bool) -> None:
     jobs = sum(counts.values()) if searches else math.prod(counts.values())
     if jobs > MOST_JOBS:
         largest = max(counts, key=lambda key: counts[key])
-        what = f"search names {jobs:,} values" if searches else f"sweep has {jobs:,} jobs"
+        what = f"search names {_spelt(jobs)} values" if searches else f"sweep has {_spelt(jobs)} jobs"
         raise ConfigError(
-            f"this {what}, and {largest} has {counts[largest]:,} values; at most {MOST_JOBS:,} are checked before the "
-            f"first job, so give {'an interval' if searches else 'fewer values, or several sweeps over the same store'}"
+            f"this {what}, and {largest} has {_spelt(counts[largest])} values; at most {MOST_JOBS:,} are checked before "
+            f"the first job, so give {'an interval' if searches else 'fewer values, or several sweeps over the same store'}"
         )
+
+
+def _spelt(count: int) -> str:
+    return f"{count:,}" if count < 10**15 else "more than 10^15"
 
 
 def _count(override: Override) -> int:
@@ -177,7 +181,7 @@ def _count(override: Override) -> int:
     value = override.value()
     if isinstance(value, RangeSweep):
         bounds = value.start or 0, value.stop or 0, value.step
-        if not all(map(math.isfinite, bounds)) or not value.step:
+        if not all(-math.inf < bound < math.inf for bound in bounds) or not value.step:
             raise ConfigError(f"{override.input_line} has no end; give finite numbers, and a step other than 0")
         start, stop, step = map(Fraction, bounds)
         return max(0, math.ceil((stop - start) / step))

@@ -14,6 +14,7 @@ from gradsift.config.models import ModelConfig
 from gradsift.errors import ConfigError
 
 MATCHES = ("exact", "number", "choice")
+_LONGEST = 604_800  # seconds; of waits of centuries Python makes an OverflowError
 
 
 @dataclass
@@ -177,6 +178,9 @@ class EndpointJudgeConfig(JudgeConfig):
         if self.base_url:
             endpoint_address("judge.base_url", self.base_url, self.api_key_env)
         positive("judge.timeout", self.timeout)
+        for name in ("timeout", "max_wait"):
+            if (seconds := getattr(self, name)) > _LONGEST:
+                raise ConfigError(f"judge.{name}={seconds:g} is more than {_LONGEST:,} seconds, a week; give less")
         self._check_money()
 
     def _check_money(self) -> None:

@@ -31,6 +31,7 @@ class NanoConfig:
         at_least("model.nano.seed", self.seed, 0)
         positive("model.nano.learning_rate", self.learning_rate)
         at_least("model.nano.prompt_loss_weight", self.prompt_loss_weight, 0)
+        _check_ratio("model.nano.instructed_share", self.instructed_share)
 
 
 @dataclass

@@ -166,9 +166,10 @@ def _require_few(parsed: Sequence[Override], searches: bool) -> None:
     if jobs > MOST_JOBS:
         largest = max(counts, key=lambda key: counts[key])
         what = f"search names {_spelt(jobs)} values" if searches else f"sweep has {_spelt(jobs)} jobs"
+        remedy = "an interval" if searches else "fewer values, or several sweeps over the same store"
         raise ConfigError(
-            f"this {what}, and {largest} has {_spelt(counts[largest])} values; at most {MOST_JOBS:,} are checked before "
-            f"the first job, so give {'an interval' if searches else 'fewer values, or several sweeps over the same store'}"
+            f"this {what}, and {largest} has {_spelt(counts[largest])} values; at most {MOST_JOBS:,} are checked "
+            f"before the first job, so give {remedy}"
         )
 
 

@@ -16,6 +16,16 @@ MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"  # folder of what an interrupted `make` goes on from; no artifact holds it
 _CHECKSUM = "checksum"  # key of a manifest: hash of everything else in it; earlier versions wrote none
 _HASH_LIMIT = 256 * 2**20  # bytes; beyond this reuse checks a file's size alone
+_KINDS: dict[str, Any] = {  # of a manifest's entries
+    "files": dict,
+    "info": dict,
+    "parents": list,
+    "git_sha": str | None,
+    "size": int | None,
+    "models": list,
+    "numerics": dict,
+}
+_LATER = ("size", "models", "numerics")  # earlier versions wrote none
 _COUNTS = ("rows", "optimizer_steps", "resumed_steps", "forward_tokens")  # of `info`, where they are there
 
 
@@ -67,11 +77,8 @@ def read_manifest(path: Path, **request: str) -> tuple[dict[str, Any], str | Non
 
 def _misfit(manifest: Mapping[str, Any], request: Mapping[str, str]) -> str | None:
     """What a manifest lacks or says that cannot be."""
-    for key, kind in (("files", dict), ("info", dict), ("parents", list), ("git_sha", str | None)):
-        if key not in manifest or not isinstance(manifest[key], kind):
-            return f"{MANIFEST} has no readable {key}"
-    for key, kind in (("size", int | None), ("models", list), ("numerics", dict)):  # earlier versions wrote none
-        if key in manifest and not isinstance(manifest[key], kind):
+    for key, kind in _KINDS.items():
+        if (key in manifest or key not in _LATER) and not isinstance(manifest.get(key, ...), kind):
             return f"{MANIFEST} has no readable {key}"
     for key, value in request.items():
         if manifest.get(key) != value:

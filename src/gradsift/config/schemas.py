@@ -143,7 +143,19 @@ def load_config(composed: DictConfig) -> Config:
         raise ConfigError(reason) from error
     if not isinstance(config, Config):
         raise ConfigError("the config was not composed from conf/config.yaml: its first default must be `schema`")
+    _require_known("", config)
     return config
+
+
+def _require_known(option: str, value: Any) -> None:
+    """Refuse what `+` or `++` has added: OmegaConf hands it over as an attribute that nothing reads."""
+    if not dataclasses.is_dataclass(value):
+        return
+    known = [field.name for field in dataclasses.fields(value)]
+    for name, each in vars(value).items():
+        if name not in known:
+            raise ConfigError(f"{option}{name} is no option; known: {', '.join(known)}")
+        _require_known(f"{option}{name}.", each)
 
 
 def dump_config(config: Config) -> dict[str, Any]:

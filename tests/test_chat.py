@@ -191,6 +191,7 @@ UNREADABLE = {
     "logprobs of another kind": '{"text": "8 7", "logprobs": "x"}',
     "deep": "[" * 100_000,
     "bytes": b"\xff\xfe{",
+    "a flipped bit": b'{"text": "8 \xb7"}',
 }
 
 
@@ -200,7 +201,7 @@ def test_a_kept_reply_that_cannot_be_read_is_asked_for_again(kind: str, tmp_path
     replies = ReplyCache(tmp_path / "replies.sqlite", said.append)
     replies.keep("a" * 64, Completion("8 7"), "s", Tokens(1, 2))
     with replies._connection as connection:
-        connection.execute("UPDATE replies SET reply = ?", (UNREADABLE[kind],))
+        connection.execute("UPDATE replies SET reply = CAST(? AS TEXT)", (UNREADABLE[kind],))
     assert replies.find("a" * 64) is None
     assert said == ["  a reply in replies.sqlite cannot be read; it is asked for again"]
     replies.keep("a" * 64, Completion("9 1"), "s", Tokens(1, 2))

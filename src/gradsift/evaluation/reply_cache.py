@@ -185,7 +185,9 @@ class ReplyCache:
     def find(self, key: str) -> Completion | None:
         """The reply kept under `key`; None, and a line said, where it cannot be read."""
         with self._lock, self._named_errors():
-            row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+            # bytes: of a text that is not UTF-8 sqlite3 makes the error of a file that is damaged as a whole
+            query = "SELECT CAST(reply AS BLOB) FROM replies WHERE key = ?"
+            row = self._connection.execute(query, (key,)).fetchone()
         if row is None:
             return None
         found = _completion(row[0])

@@ -121,6 +121,7 @@ def test_neither_padding_nor_what_memory_did_not_hold_counts(tokens: int) -> Non
     assert count() == sum(lengths)
 
 
+@pytest.mark.slow
 def test_a_sweep_counts_every_unit_where_it_was_made(gradsift, capsys) -> None:
     """Members, statistics and scores once each, over scorer x M x snapshots; a second time nothing."""
     sweep = ("-m", *SMOKE, "data.size=64", "scorer=gsnr,random", "proxy.members=2,3")

@@ -603,7 +603,7 @@ def test_bfloat16_norms_are_trusted_only_where_the_members_differ_by_more(
         assert found.values["error_over_spread"] == pytest.approx(error / spread)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_the_error_of_a_norm_is_that_of_the_members_precision(gradsift, precision: str) -> None:
     assert gradsift(*SMOKE, f"compute.precision={precision}", "stop_after=scores") == 0
     found = stored(gradsift, "score")["norm_precision"]["values"]["error_over_spread"]

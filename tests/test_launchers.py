@@ -91,6 +91,7 @@ def test_a_trial_without_a_value_is_a_failed_trial_and_no_zero(gradsift, capsys)
     assert f"best trial: alpha=0.1: {known[0.1]:.4g}" in capsys.readouterr().out  # a failure as 0 would be the least
 
 
+@pytest.mark.slow
 def test_a_search_without_any_value_ends_in_one_line(gradsift, capsys) -> None:
     pytest.importorskip("optuna")
     assert gradsift(*SEARCH, "alpha=choice(0.0001,0.0002)", "hydra.sweeper.n_trials=1") == 2

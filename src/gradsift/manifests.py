@@ -68,6 +68,8 @@ def read_manifest(path: Path, **request: str) -> tuple[dict[str, Any], str | Non
     try:
         manifest = parse_manifest(path / MANIFEST)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        if any(folder.is_file() for folder in path.parents):  # the store is a file, or a stage in it is
+            raise
         return {}, f"{MANIFEST} is not there"
     except ValueError as error:
         return {}, f"{MANIFEST} cannot be read ({error})"

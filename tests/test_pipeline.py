@@ -341,6 +341,7 @@ def test_a_selection_of_nothing_is_refused_with_the_reason(gradsift, capsys, mon
     assert "none can be selected (no opinion)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_that_differ_in_more_than_a_seed_are_not_averaged(gradsift, capsys) -> None:
     small = ("data.size=60", "data.benchmark_items=13", "target.steps=1")
     assert gradsift("-m", *SMOKE, *small, "scorer.eps=1e-8,1e-1", "seed=0,1") == 0
@@ -394,7 +395,8 @@ def test_a_sweep_given_again_works_on_its_failed_job_alone(gradsift, monkeypatch
     assert names(failed, reused=False)[0] == "finetune"
 
 
-@pytest.mark.parametrize("stages", [("member", "judge"), pytest.param(("norms", "finetune"), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [("member", "judge"), ("norms", "finetune")])
 def test_kill_9_loses_nothing_and_changes_nothing(gradsift, stages: tuple[str, ...], tmp_path: Path) -> None:
     """The command that was killed twice, given again, ends with the same bytes as one that was never killed."""
     command = [sys.executable, str(REPOSITORY / "run.py"), *SMOKE]

@@ -51,7 +51,7 @@ def set_threads(compute: ComputeConfig) -> None:
 
 
 def threads_in_words(compute: ComputeConfig) -> str:
-    """For the plan of a run, such as "1 thread (auto: 2 cores, 1.0 of them busy with other work)"."""
+    """For the plan of a run, such as "1 thread (auto: 2 cores, 1.0 of 2 busy with other work)"."""
     number = torch.get_num_threads()
     words = f"{number} thread{'s' if number > 1 else ''}"
     if compute.threads != "auto" or "OMP_NUM_THREADS" in os.environ:

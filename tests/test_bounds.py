@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from conftest import SMOKE
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from test_config import composed
 
@@ -199,3 +200,10 @@ def test_jobs_are_counted_over_all_options() -> None:
 def test_a_range_without_an_end_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=rf"alpha={text[:7].replace('(', '.')}.* has no end"):
         _require_few(parsed(f"alpha={text}"), searches=False)
+
+
+def test_a_sweep_of_too_many_jobs_starts_none(gradsift: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradsift.sweep.MOST_JOBS", 2)
+    assert gradsift("-m", *SMOKE, "seed=0,1,2", "stop_after=load") == 2
+    assert "this sweep has 3 jobs" in capsys.readouterr().err
+    assert gradsift.runs() == []

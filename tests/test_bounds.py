@@ -135,9 +135,16 @@ def test_a_number_of_thousands_of_digits_is_refused_by_its_option() -> None:
     )
 
 
-@pytest.mark.parametrize("argument", ["scorer=null", f"seed={'9' * 5000}", "proxy=null"])
+@pytest.mark.parametrize(
+    ("argument", "remedy"),
+    [
+        ("scorer=null", "choose one of: cherry, "),
+        (f"seed={'9' * 5000}", "give one that fits into 64 bits"),
+        ("proxy=null", "choose one of: gpt2, "),
+    ],
+)
 def test_a_line_and_exit_code_2_are_all_that_is_seen(
-    argument: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    argument: str, remedy: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     from gradsift import cli
 
@@ -149,7 +156,7 @@ def test_a_line_and_exit_code_2_are_all_that_is_seen(
         cli.main()
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1
+    assert said.startswith("error: ") and remedy in said and said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

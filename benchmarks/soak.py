@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gradsift.artifacts import MADE_BY
-from gradsift.checked_lines import JOURNAL_FILE
+from gradsift.journal import JOURNAL_FILE
 from gradsift.manifests import MANIFEST, UNFINISHED
 
 REPOSITORY = Path(__file__).parents[1]

@@ -96,9 +96,7 @@ def test_a_pass_that_was_cut_short_takes_what_its_journal_holds(
     adapted, examples = adapted_model("gpt2", ["c_attn"]), ragged_examples(9)
 
     def taken() -> np.ndarray:
-        return collect_statistics(
-            adapted, examples, SOURCE_ROWS, TokenBudget(30), 0, CPU, journal=Journal(tmp_path, every=0)
-        )
+        return collect_statistics(adapted, examples, SOURCE_ROWS, TokenBudget(30), 0, CPU, journal=Journal(tmp_path))
 
     whole, plain, left = found(adapted, examples, 30), UseOfEmbedding.statistics, [2]
 

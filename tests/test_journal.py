@@ -1,4 +1,4 @@
-"""Laws of the journal: what was found is not made again, and nothing else is ever taken for it."""
+"""Laws of the journal: a kept result is not computed again, and no other result is ever returned in its place."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from conftest import SMOKE
 from test_generation import ragged_prompts, tiny_model, tiny_tokenizer
 
 from gradsift import journal as journal_module
-from gradsift.checked_lines import JOURNAL_FILE
 from gradsift.data.tokens import Encoded
 from gradsift.evaluation import generation
 from gradsift.evaluation.generation import generate_answers
-from gradsift.journal import Journal
+from gradsift.journal import JOURNAL_FILE, Journal
 from gradsift.manifests import UNFINISHED
 from gradsift.training.device import TokenBudget
 
@@ -28,7 +27,7 @@ VALUES = ["a\ud800\u2028b", [1, None], {"loss": 0.1}, torch.tensor(ODD), torch.t
 
 
 def asked(folder: Path, keys: Sequence[Any], say: Callable[[str], None] = print) -> tuple[list[Any], list[Any]]:
-    """What a computation that asks for these keys is given, and those that had to be made."""
+    """Return what the journal gives for these keys, and the keys that had to be computed."""
     made: list[Any] = []
 
     def make(key: Any) -> Callable[[], Any]:
@@ -49,7 +48,7 @@ def lines(folder: Path) -> Path:
     return folder / UNFINISHED / JOURNAL_FILE
 
 
-def test_what_was_found_is_given_again_in_its_order(tmp_path: Path) -> None:
+def test_kept_results_are_returned_in_their_order(tmp_path: Path) -> None:
     first, _ = asked(tmp_path, [[1], [2]])
     again, made = asked(tmp_path, [[1], [2], [3]])
     assert again[:2] == first
@@ -68,7 +67,7 @@ def test_values_come_back_as_they_were(value: Any, tmp_path: Path) -> None:
         assert found == value
 
 
-def test_another_computation_is_given_nothing_from_where_it_differs(tmp_path: Path) -> None:
+def test_from_the_first_key_that_differs_all_is_computed_again(tmp_path: Path) -> None:
     asked(tmp_path, ["a", "b", "c"])
     found, made = asked(tmp_path, ["a", "B", "c"])
     assert made == ["B", "c"]
@@ -89,8 +88,8 @@ def test_a_line_that_was_cut_is_made_again(tmp_path: Path) -> None:
     assert asked(tmp_path, ["a", "b"])[1] == ["b"]
 
 
-def test_a_line_that_was_changed_is_made_again_with_a_word(tmp_path: Path) -> None:
-    """Whatever bit of it changed: one digit of a loss would else be another loss."""
+def test_a_line_that_was_changed_is_reported_and_computed_again(tmp_path: Path) -> None:
+    """Holds for every byte of the line: one changed digit of a loss would be another loss."""
     whole, _ = asked(tmp_path, ["a", "b", "c"])
     content = lines(tmp_path).read_bytes()
     second, third = content.index(b"\n") + 1, content.rindex(b"\n", 0, -1) + 1
@@ -111,6 +110,27 @@ def test_a_line_of_an_earlier_version_has_no_checksum_and_is_made_again(tmp_path
     assert asked(tmp_path, ["a"])[1] == ["a"]
 
 
+def test_a_result_that_is_not_intact_any_more_is_computed_again(tmp_path: Path) -> None:
+    asked(tmp_path, ["a", "b", "c"])
+    journal = Journal(tmp_path)
+    values = [journal.once(key, lambda: "new", lambda value: value.startswith("a ")) for key in ("a", "b", "c")]
+    assert values[0].startswith("a ")
+    assert values[1:] == ["new", "new"]
+    assert [value for _, value in Journal(tmp_path).entries()] == values
+
+
+def test_results_in_any_order_are_all_listed_but_for_the_damaged_one(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for key in ("b", "c", "a"):
+        journal.append(key, [key])
+    first, second, third = lines(tmp_path).read_bytes().splitlines(keepends=True)
+    lines(tmp_path).write_bytes(first + second[:-3] + b"\n" + third)
+    again = Journal(tmp_path)
+    assert again.entries() == [("b", ["b"]), ("a", ["a"])]
+    again.append("c", ["c"])
+    assert [key for key, _ in Journal(tmp_path).entries()] == ["b", "a", "c"]
+
+
 def test_a_failure_leaves_no_result(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         Journal(tmp_path).once("a", lambda: 1 // 0)
@@ -122,9 +142,9 @@ def test_what_json_cannot_hold_is_refused(tmp_path: Path) -> None:
         Journal(tmp_path).once("a", lambda: np.zeros(2))
 
 
-def test_what_waits_on_a_gpu_is_written_with_the_next_that_is_due(tmp_path: Path, monkeypatch: Any) -> None:
+def test_results_that_wait_on_a_gpu_are_written_with_the_next_that_is_due(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(journal_module, "_on_gpu", lambda value: True)
-    journal = Journal(tmp_path, every=0.05)
+    journal = Journal(tmp_path, save_every=0.05)
     journal.once("a", lambda: 1)
     assert not lines(tmp_path).exists()
     time.sleep(0.06)
@@ -133,7 +153,7 @@ def test_what_waits_on_a_gpu_is_written_with_the_next_that_is_due(tmp_path: Path
 
 
 class Stop(Exception):
-    """Stands for kill -9."""
+    """Plays the part of kill -9."""
 
 
 def test_a_pass_goes_on_with_the_groups_that_are_left(tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsift.checked_lines import JOURNAL_FILE
 from gradsift.errors import DataError
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.generation import ModelOutput, model_outputs
 from gradsift.evaluation.judges import Combine, JudgeError, JudgeRequest, Reply, content_hash
 from gradsift.evaluation.judging import Judgment, _recover, judge_pairs, read_judgments
+from gradsift.journal import JOURNAL_FILE
 from gradsift.manifests import UNFINISHED
 
 

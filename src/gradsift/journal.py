@@ -1,117 +1,151 @@
-"""What a long computation has found so far: one line a result, in the order in which they were made.
+"""The results of a pass, kept as they are computed, so that an interrupted run continues after the last one.
 
-    found = journal.once(key, make)
+A stage asks the runtime for the journal of the artifact that it makes:
 
-gives what an interrupted process found for the same `key` at the same place of the same computation, and else calls
-`make`. A computation that asks for the same things in the same order is so handed what is there and goes on after it,
-with the same batches and the same bytes; from the first key that differs (another token budget, say) all is made anew.
+    journal = runtime.journal(folder)
+    for batch in batches:
+        losses = journal.once(batch.rows, lambda: losses_of(batch))
 
-Each line has a checksum: one that was cut or changed is dropped with those after it, and their results are made anew.
-JSON gives every float32 and float64 back as it was.
+`once` returns the kept result if the interrupted run asked for the same key at the same place; otherwise it calls the
+function and keeps what that returns. A pass that asks in the same order therefore continues with the same batches and
+gives the same bytes. From the first key that differs (after a change of the token budget, say) everything is computed
+again. A pass whose results arrive in any order uses `entries` and `append` instead.
+
+The file is `unfinished/journal.jsonl` in the artifact's folder: one result per line, as a checksum and JSON, which
+restores every float32 and float64 exactly. A line that was cut or changed is dropped and its result computed again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
-from gradsift.checked_lines import JOURNAL_FILE, sealed, unsealed
 from gradsift.manifests import UNFINISHED
 
 T = TypeVar("T")
+JOURNAL_FILE = "journal.jsonl"
+_DIGITS = 16  # hex digits of SHA-256 before each line
 
 
 class Journal:
-    """The results that one artifact in the making consists of; outside of a folder nothing is kept."""
+    """The results of one artifact in the making; without a folder nothing is kept."""
 
     def __init__(
-        self, folder: Path | None = None, every: float = 0.0, say: Callable[[str], None] = lambda line: None
+        self, folder: Path | None = None, save_every: float = 0.0, say: Callable[[str], None] = lambda line: None
     ) -> None:
         """
         Args:
-            folder: of the artifact.
-            every: seconds for which results on a GPU may stay there: to fetch one is to wait for the GPU.
-            say: told of a line that was dropped.
+            folder: the artifact's folder.
+            save_every: seconds that results on a GPU may wait to be written: fetching one waits for the GPU.
+            say: called with a message for every line that is dropped.
         """
         self._path = None if folder is None else folder / UNFINISHED / JOURNAL_FILE
-        self._reads = self._path is not None and self._path.exists()
-        self._say = say
-        self._known = 0  # bytes of the file that this computation has asked for or written
-        self._number = 0  # of lines in them
-        self._every = every
-        self._written = time.monotonic()
-        self._waiting: list[Any] = []
+        self._save_every = save_every
+        self._saved_at = time.monotonic()
+        self._kept = deque([] if self._path is None else _read(self._path, say))  # lines that `once` has not come to
+        self._end = 0  # bytes of the lines that it has
+        self._waiting: list[Any] = []  # keys and results to be written
 
-    def once(self, key: Any, make: Callable[[], T]) -> T:
-        """The result for `key`.
+    def once(self, key: Any, make: Callable[[], T], intact: Callable[[T], bool] = lambda value: True) -> T:
+        """Return the kept result for `key`, or compute and keep it.
 
         Args:
-            key: JSON value that tells what is asked for from what else might be at this place.
-            make: returns a JSON value in which there may be tensors; what was kept of these is on the CPU.
+            key: JSON value that tells what is computed at this place of the pass.
+            make: returns the result, a JSON value that may contain tensors. Restored tensors are on the CPU.
+            intact: returns False if a kept result cannot be used any more, as the checksum of a block of a file that
+                has changed.
         """
-        if self._path is None:
-            return make()
-        if self._reads:
-            line, found = self._next(self._path)
-            if found is not None and found[0] == key:
-                self._known += len(line)
-                self._number += 1
-                value: T = found[1]
-                return value
-            self._reads = False
+        if self._path is not None and self._kept:
+            kept_key, value = _parse(self._kept[0])
+            if kept_key == key and intact(value):
+                self._end += len(self._kept.popleft())
+                kept: T = value
+                return kept
+            self._kept.clear()
+            os.truncate(self._path, self._end)
         made = make()
-        self._waiting.append([key, made])
-        if not _on_gpu(made) or time.monotonic() - self._written >= self._every:
-            self._write(self._path)
+        self.append(key, made)
         return made
 
-    def _next(self, path: Path) -> tuple[bytes, Any]:
-        """The next line, and its key and result; None for a line that was cut or changed, or at the end."""
-        with path.open("rb") as stream:
-            stream.seek(self._known)
-            line = stream.readline()
-        text = unsealed(line)
-        if text is not None:
-            return line, json.loads(text, object_hook=_unpack)
-        if line:
-            self._say(
-                f"  line {self._number + 1} of {path.parents[1].name}/{UNFINISHED}/{path.name} is cut or damaged; "
-                "its result, and those after it, are made again"
-            )
-        return line, None
+    def entries(self) -> list[tuple[Any, Any]]:
+        """Return key and result of every line that an interrupted run has left, in the order of writing."""
+        return [_parse(line) for line in self._kept]
 
-    def _write(self, path: Path) -> None:
-        # ASCII escapes: a model's answer may hold half a surrogate pair
-        lines = b"".join(sealed(json.dumps(each, default=_pack)) for each in self._waiting)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("r+b" if path.exists() else "wb") as stream:
-            stream.seek(self._known)
-            stream.truncate()
-            stream.write(lines)
-        self._known += len(lines)
-        self._number += len(self._waiting)
+    def append(self, key: Any, value: Any) -> None:
+        """Keep a result, and write it now unless it is on a GPU and was computed within `save_every`."""
+        if self._path is None:
+            return
+        self._waiting.append([key, value])
+        if _on_gpu(value) and time.monotonic() - self._saved_at < self._save_every:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab") as stream:
+            for each in self._waiting:  # ASCII escapes: a model's answer may contain half a surrogate pair
+                stream.write(sealed(json.dumps(each, default=_tensor_to_json)))
         self._waiting.clear()
-        self._written = time.monotonic()
+        self._saved_at = time.monotonic()
+
+
+def _read(path: Path, say: Callable[[str], None]) -> list[bytes]:
+    """Return the intact lines of a journal, and remove all others from the file."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    damaged = [number for number, line in enumerate(lines, start=1) if unsealed(line) is None]
+    if damaged:
+        for number in damaged:
+            name = f"{path.parents[1].name}/{UNFINISHED}/{path.name}"
+            say(f"  line {number} of {name} is cut or damaged; its result is computed again")
+        lines = [line for number, line in enumerate(lines, start=1) if number not in damaged]
+        fresh = path.with_suffix(".new")
+        fresh.write_bytes(b"".join(lines))
+        fresh.replace(path)
+    return lines
+
+
+def _parse(line: bytes) -> tuple[Any, Any]:
+    """Return key and result of an intact line."""
+    key, value = json.loads(line[_DIGITS + 1 :], object_hook=_tensor_from_json)
+    return key, value
+
+
+def sealed(text: str) -> bytes:
+    """Return a line that holds ASCII text without line ends, after its checksum."""
+    return f"{_checksum(text.encode('ascii'))} {text}\n".encode("ascii")
+
+
+def unsealed(line: bytes) -> bytes | None:
+    """Return the text of a line that `sealed` made, or None if the line was cut or changed."""
+    checksum, text = line[:_DIGITS], line[_DIGITS + 1 : -1]
+    intact = line == checksum + b" " + text + b"\n" and checksum == _checksum(text).encode("ascii")
+    return text if intact else None
+
+
+def _checksum(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:_DIGITS]
 
 
 def _on_gpu(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.is_cuda
-    return isinstance(value, list | tuple) and any(map(_on_gpu, value))
+    if isinstance(value, list | tuple):
+        return any(map(_on_gpu, value))
+    return bool(getattr(value, "is_cuda", False))
 
 
-def _pack(value: Any) -> Any:
+def _tensor_to_json(value: Any) -> dict[str, Any]:
+    import torch  # here: judging keeps a journal without it
+
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"a {type(value).__name__} cannot be kept in a journal")
     return {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
 
 
-def _unpack(record: dict[str, Any]) -> Any:
+def _tensor_from_json(record: dict[str, Any]) -> Any:
     if record.keys() != {"dtype", "values"}:
         return record
+    import torch
+
     return torch.tensor(record["values"], dtype=getattr(torch, record["dtype"]))

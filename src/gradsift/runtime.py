@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,6 +18,7 @@ from rich.text import Text
 from gradsift.artifacts import Store
 from gradsift.config import ComputeConfig
 from gradsift.cost import peak_resident_gb
+from gradsift.journal import Journal
 
 Advance = Callable[[int], None]
 Task = Callable[[str, int | None], AbstractContextManager[Advance]]  # a progress bar: description and total
@@ -151,6 +153,10 @@ class Runtime:
     compute: ComputeConfig
     display: Display
     seed: int  # of the proxy ensemble and of the target
+
+    def journal(self, folder: Path) -> Journal:
+        """Return the journal of the artifact that is being made in `folder`."""
+        return Journal(folder, self.compute.save_every, self.display.say)
 
 
 def peak_memory() -> dict[str, float]:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from gradsift import outside_json
-from gradsift.checked_lines import JOURNAL_FILE, sealed, unsealed
 from gradsift.errors import DataError
 from gradsift.evaluation.generation import ModelOutput, check_pairs, item_key
 from gradsift.evaluation.judges import Judge, JudgeError, JudgeRequest, Order, Reply
+from gradsift.journal import JOURNAL_FILE, sealed, unsealed
 from gradsift.manifests import UNFINISHED
 
 ORDERS: tuple[Order, Order] = ("forward", "reverse")

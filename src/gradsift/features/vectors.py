@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from gradsift.artifacts import Artifact
-from gradsift.checked_lines import sealed, unsealed
 from gradsift.errors import GradsiftError
+from gradsift.journal import sealed, unsealed
 from gradsift.manifests import UNFINISHED
 
 FEATURES_FILE = "features.npy"

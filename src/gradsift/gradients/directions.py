@@ -45,7 +45,7 @@ def directions(runtime: Runtime, config: LoraConfig, member: Artifact, load: Cal
 
     def make(folder: Path) -> Mapping[str, Any]:
         inputs = load()
-        journal = Journal(folder, runtime.compute.save_every, runtime.display.say)
+        journal = runtime.journal(folder)
         label = f"directions of {member.path.name.rsplit('-', 1)[0]}"
         with (
             adapter(inputs.backbone, config, 0, runtime.compute) as adapted,

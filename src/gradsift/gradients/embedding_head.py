@@ -82,7 +82,7 @@ def embedding_gradients(
 
     def make(folder: Path) -> Mapping[str, Any]:
         backbone, encoded, row_indices, budget = load()
-        device, journal = device_of(runtime.compute), Journal(folder, runtime.compute.save_every, runtime.display.say)
+        device, journal = device_of(runtime.compute), runtime.journal(folder)
         adapted = lora.add_adapter(backbone.model, config, seed=0)
         try:
             lora.load_adapter(adapted, member.path)

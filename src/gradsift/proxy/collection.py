@@ -15,7 +15,6 @@ from gradsift.config import ProxyConfig
 from gradsift.data.batching import shard_of
 from gradsift.gradients.callback import collect_norms
 from gradsift.gradients.norms_table import write_norms
-from gradsift.journal import Journal
 from gradsift.proxy.epochs import ProxyInputs, adapter
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora
@@ -70,7 +69,7 @@ def collect_rows(
     ):
         lora.load_adapter(adapted, weights.path)
         masks = _mask_seed(runtime, config, member, epoch, shard) if config.ensemble == "mc_dropout" else None
-        journal = Journal(folder, runtime.compute.save_every, runtime.display.say)
+        journal = runtime.journal(folder)
         pad_id, device = inputs.backbone.pad_id, device_of(runtime.compute)
         found = collect_norms(adapted, encoded, inputs.budget, pad_id, device, advance, masks=masks, journal=journal)
     info = write_norms(folder, found.columns(inputs.row_indices), encoded, shard, config.shards)

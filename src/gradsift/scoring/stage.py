@@ -34,9 +34,7 @@ def score(
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
-        from gradsift.journal import Journal  # torch comes with it, and a report reads scores without
-
-        journal = Journal(folder, runtime.compute.save_every, runtime.display.say)
+        journal = runtime.journal(folder)
         scores: Scores = scorer(sources={**sources, "journal": Source(list, lambda: journal)})
         examples, rows = loaded.file(EXAMPLES_FILE), int(loaded.info["rows"])
         if len(scores.score) != rows:

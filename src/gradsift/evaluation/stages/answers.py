@@ -19,7 +19,6 @@ from gradsift.data.tokens import encode_prompt
 from gradsift.data.verifiable import FAMILIES
 from gradsift.evaluation.benchmarks import Item, load_benchmark
 from gradsift.evaluation.generation import OUTPUTS_FILE, generate_answers, model_outputs, write_model_outputs
-from gradsift.journal import Journal
 from gradsift.runtime import Runtime
 from gradsift.training.target import load_tuned
 
@@ -84,7 +83,7 @@ def generate(
                 max_new_tokens=config.max_new_tokens,
                 batch_size=config.batch_size,
                 progress=advance,
-                journal=Journal(folder, runtime.compute.save_every, runtime.display.say),
+                journal=runtime.journal(folder),
             )
         write_model_outputs(folder / OUTPUTS_FILE, model_outputs(items, answers, generator))
         return {"rows": len(items)}

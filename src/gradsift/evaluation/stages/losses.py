@@ -18,7 +18,6 @@ from gradsift.data.tokens import Encoded, encode, encoding_settings
 from gradsift.errors import GradsiftError
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.stages.answers import items_hash, slug_of
-from gradsift.journal import Journal
 from gradsift.runtime import Runtime
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget, device_of
@@ -104,7 +103,7 @@ def _losses(
             batch = collate(batch_examples, model.pad_id).to(device)
             return batch.rows, response_losses(batch)
 
-        journal = Journal(folder, runtime.compute.save_every, runtime.display.say)
+        journal = runtime.journal(folder)
         for results in budget.passes(encoded, losses_of, journal, advance):
             for rows, losses in results:
                 require_finite(purpose, rows, losses, row_indices)

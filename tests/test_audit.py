@@ -13,14 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SMOKE
-from rich.console import Console
-from sklearn.metrics import roc_auc_score
-
-from gradsift.config import CORRUPTIONS
-from gradsift.data.load import Labels
-from gradsift.errors import ConfigError
-from gradsift.report.audit import audit, auroc, kept_twice, spread_of_random
-from gradsift.report.audit_tables import (
+from gradsift.selection.audit_tables import (
     FAILED,
     SweepAudit,
     audit_tables,
@@ -30,9 +23,16 @@ from gradsift.report.audit_tables import (
     sweep_audit,
     write_audit,
 )
-from gradsift.report.clusters import cluster
+from rich.console import Console
+from sklearn.metrics import roc_auc_score
+
+from gradsift.config import CORRUPTIONS
+from gradsift.data.load import Labels
+from gradsift.errors import ConfigError
+from gradsift.features.prompt_clusters import cluster
 from gradsift.report.text_table import TextTable
 from gradsift.scoring.scores import EXCLUDED, Scores
+from gradsift.selection.audit import audit, auroc, kept_twice, spread_of_random
 
 AUDIT = ("experiment=[smoke,audit]", "compute.threads=1")
 

@@ -29,7 +29,7 @@ from gradsift.report.figures import (
     cost,
     ensemble,
     judge,
-    results,
+    pws,
     scores,
     selection,
     sensitivity,
@@ -127,7 +127,7 @@ def test_a_report_needs_no_torch(report_sweep: Path) -> None:
 
 
 def test_pws_shows_the_means_of_run_json(material: Material) -> None:
-    (axes,) = results.pws(material).axes
+    (axes,) = pws.pws(material).axes
     drawn = {bar.get_label(): bar.lines[0].get_xdata() for bar in axes.containers}
     both = [run_of(material, name).record["pws"] for name in ("0-gsnr-0.1", "3-gsnr-0.1")]
     names = [label.get_text() for label in axes.get_yticklabels()]
@@ -493,7 +493,7 @@ def test_a_store_that_moved_is_found_where_it_is_said_to_be(
     assert any(gap.startswith("0-gsnr-0.1: load/") and gap.endswith("not in the store any more") for gap in lost.gaps)
     with pytest.raises(Missing, match=r"0-gsnr-0.1: the artifact score/gsnr-.* is not in the store any more"):
         lost.scores(run)
-    assert results.pws(lost)  # run.json is enough for it
+    assert pws.pws(lost)  # run.json is enough for it
     found = read(tmp_path / "sweep", report_sweep.parent / "store")
     assert found.scores(run_of(found, "0-gsnr-0.1")).score.shape == (120,)
 

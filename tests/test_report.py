@@ -17,7 +17,6 @@ from gradsift.artifacts import StageRecord, Store
 from gradsift.config import TrackerConfig
 from gradsift.data.load import Labels
 from gradsift.report.notes import remarks, remarks_of_all, warnings_of
-from gradsift.report.results import RUN_FILE, Results, composition
 from gradsift.report.summary import one_line, summary
 from gradsift.report.tables import (
     TITLE,
@@ -30,6 +29,7 @@ from gradsift.report.tables import (
     write_csv,
 )
 from gradsift.report.terminal import RunView, fitted, sweep_finished
+from gradsift.run_record import RUN_FILE, RunRecord, composition
 from gradsift.runtime import Display
 from gradsift.tracking import Tracker
 
@@ -357,9 +357,9 @@ def refuse_constant(text: str) -> None:
 def test_run_json_is_plain_json(tmp_path: Path) -> None:
     store = Store(tmp_path / "store", say=lambda line: None)
     store.obtain("load", "x", {}, [], lambda folder: {"rows": 1, "optimizer_steps": 4}, version=1)
-    results = Results(tmp_path, untracked(tmp_path), store, {"scorer": "gsnr", "alpha": 0.1})
-    results.values["accuracy"] = {"model": None}
-    results.finish("stopped", "not an error")
+    record = RunRecord(tmp_path, untracked(tmp_path), store, {"scorer": "gsnr", "alpha": 0.1})
+    record.values["accuracy"] = {"model": None}
+    record.finish("stopped", "not an error")
     written = json.loads((tmp_path / RUN_FILE).read_text(), parse_constant=refuse_constant)
     assert (written["status"], written["scorer"], written["pws"]) == ("stopped", "gsnr", None)
     (stage,) = written["stages"]
@@ -367,20 +367,20 @@ def test_run_json_is_plain_json(tmp_path: Path) -> None:
     assert (written["work"]["made"], written["work"]["optimizer_steps"]) == (1, 4)
     assert "error" not in written
     assert written["memory"]["process_peak_resident_gb"] > 0.01
-    results.is_reference()
-    results.finish("failed", "it broke")
+    record.is_reference()
+    record.finish("failed", "it broke")
     written = json.loads((tmp_path / RUN_FILE).read_text())
     assert (written["pws"], written["pws_by_definition"], written["error"]) == (1.0, True, "it broke")
-    results.finish("interrupted", "")
+    record.finish("interrupted", "")
     assert json.loads((tmp_path / RUN_FILE).read_text())["error"] == "interrupted"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_that_is_none_is_never_written(value: float, tmp_path: Path) -> None:
-    results = Results(tmp_path, untracked(tmp_path), Store(tmp_path), {})
-    results.values["heldout_loss"] = {"model": value}
+    record = RunRecord(tmp_path, untracked(tmp_path), Store(tmp_path), {})
+    record.values["heldout_loss"] = {"model": value}
     with pytest.raises(ValueError, match="not JSON compliant"):
-        results.finish("finished")
+        record.finish("finished")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -36,9 +36,9 @@ from gradsift.report.figures import FIGURES
 from gradsift.report.inline_svg import inline_svg
 from gradsift.report.material import Material, Missing, read
 from gradsift.report.page import groups_of, words_of, write_report
-from gradsift.report.results import composition
 from gradsift.report.terminal import sweep_finished
 from gradsift.report.text_table import TextTable
+from gradsift.run_record import composition
 from gradsift.runtime import Display
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores, write_scores
 from gradsift.scoring.stage import SCORES_FILE

@@ -22,7 +22,7 @@ from gradsift.data.load import EXAMPLES_FILE
 from gradsift.diagnostics import Diagnostic, read_diagnostics
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.features.vectors import Features, unit_rows
-from gradsift.report.results import Results
+from gradsift.run_record import RunRecord
 from gradsift.runtime import Display, Runtime
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
 from gradsift.scoring.stage import SCORES_FILE, score, scores_of
@@ -161,9 +161,9 @@ def test_every_status_is_counted_and_kept_with_its_reason(bench: Bench, tmp_path
     assert scores.reason.tolist() == ["", "no token", "too large", "", "too large", ""]
     assert scores.parts["part"].tolist() == [0, 1, 2, 3, 4, 5]
     tracker = Tracker(TrackerConfig(name="none"), tmp_path, None, {})
-    results = Results(tmp_path, tracker, bench.store, {})
-    results.scored(artifact)
-    assert results.values["scores"] == {
+    record = RunRecord(tmp_path, tracker, bench.store, {})
+    record.scored(artifact)
+    assert record.values["scores"] == {
         "rows": 6,
         "statuses": {"scored": 3, "undefined": 1, "excluded": 2},
         "reasons": {"no token": 1, "too large": 2},

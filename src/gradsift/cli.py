@@ -255,7 +255,7 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: Path | No
     from gradsift.nodes import node_of, store_of
     from gradsift.pipeline import plan, prepare, run, settings_of
     from gradsift.report.automatic import report_at_end
-    from gradsift.report.results import Results
+    from gradsift.run_record import RunRecord
     from gradsift.runtime import Runtime
     from gradsift.tracking import Tracker, group_of
 
@@ -274,24 +274,24 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: Path | No
     about = _about(config, overrides)
     group = group_of(sweep) if sweep else None
     with store_of(config.compute, ours, number) as store, Tracker(tracked, folder, group, about) as tracker:
-        results = Results(folder, tracker, store, about)
+        record = RunRecord(folder, tracker, store, about)
         try:
             with store.guarded("the run", nameless=False):
-                run(config, Runtime(store, config.compute, view.display, config.seed), results)
+                run(config, Runtime(store, config.compute, view.display, config.seed), record)
         except DryRun as said:
-            results.dry_run(str(said))
+            record.dry_run(str(said))
         except BaseException as error:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave run.json and W&B half closed
-            results.finish("failed" if isinstance(error, Exception) else "interrupted", str(error))
+            record.finish("failed" if isinstance(error, Exception) else "interrupted", str(error))
             if isinstance(error, Exception):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 if reports and store.records and (report := report_at_end(folder, view.display)):
                     view.display.say(f"report: {report}")
             raise
-        results.finish("stopped" if config.stop_after or results.ends_early else "finished")
+        record.finish("stopped" if config.stop_after or record.ends_early else "finished")
     report = report_at_end(folder, view.display) if reports else None
     view.finished(folder, report, in_sweep=sweep is not None)
-    return results.value_of(config.objective)
+    return record.value_of(config.objective)
 
 
 def _own(overrides: list[str], jobs: Sequence[Sequence[str]] | None) -> list[str]:

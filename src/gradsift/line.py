@@ -31,6 +31,7 @@ from gradsift.evaluation.stages.metrics import check_metrics, metrics
 from gradsift.features.embeddings import Embedder, embed
 from gradsift.features.gradients import FeatureInputs, gradient_features, require_room
 from gradsift.features.hidden_states import hidden_states_embedder
+from gradsift.features.prompt_clusters import clusters_of, prompt_clusters
 from gradsift.features.sentence_encoder import sentence_embedder
 from gradsift.features.vectors import read_features
 from gradsift.features.warmup import warm_up, warmup_rows
@@ -43,10 +44,9 @@ from gradsift.journal import Journal
 from gradsift.planning import Planned
 from gradsift.proxy.ensemble import collect_shard, ensemble_norms, train_adapter, train_adapters
 from gradsift.proxy.epochs import ProxyInputs
-from gradsift.report.audit import audit
-from gradsift.report.clusters import clusters_of, prompt_clusters
 from gradsift.runtime import Runtime
 from gradsift.scoring.stage import scores_of
+from gradsift.selection.audit import audit
 from gradsift.selection.budget import budget
 from gradsift.selection.stage import positions_of, select
 from gradsift.selection.topk import topk

@@ -19,7 +19,7 @@ from gradsift.evaluation.stages.judging import judge, pws
 from gradsift.line import Line
 from gradsift.planning import NotMade, Planner, unread
 from gradsift.report.plans import write_plan
-from gradsift.report.results import Results
+from gradsift.run_record import RunRecord
 from gradsift.runtime import Display, Runtime
 from gradsift.scoring.stage import score
 from gradsift.training.backbones import quieten
@@ -27,10 +27,10 @@ from gradsift.training.device import device_of
 from gradsift.training.threads import set_threads, threads_in_words
 
 
-def run(config: Config, runtime: Runtime, results: Results) -> None:
-    """One run: fills `results` as the stages finish, and ends early where `stop_after` says."""
+def run(config: Config, runtime: Runtime, record: RunRecord) -> None:
+    """One run: fill `record` as the stages finish, and end early at `stop_after`."""
     line = Line(config, runtime)
-    results.loaded(line.loaded)
+    record.loaded(line.loaded)
     if config.stop_after == "load":
         return
     line.check()
@@ -38,42 +38,42 @@ def run(config: Config, runtime: Runtime, results: Results) -> None:
         if config.proxy.shard is None:
             line.statistics()
         else:
-            results.collected(config.proxy, line.collect_shard())
-        results.ensemble(line.adapters)
+            record.collected(config.proxy, line.collect_shard())
+        record.ensemble(line.adapters)
         return
     scored = score(runtime, line.scorer, line.loaded, line.sources, line.diagnose)
-    results.scored(scored)
+    record.scored(scored)
     if line.has_norms:
-        results.ensemble(line.adapters)
+        record.ensemble(line.adapters)
     if config.stop_after == "scores":
         return
     selection = line.select(scored)
-    results.selected(selection, line.loaded)
+    record.selected(selection, line.loaded)
     if config.audit.enabled:
-        results.audited(line.audit(scored))
+        record.audited(line.audit(scored))
     if config.stop_after == "selection":
         return
     tuned = line.finetune(selection)
-    results.finetuned(tuned, line.heldout_loss(tuned))
+    record.finetuned(tuned, line.heldout_loss(tuned))
     if config.stop_after == "finetune":
         return
     answers = line.answers(tuned)
-    results.answered(line.metrics(answers))
+    record.answered(line.metrics(answers))
     if line.asks_forgetting:
-        results.forgot(line.forgetting(tuned))
+        record.forgot(line.forgetting(tuned))
     if config.stop_after == "generate":
         return
     if line.keeps_all:  # the full-data model against itself: PWS is 1 by definition
-        results.is_reference()
+        record.is_reference()
     else:
         reference = line.finetune(line.everything())
         reference_answers = line.answers(reference)
         judged = judge(runtime, config.judge, config.benchmark, answers, reference_answers)
-        results.judged(pws(runtime, config.judge, judged, answers, reference_answers), judged)
-        results.reference(line.heldout_loss(reference), line.metrics(reference_answers))
+        record.judged(pws(runtime, config.judge, judged, answers, reference_answers), judged)
+        record.reference(line.heldout_loss(reference), line.metrics(reference_answers))
     # what the target could do before: without it nobody sees whether any finetune helped
     checkable = any(item.reference is not None for item in line.items)
-    results.untuned(line.heldout_loss(None), line.metrics(line.answers(None)) if checkable else None)
+    record.untuned(line.heldout_loss(None), line.metrics(line.answers(None)) if checkable else None)
 
 
 def plan(config: Config, display: Display, folder: Path, about: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from gradsift.errors import GradsiftError
 from gradsift.manifests import MANIFEST, parse_manifest, read_manifest
 
 if TYPE_CHECKING:
-    from gradsift.report.results import Results
+    from gradsift.run_record import RunRecord
 
 DONE, TO_DO = "done", "to do"
 QUESTIONS = {"alpagasus": 1, "deita": 2}  # calls an example, of scorer.style
@@ -237,12 +237,12 @@ def _calls(stage: str, config: Mapping[str, Any], size: int) -> int:
 
 
 class _Unread:
-    """Takes the place of a run's results where there is nothing to read: every method of theirs does nothing."""
+    """Stands in for a run's record where there is nothing to read: every method does nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *given: None
 
 
-def unread() -> Results:
-    """Results that read nothing."""
-    return cast("Results", _Unread())
+def unread() -> RunRecord:
+    """Return a record that reads nothing."""
+    return cast("RunRecord", _Unread())

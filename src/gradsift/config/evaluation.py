@@ -241,7 +241,7 @@ class AlpacaEvalJudgeConfig(EndpointJudgeConfig):
 
 @dataclass
 class AuditConfig:
-    """How well the scorer keeps known corruption out (see report/audit.py)."""
+    """How well the scorer keeps known corruption out (see selection/audit.py)."""
 
     enabled: bool = False
     alphas: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.15])  # shares selected for the audit alone

@@ -1,4 +1,4 @@
-"""Known corruption, put into a share of a dataset, so that scorers can be audited on it (see `report/audit.py`).
+"""Known corruption, put into a share of a dataset, so that scorers can be audited on it (see `selection/audit.py`).
 
 Six kinds. Four change an example's answer in place:
 

@@ -21,11 +21,11 @@ from rich.text import Text
 
 from gradsift.report.tables import SEED_KEYS, method_name, with_settings
 from gradsift.report.text_table import TextTable, markdown, write_records
+from gradsift.selection.audit import AUDIT_FILE
 
 Run = Mapping[str, Any]
 Figures = Mapping[str, Any]
 
-AUDIT_FILE = "audit.json"
 ALL_ROWS = "(all rows)"
 FAILED = "failed"
 CLEANER, DIRTIER, TOO_FEW, AS_CHANCE = "cleaner", "dirtier", "too few rows", "no different"

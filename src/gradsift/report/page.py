@@ -68,7 +68,7 @@ SECTIONS = (
         "What came out",
         "PWS is 1 + (wins - losses) / pairs against the model tuned on all rows: above 1, the selection trains the "
         "better model.",
-        ("results",),
+        ("pws",),
     ),
     Section(
         "sensitivity",

@@ -13,29 +13,10 @@ from rich import box
 from rich.table import Table
 
 from gradsift.report.text_table import write_records
+from gradsift.run_record import WORK_COLUMNS, Work, work_of
 
 WORK_FILE = "work.csv"
-COLUMNS = ("made", "reused", "seconds", "optimizer_steps", "forward_tokens", "saved_steps", "saved_tokens")
 _HEADINGS = ("made", "reused", "seconds", "steps", "tokens", "steps reused", "tokens reused")
-
-Work = dict[str, float]
-
-
-def work_of(stages: Sequence[Mapping[str, Any]]) -> Work:
-    """Totals over the `stages` of one `run.json` or of several.
-
-    made, reused     units of work; a unit that several runs found there counts once for each of them
-    seconds          spent, on finding finished work too
-    optimizer_steps  taken; forward_tokens: passed
-    saved_steps      what the reused units had taken when they were made, for each time; saved_tokens: likewise
-    """
-    total: Work = dict.fromkeys(COLUMNS, 0)
-    for stage in stages:
-        total["reused" if stage["reused"] else "made"] += 1
-        for name in COLUMNS[2:]:
-            total[name] += stage.get(name, 0)
-    total["seconds"] = round(total["seconds"], 3)
-    return total
 
 
 def work_by_stage(runs: Sequence[Mapping[str, Any]]) -> dict[str, Work]:
@@ -52,7 +33,7 @@ def work_table(by_stage: Mapping[str, Work]) -> Table:
     for heading in _HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, work in by_stage.items():
-        table.add_row(name, *(f"{work[c]:,.1f}" if c == "seconds" else f"{work[c]:,}" for c in COLUMNS))
+        table.add_row(name, *(f"{work[c]:,.1f}" if c == "seconds" else f"{work[c]:,}" for c in WORK_COLUMNS))
     return table
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, get_args
 
 from matplotlib.figure import Figure
 
-from gradsift.report.figures import audit, convergence, cost, ensemble, judge, results, scores, selection, sensitivity
+from gradsift.report.figures import audit, convergence, cost, ensemble, judge, pws, scores, selection, sensitivity
 from gradsift.report.figures.style import Format, bytes_of
 from gradsift.report.material import Material, attempt
 
@@ -36,7 +36,7 @@ FIGURES = (
         "pws",
         "PWS of every method",
         "Dots are PWS with their intervals; right of the dashed line a selection did better than all rows.",
-        results.pws,
+        pws.pws,
     ),
     Entry(
         "members_and_snapshots",

@@ -1,11 +1,12 @@
-"""The results of one run, collected as its stages finish, and their `run.json`."""
+"""`run.json`: the record of one run, filled while its stages finish and written at its end."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,29 +21,31 @@ from gradsift.evaluation.stages.judging import pws_of
 from gradsift.evaluation.stages.losses import heldout_loss_of
 from gradsift.evaluation.stages.metrics import metrics_of
 from gradsift.names import require_no_link
-from gradsift.report.audit_tables import AUDIT_FILE
-from gradsift.report.work import work_of
 from gradsift.runtime import peak_memory
 from gradsift.scoring.scores import SCORED
 from gradsift.scoring.stage import SCORES_FILE, scores_of
+from gradsift.selection.audit import AUDIT_FILE
 from gradsift.selection.stage import SELECTION_FILE, positions_of
 from gradsift.tracking import Tracker
 from gradsift.training.curves import read_curve
 
 RUN_FILE = "run.json"
-_COUNTS = ("optimizer_steps", "forward_tokens")  # of a stage's info, what is told with the stages
+WORK_COLUMNS = ("made", "reused", "seconds", "optimizer_steps", "forward_tokens", "saved_steps", "saved_tokens")
+_COUNTS = ("optimizer_steps", "forward_tokens")  # entries of an artifact's info that `stages` already lists
+
+Work = dict[str, float]
 
 
 @dataclass
-class Results:
-    """Everything `run.json` says besides the stages; a value is there once its stage is done."""
+class RunRecord:
+    """The content of `run.json`; each value is added when its stage is done."""
 
     folder: Path
     tracker: Tracker
     store: Store
-    about: dict[str, Any]  # what tells this run from others
+    about: dict[str, Any]  # settings that identify the run: scorer, alpha, seeds, overrides, ...
     values: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)  # what a person may want to open
+    files: dict[str, str] = field(default_factory=dict)  # paths shown to the user at the end
     ends_early: bool = False
     _started: float = field(default_factory=time.perf_counter)
 
@@ -52,23 +55,22 @@ class Results:
             self.files["rejected rows"] = str(artifact.file("rejected.jsonl"))
 
     def collected(self, proxy: ProxyConfig, missing: Sequence[int]) -> None:
-        """One shard of the norms is there; `missing` are those that other jobs have not yet made."""
+        """Record that a shard of the norms is collected; `missing` are the shards that other jobs have yet to make."""
         self.values["shards"] = {"collected": proxy.shard, "of": proxy.shards, "missing": list(missing)}
-        said = f"  shard {proxy.shard} of {proxy.shards} is collected (they count from 0); "
-        said += f"still missing: {', '.join(map(str, missing))}; " if missing else "none is missing; "
-        self.store.say(said + "the same command without proxy.shard goes on with all of them")
+        rest = f"still missing: {', '.join(map(str, missing))}" if missing else "none is missing"
+        self.store.say(
+            f"  shard {proxy.shard} of {proxy.shards} is collected (counted from 0); {rest}; "
+            "run the same command without proxy.shard to continue with all shards"
+        )
 
     def scored(self, artifact: Artifact) -> None:
         statuses = {k: v for k, v in artifact.info.items() if k not in ("rows", *_COUNTS)}
         self.values["scores"] = {"rows": artifact.info["rows"], "statuses": statuses}
+        scores = scores_of(artifact)
+        if reasons := Counter(scores.reason[scores.status != SCORED].tolist()):
+            self.values["scores"]["reasons"] = dict(reasons)
         self.files["scores"] = str(artifact.file(SCORES_FILE))
         self.tracker.artifact(artifact, SCORES_FILE)
-        scores = scores_of(artifact)
-        reasons: dict[str, int] = {}
-        for reason in scores.reason[scores.status != SCORED]:
-            reasons[reason] = reasons.get(reason, 0) + 1
-        if reasons:
-            self.values["scores"]["reasons"] = reasons
         self._diagnosed(artifact)
 
     def selected(self, artifact: Artifact, loaded: Artifact) -> None:
@@ -82,39 +84,46 @@ class Results:
         self.files["selection"] = str(self.folder / SELECTION_FILE)
         self.tracker.artifact(artifact, SELECTION_FILE)
 
-    def audited(self, found: Callable[[], dict[str, Any]]) -> None:
-        """`audit.json` holds all of it, `run.json` all but the positions that were selected."""
-        audit = found()
+    def audited(self, compute: Callable[[], dict[str, Any]]) -> None:
+        """Write `audit.json`; `run.json` gets the same without the selected positions."""
+        audit = compute()
         (self.folder / AUDIT_FILE).write_text(json.dumps(audit, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        short = [{k: v for k, v in cell.items() if k != "positions"} for cell in audit["selections"]]
-        self.values["audit"] = audit | {"selections": short}
+        selections = [{k: v for k, v in cell.items() if k != "positions"} for cell in audit["selections"]]
+        self.values["audit"] = audit | {"selections": selections}
         self.files["audit"] = str(self.folder / AUDIT_FILE)
 
     def _diagnosed(self, artifact: Artifact) -> None:
-        found = self.values.setdefault("diagnostics", {})
-        found |= read_diagnostics(artifact.path)
-        self.values["warnings"] = sum(diagnostic["verdict"] == "warning" for diagnostic in found.values())
+        diagnostics = self.values.setdefault("diagnostics", {})
+        diagnostics |= read_diagnostics(artifact.path)
+        self.values["warnings"] = sum(diagnostic["verdict"] == "warning" for diagnostic in diagnostics.values())
 
     def finetuned(self, artifact: Artifact, heldout_loss: Artifact | None) -> None:
         self.values["heldout_loss"] = {"model": heldout_loss_of(heldout_loss)}
         self.files["adapter"] = str(artifact.file("adapter"))
         curve = read_curve(artifact.path)
         self.tracker.curve("finetune", curve)
-        self.values["final_training_loss"] = _tail_mean([entry["loss"] for entry in curve])
+        tail = curve[-max(1, len(curve) // 10) :]  # the mean over the last tenth, as the loss of a batch is noisy
+        self.values["final_training_loss"] = sum(entry["loss"] for entry in tail) / len(tail)
 
     def answered(self, metrics: Artifact | None) -> None:
-        self._measured("model", metrics_of(metrics))
+        self._measured("model", metrics)
         by_benchmark = self.values["accuracy"]["by_benchmark"].get("model", {})
         if len(by_benchmark) > 1:
             self.values["accuracy"]["benchmarks"] = by_benchmark
 
-    def _measured(self, model: str, metrics: dict[str, Any] | None) -> None:
-        """Metrics of the answers of the model, the reference or the untuned target; None without reference answers."""
+    def _measured(self, model: str, artifact: Artifact | None) -> None:
+        """Record the metrics of a model's answers.
+
+        Args:
+            model: `model` (tuned on the selection), `reference` (tuned on all rows) or `untuned`.
+            artifact: None if the benchmark has no reference answers.
+        """
+        metrics = metrics_of(artifact)
         accuracy = self.values.setdefault("accuracy", {"by_benchmark": {}})
         accuracy[model] = None if metrics is None else metrics["pooled"]["accuracy"]
         if metrics is not None:
-            by_set = metrics["benchmarks"]
-            accuracy["by_benchmark"][model] = {name: found["accuracy"] for name, found in by_set.items()}
+            by_benchmark = {name: values["accuracy"] for name, values in metrics["benchmarks"].items()}
+            accuracy["by_benchmark"][model] = by_benchmark
             self.values.setdefault("metrics", {})[model] = metrics
 
     def forgot(self, states: tuple[General, General]) -> None:
@@ -124,41 +133,46 @@ class Results:
         self.values["pws"] = 1.0
         self.values["pws_by_definition"] = True
 
-    def dry_run(self, said: str) -> None:
-        """A dry run of the judge ends here: what it would have sent."""
-        self.values["dry_run"] = said
+    def dry_run(self, message: str) -> None:
+        """End the run after a dry run of the judge; `message` tells what would have been sent."""
+        self.values["dry_run"] = message
         self.ends_early = True
 
     def judged(self, pws: Artifact, artifact: Artifact) -> None:
         summary = pws_of(pws)
         self.values["pws"] = summary["pooled"]["pws"]
-        self.values["pooled"] = summary["pooled"]
-        self.values["benchmarks"] = summary["benchmarks"]
-        self.values |= {name: summary[name] for name in ("position_bias", "length_bias")}
+        self.values |= {name: summary[name] for name in ("pooled", "benchmarks", "position_bias", "length_bias")}
         self.values["judging"] = {key: artifact.info[key] for key in ("invalid", "cost") if key in artifact.info}
         self.files["judgments"] = str(artifact.file("judgments.jsonl"))
 
     def reference(self, heldout_loss: Artifact | None, metrics: Artifact | None) -> None:
         self.values["heldout_loss"]["reference"] = heldout_loss_of(heldout_loss)
-        self._measured("reference", metrics_of(metrics))
+        self._measured("reference", metrics)
 
     def untuned(self, heldout_loss: Artifact | None, metrics: Artifact | None) -> None:
         self.values["heldout_loss"]["untuned"] = heldout_loss_of(heldout_loss)
-        self._measured("untuned", metrics_of(metrics))
+        self._measured("untuned", metrics)
 
     def ensemble(self, members: Sequence[Sequence[Artifact]]) -> None:
-        for number, chain in enumerate(members):
-            curves = [entry for artifact in chain for entry in read_curve(artifact.path)]
-            self.tracker.curve(f"member_{number}", [entry | {"batch": index} for index, entry in enumerate(curves)])
+        """Send the members' training curves to the tracker; `members` are the artifacts as [member][epoch - 1]."""
+        for number, epochs in enumerate(members):
+            curve = [entry for artifact in epochs for entry in read_curve(artifact.path)]
+            self.tracker.curve(f"member_{number}", [entry | {"batch": index} for index, entry in enumerate(curve)])
 
     def value_of(self, objective: str) -> float | None:
-        """The pooled PWS, or the tuned target's accuracy or held-out loss; None where the run has none."""
-        found = self.values.get(objective)
-        value = found.get("model") if isinstance(found, dict) else found
+        """Return the pooled PWS, or the tuned target's accuracy or held-out loss; None if the run has none."""
+        value = self.values.get(objective)
+        if isinstance(value, dict):
+            value = value.get("model")
         return None if value is None else float(value)
 
     def finish(self, status: str, error: str | None = None) -> None:
-        """Write `run.json` and the summary; `status` is finished, stopped, failed or interrupted."""
+        """Write `run.json` and the tracker's summary.
+
+        Args:
+            status: finished, stopped, failed or interrupted.
+            error: its message, for the last two.
+        """
         memory, stages = peak_memory(), self.store.records_as_dicts()
         content = {
             "status": status,
@@ -180,25 +194,42 @@ class Results:
 
 
 def composition(labels: Labels, positions: list[int]) -> dict[str, Any]:
-    """Shares of the quality labels among the selected examples, and their effective number of families."""
-    quality = [labels.quality[position] for position in positions]
-    shares = {name: quality.count(name) / len(quality) for name in sorted(set(labels.quality))}
-    return {
+    """Return what a selection is made of, where the data has labels.
+
+    Args:
+        positions: of the selected examples in the pool.
+
+    Returns:
+        labels: share of each quality label in the selection.
+        spoilt_share, spoilt_share_pool: share of corrupted examples in the selection and in the pool.
+        families, families_pool: effective number of families; only if the labels name them.
+    """
+    quality = Counter(labels.quality[position] for position in positions)
+    shares = {name: quality[name] / len(positions) for name in sorted(set(labels.quality))}
+    parts: dict[str, Any] = {
         "labels": shares,
         "spoilt_share": sum(shares.get(name, 0.0) for name in SPOILT),
         "spoilt_share_pool": sum(labels.quality.count(name) for name in SPOILT) / len(labels.quality),
-        **_families(labels.family, positions),
     }
+    if labels.family is not None:
+        parts["families"] = effective_families([labels.family[position] for position in positions])
+        parts["families_pool"] = effective_families(labels.family)
+    return parts
 
 
-def _families(family: list[str] | None, positions: list[int]) -> dict[str, float]:
-    if family is None:
-        return {}
-    kept = [family[position] for position in positions]
-    return {"families": effective_families(kept), "families_pool": effective_families(family)}
+def work_of(stages: Sequence[Mapping[str, Any]]) -> Work:
+    """Return the total work of the `stages` of one `run.json` or of several.
 
-
-def _tail_mean(losses: list[float]) -> float:
-    """Mean over the last tenth of the batches: single batches are noisy."""
-    tail = losses[-max(1, len(losses) // 10) :]
-    return sum(tail) / len(tail)
+    Returns:
+        made, reused: units of work. A unit reused by several runs counts once for each.
+        seconds: spent, including the look-ups of finished work.
+        optimizer_steps, forward_tokens: of the units made (see `gradsift.cost`).
+        saved_steps, saved_tokens: what the reused units took when they were made, for each reuse.
+    """
+    total: Work = dict.fromkeys(WORK_COLUMNS, 0)
+    for stage in stages:
+        total["reused" if stage["reused"] else "made"] += 1
+        for name in WORK_COLUMNS[2:]:
+            total[name] += stage.get(name, 0)
+    total["seconds"] = round(total["seconds"], 3)
+    return total

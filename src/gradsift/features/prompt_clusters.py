@@ -1,8 +1,8 @@
-"""Clusters of prompts, for data whose kinds of task nobody has named.
+"""Clusters of prompts, which stand in for kinds of task where the data names none.
 
-TF-IDF of the prompts' words and word pairs, reduced to at most 50 dimensions by a truncated SVD, rows of length one,
-k-means: cheap, seeded, and without a model, so that no scorer's own features judge it. They count topics and wordings,
-not skills: use the number to compare methods on one dataset.
+TF-IDF of the words and word pairs of the prompts, reduced to at most 50 dimensions by a truncated SVD with rows scaled
+to length one, then k-means. This is cheap, seeded and needs no model, so it favours no scorer's own features. The
+clusters reflect topics and wording rather than skills: compare methods by them within one dataset only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DIMENSIONS = 50
 def prompt_clusters(
     runtime: Runtime, loaded: Artifact, pool: Callable[[], Sequence[Example]], clusters: int
 ) -> Artifact:
-    """Clusters of the examples by their prompts; made once for a dataset, so that all methods are held against one.
+    """Cluster the examples by their prompts, once for a dataset, so that all methods are measured by the same clusters.
 
     Raises:
         ConfigError: there are fewer different prompts than clusters, or no prompt has a word.
@@ -45,20 +45,14 @@ def prompt_clusters(
     return runtime.store.obtain("clusters", slug, {"clusters": clusters}, [loaded], make, version=VERSION)
 
 
-def clusters_of(made: Artifact) -> list[str]:
-    """The cluster of each example's prompt, (N,)."""
-    numbers: list[int] = json.loads(made.file(CLUSTERS_FILE).read_text(encoding="utf-8"))
+def clusters_of(artifact: Artifact) -> list[str]:
+    """Return the cluster of each example's prompt, (N,)."""
+    numbers: list[int] = json.loads(artifact.file(CLUSTERS_FILE).read_text(encoding="utf-8"))
     return [str(number) for number in numbers]
 
 
-def _pieces(text: str) -> list[str]:
-    """Words of any length, numbers and scripts without spaces included, and pairs of neighbours."""
-    words = re.findall(r"\w+", text.lower())
-    return words + [f"{one} {other}" for one, other in itertools.pairwise(words)]
-
-
 def cluster(texts: Sequence[str], clusters: int) -> np.ndarray:
-    """The cluster (N,) of each text, from 0."""
+    """Return the cluster (N,) of each text, counted from 0."""
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -68,12 +62,16 @@ def cluster(texts: Sequence[str], clusters: int) -> np.ndarray:
     if different < clusters:
         raise ConfigError(f"audit.clusters={clusters}, but only {different} prompts differ; give at most {different}")
     try:
-        words = TfidfVectorizer(analyzer=_pieces, sublinear_tf=True).fit_transform(texts)
-    except ValueError as error:  # not a word in any prompt
+        features = TfidfVectorizer(analyzer=_words_and_pairs, sublinear_tf=True).fit_transform(texts)
+    except ValueError as error:  # no prompt has a word
         raise ConfigError(f"audit.clusters={clusters}: the prompts hold no words to cluster by ({error})") from error
-    features = words
-    if words.shape[1] > _DIMENSIONS and len(texts) > _DIMENSIONS:
-        features = normalize(TruncatedSVD(_DIMENSIONS, random_state=0).fit_transform(words))
-    found = MiniBatchKMeans(clusters, n_init=10, random_state=0).fit_predict(features)
-    labels: np.ndarray = found
+    if features.shape[1] > _DIMENSIONS and len(texts) > _DIMENSIONS:
+        features = normalize(TruncatedSVD(_DIMENSIONS, random_state=0).fit_transform(features))
+    labels: np.ndarray = MiniBatchKMeans(clusters, n_init=10, random_state=0).fit_predict(features)
     return labels
+
+
+def _words_and_pairs(text: str) -> list[str]:
+    """Return words of any length (also numbers, and runs of scripts without spaces) and pairs of neighbours."""
+    words = re.findall(r"\w+", text.lower())
+    return words + [f"{first} {second}" for first, second in itertools.pairwise(words)]

@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SMOKE
-from gradsift.selection.audit_tables import (
+from rich.console import Console
+from sklearn.metrics import roc_auc_score
+
+from gradsift.config import CORRUPTIONS
+from gradsift.data.load import Labels
+from gradsift.errors import ConfigError
+from gradsift.features.prompt_clusters import cluster
+from gradsift.report.audit_tables import (
     FAILED,
     SweepAudit,
     audit_tables,
@@ -23,13 +30,6 @@ from gradsift.selection.audit_tables import (
     sweep_audit,
     write_audit,
 )
-from rich.console import Console
-from sklearn.metrics import roc_auc_score
-
-from gradsift.config import CORRUPTIONS
-from gradsift.data.load import Labels
-from gradsift.errors import ConfigError
-from gradsift.features.prompt_clusters import cluster
 from gradsift.report.text_table import TextTable
 from gradsift.scoring.scores import EXCLUDED, Scores
 from gradsift.selection.audit import audit, auroc, kept_twice, spread_of_random

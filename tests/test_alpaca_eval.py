@@ -21,7 +21,7 @@ from endpoint import Endpoint
 from gradsift.config import AlpacaEvalJudgeConfig
 from gradsift.errors import ConfigError
 from gradsift.evaluation.benchmarks import Item
-from gradsift.evaluation.chat import ChatClient
+from gradsift.evaluation.chat import ChatClient, Terms
 from gradsift.evaluation.generation import model_outputs
 from gradsift.evaluation.judges import DryRun, JudgeError, JudgeRequest, Reply
 from gradsift.evaluation.judges import alpaca_eval as judge_module
@@ -29,8 +29,7 @@ from gradsift.evaluation.judges.alpaca_eval import AlpacaEvalJudge, render
 from gradsift.evaluation.judges.annotators import PARSERS, Annotator, read_annotator, shipped
 from gradsift.evaluation.judging import judge_pairs
 from gradsift.evaluation.pws import outcomes_of
-from gradsift.evaluation.reply_cache import ReplyCache
-from gradsift.evaluation.spending import Terms
+from gradsift.evaluation.replies import Replies
 
 WEIGHTED = "weighted_alpaca_eval_gpt4_turbo"
 KINDS = [  # one of each kind of prompt, parameters and parser
@@ -84,7 +83,7 @@ def judge(endpoint: Endpoint, tmp_path: Path) -> Callable[..., AlpacaEvalJudge]:
 
     def make(annotators: str = WEIGHTED, **options: Any) -> AlpacaEvalJudge:
         annotator = read_annotator(annotators)
-        cache = ReplyCache(tmp_path / options.pop("cache", f"{next(stores)}.sqlite"))
+        replies = Replies(tmp_path / options.pop("cache", f"{next(stores)}.sqlite"))
         defaults = {"base_url": endpoint.address, "api_key_env": "JUDGE_KEY", "retries": 0, "concurrency": 2}
         request = {
             "model": annotator.model,
@@ -92,7 +91,7 @@ def judge(endpoint: Endpoint, tmp_path: Path) -> Callable[..., AlpacaEvalJudge]:
             "max_tokens": annotator.max_tokens,
             "parameters": annotator.parameters,
         }
-        return AlpacaEvalJudge(ChatClient(cache=cache, **{**defaults, **request, **options}), annotator)
+        return AlpacaEvalJudge(ChatClient(replies=replies, **{**defaults, **request, **options}), annotator)
 
     return make
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import itertools
 import json
 import logging
@@ -27,11 +27,10 @@ from endpoint import NOW, Answer, Endpoint
 from gradsift.config import OpenaiJudgeConfig
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation import chat as chat_module
-from gradsift.evaluation.chat import ChatClient
-from gradsift.evaluation.endpoint import retry_after
+from gradsift.evaluation.chat import ChatClient, Terms, estimated_tokens
+from gradsift.evaluation.chat_protocol import retry_after
 from gradsift.evaluation.judges import DryRun, JudgeError
-from gradsift.evaluation.reply_cache import Completion, ReplyCache, Spent, Tokens
-from gradsift.evaluation.spending import CapReached, Purse, Stopped, Terms, estimated_tokens
+from gradsift.evaluation.replies import CapReached, Completion, Replies, Usage
 
 Client = Callable[..., ChatClient]
 KEY = "sk-very-secret-0123456789"
@@ -44,9 +43,9 @@ def client(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def make(said: list[str] | None = None, terms: dict[str, Any] | None = None, **options: Any) -> ChatClient:
         defaults = {"model": "m", "base_url": endpoint.address, "api_key_env": "JUDGE_KEY", "retries": 2}
-        cache = ReplyCache(tmp_path / "replies.sqlite")
-        say = said.append if said is not None else None
-        return ChatClient(cache=cache, terms=Terms(**(terms or {})), say=say, **{**defaults, **options})
+        replies = Replies(tmp_path / "replies.sqlite")
+        say = [].append if said is None else said.append
+        return ChatClient(replies=replies, terms=Terms(**(terms or {})), say=say, **{**defaults, **options})
 
     return make
 
@@ -118,38 +117,58 @@ def test_requests_run_side_by_side_up_to_the_limit(endpoint: Endpoint, client: C
 RUN = """
 import sys, time
 from pathlib import Path
-from gradsift.evaluation.chat import ChatClient
-from gradsift.evaluation.reply_cache import ReplyCache
+from gradsift.evaluation.chat import ChatClient, Terms
+from gradsift.evaluation.replies import Replies
 
-client = ChatClient(model="m", cache=ReplyCache(Path(sys.argv[1])), base_url=sys.argv[2], concurrency=4)
-prompts = [[{"role": "user", "content": f"question {n}"}] for n in range(int(sys.argv[3]))]
+store, address, count, reading, word, concurrency, max_calls = sys.argv[1:]
+client = ChatClient(
+    model="m",
+    replies=Replies(Path(store)),
+    base_url=address,
+    concurrency=int(concurrency),
+    terms=Terms(max_calls=int(max_calls)),
+)
+prompts = [[{"role": "user", "content": f"{word} {n}"}] for n in range(int(count))]
 def read(position, reply):
-    time.sleep(float(sys.argv[4]))
+    time.sleep(float(reading))
     return reply.text
 for position, answer in client.ask(prompts, read, scope="s", unread="?"):
     print(position, flush=True)
 """
 
 
-def start(endpoint: Endpoint, store: Path, count: int, reading: float, program: str = RUN) -> subprocess.Popen[str]:
+def start(
+    endpoint: Endpoint,
+    store: Path,
+    count: int,
+    reading: float = 0,
+    word: str = "question",
+    concurrency: int = 4,
+    max_calls: int = 1000,
+) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", program, str(store), endpoint.address, str(count), str(reading)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    options = map(str, (store, endpoint.address, count, reading, word, concurrency, max_calls))
+    return subprocess.Popen([sys.executable, "-c", RUN, *options], env=env, stdout=subprocess.PIPE, text=True)
+
+
+def stored(path: Path, table: str = "replies") -> int:
+    """Return the number of rows of a table, 0 before it exists."""
+    with contextlib.suppress(sqlite3.OperationalError), sqlite3.connect(path, timeout=30) as connection:
+        return int(connection.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])  # noqa: S608
+    return 0
 
 
 def test_kill_9_loses_no_reply_that_was_received(endpoint: Endpoint, client: Client, tmp_path: Path) -> None:
-    """Reading takes forever in the killed process: what it had received, it had hardly looked at."""
+    """Reading takes forever in the killed process, so it dies before it has read the reply that it received."""
     endpoint.behave = lambda text, attempt: (200, "7", {})
-    process = start(endpoint, tmp_path / "replies.sqlite", 30, reading=3600)
+    process = start(endpoint, tmp_path / "replies.sqlite", 30, reading=3600, concurrency=1)
     deadline = time.monotonic() + 30
-    with sqlite3.connect(tmp_path / "replies.sqlite", timeout=30) as replies:
-        while endpoint.answered < 4 or replies.execute("SELECT COUNT(*) FROM replies").fetchone()[0] < 4:
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.01)
+    while not stored(tmp_path / "replies.sqlite"):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    before = sent(endpoint)
-    assert len(before) == 4  # one a thread, none of which went further than the reading
+    assert len(endpoint.bodies) == 1
     assert asked(client(), MANY) == dict.fromkeys(range(30), 7)
     assert len(endpoint.bodies) == 30 and len(set(sent(endpoint))) == 30
     assert client().spent("s")["calls"] == 30
@@ -161,7 +180,7 @@ def test_two_processes_share_what_they_pay_for(endpoint: Endpoint, tmp_path: Pat
         return 200, "7", {}
 
     endpoint.behave = slow
-    both = [start(endpoint, tmp_path / "replies.sqlite", 40, reading=0) for _ in range(2)]
+    both = [start(endpoint, tmp_path / "replies.sqlite", 40) for _ in range(2)]
     for process in both:
         out, _ = process.communicate(timeout=60)
         assert sorted(map(int, out.split())) == list(range(40))
@@ -172,13 +191,13 @@ def test_a_store_that_is_none_is_refused_with_its_name(tmp_path: Path) -> None:
     path = tmp_path / "replies.sqlite"
     path.write_bytes(b"no database" * 100)
     with pytest.raises(GradsiftError, match=r"replies\.sqlite.*move the file away"):
-        ReplyCache(path)
+        Replies(path)
 
 
 def test_a_reply_that_utf_8_cannot_hold_is_kept(tmp_path: Path) -> None:
-    replies = ReplyCache(tmp_path / "replies.sqlite")
-    replies.keep("a" * 64, Completion("\ud800 \u2028 '", "stop"), "s", Tokens(1, 2))
-    assert ReplyCache(tmp_path / "replies.sqlite").find("a" * 64) == Completion("\ud800 \u2028 '", "stop")
+    replies = Replies(tmp_path / "replies.sqlite")
+    replies.keep("a" * 64, Completion("\ud800 \u2028 '", "stop"), "s", Usage(1, 2))
+    assert Replies(tmp_path / "replies.sqlite").find("a" * 64) == Completion("\ud800 \u2028 '", "stop")
 
 
 UNREADABLE = {
@@ -198,13 +217,13 @@ UNREADABLE = {
 @pytest.mark.parametrize("kind", UNREADABLE)
 def test_a_kept_reply_that_cannot_be_read_is_asked_for_again(kind: str, tmp_path: Path) -> None:
     said: list[str] = []
-    replies = ReplyCache(tmp_path / "replies.sqlite", said.append)
-    replies.keep("a" * 64, Completion("8 7"), "s", Tokens(1, 2))
+    replies = Replies(tmp_path / "replies.sqlite", said.append)
+    replies.keep("a" * 64, Completion("8 7"), "s", Usage(1, 2))
     with replies._connection as connection:
         connection.execute("UPDATE replies SET reply = CAST(? AS TEXT)", (UNREADABLE[kind],))
     assert replies.find("a" * 64) is None
-    assert said == ["  a reply in replies.sqlite cannot be read; it is asked for again"]
-    replies.keep("a" * 64, Completion("9 1"), "s", Tokens(1, 2))
+    assert said == ["  a reply in replies.sqlite cannot be read; it is requested again"]
+    replies.keep("a" * 64, Completion("9 1"), "s", Usage(1, 2))
     assert replies.find("a" * 64) == Completion("9 1")
     assert len(said) == 1
 
@@ -483,7 +502,7 @@ def test_a_cap_on_requests_is_exact_stops_cleanly_and_goes_on_when_raised(
     with pytest.raises(JudgeError) as error:
         asked(client(terms={"max_calls": 10}, concurrency=concurrency), MANY, into=got)
     assert re.search(
-        r"cap judge\.max_calls=10 is reached: this stage has sent 10 requests; 20 prompts are left; raise "
+        r"cap judge\.max_calls=10 is reached: this stage has sent 10 requests; 20 prompts are left \(.*\); raise "
         r"judge\.max_calls and give the same command again",
         str(error.value),
     )
@@ -505,16 +524,13 @@ def test_two_processes_under_one_cap_do_not_pass_it_together(endpoint: Endpoint,
 
     endpoint.behave = slow
     store = tmp_path / "replies.sqlite"
-    program = "from gradsift.evaluation.spending import Terms\n" + RUN.replace(
-        "concurrency=4", "concurrency=4, terms=Terms(max_calls=5)"
-    )
-    # other questions each, so that no reply is shared
-    both = [start(endpoint, store, 20, 0, program.replace("question", word)) for word in ("first", "second")]
+    # different questions in each, so that they share no reply
+    both = [start(endpoint, store, 20, word=word, max_calls=5) for word in ("first", "second")]
     for process in both:
         process.communicate(timeout=60)
         assert process.returncode == 1  # the cap
     assert len(endpoint.bodies) == 5
-    assert ReplyCache(store).spent("s").calls == 5
+    assert Replies(store).spent("s").calls == 5
 
 
 def test_what_a_killed_process_had_under_way_counts_as_sent(endpoint: Endpoint, client: Client, tmp_path: Path) -> None:
@@ -525,81 +541,62 @@ def test_what_a_killed_process_had_under_way_counts_as_sent(endpoint: Endpoint, 
         return 200, "7", {}
 
     endpoint.behave = hang
-    process = start(endpoint, tmp_path / "replies.sqlite", 30, reading=0)
+    process = start(endpoint, tmp_path / "replies.sqlite", 30)
     deadline = time.monotonic() + 30
     while len(endpoint.bodies) < 4:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
-    cache = ReplyCache(tmp_path / "replies.sqlite")
-    with cache.ledger("s") as ledger:
-        assert (ledger.spent.calls, ledger.under_way.calls) == (0, 4)
+    replies = Replies(tmp_path / "replies.sqlite")
+    assert replies.spent("s").calls == 0 and stored(tmp_path / "replies.sqlite", "pending") == 4
     process.send_signal(signal.SIGKILL)
     process.communicate()
     release.set()
-    with cache.ledger("s") as ledger:
-        assert (ledger.spent.calls, ledger.spent.estimated_calls, ledger.under_way.calls) == (4, 4, 0)
+    assert replies.spent("s").calls == replies.spent("s").estimated_calls == 4
+    assert stored(tmp_path / "replies.sqlite", "pending") == 0
     with pytest.raises(JudgeError, match="has sent 6 requests"):
         asked(client(terms={"max_calls": 6}), MANY)
     assert len(endpoint.bodies) == 6
 
 
-def test_a_request_under_way_keeps_its_place_under_the_cap_until_it_costs_less(tmp_path: Path) -> None:
-    """Two stages of the same scope: the second waits, because the first may come to less than its estimate."""
-    cache = ReplyCache(tmp_path / "replies.sqlite")
-    purses = [Purse(cache, "s", Terms(price_input=1e6, price_output=1e6, max_usd=10)) for _ in range(2)]
-    first = purses[0].reserve(Tokens(4, 4), threading.Event())
-    stopped = threading.Event()
-    stopped.set()
-    with pytest.raises(Stopped):
-        purses[1].reserve(Tokens(4, 4), stopped)
-    threading.Timer(0.3, lambda: purses[0].keep(first, "a", Completion("7"), Tokens(1, 1))).start()
-    second = purses[1].reserve(Tokens(4, 4), threading.Event())
-    purses[1].settle(second, Tokens(4, 4, estimated=True))
-    assert cache.spent("s") == Spent(2, 5, 5, 1)
+def test_a_pending_request_is_not_sent_twice_and_keeps_its_place_under_the_cap(tmp_path: Path) -> None:
+    """The second process waits, because the first may cost less than its estimate."""
+    first, second = (Replies(tmp_path / "replies.sqlite") for _ in range(2))
+    terms, estimate = Terms(price_input=1e6, price_output=1e6, max_usd=10), Usage(4, 4, estimated_calls=1)
+    assert first.claim("a", "s", estimate, terms.exceeded) == "send"
+    assert second.claim("a", "s", estimate, Terms().exceeded) == "wait"  # the same request
+    assert second.claim("b", "s", estimate, terms.exceeded) == "wait"  # 16 USD, if none costs less
+    first.keep("a", Completion("7"), "s", Usage(1, 1))
+    assert second.claim("a", "s", estimate, terms.exceeded) == "found"
+    assert second.claim("b", "s", estimate, terms.exceeded) == "send"
+    second.release("b", "s", estimate)
+    second.release("b", "s", estimate)  # charged once
+    assert first.spent("s") == second.spent("s") == Usage(5, 5, calls=2, estimated_calls=1)
     with pytest.raises(CapReached, match=r"judge\.max_usd=10"):
-        purses[0].reserve(Tokens(1, 0), threading.Event())
-    assert purses[0].spent == cache.spent("s")
+        first.claim("c", "s", Usage(1, 0), terms.exceeded)
 
 
-CLAIM = """
-import sys
-from pathlib import Path
-from gradsift.evaluation.reply_cache import ReplyCache
-
-with ReplyCache(Path(sys.argv[1])).claimed(sys.argv[2], lambda seconds: print("taken") or True):
-    print("claimed")
-"""
-
-
-def test_a_claim_survives_the_end_of_another_cache_of_the_same_file(tmp_path: Path) -> None:
-    path, key = tmp_path / "replies.sqlite", "a" * 64
-
-    def others() -> str:
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-c", CLAIM, str(path), key]
-        return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
-
-    first = ReplyCache(path)
-    with first.claimed(key, lambda seconds: True):
-        second = ReplyCache(tmp_path / "." / "replies.sqlite")
-        with second.claimed("b" * 64, lambda seconds: True):
-            pass
-        del second
-        gc.collect()
-        assert others() == "taken\nclaimed\n"
-    assert others() == "claimed\n"
+def test_a_file_of_an_earlier_version_is_read(endpoint: Endpoint, client: Client, tmp_path: Path) -> None:
+    endpoint.behave = lambda text, attempt: (200, "7", {})
+    with sqlite3.connect(tmp_path / "replies.sqlite") as connection:
+        connection.execute("CREATE TABLE replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
+        key = "5bb5ff40ad13e8e0d4b2ce2a68e2f9ec"
+        connection.execute(
+            "INSERT INTO replies VALUES (?, ?)", (key, '{"text": "8", "finish": "stop", "logprobs": null}')
+        )
+    assert Replies(tmp_path / "replies.sqlite").find(key) == Completion("8", "stop")
+    assert asked(client(), ["a"]) == {0: 7}
 
 
 def test_a_store_that_was_deleted_is_opened_anew(tmp_path: Path) -> None:
     path = tmp_path / "store" / "replies.sqlite"
-    first = ReplyCache(path)
-    first.keep("a" * 64, Completion("7"), "s", Tokens(1, 1))
-    assert ReplyCache(path).find("a" * 64) == Completion("7")
+    first = Replies(path)
+    first.keep("a" * 64, Completion("7"), "s", Usage(1, 1))
+    assert Replies(path).find("a" * 64) == Completion("7")
     shutil.rmtree(path.parent)
-    again = ReplyCache(path)
+    again = Replies(path)
     assert again.find("a" * 64) is None
-    again.keep("b" * 64, Completion("8"), "s", Tokens(1, 1))
-    assert ReplyCache(path).find("b" * 64) == Completion("8")
+    again.keep("b" * 64, Completion("8"), "s", Usage(1, 1))
+    assert Replies(path).find("b" * 64) == Completion("8")
 
 
 def test_a_cap_on_money_holds_for_reported_tokens_and_is_never_passed(endpoint: Endpoint, client: Client) -> None:
@@ -612,7 +609,7 @@ def test_a_cap_on_money_holds_for_reported_tokens_and_is_never_passed(endpoint: 
         asked(client(terms=terms, max_tokens=16), MANY, into=got)
     assert len(got) == 6
     spent = client(terms=terms).spent("s")
-    assert spent == {"calls": 6, "prompt_tokens": 60, "completion_tokens": 30, "estimated_calls": 0, "usd": 3.6}
+    assert spent == {"prompt_tokens": 60, "completion_tokens": 30, "calls": 6, "estimated_calls": 0, "usd": 3.6}
 
 
 def test_tokens_that_are_not_reported_are_estimated_and_labelled(endpoint: Endpoint, client: Client) -> None:

@@ -44,7 +44,7 @@ from gradsift.evaluation.judges.rating import SCALES, render_rating
 from gradsift.evaluation.judges.verifier import VerifierJudge
 from gradsift.evaluation.judges.wording import judge_wording, rating_wording
 from gradsift.evaluation.judging import judge_pairs
-from gradsift.evaluation.reply_cache import ReplyCache
+from gradsift.evaluation.replies import Replies
 from gradsift.evaluation.stages.judging import judge, rater
 from gradsift.runtime import Display, Runtime
 
@@ -435,9 +435,9 @@ def openai_judge(endpoint: Endpoint, tmp_path: Path) -> Callable[..., OpenaiJudg
     stores = itertools.count()
 
     def make(parse: Any = "tolerant", **options: Any) -> OpenaiJudge:
-        cache = ReplyCache(tmp_path / options.pop("cache", f"{next(stores)}.sqlite"))
+        replies = Replies(tmp_path / options.pop("cache", f"{next(stores)}.sqlite"))
         defaults = {"model": "m", "base_url": endpoint.address, "api_key_env": "JUDGE_KEY", "retries": 2}
-        return OpenaiJudge(ChatClient(cache=cache, **{**defaults, **options}), parse=parse)
+        return OpenaiJudge(ChatClient(replies=replies, **{**defaults, **options}), parse=parse)
 
     return make
 
@@ -499,9 +499,9 @@ ENDS = {  # what an endpoint may begin to do in the middle, and what is said the
     "429": ((429, "slow down", {"Retry-After": "0"}), "slow down"),
     "a long wait": ((429, "slow down", {"Retry-After": "3600"}), "judge.max_wait"),
     "a wrong key": ((401, "who are you?", {}), "JUDGE_KEY"),
-    "no JSON": ((200, b"<html>log in</html>", {"Content-Type": "text/html"}), "no whole chat completion"),
+    "no JSON": ((200, b"<html>log in</html>", {"Content-Type": "text/html"}), "not a complete chat completion"),
     "a truncated body": ((200, "8 7", {"lacking": "50"}), "broke off"),
-    "a truncated JSON": ((200, b'{"choices": [{"mess', {}), "no whole chat completion"),
+    "a truncated JSON": ((200, b'{"choices": [{"mess', {}), "not a complete chat completion"),
     "refusing it all": ((400, "no such parameter", {}), "no such parameter"),
     "hanging": (hang, "timed out"),
 }

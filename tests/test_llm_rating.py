@@ -23,7 +23,7 @@ from gradsift.errors import ConfigError
 from gradsift.evaluation.chat import ChatClient
 from gradsift.evaluation.judges.openai import OpenaiJudge
 from gradsift.evaluation.judges.rating import SCALES
-from gradsift.evaluation.reply_cache import ReplyCache
+from gradsift.evaluation.replies import Replies
 from gradsift.scoring.llm_rating import llm_rating
 from gradsift.scoring.scores import SCORED, UNDEFINED
 
@@ -42,8 +42,8 @@ def no_bar(description: str, total: int) -> Any:
 @pytest.fixture
 def rater(endpoint: Endpoint, tmp_path: Path) -> Rater:
     def make(**options: Any) -> OpenaiJudge:
-        cache = ReplyCache(tmp_path / "replies.sqlite")
-        return OpenaiJudge(ChatClient(model="m", base_url=endpoint.address, cache=cache, retries=0, **options))
+        replies = Replies(tmp_path / "replies.sqlite")
+        return OpenaiJudge(ChatClient(model="m", base_url=endpoint.address, replies=replies, retries=0, **options))
 
     return make
 

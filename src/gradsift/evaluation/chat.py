@@ -1,54 +1,110 @@
-"""Prompts to any endpoint that speaks OpenAI's chat protocol; replies that are paid for once.
+"""Prompts to any endpoint that speaks OpenAI's chat protocol; each reply is paid for once.
 
-Every reply is kept in a `ReplyCache` before it is looked at. What can go wrong has one of three ends:
+A request can fail in three ways (`Failure.kind`):
 
-- the endpoint refuses one prompt (HTTP 400, 413, 422: its content filter, a context too long): this
-  prompt has no reply, for a reason that would be the same tomorrow, and the others go on;
-- a request fails for good (the network, a timeout, HTTP 408, 409, 429, 5xx, a body that is no reply,
-  each after `retries`): the others go on, and the stage ends in an error that the same command
-  continues from;
-- nothing can come of going on (a wrong key, an unknown model, `give_up` failures in a row, a wait that
-  is too long, a spending cap): no further request is sent, those under way are waited for and kept.
+    refused   HTTP 400, 413, 422 (content filter, context too long): this prompt has no reply and would not get one
+              tomorrow; the other prompts go on
+    passing   network errors, timeouts, HTTP 408, 409, 429, 5xx, a body that is not a chat completion: retried up to
+              `retries` times; then the other prompts go on, and `ask` ends in an error. The same command continues
+    final     a wrong key, an unknown model, no credit, a Retry-After that is too long: no further request is sent.
+              `give_up` failed prompts in a row and a reached spending cap end the stage in the same way
+
+The requests run in the event loop of one background thread. The openai client's own retries are switched off: each
+try has to fit below the spending caps, and Retry-After is obeyed up to `judge.max_wait`, not only up to a minute.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import math
+import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from queue import Empty, SimpleQueue
-from typing import Any, Generic, TypeVar
+from dataclasses import asdict, dataclass
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from urllib.parse import urlsplit
 
-from gradsift.evaluation.endpoint import Endpoint, Failed, Failure, Refused
+from gradsift.config.checks import endpoint_address
+from gradsift.data.download import LOOPBACK
+from gradsift.errors import ConfigError
+from gradsift.evaluation.chat_protocol import GO_ON, Failure, Messages, failure_of_status, read_completion
 from gradsift.evaluation.judges import DryRun, JudgeError, content_hash
-from gradsift.evaluation.reply_cache import Completion, ReplyCache, Spent, Tokens
-from gradsift.evaluation.spending import CapReached, Messages, Plan, Purse, Stopped, Terms, estimated_tokens, tokens_of
+from gradsift.evaluation.replies import CapReached, Completion, Replies, Usage
 
-_FIRST_DELAY, _LONGEST_DELAY = 0.5, 8.0  # seconds before a retry that the endpoint gave no time for
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+_FIRST_DELAY, _LONGEST_DELAY = 0.5, 8.0  # seconds before a retry, if the endpoint names no time
+_POLL = 0.05  # seconds between looks at the stop signal and at requests of other processes
+_BYTES_PER_TOKEN = 4  # rule of thumb for English text; about right for other scripts in UTF-8 too
+_TOKENS_PER_MESSAGE = 4
+_SHORTEST_SECRET = 8  # characters; no real key has fewer
 
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Answer(Generic[Value]):
-    """The last reply to a prompt and what was read from it; None, with the reason, where nothing could be."""
+    """The last reply to a prompt and the value read from it; without a value, the reason."""
 
     text: str
     value: Value | None
     reason: str | None = None
 
 
+@dataclass(frozen=True)
+class Terms:
+    """Prices in USD per million tokens (None: unknown) and caps on the spending of one scope."""
+
+    price_input: float | None = None
+    price_output: float | None = None
+    max_usd: float | None = None  # needs both prices
+    max_calls: int | None = None
+    dry_run: bool = False
+
+    def usd(self, prompt_tokens: int, completion_tokens: int) -> float | None:
+        """Return the price of the tokens; None if it is unknown."""
+        if self.price_input is None or self.price_output is None:
+            return None
+        return (prompt_tokens * self.price_input + completion_tokens * self.price_output) / 1e6
+
+    def exceeded(self, total: Usage) -> str | None:
+        """Return the cap that spending `total` would break, as it is set; None if it fits."""
+        if self.max_calls is not None and total.calls > self.max_calls:
+            return f"judge.max_calls={self.max_calls}"
+        usd = self.usd(total.prompt_tokens, total.completion_tokens)
+        if self.max_usd is not None and usd is not None and usd > self.max_usd:
+            return f"judge.max_usd={self.max_usd:g}"
+        return None
+
+
+@dataclass(frozen=True)
+class _Job(Generic[Value]):
+    """The arguments of one `ask`."""
+
+    prompts: Sequence[Messages]
+    read: Callable[[int, Completion], Value | None]
+    scope: str
+    unread: str
+    tries: int
+
+
+class _StoppedError(Exception):
+    """The asking has ended: no further request may be sent."""
+
+
 class ChatClient:
-    """Asks prompts, several at a time, and reads the replies."""
+    """Sends prompts, several at a time, and reads the replies."""
 
     def __init__(
         self,
         *,
         model: str,
-        cache: ReplyCache,
+        replies: Replies,
         base_url: str | None = None,
         api_key_env: str = "OPENAI_API_KEY",
         temperature: float = 0.0,
@@ -60,43 +116,39 @@ class ChatClient:
         give_up: int = 10,
         concurrency: int = 4,
         terms: Terms | None = None,
-        say: Callable[[str], None] | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Parameters as in `OpenaiJudgeConfig`; `parameters` are further ones of a request. No request is sent.
+        """Check the endpoint's address and key. No request is sent.
+
+        Args: as in `OpenaiJudgeConfig`, and
+            replies: where replies are stored.
+            parameters: further parameters of each request.
+            say: called with the plan before the first request.
 
         Raises:
-            ConfigError: see `Endpoint`; a dry run needs no key.
+            ConfigError: the variable named by `api_key_env` holds no usable key (endpoints on this machine and dry
+                runs need none), or OPENAI_BASE_URL is not an address.
         """
         self.parameters: dict[str, Any] = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
         self.parameters |= parameters or {}
-        self._cache = cache
+        self.name = f"openai/{model}"
+        self._replies = replies
+        self._api_key_env = api_key_env
+        self._timeout, self._retries, self._max_wait = timeout, retries, max_wait
+        self._give_up, self._concurrency = give_up, concurrency
         self._terms = terms or Terms()
-        self._retries = retries
-        self._max_wait = max_wait
-        self._give_up = give_up
-        self._concurrency = concurrency
-        self._say = say or (lambda text: None)
-        self._endpoint = Endpoint(
-            base_url=base_url,
-            api_key_env=api_key_env,
-            timeout=timeout,
-            parameters=self.parameters,
-            needs_key=not self._terms.dry_run,
-        )
-        self.name = self._endpoint.name
-        self._pause = _Pause()
+        self._say = say
+        self._paused_until = 0.0  # every request waits for this moment (time.monotonic): the endpoint asked for it
+        address = base_url or os.environ.get("OPENAI_BASE_URL")
+        if address:
+            endpoint_address("judge.base_url" if base_url else "OPENAI_BASE_URL", address, api_key_env)
+        self._base_url = address.rstrip("/") if address else None  # the same endpoint with and without the slash
+        self._key = _api_key(api_key_env, self._base_url, needed=not self._terms.dry_run)
 
     def spent(self, scope: str) -> dict[str, float | int | None]:
-        """What the requests of `scope` came to so far, as plain values."""
-        spent = self._cache.spent(scope)
-        usd = self._terms.usd(spent.prompt_tokens, spent.completion_tokens)
-        return {
-            "calls": spent.calls,
-            "prompt_tokens": spent.prompt_tokens,
-            "completion_tokens": spent.completion_tokens,
-            "estimated_calls": spent.estimated_calls,
-            "usd": usd,
-        }
+        """Return what the requests of `scope` have cost so far, in all processes, as JSON values."""
+        spent = self._replies.spent(scope)
+        return {**asdict(spent), "usd": self._terms.usd(spent.prompt_tokens, spent.completion_tokens)}
 
     def ask(
         self,
@@ -107,291 +159,267 @@ class ChatClient:
         unread: str,
         tries: int = 2,
     ) -> Iterator[tuple[int, Answer[Value]]]:
-        """Yield the position of each prompt with its answer, as they come in. Equal prompts are asked once.
+        """Yield the position of each prompt with its answer, in the order of arrival. Equal prompts are sent once.
 
-        What is about to be sent is said first; a dry run ends there.
+        The plan is printed before the first request; a dry run ends there.
 
         Args:
-            read: finds the value in a reply to the prompt at a position, or None: then the prompt is asked again.
-            scope: whose spending this is; the caps hold for all of it, whichever process spent it.
-            unread: the reason given for a reply that cannot be read.
-            tries: how often a prompt is asked until a reply can be read.
+            read: returns the value in a reply to the prompt at a position, or None: the prompt is then sent again.
+            scope: name under which the spending is counted; the caps hold for it over all processes.
+            unread: reason given for a reply that cannot be read.
+            tries: how often a prompt is sent until a reply can be read.
 
         Raises:
-            JudgeError: see the head of this module; every answer that arrived was yielded before.
-            DryRun: it is one; the plan was said, even if nothing would be sent.
+            JudgeError: requests failed (see the top of this module); all answers that arrived were yielded before.
+            DryRun: always raised in dry-run mode, after printing the plan.
         """
+        job = _Job(prompts, read, scope, unread, tries)
         same: dict[str, list[int]] = {}
         for position, messages in enumerate(prompts):
-            same.setdefault(self._hash(messages, 1), []).append(position)
-        reader = _Reader(read, unread, tries, self.parameters["max_tokens"])
+            same.setdefault(self._key_of(messages, 1), []).append(position)
         missing: list[list[int]] = []
-        cached = 0
-        known: list[tuple[list[int], Answer[Value]]] = []
+        answered: list[tuple[list[int], Answer[Value]]] = []
         for positions in same.values():
-            found, answer = self._look_up(positions[0], prompts[positions[0]], reader)
-            cached += found
-            if answer is None:
-                missing.append(positions)
+            answer = self._stored_answer(job, positions[0])
+            if isinstance(answer, Answer):
+                answered.append((positions, answer))
             else:
-                known.append((positions, answer))
-        plan = self._plan([prompts[positions[0]] for positions in missing], cached)
+                missing.append(positions)
+        calls, cost = self._plan([prompts[positions[0]] for positions in missing])
+        plan = f"{calls}, {len(answered):,} replies found in the cache; {cost}"
         if missing or self._terms.dry_run:
-            self._say(f"  {self.name}: {plan.describe()}")
+            self._say(f"  {self.name}: {plan}")
         if self._terms.dry_run:
-            raise DryRun(plan.describe())
-        for positions, answer in known:
+            raise DryRun(plan)
+        for positions, answer in itertools.chain(answered, self._send_all(job, missing, works=bool(answered))):
             yield from ((position, answer) for position in positions)
-        for positions, answer in self._send_all(prompts, missing, reader, scope, works=bool(known)):
-            yield from ((position, answer) for position in positions)
-
-    # ------------------------------------------------------------------------------ several at a time
 
     def _send_all(
-        self, prompts: Sequence[Messages], groups: Sequence[list[int]], reader: _Reader[Value], scope: str, works: bool
+        self, job: _Job[Value], groups: Sequence[list[int]], works: bool
     ) -> Iterator[tuple[list[int], Answer[Value]]]:
-        """Answers to groups of equal prompts, as they come in.
+        """Yield groups of equal prompts with their answer, in the order of arrival.
+
+        Refusals are held back until a reply shows that the endpoint works: if one wrong option makes it refuse every
+        prompt, none may be recorded as invalid.
 
         Args:
-            works: whether the endpoint is known to answer such requests.
+            works: whether the endpoint has answered such requests before.
         """
-        purse, stop = Purse(self._cache, scope, self._terms), threading.Event()
-
-        def answer(number: int) -> Answer[Value]:
-            position = groups[number][0]
-            return self._answer(position, prompts[position], reader, purse, stop)
-
+        stop, arrived = threading.Event(), SimpleQueue[tuple[int, Answer[Value] | Exception] | None]()
+        # a daemon: Ctrl-C must not wait for requests that hang
+        threading.Thread(target=self._run, args=(job, groups, arrived, stop), daemon=True).start()
         left = set(range(len(groups)))
         streak: list[tuple[int, Failure]] = []  # failures since the last reply
         failed: list[Failure] = []
         fatal: Exception | None = None
+
+        def end_streak() -> Iterator[tuple[list[int], Answer[Value]]]:
+            for number, failure in streak:
+                if failure.kind == "refused":
+                    left.discard(number)
+                    yield groups[number], Answer(str(failure), None, failure.reason)
+                else:
+                    failed.append(failure)
+            streak.clear()
+
         try:
-            for result in _arrivals(answer, len(groups), self._concurrency, stop):
-                if isinstance(result, Exception):
-                    fatal = fatal or result  # raised once all that was under way is in
-                elif isinstance(result[1], Failure):
-                    streak.append((result[0], result[1]))
+            while (result := arrived.get()) is not None:
+                number, outcome = result
+                if isinstance(outcome, Answer):
+                    yield from end_streak()
+                    left.discard(number)
+                    yield groups[number], outcome
+                elif isinstance(outcome, Failure) and outcome.kind != "final":
+                    streak.append((number, outcome))
                     if len(streak) >= self._give_up and fatal is None:
                         stop.set()
-                        fatal = JudgeError(self._explain_streak(streak))
+                        tries = f"judge.give_up={self._give_up}, judge.retries={self._retries}"
+                        message = f"gave up after {len(streak)} requests in a row that failed for good ({tries})"
+                        fatal = JudgeError(f"{message}, the last one: {outcome}; {outcome.remedy}")
                 else:
-                    yield from _refusals(streak, groups, left, failed)
-                    left.discard(result[0])
-                    yield groups[result[0]], result[1]
+                    fatal = fatal or outcome
         finally:
             stop.set()
-        refused_alone = all(isinstance(failure, Refused) for _, failure in streak) and not (works or purse.spent.calls)
-        if fatal is None and streak and refused_alone:
-            fatal = JudgeError(f"{self.name}: every prompt is refused: {streak[-1][1].said}; {streak[-1][1].remedy}")
+        works = works or self._replies.spent(job.scope).calls > 0
+        if fatal is None and streak and not works and all(failure.kind == "refused" for _, failure in streak):
+            fatal = JudgeError(f"every prompt is refused: {streak[-1][1]}; {streak[-1][1].remedy}")
         if fatal is None:
-            yield from _refusals(streak, groups, left, failed)
+            yield from end_streak()
         if isinstance(fatal, CapReached):
-            plan = self._plan([prompts[groups[number][0]] for number in left], 0)
-            raise JudgeError(self._explain_cap(fatal, purse.spent, plan))
-        if isinstance(fatal, JudgeError):
-            raise JudgeError(f"{fatal} ({len(groups) - len(left)} of {len(groups)} requests are answered)")
+            fatal = self._cap_error(fatal, job, [groups[number] for number in left])
+        elif isinstance(fatal, JudgeError | Failure):
+            text = f"{fatal}; {fatal.remedy}" if isinstance(fatal, Failure) else str(fatal)
+            done = len(groups) - len(left)
+            fatal = JudgeError(f"{self.name}: {text} ({done} of {len(groups)} requests are answered)")
         if fatal is not None:
-            raise fatal
+            raise fatal from None
         if failed:
-            raise JudgeError(self._explain_failures(failed, len(groups)))
+            raise JudgeError(
+                f"{self.name}: {len(failed)} of {len(groups)} requests failed for good, with judge.retries="
+                f"{self._retries}: {failed[-1]}; {failed[-1].remedy}"
+            )
 
-    def _answer(
-        self, position: int, messages: Messages, reader: _Reader[Value], purse: Purse, stop: threading.Event
-    ) -> Answer[Value]:
+    def _run(self, job: _Job[Value], groups: Sequence[list[int]], arrived: SimpleQueue[Any], stop: Any) -> None:
+        """Put the number of each group with its answer or exception into `arrived`, and None at the end."""
+        numbers = iter(range(len(groups)))
+
+        async def work(client: AsyncOpenAI) -> None:
+            for number in numbers:
+                try:
+                    while isinstance(answer := self._stored_answer(job, groups[number][0]), int):
+                        await self._fetch(client, job, job.prompts[groups[number][0]], answer, stop)
+                    arrived.put((number, answer))
+                except _StoppedError:
+                    return
+                except Exception as error:  # noqa: BLE001 - handled in the caller's thread
+                    if not isinstance(error, Failure) or error.kind == "final":
+                        stop.set()
+                    arrived.put((number, error))
+
+        async def work_all() -> None:
+            import openai
+
+            key = self._key or "none"
+            async with openai.AsyncOpenAI(api_key=key, base_url=self._base_url, timeout=None, max_retries=0) as client:
+                await asyncio.gather(*(work(client) for _ in range(min(self._concurrency, len(groups)))))
+
+        try:
+            asyncio.run(work_all())
+        finally:
+            arrived.put(None)
+
+    def _stored_answer(self, job: _Job[Value], position: int) -> Answer[Value] | int:
+        """Return the answer to a prompt if the stored replies suffice for one, else the number of the next try."""
         completion = Completion("")
-        for attempt in range(1, reader.tries + 1):
-            key = self._hash(messages, attempt)
-            with self._cache.claimed(key, stop.wait):
-                found = self._cache.find(key)  # another process may have asked since
-                if found is None and stop.is_set():
-                    raise Stopped
-                completion = found or self._send(messages, key, purse, stop)
-            value = reader.read(position, completion)
+        for attempt in range(1, job.tries + 1):
+            stored = self._replies.find(self._key_of(job.prompts[position], attempt))
+            if stored is None:
+                return attempt
+            completion = stored
+            value = job.read(position, completion)
             if value is not None:
                 return Answer(completion.text, value)
-        return reader.unread(completion)
-
-    def _look_up(self, position: int, messages: Messages, reader: _Reader[Value]) -> tuple[int, Answer[Value] | None]:
-        """How many replies the cache holds, and the answer if they suffice for one."""
-        completion = Completion("")
-        for attempt in range(1, reader.tries + 1):
-            found = self._cache.find(self._hash(messages, attempt))
-            if found is None:
-                return attempt - 1, None
-            completion = found
-            value = reader.read(position, found)
-            if value is not None:
-                return attempt, Answer(found.text, value)
-        return reader.tries, reader.unread(completion)
-
-    def _hash(self, messages: Messages, attempt: int) -> str:
-        """Of all that a reply depends on; two endpoints may call different models by one name."""
-        return content_hash("chat", self._endpoint.base_url, self.parameters, [dict(m) for m in messages], attempt)
-
-    def _plan(self, prompts: Sequence[Messages], cached: int) -> Plan:
-        prompt_tokens = sum(map(estimated_tokens, prompts))
-        completion_tokens = len(prompts) * self.parameters["max_tokens"]
-        usd = self._terms.usd(prompt_tokens, completion_tokens)
-        return Plan(len(prompts), cached, prompt_tokens, completion_tokens, usd)
-
-    # ------------------------------------------------------------------------------------ one request
-
-    def _send(self, messages: Messages, key: str, purse: Purse, stop: threading.Event) -> Completion:
-        """One reply, on the disk when this returns."""
-        estimate = Tokens(estimated_tokens(messages), self.parameters["max_tokens"], estimated=True)
-        for retry in itertools.count():
-            self._pause.wait(stop)
-            number = purse.reserve(estimate, stop)
-            try:
-                completion, tokens = self._endpoint.request(messages)
-                tokens = tokens or Tokens(estimate.prompt, tokens_of(completion.text), estimated=True)
-                purse.keep(number, key, completion, tokens)
-                return completion
-            except Failed as failure:
-                # what never reached the endpoint, or was turned away by it, costs nothing
-                purse.settle(number, estimate if failure.charged else None)
-                if failure.wait is not None and failure.wait > self._max_wait:
-                    raise JudgeError(
-                        f"{self.name}: the endpoint asks to wait {failure.wait:,.0f} s, longer than "
-                        f"judge.max_wait={self._max_wait:g}; the replies so far are kept: give the same command "
-                        "again then"
-                    ) from None
-                if retry >= self._retries:
-                    raise
-                self._wait(failure, retry, stop)
-            except (Refused, JudgeError):  # turned away
-                purse.settle(number, None)
-                raise
-            except BaseException:
-                purse.settle(number, estimate)
-                raise
-        raise Stopped  # never: the loop has no end of its own
-
-    def _wait(self, failure: Failed, retry: int, stop: threading.Event) -> None:
-        """Before the next try: the time that the endpoint asks for, or exponentially longer; never in step."""
-        delay = failure.wait
-        if delay is None:
-            delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2**retry) * random.uniform(0.5, 1.0)
-        else:
-            self._pause.until(time.monotonic() + delay)
-            delay *= random.uniform(1.0, 1.1)
-        if stop.wait(delay):
-            raise Stopped
-
-    # --------------------------------------------------------------------------------------- messages
-
-    def _explain_streak(self, streak: Sequence[tuple[int, Failure]]) -> str:
-        last = streak[-1][1]
-        return (
-            f"{self.name}: gave up after {len(streak)} requests in a row that failed for good "
-            f"(judge.give_up={self._give_up}, judge.retries={self._retries}), the last one: {last.said}; {last.remedy}"
-        )
-
-    def _explain_failures(self, failed: Sequence[Failure], requests: int) -> str:
-        return (
-            f"{self.name}: {len(failed)} of {requests} requests failed for good, with judge.retries={self._retries}: "
-            f"{failed[-1].said}; {failed[-1].remedy}"
-        )
-
-    def _explain_cap(self, reached: CapReached, spent: Spent, left: Plan) -> str:
-        terms = self._terms
-        usd = terms.usd(spent.prompt_tokens, spent.completion_tokens)
-        money = "" if usd is None else f" for {usd:.4g} USD"
-        more = "" if left.usd is None else f" (at most about {left.usd:.4g} USD)"
-        return (
-            f"{self.name}: the spending cap {reached.cap} is reached: this stage has sent {spent.calls:,} "
-            f"requests{money}; {left.calls:,} prompts{more} are left; raise {reached.cap.split('=')[0]} and give the "
-            "same command again: the replies so far are kept and cost nothing more"
-        )
-
-
-@dataclass(frozen=True)
-class _Reader(Generic[Value]):
-    """How replies are read."""
-
-    read: Callable[[int, Completion], Value | None]
-    problem: str
-    tries: int
-    max_tokens: float
-
-    def unread(self, completion: Completion) -> Answer[Value]:
-        """The answer of a prompt whose every reply could not be read."""
-        problem = self.problem if completion.text.strip() else "the reply is empty"
-        cut = f", cut at judge.max_tokens={self.max_tokens}" if completion.finish == "length" else ""
-        asked = f" (asked {'twice' if self.tries == 2 else f'{self.tries} times'})" if self.tries > 1 else ""
+        problem = job.unread if completion.text.strip() else "the reply is empty"
+        cut = f", cut at judge.max_tokens={self.parameters['max_tokens']}" if completion.finish == "length" else ""
+        asked = f" (asked {'twice' if job.tries == 2 else f'{job.tries} times'})" if job.tries > 1 else ""
         return Answer(completion.text, None, f"{problem}{cut}{asked}")
 
-
-class _Pause:
-    """The time until which an endpoint wants to be left alone, by every thread."""
-
-    def __init__(self) -> None:
-        self._until = 0.0
-
-    def until(self, moment: float) -> None:
-        self._until = max(self._until, moment)
-
-    def wait(self, stop: threading.Event) -> None:
-        while (delay := self._until - time.monotonic()) > 0:
-            if stop.wait(delay):
-                raise Stopped
-
-
-def _arrivals(
-    answer: Callable[[int], Answer[Value]], count: int, threads: int, stop: threading.Event
-) -> Iterator[tuple[int, Answer[Value] | Failure] | Exception]:
-    """What becomes of the numbers below `count`, as it comes in, until all threads have ended."""
-    waiting: SimpleQueue[int] = SimpleQueue()
-    for number in range(count):
-        waiting.put(number)
-    arrived: SimpleQueue[tuple[int, Answer[Value] | Failure] | Exception | None] = SimpleQueue()
-    workers = min(threads, count)
-    for _ in range(workers):
-        # daemons, unlike a thread pool's: Ctrl-C must not wait for requests that hang
-        threading.Thread(target=_work, args=(answer, waiting, arrived, stop), daemon=True).start()
-    while workers:
-        result = arrived.get()
-        if result is None:
-            workers -= 1
-        else:
-            yield result
-
-
-def _work(
-    answer: Callable[[int], Answer[Value]],
-    waiting: SimpleQueue[int],
-    arrived: SimpleQueue[tuple[int, Answer[Value] | Failure] | Exception | None],
-    stop: threading.Event,
-) -> None:
-    """One thread: puts into `arrived` what becomes of each number, an exception that ends all, and None at its end."""
-    try:
-        while not stop.is_set():
-            number = waiting.get_nowait()
+    async def _fetch(
+        self, client: AsyncOpenAI, job: _Job[Value], messages: Messages, attempt: int, stop: threading.Event
+    ) -> None:
+        """Send a prompt, with retries, until its reply is stored."""
+        key = self._key_of(messages, attempt)
+        estimate = Usage(estimated_tokens(messages), self.parameters["max_tokens"], estimated_calls=1)
+        for retry in itertools.count():
+            await _sleep(self._paused_until - time.monotonic(), stop)
+            while (claim := self._replies.claim(key, job.scope, estimate, self._terms.exceeded)) == "wait":
+                await _sleep(_POLL, stop)
+            if claim == "found":
+                return
+            charged: Usage | None = estimate
             try:
-                arrived.put((number, answer(number)))
+                completion, usage = await self._request(client, messages)
+                usage = usage or Usage(estimate.prompt_tokens, _tokens_of(completion.text), estimated_calls=1)
+                self._replies.keep(key, completion, job.scope, usage)
+                return
             except Failure as failure:
-                arrived.put((number, failure))
-    except (Empty, Stopped):
-        pass
-    except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
-        stop.set()
-        arrived.put(error)
-    finally:
-        arrived.put(None)
+                charged = estimate if failure.charged else None
+                wait = failure.wait
+                if wait is not None and wait > self._max_wait:
+                    raise Failure(
+                        "final",
+                        f"the endpoint asks to wait {wait:,.0f} s, longer than judge.max_wait={self._max_wait:g}",
+                        "the replies so far are kept: give the same command again then",
+                    ) from None
+                if failure.kind != "passing" or retry >= self._retries:
+                    raise
+            finally:
+                self._replies.release(key, job.scope, charged)
+            if wait is not None:  # obeyed by all requests
+                self._paused_until = max(self._paused_until, time.monotonic() + wait)
+                await _sleep(wait * random.uniform(1.0, 1.1), stop)
+            else:
+                await _sleep(min(_LONGEST_DELAY, _FIRST_DELAY * 2**retry) * random.uniform(0.5, 1.0), stop)
+
+    async def _request(self, client: AsyncOpenAI, messages: Messages) -> tuple[Completion, Usage | None]:
+        """Return a reply and the tokens that the endpoint reports. The timeout covers headers and body together."""
+        import openai
+
+        body_of = {name: value for name, value in self.parameters.items() if name != "model"}
+        create: Any = client.chat.completions.with_raw_response.create
+        try:
+            async with asyncio.timeout(self._timeout):
+                # as an extra body: endpoints have parameters that the client does not know
+                response = await create(messages=list(messages), model=self.parameters["model"], extra_body=body_of)
+        # `from None`: the original errors may quote the key
+        except openai.APIStatusError as error:
+            raise failure_of_status(error, self._scrub, self._api_key_env, self.parameters["model"]) from None
+        except (openai.APITimeoutError, TimeoutError):
+            remedy = f"raise judge.timeout={self._timeout:g} seconds; {GO_ON}"
+            raise Failure("passing", "the request timed out", remedy, charged=True) from None
+        except openai.APIConnectionError as error:
+            reached = "Connect" not in type(error.__cause__).__name__
+            remedy = f"check the network and judge.base_url; {GO_ON}"
+            message = self._scrub(f"{error} ({error.__cause__})")
+            raise Failure("passing", message, remedy, charged=reached) from None
+        return read_completion(response.content, self._scrub, logprobs=bool(self.parameters.get("logprobs")))
+
+    def _plan(self, prompts: Sequence[Messages]) -> tuple[str, str]:
+        """Return the number of requests and their largest cost, as text; second requests are not included."""
+        prompt_tokens = sum(map(estimated_tokens, prompts))
+        reply_tokens = len(prompts) * self.parameters["max_tokens"]
+        usd = self._terms.usd(prompt_tokens, reply_tokens)
+        price = "price unknown (judge.price_input and judge.price_output are not set)"
+        price = price if usd is None else f"at most about {usd:.4g} USD"
+        return f"{len(prompts):,} requests to send", (
+            f"about {prompt_tokens:,} prompt tokens (estimate: {_BYTES_PER_TOKEN} bytes per token) and at most "
+            f"{reply_tokens:,} reply tokens; {price}"
+        )
+
+    def _cap_error(self, reached: CapReached, job: _Job[Value], left: Sequence[list[int]]) -> JudgeError:
+        spent = self.spent(job.scope)
+        money = "" if spent["usd"] is None else f" for {spent['usd']:.4g} USD"
+        _, cost = self._plan([job.prompts[positions[0]] for positions in left])
+        return JudgeError(
+            f"{self.name}: the spending cap {reached.option} is reached: this stage has sent {spent['calls']:,} "
+            f"requests{money}; {len(left):,} prompts are left ({cost}); raise {reached.option.split('=')[0]} and give "
+            "the same command again: the replies so far are kept and cost nothing more"
+        )
+
+    def _key_of(self, messages: Messages, attempt: int) -> str:
+        """Hash all that a reply depends on; the address too: two endpoints may have different models of one name."""
+        return content_hash("chat", self._base_url, self.parameters, [dict(m) for m in messages], attempt)
+
+    def _scrub(self, text: str) -> str:
+        """Remove the key from a text: some endpoints quote it. Placeholders like "1" or "none" are not secret."""
+        return text.replace(self._key, "***") if self._key and len(self._key) >= _SHORTEST_SECRET else text
 
 
-def _refusals(
-    streak: list[tuple[int, Failure]], groups: Sequence[list[int]], left: set[int], failed: list[Failure]
-) -> Iterator[tuple[list[int], Answer[Any]]]:
-    """Empty the streak: refused prompts are answered so, others are kept for the error at the end.
+async def _sleep(seconds: float, stop: threading.Event) -> None:
+    """Wait; raise _StoppedError as soon as no further request may be sent."""
+    end = time.monotonic() + seconds
+    while not stop.is_set() and (left := end - time.monotonic()) > 0:
+        await asyncio.sleep(min(left, _POLL))
+    if stop.is_set():
+        raise _StoppedError
 
-    Held back until a reply shows that the endpoint works: were every prompt refused for one wrong
-    option, all would be recorded as invalid.
-    """
-    for number, failure in streak:
-        if isinstance(failure, Refused):
-            left.discard(number)
-            yield groups[number], Answer(failure.said, None, failure.reason)
-        else:
-            failed.append(failure)
-    streak.clear()
+
+def estimated_tokens(messages: Messages) -> int:
+    """Estimate the tokens of a prompt from its bytes; exact counts would need each model's own tokenizer."""
+    return sum(_tokens_of(message["content"]) + _TOKENS_PER_MESSAGE for message in messages)
+
+
+def _tokens_of(text: str) -> int:
+    return math.ceil(len(text.encode("utf-8", "replace")) / _BYTES_PER_TOKEN)
+
+
+def _api_key(variable: str, base_url: str | None, needed: bool) -> str | None:
+    key = os.environ.get(variable, "").strip()
+    if key and not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"the environment variable {variable} holds characters that no API key has")
+    if not key and needed and (base_url is None or urlsplit(base_url).hostname not in LOOPBACK):
+        raise ConfigError(
+            f"the judge needs an API key in the environment variable {variable} (judge.api_key_env); "
+            "set it, or give a judge.base_url on this machine"
+        )
+    return key or None

@@ -22,7 +22,7 @@ from gradsift.evaluation.chat import ChatClient
 from gradsift.evaluation.judges import Combine, JudgeRequest, Reply, content_hash
 from gradsift.evaluation.judges.annotators import SLOT, Annotator
 from gradsift.evaluation.judges.parsing import parse_scores
-from gradsift.evaluation.reply_cache import Completion
+from gradsift.evaluation.replies import Completion
 
 NAMES = "alpaca_eval/"  # what the name of such a judge begins with, in records
 EQUAL = "both answers are the same text, a draw without asking (as in alpaca_eval)"

@@ -13,7 +13,7 @@ from gradsift.evaluation.chat import Answer, ChatClient
 from gradsift.evaluation.judges import Combine, JudgeRequest, Rating, RatingRequest, Reply, content_hash
 from gradsift.evaluation.judges.parsing import UNREAD, Pair, Parse, parse_grade, parse_scores
 from gradsift.evaluation.judges.rating import SCALES, in_blocks, render_rating
-from gradsift.evaluation.reply_cache import Completion
+from gradsift.evaluation.replies import Completion
 
 SYSTEM = (
     "You compare the answers of two AI assistants to a user's question and grade each of them. "

@@ -20,7 +20,7 @@ from gradsift.config import (
 from gradsift.data.verifiable import answers_match
 from gradsift.errors import ConfigError
 from gradsift.evaluation.bias import length_bias, position_bias
-from gradsift.evaluation.chat import ChatClient
+from gradsift.evaluation.chat import ChatClient, Terms
 from gradsift.evaluation.generation import OUTPUTS_FILE, read_model_outputs
 from gradsift.evaluation.judges import Rater
 from gradsift.evaluation.judges.alpaca_eval import AlpacaEvalJudge
@@ -32,8 +32,7 @@ from gradsift.evaluation.judges.wording import judge_wording, rating_wording
 from gradsift.evaluation.judging import judge_pairs, read_judgments
 from gradsift.evaluation.matching import MATCHERS
 from gradsift.evaluation.pws import read_pws, summarise, write_pws
-from gradsift.evaluation.reply_cache import ReplyCache
-from gradsift.evaluation.spending import Terms
+from gradsift.evaluation.replies import Replies
 from gradsift.runtime import Runtime
 from gradsift.sources import Source
 from gradsift.training.backbones import backbone, load_shown
@@ -184,7 +183,7 @@ def _chat(runtime: Runtime, config: EndpointJudgeConfig, price: float | None = N
     prices = (config.price_input, config.price_output) if price is None else (price, price)
     terms = Terms(*prices, config.max_usd, config.max_calls, config.dry_run)
     return ChatClient(
-        cache=ReplyCache(runtime.store.root / REPLIES_FILE, runtime.display.say),
+        replies=Replies(runtime.store.root / REPLIES_FILE, runtime.display.say),
         api_key_env=config.api_key_env,
         timeout=config.timeout,
         retries=config.retries,

@@ -1,0 +1,227 @@
+"""Replies of chat endpoints and their cost, in one SQLite file that all runs and processes share.
+
+A reply is stored under a hash of everything it depends on, before anything reads it: a killed process loses no reply
+that it had received. A request is entered as pending before it is sent. This reserves its cost, so that several
+processes stay below one cap together, and stops other processes from sending the same request.
+
+Each process holds a file lock for as long as it lives. When the lock of a pending request's owner is free, the owner
+has died and the endpoint may have charged for the request: it counts as sent, at its estimated cost.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sqlite3
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from gradsift import outside_json
+from gradsift.errors import GradsiftError
+
+_PATIENCE = 60.0  # seconds to wait while another process writes
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS sent (
+    scope TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, estimated INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS sent_by_scope ON sent (scope);
+CREATE TABLE IF NOT EXISTS pending (
+    key TEXT PRIMARY KEY, owner TEXT NOT NULL,
+    scope TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL
+);
+"""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A reply: its text, why it ended ("stop", "length" ...) and, if requested, log-probabilities token by token."""
+
+    text: str
+    finish: str | None = None
+    logprobs: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Requests that an endpoint may charge for, and their tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    calls: int = 1
+    estimated_calls: int = 0  # those whose tokens are estimates: the endpoint reported none
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.calls + other.calls,
+            self.estimated_calls + other.estimated_calls,
+        )
+
+
+class CapReached(Exception):
+    """The next request may cost more than a cap allows; `option` is the cap as it is set."""
+
+    def __init__(self, option: str) -> None:
+        super().__init__(option)
+        self.option = option
+
+
+class Replies:
+    """The file of replies. Threads and processes may share it, but not over a network file system (SQLite's WAL)."""
+
+    def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
+        """Open the file at `path`, creating it if needed.
+
+        Args:
+            path: files of earlier versions are read too.
+            say: called with a message about each reply that cannot be read.
+
+        Raises:
+            GradsiftError: the file cannot be written, or is not an SQLite database.
+        """
+        self.path = path
+        self._say = say
+        self._mutex = threading.RLock()
+        self._owner = secrets.token_hex(8)
+        with self._named_errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=FULL")
+            self._connection.executescript(_SCHEMA)
+            alive = self._lock_of(self._owner)
+            alive.acquire()
+        weakref.finalize(self, _release, alive, self._connection)
+
+    def find(self, key: str) -> Completion | None:
+        """Return the reply stored under `key`; None if there is none, or if it cannot be read."""
+        with self._mutex, self._named_errors():
+            # as bytes: for text that is not UTF-8 sqlite3 raises the same error as for a damaged file
+            query = "SELECT CAST(reply AS BLOB) FROM replies WHERE key = ?"
+            row = self._connection.execute(query, (key,)).fetchone()
+        if row is None:
+            return None
+        with suppress(ValueError, TypeError):
+            completion = Completion(**outside_json.loads(row[0]))
+            texts = isinstance(completion.text, str) and isinstance(completion.finish, str | None)
+            if texts and isinstance(completion.logprobs, list | None):
+                return completion
+        self._say(f"  a reply in {self.path.name} cannot be read; it is requested again")
+        return None
+
+    def claim(
+        self, key: str, scope: str, estimate: Usage, exceeded: Callable[[Usage], str | None]
+    ) -> Literal["send", "wait", "found"]:
+        """Reserve a request before it is sent.
+
+        Args:
+            estimate: the most that the request may cost.
+            exceeded: returns the cap that a scope's spending would break, or None.
+
+        Returns:
+            "send": the caller must send the request, then call `keep` or `release`. "wait": call again later, because
+            the same request is pending elsewhere, or because pending requests may cost less than estimated.
+            "found": the reply is stored.
+
+        Raises:
+            CapReached: the request does not fit below a cap, and nothing is pending.
+        """
+        with self._writing():
+            self._charge_dead_owners()
+            if self.find(key) is not None:
+                return "found"
+            if self._connection.execute("SELECT 1 FROM pending WHERE key = ?", (key,)).fetchone():
+                return "wait"
+            spent, pending = (self._sum(table, scope) for table in ("sent", "pending"))
+            cap = exceeded(spent + pending + estimate)
+            if cap is None:
+                row = (key, self._owner, scope, estimate.prompt_tokens, estimate.completion_tokens)
+                self._connection.execute("INSERT INTO pending VALUES (?, ?, ?, ?, ?)", row)
+                return "send"
+            if not pending.calls:
+                raise CapReached(cap)
+            return "wait"
+
+    def keep(self, key: str, completion: Completion, scope: str, usage: Usage) -> None:
+        """Store a reply and what it cost, in one transaction."""
+        # ASCII escapes: a reply may hold half a surrogate pair, which SQLite cannot store
+        reply = json.dumps(asdict(completion))
+        with self._writing():
+            self._connection.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, reply))
+            self._settle(key, scope, usage)
+
+    def release(self, key: str, scope: str, usage: Usage | None) -> None:
+        """Replace the reservation, if there still is one, with the maximum possible charge; None: nothing."""
+        with self._writing():
+            reserved = "SELECT 1 FROM pending WHERE key = ? AND owner = ?"
+            if self._connection.execute(reserved, (key, self._owner)).fetchone():
+                self._settle(key, scope, usage)
+
+    def spent(self, scope: str) -> Usage:
+        """Return what the requests of a scope have cost so far, over all processes."""
+        with self._writing():
+            self._charge_dead_owners()
+            return self._sum("sent", scope)
+
+    def _settle(self, key: str, scope: str, usage: Usage | None) -> None:
+        self._connection.execute("DELETE FROM pending WHERE key = ? AND owner = ?", (key, self._owner))
+        if usage is not None:
+            row = (scope, usage.prompt_tokens, usage.completion_tokens, usage.estimated_calls)
+            self._connection.execute("INSERT INTO sent VALUES (?, ?, ?, ?)", row)
+
+    def _sum(self, table: str, scope: str) -> Usage:
+        estimated = "SUM(estimated)" if table == "sent" else "COUNT(*)"
+        query = f"SELECT SUM(prompt_tokens), SUM(completion_tokens), COUNT(*), {estimated} FROM {table}"  # noqa: S608
+        row = self._connection.execute(f"{query} WHERE scope = ?", (scope,)).fetchone()
+        return Usage(*(int(value or 0) for value in row))
+
+    def _charge_dead_owners(self) -> None:
+        for (owner,) in self._connection.execute("SELECT DISTINCT owner FROM pending").fetchall():
+            if owner == self._owner:
+                continue
+            lock = self._lock_of(owner)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            columns = "scope, prompt_tokens, completion_tokens"
+            self._connection.execute(f"INSERT INTO sent SELECT {columns}, 1 FROM pending WHERE owner = ?", (owner,))  # noqa: S608
+            self._connection.execute("DELETE FROM pending WHERE owner = ?", (owner,))
+            _release(lock)
+
+    def _lock_of(self, owner: str) -> FileLock:
+        path = self.path.with_name(f".{self.path.name}.{owner}.lock")
+        return FileLock(path, thread_local=False, fallback_to_soft=False)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Hold the only write transaction of all threads and processes; commit it unless the block raises."""
+        with self._mutex, self._named_errors(), self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            yield
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise GradsiftError(
+                f"the judge's replies cannot be stored in {self.path} ({error}); free disk space, or move the file "
+                "away if it is damaged (its replies are then paid for again), and give the same command again"
+            ) from error
+
+
+def _release(lock: FileLock, connection: sqlite3.Connection | None = None) -> None:
+    lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)
+    if connection is not None:
+        connection.close()

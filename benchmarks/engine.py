@@ -119,13 +119,12 @@ def train(adapted: Any, rounds: Round, number: int, with_norms: bool) -> tuple[f
     clock, plan, rows = Clock(), rounds.plan(number), rounds.rows(number)
     budget = TokenBudget.of(adapted.get_base_model(), None, print)
     module = Finetuning(adapted, Optimization(1e-12, 0.0, "constant", 0, len(plan)), budget, pad_id=0)
-    norms = GradientNorms(adapted, rows, row_indices=range(len(rounds.pool)))
+    norms = GradientNorms(adapted, rows)
     fit(
         module,
         rounds.pool,
         plan,
         compute=CPU,
-        row_indices=range(len(rounds.pool)),
         callbacks=[norms, clock] if with_norms else [clock],
     )
     if not with_norms:

@@ -33,7 +33,7 @@ from gradsift.data.examples import Example
 from gradsift.data.formats import parse_rows
 from gradsift.journal import Journal
 from gradsift.runtime import Advance, Display, Runtime
-from gradsift.scoring.superfilter import spans_of, superfilter
+from gradsift.scoring.superfilter import ifd_spans, superfilter
 from gradsift.training.backbones import Backbone, backbone, load_backbone, quieten
 
 DEFAULTS = SuperfilterConfig(_target_="", name="")
@@ -49,12 +49,14 @@ def silent(description: str, total: int) -> Iterator[Advance]:
 def published(model: Any, examples: Sequence[Example]) -> np.ndarray:
     """IFD row by row; (N,) float64, NaN where a loss has no token."""
     values = []
-    for alone, together in zip(*spans_of(examples, model, DEFAULTS.max_length), strict=True):
+    for alone, together in zip(
+        *ifd_spans(model.tokenizer, examples, min(DEFAULTS.max_length, model.context)), strict=True
+    ):
         perplexities = []
         for span in (alone, together):
-            ids = torch.from_numpy(span.ids).long().to(model.model.device)[None]
+            ids = torch.from_numpy(span.input_ids).long().to(model.model.device)[None]
             labels = ids.clone()
-            labels[:, : span.first] = -100
+            labels[:, ~torch.from_numpy(span.is_response)] = -100
             loss = model.model(input_ids=ids, labels=labels).loss if span.scored else torch.tensor(np.nan)
             perplexities.append(np.exp(loss.double().item()))
         values.append(perplexities[1] / perplexities[0])

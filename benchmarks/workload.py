@@ -42,7 +42,7 @@ def alpaca_rows(count: int, seed: int = 0) -> tuple[list[Encoded], str]:
     rows = []
     for row, (prompt, response) in enumerate(pairs):
         is_response = np.arange(prompt + response) >= prompt
-        rows.append(Encoded(row, rng.integers(0, VOCABULARY, prompt + response).astype(np.int32), is_response))
+        rows.append(Encoded(row, row, rng.integers(0, VOCABULARY, prompt + response).astype(np.int32), is_response))
     return rows, source
 
 

@@ -16,7 +16,7 @@ LENGTHS = st.lists(st.integers(1, 40), max_size=80)
 
 
 def encoded(row: int, ids: list[int], prompt: int) -> Encoded:
-    return Encoded(row, np.array(ids, dtype=np.int32), np.arange(len(ids)) >= prompt)
+    return Encoded(row, row, np.array(ids, dtype=np.int32), np.arange(len(ids)) >= prompt)
 
 
 def test_collate_pads_by_mask_on_either_side() -> None:

@@ -15,9 +15,9 @@ from gradsift.data.examples import Example, Turn
 from gradsift.journal import Journal
 from gradsift.scoring.cherry import cherry, loss_ratios
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
-from gradsift.scoring.spans import Span, span_losses
+from gradsift.scoring.spans import span_losses
 from gradsift.training.backbones import Backbone
-from tests.test_superfilter import assert_apart, assert_scores_close, exact_model, model_of, no_bar
+from tests.test_superfilter import assert_apart, assert_scores_close, exact_model, model_of, no_bar, span
 
 pytestmark = pytest.mark.numerics
 
@@ -163,7 +163,7 @@ def test_neither_order_nor_company_changes_a_score(backbone: Backbone) -> None:
 def test_progress_over_spans_is_by_their_tokens(backbone: Backbone) -> None:
     """The four long ones go first and are half of the tokens; equal spans and one without a scored token count too."""
     tokens = np.arange(120, dtype=np.int32)
-    spans = [Span(tokens + row, 3) for row in range(4)] + [Span(tokens[:12] + row, 3) for row in range(40)]
+    spans = [span(tokens + row, 3) for row in range(4)] + [span(tokens[:12] + row, 3) for row in range(40)]
     told: list[int] = []
-    span_losses(backbone, [*spans, spans[-1], Span(tokens[:3], 3)], None, told.append, Journal())
+    span_losses(backbone, [*spans, spans[-1], span(tokens[:3], 3)], told.append, Journal())
     assert told == [1, 22, 23]

@@ -109,7 +109,7 @@ def test_tokens_told_are_tokens_seen(gradsift, monkeypatch, arguments: tuple[str
 @pytest.mark.parametrize("tokens", [1, 10, 1000])
 def test_neither_padding_nor_what_memory_did_not_hold_counts(tokens: int) -> None:
     lengths = (9, 3, 5, 1)
-    encoded = [Encoded(row, np.zeros(n, dtype=np.int32), np.ones(n, dtype=bool)) for row, n in enumerate(lengths)]
+    encoded = [Encoded(row, row, np.zeros(n, dtype=np.int32), np.ones(n, dtype=bool)) for row, n in enumerate(lengths)]
     failing = [MemoryError()] if tokens == 1000 else []  # once; where one example is a batch there is no smaller one
 
     def work(batch: list[Encoded]) -> None:

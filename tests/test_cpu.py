@@ -781,7 +781,7 @@ def examples() -> list[Encoded]:
     draws = np.random.default_rng(3)
     sizes = enumerate((2, 5, 16, 17, 33, 50))
     return [
-        Encoded(row, draws.integers(0, VOCABULARY, size).astype(np.int32), np.arange(size) > size // 3)
+        Encoded(row, row, draws.integers(0, VOCABULARY, size).astype(np.int32), np.arange(size) > size // 3)
         for row, size in sizes
     ]
 

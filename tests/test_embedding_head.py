@@ -12,7 +12,7 @@ from conftest import SMOKE
 from exactness import assert_close_by_norm, exact_copy
 from test_engine import capped_model
 from test_ensembles import inputs, parents
-from test_finetuning import SOURCE_ROWS, proxy_config, runtime
+from test_finetuning import proxy_config, runtime
 from test_norms import adapted_model, ragged_examples, tiny_model
 
 from gradsift.artifacts import Artifact
@@ -41,7 +41,7 @@ CASES = [("gpt2", True), ("gpt2", False), ("llama", True), ("llama", False)]
 
 
 def found(adapted: Any, examples: list[Encoded], tokens: int = 4096) -> np.ndarray:
-    return collect_statistics(adapted, examples, SOURCE_ROWS, TokenBudget(tokens), 0, CPU)
+    return collect_statistics(adapted, examples, TokenBudget(tokens), 0, CPU)
 
 
 def whole_gradients(adapted: Any, examples: list[Encoded]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -96,7 +96,7 @@ def test_a_pass_that_was_cut_short_takes_what_its_journal_holds(
     adapted, examples = adapted_model("gpt2", ["c_attn"]), ragged_examples(9)
 
     def taken() -> np.ndarray:
-        return collect_statistics(adapted, examples, SOURCE_ROWS, TokenBudget(30), 0, CPU, journal=Journal(tmp_path))
+        return collect_statistics(adapted, examples, TokenBudget(30), 0, CPU, journal=Journal(tmp_path))
 
     whole, plain, left = found(adapted, examples, 30), UseOfEmbedding.statistics, [2]
 
@@ -132,7 +132,7 @@ def test_neither_batches_nor_chunks_of_the_vocabulary_change_anything(
 
 @pytest.mark.parametrize(("vocabulary", "rows_of_zeros"), [(31, True), (30, False)])
 def test_the_zeros_of_absent_tokens_count_where_there_are_any(vocabulary: int, rows_of_zeros: bool) -> None:
-    batch = collate([Encoded(0, np.arange(30, dtype=np.int32), np.arange(30) > 3)], 0)
+    batch = collate([Encoded(0, 10, np.arange(30, dtype=np.int32), np.arange(30) > 3)], 0)
     backprops = torch.rand(1, 30, 4) + 0.5
     smallest = embedding_statistics(batch, backprops, vocabulary)[0, 1].item()
     largest = embedding_statistics(batch, -backprops, vocabulary)[0, 0].item()
@@ -142,8 +142,8 @@ def test_the_zeros_of_absent_tokens_count_where_there_are_any(vocabulary: int, r
 def test_the_embeddings_statistics_by_hand() -> None:
     """Tokens 5, 7, 5 of a vocabulary of 8 and padding: row 5 is the sum of two places, seven rows less one are zero."""
     examples = [
-        Encoded(0, np.array([5, 7, 5], dtype=np.int32), np.array([False, True, True])),
-        Encoded(1, np.array([1, 2], dtype=np.int32), np.array([False, True])),
+        Encoded(0, 10, np.array([5, 7, 5], dtype=np.int32), np.array([False, True, True])),
+        Encoded(1, 11, np.array([1, 2], dtype=np.int32), np.array([False, True])),
     ]
     backprops = torch.tensor([[[1.0, -2.0], [0.5, 0.0], [3.0, 1.0]], [[-1.0, -1.0], [0.0, 0.0], [0.0, 0.0]]])
     batch = collate(examples, 5)  # the pad id is a real token too
@@ -207,7 +207,7 @@ def test_memory_that_runs_out_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
         return statistics(self, batch)
 
     monkeypatch.setattr(UseOfEmbedding, "statistics", small)
-    again = collect_statistics(adapted, examples, SOURCE_ROWS, TokenBudget(1000, said.append), 0, CPU)
+    again = collect_statistics(adapted, examples, TokenBudget(1000, said.append), 0, CPU)
     agree(again, expected(adapted, examples))
     assert said
 
@@ -224,7 +224,7 @@ def test_a_gradient_that_is_no_number_names_its_row() -> None:
     assert sorted(lengths)[-2] < max(lengths)
     adapted.get_base_model().transformer.wpe.weight.data[max(lengths) - 1 :] = torch.nan
     examples[longest].is_response[-1] = True
-    with pytest.raises(GradsiftError, match=f"gradient of row {SOURCE_ROWS[longest]} is not finite"):
+    with pytest.raises(GradsiftError, match=f"gradient of row {10 + longest} is not finite"):
         found(adapted, examples, tokens=1)  # padding would meet the NaN too
 
 

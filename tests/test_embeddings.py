@@ -103,7 +103,9 @@ def test_a_ragged_batch_is_pooled_as_each_text_alone(architecture: str, padding_
     rng = np.random.default_rng(1)
     texts = [rng.integers(0, 50, length) for length in (1, 9, 4, 17, 9)]
     texts[1][-2:] = 7  # the id of the padding is a token like any other
-    batch = collate([Encoded(row, ids, np.zeros(len(ids), bool)) for row, ids in enumerate(texts)], 7, padding_side)
+    batch = collate(
+        [Encoded(row, row, ids, np.zeros(len(ids), bool)) for row, ids in enumerate(texts)], 7, padding_side
+    )
     with torch.no_grad():
         found = pooled_states(model, batch, pooling)
     assert found.dtype == torch.float32

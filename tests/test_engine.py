@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from exactness import assert_close_by_norm, exact_copy
-from test_finetuning import SOURCE_ROWS, exact_steps, optimization, train, weights_of
+from test_finetuning import exact_steps, optimization, train, weights_of
 from test_norms import (
     VOCABULARY,
     adapted_model,
@@ -321,7 +321,7 @@ def test_out_of_memory_halves_the_budget_says_so_and_changes_no_result(
         expected[rows] = loop_norms(exact, [encoded[row] for row in rows])
     trained = weights_of(next(steps))
     monkeypatch.setattr(finetuning, "ResponseLosses", failing_above(30, error))
-    norms = GradientNorms(adapted, encoded, row_indices=SOURCE_ROWS)
+    norms = GradientNorms(adapted, encoded)
     train(adapted, encoded, plan, callbacks=[norms], say=said.append)
     assert_norms_close(np.stack([norms.table()[name] for name in COLUMNS], 1), expected)
     for name, value in weights_of(adapted).items():

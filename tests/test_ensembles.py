@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import SMOKE
 from safetensors.numpy import load_file
-from test_finetuning import SOURCE_ROWS, proxy_config, runtime
+from test_finetuning import proxy_config, runtime
 from test_norms import assert_norms_close, loop_norms, ragged_examples, tiny_model
 from torch import nn
 
@@ -50,7 +50,7 @@ def parents(run: Runtime) -> tuple[Artifact, Artifact]:
 
 def inputs(encoded: list[Encoded]) -> ProxyInputs:
     tokenizer: Any = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 0})()
-    return ProxyInputs(Backbone(tiny_model("gpt2"), tokenizer), encoded, SOURCE_ROWS, TokenBudget(4096))
+    return ProxyInputs(Backbone(tiny_model("gpt2"), tokenizer), encoded, TokenBudget(4096))
 
 
 def trained(

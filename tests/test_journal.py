@@ -157,7 +157,7 @@ class Stop(Exception):
 
 
 def test_a_pass_goes_on_with_the_groups_that_are_left(tmp_path: Path) -> None:
-    examples = [Encoded(row, np.zeros(2 + row % 5, np.int32), np.ones(2 + row % 5, bool)) for row in range(20)]
+    examples = [Encoded(row, row, np.zeros(2 + row % 5, np.int32), np.ones(2 + row % 5, bool)) for row in range(20)]
     left = [3]
     passed: list[int] = []
 

@@ -74,7 +74,7 @@ def ragged_examples(count: int = 7, seed: int = 3) -> list[Encoded]:
     for row in range(count):
         length = int(rng.integers(3, 14))
         is_response = np.arange(length) >= rng.integers(1, length)
-        examples.append(Encoded(row, rng.integers(0, VOCABULARY, length).astype(np.int32), is_response))
+        examples.append(Encoded(row, 10 + row, rng.integers(0, VOCABULARY, length).astype(np.int32), is_response))
     return examples
 
 

@@ -38,7 +38,7 @@ def rows() -> list[Encoded]:
     for row in range(STEPS * BATCH):
         prompt, response = int(rng.integers(1, 7)), int(rng.integers(1, 13))
         ids = rng.integers(0, VOCABULARY, prompt + response).astype(np.int32)
-        made.append(Encoded(row, ids, np.arange(prompt + response) >= prompt))
+        made.append(Encoded(row, row, ids, np.arange(prompt + response) >= prompt))
     return made
 
 

@@ -38,7 +38,7 @@ def rows_of(outputs: Sequence[str]) -> list[Example]:
 
 def inputs_of(rows: list[Example], backbone: Backbone, tokens: int = 256) -> ProxyInputs:
     encoded, _ = encode(rows, backbone.tokenizer, "plain", 128)
-    return ProxyInputs(backbone, encoded, [row.row_index for row in rows], TokenBudget(tokens))
+    return ProxyInputs(backbone, encoded, TokenBudget(tokens))
 
 
 def slow_loss(backbone: Backbone, row: Example) -> float:
@@ -52,7 +52,7 @@ def slow_loss(backbone: Backbone, row: Example) -> float:
 def test_perplexity_equals_the_slow_one_token_way(backbone: Backbone) -> None:
     rows = rows_of(TEXTS)
     expected = np.array([slow_loss(backbone, row) for row in rows])
-    scores = perplexity(inputs_of(rows, backbone), no_bar, Journal(), prefer="low")
+    scores = perplexity(inputs_of(rows, backbone), len(rows), no_bar, Journal(), prefer="low")
     assert_scores_close(scores.parts["loss"], expected)
     assert_scores_close(scores.parts["perplexity"], np.exp(expected))
     assert set(scores.status) == {SCORED}
@@ -62,7 +62,9 @@ def test_each_direction_takes_its_end_and_the_middle_the_median(backbone: Backbo
     rows = rows_of(TEXTS[:-1])
     assert len(rows) % 2  # so that one row is the median
     inputs = inputs_of(rows, backbone)
-    low, high, middle = (perplexity(inputs, no_bar, Journal(), prefer=prefer) for prefer in ("low", "high", "middle"))
+    low, high, middle = (
+        perplexity(inputs, len(rows), no_bar, Journal(), prefer=prefer) for prefer in ("low", "high", "middle")
+    )
     found = low.parts["perplexity"]
     assert topk(low, len(rows)).positions.tolist() == np.argsort(found).tolist()
     assert topk(high, len(rows)).positions.tolist() == np.argsort(-found).tolist()
@@ -83,7 +85,7 @@ def test_the_middle_is_a_place_in_the_ranking_and_not_a_value() -> None:
 def test_neither_order_nor_batches_nor_padding_change_a_score(tokens: int, backbone: Backbone) -> None:
     rows = rows_of(TEXTS)
     shuffled = [rows[i] for i in np.random.default_rng(1).permutation(len(rows))]
-    found = perplexity(inputs_of(shuffled, backbone, tokens), no_bar, Journal(), prefer="low")
+    found = perplexity(inputs_of(shuffled, backbone, tokens), len(rows), no_bar, Journal(), prefer="low")
     assert_scores_close(found.parts["loss"], np.array([slow_loss(backbone, row) for row in shuffled]))
 
 
@@ -92,7 +94,7 @@ def test_a_row_without_a_response_token_has_no_score(backbone: Backbone) -> None
     inputs = inputs_of(rows, backbone)
     without = inputs._replace(encoded=[example for example in inputs.encoded if example.row != 2])
     for prefer in ("low", "high", "middle"):
-        scores = perplexity(without, no_bar, Journal(), prefer=prefer)
+        scores = perplexity(without, len(rows), no_bar, Journal(), prefer=prefer)
         assert np.flatnonzero(scores.status == UNDEFINED).tolist() == [2]
         assert 2 not in topk(scores, len(rows)).positions
 

@@ -109,8 +109,7 @@ def arguments(backbones: Path) -> tuple[Any, Any]:
     proxy = proxy_config(model=model, template="plain", batch_size=3, collect="during_training", learning_rate=1e-3)
     backbone = load_backbone(made, model, run.compute)
     encoded, _ = encode(chosen, backbone.tokenizer, "plain", 64)
-    rows = [example.row_index for example in chosen]
-    return (config, made, chosen), (proxy, ProxyInputs(backbone, encoded, rows, TokenBudget(64)))
+    return (config, made, chosen), (proxy, ProxyInputs(backbone, encoded, TokenBudget(64)))
 
 
 class Exact:

@@ -60,7 +60,7 @@ def test_what_an_earlier_run_did_promises_no_speed(clock: list[float]) -> None:
 def test_a_pass_over_long_and_short_rows_knows_what_is_left_of_it(clock: list[float]) -> None:
     """Half of the tokens are in a tenth of the rows."""
     lengths = [90] * 40 + [10] * 360
-    rows = [Encoded(row, np.zeros(length, np.int32), np.ones(length, bool)) for row, length in enumerate(lengths)]
+    rows = [Encoded(row, row, np.zeros(length, np.int32), np.ones(length, bool)) for row, length in enumerate(lengths)]
     shown, stream = display(terminal=False)
     ends = clock[0] + sum(lengths)
     left: list[str] = []

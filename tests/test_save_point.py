@@ -13,7 +13,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_finetuning import (
-    SOURCE_ROWS,
     member_epoch,
     nano_examples,
     nano_target,
@@ -66,7 +65,7 @@ def train(
     rate = optimization(schedule="linear", warmup_steps=2, total_steps=len(PLAN) + 3)
     budget, dropout_seed = options.pop("budget", None) or TokenBudget(4096), options.pop("dropout_seed", 7)
     module = Finetuning(adapted, rate, budget, 0, 3, dropout_seed)
-    shared = {"compute": EVERY_STEP, "row_indices": SOURCE_ROWS, "callbacks": [kill], "folder": folder}
+    shared = {"compute": EVERY_STEP, "callbacks": [kill], "folder": folder}
     taken = fit(module, encoded, PLAN, **(shared | options))
     return module, taken
 

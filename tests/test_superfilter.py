@@ -16,11 +16,12 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 from gradsift.config import FIDELITIES
 from gradsift.data.examples import Example, Turn
+from gradsift.data.tokens import Encoded
 from gradsift.journal import Journal
 from gradsift.scoring import spans as spans_module
 from gradsift.scoring import superfilter as superfilter_module
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
-from gradsift.scoring.spans import Span, span_losses
+from gradsift.scoring.spans import span_losses
 from gradsift.scoring.superfilter import ifd_prompt, ifd_scores, published_scores
 from gradsift.selection.topk import topk
 from gradsift.training import head as head_module
@@ -39,6 +40,10 @@ TEXTS = [
     ("unicode", "", "ß😀"),
     ("long answer", "", "a b c d e f g h i j k l m n o p q r s t u v w x y z and so on and on and on"),
 ]
+
+
+def span(ids: np.ndarray, start: int) -> Encoded:
+    return Encoded(0, 0, ids, np.arange(len(ids)) >= max(1, start))
 
 
 @contextmanager
@@ -152,7 +157,7 @@ def test_undefined_rows_say_why(backbone: Backbone) -> None:
 
 def test_nothing_predicts_the_first_token_so_it_is_never_scored(backbone: Backbone) -> None:
     ids = np.arange(10, 16, dtype=np.int32)
-    whole, rest = span_losses(backbone, [Span(ids, 0), Span(ids, 1)], [0, 1], lambda done: None, Journal())
+    whole, rest = span_losses(backbone, [span(ids, 0), span(ids, 1)], lambda done: None, Journal())
     assert whole == rest == pytest.approx(slow_mean_loss(backbone, ids.tolist(), 1), rel=1e-5)
 
 
@@ -340,11 +345,11 @@ def test_no_tensor_holds_the_logits_of_a_batch(backbone: Backbone, monkeypatch: 
         assert logits.shape[0] == exact.shape[0] == count
         return logits, exact
 
-    spans = [Span(np.arange(start, start + 60, dtype=np.int32), 40) for start in range(4)]
+    spans = [span(np.arange(start, start + 60, dtype=np.int32), 40) for start in range(4)]
     made = OutputHead.of(backbone.model)
     monkeypatch.setattr(OutputHead, "of", lambda model: made)
     monkeypatch.setattr(OutputHead, "buffers", watched)
-    span_losses(backbone, spans, range(4), lambda done: None, Journal())
+    span_losses(backbone, spans, lambda done: None, Journal())
     assert sum(heights) == 4 * 20
     assert max(heights) == 8
 
@@ -352,15 +357,15 @@ def test_no_tensor_holds_the_logits_of_a_batch(backbone: Backbone, monkeypatch: 
 def test_out_of_memory_halves_the_batch_and_changes_no_score(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spans = [Span(np.arange(start, start + 20, dtype=np.int32), 5) for start in range(12)]
-    expected = np.array([slow_mean_loss(backbone, span.ids.tolist(), 5) for span in spans])
+    spans = [span(np.arange(start, start + 20, dtype=np.int32), 5) for start in range(12)]
+    expected = np.array([slow_mean_loss(backbone, one.input_ids.tolist(), 5) for one in spans])
     whole = spans_module._batch_losses
 
-    def small(backbone: Backbone, head: Any, spans: Sequence[Span]) -> np.ndarray:
+    def small(backbone: Backbone, head: Any, spans: Sequence[Encoded]) -> np.ndarray:
         if len(spans) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(backbone, head, spans)
 
     monkeypatch.setattr(spans_module, "_batch_losses", small)
-    assert_scores_close(span_losses(backbone, spans, range(12), lambda done: None, Journal()), expected)
+    assert_scores_close(span_losses(backbone, spans, lambda done: None, Journal()), expected)
     assert "memory ran out with 240 tokens at once" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from gradsift.config import FieldsConfig
 from gradsift.data.files import read_rows
 from gradsift.data.formats import parse_rows
 from gradsift.data.tokens import encode, encode_prompt
-from gradsift.scoring.superfilter import ifd_prompt, ifd_spans
+from gradsift.scoring.superfilter import ifd_spans
 from gradsift.training.tiny_bytes import CONTEXT, bytes_model, bytes_tokenizer
 
 TOKENIZER = bytes_tokenizer()
@@ -71,7 +71,7 @@ def test_an_encoded_example_is_its_prompt_and_its_response(template: str, tokeni
 
 def test_superfilter_scores_the_bytes_of_the_answer(tokenizer: Any) -> None:
     one = example("Add.", "né 🟥", input="1 2")
-    (alone,), (together,) = ifd_spans(tokenizer, [ifd_prompt(one)], [one.output], CONTEXT)
+    (alone,), (together,) = ifd_spans(tokenizer, [one], CONTEXT)
     count = len(one.output.encode())
     assert (alone.scored, together.scored) == (count - 1, count)
     assert together.ids[together.start :].tolist() == alone.ids.tolist()

@@ -150,7 +150,7 @@ class Line:
             encoded, report = encode(examples, model.tokenizer, proxy.template, limit, advance)
         say_report(self.runtime, report, len(examples), "proxy")
         budget = TokenBudget.of(model.model, self.config.compute.tokens, self.runtime.display.say)
-        return ProxyInputs(model, encoded, [example.row_index for example in examples], budget)
+        return ProxyInputs(model, encoded, budget)
 
     def _inputs_to_train(self, option: str = "proxy.lora") -> ProxyInputs:
         """`proxy_inputs`, after a trial of the adapter `option`, and of the target's where one will be tuned.

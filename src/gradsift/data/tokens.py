@@ -26,14 +26,21 @@ _MOST_UNKNOWN = 0.5  # share of unknown tokens above which the tokenizer cannot 
 class Encoded:
     """An example in tokens.
 
-    row          position in the list of examples that was encoded (not `row_index`)
+    row          position in the list of examples that was encoded
+    row_index    the example's row in the data's source, for messages
     input_ids    (T,) int32
     is_response  (T,) bool; the first token never is, so every response token has one before it
     """
 
     row: int
+    row_index: int
     input_ids: np.ndarray
     is_response: np.ndarray
+
+    @property
+    def scored(self) -> int:
+        """The number of tokens with a loss: response tokens, without a first one, which nothing predicts."""
+        return int(self.is_response[1:].sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +120,7 @@ def encode(
         closed = template == "chat" and not special.isdisjoint(parts[-1][0][-1:])
         whole = _with_start(parts if closed else [*parts, (end, True)], start)
         fitted = _fit(whole, max_length)
-        example = _encoded(row, fitted)
+        example = _encoded(row, examples[row].row_index, fitted)
         if not example.is_response.any():
             silent.append(row)
             continue
@@ -403,11 +410,11 @@ def _tokens(parts: Iterable[Part], is_response: bool) -> int:
     return sum(len(ids) for ids, response in parts if response is is_response)
 
 
-def _encoded(row: int, parts: list[Part]) -> Encoded:
+def _encoded(row: int, row_index: int, parts: list[Part]) -> Encoded:
     ids = np.fromiter(chain.from_iterable(ids for ids, _ in parts), dtype=np.int32)
     is_response = np.repeat([response for _, response in parts], [len(ids) for ids, _ in parts])
     is_response[0] = False  # differs only where a prompt has no token at all
-    return Encoded(row, ids, is_response)
+    return Encoded(row, row_index, ids, is_response)
 
 
 def _refuse_unknown(share: float, tokenizer: Any) -> None:

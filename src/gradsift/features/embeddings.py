@@ -83,7 +83,7 @@ def embed(
         if cut:
             runtime.display.say(f"  {cut:,} of {len(texts):,} texts were cut to embedder.max_length or the model's own")
         budget = TokenBudget.of(encoder.model, runtime.compute.tokens, runtime.display.say)
-        _fill(folder, encoder, texts, [example.row_index for example in examples], budget, runtime)
+        _fill(folder, encoder, texts, examples, budget, runtime)
         write_ids(folder, [example.example_id for example in examples], tasks)
         empty = sum(text.tokens == 0 for text in texts)
         return {"rows": len(texts), "dimensions": encoder.dimensions, "empty": empty, "cut": cut}
@@ -97,7 +97,7 @@ def _fill(
     folder: Path,
     encoder: Encoder,
     texts: Sequence[Text],
-    row_indices: Sequence[int],
+    examples: Sequence[Example],
     budget: TokenBudget,
     runtime: Runtime,
 ) -> None:
@@ -122,7 +122,7 @@ def _fill(
             told = weighed(advance, len(block), sum(text.tokens for text in block))
             for batch, found in embedded(encoder, block, budget):
                 rows = [places[text] for text in batch]
-                _require_finite(found, [row_indices[each[0]] for each in rows])
+                _require_finite(found, [examples[each[0]] for each in rows])
                 for each, vector in zip(rows, unit_rows(found), strict=True):
                     vectors[each] = vector
                 told(sum(text.tokens for text in batch))
@@ -142,10 +142,10 @@ def embedded(encoder: Encoder, texts: Sequence[Text], budget: TokenBudget) -> It
         yield [texts[place] for place in batch], budget.run(vectors_of, [lengths[place] for place in batch])
 
 
-def _require_finite(vectors: np.ndarray, row_indices: Sequence[int]) -> None:
+def _require_finite(vectors: np.ndarray, examples: Sequence[Example]) -> None:
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(bad):
-        rows = ", ".join(str(row_indices[place]) for place in bad[:8])
+        rows = ", ".join(str(examples[place].row_index) for place in bad[:8])
         raise GradsiftError(
             f"the embedding of row {rows} is not finite; take compute.precision=float32 or another embedder"
         )

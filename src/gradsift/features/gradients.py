@@ -258,7 +258,7 @@ class _Blocks:
         for _ in self._inputs.budget.passes(encoded, fill, advance=advance):
             pass
         norms = torch.linalg.vector_norm(block, dim=1).cpu()
-        require_finite("gradient", torch.arange(start, stop), norms, self._inputs.row_indices)
+        require_finite("gradient", torch.arange(start, stop), norms, encoded)
         projected = (block if self._projection is None else self._projection(block)).cpu().numpy()
         return unit_rows(projected) if self._normalise else projected
 

@@ -120,4 +120,4 @@ def _text(ids: np.ndarray) -> Text:
 
 def _encoded(row: int, text: Text) -> Encoded:
     ids = np.frombuffer(text.content, dtype=np.int32)
-    return Encoded(row, ids, np.zeros(len(ids), dtype=bool))
+    return Encoded(row, row, ids, np.zeros(len(ids), dtype=bool))

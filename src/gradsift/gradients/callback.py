@@ -31,13 +31,8 @@ COLUMNS = ("norm_A", "norm_B", "loss")
 class GradientNorms(L.Callback):
     """Collects `norm_A`, `norm_B` and `loss` of every example while it is trained on, in the order of `encoded`."""
 
-    def __init__(self, adapted: Any, encoded: Sequence[Encoded], *, row_indices: Sequence[int]) -> None:
-        """
-        Args:
-            row_indices: of the examples that `Encoded.row` counts, in the data's source; for errors.
-        """
+    def __init__(self, adapted: Any, encoded: Sequence[Encoded]) -> None:
         self._norms = PerSampleNorms(adapted)
-        self._row_indices = row_indices
         self._collected = Collected(encoded)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
@@ -65,7 +60,7 @@ class GradientNorms(L.Callback):
 
     def table(self) -> dict[str, np.ndarray]:
         """What was collected, as `Collected.columns` gives it."""
-        return self._collected.columns(self._row_indices)
+        return self._collected.columns()
 
 
 class Collected:
@@ -76,6 +71,7 @@ class Collected:
     """
 
     def __init__(self, encoded: Sequence[Encoded]) -> None:
+        self._encoded = encoded
         self._rows = torch.tensor([example.row for example in encoded], dtype=torch.int64)
         self._places = torch.full((int(self._rows.max()) + 1 if len(encoded) else 0,), -1)  # of a row in `encoded`
         self._places[self._rows] = torch.arange(len(encoded))
@@ -110,11 +106,8 @@ class Collected:
         whole._times[whole._places[found["rows"]]] = found["times"]
         return whole
 
-    def columns(self, row_indices: Sequence[int]) -> dict[str, np.ndarray]:
-        """The columns, float32, one entry an example in the order of `encoded`.
-
-        Args:
-            row_indices: of the examples that `Encoded.row` counts, in the data's source; for errors.
+    def columns(self) -> dict[str, np.ndarray]:
+        """Return the columns, float32, one entry an example in the order of `encoded`.
 
         Raises:
             GradsiftError: a norm or loss that is not finite, or an example that did not come by exactly once;
@@ -128,7 +121,7 @@ class Collected:
             )
         values = self._values.cpu()
         for name, column in zip(COLUMNS, values, strict=True):
-            require_finite("loss" if name == "loss" else "gradient norm", self._rows, column, row_indices)
+            require_finite("loss" if name == "loss" else "gradient norm", self._rows, column, self._encoded)
         return {name: column.numpy() for name, column in zip(COLUMNS, values, strict=True)}
 
 

@@ -107,7 +107,7 @@ def cosines(
         for batches in inputs.budget.passes(inputs.encoded, of_batch, journal, advance):
             for where, norm, dot in (part for parts in batches for part in parts):
                 norms[where], dots[where] = norm.double().cpu().numpy(), dot.double().cpu().numpy()
-    require_finite("gradient", torch.from_numpy(rows), torch.from_numpy(norms), inputs.row_indices)
+    require_finite("gradient", torch.from_numpy(rows), torch.from_numpy(norms), inputs.encoded)
     cosine = np.divide(dots, norms, out=np.full(len(rows), np.nan), where=norms > 0)
     return {"row": rows, "cosine": cosine, "norm": norms}
 

@@ -81,16 +81,14 @@ def embedding_gradients(
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
-        backbone, encoded, row_indices, budget = load()
+        backbone, encoded, budget = load()
         device, journal = device_of(runtime.compute), runtime.journal(folder)
         adapted = lora.add_adapter(backbone.model, config, seed=0)
         try:
             lora.load_adapter(adapted, member.path)
             adapted.to(device)
             with runtime.display.task("gradients of embedding and head", len(encoded)) as advance:
-                found = collect_statistics(
-                    adapted, encoded, row_indices, budget, backbone.pad_id, device, advance, journal
-                )
+                found = collect_statistics(adapted, encoded, budget, backbone.pad_id, device, advance, journal)
         finally:
             lora.remove_adapter(adapted)
         columns = np.full((len(COLUMNS), count), np.nan)
@@ -128,7 +126,6 @@ def read_embedding_gradients(artifact: Artifact) -> EmbeddingGradients:
 def collect_statistics(
     adapted: Any,
     encoded: Sequence[Encoded],
-    row_indices: Sequence[int],
     budget: TokenBudget,
     pad_id: int,
     device: torch.device,
@@ -152,7 +149,7 @@ def collect_statistics(
 
         for found in budget.passes(encoded, one_batch, journal, progress):
             for rows, values in found:
-                require_finite("embedding or head gradient", rows, values.sum(1), row_indices)
+                require_finite("embedding or head gradient", rows, values.sum(1), encoded)
                 statistics[[place_of[int(row)] for row in rows]] = values.numpy()
     return statistics
 

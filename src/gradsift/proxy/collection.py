@@ -72,7 +72,7 @@ def collect_rows(
         journal = runtime.journal(folder)
         pad_id, device = inputs.backbone.pad_id, device_of(runtime.compute)
         found = collect_norms(adapted, encoded, inputs.budget, pad_id, device, advance, masks=masks, journal=journal)
-    info = write_norms(folder, found.columns(inputs.row_indices), encoded, shard, config.shards)
+    info = write_norms(folder, found.columns(), encoded, shard, config.shards)
     return {**info, "all_rows": len(inputs.encoded), **{name: weights.info[name] for name in ("size_A", "size_B")}}
 
 

@@ -221,7 +221,7 @@ def train_member_epoch(
         callbacks: list[L.Callback] = [ShowProgress(advance), trajectory]
         norms = None
         if config.collect == "during_training":
-            norms = GradientNorms(adapted, inputs.encoded, row_indices=inputs.row_indices)
+            norms = GradientNorms(adapted, inputs.encoded)
             callbacks.append(norms)
         info = train_epoch(adapted, inputs, optimization, plan, start, folder, runtime.compute, callbacks)
         trajectory.write(folder)

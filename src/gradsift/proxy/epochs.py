@@ -26,7 +26,6 @@ class ProxyInputs(NamedTuple):
 
     backbone: Backbone
     encoded: Sequence[Encoded]
-    row_indices: Sequence[int]  # of the examples that `Encoded.row` counts, in the data's source
     budget: TokenBudget  # of all adapters: what one of them learnt of the memory holds for the next
 
 
@@ -65,14 +64,14 @@ def train_epoch(
     Returns:
         optimizer_steps, resumed_steps, rows, and the sizes of the adapter's factors.
     """
-    backbone, encoded, row_indices, budget = inputs
+    backbone, encoded, budget = inputs
     module = Finetuning(adapted, optimization, budget, backbone.pad_id, start.first_step, start.dropout_seed)
     if start.previous is not None:
         lora.load_adapter(adapted, start.previous.path)
         module.restore_from = start.previous.file(OPTIMIZER_FILE)
     keeper = OptimizerKeeper(folder / OPTIMIZER_FILE)
     callbacks = [*callbacks, keeper]
-    steps = fit(module, encoded, plan, compute=compute, row_indices=row_indices, callbacks=callbacks, folder=folder)
+    steps = fit(module, encoded, plan, compute=compute, callbacks=callbacks, folder=folder)
     lora.save_adapter(adapted, folder)
     write_curve(folder, module.curve)
     return {**step_counts(module, steps), "rows": len(encoded), **lora.factor_sizes(adapted)}

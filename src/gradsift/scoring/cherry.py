@@ -25,10 +25,11 @@ import numpy as np
 
 from gradsift.data.examples import Example
 from gradsift.data.templates import render
+from gradsift.data.tokens import Encoded
 from gradsift.journal import Journal
 from gradsift.runtime import Task
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
-from gradsift.scoring.spans import Span, span_losses, token_ids
+from gradsift.scoring.spans import span, span_losses, token_ids
 from gradsift.training.backbones import Backbone
 
 _RESPONSE = "### Response:"
@@ -51,8 +52,7 @@ def cherry(
     losses = np.full((2, len(examples)), np.nan)
     with task("cherry", 2 * len(examples)) as advance:
         chosen = [spans[row] for spans in (alone, together) for row in passed]
-        rows = 2 * [examples[row].row_index for row in passed.tolist()]
-        losses[:, passed] = span_losses(backbone, chosen, rows, advance, journal).reshape(2, -1)
+        losses[:, passed] = span_losses(backbone, chosen, advance, journal).reshape(2, -1)
         advance(2 * (len(examples) - len(passed)))
     return loss_ratios(losses[0], losses[1], too_long, lacks)
 
@@ -71,7 +71,7 @@ def loss_ratios(alone: np.ndarray, together: np.ndarray, too_long: np.ndarray, l
 
 def cherry_spans(
     examples: Sequence[Example], backbone: Backbone, limit: int, *, measure_cut: bool
-) -> tuple[list[Span], list[Span], np.ndarray]:
+) -> tuple[list[Encoded], list[Encoded], np.ndarray]:
     """Token spans of each answer after "### Response:" and after its prompt, and which rows are too long, (N,) bool.
 
     Args:
@@ -86,15 +86,15 @@ def cherry_spans(
         token_ids(backbone.tokenizer, texts, special=True, limit=most)
         for texts, most in zip((prompts, alone, together), limits, strict=True)
     )
-    spans: tuple[list[Span], list[Span]] = [], []
+    spans: tuple[list[Encoded], list[Encoded]] = [], []
     too_long = []
-    for prompt, direct, text in zip(*ids, strict=True):
+    for row, (example, prompt, direct, text) in enumerate(zip(examples, *ids, strict=True)):
         length = min(len(prompt), limit)
-        cut = Span(direct[: limit - length + _ROOM_FOR_RESPONSE], len(line))
+        cut = span(row, example, direct[: limit - length + _ROOM_FOR_RESPONSE], len(line))
         answer = cut.scored if measure_cut else len(direct) - len(line)
         too_long.append(length + answer > limit)
-        spans[0].append(cut if measure_cut else Span(direct, len(line)))
-        spans[1].append(Span(text[:limit], len(prompt)))
+        spans[0].append(cut if measure_cut else span(row, example, direct, len(line)))
+        spans[1].append(span(row, example, text[:limit], len(prompt)))
     return *spans, np.array(too_long, dtype=bool)
 
 

@@ -22,13 +22,13 @@ from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 from gradsift.training.finetuning import ResponseLosses, require_finite
 
 
-def perplexity(proxy_inputs: ProxyInputs, task: Task, journal: Journal, *, prefer: str) -> Scores:
+def perplexity(proxy_inputs: ProxyInputs, count: int, task: Task, journal: Journal, *, prefer: str) -> Scores:
     """Perplexity under the proxy's backbone, without adapters, and the score that prefers it low, high or middle.
 
     Raises:
         GradsiftError: a loss that is not finite, named by its row.
     """
-    losses = response_losses(proxy_inputs, task, journal)
+    losses = response_losses(proxy_inputs, count, task, journal)
     with np.errstate(over="ignore"):  # beyond e^709 it is infinite; scores are made of the losses
         parts = {"perplexity": np.exp(losses), "loss": losses}
     scores = Scores({"low": -losses, "high": losses, "middle": -from_median(losses)}[prefer], parts)
@@ -37,10 +37,10 @@ def perplexity(proxy_inputs: ProxyInputs, task: Task, journal: Journal, *, prefe
 
 
 @torch.inference_mode()
-def response_losses(proxy_inputs: ProxyInputs, task: Task, journal: Journal) -> np.ndarray:
-    """Mean loss (nats) of each example's response tokens, (N,) float64; NaN where there is none."""
-    backbone, encoded, row_indices, budget = proxy_inputs
-    losses = np.full(len(row_indices), np.nan)
+def response_losses(proxy_inputs: ProxyInputs, count: int, task: Task, journal: Journal) -> np.ndarray:
+    """Mean loss (nats) of each example's response tokens, (count,) float64; NaN where there is none."""
+    backbone, encoded, budget = proxy_inputs
+    losses = np.full(count, np.nan)
     losses_of = ResponseLosses(backbone.model)
 
     def pass_through(examples: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +50,7 @@ def response_losses(proxy_inputs: ProxyInputs, task: Task, journal: Journal) -> 
     with task("perplexity", len(encoded)) as advance:
         for found in budget.passes(encoded, pass_through, journal, advance):
             for rows, values in found:
-                require_finite("loss", rows, values, row_indices)
+                require_finite("loss", rows, values, encoded)
                 losses[rows.numpy()] = values.double().numpy()
     return losses
 

@@ -1,17 +1,17 @@
-"""Mean losses of stretches of text under a backbone: what instruction-following difficulties are made of."""
+"""Mean losses of spans of text under a backbone: what instruction-following difficulties are computed from."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from gradsift.data.batching import length_batches, spread_out
-from gradsift.data.tokens import chunks, start_of
+from gradsift.data.batching import collate, length_batches, spread_out
+from gradsift.data.examples import Example
+from gradsift.data.tokens import Encoded, chunks, start_of
 from gradsift.journal import Journal
 from gradsift.runtime import Advance, weighed
 from gradsift.training.backbones import Backbone
@@ -19,32 +19,20 @@ from gradsift.training.device import TokenBudget, tokens_factor
 from gradsift.training.finetuning import require_finite
 from gradsift.training.head import OutputHead, token_losses
 
-_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # padded; no result depends on it. A CPU has them in its caches
+_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # padded; no result depends on it. 512 fit in a CPU's caches
 
 
-@dataclass(frozen=True)
-class Span:
-    """Token ids, of which those from `start` on are scored."""
-
-    ids: np.ndarray  # (T,) int32
-    start: int
-
-    @property
-    def first(self) -> int:
-        """The first token that is scored: at least the second, as nothing predicts the first."""
-        return max(1, self.start)
-
-    @property
-    def scored(self) -> int:
-        return max(0, len(self.ids) - self.first)
+def span(row: int, example: Example, ids: np.ndarray, start: int) -> Encoded:
+    """Return token ids (T,) of an example at position `row`, of which those from `start` on are scored."""
+    return Encoded(row, example.row_index, ids, np.arange(len(ids)) >= max(1, start))
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str], *, special: bool, limit: int | None = None) -> Iterator[np.ndarray]:
-    """Token ids (T,) int32 of each text, in order.
+    """Yield token ids (T,) int32 of each text, in order.
 
     Args:
-        special: whether the tokenizer puts its start token (and the like) around a text, as it does unasked.
-        limit: tokens that matter; a text that is far longer gives somewhat more than these. All matter when None.
+        special: whether the tokenizer adds its special tokens (such as a start token) as it does by default.
+        limit: number of tokens that are used; a much longer text yields only slightly more than these. None: all.
     """
     cut = texts if limit is None else (start_of(text, tokenizer, limit) for text in texts)
     for chunk in chunks(cut, len):
@@ -52,26 +40,28 @@ def token_ids(tokenizer: Any, texts: Sequence[str], *, special: bool, limit: int
             yield np.array(ids, dtype=np.int32)
 
 
-def span_losses(
-    backbone: Backbone, spans: Sequence[Span], row_indices: Sequence[int], advance: Advance, journal: Journal
-) -> np.ndarray:
-    """Mean loss (nats) over each span's scored tokens, (N,) float64; NaN where a span scores none.
+def span_losses(backbone: Backbone, spans: Sequence[Encoded], advance: Advance, journal: Journal) -> np.ndarray:
+    """Return the mean loss (nats) over each span's scored tokens, (N,) float64; NaN where a span scores none.
+
+    Equal spans pass through the model once, so that their losses tie.
 
     Args:
-        row_indices: of the spans in the data's source, for errors.
         journal: keeps the losses batch by batch.
+
+    Raises:
+        GradsiftError: a loss is not finite; names the rows.
     """
     losses = np.full(len(spans), np.nan)
-    same: dict[tuple[int, bytes], list[int]] = {}  # equal spans are passed once, so that their losses tie
-    for index, span in enumerate(spans):
-        if span.scored:
-            same.setdefault((span.first, span.ids.tobytes()), []).append(index)
-    groups = list(same.values())
+    equal: dict[tuple[bytes, bytes], list[int]] = {}
+    for index, one in enumerate(spans):
+        if one.scored:
+            equal.setdefault((one.input_ids.tobytes(), one.is_response.tobytes()), []).append(index)
+    groups = list(equal.values())
     advance(len(spans) - sum(map(len, groups)))
     head = OutputHead.of(backbone.model)
     budget = TokenBudget(_BATCH_TOKENS[backbone.model.device.type] * min(2, tokens_factor(backbone.model)))
-    lengths = [len(spans[group[0]].ids) for group in groups]
-    told = weighed(advance, sum(map(len, groups)), sum(lengths))
+    lengths = [len(spans[group[0]].input_ids) for group in groups]
+    advance_by_tokens = weighed(advance, sum(map(len, groups)), sum(lengths))
     for batch in spread_out(length_batches(lengths, budget.tokens)):
 
         def means_of(tokens: int, batch: Sequence[int] = batch) -> list[float]:
@@ -83,28 +73,16 @@ def span_losses(
         work = functools.partial(budget.run, means_of, [lengths[position] for position in batch])
         for position, mean in zip(batch, journal.once(batch, work), strict=True):
             losses[groups[position]] = mean
-        rows = [index for position in batch for index in groups[position]]
-        require_finite("loss", torch.tensor(rows), torch.from_numpy(losses[rows]), row_indices)
-        told(sum(lengths[position] for position in batch))
+        indices = [index for position in batch for index in groups[position]]
+        rows = torch.tensor([spans[index].row for index in indices])
+        require_finite("loss", rows, torch.from_numpy(losses[indices]), spans)
+        advance_by_tokens(sum(lengths[position] for position in batch))
     return losses
 
 
 @torch.inference_mode()
-def _batch_losses(backbone: Backbone, head: OutputHead | None, spans: Sequence[Span]) -> np.ndarray:
-    """Padded on the right, so that causal attention never sees the padding, and needs no mask."""
-    device = backbone.model.device
-    longest = max(len(span.ids) for span in spans)
-    ids = torch.full((len(spans), longest), backbone.pad_id)
-    for row, span in enumerate(spans):
-        ids[row, : len(span.ids)] = torch.from_numpy(span.ids)
-    # where to predict is worked out here and not by a mask on the device, which would have to be waited for
-    predicted = [torch.arange(span.first, len(span.ids)) + row * longest for row, span in enumerate(spans)]
-    positions = torch.cat(predicted)
-    losses = token_losses(
-        backbone.model,
-        head,
-        {"input_ids": ids.to(device)},
-        (positions - 1).to(device),
-        ids.flatten()[positions].to(device),
-    )
-    return np.array([float(part.mean()) for part in losses.cpu().double().split([span.scored for span in spans])])
+def _batch_losses(backbone: Backbone, head: OutputHead | None, spans: Sequence[Encoded]) -> np.ndarray:
+    """Return the mean losses (B,) of spans that score a token each, averaged in float64."""
+    batch = collate(spans, backbone.pad_id).to(backbone.model.device)
+    losses = token_losses(backbone.model, head, batch.model_inputs(), batch.places, batch.targets)
+    return np.array([float(part.mean()) for part in losses.cpu().double().split([one.scored for one in spans])])

@@ -31,11 +31,12 @@ from typing import Any
 import numpy as np
 
 from gradsift.data.examples import Example
+from gradsift.data.tokens import Encoded
 from gradsift.diagnostics import Diagnostic
 from gradsift.journal import Journal
 from gradsift.runtime import Task
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
-from gradsift.scoring.spans import Span, span_losses, token_ids
+from gradsift.scoring.spans import span, span_losses, token_ids
 from gradsift.training.backbones import Backbone
 
 _NOTHING_LEFT = "the prompt leaves no token of the response within max_length"
@@ -61,18 +62,15 @@ def superfilter(
         keep: high (the published direction) or low: what a high score stands for.
     """
     if fidelity == "original":
-        prompts, answers = [ifd_prompt(example) for example in examples], [example.output for example in examples]
-        alone, together = ifd_spans(backbone.tokenizer, prompts, answers, max_length, special=True)
+        alone, together = ifd_spans(backbone.tokenizer, examples, max_length, special=True)
     else:
-        alone, together = spans_of(examples, backbone, max_length)
+        alone, together = ifd_spans(backbone.tokenizer, examples, min(max_length, backbone.context))
     spans = [*alone, *together]
-    fails = np.array([fidelity == "original" and not 0 < len(span.ids) <= backbone.context for span in spans])
-    row_indices = [example.row_index for example in examples]
+    fails = np.array([fidelity == "original" and not 0 < len(one.input_ids) <= backbone.context for one in spans])
     with task("superfilter", len(spans)) as advance:
         losses = np.full(len(spans), np.nan)
         passed = np.flatnonzero(~fails)
-        chosen, rows = [spans[i] for i in passed], [row_indices[i % len(examples)] for i in passed]
-        losses[passed] = span_losses(backbone, chosen, rows, advance, journal)
+        losses[passed] = span_losses(backbone, [spans[i] for i in passed], advance, journal)
         advance(int(fails.sum()))
     loss_alone, loss_together = losses.reshape(2, -1)
     if fidelity == "original":
@@ -127,24 +125,19 @@ def ifd_prompt(example: Example) -> str:
     return history + example.instruction + "\n" + (example.input + "\n" if example.input else "")
 
 
-def spans_of(examples: Sequence[Example], backbone: Backbone, max_length: int) -> tuple[list[Span], list[Span]]:
-    """Token spans of each example's answer alone and after its prompt."""
-    prompts, answers = [ifd_prompt(example) for example in examples], [example.output for example in examples]
-    return ifd_spans(backbone.tokenizer, prompts, answers, min(max_length, backbone.context))
-
-
 def ifd_spans(
-    tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], limit: int, *, special: bool = False
-) -> tuple[list[Span], list[Span]]:
-    """Token spans of the answers alone and of the answers after their prompts.
+    tokenizer: Any, examples: Sequence[Example], limit: int, *, special: bool = False
+) -> tuple[list[Encoded], list[Encoded]]:
+    """Return token spans of the answers alone and of the answers after their prompts.
 
     The published code looks for the answer's last occurrence in the text. As the text ends with the answer, all
     before that is the prompt, whatever else the prompt repeats.
     """
     alone, together = [], []
+    prompts, answers = [ifd_prompt(example) for example in examples], [example.output for example in examples]
     texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     ids = (token_ids(tokenizer, each, special=special, limit=limit) for each in (prompts, answers, texts))
-    for prompt, answer, text in zip(*ids, strict=True):
-        alone.append(Span(answer[: limit - min(len(prompt), limit) + 1], 1))
-        together.append(Span(text[:limit], len(prompt)))
+    for row, (example, prompt, answer, text) in enumerate(zip(examples, *ids, strict=True)):
+        alone.append(span(row, example, answer[: limit - min(len(prompt), limit) + 1], 1))
+        together.append(span(row, example, text[:limit], len(prompt)))
     return alone, together

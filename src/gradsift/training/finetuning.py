@@ -193,7 +193,7 @@ class Finetuning(L.LightningModule):
         by_token = self.optimization.loss == "token"
         names = ("rows", "losses", *(["counts"] if by_token else []), *(["norm_A", "norm_B"] if self.norms else []))
         # of the whole step, not of a batch or a rank: all examples or all tokens weigh the same
-        divisor = sum(int(example.is_response[1:].sum()) for example in examples) if by_token else len(examples)
+        divisor = sum(example.scored for example in examples) if by_token else len(examples)
         parts: list[tuple[torch.Tensor, ...]] = []
         batches = by_length(mine, tokens)
         # a rank with fewer batches than others lends them its weights by passes that count for nothing
@@ -240,14 +240,12 @@ def fit(
     plan: Sequence[Sequence[int]],
     *,
     compute: ComputeConfig,
-    row_indices: Sequence[int],
     callbacks: Sequence[L.Callback] = (),
     folder: Path | None = None,
 ) -> int:
     """Train over the steps of `plan` (positions in `encoded`) in the order given.
 
     Args:
-        row_indices: of the examples that `Encoded.row` counts, in the data's source; for errors.
         folder: of the artifact in the making: where an interrupted training left the point that this one goes on
             from, and where this one leaves its own.
 
@@ -259,7 +257,7 @@ def fit(
             single example.
     """
     handler = signal.getsignal(signal.SIGINT)
-    callbacks = [StopAtNonFinite(row_indices), *callbacks]
+    callbacks = [StopAtNonFinite(encoded), *callbacks]
     if folder is not None:
         point = SavePoint(folder, compute.save_every, len(plan), callbacks)
         point.restore(module)
@@ -333,8 +331,8 @@ class ShowProgress(L.Callback):
 class StopAtNonFinite(L.Callback):
     """Ends the training at a NaN or infinite loss or norm; looks every 16 steps, so as not to wait for the device."""
 
-    def __init__(self, row_indices: Sequence[int]) -> None:
-        self._row_indices = row_indices
+    def __init__(self, encoded: Sequence[Encoded]) -> None:
+        self._encoded = encoded
         self._recent: list[dict[str, torch.Tensor]] = []
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
@@ -354,15 +352,23 @@ class StopAtNonFinite(L.Callback):
         names = {"losses": "training loss", "norm_A": "gradient norm", "norm_B": "gradient norm"}
         for outputs in self._recent:
             for name in names.keys() & outputs.keys():
-                require_finite(names[name], outputs["rows"], outputs[name], self._row_indices)
+                require_finite(names[name], outputs["rows"], outputs[name], self._encoded)
         self._recent.clear()
 
 
-def require_finite(what: str, rows: torch.Tensor, values: torch.Tensor, row_indices: Sequence[int]) -> None:
-    """Raise a `GradsiftError` that names the rows (of the source) whose value is NaN or infinite."""
+def require_finite(quantity: str, rows: torch.Tensor, values: torch.Tensor, encoded: Sequence[Encoded]) -> None:
+    """Raise a `GradsiftError` that names the examples whose value is NaN or infinite by their row in the data's source.
+
+    Args:
+        quantity: name of the values in the message.
+        rows: (B,) int64, `Encoded.row` of the values.
+        values: (B,)
+        encoded: examples that include all of `rows`.
+    """
     bad = ~torch.isfinite(values)
     if bool(bad.any()):
+        row_index = {example.row: example.row_index for example in encoded}
+        named = ", ".join(str(row_index[row]) for row in rows[bad][:8].tolist())
         raise GradsiftError(
-            f"the {what} of row {', '.join(str(row_indices[int(r)]) for r in rows[bad][:8])} is not finite; lower the "
-            "learning rate, or take compute.precision=float32"
+            f"the {quantity} of row {named} is not finite; lower the learning rate, or take compute.precision=float32"
         )

@@ -87,7 +87,7 @@ def _rows(model: Any) -> list[Encoded]:
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     rng = np.random.default_rng(0)
     return [
-        Encoded(row, rng.integers(vocabulary, size=length).astype(np.int32), np.arange(length) > 0)
+        Encoded(row, row, rng.integers(vocabulary, size=length).astype(np.int32), np.arange(length) > 0)
         for row, length in enumerate(_LENGTHS)
     ]
 

@@ -143,7 +143,6 @@ def train_target(
             encoded,
             plan,
             compute=runtime.compute,
-            row_indices=[example.row_index for example in chosen],
             callbacks=[ShowProgress(advance)],
             folder=folder,
         )

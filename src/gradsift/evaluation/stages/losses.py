@@ -93,7 +93,7 @@ def _losses(
     limit = min(config.max_length, model.context)
     with runtime.display.task("tokenise for the target", len(examples)) as advance:
         encoded, _ = encode(examples, model.tokenizer, config.template, limit, advance)
-    row_indices, device = [example.row_index for example in examples], device_of(runtime.compute)
+    device = device_of(runtime.compute)
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     with runtime.display.task(purpose, len(encoded)) as advance, torch.inference_mode():
         response_losses = ResponseLosses(model.model)
@@ -106,6 +106,6 @@ def _losses(
         journal = runtime.journal(folder)
         for results in budget.passes(encoded, losses_of, journal, advance):
             for rows, losses in results:
-                require_finite(purpose, rows, losses, row_indices)
+                require_finite(purpose, rows, losses, encoded)
                 found.append((rows.cpu(), losses.cpu()))
     return found

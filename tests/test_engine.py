@@ -348,7 +348,7 @@ def test_out_of_memory_in_a_collection_pass_changes_no_norm(monkeypatch: pytest.
     encoded, adapted, said = ragged_examples(9), adapted_model("llama", ["all-linear"]), []
     monkeypatch.setattr("gradsift.gradients.callback.ResponseLosses", failing_above(30, OUT_OF_MEMORY[0]))
     budget = TokenBudget(1000, said.append)
-    found = collect_norms(adapted, encoded, budget, 0, torch.device("cpu")).columns(range(len(encoded)))
+    found = collect_norms(adapted, encoded, budget, 0, torch.device("cpu")).columns()
     assert_norms_close(np.stack([found[name] for name in COLUMNS], 1), loop_norms(adapted, encoded))
     assert said
     assert budget.tokens <= 30

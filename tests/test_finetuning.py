@@ -388,7 +388,7 @@ def test_norms_of_a_loaded_model_are_those_of_plain_transformers_and_peft(archit
 
 
 def collected(adapted: Any, encoded: Sequence[Encoded], tokens: int = 4096) -> np.ndarray:
-    found = collect_norms(adapted, encoded, TokenBudget(tokens), 0, torch.device("cpu")).columns(range(len(encoded)))
+    found = collect_norms(adapted, encoded, TokenBudget(tokens), 0, torch.device("cpu")).columns()
     return np.stack([found[name] for name in COLUMNS], 1)
 
 

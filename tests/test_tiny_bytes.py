@@ -74,7 +74,7 @@ def test_superfilter_scores_the_bytes_of_the_answer(tokenizer: Any) -> None:
     (alone,), (together,) = ifd_spans(tokenizer, [one], CONTEXT)
     count = len(one.output.encode())
     assert (alone.scored, together.scored) == (count - 1, count)
-    assert together.ids[together.start :].tolist() == alone.ids.tolist()
+    assert together.input_ids[together.is_response].tolist() == alone.input_ids.tolist()
 
 
 def test_the_model_has_about_a_million_parameters_and_takes_every_id_and_place() -> None:

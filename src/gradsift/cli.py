@@ -6,6 +6,7 @@ problem that the user can mend ends as one line and exit code 2; in a sweep the 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import os
@@ -22,7 +23,10 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -34,6 +38,7 @@ from gradsift.config import Config, TrackerConfig, dump_config, load_config, reg
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.overrides import require_readable
 from gradsift.sweep import HOME, Sweep, begin, fix_place
+from gradsift.user_conf import conf_folder
 
 CONFIG_FILE = "config.yaml"
 _WRITTEN = ("run.json", "metrics.jsonl", "selection.jsonl", "audit.json", "error.txt")
@@ -48,12 +53,6 @@ _SEEDS = (
     ("values", "scorer", "seed"),
     ("values", "selector", "seed"),
 )
-
-
-def conf_folder() -> Path:
-    """`conf/` inside an installed package, or beside `src/` in a checkout."""
-    inside = Path(__file__).parent / "conf"
-    return inside if inside.is_dir() else Path(__file__).parents[2] / "conf"
 
 
 def main() -> None:
@@ -137,6 +136,30 @@ def _hydra_raises() -> Iterator[None]:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """Return the config of a run with these overrides, for callers in Python.
+
+    Works inside another program's Hydra application too, and leaves its settings as they were.
+
+    Raises:
+        ConfigError: a group, an option or a value cannot be used; one line, as on the command line.
+    """
+    require_readable(overrides, conf_folder())
+    Plugins.instance()  # the first call stores the settings of the plugins, which are to stay
+    store, outer = ConfigStore.instance(), GlobalHydra.instance()
+    repo, hydra_of_caller = copy.deepcopy(store.repo), outer.hydra
+    outer.clear()
+    try:
+        register_schemas()
+        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            return load_config(hydra.compose("config", overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(in_one_line(error)) from None  # Hydra's own trace tells the caller nothing
+    finally:
+        store.repo = repo
+        GlobalHydra.instance().hydra = hydra_of_caller
 
 
 def in_one_line(error: Exception) -> str:

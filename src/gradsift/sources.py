@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from gradsift.artifacts import Artifact
@@ -35,6 +37,7 @@ class Method:
     function: Callable[..., Any]
     asked: tuple[str, ...]  # names of its sources
     constants: Mapping[str, Any]
+    code: str = ""  # SHA-256 of a user's own code; gradsift's own functions are versioned by hand
 
     def parents(self, sources: Mapping[str, Source]) -> list[Artifact]:
         """What the result is computed from; makes it where it is not there."""
@@ -45,21 +48,23 @@ class Method:
         settings = {"name": self.name, "function": self.target, **self.constants}
         for parameter in self.asked:
             settings |= {f"{parameter}.{option}": value for option, value in sources[parameter].settings.items()}
-        if not self.target.startswith("gradsift."):  # ours are versioned by hand, a user's own by its text
-            text = inspect.getsource(inspect.getmodule(self.function) or self.function)
-            settings["source"] = hashlib.sha256(text.encode()).hexdigest()
+        if self.code:
+            settings["source"] = self.code
         return settings
 
     def __call__(self, *given: Any, sources: Mapping[str, Source]) -> Any:
         return self.function(*given, *(sources[parameter].value() for parameter in self.asked), **self.constants)
 
 
+_texts: dict[str, str] = {}  # source text that each module of the user was imported with
+
+
 def method(kind: str, config: Any, known: Sequence[str], given: Sequence[str] = ()) -> Method:
-    """The function that `config._target_` names, with its constants, checked against its signature.
+    """Return the function that `config._target_` names, with its constants, checked against its signature.
 
     Args:
         kind: `scorer` or `selector`; names the options in errors.
-        config: a dataclass of ours or a mapping of the user's own, with `_target_` and `name`.
+        config: one of gradsift's dataclasses or a mapping of the user's own, with `_target_` and `name`.
         known: names of the sources.
         given: the first positional parameters, which are no sources.
 
@@ -71,7 +76,30 @@ def method(kind: str, config: Any, known: Sequence[str], given: Sequence[str] = 
         if not isinstance(options.get(key), str):
             raise ConfigError(f"{kind}.{key} is missing; a {kind}'s YAML names its function and itself")
     target, name = options.pop("_target_"), options.pop("name")
-    function = _resolve(kind, target)
+    function, code = _resolve(kind, target)
+    return method_of(kind, name, function, options, known, given, target=target, code=code)
+
+
+def method_of(
+    kind: str,
+    name: str,
+    function: Callable[..., Any],
+    options: Mapping[str, Any],
+    known: Sequence[str],
+    given: Sequence[str] = (),
+    *,
+    target: str,
+    code: str,
+) -> Method:
+    """Return a function as a scorer or selector, with `options` as its constants.
+
+    Args:
+        target: stands for the function in the identity of its results.
+        code: SHA-256 of its code; empty for a function of gradsift.
+
+    Raises:
+        ConfigError: see `method`.
+    """
     parameters = inspect.signature(function).parameters
     keyword_only = [n for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     positional = [n for n in parameters if n not in keyword_only]
@@ -88,18 +116,39 @@ def method(kind: str, config: Any, known: Sequence[str], given: Sequence[str] = 
     for constant in keyword_only:
         if constant not in options and parameters[constant].default is inspect.Parameter.empty:
             raise ConfigError(f"{kind}.{constant} is not set, and {kind}={name} has no default for it")
-    return Method(name, target, function, tuple(asked), options)
+    return Method(name, target, function, tuple(asked), options, code)
 
 
-def _resolve(kind: str, target: str) -> Callable[..., Any]:
-    """The function at package.module.function."""
+def _resolve(kind: str, target: str) -> tuple[Callable[..., Any], str]:
+    """Return the function at package.module.function and the hash of its module's text, empty for gradsift's own."""
     module_name, _, function_name = target.rpartition(".")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # last: a user's file never hides an installed package
     try:
-        function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
+        module = importlib.import_module(module_name)
+        function: Callable[..., Any] = getattr(module, function_name)
         if not inspect.isfunction(function):
             raise ConfigError(f"{kind}._target_={target} is no function; a {kind} is one")
+        if target.startswith("gradsift."):
+            return function, ""
+        text = _text_of(kind, target, function)
+        if _texts.setdefault(function.__module__, text) != text:  # edited since its import, as in a notebook
+            importlib.reload(sys.modules[function.__module__])
+            _texts[function.__module__] = text
+            function = getattr(importlib.reload(module), function_name)
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise ConfigError(
             f"{kind}._target_={target} cannot be imported ({error}); give package.module.function"
         ) from error
-    return function
+    return function, hashlib.sha256(text.encode()).hexdigest()
+
+
+def _text_of(kind: str, target: str, function: Callable[..., Any]) -> str:
+    """Return the source text of the module that defines the function."""
+    try:
+        return inspect.getsource(sys.modules[function.__module__])
+    except (TypeError, OSError) as error:
+        raise ConfigError(
+            f"{kind}._target_={target}: the source text of {function.__module__} cannot be read ({error}), and it is "
+            "part of the identity of the scores; put the function into a .py file"
+        ) from error

@@ -110,12 +110,17 @@ REPLACED = {  # settings of Hydra's plugins in whose place those of `conf/hydra/
 
 
 def register_schemas() -> None:
-    """Make the dataclasses known to Hydra as `schema/<group>/<variant>`, and forget what `conf/hydra/` replaces."""
+    """Make the dataclasses known to Hydra as `schema/<group>/<variant>`, and forget what `conf/hydra/` replaces.
+
+    From here on Hydra also searches the user's `./conf`.
+    """
     from hydra.core.config_store import ConfigStore
     from hydra.core.plugins import Plugins
 
+    from gradsift.user_conf import UserConf
+
     store = ConfigStore.instance()
-    Plugins.instance()  # the first call loads the plugins, which store their own settings
+    Plugins.instance().register(UserConf)  # the first call of instance() loads the plugins with settings of their own
     for group, choices in REPLACED.items():
         for choice in choices:  # Hydra wants a choice from one source alone
             store.repo["hydra"].get(group, {}).pop(f"{choice}.yaml", None)

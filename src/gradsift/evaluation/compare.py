@@ -17,14 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradsift.cli import conf_folder, in_one_line
-from gradsift.config import BenchmarkConfig, Config, load_config, register_schemas
+from gradsift.cli import compose_config
+from gradsift.config import BenchmarkConfig, Config
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.export import export
 from gradsift.evaluation.generation import OUTPUTS_FILE, ModelOutput, read_pair, write_model_outputs
 from gradsift.evaluation.human.pairs import PairFiles
 from gradsift.names import slug
-from gradsift.overrides import require_readable
 
 if TYPE_CHECKING:
     from gradsift.artifacts import Artifact, Store
@@ -96,23 +95,13 @@ def _about(benchmark: BenchmarkConfig, rows: Sequence[ModelOutput]) -> Benchmark
 
 def _config(options: Sequence[str]) -> Config:
     """The default run's config with these options, for the sake of its judge."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     for option in options:
         if not _OPTIONS.fullmatch(option):
             raise ConfigError(
                 f"{option!r} has no say here; options are judge=NAME, judge.KEY=VALUE, compute.KEY=VALUE, "
                 "benchmark.catalog.SET.KEY=VALUE and artifacts=DIR"
             )
-    require_readable(options, conf_folder())
-    register_schemas()
-    try:
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            return load_config(compose("config", overrides=list(options)))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(in_one_line(error)) from error
+    return compose_config(options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

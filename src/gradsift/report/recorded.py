@@ -22,9 +22,10 @@ from typing import Any
 
 import yaml
 
-from gradsift.cli import CONFIG_FILE, conf_folder
+from gradsift.cli import CONFIG_FILE
 from gradsift.manifests import content_hash
 from gradsift.report.tables import Run, flat_rows, untuned_rows
+from gradsift.user_conf import conf_folder
 
 RECORDED_FILE = Path("experiment") / "world.recorded.json"
 _NAMES = {

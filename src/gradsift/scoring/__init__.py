@@ -24,5 +24,6 @@ nothing else:
     journal      `gradsift.journal.Journal`: results that a killed run need not make again
 
 Its keyword-only parameters are its constants, filled from `conf/scorer/<name>.yaml`. It returns
-`Scores`. A scorer of your own is such a function and a YAML file with its `_target_`.
+`Scores`. A scorer of your own is such a function in a module beside the command, and a YAML file in
+`./conf/scorer/` with its `_target_`; or a function that is passed to `gradsift.select`.
 """

@@ -19,10 +19,16 @@ from gradsift.gradients.statistics import Statistics
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
 
+def ratio(G_s: np.ndarray, G_t: np.ndarray, V_t: np.ndarray, eps: float) -> np.ndarray:
+    """Return Eq. 5 for N examples: the normalised drop over the late variance; (N,) float64 in and out."""
+    value: np.ndarray = (G_s - G_t) / (G_s + eps) / (V_t + eps)
+    return value
+
+
 def gsnr(statistics: Statistics, *, eps: float) -> Scores:
     """Eq. 5: the normalised drop over the late variance."""
-    drop = statistics.G_s - statistics.G_t
-    return _scores(statistics, drop / (statistics.G_s + eps) / (statistics.V_t + eps), eps, ("G_s", "V_t"))
+    score = ratio(statistics.G_s, statistics.G_t, statistics.V_t, eps)
+    return _scores(statistics, score, eps, ("G_s", "V_t"))
 
 
 def gsnr_raw_drop(statistics: Statistics, *, eps: float) -> Scores:

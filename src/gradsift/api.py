@@ -1,0 +1,367 @@
+"""The Python API: select rows without the command line. Its names are exported from `gradsift` itself."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradsift.cli import compose_config
+from gradsift.config.checks import positive
+from gradsift.errors import ConfigError, DataError
+from gradsift.user_conf import conf_folder
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from gradsift.artifacts import Artifact
+    from gradsift.config import Config
+    from gradsift.line import Line
+    from gradsift.sources import Method
+
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
+_KEYWORDS = ("null", "true", "false", "nan", "inf")  # which Hydra reads as other things than text
+_FIXED = {  # options that `select` sets itself, and what to do instead
+    "data": "the rows are the first argument",
+    "data__path": "the rows are the first argument",
+    "method": "give method=...",
+    "stop_after": "select() always ends at the selection",
+    "plan": "a plan is made by the command line alone",
+    "experiment": "give its options one by one",
+    "hydra": "there is no Hydra application here",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Selection:
+    """The rows that `select` kept, and why.
+
+    Attributes:
+        kept: The K selected rows with their original columns, best first.
+        indices: (K,) int64, the positions of `kept` in the rows that were given.
+        scores: One row for each accepted row: `row_index`, `example_id`, `score` (higher is better), every part of
+            the score, `status` (`scored`, `undefined` or `excluded`), `reason`, and whether it was `selected`.
+        rejected: The rows that cannot be used: `row_index`, `reason`, and the row as JSON in `content`.
+        diagnostics: What the run noticed, by name: `verdict` (`ok`, `warning`, `unknown`), `values`, `message`.
+        stages: What was done for each unit of work, as in `run.json`: `name`, `artifact`, `reused`, `seconds`, ...
+    """
+
+    kept: Dataset
+    indices: np.ndarray
+    scores: Dataset
+    rejected: Dataset
+    diagnostics: dict[str, dict[str, Any]]
+    stages: list[dict[str, Any]]
+
+    @property
+    def warnings(self) -> list[str]:
+        """The messages of the diagnostics that warn."""
+        return [found["message"] for found in self.diagnostics.values() if found["verdict"] == "warning"]
+
+    def __repr__(self) -> str:
+        return (
+            f"Selection({len(self.kept):,} of {len(self.scores):,} rows, {len(self.rejected):,} rejected, "
+            f"{len(self.warnings)} warnings)"
+        )
+
+
+def select(
+    rows: Sequence[Mapping[str, Any]] | Dataset | str | Path,
+    method: str | Callable[..., Any] = "gradfiltering",
+    alpha: float = 0.1,
+    *,
+    proxy: str = "gpt2",
+    artifacts: str | Path | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Selection:
+    """Select the rows of an instruction dataset that are worth training on.
+
+    Does what the command line does with the same options and shares its store: what is finished there is found, a
+    call that was interrupted continues, and a second call with the same rows and options computes nothing.
+
+    Args:
+        rows: Dicts, a `datasets.Dataset`, or the path of a file (.json, .jsonl, .csv, .tsv, .parquet).
+        method: A recipe (`gradfiltering`, `superfiltering`, ...), a scorer (`late_loss`, ...), or a function of your
+            own, whose parameters name what it asks for (see `gradsift.scoring`).
+        alpha: Share of the rows that is kept, above 0 and up to 1.
+        proxy: The small model that is trained and asked: `gpt2`, `smollm2` or `tiny_bytes` (random weights).
+        artifacts: Folder of finished work; by default `$GRADSIFT_ARTIFACTS` or `./artifacts`.
+        progress: Whether to show progress on stderr.
+        **options: Any other option of the command line, with `__` where that has a dot: `proxy__members=3`,
+            `proxy__snapshots=[1, 2]`, `scorer__eps=1e-6`, `data__limit=1000`, `selector="repr_filter"`, `seed=1`.
+
+    Returns:
+        The kept rows, the scores of all rows, the rejected rows and the diagnostics.
+
+    Raises:
+        ConfigError: an option or its value cannot be used.
+        DataError: the rows cannot be read, or none of them can be used.
+        GradsiftError: the work failed; the message names the remedy.
+
+    Example:
+        >>> import gradsift
+        >>> rows = [{"instruction": f"Add 1 to {n}.", "output": str(n + 1)} for n in range(40)]
+        >>> selection = gradsift.select(rows, alpha=0.1, proxy="tiny_bytes", proxy__members=2, progress=False)
+        >>> selection
+        Selection(4 of 40 rows, 0 rejected, ... warnings)
+        >>> selection.kept.column_names
+        ['instruction', 'output']
+        >>> selection.scores.column_names
+        ['row_index', 'example_id', 'score', 'G_s', 'G_t', 'V_t', 'drop', 'status', 'reason', 'selected']
+    """
+    with tempfile.TemporaryDirectory(prefix="gradsift-rows-") as folder:
+        path = Path(rows) if isinstance(rows, str | Path) else _written(rows, Path(folder) / "rows.jsonl")
+        chosen = {"alpha": alpha, "proxy": proxy, **({} if artifacts is None else {"artifacts": artifacts})}
+        overrides = ["data=json", f"data.path={_spelt('rows', path)}", "stop_after=selection", "tracker=none"]
+        constants = {}
+        if callable(method):
+            constants = {name[8:]: options.pop(name) for name in list(options) if name.startswith("scorer__")}
+            name = _spelt("method", _function_name(method))
+            overrides += ["~scorer", f"+scorer={{_target_: {name}, name: {name}}}"]
+        else:
+            overrides.append(_chosen(method))
+        config = compose_config([*overrides, *_overrides(chosen), *_overrides(_changeable(options))])
+        return _selected(config, progress, rows, method if callable(method) else None, constants)
+
+
+def _selected(
+    config: Config, progress: bool, rows: Any, function: Callable[..., Any] | None, constants: Mapping[str, Any]
+) -> Selection:
+    import torch
+    from rich.console import Console
+
+    from gradsift.artifacts import Store
+    from gradsift.line import Line
+    from gradsift.pipeline import prepare
+    from gradsift.runtime import Display, Runtime
+    from gradsift.scoring.stage import score
+
+    display = Display(Console(stderr=True, highlight=False, quiet=not progress))
+    threads = torch.get_num_threads()
+    prepare(config)
+    store = Store(Path(config.artifacts), display.say)
+    try:
+        with store.guarded("the selection", nameless=False):
+            line = Line(config, Runtime(store, config.compute, display, config.seed))
+            if function is not None:
+                line.scorer = _scorer(function, constants, tuple(line.sources))
+            line.check()
+            scored = score(line.runtime, line.scorer, line.loaded, line.sources, line.diagnose)
+            return _read(rows, line, scored, line.select(scored))
+    finally:
+        torch.set_num_threads(threads)  # of the caller's process
+
+
+def _scorer(function: Any, constants: Mapping[str, Any], known: Sequence[str]) -> Method:
+    """Return the caller's function as a scorer whose code and constants are part of the identity of its scores."""
+    from gradsift.function_code import code_hash
+    from gradsift.sources import method_of
+
+    name = _function_name(function)
+    if isinstance(function, functools.partial):
+        function, constants = function.func, {**function.keywords, **constants}
+    target = f"{function.__module__}.{function.__qualname__}"
+    code = "" if target.startswith("gradsift.") else code_hash(function)
+    return method_of("scorer", name, function, constants, known, target=target, code=code)
+
+
+def _function_name(function: Callable[..., Any]) -> str:
+    inner = function.func if isinstance(function, functools.partial) and not function.args else function
+    if not inspect.isfunction(inner) or inner.__name__ == "<lambda>":
+        raise ConfigError(f"method={function!r} is no function with a name; define one with def, and pass that")
+    return inner.__name__
+
+
+def _read(rows: Any, line: Line, scored: Artifact, selected: Artifact) -> Selection:
+    """Read what the stages wrote."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    from gradsift.data.examples import read_column
+    from gradsift.data.load import EXAMPLES_FILE
+    from gradsift.diagnostics import read_diagnostics
+    from gradsift.scoring.stage import SCORES_FILE
+    from gradsift.selection.stage import positions_of
+
+    examples, positions = line.loaded.file(EXAMPLES_FILE), positions_of(selected)
+    row_index = read_column(examples, "row_index")
+    indices: np.ndarray = row_index.to_numpy()[positions]
+    if isinstance(rows, Dataset):
+        kept = rows.select(indices)
+    else:
+        originals = read_column(examples, "original").take(pa.array(positions)).to_pylist()
+        kept = _dataset([json.loads(row) for row in originals])
+    is_selected = np.zeros(len(row_index), dtype=bool)
+    is_selected[positions] = True
+    scores = pq.read_table(scored.file(SCORES_FILE))
+    scores = scores.add_column(0, "row_index", row_index).append_column("selected", pa.array(is_selected))
+    lines = line.loaded.file("rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    columns: dict[str, list[Any]] = {"row_index": [], "reason": [], "content": []}
+    for rejected in map(json.loads, lines):
+        columns["row_index"].append(rejected["row"])
+        columns["reason"].append(rejected["reason"])
+        columns["content"].append(json.dumps(rejected["content"]))
+    return Selection(
+        kept,
+        indices,
+        Dataset(InMemoryTable(scores)),
+        Dataset.from_dict(columns),
+        read_diagnostics(scored.path) | read_diagnostics(selected.path),
+        line.runtime.store.records_as_dicts(),
+    )
+
+
+def _dataset(rows: list[dict[str, Any]]) -> Dataset:
+    import pyarrow as pa
+    from datasets import Dataset
+
+    try:
+        return Dataset.from_list(rows)
+    except (pa.ArrowException, TypeError) as error:
+        raise DataError(
+            f"the kept rows do not fit into one datasets.Dataset ({error}): a column holds values of several types; "
+            "make them one type, or leave the column out"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------ rows and options
+
+
+def _written(rows: Any, path: Path) -> Path:
+    """Write rows from memory as JSON lines, so that equal rows have one identity whatever held them."""
+    from datasets import Dataset
+
+    from gradsift.data.examples import json_value
+
+    if isinstance(rows, Dataset):
+        rows = rows.with_format(None)
+    elif not isinstance(rows, list | tuple):
+        raise DataError(
+            f"rows is a {type(rows).__name__}; give a list of dicts, a datasets.Dataset (one split of a DatasetDict), "
+            "or the path of a file"
+        )
+    if not len(rows):
+        raise DataError("rows is empty; give at least one row")
+    with path.open("w", encoding="ascii") as stream:
+        for number, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                raise DataError(f"row {number} is a {type(row).__name__}; every row is a dict of its columns")
+            values = {}
+            for column, value in row.items():
+                try:
+                    values[str(column)] = json_value(value)
+                except TypeError as error:
+                    raise DataError(
+                        f"row {number}: column {column!r} holds {error}; leave the column out, or make it a text"
+                    ) from error
+            stream.write(json.dumps(values) + "\n")
+    return path
+
+
+def _chosen(method: str) -> str:
+    """Return the override for a recipe or a scorer by its name; a recipe of that name goes first."""
+    folders = (conf_folder(), Path("conf"))
+    names = {
+        group: {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
+        for group in ("method", "scorer")
+    }
+    for group, known in names.items():
+        if method in known:
+            return f"{group}={method}"
+    close = difflib.get_close_matches(method, sorted(names["method"] | names["scorer"]), n=1)
+    raise ConfigError(
+        f"method={method!r} is neither a recipe ({', '.join(sorted(names['method']))}) nor a scorer "
+        f"({', '.join(sorted(names['scorer']))})" + (f"; did you mean {close[0]}?" if close else "")
+    )
+
+
+def _changeable(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name in options:
+        if remedy := _FIXED.get(name) or _FIXED.get(name.partition("__")[0] if name.startswith("hydra") else ""):
+            raise ConfigError(f"{name} is no option of select(): {remedy}")
+    return options
+
+
+def _overrides(options: Mapping[str, Any]) -> Iterable[str]:
+    return [f"{name.replace('__', '.')}={_spelt(name, value)}" for name, value in options.items()]
+
+
+def _spelt(name: str, value: Any) -> str:
+    """Return a Python value as the command line writes it."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str | Path):
+        text = str(value)
+        if _WORD.fullmatch(text) and text.lower() not in _KEYWORDS:
+            return text
+        # of backslashes those are doubled that stand before a quote or the end, as Hydra reads them
+        return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_spelt(name, item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{_spelt(name, key)}:{_spelt(name, item)}" for key, item in value.items()) + "}"
+    raise ConfigError(f"{name}={value!r} is a {type(value).__name__}; give a number, a text, a list or a dict of these")
+
+
+# -------------------------------------------------------------------------------------------- formula
+
+
+def gsnr(early: Any, late: Any, eps: float = 1e-8) -> np.ndarray:
+    """Return the Gradient Signal-to-Noise Ratio of N examples (GRADFILTERING, arXiv 2601.13697, Eq. 5).
+
+        GSNR_i = (G_i^s - G_i^t) / (G_i^s + eps)  x  1 / (V_i^t + eps)
+
+    G^s and G^t are the means over the members of the early and the late norms, V^t is the population variance of the
+    late norms over the members. A row whose norm rises has a negative ratio, which grows with the variance.
+
+    Args:
+        early: (M, N) per-sample gradient norms of M >= 2 members at the early snapshot, not negative.
+        late: (M, N) the same at the late snapshot.
+        eps: Above 0, in units of the norm in the first factor and of its square in the second. The paper gives none.
+
+    Returns:
+        (N,) float64, higher is better.
+
+    Raises:
+        ConfigError: the shapes differ or are not (M, N), or `eps` is not above 0.
+        DataError: a norm is negative or not finite; names the first one.
+
+    Example:
+        >>> import gradsift
+        >>> gradsift.gsnr(early=[[2.0, 4.0], [4.0, 4.0]], late=[[1.0, 3.0], [3.0, 4.0]], eps=0.5)
+        array([0.19047619, 0.14814815])
+    """
+    from gradsift.gradients.statistics import mean_and_variance
+    from gradsift.scoring.gsnr import ratio
+
+    positive("eps", eps)
+    norms = {"early": np.asarray(early, dtype=np.float64), "late": np.asarray(late, dtype=np.float64)}
+    for name, values in norms.items():
+        if values.ndim != 2 or values.shape != norms["early"].shape or len(values) < 2:
+            raise ConfigError(
+                f"{name} has the shape {values.shape}; early and late must have one shape (M, N), with M >= 2 members"
+            )
+        if (bad := np.argwhere(~(np.isfinite(values) & (values >= 0)))).size:
+            member, example = bad[0]
+            raise DataError(
+                f"{name}[{member}, {example}] is {values[member, example]}; a norm is finite and not negative"
+            )
+    G_s, _ = mean_and_variance(lambda: iter(norms["early"]))
+    G_t, V_t = mean_and_variance(lambda: iter(norms["late"]))
+    return ratio(G_s, G_t, V_t, eps)

@@ -1,0 +1,86 @@
+"""A scorer of the user's own, written as README shows it: found in `./conf`, imported from beside it, never stale."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMOKE
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = (*SMOKE, "stop_after=selection", "scorer=long_answers")
+
+
+def write_example(folder: Path) -> None:
+    """Write the two files of README's example."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ("my_scorers.py", "conf/scorer/long_answers.yaml"):
+        (content,) = re.findall(rf"```\w+\n# {re.escape(name)}\n(.*?)```", text, re.S)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "run.py"), *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def stages(file: Path) -> dict[str, Any]:
+    return {stage["name"]: stage for stage in json.loads(file.read_text())["stages"]}
+
+
+def test_an_empty_folder_with_the_two_files_runs_and_sweeps(gradsift) -> None:
+    folder = gradsift.folder
+    write_example(folder)
+    done = run(folder, *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    (first,) = folder.glob("outputs/*/*/run.json")
+    made = stages(first)["score"]
+    assert not made["reused"]
+
+    has_joblib = importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher")
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if has_joblib else []
+    done = run(folder, "-m", *OPTIONS, "scorer.most=400,5", *launcher)
+    assert done.returncode == 0, done.stderr
+    same, other = (stages(file)["score"] for file in sorted(folder.glob("multirun/*/*/*/run.json")))
+    assert (same["artifact"], same["reused"]) == (made["artifact"], True)
+    assert not other["reused"]
+
+
+def test_an_edited_function_is_scored_again_and_a_run_is_replayed(gradsift) -> None:
+    write_example(gradsift.folder)
+    assert gradsift(*OPTIONS) == 0
+    assert gradsift(*OPTIONS) == 0
+    (first, second) = (run["stages"] for run in gradsift.runs())
+    assert [stage["reused"] for stage in second] == [True] * len(first)
+    module = gradsift.folder / "my_scorers.py"
+    module.write_text(module.read_text().replace("example.output", "example.instruction"))
+    assert gradsift(*OPTIONS) == 0
+    edited = gradsift.runs()[2]
+    assert [stage["name"] for stage in edited["stages"] if not stage["reused"]] == ["score", "select"]
+    folder = next(path.parent for path in gradsift.folder.glob("outputs/*/*/run.json"))
+    assert gradsift("--replay", str(folder)) == 0
+    assert all(stage["reused"] for stage in gradsift.runs()[3]["stages"])
+
+
+def test_a_file_of_a_name_that_gradsift_has_is_said_to_be_unused(gradsift, capsys) -> None:
+    (gradsift.folder / "conf" / "scorer").mkdir(parents=True)
+    (gradsift.folder / "conf" / "scorer" / "random.yaml").write_text("_target_: nowhere.f\nname: random\n")
+    assert gradsift(*SMOKE, "stop_after=selection", "scorer=random") == 0
+    assert "conf/scorer/random.yaml is not used: gradsift has a file of that name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", [".", "conf"])
+def test_gradsifts_own_conf_is_searched_once(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradsift.cli import compose_config
+
+    monkeypatch.chdir(ROOT / place)
+    assert compose_config(["scorer=random"]).scorer_name == "random"

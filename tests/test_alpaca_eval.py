@@ -27,7 +27,7 @@ from gradsift.evaluation.judges import DryRun, JudgeError, JudgeRequest, Reply
 from gradsift.evaluation.judges import alpaca_eval as judge_module
 from gradsift.evaluation.judges.alpaca_eval import AlpacaEvalJudge, render
 from gradsift.evaluation.judges.annotators import PARSERS, Annotator, read_annotator, shipped
-from gradsift.evaluation.judging import judge_pairs
+from gradsift.evaluation.judgments import judge_pairs
 from gradsift.evaluation.pws import outcomes_of
 from gradsift.evaluation.replies import Replies
 

@@ -23,7 +23,7 @@ from gradsift.evaluation.export import export, slug
 from gradsift.evaluation.generation import ModelOutput, model_outputs, write_model_outputs
 from gradsift.evaluation.human.pairs import PairFiles
 from gradsift.evaluation.judges.alpaca_eval import NAMES
-from gradsift.evaluation.judging import Judgment, read_judgments
+from gradsift.evaluation.judgments import Judgment, read_judgments
 from gradsift.evaluation.pws import summarise
 from gradsift.evaluation.records import describe, main, read_all
 

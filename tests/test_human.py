@@ -27,10 +27,10 @@ from endpoint import Endpoint
 from gradsift.errors import DataError
 from gradsift.evaluation.human.__main__ import main
 from gradsift.evaluation.human.pairs import PairFiles, files_of_run, read_pairs
-from gradsift.evaluation.human.results import describe, fleiss_kappa, majority
 from gradsift.evaluation.human.server import CUT, listen
+from gradsift.evaluation.human.tally import describe, fleiss_kappa, majority
 from gradsift.evaluation.human.votes import Vote, Votes
-from gradsift.evaluation.judging import Judgment
+from gradsift.evaluation.judgments import Judgment
 from gradsift.pages import presentable
 
 MODEL, REFERENCE = "secret-model", "secret-reference"

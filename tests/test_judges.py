@@ -19,7 +19,6 @@ import pytest
 import torch
 from endpoint import NOW, Answer, Endpoint
 from exactness import assert_close_by_norm, exact_copy
-from test_judging import kept
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -43,9 +42,10 @@ from gradsift.evaluation.judges.parsing import UNREAD, parse_grade, parse_scores
 from gradsift.evaluation.judges.rating import SCALES, render_rating
 from gradsift.evaluation.judges.verifier import VerifierJudge
 from gradsift.evaluation.judges.wording import judge_wording, rating_wording
-from gradsift.evaluation.judging import judge_pairs
+from gradsift.evaluation.judgments import judge_pairs
 from gradsift.evaluation.replies import Replies
 from gradsift.evaluation.stages.judging import judge, rater
+from gradsift.journal import Journal
 from gradsift.runtime import Display, Runtime
 
 
@@ -172,6 +172,23 @@ def test_local_scores_do_not_depend_on_the_batch() -> None:
             assert_close_by_norm(np.array(reply.scores), expected, k=256, dtype=torch.float32)
 
 
+def test_a_local_judge_goes_on_after_the_last_whole_batch(tmp_path: Path) -> None:
+    """An interrupted pass has three of eight pairs in its journal; the second pass computes the other five."""
+    requests = [dataclasses.replace(request, item_id=str(n)) for n, request in enumerate(RAGGED)]
+    expected = list(local_judge().judge(requests))
+    assert list(itertools.islice(local_judge(journal=Journal(tmp_path)).judge(requests), 3)) == expected[:3]
+    with counting() as tokens:
+        assert list(local_judge(journal=Journal(tmp_path)).judge(requests)) == expected
+    judge = local_judge()
+    rest = [judge._prompt(request) for request, _ in expected[3:]]
+    assert tokens() == sum(len(prompt.tokens) for prompt in rest if prompt)
+    (file,) = tmp_path.rglob("*.jsonl")
+    file.write_bytes(file.read_bytes()[:-20])  # the last batch was cut off by a crash
+    said: list[str] = []
+    assert list(local_judge(journal=Journal(tmp_path, say=said.append)).judge(requests)) == expected
+    assert len(said) == 1
+
+
 def test_equal_answers_are_scored_equal_exactly() -> None:
     ((_, reply),) = local_judge().judge([ask(first="same", second="same")])
     assert reply.scores is not None
@@ -245,7 +262,7 @@ def test_the_verifier_rates_by_the_truth_that_it_works_out_from_the_text() -> No
 
 def test_the_verifier_refuses_an_example_that_is_none_of_its_world() -> None:
     judge = VerifierJudge(verifiable.answers_match)
-    with pytest.raises(ConfigError, match="judge=verifier can rate data=verifiable alone, and example 8"):
+    with pytest.raises(ConfigError, match="judge=verifier can only rate data=verifiable, and example 8"):
         list(judge.rate([rated(7, instruction="Write a poem.")]))
 
 
@@ -500,7 +517,7 @@ ENDS = {  # what an endpoint may begin to do in the middle, and what is said the
     "a long wait": ((429, "slow down", {"Retry-After": "3600"}), "judge.max_wait"),
     "a wrong key": ((401, "who are you?", {}), "JUDGE_KEY"),
     "no JSON": ((200, b"<html>log in</html>", {"Content-Type": "text/html"}), "not a complete chat completion"),
-    "a truncated body": ((200, "8 7", {"lacking": "50"}), "broke off"),
+    "a truncated body": ((200, "8 7", {"lacking": "50"}), "complete message body"),
     "a truncated JSON": ((200, b'{"choices": [{"mess', {}), "not a complete chat completion"),
     "refusing it all": ((400, "no such parameter", {}), "no such parameter"),
     "hanging": (hang, "timed out"),
@@ -531,7 +548,7 @@ def test_every_misbehaviour_ends_in_a_count_and_a_state_to_go_on_from(
     }
     with pytest.raises(JudgeError, match=rf"(?s){said}.*again.*\(5 of 16 requests are answered\)"):
         judge_pairs(openai_judge(**options), *pairs, path)
-    assert len(kept(path)) == 5 and all(judgment.valid for judgment in kept(path))
+    assert not path.exists()
     endpoint.bodies.clear()
     endpoint.behave = lambda text, attempt: (200, "8 7", {})
     judgments = judge_pairs(openai_judge(**options), *pairs, path)

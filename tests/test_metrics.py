@@ -16,7 +16,7 @@ from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.generation import ModelOutput, model_outputs
 from gradsift.evaluation.lm_harness import check_lm_eval, evaluate_tasks, figures
-from gradsift.evaluation.metrics import bleu, change, check_wordnet, measure, meteor, read_wordnet, rouge_l
+from gradsift.evaluation.text_metrics import bleu, change, check_wordnet, measure, meteor, read_wordnet, rouge_l
 
 
 def rows(*pairs: tuple[str, str | None], dataset: str = "set") -> list[ModelOutput]:

@@ -17,7 +17,7 @@ from gradsift.errors import DataError, GradsiftError
 from gradsift.evaluation.benchmarks import load_benchmark
 from gradsift.evaluation.generation import read_model_outputs
 from gradsift.evaluation.judges.annotators import read_annotator
-from gradsift.evaluation.judging import read_judgments
+from gradsift.evaluation.judgments import read_judgments
 from gradsift.evaluation.records import read_labels, read_records
 from gradsift.runtime import Display, Runtime
 

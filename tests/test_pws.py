@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsift.errors import DataError
-from gradsift.evaluation.judging import Judgment
+from gradsift.evaluation.judgments import Judgment
 from gradsift.evaluation.pws import outcome, read_pws, summarise, write_pws
 
 

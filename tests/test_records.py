@@ -16,7 +16,7 @@ import pytest
 from gradsift.errors import DataError
 from gradsift.evaluation.agreement import agreement, paired_test
 from gradsift.evaluation.bias import length_bias, position_bias
-from gradsift.evaluation.judging import Judgment
+from gradsift.evaluation.judgments import Judgment
 from gradsift.evaluation.records import describe, main, read_all, read_records
 
 NEEDS_DATA = pytest.mark.skipif("GRADSIFT_DATA" not in os.environ, reason="GRADSIFT_DATA is not set")
@@ -265,10 +265,10 @@ JUDGMENT = (
         ("a.json", '[{"preference": 1}, {"preference": 7}]', r"row 2: preference=7 is neither"),
         ("a.json", '[{"generator_2": "m", "preference": 1}, {"generator_2": "n", "preference": 1}]', r"row 2: neither"),
         ("a.json", '[{"preference": 1}, {}]', r"row 2: `preference` is missing"),
-        ("a.jsonl", '{"x": 1}\n{"y": 2}\n', "line 1 is no judgment"),
+        ("a.jsonl", '{"x": 1}\n{"y": 2}\n', "line 1 is not a judgment"),
         ("a.json", f'{{"data": [{{"scores": [{HUGE}, 1], "scores_reverse": [1, 2]}}]}}', "row 1: .* is no pair"),
         ("a.json", f'[{{"preference": {HUGE}}}]', r"row 1: preference=9+ is neither"),
-        ("a.jsonl", JUDGMENT.replace("null", HUGE) + "\n\n", "line 1 is no judgment"),
+        ("a.jsonl", JUDGMENT.replace("null", HUGE) + "\n\n", "line 1 is not a judgment"),
     ],
 )
 def test_broken_files_are_refused_by_row(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gradsift.evaluation.judges import Combine
-from gradsift.evaluation.judging import Judgment
+from gradsift.evaluation.judgments import Judgment
 from gradsift.evaluation.pws import in_both_orders, outcome
 
 Lengths = Mapping[tuple[str, str], tuple[int, int]]  # (benchmark, item): characters of the model's and the reference's

@@ -24,7 +24,7 @@ from gradsift.evaluation.generation import OUTPUTS_FILE, ModelOutput, item_key, 
 from gradsift.evaluation.human.pairs import PairFiles, files_of_run
 from gradsift.evaluation.judges import Combine, Order
 from gradsift.evaluation.judges.alpaca_eval import NAMES, whole_instruction
-from gradsift.evaluation.judging import ORDERS, Judgment
+from gradsift.evaluation.judgments import ORDERS, Judgment
 from gradsift.evaluation.pws import in_both_orders, outcome
 from gradsift.evaluation.records import read_records
 from gradsift.names import require_no_link, slug

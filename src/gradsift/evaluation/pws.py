@@ -15,7 +15,7 @@ import numpy as np
 
 from gradsift.errors import DataError
 from gradsift.evaluation.judges import Combine, Order
-from gradsift.evaluation.judging import Judgment
+from gradsift.evaluation.judgments import Judgment
 
 Outcome = Literal["win", "tie", "lose", "invalid"]
 

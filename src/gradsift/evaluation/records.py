@@ -32,7 +32,7 @@ from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.evaluation.agreement import Outcomes, agreement, paired_test
 from gradsift.evaluation.bias import length_bias, position_bias
 from gradsift.evaluation.judges import Combine, Order
-from gradsift.evaluation.judging import Judgment, read_judgments
+from gradsift.evaluation.judgments import Judgment, read_judgments
 from gradsift.evaluation.pws import Outcome, outcomes_of, summarise
 
 _ANNOTATIONS = "annotations"  # benchmark of alpaca_eval's rows that name none

@@ -22,7 +22,7 @@ from gradsift.artifacts import Artifact
 from gradsift.data.examples import Example
 from gradsift.data.load import EXAMPLES_FILE, Labels, labels_of, pool_of
 from gradsift.errors import DataError, GradsiftError
-from gradsift.evaluation.judging import Judgment, read_judgments
+from gradsift.evaluation.judgments import Judgment, read_judgments
 from gradsift.gradients.statistics import Statistics, read_statistics
 from gradsift.manifests import MANIFEST
 from gradsift.pages import portable

@@ -15,9 +15,9 @@ from gradsift.config.bounds import require_resampling
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.agreement import Outcomes
 from gradsift.evaluation.human.pairs import PairFiles, files_of_run, read_pairs
-from gradsift.evaluation.human.results import describe
+from gradsift.evaluation.human.tally import describe
 from gradsift.evaluation.human.votes import Votes
-from gradsift.evaluation.judging import read_judgments
+from gradsift.evaluation.judgments import read_judgments
 from gradsift.evaluation.pws import outcomes_of
 from gradsift.evaluation.records import read_records
 

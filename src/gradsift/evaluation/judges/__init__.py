@@ -1,7 +1,7 @@
-"""Judges: whatever can give two answers to one question a score each; and raters, which grade one example.
+"""Judges score two answers to one question; raters grade one example. The openai, local and verifier judges do both.
 
-A judge sees a pair in the order in which it is shown and knows neither which model wrote what nor
-what becomes of the scores; `gradsift.evaluation.judging` asks both orders and keeps the replies.
+A judge sees a pair in the order in which it is shown. It does not know which model wrote which answer.
+`gradsift.evaluation.judgments` asks for both orders.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ Combine = Literal["signs", "sum"]
 
 
 class JudgeError(GradsiftError):
-    """A judge could not be asked: a reply that will not come is never turned into a score."""
+    """A judge could not be asked. Missing replies never become scores."""
 
 
 class DryRun(GradsiftError):
-    """A dry run said what it would send, and ends here."""
+    """Ends a dry run after it has printed what it would send."""
 
 
 @dataclass(frozen=True)
 class JudgeRequest:
-    """A pair of answers in the order in which the judge sees them.
+    """A pair of answers in the order shown: `first` is the model's answer if `order` is "forward".
 
-    In the order "forward" the model's answer is `first`, in "reverse" the reference model's is.
     `reference` is the benchmark's own correct answer, if it has one.
     """
 
@@ -47,10 +46,7 @@ class JudgeRequest:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a judge said: its raw text, and the scores of first and second, or the reason why there are none.
-
-    A reason beside scores says what is odd about them.
-    """
+    """A judge's raw text and the scores of first and second answer; `reason` is why there are none, or a remark."""
 
     text: str
     scores: tuple[float, float] | None
@@ -60,28 +56,27 @@ class Reply:
 class Judge(Protocol):
     """The interface of a judge.
 
-    `combine` says how the two orders of an item make one outcome. "signs": each order votes for the
-    higher score, outcome = sign(s1 + s2) (the paper). "sum": the sign of the summed score differences;
-    it cancels a preference for one place that is the same for every pair, which in a small model
-    outweighs everything else and would make every vote a tie.
+    `name` identifies the judge in records. `combine` is how the two orders of an item make one outcome:
+
+    - "signs": sign(s1 + s2), where s is the sign of an order's score difference (arXiv 2601.13697, section 4).
+    - "sum": the sign of the sum of the two score differences. It cancels a preference for one position that is the
+      same for all pairs; in small models this preference is larger than all else and would make every vote a tie.
     """
 
     @property
-    def name(self) -> str:
-        """Names the judge in records."""
+    def name(self) -> str: ...
 
     @property
-    def combine(self) -> Combine:
-        """How the two orders make one outcome."""
+    def combine(self) -> Combine: ...
 
     def prompt_hash(self, request: JudgeRequest) -> str:
-        """A hash of everything that the reply depends on: prompt, model and parameters."""
+        """Hash everything that the reply depends on: prompt, model and parameters."""
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply]]:
-        """Yield one reply for each request, in any order, as they come in.
+        """Yield one reply for each request, in order of arrival.
 
         Raises:
-            JudgeError: a request failed for good; replies that had arrived were yielded before.
+            JudgeError: a request failed for good; all replies that arrived were yielded before.
         """
 
 
@@ -90,7 +85,7 @@ Question = Literal["accuracy", "complexity", "quality"]
 
 @dataclass(frozen=True)
 class RatingRequest:
-    """One question about one example (see `gradsift.evaluation.judges.rating`); `position` is that in the pool."""
+    """A question about one example (see `gradsift.evaluation.judges.rating`); `position` is its row in the pool."""
 
     position: int
     question: Question
@@ -102,7 +97,7 @@ class RatingRequest:
 
 @dataclass(frozen=True)
 class Rating:
-    """What a rater said: its raw text, and the grade, or the reason why there is none."""
+    """A rater's raw text and the grade, or the reason why there is none."""
 
     text: str
     grade: float | None
@@ -110,24 +105,23 @@ class Rating:
 
 
 class Rater(Protocol):
-    """The interface of whatever can grade one example; the judges that can implement it too."""
+    """The interface of a rater."""
 
     @property
-    def name(self) -> str:
-        """Names the rater."""
+    def name(self) -> str: ...
 
     def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Rating]]:
-        """Yield one rating for each request, in any order, as they come in.
+        """Yield one rating for each request, in order of arrival.
 
         Raises:
-            JudgeError: a request failed for good; ratings that had arrived were yielded before.
-            DryRun: it was to be said only what would be sent.
+            JudgeError: a request failed for good; all ratings that arrived were yielded before.
+            DryRun: always raised in dry-run mode.
         """
 
     def rating_cost(self) -> dict[str, float | int | None]:
-        """What the last `rate` came to (requests, tokens, USD; None where unknown); empty where it costs nothing."""
+        """Return requests, tokens and USD of the last `rate` (None: unknown); empty if it costs nothing."""
 
 
 def content_hash(*parts: object) -> str:
-    """A SHA-256 (hex) of plain values; unlike `hash`, the same in every process."""
+    """Return a SHA-256 (hex) of JSON values; unlike `hash`, it is the same in every process."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("ascii")).hexdigest()

@@ -1,7 +1,7 @@
-"""The verifier: grades answers against the benchmark's reference answer, without any model.
+"""The verifier grades answers against the benchmark's reference answer, without a model.
 
-As a rater it is an oracle: it works out the right response to an example of the embedded world from the
-example's own text. Nobody has that for data of their own, so what it selects is an upper bound.
+As a rater it is an oracle: it computes the right response to an example of the embedded world from the example's
+text. No such oracle exists for other data, so its selection is an upper bound.
 """
 
 from __future__ import annotations
@@ -13,37 +13,34 @@ from gradsift.errors import ConfigError
 from gradsift.evaluation.judges import Combine, JudgeRequest, Rating, RatingRequest, Reply, content_hash
 from gradsift.evaluation.judges.rating import SCALES
 
+Match = Callable[[str, str], bool]
+
 
 class VerifierJudge:
-    """Scores an answer 1 if `matches(answer, reference)`, else 0. It has no preference for a place."""
+    """Scores an answer 1 if it matches the reference answer, else 0. It has no position bias."""
 
     combine: Combine = "signs"
 
-    def __init__(
-        self,
-        matches: Callable[[str, str], bool],
-        name: str = "verifier",
-        by_benchmark: Mapping[str, Callable[[str, str], bool]] | None = None,
-    ) -> None:
-        """`by_benchmark` replaces `matches` for the sets that it names.
-
-        `name` must tell different kinds of both apart: it stands for them in `prompt_hash`.
+    def __init__(self, matches: Match, name: str = "verifier", by_benchmark: Mapping[str, Match] | None = None) -> None:
+        """Args:
+        matches: (answer, reference answer) -> whether the answer is right.
+        name: identifies `matches` and `by_benchmark` in `prompt_hash`.
+        by_benchmark: replaces `matches` for some benchmarks.
         """
         self.name = name
         self._matches = matches
         self._by_benchmark = by_benchmark or {}
 
     def prompt_hash(self, request: JudgeRequest) -> str:
-        """Hash of the verifier's name, the two answers and the reference answer."""
+        """Hash the verifier's name, the two answers and the reference answer."""
         return content_hash(self.name, request.first, request.second, request.reference)
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply]]:
         """Grade each pair, in order.
 
         Raises:
-            ConfigError: an item has no reference answer; nothing is graded then.
+            ConfigError: an item has no reference answer; then nothing is graded.
         """
-        known: list[tuple[JudgeRequest, str]] = []
         for request in requests:
             if request.reference is None:
                 raise ConfigError(
@@ -51,20 +48,20 @@ class VerifierJudge:
                     f"set benchmark.catalog.{request.benchmark}.reference (in a file of answers: `reference`), or "
                     "choose judge=openai or judge=local"
                 )
-            known.append((request, request.reference))
-        for request, reference in known:
+        for request in requests:
             matches = self._by_benchmark.get(request.benchmark, self._matches)
+            reference = str(request.reference)
             first, second = (int(matches(answer, reference)) for answer in (request.first, request.second))
             yield request, Reply(f"{first} {second}", (float(first), float(second)))
 
     def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Rating]]:
-        """Grade each example: the highest grade if its response is right, else the lowest.
+        """Grade each example: the scale's highest grade if its response is right, else the lowest.
 
-        For `complexity`, which nothing in that world measures, the number of words of the right response,
-        up to the end of the scale.
+        The grade of `complexity`, which the embedded world does not define, is the number of words of the right
+        response, within the scale.
 
         Raises:
-            ConfigError: an instruction is none of the embedded world's.
+            ConfigError: an instruction is not one of the embedded world.
         """
         for request in requests:
             scale = SCALES[request.question]
@@ -72,8 +69,8 @@ class VerifierJudge:
                 right = right_answer(request.instruction, request.input)
             except ConfigError as error:
                 raise ConfigError(
-                    f"judge=verifier can rate data=verifiable alone, and example {request.position + 1} is none of it "
-                    f"({error}); choose judge=openai or judge=local"
+                    f"judge=verifier can only rate data=verifiable, and example {request.position + 1} is not part of "
+                    f"it ({error}); choose judge=openai or judge=local"
                 ) from error
             if request.question == "complexity":
                 grade = min(scale.high, max(scale.low, len(right.split())))
@@ -82,5 +79,5 @@ class VerifierJudge:
             yield request, Rating(right, float(grade))
 
     def rating_cost(self) -> dict[str, float | int | None]:
-        """Nothing is paid for."""
+        """Return an empty dict: ratings cost nothing."""
         return {}

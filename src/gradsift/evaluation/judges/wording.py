@@ -1,6 +1,6 @@
-"""What the judges say around the texts that they are shown, as a hash: a reply belongs to one wording.
+"""The wording of the judges' prompts as a hash: replies to differently worded prompts are never mixed.
 
-It is made of whole prompts about made-up texts, as the judges render them, so nothing that a prompt says is left out.
+The hash covers complete prompts about made-up texts, rendered as the judges do it, so every word of them is included.
 """
 
 from __future__ import annotations
@@ -12,38 +12,36 @@ from gradsift.evaluation.judges import JudgeRequest, RatingRequest, content_hash
 from gradsift.evaluation.judges.openai import render_prompt
 from gradsift.evaluation.judges.rating import SCALES, render_rating
 
-_INPUTS = ("", "I")  # a part that is not always shown
+_INPUTS = ("", "I")  # prompts without and with an input differ
 _PAIRS = [JudgeRequest("1", "b", "forward", "Q", text, "A", "B", None) for text in _INPUTS]
-_TURNS = (Turn("user", "U"), Turn("assistant", "V"))
+_HISTORIES = ((), (Turn("user", "U"), Turn("assistant", "V")))
 _EXAMPLES = [
     RatingRequest(0, question, history, "Q", text, "A")
     for question in SCALES
     for text in _INPUTS
-    for history in ((), _TURNS)
+    for history in _HISTORIES
 ]
 
 
 def judge_wording(judge: str) -> str | None:
-    """Of the prompts about pairs; None for a judge that has none."""
+    """Return the hash of a judge's prompts about pairs; None if the judge has no prompts of its own."""
+    prompts: list[Any] = []
     if judge == "openai":
-        return _hash([render_prompt(request) for request in _PAIRS])
+        prompts = [[render_prompt(request) for request in _PAIRS]]
     if judge == "local":
         from gradsift.evaluation.judges import local
 
-        return _hash([local.render_pair(request) for request in _PAIRS], local.PLAIN_CUE)
-    return None
+        prompts = [[local.render_pair(request) for request in _PAIRS], local.PLAIN_CUE]
+    return content_hash(*prompts)[:12] if prompts else None
 
 
 def rating_wording(judge: str) -> str | None:
-    """Of the prompts about single examples."""
+    """Return the hash of a judge's prompts about single examples; None if it has none."""
+    prompts: list[Any] = []
     if judge == "openai":
-        return _hash([render_rating(request) for request in _EXAMPLES])
+        prompts = [[render_rating(request) for request in _EXAMPLES]]
     if judge == "local":
         from gradsift.evaluation.judges import local
 
-        return _hash([local.render_rated(request) for request in _EXAMPLES], local.RATED_CUE)
-    return None
-
-
-def _hash(*prompts: Any) -> str:
-    return content_hash(*prompts)[:12]
+        prompts = [[local.render_rated(request) for request in _EXAMPLES], local.RATED_CUE]
+    return content_hash(*prompts)[:12] if prompts else None

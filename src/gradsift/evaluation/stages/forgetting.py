@@ -11,10 +11,10 @@ from gradsift.artifacts import Artifact
 from gradsift.config import BenchmarkConfig, TargetConfig
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.lm_harness import evaluate_tasks
-from gradsift.evaluation.metrics import change
 from gradsift.evaluation.stages.answers import generate, slug_of
 from gradsift.evaluation.stages.losses import reference_losses
 from gradsift.evaluation.stages.metrics import metrics, metrics_of
+from gradsift.evaluation.text_metrics import change
 from gradsift.manifests import file_hash
 from gradsift.runtime import Runtime
 from gradsift.training.target import load_tuned

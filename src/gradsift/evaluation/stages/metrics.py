@@ -13,7 +13,7 @@ from gradsift.errors import DataError
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.generation import OUTPUTS_FILE, read_model_outputs
 from gradsift.evaluation.lm_harness import check_lm_eval
-from gradsift.evaluation.metrics import check_wordnet, measure, read_wordnet
+from gradsift.evaluation.text_metrics import check_wordnet, measure, read_wordnet
 from gradsift.manifests import file_hash
 from gradsift.runtime import Runtime
 
@@ -32,7 +32,7 @@ def check_metrics(config: BenchmarkConfig) -> None:
 
 
 def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact, items: Sequence[Item]) -> Artifact | None:
-    """Accuracy, ROUGE-L, BLEU and METEOR per benchmark and pooled (see `gradsift.evaluation.metrics`).
+    """Accuracy, ROUGE-L, BLEU and METEOR per benchmark and pooled (see `gradsift.evaluation.text_metrics`).
 
     Args:
         answers: those of `generate` to the items.

@@ -1,0 +1,164 @@
+"""Judgments of pairs of answers in both orders, and their file `judgments.jsonl`.
+
+Judging is resumed below this module: replies of endpoints are stored as they arrive (`gradsift.evaluation.replies`),
+a local model's scores are in the pass's journal, and the verifier takes no time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradsift import outside_json
+from gradsift.errors import DataError
+from gradsift.evaluation.generation import ModelOutput, check_pairs, item_key
+from gradsift.evaluation.judges import Judge, JudgeError, JudgeRequest, Order, Reply
+
+ORDERS: tuple[Order, Order] = ("forward", "reverse")
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """One reply of a judge about one pair in one order: a line of `judgments.jsonl`.
+
+    The scores belong to the model and to the reference model, whichever was shown first. Where `valid` is false both
+    are None and `reason` is why; beside scores, `reason` is a remark about them.
+    """
+
+    benchmark: str
+    item_id: str
+    order: Order
+    prompt_hash: str
+    judge: str
+    reply: str
+    score_model: float | None
+    score_reference: float | None
+    valid: bool
+    reason: str | None
+
+
+def judge_pairs(
+    judge: Judge,
+    model_outputs: Sequence[ModelOutput],
+    reference_outputs: Sequence[ModelOutput],
+    path: Path,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Judgment]:
+    """Have each pair of answers judged in both orders, and write the judgments.
+
+    Args:
+        path: `judgments.jsonl`, written in the order that is returned: equal judgments give equal bytes, whatever the
+            order in which the replies arrive.
+        progress: called with 1 for each judgment.
+
+    Returns:
+        Two judgments per item, forward then reverse, in the order of `model_outputs`.
+
+    Raises:
+        DataError: the two models did not answer the same items.
+        JudgeError: a request failed for good, or a reply is missing.
+    """
+    check_pairs(model_outputs, reference_outputs)
+    requests = _requests(model_outputs, reference_outputs)
+    judgments: dict[JudgeRequest, Judgment] = {}
+    for request, reply in judge.judge(requests):
+        judgments[request] = _judgment(judge, request, reply)
+        progress(1)
+    if missing := sum(request not in judgments for request in requests):
+        raise JudgeError(f"{judge.name} ended without a reply to {missing} of {len(requests)} requests")
+    in_order = [judgments[request] for request in requests]
+    # ASCII escapes: replies may hold half a surrogate pair or U+2028
+    lines = [json.dumps(dataclasses.asdict(judgment), allow_nan=False) for judgment in in_order]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="ascii")
+    return in_order
+
+
+def _requests(rows: Sequence[ModelOutput], reference_rows: Sequence[ModelOutput]) -> list[JudgeRequest]:
+    """Return both orders of each item, one after the other."""
+    reference_outputs = {item_key(row): row["output"] for row in reference_rows}
+    requests = []
+    for row in rows:
+        answers = row["output"], reference_outputs[item_key(row)]
+        for order in ORDERS:
+            first, second = answers if order == "forward" else answers[::-1]
+            requests.append(
+                JudgeRequest(
+                    item_id=row["item_id"],
+                    benchmark=row["dataset"],
+                    order=order,
+                    instruction=row["instruction"],
+                    input=row["input"],
+                    first=first,
+                    second=second,
+                    reference=row["reference"],
+                )
+            )
+    return requests
+
+
+def _judgment(judge: Judge, request: JudgeRequest, reply: Reply) -> Judgment:
+    scores, reason = reply.scores, reply.reason
+    if scores is None:
+        reason = reason or "no scores"
+    elif not all(map(math.isfinite, scores)):
+        scores, reason = None, "a score is not finite"
+    elif request.order == "reverse":
+        scores = scores[1], scores[0]
+    return Judgment(
+        benchmark=request.benchmark,
+        item_id=request.item_id,
+        order=request.order,
+        prompt_hash=judge.prompt_hash(request),
+        judge=judge.name,
+        reply=reply.text,
+        score_model=scores[0] if scores else None,
+        score_reference=scores[1] if scores else None,
+        valid=scores is not None,
+        reason=reason,
+    )
+
+
+def read_judgments(path: Path) -> list[Judgment]:
+    """Read `judgments.jsonl`, in the order of the file.
+
+    A broken last line without a line end is skipped: earlier versions left one when they were killed.
+
+    Raises:
+        DataError: the file is missing, or a line is broken; names the line.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); judge the answers first") from error
+    unfinished = len(lines) if lines[-1] else None  # the number of a last line without an end
+    judgments = []
+    for number, line in enumerate(lines if unfinished else lines[:-1], start=1):
+        try:
+            judgments.append(_from_record(outside_json.loads(line)))
+        # ValueError: broken JSON, broken UTF-8 or an impossible value; OverflowError: a huge score
+        except (ValueError, TypeError, OverflowError) as error:
+            if number == unfinished:
+                break
+            raise DataError(
+                f"{path}, line {number} is not a judgment ({error}); correct or delete the line to have its pair "
+                "judged again"
+            ) from error
+    return judgments
+
+
+def _from_record(record: Any) -> Judgment:
+    judgment = Judgment(**record)
+    texts = (judgment.benchmark, judgment.item_id, judgment.prompt_hash, judgment.judge, judgment.reply)
+    if not all(isinstance(text, str) for text in texts) or judgment.order not in ORDERS:
+        raise ValueError("a field has a value of the wrong type")
+    scores = (judgment.score_model, judgment.score_reference)
+    numbers = [s for s in scores if isinstance(s, int | float) and not isinstance(s, bool) and math.isfinite(s)]
+    if judgment.valid is not (len(numbers) == 2) or (not judgment.valid and scores != (None, None)):
+        raise ValueError("`valid` and the scores contradict each other")
+    return judgment

@@ -25,10 +25,11 @@ from gradsift.data.examples import Example, Turn, make_example
 from gradsift.data.tokens import Encoded, encode
 from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.features import embeddings as embeddings_module
-from gradsift.features.embeddings import Embedder, Text, embed, embedded
+from gradsift.features.embeddings import Embedder, embed, embedded
 from gradsift.features.hidden_states import HiddenStates, hidden_states_embedder, pool, pooled_states
 from gradsift.features.sentence_encoder import load_sentence_encoder, sentence_encoder
-from gradsift.features.vectors import FEATURES_FILE, FILLED_FILE, IDS_FILE, open_features, read_features
+from gradsift.features.vectors import FEATURES_FILE, IDS_FILE, finish_features, open_features, read_features
+from gradsift.journal import JOURNAL_FILE
 from gradsift.manifests import UNFINISHED
 from gradsift.runtime import Display, Runtime
 from gradsift.training.backbones import Backbone
@@ -134,43 +135,41 @@ def test_an_unknown_pooling_is_refused() -> None:
 # ------------------------------------------------------------------------------------------- batches
 
 
-def texts_of(count: int) -> list[Text]:
+def text_of(row: int, ids: np.ndarray) -> Encoded:
+    return Encoded(row, row, ids.astype(np.int32), np.zeros(len(ids), dtype=bool))
+
+
+def texts_of(count: int) -> list[Encoded]:
     rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 40, count)
-    return [Text(rng.integers(0, 200, n).astype(np.int32).tobytes(), int(n)) for n in lengths]
+    return [text_of(row, rng.integers(0, 200, length)) for row, length in enumerate(rng.integers(1, 40, count))]
 
 
-def vectors_of(encoder: HiddenStates, texts: Sequence[Text], tokens: int) -> dict[Text, np.ndarray]:
-    found: dict[Text, np.ndarray] = {}
-    for batch, vectors in embedded(encoder, texts, TokenBudget(tokens, lambda line: None)):
-        found |= dict(zip(batch, vectors, strict=True))
-    return found
+def unit(vector: np.ndarray) -> np.ndarray:
+    return vector / np.linalg.norm(vector)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_neither_token_budget_nor_order_changes_an_embedding(pooling: str, backbone: Backbone) -> None:
     encoder = HiddenStates(backbone, HiddenStatesConfig(name="x", pooling=pooling), "plain")
     texts = texts_of(30)
-    expected = {t: slow(backbone.model, np.frombuffer(t.content, np.int32).tolist(), pooling) for t in texts}
+    expected = [unit(slow(backbone.model, text.input_ids.tolist(), pooling)) for text in texts]
     for tokens, order in ((1, texts), (64, texts[::-1]), (10_000, texts)):
-        found = vectors_of(encoder, order, tokens)
-        assert set(found) == set(texts)
-        for text in texts:
-            assert_close_by_norm(found[text], expected[text], k=256)
+        vectors = embedded(encoder, order, TokenBudget(tokens, lambda line: None))
+        for text, vector in zip(order, vectors, strict=True):
+            assert_close_by_norm(vector, expected[text.row], k=256)
 
 
 def test_out_of_memory_halves_the_batch_and_changes_no_embedding(backbone: Backbone) -> None:
     class Small(HiddenStates):
-        def embed(self, texts: Sequence[Text]) -> np.ndarray:
+        def embed(self, texts: Sequence[Encoded]) -> np.ndarray:
             if len(texts) > 3:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().embed(texts)
 
     config, texts = HiddenStatesConfig(name="x"), texts_of(20)
-    found = vectors_of(Small(backbone, config, "plain"), texts, 10_000)
-    for text in texts:
-        exact = slow(backbone.model, np.frombuffer(text.content, np.int32).tolist(), config.pooling)
-        assert_close_by_norm(found[text], exact, k=256)
+    vectors = embedded(Small(backbone, config, "plain"), texts, TokenBudget(10_000, lambda line: None))
+    for text, vector in zip(texts, vectors, strict=True):
+        assert_close_by_norm(vector, unit(slow(backbone.model, text.input_ids.tolist(), config.pooling)), k=256)
 
 
 # --------------------------------------------------------------------------------------------- texts
@@ -180,8 +179,8 @@ def read(backbone: Backbone, text: str, rows: Sequence[Example], template: str =
     config = HiddenStatesConfig(name="x", text=text, **options)
     embedder = hidden_states_embedder(config, template, None, lambda: backbone)  # type: ignore[arg-type]
     texts, _ = embedder.load().read(rows, lambda done: None)
-    assert all(text.tokens == len(text.content) // 4 for text in texts)
-    return [backbone.tokenizer.decode(np.frombuffer(text.content, np.int32)) for text in texts]
+    decoded = {text.row: backbone.tokenizer.decode(text.input_ids) for text in texts}
+    return [decoded.get(row, "") for row in range(len(rows))]
 
 
 def test_the_text_is_prompt_and_response_or_either_as_asked(backbone: Backbone) -> None:
@@ -262,24 +261,20 @@ def test_embeddings_are_found_again_until_something_changes_them(runtime: Runtim
     assert len({first, *(made(**other) for other in others)}) == 5
 
 
-def test_an_array_with_a_changed_header_is_begun_anew_wherever_it_was_changed(tmp_path: Path) -> None:
-    """numpy ends with errors of four kinds for such headers, or makes the file longer."""
-    file = tmp_path / FEATURES_FILE
+@pytest.mark.parametrize("place", [0, 6, 9, 12, 60, 127])
+def test_an_array_whose_header_has_changed_is_read_again_as_it_was(tmp_path: Path, place: int) -> None:
     written = open_features(tmp_path, 100, 8)
     written[:] = 1
     written.flush()
-    content = file.read_bytes()
-    assert (open_features(tmp_path, 100, 8) == 1).all()
-    size = b"(100, 8), }"
-    headers = [content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :] for place in range(128)]
-    headers += [content.replace(size + b" " * 21, b"(" + rows + b", 8), }") for rows in (b"9" * 24, b"0" * 24)]
-    for header in headers:
-        file.write_bytes(header)
-        assert not open_features(tmp_path, 100, 8).any()
-        assert file.stat().st_size == len(content)
+    file = tmp_path / UNFINISHED / FEATURES_FILE
+    size = file.stat().st_size
+    flip(file, place)
+    finish_features(tmp_path, open_features(tmp_path, 100, 8), [""] * 100)
+    assert (np.load(tmp_path / FEATURES_FILE) == 1).all()
+    assert (tmp_path / FEATURES_FILE).stat().st_size == size
 
 
-@pytest.mark.parametrize("damage", [None, "vectors", "header", "note", "cut note"])
+@pytest.mark.parametrize("damage", [None, "vectors", "journal", "cut journal"])
 def test_an_interrupted_stage_continues_with_the_block_it_was_in(
     runtime: Runtime, backbone: Backbone, damage: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,7 +286,7 @@ def test_an_interrupted_stage_continues_with_the_block_it_was_in(
             self.encoder, self.lives, self.read = encoder, lives, encoder.read
             self.model, self.dimensions = encoder.model, encoder.dimensions
 
-        def embed(self, texts: Sequence[Text]) -> np.ndarray:
+        def embed(self, texts: Sequence[Encoded]) -> np.ndarray:
             if len(seen) >= self.lives:
                 raise KeyboardInterrupt
             seen.append(len(texts))
@@ -306,8 +301,8 @@ def test_an_interrupted_stage_continues_with_the_block_it_was_in(
     assert seen == [2]
     (part,) = runtime.store.root.glob("embeddings/*.part")
     if damage is not None:
-        place = {"vectors": 128, "header": 12, "note": 30, "cut note": None}[damage]
-        file = part / FEATURES_FILE if damage in ("vectors", "header") else part / UNFINISHED / FILLED_FILE
+        place = {"vectors": 128, "journal": 30, "cut journal": None}[damage]
+        file = part / UNFINISHED / (FEATURES_FILE if damage == "vectors" else JOURNAL_FILE)
         flip(file, place) if place is not None else file.write_bytes(file.read_bytes()[:-9])
     resumed = run(lives=99)
     # four different texts in all: nothing was embedded twice, but for a block that was damaged
@@ -398,14 +393,15 @@ def test_a_sentence_encoder_embeds_each_row_as_if_alone(runtime: Runtime, saved:
 
 @installed
 def test_max_length_only_shortens_and_the_prompt_leaves_the_response_out(runtime: Runtime, saved: Path) -> None:
-    lengths = [text.tokens for text in sentences(runtime, saved).read(examples(), lambda done: None)[0]]
+    lengths = [len(text.input_ids) for text in sentences(runtime, saved).read(examples(), lambda done: None)[0]]
     assert max(lengths) == 24
     shorter = sentences(runtime, saved, max_length=8, text="prompt")
     texts, cut = shorter.read(examples()[:2], lambda done: None)
-    assert [text.content for text in texts] == ["name a colour\n", "add\n3 4\n"]
-    assert ([text.tokens for text in texts], cut) == ([8, 8], 1)
-    a, b = shorter.embed([Text("name a colour", 8)]), shorter.embed([Text("name a c", 8)])
-    np.testing.assert_array_equal(a, b)  # the same tokens in the same batch
+    assert shorter._contents == {0: "name a colour\n", 1: "add\n3 4\n"}
+    assert ([len(text.input_ids) for text in texts], cut) == ([8, 8], 1)
+    whole = shorter.embed(texts[:1])
+    shorter._contents[0] = "name a c"
+    np.testing.assert_array_equal(whole, shorter.embed(texts[:1]))  # the same tokens in the same batch
 
 
 @installed

@@ -197,9 +197,9 @@ def test_large_gradients_take_small_blocks_and_it_is_said(
     line: Line, exact: np.ndarray, fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 5 * 4 * line.gradients.info["parameters"])
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 7 * 4 * line.gradients.info["parameters"])
     assert_rows_close(made(line, fresh), exact)
-    assert "so only 5 are projected at once" in capsys.readouterr().out
+    assert "so only 4 are projected at once" in capsys.readouterr().out
 
 
 def test_a_long_projection_is_foretold_with_what_shortens_it(
@@ -235,24 +235,24 @@ def test_row_order_changes_no_examples_features(line: Line, exact: np.ndarray, f
 def test_a_killed_stage_goes_on_after_its_last_whole_block(
     line: Line, fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_MOST_ROWS", 9)  # 5 blocks at each of 2 checkpoints
+    monkeypatch.setattr(module, "_MOST_ROWS", 8)  # 5 blocks at each of 2 checkpoints
     expected = made(line, fresh)
     shutil.rmtree(fresh / "features")
-    vectors, starts = module._Blocks.vectors, []
+    block, starts = module.gradient_block, []
 
-    def dying(self: Any, start: int, *rest: Any) -> np.ndarray:
+    def dying(*arguments: Any) -> torch.Tensor:
         if len(starts) in (3, 7):
             starts.append(-1)
             raise KeyboardInterrupt
-        starts.append(start)
-        return vectors(self, start, *rest)
+        starts.append(arguments[3])
+        return block(*arguments)
 
-    monkeypatch.setattr(module._Blocks, "vectors", dying)
+    monkeypatch.setattr(module, "gradient_block", dying)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             made(line, fresh)
     found = made(line, fresh)
-    assert starts == [0, 9, 18, -1, 27, 36, 0, -1, 9, 18, 27, 36]  # nothing twice
+    assert starts == [0, 8, 16, -1, 24, 32, 0, -1, 8, 16, 24, 32]  # nothing twice
     np.testing.assert_array_equal(found, expected)
 
 

@@ -1,14 +1,14 @@
-"""The embeddings stage: one vector of length 1 for the text of each example, from the run's embedder.
+"""The embeddings stage: one vector of length 1 for the text of each example, computed by the run's embedder.
 
-Equal texts are embedded once, so that exact duplicates tie whatever batch they would have been in. Work
-is kept block by block: a run that was interrupted continues at the block it was in.
+Equal texts are embedded once, so that exact duplicates tie. An interrupted stage continues at the block of texts that
+it was computing.
 
 Shape letters: N examples, B texts of a batch, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,37 +16,29 @@ from typing import Any, Protocol
 import numpy as np
 
 from gradsift.artifacts import Artifact
-from gradsift.data.batching import length_batches, spread_out
 from gradsift.data.examples import Example
+from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
-from gradsift.features.vectors import FilledBlocks, open_features, unit_rows, write_ids
-from gradsift.runtime import Advance, Runtime, weighed
+from gradsift.features.vectors import fill_block, finish_features, open_features, unit_rows
+from gradsift.runtime import Advance, Runtime
 from gradsift.training.device import TokenBudget
 
 VERSION = 1
-_BLOCK = 4096  # texts between two notes of what is done
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """What an encoder reads of an example, and the number of its tokens (0: nothing)."""
-
-    content: Any  # hashable, and the encoder's own: token ids as bytes, or a string
-    tokens: int
+_BLOCK = 4096  # texts between two entries of the journal
 
 
 class Encoder(Protocol):
-    """A loaded model that turns texts into vectors of any length."""
+    """A loaded model that turns texts into vectors."""
 
     model: Any  # its transformer, for the token budget
     dimensions: int
 
-    def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Text], int]:
-        """Each example's text, and how many were cut to the maximal length."""
+    def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int]:
+        """Return the tokens of each example that has a text, and how many were cut to the maximal length."""
         ...
 
-    def embed(self, texts: Sequence[Text]) -> np.ndarray:
-        """(B, D) float32 of texts with at least one token each, in one pass."""
+    def embed(self, texts: Sequence[Encoded]) -> np.ndarray:
+        """Return vectors (B, D) float32, of any length, computed in one pass."""
         ...
 
 
@@ -69,8 +61,8 @@ def embed(
     """Embed examples; see `gradsift.features.vectors.read_features`. An empty text has a row of zeros.
 
     Args:
-        source: what the examples come from.
-        rows: the examples, and the task of each where they are a target set's.
+        source: the artifact that the examples come from.
+        rows: returns the examples, and the task of each if they are a target set.
 
     Raises:
         GradsiftError: an embedding is not finite; names the rows.
@@ -81,71 +73,67 @@ def embed(
         with runtime.display.task("read texts", len(examples)) as advance:
             texts, cut = encoder.read(examples, advance)
         if cut:
-            runtime.display.say(f"  {cut:,} of {len(texts):,} texts were cut to embedder.max_length or the model's own")
-        budget = TokenBudget.of(encoder.model, runtime.compute.tokens, runtime.display.say)
-        _fill(folder, encoder, texts, examples, budget, runtime)
-        write_ids(folder, [example.example_id for example in examples], tasks)
-        empty = sum(text.tokens == 0 for text in texts)
-        return {"rows": len(texts), "dimensions": encoder.dimensions, "empty": empty, "cut": cut}
+            runtime.display.say(
+                f"  {cut:,} of {len(examples):,} texts were cut to embedder.max_length or the model's own limit"
+            )
+        vectors = open_features(folder, len(examples), encoder.dimensions)
+        vectors[np.setdiff1d(np.arange(len(examples)), [text.row for text in texts])] = 0
+        _fill(runtime, folder, encoder, texts, vectors)
+        finish_features(folder, vectors, [example.example_id for example in examples], tasks)
+        empty = len(examples) - len(texts)
+        return {"rows": len(examples), "dimensions": encoder.dimensions, "empty": empty, "cut": cut}
 
     settings = dict(embedder.settings)
     slug, parents = f"{embedder.name}-{source.stage}", [embedder.model, source]
-    return runtime.store.obtain("embeddings", slug, settings, parents, make, version=VERSION, keep_part=True)
+    return runtime.store.obtain("embeddings", slug, settings, parents, make, version=VERSION)
 
 
-def _fill(
-    folder: Path,
-    encoder: Encoder,
-    texts: Sequence[Text],
-    examples: Sequence[Example],
-    budget: TokenBudget,
-    runtime: Runtime,
-) -> None:
-    """Write `features.npy`, from the first block that is not there yet."""
-    places: dict[Text, list[int]] = {}
-    for row, text in enumerate(texts):
-        if text.tokens:
-            places.setdefault(text, []).append(row)
-    unique = list(places)
-    vectors = open_features(folder, len(texts), encoder.dimensions)
-    vectors[[row for row, text in enumerate(texts) if not text.tokens]] = 0
-
-    def content(place: Sequence[int]) -> np.ndarray:
-        return vectors[[row for text in unique[slice(*place)] for row in places[text]]]
-
-    filled = FilledBlocks(folder, content, runtime.display.say)
-    done = filled.places[-1][1] if filled.places else 0
+def _fill(runtime: Runtime, folder: Path, encoder: Encoder, texts: Sequence[Encoded], vectors: np.memmap) -> None:
+    """Write the embeddings of `texts` to their rows of `vectors` (N, D)."""
+    rows_of: dict[bytes, list[int]] = {}  # rows with equal tokens
+    unique: list[Encoded] = []
+    for text in texts:
+        rows = rows_of.setdefault(text.input_ids.tobytes(), [])
+        if not rows:
+            unique.append(text)
+        rows.append(text.row)
+    budget = TokenBudget.of(encoder.model, runtime.compute.tokens, runtime.display.say)
+    journal = runtime.journal(folder)
     with runtime.display.task(f"embed {len(texts):,} texts", len(unique)) as advance:
-        advance(done)
-        for start in range(done, len(unique), _BLOCK):
+        for start in range(0, len(unique), _BLOCK):
             block = unique[start : start + _BLOCK]
-            told = weighed(advance, len(block), sum(text.tokens for text in block))
-            for batch, found in embedded(encoder, block, budget):
-                rows = [places[text] for text in batch]
-                _require_finite(found, [examples[each[0]] for each in rows])
-                for each, vector in zip(rows, unit_rows(found), strict=True):
-                    vectors[each] = vector
-                told(sum(text.tokens for text in batch))
-            vectors.flush()
-            filled.add([start, start + len(block)])
+            groups = [rows_of[text.input_ids.tobytes()] for text in block]
+
+            def make(block: Sequence[Encoded] = block, groups: Sequence[Sequence[int]] = groups) -> np.ndarray:
+                unit = embedded(encoder, block, budget, advance)
+                return np.repeat(unit, [len(rows) for rows in groups], axis=0)
+
+            index = [row for rows in groups for row in rows]
+            if not fill_block(journal, vectors, index, [start, start + len(block)], make):
+                advance(len(block))
 
 
-def embedded(encoder: Encoder, texts: Sequence[Text], budget: TokenBudget) -> Iterator[tuple[list[Text], np.ndarray]]:
-    """The texts in batches of like length under the token budget, and the vectors (B, D) of each batch."""
-    lengths = [text.tokens for text in texts]
-    for batch in spread_out(length_batches(lengths, budget.tokens)):
+def embedded(
+    encoder: Encoder, texts: Sequence[Encoded], budget: TokenBudget, advance: Advance = lambda done: None
+) -> np.ndarray:
+    """Return the embeddings of texts at length 1, (len(texts), D) float32, computed in batches of similar lengths.
 
-        def vectors_of(tokens: int, batch: Sequence[int] = batch) -> np.ndarray:
-            parts = length_batches([lengths[place] for place in batch], tokens)  # keeps the order: it is sorted
-            return np.concatenate([encoder.embed([texts[batch[index]] for index in part]) for part in parts])
+    Raises:
+        GradsiftError: an embedding is not finite; names the rows.
+    """
+    place_of = {text.row: place for place, text in enumerate(texts)}
+    vectors = np.empty((len(texts), encoder.dimensions), dtype=np.float32)
 
-        yield [texts[place] for place in batch], budget.run(vectors_of, [lengths[place] for place in batch])
+    def embed_batch(batch: list[Encoded]) -> None:
+        output = encoder.embed(batch)
+        bad = np.flatnonzero(~np.isfinite(output).all(axis=1))
+        if len(bad):
+            rows = ", ".join(str(batch[place].row_index) for place in bad[:8])
+            raise GradsiftError(
+                f"the embedding of row {rows} is not finite; take compute.precision=float32 or another embedder"
+            )
+        vectors[[place_of[text.row] for text in batch]] = unit_rows(output)
 
-
-def _require_finite(vectors: np.ndarray, examples: Sequence[Example]) -> None:
-    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if len(bad):
-        rows = ", ".join(str(examples[place].row_index) for place in bad[:8])
-        raise GradsiftError(
-            f"the embedding of row {rows} is not finite; take compute.precision=float32 or another embedder"
-        )
+    for _ in budget.passes(texts, embed_batch, advance=advance):
+        pass
+    return vectors

@@ -1,7 +1,7 @@
-"""Embeddings by a model of the package sentence-transformers, which is an optional extra.
+"""Embeddings from a model of the package sentence-transformers, which is an optional extra.
 
-The package pools and normalises as the model's own files say. Nothing but the package's own modules
-and safetensors weights is loaded: no code of the model's.
+The package pools and normalises as the model's own files say. Only the package's own modules and safetensors weights
+are loaded, never code that comes with a model.
 """
 
 from __future__ import annotations
@@ -19,55 +19,59 @@ from gradsift.artifacts import Artifact
 from gradsift.config import SentenceTransformersConfig
 from gradsift.data.examples import Example
 from gradsift.data.templates import render
-from gradsift.data.tokens import start_of
+from gradsift.data.tokens import Encoded, chunks, start_of
 from gradsift.errors import ConfigError, DataError
-from gradsift.features.embeddings import Embedder, Text
+from gradsift.features.embeddings import Embedder
 from gradsift.manifests import file_hash
 from gradsift.names import slug_of_path
 from gradsift.runtime import Advance, Runtime
 from gradsift.training.device import device_of
 
 VERSION = 1
-_LAYOUT = "modules.json"  # what every saved sentence encoder has
-_CHUNK = 1000  # texts tokenised in one call
+_LAYOUT = "modules.json"  # part of every saved sentence encoder
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
 
 
 class SentenceEncoder:
-    """An encoder that is a sentence-transformers model (see `gradsift.features.embeddings.Encoder`)."""
+    """A sentence-transformers model as an encoder (see `gradsift.features.embeddings.Encoder`)."""
 
     def __init__(self, encoder: Any, config: SentenceTransformersConfig) -> None:
         self._encoder, self._text = encoder, config.text
         own = encoder.max_seq_length
         encoder.max_seq_length = min(config.max_length, own) if own else config.max_length
+        self._contents: dict[int, str] = {}  # by `Encoded.row`
         self.model = encoder[0].auto_model
         self.dimensions = int(encoder.get_embedding_dimension())
 
-    def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Text], int]:
-        """The text of each example and its tokens, and how many texts the model will not read to their end."""
-        limit, texts, cut = self._encoder.max_seq_length, [], 0
-        for first in range(0, len(examples), _CHUNK):
-            chunk = examples[first : first + _CHUNK]
-            contents = [start_of(text_of(example, self._text), self._encoder.tokenizer, limit) for example in chunk]
-            ids = self._encoder.tokenizer(contents, truncation=False, verbose=False)["input_ids"]
-            for content, tokens in zip(contents, ids, strict=True):
-                texts.append(Text(content, min(len(tokens), limit) if content.strip() else 0))
-                cut += len(tokens) > limit
+    def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int]:
+        """Return the tokens of each example that has a text, and how many texts are longer than the model reads."""
+        limit, tokenizer = self._encoder.max_seq_length, self._encoder.tokenizer
+        texts, cut, row = [], 0, 0
+        for contents in chunks((start_of(text_of(each, self._text), tokenizer, limit) for each in examples), len):
+            for content, ids in zip(
+                contents, tokenizer(contents, truncation=False, verbose=False)["input_ids"], strict=True
+            ):
+                if content.strip():
+                    kept = np.array(ids[:limit], dtype=np.int32)
+                    texts.append(Encoded(row, examples[row].row_index, kept, np.zeros(len(kept), dtype=bool)))
+                    self._contents[row] = content
+                cut += len(ids) > limit
+                row += 1
             advance(len(contents))
         return texts, cut
 
-    def embed(self, texts: Sequence[Text]) -> np.ndarray:
-        """(B, D) float32, of any length."""
-        contents = [text.content for text in texts]
-        found = self._encoder.encode(
+    def embed(self, texts: Sequence[Encoded]) -> np.ndarray:
+        """Return vectors (B, D) float32, of any length."""
+        contents = [self._contents[text.row] for text in texts]
+        embeddings = self._encoder.encode(
             contents, batch_size=len(contents), show_progress_bar=False, convert_to_tensor=True
         )
-        vectors: np.ndarray = found.float().cpu().numpy()
+        vectors: np.ndarray = embeddings.float().cpu().numpy()
         return vectors
 
 
 def text_of(example: Example, text: str) -> str:
-    """Instruction, input and output (not for `text=prompt`), a line each; earlier turns come first."""
+    """Return earlier turns, instruction, input and (unless `text=prompt`) output, a line each."""
     segments = render(example, "plain")
     if text == "prompt":
         segments = segments[:-1]
@@ -75,18 +79,18 @@ def text_of(example: Example, text: str) -> str:
 
 
 def sentence_embedder(runtime: Runtime, config: SentenceTransformersConfig) -> Embedder:
-    """The embedder of this config; its model is pinned now and loaded when first needed."""
+    """Return the embedder of this config; its model is pinned now and loaded when first needed."""
     pin = sentence_encoder(runtime, config)
     settings = {"text": config.text, "max_length": config.max_length}
     return Embedder(config.name, settings, pin, functools.cache(lambda: load_sentence_encoder(runtime, config, pin)))
 
 
 def sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig) -> Artifact:
-    """A pin of the model: the folder's content or the hub's commit, so that later runs see the same weights.
+    """Return an artifact that pins the model, by hashes of a folder's files or by a commit of the hub.
 
     Raises:
         ConfigError: the package is not installed.
-        DataError: neither a saved sentence encoder nor a model of the hub; names `embedder.model`.
+        DataError: `embedder.model` is neither a saved sentence encoder nor a model of the hub.
     """
     if importlib.util.find_spec("sentence_transformers") is None:
         raise ConfigError(
@@ -109,7 +113,7 @@ def sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig) -> Ar
 
 
 def load_sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig, pin: Artifact) -> SentenceEncoder:
-    """Load the model that `sentence_encoder` pinned."""
+    """Return the model that `sentence_encoder` pinned."""
     import torch
     from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
@@ -139,7 +143,7 @@ def _folder_hashes(folder: Path, config: SentenceTransformersConfig) -> dict[str
 
 
 def _hub_commit(config: SentenceTransformersConfig) -> str:
-    """The commit that the hub (or its local cache) has for this model now."""
+    """Return the current commit of this model on the hub, or in its local cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 

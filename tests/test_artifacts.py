@@ -20,6 +20,7 @@ import pytest
 
 from gradsift import artifacts
 from gradsift.artifacts import Artifact, Store, fingerprint_of
+from gradsift.disk import guarded
 from gradsift.errors import GradsiftError
 from gradsift.manifests import MANIFEST, UNFINISHED, write_manifest
 
@@ -106,17 +107,6 @@ def test_the_size_of_work_is_its_own_or_the_largest_of_its_parents(tmp_path: Pat
     unsized = Store(tmp_path).obtain("stage", "unsized", {}, [], lambda folder: {}, version=1)
     child = Store(tmp_path).obtain("stage", "child", {}, [unsized], lambda folder: {}, version=1)
     assert (unsized.size, child.size) == (None, None)
-
-
-def test_how_numerics_differ_is_said_name_by_name() -> None:
-    ours = {"model": {"kernels": "off", "precision": "float32"}}
-    theirs = {"model": {"kernels": "a1", "precision": "float32"}, "another": {"kernels": "b2"}}
-    assert artifacts._difference(theirs, ours) == "kernels=a1 (here kernels=off)"
-    assert artifacts._difference({"model": {"precision": "float32"}}, ours) == "kernels=unknown (here kernels=off)"
-    assert artifacts._difference(None, ours) == (
-        "kernels=unknown (here kernels=off), precision=unknown (here precision=float32)"
-    )
-    assert artifacts._difference(theirs, {}) == "models that are not known"
 
 
 def test_work_in_a_store_is_found_by_the_next_version_of_the_code() -> None:
@@ -366,7 +356,7 @@ def test_work_goes_on_from_what_it_keeps_as_unfinished_and_the_artifact_holds_no
     assert store.records[0].optimizer_steps == 2  # those of this process
     assert artifact.info["optimizer_steps"] == 6
     assert len(said) == 2
-    assert "going on from where an interrupted run was" in said[0]
+    assert "continuing from where an interrupted run was" in said[0]
 
 
 def test_another_config_never_goes_on_from_this_ones_point(tmp_path: Path) -> None:
@@ -486,9 +476,8 @@ def test_edited_code_is_other_code_at_any_commit(tmp_path: Path) -> None:
 
 
 def test_between_stages_only_what_names_the_store_is_its_error(tmp_path: Path) -> None:
-    store = Store(tmp_path)
     gone = r"the run could not keep.*was its disk unmounted"
-    with pytest.raises(GradsiftError, match=gone), store.guarded("the run", nameless=False):
+    with pytest.raises(GradsiftError, match=gone), guarded(tmp_path, "the run", nameless=False):
         (tmp_path / "stage" / "scores.parquet").read_bytes()
-    with pytest.raises(PermissionError), store.guarded("the run", nameless=False):
+    with pytest.raises(PermissionError), guarded(tmp_path, "the run", nameless=False):
         raise PermissionError(errno.EACCES, "a socket's")

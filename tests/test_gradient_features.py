@@ -347,7 +347,7 @@ def test_directions_are_cosines_with_the_mean_gradient_example_by_example(line: 
 
     found = read_cosines(line.directions, 40)
     assert found.shape == (2, 40)
-    for chain, shards, cosines, made in zip(line.adapters, line.late_norms(), found, line.directions, strict=True):
+    for chain, shards, cosines, made in zip(line.adapters, line.late_norms, found, line.directions, strict=True):
         with adapter(line.proxy_backbone, line.config.proxy.lora, 3, line.config.compute) as adapted:
             lora.load_adapter(adapted, chain[1].path)
             gradients = loop_gradients(adapted.eval(), line.proxy_inputs.encoded)
@@ -364,5 +364,5 @@ def test_directions_are_cosines_with_the_mean_gradient_example_by_example(line: 
 
 def test_members_that_share_their_weights_share_their_direction(store: Path) -> None:
     line = line_of(store, "scorer=gsnr_direction", "proxy.ensemble=mc_dropout", "proxy.lora.dropout=0.1")
-    assert len({shard.path for shards in line.late_norms() for shard in shards}) == 2
+    assert len({shard.path for shards in line.late_norms for shard in shards}) == 2
     assert line.sources["directions"].value().shape == (1, 40)

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from conftest import SMOKE
 
-from gradsift.artifacts import Artifact, Store, size_of
+from gradsift.artifacts import Artifact, NotMade, Store
 from gradsift.cost import duration
 from gradsift.manifests import write_manifest
-from gradsift.planning import DONE, TO_DO, Earlier, NotMade, Planned, Planner
+from gradsift.planning import DONE, TO_DO, Earlier, Planner
 from gradsift.report.plans import AT_MOST, SHARED, plan_lines, states, to_do, volume
 
 TINY = (*SMOKE, "data.size=60", "data.benchmark_items=13", "target.steps=2")
@@ -173,13 +173,13 @@ def test_what_is_not_made_cannot_be_read(tmp_path: Path) -> None:
         raise AssertionError("a plan made something")
 
     unit = planner.obtain("member", "m0", {"epoch": 1}, [made], refuse, version=1)
-    assert isinstance(unit, Planned)
-    assert size_of([unit]) == unit.size == 8
+    assert unit.planned
+    assert unit.size == 8
     with pytest.raises(NotMade, match=r"member/m0-.* is not made yet"):
         _ = unit.info
     with pytest.raises(NotMade, match=r"no norms\.parquet to read"):
         unit.file("norms.parquet")
-    below = planner.expect("finetune", "tiny", {}, [unit], size=4)
+    below = planner.obtain("finetune", "tiny", {}, [unit], refuse, version=1, size=4, exact=False)
     child = planner.obtain("heldout", "tiny", {}, [below], refuse, version=1, size=2)
     certain = {each.name: each.certain for each in planner.units.values()}
     assert certain == {"member": True, "finetune": False, "heldout": False}
@@ -218,7 +218,7 @@ def test_totals_say_what_is_not_known() -> None:
     assert "0 units done, 2 to do" in lines
     assert "time 3.0 s + ?, disk 1.0 GB + ?, peak memory 1.2 GB, judge calls none" in lines
     assert "1 units are like none in the store" in lines
-    assert "the disk has 1 MB free" in lines
+    assert "only 1 MB are free on the disk" in lines
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(2.04, "2.0 s"), (50, "50 s"), (600, "10 min"), (7200, "2.0 h")])

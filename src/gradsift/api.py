@@ -141,6 +141,8 @@ def _selected(
     from rich.console import Console
 
     from gradsift.artifacts import Store
+    from gradsift.disk import guarded
+    from gradsift.early_checks import check
     from gradsift.line import Line
     from gradsift.pipeline import prepare
     from gradsift.runtime import Display, Runtime
@@ -151,11 +153,11 @@ def _selected(
     prepare(config)
     store = Store(Path(config.artifacts), display.say)
     try:
-        with store.guarded("the selection", nameless=False):
+        with guarded(store.root, "the selection", nameless=False):
             line = Line(config, Runtime(store, config.compute, display, config.seed))
             if function is not None:
                 line.scorer = _scorer(function, constants, tuple(line.sources))
-            line.check()
+            check(line)
             scored = score(line.runtime, line.scorer, line.loaded, line.sources, line.diagnose)
             return _read(rows, line, scored, line.select(scored))
     finally:

@@ -274,6 +274,7 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: Path | No
     view = RunView(number, total=len(jobs) if jobs else None)
     view.starting(_own(overrides, jobs))
     from gradsift.artifacts import Store
+    from gradsift.disk import guarded
     from gradsift.evaluation.judges import DryRun
     from gradsift.nodes import node_of, store_of
     from gradsift.pipeline import plan, prepare, run, settings_of
@@ -299,7 +300,7 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: Path | No
     with store_of(config.compute, ours, number) as store, Tracker(tracked, folder, group, about) as tracker:
         record = RunRecord(folder, tracker, store, about)
         try:
-            with store.guarded("the run", nameless=False):
+            with guarded(store.root, "the run", nameless=False):
                 run(config, Runtime(store, config.compute, view.display, config.seed), record)
         except DryRun as said:
             record.dry_run(str(said))

@@ -9,15 +9,17 @@ computed that the chosen scorer does not ask for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from gradsift.artifacts import Store
+from gradsift.artifacts import NotMade
 from gradsift.config import Config, VerifiableDataConfig
+from gradsift.disk import guarded
+from gradsift.early_checks import check
 from gradsift.evaluation.stages.judging import judge, pws
 from gradsift.line import Line
-from gradsift.planning import NotMade, Planner, unread
+from gradsift.planning import Planner
 from gradsift.report.plans import write_plan
 from gradsift.run_record import RunRecord
 from gradsift.runtime import Display, Runtime
@@ -33,10 +35,10 @@ def run(config: Config, runtime: Runtime, record: RunRecord) -> None:
     record.loaded(line.loaded)
     if config.stop_after == "load":
         return
-    line.check()
+    check(line)
     if config.stop_after == "statistics":
         if config.proxy.shard is None:
-            line.statistics()
+            _ = line.statistics
         else:
             record.collected(config.proxy, line.collect_shard())
         record.ensemble(line.adapters)
@@ -76,16 +78,28 @@ def run(config: Config, runtime: Runtime, record: RunRecord) -> None:
     record.untuned(line.heldout_loss(None), line.metrics(line.answers(None)) if checkable else None)
 
 
+class _NoRecord:
+    """Stands in for the record of a run that is only planned: every method does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *values: None
+
+
 def plan(config: Config, display: Display, folder: Path, about: Mapping[str, Any]) -> None:
-    """Walk the same line and make nothing; `run.json` then holds what is done and what is to do."""
+    """Walk through the stages without making anything, and write what is done and what is to do to `run.json`."""
     planner = Planner(Path(config.artifacts), display.say)
     ends = None
     try:
-        with Store(planner.store).guarded("the plan", nameless=False):
-            run(config, Runtime(planner, config.compute, display, config.seed), unread())
-    except NotMade as missing:  # a stage reads what another one has yet to make
+        with guarded(planner.store, "the plan", nameless=False):
+            walk(config, Runtime(planner, config.compute, display, config.seed))
+    except NotMade as missing:
         ends = str(missing)
     write_plan(folder, about, planner, ends)
+
+
+def walk(config: Config, runtime: Runtime) -> None:
+    """Ask the store for every unit of a run, and record nothing."""
+    run(config, runtime, cast(RunRecord, _NoRecord()))
 
 
 def prepare(config: Config) -> None:

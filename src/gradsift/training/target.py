@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from gradsift.artifacts import Artifact
+from gradsift.artifacts import Artifact, NotMade
 from gradsift.config import TargetConfig
 from gradsift.data.batching import epoch_batches
 from gradsift.data.examples import Example
@@ -26,9 +26,6 @@ from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress,
 from gradsift.training.probing import require_adaptable
 from gradsift.training.ranks import on_all_ranks, shard_weights
 
-if TYPE_CHECKING:
-    from gradsift.planning import Planned
-
 VERSION = 4
 
 
@@ -38,31 +35,35 @@ def finetune(
     target: Artifact,
     loaded: Artifact,
     pool: Sequence[Example],
-    positions: np.ndarray,
+    positions: Callable[[], np.ndarray],
+    rows: int,
 ) -> Artifact:
-    """Tune the target on the examples at `positions` of the pool.
+    """Finetune the target on selected examples.
 
-    The result depends on which examples these are and not on how they were found, so selections
-    that agree share one finetune.
+    The result depends on which examples they are and not on how they were selected, so selections that agree share
+    one finetune.
+
+    Args:
+        positions: returns the positions of the examples in the pool; raises `NotMade` in a plan whose selection does
+            not exist yet.
+        rows: the number of examples that the selection was asked for.
     """
-    chosen = [pool[position] for position in sorted(int(p) for p in positions)]
-    identity = hashlib.sha256("\n".join(example.example_id for example in chosen).encode()).hexdigest()
-    settings = finetune_settings(runtime, config) | {"examples": identity}
+    settings = finetune_settings(runtime, config)
+    chosen: list[Example] = []
+    try:
+        chosen = [pool[position] for position in sorted(int(p) for p in positions())]
+    except NotMade as missing:
+        settings["examples"], exact = str(missing), False  # the message names the selection
+    else:
+        rows, exact = len(chosen), True
+        settings["examples"] = hashlib.sha256("\n".join(each.example_id for each in chosen).encode()).hexdigest()
 
     def make(folder: Path) -> Mapping[str, Any]:
         return on_all_ranks(runtime, folder, _train, config, target, chosen)
 
-    slug, size = f"{config.name}-{len(chosen)}rows", passes(config, len(chosen))
-    return runtime.store.obtain("finetune", slug, settings, [target, loaded], make, version=VERSION, size=size)
-
-
-def expected_finetune(
-    runtime: Runtime, config: TargetConfig, target: Artifact, loaded: Artifact, selection: Planned, rows: int
-) -> Artifact:
-    """The finetune on a selection that is not made yet, for a plan; `rows` are its examples at most."""
-    settings = finetune_settings(runtime, config) | {"selection": selection.fingerprint}
     slug, size = f"{config.name}-{rows}rows", passes(config, rows)
-    return selection.planner.expect("finetune", slug, settings, [target, loaded], size)
+    parents = [target, loaded]
+    return runtime.store.obtain("finetune", slug, settings, parents, make, version=VERSION, size=size, exact=exact)
 
 
 def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:

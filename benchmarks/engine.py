@@ -42,7 +42,8 @@ from gradsift.data.tokens import Encoded
 from gradsift.gradients.callback import GradientNorms, collect_norms
 from gradsift.training import lora
 from gradsift.training.device import TokenBudget
-from gradsift.training.finetuning import Finetuning, Optimization, fit
+from gradsift.training.finetuning import fit
+from gradsift.training.modules import Optimization, ProxyMember
 from gradsift.training.numerics import prepare
 
 POOL = 2000
@@ -118,7 +119,7 @@ def train(adapted: Any, rounds: Round, number: int, with_norms: bool) -> tuple[f
     """Seconds of a member's training steps, and their norms (N, 2) in the order of the round's rows."""
     clock, plan, rows = Clock(), rounds.plan(number), rounds.rows(number)
     budget = TokenBudget.of(adapted.get_base_model(), None, print)
-    module = Finetuning(adapted, Optimization(1e-12, 0.0, "constant", 0, len(plan)), budget, pad_id=0)
+    module = ProxyMember(adapted, Optimization(1e-12, 0.0, "constant", 0, len(plan)), budget, pad_id=0)
     norms = GradientNorms(adapted, rows)
     fit(
         module,

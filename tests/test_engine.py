@@ -29,12 +29,12 @@ from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.gradients.callback import COLUMNS, GradientNorms, collect_norms
 from gradsift.gradients.norms import PerSampleNorms
-from gradsift.training import finetuning, lora
 from gradsift.training import head as head_module
+from gradsift.training import lora, modules
 from gradsift.training.adapted import AdaptedLinear, NormProbe
 from gradsift.training.device import TokenBudget, is_out_of_memory
-from gradsift.training.finetuning import ResponseLosses
 from gradsift.training.head import OutputHead, token_losses
+from gradsift.training.modules import ResponseLosses
 from gradsift.training.numerics import prepare
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
@@ -320,7 +320,7 @@ def test_out_of_memory_halves_the_budget_says_so_and_changes_no_result(
     for rows, exact in zip(plan, steps, strict=False):
         expected[rows] = loop_norms(exact, [encoded[row] for row in rows])
     trained = weights_of(next(steps))
-    monkeypatch.setattr(finetuning, "ResponseLosses", failing_above(30, error))
+    monkeypatch.setattr(modules, "ResponseLosses", failing_above(30, error))
     norms = GradientNorms(adapted, encoded)
     train(adapted, encoded, plan, callbacks=[norms], say=said.append)
     assert_norms_close(np.stack([norms.table()[name] for name in COLUMNS], 1), expected)
@@ -335,7 +335,7 @@ def test_dropout_after_out_of_memory_is_that_of_the_smaller_budget(monkeypatch: 
     """Whatever the attempts that failed had drawn."""
     adapters, tokens = [], 4096
     for losses in (failing_above(30, OUT_OF_MEMORY[0]), ResponseLosses):
-        monkeypatch.setattr(finetuning, "ResponseLosses", losses)
+        monkeypatch.setattr(modules, "ResponseLosses", losses)
         adapted = lora.add_adapter(tiny_model("gpt2"), LoraConfig(rank=3, dropout=0.4), seed=1)
         _, module = train(adapted, ragged_examples(8), [list(range(8))], tokens=tokens, say=lambda line: None)
         tokens = module.budget.tokens
@@ -356,13 +356,13 @@ def test_out_of_memory_in_a_collection_pass_changes_no_norm(monkeypatch: pytest.
 
 
 def test_a_single_example_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetuning, "ResponseLosses", failing_above(2, OUT_OF_MEMORY[0]))
+    monkeypatch.setattr(modules, "ResponseLosses", failing_above(2, OUT_OF_MEMORY[0]))
     with pytest.raises(GradsiftError, match=r"single example of 1\d tokens; lower max_length"):
         train(adapted_model("gpt2", ["c_attn"]), ragged_examples(4), [[0, 1, 2, 3]], say=lambda line: None)
 
 
 def test_other_errors_are_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetuning, "ResponseLosses", failing_above(2, RuntimeError("shapes do not match")))
+    monkeypatch.setattr(modules, "ResponseLosses", failing_above(2, RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         train(adapted_model("gpt2", ["c_attn"]), ragged_examples(4), [[0, 1, 2, 3]])
 

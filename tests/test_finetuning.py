@@ -34,10 +34,11 @@ from gradsift.gradients.norms_table import read_norms
 from gradsift.proxy.ensemble import member_settings, train_member_epoch
 from gradsift.proxy.epochs import ProxyInputs
 from gradsift.runtime import Display, Runtime, derive_seed
-from gradsift.training import finetuning, lora
+from gradsift.training import lora, modules
 from gradsift.training.backbones import Backbone, backbone, load_backbone
 from gradsift.training.device import TokenBudget
-from gradsift.training.finetuning import Finetuning, Optimization, ResponseLosses, fit
+from gradsift.training.finetuning import fit
+from gradsift.training.modules import Optimization, ProxyMember, ResponseLosses
 from gradsift.training.target import batch_plan, load_tuned, train_target
 
 CPU = ComputeConfig(device="cpu")
@@ -57,7 +58,7 @@ def runtime(store: Path, seed: int = 0) -> Runtime:
 
 def train(adapted: Any, encoded: Sequence[Encoded], plan: Sequence[Sequence[int]], **options: Any) -> tuple[int, Any]:
     budget = TokenBudget(options.pop("tokens", 4096), options.pop("say", print))
-    module = Finetuning(adapted, options.pop("optimization", optimization()), budget, 0, options.pop("first_step", 0))
+    module = ProxyMember(adapted, options.pop("optimization", optimization()), budget, 0, options.pop("first_step", 0))
     shared = {"compute": CPU}
     return fit(module, encoded, plan, **(shared | options)), module
 
@@ -512,7 +513,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_its_row(
     value: float, batches: int, at_most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded, rates = ragged_examples(4), Rates()
-    monkeypatch.setattr(finetuning, "ResponseLosses", poisoned(2, value))
+    monkeypatch.setattr(modules, "ResponseLosses", poisoned(2, value))
     with pytest.raises(GradsiftError, match="the training loss of row 12 is not finite; lower the learning rate"):
         train(adapted_model("gpt2", ["c_attn"]), encoded, [[0, 1], [2], *[[1, 3]] * (batches - 2)], callbacks=[rates])
     assert len(rates.seen) <= at_most
@@ -543,7 +544,7 @@ def test_a_loss_that_is_not_finite_names_the_row_of_the_source(
 ) -> None:
     run, tiny, loaded = nano_target(backbones)
     chosen = nano_examples(range(100, 104))
-    monkeypatch.setattr(finetuning, "ResponseLosses", poisoned(2, float("nan")))
+    monkeypatch.setattr(modules, "ResponseLosses", poisoned(2, float("nan")))
     with pytest.raises(GradsiftError, match="row 102 is not finite"):
         train_target(run, target_config(steps=2), load_backbone(loaded, tiny, CPU), chosen, tmp_path)
 

@@ -17,7 +17,7 @@ from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.gradients.norms import PerSampleNorms
 from gradsift.training import lora
-from gradsift.training.finetuning import ResponseLosses
+from gradsift.training.modules import ResponseLosses
 
 pytestmark = pytest.mark.numerics
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from multiprocessing import get_context
@@ -34,25 +34,25 @@ from test_finetuning import (
 from test_norms import loop_norms
 from torch.distributed.tensor import DTensor
 
-from gradsift.artifacts import Artifact, Store
+from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, LoraConfig, ProxyConfig, TargetConfig
-from gradsift.cost import counting
+from gradsift.cost import counting, passed
 from gradsift.data.examples import Example
 from gradsift.data.tokens import Encoded, encode
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.gradients.callback import COLUMNS
 from gradsift.gradients.norms_table import read_norms
-from gradsift.nodes import meeting, node_of, store_of
+from gradsift.launch import node_of, on_all_ranks
 from gradsift.proxy.collection import collect_rows
 from gradsift.proxy.ensemble import epoch_plan, member_settings, train_member_epoch
 from gradsift.proxy.epochs import OPTIMIZER_FILE, ProxyInputs
 from gradsift.runtime import Runtime, derive_seed
-from gradsift.training import lora, ranks
+from gradsift.training import lora, parallel
 from gradsift.training.backbones import load_backbone
 from gradsift.training.curves import read_curve
 from gradsift.training.device import TokenBudget
-from gradsift.training.finetuning import Optimization
-from gradsift.training.ranks import on_all_ranks
+from gradsift.training.modules import Optimization
+from gradsift.training.shared_store import RunEnded, SharedStore
 from gradsift.training.target import batch_plan, train_target
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
@@ -70,9 +70,9 @@ def everything(
     """A finetune, two epochs of a member with the norms of its steps, and a collection pass."""
     config, made, chosen = target
     settings, inputs = proxy
-    infos: dict[str, Any] = {"ranks": ranks.size()}
+    infos: dict[str, Any] = {"ranks": parallel.size()}
     infos["finetune"] = train_target(run, config, load_backbone(made, config.model, run.compute), chosen, folder)
-    if ranks.size() > 1:  # with the target's frozen weights in parts
+    if parallel.size() > 1:  # with the target's frozen weights in parts
         (folder / "fsdp").mkdir()
         sharded = Runtime(run.store, replace(run.compute, strategy="fsdp"), run.display, run.seed)
         backbone = load_backbone(made, config.model, run.compute)
@@ -95,6 +95,17 @@ def everything(
     passed = replace(settings, collect="epoch_end")
     infos["norms"] = collect_rows(run, part, passed, inputs, 0, 2, before, 0)
     return infos
+
+
+def on_a_rank(compute: ComputeConfig, folder: Path, store: Path, backbones: Path) -> tuple[dict[str, Any], int]:
+    """Do everything on this rank; returns what its stages counted, and the forward tokens of all ranks."""
+    torch.set_num_threads(1)
+    parallel.join(compute)
+    run = runtime(store)
+    run.compute = compute
+    with counting() as tokens, tempfile.TemporaryDirectory() as scratch:
+        infos = everything(run, Path(scratch) if parallel.rank() else folder, *arguments(backbones))
+    return infos, tokens() if parallel.size() == 1 else parallel.total(tokens())
 
 
 def arguments(backbones: Path) -> tuple[Any, Any]:
@@ -165,17 +176,14 @@ def test_two_processes_find_what_one_finds(backbones: Path, tmp_path: Path) -> N
     infos, counts = [], []
     for folder, compute in ((one, ComputeConfig(device="cpu", threads=1)), (two, DDP)):
         folder.mkdir()
-        run = runtime(tmp_path / "store")
-        run.compute = compute
-        with counting() as tokens:
-            infos.append(on_all_ranks(run, folder, everything, *arguments(backbones)))
-        counts.append(tokens())
+        info, tokens = on_all_ranks(compute, on_a_rank, compute, folder, tmp_path / "store", backbones)
+        infos.append(info)
+        counts.append(tokens)
     assert [info.pop("ranks") for info in infos] == [1, 2]
     assert infos[1].pop("in parts") > 0.9
     assert 0 < infos[1].pop("fsdp tokens") < infos[0]["finetune"]["tokens"]  # rank 0 has a part of them
     (two / "fsdp").rename(tmp_path / "fsdp")
     assert infos[1].pop("fsdp") == infos[0]["finetune"]
-    assert ranks.size() == 1  # the group has ended
     assert counts[0] == counts[1] > 0  # without what two ranks did besides
     rounding = 2 * 1024 * torch.finfo(torch.float32).eps  # between two that are each so near to what is exact
     for name, info in infos[0].items():
@@ -226,41 +234,69 @@ def require_norms(folder: Path, info: dict[str, Any], exact: np.ndarray) -> None
     assert_close_by_norm(found[known], exact[known], k=2048, dim=(), dtype=torch.float32)
 
 
-def fails(run: Runtime, folder: Path, how: str) -> None:
-    """Rank 1 fails, and rank 0 waits for it."""
-    if ranks.rank() == 1 and how == "says":
+def walks(folder: Path, end: str) -> None:
+    """Walk three stages with a shared store and note what happened on this rank, which may fail."""
+    parallel.join(DDP)
+    store, events = SharedStore(folder / "store", lambda line: None), []
+
+    def divided(part: Path) -> dict[str, Any]:
+        events.append((parallel.size(), (part / "unfinished").is_dir(), part.parent.parent == store.root))
+        passed(10 + parallel.rank())
+        return {"rows": 1}
+
+    def own(part: Path) -> dict[str, Any]:
+        events.append(parallel.size())
+        time.sleep(0.5)  # the other rank waits
+        if end == "rank 0 fails":
+            raise GradsiftError("the disk is full")
+        return {"rows": 2}
+
+    first = store.obtain("norms", "x", {}, [], divided, version=1, divided=True)
+    tokens = first.info["forward_tokens"]
+    try:
+        second = store.obtain("score", "y", {}, [first], own, version=1)
+        again = store.obtain("score", "y", {}, [first], lambda part: pytest.fail("it is there"), version=1)
+    except RunEnded:
+        return
+    (folder / f"rank{parallel.rank()}").write_text(json.dumps([events, tokens, second.fingerprint, again.fingerprint]))
+    if parallel.rank() == 1 and end == "rank 1 fails":
         raise GradsiftError("row 7 is not to be had")
-    if ranks.rank() == 1:
+    if parallel.rank() == 1:
         os._exit(3)
-    ranks.gather({"rows": torch.zeros(1)}, 2)
+    parallel.gather({"rows": torch.zeros(1)}, 2)  # waits for rank 1
 
 
+def test_rank_0_decides_makes_and_writes_and_a_rank_that_dies_ends_the_run(tmp_path: Path) -> None:
+    """A divided stage is made by both ranks, the other one in a copy of the folder; any other by rank 0 alone."""
+    with pytest.raises(GradsiftError, match="rank 1 exited with code 3 and without an error message"):
+        on_all_ranks(DDP, walks, tmp_path, "rank 1 dies")
+    first, second = (json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1))
+    assert first == [[[2, True, True], 1], 21, second[2], second[2]]
+    assert second == [[[2, True, False]], 21, second[2], second[2]]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "message"),
-    [pytest.param("says", "row 7 is not to be had", marks=pytest.mark.slow), ("dies", "rank 1 ended")],
+    ("end", "message"), [("rank 0 fails", "the disk is full"), ("rank 1 fails", "row 7 is not to be had")]
 )
-def test_a_rank_that_fails_ends_the_work_with_its_reason(how: str, message: str, tmp_path: Path) -> None:
-    run = runtime(tmp_path / "store")
-    run.compute = DDP
-    with pytest.raises(GradsiftError, match=message):
-        on_all_ranks(run, tmp_path, fails, how)
-    assert ranks.size() == 1
+def test_a_rank_that_fails_ends_the_run_with_its_reason(end: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(GradsiftError) as failure:
+        on_all_ranks(DDP, walks, tmp_path, end)
+    assert str(failure.value) == message
 
 
-def waits(run: Runtime, folder: Path, note: Path) -> None:
-    if ranks.rank() == 1:
+def waits(note: Path) -> None:
+    if os.environ["RANK"] == "1":
         note.write_text(str(os.getpid()))
     time.sleep(300)
 
 
 def wait_in_two(folder: Path) -> None:
-    run = runtime(folder / "store")
-    run.compute = DDP
-    on_all_ranks(run, folder, waits, folder / "pid")
+    on_all_ranks(DDP, waits, folder / "pid")
 
 
 @pytest.mark.slow
-def test_no_rank_outlives_a_killed_rank_0(tmp_path: Path) -> None:
+def test_no_rank_outlives_a_killed_launcher(tmp_path: Path) -> None:
     process = get_context("spawn").Process(target=wait_in_two, args=(tmp_path,))
     process.start()
     note, deadline = tmp_path / "pid", time.monotonic() + 240
@@ -276,102 +312,67 @@ def test_no_rank_outlives_a_killed_rank_0(tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
+STATISTICS = (*SMOKE, "scorer=late_loss", "proxy.members=1", "stop_after=statistics")
+
+
 @pytest.mark.slow
-def test_a_run_on_two_ranks_finds_the_work_of_one_and_the_other_way_round(gradsift) -> None:
-    """The number of ranks is in no fingerprint, so the statistics are shared."""
-    smoke = (*SMOKE, "scorer=late_loss", "proxy.members=1", "stop_after=statistics")
-    assert gradsift(*smoke, "compute=ddp", "compute.devices=2") == 0
-    made = [stage["name"] for stage in gradsift.runs()[-1]["stages"] if not stage["reused"]]
-    assert made.count("member") == made.count("norms") == 2
-    assert gradsift(*smoke) == 0
+def test_a_sweep_on_two_ranks_finds_the_work_of_one_and_the_other_way_round(gradsift) -> None:
+    """The number of ranks is in no fingerprint, so the statistics are shared; each job of a sweep starts its ranks."""
+    assert gradsift("-m", *STATISTICS, "compute=ddp", "proxy.members=1,2") == 0
+    made = [stage["name"] for run in gradsift.runs() for stage in run["stages"] if not stage["reused"]]
+    assert made.count("member") == made.count("norms") == 4
+    assert gradsift(*STATISTICS, "proxy.members=2") == 0
     assert not [stage for stage in gradsift.runs()[-1]["stages"] if not stage["reused"]]
+
+
+def require_made_once(gradsift) -> None:
+    """That one run was written, which made the statistics, and that one process finds them."""
+    (run,) = gradsift.runs()
+    made = [stage["name"] for stage in run["stages"] if not stage["reused"]]
+    assert made.count("member") == made.count("norms") == 2
+    assert gradsift(*STATISTICS) == 0
+    assert not [stage for stage in gradsift.runs()[-1]["stages"] if not stage["reused"]]
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 @pytest.mark.slow
 def test_two_machines_share_the_work_and_the_first_one_writes(gradsift, tmp_path: Path) -> None:
     """Two processes on this one, as `srun` would start them: the same command, another NODE_RANK."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        str(REPOSITORY / "run.py"),
-        *SMOKE,
-        "scorer=late_loss",
-        "proxy.members=1",
-        "stop_after=statistics",
-    ]
-    command += ["proxy.members=1", "stop_after=statistics", "compute=ddp", "compute.devices=1", "compute.num_nodes=2"]
+    options = ["compute=ddp", "compute.devices=1", "compute.num_nodes=2"]
+    command = [sys.executable, str(REPOSITORY / "run.py"), *STATISTICS, *options]
     machines = []
-    for node in (0, 1):
-        shared = {"NODE_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for node, port in enumerate([free_port()] * 2):
+        shared = {"NODE_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         folder = f"hydra.run.dir=outputs/both/node{node}"
         machines.append(subprocess.Popen([*command, folder], env={**os.environ, **shared}, cwd=tmp_path))
     assert [machine.wait(300) for machine in machines] == [0, 0]
-    first, second = gradsift.runs()
-    if not any(stage["optimizer_steps"] for stage in first["stages"]):
-        first, second = second, first
-    made = [stage["name"] for stage in first["stages"] if not stage["reused"]]
-    assert made.count("member") == made.count("norms") == 2
-    assert not [stage for stage in second["stages"] if not stage["reused"]]
-    assert gradsift(*SMOKE, "scorer=late_loss", "proxy.members=1", "stop_after=statistics") == 0
-    assert not [stage for stage in gradsift.runs()[-1]["stages"] if not stage["reused"]]
+    require_made_once(gradsift)
 
 
-@pytest.fixture
-def meeting_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    meeting.cache_clear()
-    yield
-    meeting.cache_clear()
+@pytest.mark.slow
+def test_torchrun_may_start_the_ranks(gradsift, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(REPOSITORY / "run.py"), *STATISTICS, "compute=ddp"]
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=300)
+    require_made_once(gradsift)
 
 
-@pytest.mark.parametrize("end", ["fails", "dies"])
-def test_a_machine_waits_no_longer_than_the_first_one_is_at_work(
-    end: str, meeting_place: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compute = ComputeConfig(device="cpu", strategy="ddp", devices=1, num_nodes=2)
-    store = Store(tmp_path / "store")
-    store.root.mkdir()
-    made: list[Artifact] = []
-
-    def makes_one(ours: Store) -> None:
-        ready.set()
-        time.sleep(0.7)
-        made.append(ours.obtain("load", "x", {}, [], lambda folder: {"rows": 1}, version=1))
-
-    def first() -> None:
-        if end == "dies":
-            server = meeting(True)
-            makes_one(store)
-            meeting.cache_clear()
-            del server  # its last reference: the connections are cut, as with the process
-            return
-        with store_of(compute, store, 3) as ours:
-            makes_one(ours)
-            raise GradsiftError("the disk is full")
-
-    ready = threading.Event()
-    monkeypatch.setenv("NODE_RANK", "0")
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(first)
-        assert ready.wait(20)
-        monkeypatch.setenv("NODE_RANK", "1")
-        with store_of(compute, Store(store.root), 3) as following:
-            found = following.obtain("load", "x", {}, [], lambda folder: pytest.fail("it writes"), version=1)
-            with pytest.raises(GradsiftError, match=r"first machine's run ended before it made y-"):
-                following.obtain("score", "y", {}, [], lambda folder: pytest.fail("it writes"), version=1)
-        assert running.exception() is None if end == "dies" else "disk" in str(running.exception())
-    assert [found.fingerprint] == [artifact.fingerprint for artifact in made]
+def test_torchrun_with_another_number_of_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "3", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"torchrun started 3 processes, but compute.devices=2"):
+        on_all_ranks(DDP, pytest.fail, "it runs")
 
 
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({}, "NODE_RANK or GROUP_RANK or SLURM_NODEID does not say"),
+        ({}, "NODE_RANK or GROUP_RANK or SLURM_NODEID does not give"),
         ({"NODE_RANK": "2"}, r"found '2'"),
         ({"SLURM_NODEID": "1"}, "needs MASTER_ADDR"),
     ],

@@ -28,10 +28,11 @@ from gradsift.config import ComputeConfig, LoraConfig
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.manifests import UNFINISHED
-from gradsift.training import finetuning, lora, target
+from gradsift.training import lora, modules, target
 from gradsift.training.backbones import load_backbone
 from gradsift.training.device import TokenBudget
-from gradsift.training.finetuning import Finetuning, fit
+from gradsift.training.finetuning import fit
+from gradsift.training.modules import ProxyMember
 from gradsift.training.save_point import POINT_FILE, _checksum, steps_saved
 from gradsift.training.target import train_target
 
@@ -60,11 +61,11 @@ class KillAfter(L.Callback):
 
 def train(
     folder: Path, kill: KillAfter, encoded: Sequence[Encoded], dropout: float = 0.0, **options: Any
-) -> tuple[Finetuning, int]:
+) -> tuple[ProxyMember, int]:
     adapted = lora.add_adapter(tiny_model("gpt2"), LoraConfig(rank=2, dropout=dropout), seed=1)
     rate = optimization(schedule="linear", warmup_steps=2, total_steps=len(PLAN) + 3)
     budget, dropout_seed = options.pop("budget", None) or TokenBudget(4096), options.pop("dropout_seed", 7)
-    module = Finetuning(adapted, rate, budget, 0, 3, dropout_seed)
+    module = ProxyMember(adapted, rate, budget, 0, 3, dropout_seed)
     shared = {"compute": EVERY_STEP, "callbacks": [kill], "folder": folder}
     taken = fit(module, encoded, PLAN, **(shared | options))
     return module, taken
@@ -138,7 +139,7 @@ def test_a_point_that_cannot_be_used_costs_no_more_than_itself(damage: str, tmp_
 
 def test_a_point_is_never_saved_after_a_loss_that_is_not_finite(tmp_path: Path, monkeypatch: Any) -> None:
     encoded = ragged_examples(10)
-    monkeypatch.setattr(finetuning, "ResponseLosses", poisoned(2, float("nan")))  # in the third step
+    monkeypatch.setattr(modules, "ResponseLosses", poisoned(2, float("nan")))  # in the third step
     with pytest.raises(GradsiftError, match="row 12 is not finite"):
         train(tmp_path, KillAfter(), encoded)
     assert steps_saved(tmp_path) == 2

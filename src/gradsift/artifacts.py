@@ -139,6 +139,7 @@ class Store:
         size: int | None = None,
         light: bool = False,
         exact: bool = True,
+        divided: bool = False,
     ) -> Artifact:
         """Return the artifact that `config` and `parents` determine; call `make` only if it does not exist.
 
@@ -152,6 +153,7 @@ class Store:
             size: number of examples that the work passes over, if it differs from the parents'.
             light: the work takes seconds and no model, so a plan does it too, in a temporary folder.
             exact: False if `config` only stands for content that a plan cannot know.
+            divided: `make` divides its work over the ranks of a run (see gradsift.training.shared_store).
 
         Raises:
             GradsiftError: the store cannot be written; names the unit, the folder and the remedy.
@@ -171,7 +173,7 @@ class Store:
             "parents": [parent.fingerprint for parent in parents],
         }
         wanted = Artifact(stage, path, fingerprint, described, planned=True)
-        return self._provide(wanted, make, keep_part=keep_part, light=light, exact=exact)
+        return self._provide(wanted, make, keep_part=keep_part, light=light, exact=exact, divided=divided)
 
     def has(
         self, stage: str, slug: str, config: Mapping[str, Any], parents: Sequence[Artifact], *, version: int
@@ -198,8 +200,10 @@ class Store:
             )
         self._inode = inode
 
-    def _provide(self, wanted: Artifact, make: Make, *, keep_part: bool, light: bool, exact: bool) -> Artifact:
-        """Find or make an artifact; `light` and `exact` matter to a plan only (see gradsift.planning)."""
+    def _provide(
+        self, wanted: Artifact, make: Make, *, keep_part: bool, light: bool, exact: bool, divided: bool
+    ) -> Artifact:
+        """Find or make an artifact; the last three options matter to other stores only (see `obtain`)."""
         started = time.perf_counter()
         with guarded(self.root, f"stage {wanted.stage} ({wanted.path.name})"):
             self._require_same_folder()

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,8 +35,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from gradsift import config as config_module
-from gradsift.config import Config, TrackerConfig, dump_config, load_config, register_schemas, restore_config
+from gradsift.config import Config, dump_config, load_config, register_schemas, restore_config
 from gradsift.errors import ConfigError, GradsiftError
+from gradsift.launch import LOST, is_launched, leads, on_all_ranks
 from gradsift.overrides import require_readable
 from gradsift.sweep import HOME, Sweep, begin, fix_place
 from gradsift.user_conf import conf_folder
@@ -46,6 +48,7 @@ TRACE = "GRADSIFT_TRACE"  # set where the user asked for traces: jobs in other p
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, where PyYAML was built with it
 _failed = False  # whether any job of this process failed
 _sweep: Sweep | None = None  # that this process has begun
+_is_first = True  # whether this process writes the folders of its runs: it is rank 0, or started rank 0
 _SEEDS = (
     ("values", "seed"),
     ("values", "data", "seed"),
@@ -71,6 +74,9 @@ def main() -> None:
             replay(arguments[1:])
         else:
             require_readable(arguments, conf_folder())
+            if is_launched() and os.environ["RANK"] != "0":  # Hydra makes a folder for every rank that torchrun starts
+                unused = Path(tempfile.gettempdir(), "gradsift-other-ranks")
+                sys.argv += [f"hydra.run.dir={unused}", f"hydra.sweep.dir={unused}"]
             _compose_and_run()
     except ConfigError as error:  # of the command line itself
         _fail(str(error))
@@ -112,7 +118,7 @@ def _compose_and_run() -> None:
             f"the sweep ended early with {type(error).__name__}: {reason}; "
             "what is finished is kept, and the same command goes on from there"
         )
-    if _sweep is not None and _sweep.folder.is_dir():
+    if _sweep is not None and _sweep.folder.is_dir() and _is_first:
         _summarise(_sweep)
 
 
@@ -246,11 +252,17 @@ def attempt(load: Any, folder: Path, overrides: list[str], sweep: Path | None, n
     Returns:
         The value of `objective`, for a search; None where there is none: a failure is no number.
     """
-    for name in _WRITTEN:  # of an earlier run in the same folder; it must not pass for this one's
-        (folder / name).unlink(missing_ok=True)
+    global _is_first
     try:
-        config = load()
-        return execute(config, folder, overrides, sweep, number)
+        try:
+            config = load()
+            _is_first = leads(config.compute)
+        finally:
+            for name in _WRITTEN if _is_first else ():  # left by an earlier run in the same folder
+                (folder / name).unlink(missing_ok=True)
+        jobs = _sweep.jobs if _sweep is not None else None
+        arguments = (config, folder, overrides, sweep, number, jobs)
+        return execute(*arguments) if config.plan else on_all_ranks(config.compute, execute, *arguments)
     except GradsiftError as error:
         if _traced():
             raise
@@ -266,22 +278,36 @@ def attempt(load: Any, folder: Path, overrides: list[str], sweep: Path | None, n
     return None
 
 
-def execute(config: Config, folder: Path, overrides: list[str], sweep: Path | None, number: int | None) -> float | None:
-    """Run one checked config and write its folder: run.json, config.yaml, metrics.jsonl, selection.jsonl."""
+def execute(
+    config: Config,
+    folder: Path,
+    overrides: list[str],
+    sweep: Path | None,
+    number: int | None,
+    jobs: Sequence[Sequence[str]] | None,
+) -> float | None:
+    """Run one checked config and write its folder: run.json, config.yaml, metrics.jsonl, selection.jsonl.
+
+    A rank that is not rank 0 takes part in the work and writes nothing.
+    """
+    from gradsift.pipeline import follow, plan, prepare, run, settings_of
+
+    if not leads(config.compute):
+        prepare(config)
+        follow(config)
+        return None
     from gradsift.report.terminal import RunView
 
-    jobs = _sweep.jobs if _sweep is not None else None
     view = RunView(number, total=len(jobs) if jobs else None)
     view.starting(_own(overrides, jobs))
     from gradsift.artifacts import Store
     from gradsift.disk import guarded
     from gradsift.evaluation.judges import DryRun
-    from gradsift.nodes import node_of, store_of
-    from gradsift.pipeline import plan, prepare, run, settings_of
     from gradsift.report.automatic import report_at_end
     from gradsift.run_record import RunRecord
     from gradsift.runtime import Runtime
     from gradsift.tracking import Tracker, group_of
+    from gradsift.training.shared_store import SharedStore
 
     prepare(config)
     view.settings(settings_of(config))
@@ -291,13 +317,12 @@ def execute(config: Config, folder: Path, overrides: list[str], sweep: Path | No
         plan(config, view.display, folder, _about(config, overrides))
         view.planned(folder, in_sweep=sweep is not None)
         return None
-    ours = Store(Path(config.artifacts), view.display.say, view.stage_done, view.at_work)
-    first = node_of(config.compute) == 0  # of several machines in one run one speaks
-    tracked = config.tracker if first else TrackerConfig(name="none")
-    reports = config.report and sweep is None and first
+    kind = SharedStore if config.compute.ranks > 1 else Store
+    store = kind(Path(config.artifacts), view.display.say, view.stage_done, view.at_work)
+    reports = config.report and sweep is None
     about = _about(config, overrides)
     group = group_of(sweep) if sweep else None
-    with store_of(config.compute, ours, number) as store, Tracker(tracked, folder, group, about) as tracker:
+    with Tracker(config.tracker, folder, group, about) as tracker:
         record = RunRecord(folder, tracker, store, about)
         try:
             with guarded(store.root, "the run", nameless=False):
@@ -353,11 +378,17 @@ def _about(config: Config, overrides: list[str]) -> dict[str, Any]:
 
 
 def _note_failure(folder: Path, overrides: list[str], error: str) -> None:
-    """A `run.json` for a run that failed before it could write its own."""
+    """Write the `run.json` of a run that failed before it could, and the reason into one that another rank ended."""
+    if not _is_first:
+        return
     path = folder / "run.json"
-    if not path.exists():
-        content = {"status": "failed", "overrides": overrides, "stages": [], "pws": None, "error": error}
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    content = {"status": "failed", "overrides": overrides, "stages": [], "pws": None, "error": error}
+    if path.exists():
+        written = json.loads(path.read_text(encoding="utf-8"))
+        if LOST not in written.get("error", ""):
+            return
+        content = written | {"error": error}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _error(message: str) -> None:

@@ -9,9 +9,13 @@ computed that the chosen scorer does not ask for.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
+
+from rich.console import Console
 
 from gradsift.artifacts import NotMade
 from gradsift.config import Config, VerifiableDataConfig
@@ -26,6 +30,8 @@ from gradsift.runtime import Display, Runtime
 from gradsift.scoring.stage import score
 from gradsift.training.backbones import quieten
 from gradsift.training.device import device_of
+from gradsift.training.parallel import join
+from gradsift.training.shared_store import RunEnded, SharedStore
 from gradsift.training.threads import set_threads, threads_in_words
 
 
@@ -102,11 +108,21 @@ def walk(config: Config, runtime: Runtime) -> None:
     run(config, runtime, cast(RunRecord, _NoRecord()))
 
 
+def follow(config: Config) -> None:
+    """Walk the same line on a rank that is not rank 0: take part in the stages that divide their work."""
+    with Path(os.devnull).open("w") as nowhere:
+        display = Display(Console(file=nowhere))
+        with contextlib.suppress(RunEnded):
+            store = SharedStore(Path(config.artifacts), display.say)
+            walk(config, Runtime(store, config.compute, display, config.seed))
+
+
 def prepare(config: Config) -> None:
     """Set what torch and its friends keep for the whole process."""
     quieten()
     set_threads(config.compute)
     device_of(config.compute)  # a device that is not there is refused before anything is done
+    join(config.compute)
 
 
 def _general(config: Config) -> list[str]:

@@ -21,8 +21,8 @@ from gradsift.data.tokens import encoding_settings
 from gradsift.errors import GradsiftError
 from gradsift.proxy.epochs import EpochStart, ProxyInputs, adapter, train_epoch
 from gradsift.runtime import Runtime, derive_seed
-from gradsift.training.finetuning import Optimization, ShowProgress
-from gradsift.training.ranks import on_all_ranks
+from gradsift.training.finetuning import ShowProgress
+from gradsift.training.modules import Optimization
 
 VERSION = 3
 
@@ -49,7 +49,7 @@ def warm_up(
         previous = chain[-1] if chain else None
 
         def make(folder: Path, epoch: int = epoch, previous: Artifact | None = previous) -> Mapping[str, Any]:
-            return on_all_ranks(runtime, folder, _train, config, load(), int(loaded.info["rows"]), epoch, previous)
+            return _train(runtime, folder, config, load(), int(loaded.info["rows"]), epoch, previous)
 
         settings = asdict(config) | {
             "lora": config.lora.settings,
@@ -63,7 +63,9 @@ def warm_up(
         }
         parents = [previous] if previous else [proxy, loaded]
         slug = f"{count}rows-e{epoch}"
-        chain.append(runtime.store.obtain("warmup", slug, settings, parents, make, version=VERSION, size=count))
+        chain.append(
+            runtime.store.obtain("warmup", slug, settings, parents, make, version=VERSION, size=count, divided=True)
+        )
     return chain
 
 

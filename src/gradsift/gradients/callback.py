@@ -21,9 +21,10 @@ from gradsift.errors import GradsiftError
 from gradsift.gradients.norms import PerSampleNorms
 from gradsift.journal import Journal
 from gradsift.runtime import Advance, derive_seed
-from gradsift.training import lora, ranks
+from gradsift.training import lora, parallel
 from gradsift.training.device import TokenBudget
-from gradsift.training.finetuning import ResponseLosses, require_finite
+from gradsift.training.finetuning import require_finite
+from gradsift.training.modules import ResponseLosses
 
 COLUMNS = ("norm_A", "norm_B", "loss")
 
@@ -97,10 +98,10 @@ class Collected:
 
     def of_all_ranks(self, encoded: Sequence[Encoded]) -> Collected:
         """What all ranks collected, for the examples of all ranks."""
-        if ranks.size() == 1:
+        if parallel.size() == 1:
             return self
         own = {"rows": self._rows, "times": self._times, **dict(zip(COLUMNS, self._values, strict=True))}
-        found = ranks.gather({name: column.to(self._values.device) for name, column in own.items()}, len(encoded))
+        found = parallel.gather({name: column.to(self._values.device) for name, column in own.items()}, len(encoded))
         whole = Collected(encoded)
         whole.add(found["rows"], *(found[name] for name in COLUMNS))
         whole._times[whole._places[found["rows"]]] = found["times"]
@@ -144,7 +145,7 @@ def collect_norms(
             off otherwise.
         journal: keeps the norms batch by batch.
     """
-    mine = ranks.share(encoded)
+    mine = parallel.share(encoded)
     collected = Collected(mine)
     response_losses = ResponseLosses(adapted)
 
@@ -160,7 +161,7 @@ def collect_norms(
 
     mode = lora.evaluating(adapted) if masks is None else nullcontext()
     with mode, PerSampleNorms(adapted) as norms, torch.enable_grad():
-        for found in budget.passes(mine, one_batch, journal, lambda done: progress(done * ranks.size())):
+        for found in budget.passes(mine, one_batch, journal, lambda done: progress(done * parallel.size())):
             for part in found:
                 collected.add(*part)
         adapted.zero_grad(set_to_none=True)

@@ -29,7 +29,8 @@ from gradsift.journal import Journal
 from gradsift.proxy.epochs import ProxyInputs, adapter
 from gradsift.runtime import Advance, Runtime
 from gradsift.training import lora
-from gradsift.training.finetuning import ResponseLosses, require_finite
+from gradsift.training.finetuning import require_finite
+from gradsift.training.modules import ResponseLosses
 
 VERSION = 2
 DIRECTIONS_FILE = "directions.parquet"

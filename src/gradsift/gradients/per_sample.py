@@ -20,7 +20,7 @@ from gradsift.data.tokens import Encoded
 from gradsift.gradients.norms import probed_layers
 from gradsift.training import lora
 from gradsift.training.adapted import GradientProbe
-from gradsift.training.finetuning import ResponseLosses
+from gradsift.training.modules import ResponseLosses
 
 _BATCH_BYTES = 128 * 2**20  # of gradients that one backward pass may leave, beside what the token budget allows
 

@@ -19,7 +19,6 @@ from gradsift.proxy.epochs import ProxyInputs, adapter
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora
 from gradsift.training.device import device_of
-from gradsift.training.ranks import on_all_ranks
 
 VERSION = 2
 
@@ -44,10 +43,12 @@ def collect(
     label += f", shard {shard} of {config.shards}" if config.shards > 1 else ""
 
     def make(folder: Path) -> Mapping[str, Any]:
-        return on_all_ranks(runtime, folder, collect_rows, config, load(), member, epoch, weights, shard, label)
+        return collect_rows(runtime, folder, config, load(), member, epoch, weights, shard, label)
 
     size = -(-(weights.size or 0) // config.shards)
-    return runtime.store.obtain(**_identity(runtime, config, member, epoch, weights, shard), make=make, size=size)
+    return runtime.store.obtain(
+        **_identity(runtime, config, member, epoch, weights, shard), make=make, size=size, divided=True
+    )
 
 
 def collect_rows(

@@ -35,8 +35,8 @@ from gradsift.proxy.collection import collect, is_collected
 from gradsift.proxy.epochs import EpochStart, ProxyInputs, adapter, train_epoch
 from gradsift.proxy.trajectory import Trajectory
 from gradsift.runtime import Runtime, derive_seed
-from gradsift.training.finetuning import Optimization, ShowProgress
-from gradsift.training.ranks import on_all_ranks
+from gradsift.training.finetuning import ShowProgress
+from gradsift.training.modules import Optimization
 
 VERSION = 6
 
@@ -128,7 +128,8 @@ def train_adapter(
         settings = member_settings(config, runtime, member, epoch)
         label = f"proxy member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
         make = _maker(runtime, config, load, label, settings, previous)
-        chain.append(runtime.store.obtain("member", f"m{member}-e{epoch}", settings, parents, make, version=VERSION))
+        slug = f"m{member}-e{epoch}"
+        chain.append(runtime.store.obtain("member", slug, settings, parents, make, version=VERSION, divided=True))
     return chain
 
 
@@ -165,22 +166,11 @@ def _maker(
     previous: Artifact | None,
 ) -> Callable[[Path], Mapping[str, Any]]:
     def make(folder: Path) -> Mapping[str, Any]:
-        return on_all_ranks(runtime, folder, _train, config, load(), label, settings, previous)
+        inputs = load()
+        with runtime.display.task(label, len(inputs.encoded)) as advance:
+            return train_member_epoch(runtime, config, inputs, settings, previous, folder, advance)
 
     return make
-
-
-def _train(
-    runtime: Runtime,
-    folder: Path,
-    config: ProxyConfig,
-    inputs: ProxyInputs,
-    label: str,
-    settings: Mapping[str, Any],
-    previous: Artifact | None,
-) -> dict[str, Any]:
-    with runtime.display.task(label, len(inputs.encoded)) as advance:
-        return train_member_epoch(runtime, config, inputs, settings, previous, folder, advance)
 
 
 def train_member_epoch(

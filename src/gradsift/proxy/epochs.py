@@ -16,7 +16,8 @@ from gradsift.training import lora
 from gradsift.training.backbones import Backbone
 from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
-from gradsift.training.finetuning import Finetuning, Optimization, fit, step_counts
+from gradsift.training.finetuning import fit, step_counts
+from gradsift.training.modules import Optimization, ProxyMember
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 
@@ -65,7 +66,7 @@ def train_epoch(
         optimizer_steps, resumed_steps, rows, and the sizes of the adapter's factors.
     """
     backbone, encoded, budget = inputs
-    module = Finetuning(adapted, optimization, budget, backbone.pad_id, start.first_step, start.dropout_seed)
+    module = ProxyMember(adapted, optimization, budget, backbone.pad_id, start.first_step, start.dropout_seed)
     if start.previous is not None:
         lora.load_adapter(adapted, start.previous.path)
         module.restore_from = start.previous.file(OPTIMIZER_FILE)

@@ -58,7 +58,7 @@ class _Checkpointed:
 
 @functools.cache
 def _with_checkpoint(kind: Any) -> type:
-    return type(kind.__name__, (_Checkpointed, kind), {})  # the same name: `shard_weights` finds blocks by it
+    return type(kind.__name__, (_Checkpointed, kind), {})  # the same name: `TargetFinetuning` finds layers by it
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -27,7 +27,7 @@ from gradsift.manifests import UNFINISHED
 from gradsift.training import lora
 
 if TYPE_CHECKING:
-    from gradsift.training.finetuning import Finetuning
+    from gradsift.training.modules import AdapterModule
 
 POINT_FILE = "training.safetensors"
 _FORMAT = 3  # raised when the file changes: an older one is passed over
@@ -57,7 +57,7 @@ class SavePoint(L.Callback):
         self._found: dict[str, torch.Tensor] = {}  # what is still to be put back
         self._states: dict[str, dict[str, Any]] = {}  # numbers of the callbacks, likewise
 
-    def restore(self, module: Finetuning) -> None:
+    def restore(self, module: AdapterModule) -> None:
         """Put adapter, curve and token budget of a fresh `module` back to the point, if there is one.
 
         The rest follows when the training begins.

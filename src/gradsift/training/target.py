@@ -18,13 +18,13 @@ from gradsift.data.examples import Example
 from gradsift.data.tokens import EncodeReport, encode, encoding_settings
 from gradsift.errors import GradsiftError
 from gradsift.runtime import Runtime, derive_seed
-from gradsift.training import lora
+from gradsift.training import lora, parallel
 from gradsift.training.backbones import Backbone, load_shown
 from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
-from gradsift.training.finetuning import Finetuning, Optimization, ShowProgress, fit, step_counts
+from gradsift.training.finetuning import ShowProgress, fit, step_counts
+from gradsift.training.modules import Optimization, TargetFinetuning
 from gradsift.training.probing import require_adaptable
-from gradsift.training.ranks import on_all_ranks, shard_weights
 
 VERSION = 4
 
@@ -59,11 +59,11 @@ def finetune(
         settings["examples"] = hashlib.sha256("\n".join(each.example_id for each in chosen).encode()).hexdigest()
 
     def make(folder: Path) -> Mapping[str, Any]:
-        return on_all_ranks(runtime, folder, _train, config, target, chosen)
+        return train_target(runtime, config, load_shown(runtime, target, config.model), chosen, folder)
 
     slug, size = f"{config.name}-{rows}rows", passes(config, rows)
-    parents = [target, loaded]
-    return runtime.store.obtain("finetune", slug, settings, parents, make, version=VERSION, size=size, exact=exact)
+    unit = ("finetune", slug, settings, [target, loaded], make)
+    return runtime.store.obtain(*unit, version=VERSION, size=size, exact=exact, divided=True)
 
 
 def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:
@@ -103,12 +103,6 @@ def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[
             return plan[: config.steps]
 
 
-def _train(
-    runtime: Runtime, folder: Path, config: TargetConfig, target: Artifact, chosen: Sequence[Example]
-) -> dict[str, Any]:
-    return train_target(runtime, config, load_shown(runtime, target, config.model), chosen, folder)
-
-
 def train_target(
     runtime: Runtime, config: TargetConfig, backbone: Backbone, chosen: Sequence[Example], folder: Path
 ) -> dict[str, Any]:
@@ -133,11 +127,14 @@ def train_target(
     )
     require_adaptable(backbone.model, config.lora, "target.lora", norms=False)
     adapted = lora.add_adapter(backbone.model, config.lora, derive_seed(runtime.seed, "target lora"))
-    shard_weights(adapted, runtime.compute)
-    adapted.to(device_of(runtime.compute))
+    sharded = runtime.compute.strategy == "fsdp" and parallel.size() > 1
+    if not sharded:  # else Lightning moves each rank's part alone
+        adapted.to(device_of(runtime.compute))
     budget = TokenBudget.of(backbone.model, runtime.compute.tokens, runtime.display.say)
     dropout_seed = derive_seed(runtime.seed, "target dropout")
-    module = Finetuning(adapted, optimization, budget, backbone.pad_id, dropout_seed=dropout_seed)
+    module = TargetFinetuning(
+        adapted, optimization, budget, backbone.pad_id, dropout_seed=dropout_seed, sharded=sharded
+    )
     with runtime.display.task(f"finetune {config.name} on {len(chosen):,} rows", sum(map(len, plan))) as advance:
         steps = fit(
             module,

@@ -1,0 +1,173 @@
+"""Starts the processes (ranks) of one run where `compute.devices` or `compute.num_nodes` is more than 1.
+
+Every rank runs the same function: `torchrun` may start the ranks, or this module does, with torchrun's own library.
+On several machines the same command starts on each of them, and `NODE_RANK`, `MASTER_ADDR` and `MASTER_PORT` (or Slurm)
+tell which machine is which.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import tempfile
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gradsift.config import ComputeConfig
+from gradsift.errors import ConfigError, GradsiftError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.launcher.api import LaunchConfig
+
+T = TypeVar("T")
+_NODE_NUMBERS = ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
+LOST = "connection to the other ranks was lost"  # the start of the message of a rank that did not fail by itself
+
+
+def is_launched() -> bool:
+    """Return whether torchrun, or `on_all_ranks`, started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def leads(compute: ComputeConfig) -> bool:
+    """Return whether this process is rank 0, or the launcher of rank 0: the one that writes the run's folder."""
+    return os.environ["RANK"] == "0" if is_launched() else node_of(compute) == 0
+
+
+def node_of(compute: ComputeConfig) -> int:
+    """Return the number of this machine, from 0, which the launcher has set in the environment.
+
+    Raises:
+        ConfigError: `compute.num_nodes` is more than 1 and the environment lacks the number or the first machine's
+            address.
+    """
+    if compute.num_nodes == 1:
+        return 0
+    number = next((os.environ[name] for name in _NODE_NUMBERS if name in os.environ), "")
+    if not number.isdigit() or int(number) >= compute.num_nodes:
+        raise ConfigError(
+            f"compute.num_nodes={compute.num_nodes}, but {' or '.join(_NODE_NUMBERS)} does not give the number of this "
+            f"machine (found {number!r}); start one process on each machine with srun, or set NODE_RANK to 0, 1, ..."
+        )
+    if not os.environ.get("MASTER_ADDR") or not os.environ.get("MASTER_PORT", "").isdigit():
+        raise ConfigError(
+            f"compute.num_nodes={compute.num_nodes} needs MASTER_ADDR (the first machine) and MASTER_PORT (a free port "
+            "there) in the environment of every machine"
+        )
+    return int(number)
+
+
+def on_all_ranks(compute: ComputeConfig, function: Callable[..., T], *arguments: Any) -> T | None:
+    """Call `function(*arguments)` in `compute.ranks` processes, and return the value of this machine's first rank.
+
+    A process that torchrun started is a rank already, and calls the function itself.
+
+    Args:
+        function: a module's function; it and the arguments are pickled for the ranks.
+
+    Raises:
+        GradsiftError: a rank failed; the message is that of the rank that failed first.
+        ConfigError: torchrun started another number of processes.
+    """
+    if is_launched():
+        if int(os.environ["WORLD_SIZE"]) != compute.ranks:
+            raise ConfigError(
+                f"torchrun started {os.environ['WORLD_SIZE']} processes, but compute.devices={compute.devices} and "
+                f"compute.num_nodes={compute.num_nodes} make {compute.ranks}; give compute=ddp and the same numbers"
+            )
+        return function(*arguments)
+    if compute.ranks == 1:
+        return function(*arguments)
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # failures are reported here
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice on unused parameters, from every rank
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with tempfile.TemporaryDirectory(prefix="gradsift-ranks-") as logs:
+        try:
+            values: dict[int, T] = elastic_launch(_launch_config(compute, logs), _rank)(function, arguments)
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(128 + error.sigval) from None
+        except ChildFailedError as error:
+            raise _failure(error) from error
+        except DistError as error:
+            raise GradsiftError(
+                f"the machines cannot meet at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
+                f"({str(error).splitlines()[0]}); MASTER_ADDR has to be the first machine and MASTER_PORT free there"
+            ) from error
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return values.get(node_of(compute) * compute.devices)
+
+
+def _launch_config(compute: ComputeConfig, logs: str) -> LaunchConfig:
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    if compute.num_nodes == 1:  # a port that is free, on this machine
+        meeting: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
+    else:
+        node = node_of(compute)
+        endpoint = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        meeting = {"rdzv_backend": "static", "rdzv_endpoint": endpoint, "rdzv_configs": {"rank": node}}
+    return LaunchConfig(
+        min_nodes=compute.num_nodes,
+        max_nodes=compute.num_nodes,
+        nproc_per_node=compute.devices,
+        run_id=uuid.uuid4().hex if compute.num_nodes == 1 else "gradsift",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=logs),
+        **meeting,
+    )
+
+
+def _rank(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+    """Run in each process: call the function, and tell a rank's own failure from the loss of another rank."""
+    from torch.distributed import DistError
+
+    def stop(number: int, frame: Any) -> None:
+        raise GradsiftError(LOST)
+
+    signal.signal(signal.SIGTERM, stop)  # sent when another rank failed: run.json and the tracker are closed first
+    try:
+        return function(*arguments)
+    except GradsiftError as error:
+        raise GradsiftError(str(error)) from error  # whatever its class, the launcher reads the name and the message
+    except RuntimeError as error:
+        if isinstance(error, DistError) or "onnection closed by peer" in str(error):  # the latter is gloo's
+            raise GradsiftError(f"{LOST} ({str(error).splitlines()[0]})") from error
+        raise
+
+
+def _failure(error: ChildFailedError) -> Exception:
+    """Return what the first rank to fail raised: a `GradsiftError`, or a `RuntimeError` for a defect."""
+    texts = {rank: _text(failure) for rank, failure in error.failures.items()}
+    own = [rank for rank, text in texts.items() if LOST not in (text or "")]
+    rank = min(own or texts, key=lambda rank: error.failures[rank].timestamp)
+    text = texts[rank]
+    if text is None:
+        return GradsiftError(
+            f"rank {rank} exited with code {error.failures[rank].exitcode} and without an error message (possibly out "
+            "of memory: see the system's log)"
+        )
+    name, _, message = text.partition(": ")
+    if not own:
+        return GradsiftError(f"the {message}; the output of the other machines gives the reason")
+    if name == GradsiftError.__name__:
+        return GradsiftError(message)
+    return RuntimeError(f"rank {rank}: {text}")
+
+
+def _text(failure: ProcessFailure) -> str | None:
+    """Return "<exception's class>: <message>", or None where the process left no error message."""
+    message = failure.error_file_data.get("message") if failure.error_file_data else None
+    return str(message["message"]) if isinstance(message, dict) else None

@@ -1,0 +1,304 @@
+"""The Lightning modules: `ProxyMember` for the ensemble and `TargetFinetuning` for the target, on one base.
+
+Shape letters: N examples of a step, B of a batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from gradsift.cost import passed
+from gradsift.data.batching import Batch, by_length, collate
+from gradsift.data.tokens import Encoded
+from gradsift.errors import GradsiftError
+from gradsift.runtime import derive_seed
+from gradsift.training import lora, parallel
+from gradsift.training.device import TokenBudget, is_out_of_memory
+from gradsift.training.head import OutputHead, token_losses
+
+if TYPE_CHECKING:
+    from gradsift.gradients.norms import PerSampleNorms
+
+BETAS = (0.9, 0.999)  # of AdamW everywhere: its saved state does not tell them
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW, its learning rate over `total_steps` optimiser steps, and the loss of a step.
+
+    The schedules and `loss="token"` are those of transformers' Trainer. The defaults are the proxy's: it minimises the
+    loss whose per-sample gradients are taken, and does not clip (GRADFILTERING, section 3).
+    """
+
+    learning_rate: float
+    weight_decay: float
+    schedule: str  # constant, linear or cosine (both to zero at total_steps)
+    warmup_steps: int
+    total_steps: int
+    loss: str = "example"  # mean of the examples' means; token: mean over the response tokens of the step
+    max_grad_norm: float | None = None  # L2, over all parameters, of a step's gradient
+
+    def factor(self, step: int) -> float:
+        """Return the fraction of the learning rate at `step`, counted from 0, with w warm-up steps of T in all.
+
+        Warm-up: step / w. Then, with p = (step - w) / (T - w): 1 (constant), 1 - p (linear), (1 + cos(pi p)) / 2.
+        """
+        if step < self.warmup_steps:
+            return step / self.warmup_steps
+        if self.schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        return 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+    def mean_rate(self, first: int, last: int) -> float:
+        """Return the mean learning rate over the steps from `first` to before `last`."""
+        return self.learning_rate * sum(self.factor(step) for step in range(first, last)) / (last - first)
+
+
+class ResponseLosses:
+    """Mean negative log-likelihood of each example's response tokens, in nats, float32.
+
+    Each example is averaged over its own tokens, so its loss does not depend on the batch.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._head = OutputHead.of(model)
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Return the losses (B,)."""
+        of_tokens = token_losses(self._model, self._head, batch.model_inputs(), batch.places, batch.targets)
+        spread = of_tokens.new_zeros(batch.input_ids.numel()).scatter(0, batch.places, of_tokens)
+        return spread.view_as(batch.input_ids).sum(1) / batch.counts
+
+
+class Step:
+    """The examples of one optimiser step. Lightning passes it on unchanged; the module makes batches of it."""
+
+    def __init__(self, examples: Sequence[Encoded]) -> None:
+        self.examples = examples
+
+
+class AdapterModule(L.LightningModule):
+    """Trains the trainable parameters of `model` on the mean loss of each step's examples or response tokens.
+
+    The examples of a step pass through the model in batches of similar length, as large as the token budget allows, and
+    the gradients of the batches add up: neither memory nor speed depends on the size of a step. On several ranks each
+    passes its share of the step, and the strategy averages the ranks' gradients in the step's last backward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimization: Optimization,
+        budget: TokenBudget,
+        pad_id: int,
+        first_step: int = 0,
+        dropout_seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            first_step: optimiser steps that earlier epochs took.
+        """
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.optimization = optimization
+        self.budget = budget
+        self.pad_id = pad_id
+        self.first_step = first_step
+        self.dropout_seed = dropout_seed
+        self.restore_from: Path | None = None  # the optimiser state of an earlier epoch
+        self.norms: PerSampleNorms | None = None  # set by a callback that wants the norms of the training steps
+        self.curve: list[dict[str, float]] = []  # one entry per step; the losses are filled in when `fit` has ended
+        self._step_losses = torch.zeros(0)  # on the device: reading one there would wait for it in every step
+
+    def resume(self, losses: torch.Tensor, tokens: Sequence[int]) -> None:
+        """Continue after the steps that had these mean losses (n,) and numbers of tokens."""
+        self.first_step += len(tokens)
+        self._step_losses = losses.to(self.device)
+        self.curve = [{"loss": math.nan, "tokens": count} for count in tokens]
+
+    def curve_so_far(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean losses (n,) and tokens (n,) of the steps taken."""
+        tokens = torch.tensor([int(entry["tokens"]) for entry in self.curve])
+        return self._step_losses[: len(tokens)], tokens
+
+    def on_fit_start(self) -> None:
+        self._losses = ResponseLosses(self.model)  # the model is on the device, and sharded, only by now
+
+    def training_step(self, step: Step, step_index: int) -> dict[str, torch.Tensor]:
+        mine = parallel.share(step.examples)
+        lengths = [len(example.input_ids) for example in mine]
+        outputs = self._run(lambda tokens: self._backward(mine, step.examples, tokens), lengths)
+        self._reduce_gradients()
+        outputs = parallel.gather(outputs, len(step.examples))
+        if self.optimization.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(lora.trainable_parameters(self.model).values(), self.optimization.max_grad_norm)
+        self.optimizers().step()  # type: ignore[union-attr]
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        done = len(self.curve)
+        if done >= len(self._step_losses):  # one tensor that grows: many small ones would fragment the memory
+            larger = torch.zeros(2 * done + 64, device=self.device)
+            larger[:done] = self._step_losses
+            self._step_losses = larger
+        losses, counts = outputs["losses"], outputs.get("counts")
+        self._step_losses[done] = losses.mean() if counts is None else (losses * counts).sum() / counts.sum()
+        tokens = sum(len(example.input_ids) for example in step.examples)
+        self.curve.append({"loss": math.nan, "tokens": tokens})
+        return outputs
+
+    def on_train_end(self) -> None:
+        for entry, loss in zip(self.curve, self._step_losses.tolist(), strict=False):
+            entry["loss"] = loss
+
+    def _run(self, work: Callable[[int], dict[str, torch.Tensor]], lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Call `work` with the token budget; one process may repeat it with fewer tokens, several may not."""
+        if parallel.size() == 1:
+            return self.budget.run(work, lengths)
+        try:
+            outputs = work(self.budget.tokens)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise GradsiftError(
+                f"rank {parallel.rank()}: memory ran out with {self.budget.tokens:,} tokens at once, and ranks that "
+                "share a step cannot repeat it with fewer; give fewer with compute.tokens"
+            ) from error
+        passed(sum(lengths))
+        return outputs
+
+    def _backward(self, mine: Sequence[Encoded], examples: Sequence[Encoded], tokens: int) -> dict[str, torch.Tensor]:
+        """Accumulate the gradient of a step's loss.
+
+        Args:
+            mine: this rank's share of the step's examples.
+            examples: all N examples of the step.
+
+        Returns:
+            rows, losses, counts (of response tokens, for `loss=token`), norm_A and norm_B (where they are wanted),
+            (n,) each, for the examples of this rank.
+        """
+        # masks depend on the step and the rank alone, so neither a resumed training nor a repeated step needs the
+        # random state of the steps before
+        torch.manual_seed(derive_seed(self.dropout_seed, len(self.curve), parallel.rank()))
+        self.optimizers().zero_grad()  # type: ignore[union-attr]
+        if self.norms is not None:
+            self.norms.forget()
+        by_token = self.optimization.loss == "token"
+        names = ("rows", "losses", *(["counts"] if by_token else []), *(["norm_A", "norm_B"] if self.norms else []))
+        divisor = sum(example.scored for example in examples) if by_token else len(examples)
+        parts: list[tuple[torch.Tensor, ...]] = []
+        batches = by_length(mine, tokens)
+        passes = self._passes(len(batches))
+        for number in range(passes):
+            is_own = number < len(batches)
+            shortest = [min(examples, key=lambda example: len(example.input_ids))]
+            batch = collate(batches[number] if is_own else shortest, self.pad_id).to(self.device)
+            losses = self._losses(batch)
+            weight = parallel.size() if is_own else 0  # the strategy divides the ranks' sum by their number
+            with self._last_synchronises(is_last=number == passes - 1):
+                self.manual_backward((losses * batch.counts if by_token else losses).sum() * weight / divisor)
+            if is_own:
+                norms = self.norms.take(divisor / parallel.size()) if self.norms is not None else ()
+                parts.append((batch.rows, losses.detach(), *([batch.counts] if by_token else []), *norms))
+        if not parts:  # more ranks than examples
+            none = torch.empty(0, device=self.device)
+            return {name: none.long() if name == "rows" else none for name in names}
+        return {name: torch.cat(values) for name, values in zip(names, zip(*parts, strict=True), strict=True)}
+
+    def _passes(self, batches: int) -> int:
+        """Return how many passes this rank makes; those beyond its batches weigh nothing.
+
+        Every rank makes at least one, which synchronises the gradients.
+        """
+        return batches if parallel.size() == 1 else max(1, batches)
+
+    def _last_synchronises(self, *, is_last: bool) -> Any:
+        """Return the context of a backward pass: DDP reduces the gradients in the last one of a step alone."""
+        strategy = self.trainer.strategy
+        if is_last or not isinstance(strategy, ParallelStrategy):
+            return nullcontext()
+        return strategy.block_backward_sync()
+
+    def _reduce_gradients(self) -> None:
+        """Average the ranks' gradients where the strategy has not done so in the backward pass."""
+
+    def configure_optimizers(self) -> Any:
+        parameters = lora.trainable_parameters(self.model)
+        optimizer = torch.optim.AdamW(
+            parameters.values(),
+            lr=self.optimization.learning_rate,
+            betas=BETAS,
+            weight_decay=self.optimization.weight_decay,
+        )
+        if self.restore_from is not None:
+            lora.load_optimizer(optimizer, parameters, self.restore_from)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.optimization.factor(self.first_step + step)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+class ProxyMember(AdapterModule):
+    """One member of the proxy ensemble, or the adapter of a warm-up, for one epoch."""
+
+
+class TargetFinetuning(AdapterModule):
+    """The finetune of the target; `sharded=True` divides its frozen weights over the ranks (FSDP2).
+
+    A layer's weights are whole only while it is passed through. The adapter stays whole on every rank, and so do
+    embeddings and head.
+    """
+
+    def __init__(self, *arguments: Any, sharded: bool = False, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.is_sharded = sharded
+
+    def configure_model(self) -> None:
+        """Shard the layers, once; Lightning's `ModelParallelStrategy` has made the device mesh.
+
+        Raises:
+            GradsiftError: the model does not say which of its modules are its layers.
+        """
+        if not self.is_sharded:
+            return
+        causal: Any = self.model.get_base_model()  # type: ignore[operator]
+        names = set(causal._no_split_modules or ())
+        layers = [module for module in causal.modules() if type(module).__name__ in names]
+        if not layers:
+            raise GradsiftError(
+                f"compute.strategy=fsdp cannot tell the layers of {type(causal).__name__}; take compute.strategy=ddp"
+            )
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        adapter = set(lora.trainable_parameters(self.model).values())
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, ignored_params=adapter)
+        rest = {parameter for parameter in self.model.parameters() if not isinstance(parameter, DTensor)}
+        fully_shard(causal.base_model, mesh=mesh, ignored_params=rest)  # lets layers fetch each other's weights ahead
+
+    def _passes(self, batches: int) -> int:
+        """Return the largest of the ranks' numbers of batches: each pass through sharded weights needs all ranks."""
+        return parallel.largest(batches, self.device) if self.is_sharded else super()._passes(batches)
+
+    def _reduce_gradients(self) -> None:
+        """Average the gradients of the adapter, which FSDP does not know; a missing gradient is zero."""
+        if not self.is_sharded:
+            return
+        parameters = list(lora.trainable_parameters(self.model).values())
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        mean: Any = self.trainer.strategy.reduce(torch.cat([part.flatten() for part in parts]), reduce_op="mean")
+        for parameter, part in zip(parameters, mean.split([part.numel() for part in parts]), strict=True):
+            parameter.grad = part.view_as(parameter)

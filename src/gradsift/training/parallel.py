@@ -1,0 +1,107 @@
+"""The ranks of a run: who this process is, what is its share, and how results come together.
+
+All ranks walk the same line of stages (`gradsift.launch`). A stage that divides its work gives each rank a share of the
+examples; every other stage is the work of rank 0 alone (`gradsift.training.shared_store`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies.ddp import DDPStrategy
+from torch import distributed
+
+from gradsift.config import ComputeConfig
+from gradsift.data.batching import shard_of
+from gradsift.data.tokens import Encoded
+from gradsift.launch import is_launched
+from gradsift.training.device import device_of
+
+_alone = False  # whether rank 0 makes a stage by itself
+
+
+def join(compute: ComputeConfig) -> None:
+    """Join the group of all ranks, once per process; Lightning picks the backend (nccl or gloo) and the device."""
+    if is_launched() and compute.ranks > 1 and not distributed.is_initialized():
+        strategy = DDPStrategy(timeout=timedelta(hours=12))  # ranks may wait long for the slowest share of a pass
+        accelerator = "gpu" if device_of(compute).type == "cuda" else "cpu"
+        Fabric(
+            accelerator=accelerator, devices=compute.devices, num_nodes=compute.num_nodes, strategy=strategy
+        ).launch()
+
+
+def rank() -> int:
+    """Return the number of this process among those that share the work at hand; 0 where it works alone."""
+    return distributed.get_rank() if distributed.is_initialized() and not _alone else 0
+
+
+def size() -> int:
+    """Return how many processes share the work at hand."""
+    return distributed.get_world_size() if distributed.is_initialized() and not _alone else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process work by itself: within, `size()` is 1 and nothing is divided or gathered."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def share(examples: Sequence[Encoded]) -> Sequence[Encoded]:
+    """Return this rank's part of the examples: every example is in exactly one rank's part."""
+    return examples if size() == 1 else shard_of(examples, rank(), size())
+
+
+def gather(columns: Mapping[str, torch.Tensor], total: int) -> dict[str, torch.Tensor]:
+    """Return the columns of all ranks, concatenated in the order of the ranks, on every rank.
+
+    Args:
+        columns: (n,) each, for the examples of `share`, in any order.
+        total: number of examples of all ranks together.
+    """
+    if size() == 1:
+        return dict(columns)
+    counts = [len(range(number, total, size())) for number in range(size())]
+    mine = torch.stack([column.double() for column in columns.values()])  # float64 holds row numbers exactly
+    padded = torch.nn.functional.pad(mine, (0, max(counts) - mine.shape[1])).contiguous()
+    parts = [torch.empty_like(padded) for _ in counts]
+    distributed.all_gather(parts, padded)
+    joined = torch.cat([part[:, :count] for part, count in zip(parts, counts, strict=True)], 1)
+    return {name: values.to(column.dtype) for (name, column), values in zip(columns.items(), joined, strict=True)}
+
+
+def largest(count: int, device: torch.device) -> int:
+    """Return the largest of the ranks' counts."""
+    counts = torch.tensor(count, device=device)
+    distributed.all_reduce(counts, op=distributed.ReduceOp.MAX)
+    return int(counts)
+
+
+@functools.cache
+def _control() -> Any:
+    """Return a group for messages on the CPU, in which a rank may wait for another for as long as it takes."""
+    return distributed.new_group(backend="gloo", timeout=timedelta(days=365))
+
+
+def broadcast(message: Any) -> Any:
+    """Return rank 0's `message` on every rank."""
+    messages = [message]
+    distributed.broadcast_object_list(messages, src=0, group=_control())
+    return messages[0]
+
+
+def total(count: int) -> int:
+    """Return the sum of the ranks' counts; every rank waits for all others."""
+    counts = torch.tensor(count)
+    distributed.all_reduce(counts, group=_control())
+    return int(counts)

@@ -145,7 +145,7 @@ def test_the_hash_of_a_function_is_that_of_every_process() -> None:
         ({"method": "gradfilter"}, "did you mean gradfiltering?"),
         ({"method": lambda examples: None}, "no function with a name"),
         ({"method": by_length, "scorer__sgn": 1}, "scorer.sgn is no constant of scorer=by_length; it has sign"),
-        ({"alpha": 1.5}, "alpha=1.5 is no share of the data"),
+        ({"alpha": 1.5}, "alpha=1.5 is out of range"),
         ({"proxy__membrs": 3}, "did you mean members?"),
         ({"proxy": "gpt3"}, "Could not find 'proxy/gpt3'"),
         ({"scorer__eps": object()}, "scorer__eps=<object"),
@@ -211,7 +211,7 @@ def test_gsnr_is_equation_5_example_by_example() -> None:
         ([[1.0], [1.0]], [[1.0, 2.0], [1.0, 2.0]], 1e-8, r"late has the shape \(2, 2\)"),
         ([[1.0], [np.nan]], [[1.0], [1.0]], 1e-8, r"early\[1, 0\] is nan; a norm is finite"),
         ([[1.0], [1.0]], [[1.0], [-1.0]], 1e-8, r"late\[1, 0\] is -1.0"),
-        ([[1.0], [1.0]], [[1.0], [1.0]], 0.0, "eps=0.0 must be greater than 0"),
+        ([[1.0], [1.0]], [[1.0], [1.0]], 0.0, "eps=0.0 is out of range"),
     ],
 )
 def test_gsnr_refuses_what_is_no_norm(early: Any, late: Any, eps: float, message: str) -> None:

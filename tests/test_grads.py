@@ -252,7 +252,7 @@ def test_embeddings_of_another_pool_are_refused() -> None:
         ("weights", [0, 0, 0], "of which one is not 0"),
         ("weights", [1, -1, 1], "scorer.weights=-1 is out of range"),
         ("bandwidth", "silverman", "scorer.bandwidth='silverman' is no number; give one above 0, or scott"),
-        ("bandwidth", 0, "scorer.bandwidth=0 must be greater than 0"),
+        ("bandwidth", 0, "scorer.bandwidth=0 is out of range"),
         ("bandwidth", True, "scorer.bandwidth=True is no number"),
         ("combine", "sum", "choose one of: statistics, norms, norm"),
         ("region", "middle", "choose one of: high, low"),

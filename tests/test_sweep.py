@@ -43,7 +43,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
                 "proxy.members=x",
                 "'x' of type 'str' could not be converted",
                 "job 5 of 8 (",
-                "alpha=2.0 is no share of the data; give a number above 0 and up to 1",
+                "alpha=2.0 is out of range; give a finite number above 0 and up to 1",
             ],
         ),
         (

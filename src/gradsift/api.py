@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradsift.cli import compose_config
-from gradsift.config.checks import positive
+from gradsift.config.checks import in_range
 from gradsift.errors import ConfigError, DataError
 from gradsift.user_conf import conf_folder
 
@@ -352,7 +352,7 @@ def gsnr(early: Any, late: Any, eps: float = 1e-8) -> np.ndarray:
     from gradsift.gradients.statistics import mean_and_variance
     from gradsift.scoring.gsnr import ratio
 
-    positive("eps", eps)
+    in_range("eps", eps, above=0)
     norms = {"early": np.asarray(early, dtype=np.float64), "late": np.asarray(late, dtype=np.float64)}
     for name, values in norms.items():
         if values.ndim != 2 or values.shape != norms["early"].shape or len(values) < 2:

@@ -1,40 +1,91 @@
-"""Checks of single values; their errors name the option, the value and the remedy."""
+"""Options that state their range or choices, and checks of single values.
+
+    members: int = option(5, least=1)
+    collect: str = option("epoch_end", choices=("epoch_end", "during_training"))
+
+The checks run when an instance of the group is made. Errors name the option, the value and the remedy.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from gradsift.errors import ConfigError
 
 
-def one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+def option(
+    default: Any,
+    *,
+    choices: tuple[str, ...] | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Return a dataclass field with a checked value. Of a list every item is checked; None is not checked.
+
+    Args:
+        default: the default value.
+        choices: the words that can be given.
+        least: the smallest number that can be given.
+        above: a number that the value must exceed.
+        most: the largest number that can be given.
+        below: a number that the value must stay below.
+    """
+    limits = {"choices": choices, "least": least, "above": above, "most": most, "below": below}
+    metadata = {name: limit for name, limit in limits.items() if limit is not None}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Group:
+    """Base of the config groups, which checks the values of all fields made with `option`."""
+
+    _option: ClassVar[str] = ""  # where the group stands in the config, for errors
+
+    def __init_subclass__(cls, option: str | None = None) -> None:
+        if option is not None:
+            cls._option = option
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            value, name = getattr(self, field.name), f"{self._option}.{field.name}".lstrip(".")
+            for each in value if isinstance(value, list) else [value]:
+                if "choices" in field.metadata:
+                    one_of(name, each, field.metadata["choices"])
+                elif field.metadata and each is not None:
+                    in_range(name, each, **field.metadata)
+
+
+def one_of(option: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of `choices`."""
     if value not in choices:
         raise ConfigError(f"{option}={value!r} is not known; choose one of: {', '.join(choices)}")
 
 
-def at_least(option: str, value: float | None, least: float) -> None:
-    if value is not None and not least <= value < math.inf:
-        raise ConfigError(f"{option}={value} is out of range; give at least {least}, and a finite number")
-
-
-def positive(option: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ConfigError(f"{option}={value} must be greater than 0 and finite")
-
-
-def warmup_fits(option: str, warmup: int, steps: int) -> int:
-    """The warm-up's steps, which must leave some of `steps` optimiser steps: it starts at a learning rate of 0."""
-    if 0 < steps <= warmup:
-        raise ConfigError(
-            f"{option} warms up over {warmup:,} of {steps:,} optimiser steps, so the learning rate never reaches its "
-            "full value; give a shorter warm-up (0 for none) or train for longer"
-        )
-    return warmup
+def in_range(
+    option: str,
+    value: float,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raise ConfigError unless `value` is finite and within the limits."""
+    if -math.inf < value < math.inf and least <= value <= most and above < value < below:
+        return
+    limits = {"of at least": least, "above": above, "up to": most, "below": below}
+    wanted = " and ".join(f"{words} {limit:,g}" for words, limit in limits.items() if math.isfinite(limit))
+    raise ConfigError(f"{option}={value} is out of range; give a finite number {wanted}")
 
 
 def endpoint_address(option: str, url: str, api_key_env: str) -> None:
-    """Refuse an address that no request can be sent to, or that holds a secret: addresses are written to manifests."""
+    """Raise ConfigError for an address that cannot be used, or that holds a secret: manifests contain addresses."""
     if "@" in url or "?" in url:
         raise ConfigError(
             f"{option} holds a user name, a password or a query, which would be written to the run's folder; "
@@ -42,8 +93,8 @@ def endpoint_address(option: str, url: str, api_key_env: str) -> None:
         )
     try:
         parts = urlsplit(url)
-        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # brackets, or a port that is no number
-        whole = False
-    if not whole or any(character.isspace() for character in url):
+        usable = False
+    if not usable or any(character.isspace() for character in url):
         raise ConfigError(f"{option}={url!r} is no endpoint's address; give one like http://127.0.0.1:8000/v1")

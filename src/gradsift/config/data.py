@@ -6,24 +6,23 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from gradsift.config.checks import at_least, one_of
+from gradsift.config.checks import Group, option
 from gradsift.errors import ConfigError
 
 EMBEDDED = "verifiable"  # the name of the embedded data and of its benchmark
-
-
-TERSE = "verifiable_terse"  # its skills in the form in which the nano models learnt them: what a finetune may forget
-
-
+TERSE = "verifiable_terse"  # its skills in the form in which the nano models learnt them, to measure forgetting
 COPIES = ("exact_duplicate", "near_duplicate")
-
-
 CORRUPTIONS = ("wrong_answer", "mismatched_answer", "truncated", "garbled", *COPIES)
+DATA_FORMATS = ("auto", "alpaca", "messages", "sharegpt", "prompt_completion")
+NO_TARGET_SET = (
+    "target_set=none, and {method} selects towards a target set; give target_set=json target_set.path=FILE, or "
+    "target_set=gsm8k, bbh or (for data=verifiable) verifiable"
+)
 
 
 @dataclass
 class FieldsConfig:
-    """Names of the columns that hold the parts of an example; other names in use are recognised (docs/data.md)."""
+    """Names of the columns that hold the parts of an example. Other common names are recognised (docs/data.md)."""
 
     instruction: str = "instruction"
     input: str | None = "input"  # may be missing from the data; null: no column
@@ -32,58 +31,39 @@ class FieldsConfig:
     conversations: str = "conversations"  # ShareGPT: [{"from": ..., "value": ...}, ...]
     prompt: str = "prompt"
     completion: str = "completion"
-    system: str | None = "system"  # the system prompt, may be missing from the data; null: no column
-    history: str | None = "history"  # earlier exchanges [[user, assistant], ...], may be missing; null: no column
+    system: str | None = "system"  # the system prompt; may be missing from the data; null: no column
+    history: str | None = "history"  # earlier exchanges [[user, assistant], ...]; may be missing; null: no column
 
 
 @dataclass
-class CorruptionConfig:
-    """Known corruption, injected to audit scorers: labels say which rows, and no scorer sees them."""
+class CorruptionConfig(Group, option="data.corruption"):
+    """Known corruption that is injected to audit scorers. Labels say which rows; scorers do not see them."""
 
-    share: float = 0.0  # of the rows, after `limit`; parts of equal size for each kind, duplicates on top of the rows
-    kinds: list[str] = field(default_factory=lambda: list(CORRUPTIONS))
-    seed: int = 0
+    share: float = option(0.0, least=0, below=1)  # of the rows after `limit`, equal for each kind; copies are added
+    kinds: list[str] = option(list(CORRUPTIONS), choices=CORRUPTIONS)
+    seed: int = option(0, least=0)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share < 1:
-            raise ConfigError(
-                f"data.corruption.share={self.share} is no share; give a number from 0 (none) to below 1, as in 0.3"
-            )
-        for kind in self.kinds:
-            one_of("data.corruption.kinds", kind, CORRUPTIONS)
+        super().__post_init__()
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
             raise ConfigError(
                 f"data.corruption.kinds={list(self.kinds)} must name at least one kind, and each once; known: "
                 f"{', '.join(CORRUPTIONS)}"
             )
-        at_least("data.corruption.seed", self.seed, 0)
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Group, option="data"):
     """What every dataset has."""
 
     name: str = MISSING
-    limit: int | None = None  # at most this many rows, drawn with `seed`; the order of the file is kept
-    holdout: int = 0  # rows set aside before selection, for the held-out loss
-    seed: int = 0  # sampling for `limit` and `holdout`; the embedded world's content
-    dedup: str = "none"  # exact: equal texts; near: also texts that share most of their words. The first row stays
-    dedup_threshold: float = 0.8  # Jaccard similarity of word triples from which rows are near duplicates
+    limit: int | None = option(None, least=1)  # at most this many rows, drawn with `seed` in the order of the file
+    holdout: int = option(0, least=0)  # rows set aside before selection, for the held-out loss
+    seed: int = option(0, least=0)  # sampling for `limit` and `holdout`; the embedded world's content
+    # exact: drop rows with equal texts; near: also rows that share most of their words. The first row is kept
+    dedup: str = option("none", choices=("none", "exact", "near"))
+    dedup_threshold: float = option(0.8, least=0.5, most=1)  # Jaccard similarity of word triples for near duplicates
     corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
-
-    def __post_init__(self) -> None:
-        one_of("data.dedup", self.dedup, ("none", "exact", "near"))
-        if not 0.5 <= self.dedup_threshold <= 1:
-            raise ConfigError(
-                f"data.dedup_threshold={self.dedup_threshold} is out of range; give a Jaccard similarity from 0.5 "
-                "(half of the word triples in common) to 1"
-            )
-        at_least("data.limit", self.limit, 1)
-        at_least("data.holdout", self.holdout, 0)
-        at_least("data.seed", self.seed, 0)
-
-
-DATA_FORMATS = ("auto", "alpaca", "messages", "sharegpt", "prompt_completion")
 
 
 @dataclass
@@ -91,12 +71,8 @@ class JsonDataConfig(DataConfig):
     """A local file: .json, .jsonl, .csv, .tsv (each also with .gz) or .parquet."""
 
     path: str = MISSING
-    format: str = "auto"  # auto: decided by the columns of the first row that fits a format
+    format: str = option("auto", choices=DATA_FORMATS)  # auto: decided by the columns of the first row that fits one
     fields: FieldsConfig = field(default_factory=FieldsConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("data.format", self.format, DATA_FORMATS)
 
 
 @dataclass
@@ -104,88 +80,66 @@ class HubDataConfig(DataConfig):
     """A dataset of the Hugging Face hub."""
 
     id: str = MISSING
-    revision: str | None = None  # a commit; when empty the one that is current at first use, for this store
+    revision: str | None = None  # a commit; null: the current one at first use, from then on the same in this store
     split: str = "train"
-    format: str = "auto"
+    format: str = option("auto", choices=DATA_FORMATS)
     fields: FieldsConfig = field(default_factory=FieldsConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("data.format", self.format, DATA_FORMATS)
 
 
 @dataclass
 class VerifiableDataConfig(DataConfig):
     """The embedded world: generated examples with exactly checkable answers."""
 
-    size: int = 2000
-    spoilt: float = 0.5  # share of the rows that are spoilt, over four kinds
-    duplicates: float = 0.06  # share of the rows that are exact or near duplicates
-    delayed: float = 0.0  # share of the tasks that can be learnt only after others (half as many) are
-    benchmark_items: int = 390
+    size: int = option(2000, least=1)  # rows
+    spoilt: float = option(0.5, least=0, below=1)  # share of the rows that are spoilt, over four kinds
+    duplicates: float = option(0.06, least=0, below=1)  # share of the rows that are exact or near duplicates
+    delayed: float = option(0.0, least=0, most=0.5)  # share of tasks that can be learnt only after half as many others
+    benchmark_items: int = option(390, least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("data.size", self.size, 1)
-        at_least("data.benchmark_items", self.benchmark_items, 1)
         if self.holdout:
             raise ConfigError(
                 "data.holdout has no use for data=verifiable: its benchmark is the held-out set; leave it 0"
             )
-        for option, share in (("data.spoilt", self.spoilt), ("data.duplicates", self.duplicates)):
-            if not 0 <= share < 1:
-                raise ConfigError(f"{option}={share} is no share; give a number from 0 to below 1")
-        if not 0 <= self.delayed <= 0.5:
-            raise ConfigError(f"data.delayed={self.delayed} is out of range; give a share from 0 (none) to 0.5")
-
-
-NO_TARGET_SET = (
-    "target_set=none, and {method} selects towards a target set; give target_set=json target_set.path=FILE, or "
-    "target_set=gsm8k, bbh or (for data=verifiable) verifiable"
-)
 
 
 @dataclass
-class TargetSetConfig:
-    """Examples of what the finetuned model shall be good at, in tasks; for the methods that select towards them."""
+class TargetSetConfig(Group, option="target_set"):
+    """Examples of what the finetuned model should be good at, in tasks, for the methods that select towards them."""
 
     name: str = MISSING
-    limit: int | None = None  # at most this many rows a task, drawn with `seed`; their order is kept
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        at_least("target_set.limit", self.limit, 1)
-        at_least("target_set.seed", self.seed, 0)
+    limit: int | None = option(None, least=1)  # at most this many rows per task, drawn with `seed` in their order
+    seed: int = option(0, least=0)
 
 
 @dataclass
 class FilesTargetSetConfig(TargetSetConfig):
-    """Target rows from files: one a task, or one whose column names each row's task."""
+    """Target rows from files: one file per task, or one file whose column names each row's task."""
 
-    path: str | None = None  # a local file, or a folder that holds the files of `urls`; wins over `urls`
-    urls: dict[str, str] = field(default_factory=dict)  # task: address of its file, fetched once at run time
-    task: str | None = None  # column that names a row's task; one file is one task when empty
-    rows: str | None = None  # key that holds the rows where a .json file has other things beside them
-    format: str = "auto"
+    path: str | None = None  # a local file, or a folder that holds the files of `urls`; used instead of `urls`
+    urls: dict[str, str] = field(default_factory=dict)  # task: address of its file, downloaded once at run time
+    task: str | None = None  # column that names a row's task; null: a file is one task
+    rows: str | None = None  # key that holds the rows in a .json file that has other keys too
+    format: str = option("auto", choices=DATA_FORMATS)
     fields: FieldsConfig = field(default_factory=FieldsConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("target_set.format", self.format, DATA_FORMATS)
         if not self.path and not self.urls:
-            raise ConfigError("target_set.path is empty; name a file with rows of what the model shall be good at")
+            raise ConfigError("target_set.path is empty; name a file with rows of what the model should be good at")
 
 
 @dataclass
 class VerifiableTargetSetConfig(TargetSetConfig):
-    """Right answers of the embedded world, to questions that its dataset and its benchmark do not ask."""
+    """Right answers of the embedded world, to questions that are neither in its dataset nor in its benchmark."""
 
     tasks: list[str] = field(default_factory=lambda: ["sort", "reverse"])  # families of the embedded world
-    limit: int | None = 20
+    limit: int | None = option(20, least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(f"target_set.tasks={list(self.tasks)} must name at least one family, and each once")
         if self.limit is None:
-            raise ConfigError("target_set.limit is empty; the embedded world needs the number of rows a task")
+            raise ConfigError("target_set.limit is empty; the embedded world needs the number of rows per task")

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from gradsift.config.bounds import require_bounds
-from gradsift.config.checks import at_least, one_of
+from gradsift.config.checks import Group, option
 from gradsift.config.data import (
     EMBEDDED,
     NO_TARGET_SET,
@@ -19,14 +19,9 @@ from gradsift.config.data import (
     VerifiableDataConfig,
     VerifiableTargetSetConfig,
 )
-from gradsift.config.evaluation import AuditConfig, BenchmarkConfig, JudgeConfig
+from gradsift.config.evaluation import AlpacaEvalJudgeConfig, AuditConfig, BenchmarkConfig, JudgeConfig
 from gradsift.config.machine import ComputeConfig, TrackerConfig
-from gradsift.config.methods import (
-    FacilityLocationConfig,
-    GsnrDirectionConfig,
-    LengthConfig,
-    ScorerConfig,
-)
+from gradsift.config.methods import FacilityLocationConfig, GsnrDirectionConfig
 from gradsift.config.models import (
     EmbedderConfig,
     FeaturesConfig,
@@ -37,21 +32,20 @@ from gradsift.config.models import (
 )
 from gradsift.errors import ConfigError
 from gradsift.names import require_name
+from gradsift.signatures import asked_by
 
 STAGES = ("load", "statistics", "scores", "selection", "finetune", "generate", "judge")
-
-
-SCORES_BY_TASK = ("less", "rds_plus", "sbert")  # scorers with a score for each task of the target set
 OBJECTIVES = {"pws": "judge", "accuracy": "generate", "heldout_loss": "finetune"}  # and the stage that gives each
-RATERS = ("verifier", "local", "openai")  # judges that can grade one example
-# what asks for nothing of the proxy, or only for its embeddings, which another embedder may make (a test holds each)
-WITHOUT_PROXY = ("random", "full", "llm_rating")
-TOWARDS_TARGET = {"scorer": ("less", "g2is", "rds_plus", "sbert"), "selector": ("gradient_walk", "round_robin_queries")}
-BY_EMBEDDINGS = ("rds_plus", "sbert", "facility_location", "repr_filter", "clusters", "round_robin_queries")
+SCORES_BY_TASK = ("less", "rds_plus", "sbert")  # scorers that give a score for each task of the target set
+_EMBEDDINGS = {"embeddings", "target_embeddings"}
+_OF_PROXY = {  # sources that are computed with the proxy, whatever the embedder
+    *("statistics", "late_losses", "directions", "embedding_gradients"),
+    *("gradients", "target_gradients", "backbone", "proxy_inputs"),
+}
 
 
 @dataclass
-class Config:
+class Config(Group):
     """Everything that a run depends on."""
 
     data: DataConfig = MISSING
@@ -59,41 +53,31 @@ class Config:
     proxy: ProxyConfig = MISSING
     embedder: EmbedderConfig = MISSING
     features: FeaturesConfig = MISSING
-    scorer: Any = MISSING  # an open set: see ScorerConfig
-    selector: Any = MISSING  # an open set: see SelectorConfig
+    scorer: Any = MISSING  # a ScorerConfig, or the mapping of a user's own scorer
+    selector: Any = MISSING  # a SelectorConfig, or the mapping of a user's own selector
     target: TargetConfig = MISSING
     benchmark: BenchmarkConfig = MISSING
     judge: JudgeConfig = MISSING
     tracker: TrackerConfig = MISSING
     compute: ComputeConfig = MISSING
     audit: AuditConfig = field(default_factory=AuditConfig)
-    alpha: float = 0.1  # share of the rows that is selected
-    budget_base: str = "accepted"  # alpha's base: all accepted rows, or those that got a score
-    seed: int = 0  # proxy ensemble and target
-    stop_after: str | None = None  # a stage's name ends the line there
+    alpha: float = option(0.1, above=0, most=1)  # share of the rows that is selected
+    # the rows of which alpha is a share: all accepted rows, or those that were scored
+    budget_base: str = option("accepted", choices=("accepted", "scored"))
+    seed: int = option(0, least=0)  # of the proxy ensemble and of the target
+    stop_after: str | None = None  # the stage after which the run ends; null: the last one
     plan: bool = False  # show what is done and what is to do, and do nothing
-    objective: str = "pws"  # what a search (hydra/sweeper=optuna) looks at: pws, accuracy, or heldout_loss to minimize
+    objective: str = option("pws", choices=tuple(OBJECTIVES))  # what a search optimises (hydra/sweeper=optuna)
     artifacts: str = "artifacts"  # folder of finished work, shared by all runs
-    report: bool = True  # report.html at the end of a run; of a sweep one for all of its jobs
+    report: bool = True  # write report.html at the end of a run, or one for all jobs of a sweep
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stop_after is not None and self.stop_after not in STAGES:
+            raise ConfigError(f"stop_after={self.stop_after!r} is not known; choose one of: {', '.join(STAGES)}")
         require_bounds(self)
         self._check_names()
-        if not 0 < self.alpha <= 1:
-            raise ConfigError(
-                f"alpha={self.alpha} is no share of the data; give a number above 0 and up to 1, as in 0.1"
-            )
-        one_of("budget_base", self.budget_base, ("accepted", "scored"))
-        at_least("seed", self.seed, 0)
-        one_of("objective", self.objective, tuple(OBJECTIVES))
-        if self.stop_after is not None:
-            one_of("stop_after", self.stop_after, STAGES)
         self._check_ensemble()
-        if self.proxy.shard is not None and self.stop_after != "statistics":
-            raise ConfigError(
-                f"proxy.shard={self.proxy.shard} collects one of {self.proxy.shards} shards and ends there, but "
-                f"stop_after={self.stop_after}; add stop_after=statistics, or leave proxy.shard empty (null)"
-            )
         self._check_candidates()
         self._check_turns()
         self._check_embedded_parts()
@@ -101,29 +85,29 @@ class Config:
         self._check_target_set()
         if self.audit.enabled:
             self._check_audit()
-        if self.reaches("scores") and self.scorer_name == "llm_rating":
+        if self.reaches("scores") and "rater" in (self._asked(self.scorer) or ()):
             self.check_rater()
         if self.reaches("judge") and self.scorer_name != "full":  # full against itself needs no judge
             self._check_judge()
 
     @property
     def scorer_name(self) -> str:
-        """The scorer's name, for a scorer of ours or of the user's own."""
+        """The name of the scorer, also of a user's own."""
         name = self.scorer.get("name", "unnamed") if isinstance(self.scorer, dict) else self.scorer.name
         return str(name)
 
     @property
     def selector_name(self) -> str:
-        """The selector's name, likewise."""
+        """The name of the selector, also of a user's own."""
         name = self.selector.get("name", "unnamed") if isinstance(self.selector, dict) else self.selector.name
         return str(name)
 
     def reaches(self, stage: str) -> bool:
-        """Whether a run with this config comes as far as `stage`."""
+        """Return whether a run with this config comes as far as `stage`."""
         return self.stop_after is None or STAGES.index(stage) <= STAGES.index(self.stop_after)
 
     def check_objective(self) -> None:
-        """Refuse a search that would never see its objective."""
+        """Raise ConfigError for a search whose objective is never computed."""
         if self.plan:
             raise ConfigError("plan=true shows no search, whose jobs follow from results; plan one job, or a sweep")
         if not self.reaches(OBJECTIVES[self.objective]):
@@ -132,21 +116,32 @@ class Config:
                 f"stop_after={self.stop_after}; take a later stage, or another objective"
             )
 
+    @staticmethod
+    def _asked(method: Any) -> frozenset[str] | None:
+        """Return what a scorer or selector asks for; None for a user's own, which only the run looks at."""
+        target = method.get("_target_", "") if isinstance(method, dict) else method._target_
+        return asked_by(str(target))
+
+    @property
+    def _selects(self) -> bool:
+        """Whether the run comes to a selector; scorer=full selects everything."""
+        return self.reaches("selection") and self.scorer_name != "full"
+
     @property
     def _needs_proxy(self) -> bool:
-        """Whether the run computes anything with the proxy; a user's own scorer is taken to, a selector not to."""
+        """Whether the run computes anything with the proxy. A user's own scorer is assumed to, a selector not to."""
         if not self.reaches("scores"):
             return self.stop_after == "statistics"
-        encoded_apart = BY_EMBEDDINGS if isinstance(self.embedder, SentenceTransformersConfig) else ()
-        counts_characters = isinstance(self.scorer, LengthConfig) and self.scorer.unit == "characters"
-        if not counts_characters and self.scorer_name not in (*WITHOUT_PROXY, *encoded_apart):
+        with_proxy = set(_OF_PROXY)
+        if not isinstance(self.embedder, SentenceTransformersConfig):
+            with_proxy |= _EMBEDDINGS
+        scorer, selector = self._asked(self.scorer), self._asked(self.selector)
+        if scorer is None or scorer & with_proxy:
             return True
-        if not self.reaches("selection") or self.scorer_name == "full":  # which selects everything
-            return False
-        return self.selector_name in ("gradient_walk", *BY_EMBEDDINGS) and self.selector_name not in encoded_apart
+        return self._selects and selector is not None and bool(selector & with_proxy)
 
     def _check_names(self) -> None:
-        """Each is a part of paths, in the store or in a sweep's folder."""
+        """Check the names that become parts of paths, in the store or in a sweep's folder."""
         require_name("scorer.name", self.scorer_name)
         require_name("selector.name", self.selector_name)
         for group in ("data", "target_set", "proxy", "embedder", "features", "target", "judge"):
@@ -162,44 +157,47 @@ class Config:
                 f"scorer={self.scorer.name} divides by a variance over members, but proxy.members="
                 f"{self.proxy.members}; give at least 2 (the paper has 5)"
             )
+        if self.proxy.shard is not None and self.stop_after != "statistics":
+            raise ConfigError(
+                f"proxy.shard={self.proxy.shard} collects one of {self.proxy.shards} shards and ends there, but "
+                f"stop_after={self.stop_after}; add stop_after=statistics, or leave proxy.shard empty (null)"
+            )
 
     def _check_target_set(self) -> None:
-        """Of methods of the user's own nothing is known here; the run itself looks at what they ask for."""
         if isinstance(self.target_set, FilesTargetSetConfig | VerifiableTargetSetConfig):
             return
-        if self.reaches("scores") and self.scorer_name in TOWARDS_TARGET["scorer"]:
-            raise ConfigError(NO_TARGET_SET.format(method=f"scorer={self.scorer_name}"))
-        selects = self.reaches("selection") and self.scorer_name != "full"
-        if selects and self.selector_name in TOWARDS_TARGET["selector"]:
-            raise ConfigError(NO_TARGET_SET.format(method=f"selector={self.selector_name}"))
+        methods = {f"scorer={self.scorer_name}": self.scorer} if self.reaches("scores") else {}
+        methods |= {f"selector={self.selector_name}": self.selector} if self._selects else {}
+        for name, method in methods.items():
+            if any(source.startswith("target_") for source in self._asked(method) or ()):
+                raise ConfigError(NO_TARGET_SET.format(method=name))
 
     def _check_candidates(self) -> None:
         if not isinstance(self.selector, FacilityLocationConfig) or not self.reaches("selection"):
             return
         if self.budget_base != "accepted":
             return
-        option, most = "alpha", self.alpha
+        name, most = "alpha", self.alpha
         if self.audit.enabled and max(self.audit.alphas) > self.alpha:
-            option, most = "audit.alphas", max(self.audit.alphas)
+            name, most = "audit.alphas", max(self.audit.alphas)
         if self.selector.candidates < most:
             raise ConfigError(
-                f"selector.candidates={self.selector.candidates} lets fewer examples enter than {option}={most} "
-                f"selects; raise selector.candidates, or lower {option} below it"
+                f"selector.candidates={self.selector.candidates} lets fewer examples enter than {name}={most} "
+                f"selects; raise selector.candidates, or lower {name} below it"
             )
 
     def _check_turns(self) -> None:
-        """Of a scorer of the user's own nothing is known here; the selector itself looks at its scores."""
-        takes_turns = self.selector_name == "round_robin" and self.reaches("selection") and self.scorer_name != "full"
-        is_ours = isinstance(self.scorer, ScorerConfig) and self.scorer._target_.startswith("gradsift.")
-        if takes_turns and is_ours and self.scorer_name not in SCORES_BY_TASK:
+        """Check that a scorer of gradsift gives round_robin scores by task; the selector itself checks a user's own."""
+        known = self._asked(self.scorer) is not None
+        if self._selects and self.selector_name == "round_robin" and known and self.scorer_name not in SCORES_BY_TASK:
             raise ConfigError(
-                f"selector=round_robin takes turns between tasks, and scorer={self.scorer_name} gives no score a task; "
-                f"choose scorer={', '.join(SCORES_BY_TASK)} with a target_set, or selector=topk"
+                f"selector=round_robin takes turns between tasks, and scorer={self.scorer_name} gives no score "
+                f"per task; choose scorer={', '.join(SCORES_BY_TASK)} with a target_set, or selector=topk"
             )
 
     def _check_embedded_parts(self) -> None:
-        """The nano models and the embedded benchmark know nothing outside the embedded world."""
-        # a set of the user's own may keep to the embedded world's words; the published ones do not
+        """Check that the nano models and the embedded benchmark meet only the embedded world's data."""
+        # a user's own set may keep to the embedded world's words; published sets, which have a URL, do not
         asked = [*self.benchmark.sets, *self.benchmark.general]
         embedded_sets = [name for name in asked if name in (EMBEDDED, TERSE)]
         foreign_sets = [name for name in asked if name not in embedded_sets and self.benchmark.catalog[name].url]
@@ -226,7 +224,7 @@ class Config:
             raise ConfigError(f"data={self.data.name} does not go with the embedded world's {'; '.join(foreign)}")
 
     def _check_random_weights(self) -> None:
-        """A model of random weights takes any data, but for scores alone: it has no answer and no judgment to give."""
+        """Check that a model with random weights only scores: its answers and judgments mean nothing."""
         if self.reaches("finetune") and self.target.model.kind == "tiny_bytes":
             raise ConfigError(
                 "target.model.kind=tiny_bytes has random weights, so no answer of it means anything; "
@@ -249,9 +247,9 @@ class Config:
             )
 
     def check_rater(self) -> None:
-        """Refuse a judge that cannot rate single examples of this run's data."""
+        """Raise ConfigError for a judge that cannot rate single examples of this run's data."""
         name = self.judge.name
-        if name not in RATERS:
+        if isinstance(self.judge, AlpacaEvalJudgeConfig):
             raise ConfigError(f"scorer={self.scorer_name} needs a judge that can rate one example; judge={name} cannot")
         if name == "verifier" and not self._is_embedded:
             raise ConfigError(

@@ -9,98 +9,61 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gradsift.config.data import (
-    FilesTargetSetConfig,
-    HubDataConfig,
-    JsonDataConfig,
-    TargetSetConfig,
-    VerifiableDataConfig,
-    VerifiableTargetSetConfig,
-)
-from gradsift.config.evaluation import (
-    AlpacaEvalJudgeConfig,
-    BenchmarkConfig,
-    LocalJudgeConfig,
-    OpenaiJudgeConfig,
-    VerifierJudgeConfig,
-)
-from gradsift.config.machine import ComputeConfig, TrackerConfig
-from gradsift.config.methods import (
-    CherryConfig,
-    ClustersConfig,
-    FacilityLocationConfig,
-    G2isConfig,
-    GradientWalkConfig,
-    GradsConfig,
-    GsnrConfig,
-    GsnrDirectionConfig,
-    GumbelConfig,
-    LengthConfig,
-    PerplexityConfig,
-    RandomScorerConfig,
-    RatingConfig,
-    ReprFilterConfig,
-    RoundRobinQueriesConfig,
-    SbertConfig,
-    ScorerConfig,
-    SelectorConfig,
-    SuperfilterConfig,
-)
-from gradsift.config.models import (
-    FeaturesConfig,
-    HiddenStatesConfig,
-    ModelConfig,
-    ProxyConfig,
-    SentenceTransformersConfig,
-    TargetConfig,
-)
+from gradsift.config import data, evaluation, machine, methods, models
 from gradsift.config.run import Config
 from gradsift.errors import ConfigError
 
 SCHEMAS: dict[str, dict[str, type]] = {
-    "data": {"json": JsonDataConfig, "hub": HubDataConfig, "verifiable": VerifiableDataConfig},
-    "target_set": {
-        "target_set": TargetSetConfig,
-        "files": FilesTargetSetConfig,
-        "verifiable_tasks": VerifiableTargetSetConfig,
+    "data": {
+        "json": data.JsonDataConfig,
+        "hub": data.HubDataConfig,
+        "verifiable": data.VerifiableDataConfig,
     },
-    "proxy": {"proxy": ProxyConfig},
-    "features": {"features": FeaturesConfig},
-    "target": {"target": TargetConfig},
-    "embedder": {"hidden_states": HiddenStatesConfig, "sentence_transformers": SentenceTransformersConfig},
+    "target_set": {
+        "target_set": data.TargetSetConfig,
+        "files": data.FilesTargetSetConfig,
+        "verifiable_tasks": data.VerifiableTargetSetConfig,
+    },
+    "proxy": {"proxy": models.ProxyConfig},
+    "features": {"features": models.FeaturesConfig},
+    "target": {"target": models.TargetConfig},
+    "embedder": {
+        "hidden_states": models.HiddenStatesConfig,
+        "sentence_transformers": models.SentenceTransformersConfig,
+    },
     "scorer": {
-        "scorer": ScorerConfig,
-        "gsnr": GsnrConfig,
-        "gsnr_direction": GsnrDirectionConfig,
-        "g2is": G2isConfig,
-        "llm_rating": RatingConfig,
-        "random": RandomScorerConfig,
-        "superfilter": SuperfilterConfig,
-        "grads": GradsConfig,
-        "cherry": CherryConfig,
-        "perplexity": PerplexityConfig,
-        "length": LengthConfig,
-        "sbert": SbertConfig,
+        "scorer": methods.ScorerConfig,
+        "gsnr": methods.GsnrConfig,
+        "gsnr_direction": methods.GsnrDirectionConfig,
+        "g2is": methods.G2isConfig,
+        "llm_rating": methods.RatingConfig,
+        "random": methods.RandomScorerConfig,
+        "superfilter": methods.SuperfilterConfig,
+        "grads": methods.GradsConfig,
+        "cherry": methods.CherryConfig,
+        "perplexity": methods.PerplexityConfig,
+        "length": methods.LengthConfig,
+        "sbert": methods.SbertConfig,
     },
     "selector": {
-        "selector": SelectorConfig,
-        "facility_location": FacilityLocationConfig,
-        "repr_filter": ReprFilterConfig,
-        "clusters": ClustersConfig,
-        "gumbel": GumbelConfig,
-        "round_robin_queries": RoundRobinQueriesConfig,
-        "gradient_walk": GradientWalkConfig,
+        "selector": methods.SelectorConfig,
+        "facility_location": methods.FacilityLocationConfig,
+        "repr_filter": methods.ReprFilterConfig,
+        "clusters": methods.ClustersConfig,
+        "gumbel": methods.GumbelConfig,
+        "round_robin_queries": methods.RoundRobinQueriesConfig,
+        "gradient_walk": methods.GradientWalkConfig,
     },
-    "benchmark": {"benchmark": BenchmarkConfig},
+    "benchmark": {"benchmark": evaluation.BenchmarkConfig},
     "judge": {
-        "verifier": VerifierJudgeConfig,
-        "local": LocalJudgeConfig,
-        "openai": OpenaiJudgeConfig,
-        "alpaca_eval": AlpacaEvalJudgeConfig,
+        "verifier": evaluation.VerifierJudgeConfig,
+        "local": evaluation.LocalJudgeConfig,
+        "openai": evaluation.OpenaiJudgeConfig,
+        "alpaca_eval": evaluation.AlpacaEvalJudgeConfig,
     },
-    "tracker": {"tracker": TrackerConfig},
-    "compute": {"compute": ComputeConfig},
-    "model": {"model": ModelConfig},
+    "tracker": {"tracker": machine.TrackerConfig},
+    "compute": {"compute": machine.ComputeConfig},
+    "model": {"model": models.ModelConfig},
 }
 
 REPLACED = {  # settings of Hydra's plugins in whose place those of `conf/hydra/` stand

@@ -22,9 +22,9 @@ from typing import Any
 
 import yaml
 
-from gradsift.cli import CONFIG_FILE
 from gradsift.manifests import content_hash
 from gradsift.report.tables import Run, flat_rows, untuned_rows
+from gradsift.tracking import CONFIG_FILE
 from gradsift.user_conf import conf_folder
 
 RECORDED_FILE = Path("experiment") / "world.recorded.json"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradsift.data import tokens
+from gradsift.data import tokens, truncation
 from gradsift.data.examples import Example, Turn
 from gradsift.data.tokens import encode, encode_prompts
 from gradsift.scoring.spans import token_ids
@@ -65,8 +65,8 @@ def test_the_cut_changes_no_token_that_is_kept(
     rows = examples(max_length, 400)
     whole, report = encode(rows, merging_tokenizer, template, max_length)
     prompts = encode_prompts(rows, merging_tokenizer, template, max_length)
-    monkeypatch.setattr(tokens, "_WINDOW", (50, 2))
-    monkeypatch.setattr(tokens, "_MARGIN", 16)
+    monkeypatch.setattr(truncation, "_WINDOW", (50, 2))
+    monkeypatch.setattr(truncation, "_MARGIN", 16)
     seen = _characters_seen(merging_tokenizer, monkeypatch)
     cut, cut_report = encode(rows, merging_tokenizer, template, max_length)
     assert sum(seen) < sum(len(one.instruction) + len(one.input) + len(one.output) for one in rows)
@@ -94,8 +94,8 @@ def test_a_cut_leaves_the_token_between_a_response_and_the_next_prompt(
     before = (Turn("user", "say"), Turn("assistant", response))
     rows = [Example(0, "0-0", "0", before, instruction, "", "yes", {})]
     (whole,), _ = encode(rows, merging_tokenizer, "alpaca", 64)
-    monkeypatch.setattr(tokens, "_WINDOW", (50, 2))
-    monkeypatch.setattr(tokens, "_MARGIN", 16)
+    monkeypatch.setattr(truncation, "_WINDOW", (50, 2))
+    monkeypatch.setattr(truncation, "_MARGIN", 16)
     seen = _characters_seen(merging_tokenizer, monkeypatch)
     (short,), _ = encode(rows, merging_tokenizer, "alpaca", 64)
     assert sum(seen) < len(long)
@@ -132,7 +132,7 @@ def test_of_a_long_conversation_the_last_exchanges_are_tokenised(
     earlier = tuple(Turn(role, f"{role} {turn}") for turn in range(1000) for role in ("user", "assistant"))
     rows = [Example(0, "0-0", "0", earlier, "say", "", "yes", {})]
     whole, expected = encode(rows, byte_tokenizer, "plain", 64)
-    monkeypatch.setattr(tokens, "_WINDOW", (1000, 2))
+    monkeypatch.setattr(truncation, "_WINDOW", (1000, 2))
     seen = _characters_seen(byte_tokenizer, monkeypatch)
     cut, report = encode(rows, byte_tokenizer, "plain", 64)
     assert sum(seen) < 5000
@@ -148,7 +148,7 @@ def test_a_prompt_of_several_parts_is_cut_as_a_whole(byte_tokenizer: Any) -> Non
 
 
 def test_a_window_grows_until_it_holds_enough_tokens(byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "_WINDOW", (8, 0))
+    monkeypatch.setattr(truncation, "_WINDOW", (8, 0))
     rows = [Example(0, "0-0", "0", (), "a" * 1000, "", "b" * 1000, {})]
     (one,), _ = encode(rows, byte_tokenizer, "plain", 300)
     assert byte_tokenizer.decode(one.input_ids) == "\n" + "b" * 299
@@ -167,7 +167,7 @@ def test_stretches_of_text_have_the_same_tokens_up_to_the_limit(
 ) -> None:
     texts = [text(random.Random(seed), words) for seed, words in enumerate([1, 40, 4000])]
     whole = list(token_ids(merging_tokenizer, texts, special=True))
-    monkeypatch.setattr(tokens, "_WINDOW", (200, 2))
+    monkeypatch.setattr(truncation, "_WINDOW", (200, 2))
     cut = list(token_ids(merging_tokenizer, texts, special=True, limit=30))
     assert len(cut[2]) < 1000 < len(whole[2])
     for ours, theirs in zip(cut, whole, strict=True):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gradsift.data.examples import Example, Turn
-from gradsift.data.templates import render, render_prompt
+from gradsift.data.templates import prompt_segments, render
 from gradsift.data.verifiable import plain_prompt
 from gradsift.errors import ConfigError, DataError
 
@@ -23,6 +23,10 @@ TALK = (Turn("system", "Be kind."), Turn("user", "hi"), Turn("assistant", "hello
 
 def text_of(segments: Any, *, is_response: bool) -> list[str]:
     return [segment.text for segment in segments if segment.is_response is is_response]
+
+
+def render_prompt(*arguments: Any) -> str:
+    return "".join(segment.text for segment in prompt_segments(*arguments))
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

@@ -66,7 +66,6 @@ def test_an_encoded_example_is_its_prompt_and_its_response(template: str, tokeni
     assert encoded.is_response.tolist() == [False] * len(prompt) + [True] * (len("né <pad>".encode()) + 1)
     response = encoded.input_ids[encoded.is_response].tolist()
     assert (tokenizer.decode(response[:-1]), response[-1]) == ("né <pad>", tokenizer.eos_token_id)
-    assert report.unknown_share == 0
 
 
 def test_superfilter_scores_the_bytes_of_the_answer(tokenizer: Any) -> None:

@@ -1,4 +1,4 @@
-"""Examples and their ids, the rows that were rejected, and the files that hold both."""
+"""Examples and their ids, rejected rows, the files that hold both, and seeded samples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import json
 import math
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,15 +21,15 @@ from gradsift.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_BLOCK = 2**15  # rows that are read at once: some 50 MB of text
+_BLOCK = 2**15  # rows read at once: about 50 MB of text
 
 
 class SourceRow(NamedTuple):
-    """A row as it stands in its source.
+    """A row of a data source.
 
     row      position among the rows, from 0
-    content  the columns; another JSON value where the source has one in a row's place
-    line     line in the file, from 1, where the format has lines
+    content  the columns; another JSON value if the source has one in place of a row
+    line     line in the file, from 1, if the format has lines
     """
 
     row: int
@@ -39,9 +39,10 @@ class SourceRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a conversation; `role` is system, user or assistant.
+    """One message of a conversation.
 
-    is_trained  whether an assistant turn carries loss; without meaning for the other roles
+    role        system, user or assistant
+    is_trained  whether an assistant turn carries loss; has no meaning for the other roles
     """
 
     role: str
@@ -54,11 +55,11 @@ class Example:
     """One row that can be trained on.
 
     row_index     position in the source, from 0; rejected rows leave gaps
-    example_id    content hash and occurrence number; no two examples share one
-    content_hash  hash of history, instruction, input and output; exact duplicates share it
-    history       turns before the last exchange; its assistant turns carry loss too, unless marked as not trained
+    example_id    content hash and occurrence number; unique
+    content_hash  hash of history, instruction, input and output; equal for exact duplicates
+    history       turns before the last exchange; its assistant turns carry loss too, unless they are not trained
     instruction, input, output
-                  the last exchange; input is "" where there is none
+                  the last exchange; input is "" if there is none
     original      every column of the source row, as JSON values
     """
 
@@ -77,9 +78,9 @@ class Rejected:
     """A row that cannot be used.
 
     row      position in the source, from 0
-    reason   why
-    line     line in the file, from 1, where the format has lines
-    content  the row as it stands in the source
+    reason   why it cannot be used
+    line     line in the file, from 1, if the format has lines
+    content  the row as it is in the source
     """
 
     row: int
@@ -88,11 +89,8 @@ class Rejected:
     content: Any = field(default=None, compare=False)
 
 
-# --------------------------------------------------------------------------------------------- ids
-
-
 def content_hash(history: Sequence[Turn], instruction: str, input: str, output: str) -> str:
-    """16 hex digits of SHA-256 over the fields; JSON keeps the borders between them unambiguous."""
+    """Return 16 hex digits of SHA-256 over the fields, as JSON so that no two divisions of a text are equal."""
     turns = [[turn.role, turn.content] + ([] if turn.is_trained else ["not trained"]) for turn in history]
     fields = [turns, instruction, input, output]
     return hashlib.sha256(json.dumps(fields).encode("ascii")).hexdigest()[:16]
@@ -107,10 +105,10 @@ def make_example(
     original: dict[str, Any],
     occurrences: Counter[str],
 ) -> Example:
-    """Build an example and its ids.
+    """Return an example with its ids.
 
     Args:
-        occurrences: how often each content hash came up so far in the dataset; counted up here.
+        occurrences: how often each content hash has occurred in the dataset so far; is counted up.
     """
     digest = content_hash(history, instruction, input, output)
     example_id = f"{digest}-{occurrences[digest]}"
@@ -122,14 +120,14 @@ def make_example(
 
 
 def json_value(value: Any) -> Any:
-    """What a column holds as a JSON value, so that any row can be written as JSON and read back alike.
+    """Return the value of a column as a JSON value, so that any row can be written as JSON and read back the same.
 
-    JSON values stay what they are. NaN becomes null, as data frames mean it; infinities become the
-    text "Infinity" or "-Infinity"; dates and times their ISO text; decimals and UUIDs their text;
-    bytes base64 text; tuples lists.
+    JSON values are returned as they are. NaN becomes null, its meaning in data frames; infinities become the text
+    "Infinity" or "-Infinity"; dates and times their ISO text; decimals and UUIDs their text; bytes base64 text; tuples
+    lists.
 
     Raises:
-        TypeError: a value of another kind (an image, say).
+        TypeError: a value of another type, such as an image.
     """
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -151,7 +149,7 @@ def json_value(value: Any) -> Any:
 
 
 def json_type(value: Any) -> str:
-    """The type of a value in JSON's words and with its article, for messages."""
+    """Return the JSON type of a value with its article, for messages."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -168,18 +166,26 @@ _TEXTS = ("example_id", "content_hash", "instruction", "input", "output")
 
 
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
-    """Write examples as parquet; `read_examples` gives back equal ones.
+    """Write examples as parquet; `read_examples` returns equal ones.
 
-    The original row is kept as JSON text: columns of any shape fit, and differing rows do not
-    have to agree on types.
+    The original row is kept as JSON text, so that columns of any type fit and rows need not agree on types.
 
     Raises:
-        DataError: an original holds something that is no JSON value (see `json_value`), or a field
-            holds half a surrogate pair.
+        DataError: an original holds a value that is not JSON (see `json_value`), or a text holds half a surrogate pair.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    originals = []
+    for example in examples:
+        try:
+            # ASCII escapes: other columns may hold half a surrogate pair, which UTF-8 cannot
+            originals.append(json.dumps(example.original, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"row {example.row_index}: its original columns are not JSON values ({error}); pass them through "
+                "json_value"
+            ) from error
     texts = {name: [getattr(example, name) for example in examples] for name in _TEXTS}
     history = [[asdict(turn) for turn in example.history] for example in examples]
     turn = pa.struct([("role", pa.string()), ("content", pa.string()), ("is_trained", pa.bool_())])
@@ -189,7 +195,7 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
                 "row_index": pa.array([example.row_index for example in examples], pa.int64()),
                 **{name: pa.array(values, pa.string()) for name, values in texts.items()},
                 "history": pa.array(history, pa.list_(turn)),
-                "original": pa.array([_original_text(example) for example in examples], pa.string()),
+                "original": pa.array(originals, pa.string()),
             }
         )
     except UnicodeEncodeError as error:
@@ -197,28 +203,25 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
     pq.write_table(table, path, compression="zstd")
 
 
-def _original_text(example: Example) -> str:
-    try:
-        # ASCII escapes: other columns may hold half a surrogate pair, which UTF-8 cannot
-        return json.dumps(example.original, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"row {example.row_index}: its original columns are not JSON values ({error}); pass them through json_value"
-        ) from error
-
-
 def read_examples(path: Path) -> list[Example]:
-    """Read what `write_examples` wrote, in the same order.
+    """Return the examples that `write_examples` wrote, in the same order.
 
     Raises:
         DataError: the file is missing, broken, or holds something else.
     """
     with _reading(path):
-        return [_example(row) for block in read_blocks(path) for row in block.to_pylist()]
+        examples = []
+        for block in read_blocks(path):
+            for row in block.to_pylist():
+                history = tuple(Turn(turn["role"], turn["content"], turn["is_trained"]) for turn in row["history"])
+                texts = {name: row[name] for name in _TEXTS}
+                original = json.loads(row["original"])
+                examples.append(Example(row_index=row["row_index"], history=history, original=original, **texts))
+        return examples
 
 
 def read_blocks(path: Path, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The columns that `write_examples` wrote, or some of them, a block of rows after the other: never all in memory.
+    """Yield the columns that `write_examples` wrote, or those named, block by block: the table need not fit in memory.
 
     Raises:
         DataError: see `read_examples`.
@@ -230,7 +233,7 @@ def read_blocks(path: Path, names: Sequence[str] | None = None) -> Iterator[pa.R
 
 
 def read_column(path: Path, name: str) -> pa.ChunkedArray:
-    """One column of all rows; see `read_blocks`."""
+    """Return one column of all rows; see `read_blocks`."""
     import pyarrow.parquet as pq
 
     with _reading(path), pq.ParquetFile(path) as file:
@@ -251,40 +254,31 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _example(row: Mapping[str, Any]) -> Example:
-    history = tuple(Turn(turn["role"], turn["content"], turn["is_trained"]) for turn in row["history"])
-    texts = {name: row[name] for name in _TEXTS}
-    return Example(row_index=row["row_index"], history=history, original=json.loads(row["original"]), **texts)
-
-
 def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
-    """Write one JSON object a rejected row: row, reason, line, content.
+    """Write one JSON object per rejected row: row, reason, line, content.
 
-    The content is the row of the source as JSON values; a column that JSON cannot hold is replaced with a text that
-    says so.
+    A column whose value JSON cannot hold is replaced with a text that says so.
     """
     with path.open("w", encoding="ascii") as stream:
         for row in rejected:
-            about = {"row": row.row, "reason": row.reason, "line": row.line, "content": _kept(row.content)}
-            stream.write(json.dumps(about) + "\n")
-
-
-def _kept(content: Any) -> Any:
-    """The content of a rejected row as far as JSON can hold it."""
-    if not isinstance(content, dict):
-        return _kept_value(content)
-    return {str(name): _kept_value(value) for name, value in content.items()}
+            content = row.content
+            if isinstance(content, dict):
+                kept: Any = {str(name): _kept_value(value) for name, value in content.items()}
+            else:
+                kept = _kept_value(content)
+            fields = {"row": row.row, "reason": row.reason, "line": row.line, "content": kept}
+            stream.write(json.dumps(fields) + "\n")
 
 
 def _kept_value(value: Any) -> Any:
     try:
-        held = json_value(value)
-        json.dumps(held)
+        kept = json_value(value)
+        json.dumps(kept)
     except TypeError as error:
         return f"(not kept: {error})"
     except RecursionError:
         return "(not kept: nested too deep)"
-    return held
+    return kept
 
 
 # ------------------------------------------------------------------------------------------ sample
@@ -293,13 +287,12 @@ def _kept_value(value: Any) -> Any:
 def draw(
     examples: Sequence[Example], limit: int | None, holdout: int, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """A seeded sample of the examples, and others held out; both in the order of the source.
+    """Draw a seeded sample of the examples, and others that are held out; both in the order of the source.
 
-    `holdout` examples are drawn first, so they are the same for every `limit`; then at most `limit`
-    of the others, where a smaller sample is part of a larger one. Held out and pool never share a
-    prompt (history, instruction and input), and so no content hash either: examples with one
-    prompt are held out together. Only where that cannot give exactly `holdout` is such a group cut;
-    its remaining examples then are in neither.
+    `holdout` examples are drawn first, so they are the same for every `limit`; then at most `limit` of the others,
+    where a smaller sample is part of a larger one. Held-out examples and pool never share a prompt (history,
+    instruction and input), and so no content hash either: examples with equal prompts are held out together. A group
+    of equal prompts is only cut if `holdout` cannot be reached otherwise; its other examples are then in neither.
 
     Returns:
         pool, held-out examples
@@ -309,7 +302,7 @@ def draw(
     """
     import numpy as np
 
-    # two streams: the held-out rows shall not depend on the limit, nor the order of the pool on `holdout`
+    # two streams: the held-out rows must not depend on the limit, nor the order of the pool on `holdout`
     held_rng, pool_rng = (np.random.default_rng([seed, stream]) for stream in (0, 1))
     priority = pool_rng.permutation(len(examples))
     held, barred = (
@@ -326,21 +319,25 @@ def draw(
 
 
 def _hold_out(examples: Sequence[Example], holdout: int, order: list[int]) -> tuple[list[int], set[int]]:
-    """Positions held out, and all positions that share a prompt with them."""
+    """Return the positions held out, and all positions that share a prompt with them.
+
+    Args:
+        order: a random order of all positions.
+    """
     groups: dict[tuple[object, ...], list[int]] = {}
-    for index in order:  # a random order of the examples gives one of the groups
+    for index in order:
         example = examples[index]
         groups.setdefault((example.history, example.instruction, example.input), []).append(index)
     held: list[int] = []
-    too_big = []
+    too_large = []
     for group in groups.values():
         if len(held) + len(group) <= holdout:
             held += group
         else:
-            too_big.append(group)
+            too_large.append(group)
     barred = set(held)
-    if len(held) < holdout and too_big:
-        smallest = min(too_big, key=len)
+    if len(held) < holdout and too_large:
+        smallest = min(too_large, key=len)
         held += smallest[: holdout - len(held)]
         barred.update(smallest)
     if len(held) < holdout:

@@ -1,22 +1,18 @@
 """Prompt templates: how an example becomes text, and which part of the text is response.
 
-alpaca  The prompt published with Stanford Alpaca, with and without input. As in its training code, the
-        prompt ends with "### Response:" and the response follows at once, without a line break.
-        A system prompt takes the place of the introduction; a further exchange begins with
-        "\\n\\n### Instruction:\\n".
-plain   instruction and input on a line each, then the response. Turns of a history are lines as well.
-chat    The tokenizer's own chat template. An input follows its instruction after a line break. A
-        response is an assistant's text with the marker that ends the turn, without the white space
-        after that marker: generation stops at the marker.
-
-The text before the first response of `render` is that of `render_prompt`.
+alpaca  The prompt published with Stanford Alpaca, with and without input. As in its training code, the prompt ends
+        with "### Response:" and the response follows without a line break. A system prompt replaces the introduction;
+        a further exchange begins with "\\n\\n### Instruction:\\n".
+plain   Instruction and input, a line each, then the response. Turns of a history are lines as well.
+chat    The tokenizer's own chat template. An input follows its instruction after a line break. A response is an
+        assistant's text with the marker that ends the turn, without the white space after that marker: generation
+        stops at the marker.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +27,11 @@ ALPACA_INTRODUCTION_WITH_INPUT = f"{_TASK}, paired with an input that provides f
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of text that is prompt or response as a whole.
+    """A piece of text that is prompt or response as a whole.
 
     is_response  carries loss
-    is_markup    was rendered by a chat template and may spell special tokens; elsewhere "</s>" is
-                 text like any other, so that no example can end a turn or open another one
+    is_markup    comes from a chat template and may spell special tokens; in other text "</s>" is text like any other,
+                 so that no example can end a turn or start another one
     """
 
     text: str
@@ -52,32 +48,37 @@ class _Exchange:
 
 
 def render(example: Example, template: str, tokenizer: Any = None) -> list[Segment]:
-    """The text of an example, first to last; every assistant turn that is trained is a response segment.
+    """Return the text of an example; every assistant turn that is trained is a response segment.
 
     Args:
         template: alpaca, chat or plain.
-        tokenizer: whose chat template is meant; needed for chat alone.
+        tokenizer: its chat template is used; needed for chat only.
 
     Raises:
         ConfigError: an unknown template, or a tokenizer without a usable chat template.
         DataError: the turns of the history do not alternate between user and assistant.
     """
-    system, exchanges = _exchanges(example)
+    turns = list(example.history)
+    system = turns.pop(0).content if turns and turns[0].role == "system" else None
+    if [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+        raise DataError(
+            f"row {example.row_index}: the turns before the last exchange do not alternate between user and assistant"
+        )
+    exchanges = [
+        _Exchange(user.content, "", reply.content, reply.is_trained)
+        for user, reply in zip(turns[::2], turns[1::2], strict=True)
+    ]
+    exchanges.append(_Exchange(example.instruction, example.input, example.output))
     return _render(system, exchanges, template, tokenizer)
 
 
 def prompt_segments(instruction: str, input: str, template: str, tokenizer: Any = None) -> list[Segment]:
-    """The part of `render` that comes before the response, for an example without history."""
-    return _render(None, [_Exchange(instruction, input, None)], template, tokenizer)
-
-
-def render_prompt(instruction: str, input: str, template: str, tokenizer: Any = None) -> str:
-    """The text after which a response is generated: the prompt part of `render`.
+    """Return the part of `render` before the response, which a response is generated after; without a history.
 
     Raises:
         ConfigError: an unknown template, or a tokenizer without a usable chat template.
     """
-    return "".join(segment.text for segment in prompt_segments(instruction, input, template, tokenizer))
+    return _render(None, [_Exchange(instruction, input, None)], template, tokenizer)
 
 
 def _render(system: str | None, exchanges: list[_Exchange], template: str, tokenizer: Any) -> list[Segment]:
@@ -94,32 +95,17 @@ def _render(system: str | None, exchanges: list[_Exchange], template: str, token
     return segments
 
 
-def _exchanges(example: Example) -> tuple[str | None, list[_Exchange]]:
-    """The system prompt, if any, and the exchanges of a conversation."""
-    turns = list(example.history)
-    system = turns.pop(0).content if turns and turns[0].role == "system" else None
-    if [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
-        raise DataError(
-            f"row {example.row_index}: the turns before the last exchange do not alternate between user and assistant"
-        )
-    exchanges = [
-        _Exchange(user.content, "", reply.content, reply.is_trained)
-        for user, reply in zip(turns[::2], turns[1::2], strict=True)
-    ]
-    return system, [*exchanges, _Exchange(example.instruction, example.input, example.output)]
-
-
 def _alpaca_prompt(system: str | None, exchange: _Exchange, *, is_first: bool) -> str:
     start = ""
     if is_first:
         start = ALPACA_INTRODUCTION_WITH_INPUT if exchange.input else ALPACA_INTRODUCTION
         start = start if system is None else system
-    given = f"\n\n### Input:\n{exchange.input}" if exchange.input else ""
-    return f"{start}\n\n### Instruction:\n{exchange.instruction}{given}\n\n### Response:"
+    input_part = f"\n\n### Input:\n{exchange.input}" if exchange.input else ""
+    return f"{start}\n\n### Instruction:\n{exchange.instruction}{input_part}\n\n### Response:"
 
 
 def _plain_prompt(system: str | None, exchange: _Exchange, *, is_first: bool) -> str:
-    start = "\n"  # ends the response before
+    start = "\n"  # ends the previous response
     if is_first:
         start = "" if system is None else system + "\n"
     return start + exchange.instruction + "\n" + (exchange.input + "\n" if exchange.input else "")
@@ -129,10 +115,9 @@ def _plain_prompt(system: str | None, exchange: _Exchange, *, is_first: bool) ->
 
 
 def _chat(system: str | None, exchanges: list[_Exchange], tokenizer: Any) -> list[Segment]:
-    """Render turn by turn; what each turn adds to the text is its own.
+    """Render turn by turn: the text that a turn adds to the conversation so far is that turn's.
 
-    A chat template is a program over the whole conversation, so the text of a shorter conversation is
-    checked to begin that of the longer one.
+    A chat template is a program over the whole conversation, so each text is checked to begin with the previous one.
     """
     if not getattr(tokenizer, "chat_template", None):
         name = getattr(tokenizer, "name_or_path", None) or "given"
@@ -140,9 +125,18 @@ def _chat(system: str | None, exchanges: list[_Exchange], tokenizer: Any) -> lis
             f"template=chat needs a tokenizer with a chat template, which the tokenizer {name!r} has not; "
             "choose template=alpaca or template=plain"
         )
-    turns = _turns(system, exchanges)
-    stand_ins = _stand_ins((turn.content for turn in turns), tokenizer)
-    messages = [{"role": turn.role, "content": _replaced(turn.content, stand_ins)} for turn in turns]
+    turns = [] if system is None else [Turn("system", system)]
+    for exchange in exchanges:
+        turns.append(Turn("user", exchange.instruction + ("\n" + exchange.input if exchange.input else "")))
+        if exchange.output is not None:
+            turns.append(Turn("assistant", exchange.output, exchange.is_trained))
+    stand_ins = _stand_ins("\n".join(turn.content for turn in turns), tokenizer)
+    messages = []
+    for turn in turns:
+        content = turn.content
+        for token, mark in stand_ins.items():
+            content = content.replace(token, mark)
+        messages.append({"role": turn.role, "content": content})
     segments: list[Segment] = []
     shown = ""
     for number, turn in enumerate(turns, start=1):
@@ -151,7 +145,7 @@ def _chat(system: str | None, exchanges: list[_Exchange], tokenizer: Any) -> lis
         elif turn.role == "assistant":  # the white space after its end marker is left to the next prompt
             text = _apply(tokenizer, messages[:number], add_generation_prompt=False).rstrip()
         else:
-            continue  # a system prompt shows up with the first user turn; some templates merge the two
+            continue  # a system prompt appears with the first user turn, as some templates merge the two
         if not text.startswith(shown):
             raise ConfigError(
                 "template=chat: the tokenizer's chat template changes earlier turns when later ones are added, so a "
@@ -160,16 +154,6 @@ def _chat(system: str | None, exchanges: list[_Exchange], tokenizer: Any) -> lis
         segments += _split(text[len(shown) :], stand_ins, is_response=turn.role == "assistant" and turn.is_trained)
         shown = text
     return segments
-
-
-def _turns(system: str | None, exchanges: list[_Exchange]) -> list[Turn]:
-    turns = [] if system is None else [Turn("system", system)]
-    for exchange in exchanges:
-        content = exchange.instruction + ("\n" + exchange.input if exchange.input else "")
-        turns.append(Turn("user", content))
-        if exchange.output is not None:
-            turns.append(Turn("assistant", exchange.output, exchange.is_trained))
-    return turns
 
 
 def _apply(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
@@ -186,34 +170,27 @@ def _apply(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_pro
     return text
 
 
-def _stand_ins(contents: Iterable[str], tokenizer: Any) -> dict[str, str]:
-    """A private-use character for each special token that the contents spell, foreign to all of them.
+def _stand_ins(text: str, tokenizer: Any) -> dict[str, str]:
+    """Return a private-use character, absent from `text`, for each special token that `text` spells.
 
-    They go through the chat template in the tokens' place, which keeps what an example says apart
-    from what the template writes.
+    They pass through the chat template in place of the tokens, which separates what an example says from what the
+    template writes.
     """
-    text = "\n".join(contents)
     spelt = [token for token in _special_tokens(tokenizer) if token in text]
     if not spelt:
         return {}
-    foreign = (mark for mark in map(chr, range(0xF0000, 0xFFFFE)) if mark not in text)
-    return dict(zip(spelt, foreign, strict=False))
+    absent = (mark for mark in map(chr, range(0xF0000, 0xFFFFE)) if mark not in text)
+    return dict(zip(spelt, absent, strict=False))
 
 
-@functools.lru_cache(maxsize=2)  # asked for with every example, and slow to answer
+@functools.lru_cache(maxsize=2)  # slow, and needed for every example
 def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return tuple(sorted(found, key=len, reverse=True))  # a token may be part of another one
-
-
-def _replaced(text: str, stand_ins: dict[str, str]) -> str:
-    for token, mark in stand_ins.items():
-        text = text.replace(token, mark)
-    return text
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(tokens, key=len, reverse=True))  # a token may be part of another one
 
 
 def _split(text: str, stand_ins: dict[str, str], *, is_response: bool) -> list[Segment]:
-    """One markup segment; more where a stand-in is to become text again."""
+    """Return one markup segment, or several if stand-ins have to become text again."""
     if not stand_ins:
         return [Segment(text, is_response, is_markup=True)]
     tokens = {mark: token for token, mark in stand_ins.items()}

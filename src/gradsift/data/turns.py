@@ -1,6 +1,6 @@
-"""Conversations: lists of turns as datasets hold them, to turns of system, user and assistant.
+"""Conversations: lists of turns in the forms that datasets hold, to turns of system, user and assistant.
 
-What a text template cannot show (tool calls, reasoning apart from the answer, images) is a reason to reject the row.
+A row is rejected if it holds what a text template cannot show: tool calls, reasoning apart from the answer, images.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROLES = {
 }
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _KEYS = (("role", "content"), ("from", "value"))
-_UNSHOWN = {  # keys of a turn that change what it says
+_UNSHOWN = {  # keys of a turn that change its meaning
     "tool_calls": "tool calls",
     "function_call": "a function call",
     "tools": "tools",
@@ -62,38 +62,38 @@ class Conversation(NamedTuple):
 # ----------------------------------------------------------------------------------------- texts
 
 
-def text_of(holder: Mapping[str, Any], name: str, what: str | None = None) -> str:
-    """A field that must be text which a tokenizer and a file can take.
+def text_of(row: Mapping[str, Any], key: str, name: str | None = None) -> str:
+    """Return a value that must be text.
 
     Args:
-        what: the field in the words of a reason.
+        name: the value's name in reasons; by default `field 'key'`.
 
     Raises:
-        Unusable: it is missing, is no text, or holds what is no character.
+        Unusable: it is missing, is not text, or holds something that is not a character.
     """
-    what = what or f"field {name!r}"
-    if name not in holder:
-        raise Unusable(f"{what} is missing")
-    value = holder[name]
+    name = name or f"field {key!r}"
+    if key not in row:
+        raise Unusable(f"{name} is missing")
+    value = row[key]
     if not isinstance(value, str):
-        raise Unusable(f"{what} is {json_type(value)}, not text")
+        raise Unusable(f"{name} is {json_type(value)}, not text")
     if "\0" in value:
-        raise Unusable(f"{what} holds a NUL character")
+        raise Unusable(f"{name} holds a NUL character")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise Unusable(f"{what} holds half a surrogate pair, which is no character")
+        raise Unusable(f"{name} holds half a surrogate pair, which is no character")
     return value
 
 
-def filled_text_of(holder: Mapping[str, Any], name: str, what: str | None = None) -> str:
-    """A field as in `text_of` that must hold more than white space."""
-    value = text_of(holder, name, what)
+def filled_text_of(row: Mapping[str, Any], key: str, name: str | None = None) -> str:
+    """Return a value as `text_of` does, which must hold more than white space."""
+    value = text_of(row, key, name)
     if not value.strip():
-        raise Unusable(f"{what or f'field {name!r}'} is empty")
+        raise Unusable(f"{name or f'field {key!r}'} is empty")
     return value
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a column says nothing: null, blank text, an empty list or object, or such a list as JSON text."""
+    """Return whether a column holds nothing: null, blank text, an empty list or object, or these as JSON text."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     return value is None or value == [] or value == {}
@@ -103,28 +103,28 @@ def is_empty(value: Any) -> bool:
 
 
 def turns_in(row: Mapping[str, Any], name: str) -> list[Turn]:
-    """The turns in a column: a list of turns, or JSON text of one.
+    """Return the turns in a column that holds a list of turns, or JSON text of one.
 
-    A list of texts alternates between user and assistant. An object of lists of equal length is a list of objects,
-    stored by columns.
+    A list of texts alternates between user and assistant. An object of lists of equal length is a list of objects
+    that is stored by columns.
 
     Raises:
         Unusable: the column holds something else, or a turn that cannot be shown as text.
     """
     if name not in row:
         raise Unusable(f"field {name!r} is missing")
-    value = row[name]
-    if isinstance(value, str) and value.lstrip(outside_json.BLANK).startswith("["):
-        value = _from_text(value, name)
+    value = _decoded(row[name], name)
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
-        value = _by_rows(value, name)
+        if len({len(column) for column in value.values()}) > 1:
+            raise Unusable(f"field {name!r} holds lists of different lengths, not turns")
+        value = [dict(zip(value, values, strict=True)) for values in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
         raise Unusable(f"field {name!r} is {json_type(value)}, not a list of turns")
     return turns_of(value)
 
 
 def turns_of(entries: Sequence[Any]) -> list[Turn]:
-    """Turns from objects with role and content (or from and value), or from texts, of which the first is the user's."""
+    """Return turns from objects with role and content (or from and value), or from texts, the first being the user's."""
     if entries and all(isinstance(entry, str) for entry in entries):
         texts = {f"turn {number}": entry for number, entry in enumerate(entries, start=1)}
         roles = ("user", "assistant")
@@ -133,47 +133,41 @@ def turns_of(entries: Sequence[Any]) -> list[Turn]:
 
 
 def earlier_exchanges(row: Mapping[str, Any], name: str) -> list[Turn]:
-    """The turns of a column with earlier exchanges: pairs of a user's and an assistant's text, or a list of turns."""
-    value = row[name]
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = _from_text(value, name)
+    """Return the turns of a column of earlier exchanges: pairs of user's and assistant's texts, or a list of turns."""
+    value = _decoded(row[name], name)
     if is_empty(value):
         return []
     if not isinstance(value, list):
         raise Unusable(
             f"field {name!r} is {json_type(value)}, not a list of earlier exchanges; fields.history=null ignores it"
         )
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
-        if any(isinstance(pair, list) for pair in value):
-            raise Unusable(f"field {name!r} holds an exchange that is no pair of two texts")
+    if not any(isinstance(pair, list) for pair in value):
         return turns_of(value)
-    texts = [text for pair in value for text in pair]
-    if not all(isinstance(text, str) for text in texts):
-        raise Unusable(f"field {name!r} holds an exchange that is no pair of two texts")
-    return turns_of(texts)
+    for pair in value:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise Unusable(f"field {name!r} holds an exchange that is no pair of two texts")
+    return turns_of([text for pair in value for text in pair])
 
 
 def conversation(turns: list[Turn]) -> Conversation:
-    """The parts of an example: the last exchange that is trained, and what comes before it.
+    """Return the parts of an example: the last exchange that is trained, and what comes before it.
 
     Turns after the last assistant turn that is trained teach nothing and are left out.
 
     Raises:
         Unusable: no assistant turn is trained, or user and assistant do not alternate.
     """
-    spoken = [turn for turn in turns if turn.role == "assistant"]
-    if spoken and not any(turn.is_trained for turn in spoken):
+    replies = [turn for turn in turns if turn.role == "assistant"]
+    if replies and not any(turn.is_trained for turn in replies):
         raise Unusable("no turn of the assistant is to be trained: all have weight 0")
     turns = list(turns)
     while turns and not (turns[-1].role == "assistant" and turns[-1].is_trained):
         turns.pop()
     if not turns:
         raise Unusable("no turn is the assistant's")
-    first = 0
-    if turns[0].role == "system":
-        first = 1
-        if not turns[0].content.strip():
-            turns, first = turns[1:], 0
+    if turns[0].role == "system" and not turns[0].content.strip():
+        turns = turns[1:]
+    first = int(turns[0].role == "system")
     for number, turn in enumerate(turns[first:]):
         expected = "assistant" if number % 2 else "user"
         if turn.role != expected:
@@ -183,9 +177,12 @@ def conversation(turns: list[Turn]) -> Conversation:
     return Conversation(turns[:-2], turns[-2].content, "", turns[-1].content)
 
 
-def _from_text(text: str, name: str) -> Any:
+def _decoded(value: Any, name: str) -> Any:
+    """Return a value, or the list that it holds as JSON text."""
+    if not isinstance(value, str) or not value.lstrip(outside_json.BLANK).startswith("["):
+        return value
     try:
-        return outside_json.loads(text.strip(outside_json.BLANK))
+        return outside_json.loads(value.strip(outside_json.BLANK))
     except json.JSONDecodeError as error:
         raise Unusable(
             f"field {name!r} is text that is no JSON list of turns ({error.msg} at character {error.pos}); write it "
@@ -193,61 +190,53 @@ def _from_text(text: str, name: str) -> Any:
         ) from error
 
 
-def _by_rows(columns: Mapping[str, list[Any]], name: str) -> list[dict[str, Any]]:
-    lengths = {len(values) for values in columns.values()}
-    if len(lengths) > 1:
-        raise Unusable(f"field {name!r} holds lists of different lengths, not turns")
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
 def _turn(entry: Any, number: int) -> Turn:
     if not isinstance(entry, dict):
         raise Unusable(f"turn {number} is {json_type(entry)}, not an object")
     role_key, content_key = _keys_of(entry, number)
-    name = text_of(entry, role_key, f"{role_key!r} of turn {number}").strip().casefold()
+    role_name = text_of(entry, role_key, f"{role_key!r} of turn {number}").strip().casefold()
     for key, meaning in _UNSHOWN.items():
         if not is_empty(entry.get(key)):
             raise Unusable(
                 f"turn {number} holds {meaning} ({key!r}), which a text template cannot show; delete the key to train "
                 "without it"
             )
-    if name in _TOOL_ROLES:
-        raise Unusable(f"turn {number} has the role {name!r}; a text template cannot show a tool's turns")
-    if name not in ROLES:
-        raise Unusable(f"turn {number} has the role {name[:40]!r}; known: {', '.join(ROLES)}")
-    role, what = ROLES[name], f"{content_key!r} of turn {number}"
-    shown = entry
+    if role_name in _TOOL_ROLES:
+        raise Unusable(f"turn {number} has the role {role_name!r}; a text template cannot show a tool's turns")
+    if role_name not in ROLES:
+        raise Unusable(f"turn {number} has the role {role_name[:40]!r}; known: {', '.join(ROLES)}")
+    role, name = ROLES[role_name], f"{content_key!r} of turn {number}"
+    content = entry
     if isinstance(parts := entry.get(content_key), list):
-        shown = {content_key: "".join(_part(part, place, what) for place, part in enumerate(parts, start=1))}
+        content = {content_key: "".join(_part(part, f"part {place} of {name}") for place, part in enumerate(parts, 1))}
     read = text_of if role == "system" else filled_text_of
-    return Turn(role, read(shown, content_key, what), _is_trained(entry, role, number))
+    return Turn(role, read(content, content_key, name), _is_trained(entry, role, number))
 
 
 def _keys_of(entry: Mapping[str, Any], number: int) -> tuple[str, str]:
-    """The keys of a turn's role and content."""
-    whole = [keys for keys in _KEYS if all(entry.get(key) is not None for key in keys)]
-    if len(whole) == 2 and entry["content"] != entry["value"]:
+    """Return the keys of a turn's role and content."""
+    complete = [keys for keys in _KEYS if all(entry.get(key) is not None for key in keys)]
+    if len(complete) == 2 and entry["content"] != entry["value"]:
         raise Unusable(f"turn {number} has both 'content' and 'value', and they differ")
-    return whole[0] if whole else _KEYS["role" not in entry and "from" in entry]
+    return complete[0] if complete else _KEYS["role" not in entry and "from" in entry]
 
 
-def _part(part: Any, number: int, what: str) -> str:
-    """The text of one part of a content that is a list."""
+def _part(part: Any, name: str) -> str:
+    """Return the text of one part of a content that is a list."""
     if isinstance(part, str):
         return part
-    where = f"part {number} of {what}"
     if not isinstance(part, dict):
-        raise Unusable(f"{where} is {json_type(part)}, not an object")
+        raise Unusable(f"{name} is {json_type(part)}, not an object")
     kind = part.get("type", "text")
-    others = [str(key) for key, value in part.items() if key not in _PART_KEYS and not is_empty(value)]
-    if kind not in _TEXT_PARTS or others:
-        named = f"is of type {str(kind)[:40]!r}" if kind not in _TEXT_PARTS else f"holds {', '.join(others)[:80]}"
-        raise Unusable(f"{where} {named}; a text template shows text alone")
-    return text_of(part, "text", f"'text' in {where}")
+    if kind not in _TEXT_PARTS:
+        raise Unusable(f"{name} is of type {str(kind)[:40]!r}; a text template shows text alone")
+    if others := [str(key) for key, value in part.items() if key not in _PART_KEYS and not is_empty(value)]:
+        raise Unusable(f"{name} holds {', '.join(others)[:80]}; a text template shows text alone")
+    return text_of(part, "text", f"'text' in {name}")
 
 
 def _is_trained(entry: Mapping[str, Any], role: str, number: int) -> bool:
-    """Whether a turn carries loss: not where one of its weights is 0 or false."""
+    """Return whether a turn carries loss: not if one of its weights is 0 or false."""
     weights = {key: entry[key] for key in _WEIGHTS if entry.get(key) is not None}
     for key, weight in weights.items():
         if not isinstance(weight, bool | int | float) or weight not in (0, 1):

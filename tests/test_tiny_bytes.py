@@ -60,7 +60,7 @@ def test_every_byte_has_a_token_and_the_special_ones_stand_beside_them(tokenizer
 @pytest.mark.parametrize("template", ["alpaca", "plain"])
 def test_an_encoded_example_is_its_prompt_and_its_response(template: str, tokenizer: Any) -> None:
     one = example("Say <eos> 🟥", "né <pad>", input="x")
-    (encoded,), report = encode([one], tokenizer, template, CONTEXT)
+    (encoded,), _ = encode([one], tokenizer, template, CONTEXT)
     prompt = encode_prompt(one.instruction, one.input, tokenizer, template)
     assert encoded.input_ids[: len(prompt)].tolist() == prompt
     assert encoded.is_response.tolist() == [False] * len(prompt) + [True] * (len("né <pad>".encode()) + 1)

@@ -296,7 +296,7 @@ def test_a_response_without_a_token_is_listed_and_left_out() -> None:
 
 
 def test_a_tokenizer_that_knows_less_than_half_is_refused() -> None:
-    fits, report = encode([example("copy the following list", "1 2")], word_tokenizer(), "plain", 64)
+    fits, _ = encode([example("copy the following list", "1 2")], word_tokenizer(), "plain", 64)
     assert len(fits) == 1
     with pytest.raises(DataError, match="unknown to the tokenizer"):
         encode([example("Describe photosynthesis.", "Plants turn light into sugar.")], word_tokenizer(), "plain", 64)
@@ -319,7 +319,7 @@ def test_progress_counts_every_example_once(byte_tokenizer: Any) -> None:
 
 
 def test_no_example_gives_no_tokens(byte_tokenizer: Any) -> None:
-    encoded, report = encode([], byte_tokenizer, "plain", 64)
+    encoded, _ = encode([], byte_tokenizer, "plain", 64)
     assert encoded == []
 
 

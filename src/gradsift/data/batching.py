@@ -1,6 +1,6 @@
-"""Batches: which examples share one, and how they are padded.
+"""Batches: how examples are grouped and padded.
 
-Shape letters: B examples of a batch, T tokens.
+Shape letters: B examples of a batch, T tokens, P predicted tokens of a batch.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError
 
 T = TypeVar("T")
-_MEGA = 50  # batches whose examples are sorted by length together, at most
+_STRETCH = 50  # batches whose examples are sorted by length together, at most
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Padded examples, and the places where a response token is predicted.
 
-    What is padding is told by `attention_mask` alone: the pad id may be a real token too. Places count
-    through the B x T tokens, row by row, and are worked out here, on the CPU, so that no device has to be
-    asked for them.
+    Only `attention_mask` tells what is padding: the pad id may be a real token too. Places index the flattened B x T
+    tokens, and are computed here, on the CPU, so that no device has to be waited for.
 
     input_ids       (B, T) int64
     attention_mask  (B, T) int64, 1 at real tokens
     position_ids    (B, T) int64, counted over real tokens, so that the padding side changes nothing
     places          (P,) int64, tokens whose successor is a response token
     targets         (P,) int64, the response token that follows each place
-    counts          (B,) float32, response tokens that are predicted in each example
+    counts          (B,) float32, number of response tokens that are predicted in each example
     rows            (B,) int64, `Encoded.row`
     padding_side    right or left
     """
@@ -47,7 +46,7 @@ class Batch:
     padding_side: str = "right"
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; the host does not wait for the copy."""
+        """Return the batch on another device; the host does not wait for the copy."""
         moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "padding_side"}
         if torch.device(device).type == "cuda":
             moved = {name: tensor.pin_memory() for name, tensor in moved.items()}
@@ -55,10 +54,10 @@ class Batch:
         return Batch(**moved, padding_side=self.padding_side)
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
-        """What a causal language model needs of it.
+        """Return the arguments for a causal language model.
 
-        Filling on the right comes after all that is predicted, so causal attention never sees it, and neither
-        mask nor positions are needed; without them attention can take its fast paths.
+        Padding on the right comes after all predicted tokens, so causal attention never sees it: neither mask nor
+        positions are needed, and attention can use its fast implementations.
         """
         inputs = {"input_ids": self.input_ids}
         if self.padding_side == "left":
@@ -67,13 +66,12 @@ class Batch:
 
 
 def collate(examples: Sequence[Encoded], pad_id: int, padding_side: str = "right") -> Batch:
-    """Pad examples to the longest of them.
+    """Pad examples to the length of the longest.
 
-    An example's first token is never predicted even if it were marked as response: there is nothing to
-    predict it from, whatever the padding side.
+    An example's first token is never predicted, even if it is marked as response: nothing precedes it.
 
     Raises:
-        ConfigError: no example, or a padding side other than left and right.
+        ConfigError: no example, or a padding side that is neither left nor right.
     """
     if padding_side not in ("left", "right"):
         raise ConfigError(f"padding_side={padding_side!r} is not known; choose left or right")
@@ -106,10 +104,10 @@ def collate(examples: Sequence[Encoded], pad_id: int, padding_side: str = "right
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Positions in batches of like length, with at most `max_tokens` tokens each, padding included.
+    """Return positions in batches of similar length, with at most `max_tokens` tokens each, padding included.
 
-    For passes whose result does not depend on the order. Longest first: what does not fit into
-    memory shows at once. An example longer than `max_tokens` is a batch of its own.
+    For passes whose result does not depend on the order. The longest come first, so that memory runs out at once if it
+    does. An example longer than `max_tokens` is a batch of its own.
     """
     batches: list[list[int]] = []
     widest = 0
@@ -122,36 +120,35 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def spread_out(batches: Sequence[T]) -> list[T]:
-    """The first of the batches, then the others in an order that is drawn, always the same.
+    """Return the first batch, then the others in a fixed random order.
 
-    Of a pass in this order every part is like the whole, so the time that is left can be told from the time that it
-    took, whatever long rows cost; and the longest, whose memory is in doubt, still go first.
+    Each part of a pass then takes similar time, so the remaining time can be estimated, and the longest examples, which
+    need the most memory, still come first.
     """
     order = np.random.default_rng(0).permutation(max(0, len(batches) - 1)) + 1
     return [*batches[:1], *(batches[place] for place in order)]
 
 
 def shard_of(examples: Sequence[Encoded], shard: int, shards: int) -> list[Encoded]:
-    """Every `shards`-th example by length, from the `shard`-th on, in their order: shards have like work."""
+    """Return every `shards`-th example by length, from the `shard`-th on, in order: all shards take similar time."""
     by_falling_length = sorted(range(len(examples)), key=lambda position: -len(examples[position].input_ids))
     return [examples[position] for position in sorted(by_falling_length[shard::shards])]
 
 
 def by_length(examples: Sequence[Encoded], max_tokens: int) -> list[list[Encoded]]:
-    """The examples in the batches of `length_batches`."""
+    """Return the examples in the batches of `length_batches`."""
     positions = length_batches([len(example.input_ids) for example in examples], max_tokens)
     return [[examples[position] for position in batch] for batch in positions]
 
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, batching: str, seed: int) -> list[list[int]]:
-    """The batches of one epoch: every position exactly once, in an order drawn with `seed`.
+    """Return the batches of one epoch: every position exactly once, in an order drawn with `seed`.
 
     random    a permutation, cut into batches
-    bucketed  a permutation, sorted by length within stretches of up to 50 batches (at least four
-              stretches where there are enough examples, so that batches differ between epochs), cut into
-              batches, which are then shuffled
+    bucketed  a permutation, sorted by length within stretches of up to 50 batches (at least four stretches if there
+              are enough examples, so that batches differ between epochs), cut into batches, which are then shuffled
 
-    The one smaller batch that may be left over is kept.
+    A last batch that is smaller is kept.
 
     Raises:
         ConfigError: an unknown `batching`, or a batch size below 1.
@@ -163,14 +160,10 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, batching: str, seed: 
     rng = np.random.default_rng(seed)
     order: list[int] = rng.permutation(len(lengths)).tolist()
     if batching == "random":
-        return _cut(order, batch_size)
-    stretch = batch_size * min(_MEGA, max(1, len(lengths) // (4 * batch_size)))
+        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    stretch = batch_size * min(_STRETCH, max(1, len(lengths) // (4 * batch_size)))
     batches = []
     for start in range(0, len(order), stretch):
         by_length = sorted(order[start : start + stretch], key=lambda p: lengths[p])
-        batches += _cut(by_length, batch_size)
+        batches += [by_length[first : first + batch_size] for first in range(0, len(by_length), batch_size)]
     return [batches[b] for b in rng.permutation(len(batches)).tolist()]
-
-
-def _cut(order: list[int], size: int) -> list[list[int]]:
-    return [order[start : start + size] for start in range(0, len(order), size)]

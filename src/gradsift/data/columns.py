@@ -1,4 +1,8 @@
-"""Which columns of a dataset hold the parts of an example: recognised by name."""
+"""Which columns of a dataset hold the parts of an example: they are recognised by name.
+
+A column matches a field in one of three steps: its name is the configured one; it is that name in other letter case or
+with blanks around it; it is another name in use for the field.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,9 @@ from gradsift.config import FieldsConfig
 from gradsift.data.examples import SourceRow
 from gradsift.errors import DataError
 
-# Other names that public datasets give to a field, after the name in `FieldsConfig`.
 _PROMPTS = ("instruction", "prompt", "query", "question")
 _RESPONSES = ("output", "response", "answer", "completion")
-_OTHER_NAMES: dict[str, tuple[str, ...]] = {
+_OTHER_NAMES: dict[str, tuple[str, ...]] = {  # names of a field in public datasets
     "instruction": _PROMPTS,
     "prompt": _PROMPTS,
     "output": _RESPONSES,
@@ -33,17 +36,17 @@ _NEEDED = {
 }
 _PREFERENCE = ("chosen", "rejected")
 KNOWN = frozenset({*_PROMPTS, *_RESPONSES, *_PREFERENCE, "messages", "conversations", "conversation"})
-_EXACT, _FOLDED, _OTHER = range(3)  # how far a column's name may be from the field's
+_EXACT, _FOLDED, _OTHER = _STEPS = range(3)
 
 
-@lru_cache(maxsize=1024)  # asked for with every column of every row
+@lru_cache(maxsize=1024)  # called for every column of every row
 def folded(name: str) -> str:
-    """A column's name without surrounding blanks, in small letters."""
+    """Return a column's name without surrounding blanks, in lower case."""
     return name.strip().strip("\ufeff").casefold()
 
 
 class Shape(NamedTuple):
-    """A format, and the names that its columns have in the data."""
+    """A format, and the names of its columns in the data."""
 
     format: str
     names: Names
@@ -51,10 +54,10 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Names:
-    """The columns of the fields: those that a format needs are the same for all rows, the others are looked up per row.
+    """The columns of the fields. Those that a format needs are the same for all rows, others are looked up per row.
 
-    fields         the configured names, those of the needed columns replaced with the names in the data
-    needed         the needed columns
+    fields  the configured names, with the needed columns' names replaced by those in the data
+    needed  the names of the needed columns
     """
 
     fields: FieldsConfig
@@ -67,57 +70,49 @@ class Names:
         return any(folded(name) == "chosen" for name in self.needed)
 
     def optional(self, row: Mapping[str, Any], part: str) -> str | None:
-        """The column of `row` that holds input, system or history: of several the first one that is not blank."""
-        own = getattr(self.fields, part)
+        """Return the column of `row` that holds input, system or history: the first matching one that is not blank."""
+        configured = getattr(self.fields, part)
         key = (tuple(row), part)
         if key not in self._known:
             columns = [column for column in row if column not in self.needed]
-            self._known[key] = [] if own is None else _in_order(columns, own, part)
+            steps = [] if configured is None else [_matching(columns, configured, part, step) for step in _STEPS]
+            self._known[key] = list(dict.fromkeys(column for names in steps for column in names))
         names = self._known[key]
         return next((name for name in names if not _is_blank(row[name])), names[0] if names else None)
-
-
-def _in_order(columns: Sequence[str], own: str, part: str) -> list[str]:
-    tiers = (_candidates(columns, own, part, tier) for tier in (_EXACT, _FOLDED, _OTHER))
-    return list(dict.fromkeys(column for tier in tiers for column in tier))
 
 
 def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def pair_of(row: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The columns of the chosen and the rejected response, where a row has both."""
-    names = [[column for column in row if folded(column) == wanted] for wanted in _PREFERENCE]
-    return (names[0][0], names[1][0]) if all(names) else None
-
-
-# -------------------------------------------------------------------------------------- recognition
+def pair_of(row: Iterable[str]) -> tuple[str, str] | None:
+    """Return the columns of the chosen and the rejected response, if a row has both."""
+    chosen, rejected = ([column for column in row if folded(column) == wanted] for wanted in _PREFERENCE)
+    return (chosen[0], rejected[0]) if chosen and rejected else None
 
 
 def recognise(rows: Sequence[SourceRow], format: str, fields: FieldsConfig, source: str, group: str) -> Shape:
-    """The shape of a dataset.
+    """Return the shape of a dataset.
 
-    The names in `fields` come first, then these names in other letter case or with blanks around them, then the other
-    names in use for a field. At each of these three steps the first row that has all columns of a format decides.
+    At each of the three steps (see above), the first row that has all columns of a format decides.
 
     Args:
         format: auto, or the only format to look for.
         source: name of the data in errors.
-        group: of the options that describe the data, for errors.
+        group: group of the options that describe the data, for errors.
 
     Raises:
         DataError: no format fits, or two columns could be the same field; names the option to set.
     """
     formats = _NEEDED if format == "auto" else {format: _NEEDED[format]}
     headers = list(dict.fromkeys(tuple(row.content) for row in rows if isinstance(row.content, dict)))
-    for tier in (_EXACT, _FOLDED, _OTHER):
+    for step in _STEPS:
         for columns in headers:
             for name, needed in formats.items():
-                shape = _fitting(columns, name, needed, fields, tier, source, group)
+                shape = _fitting(columns, name, needed, fields, step, source, group)
                 if shape:
                     return shape
-            if tier == _OTHER and format == "auto" and (chosen := _chosen_turns(columns, rows)):
+            if step == _OTHER and format == "auto" and (chosen := _chosen_turns(columns, rows)):
                 return Shape("messages", Names(replace(fields, messages=chosen), (chosen,)))
     if format != "auto":  # each row is rejected for the column that it lacks
         return Shape(format, Names(fields, tuple(getattr(fields, part) for part in _NEEDED[format])))
@@ -129,11 +124,12 @@ def _fitting(
     format: str,
     needed: tuple[str, ...],
     fields: FieldsConfig,
-    tier: int,
+    last: int,
     source: str,
     group: str,
 ) -> Shape | None:
-    candidates = {part: _needed_candidates(columns, getattr(fields, part), part, tier) for part in needed}
+    """Return the shape if all needed fields match a column at one of the steps up to `last`."""
+    candidates = {part: _needed_columns(columns, getattr(fields, part), part, last) for part in needed}
     if not all(candidates.values()):
         return None
     for part, names in candidates.items():
@@ -144,31 +140,34 @@ def _fitting(
     return Shape(format, Names(replace(fields, **chosen), tuple(chosen.values())))
 
 
-def _needed_candidates(columns: Sequence[str], own: str, part: str, tier: int) -> list[str]:
-    """Columns that may hold a needed field, by the first step up to `tier` that gives any."""
-    for step in range(tier + 1):
-        names = _candidates(columns, own, part, step)
-        if step == _OTHER and part in ("output", "completion") and (pair := pair_of(dict.fromkeys(columns))):
+def _needed_columns(columns: Sequence[str], configured: str, part: str, last: int) -> list[str]:
+    """Return the columns that may hold a needed field, of the first step up to `last` that has any."""
+    for step in range(last + 1):
+        names = _matching(columns, configured, part, step)
+        if step == _OTHER and part in ("output", "completion") and (pair := pair_of(columns)):
             names = [*names, pair[0]]
         if names:
             return names
     return []
 
 
-def _candidates(columns: Iterable[str], own: str, part: str, step: int) -> list[str]:
+def _matching(columns: Iterable[str], configured: str, part: str, step: int) -> list[str]:
     if step == _EXACT:
-        return [column for column in columns if column == own]
-    wanted = (folded(own),) if step == _FOLDED else _OTHER_NAMES[part]
+        return [column for column in columns if column == configured]
+    wanted = (folded(configured),) if step == _FOLDED else _OTHER_NAMES[part]
     return [column for column in columns if folded(column) in wanted]
 
 
 def _chosen_turns(columns: Sequence[str], rows: Sequence[SourceRow]) -> str | None:
-    """The column of chosen conversations that hold the prompt too, where no column holds it alone."""
-    pair = pair_of(dict.fromkeys(columns))
+    """Return the column of chosen conversations if they hold the prompt too, and no column holds it alone."""
+    pair = pair_of(columns)
     if pair is None:
         return None
     value = next(row.content[pair[0]] for row in rows if isinstance(row.content, dict) and pair[0] in row.content)
     return None if isinstance(value, str) and not value.lstrip().startswith("[") else pair[0]
+
+
+# ---------------------------------------------------------------------------------------- messages
 
 
 def _unknown(rows: Sequence[SourceRow], fields: FieldsConfig, source: str, group: str) -> str:
@@ -186,13 +185,13 @@ def _unknown(rows: Sequence[SourceRow], fields: FieldsConfig, source: str, group
 
 
 def _advice(rows: Sequence[SourceRow], group: str) -> str | None:
-    """What to do about shapes that people often have."""
-    whole = 'write each conversation as one row {"messages": [...]}'
+    """Return the remedy for shapes that people often have."""
+    remedy = 'write each conversation as one row {"messages": [...]}'
     if _are_turns(rows[0].content):
-        return f"the rows are lists of turns: {whole}"
+        return f"the rows are lists of turns: {remedy}"
     row = next((row.content for row in rows if isinstance(row.content, dict)), {})
     if {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys():
-        return f"the rows are turns: {whole}"
+        return f"the rows are turns: {remedy}"
     turns = [name for name, value in row.items() if _are_turns(value)]
     if len(turns) == 1:
         return f"if {turns[0]!r} holds the turns of a conversation, set {group}.fields.messages={turns[0]}"
@@ -203,9 +202,9 @@ def _advice(rows: Sequence[SourceRow], group: str) -> str | None:
         others = [name for name in row if folded(name) not in known]
         if others and not by_name.keys().isdisjoint(known):
             return f"name the column of the {meaning} with {group}.fields.{part}=COLUMN, one of: {listed(others)}"
-    if alone := by_name.get("text") or by_name.get("chosen"):
+    if text := by_name.get("text") or by_name.get("chosen"):
         return (
-            f"the text of column {alone!r} does not say where the prompt ends and the response begins: "
+            f"the text of column {text!r} does not say where the prompt ends and the response begins: "
             'split it, and write rows like {"instruction": ..., "output": ...} or {"messages": [...]}'
         )
     return None
@@ -220,12 +219,12 @@ def _are_turns(value: Any) -> bool:
 
 
 def columns_of(rows: Iterable[SourceRow]) -> str:
-    """The names of all columns, for messages."""
+    """Return the names of all columns, for messages."""
     names = dict.fromkeys(name for row in rows if isinstance(row.content, dict) for name in row.content)
     return listed(names) if names else "none (the rows are no objects)"
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Names side by side, for messages: at most twenty, and each cut at forty characters."""
+    """Return names for messages: at most twenty, each cut to forty characters."""
     shown = [str(name)[:40] for name in names]
     return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")

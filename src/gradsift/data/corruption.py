@@ -1,21 +1,20 @@
-"""Known corruption, put into a share of a dataset, so that scorers can be audited on it (see `selection/audit.py`).
+"""Known corruption of a share of a dataset, on which scorers can be audited (see `selection/audit.py`).
 
-Six kinds. Four change an example's answer in place:
+There are six kinds. Four change an example's answer in place:
 
-    wrong_answer       every number another number, every sentence with a verb to negate negated; where an answer has
-                       neither, another example's answer of like length stands in for it
+    wrong_answer       replaces every number and negates every sentence with a verb to negate; an answer with neither
+                       is replaced with another example's answer of similar length
     mismatched_answer  another example's answer
     truncated          the answer up to a random word
     garbled            the answer's words in random order, and each word's letters too
 
-Two are copies behind the last example, so nothing of the dataset is lost: they are redundant, not spoilt.
+Two append copies after the last example, which are redundant rather than spoilt:
 
     exact_duplicate    the example again
-    near_duplicate     the example again, with a word in ten of its instruction left out, said twice, or swapped
+    near_duplicate     the example again, with a tenth of the words of its instruction left out, repeated or swapped
 
-The examples are otherwise what they were: `original` keeps the source's columns as they are, which is why a selection
-written from a corrupted dataset marks these rows. The embedded world has its own wrong and garbled answers and
-rewordings, within its vocabulary; the caller passes them as `changes`.
+`original` keeps the source's columns unchanged, so a selection written from a corrupted dataset marks these rows. The
+embedded world has its own wrong and garbled answers and rewordings, within its vocabulary, passed as `changes`.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ from gradsift.data.examples import Example, make_example
 from gradsift.errors import ConfigError
 
 Texts = tuple[str, str, str]  # instruction, input, output
-Change = Callable[[Example, random.Random], Texts | None]  # None: the example offers nothing to change in this way
+Change = Callable[[Example, random.Random], Texts | None]  # None: the example cannot be changed in this way
 
-_TRIES = 20  # a shuffle that gives back the very text is drawn again
-_NEIGHBOURS = 10  # answers of like length to choose from, either way
-_EACH_WORDS = 10  # words of an instruction to one edit
-VERSION = 1  # raised whenever the same options corrupt otherwise
-# Numbers that count the lines of a list say nothing, so they stay.
-# Python turns at most 4,300 digits into a number, so a longer one is changed in pieces.
+_TRIES = 20  # draws for a text that differs from the original
+_NEIGHBOURS = 10  # next shorter, and next longer, answers to choose from
+_EACH_WORDS = 10  # words of an instruction per edit
+VERSION = 1  # raised whenever the same options give another result
+# Numbers that number the lines of a list stay. Python converts at most 4,300 digits to an integer, so a longer number
+# is changed in pieces.
 _NUMBER = re.compile(r"(?m)^(?P<place>\s*\d+[.):])(?=\s+\S)|(?P<number>\d{1,1000})")
 _SENTENCE = re.compile(r"[^.!?\n]+")
 _VERB = re.compile(
@@ -55,8 +54,8 @@ class Corrupted:
     """A corrupted dataset: N + D examples, the D copies last."""
 
     examples: list[Example]
-    kind: list[str | None]  # what was done to the example; None where nothing was
-    origin: list[int | None]  # of a copy, the position of the example it repeats
+    kind: list[str | None]  # kind of corruption; None if the example is unchanged
+    origin: list[int | None]  # position of the example that a copy repeats
 
 
 def corrupt(
@@ -69,15 +68,15 @@ def corrupt(
     next_row: int,
     sound: Sequence[int] | None = None,
 ) -> Corrupted:
-    """Corrupt round(share x N) of N examples, in equal parts (to one) of each kind; no example is used twice.
+    """Corrupt round(share x N) of N examples, equally many (up to one) of each kind; no example is used twice.
 
     Args:
-        changes: how each kind is made (see `changes_of_text`).
-        next_row: the first `row_index` that no row of the source has; the copies are numbered from there.
-        sound: positions that may be corrupted or copied; all where None.
+        changes: the function of each kind (see `changes_of_text`).
+        next_row: the first `row_index` that no row of the source has; copies are numbered from there.
+        sound: positions that may be corrupted or copied; None: all.
 
     Raises:
-        ConfigError: too few examples for a part of each kind, or too few that offer something to change.
+        ConfigError: too few examples for each kind, or too few that can be changed.
     """
     order = list(range(len(examples))) if sound is None else list(sound)
     counts = _counts(len(examples), share, kinds)
@@ -85,8 +84,7 @@ def corrupt(
     rng.shuffle(order)
     taken = _occurrences(examples)
     result = Corrupted(list(examples), [None for _ in examples], [None for _ in examples])
-    # the choosiest first: a one-word answer can be no truncated one, but any other kind
-    for name in sorted(kinds, key=_CHOOSIEST_FIRST.index):
+    for name in sorted(kinds, key=_MOST_RESTRICTED_FIRST.index):
         chosen = _take(order, counts[name], examples, changes[name], rng)
         if len(chosen) < counts[name]:
             raise ConfigError(
@@ -109,11 +107,19 @@ def corrupt(
     return result
 
 
-_CHOOSIEST_FIRST = ("truncated", "garbled", "near_duplicate", "mismatched_answer", "wrong_answer", "exact_duplicate")
+# an answer of one word cannot be truncated, but changed in any other way
+_MOST_RESTRICTED_FIRST = (
+    "truncated",
+    "garbled",
+    "near_duplicate",
+    "mismatched_answer",
+    "wrong_answer",
+    "exact_duplicate",
+)
 
 
 def _counts(rows: int, share: float, kinds: Sequence[str]) -> dict[str, int]:
-    """Equal parts of round(share x rows); the first kinds take what is left over."""
+    """Divide round(share x rows) equally among the kinds; the first ones get the remainder."""
     total = round(share * rows)
     if total < len(kinds):
         raise ConfigError(
@@ -125,7 +131,7 @@ def _counts(rows: int, share: float, kinds: Sequence[str]) -> dict[str, int]:
 
 
 def _occurrences(examples: Sequence[Example]) -> Counter[str]:
-    """For each content hash the first occurrence number that no example has."""
+    """Return for each content hash the first occurrence number that no example has."""
     taken: Counter[str] = Counter()
     for example in examples:
         number = int(example.example_id.rpartition("-")[2])
@@ -136,7 +142,7 @@ def _occurrences(examples: Sequence[Example]) -> Counter[str]:
 def _take(
     order: Sequence[int], count: int, examples: Sequence[Example], change: Change, rng: random.Random
 ) -> dict[int, Texts]:
-    """The first `count` positions that can be changed, with their new texts; fewer where there are not so many."""
+    """Return the first `count` positions that can be changed, with their new texts; fewer if there are not enough."""
     chosen: dict[int, Texts] = {}
     for position in order:
         if len(chosen) == count:
@@ -151,7 +157,7 @@ def _take(
 
 
 def changes_of_text(examples: Sequence[Example]) -> dict[str, Change]:
-    """How each kind is made of free text; `examples` give the answers that stand in for others."""
+    """Return the function of each kind for free text; replacement answers come from `examples`."""
     answers = sorted((example.output for example in examples), key=_words)
     lengths = [_words(answer) for answer in answers]
 
@@ -179,13 +185,13 @@ def changes_of_text(examples: Sequence[Example]) -> dict[str, Change]:
 
 
 def stand_ins(examples: Sequence[Example], kind: Sequence[str | None]) -> int:
-    """How many wrong answers are another example's, because these examples' own answers offer nothing to contradict."""
+    """Return how many wrong answers are another example's answer, because their own could not be contradicted."""
     wrong = [example for example, name in zip(examples, kind, strict=False) if name == "wrong_answer"]
     return sum(contradicted(example.output, random.Random(0)) is None for example in wrong)
 
 
 def of_output(change: Callable[[str, random.Random], str | None]) -> Change:
-    """A change of the answer alone."""
+    """Return a change that replaces the answer only."""
 
     def changed(example: Example, rng: random.Random) -> Texts | None:
         output = change(example.output, rng)
@@ -204,9 +210,9 @@ def _words(text: str) -> int:
 
 
 def contradicted(answer: str, rng: random.Random) -> str | None:
-    """The answer with other numbers, the opposite verdict and negated sentences; None where it has none of these.
+    """Return the answer with other numbers, the opposite verdict and negated sentences; None if it has none of these.
 
-    Negation knows English alone: the first of `is`, `can`, `will` and their like in a sentence gains or loses a `not`.
+    Negation is for English only: the first `is`, `can`, `will` or similar verb of a sentence gains or loses a `not`.
     """
 
     def other_number(match: re.Match[str]) -> str:
@@ -219,7 +225,7 @@ def contradicted(answer: str, rng: random.Random) -> str | None:
 
 
 def _other_number(digits: str, rng: random.Random) -> str:
-    """Another number with as many digits."""
+    """Return another number with as many digits."""
     least = 10 ** (len(digits) - 1) if len(digits) > 1 and digits[0] != "0" else 0
     while True:
         number = str(rng.randrange(least, 10 ** len(digits))).zfill(len(digits))
@@ -239,13 +245,13 @@ def _negated(match: re.Match[str]) -> str:
 
 
 def truncated(answer: str, rng: random.Random) -> str | None:
-    """The answer up to the end of a random word but the last; None where it has a single word."""
+    """Return the answer up to the end of a random word that is not the last; None if it has a single word."""
     ends = [match.end() for match in re.finditer(r"\S+", answer)]
     return answer[: rng.choice(ends[:-1])] if len(ends) > 1 else None
 
 
 def garbled(answer: str, rng: random.Random) -> str | None:
-    """The answer's words in random order, each with its letters in random order; None where that changes nothing."""
+    """Return the words in random order, each with its letters in random order; None if that changes nothing."""
     words = answer.split()
     for _ in range(_TRIES):
         text = " ".join("".join(rng.sample(word, len(word))) for word in rng.sample(words, len(words)))
@@ -255,7 +261,7 @@ def garbled(answer: str, rng: random.Random) -> str | None:
 
 
 def edited(instruction: str, rng: random.Random) -> str | None:
-    """The instruction with a word in ten (at least one) left out, said twice or swapped; None where it has no word."""
+    """Return the instruction with a tenth of its words (at least one) left out, repeated or swapped; None if empty."""
     words = re.findall(r"\S+\s*", instruction)
     if not words:
         return None
@@ -274,5 +280,5 @@ def edited(instruction: str, rng: random.Random) -> str | None:
 
 
 def _with_word_of(piece: str, other: str) -> str:
-    """The white space behind one word, behind another word."""
+    """Return `other`'s word with the white space that follows `piece`'s word."""
     return other.rstrip() + piece[len(piece.rstrip()) :]

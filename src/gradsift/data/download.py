@@ -1,4 +1,4 @@
-"""Files that are fetched from their upstream place at run time, once."""
+"""Files that are downloaded at run time, once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def fetch_url(url: str, folder: Path) -> Path:
-    """Download `url` into `folder`, once; a file that is already there is returned without a request.
+    """Download `url` into `folder` unless the file is there already, and return its path.
 
-    Only https is spoken, except to this machine itself. The file appears under its name only when whole.
+    Only https is used, except for addresses of this machine. The file gets its name when the download is complete.
 
     Raises:
-        DataError: no https, no network, an HTTP error, or more than `DOWNLOAD_LIMIT` bytes. The
-            message says under which name the file may be put in place by hand.
+        DataError: no https, no network, an HTTP error, or more than `DOWNLOAD_LIMIT` bytes. The message names the path
+            at which to put the file by hand.
     """
     target = folder / _file_name(url)
     if target.is_file():
@@ -36,7 +36,7 @@ def fetch_url(url: str, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         _download(url, part)
         part.replace(target)
-    # URLError is an OSError; HTTPException covers replies that break off or are no HTTP
+    # URLError is an OSError; HTTPException covers replies that end early or are not HTTP
     except (OSError, HTTPException, ValueError) as error:
         raise DataError(f"cannot download {url} ({error}); put the file at {target}") from error
     finally:
@@ -45,7 +45,7 @@ def fetch_url(url: str, folder: Path) -> Path:
 
 
 def _file_name(url: str) -> str:
-    """The URL's last step, made safe, behind a short hash: two sets may both be called test.jsonl."""
+    """Return a short hash and the URL's last part, made safe: two sets may both be called test.jsonl."""
     last = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
     return f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{slug(last or 'download')[-80:]}"
 
@@ -57,7 +57,7 @@ def _check_scheme(url: str) -> None:
 
 
 class _SameRulesRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is held to the same scheme as the address it came from."""
+    """Applies the same check to redirects."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
@@ -77,6 +77,6 @@ def _download(url: str, part: Path) -> None:
             if size > DOWNLOAD_LIMIT:
                 raise ValueError(f"more than {DOWNLOAD_LIMIT // 2**20} MB")
             out.write(chunk)
-    # read(n) returns quietly when the connection breaks early
+    # read(n) does not raise when the connection ends early
     if announced is not None and size != int(announced):
         raise ValueError(f"broke off after {size} of {announced} bytes")

@@ -1,7 +1,6 @@
 """Files to rows.
 
-A file that cannot be read as what it says it is raises a `DataError` that names the place: nothing is guessed or
-skipped.
+A file that is not of the type its name says raises a `DataError` that names the place; nothing is guessed or skipped.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from gradsift.errors import DataError
 
 _TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 SUFFIXES = (*_TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in _TEXT_SUFFIXES), ".parquet")
-_WIDE_ENCODINGS = (  # UTF-32 first: its mark begins as UTF-16's does
+_WIDE_ENCODINGS = (  # UTF-32 first: its byte order mark begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -35,30 +34,32 @@ _WIDE_ENCODINGS = (  # UTF-32 first: its mark begins as UTF-16's does
 
 
 def read_rows(path: Path, *, group: str = "data", holder: str | None = None) -> Iterator[SourceRow]:
-    """The rows of a .json, .jsonl, .csv, .tsv (each also with .gz) or .parquet file, in its order.
+    """Yield the rows of a .json, .jsonl, .csv, .tsv (each also with .gz) or .parquet file, in order.
 
-    .json     an array of objects; an object that holds one such array, {"data": [...]}, beside whatever else;
-              or JSON lines, which many files of that name are
-    .jsonl    one object a line; several in a row on a line count as rows, empty lines do not
-    .csv      the column names in the first line, which shows the delimiter; every cell is text
+    .json     an array of objects; an object with one such array, {"data": [...]}, among other values; or JSON lines,
+              which many files of that name are
+    .jsonl    one object per line; several objects on a line are several rows, empty lines are skipped
+    .csv      column names in the first line, which determines the delimiter; every cell is text
     .parquet  columns of any type
 
     Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark.
 
     Args:
-        group: of the options that name the file, for errors.
-        holder: key of the array, where a .json file's object holds other arrays beside it.
+        group: group of the options that name the file, for errors.
+        holder: key of the array if a .json file's object holds several.
 
     Raises:
-        DataError: the file is missing, a folder, no regular file, empty, half-written, of no known type, in another
-            encoding or broken; names the file, the line where there is one, and the remedy.
+        DataError: the file is missing, a folder, not a regular file, empty, incomplete, of an unknown type, in another
+            encoding or broken; names the file, the line if there is one, and the remedy.
     """
     kind = file_kind(path, group)
     with _reading(path):
         if kind == "parquet":
             yield from parquet_rows(path)
             return
-        with _open(path) as opened:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty; fetch or write it again")
+        with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as opened:
             stream = _as_utf8(path, opened)
             if kind == "jsonl":
                 rows = _unwrapped(path, _json_lines(path, stream))
@@ -73,12 +74,16 @@ def read_rows(path: Path, *, group: str = "data", holder: str | None = None) -> 
 
 
 def file_kind(path: Path, group: str = "data") -> str:
-    """json, jsonl, csv, tsv or parquet, by the file's name."""
+    """Return json, jsonl, csv, tsv or parquet, by the file's name.
+
+    Raises:
+        DataError: there is no regular file of that name, or its type is unknown.
+    """
     if path.is_dir():
         raise DataError(f"{group}.path={path} is a folder; name one file in it")
     if not path.exists():
         raise DataError(f"{group}.path={path} does not exist; check the name (now in {Path.cwd()})")
-    if not path.is_file():  # reading a pipe or a device could wait or go on for ever
+    if not path.is_file():  # reading a pipe or a device may never end
         raise DataError(
             f"{group}.path={path} is no regular file but a pipe, a socket or a device; write the rows to a file first, "
             "and give that"
@@ -91,7 +96,7 @@ def file_kind(path: Path, group: str = "data") -> str:
 
 
 def hash_of(path: Path) -> str:
-    """SHA-256 of the file's bytes.
+    """Return the SHA-256 of the file's bytes.
 
     Raises:
         DataError: the file cannot be read.
@@ -102,7 +107,7 @@ def hash_of(path: Path) -> str:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns what a broken file raises while it is read into a `DataError`."""
+    """Turn the exceptions of a broken file into a `DataError`."""
     try:
         yield
     except gzip.BadGzipFile as error:
@@ -116,14 +121,8 @@ def _reading(path: Path) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------- encodings
 
 
-def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty; fetch or write it again")
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
-
-
 def _as_utf8(path: Path, stream: gzip.GzipFile | io.BufferedReader) -> gzip.GzipFile | io.BufferedReader | io.BytesIO:
-    """The stream itself, or its text in UTF-8 where a byte order mark says that it is in UTF-16 or UTF-32."""
+    """Return the stream, or its text as UTF-8 if a byte order mark says that it is UTF-16 or UTF-32."""
     start = stream.peek(4)[:4]
     encoding = next((name for mark, name in _WIDE_ENCODINGS if start.startswith(mark)), None)
     if encoding is None:
@@ -139,7 +138,7 @@ def _as_utf8(path: Path, stream: gzip.GzipFile | io.BufferedReader) -> gzip.Gzip
 
 
 def _decoded(path: Path, data: bytes, line: int) -> str:
-    """The text of `data`, which begins at a line of the file."""
+    """Return the text of `data`, which begins at line `line` of the file."""
     if line == 1 and data[:2] == b"\x1f\x8b":
         raise DataError(f"{path} is gzip; name it {path.name}.gz")
     if line == 1 and b"\0" in data[:4]:
@@ -157,7 +156,7 @@ def _decoded(path: Path, data: bytes, line: int) -> str:
 
 
 def _values(path: Path, text: str, line: int) -> list[Any]:
-    """The JSON values of `text`, which begins at a line of the file."""
+    """Return the JSON values of `text`, which begins at line `line` of the file."""
     try:
         return outside_json.loads_all(text)
     except outside_json.RepeatedKeyError as error:
@@ -198,14 +197,14 @@ def _json_rows(path: Path, text: str, holder: str | None) -> Iterator[SourceRow]
     if holder is None and _is_json_lines(text):
         return _unwrapped(path, _json_lines(path, io.BytesIO(text.encode("utf-8"))))
     values = _values(path, text, 1)
-    if all(isinstance(value, list) for value in values):  # also the arrays of files that were joined
+    if all(isinstance(value, list) for value in values):  # several arrays if files were joined
         return _numbered(chain.from_iterable(values))
     if all(isinstance(value, dict) for value in values) and len(values) > 1:
         return _numbered(values)
-    (value, *more) = values
-    if more or not isinstance(value, dict):
-        held = f"{len(values)} values" if more else json_type(value)
-        raise DataError(f"{path} holds {held}; it must hold an array of objects")
+    value = values[0]
+    if len(values) > 1 or not isinstance(value, dict):
+        content = f"{len(values)} values" if len(values) > 1 else json_type(value)
+        raise DataError(f"{path} holds {content}; it must hold an array of objects")
     rows = value.get(holder) if holder else _rows_in(path, value)
     if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
         return _numbered(rows)
@@ -215,7 +214,7 @@ def _json_rows(path: Path, text: str, holder: str | None) -> Iterator[SourceRow]
 
 
 def _is_json_lines(text: str) -> bool:
-    """Whether the first line that is not empty holds whole objects, and so the first rows."""
+    """Return whether the first line that is not empty holds complete objects."""
     first = text.lstrip(outside_json.BLANK).partition("\n")[0]
     if not first.startswith("{"):
         return False
@@ -224,22 +223,22 @@ def _is_json_lines(text: str) -> bool:
     except json.JSONDecodeError:
         return False
     except outside_json.RepeatedKeyError:
-        return True  # which is an error of that line
+        return True  # reported as an error of that line
     return True
 
 
 def _unwrapped(path: Path, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
-    """The rows; where there is but one, and it holds the rows as {"data": [...]} does, the rows in it."""
+    """Yield the rows, or if the only one is an object that holds the rows, as {"data": [...]}, the rows in it."""
     first, second = next(rows, None), next(rows, None)
     if first is not None and second is None and isinstance(first.content, dict):
-        held = _rows_in(path, first.content)
-        if held is not None:
-            return iter([first]) if held == [first.content] else _numbered(held)
+        inner = _rows_in(path, first.content)
+        if inner is not None:
+            return iter([first]) if inner == [first.content] else _numbered(inner)
     return chain((row for row in (first, second) if row is not None), rows)
 
 
 def _rows_in(path: Path, content: dict[str, Any]) -> list[Any] | None:
-    """The rows that a single object holds in its only list of objects; the object itself where it is a row."""
+    """Return the rows in an object's only list of objects, the object if it is a row itself, or None."""
     if not KNOWN.isdisjoint(map(folded, content)):
         return [content]
     if len(content) == 1 and next(iter(content.values())) == []:
@@ -254,7 +253,7 @@ def _rows_in(path: Path, content: dict[str, Any]) -> list[Any] | None:
 
 
 def _are_rows(value: Any) -> bool:
-    """Whether a value is a list of objects that are no turns of a conversation."""
+    """Return whether a value is a list of objects other than turns of a conversation."""
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
         return False
     return not any({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys() for item in value)

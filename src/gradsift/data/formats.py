@@ -1,6 +1,6 @@
-"""Rows to examples: one parser for each shape that datasets have.
+"""Rows to examples: one parser for each format that datasets have.
 
-A row that is read but cannot be trained on becomes `Rejected`, with a reason, and the others go on.
+A row that cannot be trained on becomes `Rejected`, with a reason, and the others go on.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from gradsift.data.turns import (
 )
 from gradsift.errors import ConfigError, DataError
 
-# Columns that change what a row teaches and that no template of this package can show.
-_UNSHOWN = {
+_UNSHOWN = {  # columns that change the meaning of a row, and that no template here can show
     "tools": "tools",
     "functions": "tools",
     "reasoning_content": "reasoning apart from the answer",
@@ -50,22 +49,22 @@ def parse_rows(
 ) -> tuple[list[Example], list[Rejected]]:
     """Turn rows into examples.
 
-    alpaca             instruction, input (may be missing or null), output; where the columns chosen and rejected stand
-                       for the output, chosen is the output
+    alpaca             instruction, input (may be missing or null), output; if the columns chosen and rejected replace
+                       the output, chosen is the output
     messages           a list of turns: [{"role": "user", "content": text}, ...]
-    sharegpt           the same in another column; either may have from and value for role and content
+    sharegpt           the same in another column; both may have from and value for role and content
     prompt_completion  prompt and completion, both text or both lists of turns
     auto               the format whose columns the data has, see `gradsift.data.columns.recognise`
 
-    Texts are kept as they are; an input of white space alone counts as none. A conversation is
-    system prompt, then user and assistant in turn; turns after the last assistant turn that is trained teach
-    nothing and are left out. A column `system` is the system prompt, a column `history` holds earlier exchanges.
-    Every column stays in `Example.original`, as JSON values.
+    Texts are kept as they are; an input of white space only counts as none. A conversation is a system prompt, then
+    user and assistant in turn; turns after the last assistant turn that is trained teach nothing and are left out. A
+    column `system` is the system prompt, a column `history` holds earlier exchanges. Every column stays in
+    `Example.original`, as JSON values.
 
     Args:
-        rows: what a reader of rows gives; pairs of position and columns will do.
+        rows: rows of a reader, or pairs of position and columns.
         source: name of the data in errors.
-        group: of the options that describe the data, for errors.
+        group: group of the options that describe the data, for errors.
 
     Raises:
         DataError: there is no row, no format fits, two columns could be one field, or not a single row can be used;
@@ -74,37 +73,37 @@ def parse_rows(
     """
     if format not in DATA_FORMATS:
         raise ConfigError(f"{group}.format={format!r} is not known; choose one of: {', '.join(DATA_FORMATS)}")
-    given = [SourceRow(*row) for row in rows]
-    if not given:
+    source_rows = [SourceRow(*row) for row in rows]
+    if not source_rows:
         raise DataError(f"{source} is empty: it holds no row")
-    shape = recognise(given, format, fields, source, group)
-    parse = _PARSERS[shape.format]
+    shape = recognise(source_rows, format, fields, source, group)
     examples: list[Example] = []
     rejected: list[Rejected] = []
     occurrences: Counter[str] = Counter()
-    for row, content, line in given:
+    for row, content, line in source_rows:
         try:
             original = _original(content)
-            _refuse_unshown(original)
-            parsed = parse(original, shape.names)
+            parsed = _PARSERS[shape.format](original, shape.names)
             examples.append(make_example(row, *parsed, original=original, occurrences=occurrences))
         except Unusable as reason:
             rejected.append(Rejected(row, str(reason), line, content))
     if not examples:
-        raise DataError(_nothing_usable(given, rejected, source, group))
+        reasons = Counter(row.reason for row in rejected).most_common(3)
+        counted = "; ".join(f"{reason} ({count:,} rows)" for reason, count in reasons)
+        raise DataError(
+            f"{source}: none of its {len(rejected):,} rows can be used: {counted}. Its columns are "
+            f"{columns_of(source_rows)}; check {group}.format, and the names of its columns as in "
+            f"{group}.fields.output=NAME"
+        )
     return examples, rejected
 
 
-def _nothing_usable(rows: Iterable[SourceRow], rejected: list[Rejected], source: str, group: str) -> str:
-    reasons = Counter(row.reason for row in rejected).most_common(3)
-    told = "; ".join(f"{reason} ({count:,} rows)" for reason, count in reasons)
-    return (
-        f"{source}: none of its {len(rejected):,} rows can be used: {told}. Its columns are {columns_of(rows)}; check "
-        f"{group}.format, and the names of its columns as in {group}.fields.output=NAME"
-    )
-
-
 def _original(content: Any) -> dict[str, Any]:
+    """Return the columns as JSON values.
+
+    Raises:
+        Unusable: the row is not an object, or a column holds what JSON or a text template cannot show.
+    """
     if not isinstance(content, dict):
         raise Unusable(f"the row is {json_type(content)}, not an object")
     original = {}
@@ -115,17 +114,14 @@ def _original(content: Any) -> dict[str, Any]:
             raise Unusable(f"column {name!r} holds {error}") from error
         except RecursionError:
             raise Unusable(f"column {name!r} is nested too deep") from None
-    return original
-
-
-def _refuse_unshown(row: Mapping[str, Any]) -> None:
-    for name, value in row.items():
+    for name, value in original.items():
         meaning = _UNSHOWN.get(folded(name))
         if meaning and not is_empty(value):
             raise Unusable(
                 f"column {name!r} holds {meaning}, which a text template cannot show; delete the column to train on "
                 "the other columns alone"
             )
+    return original
 
 
 # ------------------------------------------------------------------------------- prompt and response
@@ -134,20 +130,19 @@ def _refuse_unshown(row: Mapping[str, Any]) -> None:
 def _alpaca(row: Mapping[str, Any], names: Names) -> Conversation:
     fields = names.fields
     column = names.optional(row, "input")
-    given = "" if column is None or row[column] is None else text_of(row, column)
-    given = given if given.strip() else ""
+    input = "" if column is None or row[column] is None else text_of(row, column)
+    input = input if input.strip() else ""
     if names.prefers and isinstance(reply := _decoded(row[fields.output]), list | dict):
-        if given:
+        if input:
             raise Unusable(f"field {column!r} has no place beside the turns of {fields.output!r}")
         asked = _decoded(row.get(fields.instruction))
         prompt = turns_of(asked) if isinstance(asked, list) else [Turn("user", filled_text_of(row, fields.instruction))]
         return _with_reply(_with_system(row, names, [*_history(row, names), *prompt]), reply, fields.output)
     instruction = text_of(row, fields.instruction)
-    if not instruction.strip() and not given:
+    if not instruction.strip() and not input:
         raise Unusable(f"fields {fields.instruction!r} and {column or fields.input!r} are both empty")
-    output = filled_text_of(row, fields.output)
-    turns = [*_history(row, names), Turn("user", instruction), Turn("assistant", output)]
-    return conversation(_with_system(row, names, turns))._replace(input=given)
+    turns = [Turn("user", instruction), Turn("assistant", filled_text_of(row, fields.output))]
+    return conversation(_with_system(row, names, [*_history(row, names), *turns]))._replace(input=input)
 
 
 def _prompt_completion(row: Mapping[str, Any], names: Names) -> Conversation:
@@ -157,9 +152,11 @@ def _prompt_completion(row: Mapping[str, Any], names: Names) -> Conversation:
         return conversation(_with_system(row, names, turns_of([*prompt, *completion])))
     if isinstance(prompt, list) or isinstance(completion, list):
         raise Unusable(f"fields {fields.prompt!r} and {fields.completion!r} must both be text or both be lists")
-    asked, answered = filled_text_of(row, fields.prompt), filled_text_of(row, fields.completion)
-    turns = [*_history(row, names), Turn("user", asked), Turn("assistant", answered)]
-    return conversation(_with_system(row, names, turns))
+    turns = [
+        Turn("user", filled_text_of(row, fields.prompt)),
+        Turn("assistant", filled_text_of(row, fields.completion)),
+    ]
+    return conversation(_with_system(row, names, [*_history(row, names), *turns]))
 
 
 def _history(row: Mapping[str, Any], names: Names) -> list[Turn]:
@@ -168,7 +165,7 @@ def _history(row: Mapping[str, Any], names: Names) -> list[Turn]:
 
 
 def _with_system(row: Mapping[str, Any], names: Names, turns: list[Turn]) -> list[Turn]:
-    """The turns after the system prompt of the row's own column, if it has one."""
+    """Return the turns after the system prompt of the row's system column, if it has one."""
     column = names.optional(row, "system")
     if column is None or is_empty(row[column]):
         return turns
@@ -184,34 +181,28 @@ def _with_system(row: Mapping[str, Any], names: Names, turns: list[Turn]) -> lis
     return [system, *turns[1:]]
 
 
-# ------------------------------------------------------------------------------------ conversations
+# ------------------------------------------------------------------- conversations and preference pairs
 
 
-def _messages(row: Mapping[str, Any], names: Names) -> Conversation:
-    return _turns_of_column(row, names, names.fields.messages)
+def _messages(row: Mapping[str, Any], names: Names, column: str | None = None) -> Conversation:
+    column = column or names.fields.messages
+    turns = _with_system(row, names, turns_in(row, column))
+    pair = pair_of(row)
+    if pair is None or column in pair or is_empty(row[pair[0]]):
+        return conversation(turns)
+    return _with_reply(turns, _decoded(row[pair[0]]), pair[0])
 
 
 def _sharegpt(row: Mapping[str, Any], names: Names) -> Conversation:
-    return _turns_of_column(row, names, names.fields.conversations)
-
-
-def _turns_of_column(row: Mapping[str, Any], names: Names, column: str) -> Conversation:
-    turns = turns_in(row, column)
-    pair = pair_of(row)
-    if pair is None or column in pair or is_empty(row[pair[0]]):
-        return conversation(_with_system(row, names, turns))
-    return _with_reply(_with_system(row, names, turns), _decoded(row[pair[0]]), pair[0])
-
-
-# --------------------------------------------------------------------------------------- preference
+    return _messages(row, names, names.fields.conversations)
 
 
 def _with_reply(prompt: list[Turn], reply: Any, name: str) -> Conversation:
-    """The prompt's turns and the chosen reply.
+    """Return the conversation of the prompt's turns and the chosen reply.
 
     Args:
         reply: text, a turn, or a list of turns, which may repeat the prompt.
-        name: column of the reply, for reasons.
+        name: the reply's column, for reasons.
     """
     if isinstance(reply, str):
         answer = [Turn("assistant", filled_text_of({name: reply}, name))]
@@ -228,18 +219,15 @@ def _with_reply(prompt: list[Turn], reply: Any, name: str) -> Conversation:
 
 
 def _decoded(value: Any) -> Any:
-    """The list where a value is JSON text of a list of turns; any other value as it is."""
+    """Return the list if a value is JSON text of a list of turns, otherwise the value."""
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return value
     try:
         decoded = outside_json.loads(value)
     except json.JSONDecodeError:
         return value
-    return (
-        decoded
-        if all(isinstance(turn, dict) and not turn.keys().isdisjoint(("role", "from")) for turn in decoded)
-        else value
-    )
+    are_turns = all(isinstance(turn, dict) and not turn.keys().isdisjoint(("role", "from")) for turn in decoded)
+    return decoded if are_turns else value
 
 
 _PARSERS: dict[str, Callable[[Mapping[str, Any], Names], Conversation]] = {

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, to rows."""
+"""Datasets of the Hugging Face hub to rows."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from gradsift.errors import DataError
 
 
 def load_hub(id: str, revision: str | None, split: str) -> Iterator[SourceRow]:
-    """The rows of a hub dataset, through `datasets`; from the local cache where HF_HUB_OFFLINE=1.
+    """Return the rows of a hub dataset, loaded with `datasets`; from the local cache if HF_HUB_OFFLINE=1.
 
-    Code that a dataset brings along is never run.
+    Code that comes with a dataset is never run.
 
     Raises:
         DataError: the dataset, revision or split does not exist, is gated, or cannot be reached.
     """
-    if Path(id).exists():  # `datasets` would take it for the dataset
+    if Path(id).exists():  # `datasets` would load this instead
         raise DataError(
             f"data.id={id} is a file or folder here; take data=json data.path=FILE, or another folder to run in"
         )
@@ -44,11 +44,7 @@ def load_hub(id: str, revision: str | None, split: str) -> Iterator[SourceRow]:
             f"data.id={id} is not in the local cache and the hub cannot be reached ({_first_line(error)}); connect "
             "once (with HF_HUB_OFFLINE unset), or take data=json data.path=FILE"
         ) from error
-    except (
-        DatasetsError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # no such split or configuration; a dataset with code
+    except (DatasetsError, ValueError, RuntimeError) as error:  # an unknown split or configuration, or a script
         raise DataError(
             f"data.id={id}, data.split={split}: {_first_line(error)}; check them, or take data=json data.path=FILE"
         ) from error

@@ -1,4 +1,4 @@
-"""The load stage: from any source to examples with ids, with nothing lost on the way."""
+"""The load stage: rows of any source to examples with ids; what is not kept is listed as rejected."""
 
 from __future__ import annotations
 
@@ -32,34 +32,30 @@ from gradsift.runtime import Runtime
 VERSION = 2
 EXAMPLES_FILE = "examples.parquet"
 HELDOUT_FILE = "heldout.parquet"
-LABELS_FILE = "labels.parquet"  # apart from the examples: no scorer reads it
+LABELS_FILE = "labels.parquet"  # separate from the examples, so that no scorer reads it
 BENCHMARK_FILE = "benchmark.json"
-SPOILT = (*verifiable.SPOILT, "garbled")  # qualities of which an example teaches something wrong
+SPOILT = (*verifiable.SPOILT, "garbled")  # qualities of examples that teach something wrong
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What is known about each example of a generated or corrupted dataset, in the order of the examples."""
+    """Labels of each example of a generated or corrupted dataset, in the order of the examples."""
 
     quality: list[str]  # "clean", one of SPOILT, or a kind of duplicate
-    family: list[str] | None  # kind of task; known in the embedded world alone
-    corruption: list[str | None] | None = None  # what was done to the example; None where nothing was injected
-    origin: list[int | None] | None = None  # of an injected copy, the position of the example it repeats
+    family: list[str] | None  # kind of task; known in the embedded world only
+    corruption: list[str | None] | None = None  # kind of injected corruption; None if the example is unchanged
+    origin: list[int | None] | None = None  # position of the example that an injected copy repeats
 
 
 def load(runtime: Runtime, config: DataConfig) -> Artifact:
-    """Read, check and number the examples; drop repeated ones where asked to; set held-out ones aside."""
+    """Read and check the examples, give them ids, drop duplicates if `config.dedup` says so, and hold examples out."""
     if isinstance(config, VerifiableDataConfig):
         return _load_world(runtime, config)
-    if isinstance(config, JsonDataConfig):
-        path = Path(config.path).expanduser()
-        own = {"path": None, "kind": files.file_kind(path), "sha256": files.hash_of(path)}
-        return _load_rows(runtime, config, _settings(config) | own, path)
-    return _load_rows(runtime, config, _settings(config), None)
+    return _load_rows(runtime, config)
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
-    """The options that change the result. One that is off is left out, so that data read before it existed is found."""
+    """Return the options that change the result, without those that are off: older artifacts keep their fingerprint."""
     settings = asdict(config)
     if config.dedup != "near":
         del settings["dedup_threshold"]
@@ -68,7 +64,7 @@ def _settings(config: DataConfig) -> dict[str, Any]:
     if config.dedup == "none":
         del settings["dedup"]
     if isinstance(config, VerifiableDataConfig) and (config.dedup != "none" or config.limit):
-        settings["labels_version"] = 2  # since copies whose original is not in the pool are clean
+        settings["labels_version"] = 2  # copies whose original is not in the pool are labelled clean
     if config.corruption.share:
         settings["corruption_version"] = corruption.VERSION
     else:
@@ -78,22 +74,23 @@ def _settings(config: DataConfig) -> dict[str, Any]:
     return settings
 
 
-def _load_rows(runtime: Runtime, config: DataConfig, settings: Mapping[str, Any], path: Path | None) -> Artifact:
+def _load_rows(runtime: Runtime, config: DataConfig) -> Artifact:
+    assert isinstance(config, JsonDataConfig | HubDataConfig)  # noqa: S101 - for the type checker
+    settings = _settings(config)
+    if isinstance(config, JsonDataConfig):
+        path = Path(config.path).expanduser()
+        settings |= {"path": None, "kind": files.file_kind(path), "sha256": files.hash_of(path)}
+
     def make(folder: Path) -> Mapping[str, Any]:
-        assert isinstance(config, JsonDataConfig | HubDataConfig)  # noqa: S101 - for the type checker
-        if isinstance(config, JsonDataConfig) and path is not None:
-            rows = files.read_rows(path)
-        elif isinstance(config, HubDataConfig):
-            rows = hub.load_hub(config.id, config.revision, config.split)
-        examples, rejected = formats.parse_rows(rows, config.format, config.fields, source=_name(config))
+        if isinstance(config, JsonDataConfig):
+            rows, name = files.read_rows(path), config.path
+        else:
+            rows, name = hub.load_hub(config.id, config.revision, config.split), config.id
+        examples, rejected = formats.parse_rows(rows, config.format, config.fields, source=name)
         kept, repeated = _without_duplicates(runtime, config, examples)
         return _write(folder, config, kept, sorted([*rejected, *repeated], key=lambda row: row.row))
 
     return runtime.store.obtain("load", config.name, settings, [], make, version=VERSION, light=True)
-
-
-def _name(config: JsonDataConfig | HubDataConfig) -> str:
-    return config.path if isinstance(config, JsonDataConfig) else config.id
 
 
 def _without_duplicates(
@@ -122,12 +119,13 @@ def _write(
         clean, before = Labels(["clean"] * len(pool), None), pool
         pool, labels = _corrupt(config.corruption, pool, clean, corruption.changes_of_text(pool), max(rows) + 1)
         _write_labels(folder, labels)
-        counts["corrupted"] = _corrupted(labels) | {"stand_ins": corruption.stand_ins(before, labels.corruption or ())}
+        kinds = labels.corruption or ()
+        counts["corrupted"] = dict(Counter(filter(None, kinds))) | {"stand_ins": corruption.stand_ins(before, kinds)}
     counts["rows"] = len(pool)
     write_examples(folder / EXAMPLES_FILE, pool)
     write_examples(folder / HELDOUT_FILE, heldout)
     write_rejected(folder / "rejected.jsonl", rejected)
-    # a hub dataset may change under its name: what is computed from it is bound to what was read
+    # a hub dataset may change under its name, so later stages depend on the content that was read
     return counts | {"content": file_hash(folder / EXAMPLES_FILE)}
 
 
@@ -152,9 +150,9 @@ def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
         if config.corruption.share:
             changes = corruption.changes_of_text(pool) | _world_changes(world)
             pool, labels = _corrupt(config.corruption, pool, labels, changes, len(world.rows))
-            counts["corrupted"] = _corrupted(labels)
+            counts["corrupted"] = dict(Counter(filter(None, labels.corruption or ())))
         write_examples(folder / EXAMPLES_FILE, pool)
-        # the benchmark's own answers serve as held-out examples: they are clean, unlike the pool
+        # the benchmark's reference answers are the held-out examples: they are clean, unlike the pool
         held = [{**item, "output": item["reference"]} for item in world.benchmark]
         write_examples(folder / HELDOUT_FILE, formats.parse_rows(enumerate(held), "alpaca", FieldsConfig())[0])
         _write_labels(folder, labels)
@@ -168,7 +166,7 @@ def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
 
 
 def _without_lone_copies(pool: Sequence[Example], known: Sequence[verifiable.Label]) -> list[str]:
-    """Quality of each example; a copy is clean where the row it repeats is not in the pool (`dedup` and `limit`)."""
+    """Return the quality of each example; a copy is clean if the row it repeats is not in the pool."""
     questions = [
         verifiable.question_of(label.family, example.instruction, example.input)
         for example, label in zip(pool, known, strict=True)
@@ -184,7 +182,7 @@ def _without_lone_copies(pool: Sequence[Example], known: Sequence[verifiable.Lab
 
 
 def _world_changes(world: verifiable.World) -> dict[str, corruption.Change]:
-    """The kinds of corruption that have to keep to the embedded world's words, or to its form."""
+    """Return the kinds of corruption that must use the embedded world's own vocabulary."""
 
     def reworded(example: Example, rng: random.Random) -> corruption.Texts:
         family = world.labels[example.row_index].family
@@ -204,7 +202,7 @@ def _corrupt(
     changes: Mapping[str, corruption.Change],
     next_row: int,
 ) -> tuple[list[Example], Labels]:
-    """Corrupt a share of the pool; what is spoilt or a duplicate already stays as it is."""
+    """Corrupt a share of the pool; examples that are spoilt or duplicates already stay as they are."""
     made = corruption.corrupt(
         pool,
         changes,
@@ -220,12 +218,8 @@ def _corrupt(
     return made.examples, Labels(quality, family, made.kind, made.origin)
 
 
-def _corrupted(labels: Labels) -> dict[str, int]:
-    return dict(Counter(kind for kind in labels.corruption or () if kind))
-
-
 def _write_labels(folder: Path, labels: Labels) -> None:
-    """A column for each thing that is known."""
+    """Write a column for each kind of label."""
     columns = {name: values for name, values in vars(labels).items() if values is not None}
     types = {"origin": pa.int64()}
     arrays = {name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()}
@@ -233,23 +227,23 @@ def _write_labels(folder: Path, labels: Labels) -> None:
 
 
 def pool_of(loaded: Artifact) -> list[Example]:
-    """The examples to select from."""
+    """Return the examples to select from."""
     return read_examples(loaded.file(EXAMPLES_FILE))
 
 
 def heldout_of(loaded: Artifact) -> list[Example]:
-    """The examples set aside for the held-out loss; may be empty."""
+    """Return the examples held out for the held-out loss; may be empty."""
     return read_examples(loaded.file(HELDOUT_FILE))
 
 
 def benchmark_rows(loaded: Artifact) -> list[dict[str, str]]:
-    """The questions that came with the embedded world."""
+    """Return the embedded world's benchmark questions."""
     rows: list[dict[str, str]] = json.loads(loaded.file(BENCHMARK_FILE).read_text(encoding="utf-8"))
     return rows
 
 
 def labels_of(loaded: Artifact) -> Labels | None:
-    """What is known of the examples, where anything is; for reports only."""
+    """Return the labels of the examples if there are any; for reports only."""
     path = loaded.file(LABELS_FILE)
     if not path.is_file():
         return None
@@ -258,7 +252,7 @@ def labels_of(loaded: Artifact) -> Labels | None:
 
 
 def corruption_of(loaded: Artifact) -> dict[int, str]:
-    """What was done to the examples at these positions; empty for data as it was read."""
+    """Return the kind of corruption at each corrupted position; empty if nothing was injected."""
     labels = labels_of(loaded)
     kinds = labels.corruption if labels else None
     return {position: kind for position, kind in enumerate(kinds or ()) if kind}

@@ -1,4 +1,4 @@
-"""Tables to rows: CSV with its delimiters, and parquet."""
+"""Tables to rows: CSV with any delimiter, and parquet."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from gradsift.data.examples import SourceRow
 from gradsift.errors import DataError
 
 AGAIN = "the file seems to be half-written; fetch or write it again"
-_DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}  # of two that are as frequent, the first
+_DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}  # of equally frequent ones the first
 
 
 # ---------------------------------------------------------------------------------------------- CSV
 
 
 def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
-    """The rows of a table whose first line names the columns.
+    """Return the rows of a table whose first line names the columns.
 
     The delimiter is the most frequent of comma, semicolon, tab and bar in that line, outside of quotes; a first line
-    `sep=;`, which spreadsheets write, names it. A line that repeats the column names, as in files joined by hand, is
-    no row.
+    `sep=;`, which spreadsheets write, names it. A line that repeats the column names, as in concatenated files, is
+    skipped.
 
     Args:
-        text: of the file, without a byte order mark at its start.
+        text: the file's text, without a byte order mark.
         kind: csv or tsv.
 
     Raises:
-        DataError: broken quotes, a row of another length, or a column name that stands twice.
+        DataError: broken quotes, a row of another length, or a repeated column name.
     """
     skipped = 0
     if named := re.match(r'"?sep=(.)"?\r?\n', text):
         text, skipped = text[named.end() :], 1
-    delimiter = named[1] if named else _delimiter(text, kind)
-    limit = csv.field_size_limit(sys.maxsize)  # the module's limit of 131,072 characters a cell guards nothing here
+    delimiter = named[1] if named else max(_DELIMITERS[kind], key=_first_line(text).count)
+    limit = csv.field_size_limit(sys.maxsize)  # the module's default is 131,072 characters per cell
     try:
         reader = csv.reader(
             io.StringIO(text, newline=""),
@@ -51,7 +51,7 @@ def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
         if len(set(header)) < len(header):
             raise DataError(f"{path}: column names must differ, but are {listed(header)}; rename some")
         rows: list[SourceRow] = []
-        line = reader.line_num + 1 + skipped  # where the row begins: a quoted cell may span lines
+        line = reader.line_num + 1 + skipped  # where the row begins: a quoted cell can contain line breaks
         for cells in reader:
             if cells and len(cells) != len(header):
                 raise DataError(
@@ -70,20 +70,15 @@ def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
 
 
 def _first_line(text: str) -> str:
-    """The line of the column names, without what stands in quotes."""
+    """Return the line of the column names, without the text inside quotes."""
     first = re.search(r"[^\r\n]*\S[^\r\n]*", text)
     return re.sub(r'"[^"]*"', '""', first[0]) if first else ""
 
 
-def _delimiter(text: str, kind: str) -> str:
-    first = _first_line(text)
-    return max(_DELIMITERS[kind], key=first.count)  # of equals the first
-
-
 def _has_blanks_before_quotes(text: str, delimiter: str) -> bool:
-    """Whether a blank follows every delimiter of the first line, and a quote some of these blanks.
+    """Return whether a blank follows every delimiter of the first line, and a quote follows some of these blanks.
 
-    Such a quote opens a cell for whoever wrote the file, and would be part of the text otherwise.
+    Such a quote opens a cell; without skipping the blank it would be part of the text.
     """
     cells = _first_line(text).split(delimiter)[1:]
     return bool(cells) and all(cell.startswith(" ") for cell in cells) and f'{delimiter} "' in text
@@ -93,7 +88,7 @@ def _has_blanks_before_quotes(text: str, delimiter: str) -> bool:
 
 
 def parquet_rows(path: Path) -> Iterator[SourceRow]:
-    """The rows of a parquet file.
+    """Yield the rows of a parquet file.
 
     Raises:
         DataError: the file is empty or broken, or a text in it is not UTF-8; names row and column.
@@ -120,10 +115,10 @@ def parquet_rows(path: Path) -> Iterator[SourceRow]:
 
 
 def _values(path: Path, batch: Any, first: int) -> Sequence[dict[str, Any]]:
-    """The rows of a batch, the first of which has the number `first`."""
+    """Return the rows of a batch that starts at row `first`."""
     try:
         rows: list[dict[str, Any]] = batch.to_pylist()
-    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date outside of Python's calendar
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, or a date outside of Python's range
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
             for row, value in enumerate(column):
                 try:

@@ -1,8 +1,7 @@
-"""The target set: examples of what the finetuned model shall be good at, each of one task.
+"""The target set: examples of what the finetuned model should be good at, each belonging to one task.
 
-Methods such as LESS, G2IS, RDS+ and similarity to Sentence-BERT embeddings select towards it. Its rows
-are read, checked and numbered like those of the data; a row that cannot be used is an error here, since a
-target set is small and made with care.
+Methods such as LESS, G2IS, RDS+ and similarity of Sentence-BERT embeddings select towards it. Its rows are read like
+those of the data, but a row that cannot be used is an error, since a target set is small.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ EXAMPLES_FILE = "examples.parquet"
 TASKS_FILE = "tasks.json"
 OVERLAP_FILE = "overlap.jsonl"
 OVERLAP_VERSION = 2
-_ALIKE = 0.8  # Jaccard similarity of similar prompts, as of near duplicates
-_NAMED = 5  # rows that a warning lists; all of them are in the file
+_ALIKE = 0.8  # Jaccard similarity of similar prompts, the same as of near duplicates
+_NAMED = 5  # rows that a warning names; the file lists all
 
 
 @dataclass(frozen=True)
 class TargetSet:
-    """Q examples and the task of each, the rows of a task side by side."""
+    """Q examples and the task of each; the rows of a task are adjacent."""
 
     examples: list[Example]
     tasks: list[str]
@@ -54,7 +53,7 @@ def load_target_set(runtime: Runtime, config: TargetSetConfig, loaded: Artifact)
 
     Raises:
         ConfigError: there is no target set, or no such task.
-        DataError: a file is missing, of another schema or empty, or a row cannot be used; names it.
+        DataError: a file is missing, empty or of another schema, or a row cannot be used; names it.
     """
     if isinstance(config, FilesTargetSetConfig):
         return _load_files(runtime, config)
@@ -66,7 +65,7 @@ def load_target_set(runtime: Runtime, config: TargetSetConfig, loaded: Artifact)
 def _load_files(runtime: Runtime, config: FilesTargetSetConfig) -> Artifact:
     files = _files(config, runtime.store.root / "downloads")
     for file in files.values():
-        file_kind(file, "target_set")  # refuses a file that is not there, or of no known type
+        file_kind(file, "target_set")  # raises if the file is missing or its type unknown
     settings = asdict(config) | {"path": None, "urls": None, "sha256": {t: hash_of(f) for t, f in files.items()}}
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -87,8 +86,18 @@ def _load_files(runtime: Runtime, config: FilesTargetSetConfig) -> Artifact:
     return runtime.store.obtain("target_set", config.name, settings, [], make, version=VERSION, light=True)
 
 
+def _task_of(row: SourceRow, column: str, file: Path) -> str:
+    task = row.content.get(column) if isinstance(row.content, dict) else None
+    if not isinstance(task, str) or not task.strip():
+        raise DataError(
+            f"{file}, row {row.row}: column {column!r} holds {task!r}, which is no text that names a task; check "
+            "target_set.task"
+        )
+    return task
+
+
 def _files(config: FilesTargetSetConfig, downloads: Path) -> dict[str, Path]:
-    """The file of each task."""
+    """Return the file of each task."""
     if config.path is None:
         return {task: fetch_url(url, downloads) for task, url in config.urls.items()}
     path = Path(config.path).expanduser()
@@ -103,16 +112,6 @@ def _files(config: FilesTargetSetConfig, downloads: Path) -> dict[str, Path]:
             "the same rows; leave target_set.path empty, or give one file with target_set.task=COLUMN"
         )
     return files
-
-
-def _task_of(row: SourceRow, column: str, file: Path) -> str:
-    task = row.content.get(column) if isinstance(row.content, dict) else None
-    if not isinstance(task, str) or not task.strip():
-        raise DataError(
-            f"{file}, row {row.row}: column {column!r} holds {task!r}, which is no text that names a task; check "
-            "target_set.task"
-        )
-    return task
 
 
 def _load_world(runtime: Runtime, config: VerifiableTargetSetConfig, loaded: Artifact) -> Artifact:
@@ -141,25 +140,25 @@ def _write(folder: Path, config: TargetSetConfig, by_task: Mapping[str, Sequence
 
 
 def target_set_of(artifact: Artifact) -> TargetSet:
-    """What `load_target_set` wrote."""
+    """Return the target set that `load_target_set` wrote."""
     tasks = json.loads(artifact.file(TASKS_FILE).read_text(encoding="utf-8"))
     return TargetSet(read_examples(artifact.file(EXAMPLES_FILE)), tasks)
 
 
 def find_overlap(runtime: Runtime, target_set: Artifact, loaded: Artifact) -> Artifact:
-    """Rows of the target set that stand in the pool too, or nearly; listed in `overlap.jsonl` by what they share.
+    """Find rows of the target set whose prompt or a similar one is in the pool; list them in `overlap.jsonl`.
 
-    Selecting towards what is trained on flatters the selection, so it is said, and left to the user.
+    Selecting towards rows of the pool makes a selection look better than it is, so a warning is printed.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
-        found = target_set_of(target_set)
-        matches = overlap(found.examples, pool_of(loaded))
+        targets = target_set_of(target_set)
+        matches = overlap(targets.examples, pool_of(loaded))
         with (folder / OVERLAP_FILE).open("w", encoding="ascii") as stream:
             for place, example, shared in matches:
-                about = {"task": found.tasks[place], "target_row": found.examples[place].row_index}
-                stream.write(json.dumps(about | {"row": example.row_index, "shared": shared}) + "\n")
-        return {"rows": len(found.examples), "overlapping": len({place for place, _, _ in matches})}
+                match = {"task": targets.tasks[place], "target_row": targets.examples[place].row_index}
+                stream.write(json.dumps(match | {"row": example.row_index, "shared": shared}) + "\n")
+        return {"rows": len(targets.examples), "overlapping": len({place for place, _, _ in matches})}
 
     made = runtime.store.obtain(
         "overlap", target_set.path.name, {}, [target_set, loaded], make, version=OVERLAP_VERSION, light=True
@@ -178,28 +177,32 @@ def find_overlap(runtime: Runtime, target_set: Artifact, loaded: Artifact) -> Ar
 def overlap(
     targets: Sequence[Example], pool: Sequence[Example], alike: float = _ALIKE
 ) -> list[tuple[int, Example, str]]:
-    """Place of a target row, an example of the pool with its prompt or one like it, and what they share.
+    """Return the position of a target row, an example of the pool with a similar prompt, and what they share.
 
-    Prompts are alike where the Jaccard similarity of their word triples, small letters and capitals being the same, is
-    at least `alike`. All pairs that share a triple are compared: a target set is small.
+    Prompts are similar if the Jaccard similarity of their word triples, ignoring case, is at least `alike`. All pairs
+    that share a triple are compared.
     """
     own = [_prompt_shingles(target) for target in targets]
     holders: dict[tuple[str, ...], list[int]] = {}
     for place, shingles in enumerate(own):
         for shingle in shingles:
             holders.setdefault(shingle, []).append(place)
-    found = []
+    matches = []
     for example in pool:
         theirs = _prompt_shingles(example)
         common = Counter(place for shingle in theirs for place in holders.get(shingle, ()))
         for place, count in common.items():
             if count >= alike * (len(theirs) + len(own[place]) - count):
-                found.append((place, example, _shared(targets[place], example)))
-    return sorted(found, key=lambda match: (match[0], match[1].row_index))
+                matches.append((place, example, _shared(targets[place], example)))
+    return sorted(matches, key=lambda match: (match[0], match[1].row_index))
 
 
 def warn_of_leak(runtime: Runtime, target_set: Artifact, asked: Set[tuple[str, str]]) -> None:
-    """Say how many target rows are themselves asked (instruction and input) by the benchmark of the run."""
+    """Warn about target rows that the run's benchmark asks.
+
+    Args:
+        asked: instruction and input of each question.
+    """
     targets = target_set_of(target_set).examples
     if leaked := sum((target.instruction.strip(), target.input.strip()) in asked for target in targets):
         runtime.display.say(

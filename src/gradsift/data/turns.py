@@ -124,7 +124,7 @@ def turns_in(row: Mapping[str, Any], name: str) -> list[Turn]:
 
 
 def turns_of(entries: Sequence[Any]) -> list[Turn]:
-    """Return turns from objects with role and content (or from and value), or from texts, the first being the user's."""
+    """Return turns from objects with role and content (or from and value), or from texts, which alternate."""
     if entries and all(isinstance(entry, str) for entry in entries):
         texts = {f"turn {number}": entry for number, entry in enumerate(entries, start=1)}
         roles = ("user", "assistant")

@@ -2,15 +2,15 @@
 
 Thirteen families of small tasks (copy, sort, add, look up ...) over a closed vocabulary of about 240 words. Text is
 words separated by single spaces, so a word-level tokenizer loses nothing. Part of the rows is spoilt on purpose and
-every row carries a label, which lets a selection method be judged against the truth instead of against another method.
+every row has a label, so a selection method can be judged against the truth instead of against another method.
 
 Labels say what a row teaches. Of two contradictory twins (one prompt, two answers) the one with the wrong answer is
-`contradictory` and spoilt; the other has the right answer and stays `clean`, though no method can tell them apart
-without knowing the task. Duplicates repeat clean rows: they are not spoilt, only redundant, and a class of their own.
+`contradictory` and spoilt; the other has the right answer and is `clean`, though no method can tell them apart without
+knowing the task. Duplicates repeat clean rows: they are redundant, not spoilt, and have their own labels.
 
-With `delayed` there are two more families, about operations whose names mean nothing before the rows are learnt: a
-`named` row shows what one name does, and a `chained` row applies two names one after the other, so that what it
-teaches can be taken up only once the names are known (delayed credit, an open question of GRADFILTERING).
+With `delayed` there are two more families, about operations with names that mean nothing before training: a `named`
+row shows what one name does, and a `chained` row applies two names one after the other, so it can only be learnt after
+the names (delayed credit, an open question of GRADFILTERING).
 """
 
 import itertools
@@ -28,17 +28,17 @@ DUPLICATES = ("exact_duplicate", "near_duplicate")
 QUALITIES = ("clean", *SPOILT, *DUPLICATES)
 
 NUMBERS = tuple(str(n) for n in range(40))
-# Without the syllables that are English words: an instruction or an answer may use those.
+# Without the syllables that are English words, which instructions and answers may use.
 SYLLABLES = tuple(c + v for c in "bdfklnpr" for v in "aeiou" if c + v not in ("be", "do", "no"))
 CAPITALS = tuple(syllable.upper() for syllable in SYLLABLES)
-MARK = ";"  # separates what is asked about from the list it is asked of
+MARK = ";"  # separates the words asked about from the list
 
 MAX_TASKS = 4_800  # `add` has 400 different sums and every 13th task is one
 
 
 @dataclass(frozen=True)
 class Label:
-    """What is known about a row: `quality` is one of QUALITIES, `family` the name of its kind of task."""
+    """The label of a row: `quality` is one of QUALITIES, `family` the name of its kind of task."""
 
     quality: str
     family: str
@@ -51,7 +51,7 @@ class Label:
 
 @dataclass(frozen=True)
 class World:
-    """A generated dataset: `rows` in Alpaca's shape, `labels` in the same order, and a benchmark of right answers.
+    """A generated dataset: `rows` in Alpaca's format, `labels` in the same order, and a benchmark of right answers.
 
     A row holds instruction, input, output; a benchmark item holds item_id, instruction, input, reference, family.
     """
@@ -63,17 +63,21 @@ class World:
 
 @dataclass(frozen=True)
 class _Family:
-    """A kind of task: how its arguments are drawn and solved, and how it is asked for.
-
-    `operator` is its one-word name in pretraining. A wording with {} takes the arguments inside the instruction,
-    and the row's input is then empty.
-    """
+    """A kind of task: how its arguments are drawn and solved."""
 
     name: str
-    operator: str
     draw: Callable[[random.Random], str]
     solve: Callable[[str], str]
-    wordings: tuple[str, ...] = ()
+
+    @property
+    def operator(self) -> str:
+        """The family's one-word name in the pretraining text."""
+        return f"#{self.name}"
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        """The instructions that ask for it."""
+        return tuple(_WORDINGS[self.name].split(" / "))
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class _Task:
 
 
 def _syllables(rng: random.Random, low: int = 3, high: int = 4) -> list[str]:
-    """Between low and high different syllables."""
+    """Draw `low` to `high` different syllables."""
     return rng.sample(SYLLABLES, rng.randint(low, high))
 
 
@@ -132,7 +136,7 @@ def _draw_table(rng: random.Random) -> str:
 
 
 def _asked_and_list(arguments: str) -> tuple[list[str], list[str]]:
-    """The words before and after the mark."""
+    """Return the words before and after the mark."""
     asked, words = arguments.split(f" {MARK} ")
     return asked.split(), words.split()
 
@@ -162,8 +166,8 @@ def _swap_ends(arguments: str) -> str:
     return " ".join([last, *middle, first])
 
 
-# What the names of the delayed families stand for. Capitals are in the vocabulary, and nothing in the pretraining text
-# gives them a meaning; `named` rows alone do.
+# The operations of the delayed families by name. The names are in the vocabulary, but only `named` rows give them a
+# meaning, not the pretraining text.
 OPERATIONS: dict[str, Callable[[list[str]], list[str]]] = {
     "BA": lambda words: words[::-1],
     "DI": lambda words: [words[-1], *words[1:-1], words[0]],
@@ -182,211 +186,80 @@ def _draw_chained(rng: random.Random) -> str:
 
 
 def _operate(arguments: str) -> str:
-    """The words after the mark, put through the operations named before it, from left to right."""
+    """Apply the operations named before the mark, from left to right, to the words after it."""
     names, words = _asked_and_list(arguments)
     for name in names:
         words = OPERATIONS[name](words)
     return " ".join(words)
 
 
-# Families with one-word answers alternate with families of longer ones: the tasks are dealt out in this order, so any
-# few in a row hold enough answers that can be truncated.
+# The instructions of each family. Those with {} hold the arguments, and the row's input is then empty.
+_WORDINGS = {
+    "count": "how many words are in the list / count the following words / give the length of the list / how many "
+    "words are there in {}",
+    "copy": "write the words as they are / copy the following list / say the same words again / give back the list "
+    "unchanged",
+    "add": "add the two numbers / what is the sum of the numbers / give the total of the numbers / work out the sum "
+    "of {}",
+    "reverse": "write the words from back to front / reverse the following list / say the words in the opposite "
+    "order / turn the list around",
+    "max": "find the largest number / which number is the biggest / give the highest of the numbers / what is the "
+    "maximum of {}",
+    "sort": "put the numbers in rising order / sort the following numbers / order the numbers from small to large / "
+    "write the numbers so that they grow",
+    "first": "which word comes first / give the first word of the list / say the word at the start / with which word "
+    "does {} begin",
+    "upper": "write the words in capital letters / change the following list to upper case / say the words in big "
+    "letters / make every letter a capital",
+    "last": "which word comes last / give the final word of the list / say the word at the end / with which word "
+    "does {} end",
+    "replace": "replace one word by another / exchange the word in the list / put the new word for the old / change "
+    "the list as told",
+    "member": "is the word in the list / does the list hold the word / say yes or no to the word / find out if the "
+    "word is there",
+    "repeat": "repeat the words as often as told / write the list many times / say the words over and over / give "
+    "the list several times in a row",
+    "look_up": "look up the word in the table / which number belongs to the word / give the value of the key / find "
+    "the number after the word",
+    "named": "change the list as the capital word say / work out what the capital word make of the list / write the "
+    "list as told in big letters / put the words in the order of the capital word",
+    "chained": "change the list as two capital words say / work out what the two words make of the list / change the "
+    "list by one capital word and by another / write the list as told by two capital words in a row",
+}
+
+# Families with one-word answers alternate with families of longer ones: tasks are dealt out in this order, so any few
+# in a row hold enough answers that can be truncated.
 _FAMILIES = (
-    _Family(
-        "count",
-        "#count",
-        _draw_counted,
-        lambda text: str(len(text.split())),
-        (
-            "how many words are in the list",
-            "count the following words",
-            "give the length of the list",
-            "how many words are there in {}",
-        ),
-    ),
-    _Family(
-        "copy",
-        "#copy",
-        _draw_words,
-        lambda text: text,
-        (
-            "write the words as they are",
-            "copy the following list",
-            "say the same words again",
-            "give back the list unchanged",
-        ),
-    ),
-    _Family(
-        "add",
-        "#add",
-        _draw_summands,
-        lambda text: str(sum(map(int, text.split()))),
-        (
-            "add the two numbers",
-            "what is the sum of the numbers",
-            "give the total of the numbers",
-            "work out the sum of {}",
-        ),
-    ),
-    _Family(
-        "reverse",
-        "#reverse",
-        _draw_words,
-        lambda text: " ".join(reversed(text.split())),
-        (
-            "write the words from back to front",
-            "reverse the following list",
-            "say the words in the opposite order",
-            "turn the list around",
-        ),
-    ),
-    _Family(
-        "max",
-        "#max",
-        _draw_numbers,
-        lambda text: str(max(map(int, text.split()))),
-        (
-            "find the largest number",
-            "which number is the biggest",
-            "give the highest of the numbers",
-            "what is the maximum of {}",
-        ),
-    ),
-    _Family(
-        "sort",
-        "#sort",
-        _draw_numbers,
-        lambda text: " ".join(sorted(text.split(), key=int)),
-        (
-            "put the numbers in rising order",
-            "sort the following numbers",
-            "order the numbers from small to large",
-            "write the numbers so that they grow",
-        ),
-    ),
-    _Family(
-        "first",
-        "#first",
-        _draw_words,
-        lambda text: text.split()[0],
-        (
-            "which word comes first",
-            "give the first word of the list",
-            "say the word at the start",
-            "with which word does {} begin",
-        ),
-    ),
-    _Family(
-        "upper",
-        "#upper",
-        _draw_words,
-        lambda text: text.upper(),
-        (
-            "write the words in capital letters",
-            "change the following list to upper case",
-            "say the words in big letters",
-            "make every letter a capital",
-        ),
-    ),
-    _Family(
-        "last",
-        "#last",
-        _draw_words,
-        lambda text: text.split()[-1],
-        (
-            "which word comes last",
-            "give the final word of the list",
-            "say the word at the end",
-            "with which word does {} end",
-        ),
-    ),
-    _Family(
-        "replace",
-        "#replace",
-        _draw_replacement,
-        _replace,
-        (
-            "replace one word by another",
-            "exchange the word in the list",
-            "put the new word for the old",
-            "change the list as told",
-        ),
-    ),
-    _Family(
-        "member",
-        "#member",
-        _draw_membership,
-        _member,
-        (
-            "is the word in the list",
-            "does the list hold the word",
-            "say yes or no to the word",
-            "find out if the word is there",
-        ),
-    ),
-    _Family(
-        "repeat",
-        "#repeat",
-        _draw_repetition,
-        _repeat,
-        (
-            "repeat the words as often as told",
-            "write the list many times",
-            "say the words over and over",
-            "give the list several times in a row",
-        ),
-    ),
-    _Family(
-        "look_up",
-        "#look_up",
-        _draw_table,
-        _look_up,
-        (
-            "look up the word in the table",
-            "which number belongs to the word",
-            "give the value of the key",
-            "find the number after the word",
-        ),
-    ),
+    _Family("count", _draw_counted, lambda text: str(len(text.split()))),
+    _Family("copy", _draw_words, lambda text: text),
+    _Family("add", _draw_summands, lambda text: str(sum(map(int, text.split())))),
+    _Family("reverse", _draw_words, lambda text: " ".join(reversed(text.split()))),
+    _Family("max", _draw_numbers, lambda text: str(max(map(int, text.split())))),
+    _Family("sort", _draw_numbers, lambda text: " ".join(sorted(text.split(), key=int))),
+    _Family("first", _draw_words, lambda text: text.split()[0]),
+    _Family("upper", _draw_words, lambda text: text.upper()),
+    _Family("last", _draw_words, lambda text: text.split()[-1]),
+    _Family("replace", _draw_replacement, _replace),
+    _Family("member", _draw_membership, _member),
+    _Family("repeat", _draw_repetition, _repeat),
+    _Family("look_up", _draw_table, _look_up),
 )
 
-# Skills of the pretraining text that no instruction ever asks for.
+# Skills of the pretraining text that no instruction asks for.
 _OTHER_FAMILIES = (
-    _Family("second", "#second", _draw_words, lambda text: text.split()[1]),
-    _Family("rest", "#rest", _draw_words, lambda text: " ".join(text.split()[1:])),
-    _Family("swap_ends", "#swap_ends", _draw_words, _swap_ends),
-    _Family("min", "#min", _draw_numbers, lambda text: str(min(map(int, text.split())))),
-    _Family("falling", "#falling", _draw_numbers, lambda text: " ".join(sorted(text.split(), key=int, reverse=True))),
+    _Family("second", _draw_words, lambda text: text.split()[1]),
+    _Family("rest", _draw_words, lambda text: " ".join(text.split()[1:])),
+    _Family("swap_ends", _draw_words, _swap_ends),
+    _Family("min", _draw_numbers, lambda text: str(min(map(int, text.split())))),
+    _Family("falling", _draw_numbers, lambda text: " ".join(sorted(text.split(), key=int, reverse=True))),
 )
 
-# Apart from _FAMILIES: no pretraining text is drawn from them, and their wordings use words that are there anyway, so a
-# world with them has the vocabulary, and takes the backbones, of one without.
-_NAMED = _Family(
-    "named",
-    "",
-    _draw_named,
-    _operate,
-    (
-        "change the list as the capital word say",
-        "work out what the capital word make of the list",
-        "write the list as told in big letters",
-        "put the words in the order of the capital word",
-    ),
-)
-_CHAINED = _Family(
-    "chained",
-    "",
-    _draw_chained,
-    _operate,
-    (
-        "change the list as two capital words say",
-        "work out what the two words make of the list",
-        "change the list by one capital word and by another",
-        "write the list as told by two capital words in a row",
-    ),
-)
+# No pretraining text is drawn from these, and their wordings use words of the others, so a world with them has the
+# vocabulary, and uses the backbones, of one without.
+_NAMED = _Family("named", _draw_named, _operate)
+_CHAINED = _Family("chained", _draw_chained, _operate)
 DEFINING = _NAMED.name  # the family whose rows show what a name does
-DELAYED = _CHAINED.name  # the family whose rows can be learnt only once the names are
+DELAYED = _CHAINED.name  # the family whose rows can only be learnt after the names
 MOST_DELAYED = 0.5  # three quarters of the tasks are then about names
 
 FAMILIES = tuple(family.name for family in _FAMILIES)
@@ -417,16 +290,19 @@ def generate(
 ) -> World:
     """Draw a dataset and its benchmark; equal arguments give equal worlds on every machine.
 
-    size             rows, N
-    spoilt           share of rows with a wrong answer, in equal parts (to one row) of the four kinds in SPOILT
-    duplicates       share of rows that repeat a clean row, half of them word for word, half with another wording
-    benchmark_items  questions with right answers; none asks for the same family and arguments as any row
-    delayed          share of the tasks, of rows and benchmark alike, that chain two named operations; half as many
-                     more show what one name does. 0 gives the same bytes as a world without the option
+    The families of FAMILIES are equally frequent before spoiling. Only an answer of several words can be truncated, so
+    families with such answers have more rows of that kind and fewer of the others.
 
-    The families of FAMILIES are equally frequent before spoiling; a truncated answer had more than one word, so that
-    kind comes from the families with such answers, and those families have fewer rows of the other kinds instead.
-    Raises ConfigError for arguments that no world can satisfy.
+    Args:
+        size: number of rows, N.
+        spoilt: share of rows with a wrong answer, divided equally (up to one row) among the kinds in SPOILT.
+        duplicates: share of rows that repeat a clean row, half of them word for word, half with another wording.
+        benchmark_items: number of questions with right answers; none asks for the same family and arguments as a row.
+        delayed: share of the tasks, in rows and benchmark, that chain two named operations; half as many more show what
+            one name does. 0 gives the same bytes as a world without the option.
+
+    Raises:
+        ConfigError: arguments that no world can satisfy.
     """
     _refuse_impossible(size, spoilt, duplicates, benchmark_items, delayed)
     n_spoilt, n_duplicates = round(size * spoilt), round(size * duplicates)
@@ -434,7 +310,7 @@ def generate(
     counts["clean"] = size - n_spoilt - n_duplicates
 
     rng = random.Random(f"verifiable rows {seed}")
-    own_prompt = counts["clean"] + n_spoilt - counts["contradictory"]  # rows that share their prompt with no other
+    own_prompt = counts["clean"] + n_spoilt - counts["contradictory"]  # rows whose prompt no other row has
     tasks = _draw_tasks(own_prompt + benchmark_items, delayed, rng)
     asked, tasks = tasks[:benchmark_items], tasks[benchmark_items:]
     clean, to_spoil = tasks[: counts["clean"]], tasks[counts["clean"] :]
@@ -457,10 +333,12 @@ def pretraining_rows(
 ) -> list[tuple[str, str]]:
     """Draw (prompt, response) pairs that teach a backbone the skills but hardly the instructions.
 
-    Prompts name the skill by its operator ("#sort\\n7 3 9\\n"), said up to seven times: a wording is as long, and a
-    model with absolute positions knows a skill only at the places where it saw the arguments. A share of `other_share`
-    asks for skills outside the dataset, and `instructed_share` is worded as in the dataset, in rows drawn anew. Both
-    shares are exact to rounding.
+    Prompts name the skill by its operator ("#sort\\n7 3 9\\n"), repeated up to seven times: a wording is as long, and
+    a model with absolute positions knows a skill only at the positions where it saw the arguments.
+
+    Args:
+        instructed_share: share of pairs worded as in the dataset, exact up to rounding.
+        other_share: share of pairs that ask for skills outside the dataset, exact up to rounding.
     """
     if min(instructed_share, other_share) < 0 or instructed_share + other_share > 1:
         raise ConfigError(
@@ -473,19 +351,19 @@ def pretraining_rows(
     for index in range(count):
         family = rng.choice(_OTHER_FAMILIES if n_instructed <= index < n_instructed + n_other else _FAMILIES)
         arguments = family.draw(rng)
-        instruction, given = " ".join([family.operator] * rng.randint(1, 7)), arguments
+        instruction, input = " ".join([family.operator] * rng.randint(1, 7)), arguments
         if index < n_instructed:
-            instruction, given = _asked(_Task(family, arguments, rng.choice(family.wordings)))
-        rows.append((plain_prompt(instruction, given), family.solve(arguments)))
+            instruction, input = _asked(_Task(family, arguments, rng.choice(family.wordings)))
+        rows.append((plain_prompt(instruction, input), family.solve(arguments)))
     rng.shuffle(rows)
     return rows
 
 
 def terse_rows(count: int, *, seed: int = 0) -> list[dict[str, str]]:
-    """Questions in the pretraining's own form, of all its skills in turn, those outside the dataset among them.
+    """Draw questions in the form of the pretraining text, of all its skills in turn.
 
-    What a backbone can answer before any finetune: a finetune on the instructed form may make it forget. No two rows
-    ask for the same skill and arguments. The keys are those of a benchmark item.
+    A backbone can answer them before any finetune, and may forget them in a finetune on instructions. No two rows ask
+    for the same skill and arguments. The keys are those of a benchmark item.
     """
     rng = random.Random(f"verifiable terse {seed}")
     families = itertools.cycle((*_FAMILIES, *_OTHER_FAMILIES))
@@ -509,9 +387,10 @@ def terse_rows(count: int, *, seed: int = 0) -> list[dict[str, str]]:
 
 
 def further_rows(family: str, count: int, taken: Set[tuple[str, str]], seed: int) -> list[dict[str, str]]:
-    """Clean rows of one family whose (instruction, input) is not among those `taken`.
+    """Draw clean rows of one family whose (instruction, input) is not in `taken`.
 
-    Raises ConfigError for an unknown family, or one that has not so many questions left.
+    Raises:
+        ConfigError: an unknown family, or one with too few questions left.
     """
     if family not in _BY_NAME:
         raise ConfigError(f"family={family!r} is not in this world; one of {', '.join(FAMILIES)}")
@@ -526,23 +405,23 @@ def further_rows(family: str, count: int, taken: Set[tuple[str, str]], seed: int
     raise ConfigError(f"family={family!r} has no {count} questions left beside the data's; ask for fewer")
 
 
-def plain_prompt(instruction: str, given: str) -> str:
-    """The prompt text of the `plain` template: each part on a line of its own, an empty input left out."""
-    return instruction + "\n" + (given + "\n" if given else "")
+def plain_prompt(instruction: str, input: str) -> str:
+    """Return the prompt text of the `plain` template: instruction and input, if there is one, on a line each."""
+    return instruction + "\n" + (input + "\n" if input else "")
 
 
-def solve(family: str, instruction: str, given: str) -> str:
-    """The right answer to a prompt of this world, computed from its text. Raises ConfigError for an unknown prompt."""
-    return _task_of(family, instruction, given).answer
+def solve(family: str, instruction: str, input: str) -> str:
+    """Return the right answer to a prompt of this world; raise ConfigError for an unknown prompt."""
+    return _task_of(family, instruction, input).answer
 
 
-def reworded(family: str, instruction: str, given: str, rng: random.Random) -> tuple[str, str]:
-    """Instruction and input that ask for the same in another wording. Raises ConfigError for an unknown prompt."""
-    return _asked(_reworded(_task_of(family, instruction, given), rng))
+def reworded(family: str, instruction: str, input: str, rng: random.Random) -> tuple[str, str]:
+    """Return instruction and input of the same question in another wording; raise ConfigError for an unknown prompt."""
+    return _asked(_reworded(_task_of(family, instruction, input), rng))
 
 
 def wrong_answer(answer: str, rng: random.Random) -> str:
-    """A wrong answer of the right form: as many words as the right one has, of the same kind."""
+    """Return a wrong answer with as many words as the right one, of the same kind."""
     right = answer.split()
     if right[0] in ("yes", "no"):
         return "no" if right[0] == "yes" else "yes"
@@ -554,26 +433,26 @@ def wrong_answer(answer: str, rng: random.Random) -> str:
 
 
 def garbled(answer: str, rng: random.Random) -> str:
-    """As many words as the answer has, each any word of the vocabulary."""
+    """Return as many random words of the vocabulary as the answer has words."""
     while True:
         words = " ".join(rng.choice(VOCABULARY) for _ in answer.split())
         if words != answer:
             return words
 
 
-def question_of(family: str, instruction: str, given: str) -> tuple[str, str]:
-    """Family and arguments of a prompt of this world: the same for every wording of one question."""
-    task = _task_of(family, instruction, given)
+def question_of(family: str, instruction: str, input: str) -> tuple[str, str]:
+    """Return family and arguments of a prompt of this world, which are the same for every wording of a question."""
+    task = _task_of(family, instruction, input)
     return task.family.name, task.arguments
 
 
-def _task_of(family: str, instruction: str, given: str) -> _Task:
+def _task_of(family: str, instruction: str, input: str) -> _Task:
     if family not in _BY_NAME:
         raise ConfigError(f"family={family!r} is not in this world; one of {', '.join(_BY_NAME)}")
     for wording in _BY_NAME[family].wordings:
         head, hole, tail = wording.partition("{}")
         if not hole and instruction == wording:
-            return _Task(_BY_NAME[family], given, wording)
+            return _Task(_BY_NAME[family], input, wording)
         if hole and instruction.startswith(head) and instruction.endswith(tail):
             return _Task(_BY_NAME[family], instruction[len(head) : len(instruction) - len(tail)], wording)
     raise ConfigError(f"instruction={instruction!r} is no wording of family {family!r}; pass the row's own family")
@@ -584,23 +463,23 @@ def _reworded(task: _Task, rng: random.Random) -> _Task:
     return _Task(task.family, task.arguments, other)
 
 
-def right_answer(instruction: str, given: str) -> str:
-    """The right answer to a prompt of any family, found by its wording. Raises ConfigError for an unknown prompt."""
+def right_answer(instruction: str, input: str) -> str:
+    """Return the right answer to a prompt of any family; raise ConfigError for an unknown prompt."""
     for family in _BY_NAME:  # those of `delayed` too
         try:
-            return solve(family, instruction, given)
+            return solve(family, instruction, input)
         except ConfigError:  # another family's wording
             continue
     raise ConfigError(f"instruction={instruction!r} is no wording of this world; pass an unchanged row of it")
 
 
 def answers_match(output: str, reference: str) -> bool:
-    """Whether two answers are the same words in the same order; the amount of white space does not count."""
+    """Return whether two answers are the same words in the same order, ignoring white space."""
     return output.split() == reference.split()
 
 
 def effective_families(families: Sequence[str]) -> float:
-    """The number of equally frequent families as diverse as these: exp of the entropy of their shares; 0 for none."""
+    """Return the effective number of families: exp of the entropy of their shares, 0 for none."""
     shares = [count / len(families) for count in Counter(families).values()]
     return math.exp(-sum(share * math.log(share) for share in shares)) if shares else 0.0
 
@@ -631,13 +510,13 @@ def _refuse_impossible(size: int, spoilt: float, duplicates: float, benchmark_it
 
 
 def _divide(total: int, kinds: Sequence[str]) -> dict[str, int]:
-    """Equal parts of a total; the first kinds take what is left over."""
+    """Divide a total equally; the first kinds get the remainder."""
     part, rest = divmod(total, len(kinds))
     return {kind: part + (index < rest) for index, kind in enumerate(kinds)}
 
 
 def _draw_tasks(count: int, delayed: float, rng: random.Random) -> list[_Task]:
-    """Tasks of all families in turn, no two with the same family and arguments."""
+    """Draw tasks of all families in turn, no two with the same family and arguments."""
     tasks: list[_Task] = []
     seen: set[tuple[str, str]] = set()
     for family in itertools.islice(_families_in_turn(delayed), count):
@@ -650,7 +529,7 @@ def _draw_tasks(count: int, delayed: float, rng: random.Random) -> list[_Task]:
 
 
 def _families_in_turn(delayed: float) -> Iterator[_Family]:
-    """The families over and over, those about names spread evenly; of these, two in three are chained."""
+    """Yield the families over and over, those about names evenly spread; two in three of these are chained."""
     plain, about_names = itertools.cycle(_FAMILIES), itertools.cycle((_CHAINED, _NAMED, _CHAINED))
     share = Fraction(str(delayed)) * Fraction(3, 2)
     for index in itertools.count():
@@ -658,21 +537,21 @@ def _families_in_turn(delayed: float) -> Iterator[_Family]:
 
 
 def _asked(task: _Task) -> tuple[str, str]:
-    """Instruction and input of a task."""
+    """Return instruction and input of a task."""
     if "{}" in task.wording:
         return task.wording.replace("{}", task.arguments), ""
     return task.wording, task.arguments
 
 
 def _row(task: _Task, output: str) -> dict[str, str]:
-    instruction, given = _asked(task)
-    return {"instruction": instruction, "input": given, "output": output}
+    instruction, input = _asked(task)
+    return {"instruction": instruction, "input": input, "output": output}
 
 
 def _spoil(
     to_spoil: Sequence[_Task], answers: Sequence[str], counts: dict[str, int], rng: random.Random
 ) -> list[tuple[dict[str, str], Label]]:
-    """Rows with a truncated, wrong or foreign answer (one of `answers`), as many of each as counts says."""
+    """Return rows with a truncated or wrong answer or another task's (one of `answers`), in the numbers of `counts`."""
     order = rng.sample(to_spoil, len(to_spoil))
     order.sort(key=lambda task: " " not in task.answer)  # stable: answers that can be truncated come first
     truncated, others = order[: counts["truncated"]], order[counts["truncated"] :]
@@ -690,21 +569,21 @@ def _spoil(
 
 
 def _foreign_answer(task: _Task, answers: Sequence[str], rng: random.Random) -> str:
-    """One of the answers to other tasks, wrong for this one."""
+    """Return one of the answers to other tasks that is wrong for this one."""
     right = task.answer
-    # Only a world of a few rows has no other answer to offer.
+    # only a world of a few rows has no other answer
     return rng.choice([answer for answer in answers if answer != right] or ["no" if right == "yes" else "yes"])
 
 
 def _benchmark(tasks: Sequence[_Task]) -> list[dict[str, str]]:
     items = []
     for index, task in enumerate(tasks):
-        instruction, given = _asked(task)
+        instruction, input = _asked(task)
         items.append(
             {
                 "item_id": f"verifiable-{index:04d}",
                 "instruction": instruction,
-                "input": given,
+                "input": input,
                 "reference": task.answer,
                 "family": task.family.name,
             }

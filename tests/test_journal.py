@@ -185,14 +185,14 @@ def test_a_pass_goes_on_with_the_groups_that_are_left(tmp_path: Path) -> None:
 
 def test_answers_are_generated_once_each(tmp_path: Path, monkeypatch: Any) -> None:
     model, tokenizer, prompts = tiny_model("gpt2"), tiny_tokenizer(), ragged_prompts()
-    decoded: list[int] = []
-    plain = generation._text
+    decoded: list[list[int]] = []
+    plain = generation.left_padded
 
-    def noted(*arguments: Any) -> str:
-        decoded.append(1)
-        return plain(*arguments)
+    def noted(batch: list[list[int]], *arguments: Any) -> Any:
+        decoded.extend(batch)
+        return plain(batch, *arguments)
 
-    monkeypatch.setattr(generation, "_text", noted)
+    monkeypatch.setattr(generation, "left_padded", noted)
 
     def answers(folder: Path | None, progress: Callable[[int], None] = lambda done: None) -> list[str]:
         options = {"max_new_tokens": 8, "batch_size": 3, "progress": progress, "journal": Journal(folder)}

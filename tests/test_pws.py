@@ -162,7 +162,7 @@ def test_two_judgments_of_one_order_are_refused() -> None:
         summary([judgment("1", "forward", 9, 8), judgment("1", "forward", 8, 9)])
 
 
-@pytest.mark.parametrize(("content", "words"), [('{"pool', "not whole JSON"), ("[]", "lacks")])
+@pytest.mark.parametrize(("content", "words"), [('{"pool', "not complete JSON"), ("[]", "lacks")])
 def test_a_broken_pws_file_is_refused(tmp_path: Path, content: str, words: str) -> None:
     (tmp_path / "pws.json").write_text(content)
     with pytest.raises(DataError, match=words):

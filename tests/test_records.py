@@ -155,7 +155,7 @@ def test_our_own_judgments_are_read_and_log_probabilities_are_summed(tmp_path: P
     assert records.combine == "sum"
     assert describe(records, bootstrap=10, confidence=0.9, seed=0)["pooled"]["win"] == 1
     grades = Path(reviews(tmp_path, ([9, 8], [8, 9])))
-    with pytest.raises(DataError, match="score them apart"):
+    with pytest.raises(DataError, match="score them separately"):
         read_all([tmp_path / "j.jsonl", grades])
 
 
@@ -164,7 +164,11 @@ def test_our_own_judgments_are_read_and_log_probabilities_are_summed(tmp_path: P
     [
         (b"", b'{"item_id": "1", "label": "win"}', "no item has both"),
         (b"", b'{"item_id": "\xff", "label": "win"}', "line 1"),
-        (b"", b'{"item_id": 1, "label": "win"}\n{"item_id": 1, "label": "tie"}', "line 2: a second label of 1"),
+        (
+            b"",
+            b'{"item_id": 1, "label": "win"}\n{"item_id": 1, "label": "tie"}',
+            "line 2: a second, different label",
+        ),
     ],
 )
 def test_records_without_a_judgment_and_labels_in_another_encoding_are_named(
@@ -261,12 +265,12 @@ JUDGMENT = (
         ("a.json", "{", "cannot be read as JSON"),
         ("a.json", "[1, 2]", "of no known kind"),
         ("a.json", '{"data": [{"scores": [1, 2]}]}', r"a.json, row 1: `scores` or `scores_reverse` is missing"),
-        ("a.json", '{"data": [{"scores": "[1]", "scores_reverse": "[1, 2]"}]}', r"row 1: '\[1\]' is no pair"),
+        ("a.json", '{"data": [{"scores": "[1]", "scores_reverse": "[1, 2]"}]}', r"row 1: '\[1\]' is not a pair"),
         ("a.json", '[{"preference": 1}, {"preference": 7}]', r"row 2: preference=7 is neither"),
         ("a.json", '[{"generator_2": "m", "preference": 1}, {"generator_2": "n", "preference": 1}]', r"row 2: neither"),
         ("a.json", '[{"preference": 1}, {}]', r"row 2: `preference` is missing"),
         ("a.jsonl", '{"x": 1}\n{"y": 2}\n', "line 1 is not a judgment"),
-        ("a.json", f'{{"data": [{{"scores": [{HUGE}, 1], "scores_reverse": [1, 2]}}]}}', "row 1: .* is no pair"),
+        ("a.json", f'{{"data": [{{"scores": [{HUGE}, 1], "scores_reverse": [1, 2]}}]}}', "row 1: .* is not a pair"),
         ("a.json", f'[{{"preference": {HUGE}}}]', r"row 1: preference=9+ is neither"),
         ("a.jsonl", JUDGMENT.replace("null", HUGE) + "\n\n", "line 1 is not a judgment"),
     ],

@@ -1,7 +1,7 @@
 """Benchmark items: the questions that the finetuned models answer.
 
-Test sets name their fields differently and nest them; which (dotted) field holds which part is
-configuration, so a new set needs no code.
+Test sets name their fields differently and nest them. The (dotted) fields are configuration, so a new set needs no
+code.
 """
 
 from __future__ import annotations
@@ -40,23 +40,20 @@ def load_benchmark(
 
     Args:
         name: key of the set in `benchmark.catalog`.
-        spec: where the file is and which dotted fields (`instances.0.input`) hold the parts.
-        limit: only the first so many items; the whole set when None.
-        fetch: turns `spec.url` into a local file, see `fetch_url`; None forbids downloads.
+        limit: number of items to read; None reads all.
+        fetch: downloads `spec.url` to a local file (see `fetch_url`); None forbids downloads.
         folder: local copies of the files that would be downloaded, `benchmark.folder`.
 
     Raises:
         ConfigError: the set has neither path nor url.
-        DataError: the file is missing, is not JSON or JSONL, is empty, lacks a field in some row, has a
-            reference that `spec.match` cannot compare, or gives two rows the same id. The message names file,
-            row, field and config key.
+        DataError: the file is missing, is not JSON or JSONL, is empty, lacks a field in some row, has a reference that
+            `spec.match` cannot compare, or gives two rows the same id. The message names file, row, field and key.
     """
     file = _locate(name, spec, fetch, folder)
     key = f"benchmark.catalog.{name}"
-    rows = _read_rows(file, key, spec.rows)[:limit]
     items: list[Item] = []
     first_row: dict[str, int] = {}
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(_read_rows(file, key, spec.rows)[:limit], start=1):
         part = _RowReader(row, file, number, key)
         item_id = str(number) if spec.id is None else part.text("id", spec.id, numbers=True)
         if item_id in first_row:
@@ -65,37 +62,28 @@ def load_benchmark(
                 f"in field {spec.id!r} ({key}.id); name a unique field, or null for the row number"
             )
         first_row[item_id] = number
-        items.append(
-            Item(
-                benchmark=name,
-                item_id=item_id,
-                instruction=part.text("instruction", spec.instruction, filled=True),
-                input="" if spec.input is None else part.text("input", spec.input),
-                reference=_reference(part, spec),
-            )
-        )
+        instruction = part.text("instruction", spec.instruction, filled=True)
+        input_text = "" if spec.input is None else part.text("input", spec.input)
+        items.append(Item(name, item_id, instruction, input_text, _reference(part, spec)))
     return items
 
 
 def _reference(part: _RowReader, spec: BenchmarkSetConfig) -> str | None:
-    """The reference answer: what stands behind the last `reference_after`, or the whole field."""
+    """Return the reference answer: the text after the last `reference_after`, or the whole field."""
     if spec.reference is None:
         return None
     text = part.text("reference", spec.reference, numbers=True, filled=True)
     if spec.reference_after is not None:
-        _, found, text = text.rpartition(spec.reference_after)
-        if not found or not text.strip():
-            problem = f"has nothing behind {spec.reference_after!r}"
-            raise part.error("reference_after", spec.reference, problem)
+        _, marker, text = text.rpartition(spec.reference_after)
         text = text.strip()
+        if not marker or not text:
+            raise part.error("reference_after", spec.reference, f"has nothing behind {spec.reference_after!r}")
     if spec.match == "number" and not has_number(text):
         raise part.error("match", spec.reference, f"holds no number to compare with ({text[:40]!r})")
     return text
 
 
-def _locate(
-    name: str, spec: BenchmarkSetConfig, fetch: Callable[[str], Path] | None, folder: Path | None = None
-) -> Path:
+def _locate(name: str, spec: BenchmarkSetConfig, fetch: Callable[[str], Path] | None, folder: Path | None) -> Path:
     remedy = f"benchmark.catalog.{name}.path=FILE"
     if spec.path is not None:
         file = Path(spec.path).expanduser()
@@ -121,31 +109,31 @@ def _locate(
 
 
 def _read_rows(file: Path, key: str, holder: str | None) -> list[Any]:
-    """The rows of a JSON list, of a JSONL file, or under the key `holder` of a JSON object.
-
-    Which of the first two it is shows in the file's first character.
-    """
+    """Read the rows of a JSON list, of a JSONL file, or under the key `holder` of a JSON object."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text (byte {error.start}); check {key}.path") from error
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}); check {key}.path") from error
-    rows: list[Any] = []
+    rows: Any = []
     if holder is not None or text.lstrip().startswith("["):
         try:
             rows = outside_json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{file}, line {error.lineno}: broken JSON ({error.msg}); check {key}.path") from error
         if holder is not None:
-            rows = _held(rows, holder, file, key)
+            content, rows = rows, rows.get(holder) if isinstance(rows, dict) else None
+            if not isinstance(rows, list):
+                has = f"no keys, it is a {type(content).__name__}"
+                has = ", ".join(map(str, content)) if isinstance(content, dict) else has
+                raise DataError(f"{file} holds no list of rows under {holder!r} (it has: {has}); check {key}.rows")
     else:
-        # not splitlines(): JSON strings may hold U+2028 and its like unescaped
+        # not splitlines(): JSON strings may hold U+2028 and similar characters unescaped
         for number, line in enumerate(text.split("\n"), start=1):
-            if not line.strip():
-                continue
             try:
-                rows.append(outside_json.loads(line))
+                if line.strip():
+                    rows.append(outside_json.loads(line))
             except json.JSONDecodeError as error:
                 if not rows and (keys := _keys_of_object(text)):
                     raise DataError(
@@ -155,11 +143,10 @@ def _read_rows(file: Path, key: str, holder: str | None) -> list[Any]:
                 raise DataError(f"{file}, line {number}: broken JSON ({error.msg}); check {key}.path") from error
     if not rows:
         raise DataError(f"{file} holds no rows; check {key}.path")
-    return rows
+    return list(rows)
 
 
 def _keys_of_object(text: str) -> str | None:
-    """The keys of a JSON object that is the whole text; None where it is none."""
     try:
         content = outside_json.loads(text)
     except json.JSONDecodeError:
@@ -167,19 +154,9 @@ def _keys_of_object(text: str) -> str | None:
     return ", ".join(content) if isinstance(content, dict) else None
 
 
-def _held(content: Any, holder: str, file: Path, key: str) -> list[Any]:
-    found = content.get(holder) if isinstance(content, dict) else None
-    if not isinstance(found, list):
-        has = (
-            ", ".join(map(str, content)) if isinstance(content, dict) else f"no keys, it is a {type(content).__name__}"
-        )
-        raise DataError(f"{file} holds no list of rows under {holder!r} (it has: {has}); check {key}.rows")
-    return found
-
-
 @dataclass(frozen=True)
 class _RowReader:
-    """Reads the parts of one row; `number` counts rows from 1."""
+    """Reads the fields of one row; `number` counts rows from 1."""
 
     row: Any
     file: Path
@@ -187,16 +164,19 @@ class _RowReader:
     key: str
 
     def text(self, part: str, field: str, *, numbers: bool = False, filled: bool = False) -> str:
-        """The string in a dotted field; `numbers` admits whole numbers, `filled` refuses blank text."""
+        """Return the text in a dotted field; `numbers` accepts integers, `filled` refuses blank text."""
         value = self.row
-        whole = isinstance(value, dict) and field in value  # a key may hold dots itself
-        for step in [field] if whole else field.split("."):
+        undotted = isinstance(value, dict) and field in value  # a key may contain dots itself
+        for step in [field] if undotted else field.split("."):
             if isinstance(value, dict) and step in value:
                 value = value[step]
             elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
                 value = value[int(step)]
             else:
-                raise self.error(part, field, f"is missing (this row has: {self._has()})")
+                has = f"no fields, it is of type {type(self.row).__name__}"
+                if isinstance(self.row, dict):
+                    has = ", ".join(map(str, self.row)) or "no field"
+                raise self.error(part, field, f"is missing (this row has: {has})")
         if numbers and isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str):
@@ -205,11 +185,6 @@ class _RowReader:
             raise self.error(part, field, "is blank")
         return value
 
-    def _has(self) -> str:
-        if isinstance(self.row, dict):
-            return ", ".join(map(str, self.row)) or "no field"
-        return f"no fields, it is of type {type(self.row).__name__}"
-
     def error(self, part: str, field: str, problem: str) -> DataError:
-        """What is wrong with `field` of this row; the remedy is the config key `part`."""
+        """Return an error about `field`; its remedy is the config key `part`."""
         return DataError(f"{self.file}, row {self.number}: field {field!r} {problem}; check {self.key}.{part}")

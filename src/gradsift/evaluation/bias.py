@@ -1,4 +1,4 @@
-"""What moves a judge besides quality: the place in which an answer is shown, and its length."""
+"""What influences a judge besides quality: the position in which an answer is shown, and its length."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ import numpy as np
 
 from gradsift.evaluation.judges import Combine
 from gradsift.evaluation.judgments import Judgment
-from gradsift.evaluation.pws import in_both_orders, outcome
+from gradsift.evaluation.pws import SIGNS, in_both_orders, outcomes_of
 
-Lengths = Mapping[tuple[str, str], tuple[int, int]]  # (benchmark, item): characters of the model's and the reference's
+Lengths = Mapping[tuple[str, str], tuple[int, int]]  # (benchmark, item): characters of model's and reference's answer
 
 
 def position_bias(judgments: Iterable[Judgment]) -> dict[str, Any]:
-    """How often the verdict follows the place, over the items with a valid judgment in both orders.
-
-    A strict flip is an item whose two orders name opposite winners: the judge preferred a place, not an
-    answer. `to_first` and `to_second` count towards which. `first_share` is the share of the single
-    verdicts that are no tie in which the answer shown first wins; without a preference it is near .5.
+    """Count how often the judgment follows the position, over the items that are valid in both orders.
 
     Returns:
-        `{"items", "flips", "flip_share", "to_first", "to_second", "first_share"}`; shares are None where
-        there is nothing to divide by.
+        `{"items", "flips", "flip_share", "to_first", "to_second", "first_share"}`. A flip is an item whose two orders
+        have opposite winners; `to_first` and `to_second` are the flips in which the first or the second position won
+        twice. `first_share` is the share of judgments for the first position among those that are not ties, near .5
+        without a preference. Shares are None where there is nothing to divide by.
     """
     items = to_first = to_second = firsts = decided = 0
     for orders in in_both_orders(judgments).values():
@@ -35,11 +33,10 @@ def position_bias(judgments: Iterable[Judgment]) -> dict[str, Any]:
         decided += 2 - places.count(0)
         to_first += places == [1, 1]
         to_second += places == [-1, -1]
-    flips = to_first + to_second
     return {
         "items": items,
-        "flips": flips,
-        "flip_share": flips / items if items else None,
+        "flips": to_first + to_second,
+        "flip_share": (to_first + to_second) / items if items else None,
         "to_first": to_first,
         "to_second": to_second,
         "first_share": firsts / decided if decided else None,
@@ -47,7 +44,7 @@ def position_bias(judgments: Iterable[Judgment]) -> dict[str, Any]:
 
 
 def _place(judgment: Judgment) -> int | None:
-    """1 if the answer shown first has the higher score, -1 if the second has, 0 for a tie; None where invalid."""
+    """Return 1 if the answer shown first has the higher score, -1 if the second has, 0 for a tie, None if invalid."""
     if judgment.score_model is None or judgment.score_reference is None:
         return None
     margin = judgment.score_model - judgment.score_reference
@@ -55,42 +52,29 @@ def _place(judgment: Judgment) -> int | None:
 
 
 def length_bias(judgments: Iterable[Judgment], combine: Combine, lengths: Lengths) -> dict[str, Any]:
-    """How often the longer answer wins, over the decided items whose answers differ in length.
+    """Count how often the longer answer wins, over the decided items whose answers differ in length.
 
     Returns:
-        `{"items", "longer_wins", "longer_share", "mean_model", "mean_reference", "rank_correlation"}`: the
-        share is near .5 where length counts for nothing; lengths in characters, means over all items with a
-        known length; the correlation (Spearman) is that of the outcome (+1, 0, -1) with the difference of
-        the lengths, over all valid items. None where there is nothing to divide by.
+        `{"items", "longer_wins", "longer_share", "mean_model", "mean_reference", "rank_correlation"}`: the share is
+        near .5 without a length preference; the means are over all items with known lengths, in characters; the
+        correlation (Spearman) is between the outcome (+1, 0, -1) and the difference in length, over all valid items.
+        None where there is nothing to divide by.
     """
-    signs: list[int] = []
-    differences: list[int] = []
-    known: list[tuple[int, int]] = []
-    for item, orders in in_both_orders(judgments).items():
-        found = outcome(orders.get("forward"), orders.get("reverse"), combine)
-        if item not in lengths:
-            continue
-        known.append(lengths[item])
-        if found != "invalid":
-            signs.append({"win": 1, "tie": 0, "lose": -1}[found])
-            differences.append(lengths[item][0] - lengths[item][1])
-    sign, difference = np.array(signs, dtype=int), np.array(differences, dtype=int)
+    from scipy.stats import spearmanr
+
+    outcomes = {item: kind for item, kind in outcomes_of(judgments, combine).items() if item in lengths}
+    valid = [item for item, kind in outcomes.items() if kind != "invalid"]
+    sign = np.array([SIGNS[outcomes[item]] for item in valid], dtype=int)
+    difference = np.array([lengths[item][0] - lengths[item][1] for item in valid], dtype=int)
     counted = (sign != 0) & (difference != 0)
     longer = int((sign[counted] == np.sign(difference[counted])).sum())
+    vary = len(valid) > 1 and np.ptp(sign) > 0 and np.ptp(difference) > 0
+    means = [float(np.mean([lengths[item][side] for item in outcomes])) if outcomes else None for side in (0, 1)]
     return {
         "items": int(counted.sum()),
         "longer_wins": longer,
         "longer_share": longer / int(counted.sum()) if counted.any() else None,
-        "mean_model": float(np.mean([pair[0] for pair in known])) if known else None,
-        "mean_reference": float(np.mean([pair[1] for pair in known])) if known else None,
-        "rank_correlation": _rank_correlation(sign, difference),
+        "mean_model": means[0],
+        "mean_reference": means[1],
+        "rank_correlation": float(spearmanr(sign, difference).statistic) if vary else None,
     }
-
-
-def _rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Spearman's correlation; None where one of the two does not vary."""
-    from scipy.stats import spearmanr
-
-    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return None
-    return float(spearmanr(first, second).statistic)

@@ -23,7 +23,7 @@ from gradsift.errors import DataError, GradsiftError
 from gradsift.evaluation.generation import OUTPUTS_FILE, ModelOutput, item_key, read_pair
 from gradsift.evaluation.human.pairs import PairFiles, files_of_run
 from gradsift.evaluation.judges import Combine, Order
-from gradsift.evaluation.judges.alpaca_eval import NAMES, whole_instruction
+from gradsift.evaluation.judges.alpaca_eval import NAMES, with_input
 from gradsift.evaluation.judgments import ORDERS, Judgment
 from gradsift.evaluation.pws import in_both_orders, outcome
 from gradsift.evaluation.records import read_records
@@ -72,7 +72,7 @@ def export(files: PairFiles, folder: Path) -> list[Path]:
 def _output(row: ModelOutput) -> dict[str, Any]:
     """A row for alpaca_eval, which joins models by the instruction and shows no `input`."""
     return {
-        "instruction": whole_instruction(row["instruction"], row["input"]),
+        "instruction": with_input(row["instruction"], row["input"]),
         "output": row["output"],
         "generator": row["generator"],
         "dataset": row["dataset"],
@@ -106,7 +106,7 @@ def _annotations(
 def _row(pair: Mapping[str, ModelOutput], order: Order, judge: str) -> dict[str, Any]:
     first, second = ("model", "reference") if order == "forward" else ("reference", "model")
     return {
-        "instruction": whole_instruction(pair["model"]["instruction"], pair["model"]["input"]),
+        "instruction": with_input(pair["model"]["instruction"], pair["model"]["input"]),
         "output_1": pair[first]["output"],
         "generator_1": pair[first]["generator"],
         "dataset": pair["model"]["dataset"],

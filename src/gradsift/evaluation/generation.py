@@ -1,11 +1,10 @@
-"""Answers of a model to benchmark items, and their file in alpaca_eval's `model_outputs` shape."""
+"""A model's answers to benchmark items, and their file in alpaca_eval's `model_outputs` format."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -16,9 +15,11 @@ from gradsift.evaluation.benchmarks import Item
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from gradsift.journal import Journal
+
+OUTPUTS_FILE = "model_outputs.json"
 
 
 def generate_answers(
@@ -31,57 +32,72 @@ def generate_answers(
     progress: Callable[[int], None] = lambda done: None,
     journal: Journal | None = None,
 ) -> list[str]:
-    """Greedy continuations of tokenised prompts, in the order given.
+    """Return greedy continuations of tokenised prompts, in the order of the prompts.
 
-    Prompts are sorted by length, padded on the left and masked by attention mask, never by the pad
-    id, so tokenizers whose pad and end tokens are one work. A prompt that leaves no room for
-    `max_new_tokens` in the model's context loses tokens on its left. An answer ends before the
-    first end token; special tokens and surrounding white space are removed.
+    Prompts are sorted by length, padded on the left and masked by the attention mask (never by the pad id, which may
+    be the end token). A prompt that leaves no room for `max_new_tokens` in the model's context loses tokens on its
+    left. An answer ends before the first end token; special tokens and surrounding white space are removed.
 
     Args:
         model: a causal LM on its device, with or without LoRA adapters; its mode is restored.
-        prompts: N lists of token ids, as the model is to see them.
-        max_new_tokens: tokens an answer may have.
-        batch_size: prompts a batch; answers do not depend on it.
+        prompts: N lists of token ids.
+        batch_size: prompts per batch; answers do not depend on it.
         progress: called after each batch with the number of new answers.
-        journal: keeps the answers batch by batch.
+        journal: keeps the answers of each batch.
 
     Raises:
         ConfigError: `max_new_tokens` leaves no room for a prompt in the model's context.
         DataError: a prompt has no token.
     """
+    import torch
+
     from gradsift.journal import Journal
     from gradsift.training.lora import evaluating
 
-    room, ends = _room(model, max_new_tokens), _end_tokens(model, tokenizer)
+    room = _room(model, max_new_tokens)
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
             raise DataError(f"prompt {number} of {len(prompts)} has no token; a model needs at least one")
-    # longest first: a batch that does not fit into memory shows at once
+    # LoRA layers are inside the backbone, so its own generate() includes them
+    backbone: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ends = _end_tokens(model, tokenizer)
+    greedy = _greedy(tokenizer, ends, max_new_tokens)
+
+    def answer(rows: list[int]) -> list[str]:
+        batch = [list(prompts[n] if room is None else prompts[n][-room:]) for n in rows]
+        tokens, mask = left_padded(batch, greedy.pad_token_id, backbone.device)
+        with torch.no_grad():
+            out = backbone.generate(input_ids=tokens, attention_mask=mask, generation_config=greedy)
+        texts = []
+        for prompt, new in zip(batch, out[:, tokens.shape[1] :].tolist(), strict=True):
+            end = next((place for place, token in enumerate(new) if token in ends), len(new))
+            passed(len(prompt) + min(end, len(new) - 1))  # an answer's last token is not fed back
+            texts.append(tokenizer.decode(new[:end], skip_special_tokens=True).strip())
+        return texts
+
+    # the longest first: a batch that does not fit into memory fails at once
     order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
     answers = [""] * len(prompts)
     kept = journal or Journal()
-    with evaluating(model), _greedy(model, tokenizer, ends, max_new_tokens) as generate:
-
-        def answer(rows: list[int]) -> list[str]:
-            batch = [list(prompts[n] if room is None else prompts[n][-room:]) for n in rows]
-            found = generate(batch)
-            for prompt, tokens in zip(batch, found, strict=True):  # an answer's last token is not fed back
-                passed(len(prompt) + min(_end(tokens, ends), len(tokens) - 1))
-            return [_text(tokenizer, tokens, ends) for tokens in found]
-
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            for n, text in zip(rows, kept.once(rows, functools.partial(answer, rows)), strict=True):
-                answers[n] = text
-            progress(len(rows))
+    # generate() fills unset options from the model's own configuration, which may have a repetition penalty (no longer
+    # greedy) or a temperature (a warning): ours takes its place
+    own, backbone.generation_config = backbone.generation_config, greedy
+    try:
+        with evaluating(model):
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                for n, text in zip(rows, kept.once(rows, functools.partial(answer, rows)), strict=True):
+                    answers[n] = text
+                progress(len(rows))
+    finally:
+        backbone.generation_config = own
     return answers
 
 
 def _room(model: PreTrainedModel, max_new_tokens: int) -> int | None:
-    """Tokens that a prompt may have; None where the model's config names no limit."""
-    context = _context_length(model)
-    if context is None:
+    """Return the tokens that a prompt may have; None if the model's configuration names no limit."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(context, int):
         return None
     if max_new_tokens >= context:
         raise ConfigError(
@@ -91,72 +107,31 @@ def _room(model: PreTrainedModel, max_new_tokens: int) -> int | None:
     return context - max_new_tokens
 
 
-def _end(tokens: list[int], ends: set[int]) -> int:
-    """The place of the first end token; the number of tokens where there is none."""
-    return next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: set[int]) -> str:
-    """What stands before the first end token."""
-    text: str = tokenizer.decode(tokens[: _end(tokens, ends)], skip_special_tokens=True).strip()
-    return text
-
-
-def _context_length(model: PreTrainedModel) -> int | None:
-    """The number of positions the model knows; None where its config names none."""
-    length = getattr(model.config, "max_position_embeddings", None)
-    return length if isinstance(length, int) else None
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokenizer's end token, and those the model's makers name (chat models may have several)."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    ends = set(named) if isinstance(named, list) else {named}
-    return {token for token in (*ends, tokenizer.eos_token_id) if token is not None}
-
-
-@contextmanager
-def _greedy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: set[int], max_new_tokens: int
-) -> Iterator[Callable[[list[list[int]]], list[list[int]]]]:
-    """A function from a batch of prompts to their continuations (up to `max_new_tokens` ids each)."""
-    import torch
+def _greedy(tokenizer: PreTrainedTokenizerBase, ends: set[int], max_new_tokens: int) -> GenerationConfig:
     from transformers import GenerationConfig
 
-    # LoRA layers sit inside the backbone, so its own generate() sees them
-    backbone = model.get_base_model() if hasattr(model, "get_base_model") else model
-    pad = next((t for t in (tokenizer.pad_token_id, *sorted(ends)) if t is not None), 0)
-    plain = GenerationConfig(
+    return GenerationConfig(
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
         use_cache=True,
         eos_token_id=sorted(ends) or None,
-        pad_token_id=pad,
+        pad_token_id=next((t for t in (tokenizer.pad_token_id, *sorted(ends)) if t is not None), 0),
         bos_token_id=tokenizer.bos_token_id,
     )
 
-    def generate(batch: list[list[int]]) -> list[list[int]]:
-        tokens, mask = left_padded(batch, pad, backbone.device)
-        with torch.no_grad():
-            out = backbone.generate(input_ids=tokens, attention_mask=mask, generation_config=plain)
-        rows: list[list[int]] = out[:, tokens.shape[1] :].tolist()
-        return rows
 
-    # generate() fills what a config leaves open from the model's own one, which may hold a
-    # repetition penalty (no longer greedy) or a temperature (a warning): put ours in its place
-    own = backbone.generation_config
-    backbone.generation_config = plain
-    try:
-        yield generate
-    finally:
-        backbone.generation_config = own
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokenizer's end token and those of the model's configuration (chat models may have several)."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ends = set(named) if isinstance(named, list) else {named}
+    return {token for token in (*ends, tokenizer.eos_token_id) if token is not None}
 
 
 def left_padded(
     batch: Sequence[Sequence[int]], pad: int, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, (B, T) int64, of sequences that end in the last column."""
+    """Return token ids and attention mask, (B, T) int64, of sequences that end in the last column."""
     import torch
 
     width = max(len(row) for row in batch)
@@ -165,13 +140,8 @@ def left_padded(
     return tokens, mask
 
 
-# ------------------------------------------------------------------------------------- model_outputs
-
-OUTPUTS_FILE = "model_outputs.json"
-
-
 class ModelOutput(TypedDict):
-    """One answer: alpaca_eval's keys (`dataset` is the benchmark's name), then ours."""
+    """One answer: alpaca_eval's keys (`dataset` is the benchmark's name), then our own."""
 
     instruction: str
     output: str
@@ -184,7 +154,7 @@ class ModelOutput(TypedDict):
 
 
 def model_outputs(items: Sequence[Item], answers: Sequence[str], generator: str) -> list[ModelOutput]:
-    """The answers of `generator`, one row an item, in the shape that alpaca_eval reads."""
+    """Return the answers of `generator`, one row per item."""
     return [
         ModelOutput(
             instruction=item.instruction,
@@ -202,16 +172,16 @@ def model_outputs(items: Sequence[Item], answers: Sequence[str], generator: str)
 
 def write_model_outputs(path: Path, rows: Sequence[ModelOutput]) -> None:
     """Write `rows` as a JSON list."""
-    # ASCII escapes: text from the web may hold half a surrogate pair, which UTF-8 cannot
+    # ASCII escapes: text from the web may hold half a surrogate pair, which UTF-8 cannot encode
     path.write_text(json.dumps(list(rows), indent=1) + "\n", encoding="ascii")
 
 
 def read_model_outputs(path: Path) -> list[ModelOutput]:
-    """Read a `model_outputs.json`, ours or alpaca_eval's (which has no ids: the row number serves).
+    """Read a `model_outputs.json`, ours or alpaca_eval's (which has no ids: the row number is used).
 
     Raises:
-        DataError: the file is missing or broken, a row lacks instruction or output, or two rows of
-            a dataset have the same id.
+        DataError: the file is missing or broken, a row lacks instruction or output, or two rows of a dataset have the
+            same id.
     """
     try:
         loaded = outside_json.loads(path.read_text(encoding="utf-8"))
@@ -221,13 +191,13 @@ def read_model_outputs(path: Path) -> list[ModelOutput]:
         raise DataError(f"{path} is not whole JSON ({error}); delete it and generate the answers again") from error
     if not isinstance(loaded, list) or not loaded:
         raise DataError(f"{path} holds no list of answers; it must be in alpaca_eval's model_outputs shape")
-    rows = [_read_row(row, number, path) for number, row in enumerate(loaded, start=1)]
-    seen: set[tuple[str, str]] = set()
-    for number, row in enumerate(rows, start=1):
-        if item_key(row) in seen:
+    rows: dict[tuple[str, str], ModelOutput] = {}
+    for number, content in enumerate(loaded, start=1):
+        row = _read_row(content, number, path)
+        if item_key(row) in rows:
             raise DataError(f"{path}, row {number}: item {'/'.join(item_key(row))} is there twice")
-        seen.add(item_key(row))
-    return rows
+        rows[item_key(row)] = row
+    return list(rows.values())
 
 
 def _read_row(row: Any, number: int, path: Path) -> ModelOutput:
@@ -254,28 +224,24 @@ def _read_row(row: Any, number: int, path: Path) -> ModelOutput:
 
 
 def item_key(row: ModelOutput) -> tuple[str, str]:
-    """Benchmark and id: what identifies an item over files."""
+    """Return benchmark and id, which identify an item across files."""
     return row["dataset"], row["item_id"]
 
 
 def check_pairs(rows: Sequence[ModelOutput], reference_rows: Sequence[ModelOutput]) -> None:
-    """Refuse answers of two models that do not belong to the same items.
-
-    The order of the rows does not matter; instruction, input and reference answer must agree.
+    """Refuse answers of two models that are not to the same items, with equal instruction, input and reference answer.
 
     Raises:
-        DataError: names up to five differing items and what differs.
+        DataError: names up to five differing items and the difference.
     """
-    ours = {item_key(row): row for row in rows}
-    theirs = {item_key(row): row for row in reference_rows}
-    problems = [f"{'/'.join(key)} (only in the model's)" for key in ours if key not in theirs]
-    problems += [f"{'/'.join(key)} (only in the reference model's)" for key in theirs if key not in ours]
-    for key in ours.keys() & theirs.keys():
-        mine, other = dict(ours[key]), dict(theirs[key])
-        differing = [part for part in ("instruction", "input", "reference") if mine[part] != other[part]]
-        if differing:
+    of_model, of_reference = ({item_key(row): row for row in each} for each in (rows, reference_rows))
+    problems = [f"{'/'.join(key)} (only in the model's)" for key in of_model if key not in of_reference]
+    problems += [f"{'/'.join(key)} (only in the reference model's)" for key in of_reference if key not in of_model]
+    for key in of_model.keys() & of_reference.keys():
+        mine, other = dict(of_model[key]), dict(of_reference[key])
+        if differing := [part for part in ("instruction", "input", "reference") if mine[part] != other[part]]:
             problems.append(f"{'/'.join(key)} (other {', '.join(differing)})")
-    if len(ours) < len(rows) or len(theirs) < len(reference_rows):
+    if len(of_model) < len(rows) or len(of_reference) < len(reference_rows):
         problems.append("an item that is there twice")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -286,7 +252,7 @@ def check_pairs(rows: Sequence[ModelOutput], reference_rows: Sequence[ModelOutpu
 
 
 def read_pair(path: Path, reference_path: Path) -> tuple[list[ModelOutput], list[ModelOutput]]:
-    """Read the answers of two models to the same items, as `check_pairs` demands."""
+    """Read the answers of two models to the same items (see `check_pairs`)."""
     rows, reference_rows = read_model_outputs(path), read_model_outputs(reference_path)
     try:
         check_pairs(rows, reference_rows)

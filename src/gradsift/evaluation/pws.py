@@ -1,13 +1,14 @@
 """The pairwise winning score (PWS) of a model against a reference model, with its uncertainty.
 
-PWS = (win - lose) / (win + tie + lose) + 1: 1 is parity, 2 wins every item, 0 loses every item
-(arXiv 2601.13697, section 4, after Superfiltering).
+PWS = (win - lose) / (win + tie + lose) + 1: 1 is parity, 2 wins every item, 0 loses every item (arXiv 2601.13697,
+section 4, after Superfiltering).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,14 +19,66 @@ from gradsift.evaluation.judges import Combine, Order
 from gradsift.evaluation.judgments import Judgment
 
 Outcome = Literal["win", "tie", "lose", "invalid"]
+Outcomes = Mapping[tuple[str, str], Outcome]  # by (benchmark, item)
+SIGNS: Mapping[Outcome, int] = {"win": 1, "tie": 0, "lose": -1}
+
+
+@dataclass(frozen=True)
+class PwsEstimate:
+    """The outcomes of some items, and their PWS with its interval; None where no item is valid."""
+
+    win: int
+    tie: int
+    lose: int
+    invalid: int
+    value: float | None = None
+    interval: tuple[float, float] | None = None
+
+    @property
+    def n(self) -> int:
+        """The number of items, including invalid ones."""
+        return self.win + self.tie + self.lose + self.invalid
+
+    @classmethod
+    def of_cell(cls, cell: Mapping[str, Any]) -> PwsEstimate:
+        """Return the estimate in a cell of `pws.json`, or in a row of a table with the same columns."""
+        win, tie, lose, invalid = (int(cell.get(name) or 0) for name in ("win", "tie", "lose", "invalid"))
+        low, high = cell.get("pws_low"), cell.get("pws_high")
+        interval = None if low is None or high is None else (float(low), float(high))
+        return cls(win, tie, lose, invalid, cell.get("pws"), interval)
+
+    def cell(self) -> dict[str, Any]:
+        """Return the estimate as a cell of `pws.json`."""
+        low, high = self.interval or (None, None)
+        counts = {"n": self.n, "win": self.win, "tie": self.tie, "lose": self.lose, "invalid": self.invalid}
+        return {**counts, "pws": self.value, "pws_low": low, "pws_high": high}
+
+
+def estimate(outcomes: Iterable[Outcome], bootstrap: int, confidence: float, rng: np.random.Generator) -> PwsEstimate:
+    """Return the PWS of some items with the percentile interval of a bootstrap over the items.
+
+    Args:
+        bootstrap: number of resamples.
+        confidence: coverage of the interval, between 0 and 1.
+    """
+    outcomes = list(outcomes)
+    win, tie, lose, invalid = (outcomes.count(kind) for kind in ("win", "tie", "lose", "invalid"))
+    valid = win + tie + lose
+    if valid == 0:
+        return PwsEstimate(win, tie, lose, invalid)
+    # drawing `valid` items with replacement and counting their outcomes is one multinomial draw
+    drawn = rng.multinomial(valid, np.array([win, tie, lose]) / valid, size=bootstrap)
+    resampled = (drawn[:, 0] - drawn[:, 2]) / valid + 1
+    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return PwsEstimate(win, tie, lose, invalid, (win - lose) / valid + 1, (float(low), float(high)))
 
 
 def outcome(forward: Judgment | None, reverse: Judgment | None, combine: Combine) -> Outcome:
-    """What became of the model on one item, from its judgments in the two orders.
+    """Return the outcome of one item for the model, from its judgments in the two orders.
 
-    "signs": sign(s1 + s2), where s in {+1, 0, -1} is the sign of an order's score difference.
-    "sum": the sign of the sum of the two differences. An item that lacks a valid judgment in
-    either order is "invalid": one order alone would carry the judge's position bias.
+    "signs": sign(s1 + s2), where s in {+1, 0, -1} is the sign of an order's score difference. "sum": the sign of the
+    sum of the two differences. An item without a valid judgment in both orders is "invalid": one order alone would
+    include the judge's position bias.
     """
     margins = []
     for judgment in (forward, reverse):
@@ -39,10 +92,10 @@ def outcome(forward: Judgment | None, reverse: Judgment | None, combine: Combine
 
 
 def in_both_orders(judgments: Iterable[Judgment]) -> dict[tuple[str, str], dict[Order, Judgment]]:
-    """The judgments of each (benchmark, item) by order, sorted by benchmark and item.
+    """Return the judgments of each (benchmark, item) by order, sorted by benchmark and item.
 
     Raises:
-        DataError: an item has two judgments in one order, so one of them answers another prompt.
+        DataError: an item has two judgments in one order, so they belong to different prompts.
     """
     pairs: dict[tuple[str, str], dict[Order, Judgment]] = {}
     for judgment in judgments:
@@ -57,7 +110,7 @@ def in_both_orders(judgments: Iterable[Judgment]) -> dict[tuple[str, str], dict[
 
 
 def outcomes_of(judgments: Iterable[Judgment], combine: Combine) -> dict[tuple[str, str], Outcome]:
-    """What became of the model on each (benchmark, item); see `outcome`."""
+    """Return the outcome of each (benchmark, item) for the model."""
     pairs = in_both_orders(judgments)
     return {item: outcome(orders.get("forward"), orders.get("reverse"), combine) for item, orders in pairs.items()}
 
@@ -65,63 +118,33 @@ def outcomes_of(judgments: Iterable[Judgment], combine: Combine) -> dict[tuple[s
 def summarise(
     judgments: Iterable[Judgment], combine: Combine, bootstrap: int, confidence: float, seed: int
 ) -> dict[str, Any]:
-    """Outcomes and PWS for each benchmark, and pooled over all items.
+    """Return `summarise_outcomes` of judgments (at most one per item and order), with `combine`."""
+    return {"combine": combine, **summarise_outcomes(outcomes_of(judgments, combine), bootstrap, confidence, seed)}
 
-    Args:
-        judgments: at most one for each item and order, in any order.
-        combine: the judge's rule, see `gradsift.evaluation.judges.Judge`.
-        bootstrap: resamples of the items for the interval.
-        confidence: the interval's coverage, between 0 and 1.
-        seed: of the resampling.
+
+def summarise_outcomes(outcomes: Outcomes, bootstrap: int, confidence: float, seed: int) -> dict[str, Any]:
+    """Return outcomes and PWS for each benchmark, and pooled over all items.
+
+    Args: see `estimate`; `seed` is that of the resampling.
 
     Returns:
-        `{"combine", "bootstrap", "confidence", "seed", "benchmarks": {name: cell}, "pooled": cell}`
-        with cell = `{"n", "win", "tie", "lose", "invalid", "pws", "pws_low", "pws_high"}`. n counts
-        items, invalid ones too; the last three are None without a valid item.
-
-    Raises:
-        DataError: an item has two judgments in one order, so one of them answers another prompt.
+        `{"bootstrap", "confidence", "seed", "benchmarks": {name: cell}, "pooled": cell}`, cells as in
+        `PwsEstimate.cell`.
     """
-    summary = summarise_outcomes(outcomes_of(judgments, combine), bootstrap, confidence, seed)
-    return {"combine": combine, **summary}
-
-
-def summarise_outcomes(
-    outcomes: Mapping[tuple[str, str], Outcome], bootstrap: int, confidence: float, seed: int
-) -> dict[str, Any]:
-    """`summarise` for outcomes by (benchmark, item), whoever decided them; without `combine`."""
-    benchmarks: dict[str, list[Outcome]] = {}
-    for (benchmark, _), found in sorted(outcomes.items()):
-        benchmarks.setdefault(benchmark, []).append(found)
-    # each cell has a random stream of its own: a further benchmark leaves the others' intervals alone
+    by_benchmark: dict[str, list[Outcome]] = {}
+    for (benchmark, _), each in sorted(outcomes.items()):
+        by_benchmark.setdefault(benchmark, []).append(each)
+    # each cell has its own random stream: adding a benchmark does not change the others' intervals
     cells = {
-        name: _cell(found, bootstrap, confidence, np.random.default_rng([seed, *name.encode()]))
-        for name, found in benchmarks.items()
+        name: estimate(each, bootstrap, confidence, np.random.default_rng([seed, *name.encode()])).cell()
+        for name, each in by_benchmark.items()
     }
-    return {
-        "bootstrap": bootstrap,
-        "confidence": confidence,
-        "seed": seed,
-        "benchmarks": cells,
-        "pooled": _cell(list(outcomes.values()), bootstrap, confidence, np.random.default_rng([seed])),
-    }
-
-
-def _cell(outcomes: list[Outcome], bootstrap: int, confidence: float, rng: np.random.Generator) -> dict[str, Any]:
-    win, tie, lose, invalid = (outcomes.count(kind) for kind in ("win", "tie", "lose", "invalid"))
-    cell: dict[str, Any] = {"n": len(outcomes), "win": win, "tie": tie, "lose": lose, "invalid": invalid}
-    valid = win + tie + lose
-    if valid == 0:
-        return {**cell, "pws": None, "pws_low": None, "pws_high": None}
-    # drawing `valid` items with replacement and counting their outcomes is one multinomial draw
-    drawn = rng.multinomial(valid, np.array([win, tie, lose]) / valid, size=bootstrap)
-    resampled = (drawn[:, 0] - drawn[:, 2]) / valid + 1
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return {**cell, "pws": (win - lose) / valid + 1, "pws_low": float(low), "pws_high": float(high)}
+    pooled = estimate(outcomes.values(), bootstrap, confidence, np.random.default_rng([seed])).cell()
+    return {"bootstrap": bootstrap, "confidence": confidence, "seed": seed, "benchmarks": cells, "pooled": pooled}
 
 
 def write_pws(path: Path, summary: dict[str, Any]) -> None:
-    """Write what `summarise` returned."""
+    """Write the result of `summarise`."""
     path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="ascii")
 
 
@@ -129,14 +152,14 @@ def read_pws(path: Path) -> dict[str, Any]:
     """Read a `pws.json`.
 
     Raises:
-        DataError: the file is missing or is not whole.
+        DataError: the file is missing or incomplete.
     """
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); run the judge stage first") from error
     except ValueError as error:
-        raise DataError(f"{path} is not whole JSON ({error}); delete it and run the judge stage again") from error
+        raise DataError(f"{path} is not complete JSON ({error}); delete it and run the judge stage again") from error
     if not isinstance(summary, dict) or "pooled" not in summary or "benchmarks" not in summary:
-        raise DataError(f"{path} is no pws.json: it lacks `benchmarks` or `pooled`")
+        raise DataError(f"{path} is not a pws.json: it lacks `benchmarks` or `pooled`")
     return summary

@@ -1,23 +1,22 @@
-"""Existing judge records, scored again: `python -m gradsift.evaluation.records FILE...` prints JSON.
+"""Score existing judge records: `python -m gradsift.evaluation.records FILE...` prints JSON.
 
-Three kinds of file are known by their content:
+Three kinds of file are recognised by their content:
 
-    judgments.jsonl       ours: one judgment a line, both orders
+    judgments.jsonl       our own: one judgment per line, both orders
     two-order reviews     an object with `data`: rows of Answer1, Answer2, `scores` [first, second] and
-                          `scores_reverse`, which stands as shown, i.e. [Answer2, Answer1]; Answer1 is the
-                          model, Answer2 the reference (the shape of Cherry_LLM's and Superfiltering's files)
-    annotations.json      alpaca_eval's: rows of output_1, output_2 and `preference` from 1 (output_1) to 2
-                          (output_2), 1.5 or 0 for a draw; output_2 is the model. One order a file: with a
-                          second file in which the outputs are swapped, both are had
+                          `scores_reverse` as shown, i.e. [Answer2, Answer1]; Answer1 is the model, Answer2 the
+                          reference (the format of Cherry_LLM's and Superfiltering's files)
+    annotations.json      alpaca_eval's: rows of output_1, output_2 and `preference` from 1 (output_1) to 2 (output_2),
+                          1.5 or 0 for a draw; output_2 is the model. One order per file; a second file in which the
+                          outputs are swapped is the other order
 
-PWS needs both orders; of a file with one the win rate is given, and PWS from that order under `one_order`.
+PWS needs both orders. For a file with one order, the win rate and the PWS of that order are under `one_order`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,39 +28,45 @@ import numpy as np
 from gradsift import outside_json
 from gradsift.config.bounds import require_resampling
 from gradsift.errors import ConfigError, DataError, GradsiftError
-from gradsift.evaluation.agreement import Outcomes, agreement, paired_test
+from gradsift.evaluation.agreement import agreement, paired_test
 from gradsift.evaluation.bias import length_bias, position_bias
 from gradsift.evaluation.judges import Combine, Order
 from gradsift.evaluation.judgments import Judgment, read_judgments
-from gradsift.evaluation.pws import Outcome, outcomes_of, summarise
-
-_ANNOTATIONS = "annotations"  # benchmark of alpaca_eval's rows that name none
+from gradsift.evaluation.pws import Outcome, Outcomes, outcomes_of, summarise
 
 
 @dataclass
 class Records:
-    """Judgments of any origin, the lengths of the answers where the file holds them, and how orders combine."""
+    """Judgments of any origin, with the lengths of the answers where the file has them."""
 
     judgments: list[Judgment]
     lengths: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)  # characters: model, reference
     combine: Combine = "signs"
-    model: str | None = None  # where the file names it
+    model: str | None = None  # if the file names it
+
+    def add(self, benchmark: str, item: str, order: Order, reply: str, scores: tuple[float, float] | None) -> None:
+        """Add a judgment; `scores` are those of the model and the reference."""
+        model, reference = scores or (None, None)
+        reason = None if scores else "the record holds no scores"
+        self.judgments.append(
+            Judgment(benchmark, item, order, "", "record", reply, model, reference, scores is not None, reason)
+        )
 
 
 def read_records(path: Path, model: str | None = None) -> Records:
-    """The judgments of one file.
+    """Read the judgments of one file.
 
     Args:
-        model: generator whose wins are counted in an alpaca_eval file; that of the first output_2 when empty.
+        model: generator whose wins are counted in an alpaca_eval file; default: that of the first output_2.
 
     Raises:
-        DataError: the file is missing, is none of the known kinds, or a row is broken; names file and row.
+        DataError: the file is missing or of an unknown kind, or a row is broken; names file and row.
     """
     if not path.is_file():
-        raise DataError(f"{path} is not there; name a file of judge records")
+        raise DataError(f"{path} does not exist; name a file of judge records")
     if path.suffix == ".jsonl":
         judgments = read_judgments(path)
-        # log-probabilities are summed over the orders, grades vote by their signs: see judges.Judge.combine
+        # see judges.Judge.combine: log-probabilities are summed over the orders, grades vote by their signs
         summed = bool(judgments) and all(judgment.judge.startswith("local:") for judgment in judgments)
         return Records(judgments, combine="sum" if summed else "signs")
     try:
@@ -86,11 +91,10 @@ def _reviews(path: Path, content: Mapping[str, Any]) -> Records:
         place = f"{path}, row {number}"
         if not isinstance(row, dict) or not {"scores", "scores_reverse"} <= row.keys():
             raise DataError(f"{place}: `scores` or `scores_reverse` is missing; a review has both orders")
-        first, second = _pair(row["scores"], place), _pair(row["scores_reverse"], place)
-        replies = str(row.get("review", "")), str(row.get("review_reverse", ""))
-        swapped = None if second is None else (second[1], second[0])
-        records.judgments.append(_judgment(benchmark, str(number), "forward", replies[0], first))
-        records.judgments.append(_judgment(benchmark, str(number), "reverse", replies[1], swapped))
+        forward, reverse = _pair(row["scores"], place), _pair(row["scores_reverse"], place)
+        records.add(benchmark, str(number), "forward", str(row.get("review", "")), forward)
+        swapped = None if reverse is None else (reverse[1], reverse[0])
+        records.add(benchmark, str(number), "reverse", str(row.get("review_reverse", "")), swapped)
         answers = row.get("Answer1"), row.get("Answer2")
         if isinstance(answers[0], str) and isinstance(answers[1], str):
             records.lengths[benchmark, str(number)] = (len(answers[0]), len(answers[1]))
@@ -98,58 +102,48 @@ def _reviews(path: Path, content: Mapping[str, Any]) -> Records:
 
 
 def _pair(value: Any, place: str) -> tuple[float, float] | None:
-    """Two scores, which the published files hold as text; [-1, -1] is how they mark a reply without scores."""
+    """Read two scores, which the published files hold as text; [-1, -1] marks a reply without scores."""
     try:
-        found = outside_json.loads(value) if isinstance(value, str) else value
-        first, second = (float(score) for score in found)
+        first, second = map(float, outside_json.loads(value) if isinstance(value, str) else value)
     except (ValueError, TypeError, OverflowError) as error:
-        raise DataError(f"{place}: {value!r} is no pair of scores ({error}); mend or delete the row") from error
+        raise DataError(f"{place}: {value!r} is not a pair of scores ({error}); correct or delete the row") from error
     return None if first < 0 or second < 0 or not np.isfinite([first, second]).all() else (first, second)
 
 
 def _annotations(path: Path, rows: Sequence[Any], model: str | None) -> Records:
     model = model or str(rows[0].get("generator_2", "output_2"))
     records = Records([], model=model)
-    seen: dict[tuple[str, str], int] = {}
+    repeats: dict[tuple[str, str], int] = {}
     for number, row in enumerate(rows, start=1):
         place = f"{path}, row {number}"
         if not isinstance(row, dict) or "preference" not in row:
-            raise DataError(f"{place}: `preference` is missing; mend or delete the row")
+            raise DataError(f"{place}: `preference` is missing; correct or delete the row")
         preference = row["preference"]
         valid = isinstance(preference, int | float) and not isinstance(preference, bool)
-        valid = valid and -math.inf < preference < math.inf  # numpy takes no whole number of hundreds of digits
+        valid = valid and -np.inf < preference < np.inf
         if valid and preference != 0 and not 1 <= preference <= 2:
-            raise DataError(f"{place}: preference={preference} is neither from 1 to 2 nor 0; mend or delete the row")
-        benchmark = str(row.get("dataset") or _ANNOTATIONS)  # not the file's name: its other order has another
-        text = str(row.get("instruction", number))
-        repeat = seen[benchmark, text] = seen.get((benchmark, text), 0) + 1
-        item = text if repeat == 1 else f"{text} ({repeat})"
-        share = (0.5 if preference == 0 else float(preference) - 1) if valid else None  # of output_2
+            raise DataError(f"{place}: preference={preference} is neither from 1 to 2 nor 0; correct or delete the row")
+        benchmark = str(row.get("dataset") or "annotations")  # not the file's name: the other order has another
+        item = str(row.get("instruction", number))
+        repeats[benchmark, item] = repeat = repeats.get((benchmark, item), 0) + 1
+        item = item if repeat == 1 else f"{item} ({repeat})"
         generators = row.get("generator_1", "output_1"), row.get("generator_2", "output_2")
         if model not in generators:
             raise DataError(f"{place}: neither output is by {model!r}, but by {generators[0]} and {generators[1]}")
         order: Order = "reverse" if generators[1] == model else "forward"
-        ours = share if order == "reverse" or share is None else 1 - share
-        scores = None if ours is None else (ours, 1 - ours)
-        records.judgments.append(_judgment(benchmark, item, order, json.dumps(row.get("raw_completion")), scores))
-        outputs = [row.get("output_1"), row.get("output_2")]
-        if all(isinstance(output, str) for output in outputs):
-            lengths = [len(str(output)) for output in outputs]
-            records.lengths[benchmark, item] = (
-                (lengths[1], lengths[0]) if order == "reverse" else (lengths[0], lengths[1])
-            )
+        share = (0.5 if preference == 0 else float(preference) - 1) if valid else None  # of output_2
+        shares = None if share is None else (share, 1 - share)
+        lengths = [len(text) for text in (row.get("output_2"), row.get("output_1")) if isinstance(text, str)]
+        if order == "forward":
+            shares, lengths = shares and shares[::-1], lengths[::-1]
+        records.add(benchmark, item, order, json.dumps(row.get("raw_completion")), shares)
+        if len(lengths) == 2:
+            records.lengths[benchmark, item] = (lengths[0], lengths[1])
     return records
 
 
-def _judgment(benchmark: str, item: str, order: Order, reply: str, scores: tuple[float, float] | None) -> Judgment:
-    """`scores` are those of the model and of the reference, or None."""
-    model, reference = scores or (None, None)
-    reason = None if scores else "the record holds no scores"
-    return Judgment(benchmark, item, order, "", "record", reply, model, reference, scores is not None, reason)
-
-
 def read_all(paths: Iterable[Path], model: str | None = None) -> Records:
-    """Several files as one: other benchmarks, or the other order of the same items.
+    """Read several files as one: different benchmarks, or the two orders of the same items.
 
     Raises:
         DataError: two files judge one item in one order, or their orders combine differently.
@@ -161,18 +155,17 @@ def read_all(paths: Iterable[Path], model: str | None = None) -> Records:
         if merged is None:
             merged = records
         elif merged.combine != records.combine:
-            raise DataError("some of the files hold log-probabilities and others grades; score them apart")
+            raise DataError("some of the files hold log-probabilities and others grades; score them separately")
         else:
-            merged = Records(
-                merged.judgments + records.judgments, merged.lengths | records.lengths, merged.combine, model
-            )
+            merged.judgments += records.judgments
+            merged.lengths |= records.lengths
     if merged is None:
         raise ConfigError("no file of judge records was given")
     return merged
 
 
 def describe(records: Records, *, bootstrap: int, confidence: float, seed: int) -> dict[str, Any]:
-    """Win, tie, lose, invalid, PWS and interval per benchmark and pooled, with position and length bias."""
+    """Return outcomes and PWS with intervals, per benchmark and pooled, and position and length bias."""
     summary = summarise(records.judgments, records.combine, bootstrap, confidence, seed)
     summary["position_bias"] = position_bias(records.judgments)
     summary["length_bias"] = length_bias(records.judgments, records.combine, records.lengths)
@@ -182,15 +175,14 @@ def describe(records: Records, *, bootstrap: int, confidence: float, seed: int) 
 
 
 def _one_order(judgments: Sequence[Judgment]) -> dict[str, Any]:
-    """alpaca_eval's figures: the win rate in percent (a draw is half a win) and its standard error."""
+    """Return alpaca_eval's figures: the win rate in percent (a draw is half a win) and its standard error."""
     pairs = [(j.score_model, j.score_reference) for j in judgments]
     scores = np.array([(a, b) for a, b in pairs if a is not None and b is not None], dtype=float).reshape(-1, 2)
-    margins = scores[:, 0] - scores[:, 1]
-    if not margins.size:
+    if not scores.size:
         return {"n": 0, "win_rate": None, "standard_error": None, "pws": None}
-    # a preference is shared out between the two answers; of other grades only the sign is a win
+    margins = scores[:, 0] - scores[:, 1]
+    # a preference is divided between the two answers; of other grades only the sign counts
     shares = np.where(np.isclose(scores.sum(axis=1), 1), scores[:, 0], (np.sign(margins) + 1) / 2)
-    spread = float(shares.std(ddof=1) / np.sqrt(len(shares))) if len(shares) > 1 else None
     return {
         "n": len(shares),
         "win": int((margins > 0).sum()),
@@ -198,16 +190,16 @@ def _one_order(judgments: Sequence[Judgment]) -> dict[str, Any]:
         "lose": int((margins < 0).sum()),
         "invalid": len(judgments) - len(shares),
         "win_rate": float(100 * shares.mean()),
-        "standard_error": None if spread is None else 100 * spread,
+        "standard_error": float(100 * shares.std(ddof=1) / np.sqrt(len(shares))) if len(shares) > 1 else None,
         "pws": float(np.sign(margins).mean() + 1),
     }
 
 
 def read_labels(path: Path) -> Outcomes:
-    """People's verdicts: JSON lines of `item_id`, `label` (win, tie or lose of the model) and, if needed, `benchmark`.
+    """Read people's outcomes: JSON lines of `item_id`, `label` and, for several benchmarks, `benchmark`.
 
     Raises:
-        DataError: a line is none of that; names it.
+        DataError: a line has another form; names it.
     """
     labels: dict[tuple[str, str], Outcome] = {}
     for number, content in enumerate(path.read_bytes().split(b"\n"), start=1):
@@ -219,7 +211,7 @@ def read_labels(path: Path) -> Outcomes:
             if row["label"] not in get_args(Outcome):
                 raise ValueError(f"label={row['label']!r}")
             if labels.setdefault(item, row["label"]) != row["label"]:
-                raise ValueError(f"a second label of {row['item_id']!r}, other than the first,")
+                raise ValueError(f"a second, different label of {row['item_id']!r}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path}, line {number}: {error!s} is not understood; a line has item_id, label (win, tie, lose or "
@@ -229,12 +221,12 @@ def read_labels(path: Path) -> Outcomes:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0, or 2 with one line on stderr."""
+    """Run the command line; return 0, or 2 after one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m gradsift.evaluation.records", description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="judge records of one model")
     parser.add_argument("--against", nargs="+", type=Path, default=[], metavar="FILE", help="those of a second model")
     parser.add_argument("--model", help="whose wins are counted in annotations (default: that of the first output_2)")
-    parser.add_argument("--labels", type=Path, help="people's verdicts, JSON lines of item_id, label, benchmark")
+    parser.add_argument("--labels", type=Path, help="people's outcomes, JSON lines of item_id, label, benchmark")
     parser.add_argument("--bootstrap", type=int, default=2000, help="resamples for the intervals (default 2000)")
     parser.add_argument("--confidence", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
@@ -255,7 +247,7 @@ def _result(options: argparse.Namespace) -> dict[str, Any]:
     outcomes = outcomes_of(records.judgments, records.combine)
     if options.labels:
         labels = read_labels(options.labels)
-        if {benchmark for benchmark, _ in labels} == {""}:  # one benchmark, which the labels need not name
+        if {benchmark for benchmark, _ in labels} == {""}:  # labels of a single benchmark need not name it
             names = {benchmark for benchmark, _ in outcomes}
             if len(names) > 1:
                 raise DataError("the records hold several benchmarks, so each label must name its `benchmark`")

@@ -1,17 +1,18 @@
-"""Metrics beside the judge: answers against reference answers, item by item or as a corpus.
+"""Metrics of answers against reference answers, without a judge.
 
 accuracy  share of right answers, by the benchmark's own rule (see `gradsift.evaluation.matching`)
 rouge_l   mean F-measure of the longest common subsequence of words, 0 to 1 (Lin, 2004); package rouge-score: lower
-          case, ASCII letters and digits alone, no stemming
+          case, only ASCII letters and digits, no stemming
 bleu      corpus BLEU, 0 to 100 (Papineni et al., 2002; Post, 2018); package sacrebleu with its defaults
-meteor    mean METEOR, 0 to 1 (Lavie and Agarwal, 2007); package nltk with its constants, the words split as for
-          BLEU. Needs WordNet's files, in which nltk looks up stems: a word that stemming changes has no synonyms
+meteor    mean METEOR, 0 to 1 (Lavie and Agarwal, 2007); package nltk with its constants, words split as for BLEU.
+          It needs WordNet's files, in which nltk looks up stems: a word that stemming changes has no synonyms
 
-A metric that cannot be computed is None with a reason beside it, never 0.
+A metric that cannot be computed is None with a reason, never 0.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ _WORDNET_FILES = (
     "lexnames",
     *(f"{kind}.{part}" for kind in ("data", "index") for part in ("noun", "verb", "adj", "adv")),
 )
-_NO_WORDNET = "METEOR needs WordNet's files: give their folder with benchmark.wordnet_dir=DIR"
-_NO_WORDS = "no reference answer has an ASCII letter or digit, and ROUGE-L counts nothing else"
-_TOO_SHORT = "no answer has four tokens, and BLEU multiplies the precisions of one to four in a row"
+_REASONS = {
+    "rouge_l": "no reference answer has an ASCII letter or digit, and ROUGE-L counts nothing else",
+    "bleu": "no answer has four tokens, and BLEU multiplies the precisions of one to four in a row",
+    "meteor": "METEOR needs WordNet's files: give their folder with benchmark.wordnet_dir=DIR",
+}
 
 Synonyms = Any  # nltk's WordNetCorpusReader
 
@@ -37,56 +40,48 @@ def measure(
     wordnet: Synonyms | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """All metrics of one model's answers, over the items with a reference answer.
+    """Compute all metrics of one model's answers, over the items with a reference answer.
 
     Args:
-        match_of: the rule of a benchmark's accuracy, by its name.
-        wordnet: what `read_wordnet` gave; without it METEOR is absent.
-        progress: told how many rows were just measured, each of them twice: for its benchmark and for all.
+        match_of: returns the rule of a benchmark's accuracy.
+        wordnet: result of `read_wordnet`; None omits METEOR.
+        progress: called with the number of rows measured; each row counts twice, for its benchmark and for the pool.
 
     Returns:
-        `{"benchmarks": {name: metrics}, "pooled": metrics, "bleu_signature": ...}`, where metrics are
-        `{"items", "accuracy", "rouge_l", "bleu", "meteor", "absent": {metric: reason}}`. Pooled is over all
-        items at once. Sets without reference answers are left out.
+        `{"benchmarks": {name: metrics}, "pooled": metrics, "bleu_signature": ...}` with metrics
+        `{"items", "accuracy", "rouge_l", "bleu", "meteor", "absent": {metric: reason}}`. Benchmarks without reference
+        answers are omitted.
     """
+
+    def metrics(rows: Sequence[ModelOutput]) -> dict[str, Any]:
+        answers = [row["output"] for row in rows]
+        references = [str(row["reference"]) for row in rows]
+        matchers = [MATCHERS[match_of(row["dataset"])] for row in rows]
+        right = [match(*pair) for match, *pair in zip(matchers, answers, references, strict=True)]
+        values: dict[str, Any] = {
+            "items": len(rows),
+            "accuracy": sum(right) / len(right),
+            "rouge_l": rouge_l(answers, references),
+            "bleu": bleu(answers, references),
+            "meteor": None if wordnet is None else meteor(answers, references, wordnet),
+        }
+        absent = {name: reason for name, reason in _REASONS.items() if values[name] is None}
+        progress(len(rows))
+        return {**values, "absent": absent} if absent else values
+
     known = [row for row in rows if row["reference"] is not None]
-    by_set: dict[str, list[ModelOutput]] = {}
+    by_benchmark: dict[str, list[ModelOutput]] = {}
     for row in known:
-        by_set.setdefault(row["dataset"], []).append(row)
+        by_benchmark.setdefault(row["dataset"], []).append(row)
     return {
-        "benchmarks": {name: _measure(found, match_of, wordnet, progress) for name, found in by_set.items()},
-        "pooled": _measure(known, match_of, wordnet, progress),
+        "benchmarks": {name: metrics(each) for name, each in by_benchmark.items()},
+        "pooled": metrics(known),
         "bleu_signature": bleu_signature(),
     }
 
 
-def _measure(
-    rows: Sequence[ModelOutput],
-    match_of: Callable[[str], str],
-    wordnet: Synonyms | None,
-    progress: Callable[[int], None],
-) -> dict[str, Any]:
-    answers = [row["output"] for row in rows]
-    references = [str(row["reference"]) for row in rows]
-    right = [
-        MATCHERS[match_of(row["dataset"])](answer, reference)
-        for row, answer, reference in zip(rows, answers, references, strict=True)
-    ]
-    found: dict[str, Any] = {
-        "items": len(rows),
-        "accuracy": sum(right) / len(right),
-        "rouge_l": rouge_l(answers, references),
-        "bleu": bleu(answers, references),
-        "meteor": None if wordnet is None else meteor(answers, references, wordnet),
-    }
-    reasons = {"rouge_l": _NO_WORDS, "bleu": _TOO_SHORT, "meteor": _NO_WORDNET}
-    absent = {name: reason for name, reason in reasons.items() if found[name] is None}
-    progress(len(rows))
-    return {**found, "absent": absent} if absent else found
-
-
 def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float | None:
-    """Mean ROUGE-L F over the pairs whose reference has a word; None where none has."""
+    """Return the mean ROUGE-L F of the pairs whose reference has a word; None if no reference has one."""
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import DefaultTokenizer
 
@@ -101,26 +96,24 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float | None:
 
 
 def bleu(answers: Sequence[str], references: Sequence[str]) -> float | None:
-    """Corpus BLEU; None where no answer is long enough for a run of four tokens, which would make every corpus 0."""
-    score = _bleu().corpus_score(list(answers), [list(references)])
+    """Return corpus BLEU; None if no answer has four tokens, because BLEU would be 0 for every such corpus."""
+    from sacrebleu.metrics import BLEU
+
+    score = BLEU().corpus_score(list(answers), [list(references)])
     return float(score.score) if score.totals[-1] else None
 
 
 def bleu_signature() -> str:
-    """What sacrebleu asks to be told beside its figure: case, tokens, smoothing, version."""
-    metric = _bleu()
-    metric.corpus_score(["a"], [["a"]])  # it knows the number of references only once it has met one
+    """Return sacrebleu's description of the metric: case, tokens, smoothing, version."""
+    from sacrebleu.metrics import BLEU
+
+    metric = BLEU()
+    metric.corpus_score(["a"], [["a"]])  # it knows the number of references only after a first corpus
     return str(metric.get_signature())
 
 
-def _bleu() -> Any:
-    from sacrebleu.metrics import BLEU
-
-    return BLEU()
-
-
 def meteor(answers: Sequence[str], references: Sequence[str], wordnet: Synonyms) -> float:
-    """Mean METEOR of the pairs."""
+    """Return the mean METEOR of the pairs."""
     from nltk.translate.meteor_score import single_meteor_score
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
@@ -133,10 +126,10 @@ def meteor(answers: Sequence[str], references: Sequence[str], wordnet: Synonyms)
 
 
 def check_wordnet(folder: str | None) -> Path | None:
-    """The folder of `benchmark.wordnet_dir`.
+    """Return the path of `benchmark.wordnet_dir`.
 
     Raises:
-        ConfigError: one of the files that METEOR reads is not in it.
+        ConfigError: the folder lacks one of the files that METEOR reads.
     """
     if folder is None:
         return None
@@ -150,26 +143,24 @@ def check_wordnet(folder: str | None) -> Path | None:
 
 
 def read_wordnet(folder: Path) -> Synonyms:
-    """nltk's reader of WordNet's own files, which are text."""
-    import warnings
-
+    """Return nltk's reader of WordNet's own text files."""
     import nltk.data
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
     class Reader(WordNetCorpusReader):  # type: ignore[misc]
         def map_wn(self, version: str = "wordnet") -> None:
-            """Other languages are mapped through a copy in nltk's own folders; there is none, and none is asked for."""
+            """Skip the mapping of other languages, which needs a second copy of WordNet in nltk's own folders."""
 
-    nltk.data.path.append(str(folder))  # nltk reads nothing outside the folders that stand there
+    nltk.data.path.append(str(folder))  # nltk reads no files outside these folders
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # says that other languages are not there
+        warnings.simplefilter("ignore", UserWarning)  # about the missing other languages
         return Reader(str(folder), None)
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
-    """after - before of every figure that both have. Below zero is forgotten, except for losses and perplexities."""
-    found = {}
+    """Return after - before of each metric that both have. Below zero is forgotten, except for losses."""
+    changes = {}
     for name, value in before.items():
         if name != "items" and all(isinstance(one, int | float) for one in (value, after.get(name))):
-            found[name] = float(after[name]) - float(value)
-    return found
+            changes[name] = float(after[name]) - float(value)
+    return changes

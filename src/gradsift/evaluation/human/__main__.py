@@ -1,4 +1,4 @@
-"""The command line: serve the pairs of a run, or of two files, to raters; with `--results`, print what they said."""
+"""Serve the pairs of a run, or of two files, to raters; with `--results`, print the counts of their votes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from typing import Any
 
 from gradsift.config.bounds import require_resampling
 from gradsift.errors import ConfigError, GradsiftError
-from gradsift.evaluation.agreement import Outcomes
 from gradsift.evaluation.human.pairs import PairFiles, files_of_run, read_pairs
 from gradsift.evaluation.human.tally import describe
 from gradsift.evaluation.human.votes import Votes
 from gradsift.evaluation.judgments import read_judgments
-from gradsift.evaluation.pws import outcomes_of
+from gradsift.evaluation.pws import Outcomes, outcomes_of
 from gradsift.evaluation.records import read_records
 
 DATABASE = "human_eval.sqlite"
@@ -26,10 +25,9 @@ PORT = 8765
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 with one line on stderr."""
+    """Run the command line; return 0, or 2 after one line on stderr."""
     options = _parser().parse_args(arguments)
     try:
-        _check(options)
         files = _files(options)
         path = options.database or (options.run or Path()) / DATABASE
         if options.results:
@@ -45,14 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gradsift.evaluation.human", description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--model", type=Path, metavar="FILE", help="model_outputs.json, in place of a run")
+    parser.add_argument("--model", type=Path, metavar="FILE", help="model_outputs.json, instead of a run")
     parser.add_argument("--reference", type=Path, metavar="FILE", help="model_outputs.json of the reference")
     parser.add_argument("--judgments", type=Path, metavar="FILE", help="an LLM judge's (default: those of the run)")
     parser.add_argument(
         "--database", type=Path, metavar="FILE", help=f"the votes (default: {DATABASE} in the run's folder)"
     )
     parser.add_argument("--raters", metavar="A,B", help="only these may vote, or are counted (default: anyone)")
-    parser.add_argument("--items", type=int, help="so many pairs, drawn with the seed (default: all)")
+    parser.add_argument("--items", type=int, help="number of pairs, drawn with the seed (default: all)")
     parser.add_argument("--seed", type=int, help="of the draw, the order and the sides (default 0)")
     parser.add_argument("--port", type=int, default=PORT, help=f"on 127.0.0.1 (default {PORT}; 0 takes a free one)")
     parser.add_argument("--unblind", action="store_true", help="show raters who have finished which side was whose")
@@ -62,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(options: argparse.Namespace) -> None:
+def _files(options: argparse.Namespace) -> PairFiles:
     named = (options.model is not None) + (options.reference is not None)
     if (options.run is None and named < 2) or (options.run is not None and named):
         raise ConfigError("give either the folder of a run, or two files with --model and --reference")
@@ -72,9 +70,6 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"the page needs the package {missing[0]}; install it with `pip install -c constraints.txt -e '.[human]'`"
         )
-
-
-def _files(options: argparse.Namespace) -> PairFiles:
     files = files_of_run(options.run) if options.run else PairFiles(options.model, options.reference)
     return replace(files, judgments=options.judgments, combine=None) if options.judgments else files
 
@@ -100,38 +95,33 @@ def _serve(options: argparse.Namespace, files: PairFiles, path: Path) -> None:
 
 def _results(options: argparse.Namespace, files: PairFiles, path: Path) -> dict[str, Any]:
     votes = Votes(path)
-    if files.model.is_file() and files.reference.is_file():  # votes outlive the store
+    if files.model.is_file() and files.reference.is_file():  # the votes may outlive the store
         votes.require(read_pairs(files))
     else:
         print("the answers are gone; whether the votes are about them was not checked", file=sys.stderr)
-    found = votes.all()
     names = _names(options.raters)
     known = [rater.name for rater in votes.raters()]
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"--raters: nobody called {unknown[0]} has voted; there are {', '.join(known) or 'none'}")
-    judged = _judged(files)
-    drawn = set(votes.keys.values())
-    counted = [vote for vote in found if not names or vote.rater in names]
-    about = {name: votes.about[name] for name in ("model", "reference")}
+    judged: Outcomes | None = None
+    if files.judgments is not None:
+        if files.combine is None:
+            records = read_records(files.judgments)
+            judged = outcomes_of(records.judgments, records.combine)
+        else:
+            judged = outcomes_of(read_judgments(files.judgments), files.combine)
+        judged = {key: outcome for key, outcome in judged.items() if key in set(votes.keys.values())}
+    counted = [vote for vote in votes.all() if not names or vote.rater in names]
+    about = {"model": votes.about["model"], "reference": votes.about["reference"], "items": len(votes.keys)}
     settings = {"bootstrap": options.bootstrap, "confidence": options.confidence, "seed": int(votes.about["seed"])}
-    restricted = None if judged is None else {key: outcome for key, outcome in judged.items() if key in drawn}
-    return {**about, "items": len(votes.keys), **describe(counted, restricted, **settings)}
-
-
-def _judged(files: PairFiles) -> Outcomes | None:
-    if files.judgments is None:
-        return None
-    if files.combine is None:
-        records = read_records(files.judgments)
-        return outcomes_of(records.judgments, records.combine)
-    return outcomes_of(read_judgments(files.judgments), files.combine)
+    return {**about, **describe(counted, judged, **settings)}
 
 
 def _names(raters: str | None) -> list[str]:
-    names = [" ".join(name.split()) for name in (raters or "").split(",")]
-    if raters is not None and not all(names):
+    names = [] if raters is None else [" ".join(name.split()) for name in raters.split(",")]
+    if not all(names):
         raise ConfigError(f"--raters {raters!r}: an empty name; give names with commas between them")
-    return names if raters is not None else []
+    return names
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairs:
-    """All pairs of two models; `content` is a hash of every text, and so tells these pairs from any others."""
+    """All pairs of two models, with the names of their generators; `content` is a hash of every text."""
 
-    model: str  # generator names
+    model: str
     reference: str
     items: dict[Key, Pair]
     content: str
@@ -37,24 +38,24 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PairFiles:
-    """Where the answers lie, and the judgments that an LLM judge has made about them."""
+    """The files of both models' answers and, if an LLM judge has judged them, of its judgments."""
 
     model: Path
     reference: Path
     judgments: Path | None = None
-    combine: Combine | None = None  # None: as the file of judgments tells
+    combine: Combine | None = None  # None: read it from the file of judgments
 
 
 def read_pairs(files: PairFiles) -> Pairs:
     """Read both models' answers.
 
     Raises:
-        DataError: a file is missing or broken, the two do not answer the same items, or an id is no Unicode text.
+        DataError: a file is missing or broken, the two do not answer the same items, or an id is not Unicode text.
     """
     rows, reference_rows = read_pair(files.model, files.reference)
-    theirs = {item_key(row): row["output"] for row in reference_rows}
+    outputs = {item_key(row): row["output"] for row in reference_rows}
     items = {
-        item_key(row): Pair(row["instruction"], row["input"], row["output"], theirs[item_key(row)]) for row in rows
+        item_key(row): Pair(row["instruction"], row["input"], row["output"], outputs[item_key(row)]) for row in rows
     }
     for key in items:
         if any("\ud800" <= character <= "\udfff" for character in "".join(key)):
@@ -64,66 +65,51 @@ def read_pairs(files: PairFiles) -> Pairs:
 
 
 def files_of_run(folder: Path) -> PairFiles:
-    """The two models' answers of a run, and its judge's judgments if it came to an end.
+    """Return the answers of a run's two models, and its judgments if the judge has finished.
 
     Raises:
-        DataError: `folder` holds no run, the run made no two models' answers, or its artifacts are gone.
+        DataError: `folder` is not a run's, the run has no answers of two models, or its artifacts are gone.
     """
-    stages = _stages(folder)
-    judged = [Path(stage["artifact"]) for stage in stages if stage["name"] == "judge"]
-    if not judged:
-        return _unjudged(folder, stages)
-    manifest = _manifest(folder, judged[-1])
-    parents = manifest["parents"][:2]  # the answers, then the reference's
-    answers = {stage["fingerprint"]: Path(stage["artifact"]) for stage in stages if stage["name"] == "generate"}
-    lacking = [parent for parent in parents if parent not in answers]
-    if lacking or len(parents) < 2:
-        raise DataError(
-            f"{folder}: run.json does not name the judged answers {', '.join(lacking)}; give its command again"
-        )
-    model, reference = (answers[parent] / OUTPUTS_FILE for parent in parents)
-    return PairFiles(model, reference, judged[-1] / "judgments.jsonl", manifest["info"]["combine"])
 
+    def read(path: Path, remedy: str, pick: Callable[[Any], Any]) -> Any:
+        try:
+            return pick(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} cannot be read as a run's ({error}); {remedy}") from error
 
-def _unjudged(folder: Path, stages: list[dict[str, Any]]) -> PairFiles:
-    """The answers of a run whose judge is not done: those of its first two finetunes, to the same items."""
-    tuned = [stage["fingerprint"] for stage in stages if stage["name"] == "finetune"][:2]  # selection, all rows
-    found: dict[str, dict[str, Path]] = {}  # by a hash of the items: finetune, answers
-    for stage in stages:
-        if stage["name"] == "generate":
-            artifact = Path(stage["artifact"])
-            manifest = _manifest(folder, artifact)
-            answers = found.setdefault(str(manifest["config"].get("items")), {})
-            answers |= {parent: artifact / OUTPUTS_FILE for parent in manifest["parents"] if parent in tuned}
-    # the questions about forgetting are answered by the first alone
-    both = [answers for answers in found.values() if len(answers) == 2]
-    if not both:
-        raise DataError(
-            f"{folder}: the run has no answers of two models (it stopped early, failed, or is of the full-data model "
-            "itself); name two model_outputs.json with --model and --reference"
-        )
-    return PairFiles(both[0][tuned[0]], both[0][tuned[1]])
+    def manifest(artifact: str) -> Any:
+        remedy = "run this from the folder in which the run was started, or give the run's command again"
+        fields = ("config", "info", "parents")
+        return read(Path(artifact) / MANIFEST, remedy, lambda content: {key: content[key] for key in fields})
 
-
-def _manifest(folder: Path, artifact: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
-        if not {"config", "info", "parents"} <= manifest.keys():
-            raise KeyError("config, info or parents")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(
-            f"{folder}: the run's artifact {artifact} cannot be read ({error}); run this from the folder "
-            "in which the run was started, or give the run's command again"
-        ) from error
-    return manifest
-
-
-def _stages(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "run.json"
-    try:
-        stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
-        return [{name: str(stage[name]) for name in ("name", "artifact", "fingerprint")} for stage in stages]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} cannot be read as a run's ({error}); give the folder of a finished run, as in outputs/DATE/TIME"
-        ) from error
+    remedy, fields = "give the folder of a finished run, as in outputs/DATE/TIME", ("name", "artifact", "fingerprint")
+    stages = read(
+        folder / "run.json", remedy, lambda run: [{key: str(stage[key]) for key in fields} for stage in run["stages"]]
+    )
+    generated = [stage for stage in stages if stage["name"] == "generate"]
+    judged = [stage["artifact"] for stage in stages if stage["name"] == "judge"]
+    if judged:
+        about = manifest(judged[-1])
+        answers = {stage["fingerprint"]: Path(stage["artifact"]) / OUTPUTS_FILE for stage in generated}
+        parents = about["parents"][:2]  # the answers, then the reference's
+        if missing := [parent for parent in parents if parent not in answers]:
+            raise DataError(
+                f"{folder}: run.json does not name the judged answers {', '.join(missing)}; give its command again"
+            )
+        model, reference = (answers[parent] for parent in parents)
+        return PairFiles(model, reference, Path(judged[-1]) / "judgments.jsonl", about["info"]["combine"])
+    # the judge has not finished: the answers of the first two finetunes (selection, all rows) to the same items
+    tuned = [stage["fingerprint"] for stage in stages if stage["name"] == "finetune"][:2]
+    by_items: dict[str, dict[str, Path]] = {}  # hash of the items: finetune, answers
+    for stage in generated:
+        about = manifest(stage["artifact"])
+        answers = by_items.setdefault(str(about["config"].get("items")), {})
+        answers |= {parent: Path(stage["artifact"]) / OUTPUTS_FILE for parent in about["parents"] if parent in tuned}
+    # only the first model answers the questions about forgetting
+    for answers in by_items.values():
+        if len(answers) == 2:
+            return PairFiles(answers[tuned[0]], answers[tuned[1]])
+    raise DataError(
+        f"{folder}: the run has no answers of two models (it stopped early, failed, or is of the full-data model "
+        "itself); name two model_outputs.json with --model and --reference"
+    )

@@ -1,9 +1,8 @@
-"""The pages for raters: plain forms that need no script, served on loopback alone.
+"""The pages for raters: plain forms without scripts, served on loopback only.
 
-What protects them: the address holds a random key, so neither another user of the machine nor a page
-in the rater's browser can guess it; the Host header must name this machine (a foreign name that
-resolves to loopback does not), a form must come from a page of the same origin, and a strict content
-security policy stands behind the escaping of every text. Which side is whose never leaves the server.
+Protection: the address holds a random secret, so neither another user of the machine nor another page in the rater's
+browser can guess it; the Host header must name this machine; a form must come from a page of the same origin; every
+text is escaped, and a strict content security policy stands behind that. Which side is whose never leaves the server.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _FILES = {"style.css": "text/css", "keys.js": "text/javascript", "icon.svg": "im
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "Cache-Control": "no-store",  # a page from the browser's memory would show an earlier vote
+    "Cache-Control": "no-store",  # a cached page would show an earlier vote
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "same-origin",  # the address is a secret
     "X-Content-Type-Options": "nosniff",
@@ -51,10 +50,10 @@ _HEADERS = {
 
 @dataclass(frozen=True)
 class Text:
-    """A text as a page shows it: whole, or its beginning."""
+    """The part of a text that a page shows, and the number of hidden characters."""
 
     shown: str
-    hidden: int  # characters that are left out
+    hidden: int
 
     @classmethod
     def of(cls, text: str, whole: bool) -> Text:
@@ -63,7 +62,7 @@ class Text:
 
 
 class Pages:
-    """The pages about one file of votes."""
+    """The pages of one file of votes."""
 
     def __init__(self, votes: Votes, pairs: Pairs, *, invited: Sequence[str], unblind: bool) -> None:
         self.votes = votes
@@ -96,12 +95,7 @@ class Pages:
             exception_handlers={sqlite3.Error: _not_kept},
         )
 
-    # ---------------------------------------------------------------------------------------- pages
-
-    async def start(self, request: Request) -> Response:
-        return self._start()
-
-    def _start(self, error: str | None = None) -> Response:
+    async def start(self, request: Request, error: str | None = None) -> Response:
         about = {"count": len(self.votes.keys), "invited": self.invited, "limit": NAME_LENGTH}
         return self._page("start.html", status=400 if error else 200, error=error, **about)
 
@@ -112,7 +106,7 @@ class Pages:
                 raise ConfigError("this name was not invited; choose one of those below")
             rater = self.votes.join(name)
         except ConfigError as error:
-            return self._start(str(error))
+            return await self.start(request, str(error))
         return self._to(rater, None)
 
     async def next(self, request: Request) -> Response:
@@ -145,7 +139,7 @@ class Pages:
         if choice is None:
             raise HTTPException(400, "A vote is one of first, tie and second; go back and choose one.")
         if not self.votes.vote(rater, item, choice):
-            return self._to(rater, None)  # finished: the counts say so
+            return self._to(rater, None)  # the rater has finished
         return self._to(rater, self._unrated(rater, after=item))
 
     async def done(self, request: Request) -> Response:
@@ -174,13 +168,11 @@ class Pages:
         source = loader.get_source(self.templates, name)[0] if loader else ""
         return Response(source, media_type=_FILES[name])
 
-    # -------------------------------------------------------------------------------------- helpers
-
     def _page(self, name: str, status: int = 200, **values: Any) -> Response:
         return HTMLResponse(self.templates.get_template(name).render(values), status)
 
     def _to(self, rater: Rater, item: int | None) -> Response:
-        """Send the browser to an item, or to the end."""
+        """Redirect to an item, or to the end."""
         return RedirectResponse(f"{self.root}/r/{rater.number}/{'done' if item is None else item}", 303)
 
     def _rater(self, request: Request) -> Rater:
@@ -197,27 +189,27 @@ class Pages:
         return item
 
     def _unrated(self, rater: Rater, after: int) -> int | None:
-        """The next item without a vote, behind `after` first; None when every item has one."""
+        """Return the next item without a vote, first among those after `after`; None if every item has a vote."""
         missing = [vote.item for vote in self.votes.of(rater) if vote.choice is None]
         return next((item for item in missing if item > after), missing[0] if missing else None)
 
 
 async def _form(request: Request) -> dict[str, str]:
-    """The last value of each field."""
+    """Return the last value of each field."""
     fields = parse_qs((await request.body()).decode("utf-8", "replace"))
     return {name: values[-1] for name, values in fields.items()}
 
 
 async def _not_kept(request: Request, error: Exception) -> Response:
     return PlainTextResponse(
-        f"The file of votes cannot be used just now ({error}). Nothing of this click was kept; free some space "
-        "or wait, then go back and try again.",
+        f"The file of votes cannot be used just now ({error}). This click was not stored; free some space or wait, "
+        "then go back and try again.",
         503,
     )
 
 
 class _Headers:
-    """Puts `_HEADERS` on every response."""
+    """Adds `_HEADERS` to every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -232,7 +224,7 @@ class _Headers:
 
 
 class _SameOrigin:
-    """Refuses a form that another site's page sent."""
+    """Refuses forms sent by other sites' pages."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -249,7 +241,7 @@ class _SameOrigin:
 
 
 def listen(port: int) -> socket.socket:
-    """A socket that listens on loopback; port 0 takes a free one.
+    """Return a socket that listens on loopback; port 0 takes a free one.
 
     Raises:
         ConfigError: the port is taken, or may not be used.

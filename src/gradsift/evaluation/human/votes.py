@@ -1,4 +1,4 @@
-"""Who voted what, in one SQLite file: each vote is on disk before the next page is shown."""
+"""Raters and their votes, in one SQLite file: each vote is on disk before the next page is shown."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gradsift.evaluation.pws import Outcome
 Choice = Literal["first", "tie", "second"]
 NAME_LENGTH = 60  # characters of a rater's name
 
-_APPLICATION = 0x67736865  # "gshe": tells our file from other SQLite files
+_APPLICATION = 0x67736865  # "gshe": distinguishes our file from other SQLite files
 _FORMAT = 1
 _SCHEMA = f"""
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -41,7 +41,7 @@ PRAGMA user_version = {_FORMAT};
 
 @dataclass(frozen=True)
 class Rater:
-    """`finished`: the rater has closed the votes, and may see what they add up to."""
+    """A rater; one who has finished can no longer vote, and may see the counts."""
 
     number: int
     name: str
@@ -50,17 +50,17 @@ class Rater:
 
 @dataclass(frozen=True)
 class Vote:
-    """What one rater saw and said about one item; `choice` is None as long as there is no vote."""
+    """One item as one rater saw it; `choice` is None before the vote."""
 
     rater: str
-    item: int  # 1 is shown first
+    item: int  # position in the sequence, from 1
     key: Key
     model_first: bool
     choice: Choice | None
 
     @property
     def outcome(self) -> Outcome:
-        """What the vote means for the model; "invalid" without a vote."""
+        """The outcome for the model; "invalid" without a vote."""
         if self.choice is None:
             return "invalid"
         if self.choice == "tie":
@@ -69,25 +69,27 @@ class Vote:
 
 
 class Votes:
-    """The file of votes about one draw of one set of pairs."""
+    """The file of votes about some or all of the pairs of two models."""
 
     def __init__(self, path: Path) -> None:
         """Open a file that `create` has made.
 
         Raises:
-            DataError: it is missing, broken, or something else.
+            DataError: it is missing, broken, or not a file of votes.
         """
         if not path.is_file():
-            raise DataError(f"{path} is not there, so nobody has voted; serve the pairs first, without --results")
+            raise DataError(f"{path} does not exist, so nobody has voted; serve the pairs first, without --results")
         self.path = path
         try:
             self._connection = _connect(path)
-            application, version = (self._value(f"PRAGMA {name}") for name in ("application_id", "user_version"))
+            header = tuple(
+                self._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+            )
         except sqlite3.Error as error:
             raise DataError(f"{path} cannot be opened as a file of votes ({error}); name another --database") from error
-        if (application, version) != (_APPLICATION, _FORMAT):
+        if header != (_APPLICATION, _FORMAT):
             self.close()
-            raise DataError(f"{path} is a database of something else, or of another version; name another --database")
+            raise DataError(f"{path} is another kind of database, or of another version; name another --database")
         self._connection.execute("PRAGMA journal_mode = WAL")  # people read while others vote
         self.about: dict[str, str] = dict(self._connection.execute("SELECT name, value FROM about"))
         rows = self._connection.execute("SELECT item, benchmark, item_id FROM items ORDER BY item")
@@ -95,11 +97,11 @@ class Votes:
 
     @classmethod
     def create(cls, path: Path, pairs: Pairs, items: int | None, seed: int) -> Votes:
-        """Draw `items` pairs (all, for None) in random order into a new file; one that is there already is opened.
+        """Draw `items` pairs (None: all) in random order into a new file; an existing file is opened instead.
 
         Raises:
             ConfigError: there are fewer pairs than `items`.
-            DataError: as for opening; or the file cannot be written.
+            DataError: see `Votes`; or the file cannot be written.
         """
         keys = sorted(pairs.items)
         if items is not None and not 1 <= items <= len(keys):
@@ -107,16 +109,16 @@ class Votes:
         drawn = random.Random(f"items/{seed}").sample(keys, items or len(keys))
         about = {
             "content": pairs.content,
-            "model": _text(pairs.model),
-            "reference": _text(pairs.reference),
+            "model": pairs.model.encode("utf-8", "replace").decode(),
+            "reference": pairs.reference.encode("utf-8", "replace").decode(),
             "seed": str(seed),
             "address": secrets.token_urlsafe(16),
         }
         try:
-            path.touch(mode=0o600)  # it holds people's names and the key of the address
+            path.touch(mode=0o600)  # it holds people's names and the secret part of the address
             connection = _connect(path)
             with _transaction(connection):
-                if connection.execute("PRAGMA schema_version").fetchone() == (0,):  # empty: no other process was faster
+                if connection.execute("PRAGMA schema_version").fetchone() == (0,):  # no other process was faster
                     for statement in _SCHEMA.split(";"):
                         connection.execute(statement)
                     connection.executemany("INSERT INTO about VALUES (?, ?)", about.items())
@@ -131,10 +133,10 @@ class Votes:
         self._connection.close()
 
     def require(self, pairs: Pairs, items: int | None = None, seed: int | None = None) -> None:
-        """Refuse pairs, or options of the draw, that are not those of the file.
+        """Refuse pairs, or options of the draw, that differ from those of the file.
 
         Raises:
-            ConfigError, DataError: names what differs.
+            ConfigError, DataError: names the difference.
         """
         if self.about["content"] != pairs.content:
             raise DataError(
@@ -148,13 +150,10 @@ class Votes:
                     "another --database"
                 )
 
-    # --------------------------------------------------------------------------------------- raters
-
     def join(self, name: str) -> Rater:
-        """The rater of that name; capitals and extra spaces count for nothing.
+        """Return the rater of a name, without regard to capitals and extra spaces; a new name joins.
 
-        Who joins for the first time is shown the model first on half of the items; which ones depends on the
-        seed and the name alone.
+        A new rater sees the model first on half of the items, which depend only on the seed and the name.
 
         Raises:
             ConfigError: the name is empty, too long or not printable.
@@ -164,32 +163,25 @@ class Votes:
             raise ConfigError(f"a rater's name has 1 to {NAME_LENGTH} printable characters, not {name[:80]!a}")
         folded = name.casefold()
         with _transaction(self._connection):
-            if self._value("SELECT count(*) FROM raters WHERE folded = ?", folded) == 0:
+            if not self._connection.execute("SELECT 1 FROM raters WHERE folded = ?", (folded,)).fetchone():
                 cursor = self._connection.execute(
                     "INSERT INTO raters (name, folded, joined) VALUES (?, ?, ?)", (name, folded, _now())
                 )
-                sides = self._sides(folded)
+                sides = [True, False] * ((len(self.keys) + 1) // 2)
+                random.Random(f"sides/{self.about['seed']}/{folded}").shuffle(sides)
                 self._connection.executemany(
                     "INSERT INTO shown (rater, item, model_first) VALUES (?, ?, ?)",
-                    [(cursor.lastrowid, item, side) for item, side in zip(self.keys, sides, strict=True)],
+                    [(cursor.lastrowid, item, side) for item, side in zip(self.keys, sides, strict=False)],
                 )
         return next(rater for rater in self.raters() if rater.name.casefold() == folded)
 
-    def _sides(self, folded: str) -> list[bool]:
-        count = len(self.keys)
-        sides = [True, False] * ((count + 1) // 2)
-        random.Random(f"sides/{self.about['seed']}/{folded}").shuffle(sides)
-        return sides[:count]
-
     def raters(self) -> list[Rater]:
-        """In the order in which they joined."""
+        """Return all raters in the order in which they joined."""
         rows = self._connection.execute("SELECT rater, name, finished IS NOT NULL FROM raters ORDER BY rater")
         return [Rater(number, name, bool(finished)) for number, name, finished in rows]
 
-    # ---------------------------------------------------------------------------------------- votes
-
     def vote(self, rater: Rater, item: int, choice: Choice) -> bool:
-        """Keep a vote, in place of an earlier one; False, and nothing is kept, once the rater has finished."""
+        """Store a vote, replacing an earlier one; return False, and store nothing, if the rater has finished."""
         cursor = self._connection.execute(
             "UPDATE shown SET choice = ?, voted = ? WHERE rater = ? AND item = ? "
             "AND (SELECT finished FROM raters WHERE raters.rater = shown.rater) IS NULL",
@@ -198,54 +190,42 @@ class Votes:
         return cursor.rowcount == 1
 
     def finish(self, rater: Rater) -> bool:
-        """Close the votes of a rater; False as long as one is missing."""
+        """Close the votes of a rater; return False if one is missing."""
         self._connection.execute(
             "UPDATE raters SET finished = ? WHERE rater = ? AND finished IS NULL "
             "AND NOT EXISTS (SELECT 1 FROM shown WHERE shown.rater = raters.rater AND choice IS NULL)",
             (_now(), rater.number),
         )
-        return any(found.number == rater.number and found.finished for found in self.raters())
+        return any(each.number == rater.number and each.finished for each in self.raters())
 
     def of(self, rater: Rater) -> list[Vote]:
-        """One entry an item, in the order shown."""
-        return list(self._read("WHERE rater = ?", rater.number))
+        """Return one entry per item, in the order shown."""
+        return self._read("WHERE rater = ?", rater.number)
 
     def all(self) -> list[Vote]:
-        """The votes that were cast, by rater and item."""
-        return list(self._read("WHERE choice IS NOT NULL"))
+        """Return all votes that were cast, by rater and item."""
+        return self._read("WHERE choice IS NOT NULL")
 
-    def _read(self, condition: str, *values: int) -> Iterator[Vote]:
+    def _read(self, condition: str, *values: int) -> list[Vote]:
         query = "SELECT name, item, model_first, choice FROM shown JOIN raters USING (rater) "
-        for name, item, first, choice in self._connection.execute(f"{query} {condition} ORDER BY rater, item", values):
-            yield Vote(name, item, self.keys[item], bool(first), choice)
-
-    def _value(self, query: str, *values: str) -> int:
-        found: int = self._connection.execute(query, values).fetchone()[0]
-        return found
+        rows = self._connection.execute(f"{query} {condition} ORDER BY rater, item", values)
+        return [Vote(name, item, self.keys[item], bool(first), choice) for name, item, first, choice in rows]
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    # None: each statement commits by itself, and what has several says BEGIN
+    # isolation_level=None: each statement commits by itself, unless a transaction was begun
     connection = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA synchronous = FULL")  # a vote that was confirmed outlives a power cut
+    connection.execute("PRAGMA synchronous = FULL")  # a confirmed vote survives a power cut
     connection.execute("PRAGMA foreign_keys = ON")
     return connection
 
 
 @contextmanager
 def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
         yield
-    except BaseException:
-        connection.execute("ROLLBACK")
-        raise
-    connection.execute("COMMIT")
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _text(name: str) -> str:
-    return name.encode("utf-8", "replace").decode()

@@ -1,9 +1,9 @@
-"""The judge alpaca_eval: its annotators' prompts, parameters and parsers; both orders, and our own client.
+"""The judge alpaca_eval: its annotators' prompts, parameters and parsers, in both orders, through our own client.
 
 alpaca_eval's PairwiseAnnotator shows each pair in one order, which it draws by the instruction and does not record,
-keeps its replies under a key that knows neither model nor prompt, and drops what it cannot read. So its annotators
-are taken and its sending is not: requests go through `gradsift.evaluation.chat`, with its cache, caps and retries.
-The tests compare requests and preferences with PairwiseAnnotator's own.
+keeps its replies under a key that has neither model nor prompt, and drops replies that it cannot read. Therefore only
+its annotators are used; requests go through `gradsift.evaluation.chat`. The tests compare requests and preferences
+with PairwiseAnnotator's own.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from gradsift.evaluation.judges.annotators import SLOT, Annotator
 from gradsift.evaluation.judges.parsing import parse_scores
 from gradsift.evaluation.replies import Completion
 
-NAMES = "alpaca_eval/"  # what the name of such a judge begins with, in records
+NAMES = "alpaca_eval/"  # prefix of such a judge's name in records
 EQUAL = "both answers are the same text, a draw without asking (as in alpaca_eval)"
 
 Parser = Callable[[Any], Any]
-# what alpaca_eval's parsers raise on replies of another shape than they expect
-_UNREADABLE = (
+# the errors of alpaca_eval's parsers for replies that they do not expect
+_ERRORS = (
     AssertionError,
     AttributeError,
     LookupError,
@@ -44,27 +44,30 @@ _UNREADABLE = (
 class AlpacaEvalJudge:
     """Asks one of alpaca_eval's annotators which answer is better.
 
-    A preference p lies between 1 (the first answer) and 2 (the second); the scores of first and second are
-    2 - p and p - 1. A weighted annotator's p is 1 + the probability of the second answer; each order votes by
-    which side of 1.5 it is on (`combine="signs"`, as for every judge that grades), however near.
+    A preference p is between 1 (the first answer) and 2 (the second); the scores of first and second are 2 - p and
+    p - 1. A weighted annotator's p is 1 + the probability of the second answer; as with every judge that grades, each
+    order votes by the side of 1.5 on which p is (`combine="signs"`).
     """
 
     combine: Combine = "signs"
 
     def __init__(self, chat: ChatClient, annotator: Annotator, *, scope: str = "judge") -> None:
-        """`chat` has the annotator's model and parameters; `scope` is whose spending this is."""
+        """Args:
+        chat: has the annotator's model and parameters.
+        scope: name under which the spending is counted.
+        """
         self.name = f"{NAMES}{annotator.name}/{chat.parameters['model']}"
         self._chat = chat
         self._annotator = annotator
         self._scope = scope
 
     def prompt_hash(self, request: JudgeRequest) -> str:
-        """Hash of messages, model, parameters and parser; not of the endpoint's address."""
+        """Hash messages, model, parameters and parser, but not the endpoint's address."""
         reading = [self._annotator.parser, self._annotator.parser_options, self._annotator.reads_choice]
         return content_hash("alpaca_eval", self._chat.parameters, reading, render(self._annotator, request))
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply]]:
-        """Yield replies as they come in; see `ChatClient.ask` for what ends them. Equal answers are not asked about."""
+        """Yield replies in order of arrival, then those to equal answers, which need no request."""
         asked = [request for request in requests if request.first != request.second]
         parser = parser_of(self._annotator)
         needs = " and needs the endpoint's log-probabilities" if self._annotator.parser == "logprob_parser" else ""
@@ -80,18 +83,18 @@ class AlpacaEvalJudge:
         yield from ((r, Reply("", (0.5, 0.5), EQUAL)) for r in requests if r.first == r.second)
 
     def cost(self) -> dict[str, float | int | None]:
-        """What this judge's pairs came to so far, in earlier processes too (see `ChatClient.spent`)."""
+        """Return what the pairs have cost so far, in earlier processes too (see `ChatClient.spent`)."""
         return self._chat.spent(self._scope)
 
 
 def render(annotator: Annotator, request: JudgeRequest) -> list[dict[str, str]]:
-    """The messages for a pair, all slots filled at once: what stands in an answer fills none.
+    """Return the messages for a pair. All slots are filled at once, so a slot's name in an answer stays text.
 
-    A prompt without a slot for the input has it behind the instruction, after an empty line.
+    Without a slot for the input, the input follows the instruction after an empty line.
     """
     has_slot = any("{input}" in text for _, text in annotator.messages)
     parts = {
-        "instruction": request.instruction if has_slot else whole_instruction(request.instruction, request.input),
+        "instruction": request.instruction if has_slot else with_input(request.instruction, request.input),
         "input": request.input,
         "output_1": request.first,
         "output_2": request.second,
@@ -102,34 +105,44 @@ def render(annotator: Annotator, request: JudgeRequest) -> list[dict[str, str]]:
     ]
 
 
-def whole_instruction(instruction: str, input: str) -> str:
-    """Instruction and input as the one text that alpaca_eval has room for."""
+def with_input(instruction: str, input: str) -> str:
+    """Return instruction and input as one text, as alpaca_eval has no field for the input."""
     return f"{instruction}\n\n{input}" if input else instruction
 
 
 def preference(parser: Parser, completion: Completion, *, reads_choice: bool) -> float | None:
-    """What the parser finds in a reply, from 1 to 2; None unless it is exactly one preference.
+    """Return the parser's preference, from 1 to 2, in a reply; None unless there is exactly one.
 
-    alpaca_eval's older word for a draw, 0, is 1.5.
+    alpaca_eval's older value for a draw, 0, becomes 1.5.
     """
     shown: Any = completion.text
     if reads_choice:
         shown = {"text": completion.text, "message": {"content": completion.text}}
         shown |= {"logprobs": {"content": completion.logprobs}} if completion.logprobs else {}
     try:
-        found = list(parser(shown))
-    except _UNREADABLE:
+        preferences = list(parser(shown))
+    # the errors of alpaca_eval's parsers for replies that they do not expect
+    except (
+        AssertionError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RecursionError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    ):
         return None
-    if len(found) != 1 or isinstance(found[0], bool) or not isinstance(found[0], Real):
+    if len(preferences) != 1 or isinstance(preferences[0], bool) or not isinstance(preferences[0], Real):
         return None
-    value = 1.5 if found[0] == 0 else float(found[0])
+    value = 1.5 if preferences[0] == 0 else float(preferences[0])
     return value if math.isfinite(value) and 1 <= value <= 2 else None
 
 
 def parser_of(annotator: Annotator) -> Parser:
-    """The function from a reply to the list of its preferences.
+    """Return the function from a reply to the list of its preferences.
 
-    Ours replaces `lmsys_parser`, which reads neither "8, 7" nor "8/10 7/10".
+    Our own replaces `lmsys_parser`, which reads neither "8, 7" nor "8/10 7/10".
     """
     if annotator.parser == "lmsys_parser":
         return _from_two_scores
@@ -145,16 +158,16 @@ def _from_two_scores(text: str) -> list[float]:
 
 
 def _parsers() -> Any:
-    """alpaca_eval's module of parsers; what importing the package does to this process is undone.
+    """Import alpaca_eval's parsers, and undo what importing the package does to this process.
 
-    It sets the root logger to INFO, and loads a `.env` file into the environment, where an address or a key of
-    another project may stand. Its parsers log replies that they cannot read; here each is counted, with its reason.
+    It sets the root logger to INFO and loads a `.env` file into the environment, which may hold an address or a key of
+    another project. Its parsers log replies that they cannot read; we count each of these with its reason.
     """
     root, environment = logging.getLogger(), set(os.environ)
     level = root.level
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it uses a part of setuptools that is to go
+            warnings.simplefilter("ignore")  # it uses a deprecated part of setuptools
             from alpaca_eval import completion_parsers
     finally:
         root.setLevel(level)

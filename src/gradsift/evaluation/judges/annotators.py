@@ -1,8 +1,8 @@
 """alpaca_eval's annotators, read from their files without importing the package.
 
 An annotator is a folder with `configs.yaml`: a prompt with slots, a model with its parameters, and the parser that
-finds a preference in a reply. What cannot be asked in both orders through a chat endpoint is refused here: the
-prompts of completion models, several pairs in one prompt, several annotators that share the work by lot.
+finds a preference in a reply. Annotators that cannot be asked in both orders through a chat endpoint are refused:
+prompts of completion models, several pairs in one prompt, pools of annotators that share the work by lot.
 """
 
 from __future__ import annotations
@@ -21,47 +21,30 @@ from gradsift.errors import ConfigError
 from gradsift.evaluation.judges import content_hash
 
 PARSERS = (
-    "regex_parser",
-    "lmsys_parser",
-    "ranking_parser",
-    "json_parser",
-    "eval_parser",
-    "replace_parser",
-    "logprob_parser",
-    "pipeline_meta_parser",
+    *("regex_parser", "lmsys_parser", "ranking_parser", "json_parser", "eval_parser", "replace_parser"),
+    *("logprob_parser", "pipeline_meta_parser"),
 )
-SLOT = re.compile(r"{([^ \s]+?)}")  # what alpaca_eval takes for a slot
+SLOT = re.compile(r"{([^ \s]+?)}")  # what alpaca_eval treats as a slot
 _NEEDED = ("instruction", "output_1", "output_2")
 _KNOWN_SLOTS = (*_NEEDED, "input")
 _FILE = "configs.yaml"
 _START, _END = "<|im_start|>", "<|im_end|>"
 _ROLES = ("system", "user", "assistant")
-# of a completion's options, what steers alpaca_eval's own client and is no parameter of a request
+# options of a completion that configure alpaca_eval's own client and are not parameters of a request
 _CLIENT_OPTIONS = (
-    "model_name",
-    "max_tokens",
-    "temperature",
-    "is_strip",
-    "is_chat",
-    "requires_chatml",
-    "is_skip_multi_tokens_to_avoid",
-    "num_procs",
-    "batch_size",
-    "price_per_token",
-    "client_kwargs",
-    "client_config_path",
-    "sleep_time",
-    "n_retries",
+    *("model_name", "max_tokens", "temperature", "is_strip", "is_chat", "requires_chatml"),
+    *("is_skip_multi_tokens_to_avoid", "num_procs", "batch_size", "price_per_token", "client_kwargs"),
+    *("client_config_path", "sleep_time", "n_retries"),
 )
-_READING_ALONE = ("ChainOfThoughtProcessor", "JsonKeysToColumnProcessor")  # they add columns and change no preference
+_READING_ALONE = ("ChainOfThoughtProcessor", "JsonKeysToColumnProcessor")  # add columns and change no preference
 
 
 @dataclass(frozen=True)
 class Annotator:
-    """What asks for a preference and finds it in the reply.
+    """A prompt, the parameters of its requests and the parser of its replies.
 
-    `messages` are pairs of role and text with slots. `parameters` go with every request, the model, `max_tokens`
-    and `temperature` apart. `price` is what the file says of a token, in USD a million.
+    `messages` are pairs of role and text with slots. `parameters` belong to each request, beside the model,
+    `max_tokens` and `temperature`. `price` is that of the file, in USD per million tokens.
     """
 
     name: str
@@ -72,7 +55,7 @@ class Annotator:
     parameters: Mapping[str, Any]
     parser: str
     parser_options: Mapping[str, Any]
-    reads_choice: bool  # the parser is given the whole choice, with its log-probabilities, and not its text alone
+    reads_choice: bool  # the parser gets the whole choice, with log-probabilities, instead of its text
     base_url: str | None
     price: float | None
 
@@ -83,39 +66,26 @@ class Annotator:
 
 
 def shipped() -> dict[str, Path]:
-    """The folders of the annotators that come with alpaca_eval, by name."""
-    found = importlib.util.find_spec("alpaca_eval")
-    if found is None or not found.submodule_search_locations:
+    """Return the folders of the annotators in the package alpaca_eval, by name."""
+    package = importlib.util.find_spec("alpaca_eval")
+    if package is None or not package.submodule_search_locations:
         raise ConfigError("judge=alpaca_eval needs the package alpaca-eval; install it with `pip install alpaca-eval`")
-    root = Path(found.submodule_search_locations[0]) / "evaluators_configs"
+    root = Path(package.submodule_search_locations[0]) / "evaluators_configs"
     return {file.parent.name: file.parent for file in sorted(root.glob(f"*/{_FILE}"))}
 
 
-def read_annotator(given: str) -> Annotator:
-    """The annotator of a shipped name, of a folder with `configs.yaml`, or of such a file.
+def read_annotator(name_or_path: str) -> Annotator:
+    """Read an annotator by its name in alpaca_eval, or from a folder with `configs.yaml` or such a file.
 
     Raises:
-        ConfigError: there is none of that name, it cannot be asked in both orders through a chat endpoint, or its
-            file is broken; says which and what to do.
+        ConfigError: there is no such annotator, it cannot be asked in both orders through a chat endpoint, or its file
+            is broken; says which and what to do.
     """
-    folders, path = shipped(), Path(given).expanduser()
-    if given in folders:
-        file = folders[given] / _FILE
-    elif path.exists():
-        file = path / _FILE if path.is_dir() else path
-    else:
-        usable = _usable(folders)
-        near = difflib.get_close_matches(given, usable, n=3)
-        meant = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ConfigError(
-            f"judge.annotators={given!r} is neither an annotator of alpaca_eval nor a folder; {meant}There are "
-            f"{', '.join(usable)}"
-        )
-    return _annotator(given, file)
-
-
-def _usable(folders: Mapping[str, Path]) -> list[str]:
-    """The shipped annotators that `read_annotator` takes."""
+    folders, path = shipped(), Path(name_or_path).expanduser()
+    if name_or_path in folders:
+        return _annotator(name_or_path, folders[name_or_path] / _FILE)
+    if path.exists():
+        return _annotator(name_or_path, path / _FILE if path.is_dir() else path)
     usable = []
     for name, folder in folders.items():
         try:
@@ -123,21 +93,26 @@ def _usable(folders: Mapping[str, Path]) -> list[str]:
         except ConfigError:
             continue
         usable.append(name)
-    return usable
+    near = difflib.get_close_matches(name_or_path, usable, n=3)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ConfigError(
+        f"judge.annotators={name_or_path!r} is neither an annotator of alpaca_eval nor a folder; {meant}There are "
+        f"{', '.join(usable)}"
+    )
 
 
-def _annotator(given: str, file: Path) -> Annotator:
-    where = f"judge.annotators={given!r}"
+def _annotator(name_or_path: str, file: Path) -> Annotator:
+    where = f"judge.annotators={name_or_path!r}"
     name, entry = _entry(where, file)
     options = _mapping(where, "completions_kwargs", entry.get("completions_kwargs"))
     _refuse_what_cannot_be_asked(where, entry, options)
     model, client = options.get("model_name"), _mapping(where, "client_kwargs", options.get("client_kwargs"))
     if not isinstance(model, str):
-        raise ConfigError(f"{where}: completions_kwargs.model_name is missing or no text; name the model there")
+        raise ConfigError(f"{where}: completions_kwargs.model_name is missing or not text; name the model there")
     if set(client) - {"base_url"}:
         raise ConfigError(
             f"{where}: client_kwargs holds {sorted(set(client) - {'base_url'})}, and only base_url is understood; the "
-            "key stands in the environment variable that judge.api_key_env names"
+            "key is read from the environment variable that judge.api_key_env names"
         )
     parser = entry.get("fn_completion_parser", "regex_parser")
     reading = _mapping(where, "completion_parser_kwargs", entry.get("completion_parser_kwargs"))
@@ -149,7 +124,7 @@ def _annotator(given: str, file: Path) -> Annotator:
         name=name,
         messages=_messages(where, file, entry.get("prompt_template")),
         model=model,
-        # where the file leaves them open, alpaca_eval's own defaults
+        # alpaca_eval's own defaults
         max_tokens=int(_number(where, "max_tokens", options.get("max_tokens", 2048))),
         temperature=_number(where, "temperature", options.get("temperature", 0.7)),
         parameters={"top_p": 1.0} | {k: v for k, v in options.items() if k not in _CLIENT_OPTIONS},
@@ -162,7 +137,7 @@ def _annotator(given: str, file: Path) -> Annotator:
 
 
 def _entry(where: str, file: Path) -> tuple[str, Mapping[str, Any]]:
-    """Name and content of the one annotator in a file."""
+    """Return name and content of the only annotator in a file."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -171,45 +146,44 @@ def _entry(where: str, file: Path) -> tuple[str, Mapping[str, Any]]:
         raise ConfigError(f"{where}: {file} holds no annotator; it must be NAME: {{prompt_template: ..., ...}}")
     if len(content) > 1:
         raise ConfigError(
-            f"{where} is a pool of {len(content)} annotators, of which each question is given one by lot; a judge is "
-            "one: copy the one that is meant into a file of its own"
+            f"{where} is a pool of {len(content)} annotators, each of which gets some questions by lot; a judge is "
+            "one annotator: copy the intended one into a file of its own"
         )
     ((name, entry),) = content.items()
     return str(name), entry
 
 
 def _refuse_what_cannot_be_asked(where: str, entry: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    asks = entry.get("fn_completions", "openai_completions")
+    asks, key = entry.get("fn_completions", "openai_completions"), entry.get("completion_key", "completions")
+    processors = _mapping(where, "processors_to_kwargs", entry.get("processors_to_kwargs"))
+    problem = None
     if asks != "openai_completions":
-        raise ConfigError(
-            f"{where} asks through {asks}, and only openai_completions can be asked here; take another annotator, or "
-            "copy its folder and name an endpoint that speaks OpenAI's chat protocol (judge.base_url)"
+        problem = (
+            f" asks through {asks}, and only openai_completions is supported; take another annotator, or copy its "
+            "folder and name an endpoint that speaks OpenAI's chat protocol (judge.base_url)"
         )
-    if entry.get("batch_size", 1) != 1:
-        raise ConfigError(
-            f"{where} puts {entry['batch_size']} pairs into one prompt, where they colour each other; take one with "
+    elif entry.get("batch_size", 1) != 1:
+        problem = (
+            f" puts {entry['batch_size']} pairs into one prompt, where they influence each other; take one with "
             "batch_size: 1"
         )
-    if favoured := [key for key in ("tokens_to_favor", "tokens_to_avoid") if options.get(key)]:
-        raise ConfigError(
-            f"{where}: {favoured[0]} needs the model's own tokenizer; give the request's logit_bias instead"
-        )
-    if entry.get("completion_key", "completions") not in ("completions", "completions_all"):
-        raise ConfigError(
-            f"{where}: completion_key={entry['completion_key']!r} is neither completions nor completions_all"
-        )
-    processors = _mapping(where, "processors_to_kwargs", entry.get("processors_to_kwargs"))
-    if unknown := [name for name in processors if name not in _READING_ALONE]:
-        raise ConfigError(f"{where}: processors_to_kwargs names {unknown[0]}, which changes prompts; take it out")
+    elif favoured := [key for key in ("tokens_to_favor", "tokens_to_avoid") if options.get(key)]:
+        problem = f": {favoured[0]} needs the model's own tokenizer; give the request's logit_bias instead"
+    elif key not in ("completions", "completions_all"):
+        problem = f": completion_key={key!r} is neither completions nor completions_all"
+    elif unknown := [name for name in processors if name not in _READING_ALONE]:
+        problem = f": processors_to_kwargs names {unknown[0]}, which changes prompts; remove it"
+    if problem:
+        raise ConfigError(where + problem)
 
 
 def _messages(where: str, file: Path, template: Any) -> tuple[tuple[str, str], ...]:
-    """The prompt's messages, their slots unfilled: markup in an answer can then end none of them."""
+    """Return the prompt's messages with unfilled slots, so that markup in an answer cannot end a message."""
     if not isinstance(template, str):
-        raise ConfigError(f"{where}: prompt_template is missing or no text; give the prompt or the path of its file")
+        raise ConfigError(f"{where}: prompt_template is missing or not text; give the prompt or the path of its file")
     text = template
     if not SLOT.search(template):
-        path = file.parent.parent / template  # relative to the folder that the annotator's own lies in
+        path = file.parent.parent / template  # relative to the folder that holds the annotator's folder
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
@@ -217,9 +191,7 @@ def _messages(where: str, file: Path, template: Any) -> tuple[tuple[str, str], .
     slots = SLOT.findall(text)
     for name in _NEEDED:
         if slots.count(name) != 1:
-            raise ConfigError(
-                f"{where}: its prompt has the slot {{{name}}} {slots.count(name)} times; it must be there once"
-            )
+            raise ConfigError(f"{where}: its prompt has the slot {{{name}}} {slots.count(name)} times, not once")
     if unknown := sorted(set(slots) - set(_KNOWN_SLOTS)):
         raise ConfigError(f"{where}: its prompt has the slot {{{unknown[0]}}}; known are {', '.join(_KNOWN_SLOTS)}")
     text = text.strip()
@@ -247,8 +219,8 @@ def _mapping(where: str, key: str, value: Any) -> Mapping[str, Any]:
 
 def _number(where: str, key: str, value: Any) -> float:
     if isinstance(value, int | float):
-        return value  # as it is: a request says 1 and not 1.0
+        return value  # unchanged: a request says 1 and not 1.0
     try:
-        return float(value)  # YAML takes 15e-6 for text
+        return float(value)  # YAML reads 15e-6 as text
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {key}={value!r} is no number") from error
+        raise ConfigError(f"{where}: {key}={value!r} is not a number") from error

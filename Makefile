@@ -1,6 +1,6 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-smollm2 setup-ray setup-bench run report human-eval test slow lint types check bench soak portable clean
+.PHONY: help setup setup-smollm2 setup-ray setup-bench run report human-eval test slow lint types check docs bench soak portable clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -60,6 +60,10 @@ types: setup ## mypy --strict on src
 
 check: lint types test ## lint, types and tests
 
+docs: setup ## build the documentation into site/, without a network once its packages are there
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 setup-bench: setup ## install the rivals that the benchmarks run beside ours
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 
@@ -71,5 +75,5 @@ soak: setup ## kill a small sweep twenty times and compare every byte with an un
 	$(BIN)/python -m benchmarks.soak $(SOAK)
 
 clean: ## remove what the tools left behind; artifacts and runs stay
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -exec rm -rf {} +

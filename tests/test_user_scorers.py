@@ -18,13 +18,20 @@ ROOT = Path(__file__).parents[1]
 OPTIONS = (*SMOKE, "stop_after=selection", "scorer=long_answers")
 
 
-def write_example(folder: Path) -> None:
-    """Write the two files of README's example."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in ("my_scorers.py", "conf/scorer/long_answers.yaml"):
-        (content,) = re.findall(rf"```\w+\n# {re.escape(name)}\n(.*?)```", text, re.S)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(content, encoding="utf-8")
+@pytest.fixture(autouse=True)
+def forget_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each test import the files of its own folder."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "my_scorers", raising=False)
+
+
+def write_example(folder: Path, page: str = "README.md", name: str = "long_answers") -> None:
+    """Write the two files that a page shows."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for file in ("my_scorers.py", f"conf/scorer/{name}.yaml"):
+        (content,) = re.findall(rf"```\w+\n# {re.escape(file)}\n(.*?)```", text, re.S)
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(content, encoding="utf-8")
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -69,6 +76,13 @@ def test_an_edited_function_is_scored_again_and_a_run_is_replayed(gradsift) -> N
     folder = next(path.parent for path in gradsift.folder.glob("outputs/*/*/run.json"))
     assert gradsift("--replay", str(folder)) == 0
     assert all(stage["reused"] for stage in gradsift.runs()[3]["stages"])
+
+
+def test_the_scorer_of_the_tutorial_runs(gradsift) -> None:
+    write_example(gradsift.folder, "docs/tutorials/your-own-scorer.md", "steady")
+    assert gradsift(*SMOKE, "stop_after=selection", "scorer=steady") == 0
+    (run,) = gradsift.runs()
+    assert "statistics" in {stage["name"] for stage in run["stages"]}
 
 
 def test_a_file_of_a_name_that_gradsift_has_is_said_to_be_unused(gradsift, capsys) -> None:

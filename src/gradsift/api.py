@@ -131,6 +131,8 @@ def select(
         else:
             overrides.append(_chosen(method))
         config = compose_config([*overrides, *_overrides(chosen), *_overrides(_changeable(options))])
+        if config.compute.ranks > 1:
+            raise ConfigError("select() works in one process; use the command line for several GPUs or machines")
         return _selected(config, progress, rows, method if callable(method) else None, constants)
 
 

@@ -26,11 +26,10 @@ from gradsift.report.audit_tables import (
     audit_tables,
     jaccard,
     mean_of,
-    rich_table,
     sweep_audit,
     write_audit,
 )
-from gradsift.report.text_table import TextTable
+from gradsift.report.table import Table
 from gradsift.scoring.scores import EXCLUDED, Scores
 from gradsift.selection.audit import audit, auroc, kept_twice, spread_of_random
 
@@ -217,8 +216,8 @@ def test_the_verdict_is_what_lies_outside_of_chance(tmp_path: Path) -> None:
     }
     assert audit is not None
     assert audit_tables(audit, brief=True)[0].note == (
-        "Cleaner than a random draw at every alpha: good (4.0) (families kept at 10 %, of 6.0). Dirtier than one "
-        "somewhere: mixed, bad."
+        "Cleaner than a random draw at every alpha: good (4.0) (families kept at 10 %, of 6.0). Dirtier than a "
+        "random draw at some alpha: mixed, bad."
     )
 
 
@@ -241,7 +240,7 @@ def test_a_shortfall_is_told_beside_the_shares(tmp_path: Path) -> None:
 def test_no_header_is_cut_on_a_narrow_terminal() -> None:
     shown = io.StringIO()
     console = Console(file=shown, width=40)
-    console.print(rich_table(TextTable("t", ["method", "mismatched answer", "contradictory"], [["a" * 20, "1", "2"]])))
+    console.print(Table("t", ["method", "mismatched answer", "contradictory"], [["a" * 20, "1", "2"]]))
     assert "…" not in shown.getvalue()
 
 

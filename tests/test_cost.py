@@ -14,9 +14,9 @@ import torch
 from conftest import SMOKE
 
 from gradsift.artifacts import Store
-from gradsift.cost import counting, passed
+from gradsift.cost import counting, passed, work_of
 from gradsift.data.tokens import Encoded
-from gradsift.report.work import WORK_FILE, work_by_stage, work_of
+from gradsift.report.run_tables import WORK_FILE, work_table
 from gradsift.training.device import TokenBudget
 from gradsift.training.nano import CONTEXT
 
@@ -129,7 +129,7 @@ def test_a_sweep_counts_every_unit_where_it_was_made(gradsift, capsys) -> None:
     assert gradsift(*sweep) == 0
     runs = gradsift.runs()
     assert len(runs) == 8
-    by_stage = work_by_stage(runs)
+    by_stage = {row["stage"]: row for row in work_table(runs).records}
     made = {name: work["made"] for name, work in by_stage.items()}
     assert made["member"] == 3 * 3  # members of the larger ensemble, epochs up to the latest snapshot
     assert by_stage["member"]["optimizer_steps"] == 9 * 2  # 64 rows in batches of 32
@@ -149,6 +149,6 @@ def test_a_sweep_counts_every_unit_where_it_was_made(gradsift, capsys) -> None:
     assert f", {work_of(runs[-1]['stages'])['reused']} reused" in out
 
     assert gradsift(*sweep) == 0
-    again = work_by_stage(gradsift.runs()[8:])["all"]
+    again = work_table(gradsift.runs()[8:]).records[-1]
     assert (again["made"], again["optimizer_steps"], again["forward_tokens"]) == (0, 0, 0)
     assert again["saved_tokens"] > by_stage["all"]["forward_tokens"]

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,6 @@ from safetensors.numpy import load_file
 from scipy.stats import binomtest, spearmanr
 
 from gradsift.errors import DataError
-from gradsift.report.figure_tables import FIGURE_TABLES
 from gradsift.report.figures import (
     FIGURES,
     audit,
@@ -37,7 +38,7 @@ from gradsift.report.figures import (
 )
 from gradsift.report.figures.clouds import MOST_POINTS, cloud, thinned
 from gradsift.report.figures.groups import among, largest_ensemble
-from gradsift.report.figures.style import FAINT, INK, PAPER, RULE, Looks, bytes_of, legend, panels, styled
+from gradsift.report.figures.style import FAINT, INK, PAPER, RULE, bytes_of, legend, looks_of, panels, styled
 from gradsift.report.material import Material, Missing, Run, read
 from gradsift.report.paper_tables import TABLES, write_tables
 from gradsift.scoring.scores import UNDEFINED, Scores
@@ -87,11 +88,11 @@ def test_every_figure_is_drawn_alike_each_time(material: Material) -> None:
     for entry in FIGURES:
         assert entry.title and entry.caption.endswith(".")
         try:
-            svg = bytes_of(entry.draw(material), "svg")
+            svg = bytes_of(entry(material), "svg")
         except Missing as reason:  # so few items may all have answers of one length
             assert str(reason) == "no decided item has answers of different lengths"
             continue
-        assert svg == bytes_of(entry.draw(material), "svg"), entry.name
+        assert svg == bytes_of(entry(material), "svg"), entry.name
         assert b"<svg" in svg and len(svg) < 250_000, (entry.name, len(svg))
 
 
@@ -117,7 +118,7 @@ def test_a_report_needs_no_torch(report_sweep: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from gradsift.report.figures import FIGURES; "
         "from gradsift.report.material import read; m = read(Path('sweep')); "
-        "[f.draw(m) for f in FIGURES if f.name in ('eps', 'collapse', 'judge_outcomes', 'trajectories_pca')]; "
+        "[f(m) for f in FIGURES if f.name in ('eps', 'collapse', 'judge_outcomes', 'trajectories_pca')]; "
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=report_sweep.parent)
@@ -206,7 +207,7 @@ def test_scores_of_no_row_are_missed_and_their_axes_are_named(material: Material
     lone = Material(material.folder, [run], False)
     none = Scores(np.full_like(scored.score, np.nan), {})
     none.mark(np.isnan(none.score), UNDEFINED, "none")
-    lone._kept[scores_of, run.one("score").path] = none
+    lone._cache[scores_of, run.one("score").path] = none
     with pytest.raises(Missing, match="no run has a scored row"):
         scores.score_distributions(lone)
     drawn = scores.score_distributions(material)
@@ -215,9 +216,9 @@ def test_scores_of_no_row_are_missed_and_their_axes_are_named(material: Material
 
 def test_a_correlation_that_is_not_defined_is_a_gap_and_a_negative_one_is_seen() -> None:
     rising, flat = np.arange(4.0), np.ones(4)
-    values = sensitivity._correlations([rising, flat, -rising], rising)
+    values, _ = sensitivity._agreement([Scores(score) for score in (rising, flat, -rising)], Scores(rising), 0.5)
     assert values[[0, 2]] == pytest.approx([1, -1]) and np.isnan(values[1])
-    assert sensitivity._agreement(values)[0] < -1 and sensitivity._agreement(np.array([np.nan]))[0] == -0.02
+    assert sensitivity._limits(values)[0] < -1 and sensitivity._limits(np.array([np.nan]))[0] == -0.02
 
 
 def test_a_defect_in_one_figure_or_table_costs_no_other(
@@ -226,13 +227,13 @@ def test_a_defect_in_one_figure_or_table_costs_no_other(
     def broken(_: Material) -> Figure:
         raise KeyError("a name\nin two lines")
 
-    entries = [entry._replace(draw=broken) if entry.name == "cost" else entry for entry in FIGURES]
+    entries = [replace(entry, draw=wraps(entry.draw)(broken)) if entry.name == "cost" else entry for entry in FIGURES]
     monkeypatch.setattr("gradsift.report.figures.FIGURES", [one for one in entries if one.name in ("cost", "overlap")])
     (tmp_path / "cost.png").write_text("of an earlier report")
     assert write_figures(material, tmp_path, ["svg"]) == {"cost": r"failed with KeyError: 'a name\nin two lines'"}
     assert [path.name for path in tmp_path.iterdir()] == ["overlap.svg"]
     monkeypatch.setitem(TABLES, "pws", broken)
-    reasons = write_tables(material, tmp_path / "tables")
+    _, reasons = write_tables(material, tmp_path / "tables")
     assert reasons["pws"] == r"failed with KeyError: 'a name\nin two lines'"
     assert (tmp_path / "tables" / "overlap.csv").is_file() and not (tmp_path / "tables" / "pws.csv").exists()
 
@@ -259,8 +260,8 @@ def test_a_long_legend_takes_nothing_from_what_is_drawn() -> None:
 
 def test_no_two_of_many_methods_look_alike() -> None:
     names = [str(number) for number in range(24)]
-    looks = Looks(names)
-    assert len({(looks.colour(name), looks.marker(name)) for name in names}) == len(names)
+    looks = looks_of(names)
+    assert len({(look.colour, look.marker) for look in looks.values()}) == len(names)
 
 
 def test_members_are_left_out_of_the_largest_ensemble(material: Material) -> None:
@@ -356,11 +357,11 @@ def test_without_pws_the_grid_holds_the_overlap_with_the_largest_setting(materia
 def test_two_seeds_on_the_same_data_are_compared(material: Material) -> None:
     pair = [run_of(material, name) for name in ("0-gsnr-0.1", "3-gsnr-0.1")]
     _, found = sensitivity.seed_agreement(material)
-    (correlations, overlaps) = found[pair[0].method]
+    ((correlation, overlap),) = found[pair[0].method]
     scores_ = [table(run, "score", "scores.parquet")["score"] for run in pair]
     sets = [set(kept(run)) for run in pair]
-    assert correlations == pytest.approx([spearmanr(*scores_).statistic])
-    assert overlaps == pytest.approx([len(sets[0] & sets[1]) / len(sets[0] | sets[1])])
+    assert correlation == pytest.approx(spearmanr(*scores_).statistic)
+    assert overlap == pytest.approx(len(sets[0] & sets[1]) / len(sets[0] | sets[1]))
     assert list(found) == [pair[0].method]  # the others have one seed
 
 
@@ -405,7 +406,7 @@ def test_members_losses_are_their_curves(material: Material) -> None:
     run = run_of(material, "0-gsnr-0.1")
     files = [stage_of(run, "member", place) / "curve.jsonl" for place in (0, 1)]
     losses = [json.loads(line)["loss"] for file in files for line in file.read_text().splitlines()]
-    (axes,) = ensemble.training_loss(material).axes
+    (axes,) = ensemble.member_loss(material).axes
     assert lines_of(axes)["member 0"][1] == pytest.approx(losses)
 
 
@@ -420,7 +421,7 @@ def test_outcomes_are_those_of_the_judgments(material: Material) -> None:
         margin = np.sign(reply["score_model"] - reply["score_reference"])
         signs[reply["item_id"]] = signs.get(reply["item_id"], 0.0) + margin
     expected = Counter(np.sign(list(signs.values())).tolist())
-    (axes,) = judge.outcomes(material).axes
+    (axes,) = judge.judge_outcomes(material).axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     place = names.index(f"{run.method}, 0.1")
     widths = {bars.get_label(): bars[place].get_width() for bars in axes.containers}
@@ -451,11 +452,11 @@ def test_a_judge_that_prefers_a_place_is_shown_to(material: Material) -> None:
 def test_the_audit_is_drawn_as_audit_json_has_it(material: Material) -> None:
     run = run_of(material, "2-random-0.1")
     written = json.loads((run.folder / "audit.json").read_text())
-    (axes,) = audit.spoilt(material).axes
+    (axes,) = audit.audit_spoilt(material).axes
     alphas, shares = lines_of(axes)[run.method]
     assert alphas.tolist() == [0.1, 0.2]
     assert shares == pytest.approx([cell["spoilt"] for cell in written["selections"]])
-    (axes,) = audit.auroc(material).axes
+    (axes,) = audit.audit_auroc(material).axes
     texts = [text.get_text() for text in axes.texts]
     assert all(f"{kind['auroc']:.2f}" in texts for kind in written["kinds"].values())
 
@@ -530,7 +531,7 @@ def test_trajectories_that_were_never_noted_are_missed(material: Material, tmp_p
         file.unlink()
     stages = [{**stage, "artifact": f"gone/{Path(stage['artifact']).name}"} for stage in run.record["stages"]]
     old = Run(run.folder, {**run.record, "stages": stages}, run.config, run.method, [tmp_path / "store"])
-    with pytest.raises(Missing, match="trained before their ways were noted"):
+    with pytest.raises(Missing, match="predate trajectory logging"):
         ensemble.trajectories_pca(Material(material.folder, [old], False))
 
 
@@ -577,11 +578,11 @@ def test_the_projection_is_the_one_that_its_docstring_says(material: Material) -
 
 
 def test_the_numbers_behind_the_figures_are_written(material: Material, tmp_path: Path) -> None:
-    reasons = write_tables(material, tmp_path)
+    _, reasons = write_tables(material, tmp_path)
     assert set(reasons) <= {"ablations"}
     written = {path.stem for path in tmp_path.glob("*.csv")}
-    assert written == {*TABLES, *FIGURE_TABLES} - set(reasons)
-    assert set(FIGURE_TABLES) <= {entry.name for entry in FIGURES}
+    with_records = {entry.name for entry in FIGURES if entry.records is not None}
+    assert len(with_records) == 10 and written == {*TABLES, *with_records} - set(reasons)
     rows = list(csv.DictReader((tmp_path / "cost.csv").read_text().splitlines()))
     assert {row["stage"]: int(row["made"]) for row in rows}["member"] == 12
     rows = list(csv.DictReader((tmp_path / "overlap.csv").read_text().splitlines()))

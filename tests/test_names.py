@@ -16,7 +16,7 @@ from gradsift.data.download import _file_name
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.manifests import UNFINISHED
 from gradsift.names import LONGEST_NAME, LONGEST_SLUG, require_name, require_no_link, slug, slug_of_path
-from gradsift.report.text_table import write_records
+from gradsift.report.table import write_records
 
 NAMED = [
     group

@@ -10,8 +10,8 @@ import pytest
 
 from gradsift.report.material import Material, Missing, Run
 from gradsift.report.paper_tables import ablation_table, cells_of, count, pws_table, write_tables
-from gradsift.report.tables import method_name
-from gradsift.report.text_table import TextTable, markdown
+from gradsift.report.run_tables import method_name
+from gradsift.report.table import Table
 
 
 def run(scorer: str, pws: float | None, alpha: float = 0.1, half: float = 0.1, **changes: Any) -> Run:
@@ -107,11 +107,11 @@ def test_ablations_stand_beside_the_score_with_their_difference() -> None:
 
 
 def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
-    with pytest.raises(Missing, match="no run came as far as a PWS"):
+    with pytest.raises(Missing, match="no run got as far as a PWS"):
         cells_of(sweep(run("gsnr", None)))
     with pytest.raises(Missing, match="no cell has both gsnr and a baseline"):
         count(cells_of(sweep(run("gsnr", 1.0))))
-    reasons = write_tables(sweep(run("gsnr", 1.0), run("random", 1.1)), tmp_path)
+    _, reasons = write_tables(sweep(run("gsnr", 1.0), run("random", 1.1)), tmp_path)
     assert reasons["ablations"].startswith("no cell has gsnr beside one of its ablations")
     _, csv_row, _ = csv.reader((tmp_path / "pws.csv").read_text().splitlines())
     assert csv_row[:7] == ["alpaca", "llama", "vicuna", "0.1", "gsnr", "1.0", "0.9"]
@@ -119,8 +119,8 @@ def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
 
 
 def test_markdown_keeps_a_bar_in_a_cell_apart_from_the_tables_own() -> None:
-    table = TextTable("title", ["a", "b"], [["x|y", "1"]], frozenset({(0, 1)}), "note")
-    assert markdown(table) == "**title**\n\n| a | b |\n| --- | ---: |\n| x\\|y | **1** |\n\nnote"
+    table = Table("title", ["a", "b"], [["x|y", "1"]], frozenset({(0, 1)}), "note")
+    assert table.markdown() == "**title**\n\n| a | b |\n| --- | ---: |\n| x\\|y | **1** |\n\nnote"
 
 
 def test_a_methods_name_is_short_and_holds_all_that_tells_it_apart() -> None:

@@ -15,7 +15,7 @@ from gradsift.cli import conf_folder
 from gradsift.config import dump_config, load_config, register_schemas
 from gradsift.report import recorded as module
 from gradsift.report.recorded import RECORDED_FILE, compared, record
-from gradsift.report.tables import UNTUNED
+from gradsift.report.run_tables import UNTUNED
 from gradsift.report.terminal import sweep_finished
 
 REPOSITORY = Path(__file__).parents[1]
@@ -144,7 +144,7 @@ def test_a_sweep_ends_with_the_comparison(tmp_path: Path, capsys: pytest.Capture
     sweep(tmp_path / "here")
     assert sweep_finished(tmp_path / "here")
     assert " ".join(capsys.readouterr().out.split()).endswith(
-        "lies within the spread over the seeds (two standard errors)"
+        "is within the spread over the seeds (two standard errors)"
     )
 
 

@@ -17,19 +17,20 @@ from gradsift.artifacts import StageRecord, Store
 from gradsift.config import TrackerConfig
 from gradsift.data.load import Labels
 from gradsift.report.notes import remarks, remarks_of_all, warnings_of
-from gradsift.report.summary import one_line, summary
-from gradsift.report.tables import (
+from gradsift.report.run_tables import (
     TITLE,
     UNTUNED,
     flat_rows,
     over_seeds,
-    pws_table,
+    results_table,
     untuned_rows,
     with_settings,
-    write_csv,
 )
-from gradsift.report.terminal import RunView, fitted, sweep_finished
-from gradsift.run_record import RUN_FILE, RunRecord, composition
+from gradsift.report.summary import one_line, summary
+from gradsift.report.table import write_records
+from gradsift.report.terminal import RunView, sweep_finished
+from gradsift.run_folder import RUN_FILE
+from gradsift.run_record import RunRecord, composition
 from gradsift.runtime import Display
 from gradsift.tracking import Tracker
 
@@ -80,11 +81,8 @@ def full() -> dict[str, Any]:
 
 def cells(*runs: dict[str, Any]) -> list[dict[str, str]]:
     """The table's rows as they are shown, by the names of its columns."""
-    columns = pws_table(runs).columns
-    return [
-        dict(zip([str(c.header) for c in columns], map(str, row), strict=True))
-        for row in zip(*(column.cells for column in columns), strict=True)
-    ]
+    table = results_table(runs)
+    return [dict(zip(table.header, row, strict=True)) for row in table.rows]
 
 
 def text_of(table: Any, width: int = 160) -> str:
@@ -217,7 +215,7 @@ def test_runs_of_one_seed_that_differ_elsewhere_are_not_averaged() -> None:
 
 
 def test_the_full_data_model_at_two_alphas_is_not_two_seeds() -> None:
-    assert "seeds" not in text_of(pws_table([full(), full() | {"alpha": 0.1, "variant": "b"}, run()]))
+    assert "seeds" not in text_of(results_table([full(), full() | {"alpha": 0.1, "variant": "b"}, run()]))
 
 
 # ------------------------------------------------------------------------------------------- table
@@ -225,7 +223,7 @@ def test_the_full_data_model_at_two_alphas_is_not_two_seeds() -> None:
 
 def test_the_table_shows_every_run_and_leaves_out_empty_columns() -> None:
     runs = [run(), full(), run(scorer="random")]
-    text = text_of(pws_table(runs))
+    text = text_of(results_table(runs))
     assert text.splitlines()[0].rstrip() == f"{TITLE}, benchmark vicuna"
     shown = cells(*runs)
     assert [row["scorer"] for row in shown] == ["gsnr", "full", "random", UNTUNED]
@@ -254,7 +252,7 @@ def test_a_setting_that_varies_has_a_column() -> None:
 
 def test_the_csv_holds_every_row_of_every_run_unaveraged(tmp_path: Path) -> None:
     runs = [run({"vicuna": cell(6, 2, 2), "koala": cell(0, 0, 0, 1)}), run(seed=1), full()]
-    write_csv(tmp_path / "results.csv", runs)
+    write_records(tmp_path / "results.csv", results_table(runs).records)
     with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as stream:
         found = list(csv.DictReader(stream))
     runs = with_settings(runs)
@@ -272,7 +270,7 @@ def test_a_run_without_surprises_has_no_remarks() -> None:
     assert remarks({"status": "stopped"}) == []
 
 
-@pytest.mark.parametrize(("scored", "why"), [(7, "no more rows have a score"), (8, "the selector stopped before")])
+@pytest.mark.parametrize(("scored", "why"), [(7, "no more rows have a score"), (8, "the selector stopped early")])
 def test_a_shortfall_is_laid_to_the_scores_or_to_the_selector(scored: int, why: str) -> None:
     found = remarks(run(scores={"statuses": {"scored": scored}}, selection={"shortfall": 3, "rows": 7}))
     assert found == [f"the selection is 3 rows short of its budget: {why}"]
@@ -534,13 +532,13 @@ def test_a_sweep_tells_only_of_units_that_took_long() -> None:
 
 def test_a_table_that_is_too_wide_loses_whole_columns_and_says_which() -> None:
     console = Console(file=io.StringIO(), width=80)
-    table = pws_table([run()])
-    assert fitted(table, Display(console)) == ["held-out", "spoilt", "families"]
+    table, left_out = results_table([run()]).fitted(console)
+    assert left_out == ["held-out", "spoilt", "families"]
     console.print(table)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in text
     assert "1.400 [1.150, 1.650]" in text
-    assert fitted(pws_table([run()]), Display(Console(file=io.StringIO(), width=132))) == []
+    assert results_table([run()]).fitted(Console(file=io.StringIO(), width=132))[1] == []
 
 
 def test_a_sweep_ends_with_its_warnings_and_notes_once_and_the_report_first(
@@ -559,4 +557,4 @@ def test_a_sweep_ends_with_its_warnings_and_notes_once_and_the_report_first(
 
 def test_the_table_shows_settings_as_they_are() -> None:
     other = run(overrides=["target.lora.targets=[c_attn]"], variant="b")
-    assert "target.lora.targets=[c_attn]" in text_of(pws_table([run(), other]), 200)
+    assert "target.lora.targets=[c_attn]" in text_of(results_table([run(), other]), 200)

@@ -11,6 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ from gradsift.report.browser import CUT, STATUSES, Pool, held, pack, pools
 from gradsift.report.figures import FIGURES
 from gradsift.report.inline_svg import inline_svg
 from gradsift.report.material import Material, Missing, read
-from gradsift.report.page import groups_of, words_of, write_report
+from gradsift.report.page import groups_of, write_report
+from gradsift.report.table import Table
 from gradsift.report.terminal import sweep_finished
-from gradsift.report.text_table import TextTable
 from gradsift.run_record import composition
 from gradsift.runtime import Display
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores, write_scores
@@ -238,7 +239,7 @@ def test_every_figure_is_there_or_says_why_not(sweep: Made, opened: Any) -> None
         assert figure.count() == 1
         assert entry.title in figure.inner_text()
         try:
-            entry.draw(material)
+            entry(material)
         except Missing as reason:
             assert figure.locator("svg").count() == 0
             assert portable(str(reason)) in figure.inner_text()
@@ -346,7 +347,7 @@ def test_absolute_folders_are_left_out_and_nothing_else(text: str, shown: str) -
 
 def test_a_table_is_grouped_where_columns_share_a_heading() -> None:
     groups = groups_of(["place", "0.1: gsnr", "0.1: random", "0.2: gsnr"])
-    assert [(group.title, group.names) for group in groups] == [
+    assert groups == [
         ("alpha 0.1", ["gsnr", "random"]),
         ("alpha 0.2", ["gsnr"]),
     ]
@@ -356,9 +357,9 @@ def test_a_table_is_grouped_where_columns_share_a_heading() -> None:
 
 def test_words_stand_at_the_left_and_figures_at_the_right() -> None:
     rows = [["gsnr", "2", "late_loss", "0.9 [0.8, 1.0]", "-"], ["-", "4", "(no finetuning)", "-", ""]]
-    assert words_of(TextTable("t", list("abcde"), rows)) == {0, 2}
+    assert Table("t", list("abcde"), rows).text_columns == {0, 2}
     rows.append(["random", "failed", "random", "failed", "-"])
-    assert words_of(TextTable("t", list("abcde"), rows)) == {0, 2}
+    assert Table("t", list("abcde"), rows).text_columns == {0, 2}
 
 
 def test_a_figure_follows_the_page_and_brings_nothing_else_along() -> None:
@@ -374,7 +375,7 @@ def test_a_figure_follows_the_page_and_brings_nothing_else_along() -> None:
     )
     for bad in ("script", "style", "onclick", "host.example", "stolen", "height"):
         assert bad not in svg
-    assert '<path id="scores-p" stroke="var(--ink)" fill="none" clip-path="url(#scores-c)"' in svg
+    assert '<path id="scores-p" clip-path="url(#scores-c)" stroke="var(--ink)" fill="none"' in svg
     assert '<use href="#scores-p"' in svg
     assert 'font-size="9" font-family="inherit" font-weight="bold" text-anchor="middle">&lt;b&gt; label</text>' in svg
     assert 'aria-label="a &quot;label&quot;"' in svg
@@ -550,7 +551,7 @@ def test_what_is_packed_is_what_the_runs_wrote(sweep: Made) -> None:
 
 def test_of_a_large_pool_the_selected_and_an_even_share_are_held(sweep: Made) -> None:
     (pool,) = pools(read(sweep.folder))
-    selected = {row for one in pool.selections for row in np.flatnonzero(one.place).tolist()}
+    selected = {row for one in pool.selections for row in np.flatnonzero(one["place"]).tolist()}
     most = len(selected) + 20
     rows = held(pool, most)
     assert selected <= set(rows.tolist())
@@ -567,7 +568,7 @@ def test_rankings_of_one_name_are_told_apart(tmp_path: Path) -> None:
     found.job(0, "gsnr", 0.1)
     found.job(1, "gsnr", 0.25, seed=1)
     (pool,) = pools(read(found.folder))
-    assert [ranking.name for ranking in pool.rankings] == ["gsnr"]  # one and the same scores
+    assert [method["name"] for method in pool.methods] == ["gsnr"]  # one and the same scores
     run = json.loads((found.folder / "1-gsnr-0.25" / "run.json").read_text())
     other = next(stage for stage in run["stages"] if stage["name"] == "score")
     moved = Path(other["artifact"]).with_name("gsnr-again")
@@ -577,13 +578,13 @@ def test_rankings_of_one_name_are_told_apart(tmp_path: Path) -> None:
     other |= {"artifact": str(moved), "fingerprint": "other"}
     (found.folder / "1-gsnr-0.25" / "run.json").write_text(json.dumps(run))
     (pool,) = pools(read(found.folder))
-    assert [ranking.name for ranking in pool.rankings] == ["gsnr", "gsnr, seed 1"]
-    assert [selection.name for selection in pool.selections] == ["gsnr at 10 %", "gsnr, seed 1 at 25 %"]
+    assert [method["name"] for method in pool.methods] == ["gsnr", "gsnr, seed 1"]
+    assert [selection["name"] for selection in pool.selections] == ["gsnr at 10 %", "gsnr, seed 1 at 25 %"]
 
 
 def test_a_pool_without_labels_or_texts_to_sort_by_is_packed(sweep: Made) -> None:
     (pool,) = pools(read(sweep.folder))
-    bare = Pool("bare", pool.examples, None, None, [replace(pool.rankings[0], parts={})], pool.selections[:1])
+    bare = Pool("bare", pool.examples, None, None, [pool.methods[0] | {"parts": []}], pool.selections[:1])
     about = pack(bare).about
     assert (about["labels"], about["families"], about["methods"][0]["parts"]) == ([], [], [])
 
@@ -615,7 +616,7 @@ def test_without_the_store_the_report_says_what_is_gone(tmp_path: Path) -> None:
     shutil.rmtree(found.store.root)
     page = write_report(found.folder).read_text(encoding="utf-8")
     assert "are not in the store any more" in page
-    assert "No run came as far as a selection" in page
+    assert "No run got as far as a selection" in page
     assert "1.200" in page
 
 
@@ -657,7 +658,7 @@ def test_a_figure_with_a_defect_is_told_and_the_page_stands(
 
     found = made(tmp_path)
     found.job(0, "gsnr", 0.1)
-    entries = [entry._replace(draw=broken) if entry.name == "eps" else entry for entry in FIGURES]
+    entries = [replace(entry, draw=wraps(entry.draw)(broken)) if entry.name == "eps" else entry for entry in FIGURES]
     for module in ("gradsift.report.figures", "gradsift.report.page"):
         monkeypatch.setattr(f"{module}.FIGURES", entries)
     assert main([str(found.folder), "--format", "svg"]) == 2

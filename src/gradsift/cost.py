@@ -12,9 +12,11 @@ Counted is what the process that finished the unit passed; what an interrupted o
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+WORK_COLUMNS = ("made", "reused", "seconds", "optimizer_steps", "forward_tokens", "saved_steps", "saved_tokens")
 _open: list[int] = []  # a count for each unit of work under way in this process, the innermost last
 
 
@@ -57,3 +59,21 @@ def peak_resident_gb() -> float | None:
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+
+
+def work_of(stages: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the total work of the `stages` of one `run.json` or of several.
+
+    Returns:
+        made, reused: units of work. A unit reused by several runs counts once for each.
+        seconds: spent, including the look-ups of finished work.
+        optimizer_steps, forward_tokens: of the units made.
+        saved_steps, saved_tokens: what the reused units took when they were made, for each reuse.
+    """
+    total: dict[str, float] = dict.fromkeys(WORK_COLUMNS, 0)
+    for stage in stages:
+        total["reused" if stage["reused"] else "made"] += 1
+        for name in WORK_COLUMNS[2:]:
+            total[name] += stage.get(name, 0)
+    total["seconds"] = round(total["seconds"], 3)
+    return total

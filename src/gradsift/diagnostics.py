@@ -2,7 +2,7 @@
 
 The diagnostics answer the failure signatures of GRADFILTERING (arXiv 2601.13697). Those of the ensemble
 stand in `gradients/diagnostics.py`, those of the selection in `selection/diagnostics.py`, and the
-comparison with random selection, which needs several runs, in `report/tables.py`. They judge and change nothing.
+comparison with random selection, which needs several runs, in `report/notes.py`. They judge and change nothing.
 """
 
 from __future__ import annotations

@@ -6,13 +6,14 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gradsift.artifacts import Artifact, Store
 from gradsift.config import ProxyConfig
+from gradsift.cost import work_of
 from gradsift.data.load import SPOILT, Labels, labels_of
 from gradsift.data.verifiable import effective_families
 from gradsift.diagnostics import read_diagnostics
@@ -21,6 +22,7 @@ from gradsift.evaluation.stages.judging import pws_of
 from gradsift.evaluation.stages.losses import heldout_loss_of
 from gradsift.evaluation.stages.metrics import metrics_of
 from gradsift.names import require_no_link
+from gradsift.run_folder import RUN_FILE
 from gradsift.runtime import peak_memory
 from gradsift.scoring.scores import SCORED
 from gradsift.scoring.stage import SCORES_FILE, scores_of
@@ -29,11 +31,7 @@ from gradsift.selection.stage import SELECTION_FILE, positions_of
 from gradsift.tracking import Tracker
 from gradsift.training.curves import read_curve
 
-RUN_FILE = "run.json"
-WORK_COLUMNS = ("made", "reused", "seconds", "optimizer_steps", "forward_tokens", "saved_steps", "saved_tokens")
 _COUNTS = ("optimizer_steps", "forward_tokens")  # entries of an artifact's info that `stages` already lists
-
-Work = dict[str, float]
 
 
 @dataclass
@@ -215,21 +213,3 @@ def composition(labels: Labels, positions: list[int]) -> dict[str, Any]:
         parts["families"] = effective_families([labels.family[position] for position in positions])
         parts["families_pool"] = effective_families(labels.family)
     return parts
-
-
-def work_of(stages: Sequence[Mapping[str, Any]]) -> Work:
-    """Return the total work of the `stages` of one `run.json` or of several.
-
-    Returns:
-        made, reused: units of work. A unit reused by several runs counts once for each.
-        seconds: spent, including the look-ups of finished work.
-        optimizer_steps, forward_tokens: of the units made (see `gradsift.cost`).
-        saved_steps, saved_tokens: what the reused units took when they were made, for each reuse.
-    """
-    total: Work = dict.fromkeys(WORK_COLUMNS, 0)
-    for stage in stages:
-        total["reused" if stage["reused"] else "made"] += 1
-        for name in WORK_COLUMNS[2:]:
-            total[name] += stage.get(name, 0)
-    total["seconds"] = round(total["seconds"], 3)
-    return total

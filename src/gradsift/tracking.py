@@ -15,16 +15,13 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
 from gradsift.artifacts import Artifact
 from gradsift.config import TrackerConfig
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.manifests import content_hash
+from gradsift.run_folder import CONFIG_FILE, FIGURES_FOLDER, TABLES_FOLDER, config_values
 
 METRICS_FILE = "metrics.jsonl"
-CONFIG_FILE = "config.yaml"
-FIGURES_FOLDER, TABLES_FOLDER = "figures", "tables"  # beside the page
 _INIT_TIMEOUT = 30.0  # seconds
 _LONGEST_NAME = 128  # characters of an artifact's name that W&B takes
 # of an absolute path: all but its last name
@@ -101,8 +98,7 @@ def log_report(folder: Path) -> bool:
     """
     if not is_logged(folder):
         return False
-    values = _config_of(folder)
-    config = TrackerConfig(**values["tracker"])
+    config = TrackerConfig(**_config_of(folder)["tracker"])
     is_sweep = not (folder / CONFIG_FILE).is_file()
     group = config.group or (group_of(folder) if is_sweep else None)
     import wandb
@@ -124,15 +120,9 @@ def is_logged(folder: Path) -> bool:
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
-    """The values of a run's config, or of the first job's of a sweep that has one; empty where there is none."""
-    paths = [folder / CONFIG_FILE, *sorted(folder.glob(f"*/{CONFIG_FILE}"))]
-    for path in paths:
-        try:
-            values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["values"]
-        except (OSError, yaml.YAMLError, KeyError, TypeError):  # none, or cut off where the job was killed
-            continue
-        return values
-    return {}
+    """Return the config of a run, or of the first job of a sweep that has one; empty if there is none."""
+    folders = [folder, *(path.parent for path in sorted(folder.glob(f"*/{CONFIG_FILE}")))]
+    return next(filter(None, map(config_values, folders)), {})
 
 
 def _start(

@@ -6,41 +6,32 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import get_args
 
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.report.figures.style import Format
-from gradsift.report.page import REPORT_FILE, write_report
-
-_FORMATS = ("png", "svg")
+from gradsift.report.page import write_report
+from gradsift.run_folder import REPORT_FILE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 with one line on stderr."""
-    options = _parser().parse_args(arguments)
+    """Return 0, or 2 after printing one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m gradsift.report", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run or of a sweep")
+    parser.add_argument("--to", type=Path, metavar="DIR", help=f"folder to write {REPORT_FILE} to (default: RUN)")
+    parser.add_argument("--format", default="png,svg", help="formats of the figures' files (default: png,svg)")
+    parser.add_argument("--artifacts", type=Path, metavar="DIR", help="the store, if it has moved")
+    options = parser.parse_args(arguments)
     try:
-        formats = _formats(options.format)
+        known: dict[str, Format] = {form: form for form in get_args(Format)}
+        if unknown := [name for name in options.format.split(",") if name not in known]:
+            raise ConfigError(f"--format {unknown[0]!r} is not a format of figures; choose from {', '.join(known)}")
+        formats = [known[name] for name in options.format.split(",")]
         print(f"report: {write_report(options.run, options.to, formats=formats, artifacts=options.artifacts)}")
     except (GradsiftError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m gradsift.report", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run or of a sweep")
-    parser.add_argument("--to", type=Path, metavar="DIR", help=f"where {REPORT_FILE} goes (default: RUN)")
-    parser.add_argument("--format", default="png,svg", help="of the figures' files (default png,svg)")
-    parser.add_argument("--artifacts", type=Path, metavar="DIR", help="the store, where it has moved")
-    return parser
-
-
-def _formats(text: str) -> list[Format]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in _FORMATS]:
-        raise ConfigError(f"--format {unknown[0]!r} is no format of a figure; choose from {', '.join(_FORMATS)}")
-    return [cast("Format", name) for name in names]
 
 
 if __name__ == "__main__":

@@ -1,42 +1,46 @@
-"""The report at the end of a run or a sweep: written last, it changes no outcome; what fails is said in a line."""
+"""The report at the end of a run or a sweep. A failure to write it is printed and changes no result."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING
 
 from gradsift.errors import GradsiftError
+from gradsift.run_folder import CONFIG_FILE, REPORT_FILE, config_values
 from gradsift.runtime import Display
 from gradsift.tracking import is_logged, log_report
 
+if TYPE_CHECKING:
+    from gradsift.report.figures.style import Format
+
 
 def report_at_end(folder: Path, display: Display) -> Path | None:
-    """Write `report.html` and its files into the folder and log it where asked; None, and why, if it is not written."""
-    try:
-        from gradsift.report.figures.style import Format
-        from gradsift.report.material import Incomplete
-        from gradsift.report.page import REPORT_FILE, write_report
+    """Write `report.html` and its files into the folder, and log them to W&B if the runs are.
 
-        formats: list[Format] = ["svg", "png"] if is_logged(folder) else ["svg"]  # the page needs no PNG
+    Returns:
+        The path of the page; None if it could not be written, after printing the reason.
+    """
+    try:
+        from gradsift.report.material import Incomplete
+        from gradsift.report.page import write_report
+
+        formats: list[Format] = ["svg", "png"] if is_logged(folder) else ["svg"]  # W&B takes PNG, the page SVG
         with display.task("write the report", None):
             try:
                 write_report(folder, formats=formats)
             except Incomplete as error:
                 display.say(f"report: {error}")
-        report = folder / REPORT_FILE
-    except Exception as error:  # noqa: BLE001 - whatever it is, the run itself is done
+    except Exception as error:  # noqa: BLE001 - the run itself is done, whatever goes wrong here
         display.say(
-            f"report: not written ({_reason(error)}); the results stand in run.json, and `python -m gradsift.report "
+            f"report: not written ({_reason(error)}); the results are in run.json, and `python -m gradsift.report "
             f"{folder}` tries again"
         )
         return None
     try:
         log_report(folder)
-    except Exception as error:  # noqa: BLE001 - likewise
+    except Exception as error:  # noqa: BLE001 - the report itself is written
         display.say(f"report: not logged to W&B ({_reason(error)}); its files are in {folder}")
-    return report
+    return folder / REPORT_FILE
 
 
 def _reason(error: Exception) -> str:
@@ -45,14 +49,6 @@ def _reason(error: Exception) -> str:
 
 
 def wanted_by_jobs(folder: Path) -> bool:
-    """Whether a sweep's jobs were run with `report=true`; not where none came as far as a config."""
-    paths = sorted(folder.glob("*/config.yaml"))
-    return bool(paths) and all(map(_wanted, paths))
-
-
-def _wanted(path: Path) -> bool:
-    try:
-        found: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return bool(found["values"].get("report", True))
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        return True
+    """Whether a sweep's jobs were run with `report=true`; False if no job got as far as writing its config."""
+    paths = list(folder.glob(f"*/{CONFIG_FILE}"))
+    return bool(paths) and all(config_values(path.parent).get("report", True) for path in paths)

@@ -1,8 +1,8 @@
-"""A figure's SVG as a part of an HTML page: it follows the page's colours and needs no style of its own.
+"""A figure's SVG as a part of an HTML page, in the page's colours and without styles of its own.
 
-The page's content security policy allows no `style` attribute, so what matplotlib writes there becomes attributes; ids
-get the figure's name in front, as all figures share one document; the four neutral colours become the page's. Elements
-and attributes that no figure needs, and links that lead anywhere, are left out.
+The page's content security policy allows no `style` attribute, so the styles that matplotlib writes become attributes.
+Ids get the figure's name in front, as all figures share one document. The four neutral colours become the page's.
+Elements and attributes that no figure needs, and links to elsewhere, are left out.
 """
 
 from __future__ import annotations
@@ -22,56 +22,49 @@ _LOCAL = re.compile(r"url\(#([^)]+)\)")
 
 
 def inline_svg(text: str, name: str, label: str) -> Markup:
-    """The `<svg>` element of a file that matplotlib wrote.
+    """Return the `<svg>` element of a file that matplotlib wrote.
 
     Args:
-        name: of the figure; begins its ids.
-        label: what a screen reader says of it.
+        name: of the figure; prefix of its ids.
+        label: text for screen readers.
     """
-    root = ElementTree.fromstring(text)  # noqa: S314 - written by matplotlib a moment ago
-    shown = _element(root, name)
-    for key in ("height", "version"):  # the height follows from the width that there is room for
+    shown = _element(ElementTree.fromstring(text), name)  # noqa: S314 - written by matplotlib a moment ago
+    for key in ("height", "version"):  # the height follows from the width that the page has room for
         shown.attrib.pop(key, None)
-    # what matplotlib's own style sheet says of all elements
+    # the last two are what matplotlib's own style sheet sets for all elements
     shown.attrib |= {"role": "img", "aria-label": label, "stroke-linejoin": "round", "stroke-linecap": "butt"}
-    written = ElementTree.tostring(shown, encoding="unicode")
-    return Markup(written)  # noqa: S704 - escaped by ElementTree
+    return Markup(ElementTree.tostring(shown, encoding="unicode"))  # noqa: S704 - escaped by ElementTree
 
 
 def _element(source: ElementTree.Element, name: str) -> ElementTree.Element:
-    made = ElementTree.Element(source.tag.removeprefix(_SVG))
-    made.text, made.tail = source.text, source.tail
-    for key, value in source.attrib.items():
-        if key == "style":
-            for attribute, its in _declarations(value):
-                made.set(attribute, _themed(_LOCAL.sub(rf"url(#{name}-\1)", its)))
-        elif key == "id":
-            made.set("id", f"{name}-{value}")
-        elif key == _LINK or key == "href":
-            if value.startswith("#"):
-                made.set("href", f"#{name}-{value[1:]}")
-            elif made.tag == "image" and value.startswith("data:image/png;base64,"):
-                made.set("href", value)
+    copy = ElementTree.Element(source.tag.removeprefix(_SVG))
+    copy.text, copy.tail = source.text, source.tail
+    attributes = dict(source.attrib)
+    style, link = attributes.pop("style", ""), attributes.pop(_LINK, attributes.pop("href", ""))
+    for key, value in [*attributes.items(), *_declarations(style)]:
+        if key == "id":
+            copy.set("id", f"{name}-{value}")
         elif not key.startswith("{") and not key.lower().startswith("on"):
-            made.set(key, _themed(_LOCAL.sub(rf"url(#{name}-\1)", value)))
+            copy.set(key, _THEMED.get(value.lower(), _LOCAL.sub(rf"url(#{name}-\1)", value)))
+    if link.startswith("#"):
+        copy.set("href", f"#{name}-{link[1:]}")
+    elif copy.tag == "image" and link.startswith("data:image/png;base64,"):
+        copy.set("href", link)
     for child in source:
         if isinstance(child.tag, str) and child.tag.removeprefix(_SVG) not in _DROPPED:
-            made.append(_element(child, name))
-    return made
+            copy.append(_element(child, name))
+    return copy
 
 
 def _declarations(style: str) -> list[tuple[str, str]]:
-    found = []
+    """Return the declarations of a `style` attribute as SVG attributes."""
+    attributes = []
     for declaration in style.split(";"):
         key, _, value = (part.strip() for part in declaration.partition(":"))
         if key == "font" and (font := _FONT.fullmatch(value)):
-            found += [("font-size", font["size"]), ("font-family", "inherit")]
-            found += [("font-weight", "bold")] if "bold" in font["more"] or "700" in font["more"] else []
-            found += [("font-style", "italic")] if "italic" in font["more"] else []
+            attributes += [("font-size", font["size"]), ("font-family", "inherit")]
+            attributes += [("font-weight", "bold")] if "bold" in font["more"] or "700" in font["more"] else []
+            attributes += [("font-style", "italic")] if "italic" in font["more"] else []
         elif key and value:
-            found.append((key, value))
-    return found
-
-
-def _themed(value: str) -> str:
-    return _THEMED.get(value.lower(), value)
+            attributes.append((key, value))
+    return attributes

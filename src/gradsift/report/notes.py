@@ -1,19 +1,24 @@
-"""What a reader of a run's figures has to beware of, in a line each."""
+"""Warnings and remarks: what a reader of a run's or a sweep's figures has to know."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from gradsift.diagnostics import Diagnostic
+from gradsift.report.run_tables import SEEDS, SETTINGS, Row, Run, flat_rows, with_settings
+from gradsift.report.table import cell_text
+
 _RATERS = {
-    "local": "judge=local rated with a small model: a plumbing check, its scores say nothing of the rows",
+    "local": "judge=local rated with a small model: a plumbing check, its scores say nothing about the rows",
     "verifier": "judge=verifier rated as an oracle that knows the embedded world's right answers: an upper bound",
 }
-_BASELINES = ("random", "full")  # ask no model for anything
+_BASELINES = ("random", "full")  # scorers that need no model
 
 
-def remarks(run: Mapping[str, Any]) -> list[str]:
-    """What a reader of the table has to know."""
+def remarks(run: Run) -> list[str]:
+    """Return remarks on one run, a line each."""
     lines = []
     if rejected := run.get("data", {}).get("rejected"):
         lines.append(f"{rejected:,} rows of the data were rejected; the reasons are in rejected.jsonl")
@@ -23,12 +28,12 @@ def remarks(run: Mapping[str, Any]) -> list[str]:
     if shortfall := selection.get("shortfall"):
         scored = run.get("scores", {}).get("statuses", {}).get("scored")
         early = scored is not None and selection["rows"] < scored
-        why = "the selector stopped before" if early else "no more rows have a score"
+        why = "the selector stopped early" if early else "no more rows have a score"
         lines.append(f"the selection is {shortfall:,} rows short of its budget: {why}")
     if run.get("proxy") == "tiny_bytes" and "scores" in run and run.get("scorer") not in _BASELINES:
-        lines.append("proxy=tiny_bytes has random weights: its scores are a plumbing check and say nothing of the rows")
+        lines.append("proxy=tiny_bytes has random weights: its scores are a plumbing check, not a measure of the rows")
     if run.get("dry_run"):
-        lines.append("judge.dry_run=true: nothing was sent; the same command without it goes on from here")
+        lines.append("judge.dry_run=true: nothing was sent; the same command without it continues from here")
     if run.get("scorer") == "llm_rating" and "scores" in run and run.get("judge") in _RATERS:
         lines.append(_RATERS[run["judge"]])
     if run.get("judge") == "local" and run.get("status") == "finished":
@@ -36,19 +41,57 @@ def remarks(run: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def remarks_of_all(runs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The remarks of several runs, each once, with the number of runs that it is about."""
-    told: dict[str, int] = {}
-    for run in runs:
-        for line in remarks(run):
-            told[line] = told.get(line, 0) + 1
-    return [line + (f" ({times} runs)" if times > 1 else "") for line, times in told.items()]
+def remarks_of_all(runs: Iterable[Run]) -> list[str]:
+    """Return the remarks on several runs, each once, with the number of runs it applies to."""
+    counts = Counter(line for run in runs for line in remarks(run))
+    return [line + (f" ({times} runs)" if times > 1 else "") for line, times in counts.items()]
 
 
 def warnings_of(diagnostics: Mapping[str, Mapping[str, Any]] | None) -> dict[str, str]:
-    """The messages of those diagnostics that warn, by name.
+    """Return the messages of the diagnostics that warn, by name.
 
-    They stand in the order of the line, ensemble before selection: the first may be the cause of the others.
+    They keep the order of the stages, ensemble before selection, as the first may be the cause of the others.
     """
-    found = (diagnostics or {}).items()
-    return {name: diagnostic["message"] for name, diagnostic in found if diagnostic["verdict"] == "warning"}
+    return {name: d["message"] for name, d in (diagnostics or {}).items() if d["verdict"] == "warning"}
+
+
+def against_random(runs: Sequence[Run]) -> list[Diagnostic]:
+    """Compare each method with random selection; return a diagnostic for each scorer and setting.
+
+    The pooled PWS of a run is compared with those of random selections that share its seeds and everything but the
+    scorer and the scorer's constants. A method without such a counterpart gets no diagnostic.
+    """
+    rows = [flat_rows(run)[-1] for run in with_settings(runs)]  # the last is the pooled one, or the only one
+    rows = [row for row in rows if row["pws"] is not None and row["scorer"] != "full"]
+    named = [n for n in SETTINGS if n in ("scorer", "alpha") or len({row[n] for row in rows}) > 1]
+    random: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        if row["scorer"] == "random":
+            random.setdefault(_shared_with_random(row), []).append(row["pws"])
+    pairs: dict[str, list[tuple[float, float]]] = {}  # PWS of the method and of its counterpart
+    for row in rows:
+        if row["scorer"] != "random" and (known := random.get(_shared_with_random(row))):
+            name = ", ".join(cell_text(row[n]) for n in named if row[n] != "")
+            pairs.setdefault(name, []).append((row["pws"], sum(known) / len(known)))
+    return [_compared(name, values) for name, values in pairs.items()]
+
+
+def _shared_with_random(row: Row) -> tuple[Any, ...]:
+    """Return what a run must share with a random selection to be compared with it."""
+    settings = tuple(o for o in row["settings"].split(" ") if not o.startswith(("scorer.", "method=")))
+    return (*(row[name] for name in (*SETTINGS, *SEEDS) if name not in ("scorer", "settings")), settings)
+
+
+def _compared(name: str, pairs: Sequence[tuple[float, float]]) -> Diagnostic:
+    pws, pws_random = (sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))
+    lower = sum(pair[0] < pair[1] for pair in pairs)
+    values = {"difference": pws - pws_random, "pws": pws, "pws_random": pws_random}
+    return Diagnostic.judged(
+        f"against_random ({name})",
+        pws < pws_random,
+        values | {"pairs": len(pairs), "pairs_lower": lower},
+        f"{name}: PWS {pws:.3f} against {pws_random:.3f} for random rows, lower in {lower} of {len(pairs)} pairs of "
+        "runs",
+        "the runs' own warnings, the full-data baseline (scorer=full: near random there is little to select), "
+        "and more seeds before relying on it",
+    )

@@ -1,23 +1,24 @@
-"""The paper's tables of one sweep: PWS by dataset, target and benchmark (Table 1), and the ablations (Table 2).
+"""The tables of a sweep: PWS by dataset, target and benchmark, the ablations, and the numbers behind figures.
 
-GRADFILTERING, arXiv 2601.13697. A cell "matches or beats" when its PWS is at least that of every baseline in the cell;
-how many of them are apart by more than the interval is counted beside it.
+The first two are Tables 1 and 2 of GRADFILTERING (arXiv 2601.13697). A cell "matches or beats" if its PWS is at least
+that of every baseline in the cell; how many of them differ by more than the interval is counted beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from gradsift.report.material import Material, Missing, attempt
-from gradsift.report.tables import Row, flat_rows, method_name, over_seeds
-from gradsift.report.text_table import TextTable, markdown, write_records
+from gradsift.report.run_tables import Row, flat_rows, method_name, over_seeds, pws_text
+from gradsift.report.table import Table
 
 METHOD = "gsnr"
 ABLATIONS = ("gsnr_raw_drop", "gsnr_normalized_drop", "gsnr_variance_normalized")  # #1, #2 and #3 of the paper
-_OURS = (METHOD, *ABLATIONS, "gsnr_direction")
+_NO_BASELINES = (METHOD, *ABLATIONS, "gsnr_direction", "full")
 Place = tuple[str, str, str]  # dataset, target, benchmark
 Column = tuple[float, str]  # alpha, method
 Cells = dict[tuple[Place, Column], Row]
@@ -25,12 +26,12 @@ Cells = dict[tuple[Place, Column], Row]
 
 @dataclass(frozen=True)
 class Count:
-    """In how many cells a method is at least as good as every baseline beside it."""
+    """In how many cells the method is at least as good as every baseline in the cell."""
 
     cells: int
     matches_or_beats: int
-    beyond: int  # of these: its whole interval lies above the best baseline
-    lost_beyond: int  # of the others: its whole interval lies below the best baseline
+    beyond: int  # of these: cells where its whole interval is above the best baseline
+    lost_beyond: int  # of the others: cells where its whole interval is below the best baseline
     baselines: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -42,155 +43,143 @@ class Count:
 
 
 def cells_of(material: Material) -> Cells:
-    """PWS of each place and column; runs that differ by seeds alone are averaged. Pooled figures are left out."""
-    rows = [row for run in material.finished for row in _rows(run.record)]
-    found: Cells = {}
+    """Return the PWS of each place and column, averaged over runs that differ by seeds alone. Omits pooled figures.
+
+    Raises:
+        Missing: no run has a PWS.
+    """
+    cells: Cells = {}
+    rows = [row for run in material.finished for row in flat_rows(run.record) if row["benchmark"] != "pooled"]
     for row in over_seeds(rows):
-        if row["pws"] is None or row["scorer"] == "full":
-            continue
-        place = (str(row["dataset"]), str(row["target"]), str(row["benchmark"]))
-        method = method_name(row["scorer"], row["settings"])
-        found[place, (float(row["alpha"]), method)] = row
-    if not found:
-        raise Missing("no run came as far as a PWS against the full-data model")
-    return found
+        if row["pws"] is not None and row["scorer"] != "full":
+            place = (str(row["dataset"]), str(row["target"]), str(row["benchmark"]))
+            cells[place, (float(row["alpha"]), method_name(row["scorer"], row["settings"]))] = row
+    if not cells:
+        raise Missing("no run got as far as a PWS against the full-data model")
+    return cells
 
 
-def _rows(record: Mapping[str, Any]) -> list[Row]:
-    rows = flat_rows(record)
-    return rows[:-1] if len(rows) > 1 else rows  # the last of several is the pooled one
+def _by_scorer(cells: Cells) -> dict[tuple[Place, float], dict[str, Row]]:
+    """Return the rows of each place and alpha by scorer; of a scorer with several settings the first."""
+    groups: dict[tuple[Place, float], dict[str, Row]] = {}
+    for (place, (alpha, _)), row in cells.items():
+        groups.setdefault((place, alpha), {}).setdefault(row["scorer"], row)
+    return groups
 
 
 def count(cells: Cells) -> Count:
-    """The paper's "19 of 24".
+    """Count the cells that the method wins (the paper's "19 of 24").
 
     Raises:
         Missing: no cell has both the method and a baseline.
     """
-    by_cell: dict[tuple[Place, float], dict[str, Row]] = {}
-    for (place, (alpha, _)), row in cells.items():
-        group = by_cell.setdefault((place, alpha), {})
-        if row["scorer"] not in _OURS or row["scorer"] == METHOD:
-            group.setdefault(row["scorer"], row)  # where a scorer stands here with several settings, the first
-    compared = [(group[METHOD], _others(group)) for group in by_cell.values() if METHOD in group and _others(group)]
-    if not compared:
+    pairs = []  # the method's row, and the best PWS among the baselines
+    baselines: dict[str, None] = {}
+    for group in _by_scorer(cells).values():
+        others = {name: row["pws"] for name, row in group.items() if name not in _NO_BASELINES}
+        if METHOD in group and others:
+            pairs.append((group[METHOD], max(others.values())))
+            baselines |= dict.fromkeys(others)
+    if not pairs:
         raise Missing(f"no cell has both {METHOD} and a baseline such as random or superfilter")
-    best = [max(row["pws"] for row in others.values()) for _, others in compared]
-    pairs = [(ours, top) for (ours, _), top in zip(compared, best, strict=True)]
-    won = [(ours, top) for ours, top in pairs if ours["pws"] >= top]
-    lost = [(ours, top) for ours, top in pairs if ours["pws"] < top]
+    won = [(row, best) for row, best in pairs if row["pws"] >= best]
+    lost = [(row, best) for row, best in pairs if row["pws"] < best]
     return Count(
         len(pairs),
         len(won),
-        sum(ours["pws_low"] is not None and ours["pws_low"] > top for ours, top in won),
-        sum(ours["pws_high"] is not None and ours["pws_high"] < top for ours, top in lost),
-        tuple(dict.fromkeys(name for _, others in compared for name in others)),
+        sum(row["pws_low"] is not None and row["pws_low"] > best for row, best in won),
+        sum(row["pws_high"] is not None and row["pws_high"] < best for row, best in lost),
+        tuple(baselines),
     )
 
 
-def _others(group: Mapping[str, Row]) -> dict[str, Row]:
-    return {name: row for name, row in group.items() if name != METHOD}
-
-
-def pws_table(material: Material) -> TextTable:
-    """Rows: dataset x target x benchmark; columns: alpha x method; the best of each row and alpha in bold."""
+def pws_table(material: Material) -> Table:
+    """Return the PWS with a row for each place and a column for each alpha and method; the best of an alpha is bold."""
     cells = cells_of(material)
     places = list(dict.fromkeys(place for place, _ in cells))
-    order = {method: number for number, method in enumerate(dict.fromkeys(column[1] for _, column in cells))}
-    columns = sorted({column for _, column in cells}, key=lambda column: (column[0], order[column[1]]))
-    rows = [[" / ".join(place), *(_cell(cells.get((place, column))) for column in columns)] for place in places]
-    best = frozenset(
-        (i, 1 + j) for i, place in enumerate(places) for j, column in enumerate(columns) if _best(cells, place, column)
-    )
+    methods = list(dict.fromkeys(method for _, (_, method) in cells))
+    columns = sorted({column for _, column in cells}, key=lambda column: (column[0], methods.index(column[1])))
+    rows = [
+        [" / ".join(place), *(pws_text(cells[place, c]) if (place, c) in cells else "-" for c in columns)]
+        for place in places
+    ]
+    best = {key for key in cells if _is_best(cells, *key)}
     header = ["dataset / target / benchmark", *(f"{alpha:g}: {method}" for alpha, method in columns)]
     records = [
         {"dataset": place[0], "target": place[1], "benchmark": place[2], "alpha": column[0], "method": column[1]}
         | {name: row[name] for name in ("pws", "pws_low", "pws_high", "win", "tie", "lose", "invalid")}
-        | {"runs": row["runs"], "best": _best(cells, place, column)}
+        | {"runs": row["runs"], "best": (place, column) in best}
         for (place, column), row in cells.items()
     ]
-    return TextTable("PWS against the model tuned on all rows (1 is parity)", header, rows, best, _note(cells), records)
-
-
-def _note(cells: Cells) -> str:
-    several = any(row["runs"] > 1 for row in cells.values())
-    note = "Means over seeds, with the least and the most." if several else "With bootstrap intervals over the items."
+    bold = frozenset((places.index(place), 1 + columns.index(column)) for place, column in best)
+    averaged = any(row["runs"] > 1 for row in cells.values())
+    note = "Means over seeds, with the least and the most." if averaged else "With bootstrap intervals over the items."
     note += " Bold: the best of a row at its alpha."
-    try:
-        return f"{note} {count(cells)}."
-    except Missing:
-        return note
+    with suppress(Missing):  # no cell to count
+        note += f" {count(cells)}."
+    return Table("PWS against the model tuned on all rows (1 is parity)", header, rows, bold, note, records)
 
 
-def _best(cells: Cells, place: Place, column: Column) -> bool:
-    """At its alpha; ties are all best, and a lone method is none."""
-    if (place, column) not in cells:
-        return False
+def _is_best(cells: Cells, place: Place, column: Column) -> bool:
+    """Whether no other cell of the row at this alpha is better; a method without others beside it is not the best."""
     beside = [row["pws"] for (where, (alpha, _)), row in cells.items() if where == place and alpha == column[0]]
     return len(beside) > 1 and cells[place, column]["pws"] == max(beside)
 
 
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return "-"
-    interval = "" if row["pws_low"] is None else f" [{row['pws_low']:.3f}, {row['pws_high']:.3f}]"
-    return f"{row['pws']:.3f}{interval}"
-
-
-def ablation_table(material: Material) -> TextTable:
-    """PWS of the score and of its ablations, with the difference from the score."""
-    cells = cells_of(material)
-    groups: dict[tuple[Place, float], dict[str, Row]] = {}
-    for (place, (alpha, _)), row in cells.items():
-        groups.setdefault((place, alpha), {}).setdefault(row["scorer"], row)
-    groups = {key: group for key, group in groups.items() if METHOD in group and any(a in group for a in ABLATIONS)}
+def ablation_table(material: Material) -> Table:
+    """Return the PWS of the score and of its ablations, with the differences from the score."""
+    groups = {
+        key: group
+        for key, group in _by_scorer(cells_of(material)).items()
+        if METHOD in group and any(name in group for name in ABLATIONS)
+    }
     if not groups:
         raise Missing(f"no cell has {METHOD} beside one of its ablations ({', '.join(ABLATIONS)})")
     shown = [name for name in ABLATIONS if any(name in group for group in groups.values())]
-    rows = []
-    records = []
+    rows, records = [], []
     for (place, alpha), group in groups.items():
         base = group[METHOD]["pws"]
-        deltas = {name: group[name]["pws"] - base for name in shown if name in group}
-        rows.append(
-            [
-                f"{' / '.join(place)}, {alpha:g}",
-                f"{base:.3f}",
-                *(f"{group[name]['pws']:.3f} ({deltas[name]:+.3f})" if name in group else "-" for name in shown),
-            ]
-        )
-        about = {"dataset": place[0], "target": place[1], "benchmark": place[2], "alpha": alpha}
+        cells = dict.fromkeys(shown, "-")
         for name in (METHOD, *(name for name in shown if name in group)):
-            records.append({**about, "scorer": name, "pws": group[name]["pws"], "delta": deltas.get(name, 0.0)})
+            pws = group[name]["pws"]
+            cells[name] = f"{pws:.3f} ({pws - base:+.3f})"
+            about = {"dataset": place[0], "target": place[1], "benchmark": place[2], "alpha": alpha}
+            records.append({**about, "scorer": name, "pws": pws, "delta": pws - base})
+        rows.append([f"{' / '.join(place)}, {alpha:g}", f"{base:.3f}", *(cells[name] for name in shown)])
     header = ["dataset / target / benchmark, alpha", METHOD, *shown]
-    note = f"In brackets the difference from {METHOD}; below zero the ablation loses."
-    return TextTable("Ablations of the score", header, rows, frozenset(), note, records)
+    note = f"In brackets: the difference from {METHOD}; below zero the ablation is worse."
+    return Table("Ablations of the score", header, rows, note=note, records=records)
 
 
-_MOST_LINES = 200  # of a table that people may want to read
-TABLES = {"pws": pws_table, "ablations": ablation_table}
+TABLES: dict[str, Callable[[Material], Table]] = {"pws": pws_table, "ablations": ablation_table}
 
 
-def write_tables(material: Material, folder: Path) -> dict[str, str]:
-    """Write each table as `<name>.csv` (plain values) and, unless it is long, `<name>.md`; earlier ones are removed.
+def write_tables(material: Material, folder: Path) -> tuple[dict[str, Table], dict[str, str]]:
+    """Write each table as `<name>.csv` and, unless it is long, `<name>.md`, and remove those of an earlier report.
 
     Returns:
-        The reasons of those that could not be made, by name.
+        The tables that were made, and for the others the reason why not, both by name.
     """
-    from gradsift.report.figure_tables import FIGURE_TABLES  # its figures read the cells of this module
+    from gradsift.report.figures import FIGURES  # which draw the cells of this module
 
+    makers = dict(TABLES)
+    for figure in FIGURES:
+        if figure.records is not None:
+            makers[figure.name] = figure.table
     folder.mkdir(parents=True, exist_ok=True)
-    reasons = {}
-    for name, make in {**TABLES, **FIGURE_TABLES}.items():
+    tables, reasons = {}, {}
+    for name, make in makers.items():
         for form in ("csv", "md"):
             (folder / f"{name}.{form}").unlink(missing_ok=True)
-        reason = attempt(lambda: _write(make(material), folder / name))  # noqa: B023 - made at once
-        if reason is not None:
+        table, reason = attempt(partial(_write, make, material, folder, name))
+        if table is None:
             reasons[name] = reason
-    return reasons
+        else:
+            tables[name] = table
+    return tables, reasons
 
 
-def _write(table: TextTable, path: Path) -> None:
-    if len(table.rows) <= _MOST_LINES:
-        path.with_suffix(".md").write_text(markdown(table) + "\n", encoding="utf-8")
-    write_records(path.with_suffix(".csv"), table.records)
+def _write(make: Callable[[Material], Table], material: Material, folder: Path, name: str) -> Table:
+    table = make(material)
+    table.write(folder, name)
+    return table

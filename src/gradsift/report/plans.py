@@ -18,7 +18,7 @@ from rich.text import Text
 
 from gradsift.cost import duration
 from gradsift.planning import DONE, TO_DO, Planner
-from gradsift.report.tables import with_settings
+from gradsift.report.run_tables import with_settings
 
 RUN_FILE = "run.json"
 SHARED = "shared"

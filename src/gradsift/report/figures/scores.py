@@ -1,4 +1,4 @@
-"""The scores over the pool: how they lie, and what they go with."""
+"""The scores over the pool: their distributions, and what they correlate with."""
 
 from __future__ import annotations
 
@@ -11,166 +11,168 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import AsinhLocator, NullLocator
 
 from gradsift.report.figures.clouds import as_text, cloud, spearman
-from gradsift.report.figures.groups import MOST_LINES, by_method, mean, middle_alpha, reached, standing_for
+from gradsift.report.figures.entry import report_figure
+from gradsift.report.figures.groups import MOST_LINES, by_method, mean, middle_alpha, reached, representative
 from gradsift.report.figures.style import (
     COLOURS,
+    DASHED,
     FAINT,
     HATCHES,
     INK,
     NEUTRAL,
-    Looks,
+    in_percent,
     legend,
+    looks_of,
     panels,
     plain_log,
-    styled,
 )
 from gradsift.report.material import Material, Missing, Run
 from gradsift.scoring.scores import SCORED
+from gradsift.selection.candidates import best_first
 from gradsift.selection.diagnostics import lengths
 
 _BINS = 40
-_DECADES = 20  # a range of so many interquartile ranges wants a scale that bends
+_WIDE = 20  # interquartile ranges from which on a range of scores needs an asinh scale
 _BANDS = 20  # of the ranking, in `score_length`
 
 
+@report_figure("Score distributions")
 def score_distributions(material: Material) -> Figure:
-    """A histogram a method at the middle alpha, of all scored examples and of the selected ones."""
-    runs = reached(material, "select")
-    scored = [run for run in runs if SCORED in material.scores(run).status]
+    """All scored rows in grey, the selected ones in colour. The axis is linear around zero and logarithmic far from it.
+    Shows at most eight methods."""
+    scored = [run for run in reached(material, "select") if SCORED in material.scores(run).status]
     if not scored:
         raise Missing("no run has a scored row")
     shown = {name: group[0] for name, group in by_method(scored, middle_alpha(scored), MOST_LINES).items()}
-    with styled():
-        columns = min(4, len(shown))
-        rows = -(-len(shown) // columns)
-        figure, axes = panels(columns, rows, width=1.2 + 2.0 * columns, height=0.9 + 1.7 * rows)
-        for panel, (name, run) in zip(axes, shown.items(), strict=False):
-            scores = material.scores(run)
-            values = scores.score[scores.status == SCORED]
-            bins, width = _bins(values)
-            if width is not None:
-                panel.set_xscale("asinh", linear_width=width)
-                panel.xaxis.set_major_locator(AsinhLocator(width, numticks=3))
-                panel.xaxis.set_minor_locator(NullLocator())
-            panel.hist(values, bins=bins, color=NEUTRAL, label="all rows")
-            chosen = scores.score[material.selected(run)]
-            panel.hist(chosen, bins=bins, color=COLOURS[1], hatch=HATCHES[1], label="selected", edgecolor=INK)
-            panel.set_title(fill(name, 22))
-            panel.locator_params(axis="y", nbins=4)
-            if width is None:
-                panel.locator_params(axis="x", nbins=4)
-        for panel in axes[len(shown) :]:
-            panel.set_visible(False)
-        figure.supxlabel("score (each method's own scale)", fontsize=9)
-        figure.supylabel("rows", fontsize=9)
-        legend(figure, axes[0])
+    columns = min(4, len(shown))
+    rows = -(-len(shown) // columns)
+    figure, axes = panels(columns, rows, width=1.2 + 2.0 * columns, height=0.9 + 1.7 * rows)
+    for panel, (name, run) in zip(axes, shown.items(), strict=False):
+        scores = material.scores(run)
+        values = scores.score[scores.status == SCORED]
+        bins, width = _bins(values)
+        if width is not None:
+            panel.set_xscale("asinh", linear_width=width)
+            panel.xaxis.set_major_locator(AsinhLocator(width, numticks=3))
+            panel.xaxis.set_minor_locator(NullLocator())
+        panel.hist(values, bins=bins, color=NEUTRAL, label="all rows")
+        chosen = scores.score[material.selected(run)]
+        panel.hist(chosen, bins=bins, color=COLOURS[1], hatch=HATCHES[1], label="selected", edgecolor=INK)
+        panel.set_title(fill(name, 22))
+        panel.locator_params(axis="y", nbins=4)
+        if width is None:
+            panel.locator_params(axis="x", nbins=4)
+    for panel in axes[len(shown) :]:
+        panel.set_visible(False)
+    figure.supxlabel("score (each method's own scale)", fontsize=9)
+    figure.supylabel("rows", fontsize=9)
+    legend(figure, axes[0])
     return figure
 
 
 def _bins(values: np.ndarray) -> tuple[list[float], float | None]:
-    """Edges of the bins; even on an asinh scale where scores span decades, with that scale's linear width."""
+    """Return the edges of the bins, and the linear width of the asinh scale if the scores span decades, else None."""
     low, high = np.quantile(values, [0.25, 0.75])
     width = float(high - low)
-    if width <= 0 or np.ptp(values) < _DECADES * width:
+    if width <= 0 or np.ptp(values) < _WIDE * width:
         return np.histogram_bin_edges(values, _BINS).tolist(), None
     first, last = (float(np.arcsinh(value / width)) for value in (values.min(), values.max()))
     edges = width * np.sinh(np.linspace(first, last, _BINS + 1))
-    edges[0], edges[-1] = values.min(), values.max()  # but for rounding they are
+    edges[0], edges[-1] = values.min(), values.max()  # rounding may have moved them inward
     return edges.tolist(), width
 
 
+@report_figure("Early against late gradient norms")
 def early_late_norms(material: Material) -> Figure:
-    """G_s against G_t; below the diagonal the norm fell, which is what the score takes for learning."""
-    run = standing_for(material, "statistics")
+    """A row below the dashed diagonal lost gradient norm between the snapshots, which the score takes for learning."""
+    run = representative(material, "statistics")
     values = material.statistics(run)
-    with styled():
-        figure, (axes,) = panels(width=4.8, height=4.0)
-        cloud(axes, values.G_s, values.G_t, _marked(material, run, len(values.G_s)), log=True)
-        both = np.concatenate([values.G_s, values.G_t])
-        ends = np.nanmin(both[both > 0]), np.nanmax(both)
-        axes.plot(ends, ends, color=INK, linewidth=1, linestyle=(0, (4, 2)), label="no change")
-        axes.set(xlabel="mean norm at the early snapshot, $G_s$", ylabel="mean norm at the late snapshot, $G_t$")
-        rose = float((values.G_t > values.G_s)[np.isfinite(values.G_s)].mean())
-        plain_log(axes.xaxis)
-        plain_log(axes.yaxis)
-        axes.set_title(f"{run.method}\nthe norm rose for {rose:.0%} of the rows")
-        legend(figure, axes)
+    figure, (axes,) = panels(width=4.8, height=4.0)
+    cloud(axes, values.G_s, values.G_t, _is_selected(material, run, len(values.G_s)), log=True)
+    both = np.concatenate([values.G_s, values.G_t])
+    ends = np.nanmin(both[both > 0]), np.nanmax(both)
+    axes.plot(ends, ends, color=INK, **DASHED, label="no change")
+    axes.set(xlabel="mean norm at the early snapshot, $G_s$", ylabel="mean norm at the late snapshot, $G_t$")
+    rose = float((values.G_t > values.G_s)[np.isfinite(values.G_s)].mean())
+    plain_log(axes.xaxis, axes.yaxis)
+    axes.set_title(f"{run.method}\nthe norm rose for {rose:.0%} of the rows")
+    legend(figure, axes)
     return figure
 
 
-def _marked(material: Material, run: Run, count: int) -> np.ndarray | None:
+def _is_selected(material: Material, run: Run, count: int) -> np.ndarray | None:
+    """Return a mask (N,) of the selected examples; None if the run selected nothing."""
     if not run.has("select"):
         return None
-    marked = np.zeros(count, bool)
-    marked[material.selected(run)] = True
-    return marked
+    selected = np.zeros(count, bool)
+    selected[material.selected(run)] = True
+    return selected
 
 
+@report_figure("Score against response length")
 def score_length(material: Material) -> Figure:
-    """Median response length along each method's ranking, in bands of equal size from the best to the worst."""
+    """Median response length along each ranking, best rows left, in bands of equal size. A line that rises or falls
+    from the left edge selects by length. Shows at most eight methods."""
     runs = reached(material, "score")
     alpha = middle_alpha(runs)
     shown = by_method(runs, alpha, MOST_LINES)
-    with styled():
-        figure, (axes,) = panels(width=6.4, height=3.6)
-        looks = Looks(shown)
-        for name, group in shown.items():
-            curve = np.mean([_lengths_by_rank(material, run) for run in group], axis=0)
-            places = (np.arange(len(curve)) + 0.5) / len(curve)
-            axes.plot(places, curve, marker=looks.marker(name), ms=4, color=looks.colour(name), label=name)
-        axes.axvspan(0, alpha, color=FAINT, alpha=0.12, lw=0)
-        axes.set(xlim=(0, 1), xlabel="place in the ranking, best at the left", ylabel="median response (characters)")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.set_ylim(bottom=0)
-        axes.text(alpha / 2, 1.01, f"alpha {alpha:g}", transform=axes.get_xaxis_transform(), ha="center", color=FAINT)
-        legend(figure, axes)
+    figure, (axes,) = panels(width=6.4, height=3.6)
+    for (name, group), look in zip(shown.items(), looks_of(shown).values(), strict=True):
+        curve = np.mean([_lengths_by_rank(material, run) for run in group], axis=0)
+        places = (np.arange(len(curve)) + 0.5) / len(curve)
+        axes.plot(places, curve, marker=look.marker, ms=4, color=look.colour, label=name)
+    axes.axvspan(0, alpha, color=FAINT, alpha=0.12, lw=0)
+    axes.text(alpha / 2, 1.01, f"alpha {alpha:g}", transform=axes.get_xaxis_transform(), ha="center", color=FAINT)
+    axes.set(xlim=(0, 1), xlabel="place in the ranking, best at the left", ylabel="median response (characters)")
+    axes.set_ylim(bottom=0)
+    in_percent(axes.xaxis)
+    legend(figure, axes)
     return figure
 
 
 def _lengths_by_rank(material: Material, run: Run) -> np.ndarray:
-    """Median response length (characters) in each band of the scored examples, best first."""
-    scores = material.scores(run)
-    scored = np.flatnonzero(scores.status == SCORED)
-    if len(scored) < _BANDS:
-        raise Missing(f"{run.name}: {len(scored)} scored rows are too few to look at {_BANDS} bands of them")
-    order = scored[np.argsort(-scores.score[scored], kind="stable")]
+    """Return the median response length (characters) in each band of the ranking."""
+    order = best_first(material.scores(run))
+    if len(order) < _BANDS:
+        raise Missing(f"{run.name}: {len(order)} scored rows are too few for {_BANDS} bands")
     response = lengths(material.examples_file(run))["response_characters"]
     return np.array([np.median(response[band]) for band in np.array_split(order, _BANDS)])
 
 
+@report_figure("Variance of the norms and loss")
 def variance_and_loss(material: Material) -> Figure:
-    """V_t against the late loss, example by example; and of whole selections, their mean V_t against held-out loss."""
-    run = standing_for(material, "statistics")
+    """Left, each row's variance over members against its late loss. Right, each selection's mean variance against the
+    held-out loss of the target tuned on it."""
+    run = representative(material, "statistics")
     values = material.statistics(run)
     points = selections_by_variance(material, values.V_t, run)
-    with styled():
-        panel_count = 2 if len(points) > 1 else 1
-        figure, axes = panels(panel_count, width=1.2 + 3.0 * panel_count, height=3.5)
-        cloud(axes[0], values.loss_t, values.V_t, _marked(material, run, len(values.V_t)), log=True)
-        axes[0].set(xlabel="late loss (nats a token)", ylabel="variance over members, $V_t$")
-        axes[0].set_title(as_text(spearman(values.loss_t, values.V_t)))
-        if len(points) > 1:
-            _selections(axes[1], points)
-        for panel in axes:
-            plain_log(panel.xaxis)
-        plain_log(axes[0].yaxis)
-        legend(figure, *axes)
+    panel_count = 2 if len(points) > 1 else 1
+    figure, axes = panels(panel_count, width=1.2 + 3.0 * panel_count, height=3.5)
+    cloud(axes[0], values.loss_t, values.V_t, _is_selected(material, run, len(values.V_t)), log=True)
+    axes[0].set(xlabel="late loss (nats a token)", ylabel="variance over members, $V_t$")
+    axes[0].set_title(as_text(spearman(values.loss_t, values.V_t)))
+    if len(points) > 1:
+        _draw_selections(axes[1], points)
+    plain_log(axes[0].yaxis, *(panel.xaxis for panel in axes))
+    legend(figure, *axes)
     return figure
 
 
-def _selections(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """A point a run that selected from the same data: its selection's mean V_t, and the tuned target's loss."""
-    looks = Looks(name for name, _, _ in points)
-    for name in dict.fromkeys(name for name, _, _ in points):
-        theirs = [(v, loss) for other, v, loss in points if other == name]
-        axes.plot(*zip(*theirs, strict=True), looks.marker(name), ms=6, color=looks.colour(name), label=name)
-    x, y = (np.array([point[i] for point in points]) for i in (1, 2))
+def _draw_selections(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    names, variance, loss = (np.array(values) for values in zip(*points, strict=True))
+    for name, look in looks_of(names.tolist()).items():
+        own = names == name
+        axes.plot(variance[own], loss[own], look.marker, ms=6, color=look.colour, label=name)
     axes.set(xscale="log", xlabel="mean $V_t$ of the selection", ylabel="held-out loss (nats a token)")
-    axes.set_title(as_text(spearman(x, y)))
+    axes.set_title(as_text(spearman(variance, loss)))
 
 
 def selections_by_variance(material: Material, variance: np.ndarray, of: Run) -> list[tuple[str, float, float]]:
-    """Method, mean V_t of its selection under the ensemble of the run `of`, and held-out loss, run by run."""
+    """Return for each run that selected from the data of `of`: its method, mean V_t of its selection, held-out loss.
+
+    Args:
+        variance: (N,) V_t of the examples under the ensemble of `of`.
+    """
     points = []
     for run in material.runs:
         loss = (run.record.get("heldout_loss") or {}).get("model")

@@ -1,7 +1,8 @@
-"""What the methods select, and by what."""
+"""What the methods select, and how far they agree."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,28 +10,39 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gradsift.report.audit_tables import jaccard
+from gradsift.report.figures.entry import report_figure
 from gradsift.report.figures.groups import MOST_ROWS, by_method, middle_alpha, reached
-from gradsift.report.figures.style import INK, Look, Looks, cells, legend, panels, styled
+from gradsift.report.figures.style import BAR, Style, cells, in_percent, legend, looks_of, name_rows, panels
 from gradsift.report.material import Material, Missing
 
-_MOST_NUMBERED = 12  # methods beside which a number fits into each cell
+_MOST_NUMBERED = 12  # methods up to which a number fits into each cell
 
 
-def overlap(material: Material) -> Figure:
-    """Jaccard of the methods' selections at one alpha, a mean over the datasets and seeds that both have."""
+def _overlap_records(material: Material) -> Sequence[Mapping[str, Any]]:
     alpha, names, values = overlaps(material)
-    with styled():
-        figure, (axes,) = panels(width=1.8 + 0.75 * len(names), height=1.2 + 0.5 * len(names))
-        texts = [[f"{value:.2f}" if len(names) <= _MOST_NUMBERED else "" for value in line] for line in values]
-        cells(axes, values, texts)
-        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-        axes.set_yticks(range(len(names)), names)
-        axes.set_title(f"alpha {alpha:g}")
+    return [
+        {"alpha": alpha, "method": names[i], "other": names[j], "jaccard": float(values[i, j])}
+        for i in range(len(names))
+        for j in range(i + 1, len(names))
+    ]
+
+
+@report_figure("Overlap of the selections", _overlap_records)
+def overlap(material: Material) -> Figure:
+    """Share of rows that two methods have in common (Jaccard; 1 means the same selection)."""
+    alpha, names, values = overlaps(material)
+    figure, (axes,) = panels(width=1.8 + 0.75 * len(names), height=1.2 + 0.5 * len(names))
+    texts = [[f"{value:.2f}" if len(names) <= _MOST_NUMBERED else "" for value in line] for line in values]
+    cells(axes, values, texts, rows=names, columns=names, rotation=30)
+    axes.set_title(f"alpha {alpha:g}")
     return figure
 
 
 def overlaps(material: Material) -> tuple[float, list[str], np.ndarray]:
-    """alpha, K methods, and (K, K) Jaccard; NaN where no dataset and seed have both."""
+    """Return alpha, K methods and their Jaccard (K, K), averaged over the datasets and seeds that both have.
+
+    An entry is NaN if no dataset and seed has both methods.
+    """
     runs = reached(material, "select")
     alpha = middle_alpha(runs)
     names = list(by_method(runs, alpha, MOST_ROWS))
@@ -41,50 +53,52 @@ def overlaps(material: Material) -> tuple[float, list[str], np.ndarray]:
         if run.alpha == alpha and run.method in names:
             chosen = datasets.setdefault((run.data, run.record["seed"]), {})
             chosen[run.method] = material.selected(run).tolist()
-    found: dict[tuple[str, str], list[float]] = {}
-    for sets in datasets.values():
-        for one in sets:
-            for other in sets:
-                found.setdefault((one, other), []).append(jaccard(sets[one], sets[other]))
-    values = [[np.mean(found[one, other]) if (one, other) in found else np.nan for other in names] for one in names]
-    return alpha, names, np.array(values)
+    values = np.full((len(datasets), len(names), len(names)), np.nan)
+    for grid, chosen in zip(values, datasets.values(), strict=True):
+        for i, j in np.ndindex(grid.shape):
+            if names[i] in chosen and names[j] in chosen:
+                grid[i, j] = jaccard(chosen[names[i]], chosen[names[j]])
+    known = np.isfinite(values).sum(axis=0)
+    mean = np.divide(np.nansum(values, axis=0), known, out=np.full(known.shape, np.nan), where=known > 0)
+    return alpha, names, mean
 
 
-def labels(material: Material) -> Figure:
-    """Share of each quality label in the pool and in the selections at one alpha."""
+def _label_records(material: Material) -> Sequence[Mapping[str, Any]]:
     alpha, rows = label_shares(material)
-    qualities = list(dict.fromkeys(name for shares in rows.values() for name in shares))
-    qualities.sort(key=lambda name: name != "clean")
-    with styled():
-        figure, (axes,) = panels(width=7.2, height=1.3 + 0.3 * len(rows))
-        looks = Looks(qualities)
-        start = np.zeros(len(rows))
-        for name in qualities:
-            values = np.array([shares.get(name, 0.0) for shares in rows.values()])
-            look: Look = {"color": looks.colour(name), "hatch": looks.hatch(name), "edgecolor": INK}
-            axes.barh(range(len(rows)), values, left=start, label=name.replace("_", " "), height=0.72, **look)
-            start += values
-        axes.set_yticks(range(len(rows)), list(rows))
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.grid(axis="y", visible=False)
-        axes.set(xlim=(0, 1), xlabel=f"share of the rows (alpha {alpha:g})")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        legend(figure, axes)
+    return [{"method": name, "alpha": alpha, **shares} for name, shares in rows.items()]
+
+
+@report_figure("Quality of the selected rows", _label_records)
+def labels(material: Material) -> Figure:
+    """Share of each known quality. A useful method keeps more clean rows than the pool in the first bar."""
+    alpha, rows = label_shares(material)
+    qualities = sorted({name for shares in rows.values() for name in shares}, key=lambda name: (name != "clean", name))
+    figure, (axes,) = panels(width=7.2, height=1.3 + 0.3 * len(rows))
+    start = np.zeros(len(rows))
+    for name, look in looks_of(qualities).items():
+        values = np.array([shares.get(name, 0.0) for shares in rows.values()])
+        style: Style = {"color": look.colour, "hatch": look.hatch, "label": name.replace("_", " ")}
+        axes.barh(range(len(rows)), values, left=start, **style, **BAR)
+        start += values
+    name_rows(axes, list(rows))
+    axes.set(xlim=(0, 1), xlabel=f"share of the rows (alpha {alpha:g})")
+    in_percent(axes.xaxis)
+    legend(figure, axes)
     return figure
 
 
 def label_shares(material: Material) -> tuple[float, dict[str, dict[str, float]]]:
-    """alpha, and the shares of the pool ("all rows") and of each method's selections, means over the runs.
+    """Return alpha and the shares of each quality in the pool ("all rows") and in each method's selections.
 
     Raises:
         Missing: the data has no labels.
     """
-    runs = [run for run in reached(material, "select") if material.labels(run) is not None]
-    if not runs:
+    labelled = [(run, known) for run in reached(material, "select") if (known := material.labels(run)) is not None]
+    if not labelled:
         raise Missing("the data has no quality labels; the embedded world and data.corruption make them")
+    runs = [run for run, _ in labelled]
     alpha = middle_alpha(runs)
-    known = [found.quality for run in runs if (found := material.labels(run)) is not None]
-    pools = [{name: quality.count(name) / len(quality) for name in sorted(set(quality))} for quality in known]
+    pools = [_shares(known.quality) for _, known in labelled]
     rows = {"all rows": _mean_shares(pools)}
     for name, group in by_method(runs, alpha).items():
         rows[name] = _mean_shares([run.record["selection"]["labels"] for run in group])
@@ -92,5 +106,9 @@ def label_shares(material: Material) -> tuple[float, dict[str, dict[str, float]]
 
 
 def _mean_shares(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for share in shares for name in share)
+    names = sorted({name for share in shares for name in share})
     return {name: sum(share.get(name, 0.0) for share in shares) / len(shares) for name in names}
+
+
+def _shares(quality: Sequence[str]) -> dict[str, float]:
+    return {name: count / len(quality) for name, count in Counter(quality).items()}

@@ -1,9 +1,9 @@
-"""How far the result hangs on what the paper leaves open: M, the snapshots, eps, the seed."""
+"""How sensitive the result is to what the paper leaves open: M, the snapshots, eps and the seed."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from gradsift.config import GsnrConfig
 from gradsift.gradients.statistics import Statistics, compute_statistics
 from gradsift.report.audit_tables import jaccard
 from gradsift.report.figures.clouds import spearman
+from gradsift.report.figures.entry import report_figure
 from gradsift.report.figures.groups import (
     MOST_ROWS,
     by_method,
@@ -20,11 +21,13 @@ from gradsift.report.figures.groups import (
     mean,
     middle_alpha,
     reached,
-    standing_for,
+    representative,
 )
-from gradsift.report.figures.style import COLOURS, FAINT, INK, cells, legend, panels, styled
+from gradsift.report.figures.style import COLOURS, DOTTED, FAINT, INK, Style, cells, legend, name_rows, panels
 from gradsift.report.material import Material, Missing, Run
 from gradsift.scoring.gsnr import gsnr
+from gradsift.scoring.scores import Scores
+from gradsift.selection.candidates import best_first
 
 Setting = tuple[int, tuple[int, ...]]  # M, snapshots
 EPS = np.logspace(-12, 2, 57)
@@ -33,8 +36,18 @@ EPS = np.logspace(-12, 2, 57)
 # ------------------------------------------------------------------------------- M and snapshots
 
 
+def _settings_records(material: Material) -> Sequence[Mapping[str, Any]]:
+    scorer, measure, values = settings_grid(material)
+    return [
+        {"scorer": scorer, "measure": measure, "members": m, "snapshots": ", ".join(map(str, s)), "value": value}
+        for (m, s), value in sorted(values.items())
+    ]
+
+
+@report_figure("Sensitivity to M and the snapshots", _settings_records)
 def members_and_snapshots(material: Material) -> Figure:
-    """A cell for each M and pair of snapshots: PWS, or else held-out loss, or else overlap with the largest setting."""
+    """One cell for each ensemble size and pair of snapshots; brighter is better. The shades run from the lowest to the
+    highest value, however close these are, so read the numbers."""
     scorer, measure, values = settings_grid(material)
     members = sorted({m for m, _ in values})
     snapshots = sorted({s for _, s in values})
@@ -43,18 +56,19 @@ def members_and_snapshots(material: Material) -> Figure:
     shades = (grid - np.nanmin(grid)) / (span if span > 0 else 1.0)
     if measure == "held-out loss":
         shades = 1 - shades  # brighter is better
-    with styled():
-        figure, (axes,) = panels(width=2.2 + 0.95 * len(snapshots), height=1.4 + 0.5 * len(members))
-        cells(axes, shades, [[f"{value:.3f}" for value in line] for line in grid])
-        axes.set_xticks(range(len(snapshots)), [", ".join(map(str, s)) for s in snapshots])
-        axes.set_yticks(range(len(members)), [str(m) for m in members])
-        axes.set(xlabel="snapshots (epochs s, t)", ylabel="members M")
-        axes.set_title(f"{measure}, {scorer}")
+    figure, (axes,) = panels(width=2.2 + 0.95 * len(snapshots), height=1.4 + 0.5 * len(members))
+    texts = [[f"{value:.3f}" for value in line] for line in grid]
+    columns = [", ".join(map(str, s)) for s in snapshots]
+    cells(axes, shades, texts, rows=[str(m) for m in members], columns=columns)
+    axes.set(xlabel="snapshots (epochs s, t)", ylabel="members M")
+    axes.set_title(f"{measure}, {scorer}")
     return figure
 
 
 def settings_grid(material: Material) -> tuple[str, str, dict[Setting, float]]:
-    """Scorer, measure, and the mean over runs of that measure for each setting.
+    """Return a scorer, a measure, and for each setting the measure averaged over the runs.
+
+    The measure is the PWS, or else the held-out loss, or else the overlap with the selection of the largest setting.
 
     Raises:
         Missing: M and the snapshots do not vary in the runs of any one scorer.
@@ -63,69 +77,77 @@ def settings_grid(material: Material) -> tuple[str, str, dict[Setting, float]]:
     for run in material.runs:
         if run.has("select") and run.has("statistics"):
             by_scorer.setdefault(str(run.record["scorer"]), []).append(run)
-    varied = {name: runs for name, runs in by_scorer.items() if len({setting_of(run) for run in runs}) > 1}
+    varied = {name: runs for name, runs in by_scorer.items() if len({_setting_of(run) for run in runs}) > 1}
     if not varied:
         raise Missing(
             "proxy.members and proxy.snapshots do not vary; sweep them with experiment=gradfiltering_sensitivity"
         )
     scorer = "gsnr" if "gsnr" in varied else next(iter(varied))
-    runs = [run for run in varied[scorer] if run.alpha == middle_alpha(varied[scorer])]
-    for measure, value in (("PWS", _pws), ("held-out loss", _heldout)):
-        found = {setting: mean([value(run) for run in group]) for setting, group in _by_setting(runs).items()}
-        if all(level is not None for level in found.values()):
-            return scorer, measure, {setting: level for setting, level in found.items() if level is not None}
-    largest = max(_by_setting(runs))
-    return scorer, f"overlap with M={largest[0]}, {list(largest[1])}", _overlap_with(material, runs, largest)
+    groups: dict[Setting, list[Run]] = {}
+    for run in varied[scorer]:
+        if run.alpha == middle_alpha(varied[scorer]):
+            groups.setdefault(_setting_of(run), []).append(run)
+    losses = {setting: mean([_heldout_loss(run) for run in runs]) for setting, runs in groups.items()}
+    pws = {setting: mean([run.record.get("pws") for run in runs]) for setting, runs in groups.items()}
+    for measure, values in (("PWS", pws), ("held-out loss", losses)):
+        known = {setting: value for setting, value in values.items() if value is not None}
+        if len(known) == len(values):
+            return scorer, measure, known
+    largest = max(groups)
+    return scorer, f"overlap with M={largest[0]}, {list(largest[1])}", _overlap_with(material, groups, largest)
 
 
-def setting_of(run: Run) -> Setting:
+def _setting_of(run: Run) -> Setting:
     return int(run.record["members"]), tuple(run.record["snapshots"])
 
 
-def _by_setting(runs: Sequence[Run]) -> dict[Setting, list[Run]]:
-    groups: dict[Setting, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(setting_of(run), []).append(run)
-    return groups
-
-
-def _pws(run: Run) -> float | None:
-    return run.record.get("pws")
-
-
-def _heldout(run: Run) -> float | None:
+def _heldout_loss(run: Run) -> float | None:
     return (run.record.get("heldout_loss") or {}).get("model")
 
 
-def _overlap_with(material: Material, runs: Sequence[Run], largest: Setting) -> dict[Setting, float]:
-    """Mean Jaccard with the selection under the largest setting on the same data and seed."""
-    beside = {(run.data, run.record["seed"]): run for run in runs if setting_of(run) == largest}
-    found: dict[Setting, list[float]] = {}
-    for run in runs:
-        other = beside.get((run.data, run.record["seed"]))
-        if other is not None:
-            common = jaccard(material.selected(run).tolist(), material.selected(other).tolist())
-            found.setdefault(setting_of(run), []).append(common)
-    return {setting: float(np.mean(values)) for setting, values in found.items()}
+def _overlap_with(
+    material: Material, groups: Mapping[Setting, Sequence[Run]], largest: Setting
+) -> dict[Setting, float]:
+    """Return the mean Jaccard with the selection under the largest setting on the same data and seed."""
+    beside = {(run.data, run.record["seed"]): run for run in groups[largest]}
+    overlaps: dict[Setting, float] = {}
+    for setting, runs in groups.items():
+        pairs = [(run, other) for run in runs if (other := beside.get((run.data, run.record["seed"])))]
+        if pairs:
+            overlaps[setting] = float(np.mean([_overlap_of(material, *pair) for pair in pairs]))
+    return overlaps
 
 
-def ensemble_size(material: Material) -> Figure:
-    """The ranking by the first m members held against that by all of them."""
+def _overlap_of(material: Material, one: Run, other: Run) -> float:
+    return jaccard(material.selected(one).tolist(), material.selected(other).tolist())
+
+
+def _size_records(material: Material) -> Sequence[Mapping[str, Any]]:
     run = largest_ensemble(material)
-    with styled():
-        figure, (axes,) = panels(width=6.0, height=3.4)
-        sizes, correlation, overlap = size_curves(material, run)
-        axes.plot(sizes, correlation, "o-", color=COLOURS[0], label="rank correlation of the scores")
-        axes.plot(sizes, overlap, "s--", color=COLOURS[1], label=f"overlap of the top {run.alpha:.0%}")
-        axes.set(xlabel=f"members, of {sizes[-1]}", ylabel="agreement with all members", ylim=_agreement(correlation))
-        axes.set_xticks(sizes)
-        axes.set_title(run.name)
-        legend(figure, axes)
+    return [
+        {"run": run.name, "members": m, "rank_correlation": float(correlation), "overlap": float(overlap)}
+        for m, correlation, overlap in zip(*size_curves(material, run), strict=True)
+    ]
+
+
+@report_figure("Members that a ranking needs", _size_records)
+def ensemble_size(material: Material) -> Figure:
+    """G-SNR by the first members alone compared with G-SNR by all of them. Where the lines are near 1, more members
+    change little."""
+    run = largest_ensemble(material)
+    figure, (axes,) = panels(width=6.0, height=3.4)
+    sizes, correlation, overlap = size_curves(material, run)
+    axes.plot(sizes, correlation, "o-", color=COLOURS[0], label="rank correlation of the scores")
+    axes.plot(sizes, overlap, "s--", color=COLOURS[1], label=f"overlap of the top {run.alpha:.0%}")
+    axes.set(xlabel=f"members, of {sizes[-1]}", ylabel="agreement with all members", ylim=_limits(correlation))
+    axes.set_xticks(sizes)
+    axes.set_title(run.name)
+    legend(figure, axes)
     return figure
 
 
 def size_curves(material: Material, run: Run) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """Numbers of members m from 2 to M; Spearman and Jaccard of the score by the first m with that by all.
+    """Return m from 2 to M, and the Spearman and Jaccard of the score by the first m members with that by all.
 
     Raises:
         Missing: there are fewer than three members.
@@ -135,106 +157,111 @@ def size_curves(material: Material, run: Run) -> tuple[list[int], np.ndarray, np
     if len(sizes) < 2:
         raise Missing(f"{run.name}: {len(early)} members are too few to leave some out")
     scope, count = run.config["proxy"]["norm_scope"], len(material.statistics(run).G_s)
-    scores = [gsnr(compute_statistics(early[:m], late[:m], scope, count), eps=own_eps(run)).score for m in sizes]
-    size = int(run.alpha * count)
-    overlap = [jaccard(top(score, size), top(scores[-1], size)) for score in scores]
-    return sizes, _correlations(scores, scores[-1]), np.array(overlap)
+    scores = [gsnr(compute_statistics(early[:m], late[:m], scope, count), eps=own_eps(run)) for m in sizes]
+    return sizes, *_agreement(scores, scores[-1], run.alpha)
 
 
-def _correlations(scores: Sequence[np.ndarray], with_: np.ndarray) -> np.ndarray:
-    """Spearman of each with one; NaN, a gap in the line, where it is not defined."""
-    return np.array([spearman(score, with_) for score in scores], float)
+def _agreement(scores: Sequence[Scores], base: Scores, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the Spearman of each with `base`, NaN where not defined, and the Jaccard of their top alpha."""
+    size = int(alpha * len(base.score))
+    kept = best_first(base)[:size].tolist()
+    correlation = np.array([spearman(each.score, base.score) for each in scores], float)
+    return correlation, np.array([jaccard(kept, best_first(each)[:size].tolist()) for each in scores])
 
 
-def _agreement(correlation: np.ndarray) -> tuple[float, float]:
-    """Limits of an axis that shows these and shares."""
+def _limits(correlation: np.ndarray) -> tuple[float, float]:
+    """Return the limits of an axis that shows these correlations and shares."""
     return float(np.fmin.reduce(correlation, initial=0.0)) - 0.02, 1.03
 
 
 # --------------------------------------------------------------------------------------------- eps
 
 
+def _eps_records(material: Material) -> Sequence[Mapping[str, Any]]:
+    run = representative(material, "statistics")
+    curves = eps_curves(material.statistics(run), own_eps(run), run.alpha)
+    return [
+        {"run": run.name, "eps": float(eps), "rank_correlation": float(c), "overlap": float(o)}
+        for eps, c, o in zip(EPS, *curves, strict=True)
+    ]
+
+
+@report_figure("Sensitivity to eps", _eps_records)
 def eps(material: Material) -> Figure:
-    """The score computed again from the statistics under other values of eps, held against the run's own."""
-    run = standing_for(material, "statistics")
+    """The same gradient statistics scored with other values of eps. Where the lines fall, eps rather than the ensemble
+    decides the ranking."""
+    run = representative(material, "statistics")
     values, own = material.statistics(run), own_eps(run)
-    with styled():
-        figure, (axes,) = panels(width=6.2, height=3.5)
-        correlation, overlap = eps_curves(values, own, run.alpha)
-        axes.plot(EPS, correlation, color=COLOURS[0], label="rank correlation of the scores")
-        axes.plot(EPS, overlap, color=COLOURS[1], linestyle=(0, (5, 2)), label=f"overlap of the top {run.alpha:.0%}")
-        axes.axvline(own, color=INK, linewidth=1, label=f"this run: {own:g}")
-        middle = float(np.nanmedian(values.V_t))
-        axes.axvline(middle, color=FAINT, linewidth=1, linestyle=(0, (1, 1.5)), label=f"median $V_t$: {middle:.2g}")
-        axes.set(xscale="log", xlabel="eps", ylabel=f"agreement with eps = {own:g}")
-        axes.set_ylim(_agreement(correlation))
-        axes.set_title(run.name)
-        legend(figure, axes)
+    figure, (axes,) = panels(width=6.2, height=3.5)
+    correlation, overlap = eps_curves(values, own, run.alpha)
+    axes.plot(EPS, correlation, color=COLOURS[0], label="rank correlation of the scores")
+    axes.plot(EPS, overlap, color=COLOURS[1], linestyle=(0, (5, 2)), label=f"overlap of the top {run.alpha:.0%}")
+    axes.axvline(own, color=INK, linewidth=1, label=f"this run: {own:g}")
+    middle = float(np.nanmedian(values.V_t))
+    axes.axvline(middle, color=FAINT, **DOTTED, label=f"median $V_t$: {middle:.2g}")
+    axes.set(xscale="log", xlabel="eps", ylabel=f"agreement with eps = {own:g}", ylim=_limits(correlation))
+    axes.set_title(run.name)
+    legend(figure, axes)
     return figure
 
 
 def own_eps(run: Run) -> float:
-    """The run's eps, or the package's default where its scorer has none."""
-    scorer: Any = run.config.get("scorer") or {}
-    return float(scorer.get("eps", GsnrConfig.eps))
+    """Return the run's eps, or the default if its scorer has none."""
+    return float((run.config.get("scorer") or {}).get("eps", GsnrConfig.eps))
 
 
 def eps_curves(values: Statistics, own: float, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """Spearman with the score under `own`, and Jaccard of the top alpha, for each of the values that are drawn."""
-    base = gsnr(values, eps=own).score
-    size = int(alpha * len(base))
-    kept = top(base, size)
-    scores = [gsnr(values, eps=float(value)).score for value in EPS]
-    correlation = _correlations(scores, base)
-    overlap = np.array([jaccard(kept, top(score, size)) for score in scores])
-    return correlation, overlap
-
-
-def top(score: np.ndarray, size: int) -> list[int]:
-    """Positions of the highest scores; those without one never."""
-    ranked = np.where(np.isfinite(score), score, -np.inf)
-    chosen: list[int] = np.argsort(-ranked, kind="stable")[:size].tolist()
-    return chosen
+    """Return for each of EPS the Spearman and the Jaccard of the top alpha with the score under `own`."""
+    return _agreement([gsnr(values, eps=float(value)) for value in EPS], gsnr(values, eps=own), alpha)
 
 
 # ------------------------------------------------------------------------------------------- seeds
 
 
+def _seed_records(material: Material) -> Sequence[Mapping[str, Any]]:
+    alpha, by_method = seed_agreement(material)
+    return [
+        {"method": method, "alpha": alpha, "pair": pair, "rank_correlation": c, "overlap": o}
+        for method, pairs in by_method.items()
+        for pair, (c, o) in enumerate(pairs, start=1)
+    ]
+
+
+@report_figure("Stability across seeds", _seed_records)
 def seeds(material: Material) -> Figure:
-    """Agreement of a method with itself under another seed, on the same data."""
-    alpha, found = seed_agreement(material)
-    with styled():
-        figure, (axes,) = panels(width=6.6, height=1.2 + 0.36 * len(found))
-        for place, (correlations, overlaps) in enumerate(found.values()):
-            axes.plot(correlations, [place - 0.13] * len(correlations), "o", ms=6, color=COLOURS[0], alpha=0.8)
-            axes.plot(overlaps, [place + 0.13] * len(overlaps), "s", ms=6, color=COLOURS[1], alpha=0.8)
-        axes.plot([], [], "o", color=COLOURS[0], label="rank correlation of the scores")
-        axes.plot([], [], "s", color=COLOURS[1], label=f"overlap of the selections, alpha {alpha:g}")
-        chance = alpha / (2 - alpha)
-        axes.axvline(chance, color=FAINT, linewidth=1, linestyle=(0, (1, 1.5)), label=f"chance overlap {chance:.2f}")
-        axes.set_yticks(range(len(found)), list(found))
-        axes.set_ylim(len(found) - 0.5, -0.5)
-        axes.set(xlim=(min(-0.05, axes.get_xlim()[0]), 1.03), xlabel="agreement between two seeds")
-        legend(figure, axes)
+    """Each mark compares two seeds of one method on the same data. A method whose marks are near chance selects by
+    luck. Random selection draws by scorer.seed, so it does not change with seed."""
+    alpha, by_method = seed_agreement(material)
+    figure, (axes,) = panels(width=6.6, height=1.2 + 0.36 * len(by_method))
+    for place, pairs in enumerate(by_method.values()):
+        correlations, overlaps = zip(*pairs, strict=True)
+        style: Style = {"ms": 6, "alpha": 0.8}
+        axes.plot(np.array(correlations, float), [place - 0.13] * len(pairs), "o", color=COLOURS[0], **style)
+        axes.plot(overlaps, [place + 0.13] * len(pairs), "s", color=COLOURS[1], **style)
+    axes.plot([], [], "o", color=COLOURS[0], label="rank correlation of the scores")
+    axes.plot([], [], "s", color=COLOURS[1], label=f"overlap of the selections, alpha {alpha:g}")
+    chance = alpha / (2 - alpha)
+    axes.axvline(chance, color=FAINT, **DOTTED, label=f"chance overlap {chance:.2f}")
+    name_rows(axes, list(by_method))
+    axes.set(xlim=(min(-0.05, axes.get_xlim()[0]), 1.03), xlabel="agreement between two seeds")
+    legend(figure, axes)
     return figure
 
 
-def seed_agreement(material: Material) -> tuple[float, dict[str, tuple[list[float], list[float]]]]:
-    """alpha, and by method Spearman and Jaccard of every two runs on one dataset that differ in the seed.
+def seed_agreement(material: Material) -> tuple[float, dict[str, list[tuple[float | None, float]]]]:
+    """Return alpha, and by method the Spearman and Jaccard of any two runs on one dataset that differ in the seed.
 
     Raises:
         Missing: there are no two such runs.
     """
     runs = reached(material, "select")
     alpha = middle_alpha(runs)
-    found: dict[str, tuple[list[float], list[float]]] = {}
+    agreement: dict[str, list[tuple[float | None, float]]] = {}
     for method, group in by_method(runs, alpha, MOST_ROWS).items():
         for one, other in itertools.combinations(group, 2):
             if one.data == other.data and one.record["seed"] != other.record["seed"]:
                 correlation = spearman(material.scores(one).score, material.scores(other).score)
-                lists = found.setdefault(method, ([], []))
-                lists[0].extend([] if correlation is None else [correlation])
-                lists[1].append(jaccard(material.selected(one).tolist(), material.selected(other).tolist()))
-    if not found:
+                agreement.setdefault(method, []).append((correlation, _overlap_of(material, one, other)))
+    if not agreement:
         raise Missing("no two runs of a method differ in the seed alone on the same data; sweep seed=0,1,2")
-    return alpha, found
+    return alpha, agreement

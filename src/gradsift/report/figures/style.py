@@ -1,13 +1,14 @@
-"""One look for all figures: colours that colour-blind readers can tell apart, a marker and a hatch beside each.
+"""The look of all figures: colours that colour-blind readers can tell apart, each with a marker, a dash and a hatch.
 
-Everything neutral is drawn in one of INK, FAINT, RULE and PAPER, and nothing else is: a page may replace these four in
-an SVG to suit a dark background. Text inside coloured cells is ON_LIGHT or ON_DARK, which stay as they are.
+Everything neutral is drawn in one of INK, FAINT, RULE and PAPER, and nothing else is: the page replaces these four in
+an SVG to suit a dark background. Text inside coloured cells is ON_LIGHT or ON_DARK, which are never replaced.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+Format = Literal["png", "svg"]
+Style = dict[str, Any]  # keyword arguments of matplotlib
+
 INK = "#1d1e21"  # text and lines
 FAINT = "#6c6e75"  # secondary text, ticks
 RULE = "#d9dade"  # grid and frames
@@ -27,14 +31,17 @@ ON_LIGHT, ON_DARK = "#000000", "#ffffff"
 # Okabe and Ito's palette without its yellow, which is too light for lines, and its black, which is INK
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#6a51a3")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-# lines alone: a dot in a hatch is a circle for each in an SVG
-HATCHES = ("", "//", "\\\\", "xx", "--", "||", "++", "/")
+HATCHES = ("", "//", "\\\\", "xx", "--", "||", "++", "/")  # lines only: an SVG draws each dot as a circle of its own
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 SEQUENTIAL = "cividis"  # made for colour-blind readers
-DIVERGING = LinearSegmentedColormap.from_list("diverging", [COLOURS[1], "#f4f2ee", COLOURS[0]])  # around a middle
-NEUTRAL = "#a9adbb"  # a fill beside colours: all rows, ties, what was reused; seen on white and on black
+DIVERGING = LinearSegmentedColormap.from_list("diverging", [COLOURS[1], "#f4f2ee", COLOURS[0]])
+NEUTRAL = "#a9adbb"  # fill for all rows, ties and reused work; visible on white and on black
 
-_SETTINGS: dict[str, Any] = {
+BAR: Style = {"edgecolor": INK, "height": 0.72}  # of every horizontal bar
+DASHED: Style = {"linewidth": 1, "linestyle": (0, (4, 2))}  # lines to compare with
+DOTTED: Style = {"linewidth": 1, "linestyle": (0, (1, 1.5))}
+
+_SETTINGS: Style = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
@@ -69,71 +76,94 @@ _SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "gradsift",
 }
-Format = Literal["png", "svg"]
-Look = dict[str, Any]  # keywords of an artist
 
 
 def styled() -> Any:
-    """A context in which figures are made and drawn; nothing outside it is changed."""
+    """Return a context in which figures are made and drawn; the style does not leak out of it."""
     return rc_context(_SETTINGS)
 
 
 def panels(columns: int = 1, rows: int = 1, *, width: float = 7.2, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    """A figure and its axes, row by row; inches."""
+    """Return a figure (sizes in inches) and its axes, row by row."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     return figure, [axis for row in axes for axis in row]
 
 
-class Looks:
-    """A colour, a marker, a dash and a hatch for each name, by the order of the names."""
+@dataclass(frozen=True)
+class Look:
+    """How a method, a member or a quality is drawn."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self._place = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    colour: str
+    marker: str
+    dash: Any
+    hatch: str
 
-    def colour(self, name: str) -> str:
-        return COLOURS[self._place[name] % len(COLOURS)]
 
-    def marker(self, name: str) -> str:
-        return MARKERS[self._beside(name) % len(MARKERS)]
-
-    def hatch(self, name: str) -> str:
-        return HATCHES[self._beside(name) % len(HATCHES)]
-
-    def dash(self, name: str) -> Any:
-        return DASHES[self._beside(name) % len(DASHES)]
-
-    def _beside(self, name: str) -> int:
-        """One further with each round of the colours, so that a colour comes back with another mark."""
-        place = self._place[name]
-        return place + place // len(COLOURS)
+def looks_of(names: Iterable[str]) -> dict[str, Look]:
+    """Return a look for each name, by the order of the names."""
+    looks = {}
+    for place, name in enumerate(dict.fromkeys(names)):
+        # one further with each round of the colours, so that a colour returns with another marker
+        other = place + place // len(COLOURS)
+        marker, dash, hatch = (group[other % len(group)] for group in (MARKERS, DASHES, HATCHES))
+        looks[name] = Look(COLOURS[place % len(COLOURS)], marker, dash, hatch)
+    return looks
 
 
 def legend(figure: Figure, *axes: Axes) -> None:
-    """The legend of all `axes` below the figure, in as many columns as fit; what is drawn keeps its height."""
-    found: dict[str, Any] = {}
+    """Put the legend of all `axes` below the figure, in as many columns as fit, without shrinking the axes."""
+    entries: dict[str, Any] = {}
     for panel in axes:
         handles, labels = panel.get_legend_handles_labels()
-        found |= dict(zip(labels, handles, strict=True))
-    if found:
-        width = 0.5 + 0.085 * max(map(len, found))  # inches that a column takes
-        columns = max(1, min(len(found), int(figure.get_figwidth() / width)))
-        lines = -(-len(found) // columns)
-        figure.set_figheight(figure.get_figheight() + 0.17 * max(0, lines - 2))  # two have their place
-        figure.legend(list(found.values()), list(found), loc="outside lower left", ncols=columns)
+        entries |= dict(zip(labels, handles, strict=True))
+    if entries:
+        width = 0.5 + 0.085 * max(map(len, entries))  # inches of a column
+        columns = max(1, min(len(entries), int(figure.get_figwidth() / width)))
+        lines = -(-len(entries) // columns)
+        figure.set_figheight(figure.get_figheight() + 0.17 * max(0, lines - 2))  # there is room for two lines
+        figure.legend(list(entries.values()), list(entries), loc="outside lower left", ncols=columns)
 
 
-def plain_log(axis: Axis, numbers: int = 6) -> None:
-    """Plain numbers on a logarithmic axis that spans few decades; powers of ten elsewhere."""
-    low, high = axis.get_view_interval()
-    if high / low < 1000:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=numbers))
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_locator(NullLocator())
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Label the rows of a figure of horizontal bars or points, the first one on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
 
 
-def cells(axes: Axes, shades: np.ndarray, texts: Sequence[Sequence[str]], *, diverging: bool = False) -> None:
-    """A coloured field (rows, columns) of shades from 0 to 1, and a text in each cell; NaN stays empty."""
+def in_percent(*axes: Axis) -> None:
+    """Label the ticks of an axis of shares in percent, without a sign."""
+    for axis in axes:
+        axis.set_major_formatter(lambda value, _: f"{abs(value):.0%}")
+
+
+def plain_log(*axes: Axis) -> None:
+    """Use plain numbers on a logarithmic axis that spans few decades; powers of ten elsewhere."""
+    for axis in axes:
+        low, high = axis.get_view_interval()
+        if high / low < 1000:
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_locator(NullLocator())
+
+
+def cells(
+    axes: Axes,
+    shades: np.ndarray,
+    texts: Sequence[Sequence[str]],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    rotation: float = 0,
+    diverging: bool = False,
+) -> None:
+    """Draw a matrix of coloured cells with texts and the names of its rows and columns.
+
+    Args:
+        shades: (rows, columns) from 0 to 1; NaN cells stay empty.
+        rotation: of the columns' names, in degrees.
+    """
     axes.imshow(shades, cmap=DIVERGING if diverging else SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
     for row, column in np.ndindex(*shades.shape):
         shade = shades[row, column]
@@ -141,14 +171,16 @@ def cells(axes: Axes, shades: np.ndarray, texts: Sequence[Sequence[str]], *, div
         if np.isfinite(shade):
             colour = ON_DARK if is_dark else ON_LIGHT
             axes.text(column, row, texts[row][column], ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(columns)), columns, rotation=rotation, ha="right" if rotation else "center")
+    axes.set_yticks(range(len(rows)), rows)
     axes.grid(False)
 
 
 def bytes_of(figure: Figure, form: Format) -> bytes:
-    """The figure as a file, the same bytes each time: PNG on paper, SVG with a transparent background."""
+    """Return the figure as a file, the same bytes each time: PNG on PAPER, SVG with a transparent background."""
     stream = io.BytesIO()
     with styled():
-        if (layout := figure.get_layout_engine()) is not None:  # once for all formats, which otherwise differ by a hair
+        if (layout := figure.get_layout_engine()) is not None:  # run it once, or the formats differ by a hair
             layout.execute(figure)
             figure.set_layout_engine("none")
         if form == "svg":

@@ -79,7 +79,7 @@ class Pool {
     this.ends = new Uint32Array(this.count);
     let end = -1;
     for (let row = 0; row < this.count; row++) this.ends[row] = end += lowered[row].length + 1;
-    this.found = new Map(); // word -> Uint8Array (N): which examples hold it
+    this.hits = new Map(); // word -> Uint8Array (N): which examples hold it
     this.orders = new Map();
     this.numbers = this.column(about.row_index);
   }
@@ -94,7 +94,7 @@ class Pool {
   }
 
   holding(word) {
-    let hits = this.found.get(word);
+    let hits = this.hits.get(word);
     if (hits) return hits;
     hits = new Uint8Array(this.count);
     let row = 0;
@@ -102,21 +102,21 @@ class Pool {
       while (this.ends[row] <= at) row++;
       hits[row] = 1;
     }
-    if (this.found.size > 40) this.found.clear();
-    this.found.set(word, hits);
+    if (this.hits.size > 40) this.hits.clear();
+    this.hits.set(word, hits);
     return hits;
   }
 
   // Examples sorted by a key (N,), least first, then by their place; those without (NaN) are left out.
   order(name, key) {
-    let found = this.orders.get(name);
-    if (found) return found;
+    let order = this.orders.get(name);
+    if (order) return order;
     const values = key();
-    found = Uint32Array.from({ length: this.count }, (_, row) => row).filter((row) => !Number.isNaN(values[row]));
-    found.sort((one, other) => values[one] - values[other] || one - other);
+    order = Uint32Array.from({ length: this.count }, (_, row) => row).filter((row) => !Number.isNaN(values[row]));
+    order.sort((one, other) => values[one] - values[other] || one - other);
     if (this.orders.size > 40) this.orders.clear();
-    this.orders.set(name, found);
-    return found;
+    this.orders.set(name, order);
+    return order;
   }
 
   ranks(method) {

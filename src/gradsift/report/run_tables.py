@@ -1,0 +1,178 @@
+"""The tables of a run or a sweep, made from `run.json` files alone: results and work.
+
+A row of results is one run and benchmark, plus the pooled figure if there are several benchmarks. On the terminal, runs
+whose configs differ in nothing but a seed share a line: their mean, with the least and the most. Overrides that only
+some of the runs have are shown in the column `settings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gradsift.cost import WORK_COLUMNS, work_of
+from gradsift.report.table import Table, cell_text, fixed
+
+Run = Mapping[str, Any]  # the content of a `run.json`
+Row = dict[str, Any]
+
+WORK_FILE = "work.csv"
+SETTINGS = ("dataset", "proxy", "members", "snapshots", "target", "judge", "scorer", "alpha", "settings", "benchmark")
+SEEDS = ("data_seed", "seed")
+SEED_KEYS = ("seed", "data.seed", "data.corruption.seed", "scorer.seed", "selector.seed")
+COUNTS = ("win", "tie", "lose", "invalid")
+MEASURES = ("rows", "pws", "accuracy", "heldout_loss", "spoilt_share", "families")
+UNTUNED = "(no finetuning)"
+TITLE = "PWS against the model tuned on all rows"
+_OWN_COLUMN = ("scorer", "alpha", "data", "proxy", "target", "judge", "proxy.members", "proxy.snapshots")
+
+
+# ------------------------------------------------------------------------------------- names of runs
+
+
+def with_settings(runs: Sequence[Run], told_apart: Sequence[str] = _OWN_COLUMN) -> list[Run]:
+    """Return the runs, each with `settings`: its overrides that not all runs share.
+
+    Args:
+        told_apart: keys of overrides to leave out because they are shown elsewhere; seeds are left out always.
+    """
+    elsewhere = (*told_apart, *SEED_KEYS)
+    own = [[o for o in run.get("overrides") or [] if o.split("=", 1)[0] not in elsewhere] for run in runs]
+    shared = set(own[0]).intersection(*own) if own else set()
+    return [
+        {**run, "settings": " ".join(o for o in overrides if o not in shared)}
+        for run, overrides in zip(runs, own, strict=True)
+    ]
+
+
+def method_name(scorer: str, settings: str | None) -> str:
+    """Return the scorer with its settings, shortened for legends and axes."""
+    short = (settings or "").replace("proxy.members=", "M=").replace("proxy.snapshots=", "")
+    return f"{scorer} {short}".strip()
+
+
+# --------------------------------------------------------------------------------------------- rows
+
+
+def flat_rows(run: Run) -> list[Row]:
+    """Return the rows of one run as plain values, the pooled one last; None where the run lacks a figure."""
+    cells: dict[str, Mapping[str, Any]] = dict(run.get("benchmarks") or {})
+    if len(cells) != 1:
+        name = "pooled" if cells else "+".join(run.get("benchmark_sets") or [])
+        cells[name] = run.get("pooled") or {"pws": run.get("pws")}
+    selection, accuracy = run.get("selection") or {}, run.get("accuracy") or {}
+    by_benchmark = accuracy.get("benchmarks") or {}
+    return [
+        {
+            **{name: run.get(name) for name in ("variant", *SETTINGS, *SEEDS)},
+            "snapshots": ",".join(map(str, run.get("snapshots") or [])),
+            "alpha": "all" if run.get("scorer") == "full" else run.get("alpha"),
+            "benchmark": benchmark,
+            "rows": selection.get("rows"),
+            **{name: cell.get(name) for name in ("pws", "pws_low", "pws_high", *COUNTS)},
+            "accuracy": by_benchmark.get(benchmark, accuracy.get("model")),
+            "heldout_loss": (run.get("heldout_loss") or {}).get("model"),
+            "spoilt_share": selection.get("spoilt_share"),
+            "families": selection.get("families"),
+            **{f"label_{name}": share for name, share in (selection.get("labels") or {}).items()},
+            "status": run.get("status"),
+        }
+        for benchmark, cell in cells.items()
+    ]
+
+
+def untuned_rows(runs: Iterable[Run]) -> list[Row]:
+    """Return a row of the target before finetuning for each dataset, target and seed, to compare the others with."""
+    rows: dict[tuple[Any, ...], Row] = {}
+    for run in runs:
+        accuracy, loss = ((run.get(name) or {}).get("untuned") for name in ("accuracy", "heldout_loss"))
+        key = tuple(run.get(name) for name in ("dataset", "target", "settings", *SEEDS))
+        if (accuracy is not None or loss is not None) and key not in rows:
+            shared = {name: run.get(name) for name in ("dataset", "target", "settings", "status", *SEEDS)}
+            own = {"scorer": UNTUNED, "accuracy": accuracy, "heldout_loss": loss}
+            rows[key] = dict.fromkeys(flat_rows(run)[0]) | shared | own
+    return list(rows.values())
+
+
+def all_rows(runs: Sequence[Run]) -> list[Row]:
+    """Return every row of every run, and those of the untuned targets last."""
+    return [row for run in runs for row in flat_rows(run)] + untuned_rows(runs)
+
+
+def over_seeds(rows: Iterable[Row]) -> list[Row]:
+    """Average rows that differ in seeds alone; outcomes are summed, `pws_low` and `pws_high` are least and most."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["variant"], *(row[name] for name in SETTINGS)), []).append(row)
+    return [_mean_row(group) if len(group) > 1 else group[0] | {"runs": 1} for group in groups.values()]
+
+
+def _mean_row(group: Sequence[Row]) -> Row:
+    mean: Row = {name: group[0][name] for name in SETTINGS} | {"runs": len(group)}
+    for name in (*MEASURES, *COUNTS):
+        values = [row[name] for row in group if row[name] is not None]
+        # a mean over some of the runs must not be compared with means over all of them
+        complete = len(values) == len(group)
+        mean[name] = None if not complete else sum(values) if name in COUNTS else sum(values) / len(values)
+    known = [row["pws"] for row in group if row["pws"] is not None]
+    return mean | {"pws_low": min(known, default=None), "pws_high": max(known, default=None)}
+
+
+def pws_text(row: Row) -> str:
+    """Return the PWS of a row with its interval, as in "1.400 [1.150, 1.650]"."""
+    if row["pws"] is None:
+        return "-"
+    if row["scorer"] == "full":
+        return "1 (itself)"
+    interval = "" if row["pws_low"] is None else f" [{row['pws_low']:.3f}, {row['pws_high']:.3f}]"
+    return f"{row['pws']:.3f}{interval}"
+
+
+def outcomes_text(row: Row) -> str:
+    """Return wins, ties and losses of a row, as in "6/2/2 (1 invalid)"."""
+    if row["win"] is None:
+        return "-"
+    invalid = f" ({row['invalid']} invalid)" if row["invalid"] else ""
+    return f"{row['win']}/{row['tie']}/{row['lose']}{invalid}"
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def results_table(runs: Sequence[Run]) -> Table:
+    """Return the PWS table. It leaves out empty columns and settings that do not vary; its records are `all_rows`."""
+    records = all_rows(with_settings(runs))
+    rows = over_seeds(records)
+    title = TITLE
+    benchmarks = {row["benchmark"] for row in rows} - {None}
+    if len(benchmarks) == 1:
+        title += f", benchmark {benchmarks.pop()}"
+    if (most := max(row["runs"] for row in rows)) > 1:
+        title += f"; means of {most} seeds, PWS with least and most"
+    varied = [n for n in SETTINGS if n in ("scorer", "alpha") or len({row[n] for row in rows} - {None}) > 1]
+    columns = {
+        **{name: [cell_text(row[name]) for row in rows] for name in varied},
+        "rows": [cell_text(row["rows"]) for row in rows],
+        "PWS": [pws_text(row) for row in rows],
+        "win/tie/lose": [outcomes_text(row) for row in rows],
+        "accuracy": [fixed(row["accuracy"]) for row in rows],
+        "held-out": [fixed(row["heldout_loss"]) for row in rows],
+        "spoilt": [fixed(row["spoilt_share"], 2) for row in rows],
+        "families": [fixed(row["families"], 1) for row in rows],
+    }
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    return Table(title, list(columns), list(zip(*columns.values(), strict=True)), records=records)
+
+
+def work_table(runs: Sequence[Run]) -> Table:
+    """Return the work of the runs by stage, in order of first appearance, and of all stages together."""
+    stages = [stage for run in runs for stage in run.get("stages", [])]
+    names = dict.fromkeys(stage["name"] for stage in stages)
+    by_stage = {name: work_of([s for s in stages if s["name"] == name]) for name in names} | {"all": work_of(stages)}
+    header = ["stage", "made", "reused", "seconds", "steps", "tokens", "steps reused", "tokens reused"]
+    rows = [
+        [name, *(f"{work[c]:,.1f}" if c == "seconds" else f"{work[c]:,}" for c in WORK_COLUMNS)]
+        for name, work in by_stage.items()
+    ]
+    records = [{"stage": name, **work} for name, work in by_stage.items()]
+    return Table("Work by stage", header, rows, records=records)

@@ -1,0 +1,125 @@
+"""One table in three renderings: terminal (`console.print(table)`), HTML page, and CSV and Markdown files."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of a formula
+_LONGEST_MARKDOWN = 200  # rows; longer tables are written as CSV alone
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of formatted cells. The first column names the rows."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    best: frozenset[tuple[int, int]] = frozenset()  # (row, column) of cells to show in bold
+    note: str = ""  # how to read it
+    records: Sequence[Mapping[str, Any]] = ()  # plain values: one mapping for each line of the CSV file
+
+    @property
+    def text_columns(self) -> set[int]:
+        """The columns to align left: the first, and all that hold words and no figure."""
+        columns = enumerate(zip(*self.rows, strict=True))
+        return {0} | {i for i, cells in columns if any(map(_is_word, cells)) and not any(map(_is_figure, cells))}
+
+    def __rich__(self) -> RichTable:
+        from rich import box
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        shown = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        shown.caption, shown.caption_justify = self.note or None, "left"
+        left = self.text_columns
+        for i, name in enumerate(self.header):
+            shown.add_column(name, justify="left" if i in left else "right", no_wrap=i == 0, overflow="fold")
+        for row in self.rows:
+            shown.add_row(*map(Text, row))  # Text: brackets in a cell are no markup
+        return shown
+
+    def fitted(self, console: Console) -> tuple[Table, list[str]]:
+        """Return the table without the last columns that do not fit the console's width, and their headings."""
+        from rich.measure import Measurement
+
+        options = console.options.update(max_width=10_000)
+        fitted, left_out = self, list[str]()
+        while len(fitted.header) > 3 and Measurement.get(console, options, fitted).maximum > console.width:
+            left_out.insert(0, fitted.header[-1])
+            fitted = replace(fitted, header=fitted.header[:-1], rows=[row[:-1] for row in fitted.rows])
+        return fitted, left_out
+
+    def markdown(self) -> str:
+        """Return the table as Markdown, with its title above and its note below."""
+        rule = ["---", *["---:"] * (len(self.header) - 1)]
+        rows = [
+            [f"**{cell}**" if (i, j) in self.best else cell for j, cell in enumerate(row)]
+            for i, row in enumerate(self.rows)
+        ]
+        lines = [f"**{self.title}**", "", *map(_markdown_line, (self.header, rule, *rows))]
+        return "\n".join([*lines, "", self.note] if self.note else lines)
+
+    def write(self, folder: Path, name: str) -> None:
+        """Write `<name>.csv` with the records and, unless the table is long, `<name>.md`."""
+        if len(self.rows) <= _LONGEST_MARKDOWN:
+            (folder / f"{name}.md").write_text(self.markdown() + "\n", encoding="utf-8")
+        write_records(folder / f"{name}.csv", self.records)
+
+
+def table_of_records(title: str, records: Sequence[Mapping[str, Any]], note: str = "") -> Table:
+    """Return the table that shows the records as they are, floats with four digits."""
+    header = list(dict.fromkeys(key for record in records for key in record))
+    rows = [[cell_text(record.get(key), 4) for key in header] for record in records]
+    return Table(title, header, rows, note=note, records=records)
+
+
+def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write CSV with a column for every key that any record has."""
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(map(plain_cell, columns))
+        writer.writerows([plain_cell(record.get(column, "")) for column in columns] for record in records)
+
+
+def plain_cell(value: Any) -> Any:
+    """Return the value; put an apostrophe before a text that a spreadsheet would take for a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+
+
+def cell_text(value: Any, digits: int = 6) -> str:
+    """Return a value as a cell shows it: floats with so many significant digits, None and "" as "-"."""
+    if value is None or value == "":
+        return "-"
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def fixed(value: float | None, decimals: int = 3) -> str:
+    """Return the number with fixed decimals, or "-" for None."""
+    return "-" if value is None else f"{value:.{decimals}f}"
+
+
+def counted(number: int, name: str) -> str:
+    """Return "1 run" or "2 runs"."""
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
+def _markdown_line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _is_word(cell: str) -> bool:
+    return cell[:1].isalpha() or cell.startswith("(")
+
+
+def _is_figure(cell: str) -> bool:
+    return cell.lstrip("+-")[:1].isdigit()

@@ -37,9 +37,9 @@ def options_page() -> str:
 
 
 def _choices(group: str, schema: str) -> list[str]:
-    """Return the choices of a group whose files name this schema."""
-    pattern = re.compile(rf"/schema/{group}@_here_: {schema}\b")
-    files = sorted((_CONF / group).glob("*.yaml"))
+    """Return the choices of a group whose files name this schema; of a group with one schema all choices."""
+    pattern = re.compile(rf"/schema/{group}@_here_: {schema}\b" if len(SCHEMAS[group]) > 1 else "")
+    files = sorted(path for path in (_CONF / group).glob("*.yaml") if path.stem != "catalog")
     return [path.stem for path in files if pattern.search(path.read_text(encoding="utf-8"))]
 
 

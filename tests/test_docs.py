@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import tomllib
@@ -14,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from gradsift.cli import conf_folder
-from gradsift.config import load_config, register_schemas
+from gradsift.config import SCHEMAS, Config, load_config, register_schemas
 from gradsift.sweep import begin, values_of
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +96,19 @@ def test_the_readme_is_short_and_no_page_is_missing_from_the_site() -> None:
     nav = (ROOT / "mkdocs.yml").read_text()
     pages = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.is_relative_to(ROOT / "docs")]
     assert [page for page in pages if f": {page}\n" not in nav] == []
+
+
+def test_every_option_says_what_it_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    tables = importlib.import_module("option_tables")
+    schemas = [("", Config), *((f"{group}.", schema) for group in SCHEMAS for schema in SCHEMAS[group].values())]
+    rows = [row for prefix, schema in schemas for row in tables.options_of(prefix, schema)]
+    assert {option for option, _, _, meaning, _ in rows if not meaning} == set()
+    page = tables.options_page()
+    assert "| `proxy.members` | `int` | `5` | M of the paper | at least 1 |" in page
+    assert "| `data.path` | `str` | required |" in page
+    choices = [path.stem for group in SCHEMAS for path in (conf_folder() / group).glob("*.yaml")]
+    assert [choice for choice in choices if f"={choice}" not in page and choice != "catalog"] == []
 
 
 def test_the_citation_and_the_package_name_the_same_version_and_licence() -> None:

@@ -24,13 +24,13 @@ NO_TARGET_SET = (
 class FieldsConfig:
     """Names of the columns that hold the parts of an example. Other common names are recognised (docs/data.md)."""
 
-    instruction: str = "instruction"
+    instruction: str = "instruction"  # column of the prompt
     input: str | None = "input"  # may be missing from the data; null: no column
-    output: str = "output"
+    output: str = "output"  # column of the response
     messages: str = "messages"  # [{"role": ..., "content": ...}, ...]
     conversations: str = "conversations"  # ShareGPT: [{"from": ..., "value": ...}, ...]
-    prompt: str = "prompt"
-    completion: str = "completion"
+    prompt: str = "prompt"  # column of a prompt that is a text or a list of turns
+    completion: str = "completion"  # column of the response to `prompt`
     system: str | None = "system"  # the system prompt; may be missing from the data; null: no column
     history: str | None = "history"  # earlier exchanges [[user, assistant], ...]; may be missing; null: no column
 
@@ -40,8 +40,8 @@ class CorruptionConfig(Group, option="data.corruption"):
     """Known corruption that is injected to audit scorers. Labels say which rows; scorers do not see them."""
 
     share: float = option(0.0, least=0, below=1)  # of the rows after `limit`, equal for each kind; copies are added
-    kinds: list[str] = option(list(CORRUPTIONS), choices=CORRUPTIONS)
-    seed: int = option(0, least=0)
+    kinds: list[str] = option(list(CORRUPTIONS), choices=CORRUPTIONS)  # kinds of corruption, each named once
+    seed: int = option(0, least=0)  # draws the corrupted rows
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,7 +70,7 @@ class DataConfig(Group, option="data"):
 class JsonDataConfig(DataConfig):
     """A local file: .json, .jsonl, .csv, .tsv (each also with .gz) or .parquet."""
 
-    path: str = MISSING
+    path: str = MISSING  # of the file
     format: str = option("auto", choices=DATA_FORMATS)  # auto: decided by the columns of the first row that fits one
     fields: FieldsConfig = field(default_factory=FieldsConfig)
 
@@ -79,10 +79,10 @@ class JsonDataConfig(DataConfig):
 class HubDataConfig(DataConfig):
     """A dataset of the Hugging Face hub."""
 
-    id: str = MISSING
+    id: str = MISSING  # OWNER/NAME on the hub
     revision: str | None = None  # a commit; null: the current one at first use, from then on the same in this store
-    split: str = "train"
-    format: str = option("auto", choices=DATA_FORMATS)
+    split: str = "train"  # of the dataset
+    format: str = option("auto", choices=DATA_FORMATS)  # auto: decided by the columns of the first row that fits one
     fields: FieldsConfig = field(default_factory=FieldsConfig)
 
 
@@ -94,7 +94,7 @@ class VerifiableDataConfig(DataConfig):
     spoilt: float = option(0.5, least=0, below=1)  # share of the rows that are spoilt, over four kinds
     duplicates: float = option(0.06, least=0, below=1)  # share of the rows that are exact or near duplicates
     delayed: float = option(0.0, least=0, most=0.5)  # share of tasks that can be learnt only after half as many others
-    benchmark_items: int = option(390, least=1)
+    benchmark_items: int = option(390, least=1)  # held-out questions
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,7 +110,7 @@ class TargetSetConfig(Group, option="target_set"):
 
     name: str = MISSING
     limit: int | None = option(None, least=1)  # at most this many rows per task, drawn with `seed` in their order
-    seed: int = option(0, least=0)
+    seed: int = option(0, least=0)  # draws the rows of `limit`
 
 
 @dataclass
@@ -121,7 +121,7 @@ class FilesTargetSetConfig(TargetSetConfig):
     urls: dict[str, str] = field(default_factory=dict)  # task: address of its file, downloaded once at run time
     task: str | None = None  # column that names a row's task; null: a file is one task
     rows: str | None = None  # key that holds the rows in a .json file that has other keys too
-    format: str = option("auto", choices=DATA_FORMATS)
+    format: str = option("auto", choices=DATA_FORMATS)  # as data.format
     fields: FieldsConfig = field(default_factory=FieldsConfig)
 
     def __post_init__(self) -> None:
@@ -135,7 +135,7 @@ class VerifiableTargetSetConfig(TargetSetConfig):
     """Right answers of the embedded world, to questions that are neither in its dataset nor in its benchmark."""
 
     tasks: list[str] = field(default_factory=lambda: ["sort", "reverse"])  # families of the embedded world
-    limit: int | None = option(20, least=1)
+    limit: int | None = option(20, least=1)  # rows per task
 
     def __post_init__(self) -> None:
         super().__post_init__()

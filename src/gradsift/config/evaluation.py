@@ -56,15 +56,15 @@ def _benchmark_set(name: str, entry: Any) -> BenchmarkSetConfig:
 class BenchmarkConfig(Group, option="benchmark"):
     """Which questions the finetuned models answer, and how."""
 
-    sets: list[str] = field(default_factory=list)
+    sets: list[str] = field(default_factory=list)  # names of sets in the catalogue
     general: list[str] = field(default_factory=list)  # sets answered before and after the finetune: forgetting
     catalog: dict[str, Any] = field(default_factory=dict)  # name: BenchmarkSetConfig, or its fields
     upstream: str | None = None  # base addresses that the catalog's entries may refer to
-    upstream_bbh: str | None = None
+    upstream_bbh: str | None = None  # address of BIG-Bench-Hard's files, which the catalogue refers to
     folder: str | None = None  # local copies, each at its set's `file`; used instead of every `url`
     limit: int | None = option(None, least=1)  # the first items of each set
-    max_new_tokens: int = option(512, least=1)
-    batch_size: int = option(16, least=1)
+    max_new_tokens: int = option(512, least=1)  # tokens of an answer
+    batch_size: int = option(16, least=1)  # answers that are generated together
     wordnet_dir: str | None = None  # folder with WordNet 3.x's own files, for METEOR; null: no METEOR
     lm_eval_tasks: list[str] = field(default_factory=list)  # tasks of lm-eval, answered before and after the finetune
     lm_eval_folder: str | None = None  # YAML files of further tasks for lm-eval, with their data
@@ -136,8 +136,8 @@ class LocalJudgeConfig(JudgeConfig):
     """Compares the log-probability of A and B under a local model. With a small model it only tests the setup."""
 
     model: ModelConfig = MISSING
-    max_length: int = option(2048, least=16)
-    batch_size: int = option(8, least=1)
+    max_length: int = option(2048, least=16)  # tokens of question and answers; longer answers are cut
+    batch_size: int = option(8, least=1)  # pairs that pass through the model together
 
 
 @dataclass
@@ -174,9 +174,9 @@ class EndpointJudgeConfig(JudgeConfig):
 class OpenaiJudgeConfig(EndpointJudgeConfig):
     """The paper's 1-10 protocol on any OpenAI-compatible endpoint."""
 
-    model: str = "gpt-4o"
-    temperature: float = option(0.0, least=0)
-    max_tokens: int = option(256, least=1)
+    model: str = "gpt-4o"  # name of the model at the endpoint
+    temperature: float = option(0.0, least=0)  # of the sampling
+    max_tokens: int = option(256, least=1)  # of a reply
     # how scores are read; legacy: the published rule, which counts an unreadable reply as a tie
     parse: str = option("tolerant", choices=("strict", "tolerant", "legacy"))
 
@@ -209,7 +209,7 @@ class AlpacaEvalJudgeConfig(EndpointJudgeConfig):
 class AuditConfig(Group, option="audit"):
     """How well the scorer keeps known corruption out (see gradsift.selection.audit)."""
 
-    enabled: bool = False
+    enabled: bool = False  # compare the scores with known corruption
     alphas: list[float] = option([0.05, 0.1, 0.15], above=0, most=1)  # shares that are selected for the audit alone
     clusters: int = option(30, least=2)  # of the prompts, if the data does not name task families
 

@@ -17,8 +17,8 @@ class TrackerConfig(Group, option="tracker"):
 
     name: str = option(MISSING, choices=("wandb", "none"))
     mode: str = option("offline", choices=("offline", "online"))  # offline runs are sent later with `wandb sync`
-    project: str = "gradsift"
-    entity: str | None = None
+    project: str = "gradsift"  # of W&B
+    entity: str | None = None  # user or team of W&B; null: the account's default
     group: str | None = None  # null: the sweep's day and time
     artifacts: bool = False  # also log scores and selection as W&B artifacts, copied into the run's folder
 

@@ -47,7 +47,7 @@ class G2isConfig(ScorerConfig):
 class RandomScorerConfig(ScorerConfig):
     """Uniform random scores."""
 
-    seed: int = option(0, least=0)
+    seed: int = option(0, least=0)  # draws the scores
 
 
 @dataclass
@@ -115,8 +115,8 @@ class LengthConfig(ScorerConfig):
     """Length of a part of the example."""
 
     unit: str = option("tokens", choices=("tokens", "characters"))  # tokens of the proxy; characters need no model
-    part: str = option("response", choices=("response", "prompt", "both"))
-    prefer: str = option("long", choices=("long", "short"))
+    part: str = option("response", choices=("response", "prompt", "both"))  # of the example that is measured
+    prefer: str = option("long", choices=("long", "short"))  # which examples score high
 
 
 @dataclass
@@ -162,7 +162,7 @@ class ReprFilterConfig(SelectorConfig):
 class ClustersConfig(SelectorConfig):
     """The best of every k-means cluster of the embeddings."""
 
-    clusters: int = option(100, least=1)
+    clusters: int = option(100, least=1)  # k of k-means
     # proportional: to the size of a cluster; equal: as equal as the sizes allow
     allocation: str = option("proportional", choices=("proportional", "equal"))
     seed: int = option(0, least=0)  # of k-means
@@ -173,7 +173,7 @@ class GumbelConfig(SelectorConfig):
     """A random draw without replacement that favours high scores."""
 
     temperature: float = option(1.0, above=0)  # standard deviations of the score that multiply the odds by e
-    seed: int = option(0, least=0)
+    seed: int = option(0, least=0)  # draws the noise
 
 
 @dataclass

@@ -21,13 +21,13 @@ POOLINGS = ("mean", "weighted_mean", "last")
 class NanoConfig(Group, option="model.nano"):
     """Pretraining of a nano backbone on the skills of the embedded world in another surface form."""
 
-    architecture: str = option("gpt2", choices=("gpt2", "llama"))
-    steps: int = option(2400, least=1)
-    batch_size: int = option(32, least=1)
-    learning_rate: float = option(2.5e-3, above=0)
-    prompt_loss_weight: float = option(0.1, least=0)
+    architecture: str = option("gpt2", choices=("gpt2", "llama"))  # of the pretrained model
+    steps: int = option(2400, least=1)  # optimiser steps
+    batch_size: int = option(32, least=1)  # rows per optimiser step
+    learning_rate: float = option(2.5e-3, above=0)  # of AdamW
+    prompt_loss_weight: float = option(0.1, least=0)  # weight of the prompt's tokens in the loss
     instructed_share: float = option(0.01, least=0, below=1)  # rows that already are in the instructed form
-    seed: int = option(0, least=0)
+    seed: int = option(0, least=0)  # of weights and rows
 
 
 @dataclass
@@ -39,7 +39,7 @@ class ModelConfig(Group, option="model"):
     kind: str = option("pretrained", choices=("pretrained", "nano", "smollm2", "tiny_bytes"))
     path: str | None = None  # hub id or local folder, for kind=pretrained
     revision: str | None = None  # hub commit; null: the current one at first use, from then on the same in this store
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # run code that comes with the model
     nano: NanoConfig = field(default_factory=NanoConfig)
 
     def __post_init__(self) -> None:
@@ -52,10 +52,10 @@ class ModelConfig(Group, option="model"):
 class LoraConfig(Group, option="lora"):
     """Low-rank adapters (Hu et al., 2021)."""
 
-    rank: int = option(8, least=1)
+    rank: int = option(8, least=1)  # of A and B
     alpha: float = option(16.0, above=0)  # the adapter's output is scaled by alpha / rank
-    dropout: float = option(0.0, least=0, below=1)
-    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    dropout: float = option(0.0, least=0, below=1)  # of the adapter's input while it is trained
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])  # names of the adapted linear layers
     use_rslora: bool = False  # scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023)
     use_dora: bool = False  # refused: per-sample norms are those of A and B alone
 
@@ -100,7 +100,7 @@ class ProxyConfig(Group, option="proxy"):
     name: str = MISSING
     model: ModelConfig = MISSING
     lora: LoraConfig = field(default_factory=LoraConfig)
-    template: str = option("alpaca", choices=TEMPLATES)
+    template: str = option("alpaca", choices=TEMPLATES)  # chat: the tokenizer's own template
     max_length: int = option(1024, least=2)  # tokens, prompt and response together; the prompt is cut first
     members: int = option(5, least=1)  # M of the paper
     # what members differ by: lora_seeds (initial A and data order), bootstrap (a resample of the data and its order),
@@ -114,11 +114,11 @@ class ProxyConfig(Group, option="proxy"):
     shard: int | None = None  # the one shard, counted from 0, that this run collects; null: all
     # LoRA factors in the norm; scaled: both, each divided by the size of the other factor
     norm_scope: str = option("all", choices=("all", "A", "B", "scaled"))
-    learning_rate: float = option(5e-5, above=0)
+    learning_rate: float = option(5e-5, above=0)  # of AdamW; the default is the paper's
     # constant keeps an epoch's result independent of the number of epochs
     schedule: str = option("constant", choices=SCHEDULES)
     warmup_steps: int = option(0, least=0)  # optimiser steps in which the learning rate rises from 0
-    weight_decay: float = option(0.0, least=0)
+    weight_decay: float = option(0.0, least=0)  # of AdamW
     batch_size: int = option(8, least=1)  # examples per optimiser step
     # bucketed: examples of similar length share a batch; random: they do not
     batching: str = option("bucketed", choices=BATCHINGS)
@@ -181,7 +181,7 @@ class TargetConfig(Group, option="target"):
     name: str = MISSING
     model: ModelConfig = MISSING
     lora: LoraConfig = field(default_factory=LoraConfig)
-    template: str = option("alpaca", choices=TEMPLATES)
+    template: str = option("alpaca", choices=TEMPLATES)  # as proxy.template
     max_length: int = option(1024, least=2)  # tokens, prompt and response together; the prompt is cut first
     epochs: int | None = option(None, least=1)  # give either epochs or steps
     steps: int | None = option(None, least=1)  # optimiser steps, the same for every selection: equal compute
@@ -193,7 +193,7 @@ class TargetConfig(Group, option="target"):
     schedule: str = option("linear", choices=SCHEDULES)  # after the warm-up; linear and cosine end at 0
     warmup_steps: int = option(0, least=0)  # optimiser steps in which the learning rate rises from 0
     warmup_ratio: float = option(0.0, least=0, below=1)  # instead: as a share of the optimiser steps, rounded up
-    weight_decay: float = option(0.0, least=0)
+    weight_decay: float = option(0.0, least=0)  # of AdamW
     batch_size: int = option(16, least=1)  # examples per optimiser step
     # steps of examples of one length would be biased; within a step, batches are of similar length in any case
     batching: str = option("random", choices=BATCHINGS)
@@ -262,10 +262,10 @@ class WarmupConfig(Group, option="features.warmup"):
     share: float | None = option(0.05, above=0, most=1)  # of the rows; give either share or rows
     rows: int | None = option(None, least=1)  # all rows if the data has fewer
     epochs: int = option(4, least=1)  # each ends in a checkpoint
-    learning_rate: float = option(2e-5, above=0)
-    schedule: str = option("linear", choices=SCHEDULES)
+    learning_rate: float = option(2e-5, above=0)  # of AdamW
+    schedule: str = option("linear", choices=SCHEDULES)  # of the learning rate, after the warm-up steps
     warmup_ratio: float = option(0.03, least=0, below=1)  # share of the steps in which the learning rate rises from 0
-    batch_size: int = option(32, least=1)
+    batch_size: int = option(32, least=1)  # examples per optimiser step
     # attention layers of Llama and of GPT-2; a name that the model does not have is ignored
     lora: LoraConfig = field(
         default_factory=lambda: LoraConfig(
@@ -303,7 +303,7 @@ class FeaturesConfig(Group, option="features"):
     # all: one checkpoint after each epoch of the warm-up, weighted by its learning rate; last: the last one
     checkpoints: str = option("all", choices=("all", "last"))
     dimensions: int | None = option(8192, least=1)  # of the random projection at each checkpoint; null: no projection
-    projection_seed: int = option(0, least=0)
+    projection_seed: int = option(0, least=0)  # draws the random projection
     # full: of all weights of the model, one example at a time
     gradient_params: str = option("lora", choices=("lora", "full"))
     adam: bool = True  # the pool's gradients as a step of Adam would use them; those of the target set stay plain

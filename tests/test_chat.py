@@ -566,7 +566,7 @@ def test_a_pending_request_is_not_sent_twice_and_keeps_its_place_under_the_cap(t
     assert second.claim("a", "s", estimate, Terms().exceeded) == "wait"  # the same request
     assert second.claim("b", "s", estimate, terms.exceeded) == "wait"  # 16 USD, if none costs less
     first.keep("a", Completion("7"), "s", Usage(1, 1))
-    assert second.claim("a", "s", estimate, terms.exceeded) == "found"
+    assert second.claim("a", "s", estimate, terms.exceeded) == "stored"
     assert second.claim("b", "s", estimate, terms.exceeded) == "send"
     second.release("b", "s", estimate)
     second.release("b", "s", estimate)  # charged once

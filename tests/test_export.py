@@ -274,7 +274,7 @@ def test_reference_answers_are_compared_by_their_sets_own_rule(compared: Any) ->
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("data=alpaca",), "'data=alpaca' has no say here"),
+        (("data=alpaca",), "'data=alpaca' is not an option here"),
         (("judge.modle=x",), "modle"),
         (("judge.retries=-1",), "judge.retries=-1"),
     ],

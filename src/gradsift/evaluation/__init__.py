@@ -1,1 +1,1 @@
-"""From a finetuned model to a PWS: benchmark items, answers, judgments and the figure they add up to."""
+"""Evaluation of finetuned models: benchmark items, answers, judgments and the pairwise winning score (PWS)."""

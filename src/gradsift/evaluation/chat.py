@@ -314,7 +314,7 @@ class ChatClient:
             await _sleep(self._paused_until - time.monotonic(), stop)
             while (claim := self._replies.claim(key, job.scope, estimate, self._terms.exceeded)) == "wait":
                 await _sleep(_POLL, stop)
-            if claim == "found":
+            if claim == "stored":
                 return
             charged: Usage | None = estimate
             try:

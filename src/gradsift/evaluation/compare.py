@@ -1,9 +1,9 @@
-"""A PWS of two model_outputs.json: `python -m gradsift.evaluation.compare MODEL REFERENCE [OPTION=VALUE ...]`.
+"""PWS of two model_outputs.json: `python -m gradsift.evaluation.compare MODEL REFERENCE [OPTION=VALUE ...]`.
 
-The answers may come from anywhere; nothing is trained. Options are those of a run that concern its judge: judge=NAME,
-judge.*, compute.*, benchmark.catalog.* (how answers to a set are compared with a reference) and artifacts. Judgments
-are kept in the store like those of a run, so the same command goes on where it was stopped. The result is printed as
-JSON, everything else goes to stderr.
+The answers may come from anywhere; nothing is trained. The options are those of a run's judge: judge=NAME, judge.*,
+compute.*, benchmark.catalog.* (how answers are compared with a reference answer) and artifacts. Judgments are kept in
+the store like those of a run, so the same command continues an interrupted one. The result is printed as JSON,
+everything else on stderr.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradsift.cli import compose_config
-from gradsift.config import BenchmarkConfig, Config
+from gradsift.config import Config
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.export import export
 from gradsift.evaluation.generation import OUTPUTS_FILE, ModelOutput, read_pair, write_model_outputs
@@ -36,12 +36,12 @@ def compare(config: Config, model: Path, reference: Path) -> dict[str, Any]:
     """Judge the answers of `model` against those of `reference` in both orders.
 
     Returns:
-        What the stage `pws` finds (see `pws_of`), with `model` and `reference` (generators), `judge`, `cost`, `files`;
-        `{"dry_run": plan}` for a dry run.
+        The result of the stage `pws` (see `pws_of`), with `model` and `reference` (generators), `judge`, `cost` and
+        `files`; `{"dry_run": plan}` for a dry run.
 
     Raises:
         DataError: a file is missing or broken, or the two are not answers to the same items; names the rows.
-        JudgeError: the judge could not be asked, or not to the end.
+        JudgeError: the judge could not be asked, or stopped early.
     """
     pair = read_pair(model, reference)
     from rich.console import Console
@@ -56,27 +56,29 @@ def compare(config: Config, model: Path, reference: Path) -> dict[str, Any]:
     display = Display(Console(stderr=True, highlight=False))
     runtime = Runtime(Store(Path(config.artifacts), display.say), config.compute, display, config.seed)
     check_judge(runtime, config.judge)
-    answers, theirs = (imported(runtime.store, rows) for rows in pair)
+    answers, reference_answers = (_imported(runtime.store, rows) for rows in pair)
+    known = [name for name in dict.fromkeys(row["dataset"] for row in pair[0]) if name in config.benchmark.catalog]
+    benchmark = replace(config.benchmark, sets=known) if known else config.benchmark
     try:
-        judged = judge(runtime, config.judge, _about(config.benchmark, pair[0]), answers, theirs)
+        judged = judge(runtime, config.judge, benchmark, answers, reference_answers)
     except DryRun as plan:
         return {"dry_run": str(plan)}
     return {
         "model": pair[0][0]["generator"],
         "reference": pair[1][0]["generator"],
         "judge": config.judge.name,
-        **pws_of(pws(runtime, config.judge, judged, answers, theirs)),
+        **pws_of(pws(runtime, config.judge, judged, answers, reference_answers)),
         "cost": judged.info["cost"],
         "files": {
             "model": str(answers.file(OUTPUTS_FILE)),
-            "reference": str(theirs.file(OUTPUTS_FILE)),
+            "reference": str(reference_answers.file(OUTPUTS_FILE)),
             "judgments": str(judged.file("judgments.jsonl")),
         },
     }
 
 
-def imported(store: Store, rows: Sequence[ModelOutput]) -> Artifact:
-    """Answers from a file, as an artifact that stages can take as a parent."""
+def _imported(store: Store, rows: Sequence[ModelOutput]) -> Artifact:
+    """Return answers from a file as an artifact, which stages accept as a parent."""
     from gradsift.manifests import content_hash
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -87,31 +89,25 @@ def imported(store: Store, rows: Sequence[ModelOutput]) -> Artifact:
     return store.obtain("imported", slug(rows[0]["generator"]), settings, [], make, version=VERSION)
 
 
-def _about(benchmark: BenchmarkConfig, rows: Sequence[ModelOutput]) -> BenchmarkConfig:
-    """The benchmark config of the sets that the answers name, as far as it is known what they are."""
-    known = [name for name in dict.fromkeys(row["dataset"] for row in rows) if name in benchmark.catalog]
-    return replace(benchmark, sets=known) if known else benchmark
-
-
 def _config(options: Sequence[str]) -> Config:
-    """The default run's config with these options, for the sake of its judge."""
+    """Return the default run's config with these options; only its judge matters."""
     for option in options:
         if not _OPTIONS.fullmatch(option):
             raise ConfigError(
-                f"{option!r} has no say here; options are judge=NAME, judge.KEY=VALUE, compute.KEY=VALUE, "
+                f"{option!r} is not an option here; options are judge=NAME, judge.KEY=VALUE, compute.KEY=VALUE, "
                 "benchmark.catalog.SET.KEY=VALUE and artifacts=DIR"
             )
     return compose_config(options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0, or 2 with one line on stderr."""
+    """Run the command line; return 0, or 2 after one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m gradsift.evaluation.compare", description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, metavar="MODEL", help="model_outputs.json of the model")
     parser.add_argument("reference", type=Path, metavar="REFERENCE", help="model_outputs.json of the reference")
     parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="judge=NAME, judge.KEY=VALUE ...")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="write alpaca_eval's files too (see .export)")
-    options = parser.parse_intermixed_args(arguments)  # options of the run behind --to too
+    options = parser.parse_intermixed_args(arguments)  # options may follow --to
     try:
         result = compare(_config(options.options), options.model, options.reference)
         if options.to is not None and "files" in result:

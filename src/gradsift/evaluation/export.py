@@ -1,13 +1,13 @@
-"""Runs in alpaca_eval's own files: `python -m gradsift.evaluation.export RUN... --to FOLDER`.
+"""Write runs as alpaca_eval's own files: `python -m gradsift.evaluation.export RUN... --to FOLDER`.
 
-    FOLDER/GENERATOR/model_outputs.json                 the answers of each model, the reference too
-    FOLDER/GENERATOR/JUDGE/annotations.json             one row an item: what became of it in both orders together
-    FOLDER/GENERATOR/JUDGE/annotations_forward.json     one order a file, the outputs in the order shown
+    FOLDER/GENERATOR/model_outputs.json                 the answers of each model, including the reference
+    FOLDER/GENERATOR/JUDGE/annotations.json             one row per item: the outcome of both orders together
+    FOLDER/GENERATOR/JUDGE/annotations_forward.json     one order per file, the outputs in the order shown
     FOLDER/GENERATOR/JUDGE/annotations_reverse.json
 
-In annotations.json output_2 is the model and `preference` 2 a win, 1 a loss, 1.5 a tie and null an invalid item, so
-that alpaca_eval's `get_winrate` counts what PWS counts, and its win rate is 50 PWS. An alpaca_eval annotator's own
-preferences between 1 and 2 stand in the files of one order.
+In annotations.json output_2 is the model and `preference` is 2 for a win, 1 for a loss, 1.5 for a tie and null for an
+invalid item, so alpaca_eval's `get_winrate` counts what PWS counts, and its win rate is 50 PWS. The files of one order
+hold an alpaca_eval annotator's own preferences between 1 and 2.
 """
 
 from __future__ import annotations
@@ -30,30 +30,37 @@ from gradsift.evaluation.records import read_records
 from gradsift.names import require_no_link, slug
 
 ANNOTATIONS_FILE = "annotations.json"
-_VERDICTS = {"win": 2.0, "tie": 1.5, "lose": 1.0, "invalid": None}
+_PREFERENCES = {"win": 2.0, "tie": 1.5, "lose": 1.0, "invalid": None}
 
 
 def export(files: PairFiles, folder: Path) -> list[Path]:
-    """Write the answers of two models, and the judgments about them if there are any; returns the files.
+    """Write the answers of two models, and their judgments if there are any; return the files.
 
     Raises:
-        DataError: a file is missing or broken, the two models have one name, judgments are about other items, or a
-            file is there already with other content.
+        DataError: a file is missing or broken, the two models have the same name, the judgments are about other items,
+            or a file exists already with other content.
     """
     pair = read_pair(files.model, files.reference)
     model, reference = (rows[0]["generator"] for rows in pair)
+    remedy = "give the rows of one file another `generator`"
     if model == reference:
         raise DataError(
             f"{files.model} and {files.reference} are both by the generator {model!r}, so nobody could tell whose the "
-            "wins are; give the rows of one file another `generator`"
+            f"wins are; {remedy}"
         )
     if slug(model) == slug(reference):
         raise DataError(
             f"the generators {model!r} and {reference!r} would share the folder {slug(model)}, and one model's answers "
-            "would replace the other's; give the rows of one file another `generator`"
+            f"would replace the other's; {remedy}"
         )
     contents: dict[Path, list[dict[str, Any]]] = {
-        folder / slug(rows[0]["generator"]) / OUTPUTS_FILE: [_output(row) for row in rows] for rows in pair
+        # alpaca_eval joins models by the instruction and shows no `input`
+        folder / slug(name) / OUTPUTS_FILE: [
+            {key: value for key, value in row.items() if key != "input"}
+            | {"instruction": with_input(row["instruction"], row["input"])}
+            for row in rows
+        ]
+        for name, rows in zip((model, reference), pair, strict=True)
     }
     if files.judgments is not None:
         records = read_records(files.judgments)
@@ -65,42 +72,37 @@ def export(files: PairFiles, folder: Path) -> list[Path]:
         annotations = _annotations(records.judgments, files.combine or records.combine, *pair)
         contents |= {folder / slug(model) / slug(judges[0]) / name: rows for name, rows in annotations.items()}
     for path, rows in contents.items():
-        _write(path, rows)
+        # ASCII escapes: text from the web may hold half a surrogate pair
+        content = (json.dumps(rows, indent=1, allow_nan=False) + "\n").encode("ascii")
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = require_no_link(path.with_suffix(".part"))
+            part.write_bytes(content)
+            part.replace(path)
+        elif path.read_bytes() != content:
+            raise DataError(f"{path} is there with other content; name another folder with --to, or delete the file")
     return list(contents)
-
-
-def _output(row: ModelOutput) -> dict[str, Any]:
-    """A row for alpaca_eval, which joins models by the instruction and shows no `input`."""
-    return {
-        "instruction": with_input(row["instruction"], row["input"]),
-        "output": row["output"],
-        "generator": row["generator"],
-        "dataset": row["dataset"],
-        "datasplit": row["datasplit"],
-        "item_id": row["item_id"],
-        "reference": row["reference"],
-    }
 
 
 def _annotations(
     judgments: Sequence[Judgment], combine: Combine, rows: Sequence[ModelOutput], reference_rows: Sequence[ModelOutput]
 ) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each file of annotations, by its name."""
-    ours, theirs = ({item_key(row): row for row in found} for found in (rows, reference_rows))
-    verdicts: list[dict[str, Any]] = []
+    """Return the rows of each file of annotations, by its name."""
+    of_model, of_reference = ({item_key(row): row for row in each} for each in (rows, reference_rows))
+    both_orders: list[dict[str, Any]] = []
     by_order: dict[Order, list[dict[str, Any]]] = {order: [] for order in ORDERS}
     for key, orders in in_both_orders(judgments).items():
-        if key not in ours:
+        if key not in of_model:
             raise DataError(
                 f"the judgments are about the item {'/'.join(key)}, which the answers lack; name those judged"
             )
-        pair = {"model": ours[key], "reference": theirs[key]}
-        found = outcome(orders.get("forward"), orders.get("reverse"), combine)
-        verdicts.append(_row(pair, "reverse", judgments[0].judge) | {"preference": _VERDICTS[found]})
+        pair = {"model": of_model[key], "reference": of_reference[key]}
+        result = outcome(orders.get("forward"), orders.get("reverse"), combine)
+        both_orders.append(_row(pair, "reverse", judgments[0].judge) | {"preference": _PREFERENCES[result]})
         for order, judgment in orders.items():
-            said = {"preference": _preference(judgment), "raw_completion": judgment.reply}
-            by_order[order].append(_row(pair, order, judgment.judge) | said)
-    return {ANNOTATIONS_FILE: verdicts} | {f"annotations_{order}.json": shown for order, shown in by_order.items()}
+            reply = {"preference": _preference(judgment), "raw_completion": judgment.reply}
+            by_order[order].append(_row(pair, order, judgment.judge) | reply)
+    return {ANNOTATIONS_FILE: both_orders} | {f"annotations_{order}.json": shown for order, shown in by_order.items()}
 
 
 def _row(pair: Mapping[str, ModelOutput], order: Order, judge: str) -> dict[str, Any]:
@@ -118,7 +120,7 @@ def _row(pair: Mapping[str, ModelOutput], order: Order, judge: str) -> dict[str,
 
 
 def _preference(judgment: Judgment) -> float | None:
-    """From 1 (the answer shown first) to 2; what an annotator said, otherwise which grade was higher."""
+    """Return 1 (the answer shown first) to 2: an annotator's own preference, or which grade was higher."""
     if judgment.score_model is None or judgment.score_reference is None:
         return None
     first, second = judgment.score_model, judgment.score_reference
@@ -129,21 +131,8 @@ def _preference(judgment: Judgment) -> float | None:
     return 1.5 if first == second else 2.0 if second > first else 1.0
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    # ASCII escapes: text from the web may hold half a surrogate pair
-    content = (json.dumps(rows, indent=1, allow_nan=False) + "\n").encode("ascii")
-    if path.exists():
-        if path.read_bytes() != content:
-            raise DataError(f"{path} is there with other content; name another folder with --to, or delete the file")
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = require_no_link(path.with_suffix(".part"))
-    part.write_bytes(content)
-    part.replace(path)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0, or 2 with one line on stderr."""
+    """Run the command line; return 0, or 2 after one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m gradsift.evaluation.export", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="where the files are written")

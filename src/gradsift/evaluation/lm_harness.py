@@ -9,22 +9,21 @@ from typing import Any
 
 from gradsift.errors import ConfigError, DataError, GradsiftError
 
-INSTALL = "pip install -e '.[lm-eval]'"
-
 
 def check_lm_eval(tasks: Sequence[str], folder: str | None) -> None:
-    """Refuse tasks without the package that has them.
+    """Refuse tasks that cannot be run.
 
     Args:
-        folder: YAML files of tasks beside the package's own.
+        folder: YAML files of further tasks.
 
     Raises:
         ConfigError: lm-eval is not installed, or does not know a task.
     """
     if not tasks:
         return
+    option = f"benchmark.lm_eval_tasks={list(tasks)}"
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError(f"benchmark.lm_eval_tasks={list(tasks)} needs the package lm-eval; install it with {INSTALL}")
+        raise ConfigError(f"{option} needs the package lm-eval; install it with pip install -e '.[lm-eval]'")
     known = _known(_manager(tuple(tasks), folder))
     if unknown := [task for task in tasks if task not in known]:
         raise ConfigError(
@@ -36,39 +35,34 @@ def check_lm_eval(tasks: Sequence[str], folder: str | None) -> None:
 def evaluate_tasks(
     model: Any, tokenizer: Any, tasks: Sequence[str], *, folder: str | None, limit: int | None, batch_size: int
 ) -> dict[str, dict[str, float]]:
-    """Every figure that lm-eval reports of each task, at the task's own number of shots.
+    """Return every figure that lm-eval reports for each task, with the task's own number of shots.
 
     Args:
-        model: a transformers model on its device; LoRA layers may sit in it.
-        limit: the first so many documents of each task; all of them when None.
+        model: a transformers model on its device, with or without LoRA layers.
+        limit: number of documents per task; None uses all.
 
     Raises:
-        DataError: the data of a task cannot be had.
+        DataError: the data of a task is not available.
         GradsiftError: a group has no figure of its own.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    option = f"benchmark.lm_eval_tasks={list(tasks)}"
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         setattr(wrapped, kind, functools.partial(getattr(wrapped, kind), disable_tqdm=True))
     manager = _manager(tuple(tasks), folder)
+    settings: dict[str, Any] = {"limit": limit, "bootstrap_iters": 0, "log_samples": False, "task_manager": manager}
     try:
-        found = simple_evaluate(
-            model=wrapped,
-            tasks=list(tasks),
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=False,
-            task_manager=manager,
-        )
-    except OSError as error:  # the hub's errors too
+        results = simple_evaluate(model=wrapped, tasks=list(tasks), **settings)["results"]
+    except OSError as error:  # includes the hub's errors
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise DataError(
-            f"benchmark.lm_eval_tasks={list(tasks)}: lm-eval cannot have the data of one of them ({reason}); that of "
-            "its own tasks lies on the hub: run where it can be reached, or give benchmark.lm_eval_folder"
+            f"{option}: lm-eval cannot have the data of one of them ({reason}); that of its own tasks is on the hub: "
+            "run where it can be reached, or give benchmark.lm_eval_folder"
         ) from error
-    reported = {task: figures(found["results"][task]) for task in tasks}
+    reported = {task: figures(results[task]) for task in tasks}
     if bare := [task for task, values in reported.items() if not values]:
         raise GradsiftError(
             f"benchmark.lm_eval_tasks={bare}: lm-eval reports no figure of these groups; name their tasks"
@@ -78,7 +72,7 @@ def evaluate_tasks(
 
 @functools.cache
 def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
-    """lm-eval's index of tasks; of the folder alone where that is enough: the package's takes ten seconds and more."""
+    """Return lm-eval's index of tasks, of the folder alone if it has them all: the package's takes ten seconds."""
     from lm_eval.tasks import TaskManager
 
     if folder is not None:
@@ -89,12 +83,12 @@ def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
 
 
 def _known(manager: Any) -> set[str]:
-    """Tasks and groups; a tag has no figures."""
+    """Return tasks and groups, but not tags, which have no figures."""
     return {*manager.all_subtasks, *manager.all_groups}
 
 
 def figures(reported: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of lm-eval's report of one task (`acc,none`), without its standard errors and labels."""
+    """Return the numbers in lm-eval's report of one task (`acc,none`), without standard errors and labels."""
     return {
         name: float(value)
         for name, value in reported.items()

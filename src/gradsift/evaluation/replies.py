@@ -120,7 +120,7 @@ class Replies:
 
     def claim(
         self, key: str, scope: str, estimate: Usage, exceeded: Callable[[Usage], str | None]
-    ) -> Literal["send", "wait", "found"]:
+    ) -> Literal["send", "wait", "stored"]:
         """Reserve a request before it is sent.
 
         Args:
@@ -130,7 +130,7 @@ class Replies:
         Returns:
             "send": the caller must send the request, then call `keep` or `release`. "wait": call again later, because
             the same request is pending elsewhere, or because pending requests may cost less than estimated.
-            "found": the reply is stored.
+            "stored": the reply is stored.
 
         Raises:
             CapReached: the request does not fit below a cap, and nothing is pending.
@@ -138,7 +138,7 @@ class Replies:
         with self._writing():
             self._charge_dead_owners()
             if self.find(key) is not None:
-                return "found"
+                return "stored"
             if self._connection.execute("SELECT 1 FROM pending WHERE key = ?", (key,)).fetchone():
                 return "wait"
             spent, pending = (self._sum(table, scope) for table in ("sent", "pending"))

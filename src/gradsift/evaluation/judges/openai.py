@@ -1,15 +1,14 @@
-"""The LLM judge: two scores of 1-10 a pair, from any endpoint that speaks OpenAI's chat protocol.
+"""The LLM judge: two scores of 1-10 per pair, from any endpoint that speaks OpenAI's chat protocol.
 
-The protocol is that of Cherry and Superfiltering, which the paper uses (arXiv 2601.13697, section 4):
-helpfulness, relevance, accuracy and level of detail; temperature 0; the scores on the first line.
-The wording of the prompt is our own. How requests are sent, kept and paid for: `gradsift.evaluation.chat`.
+The protocol is that of Cherry and Superfiltering, which the paper uses (arXiv 2601.13697, section 4): helpfulness,
+relevance, accuracy and level of detail; temperature 0; the scores on the first line. The wording is our own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from gradsift.evaluation.chat import Answer, ChatClient
+from gradsift.evaluation.chat import ChatClient
 from gradsift.evaluation.judges import Combine, JudgeRequest, Rating, RatingRequest, Reply, content_hash
 from gradsift.evaluation.judges.parsing import UNREAD, Pair, Parse, parse_grade, parse_scores
 from gradsift.evaluation.judges.rating import SCALES, in_blocks, render_rating
@@ -29,23 +28,23 @@ TASK = (
 
 
 def render_prompt(request: JudgeRequest) -> list[dict[str, str]]:
-    """The messages for a pair; each part stands between marker lines that no part can imitate."""
+    """Return the messages for a pair; each part is between marker lines that no part can imitate."""
     parts = {"question": request.instruction} | ({"input": request.input} if request.input else {})
     parts |= {"answer 1": request.first, "answer 2": request.second}
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": in_blocks(parts, TASK)}]
 
 
 class OpenaiJudge:
-    """Asks a chat model for two scores a pair, or for one grade of an example.
+    """Asks a chat model for two scores of a pair, or for one grade of an example.
 
-    A reply without them is asked for once more and then recorded as invalid. With `parse="legacy"` the
-    published rule reads the first reply, and one that it cannot read is a tie of its order.
+    A reply without them is requested once more, then recorded as invalid. With `parse="legacy"` the published rule
+    reads the first reply, and one that it cannot read is a tie of its order.
     """
 
     combine: Combine = "signs"
 
     def __init__(self, chat: ChatClient, *, scope: str = "judge", parse: Parse = "tolerant") -> None:
-        """`scope` is whose spending a pair's requests are (see `ChatClient.ask`)."""
+        """`scope` is the name under which the spending on pairs is counted (see `ChatClient.ask`)."""
         self.name = chat.name
         self._chat = chat
         self._scope = scope
@@ -53,11 +52,11 @@ class OpenaiJudge:
         self._rating_scope: str | None = None
 
     def prompt_hash(self, request: JudgeRequest) -> str:
-        """Hash of the messages, the model, its parameters and the parser; not of the endpoint's address."""
+        """Hash the messages, the model, its parameters and the parser, but not the endpoint's address."""
         return content_hash("openai", self._chat.parameters, self._parse, render_prompt(request))
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply]]:
-        """Yield replies as they come in; see `ChatClient.ask` for what ends them."""
+        """Yield replies in order of arrival (see `ChatClient.ask`)."""
         prompts = [render_prompt(request) for request in requests]
         unread = f"no two scores from 0 to 10 where judge.parse={self._parse} looks for them"
 
@@ -65,16 +64,17 @@ class OpenaiJudge:
             return parse_scores(completion.text, self._parse)
 
         for position, answer in self._chat.ask(prompts, scores, scope=self._scope, unread=unread):
-            yield requests[position], _reply(answer)
+            tie = "not read by the published parser, which makes it a tie" if answer.value == UNREAD else None
+            yield requests[position], Reply(answer.text, answer.value, tie or answer.reason)
 
     def cost(self) -> dict[str, float | int | None]:
-        """What this judge's pairs came to so far, in earlier processes too (see `ChatClient.spent`)."""
+        """Return what the pairs have cost so far, in earlier processes too (see `ChatClient.spent`)."""
         return self._chat.spent(self._scope)
 
     def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Rating]]:
-        """Yield ratings as they come in; see `ChatClient.ask` for what ends them."""
+        """Yield ratings in order of arrival (see `ChatClient.ask`)."""
         prompts = [render_rating(request) for request in requests]
-        # the same examples in another order are the same stage, whose spending goes on
+        # the same examples in another order belong to the same stage, whose spending goes on
         asked = sorted({content_hash(prompt) for prompt in prompts})
         self._rating_scope = f"rate-{content_hash(self._chat.parameters, asked)[:12]}"
 
@@ -87,11 +87,5 @@ class OpenaiJudge:
             yield requests[position], Rating(answer.text, answer.value, answer.reason)
 
     def rating_cost(self) -> dict[str, float | int | None]:
-        """What the last `rate` came to, in earlier processes too."""
+        """Return what the last `rate` has cost, in earlier processes too."""
         return self._chat.spent(self._rating_scope) if self._rating_scope else {}
-
-
-def _reply(answer: Answer[Pair]) -> Reply:
-    if answer.value == UNREAD:
-        return Reply(answer.text, UNREAD, "not read by the published parser, which makes it a tie")
-    return Reply(answer.text, answer.value, answer.reason)

@@ -1,12 +1,12 @@
 """Scores from a judge's reply.
 
 `strict`    the first line that is not blank is two numbers and nothing else
-`tolerant`  also halves, commas, "8/10 7/10", emphasis and labels ("Answer 1: 8, Answer 2: 7"), on that line,
-            or for labels on the first two
-`legacy`    the rule of the published evaluation scripts of Cherry and Superfiltering, slips and all
+`tolerant`  also halves, commas, "8/10 7/10", emphasis and labels ("Answer 1: 8, Answer 2: 7") on that line; labels
+            may extend over the first two lines
+`legacy`    the rule of the published evaluation scripts of Cherry and Superfiltering, with its errors
 
-Scores lie between 0 and 10; 0 is a real score: judges give it to empty answers. What the first two do not
-read has no scores. No rule looks for numbers further down: "both have 2 flaws and 3 merits" is no grade.
+Scores are between 0 and 10; judges give 0 to empty answers. A reply that the first two rules cannot read has no
+scores. No rule looks for numbers further down: "both have 2 flaws and 3 merits" is not a grade.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Literal
 Parse = Literal["strict", "tolerant", "legacy"]
 Pair = tuple[float, float]
 
-_LONGEST = 120  # characters of a line of scores; bounds the time that a pattern takes
+_LONGEST = 120  # characters of a line of scores; limits the time of a pattern
 
-UNREAD: Pair = (-1.0, -1.0)  # the published scripts' scores of a reply that they cannot read
+UNREAD: Pair = (-1.0, -1.0)  # the published scripts' scores of an unreadable reply
 
 _NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
 _STRICT = re.compile(rf"\s*{_NUMBER}\s+{_NUMBER}\s*")
@@ -35,7 +35,7 @@ _LABELLED = re.compile(
 
 
 def parse_scores(text: str, how: Parse = "tolerant") -> Pair | None:
-    """The two scores of a reply in the order shown, or None where the rule finds none."""
+    """Return the two scores of a reply in the order shown, or None if the rule does not find them."""
     if how == "legacy":
         return parse_legacy(text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -52,10 +52,10 @@ def parse_scores(text: str, how: Parse = "tolerant") -> Pair | None:
 
 
 def parse_legacy(text: str) -> Pair:
-    """The published rule: the first line, commas made spaces, split at single spaces, two floats.
+    """Apply the published rule: the first line, commas made spaces, split at single spaces, two floats.
 
-    What it cannot read scores (-1, -1), which then counts as a tie of that order. So "8, 9", a trailing
-    space or a leading empty line are ties, and a number on any scale is taken.
+    An unreadable reply scores (-1, -1), a tie of its order. So "8, 9", a trailing space and a leading empty line are
+    ties, and numbers of any scale are accepted.
     """
     fields = text.split("\n")[0].replace(",", " ").split(" ")
     try:
@@ -65,9 +65,9 @@ def parse_legacy(text: str) -> Pair:
 
 
 def parse_grade(text: str, low: int, high: int, how: Parse = "tolerant") -> float | None:
-    """The one grade from `low` to `high` on the first line that is not blank, or None.
+    """Return the grade from `low` to `high` on the first line that is not blank, or None.
 
-    Tolerant unless `strict`: emphasis, a label ("Grade: 4"), "4/5" and "4 out of 5" are understood.
+    Unless `strict`, emphasis, a label ("Grade: 4"), "4/5" and "4 out of 5" are accepted.
     """
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")[:_LONGEST]
     tolerant = rf"{_OPEN}{_HEADING}{_OPEN}{_NUMBER}(?:\s*/\s*{high}|\s+out\s+of\s+{high})?{_CLOSE}"
@@ -85,7 +85,7 @@ def _in_range(match: re.Match[str] | None) -> Pair | None:
 
 
 def _labelled(match: re.Match[str]) -> Pair | None:
-    """Scores by their labels, which may come in either order; two of the same place are none."""
+    """Return scores by their labels, in either order; two labels of the same answer are not scores."""
     places = [{"1": 0, "A": 0, "2": 1, "B": 1}[match[group].upper()] for group in (1, 3)]
     scores = [float(match[group]) for group in (2, 4)]
     if places[0] == places[1] or max(scores) > 10:

@@ -1,4 +1,4 @@
-"""The questions that a rater is asked about one example, each with its scale; the wording is our own.
+"""The questions to a rater about one example, each with its scale; the wording is our own.
 
 `accuracy`    0-5, one grade for accuracy and helpfulness (AlpaGasus, arXiv 2307.08701)
 `complexity`  1-6, how demanding the task is, without its response (DEITA, arXiv 2312.15685)
@@ -16,7 +16,7 @@ from gradsift.evaluation.judges import Question, RatingRequest
 
 @dataclass(frozen=True)
 class Scale:
-    """A question's grades, what it asks of a chat model, and in one line of a local one."""
+    """The grades of a question and its wording for a chat model (`task`) and for a local one (`short`)."""
 
     low: int
     high: int
@@ -59,7 +59,7 @@ _ENDING = "Write nothing but the grade."
 
 
 def render_rating(request: RatingRequest) -> list[dict[str, str]]:
-    """The messages of a question about an example."""
+    """Return the messages of a question about an example."""
     scale = SCALES[request.question]
     parts = {f"earlier turn {n}, {turn.role}": turn.content for n, turn in enumerate(request.history, start=1)}
     parts |= {"instruction": request.instruction} | ({"input": request.input} if request.input else {})
@@ -71,13 +71,13 @@ def render_rating(request: RatingRequest) -> list[dict[str, str]]:
 
 
 def in_blocks(parts: Mapping[str, str], task: str) -> str:
-    """Each part between marker lines that no part can imitate, then the task.
+    """Return each part between marker lines that no part can imitate, then the task.
 
-    The text is put together in one pass, so a slot name in a part stays what it is; and the markers'
-    rulers are longer than any run of `=` in the parts, so a part cannot end its own place.
+    The text is assembled in one pass, so a slot's name in a part stays text; the markers' rulers are longer than any
+    run of `=` in the parts, so no part can end itself.
     """
     longest = max((len(run) for text in parts.values() for run in re.findall("=+", text)), default=0)
     ruler = "=" * max(5, longest + 1)
     blocks = [f"{ruler} {name} {ruler}\n{text}\n{ruler} end of {name} {ruler}" for name, text in parts.items()]
-    # half a surrogate pair, which web text may hold, cannot be sent
+    # web text may hold half a surrogate pair, which cannot be sent
     return "\n\n".join([*blocks, task]).encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""The benchmark's items, and a model's answers to them."""
+"""The stage `generate`: a benchmark's items, and a model's answers to them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TERSE_ITEMS = 360  # twenty of each skill
 def benchmark_items(
     runtime: Runtime, config: BenchmarkConfig, names: Sequence[str], loaded: Artifact, seed: int
 ) -> list[Item]:
-    """The items of the sets `names`, in that order; `seed` draws those of the embedded world's terse set."""
+    """Return the items of the sets `names`, in that order; `seed` draws the embedded world's terse set."""
     fetch = functools.partial(fetch_url, folder=runtime.store.root / "downloads")
     folder = None if config.folder is None else Path(config.folder).expanduser()
     items: list[Item] = []
@@ -44,7 +44,7 @@ def benchmark_items(
 
 
 def embedded_items(loaded: Artifact) -> list[Item]:
-    """The benchmark that came with the embedded world; the families of `data.delayed` are benchmarks of their own."""
+    """Return the benchmark of the embedded world; each family of `data.delayed` is a benchmark of its own."""
     rows = benchmark_rows(loaded)
     names = [EMBEDDED if row["family"] in FAMILIES else f"{EMBEDDED}_{row['family']}" for row in rows]
     return [_item(name, row) for name, row in zip(names, rows, strict=True)]
@@ -62,7 +62,7 @@ def generate(
     tuned: Artifact | None,
     items: Sequence[Item],
 ) -> Artifact:
-    """Greedy answers of the finetuned target (or of the untouched one, for `tuned=None`) to every item."""
+    """Generate greedy answers of the finetuned target (of the untuned one for `tuned=None`) to every item."""
     settings = {
         "items": items_hash(items),
         "max_new_tokens": config.max_new_tokens,

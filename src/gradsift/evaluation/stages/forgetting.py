@@ -1,4 +1,4 @@
-"""What a finetune costs elsewhere: metrics, losses and lm-eval's tasks on general sets, before and after it."""
+"""What a finetune forgets: metrics, losses and lm-eval's tasks on general sets, before and after it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LM_EVAL_VERSION = 1
 
 
 class General(NamedTuple):
-    """What is known of a model outside what it is tuned for; None where it was not asked for."""
+    """A model's results on general sets and tasks; None where they were not asked for."""
 
     metrics: Artifact | None
     losses: Artifact | None
@@ -38,7 +38,7 @@ def forgetting(
     tuned: Artifact,
     items: Sequence[Item],
 ) -> tuple[General, General]:
-    """What the target knew before the finetune, and knows after it, of what it was not tuned for.
+    """Measure the target on general sets, before and after the finetune.
 
     Args:
         items: those of `benchmark.general`.
@@ -58,19 +58,19 @@ def forgetting(
 
 
 def forgetting_of(states: tuple[General, General]) -> dict[str, Any]:
-    """What `forgetting` found.
+    """Return the results of `forgetting`.
 
     Returns:
-        `{set: {"before", "after", "change"}}`, each with the metrics and with `loss`, the mean NLL of a token of
-        the reference answer (nats), as far as they are there; a task of lm-eval is the set `lm_eval/<task>`.
+        `{set: {"before", "after", "change"}}`, each with the metrics and with `loss`, the mean NLL of a token of the
+        reference answer (nats), where available; a task of lm-eval is the set `lm_eval/<task>`.
     """
 
     def values_of(state: General) -> dict[str, dict[str, Any]]:
         measured = metrics_of(state.metrics) or {"benchmarks": {}}
         losses = {} if state.losses is None else state.losses.info["losses"]
-        found = {name: {**values, "loss": losses.get(name)} for name, values in measured["benchmarks"].items()}
+        sets = {name: {**values, "loss": losses.get(name)} for name, values in measured["benchmarks"].items()}
         tasks = {} if state.tasks is None else state.tasks.info["tasks"]
-        return found | {f"lm_eval/{task}": values for task, values in tasks.items()}
+        return sets | {f"lm_eval/{task}": values for task, values in tasks.items()}
 
     before, after = (values_of(state) for state in states)
     return {
@@ -91,16 +91,10 @@ def _lm_eval(
     def make(folder: Path) -> Mapping[str, Any]:
         model = load_tuned(runtime, target_config, target, tuned)
         plain: Any = model.model
-        plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain  # LoRA layers sit inside
-        found = evaluate_tasks(
-            plain,
-            model.tokenizer,
-            config.lm_eval_tasks,
-            folder=config.lm_eval_folder,
-            limit=config.limit,
-            batch_size=config.batch_size,
-        )
-        return {"rows": len(found), "tasks": found}
+        plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain  # includes the LoRA layers
+        options: dict[str, Any] = {"folder": config.lm_eval_folder, "limit": config.limit}
+        tasks = evaluate_tasks(plain, model.tokenizer, config.lm_eval_tasks, batch_size=config.batch_size, **options)
+        return {"rows": len(tasks), "tasks": tasks}
 
     parents, slug = [target, *([tuned] if tuned else [])], slug_of(target_config, tuned)
     return runtime.store.obtain("lm_eval", slug, settings, parents, make, version=LM_EVAL_VERSION)

@@ -1,4 +1,4 @@
-"""A model's loss on held-out examples and on the reference answers of a benchmark."""
+"""The stages `heldout` and `reference_loss`: a model's loss on held-out examples and on reference answers."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from gradsift.training.modules import ResponseLosses
 from gradsift.training.target import load_tuned
 
 VERSION = 3
-_LOSS_TOKENS = 4096  # padded tokens at once, where compute.tokens does not say; no result depends on it
+_LOSS_TOKENS = 4096  # padded tokens per batch without compute.tokens; results do not depend on it
 
 
 def heldout_loss(
     runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, loaded: Artifact
 ) -> Artifact | None:
-    """Mean over the held-out examples of the mean NLL of a response token, in nats; None without such examples."""
+    """Compute the mean over held-out examples of the mean NLL of a response token, in nats; None without examples."""
     if not loaded.info["heldout"]:
         return None
     settings = encoding_settings(config.template, config.max_length)
@@ -55,16 +55,16 @@ def heldout_loss(
 
 
 def heldout_loss_of(made: Artifact | None) -> float | None:
-    """What `heldout_loss` found."""
+    """Return the loss in the artifact of `heldout_loss`."""
     return None if made is None else float(made.info["heldout_loss"])
 
 
 def reference_losses(
     runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, items: Sequence[Item]
 ) -> Artifact:
-    """Mean over a benchmark's items of the mean NLL of a token of the reference answer, nats; `info["losses"]` by name.
+    """Compute the mean over a benchmark's items of the mean NLL of a token of the reference answer, in nats.
 
-    A set none of whose references has a token for the target is left out.
+    The artifact's `info["losses"]` has them by benchmark, without benchmarks whose references have no token.
     """
     known = [item for item in items if item.reference is not None]
     settings = {"items": items_hash(known), **encoding_settings(config.template, config.max_length)}
@@ -81,7 +81,7 @@ def reference_losses(
         for rows, losses in _losses(runtime, config, model, examples, folder, "loss of the reference answers"):
             for row, loss in zip(rows.tolist(), losses.tolist(), strict=True):
                 by_set.setdefault(known[row].benchmark, []).append(loss)
-        return {"rows": len(known), "losses": {name: sum(found) / len(found) for name, found in by_set.items()}}
+        return {"rows": len(known), "losses": {name: sum(losses) / len(losses) for name, losses in by_set.items()}}
 
     parents, slug = [target, *([tuned] if tuned else [])], slug_of(config, tuned)
     return runtime.store.obtain("reference_loss", slug, settings, parents, make, version=VERSION, size=len(known))
@@ -90,12 +90,12 @@ def reference_losses(
 def _losses(
     runtime: Runtime, config: TargetConfig, model: Backbone, examples: Sequence[Example], folder: Path, purpose: str
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Positions in `examples` and mean NLL of a response token, batch by batch; those without one are left out."""
+    """Return positions in `examples` and the mean NLL of a response token by batch, without examples that have none."""
     limit = min(config.max_length, model.context)
     with runtime.display.task("tokenise for the target", len(examples)) as advance:
         encoded, _ = encode(examples, model.tokenizer, config.template, limit, advance)
     device = device_of(runtime.compute)
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     with runtime.display.task(purpose, len(encoded)) as advance, torch.inference_mode():
         response_losses = ResponseLosses(model.model)
         budget = TokenBudget(runtime.compute.tokens or _LOSS_TOKENS, runtime.display.say)
@@ -104,9 +104,8 @@ def _losses(
             batch = collate(batch_examples, model.pad_id).to(device)
             return batch.rows, response_losses(batch)
 
-        journal = runtime.journal(folder)
-        for results in budget.passes(encoded, losses_of, journal, advance):
+        for results in budget.passes(encoded, losses_of, runtime.journal(folder), advance):
             for rows, losses in results:
                 require_finite(purpose, rows, losses, encoded)
-                found.append((rows.cpu(), losses.cpu()))
-    return found
+                kept.append((rows.cpu(), losses.cpu()))
+    return kept

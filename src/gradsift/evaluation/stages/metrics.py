@@ -1,4 +1,4 @@
-"""Metrics of the answers beside the judge."""
+"""The stage `metrics`: metrics of the answers without a judge."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METRICS_FILE = "metrics.json"
 
 
 def check_metrics(config: BenchmarkConfig) -> None:
-    """Refuse now metrics that could not be computed later."""
+    """Refuse metrics that could not be computed later."""
     check_wordnet(config.wordnet_dir)
     if config.lm_eval_folder is not None and not Path(config.lm_eval_folder).is_dir():
         raise DataError(
@@ -32,13 +32,13 @@ def check_metrics(config: BenchmarkConfig) -> None:
 
 
 def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact, items: Sequence[Item]) -> Artifact | None:
-    """Accuracy, ROUGE-L, BLEU and METEOR per benchmark and pooled (see `gradsift.evaluation.text_metrics`).
+    """Compute accuracy, ROUGE-L, BLEU and METEOR per benchmark and pooled (see `gradsift.evaluation.text_metrics`).
 
     Args:
         answers: those of `generate` to the items.
 
     Returns:
-        What `metrics_of` reads; None where no item has a reference answer.
+        An artifact for `metrics_of`; None if no item has a reference answer.
     """
     asked = sorted({item.benchmark for item in items if item.reference is not None})
     if not asked:
@@ -53,17 +53,14 @@ def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact, items:
         rows = read_model_outputs(answers.file(OUTPUTS_FILE))
         known = sum(row["reference"] is not None for row in rows)
         with runtime.display.task(f"metrics of {known:,} answers", 2 * known) as advance:
-            found = measure(rows, config.match_of, None if wordnet is None else read_wordnet(wordnet), advance)
-        (folder / METRICS_FILE).write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
-        return {"rows": found["pooled"]["items"]}
+            values = measure(rows, config.match_of, None if wordnet is None else read_wordnet(wordnet), advance)
+        (folder / METRICS_FILE).write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
+        return {"rows": values["pooled"]["items"]}
 
     slug = answers.path.name.rsplit("-", 1)[0]
     return runtime.store.obtain("metrics", slug, settings, [answers], make, version=VERSION)
 
 
 def metrics_of(made: Artifact | None) -> dict[str, Any] | None:
-    """What `metrics` wrote."""
-    if made is None:
-        return None
-    found: dict[str, Any] = json.loads(made.file(METRICS_FILE).read_text(encoding="utf-8"))
-    return found
+    """Return the contents of the artifact of `metrics`."""
+    return None if made is None else json.loads(made.file(METRICS_FILE).read_text(encoding="utf-8"))

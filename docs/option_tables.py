@@ -44,9 +44,7 @@ def _choices(group: str, schema: str) -> list[str]:
 
 
 def _table(prefix: str, schema: type) -> list[str]:
-    rows = [
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in options_of(prefix, schema)
-    ]
+    rows = ["| " + " | ".join(cells) + " |" for cells in options_of(prefix, schema)]
     if not rows:
         return ["No options.", ""]
     return ["| option | type | default | meaning | values |", "|---|---|---|---|---|", *rows, ""]

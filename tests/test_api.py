@@ -59,7 +59,10 @@ def test_every_exported_name_is_there() -> None:
 
 
 def test_rows_from_anywhere_make_one_selection_and_the_command_line_makes_the_same(gradsift, capfd) -> None:
-    first = api.select(ROWS, alpha=0.2, proxy__members=2, **SMALL)
+    first = api.select(ROWS, alpha=0.2, proxy__members=2, **{**SMALL, "progress": True})
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "  statistics M2-s1-t2-" in captured.err
     assert {"load", "statistics", "score", "select"} <= set(made(first))
     file = gradsift.folder / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -108,7 +108,7 @@ def select(
         DataError: the rows cannot be read, or none of them can be used.
         GradsiftError: the work failed; the message names the remedy.
 
-    Example:
+    Examples:
         >>> import gradsift
         >>> rows = [{"instruction": f"Add 1 to {n}.", "output": str(n + 1)} for n in range(40)]
         >>> selection = gradsift.select(rows, alpha=0.1, proxy="tiny_bytes", proxy__members=2, progress=False)
@@ -147,13 +147,15 @@ def _selected(
     from gradsift.early_checks import check
     from gradsift.line import Line
     from gradsift.pipeline import prepare
+    from gradsift.report.terminal import RunView
     from gradsift.runtime import Display, Runtime
     from gradsift.scoring.stage import score
 
     display = Display(Console(stderr=True, highlight=False, quiet=not progress))
+    view = RunView(display=display)
     threads = torch.get_num_threads()
     prepare(config)
-    store = Store(Path(config.artifacts), display.say)
+    store = Store(Path(config.artifacts), display.say, view.stage_done, view.at_work)
     try:
         with guarded(store.root, "the selection", nameless=False):
             line = Line(config, Runtime(store, config.compute, display, config.seed))
@@ -346,7 +348,7 @@ def gsnr(early: Any, late: Any, eps: float = 1e-8) -> np.ndarray:
         ConfigError: the shapes differ or are not (M, N), or `eps` is not above 0.
         DataError: a norm is negative or not finite; names the first one.
 
-    Example:
+    Examples:
         >>> import gradsift
         >>> gradsift.gsnr(early=[[2.0, 4.0], [4.0, 4.0]], late=[[1.0, 3.0], [3.0, 4.0]], eps=0.5)
         array([0.19047619, 0.14814815])

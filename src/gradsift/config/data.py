@@ -70,7 +70,7 @@ class DataConfig(Group, option="data"):
 class JsonDataConfig(DataConfig):
     """A local file: .json, .jsonl, .csv, .tsv (each also with .gz) or .parquet."""
 
-    path: str = MISSING  # of the file
+    path: str = MISSING  # the file's path
     format: str = option("auto", choices=DATA_FORMATS)  # auto: decided by the columns of the first row that fits one
     fields: FieldsConfig = field(default_factory=FieldsConfig)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gradsift.artifacts import Store
-from gradsift.cli import compose_config
+from gradsift.composition import compose_config
 from gradsift.line import Line
 from gradsift.pipeline import prepare
 from gradsift.runtime import Display, Runtime

@@ -185,7 +185,7 @@ def test_a_program_with_its_own_hydra_and_threads_keeps_them(store: Path) -> Non
 
 def test_texts_reach_the_config_as_they_are() -> None:
     from gradsift.api import _overrides
-    from gradsift.cli import compose_config
+    from gradsift.composition import compose_config
 
     for text in ("plain", "a b", "it's", "true", "10", "a\\b\\", "x=1,y", "[a]"):
         (override,) = _overrides({"data__fields__output": text})

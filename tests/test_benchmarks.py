@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from gradsift.cli import conf_folder
 from gradsift.config import BenchmarkSetConfig, load_config, register_schemas
 from gradsift.data import download
 from gradsift.data.download import fetch_url
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.benchmarks import Item, load_benchmark
 from gradsift.evaluation.matching import MATCHERS
+from gradsift.user_conf import conf_folder
 
 
 def write_jsonl(path: Path, *rows: Any) -> Path:

@@ -12,13 +12,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from test_config import composed
 
 from gradsift import config as config_module
-from gradsift.cli import conf_folder
+from gradsift.composition import require_readable
 from gradsift.config import Config
-from gradsift.config.bounds import MOST, _numbers, require_bounds
+from gradsift.config.bounds import MOST, require_bound
+from gradsift.config.checks import Group
 from gradsift.errors import ConfigError
 from gradsift.evaluation import records
-from gradsift.overrides import require_readable
 from gradsift.sweep import MOST_JOBS, _count, _require_few, values_of
+from gradsift.user_conf import conf_folder
 
 UNBOUNDED = {  # whole numbers that cost nothing however large they are
     "limit": "rows are drawn from those that there are",
@@ -45,19 +46,20 @@ def test_every_whole_number_of_the_config_has_a_bound_or_a_reason_to_have_none()
 INTEGERS = ("int", "int | None", "list[int]")
 
 
-def test_numbers_are_found_wherever_they_stand(config: Config) -> None:
-    found = [option for option, _ in _numbers("", config)]
-    assert {"seed", "proxy.lora.rank", "proxy.model.nano.steps", "features.warmup.lora.rank", "data.seed"} < set(found)
-    assert found.count("proxy.snapshots") == 2
-    assert "proxy.model.trust_remote_code" not in found  # a truth value is no number
+def test_every_class_with_a_whole_number_checks_it() -> None:
+    kinds = [kind for kind in vars(config_module).values() if dataclasses.is_dataclass(kind)]
+    with_numbers = [kind for kind in kinds if any(str(f.type) in INTEGERS for f in dataclasses.fields(kind))]
+    assert len(with_numbers) > 15
+    assert [kind for kind in with_numbers if not issubclass(kind, Group)] == []
 
 
 @pytest.mark.parametrize("name", ["members", "max_length", "batch_size"])
 def test_the_largest_value_is_taken_and_the_next_is_refused(config: Config, name: str) -> None:
     most, why = MOST[name]
-    require_bounds(replace(config, proxy=replace(config.proxy, **{name: most})))
+    assert getattr(replace(config.proxy, **{name: most}), name) == most
+    require_bound("target_set.limit", 1_000_000)
     with pytest.raises(ConfigError, match=rf"proxy\.{name}={most + 1} is more than {most:,}, {why[:20]}.*give less"):
-        replace(config, proxy=replace(config.proxy, **{name: most + 1}))
+        replace(config.proxy, **{name: most + 1})
 
 
 def test_a_number_of_hundreds_of_digits_is_not_spelt_out(config: Config) -> None:
@@ -71,13 +73,13 @@ def test_a_number_of_hundreds_of_digits_is_not_spelt_out(config: Config) -> None
     ("option", "value"),
     [
         ("proxy.members", "1000000000"),
-        ("proxy.lora.rank", "100000"),
+        ("lora.rank", "100000"),
         ("proxy.snapshots", "[1,1000000000]"),
     ],
 )
 def test_what_would_fill_the_memory_is_refused_from_the_command_line(option: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"{option}=1.* is more than "):
-        composed(f"{option}={value}")
+        composed(f"{option.replace('lora', 'proxy.lora')}={value}")
 
 
 @pytest.mark.parametrize("wrong", [("--bootstrap", "0"), ("--bootstrap", "1000000000"), ("--seed", "-1")])

@@ -17,9 +17,9 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gradsift.cli import conf_folder
 from gradsift.config import Config, dump_config, load_config, register_schemas, restore_config
 from gradsift.errors import ConfigError
+from gradsift.user_conf import conf_folder
 
 REPOSITORY = Path(__file__).parents[1]
 CHOICES = sorted(

@@ -14,9 +14,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from gradsift.cli import conf_folder
 from gradsift.config import SCHEMAS, Config, load_config, register_schemas
 from gradsift.sweep import begin, values_of
+from gradsift.user_conf import conf_folder
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

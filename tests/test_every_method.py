@@ -15,9 +15,9 @@ import pytest
 from conftest import SMOKE
 from scipy.stats import spearmanr
 
-from gradsift.cli import conf_folder
 from gradsift.config.run import SCORES_BY_TASK
 from gradsift.scoring.scores import SCORED
+from gradsift.user_conf import conf_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

@@ -22,7 +22,6 @@ from hydra.core.global_hydra import GlobalHydra
 from gradsift import config as config_package
 from gradsift import pipeline, versions
 from gradsift.artifacts import Artifact, NotMade, Store
-from gradsift.cli import conf_folder
 from gradsift.config import ComputeConfig, Config, ModelConfig, NanoConfig, load_config, register_schemas
 from gradsift.data import tokens
 from gradsift.errors import ConfigError, GradsiftError
@@ -31,6 +30,7 @@ from gradsift.manifests import MANIFEST
 from gradsift.planning import Planner
 from gradsift.runtime import Runtime, unseen
 from gradsift.training.backbones import backbone, load_backbone
+from gradsift.user_conf import conf_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,6 @@ from conftest import SMOKE
 from endpoint import Answer, Endpoint
 from hydra import compose, initialize_config_dir
 
-from gradsift.cli import conf_folder
 from gradsift.config import FieldsConfig, load_config, register_schemas
 from gradsift.data.examples import Example
 from gradsift.data.formats import parse_rows
@@ -26,6 +25,7 @@ from gradsift.evaluation.judges.rating import SCALES
 from gradsift.evaluation.replies import Replies
 from gradsift.scoring.llm_rating import llm_rating
 from gradsift.scoring.scores import SCORED, UNDEFINED
+from gradsift.user_conf import conf_folder
 
 Rater = Callable[..., OpenaiJudge]
 

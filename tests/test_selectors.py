@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
-from gradsift.cli import conf_folder
 from gradsift.config import load_config, register_schemas
 from gradsift.errors import GradsiftError
 from gradsift.features.vectors import Features, unit_rows
@@ -25,6 +24,7 @@ from gradsift.selection.repr_filter import repr_filter
 from gradsift.selection.round_robin import round_robin, round_robin_queries
 from gradsift.selection.topk import topk
 from gradsift.sources import Source, method
+from gradsift.user_conf import conf_folder
 
 pytestmark = pytest.mark.numerics
 

@@ -14,9 +14,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from gradsift import sweep
-from gradsift.cli import conf_folder
 from gradsift.config import register_schemas
 from gradsift.config.schemas import REPLACED
+from gradsift.user_conf import conf_folder
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -227,8 +227,8 @@ def test_the_shipped_sets_fit_the_published_files(runtime: Runtime) -> None:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from gradsift.cli import conf_folder
     from gradsift.config import load_config, register_schemas
+    from gradsift.user_conf import conf_folder
 
     benchmarks = Path(os.environ["GRADSIFT_DATA"]) / "benchmarks"
     register_schemas()

@@ -94,7 +94,7 @@ def test_a_file_of_a_name_that_gradsift_has_is_said_to_be_unused(gradsift, capsy
 
 @pytest.mark.parametrize("place", [".", "conf"])
 def test_gradsifts_own_conf_is_searched_once(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradsift.cli import compose_config
+    from gradsift.composition import compose_config
 
     monkeypatch.chdir(ROOT / place)
     assert compose_config(["scorer=random"]).scorer_name == "random"

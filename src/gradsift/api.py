@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradsift.cli import compose_config
+from gradsift.composition import compose_config
 from gradsift.config.checks import in_range
 from gradsift.errors import ConfigError, DataError
 from gradsift.user_conf import conf_folder

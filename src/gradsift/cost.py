@@ -1,12 +1,12 @@
-"""What work takes: tokens that pass through models, memory and time.
+"""The cost of work: tokens that pass through models, memory and time.
 
-Forward tokens are the real tokens, padding left out, that pass forward through a model on this machine: each of
-them once in every pass, whether a backward pass follows or not. So an epoch of training counts every example's
-tokens once, and the collection of norms behind it counts them again. In generation a prompt counts its tokens and
-an answer those that are fed back, once each, as the key-value cache keeps the rest; a batch that is repeated
-because memory ran out counts once. What a judge behind an endpoint reads is not counted: it is paid for in calls.
+Forward tokens are the real tokens (no padding) that pass forward through a model on this machine. Each pass counts a
+token once, whether a backward pass follows or not, so an epoch of training counts every example once and the
+collection of norms after it counts them again. In generation a prompt counts its tokens, and an answer the tokens that
+are fed back. A batch that is repeated because memory ran out counts once. The tokens of a judge behind an endpoint are
+not counted.
 
-Counted is what the process that finished the unit passed; what an interrupted one had passed before is not in it.
+Only tokens processed by the finishing process are counted.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from contextlib import contextmanager
 from typing import Any
 
 WORK_COLUMNS = ("made", "reused", "seconds", "optimizer_steps", "forward_tokens", "saved_steps", "saved_tokens")
-_open: list[int] = []  # a count for each unit of work under way in this process, the innermost last
+_open: list[int] = []  # counts of the units of work in progress in this process, the innermost last
 
 
 def passed(tokens: int) -> None:
-    """Count tokens that have just passed through a model, for the unit of work under way."""
+    """Count tokens that have just passed through a model, for the innermost unit of work in progress."""
     if _open:
         _open[-1] += tokens
 
 
 @contextmanager
 def counting() -> Iterator[Callable[[], int]]:
-    """Count the forward tokens of one unit of work; yields what tells them, also afterwards."""
+    """Count the forward tokens of one unit of work; yield a function that returns the count, also afterwards."""
     _open.append(0)
     place, total = len(_open) - 1, 0
 
@@ -42,22 +42,22 @@ def counting() -> Iterator[Callable[[], int]]:
 
 
 def duration(seconds: float) -> str:
-    """For people."""
+    """Return a time as text, such as `12 min`."""
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def peak_resident_gb() -> float | None:
-    """The most resident memory this process has held so far, in GB (10^9 bytes); None where the system does not tell.
+    """Return the peak resident memory of this process so far in GB (10^9 bytes), or None if the system does not tell.
 
-    Linux counts in what a larger process that launched this one held then (a notebook, say).
+    Linux includes the memory that the parent process held when it started this one (a notebook, say).
     """
     if sys.platform == "win32":
         return None
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 

@@ -1,17 +1,17 @@
 """The errors that gradsift raises on purpose.
 
-Each message names the option or the row, the value found and the remedy. The command line shows
-them as one line, without a traceback; anything else that escapes is a defect of gradsift.
+Each message names the option or the row, its value and the remedy. The command line prints it as one line, without a
+traceback. Any other exception that reaches the command line is a defect of gradsift.
 """
 
 
 class GradsiftError(Exception):
-    """A problem that the user can mend; the message says how."""
+    """A problem that the user can correct; the message says how."""
 
 
 class ConfigError(GradsiftError):
-    """An option has a value that cannot be used, alone or beside another option."""
+    """An option has a value that cannot be used, by itself or together with another option."""
 
 
 class DataError(GradsiftError):
-    """A file or a row cannot be read, or does not hold what it should."""
+    """A file or a row cannot be read, or lacks something that it must contain."""

@@ -1,7 +1,7 @@
-"""Who works on a unit: locks of the file system, which the kernel frees when their holder dies.
+"""Locks on units of work, so that one process at a time makes an artifact.
 
-A file system without such locks is refused: a lock that is a mere file would outlive a holder that died elsewhere,
-and whether that one is still at work could only be told by clocks.
+They are locks of the file system, which the kernel frees when the holder dies. A file system without such locks is
+refused: a plain lock file would outlive a holder that died on another machine, and only clocks could tell.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from filelock import FileLock, Timeout
 from gradsift.errors import GradsiftError
 from gradsift.names import require_no_link
 
-_PATIENCE = 3.0  # seconds before a wait for another process is said
-_POLL = 0.5  # seconds between looks at a lock after that: a hundred waiting jobs shall not wear out a file server
+_PATIENCE = 3.0  # seconds before a wait for another process is reported
+_POLL = 0.5  # seconds between attempts after that, so that a hundred waiting jobs do not load a file server
 
 
 def _own_name() -> str:
@@ -30,7 +30,7 @@ def _own_name() -> str:
 
 @dataclass(frozen=True)
 class Holder:
-    """The name that the process at work on a unit leaves in the lock's file."""
+    """The process that holds a lock; it writes its name into the lock file."""
 
     file: Path
     unit: str
@@ -39,28 +39,28 @@ class Holder:
     def sign(self) -> None:
         self.file.write_text(self.name, encoding="utf-8")
 
-    def named(self) -> str:
-        """Who signed last."""
+    def last(self) -> str:
+        """Return the process that signed last, for messages."""
         try:
             return self.file.read_text(encoding="utf-8", errors="replace").split(",")[0] or "not named"
         except OSError:
             return "not named"
 
     def require(self) -> None:
-        """Let no work through that another process has begun too, which happens where locks do not hold.
+        """Check that no other process has begun the same unit, as happens if the locks of a file system do not work.
 
         Raises:
-            GradsiftError: another process signed since.
+            GradsiftError: another process has signed since.
         """
         try:
-            found = self.file.read_text(encoding="utf-8", errors="replace")
+            signed = self.file.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
-            return  # taken away by somebody, but nobody else is at work
-        if found != self.name:
+            return  # somebody deleted it, but no other process works on the unit
+        if signed != self.name:
             raise GradsiftError(
-                f"{self.unit} was taken over by {self.named()} while this process made it, so the locks of "
+                f"{self.unit} was taken over by {self.last()} while this process made it, so the locks of "
                 f"{self.file.parent} do not hold: its file system must have locks that all machines see, and nobody "
-                "may clear away the .lock files of a store in use (docs/sweeps.md)"
+                "may delete the .lock files of a store in use (docs/sweeps.md)"
             )
 
 
@@ -68,21 +68,21 @@ class Holder:
 def locked(
     path: Path, say: Callable[[str], None], at_work: Callable[[str], AbstractContextManager[Any]]
 ) -> Iterator[Holder]:
-    """One process at a time makes the artifact at `path`.
+    """Hold the lock of the artifact at `path`.
 
     Args:
-        say: told for whom this process waits.
+        say: called with a message if this process waits for another.
         at_work: entered while it waits.
 
     Raises:
-        GradsiftError: the lock's file is a link.
+        GradsiftError: the lock file is a link.
     """
     holder = Holder(require_no_link(path.parent / f".{path.name}.lock"), path.name)
     lock = FileLock(holder.file, fallback_to_soft=False)
     try:
         lock.acquire(timeout=_PATIENCE)
     except Timeout:
-        say(f"  waiting for another process ({holder.named()}) that makes {path.name}")
+        say(f"  waiting for another process ({holder.last()}) that makes {path.name}")
         with at_work(f"wait for {path.name}"):
             lock.acquire(poll_interval=_POLL)
     try:

@@ -1,4 +1,4 @@
-"""Manifests: what an artifact is and which files it consists of, with checksums of the files and of itself."""
+"""Manifests: how an artifact was made and which files it has, with checksums of the files and of itself."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 from gradsift import outside_json
 
 MANIFEST = "manifest.json"
-UNFINISHED = "unfinished"  # folder of what an interrupted `make` goes on from; no artifact holds it
-_CHECKSUM = "checksum"  # key of a manifest: hash of everything else in it; earlier versions wrote none
-_HASH_LIMIT = 256 * 2**20  # bytes; beyond this reuse checks a file's size alone
-_KINDS: dict[str, Any] = {  # of a manifest's entries
+UNFINISHED = "unfinished"  # folder with what an interrupted run continues from; a finished artifact has none
+_CHECKSUM = "checksum"  # key of the hash of everything else in the manifest; earlier versions wrote none
+_HASH_LIMIT = 256 * 2**20  # bytes; of larger files only the size is checked
+_TYPES: dict[str, Any] = {  # of a manifest's entries
     "files": dict,
     "info": dict,
     "parents": list,
@@ -26,11 +26,11 @@ _KINDS: dict[str, Any] = {  # of a manifest's entries
     "numerics": dict,
 }
 _LATER = ("size", "models", "numerics")  # earlier versions wrote none
-_COUNTS = ("rows", "optimizer_steps", "resumed_steps", "forward_tokens")  # of `info`, where they are there
+_COUNTS = ("rows", "optimizer_steps", "resumed_steps", "forward_tokens")  # entries of `info` that must be counts
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write `manifest` (JSON values) and its checksum, down to the disk."""
+    """Write a manifest (JSON values) and its checksum, and flush them to the disk."""
     plain = json.loads(json.dumps({key: value for key, value in manifest.items() if key != _CHECKSUM}))
     text = json.dumps(plain | {_CHECKSUM: _checksum(plain)}, indent=1, sort_keys=True)
     with (folder / MANIFEST).open("w", encoding="utf-8") as stream:
@@ -40,11 +40,11 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def parse_manifest(path: Path) -> dict[str, Any]:
-    """The content of a manifest's file.
+    """Read a manifest.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no JSON object, or not what was written.
+        ValueError: it is no JSON object, or does not match its checksum.
     """
     manifest = outside_json.loads(path.read_bytes())
     if not isinstance(manifest, dict):
@@ -60,15 +60,15 @@ def _checksum(plain: Mapping[str, Any]) -> str:
 
 
 def read_manifest(path: Path, **request: str) -> tuple[dict[str, Any], str | None]:
-    """The manifest of the artifact at `path`, and what is damaged there: None where all is as it says.
+    """Return the manifest of the artifact at `path` and its damage, which is None if every file is as described.
 
     Args:
-        request: what the manifest must say of `stage` and `fingerprint`.
+        request: the values that the manifest must have for `stage` and `fingerprint`.
     """
     try:
         manifest = parse_manifest(path / MANIFEST)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        if any(folder.is_file() for folder in path.parents):  # the store is a file, or a stage in it is
+        if any(folder.is_file() for folder in path.parents):  # the store or the stage is a file
             raise
         return {}, f"{MANIFEST} is not there"
     except ValueError as error:
@@ -78,8 +78,8 @@ def read_manifest(path: Path, **request: str) -> tuple[dict[str, Any], str | Non
 
 
 def _misfit(manifest: Mapping[str, Any], request: Mapping[str, str]) -> str | None:
-    """What a manifest lacks or says that cannot be."""
-    for key, kind in _KINDS.items():
+    """Return what a manifest lacks, or a value that is impossible; None if it is sound."""
+    for key, kind in _TYPES.items():
         if (key in manifest or key not in _LATER) and not isinstance(manifest.get(key, ...), kind):
             return f"{MANIFEST} has no readable {key}"
     for key, value in request.items():
@@ -93,9 +93,9 @@ def _misfit(manifest: Mapping[str, Any], request: Mapping[str, str]) -> str | No
 
 
 def _changed(path: Path, files: Mapping[str, Any]) -> str | None:
-    """Which of the files is not as it was described."""
-    if not files and (found := files_of(path)):
-        return f"{MANIFEST} names no file, and there is {found[0]}"
+    """Return which file differs from its description; None if none does."""
+    if not files and (present := files_of(path)):
+        return f"{MANIFEST} names no file, and there is {present[0]}"
     for name, described in files.items():
         if not (path / name).is_file() or describe(path / name) != described:
             return f"{name} is missing or is not what was written"
@@ -103,27 +103,27 @@ def _changed(path: Path, files: Mapping[str, Any]) -> str | None:
 
 
 def files_of(folder: Path) -> list[str]:
-    """What belongs to an artifact besides its manifest, relative to its folder."""
+    """Return the files of an artifact besides its manifest, relative to its folder."""
     files = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     return sorted(str(file) for file in files if file.parts[0] not in (UNFINISHED, MANIFEST))
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """A file's size, and its hash unless it is very large."""
+    """Return a file's size, and its hash unless it is very large."""
     size = path.stat().st_size
     return {"bytes": size, "sha256": file_hash(path) if size <= _HASH_LIMIT else None}
 
 
 def content_hash(content: Mapping[str, Any]) -> str:
-    """SHA-256 over JSON values, whatever the order of the keys."""
+    """Return the SHA-256 of JSON values, independent of the order of their keys."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes; they are read once a process while the file stays the same."""
-    found = path.stat()
-    return _hash_of(path.absolute(), found.st_ino, found.st_mtime_ns, found.st_size)
+    """Return the SHA-256 of a file. A process reads it once, unless its size or time of change differs."""
+    status = path.stat()
+    return _hash_of(path.absolute(), status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 @functools.cache

@@ -1,7 +1,6 @@
-"""Names that become a part of a path, and files that a write must not reach through a link.
+"""Names that become parts of paths, and links that must not be written through.
 
-Whatever names a folder in the store or a file in a report passes through this module: an option's name is checked
-where the config is, and what others have named (a model, a generator, the last part of an address) is made safe.
+Names from the config are checked. Names from elsewhere (a model, a generator, the last part of a URL) are made safe.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from pathlib import Path
 
 from gradsift.errors import ConfigError, GradsiftError
 
-LONGEST_NAME = 64  # characters of a name that a config gives
-LONGEST_SLUG = 200  # bytes of a slug, which may join several names; file systems take 255 with what is added
+LONGEST_NAME = 64  # characters of a name in a config
+LONGEST_SLUG = 200  # bytes of a slug, which may join several names; file systems allow 255 with what is added
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 def require_name(option: str, value: str) -> None:
-    """Refuse a name that could lead out of the folder that it is a part of.
+    """Check that a name cannot lead out of the folder that it is a part of.
 
     Raises:
         ConfigError: `value` has other characters than letters, digits, `_`, `.` and `-`, begins with `.` or `-`, or is
@@ -32,9 +31,9 @@ def require_name(option: str, value: str) -> None:
 
 
 def slug(text: str) -> str:
-    """Text as one part of a path; a text that `require_name` takes stays as it is.
+    """Return a text as one part of a path. A text that `require_name` accepts is returned unchanged.
 
-    Different texts may have one slug: a fingerprint or a check beside it has to tell them apart.
+    Different texts may have the same slug, so a path needs something else that tells them apart, such as a fingerprint.
     """
     if not _NAME.fullmatch(text):
         text = re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-") or "unnamed"
@@ -42,15 +41,15 @@ def slug(text: str) -> str:
 
 
 def slug_of_path(path: str) -> str:
-    """The slug of a model's folder or hub id: its last part, in small letters."""
+    """Return the slug of a model's folder or hub id: its last part in lower case."""
     return slug(path.rstrip("/").rsplit("/", 1)[-1].lower())
 
 
 def require_no_link(path: Path) -> Path:
-    """The path, which is about to be written to.
+    """Return the path, which is about to be written to.
 
     Raises:
-        GradsiftError: it is a symbolic link, and what is written would land elsewhere.
+        GradsiftError: it is a symbolic link, so the content would be written elsewhere.
     """
     if path.is_symlink():
         raise GradsiftError(

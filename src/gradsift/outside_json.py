@@ -1,4 +1,4 @@
-"""JSON that others wrote: whatever is wrong with it is one kind of error."""
+"""JSON from outside. Everything that is wrong with it raises one kind of error."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-BLANK = " \t\n\r\ufeff"  # what may stand between values: white space, and the byte order marks of joined files
+BLANK = " \t\n\r\ufeff"  # allowed between values: white space, and the byte order marks of joined files
 
 
 class RepeatedKeyError(ValueError):
-    """An object names a key twice, of which Python would keep the last value only."""
+    """An object has a key twice. Python would silently keep the last value."""
 
 
 def loads(text: str | bytes) -> Any:
-    """The value that `text` holds.
+    """Return the value in `text`.
 
     Raises:
-        json.JSONDecodeError: broken JSON, and JSON that Python does not read (nested about a thousand deep, a number
-            of thousands of digits), for which `json.loads` has errors of other kinds.
-        UnicodeDecodeError: bytes that are no text.
+        json.JSONDecodeError: the JSON is invalid, or Python does not read it (nested about a thousand deep, or a number
+            of thousands of digits), for which `json.loads` raises other errors.
+        UnicodeDecodeError: the bytes are no text.
     """
     with _one_kind_of_error(text):
         return json.loads(text)
 
 
 def loads_all(text: str) -> list[Any]:
-    """The values that `text` holds one after the other, with nothing or `BLANK` between them.
+    """Return the values in `text`, one after the other with nothing or `BLANK` between them.
 
     Raises:
         json.JSONDecodeError: see `loads`.
-        RepeatedKeyError: an object names a key twice.
+        RepeatedKeyError: an object has a key twice.
     """
     values = []
     end = _skip_blank(text, 0)
@@ -50,12 +50,12 @@ def _skip_blank(text: str, start: int) -> int:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
         raise RepeatedKeyError(f"the key {repeated[:40]!r} stands twice in one object")
-    return made
+    return values
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
@@ -71,5 +71,5 @@ def _one_kind_of_error(text: str | bytes) -> Iterator[None]:
     except RecursionError:
         reason = "nested too deep"
     except ValueError as error:
-        reason = str(error).split(";")[0]  # what follows is advice to programmers
+        reason = str(error).split(";")[0]  # after it comes advice to programmers
     raise json.JSONDecodeError(reason, text if isinstance(text, str) else "", 0)

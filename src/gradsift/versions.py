@@ -1,4 +1,4 @@
-"""Which code and which packages make results: what tells the work of one state of them from that of another."""
+"""The versions of the code and of the packages that make results."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _PACKAGES = ("gradsift", "torch", "transformers", "peft", "lightning", "numpy")
 
 
 def differences(manifest: Mapping[str, Any]) -> str:
-    """What differs between the code that made an artifact and this one, in a few words; empty where nothing does."""
+    """Return how the code and packages that made an artifact differ from these; empty if they do not."""
     differs = [] if manifest.get("code") == code_hash() else [f"commit {manifest['git_sha'] or 'unknown'}"]
-    theirs, ours = manifest.get("packages") or {}, package_versions()
-    return ", ".join(differs + [f"{name} {theirs.get(name)}" for name in _PACKAGES if theirs.get(name) != ours[name]])
+    then, now = manifest.get("packages") or {}, package_versions()
+    return ", ".join(differs + [f"{name} {then.get(name)}" for name in _PACKAGES if then.get(name) != now[name]])
 
 
 @functools.cache
 def code_hash() -> str:
-    """12 hex digits over this package's source files: tells apart what a commit cannot (edits, installed wheels)."""
+    """Return 12 hex digits over this package's source files. Unlike a commit, they tell edits and wheels apart."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in _SOURCES):
@@ -35,7 +35,7 @@ def code_hash() -> str:
 
 @functools.cache
 def git_sha() -> str | None:
-    """Short commit of the checkout that the package is run from; None for an installed wheel."""
+    """Return the short commit of the checkout that the package runs from, or None for an installed wheel."""
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
         return None

@@ -1,14 +1,10 @@
-"""The most that each whole number of a config can be: beyond it only a slip of the keyboard reaches, and memory ends.
+"""The largest value of each whole number in the config. Only a typing error goes beyond it, and would fill the memory.
 
-Each bound is far above what was ever published or can be computed; none depends on the machine, as the jobs of a sweep
-may run on another one than that which checks them.
+Each bound is far above what was ever published or can be computed. None depends on the machine, because the jobs of a
+sweep may run on another machine than the one that checks them.
 """
 
 from __future__ import annotations
-
-import dataclasses
-from collections.abc import Iterator
-from typing import Any
 
 from gradsift.errors import ConfigError
 
@@ -25,7 +21,7 @@ MOST: dict[str, tuple[int, str]] = {  # by the option's name, or by the last par
     "batch_size": _BATCH,
     "epochs": _EPOCHS,
     "snapshots": _EPOCHS,
-    "steps": (1_000_000, "which nobody could train; the batches of all are known before the first"),
+    "steps": (1_000_000, "which nobody could train; the batches of all steps are known before the first"),
     "warmup_steps": (1_000_000, "more than the most steps"),
     "members": (1000, "as every member is trained by itself; the paper has 5"),
     "rank": (4096, "above the ranks that were ever published; beyond a layer's smaller side a rank adds nothing"),
@@ -35,7 +31,7 @@ MOST: dict[str, tuple[int, str]] = {  # by the option's name, or by the last par
     "benchmark_items": (1_000_000, "as the embedded world is made in memory"),
     "dimensions": (2**20, "above which a projection saves nothing"),
     "bootstrap": (100_000, "beyond which an interval does not change"),
-    "concurrency": (1000, "as each has a thread"),
+    "concurrency": (1000, "as each request has a thread"),
     "retries": (1000, "which would last for days"),
     "clusters": (1_000_000, "more than k-means could tell apart"),
     "threads": (4096, "more than any machine's"),
@@ -47,23 +43,17 @@ MOST: dict[str, tuple[int, str]] = {  # by the option's name, or by the last par
 _OTHERS = (10**12, "more than any data has")
 
 
-def require_bounds(config: Any) -> None:
-    """Refuse a whole number that nothing could come of.
-
-    Args:
-        config: a dataclass; what is below it is looked at too. Constants of the user's own methods are not.
-
-    Raises:
-        ConfigError: names the option, the value and the bound.
-    """
-    for option, value in _numbers("", config):
-        most, why = MOST.get(option) or MOST.get(option.rpartition(".")[2], _OTHERS)
-        if value > most:
-            raise ConfigError(f"{option}={_shown(value)} is more than {most:,}, {why}; give less")
+def require_bound(option: str, value: int) -> None:
+    """Raise ConfigError for a whole number above the bound of the option."""
+    most, why = MOST.get(option) or MOST.get(option.rpartition(".")[2], _OTHERS)
+    if value > most:
+        digits = round(value.bit_length() * 0.30103)  # log10(2); Python does not print a number of thousands of digits
+        shown = str(value) if digits < 30 else f"(a number of about {digits:,} digits)"
+        raise ConfigError(f"{option}={shown} is more than {most:,}, {why}; give less")
 
 
 def require_resampling(bootstrap: int, confidence: float, seed: int | None) -> None:
-    """The same for the options of a command that prints intervals.
+    """Check the options of a command that prints intervals.
 
     Raises:
         ConfigError: one of them is out of range.
@@ -74,21 +64,3 @@ def require_resampling(bootstrap: int, confidence: float, seed: int | None) -> N
             f"--bootstrap must be at least 1 and at most {most:,}, --confidence between 0 and 1, and --seed from 0 to "
             f"{most_seed:,}"
         )
-
-
-def _numbers(option: str, value: Any) -> Iterator[tuple[str, int]]:
-    """The whole numbers below `value`, each with its dotted name."""
-    if dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _numbers(f"{option}.{field.name}".lstrip("."), getattr(value, field.name))
-    elif isinstance(value, list):
-        for each in value:
-            yield from _numbers(option, each)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        yield option, value
-
-
-def _shown(value: int) -> str:
-    """The number, or how long it is: Python refuses to spell out one of thousands of digits."""
-    digits = round(value.bit_length() * 0.30103)  # log10(2)
-    return str(value) if digits < 30 else f"(a number of about {digits:,} digits)"

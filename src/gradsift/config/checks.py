@@ -13,6 +13,7 @@ import math
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
+from gradsift.config.bounds import require_bound
 from gradsift.errors import ConfigError
 
 
@@ -43,7 +44,7 @@ def option(
 
 
 class Group:
-    """Base of the config groups, which checks the values of all fields made with `option`."""
+    """Base of the config groups. Checks the fields made with `option`, and the bounds of all whole numbers."""
 
     _option: ClassVar[str] = ""  # where the group stands in the config, for errors
 
@@ -55,6 +56,8 @@ class Group:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             value, name = getattr(self, field.name), f"{self._option}.{field.name}".lstrip(".")
             for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, int) and not isinstance(each, bool):
+                    require_bound(name, each)
                 if "choices" in field.metadata:
                     one_of(name, each, field.metadata["choices"])
                 elif field.metadata and each is not None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from gradsift.config.bounds import require_bounds
 from gradsift.config.checks import Group, option
 from gradsift.config.data import (
     EMBEDDED,
@@ -75,7 +74,6 @@ class Config(Group):
         super().__post_init__()
         if self.stop_after is not None and self.stop_after not in STAGES:
             raise ConfigError(f"stop_after={self.stop_after!r} is not known; choose one of: {', '.join(STAGES)}")
-        require_bounds(self)
         self._check_names()
         self._check_ensemble()
         self._check_candidates()

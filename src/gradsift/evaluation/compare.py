@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradsift.cli import compose_config
+from gradsift.composition import compose_config
 from gradsift.config import Config
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.export import export

@@ -1,0 +1,105 @@
+"""Composition of a config from overrides such as `alpha=0.2`, with Hydra's errors as one line and a remedy."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from gradsift import config as config_module
+from gradsift.config import SCHEMAS, Config, load_config, register_schemas
+from gradsift.errors import ConfigError
+from gradsift.user_conf import conf_folder
+
+_MOST_DIGITS = 1000  # of a number; Python reads up to 4,300, and no option needs a hundred
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """Return the config of a run with these overrides, for callers in Python.
+
+    Works inside another program's Hydra application too, and leaves its settings as they were.
+
+    Raises:
+        ConfigError: a group, an option or a value cannot be used; one line, as on the command line.
+    """
+    require_readable(overrides, conf_folder())
+    Plugins.instance()  # the first call stores the settings of the plugins, which are to stay
+    store, outer = ConfigStore.instance(), GlobalHydra.instance()
+    repo, hydra_of_caller = copy.deepcopy(store.repo), outer.hydra
+    outer.clear()
+    try:
+        register_schemas()
+        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            return load_config(hydra.compose("config", overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(in_one_line(error)) from None  # Hydra's own trace does not help the caller
+    finally:
+        store.repo = repo
+        GlobalHydra.instance().hydra = hydra_of_caller
+
+
+def require_readable(arguments: Sequence[str], conf: Path) -> None:
+    """Check the overrides among the arguments of the command line for what Hydra ends with a traceback.
+
+    Args:
+        conf: the folder whose subfolders are the config groups.
+
+    Raises:
+        ConfigError: a group is set to null, or a number is longer than Python reads.
+    """
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if not sign or argument.startswith("-"):
+            continue
+        group = key.lstrip("+~").split("@")[0]
+        if (longest := max((len(digits) for digits in re.findall(r"\d+", value)), default=0)) > _MOST_DIGITS:
+            raise ConfigError(f"{key} is given a number of {longest:,} digits; give one that fits into 64 bits")
+        if "null" not in re.split(r"[\s,()\[\]]+", value.lower()) or not group or not (conf / group).is_dir():
+            continue
+        if group in ("method", "experiment"):
+            raise ConfigError(f"{group}=null is no choice; leave {group} out where none is wanted")
+        choices = ", ".join(sorted(path.stem for path in (conf / group).glob("*.yaml")))
+        raise ConfigError(f"{group}=null leaves the run without its {group}; choose one of: {choices}")
+
+
+def in_one_line(error: Exception) -> str:
+    """Return the message of a Hydra or OmegaConf error without the search path, and with the likeliest spelling."""
+    message = f"{error}\n{error.__cause__ or ''}"
+    kept = message.split("Config search path:")[0].split("full_key:")[0]
+    text = " ".join(part.strip() for part in kept.splitlines() if part.strip() and "To append" not in part)
+    if match := re.search(r"Could not override '([\w.]+)'\. Key '(\w+)' not in '(\w+)'", text):
+        return _unknown_option(*match.groups())
+    return text
+
+
+def _unknown_option(option: str, key: str, schema: str) -> str:
+    """Return that an option does not exist, with the likeliest spelling or the choices of the group that have it."""
+    parts = option.split(".")[: option.split(".").index(key) + 1]
+    group, place = parts[0], ".".join(parts[:-1])
+    text = f"{'.'.join(parts)} is no option" + (f" of the {place} that is chosen" if place else "")
+    known = _options_of(getattr(config_module, schema, None))
+    if close := difflib.get_close_matches(key, known, n=1):
+        return f"{text}; did you mean {close[0]}?"
+    having = []
+    for file in sorted((conf_folder() / group).glob("*.yaml")) if len(parts) == 2 else ():
+        match = re.search(r"/schema/\w+@_here_: (\w+)", file.read_text(encoding="utf-8"))
+        if match and key in _options_of(SCHEMAS[group].get(match[1])):
+            having.append(f"{group}={file.stem}")
+    if having:
+        return f"{text}; it is one of {', '.join(having)}"
+    return f"{text}; known: {', '.join(known)}" if known else text
+
+
+def _options_of(schema: Any) -> list[str]:
+    return [field.name for field in fields(schema)] if is_dataclass(schema) else []

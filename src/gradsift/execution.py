@@ -1,0 +1,138 @@
+"""One run of the command line: its folder, its record, its report."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gradsift.config import Config, dump_config
+from gradsift.launch import LOST, leads
+from gradsift.tracking import CONFIG_FILE, group_of
+
+RUN_FILE = "run.json"
+_WRITTEN = (RUN_FILE, "metrics.jsonl", "selection.jsonl", "audit.json", "error.txt")
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, if PyYAML was built with it
+_SEEDS = (("seed",), ("data", "seed"), ("data", "corruption", "seed"), ("scorer", "seed"), ("selector", "seed"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run as the command line describes it."""
+
+    folder: Path
+    overrides: list[str]
+    sweep: Path | None = None  # folder of the sweep that it belongs to
+    number: int | None = None  # in the sweep, from 1
+    jobs: Sequence[Sequence[str]] | None = None  # overrides of all jobs of the sweep, if they are known
+
+    def clear(self) -> None:
+        """Delete what an earlier run in the same folder wrote."""
+        for name in _WRITTEN:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def failed(self, error: str) -> None:
+        """Write `run.json` if the run failed before it could, or the reason if it only knew that a rank was lost."""
+        path = self.folder / RUN_FILE
+        content = {"status": "failed", "overrides": self.overrides, "stages": [], "pws": None, "error": error}
+        if path.exists():
+            written = json.loads(path.read_text(encoding="utf-8"))
+            if LOST not in written.get("error", ""):
+                return
+            content = written | {"error": error}
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def execute(config: Config, job: Job) -> float | None:
+    """Run one checked config and write its folder: run.json, config.yaml, metrics.jsonl, selection.jsonl.
+
+    A rank that is not rank 0 takes part in the work and writes nothing.
+
+    Returns:
+        The value of `config.objective`, for a search, or None if the run has none.
+    """
+    from gradsift.pipeline import follow, plan, prepare, run, settings_of
+
+    if not leads(config.compute):
+        prepare(config)
+        follow(config)
+        return None
+    from gradsift.report.terminal import RunView
+
+    view = RunView(job.number, total=len(job.jobs) if job.jobs else None)
+    shared = set(job.jobs[0]).intersection(*job.jobs) if job.jobs else set()
+    view.starting([override for override in job.overrides if override not in shared] or job.overrides)
+    from gradsift.artifacts import Store
+    from gradsift.disk import guarded
+    from gradsift.evaluation.judges import DryRun
+    from gradsift.report.automatic import report_at_end
+    from gradsift.run_record import RunRecord
+    from gradsift.runtime import Runtime
+    from gradsift.tracking import Tracker
+    from gradsift.training.shared_store import SharedStore
+
+    prepare(config)
+    view.settings(settings_of(config))
+    about = _about(config, job.overrides)
+    dumped = yaml.dump(dump_config(config), Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
+    (job.folder / CONFIG_FILE).write_text(dumped, encoding="utf-8")
+    if config.plan:
+        plan(config, view.display, job.folder, about)
+        view.planned(job.folder, in_sweep=job.sweep is not None)
+        return None
+    kind = SharedStore if config.compute.ranks > 1 else Store
+    store = kind(Path(config.artifacts), view.display.say, view.stage_done, view.at_work)
+    reports = config.report and job.sweep is None
+    with Tracker(config.tracker, job.folder, group_of(job.sweep) if job.sweep else None, about) as tracker:
+        record = RunRecord(job.folder, tracker, store, about)
+        try:
+            with guarded(store.root, "the run", nameless=False):
+                run(config, Runtime(store, config.compute, view.display, config.seed), record)
+        except DryRun as ending:
+            record.dry_run(str(ending))
+        except BaseException as error:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave run.json and W&B half closed
+            record.finish("failed" if isinstance(error, Exception) else "interrupted", str(error))
+            if isinstance(error, Exception):
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                if reports and store.records and (report := report_at_end(job.folder, view.display)):
+                    view.display.say(f"report: {report}")
+            raise
+        record.finish("stopped" if config.stop_after or record.ends_early else "finished")
+    report = report_at_end(job.folder, view.display) if reports else None
+    view.finished(job.folder, report, in_sweep=job.sweep is not None)
+    return record.value_of(config.objective)
+
+
+def _about(config: Config, overrides: list[str]) -> dict[str, Any]:
+    """Return the settings that identify a run, in `run.json` and in the tracker."""
+    from gradsift.manifests import content_hash
+
+    name = config.scorer_name if config.scorer_name == "full" else f"{config.scorer_name}-{config.alpha:g}"
+    dumped = dump_config(config)
+    for *path, last in _SEEDS:
+        node = dumped["values"]
+        for key in path:
+            node = node[key]
+        node.pop(last, None)
+    return {
+        "name": name,
+        "variant": content_hash(dumped)[:12],  # the whole config without its seeds: what repeats have in common
+        "overrides": overrides,
+        "scorer": config.scorer_name,
+        "alpha": config.alpha,
+        "seed": config.seed,
+        "data_seed": config.data.seed,
+        "dataset": config.data.name,
+        "proxy": config.proxy.name,
+        "members": config.proxy.members,
+        "snapshots": list(config.proxy.snapshots),
+        "target": config.target.name,
+        "judge": config.judge.name,
+        "benchmark_sets": list(config.benchmark.sets),
+    }

@@ -32,8 +32,8 @@ from gradsift.config import Config, load_config, register_schemas, restore_confi
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.execution import Job, execute
 from gradsift.launch import is_launched, leads, on_all_ranks
+from gradsift.run_folder import CONFIG_FILE
 from gradsift.sweep import HOME, Sweep, begin, fix_place
-from gradsift.tracking import CONFIG_FILE
 from gradsift.user_conf import conf_folder
 
 # an environment variable, so that it reaches jobs in other processes; 1: show tracebacks

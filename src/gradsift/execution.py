@@ -13,9 +13,9 @@ import yaml
 
 from gradsift.config import Config, dump_config
 from gradsift.launch import LOST, leads
-from gradsift.tracking import CONFIG_FILE, group_of
+from gradsift.run_folder import CONFIG_FILE, RUN_FILE
+from gradsift.tracking import group_of
 
-RUN_FILE = "run.json"
 _WRITTEN = (RUN_FILE, "metrics.jsonl", "selection.jsonl", "audit.json", "error.txt")
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, if PyYAML was built with it
 _SEEDS = (("seed",), ("data", "seed"), ("data", "corruption", "seed"), ("scorer", "seed"), ("selector", "seed"))

@@ -19,8 +19,8 @@ from rich.text import Text
 from gradsift.cost import duration
 from gradsift.planning import DONE, TO_DO, Planner
 from gradsift.report.run_tables import with_settings
+from gradsift.run_folder import RUN_FILE
 
-RUN_FILE = "run.json"
 SHARED = "shared"
 AT_MOST = "to do, at most"
 Run = Mapping[str, Any]

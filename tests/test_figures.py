@@ -36,9 +36,8 @@ from gradsift.report.figures import (
     sensitivity,
     write_figures,
 )
-from gradsift.report.figures.clouds import MOST_POINTS, cloud, thinned
 from gradsift.report.figures.groups import among, largest_ensemble
-from gradsift.report.figures.style import FAINT, INK, PAPER, RULE, bytes_of, legend, looks_of, panels, styled
+from gradsift.report.figures.style import FAINT, INK, PAPER, RULE, add_legend, bytes_of, looks_of, panels, styled
 from gradsift.report.material import Material, Missing, Run, read
 from gradsift.report.paper_tables import TABLES, write_tables
 from gradsift.scoring.scores import UNDEFINED, Scores
@@ -216,9 +215,9 @@ def test_scores_of_no_row_are_missed_and_their_axes_are_named(material: Material
 
 def test_a_correlation_that_is_not_defined_is_a_gap_and_a_negative_one_is_seen() -> None:
     rising, flat = np.arange(4.0), np.ones(4)
-    values, _ = sensitivity._agreement([Scores(score) for score in (rising, flat, -rising)], Scores(rising), 0.5)
+    values, _ = sensitivity.agreement([Scores(score) for score in (rising, flat, -rising)], Scores(rising), 0.5)
     assert values[[0, 2]] == pytest.approx([1, -1]) and np.isnan(values[1])
-    assert sensitivity._limits(values)[0] < -1 and sensitivity._limits(np.array([np.nan]))[0] == -0.02
+    assert sensitivity.limits(values)[0] < -1 and sensitivity.limits(np.array([np.nan]))[0] == -0.02
 
 
 def test_a_defect_in_one_figure_or_table_costs_no_other(
@@ -252,7 +251,7 @@ def test_a_long_legend_takes_nothing_from_what_is_drawn() -> None:
             figure, (axes,) = panels(width=5, height=3)
             for number in range(count):
                 axes.plot([0, 1], [0, number], label=f"a method with so long a name that it fills a line {number}")
-            legend(figure, axes)
+            add_legend(figure)
             bytes_of(figure, "svg")
             heights.append(axes.get_position().height * figure.get_figheight())
     assert heights[1] > 0.9 * heights[0]
@@ -466,10 +465,12 @@ def test_costs_add_up_to_the_runs_stages(material: Material) -> None:
     stages = [stage for run in material.runs for stage in run.record["stages"]]
     for name, its in found.items():
         mine = [stage for stage in stages if stage["name"] == name]
-        assert its.made + its.reused == len(mine)
-        assert its.seconds == pytest.approx(sum(stage["seconds"] for stage in mine if not stage["reused"]))
-    assert found["member"].made == 2 * 3 * 2 and found["member"].reused > 0  # two seeds, three members, two epochs
-    assert found["member"].saved > 0 and found["finetune"].tokens > 0
+        assert its["made"] + its["reused"] == len(mine)
+        assert its["seconds"] == pytest.approx(sum(stage["seconds"] for stage in mine if not stage["reused"]))
+    assert (
+        found["member"]["made"] == 2 * 3 * 2 and found["member"]["reused"] > 0
+    )  # two seeds, three members, two epochs
+    assert found["member"]["saved"] > 0 and found["finetune"]["tokens"] > 0
 
 
 # -------------------------------------------------------------------------- what is not there
@@ -544,16 +545,16 @@ def test_a_cloud_of_52_000_rows_stays_small() -> None:
     marked = rng.random(52_000) < 0.15
     with styled():
         figure, (axes,) = panels()
-        cloud(axes, x, y, marked, log=True)
+        scores.cloud(axes, x, y, marked, log=True)
     counts = axes.collections[0].get_array()
     assert counts.sum() == 52_000
-    assert len(lines_of(axes).popitem()[1][0]) == MOST_POINTS
+    assert len(lines_of(axes).popitem()[1][0]) == scores.MOST_POINTS
     assert len(bytes_of(figure, "svg")) < 1_000_000
 
 
 def test_thinning_keeps_the_order_and_all_of_few() -> None:
-    assert thinned(np.arange(5), 5).tolist() == [0, 1, 2, 3, 4]
-    few = thinned(np.arange(100), 10)
+    assert scores.thinned(np.arange(5), 5).tolist() == [0, 1, 2, 3, 4]
+    few = scores.thinned(np.arange(100), 10)
     assert len(set(few.tolist())) == 10 and (np.diff(few) > 0).all()
 
 

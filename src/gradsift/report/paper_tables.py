@@ -11,10 +11,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gradsift.report.material import Material, Missing, attempt
 from gradsift.report.run_tables import Row, flat_rows, method_name, over_seeds, pws_text
-from gradsift.report.table import Table
+from gradsift.report.table import Table, table_of_records
+
+if TYPE_CHECKING:
+    from gradsift.report.figures.style import Entry
 
 METHOD = "gsnr"
 ABLATIONS = ("gsnr_raw_drop", "gsnr_normalized_drop", "gsnr_variance_normalized")  # #1, #2 and #3 of the paper
@@ -165,7 +169,7 @@ def write_tables(material: Material, folder: Path) -> tuple[dict[str, Table], di
     makers = dict(TABLES)
     for figure in FIGURES:
         if figure.records is not None:
-            makers[figure.name] = figure.table
+            makers[figure.name] = partial(_table_behind, figure)
     folder.mkdir(parents=True, exist_ok=True)
     tables, reasons = {}, {}
     for name, make in makers.items():
@@ -183,3 +187,9 @@ def _write(make: Callable[[Material], Table], material: Material, folder: Path, 
     table = make(material)
     table.write(folder, name)
     return table
+
+
+def _table_behind(figure: Entry, material: Material) -> Table:
+    """Return the table of the numbers behind a figure."""
+    records = figure.records(material) if figure.records else []
+    return table_of_records(figure.title, records, figure.caption)

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import get_args
 
 from gradsift.report.figures import audit, convergence, cost, ensemble, judge, pws, scores, selection, sensitivity
-from gradsift.report.figures.entry import Entry
-from gradsift.report.figures.style import Format, bytes_of
+from gradsift.report.figures.style import Entry, Format, bytes_of
 from gradsift.report.material import Material, attempt
 
 __all__ = ["FIGURES", "Entry", "write_figures"]

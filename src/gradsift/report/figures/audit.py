@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from gradsift.report.figures.entry import report_figure
+from gradsift.report.figures import style
 from gradsift.report.figures.groups import MOST_LINES, MOST_ROWS, among
-from gradsift.report.figures.style import DASHED, FAINT, INK, cells, in_percent, legend, looks_of, panels
+from gradsift.report.figures.style import Records, report_figure
 from gradsift.report.material import Material, Missing
 
 Audit = Mapping[str, Any]
@@ -30,7 +30,7 @@ def audits(material: Material, most: int = MOST_LINES) -> dict[str, list[Audit]]
     return {method: list(audits.values()) for method, audits in by_method.items()}
 
 
-def _records(material: Material) -> Sequence[Mapping[str, Any]]:
+def _records(material: Material) -> Records:
     return [
         {"method": method, "alpha": alpha, "spoilt_share": float(share)}
         for method, own in audits(material).items()
@@ -43,18 +43,17 @@ def audit_spoilt(material: Material) -> Figure:
     """Share of corrupted rows in the selection. Below the band, where random draws lie, a method avoids them; within it
     the method does no better than chance. Shows at most eight methods."""
     by_method = audits(material)
-    figure, (axes,) = panels(width=6.2, height=3.6)
-    for (method, own), look in zip(by_method.items(), looks_of(by_method).values(), strict=True):
+    figure, (axes,) = style.panels(width=6.2, height=3.6)
+    for (method, own), look in zip(by_method.items(), style.looks_of(by_method).values(), strict=True):
         alphas, shares = spoilt_shares(own)
         axes.plot(alphas, shares, marker=look.marker, color=look.colour, label=method)
     first = next(iter(by_method.values()))[0]
     spread = 2 * np.array([cell["spoilt_random_sd"] for cell in first["selections"]])
-    axes.fill_between(alphas, first["spoilt"] - spread, first["spoilt"] + spread, color=FAINT, alpha=0.18, lw=0)
-    axes.axhline(first["spoilt"], color=INK, **DASHED, label="all rows")
+    axes.fill_between(alphas, first["spoilt"] - spread, first["spoilt"] + spread, color=style.FAINT, alpha=0.18, lw=0)
+    axes.axhline(first["spoilt"], color=style.INK, **style.DASHED, label="all rows")
     axes.set(xlabel="alpha", ylabel="spoilt share of the selection")
     axes.set_ylim(bottom=0)
-    in_percent(axes.xaxis, axes.yaxis)
-    legend(figure, axes)
+    style.in_percent(axes.xaxis, axes.yaxis)
     return figure
 
 
@@ -71,10 +70,10 @@ def audit_auroc(material: Material) -> Figure:
     by_method = audits(material, MOST_ROWS)
     kinds = list(dict.fromkeys(kind for own in by_method.values() for audit in own for kind in audit["kinds"]))
     values = np.array([[_mean_auroc(own, kind) for kind in kinds] for own in by_method.values()])
-    figure, (axes,) = panels(width=2.6 + 0.85 * len(kinds), height=1.4 + 0.36 * len(by_method))
+    figure, (axes,) = style.panels(width=2.6 + 0.85 * len(kinds), height=1.4 + 0.36 * len(by_method))
     texts = [[f"{value:.2f}" for value in line] for line in values]
     names = [kind.replace("_", " ") for kind in kinds]
-    cells(axes, values, texts, rows=list(by_method), columns=names, rotation=25, diverging=True)
+    style.cells(axes, values, texts, rows=list(by_method), columns=names, rotation=25, diverging=True)
     return figure
 
 

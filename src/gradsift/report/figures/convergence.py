@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from gradsift.report.figures.entry import report_figure
+from gradsift.report.figures import style
 from gradsift.report.figures.groups import MOST_LINES, by_method, middle_alpha, reached
-from gradsift.report.figures.style import INK, Style, legend, looks_of, panels
+from gradsift.report.figures.style import Records, Style, report_figure
 from gradsift.report.material import Curve, Material
 
 ALL = "all rows"
@@ -34,7 +33,7 @@ def shown_steps(loss: np.ndarray) -> np.ndarray:
     return np.unique(np.linspace(0, len(loss) - 1, min(_MOST_POINTS, len(loss))).astype(int))
 
 
-def _records(material: Material) -> Sequence[Mapping[str, Any]]:
+def _records(material: Material) -> Records:
     return [
         {"method": method, "step": step, "tokens": float(seen), "smoothed_loss": float(level)}
         for method, (tokens, loss) in curves(material).items()
@@ -47,17 +46,16 @@ def convergence(material: Material) -> Figure:
     """Training loss of the target on each method's selection, smoothed. At equal tokens the lower line learns faster,
     but a low line can also mean easy rows, and noisy rows cannot be learned. Shows at most eight methods."""
     lines = curves(material)
-    figure, (by_step, by_token) = panels(2, height=3.4)
-    for (name, (tokens, loss)), look in zip(lines.items(), looks_of(lines).values(), strict=True):
-        style: Style = {"color": INK if name == ALL else look.colour, "linestyle": look.dash, "label": name}
+    figure, (by_step, by_token) = style.panels(2, height=3.4)
+    for (name, (tokens, loss)), look in zip(lines.items(), style.looks_of(lines).values(), strict=True):
+        options: Style = {"color": style.INK if name == ALL else look.colour, "linestyle": look.dash, "label": name}
         steps = shown_steps(loss)
-        by_step.plot(steps + 1, loss[steps], **style)
-        by_token.plot(tokens[steps], loss[steps], **style)
+        by_step.plot(steps + 1, loss[steps], **options)
+        by_token.plot(tokens[steps], loss[steps], **options)
     by_step.set(xlabel="optimiser steps", ylabel="training loss (nats a token)")
     # compare at equal compute: end all lines where the shortest one ends
     by_token.set(xlabel="tokens", xlim=(0, min(tokens[-1] for tokens, _ in lines.values())))
     by_token.sharey(by_step)
-    legend(figure, by_step)
     return figure
 
 

@@ -7,12 +7,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradsift.gradients.diagnostics import LEAST_ADAPTER_SPREAD, LEAST_NORM_SPREAD
+from gradsift.report.figures import style
 from gradsift.report.figures.convergence import shown_steps, smooth
-from gradsift.report.figures.entry import report_figure
 from gradsift.report.figures.groups import representative
-from gradsift.report.figures.style import COLOURS, DASHED, DOTTED, INK, legend, looks_of, panels
+from gradsift.report.figures.style import Style, report_figure
 from gradsift.report.material import Material, Missing, Run
 
+_BOUND: Style = {"color": style.COLOURS[1], **style.DASHED}
 Trajectories = list[tuple[np.ndarray, np.ndarray]]  # of each member: steps (P,) and points (P, D)
 
 
@@ -57,18 +58,17 @@ def _trajectories(material: Material) -> tuple[Run, Trajectories]:
 
 def _draw(run: Run, trajectories: Trajectories, flat: np.ndarray, xlabel: str, ylabel: str) -> Figure:
     """Draw each member's line through its part of `flat`, all points (M P, 2) in the plane."""
-    figure, (axes,) = panels(width=5.2, height=4.2)
-    looks = looks_of(f"member {number}" for number in range(len(trajectories)))
+    figure, (axes,) = style.panels(width=5.2, height=4.2)
+    looks = style.looks_of(f"member {number}" for number in range(len(trajectories)))
     ends = np.cumsum([len(steps) for steps, _ in trajectories])
     for (name, look), points in zip(looks.items(), np.split(flat, ends[:-1]), strict=True):
         x, y = points.T
         axes.plot(x, y, color=look.colour, linewidth=1, alpha=0.7)
         axes.scatter(x, y, s=np.linspace(6, 34, len(x)), color=look.colour, marker=look.marker, lw=0)
-        axes.plot(x[:1], y[:1], "o", ms=6, mfc="none", mec=INK)
-        axes.plot(x[-1:], y[-1:], look.marker, ms=8, color=look.colour, mec=INK, label=name)
+        axes.plot(x[:1], y[:1], "o", ms=6, mfc="none", mec=style.INK)
+        axes.plot(x[-1:], y[-1:], look.marker, ms=8, color=look.colour, mec=style.INK, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_title(f"{run.name}: {trajectories[0][0][-1]:,} steps, marks grow with them")
-    legend(figure, axes)
     return figure
 
 
@@ -90,7 +90,7 @@ def collapse(material: Material) -> Figure:
     """An ensemble is collapsed if the members' distance or the spread of their norms is below the dashed bounds."""
     run = representative(material, "statistics")
     values = material.statistics(run)
-    figure, (left, right) = panels(2, height=3.3)
+    figure, (left, right) = style.panels(2, height=3.3)
     try:
         trajectories = material.trajectories(run)
     except Missing:  # the norms may still be there
@@ -101,10 +101,12 @@ def collapse(material: Material) -> Figure:
         left.set_visible(False)
     moved = values.G_t > 0
     variation = np.sqrt(values.V_t[moved]) / values.G_t[moved]
-    right.hist(variation, bins=40, color=COLOURS[0])
+    right.hist(variation, bins=40, color=style.COLOURS[0])
     middle = float(np.median(variation))
-    right.axvline(middle, color=INK, linewidth=1.2, label=f"median {middle:.3f}")
-    right.axvline(LEAST_NORM_SPREAD, color=COLOURS[1], **DASHED, label=f"collapsed below {LEAST_NORM_SPREAD}")
+    right.axvline(middle, color=style.INK, linewidth=1.2, label=f"median {middle:.3f}")
+    right.axvline(
+        LEAST_NORM_SPREAD, color=style.COLOURS[1], **style.DASHED, label=f"collapsed below {LEAST_NORM_SPREAD}"
+    )
     right.set(xlabel="$V_t^{1/2} / G_t$ of an example", ylabel="examples", xlim=(0, None))
     right.set_title("spread of the gradient norms")
     right.legend()
@@ -113,9 +115,11 @@ def collapse(material: Material) -> Figure:
 
 def _draw_distance(axes: Axes, trajectories: Trajectories) -> None:
     steps, spread = spread_over_steps(trajectories)
-    axes.plot(steps, spread, marker="o", ms=3.5, color=COLOURS[0])
-    axes.axhline(LEAST_ADAPTER_SPREAD, color=COLOURS[1], **DASHED, label=f"collapsed below {LEAST_ADAPTER_SPREAD}")
-    axes.axhline(2**0.5, color=INK, **DOTTED, label="unrelated members")
+    axes.plot(steps, spread, marker="o", ms=3.5, color=style.COLOURS[0])
+    axes.axhline(
+        LEAST_ADAPTER_SPREAD, color=style.COLOURS[1], **style.DASHED, label=f"collapsed below {LEAST_ADAPTER_SPREAD}"
+    )
+    axes.axhline(2**0.5, color=style.INK, **style.DOTTED, label="unrelated members")
     axes.set(xlabel="optimiser steps", ylabel="distance / norm", ylim=(0, 1.6))
     axes.set_title("distance of two members' updates")
     axes.legend(loc="lower right")
@@ -127,13 +131,12 @@ def member_loss(material: Material) -> Figure:
     noise."""
     run = representative(material, "member")
     curves = material.member_curves(run)
-    figure, (axes,) = panels(width=5.6, height=3.2)
-    looks = looks_of(f"member {number}" for number in range(len(curves)))
+    figure, (axes,) = style.panels(width=5.6, height=3.2)
+    looks = style.looks_of(f"member {number}" for number in range(len(curves)))
     for (name, look), curve in zip(looks.items(), curves, strict=True):
         loss = smooth(np.array([entry["loss"] for entry in curve]))
         steps = shown_steps(loss)
         axes.plot(steps + 1, loss[steps], color=look.colour, linestyle=look.dash, label=name)
     axes.set(xlabel="optimiser steps", ylabel="training loss (nats a token)")
     axes.set_title(run.name)
-    legend(figure, axes)
     return figure

@@ -1,10 +1,13 @@
-"""Choose the runs that a figure shows: all methods at one alpha, or one run whose examples represent the others."""
+"""Which runs a figure shows, and how two of them agree."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from gradsift.report.audit_tables import jaccard
 from gradsift.report.material import Material, Missing, Run
 
 MOST_LINES = 8  # methods in a figure of lines: as many as there are colours
@@ -74,3 +77,23 @@ def mean(values: Sequence[float | None]) -> float | None:
     """Return the mean, or None if a value is unknown: means over different runs must not be compared."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def heldout_loss(run: Run) -> float | None:
+    """Return the held-out loss of the tuned target, if the run has it."""
+    return (run.record.get("heldout_loss") or {}).get("model")
+
+
+def overlap_of(material: Material, one: Run, other: Run) -> float:
+    """Return the Jaccard of two selections from the same data."""
+    return jaccard(material.selected(one).tolist(), material.selected(other).tolist())
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Return the rank correlation over the entries that are finite in both; None where it is not defined."""
+    from scipy.stats import spearmanr
+
+    usable = np.isfinite(x) & np.isfinite(y)
+    if usable.sum() < 2 or np.ptp(x[usable]) == 0 or np.ptp(y[usable]) == 0:
+        return None
+    return float(spearmanr(x[usable], y[usable]).statistic)

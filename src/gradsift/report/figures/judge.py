@@ -9,27 +9,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradsift.report.figures.entry import report_figure
+from gradsift.report.figures import style
 from gradsift.report.figures.groups import MOST_ROWS
-from gradsift.report.figures.style import (
-    BAR,
-    COLOURS,
-    DASHED,
-    FAINT,
-    HATCHES,
-    INK,
-    NEUTRAL,
-    ON_DARK,
-    ON_LIGHT,
-    Style,
-    in_percent,
-    legend,
-    name_rows,
-    panels,
-)
+from gradsift.report.figures.style import Records, Style, report_figure
 from gradsift.report.material import Material, Missing, Run
 
-_OUTCOMES = {"win": COLOURS[0], "tie": NEUTRAL, "lose": COLOURS[1], "invalid": COLOURS[3]}
+_OUTCOMES = {"win": style.COLOURS[0], "tie": style.NEUTRAL, "lose": style.COLOURS[1], "invalid": style.COLOURS[3]}
 
 
 def judged(material: Material) -> dict[str, list[Run]]:
@@ -49,7 +34,7 @@ def total(runs: Sequence[Run], part: str, name: str) -> int:
     return sum(int((run.record.get(part) or {}).get(name) or 0) for run in runs)
 
 
-def _records(material: Material) -> Sequence[Mapping[str, Any]]:
+def _records(material: Material) -> Records:
     groups = judged(material)
     longer = longer_shares(groups)
     return [
@@ -74,15 +59,18 @@ def judge_outcomes(material: Material) -> Figure:
         if name == "invalid" and not counts.any():
             continue
         shares = counts / items
-        hatch = HATCHES[1] if name in ("lose", "invalid") else ""
-        axes.barh(range(len(groups)), shares, left=start, color=colour, hatch=hatch, label=name, **BAR)
-        style: Style = {"backgroundcolor": colour, "color": ON_LIGHT if name == "tie" else ON_DARK, "fontsize": 7.5}
+        hatch = style.HATCHES[1] if name in ("lose", "invalid") else ""
+        axes.barh(range(len(groups)), shares, left=start, color=colour, hatch=hatch, label=name, **style.BAR)
+        options: Style = {
+            "backgroundcolor": colour,
+            "color": style.ON_LIGHT if name == "tie" else style.ON_DARK,
+            "fontsize": 7.5,
+        }
         for place in np.flatnonzero(shares > 0.06).tolist():  # where a number fits into the bar
             middle = start[place] + shares[place] / 2
-            axes.text(middle, place, f"{counts[place]}", ha="center", va="center", **style)
+            axes.text(middle, place, f"{counts[place]}", **options)
         start += shares
     axes.set(xlim=(0, 1), xlabel="share of the items")
-    legend(figure, axes)
     return figure
 
 
@@ -95,16 +83,15 @@ def position_bias(material: Material) -> Figure:
         raise Missing("no item has a valid judgment in both orders")
     items = np.array([total(runs, "position_bias", "items") for runs in groups.values()])
     figure, (axes,) = _rows_panel(groups, items)
-    for sign, place, colour, hatch in ((-1, "first", COLOURS[0], ""), (1, "second", COLOURS[1], HATCHES[1])):
+    for number, (sign, place) in enumerate(((-1, "first"), (1, "second"))):
         shares = sign * np.array([total(runs, "position_bias", f"to_{place}") for runs in groups.values()]) / items
-        label = f"flips to the {place} place"
-        axes.barh(range(len(groups)), shares, color=colour, hatch=hatch, label=label, **BAR)
-    axes.axvline(0, color=INK, linewidth=1)
+        options: Style = {"color": style.COLOURS[number], "hatch": style.HATCHES[number], **style.BAR}
+        axes.barh(range(len(groups)), shares, label=f"flips to the {place} place", **options)
+    axes.axvline(0, color=style.INK, linewidth=1)
     if not any(total(runs, "position_bias", "flips") for runs in groups.values()):
         axes.set_title("no verdict changed with the order")
     most = max(0.02, *np.abs(axes.get_xlim()))
     axes.set(xlim=(-most, most), xlabel="share of the items whose\ntwo verdicts contradict each other")
-    legend(figure, axes)
     return figure
 
 
@@ -119,19 +106,19 @@ def length_bias(material: Material) -> Figure:
     for place, (share, items) in enumerate(shares.values()):
         low, high = wilson(share, items)
         ends = [[share - low], [high - share]]
-        axes.errorbar(share, place, xerr=ends, fmt="o", ms=6, color=COLOURS[0], capsize=3)
-    axes.axvline(0.5, color=INK, **DASHED)
+        axes.errorbar(share, place, xerr=ends, fmt="o", ms=6, color=style.COLOURS[0], capsize=3)
+    axes.axvline(0.5, color=style.INK, **style.DASHED)
     axes.set(xlim=(0, 1), xlabel="share of the decided items that\nthe longer answer won (95 % interval)")
     return figure
 
 
 def _rows_panel(names: Mapping[str, Any], items: Sequence[int] | np.ndarray = ()) -> tuple[Figure, list[Axes]]:
     """Return a panel with a row for each name, and the number of items beside it if given."""
-    figure, (axes,) = panels(width=7.2, height=1.1 + 0.3 * len(names))
-    name_rows(axes, list(names))
-    in_percent(axes.xaxis)
+    figure, (axes,) = style.panels(width=7.2, height=1.1 + 0.3 * len(names))
+    style.name_rows(axes, list(names))
+    style.in_percent(axes.xaxis)
     for place, count in enumerate(items):
-        axes.text(1.02, place, f"n={count}", va="center", color=FAINT, transform=axes.get_yaxis_transform())
+        axes.text(1.02, place, f"n={count}", va="center", color=style.FAINT, transform=axes.get_yaxis_transform())
     return figure, [axes]
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradsift.report.figures.entry import report_figure
+from gradsift.report.figures import style
 from gradsift.report.figures.groups import MOST_ROWS
-from gradsift.report.figures.style import DASHED, INK, Style, legend, looks_of, name_rows, panels
+from gradsift.report.figures.style import Style, report_figure
 from gradsift.report.material import Material
 from gradsift.report.paper_tables import Column, cells_of
 from gradsift.report.run_tables import Row
@@ -25,19 +25,18 @@ def pws(material: Material) -> Figure:
     methods = list(dict.fromkeys(method for _, (_, method) in cells))[:MOST_ROWS]
     alphas = sorted({alpha for _, (alpha, _) in cells})
     height = 1.2 + (0.12 + 0.16 * len(alphas)) * len(methods)
-    figure, axes = panels(len(places), width=3.4 + 2.6 * len(places), height=max(2.2, height))
+    figure, axes = style.panels(len(places), width=3.4 + 2.6 * len(places), height=max(2.2, height))
     for panel, place in zip(axes, places, strict=True):
         _draw_place(panel, {column: row for (where, column), row in cells.items() if where == place}, methods, alphas)
         panel.set_title(" / ".join(place), fontsize=8.5)
     for panel in axes[1:]:
         panel.set_yticklabels([])
-    legend(figure, axes[0])
     return figure
 
 
 def _draw_place(axes: Axes, cells: Mapping[Column, Row], methods: Sequence[str], alphas: Sequence[float]) -> None:
     """Draw the PWS of one dataset, target and benchmark, the alphas of a method below each other."""
-    for number, (alpha, look) in enumerate(zip(alphas, looks_of(map(str, alphas)).values(), strict=True)):
+    for number, (alpha, look) in enumerate(zip(alphas, style.looks_of(map(str, alphas)).values(), strict=True)):
         shift = (number - (len(alphas) - 1) / 2) * 0.7 / max(1, len(alphas))
         rows = {place + shift: cells[alpha, m] for place, m in enumerate(methods) if (alpha, m) in cells}
         values = [row["pws"] for row in rows.values()]
@@ -45,8 +44,8 @@ def _draw_place(axes: Axes, cells: Mapping[Column, Row], methods: Sequence[str],
             [max(0.0, row["pws"] - (row["pws_low"] or row["pws"])) for row in rows.values()],
             [max(0.0, (row["pws_high"] or row["pws"]) - row["pws"]) for row in rows.values()],
         ]
-        style: Style = {"color": look.colour, "marker": look.marker, "label": f"alpha {alpha:g}"}
-        axes.errorbar(values, list(rows), xerr=ends, ls="none", ms=5, capsize=2, **style)
-    axes.axvline(1, color=INK, **DASHED)
-    name_rows(axes, methods)
+        options: Style = {"color": look.colour, "marker": look.marker, "label": f"alpha {alpha:g}"}
+        axes.errorbar(values, list(rows), xerr=ends, ls="none", ms=5, capsize=2, **options)
+    axes.axvline(1, color=style.INK, **style.DASHED)
+    style.name_rows(axes, methods)
     axes.set_xlabel("PWS (1: as good as all rows)")

@@ -7,30 +7,30 @@ from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import AsinhLocator, NullLocator
 
-from gradsift.report.figures.clouds import as_text, cloud, spearman
-from gradsift.report.figures.entry import report_figure
-from gradsift.report.figures.groups import MOST_LINES, by_method, mean, middle_alpha, reached, representative
-from gradsift.report.figures.style import (
-    COLOURS,
-    DASHED,
-    FAINT,
-    HATCHES,
-    INK,
-    NEUTRAL,
-    in_percent,
-    legend,
-    looks_of,
-    panels,
-    plain_log,
+from gradsift.report.figures import style
+from gradsift.report.figures.groups import (
+    MOST_LINES,
+    by_method,
+    heldout_loss,
+    mean,
+    middle_alpha,
+    reached,
+    representative,
+    spearman,
 )
+from gradsift.report.figures.style import Style, report_figure
 from gradsift.report.material import Material, Missing, Run
 from gradsift.scoring.scores import SCORED
 from gradsift.selection.candidates import best_first
 from gradsift.selection.diagnostics import lengths
 
+MOST_POINTS = 1500  # of a cloud, and then hexagons
+_CLOUD = "#7d8296"
+_GREYS = LinearSegmentedColormap.from_list("counts", ["#c9ccd6", "#4a5068"])  # visible on white and on black
 _BINS = 40
 _WIDE = 20  # interquartile ranges from which on a range of scores needs an asinh scale
 _BANDS = 20  # of the ranking, in `score_length`
@@ -46,7 +46,7 @@ def score_distributions(material: Material) -> Figure:
     shown = {name: group[0] for name, group in by_method(scored, middle_alpha(scored), MOST_LINES).items()}
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
-    figure, axes = panels(columns, rows, width=1.2 + 2.0 * columns, height=0.9 + 1.7 * rows)
+    figure, axes = style.panels(columns, rows, width=1.2 + 2.0 * columns, height=0.9 + 1.7 * rows)
     for panel, (name, run) in zip(axes, shown.items(), strict=False):
         scores = material.scores(run)
         values = scores.score[scores.status == SCORED]
@@ -55,9 +55,11 @@ def score_distributions(material: Material) -> Figure:
             panel.set_xscale("asinh", linear_width=width)
             panel.xaxis.set_major_locator(AsinhLocator(width, numticks=3))
             panel.xaxis.set_minor_locator(NullLocator())
-        panel.hist(values, bins=bins, color=NEUTRAL, label="all rows")
+        panel.hist(values, bins=bins, color=style.NEUTRAL, label="all rows")
         chosen = scores.score[material.selected(run)]
-        panel.hist(chosen, bins=bins, color=COLOURS[1], hatch=HATCHES[1], label="selected", edgecolor=INK)
+        panel.hist(
+            chosen, bins=bins, color=style.COLOURS[1], hatch=style.HATCHES[1], label="selected", edgecolor=style.INK
+        )
         panel.set_title(fill(name, 22))
         panel.locator_params(axis="y", nbins=4)
         if width is None:
@@ -66,7 +68,6 @@ def score_distributions(material: Material) -> Figure:
         panel.set_visible(False)
     figure.supxlabel("score (each method's own scale)", fontsize=9)
     figure.supylabel("rows", fontsize=9)
-    legend(figure, axes[0])
     return figure
 
 
@@ -87,16 +88,15 @@ def early_late_norms(material: Material) -> Figure:
     """A row below the dashed diagonal lost gradient norm between the snapshots, which the score takes for learning."""
     run = representative(material, "statistics")
     values = material.statistics(run)
-    figure, (axes,) = panels(width=4.8, height=4.0)
+    figure, (axes,) = style.panels(width=4.8, height=4.0)
     cloud(axes, values.G_s, values.G_t, _is_selected(material, run, len(values.G_s)), log=True)
     both = np.concatenate([values.G_s, values.G_t])
     ends = np.nanmin(both[both > 0]), np.nanmax(both)
-    axes.plot(ends, ends, color=INK, **DASHED, label="no change")
+    axes.plot(ends, ends, color=style.INK, **style.DASHED, label="no change")
     axes.set(xlabel="mean norm at the early snapshot, $G_s$", ylabel="mean norm at the late snapshot, $G_t$")
     rose = float((values.G_t > values.G_s)[np.isfinite(values.G_s)].mean())
-    plain_log(axes.xaxis, axes.yaxis)
+    style.plain_log(axes.xaxis, axes.yaxis)
     axes.set_title(f"{run.method}\nthe norm rose for {rose:.0%} of the rows")
-    legend(figure, axes)
     return figure
 
 
@@ -116,17 +116,16 @@ def score_length(material: Material) -> Figure:
     runs = reached(material, "score")
     alpha = middle_alpha(runs)
     shown = by_method(runs, alpha, MOST_LINES)
-    figure, (axes,) = panels(width=6.4, height=3.6)
-    for (name, group), look in zip(shown.items(), looks_of(shown).values(), strict=True):
+    figure, (axes,) = style.panels(width=6.4, height=3.6)
+    for (name, group), look in zip(shown.items(), style.looks_of(shown).values(), strict=True):
         curve = np.mean([_lengths_by_rank(material, run) for run in group], axis=0)
         places = (np.arange(len(curve)) + 0.5) / len(curve)
         axes.plot(places, curve, marker=look.marker, ms=4, color=look.colour, label=name)
-    axes.axvspan(0, alpha, color=FAINT, alpha=0.12, lw=0)
-    axes.text(alpha / 2, 1.01, f"alpha {alpha:g}", transform=axes.get_xaxis_transform(), ha="center", color=FAINT)
+    axes.axvspan(0, alpha, color=style.FAINT, alpha=0.12, lw=0)
+    axes.text(alpha / 2, 1.01, f"alpha {alpha:g}", transform=axes.get_xaxis_transform(), ha="center", color=style.FAINT)
     axes.set(xlim=(0, 1), xlabel="place in the ranking, best at the left", ylabel="median response (characters)")
     axes.set_ylim(bottom=0)
-    in_percent(axes.xaxis)
-    legend(figure, axes)
+    style.in_percent(axes.xaxis)
     return figure
 
 
@@ -147,20 +146,19 @@ def variance_and_loss(material: Material) -> Figure:
     values = material.statistics(run)
     points = selections_by_variance(material, values.V_t, run)
     panel_count = 2 if len(points) > 1 else 1
-    figure, axes = panels(panel_count, width=1.2 + 3.0 * panel_count, height=3.5)
+    figure, axes = style.panels(panel_count, width=1.2 + 3.0 * panel_count, height=3.5)
     cloud(axes[0], values.loss_t, values.V_t, _is_selected(material, run, len(values.V_t)), log=True)
     axes[0].set(xlabel="late loss (nats a token)", ylabel="variance over members, $V_t$")
     axes[0].set_title(as_text(spearman(values.loss_t, values.V_t)))
     if len(points) > 1:
         _draw_selections(axes[1], points)
-    plain_log(axes[0].yaxis, *(panel.xaxis for panel in axes))
-    legend(figure, *axes)
+    style.plain_log(axes[0].yaxis, *(panel.xaxis for panel in axes))
     return figure
 
 
 def _draw_selections(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     names, variance, loss = (np.array(values) for values in zip(*points, strict=True))
-    for name, look in looks_of(names.tolist()).items():
+    for name, look in style.looks_of(names.tolist()).items():
         own = names == name
         axes.plot(variance[own], loss[own], look.marker, ms=6, color=look.colour, label=name)
     axes.set(xscale="log", xlabel="mean $V_t$ of the selection", ylabel="held-out loss (nats a token)")
@@ -175,9 +173,47 @@ def selections_by_variance(material: Material, variance: np.ndarray, of: Run) ->
     """
     points = []
     for run in material.runs:
-        loss = (run.record.get("heldout_loss") or {}).get("model")
+        loss = heldout_loss(run)
         if run.data == of.data and run.has("select") and not run.is_full and loss is not None:
             level = mean([float(v) for v in variance[material.selected(run)] if np.isfinite(v)])
             if level is not None and level > 0:
                 points.append((run.method, level, float(loss)))
     return points
+
+
+def cloud(axes: Axes, x: np.ndarray, y: np.ndarray, marked: np.ndarray | None = None, log: bool = False) -> None:
+    """Draw all examples in grey, and the marked ones on top in colour.
+
+    Args:
+        x, y: (N,) values. Examples that are not finite, or not positive if `log`, are left out.
+        marked: (N,) bool.
+    """
+    usable = np.isfinite(x) & np.isfinite(y) & ((x > 0) & (y > 0) if log else True)
+    scale: Style = {"xscale": "log", "yscale": "log"} if log else {}
+    axes.set(**scale)
+    if usable.sum() <= MOST_POINTS:
+        axes.plot(x[usable], y[usable], "o", ms=2.6, mec="none", color=_CLOUD, alpha=0.7, label="all rows")
+    else:
+        options: Style = {"gridsize": (48, 30), "mincnt": 1, "bins": "log", "cmap": _GREYS, "linewidths": 0}
+        axes.hexbin(x[usable], y[usable], **options, **scale)
+        axes.plot([], [], "h", ms=7, mec="none", color=_CLOUD, label="all rows, darker where there are more")
+    if marked is not None:
+        chosen = np.flatnonzero(usable & marked)
+        shown = thinned(chosen, MOST_POINTS)
+        label = "selected" if len(shown) == len(chosen) else f"selected ({len(shown):,} of {len(chosen):,})"
+        axes.plot(x[shown], y[shown], "s", ms=3.2, mec="none", color=style.COLOURS[1], alpha=0.8, label=label)
+
+
+def thinned(values: np.ndarray, most: int) -> np.ndarray:
+    """Return at most `most` of the values, in their order; the draw is seeded."""
+    if len(values) <= most:
+        return values
+    kept = np.random.default_rng(0).choice(len(values), most, replace=False)
+    thin: np.ndarray = values[np.sort(kept)]
+    return thin
+
+
+def as_text(correlation: float | None) -> str:
+    if correlation is None:
+        return "rank correlation not defined"
+    return f"rank correlation {round(correlation, 2) + 0.0:+.2f}"  # + 0.0: no "-0.00"

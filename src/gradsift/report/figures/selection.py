@@ -10,15 +10,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gradsift.report.audit_tables import jaccard
-from gradsift.report.figures.entry import report_figure
+from gradsift.report.figures import style
 from gradsift.report.figures.groups import MOST_ROWS, by_method, middle_alpha, reached
-from gradsift.report.figures.style import BAR, Style, cells, in_percent, legend, looks_of, name_rows, panels
+from gradsift.report.figures.style import Records, Style, report_figure
 from gradsift.report.material import Material, Missing
 
 _MOST_NUMBERED = 12  # methods up to which a number fits into each cell
 
 
-def _overlap_records(material: Material) -> Sequence[Mapping[str, Any]]:
+def _overlap_records(material: Material) -> Records:
     alpha, names, values = overlaps(material)
     return [
         {"alpha": alpha, "method": names[i], "other": names[j], "jaccard": float(values[i, j])}
@@ -31,9 +31,9 @@ def _overlap_records(material: Material) -> Sequence[Mapping[str, Any]]:
 def overlap(material: Material) -> Figure:
     """Share of rows that two methods have in common (Jaccard; 1 means the same selection)."""
     alpha, names, values = overlaps(material)
-    figure, (axes,) = panels(width=1.8 + 0.75 * len(names), height=1.2 + 0.5 * len(names))
+    figure, (axes,) = style.panels(width=1.8 + 0.75 * len(names), height=1.2 + 0.5 * len(names))
     texts = [[f"{value:.2f}" if len(names) <= _MOST_NUMBERED else "" for value in line] for line in values]
-    cells(axes, values, texts, rows=names, columns=names, rotation=30)
+    style.cells(axes, values, texts, rows=names, columns=names, rotation=30)
     axes.set_title(f"alpha {alpha:g}")
     return figure
 
@@ -63,7 +63,7 @@ def overlaps(material: Material) -> tuple[float, list[str], np.ndarray]:
     return alpha, names, mean
 
 
-def _label_records(material: Material) -> Sequence[Mapping[str, Any]]:
+def _label_records(material: Material) -> Records:
     alpha, rows = label_shares(material)
     return [{"method": name, "alpha": alpha, **shares} for name, shares in rows.items()]
 
@@ -73,17 +73,16 @@ def labels(material: Material) -> Figure:
     """Share of each known quality. A useful method keeps more clean rows than the pool in the first bar."""
     alpha, rows = label_shares(material)
     qualities = sorted({name for shares in rows.values() for name in shares}, key=lambda name: (name != "clean", name))
-    figure, (axes,) = panels(width=7.2, height=1.3 + 0.3 * len(rows))
+    figure, (axes,) = style.panels(width=7.2, height=1.3 + 0.3 * len(rows))
     start = np.zeros(len(rows))
-    for name, look in looks_of(qualities).items():
+    for name, look in style.looks_of(qualities).items():
         values = np.array([shares.get(name, 0.0) for shares in rows.values()])
-        style: Style = {"color": look.colour, "hatch": look.hatch, "label": name.replace("_", " ")}
-        axes.barh(range(len(rows)), values, left=start, **style, **BAR)
+        options: Style = {"color": look.colour, "hatch": look.hatch, "label": name.replace("_", " ")}
+        axes.barh(range(len(rows)), values, left=start, **options, **style.BAR)
         start += values
-    name_rows(axes, list(rows))
+    style.name_rows(axes, list(rows))
     axes.set(xlim=(0, 1), xlabel=f"share of the rows (alpha {alpha:g})")
-    in_percent(axes.xaxis)
-    legend(figure, axes)
+    style.in_percent(axes.xaxis)
     return figure
 
 

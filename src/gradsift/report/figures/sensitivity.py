@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradsift.config import GsnrConfig
 from gradsift.gradients.statistics import Statistics, compute_statistics
 from gradsift.report.audit_tables import jaccard
-from gradsift.report.figures.clouds import spearman
-from gradsift.report.figures.entry import report_figure
+from gradsift.report.figures import style
 from gradsift.report.figures.groups import (
     MOST_ROWS,
     by_method,
+    heldout_loss,
     largest_ensemble,
     mean,
     middle_alpha,
+    overlap_of,
     reached,
     representative,
+    spearman,
 )
-from gradsift.report.figures.style import COLOURS, DOTTED, FAINT, INK, Style, cells, legend, name_rows, panels
+from gradsift.report.figures.style import Records, Style, report_figure
 from gradsift.report.material import Material, Missing, Run
 from gradsift.scoring.gsnr import gsnr
 from gradsift.scoring.scores import Scores
@@ -36,7 +38,7 @@ EPS = np.logspace(-12, 2, 57)
 # ------------------------------------------------------------------------------- M and snapshots
 
 
-def _settings_records(material: Material) -> Sequence[Mapping[str, Any]]:
+def _settings_records(material: Material) -> Records:
     scorer, measure, values = settings_grid(material)
     return [
         {"scorer": scorer, "measure": measure, "members": m, "snapshots": ", ".join(map(str, s)), "value": value}
@@ -56,10 +58,10 @@ def members_and_snapshots(material: Material) -> Figure:
     shades = (grid - np.nanmin(grid)) / (span if span > 0 else 1.0)
     if measure == "held-out loss":
         shades = 1 - shades  # brighter is better
-    figure, (axes,) = panels(width=2.2 + 0.95 * len(snapshots), height=1.4 + 0.5 * len(members))
+    figure, (axes,) = style.panels(width=2.2 + 0.95 * len(snapshots), height=1.4 + 0.5 * len(members))
     texts = [[f"{value:.3f}" for value in line] for line in grid]
     columns = [", ".join(map(str, s)) for s in snapshots]
-    cells(axes, shades, texts, rows=[str(m) for m in members], columns=columns)
+    style.cells(axes, shades, texts, rows=[str(m) for m in members], columns=columns)
     axes.set(xlabel="snapshots (epochs s, t)", ylabel="members M")
     axes.set_title(f"{measure}, {scorer}")
     return figure
@@ -87,47 +89,31 @@ def settings_grid(material: Material) -> tuple[str, str, dict[Setting, float]]:
     for run in varied[scorer]:
         if run.alpha == middle_alpha(varied[scorer]):
             groups.setdefault(_setting_of(run), []).append(run)
-    losses = {setting: mean([_heldout_loss(run) for run in runs]) for setting, runs in groups.items()}
-    pws = {setting: mean([run.record.get("pws") for run in runs]) for setting, runs in groups.items()}
-    for measure, values in (("PWS", pws), ("held-out loss", losses)):
-        known = {setting: value for setting, value in values.items() if value is not None}
-        if len(known) == len(values):
+    for measure, value_of in (("PWS", lambda run: run.record.get("pws")), ("held-out loss", heldout_loss)):
+        means = {setting: mean([value_of(run) for run in runs]) for setting, runs in groups.items()}
+        known = {setting: value for setting, value in means.items() if value is not None}
+        if len(known) == len(groups):
             return scorer, measure, known
     largest = max(groups)
-    return scorer, f"overlap with M={largest[0]}, {list(largest[1])}", _overlap_with(material, groups, largest)
+    beside = {(run.data, run.record["seed"]): run for run in groups[largest]}  # what the others are compared with
+    overlaps = {}
+    for setting, runs in groups.items():
+        pairs = [(run, other) for run in runs if (other := beside.get((run.data, run.record["seed"])))]
+        if pairs:
+            overlaps[setting] = float(np.mean([overlap_of(material, *pair) for pair in pairs]))
+    return scorer, f"overlap with M={largest[0]}, {list(largest[1])}", overlaps
 
 
 def _setting_of(run: Run) -> Setting:
     return int(run.record["members"]), tuple(run.record["snapshots"])
 
 
-def _heldout_loss(run: Run) -> float | None:
-    return (run.record.get("heldout_loss") or {}).get("model")
+# ------------------------------------------------------------------------- members and eps: agreement
 
 
-def _overlap_with(
-    material: Material, groups: Mapping[Setting, Sequence[Run]], largest: Setting
-) -> dict[Setting, float]:
-    """Return the mean Jaccard with the selection under the largest setting on the same data and seed."""
-    beside = {(run.data, run.record["seed"]): run for run in groups[largest]}
-    overlaps: dict[Setting, float] = {}
-    for setting, runs in groups.items():
-        pairs = [(run, other) for run in runs if (other := beside.get((run.data, run.record["seed"])))]
-        if pairs:
-            overlaps[setting] = float(np.mean([_overlap_of(material, *pair) for pair in pairs]))
-    return overlaps
-
-
-def _overlap_of(material: Material, one: Run, other: Run) -> float:
-    return jaccard(material.selected(one).tolist(), material.selected(other).tolist())
-
-
-def _size_records(material: Material) -> Sequence[Mapping[str, Any]]:
+def _size_records(material: Material) -> Records:
     run = largest_ensemble(material)
-    return [
-        {"run": run.name, "members": m, "rank_correlation": float(correlation), "overlap": float(overlap)}
-        for m, correlation, overlap in zip(*size_curves(material, run), strict=True)
-    ]
+    return _agreement_records(run, "members", *size_curves(material, run))
 
 
 @report_figure("Members that a ranking needs", _size_records)
@@ -135,14 +121,9 @@ def ensemble_size(material: Material) -> Figure:
     """G-SNR by the first members alone compared with G-SNR by all of them. Where the lines are near 1, more members
     change little."""
     run = largest_ensemble(material)
-    figure, (axes,) = panels(width=6.0, height=3.4)
     sizes, correlation, overlap = size_curves(material, run)
-    axes.plot(sizes, correlation, "o-", color=COLOURS[0], label="rank correlation of the scores")
-    axes.plot(sizes, overlap, "s--", color=COLOURS[1], label=f"overlap of the top {run.alpha:.0%}")
-    axes.set(xlabel=f"members, of {sizes[-1]}", ylabel="agreement with all members", ylim=_limits(correlation))
-    axes.set_xticks(sizes)
-    axes.set_title(run.name)
-    legend(figure, axes)
+    figure, axes = _draw_agreement(run, sizes, correlation, overlap, marks="os")
+    axes.set(xlabel=f"members, of {sizes[-1]}", ylabel="agreement with all members", xticks=sizes)
     return figure
 
 
@@ -158,32 +139,12 @@ def size_curves(material: Material, run: Run) -> tuple[list[int], np.ndarray, np
         raise Missing(f"{run.name}: {len(early)} members are too few to leave some out")
     scope, count = run.config["proxy"]["norm_scope"], len(material.statistics(run).G_s)
     scores = [gsnr(compute_statistics(early[:m], late[:m], scope, count), eps=own_eps(run)) for m in sizes]
-    return sizes, *_agreement(scores, scores[-1], run.alpha)
+    return sizes, *agreement(scores, scores[-1], run.alpha)
 
 
-def _agreement(scores: Sequence[Scores], base: Scores, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the Spearman of each with `base`, NaN where not defined, and the Jaccard of their top alpha."""
-    size = int(alpha * len(base.score))
-    kept = best_first(base)[:size].tolist()
-    correlation = np.array([spearman(each.score, base.score) for each in scores], float)
-    return correlation, np.array([jaccard(kept, best_first(each)[:size].tolist()) for each in scores])
-
-
-def _limits(correlation: np.ndarray) -> tuple[float, float]:
-    """Return the limits of an axis that shows these correlations and shares."""
-    return float(np.fmin.reduce(correlation, initial=0.0)) - 0.02, 1.03
-
-
-# --------------------------------------------------------------------------------------------- eps
-
-
-def _eps_records(material: Material) -> Sequence[Mapping[str, Any]]:
+def _eps_records(material: Material) -> Records:
     run = representative(material, "statistics")
-    curves = eps_curves(material.statistics(run), own_eps(run), run.alpha)
-    return [
-        {"run": run.name, "eps": float(eps), "rank_correlation": float(c), "overlap": float(o)}
-        for eps, c, o in zip(EPS, *curves, strict=True)
-    ]
+    return _agreement_records(run, "eps", EPS.tolist(), *eps_curves(material.statistics(run), own_eps(run), run.alpha))
 
 
 @report_figure("Sensitivity to eps", _eps_records)
@@ -192,16 +153,11 @@ def eps(material: Material) -> Figure:
     decides the ranking."""
     run = representative(material, "statistics")
     values, own = material.statistics(run), own_eps(run)
-    figure, (axes,) = panels(width=6.2, height=3.5)
-    correlation, overlap = eps_curves(values, own, run.alpha)
-    axes.plot(EPS, correlation, color=COLOURS[0], label="rank correlation of the scores")
-    axes.plot(EPS, overlap, color=COLOURS[1], linestyle=(0, (5, 2)), label=f"overlap of the top {run.alpha:.0%}")
-    axes.axvline(own, color=INK, linewidth=1, label=f"this run: {own:g}")
+    figure, axes = _draw_agreement(run, EPS, *eps_curves(values, own, run.alpha))
+    axes.axvline(own, color=style.INK, linewidth=1, label=f"this run: {own:g}")
     middle = float(np.nanmedian(values.V_t))
-    axes.axvline(middle, color=FAINT, **DOTTED, label=f"median $V_t$: {middle:.2g}")
-    axes.set(xscale="log", xlabel="eps", ylabel=f"agreement with eps = {own:g}", ylim=_limits(correlation))
-    axes.set_title(run.name)
-    legend(figure, axes)
+    axes.axvline(middle, color=style.FAINT, **style.DOTTED, label=f"median $V_t$: {middle:.2g}")
+    axes.set(xscale="log", xlabel="eps", ylabel=f"agreement with eps = {own:g}")
     return figure
 
 
@@ -212,13 +168,50 @@ def own_eps(run: Run) -> float:
 
 def eps_curves(values: Statistics, own: float, alpha: float) -> tuple[np.ndarray, np.ndarray]:
     """Return for each of EPS the Spearman and the Jaccard of the top alpha with the score under `own`."""
-    return _agreement([gsnr(values, eps=float(value)) for value in EPS], gsnr(values, eps=own), alpha)
+    return agreement([gsnr(values, eps=float(value)) for value in EPS], gsnr(values, eps=own), alpha)
+
+
+def agreement(scores: Sequence[Scores], base: Scores, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the Spearman of each with `base`, NaN where not defined, and the Jaccard of their top alpha."""
+    size = int(alpha * len(base.score))
+    kept = best_first(base)[:size].tolist()
+    correlation = np.array([spearman(each.score, base.score) for each in scores], float)
+    return correlation, np.array([jaccard(kept, best_first(each)[:size].tolist()) for each in scores])
+
+
+def _agreement_records(
+    run: Run, name: str, values: Sequence[float], correlation: np.ndarray, overlap: np.ndarray
+) -> Records:
+    return [
+        {"run": run.name, name: value, "rank_correlation": float(c), "overlap": float(o)}
+        for value, c, o in zip(values, correlation, overlap, strict=True)
+    ]
+
+
+def _draw_agreement(
+    run: Run,
+    x: Sequence[float] | np.ndarray,
+    correlation: np.ndarray,
+    overlap: np.ndarray,
+    marks: Sequence[str] = ("", ""),
+) -> tuple[Figure, Axes]:
+    figure, (axes,) = style.panels(width=6.2, height=3.5)
+    axes.plot(x, correlation, f"{marks[0]}-", color=style.COLOURS[0], label="rank correlation of the scores")
+    axes.plot(x, overlap, f"{marks[1]}--", color=style.COLOURS[1], label=f"overlap of the top {run.alpha:.0%}")
+    axes.set_ylim(limits(correlation))
+    axes.set_title(run.name)
+    return figure, axes
+
+
+def limits(correlation: np.ndarray) -> tuple[float, float]:
+    """Return the limits of an axis that shows these correlations and shares."""
+    return float(np.fmin.reduce(correlation, initial=0.0)) - 0.02, 1.03
 
 
 # ------------------------------------------------------------------------------------------- seeds
 
 
-def _seed_records(material: Material) -> Sequence[Mapping[str, Any]]:
+def _seed_records(material: Material) -> Records:
     alpha, by_method = seed_agreement(material)
     return [
         {"method": method, "alpha": alpha, "pair": pair, "rank_correlation": c, "overlap": o}
@@ -232,19 +225,18 @@ def seeds(material: Material) -> Figure:
     """Each mark compares two seeds of one method on the same data. A method whose marks are near chance selects by
     luck. Random selection draws by scorer.seed, so it does not change with seed."""
     alpha, by_method = seed_agreement(material)
-    figure, (axes,) = panels(width=6.6, height=1.2 + 0.36 * len(by_method))
+    figure, (axes,) = style.panels(width=6.6, height=1.2 + 0.36 * len(by_method))
     for place, pairs in enumerate(by_method.values()):
         correlations, overlaps = zip(*pairs, strict=True)
-        style: Style = {"ms": 6, "alpha": 0.8}
-        axes.plot(np.array(correlations, float), [place - 0.13] * len(pairs), "o", color=COLOURS[0], **style)
-        axes.plot(overlaps, [place + 0.13] * len(pairs), "s", color=COLOURS[1], **style)
-    axes.plot([], [], "o", color=COLOURS[0], label="rank correlation of the scores")
-    axes.plot([], [], "s", color=COLOURS[1], label=f"overlap of the selections, alpha {alpha:g}")
+        options: Style = {"ms": 6, "alpha": 0.8}
+        axes.plot(np.array(correlations, float), [place - 0.13] * len(pairs), "o", color=style.COLOURS[0], **options)
+        axes.plot(overlaps, [place + 0.13] * len(pairs), "s", color=style.COLOURS[1], **options)
+    axes.plot([], [], "o", color=style.COLOURS[0], label="rank correlation of the scores")
+    axes.plot([], [], "s", color=style.COLOURS[1], label=f"overlap of the selections, alpha {alpha:g}")
     chance = alpha / (2 - alpha)
-    axes.axvline(chance, color=FAINT, **DOTTED, label=f"chance overlap {chance:.2f}")
-    name_rows(axes, list(by_method))
+    axes.axvline(chance, color=style.FAINT, **style.DOTTED, label=f"chance overlap {chance:.2f}")
+    style.name_rows(axes, list(by_method))
     axes.set(xlim=(min(-0.05, axes.get_xlim()[0]), 1.03), xlabel="agreement between two seeds")
-    legend(figure, axes)
     return figure
 
 
@@ -261,7 +253,7 @@ def seed_agreement(material: Material) -> tuple[float, dict[str, list[tuple[floa
         for one, other in itertools.combinations(group, 2):
             if one.data == other.data and one.record["seed"] != other.record["seed"]:
                 correlation = spearman(material.scores(one).score, material.scores(other).score)
-                agreement.setdefault(method, []).append((correlation, _overlap_of(material, one, other)))
+                agreement.setdefault(method, []).append((correlation, overlap_of(material, one, other)))
     if not agreement:
         raise Missing("no two runs of a method differ in the seed alone on the same data; sweep seed=0,1,2")
     return alpha, agreement

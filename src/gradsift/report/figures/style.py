@@ -1,4 +1,4 @@
-"""The look of all figures: colours that colour-blind readers can tell apart, each with a marker, a dash and a hatch.
+"""What all figures share: how they are declared, their colours and markers, and parts that several of them draw.
 
 Everything neutral is drawn in one of INK, FAINT, RULE and PAPER, and nothing else is: the page replaces these four in
 an SVG to suit a dark background. Text inside coloured cells is ON_LIGHT or ON_DARK, which are never replaced.
@@ -7,7 +7,7 @@ an SVG to suit a dark background. Text inside coloured cells is ON_LIGHT or ON_D
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,8 +19,11 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from gradsift.report.material import Material
+
 Format = Literal["png", "svg"]
 Style = dict[str, Any]  # keyword arguments of matplotlib
+Records = Sequence[Mapping[str, Any]]
 
 INK = "#1d1e21"  # text and lines
 FAINT = "#6c6e75"  # secondary text, ticks
@@ -42,37 +45,22 @@ DASHED: Style = {"linewidth": 1, "linestyle": (0, (4, 2))}  # lines to compare w
 DOTTED: Style = {"linewidth": 1, "linestyle": (0, (1, 1.5))}
 
 _SETTINGS: Style = {
+    **dict.fromkeys(("axes.labelcolor", "axes.titlecolor", "text.color"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), FAINT),
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), RULE),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
+    **dict.fromkeys((f"{axis}tick.{kind}.size" for axis in "xy" for kind in ("major", "minor")), 0),
+    **dict.fromkeys(("grid.linewidth", "hatch.linewidth", "patch.linewidth"), 0.6),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.6,
-    "text.color": INK,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "figure.facecolor": "none",
-    "figure.dpi": 100,
-    "legend.frameon": False,
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.6,
-    "hatch.linewidth": 0.6,
-    "patch.linewidth": 0.6,
     "svg.fonttype": "none",
     "svg.hashsalt": "gradsift",
 }
@@ -81,6 +69,43 @@ _SETTINGS: Style = {
 def styled() -> Any:
     """Return a context in which figures are made and drawn; the style does not leak out of it."""
     return rc_context(_SETTINGS)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A figure of the report. Call it with the material to draw it; it raises `Missing` if the files do not suffice.
+
+    The name of the drawing function is that of the figure's files, and its docstring is the caption.
+    """
+
+    title: str
+    draw: Callable[[Material], Figure]
+    records: Callable[[Material], Records] | None = None  # returns the numbers behind the figure, for a CSV file
+
+    @property
+    def name(self) -> str:
+        return self.draw.__name__
+
+    @property
+    def module(self) -> str:
+        return self.draw.__module__.rpartition(".")[2]
+
+    @property
+    def caption(self) -> str:
+        return " ".join((self.draw.__doc__ or "").split())
+
+    def __call__(self, material: Material) -> Figure:
+        with styled():
+            figure = self.draw(material)
+            add_legend(figure)
+        return figure
+
+
+def report_figure(
+    title: str, records: Callable[[Material], Records] | None = None
+) -> Callable[[Callable[[Material], Figure]], Entry]:
+    """Return a decorator that makes a drawing function a figure of the report."""
+    return lambda draw: Entry(title, draw, records)
 
 
 def panels(columns: int = 1, rows: int = 1, *, width: float = 7.2, height: float = 3.2) -> tuple[Figure, list[Axes]]:
@@ -111,12 +136,13 @@ def looks_of(names: Iterable[str]) -> dict[str, Look]:
     return looks
 
 
-def legend(figure: Figure, *axes: Axes) -> None:
-    """Put the legend of all `axes` below the figure, in as many columns as fit, without shrinking the axes."""
+def add_legend(figure: Figure) -> None:
+    """Put the legend of all panels without one below the figure, in as many columns as fit, without shrinking them."""
     entries: dict[str, Any] = {}
-    for panel in axes:
-        handles, labels = panel.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
+    for panel in figure.axes:
+        if panel.get_legend() is None:
+            handles, labels = panel.get_legend_handles_labels()
+            entries |= dict(zip(labels, handles, strict=True))
     if entries:
         width = 0.5 + 0.085 * max(map(len, entries))  # inches of a column
         columns = max(1, min(len(entries), int(figure.get_figwidth() / width)))

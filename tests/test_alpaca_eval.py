@@ -21,7 +21,7 @@ from endpoint import Endpoint
 from gradsift.config import AlpacaEvalJudgeConfig
 from gradsift.errors import ConfigError
 from gradsift.evaluation.benchmarks import Item
-from gradsift.evaluation.chat import ChatClient, Terms
+from gradsift.evaluation.chat import ChatClient
 from gradsift.evaluation.generation import model_outputs
 from gradsift.evaluation.judges import DryRun, JudgeError, JudgeRequest, Reply
 from gradsift.evaluation.judges import alpaca_eval as judge_module
@@ -29,7 +29,7 @@ from gradsift.evaluation.judges.alpaca_eval import AlpacaEvalJudge, render
 from gradsift.evaluation.judges.annotators import PARSERS, Annotator, read_annotator, shipped
 from gradsift.evaluation.judgments import judge_pairs
 from gradsift.evaluation.pws import outcomes_of
-from gradsift.evaluation.replies import Replies
+from gradsift.evaluation.replies import Replies, Terms
 
 WEIGHTED = "weighted_alpaca_eval_gpt4_turbo"
 KINDS = [  # one of each kind of prompt, parameters and parser

@@ -27,10 +27,10 @@ from endpoint import NOW, Answer, Endpoint
 from gradsift.config import OpenaiJudgeConfig
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation import chat as chat_module
-from gradsift.evaluation.chat import ChatClient, Terms, estimated_tokens
+from gradsift.evaluation.chat import ChatClient, estimated_tokens
 from gradsift.evaluation.chat_protocol import retry_after
 from gradsift.evaluation.judges import DryRun, JudgeError
-from gradsift.evaluation.replies import CapReached, Completion, Replies, Usage
+from gradsift.evaluation.replies import CapReached, Completion, Replies, Terms, Usage
 
 Client = Callable[..., ChatClient]
 KEY = "sk-very-secret-0123456789"
@@ -117,8 +117,8 @@ def test_requests_run_side_by_side_up_to_the_limit(endpoint: Endpoint, client: C
 RUN = """
 import sys, time
 from pathlib import Path
-from gradsift.evaluation.chat import ChatClient, Terms
-from gradsift.evaluation.replies import Replies
+from gradsift.evaluation.chat import ChatClient
+from gradsift.evaluation.replies import Replies, Terms
 
 store, address, count, reading, word, concurrency, max_calls = sys.argv[1:]
 client = ChatClient(
@@ -562,17 +562,17 @@ def test_a_pending_request_is_not_sent_twice_and_keeps_its_place_under_the_cap(t
     """The second process waits, because the first may cost less than its estimate."""
     first, second = (Replies(tmp_path / "replies.sqlite") for _ in range(2))
     terms, estimate = Terms(price_input=1e6, price_output=1e6, max_usd=10), Usage(4, 4, estimated_calls=1)
-    assert first.claim("a", "s", estimate, terms.exceeded) == "send"
-    assert second.claim("a", "s", estimate, Terms().exceeded) == "wait"  # the same request
-    assert second.claim("b", "s", estimate, terms.exceeded) == "wait"  # 16 USD, if none costs less
+    assert first.claim("a", "s", estimate, terms) == "send"
+    assert second.claim("a", "s", estimate, Terms()) == "wait"  # the same request
+    assert second.claim("b", "s", estimate, terms) == "wait"  # 16 USD, if none costs less
     first.keep("a", Completion("7"), "s", Usage(1, 1))
-    assert second.claim("a", "s", estimate, terms.exceeded) == "stored"
-    assert second.claim("b", "s", estimate, terms.exceeded) == "send"
+    assert second.claim("a", "s", estimate, terms) == "stored"
+    assert second.claim("b", "s", estimate, terms) == "send"
     second.release("b", "s", estimate)
     second.release("b", "s", estimate)  # charged once
     assert first.spent("s") == second.spent("s") == Usage(5, 5, calls=2, estimated_calls=1)
     with pytest.raises(CapReached, match=r"judge\.max_usd=10"):
-        first.claim("c", "s", Usage(1, 0), terms.exceeded)
+        first.claim("c", "s", Usage(1, 0), terms)
 
 
 def test_a_file_of_an_earlier_version_is_read(endpoint: Endpoint, client: Client, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from gradsift.data.download import LOOPBACK
 from gradsift.errors import ConfigError
 from gradsift.evaluation.chat_protocol import GO_ON, Failure, Messages, failure_of_status, read_completion
 from gradsift.evaluation.judges import DryRun, JudgeError, content_hash
-from gradsift.evaluation.replies import CapReached, Completion, Replies, Usage
+from gradsift.evaluation.replies import CapReached, Completion, Replies, Terms, Usage
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -54,32 +54,6 @@ class Answer(Generic[Value]):
     text: str
     value: Value | None
     reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Terms:
-    """Prices in USD per million tokens (None: unknown) and caps on the spending of one scope."""
-
-    price_input: float | None = None
-    price_output: float | None = None
-    max_usd: float | None = None  # needs both prices
-    max_calls: int | None = None
-    dry_run: bool = False
-
-    def usd(self, prompt_tokens: int, completion_tokens: int) -> float | None:
-        """Return the price of the tokens; None if it is unknown."""
-        if self.price_input is None or self.price_output is None:
-            return None
-        return (prompt_tokens * self.price_input + completion_tokens * self.price_output) / 1e6
-
-    def exceeded(self, total: Usage) -> str | None:
-        """Return the cap that spending `total` would break, as it is set; None if it fits."""
-        if self.max_calls is not None and total.calls > self.max_calls:
-            return f"judge.max_calls={self.max_calls}"
-        usd = self.usd(total.prompt_tokens, total.completion_tokens)
-        if self.max_usd is not None and usd is not None and usd > self.max_usd:
-            return f"judge.max_usd={self.max_usd:g}"
-        return None
 
 
 @dataclass(frozen=True)
@@ -197,10 +171,9 @@ class ChatClient:
     def _send_all(
         self, job: _Job[Value], groups: Sequence[list[int]], works: bool
     ) -> Iterator[tuple[list[int], Answer[Value]]]:
-        """Yield groups of equal prompts with their answer, in the order of arrival.
+        """Yield groups of equal prompts with their answer, in the order of arrival, and refused prompts at the end.
 
-        Refusals are held back until a reply shows that the endpoint works: if one wrong option makes it refuse every
-        prompt, none may be recorded as invalid.
+        If the endpoint has answered no prompt, refusals are an error: one wrong option may make it refuse all prompts.
 
         Args:
             works: whether the endpoint has answered such requests before.
@@ -209,55 +182,49 @@ class ChatClient:
         # a daemon: Ctrl-C must not wait for requests that hang
         threading.Thread(target=self._run, args=(job, groups, arrived, stop), daemon=True).start()
         left = set(range(len(groups)))
-        streak: list[tuple[int, Failure]] = []  # failures since the last reply
+        refused: list[tuple[int, Failure]] = []
         failed: list[Failure] = []
-        fatal: Exception | None = None
-
-        def end_streak() -> Iterator[tuple[list[int], Answer[Value]]]:
-            for number, failure in streak:
-                if failure.kind == "refused":
-                    left.discard(number)
-                    yield groups[number], Answer(str(failure), None, failure.reason)
-                else:
-                    failed.append(failure)
-            streak.clear()
-
+        streak = 0  # failures since the last reply
+        problem: Exception | str | None = None
         try:
             while (result := arrived.get()) is not None:
                 number, outcome = result
                 if isinstance(outcome, Answer):
-                    yield from end_streak()
+                    streak, works = 0, True
                     left.discard(number)
                     yield groups[number], outcome
                 elif isinstance(outcome, Failure) and outcome.kind != "final":
-                    streak.append((number, outcome))
-                    if len(streak) >= self._give_up and fatal is None:
+                    streak += 1
+                    if outcome.kind == "refused":
+                        refused.append((number, outcome))
+                    else:
+                        failed.append(outcome)
+                    if streak >= self._give_up and problem is None:
                         stop.set()
-                        tries = f"judge.give_up={self._give_up}, judge.retries={self._retries}"
-                        message = f"gave up after {len(streak)} requests in a row that failed for good ({tries})"
-                        fatal = JudgeError(f"{message}, the last one: {outcome}; {outcome.remedy}")
+                        problem = (
+                            f"gave up after {streak} requests in a row that failed for good (judge.give_up="
+                            f"{self._give_up}, judge.retries={self._retries}), the last one: {outcome.advice}"
+                        )
                 else:
-                    fatal = fatal or outcome
+                    problem = problem or outcome
         finally:
             stop.set()
-        works = works or self._replies.spent(job.scope).calls > 0
-        if fatal is None and streak and not works and all(failure.kind == "refused" for _, failure in streak):
-            fatal = JudgeError(f"every prompt is refused: {streak[-1][1]}; {streak[-1][1].remedy}")
-        if fatal is None:
-            yield from end_streak()
-        if isinstance(fatal, CapReached):
-            fatal = self._cap_error(fatal, job, [groups[number] for number in left])
-        elif isinstance(fatal, JudgeError | Failure):
-            text = f"{fatal}; {fatal.remedy}" if isinstance(fatal, Failure) else str(fatal)
-            done = len(groups) - len(left)
-            fatal = JudgeError(f"{self.name}: {text} ({done} of {len(groups)} requests are answered)")
-        if fatal is not None:
-            raise fatal from None
-        if failed:
-            raise JudgeError(
-                f"{self.name}: {len(failed)} of {len(groups)} requests failed for good, with judge.retries="
-                f"{self._retries}: {failed[-1]}; {failed[-1].remedy}"
-            )
+        if problem is None and refused and not failed and not works and not self._replies.spent(job.scope).calls:
+            problem = f"every prompt is refused: {refused[-1][1].advice}"
+        if problem is None:
+            yield from ((groups[number], Answer(str(failure), None, failure.reason)) for number, failure in refused)
+        if problem is None and failed:
+            count = f"{len(failed)} of {len(groups)} requests failed for good"
+            problem = f"{count}, with judge.retries={self._retries}: {failed[-1].advice}"
+        if isinstance(problem, CapReached):
+            problem = self._cap_message(problem, job, [groups[number] for number in left])
+        if isinstance(problem, Failure):
+            problem = problem.advice
+        if isinstance(problem, str):
+            answered = f"{len(groups) - len(left)} of {len(groups)} requests are answered"
+            raise JudgeError(f"{self.name}: {problem} ({answered})")
+        if problem is not None:
+            raise problem
 
     def _run(self, job: _Job[Value], groups: Sequence[list[int]], arrived: SimpleQueue[Any], stop: Any) -> None:
         """Put the number of each group with its answer or exception into `arrived`, and None at the end."""
@@ -312,7 +279,7 @@ class ChatClient:
         estimate = Usage(estimated_tokens(messages), self.parameters["max_tokens"], estimated_calls=1)
         for retry in itertools.count():
             await _sleep(self._paused_until - time.monotonic(), stop)
-            while (claim := self._replies.claim(key, job.scope, estimate, self._terms.exceeded)) == "wait":
+            while (claim := self._replies.claim(key, job.scope, estimate, self._terms)) == "wait":
                 await _sleep(_POLL, stop)
             if claim == "stored":
                 return
@@ -376,14 +343,14 @@ class ChatClient:
             f"{reply_tokens:,} reply tokens; {price}"
         )
 
-    def _cap_error(self, reached: CapReached, job: _Job[Value], left: Sequence[list[int]]) -> JudgeError:
+    def _cap_message(self, reached: CapReached, job: _Job[Value], left: Sequence[list[int]]) -> str:
         spent = self.spent(job.scope)
         money = "" if spent["usd"] is None else f" for {spent['usd']:.4g} USD"
         _, cost = self._plan([job.prompts[positions[0]] for positions in left])
-        return JudgeError(
-            f"{self.name}: the spending cap {reached.option} is reached: this stage has sent {spent['calls']:,} "
-            f"requests{money}; {len(left):,} prompts are left ({cost}); raise {reached.option.split('=')[0]} and give "
-            "the same command again: the replies so far are kept and cost nothing more"
+        return (
+            f"the spending cap {reached.option} is reached: this stage has sent {spent['calls']:,} requests{money}; "
+            f"{len(left):,} prompts are left ({cost}); raise {reached.option.split('=')[0]} and give the same command "
+            "again: the replies so far are kept and cost nothing more"
         )
 
     def _key_of(self, messages: Messages, attempt: int) -> str:

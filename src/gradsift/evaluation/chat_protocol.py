@@ -37,7 +37,8 @@ class Failure(Exception):
         wait: float | None = None,
     ) -> None:
         super().__init__(message)
-        self.kind, self.remedy, self.reason, self.charged, self.wait = kind, remedy, reason, charged, wait
+        self.kind, self.reason, self.charged, self.wait = kind, reason, charged, wait
+        self.advice = f"{message}; {remedy}"
 
 
 def read_completion(

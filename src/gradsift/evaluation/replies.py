@@ -67,6 +67,32 @@ class Usage:
         )
 
 
+@dataclass(frozen=True)
+class Terms:
+    """Prices in USD per million tokens (None: unknown) and caps on the spending of one scope."""
+
+    price_input: float | None = None
+    price_output: float | None = None
+    max_usd: float | None = None  # needs both prices
+    max_calls: int | None = None
+    dry_run: bool = False
+
+    def usd(self, prompt_tokens: int, completion_tokens: int) -> float | None:
+        """Return the price of the tokens; None if it is unknown."""
+        if self.price_input is None or self.price_output is None:
+            return None
+        return (prompt_tokens * self.price_input + completion_tokens * self.price_output) / 1e6
+
+    def exceeded(self, total: Usage) -> str | None:
+        """Return the cap that spending `total` would break, as it is set; None if it fits."""
+        if self.max_calls is not None and total.calls > self.max_calls:
+            return f"judge.max_calls={self.max_calls}"
+        usd = self.usd(total.prompt_tokens, total.completion_tokens)
+        if self.max_usd is not None and usd is not None and usd > self.max_usd:
+            return f"judge.max_usd={self.max_usd:g}"
+        return None
+
+
 class CapReached(Exception):
     """The next request may cost more than a cap allows; `option` is the cap as it is set."""
 
@@ -118,14 +144,12 @@ class Replies:
         self._say(f"  a reply in {self.path.name} cannot be read; it is requested again")
         return None
 
-    def claim(
-        self, key: str, scope: str, estimate: Usage, exceeded: Callable[[Usage], str | None]
-    ) -> Literal["send", "wait", "stored"]:
+    def claim(self, key: str, scope: str, estimate: Usage, terms: Terms) -> Literal["send", "wait", "stored"]:
         """Reserve a request before it is sent.
 
         Args:
             estimate: the most that the request may cost.
-            exceeded: returns the cap that a scope's spending would break, or None.
+            terms: the caps on the scope's spending.
 
         Returns:
             "send": the caller must send the request, then call `keep` or `release`. "wait": call again later, because
@@ -142,7 +166,7 @@ class Replies:
             if self._connection.execute("SELECT 1 FROM pending WHERE key = ?", (key,)).fetchone():
                 return "wait"
             spent, pending = (self._sum(table, scope) for table in ("sent", "pending"))
-            cap = exceeded(spent + pending + estimate)
+            cap = terms.exceeded(spent + pending + estimate)
             if cap is None:
                 row = (key, self._owner, scope, estimate.prompt_tokens, estimate.completion_tokens)
                 self._connection.execute("INSERT INTO pending VALUES (?, ?, ?, ?, ?)", row)

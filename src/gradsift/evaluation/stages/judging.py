@@ -20,7 +20,7 @@ from gradsift.config import (
 from gradsift.data.verifiable import answers_match
 from gradsift.errors import ConfigError
 from gradsift.evaluation.bias import length_bias, position_bias
-from gradsift.evaluation.chat import ChatClient, Terms
+from gradsift.evaluation.chat import ChatClient
 from gradsift.evaluation.generation import OUTPUTS_FILE, read_model_outputs
 from gradsift.evaluation.judges import Rater
 from gradsift.evaluation.judges.alpaca_eval import AlpacaEvalJudge
@@ -32,7 +32,7 @@ from gradsift.evaluation.judges.wording import judge_wording, rating_wording
 from gradsift.evaluation.judgments import judge_pairs, read_judgments
 from gradsift.evaluation.matching import MATCHERS
 from gradsift.evaluation.pws import read_pws, summarise, write_pws
-from gradsift.evaluation.replies import Replies
+from gradsift.evaluation.replies import Replies, Terms
 from gradsift.journal import Journal
 from gradsift.runtime import Runtime
 from gradsift.sources import Source

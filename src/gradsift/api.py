@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 import json
 import re
@@ -121,12 +120,15 @@ def select(
     """
     with tempfile.TemporaryDirectory(prefix="gradsift-rows-") as folder:
         path = Path(rows) if isinstance(rows, str | Path) else _written(rows, Path(folder) / "rows.jsonl")
-        chosen = {"alpha": alpha, "proxy": proxy, **({} if artifacts is None else {"artifacts": artifacts})}
-        overrides = ["data=json", f"data.path={_spelt('rows', path)}", "stop_after=selection", "tracker=none"]
+        chosen = {"data__path": path, "alpha": alpha, "proxy": proxy}
+        chosen |= {} if artifacts is None else {"artifacts": artifacts}
+        overrides = ["data=json", "stop_after=selection", "tracker=none"]
         constants = {}
         if callable(method):
             constants = {name[8:]: options.pop(name) for name in list(options) if name.startswith("scorer__")}
-            name = _spelt("method", _function_name(method))
+            if not inspect.isfunction(method) or method.__name__ == "<lambda>":
+                raise ConfigError(f"method={method!r} is no function with a name; define one with def, and pass that")
+            name = _spelt("method", method.__name__)
             overrides += ["~scorer", f"+scorer={{_target_: {name}, name: {name}}}"]
         else:
             overrides.append(_chosen(method))
@@ -153,10 +155,10 @@ def _selected(
 
     display = Display(Console(stderr=True, highlight=False, quiet=not progress))
     view = RunView(display=display)
-    threads = torch.get_num_threads()
-    prepare(config)
     store = Store(Path(config.artifacts), display.say, view.stage_done, view.at_work)
+    threads = torch.get_num_threads()
     try:
+        prepare(config)
         with guarded(store.root, "the selection", nameless=False):
             line = Line(config, Runtime(store, config.compute, display, config.seed))
             if function is not None:
@@ -173,19 +175,9 @@ def _scorer(function: Any, constants: Mapping[str, Any], known: Sequence[str]) -
     from gradsift.function_code import code_hash
     from gradsift.sources import method_of
 
-    name = _function_name(function)
-    if isinstance(function, functools.partial):
-        function, constants = function.func, {**function.keywords, **constants}
     target = f"{function.__module__}.{function.__qualname__}"
     code = "" if target.startswith("gradsift.") else code_hash(function)
-    return method_of("scorer", name, function, constants, known, target=target, code=code)
-
-
-def _function_name(function: Callable[..., Any]) -> str:
-    inner = function.func if isinstance(function, functools.partial) and not function.args else function
-    if not inspect.isfunction(inner) or inner.__name__ == "<lambda>":
-        raise ConfigError(f"method={function!r} is no function with a name; define one with def, and pass that")
-    return inner.__name__
+    return method_of("scorer", function.__name__, function, constants, known, target=target, code=code)
 
 
 def _read(rows: Any, line: Line, scored: Artifact, selected: Artifact) -> Selection:

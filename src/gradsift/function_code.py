@@ -2,7 +2,8 @@
 
 A function of a notebook or a script has no file that could stand for it, and its text does not show the values that
 it reads from around it. So its bytecode is hashed, with its defaults, its closure and the global names that it reads;
-other functions of the user among these are hashed the same way.
+other functions of the user among these are hashed the same way. Another version of Python has other bytecode, and so
+another hash.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
-from types import BuiltinFunctionType, CodeType, EllipsisType, FunctionType, ModuleType
+from types import CodeType, EllipsisType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ def _described(value: Any, name: str, seen: set[int]) -> Iterator[str]:
             yield from _described(item, name, seen)
     elif isinstance(value, ModuleType):
         yield f"module {value.__name__}"
-    elif isinstance(value, BuiltinFunctionType | np.ufunc | FunctionType | type) and _is_installed(value):
+    elif hasattr(value, "__name__") and _is_installed(value):
         yield f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
     elif isinstance(value, FunctionType):
         if id(value) not in seen:  # it may call itself
@@ -65,6 +66,8 @@ def _described(value: Any, name: str, seen: set[int]) -> Iterator[str]:
 
 def _is_installed(value: Any) -> bool:
     """Return whether a function or class comes with Python or with a package, so that its name stands for it."""
+    if not isinstance(getattr(value, "__self__", None), ModuleType | type | None):
+        return False  # a method of an object, which has a state
     module = getattr(value, "__module__", None) or "builtins"
     if module.startswith("gradsift."):
         return True

@@ -39,7 +39,8 @@ from benchmarks.workload import alpaca_rows, gemm_peak, gpt2, interleaved, merge
 from gradsift.config import ComputeConfig, LoraConfig
 from gradsift.data.batching import Batch, collate, epoch_batches
 from gradsift.data.tokens import Encoded
-from gradsift.gradients.callback import GradientNorms, collect_norms
+from gradsift.gradients.callback import GradientNormCallback
+from gradsift.proxy.collection import collect_norms
 from gradsift.training import lora
 from gradsift.training.device import TokenBudget
 from gradsift.training.finetuning import fit
@@ -120,7 +121,7 @@ def train(adapted: Any, rounds: Round, number: int, with_norms: bool) -> tuple[f
     clock, plan, rows = Clock(), rounds.plan(number), rounds.rows(number)
     budget = TokenBudget.of(adapted.get_base_model(), None, print)
     module = ProxyMember(adapted, Optimization(1e-12, 0.0, "constant", 0, len(plan)), budget, pad_id=0)
-    norms = GradientNorms(adapted, rows)
+    norms = GradientNormCallback()
     fit(
         module,
         rounds.pool,
@@ -130,14 +131,14 @@ def train(adapted: Any, rounds: Round, number: int, with_norms: bool) -> tuple[f
     )
     if not with_norms:
         return clock.seconds, None
-    table = norms.table()
+    table = norms.records.columns(rows)
     return clock.seconds, np.stack([table["norm_A"], table["norm_B"]], 1)
 
 
 def epoch_end(adapted: Any, rounds: Round, number: int) -> float:
     budget = TokenBudget.of(adapted.get_base_model(), None, print)
     started = time.perf_counter()
-    collect_norms(adapted, rounds.rows(number), budget, 0, torch.device("cpu"))
+    collect_norms(adapted, rounds.rows(number), budget, 0, CPU)
     return time.perf_counter() - started
 
 

@@ -20,11 +20,11 @@ from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, LoraConfig, ProxyConfig
 from gradsift.data.tokens import ENCODING, Encoded
 from gradsift.errors import ConfigError
-from gradsift.gradients.callback import COLUMNS, collect_norms
 from gradsift.gradients.norms_table import read_norms
+from gradsift.gradients.records import COLUMNS
 from gradsift.gradients.statistics import compute_statistics
 from gradsift.journal import Journal
-from gradsift.proxy.collection import _mask_seed
+from gradsift.proxy.collection import _mask_seed, collect_norms
 from gradsift.proxy.ensemble import ensemble_norms, epoch_plan, member_settings, train_adapters
 from gradsift.proxy.epochs import EpochStart, ProxyInputs, train_epoch
 from gradsift.runtime import Runtime
@@ -34,7 +34,7 @@ from gradsift.training.device import TokenBudget
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
-CPU = torch.device("cpu")
+CPU = ComputeConfig(device="cpu")
 MODES = {"lora_seeds": 0.0, "bootstrap": 0.0, "mc_dropout": 0.3}  # with a lora.dropout that suits them
 NEW = ["bootstrap", "mc_dropout"]
 
@@ -271,7 +271,7 @@ def dropping_model(architecture: str, dropout: float) -> Any:
 
 def under_masks(adapted: Any, examples: list[Encoded], seed: int, tokens: int = 4096) -> np.ndarray:
     """norm_A, norm_B, loss, (N, 3), as the members of mc_dropout have them."""
-    columns = collect_norms(adapted, examples, TokenBudget(tokens), 0, CPU, masks=seed).columns()
+    columns = collect_norms(adapted, examples, TokenBudget(tokens), 0, CPU, masks=seed)
     return np.stack([columns[name] for name in COLUMNS], 1)
 
 
@@ -304,7 +304,7 @@ def test_norms_under_dropout_are_those_of_one_example_under_the_same_masks(archi
 def test_a_pass_under_masks_leaves_the_mode_and_a_pass_without_them_drops_nothing() -> None:
     adapted, examples = dropping_model("gpt2", 0.4), ragged_examples()
     assert not np.allclose(under_masks(adapted, examples, 1), under_masks(adapted, examples, 2), rtol=1e-2)
-    passes = [collect_norms(adapted, examples, TokenBudget(4096), 0, CPU).columns() for _ in "ab"]
+    passes = [collect_norms(adapted, examples, TokenBudget(4096), 0, CPU) for _ in "ab"]
     assert all(np.array_equal(passes[0][name], passes[1][name]) for name in COLUMNS)
     assert all(layer.lora_dropout.training for _, layer in lora.lora_layers(adapted))
 
@@ -355,7 +355,7 @@ def test_a_pass_under_masks_that_was_cut_short_draws_on_as_one_that_was_not(tmp_
         collect_norms(adapted, examples, TokenBudget(30), 0, CPU, stops, **options)
     torch.manual_seed(99)
     options = {"masks": 3, "journal": Journal(tmp_path)}
-    found = collect_norms(adapted, examples, TokenBudget(30), 0, CPU, **options).columns()
+    found = collect_norms(adapted, examples, TokenBudget(30), 0, CPU, **options)
     assert np.array_equal(np.stack([found[name] for name in COLUMNS], 1), whole)
 
 

@@ -28,9 +28,11 @@ from gradsift.data.examples import Example
 from gradsift.data.formats import parse_rows
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
-from gradsift.gradients.callback import COLUMNS, Collected, GradientNorms, collect_norms
+from gradsift.gradients.callback import GradientNormCallback
 from gradsift.gradients.norms import PerSampleNorms
 from gradsift.gradients.norms_table import read_norms
+from gradsift.gradients.records import COLUMNS, NormRecords
+from gradsift.proxy.collection import collect_norms
 from gradsift.proxy.ensemble import member_settings, train_member_epoch
 from gradsift.proxy.epochs import ProxyInputs
 from gradsift.runtime import Display, Runtime, derive_seed
@@ -347,14 +349,14 @@ def test_norms_during_training_are_those_of_each_steps_weights(architecture: str
     plan = [[4, 0, 7], [1, 8], [2, 3, 5, 6]]
     rate = optimization(schedule="linear", warmup_steps=1, total_steps=4)
     adapted = adapted_model(architecture, ["all-linear"])
-    norms = GradientNorms(adapted, encoded)
+    norms = GradientNormCallback()
     train(adapted, encoded, plan, optimization=rate, callbacks=[norms])
 
     expected = np.empty((9, 3))
     steps = exact_steps(adapted_model(architecture, ["all-linear"]), encoded, plan, rate)
     for rows, exact in zip(plan, steps, strict=False):
         expected[rows] = loop_norms(exact, [encoded[row] for row in rows])
-    found = np.stack([norms.table()[name] for name in COLUMNS], 1)
+    found = np.stack([norms.records.columns(encoded)[name] for name in COLUMNS], 1)
     assert_norms_close(found, expected)
     final = loop_norms(next(steps), encoded)
     assert np.abs(final / expected - 1).max() > 0.01  # or the weights hardly moved, and nothing was tested
@@ -389,7 +391,7 @@ def test_norms_of_a_loaded_model_are_those_of_plain_transformers_and_peft(archit
 
 
 def collected(adapted: Any, encoded: Sequence[Encoded], tokens: int = 4096) -> np.ndarray:
-    found = collect_norms(adapted, encoded, TokenBudget(tokens), 0, torch.device("cpu")).columns()
+    found = collect_norms(adapted, encoded, TokenBudget(tokens), 0, CPU)
     return np.stack([found[name] for name in COLUMNS], 1)
 
 
@@ -398,26 +400,26 @@ def test_what_is_collected_stands_in_the_examples_order_whatever_the_batches() -
         dataclasses.replace(example, row=row) for example, row in zip(ragged_examples(4), (7, 2, 9, 4), strict=True)
     ]
     batches = [([9], [90.0]), ([4, 7], [40.0, 70.0]), ([2], [20.0])]
-    found = Collected(encoded)
+    records = NormRecords()
     for rows, values in batches:
         column = torch.tensor(values)
-        found.add(torch.tensor(rows), column, column + 1, column + 2)
-    columns = found.columns()
+        records.add(torch.tensor(rows), 0, column, column + 1, column + 2)
+    columns = records.columns(encoded)
     assert [columns[name].tolist() for name in COLUMNS] == [
         [70, 20, 90, 40],
         [71, 21, 91, 41],
         [72, 22, 92, 42],
     ]
-    found.add(torch.tensor([2]), *torch.zeros(3, 1))
+    records.add(torch.tensor([2]), 0, *torch.zeros(3, 1))
     with pytest.raises(GradsiftError, match="5 gradient norms for 4 examples"):
-        found.columns()
+        records.columns(encoded)
 
 
 def test_a_norm_that_is_not_finite_is_named_by_its_row_of_the_source() -> None:
-    found = Collected(ragged_examples(2))
-    found.add(torch.tensor([1, 0]), torch.tensor([torch.inf, 1.0]), torch.ones(2), torch.ones(2))
+    records = NormRecords()
+    records.add(torch.tensor([1, 0]), 0, torch.tensor([torch.inf, 1.0]), torch.ones(2), torch.ones(2))
     with pytest.raises(GradsiftError, match="gradient norm of row 11 is not finite"):
-        found.columns()
+        records.columns(ragged_examples(2))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -448,7 +450,7 @@ def test_dropout_is_off_in_a_collection_pass() -> None:
 
 def test_a_norm_that_is_not_finite_names_the_row_of_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded, adapted = ragged_examples(3), adapted_model("gpt2", ["c_attn"])
-    norms = GradientNorms(adapted, encoded)
+    norms = GradientNormCallback()
     take = PerSampleNorms.take
 
     def poisoned_take(norms: PerSampleNorms, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -468,21 +470,21 @@ def test_a_norm_that_is_not_finite_names_the_row_of_the_source(monkeypatch: pyte
 @pytest.mark.parametrize("plan", [[[0, 1], [2]], [[0, 1], [2, 3], [3]]])
 def test_an_example_without_exactly_one_norm_is_an_error(plan: list[list[int]]) -> None:
     encoded, adapted = ragged_examples(4), adapted_model("gpt2", ["c_attn"])
-    norms = GradientNorms(adapted, encoded)
+    norms = GradientNormCallback()
     train(adapted, encoded, plan, callbacks=[norms])
     with pytest.raises(GradsiftError, match="exactly one"):
-        norms.table()
+        norms.records.columns(encoded)
 
 
 @pytest.mark.parametrize("collect", ["epoch_end", "during_training"])
 def test_bfloat16_runs_on_the_cpu_and_its_norms_are_finite_float32(collect: str) -> None:
     encoded = ragged_examples(6)
     adapted = lora.add_adapter(tiny_model("llama").to(torch.bfloat16), LoraConfig(rank=2), seed=1)
-    norms = GradientNorms(adapted, encoded)
+    norms = GradientNormCallback()
     compute = ComputeConfig(device="cpu", precision="bfloat16")
     train(adapted, encoded, [[0, 1, 2], [3, 4, 5]], callbacks=[norms], compute=compute)
     assert {value.dtype for value in weights_of(adapted).values()} == {torch.float32}
-    table = norms.table()
+    table = norms.records.columns(encoded)
     found = np.stack([table[name] for name in COLUMNS], 1)
     if collect == "epoch_end":
         found = collected(adapted, encoded)
@@ -573,7 +575,7 @@ def python_handler() -> Iterator[None]:
 @pytest.mark.parametrize("real_signal", [True, False])
 def test_ctrl_c_surfaces_and_the_next_one_works_again(real_signal: bool) -> None:
     encoded, adapted = ragged_examples(2), adapted_model("gpt2", ["c_attn"])
-    norms = GradientNorms(adapted, encoded)
+    norms = GradientNormCallback()
     with pytest.raises(KeyboardInterrupt):
         train(adapted, encoded, [[0], [1]], callbacks=[norms, CtrlC(real_signal)])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -40,8 +40,8 @@ from gradsift.cost import counting, passed
 from gradsift.data.examples import Example
 from gradsift.data.tokens import Encoded, encode
 from gradsift.errors import ConfigError, GradsiftError
-from gradsift.gradients.callback import COLUMNS
 from gradsift.gradients.norms_table import read_norms
+from gradsift.gradients.records import COLUMNS
 from gradsift.launch import node_of, on_all_ranks
 from gradsift.proxy.collection import collect_rows
 from gradsift.proxy.ensemble import epoch_plan, member_settings, train_member_epoch

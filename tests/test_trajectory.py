@@ -16,10 +16,10 @@ from test_norms import ragged_examples, tiny_model
 from torch import nn
 
 from gradsift.config import ComputeConfig, LoraConfig
+from gradsift.gradients.probes import ADAPTER
 from gradsift.proxy.ensemble import train_adapters
 from gradsift.proxy.trajectory import DIMENSIONS, POINTS, Trajectory
 from gradsift.training import lora
-from gradsift.training.adapted import ADAPTER
 from gradsift.training.curves import TRAJECTORY_FILE, read_trajectory
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]

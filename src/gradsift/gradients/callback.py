@@ -1,168 +1,267 @@
-"""Per-sample gradient norms of all examples: from the steps of a training epoch, or by a pass at fixed weights.
+"""Callbacks that collect the gradient norm of every example while a model with LoRA adapters trains.
 
-`GradientNorms` is the Lightning callback of `proxy.collect=during_training`: the norms come from the training
-steps' own backward passes, at weights that move during the epoch; no extra pass. `collect_norms` is the pass of
-`proxy.collect=epoch_end`: at the fixed weights theta^(m,e), dropout off, which is the paper's g_i^(m,e).
+`GradientNormCallback` works in any Lightning `Trainer`, `GradientNormTrainerCallback` in transformers' `Trainer` and in
+TRL's `SFTTrainer`. The norms come from the training's own backward passes, at the weights of each step, and no pass is
+added. Both attach their probes when the training starts and remove them when it ends.
+
+The norm that they report is that of the gradient of one example's own loss, whatever the trainer divides the loss of a
+batch by: |grad L_i|, where L_i is the mean over the example's labelled tokens (transformers, TRL, and Lightning with
+`reduction="token_mean"`), or the loss of the example that the module averages or sums over the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from transformers import TrainerCallback
 
-from gradsift.data.batching import collate
-from gradsift.data.tokens import Encoded
-from gradsift.errors import GradsiftError
+from gradsift.errors import ConfigError, GradsiftError
 from gradsift.gradients.norms import PerSampleNorms
-from gradsift.journal import Journal
-from gradsift.runtime import Advance, derive_seed
-from gradsift.training import lora, parallel
-from gradsift.training.device import TokenBudget
-from gradsift.training.finetuning import require_finite
-from gradsift.training.modules import ResponseLosses
+from gradsift.gradients.records import NormRecords
 
-COLUMNS = ("norm_A", "norm_B", "loss")
+REDUCTIONS = ("mean", "token_mean", "sum")
+_IGNORED = -100  # transformers' label of a token without a loss
 
 
-class GradientNorms(L.Callback):
-    """Collects `norm_A`, `norm_B` and `loss` of every example while it is trained on, in the order of `encoded`."""
+class GradientNormCallback(L.Callback):
+    """Collects per-sample gradient norms in a Lightning `Trainer`.
 
-    def __init__(self, adapted: Any, encoded: Sequence[Encoded]) -> None:
-        self._norms = PerSampleNorms(adapted)
-        self._collected = Collected(encoded)
+    The module may use automatic optimisation, with a `training_step` that passes a batch forward once and returns its
+    loss; gradient accumulation is taken into account. Each rank of several collects the examples of its own batches.
 
-    def on_train_start(self, trainer: Any, module: Any) -> None:
-        module.norms = self._norms.__enter__()
+    A module with an attribute `gradient_norms` takes the norms itself, as ours do (several backward passes per step):
+    the callback puts a `PerSampleNorms` there, and the module returns `rows`, `losses`, `norm_A` and `norm_B`, (B,)
+    each, from `training_step` or, in `Trainer.validate`, from `validation_step`.
+    """
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
-        self._collected.add(*(outputs[name] for name in ("rows", "norm_A", "norm_B", "losses")))
-
-    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        self._stop(module)
-
-    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
-        self._stop(module)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the training steps gave so far."""
-        return self._collected.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._collected.load_state_dict(state)
-
-    def _stop(self, module: Any) -> None:
-        module.norms = None
-        self._norms.__exit__(None, None, None)
+    def __init__(self, example_id: str = "example_id", reduction: str = "mean") -> None:
+        """
+        Args:
+            example_id: key (or attribute) of a batch under which it has the ids of its B examples: a tensor of whole
+                numbers, or a list of strings.
+            reduction: how the loss of a batch is made from those of its examples: their `mean`, their `sum`, or
+                `token_mean`, the mean over all labelled tokens of the batch (`labels`, -100 elsewhere), as transformers
+                computes it.
+        """
+        if reduction not in REDUCTIONS:
+            raise ConfigError(f"reduction={reduction!r} is not known; choose one of: {', '.join(REDUCTIONS)}")
+        self._example_id = example_id
+        self._reduction = reduction
+        self._norms: PerSampleNorms | None = None
+        self._of_batch: list[tuple[torch.Tensor, torch.Tensor]] = []  # norms of the current batch
+        self.records = NormRecords()
 
     def table(self) -> dict[str, np.ndarray]:
-        """What was collected, as `Collected.columns` gives it."""
-        return self._collected.columns()
+        """Return what was collected so far; see `NormRecords.table`."""
+        return self.records.table()
 
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        if trainer.precision == "16-mixed":
+            raise GradsiftError("gradient norms do not know the loss scaling of precision=16-mixed; take bf16-mixed")
+        self._attach(module)
 
-class Collected:
-    """Norms and losses of N examples, gathered on the device batch by batch.
+    def on_validation_start(self, trainer: Any, module: Any) -> None:
+        if trainer.state.fn == "validate" and hasattr(module, "gradient_norms"):
+            self._attach(module)
 
-    They are written into one tensor: thousands of small ones, each kept among the large ones of its step,
-    would leave the memory between them to nobody (gigabytes on a CPU).
-    """
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_index: int) -> None:
+        self._of_batch.clear()
+        if self._norms is not None:
+            self._norms.forget()
 
-    def __init__(self, encoded: Sequence[Encoded]) -> None:
-        self._encoded = encoded
-        self._rows = torch.tensor([example.row for example in encoded], dtype=torch.int64)
-        self._places = torch.full((int(self._rows.max()) + 1 if len(encoded) else 0,), -1)  # of a row in `encoded`
-        self._places[self._rows] = torch.arange(len(encoded))
-        self._values = torch.full((len(COLUMNS), len(encoded)), torch.nan)
-        self._times = torch.zeros(len(encoded), dtype=torch.int64)  # that an example came by
+    def on_after_backward(self, trainer: Any, module: Any) -> None:
+        if self._norms is not None and not hasattr(module, "gradient_norms"):
+            self._of_batch.append(self._norms.take())
 
-    def add(self, rows: torch.Tensor, *columns: torch.Tensor) -> None:
-        """One batch: rows (B,), then norm_A, norm_B and loss, (B,) each."""
-        if self._places.device != rows.device:
-            self._places, self._values, self._times = (
-                tensor.to(rows.device) for tensor in (self._places, self._values, self._times)
-            )
-        places = self._places[rows]
-        self._values[:, places] = torch.stack([column.float() for column in columns])
-        self._times.index_add_(0, places, torch.ones_like(places))
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """What was added so far, for `load_state_dict` of another process."""
-        return {"values": self._values, "times": self._times}
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        self._values, self._times = (state[name].to(self._places.device) for name in ("values", "times"))
-
-    def of_all_ranks(self, encoded: Sequence[Encoded]) -> Collected:
-        """What all ranks collected, for the examples of all ranks."""
-        if parallel.size() == 1:
-            return self
-        own = {"rows": self._rows, "times": self._times, **dict(zip(COLUMNS, self._values, strict=True))}
-        found = parallel.gather({name: column.to(self._values.device) for name, column in own.items()}, len(encoded))
-        whole = Collected(encoded)
-        whole.add(found["rows"], *(found[name] for name in COLUMNS))
-        whole._times[whole._places[found["rows"]]] = found["times"]
-        return whole
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """Return the columns, float32, one entry an example in the order of `encoded`.
-
-        Raises:
-            GradsiftError: a norm or loss that is not finite, or an example that did not come by exactly once;
-                names the rows.
-        """
-        times = self._times.cpu()
-        if bool((times != 1).any()):
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
+        if hasattr(module, "gradient_norms"):
+            self._add(outputs)
+            return
+        if len(self._of_batch) != 1:
             raise GradsiftError(
-                f"the epoch gave {int(times.sum())} gradient norms for {len(times)} examples; each must have exactly "
-                "one"
+                f"a training step had {len(self._of_batch)} backward passes; gradient norms need exactly one"
             )
-        values = self._values.cpu()
-        for name, column in zip(COLUMNS, values, strict=True):
-            require_finite("loss" if name == "loss" else "gradient norm", self._rows, column, self._encoded)
-        return {name: column.numpy() for name, column in zip(COLUMNS, values, strict=True)}
+        ids = _entry(batch, self._example_id, "give each batch the ids of its examples, or name their key")
+        norm_a, norm_b = self._of_batch[0]
+        _require_as_many(ids, norm_a)
+        scale = trainer.accumulate_grad_batches * self._divisors(batch, norm_a)
+        self.records.add(ids, trainer.current_epoch, norm_a * scale, norm_b * scale)
+
+    def on_validation_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int, dataloader_index: int = 0
+    ) -> None:
+        if self._norms is not None and trainer.state.fn == "validate":
+            self._add(outputs)
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        if hasattr(module, "gradient_norms"):
+            self._detach(module)
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        self._detach(module)
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        if trainer.state.fn == "validate":
+            self._detach(module)
+
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        self._detach(module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.records.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.records.load_state_dict(state)
+
+    def _attach(self, module: Any) -> None:
+        self._norms = PerSampleNorms(module).__enter__()
+        if hasattr(module, "gradient_norms"):
+            module.gradient_norms = self._norms
+
+    def _detach(self, module: Any) -> None:
+        if hasattr(module, "gradient_norms"):
+            module.gradient_norms = None
+        if self._norms is not None:
+            self._norms.__exit__(None, None, None)
+        self._norms = None
+
+    def _add(self, outputs: Mapping[str, torch.Tensor]) -> None:
+        self.records.add(outputs["rows"], 0, outputs["norm_A"], outputs["norm_B"], outputs["losses"])
+
+    def _divisors(self, batch: Any, norms: torch.Tensor) -> torch.Tensor:
+        """Return the number that each example's own loss is divided by in the loss of the batch, (B,)."""
+        if self._reduction != "token_mean":
+            return torch.full_like(norms, len(norms) if self._reduction == "mean" else 1)
+        counts = _labelled(_entry(batch, "labels", "reduction='token_mean' counts them")).to(norms)
+        return counts.sum() / counts
 
 
-def collect_norms(
-    adapted: Any,
-    encoded: Sequence[Encoded],
-    budget: TokenBudget,
-    pad_id: int,
-    device: torch.device,
-    progress: Advance = lambda done: None,
-    *,
-    masks: int | None = None,
-    journal: Journal | None = None,
-) -> Collected:
-    """One pass at fixed weights, divided over the ranks; leaves neither gradients nor a changed mode behind.
+class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
+    """Collects per-sample gradient norms in transformers' `Trainer` or TRL's `SFTTrainer`, in one process.
 
-    Args:
-        masks: leave the adapters' dropout as it is, on after `lora.add_adapter`; an example's norm is then that
-            of its gradient under the masks that its batch draws with this seed, whatever went before. Dropout is
-            off otherwise.
-        journal: keeps the norms batch by batch.
+    The training set needs a column with the ids of the examples (whole numbers or strings), which the trainer has to
+    keep: `TrainingArguments(remove_unused_columns=False)`. The callback hands them past the collator and takes them out
+    of the batch before the model sees it. What the trainer divides the loss by is measured in each backward pass, so
+    gradient accumulation and `num_items_in_batch` are taken into account.
     """
-    mine = parallel.share(encoded)
-    collected = Collected(mine)
-    response_losses = ResponseLosses(adapted)
 
-    def one_batch(examples: Sequence[Encoded]) -> tuple[torch.Tensor, ...]:
-        if masks is not None:
-            torch.manual_seed(derive_seed(masks, examples[0].row))
-        norms.forget()
-        adapted.zero_grad(set_to_none=True)
-        batch = collate(examples, pad_id).to(device)
-        losses = response_losses(batch)
-        losses.sum().backward()
-        return (batch.rows, *norms.take(), losses.detach())
+    def __init__(self, example_id: str = "example_id") -> None:
+        """
+        Args:
+            example_id: the column of the training set with the ids.
+        """
+        self._example_id = example_id
+        self._norms: PerSampleNorms | None = None
+        self._hooks: list[Any] = []
+        self._restore: Callable[[], None] = lambda: None
+        self._ids: Any = None
+        self._labels: torch.Tensor | None = None
+        self._divided_by: torch.Tensor | float | None = None  # the loss that the model itself returns
+        self._token_weight: torch.Tensor | None = None  # d (loss of the step) / d (negative log-likelihood of a token)
+        self.records = NormRecords()
 
-    mode = lora.evaluating(adapted) if masks is None else nullcontext()
-    with mode, PerSampleNorms(adapted) as norms, torch.enable_grad():
-        for found in budget.passes(mine, one_batch, journal, lambda done: progress(done * parallel.size())):
-            for part in found:
-                collected.add(*part)
-        adapted.zero_grad(set_to_none=True)
-    return collected.of_all_ranks(encoded)
+    def table(self) -> dict[str, np.ndarray]:
+        """Return what was collected so far; see `NormRecords.table`."""
+        return self.records.table()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise GradsiftError("GradientNormTrainerCallback works in one process with one device")
+        model, loader = kwargs["model"], kwargs["train_dataloader"]
+        loader = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+        self._norms = PerSampleNorms(model).__enter__()
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._after_forward),
+        ]
+        collate = loader.collate_fn
+
+        def collate_with_ids(examples: Any) -> Any:
+            if self._example_id not in examples[0]:
+                raise GradsiftError(
+                    f"the training set has no column {self._example_id!r} when its rows are collated; add it, and give "
+                    "remove_unused_columns=False to the trainer"
+                )
+            bare = [{key: value for key, value in each.items() if key != self._example_id} for each in examples]
+            return {**collate(bare), self._example_id: [each[self._example_id] for each in examples]}
+
+        loader.collate_fn = collate_with_ids
+        self._restore = lambda: setattr(loader, "collate_fn", collate)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._collect(state)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._collect(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._restore()
+        if self._norms is not None:
+            self._norms.__exit__(None, None, None)
+        self._norms = None
+
+    def _before_forward(self, model: Any, positional: Any, named: dict[str, Any]) -> Any:
+        ids = named.pop(self._example_id, None)
+        if torch.is_grad_enabled() and self._norms is not None:
+            self._norms.forget()
+            self._ids, self._labels, self._token_weight = ids, named.get("labels"), None
+            self._divided_by = named.get("num_items_in_batch")
+        return positional, named
+
+    def _after_forward(self, model: Any, positional: Any, outputs: Any) -> None:
+        """Have the backward pass tell what a token's negative log-likelihood weighs in the trainer's loss."""
+        if not torch.is_grad_enabled() or self._labels is None:
+            return
+        labelled = self._labels[:, 1:] != _IGNORED
+        log_probs = getattr(outputs, "log_probs", None)  # of TRL's model, which leaves the loss to its trainer
+        if log_probs is not None and log_probs.requires_grad:
+            log_probs.register_hook(self._weigh_by_log_probs)
+        elif getattr(outputs, "loss", None) is not None and outputs.loss.requires_grad:
+            divided_by = labelled.sum() if self._divided_by is None else self._divided_by
+            outputs.loss.register_hook(lambda gradient: setattr(self, "_token_weight", gradient / divided_by))
+
+    def _weigh_by_log_probs(self, gradient: torch.Tensor) -> None:
+        weights = -gradient[gradient != 0]
+        if len(weights) and not torch.allclose(weights, weights[0]):
+            raise GradsiftError("the tokens of a batch have unequal weights in its loss; take loss_type='nll'")
+        self._token_weight = weights[0] if len(weights) else torch.ones_like(gradient.sum())
+
+    def _collect(self, state: Any) -> None:
+        if self._norms is None or self._labels is None or self._token_weight is None:
+            raise GradsiftError(
+                "the trainer's loss is not that of the model (label smoothing, compute_loss_func?), so gradient norms "
+                "cannot be told; let the model compute its loss from `labels`"
+            )
+        norm_a, norm_b = self._norms.take()
+        _require_as_many(self._ids, norm_a)
+        scale = 1 / (self._token_weight * _labelled(self._labels).to(norm_a))
+        ids = torch.tensor(self._ids) if all(isinstance(each, int) for each in self._ids) else self._ids
+        self.records.add(ids, int(state.epoch or 0), norm_a * scale, norm_b * scale)
+        self._ids = None
+
+
+def _entry(batch: Any, name: str, purpose: str) -> Any:
+    """Return an entry or an attribute of a batch."""
+    value = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
+    if value is None:
+        raise GradsiftError(f"the batch has no {name!r}: {purpose}")
+    return value
+
+
+def _labelled(labels: torch.Tensor) -> torch.Tensor:
+    """Return the number of tokens with a loss of each example, (B,); the first token of a row is never predicted."""
+    return (labels[:, 1:] != _IGNORED).sum(1)
+
+
+def _require_as_many(ids: Any, norms: torch.Tensor) -> None:
+    if ids is None or len(ids) != len(norms):
+        raise GradsiftError(
+            f"a batch has {0 if ids is None else len(ids)} example ids, but the adapted layers saw {len(norms)} "
+            "examples; packing and padding-free batches put several examples in one row and cannot be told apart"
+        )

@@ -1,75 +1,104 @@
-"""Norms of per-sample LoRA gradients, for a whole batch from one backward pass.
-
-For the sum (or mean) of losses that depend on one example each, the backward pass of an adapted layer
-meets every example's gradient on its way to their sum (see `gradsift.training.adapted`).
-"""
+"""Norms of per-sample LoRA gradients: a whole batch from one backward pass (the formula: `gradients/probes.py`)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
 
 from gradsift.errors import GradsiftError
-from gradsift.training.adapted import AdaptedLinear, NormProbe, layer_path
+from gradsift.gradients.probes import GradientProbe, NormProbe
+from gradsift.training.adapted import AdaptedLinear, fuse, layer_path, unfuse
 from gradsift.training.lora import lora_layers
 
 
-def probed_layers(adapted: nn.Module) -> list[AdaptedLinear]:
-    """The adapted layers, whose backward pass meets each example's gradient.
+@contextmanager
+def attached(model: nn.Module, probe: NormProbe | GradientProbe) -> Iterator[list[AdaptedLinear]]:
+    """Attach a probe to the adapted layers of a model, in the order of its modules; the model is left as it was.
 
     Raises:
-        GradsiftError: there is none, or one of another kind; names it.
+        GradsiftError: there is no adapted layer, or one whose per-sample gradient is not known; names it.
     """
-    layers = dict(lora_layers(adapted))
-    if not layers:
-        raise GradsiftError("per-sample gradients need a model with LoRA adapters; it has none")
-    for name, layer in layers.items():
-        if not isinstance(layer, AdaptedLinear):
-            raise GradsiftError(
-                f"per-sample gradients need plain linear layers, and {layer_path(name)} is of class "
-                f"{type(layer.get_base_layer()).__name__}; leave it out of lora.targets, and load the model unquantised"
-            )
-    return list(layers.values())
+    changed = fuse(model)
+    try:
+        layers = dict(lora_layers(model))
+        if not layers:
+            raise GradsiftError("per-sample gradients need a model with LoRA adapters; it has none")
+        for name, layer in layers.items():
+            if not isinstance(layer, AdaptedLinear):
+                raise GradsiftError(
+                    f"per-sample gradients need plain LoRA on frozen linear layers, and {layer_path(name)} is of class "
+                    f"{type(layer.get_base_layer()).__name__} or its adapter is not plain (DoRA, a bias, a second "
+                    "adapter, a name that is not default); leave it out of lora.targets, and load the model unquantised"
+                )
+        for layer in layers.values():
+            layer.probe = probe
+        yield list(layers.values())
+    finally:
+        for _, layer in lora_layers(model):
+            vars(layer).pop("probe", None)
+        unfuse(changed)
 
 
 class PerSampleNorms:
-    """Turns each backward pass through the active adapter into per-sample gradient norms.
+    """A context manager in which every backward pass through the active adapter gives per-sample gradient norms.
 
-    Use it as a context manager. After a backward pass `take()` returns the norms and starts anew.
-    Padded positions contribute nothing: no loss depends on them, so their backprops are zero.
+    It needs a sum (or mean) of losses that depend on one example each.
     """
 
-    def __init__(self, adapted: nn.Module) -> None:
-        self._layers = probed_layers(adapted)
+    def __init__(self, model: nn.Module) -> None:
+        """
+        Raises:
+            GradsiftError: see `attached`.
+        """
+        self._model = model
         self._probe = NormProbe()
+        self._attached: AbstractContextManager[Any] | None = None
+        with attached(model, self._probe):
+            pass  # refuses a model at once
 
     def __enter__(self) -> PerSampleNorms:
-        for layer in self._layers:
-            layer.probe = self._probe
+        self._attached = attached(self._model, self._probe)
+        self._attached.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for layer in self._layers:
-            layer.probe = None
+        if self._attached is not None:
+            self._attached.__exit__(None, None, None)
+        self._attached = None
         self.forget()
 
     def forget(self) -> None:
-        """Drop what a pass that did not end has gathered."""
+        """Drop what an unfinished pass has gathered."""
         self._probe.take()
 
-    def take(self, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Norms of the gradients of A and of B since the last call, and forget them.
-
-        Args:
-            scale: what one example's loss was divided by in the loss that was backpropagated: 1 for
-                a sum of losses, the batch size for their mean.
+    def of(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the backward pass of the examples' losses (B,) and return their norms; no parameter's `.grad` changes.
 
         Returns:
             norm_A, norm_B: (B,) float32 each, over all adapted layers.
+        """
+        norm_a, norm_b = self._probe.backward(losses.sum()).sqrt()
+        return norm_a, norm_b
+
+    def take(self, scale: float | torch.Tensor = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the norms of the backward pass since the last call, and start anew.
+
+        Args:
+            scale: the number that one example's loss was divided by in the loss of the backward pass: 1 for a sum of
+                losses, the batch size for their mean; or one number per example, (B,).
+
+        Returns:
+            norm_A, norm_B: (B,) float32 each, over all adapted layers.
+
+        Raises:
+            GradsiftError: there was no backward pass.
         """
         squares = self._probe.take()
         if squares is None:

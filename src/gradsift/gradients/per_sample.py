@@ -1,35 +1,119 @@
-"""Per-sample gradients themselves, as rows of a matrix.
+"""Per-sample gradients and their norms, of a list of examples at fixed weights.
 
-Those of the LoRA parameters of a whole batch come from one backward pass (`GradientProbe`); those of all
-parameters of the model come one example a backward pass, as nothing cheaper is exact in every layer.
+`per_sample_norms` and `per_sample_gradients` work with any model that has LoRA adapters of peft. The stages use
+`gradient_pass`: the gradients of the LoRA parameters of a whole batch come from one backward pass, those of all
+parameters of the model from one backward pass per example (nothing cheaper is exact in every layer).
 
-Shape letters: B examples, P parameters.
+Shape letters: N examples, B of a batch, P parameters.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
-from gradsift.data.batching import collate
+from gradsift.data.batching import by_length, collate
 from gradsift.data.tokens import Encoded
-from gradsift.gradients.norms import probed_layers
+from gradsift.errors import DataError
+from gradsift.gradients.norms import PerSampleNorms, attached
+from gradsift.gradients.probes import GradientProbe
 from gradsift.training import lora
-from gradsift.training.adapted import GradientProbe
 from gradsift.training.modules import ResponseLosses
 
 _BATCH_BYTES = 128 * 2**20  # of gradients that one backward pass may leave, beside what the token budget allows
+_IGNORED = -100  # transformers' label of a token without a loss
+
+
+def per_sample_norms(model: Any, rows: Sequence[Mapping[str, Any]], *, tokens: int = 4096) -> np.ndarray:
+    """Return the norm of each example's gradient with respect to the LoRA parameters, at the model's weights.
+
+    An example's loss is the mean negative log-likelihood of its labelled tokens; dropout is off. The model is left as
+    it was: no parameter, `.grad` or mode changes.
+
+    Args:
+        model: a `peft.PeftModel` with LoRA on linear layers, on any device.
+        rows: one mapping per example with `input_ids`, `labels` (-100 where a token has no loss) and, if it is padded,
+            `attention_mask`: lists or one-dimensional tensors of equal length.
+        tokens: padded tokens that pass through the model at once; the result does not depend on it beyond rounding.
+
+    Returns:
+        (N,) float32, the L2 norm over A and B of all adapted layers.
+
+    Raises:
+        DataError: a row cannot be used; names it.
+        GradsiftError: per-sample gradients of this model are not known; names the layer.
+    """
+    encoded = encoded_rows(rows)
+    norms_of_rows = np.zeros(len(encoded), dtype=np.float32)
+    with lora.evaluating(model), torch.enable_grad():
+        losses_of, device = ResponseLosses(model), next(model.parameters()).device
+        with PerSampleNorms(model) as norms:
+            for batch in by_length(encoded, tokens):
+                norm_a, norm_b = norms.of(losses_of(collate(batch, _pad_id(model)).to(device)))
+                norms_of_rows[[example.row for example in batch]] = torch.hypot(norm_a, norm_b).cpu().numpy()
+    return norms_of_rows
+
+
+def per_sample_gradients(model: Any, rows: Sequence[Mapping[str, Any]], *, tokens: int = 4096) -> torch.Tensor:
+    """Return each example's gradient with respect to the LoRA parameters, (N, P) float32 on the CPU.
+
+    Arguments and errors are those of `per_sample_norms`; the columns are the LoRA parameters in the order of
+    `model.named_parameters()`, each row by row.
+    """
+    encoded = encoded_rows(rows)
+    with gradient_pass(model, "lora", _pad_id(model)) as gradients:
+        gradients_of_rows = torch.zeros(len(encoded), gradients.size)
+        for batch in by_length(encoded, tokens):
+            for examples, part in gradients.parts(batch):
+                gradients_of_rows[[example.row for example in examples]] = part.cpu()
+    return gradients_of_rows
+
+
+def encoded_rows(rows: Sequence[Mapping[str, Any]]) -> list[Encoded]:
+    """Return the examples of `rows` without their padding.
+
+    Raises:
+        DataError: names the row: no `input_ids` or `labels`, unequal lengths, labels that are not the input's own
+            tokens, or no token with a loss.
+    """
+    encoded = []
+    for number, row in enumerate(rows):
+        if missing := [name for name in ("input_ids", "labels") if row.get(name) is None]:
+            raise DataError(f"row {number} has no {missing[0]}; give input_ids, and labels (-100: no loss)")
+        ids, labels = (np.asarray(row[name], dtype=np.int64) for name in ("input_ids", "labels"))
+        mask = np.asarray(row.get("attention_mask", np.ones_like(ids)), dtype=bool)
+        if not ids.ndim == 1 or not ids.shape == labels.shape == mask.shape:
+            raise DataError(
+                f"row {number} has input_ids {ids.shape}, labels {labels.shape} and attention_mask {mask.shape}; give "
+                "one sequence, all of one length"
+            )
+        has_loss = labels != _IGNORED
+        if (wrong := np.flatnonzero(has_loss & ((labels != ids) | ~mask))).size:
+            raise DataError(
+                f"row {number}: the label at position {wrong[0]} is {labels[wrong[0]]} and the token {ids[wrong[0]]}; "
+                "labels have to be the input's own tokens (the model shifts them), and -100 in the padding"
+            )
+        example = Encoded(number, number, ids[mask].astype(np.int32), has_loss[mask])
+        if not example.scored:
+            raise DataError(f"row {number} has no label after its first token, so its gradient is not defined")
+        encoded.append(example)
+    return encoded
+
+
+def _pad_id(model: Any) -> int:
+    return int(getattr(model.config, "pad_token_id", None) or 0)  # any token: a padded place has no loss
 
 
 class GradientPass:
     """Gradients of each example's mean response loss at fixed weights, dropout off, as float32 rows.
 
-    Columns are the parameters in a fixed order: for `lora` that of `trainable_parameters`, for `full` that of
-    the model's own parameters; each parameter row by row.
+    Columns are the parameters in a fixed order: for `lora` that of `trainable_parameters`, for `full` that of the
+    model's own parameters; each parameter row by row.
     """
 
     def __init__(self, size: int, work: Callable[[Sequence[Encoded]], torch.Tensor]) -> None:
@@ -37,11 +121,11 @@ class GradientPass:
         self._work = work
 
     def __call__(self, examples: Sequence[Encoded]) -> torch.Tensor:
-        """(B, P) float32 on the model's device."""
-        return torch.cat([found for _, found in self.parts(examples)])
+        """Return the gradients (B, P) float32 on the model's device."""
+        return torch.cat([gradients for _, gradients in self.parts(examples)])
 
     def parts(self, examples: Sequence[Encoded]) -> Iterator[tuple[Sequence[Encoded], torch.Tensor]]:
-        """The examples and their gradients in parts that memory holds whatever P is, or one by one where it is huge."""
+        """Yield examples and their gradients in parts that memory holds; one example at a time where P is huge."""
         size = max(1, _BATCH_BYTES // (4 * self.size))
         for start in range(0, len(examples), size):
             yield examples[start : start + size], self._work(examples[start : start + size])
@@ -49,50 +133,37 @@ class GradientPass:
 
 @contextmanager
 def gradient_pass(adapted: Any, parameters: str, pad_id: int, padding_side: str = "right") -> Iterator[GradientPass]:
-    """A `GradientPass` through an adapted model; leaves neither gradients, nor probes, nor a changed mode behind.
+    """Yield a `GradientPass` through an adapted model, which is left as it was.
 
     Args:
-        parameters: `lora` (the trainable LoRA factors) or `full` (all weights of the backbone with the
-            adapter merged into a copy of it: one backward pass an example and P as large as the model).
+        parameters: `lora` (the trainable LoRA factors) or `full` (all weights of the backbone with the adapter merged
+            into a copy of it: one backward pass per example, and P as large as the model).
 
     Raises:
-        GradsiftError: a layer of which per-sample gradients cannot be told, or `full` of a model that the adapter
+        GradsiftError: the per-sample gradients of a layer are not known, or `full` is asked of a model that the adapter
             cannot be merged into.
     """
     with lora.evaluating(adapted), torch.enable_grad():
         if parameters == "full":
             yield _full_pass(adapted, pad_id, padding_side)
             return
-        layers, probe = probed_layers(adapted), GradientProbe()
-        for layer in layers:
-            layer.probe = probe
-        try:
-            yield _lora_pass(adapted, layers, probe, pad_id, padding_side)
-        finally:
-            for layer in layers:
-                layer.probe = None
+        probe, losses_of = GradientProbe(), ResponseLosses(adapted)
+        device = next(adapted.parameters()).device
+        with attached(adapted, probe) as layers:
 
+            def work(examples: Sequence[Encoded]) -> torch.Tensor:
+                probe.forget()
+                losses = losses_of(collate(examples, pad_id, padding_side).to(device))
+                parts = torch.autograd.grad(losses.sum(), [probe.probes[id(layer)] for layer in layers])
+                probe.forget()
+                return torch.cat(parts, 1)
 
-def _lora_pass(
-    adapted: Any, layers: Sequence[Any], probe: GradientProbe, pad_id: int, padding_side: str
-) -> GradientPass:
-    losses_of = ResponseLosses(adapted)
-    device = next(adapted.parameters()).device
-
-    def work(examples: Sequence[Encoded]) -> torch.Tensor:
-        probe.forget()
-        losses = losses_of(collate(examples, pad_id, padding_side).to(device))
-        # of a sum of losses, each of which depends on one example alone; the layers stand in their own order
-        parts = torch.autograd.grad(losses.sum(), [probe.probes[id(layer)] for layer in layers])
-        probe.forget()
-        return torch.cat(parts, 1)
-
-    return GradientPass(sum(parameter.numel() for parameter in lora.trainable_parameters(adapted).values()), work)
+            yield GradientPass(sum(p.numel() for p in lora.trainable_parameters(adapted).values()), work)
 
 
 def _full_pass(adapted: Any, pad_id: int, padding_side: str) -> GradientPass:
     lora.require_mergeable(adapted)
-    # a copy: taking a merged adapter out again would leave rounding errors in the backbone that others use
+    # a copy: unmerging would leave rounding errors in the backbone that others use
     model: Any = copy.deepcopy(adapted).merge_and_unload()
     parameters = list(model.requires_grad_(True).parameters())
     losses_of = ResponseLosses(model)

@@ -6,19 +6,27 @@ g_i^(m,e). A member of mc_dropout is such a pass over weights that all members s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from lightning.pytorch.callbacks import LambdaCallback
+from torch.utils.data import DataLoader
+
 from gradsift.artifacts import Artifact
-from gradsift.config import ProxyConfig
-from gradsift.data.batching import shard_of
-from gradsift.gradients.callback import collect_norms
+from gradsift.config import ComputeConfig, ProxyConfig
+from gradsift.data.batching import by_length, shard_of, spread_out
+from gradsift.data.tokens import Encoded
+from gradsift.gradients.callback import GradientNormCallback
 from gradsift.gradients.norms_table import write_norms
+from gradsift.journal import Journal
 from gradsift.proxy.epochs import ProxyInputs, adapter
-from gradsift.runtime import Runtime, derive_seed
-from gradsift.training import lora
-from gradsift.training.device import device_of
+from gradsift.runtime import Advance, Runtime, derive_seed, weighed
+from gradsift.training import lora, parallel
+from gradsift.training.device import TokenBudget, device_of
+from gradsift.training.finetuning import keyboard_interrupts, quiet_trainer
+from gradsift.training.modules import Optimization, ProxyMember, Step
 
 VERSION = 2
 
@@ -71,10 +79,50 @@ def collect_rows(
         lora.load_adapter(adapted, weights.path)
         masks = _mask_seed(runtime, config, member, epoch, shard) if config.ensemble == "mc_dropout" else None
         journal = runtime.journal(folder)
-        pad_id, device = inputs.backbone.pad_id, device_of(runtime.compute)
-        found = collect_norms(adapted, encoded, inputs.budget, pad_id, device, advance, masks=masks, journal=journal)
-    info = write_norms(folder, found.columns(), encoded, shard, config.shards)
+        pad_id = inputs.backbone.pad_id
+        options: dict[str, Any] = {"masks": masks, "journal": journal}
+        columns = collect_norms(adapted, encoded, inputs.budget, pad_id, runtime.compute, advance, **options)
+    info = write_norms(folder, columns, encoded, shard, config.shards)
     return {**info, "all_rows": len(inputs.encoded), **{name: weights.info[name] for name in ("size_A", "size_B")}}
+
+
+def collect_norms(
+    adapted: Any,
+    encoded: Sequence[Encoded],
+    budget: TokenBudget,
+    pad_id: int,
+    compute: ComputeConfig,
+    progress: Advance = lambda done: None,
+    *,
+    masks: int | None = None,
+    journal: Journal | None = None,
+) -> dict[str, np.ndarray]:
+    """Pass all examples at fixed weights, divided over the ranks; the model is left as it was.
+
+    Args:
+        progress: called with the number of examples just done, estimated from their tokens.
+        masks: leave the adapters' dropout as it is, on after `lora.add_adapter`; an example's norm is then that of its
+            gradient under the masks that its batch draws with this seed. Without, dropout is off.
+        journal: keeps the norms batch by batch.
+
+    Returns:
+        norm_A, norm_B and loss, (N,) float32 each, in the order of `encoded`.
+    """
+    mine = parallel.share(encoded)
+    module = ProxyMember(adapted, Optimization(0.0, 0.0, "constant", 0, 1), budget, pad_id)
+    module.masks, module.journal = masks, journal
+    advance = weighed(lambda done: progress(done * parallel.size()), len(mine), _tokens(mine))
+    norms = GradientNormCallback()
+    bar = LambdaCallback(on_validation_batch_end=lambda *values: advance(_tokens(values[3].examples)))
+    groups: Any = spread_out(by_length(mine, budget.tokens))
+    with keyboard_interrupts():
+        loader = DataLoader(groups, batch_size=None, collate_fn=Step)
+        quiet_trainer(compute, "auto", [norms, bar]).validate(module, loader, verbose=False)
+    return norms.records.of_all_ranks(len(encoded), device_of(compute)).columns(encoded)
+
+
+def _tokens(examples: Sequence[Encoded]) -> int:
+    return sum(len(example.input_ids) for example in examples)
 
 
 def is_collected(runtime: Runtime, config: ProxyConfig, member: int, epoch: int, weights: Artifact, shard: int) -> bool:

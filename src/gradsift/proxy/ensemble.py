@@ -29,7 +29,7 @@ from gradsift.config import ProxyConfig
 from gradsift.data.batching import epoch_batches
 from gradsift.data.tokens import encoding_settings
 from gradsift.errors import GradsiftError
-from gradsift.gradients.callback import GradientNorms
+from gradsift.gradients.callback import GradientNormCallback
 from gradsift.gradients.norms_table import write_norms
 from gradsift.proxy.collection import collect, is_collected
 from gradsift.proxy.epochs import EpochStart, ProxyInputs, adapter, train_epoch
@@ -211,12 +211,12 @@ def train_member_epoch(
         callbacks: list[L.Callback] = [ShowProgress(advance), trajectory]
         norms = None
         if config.collect == "during_training":
-            norms = GradientNorms(adapted, inputs.encoded)
+            norms = GradientNormCallback()
             callbacks.append(norms)
         info = train_epoch(adapted, inputs, optimization, plan, start, folder, runtime.compute, callbacks)
         trajectory.write(folder)
     if norms is not None:
-        info |= write_norms(folder, norms.table(), inputs.encoded, shard=0, shards=1)
+        info |= write_norms(folder, norms.records.columns(inputs.encoded), inputs.encoded, shard=0, shards=1)
         info["all_rows"] = len(inputs.encoded)
     return info
 

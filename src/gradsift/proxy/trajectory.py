@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from gradsift.gradients.probes import ADAPTER
 from gradsift.runtime import derive_seed
 from gradsift.training import lora
-from gradsift.training.adapted import ADAPTER
 from gradsift.training.curves import TRAJECTORY_FILE
 
 DIMENSIONS = 64

@@ -2,19 +2,12 @@
 
     y = W x + b + s B A x,   s = alpha / rank
 
-peft computes the adapter beside the layer, in float32, with a cast, an addition and a product of the
-layer's full width each. Here the adapter's product is added by the matrix product itself, in the
-precision of the activations, and the backward pass knows that W is frozen. A and B stay float32
-parameters; the examples' gradients are summed in float32, whether their norms are wanted or not, so that
-a training does not depend on it.
+peft computes the adapter beside the layer, in float32, with a cast, an addition and a product of the layer's full width
+each. Here the matrix product itself adds the adapter's product, in the precision of the activations, and the backward
+pass knows that W is frozen. A and B stay float32 parameters; the examples' gradients are summed in float32, whether or
+not a probe (`gradsift.gradients.probes`) asks for them one by one, so a training does not depend on it.
 
-The gradient that one example gives to A and B is a product of its backprops and its activations over
-its own tokens. Their sum over the examples is the gradient that the optimiser needs anyhow, so the
-norms of the parts cost next to nothing: `NormProbe` gathers them, as gradients of a probe, and no
-loop over examples is needed. `GradientProbe` gathers the parts themselves in the same way.
-
-Shape letters: B examples of a batch, T tokens, I inputs of a layer, O its outputs, R rank, P_l numbers
-in the A and the B of a layer.
+Shape letters: B examples of a batch, T tokens, I inputs and O outputs of a layer, R rank.
 """
 
 from __future__ import annotations
@@ -28,124 +21,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from gradsift.errors import GradsiftError
-from gradsift.training.checkpointing import is_recomputing
-from gradsift.training.frozen import FrozenProducts, forget_products, frozen_products
+from gradsift.gradients.probes import ADAPTER, GradientProbe, NormProbe, per_sample_parts
+from gradsift.training.frozen import FrozenProducts, forget_products, frozen_products, trains
 
-ADAPTER = "default"  # peft's name of the active adapter
 _PEFT_PREFIX = "base_model.model."  # of module names in a model with adapters
 # Forward passes that are W x + b and nothing else. Falcon's class has one of its own, which differs in rounding alone.
 _PLAIN = (nn.Linear.forward, Conv1D.forward)
 _FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"
-
-
-class Passes:
-    """Checks in each forward pass that every adapted layer sees the examples one by one, and once."""
-
-    def __init__(self) -> None:
-        self._layers: set[int] = set()  # that were passed
-        self._examples: int | None = None
-
-    def note(self, layer: object, activations: torch.Tensor) -> int:
-        """B, where `layer` sees `activations` (B, T, I).
-
-        Raises:
-            GradsiftError: names the layer. The examples cannot be told apart, or the layer is passed twice: its
-                gradient would be a sum of two.
-        """
-        name = getattr(layer, "path", "an adapted layer")
-        if id(layer) in self._layers:
-            raise GradsiftError(
-                f"{name} is passed twice in one forward pass, so the gradients of the two passes cannot be told apart; "
-                "leave it out of lora.targets"
-            )
-        self._layers.add(id(layer))
-        if activations.dim() != 3:
-            raise GradsiftError(
-                f"{name} sees inputs of shape {tuple(activations.shape)}, not (batch, tokens, width), so the gradients "
-                "of the examples cannot be told apart; leave it out of lora.targets"
-            )
-        if self._examples is None:
-            self._examples = len(activations)
-        if len(activations) != self._examples:
-            raise GradsiftError(
-                f"{name} sees {len(activations)} examples where another layer saw {self._examples}; leave layers that "
-                "do not see the examples one by one out of lora.targets"
-            )
-        return self._examples
-
-    def forget(self) -> None:
-        self._layers.clear()
-        self._examples = None
-
-
-class NormProbe:
-    """Gathers squared per-sample gradient norms over all adapted layers of a backward pass.
-
-    Each layer takes the probe as one more input and gives the squared norms of its A and its B as the
-    probe's gradient; autograd adds them up, on the device, without a hook.
-    """
-
-    def __init__(self) -> None:
-        self._probe: torch.Tensor | None = None
-        self._passes = Passes()
-
-    def of(self, layer: Any, activations: torch.Tensor) -> torch.Tensor:
-        """The probe, (2, B) float32, of the pass in which `layer` sees `activations` (B, T, I).
-
-        Raises:
-            GradsiftError: see `Passes`.
-        """
-        if self._probe is not None and is_recomputing():
-            return self._probe
-        examples = self._passes.note(layer, activations)
-        if self._probe is None:
-            self._probe = torch.zeros(2, examples, device=activations.device, requires_grad=True)
-        return self._probe
-
-    @staticmethod
-    def gather(parts_a: torch.Tensor, parts_b: torch.Tensor, scale: float) -> torch.Tensor:
-        """Squared norms (2, B) of a layer's parts."""
-        norms = [torch.linalg.vector_norm(p, dim=(1, 2), dtype=torch.float32) for p in (parts_a, parts_b)]
-        return torch.stack(norms).mul_(scale).square_()
-
-    def take(self) -> torch.Tensor | None:
-        """Squared norms of the gradients of A and of B, (2, B), of the last pass; None if there was no backward."""
-        probe, self._probe = self._probe, None
-        self._passes.forget()
-        return None if probe is None else probe.grad
-
-
-class GradientProbe:
-    """Gathers the per-sample gradients of all adapted layers: each layer has a probe of its own, (B, P_l)."""
-
-    def __init__(self) -> None:
-        self.probes: dict[int, torch.Tensor] = {}  # by the layer's id, in the order of the forward pass
-        self._passes = Passes()
-
-    def of(self, layer: Any, activations: torch.Tensor) -> torch.Tensor:
-        """The probe, (B, P_l) float32 without memory of its own, of the pass in which `layer` sees `activations`.
-
-        Raises:
-            GradsiftError: see `Passes`.
-        """
-        if is_recomputing():
-            return self.probes[id(layer)]
-        examples = self._passes.note(layer, activations)
-        size = layer.lora_A[ADAPTER].weight.numel() + layer.lora_B[ADAPTER].weight.numel()
-        probe = torch.zeros((), device=activations.device).expand(examples, size).requires_grad_()
-        self.probes[id(layer)] = probe
-        return probe
-
-    @staticmethod
-    def gather(parts_a: torch.Tensor, parts_b: torch.Tensor, scale: float) -> torch.Tensor:
-        """A layer's gradients (B, P_l): A's (R, I) row by row, then B's (O, R)."""
-        parts = [parts_a.flatten(1), parts_b.transpose(1, 2).flatten(1)]
-        return torch.cat(parts, 1).to(torch.float32).mul_(scale)
-
-    def forget(self) -> None:
-        self.probes.clear()
-        self._passes.forget()
 
 
 class AdaptedLinear(Linear):  # type: ignore[misc]
@@ -163,9 +45,12 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
         probe = self.probe if torch.is_grad_enabled() else None
         taken = (probe.of(self, x), probe.gather) if probe is not None else (None, None)
         factors = (self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight)
-        y: torch.Tensor = _Map.apply(  # type: ignore[no-untyped-call]
-            x, dropout(x) if drops else None, frozen_products(base), *factors, self.scaling[ADAPTER], *taken
-        )
+        if torch.is_autocast_enabled(x.device.type):  # a trainer's; the map has its own precision, that of W
+            x = x.to(base.weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            y: torch.Tensor = _Map.apply(  # type: ignore[no-untyped-call]
+                x, dropout(x) if drops else None, frozen_products(base), *factors, self.scaling[ADAPTER], *taken
+            )
         return y.view(*x.shape[:-1], -1)  # here: autograd forbids to change a view made in `_Map` (Falcon adds to it)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
@@ -173,17 +58,27 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
         super().merge(*args, **kwargs)
 
 
-def fuse(adapted: nn.Module) -> None:
-    """Give the plain adapted layers of a model the forward pass of `AdaptedLinear`."""
+def fuse(adapted: nn.Module) -> list[Any]:
+    """Give the plain adapted layers of a model the forward pass of `AdaptedLinear`; return those that were changed."""
+    changed: list[Any] = []
     module: Any
     for name, module in adapted.named_modules():
-        if type(module) is Linear and is_plain(module.get_base_layer()):
+        if type(module) is Linear and is_plain(module.get_base_layer()) and _has_plain_adapter(module):
             module.__class__ = AdaptedLinear
             module.path = layer_path(name)
+            changed.append(module)
+    return changed
+
+
+def unfuse(layers: list[Any]) -> None:
+    """Give the layers that `fuse` changed peft's forward pass back."""
+    for layer in layers:
+        layer.__class__ = Linear
+        del layer.path
 
 
 def is_plain(layer: Any) -> bool:
-    """Whether a layer computes W x + b and nothing else, so that `_Map` may take its place.
+    """Return whether a layer computes W x + b and nothing else, so that `_Map` may take its place.
 
     A subclass of `nn.Linear` with a forward pass of its own may do anything (Llama 4's router), and so may hooks.
     """
@@ -195,19 +90,25 @@ def is_plain(layer: Any) -> bool:
     return not ("forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks)
 
 
+def _has_plain_adapter(layer: Any) -> bool:
+    """Return whether one adapter of peft's default name adds s B A x to a frozen layer: no DoRA, no trainable bias."""
+    variants = layer.lora_variant or layer.lora_bias.get(ADAPTER) or trains(layer.get_base_layer())
+    return list(layer.active_adapters) == [ADAPTER] and not variants
+
+
 def layer_path(name: str) -> str:
-    """The name that a module of a model with adapters has in the model without them."""
+    """Return the name that a module of a model with adapters has in the model without them."""
     return name.removeprefix(_PEFT_PREFIX)
 
 
 class _Map(torch.autograd.Function):
-    """The map, (B T, O), and its gradients with respect to x, A and B; the probe's gradient is what it gathers."""
+    """The map, (B T, O), and its gradients with respect to x, A and B; a probe's gradient is what it gathers."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,  # (..., I)
-        dropped: torch.Tensor | None,  # (..., I) what the adapter sees, where dropout is on
+        dropped: torch.Tensor | None,  # (..., I), the adapter's inputs, where dropout is on
         layer: FrozenProducts,
         factor_a: torch.Tensor,  # (R, I)
         factor_b: torch.Tensor,  # (O, R)
@@ -240,15 +141,9 @@ class _Map(torch.autograd.Function):
         if ctx.has_dropout and ctx.needs_input_grad[1]:
             to_dropped = (inner_backprops @ a).mul_(ctx.scale).view_as(seen)
         examples = len(seen) if seen.dim() == 3 else 1
-        parts_a = _parts(inner_backprops, seen, examples)  # (B, R, I)
-        parts_b = _parts(inner, backprops, examples)  # (B, R, O)
+        parts_a = per_sample_parts(inner_backprops, seen, examples)  # (B, R, I)
+        parts_b = per_sample_parts(inner, backprops, examples)  # (B, R, O)
         gathered = None if ctx.gather is None else ctx.gather(parts_a, parts_b, ctx.scale)
         to_a = parts_a.sum(0, dtype=torch.float32).mul_(ctx.scale)
         to_b = parts_b.sum(0, dtype=torch.float32).mul_(ctx.scale).t()
         return to_x, to_dropped, None, to_a, to_b, None, gathered, None
-
-
-def _parts(left: torch.Tensor, right: torch.Tensor, examples: int) -> torch.Tensor:
-    """Sum over each example's tokens of left (B T, R) times right (B T, I): (B, R, I)."""
-    left = left.reshape(examples, -1, left.shape[-1])
-    return torch.bmm(left.transpose(1, 2), right.reshape(examples, -1, right.shape[-1]))

@@ -1,16 +1,13 @@
-"""Activation checkpointing: a block keeps its inputs alone, and its backward pass computes the rest once more.
+"""Activation checkpointing: a block keeps only its inputs, and its backward pass computes the rest once more.
 
-transformers' own `gradient_checkpointing_enable` works in training mode only. Here the frozen backbone stays in
-evaluation mode, so its blocks are checkpointed by torch directly (`use_reentrant=False`), in either mode. What a
-block is says transformers: a `GradientCheckpointingLayer`. Norms, gradients and dropout masks stay the same.
+transformers' own `gradient_checkpointing_enable` works in training mode only, while the frozen backbone stays in
+evaluation mode here. So torch's `checkpoint` (`use_reentrant=False`) wraps the blocks that transformers marks as
+`GradientCheckpointingLayer`. Norms, gradients and dropout masks stay the same.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,11 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gradsift.errors import ConfigError
 
-_recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
-
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Have the blocks of a causal language model compute their activations again in the backward pass.
+    """Make the blocks of a causal language model compute their activations again in the backward pass.
 
     Raises:
         ConfigError: transformers marks no module of this model as such a block.
@@ -41,11 +36,6 @@ def checkpoint_blocks(model: nn.Module) -> None:
             block.__class__ = _with_checkpoint(kind)
 
 
-def is_recomputing() -> bool:
-    """Whether this forward pass is the second one of a block, within the backward pass."""
-    return _recomputing.get()
-
-
 class _Checkpointed:
     """A block whose forward pass is checkpointed wherever gradients are wanted."""
 
@@ -53,22 +43,9 @@ class _Checkpointed:
         block = super().forward  # type: ignore[misc]
         if not torch.is_grad_enabled():
             return block(*args, **kwargs)
-        return checkpoint(block, *args, use_reentrant=False, context_fn=_contexts, **kwargs)
+        return checkpoint(block, *args, use_reentrant=False, **kwargs)
 
 
 @functools.cache
 def _with_checkpoint(kind: Any) -> type:
     return type(kind.__name__, (_Checkpointed, kind), {})  # the same name: `TargetFinetuning` finds layers by it
-
-
-def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _second_pass()
-
-
-@contextmanager
-def _second_pass() -> Iterator[None]:
-    token = _recomputing.set(True)
-    try:
-        yield
-    finally:
-        _recomputing.reset(token)

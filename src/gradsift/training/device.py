@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -80,17 +79,22 @@ class TokenBudget:
             journal: keeps what `work` returns, so that an interrupted pass goes on after its last group.
             advance: told of as many units as there are examples, by their tokens.
         """
-        kept = journal or Journal()
         told = weighed(advance, len(examples), sum(len(example.input_ids) for example in examples))
         for group in spread_out(by_length(examples, self.tokens)):
+            yield self.group(group, work, journal)
+            told(sum(len(example.input_ids) for example in group))
 
-            def batch_by_batch(tokens: int, group: list[Encoded] = group) -> list[T]:
-                return [work(batch) for batch in by_length(group, tokens)]
+    def group(
+        self, examples: Sequence[Encoded], work: Callable[[list[Encoded]], T], journal: Journal | None = None
+    ) -> list[T]:
+        """Return what `work` makes of the examples, batch by batch; they fit the budget unless memory runs out."""
 
-            lengths = [len(example.input_ids) for example in group]
-            rows = [example.row for example in group]
-            yield kept.once(rows, functools.partial(self.run, batch_by_batch, lengths))
-            told(sum(lengths))
+        def batch_by_batch(tokens: int) -> list[T]:
+            return [work(batch) for batch in by_length(examples, tokens)]
+
+        lengths = [len(example.input_ids) for example in examples]
+        rows = [example.row for example in examples]
+        return (journal or Journal()).once(rows, lambda: self.run(batch_by_batch, lengths))
 
     def _halve(self, lengths: Sequence[int]) -> None:
         longest = max(lengths)

@@ -6,7 +6,8 @@ import gc
 import logging
 import signal
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,6 @@ def fit(
         GradsiftError: a loss that is not finite, named by its rows; weights that are not; memory does not hold a
             single example.
     """
-    handler = signal.getsignal(signal.SIGINT)
     callbacks = [StopAtNonFinite(encoded), *callbacks]
     if folder is not None:
         point = SavePoint(folder, compute.save_every, len(plan), callbacks)
@@ -55,11 +55,8 @@ def fit(
     trainer = quiet_trainer(compute, strategy_of(compute, module), callbacks)
     left = plan[len(module.curve) :]
     loader: Any = DataLoader(encoded, batch_sampler=left, collate_fn=Step)  # type: ignore[arg-type]
-    try:
+    with keyboard_interrupts():
         trainer.fit(module, loader)
-    except SystemExit:  # Lightning turns Ctrl-C into an exit and leaves the signal ignored
-        signal.signal(signal.SIGINT, handler)
-        raise KeyboardInterrupt from None
     if not all(bool(p.isfinite().all()) for p in lora.trainable_parameters(module.model).values()):
         raise GradsiftError(
             "the adapter's weights are not finite after the last step, though all losses were; lower the learning "
@@ -76,19 +73,32 @@ def step_counts(module: AdapterModule, taken: int) -> dict[str, int]:
     return {"optimizer_steps": len(module.curve), "resumed_steps": len(module.curve) - taken}
 
 
+@contextmanager
+def keyboard_interrupts() -> Iterator[None]:
+    """Let Ctrl-C end a trainer's run as a KeyboardInterrupt: Lightning exits and leaves the signal ignored."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from None
+
+
 def quiet_trainer(compute: ComputeConfig, strategy: Strategy | str, callbacks: Sequence[L.Callback]) -> L.Trainer:
     """Return a trainer for one pass over a loader that writes, logs and prints nothing by itself."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     # a loader over tokens in memory needs no workers; the frozen backbone is in evaluation mode on purpose
     for message in (".*does not have many workers.*", r".*module\(s\) in eval mode.*", ".*LeafSpec.*"):
         warnings.filterwarnings("ignore", message)
-    shared = isinstance(strategy, Strategy)
+    shared, has_gpu = isinstance(strategy, Strategy), device_of(compute).type == "cuda"
+    own_device: Any = [torch.cuda.current_device()] if has_gpu else 1
     return L.Trainer(
-        accelerator="gpu" if device_of(compute).type == "cuda" else "cpu",
+        accelerator="gpu" if has_gpu else "cpu",
         strategy=strategy,
-        devices=compute.devices if shared else 1,
+        devices=compute.devices if shared else own_device,
         num_nodes=compute.num_nodes if shared else 1,
         use_distributed_sampler=False,  # the modules divide each step over the ranks
+        inference_mode=False,  # a pass at fixed weights takes gradients too
         precision="32-true",  # frozen weights have had their precision since they were loaded; nothing is cast
         max_epochs=1,
         callbacks=list(callbacks),

@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gradsift.config import LoraConfig
 from gradsift.errors import ConfigError
-from gradsift.training.adapted import ADAPTER, fuse
+from gradsift.gradients.probes import ADAPTER
+from gradsift.training.adapted import fuse
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

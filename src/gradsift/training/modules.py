@@ -23,6 +23,7 @@ from gradsift.cost import passed
 from gradsift.data.batching import Batch, by_length, collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
+from gradsift.journal import Journal
 from gradsift.runtime import derive_seed
 from gradsift.training import lora, parallel
 from gradsift.training.device import TokenBudget, is_out_of_memory
@@ -121,7 +122,7 @@ class AdapterModule(L.LightningModule):
         self.first_step = first_step
         self.dropout_seed = dropout_seed
         self.restore_from: Path | None = None  # the optimiser state of an earlier epoch
-        self.norms: PerSampleNorms | None = None  # set by a callback that wants the norms of the training steps
+        self.gradient_norms: PerSampleNorms | None = None  # set by `GradientNormCallback`
         self.curve: list[dict[str, float]] = []  # one entry per step; the losses are filled in when `fit` has ended
         self._step_losses = torch.zeros(0)  # on the device: reading one there would wait for it in every step
 
@@ -195,10 +196,11 @@ class AdapterModule(L.LightningModule):
         # random state of the steps before
         torch.manual_seed(derive_seed(self.dropout_seed, len(self.curve), parallel.rank()))
         self.optimizers().zero_grad()  # type: ignore[union-attr]
-        if self.norms is not None:
-            self.norms.forget()
+        if self.gradient_norms is not None:
+            self.gradient_norms.forget()
         by_token = self.optimization.loss == "token"
-        names = ("rows", "losses", *(["counts"] if by_token else []), *(["norm_A", "norm_B"] if self.norms else []))
+        names = ["rows", "losses", *(["counts"] if by_token else [])]
+        names += ["norm_A", "norm_B"] if self.gradient_norms is not None else []
         divisor = sum(example.scored for example in examples) if by_token else len(examples)
         parts: list[tuple[torch.Tensor, ...]] = []
         batches = by_length(mine, tokens)
@@ -212,7 +214,7 @@ class AdapterModule(L.LightningModule):
             with self._last_synchronises(is_last=number == passes - 1):
                 self.manual_backward((losses * batch.counts if by_token else losses).sum() * weight / divisor)
             if is_own:
-                norms = self.norms.take(divisor / parallel.size()) if self.norms is not None else ()
+                norms = self.gradient_norms.take(divisor / parallel.size()) if self.gradient_norms is not None else ()
                 parts.append((batch.rows, losses.detach(), *([batch.counts] if by_token else []), *norms))
         if not parts:  # more ranks than examples
             none = torch.empty(0, device=self.device)
@@ -253,7 +255,37 @@ class AdapterModule(L.LightningModule):
 
 
 class ProxyMember(AdapterModule):
-    """One member of the proxy ensemble, or the adapter of a warm-up, for one epoch."""
+    """One member of the proxy ensemble for one epoch (or the adapter of a warm-up).
+
+    `Trainer.validate` passes examples at fixed weights, dropout off, for their gradient norms: g_i^(m,e) of the paper.
+    """
+
+    journal: Journal | None = None  # keeps the norms of a pass, batch by batch
+    masks: int | None = None  # seed of dropout masks that stay on: each batch draws its own
+
+    def on_validation_start(self) -> None:
+        self._losses = ResponseLosses(self.model)
+
+    def on_validation_model_eval(self) -> None:
+        if self.masks is None:
+            super().on_validation_model_eval()
+
+    def validation_step(self, group: Step, index: int) -> dict[str, torch.Tensor]:
+        parts = self.budget.group(group.examples, self._norms_of, self.journal)
+        names = ("rows", "norm_A", "norm_B", "losses")
+        return {name: torch.cat(columns) for name, columns in zip(names, zip(*parts, strict=True), strict=True)}
+
+    def _norms_of(self, examples: Sequence[Encoded]) -> tuple[torch.Tensor, ...]:
+        norms = self.gradient_norms
+        if norms is None:
+            raise RuntimeError("a pass over norms needs GradientNormCallback among the trainer's callbacks")
+        if self.masks is not None:
+            torch.manual_seed(derive_seed(self.masks, examples[0].row))
+        norms.forget()
+        batch = collate(examples, self.pad_id).to(self.device)
+        with torch.enable_grad():
+            losses = self._losses(batch)
+            return (batch.rows, *norms.of(losses), losses.detach())
 
 
 class TargetFinetuning(AdapterModule):

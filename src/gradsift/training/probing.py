@@ -20,7 +20,7 @@ from gradsift.config import LoraConfig
 from gradsift.data.batching import Batch, collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError, GradsiftError
-from gradsift.gradients.norms import PerSampleNorms, probed_layers
+from gradsift.gradients.norms import PerSampleNorms
 from gradsift.training import lora
 from gradsift.training.adapted import AdaptedLinear, layer_path
 from gradsift.training.device import is_out_of_memory
@@ -117,7 +117,7 @@ def _failure(
         adapted.to(logits.device)
         with lora.evaluating(adapted):
             if norms:
-                probed_layers(adapted)
+                PerSampleNorms(adapted)  # refuses layers without a known per-sample gradient
             with torch.no_grad(), _watched(adapted, norms):
                 found = _logits(adapted, _batch(adapted, rows))
             _require_equal(found, logits, f"{type(model).__name__} gives other logits with a fresh adapter")

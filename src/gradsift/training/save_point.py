@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gradsift.training.modules import AdapterModule
 
 POINT_FILE = "training.safetensors"
-_FORMAT = 3  # raised when the file changes: an older one is passed over
+_FORMAT = 4  # raised when the file changes: an older one is passed over
 _SHARE = 0.01  # of the time that saving may take, whatever `compute.save_every` says
 
 

@@ -1,0 +1,165 @@
+"""The gradient that each example of a batch gives to a LoRA layer, and its norm, from one backward pass.
+
+A LoRA layer computes y = W x + b + s B A x with s = alpha / rank. Of example i, let X_i (T, I) be the layer's inputs
+(activations) and D_i (T, O) the gradients of its loss with respect to the layer's outputs (backprops). Then
+
+    grad_A L_i = s (D_i B)^T X_i          (R, I)
+    grad_B L_i = s D_i^T (X_i A^T)        (O, R)
+    |g_i|^2    = sum over layers of |grad_A L_i|_F^2 + |grad_B L_i|_F^2
+
+where g_i is the gradient of GRADFILTERING (arXiv 2601.13697, section 3). The optimiser needs the sum of these products
+over the examples anyway, so each example's part costs next to nothing (`per_sample_parts`). A padded token contributes
+nothing: no loss depends on it, so its row of D_i is zero.
+
+A probe is one more input of the layer (`gradsift.training.adapted`). Its "gradient" in the backward pass is what the
+layer reports of each example: squared norms (`NormProbe`), which autograd adds up over the layers on the device, or the
+gradients themselves (`GradientProbe`).
+
+Shape letters: B examples of a batch, T tokens, I inputs and O outputs of a layer, R rank, P_l parameters in its A and
+B.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gradsift.errors import GradsiftError
+
+ADAPTER = "default"  # peft's name of the active adapter
+
+
+def per_sample_parts(left: torch.Tensor, right: torch.Tensor, examples: int) -> torch.Tensor:
+    """Return the products left_i^T right_i of each example's tokens, (B, R, K).
+
+    Args:
+        left: (B T, R), D_i B for the gradient of A, X_i A^T for that of B.
+        right: (B T, K), X_i for the gradient of A, D_i for that of B.
+        examples: B.
+    """
+    left = left.reshape(examples, -1, left.shape[-1])
+    return torch.bmm(left.transpose(1, 2), right.reshape(examples, -1, right.shape[-1]))
+
+
+def is_recomputing() -> bool:
+    """Return whether this forward pass runs within a backward pass: that of a checkpointed block, once more."""
+    return torch._C._current_graph_task_id() != -1  # torch.utils.checkpoint asks the same
+
+
+class Passes:
+    """Checks in each forward pass that every adapted layer sees the examples one by one, and only once."""
+
+    def __init__(self) -> None:
+        self._layers: set[int] = set()  # ids of the layers passed so far
+        self._examples: int | None = None
+
+    def note(self, layer: object, activations: torch.Tensor) -> int:
+        """Return B, where `layer` sees `activations` (B, T, I).
+
+        Raises:
+            GradsiftError: names the layer. The examples cannot be told apart, or the layer is passed twice, so that its
+                gradient would be a sum of two.
+        """
+        name = getattr(layer, "path", "an adapted layer")
+        if id(layer) in self._layers:
+            raise GradsiftError(
+                f"{name} is passed twice before a backward pass, so the gradients of the two passes cannot be told "
+                "apart; run the backward pass in between, or leave the layer out of lora.targets"
+            )
+        self._layers.add(id(layer))
+        if activations.dim() != 3:
+            raise GradsiftError(
+                f"{name} sees inputs of shape {tuple(activations.shape)}, not (batch, tokens, width), so the gradients "
+                "of the examples cannot be told apart; leave it out of lora.targets"
+            )
+        if self._examples is None:
+            self._examples = len(activations)
+        if len(activations) != self._examples:
+            raise GradsiftError(
+                f"{name} sees {len(activations)} examples where another layer saw {self._examples}; leave layers that "
+                "do not see the examples one by one out of lora.targets"
+            )
+        return self._examples
+
+    def forget(self) -> None:
+        self._layers.clear()
+        self._examples = None
+
+
+class NormProbe:
+    """Sums the squared per-sample gradient norms over all adapted layers of a backward pass."""
+
+    def __init__(self) -> None:
+        self._probe: torch.Tensor | None = None
+        self._passes = Passes()
+
+    def of(self, layer: Any, activations: torch.Tensor) -> torch.Tensor:
+        """Return the probe, (2, B) float32, of the pass in which `layer` sees `activations` (B, T, I).
+
+        Raises:
+            GradsiftError: see `Passes.note`.
+        """
+        if self._probe is not None and is_recomputing():
+            return self._probe
+        examples = self._passes.note(layer, activations)
+        if self._probe is None:
+            self._probe = torch.zeros(2, examples, device=activations.device, requires_grad=True)
+        return self._probe
+
+    @staticmethod
+    def gather(parts_a: torch.Tensor, parts_b: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return the squared norms (2, B) of a layer's gradients of A and of B."""
+        norms = [torch.linalg.vector_norm(part, dim=(1, 2), dtype=torch.float32) for part in (parts_a, parts_b)]
+        return torch.stack(norms).mul_(scale).square_()
+
+    def backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """Run the backward pass of `loss` down to the probe and return the squared norms (2, B); no `.grad` changes.
+
+        Raises:
+            GradsiftError: no adapted layer was passed.
+        """
+        if self._probe is None:
+            raise GradsiftError("no adapted layer was passed with gradients on; per-sample norms need a forward pass")
+        (squares,) = torch.autograd.grad(loss, [self._probe])
+        self._probe = None
+        self._passes.forget()
+        return squares
+
+    def take(self) -> torch.Tensor | None:
+        """Return the squared norms (2, B) of A and B, None if there was no backward pass, and start anew."""
+        probe, self._probe = self._probe, None
+        self._passes.forget()
+        return None if probe is None else probe.grad
+
+
+class GradientProbe:
+    """Collects the per-sample gradients of all adapted layers; each layer has a probe of its own, (B, P_l)."""
+
+    def __init__(self) -> None:
+        self.probes: dict[int, torch.Tensor] = {}  # by the layer's id, in the order of the forward pass
+        self._passes = Passes()
+
+    def of(self, layer: Any, activations: torch.Tensor) -> torch.Tensor:
+        """Return the probe, (B, P_l) float32 without memory of its own, for `layer`, which sees `activations`.
+
+        Raises:
+            GradsiftError: see `Passes.note`.
+        """
+        if is_recomputing():
+            return self.probes[id(layer)]
+        examples = self._passes.note(layer, activations)
+        size = layer.lora_A[ADAPTER].weight.numel() + layer.lora_B[ADAPTER].weight.numel()
+        probe = torch.zeros((), device=activations.device).expand(examples, size).requires_grad_()
+        self.probes[id(layer)] = probe
+        return probe
+
+    @staticmethod
+    def gather(parts_a: torch.Tensor, parts_b: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return a layer's gradients (B, P_l): that of A (R, I) row by row, then that of B (O, R)."""
+        parts = [parts_a.flatten(1), parts_b.transpose(1, 2).flatten(1)]
+        return torch.cat(parts, 1).to(torch.float32).mul_(scale)
+
+    def forget(self) -> None:
+        self.probes.clear()
+        self._passes.forget()

@@ -1,0 +1,111 @@
+"""Per-sample gradient norms in the order in which the examples came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradsift.data.tokens import Encoded
+from gradsift.errors import GradsiftError
+from gradsift.training import parallel
+from gradsift.training.finetuning import require_finite
+
+COLUMNS = ("norm_A", "norm_B", "loss")
+
+
+class NormRecords:
+    """Norms and losses of examples, batch by batch.
+
+    They lie in one tensor on the device that grows: thousands of small tensors, each kept among the large ones of its
+    step, would fragment the memory (gigabytes on a CPU). float64 holds ids up to 2^53 exactly.
+    """
+
+    def __init__(self) -> None:
+        self._values = torch.empty(2 + len(COLUMNS), 0, dtype=torch.float64)  # id, epoch, norm_A, norm_B, loss
+        self._count = 0
+        self._names: dict[str, int] = {}  # numbers of ids that are strings
+
+    def add(
+        self,
+        ids: torch.Tensor | Sequence[Any],
+        epoch: int,
+        norm_a: torch.Tensor,
+        norm_b: torch.Tensor,
+        losses: torch.Tensor | None = None,
+    ) -> None:
+        """Add a batch: B ids (whole numbers or strings), and (B,) each of norms and losses."""
+        if not isinstance(ids, torch.Tensor):
+            ids = torch.tensor([self._names.setdefault(str(name), len(self._names)) for name in ids])
+        count = len(ids)
+        if self._count + count > self._values.shape[1]:
+            larger = self._values.new_empty((len(self._values), 2 * self._count + count + 64), device=norm_a.device)
+            larger[:, : self._count] = self._values[:, : self._count]
+            self._values = larger
+        known = losses if losses is not None else torch.full_like(norm_a, torch.nan)
+        columns = (ids.to(norm_a.device), torch.full_like(norm_a, epoch), norm_a, norm_b, known)
+        self._values[:, self._count : self._count + count] = torch.stack([column.double() for column in columns])
+        self._count += count
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return what was added so far, for `load_state_dict` in another process; ids that are strings are refused.
+
+        Raises:
+            GradsiftError: the ids are strings.
+        """
+        if self._names:
+            raise GradsiftError("gradient norms can be saved only with ids that are whole numbers")
+        return {"values": self._values[:, : self._count]}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._values, self._count = state["values"].clone(), state["values"].shape[1]
+
+    def table(self) -> dict[str, np.ndarray]:
+        """Return columns of one entry per example and epoch, in the order in which they came.
+
+        Returns:
+            example_id, epoch (int64), norm_A, norm_B and norm (float32): the L2 norms of the gradient with respect to
+            all A, to all B, and to both.
+        """
+        ids, epochs, norm_a, norm_b, _ = self._values[:, : self._count].cpu().numpy()
+        names = np.array(list(self._names))
+        return {
+            "example_id": names[ids.astype(np.int64)] if self._names else ids.astype(np.int64),
+            "epoch": epochs.astype(np.int64),
+            "norm_A": norm_a.astype(np.float32),
+            "norm_B": norm_b.astype(np.float32),
+            "norm": np.hypot(norm_a, norm_b).astype(np.float32),
+        }
+
+    def columns(self, encoded: Sequence[Encoded]) -> dict[str, np.ndarray]:
+        """Return norm_A, norm_B and loss, float32, in the order of the examples whose `row` is the id.
+
+        Raises:
+            GradsiftError: a value is not finite, or an example does not have exactly one; names the rows.
+        """
+        rows, _, *values = self._values[:, : self._count].cpu()
+        places = {example.row: place for place, example in enumerate(encoded)}
+        order = torch.tensor([places[row] for row in rows.long().tolist()], dtype=torch.int64)
+        if self._count != len(encoded) or len(order.unique()) != len(encoded):
+            raise GradsiftError(
+                f"the epoch gave {self._count} gradient norms for {len(encoded)} examples; each must have exactly one"
+            )
+        columns = {}
+        for name, column in zip(COLUMNS, values, strict=True):
+            require_finite("loss" if name == "loss" else "gradient norm", rows.long(), column, encoded)
+            columns[name] = np.empty(len(encoded), dtype=np.float32)
+            columns[name][order.numpy()] = column.numpy()
+        return columns
+
+    def of_all_ranks(self, total: int, device: torch.device) -> NormRecords:
+        """Return the records of all ranks, each of which has those of its share of `total` examples."""
+        if parallel.size() == 1:
+            return self
+        ids, epochs, *values = self._values[:, : self._count].to(device)
+        names = ("rows", "epochs", *COLUMNS)
+        columns = parallel.gather(dict(zip(names, (ids, epochs, *values), strict=True)), total)
+        records = NormRecords()
+        records._values, records._count = torch.stack([columns[name] for name in names]), total
+        return records

@@ -18,10 +18,9 @@ from test_norms import VOCABULARY, tiny_model
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
+from gradsift import GradientNormCallback, GradientNormTrainerCallback, per_sample_gradients, per_sample_norms
 from gradsift.errors import ConfigError, DataError, GradsiftError
-from gradsift.gradients.callback import GradientNormCallback, GradientNormTrainerCallback
 from gradsift.gradients.norms import PerSampleNorms
-from gradsift.gradients.per_sample import per_sample_gradients, per_sample_norms
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 

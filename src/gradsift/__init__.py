@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradsift.api import Selection, gsnr, select
     from gradsift.errors import ConfigError, DataError, GradsiftError
+    from gradsift.gradients.callback import GradientNormCallback, GradientNormTrainerCallback
+    from gradsift.gradients.per_sample import per_sample_gradients, per_sample_norms
     from gradsift.scoring.scores import Scores
 
 __version__ = metadata.version("gradsift")
@@ -17,13 +19,29 @@ _MODULES = {
     "select": "gradsift.api",
     "Selection": "gradsift.api",
     "gsnr": "gradsift.api",
+    "per_sample_norms": "gradsift.gradients.per_sample",
+    "per_sample_gradients": "gradsift.gradients.per_sample",
+    "GradientNormCallback": "gradsift.gradients.callback",
+    "GradientNormTrainerCallback": "gradsift.gradients.callback",
     "Scores": "gradsift.scoring.scores",
     "GradsiftError": "gradsift.errors",
     "ConfigError": "gradsift.errors",
     "DataError": "gradsift.errors",
 }
 
-__all__ = ["ConfigError", "DataError", "GradsiftError", "Scores", "Selection", "gsnr", "select"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "GradientNormCallback",
+    "GradientNormTrainerCallback",
+    "GradsiftError",
+    "Scores",
+    "Selection",
+    "gsnr",
+    "per_sample_gradients",
+    "per_sample_norms",
+    "select",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,7 @@ from gradsift.report.browser import Pool, Ranking, Selection, pack
 from gradsift.report.material import Material, Run
 from gradsift.report.page import render
 from gradsift.scoring.scores import EXCLUDED, Scores
-from gradsift.selection.candidates import best_first
+from gradsift.selection.choice import best_first
 
 QUERIES = ("e", "the", "capital", "of the", "zq", "zqxw no such word", "\u00fc", "ba be bi")
 CHOICES = (("sort", "row"), ("sort", "part-0"), ("sort", "apart"), ("kept", "kept"), ("label", "1"), ("run", "3"))

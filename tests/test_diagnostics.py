@@ -34,7 +34,7 @@ from gradsift.gradients.statistics import Statistics
 from gradsift.report.notes import against_random
 from gradsift.report.terminal import sweep_finished
 from gradsift.scoring.gsnr import gsnr, gsnr_normalized_drop, gsnr_raw_drop, gsnr_variance_normalized
-from gradsift.selection.diagnostics import against_pool, diagnose_selection, lengths, selected_drop_sign
+from gradsift.selection.checks import against_pool, diagnose_selection, lengths, selected_drop_sign
 
 NAN = float("nan")
 

@@ -24,7 +24,7 @@ from gradsift.gradients.norms_table import NORMS_FILE
 from gradsift.gradients.statistics import compute_statistics, read_statistics
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores, read_scores, write_scores
 from gradsift.scoring.stage import scores_of
-from gradsift.selection.diagnostics import lengths
+from gradsift.selection.checks import lengths
 from gradsift.selection.stage import SELECTION_FILE, positions_of, write_selection
 from gradsift.selection.topk import topk
 

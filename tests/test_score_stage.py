@@ -26,8 +26,8 @@ from gradsift.run_record import RunRecord
 from gradsift.runtime import Display, Runtime
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
 from gradsift.scoring.stage import SCORES_FILE, score, scores_of
+from gradsift.selection.checks import COVERED_WITHIN, coverage
 from gradsift.selection.choice import Choice
-from gradsift.selection.diagnostics import COVERED_WITHIN, coverage
 from gradsift.selection.stage import positions_of, select
 from gradsift.selection.topk import topk
 from gradsift.sources import Method, Source, method

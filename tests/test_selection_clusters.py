@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradsift.features import products
 from gradsift.features.vectors import Features, unit_rows
 from gradsift.scoring.scores import Scores
 from gradsift.selection import clusters as module
-from gradsift.selection import products
 from gradsift.selection.budget import equal_shares, proportional_shares
 from gradsift.selection.clusters import clusters
 

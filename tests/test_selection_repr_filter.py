@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradsift.features import products
 from gradsift.features.vectors import Features, unit_rows
 from gradsift.scoring.scores import Scores
-from gradsift.selection import products
 from gradsift.selection.repr_filter import repr_filter
 
 

@@ -11,10 +11,10 @@ from hydra import compose, initialize_config_dir
 
 from gradsift.config import load_config, register_schemas
 from gradsift.errors import GradsiftError
+from gradsift.features import products
 from gradsift.features.vectors import Features, unit_rows
 from gradsift.runtime import unseen
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
-from gradsift.selection import products
 from gradsift.selection.choice import Choice
 from gradsift.selection.clusters import clusters
 from gradsift.selection.facility_location import facility_location

@@ -12,11 +12,11 @@ import pytest
 from conftest import SMOKE
 
 from gradsift.errors import GradsiftError
-from gradsift.features import vectors as vectors_module
+from gradsift.features import products as products_module
 from gradsift.features.vectors import Features, unit_rows
-from gradsift.scoring import similarity as similarity_module
+from gradsift.scoring.agreement import spread
 from gradsift.scoring.scores import SCORED, UNDEFINED
-from gradsift.scoring.similarity import rds_plus, sbert, spread
+from gradsift.scoring.similarity import rds_plus, sbert
 from gradsift.selection.topk import topk
 
 pytestmark = pytest.mark.numerics
@@ -67,8 +67,7 @@ def test_a_row_of_zeros_is_undefined_with_its_reason() -> None:
 @pytest.mark.parametrize("over", ["mean", "max"])
 def test_blocks_change_nothing(over: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pool, targets = random_features(53), random_features(11, tasks=3, seed=1)
-    monkeypatch.setattr(vectors_module, "_BLOCK_BYTES", 7 * 4 * 20)  # blocks of 20 rows
-    monkeypatch.setattr(similarity_module, "_PRODUCTS", 30)  # and few of these at once
+    monkeypatch.setattr(products_module, "_MOST_ROWS", 20)
     scores = sbert(pool, targets, over=over)
     reduce = np.mean if over == "mean" else np.max
     for row in range(53):
@@ -89,7 +88,7 @@ def test_the_mean_cosine_ranks_as_the_cosine_to_the_targets_mean() -> None:
 
 
 def test_equal_rows_tie_in_any_block_and_go_by_row_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity_module, "_PRODUCTS", 11 * 5)
+    monkeypatch.setattr(products_module, "_MOST_ROWS", 11)
     rows = np.tile(random_features(1).vectors, (23, 1))
     scores = rds_plus(Features(rows), random_features(11, tasks=2, seed=1))
     assert len(set(scores.score.tolist())) == 1

@@ -1,7 +1,7 @@
 """What a diagnostic is, and its file `diagnostics.json` beside what it speaks of.
 
 The diagnostics answer the failure signatures of GRADFILTERING (arXiv 2601.13697). Those of the ensemble
-stand in `gradients/diagnostics.py`, those of the selection in `selection/diagnostics.py`, and the
+stand in `gradients/diagnostics.py`, those of the selection in `selection/checks.py`, and the
 comparison with random selection, which needs several runs, in `report/notes.py`. They judge and change nothing.
 """
 

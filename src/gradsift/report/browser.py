@@ -20,7 +20,7 @@ from gradsift.data.examples import Example
 from gradsift.pages import presentable
 from gradsift.report.material import Material, Run
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED
-from gradsift.selection.candidates import best_first
+from gradsift.selection.choice import best_first
 
 CUT = 400  # characters of a text that the page holds
 MOST = 100_000  # examples that one page holds; of larger pools the selected ones and an even share of the others

@@ -1,4 +1,4 @@
-"""Inner products of gradient features with a few directions, and the examples that have none.
+"""Inner products of gradient features with a few directions, and checks of features.
 
 Shape letters: N examples, K directions, D features.
 """
@@ -7,26 +7,29 @@ from __future__ import annotations
 
 import numpy as np
 
+from gradsift.diagnostics import Diagnostic
+from gradsift.features.products import DECIMALS, blocks
 from gradsift.features.vectors import Features
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
-from gradsift.scoring.spread import spread
-from gradsift.selection.products import DECIMALS, blocks
 
 NO_GRADIENT = "the gradient is zero, so it has no direction"
+# Mean cosine between two rows above which a warning is given. Last hidden states always share much of their direction
+# (see docs/methods.md), so only a larger value is unusual.
+MOST_ALIKE = 0.9999
 
 
 def agreement(features: Features, directions: np.ndarray) -> np.ndarray:
-    """(N, K) float64 inner products with `directions` (K, D); equal rows get equal values, wherever they stand."""
-    found = np.empty((len(features), len(directions)))
+    """Return inner products (N, K) float64 with `directions` (K, D), rounded so that equal rows get equal values."""
+    inner = np.empty((len(features), len(directions)))
     columns = directions.astype(np.float64).T
     for where, rows in blocks(features, np.arange(len(features))):
-        found[where] = rows @ columns
-    largest = np.abs(found).max(initial=0.0)
-    return np.round(found / largest, DECIMALS) * largest if largest else found
+        inner[where] = rows @ columns
+    largest = np.abs(inner).max(initial=0.0)
+    return np.round(inner / largest, DECIMALS) * largest if largest else inner
 
 
 def mark_undirected(scores: Scores, features: Features) -> None:
-    """Undefined, with the reason, where an example has no response or no gradient; says whether the others differ."""
+    """Mark examples without a response or a gradient as undefined, and add the diagnostic `gradient_spread`."""
     scores.diagnostics.append(spread(features, "gradient", "the data for equal rows, and features.warmup"))
     silent = np.zeros(len(features), dtype=bool)
     silent[list(features.silent)] = True
@@ -35,3 +38,26 @@ def mark_undirected(scores: Scores, features: Features) -> None:
         values[undirected] = np.nan
     scores.mark(silent, UNDEFINED, NO_RESPONSE)
     scores.mark(undirected, UNDEFINED, NO_GRADIENT)
+
+
+def spread(features: Features, kind: str, check: str) -> Diagnostic:
+    """Return the mean cosine between two different rows with a direction; near 1 the vectors do not separate the rows.
+
+    It follows from the length of the sum of N unit rows: |sum|^2 = N + N (N - 1) mean cosine.
+
+    Args:
+        kind: embedding or gradient; names the diagnostic.
+        check: what to look at if the rows are alike.
+    """
+    name, value = f"{kind}_spread", "mean_cosine"
+    total, count = np.zeros(features.vectors.shape[1]), 0
+    for _, block in features.blocks():
+        total += block.sum(axis=0, dtype=np.float64)
+        count += int(np.any(block != 0, axis=1).sum())
+    if count < 2:
+        return Diagnostic.unknown(name, value, f"fewer than two rows have a {kind} with a direction")
+    mean = float((total @ total - count) / (count * (count - 1)))
+    message = f"two rows' {kind}s have a mean cosine of {mean:.4f}"
+    if mean > MOST_ALIKE:
+        message += ": they hardly tell the rows apart, and equal scores go by row order"
+    return Diagnostic.judged(name, mean > MOST_ALIKE, {value: mean}, message, check)

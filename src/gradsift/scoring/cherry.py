@@ -2,19 +2,19 @@
 
     IFD(x, y) = mean loss of y after the prompt x / mean loss of y alone
 
-Superfiltering's score of the same name is a ratio of perplexities, with another prompt: the two rank rows
-differently. Here the prompt is Alpaca's, "alone" means after the bare line "### Response:", a start token
-comes first where the tokenizer puts one there by itself, and every token of the answer is scored, both times.
-p tokens of the prompt, cut to L; prompt and answer cut to L. Highest IFD up to 1 is kept. The budget is a
-share of the rows that survive: budget_base=scored, as in method=cherry. For conversations, where the source
-is silent, the prompt is all that comes before the last response. The published model first learns from 1,000
-diverse rows; ours is the proxy's backbone as it is: name a model that has done so if you want that step.
+Superfiltering's score of the same name is a ratio of perplexities with another prompt, and ranks rows differently. Here
+the prompt is Alpaca's, "alone" means after the line "### Response:", a start token comes first if the tokenizer adds
+one by itself, and every token of the answer is scored, both times. The p tokens of the prompt are cut to L, and so are
+prompt and answer together. Highest IFD up to 1 is kept. The budget is a share of the rows that remain
+(budget_base=scored, as in method=cherry). For conversations, where the source is silent, the prompt is all that comes
+before the last response. The published model is first trained on 1,000 diverse rows; here the proxy's backbone is used
+as it is, so name a model trained that way if you want this step.
 
-`fidelity=original` measures the answer after the cut to L - p + 4 tokens, "### Response:" included. The rule
-"prompt and answer longer than L" then depends on how many tokens that line has: with LLaMA's tokenizer no
-row is ever too long, and the two losses of a long answer are means over different tokens. `fixed` measures
-it before the cut, which is what the rule says. Not reproduced, for they belong to the selection: of rows with
-equal scores the published code prefers the last one, and a share that is less than one row selects all.
+`fidelity=original` measures the answer after the cut to L - p + 4 tokens, including "### Response:". The rule "prompt
+and answer longer than L" then depends on the number of tokens of that line: with LLaMA's tokenizer no row is ever too
+long, and the two losses of a long answer are means over different tokens. `fixed` measures it before the cut, as the
+rule says. Not reproduced, since they belong to the selection: of equal scores the published code prefers the last
+one, and a share of less than one row selects all.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from gradsift.scoring.spans import span, span_losses, token_ids
 from gradsift.training.backbones import Backbone
 
 _RESPONSE = "### Response:"
-_ROOM_FOR_RESPONSE = 4  # tokens that the published code reckons with for that line
+_ROOM_FOR_RESPONSE = 4  # tokens that the published code assumes for that line
 
 
 def cherry(
     examples: Sequence[Example], backbone: Backbone, task: Task, journal: Journal, *, max_length: int, fidelity: str
 ) -> Scores:
-    """IFD of each example under the proxy's backbone, without adapters.
+    """Return the IFD of each example under the proxy's backbone, without adapters.
 
     Args:
-        max_length: L of the published code; the model's context where that is smaller.
+        max_length: L of the published code; the model's context if that is smaller.
         fidelity: original or fixed; see above.
     """
     limit = min(max_length, backbone.context)
@@ -58,7 +58,7 @@ def cherry(
 
 
 def loss_ratios(alone: np.ndarray, together: np.ndarray, too_long: np.ndarray, lacks: np.ndarray) -> Scores:
-    """The score table of mean losses (N,) in nats; `too_long` and `lacks` (N,) bool are rows without any."""
+    """Return the scores from mean losses (N,) in nats; rows in `too_long` or `lacks` (N,) bool have none."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ifd = together / alone
     scores = Scores(ifd, {"ifd": ifd, "loss_alone": alone, "loss_with_prompt": together})
@@ -72,7 +72,7 @@ def loss_ratios(alone: np.ndarray, together: np.ndarray, too_long: np.ndarray, l
 def cherry_spans(
     examples: Sequence[Example], backbone: Backbone, limit: int, *, measure_cut: bool
 ) -> tuple[list[Encoded], list[Encoded], np.ndarray]:
-    """Token spans of each answer after "### Response:" and after its prompt, and which rows are too long, (N,) bool.
+    """Return token spans of each answer after "### Response:" and after its prompt, and the rows that are too long.
 
     Args:
         measure_cut: measure the answer after it was cut.
@@ -81,7 +81,7 @@ def cherry_spans(
     alone = [_RESPONSE + example.output for example in examples]
     together = [prompt + example.output for prompt, example in zip(prompts, examples, strict=True)]
     (line,) = token_ids(backbone.tokenizer, [_RESPONSE], special=True)
-    limits = (limit, limit if measure_cut else None, limit)  # a response that is measured whole is not cut
+    limits = (limit, limit if measure_cut else None, limit)  # a response that is measured before the cut
     ids = (
         token_ids(backbone.tokenizer, texts, special=True, limit=most)
         for texts, most in zip((prompts, alone, together), limits, strict=True)
@@ -99,5 +99,5 @@ def cherry_spans(
 
 
 def cherry_prompt(example: Example) -> str:
-    """The Alpaca prompt, up to and with "### Response:"."""
+    """Return the Alpaca prompt, including "### Response:"."""
     return "".join(segment.text for segment in render(example, "alpaca")[:-1])

@@ -1,4 +1,4 @@
-"""Every example alike: with it alpha is ignored and the whole dataset is selected."""
+"""Equal scores, the full-data baseline: alpha is ignored and the whole dataset is selected."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from gradsift.scoring.scores import Scores
 
 
 def full(count: int) -> Scores:
-    """The same score for every example."""
+    """Return the same score for every example."""
     return Scores(np.zeros(count))

@@ -2,9 +2,9 @@
 
     score(z) = sum_k s_k <row_z, K_k> / sum_k s_k
 
-K_k are the principal components of the target gradients (see `gradsift.selection.core_knowledge`), turned towards
-their mean, and s_k the share of the variance that each explains. The paper selects by a walk and has no score:
-this is our reading, which gives `selector=gradient_walk` its fill, and any other selector something to rank by.
+K_k are the principal components of the target gradients (see `gradsift.selection.core_knowledge`) with the sign of
+their mean's projection, and s_k the share of the variance that each explains. The paper selects by a walk and defines
+no score; this is our reading. `selector=gradient_walk` fills up by it, and any other selector can rank by it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gradsift.selection.core_knowledge import core_knowledge
 
 
 def g2is(gradients: Features, target_gradients: Features, *, explained: float) -> Scores:
-    """The mean projection on the components, weighted by their variance; `component:<k>` holds that on each.
+    """Return the mean projection on the components, weighted by variance; part `component:<k>` has each projection.
 
     Args:
         explained: share of the target gradients' variance that the components explain.

@@ -1,15 +1,15 @@
-"""GrADS (arXiv 2511.08620): representative, diverse and not redundant examples. No public code exists; our reading.
+"""GrADS (arXiv 2511.08620): representative, diverse and non-redundant examples. No public code exists; our reading.
 
     score_i = w_g R_i + w_d C_i + w_s (1 - S_i)
 
-R  representativeness: Gaussian kernel density of the example's gradient signal among those of the pool. The
-   signal is made of the statistics of its gradients of input embedding and LM head after one preliminary epoch.
-C  content diversity: how far the example lies from the rest of the pool.
-S  redundancy: mean cosine to its nearest neighbours in the space of the embeddings.
+R  representativeness: Gaussian kernel density of the example's gradient signal among those of the pool. The signal
+   consists of statistics of its gradients of input embedding and LM head after one preliminary epoch.
+C  content diversity: how far the example is from the rest of the pool.
+S  redundancy: mean cosine to its nearest neighbours in the embedding space.
 
-Each factor is brought to 0..1 over the examples that are scored. The paper's account leaves open how the two
-gradients combine, the bandwidth, the region of density that is representative, and what measures content:
-each is a constant of the scorer. A weight of 0 leaves its component out, uncomputed.
+Each factor is scaled to 0..1 over the scored examples. The paper leaves open how the two gradients combine, the
+bandwidth, which density is representative, and what measures content: each is a constant of the scorer. A component
+with weight 0 is not computed.
 
 Shape letters: N examples, F columns of the signal, B rows of a block.
 """
@@ -25,16 +25,16 @@ import numpy as np
 from gradsift.data.examples import Example
 from gradsift.diagnostics import Diagnostic
 from gradsift.errors import ConfigError, GradsiftError
-from gradsift.features.neighbours import mean_cosines, nearest_cosines, row_blocks
+from gradsift.features.products import mean_cosines, nearest_cosines, row_blocks
 from gradsift.features.vectors import Features
 from gradsift.gradients.embedding_head import COLUMNS, EmbeddingGradients
 from gradsift.runtime import Advance, Task
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
-# |sum| over norm of all entries of a gradient: about 1 (1.2 with SmolLM2 and Alpaca rows) where they are
-# unrelated; where they cancel, rounding leaves 2e-7 in float32 and 2e-3 in bfloat16 (random GPT-2)
+# |sum| over norm of all entries of a gradient: about 1 (1.2 with SmolLM2 and Alpaca rows) if they are unrelated; if
+# they cancel, rounding leaves 2e-7 in float32 and 2e-3 in bfloat16 (random GPT-2)
 LEAST_SUM_OVER_NORM = 0.03
-_CACHE_BYTES = 2**20  # of kernel evaluations at a time: a third of the time that blocks beyond the cache take
+_CACHE_BYTES = 2**20  # of kernel evaluations at a time: three times as fast as blocks larger than the cache
 
 
 def grads(
@@ -51,16 +51,16 @@ def grads(
     neighbours: int,
     scale: str,
 ) -> Scores:
-    """The weighted sum, with its factors as parts.
+    """Return the weighted sum, with its factors as parts.
 
     Args:
         weights: w_g, w_d, w_s.
         combine: see `signal_of`.
         bandwidth: of the kernel, in standard deviations of the signal's columns, or `scott`: N^(-1 / (F + 4)).
-        region: `high` density is representative, or `low`.
-        diversity: `spread`, one minus the mean cosine to all others; or `words`, the mean inverse document
-            frequency of the example's words.
-        neighbours: so many of the most similar others make up the redundancy; 1 for the maximal cosine.
+        region: whether `high` or `low` density is representative.
+        diversity: `spread`, one minus the mean cosine to all others; or `words`, the mean inverse document frequency
+            of the example's words.
+        neighbours: number of most similar others whose mean cosine is the redundancy.
         scale: `rank` or `minmax`, see `to_unit`.
     """
     of_gradients, of_content, of_similarity = weights
@@ -71,7 +71,12 @@ def grads(
     scored, factors, diagnostics = has_response.copy(), {}, []
     if needs_direction := bool(of_similarity or (of_content and diversity == "spread")):
         scored &= has_direction
-        _refuse_few(int(has_direction.sum()), neighbours if of_similarity else 1)
+        count, least = int(has_direction.sum()), neighbours if of_similarity else 1
+        if count <= least:
+            raise ConfigError(
+                f"scorer.neighbours={least}: {count} examples have an embedding with a direction, so none has as many "
+                "others; give fewer neighbours or more data"
+            )
     if of_gradients:
         density, described = density_of(embedding_gradients, scored, combine, bandwidth, task)
         factors["representativeness"] = to_unit(density if region == "high" else -density, scored, scale)
@@ -92,38 +97,39 @@ def grads(
     return scores
 
 
-def _refuse_few(count: int, neighbours: int) -> None:
-    if count <= neighbours:
-        raise ConfigError(
-            f"scorer.neighbours={neighbours}: {count} examples have an embedding with a direction, so none has as many "
-            "others; give fewer neighbours or more data"
-        )
-
-
 # -------------------------------------------------------------------------------- representativeness
 
 
 def density_of(
     gradients: EmbeddingGradients, rows: np.ndarray, combine: str, bandwidth: str | float, task: Task
 ) -> tuple[np.ndarray, Diagnostic]:
-    """Density (N,) of the signal at the examples in `rows` (N,) bool among these, NaN elsewhere; and what it is of."""
+    """Return the density (N,) of the signal among the examples in `rows` (N,) bool, NaN elsewhere, and a diagnostic."""
     signal = signal_of(gradients, combine, rows)
     width = scott(*signal.shape) if bandwidth == "scott" else float(bandwidth)
     density = np.full(len(rows), np.nan)
     with task("grads, density", len(signal)) as advance:
         density[rows] = kernel_density(signal, width, advance)
-    return density, describe(signal, width, combine)
+    columns = signal.shape[1]
+    diagnostic = Diagnostic.judged(
+        "grads_signal",
+        columns == 0,
+        {"columns": float(columns), "bandwidth": width},
+        f"the gradient signal (combine={combine}) has {columns} columns that vary; kernel width {width:.3g} of "
+        "their standard deviation",
+        "that the examples differ at all: representativeness is the same for all of them",
+    )
+    return density, diagnostic
 
 
 def signal_of(gradients: EmbeddingGradients, combine: str, rows: np.ndarray) -> np.ndarray:
-    """What the density is taken of: the examples in `rows` (N,) bool, each column with mean 0 and variance 1.
+    """Return the signal of the examples in `rows` (N,) bool, each column with mean 0 and variance 1.
 
-    statistics   maximum, minimum, mean and standard deviation of either gradient
+    statistics   maximum, minimum, mean and standard deviation of both gradients
     norms        the two norms
     norm         the norm over both together
 
-    A column that says nothing is left out: one that is constant, and a mean that is but the rounding of a sum
-    that cancels (the head's always, the embedding's behind a LayerNorm).
+    Columns without information are left out: constant ones, and a mean that is only the rounding error of a sum that
+    cancels (the head's always, the embedding's before a LayerNorm).
 
     Returns:
         (rows.sum(), F) float64
@@ -135,21 +141,21 @@ def signal_of(gradients: EmbeddingGradients, combine: str, rows: np.ndarray) -> 
             sums = np.abs(table[f"{use}_mean"]) * gradients.entries**0.5
             if not size.size or np.median(sums) < LEAST_SUM_OVER_NORM * np.median(size):
                 del table[f"{use}_mean"]
-    else:  # norms over sqrt(V D), which standardisation takes out again
+    else:  # norms over sqrt(V D), a factor that standardisation removes
         table = sizes if combine == "norms" else {"norm": np.hypot(*sizes.values())}
     columns = [(values - values.mean()) / values.std() for values in table.values() if np.ptp(values) > 0]
     return np.stack(columns, 1) if columns else np.zeros((int(rows.sum()), 0))
 
 
 def scott(count: int, columns: int) -> float:
-    """Scott's bandwidth for columns of variance 1."""
+    """Return Scott's bandwidth for columns of variance 1."""
     return float(max(count, 1) ** (-1 / (columns + 4)))
 
 
 def kernel_density(signal: np.ndarray, bandwidth: float, advance: Advance = lambda done: None) -> np.ndarray:
-    """Gaussian kernel density at each point of `signal` (N, F) among all of them, itself included; (N,) float64.
+    """Return the Gaussian kernel density (N,) float64 at each point of `signal` (N, F) among all of them.
 
-    Exact, in N^2 kernel evaluations, a block of rows at a time.
+    Exact: N^2 kernel evaluations, a block of rows at a time.
     """
     count, columns = signal.shape
     points = signal / bandwidth
@@ -166,24 +172,11 @@ def kernel_density(signal: np.ndarray, bandwidth: float, advance: Advance = lamb
     return density * scale
 
 
-def describe(signal: np.ndarray, bandwidth: float, combine: str) -> Diagnostic:
-    """How many columns of the signal there are; none is a warning, for then every density is the same."""
-    columns = signal.shape[1]
-    return Diagnostic.judged(
-        "grads_signal",
-        columns == 0,
-        {"columns": float(columns), "bandwidth": bandwidth},
-        f"the gradient signal (combine={combine}) has {columns} columns that vary; kernel width {bandwidth:.3g} of "
-        "their standard deviation",
-        "that the examples differ at all: representativeness is the same for all of them",
-    )
-
-
 # ------------------------------------------------------------------------------ diversity and scale
 
 
 def word_rarity(examples: Sequence[Example]) -> np.ndarray:
-    """Mean over an example's different words of log(N / number of examples with the word), (N,); 0 without a word."""
+    """Return the mean over an example's different words of log(N / number of examples with the word), (N,)."""
     texts = [" ".join([*(turn.content for turn in e.history), e.instruction, e.input, e.output]) for e in examples]
     words = [sorted(set(re.findall(r"\w+", text.lower()))) for text in texts]
     holders = Counter(word for each in words for word in each)
@@ -192,18 +185,18 @@ def word_rarity(examples: Sequence[Example]) -> np.ndarray:
 
 
 def to_unit(values: np.ndarray, rows: np.ndarray, scale: str) -> np.ndarray:
-    """Values (N,) brought to 0..1 over `rows` (N,) bool, NaN elsewhere; .5 where all are equal.
+    """Return values (N,) scaled to 0..1 over `rows` (N,) bool, NaN elsewhere; .5 if all are equal.
 
-    rank    the share of the others that are lower, equal ones counting half
-    minmax  the distance from the lowest over that of the highest from the lowest
+    rank    the share of the others that are lower, counting equal ones half
+    minmax  the distance from the lowest value over the range
     """
-    found = np.full(len(values), np.nan)
+    scaled = np.full(len(values), np.nan)
     known = values[rows]
     if not known.size or np.ptp(known) == 0:
-        found[rows] = 0.5
+        scaled[rows] = 0.5
     elif scale == "rank":
         _, inverse, counts = np.unique(known, return_inverse=True, return_counts=True)
-        found[rows] = (np.cumsum(counts) - (counts + 1) / 2)[inverse] / (len(known) - 1)
+        scaled[rows] = (np.cumsum(counts) - (counts + 1) / 2)[inverse] / (len(known) - 1)
     else:
-        found[rows] = (known - known.min()) / np.ptp(known)
-    return found
+        scaled[rows] = (known - known.min()) / np.ptp(known)
+    return scaled

@@ -2,10 +2,10 @@
 
     GSNR_i = (G_i^s - G_i^t) / (G_i^s + eps)  x  1 / (V_i^t + eps)
 
-G^s and G^t are the ensemble's mean gradient norms at the early and the late snapshot, V^t the
-variance of the late norms over the members. The paper gives no value for eps. Mind the sign: where
-the norm rises from s to t the drop is negative, and dividing by V^t then favours a high variance,
-the opposite of the score's intent; `drop` is written beside the score so that this can be seen.
+G^s and G^t are the ensemble's mean gradient norms at the early and the late snapshot, V^t the variance of the late
+norms over the members. The paper gives no value for eps. If the norm rises from s to t the drop is negative, and
+dividing by V^t then favours a high variance, the opposite of the score's intent; `drop` is written beside the score so
+that this can be seen.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ def ratio(G_s: np.ndarray, G_t: np.ndarray, V_t: np.ndarray, eps: float) -> np.n
 
 
 def gsnr(statistics: Statistics, *, eps: float) -> Scores:
-    """Eq. 5: the normalised drop over the late variance."""
+    """Return Eq. 5: the normalised drop over the late variance."""
     score = ratio(statistics.G_s, statistics.G_t, statistics.V_t, eps)
     return _scores(statistics, score, eps, ("G_s", "V_t"))
 
 
 def gsnr_raw_drop(statistics: Statistics, *, eps: float) -> Scores:
-    """Ablation 1: G_s - G_t. `eps` is not used; it is here so that one sweep can turn it for all four."""
+    """Return ablation 1: G_s - G_t. `eps` is unused, but lets one sweep set it for all four."""
     return _scores(statistics, statistics.G_s - statistics.G_t, eps, ())
 
 
 def gsnr_normalized_drop(statistics: Statistics, *, eps: float) -> Scores:
-    """Ablation 2: the first factor of Eq. 5 alone."""
+    """Return ablation 2: the first factor of Eq. 5."""
     return _scores(statistics, (statistics.G_s - statistics.G_t) / (statistics.G_s + eps), eps, ("G_s",))
 
 
 def gsnr_variance_normalized(statistics: Statistics, *, eps: float) -> Scores:
-    """Ablation 3, our reading: (G_s - G_t) / (V_t + eps)."""
+    """Return ablation 3, in our reading: (G_s - G_t) / (V_t + eps)."""
     return _scores(statistics, (statistics.G_s - statistics.G_t) / (statistics.V_t + eps), eps, ("V_t",))
 
 
 def _scores(statistics: Statistics, score: np.ndarray, eps: float, denominators: Sequence[str]) -> Scores:
-    """The score with its parts; `denominators` are those that eps was added to."""
+    """Return the score with its parts; eps was added to the parts named in `denominators`."""
     parts = {
         "G_s": statistics.G_s,
         "G_t": statistics.G_t,

@@ -3,10 +3,12 @@
     score_i = (1/M) sum_m cos(g_i^m, g^m)               weigh=none
     score_i = rank_i x (1/M) sum_m cos(g_i^m, g^m)      weigh=gsnr
 
-g^m is the mean gradient of the pool at member m's late snapshot, and rank_i the share of examples whose G-SNR
-(Eq. 5) is not above that of i. A product with the G-SNR itself would turn two wrongs into a right, as both
-may be negative, and its largest values are those of a tiny variance; with its rank, agreement counts for more where
-the ensemble is sure, and so does disagreement.
+g^m is the mean gradient of the pool at member m's late snapshot, and rank_i the share of examples whose G-SNR (Eq. 5)
+is at most that of i. A product with the G-SNR itself would be positive where both factors are negative, and its largest
+values would be those of a tiny variance. With the rank, agreement and disagreement count more where the ensemble is
+certain.
+
+Shape letters: M members, N examples.
 """
 
 from __future__ import annotations
@@ -20,19 +22,19 @@ from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
 
 def gsnr_direction(statistics: Statistics, directions: np.ndarray, *, weigh: str, eps: float) -> Scores:
-    """Mean over the members of the cosine with the pool's mean gradient.
+    """Return the mean over the members of the cosine with the pool's mean gradient.
 
     Args:
-        directions: (M, N) cosines; NaN where a member has no gradient of an example, which its mean leaves out.
-        weigh: `none`, or `gsnr` for the product with the rank of the G-SNR.
+        directions: (M, N) cosines; NaN where a member has no gradient of an example, which the mean leaves out.
+        weigh: `none`, or `gsnr` to multiply with the rank of the G-SNR.
         eps: of the G-SNR.
     """
     known = ~np.isnan(directions)
     count = known.sum(0)
     total = np.where(known, directions, 0.0).sum(0)
     cosine = np.divide(total, count, out=np.full(directions.shape[1], np.nan), where=count > 0)
-    spread = np.where(known, directions - cosine, 0.0)
-    deviation = np.sqrt(np.divide((spread**2).sum(0), count, out=np.full(len(cosine), np.nan), where=count > 0))
+    squares = np.where(known, directions - cosine, 0.0) ** 2
+    deviation = np.sqrt(np.divide(squares.sum(0), count, out=np.full(len(cosine), np.nan), where=count > 0))
     ratio = gsnr(statistics, eps=eps)
     rank = shares_not_above(ratio.score)
     parts = {"cosine": cosine, "cosine_deviation": deviation, "gsnr": ratio.score, "gsnr_rank": rank}
@@ -45,7 +47,7 @@ def gsnr_direction(statistics: Statistics, directions: np.ndarray, *, weigh: str
 
 
 def shares_not_above(values: np.ndarray) -> np.ndarray:
-    """(N,) in (0, 1]: the share of the finite values that are at most this one; NaN where it is not finite."""
+    """Return for each value (N,) the share of the finite values that are at most this one; NaN if it is not finite."""
     finite = np.isfinite(values)
     ordered = np.sort(values[finite])
     shares = np.full(len(values), np.nan)

@@ -1,8 +1,8 @@
-"""Lengths of the response, the prompt or both: a baseline that much more elaborate scores have to beat.
+"""Lengths of the response, the prompt or both: a cheap baseline.
 
-Long responses alone make a strong selection (Zhao et al., arXiv 2402.04833), and many scores hide a taste for
-some length. The texts are counted as they are: without template, special tokens or truncation.
-`scorer.unit` chooses the function, so counting characters asks for no model.
+Long responses alone make a strong selection (Zhao et al., arXiv 2402.04833), and many scores correlate with length.
+The texts are counted without template, special tokens or truncation. `scorer.unit` chooses the function, so counting
+characters needs no model.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from gradsift.training.backbones import Backbone
 
 
 def length_in_tokens(examples: Sequence[Example], backbone: Backbone, *, unit: str, part: str, prefer: str) -> Scores:
-    """Length in tokens of the proxy's tokenizer, each text tokenised by itself.
+    """Return lengths in tokens of the proxy's tokenizer, each text tokenised by itself.
 
     Args:
-        unit: names the column of the lengths.
+        unit: name of the column of lengths.
         part: response (the last one of a conversation), prompt (all before it) or both.
         prefer: long or short.
     """
@@ -32,13 +32,13 @@ def length_in_tokens(examples: Sequence[Example], backbone: Backbone, *, unit: s
 
 
 def length_in_characters(examples: Sequence[Example], *, unit: str, part: str, prefer: str) -> Scores:
-    """Length in Unicode characters; constants as in `length_in_tokens`."""
+    """Return lengths in Unicode characters; constants as in `length_in_tokens`."""
     counts = [sum(map(len, texts_of(example, part))) for example in examples]
     return _scores(np.array(counts, dtype=float), unit, prefer)
 
 
 def texts_of(example: Example, part: str) -> list[str]:
-    """The texts that make up a part of an example."""
+    """Return the texts of a part of an example."""
     prompt = [*(turn.content for turn in example.history), example.instruction, example.input]
     return {"response": [example.output], "prompt": prompt, "both": [*prompt, example.output]}[part]
 

@@ -1,10 +1,10 @@
-"""Influence on a target set by gradient similarity (LESS, arXiv 2402.04333).
+"""Influence on a target set, estimated by gradient similarity (LESS, arXiv 2402.04333).
 
     score(z) = max over tasks of  mean over the task's rows z' of  sum_c w_c cos(Gamma_c(z), g_c(z'))
 
-The features are made so that the inner sum is one inner product (see `gradsift.features.gradients`). Cosines
-are averaged, not gradients: a mean of inner products is the inner product with the mean of the rows. Target
-rows without a gradient have no cosine and are left out of the mean.
+The features are such that the inner sum is one inner product (see `gradsift.features.gradients`). Cosines are averaged,
+not gradients: a mean of inner products is the inner product with the mean row. Target rows without a gradient have no
+cosine and are left out of the mean.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gradsift.scoring.scores import Scores
 
 
 def less(gradients: Features, target_gradients: Features) -> Scores:
-    """The mean similarity to the task that an example is most similar to; `task:<name>` holds that to each.
+    """Return the mean similarity to the most similar task; the part `task:<name>` has the similarity to each task.
 
     Raises:
         GradsiftError: every gradient of the target set is zero.
@@ -28,20 +28,20 @@ def less(gradients: Features, target_gradients: Features) -> Scores:
     similarity = agreement(gradients, np.stack(list(means.values())))
     scores = Scores(similarity.max(1), {f"task:{task}": similarity[:, k] for k, task in enumerate(means)})
     if missing:
-        seen = f"no row of {', '.join(missing)} has a gradient, so nothing is selected towards it"
+        message = f"no row of {', '.join(missing)} has a gradient, so nothing is selected towards it"
         values: dict[str, float | None] = {"tasks_without_gradient": len(missing)}
-        scores.diagnostics.append(Diagnostic("target_tasks", "warning", values, f"{seen}; check its responses"))
+        scores.diagnostics.append(Diagnostic("target_tasks", "warning", values, f"{message}; check its responses"))
     mark_undirected(scores, gradients)
     return scores
 
 
 def task_means(target: Features) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The mean row (D,) float64 of each task over its rows with a direction, and the tasks that have no such row."""
+    """Return the mean row (D,) float64 of each task over its rows with a direction, and the tasks without such rows."""
     rows: dict[str, list[int]] = {task: [] for task in target.tasks}
     for row, directed in enumerate(target.has_direction()):
         if directed:
             rows[target.tasks[row]].append(row)
-    means = {task: target.vectors[found].mean(0, dtype=np.float64) for task, found in rows.items() if found}
+    means = {task: target.vectors[own].mean(0, dtype=np.float64) for task, own in rows.items() if own}
     if not means:
         raise GradsiftError("every gradient of the target set is zero; look at its rows and at features.warmup")
-    return means, [task for task, found in rows.items() if not found]
+    return means, [task for task, own in rows.items() if not own]

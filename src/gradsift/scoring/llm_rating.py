@@ -1,13 +1,12 @@
-"""A judge model rates each example (AlpaGasus, arXiv 2307.08701; DEITA, arXiv 2312.15685).
+"""Ratings of each example by a judge model (AlpaGasus, arXiv 2307.08701; DEITA, arXiv 2312.15685).
 
     alpagasus   score = one grade, 0-5, for accuracy and helpfulness
-    deita       score = complexity of the instruction, 1-6, x quality of the response, 1-6, asked apart
+    deita       score = complexity of the instruction, 1-6, x quality of the response, 1-6, asked separately
 
-Highest is kept. The questions are in our own words (`gradsift.evaluation.judges.rating`). Two readings
-where the sources differ from this framework: AlpaGasus keeps everything from 4.5 up, here the budget
-decides (grades are coarse, and ties keep the order of the rows); DEITA finetunes scorers of its own and
-takes their expected grade, here the configured judge is asked. Of a conversation the last exchange is
-rated, with the earlier turns shown. An example without a valid grade is `undefined`, with the reason.
+The questions are in our own words (`gradsift.evaluation.judges.rating`). Two readings where the sources differ from
+this framework: AlpaGasus keeps everything from 4.5 up, here the budget decides (grades are coarse, and ties keep the
+order of the rows); DEITA finetunes scorers and takes their expected grade, here the configured judge is asked. Of a
+conversation the last exchange is rated, with the earlier turns shown. An example without a valid grade is `undefined`.
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ from gradsift.runtime import Task
 from gradsift.scoring.scores import UNDEFINED, Scores
 
 QUESTIONS: dict[str, tuple[Question, ...]] = {"alpagasus": ("accuracy",), "deita": ("complexity", "quality")}
-_UNRATED_LIMIT = 0.05  # share of examples without a grade from which a warning is given
+_UNRATED_LIMIT = 0.05  # share of examples without a grade above which a warning is given
 
 
 def llm_rating(
     examples: Sequence[Example], rater: Rater, task: Task, *, style: Literal["alpagasus", "deita"]
 ) -> Scores:
-    """The product of the grades that the style asks for; one part (N,) for each question, NaN where there is none."""
+    """Return the product of the grades of the style; one part (N,) per question, NaN where there is no grade."""
     questions = QUESTIONS[style]
-    # both questions of an example side by side: a run that breaks off leaves whole examples
+    # both questions of an example in sequence, so that an interrupted run has complete examples
     requests = [
         RatingRequest(position, question, e.history, e.instruction, e.input, e.output)
         for position, e in enumerate(examples)
         for question in questions
     ]
     grades: dict[str, np.ndarray] = {question: np.full(len(examples), np.nan) for question in questions}
-    unrated: dict[str, list[int]] = {}  # reason: positions
+    unrated: dict[str, list[int]] = {}  # positions by reason
     with task(f"rate with {rater.name}", len(requests)) as advance:
         for request, rating in rater.rate(requests):
             if rating.grade is None:
@@ -50,15 +49,13 @@ def llm_rating(
     scores = Scores(np.prod([grades[question] for question in questions], axis=0), grades)
     for reason, positions in sorted(unrated.items()):
         scores.mark(np.isin(np.arange(len(examples)), positions), UNDEFINED, reason)
-    scores.diagnostics.append(_diagnostic(float(np.isnan(scores.score).mean()), rater))
-    return scores
-
-
-def _diagnostic(unrated: float, rater: Rater) -> Diagnostic:
-    return Diagnostic.judged(
+    share = float(np.isnan(scores.score).mean())
+    diagnostic = Diagnostic.judged(
         "unrated_share",
-        unrated > _UNRATED_LIMIT,
-        {"unrated_share": unrated, **rater.rating_cost()},
-        f"{unrated:.1%} of the examples have no valid rating by {rater.name}",
+        share > _UNRATED_LIMIT,
+        {"unrated_share": share, **rater.rating_cost()},
+        f"{share:.1%} of the examples have no valid rating by {rater.name}",
         "the reasons in scores.parquet, judge.parse and judge.max_tokens",
     )
+    scores.diagnostics.append(diagnostic)
+    return scores

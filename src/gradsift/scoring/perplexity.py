@@ -2,10 +2,10 @@
 
     PPL(x, y) = exp(mean loss of y's tokens after the prompt x)
 
-Prompt and response stand in the proxy's template and are cut as for training, the end token included; of
-a conversation every response counts. `low` prefers what the model already expects, `high` what surprises it
-(hard rows and noise alike), `middle` the rows that stand closest to the median in the ranking. Papers prune by
-perplexity in all three directions and define the middle as a band of percentiles, which is our reading.
+Prompt and response are in the proxy's template and cut as for training, with the end token; every response of a
+conversation counts. `low` prefers what the model already expects, `high` what surprises it (hard rows and noise
+alike), `middle` the rows closest to the median rank. Papers prune by perplexity in all three directions and define the
+middle as a band of percentiles; the distance in ranks is our reading.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from gradsift.training.modules import ResponseLosses
 
 
 def perplexity(proxy_inputs: ProxyInputs, count: int, task: Task, journal: Journal, *, prefer: str) -> Scores:
-    """Perplexity under the proxy's backbone, without adapters, and the score that prefers it low, high or middle.
+    """Return the perplexity under the proxy's backbone, without adapters, and a score that prefers low, high or middle.
 
     Raises:
-        GradsiftError: a loss that is not finite, named by its row.
+        GradsiftError: a loss is not finite; names the rows.
     """
     losses = response_losses(proxy_inputs, count, task, journal)
-    with np.errstate(over="ignore"):  # beyond e^709 it is infinite; scores are made of the losses
+    with np.errstate(over="ignore"):  # infinite beyond e^709; the score uses the losses
         parts = {"perplexity": np.exp(losses), "loss": losses}
     scores = Scores({"low": -losses, "high": losses, "middle": -from_median(losses)}[prefer], parts)
     scores.mark(np.isnan(losses), UNDEFINED, NO_RESPONSE)
@@ -39,7 +39,7 @@ def perplexity(proxy_inputs: ProxyInputs, count: int, task: Task, journal: Journ
 
 @torch.inference_mode()
 def response_losses(proxy_inputs: ProxyInputs, count: int, task: Task, journal: Journal) -> np.ndarray:
-    """Mean loss (nats) of each example's response tokens, (count,) float64; NaN where there is none."""
+    """Return the mean loss (nats) of each example's response tokens, (count,) float64; NaN without such tokens."""
     backbone, encoded, budget = proxy_inputs
     losses = np.full(count, np.nan)
     losses_of = ResponseLosses(backbone.model)
@@ -49,19 +49,19 @@ def response_losses(proxy_inputs: ProxyInputs, count: int, task: Task, journal: 
         return batch.rows, losses_of(batch.to(backbone.model.device)).cpu()
 
     with task("perplexity", len(encoded)) as advance:
-        for found in budget.passes(encoded, pass_through, journal, advance):
-            for rows, values in found:
+        for batches in budget.passes(encoded, pass_through, journal, advance):
+            for rows, values in batches:
                 require_finite("loss", rows, values, encoded)
                 losses[rows.numpy()] = values.double().numpy()
     return losses
 
 
 def from_median(values: np.ndarray) -> np.ndarray:
-    """How far from the middle of the ranking each value (N,) stands: 0 at the median, up to 0.5; equal values alike."""
+    """Return the distance in rank shares of each value (N,) from the median: 0 to 0.5, the same for equal values."""
     from scipy.stats import rankdata
 
-    found = np.full(len(values), np.nan)
+    distances = np.full(len(values), np.nan)
     known = ~np.isnan(values)
     if known.any():
-        found[known] = np.abs((rankdata(values[known]) - 0.5) / known.sum() - 0.5)
-    return found
+        distances[known] = np.abs((rankdata(values[known]) - 0.5) / known.sum() - 0.5)
+    return distances

@@ -1,4 +1,4 @@
-"""Uniform scores: the baseline that every method has to beat."""
+"""Uniform random scores: the baseline that every method has to beat."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from gradsift.scoring.scores import Scores
 
 
 def random(count: int, *, seed: int) -> Scores:
-    """Independent uniform numbers, seeded by `scorer.seed`."""
+    """Return independent uniform numbers, drawn with `scorer.seed`."""
     return Scores(np.random.default_rng(seed).random(count))

@@ -26,23 +26,27 @@ class Scores:
     """Scores of N examples, in their order. Examples that are not `scored` are never selected."""
 
     score: np.ndarray  # (N,) float64, higher = keep; NaN where undefined
-    parts: Mapping[str, np.ndarray] = field(default_factory=dict)  # (N,) each: what the score is made of
-    diagnostics: list[Diagnostic] = field(default_factory=list)  # what the method noticed; not in the table
+    parts: Mapping[str, np.ndarray] = field(default_factory=dict)  # (N,) each: what the score is computed from
+    diagnostics: list[Diagnostic] = field(default_factory=list)  # not in the table
     status: np.ndarray = field(init=False)  # (N,) str
-    reason: np.ndarray = field(init=False)  # (N,) str, empty where scored
+    reason: np.ndarray = field(init=False)  # (N,) str, empty if scored
 
     def __post_init__(self) -> None:
         self.status = np.full(len(self.score), _one(SCORED), dtype=object)
         self.reason = np.full(len(self.score), _one(""), dtype=object)
 
     def mark(self, where: np.ndarray, status: str, reason: str) -> None:
-        """Give the examples in `where` (N,) bool a status other than scored, and its reason."""
+        """Set the status and reason of those examples in `where` (N,) bool that are still scored."""
         fresh = where & (self.status == SCORED)
         self.status[fresh] = _one(status)
         self.reason[fresh] = _one(reason)
 
     def require_finite(self, row_indices: Callable[[], Sequence[int]]) -> None:
-        """Raise a `GradsiftError` that names the rows (of the source) whose score is no finite number."""
+        """Raise a `GradsiftError` that names the examples whose score is not finite by their row in the data's source.
+
+        Args:
+            row_indices: returns `row_index` of all examples; called only for the message.
+        """
         bad = (self.status == SCORED) & ~np.isfinite(self.score)
         if bad.any():
             indices = row_indices()
@@ -54,12 +58,16 @@ class Scores:
 
 
 def _one(text: str) -> np.ndarray:
-    """A text that numpy fills in as it is: of a plain one it makes a string anew for each element, 55 bytes each."""
+    """Return a text as an array that numpy broadcasts without copying the string for each element (55 bytes each)."""
     return np.array(text, dtype=object)
 
 
 def write_scores(path: Path, scores: Scores, example_ids: Iterable[Sequence[str] | pa.Array]) -> None:
-    """Write the scores, in as many blocks of rows as the ids of the N examples come in."""
+    """Write the scores in blocks of rows.
+
+    Args:
+        example_ids: the ids of the N examples, in blocks.
+    """
     writer, start = None, 0
     with contextlib.ExitStack() as stack:
         for ids in example_ids:
@@ -78,7 +86,8 @@ def _table(scores: Scores, rows: slice, ids: Sequence[str] | pa.Array) -> pa.Tab
 
 
 def read_scores(path: Path) -> Scores:
-    with pq.ParquetFile(path, read_dictionary=["status", "reason"]) as file:  # by column, as in `read_statistics`
+    """Return the scores that `write_scores` wrote."""
+    with pq.ParquetFile(path, read_dictionary=["status", "reason"]) as file:
         own = ("example_id", "score", "status", "reason")
         numbers = [name for name in file.schema_arrow.names if name not in own]
         parts = {name: file.read([name])[name].to_numpy() for name in numbers}
@@ -88,7 +97,7 @@ def read_scores(path: Path) -> Scores:
 
 
 def _texts(column: pa.ChunkedArray) -> np.ndarray:
-    """(N,) str in which equal texts are one object: millions of rows share a handful of reasons."""
+    """Return texts (N,) in which equal ones are one object: millions of rows share a few reasons."""
     chunks = column.unify_dictionaries().chunks
     texts = np.array(chunks[0].dictionary.to_pylist() if chunks else [], dtype=object)
     return np.concatenate([np.empty(0, dtype=object), *(texts[chunk.indices] for chunk in chunks)])

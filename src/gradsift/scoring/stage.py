@@ -1,10 +1,12 @@
-"""The score stage: call a scorer with what it asks for, and nothing else."""
+"""The score stage: call a scorer with the inputs that it names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gradsift.artifacts import Artifact
 from gradsift.data.examples import read_column
@@ -29,8 +31,8 @@ def score(
     """Score every example of the pool.
 
     Args:
-        diagnose: given what the scorer asks for, diagnostics of these things; they are stored with the
-            scores, so they must depend on nothing else.
+        diagnose: returns diagnostics of the scorer's inputs, given their names. They are stored with the scores, so
+            they must not depend on anything else.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -45,19 +47,14 @@ def score(
         scores.require_finite(lambda: read_column(examples, "row_index").to_pylist())
         write_diagnostics(folder, [*diagnose(scorer.asked), *scores.diagnostics])
         write_scores(folder / SCORES_FILE, scores, read_column(examples, "example_id").chunks)
-        statuses, counts = _counts(scores)
-        return {"rows": rows, **dict(zip(statuses, counts, strict=True))}
+        statuses, counts = np.unique(scores.status.astype(str), return_counts=True)
+        return {"rows": rows, **dict(zip(statuses.tolist(), counts.tolist(), strict=True))}
 
     settings = scorer.settings(sources)
     parents = [loaded, *scorer.parents(sources)]
     return runtime.store.obtain("score", scorer.name, settings, parents, make, version=VERSION)
 
 
-def _counts(scores: Scores) -> tuple[list[str], list[int]]:
-    statuses = sorted(set(scores.status.tolist()))
-    return statuses, [int((scores.status == status).sum()) for status in statuses]
-
-
 def scores_of(artifact: Artifact) -> Scores:
-    """What the score stage wrote."""
+    """Return the scores that the score stage wrote."""
     return read_scores(artifact.file(SCORES_FILE))

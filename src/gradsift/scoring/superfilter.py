@@ -2,25 +2,22 @@
 
     IFD(x, y) = exp(mean loss of y after the prompt x) / exp(mean loss of y alone)
 
-Highest IFD below 1 is kept; `keep=low` keeps the lowest, which ranks clean rows higher in noisy data.
-The details are those of the published procedure: the prompt is `instruction` and `input`, a line each,
-whatever template the training uses; neither BOS nor EOS; p tokens of the prompt cut to L; the answer
-alone is cut to L - p + 1 tokens and its first token is not scored; prompt and answer together are cut
-to L, and only the tokens after those of the prompt are scored. For conversations, where the source is
-silent, the prompt is all that comes before the last response.
+Highest IFD below 1 is kept; `keep=low` keeps the lowest, which ranks clean rows higher in noisy data. The details are
+those of the published procedure: the prompt is `instruction` and `input`, a line each, whatever template the training
+uses; neither BOS nor EOS; the p tokens of the prompt are cut to L; the answer alone is cut to L - p + 1 tokens and its
+first token is not scored; prompt and answer together are cut to L, and only the tokens after those of the prompt are
+scored. For conversations, where the source is silent, the prompt is all that comes before the last response.
 
-`fidelity=original` gives every row the IFD that the published code gives it, slips included:
+`fidelity=original` gives every row the IFD that the published code gives it, including its errors:
 
-    a text that its model cannot take        IFD 0: a row like any other, at the end of the ranking. That is
-                                             a text without a token, or with more of them than the backbone's
-                                             context where max_length is larger than that
-    an answer of one token                   IFD NaN, so it is never selected; `undefined` here in both ways
-    a perplexity that float32 cannot hold    infinite: IFD 0, at least 1 or NaN, by which of the two it is
+    a text that its model cannot process     IFD 0: ranked last, but like any other row. That is a text without a
+                                             token, or with more than the backbone's context if max_length is larger
+    an answer of one token                   IFD NaN, so it is never selected; `undefined` here in both modes
+    a perplexity that float32 cannot hold    infinite: IFD 0, at least 1 or NaN, depending on which of the two it is
     a tokenizer that puts BOS before a text  BOS counts as a token (GPT-2's puts none)
 
-`fixed` never makes a number of a failure, cuts to the context, and calculates in float64. The published
-budget, a share of 52,002 rows whatever the data, belongs to the selection and is not reproduced: for k rows
-of N give alpha=k/N.
+`fixed` never turns a failure into a number, cuts to the context, and computes in float64. The published budget, a share
+of 52,002 rows whatever the data, belongs to the selection and is not reproduced: for k of N rows give alpha=k/N.
 """
 
 from __future__ import annotations
@@ -54,12 +51,12 @@ def superfilter(
     fidelity: str,
     keep: str,
 ) -> Scores:
-    """IFD of each example under the proxy's backbone, without adapters.
+    """Return the IFD of each example under the proxy's backbone, without adapters.
 
     Args:
-        max_length: L of the published code. With `fixed` the model's context where that is smaller.
+        max_length: L of the published code. With `fixed` the model's context if that is smaller.
         fidelity: original or fixed; see above.
-        keep: high (the published direction) or low: what a high score stands for.
+        keep: high (as published) or low.
     """
     if fidelity == "original":
         alone, together = ifd_spans(backbone.tokenizer, examples, max_length, special=True)
@@ -83,7 +80,7 @@ def superfilter(
 
 
 def ifd_scores(loss_alone: np.ndarray, loss_together: np.ndarray) -> Scores:
-    """The score table of mean losses (N,) in nats; NaN where there is none."""
+    """Return the scores from mean losses (N,) in nats; NaN where there is none."""
     ifd = np.exp(loss_together) / np.exp(loss_alone)
     scores = Scores(ifd, {"ifd": ifd, "loss_alone": loss_alone, "loss_with_prompt": loss_together})
     scores.mark(np.isnan(loss_together), UNDEFINED, _NOTHING_LEFT)
@@ -93,16 +90,16 @@ def ifd_scores(loss_alone: np.ndarray, loss_together: np.ndarray) -> Scores:
 
 
 def published_scores(loss_alone: np.ndarray, loss_together: np.ndarray, fails: np.ndarray) -> Scores:
-    """The score table as the published code would fill it.
+    """Return the scores as the published code computes them.
 
     Args:
         loss_alone, loss_together: (N,) nats; NaN where no token is scored.
-        fails: (2, N) bool, texts (alone, together) that the model cannot take: perplexity and loss are 0 there.
+        fails: (2, N) bool, texts (alone, together) that the model cannot process: perplexity and loss are 0 there.
     """
     losses = np.where(fails, 0.0, [loss_alone, loss_together])
     with np.errstate(over="ignore", invalid="ignore"):
         alone, together = np.where(fails, 0.0, np.exp(losses.astype(np.float32)).astype(float))
-        ifd = np.divide(together, alone, out=np.zeros_like(alone), where=~fails[0])  # 0 in place of a division by 0
+        ifd = np.divide(together, alone, out=np.zeros_like(alone), where=~fails[0])  # 0 instead of a division by 0
     either = fails.any(0)
     failed = Diagnostic.judged(
         "failed_rows",
@@ -120,7 +117,7 @@ def published_scores(loss_alone: np.ndarray, loss_together: np.ndarray, fails: n
 
 
 def ifd_prompt(example: Example) -> str:
-    """The prompt text of the published procedure."""
+    """Return the prompt text of the published procedure."""
     history = "".join(turn.content + "\n" for turn in example.history)
     return history + example.instruction + "\n" + (example.input + "\n" if example.input else "")
 
@@ -130,8 +127,8 @@ def ifd_spans(
 ) -> tuple[list[Encoded], list[Encoded]]:
     """Return token spans of the answers alone and of the answers after their prompts.
 
-    The published code looks for the answer's last occurrence in the text. As the text ends with the answer, all
-    before that is the prompt, whatever else the prompt repeats.
+    The published code looks for the answer's last occurrence in the text. Since the text ends with the answer, all
+    before that is the prompt, even if the prompt repeats the answer.
     """
     alone, together = [], []
     prompts, answers = [ifd_prompt(example) for example in examples], [example.output for example in examples]

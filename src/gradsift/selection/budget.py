@@ -1,4 +1,4 @@
-"""How many examples are kept."""
+"""The number of examples to keep, and its division among clusters or components (C)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gradsift.errors import ConfigError
 
 
 def budget(alpha: float, count: int) -> int:
-    """floor(alpha x count), exact: alpha is taken as the decimal number it is written as (0.29 of 100 is 29).
+    """Return floor(alpha x count), exact for alpha as the decimal number that it is written as (0.29 of 100 is 29).
 
     Raises:
         ConfigError: the budget is empty.
@@ -26,18 +26,18 @@ def budget(alpha: float, count: int) -> int:
 
 
 def proportional_shares(size: int, weights: np.ndarray) -> np.ndarray:
-    """(C,) int64 that add up to `size`, in proportion to `weights` (C,) >= 0: largest remainder, ties to the first."""
+    """Divide `size` in proportion to `weights` (C,) >= 0: (C,) int64, by largest remainder, ties to the first."""
     quotas = size * weights / weights.sum()
     shares: np.ndarray = np.floor(quotas).astype(np.int64)
-    remainders = np.round(quotas - shares, 9)  # of 2.9999999999, a 3 that was rounded, it is 1 and so the largest
+    remainders = np.round(quotas - shares, 9)  # the remainder of 2.9999999999, a rounded 3, is 1 and the largest
     shares[np.argsort(-remainders, kind="stable")[: size - shares.sum()]] += 1
     return shares
 
 
 def equal_shares(size: int, capacities: np.ndarray) -> np.ndarray:
-    """(C,) int64 as equal as `capacities` (C,) allow: what one cannot hold goes to the others, the rest to the first.
+    """Divide `size` as equally as `capacities` (C,) allow: (C,) int64, the remainder to the first.
 
-    They add up to `size`, or to all that the capacities hold.
+    The shares add up to `size`, or to the sum of the capacities if that is smaller.
     """
     shares = np.zeros(len(capacities), dtype=np.int64)
     while (left := size - int(shares.sum())) and (room := np.flatnonzero(shares < capacities)).size:

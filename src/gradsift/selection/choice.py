@@ -1,4 +1,7 @@
-"""What a selector returns."""
+"""What a selector returns, and which examples it may choose, in which order.
+
+Shape letters: N examples of the pool, n candidates, k selected ones.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,50 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradsift.diagnostics import Diagnostic
+from gradsift.errors import GradsiftError
+from gradsift.features.vectors import Features
+from gradsift.scoring.scores import SCORED, Scores
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen positions of the pool, best first, and what the selector noticed on the way.
+    """The selected positions of the pool, best first, and the selector's diagnostics.
 
-    Fewer than the budget is a shortfall, which the select stage reports; a selector that knows why adds
-    a diagnostic that says so.
+    The select stage reports a shortfall if there are fewer than the budget; see `shortfall` for its reason.
     """
 
-    positions: np.ndarray  # (k,) int64, no position twice, only examples that are `scored`
+    positions: np.ndarray  # (k,) int64, unique, of examples that are `scored`
     diagnostics: Sequence[Diagnostic] = ()
+
+
+def best_first(scores: Scores) -> np.ndarray:
+    """Return the positions (n,) int64 of the scored examples, highest score first, ties by row order."""
+    positions = np.flatnonzero(scores.status == SCORED)
+    return positions[np.argsort(-scores.score[positions], kind="stable")]
+
+
+def best_by_direction(scores: Scores, features: Features) -> tuple[np.ndarray, np.ndarray]:
+    """Return `best_first` in two parts: the examples whose vectors have a direction, and those whose vectors are zeros.
+
+    The latter are neither similar nor dissimilar to anything, so methods that compare vectors take them last.
+
+    Raises:
+        GradsiftError: `features` are of another number of examples.
+    """
+    if len(features) != len(scores.score):
+        raise GradsiftError(
+            f"there are {len(features):,} vectors for {len(scores.score):,} scores; both must be of the same data, "
+            "in its order"
+        )
+    ranked = best_first(scores)
+    directed = features.has_direction()[ranked]
+    return ranked[directed], ranked[~directed]
+
+
+def shortfall(selected: int, size: int, candidates: int, reason: str) -> list[Diagnostic]:
+    """Return a warning if a method selected fewer than `size` although there were more candidates."""
+    if selected >= min(size, candidates):
+        return []
+    values: dict[str, float | None] = {"missing": size - selected, "budget": size}
+    message = f"{selected:,} of {size:,} examples were selected: {reason}"
+    return [Diagnostic("shortfall", "warning", values, message)]

@@ -1,12 +1,12 @@
-"""Facility location: a subset in which every candidate has something like itself (Superfiltering.D, arXiv 2402.00530).
+"""Facility location: a subset that contains something similar to every candidate (Superfiltering.D, arXiv 2402.00530).
 
     f(S) = sum over candidates i of max over j in S of sim(i, j)
 
-is monotone and submodular, so that taking the largest gain each time reaches at least 1 - 1/e of the best
-f of any subset of that size. Superfiltering.D lets the best 20 % by score enter and keeps 2 % of the pool.
+f is monotone and submodular, so taking the largest gain each time reaches at least 1 - 1/e of the best f of any subset
+of that size. Superfiltering.D admits the best 20 % by score and keeps 2 % of the pool.
 
-Our reading: f of nothing is 0, so a negative cosine counts as 0; an example without direction is like
-nothing, itself included; equal gains go to the higher score, then by row order.
+Our reading: f of the empty set is 0, so a negative cosine counts as 0; an example without direction is similar to
+nothing, not even itself; equal gains go to the higher score, then by row order.
 
 Shape letters: n candidates, D features, B rows of a block, C columns whose gain is computed together.
 """
@@ -20,34 +20,33 @@ import numpy as np
 
 from gradsift.diagnostics import Diagnostic
 from gradsift.errors import ConfigError
+from gradsift.features.products import DECIMALS, blocks, squared_lengths
 from gradsift.features.vectors import Features
 from gradsift.runtime import Task, unseen
 from gradsift.scoring.scores import Scores
-from gradsift.selection.candidates import best_by_direction
-from gradsift.selection.choice import Choice
-from gradsift.selection.products import DECIMALS, blocks, squared_lengths
+from gradsift.selection.choice import Choice, best_by_direction
 
-# inner products (B, C), squared lengths of the rows (B,) and of the columns (C,), and D, to (B, C) from 0
+# (B, C) >= 0 from inner products (B, C), squared lengths of the rows (B,) and of the columns (C,), and D
 Similarity = Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]
 
-_FIRST_BATCH = 16  # gains computed together; doubled while they do not suffice
+_FIRST_BATCH = 16  # gains computed together; doubled until the largest is known
 _LARGEST_BATCH = 512
-_SAME = 1e-12  # squared distance up to which two unit vectors are one: float64's rounding
+_SAME = 1e-12  # squared distance of equal unit vectors, up to float64's rounding
 
 
 def facility_location(
     scores: Scores, size: int, embeddings: Features, task: Task = unseen, *, similarity: str, candidates: float
 ) -> Choice:
-    """Exact greedy maximisation of f over the best candidates by score, in the order of the picks.
+    """Maximise f greedily over the best candidates by score; return them in the order in which they are picked.
 
-    A gain can only shrink, so an old one is a bound: only those are computed anew that may be the largest.
+    Gains never grow, so an old gain is an upper bound, and only those are recomputed that may be the largest.
 
     Args:
         similarity: `exp_distance`, exp(-||x - y|| / D), or `cosine`.
-        candidates: share of the pool, by score, that enters.
+        candidates: share of the pool, by score, that is admitted.
 
     Raises:
-        ConfigError: fewer enter than the budget.
+        ConfigError: fewer candidates than the budget.
     """
     count = int(Fraction(str(candidates)) * len(scores.score))
     if count < size:
@@ -62,7 +61,13 @@ def facility_location(
         while len(picked) < min(size, len(ground)):
             picked.append(cover.pick())
             advance(1)
-    return Choice(ground[picked], _diagnostics(cover.covered, len(picked)))
+    diagnostics = []
+    if picked:
+        mean = float(cover.covered.mean())
+        message = f"a candidate's mean similarity to the nearest of the {len(picked):,} selected is {mean:.4f}"
+        values: dict[str, float | None] = {"mean_similarity": mean, "candidates": len(ground)}
+        diagnostics.append(Diagnostic("facility_location", "ok", values, message))
+    return Choice(ground[picked], diagnostics)
 
 
 def exp_distance(inner: np.ndarray, rows: np.ndarray, columns: np.ndarray, dimensions: int) -> np.ndarray:
@@ -83,7 +88,7 @@ SIMILARITIES: dict[str, Similarity] = {"exp_distance": exp_distance, "cosine": c
 
 
 class _Cover:
-    """The candidates, how well each is covered by the picks, and bounds on what a further pick gains."""
+    """The candidates, how well the picks cover each, and upper bounds of the gains of further picks."""
 
     def __init__(self, features: Features, ground: np.ndarray, similarity: Similarity) -> None:
         self.features = features
@@ -92,10 +97,10 @@ class _Cover:
         self.squares = squared_lengths(features, ground)
         self.directed = self.squares > 0
         self.covered = np.zeros(len(ground))  # max over the picks of sim(i, .)
-        self.bounds = np.full(len(ground), np.inf)  # a candidate's gain when it was last computed; -inf once picked
+        self.bounds = np.full(len(ground), np.inf)  # each candidate's gain when last computed; -inf after it is picked
 
     def pick(self) -> int:
-        """Take the candidate with the largest gain; its place among the candidates."""
+        """Take the candidate with the largest gain; return its place among the candidates."""
         fresh = np.zeros(len(self.ground), dtype=bool)
         batch = _FIRST_BATCH
         while (stale := self._undecided(fresh)[:batch]).size:
@@ -109,13 +114,13 @@ class _Cover:
         return best
 
     def _undecided(self, fresh: np.ndarray) -> np.ndarray:
-        """Candidates whose bound, but not yet their gain, is ahead of every gain; largest bound first."""
+        """Return candidates whose bound exceeds every gain known (of the `fresh` ones), largest bound first."""
         gains = np.where(fresh, self.bounds, -np.inf)
         best = int(np.argmax(gains))
         places = np.arange(len(gains))
         ahead = ~fresh & ((self.bounds > gains[best]) | ((self.bounds == gains[best]) & (places < best)))
-        found = np.flatnonzero(ahead & (self.bounds > -np.inf))
-        return found[np.argsort(-self.bounds[found], kind="stable")]
+        undecided = np.flatnonzero(ahead & (self.bounds > -np.inf))
+        return undecided[np.argsort(-self.bounds[undecided], kind="stable")]
 
     def _gains(self, columns: np.ndarray) -> np.ndarray:
         gains = np.zeros(len(columns))
@@ -130,11 +135,3 @@ class _Cover:
             near[~self.directed[where]] = 0
             near[:, ~self.directed[columns]] = 0
             yield where, near
-
-
-def _diagnostics(covered: np.ndarray, count: int) -> list[Diagnostic]:
-    if not count:
-        return []
-    mean = float(covered.mean())
-    seen = f"a candidate's mean similarity to the nearest of the {count:,} selected is {mean:.4f}"
-    return [Diagnostic("facility_location", "ok", {"mean_similarity": mean, "candidates": len(covered)}, seen)]

@@ -1,6 +1,6 @@
-"""Taking turns: each in turn picks the best that is left to it, or in RDS+ the next of its own ranking.
+"""Round robin: tasks or queries take turns; each picks its best remaining example, or in RDS+ the next of its ranking.
 
-Shape letters: N examples, n candidates, T that take turns (tasks or queries), D features.
+Shape letters: N examples, n candidates, D features.
 """
 
 from __future__ import annotations
@@ -11,23 +11,22 @@ from itertools import cycle
 import numpy as np
 
 from gradsift.errors import ConfigError, GradsiftError
+from gradsift.features.products import products
 from gradsift.features.vectors import Features
 from gradsift.scoring.scores import Scores
-from gradsift.selection.candidates import best_by_direction, best_first
-from gradsift.selection.choice import Choice
-from gradsift.selection.products import products
+from gradsift.selection.choice import Choice, best_by_direction, best_first
 
-TASK_PART = "task:"  # a part of the score table with this prefix is the score for one task
+TASK_PART = "task:"  # prefix of the score table's parts that are scores for one task
 _AT_ONCE = 128  # queries compared with the pool in one pass
-_FIRST_PICKS = 64  # of a query; it ranks more when it has used them up
+_FIRST_PICKS = 64  # rows that a query ranks at first
 
 
 def round_robin(scores: Scores, size: int) -> Choice:
-    """The tasks of the score table take turns, in the order of its columns.
+    """Let the tasks of the score table take turns, in the order of its columns.
 
     Raises:
-        ConfigError: the scorer gives no score a task.
-        GradsiftError: an example that is scored has no score for a task.
+        ConfigError: the scorer gives no scores per task.
+        GradsiftError: a scored example has no score for a task.
     """
     tasks = {name: np.asarray(part) for name, part in scores.parts.items() if name.startswith(TASK_PART)}
     if not tasks:
@@ -47,16 +46,15 @@ def round_robin(scores: Scores, size: int) -> Choice:
 def round_robin_queries(
     scores: Scores, size: int, embeddings: Features, target_embeddings: Features, *, fidelity: str
 ) -> Choice:
-    """RDS+ (arXiv 2503.01807): each query of the target set takes turns and picks its best row by cosine.
+    """Let the queries of the target set take turns and pick their best row by cosine (RDS+, arXiv 2503.01807).
 
-    With several tasks a row's similarity to a task is the largest cosine to its queries, and the tasks take
-    turns, in the order in which they occur. Of the scores only the status matters. Rows without direction
-    come last; queries without direction take no turn (our reading).
+    With several tasks, the tasks take turns in the order in which they occur, and a row's similarity to a task is the
+    largest cosine to its queries. Only the status of the scores matters. Rows without direction come last; queries
+    without direction take no turn (our reading).
 
     Args:
-        fidelity: original, as the published scripts: a turn is the next row of the query's (or task's) own ranking,
-            and is lost where another one has taken that row; fixed: it is the best row that nobody has taken, so
-            that all get equally many.
+        fidelity: original, as in the published scripts: a turn is the next row of the query's (or task's) own ranking,
+            and is lost if that row is taken already; fixed: it is the best remaining row, so that all get equally many.
 
     Raises:
         GradsiftError: no query has a direction.
@@ -65,7 +63,7 @@ def round_robin_queries(
     queries = np.flatnonzero(target_embeddings.has_direction())
     if not len(queries):
         raise GradsiftError("no example of the target set has an embedding other than zero; look at its rows")
-    pool = np.sort(directed)  # in the order of the disk
+    pool = np.sort(directed)  # in the order on disk
     tasks = [target_embeddings.tasks[query] for query in queries] if target_embeddings.tasks else []
     within = min(size, len(pool))
     rankings = (
@@ -78,11 +76,11 @@ def round_robin_queries(
 
 
 def _take_turns(rankings: Sequence[Iterator[int]], size: int, count: int, *, loses_turns: bool = False) -> np.ndarray:
-    """(size,) int64: the positions that the rankings give in turn, none twice.
+    """Return the positions (size,) int64 that the rankings give in turn, none twice.
 
     Args:
-        rankings: of the same positions, which are below `count` and at least `size`.
-        loses_turns: a ranking whose next position is taken gives none in this round.
+        rankings: rankings of the same positions, which are below `count` and at least `size` in number.
+        loses_turns: a ranking whose next position is taken loses its turn.
     """
     chosen: list[int] = []
     taken = np.zeros(count, dtype=bool)
@@ -97,7 +95,7 @@ def _take_turns(rankings: Sequence[Iterator[int]], size: int, count: int, *, los
 
 
 def _by_similarity(similarity: np.ndarray, positions: np.ndarray) -> list[int]:
-    """`positions` (n,) by descending `similarity` (n,), ties by row order."""
+    """Return `positions` (n,) by descending `similarity` (n,), ties by row order."""
     ordered: list[int] = positions[np.lexsort((positions, -similarity))].tolist()
     return ordered
 
@@ -105,16 +103,16 @@ def _by_similarity(similarity: np.ndarray, positions: np.ndarray) -> list[int]:
 def _similarities(
     pool: Features, positions: np.ndarray, target: Features, queries: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Each query's place in `queries`, and its cosines (n,) to `positions`; many queries in one pass over the pool."""
+    """Yield each query's place in `queries` and its cosines (n,) to `positions`, many per pass over the pool."""
     for start in range(0, len(queries), _AT_ONCE):
-        found = products(pool, positions, target.vectors[queries[start : start + _AT_ONCE]])
-        yield from enumerate(found.T, start)
+        cosines = products(pool, positions, target.vectors[queries[start : start + _AT_ONCE]])
+        yield from enumerate(cosines.T, start)
 
 
 def _tasks_rank(
     pool: Features, positions: np.ndarray, target: Features, queries: np.ndarray, tasks: Sequence[str]
 ) -> list[Iterator[int]]:
-    """For each task, in the order in which they occur: `positions` by their largest cosine to its queries."""
+    """Return for each task, in the order in which they occur, `positions` by their largest cosine to its queries."""
     best = {task: np.full(len(positions), -np.inf) for task in tasks}
     for place, similarity in _similarities(pool, positions, target, queries):
         best[tasks[place]] = np.maximum(best[tasks[place]], similarity)
@@ -122,7 +120,7 @@ def _tasks_rank(
 
 
 def _queries_rank(pool: Features, positions: np.ndarray, target: Features, queries: np.ndarray) -> list[Iterator[int]]:
-    """For each query: `positions` by cosine; few at first, then more where it has used them up."""
+    """Return for each query `positions` by cosine; a query ranks few at first, and more when it has used them up."""
 
     def ranking(query: int, known: list[int]) -> Iterator[int]:
         yield from known

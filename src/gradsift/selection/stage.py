@@ -1,4 +1,4 @@
-"""The select stage: the exact budget of examples, each written out whole."""
+"""The select stage: choose exactly the budget's number of examples and write their original rows."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from gradsift.runtime import Runtime
 from gradsift.scoring.scores import SCORED, Scores
 from gradsift.scoring.stage import scores_of
 from gradsift.selection.budget import budget
+from gradsift.selection.checks import COVERED_WITHIN, coverage, diagnose_selection
 from gradsift.selection.choice import Choice
-from gradsift.selection.diagnostics import COVERED_WITHIN, coverage, diagnose_selection
 from gradsift.sources import Method, Source
 
 VERSION = 6
@@ -41,13 +41,14 @@ def select(
     corruption: Mapping[int, str],
     embeddings: Callable[[], Features] | None = None,
 ) -> Artifact:
-    """Keep floor(alpha x N) examples; what is lacking where fewer have a score is a reported shortfall.
+    """Keep floor(alpha x N) examples; if fewer have a score, the missing ones are a reported shortfall.
 
     Args:
-        measures: for the diagnostics (see `diagnose_selection`); of what the scores were made of and nothing else.
+        measures: returns measures for the diagnostics (see `diagnose_selection`), which depend only on the scores'
+            inputs.
         base: what N counts: `accepted` rows, or `scored` ones.
-        corruption: what was injected at which position, from the loaded data; the selection says so of these rows.
-        embeddings: of the pool, where the scorer or the selector asked for them: the selection's coverage is told.
+        corruption: kind of injected corruption by position; the selection names it for these rows.
+        embeddings: returns embeddings of the pool if the scorer or the selector uses them, to measure coverage.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -64,10 +65,10 @@ def select(
             raise GradsiftError(f"selector={selector.name} selected no example ({why}); choose another selector")
         write_selection(folder / SELECTION_FILE, positions, scores, examples, corruption)
         np.save(folder / "positions.npy", positions)
-        found = diagnose_selection(positions, examples, measures(), scores.parts.get("drop"))
+        diagnostics = diagnose_selection(positions, examples, measures(), scores.parts.get("drop"))
         if embeddings is not None:
-            found.append(coverage(embeddings(), positions, COVERED_WITHIN))
-        write_diagnostics(folder, [*found, *choice.diagnostics])
+            diagnostics.append(coverage(embeddings(), positions, COVERED_WITHIN))
+        write_diagnostics(folder, [*diagnostics, *choice.diagnostics])
         return {"rows": len(positions), "budget": size, "shortfall": size - len(positions)}
 
     settings = {"selector": selector.settings(sources), "alpha": alpha, "budget_base": base}
@@ -83,15 +84,15 @@ def write_selection(
     examples: Path,
     corruption: Mapping[int, str] | None = None,
 ) -> None:
-    """One line an example, best first: the original row, and under `gradsift` its rank, score and ids.
+    """Write one line per example, best first: the original row, and under `gradsift` its rank, score and ids.
 
-    The original row is the source's also where the example was corrupted for an audit; `corruption` names the kind.
-    The file `examples` is read once and in its order, its lines go through a file without a name, and neither the
-    pool nor the selection is ever in memory.
+    The original row is the source's, even if the example was corrupted for an audit; `corruption` names the kind. The
+    file `examples` is read once, in order, and its lines are sorted in a temporary file, so that neither the pool nor
+    the selection has to fit in memory.
     """
-    ranks = np.zeros(len(scores.score), dtype=np.int64)  # from 1; 0 where not selected
+    ranks = np.zeros(len(scores.score), dtype=np.int64)  # from 1; 0 if not selected
     ranks[positions] = np.arange(1, len(positions) + 1)
-    begins, sizes = np.zeros((2, len(positions)), dtype=np.int64)  # by rank: bytes of the file without a name
+    begins, sizes = np.zeros((2, len(positions)), dtype=np.int64)  # in bytes of the temporary file, by rank
     with tempfile.TemporaryFile(dir=path.parent) as lines, path.open("wb") as stream:
         for position, row in _rows(examples, ranks):
             rank = int(ranks[position])
@@ -108,7 +109,7 @@ def write_selection(
 
 
 def _rows(examples: Path, ranks: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Position and columns of each example that has a rank, in the order of the file."""
+    """Yield position and columns of each example that has a rank, in the order of the file."""
     start = 0
     for block in read_blocks(examples, ("row_index", "example_id", "original")):
         chosen = np.flatnonzero(ranks[start : start + block.num_rows])
@@ -120,12 +121,12 @@ def _json_line(row: Mapping[str, Any]) -> str:
     text = json.dumps(row, ensure_ascii=False, default=str)
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # half a surrogate pair in some column: only escapes can hold it
+    except UnicodeEncodeError:  # only escapes can hold half a surrogate pair
         return json.dumps(row, default=str)
     return text
 
 
 def positions_of(selection: Artifact) -> np.ndarray:
-    """Positions of the selected examples in the pool, best first."""
+    """Return the positions of the selected examples in the pool, best first."""
     positions: np.ndarray = np.load(selection.file("positions.npy"), allow_pickle=False)
     return positions

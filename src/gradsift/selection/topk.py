@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from gradsift.scoring.scores import Scores
-from gradsift.selection.candidates import best_first
-from gradsift.selection.choice import Choice
+from gradsift.selection.choice import Choice, best_first
 
 
 def topk(scores: Scores, size: int) -> Choice:
-    """Positions of the `size` highest scores, best first; ties by row order, only `scored` examples.
-
-    Returns:
-        min(size, number of scored examples) positions.
-    """
+    """Return the `size` highest scores, best first, ties by row order; fewer if fewer examples are scored."""
     return Choice(best_first(scores)[:size])

@@ -25,8 +25,8 @@ from gradsift.report.figures.groups import (
 from gradsift.report.figures.style import Style, report_figure
 from gradsift.report.material import Material, Missing, Run
 from gradsift.scoring.scores import SCORED
-from gradsift.selection.candidates import best_first
-from gradsift.selection.diagnostics import lengths
+from gradsift.selection.checks import lengths
+from gradsift.selection.choice import best_first
 
 MOST_POINTS = 1500  # of a cloud, and then hexagons
 _CLOUD = "#7d8296"

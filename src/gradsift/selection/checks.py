@@ -1,7 +1,8 @@
-"""Is the selection more than the trivial part of the pool?
+"""Checks of a selection against the pool: lengths, losses, drops of the norm, and coverage.
 
-A failure signature of GRADFILTERING (arXiv 2601.13697) is a selection of trivially easy examples: rows
-that the proxy had fitted anyway, or that are merely short. Rows without a value (NaN) are left out.
+A failure signature of GRADFILTERING (arXiv 2601.13697) is a selection of trivially easy examples: rows that the proxy
+had fitted anyway, or that are merely short. Rows without a value (NaN) are left out.
+
 Shape letters: N examples of the pool, k selected ones.
 """
 
@@ -16,18 +17,19 @@ import pyarrow.compute as pc
 
 from gradsift.data.examples import read_blocks
 from gradsift.diagnostics import Diagnostic
-from gradsift.features.neighbours import nearest_anchor_cosines
+from gradsift.features.products import nearest_anchor_cosines
 from gradsift.features.vectors import Features
 
-# Mean over the selection by that over the pool. A first trial's score that did nothing but prefer short
-# answers had 0.44; a score that is the late loss itself has 0.2 in experiments/LOG.md's toy world, G-SNR 0.6-0.7.
+# Mean over the selection divided by that over the pool. A score that only preferred short answers had 0.44; the late
+# loss itself has 0.2 in the embedded world (experiments/LOG.md), G-SNR 0.6-0.7.
 LEAST_OF_POOL = 0.5
-# Standard errors of a random draw of k examples: a handful of rows falls below half the pool by chance.
+# Standard errors of a random draw of k examples: a few rows may be below half the pool's mean by chance.
 LEAST_STANDARD_ERRORS = 3.0
-# The score's sign has to be right where it counts, so less is borne here than in the whole pool.
+# Lower than the limit for the whole pool, since the sign matters most among the selected examples.
 MOST_NEGATIVE_DROPS = 0.1
-# Mean distance of the pool to the selection over that to a random one of the same size. Over 5,000 Alpaca rows (tf-idf
-# in 128 dimensions, 5 and 10 %) random draws differ by 1 %; the shortest answers give 1.27, the longest 1.07-1.12.
+# Mean distance of the pool to the selection divided by that to a random one of the same size. Over 5,000 Alpaca rows
+# (tf-idf in 128 dimensions, 5 and 10 %) random draws differ by 1 %; the shortest answers give 1.27, the longest 1.07
+# to 1.12.
 MOST_OF_RANDOM_DISTANCE = 1.15
 COVERED_WITHIN = 0.1  # one minus cosine: DEITA's bound for rows that say the same
 
@@ -43,27 +45,27 @@ _MEANING = {
 def diagnose_selection(
     positions: np.ndarray, pool: Path, measures: Mapping[str, np.ndarray], drop: np.ndarray | None
 ) -> list[Diagnostic]:
-    """Everything that can be said of a selection.
+    """Return the diagnostics of a selection.
 
     Args:
         positions: (k,) of the selected examples.
         pool: the file of the N examples.
-        measures: what the ensemble knows of each example, (N,) each: `late_loss`, `response_tokens` (which
-            stand in for the response's characters); may be empty.
-        drop: (N,) G_s - G_t, if the score is made of it.
+        measures: measures from the ensemble, (N,) each: `late_loss`, `response_tokens` (which replace the response's
+            characters); may be empty.
+        drop: (N,) G_s - G_t, if the score is computed from it.
     """
     compared = {**lengths(pool), **measures}
     if "response_tokens" in measures:
         del compared["response_characters"]  # one warning for short responses is enough
-    found = [] if drop is None else [selected_drop_sign(drop, positions)]
-    return found + [against_pool(name, compared[name], positions) for name in _MEANING if name in compared]
+    diagnostics = [] if drop is None else [selected_drop_sign(drop, positions)]
+    return diagnostics + [against_pool(name, compared[name], positions) for name in _MEANING if name in compared]
 
 
 def lengths(pool: Path) -> dict[str, np.ndarray]:
-    """Characters of the responses (every assistant turn) and of all that comes before or between; (N,) float64 each.
+    """Return the characters of the responses (every assistant turn) and of all other text; (N,) float64 each.
 
     Args:
-        pool: the file of the N examples, which is read a block of rows at a time.
+        pool: the file of the N examples, read block by block.
     """
     blocks = [_lengths(block) for block in read_blocks(pool, ("instruction", "input", "output", "history"))]
     response, prompt = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
@@ -72,7 +74,7 @@ def lengths(pool: Path) -> dict[str, np.ndarray]:
 
 
 def _lengths(block: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Of the responses and of the prompts."""
+    """Return the characters of the responses and of the prompts."""
 
     def characters(texts: pa.Array) -> np.ndarray:
         counts: np.ndarray = pc.utf8_length(texts).to_numpy(zero_copy_only=False).astype(float)
@@ -84,23 +86,24 @@ def _lengths(block: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
     length = characters(pc.struct_field(turns, "content"))
     trained = pc.and_(pc.equal(pc.struct_field(turns, "role"), "assistant"), pc.struct_field(turns, "is_trained"))
     answers = trained.to_numpy(zero_copy_only=False)
-    said = np.bincount(owners[answers], length[answers], minlength=block.num_rows)
-    asked = np.bincount(owners[~answers], length[~answers], minlength=block.num_rows)
-    return said + characters(block["output"]), asked + characters(block["instruction"]) + characters(block["input"])
+    responses = np.bincount(owners[answers], length[answers], minlength=block.num_rows)
+    prompts = np.bincount(owners[~answers], length[~answers], minlength=block.num_rows)
+    prompts = prompts + characters(block["instruction"]) + characters(block["input"])
+    return responses + characters(block["output"]), prompts
 
 
 def against_pool(measure: str, values: np.ndarray, positions: np.ndarray) -> Diagnostic:
-    """Mean of a measure over the selection by its mean over the pool; a warning where it is far lower.
+    """Compare the mean of a measure over the selection with its mean over the pool; warn if it is far lower.
 
     Args:
-        values: (N,), NaN where the example has none.
+        values: (N,), NaN if the example has none.
     """
     name = f"selection_{measure}"
     known, chosen = values[np.isfinite(values)], values[positions][np.isfinite(values[positions])]
     if not chosen.size or not known.mean() > 0:
         return Diagnostic.unknown(name, "ratio", f"the {_MEANING[measure]} is not known of the selected rows")
     pool, selection = float(known.mean()), float(chosen.mean())
-    # of the mean of so many draws without replacement
+    # standard error of the mean of as many draws without replacement
     error = float(known.std() * np.sqrt((1 - chosen.size / known.size) / chosen.size))
     return Diagnostic.judged(
         name,
@@ -112,7 +115,7 @@ def against_pool(measure: str, values: np.ndarray, positions: np.ndarray) -> Dia
 
 
 def selected_drop_sign(drop: np.ndarray, positions: np.ndarray) -> Diagnostic:
-    """Share of the selected examples whose gradient norm rose, and the mean of their G_s - G_t.
+    """Check the share of selected examples whose gradient norm rose, and the mean of their G_s - G_t.
 
     Args:
         drop: (N,) G_s - G_t, NaN where undefined.
@@ -131,10 +134,10 @@ def selected_drop_sign(drop: np.ndarray, positions: np.ndarray) -> Diagnostic:
 
 
 def coverage(features: Features, positions: np.ndarray, radius: float) -> Diagnostic:
-    """How well the selection covers the pool, beside a random selection of the same size.
+    """Check how well the selection covers the pool, compared with a random selection of the same size.
 
-    Distance is one minus the cosine to the nearest selected example; a selected one has distance 0. Examples
-    whose vector has no direction are left out.
+    Distance is one minus the cosine to the nearest selected example; a selected one has distance 0. Examples without
+    direction are left out.
 
     Args:
         features: of the pool.
@@ -142,8 +145,8 @@ def coverage(features: Features, positions: np.ndarray, radius: float) -> Diagno
         radius: distance within which an example counts as covered.
 
     Returns:
-        values: the pool's mean distance over that to the random selection, both distances, and the share of the
-            pool that either covers.
+        A diagnostic whose values are the ratio of the pool's mean distance to the selection to that to the random
+        one, both distances, and the share of the pool that each covers.
     """
     usable = np.flatnonzero(features.has_direction())
     size = len(np.intersect1d(positions, usable))

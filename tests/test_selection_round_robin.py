@@ -66,7 +66,7 @@ def test_a_score_table_without_tasks_is_refused_with_the_scorers_that_have_them(
 @pytest.mark.parametrize("scorer", ["gsnr", "g2is", "random"])
 def test_a_scorer_of_ours_without_tasks_is_refused_before_anything_is_computed(scorer: str) -> None:
     with pytest.raises(
-        ConfigError, match=f"scorer={scorer} gives no score a task; choose scorer=less, rds_plus, sbert"
+        ConfigError, match=f"scorer={scorer} gives no score per task; choose scorer=less, rds_plus, sbert"
     ):
         composed("selector=round_robin", f"scorer={scorer}")
     unreached = composed("selector=round_robin", f"scorer={scorer}", "target_set=verifiable", "stop_after=scores")

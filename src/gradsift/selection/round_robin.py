@@ -31,7 +31,7 @@ def round_robin(scores: Scores, size: int) -> Choice:
     tasks = {name: np.asarray(part) for name, part in scores.parts.items() if name.startswith(TASK_PART)}
     if not tasks:
         raise ConfigError(
-            "selector=round_robin takes turns between tasks, and this scorer gives no score a task; choose "
+            "selector=round_robin takes turns between tasks, and this scorer gives no score per task; choose "
             "scorer=less, rds_plus or sbert with a target_set, or selector=topk"
         )
     ranked = best_first(scores)

@@ -29,7 +29,7 @@ from gradsift.report.figures.style import Records, Style, report_figure
 from gradsift.report.material import Material, Missing, Run
 from gradsift.scoring.gsnr import gsnr
 from gradsift.scoring.scores import Scores
-from gradsift.selection.candidates import best_first
+from gradsift.selection.choice import best_first
 
 Setting = tuple[int, tuple[int, ...]]  # M, snapshots
 EPS = np.logspace(-12, 2, 57)

@@ -240,5 +240,5 @@ def test_every_selectors_yaml_gives_its_function_all_that_it_takes(choice: str) 
     values |= {name: Features(vectors[:3], ("a", "a", "b")) for name in ("target_embeddings", "target_gradients")}
     sources = {name: Source(list, lambda value=value: value) for name, value in values.items()}  # type: ignore[misc]
     sources["task"] = Source(list, lambda: unseen)
-    selector = method("selector", config.selector, tuple(sources), given=("scores", "size"))
+    selector = method("selector", config.selector, tuple(sources), leading=("scores", "size"))
     require_lawful(selector(scores, 4, sources=sources), scores, 4)

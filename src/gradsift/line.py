@@ -294,7 +294,7 @@ class Line:
     def selector(self) -> Method:
         if self.keeps_all:
             return Method("topk", "gradsift.selection.topk.topk", topk, (), {})
-        return method("selector", self.config.selector, tuple(self.sources), given=("scores", "size"))
+        return method("selector", self.config.selector, tuple(self.sources), leading=("scores", "size"))
 
     def select(self, scored: Artifact, alpha: float | None = None) -> Artifact:
         """Select the share `alpha` of the examples; the config's share if it is None."""

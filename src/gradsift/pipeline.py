@@ -3,8 +3,8 @@
     examples -> proxy ensemble -> gradient statistics -> scores -> selection
              -> finetune -> answers -> judgments in both orders -> PWS
 
-Every line of `run` is a stage. A stage finds its finished work in the store or makes it; nothing is
-computed that the chosen scorer does not ask for.
+Every line of `run` is a stage. A stage finds its artifact in the store or makes it. Nothing is computed that the
+chosen scorer does not ask for.
 """
 
 from __future__ import annotations
@@ -79,20 +79,20 @@ def run(config: Config, runtime: Runtime, record: RunRecord) -> None:
         judged = judge(runtime, config.judge, config.benchmark, answers, reference_answers)
         record.judged(pws(runtime, config.judge, judged, answers, reference_answers), judged)
         record.reference(line.heldout_loss(reference), line.metrics(reference_answers))
-    # what the target could do before: without it nobody sees whether any finetune helped
+    # the untuned target shows whether the finetunes helped at all
     checkable = any(item.reference is not None for item in line.items)
     record.untuned(line.heldout_loss(None), line.metrics(line.answers(None)) if checkable else None)
 
 
 class _NoRecord:
-    """Stands in for the record of a run that is only planned: every method does nothing."""
+    """Stands in for the record of a run that is not recorded: every method does nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *values: None
 
 
 def plan(config: Config, display: Display, folder: Path, about: Mapping[str, Any]) -> None:
-    """Walk through the stages without making anything, and write what is done and what is to do to `run.json`."""
+    """Walk through the stages without making anything, and write to `run.json` what is done and what is to do."""
     planner = Planner(Path(config.artifacts), display.say)
     ends = None
     try:
@@ -109,7 +109,7 @@ def walk(config: Config, runtime: Runtime) -> None:
 
 
 def follow(config: Config) -> None:
-    """Walk the same line on a rank that is not rank 0: take part in the stages that divide their work."""
+    """Walk through the stages on a rank that is not rank 0, to take part in those that divide their work."""
     with Path(os.devnull).open("w") as nowhere:
         display = Display(Console(file=nowhere))
         with contextlib.suppress(RunEnded):
@@ -118,34 +118,31 @@ def follow(config: Config) -> None:
 
 
 def prepare(config: Config) -> None:
-    """Set what torch and its friends keep for the whole process."""
+    """Set up torch and transformers for this process."""
     quieten()
     set_threads(config.compute)
-    device_of(config.compute)  # a device that is not there is refused before anything is done
+    device_of(config.compute)  # raises if the device does not exist
     join(config.compute)
 
 
-def _general(config: Config) -> list[str]:
-    return [*config.benchmark.general, *(f"lm_eval/{task}" for task in config.benchmark.lm_eval_tasks)]
-
-
 def settings_of(config: Config) -> list[tuple[str, Any]]:
-    """What a run is about to do, for people."""
+    """Return the main settings of a run as names and values, to be shown before it starts."""
     proxy, target, data = config.proxy, config.target, config.data
     rows = f", {data.size:,} rows" if isinstance(data, VerifiableDataConfig) else ""
     length = f"{target.steps} steps" if target.steps else f"{target.epochs} epochs"
     snapshots = ",".join(map(str, proxy.snapshots))
     members = f"{proxy.members} members by {proxy.ensemble}"
-    plan = [
+    general = [*config.benchmark.general, *(f"lm_eval/{task}" for task in config.benchmark.lm_eval_tasks)]
+    settings = [
         ("data", f"{data.name}{rows}" + (f", at most {data.limit:,}" if data.limit else "")),
         ("scorer", config.scorer_name),
         ("proxy", f"{proxy.name}, {members}, snapshots {snapshots}, collect={proxy.collect}"),
         ("selection", "all rows" if config.scorer_name == "full" else f"{config.alpha:g} of the rows"),
         ("target", f"{target.name}, LoRA rank {target.lora.rank}, {length}"),
         ("benchmark", ", ".join(config.benchmark.sets)),
-        *([("forgetting", ", ".join(general))] if (general := _general(config)) else []),
+        *([("forgetting", ", ".join(general))] if general else []),
         ("judge", config.judge.name),
         ("compute", f"{device_of(config.compute)}, {config.compute.precision}, {threads_in_words(config.compute)}"),
         ("artifacts", config.artifacts),
     ]
-    return [*plan, ("stop after", config.stop_after)] if config.stop_after else plan
+    return [*settings, ("stop after", config.stop_after)] if config.stop_after else settings

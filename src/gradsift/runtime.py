@@ -1,4 +1,4 @@
-"""What every stage is given besides its own config: the store, the machine, and a way to show progress."""
+"""What every stage gets besides its own config: the store, the machine, and a way to show progress."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from gradsift.journal import Journal
 
 Advance = Callable[[int], None]
 Task = Callable[[str, int | None], AbstractContextManager[Advance]]  # a progress bar: description and total
-_FILE_WIDTH = 132  # columns where the output is no terminal
-_LOG_EVERY = 30.0  # seconds between progress lines where there is no terminal
+_FILE_WIDTH = 132  # columns of output that is not a terminal
+_LOG_EVERY = 30.0  # seconds between progress lines without a terminal
 
 
 class Display:
-    """Bars with an ETA on a terminal, sparse lines elsewhere."""
+    """Shows messages, and progress as bars with an ETA on a terminal or as occasional lines elsewhere."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
@@ -36,21 +36,21 @@ class Display:
         self._progress: Progress | None = None  # while any bar is shown
 
     def say(self, text: str) -> None:
-        """A line: in a log as it is, on a terminal wrapped between words; a path is never broken."""
+        """Print a message. On a terminal it is wrapped between words, so a path is never broken."""
         if self.console.is_terminal:
             text = "\n".join(_wrapped(line, self.console.width) for line in text.split("\n"))
         self.console.print(text, markup=False, soft_wrap=True)
 
     def say_path(self, name: str, path: object) -> None:
-        """Where something lies, on one line however long it is, to be copied."""
+        """Print a path on one line, however long, to be copied."""
         self.console.print(f"{name}: {path}", markup=False, soft_wrap=True)
 
     @contextmanager
     def task(self, description: str, total: int | None) -> Iterator[Advance]:
-        """Show the progress of `total` units of work; call what it yields with the number just done.
+        """Show the progress of `total` units of work. Yields a function to call with the number just done.
 
-        None is work whose length nobody knows: a bar that only moves, and elsewhere a line once it took long. Bars
-        of work that is part of other work stand below each other.
+        If the total is None the bar only moves, and without a terminal a line is printed if the work took long. Bars
+        of nested tasks stand below each other.
         """
         if not self.console.is_terminal:
             started = time.monotonic()
@@ -74,7 +74,7 @@ class Display:
                 progress.stop()  # draws the last bar once more, and erases it
 
     def _lines(self, description: str, total: int) -> Advance:
-        last, told = time.monotonic(), 0  # when the last line was said, and of how much
+        last, told = time.monotonic(), 0  # time of the last line, and the number that it gave
         done = 0
 
         def advance(more: int) -> None:
@@ -82,7 +82,7 @@ class Display:
             done += more
             now = time.monotonic()
             if told < done < total and now - last >= _LOG_EVERY:
-                eta = (now - last) / (done - told) * (total - done)  # what an earlier run did took no time in this one
+                eta = (now - last) / (done - told) * (total - done)  # not from the start: resumed work took no time
                 last, told = now, done
                 self.say(f"  {description}: {done:,} of {total:,}, about {eta / 60:.0f} min left")
 
@@ -90,20 +90,21 @@ class Display:
 
 
 def weighed(advance: Advance, units: int, weight: int) -> Advance:
-    """Tells `advance` of `units` in all while it is itself told of `weight` in all, such as the tokens of so many rows.
+    """Return a function that takes weights, `weight` in all, and tells `advance` the part of `units` that they make.
 
-    Batches hold like numbers of tokens and take like times, be they of few long rows or of many short ones.
+    Batches hold similar numbers of tokens and take similar time, whether they have few long examples or many short
+    ones, so progress is measured in tokens and shown in examples.
     """
     done = told = 0
 
-    def heavier(more: int) -> None:
+    def advance_by_weight(more: int) -> None:
         nonlocal done, told
         done += more
         now = units * done // weight
         advance(now - told)
         told = now
 
-    return heavier
+    return advance_by_weight
 
 
 def _wrapped(line: str, width: int) -> str:
@@ -113,29 +114,23 @@ def _wrapped(line: str, width: int) -> str:
 
 
 class _Count(MofNCompleteColumn):
-    """Nothing where the total is not known."""
+    """Shows `done/total`, and nothing if the total is unknown."""
 
     def render(self, task: Row) -> Text:
         return super().render(task) if task.total is not None else Text()
 
 
 class _Eta(TimeRemainingColumn):
-    """Likewise."""
+    """Shows the remaining time, and nothing if the total is unknown."""
 
     def render(self, task: Row) -> Text:
         return Text("eta ") + super().render(task) if task.total is not None else Text()
 
 
 def _bars(console: Console) -> Progress:
-    """Bars that leave room for the words and the figures beside them."""
-    width = min(30, max(8, console.width - 64))
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=width),
-        _Count(),
-        TimeElapsedColumn(),
-        _Eta(),
-    )
+    width = min(30, max(8, console.width - 64))  # leaves room for the description and the numbers
+    description = TextColumn("{task.description}", markup=False)
+    columns = (description, BarColumn(bar_width=width), _Count(), TimeElapsedColumn(), _Eta())
     return Progress(*columns, console=console, transient=True)
 
 
@@ -147,7 +142,7 @@ def unseen(description: str, total: int | None) -> Iterator[Advance]:
 
 @dataclass
 class Runtime:
-    """What a run hands to each of its stages."""
+    """What a run passes to each of its stages."""
 
     store: Store
     compute: ComputeConfig
@@ -160,10 +155,10 @@ class Runtime:
 
 
 def peak_memory() -> dict[str, float]:
-    """The most memory this process has held so far, in GB (10^9 bytes); in a sweep over all its runs up to now.
+    """Return the peak memory of this process so far, in GB (10^9 bytes); in a sweep over all its runs until now.
 
     process_peak_resident_gb  resident memory (see `peak_resident_gb`)
-    process_peak_cuda_gb      tensors on the current CUDA device, where there is one
+    process_peak_cuda_gb      tensors on the current CUDA device, if there is one
     """
     import torch
 
@@ -175,6 +170,6 @@ def peak_memory() -> dict[str, float]:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed for one purpose, such as ("lora", member); independent of every other purpose's."""
+    """Return a seed for one purpose, such as ("lora", member), that is independent of the seeds of other purposes."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:4], "little")

@@ -1,7 +1,7 @@
-"""What a scorer or a selector may ask for, and how its signature asks.
+"""Scorers and selectors as configured functions, and the sources that they ask for.
 
-Both are functions. Their positional parameters name what they need, and the pipeline computes nothing
-else; their keyword-only parameters are constants, filled from their YAML file.
+The positional parameters of such a function name what it needs, and the pipeline computes nothing else. Its
+keyword-only parameters are constants, which come from its YAML file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gradsift.errors import ConfigError
 
 @dataclass(frozen=True)
 class Source:
-    """Something that may be asked for: the artifacts it comes from, and how to read it from them."""
+    """Something that a scorer or selector can ask for: the artifacts it comes from, and how to read it from them."""
 
     artifacts: Callable[[], Sequence[Artifact]]
     value: Callable[[], Any]
@@ -40,11 +40,11 @@ class Method:
     code: str = ""  # SHA-256 of a user's own code; gradsift's own functions are versioned by hand
 
     def parents(self, sources: Mapping[str, Source]) -> list[Artifact]:
-        """What the result is computed from; makes it where it is not there."""
+        """Return the artifacts that the result is computed from; makes those that do not exist."""
         return [artifact for parameter in self.asked for artifact in sources[parameter].artifacts()]
 
     def settings(self, sources: Mapping[str, Source]) -> dict[str, Any]:
-        """What the result depends on besides its parents."""
+        """Return what the result depends on besides its parents."""
         settings = {"name": self.name, "function": self.target, **self.constants}
         for parameter in self.asked:
             settings |= {f"{parameter}.{option}": value for option, value in sources[parameter].settings.items()}
@@ -52,21 +52,21 @@ class Method:
             settings["source"] = self.code
         return settings
 
-    def __call__(self, *given: Any, sources: Mapping[str, Source]) -> Any:
-        return self.function(*given, *(sources[parameter].value() for parameter in self.asked), **self.constants)
+    def __call__(self, *leading: Any, sources: Mapping[str, Source]) -> Any:
+        return self.function(*leading, *(sources[parameter].value() for parameter in self.asked), **self.constants)
 
 
 _texts: dict[str, str] = {}  # source text that each module of the user was imported with
 
 
-def method(kind: str, config: Any, known: Sequence[str], given: Sequence[str] = ()) -> Method:
+def method(kind: str, config: Any, known: Sequence[str], leading: Sequence[str] = ()) -> Method:
     """Return the function that `config._target_` names, with its constants, checked against its signature.
 
     Args:
         kind: `scorer` or `selector`; names the options in errors.
         config: one of gradsift's dataclasses or a mapping of the user's own, with `_target_` and `name`.
         known: names of the sources.
-        given: the first positional parameters, which are no sources.
+        leading: the first positional parameters, which are no sources.
 
     Raises:
         ConfigError: no such function, a source or a constant that is not known, a constant without a value.
@@ -77,7 +77,7 @@ def method(kind: str, config: Any, known: Sequence[str], given: Sequence[str] = 
             raise ConfigError(f"{kind}.{key} is missing; a {kind}'s YAML names its function and itself")
     target, name = options.pop("_target_"), options.pop("name")
     function, code = _resolve(kind, target)
-    return method_of(kind, name, function, options, known, given, target=target, code=code)
+    return method_of(kind, name, function, options, known, leading, target=target, code=code)
 
 
 def method_of(
@@ -86,7 +86,7 @@ def method_of(
     function: Callable[..., Any],
     options: Mapping[str, Any],
     known: Sequence[str],
-    given: Sequence[str] = (),
+    leading: Sequence[str] = (),
     *,
     target: str,
     code: str,
@@ -103,9 +103,9 @@ def method_of(
     parameters = inspect.signature(function).parameters
     keyword_only = [n for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     positional = [n for n in parameters if n not in keyword_only]
-    if positional[: len(given)] != list(given):
-        raise ConfigError(f"{kind}={name} must take {', '.join(given)} first; see gradsift.selection")
-    asked = positional[len(given) :]
+    if positional[: len(leading)] != list(leading):
+        raise ConfigError(f"{kind}={name} must take {', '.join(leading)} first; see gradsift.selection")
+    asked = positional[len(leading) :]
     for parameter in asked:
         if parameter not in known:
             raise ConfigError(f"{kind}={name} asks for {parameter!r}; a {kind} can ask for {', '.join(known)}")

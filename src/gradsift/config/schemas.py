@@ -1,4 +1,4 @@
-"""The boundary to Hydra: schemas by group, and configs from what it composed."""
+"""The interface to Hydra: the schemas of each group, and checked configs from composed ones."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"model": models.ModelConfig},
 }
 
-REPLACED = {  # settings of Hydra's plugins in whose place those of `conf/hydra/` stand
+REPLACED = {  # settings of Hydra's plugins that those in `conf/hydra/` replace
     "launcher": ("joblib", "submitit_local", "submitit_slurm", "ray"),
     "sweeper": ("optuna",),
 }
 
 
 def register_schemas() -> None:
-    """Make the dataclasses known to Hydra as `schema/<group>/<variant>`, and forget what `conf/hydra/` replaces.
+    """Register the dataclasses with Hydra as `schema/<group>/<variant>`, and remove what `conf/hydra/` replaces.
 
     From here on Hydra also searches the user's `./conf`.
     """
@@ -83,9 +83,9 @@ def register_schemas() -> None:
     from gradsift.user_conf import UserConf
 
     store = ConfigStore.instance()
-    Plugins.instance().register(UserConf)  # the first call of instance() loads the plugins with settings of their own
+    Plugins.instance().register(UserConf)  # the first call of instance() loads the plugins and their settings
     for group, choices in REPLACED.items():
-        for choice in choices:  # Hydra wants a choice from one source alone
+        for choice in choices:  # Hydra accepts a choice from one source only
             store.repo["hydra"].get(group, {}).pop(f"{choice}.yaml", None)
     store.store(name="schema", node=Config)
     for group, variants in SCHEMAS.items():
@@ -116,7 +116,7 @@ def load_config(composed: DictConfig) -> Config:
 
 
 def _require_known(option: str, value: Any) -> None:
-    """Refuse what `+` or `++` has added: OmegaConf hands it over as an attribute that nothing reads."""
+    """Raise ConfigError for options added with `+` or `++`, which OmegaConf sets as attributes that nothing reads."""
     if not dataclasses.is_dataclass(value):
         return
     known = [field.name for field in dataclasses.fields(value)]
@@ -127,7 +127,7 @@ def _require_known(option: str, value: Any) -> None:
 
 
 def dump_config(config: Config) -> dict[str, Any]:
-    """A config as plain values, with the schema of each group beside them, so that `restore_config` can read it."""
+    """Return a config as plain values, with the schema of each group, so that `restore_config` can read it."""
     values = dataclasses.asdict(config)
     schemas: dict[str, str] = {}
     for group, variants in SCHEMAS.items():
@@ -138,10 +138,10 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 
 def restore_config(dumped: dict[str, Any]) -> Config:
-    """The config that `dump_config` described, checked again.
+    """Return the config that `dump_config` described, checked again.
 
     Raises:
-        ConfigError: it is not such a description, or was written by a version with other options.
+        ConfigError: `dumped` is no such description, or a version with other options wrote it.
     """
     if not all(isinstance(dumped.get(part), dict) for part in ("schemas", "values")):
         raise ConfigError("this run's config has no readable schemas and values; give another run, or its options")

@@ -11,21 +11,20 @@ import contextlib
 import socket
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from gradsift.errors import ConfigError
 from gradsift.evaluation.human.pairs import Pairs
@@ -46,19 +45,6 @@ _HEADERS = {
     "Referrer-Policy": "same-origin",  # the address is a secret
     "X-Content-Type-Options": "nosniff",
 }
-
-
-@dataclass(frozen=True)
-class Text:
-    """The part of a text that a page shows, and the number of hidden characters."""
-
-    shown: str
-    hidden: int
-
-    @classmethod
-    def of(cls, text: str, whole: bool) -> Text:
-        cut = text if whole else text[:CUT]
-        return cls(presentable(cut), len(text) - len(cut))
 
 
 class Pages:
@@ -87,9 +73,8 @@ class Pages:
         return Starlette(
             routes=[Mount(self.root, routes=routes)],
             middleware=[
-                Middleware(_Headers),
+                Middleware(BaseHTTPMiddleware, dispatch=_guard),
                 Middleware(TrustedHostMiddleware, allowed_hosts=[LOOPBACK, "localhost"], www_redirect=False),
-                Middleware(_SameOrigin),
                 Middleware(RequestBodyLimitMiddleware, max_body_size=_BODY),
             ],
             exception_handlers={sqlite3.Error: _not_kept},
@@ -119,7 +104,7 @@ class Pages:
         vote = votes[item - 1]
         pair = self.pairs.items[vote.key]
         answers = (pair.model, pair.reference) if vote.model_first else (pair.reference, pair.model)
-        whole = request.query_params.get("text") == "whole"
+        full = request.query_params.get("text") == "whole"
         return self._page(
             "pair.html",
             here=f"{self.root}/r/{rater.number}",
@@ -128,9 +113,9 @@ class Pages:
             count=len(votes),
             rated=sum(one.choice is not None for one in votes),
             choice=vote.choice,
-            instruction=Text.of(pair.instruction, whole),
-            input=Text.of(pair.input, whole),
-            answers=[Text.of(answer, whole) for answer in answers],
+            instruction=_shown(pair.instruction, full),
+            input=_shown(pair.input, full),
+            answers=[_shown(answer, full) for answer in answers],
         )
 
     async def vote(self, request: Request) -> Response:
@@ -194,6 +179,12 @@ class Pages:
         return next((item for item in missing if item > after), missing[0] if missing else None)
 
 
+def _shown(text: str, full: bool) -> dict[str, Any]:
+    """Return the part of a text that a page shows, and the number of hidden characters."""
+    cut = text if full else text[:CUT]
+    return {"shown": presentable(cut), "hidden": len(text) - len(cut)}
+
+
 async def _form(request: Request) -> dict[str, str]:
     """Return the last value of each field."""
     fields = parse_qs((await request.body()).decode("utf-8", "replace"))
@@ -208,36 +199,16 @@ async def _not_kept(request: Request, error: Exception) -> Response:
     )
 
 
-class _Headers:
-    """Adds `_HEADERS` to every response."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(_HEADERS)
-            await send(message)
-
-        await self.app(scope, receive, with_headers)
-
-
-class _SameOrigin:
-    """Refuses forms sent by other sites' pages."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD"):
-            headers = Headers(scope=scope)
-            site, origin = headers.get("sec-fetch-site"), headers.get("origin")
-            foreign = origin is not None and origin.lower() != f"http://{headers['host']}".lower()
-            if foreign or site not in (None, "same-origin"):
-                await PlainTextResponse("This form was sent by another site's page.", 403)(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+async def _guard(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    """Refuse forms sent by other sites' pages, and add `_HEADERS` to every response."""
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    foreign = origin is not None and origin.lower() != f"http://{request.headers['host']}".lower()
+    if request.method not in ("GET", "HEAD") and (foreign or site not in (None, "same-origin")):
+        response: Response = PlainTextResponse("This form was sent by another site's page.", 403)
+    else:
+        response = await call_next(request)
+    response.headers.update(_HEADERS)
+    return response
 
 
 def listen(port: int) -> socket.socket:

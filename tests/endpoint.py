@@ -18,8 +18,8 @@ NOW = {"retry-after-ms": "1"}
 class Endpoint:
     """What the server remembers; `behave` maps the user's text and the try's number to an answer.
 
-    Among the headers, `finish`, `code`, `blanks` (sent before the body, one every 50 ms) and `lacking`
-    (bytes promised and not sent) shape the reply instead.
+    Among the headers, `finish`, `code`, `slow_headers` and `blanks` (sent before the body, one every 50 ms) and
+    `lacking` (bytes promised and not sent) change the reply instead.
     """
 
     def __init__(self) -> None:
@@ -56,12 +56,17 @@ class Endpoint:
             content = json.dumps(reply if status == 200 else error).encode()
         with self._lock:
             self._busy -= 1
+        slow_headers = int(headers.pop("slow_headers", "0"))
         handler.send_response(status)
         for name, value in headers.items():
             handler.send_header(name, value)
         handler.send_header("Content-Length", str(blanks + len(content) + lacking))
-        handler.end_headers()
         with contextlib.suppress(OSError):  # the client gave up waiting
+            for number in range(slow_headers):
+                handler.send_header(f"X-{number}", "slow")
+                handler.flush_headers()
+                time.sleep(0.05)
+            handler.end_headers()
             for _ in range(blanks):
                 handler.wfile.write(b" ")
                 time.sleep(0.05)

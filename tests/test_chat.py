@@ -389,11 +389,12 @@ def test_an_endpoint_that_hangs_or_drips_or_is_down_is_an_error(endpoint: Endpoi
     with pytest.raises(JudgeError, match=r"timed out; raise judge\.timeout=0\.1 seconds"):
         asked(client(timeout=0.1, retries=0), ["a"])
     assert client().spent("s")["calls"] == 1  # it may be charged for
-    endpoint.behave = lambda text, attempt: (200, "1", {"blanks": "100"})  # never silent for long, 5 s in all
-    started = time.monotonic()
-    with pytest.raises(JudgeError, match=r"timed out; raise judge\.timeout=0\.3 seconds"):
-        asked(client(timeout=0.3, retries=0), ["b"])
-    assert time.monotonic() - started < 3
+    for drip in ("blanks", "slow_headers"):  # never silent for long, 5 s in total
+        endpoint.behave = lambda text, attempt, drip=drip: (200, "1", {drip: "100"})  # type: ignore[misc]
+        started = time.monotonic()
+        with pytest.raises(JudgeError, match=r"timed out; raise judge\.timeout=0\.3 seconds"):
+            asked(client(timeout=0.3, retries=0), [drip])
+        assert time.monotonic() - started < 3
     with pytest.raises(JudgeError, match=r"network and judge\.base_url"):
         asked(client(base_url="http://127.0.0.1:9/v1", retries=0), ["c"], scope="down")
     assert client().spent("down")["calls"] == 0
@@ -639,6 +640,17 @@ def test_a_refusal_in_its_own_field_is_the_text(endpoint: Endpoint, client: Clie
     endpoint.behave = lambda text, attempt: (200, reply, {})
     ((_, answer),) = client().ask(prompts("a"), number, scope="s", unread="no number")
     assert (answer.text, answer.reason) == ("I can't help with that.", "no number (asked twice)")
+
+
+def test_an_error_outside_of_the_requests_is_raised_in_the_callers_thread(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "ftp://127.0.0.1")
+    with pytest.raises(ValueError, match="proxy"):
+        asked(client(), ["a"])
+    with pytest.raises(ZeroDivisionError):
+        monkeypatch.delenv("HTTPS_PROXY")
+        list(client().ask(prompts("a"), lambda position, reply: 1 / 0, scope="s", unread="?"))
 
 
 def test_leaving_early_stops_the_sending(endpoint: Endpoint, client: Client) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -44,7 +45,7 @@ from gradsift.evaluation.judges.verifier import VerifierJudge
 from gradsift.evaluation.judges.wording import judge_wording, rating_wording
 from gradsift.evaluation.judgments import judge_pairs
 from gradsift.evaluation.replies import Replies
-from gradsift.evaluation.stages.judging import judge, rater
+from gradsift.evaluation.stages.judging import judge, judge_settings, rater
 from gradsift.journal import Journal
 from gradsift.runtime import Display, Runtime
 
@@ -626,6 +627,20 @@ def test_each_word_of_a_prompt_is_in_the_wording_of_those_that_say_it_alone(
         monkeypatch.setattr(module, name, getattr(module, name) + "!")
     assert {key for key, value in wordings().items() if value != before[key]} == changed
     assert judge_wording("verifier") is None is rating_wording("verifier")
+
+
+SAME = {"retries": 1, "price_input": 1.0, "timeout": 1.0, "max_calls": 9, "concurrency": 1, "api_key_env": "KEY"}
+OTHER = {"model": "n", "temperature": 0.5, "max_tokens": 9, "parse": "strict", "base_url": "http://127.0.0.1:9/v1"}
+
+
+@pytest.mark.parametrize("option", [*SAME, *OTHER])
+def test_the_settings_of_a_judgment_hold_the_options_that_change_it(tmp_path: Path, option: str) -> None:
+    runtime = Runtime(Store(tmp_path / "store", say=lambda text: None), ComputeConfig(), Display(), seed=0)
+    config = OpenaiJudgeConfig(name="openai", model="m")
+    changed = copy.copy(config)
+    setattr(changed, option, {**SAME, **OTHER}[option])
+    same = judge_settings(runtime, changed, "wording") == judge_settings(runtime, config, "wording")
+    assert same == (option in SAME)
 
 
 def test_judgments_of_another_wording_are_not_taken_for_these(

@@ -132,15 +132,13 @@ def test_a_dry_run_shows_the_ratings_and_the_run_then_sends_them_once(gradsift, 
     assert 0 < prompts <= 120  # equal examples are asked about once
     cost = gradsift.runs()[-1]["diagnostics"]["unrated_share"]["values"]
     assert (cost["calls"], cost["usd"]) == (prompts, None)
-    for again in ("judge.price_input=1", "judge.retries=1"):  # what changes no rating
-        price = ("judge.price_output=1",) if "price" in again else ()
-        assert gradsift(*RATE, *at(endpoint, again, *price)) == 0
-        assert all(stage["reused"] for stage in gradsift.runs()[-1]["stages"])
+    # options that change no rating, and one that does
+    assert gradsift(*RATE, *at(endpoint, "judge.price_input=1", "judge.price_output=1", "judge.retries=1")) == 0
+    assert all(stage["reused"] for stage in gradsift.runs()[-1]["stages"])
     assert len(endpoint.bodies) == prompts
-    for other in ("judge.model=n", "scorer.style=deita", "judge.temperature=0.5"):  # and what does
-        assert gradsift(*RATE, *at(endpoint, other)) == 0
-        assert not all(stage["reused"] for stage in gradsift.runs()[-1]["stages"])
-    assert len(endpoint.bodies) >= 3 * prompts
+    assert gradsift(*RATE, *at(endpoint, "judge.model=n")) == 0
+    assert not all(stage["reused"] for stage in gradsift.runs()[-1]["stages"])
+    assert len(endpoint.bodies) == 2 * prompts
 
 
 def test_a_cap_ends_the_run_cleanly_and_the_same_command_goes_on(gradsift, endpoint: Endpoint, capsys) -> None:

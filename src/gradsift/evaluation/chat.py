@@ -252,6 +252,8 @@ class ChatClient:
 
         try:
             asyncio.run(work_all())
+        except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
+            arrived.put((0, error))
         finally:
             arrived.put(None)
 

@@ -126,7 +126,7 @@ class Replies:
             self._connection.executescript(_SCHEMA)
             alive = self._lock_of(self._owner)
             alive.acquire()
-        weakref.finalize(self, _release, alive, self._connection)
+        weakref.finalize(self, _release, alive)
 
     def find(self, key: str) -> Completion | None:
         """Return the reply stored under `key`; None if there is none, or if it cannot be read."""
@@ -244,8 +244,6 @@ class Replies:
             ) from error
 
 
-def _release(lock: FileLock, connection: sqlite3.Connection | None = None) -> None:
+def _release(lock: FileLock) -> None:
     lock.release()
     Path(lock.lock_file).unlink(missing_ok=True)
-    if connection is not None:
-        connection.close()

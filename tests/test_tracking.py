@@ -237,6 +237,7 @@ def test_of_a_job_that_is_given_again_one_run_is_left_to_send(tmp_path: Path, st
     assert [run.is_dir() for run in runs] == [False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("joblib") is None, reason="joblib is not installed (an optional extra)")
 def test_jobs_of_other_processes_are_offline_runs_of_one_group(gradsift, monkeypatch: pytest.MonkeyPatch) -> None:
     from joblib.externals.loky import get_reusable_executor

@@ -1,4 +1,4 @@
-"""What every HTML page of ours is made with: templates that escape, and texts that a page can hold."""
+"""HTML pages: templates that escape every value, and texts that a page can hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f]")
 
 
 def templates(package: str, folder: str) -> Environment:
-    """The templates in a package's folder; every value is escaped, and a name that is not given is an error."""
+    """Return the templates in a package's folder. They escape every value and raise an error for undefined names."""
     return Environment(
         loader=PackageLoader(package, folder),
         autoescape=True,
@@ -22,11 +22,11 @@ def templates(package: str, folder: str) -> Environment:
 
 
 def presentable(text: str) -> str:
-    """`text` with U+FFFD for what no page can hold: control characters and half surrogate pairs."""
-    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return _CONTROL.sub("\ufffd", whole.replace("\r\n", "\n").replace("\r", "\n"))
+    """Replace control characters and lone surrogates, which no page can hold, by U+FFFD."""
+    valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return _CONTROL.sub("\ufffd", valid.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def portable(text: str) -> str:
-    """`text` without the folders of absolute paths, which say something of the machine and nothing of the run."""
+    """Cut absolute paths in `text` to their last name, as their folders describe the machine and not the run."""
     return _PATH.sub("\u2026/", text)

@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl` in the run folder always, Weights & Biases on top."""
+"""Metrics of a run: always `metrics.jsonl` in the run folder, and Weights & Biases if the tracker asks for it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,21 +22,26 @@ from gradsift.run_folder import CONFIG_FILE, FIGURES_FOLDER, TABLES_FOLDER, conf
 
 METRICS_FILE = "metrics.jsonl"
 _INIT_TIMEOUT = 30.0  # seconds
-_LONGEST_NAME = 128  # characters of an artifact's name that W&B takes
-# of an absolute path: all but its last name
+_LONGEST_NAME = 128  # characters that W&B accepts in an artifact's name
+# matches all but the last name of an absolute path
 _FOLDERS = re.compile(r"(?:~(?=/)|(?<![\w.:/])/|\b[A-Za-z]:\\)[^'\",=\[\]{}]*[/\\]")
 
 
 def group_of(sweep: Path) -> str:
-    """The group of a sweep's runs: its folder's name, behind the day where that is the folder above."""
+    """Return the W&B group of a sweep's runs: the name of its folder, after the day if the parent folder names it."""
     day = sweep.parent.name
     return f"{day}_{sweep.name}" if re.fullmatch(r"\d{4}-\d\d-\d\d", day) else sweep.name
 
 
 class Tracker:
-    """A context manager around one run; W&B is always finished, also after an error."""
+    """A context manager around one run; it finishes the W&B run even after an error."""
 
     def __init__(self, config: TrackerConfig, folder: Path, group: str | None, about: Mapping[str, Any]) -> None:
+        """
+        Args:
+            group: W&B group, unless the config has one.
+            about: settings that identify the run.
+        """
         self._config = config
         self._folder = folder
         self._group = config.group or group
@@ -51,50 +55,47 @@ class Tracker:
         return self
 
     def curve(self, name: str, curve: list[dict[str, float]]) -> None:
-        """Log a training curve: one entry a batch, with the tokens seen so far."""
+        """Log a training curve: an entry for each batch, with the tokens seen so far."""
         tokens = 0.0
-        with (self._folder / METRICS_FILE).open("a", encoding="utf-8") as stream:
-            for entry in curve:
-                tokens += entry["tokens"]
-                line = {"batch": entry["batch"], f"{name}/loss": entry["loss"], f"{name}/tokens": tokens}
-                stream.write(json.dumps(line) + "\n")
-                if self._wandb is not None:
-                    self._wandb.log(line)
+        for entry in curve:
+            tokens += entry["tokens"]
+            line = {"batch": entry["batch"], f"{name}/loss": entry["loss"], f"{name}/tokens": tokens}
+            self._write(line)
+            if self._wandb is not None:
+                self._wandb.log(line)
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Log the numbers of `values`, nested names joined by a slash."""
-        flat = dict(_flatten(values))
-        with (self._folder / METRICS_FILE).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(flat) + "\n")
+        """Log the numbers of `values`; nested names are joined by a slash."""
+        numbers = dict(_flatten(values))
+        self._write(numbers)
         if self._wandb is not None:
-            self._wandb.summary.update(flat)
+            self._wandb.summary.update(numbers)
 
-    def artifact(self, made: Artifact, file: str) -> None:
-        """Send a file of a stage along where `tracker.artifacts` asks for it; equal ones of several runs are one."""
+    def _write(self, values: Mapping[str, Any]) -> None:
+        with (self._folder / METRICS_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(values) + "\n")
+
+    def artifact(self, artifact: Artifact, file: str) -> None:
+        """Send a file of an artifact if `tracker.artifacts` asks for it; W&B stores equal files once."""
         if self._wandb is None or not self._config.artifacts:
             return
         import wandb
 
-        name = re.sub(r"[^\w.-]", "_", f"{made.stage}-{made.path.name}")[-_LONGEST_NAME:]  # the fingerprint is last
-        sent = wandb.Artifact(name, type=made.stage, metadata=dict(made.info))
-        sent.add_file(str(made.file(file)), skip_cache=True)
+        name = re.sub(r"[^\w.-]", "_", f"{artifact.stage}-{artifact.path.name}")[-_LONGEST_NAME:]  # ends in its hash
+        sent = wandb.Artifact(name, type=artifact.stage, metadata=dict(artifact.info))
+        sent.add_file(str(artifact.file(file)), skip_cache=True)
         self._wandb.log_artifact(sent)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
 
 def log_report(folder: Path) -> bool:
-    """Log the figures (PNG) and tables (CSV) that a report wrote to `folder` to W&B, as a run of the job type `report`.
+    """Log the figures (PNG) and tables (CSV) of a report to W&B, as a run of the job type `report`.
 
-    It is a run of its own, in the sweep's group where there is one: the runs that it shows have ended, and may have
-    been sent already.
-
-    Returns:
-        False where the runs were not tracked by W&B; nothing is done then.
+    It is a run of its own, in the sweep's group if there is one, because the runs that it shows have ended and may
+    already be uploaded. Returns False, and logs nothing, if the runs are not tracked by W&B.
     """
     if not is_logged(folder):
         return False
@@ -115,7 +116,7 @@ def log_report(folder: Path) -> bool:
 
 
 def is_logged(folder: Path) -> bool:
-    """Whether the runs of a run's or a sweep's folder are tracked by W&B, and their report with them."""
+    """Whether the runs of a run's or a sweep's folder are tracked by W&B."""
     return bool((_config_of(folder).get("tracker") or {}).get("name") == "wandb")
 
 
@@ -128,67 +129,53 @@ def _config_of(folder: Path) -> dict[str, Any]:
 def _start(
     config: TrackerConfig, folder: Path, group: str | None, name: str, about: dict[str, Any], job_type: str
 ) -> Any:
-    """A W&B run.
+    """Start a W&B run.
 
     Raises:
-        ConfigError: it shall be sent, and nobody is logged in.
-        GradsiftError: W&B did not start; says why.
+        ConfigError: `tracker.mode=online`, and nobody is logged in.
+        GradsiftError: W&B did not start; the message says why.
     """
     if config.mode == "online" and not os.environ.get("WANDB_API_KEY") and not _logged_in():
         raise ConfigError(
             "tracker.mode=online needs a login: set WANDB_API_KEY, run `wandb login`, or take tracker.mode=offline"
         )
-    folder = folder.absolute()  # W&B's own process may be one that was started elsewhere
+    folder = folder.absolute()  # W&B's own process may run in another working directory
     run_id = _run_id(folder, about)
-    os.environ["WANDB_DATA_DIR"] = str(folder)  # else offline artifacts land outside the run's folder
+    os.environ["WANDB_DATA_DIR"] = str(folder)  # otherwise offline artifacts are written outside the run's folder
     if config.mode == "offline":
-        os.environ["WANDB_ERROR_REPORTING"] = "false"  # offline means no host at all
+        os.environ["WANDB_ERROR_REPORTING"] = "false"  # offline must not contact any host
     import wandb
 
+    options: dict[str, Any] = {"project": config.project, "entity": config.entity, "mode": config.mode}
+    options |= {"id": run_id, "group": group, "name": name, "job_type": job_type, "config": about, "dir": str(folder)}
+    quiet: dict[str, Any] = {"silent": True, "console": "off", "init_timeout": _INIT_TIMEOUT}
+    private: dict[str, Any] = {"save_code": False, "disable_git": True, "x_disable_meta": True}  # no paths or arguments
     try:
-        return wandb.init(
-            id=run_id,
-            project=config.project,
-            entity=config.entity,
-            group=group,
-            name=name,
-            job_type=job_type,
-            mode=config.mode,  # type: ignore[arg-type]
-            dir=str(folder),
-            config=about,
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                save_code=False,
-                disable_git=True,
-                x_disable_meta=True,  # folders and arguments of the process
-                init_timeout=_INIT_TIMEOUT,
-            ),
-        )
+        return wandb.init(**options, settings=wandb.Settings(**quiet, **private))
     except wandb.Error as error:
         reason = str(error).splitlines()[0][:200]
         raise GradsiftError(f"W&B did not start ({reason}); take tracker.mode=offline or tracker=none") from error
 
 
 def _run_id(folder: Path, about: Mapping[str, Any]) -> str:
-    """The W&B id of what `about` describes in this folder: random, and kept there.
+    """Return the W&B id of a run in this folder: random at first, and stored there.
 
-    So no two jobs share one, on whatever machine, and a job that is given again in its folder (put in the queue again
-    by Slurm, say) takes the place of the run that it left, of which nothing unsent stays.
+    So no two jobs share an id, on any machine. A job that runs again in its folder (requeued by Slurm, for example)
+    replaces its earlier W&B run; the data of that run that was not uploaded is deleted.
     """
-    kept = folder / "wandb" / f"{content_hash(about)[:12]}.id"
-    run_id = kept.read_text(encoding="utf-8") if kept.is_file() else ""
+    file = folder / "wandb" / f"{content_hash(about)[:12]}.id"
+    run_id = file.read_text(encoding="utf-8") if file.is_file() else ""
     if not run_id:
         run_id = secrets.token_hex(8)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(run_id, encoding="utf-8")
-    for left in folder.glob(f"wandb/offline-run-*-{run_id}"):
-        shutil.rmtree(left)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(run_id, encoding="utf-8")
+    for earlier in folder.glob(f"wandb/offline-run-*-{run_id}"):
+        shutil.rmtree(earlier)
     return run_id
 
 
 def without_folders(value: Any) -> Any:
-    """The same with the last name alone of every absolute path: no folder of this machine belongs on W&B."""
+    """Return the value with every absolute path cut to its last name, so that W&B gets no folders of this machine."""
     if isinstance(value, str):
         return _FOLDERS.sub("", value)
     if isinstance(value, Mapping):
@@ -205,11 +192,9 @@ def _logged_in() -> bool:
         return False
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float | None]]:
-    flat: list[tuple[str, float | None]] = []
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat += _flatten(value, f"{prefix}{key}/")
+            yield from _flatten(value, f"{prefix}{key}/")
         elif value is None or isinstance(value, bool | int | float):
-            flat.append((prefix + key, value))
-    return flat
+            yield prefix + key, value

@@ -188,10 +188,20 @@ def test_texts_reach_the_config_as_they_are() -> None:
     from gradsift.api import _overrides
     from gradsift.composition import compose_config
 
-    for text in ("plain", "a b", "it's", "true", "10", "a\\b\\", "x=1,y", "[a]"):
-        (override,) = _overrides({"data__fields__output": text})
-        config = compose_config(["data=json", "data.path=x", "stop_after=load", override])
-        assert config.data.fields.output == text  # type: ignore[attr-defined]
+    texts = {
+        "instruction": "plain",
+        "input": "a b",
+        "output": "it's",
+        "messages": "true",
+        "conversations": "10",
+        "prompt": "a\\b\\",
+        "completion": "x=1,y",
+        "system": "[a]",
+    }
+    overrides = _overrides({f"data__fields__{name}": text for name, text in texts.items()})
+    config = compose_config(["data=json", "data.path=x", "stop_after=load", *overrides])
+    fields = config.data.fields  # type: ignore[attr-defined]
+    assert {name: getattr(fields, name) for name in texts} == texts
 
 
 # -------------------------------------------------------------------------------------------- formula

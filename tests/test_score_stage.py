@@ -52,6 +52,14 @@ def by_length_backwards(examples: Any, *, sign: int = 1) -> Scores:
     return by_length(examples, sign=-sign)
 
 
+def bare_numbers(examples: Any) -> list[int]:
+    return [len(example.output) for example in examples]
+
+
+def no_numbers(count: int) -> list[str]:
+    return ["high"] * count
+
+
 def needs_a_constant(count: int, *, constant: float) -> Scores:
     return Scores(np.full(count, constant))
 
@@ -212,6 +220,12 @@ def test_options_of_a_source_count_for_the_scorers_that_ask_for_it(bench: Bench)
     assert made("by_length", 0.1) != made("by_length", 0.2)
     assert made("by_length", 0.1) == made("by_length", 0.1)
     assert made("of_all_statuses", 0.1) == made("of_all_statuses", 0.2)
+
+
+def test_a_scorer_may_return_bare_numbers(bench: Bench) -> None:
+    assert scores_of(bench("bare_numbers")).score.tolist() == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(GradsiftError, match="scorer=mine returned a list; a scorer returns Scores, or one number per"):
+        bench("no_numbers")
 
 
 def test_another_function_of_the_same_name_never_meets_a_stale_result(bench: Bench) -> None:

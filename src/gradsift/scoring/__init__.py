@@ -22,7 +22,7 @@ A scorer is a function. Its positional parameters name its inputs, and the pipel
     task         a progress bar: `with task(description, total) as advance`
     journal      `gradsift.journal.Journal`: keeps results for a resumed run
 
-Its keyword-only parameters are its constants, set in `conf/scorer/<name>.yaml`. It returns `Scores`. A scorer of your
-own is such a function in a module beside the command, and a YAML file in `./conf/scorer/` with its `_target_`; or a
-function that is passed to `gradsift.select`.
+Its keyword-only parameters are its constants, set in `conf/scorer/<name>.yaml`. It returns `Scores`, or one number per
+example. A scorer of your own is such a function in a module beside the command, and a YAML file in `./conf/scorer/`
+with its `_target_`; or a function that is passed to `gradsift.select`.
 """

@@ -37,7 +37,8 @@ def score(
 
     def make(folder: Path) -> Mapping[str, Any]:
         journal = runtime.journal(folder)
-        scores: Scores = scorer(sources={**sources, "journal": Source(list, lambda: journal)})
+        returned = scorer(sources={**sources, "journal": Source(list, lambda: journal)})
+        scores = returned if isinstance(returned, Scores) else Scores(_numbers(returned, scorer.name))
         examples, rows = loaded.file(EXAMPLES_FILE), int(loaded.info["rows"])
         if len(scores.score) != rows:
             raise GradsiftError(
@@ -53,6 +54,19 @@ def score(
     settings = scorer.settings(sources)
     parents = [loaded, *scorer.parents(sources)]
     return runtime.store.obtain("score", scorer.name, settings, parents, make, version=VERSION)
+
+
+def _numbers(returned: Any, scorer: str) -> np.ndarray:
+    """Return the bare numbers that a scorer may return in place of `Scores`, (N,) float64."""
+    try:
+        numbers = np.asarray(returned, dtype=np.float64)
+    except (TypeError, ValueError):
+        numbers = np.empty(())
+    if numbers.ndim != 1:
+        raise GradsiftError(
+            f"scorer={scorer} returned a {type(returned).__name__}; a scorer returns Scores, or one number per example"
+        )
+    return numbers
 
 
 def scores_of(artifact: Artifact) -> Scores:

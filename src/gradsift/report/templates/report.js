@@ -1,5 +1,5 @@
 "use strict";
-// Every text of the data enters the page as textContent; nothing is fetched, and nothing is kept but the chosen colours.
+// Texts of the data enter the page as textContent only. The script makes no request and stores nothing.
 const $ = (id) => document.getElementById(id);
 const whole = new Intl.NumberFormat("en");
 
@@ -47,13 +47,13 @@ const sections = new IntersectionObserver((entries) => {
 for (const section of document.querySelectorAll("main section")) sections.observe(section);
 
 // ------------------------------------------------------------------------------------------- the examples
-// N examples of one pool. Columns are typed arrays over one unpacked buffer; texts are one string, searched as a whole.
+// N examples of one pool. Columns are typed arrays over one unpacked buffer; the search runs over all texts as one string.
 
 const ROW = 60; // px, the height of .example
 const END = "\x1e"; // after each example's texts
 const FIELD = "\x1f"; // between an example's fields
 const TYPES = { f4: Float32Array, u4: Uint32Array, u2: Uint16Array, u1: Uint8Array };
-const HEADS = 20; // examples that the views of the best and of the worst show
+const HEADS = 20; // examples in the views "Best" and "Worst"
 const MEANINGS = {
   G_s: "mean norm, early", G_t: "mean norm, late", V_s: "variance over members, early", V_t: "variance over members, late",
   loss_s: "mean loss, early", loss_t: "mean loss, late", ifd: "loss ratio with and without the prompt", drop: "fall of the mean norm",
@@ -79,7 +79,7 @@ class Pool {
     this.ends = new Uint32Array(this.count);
     let end = -1;
     for (let row = 0; row < this.count; row++) this.ends[row] = end += lowered[row].length + 1;
-    this.hits = new Map(); // word -> Uint8Array (N): which examples hold it
+    this.hits = new Map(); // word -> Uint8Array (N): 1 for the examples that hold it
     this.orders = new Map();
     this.numbers = this.column(about.row_index);
   }
@@ -107,7 +107,7 @@ class Pool {
     return hits;
   }
 
-  // Examples sorted by a key (N,), least first, then by their place; those without (NaN) are left out.
+  // Returns the examples sorted by a key (N,), lowest first, ties by row; leaves out those without a key (NaN).
   order(name, key) {
     let order = this.orders.get(name);
     if (order) return order;
@@ -127,7 +127,7 @@ class Pool {
 
 const words = (text) => text.toLowerCase().split(/\s+/).filter(Boolean);
 
-// Put `text` into `parent`, what the search found marked.
+// Puts `text` into `parent` and marks the search hits.
 function marked(parent, text, sought) {
   const lowered = text.toLowerCase();
   parent.replaceChildren();
@@ -141,7 +141,7 @@ function marked(parent, text, sought) {
   }
 }
 
-// The part of a text that a single line has room for: its beginning, or what stands around the first hit.
+// Returns the part of a text to show in a single line: its beginning, or the surroundings of the first hit.
 function glimpse(text, sought) {
   const flat = text.replace(/\s+/g, " ");
   const lowered = flat.toLowerCase();
@@ -158,8 +158,8 @@ class Browser {
     this.list = $("list");
     this.space = this.list.querySelector(".space");
     this.rows = new Uint32Array();
-    this.active = 0; // place in `rows`
-    this.head = 0; // how many are shown at most; 0: all
+    this.active = 0; // index into `rows`
+    this.head = 0; // largest number of examples to show; 0: all
     $("examples-ready").hidden = false;
     const changed = () => this.refresh();
     $("query").addEventListener("input", changed);
@@ -203,7 +203,7 @@ class Browser {
   get selection() { return this.pool.about.selections[Number($("run").value)]; }
   get method() { return this.selection.method; }
 
-  // What can be sorted by and compared with, given the chosen run.
+  // Fills the choices to sort by and to compare with for the chosen run.
   describe() {
     const { methods } = this.pool.about;
     const own = methods[this.method];
@@ -230,7 +230,7 @@ class Browser {
     if (id !== "other") { this.head = 0; this.named = "all"; }
   }
 
-  // The examples in the chosen order, before any filter.
+  // Returns the examples in the chosen order, before any filter.
   ordered() {
     const { pool, method } = this;
     const sort = $("sort").value;
@@ -249,7 +249,7 @@ class Browser {
     }
     if (!this.turned && order.length === pool.count) return order;
     if (!this.turned && this.head) return order;
-    const without = new Uint8Array(pool.count).fill(1); // what has no such value stands last, whichever way
+    const without = new Uint8Array(pool.count).fill(1); // examples without a value come last in either direction
     for (const row of order) without[row] = 0;
     const rest = this.head ? [] : Uint32Array.from({ length: pool.count }, (_, row) => row).filter((row) => without[row]);
     const all = new Uint32Array(order.length + rest.length);
@@ -266,7 +266,7 @@ class Browser {
     const hits = [];
     for (const word of [...sought].sort((one, other) => other.length - one.length)) {
       hits.push(pool.holding(word));
-      if (!hits.at(-1).includes(1)) break; // the other words need no look
+      if (!hits.at(-1).includes(1)) break; // no example holds this word, so skip the others
     }
     const kept = $("kept").value;
     const place = pool.column(selection.place);
@@ -357,7 +357,7 @@ class Browser {
     return status === "scored" ? ["", "dropped"] : ["none", status];
   }
 
-  // Why this selection keeps the example or not, in words.
+  // Returns a sentence on why this selection keeps the example or not.
   why(selection, row) {
     const { about } = this.pool;
     const method = about.methods[selection.method];

@@ -100,11 +100,11 @@ def test_a_pass_that_was_cut_short_takes_what_its_journal_holds(
 
     whole, plain, left = found(adapted, examples, 30), UseOfEmbedding.statistics, [2]
 
-    def counted(uses: UseOfEmbedding, batch: Any) -> Any:
+    def counted(uses: UseOfEmbedding, *given: Any) -> Any:
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
-        return plain(uses, batch)
+        return plain(uses, *given)
 
     monkeypatch.setattr(UseOfEmbedding, "statistics", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -201,10 +201,10 @@ def test_memory_that_runs_out_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
     adapted, examples, said = adapted_model("gpt2", ["c_attn"]), ragged_examples(9), []
     statistics = UseOfEmbedding.statistics
 
-    def small(self: Any, batch: Any) -> Any:
+    def small(self: Any, batch: Any, device: Any) -> Any:
         if batch.input_ids.numel() > 30:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return statistics(self, batch)
+        return statistics(self, batch, device)
 
     monkeypatch.setattr(UseOfEmbedding, "statistics", small)
     again = collect_statistics(adapted, examples, TokenBudget(1000, said.append), 0, CPU)

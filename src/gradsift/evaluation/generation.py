@@ -52,6 +52,7 @@ def generate_answers(
     import torch
 
     from gradsift.journal import Journal
+    from gradsift.training.device import without_host_reads
     from gradsift.training.lora import evaluating
 
     room = _room(model, max_new_tokens)
@@ -66,10 +67,10 @@ def generate_answers(
     def answer(rows: list[int]) -> list[str]:
         batch = [list(prompts[n] if room is None else prompts[n][-room:]) for n in rows]
         tokens, mask = left_padded(batch, greedy.pad_token_id, backbone.device)
-        with torch.no_grad():
+        with torch.no_grad(), without_host_reads():
             out = backbone.generate(input_ids=tokens, attention_mask=mask, generation_config=greedy)
         texts = []
-        for prompt, new in zip(batch, out[:, tokens.shape[1] :].tolist(), strict=True):
+        for prompt, new in zip(batch, out[:, tokens.shape[1] :].cpu().tolist(), strict=True):
             end = next((place for place, token in enumerate(new) if token in ends), len(new))
             passed(len(prompt) + min(end, len(new) - 1))  # an answer's last token is not fed back
             texts.append(tokenizer.decode(new[:end], skip_special_tokens=True).strip())

@@ -25,6 +25,7 @@ from gradsift.errors import ConfigError
 from gradsift.features.embeddings import Embedder
 from gradsift.runtime import Advance
 from gradsift.training.backbones import Backbone
+from gradsift.training.device import without_host_reads
 
 
 class HiddenStates:
@@ -88,7 +89,8 @@ def hidden_states_embedder(
 def pooled_states(model: Any, batch: Batch, pooling: str) -> torch.Tensor:
     """Return the pooled last hidden states of a batch, (B, D) float32; padding on either side has no effect."""
     inputs = {**batch.model_inputs(), "attention_mask": batch.attention_mask}
-    hidden = model.base_model(**inputs, use_cache=False)[0]
+    with without_host_reads():
+        hidden = model.base_model(**inputs, use_cache=False)[0]
     return pool(hidden, batch.attention_mask, pooling)
 
 

@@ -79,7 +79,7 @@ def mean_gradient(adapted: Any, inputs: ProxyInputs, advance: Advance = lambda d
         for found in inputs.budget.passes(inputs.encoded, of_batch, advance=advance):
             for part in found:
                 total += part
-    if not bool(total.any()):
+    if not bool(total.any().cpu()):
         raise GradsiftError("the mean gradient of the pool is zero, so it has no direction; see proxy.learning_rate")
     return total / len(inputs.encoded)
 

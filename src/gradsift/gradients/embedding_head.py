@@ -145,7 +145,7 @@ def collect_statistics(
     with lora.evaluating(adapted), torch.enable_grad(), UseOfEmbedding(adapted) as uses:
 
         def one_batch(examples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-            return uses.statistics(collate(examples, pad_id).to(device))
+            return uses.statistics(collate(examples, pad_id), device)
 
         for found in budget.passes(encoded, one_batch, journal, progress):
             for rows, values in found:
@@ -183,33 +183,42 @@ class UseOfEmbedding:
         self._embedded = embedded.detach().requires_grad_()
         return self._embedded
 
-    def statistics(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows (B,) and statistics (B, 8) float64 of a batch, on the CPU."""
-        hidden = self._head.hidden_states(batch.model_inputs(), batch.places)
-        owners = torch.div(batch.places, batch.input_ids.shape[1], rounding_mode="floor")  # (P,) examples
-        losses = self._head.token_losses(hidden, batch.targets) / batch.counts[owners]
+    def statistics(self, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rows (B,) and statistics (B, 8) float64 of a batch, on the CPU.
+
+        Args:
+            batch: on the CPU, where its sizes can be read without waiting for the device.
+            device: the model's.
+        """
+        moved = batch.to(device)
+        hidden = self._head.hidden_states(moved.model_inputs(), moved.places)
+        owners = torch.div(moved.places, batch.input_ids.shape[1], rounding_mode="floor")  # (P,) examples
+        losses = self._head.token_losses(hidden, moved.targets) / moved.counts[owners]
         (backprops,) = torch.autograd.grad(losses.sum(), self._embedded)
         embedding = embedding_statistics(batch, backprops, self._embedding.num_embeddings)
         sizes = batch.counts.long().tolist()
-        parts = zip(hidden.detach().split(sizes), batch.targets.split(sizes), strict=True)
+        parts = zip(hidden.detach().split(sizes), moved.targets.split(sizes), strict=True)
         head = torch.stack([head_statistics(self._output, *part) for part in parts])
-        return batch.rows.cpu(), torch.cat([embedding, head], 1).cpu()
+        return batch.rows, torch.cat([embedding, head], 1).cpu()
 
 
 def embedding_statistics(batch: Batch, backprops: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Statistics (B, 4) float64 of each example's gradient of the input embedding.
+    """Return statistics (B, 4) float64 of each example's gradient of the input embedding.
 
     Args:
-        backprops: (B, T, D), of the embedded tokens.
+        batch: on the CPU.
+        backprops: (B, T, D), of the embedded tokens, on the model's device.
     """
-    real = batch.attention_mask.bool()
-    examples = torch.arange(len(real), device=real.device)[:, None].expand_as(real)
-    tokens, inverse = torch.unique((examples * vocabulary + batch.input_ids)[real], return_inverse=True)
-    rows = torch.zeros(len(tokens), backprops.shape[2], device=real.device)  # (U of all examples, D)
-    rows.index_add_(0, inverse, backprops[real].float())
+    examples, columns = batch.attention_mask.nonzero(as_tuple=True)  # of the real tokens
+    tokens, inverse = torch.unique(examples * vocabulary + batch.input_ids[examples, columns], return_inverse=True)
     owners = torch.div(tokens, vocabulary, rounding_mode="floor")
-    zero = backprops.new_zeros(len(real), dtype=torch.float32)  # the rows of all other tokens
-    absent = torch.bincount(owners, minlength=len(real)) < vocabulary
+    absent = torch.bincount(owners, minlength=len(batch.rows)) < vocabulary
+    examples, columns, inverse, owners, absent = (
+        index.to(backprops.device) for index in (examples, columns, inverse, owners, absent)
+    )
+    rows = torch.zeros(len(tokens), backprops.shape[2], device=backprops.device)  # (U of all examples, D)
+    rows.index_add_(0, inverse, backprops[examples, columns].float())
+    zero = backprops.new_zeros(len(batch.rows), dtype=torch.float32)  # the rows of all other tokens
     largest = zero.where(absent, -torch.inf).scatter_reduce(0, owners, rows.amax(1), "amax")
     smallest = zero.where(absent, torch.inf).scatter_reduce(0, owners, rows.amin(1), "amin")
     total, squares = (zero.double().index_add(0, owners, part.double().sum(1)) for part in (rows, rows.square()))

@@ -85,4 +85,5 @@ def _batch_losses(backbone: Backbone, head: OutputHead | None, spans: Sequence[E
     """Return the mean losses (B,) of spans that score a token each, averaged in float64."""
     batch = collate(spans, backbone.pad_id).to(backbone.model.device)
     losses = token_losses(backbone.model, head, batch.model_inputs(), batch.places, batch.targets)
-    return np.array([float(part.mean()) for part in losses.cpu().double().split([one.scored for one in spans])])
+    ends = np.cumsum([one.scored for one in spans])
+    return np.array([part.mean() for part in np.split(losses.cpu().double().numpy(), ends[:-1])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -128,6 +129,36 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     message = str(error).lower()
     return any(sign in message for sign in _SIGNS)
+
+
+@contextmanager
+def without_host_reads() -> Iterator[None]:
+    """Keep transformers from looking at token ids and masks in a forward pass, which makes the host wait for the GPU.
+
+    It looks for several examples in one row, for padding without a mask, and whether a mask hides anything. Here rows
+    hold one example each, padding is on the right or has a mask, and every mask is used.
+    """
+    lookups = _lookups()
+    try:
+        for owner, name, _, answer in lookups:
+            setattr(owner, name, answer)
+        yield
+    finally:
+        for owner, name, plain, _ in lookups:
+            setattr(owner, name, plain)
+
+
+@functools.cache
+def _lookups() -> list[tuple[Any, str, Any, Any]]:
+    """Return owner, name, function and the answer that replaces it, for those that this transformers has."""
+    from transformers import PreTrainedModel, masking_utils
+
+    answers = [
+        (masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
+        (masking_utils, "fast_all", lambda mask: False),
+        (PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda model, input_ids, attention_mask: None),
+    ]
+    return [(owner, name, vars(owner)[name], answer) for owner, name, answer in answers if name in vars(owner)]
 
 
 def device_of(compute: ComputeConfig) -> torch.device:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gradsift.training.device import without_host_reads
 from gradsift.training.lora import evaluating
 
 _CHUNK_LOGITS = 2**23  # logits of a chunk, 32 MB in float32; no result depends on it
@@ -73,7 +74,8 @@ class OutputHead:
         Returns:
             (P, D)
         """
-        hidden: torch.Tensor = self._below(**inputs, use_cache=False)[0]
+        with without_host_reads():
+            hidden: torch.Tensor = self._below(**inputs, use_cache=False)[0]
         return hidden.flatten(0, 1).index_select(0, places)
 
     def token_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -183,7 +185,8 @@ def token_losses(
     """
     if head is not None:
         return head.token_losses(head.hidden_states(inputs, places), targets)
-    logits = model(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, places)
+    with without_host_reads():
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, places)
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 

@@ -137,6 +137,10 @@ class AdapterModule(L.LightningModule):
         tokens = torch.tensor([int(entry["tokens"]) for entry in self.curve])
         return self._step_losses[: len(tokens)], tokens
 
+    def cpu(self) -> AdapterModule:
+        """Stay on the device: Lightning's teardown calls this, but later stages use the same backbone there."""
+        return self
+
     def on_fit_start(self) -> None:
         self._losses = ResponseLosses(self.model)  # the model is on the device, and sharded, only by now
 

@@ -20,6 +20,7 @@ from gradsift.evaluation.generation import left_padded
 from gradsift.evaluation.judges import Combine, JudgeRequest, Rating, RatingRequest, Reply, content_hash
 from gradsift.evaluation.judges.rating import SCALES
 from gradsift.journal import Journal
+from gradsift.training.device import without_host_reads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -159,13 +160,13 @@ class LocalJudge:
         def scores(prompts: list[list[int]]) -> list[list[float]]:
             tokens, mask = left_padded(prompts, 0, self._model.device)
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # forward() would count the padding
-            with torch.no_grad():
+            with torch.no_grad(), without_host_reads():
                 # the logits of the last column only: (B, 1, vocabulary) instead of (B, T, vocabulary)
                 out = self._model(
                     input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
                 )
             passed(sum(map(len, prompts)))
-            log_p = torch.log_softmax(out.logits[:, -1].float(), dim=-1)
+            log_p = torch.log_softmax(out.logits[:, -1].float(), dim=-1).cpu()
             return [log_p[:, list(ids)].logsumexp(dim=-1).tolist() for ids in choices]
 
         longest_first = sorted(asked, key=lambda pair: -len(pair[1]))

@@ -26,7 +26,6 @@ from gradsift.training.modules import ResponseLosses
 from gradsift.training.target import load_tuned
 
 VERSION = 3
-_LOSS_TOKENS = 4096  # padded tokens per batch without compute.tokens; results do not depend on it
 
 
 def heldout_loss(
@@ -98,14 +97,14 @@ def _losses(
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     with runtime.display.task(purpose, len(encoded)) as advance, torch.inference_mode():
         response_losses = ResponseLosses(model.model)
-        budget = TokenBudget(runtime.compute.tokens or _LOSS_TOKENS, runtime.display.say)
+        budget = TokenBudget.of(model.model, runtime.compute.tokens, runtime.display.say)
 
         def losses_of(batch_examples: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
             batch = collate(batch_examples, model.pad_id).to(device)
             return batch.rows, response_losses(batch)
 
         for results in budget.passes(encoded, losses_of, runtime.journal(folder), advance):
-            for rows, losses in results:
+            for rows, losses in ((rows.cpu(), losses.cpu()) for rows, losses in results):
                 require_finite(purpose, rows, losses, encoded)
-                kept.append((rows.cpu(), losses.cpu()))
+                kept.append((rows, losses))
     return kept

@@ -42,12 +42,12 @@ from gradsift.evaluation.judges.local import LocalJudge
 from gradsift.evaluation.stages import losses as heldout
 from gradsift.features.hidden_states import HiddenStates
 from gradsift.gradients.adam import AdamState
-from gradsift.gradients.callback import collect_norms
 from gradsift.gradients.directions import cosines, mean_gradient
 from gradsift.gradients.embedding_head import collect_statistics
 from gradsift.gradients.norms import PerSampleNorms
 from gradsift.gradients.per_sample import gradient_pass
 from gradsift.gradients.projection import Projection
+from gradsift.gradients.records import NormRecords
 from gradsift.journal import Journal
 from gradsift.proxy.epochs import ProxyInputs
 from gradsift.runtime import unseen
@@ -56,7 +56,7 @@ from gradsift.scoring.spans import span_losses
 from gradsift.training import head, lora, numerics
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget
-from gradsift.training.modules import Optimization, ProxyMember, Step
+from gradsift.training.modules import Optimization, ProxyMember, ResponseLosses, Step
 from gradsift.training.tiny_bytes import bytes_tokenizer
 
 CUDA = torch.device("cuda")
@@ -121,35 +121,42 @@ def kit(kind: str, precision: str) -> Kit:
 # ---------------------------------------------------------------------------------------------- paths
 
 
-def training_step(kit: Kit, *, loss: str = "example", norms: bool = True) -> None:
-    """Forward and backward of a step's batches, its norms, and the optimiser's step."""
+def module_of(kit: Kit, loss: str = "example") -> ProxyMember:
+    """Return our Lightning module without a trainer, which would look for a real GPU."""
     optimization = Optimization(1e-3, 0.0, "linear", 1, 4, loss=loss, max_grad_norm=1.0)
     module = ProxyMember(kit.adapted, optimization, kit.budget, pad_id=0)
     module._device = kit.device
-    module.trainer = SimpleNamespace(strategy=None, training=True)  # type: ignore[assignment]
+    module.trainer = SimpleNamespace(strategy=None, training=True, state=SimpleNamespace(fn="fit"))  # type: ignore[assignment]
     made = module.configure_optimizers()
     module.optimizers = lambda: made["optimizer"]
     module.lr_schedulers = lambda: made["lr_scheduler"]  # type: ignore[method-assign]
     module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, assignment]
-    module.on_fit_start()
+    module._losses = ResponseLosses(kit.adapted)
+    return module
+
+
+def training_step(kit: Kit) -> None:
+    """Forward and backward of a step's batches, its norms, and the optimiser's step."""
+    module = module_of(kit)
     for index in range(2):
-        if norms:
-            with PerSampleNorms(kit.adapted) as module.norms:
-                module.training_step(Step(kit.encoded), index)
-        else:
+        with PerSampleNorms(kit.adapted) as module.gradient_norms:
             module.training_step(Step(kit.encoded), index)
 
 
 def token_loss_step(kit: Kit) -> None:
-    training_step(kit, loss="token", norms=False)
+    module_of(kit, loss="token").training_step(Step(kit.encoded), 0)
 
 
-def norms_pass(kit: Kit) -> Any:
-    return collect_norms(kit.adapted, kit.encoded, kit.budget, 0, kit.device)
+def norms_pass(kit: Kit) -> NormRecords:
+    module, records = module_of(kit), NormRecords()
+    with PerSampleNorms(kit.adapted) as module.gradient_norms:
+        outputs = module.validation_step(Step(kit.encoded), 0)
+    records.add(outputs["rows"], 1, outputs["norm_A"], outputs["norm_B"], outputs["losses"])
+    return records
 
 
 def norms_table(kit: Kit) -> None:
-    norms_pass(kit).columns()
+    norms_pass(kit).table()
 
 
 def spans_pass(kit: Kit) -> None:

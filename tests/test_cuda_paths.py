@@ -24,6 +24,7 @@ from gradsift.config import ComputeConfig
 from gradsift.data.batching import collate
 from gradsift.evaluation.generation import generate_answers, left_padded
 from gradsift.gradients.per_sample import gradient_pass
+from gradsift.proxy.collection import collect_norms
 from gradsift.scoring import spans
 from gradsift.training.device import without_host_reads
 from gradsift.training.finetuning import fit
@@ -249,14 +250,15 @@ def moves(of: torch.nn.Module) -> Iterator[list[str]]:
         patched.undo()
 
 
-def test_a_training_leaves_the_backbone_on_its_device() -> None:
-    """Lightning moves a module to the CPU when a training ends; later stages would follow the backbone there."""
+def test_a_training_and_a_norms_pass_leave_the_backbone_on_its_device() -> None:
+    """Lightning moves a module to the CPU when its trainer ends; later stages would follow the backbone there."""
     made = kit("gpt2", "float32")
     module = ProxyMember(made.adapted, Optimization(1e-3, 0.0, "constant", 0, 2), made.budget, pad_id=0)
     with moves(made.adapted) as seen:
         fit(module, made.encoded, [[0, 1], [2]], compute=ComputeConfig(device="cpu"))
+        collect_norms(made.adapted, made.encoded, made.budget, 0, ComputeConfig(device="cpu"))
     assert seen
-    assert set(seen) == {"to cpu"}, "only the strategy's move to the training's own device"
+    assert set(seen) == {"to cpu"}, "only the strategy's moves to the training's own device"
 
 
 def test_the_recorder_sees_a_move_to_the_cpu() -> None:

@@ -98,6 +98,15 @@ def test_the_readme_is_short_and_no_page_is_missing_from_the_site() -> None:
     assert [page for page in pages if f": {page}\n" not in nav] == []
 
 
+def test_the_tree_in_the_docs_names_every_module_and_every_file_that_it_points_to_is_there() -> None:
+    text = (ROOT / "docs" / "reference" / "internals.md").read_text()
+    package = ROOT / "src" / "gradsift"
+    modules = [path.name for path in package.glob("*.py") if path.name != "__init__.py"]
+    folders = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
+    assert [name for name in modules + folders if name not in text] == []
+    assert [path for path in re.findall(r"`((?:src|conf)/[\w./]+)", text) if not (ROOT / path).exists()] == []
+
+
 def test_every_option_says_what_it_means(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "docs")
     tables = importlib.import_module("option_tables")

@@ -440,7 +440,9 @@ def shown(content: dict[str, Any], folder: Path, *, terminal: bool, width: int, 
 
 
 def test_the_summary_of_a_run_by_hand() -> None:
-    assert summary(whole_run(benchmarks={"vicuna": cell(6, 2, 2), "koala": cell(1, 0, 1)}, pooled=cell(7, 2, 3))) == [
+    assert list(
+        summary(whole_run(benchmarks={"vicuna": cell(6, 2, 2), "koala": cell(1, 0, 1)}, pooled=cell(7, 2, 3)))
+    ) == [
         ("selected", "200 of 2,000 rows by gsnr, 12% of them spoilt (all rows 50%), 12.3 families (all rows 13.0)"),
         ("PWS", "1.333 [1.083, 1.583] against the model tuned on all rows, win/tie/lose 7/2/3"),
         ("", "1.000 [0.750, 1.250] koala, win/tie/lose 1/0/1"),
@@ -460,8 +462,8 @@ def test_the_summary_of_a_run_by_hand() -> None:
 
 
 def test_a_summary_holds_nothing_that_the_run_has_not() -> None:
-    assert summary({"status": "stopped", "scorer": "gsnr"}) == []
-    assert summary(full() | {"pws_by_definition": True})[:2] == [
+    assert list(summary({"status": "stopped", "scorer": "gsnr"})) == []
+    assert list(summary(full() | {"pws_by_definition": True}))[:2] == [
         ("selected", "2,000 rows"),
         ("PWS", "1 by definition: this is the model tuned on all rows"),
     ]

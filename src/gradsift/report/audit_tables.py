@@ -145,19 +145,19 @@ def _tables_of(audit: SweepAudit, options: str, brief: bool) -> list[Table]:
             absent.append([name, (FAILED if name in failed else "not run") + where])
     different = len({dataset["data"] for dataset in datasets})
     tables = [_spoilt_table(methods, different), _kinds_table(methods)]
-    tables = [replace(table, rows=[*table.rows, *_padded(absent, len(table.header))]) for table in tables]
+    for number, table in enumerate(tables):
+        padded = [[*row, *[""] * (len(table.header) - len(row))] for row in absent]
+        tables[number] = replace(table, rows=[*table.rows, *padded])
     tables += _groups_table(methods)
     overlap = mean_of([dataset["overlap"] for dataset in datasets])
     alphas = [list(overlap)[len(overlap) // 2]] if brief else list(overlap)
-    tables += [_overlap_table(alpha, overlap[alpha], list(methods)) for alpha in alphas if len(methods) > 1]
+    for alpha in alphas if len(methods) > 1 else ():
+        rows = [[one, *(fixed(overlap[alpha][one].get(other), 2) for other in methods)] for one in methods]
+        tables.append(Table(f"overlap of the selections at {float(alpha):.4g} (Jaccard)", ["method", *methods], rows))
     title = f"; {options}" if options else ""
     if len(datasets) > 1:
         title += f"; means of {len(datasets)} {'datasets' if different == len(datasets) else 'runs'}"
     return [replace(table, title=table.title + title) for table in tables]
-
-
-def _padded(rows: Sequence[Sequence[str]], width: int) -> list[list[str]]:
-    return [[*row, *[""] * (width - len(row))] for row in rows]
 
 
 def _verdict(figures: Figures, datasets: int) -> Verdict:
@@ -268,11 +268,6 @@ def _groups_table(methods: Mapping[str, Figures]) -> list[Table]:
         rows.append(row)
     title = "delayed credit: share of the selection that is clean and of this group; AUROC against the other clean rows"
     return [Table(title, header, rows)] if base["groups"] else []
-
-
-def _overlap_table(alpha: str, overlap: Mapping[str, Any], names: Sequence[str]) -> Table:
-    rows = [[one, *(fixed(overlap[one].get(other), 2) for other in names)] for one in names]
-    return Table(f"overlap of the selections at {float(alpha):.4g} (Jaccard)", ["method", *names], rows)
 
 
 def _alpha(cell: Figures) -> str:

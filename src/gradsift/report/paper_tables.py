@@ -11,14 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gradsift.report.material import Material, Missing, attempt
 from gradsift.report.run_tables import Row, flat_rows, method_name, over_seeds, pws_text
-from gradsift.report.table import Table, table_of_records
-
-if TYPE_CHECKING:
-    from gradsift.report.figures.style import Entry
+from gradsift.report.table import Table
 
 METHOD = "gsnr"
 ABLATIONS = ("gsnr_raw_drop", "gsnr_normalized_drop", "gsnr_variance_normalized")  # #1, #2 and #3 of the paper
@@ -166,30 +162,16 @@ def write_tables(material: Material, folder: Path) -> tuple[dict[str, Table], di
     """
     from gradsift.report.figures import FIGURES  # which draw the cells of this module
 
-    makers = dict(TABLES)
-    for figure in FIGURES:
-        if figure.records is not None:
-            makers[figure.name] = partial(_table_behind, figure)
+    makers = TABLES | {figure.name: figure.table for figure in FIGURES if figure.records is not None}
     folder.mkdir(parents=True, exist_ok=True)
     tables, reasons = {}, {}
     for name, make in makers.items():
         for form in ("csv", "md"):
             (folder / f"{name}.{form}").unlink(missing_ok=True)
-        table, reason = attempt(partial(_write, make, material, folder, name))
+        table, reason = attempt(partial(make, material))
         if table is None:
             reasons[name] = reason
         else:
             tables[name] = table
+            table.write(folder, name)
     return tables, reasons
-
-
-def _write(make: Callable[[Material], Table], material: Material, folder: Path, name: str) -> Table:
-    table = make(material)
-    table.write(folder, name)
-    return table
-
-
-def _table_behind(figure: Entry, material: Material) -> Table:
-    """Return the table of the numbers behind a figure."""
-    records = figure.records(material) if figure.records else []
-    return table_of_records(figure.title, records, figure.caption)

@@ -15,9 +15,39 @@ _MEMORY = {"process_peak_resident_gb": "resident", "process_peak_cuda_gb": "on t
 _LONGEST_WARNING = 240  # characters; the report and run.json have all of it
 
 
-def summary(run: Run) -> list[Line]:
-    """Return the selection, the results, the cost and the warnings of a run. Omits fields that the run lacks."""
-    return [*_selected(run), *_judged(run), *_measured(run), *_cost(run), *_warned(run)]
+def summary(run: Run) -> Iterator[Line]:
+    """Yield the selection, the results, the cost and the warnings of a run. Omits fields that the run lacks."""
+    if text := _kept(run):
+        selection = run["selection"]
+        for key, form in (("spoilt_share", "{:.0%} of them spoilt"), ("families", "{:.1f} families")):
+            if (value := selection.get(key)) is not None:
+                text += f", {form.format(value)}"
+                if (pool := selection.get(f"{key}_pool")) is not None:
+                    text += f" (all rows {form.split(' ')[0].format(pool)})"
+        yield "selected", text
+    if run.get("pws_by_definition"):
+        yield "PWS", "1 by definition: this is the model tuned on all rows"
+    elif run.get("pooled") is not None:
+        for number, row in enumerate(reversed(flat_rows(run))):  # pooled first
+            where = "against the model tuned on all rows" if not number else row["benchmark"]
+            pws = "no valid pair" if row["pws"] is None else pws_text(row)
+            yield "" if number else "PWS", f"{pws} {where}, win/tie/lose {outcomes_text(row)}"
+    for label, key, unit in (("accuracy", "accuracy", ""), ("held-out", "heldout_loss", " nats a token")):
+        values = run.get(key) or {}
+        if values.get("model") is not None:
+            others = {"all rows": values.get("reference"), "no finetuning": values.get("untuned")}
+            beside = ", ".join(f"{name} {value:.3f}" for name, value in others.items() if value is not None)
+            yield label, f"{values['model']:.3f}{unit}" + (f" ({beside})" if beside else "")
+    yield from _cost(run)
+    if warnings := warnings_of(run.get("diagnostics")):
+        (first, message), *further = warnings.items()
+        if len(message) > _LONGEST_WARNING:
+            message = message[: _LONGEST_WARNING - 3].rstrip() + "..."
+        yield counted(len(warnings), "warning"), f"{message} [{first}]"
+        if further:
+            yield "", f"and {', '.join(name for name, _ in further)}"
+    for line in remarks(run):
+        yield "note", line
 
 
 def one_line(run: Run) -> str:
@@ -41,36 +71,6 @@ def _kept(run: Run) -> str:
     return f"{selection['rows']:,}" + (f" of {pool:,}" if pool else "") + f" rows{by}"
 
 
-def _selected(run: Run) -> Iterator[Line]:
-    if text := _kept(run):
-        selection = run["selection"]
-        for key, form in (("spoilt_share", "{:.0%} of them spoilt"), ("families", "{:.1f} families")):
-            if (value := selection.get(key)) is not None:
-                text += f", {form.format(value)}"
-                if (pool := selection.get(f"{key}_pool")) is not None:
-                    text += f" (all rows {form.split(' ')[0].format(pool)})"
-        yield "selected", text
-
-
-def _judged(run: Run) -> Iterator[Line]:
-    if run.get("pws_by_definition"):
-        yield "PWS", "1 by definition: this is the model tuned on all rows"
-    elif run.get("pooled") is not None:
-        for number, row in enumerate(reversed(flat_rows(run))):  # pooled first
-            where = "against the model tuned on all rows" if not number else row["benchmark"]
-            pws = "no valid pair" if row["pws"] is None else pws_text(row)
-            yield "" if number else "PWS", f"{pws} {where}, win/tie/lose {outcomes_text(row)}"
-
-
-def _measured(run: Run) -> Iterator[Line]:
-    for label, key, unit in (("accuracy", "accuracy", ""), ("held-out", "heldout_loss", " nats a token")):
-        values = run.get(key) or {}
-        if values.get("model") is not None:
-            others = {"all rows": values.get("reference"), "no finetuning": values.get("untuned")}
-            beside = ", ".join(f"{name} {value:.3f}" for name, value in others.items() if value is not None)
-            yield label, f"{values['model']:.3f}{unit}" + (f" ({beside})" if beside else "")
-
-
 def _cost(run: Run) -> Iterator[Line]:
     if work := run.get("work"):
         parts = [duration(run["seconds"])] if "seconds" in run else []
@@ -83,15 +83,3 @@ def _cost(run: Run) -> Iterator[Line]:
         yield "work", ", ".join(parts)
     if peaks := run.get("memory"):
         yield "memory", "at most " + ", ".join(f"{peak:.1f} GB {_MEMORY[name]}" for name, peak in peaks.items())
-
-
-def _warned(run: Run) -> Iterator[Line]:
-    if warnings := warnings_of(run.get("diagnostics")):
-        (first, message), *others = warnings.items()
-        if len(message) > _LONGEST_WARNING:
-            message = message[: _LONGEST_WARNING - 3].rstrip() + "..."
-        yield counted(len(warnings), "warning"), f"{message} [{first}]"
-        if others:
-            yield "", f"and {', '.join(name for name, _ in others)}"
-    for line in remarks(run):
-        yield "note", line

@@ -89,7 +89,7 @@ class RunView:
             return
         _print_audit([(folder / RUN_FILE, run)], self.display)
         self.display.console.print()
-        self._pairs(summary(run))
+        self._pairs(list(summary(run)))
         self.display.console.print()
         paths = {"report": report, "run": folder / RUN_FILE, **run["files"]}
         for name in sorted(paths, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST)):

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradsift.report.figures import style
-from gradsift.report.figures.style import Records, Style, report_figure
+from gradsift.report.figures.style import Style, report_figure
 from gradsift.report.material import Material, Missing
 
 _COLUMNS = ("made", "reused", "seconds", "saved", "tokens", "memory")
@@ -42,11 +42,7 @@ def costs(material: Material) -> dict[str, dict[str, float]]:
     return by_stage
 
 
-def _records(material: Material) -> Records:
-    return [{"stage": stage, **cost} for stage, cost in costs(material).items()]
-
-
-@report_figure("Cost", _records)
+@report_figure("Cost", lambda material: [{"stage": stage, **cost} for stage, cost in costs(material).items()])
 def cost(material: Material) -> Figure:
     """Seconds, units of work, tokens and memory (GB) of each stage in these runs, and the work that was reused from the
     store."""

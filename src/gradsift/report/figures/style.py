@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from gradsift.report.material import Material
+from gradsift.report.table import Table, table_of_records
 
 Format = Literal["png", "svg"]
 Style = dict[str, Any]  # keyword arguments of matplotlib
@@ -99,6 +100,11 @@ class Entry:
             figure = self.draw(material)
             add_legend(figure)
         return figure
+
+    def table(self, material: Material) -> Table:
+        """Return the table of the numbers behind the figure."""
+        records = self.records(material) if self.records is not None else []
+        return table_of_records(self.title, records, self.caption)
 
 
 def report_figure(

@@ -24,6 +24,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from experiments.composed import line_of
+from gradsift.features.products import products, squared_lengths
 from gradsift.features.vectors import Features, read_features
 from gradsift.selection.core_knowledge import CoreKnowledge, core_knowledge
 from gradsift.selection.gradient_walk import Walk
@@ -51,8 +52,10 @@ def best_set(values: np.ndarray, conflict: np.ndarray, least: int, most: int) ->
 
 def compared(vectors: np.ndarray, core: CoreKnowledge, share: int, keep: float) -> tuple[int, int, float, float]:
     """Rows that the walk takes of `vectors` (n, D), the most that agree, and mean <g, K> of walk and optimum."""
-    walk = Walk.of(Features(vectors), np.arange(len(vectors)), core)
-    taken = walk.component(0, share, keep, graph=True, neighbours=None)
+    features, pool = Features(vectors), np.arange(len(vectors))
+    towards, unused = products(features, pool, core.directions), np.ones(len(pool), dtype=bool)
+    walk = Walk(features, pool, towards, squared_lengths(features, pool), unused)
+    taken = walk.component(0, share, keep, None, lambda done: None)
     values = walk.towards[:, 0]
     conflict = np.round(vectors.astype(np.float64) @ vectors.T, 9) < 0
     most = len(best_set(np.ones(len(values)), conflict, 0, share))

@@ -74,7 +74,7 @@ def gradient_walk(
     if not len(pool):
         raise GradsiftError("every gradient of the pool is zero; look at the proxy's training and at its examples")
     towards = products(gradients, pool, core.directions)
-    walk = _Walk(gradients, pool, towards, squared_lengths(gradients, pool), np.ones(len(pool), dtype=bool))
+    walk = Walk(gradients, pool, towards, squared_lengths(gradients, pool), np.ones(len(pool), dtype=bool))
     shares = proportional_shares(min(size, len(pool)), core.variances)
     with task("gradient walk", int(shares.sum())) as advance:
         rows = [
@@ -98,7 +98,7 @@ def gradient_walk(
 
 
 @dataclass
-class _Walk:
+class Walk:
     """The candidates' gradients, which of them are unused, and counts for the diagnostics."""
 
     gradients: Features
@@ -189,7 +189,7 @@ def _core_diagnostic(core: CoreKnowledge, explained: float) -> Diagnostic:
     return Diagnostic.judged("core_knowledge", bad, values, message, "whether the target set's tasks belong together")
 
 
-def _walk_diagnostic(walk: _Walk, rows: list[list[int]], shares: np.ndarray) -> Diagnostic:
+def _walk_diagnostic(walk: Walk, rows: list[list[int]], shares: np.ndarray) -> Diagnostic:
     """Report how far the walks went."""
     counts = [len(taken) for taken in rows]
     early = int(sum(count < share for count, share in zip(counts, shares, strict=True)))

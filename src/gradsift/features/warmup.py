@@ -1,13 +1,13 @@
-"""Warm-up training on a few random rows, whose checkpoints are where gradient features are taken (LESS, section 4).
+"""Warm-up training on a few random rows; gradient features are computed at its checkpoints (LESS, section 4).
 
-The published LESS fixes the seed of the subset; here rows, order and initial A all follow from one seed.
-Every epoch is an artifact that the next one goes on from.
+The published LESS fixes the seed of the subset; here rows, order and initial A depend on one seed. Every epoch is an
+artifact that the next one continues from.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def warm_up(
     loaded: Artifact,
     load: Callable[[], ProxyInputs],
 ) -> list[Artifact]:
-    """A checkpoint (adapter and Adam's state) after each epoch, with its mean `learning_rate`.
+    """Return a checkpoint (adapter and Adam's state) for each epoch; `info` has its mean `learning_rate`.
 
     Args:
         load: called only if an epoch has to be trained.
@@ -57,7 +57,7 @@ def warm_up(
             "rows": count,
             "epochs": None if config.schedule == "constant" and not config.warmup_ratio else config.epochs,
             "epoch": epoch,
-            "seed": _seed(runtime, config),
+            "seed": runtime.seed if config.seed is None else config.seed,
             **encoding_settings(proxy_config.template, proxy_config.max_length),
             "tokens": runtime.compute.mask_batches if config.lora.dropout else None,
         }
@@ -70,10 +70,10 @@ def warm_up(
 
 
 def warmup_rows(config: WarmupConfig, rows: int) -> int:
-    """How many of `rows` rows are trained on; all of them where `config.rows` asks for more.
+    """Return how many of `rows` rows are trained on; all of them if `config.rows` is larger.
 
     Raises:
-        GradsiftError: none.
+        GradsiftError: not a single row.
     """
     count = min(config.rows, rows) if config.rows is not None else math.floor((config.share or 0) * rows + 1e-9)
     if count < 1:
@@ -85,13 +85,9 @@ def warmup_rows(config: WarmupConfig, rows: int) -> int:
 
 
 def draw_rows(config: WarmupConfig, rows: int, seed: int) -> np.ndarray:
-    """Positions of the warm-up's rows in the pool, ascending."""
+    """Return the positions of the warm-up's rows in the pool, ascending."""
     rng = np.random.default_rng(derive_seed(seed, "warmup rows"))
     return np.sort(rng.permutation(rows)[: warmup_rows(config, rows)])
-
-
-def _seed(runtime: Runtime, config: WarmupConfig) -> int:
-    return runtime.seed if config.seed is None else config.seed
 
 
 def _train(
@@ -103,14 +99,15 @@ def _train(
     epoch: int,
     previous: Artifact | None,
 ) -> dict[str, Any]:
-    seed = _seed(runtime, config)
+    seed = runtime.seed if config.seed is None else config.seed
     drawn = set(draw_rows(config, rows, seed).tolist())
     inputs = inputs._replace(encoded=[example for example in inputs.encoded if example.row in drawn])
     if not inputs.encoded:
         raise GradsiftError(
             f"none of the {len(drawn):,} warm-up rows has a response token; raise features.warmup.share (or rows)"
         )
-    plan = _plan(config, [len(example.input_ids) for example in inputs.encoded], seed, epoch)
+    lengths = [len(example.input_ids) for example in inputs.encoded]
+    plan = epoch_batches(lengths, config.batch_size, "random", derive_seed(seed, "warmup order", epoch))
     total = len(plan) * config.epochs
     optimization = Optimization(config.learning_rate, 0.0, config.schedule, config.warmup_of(total), total_steps=total)
     first = len(plan) * (epoch - 1)
@@ -123,7 +120,3 @@ def _train(
         callbacks = [ShowProgress(advance)]
         info = train_epoch(adapted, inputs, optimization, plan, start, folder, runtime.compute, callbacks)
     return info | {"learning_rate": optimization.mean_rate(first, first + len(plan))}
-
-
-def _plan(config: WarmupConfig, lengths: Sequence[int], seed: int, epoch: int) -> list[list[int]]:
-    return epoch_batches(lengths, config.batch_size, "random", derive_seed(seed, "warmup order", epoch))

@@ -109,49 +109,26 @@ def _locate(name: str, spec: BenchmarkSetConfig, fetch: Callable[[str], Path] | 
 
 
 def _read_rows(file: Path, key: str, holder: str | None) -> list[Any]:
-    """Read the rows of a JSON list, of a JSONL file, or under the key `holder` of a JSON object."""
+    """Read the rows of a JSON list, of JSON lines, or under the key `holder` of a JSON object."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        values = outside_json.loads_all(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text (byte {error.start}); check {key}.path") from error
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}); check {key}.path") from error
-    rows: Any = []
-    if holder is not None or text.lstrip().startswith("["):
-        try:
-            rows = outside_json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}, line {error.lineno}: broken JSON ({error.msg}); check {key}.path") from error
-        if holder is not None:
-            content, rows = rows, rows.get(holder) if isinstance(rows, dict) else None
-            if not isinstance(rows, list):
-                has = f"no keys, it is a {type(content).__name__}"
-                has = ", ".join(map(str, content)) if isinstance(content, dict) else has
-                raise DataError(f"{file} holds no list of rows under {holder!r} (it has: {has}); check {key}.rows")
-    else:
-        # not splitlines(): JSON strings may hold U+2028 and similar characters unescaped
-        for number, line in enumerate(text.split("\n"), start=1):
-            try:
-                if line.strip():
-                    rows.append(outside_json.loads(line))
-            except json.JSONDecodeError as error:
-                if not rows and (keys := _keys_of_object(text)):
-                    raise DataError(
-                        f"{file} is one JSON object (it has: {keys}) and no list of rows; name the key that holds "
-                        f"them with {key}.rows"
-                    ) from error
-                raise DataError(f"{file}, line {number}: broken JSON ({error.msg}); check {key}.path") from error
+    except ValueError as error:
+        place = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{file}{place}: broken JSON ({error}); check {key}.path") from error
+    rows: Any = values[0] if len(values) == 1 and isinstance(values[0], list) else values
+    if holder is not None:
+        content = values[0] if len(values) == 1 else values
+        rows = content.get(holder) if isinstance(content, dict) else None
+        if not isinstance(rows, list):
+            has = ", ".join(map(str, content)) if isinstance(content, dict) else "no keys"
+            raise DataError(f"{file} holds no list of rows under {holder!r} (it has: {has}); check {key}.rows")
     if not rows:
         raise DataError(f"{file} holds no rows; check {key}.path")
     return list(rows)
-
-
-def _keys_of_object(text: str) -> str | None:
-    try:
-        content = outside_json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    return ", ".join(content) if isinstance(content, dict) else None
 
 
 @dataclass(frozen=True)
@@ -173,10 +150,11 @@ class _RowReader:
             elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
                 value = value[int(step)]
             else:
-                has = f"no fields, it is of type {type(self.row).__name__}"
-                if isinstance(self.row, dict):
-                    has = ", ".join(map(str, self.row)) or "no field"
-                raise self.error(part, field, f"is missing (this row has: {has})")
+                if not isinstance(self.row, dict):
+                    raise self.error(part, field, f"is missing: this row is of type {type(self.row).__name__}")
+                has = ", ".join(map(str, self.row)) or "no field"
+                remedy = f"if the rows are under a key, give {self.key}.rows, else "
+                raise self.error(part, field, f"is missing (it has: {has})", remedy)
         if numbers and isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str):
@@ -185,6 +163,6 @@ class _RowReader:
             raise self.error(part, field, "is blank")
         return value
 
-    def error(self, part: str, field: str, problem: str) -> DataError:
-        """Return an error about `field`; its remedy is the config key `part`."""
-        return DataError(f"{self.file}, row {self.number}: field {field!r} {problem}; check {self.key}.{part}")
+    def error(self, part: str, field: str, problem: str, remedy: str = "") -> DataError:
+        """Return an error about `field`, which the config key `part` names."""
+        return DataError(f"{self.file}, row {self.number}: field {field!r} {problem}; {remedy}check {self.key}.{part}")

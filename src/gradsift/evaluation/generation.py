@@ -49,10 +49,7 @@ def generate_answers(
         ConfigError: `max_new_tokens` leaves no room for a prompt in the model's context.
         DataError: a prompt has no token.
     """
-    import torch
-
     from gradsift.journal import Journal
-    from gradsift.training.device import without_host_reads
     from gradsift.training.lora import evaluating
 
     room = _room(model, max_new_tokens)
@@ -66,15 +63,7 @@ def generate_answers(
 
     def answer(rows: list[int]) -> list[str]:
         batch = [list(prompts[n] if room is None else prompts[n][-room:]) for n in rows]
-        tokens, mask = left_padded(batch, greedy.pad_token_id, backbone.device)
-        with torch.no_grad(), without_host_reads():
-            out = backbone.generate(input_ids=tokens, attention_mask=mask, generation_config=greedy)
-        texts = []
-        for prompt, new in zip(batch, out[:, tokens.shape[1] :].cpu().tolist(), strict=True):
-            end = next((place for place, token in enumerate(new) if token in ends), len(new))
-            passed(len(prompt) + min(end, len(new) - 1))  # an answer's last token is not fed back
-            texts.append(tokenizer.decode(new[:end], skip_special_tokens=True).strip())
-        return texts
+        return _continuations(backbone, tokenizer, batch, greedy, ends)
 
     # the longest first: a batch that does not fit into memory fails at once
     order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
@@ -93,6 +82,24 @@ def generate_answers(
     finally:
         backbone.generation_config = own
     return answers
+
+
+def _continuations(
+    backbone: Any, tokenizer: PreTrainedTokenizerBase, batch: list[list[int]], greedy: GenerationConfig, ends: set[int]
+) -> list[str]:
+    import torch
+
+    from gradsift.training.device import without_host_reads
+
+    tokens, mask = left_padded(batch, greedy.pad_token_id, backbone.device)
+    with torch.no_grad(), without_host_reads():
+        out = backbone.generate(input_ids=tokens, attention_mask=mask, generation_config=greedy)
+    texts = []
+    for prompt, new in zip(batch, out[:, tokens.shape[1] :].cpu().tolist(), strict=True):
+        end = next((place for place, token in enumerate(new) if token in ends), len(new))
+        passed(len(prompt) + min(end, len(new) - 1))  # an answer's last token is not fed back
+        texts.append(tokenizer.decode(new[:end], skip_special_tokens=True).strip())
+    return texts
 
 
 def _room(model: PreTrainedModel, max_new_tokens: int) -> int | None:

@@ -87,7 +87,10 @@ def serving() -> Iterator[Endpoint]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # connections that wait to be accepted; the default, 5, resets simultaneous ones
+
+    with Server(("127.0.0.1", 0), Handler) as httpd:
         httpd.daemon_threads = True
         threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         ours.address = f"http://127.0.0.1:{httpd.server_address[1]}/v1"

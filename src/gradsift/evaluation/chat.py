@@ -285,25 +285,23 @@ class ChatClient:
                 await _sleep(_POLL, stop)
             if claim == "stored":
                 return
-            charged: Usage | None = estimate
             try:
                 completion, usage = await self._request(client, messages)
                 usage = usage or Usage(estimate.prompt_tokens, _tokens_of(completion.text), estimated_calls=1)
                 self._replies.keep(key, completion, job.scope, usage)
                 return
-            except Failure as failure:
-                charged = estimate if failure.charged else None
-                wait = failure.wait
-                if wait is not None and wait > self._max_wait:
-                    raise Failure(
-                        "final",
-                        f"the endpoint asks to wait {wait:,.0f} s, longer than judge.max_wait={self._max_wait:g}",
-                        "the replies so far are kept: give the same command again then",
-                    ) from None
-                if failure.kind != "passing" or retry >= self._retries:
+            except BaseException as error:
+                is_free = isinstance(error, Failure) and not error.charged
+                self._replies.release(key, job.scope, None if is_free else estimate)
+                if not isinstance(error, Failure) or error.kind != "passing":
                     raise
-            finally:
-                self._replies.release(key, job.scope, charged)
+                wait = error.wait
+                if wait is not None and wait > self._max_wait:
+                    message = f"the endpoint asks to wait {wait:,.0f} s, longer than judge.max_wait={self._max_wait:g}"
+                    remedy = "the replies so far are kept: give the same command again then"
+                    raise Failure("final", message, remedy) from None
+                if retry >= self._retries:
+                    raise
             if wait is not None:  # obeyed by all requests
                 self._paused_until = max(self._paused_until, time.monotonic() + wait)
                 await _sleep(wait * random.uniform(1.0, 1.1), stop)

@@ -122,7 +122,6 @@ class Replies:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=FULL")
             self._connection.executescript(_SCHEMA)
             alive = self._lock_of(self._owner)
             alive.acquire()
@@ -179,7 +178,7 @@ class Replies:
         """Store a reply and what it cost, in one transaction."""
         # ASCII escapes: a reply may hold half a surrogate pair, which SQLite cannot store
         reply = json.dumps(asdict(completion))
-        with self._writing():
+        with self._writing(durable=True):
             self._connection.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, reply))
             self._settle(key, scope, usage)
 
@@ -227,9 +226,14 @@ class Replies:
         return FileLock(path, thread_local=False, fallback_to_soft=False)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Hold the only write transaction of all threads and processes; commit it unless the block raises."""
+    def _writing(self, durable: bool = False) -> Iterator[None]:
+        """Hold the only write transaction of all threads and processes; commit it unless the block raises.
+
+        Args:
+            durable: whether the commit must survive a power cut, which needs a disk flush. Each commit survives a kill.
+        """
         with self._mutex, self._named_errors(), self._connection:
+            self._connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._connection.execute("BEGIN IMMEDIATE")
             yield
 

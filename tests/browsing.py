@@ -1,4 +1,4 @@
-"""Pages in a real browser: Debian's chromium, driven by playwright."""
+"""Open pages in a real browser: Debian's chromium, driven by playwright."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A browser for one module: the loop that drives it would be in the way of other modules' own loops."""
+    """A browser for one module; playwright's event loop would conflict with those of other modules."""
     from playwright.sync_api import sync_playwright
 
     assert CHROMIUM is not None, "chromium is not installed: apt-get install chromium"
@@ -37,7 +37,7 @@ def browser() -> Iterator[Any]:
 
 
 class Watched:
-    """A page, and what it did besides showing itself."""
+    """A page, with its console messages, errors and requests."""
 
     def __init__(self, browser: Any, **options: Any) -> None:
         self.context = browser.new_context(**options)
@@ -54,7 +54,7 @@ class Watched:
         self.page.wait_for_url(f"**/{item}")
 
     def close_clean(self, *allowed: str) -> None:
-        """No message, error or dialog came up, and nothing was asked for that does not begin so."""
+        """Close the page. Fails on any message, error or dialog, and on requests with another prefix than `allowed`."""
         assert self.complaints == []
         assert [url for url in self.requests if not url.startswith(allowed)] == []
         self.context.close()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from browsing import browser  # noqa: F401 - a fixture
 from endpoint import Endpoint, serving
+from filelock import FileLock
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -86,24 +87,41 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder that `make` fills once for the whole session; xdist's workers wait for the first and share it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def backbones(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store that holds the two nano backbones of `experiment=smoke`, made once a session."""
-    root = tmp_path_factory.mktemp("backbones")
-    import torch
+    """A store with the two nano backbones of `experiment=smoke`. Tests must not write to it."""
 
-    from gradsift.artifacts import Store
-    from gradsift.config import ComputeConfig, ModelConfig, NanoConfig
-    from gradsift.runtime import Display, Runtime
-    from gradsift.training.backbones import backbone
+    def make(folder: Path) -> None:
+        import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model gains nothing from two, and waits for the second on a busy machine
-    runtime = Runtime(Store(root / "store"), ComputeConfig(), Display(), seed=0)
-    for architecture in ("gpt2", "llama"):
-        backbone(runtime, ModelConfig(kind="nano", nano=NanoConfig(architecture=architecture, steps=20)))
-    torch.set_num_threads(threads)
-    return root / "store"
+        from gradsift.artifacts import Store
+        from gradsift.config import ComputeConfig, ModelConfig, NanoConfig
+        from gradsift.runtime import Display, Runtime
+        from gradsift.training.backbones import backbone
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # so small a model gains nothing from two threads
+        runtime = Runtime(Store(folder / "store"), ComputeConfig(), Display(), seed=0)
+        for architecture in ("gpt2", "llama"):
+            backbone(runtime, ModelConfig(kind="nano", nano=NanoConfig(architecture=architecture, steps=20)))
+        torch.set_num_threads(threads)
+
+    return made_once(tmp_path_factory, "backbones", make) / "store"
 
 
 class Cli:
@@ -162,23 +180,25 @@ JOBS = {  # of `report_sweep`: what each adds to the smoke run
 
 @pytest.fixture(scope="session")
 def report_sweep(tmp_path_factory: pytest.TempPathFactory, backbones: Path) -> Path:
-    """A folder of jobs as a sweep leaves it, one of them failed; its store is beside it. Nobody may write to it."""
-    import torch
+    """The folder of a sweep, one of whose jobs failed, with its store beside it. Tests must not write to it."""
 
-    folder = tmp_path_factory.mktemp("report")
-    shutil.copytree(backbones, folder / "store")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.chdir(folder)
-        monkeypatch.setenv("GRADSIFT_ARTIFACTS", str(folder / "store"))
-        run = Cli(folder, monkeypatch)
-        for name, overrides in JOBS.items():
-            audit = ("proxy.members=3", "audit.enabled=true", "audit.alphas=[0.1,0.2]")
-            code = run(*SMOKE, *audit, *overrides, f"hydra.run.dir=sweep/{name}")
-            assert code == (2 if name == "5-failed" else 0)
-    torch.set_num_threads(threads)
-    return folder / "sweep"
+    def make(folder: Path) -> None:
+        import torch
+
+        shutil.copytree(backbones, folder / "store")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.chdir(folder)
+            monkeypatch.setenv("GRADSIFT_ARTIFACTS", str(folder / "store"))
+            run = Cli(folder, monkeypatch)
+            for name, overrides in JOBS.items():
+                audit = ("proxy.members=3", "audit.enabled=true", "audit.alphas=[0.1,0.2]")
+                code = run(*SMOKE, *audit, *overrides, f"hydra.run.dir=sweep/{name}")
+                assert code == (2 if name == "5-failed" else 0)
+        torch.set_num_threads(threads)
+
+    return made_once(tmp_path_factory, "report", make) / "sweep"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The noise audit: its figures against hand cases and slow twins, and the whole line through the real command line."""
+"""The noise audit: its figures against cases by hand and slow definitions, and full runs by the command line."""
 
 from __future__ import annotations
 
@@ -84,40 +84,40 @@ def test_overlap_is_common_by_all() -> None:
 
 
 def test_an_audit_by_hand() -> None:
-    """Eight rows; the last has no score. Clean 5, 4, 1; spoilt 3, 2, none; copies 5 (of row 0) and 0."""
+    """Scores of eight rows: clean 5, 4, 1; spoilt 3, 2 and none; copies 5 (of row 0) and 0."""
     quality = ["clean", "clean", "clean", "truncated", "garbled", "exact_duplicate", "near_duplicate", "truncated"]
     labels = Labels(quality, None, None, [None] * 5 + [0, 1, None])
     scores = Scores(np.array([5.0, 4.0, 1.0, 3.0, 2.0, 5.0, 0.0, np.nan]))
     scores.mark(np.isnan(scores.score), EXCLUDED, "for the test")
     families = ["a", "a", "b", "b", "a", "a", "b", "b"]
-    found = audit(scores, labels, families, {0.5: np.array([0, 5, 1, 3]), 0.25: np.array([5, 0])})
-    assert (found["rows"], found["spoilt"], found["duplicates"]) == (8, 3 / 8, 2 / 8)
-    assert found["families_pool"] == pytest.approx(2)
-    assert found["auroc_spoilt"] == pytest.approx((2 + 2 + 3) / 9)  # 5 and 4 pass all, 1 only the one without a score
-    assert found["kinds"] == {
+    figures = audit(scores, labels, families, {0.5: np.array([0, 5, 1, 3]), 0.25: np.array([5, 0])})
+    assert (figures["rows"], figures["spoilt"], figures["duplicates"]) == (8, 3 / 8, 2 / 8)
+    assert figures["families_pool"] == pytest.approx(2)
+    assert figures["auroc_spoilt"] == pytest.approx((2 + 2 + 3) / 9)  # 5 and 4 pass all, 1 only the one without a score
+    assert figures["kinds"] == {
         "truncated": {"rows": 2, "auroc": pytest.approx(5 / 6)},
         "garbled": {"rows": 1, "auroc": pytest.approx(2 / 3)},
         "exact_duplicate": {"rows": 1, "auroc": pytest.approx(0.5 / 3)},
         "near_duplicate": {"rows": 1, "auroc": 1.0},
     }
-    quarter, half = found["selections"]
+    quarter, half = figures["selections"]
     assert (quarter["alpha"], quarter["rows"], quarter["spoilt"], quarter["kept_twice"]) == (0.25, 2, 0.0, 1.0)
     assert quarter["families"] == pytest.approx(1)
     assert (half["spoilt"], half["duplicates"], half["positions"]) == (0.25, 0.25, [0, 1, 3, 5])
     assert half["families"] == pytest.approx(3**-0.75 * 4)  # shares 3/4 and 1/4
     assert half["qualities"]["clean"] == 0.5
-    assert found["groups"] == {} == half["groups"]
-    json.dumps(found, allow_nan=False)
+    assert figures["groups"] == {} == half["groups"]
+    json.dumps(figures, allow_nan=False)
 
 
 def test_delayed_rows_are_compared_with_clean_rows_of_the_other_families() -> None:
     quality = ["clean"] * 5 + ["wrong_answer"]
     labels = Labels(quality, ["chained", "chained", "named", "sort", "copy", "chained"])
     scores = Scores(np.array([4.0, 1.0, 5.0, 3.0, 2.0, 9.0]))
-    found = audit(scores, labels, labels.family or [], {0.5: np.array([5, 2, 0])})
-    assert found["groups"]["delayed"] == {"rows": 2, "share": 2 / 6, "auroc": 0.5}  # 4 beats both, 1 neither
-    assert found["groups"]["defining"] == {"rows": 1, "share": 1 / 6, "auroc": 1.0}
-    assert found["selections"][0]["groups"] == {"delayed": 1 / 3, "defining": 1 / 3}  # the spoilt one does not count
+    figures = audit(scores, labels, labels.family or [], {0.5: np.array([5, 2, 0])})
+    assert figures["groups"]["delayed"] == {"rows": 2, "share": 2 / 6, "auroc": 0.5}  # 4 beats both, 1 neither
+    assert figures["groups"]["defining"] == {"rows": 1, "share": 1 / 6, "auroc": 1.0}
+    assert figures["selections"][0]["groups"] == {"delayed": 1 / 3, "defining": 1 / 3}  # the spoilt one does not count
 
 
 # ----------------------------------------------------------------------------------------- clusters
@@ -157,7 +157,7 @@ def test_means_of_audits_leave_out_what_one_of_them_has_not() -> None:
 
 
 def test_methods_are_told_apart_by_whatever_was_swept(tmp_path: Path) -> None:
-    """Same scorer, other ensemble: each has a line of its own, and their selections are compared."""
+    """One scorer with different ensembles gets a row for each, and their selections are compared."""
     swept = {
         "proxy.members=3": [0, 1, 2],
         "proxy.snapshots=[1,3]": [2, 3, 4],
@@ -179,7 +179,7 @@ def test_methods_are_told_apart_by_whatever_was_swept(tmp_path: Path) -> None:
 
 
 def audited(folder: Path, number: int, overrides: list[str], **figures: Any) -> tuple[Path, dict[str, Any]]:
-    """A job as its folder shows it; without `spoilt` one that failed."""
+    """Write a job with an audit and return its record; without `spoilt`, a job that failed."""
     run = {"status": "stopped", "scorer": overrides[0].partition("=")[2], "overrides": overrides}
     if "spoilt" not in figures:
         return folder / "run.json", run | {"status": FAILED, "error": "it broke"}
@@ -198,8 +198,8 @@ def audited(folder: Path, number: int, overrides: list[str], **figures: Any) -> 
 
 def column(audit: SweepAudit | None, name: str, table: int = 0) -> dict[str, str]:
     assert audit is not None
-    found = audit_tables(audit, brief=True)[table]
-    return {row[0]: row[list(found.header).index(name)] for row in found.rows}
+    shown = audit_tables(audit, brief=True)[table]
+    return {row[0]: row[list(shown.header).index(name)] for row in shown.rows}
 
 
 def test_the_verdict_is_what_lies_outside_of_chance(tmp_path: Path) -> None:
@@ -308,9 +308,9 @@ def test_one_scorer_with_two_proxies_is_two_methods(tmp_path: Path) -> None:
         (folder / "audit.json").write_text(json.dumps({"data": "d", "selections": [selection]}), encoding="utf-8")
         run = {"status": "stopped", "scorer": "gsnr", "audit": {}, "overrides": ["alpha=0.1", f"proxy={proxy}"]}
         jobs.append((folder / "run.json", run))
-    found = sweep_audit(jobs)
-    assert found is not None
-    (dataset,) = found.datasets
+    compared = sweep_audit(jobs)
+    assert compared is not None
+    (dataset,) = compared.datasets
     spoilt_shares = {name: figures["selections"][0]["spoilt"] for name, figures in dataset["methods"].items()}
     assert spoilt_shares == {"gsnr proxy=a": 0.1, "gsnr proxy=b": 0.3}
 

@@ -1,4 +1,4 @@
-"""Laws of the diagnostics: each fires on the failure it is named for and is quiet otherwise; worked out by hand."""
+"""Each diagnostic warns of the failure that it is named after and not otherwise; expected values by hand."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def adapter(a: list[list[float]], b: list[list[float]]) -> dict[str, np.ndarray]
 
 
 def is_unknown(diagnostic: Diagnostic) -> bool:
-    """Whether there is no verdict, and no number that could pass for one."""
+    """Return whether there is neither a verdict nor a value."""
     return diagnostic.verdict == "unknown" and list(diagnostic.values.values()) == [None]
 
 
@@ -68,7 +68,7 @@ def is_unknown(diagnostic: Diagnostic) -> bool:
 
 
 def test_the_products_of_the_updates_equal_those_of_the_multiplied_matrices() -> None:
-    """The obvious twin: every update formed whole."""
+    """Return the spread by the slow definition, from the full update matrices."""
     rng = np.random.default_rng(0)
     members = []
     for _ in range(3):
@@ -89,33 +89,40 @@ def test_the_products_of_the_updates_equal_those_of_the_multiplied_matrices() ->
 
 def test_members_with_unrelated_updates_are_spread() -> None:
     one, other = adapter([[1.0, 0.0]], [[3.0]]), adapter([[0.0, 1.0]], [[3.0]])
-    found = adapter_spread([one, other])
-    assert found.verdict == "ok"
-    assert found.values["relative_distance"] == pytest.approx(math.sqrt(2))
+    diagnostic = adapter_spread([one, other])
+    assert diagnostic.verdict == "ok"
+    assert diagnostic.values["relative_distance"] == pytest.approx(math.sqrt(2))
 
 
 def test_members_with_one_update_are_collapsed_whatever_their_factors() -> None:
-    """A and B differ by a rotation, their product does not: the spread of a factor would miss it."""
+    """A and B differ by a rotation and their products are equal, so the spread of a single factor would be wrong."""
     one = adapter([[1.0, 0.0], [0.0, 1.0]], [[2.0, 0.0]])
     other = adapter([[0.0, 1.0], [1.0, 0.0]], [[0.0, 2.0]])
-    found = adapter_spread([one, other])
-    assert found.verdict == "warning"
-    assert found.values["relative_distance"] == 0
-    assert "V_t" in found.message
+    diagnostic = adapter_spread([one, other])
+    assert diagnostic.verdict == "warning"
+    assert diagnostic.values["relative_distance"] == 0
+    assert "V_t" in diagnostic.message
 
 
 def test_adapters_that_never_left_zero_are_a_warning_without_a_number() -> None:
-    found = adapter_spread([adapter([[1.0]], [[0.0]]), adapter([[2.0]], [[0.0]])])
-    assert (found.name, found.verdict, found.values) == ("adapter_spread", "warning", {"relative_distance": None})
-    assert "proxy.learning_rate" in found.message
+    diagnostic = adapter_spread([adapter([[1.0]], [[0.0]]), adapter([[2.0]], [[0.0]])])
+    assert (diagnostic.name, diagnostic.verdict, diagnostic.values) == (
+        "adapter_spread",
+        "warning",
+        {"relative_distance": None},
+    )
+    assert "proxy.learning_rate" in diagnostic.message
 
 
 def test_the_norms_variation_by_hand() -> None:
-    found = norm_spread(ensemble(), members=5)  # sqrt(1) / 2 and sqrt(.01) / 1
-    assert (found.verdict, found.values["median_variation"]) == ("ok", pytest.approx((0.5 + 0.1) / 2))
-    found = norm_spread(ensemble(V_t=[1e-4, 1e-6, NAN]), members=5)
-    assert (found.verdict, found.values["median_variation"]) == ("warning", pytest.approx((0.005 + 0.001) / 2))
-    assert "V_t" in found.message
+    diagnostic = norm_spread(ensemble(), members=5)  # sqrt(1) / 2 and sqrt(.01) / 1
+    assert (diagnostic.verdict, diagnostic.values["median_variation"]) == ("ok", pytest.approx((0.5 + 0.1) / 2))
+    diagnostic = norm_spread(ensemble(V_t=[1e-4, 1e-6, NAN]), members=5)
+    assert (diagnostic.verdict, diagnostic.values["median_variation"]) == (
+        "warning",
+        pytest.approx((0.005 + 0.001) / 2),
+    )
+    assert "V_t" in diagnostic.message
 
 
 def test_one_member_has_no_spread() -> None:
@@ -127,27 +134,27 @@ def test_one_member_has_no_spread() -> None:
 
 
 def test_a_loss_that_falls_between_the_snapshots_by_hand() -> None:
-    found = loss_between_snapshots(ensemble())
-    assert (found.verdict, dict(found.values)) == ("ok", {"relative_fall": 0.25, "first": 2.0, "last": 1.5})
-    assert "2.000 nats a token at the early snapshot and 1.500 at the late one (-25%)" in found.message
+    diagnostic = loss_between_snapshots(ensemble())
+    assert (diagnostic.verdict, dict(diagnostic.values)) == ("ok", {"relative_fall": 0.25, "first": 2.0, "last": 1.5})
+    assert "2.000 nats a token at the early snapshot and 1.500 at the late one (-25%)" in diagnostic.message
 
 
 @pytest.mark.parametrize("late", [[3.0, 1.0, NAN], [3.0, 0.9999, NAN], [4.0, 1.0, NAN]])
 def test_a_loss_that_stands_or_rises_is_a_warning(late: list[float]) -> None:
-    found = loss_between_snapshots(ensemble(loss_t=late))
-    assert found.verdict == "warning"
-    assert "proxy.learning_rate" in found.message
+    diagnostic = loss_between_snapshots(ensemble(loss_t=late))
+    assert diagnostic.verdict == "warning"
+    assert "proxy.learning_rate" in diagnostic.message
 
 
 def test_the_fall_from_the_first_batches_by_hand() -> None:
     longer = [10.0, 8.0, *[7.0] * 17, 4.0, 2.0]  # 21 batches and 20: tenths of two
     shorter = [6.0, 4.0, *[0.0] * 16, 1.0, 1.0]
-    found = loss_from_start([longer, shorter, longer, shorter, longer, shorter])
-    assert found.verdict == "ok"
-    assert found.values == {"relative_fall": pytest.approx(5 / 7), "first": 7.0, "last": 2.0}
-    found = loss_from_start([[2.0, 9.0, 2.0]] * 10)  # what happens in between is no learning
-    assert (found.verdict, found.values["relative_fall"]) == ("warning", 0)
-    assert "proxy.learning_rate" in found.message
+    diagnostic = loss_from_start([longer, shorter, longer, shorter, longer, shorter])
+    assert diagnostic.verdict == "ok"
+    assert diagnostic.values == {"relative_fall": pytest.approx(5 / 7), "first": 7.0, "last": 2.0}
+    diagnostic = loss_from_start([[2.0, 9.0, 2.0]] * 10)  # what happens in between is no learning
+    assert (diagnostic.verdict, diagnostic.values["relative_fall"]) == ("warning", 0)
+    assert "proxy.learning_rate" in diagnostic.message
 
 
 def test_a_few_noisy_batches_are_no_evidence() -> None:
@@ -160,13 +167,19 @@ def test_a_few_noisy_batches_are_no_evidence() -> None:
 
 
 def test_the_sign_of_the_drops_by_hand() -> None:
-    found = drop_sign(ensemble())
-    assert (found.verdict, found.values["negative_share"], found.values["mean_drop"]) == ("ok", 0.0, 1.5)
-    found = drop_sign(ensemble(G_t=[2.0, 3.0, NAN]))  # drops of 2 and -1: half of the rows, and the mean above zero
-    assert (found.verdict, found.values["negative_share"], found.values["mean_drop"]) == ("ok", 0.5, 0.5)
-    found = drop_sign(ensemble(G_t=[5.0, 3.0, NAN]))
-    assert (found.verdict, found.values["negative_share"], found.values["mean_drop"]) == ("warning", 1.0, -1.0)
-    assert "steps before the first snapshot" in found.message
+    diagnostic = drop_sign(ensemble())
+    assert (diagnostic.verdict, diagnostic.values["negative_share"], diagnostic.values["mean_drop"]) == ("ok", 0.0, 1.5)
+    diagnostic = drop_sign(
+        ensemble(G_t=[2.0, 3.0, NAN])
+    )  # drops of 2 and -1: half of the rows, and the mean above zero
+    assert (diagnostic.verdict, diagnostic.values["negative_share"], diagnostic.values["mean_drop"]) == ("ok", 0.5, 0.5)
+    diagnostic = drop_sign(ensemble(G_t=[5.0, 3.0, NAN]))
+    assert (diagnostic.verdict, diagnostic.values["negative_share"], diagnostic.values["mean_drop"]) == (
+        "warning",
+        1.0,
+        -1.0,
+    )
+    assert "steps before the first snapshot" in diagnostic.message
 
 
 def test_a_mean_that_rises_is_a_warning_though_most_norms_fall() -> None:
@@ -177,29 +190,29 @@ def test_a_mean_that_rises_is_a_warning_though_most_norms_fall() -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_drop_of_a_roundings_size_has_no_sign(sign: int) -> None:
-    """Which way the last digits of a norm go depends on the processor, so no verdict may."""
+    """The last digits of a norm depend on the processor, so no verdict may depend on them."""
     early = np.array([4.0, 2.0, NAN])
     assert is_unknown(drop_sign(ensemble(G_s=early, G_t=early * (1 + sign * 1e-6))))
     fallen = np.where([True, False, False], 3.9, early * (1 + sign * 1e-6))
-    found = drop_sign(ensemble(G_s=early, G_t=fallen))
-    assert (found.verdict, found.values["negative_share"]) == ("ok", 0.0)
+    diagnostic = drop_sign(ensemble(G_s=early, G_t=fallen))
+    assert (diagnostic.verdict, diagnostic.values["negative_share"]) == ("ok", 0.0)
     assert drop_size(ensemble(G_s=early, G_t=early * (1 + sign * 1e-6))).verdict == "warning"
 
 
 def test_norms_that_do_not_change_are_a_warning() -> None:
     assert drop_size(ensemble()).values == {"median_change": 0.5}
     assert drop_size(ensemble()).verdict == "ok"
-    found = drop_size(ensemble(G_t=[4.0004, 2.0002, NAN]))
-    assert (found.verdict, found.values["median_change"]) == ("warning", pytest.approx(1e-4))
-    assert "proxy.snapshots" in found.message
+    diagnostic = drop_size(ensemble(G_t=[4.0004, 2.0002, NAN]))
+    assert (diagnostic.verdict, diagnostic.values["median_change"]) == ("warning", pytest.approx(1e-4))
+    assert "proxy.snapshots" in diagnostic.message
 
 
 def test_the_share_where_eps_dominates_by_hand() -> None:
     values = {"G_s": np.array([4.0, 2.0, NAN, 1.0, 1.0]), "V_t": np.array([1.0, 0.01, NAN, 0.5, 0.02])}
-    found = eps_share(0.02, values)
-    assert (found.verdict, dict(found.values)) == ("warning", {"V_t": 0.5, "G_s": 0.0})
-    assert next(iter(found.values)) == "V_t"  # the worst is the one that is shown
-    assert "scorer.eps" in found.message
+    diagnostic = eps_share(0.02, values)
+    assert (diagnostic.verdict, dict(diagnostic.values)) == ("warning", {"V_t": 0.5, "G_s": 0.0})
+    assert next(iter(diagnostic.values)) == "V_t"  # the worst is the one that is shown
+    assert "scorer.eps" in diagnostic.message
     assert eps_share(1e-8, values).verdict == "ok"
 
 
@@ -208,10 +221,10 @@ def test_the_share_where_eps_dominates_by_hand() -> None:
     [(gsnr, {"G_s", "V_t"}), (gsnr_normalized_drop, {"G_s"}), (gsnr_variance_normalized, {"V_t"})],
 )
 def test_a_scorer_judges_its_own_eps_where_it_adds_it(scorer: Any, denominators: set[str]) -> None:
-    (found,) = scorer(ensemble(), eps=0.5).diagnostics
-    assert set(found.values) == denominators
-    assert found.verdict == ("warning" if "V_t" in denominators else "ok")
-    assert "eps=0.5" in found.message
+    (diagnostic,) = scorer(ensemble(), eps=0.5).diagnostics
+    assert set(diagnostic.values) == denominators
+    assert diagnostic.verdict == ("warning" if "V_t" in denominators else "ok")
+    assert "eps=0.5" in diagnostic.message
 
 
 def test_a_score_without_eps_has_no_share_of_it() -> None:
@@ -244,13 +257,13 @@ ONE, OTHER = adapter([[1.0, 0.0]], [[3.0]]), adapter([[0.0, 1.0]], [[3.0]])
     ],
 )
 def test_what_cannot_be_judged_has_the_name_and_the_value_of_what_can(judge: Any, known: Any, unknown: Any) -> None:
-    found = judge(*known)
-    assert found.name == judge.__name__
-    assert found.verdict != "unknown"
+    diagnostic = judge(*known)
+    assert diagnostic.name == judge.__name__
+    assert diagnostic.verdict != "unknown"
     for arguments in unknown:
         lacking = judge(*arguments)
-        assert (lacking.name, lacking.verdict) == (found.name, "unknown")
-        assert dict(lacking.values) == {next(iter(found.values)): None}
+        assert (lacking.name, lacking.verdict) == (diagnostic.name, "unknown")
+        assert dict(lacking.values) == {next(iter(diagnostic.values)): None}
 
 
 def test_what_cannot_be_said_of_the_selections_drops_is_still_named() -> None:
@@ -275,23 +288,23 @@ def examples(*outputs: str) -> list[Example]:
 
 def test_a_selection_of_the_easy_rows_is_a_warning_by_hand() -> None:
     losses = np.array([0.1] * 100 + [2.1] * 100 + [NAN])
-    found = against_pool("late_loss", losses, np.arange(50))
-    assert found.verdict == "warning"
-    assert found.values == pytest.approx({"ratio": 0.1 / 1.1, "selection": 0.1, "pool": 1.1})
-    assert "scorer=full" in found.message
-    found = against_pool("late_loss", losses, np.arange(0, 201, 4))  # the last of them has no loss
-    assert (found.verdict, found.values["ratio"]) == ("ok", pytest.approx(1.0))
+    diagnostic = against_pool("late_loss", losses, np.arange(50))
+    assert diagnostic.verdict == "warning"
+    assert diagnostic.values == pytest.approx({"ratio": 0.1 / 1.1, "selection": 0.1, "pool": 1.1})
+    assert "scorer=full" in diagnostic.message
+    diagnostic = against_pool("late_loss", losses, np.arange(0, 201, 4))  # the last of them has no loss
+    assert (diagnostic.verdict, diagnostic.values["ratio"]) == ("ok", pytest.approx(1.0))
 
 
 def test_an_easier_selection_within_chance_is_none() -> None:
-    """One row of ten: less than half the pool's mean, and nothing that a draw could not do."""
-    found = against_pool("late_loss", np.array([0.1] + [1.0] * 5 + [2.0] * 4), np.array([0]))
-    assert found.values["ratio"] < 0.1
-    assert found.verdict == "ok"
+    """One row of ten below half the pool's mean is well within chance."""
+    diagnostic = against_pool("late_loss", np.array([0.1] + [1.0] * 5 + [2.0] * 4), np.array([0]))
+    assert diagnostic.values["ratio"] < 0.1
+    assert diagnostic.verdict == "ok"
 
 
 def test_the_chance_is_that_of_a_draw_without_replacement() -> None:
-    """Eight rows of ten: a draw of so many hardly ever misses both of the hard ones."""
+    """A draw of eight rows of ten hardly ever misses both hard ones."""
     values = np.array([1.0] * 8 + [100.0] * 2)
     assert against_pool("late_loss", values, np.arange(8)).verdict == "warning"
 
@@ -300,8 +313,8 @@ def test_the_chance_is_that_of_a_draw_without_replacement() -> None:
 def test_half_of_the_pool_is_the_limit(value: float, verdict: str) -> None:
     values = np.full(10_000, 1.0)
     values[:100] = value * 9900 / (10_000 - value * 100)  # so that the ratio is `value`
-    found = against_pool("late_loss", values, np.arange(100))
-    assert (found.values["ratio"], found.verdict) == (pytest.approx(value), verdict)
+    diagnostic = against_pool("late_loss", values, np.arange(100))
+    assert (diagnostic.values["ratio"], diagnostic.verdict) == (pytest.approx(value), verdict)
 
 
 def test_a_harder_selection_is_no_warning() -> None:
@@ -318,11 +331,11 @@ def test_what_has_no_ratio_has_no_verdict(values: list[float], positions: list[i
 
 def test_the_sign_of_the_selected_drops_by_hand() -> None:
     drop = np.array([3.0, -1.0, NAN, 2.0, -4.0])
-    found = selected_drop_sign(drop, np.array([0, 3]))
-    assert (found.verdict, found.values) == ("ok", {"negative_share": 0.0, "mean_drop": 2.5})
-    found = selected_drop_sign(drop, np.array([0, 1, 2]))
-    assert (found.verdict, found.values) == ("warning", {"negative_share": 0.5, "mean_drop": 1.0})
-    assert "steps before the first snapshot" in found.message
+    diagnostic = selected_drop_sign(drop, np.array([0, 3]))
+    assert (diagnostic.verdict, diagnostic.values) == ("ok", {"negative_share": 0.0, "mean_drop": 2.5})
+    diagnostic = selected_drop_sign(drop, np.array([0, 1, 2]))
+    assert (diagnostic.verdict, diagnostic.values) == ("warning", {"negative_share": 0.5, "mean_drop": 1.0})
+    assert "steps before the first snapshot" in diagnostic.message
     few = selected_drop_sign(np.array([0.1] * 19 + [-9.0]), np.arange(20))  # one of twenty, but it outweighs them
     assert (few.verdict, few.values["negative_share"]) == ("warning", 0.05)
     tenth, more = np.array([-1.0] + [1.0] * 9), np.array([-1.0, -1.0] + [1.0] * 12)
@@ -339,22 +352,22 @@ def written(folder: Path, pool: list[Example]) -> Path:
 def test_every_assistant_turn_counts_as_response(tmp_path: Path) -> None:
     (example,) = examples("12345")
     history = (Turn("system", "be kind"), Turn("user", "hi"), Turn("assistant", "hello"))
-    found = lengths(written(tmp_path, [replace(example, history=history, input="in")]))
-    assert found["response_characters"].tolist() == [10]
-    assert found["prompt_characters"].tolist() == [len("be kind" + "hi" + "write" + "in")]
-    assert found["response_to_prompt"].tolist() == [10 / 16]
+    measured = lengths(written(tmp_path, [replace(example, history=history, input="in")]))
+    assert measured["response_characters"].tolist() == [10]
+    assert measured["prompt_characters"].tolist() == [len("be kind" + "hi" + "write" + "in")]
+    assert measured["response_to_prompt"].tolist() == [10 / 16]
 
 
 def test_short_answers_are_a_warning_for_every_scorer(tmp_path: Path) -> None:
     pool = written(tmp_path, examples(*["no"] * 100, *["a long and patient answer"] * 100))
-    found = {d.name: d for d in diagnose_selection(np.arange(20), pool, {}, None)}
-    assert {name: d.verdict for name, d in found.items()} == {
+    by_name = {d.name: d for d in diagnose_selection(np.arange(20), pool, {}, None)}
+    assert {name: d.verdict for name, d in by_name.items()} == {
         "selection_response_characters": "warning",
         "selection_prompt_characters": "ok",
         "selection_response_to_prompt": "warning",
     }
-    found = {d.name: d for d in diagnose_selection(np.arange(0, 200, 10), pool, {}, None)}
-    assert {d.verdict for d in found.values()} == {"ok"}
+    by_name = {d.name: d for d in diagnose_selection(np.arange(0, 200, 10), pool, {}, None)}
+    assert {d.verdict for d in by_name.values()} == {"ok"}
 
 
 def test_what_the_ensemble_knows_is_compared_too(tmp_path: Path) -> None:
@@ -374,12 +387,12 @@ def test_what_the_ensemble_knows_is_compared_too(tmp_path: Path) -> None:
 
 
 def with_share(share: float, fault: float, otherwise: float) -> np.ndarray:
-    """1,000 values."""
+    """Return 1,000 values."""
     return np.where(np.arange(1000) < 1000 * share, fault, otherwise)
 
 
 def selected_of_pool(ratio: float) -> Diagnostic:
-    """100 of 1,000 rows, whose mean is so much of the pool's."""
+    """Return 100 of 1,000 rows whose mean is this share of the pool's mean."""
     return against_pool("late_loss", with_share(0.1, ratio, (1 - 0.1 * ratio) / 0.9), np.arange(100))
 
 
@@ -435,13 +448,13 @@ def run(scorer: str, pws: float | None, **changes: Any) -> dict[str, Any]:
 
 def test_a_subset_worse_than_random_is_a_warning_by_hand() -> None:
     runs = [run("gsnr", 0.75), run("gsnr", 1.0, seed=1), run("random", 1.25), run("random", 0.75, seed=1)]
-    (found,) = against_random(runs)
-    assert found.verdict == "warning"
-    assert found.values == {"difference": -0.125, "pws": 0.875, "pws_random": 1.0, "pairs": 2, "pairs_lower": 1}
-    assert found.message.startswith("gsnr, 0.1: PWS 0.875 against 1.000 for random rows, lower in 1 of 2 pairs")
-    assert "scorer=full" in found.message
-    (found,) = against_random([run("late_loss", 1.0), run("random", 1.0)])
-    assert found.verdict == "ok"
+    (diagnostic,) = against_random(runs)
+    assert diagnostic.verdict == "warning"
+    assert diagnostic.values == {"difference": -0.125, "pws": 0.875, "pws_random": 1.0, "pairs": 2, "pairs_lower": 1}
+    assert diagnostic.message.startswith("gsnr, 0.1: PWS 0.875 against 1.000 for random rows, lower in 1 of 2 pairs")
+    assert "scorer=full" in diagnostic.message
+    (diagnostic,) = against_random([run("late_loss", 1.0), run("random", 1.0)])
+    assert diagnostic.verdict == "ok"
 
 
 @pytest.mark.parametrize(
@@ -461,9 +474,9 @@ def test_where_there_is_no_figure_nothing_is_compared() -> None:
 
 def test_the_scorers_own_constants_are_compared_with_one_random_selection() -> None:
     runs = [run("gsnr", pws, overrides=["method=gradfiltering", f"scorer.eps={pws}"]) for pws in (0.5, 1.5)]
-    found = against_random([*runs, run("random", 1.0, overrides=["method=random"])])
-    assert [d.verdict for d in found] == ["warning", "ok"]
-    assert len({d.name for d in found}) == 2
+    diagnostics = against_random([*runs, run("random", 1.0, overrides=["method=random"])])
+    assert [d.verdict for d in diagnostics] == ["warning", "ok"]
+    assert len({d.name for d in diagnostics}) == 2
 
 
 def test_a_sweep_ends_with_the_comparison_and_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -473,9 +486,9 @@ def test_a_sweep_ends_with_the_comparison_and_keeps_it(tmp_path: Path, capsys: p
     assert sweep_finished(tmp_path)
     out = capsys.readouterr().out
     assert "warning: gsnr, 0.1: PWS 0.750 against 1.000 for random rows" in out
-    assert "late_loss, 0.1: PWS" not in out  # what found nothing stands in the report
+    assert "late_loss, 0.1: PWS" not in out  # what entry nothing stands in the report
     kept = read_diagnostics(tmp_path)
-    assert [found["verdict"] for found in kept.values()] == ["warning", "ok"]
+    assert [entry["verdict"] for entry in kept.values()] == ["warning", "ok"]
 
 
 # ---------------------------------------------------------------------------------------- the file
@@ -483,13 +496,13 @@ def test_a_sweep_ends_with_the_comparison_and_keeps_it(tmp_path: Path, capsys: p
 
 def test_diagnostics_survive_the_disk_and_hold_no_nan(tmp_path: Path) -> None:
     write_diagnostics(tmp_path, [norm_spread(ensemble(), 1), drop_sign(ensemble())])
-    found = read_diagnostics(tmp_path)
-    assert found["norm_spread"] == {
+    content = read_diagnostics(tmp_path)
+    assert content["norm_spread"] == {
         "verdict": "unknown",
         "values": {"median_variation": None},
         "message": "one member has no variance",
     }
-    assert found["drop_sign"]["verdict"] == "ok"
+    assert content["drop_sign"]["verdict"] == "ok"
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_diagnostics(tmp_path, [Diagnostic("x", "ok", {"x": NAN}, "")])
     with pytest.raises(GradsiftError, match="two diagnostics are named x;"):
@@ -511,8 +524,8 @@ def refuse_constant(text: str) -> None:
 
 def stored(gradsift: Any, stage: str) -> Mapping[str, Any]:
     (path,) = gradsift.store.glob(f"{stage}/*/{DIAGNOSTICS_FILE}")
-    found: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse_constant)
-    return found
+    content: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse_constant)
+    return content
 
 
 @pytest.mark.parametrize(
@@ -532,10 +545,10 @@ def test_a_run_stores_prints_and_logs_what_its_scorer_lets_it_say(
     assert set(stored(gradsift, "score")) == of_scores
     assert set(stored(gradsift, "select")) == of_selection
     assert run["diagnostics"] == stored(gradsift, "score") | stored(gradsift, "select")
-    verdicts = [found["verdict"] for found in run["diagnostics"].values()]
+    verdicts = [entry["verdict"] for entry in run["diagnostics"].values()]
     assert run["warnings"] == verdicts.count("warning")
     out = capsys.readouterr().out
-    warned = [name for name, found in run["diagnostics"].items() if found["verdict"] == "warning"]
+    warned = [name for name, entry in run["diagnostics"].items() if entry["verdict"] == "warning"]
     assert f"{len(warned)} warning" in out if warned else "warning" not in out
     assert all(name in out.split("warning", 1)[1] for name in warned)
     (metrics,) = gradsift.folder.glob("outputs/*/*/metrics.jsonl")
@@ -546,14 +559,14 @@ def test_a_run_stores_prints_and_logs_what_its_scorer_lets_it_say(
 
 
 def warned_in(gradsift: Any) -> set[str]:
-    """By the newest run."""
-    found = gradsift.runs()[-1]["diagnostics"]
-    return {name for name, diagnostic in found.items() if diagnostic["verdict"] == "warning"}
+    """Return the names of the newest run's warnings."""
+    entries = gradsift.runs()[-1]["diagnostics"]
+    return {name for name, diagnostic in entries.items() if diagnostic["verdict"] == "warning"}
 
 
 @pytest.mark.numerics
 def test_a_learning_rate_of_nearly_nothing_is_seen(gradsift, capsys) -> None:
-    """The norms change in their last digits, if at all: what they tell is that nothing was learned."""
+    """The norms change in their last digits at most, because nothing was learned."""
     assert gradsift(*SMOKE, "proxy.learning_rate=1e-12", "stop_after=scores") == 0
     assert warned_in(gradsift) == {"loss_between_snapshots", "drop_size"}
     assert gradsift.runs()[-1]["diagnostics"]["drop_sign"]["verdict"] == "unknown"
@@ -561,7 +574,7 @@ def test_a_learning_rate_of_nearly_nothing_is_seen(gradsift, capsys) -> None:
 
 
 def test_a_collapsed_ensemble_whose_norms_rise_is_seen_and_so_is_an_eps_above_them(gradsift) -> None:
-    """Members are dropout masks that drop nothing, in the smoke run's few steps, in which B grows from zero."""
+    """The members are dropout masks that drop nothing; in the few steps of the smoke run B grows from zero."""
     collapsed = ("proxy.ensemble=mc_dropout", "proxy.lora.dropout=1e-6")
     assert gradsift(*SMOKE, *collapsed, "stop_after=selection") == 0
     assert warned_in(gradsift) == {"norm_spread", "drop_sign", "eps_share", "selection_drop_sign"}
@@ -596,17 +609,17 @@ def test_a_reused_score_keeps_its_diagnostics(gradsift) -> None:
 def test_bfloat16_norms_are_trusted_only_where_the_members_differ_by_more(
     error: float, spread: float, verdict: str
 ) -> None:
-    found = norm_precision(error, ensemble(G_t=[2.0, 4.0, NAN], V_t=[(2 * spread) ** 2, (4 * spread) ** 2, NAN]))
-    assert found.verdict == verdict
+    diagnostic = norm_precision(error, ensemble(G_t=[2.0, 4.0, NAN], V_t=[(2 * spread) ** 2, (4 * spread) ** 2, NAN]))
+    assert diagnostic.verdict == verdict
     if verdict == "warning":
-        assert "compute.precision=float32" in found.message
-        assert found.values["error_over_spread"] == pytest.approx(error / spread)
+        assert "compute.precision=float32" in diagnostic.message
+        assert diagnostic.values["error_over_spread"] == pytest.approx(error / spread)
 
 
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_the_error_of_a_norm_is_that_of_the_members_precision(gradsift, precision: str) -> None:
     assert gradsift(*SMOKE, f"compute.precision={precision}", "stop_after=scores") == 0
-    found = stored(gradsift, "score")["norm_precision"]["values"]["error_over_spread"]
+    ratio = stored(gradsift, "score")["norm_precision"]["values"]["error_over_spread"]
     spread = stored(gradsift, "score")["norm_spread"]["values"]["median_variation"]
     expected = 0.0 if precision == "float32" else BFLOAT16_ERROR["float32"] / spread  # the smoke run's proxy is known
-    assert found == pytest.approx(expected)
+    assert ratio == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""Laws of the figures: what is drawn is what the artifacts say, worked out here from the files in another way."""
+"""The figures draw the values of the artifacts, computed here from the files in another way."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def run_of(material: Material, name: str) -> Run:
 
 
 def stage_of(run: Run, stage: str, place: int = 0) -> Path:
-    """The artifact that `run.json` names, without `Material`."""
-    found = [entry for entry in run.record["stages"] if entry["name"] == stage]
-    return Path(found[place]["artifact"])
+    """Return the folder of the artifact that `run.json` names, without `Material`."""
+    stages = [entry for entry in run.record["stages"] if entry["name"] == stage]
+    return Path(stages[place]["artifact"])
 
 
 def table(run: Run, stage: str, file: str) -> dict[str, np.ndarray]:
@@ -69,7 +69,7 @@ def table(run: Run, stage: str, file: str) -> dict[str, np.ndarray]:
 
 
 def kept(run: Run) -> list[str]:
-    """Ids of the selected examples, from the run's own selection.jsonl."""
+    """Return the ids of the selected examples from the run's selection.jsonl."""
     lines = (run.folder / "selection.jsonl").read_text().splitlines()
     return [json.loads(line)["gradsift"]["example_id"] for line in lines]
 
@@ -106,7 +106,7 @@ def test_files_are_written_and_reasons_told(material: Material, tmp_path: Path) 
 
 
 def test_a_page_can_give_the_neutral_colours_its_own(material: Material) -> None:
-    """Text and axes are in the four named colours alone, so that a dark page can swap them."""
+    """Text and axes use only the four named colours, so that a dark page can replace them."""
     assert len({INK, FAINT, RULE, PAPER}) == 4
     svg = bytes_of(convergence.convergence(material), "svg").decode()
     assert "#000000" not in svg and "#ffffff" not in svg
@@ -355,13 +355,13 @@ def test_without_pws_the_grid_holds_the_overlap_with_the_largest_setting(materia
 
 def test_two_seeds_on_the_same_data_are_compared(material: Material) -> None:
     pair = [run_of(material, name) for name in ("0-gsnr-0.1", "3-gsnr-0.1")]
-    _, found = sensitivity.seed_agreement(material)
-    ((correlation, overlap),) = found[pair[0].method]
+    _, agreement = sensitivity.seed_agreement(material)
+    ((correlation, overlap),) = agreement[pair[0].method]
     scores_ = [table(run, "score", "scores.parquet")["score"] for run in pair]
     sets = [set(kept(run)) for run in pair]
     assert correlation == pytest.approx(spearmanr(*scores_).statistic)
     assert overlap == pytest.approx(len(sets[0] & sets[1]) / len(sets[0] | sets[1]))
-    assert list(found) == [pair[0].method]  # the others have one seed
+    assert list(agreement) == [pair[0].method]  # the others have one seed
 
 
 # ---------------------------------------------------------------------------------------- ensemble
@@ -385,7 +385,7 @@ def test_ways_are_drawn_from_where_they_begin_to_the_adapters_end(material: Mate
 
 
 def test_the_members_distance_is_about_that_of_their_updates(material: Material) -> None:
-    """A projection to 64 dimensions keeps a distance up to about a tenth; the exact one is in the diagnostics."""
+    """A projection to 64 dimensions keeps distances up to about a tenth; the diagnostics have the exact distance."""
     run = run_of(material, "0-gsnr-0.1")
     steps, spread = ensemble.spread_over_steps(material.trajectories(run))
     assert np.isnan(spread[0]) and steps[-1] == 8
@@ -461,16 +461,16 @@ def test_the_audit_is_drawn_as_audit_json_has_it(material: Material) -> None:
 
 
 def test_costs_add_up_to_the_runs_stages(material: Material) -> None:
-    found = cost.costs(material)
+    costs = cost.costs(material)
     stages = [stage for run in material.runs for stage in run.record["stages"]]
-    for name, its in found.items():
+    for name, its in costs.items():
         mine = [stage for stage in stages if stage["name"] == name]
         assert its["made"] + its["reused"] == len(mine)
         assert its["seconds"] == pytest.approx(sum(stage["seconds"] for stage in mine if not stage["reused"]))
     assert (
-        found["member"]["made"] == 2 * 3 * 2 and found["member"]["reused"] > 0
+        costs["member"]["made"] == 2 * 3 * 2 and costs["member"]["reused"] > 0
     )  # two seeds, three members, two epochs
-    assert found["member"]["saved"] > 0 and found["finetune"]["tokens"] > 0
+    assert costs["member"]["saved"] > 0 and costs["finetune"]["tokens"] > 0
 
 
 # -------------------------------------------------------------------------- what is not there
@@ -496,16 +496,20 @@ def test_a_store_that_moved_is_found_where_it_is_said_to_be(
     with pytest.raises(Missing, match=r"0-gsnr-0.1: the artifact score/gsnr-.* is not in the store any more"):
         lost.scores(run)
     assert pws.pws(lost)  # run.json is enough for it
-    found = read(tmp_path / "sweep", report_sweep.parent / "store")
-    assert found.scores(run_of(found, "0-gsnr-0.1")).score.shape == (120,)
+    moved = read(tmp_path / "sweep", report_sweep.parent / "store")
+    assert moved.scores(run_of(moved, "0-gsnr-0.1")).score.shape == (120,)
 
 
-def test_a_run_that_stopped_early_shows_what_it_has(gradsift, tmp_path: Path) -> None:
-    assert gradsift("experiment=smoke", "tracker=none", "stop_after=selection", "hydra.run.dir=one") == 0
-    stopped = read(tmp_path / "one")
-    reasons = write_figures(stopped, tmp_path / "figures", ["svg"])
+def test_a_run_that_stopped_early_shows_what_it_has(material: Material, tmp_path: Path) -> None:
+    run = run_of(material, "0-gsnr-0.1")
+    names = [stage["name"] for stage in run.record["stages"]]
+    absent = ("pws", "pooled", "benchmarks", "accuracy", "metrics", "heldout_loss", "position_bias", "length_bias")
+    record = {key: value for key, value in run.record.items() if key not in absent}
+    record |= {"status": "stopped", "stages": run.record["stages"][: names.index("finetune")]}
+    one = Run(run.folder, record, {**run.config, "stop_after": "selection"}, run.method, run.stores)
+    reasons = write_figures(Material(material.folder, [one], False), tmp_path / "figures", ["svg"])
     assert (tmp_path / "figures" / "early_late_norms.svg").is_file()
-    assert reasons["convergence"] == "one: there is no stage finetune (it was stopped after selection)"
+    assert reasons["convergence"] == "0-gsnr-0.1: there is no stage finetune (it was stopped after selection)"
     assert reasons["judge_outcomes"] == "no run has judgments"
 
 
@@ -560,7 +564,7 @@ def test_thinning_keeps_the_order_and_all_of_few() -> None:
 
 @pytest.mark.numerics
 def test_the_projection_is_the_one_that_its_docstring_says(material: Material) -> None:
-    """Coordinate by coordinate from the adapter's own file, in float64, one layer and one vector after the other."""
+    """The expected point is computed from the adapter's file in float64, by layer, vector and coordinate."""
     from gradsift.proxy.trajectory import DIMENSIONS
     from gradsift.runtime import derive_seed
 

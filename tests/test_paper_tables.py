@@ -1,4 +1,4 @@
-"""Laws of the paper's tables: a cell is a run's PWS, a row's best is bold, and the cells won are counted by hand."""
+"""The paper's tables: a cell is a run's PWS, the best of a row is bold, and the counts of cells are checked by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradsift.report.table import Table
 
 
 def run(scorer: str, pws: float | None, alpha: float = 0.1, half: float = 0.1, **changes: Any) -> Run:
-    """A finished run with one benchmark and an interval of twice `half`."""
+    """Return a finished run with one benchmark, whose interval has the width 2 `half`."""
     low, high = (None, None) if pws is None else (pws - half, pws + half)
     cell = {"pws": pws, "pws_low": low, "pws_high": high, "win": 3, "tie": 4, "lose": 3, "invalid": 0, "n": 10}
     record = {
@@ -77,7 +77,7 @@ def test_cells_won_and_lost_beyond_the_interval_are_counted() -> None:
         values = {"gsnr": ours, "random": random, "superfilter": superfilter, "gsnr_raw_drop": 2.0, "full": 1.0}
         return [run(scorer, pws, alpha) for scorer, pws in values.items()]
 
-    found = count(
+    won = count(
         cells_of(
             sweep(
                 *cell(0.05, 1.3, 1.0, 1.1),  # won, and 1.2 > 1.1: beyond
@@ -88,9 +88,9 @@ def test_cells_won_and_lost_beyond_the_interval_are_counted() -> None:
             )
         )
     )
-    assert (found.cells, found.matches_or_beats, found.beyond, found.lost_beyond) == (4, 2, 1, 1)
-    assert found.baselines == ("random", "superfilter")  # neither an ablation nor the full-data run is a baseline
-    assert str(found) == (
+    assert (won.cells, won.matches_or_beats, won.beyond, won.lost_beyond) == (4, 2, 1, 1)
+    assert won.baselines == ("random", "superfilter")  # neither an ablation nor the full-data run is a baseline
+    assert str(won) == (
         "gsnr matches or beats random, superfilter in 2 of 4 cells (1 of them beyond its interval; of the 2 lost, 1 "
         "beyond it)"
     )

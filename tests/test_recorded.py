@@ -1,4 +1,4 @@
-"""The comparison of a sweep with the recorded table, on tables made by hand; and the table that is shipped."""
+"""The comparison of a sweep with the recorded table, for tables made by hand, and checks of the shipped table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PWS = {"gsnr": (0.9, 1.0, 1.1), "random": (0.80, 0.82, 0.84)}  # standard errors
 
 
 def job(folder: Path, scorer: str, seed: int, pws: float | None, **options: Any) -> Path:
-    """A job as a sweep leaves it: its run.json and its config."""
+    """Write the run.json and the config of a finished job."""
     folder.mkdir(parents=True)
     cell = {"win": 5, "tie": 3, "lose": 2, "invalid": 0, "pws": pws, "pws_low": None, "pws_high": None}
     run = {
@@ -67,7 +67,7 @@ def lines(files: list[Path]) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table of PWS above is the recorded one."""
+    """Make the table of `PWS` the recorded one."""
     sweep(tmp_path / "recorded")
     path = tmp_path / "conf" / RECORDED_FILE
     path.parent.mkdir(parents=True)
@@ -96,8 +96,8 @@ def test_means_may_differ_by_two_standard_errors_of_their_difference(
 
 
 def test_every_cell_that_differs_is_named(tmp_path: Path) -> None:
-    found = lines(sweep(tmp_path / "here", {"gsnr": (1.9, 2.0, 2.0), "random": (0.1, 0.1, 0.1)}))
-    assert [line.split("): ")[1].split(":")[0] for line in found] == ["gsnr, PWS", "random, PWS"]
+    differences = lines(sweep(tmp_path / "here", {"gsnr": (1.9, 2.0, 2.0), "random": (0.1, 0.1, 0.1)}))
+    assert [line.split("): ")[1].split(":")[0] for line in differences] == ["gsnr, PWS", "random, PWS"]
 
 
 def test_equal_values_without_a_spread_agree_and_others_do_not(tmp_path: Path) -> None:
@@ -152,12 +152,12 @@ def test_a_sweep_ends_with_the_comparison(tmp_path: Path, capsys: pytest.Capture
 
 
 def shipped() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((conf_folder() / RECORDED_FILE).read_text())
-    return found
+    table: dict[str, Any] = json.loads((conf_folder() / RECORDED_FILE).read_text())
+    return table
 
 
 def test_the_shipped_table_was_recorded_with_the_experiments_settings(tmp_path: Path) -> None:
-    """Where this fails the experiment or a default has changed: run `make run` and record the table again."""
+    """If this fails, the experiment or a default has changed: run `make run` and record the table again."""
     register_schemas()
     scorers = {entry.split()[0] for entry in shipped()["jobs"]}
     files = []

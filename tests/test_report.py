@@ -1,4 +1,4 @@
-"""Laws of the report: the table says what `run.json` says, no more and no less; worked out by hand."""
+"""The tables and summaries show what `run.json` holds, no more and no less; expected values by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from gradsift.tracking import Tracker
 
 
 def cell(win: int, tie: int, lose: int, invalid: int = 0) -> dict[str, Any]:
-    """What PWS says of a benchmark; null without a valid pair."""
+    """Return the PWS entry of a benchmark; its PWS is null without a valid pair."""
     valid = win + tie + lose
     pws = (win - lose) / valid + 1 if valid else None
     low, high = (pws - 0.25, pws + 0.25) if pws is not None else (None, None)
@@ -44,7 +44,7 @@ def cell(win: int, tie: int, lose: int, invalid: int = 0) -> dict[str, Any]:
 
 
 def run(benchmarks: dict[str, dict[str, Any]] | None = None, **changes: Any) -> dict[str, Any]:
-    """A finished run as its `run.json` has it."""
+    """Return the `run.json` of a finished run."""
     benchmarks = benchmarks if benchmarks is not None else {"vicuna": cell(6, 2, 2)}
     counts = [sum(c[name] for c in benchmarks.values()) for name in ("win", "tie", "lose", "invalid")]
     pooled = cell(*counts)
@@ -80,7 +80,7 @@ def full() -> dict[str, Any]:
 
 
 def cells(*runs: dict[str, Any]) -> list[dict[str, str]]:
-    """The table's rows as they are shown, by the names of its columns."""
+    """Return the rows of the table as shown, by heading."""
     table = results_table(runs)
     return [dict(zip(table.header, row, strict=True)) for row in table.rows]
 
@@ -254,12 +254,12 @@ def test_the_csv_holds_every_row_of_every_run_unaveraged(tmp_path: Path) -> None
     runs = [run({"vicuna": cell(6, 2, 2), "koala": cell(0, 0, 0, 1)}), run(seed=1), full()]
     write_records(tmp_path / "results.csv", results_table(runs).records)
     with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as stream:
-        found = list(csv.DictReader(stream))
+        rows = list(csv.DictReader(stream))
     runs = with_settings(runs)
     expected = [row for one in runs for row in flat_rows(one)] + untuned_rows(runs)
-    assert found == [{k: "" if v is None else str(v) for k, v in row.items()} for row in expected]
-    assert len(found) == 3 + 1 + 1 + 2  # seeds 0 and 1 have an untuned row each
-    assert [row["pws"] for row in found[:3]] == ["1.4", "", "1.4"]
+    assert rows == [{k: "" if v is None else str(v) for k, v in row.items()} for row in expected]
+    assert len(rows) == 3 + 1 + 1 + 2  # seeds 0 and 1 have an untuned row each
+    assert [row["pws"] for row in rows[:3]] == ["1.4", "", "1.4"]
 
 
 # ----------------------------------------------------------------------------------------- remarks
@@ -272,8 +272,8 @@ def test_a_run_without_surprises_has_no_remarks() -> None:
 
 @pytest.mark.parametrize(("scored", "why"), [(7, "no more rows have a score"), (8, "the selector stopped early")])
 def test_a_shortfall_is_laid_to_the_scores_or_to_the_selector(scored: int, why: str) -> None:
-    found = remarks(run(scores={"statuses": {"scored": scored}}, selection={"shortfall": 3, "rows": 7}))
-    assert found == [f"the selection is 3 rows short of its budget: {why}"]
+    lines = remarks(run(scores={"statuses": {"scored": scored}}, selection={"shortfall": 3, "rows": 7}))
+    assert lines == [f"the selection is 3 rows short of its budget: {why}"]
 
 
 def test_remarks_by_hand() -> None:
@@ -326,19 +326,19 @@ def test_the_composition_of_a_selection_by_hand() -> None:
         quality=["clean", "wrong_answer", "clean", "truncated", "exact_duplicate", "clean", "contradictory", "clean"],
         family=["add", "add", "sort", "sort", "copy", "copy", "max", "max"],
     )
-    found = composition(labels, [0, 1, 3, 4])
-    assert found["labels"] == {
+    parts = composition(labels, [0, 1, 3, 4])
+    assert parts["labels"] == {
         "clean": 0.25,
         "contradictory": 0.0,
         "exact_duplicate": 0.25,
         "truncated": 0.25,
         "wrong_answer": 0.25,
     }
-    assert found["spoilt_share"] == 0.5  # a duplicate is not spoilt
-    assert found["spoilt_share_pool"] == 3 / 8
+    assert parts["spoilt_share"] == 0.5  # a duplicate is not spoilt
+    assert parts["spoilt_share_pool"] == 3 / 8
     entropy = -(0.5 * math.log(0.5) + 2 * 0.25 * math.log(0.25))  # add twice, sort, copy
-    assert found["families"] == pytest.approx(math.exp(entropy))
-    assert found["families_pool"] == pytest.approx(4)
+    assert parts["families"] == pytest.approx(math.exp(entropy))
+    assert parts["families_pool"] == pytest.approx(4)
 
 
 # ---------------------------------------------------------------------------------------- run.json
@@ -423,7 +423,7 @@ DIAGNOSTICS = {
 
 
 def whole_run(**changes: Any) -> dict[str, Any]:
-    """A finished run with all that a summary speaks of."""
+    """Return a finished run with everything that a summary shows."""
     files = {"rejected rows": "store/rejected.jsonl", "selection": "there/selection.jsonl", "adapter": "store/adapter"}
     values = {"files": files, "data": {"rows": 2000, "rejected": 3}, "seconds": 754.0, "work": WORK, "memory": MEMORY}
     selection = {"rows": 200, "spoilt_share": 0.125, "spoilt_share_pool": 0.5, "families": 12.34, "families_pool": 13.0}
@@ -431,7 +431,7 @@ def whole_run(**changes: Any) -> dict[str, Any]:
 
 
 def shown(content: dict[str, Any], folder: Path, *, terminal: bool, width: int, report: Path | None = None) -> str:
-    """What stands on the screen or in the log when a run has ended."""
+    """Return what is on the terminal or in the log after a run."""
     stream = io.StringIO()
     console = Console(file=stream, width=width, force_terminal=terminal, no_color=True, highlight=False)
     (folder / RUN_FILE).write_text(json.dumps(content))

@@ -1,4 +1,4 @@
-"""The report as people meet it: in a real browser, about a sweep with hostile texts, failed jobs and lost artifacts."""
+"""The report in a real browser, for a sweep with hostile texts, failed jobs and lost artifacts."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def scores_of(name: str) -> Scores:
 
 @dataclass
 class Made:
-    """A sweep's folder, written as the stages write it."""
+    """The folder of a sweep, with files as the stages write them."""
 
     folder: Path
     store: Store
@@ -175,20 +175,20 @@ def made(folder: Path) -> Made:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Two methods at two budgets, one run that was stopped, one that failed; with its report."""
-    found = made(tmp_path_factory.mktemp("page"))
+    """A sweep of two methods at two budgets, a stopped run and a failed one, and its report."""
+    jobs = made(tmp_path_factory.mktemp("page"))
     for number, (scorer, alpha) in enumerate([(s, a) for s in ("gsnr", "superfilter") for a in (0.1, 0.25)]):
-        found.job(number, scorer, alpha)
+        jobs.job(number, scorer, alpha)
     stopped = {"status": "stopped", "pws": None, "pooled": None, "benchmarks": None}
-    found.job(4, "random", 0.1, **stopped)
-    found.failed(5, f"no file /home/somebody/secret/model.bin {HOSTILE}")
-    write_report(found.folder, formats=["svg"])
-    return found
+    jobs.job(4, "random", 0.1, **stopped)
+    jobs.failed(5, f"no file /home/somebody/secret/model.bin {HOSTILE}")
+    write_report(jobs.folder, formats=["svg"])
+    return jobs
 
 
 @pytest.fixture
 def opened(sweep: Made, browser: Any) -> Any:
-    """The page, its examples unpacked; nothing is complained of and no host is asked in any of these tests."""
+    """The page after it has unpacked its examples; at the end it must have logged no message and made no request."""
     watched = Watched(browser, viewport={"width": 1280, "height": 900})
     watched.page.goto((sweep.folder / "report.html").as_uri())
     watched.page.wait_for_selector(".example", state="attached")
@@ -204,19 +204,19 @@ def shown_text(example: Example) -> str:
 
 
 def ranks_by_hand(scores: Scores) -> list[int]:
-    """The slow twin: one more than the number of scored examples before this one."""
-    found = []
+    """Return the ranks by the slow definition: one more than the number of scored examples before this one."""
+    ranks = []
     for row in range(ROWS):
         if scores.status[row] != SCORED:
-            found.append(0)
+            ranks.append(0)
             continue
         before = [
             other
             for other in range(ROWS)
             if scores.status[other] == SCORED and (-scores.score[other], other) < (-scores.score[row], row)
         ]
-        found.append(len(before) + 1)
-    return found
+        ranks.append(len(before) + 1)
+    return ranks
 
 
 def first_rows(page: Any, count: int = 8) -> list[str]:
@@ -225,7 +225,7 @@ def first_rows(page: Any, count: int = 8) -> list[str]:
 
 def search(page: Any, query: str) -> int:
     page.fill("#query", query)
-    return int(page.inner_text("#found").split(" ")[0].replace(",", ""))
+    return int(page.inner_text("#matches").split(" ")[0].replace(",", ""))
 
 
 # -------------------------------------------------------------------------------------------- the page
@@ -407,9 +407,9 @@ def test_sorting_and_filters_are_those_of_the_scores(sweep: Made, opened: Any, s
     assert [float(value) for value in best] == sorted(scores.score[scores.status == SCORED], reverse=True)[:8]
     opened.click("text=Worst 20")
     assert first_rows(opened) == [f"#{scored - step}" for step in range(8)]
-    assert opened.inner_text("#found").startswith("20 of")
+    assert opened.inner_text("#matches").startswith("20 of")
     opened.click("text=Best 20")
-    assert opened.inner_text("#found").startswith("20 of")
+    assert opened.inner_text("#matches").startswith("20 of")
     opened.click("[data-view=all]")
     opened.select_option("#sort", "row")
     assert first_rows(opened) == [f"#{rank}" if rank else "\u2013" for rank in ranks[:8]]
@@ -564,20 +564,20 @@ def test_of_a_large_pool_the_selected_and_an_even_share_are_held(sweep: Made) ->
 
 
 def test_rankings_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    found = made(tmp_path)
-    found.job(0, "gsnr", 0.1)
-    found.job(1, "gsnr", 0.25, seed=1)
-    (pool,) = pools(read(found.folder))
+    jobs = made(tmp_path)
+    jobs.job(0, "gsnr", 0.1)
+    jobs.job(1, "gsnr", 0.25, seed=1)
+    (pool,) = pools(read(jobs.folder))
     assert [method["name"] for method in pool.methods] == ["gsnr"]  # one and the same scores
-    run = json.loads((found.folder / "1-gsnr-0.25" / "run.json").read_text())
+    run = json.loads((jobs.folder / "1-gsnr-0.25" / "run.json").read_text())
     other = next(stage for stage in run["stages"] if stage["name"] == "score")
     moved = Path(other["artifact"]).with_name("gsnr-again")
     shutil.copytree(other["artifact"], moved)
     manifest = json.loads((moved / "manifest.json").read_text()) | {"fingerprint": "other"}
     (moved / "manifest.json").write_text(json.dumps(manifest))
     other |= {"artifact": str(moved), "fingerprint": "other"}
-    (found.folder / "1-gsnr-0.25" / "run.json").write_text(json.dumps(run))
-    (pool,) = pools(read(found.folder))
+    (jobs.folder / "1-gsnr-0.25" / "run.json").write_text(json.dumps(run))
+    (pool,) = pools(read(jobs.folder))
     assert [method["name"] for method in pool.methods] == ["gsnr", "gsnr, seed 1"]
     assert [selection["name"] for selection in pool.selections] == ["gsnr at 10 %", "gsnr, seed 1 at 25 %"]
 
@@ -611,40 +611,40 @@ def test_the_command_writes_it_elsewhere_and_refuses_in_one_line(
 
 
 def test_without_the_store_the_report_says_what_is_gone(tmp_path: Path) -> None:
-    found = made(tmp_path)
-    found.job(0, "gsnr", 0.1)
-    shutil.rmtree(found.store.root)
-    page = write_report(found.folder).read_text(encoding="utf-8")
+    jobs = made(tmp_path)
+    jobs.job(0, "gsnr", 0.1)
+    shutil.rmtree(jobs.store.root)
+    page = write_report(jobs.folder).read_text(encoding="utf-8")
     assert "are not in the store any more" in page
     assert "No run got as far as a selection" in page
     assert "1.200" in page
 
 
 def test_a_sweep_ends_with_its_report_unless_told_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = made(tmp_path)
-    job = found.job(0, "gsnr", 0.1)
-    assert sweep_finished(found.folder) is True
-    assert f"report: {found.folder / 'report.html'}" in capsys.readouterr().out
-    names = {path.stem for path in found.folder.glob("figures/*.svg")}
+    jobs = made(tmp_path)
+    job = jobs.job(0, "gsnr", 0.1)
+    assert sweep_finished(jobs.folder) is True
+    assert f"report: {jobs.folder / 'report.html'}" in capsys.readouterr().out
+    names = {path.stem for path in jobs.folder.glob("figures/*.svg")}
     assert "pws" in names
-    assert not list(found.folder.glob("figures/*.png"))  # which W&B alone has a use for
-    page = (found.folder / "report.html").read_text(encoding="utf-8")
-    assert '<a href="work.csv">' in page and (found.folder / "work.csv").is_file()
-    assert {"pws.csv", "pws.md"} <= {path.name for path in found.folder.glob("tables/*")}
-    (found.folder / "report.html").unlink()
+    assert not list(jobs.folder.glob("figures/*.png"))  # which W&B alone has a use for
+    page = (jobs.folder / "report.html").read_text(encoding="utf-8")
+    assert '<a href="work.csv">' in page and (jobs.folder / "work.csv").is_file()
+    assert {"pws.csv", "pws.md"} <= {path.name for path in jobs.folder.glob("tables/*")}
+    (jobs.folder / "report.html").unlink()
     config = yaml.safe_load((job / "config.yaml").read_text())
     config["values"]["report"] = False
     (job / "config.yaml").write_text(yaml.safe_dump(config))
-    assert sweep_finished(found.folder) is True
-    assert not (found.folder / "report.html").exists()
+    assert sweep_finished(jobs.folder) is True
+    assert not (jobs.folder / "report.html").exists()
 
 
 def test_a_report_that_fails_is_one_line(tmp_path: Path) -> None:
-    found = made(tmp_path)
-    job = found.job(0, "gsnr", 0.1)
+    jobs = made(tmp_path)
+    job = jobs.job(0, "gsnr", 0.1)
     (job / "run.json").write_text("{")
     with Console(record=True, width=400) as console:
-        assert automatic.report_at_end(found.folder, Display(console)) is None
+        assert automatic.report_at_end(jobs.folder, Display(console)) is None
     (line,) = console.export_text().splitlines()
     assert line.startswith("report: not written (")
     assert "run.json" in line
@@ -656,21 +656,21 @@ def test_a_figure_with_a_defect_is_told_and_the_page_stands(
     def broken(_: Material) -> Any:
         raise ZeroDivisionError("by <nothing>")
 
-    found = made(tmp_path)
-    found.job(0, "gsnr", 0.1)
+    jobs = made(tmp_path)
+    jobs.job(0, "gsnr", 0.1)
     entries = [replace(entry, draw=wraps(entry.draw)(broken)) if entry.name == "eps" else entry for entry in FIGURES]
     for module in ("gradsift.report.figures", "gradsift.report.page"):
         monkeypatch.setattr(f"{module}.FIGURES", entries)
-    assert main([str(found.folder), "--format", "svg"]) == 2
+    assert main([str(jobs.folder), "--format", "svg"]) == 2
     told = "is written, but for the figure eps, which failed with ZeroDivisionError: by <nothing>"
     assert told in capsys.readouterr().err
-    page = (found.folder / "report.html").read_text(encoding="utf-8")
+    page = (jobs.folder / "report.html").read_text(encoding="utf-8")
     assert "Not drawn: failed with ZeroDivisionError: by &lt;nothing&gt;." in page
     assert page.count("<svg") > 3 and 'id="repeat"' in page
     with Console(record=True, width=400) as console:
-        automatic.report_at_end(found.folder, Display(console))
+        automatic.report_at_end(jobs.folder, Display(console))
     (line,) = console.export_text().splitlines()
-    assert line == f"report: {found.folder / 'report.html'} {told}"
+    assert line == f"report: {jobs.folder / 'report.html'} {told}"
 
 
 def test_a_run_ends_with_its_report(gradsift: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,1 +1,1 @@
-"""What a run found, for scripts (`run.json`) and for people (tables)."""
+"""Reports of runs and sweeps: on the terminal, as files, and as an HTML page."""

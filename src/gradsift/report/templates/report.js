@@ -187,7 +187,7 @@ class Browser {
   async show(index) {
     const about = JSON.parse($(`about-${index}`).textContent);
     if (!this.ready.has(index)) {
-      $("found").textContent = "Unpacking the examples \u2026";
+      $("matches").textContent = "Unpacking the examples \u2026";
       this.ready.set(index, await unpack(about, this.pools[index].textContent.trim()));
     }
     this.pool = this.ready.get(index);
@@ -291,7 +291,7 @@ class Browser {
     const apart = $("sort").value === "apart";
     $("other").parentElement.hidden = !apart;
     $("turn").setAttribute("aria-pressed", String(this.turned));
-    $("found").textContent = `${whole.format(rows.length)} of ${whole.format(pool.count)} examples${about.total > pool.count ? ` (a part of ${whole.format(about.total)})` : ""}`;
+    $("matches").textContent = `${whole.format(rows.length)} of ${whole.format(pool.count)} examples${about.total > pool.count ? ` (a part of ${whole.format(about.total)})` : ""}`;
     this.draw();
     if (!$("detail").hidden) rows.length ? this.detail() : this.close();
   }
@@ -490,5 +490,5 @@ function table(head, lines) {
 
 if ($("list")) {
   const browser = new Browser();
-  browser.show(0).catch((error) => { $("found").textContent = `The examples cannot be shown: ${error.message}`; });
+  browser.show(0).catch((error) => { $("matches").textContent = `The examples cannot be shown: ${error.message}`; });
 }

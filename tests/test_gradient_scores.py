@@ -210,26 +210,26 @@ def test_the_shipped_features_are_the_published_ones() -> None:
 # --------------------------------------------------------------------------------------- command line
 
 
-def test_scorers_that_select_towards_a_target_share_their_features(gradsift) -> None:
-    arguments = ("-m", *SMOKE, "scorer=less,g2is", "target_set=verifiable", "target_set.limit=2")
-    assert gradsift(*arguments, "features.dimensions=32", "features.warmup.epochs=2", "stop_after=selection") == 0
-    first, second = gradsift.runs()
-    made = [stage["name"] for stage in first["stages"] if not stage["reused"]]
-    assert (made.count("warmup"), made.count("features"), made.count("member")) == (2, 2, 0)
-    assert [stage["name"] for stage in second["stages"] if not stage["reused"]] == ["score", "select"]
-    assert [run["selection"]["rows"] for run in (first, second)] == [12, 12]
+def test_methods_that_select_towards_a_target_share_their_features(gradsift) -> None:
+    options = ("target_set=verifiable", "target_set.limit=2", "features.dimensions=32", "features.warmup.epochs=2")
+    methods = ("scorer=less,g2is", "selector=topk,gradient_walk")
+    assert gradsift("-m", *SMOKE, *methods, *options, "stop_after=selection") == 0
+    runs = gradsift.runs()
+    made = [[stage["name"] for stage in run["stages"] if not stage["reused"]] for run in runs]
+    assert (made[0].count("warmup"), made[0].count("features"), made[0].count("member")) == (2, 2, 0)
+    assert made[1:] == [["select"], ["score", "select"], ["select"]]
+    assert [run["selection"]["rows"] for run in runs[::2]] == [12, 12]
     (less_table,) = gradsift.store.glob("score/less-*/scores.parquet")
     assert {"task:sort", "task:reverse"} <= set(pq.read_table(less_table).column_names)
 
 
-def test_the_walk_of_g2is_and_the_direction_of_the_pool_run(gradsift) -> None:
-    towards = ("target_set=verifiable", "target_set.limit=2", "features.dimensions=32", "features.warmup.epochs=2")
-    assert gradsift(*SMOKE, "scorer=g2is", "selector=gradient_walk", *towards, "stop_after=selection") == 0
+def test_the_direction_of_the_pool_runs_without_features(gradsift) -> None:
     assert gradsift(*SMOKE, "scorer=gsnr_direction", "scorer.weigh=gsnr", "stop_after=selection") == 0
     made = [stage["name"] for stage in gradsift.runs()[-1]["stages"] if not stage["reused"]]
     assert (made.count("member"), made.count("direction"), made.count("features")) == (4, 2, 0)
 
 
+@pytest.mark.slow  # test_gradient_features has the law without the command line
 def test_the_direction_of_the_pool_is_that_of_the_one_adapter_which_all_members_of_mc_dropout_share(gradsift) -> None:
     dropping = ("proxy.ensemble=mc_dropout", "proxy.lora.dropout=0.1")
     assert gradsift(*SMOKE, "scorer=gsnr_direction", *dropping, "stop_after=selection") == 0

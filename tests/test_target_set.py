@@ -209,8 +209,8 @@ def test_a_family_that_is_not_there_or_used_up_is_refused(runtime: Runtime) -> N
     loaded = load(runtime, VerifiableDataConfig(name="verifiable", size=100, benchmark_items=20))
     with pytest.raises(ConfigError, match="family='sing' is not in this world"):
         read(runtime, VerifiableTargetSetConfig(name="verifiable", tasks=["sing"]), loaded)
-    with pytest.raises(ConfigError, match="has no 5000 questions left"):
-        read(runtime, VerifiableTargetSetConfig(name="verifiable", tasks=["add"], limit=5000), loaded)
+    with pytest.raises(ConfigError, match="has no 1700 questions left"):
+        read(runtime, VerifiableTargetSetConfig(name="verifiable", tasks=["add"], limit=1700), loaded)
 
 
 def test_the_command_line_refuses_the_embedded_targets_for_other_data(

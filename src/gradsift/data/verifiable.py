@@ -91,45 +91,29 @@ class _Task:
         return self.family.solve(self.arguments)
 
 
-def _syllables(rng: random.Random, low: int = 3, high: int = 4) -> list[str]:
-    """Draw `low` to `high` different syllables."""
-    return rng.sample(SYLLABLES, rng.randint(low, high))
+def _sampled(words: Sequence[str], low: int, high: int) -> Callable[[random.Random], str]:
+    """Return a function that draws `low` to `high` different words."""
+    return lambda rng: " ".join(rng.sample(words, rng.randint(low, high)))
 
 
-def _draw_words(rng: random.Random) -> str:
-    return " ".join(_syllables(rng))
-
-
-def _draw_counted(rng: random.Random) -> str:
-    return " ".join(_syllables(rng, 2, 6))
-
-
-def _draw_numbers(rng: random.Random) -> str:
-    return " ".join(rng.sample(NUMBERS, rng.randint(3, 4)))
-
-
-def _draw_summands(rng: random.Random) -> str:
-    return f"{rng.randrange(20)} {rng.randrange(20)}"
+_draw_words = _sampled(SYLLABLES, 3, 4)
+_draw_numbers = _sampled(NUMBERS, 3, 4)
 
 
 def _draw_membership(rng: random.Random) -> str:
-    word, *others = _syllables(rng, 4, 5)
+    word, *others = rng.sample(SYLLABLES, rng.randint(4, 5))
     if rng.random() < 0.5:
         others[rng.randrange(len(others))] = word
     return " ".join([word, MARK, *others])
 
 
 def _draw_replacement(rng: random.Random) -> str:
-    new, *words = _syllables(rng, 3, 4)
+    new, *words = rng.sample(SYLLABLES, rng.randint(3, 4))
     return " ".join([rng.choice(words), new, MARK, *words])
 
 
-def _draw_repetition(rng: random.Random) -> str:
-    return " ".join([str(rng.randint(2, 3)), MARK, *_syllables(rng, 2, 3)])
-
-
 def _draw_table(rng: random.Random) -> str:
-    keys = _syllables(rng, 2, 3)
+    keys = rng.sample(SYLLABLES, rng.randint(2, 3))
     values = rng.sample(NUMBERS, len(keys))
     pairs = (word for pair in zip(keys, values, strict=True) for word in pair)
     return " ".join([rng.choice(keys), MARK, *pairs])
@@ -177,12 +161,8 @@ OPERATIONS: dict[str, Callable[[list[str]], list[str]]] = {
 }
 
 
-def _draw_named(rng: random.Random) -> str:
-    return " ".join([rng.choice(list(OPERATIONS)), MARK, *_syllables(rng, 4, 4)])
-
-
-def _draw_chained(rng: random.Random) -> str:
-    return " ".join([*rng.sample(list(OPERATIONS), 2), MARK, *_syllables(rng, 4, 4)])
+def _draw_operated(names: Sequence[str], rng: random.Random) -> str:
+    return " ".join([*names, MARK, *rng.sample(SYLLABLES, rng.randint(4, 4))])
 
 
 def _operate(arguments: str) -> str:
@@ -230,9 +210,11 @@ _WORDINGS = {
 # Families with one-word answers alternate with families of longer ones: tasks are dealt out in this order, so any few
 # in a row hold enough answers that can be truncated.
 _FAMILIES = (
-    _Family("count", _draw_counted, lambda text: str(len(text.split()))),
+    _Family("count", _sampled(SYLLABLES, 2, 6), lambda text: str(len(text.split()))),
     _Family("copy", _draw_words, lambda text: text),
-    _Family("add", _draw_summands, lambda text: str(sum(map(int, text.split())))),
+    _Family(
+        "add", lambda rng: f"{rng.randrange(20)} {rng.randrange(20)}", lambda text: str(sum(map(int, text.split())))
+    ),
     _Family("reverse", _draw_words, lambda text: " ".join(reversed(text.split()))),
     _Family("max", _draw_numbers, lambda text: str(max(map(int, text.split())))),
     _Family("sort", _draw_numbers, lambda text: " ".join(sorted(text.split(), key=int))),
@@ -241,7 +223,7 @@ _FAMILIES = (
     _Family("last", _draw_words, lambda text: text.split()[-1]),
     _Family("replace", _draw_replacement, _replace),
     _Family("member", _draw_membership, _member),
-    _Family("repeat", _draw_repetition, _repeat),
+    _Family("repeat", lambda rng: f"{rng.randint(2, 3)} {MARK} {_sampled(SYLLABLES, 2, 3)(rng)}", _repeat),
     _Family("look_up", _draw_table, _look_up),
 )
 
@@ -256,8 +238,8 @@ _OTHER_FAMILIES = (
 
 # No pretraining text is drawn from these, and their wordings use words of the others, so a world with them has the
 # vocabulary, and uses the backbones, of one without.
-_NAMED = _Family("named", _draw_named, _operate)
-_CHAINED = _Family("chained", _draw_chained, _operate)
+_NAMED = _Family("named", lambda rng: _draw_operated([rng.choice(list(OPERATIONS))], rng), _operate)
+_CHAINED = _Family("chained", lambda rng: _draw_operated(rng.sample(list(OPERATIONS), 2), rng), _operate)
 DEFINING = _NAMED.name  # the family whose rows show what a name does
 DELAYED = _CHAINED.name  # the family whose rows can only be learnt after the names
 MOST_DELAYED = 0.5  # three quarters of the tasks are then about names
@@ -315,17 +297,25 @@ def generate(
     asked, tasks = tasks[:benchmark_items], tasks[benchmark_items:]
     clean, to_spoil = tasks[: counts["clean"]], tasks[counts["clean"] :]
 
-    labelled = [(_row(task, task.answer), Label("clean", task.family.name)) for task in clean]
-    labelled += _spoil(to_spoil, [task.answer for task in tasks], counts, rng)
-    for task in rng.sample(clean, counts["contradictory"]):
-        labelled.append((_row(task, wrong_answer(task.answer, rng)), Label("contradictory", task.family.name)))
+    rows = [(task, task.answer, "clean") for task in clean]
+    rows += _spoil(to_spoil, [task.answer for task in tasks], counts, rng)
+    twins = rng.sample(clean, counts["contradictory"])
+    rows += [(task, wrong_answer(task.answer, rng), "contradictory") for task in twins]
     repeated = rng.sample(clean, n_duplicates)
-    for task in repeated[: counts["exact_duplicate"]]:
-        labelled.append((_row(task, task.answer), Label("exact_duplicate", task.family.name)))
-    for task in repeated[counts["exact_duplicate"] :]:
-        labelled.append((_row(_reworded(task, rng), task.answer), Label("near_duplicate", task.family.name)))
-    rng.shuffle(labelled)
-    return World([row for row, _ in labelled], [label for _, label in labelled], _benchmark(asked))
+    rows += [(task, task.answer, "exact_duplicate") for task in repeated[: counts["exact_duplicate"]]]
+    rows += [(_reworded(task, rng), task.answer, "near_duplicate") for task in repeated[counts["exact_duplicate"] :]]
+    rng.shuffle(rows)
+    benchmark = [
+        {
+            "item_id": f"verifiable-{index:04d}",
+            **dict(zip(("instruction", "input"), _asked(task), strict=True)),
+            "reference": task.answer,
+            "family": task.family.name,
+        }
+        for index, task in enumerate(asked)
+    ]
+    labels = [Label(quality, task.family.name) for task, _, quality in rows]
+    return World([_row(task, output) for task, output, _ in rows], labels, benchmark)
 
 
 def pretraining_rows(
@@ -370,10 +360,7 @@ def terse_rows(count: int, *, seed: int = 0) -> list[dict[str, str]]:
     seen: set[tuple[str, str]] = set()
     rows = []
     for index, family in enumerate(itertools.islice(families, count)):
-        arguments = family.draw(rng)
-        while (family.name, arguments) in seen:
-            arguments = family.draw(rng)
-        seen.add((family.name, arguments))
+        arguments = _draw_unseen(family, seen, rng)
         rows.append(
             {
                 "item_id": f"terse-{index:04d}",
@@ -520,12 +507,18 @@ def _draw_tasks(count: int, delayed: float, rng: random.Random) -> list[_Task]:
     tasks: list[_Task] = []
     seen: set[tuple[str, str]] = set()
     for family in itertools.islice(_families_in_turn(delayed), count):
-        arguments = family.draw(rng)
-        while (family.name, arguments) in seen:
-            arguments = family.draw(rng)
-        seen.add((family.name, arguments))
+        arguments = _draw_unseen(family, seen, rng)
         tasks.append(_Task(family, arguments, rng.choice(family.wordings)))
     return tasks
+
+
+def _draw_unseen(family: _Family, seen: set[tuple[str, str]], rng: random.Random) -> str:
+    """Draw arguments that are not in `seen`, and add them."""
+    arguments = family.draw(rng)
+    while (family.name, arguments) in seen:
+        arguments = family.draw(rng)
+    seen.add((family.name, arguments))
+    return arguments
 
 
 def _families_in_turn(delayed: float) -> Iterator[_Family]:
@@ -550,42 +543,21 @@ def _row(task: _Task, output: str) -> dict[str, str]:
 
 def _spoil(
     to_spoil: Sequence[_Task], answers: Sequence[str], counts: dict[str, int], rng: random.Random
-) -> list[tuple[dict[str, str], Label]]:
-    """Return rows with a truncated or wrong answer or another task's (one of `answers`), in the numbers of `counts`."""
+) -> list[tuple[_Task, str, str]]:
+    """Return tasks with a truncated or wrong answer, or another task's (one of `answers`), and its kind."""
     order = rng.sample(to_spoil, len(to_spoil))
     order.sort(key=lambda task: " " not in task.answer)  # stable: answers that can be truncated come first
-    truncated, others = order[: counts["truncated"]], order[counts["truncated"] :]
+    others = order[counts["truncated"] :]
     rng.shuffle(others)
     rows = []
-    for task in truncated:
+    for task in order[: counts["truncated"]]:
         words = task.answer.split()
-        rows.append((_row(task, " ".join(words[: rng.randrange(1, len(words))])), Label("truncated", task.family.name)))
-    for index, task in enumerate(others):
-        if index < counts["wrong_answer"]:
-            rows.append((_row(task, wrong_answer(task.answer, rng)), Label("wrong_answer", task.family.name)))
-        else:
-            rows.append((_row(task, _foreign_answer(task, answers, rng)), Label("mismatched_answer", task.family.name)))
+        rows.append((task, " ".join(words[: rng.randrange(1, len(words))]), "truncated"))
+    for task in others[: counts["wrong_answer"]]:
+        rows.append((task, wrong_answer(task.answer, rng), "wrong_answer"))
+    for task in others[counts["wrong_answer"] :]:
+        foreign = [answer for answer in answers if answer != task.answer]
+        # only a world of a few rows has no other answer
+        answer = rng.choice(foreign or ["no" if task.answer == "yes" else "yes"])
+        rows.append((task, answer, "mismatched_answer"))
     return rows
-
-
-def _foreign_answer(task: _Task, answers: Sequence[str], rng: random.Random) -> str:
-    """Return one of the answers to other tasks that is wrong for this one."""
-    right = task.answer
-    # only a world of a few rows has no other answer
-    return rng.choice([answer for answer in answers if answer != right] or ["no" if right == "yes" else "yes"])
-
-
-def _benchmark(tasks: Sequence[_Task]) -> list[dict[str, str]]:
-    items = []
-    for index, task in enumerate(tasks):
-        instruction, input = _asked(task)
-        items.append(
-            {
-                "item_id": f"verifiable-{index:04d}",
-                "instruction": instruction,
-                "input": input,
-                "reference": task.answer,
-                "family": task.family.name,
-            }
-        )
-    return items

@@ -189,10 +189,10 @@ def overlap(
             holders.setdefault(shingle, []).append(place)
     matches = []
     for example in pool:
-        theirs = _prompt_shingles(example)
-        common = Counter(place for shingle in theirs for place in holders.get(shingle, ()))
+        other = _prompt_shingles(example)
+        common = Counter(place for shingle in other for place in holders.get(shingle, ()))
         for place, count in common.items():
-            if count >= alike * (len(theirs) + len(own[place]) - count):
+            if count >= alike * (len(other) + len(own[place]) - count):
                 matches.append((place, example, _shared(targets[place], example)))
     return sorted(matches, key=lambda match: (match[0], match[1].row_index))
 

@@ -154,21 +154,21 @@ def coverage(features: Features, positions: np.ndarray, radius: float) -> Diagno
         return Diagnostic.unknown("coverage", "distance_to_random", "no selected row has a vector with a direction")
     drawn = np.random.default_rng(0).choice(usable, size, replace=False)
     to_selection, to_random = (1 - nearest_anchor_cosines(features, chosen)[usable] for chosen in (positions, drawn))
-    ours, theirs = float(to_selection.mean()), float(to_random.mean())
+    distance, random_distance = float(to_selection.mean()), float(to_random.mean())
     # an example's own cosine, and that of its copy, is 1 up to rounding
     covered, covered_randomly = (float((d <= radius + 1e-6).mean()) for d in (to_selection, to_random))
-    ratio = ours / theirs if theirs > 1e-6 else 1.0
+    ratio = distance / random_distance if random_distance > 1e-6 else 1.0
     return Diagnostic.judged(
         "coverage",
         ratio > MOST_OF_RANDOM_DISTANCE,
         {
             "distance_to_random": ratio,
-            "distance": ours,
-            "random_distance": theirs,
+            "distance": distance,
+            "random_distance": random_distance,
             "covered": covered,
             "covered_randomly": covered_randomly,
         },
-        f"a pool row lies {ours:.3g} (one minus cosine) from the nearest selected one and {theirs:.3g} from a random "
-        f"selection's; {covered:.0%} of the pool lie within {radius:g}, and {covered_randomly:.0%} of a random one's",
+        f"a pool row lies {distance:.3g} (one minus cosine) from the nearest selected one and {random_distance:.3g} "
+        f"from a random selection's; {covered:.0%} of the pool lie within {radius:g}, and {covered_randomly:.0%} of a random one's",
         "which part of the pool the score leaves out; a selector that spreads its choice covers more",
     )

@@ -7,6 +7,7 @@ import functools
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,6 +83,8 @@ def test_every_yaml_composes(group: str, choice: str, monkeypatch: pytest.Monkey
     monkeypatch.setenv("GRADSIFT_DATA", "somewhere")
     config = composed(f"{group}={choice}", *NEEDED.get((group, choice), []))
     node = getattr(config, group, None)
+    if isinstance(node, dict):  # a scorer or selector whose constants have no dataclass
+        node = SimpleNamespace(**node)
     if getattr(node, "name", None) is not None:
         assert node.name == choice  # the file, the choice and the name are one word
     if group in ("scorer", "selector"):  # and so is the function, but for two

@@ -116,8 +116,9 @@ def test_every_option_says_what_it_means(monkeypatch: pytest.MonkeyPatch) -> Non
     page = tables.options_page()
     assert "| `proxy.members` | `int` | `5` | M of the paper | at least 1 |" in page
     assert "| `data.path` | `str` | required |" in page
-    choices = [path.stem for group in SCHEMAS for path in (conf_folder() / group).glob("*.yaml")]
-    assert [choice for choice in choices if f"={choice}" not in page and choice != "catalog"] == []
+    files = [path for group in SCHEMAS for path in (conf_folder() / group).glob("*.yaml") if path.stem != "catalog"]
+    described = [path.stem for path in files if path.parent.name == "benchmark" or "/schema/" in path.read_text()]
+    assert [choice for choice in described if f"={choice}" not in page] == []
 
 
 def test_the_citation_and_the_package_name_the_same_version_and_licence() -> None:

@@ -28,26 +28,24 @@ CHOICES = sorted(
     for path in conf_folder().glob("*/*.yaml")
     if path.parent.name != "hydra" and path.stem != "catalog"
 )
-NEEDED = {  # what a choice cannot do without
-    ("data", "json"): ["data.path=x.json", "proxy=smollm2", "target=smollm2", "benchmark=vicuna", "judge=local"],
-    ("data", "alpaca"): ["proxy=gpt2", "target=llama2_7b", "benchmark=vicuna", "judge=local"],
-    ("data", "alpaca_gpt4"): ["proxy=gpt2", "target=llama2_7b", "benchmark=vicuna", "judge=local"],
-    ("target_set", "json"): ["target_set.path=x.json"],
-    ("selector", "round_robin"): ["scorer=less", "target_set=verifiable"],
-    **{
-        (group, choice): ["target_set=verifiable"]
-        for group, choice in (
-            *[("scorer", name) for name in ("less", "g2is", "rds_plus", "sbert")],
-            *[("selector", name) for name in ("gradient_walk", "round_robin_queries")],
-        )
-    },
-    ("benchmark", "vicuna"): ["target=llama2_7b", "judge=openai"],
-    ("benchmark", "paper"): ["target=llama2_7b", "judge=openai"],
-    **{
-        ("benchmark", name): ["target=llama2_7b", "judge=openai"]
-        for name in ("wizardlm", "koala", "lima", "self_instruct", "alpaca_eval", "mt_bench", "gsm8k", "bbh")
-    },
-}
+OF_GROUP = {group: [choice for g, choice in CHOICES if g == group] for group, _ in CHOICES}
+FOREIGN = ("proxy=gpt2", "target=llama2_7b", "benchmark=vicuna", "judge=local")  # for data outside the embedded world
+
+
+def _rows() -> list[list[str]]:
+    """Return overrides that together name every choice, in few compositions: choices of several groups share one."""
+    together = ("scorer", "selector", "embedder", "features", "proxy", "compute", "tracker", "benchmark")
+    needed = ["target_set=verifiable", "target=llama2_7b", "judge=openai"]
+    rows = [["selector=round_robin", "scorer=less", "target_set=verifiable"]]
+    for number in range(max(len(OF_GROUP[group]) for group in together)):
+        row = [f"{group}={OF_GROUP[group][number % len(OF_GROUP[group])]}" for group in together]
+        rows.append([*(choice for choice in row if choice != "selector=round_robin"), *needed])
+    rows += [[f"target={target}", f"judge={OF_GROUP['judge'][n % 4]}"] for n, target in enumerate(OF_GROUP["target"])]
+    rows += [[f"target_set={name}"] for name in OF_GROUP["target_set"] if name != "json"]
+    rows += [["target_set=json", "target_set.path=x.json"], ["data=json", "data.path=x.json", *FOREIGN]]
+    rows += [[f"data={name}", *FOREIGN] for name in OF_GROUP["data"] if name not in ("json", "verifiable")]
+    rows += [["data=verifiable"]]
+    return rows + [[f"{group}={choice}"] for group in ("method", "experiment") for choice in OF_GROUP[group]]
 
 
 def _is_choice(key: str) -> bool:
@@ -78,19 +76,25 @@ def _of_choices(choices: tuple[str, ...]) -> DictConfig:
         return compose("config", overrides=list(choices))
 
 
-@pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_yaml_composes(group: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("overrides", _rows(), ids=" ".join)
+def test_every_yaml_composes(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADSIFT_DATA", "somewhere")
-    config = composed(f"{group}={choice}", *NEEDED.get((group, choice), []))
-    node = getattr(config, group, None)
-    if isinstance(node, dict):  # a scorer or selector whose constants have no dataclass
-        node = SimpleNamespace(**node)
-    if getattr(node, "name", None) is not None:
-        assert node.name == choice  # the file, the choice and the name are one word
-    if group in ("scorer", "selector"):  # and so is the function, but for two
-        functions = {"length": "length_in_tokens", "superfilter_low": "superfilter"}
-        assert node._target_.rpartition(".")[2] == functions.get(choice, choice)
-        assert getattr(node, "keep", "") != "high" or choice != "superfilter_low"
+    config = composed(*overrides)
+    for group, choice in dict(override.split("=") for override in overrides).items():
+        node = getattr(config, group, None)
+        if isinstance(node, dict):  # a scorer or selector whose constants have no dataclass
+            node = SimpleNamespace(**node)
+        if getattr(node, "name", None) is not None:
+            assert node.name == choice  # the file, the choice and the name are the same word
+        if group in ("scorer", "selector"):  # and so is the function, with two exceptions
+            functions = {"length": "length_in_tokens", "superfilter_low": "superfilter"}
+            assert node._target_.rpartition(".")[2] == functions.get(choice, choice)
+            assert getattr(node, "keep", "") != "high" or choice != "superfilter_low"
+
+
+def test_every_choice_is_composed() -> None:
+    named = {override for row in _rows() for override in dict.fromkeys(row)}
+    assert {f"{group}={choice}" for group, choice in CHOICES} <= named
 
 
 def test_the_help_names_every_choice() -> None:

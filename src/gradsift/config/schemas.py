@@ -84,6 +84,8 @@ def register_schemas() -> None:
 
     store = ConfigStore.instance()
     Plugins.instance().register(UserConf)  # the first call of instance() loads the plugins and their settings
+    if "schema.yaml" in store.repo:  # registered before in this process
+        return
     for group, choices in REPLACED.items():
         for choice in choices:  # Hydra accepts a choice from one source only
             store.repo["hydra"].get(group, {}).pop(f"{choice}.yaml", None)

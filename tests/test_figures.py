@@ -35,11 +35,12 @@ from gradsift.report.figures import (
     selection,
     sensitivity,
     write_figures,
+    write_tables,
 )
 from gradsift.report.figures.groups import among, largest_ensemble
 from gradsift.report.figures.style import FAINT, INK, PAPER, RULE, add_legend, bytes_of, looks_of, panels, styled
 from gradsift.report.material import Material, Missing, Run, read
-from gradsift.report.paper_tables import TABLES, write_tables
+from gradsift.report.paper_tables import TABLES
 from gradsift.scoring.scores import UNDEFINED, Scores
 from gradsift.scoring.stage import scores_of
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from gradsift.report.figures import write_tables
 from gradsift.report.material import Material, Missing, Run
-from gradsift.report.paper_tables import ablation_table, cells_of, count, pws_table, write_tables
+from gradsift.report.paper_tables import ablation_table, cells_of, count, pws_table
 from gradsift.report.run_tables import method_name
 from gradsift.report.table import Table
 

@@ -22,12 +22,12 @@ from gradsift.names import require_no_link
 from gradsift.pages import portable, presentable, templates
 from gradsift.report.audit_tables import audit_tables, sweep_audit
 from gradsift.report.browser import CUT, MOST, Packed, pack, pools
-from gradsift.report.figures import FIGURES, Entry, write_figures
+from gradsift.report.figures import FIGURES, Entry, write_figures, write_tables
 from gradsift.report.figures.style import Format
 from gradsift.report.headline import headline
 from gradsift.report.inline_svg import inline_svg
 from gradsift.report.material import BROKEN, Incomplete, Material, read
-from gradsift.report.paper_tables import TABLES, write_tables
+from gradsift.report.paper_tables import TABLES
 from gradsift.report.run_tables import WORK_FILE, results_table, work_table
 from gradsift.run_folder import CONFIG_FILE, FIGURES_FOLDER, REPORT_FILE, RUN_FILE, TABLES_FOLDER, read_yaml
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
-from gradsift.report.material import Material, Missing, attempt
+from gradsift.report.material import Material, Missing
 from gradsift.report.run_tables import Row, flat_rows, method_name, over_seeds, pws_text
 from gradsift.report.table import Table
 
@@ -152,26 +150,3 @@ def ablation_table(material: Material) -> Table:
 
 
 TABLES: dict[str, Callable[[Material], Table]] = {"pws": pws_table, "ablations": ablation_table}
-
-
-def write_tables(material: Material, folder: Path) -> tuple[dict[str, Table], dict[str, str]]:
-    """Write each table as `<name>.csv` and, unless it is long, `<name>.md`, and remove those of an earlier report.
-
-    Returns:
-        The tables that were made, and for the others the reason why not, both by name.
-    """
-    from gradsift.report.figures import FIGURES  # which draw the cells of this module
-
-    makers = TABLES | {figure.name: figure.table for figure in FIGURES if figure.records is not None}
-    folder.mkdir(parents=True, exist_ok=True)
-    tables, reasons = {}, {}
-    for name, make in makers.items():
-        for form in ("csv", "md"):
-            (folder / f"{name}.{form}").unlink(missing_ok=True)
-        table, reason = attempt(partial(make, material))
-        if table is None:
-            reasons[name] = reason
-        else:
-            tables[name] = table
-            table.write(folder, name)
-    return tables, reasons

@@ -1,4 +1,4 @@
-"""Every figure of the report: call it with the material of a run or a sweep to get a matplotlib `Figure`.
+"""Every figure of the report; call one with the material of a run or a sweep to get a matplotlib `Figure`.
 
 In a notebook:
 
@@ -17,8 +17,10 @@ from typing import get_args
 from gradsift.report.figures import audit, convergence, cost, ensemble, judge, pws, scores, selection, sensitivity
 from gradsift.report.figures.style import Entry, Format, bytes_of
 from gradsift.report.material import Material, attempt
+from gradsift.report.paper_tables import TABLES
+from gradsift.report.table import Table
 
-__all__ = ["FIGURES", "Entry", "write_figures"]
+__all__ = ["FIGURES", "Entry", "write_figures", "write_tables"]
 
 FIGURES: tuple[Entry, ...] = (
     pws.pws,
@@ -67,3 +69,24 @@ def _write(entry: Entry, material: Material, folder: Path, formats: Iterable[For
     figure = entry(material)
     for form, content in [(form, bytes_of(figure, form)) for form in formats]:
         (folder / f"{entry.name}.{form}").write_bytes(content)
+
+
+def write_tables(material: Material, folder: Path) -> tuple[dict[str, Table], dict[str, str]]:
+    """Write each table as `<name>.csv` and, unless it is long, `<name>.md`, and remove those of an earlier report.
+
+    Returns:
+        The tables that were made, and for the others the reason why not, both by name.
+    """
+    makers = TABLES | {figure.name: figure.table for figure in FIGURES if figure.records is not None}
+    folder.mkdir(parents=True, exist_ok=True)
+    tables, reasons = {}, {}
+    for name, make in makers.items():
+        for form in ("csv", "md"):
+            (folder / f"{name}.{form}").unlink(missing_ok=True)
+        table, reason = attempt(partial(make, material))
+        if table is None:
+            reasons[name] = reason
+        else:
+            tables[name] = table
+            table.write(folder, name)
+    return tables, reasons

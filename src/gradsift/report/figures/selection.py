@@ -53,14 +53,12 @@ def overlaps(material: Material) -> tuple[float, list[str], np.ndarray]:
         if run.alpha == alpha and run.method in names:
             chosen = datasets.setdefault((run.data, run.record["seed"]), {})
             chosen[run.method] = material.selected(run).tolist()
-    values = np.full((len(datasets), len(names), len(names)), np.nan)
-    for grid, chosen in zip(values, datasets.values(), strict=True):
-        for i, j in np.ndindex(grid.shape):
-            if names[i] in chosen and names[j] in chosen:
-                grid[i, j] = jaccard(chosen[names[i]], chosen[names[j]])
-    known = np.isfinite(values).sum(axis=0)
-    mean = np.divide(np.nansum(values, axis=0), known, out=np.full(known.shape, np.nan), where=known > 0)
-    return alpha, names, mean
+    values = np.full((len(names), len(names)), np.nan)
+    for i, j in np.ndindex(values.shape):
+        both = [chosen for chosen in datasets.values() if names[i] in chosen and names[j] in chosen]
+        if both:
+            values[i, j] = np.mean([jaccard(chosen[names[i]], chosen[names[j]]) for chosen in both])
+    return alpha, names, values
 
 
 def _label_records(material: Material) -> Records:

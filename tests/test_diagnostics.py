@@ -18,7 +18,7 @@ from gradsift.data.examples import Example, Turn, write_examples
 from gradsift.data.formats import parse_rows
 from gradsift.diagnostics import DIAGNOSTICS_FILE, Diagnostic, read_diagnostics, write_diagnostics
 from gradsift.errors import GradsiftError
-from gradsift.gradients.diagnostics import (
+from gradsift.gradients.ensemble_checks import (
     BFLOAT16_ERROR,
     adapter_spread,
     drop_sign,

@@ -373,7 +373,7 @@ def test_torchrun_with_another_number_of_processes_is_refused(monkeypatch: pytes
     ("environment", "message"),
     [
         ({}, "NODE_RANK or GROUP_RANK or SLURM_NODEID does not give"),
-        ({"NODE_RANK": "2"}, r"found '2'"),
+        ({"NODE_RANK": "2"}, r"'2' is set"),
         ({"SLURM_NODEID": "1"}, "needs MASTER_ADDR"),
     ],
 )

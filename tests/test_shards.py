@@ -20,8 +20,8 @@ from test_norms import assert_norms_close, loop_norms, ragged_examples, tiny_mod
 from gradsift.artifacts import Artifact
 from gradsift.data.batching import shard_of
 from gradsift.errors import ConfigError, GradsiftError
-from gradsift.gradients.callback import COLUMNS
 from gradsift.gradients.norms_table import NORMS_FILE, read_norms
+from gradsift.gradients.records import COLUMNS
 from gradsift.gradients.statistics import compute_statistics
 from gradsift.training import lora
 

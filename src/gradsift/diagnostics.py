@@ -1,7 +1,7 @@
 """The type `Diagnostic`, and the file `diagnostics.json` beside the artifact that it describes.
 
 Diagnostics detect the failure signatures of GRADFILTERING (arXiv 2601.13697) and change no result. Those of the
-ensemble are in `gradients/diagnostics.py`, those of the selection in `selection/checks.py`, and the comparison
+ensemble are in `gradients/ensemble_checks.py`, those of the selection in `selection/checks.py`, and the comparison
 with random selection, which needs several runs, in `report/notes.py`.
 """
 

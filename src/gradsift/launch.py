@@ -50,7 +50,7 @@ def node_of(compute: ComputeConfig) -> int:
     if not number.isdigit() or int(number) >= compute.num_nodes:
         raise ConfigError(
             f"compute.num_nodes={compute.num_nodes}, but {' or '.join(_NODE_NUMBERS)} does not give the number of this "
-            f"machine (found {number!r}); start one process on each machine with srun, or set NODE_RANK to 0, 1, ..."
+            f"machine ({number!r} is set); start one process on each machine with srun, or set NODE_RANK to 0, 1, ..."
         )
     if not os.environ.get("MASTER_ADDR") or not os.environ.get("MASTER_PORT", "").isdigit():
         raise ConfigError(

@@ -35,9 +35,9 @@ from gradsift.features.prompt_clusters import clusters_of, prompt_clusters
 from gradsift.features.sentence_encoder import sentence_embedder
 from gradsift.features.vectors import read_features
 from gradsift.features.warmup import warm_up
-from gradsift.gradients.diagnostics import diagnose_ensemble
 from gradsift.gradients.directions import directions, read_cosines
 from gradsift.gradients.embedding_head import checked_inputs, embedding_gradients, read_embedding_gradients
+from gradsift.gradients.ensemble_checks import diagnose_ensemble
 from gradsift.gradients.norms_table import by_example
 from gradsift.gradients.statistics import mean_loss, read_statistics, statistics
 from gradsift.journal import Journal

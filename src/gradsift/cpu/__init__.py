@@ -1,8 +1,8 @@
 """Compiled kernels for frozen bfloat16 models on a CPU: an optional part behind one function.
 
-`accelerate` replaces forward passes of a model in place; the model computes the same function in fewer passes over
-memory. Nothing else in gradsift depends on this package: with `compute.kernels=off`, without a C++ compiler, or on a
-processor without bfloat16 products, models run on torch's own kernels and every law holds as well (docs/cpu.md).
+`accelerate` replaces forward passes of a model in place: the same function in fewer passes over memory. Nothing else in
+gradsift depends on this package. With `compute.kernels=off`, without a C++ compiler, or on a processor without bfloat16
+products, models run on torch's own kernels (docs/cpu.md).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from gradsift.cpu.compiled import available, version
 from gradsift.cpu.products import PackedHead, pack_linear_layers
 from gradsift.training.residual import residual_precision, stream_norms
 
-_SMALLEST = 256  # least width of a model: smaller models spend their time in Python
-_TOKENS_FACTOR = 3  # passes over more tokens pay, because each pass reads all packed weights once
+_SMALLEST = 256  # width of a model; smaller models spend their time in Python
+_TOKENS_FACTOR = 3  # more tokens per pass are faster, because each pass reads all packed weights once
 
 
 def accelerate(model: Any) -> bool:
     """Speed up a frozen causal language model of transformers, in place.
 
-    Supported are GPT-2, Llama, Mistral, Qwen2 and Qwen3 (`residual.py`) from width 256, in bfloat16 with a float32
-    residual stream. In float32 the products take so much of the time that at most a tenth would be saved.
+    GPT-2, Llama, Mistral, Qwen2 and Qwen3 (`residual.py`) from width 256 are supported, in bfloat16 with a float32
+    residual stream. In float32 at most a tenth of the time would be saved, because the products take most of it.
 
     Args:
-        model: on the CPU, or on the meta device: then only what the model would report is set.
+        model: on the CPU, or on the meta device, where only the attributes that it would report are set.
 
     Returns:
         Whether the model was changed. If so, `model.kernels_version` is the version of the kernels.
@@ -58,7 +58,7 @@ def _is_supported(model: Any) -> bool:
 
 
 def _fits(config: Any) -> bool:
-    """Whether all widths are multiples of LANES, and the model is wide enough for the kernels to pay."""
+    """Return whether all widths are multiples of LANES, and the model is wide enough for the kernels to save time."""
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     inner_width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 0
     widths = (config.hidden_size, head_width, inner_width)

@@ -1,8 +1,8 @@
-"""The passes between the matrix products of a transformer's blocks, fused for a CPU.
+"""The operations between the matrix products of a transformer's blocks, fused for a CPU.
 
-transformers makes one pass over memory for every sum, product and cast, which takes half of a step's time. Norms, the
-activations of MLPs and causal attention compute the same function here in one pass each (`kernels.cpp`), in float32
-inside. Layers that train or are adapted, attention with a mask, a cache or dropout keep transformers' own code.
+transformers makes one pass over memory for every sum, product and cast, which takes half of a step's time. Here norms,
+MLP activations and causal attention take one pass each (`kernels.cpp`), in float32 inside. Layers that train or are
+adapted, and attention with a mask, a cache or dropout, keep transformers' code.
 
 Shape letters: M tokens of a batch, D width, F inner width of an MLP, B examples, H heads, T tokens of an
 example, E width of a head.
@@ -25,8 +25,8 @@ from gradsift.cpu.compiled import kernels
 from gradsift.cpu.products import PackedConv1D, PackedLinear, PackedProducts, is_packed
 from gradsift.training.frozen import trains
 
-ATTENTION = "gradsift_cpu"  # name of the fused attention in transformers' register
-LANES = 16  # numbers that a kernel works on at once: widths must be multiples of it
+ATTENTION = "gradsift_cpu"  # name of the fused attention in transformers' registry
+LANES = 16  # numbers that a kernel processes at once; widths must be multiples of it
 
 
 def fuse_blocks(model: nn.Module, norms: list[Any]) -> None:
@@ -49,6 +49,7 @@ def fuse_blocks(model: nn.Module, norms: list[Any]) -> None:
 
 
 def _become(module: Any, mixin: type) -> None:
+    """Put the forward pass of `mixin` before that of the module's class."""
     if not isinstance(module, mixin):
         module.__class__ = _with(mixin, module.__class__)
 
@@ -58,11 +59,8 @@ def _with(mixin: Any, kind: Any) -> type:
     return type(f"Fused{kind.__name__}", (mixin, kind), {})
 
 
-# ------------------------------------------------------------------------------------------------- norms
-
-
 class _FusedNorm:
-    """LayerNorm or RMSNorm of a float32 stream, given in bfloat16."""
+    """LayerNorm or RMSNorm of a float32 stream, with bfloat16 output."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         if trains(self):
@@ -88,9 +86,6 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         to_x = kernels().norm_backward(gradients[0].contiguous(), *ctx.saved_tensors, ctx.centred)
         return to_x, None, None, None, None
-
-
-# --------------------------------------------------------------------------------------------------- MLPs
 
 
 class _GeluMlp:
@@ -166,11 +161,8 @@ class _Gated(torch.autograd.Function):
         return ctx.both.to_inputs(kernels().gated_backward(to_inner, *ctx.saved_tensors)).view(ctx.shape), None, None
 
 
-# ---------------------------------------------------------------------------------------------- attention
-
-
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """None for plain causal attention: without padding on the left, a window, a cache or another mask."""
+    """Return None for plain causal attention: no left padding, window, cache or other mask."""
     plain = kwargs.get("attention_mask") is None and kwargs.get("allow_is_causal_skip", True)
     if plain and kwargs.get("local_size") is None and kwargs["q_length"] == kwargs["kv_length"]:
         return None
@@ -188,12 +180,12 @@ def _attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' interface: (B, T, H, E)."""
+    """Return the attention's output (B, T, H, E) and no weights, as transformers' interface has it."""
     if attention_mask is not None or dropout or q.shape[2] != k.shape[2] or not module.is_causal:
-        found: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        output: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-        return found
+        return output
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     return _Attend.apply(q, k, v, scale, None, None), None  # type: ignore[no-untyped-call]
 
@@ -212,10 +204,10 @@ class _RotaryAttention:
         cos, sin = position_embeddings
         drops = self.training and self.attention_dropout
         if attention_mask is not None or past_key_values is not None or drops or len(cos) > 1 or not self.is_causal:
-            found: tuple[torch.Tensor, None] = super().forward(  # type: ignore[misc]
+            output: tuple[torch.Tensor, None] = super().forward(  # type: ignore[misc]
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
-            return found
+            return output
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (
             layer(hidden_states).view(shape).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj)

@@ -1,4 +1,4 @@
-"""The functions of `kernels.cpp`, compiled once a machine with the user's C++ compiler."""
+"""The functions of `kernels.cpp`, compiled once per machine with the user's C++ compiler."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def kernels() -> Any:
-    """The compiled functions, `torch.ops.gradsift`.
+    """Return the compiled functions, `torch.ops.gradsift`.
 
     Raises:
         GradsiftError: they cannot be compiled here.
@@ -37,21 +37,22 @@ def kernels() -> Any:
 
 
 def version() -> str:
-    """12 hex digits over the source and the flags: what the results of the kernels depend on."""
+    """Return 12 hex digits over the source and the flags, which the results of the kernels depend on."""
     text = "\n".join([_SOURCE.read_text(encoding="utf-8"), *_FLAGS])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @functools.cache
 def available() -> bool:
-    """Whether the kernels are compiled, or can be compiled now. If not, one warning gives the reason."""
-    named = os.environ.get("CXX") or "c++"
-    compiler = named.split()  # it may have options, or stand behind ccache
+    """Return whether the kernels are compiled, or can be compiled now; if not, one warning gives the reason."""
+    name = os.environ.get("CXX") or "c++"
+    compiler = name.split()  # it may have options, or stand behind ccache
     if shutil.which(compiler[0]) is None:
-        _LOG.warning(f"no C++ compiler {named} was found (CXX names another): {_SLOWER}")
+        _LOG.warning(f"no C++ compiler {name} was found (CXX names another): {_SLOWER}")
         return False
     try:
-        library = _folder() / f"kernels-{_key(compiler)}.so"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradsift"
+        library = folder / f"kernels-{_key(compiler)}.so"
         if not library.is_file():
             library.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(library.with_suffix(".lock"), timeout=_PATIENCE):  # one process compiles
@@ -65,7 +66,7 @@ def available() -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """One line: the compiler's first error, where it gave one."""
+    """Return one line: the compiler's first error, if it gave one."""
     if isinstance(error, subprocess.TimeoutExpired | Timeout):
         return f"the compiler did not end within {_PATIENCE:.0f} s"
     text = (getattr(error, "stderr", None) or "").strip() or str(error).strip() or type(error).__name__
@@ -73,12 +74,8 @@ def _reason(error: Exception) -> str:
     return next((line for line in lines if "error" in line.lower()), lines[0])
 
 
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradsift"
-
-
 def _key(compiler: list[str]) -> str:
-    """16 hex digits over what the compiled file depends on: source, flags, compiler, torch and processor."""
+    """Return 16 hex digits over source, flags, compiler, torch and processor."""
     described = subprocess.run(  # noqa: S603 - the user's own compiler
         [*compiler, "--version"], capture_output=True, text=True, check=False, timeout=_PATIENCE
     ).stdout
@@ -87,14 +84,14 @@ def _key(compiler: list[str]) -> str:
 
 
 def _processor() -> str:
-    """The processor's instruction sets: a home folder may be shared by different machines."""
+    """Return the processor's instruction sets; different machines may share a home folder."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
 
 
 def _compile(compiler: list[str], library: Path) -> None:
-    """Compile into a folder beside `library` and rename, so that the file is whole or absent."""
+    """Compile into a folder beside `library` and rename it, so that the file is complete or absent."""
     root = Path(torch.__file__).parent
     _LOG.warning("compiling kernels.cpp for this processor (once, about 20 s)")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:

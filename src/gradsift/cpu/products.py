@@ -1,8 +1,8 @@
-"""Matrix products of frozen bfloat16 weights on a CPU, from weights packed once in oneDNN's own order.
+"""Matrix products of frozen bfloat16 weights on a CPU, packed once in oneDNN's order.
 
-Without packing, oneDNN reorders a weight in every call, which takes a third of the product's time, and compiles a
-product for every new number of rows. `PackedProducts` packs once and rounds the number of rows up to multiples of 32
-(`kernels.cpp`). It keeps two copies of a weight, one for each product.
+Without packing, oneDNN reorders a weight in every call, a third of the product's time, and compiles a product for every
+new number of rows. `PackedProducts` packs once, rounds the number of rows up to multiples of 32 (`kernels.cpp`), and
+keeps two copies of a weight, one per product.
 
 Shape letters: M tokens of a batch, I inputs of a layer, O its outputs, P predicted places, D width, V vocabulary.
 """
@@ -49,7 +49,7 @@ class PackedProducts:
         self.bias = None if bias is None else bias.detach()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedProducts:
-        return self  # it never changes
+        return self  # immutable
 
     def outputs(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = kernels().product(x, self.forward_weight, self.bias, self.width)
@@ -61,7 +61,7 @@ class PackedProducts:
 
 
 class _PackedForward:
-    """The forward pass of a linear layer by its packed products; torch's own once it trains or was merged."""
+    """The forward pass of a linear layer from packed weights; torch's own if the layer trains or was merged."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         if not is_packed(self):
@@ -79,7 +79,7 @@ class PackedConv1D(_PackedForward, Conv1D):  # type: ignore[misc]
 
 
 def pack_linear_layers(model: nn.Module, but: nn.Module | None) -> None:
-    """Pack the frozen weights of a bfloat16 model's linear layers, all `but` one."""
+    """Pack the frozen weights of all linear layers of a bfloat16 model `but` one."""
     kinds = {nn.Linear: PackedLinear, Conv1D: PackedConv1D}
     for module in model.modules():
         if (kind := kinds.get(type(module))) and module is not but:
@@ -90,7 +90,7 @@ def pack_linear_layers(model: nn.Module, but: nn.Module | None) -> None:
 
 
 def is_packed(layer: Any) -> bool:
-    """Whether the layer's packed weights are in use: not once it trains, is adapted, or has been merged."""
+    """Return whether the layer uses packed weights: not if it trains, is adapted, or has been merged."""
     return isinstance(layer, PackedLinear | PackedConv1D) and "frozen_products" in layer.__dict__ and not trains(layer)
 
 
@@ -110,8 +110,8 @@ class _Product(torch.autograd.Function):
 class PackedHead:
     """`gradsift.training.head.FrozenHead` of an output embedding without bias, packed at first use.
 
-    The number that is subtracted from a place's logits before they are rounded (see `head.py`) is subtracted within
-    the product: by one more column of the weight, which is one everywhere.
+    One more column of the weight, which is one everywhere, subtracts the offset of a place's logits (see `head.py`)
+    within the product, before rounding.
 
     Args:
         weight: (V, D) bfloat16.
@@ -121,27 +121,27 @@ class PackedHead:
         self._plain = weight.detach()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedHead:
-        return self  # it never changes
+        return self  # immutable
 
     @functools.cached_property
     def _weights(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Packed weights of both products, and the vocabulary padded to a multiple of 64 (twice as fast on AMX)."""
+        """Packed weights of both products, and the vocabulary padded to a multiple of 64: twice as fast on AMX."""
         weight = nn.functional.pad(self._plain, (0, 0, 0, -len(self._plain) % 64))
         ones = weight.new_zeros(len(weight), BLOCK)
         ones[:, 0] = 1
         return _pack(torch.cat([weight, ones], 1)), _pack(weight.t()), len(weight)
 
     def chunk(self, count: int) -> int:
-        """Places whose logits are made at once, out of `count`: pieces of like size, in multiples of BLOCK."""
+        """Return how many of `count` places have their logits made at once: equal pieces, in multiples of BLOCK."""
         most = max(BLOCK, _CHUNK_LOGITS // self._weights[2] // BLOCK * BLOCK)
         each = -(-count // max(1, -(-count // most)))
         return max(BLOCK, -(-each // BLOCK) * BLOCK)
 
     def losses(self, hidden: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
-        """Cross entropy (P,) float32 of `targets` (P,) after `hidden` (P, D).
+        """Return the cross entropy (P,) float32 of `targets` (P,) after `hidden` (P, D).
 
         Args:
-            gradient: (P, D), filled with the losses' gradients with respect to `hidden`, where one is given.
+            gradient: (P, D), filled with the gradients with respect to `hidden`; None to skip them.
         """
         forward_weight, backward_weight, _ = self._weights
         count, width = hidden.shape

@@ -1,9 +1,9 @@
-"""What Adam would make of one example's gradient (LESS, section 3).
+"""Adam's update for the gradient of one example (LESS, section 3).
 
     m' = b1 m + (1 - b1) g,   v' = b2 v + (1 - b2) g^2,   Gamma = m' / sqrt(v' + eps)
 
-m and v are the optimiser's at the checkpoint. As in the published code eps stands inside the root and no
-bias is corrected. An example without a gradient stays without one: what is left of m would be the others'.
+m and v are the optimiser's moments at the checkpoint. As in the published code, eps is inside the root and the bias is
+not corrected. The update of an example without a gradient is zero, because m comes from the other examples.
 
 Shape letters: B examples, P parameters.
 """
@@ -33,25 +33,25 @@ class AdamState:
 
     @classmethod
     def read(cls, path: Path, parameters: Mapping[str, nn.Parameter], device: torch.device) -> AdamState:
-        """What `lora.save_optimizer` wrote of these parameters.
+        """Return the moments that `lora.save_optimizer` wrote for these parameters.
 
         Raises:
-            GradsiftError: it has no moments of a parameter.
+            GradsiftError: the file lacks those of a parameter.
         """
         tensors = load_file(path)
         moments = []
         for kind in ("exp_avg", "exp_avg_sq"):
             parts = []
             for name, parameter in parameters.items():
-                found = tensors.get(f"{kind}:{name}")
-                if found is None or found.shape != parameter.shape:
+                moment = tensors.get(f"{kind}:{name}")
+                if moment is None or moment.shape != parameter.shape:
                     raise GradsiftError(f"{path.name} holds no Adam moments of {name}; delete {path.parent.name}")
-                parts.append(found.flatten())
+                parts.append(moment.flatten())
             moments.append(torch.cat(parts).to(device, torch.float32))
         return cls(*moments)
 
     def adjust(self, gradients: torch.Tensor) -> torch.Tensor:
-        """Gamma (B, P) of `gradients` (B, P) float32, which are overwritten."""
+        """Return Gamma (B, P) for `gradients` (B, P) float32, which are overwritten."""
         silent = ~gradients.any(1)
         roots = gradients.square().mul_(1 - BETAS[1]).add_(self.second, alpha=BETAS[1]).add_(EPS).sqrt_()
         adjusted = gradients.mul_(1 - BETAS[0]).add_(self.first, alpha=BETAS[0]).div_(roots)

@@ -1,9 +1,9 @@
-"""How far each example's gradient points where the whole pool's does, at one member's late snapshot.
+"""Cosine of each example's gradient with the mean gradient of the pool, at one member's late snapshot.
 
     cos_i = <g_i, g> / (|g_i| |g|),   g = (1/N) sum_i g_i
 
-over the LoRA parameters, unprojected. Descent goes along -g, so an example with a positive cosine pulls the way
-that the pool pulls. Two passes over the pool: the mean, then each example beside it.
+over the LoRA parameters, unprojected. Descent follows -g, so an example with a positive cosine pulls in the direction
+of the pool. Two passes over the pool: one for the mean, one for the cosines.
 
 Shape letters: N examples, B of a batch, P parameters.
 """
@@ -37,32 +37,31 @@ DIRECTIONS_FILE = "directions.parquet"
 
 
 def directions(runtime: Runtime, config: LoraConfig, member: Artifact, load: Callable[[], ProxyInputs]) -> Artifact:
-    """A table of row (position among the examples), cosine (NaN where the gradient is zero) and norm.
+    """Return the artifact of a table of row (position among the examples), cosine (NaN without a gradient) and norm.
 
     Args:
         member: a member's epoch, with its adapter.
-        load: called only if there is something to be done.
+        load: called only if the table has to be made.
     """
+    slug = member.path.name.rsplit("-", 1)[0]
 
     def make(folder: Path) -> Mapping[str, Any]:
         inputs = load()
-        journal = runtime.journal(folder)
-        label = f"directions of {member.path.name.rsplit('-', 1)[0]}"
         with (
             adapter(inputs.backbone, config, 0, runtime.compute) as adapted,
-            runtime.display.task(label, 2 * len(inputs.encoded)) as advance,
+            runtime.display.task(f"directions of {slug}", 2 * len(inputs.encoded)) as advance,
         ):
             lora.load_adapter(adapted, member.path)
-            columns = cosines(adapted, inputs, mean_gradient(adapted, inputs, advance), advance, journal)
+            mean = mean_gradient(adapted, inputs, advance)
+            columns = cosines(adapted, inputs, mean, advance, runtime.journal(folder))
         pq.write_table(pa.table(columns), folder / DIRECTIONS_FILE)
         return {"rows": len(inputs.encoded)}
 
-    slug = member.path.name.rsplit("-", 1)[0]
     return runtime.store.obtain("direction", slug, {}, [member], make, version=VERSION)
 
 
 def mean_gradient(adapted: Any, inputs: ProxyInputs, advance: Advance = lambda done: None) -> torch.Tensor:
-    """g (P,) float64, in the order of `trainable_parameters`, dropout off.
+    """Return g (P,) float64, in the order of `trainable_parameters`, dropout off.
 
     Raises:
         GradsiftError: it is zero.
@@ -76,9 +75,9 @@ def mean_gradient(adapted: Any, inputs: ProxyInputs, advance: Advance = lambda d
         return torch.cat([part.flatten() for part in torch.autograd.grad(losses.sum(), parameters)])
 
     with lora.evaluating(adapted), torch.enable_grad():
-        for found in inputs.budget.passes(inputs.encoded, of_batch, advance=advance):
-            for part in found:
-                total += part
+        for gradients in inputs.budget.passes(inputs.encoded, of_batch, advance=advance):
+            for gradient in gradients:
+                total += gradient
     if not bool(total.any().cpu()):
         raise GradsiftError("the mean gradient of the pool is zero, so it has no direction; see proxy.learning_rate")
     return total / len(inputs.encoded)
@@ -91,18 +90,17 @@ def cosines(
     advance: Advance = lambda done: None,
     journal: Journal | None = None,
 ) -> dict[str, np.ndarray]:
-    """Columns row (n,) int64, cosine and norm (n,) float64 of the examples that have a response, in their order."""
+    """Return columns row (N,) int64, cosine and norm (N,) float64, in the order of the encoded examples."""
     unit = (mean / mean.norm()).float()
     rows = np.array([example.row for example in inputs.encoded], dtype=np.int64)
     places = {int(row): place for place, row in enumerate(rows)}
     norms, dots = np.zeros(len(rows)), np.zeros(len(rows))
-
     with gradient_pass(adapted, "lora", inputs.backbone.pad_id) as gradients:
 
         def of_batch(batch: Sequence[Encoded]) -> list[tuple[list[int], torch.Tensor, torch.Tensor]]:
             return [
-                ([places[example.row] for example in part], torch.linalg.vector_norm(found, dim=1), found @ unit)
-                for part, found in gradients.parts(batch)
+                ([places[example.row] for example in part], torch.linalg.vector_norm(g, dim=1), g @ unit)
+                for part, g in gradients.parts(batch)
             ]
 
         for batches in inputs.budget.passes(inputs.encoded, of_batch, journal, advance):
@@ -114,9 +112,9 @@ def cosines(
 
 
 def read_cosines(artifacts: Sequence[Artifact], rows: int) -> np.ndarray:
-    """(M, N) float64 of the members' tables; NaN for an example without a gradient."""
-    found = np.full((len(artifacts), rows), np.nan)
+    """Return the members' cosines, (M, N) float64; NaN for an example without a gradient."""
+    cosine = np.full((len(artifacts), rows), np.nan)
     for index, artifact in enumerate(artifacts):
         table = pq.read_table(artifact.file(DIRECTIONS_FILE))
-        found[index, table["row"].to_numpy()] = table["cosine"].to_numpy()
-    return found
+        cosine[index, table["row"].to_numpy()] = table["cosine"].to_numpy()
+    return cosine

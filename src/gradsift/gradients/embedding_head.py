@@ -1,16 +1,16 @@
 """Statistics of each example's gradient with respect to input embedding and LM head (GrADS, arXiv 2511.08620).
 
-The loss is the mean negative log-likelihood of the example's response tokens. Its two gradients are
-matrices of V x D numbers, of which only maximum, minimum, mean and standard deviation are kept, over all
-entries, the zeros included. They are exact, and neither matrix is ever whole in memory:
+The loss is the mean negative log-likelihood of the example's response tokens. Of its two gradients, matrices of V x D
+numbers, the maximum, minimum, mean and standard deviation over all entries are kept, zeros included. They are exact,
+and neither matrix is ever whole in memory:
 
     embedding  the row of a token is the sum of the backprops of its places; every other row is zero
     head       (P - Y)^T H / n over the n response places: P predicted probabilities, Y one-hot targets,
-               H last hidden states; made a chunk of the vocabulary at a time
+               H last hidden states; computed for a chunk of the vocabulary at a time
 
-The head's mean is 0 by definition: the probabilities of a place sum to one, and so does its target. The
-embedding's is 0 but for rounding where every reader of it subtracts a mean first (GPT-2's LayerNorm).
-Where one tensor serves both uses (GPT-2) they are told apart all the same; its gradient is the sum of the two.
+The mean for the head is 0 by definition, because the probabilities and the target of a place both sum to one. That for
+the embedding is 0 up to rounding if all of its readers subtract a mean first (GPT-2's LayerNorm). If one tensor is both
+embedding and head (GPT-2), the two are kept apart; the tensor's gradient is their sum.
 
 Shape letters: B examples of a batch, T tokens, U different tokens of each example, P predicted places of the
 batch, n those of one example, D hidden size, V vocabulary, N examples.
@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,14 +36,12 @@ from gradsift.data.batching import Batch, collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.journal import Journal
+from gradsift.proxy.epochs import ProxyInputs, adapter
 from gradsift.runtime import Advance, Runtime
 from gradsift.training import lora
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.finetuning import require_finite
 from gradsift.training.head import OutputHead
-
-if TYPE_CHECKING:
-    from gradsift.proxy.epochs import ProxyInputs
 
 VERSION = 1
 STATISTICS_FILE = "embedding_gradients.parquet"
@@ -52,7 +50,7 @@ _CHUNK = 2**18  # entries of the head's gradient at a time, 1 MB in float32: the
 
 @dataclass(frozen=True)
 class EmbeddingGradients:
-    """Over all V x D entries of each example's two gradients; (N,) float64 each, NaN without a response token."""
+    """Statistics over the V x D entries of each example's two gradients, (N,) float64; NaN without a response token."""
 
     embedding_max: np.ndarray
     embedding_min: np.ndarray
@@ -71,28 +69,26 @@ COLUMNS = tuple(f"{use}_{name}" for use in ("embedding", "head") for name in ("m
 def embedding_gradients(
     runtime: Runtime, member: Artifact, config: LoraConfig, load: Callable[[], ProxyInputs], count: int
 ) -> Artifact:
-    """The statistics at the weights of a member's epoch, dropout off.
+    """Return the artifact of the statistics at the weights of a member's epoch, dropout off.
 
     Args:
-        member: what `gradsift.proxy.ensemble.train_adapter` made for an epoch; all settings are its own.
+        member: an epoch of `gradsift.proxy.ensemble.train_adapter`.
         config: of its adapter.
-        load: called only if the work has to be done.
-        count: N, the number of examples.
+        load: called only if the statistics have to be made.
+        count: N.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
         backbone, encoded, budget = load()
         device, journal = device_of(runtime.compute), runtime.journal(folder)
-        adapted = lora.add_adapter(backbone.model, config, seed=0)
-        try:
+        with (
+            adapter(backbone, config, 0, runtime.compute) as adapted,
+            runtime.display.task("gradients of embedding and head", len(encoded)) as advance,
+        ):
             lora.load_adapter(adapted, member.path)
-            adapted.to(device)
-            with runtime.display.task("gradients of embedding and head", len(encoded)) as advance:
-                found = collect_statistics(adapted, encoded, budget, backbone.pad_id, device, advance, journal)
-        finally:
-            lora.remove_adapter(adapted)
+            table = collect_statistics(adapted, encoded, budget, backbone.pad_id, device, advance, journal)
         columns = np.full((len(COLUMNS), count), np.nan)
-        columns[:, [example.row for example in encoded]] = found.T
+        columns[:, [example.row for example in encoded]] = table.T
         pq.write_table(pa.table(dict(zip(COLUMNS, columns, strict=True))), folder / STATISTICS_FILE)
         return {"rows": len(encoded), "entries": backbone.model.get_input_embeddings().weight.numel()}
 
@@ -103,15 +99,12 @@ def embedding_gradients(
 def checked_inputs(
     load: Callable[[], ProxyInputs], config: LoraConfig, compute: ComputeConfig
 ) -> Callable[[], ProxyInputs]:
-    """`load` that refuses a model without these gradients before its first member is trained, not after it."""
+    """Return a `load` that refuses a model without these gradients before its first member is trained."""
 
     def checked() -> ProxyInputs:
         inputs = load()
-        adapted = lora.add_adapter(inputs.backbone.model, config, seed=0)
-        try:
-            UseOfEmbedding(adapted.to(device_of(compute)))
-        finally:
-            lora.remove_adapter(adapted)
+        with adapter(inputs.backbone, config, 0, compute) as adapted:
+            UseOfEmbedding(adapted)
         return inputs
 
     return checked
@@ -132,13 +125,13 @@ def collect_statistics(
     progress: Advance = lambda done: None,
     journal: Journal | None = None,
 ) -> np.ndarray:
-    """One pass over the examples at fixed weights, dropout off.
+    """Pass over the examples at fixed weights, dropout off.
 
     Returns:
         (len(encoded), 8) float64, in the order of `encoded`; columns as `COLUMNS`.
 
     Raises:
-        GradsiftError: the model's embedding or head is not plain; a statistic that is not finite, with its rows.
+        GradsiftError: the model's embedding or head is not plain, or a statistic is not finite; names the rows.
     """
     place_of = {example.row: place for place, example in enumerate(encoded)}
     statistics = np.empty((len(encoded), len(COLUMNS)))
@@ -147,15 +140,15 @@ def collect_statistics(
         def one_batch(examples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
             return uses.statistics(collate(examples, pad_id), device)
 
-        for found in budget.passes(encoded, one_batch, journal, progress):
-            for rows, values in found:
+        for parts in budget.passes(encoded, one_batch, journal, progress):
+            for rows, values in parts:
                 require_finite("embedding or head gradient", rows, values.sum(1), encoded)
                 statistics[[place_of[int(row)] for row in rows]] = values.numpy()
     return statistics
 
 
 class UseOfEmbedding:
-    """Watches what a model's input embedding gives, as a context manager, and what its head is given."""
+    """Captures the outputs of a model's input embedding, as a context manager, for gradients with respect to them."""
 
     def __init__(self, adapted: Any) -> None:
         head = OutputHead.of(adapted)
@@ -226,10 +219,10 @@ def embedding_statistics(batch: Batch, backprops: torch.Tensor, vocabulary: int)
 
 
 def head_statistics(output: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Statistics (4,) float64 of one example's gradient of the head.
+    """Return the statistics (4,) float64 of one example's gradient with respect to the head.
 
     Args:
-        output: the head, of which the logits are made again.
+        output: the head; the logits are computed again.
         hidden: (n, D), last hidden states at the example's predicted places.
         targets: (n,), the tokens that follow.
     """
@@ -250,7 +243,7 @@ def head_statistics(output: nn.Linear, hidden: torch.Tensor, targets: torch.Tens
 def _of_moments(
     largest: torch.Tensor, smallest: torch.Tensor, total: torch.Tensor, squares: torch.Tensor, entries: int
 ) -> torch.Tensor:
-    """Maximum, minimum, mean and standard deviation from the sums over so many entries, along a new last axis."""
+    """Return maximum, minimum, mean and standard deviation along a new last axis, from sums over `entries` numbers."""
     mean = total / entries
     deviation = (squares / entries - mean.square()).clamp_min(0).sqrt()
     return torch.stack([largest.double(), smallest.double(), mean, deviation], -1)

@@ -1,12 +1,12 @@
-"""A random projection with entries +-1/sqrt(D): inner products stay what they were, on average.
+"""A random projection with entries +-1/sqrt(D), which keeps inner products on average.
 
-The matrix (P, D) is made of tiles of 1024 parameters, each drawn from the seed and its own number alone, so
-it never has to be in memory, and no result depends, beyond rounding, on how many rows or tiles are worked on
-at once. The error of an inner product has a standard deviation of at most sqrt((|x|^2 |y|^2 + <x,y>^2) / D)
-(Johnson and Lindenstrauss; Achlioptas for signs).
+The standard deviation of an inner product's error is at most sqrt((|x|^2 |y|^2 + <x,y>^2) / D) (Johnson and
+Lindenstrauss; Achlioptas for signs). The matrix (P, D) consists of tiles of 1024 parameters, each drawn from the seed
+and the tile's number, so it is never whole in memory, and results do not depend on the number of rows or tiles at once
+beyond rounding.
 
-Spelling out the signs costs one pass over P x D for every call, as much as the products of about 25 rows (one
-core): give it as many rows as memory holds. Only bits go to a GPU, a 32nd of the signs, which spells them out itself.
+Expanding the random bits to signs costs one pass over P x D per call, as much as the products of about 25 rows on one
+core: call it with as many rows as memory holds. A GPU receives the bits and expands them itself.
 
 Shape letters: B rows, P parameters, D dimensions, S parameters of a tile.
 """
@@ -23,7 +23,7 @@ import torch
 
 _TILE = 1024  # parameters; part of what the projection is
 _STRIP = 512  # dimensions; 2 MB of signs, which a core multiplies with while they are in its cache
-# the eight signs that a byte stands for
+# the eight signs of each byte
 _SIGNS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32) * 2 - 1
 
 
@@ -36,14 +36,14 @@ class Projection:
     seed: int
 
     def __call__(self, gradients: torch.Tensor) -> torch.Tensor:
-        """(B, D) float32 of `gradients` (B, P) float32, on their device."""
-        found = gradients.new_zeros(len(gradients), self.dimensions)
+        """Return the projection (B, D) float32 of `gradients` (B, P) float32, on their device."""
+        projected = gradients.new_zeros(len(gradients), self.dimensions)
         for tile in range(-(-self.size // _TILE)):
-            self._add(found, gradients, tile)
-        return found.div_(self.dimensions**0.5)
+            self._add(projected, gradients, tile)
+        return projected.div_(self.dimensions**0.5)
 
     def seconds(self, rows: int, device: torch.device) -> float:
-        """What a call with so many rows takes, by that of one tile."""
+        """Estimate the seconds of a call with `rows` rows, from one tile."""
         trial = torch.zeros(rows, min(self.size, _TILE), device=device)
         for _ in range(2):  # the first time allocates
             start = time.perf_counter()
@@ -51,22 +51,22 @@ class Projection:
             taken = time.perf_counter() - start
         return taken * -(-self.size // _TILE)
 
-    def _add(self, found: torch.Tensor, gradients: torch.Tensor, tile: int) -> torch.Tensor:
-        """Add to `found` (B, D) what a tile makes of its parameters, times sqrt(D)."""
+    def _add(self, total: torch.Tensor, gradients: torch.Tensor, tile: int) -> torch.Tensor:
+        """Add the projection of a tile's parameters, times sqrt(D), to `total` (B, D)."""
         columns = gradients[:, tile * _TILE : (tile + 1) * _TILE]
         width = _STRIP if gradients.device.type == "cpu" else self.dimensions
         for start, signs in self.signs(tile, gradients.device, width):
-            found[:, start : start + width].addmm_(columns, signs[: columns.shape[1]])
-        return found
+            total[:, start : start + width].addmm_(columns, signs[: columns.shape[1]])
+        return total
 
     def signs(self, tile: int, device: torch.device, width: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """The tile's rows of the matrix times sqrt(D), +1 and -1 in float32 on `device`, a strip after the other.
+        """Yield a tile's rows of the matrix times sqrt(D), +1 and -1 in float32 on `device`, in strips of dimensions.
 
         Args:
-            width: dimensions of a strip, a multiple of 8 where it is not all of them.
+            width: dimensions of a strip; a multiple of 8 unless it is all of them.
 
         Yields:
-            the first dimension of a strip, and the strip (S, at most `width`)
+            The first dimension of a strip, and the strip (S, at most `width`).
         """
         drawn = self._bytes(tile)
         spell = on_cpu if device.type == "cpu" else functools.partial(on_device, device=device)
@@ -76,19 +76,19 @@ class Projection:
             yield start, spelt.reshape(_TILE, -1)[:, : stop - start]
 
     def _bytes(self, tile: int) -> np.ndarray:
-        """(S, bytes) random bytes; a row's do not depend on how many there are of others."""
+        """Return random bytes (S, bytes); those of a row do not depend on the number of other rows."""
         words = -(-self.dimensions // 64)  # a row begins with a new word
         drawn = np.random.PCG64([self.seed, tile]).random_raw(_TILE * words).astype("<u8", copy=False)
         return drawn.view(np.uint8).reshape(_TILE, -1)
 
 
 def on_cpu(drawn: np.ndarray) -> torch.Tensor:
-    """The signs (..., 8) that `drawn` (...) uint8 stand for."""
+    """Return the signs (..., 8) of the bits of `drawn` (...) uint8."""
     return torch.from_numpy(_SIGNS.take(drawn, axis=0))  # twice as fast here as torch's own
 
 
 def on_device(drawn: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The same, looked up on `device`."""
+    """Return the signs of `on_cpu`, looked up on `device`."""
     table = torch.from_numpy(_SIGNS).to(device)
     places = torch.from_numpy(drawn.reshape(-1)).to(device).int()
     return table.index_select(0, places).view(*drawn.shape, 8)

@@ -1,7 +1,7 @@
-"""Gradient norms at fixed weights: a pass over the examples after an epoch, whole or in shards of rows.
+"""Gradient norms at fixed weights: a pass over all examples, or a shard of them, after an epoch.
 
-The unit of work is (member, epoch, shard). Weights are those of a member after an epoch, dropout off: the paper's
-g_i^(m,e). A member of mc_dropout is such a pass over weights that all members share, under masks of its own.
+The unit of work is (member, epoch, shard). Weights are those of the member after the epoch, dropout off: the paper's
+g_i^(m,e). A member of mc_dropout is such a pass over shared weights, under dropout masks of its own.
 """
 
 from __future__ import annotations
@@ -40,23 +40,21 @@ def collect(
     weights: Artifact,
     shard: int,
 ) -> Artifact:
-    """The norms and losses of one shard's examples at `weights`, those of `member` after `epoch`.
+    """Return the norms and losses of one shard's examples at `weights`, those of `member` after `epoch`.
 
     Args:
         load: called only if the shard has to be collected.
         shard: which of `config.shards`, from 0.
     """
-
     label = f"norms of member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
     label += f", shard {shard} of {config.shards}" if config.shards > 1 else ""
 
     def make(folder: Path) -> Mapping[str, Any]:
         return collect_rows(runtime, folder, config, load(), member, epoch, weights, shard, label)
 
+    identity = _identity(runtime, config, member, epoch, weights, shard)
     size = -(-(weights.size or 0) // config.shards)
-    return runtime.store.obtain(
-        **_identity(runtime, config, member, epoch, weights, shard), make=make, size=size, divided=True
-    )
+    return runtime.store.obtain(**identity, make=make, size=size, divided=True)
 
 
 def collect_rows(
@@ -70,18 +68,18 @@ def collect_rows(
     shard: int,
     label: str = "norms",
 ) -> dict[str, Any]:
-    """Take the norms of one shard at `weights` and write them."""
+    """Collect the norms of one shard at `weights` and write them."""
     encoded = shard_of(inputs.encoded, shard, config.shards)
+    masks = None
+    if config.ensemble == "mc_dropout":
+        masks = _mask_seed(runtime, config, member, epoch, shard)
     with (
         adapter(inputs.backbone, config.lora, 0, runtime.compute) as adapted,
         runtime.display.task(label, len(encoded)) as advance,
     ):
         lora.load_adapter(adapted, weights.path)
-        masks = _mask_seed(runtime, config, member, epoch, shard) if config.ensemble == "mc_dropout" else None
-        journal = runtime.journal(folder)
-        pad_id = inputs.backbone.pad_id
-        options: dict[str, Any] = {"masks": masks, "journal": journal}
-        columns = collect_norms(adapted, encoded, inputs.budget, pad_id, runtime.compute, advance, **options)
+        pass_over = (adapted, encoded, inputs.budget, inputs.backbone.pad_id, runtime.compute, advance)
+        columns = collect_norms(*pass_over, masks=masks, journal=runtime.journal(folder))
     info = write_norms(folder, columns, encoded, shard, config.shards)
     return {**info, "all_rows": len(inputs.encoded), **{name: weights.info[name] for name in ("size_A", "size_B")}}
 
@@ -97,7 +95,7 @@ def collect_norms(
     masks: int | None = None,
     journal: Journal | None = None,
 ) -> dict[str, np.ndarray]:
-    """Pass all examples at fixed weights, divided over the ranks; the model is left as it was.
+    """Pass over all examples at fixed weights, divided over the ranks; the model is left as it was.
 
     Args:
         progress: called with the number of examples just done, estimated from their tokens.
@@ -108,25 +106,26 @@ def collect_norms(
     Returns:
         norm_A, norm_B and loss, (N,) float32 each, in the order of `encoded`.
     """
+
+    def tokens(examples: Sequence[Encoded]) -> int:
+        return sum(len(example.input_ids) for example in examples)
+
     mine = parallel.share(encoded)
     module = ProxyMember(adapted, Optimization(0.0, 0.0, "constant", 0, 1), budget, pad_id)
     module.masks, module.journal = masks, journal
-    advance = weighed(lambda done: progress(done * parallel.size()), len(mine), _tokens(mine))
+    advance = weighed(lambda done: progress(done * parallel.size()), len(mine), tokens(mine))
+    bar = LambdaCallback(on_validation_batch_end=lambda *values: advance(tokens(values[3].examples)))
     norms = GradientNormCallback()
-    bar = LambdaCallback(on_validation_batch_end=lambda *values: advance(_tokens(values[3].examples)))
     groups: Any = spread_out(by_length(mine, budget.tokens))
-    with keyboard_interrupts():
+    if groups:
         loader = DataLoader(groups, batch_size=None, collate_fn=Step)
-        quiet_trainer(compute, "auto", [norms, bar]).validate(module, loader, verbose=False)
+        with keyboard_interrupts():
+            quiet_trainer(compute, "auto", [norms, bar]).validate(module, loader, verbose=False)
     return norms.records.of_all_ranks(len(encoded), device_of(compute)).columns(encoded)
 
 
-def _tokens(examples: Sequence[Encoded]) -> int:
-    return sum(len(example.input_ids) for example in examples)
-
-
 def is_collected(runtime: Runtime, config: ProxyConfig, member: int, epoch: int, weights: Artifact, shard: int) -> bool:
-    """Whether the store holds what `collect` would make."""
+    """Return whether the store has what `collect` would make."""
     return runtime.store.has(**_identity(runtime, config, member, epoch, weights, shard))
 
 
@@ -134,7 +133,7 @@ def _identity(
     runtime: Runtime, config: ProxyConfig, member: int, epoch: int, weights: Artifact, shard: int
 ) -> dict[str, Any]:
     settings: dict[str, Any] = {"shard": shard, "shards": config.shards}
-    if config.ensemble == "mc_dropout":  # the masks are drawn batch by batch
+    if config.ensemble == "mc_dropout":  # masks are drawn batch by batch
         settings |= {"masks_of": member, "seed": runtime.seed, "tokens": runtime.compute.mask_batches}
     slug = f"m{member}-e{epoch}" + (f"-s{shard}of{config.shards}" if config.shards > 1 else "")
     return {"stage": "norms", "slug": slug, "config": settings, "parents": [weights], "version": VERSION}

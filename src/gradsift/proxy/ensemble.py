@@ -1,18 +1,18 @@
 """Training of the proxy ensemble, and its per-sample gradient norms.
 
-GRADFILTERING (arXiv 2601.13697), section 3: M adapters on one frozen backbone differ by their
-initial A and their data order; each minimises its own loss. Member m's parameters after e epochs
-are theta^(m,e), and ||g_i^(m,e)|| is the norm of example i's gradient there.
+GRADFILTERING (arXiv 2601.13697), section 3: M adapters on one frozen backbone differ by their initial A and their data
+order, and each minimises its own loss. theta^(m,e) are member m's parameters after e epochs, and |g_i^(m,e)| is the
+norm of example i's gradient there.
 
-That is `lora_seeds`. The two other ensembles are the checks that the paper asks for, in our reading:
+That is `lora_seeds`. The two other ensembles are the ablations that the paper asks for, as we read it:
 
-    bootstrap   all members start from one A; member m trains on as many draws with replacement from the
-                examples as there are, the same ones in every epoch, in an order of its own
-    mc_dropout  one adapter is trained, with dropout (member 0 of `lora_seeds`); member m is a pass over its
-                weights after an epoch under dropout masks of its own
+    bootstrap   all members start from one A; member m trains on N draws with replacement from the N examples, the same
+                in every epoch, in an order of its own
+    mc_dropout  one adapter is trained, with dropout (member 0 of `lora_seeds`); member m is a pass over its weights
+                after an epoch under dropout masks of its own
 
-Norms are taken by a pass over the examples after an epoch (`gradsift.proxy.collection`), and only after
-epochs that something asks for; those of `proxy.collect=during_training` come from the training itself.
+Norms come from a pass over the examples after an epoch (`gradsift.proxy.collection`), for the epochs that a stage asks
+for. With `proxy.collect=during_training` they come from the training steps.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def ensemble_norms(
     load: Callable[[], ProxyInputs],
     epoch: int,
 ) -> list[list[Artifact]]:
-    """The members' norms after an epoch, as [member][shard]; each shard is collected once, whoever asks.
+    """Return the members' norms after an epoch, as [member][shard].
 
     Args:
-        adapters: what `train_adapters` made.
+        adapters: from `train_adapters`.
         load: called only if a shard has to be collected.
     """
     if config.collect == "during_training":
@@ -72,41 +72,37 @@ def collect_shard(
     """Collect one shard of all members at both snapshots.
 
     Returns:
-        The shards of which something is still missing: other processes' work, or work to be done.
+        The shards of which a part does not exist yet.
     """
-    missing = set()
-    for epoch in config.snapshots:
-        for member, weights in enumerate(_weights(config, adapters, epoch)):
-            collect(runtime, config, load, member, epoch, weights, shard)
-    for epoch in config.snapshots:
-        for member, weights in enumerate(_weights(config, adapters, epoch)):
-            there = (is_collected(runtime, config, member, epoch, weights, other) for other in range(config.shards))
-            missing |= {other for other, is_there in enumerate(there) if not is_there}
-    return sorted(missing)
+    weights_of = {epoch: _weights(config, adapters, epoch) for epoch in config.snapshots}
+    members = [(member, epoch, w) for epoch, chain in weights_of.items() for member, w in enumerate(chain)]
+    for member, epoch, weights in members:
+        collect(runtime, config, load, member, epoch, weights, shard)
+    return [
+        other
+        for other in range(config.shards)
+        if not all(is_collected(runtime, config, member, epoch, weights, other) for member, epoch, weights in members)
+    ]
 
 
 def _weights(config: ProxyConfig, adapters: Sequence[Sequence[Artifact]], epoch: int) -> list[Artifact]:
-    """Of each member after an epoch."""
-    found = [chain[epoch - 1] for chain in adapters]
-    return found * config.members if config.ensemble == "mc_dropout" else found
+    """Return each member's weights after an epoch; the members of mc_dropout share theirs."""
+    weights = [chain[epoch - 1] for chain in adapters]
+    return weights * config.members if config.ensemble == "mc_dropout" else weights
 
 
 def train_adapters(
-    runtime: Runtime,
-    config: ProxyConfig,
-    proxy: Artifact,
-    examples: Artifact,
-    load: Callable[[], ProxyInputs],
+    runtime: Runtime, config: ProxyConfig, proxy: Artifact, examples: Artifact, load: Callable[[], ProxyInputs]
 ) -> list[list[Artifact]]:
-    """The adapters of the ensemble, as [adapter][epoch - 1]: one a member, but a single one for mc_dropout.
+    """Return the adapters of the ensemble, as [adapter][epoch - 1]: one per member, but a single one for mc_dropout.
 
-    Each (adapter, epoch) is trained once, whoever asks. Jobs of different shards begin with different members.
+    Jobs of different shards begin with different members, so that they train in parallel.
     """
     count = 1 if config.ensemble == "mc_dropout" else config.members
     first = config.shard or 0
-    order = [(first + place) % count for place in range(count)]
     trained = {
-        member: train_adapter(runtime, config, proxy, examples, load, member, config.total_epochs) for member in order
+        member: train_adapter(runtime, config, proxy, examples, load, member, config.total_epochs)
+        for member in ((first + place) % count for place in range(count))
     }
     return [trained[member] for member in range(count)]
 
@@ -120,27 +116,31 @@ def train_adapter(
     member: int,
     epochs: int,
 ) -> list[Artifact]:
-    """One member's weights after each of its first `epochs` epochs; for `during_training` with the norms of each."""
+    """Return one member's weights after each of its first `epochs` epochs; for `during_training` with their norms."""
     chain: list[Artifact] = []
     for epoch in range(1, epochs + 1):
         previous = chain[-1] if chain else None
-        parents = [previous] if previous else [proxy, examples]
         settings = member_settings(config, runtime, member, epoch)
-        label = f"proxy member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
-        make = _maker(runtime, config, load, label, settings, previous)
-        slug = f"m{member}-e{epoch}"
-        chain.append(runtime.store.obtain("member", slug, settings, parents, make, version=VERSION, divided=True))
+
+        def make(
+            folder: Path, epoch: int = epoch, previous: Artifact | None = previous, settings: Any = settings
+        ) -> Mapping[str, Any]:
+            inputs = load()
+            label = f"proxy member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
+            with runtime.display.task(label, len(inputs.encoded)) as advance:
+                return train_member_epoch(runtime, config, inputs, settings, previous, folder, advance)
+
+        unit = ("member", f"m{member}-e{epoch}", settings, [previous] if previous else [proxy, examples], make)
+        chain.append(runtime.store.obtain(*unit, version=VERSION, divided=True))
     return chain
 
 
 def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: int) -> dict[str, Any]:
-    """What a member's epoch depends on: neither M, nor the snapshots, nor (for a constant rate) the epochs to come."""
-    resampled = {"ensemble": "bootstrap"} if config.ensemble == "bootstrap" else {}
-    # the weights are the same, but the norms are there only where they were taken
-    collected = {"collect": "during_training"} if config.collect == "during_training" else {}
+    """Return what a member's epoch depends on: not M, not the snapshots, and for a constant rate no later epoch."""
     return {
-        **resampled,
-        **collected,
+        **({"ensemble": "bootstrap"} if config.ensemble == "bootstrap" else {}),
+        # the weights are the same, but the norms exist only if they were taken
+        **({"collect": "during_training"} if config.collect == "during_training" else {}),
         "member": member,
         "epoch": epoch,
         "seed": runtime.seed,
@@ -157,22 +157,6 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
     }
 
 
-def _maker(
-    runtime: Runtime,
-    config: ProxyConfig,
-    load: Callable[[], ProxyInputs],
-    label: str,
-    settings: Mapping[str, Any],
-    previous: Artifact | None,
-) -> Callable[[Path], Mapping[str, Any]]:
-    def make(folder: Path) -> Mapping[str, Any]:
-        inputs = load()
-        with runtime.display.task(label, len(inputs.encoded)) as advance:
-            return train_member_epoch(runtime, config, inputs, settings, previous, folder, advance)
-
-    return make
-
-
 def train_member_epoch(
     runtime: Runtime,
     config: ProxyConfig,
@@ -182,20 +166,23 @@ def train_member_epoch(
     folder: Path,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Train one member for one epoch from where the epoch before left it; write it, and norms taken on the way.
+    """Train one member for one epoch and write it, with the norms of its steps where they are wanted.
 
     Args:
-        settings: of `member_settings`; they name the member and the epoch.
+        settings: from `member_settings`; they name the member and the epoch.
+        previous: the epoch before, which this one continues.
+
+    Raises:
+        GradsiftError: the learning rate is 0 throughout the epoch.
     """
     member, epoch = settings["member"], settings["epoch"]
-    lengths = [len(example.input_ids) for example in inputs.encoded]
-    plan = epoch_plan(config, lengths, runtime.seed, member, epoch)
+    plan = epoch_plan(config, [len(example.input_ids) for example in inputs.encoded], runtime.seed, member, epoch)
     optimization = Optimization(
         config.learning_rate,
         config.weight_decay,
         config.schedule,
         config.warmup_steps,
-        total_steps=len(plan) * (settings["scheduled_epochs"] or epoch),  # a constant rate does not depend on it
+        total_steps=len(plan) * (settings["scheduled_epochs"] or epoch),  # irrelevant for a constant rate
     )
     start_step = len(plan) * (epoch - 1)
     if not optimization.mean_rate(start_step, start_step + len(plan)):
@@ -205,14 +192,11 @@ def train_member_epoch(
             "proxy.batch_size"
         )
     start = EpochStart(start_step, derive_seed(runtime.seed, "dropout", member, epoch), previous)
-    first = derive_seed(runtime.seed, "lora", 0 if config.ensemble == "bootstrap" else member)
-    with adapter(inputs.backbone, config.lora, first, runtime.compute) as adapted:
+    lora_seed = derive_seed(runtime.seed, "lora", 0 if config.ensemble == "bootstrap" else member)
+    norms = GradientNormCallback() if config.collect == "during_training" else None
+    with adapter(inputs.backbone, config.lora, lora_seed, runtime.compute) as adapted:
         trajectory = Trajectory(adapted, start.first_step, len(plan))
-        callbacks: list[L.Callback] = [ShowProgress(advance), trajectory]
-        norms = None
-        if config.collect == "during_training":
-            norms = GradientNormCallback()
-            callbacks.append(norms)
+        callbacks: list[L.Callback] = [ShowProgress(advance), trajectory, *([norms] if norms else [])]
         info = train_epoch(adapted, inputs, optimization, plan, start, folder, runtime.compute, callbacks)
         trajectory.write(folder)
     if norms is not None:
@@ -222,7 +206,7 @@ def train_member_epoch(
 
 
 def epoch_plan(config: ProxyConfig, lengths: Sequence[int], seed: int, member: int, epoch: int) -> list[list[int]]:
-    """The batches that a member trains on in an epoch, as positions in `lengths` (in tokens, of the examples)."""
+    """Return a member's batches in an epoch, as positions in `lengths` (tokens of each example)."""
     order = derive_seed(seed, "order", member, epoch)
     if config.ensemble != "bootstrap":
         return epoch_batches(lengths, config.batch_size, config.batching, order)
@@ -232,8 +216,7 @@ def epoch_plan(config: ProxyConfig, lengths: Sequence[int], seed: int, member: i
 
 
 def resample(seed: int, member: int, count: int) -> list[int]:
-    """The positions that a bootstrap member trains on, in every epoch: `count` draws from as many with replacement."""
-    draws: list[int] = (
-        np.random.default_rng(derive_seed(seed, "bootstrap", member)).integers(count, size=count).tolist()
-    )
+    """Return the positions of a bootstrap member, in every epoch: `count` draws with replacement from `count`."""
+    rng = np.random.default_rng(derive_seed(seed, "bootstrap", member))
+    draws: list[int] = rng.integers(count, size=count).tolist()
     return draws

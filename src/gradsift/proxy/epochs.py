@@ -1,4 +1,4 @@
-"""One epoch of an adapter on the proxy's backbone: what the ensemble and the warm-up of gradient features share."""
+"""One epoch of an adapter on the proxy's backbone: shared by the ensemble and the warm-up of gradient features."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 class ProxyInputs(NamedTuple):
-    """What every adapter trains on."""
+    """Backbone and examples that every adapter trains on."""
 
     backbone: Backbone
     encoded: Sequence[Encoded]
-    budget: TokenBudget  # of all adapters: what one of them learnt of the memory holds for the next
+    budget: TokenBudget  # shared by all adapters: once memory ran out, all use fewer tokens
 
 
 class EpochStart(NamedTuple):
-    """Where an epoch goes on from."""
+    """Where an epoch starts."""
 
-    first_step: int  # optimiser steps that earlier epochs took
+    first_step: int  # optimiser steps of earlier epochs
     dropout_seed: int
     previous: Artifact | None  # the epoch before
 
 
 @contextmanager
 def adapter(backbone: Backbone, config: LoraConfig, seed: int, compute: ComputeConfig) -> Iterator[Any]:
-    """The backbone with a fresh adapter, on the device; afterwards it is as it was."""
+    """Yield the backbone with a fresh adapter, on the device; the adapter is removed afterwards."""
     adapted = lora.add_adapter(backbone.model, config, seed)
     try:
         yield adapted.to(device_of(compute))
@@ -60,8 +60,6 @@ def train_epoch(
 ) -> dict[str, Any]:
     """Train over the steps of `plan` (positions in `inputs.encoded`); write adapter, optimiser state and curve.
 
-    An epoch that was interrupted goes on within it (see `fit`).
-
     Returns:
         optimizer_steps, resumed_steps, rows, and the sizes of the adapter's factors.
     """
@@ -70,19 +68,13 @@ def train_epoch(
     if start.previous is not None:
         lora.load_adapter(adapted, start.previous.path)
         module.restore_from = start.previous.file(OPTIMIZER_FILE)
-    keeper = OptimizerKeeper(folder / OPTIMIZER_FILE)
-    callbacks = [*callbacks, keeper]
-    steps = fit(module, encoded, plan, compute=compute, callbacks=callbacks, folder=folder)
+    # the next epoch continues from the optimiser's state
+    keeper = L.pytorch.callbacks.LambdaCallback(
+        on_train_end=lambda trainer, member: lora.save_optimizer(
+            trainer.optimizers[0], lora.trainable_parameters(member.model), folder / OPTIMIZER_FILE
+        )
+    )
+    steps = fit(module, encoded, plan, compute=compute, callbacks=[*callbacks, keeper], folder=folder)
     lora.save_adapter(adapted, folder)
     write_curve(folder, module.curve)
     return {**step_counts(module, steps), "rows": len(encoded), **lora.factor_sizes(adapted)}
-
-
-class OptimizerKeeper(L.Callback):
-    """Writes the optimiser's state when the training ends, for the next epoch to go on from."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def on_train_end(self, trainer: Any, module: Any) -> None:
-        lora.save_optimizer(trainer.optimizers[0], lora.trainable_parameters(module.model), self._path)

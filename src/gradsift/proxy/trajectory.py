@@ -1,10 +1,10 @@
-"""Where an adapter goes while it trains, in a few dimensions: `trajectory.safetensors` beside its weights.
+"""The path of an adapter while it trains, in a few dimensions: `trajectory.safetensors` beside its weights.
 
 A point is a random projection of the update B A over all layers. The factors themselves would not do: A is drawn anew
-for each member and stays near its draw, so members lie far apart before they have learned anything, while their
-updates all start at zero. Coordinate k is the sum over the layers of u_k^T B A v_k / sqrt(D), with vectors of random
-signs that are the same for all members: distances between updates are kept, up to the error of D draws, and B A is
-never formed (arXiv 2601.13697, Fig. 1, shows the adapters by t-SNE).
+for each member and stays near its draw, so members are far apart before they learn anything, while their updates all
+start at zero. Coordinate k is the sum over the layers of u_k^T B A v_k / sqrt(D), where u_k and v_k are vectors of
+random signs, the same for all members. Distances between updates are kept up to the error of D draws, and B A is never
+formed. (arXiv 2601.13697, Fig. 1, shows the adapters by t-SNE.)
 
 Shape letters: P points, D dimensions, R rank, I inputs and O outputs of an adapted layer.
 """
@@ -25,22 +25,24 @@ from gradsift.training import lora
 from gradsift.training.curves import TRAJECTORY_FILE
 
 DIMENSIONS = 64
-POINTS = 16  # an epoch
+POINTS = 16  # per epoch
 
 
 class Trajectory(L.Callback):
-    """Notes the projected update before the first step and at even distances through an epoch; it draws no number
-    from the training's own streams and changes nothing.
+    """Records the projected update before the first step and at even distances through an epoch.
 
-    Args:
-        adapted: the model whose adapter trains.
-        first_step: optimiser steps that earlier epochs took.
-        steps: of this epoch.
+    It uses none of the training's random streams and changes nothing.
     """
 
     def __init__(self, adapted: Any, first_step: int, steps: int) -> None:
-        self._layers = [layer for _, layer in lora.lora_layers(adapted)]
-        self._signs = [_signs(name, layer) for name, layer in lora.lora_layers(adapted)]
+        """
+        Args:
+            adapted: the model whose adapter trains.
+            first_step: optimiser steps of earlier epochs.
+            steps: optimiser steps of this epoch.
+        """
+        layers = dict(lora.lora_layers(adapted))
+        self._layers = [(layer, *_signs(name, layer)) for name, layer in layers.items()]
         self._first = first_step
         self._wanted = {round(steps * part / POINTS) for part in range(1, POINTS + 1)} - {0}
         self._done = 0  # steps of this epoch
@@ -49,17 +51,17 @@ class Trajectory(L.Callback):
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         if self._first == 0 and not self._steps:
-            self._note()
+            self._record()
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
         self._done += 1
         if self._done in self._wanted:
-            self._note()
+            self._record()
 
     @torch.no_grad()
-    def _note(self) -> None:
+    def _record(self) -> None:
         point = torch.zeros(DIMENSIONS)
-        for layer, (left, right) in zip(self._layers, self._signs, strict=True):
+        for layer, left, right in self._layers:
             a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
             outward = left.to(b) @ b  # (D, R)
             inward = right.to(a) @ a.T  # (D, R)
@@ -85,7 +87,7 @@ class Trajectory(L.Callback):
 
 
 def _signs(name: str, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one layer: u (D, O) and v (D, I), int8 of -1 and 1."""
+    """Return u (D, O) and v (D, I) of a layer, int8 of -1 and 1."""
     generator = np.random.default_rng(derive_seed("trajectory", name))
     sizes = (layer.lora_B[ADAPTER].weight.shape[0], layer.lora_A[ADAPTER].weight.shape[1])
     left, right = (torch.from_numpy(generator.choice(np.array([-1, 1], np.int8), (DIMENSIONS, n))) for n in sizes)

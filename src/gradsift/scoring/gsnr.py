@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradsift.gradients.diagnostics import eps_share
+from gradsift.gradients.ensemble_checks import eps_share
 from gradsift.gradients.statistics import Statistics
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 

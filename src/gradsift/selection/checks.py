@@ -169,6 +169,7 @@ def coverage(features: Features, positions: np.ndarray, radius: float) -> Diagno
             "covered_randomly": covered_randomly,
         },
         f"a pool row lies {distance:.3g} (one minus cosine) from the nearest selected one and {random_distance:.3g} "
-        f"from a random selection's; {covered:.0%} of the pool lie within {radius:g}, and {covered_randomly:.0%} of a random one's",
+        f"from a random selection's; {covered:.0%} of the pool lie within {radius:g}, and {covered_randomly:.0%} of a "
+        "random one's",
         "which part of the pool the score leaves out; a selector that spreads its choice covers more",
     )

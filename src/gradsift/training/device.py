@@ -1,4 +1,4 @@
-"""The device, how many tokens pass through a model at once, and what happens when memory does not hold them."""
+"""The device, and how many tokens pass through a model at once: fewer when memory runs out."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from gradsift.runtime import Advance, weighed
 
 T = TypeVar("T")
 _GPU_TOKENS = 16384
-# what torch says where it has no exception of its own: on a CPU under Linux, elsewhere, and from inside cuBLAS
+# torch's messages where it has no exception class: on a CPU under Linux, elsewhere, and from inside cuBLAS
 _SIGNS = ("allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
-_CPU_ACTIVATION = 393_216  # numbers in a (tokens, hidden size) activation that a CPU core's cache still likes
+_CPU_ACTIVATION = 393_216  # numbers in a (tokens, hidden size) activation that still fit a CPU core's cache
 
 
 class TokenBudget:
-    """Padded tokens that pass through a model at once. Halved whenever memory runs out.
+    """Padded tokens that pass through a model at once; halved whenever memory runs out.
 
     No result depends on it beyond rounding, unless lora.dropout is on: masks are drawn batch by batch.
     """
@@ -34,12 +34,9 @@ class TokenBudget:
         self.tokens = tokens
         self.say = say
 
-    def __reduce__(self) -> Any:
-        return TokenBudget, (self.tokens,)  # another process says what it has to say where it can
-
     @classmethod
     def of(cls, model: Any, tokens: int | None, say: Callable[[str], None]) -> TokenBudget:
-        """The budget that was asked for, or what suits the model and the device it is on."""
+        """Return the budget that the config asks for, or one that suits the model and its device."""
         if tokens is None:
             parameter = next(model.parameters())
             hidden = int(getattr(model.config, "hidden_size", None) or parameter.shape[-1])
@@ -48,25 +45,25 @@ class TokenBudget:
         return cls(tokens, say)
 
     def run(self, work: Callable[[int], T], lengths: Sequence[int]) -> T:
-        """`work(tokens)`, from its start with half the tokens after each time that memory ran out.
+        """Return `work(tokens)`; it is repeated with half the tokens each time that memory runs out.
 
         Args:
             work: leaves nothing behind when it fails.
-            lengths: in tokens, of the examples that it passes through the model; they are counted as passed.
+            lengths: tokens of the examples that it passes through the model, for the count of forward tokens.
 
         Raises:
-            GradsiftError: memory does not hold a single one of the examples.
+            GradsiftError: memory does not hold a single example.
         """
         while True:
             try:
-                done = work(self.tokens)
-            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                result = work(self.tokens)
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             else:
                 passed(sum(lengths))
-                return done
-            self._halve(lengths)  # here, where the failed pass is no longer held by the exception
+                return result
+            self._halve(lengths)  # outside of the handler, where the exception no longer holds the failed pass
 
     def passes(
         self,
@@ -75,21 +72,24 @@ class TokenBudget:
         journal: Journal | None = None,
         advance: Advance = lambda done: None,
     ) -> Iterator[list[T]]:
-        """What `work` made of each batch that a group took; the examples go in groups of like length.
+        """Yield what `work` makes of the examples, for one group of similar length after another; see `group`.
 
         Args:
-            journal: keeps what `work` returns, so that an interrupted pass goes on after its last group.
-            advance: told of as many units as there are examples, by their tokens.
+            advance: called with the number of examples just done, estimated from their tokens.
         """
-        told = weighed(advance, len(examples), sum(len(example.input_ids) for example in examples))
+        advance_by_tokens = weighed(advance, len(examples), sum(len(example.input_ids) for example in examples))
         for group in spread_out(by_length(examples, self.tokens)):
             yield self.group(group, work, journal)
-            told(sum(len(example.input_ids) for example in group))
+            advance_by_tokens(sum(len(example.input_ids) for example in group))
 
     def group(
         self, examples: Sequence[Encoded], work: Callable[[list[Encoded]], T], journal: Journal | None = None
     ) -> list[T]:
-        """Return what `work` makes of the examples, batch by batch; they fit the budget unless memory runs out."""
+        """Return what `work` makes of the examples: of all at once, or of smaller batches if memory runs out.
+
+        Args:
+            journal: keeps the results, so that an interrupted pass continues after its last group.
+        """
 
         def batch_by_batch(tokens: int) -> list[T]:
             return [work(batch) for batch in by_length(examples, tokens)]
@@ -116,16 +116,15 @@ class TokenBudget:
 
 
 def tokens_factor(model: Any) -> int:
-    """How many times more tokens than usual suit a pass through `model` on a CPU: its attribute `tokens_factor`, or 1.
+    """Return how many times more tokens than usual suit a pass through `model` on a CPU: its own attribute, or 1.
 
     Packed weights set it: each pass reads all of them once, whatever the number of tokens.
     """
-    factor: int = getattr(model, "tokens_factor", 1)
-    return factor
+    return int(getattr(model, "tokens_factor", 1))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: torch has an exception of its own for GPUs alone."""
+    """Return whether an allocation failed; torch has a class for it on GPUs only."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     message = str(error).lower()
@@ -163,7 +162,11 @@ def _lookups() -> list[tuple[Any, str, Any, Any]]:
 
 
 def device_of(compute: ComputeConfig) -> torch.device:
-    """The device that `compute.device` asks for."""
+    """Return the device that `compute.device` asks for.
+
+    Raises:
+        GradsiftError: there is no such device, or there are fewer than `compute.devices`.
+    """
     if compute.device == "cuda" and not torch.cuda.is_available():
         raise GradsiftError("compute.device=cuda, but torch finds no CUDA device; take compute.device=auto")
     if compute.device == "cpu" or not torch.cuda.is_available():

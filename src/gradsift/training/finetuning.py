@@ -88,7 +88,12 @@ def quiet_trainer(compute: ComputeConfig, strategy: Strategy | str, callbacks: S
     """Return a trainer for one pass over a loader that writes, logs and prints nothing by itself."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     # a loader over tokens in memory needs no workers; the frozen backbone is in evaluation mode on purpose
-    for message in (".*does not have many workers.*", r".*module\(s\) in eval mode.*", ".*LeafSpec.*", ".*no `val_dataloader`.*"):
+    for message in (
+        ".*does not have many workers.*",
+        r".*module\(s\) in eval mode.*",
+        ".*LeafSpec.*",
+        ".*no `val_dataloader`.*",
+    ):
         warnings.filterwarnings("ignore", message)
     shared, has_gpu = isinstance(strategy, Strategy), device_of(compute).type == "cuda"
     own_device: Any = [torch.cuda.current_device()] if has_gpu else 1

@@ -1,7 +1,7 @@
-"""The two matrix products of a frozen linear layer: y = x W + b, and the gradient of x.
+"""The two matrix products of a frozen linear layer: y = x W + b, and the gradient with respect to x.
 
-A layer may carry products of its own in its attribute `frozen_products`: a faster way to the same numbers, for as
-long as its weight does not change. Without one, torch's products are used.
+A layer may have faster products in its attribute `frozen_products`, valid as long as its weight does not change;
+otherwise torch's products are used.
 
 Shape letters: M tokens of a batch, I inputs of a layer, O its outputs.
 """
@@ -18,14 +18,14 @@ class FrozenProducts(Protocol):
     """The products of a weight that does not train."""
 
     def outputs(self, x: torch.Tensor) -> torch.Tensor:
-        """x W + b, (M, O), for x (M, I)."""
+        """Return x W + b, (M, O), for x (M, I)."""
 
     def to_inputs(self, backprops: torch.Tensor) -> torch.Tensor:
-        """backprops W^T, (M, I), for backprops (M, O)."""
+        """Return backprops W^T, (M, I), for backprops (M, O)."""
 
 
 class TorchProducts:
-    """The products by torch."""
+    """The products of torch."""
 
     def __init__(self, layer: Any) -> None:
         self._weight = layer.weight if isinstance(layer, Conv1D) else layer.weight.t()  # (I, O)
@@ -41,17 +41,17 @@ class TorchProducts:
 
 
 def frozen_products(layer: Any) -> FrozenProducts:
-    """The products of a linear layer (`nn.Linear` or GPT-2's `Conv1D`) that does not train."""
+    """Return the products of a frozen linear layer (`nn.Linear` or GPT-2's `Conv1D`)."""
     own: FrozenProducts | None = layer.__dict__.get("frozen_products")
     return TorchProducts(layer) if own is None else own
 
 
 def forget_products(layer: Any) -> None:
-    """Remove what a layer keeps of its weight. Call it before the weight changes, for example by merging."""
+    """Remove the copies that a layer keeps of its weight, before the weight changes (by merging, for example)."""
     layer.__dict__.pop("frozen_products", None)
     layer.__dict__.pop("frozen_head", None)  # see `gradsift.training.head`
 
 
 def trains(layer: Any) -> bool:
-    """Whether a weight or bias of the layer itself is trainable."""
+    """Return whether a weight or bias of the layer itself is trainable."""
     return any(parameter.requires_grad for parameter in layer.parameters(recurse=False))

@@ -1,11 +1,9 @@
 """Token losses of a causal language model without its (B, T, V) logits.
 
-The output head is applied to the hidden states of the predicted places alone, a chunk of them at a
-time, and while a chunk's logits are at hand the gradient that its losses give the hidden states is
-worked out too: the logits are made once and never kept.
+The output head is applied to the hidden states of the predicted places only, a chunk at a time. The gradient with
+respect to the hidden states is computed from a chunk's logits right away, so logits are computed once and never kept.
 
-Shape letters: B examples of a batch, T tokens, D hidden size, P predicted places of the batch,
-V vocabulary.
+Shape letters: B examples of a batch, T tokens, D hidden size, P predicted places of the batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,24 +20,24 @@ from gradsift.training.device import without_host_reads
 from gradsift.training.lora import evaluating
 
 _CHUNK_LOGITS = 2**23  # logits of a chunk, 32 MB in float32; no result depends on it
-_MULTIPLE = 64  # of the vocabulary in bfloat16: other widths run at half speed (50,257 on AMX)
+_MULTIPLE = 64  # of the vocabulary in bfloat16: other widths (50,257) run at half speed on AMX
 
 
 class FrozenHead(Protocol):
-    """Losses of an output embedding that carries a faster way to them, in its attribute `frozen_head`."""
+    """A faster way to the losses of an output embedding, in its attribute `frozen_head`."""
 
     def chunk(self, count: int) -> int:
-        """Places whose logits are made at once, out of `count`."""
+        """Return how many of `count` places have their logits made at once."""
 
     def losses(self, hidden: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
-        """Cross entropy (P,) float32 of `targets` (P,) after `hidden` (P, D); fills `gradient` (P, D) if given."""
+        """Return the cross entropy (P,) float32 of `targets` (P,) after `hidden` (P, D); fill `gradient` (P, D)."""
 
 
 class OutputHead:
-    """The output embedding of a model whose logits are nothing but its product with the last hidden states."""
+    """The output embedding of a model whose logits are its product with the last hidden states, and nothing else."""
 
     def __init__(self, below: nn.Module, embedding: nn.Linear) -> None:
-        self._below = below  # the model below its head: gives the hidden states
+        self._below = below  # the model without its head
         self.vocabulary = embedding.out_features
         weight, bias = embedding.weight.detach(), None if embedding.bias is None else embedding.bias.detach()
         if weight.dtype == torch.bfloat16 and (lacking := -self.vocabulary % _MULTIPLE):
@@ -47,16 +45,16 @@ class OutputHead:
             bias = None if bias is None else F.pad(bias, (0, lacking))
         self.weight, self.bias = weight, bias  # (V, D), (V,); in bfloat16 with zero rows up to a multiple of 64
         self.own: FrozenHead | None = embedding.__dict__.get("frozen_head")
-        # kept from call to call: fresh memory of this size costs as much as the product that fills it
+        # kept between calls: allocating this much costs as much as the product that fills it
         self._logits = torch.empty(0)
         self._exact = torch.empty(0)
 
     @classmethod
     def of(cls, model: Any) -> OutputHead | None:
-        """The head of a causal language model, adapted or not; None where its logits cannot be had this way.
+        """Return the head of a causal language model, adapted or not; None if its logits are computed otherwise.
 
-        Some models scale or cap what the head returns (Gemma, Cohere, Granite). No list of them is
-        kept: a short random batch is passed through both ways, and the logits must be the same bits.
+        Some models scale or cap the head's output (Gemma, Cohere, Granite). Instead of a list of them, a short random
+        batch is passed through both ways, and the logits must be equal bit for bit.
         """
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         embedding = causal.get_output_embeddings()
@@ -65,7 +63,7 @@ class OutputHead:
         return cls(causal.base_model, embedding) if _is_last_step(causal, embedding) else None
 
     def hidden_states(self, inputs: Mapping[str, torch.Tensor], places: torch.Tensor) -> torch.Tensor:
-        """Last hidden states at `places`.
+        """Return the last hidden states at `places`.
 
         Args:
             inputs: of the model's forward, (B, T) each.
@@ -79,19 +77,19 @@ class OutputHead:
         return hidden.flatten(0, 1).index_select(0, places)
 
     def token_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Negative log-likelihood of `targets` (P,) after `hidden` (P, D), in nats; (P,) float32."""
+        """Return the negative log-likelihood of `targets` (P,) after `hidden` (P, D), in nats; (P,) float32."""
         losses: torch.Tensor = _TokenLosses.apply(hidden, targets, self, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
         return losses
 
     def chunk(self, count: int) -> int:
-        """Places whose logits are made at once, of `count`."""
+        """Return how many of `count` places have their logits made at once."""
         return max(1, _CHUNK_LOGITS // len(self.weight)) if self.own is None else self.own.chunk(count)
 
     def buffers(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Room for the logits of `count` places: (count, padded V) in the weight's precision, (count, V) float32."""
+        """Return buffers for logits of `count` places: (count, padded V) like the weight, (count, V) float32."""
         shape = (count, len(self.weight))
         if self._logits.numel() < count * shape[1]:
-            with torch.inference_mode(False):  # or they would be of no use in training afterwards
+            with torch.inference_mode(False):  # a tensor of inference mode could not be used in training afterwards
                 self._logits = self.weight.new_empty(count * shape[1])
                 if self.weight.dtype != torch.float32:
                     self._exact = self.weight.new_empty(count * self.vocabulary, dtype=torch.float32)
@@ -102,7 +100,7 @@ class OutputHead:
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Cross entropy of each place; the gradient of the hidden states is made in the forward pass."""
+    """Cross entropy of each place; the gradient of the hidden states is computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -127,7 +125,7 @@ class _TokenLosses(torch.autograd.Function):
 def _chunk(
     hidden: torch.Tensor, targets: torch.Tensor, head: OutputHead, gradient: torch.Tensor | None
 ) -> torch.Tensor:
-    """Losses (P,) of a chunk; fills `gradient` (P, D) with (softmax - one-hot) W, where one is given."""
+    """Return the losses (P,) of a chunk; fill `gradient` (P, D), if there is one, with (softmax - one-hot) W."""
     if head.own is not None:
         return head.own.losses(hidden, targets, gradient)
     logits, exact = head.buffers(len(hidden))
@@ -144,7 +142,7 @@ def _chunk(
     if gradient is not None:
         exact.div_(total).scatter_add_(1, targets[:, None], torch.full_like(total, -1.0))
         if exact.dtype != logits.dtype:
-            logits[:, : head.vocabulary] = exact  # the columns beyond may hold anything: their weights are zero
+            logits[:, : head.vocabulary] = exact  # the padded columns may hold anything: their weights are zero
         torch.mm(logits, head.weight, out=gradient)
     return losses
 
@@ -152,11 +150,11 @@ def _chunk(
 def _less_rounded(
     hidden: torch.Tensor, targets: torch.Tensor, head: OutputHead, logits: torch.Tensor, exact: torch.Tensor
 ) -> torch.Tensor:
-    """Fill `exact` with the logits less one number a place, and return the targets' own, (P, 1) float32.
+    """Fill `exact` with the logits minus one number per place, and return the targets' logits, (P, 1) float32.
 
-    A logit of 20 in bfloat16 is off by up to .06, and so is the loss by it. The target's logit, which is
-    taken off within the product, before it is rounded, leaves small numbers where it matters: at the words
-    as likely as the target. The target's own is not rounded at all.
+    A logit of 20 in bfloat16 has an error of up to .06, and so has the loss. Subtracting the target's logit within the
+    product, before rounding, leaves small numbers for the words that are as likely as the target. The target's own
+    logit is not rounded.
     """
     own = (hidden.float() * head.weight[targets].float()).sum(1, keepdim=True)
     offset = own.to(logits.dtype)
@@ -178,10 +176,10 @@ def token_losses(
     places: torch.Tensor,
     targets: torch.Tensor,
 ) -> torch.Tensor:
-    """Negative log-likelihood of `targets` (P,) by the tokens at `places` (P,) of the batch, in nats; (P,) float32.
+    """Return the negative log-likelihood of `targets` (P,) after the tokens at `places` (P,), in nats; (P,) float32.
 
     Args:
-        head: of the model, or None: then all of its logits are made.
+        head: of the model, or None to compute all of its logits.
     """
     if head is not None:
         return head.token_losses(head.hidden_states(inputs, places), targets)
@@ -192,14 +190,12 @@ def token_losses(
 
 @torch.no_grad()
 def _is_last_step(causal: Any, embedding: nn.Linear) -> bool:
-    """Whether the model's logits are `embedding` of the last hidden states, bit for bit: it is the same product."""
+    """Return whether the model's logits are `embedding` of the last hidden states, bit for bit."""
     vocabulary = causal.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (2, 7), generator=torch.Generator().manual_seed(0)).to(embedding.weight.device)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-    }  # without a mask a pad id among them is warned of
-    with evaluating(causal):  # a dropout mask would be another one in each pass
+    # without a mask, transformers would warn of a pad id among them
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with evaluating(causal):  # each pass would draw its own dropout mask
         logits = causal(**inputs, use_cache=False).logits
         hidden = causal.base_model(**inputs, use_cache=False)[0]
         if hidden.dtype != embedding.weight.dtype:

@@ -1,7 +1,7 @@
 """Loading a causal language model and its tokenizer, with every weight from the files.
 
-transformers fills weights that the files lack with random numbers, leaves out those that it has no place for, and
-says so in a table. Here both are errors, because results would come from another model than the one that was named.
+transformers fills missing weights with random numbers and ignores weights that it has no place for, and prints a table.
+Here both are errors, because results would come from another model than the one that was named.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from safetensors import SafetensorError
 
 from gradsift.errors import DataError
 
-# Causal masks and rotary frequencies, which old files of GPT-2's kin and of Llama hold: no training changes them, and
-# transformers computes them by itself.
+# Causal masks and rotary frequencies in old files of GPT-2 and Llama models; transformers computes these constants.
 _COMPUTED = re.compile(r"(^|\.)(masked_bias|causal_mask|inv_freq|attn\.bias|attention\.bias)$")
-# What transformers, tokenizers and safetensors raise for files that are broken or do not fit each other. The tokenizers
-# package raises plain `Exception`.
+# Raised by transformers and safetensors for files that are broken or do not fit each other; tokenizers raises plain
+# `Exception`.
 _ERRORS = (
     *(ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, ImportError),
     *(SafetensorError, StrictDataclassError),
@@ -29,11 +28,7 @@ _SHOWN = 3  # names of weights in a message
 
 
 def load_config(source: str, name: str, **options: Any) -> Any:
-    """The config of a model in a folder or of the hub.
-
-    Args:
-        name: of the model, for errors.
-        options: of `AutoConfig.from_pretrained`.
+    """Return the config of a model in a folder or of the hub; `name` is the model's, for errors.
 
     Raises:
         DataError: config.json is broken, or describes no model that transformers has.
@@ -45,11 +40,7 @@ def load_config(source: str, name: str, **options: Any) -> Any:
 
 
 def load_tokenizer(source: str, name: str, **options: Any) -> Any:
-    """The tokenizer of a folder or of a model of the hub.
-
-    Args:
-        name: of the model, for errors.
-        options: of `AutoTokenizer.from_pretrained`.
+    """Return the tokenizer of a folder or of a model of the hub; `name` is the model's, for errors.
 
     Raises:
         DataError: its files are missing or broken.
@@ -68,11 +59,7 @@ def load_tokenizer(source: str, name: str, **options: Any) -> Any:
 
 
 def load_model(source: str, name: str, **options: Any) -> Any:
-    """The model of a folder or of the hub, from safetensors files alone.
-
-    Args:
-        name: of the model, for errors.
-        options: of `AutoModelForCausalLM.from_pretrained`.
+    """Return the model of a folder or of the hub, from safetensors files only; `name` is the model's, for errors.
 
     Raises:
         DataError: files are broken, or weights are missing, left over or of another shape; names some of them.
@@ -92,10 +79,10 @@ def load_model(source: str, name: str, **options: Any) -> Any:
 
 
 def misfits(model: Any, info: Mapping[str, Collection[Any]]) -> list[str]:
-    """What keeps a model from being the one in its files; nothing where all weights came from there.
+    """Return the differences between a model and the weights in its files, if any.
 
     Args:
-        info: transformers' loading info. What is tied to another weight is no longer among its missing ones.
+        info: transformers' loading info; weights that are tied to another one are not among its missing ones.
     """
     unexpected = [name for name in info["unexpected_keys"] if _belongs(name, model) and not _COMPUTED.search(name)]
     shapes = [f"{name} is {list(there)}, not {list(wanted)}" for name, there, wanted in info["mismatched_keys"]]
@@ -108,7 +95,7 @@ def misfits(model: Any, info: Mapping[str, Collection[Any]]) -> list[str]:
 
 
 def _belongs(name: str, model: Any) -> bool:
-    """Whether a weight is of the model's body or head; others are of another task, such as a classifier's head."""
+    """Return whether a weight belongs to the model's body or head, and not to another task, such as a classifier."""
     root = name.split(".", 1)[0]
     own = {child for module in (model, model.base_model) for child, _ in module.named_children()}
     return root in own
@@ -120,17 +107,15 @@ def _some(names: Collection[str]) -> str:
 
 
 @contextmanager
-def readable(what: str, files: str) -> Iterator[None]:
-    """Turn what broken files raise into a `DataError`; `OSError` is the hub's (see `backbones`)."""
+def readable(subject: str, files: str) -> Iterator[None]:
+    """Turn the exceptions of broken files into a `DataError`; `OSError` comes from the hub (see `backbones`)."""
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
-        if not isinstance(error, _ERRORS) and type(error) is not Exception:
+        if isinstance(error, OSError) or not (isinstance(error, _ERRORS) or type(error) is Exception):
             raise
         reason = " ".join(str(error).split())[:200] or "no message"
         remedy = f"see whether {files} are whole and of one model"
         if "trust_remote_code" in str(error):
             remedy = "model.trust_remote_code=true runs the code that comes with it, if you trust that"
-        raise DataError(f"{what} could not be loaded ({type(error).__name__}: {reason}); {remedy}") from error
+        raise DataError(f"{subject} could not be loaded ({type(error).__name__}: {reason}); {remedy}") from error

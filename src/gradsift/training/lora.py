@@ -26,14 +26,14 @@ CONFIG_FILE = "adapter_config.json"
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
-    """Freeze `model` and put a fresh adapter on it; A is drawn with `seed`, B starts at zero.
+    """Freeze `model` and add a fresh adapter: A is drawn with `seed`, B starts at zero.
 
     Returns:
         The model as a `peft.PeftModel`; its LoRA parameters are float32 and the only ones that train.
 
     Raises:
-        ConfigError: `config.targets` names no linear layer of this model, or one that peft refuses. The model is left
-            without an adapter.
+        ConfigError: `config.targets` names no linear layer of this model, or one that peft refuses. The model then
+            has no adapter.
     """
     names = linear_layer_names(model)
     targets: Any = config.targets[0] if config.targets == ["all-linear"] else list(config.targets)
@@ -47,7 +47,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
-        # peft mends the first by itself, and the second is of merging, which `require_mergeable` guards
+        # peft corrects the first itself, and the second concerns merging, which `require_mergeable` guards
         warnings.filterwarnings("ignore", "(fan_in_fan_out is set|Model has `tie_word_embeddings)", UserWarning)
         torch.manual_seed(seed)
         try:
@@ -68,8 +68,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
                 f"lora.targets={config.targets} names a layer that is not linear (an embedding, say), "
                 f"which has no per-sample gradient here; choose among {', '.join(names)}"
             )
-    # The frozen backbone stays in evaluation mode while its adapters train: its own dropout (GPT-2 has
-    # some) would make norms noisy, and a training mode left behind would reach the next member.
+    # The frozen backbone stays in evaluation mode while its adapters train: its own dropout (GPT-2 has some) would make
+    # norms noisy, and the next member would inherit a training mode.
     adapted.eval()
     for _, layer in lora_layers(adapted):
         layer.lora_dropout.train()
@@ -78,23 +78,23 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
 
 
 def _unwrap(model: nn.Module) -> None:
-    """Put the layers back that a failed `get_peft_model` has already taken."""
+    """Restore the layers that a failed `get_peft_model` has already wrapped."""
     wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     for name, module in reversed(wrapped):  # the innermost first
         model.set_submodule(name, module.base_layer)
 
 
 def remove_adapter(adapted: Any) -> nn.Module:
-    """The backbone as it was before `add_adapter`."""
+    """Remove the adapter and return the backbone as it was before `add_adapter`."""
     model: nn.Module = adapted.unload()
     return model
 
 
 def require_mergeable(adapted: Any) -> None:
-    """Refuse an adapter on a head that is the input embedding too: merged, it would change what the model reads.
+    """Refuse an adapter on a head that is also the input embedding: merged, it would change the model's inputs.
 
     Raises:
-        ConfigError: it is such a one.
+        ConfigError: the adapter is on such a head.
     """
     causal = adapted.get_base_model()
     head = causal.get_output_embeddings()
@@ -106,21 +106,21 @@ def require_mergeable(adapted: Any) -> None:
 
 
 def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The adapted layers, in the order of the model's modules."""
+    """Yield names and adapted layers, in the order of the model's modules."""
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
 
 
 def linear_layer_names(model: nn.Module) -> list[str]:
-    """Last parts of the names of the model's linear layers, without repeats."""
+    """Return the last parts of the names of the model's linear layers, without repeats."""
     names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
     return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off; afterwards every module is in the mode it was in."""
+    """Put all modules into evaluation mode, and back into their own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -135,7 +135,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def factor_sizes(adapted: nn.Module) -> dict[str, float]:
-    """Frobenius norms of the active adapter's factors over all layers, as `size_A` and `size_B`."""
+    """Return the Frobenius norms of the active adapter's factors over all layers, as `size_A` and `size_B`."""
     squares = {"A": 0.0, "B": 0.0}
     for _, layer in lora_layers(adapted):
         squares["A"] += float(layer.lora_A[ADAPTER].weight.detach().square().sum())
@@ -145,7 +145,7 @@ def factor_sizes(adapted: nn.Module) -> dict[str, float]:
 
 def save_adapter(adapted: Any, folder: Path) -> None:
     """Write the adapter in peft's own format (safetensors)."""
-    # without being told, peft adds the whole matrix of a head that has an adapter
+    # by default, peft adds the whole matrix of a head that has an adapter
     adapted.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -155,14 +155,18 @@ def save_adapter(adapted: Any, folder: Path) -> None:
 
 
 def load_adapter(adapted: Any, folder: Path) -> None:
-    """Give the active adapter the weights that `save_adapter` wrote."""
+    """Load the weights that `save_adapter` wrote into the active adapter.
+
+    Raises:
+        ConfigError: they do not fit the model.
+    """
     outcome = peft.set_peft_model_state_dict(adapted, load_file(folder / ADAPTER_FILE), adapter_name=ADAPTER)
     if outcome.unexpected_keys:
         raise ConfigError(f"the adapter in {folder.name} does not fit this model: {outcome.unexpected_keys[0]}")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """The optimiser's state, as `<kind>:<parameter>`."""
+    """Return the optimiser's state by `<kind>:<parameter>`."""
     return {
         f"{kind}:{name}": torch.as_tensor(value).detach().cpu().contiguous()
         for name, parameter in parameters.items()
@@ -173,7 +177,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Restore what `optimizer_tensors` gave; the state moves to each parameter's device."""
+    """Restore the state of `optimizer_tensors`, on each parameter's device."""
     for key, value in tensors.items():
         kind, name = key.split(":", 1)
         parameter = parameters[name]
@@ -181,10 +185,10 @@ def restore_optimizer(
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], path: Path) -> None:
-    """Write the optimiser's state (safetensors)."""
+    """Write the optimiser's state as safetensors."""
     save_file(optimizer_tensors(optimizer, parameters), path)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], path: Path) -> None:
-    """Restore what `save_optimizer` wrote."""
+    """Restore the state that `save_optimizer` wrote."""
     restore_optimizer(optimizer, parameters, load_file(path))

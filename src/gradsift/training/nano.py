@@ -1,11 +1,9 @@
-"""The built-in backbones: tiny language models of the embedded world, pretrained from nothing in about half a minute.
+"""The built-in backbones: tiny language models of the embedded world, pretrained in about half a minute.
 
 Shape letters: B batch, T tokens, V vocabulary.
 """
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -31,20 +29,11 @@ CONTEXT = 128  # tokens; the longest example of the embedded world has about 25
 _PAD, _EOS, _UNK, _NEWLINE = "<pad>", "<eos>", "<unk>", "\n"
 
 
-@dataclass(frozen=True)
-class PretrainResult:
-    """How a pretraining ended: steps done, mean loss over the last tenth of the steps (nats a token), seconds."""
-
-    steps: int
-    loss: float
-    seconds: float
-
-
 def nano_tokenizer() -> PreTrainedTokenizerFast:
-    """The word-level tokenizer of the embedded world: one token a word, and one for the end of a line.
+    """Return the word-level tokenizer of the embedded world: one token per word, and one for the end of a line.
 
-    `<eos>` is also the first token where a model wants one (bos); `<pad>` is a token of its own, so that padding can
-    never be taken for the end of an answer. Words outside the world become `<unk>`.
+    `<eos>` is also the first token (bos) for models that need one. `<pad>` is a token of its own, so that padding is
+    never taken for the end of an answer. Other words become `<unk>`.
     """
     words = (_PAD, _EOS, _UNK, _NEWLINE, *VOCABULARY)
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=_UNK))
@@ -70,10 +59,9 @@ def nano_model(
     initializer_range: float = 0.1,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A randomly initialised model of about 0.17 M parameters that fits `nano_tokenizer`; dropout is off throughout.
+    """Return a randomly initialised model of about 0.17 M parameters for `nano_tokenizer`, without dropout.
 
-    The wide initial weights are on purpose: at this width the usual 0.02 leaves the model idle for most of the
-    little training it gets.
+    The initial weights are wide on purpose: at this width the usual 0.02 wastes most of the short training.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -84,9 +72,9 @@ def nano_model(
 def nano_config(
     architecture: Architecture, width: int = 64, layers: int = 3, heads: int = 4, initializer_range: float = 0.1
 ) -> GPT2Config | LlamaConfig:
-    """The config of `nano_model`."""
+    """Return the config of `nano_model`."""
     tokenizer = nano_tokenizer()
-    # One multiple of 64 above the words: matrix products are faster, and no id is out of reach.
+    # the next multiple of 64 above the number of words: matrix products are faster
     shared: dict[str, Any] = {
         "vocab_size": -(-len(tokenizer) // 64) * 64,
         "initializer_range": initializer_range,
@@ -102,8 +90,7 @@ def nano_config(
     if architecture == "llama":
         return LlamaConfig(
             hidden_size=width,
-            # Three matrices where GPT-2 has two: 2 1/2 widths keep the two of a size.
-            intermediate_size=width * 5 // 2,
+            intermediate_size=width * 5 // 2,  # three matrices instead of GPT-2's two: the models are of one size
             num_hidden_layers=layers,
             num_attention_heads=heads,
             max_position_embeddings=CONTEXT,
@@ -123,15 +110,19 @@ def pretrain(
     instructed_share: float = 0.01,
     seed: int = 0,
     progress: Callable[[int, int, float], None] | None = None,
-) -> PretrainResult:
+) -> float:
     """Train all weights of a nano model, in place, on the embedded world's pretraining text.
 
-    Every step sees new rows. The learning rate (AdamW, no weight decay) warms up over a twentieth of the steps and
-    falls linearly to a tenth. Loss: weighted mean NLL over tokens, response tokens and the eos weighing 1 and prompt
-    tokens `prompt_loss_weight`. `progress` is called after every step with step, steps and the loss of the batch.
-    Equal arguments and thread counts give equal weights.
+    Every step has new rows. The learning rate (AdamW, no weight decay) warms up over a twentieth of the steps and falls
+    linearly to a tenth. The loss is the weighted mean negative log-likelihood over tokens: response tokens and the eos
+    weigh 1, prompt tokens `prompt_loss_weight`. Equal arguments and thread counts give equal weights.
+
+    Args:
+        progress: called after every step with step, steps and the loss of the batch.
+
+    Returns:
+        The mean loss over the last tenth of the steps, in nats a token.
     """
-    started = time.perf_counter()
     rows = pretraining_rows(steps * batch_size, seed=seed, instructed_share=instructed_share)
     encoded = _encode(tokenizer, rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
@@ -159,21 +150,21 @@ def pretrain(
             progress(step + 1, steps, losses[-1])
     model.eval()
     tail = losses[-max(1, steps // 10) :]
-    return PretrainResult(steps, sum(tail) / len(tail), time.perf_counter() - started)
+    return sum(tail) / len(tail)
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, rows: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-    """Token ids of each prompt and of its response with the eos."""
+    """Return the token ids of each prompt, and of its response with the eos."""
     prompts = tokenizer([prompt for prompt, _ in rows], add_special_tokens=False)["input_ids"]
     responses = tokenizer([response for _, response in rows], add_special_tokens=False)["input_ids"]
     return [(prompt, [*response, tokenizer.eos_token_id]) for prompt, response in zip(prompts, responses, strict=True)]
 
 
 def _pad(batch: list[tuple[list[int], list[int]]], prompt_loss_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, T), filled up on the right, and the loss weight (B, T) of each: the filling weighs nothing.
+    """Return token ids (B, T), padded on the right, and their loss weights (B, T), 0 for padding.
 
-    Causal attention never looks to the right, so no mask is needed; the filling is the eos, because transformers
-    warns of a pad token that comes without a mask.
+    Causal attention never looks to the right, so no mask is needed. Padding is the eos, because transformers warns of a
+    pad token without a mask.
     """
     longest = max(len(prompt) + len(response) for prompt, response in batch)
     tokens_BT = torch.full((len(batch), longest), batch[0][1][-1])

@@ -1,13 +1,12 @@
-"""What decides the digits of a model's results besides its weights and inputs, and how a loaded model gets it.
+"""How a model computes, besides its weights and inputs, and how a loaded model is set up for it.
 
     precision   of weights and products: float32 or bfloat16
-    residual    of the sums between blocks: float32 or bfloat16 (`gradsift.training.residual`)
+    residual    of the residual stream between blocks: float32 or bfloat16 (`gradsift.training.residual`)
     attention   transformers' name of the implementation
     kernels     version of the compiled CPU kernels that the model uses, or off (`gradsift.cpu`)
 
-Results that were computed in different ways must not be mixed in one ensemble, whose variance V_t would then measure
-the difference between the two ways. So these values are part of a model's identity, and with it of everything that is
-computed from the model.
+Results of different numerics must not be mixed in one ensemble, because its variance V_t would measure the difference
+of the numerics. So these values are part of a model's identity, and of everything that is computed from the model.
 """
 
 from __future__ import annotations
@@ -20,16 +19,14 @@ from gradsift.config import ComputeConfig
 from gradsift.training.device import device_of
 from gradsift.training.residual import residual_in_float32, residual_precision
 
-_ROUNDED = "bfloat16"
-
 
 def dtype_of(compute: ComputeConfig) -> torch.dtype:
-    """The precision in which models are loaded."""
-    return torch.bfloat16 if compute.precision == _ROUNDED else torch.float32
+    """Return the precision in which models are loaded."""
+    return torch.bfloat16 if compute.precision == "bfloat16" else torch.float32
 
 
 def prepare(model: Any, compute: ComputeConfig) -> None:
-    """Set up a model that was just loaded: residual stream, activation, attention and CPU kernels.
+    """Set up residual stream, activation, attention and CPU kernels of a model that was just loaded.
 
     Args:
         model: a causal language model of transformers without adapters, frozen afterwards.
@@ -46,7 +43,7 @@ def prepare(model: Any, compute: ComputeConfig) -> None:
 
 
 def numerics_of(model: Any) -> dict[str, str]:
-    """The numerics of a prepared model, read from the model itself."""
+    """Return the numerics of a prepared model, read from the model itself."""
     return {
         "precision": str(model.dtype).removeprefix("torch."),
         "residual": residual_precision(model),
@@ -56,7 +53,7 @@ def numerics_of(model: Any) -> dict[str, str]:
 
 
 def expected_numerics(config: Any, compute: ComputeConfig, trust_remote_code: bool) -> dict[str, str]:
-    """The numerics that a model will have on this machine, without loading its weights.
+    """Return the numerics that a model will have on this machine, without loading its weights.
 
     The model is built on torch's meta device and prepared like a loaded one.
 
@@ -72,7 +69,7 @@ def expected_numerics(config: Any, compute: ComputeConfig, trust_remote_code: bo
 
 
 def _fuse_gelu(model: Any) -> None:
-    """Compute GPT-2's tanh GELU in one kernel: transformers' own makes eight passes over the widest activation."""
+    """Compute GPT-2's tanh GELU in one kernel; transformers makes eight passes over the widest activation."""
     from transformers.activations import GELUTanh, NewGELUActivation
 
     for module in model.modules():

@@ -1,9 +1,9 @@
 """A trial of an adapter on a model, before hours of training depend on it.
 
-Two short rows of random tokens pass forward and backward through the adapted model, together and then the shorter one
-alone. A fresh adapter adds zero (its B is zero), so each layer, and the logits, must be what they are without it; a
-difference is a layer that is computed wrongly. A row must have the same loss alone and beside another one. The model
-is left as it was, and no random state is used.
+Two short rows of random tokens pass forward and backward through the adapted model, first together and then the shorter
+one alone. A fresh adapter adds zero (its B is zero), so each layer and the logits must be what they are without it;
+otherwise a layer is computed wrongly. A row must have the same loss alone and beside another one. The model is left as
+it was, and no random state is used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from gradsift.config import LoraConfig
-from gradsift.data.batching import Batch, collate
+from gradsift.data.batching import collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.gradients.norms import PerSampleNorms
@@ -32,20 +32,25 @@ _ERRORS = (GradsiftError, RuntimeError, AttributeError, TypeError, ValueError, L
 
 
 def require_adaptable(model: Any, config: LoraConfig, option: str, *, norms: bool) -> None:
-    """Refuse an adapter that cannot train on this model, or whose per-sample gradients cannot be told apart.
+    """Refuse an adapter that cannot train on this model, or whose per-sample gradients are not known.
 
     Args:
-        model: a frozen causal language model without adapters; the trial runs on the device where it is.
-        option: where `config` stands, for the message, such as `proxy.lora`.
-        norms: whether per-sample gradients are wanted, as of the proxy.
+        model: a frozen causal language model without adapters; the trial runs on its device.
+        option: the option that `config` comes from, for the message, such as `proxy.lora`.
+        norms: whether per-sample gradients are needed, as for the proxy.
 
     Raises:
         ConfigError: names the layer, the reason, and targets that were tried and work.
     """
-    rows = _rows(model)
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    rng = np.random.default_rng(0)
+    rows = [
+        Encoded(row, row, rng.integers(vocabulary, size=length).astype(np.int32), np.arange(length) > 0)
+        for row, length in enumerate(_LENGTHS)
+    ]
     try:
         with torch.no_grad(), lora.evaluating(model):
-            logits = _logits(model, _batch(model, rows))
+            logits = _logits(model, rows)
     except _ERRORS as error:
         if is_out_of_memory(error):
             raise
@@ -56,25 +61,16 @@ def require_adaptable(model: Any, config: LoraConfig, option: str, *, norms: boo
     failure = _failure(model, config, rows, logits, norms)
     if failure is None:
         return
-    alone = [name for name in _target_names(model) if [name] != config.targets]
-    usable = [name for name in alone if not _failure(model, replace(config, targets=[name]), rows, logits, norms)]
-    remedy = f"targets that work: {option}.targets=[{','.join(usable)}]" if usable else "no layer of this model works"
-    raise ConfigError(
-        f"{option}.targets=[{','.join(config.targets)}] {_reason(failure, config, model)}; {remedy}"
-    ) from failure
-
-
-def _target_names(model: Any) -> list[str]:
-    """What `lora.targets` may name below the output head."""
+    if isinstance(failure, ConfigError):  # of `add_adapter`
+        reason = str(failure).removeprefix(f"lora.targets={config.targets} ")
+    else:
+        reason = f"cannot be used with {type(model).__name__}: {_first_line(failure)}"
     head = model.get_output_embeddings()
     heads = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module is head}
-    return [name for name in lora.linear_layer_names(model) if name not in heads]
-
-
-def _reason(error: Exception, config: LoraConfig, model: Any) -> str:
-    if isinstance(error, ConfigError):  # of `add_adapter`
-        return str(error).removeprefix(f"lora.targets={config.targets} ")
-    return f"cannot be used with {type(model).__name__}: {_first_line(error)}"
+    others = [n for n in lora.linear_layer_names(model) if n not in heads and [n] != config.targets]
+    usable = [name for name in others if not _failure(model, replace(config, targets=[name]), rows, logits, norms)]
+    remedy = f"targets that work: {option}.targets=[{','.join(usable)}]" if usable else "no layer of this model works"
+    raise ConfigError(f"{option}.targets=[{','.join(config.targets)}] {reason}; {remedy}") from failure
 
 
 def _first_line(error: Exception) -> str:
@@ -82,21 +78,8 @@ def _first_line(error: Exception) -> str:
     return text if isinstance(error, GradsiftError) else f"{type(error).__name__}: {text}"
 
 
-def _rows(model: Any) -> list[Encoded]:
-    """Two rows of random tokens, of which all but the first are predicted."""
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    rng = np.random.default_rng(0)
-    return [
-        Encoded(row, row, rng.integers(vocabulary, size=length).astype(np.int32), np.arange(length) > 0)
-        for row, length in enumerate(_LENGTHS)
-    ]
-
-
-def _batch(model: Any, rows: Sequence[Encoded]) -> Batch:
-    return collate(rows, 0).to(next(model.parameters()).device)
-
-
-def _logits(model: Any, batch: Batch) -> torch.Tensor:
+def _logits(model: Any, rows: Sequence[Encoded]) -> torch.Tensor:
+    batch = collate(rows, 0).to(next(model.parameters()).device)
     logits: torch.Tensor = model(**batch.model_inputs(), use_cache=False).logits
     return logits
 
@@ -104,7 +87,7 @@ def _logits(model: Any, batch: Batch) -> torch.Tensor:
 def _failure(
     model: Any, config: LoraConfig, rows: Sequence[Encoded], logits: torch.Tensor, norms: bool
 ) -> Exception | None:
-    """What goes wrong with an adapter on this model, or None.
+    """Return what goes wrong with an adapter on this model, or None.
 
     Args:
         logits: (B, T, V), of the rows by the model without an adapter.
@@ -117,10 +100,10 @@ def _failure(
         adapted.to(logits.device)
         with lora.evaluating(adapted):
             if norms:
-                PerSampleNorms(adapted)  # refuses layers without a known per-sample gradient
-            with torch.no_grad(), _watched(adapted, norms):
-                found = _logits(adapted, _batch(adapted, rows))
-            _require_equal(found, logits, f"{type(model).__name__} gives other logits with a fresh adapter")
+                PerSampleNorms(adapted)  # refuses layers whose per-sample gradient is not known
+            with torch.no_grad(), _compared(adapted, all_take_part=norms):
+                adapted_logits = _logits(adapted, rows)
+            _require_equal(adapted_logits, logits, f"{type(model).__name__} gives other logits with a fresh adapter")
             together, alone = (_losses(adapted, part, norms) for part in (rows, rows[1:]))
             _require_equal(together[1:], alone, "a row has another loss beside a longer one than alone")
     except _ERRORS as error:
@@ -133,33 +116,34 @@ def _failure(
 
 
 def _losses(adapted: Any, rows: Sequence[Encoded], norms: bool) -> torch.Tensor:
-    """Losses (B,), after a backward pass from them."""
+    """Return the losses (B,), after a backward pass from them."""
     with torch.enable_grad(), PerSampleNorms(adapted) if norms else nullcontext() as probe:
-        losses = ResponseLosses(adapted)(_batch(adapted, rows))
-        losses.sum().backward()
-        if probe is not None and (count := len(probe.take()[0])) != len(rows):
+        losses = ResponseLosses(adapted)(collate(rows, 0).to(next(adapted.parameters()).device))
+        if probe is None:
+            losses.sum().backward()
+        elif (count := len(probe.of(losses)[0])) != len(rows):
             raise GradsiftError(f"{len(rows)} rows gave {count} gradient norms, so its layers do not see row by row")
     return losses.detach()
 
 
 @contextmanager
-def _watched(adapted: Any, all_take_part: bool) -> Iterator[None]:
-    """Compare each adapted layer with its base layer while a fresh adapter is passed, and name the one that fails.
+def _compared(adapted: Any, *, all_take_part: bool) -> Iterator[None]:
+    """Compare each adapted layer with its base layer in the passes within, and name the layer that fails.
 
     Args:
-        all_take_part: whether an adapter that is never passed is an error: it has no per-sample gradient.
+        all_take_part: whether an adapted layer that is never passed is an error: it has no per-sample gradient.
     """
     entered: list[str] = []
-
-    def enter(name: str) -> Any:
-        return lambda module, inputs: entered.append(name)
 
     def compare(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         expected = layer.get_base_layer()(*inputs)
         _require_equal(output, expected, f"{layer.path} gives other outputs with a fresh adapter, which adds zero")
 
     layers = {layer_path(name): layer for name, layer in lora.lora_layers(adapted)}
-    hooks = [layer.register_forward_pre_hook(enter(name)) for name, layer in layers.items()]
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, inputs, name=name: entered.append(name))
+        for name, layer in layers.items()
+    ]
     hooks += [layer.register_forward_hook(compare) for layer in layers.values() if isinstance(layer, AdaptedLinear)]
     try:
         yield
@@ -180,8 +164,8 @@ def _watched(adapted: Any, all_take_part: bool) -> Iterator[None]:
         )
 
 
-def _require_equal(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    """Up to rounding: half of the precision's digits, relative and by norm."""
-    error = torch.linalg.vector_norm((found - expected).double()) / torch.linalg.vector_norm(expected.double())
+def _require_equal(computed: torch.Tensor, expected: torch.Tensor, failure: str) -> None:
+    """Raise unless both are equal to half of the precision's digits, relative and by norm."""
+    error = torch.linalg.vector_norm((computed - expected).double()) / torch.linalg.vector_norm(expected.double())
     if not float(error) <= torch.finfo(expected.dtype).eps ** 0.5:
-        raise GradsiftError(f"{what} (relative difference {float(error):.1e})")
+        raise GradsiftError(f"{failure} (relative difference {float(error):.1e})")

@@ -1,10 +1,9 @@
 """A residual stream in float32 between blocks in bfloat16.
 
-Every block adds its own small term to the stream. In bfloat16 each sum is rounded to three digits, and
-the roundings of all blocks add up in what the last one gives and, backwards, in every gradient: that, and
-not the rounding of the weights, is most of what moves a gradient norm (see
-experiments/2026-11-22-gradient-engine). A float32 stream is read by the norms alone, so all products stay
-in bfloat16.
+Every block adds a small term to the stream. In bfloat16 each sum is rounded to three digits, and the roundings of all
+blocks add up in the output and in every gradient: this, and not the rounding of the weights, causes most of a gradient
+norm's error (experiments/2026-11-22-gradient-engine). Only the normalisation layers read the stream, so a float32
+stream leaves all products in bfloat16.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# Blocks that add what attention and MLP give to a stream that only these norms read: the names of the blocks,
-# of a block's norms, and of the norm after the last block. Models that scale the stream or what is added to
-# it (Gemma, Granite) are not among them.
+# Models whose residual stream is read only by these norms: the names of the blocks, of a block's norms, and of the norm
+# after the last block. Models that scale the stream or its terms (Gemma, Granite) are not supported.
 _LLAMA = ("layers", ("input_layernorm", "post_attention_layernorm"), "norm")
 _STREAMS = {
     "gpt2": ("h", ("ln_1", "ln_2"), "ln_f"),
@@ -28,9 +26,9 @@ _STREAMS = {
 
 
 def residual_in_float32(model: Any) -> bool:
-    """Keep the residual stream of a bfloat16 model in float32, its norms too; their outputs are bfloat16 again.
+    """Keep the residual stream and the norms of a bfloat16 model in float32; the norms' outputs are bfloat16.
 
-    Nothing is changed in a float32 model, nor in one whose blocks are not known here.
+    A float32 model, and one whose blocks are not known here, stay as they are.
 
     Args:
         model: a causal language model of transformers, without adapters.
@@ -43,7 +41,7 @@ def residual_in_float32(model: Any) -> bool:
     if not (norms := stream_norms(model)):
         return False
     blocks = getattr(model.base_model, _STREAMS[model.config.model_type][0])
-    blocks[0].register_forward_pre_hook(_widen)  # from here on the sums are float32, as one of their terms is
+    blocks[0].register_forward_pre_hook(_widen)  # every later sum has a float32 term
     for norm in norms:
         norm.float()
         norm.register_forward_hook(_narrow)
@@ -51,7 +49,7 @@ def residual_in_float32(model: Any) -> bool:
 
 
 def stream_norms(model: Any) -> list[Any]:
-    """The norms that alone read a model's residual stream; none of a model whose blocks are not known here."""
+    """Return the norms that read a model's residual stream; none for a model whose blocks are not known here."""
     kind = model.config.model_type
     if kind not in _STREAMS or not type(model).__module__.startswith("transformers.models."):
         return []  # code from outside may call its own blocks llama
@@ -61,7 +59,7 @@ def stream_norms(model: Any) -> list[Any]:
 
 
 def residual_precision(model: nn.Module) -> str:
-    """What the residual stream of such a model is kept in: float32 or bfloat16."""
+    """Return the precision of a model's residual stream: float32 or bfloat16."""
     if next(model.parameters()).dtype == torch.float32:
         return "float32"
     widened = any(_widen in module._forward_pre_hooks.values() for module in model.modules())

@@ -1,11 +1,11 @@
-"""Where a training goes on from after a kill: a point within the epoch, saved as it goes.
+"""Resuming a training within an epoch, from a point that is saved as it goes.
 
-The batches of a training are known before it begins, so a point is the number of steps taken and all that they
-changed: adapter, optimiser state, the curve, the token budget, and the state of the callbacks. (Dropout masks are
-seeded by the step.) What goes on from it takes the steps that are left, and ends with the same bytes.
+The batches of a training are known before it starts, so a point is the number of steps taken and all that they changed:
+adapter, optimiser state, curve, token budget and the state of the callbacks. (Dropout masks are seeded by the step.) A
+resumed training takes the remaining steps and ends with the same bytes.
 
-One safetensors file, written beside the last one and put in its place: a kill at any moment leaves one of the two. It
-has a checksum: a point that a crash or a disk changed is dropped, and the training begins anew.
+A point is one safetensors file with a checksum, written beside the last one and renamed, so a kill at any moment leaves
+one of the two. A damaged point is dropped, and the training starts again.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from gradsift.training.modules import AdapterModule
 
 POINT_FILE = "training.safetensors"
-_FORMAT = 4  # raised when the file changes: an older one is passed over
-_SHARE = 0.01  # of the time that saving may take, whatever `compute.save_every` says
+_FORMAT = 4  # raised when the file changes: older ones are ignored
+_SHARE = 0.01  # of the time that saving may take, whatever `compute.save_every` asks for
 
 
 class SavePoint(L.Callback):
-    """Saves the point that a training has come to, and puts a fresh one back to it.
+    """Saves the state of a training, and restores it into a fresh one.
 
-    It stands last among the callbacks, so that the others have seen a step before it is saved.
+    It is the last of the callbacks, so that the others have seen a step before it is saved.
     """
 
     def __init__(self, folder: Path, every: float, steps: int, callbacks: Sequence[L.Callback]) -> None:
@@ -46,7 +46,7 @@ class SavePoint(L.Callback):
             folder: of the artifact in the making.
             every: seconds between two points; 0 for one after each step.
             steps: of the whole training.
-            callbacks: whose `state_dict` (tensors and numbers) is saved and given back to `load_state_dict`.
+            callbacks: whose `state_dict` (tensors and numbers) is saved and restored.
         """
         self._path = folder / UNFINISHED / POINT_FILE
         self._every = every
@@ -54,45 +54,45 @@ class SavePoint(L.Callback):
         self._callbacks = {callback.state_key: callback for callback in callbacks}
         self._wait = every
         self._saved_at = time.monotonic()
-        self._found: dict[str, torch.Tensor] = {}  # what is still to be put back
-        self._states: dict[str, dict[str, Any]] = {}  # numbers of the callbacks, likewise
+        self._tensors: dict[str, torch.Tensor] = {}  # still to be restored
+        self._states: dict[str, dict[str, Any]] = {}  # numbers of the callbacks, still to be restored
 
     def restore(self, module: AdapterModule) -> None:
-        """Put adapter, curve and token budget of a fresh `module` back to the point, if there is one.
+        """Restore adapter, curve and token budget of a fresh `module`, if there is a point.
 
-        The rest follows when the training begins.
+        The optimiser and the callbacks follow when the training starts.
         """
         if not self._path.exists():
             return
-        found = _read(self._path)
-        if found is None:
+        point = _read(self._path)
+        if point is None:
             unit = self._path.parents[1].name
             module.budget.say(f"  the save point of {unit} is damaged or of another version; its training begins anew")
             return
-        self._found, about = found
+        self._tensors, about = point
         self._states = about["callbacks"]
         with torch.no_grad():
             for name, parameter in lora.trainable_parameters(module.model).items():
-                parameter.copy_(self._found[f"adapter:{name}"])
-        module.resume(self._found["curve:losses"], self._found["curve:tokens"].tolist())
+                parameter.copy_(self._tensors[f"adapter:{name}"])
+        module.resume(self._tensors["curve:losses"], self._tensors["curve:tokens"].tolist())
         module.budget.tokens = min(module.budget.tokens, about["tokens"])  # memory may have run out before the kill
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         self._saved_at = time.monotonic()
-        if not self._found:
+        if not self._tensors:
             return
         parameters = lora.trainable_parameters(module.model)
-        lora.restore_optimizer(trainer.optimizers[0], parameters, _part(self._found, "optimizer"))
+        lora.restore_optimizer(trainer.optimizers[0], parameters, _part(self._tensors, "optimizer"))
         for key, callback in self._callbacks.items():
-            state = self._states.get(key, {}) | _part(self._found, key)
+            state = self._states.get(key, {}) | _part(self._tensors, key)
             if state:
                 callback.load_state_dict(state)
-        self._found, self._states = {}, {}
+        self._tensors, self._states = {}, {}
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
         if not trainer.is_global_zero:
             return
-        is_last = len(module.curve) == self._steps  # a training without steps to take would not end as one with them
+        is_last = len(module.curve) == self._steps  # a training without steps left would not end like one with them
         if is_last or time.monotonic() - self._saved_at < self._wait:
             return
         started = time.monotonic()
@@ -105,8 +105,9 @@ class SavePoint(L.Callback):
         parameters = lora.trainable_parameters(module.model)
         losses, tokens = module.curve_so_far()
         tensors = {f"adapter:{name}": parameter.detach() for name, parameter in parameters.items()}
-        tensors |= _named("optimizer", lora.optimizer_tensors(trainer.optimizers[0], parameters))
-        tensors |= _named("curve", {"losses": losses, "tokens": tokens})
+        optimizer = lora.optimizer_tensors(trainer.optimizers[0], parameters)
+        tensors |= {f"optimizer:{name}": tensor for name, tensor in optimizer.items()}
+        tensors |= {"curve:losses": losses, "curve:tokens": tokens}
         states: dict[str, dict[str, Any]] = {}
         for key, callback in self._callbacks.items():
             for name, value in callback.state_dict().items():
@@ -119,9 +120,9 @@ class SavePoint(L.Callback):
 
 
 def steps_saved(folder: Path) -> int:
-    """Steps of the point that lies in the folder of an artifact in the making; 0 where there is none."""
-    found = _read(folder / UNFINISHED / POINT_FILE)
-    return 0 if found is None else int(found[1]["steps"])
+    """Return the steps of the point in the folder of an artifact in the making; 0 without one."""
+    point = _read(folder / UNFINISHED / POINT_FILE)
+    return 0 if point is None else int(point[1]["steps"])
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
@@ -137,14 +138,14 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, 
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Tensors and the rest; None where there is no point, or one that this code cannot go on from."""
+    """Return the tensors and the rest of a point; None if there is none that this code can resume from."""
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (SafetensorError, UnicodeDecodeError):  # cut short by a machine that went down, or changed
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, UnicodeDecodeError):  # truncated when a machine went down, or changed
         return None
     text = metadata.get("about", "{}")
     if metadata.get("checksum") != _checksum(tensors, text):
@@ -154,7 +155,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor], about: str) -> str:
-    """SHA-256 over names, types, shapes and bytes."""
+    """Return the SHA-256 over names, types, shapes and bytes."""
     digest = hashlib.sha256(about.encode("utf-8"))
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
@@ -162,10 +163,6 @@ def _checksum(tensors: Mapping[str, torch.Tensor], about: str) -> str:
     return digest.hexdigest()
 
 
-def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"{prefix}:{name}": tensor for name, tensor in tensors.items()}
-
-
 def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors that `_named` gave this prefix, under their own names."""
+    """Return the tensors named `<prefix>:<name>`, by name."""
     return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}:")}

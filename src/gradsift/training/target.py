@@ -61,13 +61,13 @@ def finetune(
     def make(folder: Path) -> Mapping[str, Any]:
         return train_target(runtime, config, load_shown(runtime, target, config.model), chosen, folder)
 
-    slug, size = f"{config.name}-{rows}rows", passes(config, rows)
-    unit = ("finetune", slug, settings, [target, loaded], make)
-    return runtime.store.obtain(*unit, version=VERSION, size=size, exact=exact, divided=True)
+    passed_over = rows * config.epochs if config.epochs else (config.steps or 0) * min(config.batch_size, rows)
+    unit = ("finetune", f"{config.name}-{rows}rows", settings, [target, loaded], make)
+    return runtime.store.obtain(*unit, version=VERSION, size=passed_over, exact=exact, divided=True)
 
 
 def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:
-    """What a finetune depends on besides its examples."""
+    """Return what a finetune depends on besides its examples."""
     return asdict(config) | {
         **encoding_settings(config.template, config.max_length),
         "lora": config.lora.settings,
@@ -78,35 +78,35 @@ def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:
     }
 
 
-def passes(config: TargetConfig, rows: int) -> int:
-    """Examples that pass through the target in a finetune on so many."""
-    return rows * config.epochs if config.epochs is not None else (config.steps or 0) * min(config.batch_size, rows)
-
-
 def planned_steps(config: TargetConfig, rows: int) -> int:
-    """Optimiser steps of a finetune on so many examples."""
+    """Return the optimiser steps of a finetune on `rows` examples."""
     return config.steps if config.steps is not None else (config.epochs or 0) * math.ceil(rows / config.batch_size)
 
 
 def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[list[int]]:
-    """The batches of the whole training: `epochs` passes, or passes until `steps` optimiser steps are filled."""
+    """Return the batches of the whole training: `epochs` passes, or passes until there are `steps` batches.
+
+    Raises:
+        GradsiftError: there is no example.
+    """
     if not len(lengths):
         raise GradsiftError("there is no example to finetune on")
     plan: list[list[int]] = []
     epoch = 0
-    while True:
+    while epoch != config.epochs and (config.steps is None or len(plan) < config.steps):
         epoch += 1
         plan += epoch_batches(lengths, config.batch_size, config.batching, derive_seed(seed, "target order", epoch))
-        if config.epochs is not None and epoch == config.epochs:
-            return plan
-        if config.steps is not None and len(plan) >= config.steps:
-            return plan[: config.steps]
+    return plan[: config.steps] if config.epochs is None else plan
 
 
 def train_target(
     runtime: Runtime, config: TargetConfig, backbone: Backbone, chosen: Sequence[Example], folder: Path
 ) -> dict[str, Any]:
-    """Finetune and write `adapter/` in peft's format and the training curve."""
+    """Finetune, and write `adapter/` in peft's format and the training curve.
+
+    Raises:
+        GradsiftError: no example has a response token for the target's tokenizer.
+    """
     limit = min(config.max_length, backbone.context)
     with runtime.display.task("tokenise for the target", len(chosen)) as advance:
         encoded, report = encode(chosen, backbone.tokenizer, config.template, limit, advance)
@@ -128,7 +128,7 @@ def train_target(
     require_adaptable(backbone.model, config.lora, "target.lora", norms=False)
     adapted = lora.add_adapter(backbone.model, config.lora, derive_seed(runtime.seed, "target lora"))
     sharded = runtime.compute.strategy == "fsdp" and parallel.size() > 1
-    if not sharded:  # else Lightning moves each rank's part alone
+    if not sharded:  # otherwise Lightning moves only this rank's part to the device
         adapted.to(device_of(runtime.compute))
     budget = TokenBudget.of(backbone.model, runtime.compute.tokens, runtime.display.say)
     dropout_seed = derive_seed(runtime.seed, "target dropout")
@@ -136,21 +136,15 @@ def train_target(
         adapted, optimization, budget, backbone.pad_id, dropout_seed=dropout_seed, sharded=sharded
     )
     with runtime.display.task(f"finetune {config.name} on {len(chosen):,} rows", sum(map(len, plan))) as advance:
-        steps = fit(
-            module,
-            encoded,
-            plan,
-            compute=runtime.compute,
-            callbacks=[ShowProgress(advance)],
-            folder=folder,
-        )
+        bar = ShowProgress(advance)
+        steps = fit(module, encoded, plan, compute=runtime.compute, callbacks=[bar], folder=folder)
     lora.save_adapter(adapted, folder / "adapter")
     write_curve(folder, module.curve)
     return {**step_counts(module, steps), "rows": len(encoded), "tokens": sum(int(e["tokens"]) for e in module.curve)}
 
 
 def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str) -> None:
-    """Say what the tokeniser cut or could not use; silence where nothing was lost."""
+    """Print what the tokenizer cut or could not use, if anything."""
     if report.truncated_prompts or report.truncated_responses:
         runtime.display.say(
             f"  of {rows:,} rows {report.truncated_prompts:,} prompts and {report.truncated_responses:,} responses "
@@ -164,7 +158,7 @@ def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str) ->
 
 
 def load_tuned(runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None) -> Backbone:
-    """The target with the adapter of `tuned`, or as it was before any finetuning; on the device."""
+    """Return the target on the device, with the adapter of `tuned` or, for None, as it was before any finetuning."""
     backbone = load_shown(runtime, target, config.model)
     model: Any = backbone.model
     if tuned is not None:

@@ -1,7 +1,7 @@
 """How many threads torch's kernels use on the CPU.
 
-Kernels wait for each other by spinning. On a machine whose cores are busy with other work, a step with one thread too
-many takes many times longer, so `compute.threads=auto` takes the cores that are free.
+Kernels wait for each other by spinning: on a machine that is busy with other work, one thread too many makes a step
+take many times longer. So `compute.threads=auto` takes the cores that are free.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ _MEASURED_FOR = 0.25  # seconds
 
 @functools.cache
 def busy_cores() -> float:
-    """Cores of this machine that other work kept busy for a quarter of a second.
+    """Return how many cores of this machine other work keeps busy, measured once per process.
 
-    Measured once a process: all jobs of a sweep in one process have the same number of threads, and so the same digits.
+    All jobs of a sweep in one process so have the same number of threads, and the same digits.
     """
     return float(psutil.cpu_percent(interval=_MEASURED_FOR)) / 100 * (os.cpu_count() or 1)
 
 
 def threads_of(compute: ComputeConfig) -> int:
-    """The number of threads that `compute.threads` asks for.
+    """Return the number of threads that `compute.threads` asks for.
 
     `auto` is the smallest of torch's own choice (which follows OMP_NUM_THREADS), the cores that affinity and cgroup
-    allow, and the cores that are free, divided by the processes that share a training on a CPU; at least 1. A number
-    in OMP_NUM_THREADS is the user's choice and is taken as it is.
+    allow, and the free cores, divided by the ranks on a CPU; at least 1. OMP_NUM_THREADS itself is taken as it is.
     """
     if compute.threads is None or (compute.threads == "auto" and "OMP_NUM_THREADS" in os.environ):
         return _TORCH_THREADS
@@ -51,7 +50,7 @@ def set_threads(compute: ComputeConfig) -> None:
 
 
 def threads_in_words(compute: ComputeConfig) -> str:
-    """For the plan of a run, such as "1 thread (auto: 2 cores, 1.0 of 2 busy with other work)"."""
+    """Return a phrase such as "1 thread (auto: 2 cores, 1.0 of 2 busy with other work)"."""
     number = torch.get_num_threads()
     words = f"{number} thread{'s' if number > 1 else ''}"
     if compute.threads != "auto" or "OMP_NUM_THREADS" in os.environ:

@@ -1,6 +1,6 @@
-"""A byte-level GPT-2 of random weights: real data through the whole line where no pretrained model is at hand.
+"""A byte-level GPT-2 with random weights, to run real data through all stages without a pretrained model.
 
-It knows no language, so it is for memory and plumbing: what is scored with it says nothing about the data.
+It tests memory and plumbing; its scores say nothing about the data.
 """
 
 import torch
@@ -14,10 +14,10 @@ _PAD, _EOS = "<pad>", "<eos>"
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte of UTF-8, so that any text comes back as it was; beside the 256 `<eos>` and `<pad>`."""
+    """Return a tokenizer of one token per byte of UTF-8, which restores any text, with `<eos>` and `<pad>`."""
     alphabet = sorted(ByteLevel.alphabet())  # 256 printable characters, one for each byte
     tokenizer = Tokenizer(BPE({character: index for index, character in enumerate(alphabet)}, merges=[]))
-    # without merges the usual cut into words changes no token; leaving it out halves the time
+    # without merges, splitting into words changes no token, and skipping it halves the time
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
@@ -31,14 +31,14 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def bytes_model(*, width: int = 128, layers: int = 4, heads: int = 4, seed: int = 0) -> GPT2LMHeadModel:
-    """A GPT-2 of about a million parameters, drawn with `seed` and never trained; dropout is off throughout."""
+    """Return an untrained GPT-2 of about a million parameters, drawn with `seed`, without dropout."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPT2LMHeadModel(bytes_config(width, layers, heads))
 
 
 def bytes_config(width: int = 128, layers: int = 4, heads: int = 4) -> GPT2Config:
-    """The config of `bytes_model`."""
+    """Return the config of `bytes_model`."""
     tokenizer = bytes_tokenizer()
     return GPT2Config(
         vocab_size=-(-len(tokenizer) // 64) * 64,  # a multiple of 64: matrix products are faster
@@ -46,7 +46,7 @@ def bytes_config(width: int = 128, layers: int = 4, heads: int = 4) -> GPT2Confi
         n_embd=width,
         n_layer=layers,
         n_head=heads,
-        activation_function="gelu_pytorch_tanh",  # GPT-2's function in one kernel: a sixth less time a step
+        activation_function="gelu_pytorch_tanh",  # GPT-2's function in one kernel: a sixth less time per step
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradsift.gradients.diagnostics import LEAST_ADAPTER_SPREAD, LEAST_NORM_SPREAD
+from gradsift.gradients.ensemble_checks import LEAST_ADAPTER_SPREAD, LEAST_NORM_SPREAD
 from gradsift.report.figures import style
 from gradsift.report.figures.convergence import shown_steps, smooth
 from gradsift.report.figures.groups import representative

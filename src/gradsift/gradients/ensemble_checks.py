@@ -1,11 +1,12 @@
-"""Is the proxy ensemble what the score takes it for?
+"""Diagnostics of the proxy ensemble: whether it is what the score assumes.
 
-GRADFILTERING (arXiv 2601.13697) takes the members for samples of a posterior, and a falling gradient norm
-for learning. Its failure signatures are a collapsed ensemble (V_t near 0) and a proxy that does not learn
-(scores near 0); a norm that rises and an eps that outweighs what it is added to turn the ranking over.
+GRADFILTERING (arXiv 2601.13697) takes the members for samples of a posterior, and a falling gradient norm for learning.
+Its failure signatures are a collapsed ensemble (V_t near 0) and a proxy that does not learn (scores near 0). A rising
+norm, and an eps larger than what it is added to, change the ranking as well.
 
-Examples without statistics (NaN) are left out. Shape letters: M members, N examples, R rank, I inputs and
-O outputs of an adapted layer.
+Examples without statistics (NaN) are left out.
+
+Shape letters: M members, N examples, R rank, I inputs and O outputs of an adapted layer.
 """
 
 from __future__ import annotations
@@ -20,73 +21,71 @@ from gradsift.diagnostics import Diagnostic
 from gradsift.gradients.statistics import Statistics
 from gradsift.training.curves import read_curve
 
-# Relative distance of the members' updates: 0 for one member twice, sqrt(2) for unrelated ones. The
-# ensembles of experiments/LOG.md, none of which is collapsed, have 1.1 (nano, M = 5) and 1.3 (SmolLM2, M = 3).
+# Each bound is followed by what was measured in the runs of experiments/LOG.md, in which no ensemble has collapsed.
+
+# Relative distance of two members' updates: 0 for equal ones, sqrt(2) for unrelated ones. Measured: 1.1 (nano, M = 5)
+# and 1.3 (SmolLM2, M = 3).
 LEAST_ADAPTER_SPREAD = 0.3
-# Median of sqrt(V_t) / G_t: 0.10-0.11 (nano) and 0.03 (SmolLM2) there. The draw of A alone gives 0.02 to members
-# that never learned (smoke run), so what lies below are members that are copies of each other.
+# Median of sqrt(V_t) / G_t. Measured: 0.10-0.11 (nano), 0.03 (SmolLM2). Members that never learned have 0.02, from the
+# draw of A alone (smoke run), so members below are copies of each other.
 LEAST_NORM_SPREAD = 0.01
-# Relative fall of the loss between the snapshots, over the same examples, so without sampling noise:
-# 0.06-0.11 there. A learning rate too small by orders of magnitude gives 1e-5 and less.
+# Relative fall of the loss between the snapshots, over the same examples, so without sampling noise. Measured:
+# 0.06-0.11; a learning rate too small by orders of magnitude gives 1e-5 and less.
 LEAST_FALL_BETWEEN_SNAPSHOTS = 0.001
-# From the first to the last tenth of the batches, which hold different examples: 0.3 there.
+# Relative fall from the first to the last tenth of the batches, which hold different examples. Measured: 0.3.
 LEAST_FALL_FROM_START = 0.01
 # Batches in such a tenth, of all members: fewer differ by more than they learn (5 % between two in the smoke run).
 LEAST_BATCHES = 10
-# A norm that rises for every second example says more about the regime than about the examples.
+# Share of examples whose norm rises: above, the training regime decides more than the examples.
 MOST_NEGATIVE_DROPS = 0.5
-# Relative error of a norm in float32, far above what tests of the norms find for most (1e-6). A norm that changed by
-# less may have risen on one processor and fallen on another.
+# Relative error of a norm in float32; tests find 1e-6 for most. A smaller change has no reliable sign.
 FLOAT32_ERROR = 1e-5
-# Median of |G_s - G_t| / G_s: 0.08-0.16 there. Below this every score is near zero and noise ranks.
+# Median of |G_s - G_t| / G_s. Measured: 0.08-0.16. Below, every score is near zero and noise decides the ranking.
 LEAST_DROP_SIZE = 0.005
-# The examples in which eps takes V_t's place have the highest scores of all; a hundredth of the pool
-# is a fifth of the paper's smallest budget.
+# Share of examples in which eps outweighs V_t: they get the highest scores. 1 % of the pool is a fifth of the paper's
+# smallest budget.
 MOST_EPS_DOMINATED = 0.01
-# Median relative error of a bfloat16 norm, its part that differs between members, by the precision of the residual
-# stream (SmolLM2, 300 Alpaca rows, see experiments/2026-11-22-gradient-engine).
+# Median relative error of a norm in bfloat16, the part that differs between members, by the precision of the residual
+# stream (SmolLM2, 300 Alpaca rows; experiments/2026-11-22-gradient-engine).
 BFLOAT16_ERROR = {"float32": 0.0029, "bfloat16": 0.0041}
-# Its square is the share of V_t that is rounding. At .09 and .13 of the members' spread G-SNR agreed with float32's by
-# a Spearman of .982 and .978 there: the first is too near to the bar of .98 to be trusted on 300 rows.
+# The same error over the members' spread; its square is the share of V_t that is rounding. At .09 and .13 G-SNR agreed
+# with float32 by a Spearman correlation of .982 and .978, where .98 is wanted.
 MOST_ERROR_OVER_SPREAD = 0.08
 
 
 def diagnose_ensemble(
     trained: Sequence[Sequence[Artifact]], statistics: Statistics | None, members: int
 ) -> list[Diagnostic]:
-    """Everything that can be said of the ensemble.
+    """Return all diagnostics of an ensemble.
 
     Args:
-        trained: [adapter][epoch - 1], up to the late snapshot; as many as members, or one that they share.
-        statistics: None if the scorer does not use them; what needs them is then left out.
+        trained: [adapter][epoch - 1], up to the late snapshot; one adapter per member, or one that all share.
+        statistics: None if the scorer does not use them; the diagnostics that need them are left out.
         members: M.
     """
-    from gradsift.training.lora import ADAPTER_FILE  # torch comes with it; reports need the bounds above alone
+    from gradsift.training.lora import ADAPTER_FILE  # imports torch; reports need only the bounds above
 
     adapters = [load_file(chain[-1].file(ADAPTER_FILE)) for chain in trained]
     curves = [[entry["loss"] for epoch in chain for entry in read_curve(epoch.path)] for chain in trained]
     (numerics,) = trained[0][-1].computed_by.values()  # of the proxy
     error = 0.0 if numerics["precision"] == "float32" else BFLOAT16_ERROR[numerics["residual"]]
-    found = [adapter_spread(adapters), loss_from_start(curves)]
+    diagnostics = [adapter_spread(adapters), loss_from_start(curves)]
     if statistics is not None:
-        found += [
+        diagnostics += [
             norm_spread(statistics, members),
             loss_between_snapshots(statistics),
             drop_sign(statistics),
             drop_size(statistics),
             norm_precision(error, statistics),
         ]
-    return found
-
-
-# ---------------------------------------------------------------------------------------- collapse
+    return diagnostics
 
 
 def adapter_spread(adapters: Sequence[Mapping[str, np.ndarray]]) -> Diagnostic:
-    """Mean distance of two members' updates B A over the mean norm of an update, all layers together.
+    """Judge the mean distance of two members' updates B A, relative to the mean norm of an update, over all layers.
 
-    The factors themselves cannot tell: A is drawn anew for each member and stays near its draw, and B
-    is written in A's basis, so either has a spread of sqrt(2) even where all members compute the same.
+    The factors themselves do not tell: A is drawn anew for each member and stays near its draw, and B is relative to
+    A's basis, so both have a spread of sqrt(2) even if all members compute the same function.
 
     Args:
         adapters: each member's `lora_A` (R, I) and `lora_B` (O, R) weights, by peft's names.
@@ -96,28 +95,24 @@ def adapter_spread(adapters: Sequence[Mapping[str, np.ndarray]]) -> Diagnostic:
     products = update_products(adapters)
     squares = np.diag(products)
     norm = float(np.sqrt(squares).mean())
-    check = "that proxy.learning_rate and the number of steps move the adapters"
     if norm == 0:
-        return Diagnostic(
-            "adapter_spread",
-            "warning",
-            {"relative_distance": None},
-            f"no member's adapter has left zero; check {check}",
+        message = (
+            "no member's adapter has left zero; check that proxy.learning_rate and the number of steps move the "
+            "adapters"
         )
+        return Diagnostic("adapter_spread", "warning", {"relative_distance": None}, message)
     first, second = np.triu_indices(len(adapters), k=1)
     between = squares[first] + squares[second] - 2 * products[first, second]
     spread = float(np.sqrt(np.maximum(between, 0)).mean()) / norm
+    seen = f"two members' updates lie {spread:.2g} of their norm apart (unrelated ones 1.4)"
+    check = "V_t, and the members' seeds and data orders"
     return Diagnostic.judged(
-        "adapter_spread",
-        spread < LEAST_ADAPTER_SPREAD,
-        {"relative_distance": spread},
-        f"two members' updates lie {spread:.2g} of their norm apart (unrelated ones 1.4)",
-        "V_t, and the members' seeds and data orders",
+        "adapter_spread", spread < LEAST_ADAPTER_SPREAD, {"relative_distance": spread}, seen, check
     )
 
 
 def update_products(adapters: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    """Inner products of the members' updates B A, without ever forming one; (M, M) float64.
+    """Return the inner products of the members' updates B A, (M, M) float64, without forming an update.
 
     <B A, B' A'> = sum over the entries of (B^T B') * (A A'^T), both (R, R).
     """
@@ -126,9 +121,8 @@ def update_products(adapters: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
         if "lora_A" not in name:
             continue
         a = np.stack([adapter[name] for adapter in adapters]).astype(np.float64)  # (M, R, I)
-        b = np.stack([adapter[name.replace("lora_A", "lora_B")] for adapter in adapters]).astype(
-            np.float64
-        )  # (M, O, R)
+        b_name = name.replace("lora_A", "lora_B")
+        b = np.stack([adapter[b_name] for adapter in adapters]).astype(np.float64)  # (M, O, R)
         for m in range(len(adapters)):
             for n in range(len(adapters)):
                 products[m, n] += ((b[m].T @ b[n]) * (a[m] @ a[n].T)).sum()
@@ -136,14 +130,13 @@ def update_products(adapters: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
 
 
 def norm_spread(statistics: Statistics, members: int) -> Diagnostic:
-    """Median over the examples of sqrt(V_t) / G_t, the norms' coefficient of variation over the members."""
+    """Judge the median over the examples of sqrt(V_t) / G_t, the norms' coefficient of variation over the members."""
     if members < 2:
         return Diagnostic.unknown("norm_spread", "median_variation", "one member has no variance")
-    variance, norm = _defined(statistics.V_t, statistics.G_t)
-    moved = norm > 0
-    if not moved.any():
+    variations = _variations(statistics)
+    if not variations.size:
         return Diagnostic.unknown("norm_spread", "median_variation", "no example has a gradient at the late snapshot")
-    variation = float(np.median(np.sqrt(variance[moved]) / norm[moved]))
+    variation = float(np.median(variations))
     return Diagnostic.judged(
         "norm_spread",
         variation < LEAST_NORM_SPREAD,
@@ -153,35 +146,37 @@ def norm_spread(statistics: Statistics, members: int) -> Diagnostic:
     )
 
 
-# ---------------------------------------------------------------------------------------- learning
-
-
 def norm_precision(error: float, statistics: Statistics) -> Diagnostic:
-    """Whether the norms are known better than the members differ.
+    """Judge the rounding error of a norm against the spread of the members.
 
-    Rounding moves each member's norm another way, so it enters V_t; it is harmless only where the members
-    differ by much more.
+    Rounding moves each member's norm another way, so it enters V_t; it is harmless only if the members differ by much
+    more.
 
     Args:
-        error: by which rounding moves a norm, relative; 0 in float32.
+        error: relative error of a norm by rounding; 0 in float32.
     """
     if not error:
         return Diagnostic("norm_precision", "ok", {"error_over_spread": 0.0}, "gradient norms were taken in float32")
-    late, variance = _defined(statistics.G_t, statistics.V_t)
-    moving = late > 0
-    spread = float(np.median(np.sqrt(variance[moving]) / late[moving])) if moving.any() else 0.0
+    variations = _variations(statistics)
+    spread = float(np.median(variations)) if variations.size else 0.0
     if not spread > 0:
         return Diagnostic.unknown("norm_precision", "error_over_spread", "the members do not differ")
     share = error / spread
     seen = f"bfloat16 moves a norm by about {error:.1%}, the members differ by {spread:.1%}"
     check = "the ranking with compute.precision=float32"
-    return Diagnostic.judged(
-        "norm_precision", share > MOST_ERROR_OVER_SPREAD, {"error_over_spread": share}, seen, check
-    )
+    values = {"error_over_spread": share}
+    return Diagnostic.judged("norm_precision", share > MOST_ERROR_OVER_SPREAD, values, seen, check)
+
+
+def _variations(statistics: Statistics) -> np.ndarray:
+    """Return sqrt(V_t) / G_t of the examples that have a gradient at the late snapshot."""
+    variance, norm = _defined(statistics.V_t, statistics.G_t)
+    variations: np.ndarray = np.sqrt(variance[norm > 0]) / norm[norm > 0]
+    return variations
 
 
 def loss_between_snapshots(statistics: Statistics) -> Diagnostic:
-    """Relative fall of the members' mean loss from the early to the late snapshot, over the same examples."""
+    """Judge the relative fall of the members' mean loss from the early to the late snapshot, over the same examples."""
     early, late = _defined(statistics.loss_s, statistics.loss_t)
     if not early.size or not early.mean() > 0:
         return Diagnostic.unknown("loss_between_snapshots", "relative_fall", "no example has a loss that could fall")
@@ -190,13 +185,14 @@ def loss_between_snapshots(statistics: Statistics) -> Diagnostic:
 
 
 def loss_from_start(curves: Sequence[Sequence[float]]) -> Diagnostic:
-    """Relative fall of the training loss from the first to the last tenth of the batches.
+    """Judge the relative fall of the training loss from the first to the last tenth of the batches.
 
     Args:
-        curves: each member's mean loss of each batch, epoch after epoch to the late snapshot; nats a token.
+        curves: each member's mean loss of each batch up to the late snapshot; nats a token.
     """
-    firsts = np.array([loss for curve in curves for loss in curve[: _tenth(curve)]])
-    lasts = np.array([loss for curve in curves for loss in curve[-_tenth(curve) :]])
+    tenths = [max(1, len(curve) // 10) for curve in curves]
+    firsts = np.array([loss for curve, tenth in zip(curves, tenths, strict=True) for loss in curve[:tenth]])
+    lasts = np.array([loss for curve, tenth in zip(curves, tenths, strict=True) for loss in curve[-tenth:]])
     if firsts.size < LEAST_BATCHES:
         reason = f"a tenth of all members' batches is {firsts.size}, too few to tell"
         return Diagnostic.unknown("loss_from_start", "relative_fall", reason)
@@ -204,10 +200,6 @@ def loss_from_start(curves: Sequence[Sequence[float]]) -> Diagnostic:
         return Diagnostic.unknown("loss_from_start", "relative_fall", "the first batches have no loss that could fall")
     moments = ("in the first tenth of the batches", "in the last")
     return _fall("loss_from_start", firsts, lasts, moments, LEAST_FALL_FROM_START)
-
-
-def _tenth(curve: Sequence[float]) -> int:
-    return max(1, len(curve) // 10)
 
 
 def _fall(name: str, before: np.ndarray, after: np.ndarray, moments: tuple[str, str], least: float) -> Diagnostic:
@@ -223,14 +215,11 @@ def _fall(name: str, before: np.ndarray, after: np.ndarray, moments: tuple[str, 
     )
 
 
-# ----------------------------------------------------------------------------------- drops and eps
-
-
 def drop_sign(statistics: Statistics) -> Diagnostic:
-    """Mean of G_s - G_t, and the share of examples in which it is negative.
+    """Judge the mean of G_s - G_t and the share of examples in which it is negative.
 
-    Where it is negative, dividing by V_t favours a high variance, the opposite of what the score is for. A drop of a
-    rounding's size has no sign; of those `drop_size` warns.
+    Where it is negative, dividing by V_t favours a high variance, the opposite of what the score is for. A drop within
+    rounding has no sign; `drop_size` warns of it.
     """
     early, late = _defined(statistics.G_s, statistics.G_t)
     if not early.size:
@@ -252,7 +241,7 @@ def drop_sign(statistics: Statistics) -> Diagnostic:
 
 
 def drop_size(statistics: Statistics) -> Diagnostic:
-    """Median of |G_s - G_t| / G_s: near zero so are all scores."""
+    """Judge the median of |G_s - G_t| / G_s; if it is near zero, so are all scores."""
     early, late = _defined(statistics.G_s, statistics.G_t)
     moved = early > 0
     if not moved.any():
@@ -268,7 +257,7 @@ def drop_size(statistics: Statistics) -> Diagnostic:
 
 
 def eps_share(eps: float, denominators: Mapping[str, np.ndarray]) -> Diagnostic:
-    """Share of the examples in which eps is at least as large as what it is added to.
+    """Judge the share of examples in which eps is at least as large as what it is added to.
 
     Args:
         denominators: what the score adds eps to, by name: G_s (norm), V_t (norm squared); (N,) each.
@@ -288,6 +277,6 @@ def eps_share(eps: float, denominators: Mapping[str, np.ndarray]) -> Diagnostic:
 
 
 def _defined(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The entries in which both are numbers."""
+    """Return the entries in which both are finite."""
     both = np.isfinite(first) & np.isfinite(second)
     return first[both], second[both]

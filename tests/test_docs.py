@@ -36,11 +36,11 @@ def commands_of(text: str) -> list[list[str]]:
 
 
 BARE = {("experiment=" + name,) for name in EXPERIMENTS}  # test_config.py composes these
+WRITTEN = dict.fromkeys(tuple(command) for page in PAGES for command in commands_of(page.read_text()))
 COMMANDS = [
-    pytest.param(command, id=" ".join(command))
-    for page in PAGES
-    for command in commands_of(page.read_text())
-    if tuple(command) not in BARE and OWN not in " ".join(command)
+    pytest.param(list(command), id=" ".join(command))
+    for command in WRITTEN
+    if command not in BARE and OWN not in " ".join(command)
 ]
 
 

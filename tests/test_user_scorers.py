@@ -85,6 +85,25 @@ def test_the_scorer_of_the_tutorial_runs(gradsift) -> None:
     assert "statistics" in {stage["name"] for stage in run["stages"]}
 
 
+def test_other_groups_of_the_user_are_found_too(gradsift) -> None:
+    (gradsift.folder / "my_selectors.py").write_text(
+        "import numpy as np\n"
+        "from gradsift.selection.choice import Choice\n"
+        "def first_rows(scores, size):\n    return Choice(np.arange(size))\n"
+    )
+    for group, text in {
+        "selector/first_rows": "_target_: my_selectors.first_rows\nname: first_rows\n",
+        "experiment/mine": "# @package _global_\nalpha: 0.05\n",
+    }.items():
+        file = gradsift.folder / "conf" / f"{group}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    own = ("experiment=[smoke,mine]", *SMOKE[1:], "scorer=random", "selector=first_rows", "stop_after=selection")
+    assert gradsift(*own) == 0
+    (run,) = gradsift.runs()
+    assert (run["alpha"], run["selection"]["rows"]) == (0.05, 6)
+
+
 def test_a_file_of_a_name_that_gradsift_has_is_said_to_be_unused(gradsift, capsys) -> None:
     (gradsift.folder / "conf" / "scorer").mkdir(parents=True)
     (gradsift.folder / "conf" / "scorer" / "random.yaml").write_text("_target_: nowhere.f\nname: random\n")

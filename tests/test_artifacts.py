@@ -1,4 +1,4 @@
-"""Laws of the store: whole or not there, found by what it is, never stale."""
+"""Laws of the store: artifacts are complete or absent, found by their fingerprint, and never stale."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_finished_work_is_reused_and_counted(tmp_path: Path) -> None:
     assert [(r.reused, r.optimizer_steps) for r in again.records] == [(True, 0)]
 
 
-def test_a_change_of_config_parents_or_version_is_other_work(tmp_path: Path) -> None:
+def test_another_config_parent_or_version_is_another_artifact(tmp_path: Path) -> None:
     _, base = build(tmp_path, {"a": 1})
     _, parent = build(tmp_path, {"a": 2})
     others = [
@@ -64,7 +64,7 @@ def test_the_order_of_options_is_not_part_of_the_fingerprint() -> None:
     assert fingerprint_of("s", 1, {"a": 1, "b": 2}, []) == fingerprint_of("s", 1, {"b": 2, "a": 1}, [])
 
 
-def test_whoever_watches_a_store_is_told_which_unit_is_at_work(tmp_path: Path) -> None:
+def test_a_store_reports_the_unit_that_is_being_made(tmp_path: Path) -> None:
     told: list[str] = []
 
     def at_work(label: str) -> contextlib.AbstractContextManager[None]:
@@ -77,7 +77,7 @@ def test_whoever_watches_a_store_is_told_which_unit_is_at_work(tmp_path: Path) -
     assert told == ["stage slug"]
 
 
-def test_a_manifest_says_what_was_made_of_what_and_with_what(tmp_path: Path) -> None:
+def test_a_manifest_has_config_parents_counts_files_and_versions(tmp_path: Path) -> None:
     _, parent = build(tmp_path, {"a": 1})
     _, artifact = build(tmp_path, {"a": 2}, [parent])
     written = json.loads(artifact.file(MANIFEST).read_text())
@@ -109,8 +109,8 @@ def test_the_size_of_work_is_its_own_or_the_largest_of_its_parents(tmp_path: Pat
     assert (unsized.size, child.size) == (None, None)
 
 
-def test_work_in_a_store_is_found_by_the_next_version_of_the_code() -> None:
-    """Other names or another order in what is hashed would make everybody's work anew, though nothing changed."""
+def test_the_next_version_of_the_code_finds_the_artifacts_of_this_one() -> None:
+    """Another order or other names in what is hashed would invalidate every artifact without a reason."""
     assert (MANIFEST, UNFINISHED) == ("manifest.json", "unfinished")
     numerics = {"precision": "float32", "kernels": "off"}
     parent = Artifact("backbone", Path("x"), "0123456789ab", {"info": {"content": "c0"}}, numerics=numerics)
@@ -161,8 +161,8 @@ ENTRIES = {  # of a manifest, and what cannot stand there
 
 @pytest.mark.parametrize("sealed", [True, False])
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_a_manifest_that_is_not_of_the_request_is_noticed(tmp_path: Path, entry: str, sealed: bool) -> None:
-    """Also where its own checksum fits, or is not there, as in manifests of earlier versions."""
+def test_a_manifest_that_does_not_fit_the_request_counts_as_damage(tmp_path: Path, entry: str, sealed: bool) -> None:
+    """Holds with a matching checksum, and without one as in manifests of earlier versions."""
     _, artifact = build(tmp_path, {})
     manifest = json.loads(artifact.file(MANIFEST).read_text()) | ENTRIES[entry]
     if sealed:
@@ -178,8 +178,8 @@ def test_a_manifest_that_is_not_of_the_request_is_noticed(tmp_path: Path, entry:
 
 
 @pytest.mark.parametrize("key", ["info", "seconds", "config", "files", "parents", "finished"])
-def test_a_manifest_whose_content_was_changed_is_noticed(tmp_path: Path, key: str) -> None:
-    """As by a flipped bit: everything else is as it should be."""
+def test_a_changed_manifest_counts_as_damage(tmp_path: Path, key: str) -> None:
+    """The change is like a flipped bit: everything else is right."""
     _, artifact = build(tmp_path, {"a": 1})
     text = artifact.file(MANIFEST).read_text()
     manifest = json.loads(text)
@@ -191,7 +191,7 @@ def test_a_manifest_whose_content_was_changed_is_noticed(tmp_path: Path, key: st
     assert "manifest.json does not fit its checksum" in heard[0] and len(heard) == 1
 
 
-def test_a_manifest_of_an_earlier_version_without_a_checksum_is_taken(tmp_path: Path) -> None:
+def test_a_manifest_of_an_earlier_version_without_a_checksum_is_accepted(tmp_path: Path) -> None:
     _, artifact = build(tmp_path, {})
     manifest = json.loads(artifact.file(MANIFEST).read_text())
     del manifest["checksum"]
@@ -199,8 +199,8 @@ def test_a_manifest_of_an_earlier_version_without_a_checksum_is_taken(tmp_path: 
     assert build(tmp_path, {}, text="never written")[0].records[0].reused
 
 
-def test_a_note_of_who_began_that_cannot_be_read_ends_nothing(tmp_path: Path) -> None:
-    """Nor does what is left in the file of the lock."""
+def test_an_unreadable_note_of_the_versions_does_not_stop_the_work(tmp_path: Path) -> None:
+    """Neither does an unreadable lock file."""
     heard: list[str] = []
 
     def make(folder: Path) -> dict:
@@ -219,7 +219,7 @@ def test_a_note_of_who_began_that_cannot_be_read_ends_nothing(tmp_path: Path) ->
     assert "other code or packages" in heard[2]
 
 
-def test_work_that_failed_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+def test_failed_work_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     def fail(folder: Path) -> dict:
         (folder / "half.txt").write_text("half")
         raise ValueError("stop")
@@ -232,7 +232,7 @@ def test_work_that_failed_leaves_nothing_that_looks_whole(tmp_path: Path) -> Non
     assert not artifact.file("half.txt").exists()  # the leftover was cleared
 
 
-def test_resumable_work_goes_on_from_what_is_there(tmp_path: Path) -> None:
+def test_work_that_keeps_its_files_continues_from_them(tmp_path: Path) -> None:
     def make(folder: Path) -> dict:
         with (folder / "lines.txt").open("a") as stream:
             stream.write("line\n")
@@ -325,7 +325,7 @@ def test_a_full_disk_names_the_stage(tmp_path: Path) -> None:
         Store(tmp_path).obtain("stage", "slug", {}, [], make, version=1)
 
 
-def test_an_os_error_that_is_not_about_the_store_is_not_disguised(tmp_path: Path) -> None:
+def test_an_os_error_outside_the_store_passes_unchanged(tmp_path: Path) -> None:
     def make(folder: Path) -> dict:
         return {"text": Path("no such file").read_text()}
 
@@ -333,7 +333,7 @@ def test_an_os_error_that_is_not_about_the_store_is_not_disguised(tmp_path: Path
         Store(tmp_path).obtain("stage", "slug", {}, [], make, version=1)
 
 
-def test_work_goes_on_from_what_it_keeps_as_unfinished_and_the_artifact_holds_none_of_it(tmp_path: Path) -> None:
+def test_work_continues_from_unfinished_which_the_artifact_does_not_contain(tmp_path: Path) -> None:
     said: list[str] = []
 
     def make(folder: Path) -> dict:
@@ -359,7 +359,7 @@ def test_work_goes_on_from_what_it_keeps_as_unfinished_and_the_artifact_holds_no
     assert "continuing from where an interrupted run was" in said[0]
 
 
-def test_another_config_never_goes_on_from_this_ones_point(tmp_path: Path) -> None:
+def test_another_config_never_continues_from_this_ones_state(tmp_path: Path) -> None:
     def make(folder: Path) -> dict:
         found = list((folder / UNFINISHED).glob("point"))
         (folder / UNFINISHED / "point").write_text("")
@@ -375,7 +375,7 @@ def test_another_config_never_goes_on_from_this_ones_point(tmp_path: Path) -> No
     Store(tmp_path).obtain("stage", "slug", {"a": 1}, [], make, version=1)
 
 
-def test_going_on_with_other_code_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_continuing_with_other_code_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
 
     def make(folder: Path) -> dict:
@@ -393,7 +393,7 @@ def test_going_on_with_other_code_is_said(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_unit_that_two_processes_make_at_once_is_not_kept_by_the_first(tmp_path: Path) -> None:
-    """As where locks hold on one machine alone, or somebody clears them away."""
+    """Happens if locks work on one machine only, or somebody deletes them."""
     lock = []
 
     def make(folder: Path) -> dict:
@@ -412,7 +412,7 @@ def test_a_unit_that_two_processes_make_at_once_is_not_kept_by_the_first(tmp_pat
 
 
 def test_a_store_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No file system here lacks them, so the system call is told to."""
+    """The file systems here have locks, so the system call is replaced."""
 
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -423,7 +423,7 @@ def test_a_store_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.glob("stage/slug*")) == []
 
 
-def test_a_clock_that_is_wrong_changes_nothing(tmp_path: Path) -> None:
+def test_wrong_clocks_change_nothing(tmp_path: Path) -> None:
     _, made = build(tmp_path, {})
     manifest = json.loads(made.file(MANIFEST).read_text()) | {"finished": "2999-01-01T00:00:00Z"}
     write_manifest(made.path, manifest)
@@ -443,7 +443,7 @@ def test_a_clock_that_is_wrong_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "said"), [({"code": "other"}, "commit a1b2"), ({"packages": {}}, "torch None")])
-def test_work_of_other_code_is_said(tmp_path: Path, change: dict, said: str) -> None:
+def test_reuse_of_work_of_other_code_is_reported(tmp_path: Path, change: dict, said: str) -> None:
     _, made = build(tmp_path, {})
     heard: list[str] = []
     Store(tmp_path, heard.append).obtain("stage", "slug", {}, [], lambda folder: {}, version=1)
@@ -475,7 +475,7 @@ def test_edited_code_is_other_code_at_any_commit(tmp_path: Path) -> None:
     assert described() != first
 
 
-def test_between_stages_only_what_names_the_store_is_its_error(tmp_path: Path) -> None:
+def test_between_stages_only_errors_that_name_the_store_are_its_own(tmp_path: Path) -> None:
     gone = r"the run could not keep.*was its disk unmounted"
     with pytest.raises(GradsiftError, match=gone), guarded(tmp_path, "the run", nameless=False):
         (tmp_path / "stage" / "scores.parquet").read_bytes()

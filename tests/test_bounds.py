@@ -1,4 +1,4 @@
-"""Whole numbers and sweeps that only a slip of the keyboard asks for are refused before they are spelt out."""
+"""Laws of bounds: numbers and sweeps that only a typing error asks for are refused before they are listed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_largest_value_is_taken_and_the_next_is_refused(config: Config, name
         replace(config.proxy, **{name: most + 1})
 
 
-def test_a_number_of_hundreds_of_digits_is_not_spelt_out(config: Config) -> None:
+def test_a_number_of_hundreds_of_digits_is_not_printed(config: Config) -> None:
     with pytest.raises(ConfigError, match=r"^seed=\(a number of about 900 digits\) is more than 4,294,967,295"):
         replace(config, seed=10**900)
     with pytest.raises(ConfigError, match=r"about 5,000 digits"):  # Python refuses to
@@ -77,15 +77,13 @@ def test_a_number_of_hundreds_of_digits_is_not_spelt_out(config: Config) -> None
         ("proxy.snapshots", "[1,1000000000]"),
     ],
 )
-def test_what_would_fill_the_memory_is_refused_from_the_command_line(option: str, value: str) -> None:
+def test_a_number_that_would_fill_the_memory_is_refused_on_the_command_line(option: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"{option}=1.* is more than "):
         composed(f"{option.replace('lora', 'proxy.lora')}={value}")
 
 
 @pytest.mark.parametrize("wrong", [("--bootstrap", "0"), ("--bootstrap", "1000000000"), ("--seed", "-1")])
-def test_so_is_what_a_command_beside_the_run_would_fill_it_with(
-    wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_commands_refuse_such_numbers_too(wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert records.main(["nothing.jsonl", *wrong]) == 2
     assert "--bootstrap must be at least 1 and at most 100,000" in capsys.readouterr().err
 
@@ -145,7 +143,7 @@ def test_a_number_of_thousands_of_digits_is_refused_by_its_option() -> None:
         ("proxy=null", "choose one of: gpt2, "),
     ],
 )
-def test_a_line_and_exit_code_2_are_all_that_is_seen(
+def test_a_refused_argument_ends_with_one_line_and_exit_code_2(
     argument: str, remedy: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     from gradsift import cli
@@ -176,7 +174,7 @@ def parsed(*overrides: str) -> Any:
         *("range(0,7)", "range(0,7,2)", "range(5,0,-2)", "range(0,1,0.25)", "range(0,1,0.1)", "range(3,3)", "range(4)"),
     ],
 )
-def test_the_count_is_that_of_the_values(text: str) -> None:
+def test_the_count_equals_the_number_of_values(text: str) -> None:
     (override,) = parsed(f"alpha={text}")
     assert _count(override) == len(list(values_of(override)))
 
@@ -191,7 +189,7 @@ def test_the_count_is_that_of_the_values(text: str) -> None:
         (f"range(0,{'9' * 900})", r"more than 10\^15"),
     ],
 )
-def test_a_sweep_of_too_many_jobs_is_counted_and_not_made(text: str, count: str) -> None:
+def test_a_sweep_of_too_many_jobs_is_counted_without_listing_them(text: str, count: str) -> None:
     with pytest.raises(ConfigError, match=rf"sweep has {count} jobs, and alpha has {count} values; at most 10,000"):
         _require_few(parsed(f"alpha={text}", "seed=0"), searches=False)
 

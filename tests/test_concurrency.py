@@ -1,4 +1,4 @@
-"""Laws of several processes at work on one store: nothing is made twice, nothing half-written is read."""
+"""Laws of several processes on one store: nothing is made twice, and nothing half-written is read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _command(folder: str, store: str, log: str, arguments: tuple[str, ...]) -> N
 
 
 def begin(gradsift: Any, name: str, *arguments: str) -> BaseProcess:
-    """The command line in a process and a folder of its own; what it prints goes to `NAME.log`."""
+    """Start the command line in a new process and folder; its output goes to `NAME.log`."""
     folder = gradsift.folder / name
     folder.mkdir()
     given = (str(folder), str(gradsift.store), str(gradsift.folder / f"{name}.log"), arguments)
@@ -51,13 +51,13 @@ def ended_well(gradsift: Any, *processes: BaseProcess) -> None:
 
 
 def made(gradsift: Any) -> Counter[str]:
-    """How often each unit was made, over every `run.json` of every process."""
+    """Return how often each unit was made, over every `run.json` of every process."""
     runs = [json.loads(path.read_text()) for path in gradsift.folder.glob("*/*/*/*/**/run.json")]
     return Counter(stage["artifact"] for run in runs for stage in run["stages"] if not stage["reused"])
 
 
 def require_whole(store: Path) -> int:
-    """Every artifact is what its manifest says, and nothing else lies there; returns how many."""
+    """Assert that every artifact is as its manifest says and that there is nothing else; return their number."""
     folders = [path for path in store.glob("*/*") if path.is_dir()]
     for folder in folders:
         assert not folder.name.endswith(".part")
@@ -104,7 +104,7 @@ def test_a_dead_holders_lock_is_taken_over_by_one_of_those_who_wait(gradsift) ->
 
 
 def _stop_at_work(process: BaseProcess, stage: Path) -> None:
-    """Stop a process that is in the middle of a unit, where it cannot let go of it."""
+    """Stop a process that is making a unit."""
     assert process.pid is not None
     while True:
         _until(lambda: list(stage.glob("*.part")))

@@ -1,4 +1,4 @@
-"""Every YAML composes, wrong values are refused before anything heavy is imported, and defaults have one place."""
+"""Laws of the config: every YAML composes, and wrong values are refused before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def _is_choice(key: str) -> bool:
 
 
 def composed(*overrides: str) -> Config:
-    """The checked config of these overrides.
+    """Return the checked config of these overrides.
 
-    Hydra takes half a second to compose, so the composition of equal choices is shared, and plain values are set in it.
+    Hydra takes half a second to compose, so equal choices share a composition, and plain values are set in it.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     values = [each for each in parsed if each.type is OverrideType.CHANGE and not _is_choice(each.key_or_group)]
@@ -108,7 +108,7 @@ def test_the_help_names_every_choice() -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_word_turns_the_same_key_for_every_scorer() -> None:
+def test_proxy_options_have_the_same_name_for_every_scorer() -> None:
     for group, choice in CHOICES:
         if group == "scorer":
             config = composed(f"scorer={choice}", "target_set=verifiable", "proxy.members=3", "proxy.snapshots=[1,3]")
@@ -249,7 +249,7 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["objective=loss"], "objective='loss' is not known; choose one of: pws, accuracy, heldout_loss"),
     ],
 )
-def test_a_value_that_cannot_be_used_is_named_with_the_remedy(
+def test_an_invalid_value_is_named_with_the_remedy(
     overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("GRADSIFT_DATA", raising=False)
@@ -276,10 +276,8 @@ NOT_THE_ENCODERS = NOT_THE_PROXYS | {"embeddings", "target_embeddings"}
         if pair[0] in ("scorer", "selector")
     ],
 )
-def test_what_asks_for_the_proxy_is_refused_with_one_that_does_not_know_the_data_and_nothing_else(
-    group: str, choice: str
-) -> None:
-    """Held against the functions' signatures."""
+def test_a_proxy_that_does_not_know_the_data_is_refused_for_the_methods_that_use_it(group: str, choice: str) -> None:
+    """Compares with the functions' signatures."""
     import inspect
     from importlib import import_module
 
@@ -313,7 +311,7 @@ def test_what_asks_for_the_proxy_is_refused_with_one_that_does_not_know_the_data
 
 
 @pytest.mark.parametrize("ends", [["stop_after=statistics"], ["scorer=full"], ["stop_after=scores"]])
-def test_a_selector_that_is_not_reached_needs_no_target_set(ends: list[str]) -> None:
+def test_a_selector_that_the_run_does_not_reach_needs_no_target_set(ends: list[str]) -> None:
     assert composed("selector=gradient_walk", *ends).target_set.name == "none"
 
 
@@ -331,7 +329,7 @@ def test_a_selector_that_is_not_reached_needs_no_target_set(ends: list[str]) -> 
         (["nosuch=1"], "nosuch is no option; known: data, target_set"),
     ],
 )
-def test_an_option_that_another_choice_has_or_none_is_named_so(
+def test_an_unknown_option_is_reported_with_the_choices_that_have_it(
     overrides: list[str], message: str, gradsift: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert gradsift(*overrides) == 2
@@ -376,13 +374,13 @@ def test_a_method_is_the_recipe_of_its_paper(method: str) -> None:
         assert getattr(found, "name", found) == value, option
 
 
-def test_cherrys_budget_is_a_share_of_the_surviving_rows() -> None:
+def test_the_budget_of_cherry_is_a_share_of_the_scored_rows() -> None:
     config = composed("method=cherry")
     assert (config.scorer_name, config.budget_base) == ("cherry", "scored")
     assert composed("method=cherry", "budget_base=accepted").budget_base == "accepted"
 
 
-def test_full_needs_no_judge_that_could_be_asked() -> None:
+def test_full_needs_no_usable_judge() -> None:
     assert composed("scorer=full", "benchmark=vicuna", "target=smollm2").judge.name == "verifier"
 
 
@@ -394,7 +392,7 @@ def test_random_weights_take_any_data_for_scores(scorer: str) -> None:
 
 
 @pytest.mark.parametrize("scorer", ["rds_plus", "sbert"])
-def test_a_sentence_encoder_makes_the_proxy_no_matter_for_similarity(scorer: str) -> None:
+def test_with_a_sentence_encoder_similarity_does_not_use_the_proxy(scorer: str) -> None:
     towards = ("target_set=json", "target_set.path=t.json", f"scorer={scorer}", "stop_after=selection")
     foreign = ("data=json", "data.path=x.json", *towards)
     assert composed(*foreign, "embedder=sentence_transformers").proxy.model.kind == "nano"
@@ -436,7 +434,7 @@ def test_a_dumped_config_comes_back_as_it_was(overrides: list[str]) -> None:
 
 
 @pytest.mark.parametrize("dumped", [{}, {"schemas": [], "values": {}}, {"schemas": {}, "values": 3}])
-def test_a_dump_that_was_damaged_is_refused(dumped: dict[str, Any]) -> None:
+def test_a_damaged_dump_is_refused(dumped: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="no readable schemas and values"):
         restore_config(dumped)
 

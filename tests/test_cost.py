@@ -1,4 +1,4 @@
-"""Laws of the counters: forward tokens are the real tokens that pass through models, whoever passes them."""
+"""Laws of the counters: forward tokens are the real tokens that pass through models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def counts(run: dict[str, Any], name: str) -> list[int]:
 
 @contextmanager
 def seen_by_models() -> Iterator[list[int]]:
-    """The slow, obvious count: what the token embeddings of this process's models are given, padding and all."""
+    """Return the slow, obvious count: the inputs of all token embeddings in this process, with padding."""
     seen: list[int] = []
 
     def note(module: torch.nn.Module, given: Any) -> None:
@@ -53,7 +53,7 @@ def test_the_innermost_unit_counts_what_passes() -> None:
     assert (outer(), inner()) == (3, 10)
 
 
-def test_a_unit_tells_its_tokens_once(tmp_path: Path) -> None:
+def test_a_unit_reports_its_tokens_once(tmp_path: Path) -> None:
     store = Store(tmp_path, say=lambda line: None)
 
     def make(folder: Path) -> dict[str, int]:
@@ -86,8 +86,10 @@ def test_a_unit_tells_its_tokens_once(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_tokens_told_are_tokens_seen(gradsift, monkeypatch, arguments: tuple[str, ...], stages: str) -> None:
-    """One example a batch, so that there is no padding to be seen."""
+def test_reported_tokens_are_those_the_models_see(
+    gradsift, monkeypatch, arguments: tuple[str, ...], stages: str
+) -> None:
+    """Batches have one example, so that there is no padding."""
     monkeypatch.setattr("gradsift.scoring.spans._BATCH_TOKENS", {"cpu": 1})
     for module in ("gradsift.line", "gradsift.training.target"):  # a trial's tokens are no work on the data
         monkeypatch.setattr(f"{module}.require_adaptable", lambda *given, **options: None)
@@ -107,7 +109,7 @@ def test_tokens_told_are_tokens_seen(gradsift, monkeypatch, arguments: tuple[str
 
 
 @pytest.mark.parametrize("tokens", [1, 10, 1000])
-def test_neither_padding_nor_what_memory_did_not_hold_counts(tokens: int) -> None:
+def test_neither_padding_nor_repeated_batches_count(tokens: int) -> None:
     lengths = (9, 3, 5, 1)
     encoded = [Encoded(row, row, np.zeros(n, dtype=np.int32), np.ones(n, dtype=bool)) for row, n in enumerate(lengths)]
     failing = [MemoryError()] if tokens == 1000 else []  # once; where one example is a batch there is no smaller one
@@ -123,7 +125,7 @@ def test_neither_padding_nor_what_memory_did_not_hold_counts(tokens: int) -> Non
 
 @pytest.mark.slow
 def test_a_sweep_counts_every_unit_where_it_was_made(gradsift, capsys) -> None:
-    """Members, statistics and scores once each, over scorer x M x snapshots; a second time nothing."""
+    """Members, statistics and scores count once each over scorer x M x snapshots; the second time nothing does."""
     sweep = ("-m", *SMOKE, "data.size=64", "scorer=gsnr,random", "proxy.members=2,3")
     sweep += ("proxy.snapshots=[1,2],[1,3]", "stop_after=selection")
     assert gradsift(*sweep) == 0

@@ -1,4 +1,4 @@
-"""Laws of a disk that fails mid-run: the unit is named, nothing is damaged, the same command goes on."""
+"""Laws of a disk that fails during a run: the unit is named, nothing is damaged, the same command continues."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _call(*command: str | Path) -> None:
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Mount]:
-    """Mounts what `mount` is told to at `tmp_path/disk`; needs the right to."""
+    """Return a function that mounts a file system at `tmp_path/disk`; skipped without the right to mount."""
     point = tmp_path / "disk"
     point.mkdir()
 
@@ -43,7 +43,7 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
 
 
 def build(root: Path, during: Callable[[Path], object] = lambda folder: None) -> Store:
-    """One unit of work in the store, and what happens in its midst."""
+    """Make one unit of work in the store, with something that happens meanwhile."""
     store = Store(root, say=lambda line: None)
 
     def make(folder: Path) -> dict[str, int]:
@@ -56,7 +56,7 @@ def build(root: Path, during: Callable[[Path], object] = lambda folder: None) ->
     return store
 
 
-def test_a_full_disk_stops_with_the_unit_named_and_the_command_goes_on(gradsift, capsys, mount: Mount) -> None:
+def test_a_full_disk_stops_the_run_and_the_command_continues(gradsift, capsys, mount: Mount) -> None:
     disk = mount("-t", "tmpfs", "-o", "size=64m", "tmpfs")
     shutil.copytree(gradsift.store, disk / "store")
     taken = shutil.disk_usage(disk).used
@@ -78,8 +78,8 @@ def test_a_full_disk_stops_with_the_unit_named_and_the_command_goes_on(gradsift,
     assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
 
 
-def test_a_mapped_array_asks_for_its_room_first(mount: Mount) -> None:
-    """A page that finds no room when it is written kills the process without a word."""
+def test_a_mapped_array_allocates_its_space_first(mount: Mount) -> None:
+    """A mapped page without space on the disk would kill the process without a message."""
     disk = mount("-t", "tmpfs", "-o", "size=1m", "tmpfs")
     with pytest.raises(OSError, match="No space left"):
         open_features(disk, 1000, 1000)
@@ -89,7 +89,7 @@ def test_a_mapped_array_asks_for_its_room_first(mount: Mount) -> None:
 
 
 @pytest.mark.parametrize("moment", ["within", "between"])
-def test_a_vanished_mount_stops_and_nothing_begins_anew_below_it(tmp_path: Path, mount: Mount, moment: str) -> None:
+def test_after_a_vanished_mount_nothing_begins_anew_below_it(tmp_path: Path, mount: Mount, moment: str) -> None:
     there = tmp_path / "there"
     there.mkdir()
     root = mount("--bind", str(there))
@@ -128,7 +128,7 @@ def test_a_disk_that_turns_read_only_is_named(tmp_path: Path, mount: Mount) -> N
 
 @pytest.mark.skipif(sys.platform != "linux", reason="chattr is Linux's")
 def test_a_permission_that_is_revoked_mid_unit_is_named(tmp_path: Path) -> None:
-    """By a flag that holds for root too."""
+    """Uses a flag that holds for root too."""
     sealed: list[Path] = []
 
     def seal(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The open questions that a script of ours asks: by hand, against brute force, and in the smallest world."""
+"""The scripts for open questions: results by hand, against brute force, and in the smallest world."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradsift.features.vectors import Features, unit_rows
 from gradsift.selection.core_knowledge import core_knowledge
 
 
-def test_only_the_members_that_left_a_row_out_speak_for_it() -> None:
+def test_a_rows_variance_is_over_the_members_that_left_it_out() -> None:
     values = np.array([[1.0, 5.0, 2.0], [3.0, 6.0, 9.0], [8.0, 7.0, 4.0]])
     left_out = np.array([[True, True, True], [True, False, False], [False, False, True]])
     mean, variance = over_members(values, left_out)
@@ -60,7 +60,7 @@ def test_the_walk_is_never_above_the_optimum_and_reaches_it_where_nothing_confli
         (walk_optimum.main, ("--rows=20", "--draws=2", "features.dimensions=32", "target_set.limit=3"), "| 1 | 2 | "),
     ],
 )
-def test_a_script_answers_in_the_smallest_world(
+def test_a_script_runs_in_the_smallest_world(
     script: Callable[[], None], options: tuple[str, ...], said: str, gradsift, monkeypatch, capsys
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["script", *options, *SMOKE])

@@ -100,7 +100,7 @@ def composed(*overrides: str) -> Config:
 
 
 class Recorder:
-    """Which options each unit of work read, such as {"member/m0-e1-...": {"proxy.learning_rate", "seed"}}."""
+    """Records the options that each unit of work reads: {"member/m0-e1-...": {"proxy.learning_rate", "seed"}}."""
 
     def __init__(self, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reads: dict[str, set[str]] = defaultdict(set)
@@ -159,7 +159,7 @@ def walk(config: Config, store: Store) -> None:
 
 
 def units_of(config: Config, root: Path) -> set[str]:
-    """Folders of the units that a run with this config would ask for; nothing is made."""
+    """Return the folders of the units that a run with this config would ask for, without making them."""
     planner = Planner(root, lambda line: None)
     with suppress(NotMade):  # what follows reads something that is not made
         walk(config, planner)
@@ -185,7 +185,7 @@ OTHER_WORDS = {
 
 
 def other_value(value: Any) -> Any:
-    """Another value of the same kind."""
+    """Return another value of the same kind."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -202,7 +202,7 @@ def other_value(value: Any) -> Any:
 
 
 def changed(config: Config, path: str) -> Config:
-    """The config with another value at `path`; not checked, since only its identities are of interest."""
+    """Return the config with another value at `path`, unchecked, because only its identities matter."""
     other = copy.deepcopy(config)
     *groups, name = path.split(".")
     holder: Any = other
@@ -213,7 +213,7 @@ def changed(config: Config, path: str) -> Config:
 
 
 def uncovered(config: Config, root: Path, reads: dict[str, set[str]]) -> dict[str, list[str]]:
-    """By unit the options that it read, and whose change leaves its identity as it was."""
+    """Return for each unit the options that it reads and whose change does not change its identity."""
     missing = defaultdict(list)
     for path in sorted({path for paths in reads.values() for path in paths} - set(WITHOUT_EFFECT)):
         try:
@@ -233,7 +233,7 @@ def uncovered(config: Config, root: Path, reads: dict[str, set[str]]) -> dict[st
 
 
 def reads_of_a_unit_of_each_stage(config: Config, root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
-    """Make everything, then one unit of each stage again, alone: what stages share in memory is then read by each."""
+    """Make everything, then one unit of each stage again by itself, so that each reads what stages share in memory."""
     walk(config, Store(root, lambda line: None))
     recorder = Recorder(config, monkeypatch)
     for stage in sorted(path for path in root.iterdir() if path.is_dir() and path.name != "downloads"):
@@ -284,7 +284,7 @@ ENCODING_STAGES = {
 
 
 @pytest.mark.parametrize("line", ENCODING_STAGES)
-def test_what_is_made_of_other_tokens_is_not_used(
+def test_artifacts_made_from_other_tokens_are_not_used(
     line: str, tmp_path: Path, backbones: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(backbones, tmp_path / "store")
@@ -325,7 +325,7 @@ def test_artifacts_of_other_numerics_are_not_used(tmp_path: Path) -> None:
     assert child_of(store, half).fingerprint == second.fingerprint
 
 
-def test_what_is_computed_from_a_model_keeps_its_numerics(tmp_path: Path) -> None:
+def test_artifacts_computed_from_a_model_record_its_numerics(tmp_path: Path) -> None:
     store = Store(tmp_path, lambda line: None)
     model = backbone(runtime_with(store), NANO)
     child = child_of(store, model)
@@ -344,7 +344,7 @@ def test_an_ensemble_of_two_numerics_is_refused(tmp_path: Path) -> None:
         statistics(runtime_with(store), members, members, (1, 2), "all", 1)
 
 
-def test_a_model_that_computes_otherwise_than_its_identity_says_is_refused(tmp_path: Path) -> None:
+def test_a_model_whose_numerics_differ_from_its_identity_is_refused(tmp_path: Path) -> None:
     store = Store(tmp_path, lambda line: None)
     model = backbone(runtime_with(store), NANO)
     with pytest.raises(GradsiftError, match="would be stored as computed with"):

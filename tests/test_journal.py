@@ -74,7 +74,7 @@ def test_from_the_first_key_that_differs_all_is_computed_again(tmp_path: Path) -
     assert asked(tmp_path, ["a", "B", "c"]) == (found, [])
 
 
-def test_a_line_that_was_cut_is_made_again(tmp_path: Path) -> None:
+def test_a_line_that_was_cut_is_computed_again(tmp_path: Path) -> None:
     whole, _ = asked(tmp_path, ["a", "b"])
     content = lines(tmp_path).read_bytes()
     second = content.index(b"\n") + 1
@@ -104,7 +104,7 @@ def test_a_line_that_was_changed_is_reported_and_computed_again(tmp_path: Path) 
         assert len(said) == 1
 
 
-def test_a_line_of_an_earlier_version_has_no_checksum_and_is_made_again(tmp_path: Path) -> None:
+def test_a_line_without_a_checksum_is_computed_again(tmp_path: Path) -> None:
     asked(tmp_path, ["a"])
     lines(tmp_path).write_text('["a", "found"]\n')
     assert asked(tmp_path, ["a"])[1] == ["a"]
@@ -137,7 +137,7 @@ def test_a_failure_leaves_no_result(tmp_path: Path) -> None:
     assert asked(tmp_path, ["a"])[1] == ["a"]
 
 
-def test_what_json_cannot_hold_is_refused(tmp_path: Path) -> None:
+def test_a_value_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="ndarray"):
         Journal(tmp_path).once("a", lambda: np.zeros(2))
 
@@ -156,7 +156,7 @@ class Stop(Exception):
     """Plays the part of kill -9."""
 
 
-def test_a_pass_goes_on_with_the_groups_that_are_left(tmp_path: Path) -> None:
+def test_a_pass_continues_with_the_remaining_groups(tmp_path: Path) -> None:
     examples = [Encoded(row, row, np.zeros(2 + row % 5, np.int32), np.ones(2 + row % 5, bool)) for row in range(20)]
     left = [3]
     passed: list[int] = []
@@ -210,7 +210,7 @@ def test_answers_are_generated_once_each(tmp_path: Path, monkeypatch: Any) -> No
 
 
 @pytest.mark.parametrize("scorer", ["superfilter", "perplexity"])
-def test_a_scoring_pass_that_was_cut_short_ends_with_the_same_table(gradsift, monkeypatch: Any, scorer: str) -> None:
+def test_an_interrupted_scoring_pass_ends_with_the_same_table(gradsift, monkeypatch: Any, scorer: str) -> None:
     command = (*SMOKE, f"scorer={scorer}", "stop_after=scores", "compute.tokens=64")
     monkeypatch.setattr("gradsift.scoring.spans._BATCH_TOKENS", {"cpu": 64})
     assert gradsift(*command, f"artifacts={gradsift.folder / 'whole'}") == 0

@@ -1,4 +1,4 @@
-"""Laws of sweeps whose jobs run in other processes: they end as the jobs of one process do."""
+"""Laws of sweeps whose jobs run in other processes: they give the same results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LAUNCHERS = [
 
 @pytest.fixture(autouse=True)
 def fresh_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers that find this checkout as the parent did, and that no other test has started."""
+    """Make new workers start that import this checkout as the parent does."""
     source = str(Path(__file__).parents[1] / "src")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([source, os.environ.get("PYTHONPATH", "")]))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -43,7 +43,7 @@ def fresh_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_jobs_of_other_processes_end_as_those_of_one(gradsift, capfd, launcher: tuple[str, ...]) -> None:
+def test_jobs_in_other_processes_give_the_same_results(gradsift, capfd, launcher: tuple[str, ...]) -> None:
     options = ("experiment=smoke", "tracker=none", "scorer=random", "alpha=0.0001,0.1,0.2")
     assert gradsift("-m", *options, *launcher) == 2
     assert sorted(run["status"] for run in gradsift.runs()) == ["failed", "finished", "finished"]
@@ -80,7 +80,7 @@ SEARCH = ("experiment=[smoke,search]", *SMOKE[1:], "proxy.members=2", "scorer.ep
 
 
 @pytest.mark.slow
-def test_a_trial_without_a_value_is_a_failed_trial_and_no_zero(gradsift, capsys) -> None:
+def test_a_trial_without_a_value_counts_as_failed_and_not_as_zero(gradsift, capsys) -> None:
     pytest.importorskip("optuna")
     minimize = ("objective=heldout_loss", "stop_after=finetune", "hydra.sweeper.direction=minimize")
     assert gradsift(*SEARCH, *minimize, "alpha=choice(0.0001,0.1)", "hydra.sweeper.n_trials=2") == 2

@@ -1,4 +1,4 @@
-"""Names stay in the folders that they name, writes follow no link, and no cell of a CSV is a formula."""
+"""Laws of names: they stay in their folder, writes follow no link, and no cell of a CSV is a formula."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMED = [
 ]
 
 
-def test_every_group_with_a_name_is_looked_at() -> None:
+def test_the_name_of_every_group_is_checked() -> None:
     groups = {"data", "target_set", "proxy", "embedder", "features", "scorer", "selector", "target", "judge"}
     assert set(NAMED) == groups
 
@@ -41,12 +41,12 @@ def test_a_name_that_leads_out_of_the_store_is_refused(group: str, config: Confi
         replace(config, **{group: replace(getattr(config, group), name="../../x")})
 
 
-def test_a_scorer_of_ones_own_has_a_name_like_the_others(config: Config) -> None:
+def test_the_name_of_a_users_scorer_is_checked(config: Config) -> None:
     with pytest.raises(ConfigError, match=r"scorer\.name='/tmp/x' cannot name a folder"):
         replace(config, scorer={"_target_": "mine.score", "name": "/tmp/x"})
 
 
-def test_a_set_of_a_benchmark_has_a_name_like_the_others(config: Config) -> None:
+def test_the_name_of_a_benchmark_set_is_checked(config: Config) -> None:
     catalog = {"../x": {"path": "a.json", "instruction": "q"}}
     with pytest.raises(ConfigError, match=r"benchmark\.catalog='\.\./x' cannot name a folder"):
         replace(config, benchmark=replace(config.benchmark, catalog=catalog))
@@ -75,7 +75,7 @@ def test_a_long_name_is_not_repeated_in_full() -> None:
 
 
 @pytest.mark.parametrize("name", ["gsnr", "a-b.c_D9", "_x", "9", "x" * LONGEST_NAME])
-def test_other_names_stay_as_they_are(name: str) -> None:
+def test_valid_names_are_unchanged(name: str) -> None:
     require_name("data.name", name)
     assert slug(name) == name
 
@@ -95,14 +95,14 @@ def test_a_models_path_becomes_one_part_of_a_path(path: str, safe: str) -> None:
     assert slug_of_path(path) == safe
 
 
-def test_the_store_itself_lets_no_slug_out(tmp_path: Path) -> None:
+def test_a_slug_cannot_leave_the_store(tmp_path: Path) -> None:
     root = tmp_path / "store"
     _, path = Store(root).place("score", "../../../x", {}, [], 1)
     assert path.parent == root / "score" and path.resolve().is_relative_to(root.resolve())
     assert len(Store(root).place("score", "y" * 1000, {}, [], 1)[1].name) < LONGEST_SLUG + 20
 
 
-def test_a_file_that_is_fetched_has_a_safe_name() -> None:
+def test_a_downloaded_file_has_a_safe_name() -> None:
     for url in ("https://x.y/%2e%2e%2f%2e%2e%2fetc", "https://x.y/..", "https://x.y/a%00b", "https://x.y/"):
         name = _file_name(url)
         assert "/" not in name and "\0" not in name and name[8] == "-"
@@ -144,7 +144,7 @@ def test_work_is_not_written_through_a_link(tmp_path: Path, place: str, keep_par
     assert _obtain(root, keep_part).file("result.txt").read_text() == "work"
 
 
-def test_a_link_that_leads_nowhere_is_one_too(tmp_path: Path) -> None:
+def test_work_is_not_written_through_a_broken_link(tmp_path: Path) -> None:
     (tmp_path / "x.part").symlink_to(tmp_path / "nowhere")
     with pytest.raises(GradsiftError, match=r"x\.part is a link"):
         require_no_link(tmp_path / "x.part")

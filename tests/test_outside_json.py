@@ -1,4 +1,4 @@
-"""Laws of JSON from outside: what Python cannot read is broken JSON like any other, and every reader names the file."""
+"""Laws of JSON from outside: whatever Python cannot read is one kind of error, and every reader names the file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_what_cannot_be_read_is_broken_json(text: str) -> None:
+def test_json_that_python_cannot_read_is_a_decode_error(text: str) -> None:
     for given in (text, text.encode()):
         with pytest.raises(json.JSONDecodeError):
             outside_json.loads(given)

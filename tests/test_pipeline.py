@@ -32,7 +32,7 @@ def names(run: dict[str, Any], reused: bool) -> list[str]:
     return [stage["name"] for stage in run["stages"] if stage["reused"] is reused]
 
 
-def test_a_run_ends_in_a_pws_table_and_a_second_one_answers_at_once(gradsift, capsys) -> None:
+def test_a_run_ends_with_a_pws_and_a_second_run_computes_nothing(gradsift, capsys) -> None:
     assert gradsift(*SMOKE) == 0
     out = capsys.readouterr().out
     assert "] against the model tuned on all rows, win/tie/lose" in out
@@ -117,7 +117,7 @@ def test_stop_after_ends_the_line(gradsift) -> None:
         assert run["pws"] is None
 
 
-def test_a_scorer_gets_nothing_that_it_does_not_ask_for(gradsift) -> None:
+def test_nothing_is_computed_that_the_scorer_does_not_ask_for(gradsift) -> None:
     assert gradsift(*SMOKE, "scorer=random", "stop_after=selection") == 0
     assert {stage["name"] for stage in gradsift.runs()[-1]["stages"]} == {"load", "score", "select"}
     assert gradsift(*SMOKE, "scorer=superfilter", "stop_after=selection") == 0
@@ -138,11 +138,11 @@ def test_full_runs_without_the_judges_key(gradsift, monkeypatch) -> None:
     assert gradsift.runs()[0]["pws"] == 1.0
 
 
-def test_a_budget_that_is_not_reached_is_not_refused(gradsift) -> None:
+def test_an_empty_budget_is_no_error_in_a_run_that_ends_before_the_selection(gradsift) -> None:
     assert gradsift(*SMOKE, "scorer=random", "alpha=0.0001", "stop_after=scores") == 0
 
 
-def test_a_run_in_a_used_folder_shows_nothing_of_the_run_before(gradsift) -> None:
+def test_a_run_in_a_used_folder_deletes_the_files_of_the_run_before(gradsift) -> None:
     folder = f"hydra.run.dir={gradsift.folder / 'outputs' / 'a' / 'b'}"
     assert gradsift(*SMOKE, folder, "scorer=random", "stop_after=selection") == 0
     assert gradsift(*SMOKE, folder, "scorer=random", "alpha=0") == 2
@@ -162,7 +162,7 @@ def test_no_scorer_can_read_the_quality_labels(gradsift) -> None:
 
 
 @pytest.mark.slow
-def test_full_size_runs_both_scorers_on_one_backbone(gradsift, monkeypatch, capsys) -> None:
+def test_the_full_size_experiment_runs_both_scorers_on_one_backbone(gradsift, monkeypatch, capsys) -> None:
     file = gradsift.folder / "data" / "instruct" / "alpaca_cleaned_51k.json.gz"
     file.parent.mkdir(parents=True)
     rows = [{"instruction": f"Say {n} times 🟥.", "input": "", "output": f"{n} né " * (n % 7 + 1)} for n in range(40)]
@@ -197,7 +197,7 @@ def test_where_norms_are_taken_changes_no_training(gradsift) -> None:
     assert adapters[0] == adapters[1]
 
 
-def test_a_changed_file_never_meets_a_stale_result(gradsift) -> None:
+def test_a_changed_file_never_reuses_an_old_result(gradsift) -> None:
     data = gradsift.folder / "data.json"
     rows = [{"instruction": f"say {i}", "input": "", "output": f"{i} it is"} for i in range(30)]
     foreign = ("data=json", f"data.path={data}", "tracker=none", "scorer=random", "stop_after=selection", "proxy=gpt2")
@@ -227,12 +227,12 @@ def test_a_replayed_run_repeats_itself_from_its_own_folder(gradsift) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("nowhere",), ("a", "b")])
-def test_a_replay_of_nothing_is_refused(gradsift, capsys, arguments: tuple[str, ...]) -> None:
+def test_a_replay_without_a_run_folder_is_refused(gradsift, capsys, arguments: tuple[str, ...]) -> None:
     assert gradsift("--replay", *arguments) == 2
     assert "--replay" in capsys.readouterr().err
 
 
-def test_in_a_sweep_a_failed_job_stops_no_other(gradsift, capsys) -> None:
+def test_a_failed_job_does_not_stop_the_others_of_a_sweep(gradsift, capsys) -> None:
     assert gradsift("-m", *SMOKE, "stop_after=selection", "scorer=random", "alpha=0.0001,0.1") == 2
     assert [run["status"] for run in gradsift.runs()] == ["failed", "stopped"]
     captured = capsys.readouterr()
@@ -268,7 +268,7 @@ def test_a_warm_up_of_all_steps_is_refused_before_any_training(
     assert {stage["name"] for stage in gradsift.runs()[0]["stages"]} <= {"load", "target_set", "backbone"}
 
 
-def test_a_defect_is_said_in_one_line_and_its_trace_kept(gradsift, capsys, monkeypatch) -> None:
+def test_a_defect_is_reported_in_one_line_and_its_trace_is_kept(gradsift, capsys, monkeypatch) -> None:
     def broken(*args: Any) -> None:
         raise ZeroDivisionError("broken")
 
@@ -280,7 +280,7 @@ def test_a_defect_is_said_in_one_line_and_its_trace_kept(gradsift, capsys, monke
     assert gradsift.runs()[0]["status"] == "failed"
 
 
-def test_a_user_scorer_stands_on_the_same_interface(gradsift, monkeypatch) -> None:
+def test_a_users_scorer_has_the_same_interface(gradsift, monkeypatch) -> None:
     (gradsift.folder / "my_scores.py").write_text(
         "from gradsift.scoring.scores import Scores\n"
         "import numpy as np\n"
@@ -302,7 +302,7 @@ def test_a_judge_without_a_key_is_refused_before_any_training(gradsift, capsys, 
     assert {stage["name"] for stage in gradsift.runs()[0]["stages"]} == {"load"}
 
 
-def test_a_benchmark_of_ones_own_is_added_on_the_command_line(gradsift) -> None:
+def test_a_users_benchmark_is_added_on_the_command_line(gradsift) -> None:
     questions = gradsift.folder / "questions.json"
     questions.write_text(
         json.dumps([{"question": "copy : ba", "answer": "ba"}, {"question": "add : 1 2", "answer": "3"}])
@@ -315,7 +315,7 @@ def test_a_benchmark_of_ones_own_is_added_on_the_command_line(gradsift) -> None:
     assert run["pooled"]["n"] == 26 + 2
 
 
-def test_a_benchmark_file_that_is_not_there_is_refused_before_any_training(gradsift, capsys) -> None:
+def test_a_missing_benchmark_file_is_refused_before_any_training(gradsift, capsys) -> None:
     own = (
         "benchmark.sets=[mine]",
         "+benchmark.catalog.mine={path: nowhere.jsonl}",
@@ -352,8 +352,8 @@ def test_runs_that_differ_in_more_than_a_seed_are_not_averaged(gradsift, capsys)
 
 
 @pytest.mark.slow
-def test_an_edited_scorer_of_ones_own_is_not_answered_from_the_store(gradsift) -> None:
-    """In processes of their own: a module is imported once a process."""
+def test_an_edited_users_scorer_is_computed_again(gradsift) -> None:
+    """Each run has its own process, because a process imports a module once."""
     scorer = gradsift.folder / "edited.py"
     command = [sys.executable, str(REPOSITORY / "run.py"), *SMOKE, "stop_after=selection"]
     command += ["~scorer", "+scorer={_target_: edited.by_length, name: by_length}"]
@@ -368,7 +368,7 @@ def test_an_edited_scorer_of_ones_own_is_not_answered_from_the_store(gradsift) -
     assert "score" in second
 
 
-def test_a_sweep_given_again_works_on_its_failed_job_alone(gradsift, monkeypatch) -> None:
+def test_a_sweep_given_again_runs_only_its_failed_job(gradsift, monkeypatch) -> None:
     arguments = ("-m", *SMOKE, "alpha=0.1,0.2", "compute.save_every=0")
     tunes = count()
 
@@ -398,7 +398,7 @@ def test_a_sweep_given_again_works_on_its_failed_job_alone(gradsift, monkeypatch
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [("member", "judge"), ("norms", "finetune")])
 def test_kill_9_loses_nothing_and_changes_nothing(gradsift, stages: tuple[str, ...], tmp_path: Path) -> None:
-    """The command that was killed twice, given again, ends with the same bytes as one that was never killed."""
+    """A command that was killed twice and given again ends with the same bytes as one that was never killed."""
     command = [sys.executable, str(REPOSITORY / "run.py"), *SMOKE]
     killed, whole = tmp_path / "killed", gradsift.store
     shutil.copytree(whole, killed)

@@ -1,4 +1,4 @@
-"""Laws of `plan=true`: it says what then happens, and does nothing."""
+"""Laws of `plan=true`: it lists what the run then makes, and makes nothing."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ TINY = (*SMOKE, "data.size=60", "data.benchmark_items=13", "target.steps=2")
 
 
 def listing(root: Path) -> dict[str, tuple[int, int]]:
-    """Every file and folder with its size and time of change."""
+    """Return every file and folder with its size and time of change."""
     return {str(p.relative_to(root)): (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(root.rglob("*"))}
 
 
 def planned(gradsift: Any, *arguments: str) -> list[dict[str, Any]]:
-    """The `run.json` of each job, after it was seen that the store is as it was."""
+    """Return the `run.json` of each job, and assert that the store is unchanged."""
     before, there = listing(gradsift.store), len(gradsift.runs())
     assert gradsift(*arguments, "plan=true") == 0
     assert listing(gradsift.store) == before
@@ -37,13 +37,13 @@ def planned(gradsift: Any, *arguments: str) -> list[dict[str, Any]]:
 
 
 def named(artifact: str) -> tuple[str, str]:
-    """Stage and readable name of a unit, whose fingerprint nobody can know yet."""
+    """Return stage and readable name of a unit whose fingerprint is not known yet."""
     folder = Path(artifact)
     return folder.parent.name, folder.name.rsplit("-", 1)[0]
 
 
 def agrees(plan: list[dict[str, Any]], run: list[dict[str, Any]]) -> None:
-    """What the plans have to do is what the runs made, no more and no less; in a sweep finetunes may coincide."""
+    """Assert that the runs made exactly what the plans list as to do; in a sweep finetunes may coincide."""
     stages = [stage for each in run for stage in each["stages"]]
     made = {stage["fingerprint"]: stage["artifact"] for stage in stages if not stage["reused"]}
     units = to_do(plan)
@@ -73,7 +73,7 @@ def agrees(plan: list[dict[str, Any]], run: list[dict[str, Any]]) -> None:
         ),
     ],
 )
-def test_what_is_to_do_is_what_then_is_made(gradsift, arguments: tuple[str, ...]) -> None:
+def test_the_run_makes_what_its_plan_lists_as_to_do(gradsift, arguments: tuple[str, ...]) -> None:
     plan = planned(gradsift, *TINY, *arguments)
     assert to_do(plan)
     assert gradsift(*TINY, *arguments) == 0
@@ -81,7 +81,7 @@ def test_what_is_to_do_is_what_then_is_made(gradsift, arguments: tuple[str, ...]
     assert to_do(planned(gradsift, *TINY, *arguments)) == []
 
 
-def test_what_is_done_is_reused(gradsift) -> None:
+def test_the_run_reuses_what_its_plan_lists_as_done(gradsift) -> None:
     assert gradsift(*TINY, "stop_after=scores") == 0
     plan = planned(gradsift, *TINY)
     (units,) = states(plan)
@@ -127,7 +127,7 @@ def test_estimates_come_from_the_nearest_work_and_grow_with_the_examples(gradsif
     assert {unit["seconds"] for unit in members("proxy.model.nano.architecture=llama")} == {None}  # another model
 
 
-def test_an_estimate_asks_the_same_method_alone(tmp_path: Path) -> None:
+def test_an_estimate_uses_only_units_of_the_same_method(tmp_path: Path) -> None:
     for name, seconds, eps in (("gsnr", 4.0, 1), ("gsnr", 8.0, 2), ("slow", 900.0, 2)):
         folder = tmp_path / "score" / f"{name}-{eps}"
         folder.mkdir(parents=True)
@@ -143,7 +143,7 @@ def test_an_estimate_asks_the_same_method_alone(tmp_path: Path) -> None:
     assert none == {"calls": 0}
 
 
-def test_judge_calls_are_told(gradsift, capsys, monkeypatch) -> None:
+def test_a_plan_counts_the_judges_calls(gradsift, capsys, monkeypatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "never sent")
     judge = ("judge=openai", "judge.model=some", "judge.base_url=http://127.0.0.1:9")
     (plan,) = planned(gradsift, *TINY, *judge, "scorer=llm_rating", "scorer.style=deita")
@@ -155,7 +155,7 @@ def test_judge_calls_are_told(gradsift, capsys, monkeypatch) -> None:
     assert {unit["name"]: unit["calls"] for unit in plan["plan"] if unit["calls"]} == {"judge": 2 * 13}
 
 
-def test_a_damaged_unit_is_to_do_and_stays_as_it_is(gradsift) -> None:
+def test_a_plan_lists_a_damaged_unit_as_to_do_and_leaves_it(gradsift) -> None:
     arguments = (*TINY, "scorer=random", "stop_after=selection")
     assert gradsift(*arguments) == 0
     (positions,) = gradsift.store.glob("select/*/positions.npy")
@@ -164,7 +164,7 @@ def test_a_damaged_unit_is_to_do_and_stays_as_it_is(gradsift) -> None:
     assert [unit["name"] for unit in to_do(plan)] == ["select"]
 
 
-def test_what_is_not_made_cannot_be_read(tmp_path: Path) -> None:
+def test_an_artifact_that_is_only_planned_cannot_be_read(tmp_path: Path) -> None:
     store = Store(tmp_path / "store", say=lambda line: None)
     made = store.obtain("load", "rows", {}, [], lambda folder: {"rows": 8}, version=1)
     planner = Planner(tmp_path / "store", lambda line: None)
@@ -186,7 +186,7 @@ def test_what_is_not_made_cannot_be_read(tmp_path: Path) -> None:
     assert (below.size, child.size) == (4, 2)
 
 
-def test_a_plan_that_cannot_be_refused_later_is_refused_now(gradsift, capsys) -> None:
+def test_a_plan_refuses_what_the_run_would_refuse(gradsift, capsys) -> None:
     before = listing(gradsift.store)
     assert gradsift(*TINY, "alpha=0.001", "plan=true") == 2
     assert "selects no example" in capsys.readouterr().err
@@ -209,7 +209,7 @@ def test_a_plan_of_one_shard_is_what_its_job_makes(gradsift) -> None:
     agrees(plan, gradsift.runs()[-1:])
 
 
-def test_totals_say_what_is_not_known() -> None:
+def test_totals_mark_unknown_estimates() -> None:
     unit = {"name": "a", "artifact": "s/a-1", "fingerprint": "1", "state": TO_DO, "certain": True, "calls": 0}
     known = unit | {"fingerprint": "2", "seconds": 3.0, "bytes": 10**9, "peak_gb": 1.25}
     unknown = unit | {"seconds": None, "bytes": None, "peak_gb": None}
@@ -222,10 +222,10 @@ def test_totals_say_what_is_not_known() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(2.04, "2.0 s"), (50, "50 s"), (600, "10 min"), (7200, "2.0 h")])
-def test_durations_are_for_people(seconds: float, text: str) -> None:
+def test_durations_are_readable(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(("size", "text"), [(5, "5 B"), (12_300, "12 kB"), (4_000_000, "4 MB"), (2.5e9, "2.5 GB")])
-def test_volumes_are_for_people(size: float, text: str) -> None:
+def test_volumes_are_readable(size: float, text: str) -> None:
     assert volume(size) == text

@@ -1,4 +1,4 @@
-"""Laws of what every stage is given: progress that fits the output, and seeds for one purpose each."""
+"""Laws of the runtime: progress that fits the output, and a separate seed for each purpose."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def display(terminal: bool, width: int = 100) -> tuple[Display, io.StringIO]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """The time, in seconds, as one may set it."""
+    """Return a list whose item is the time in seconds, for the test to set."""
     now = [1000.0]
     monkeypatch.setattr(runtime.time, "monotonic", lambda: now[0])
     yield now
@@ -44,7 +44,7 @@ def test_without_a_terminal_progress_is_a_line_every_half_minute(clock: list[flo
     ]
 
 
-def test_what_an_earlier_run_did_promises_no_speed(clock: list[float]) -> None:
+def test_resumed_work_does_not_count_for_the_remaining_time(clock: list[float]) -> None:
     shown, stream = display(terminal=False)
     with shown.task("norms", 10_000) as advance:
         advance(9_000)  # found, not made
@@ -57,8 +57,8 @@ def test_what_an_earlier_run_did_promises_no_speed(clock: list[float]) -> None:
     ]
 
 
-def test_a_pass_over_long_and_short_rows_knows_what_is_left_of_it(clock: list[float]) -> None:
-    """Half of the tokens are in a tenth of the rows."""
+def test_the_remaining_time_of_a_pass_considers_the_lengths_of_rows(clock: list[float]) -> None:
+    """A tenth of the rows have half of the tokens."""
     lengths = [90] * 40 + [10] * 360
     rows = [Encoded(row, row, np.zeros(length, np.int32), np.ones(length, bool)) for row, length in enumerate(lengths)]
     shown, stream = display(terminal=False)
@@ -113,7 +113,7 @@ def test_on_a_terminal_progress_is_a_bar_that_goes_away() -> None:
     assert text.rstrip().endswith("\x1b[2K")  # the bar's line is erased at the end
 
 
-def test_work_within_work_has_a_bar_below_and_neither_is_left() -> None:
+def test_a_nested_task_has_a_bar_below_and_both_disappear() -> None:
     shown, stream = display(terminal=True, width=80)
     with shown.task("score [gsnr]", None), shown.task("perplexity", 4) as advance:
         advance(4)
@@ -129,7 +129,7 @@ def test_work_within_work_has_a_bar_below_and_neither_is_left() -> None:
         pass
 
 
-def test_without_a_terminal_work_of_unknown_length_is_told_once_it_took_long(clock: list[float]) -> None:
+def test_without_a_terminal_long_work_of_unknown_length_is_reported_at_its_end(clock: list[float]) -> None:
     shown, stream = display(terminal=False)
     for seconds in (29, 61):
         with shown.task("load llama", None):
@@ -137,7 +137,7 @@ def test_without_a_terminal_work_of_unknown_length_is_told_once_it_took_long(clo
     assert stream.getvalue() == "  load llama: took 61 s\n"
 
 
-def test_a_task_passes_on_what_goes_wrong_inside() -> None:
+def test_a_task_passes_errors_on() -> None:
     for terminal in (True, False):
         shown, _ = display(terminal)
         with pytest.raises(ZeroDivisionError), shown.task("broken", 1):
@@ -146,14 +146,14 @@ def test_a_task_passes_on_what_goes_wrong_inside() -> None:
             advance(1)
 
 
-def test_what_is_said_stays_on_one_line_and_as_it_is() -> None:
+def test_a_message_in_a_log_stays_on_one_line() -> None:
     shown, stream = display(terminal=False, width=20)
     text = "scores [bold]: " + "x" * 60
     shown.say(text)
     assert stream.getvalue() == text + "\n"
 
 
-def test_on_a_terminal_what_is_said_is_wrapped_between_words_and_no_path_is_broken() -> None:
+def test_a_message_on_a_terminal_is_wrapped_between_words_and_no_path_is_broken() -> None:
     shown, stream = display(terminal=True, width=20)
     shown.say("  warning: some rows [x] are bad, see /a/path/longer-than-the/width.jsonl\n\nnext")
     assert stream.getvalue().split("\n") == [
@@ -175,7 +175,7 @@ def test_a_file_is_wide_enough_for_a_table(monkeypatch: pytest.MonkeyPatch, caps
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="this system does not say what a process held")
-def test_the_peak_counts_what_was_held_and_never_falls() -> None:
+def test_the_peak_includes_memory_that_was_freed() -> None:
     before = peak_memory()["process_peak_resident_gb"]
     held = np.ones(int((before + 0.2) * 1e9), dtype=np.uint8)  # more than the process ever had, whatever it has now
     during = peak_memory()["process_peak_resident_gb"]
@@ -185,7 +185,7 @@ def test_the_peak_counts_what_was_held_and_never_falls() -> None:
     assert peak_memory()["process_peak_resident_gb"] >= during
 
 
-def test_the_gpus_peak_is_told_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpus_peak_is_reported_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "process_peak_cuda_gb" not in peak_memory()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -201,7 +201,7 @@ def test_a_derived_seed_never_changes() -> None:
     assert derive_seed(0, "order", 1, 2) == 2791198639
 
 
-def test_every_purpose_has_a_seed_of_its_own() -> None:
+def test_every_purpose_has_its_own_seed() -> None:
     purposes = [
         (seed, purpose, member) for seed in range(3) for purpose in ("lora", "order", "dropout") for member in range(4)
     ]

@@ -53,7 +53,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
     ],
     ids=lambda value: " ".join(value) if "=" in value[0] else "",
 )
-def test_a_sweep_over_a_value_that_cannot_be_is_refused_before_the_first_job(
+def test_a_sweep_over_an_invalid_value_is_refused_before_the_first_job(
     bare, capsys, overrides: list[str], messages: list[str]
 ) -> None:
     assert bare("-m", *SMOKE, *overrides) == 2
@@ -82,7 +82,7 @@ def master(*overrides: str) -> DictConfig:
     return composed
 
 
-def test_a_job_may_speak_of_its_number(hydra_ready) -> None:
+def test_an_override_may_contain_the_jobs_number(hydra_ready) -> None:
     composed = master("tracker.group=${hydra:job.num}", "artifacts=${hydra:runtime.output_dir}", "alpha=0.1,0.2")
     assert sweep.begin(composed, str).jobs is not None
 
@@ -105,14 +105,14 @@ def test_the_command_line_wins_over_the_experiments_own_sweep(hydra_ready) -> No
     }
 
 
-def test_a_plugin_that_is_not_there_is_named_in_one_line(bare, capsys) -> None:
+def test_a_missing_plugin_is_named_in_one_line(bare, capsys) -> None:
     assert bare("-m", *SMOKE, "alpha=0.1,0.2", "hydra.launcher._target_=hydra_plugins.hydra_nowhere.Launcher") == 2
     err = capsys.readouterr().err
     assert "hydra/launcher=basic needs a plugin that is not installed; install hydra-nowhere" in err
     assert err.count("\n") == 2
 
 
-def test_every_plugin_has_an_extra_that_brings_it() -> None:
+def test_every_plugin_has_an_extra_that_installs_it() -> None:
     extras: dict[str, Any] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     for plugin, extra in sweep._EXTRAS.items():
         assert any(need.startswith(plugin.replace("_", "-")) for need in extras["optional-dependencies"][extra])
@@ -132,7 +132,7 @@ def test_every_plugin_has_an_extra_that_brings_it() -> None:
         (["stop_after=scores"], "objective=pws is known after judge, but stop_after=scores"),
     ],
 )
-def test_a_search_looks_at_the_ends_of_its_space_first(bare, capsys, overrides: list[str], message: str) -> None:
+def test_a_search_checks_the_ends_of_its_space_first(bare, capsys, overrides: list[str], message: str) -> None:
     pytest.importorskip("optuna")
     assert bare("experiment=search", *overrides) == 2
     err = capsys.readouterr().err
@@ -141,7 +141,7 @@ def test_a_search_looks_at_the_ends_of_its_space_first(bare, capsys, overrides: 
     assert list(bare.folder.iterdir()) == []
 
 
-def test_jobs_write_where_the_sweep_was_begun(bare, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_write_where_the_sweep_was_started(bare, monkeypatch: pytest.MonkeyPatch) -> None:
     """Holds for a folder of any name, and for workers that compose their job in another folder."""
     place = bare.folder / "it's here"
     elsewhere = bare.folder / "elsewhere"

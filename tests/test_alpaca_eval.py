@@ -171,7 +171,7 @@ def test_requests_and_preferences_are_those_of_pairwise_annotator(name: str, end
     endpoint.bodies.clear()
     replies = dict(judge(name).judge(requests))
     assert by_prompt(endpoint.bodies) == sent and len(sent) == len(requests)
-    assert [replies[r].scores for r in requests] == [(pytest.approx(2 - p), pytest.approx(p - 1)) for p in theirs]
+    assert [replies[r].value for r in requests] == [(pytest.approx(2 - p), pytest.approx(p - 1)) for p in theirs]
     assert len(set(theirs)) > 1
 
 
@@ -339,7 +339,7 @@ def test_what_cannot_be_read_is_asked_again_and_then_invalid_never_a_tie(
 ) -> None:
     endpoint.behave = lambda text, attempt: (200, reply, {})
     ((_, answer),) = judge(name).judge([ask()])
-    assert answer.scores is None and "(asked twice)" in str(answer.reason)
+    assert answer.value is None and "(asked twice)" in str(answer.reason)
     assert len(endpoint.bodies) == 2
     assert [r for r in caplog.records if "alpaca_eval" in r.pathname] == []  # it would tell the user to mend them
 
@@ -358,7 +358,7 @@ def test_an_annotator_of_two_scores_reads_draws_commas_and_fractions(
 
 def test_equal_answers_are_a_draw_that_costs_nothing(endpoint: Endpoint, judge: Any) -> None:
     ((_, answer),) = judge().judge([ask(first="same", second="same")])
-    assert answer.scores == (0.5, 0.5) and not endpoint.bodies
+    assert answer.value == (0.5, 0.5) and not endpoint.bodies
     assert [
         row["preference"]
         for row in pairwise_annotator(WEIGHTED)([{"instruction": "i", "output_1": "s", "output_2": "s"}])

@@ -29,7 +29,7 @@ from gradsift.evaluation.generation import (
     write_model_outputs,
 )
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 VOCABULARY = 40
 CONTEXT = 48

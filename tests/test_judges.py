@@ -65,7 +65,7 @@ def test_the_verifier_grades_each_answer_by_itself() -> None:
         ask("2", "5", "4", reference="4"),
         ask("3", "", "x", reference="4"),
     ]
-    replies = {request.item_id: reply.scores for request, reply in judge.judge(requests)}
+    replies = {request.item_id: reply.value for request, reply in judge.judge(requests)}
     assert replies == {"1": (1, 1), "2": (0, 1), "3": (0, 0)}
     assert judge.combine == "signs"
 
@@ -148,7 +148,7 @@ def test_local_scores_are_the_log_probabilities_of_one_unpadded_forward(architec
     tokenizer, model = character_tokenizer(chat), exact_copy(tiny_model(architecture).eval())
     for request, reply in judge.judge(RAGGED):
         expected = exact_scores(judge, tokenizer, model, request)
-        assert_close_by_norm(np.array(reply.scores), expected, k=256, dtype=torch.float32)
+        assert_close_by_norm(np.array(reply.value), expected, k=256, dtype=torch.float32)
 
 
 def exact_scores(judge: LocalJudge, tokenizer: Any, exact: Any, request: JudgeRequest) -> np.ndarray:
@@ -170,7 +170,7 @@ def test_local_scores_do_not_depend_on_the_batch() -> None:
         assert len(found) == 8
         for request, reply in found:
             expected = exact_scores(judge, tokenizer, exact, request)
-            assert_close_by_norm(np.array(reply.scores), expected, k=256, dtype=torch.float32)
+            assert_close_by_norm(np.array(reply.value), expected, k=256, dtype=torch.float32)
 
 
 def test_a_local_judge_goes_on_after_the_last_whole_batch(tmp_path: Path) -> None:
@@ -192,8 +192,8 @@ def test_a_local_judge_goes_on_after_the_last_whole_batch(tmp_path: Path) -> Non
 
 def test_equal_answers_are_scored_equal_exactly() -> None:
     ((_, reply),) = local_judge().judge([ask(first="same", second="same")])
-    assert reply.scores is not None
-    assert reply.scores[0] == reply.scores[1]
+    assert reply.value is not None
+    assert reply.value[0] == reply.value[1]
 
 
 def test_answers_that_do_not_fit_are_cut_to_the_same_length() -> None:
@@ -208,7 +208,7 @@ def test_answers_that_do_not_fit_are_cut_to_the_same_length() -> None:
     assert short is not None and len(short.tokens) == 330  # what the short one leaves, the long one gets
     assert "zzz" in character_tokenizer().decode(short.tokens)
     ((_, reply),) = judge.judge([ask(instruction="q" * 400)])
-    assert reply.scores is None
+    assert reply.value is None
     assert "judge.max_length=330" in str(reply.reason)
 
 
@@ -254,11 +254,11 @@ def test_the_verifier_rates_by_the_truth_that_it_works_out_from_the_text() -> No
         rated(n, "quality", instruction=r["instruction"], input=r["input"], response=r["output"])
         for n, r in enumerate(world.rows)
     ]
-    grades = {request.position: rating.grade for request, rating in judge.rate(requests)}
+    grades = {request.position: rating.value for request, rating in judge.rate(requests)}
     assert grades == {n: 1.0 if label.spoilt else 6.0 for n, label in enumerate(world.labels)}
     hard = rated(0, "complexity", instruction="sort the following numbers", input="3 1 2 0", response="nonsense")
     ((_, rating),) = judge.rate([hard])
-    assert rating.grade == 4
+    assert rating.value == 4
 
 
 def test_the_verifier_refuses_an_example_that_is_none_of_its_world() -> None:
@@ -284,8 +284,8 @@ def test_the_local_rating_is_the_expected_digit_of_one_unpadded_forward(chat: bo
             p = exact(input_ids=torch.tensor([tokens])).logits[0, -1].softmax(-1)
         weights = {g: float(p[tokenizer.convert_tokens_to_ids(str(g))]) for g in range(scale.low, scale.high + 1)}
         expected = sum(g * w for g, w in weights.items()) / sum(weights.values())
-        assert rating.grade == pytest.approx(expected, rel=256 * torch.finfo(torch.float32).eps)
-        assert scale.low < rating.grade < scale.high
+        assert rating.value == pytest.approx(expected, rel=256 * torch.finfo(torch.float32).eps)
+        assert scale.low < rating.value < scale.high
 
 
 def test_long_responses_are_cut_for_a_local_rating() -> None:
@@ -293,7 +293,7 @@ def test_long_responses_are_cut_for_a_local_rating() -> None:
     tokens = judge._rated_prompt(rated(response="x" * 900))
     assert tokens is not None and len(tokens) == 260
     ((_, rating),) = judge.rate([rated(instruction="q" * 900)])
-    assert rating.grade is None and "judge.max_length=260" in str(rating.reason)
+    assert rating.value is None and "judge.max_length=260" in str(rating.reason)
 
 
 def test_a_question_shows_what_it_is_about_and_nothing_can_end_its_own_place() -> None:
@@ -471,7 +471,7 @@ def test_scores_and_raw_reply_come_from_the_endpoint(endpoint: Endpoint, openai_
 def test_an_unreadable_reply_is_asked_for_once_more(endpoint: Endpoint, openai_judge: Any) -> None:
     endpoint.behave = lambda text, attempt: (200, "Hm." if attempt == 1 else "3 4", {})
     ((_, reply),) = openai_judge().judge([ask()])
-    assert reply.scores == (3, 4)
+    assert reply.value == (3, 4)
 
 
 @pytest.mark.parametrize(
@@ -493,7 +493,7 @@ def test_a_reply_without_scores_is_invalid_with_a_reason_and_its_text_is_kept(
 ) -> None:
     endpoint.behave = lambda prompt, attempt: (200, text, {"finish": finish})
     ((_, reply),) = openai_judge().judge([ask()])
-    assert reply.scores is None and reply.text == text
+    assert reply.value is None and reply.text == text
     assert re.search(reason + r".* \(asked twice\)", str(reply.reason))
     assert len(endpoint.bodies) == 2
 
@@ -503,7 +503,7 @@ def test_the_published_parser_asks_once_and_says_where_it_made_a_tie(endpoint: E
     odd, even = ask("1", first="odd"), ask("2", first="even")
     replies = dict(openai_judge(parse="legacy").judge([odd, even]))
     assert replies[even] == Reply("8 9", (8, 9))
-    assert replies[odd].scores == (-1, -1) and "a tie" in str(replies[odd].reason)
+    assert replies[odd].value == (-1, -1) and "a tie" in str(replies[odd].reason)
     assert len(endpoint.bodies) == 2
 
 

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ class LongerIsBetter:
     def prompt_hash(self, request: JudgeRequest) -> str:
         return content_hash(request.instruction, request.input, request.first, request.second)
 
-    def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply]]:
+    def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Any]]]:
         for request in reversed(requests):
             self.asked.append(request)
             if request.first == "unclear":
@@ -77,7 +78,7 @@ class Shuffled(LongerIsBetter):
         super().__init__()
         self.chance = random.Random(seed)
 
-    def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply]]:
+    def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Any]]]:
         return super().judge(self.chance.sample(requests, len(requests)))
 
 
@@ -130,7 +131,7 @@ def test_answers_to_other_items_are_refused_before_any_request(tmp_path: Path) -
 
 def test_a_judge_that_keeps_a_reply_back_or_has_no_number_gives_no_score(tmp_path: Path) -> None:
     class Lazy(LongerIsBetter):
-        def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply]]:
+        def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Any]]]:
             yield requests[0], Reply("?", (float("nan"), 1.0))
 
     path = tmp_path / "judgments.jsonl"
@@ -139,7 +140,7 @@ def test_a_judge_that_keeps_a_reply_back_or_has_no_number_gives_no_score(tmp_pat
     assert not path.exists()
 
     class Odd(LongerIsBetter):
-        def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply]]:
+        def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Any]]]:
             yield from ((request, Reply("?", (float("nan"), 1.0))) for request in requests)
 
     assert {(j.valid, j.reason) for j in judge_pairs(Odd(), *outputs(), path)} == {(False, "a score is not finite")}

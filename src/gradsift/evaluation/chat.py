@@ -25,14 +25,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 from urllib.parse import urlsplit
 
 from gradsift.config.checks import endpoint_address
 from gradsift.data.download import LOOPBACK
 from gradsift.errors import ConfigError
 from gradsift.evaluation.chat_protocol import GO_ON, Failure, Messages, failure_of_status, read_completion
-from gradsift.evaluation.judges import DryRun, JudgeError, content_hash
+from gradsift.evaluation.judges import DryRun, JudgeError, Reply, Value, content_hash
 from gradsift.evaluation.replies import CapReached, Completion, Replies, Terms, Usage
 
 if TYPE_CHECKING:
@@ -43,17 +43,6 @@ _POLL = 0.05  # seconds between looks at the stop signal and at requests of othe
 _BYTES_PER_TOKEN = 4  # rule of thumb for English text; about right for other scripts in UTF-8 too
 _TOKENS_PER_MESSAGE = 4
 _SHORTEST_SECRET = 8  # characters; no real key has fewer
-
-Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class Answer(Generic[Value]):
-    """The last reply to a prompt and the value read from it; without a value, the reason."""
-
-    text: str
-    value: Value | None
-    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +121,7 @@ class ChatClient:
         scope: str,
         unread: str,
         tries: int = 2,
-    ) -> Iterator[tuple[int, Answer[Value]]]:
+    ) -> Iterator[tuple[int, Reply[Value]]]:
         """Yield the position of each prompt with its answer, in the order of arrival. Equal prompts are sent once.
 
         The plan is printed before the first request; a dry run ends there.
@@ -152,10 +141,10 @@ class ChatClient:
         for position, messages in enumerate(prompts):
             same.setdefault(self._key_of(messages, 1), []).append(position)
         missing: list[list[int]] = []
-        answered: list[tuple[list[int], Answer[Value]]] = []
+        answered: list[tuple[list[int], Reply[Value]]] = []
         for positions in same.values():
             answer = self._stored_answer(job, positions[0])
-            if isinstance(answer, Answer):
+            if isinstance(answer, Reply):
                 answered.append((positions, answer))
             else:
                 missing.append(positions)
@@ -170,7 +159,7 @@ class ChatClient:
 
     def _send_all(
         self, job: _Job[Value], groups: Sequence[list[int]], works: bool
-    ) -> Iterator[tuple[list[int], Answer[Value]]]:
+    ) -> Iterator[tuple[list[int], Reply[Value]]]:
         """Yield groups of equal prompts with their answer, in the order of arrival, and refused prompts at the end.
 
         If the endpoint has answered no prompt, refusals are an error: one wrong option may make it refuse all prompts.
@@ -178,7 +167,7 @@ class ChatClient:
         Args:
             works: whether the endpoint has answered such requests before.
         """
-        stop, arrived = threading.Event(), SimpleQueue[tuple[int, Answer[Value] | Exception] | None]()
+        stop, arrived = threading.Event(), SimpleQueue[tuple[int, Reply[Value] | Exception] | None]()
         # a daemon: Ctrl-C must not wait for requests that hang
         threading.Thread(target=self._run, args=(job, groups, arrived, stop), daemon=True).start()
         left = set(range(len(groups)))
@@ -189,7 +178,7 @@ class ChatClient:
         try:
             while (result := arrived.get()) is not None:
                 number, outcome = result
-                if isinstance(outcome, Answer):
+                if isinstance(outcome, Reply):
                     streak, works = 0, True
                     left.discard(number)
                     yield groups[number], outcome
@@ -212,7 +201,7 @@ class ChatClient:
         if problem is None and refused and not failed and not works and not self._replies.spent(job.scope).calls:
             problem = f"every prompt is refused: {refused[-1][1].advice}"
         if problem is None:
-            yield from ((groups[number], Answer(str(failure), None, failure.reason)) for number, failure in refused)
+            yield from ((groups[number], Reply(str(failure), None, failure.reason)) for number, failure in refused)
         if problem is None and failed:
             count = f"{len(failed)} of {len(groups)} requests failed for good"
             problem = f"{count}, with judge.retries={self._retries}: {failed[-1].advice}"
@@ -257,7 +246,7 @@ class ChatClient:
         finally:
             arrived.put(None)
 
-    def _stored_answer(self, job: _Job[Value], position: int) -> Answer[Value] | int:
+    def _stored_answer(self, job: _Job[Value], position: int) -> Reply[Value] | int:
         """Return the answer to a prompt if the stored replies suffice for one, else the number of the next try."""
         completion = Completion("")
         for attempt in range(1, job.tries + 1):
@@ -267,11 +256,11 @@ class ChatClient:
             completion = stored
             value = job.read(position, completion)
             if value is not None:
-                return Answer(completion.text, value)
+                return Reply(completion.text, value)
         problem = job.unread if completion.text.strip() else "the reply is empty"
         cut = f", cut at judge.max_tokens={self.parameters['max_tokens']}" if completion.finish == "length" else ""
         asked = f" (asked {'twice' if job.tries == 2 else f'{job.tries} times'})" if job.tries > 1 else ""
-        return Answer(completion.text, None, f"{problem}{cut}{asked}")
+        return Reply(completion.text, None, f"{problem}{cut}{asked}")
 
     async def _fetch(
         self, client: AsyncOpenAI, job: _Job[Value], messages: Messages, attempt: int, stop: threading.Event

@@ -17,7 +17,7 @@ from typing import Any
 from gradsift import outside_json
 from gradsift.errors import DataError
 from gradsift.evaluation.generation import ModelOutput, check_pairs, item_key
-from gradsift.evaluation.judges import Judge, JudgeError, JudgeRequest, Order, Reply
+from gradsift.evaluation.judges import Judge, JudgeError, JudgeRequest, Order, Pair, Reply
 
 ORDERS: tuple[Order, Order] = ("forward", "reverse")
 
@@ -102,8 +102,8 @@ def _requests(rows: Sequence[ModelOutput], reference_rows: Sequence[ModelOutput]
     return requests
 
 
-def _judgment(judge: Judge, request: JudgeRequest, reply: Reply) -> Judgment:
-    scores, reason = reply.scores, reply.reason
+def _judgment(judge: Judge, request: JudgeRequest, reply: Reply[Pair]) -> Judgment:
+    scores, reason = reply.value, reply.reason
     if scores is None:
         reason = reason or "no scores"
     elif not all(map(math.isfinite, scores)):

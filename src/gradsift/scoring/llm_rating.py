@@ -41,10 +41,10 @@ def llm_rating(
     unrated: dict[str, list[int]] = {}  # positions by reason
     with task(f"rate with {rater.name}", len(requests)) as advance:
         for request, rating in rater.rate(requests):
-            if rating.grade is None:
+            if rating.value is None:
                 unrated.setdefault(f"no grade for {request.question}: {rating.reason}", []).append(request.position)
             else:
-                grades[request.question][request.position] = rating.grade
+                grades[request.question][request.position] = rating.value
             advance(1)
     scores = Scores(np.prod([grades[question] for question in questions], axis=0), grades)
     for reason, positions in sorted(unrated.items()):

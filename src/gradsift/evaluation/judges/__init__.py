@@ -10,13 +10,15 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Generic, Literal, Protocol, TypeVar
 
 from gradsift.data.examples import Turn
 from gradsift.errors import GradsiftError
 
 Order = Literal["forward", "reverse"]
 Combine = Literal["signs", "sum"]
+Pair = tuple[float, float]  # scores of the first and the second answer
+Value = TypeVar("Value")
 
 
 class JudgeError(GradsiftError):
@@ -45,11 +47,14 @@ class JudgeRequest:
 
 
 @dataclass(frozen=True)
-class Reply:
-    """A judge's raw text and the scores of first and second answer; `reason` is why there are none, or a remark."""
+class Reply(Generic[Value]):
+    """A reply's text and the value read from it, a pair of scores or a grade; `reason` is why there is none.
+
+    Beside a value, `reason` is a remark about it.
+    """
 
     text: str
-    scores: tuple[float, float] | None
+    value: Value | None
     reason: str | None = None
 
 
@@ -72,7 +77,7 @@ class Judge(Protocol):
     def prompt_hash(self, request: JudgeRequest) -> str:
         """Hash everything that the reply depends on: prompt, model and parameters."""
 
-    def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply]]:
+    def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
         """Yield one reply for each request, in order of arrival.
 
         Raises:
@@ -95,23 +100,14 @@ class RatingRequest:
     response: str
 
 
-@dataclass(frozen=True)
-class Rating:
-    """A rater's raw text and the grade, or the reason why there is none."""
-
-    text: str
-    grade: float | None
-    reason: str | None = None
-
-
 class Rater(Protocol):
     """The interface of a rater."""
 
     @property
     def name(self) -> str: ...
 
-    def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Rating]]:
-        """Yield one rating for each request, in order of arrival.
+    def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Reply[float]]]:
+        """Yield one grade for each request, in order of arrival.
 
         Raises:
             JudgeError: a request failed for good; all ratings that arrived were yielded before.

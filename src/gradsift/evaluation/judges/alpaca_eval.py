@@ -19,7 +19,7 @@ from numbers import Real
 from typing import Any
 
 from gradsift.evaluation.chat import ChatClient
-from gradsift.evaluation.judges import Combine, JudgeRequest, Reply, content_hash
+from gradsift.evaluation.judges import Combine, JudgeRequest, Pair, Reply, content_hash
 from gradsift.evaluation.judges.annotators import SLOT, Annotator
 from gradsift.evaluation.judges.parsing import parse_scores
 from gradsift.evaluation.replies import Completion
@@ -66,20 +66,20 @@ class AlpacaEvalJudge:
         reading = [self._annotator.parser, self._annotator.parser_options, self._annotator.reads_choice]
         return content_hash("alpaca_eval", self._chat.parameters, reading, render(self._annotator, request))
 
-    def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply]]:
+    def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
         """Yield replies in order of arrival, then those to equal answers, which need no request."""
         asked = [request for request in requests if request.first != request.second]
         parser = parser_of(self._annotator)
         needs = " and needs the endpoint's log-probabilities" if self._annotator.parser == "logprob_parser" else ""
         unread = f"{self._annotator.parser} finds no preference in it{needs}"
 
-        def read(position: int, completion: Completion) -> float | None:
-            return preference(parser, completion, reads_choice=self._annotator.reads_choice)
+        def read(position: int, completion: Completion) -> Pair | None:
+            p = preference(parser, completion, reads_choice=self._annotator.reads_choice)
+            return None if p is None else (2 - p, p - 1)
 
         prompts = [render(self._annotator, request) for request in asked]
-        for position, answer in self._chat.ask(prompts, read, scope=self._scope, unread=unread):
-            scores = None if answer.value is None else (2 - answer.value, answer.value - 1)
-            yield asked[position], Reply(answer.text, scores, answer.reason)
+        for position, reply in self._chat.ask(prompts, read, scope=self._scope, unread=unread):
+            yield asked[position], reply
         yield from ((r, Reply("", (0.5, 0.5), EQUAL)) for r in requests if r.first == r.second)
 
     def cost(self) -> dict[str, float | int | None]:

@@ -17,7 +17,7 @@ import torch
 from gradsift.cost import passed
 from gradsift.errors import ConfigError
 from gradsift.evaluation.generation import left_padded
-from gradsift.evaluation.judges import Combine, JudgeRequest, Rating, RatingRequest, Reply, content_hash
+from gradsift.evaluation.judges import Combine, JudgeRequest, Pair, RatingRequest, Reply, content_hash
 from gradsift.evaluation.judges.rating import SCALES
 from gradsift.journal import Journal
 from gradsift.training.device import without_host_reads
@@ -106,7 +106,7 @@ class LocalJudge:
         prompt = self._prompt(request)
         return content_hash("local", self.name, prompt.tokens if prompt else None)
 
-    def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply]]:
+    def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
         """Yield requests that need no forward pass, then the others batch by batch, the longest prompts first."""
         asked: list[tuple[JudgeRequest, list[int]]] = []
         for request in requests:
@@ -122,7 +122,7 @@ class LocalJudge:
             finite = math.isfinite(a) and math.isfinite(b)
             yield request, Reply(text, (a, b)) if finite else Reply(text, None, "a log-probability is not finite")
 
-    def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Rating]]:
+    def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Reply[float]]]:
         """Yield the expected grade under the next-token probabilities of the scale's digits.
 
         A response that does not fit into `max_length` is cut. No small model finds good data in this way.
@@ -142,7 +142,7 @@ class LocalJudge:
                 if request.question == question:
                     tokens = self._rated_prompt(request)
                     if tokens is None:
-                        yield request, Rating("", None, self._too_long)
+                        yield request, Reply("", None, self._too_long)
                     else:
                         asked.append((request, tokens))
             for request, log_p in self._log_probabilities(asked, digits):
@@ -244,11 +244,11 @@ def render_rated(request: RatingRequest) -> tuple[str, str, str, str]:
     return opening, *shown, f"\n\n{scale.short}{RATED_ENDING}"
 
 
-def _expected(grades: Sequence[int], log_p: Sequence[float]) -> Rating:
+def _expected(grades: Sequence[int], log_p: Sequence[float]) -> Reply[float]:
     """Return the mean of the grades, weighted by their probabilities."""
     weights = [math.exp(value) for value in log_p]
     text = ", ".join(f"log P({grade}) = {value:.4f}" for grade, value in zip(grades, log_p, strict=True))
     total = sum(weights)
     if not (math.isfinite(total) and total > 0):
-        return Rating(text, None, "no digit has a probability")
-    return Rating(text, sum(grade * weight for grade, weight in zip(grades, weights, strict=True)) / total)
+        return Reply(text, None, "no digit has a probability")
+    return Reply(text, sum(grade * weight for grade, weight in zip(grades, weights, strict=True)) / total)

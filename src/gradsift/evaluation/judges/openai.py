@@ -7,10 +7,11 @@ relevance, accuracy and level of detail; temperature 0; the scores on the first 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from gradsift.evaluation.chat import ChatClient
-from gradsift.evaluation.judges import Combine, JudgeRequest, Rating, RatingRequest, Reply, content_hash
-from gradsift.evaluation.judges.parsing import UNREAD, Pair, Parse, parse_grade, parse_scores
+from gradsift.evaluation.judges import Combine, JudgeRequest, Pair, RatingRequest, Reply, content_hash
+from gradsift.evaluation.judges.parsing import UNREAD, Parse, parse_grade, parse_scores
 from gradsift.evaluation.judges.rating import SCALES, in_blocks, render_rating
 from gradsift.evaluation.replies import Completion
 
@@ -55,7 +56,7 @@ class OpenaiJudge:
         """Hash the messages, the model, its parameters and the parser, but not the endpoint's address."""
         return content_hash("openai", self._chat.parameters, self._parse, render_prompt(request))
 
-    def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply]]:
+    def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
         """Yield replies in order of arrival (see `ChatClient.ask`)."""
         prompts = [render_prompt(request) for request in requests]
         unread = f"no two scores from 0 to 10 where judge.parse={self._parse} looks for them"
@@ -63,15 +64,16 @@ class OpenaiJudge:
         def scores(position: int, completion: Completion) -> Pair | None:
             return parse_scores(completion.text, self._parse)
 
-        for position, answer in self._chat.ask(prompts, scores, scope=self._scope, unread=unread):
-            tie = "not read by the published parser, which makes it a tie" if answer.value == UNREAD else None
-            yield requests[position], Reply(answer.text, answer.value, tie or answer.reason)
+        for position, reply in self._chat.ask(prompts, scores, scope=self._scope, unread=unread):
+            if reply.value == UNREAD:
+                reply = replace(reply, reason="not read by the published parser, which makes it a tie")
+            yield requests[position], reply
 
     def cost(self) -> dict[str, float | int | None]:
         """Return what the pairs have cost so far, in earlier processes too (see `ChatClient.spent`)."""
         return self._chat.spent(self._scope)
 
-    def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Rating]]:
+    def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Reply[float]]]:
         """Yield ratings in order of arrival (see `ChatClient.ask`)."""
         prompts = [render_rating(request) for request in requests]
         # the same examples in another order belong to the same stage, whose spending goes on
@@ -83,8 +85,8 @@ class OpenaiJudge:
             return parse_grade(completion.text, scale.low, scale.high, self._parse)
 
         unread = "no grade of its scale on the first line of the reply"
-        for position, answer in self._chat.ask(prompts, grade, scope=self._rating_scope, unread=unread):
-            yield requests[position], Rating(answer.text, answer.value, answer.reason)
+        for position, reply in self._chat.ask(prompts, grade, scope=self._rating_scope, unread=unread):
+            yield requests[position], reply
 
     def rating_cost(self) -> dict[str, float | int | None]:
         """Return what the last `rate` has cost, in earlier processes too."""

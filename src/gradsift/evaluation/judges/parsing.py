@@ -14,8 +14,9 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from gradsift.evaluation.judges import Pair
+
 Parse = Literal["strict", "tolerant", "legacy"]
-Pair = tuple[float, float]
 
 _LONGEST = 120  # characters of a line of scores; limits the time of a pattern
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from gradsift.data.verifiable import right_answer
 from gradsift.errors import ConfigError
-from gradsift.evaluation.judges import Combine, JudgeRequest, Rating, RatingRequest, Reply, content_hash
+from gradsift.evaluation.judges import Combine, JudgeRequest, Pair, RatingRequest, Reply, content_hash
 from gradsift.evaluation.judges.rating import SCALES
 
 Match = Callable[[str, str], bool]
@@ -35,7 +35,7 @@ class VerifierJudge:
         """Hash the verifier's name, the two answers and the reference answer."""
         return content_hash(self.name, request.first, request.second, request.reference)
 
-    def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply]]:
+    def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
         """Grade each pair, in order.
 
         Raises:
@@ -54,7 +54,7 @@ class VerifierJudge:
             first, second = (int(matches(answer, reference)) for answer in (request.first, request.second))
             yield request, Reply(f"{first} {second}", (float(first), float(second)))
 
-    def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Rating]]:
+    def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Reply[float]]]:
         """Grade each example: the scale's highest grade if its response is right, else the lowest.
 
         The grade of `complexity`, which the embedded world does not define, is the number of words of the right
@@ -76,7 +76,7 @@ class VerifierJudge:
                 grade = min(scale.high, max(scale.low, len(right.split())))
             else:
                 grade = scale.high if self._matches(request.response, right) else scale.low
-            yield request, Rating(right, float(grade))
+            yield request, Reply(right, float(grade))
 
     def rating_cost(self) -> dict[str, float | int | None]:
         """Return an empty dict: ratings cost nothing."""

@@ -149,6 +149,7 @@ def test_the_hash_of_a_function_is_that_of_every_process() -> None:
     ("options", "message"),
     [
         ({"method": "gradfilter"}, "did you mean gradfiltering?"),
+        ({"method": None}, "method=None is neither a recipe"),
         ({"method": lambda examples: None}, "no function with a name"),
         ({"method": by_length, "scorer__sgn": 1}, "scorer.sgn is no constant of scorer=by_length; it has sign"),
         ({"alpha": 1.5}, "alpha=1.5 is out of range"),

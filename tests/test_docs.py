@@ -46,10 +46,10 @@ COMMANDS = [
 
 def _first(overrides: list[str]) -> list[str]:
     """The overrides, of a sweep the first value of each."""
-    found = []
+    values = []
     for override in OverridesParser.create().parse_overrides(overrides):
-        found.append(f"{override.get_key_element()}={next(values_of(override))}")
-    return found
+        values.append(f"{override.get_key_element()}={next(values_of(override))}")
+    return values
 
 
 @pytest.fixture(autouse=True)

@@ -64,7 +64,7 @@ class Selection:
     @property
     def warnings(self) -> list[str]:
         """The messages of the diagnostics that warn."""
-        return [found["message"] for found in self.diagnostics.values() if found["verdict"] == "warning"]
+        return [entry["message"] for entry in self.diagnostics.values() if entry["verdict"] == "warning"]
 
     def __repr__(self) -> str:
         return (
@@ -118,28 +118,32 @@ def select(
         >>> selection.scores.column_names
         ['row_index', 'example_id', 'score', 'G_s', 'G_t', 'V_t', 'drop', 'status', 'reason', 'selected']
     """
+    options |= {"alpha": alpha, "proxy": proxy} | ({} if artifacts is None else {"artifacts": artifacts})
     with tempfile.TemporaryDirectory(prefix="gradsift-rows-") as folder:
         path = Path(rows) if isinstance(rows, str | Path) else _written(rows, Path(folder) / "rows.jsonl")
-        chosen = {"data__path": path, "alpha": alpha, "proxy": proxy}
-        chosen |= {} if artifacts is None else {"artifacts": artifacts}
-        overrides = ["data=json", "stop_after=selection", "tracker=none"]
-        constants = {}
-        if callable(method):
-            constants = {name[8:]: options.pop(name) for name in list(options) if name.startswith("scorer__")}
-            if not inspect.isfunction(method) or method.__name__ == "<lambda>":
-                raise ConfigError(f"method={method!r} is no function with a name; define one with def, and pass that")
-            name = _spelt("method", method.__name__)
-            overrides += ["~scorer", f"+scorer={{_target_: {name}, name: {name}}}"]
-        else:
-            overrides.append(_chosen(method))
-        config = compose_config([*overrides, *_overrides(chosen), *_overrides(_changeable(options))])
-        if config.compute.ranks > 1:
-            raise ConfigError("select() works in one process; use the command line for several GPUs or machines")
-        return _selected(config, progress, rows, method if callable(method) else None, constants)
+        if not callable(method):
+            return _selected(_config(path, _chosen(method), options), progress, rows)
+        constants = {name[8:]: options.pop(name) for name in list(options) if name.startswith("scorer__")}
+        return _selected(_config(path, _own(method), options), progress, rows, method, constants)
+
+
+def _config(path: Path, method: Sequence[str], options: Mapping[str, Any]) -> Config:
+    for name in options:
+        if remedy := _FIXED.get("hydra" if name.startswith("hydra") else name):
+            raise ConfigError(f"{name} is no option of select(): {remedy}")
+    fixed = ["data=json", f"data.path={_spelt('rows', path)}", "stop_after=selection", "tracker=none"]
+    config = compose_config([*fixed, *method, *_overrides(options)])
+    if config.compute.ranks > 1:
+        raise ConfigError("select() works in one process; use the command line for several GPUs or machines")
+    return config
 
 
 def _selected(
-    config: Config, progress: bool, rows: Any, function: Callable[..., Any] | None, constants: Mapping[str, Any]
+    config: Config,
+    progress: bool,
+    rows: Any,
+    function: Callable[..., Any] | None = None,
+    constants: Mapping[str, Any] | None = None,
 ) -> Selection:
     import torch
     from rich.console import Console
@@ -162,7 +166,7 @@ def _selected(
         with guarded(store.root, "the selection", nameless=False):
             line = Line(config, Runtime(store, config.compute, display, config.seed))
             if function is not None:
-                line.scorer = _scorer(function, constants, tuple(line.sources))
+                line.scorer = _scorer(function, constants or {}, tuple(line.sources))
             check(line)
             scored = score(line.runtime, line.scorer, line.loaded, line.sources, line.diagnose)
             return _read(rows, line, scored, line.select(scored))
@@ -268,7 +272,7 @@ def _written(rows: Any, path: Path) -> Path:
     return path
 
 
-def _chosen(method: str) -> str:
+def _chosen(method: str) -> list[str]:
     """Return the override for a recipe or a scorer by its name; a recipe of that name goes first."""
     folders = (conf_folder(), Path("conf"))
     names = {
@@ -277,19 +281,20 @@ def _chosen(method: str) -> str:
     }
     for group, known in names.items():
         if method in known:
-            return f"{group}={method}"
-    close = difflib.get_close_matches(method, sorted(names["method"] | names["scorer"]), n=1)
+            return [f"{group}={method}"]
+    close = difflib.get_close_matches(str(method), sorted(names["method"] | names["scorer"]), n=1)
     raise ConfigError(
         f"method={method!r} is neither a recipe ({', '.join(sorted(names['method']))}) nor a scorer "
         f"({', '.join(sorted(names['scorer']))})" + (f"; did you mean {close[0]}?" if close else "")
     )
 
 
-def _changeable(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    for name in options:
-        if remedy := _FIXED.get(name) or _FIXED.get(name.partition("__")[0] if name.startswith("hydra") else ""):
-            raise ConfigError(f"{name} is no option of select(): {remedy}")
-    return options
+def _own(function: Any) -> list[str]:
+    """Return the overrides for a scorer that is a function of the caller's."""
+    if not inspect.isfunction(function) or function.__name__ == "<lambda>":
+        raise ConfigError(f"method={function!r} is no function with a name; define one with def, and pass that")
+    name = _spelt("method", function.__name__)
+    return ["~scorer", f"+scorer={{_target_: {name}, name: {name}}}"]
 
 
 def _overrides(options: Mapping[str, Any]) -> Iterable[str]:

@@ -12,7 +12,7 @@ import base64
 import gzip
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,22 +46,13 @@ class Pool:
     selections: list[dict[str, Any]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):
     """A pool as the page holds it."""
 
     name: str
+    rows: int
     about: dict[str, Any]  # JSON: names, and where each column begins
     data: str  # base64 of gzip
-
-    @property
-    def rows(self) -> int:
-        return int(self.about["rows"])
-
-    @property
-    def size(self) -> int:
-        """Characters that it takes on the page."""
-        return len(self.data)
 
 
 def pools(material: Material) -> list[Pool]:
@@ -206,7 +197,7 @@ def pack(pool: Pool, most: int = MOST) -> Packed:
     about["texts"] = len(columns.bytes)
     texts = _END.join(_FIELD.join(presentable(text[:CUT]) for text in fields[row]) for row in rows)
     packed = gzip.compress(bytes(columns.bytes) + texts.encode("utf-8"), 4, mtime=0)
-    return Packed(pool.name, about, base64.b64encode(packed).decode("ascii"))
+    return Packed(pool.name, len(rows), about, base64.b64encode(packed).decode("ascii"))
 
 
 def held(pool: Pool, most: int) -> np.ndarray:

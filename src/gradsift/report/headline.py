@@ -91,7 +91,7 @@ def _of_run(run: Run) -> tuple[str, list[str], list[Tile]]:
     record = run.record
     verdicts, tiles = [], []
     if run.status in FAILED:
-        verdicts.append(f"This run did not finish ({run.status}): {run.error}.")
+        verdicts.append(f"This run did not finish ({run.status}): {record.get('error')}.")
     elif run.status != "finished":
         verdicts.append(f"This run ended early: {run.outcome}.")
     if record.get("pws_by_definition"):

@@ -81,10 +81,6 @@ class Run:
         return str(self.record["status"])
 
     @property
-    def error(self) -> str | None:
-        return self.record.get("error")
-
-    @property
     def is_full(self) -> bool:
         """Whether this is the full-data run."""
         return bool(self.record["scorer"] == "full")
@@ -107,7 +103,7 @@ class Run:
             return f"it was stopped after {after}" if after else "it was stopped early"
         if self.status in FAILED:
             verb = {"interrupted": "was interrupted", "unfinished": "is unfinished"}.get(self.status, self.status)
-            return f"it {verb}: {self.error}"
+            return f"it {verb}: {self.record.get('error')}"
         return f"scorer={self.record['scorer']} does not need it"
 
     @cached_property

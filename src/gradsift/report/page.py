@@ -188,10 +188,10 @@ def _policy(style: str, script: str) -> str:
 def _commands(material: Material) -> list[str]:
     """Return the commands that repeat the run or the sweep."""
 
-    def command(words: Iterable[Any]) -> str:
-        given = [str(word) for word in words]
-        replay = given[:1] if given and given[0].startswith("--replay") else []  # shown as it was given
-        return shlex.join(["python", "run.py", *given]) if not replay else f"python run.py {replay[0]}"
+    def command(words: Sequence[str]) -> str:
+        if words and words[0].startswith("--replay"):
+            return f"python run.py {words[0]}"  # one word that holds an option and its folder
+        return shlex.join(["python", "run.py", *words])
 
     overrides = [run.record.get("overrides") or [] for run in material.runs]
     if not material.is_sweep:
@@ -202,14 +202,12 @@ def _commands(material: Material) -> list[str]:
         return [command(own) for own in overrides]
 
 
-def _versions(material: Material) -> list[tuple[str, str]]:
+def _versions(material: Material) -> dict[str, str]:
     """Return the commit and packages that made the last artifact of the last run that has one."""
     artifacts = [artifact for run in material.runs for group in run.artifacts.values() for artifact in group]
-    if not artifacts:
-        return []
-    manifest = artifacts[-1].manifest
+    manifest = artifacts[-1].manifest if artifacts else {}
     commit = {"commit": manifest["git_sha"]} if manifest.get("git_sha") else {}
-    return [(name, str(version)) for name, version in {**commit, **(manifest.get("packages") or {})}.items()]
+    return {**commit, **(manifest.get("packages") or {})}
 
 
 def _config(material: Material) -> str:

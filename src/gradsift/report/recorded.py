@@ -16,7 +16,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,13 @@ def compared(files: Sequence[Path], runs: Sequence[Run]) -> list[str]:
     # the hash reads every job's config, so compare the jobs first
     if _jobs(runs) != recorded["jobs"] or _settings(files) != recorded["settings"]:
         return []
-    if differences := list(_differences(_figures(runs), recorded["figures"])):
+    here = _figures(runs)
+    cells = {
+        f"{scorer}, {_NAMES[name]}": _difference(here.get(scorer, {}).get(name, []), expected)
+        for scorer, measures in recorded["figures"].items()
+        for name, expected in measures.items()
+    }
+    if differences := [f"{cell}: {difference}" for cell, difference in cells.items() if difference is not None]:
         return [f"differs from the recorded table ({recorded['machine']}): {line}" for line in differences]
     return [
         f"agrees with the recorded table ({recorded['machine']}): every figure of every scorer is within the spread "
@@ -79,14 +85,6 @@ def _figures(runs: Sequence[Run]) -> Figures:
         for name in _NAMES:
             figures.setdefault(row["scorer"], {}).setdefault(name, []).append(row[name])
     return figures
-
-
-def _differences(here: Figures, recorded: Figures) -> Iterator[str]:
-    for scorer, measures in recorded.items():
-        for name, expected in measures.items():
-            values = here.get(scorer, {}).get(name, [])
-            if (difference := _difference(values, expected)) is not None:
-                yield f"{scorer}, {_NAMES[name]}: {difference}"
 
 
 def _difference(values: Sequence[float | None], expected: Sequence[float | None]) -> str | None:

@@ -61,11 +61,8 @@ def judge_outcomes(material: Material) -> Figure:
         shares = counts / items
         hatch = style.HATCHES[1] if name in ("lose", "invalid") else ""
         axes.barh(range(len(groups)), shares, left=start, color=colour, hatch=hatch, label=name, **style.BAR)
-        options: Style = {
-            "backgroundcolor": colour,
-            "color": style.ON_LIGHT if name == "tie" else style.ON_DARK,
-            "fontsize": 7.5,
-        }
+        ink = style.ON_LIGHT if name == "tie" else style.ON_DARK
+        options: Style = {"backgroundcolor": colour, "color": ink, "fontsize": 7.5, "ha": "center", "va": "center"}
         for place in np.flatnonzero(shares > 0.06).tolist():  # where a number fits into the bar
             middle = start[place] + shares[place] / 2
             axes.text(middle, place, f"{counts[place]}", **options)

@@ -82,10 +82,10 @@ def test_a_number_that_would_fill_the_memory_is_refused_on_the_command_line(opti
         composed(f"{option.replace('lora', 'proxy.lora')}={value}")
 
 
-@pytest.mark.parametrize("wrong", [("--bootstrap", "0"), ("--bootstrap", "1000000000"), ("--seed", "-1")])
-def test_other_commands_refuse_such_numbers_too(wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert records.main(["nothing.jsonl", *wrong]) == 2
-    assert "--bootstrap must be at least 1 and at most 100,000" in capsys.readouterr().err
+@pytest.mark.parametrize("wrong", ["0", "1", "nan", "-0.5"])
+def test_a_confidence_that_is_no_probability_is_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert records.main(["nothing.jsonl", f"--confidence={wrong}"]) == 2
+    assert "is not between 0 and 1" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------- the command line

@@ -57,7 +57,7 @@ def write_judgments(files: PairFiles, rows: list[Judgment]) -> None:
 
 
 def pooled(rows: list[Judgment]) -> dict[str, Any]:
-    return dict(summarise(rows, "signs", 10, 0.95, 0)["pooled"])
+    return dict(summarise(rows, "signs", 0.95)["pooled"])
 
 
 # --------------------------------------------------------------------------------------------- export
@@ -93,8 +93,8 @@ def test_the_files_of_one_order_come_back_as_the_same_judgments(files: PairFiles
     folder = tmp_path / "to" / "ours-m" / "openai_m"
     records = read_all([folder / "annotations_reverse.json", folder / "annotations_forward.json"])
     assert records.model == "ours-m"
-    again = describe(records, bootstrap=10, confidence=0.95, seed=0)
-    before = describe(read_all([files.judgments]), bootstrap=10, confidence=0.95, seed=0)  # type: ignore[list-item]
+    again = describe(records, 0.95)
+    before = describe(read_all([files.judgments]), 0.95)  # type: ignore[list-item]
     assert again["pooled"] == before["pooled"]
     assert again["position_bias"] == before["position_bias"]
     row = json.loads((folder / "annotations_forward.json").read_text())[2]

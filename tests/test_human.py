@@ -416,7 +416,7 @@ def test_majority_agreement_and_judge_by_hand() -> None:
     }
     judged["set", "5"] = "invalid"
     judged["set", "99"] = "lose"  # not voted on
-    found = describe(votes, judged, bootstrap=100, confidence=0.9, seed=0)
+    found = describe(votes, judged, 0.9)
     # win, three ways, tie, lose, and one vote alone
     kinds = ("n", "win", "tie", "lose", "split")
     assert [found["majority"]["pooled"][kind] for kind in kinds] == [5, 2, 1, 1, 1]
@@ -444,11 +444,11 @@ def test_majority_agreement_and_judge_by_hand() -> None:
 
 
 def test_without_votes_there_is_no_figure() -> None:
-    found = describe([], None, bootstrap=10, confidence=0.9, seed=0)
+    found = describe([], None, 0.9)
     assert found["majority"]["pooled"]["pws"] is None
     assert found["agreement"] == {"pairwise": [], "fleiss": {"raters": 0, "items": 0, "kappa": None}}
     assert majority([{("s", "1"): "win"}, {("s", "1"): "lose"}]) == {("s", "1"): "invalid"}
-    apart = describe([*cast("Ann", "win"), *cast("Bob", "", "tie")], None, bootstrap=10, confidence=0.9, seed=0)
+    apart = describe([*cast("Ann", "win"), *cast("Bob", "", "tie")], None, 0.9)
     assert apart["agreement"]["pairwise"][0]["kappa"] is None
     assert apart["agreement"]["fleiss"] == {"raters": 2, "items": 0, "kappa": None}
 

@@ -206,7 +206,7 @@ def test_a_figure_that_one_seed_lacks_has_no_mean() -> None:
 
 
 def test_runs_of_one_seed_that_differ_elsewhere_are_not_averaged() -> None:
-    shared = ["alpha=0.1", "judge.bootstrap=9"]
+    shared = ["alpha=0.1", "judge.confidence=0.9"]
     one = run(overrides=[*shared, "seed=0"])
     other = run({"vicuna": cell(1, 1, 8)}, overrides=[*shared, "proxy.collect=during_training"], variant="b")
     assert [row["runs"] for row in over_seeds([*flat_rows(one), *flat_rows(other)])] == [1, 1]

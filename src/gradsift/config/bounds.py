@@ -30,7 +30,6 @@ MOST: dict[str, tuple[int, str]] = {  # by the option's name, or by the last par
     "size": (10_000_000, "as the embedded world is made in memory"),
     "benchmark_items": (1_000_000, "as the embedded world is made in memory"),
     "dimensions": (2**20, "above which a projection saves nothing"),
-    "bootstrap": (100_000, "beyond which an interval does not change"),
     "concurrency": (1000, "as each request has a thread"),
     "retries": (1000, "which would last for days"),
     "clusters": (1_000_000, "more than k-means could tell apart"),
@@ -52,15 +51,7 @@ def require_bound(option: str, value: int) -> None:
         raise ConfigError(f"{option}={shown} is more than {most:,}, {why}; give less")
 
 
-def require_resampling(bootstrap: int, confidence: float, seed: int | None) -> None:
-    """Check the options of a command that prints intervals.
-
-    Raises:
-        ConfigError: one of them is out of range.
-    """
-    most, most_seed = MOST["bootstrap"][0], _SEED[0]
-    if not 1 <= bootstrap <= most or not 0 < confidence < 1 or not 0 <= (seed or 0) <= most_seed:
-        raise ConfigError(
-            f"--bootstrap must be at least 1 and at most {most:,}, --confidence between 0 and 1, and --seed from 0 to "
-            f"{most_seed:,}"
-        )
+def require_confidence(confidence: float) -> None:
+    """Raise ConfigError if the option `--confidence` of a command is not between 0 and 1."""
+    if not 0 < confidence < 1:
+        raise ConfigError(f"--confidence {confidence:g} is not between 0 and 1")

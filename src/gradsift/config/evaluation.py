@@ -122,8 +122,7 @@ class JudgeConfig(Group, option="judge"):
     """A judge gives each answer of a pair a score. Every pair is judged in both orders."""
 
     name: str = MISSING
-    bootstrap: int = option(2000, least=1)  # resamples of the items for the interval of PWS
-    confidence: float = option(0.95, above=0, below=1)  # level of that interval
+    confidence: float = option(0.95, above=0, below=1)  # coverage of the interval of PWS
 
 
 @dataclass

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, get_args
 
 import numpy as np
 
 from gradsift.errors import DataError
+from gradsift.evaluation.intervals import difference
 from gradsift.evaluation.pws import SIGNS, Outcome, Outcomes
 
 
@@ -35,16 +37,12 @@ def agreement(outcomes: Outcomes, labels: Outcomes) -> dict[str, Any]:
     }
 
 
-def paired_test(first: Outcomes, second: Outcomes, *, resamples: int, confidence: float, seed: int) -> dict[str, Any]:
+def paired_test(first: Outcomes, second: Outcomes, confidence: float) -> dict[str, Any]:
     """Test whether two models that met the same reference on the same items differ in PWS.
 
-    Each item gives a difference of outcomes (win 1, tie 0, lose -1), so the item's difficulty cancels. The p-value is
-    that of the two-sided sign-flip permutation test of a mean difference of zero, with the observed arrangement among
-    the resamples; the interval is the percentile interval of a bootstrap.
-
     Returns:
-        `{"items", "difference", "low", "high", "p_value", "resamples"}`; the difference is PWS(first) - PWS(second)
-        over the items that are valid in both.
+        `{"items", "difference", "low", "high", "p_value"}`; the difference is PWS(first) - PWS(second) over the items
+        that are valid in both, with the interval and the p-value of `gradsift.evaluation.intervals.difference`.
 
     Raises:
         DataError: no item is valid in both.
@@ -52,20 +50,5 @@ def paired_test(first: Outcomes, second: Outcomes, *, resamples: int, confidence
     shared = [item for item in first if item in second and "invalid" not in (first[item], second[item])]
     if not shared:
         raise DataError("the two records share no item with a valid outcome in both; judge the same benchmark")
-    differences = np.array([SIGNS[first[item]] - SIGNS[second[item]] for item in shared], dtype=float)
-    rng = np.random.default_rng(seed)
-    observed = differences.mean()
-    # a difference has one of five values, so a resample is a few draws of counts
-    values, counts = np.unique(differences, return_counts=True)
-    flipped = (values * (2 * rng.binomial(counts, 0.5, size=(resamples, len(values))) - counts)).sum(1) / len(shared)
-    drawn = rng.multinomial(len(shared), counts / len(shared), size=resamples) @ values / len(shared)
-    extreme = int((np.abs(flipped) >= abs(observed) - 1e-12).sum())
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return {
-        "items": len(shared),
-        "difference": float(observed),
-        "low": float(low),
-        "high": float(high),
-        "p_value": (extreme + 1) / (resamples + 1),
-        "resamples": resamples,
-    }
+    ours, theirs = (np.array([[SIGNS[source[item]] for item in shared]]) for source in (first, second))
+    return {"items": len(shared), **asdict(difference(ours, theirs, confidence))}

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gradsift.errors import DataError
+from gradsift.evaluation.intervals import mean_interval
 from gradsift.evaluation.judges import Combine, Order
 from gradsift.evaluation.judgments import Judgment
 
@@ -54,11 +55,10 @@ class PwsEstimate:
         return {**counts, "pws": self.value, "pws_low": low, "pws_high": high}
 
 
-def estimate(outcomes: Iterable[Outcome], bootstrap: int, confidence: float, rng: np.random.Generator) -> PwsEstimate:
-    """Return the PWS of some items with the percentile interval of a bootstrap over the items.
+def estimate(outcomes: Iterable[Outcome], confidence: float) -> PwsEstimate:
+    """Return the PWS of some items with its score interval (see `gradsift.evaluation.intervals`).
 
     Args:
-        bootstrap: number of resamples.
         confidence: coverage of the interval, between 0 and 1.
     """
     outcomes = list(outcomes)
@@ -66,11 +66,8 @@ def estimate(outcomes: Iterable[Outcome], bootstrap: int, confidence: float, rng
     valid = win + tie + lose
     if valid == 0:
         return PwsEstimate(win, tie, lose, invalid)
-    # drawing `valid` items with replacement and counting their outcomes is one multinomial draw
-    drawn = rng.multinomial(valid, np.array([win, tie, lose]) / valid, size=bootstrap)
-    resampled = (drawn[:, 0] - drawn[:, 2]) / valid + 1
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return PwsEstimate(win, tie, lose, invalid, (win - lose) / valid + 1, (float(low), float(high)))
+    low, high = mean_interval(np.repeat([1, 0, -1], [win, tie, lose])[None], confidence)
+    return PwsEstimate(win, tie, lose, invalid, (win - lose) / valid + 1, (low + 1, high + 1))
 
 
 def outcome(forward: Judgment | None, reverse: Judgment | None, combine: Combine) -> Outcome:
@@ -115,32 +112,22 @@ def outcomes_of(judgments: Iterable[Judgment], combine: Combine) -> dict[tuple[s
     return {item: outcome(orders.get("forward"), orders.get("reverse"), combine) for item, orders in pairs.items()}
 
 
-def summarise(
-    judgments: Iterable[Judgment], combine: Combine, bootstrap: int, confidence: float, seed: int
-) -> dict[str, Any]:
+def summarise(judgments: Iterable[Judgment], combine: Combine, confidence: float) -> dict[str, Any]:
     """Return `summarise_outcomes` of judgments (at most one per item and order), with `combine`."""
-    return {"combine": combine, **summarise_outcomes(outcomes_of(judgments, combine), bootstrap, confidence, seed)}
+    return {"combine": combine, **summarise_outcomes(outcomes_of(judgments, combine), confidence)}
 
 
-def summarise_outcomes(outcomes: Outcomes, bootstrap: int, confidence: float, seed: int) -> dict[str, Any]:
+def summarise_outcomes(outcomes: Outcomes, confidence: float) -> dict[str, Any]:
     """Return outcomes and PWS for each benchmark, and pooled over all items.
 
-    Args: see `estimate`; `seed` is that of the resampling.
-
     Returns:
-        `{"bootstrap", "confidence", "seed", "benchmarks": {name: cell}, "pooled": cell}`, cells as in
-        `PwsEstimate.cell`.
+        `{"confidence", "benchmarks": {name: cell}, "pooled": cell}`, cells as in `PwsEstimate.cell`.
     """
     by_benchmark: dict[str, list[Outcome]] = {}
     for (benchmark, _), each in sorted(outcomes.items()):
         by_benchmark.setdefault(benchmark, []).append(each)
-    # each cell has its own random stream: adding a benchmark does not change the others' intervals
-    cells = {
-        name: estimate(each, bootstrap, confidence, np.random.default_rng([seed, *name.encode()])).cell()
-        for name, each in by_benchmark.items()
-    }
-    pooled = estimate(outcomes.values(), bootstrap, confidence, np.random.default_rng([seed])).cell()
-    return {"bootstrap": bootstrap, "confidence": confidence, "seed": seed, "benchmarks": cells, "pooled": pooled}
+    cells = {name: estimate(each, confidence).cell() for name, each in by_benchmark.items()}
+    return {"confidence": confidence, "benchmarks": cells, "pooled": estimate(outcomes.values(), confidence).cell()}
 
 
 def write_pws(path: Path, summary: dict[str, Any]) -> None:

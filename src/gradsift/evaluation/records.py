@@ -26,7 +26,7 @@ from typing import Any, get_args
 import numpy as np
 
 from gradsift import outside_json
-from gradsift.config.bounds import require_resampling
+from gradsift.config.bounds import require_confidence
 from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.evaluation.agreement import agreement, paired_test
 from gradsift.evaluation.bias import length_bias, position_bias
@@ -164,9 +164,9 @@ def read_all(paths: Iterable[Path], model: str | None = None) -> Records:
     return merged
 
 
-def describe(records: Records, *, bootstrap: int, confidence: float, seed: int) -> dict[str, Any]:
+def describe(records: Records, confidence: float) -> dict[str, Any]:
     """Return outcomes and PWS with intervals, per benchmark and pooled, and position and length bias."""
-    summary = summarise(records.judgments, records.combine, bootstrap, confidence, seed)
+    summary = summarise(records.judgments, records.combine, confidence)
     summary["position_bias"] = position_bias(records.judgments)
     summary["length_bias"] = length_bias(records.judgments, records.combine, records.lengths)
     if len({judgment.order for judgment in records.judgments}) == 1:
@@ -227,12 +227,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", nargs="+", type=Path, default=[], metavar="FILE", help="those of a second model")
     parser.add_argument("--model", help="whose wins are counted in annotations (default: that of the first output_2)")
     parser.add_argument("--labels", type=Path, help="people's outcomes, JSON lines of item_id, label, benchmark")
-    parser.add_argument("--bootstrap", type=int, default=2000, help="resamples for the intervals (default 2000)")
-    parser.add_argument("--confidence", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals (default 0.95)")
     options = parser.parse_args(arguments)
     try:
-        require_resampling(options.bootstrap, options.confidence, options.seed)
+        require_confidence(options.confidence)
         print(json.dumps(_result(options), indent=1, allow_nan=False))
     except (GradsiftError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -242,8 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _result(options: argparse.Namespace) -> dict[str, Any]:
     records = read_all(options.files, options.model)
-    settings = {"confidence": options.confidence, "seed": options.seed}
-    result = describe(records, bootstrap=options.bootstrap, **settings)
+    result = describe(records, options.confidence)
     outcomes = outcomes_of(records.judgments, records.combine)
     if options.labels:
         labels = read_labels(options.labels)
@@ -255,9 +252,9 @@ def _result(options: argparse.Namespace) -> dict[str, Any]:
         result["agreement"] = agreement(outcomes, labels)
     if options.against:
         other = read_all(options.against)
-        result["against"] = describe(other, bootstrap=options.bootstrap, **settings)
+        result["against"] = describe(other, options.confidence)
         second = outcomes_of(other.judgments, other.combine)
-        result["paired_test"] = paired_test(outcomes, second, resamples=options.bootstrap, **settings)
+        result["paired_test"] = paired_test(outcomes, second, options.confidence)
     return result
 
 

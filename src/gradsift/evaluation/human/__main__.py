@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gradsift.config.bounds import require_resampling
+from gradsift.config.bounds import require_bound, require_confidence
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.human.pairs import PairFiles, files_of_run, read_pairs
 from gradsift.evaluation.human.tally import describe
@@ -55,8 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=PORT, help=f"on 127.0.0.1 (default {PORT}; 0 takes a free one)")
     parser.add_argument("--unblind", action="store_true", help="show raters who have finished which side was whose")
     parser.add_argument("--results", action="store_true", help="print the counts as JSON and serve nothing")
-    parser.add_argument("--bootstrap", type=int, default=2000, help="resamples for the intervals (default 2000)")
-    parser.add_argument("--confidence", type=float, default=0.95)
+    parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals (default 0.95)")
     return parser
 
 
@@ -64,7 +63,8 @@ def _files(options: argparse.Namespace) -> PairFiles:
     named = (options.model is not None) + (options.reference is not None)
     if (options.run is None and named < 2) or (options.run is not None and named):
         raise ConfigError("give either the folder of a run, or two files with --model and --reference")
-    require_resampling(options.bootstrap, options.confidence, options.seed)
+    require_confidence(options.confidence)
+    require_bound("--seed", options.seed or 0)
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing and not options.results:
         raise ConfigError(
@@ -113,8 +113,7 @@ def _results(options: argparse.Namespace, files: PairFiles, path: Path) -> dict[
         judged = {key: outcome for key, outcome in judged.items() if key in set(votes.keys.values())}
     counted = [vote for vote in votes.all() if not names or vote.rater in names]
     about = {"model": votes.about["model"], "reference": votes.about["reference"], "items": len(votes.keys)}
-    settings = {"bootstrap": options.bootstrap, "confidence": options.confidence, "seed": int(votes.about["seed"])}
-    return {**about, **describe(counted, judged, **settings)}
+    return {**about, **describe(counted, judged, options.confidence)}
 
 
 def _names(raters: str | None) -> list[str]:

@@ -137,7 +137,7 @@ class Pages:
                 return self._to(rater, missing)
             return self._page("done.html", here=here, rater=rater, count=len(votes))
         outcomes = {vote.key: vote.outcome for vote in votes}
-        cell = summarise_outcomes(outcomes, bootstrap=2000, confidence=0.95, seed=0)["pooled"]
+        cell = summarise_outcomes(outcomes, confidence=0.95)["pooled"]
         names = (self.votes.about["model"], self.votes.about["reference"]) if self.unblind else None
         revealed = votes if self.unblind else []
         return self._page("counts.html", here=here, rater=rater, cell=cell, revealed=revealed, names=names)

@@ -19,14 +19,12 @@ from gradsift.evaluation.pws import Outcome, Outcomes, summarise_outcomes
 KINDS: tuple[Outcome, ...] = ("win", "tie", "lose")
 
 
-def describe(
-    votes: Iterable[Vote], judged: Outcomes | None, *, bootstrap: int, confidence: float, seed: int
-) -> dict[str, Any]:
+def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) -> dict[str, Any]:
     """Return counts and PWS of each rater and of their majority, agreement of raters and judge, and position bias.
 
     Args:
         judged: outcomes of an LLM judge on the same items, if there is one.
-        bootstrap, confidence, seed: see `gradsift.evaluation.pws.summarise_outcomes`.
+        confidence: coverage of the intervals, between 0 and 1.
 
     Returns:
         JSON values. `raters`: n, win, tie, lose, PWS with interval, and `position`, by name. `majority`: the same per
@@ -39,14 +37,13 @@ def describe(
         if vote.choice is not None:
             by_rater.setdefault(vote.rater, []).append(vote)
     outcomes = {rater: {vote.key: vote.outcome for vote in cast} for rater, cast in by_rater.items()}
-    settings: dict[str, Any] = {"bootstrap": bootstrap, "confidence": confidence, "seed": seed}
     raters = {}
     for rater, cast in by_rater.items():
-        cell = summarise_outcomes(outcomes[rater], **settings)["pooled"]
+        cell = summarise_outcomes(outcomes[rater], confidence)["pooled"]
         del cell["invalid"]  # a vote is always valid
         raters[rater] = {**cell, "position": position(cast)}
     decided = majority(outcomes.values())
-    summary = summarise_outcomes(decided, **settings)
+    summary = summarise_outcomes(decided, confidence)
     for cell in (summary["pooled"], *summary["benchmarks"].values()):
         cell["split"] = cell.pop("invalid")
     shared = [key for key in decided if all(key in each for each in outcomes.values())] if len(outcomes) > 1 else []
@@ -55,12 +52,12 @@ def describe(
     if judged is not None:
         voted = {key: judged[key] for key in decided if key in judged}
         against_judge = {
-            "pooled": summarise_outcomes(voted, **settings)["pooled"],
+            "pooled": summarise_outcomes(voted, confidence)["pooled"],
             "majority": _compared(judged, decided),
             "raters": {rater: _compared(judged, each) for rater, each in outcomes.items()},
         }
     return {
-        **settings,
+        "confidence": confidence,
         "raters": raters,
         "majority": {"pooled": summary["pooled"], "benchmarks": summary["benchmarks"]},
         "agreement": {

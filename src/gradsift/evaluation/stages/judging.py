@@ -43,12 +43,12 @@ if TYPE_CHECKING:
     from gradsift.evaluation.judges.local import LocalJudge
 
 VERSION = 3
-PWS_VERSION = 3
+PWS_VERSION = 4
 REPLIES_FILE = "judge_cache.sqlite"  # in the store, for all runs
 _CLIENT_OPTIONS = ("api_key_env", "timeout", "retries", "max_wait", "give_up", "concurrency")
 _SPENDING_OPTIONS = ("dry_run", "price_input", "price_output", "max_usd", "max_calls")
 # options that change neither a reply nor its meaning
-_NOT_JUDGMENT = ("bootstrap", "confidence", "batch_size", *_CLIENT_OPTIONS, *_SPENDING_OPTIONS)
+_NOT_JUDGMENT = ("confidence", "batch_size", *_CLIENT_OPTIONS, *_SPENDING_OPTIONS)
 
 
 def check_judge(runtime: Runtime, config: JudgeConfig) -> None:
@@ -180,11 +180,11 @@ def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifa
     Args:
         judged: judgments of `answers` against `reference`.
     """
-    settings = {"bootstrap": config.bootstrap, "confidence": config.confidence, "seed": 0}
+    settings = {"confidence": config.confidence}
 
     def make(folder: Path) -> Mapping[str, Any]:
         judgments, combine = read_judgments(judged.file("judgments.jsonl")), judged.info["combine"]
-        summary = summarise(judgments, combine, config.bootstrap, config.confidence, seed=0)
+        summary = summarise(judgments, combine, config.confidence)
         lengths, reference_lengths = (
             {(row["dataset"], row["item_id"]): len(row["output"]) for row in read_model_outputs(a.file(OUTPUTS_FILE))}
             for a in (answers, reference)

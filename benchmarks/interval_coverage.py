@@ -1,0 +1,58 @@
+"""Measure the coverage of the interval of PWS, and how often a sweep of equal cells claims a difference.
+
+    python -m benchmarks.interval_coverage [--draws 2000]
+
+Outcomes are drawn from a normal variable per seed and item, cut at the shares of win, tie and lose. Items and seeds
+have effects of their own, given as standard deviations relative to that of the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+from scipy import stats
+
+from gradsift.evaluation.intervals import holm, mean_interval, p_value
+
+SHARES = ((0.9, 0.08, 0.02), (0.98, 0.01, 0.01), (0.3, 0.4, 0.3), (0.1, 0.8, 0.1), (0.05, 0.9, 0.05))
+DESIGNS = ((1, 0.0, 0.0), (3, 0.0, 0.0), (3, 2.0, 0.0), (3, 1.0, 0.3), (5, 1.0, 0.3))  # seeds, item, seed effects
+
+
+def draw(
+    rng: np.random.Generator, shares: tuple[float, float, float], design: tuple[int, float, float], items: int
+) -> np.ndarray:
+    """Return outcomes (S, N) of -1, 0 and 1."""
+    seeds, item_effect, seed_effect = design
+    normal = rng.normal(size=(seeds, items))
+    normal += item_effect * rng.normal(size=(1, items)) + seed_effect * rng.normal(size=(seeds, 1))
+    normal /= np.sqrt(1 + item_effect**2 + seed_effect**2)
+    lose, tie = stats.norm.ppf(shares[2]), stats.norm.ppf(shares[2] + shares[1])
+    return np.where(normal < lose, -1, np.where(normal > tie, 1, 0))
+
+
+def main() -> None:
+    """Print one table of coverages and one of false claims."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--draws", type=int, default=2000, help="simulated sweeps or cells per figure (default 2000)")
+    draws = parser.parse_args().draws
+    rng = np.random.default_rng(0)
+    print("coverage of the 95 % interval; columns: seeds, effect of items, effect of seeds")
+    print("items  win/tie/lose        " + "  ".join(f"{design!s:>14}" for design in DESIGNS))
+    for items in (20, 30, 80):
+        for shares in SHARES:
+            truth = shares[0] - shares[2]
+            cells = []
+            for design in DESIGNS:
+                intervals = [mean_interval(draw(rng, shares, design, items)) for _ in range(draws)]
+                cells.append(np.mean([low <= truth <= high for low, high in intervals]))
+            print(f"{items:5d}  {'/'.join(map(str, shares)):18}  " + "  ".join(f"{cell:14.3f}" for cell in cells))
+    print("\nsweeps of 24 equal cells, 80 items, in which some cell is called different from 1 at level .05")
+    for design in DESIGNS:
+        values = [[p_value(draw(rng, SHARES[2], design, 80)) for _ in range(24)] for _ in range(draws // 4)]
+        plain, corrected = (np.mean([min(rule(row)) < 0.05 for row in values]) for rule in (list, holm))
+        print(f"{design!s:>16}  without correction {plain:.3f}  with Holm's {corrected:.3f}")
+
+
+if __name__ == "__main__":
+    main()

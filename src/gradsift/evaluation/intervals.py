@@ -1,0 +1,194 @@
+"""Confidence intervals of the pairwise winning score, for one model tuned with one seed or with several.
+
+An item's outcome is win (+1), tie (0) or lose (-1), and PWS - 1 is the mean outcome. The interval is Tango's score
+interval of the difference of two paired proportions (Statistics in Medicine 17, 1998): the values t that the data do
+not reject, with the variance that holds if t is true. Unlike a percentile bootstrap it has a width if every item has
+the same outcome, and it stays within [-1, 1].
+
+Runs with different seeds answer the same items, so their outcomes are not independent. The variance of the mean is that
+of a two-way random effects model, and the interval uses the number of independent items that has the same variance.
+`benchmarks/interval_coverage.py` measures the coverage.
+
+Shape letters: S seeds, N items.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def mean_interval(outcomes: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the confidence interval of the mean outcome over seeds and items.
+
+    Args:
+        outcomes: (S, N) of -1, 0 and 1: the outcome of each item with each seed.
+        confidence: coverage, between 0 and 1.
+    """
+    from scipy import stats
+
+    outcomes = np.asarray(outcomes, dtype=float)
+    size, freedom = independent_items(outcomes)
+    critical = float(stats.t.ppf((1 + confidence) / 2, freedom))
+    return score_interval(float((outcomes > 0).mean()), float((outcomes < 0).mean()), size, critical)
+
+
+def independent_items(outcomes: np.ndarray) -> tuple[float, float]:
+    """Return the number of independent items whose mean has the variance of this mean, and its degrees of freedom.
+
+    With one seed these are N and infinity.
+
+    Args:
+        outcomes: (S, N) of -1, 0 and 1.
+    """
+    seeds, items = outcomes.shape
+    variance, freedom = variance_of_mean(outcomes)
+    if seeds == 1 or variance == 0:
+        return items, math.inf
+    of_one = float((outcomes**2).mean() - outcomes.mean() ** 2)  # variance of one item's outcome
+    return min(outcomes.size, of_one / variance), freedom
+
+
+def variance_of_mean(values: np.ndarray) -> tuple[float, float]:
+    """Return the variance of the mean over seeds and items, and its degrees of freedom (Satterthwaite).
+
+    With mean squares of items (MS_i), seeds (MS_s) and the rest (MS_e), the variance of the mean in a two-way random
+    effects model is (MS_i + MS_s - MS_e) / (S N), and at least the largest of the three over S N.
+
+    Args:
+        values: (S, N), any values.
+    """
+    seeds, items = values.shape
+    mean = values.mean()
+    of_items = values.mean(0) - mean
+    if seeds == 1:
+        return float((of_items**2).sum() / max(1, items - 1) / items), max(1, items - 1)
+    of_seeds = values.mean(1) - mean
+    rest = values - mean - of_items - of_seeds[:, None]
+    freedoms = (max(1, items - 1), seeds - 1, max(1, (items - 1) * (seeds - 1)))
+    squares = (seeds * (of_items**2).sum(), items * (of_seeds**2).sum(), (rest**2).sum())
+    means = [float(square) / freedom for square, freedom in zip(squares, freedoms, strict=True)]
+    combined, largest = means[0] + means[1] - means[2], max(means)
+    if combined < largest or largest == 0:
+        return largest / values.size, freedoms[means.index(largest)]
+    spread = sum(square**2 / freedom for square, freedom in zip(means, freedoms, strict=True))
+    return combined / values.size, max(1.0, combined**2 / spread)
+
+
+def score_interval(win: float, lose: float, size: float, critical: float) -> tuple[float, float]:
+    """Return Tango's score interval of `win - lose`.
+
+    Args:
+        win: share of the items that are won.
+        lose: share of the items that are lost.
+        size: number of independent items; need not be whole.
+        critical: quantile of the normal or t distribution, such as 1.96.
+    """
+    mean = win - lose
+
+    def is_rejected(value: float) -> bool:
+        # share of lost items that is most likely if the mean is `value`
+        linear = -win - lose + (2 - mean) * value
+        root = math.sqrt(max(0.0, linear**2 + 8 * lose * value * (1 - value)))
+        expected_lose = (root - linear) / 4
+        variance = max(0.0, 2 * expected_lose + value - value**2) / size
+        return abs(mean - value) > critical * math.sqrt(variance)
+
+    def bound(end: float) -> float:
+        inside, outside = mean, end
+        if not is_rejected(end):
+            return end
+        for _ in range(50):
+            middle = (inside + outside) / 2
+            inside, outside = (inside, middle) if is_rejected(middle) else (middle, outside)
+        return inside
+
+    return bound(-1.0), bound(1.0)
+
+
+def p_value(outcomes: np.ndarray) -> float:
+    """Return the two-sided p-value of the score test that the mean outcome is 0 (McNemar's test with one seed).
+
+    Args:
+        outcomes: (S, N) of -1, 0 and 1.
+    """
+    from scipy import stats
+
+    size, freedom = independent_items(np.asarray(outcomes, dtype=float))
+    decided = float((outcomes != 0).mean())
+    if decided == 0:
+        return 1.0
+    statistic = abs(float(outcomes.mean())) / math.sqrt(decided / size)
+    return float(2 * stats.t.sf(statistic, freedom))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of two mean outcomes over the same items and seeds."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
+def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) -> Difference:
+    """Compare two models that met the same reference on the same items, with the same seeds.
+
+    The interval is made from the two models' own score intervals and the correlation of their means (MOVER; Zou and
+    Donner, Statistics in Medicine 27, 2008), so it has a width even if all items have the same difference. The p-value
+    is that of the exact sign-flip test over items with one seed, and of the t test with the two-way variance otherwise.
+
+    Args:
+        first: (S, N) of -1, 0 and 1.
+        second: (S, N), the same seeds and items.
+        confidence: coverage of the interval, between 0 and 1.
+    """
+    from scipy import stats
+
+    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    gap = first - second
+    mean = float(gap.mean())
+    variance, freedom = variance_of_mean(gap)
+    of_first, of_second = variance_of_mean(first)[0], variance_of_mean(second)[0]
+    product = 2 * math.sqrt(of_first * of_second)
+    correlation = 0.0 if product == 0 else min(1.0, max(-1.0, (of_first + of_second - variance) / product))
+    (low_1, high_1), (low_2, high_2) = mean_interval(first, confidence), mean_interval(second, confidence)
+    below, above = float(first.mean()) - low_1, high_1 - float(first.mean())
+    below_2, above_2 = float(second.mean()) - low_2, high_2 - float(second.mean())
+    low = mean - math.sqrt(max(0.0, below**2 - 2 * correlation * below * above_2 + above_2**2))
+    high = mean + math.sqrt(max(0.0, above**2 - 2 * correlation * above * below_2 + below_2**2))
+    if len(gap) == 1 or variance == 0:
+        probability = _sign_flip_p_value(gap.mean(0))
+    else:
+        probability = float(2 * stats.t.sf(abs(mean) / math.sqrt(variance), freedom))
+    return Difference(mean, max(-2.0, low), min(2.0, high), probability)
+
+
+def _sign_flip_p_value(gaps: np.ndarray) -> float:
+    """Return the share of all 2^N choices of signs whose sum is at least as far from 0 as the sum of `gaps` (N,)."""
+    from scipy import stats
+
+    sums, shares = np.zeros(1), np.ones(1)
+    for size, count in zip(*np.unique(np.abs(gaps[gaps != 0]), return_counts=True), strict=True):
+        positive = np.arange(count + 1)
+        sums = np.add.outer(sums, size * (2 * positive - count)).ravel()
+        shares = np.multiply.outer(shares, stats.binom.pmf(positive, count, 0.5)).ravel()
+    return min(1.0, float(shares[np.abs(sums) >= abs(gaps.sum()) - 1e-9].sum()))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return Holm's adjusted p-values, in the order given.
+
+    Rejecting those below a level keeps the probability of any false rejection below that level.
+    """
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted

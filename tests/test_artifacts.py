@@ -232,21 +232,6 @@ def test_failed_work_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     assert not artifact.file("half.txt").exists()  # the leftover was cleared
 
 
-def test_work_that_keeps_its_files_continues_from_them(tmp_path: Path) -> None:
-    def make(folder: Path) -> dict:
-        with (folder / "lines.txt").open("a") as stream:
-            stream.write("line\n")
-        if (folder / "lines.txt").read_text().count("line") < 3:
-            raise ValueError("interrupted")
-        return {}
-
-    for _ in range(2):
-        with pytest.raises(ValueError, match="interrupted"):
-            Store(tmp_path).obtain("stage", "slug", {}, [], make, version=1, keep_part=True)
-    artifact = Store(tmp_path).obtain("stage", "slug", {}, [], make, version=1, keep_part=True)
-    assert artifact.file("lines.txt").read_text() == "line\n" * 3
-
-
 def test_a_kill_between_manifest_and_rename_costs_no_kept_work(tmp_path: Path) -> None:
     made = []
 
@@ -255,11 +240,11 @@ def test_a_kill_between_manifest_and_rename_costs_no_kept_work(tmp_path: Path) -
         (folder / "replies.txt").write_text("paid for")
         return {}
 
-    artifact = Store(tmp_path).obtain("stage", "slug", {}, [], make, version=1, keep_part=True)
+    artifact = Store(tmp_path).obtain("stage", "slug", {}, [], make, version=1)
     artifact.path.rename(artifact.path.with_name(artifact.path.name + ".part"))  # as if the rename had not come
     for _ in range(2):
         store = Store(tmp_path, say=lambda line: None)
-        again = store.obtain("stage", "slug", {}, [], make, version=1, keep_part=True)
+        again = store.obtain("stage", "slug", {}, [], make, version=1)
         assert MANIFEST not in again.manifest["files"]
     assert len(made) == 2  # the last call found it whole
 

@@ -113,14 +113,13 @@ def _make(folder: Path) -> dict[str, Any]:
     return {"rows": 1}
 
 
-def _obtain(root: Path, keep_part: bool = False) -> Any:
+def _obtain(root: Path) -> Any:
     store = Store(root, lambda line: None)
-    return store.obtain("stage", "slug", {}, [], _make, version=1, keep_part=keep_part)
+    return store.obtain("stage", "slug", {}, [], _make, version=1)
 
 
 @pytest.mark.parametrize("place", ["part", "unfinished", "file", "lock"])
-@pytest.mark.parametrize("keep_part", [True, False])
-def test_work_is_not_written_through_a_link(tmp_path: Path, place: str, keep_part: bool) -> None:
+def test_work_is_not_written_through_a_link(tmp_path: Path, place: str) -> None:
     root, outside = tmp_path / "store", tmp_path / "outside"
     outside.mkdir()
     (outside / "theirs.txt").write_text("theirs")
@@ -137,11 +136,11 @@ def test_work_is_not_written_through_a_link(tmp_path: Path, place: str, keep_par
     }[place]
     link.symlink_to(to)
     with pytest.raises(GradsiftError, match="is a link, and work is not written through links; remove it"):
-        _obtain(root, keep_part)
+        _obtain(root)
     assert [file.name for file in outside.iterdir()] == ["theirs.txt"]
     assert (outside / "theirs.txt").read_text() == "theirs"
     link.unlink()
-    assert _obtain(root, keep_part).file("result.txt").read_text() == "work"
+    assert _obtain(root).file("result.txt").read_text() == "work"
 
 
 def test_work_is_not_written_through_a_broken_link(tmp_path: Path) -> None:

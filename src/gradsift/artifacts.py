@@ -135,7 +135,6 @@ class Store:
         make: Make,
         *,
         version: int,
-        keep_part: bool = False,
         size: int | None = None,
         light: bool = False,
         exact: bool = True,
@@ -149,7 +148,6 @@ class Store:
                 `resumed_steps`, those of them that an interrupted run had taken. It may continue from what it finds
                 in `unfinished/` there, which is deleted afterwards.
             version: raised in code whenever the stage's result changes.
-            keep_part: give `make` everything that an interrupted run wrote, not only `unfinished/`.
             size: number of examples that the work passes over, if it differs from the parents'.
             light: the work takes seconds and no model, so a plan does it too, in a temporary folder.
             exact: False if `config` only stands for content that a plan cannot know.
@@ -173,7 +171,7 @@ class Store:
             "parents": [parent.fingerprint for parent in parents],
         }
         wanted = Artifact(stage, path, fingerprint, described, planned=True)
-        return self._provide(wanted, make, keep_part=keep_part, light=light, exact=exact, divided=divided)
+        return self._provide(wanted, make, light=light, exact=exact, divided=divided)
 
     def has(
         self, stage: str, slug: str, config: Mapping[str, Any], parents: Sequence[Artifact], *, version: int
@@ -200,9 +198,7 @@ class Store:
             )
         self._inode = inode
 
-    def _provide(
-        self, wanted: Artifact, make: Make, *, keep_part: bool, light: bool, exact: bool, divided: bool
-    ) -> Artifact:
+    def _provide(self, wanted: Artifact, make: Make, *, light: bool, exact: bool, divided: bool) -> Artifact:
         """Find or make an artifact; the last three options matter to other stores only (see `obtain`)."""
         started = time.perf_counter()
         with guarded(self.root, f"stage {wanted.stage} ({wanted.path.name})"):
@@ -214,12 +210,12 @@ class Store:
                     artifact = self._whole(wanted.stage, wanted.path, wanted.fingerprint)  # made by another process
                     if artifact is None:
                         with self.at_work(f"{wanted.stage} {wanted.path.name.rsplit('-', 1)[0]}"):
-                            return self._make(wanted, make, keep_part, holder)
+                            return self._make(wanted, make, holder)
         self._record(artifact, reused=True, seconds=time.perf_counter() - started)
         return artifact
 
-    def _make(self, wanted: Artifact, make: Make, keep_part: bool, holder: Holder) -> Artifact:
-        part = self._part(wanted.path, keep_part)
+    def _make(self, wanted: Artifact, make: Make, holder: Holder) -> Artifact:
+        part = self._part(wanted.path)
         started = time.perf_counter()
         with counting() as tokens:
             info = dict(make(part))
@@ -245,7 +241,7 @@ class Store:
         self._record(artifact, reused=False, seconds=seconds)
         return artifact
 
-    def _part(self, path: Path, keep_part: bool) -> Path:
+    def _part(self, path: Path) -> Path:
         """Return the folder to work in, with what an interrupted run left there to continue from."""
         part = require_no_link(path.with_name(path.name + ".part"))
         unfinished = part / UNFINISHED
@@ -253,12 +249,11 @@ class Store:
             require_no_link(entry)
         unfinished.mkdir(parents=True, exist_ok=True)
         (part / MANIFEST).unlink(missing_ok=True)  # left by a process that died just before the rename
-        if not keep_part:
-            for entry in part.iterdir():
-                if entry.is_dir() and entry != unfinished:
-                    _clear(entry)
-                elif entry != unfinished:
-                    entry.unlink()
+        for entry in part.iterdir():
+            if entry.is_dir() and entry != unfinished:
+                _clear(entry)
+            elif entry != unfinished:
+                entry.unlink()
         made_by = json.dumps({"code": code_hash(), "packages": package_versions()}, sort_keys=True)
         note = unfinished / MADE_BY
         if note.exists() and len(list(part.rglob("*"))) > 2:

@@ -63,9 +63,7 @@ class Planner(Store):
     def units_as_dicts(self) -> list[dict[str, Any]]:
         return [asdict(unit) for unit in self.units.values()]
 
-    def _provide(
-        self, wanted: Artifact, make: Make, *, keep_part: bool, light: bool, exact: bool, divided: bool
-    ) -> Artifact:
+    def _provide(self, wanted: Artifact, make: Make, *, light: bool, exact: bool, divided: bool) -> Artifact:
         """Return the artifact if it exists or is light, and otherwise one that is only planned."""
         unit = replace(wanted, path=self.store / wanted.stage / wanted.path.name)
         manifest, damage = read_manifest(unit.path, stage=unit.stage, fingerprint=unit.fingerprint)
@@ -75,7 +73,7 @@ class Planner(Store):
         parents = [self.units[parent] for parent in unit.manifest["parents"] if parent in self.units]
         self._note(unit, TO_DO, certain=exact and all(parent.certain for parent in parents))
         if light:
-            return super()._provide(wanted, make, keep_part=keep_part, light=light, exact=exact, divided=divided)
+            return super()._provide(wanted, make, light=light, exact=exact, divided=divided)
         return unit
 
     def _note(self, unit: Artifact, state: str, *, certain: bool = True) -> None:

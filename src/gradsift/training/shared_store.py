@@ -28,16 +28,14 @@ class SharedStore(Store):
     others in a scratch copy of rank 0's folder; they wait while rank 0 makes any other stage by itself.
     """
 
-    def _provide(
-        self, wanted: Artifact, make: Make, *, keep_part: bool, light: bool, exact: bool, divided: bool
-    ) -> Artifact:
+    def _provide(self, wanted: Artifact, make: Make, *, light: bool, exact: bool, divided: bool) -> Artifact:
         """Return the artifact, on every rank.
 
         Raises:
             RunEnded: on the other ranks, when rank 0 stops.
             GradsiftError: the ranks disagree on what comes next or do not share one store.
         """
-        options = {"keep_part": keep_part, "light": light, "exact": exact, "divided": divided}
+        options = {"light": light, "exact": exact, "divided": divided}
         if parallel.size() == 1:  # rank 0, within a stage that it makes by itself
             return super()._provide(wanted, make, **options)
         if parallel.rank():

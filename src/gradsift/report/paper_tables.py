@@ -1,6 +1,6 @@
-"""The tables of a sweep: PWS by dataset, target and benchmark, the ablations, and the numbers behind figures.
+"""The paper's tables for a sweep: PWS by dataset, target and benchmark, and the ablations.
 
-The first two are Tables 1 and 2 of GRADFILTERING (arXiv 2601.13697). A cell "matches or beats" if its PWS is at least
+They are Tables 1 and 2 of GRADFILTERING (arXiv 2601.13697). A cell "matches or beats" if its PWS is at least
 that of every baseline in the cell; how many of them differ by more than the interval is counted beside it.
 """
 

@@ -86,7 +86,8 @@ def select(
     """Select the rows of an instruction dataset that are worth training on.
 
     Does what the command line does with the same options and shares its store: what is finished there is found, a
-    call that was interrupted continues, and a second call with the same rows and options computes nothing.
+    call that was interrupted continues, and a second call with the same rows and options computes nothing. It leaves
+    the caller's number of torch threads and Hydra's state as they were; transformers' progress bars stay off.
 
     Args:
         rows: Dicts, a `datasets.Dataset`, or the path of a file (.json, .jsonl, .csv, .tsv, .parquet).

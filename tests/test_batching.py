@@ -1,4 +1,4 @@
-"""Batches: padding that changes nothing, and every example exactly once."""
+"""Laws of batches: padding changes nothing, and every example occurs exactly once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cherry's IFD against a slow one-example implementation of its rules, and what it leaves out."""
+"""Cherry's IFD against a slow one-example implementation of its rules, and the rows that it excludes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def rows_of(texts: list[tuple[str, str, str]]) -> list[Example]:
 
 @torch.no_grad()
 def mean_loss(backbone: Backbone, ids: list[int], first: int) -> float:
-    """Mean NLL of ids[first:] in float64, token by token from the logits of a single unpadded row."""
+    """Return the mean NLL of ids[first:] in float64, token by token from the logits of one unpadded row."""
     predicted = torch.log_softmax(exact_model(backbone.model)(torch.tensor([ids])).logits[0], -1)
     losses = [-float(predicted[place - 1, ids[place]]) for place in range(first, len(ids))]
     return sum(losses) / len(losses)
@@ -67,7 +67,7 @@ def mean_loss(backbone: Backbone, ids: list[int], first: int) -> float:
 def slow_cherry(
     backbone: Backbone, instruction: str, input_: str, output: str, limit: int, fidelity: str
 ) -> tuple[str, float]:
-    """Status and ratio of one row."""
+    """Return status and ratio of one row."""
 
     def tokens(text: str) -> list[int]:
         return backbone.tokenizer(text)["input_ids"]
@@ -161,7 +161,7 @@ def test_neither_order_nor_company_changes_a_score(backbone: Backbone) -> None:
 
 
 def test_progress_over_spans_is_by_their_tokens(backbone: Backbone) -> None:
-    """The four long ones go first and are half of the tokens; equal spans and one without a scored token count too."""
+    """The four long spans come first with half of the tokens; equal spans and one without scored tokens count too."""
     tokens = np.arange(120, dtype=np.int32)
     spans = [span(tokens + row, 3) for row in range(4)] + [span(tokens[:12] + row, 3) for row in range(40)]
     told: list[int] = []

@@ -1,4 +1,4 @@
-"""Laws of injected corruption: exact shares, nothing lost, nothing else touched, every kind what its name says."""
+"""Laws of injected corruption: exact shares, nothing lost, nothing else changed, and each kind does what it says."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ IN_PLACE = tuple(kind for kind in CORRUPTIONS if kind not in COPIES)
 
 
 def rows_of(count: int) -> list[dict[str, str]]:
-    """Free text: some answers have a single word, some neither number nor verb."""
+    """Free text in which some answers have a single word, and some neither number nor verb."""
     answers = ("It is number {}, they say.", "red", "Red and green\nand blue {}", "many small houses stand there")
     return [
         {"instruction": f"Tell me of the thing {i}, please", "input": "", "output": answers[i % 4].format(i)}

@@ -1,4 +1,4 @@
-"""Duplicates: near ones are those of a comparison of all pairs, the first row stays, and nothing is lost unsaid."""
+"""Laws of duplicates: near ones equal those of comparing all pairs, the first row is kept, every drop is listed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def examples_of(texts: Sequence[tuple[str, str, str]], first_row: int = 0) -> li
 
 
 def crowd(seed: int, families: int = 25, copies: int = 6) -> list[Example]:
-    """Texts and copies of them in which some words are changed, in random order."""
+    """Return texts and copies with some changed words, in random order."""
     rng = np.random.default_rng(seed)
     vocabulary = [word + suffix for word in WORDS for suffix in ("", "s", "ed", "ly", "er")]
     texts = []
@@ -57,7 +57,7 @@ def crowd(seed: int, families: int = 25, copies: int = 6) -> list[Example]:
 
 
 def slow_drops(examples: Sequence[Example], threshold: float) -> dict[int, int]:
-    """{dropped: the row that it is most like}, from a comparison of every example with all that stay before it."""
+    """Return {dropped row: most similar kept row}, comparing every example with all kept ones before it."""
 
     def grams(example: Example) -> set[str]:
         words = re.split(r"\s+", f"{example.instruction} {example.input} {example.output}".strip())

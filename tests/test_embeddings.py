@@ -1,4 +1,4 @@
-"""Laws of the embeddings: slow one-example pooling, no trace of padding, batches or blocks, and refusals by name."""
+"""Laws of embeddings: equal to pooling one example at a time, whatever the padding, batches and blocks."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ exact_model = functools.lru_cache(maxsize=1)(exact_copy)
 
 
 def slow(model: Any, ids: Sequence[int], pooling: str) -> np.ndarray:
-    """One text in float64, no padding, a loop over its tokens."""
+    """Pool one text in float64 without padding, in a loop over its tokens."""
     with torch.no_grad():
         found = exact_model(model)(input_ids=torch.tensor([list(ids)]), output_hidden_states=True).hidden_states[-1][0]
     if pooling == "last":
@@ -314,7 +314,7 @@ def test_an_interrupted_stage_continues_with_the_block_it_was_in(
 
 
 def flip(file: Path, place: int) -> None:
-    """Change one bit, as a disk may."""
+    """Change one bit, as a failing disk may."""
     content = bytearray(file.read_bytes())
     content[place] ^= 1
     file.write_bytes(content)
@@ -350,7 +350,7 @@ installed = pytest.mark.skipif(
 
 @pytest.fixture
 def saved(tmp_path: Path, byte_tokenizer: Any) -> Path:
-    """A sentence encoder of random weights as sentence-transformers saves it: a small BERT, mean pooling."""
+    """Save a small random BERT with mean pooling in sentence-transformers' format."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BertConfig, BertModel

@@ -1,4 +1,4 @@
-"""Reading data: what is an error of the file, what is a rejected row, and what every format gives."""
+"""Laws of reading data: errors of the file, rejected rows, and the examples of every format."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def parse(*rows: Any, format: str = "auto") -> tuple[list[Example], list[Rejecte
 
 
 def reason(row: Any, format: str = "alpaca") -> str:
-    """Why a row is rejected, beside one that is not."""
+    """Return the reason why a row is rejected when another one is not."""
     good = {
         "alpaca": ROWS[0],
         "messages": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},

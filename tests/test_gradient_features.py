@@ -1,4 +1,4 @@
-"""Laws of gradient features: LESS by its formula, example by example; no result depends on blocks, order or a kill."""
+"""Laws of gradient features: equal to LESS's formula example by example, whatever blocks, order or interruptions."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def line(store: Path) -> Line:
 
 @pytest.fixture
 def fresh(backbones: Path, tmp_path: Path) -> Path:
-    """A store in which nothing but the backbones is made."""
+    """A store that holds only the backbones."""
     shutil.copytree(backbones, tmp_path / "store")
     return tmp_path / "store"
 
@@ -79,7 +79,7 @@ def fresh(backbones: Path, tmp_path: Path) -> Path:
 
 
 def plain_gradients(line: Line, checkpoint: Any, examples: Any, adam: bool) -> np.ndarray:
-    """(N, P) float64, example by example through peft's own layers; with `adam` Gamma."""
+    """Return (N, P) float64 gradients, example by example through peft's layers; Gamma with `adam`."""
     with adapter(line.proxy_backbone, line.config.features.warmup.lora, 5, line.config.compute) as adapted:
         lora.load_adapter(adapted, checkpoint.path)
         g = loop_gradients(adapted.eval(), examples)
@@ -95,7 +95,7 @@ def plain_gradients(line: Line, checkpoint: Any, examples: Any, adam: bool) -> n
 
 
 def projected(line: Line, checkpoint: Any, examples: Any, adam: bool) -> np.ndarray:
-    """(N, D) float64 at length 1."""
+    """Return (N, D) float64 projected rows at length 1."""
     gradients = plain_gradients(line, checkpoint, examples, adam)
     signs = Projection(gradients.shape[1], 48, 0)(torch.eye(gradients.shape[1])).sign().double().numpy()
     rows = gradients @ signs
@@ -112,12 +112,12 @@ def exact(store: Path) -> np.ndarray:
 
 
 def assert_cosines_close(found: np.ndarray, exact: np.ndarray) -> None:
-    """A cosine is known to roundings of one, however small it is; the directions to 512 roundings."""
+    """Compare cosines to 512 roundings of 1, however small they are."""
     assert np.abs(found - exact).max() <= 512 * np.finfo(np.float32).eps
 
 
 def mean_rates(steps: int, epochs: int, peak: float) -> list[float]:
-    """Of each epoch, for a linear decay after a rise from 0 over 3 % of the steps."""
+    """Return the mean rate of each epoch, for a linear decay after a rise from 0 over 3 % of the steps."""
     total, rising = steps * epochs, int(np.ceil(0.03 * steps * epochs))
     rates = [peak * min(step / rising, (total - step) / (total - rising)) for step in range(total)]
     return [float(np.mean(rates[steps * epoch : steps * (epoch + 1)])) for epoch in range(epochs)]
@@ -172,7 +172,7 @@ def test_full_gradients_have_a_column_for_every_weight_of_the_model(store: Path)
 
 
 def made(line: Line, fresh: Path, given: Any = None) -> np.ndarray:
-    """The pool's features once more, in another store."""
+    """Compute the pool's features again, in another store."""
     runtime = Runtime(Store(fresh, lambda text: None), line.config.compute, Display(), seed=0)
     load = line._pool_inputs if given is None else lambda: given
     config = line.config

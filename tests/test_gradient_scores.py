@@ -1,4 +1,4 @@
-"""Laws of the scores by the direction of gradients: LESS, G2IS, and the direction-aware variant of GRADFILTERING."""
+"""Laws of scores from gradient directions: LESS, G2IS, and the direction-aware variant of GRADFILTERING."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_gradients_of_zero_agree_with_nothing() -> None:
 
 
 def test_equal_gradients_tie_wherever_they_stand() -> None:
-    """Also where the bare product (measured: 64 dimensions, one task) depends on the place in a block."""
+    """Also if the unrounded product depends on the place in a block (measured: 64 dimensions, one task)."""
     rng, places = np.random.default_rng(0), [5, 11, 1023, 1024, 1999, 2999, 3000]
     vectors = unit_rows(rng.standard_normal((3001, 64)))
     vectors[places] = vectors[11]

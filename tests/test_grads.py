@@ -1,4 +1,4 @@
-"""Laws of GrADS: the density is the textbook's, the score is its parts, and what says nothing is left out."""
+"""Laws of GrADS: the textbook's density, the score from its parts, and columns without information left out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def task(description: str, total: int) -> Iterator[Any]:
 
 
 def gradients(stds: list[float], **columns: list[float]) -> EmbeddingGradients:
-    """Of which nothing varies but the standard deviation of the head, and what is given."""
+    """Return gradients of which only the head's standard deviation and the given columns vary."""
     table = {name: np.ones(len(stds)) for name in COLUMNS} | {
         "head_std": np.array(stds),
         "head_mean": np.zeros(len(stds)),
@@ -132,7 +132,7 @@ def test_a_signal_without_columns_is_warned_of_and_gives_everyone_a_half() -> No
 
 
 def test_the_score_by_hand() -> None:
-    """One column: two examples close together, one apart, one far apart, of which the embeddings say the opposite."""
+    """One column with two close examples, one apart and one far apart; the embeddings show the opposite."""
     embeddings = vectors([1, 0], [0, 1], [3, 4], [4, 3])
     found = scored(gradients([1.0, 1.1, 2.0, 9.0]), embeddings, weights=[4, 2, 1], combine="norm")
     # density by rank: the second lies between the first and the third

@@ -1,4 +1,4 @@
-"""Ratings of examples by a judge: the score of each style, what has none, caps and dry runs of a whole run."""
+"""Laws of ratings by a judge: the score of each style, rows without one, and caps and dry runs of a whole run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def rater(endpoint: Endpoint, tmp_path: Path) -> Rater:
 
 
 def grades(text: str, attempt: int) -> Answer:
-    """The endpoint's opinion: a task's complexity follows from its number, a quality is the response itself."""
+    """Answer as the endpoint: complexity follows from a task's number, quality is the response itself."""
     number = int(re.findall(r"task (\d+)", text)[0])
     if SCALES["complexity"].task in text:
         return 200, f"{number % 6 + 1}", {}

@@ -1,4 +1,4 @@
-"""Laws of the load stage: from a file to a selection with nothing lost, found again by content and not by place."""
+"""Laws of the load stage: nothing is lost from file to selection, and artifacts are found by content, not by path."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_dot_in_the_name_of_a_file_is_no_other_content(tmp_path: Path) -> None
 
 
 def select_all(gradsift: Any, rows: list[Any]) -> list[dict[str, Any]]:
-    """What `selection.jsonl` holds when every row is selected at random."""
+    """Return the rows of `selection.jsonl` when every row is selected at random."""
     path = write(gradsift.folder / "rows.json", rows)
     foreign = ("data=json", f"data.path={path}", "tracker=none", "scorer=random", "stop_after=selection", "proxy=gpt2")
     assert gradsift(*foreign, "alpha=1.0") == 0

@@ -50,7 +50,7 @@ def examples(seed: int, words: int) -> list[Example]:
 
 @pytest.fixture
 def merging_tokenizer(byte_tokenizer: Any) -> Any:
-    """Byte pairs with merges, so that a cut within a word changes the tokens beside it, over boundaries too."""
+    """Byte-pair tokenizer with merges: a cut within a word changes neighbouring tokens, also across boundaries."""
     corpus = [f"{text(random.Random(seed), 200)}\n\n\n### Instruction:\n" for seed in range(20)]
     trained = byte_tokenizer.train_new_from_iterator(corpus, 400)
     trained.chat_template = byte_tokenizer.chat_template
@@ -88,7 +88,7 @@ def test_the_cut_changes_no_token_that_is_kept(
 def test_a_cut_leaves_the_token_between_a_response_and_the_next_prompt(
     cut: str, merging_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The response ends in a line break, which makes a token with the first one of the prompt."""
+    """The response ends with a line break, which forms one token with the first line break of the prompt."""
     long = text(random.Random(0), 400)
     response, instruction = (f"{long}\n", "list") if cut == "response" else ("no\n", long)
     before = (Turn("user", "say"), Turn("assistant", response))
@@ -104,7 +104,7 @@ def test_a_cut_leaves_the_token_between_a_response_and_the_next_prompt(
 
 
 def _characters_seen(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of characters of each call of the tokenizer."""
+    """Record the number of characters of each call of the tokenizer."""
     counts: list[int] = []
     call = type(tokenizer).__call__
 

@@ -1,4 +1,4 @@
-"""Laws of the cosines: in blocks they are those of the whole matrix, and a row without direction is no neighbour."""
+"""Laws of cosines: blocks give those of the full matrix, and a row without direction is nobody's neighbour."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_rows_with_a_direction_are_looked_for_once(monkeypatch: pytest.Monke
 
 
 def clusters() -> Features:
-    """Ten directions at right angles, thirty copies of each with a little noise."""
+    """Return ten orthogonal directions with thirty noisy copies each."""
     rng = np.random.default_rng(1)
     return Features(unit_rows((np.repeat(np.eye(10), 30, 0) + 0.02 * rng.normal(size=(300, 10))).astype(np.float32)))
 

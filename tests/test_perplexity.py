@@ -42,7 +42,7 @@ def inputs_of(rows: list[Example], backbone: Backbone, tokens: int = 256) -> Pro
 
 
 def slow_loss(backbone: Backbone, row: Example) -> float:
-    """Every token of a response in its place, one after the other."""
+    """Return the mean loss of the response tokens, computed one token at a time."""
     ((encoded,), _) = encode([row], backbone.tokenizer, "plain", 128)
     ids = encoded.input_ids.tolist()
     losses = [slow_mean_loss(backbone, ids[: place + 1], place) for place in np.flatnonzero(encoded.is_response)]
@@ -100,7 +100,7 @@ def test_a_row_without_a_response_token_has_no_score(backbone: Backbone) -> None
 
 
 def test_the_pipeline_scores_without_training(gradsift: Any) -> None:
-    """The scores belong to the proxy's template; no member of the ensemble is trained."""
+    """Scores depend on the proxy's template; no member of the ensemble is trained."""
     arguments = (*SMOKE, "stop_after=selection", "scorer=perplexity")
     assert gradsift("-m", *arguments, "proxy.template=alpaca,plain") == 0
     stages = [stage for run in gradsift.runs() for stage in run["stages"]]

@@ -1,4 +1,4 @@
-"""Laws of what works for pools beyond memory: it gives what the simple way gives, and holds less."""
+"""Laws of the code for pools beyond memory: results equal the simple implementation's, with less memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from gradsift.selection.topk import topk
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks() -> Iterator[None]:
-    """Three rows a block, so that a handful of rows are several blocks."""
+    """Read three rows per block, so that a few rows are several blocks."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(examples_module, "_BLOCK", 3)
         yield

@@ -1,4 +1,4 @@
-"""Laws of the score stage: a scorer gets what it asks for, a mistake is refused before work, no NaN is ever kept."""
+"""Laws of the score stage: a scorer gets its inputs, mistakes are refused before work, no NaN is stored."""
 
 from __future__ import annotations
 
@@ -95,14 +95,14 @@ NO_FUNCTION = 3.14
 
 @pytest.fixture(autouse=True)
 def users_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This file's scorers as the module `my_scores`, whatever name pytest gives the file."""
+    """Make this file's scorers importable as the module `my_scores`."""
     module = ModuleType("my_scores")
     module.__dict__.update({name: value for name, value in globals().items() if not name.startswith("__")})
     monkeypatch.setitem(sys.modules, "my_scores", module)
 
 
 class Bench:
-    """A store with loaded data; `asked` notes which sources were read, and in which order."""
+    """A store with loaded data; `asked` records which sources were read, in order."""
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder / "store", say=lambda line: None)
@@ -135,7 +135,7 @@ class Bench:
         return score(self.runtime, method("scorer", config, tuple(sources)), self.loaded, sources, lambda asked: [])
 
     def unfinished(self) -> bool:
-        """Whether no score artifact is whole."""
+        """Return whether there is no finished score artifact."""
         return not list(self.store.root.glob("score/*/manifest.json"))
 
 

@@ -1,4 +1,4 @@
-"""The best of every cluster: shares by hand, and crowds that are plain to see."""
+"""The best of every cluster: shares by hand, and well separated clusters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gradsift.selection.clusters import clusters
 
 
 def crowds(*sizes: int) -> np.ndarray:
-    """As many rows near each axis as `sizes` says, all of them different."""
+    """Return `sizes` different rows near each axis."""
     axes = np.repeat(np.eye(len(sizes)), sizes, axis=0)
     return unit_rows(axes + 0.01 * np.random.default_rng(0).random(axes.shape))
 

@@ -1,4 +1,4 @@
-"""Facility location equals the naive greedy, and the greedy keeps its promise."""
+"""Facility location equals the naive greedy, and the greedy is within its bound."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.numerics
 
 
 def similarity_of(kind: str, x: np.ndarray, y: np.ndarray) -> float:
-    """By the definition, for two vectors."""
+    """Return the similarity of two vectors by its definition."""
     x, y = x.astype(float), y.astype(float)
     if not x.any() or not y.any():
         return 0.0
@@ -30,17 +30,17 @@ def similarity_of(kind: str, x: np.ndarray, y: np.ndarray) -> float:
 
 
 def value(near: np.ndarray, chosen: tuple[int, ...]) -> float:
-    """f(S) for similarities (n, n)."""
+    """Return f(S) for similarities (n, n)."""
     return float(near[:, list(chosen)].max(1).sum()) if chosen else 0.0
 
 
 def naive(scores: Scores, size: int, vectors: np.ndarray, kind: str, share: float) -> list[int]:
-    """Every gain anew for every pick."""
+    """Recompute every gain for every pick."""
     return naive_cover(scores, size, vectors, kind, share)[0]
 
 
 def naive_cover(scores: Scores, size: int, vectors: np.ndarray, kind: str, share: float) -> tuple[list[int], float]:
-    """The picks, and a candidate's mean similarity to the nearest of them."""
+    """Return the picks, and the candidates' mean similarity to the nearest pick."""
     ground = sorted(range(len(vectors)), key=lambda i: (not vectors[i].any(), -scores.score[i], i))
     ground = ground[: round(share * len(vectors))]
     near = np.array([[similarity_of(kind, vectors[i], vectors[j]) for j in ground] for i in ground])
@@ -75,7 +75,7 @@ def pool(seed: int, count: int, dimensions: int) -> tuple[Scores, np.ndarray]:
 def test_the_lazy_greedy_is_the_naive_greedy(
     seed: int, count: int, dimensions: int, kind: str, share: float, batch: int
 ) -> None:
-    """However few gains are computed together, and with many ties."""
+    """However few gains are computed together, also with many ties."""
     count *= 2
     scores, vectors = pool(seed, count, dimensions)
     size = max(1, count // 3)

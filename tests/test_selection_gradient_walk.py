@@ -1,4 +1,4 @@
-"""The gradient walk equals the walk as it is told, vector by vector."""
+"""The gradient walk equals its description, implemented vector by vector."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def cosine(x: np.ndarray, y: np.ndarray) -> float:
 def told(
     rows: list[int], pool: np.ndarray, K: np.ndarray, share: int, keep: float, neighbours: int | None
 ) -> list[int]:
-    """One component's examples, from the unused `rows` of the candidates in `pool` (others are zero)."""
+    """Return one component's examples, from the unused `rows` of the candidates in `pool` (others are zero)."""
     towards = np.round(pool @ K, 9)
     near = np.round(pool @ pool.T, 9)
     everyone = [row for row in range(len(pool)) if pool[row].any()]
@@ -117,7 +117,7 @@ def test_the_walk_is_the_walk_as_told(
     fill: str,
     graph: bool,
 ) -> None:
-    """On gradients that lean one way or no way, with copies, zeros and examples that are not scored."""
+    """On gradients with and without a common direction, with copies, zeros and unscored examples."""
     rng = np.random.default_rng(seed)
     pool = unit_rows(rng.normal(size=(count, dimensions)) + lean)
     pool[rng.random(count) < 0.1] = pool[0]
@@ -135,7 +135,7 @@ def test_the_walk_is_the_walk_as_told(
 
 
 def test_a_walk_by_hand() -> None:
-    """One target direction, east; the pool's angles from it, in degrees."""
+    """Walk with one target direction; `angles` of the pool from it, in degrees."""
     angles = np.radians([30, 0, -50, 60, 80, 180])
     pool = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     target = np.array([[1, 0]], dtype=np.float32)
@@ -155,14 +155,14 @@ def test_a_right_angle_is_no_conflict() -> None:
 
 
 def test_copies_keep_the_whole_direction_but_for_rounding() -> None:
-    """With keep=1 the sum's cosine may not fall at all, and the last digits of a copy's do."""
+    """With keep=1 the sum's cosine must not fall, but rounding lowers the last digits for a copy."""
     one = unit_rows(np.random.default_rng(0).normal(size=(1, 7)))
     pool, target = np.repeat(one, 30, axis=0), unit_rows(one + 0.3)
     assert walk(Scores(np.zeros(30)), 30, pool, target, keep=1.0) == list(range(30))
 
 
 def test_a_walk_that_crosses_to_the_other_side_of_its_component_is_said() -> None:
-    """By hand: the best anchor stands at 84 degrees, cosine .10; with 150 the sum is at 117, -.45, which is larger."""
+    """By hand: the best anchor is at 84 degrees, cosine .10; with 150 the sum is at 117, cosine -.45: larger."""
     pool, target = (
         np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
         for angles in (np.radians([84, 150]), np.zeros(1))
@@ -242,7 +242,7 @@ def test_core_knowledge_is_that_of_scikit_learn(rows: int, dimensions: int, expl
 
 
 def test_half_of_the_variance_is_one_of_two_equal_components() -> None:
-    """By hand: four gradients in a square, one spread along either axis, so that each explains exactly a half."""
+    """By hand: four gradients in a square, spread along both axes, so that each explains exactly a half."""
     corners = unit_rows(np.array([[1, 1, 5], [1, -1, 5], [-1, 1, 5], [-1, -1, 5]]))
     assert len(core_knowledge(Features(corners), 0.5).variances) == 1
     assert len(core_knowledge(Features(corners), 0.501).variances) == 2

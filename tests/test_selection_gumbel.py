@@ -15,7 +15,7 @@ DRAWS = 8000
 
 
 def probability(order: tuple[int, ...], weights: np.ndarray) -> float:
-    """Of drawing `order`, one after the other, each in proportion to its weight among what is left."""
+    """Return the probability of drawing `order` in sequence, each in proportion to its weight among the rest."""
     left, found = weights.sum(), 1.0
     for row in order:
         found *= weights[row] / left

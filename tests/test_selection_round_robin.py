@@ -1,4 +1,4 @@
-"""Taking turns equals the loop that says so."""
+"""Round robin equals a simple loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gradsift.selection.round_robin import round_robin, round_robin_queries
 
 
 def naive(similarities: list[np.ndarray], rows: list[int], size: int) -> list[int]:
-    """Each of `similarities` (N,) in turn picks its best of `rows`, ties by row order."""
+    """Let each of `similarities` (N,) in turn pick its best of `rows`, ties by row order."""
     chosen: list[int] = []
     while len(chosen) < min(size, len(rows)):
         similarity = similarities[len(chosen) % len(similarities)]
@@ -27,7 +27,7 @@ def naive(similarities: list[np.ndarray], rows: list[int], size: int) -> list[in
 
 
 def published(similarities: list[np.ndarray], rows: list[int], size: int) -> list[int]:
-    """As RDS+'s scripts: each of `similarities` (N,) in turn pops its own next row, and gives none if it is taken."""
+    """Select as RDS+'s scripts: each of `similarities` (N,) in turn pops its next row, and loses its turn if taken."""
     own = [sorted(rows, key=lambda row, by=similarity: (-by[row], row)) for similarity in similarities]
     chosen: list[int] = []
     while len(chosen) < min(size, len(rows)):
@@ -110,7 +110,7 @@ def test_queries_taking_turns_are_the_loop(seed: int, count: int, queries: int, 
 def test_a_query_or_task_whose_row_is_taken_loses_the_turn(
     fidelity: str, expected: list[int], names: tuple[str, ...]
 ) -> None:
-    """By hand: both rank row 0 first; the first goes on with 2 and the second with 1."""
+    """By hand: both rank row 0 first; the first continues with 2 and the second with 1."""
     pool = Features(unit_rows(np.array([[10.0, 10, 0], [0, 3, 4], [3, 0, 4], [-1, -1, 0]])))
     target = Features(unit_rows(np.array([[1.0, 0.1, 0], [0.1, 1, 0]])), names)
     assert round_robin_queries(Scores(np.zeros(4)), 3, pool, target, fidelity=fidelity).positions.tolist() == expected

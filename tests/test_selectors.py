@@ -1,4 +1,4 @@
-"""Laws of every selector: the exact budget of scored examples, none twice, whatever the vectors and the block size."""
+"""Laws of every selector: exactly the budget, scored examples only, none twice, whatever the vectors and blocks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ every_selector = pytest.mark.parametrize("name", SELECTORS)
 
 
 def select(name: str, scores: Scores, size: int, vectors: np.ndarray) -> Choice:
-    """A selector's choice; where it takes target vectors, these are always the same."""
+    """Return a selector's choice, with fixed target vectors if it takes any."""
     function, sources, constants = SELECTORS[name]
     target = unit_rows(np.random.default_rng(99).normal(size=(QUERIES, vectors.shape[1])) + 1)
     features = [Features(vectors), Features(target, ("a",) * QUERIES)][:sources]
@@ -62,7 +62,7 @@ def select(name: str, scores: Scores, size: int, vectors: np.ndarray) -> Choice:
 
 
 def pool(count: int = 40, dimensions: int = 6, seed: int = 0) -> tuple[Scores, np.ndarray]:
-    """A score table of which some rows are not scored, and vectors that lean one way."""
+    """Return a score table with some unscored rows, and vectors with a common direction."""
     rng = np.random.default_rng(seed)
     parts = {f"task:{task}": rng.normal(size=count) for task in ("b", "a")}
     scores = Scores(rng.normal(size=count), {"other": np.zeros(count), **parts})
@@ -180,7 +180,7 @@ def test_the_block_size_changes_nothing(name: str, limit: str, value: int, monke
 
 @pytest.mark.parametrize("name", [name for name in ON_VECTORS if not name.startswith("clusters")])
 def test_no_more_than_a_block_of_vectors_is_read_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither all of N x D nor anything of N x N: the largest array made of vectors has a block's rows."""
+    """Neither all of N x D nor anything of N x N is read: the largest array has a block's rows."""
     scores, vectors = pool(count=60)
     monkeypatch.setattr(products, "_MOST_ROWS", 8)
     monkeypatch.setattr("gradsift.features.vectors._BLOCK_BYTES", 8 * 4 * vectors.shape[1])
@@ -193,7 +193,7 @@ def test_no_more_than_a_block_of_vectors_is_read_at_once(name: str, monkeypatch:
 
 
 class Watched(np.ndarray):
-    """Vectors that note how many rows are taken from them at once."""
+    """Vectors that record how many rows are read at once."""
 
     taken: list[int] = []  # noqa: RUF012
 

@@ -1,4 +1,4 @@
-"""Datasets as people have them: each shape is read with nothing lost, refused with the remedy, or its rows rejected.
+"""Laws of dataset formats in use: each is read without loss, refused with a remedy, or its rows are rejected.
 
 The texts are invented; the files are written here in the shapes of public formats.
 """
@@ -456,7 +456,7 @@ def strings_in(value: Any) -> Iterator[str]:
 
 
 def kept(path: Path, folder: Path) -> dict[int, Any]:
-    """What is kept of each row: the example's original columns, or the content in rejected.jsonl."""
+    """Return what is kept of each row: the example's original columns, or the content in rejected.jsonl."""
     examples, rejected = parse_rows(read_rows(path), "auto", FieldsConfig())
     write_examples(folder / "examples.parquet", examples)
     write_rejected(folder / "rejected.jsonl", rejected)

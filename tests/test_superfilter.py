@@ -123,7 +123,7 @@ def slow_ifd(backbone: Backbone, instruction: str, input_: str, output: str, lim
 
 
 def assert_scores_close(found: np.ndarray, exact: np.ndarray) -> None:
-    """Each relative to itself; NaN where the slow way has none.
+    """Compare scores relative to themselves; NaN where the slow definition has none.
 
     512 roundings: an error of a loss is one of the perplexity's exponent, so it counts as often as the loss is large.
     """
@@ -133,7 +133,7 @@ def assert_scores_close(found: np.ndarray, exact: np.ndarray) -> None:
 
 
 def assert_apart(exact: np.ndarray) -> None:
-    """That rounding changes no comparison of these values: two of them are equal, or far from each other."""
+    """Check that rounding changes no comparison: any two values are equal or far apart."""
     values = np.unique(exact[~np.isnan(exact)])
     assert (np.diff(values) > 2 * 512 * np.finfo(np.float32).eps * values[1:]).all()
 
@@ -211,7 +211,7 @@ PUBLISHED = [
 
 
 def published_ifd(backbone: Backbone, instruction: str, input_: str, output: str, limit: int) -> float:
-    """Perplexities row by row as the published code takes them, but in float64: 0 after any exception, NaN kept."""
+    """Return perplexities row by row as the published code does, but in float64: 0 after any exception, NaN kept."""
 
     def perplexity(text: str, limit: int, masked: str) -> float:
         ids = backbone.tokenizer(text)["input_ids"][:limit]
@@ -285,7 +285,7 @@ def test_original_counts_the_start_token_that_the_tokenizer_puts_there(backbone:
 
 
 def many() -> list[Example]:
-    """80 examples with answers of 1 to 30 bytes, some of them equal."""
+    """Return 80 examples with answers of 1 to 30 bytes, some of them equal."""
     rng = np.random.default_rng(0)
     words = ["red", "blue", "seven", "a", "of the", "sum", "is", "ß", "north", "?"]
 
@@ -334,7 +334,7 @@ def test_chunks_and_padded_vocabulary_change_no_loss(dtype: torch.dtype, monkeyp
 
 
 def test_no_tensor_holds_the_logits_of_a_batch(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head sees the predicted positions alone, and of these a chunk at a time."""
+    """The head only gets the predicted positions, a chunk at a time."""
     monkeypatch.setattr(head_module, "_CHUNK_LOGITS", 8 * len(backbone.tokenizer))
     heights: list[int] = []
     buffers = OutputHead.buffers

@@ -1,4 +1,4 @@
-"""Laws of the target set: read whole, by task, apart from the data; bad rows and files are refused by name."""
+"""Laws of the target set: complete, by task, separate from the data; bad rows and files are refused by name."""
 
 from __future__ import annotations
 

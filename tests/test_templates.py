@@ -1,4 +1,4 @@
-"""Prompt templates: their text, and the prompt of generation being that of training."""
+"""Laws of prompt templates: their text, and equal prompts in training and generation."""
 
 from __future__ import annotations
 

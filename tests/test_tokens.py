@@ -1,4 +1,4 @@
-"""Tokens: what carries loss, what truncation may take, and the prompt of generation being that of training."""
+"""Laws of tokens: which carry loss, which truncation removes, and equal prompts in training and generation."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def example(instruction: str, output: str, input: str = "", history: tuple[Turn,
 
 
 def talk(*texts: str, output: str) -> Example:
-    """A conversation: user and assistant in turn, the last text the user's."""
+    """Return an example whose texts alternate between user and assistant, ending with the user's."""
     roles = ["user", "assistant"] * len(texts)
     history = tuple(Turn(role, text) for role, text in zip(roles, texts[:-1], strict=False))
     return example(texts[-1], output, history=history)
 
 
 def with_start_token(tokenizer: Any) -> Any:
-    """As Llama's: the tokenizer puts <bos> before every text by itself."""
+    """Return a tokenizer that adds <bos> before every text, as Llama's does."""
     tokenizer = copy.deepcopy(tokenizer)  # hypothesis uses one fixture for all its cases
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -191,7 +191,7 @@ CORPUS = (
 
 @pytest.fixture(params=KINDS)
 def merging(request: pytest.FixtureRequest, byte_tokenizer: Any) -> Any:
-    """Prompt and response share tokens: of GPT-2's kind, of SmolLM2's (offsets without blanks) and of Llama's."""
+    """Tokenizers that merge prompt and response: like GPT-2's, SmolLM2's (offsets without blanks) and Llama's."""
     if request.param == "metaspace":
         tokenizer = Tokenizer(BPE(unk_token="<unk>"))
         tokenizer.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
@@ -217,7 +217,7 @@ TALKS = [
 
 
 def slow_parts(one: Example, tokenizer: Any, template: str) -> list[tuple[int, bool]]:
-    """Each token of the whole text, and whether all that it adds to the decoded text is response."""
+    """Return each token of the whole text, and whether all text that it adds is response."""
     segments = render(one, template)
     text = "".join(segment.text for segment in segments)
     kind = [segment.is_response for segment in segments for _ in segment.text]
@@ -249,7 +249,7 @@ def test_a_text_has_the_tokens_of_the_whole_and_a_shared_one_is_prompt(template:
 
 
 def test_the_labels_are_those_of_alpacas_code(merging: Any) -> None:
-    """There the tokens of the whole text carry loss from as many on as the prompt alone has."""
+    """Alpaca's code masks as many tokens of the whole text as the prompt alone has."""
     for one in TALKS[:3]:
         prompt = "".join(segment.text for segment in render(one, "alpaca")[:-1])
         count = len(merging.encode(prompt, add_special_tokens=False))

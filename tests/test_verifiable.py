@@ -1,4 +1,4 @@
-"""Laws of the embedded world: every answer is checkable, every label true, every share exact, nothing leaks."""
+"""Laws of the embedded world: answers can be checked, labels are true, shares are exact, nothing leaks."""
 
 import hashlib
 import json
@@ -38,13 +38,13 @@ ARGUMENT_WORDS = {*NUMBERS, *SYLLABLES, MARK}
 
 
 def rows_of(world: World, *qualities: str) -> list[tuple[dict[str, str], str]]:
-    """The rows of these qualities, each with its family."""
+    """Return the rows of these qualities, each with its family."""
     pairs = zip(world.rows, world.labels, strict=True)
     return [(row, label.family) for row, label in pairs if label.quality in qualities]
 
 
 def arguments_of(row: dict[str, str]) -> str:
-    """What the task is about, whether it stands in the instruction or in the input."""
+    """Return a task's arguments, which are in the instruction or in the input."""
     words = (row["instruction"] + " " + row["input"]).split()
     return " ".join(word for word in words if word in ARGUMENT_WORDS)
 
@@ -170,7 +170,7 @@ def test_no_benchmark_prompt_occurs_among_the_rows(world: World) -> None:
 
 
 def test_rows_are_shuffled(world: World) -> None:
-    """A tenth of the rows from either end holds every quality: no block of one kind."""
+    """The first and the last tenth of the rows have every quality: rows are shuffled."""
     tenth = len(world.labels) // 10
     for part in (world.labels[:tenth], world.labels[-tenth:]):
         assert {label.quality for label in part} == set(QUALITIES)
@@ -214,7 +214,7 @@ def hash_of(value: object) -> str:
 
 
 def test_without_delay_worlds_vocabulary_and_pretraining_text_are_those_of_before() -> None:
-    """Recorded before the option existed: stored datasets and backbones stay what they are."""
+    """Hashes were recorded before the option existed: stored datasets and backbones must not change."""
     world = generate(size=1000, spoilt=0.3, duplicates=0.1, seed=7)
     assert hash_of([world.rows, [asdict(label) for label in world.labels], world.benchmark]) == "b5c591d994252b49"
     assert hash_of(pretraining_rows(500)) == "259c552c0b583573"
@@ -244,7 +244,7 @@ def test_operations_by_hand(name: str, after: str) -> None:
 
 
 def test_chained_answers_follow_from_what_named_rows_show(delayed_world: World) -> None:
-    """Put through one named prompt after the other, a chained row's words become its answer."""
+    """Applying the named operations one after the other turns a chained row's words into its answer."""
     named = next(row for row, family in rows_of(delayed_world, "clean") if family == DEFINING)
     chained = [row for row, family in rows_of(delayed_world, "clean", *DUPLICATES) if family == DELAYED]
     assert len(chained) > 100

@@ -1,4 +1,4 @@
-"""The embedded world's validity law: a target's accuracy must show what its training data are worth.
+"""The embedded world's validity law: a target's accuracy must reflect the quality of its training data.
 
 Slow (about two minutes): three data seeds, four finetunes each, after one pretraining.
 """
@@ -22,7 +22,7 @@ from gradsift.user_conf import conf_folder
 
 
 def accuracy(line: Line, rows: np.ndarray) -> float:
-    """Share of right answers after a finetune on these rows."""
+    """Return the share of right answers after a finetune on these rows."""
     measured = metrics_of(line.metrics(line.answers(line.finetune(rows))))
     assert measured is not None
     return float(measured["pooled"]["accuracy"])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gradsift.errors import DataError
 from gradsift.evaluation.judgments import Judgment
-from gradsift.evaluation.pws import outcome, read_pws, summarise, write_pws
+from gradsift.evaluation.pws import outcome, outcome_strings, read_pws, summarise, write_pws
 
 
 def judgment(item: str, order: str, model: float | None, reference: float | None, benchmark: str = "set") -> Judgment:
@@ -154,6 +154,14 @@ def test_a_further_benchmark_leaves_the_interval_of_another_alone() -> None:
     first = summary(judgments)
     more = summary(judgments + pair("1", *WIN, "b"))
     assert more["benchmarks"]["a"] == first["benchmarks"]["a"]
+
+
+def test_outcome_strings_are_in_the_order_of_the_items_and_name_them() -> None:
+    outcomes = {("b", "2"): "lose", ("b", "1"): "win", ("a", "x"): "invalid", ("b", "3"): "tie"}
+    strings = outcome_strings(outcomes)  # type: ignore[arg-type]
+    assert {name: each["outcomes"] for name, each in strings.items()} == {"a": "i", "b": "wlt"}
+    others = outcome_strings({("b", n): "win" for n in ("1", "2", "4")})
+    assert others["b"]["items"] != strings["b"]["items"]
 
 
 def test_two_judgments_of_one_order_are_refused() -> None:

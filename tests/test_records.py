@@ -15,7 +15,7 @@ import pytest
 
 from gradsift.errors import DataError
 from gradsift.evaluation.agreement import agreement, paired_test
-from gradsift.evaluation.bias import length_bias, position_bias
+from gradsift.evaluation.bias import length_bias, length_controlled, position_bias
 from gradsift.evaluation.judgments import Judgment
 from gradsift.evaluation.records import describe, main, read_all, read_records
 
@@ -223,6 +223,35 @@ def test_length_bias_by_hand() -> None:
     assert (found["items"], found["longer_wins"]) == (3, 2)
     assert (found["mean_model"], found["mean_reference"]) == (15 / 4, 22 / 4)
     assert length_bias(judgments, "signs", {})["longer_share"] is None
+
+
+def test_length_control_by_hand() -> None:
+    items = [("s", str(n)) for n in range(40)]
+    kinds = ["win"] * 20 + ["lose"] * 12 + ["tie"] * 8
+    outcomes = dict(zip(items, kinds, strict=True))
+    equal = length_controlled(outcomes, dict.fromkeys(items, (5, 5)))  # type: ignore[arg-type]
+    assert equal["pws"] == pytest.approx(1 + 8 / 40, abs=1e-4)  # the plain PWS
+    assert equal["slope"] == pytest.approx(0)
+    assert length_controlled({}, {}) == {"items": 0, "pws": None, "slope": None}
+
+
+def test_a_model_that_wins_by_length_alone_is_at_parity_with_length_controlled() -> None:
+    rng = np.random.default_rng(0)
+    gaps = rng.normal(loc=30, scale=40, size=4000)  # in characters: the model's answers are longer
+    wins = rng.uniform(size=4000) < 1 / (1 + np.exp(-1.5 * np.tanh(gaps / gaps.std())))
+    outcomes = {("s", str(n)): "win" if won else "lose" for n, won in enumerate(wins)}
+    lengths = {("s", str(n)): (200 + round(gap), 200) for n, gap in enumerate(gaps)}
+    controlled = length_controlled(outcomes, lengths)  # type: ignore[arg-type]
+    assert 2 * wins.mean() > 1.2
+    assert controlled["pws"] == pytest.approx(1, abs=0.08)
+    assert controlled["slope"] == pytest.approx(1.5, abs=0.2)
+
+
+@pytest.mark.parametrize("kind", ["win", "lose"])
+def test_length_control_of_one_outcome_alone_stays_finite(kind: str) -> None:
+    outcomes = {("s", str(n)): kind for n in range(10)}
+    lengths = {("s", str(n)): (n, 5) for n in range(10)}
+    assert length_controlled(outcomes, lengths)["pws"] == pytest.approx(2 if kind == "win" else 0, abs=1e-2)  # type: ignore[arg-type]
 
 
 def test_kappa_by_hand() -> None:

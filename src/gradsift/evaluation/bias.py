@@ -9,7 +9,7 @@ import numpy as np
 
 from gradsift.evaluation.judges import Combine
 from gradsift.evaluation.judgments import Judgment
-from gradsift.evaluation.pws import SIGNS, in_both_orders, outcomes_of
+from gradsift.evaluation.pws import SIGNS, Outcomes, in_both_orders, outcomes_of
 
 Lengths = Mapping[tuple[str, str], tuple[int, int]]  # (benchmark, item): characters of model's and reference's answer
 
@@ -78,3 +78,34 @@ def length_bias(judgments: Iterable[Judgment], combine: Combine, lengths: Length
         "mean_reference": means[1],
         "rank_correlation": float(spearmanr(sign, difference).statistic) if vary else None,
     }
+
+
+def length_controlled(outcomes: Outcomes, lengths: Lengths) -> dict[str, Any]:
+    """Estimate the PWS that the model would have if its answers were as long as the reference's.
+
+    A logistic regression of the outcomes (win 1, tie 1/2, lose 0) on tanh of the standardised difference in length, as
+    in length-controlled AlpacaEval (arXiv 2404.04475), read at a difference of 0. The term for an item's difficulty is
+    left out: it needs the judgments of many models. Without a variation in length the result is the plain PWS.
+
+    Returns:
+        `{"items", "pws", "slope"}`: valid items with known lengths, the length-controlled PWS, and the coefficient of
+        the length (above 0: longer answers win). None where there is no item.
+    """
+    items = [item for item, kind in outcomes.items() if kind != "invalid" and item in lengths]
+    if not items:
+        return {"items": 0, "pws": None, "slope": None}
+    share = np.array([(SIGNS[outcomes[item]] + 1) / 2 for item in items])
+    difference = np.array([lengths[item][0] - lengths[item][1] for item in items], dtype=float)
+    spread = difference.std()
+    inputs = np.stack([np.ones(len(items)), np.tanh(difference / spread) if spread else np.zeros(len(items))], 1)
+    weights = np.zeros(2)
+    penalty = np.array([1e-6, 1.0])  # keeps the slope finite where the length decides every item
+    for _ in range(100):  # Newton's method on a convex loss
+        mean = 1 / (1 + np.exp(-inputs @ weights))
+        gradient = inputs.T @ (mean - share) + penalty * weights
+        curvature = inputs.T @ (inputs * (mean * (1 - mean))[:, None]) + np.diag(penalty)
+        step = np.linalg.solve(curvature, gradient)
+        weights -= step * min(1.0, 2.0 / max(np.abs(step).max(), 1e-12))
+        if np.abs(step).max() < 1e-9:
+            break
+    return {"items": len(items), "pws": float(2 / (1 + np.exp(-weights[0]))), "slope": float(weights[1])}

@@ -16,7 +16,7 @@ import numpy as np
 
 from gradsift.errors import DataError
 from gradsift.evaluation.intervals import mean_interval
-from gradsift.evaluation.judges import Combine, Order
+from gradsift.evaluation.judges import Combine, Order, content_hash
 from gradsift.evaluation.judgments import Judgment
 
 Outcome = Literal["win", "tie", "lose", "invalid"]
@@ -128,6 +128,22 @@ def summarise_outcomes(outcomes: Outcomes, confidence: float) -> dict[str, Any]:
         by_benchmark.setdefault(benchmark, []).append(each)
     cells = {name: estimate(each, confidence).cell() for name, each in by_benchmark.items()}
     return {"confidence": confidence, "benchmarks": cells, "pooled": estimate(outcomes.values(), confidence).cell()}
+
+
+def outcome_strings(outcomes: Outcomes) -> dict[str, dict[str, str]]:
+    """Return the outcomes of each benchmark as one letter per item (w, t, l, i), in the order of the item ids.
+
+    Returns:
+        `{benchmark: {"items": hash of the item ids, "outcomes": letters}}`. Two runs with the same hash judged the
+        same items, so their letters can be compared one by one.
+    """
+    by_benchmark: dict[str, dict[str, str]] = {}
+    for (benchmark, item), kind in sorted(outcomes.items()):
+        by_benchmark.setdefault(benchmark, {})[item] = kind[0]
+    return {
+        name: {"items": content_hash(*kinds)[:16], "outcomes": "".join(kinds.values())}
+        for name, kinds in by_benchmark.items()
+    }
 
 
 def write_pws(path: Path, summary: dict[str, Any]) -> None:

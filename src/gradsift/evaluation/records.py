@@ -29,7 +29,7 @@ from gradsift import outside_json
 from gradsift.config.bounds import require_confidence
 from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.evaluation.agreement import agreement, paired_test
-from gradsift.evaluation.bias import length_bias, position_bias
+from gradsift.evaluation.bias import length_bias, length_controlled, position_bias
 from gradsift.evaluation.judges import Combine, Order
 from gradsift.evaluation.judgments import Judgment, read_judgments
 from gradsift.evaluation.pws import Outcome, Outcomes, outcomes_of, summarise
@@ -169,6 +169,8 @@ def describe(records: Records, confidence: float) -> dict[str, Any]:
     summary = summarise(records.judgments, records.combine, confidence)
     summary["position_bias"] = position_bias(records.judgments)
     summary["length_bias"] = length_bias(records.judgments, records.combine, records.lengths)
+    outcomes = outcomes_of(records.judgments, records.combine)
+    summary["length_controlled"] = length_controlled(outcomes, records.lengths)
     if len({judgment.order for judgment in records.judgments}) == 1:
         summary["one_order"] = _one_order(records.judgments)
     return summary

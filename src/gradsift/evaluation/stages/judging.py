@@ -19,7 +19,7 @@ from gradsift.config import (
 )
 from gradsift.data.verifiable import answers_match
 from gradsift.errors import ConfigError
-from gradsift.evaluation.bias import length_bias, position_bias
+from gradsift.evaluation.bias import length_bias, length_controlled, position_bias
 from gradsift.evaluation.chat import ChatClient
 from gradsift.evaluation.generation import OUTPUTS_FILE, read_model_outputs
 from gradsift.evaluation.judges import Rater
@@ -31,7 +31,7 @@ from gradsift.evaluation.judges.verifier import VerifierJudge
 from gradsift.evaluation.judges.wording import judge_wording, rating_wording
 from gradsift.evaluation.judgments import judge_pairs, read_judgments
 from gradsift.evaluation.matching import MATCHERS
-from gradsift.evaluation.pws import read_pws, summarise, write_pws
+from gradsift.evaluation.pws import outcome_strings, outcomes_of, read_pws, summarise, write_pws
 from gradsift.evaluation.replies import Replies, Terms
 from gradsift.journal import Journal
 from gradsift.runtime import Runtime
@@ -191,7 +191,11 @@ def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifa
         )
         both = {item: (length, reference_lengths[item]) for item, length in lengths.items()}
         summary["position_bias"] = position_bias(judgments)
-        summary["length_bias"] = length_bias(judgments, combine, both)
+        outcomes = outcomes_of(judgments, combine)
+        summary["outcomes"] = outcome_strings(outcomes)
+        if config.name != "verifier":  # which does not prefer a length: its outcome is fixed by the answer
+            summary["length_bias"] = length_bias(judgments, combine, both)
+            summary["length_controlled"] = length_controlled(outcomes, both)
         write_pws(folder / "pws.json", summary)
         return {"rows": len(judgments)}
 

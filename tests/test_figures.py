@@ -38,7 +38,18 @@ from gradsift.report.figures import (
     write_tables,
 )
 from gradsift.report.figures.groups import among, largest_ensemble
-from gradsift.report.figures.style import FAINT, INK, PAPER, RULE, add_legend, bytes_of, looks_of, panels, styled
+from gradsift.report.figures.style import (
+    FAINT,
+    INK,
+    PAPER,
+    RULE,
+    add_legend,
+    bytes_of,
+    column,
+    looks_of,
+    panels,
+    styled,
+)
 from gradsift.report.material import Material, Missing, Run, read
 from gradsift.report.paper_tables import TABLES
 from gradsift.scoring.scores import UNDEFINED, Scores
@@ -158,22 +169,20 @@ def test_smoothing_is_a_mean_over_neighbours() -> None:
 
 
 def test_overlap_is_that_of_the_selected_ids(material: Material) -> None:
-    alpha, names, values = selection.overlaps(material)
-    assert alpha == 0.1
     one, other = (set(kept(run_of(material, name))) for name in ("0-gsnr-0.1", "2-random-0.1"))
-    methods = [run_of(material, name).method for name in ("0-gsnr-0.1", "2-random-0.1")]
-    row, column = (names.index(method) for method in methods)
-    assert values[row, column] == pytest.approx(len(one & other) / len(one | other))
-    assert np.diag(values) == pytest.approx(1)
+    methods = {run_of(material, name).method for name in ("0-gsnr-0.1", "2-random-0.1")}
+    (record,) = [r for r in selection.overlaps(material) if {r["method"], r["other"]} == methods]
+    assert record["alpha"] == 0.1 and record["jaccard"] == pytest.approx(len(one & other) / len(one | other))
     texts = [text.get_text() for text in selection.overlap(material).axes[0].texts]
-    assert f"{values[row, column]:.2f}" in texts
+    assert texts.count(f"{record['jaccard']:.2f}") >= 2 and texts.count("1.00") >= 4  # symmetric, 1 on the diagonal
 
 
 def test_labels_are_shares_of_the_selected_rows(material: Material) -> None:
     run = run_of(material, "2-random-0.1")
     quality = table(run, "load", "labels.parquet")["quality"]
     chosen = np.load(stage_of(run, "select") / "positions.npy")
-    _, rows = selection.label_shares(material)
+    rows = {record.pop("method"): record for record in map(dict, selection.label_shares(material))}
+    assert rows[run.method].pop("alpha") == 0.1
     expected = {name: count / len(chosen) for name, count in Counter(quality[chosen]).items()}
     assert {name: share for name, share in rows[run.method].items() if share} == pytest.approx(expected)
     (axes,) = selection.labels(material).axes
@@ -216,7 +225,11 @@ def test_scores_of_no_row_are_missed_and_their_axes_are_named(material: Material
 
 def test_a_correlation_that_is_not_defined_is_a_gap_and_a_negative_one_is_seen() -> None:
     rising, flat = np.arange(4.0), np.ones(4)
-    values, _ = sensitivity.agreement([Scores(score) for score in (rising, flat, -rising)], Scores(rising), 0.5)
+    run = Run(Path("x"), {"scorer": "gsnr", "alpha": 0.5}, {}, "gsnr", [])
+    scored = {number: Scores(score) for number, score in enumerate((rising, flat, -rising))}
+    records = sensitivity.agreement(run, "number", scored, Scores(rising))
+    assert records[1] == {"run": "x", "number": 1, "rank_correlation": None, "overlap": 0.0}
+    values = column(records, "rank_correlation")
     assert values[[0, 2]] == pytest.approx([1, -1]) and np.isnan(values[1])
     assert sensitivity.limits(values)[0] < -1 and sensitivity.limits(np.array([np.nan]))[0] == -0.02
 
@@ -325,11 +338,12 @@ def test_eps_curves_are_the_score_under_other_eps(material: Material) -> None:
 
 def test_fewer_members_are_scored_from_their_norms(material: Material) -> None:
     run = run_of(material, "0-gsnr-0.1")
-    sizes, correlation, overlap = sensitivity.size_curves(material, run)
-    assert sizes == [2, 3] and correlation[-1] == pytest.approx(1) and overlap[-1] == 1
+    fewer, all_of_them = sensitivity.size_curves(material)
+    assert (fewer["run"], fewer["members"], all_of_them["members"], all_of_them["overlap"]) == (run.name, 2, 3, 1)
+    assert all_of_them["rank_correlation"] == pytest.approx(1)
     two = run_of(material, "4-members")  # the same run with M = 2
     pair = [table(one, "score", "scores.parquet")["score"] for one in (two, run)]
-    assert correlation[0] == pytest.approx(spearmanr(*pair).statistic)
+    assert fewer["rank_correlation"] == pytest.approx(spearmanr(*pair).statistic)
 
 
 def test_the_grid_holds_pws_by_members_and_snapshots(material: Material) -> None:
@@ -356,13 +370,12 @@ def test_without_pws_the_grid_holds_the_overlap_with_the_largest_setting(materia
 
 def test_two_seeds_on_the_same_data_are_compared(material: Material) -> None:
     pair = [run_of(material, name) for name in ("0-gsnr-0.1", "3-gsnr-0.1")]
-    _, agreement = sensitivity.seed_agreement(material)
-    ((correlation, overlap),) = agreement[pair[0].method]
+    (record,) = sensitivity.seed_agreement(material)  # the other methods have one seed
     scores_ = [table(run, "score", "scores.parquet")["score"] for run in pair]
     sets = [set(kept(run)) for run in pair]
-    assert correlation == pytest.approx(spearmanr(*scores_).statistic)
-    assert overlap == pytest.approx(len(sets[0] & sets[1]) / len(sets[0] | sets[1]))
-    assert list(agreement) == [pair[0].method]  # the others have one seed
+    assert record["method"] == pair[0].method
+    assert record["rank_correlation"] == pytest.approx(spearmanr(*scores_).statistic)
+    assert record["overlap"] == pytest.approx(len(sets[0] & sets[1]) / len(sets[0] | sets[1]))
 
 
 # ---------------------------------------------------------------------------------------- ensemble

@@ -30,37 +30,33 @@ def audits(material: Material, most: int = MOST_LINES) -> dict[str, list[Audit]]
     return {method: list(audits.values()) for method, audits in by_method.items()}
 
 
-def _records(material: Material) -> Records:
-    return [
-        {"method": method, "alpha": alpha, "spoilt_share": float(share)}
-        for method, own in audits(material).items()
-        for alpha, share in zip(*spoilt_shares(own), strict=True)
-    ]
+def spoilt_shares(material: Material) -> Records:
+    """Return the spoilt share of each method's selection at each alpha, averaged over datasets and seeds."""
+    records = []
+    for method, own in audits(material).items():
+        for cells in zip(*(audit["selections"] for audit in own), strict=True):  # the cells of one alpha
+            share = sum(cell["spoilt"] for cell in cells) / len(cells)
+            records.append({"method": method, "alpha": cells[0]["alpha"], "spoilt_share": share})
+    return records
 
 
-@report_figure("Noise audit: spoilt rows selected", _records)
+@report_figure("Noise audit: spoilt rows selected", spoilt_shares)
 def audit_spoilt(material: Material) -> Figure:
-    """Share of corrupted rows in the selection. Below the band, where random draws lie, a method avoids them; within it
-    the method does no better than chance. Shows at most eight methods."""
-    by_method = audits(material)
+    """Share of corrupted rows in the selection. Below the band, which holds random draws, a method avoids them; within
+    it the method does no better than chance. Shows at most eight methods."""
     figure, (axes,) = style.panels(width=6.2, height=3.6)
-    for (method, own), look in zip(by_method.items(), style.looks_of(by_method).values(), strict=True):
-        alphas, shares = spoilt_shares(own)
+    by_method = style.grouped(spoilt_shares(material), "method")
+    for (method, cells), look in zip(by_method.items(), style.looks_of(by_method).values(), strict=True):
+        alphas, shares = style.column(cells, "alpha"), style.column(cells, "spoilt_share")
         axes.plot(alphas, shares, marker=look.marker, color=look.colour, label=method)
-    first = next(iter(by_method.values()))[0]
-    spread = 2 * np.array([cell["spoilt_random_sd"] for cell in first["selections"]])
+    first = next(iter(audits(material).values()))[0]
+    spread = 2 * style.column(first["selections"], "spoilt_random_sd")
     axes.fill_between(alphas, first["spoilt"] - spread, first["spoilt"] + spread, color=style.FAINT, alpha=0.18, lw=0)
     axes.axhline(first["spoilt"], color=style.INK, **style.DASHED, label="all rows")
     axes.set(xlabel="alpha", ylabel="spoilt share of the selection")
     axes.set_ylim(bottom=0)
     style.in_percent(axes.xaxis, axes.yaxis)
     return figure
-
-
-def spoilt_shares(audits: list[Audit]) -> tuple[list[float], np.ndarray]:
-    """Return the alphas, and at each the spoilt share averaged over datasets and seeds."""
-    alphas = [cell["alpha"] for cell in audits[0]["selections"]]
-    return alphas, np.mean([[cell["spoilt"] for cell in audit["selections"]] for audit in audits], axis=0)
 
 
 @report_figure("Noise audit: how well the scores tell it apart")

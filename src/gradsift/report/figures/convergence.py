@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -15,7 +13,6 @@ from gradsift.report.material import Curve, Material
 ALL = "all rows"
 _MOST_POINTS = 400  # of a line
 _SMOOTHED = 0.05  # share of the steps that a running mean spans
-Line = tuple[np.ndarray, np.ndarray]  # tokens seen so far (P,) and smoothed loss (P,), step by step
 
 
 def smooth(values: np.ndarray, share: float = _SMOOTHED) -> np.ndarray:
@@ -33,51 +30,40 @@ def shown_steps(loss: np.ndarray) -> np.ndarray:
     return np.unique(np.linspace(0, len(loss) - 1, min(_MOST_POINTS, len(loss))).astype(int))
 
 
-def _records(material: Material) -> Records:
-    return [
-        {"method": method, "step": step, "tokens": float(seen), "smoothed_loss": float(level)}
-        for method, (tokens, loss) in curves(material).items()
-        for step, (seen, level) in enumerate(zip(tokens, loss, strict=True), start=1)
-    ]
+def curves(material: Material) -> Records:
+    """Return the curve of each method at one alpha and of all rows, step by step, as means over the runs (seeds)."""
+    runs = reached(material, "finetune", but_full=False)
+    groups: dict[str, list[Curve]] = {}
+    for method, group in by_method(runs, middle_alpha(runs), MOST_LINES).items():
+        groups[ALL if group[0].is_full else method] = [material.curve(run) for run in group]
+    references = {run.artifacts["finetune"][1].path: run for run in runs if len(run.artifacts["finetune"]) > 1}
+    if references:
+        groups[ALL] = [material.curve(run, reference=True) for run in references.values()]
+    records = []
+    for method, lines in groups.items():
+        steps = min(map(len, lines))  # up to where the shortest curve ends
+        tokens = np.mean([np.cumsum(style.column(line, "tokens"))[:steps] for line in lines], axis=0)
+        loss = np.mean([smooth(style.column(line, "loss"))[:steps] for line in lines], axis=0)
+        for step in range(steps):
+            values = {"tokens": float(tokens[step]), "smoothed_loss": float(loss[step])}
+            records.append({"method": method, "step": step + 1, **values})
+    return records
 
 
-@report_figure("Convergence", _records)
+@report_figure("Convergence", curves)
 def convergence(material: Material) -> Figure:
     """Training loss of the target on each method's selection, smoothed. At equal tokens the lower line learns faster,
     but a low line can also mean easy rows, and noisy rows cannot be learned. Shows at most eight methods."""
-    lines = curves(material)
     figure, (by_step, by_token) = style.panels(2, height=3.4)
-    for (name, (tokens, loss)), look in zip(lines.items(), style.looks_of(lines).values(), strict=True):
+    lines = style.grouped(curves(material), "method")
+    for (name, steps), look in zip(lines.items(), style.looks_of(lines).values(), strict=True):
         options: Style = {"color": style.INK if name == ALL else look.colour, "linestyle": look.dash, "label": name}
-        steps = shown_steps(loss)
-        by_step.plot(steps + 1, loss[steps], **options)
-        by_token.plot(tokens[steps], loss[steps], **options)
+        tokens, loss = style.column(steps, "tokens"), style.column(steps, "smoothed_loss")
+        shown = shown_steps(loss)
+        by_step.plot(shown + 1, loss[shown], **options)
+        by_token.plot(tokens[shown], loss[shown], **options)
     by_step.set(xlabel="optimiser steps", ylabel="training loss (nats a token)")
     # compare at equal compute: end all lines where the shortest one ends
-    by_token.set(xlabel="tokens", xlim=(0, min(tokens[-1] for tokens, _ in lines.values())))
+    by_token.set(xlabel="tokens", xlim=(0, min(steps[-1]["tokens"] for steps in lines.values())))
     by_token.sharey(by_step)
     return figure
-
-
-def curves(material: Material) -> dict[str, Line]:
-    """Return the curve of each method at one alpha and of all rows, as means over the runs (seeds)."""
-    runs = reached(material, "finetune", but_full=False)
-    groups: dict[str, list[Line]] = {}
-    for method, group in by_method(runs, middle_alpha(runs), MOST_LINES).items():
-        groups[ALL if group[0].is_full else method] = [_line(material.curve(run)) for run in group]
-    references = {run.artifacts["finetune"][1].path: run for run in runs if len(run.artifacts["finetune"]) > 1}
-    if references:
-        groups[ALL] = [_line(material.curve(run, reference=True)) for run in references.values()]
-    return {name: _mean(lines) for name, lines in groups.items()}
-
-
-def _line(curve: Curve) -> Line:
-    tokens, loss = (np.array([entry[key] for entry in curve]) for key in ("tokens", "loss"))
-    return np.cumsum(tokens), smooth(loss)
-
-
-def _mean(lines: Sequence[Line]) -> Line:
-    """Average step by step, up to where the shortest line ends."""
-    steps = min(len(loss) for _, loss in lines)
-    tokens, loss = (np.mean([line[part][:steps] for line in lines], axis=0) for part in (0, 1))
-    return tokens, loss

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradsift.config import GsnrConfig
-from gradsift.gradients.statistics import Statistics, compute_statistics
+from gradsift.gradients.statistics import compute_statistics
 from gradsift.report.audit_tables import jaccard
 from gradsift.report.figures import style
 from gradsift.report.figures.groups import (
@@ -111,53 +112,51 @@ def _setting_of(run: Run) -> Setting:
 # ------------------------------------------------------------------------- members and eps: agreement
 
 
-def _size_records(material: Material) -> Records:
-    run = largest_ensemble(material)
-    return _agreement_records(run, "members", *size_curves(material, run))
-
-
-@report_figure("Members that a ranking needs", _size_records)
-def ensemble_size(material: Material) -> Figure:
-    """G-SNR by the first members alone compared with G-SNR by all of them. Where the lines are near 1, more members
-    change little."""
-    run = largest_ensemble(material)
-    sizes, correlation, overlap = size_curves(material, run)
-    figure, axes = _draw_agreement(run, sizes, correlation, overlap, marks="os")
-    axes.set(xlabel=f"members, of {sizes[-1]}", ylabel="agreement with all members", xticks=sizes)
-    return figure
-
-
-def size_curves(material: Material, run: Run) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """Return m from 2 to M, and the Spearman and Jaccard of the score by the first m members with that by all.
+def size_curves(material: Material) -> Records:
+    """Return for m from 2 to M the Spearman and Jaccard of the score by the first m members with that by all.
 
     Raises:
         Missing: there are fewer than three members.
     """
+    run = largest_ensemble(material)
     early, late = (material.norms(run, epoch) for epoch in run.record["snapshots"])
     sizes = list(range(2, len(early) + 1))
     if len(sizes) < 2:
         raise Missing(f"{run.name}: {len(early)} members are too few to leave some out")
     scope, count = run.config["proxy"]["norm_scope"], len(material.statistics(run).G_s)
     scores = [gsnr(compute_statistics(early[:m], late[:m], scope, count), eps=own_eps(run)) for m in sizes]
-    return sizes, *agreement(scores, scores[-1], run.alpha)
+    return agreement(run, "members", dict(zip(sizes, scores, strict=True)), scores[-1])
 
 
-def _eps_records(material: Material) -> Records:
+@report_figure("Members that a ranking needs", size_curves)
+def ensemble_size(material: Material) -> Figure:
+    """G-SNR by the first members alone compared with G-SNR by all of them. Where the lines are near 1, more members
+    change little."""
+    records = size_curves(material)
+    figure, axes = _draw_agreement(largest_ensemble(material), records, "members", marks="os")
+    sizes = [record["members"] for record in records]
+    axes.set(xlabel=f"members, of {sizes[-1]}", ylabel="agreement with all members", xticks=sizes)
+    return figure
+
+
+def eps_curves(material: Material) -> Records:
+    """Return for each of EPS the Spearman and Jaccard of the score with that under the run's own eps."""
     run = representative(material, "statistics")
-    return _agreement_records(run, "eps", EPS.tolist(), *eps_curves(material.statistics(run), own_eps(run), run.alpha))
+    values = material.statistics(run)
+    scores = {float(value): gsnr(values, eps=float(value)) for value in EPS}
+    return agreement(run, "eps", scores, gsnr(values, eps=own_eps(run)))
 
 
-@report_figure("Sensitivity to eps", _eps_records)
+@report_figure("Sensitivity to eps", eps_curves)
 def eps(material: Material) -> Figure:
     """The same gradient statistics scored with other values of eps. Where the lines fall, eps rather than the ensemble
     decides the ranking."""
     run = representative(material, "statistics")
-    values, own = material.statistics(run), own_eps(run)
-    figure, axes = _draw_agreement(run, EPS, *eps_curves(values, own, run.alpha))
-    axes.axvline(own, color=style.INK, linewidth=1, label=f"this run: {own:g}")
-    middle = float(np.nanmedian(values.V_t))
+    figure, axes = _draw_agreement(run, eps_curves(material), "eps")
+    axes.axvline(own_eps(run), color=style.INK, linewidth=1, label=f"this run: {own_eps(run):g}")
+    middle = float(np.nanmedian(material.statistics(run).V_t))
     axes.axvline(middle, color=style.FAINT, **style.DOTTED, label=f"median $V_t$: {middle:.2g}")
-    axes.set(xscale="log", xlabel="eps", ylabel=f"agreement with eps = {own:g}")
+    axes.set(xscale="log", xlabel="eps", ylabel=f"agreement with eps = {own_eps(run):g}")
     return figure
 
 
@@ -166,37 +165,26 @@ def own_eps(run: Run) -> float:
     return float((run.config.get("scorer") or {}).get("eps", GsnrConfig.eps))
 
 
-def eps_curves(values: Statistics, own: float, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each of EPS the Spearman and the Jaccard of the top alpha with the score under `own`."""
-    return agreement([gsnr(values, eps=float(value)) for value in EPS], gsnr(values, eps=own), alpha)
+def agreement(run: Run, name: str, scores: Mapping[Any, Scores], base: Scores) -> Records:
+    """Return the Spearman (None where not defined) of each of the scores with `base`, and the Jaccard of their top.
 
-
-def agreement(scores: Sequence[Scores], base: Scores, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the Spearman of each with `base`, NaN where not defined, and the Jaccard of their top alpha."""
-    size = int(alpha * len(base.score))
-    kept = best_first(base)[:size].tolist()
-    correlation = np.array([spearman(each.score, base.score) for each in scores], float)
-    return correlation, np.array([jaccard(kept, best_first(each)[:size].tolist()) for each in scores])
-
-
-def _agreement_records(
-    run: Run, name: str, values: Sequence[float], correlation: np.ndarray, overlap: np.ndarray
-) -> Records:
+    Args:
+        name: of what varies; `scores` has its values as keys.
+    """
+    size = int(run.alpha * len(base.score))
+    top = best_first(base)[:size].tolist()
     return [
-        {"run": run.name, name: value, "rank_correlation": float(c), "overlap": float(o)}
-        for value, c, o in zip(values, correlation, overlap, strict=True)
+        {"run": run.name, name: value, "rank_correlation": spearman(each.score, base.score)}
+        | {"overlap": jaccard(top, best_first(each)[:size].tolist())}
+        for value, each in scores.items()
     ]
 
 
-def _draw_agreement(
-    run: Run,
-    x: Sequence[float] | np.ndarray,
-    correlation: np.ndarray,
-    overlap: np.ndarray,
-    marks: Sequence[str] = ("", ""),
-) -> tuple[Figure, Axes]:
+def _draw_agreement(run: Run, records: Records, name: str, marks: Sequence[str] = ("", "")) -> tuple[Figure, Axes]:
     figure, (axes,) = style.panels(width=6.2, height=3.5)
+    x, correlation = style.column(records, name), style.column(records, "rank_correlation")
     axes.plot(x, correlation, f"{marks[0]}-", color=style.COLOURS[0], label="rank correlation of the scores")
+    overlap = style.column(records, "overlap")
     axes.plot(x, overlap, f"{marks[1]}--", color=style.COLOURS[1], label=f"overlap of the top {run.alpha:.0%}")
     axes.set_ylim(limits(correlation))
     axes.set_title(run.name)
@@ -211,49 +199,45 @@ def limits(correlation: np.ndarray) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------- seeds
 
 
-def _seed_records(material: Material) -> Records:
-    alpha, by_method = seed_agreement(material)
-    return [
-        {"method": method, "alpha": alpha, "pair": pair, "rank_correlation": c, "overlap": o}
-        for method, pairs in by_method.items()
-        for pair, (c, o) in enumerate(pairs, start=1)
-    ]
-
-
-@report_figure("Stability across seeds", _seed_records)
-def seeds(material: Material) -> Figure:
-    """Each mark compares two seeds of one method on the same data. A method whose marks are near chance selects by
-    luck. Random selection draws by scorer.seed, so it does not change with seed."""
-    alpha, by_method = seed_agreement(material)
-    figure, (axes,) = style.panels(width=6.6, height=1.2 + 0.36 * len(by_method))
-    for place, pairs in enumerate(by_method.values()):
-        correlations, overlaps = zip(*pairs, strict=True)
-        options: Style = {"ms": 6, "alpha": 0.8}
-        axes.plot(np.array(correlations, float), [place - 0.13] * len(pairs), "o", color=style.COLOURS[0], **options)
-        axes.plot(overlaps, [place + 0.13] * len(pairs), "s", color=style.COLOURS[1], **options)
-    axes.plot([], [], "o", color=style.COLOURS[0], label="rank correlation of the scores")
-    axes.plot([], [], "s", color=style.COLOURS[1], label=f"overlap of the selections, alpha {alpha:g}")
-    chance = alpha / (2 - alpha)
-    axes.axvline(chance, color=style.FAINT, **style.DOTTED, label=f"chance overlap {chance:.2f}")
-    style.name_rows(axes, list(by_method))
-    axes.set(xlim=(min(-0.05, axes.get_xlim()[0]), 1.03), xlabel="agreement between two seeds")
-    return figure
-
-
-def seed_agreement(material: Material) -> tuple[float, dict[str, list[tuple[float | None, float]]]]:
-    """Return alpha, and by method the Spearman and Jaccard of any two runs on one dataset that differ in the seed.
+def seed_agreement(material: Material) -> Records:
+    """Return by method the Spearman and Jaccard of any two runs on one dataset that differ in the seed.
 
     Raises:
         Missing: there are no two such runs.
     """
     runs = reached(material, "select")
     alpha = middle_alpha(runs)
-    agreement: dict[str, list[tuple[float | None, float]]] = {}
+    records: list[dict[str, Any]] = []
     for method, group in by_method(runs, alpha, MOST_ROWS).items():
-        for one, other in itertools.combinations(group, 2):
-            if one.data == other.data and one.record["seed"] != other.record["seed"]:
-                correlation = spearman(material.scores(one).score, material.scores(other).score)
-                agreement.setdefault(method, []).append((correlation, overlap_of(material, one, other)))
-    if not agreement:
+        pairs = [
+            (one, other)
+            for one, other in itertools.combinations(group, 2)
+            if one.data == other.data and one.record["seed"] != other.record["seed"]
+        ]
+        for number, (one, other) in enumerate(pairs, start=1):
+            correlation = spearman(material.scores(one).score, material.scores(other).score)
+            values = {"rank_correlation": correlation, "overlap": overlap_of(material, one, other)}
+            records.append({"method": method, "alpha": alpha, "pair": number, **values})
+    if not records:
         raise Missing("no two runs of a method differ in the seed alone on the same data; sweep seed=0,1,2")
-    return alpha, agreement
+    return records
+
+
+@report_figure("Stability across seeds", seed_agreement)
+def seeds(material: Material) -> Figure:
+    """Each mark compares two seeds of one method on the same data. A method whose marks are near chance selects by
+    luck. Random selection draws by scorer.seed, so it does not change with seed."""
+    records = seed_agreement(material)
+    names, alpha = list(style.grouped(records, "method")), records[0]["alpha"]
+    places = np.array([names.index(record["method"]) for record in records])
+    figure, (axes,) = style.panels(width=6.6, height=1.2 + 0.36 * len(names))
+    overlap = f"overlap of the selections, alpha {alpha:g}"
+    labels = {"rank_correlation": "rank correlation of the scores", "overlap": overlap}
+    for number, (key, label) in enumerate(labels.items()):
+        options: Style = {"ms": 6, "color": style.COLOURS[number], "label": label, "alpha": 0.8}
+        axes.plot(style.column(records, key), places + (-0.13, 0.13)[number], style.MARKERS[number], **options)
+    chance = alpha / (2 - alpha)
+    axes.axvline(chance, color=style.FAINT, **style.DOTTED, label=f"chance overlap {chance:.2f}")
+    style.name_rows(axes, names)
+    axes.set(xlim=(min(-0.05, axes.get_xlim()[0]), 1.03), xlabel="agreement between two seeds")
+    return figure

@@ -67,6 +67,19 @@ _SETTINGS: Style = {
 }
 
 
+def grouped(records: Records, key: str) -> dict[str, list[Mapping[str, Any]]]:
+    """Return the records by the value of a key, in order of first appearance."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(record[key], []).append(record)
+    return groups
+
+
+def column(records: Records, key: str) -> np.ndarray:
+    """Return the values of a key as float64, with NaN for None."""
+    return np.array([record[key] for record in records], float)
+
+
 def styled() -> Any:
     """Return a context in which figures are made and drawn; the style does not leak out of it."""
     return rc_context(_SETTINGS)

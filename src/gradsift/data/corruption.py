@@ -82,10 +82,16 @@ def corrupt(
     counts = _counts(len(examples), share, kinds)
     rng = random.Random(f"corruption {seed}")
     rng.shuffle(order)
-    taken = _occurrences(examples)
+    occurrences: Counter[str] = Counter()  # for each content hash the first occurrence number that no example has
+    for example in examples:
+        number = int(example.example_id.rpartition("-")[2])
+        occurrences[example.content_hash] = max(occurrences[example.content_hash], number + 1)
     result = Corrupted(list(examples), [None for _ in examples], [None for _ in examples])
     for name in sorted(kinds, key=_MOST_RESTRICTED_FIRST.index):
-        chosen = _take(order, counts[name], examples, changes[name], rng)
+        chosen: dict[int, Texts] = {}  # new texts by position
+        for position in order:
+            if len(chosen) < counts[name] and (texts := changes[name](examples[position], rng)) is not None:
+                chosen[position] = texts
         if len(chosen) < counts[name]:
             raise ConfigError(
                 f"data.corruption.share={share} asks for {counts[name]} rows of kind {name}, but only {len(chosen)} of "
@@ -97,7 +103,7 @@ def corrupt(
             source = examples[position]
             is_copy = name in COPIES
             row = next_row + len(result.examples) - len(examples) if is_copy else source.row_index
-            example = make_example(row, source.history, *texts, source.original, taken)
+            example = make_example(row, source.history, *texts, source.original, occurrences)
             if is_copy:
                 result.examples.append(example)
                 result.kind.append(name)
@@ -130,29 +136,6 @@ def _counts(rows: int, share: float, kinds: Sequence[str]) -> dict[str, int]:
     return {name: part + (index < rest) for index, name in enumerate(kinds)}
 
 
-def _occurrences(examples: Sequence[Example]) -> Counter[str]:
-    """Return for each content hash the first occurrence number that no example has."""
-    taken: Counter[str] = Counter()
-    for example in examples:
-        number = int(example.example_id.rpartition("-")[2])
-        taken[example.content_hash] = max(taken[example.content_hash], number + 1)
-    return taken
-
-
-def _take(
-    order: Sequence[int], count: int, examples: Sequence[Example], change: Change, rng: random.Random
-) -> dict[int, Texts]:
-    """Return the first `count` positions that can be changed, with their new texts; fewer if there are not enough."""
-    chosen: dict[int, Texts] = {}
-    for position in order:
-        if len(chosen) == count:
-            break
-        texts = change(examples[position], rng)
-        if texts is not None:
-            chosen[position] = texts
-    return chosen
-
-
 # ---------------------------------------------------------------------------------------- the kinds
 
 
@@ -174,13 +157,17 @@ def changes_of_text(examples: Sequence[Example]) -> dict[str, Change]:
         others = [answer for answer in answers if answer != output]
         return rng.choice(others) if others else None
 
+    def near_duplicate(example: Example, rng: random.Random) -> Texts | None:
+        instruction = edited(example.instruction, rng)
+        return None if instruction is None else (instruction, example.input, example.output)
+
     return {
         "wrong_answer": of_output(lambda output, rng: contradicted(output, rng) or like(output, rng)),
         "mismatched_answer": of_output(foreign),
         "truncated": of_output(truncated),
         "garbled": of_output(garbled),
         "exact_duplicate": lambda example, rng: (example.instruction, example.input, example.output),
-        "near_duplicate": _near_duplicate,
+        "near_duplicate": near_duplicate,
     }
 
 
@@ -198,11 +185,6 @@ def of_output(change: Callable[[str, random.Random], str | None]) -> Change:
         return None if output is None else (example.instruction, example.input, output)
 
     return changed
-
-
-def _near_duplicate(example: Example, rng: random.Random) -> Texts | None:
-    instruction = edited(example.instruction, rng)
-    return None if instruction is None else (instruction, example.input, example.output)
 
 
 def _words(text: str) -> int:

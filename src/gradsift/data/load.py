@@ -88,7 +88,23 @@ def _load_rows(runtime: Runtime, config: DataConfig) -> Artifact:
             rows, name = hub.load_hub(config.id, config.revision, config.split), config.id
         examples, rejected = formats.parse_rows(rows, config.format, config.fields, source=name)
         kept, repeated = _without_duplicates(runtime, config, examples)
-        return _write(folder, config, kept, sorted([*rejected, *repeated], key=lambda row: row.row))
+        rejected = sorted([*rejected, *repeated], key=lambda row: row.row)
+        pool, heldout = draw(kept, config.limit, config.holdout, config.seed)
+        counts: dict[str, Any] = {"accepted": len(kept), "heldout": len(heldout), "rejected": len(rejected)}
+        if config.corruption.share:
+            next_row = 1 + max([*(example.row_index for example in kept), *(row.row for row in rejected)])
+            clean, before = Labels(["clean"] * len(pool), None), pool
+            pool, labels = _corrupt(config.corruption, pool, clean, corruption.changes_of_text(pool), next_row)
+            _write_labels(folder, labels)
+            kinds = labels.corruption or ()
+            counts["corrupted"] = dict(Counter(filter(None, kinds))) | {
+                "stand_ins": corruption.stand_ins(before, kinds)
+            }
+        write_examples(folder / EXAMPLES_FILE, pool)
+        write_examples(folder / HELDOUT_FILE, heldout)
+        write_rejected(folder / "rejected.jsonl", rejected)
+        # a hub dataset may change under its name, so later stages depend on the content that was read
+        return counts | {"rows": len(pool), "content": file_hash(folder / EXAMPLES_FILE)}
 
     return runtime.store.obtain("load", config.name, settings, [], make, version=VERSION, light=True)
 
@@ -107,26 +123,6 @@ def _without_duplicates(
             "data.holdout, or data.dedup=none"
         )
     return kept, repeated
-
-
-def _write(
-    folder: Path, config: DataConfig, examples: Sequence[Example], rejected: Sequence[Rejected]
-) -> dict[str, Any]:
-    pool, heldout = draw(examples, config.limit, config.holdout, config.seed)
-    counts: dict[str, Any] = {"accepted": len(examples), "heldout": len(heldout), "rejected": len(rejected)}
-    if config.corruption.share:
-        rows = [example.row_index for example in examples] + [row.row for row in rejected]
-        clean, before = Labels(["clean"] * len(pool), None), pool
-        pool, labels = _corrupt(config.corruption, pool, clean, corruption.changes_of_text(pool), max(rows) + 1)
-        _write_labels(folder, labels)
-        kinds = labels.corruption or ()
-        counts["corrupted"] = dict(Counter(filter(None, kinds))) | {"stand_ins": corruption.stand_ins(before, kinds)}
-    counts["rows"] = len(pool)
-    write_examples(folder / EXAMPLES_FILE, pool)
-    write_examples(folder / HELDOUT_FILE, heldout)
-    write_rejected(folder / "rejected.jsonl", rejected)
-    # a hub dataset may change under its name, so later stages depend on the content that was read
-    return counts | {"content": file_hash(folder / EXAMPLES_FILE)}
 
 
 def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:

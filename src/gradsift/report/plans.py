@@ -12,17 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
 from gradsift.cost import duration
 from gradsift.planning import DONE, TO_DO, Planner
 from gradsift.report.run_tables import with_settings
+from gradsift.report.table import Table
 from gradsift.run_folder import RUN_FILE
 
 SHARED = "shared"
 AT_MOST = "to do, at most"
+ESTIMATES = ("time", "disk", "judge calls")
 Run = Mapping[str, Any]
 PlannedUnit = Mapping[str, Any]  # the fields of gradsift.planning.Unit
 
@@ -72,48 +70,39 @@ def to_do(runs: Sequence[Run]) -> list[PlannedUnit]:
 
 def plan_table(run: Run) -> Table:
     """Return a table with a row for each unit of one run."""
-    table = _table("Plan", ("stage", "unit", "state"), ("time", "disk", "judge calls"))
+    rows = []
     for unit, state in states([run])[0]:
-        shown = _estimates([unit]) if state != DONE else ("", "", "")
-        table.add_row(unit["name"], Text(Path(unit["artifact"]).name), state, *shown)
-    return table
+        estimates = _estimates([unit]) if state != DONE else ("", "", "")
+        rows.append((unit["name"], Path(unit["artifact"]).name, state, *estimates))
+    return Table("Plan", ("stage", "unit", "state", *ESTIMATES), rows)
 
 
 def jobs_table(runs: Sequence[Run]) -> Table:
     """Return a table with a row for each job of a sweep: the stages done, made by an earlier job, and to do."""
-    table = _table("Plan by job", ("job", "settings", "done", "shared", "to do"), ())
+    rows = []
     named = with_settings(runs, told_apart=())
     for number, (run, units) in enumerate(zip(named, states(runs), strict=True), start=1):
-        cells = []
+        row = [str(number), run["settings"]]
         for wanted in ((DONE,), (SHARED,), (TO_DO, AT_MOST)):
             counts = Counter(unit["name"] for unit, state in units if state in wanted)
             names = [name if count == 1 else f"{count} {name}" for name, count in counts.items()]
-            cells.append(", ".join(names) or "-")
-        table.add_row(str(number), Text(run["settings"]), *cells)
-    return table
+            row.append(", ".join(names) or "-")
+        rows.append(row)
+    return Table("Plan by job", ("job", "settings", "done", "shared", "to do"), rows)
 
 
 def stages_table(runs: Sequence[Run]) -> Table:
     """Return a table with a row for each stage of a sweep, each unit counted once, and a row for all of them."""
-    table = _table("Plan by stage", ("stage",), ("done", "to do", "at most", "shared", "time", "disk", "judge calls"))
+    rows = []
     pairs = [pair for units in states(runs) for pair in units]
     for name in (*dict.fromkeys(unit["name"] for unit, _ in pairs), None):
         chosen = [(unit, state) for unit, state in pairs if name in (None, unit["name"])]
         done = len({unit["fingerprint"] for unit, state in chosen if state == DONE})
         counts = Counter(state for _, state in chosen)
-        estimates = _estimates([unit for unit, state in chosen if state in (TO_DO, AT_MOST)])
         shown = [f"{count:,}" for count in (done, *(counts[state] for state in (TO_DO, AT_MOST, SHARED)))]
-        table.add_row(name or "all", *shown, *estimates)
-    return table
-
-
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name in left:
-        table.add_column(name, overflow="fold")
-    for name in right:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+        estimates = _estimates([unit for unit, state in chosen if state in (TO_DO, AT_MOST)])
+        rows.append((name or "all", *shown, *estimates))
+    return Table("Plan by stage", ("stage", "done", "to do", "at most", "shared", *ESTIMATES), rows)
 
 
 def _estimates(units: Sequence[PlannedUnit]) -> tuple[str, str, str]:

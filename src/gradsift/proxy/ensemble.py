@@ -121,12 +121,12 @@ def train_adapter(
     for epoch in range(1, epochs + 1):
         previous = chain[-1] if chain else None
         settings = member_settings(config, runtime, member, epoch)
+        label = f"proxy member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
 
         def make(
-            folder: Path, epoch: int = epoch, previous: Artifact | None = previous, settings: Any = settings
+            folder: Path, label: str = label, previous: Artifact | None = previous, settings: Any = settings
         ) -> Mapping[str, Any]:
             inputs = load()
-            label = f"proxy member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
             with runtime.display.task(label, len(inputs.encoded)) as advance:
                 return train_member_epoch(runtime, config, inputs, settings, previous, folder, advance)
 

@@ -444,11 +444,13 @@ def test_outcomes_are_those_of_the_judgments(material: Material) -> None:
 
 def test_biases_are_summed_over_seeds(material: Material) -> None:
     pair = [run_of(material, name) for name in ("0-gsnr-0.1", "3-gsnr-0.1")]
-    shares = judge.longer_shares({"gsnr": pair})
-    counts = [run.record["length_bias"] for run in pair]
-    items = sum(count["items"] for count in counts)
-    if items:
-        assert shares["gsnr"] == (sum(count["longer_wins"] for count in counts) / items, items)
+    assert judge.longer_shares({"gsnr": pair}) == {}  # a verifier prefers no length
+    counts = [{"items": 10, "longer_wins": 6}, {"items": 30, "longer_wins": 12}]
+    of_a_judge = [
+        Run(run.folder, {**run.record, "length_bias": count}, run.config, run.method, run.stores)
+        for run, count in zip(pair, counts, strict=True)
+    ]
+    assert judge.longer_shares({"gsnr": of_a_judge}) == {"gsnr": (18 / 40, 40)}
     flips = [run.record["position_bias"]["to_second"] for run in pair]
     assert judge.total(pair, "position_bias", "to_second") == sum(flips)
 

@@ -347,12 +347,13 @@ def test_fewer_members_are_scored_from_their_norms(material: Material) -> None:
 
 
 def test_the_grid_holds_pws_by_members_and_snapshots(material: Material) -> None:
-    scorer, measure, grid = sensitivity.settings_grid(material)
-    assert (scorer, measure) == ("gsnr", "PWS")
+    records = sensitivity.settings_grid(material)
+    assert {(record["scorer"], record["measure"]) for record in records} == {("gsnr", "PWS")}
+    grid = {(record["members"], record["snapshots"]): record["value"] for record in records}
     three = [run_of(material, name).record["pws"] for name in ("0-gsnr-0.1", "3-gsnr-0.1")]
     assert grid == {
-        (3, (1, 2)): pytest.approx(np.mean(three)),
-        (2, (1, 2)): pytest.approx(run_of(material, "4-members").record["pws"]),
+        (3, "1, 2"): pytest.approx(np.mean(three)),
+        (2, "1, 2"): pytest.approx(run_of(material, "4-members").record["pws"]),
     }
 
 
@@ -362,10 +363,11 @@ def test_without_pws_the_grid_holds_the_overlap_with_the_largest_setting(materia
         run = run_of(material, name)
         record = {key: value for key, value in run.record.items() if key not in ("pws", "heldout_loss")}
         runs.append(Run(run.folder, record, run.config, run.method, run.stores))
-    _, measure, grid = sensitivity.settings_grid(Material(material.folder, runs, True))
+    records = sensitivity.settings_grid(Material(material.folder, runs, True))
     one, other = (set(kept(run)) for run in runs)
-    assert measure == "overlap with M=3, [1, 2]"
-    assert grid[2, (1, 2)] == pytest.approx(len(one & other) / len(one | other)) and grid[3, (1, 2)] == 1
+    assert {record["measure"] for record in records} == {"overlap with M=3, [1, 2]"}
+    values = {record["members"]: record["value"] for record in records}
+    assert values == {2: pytest.approx(len(one & other) / len(one | other)), 3: 1}
 
 
 def test_two_seeds_on_the_same_data_are_compared(material: Material) -> None:

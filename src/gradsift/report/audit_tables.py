@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,18 @@ def sweep_audit(jobs: Sequence[tuple[Path, Run]]) -> SweepAudit | None:
     datasets: dict[tuple[str, ...], dict[str, Any]] = {}
     failed: list[dict[str, Any]] = []
     overrides = [run.get("overrides") or [] for _, run in jobs]
-    keys = {override.split("=", 1)[0] for job in overrides for override in job}
+    keys = {override.split("=", 1)[0] for own in overrides for override in own}
     of_data = {key for key in keys if key == "data" or key.startswith("data.")}
-    runs = with_settings([run for _, run in jobs], (*_TOLD_APART, *of_data))
-    for (path, _), run, about in zip(jobs, runs, _data_options(overrides, of_data), strict=True):
-        given = dict(override.split("=", 1) for override in run.get("overrides") or [] if "=" in override)
+    records = [run for _, run in jobs]
+    runs, with_data = with_settings(records, (*_TOLD_APART, *of_data)), with_settings(records, tuple(keys - of_data))
+    for (path, _), run, data_run, own in zip(jobs, runs, with_data, overrides, strict=True):
+        given = dict(override.split("=", 1) for override in own if "=" in override)
+        seeds = [override for override in own if override.split("=", 1)[0] in SEED_KEYS]
+        about = {"options": data_run["settings"], "seeds": seeds}
         name = method_name(run.get("scorer") or given.get("scorer", "?"), run["settings"])
         if "audit" in run:
             figures = json.loads((path.parent / AUDIT_FILE).read_text(encoding="utf-8"))
-            key = (figures["data"], *about["seeds"])
+            key = (figures["data"], *seeds)
             dataset = datasets.setdefault(key, {"data": figures["data"], **about, "methods": {}})
             dataset["methods"][name] = figures
         elif run["status"] in (FAILED, "interrupted"):
@@ -71,17 +74,6 @@ def sweep_audit(jobs: Sequence[tuple[Path, Run]]) -> SweepAudit | None:
             for selection in figures["selections"]:
                 del selection["positions"]
     return SweepAudit(list(datasets.values()), failed) if datasets else None
-
-
-def _data_options(overrides: Sequence[Sequence[str]], of_data: Set[str]) -> list[dict[str, Any]]:
-    """Return for each job the data options that not all jobs share, and the seeds."""
-    shared = set(overrides[0]).intersection(*overrides) if overrides else set()
-    options = []
-    for own in overrides:
-        keyed = [(override.split("=", 1)[0], override) for override in own]
-        varied = [o for key, o in keyed if key in of_data and key not in SEED_KEYS and o not in shared]
-        options.append({"options": " ".join(varied), "seeds": [o for key, o in keyed if key in SEED_KEYS]})
-    return options
 
 
 def jaccard(one: Sequence[int], other: Sequence[int]) -> float:

@@ -39,37 +39,8 @@ EPS = np.logspace(-12, 2, 57)
 # ------------------------------------------------------------------------------- M and snapshots
 
 
-def _settings_records(material: Material) -> Records:
-    scorer, measure, values = settings_grid(material)
-    return [
-        {"scorer": scorer, "measure": measure, "members": m, "snapshots": ", ".join(map(str, s)), "value": value}
-        for (m, s), value in sorted(values.items())
-    ]
-
-
-@report_figure("Sensitivity to M and the snapshots", _settings_records)
-def members_and_snapshots(material: Material) -> Figure:
-    """One cell for each ensemble size and pair of snapshots; brighter is better. The shades run from the lowest to the
-    highest value, however close these are, so read the numbers."""
-    scorer, measure, values = settings_grid(material)
-    members = sorted({m for m, _ in values})
-    snapshots = sorted({s for _, s in values})
-    grid = np.array([[values.get((m, s), np.nan) for s in snapshots] for m in members], float)
-    span = np.nanmax(grid) - np.nanmin(grid)
-    shades = (grid - np.nanmin(grid)) / (span if span > 0 else 1.0)
-    if measure == "held-out loss":
-        shades = 1 - shades  # brighter is better
-    figure, (axes,) = style.panels(width=2.2 + 0.95 * len(snapshots), height=1.4 + 0.5 * len(members))
-    texts = [[f"{value:.3f}" for value in line] for line in grid]
-    columns = [", ".join(map(str, s)) for s in snapshots]
-    style.cells(axes, shades, texts, rows=[str(m) for m in members], columns=columns)
-    axes.set(xlabel="snapshots (epochs s, t)", ylabel="members M")
-    axes.set_title(f"{measure}, {scorer}")
-    return figure
-
-
-def settings_grid(material: Material) -> tuple[str, str, dict[Setting, float]]:
-    """Return a scorer, a measure, and for each setting the measure averaged over the runs.
+def settings_grid(material: Material) -> Records:
+    """Return a measure for each number of members and pair of snapshots of one scorer, averaged over the runs.
 
     The measure is the PWS, or else the held-out loss, or else the overlap with the selection of the largest setting.
 
@@ -94,7 +65,7 @@ def settings_grid(material: Material) -> tuple[str, str, dict[Setting, float]]:
         means = {setting: mean([value_of(run) for run in runs]) for setting, runs in groups.items()}
         known = {setting: value for setting, value in means.items() if value is not None}
         if len(known) == len(groups):
-            return scorer, measure, known
+            return _settings_records(scorer, measure, known)
     largest = max(groups)
     beside = {(run.data, run.record["seed"]): run for run in groups[largest]}  # what the others are compared with
     overlaps = {}
@@ -102,11 +73,40 @@ def settings_grid(material: Material) -> tuple[str, str, dict[Setting, float]]:
         pairs = [(run, other) for run in runs if (other := beside.get((run.data, run.record["seed"])))]
         if pairs:
             overlaps[setting] = float(np.mean([overlap_of(material, *pair) for pair in pairs]))
-    return scorer, f"overlap with M={largest[0]}, {list(largest[1])}", overlaps
+    return _settings_records(scorer, f"overlap with M={largest[0]}, {list(largest[1])}", overlaps)
 
 
 def _setting_of(run: Run) -> Setting:
     return int(run.record["members"]), tuple(run.record["snapshots"])
+
+
+def _settings_records(scorer: str, measure: str, values: Mapping[Setting, float]) -> Records:
+    return [
+        {"scorer": scorer, "measure": measure, "members": m, "snapshots": ", ".join(map(str, s)), "value": value}
+        for (m, s), value in sorted(values.items())
+    ]
+
+
+@report_figure("Sensitivity to M and the snapshots", settings_grid)
+def members_and_snapshots(material: Material) -> Figure:
+    """One cell for each ensemble size and pair of snapshots; brighter is better. The shades run from the lowest to the
+    highest value, however close these are, so read the numbers."""
+    records = settings_grid(material)
+    members = sorted({record["members"] for record in records})
+    snapshots = sorted({record["snapshots"] for record in records}, key=lambda text: [int(s) for s in text.split(", ")])
+    grid = np.full((len(members), len(snapshots)), np.nan)
+    for record in records:
+        grid[members.index(record["members"]), snapshots.index(record["snapshots"])] = record["value"]
+    span = np.nanmax(grid) - np.nanmin(grid)
+    shades = (grid - np.nanmin(grid)) / (span if span > 0 else 1.0)
+    if records[0]["measure"] == "held-out loss":
+        shades = 1 - shades  # brighter is better
+    figure, (axes,) = style.panels(width=2.2 + 0.95 * len(snapshots), height=1.4 + 0.5 * len(members))
+    texts = [[f"{value:.3f}" for value in line] for line in grid]
+    style.cells(axes, shades, texts, rows=[str(m) for m in members], columns=snapshots)
+    axes.set(xlabel="snapshots (epochs s, t)", ylabel="members M")
+    axes.set_title(f"{records[0]['measure']}, {records[0]['scorer']}")
+    return figure
 
 
 # ------------------------------------------------------------------------- members and eps: agreement

@@ -115,7 +115,7 @@ def test_fixed_leaves_out_what_original_cuts(backbone: Backbone) -> None:
         assert_scores_close(scores.score[others], expected)
 
 
-def test_the_reasons_say_what_is_wrong(backbone: Backbone) -> None:
+def test_reasons_name_the_problem(backbone: Backbone) -> None:
     scores = cherry(rows_of(TEXTS), backbone, no_bar, Journal(), max_length=230, fidelity="original")
     assert "no token of the response" in scores.reason[6]
     above = scores.parts["ifd"] > 1

@@ -68,7 +68,7 @@ def corrupted(examples: list[Example], **changes: Any) -> Corrupted:
     kinds=st.lists(st.sampled_from(CORRUPTIONS), min_size=1, unique=True),
     seed=st.integers(0, 3),
 )
-def test_shares_are_exact_and_what_is_not_corrupted_is_untouched(
+def test_shares_are_exact_and_other_examples_are_unchanged(
     count: int, share: float, kinds: list[str], seed: int
 ) -> None:
     examples = examples_of(count)

@@ -237,7 +237,7 @@ def test_without_dedup_the_artifact_is_the_one_from_before_there_was_any(tmp_pat
     assert rejected_of(artifact) == [(1, "field 'output' is empty")]
 
 
-def test_options_without_a_say_share_the_artifact(tmp_path: Path) -> None:
+def test_options_without_effect_share_the_artifact(tmp_path: Path) -> None:
     def fingerprint(**changes: Any) -> str:
         return loaded(tmp_path, ROWS, **changes).fingerprint
 

@@ -114,7 +114,7 @@ def test_a_ragged_batch_is_pooled_as_each_text_alone(architecture: str, padding_
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_pooling_by_hand_whatever_stands_at_the_padding(pooling: str) -> None:
+def test_pooling_by_hand_ignores_values_at_the_padding(pooling: str) -> None:
     hidden = torch.tensor([[[np.nan], [1.0], [4.0]], [[6.0], [3.0], [np.inf]]])
     mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
     expected = {"mean": [2.5, 4.5], "weighted_mean": [3.0, 4.0], "last": [4.0, 3.0]}[pooling]
@@ -433,7 +433,7 @@ def test_what_is_no_sentence_encoder_is_refused_by_name(runtime: Runtime, tmp_pa
         sentences(runtime, "nobody/nothing")  # the tests have no network
 
 
-def test_a_missing_package_is_told_with_its_install_line(
+def test_a_missing_package_is_reported_with_its_install_command(
     gradsift: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     find = importlib.util.find_spec

@@ -193,7 +193,7 @@ def test_neither_blocks_nor_the_token_budget_change_features(
     assert_rows_close(made(line, fresh, given), exact)
 
 
-def test_large_gradients_take_small_blocks_and_it_is_said(
+def test_large_gradients_take_small_blocks_with_a_warning(
     line: Line, exact: np.ndarray, fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
@@ -202,7 +202,7 @@ def test_large_gradients_take_small_blocks_and_it_is_said(
     assert "so only 4 are projected at once" in capsys.readouterr().out
 
 
-def test_a_long_projection_is_foretold_with_what_shortens_it(
+def test_a_long_projection_is_announced_with_a_remedy(
     line: Line, fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parameters = line.gradients.info["parameters"]
@@ -312,7 +312,7 @@ def test_a_gradient_that_is_not_finite_is_named_by_its_row(line: Line, fresh: Pa
 # ------------------------------------------------------------------------------------------- warm-up
 
 
-def test_the_seed_turns_rows_and_weights_of_the_warm_up(line: Line, store: Path) -> None:
+def test_the_seed_determines_rows_and_weights_of_the_warm_up(line: Line, store: Path) -> None:
     config = line.config.features.warmup
     assert len(draw_rows(config, 40, 0)) == len(set(draw_rows(config, 40, 0).tolist())) == 12
     assert draw_rows(config, 40, 0).tolist() != draw_rows(config, 40, 1).tolist()

@@ -63,7 +63,7 @@ def test_equal_gradients_tie_wherever_they_stand() -> None:
         assert len(set(scores.score[places].tolist())) == 1
 
 
-def test_gradients_that_do_not_tell_the_rows_apart_are_said() -> None:
+def test_gradients_that_do_not_separate_the_rows_give_a_warning() -> None:
     alike = Features(np.repeat(features(1).vectors, 9, axis=0))
     found = {each.name: each.verdict for each in less(alike, features(7, TASKS, seed=1)).diagnostics}
     assert found["gradient_spread"] == "warning"
@@ -96,7 +96,7 @@ def test_a_target_set_of_zeros_is_refused(scorer: Callable[..., object]) -> None
 
 
 @pytest.mark.parametrize("scorer", [less, lambda pool, target: g2is(pool, target, explained=0.5)])
-def test_rows_of_zeros_have_no_score_and_say_why(scorer: Callable[..., object]) -> None:
+def test_rows_of_zeros_have_no_score_and_a_reason(scorer: Callable[..., object]) -> None:
     pool = features(5, silent=(2,))
     pool.vectors[[1, 2]] = 0
     scores = scorer(pool, features(7, TASKS, seed=1))

@@ -109,7 +109,7 @@ def test_a_signal_is_standardised_and_has_the_columns_of_its_kind() -> None:
     assert np.corrcoef(signal_of(values, "norm", rows)[:, 0], norm)[0, 1] == pytest.approx(1)
 
 
-def test_a_mean_that_is_rounding_and_a_column_that_stands_still_are_left_out() -> None:
+def test_means_that_are_rounding_and_constant_columns_are_left_out() -> None:
     rows = np.ones(5, dtype=bool)
     varying = [1.0, 2.0, 3.0, 4.0, 6.0]
     rounding = gradients(varying, embedding_mean=[1e-6, -1e-6, 3e-6, 0.0, 2e-6])  # over an embedding_std of 1
@@ -145,7 +145,7 @@ def test_the_score_by_hand() -> None:
     assert set(found.status) == {SCORED}
 
 
-def test_the_score_is_its_parts_whatever_the_constants() -> None:
+def test_the_score_is_the_sum_of_its_parts_for_all_constants() -> None:
     rng = np.random.default_rng(2)
     embeddings = Features(unit_rows(rng.normal(size=(30, 6)).astype(np.float32)))
     for constants in ({}, {"scale": "minmax"}, {"region": "low", "neighbours": 4}, {"diversity": "words"}):

@@ -204,7 +204,7 @@ def world(tmp_path: Path, **changes: Any) -> Artifact:
 
 
 @pytest.mark.parametrize("limit", [None, 1, 70, 299, 1000])
-def test_labels_stand_beside_their_examples_whatever_the_limit(limit: int | None, tmp_path: Path) -> None:
+def test_labels_are_in_the_order_of_the_examples_for_any_limit(limit: int | None, tmp_path: Path) -> None:
     artifact = world(tmp_path, limit=limit)
     pool, labels = pool_of(artifact), labels_of(artifact)
     count = min(limit or 300, 300)

@@ -334,7 +334,7 @@ def test_a_selector_of_the_users_own_gets_scores_budget_and_what_it_asks_for(ben
     assert made.fingerprint != selected(bench, "longest_first").fingerprint
 
 
-def test_coverage_is_told_where_embeddings_are_at_hand(bench: Bench) -> None:
+def test_coverage_is_reported_if_embeddings_are_used(bench: Bench) -> None:
     features = Features(unit_rows(np.random.default_rng(0).standard_normal((6, 4))))
     scored = bench("by_length")
     bare = select(bench.runtime, TOPK, scored, bench.loaded, {}, dict, 0.5, "accepted", {})

@@ -61,7 +61,7 @@ def test_within_a_cluster_the_best_are_taken() -> None:
 
 
 @pytest.mark.parametrize("allocation", ["proportional", "equal"])
-def test_no_more_clusters_than_different_embeddings_and_it_is_said(allocation: str) -> None:
+def test_at_most_as_many_clusters_as_different_embeddings_with_a_warning(allocation: str) -> None:
     vectors = np.repeat(np.eye(3, dtype=np.float32), [5, 4, 1], axis=0)
     choice = clusters(Scores(np.arange(10.0)), 6, Features(vectors), clusters=8, allocation=allocation, seed=0)
     assert len(choice.positions) == 6

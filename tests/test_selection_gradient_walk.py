@@ -161,7 +161,7 @@ def test_copies_keep_the_whole_direction_but_for_rounding() -> None:
     assert walk(Scores(np.zeros(30)), 30, pool, target, keep=1.0) == list(range(30))
 
 
-def test_a_walk_that_crosses_to_the_other_side_of_its_component_is_said() -> None:
+def test_a_walk_that_crosses_to_the_other_side_of_its_component_is_reported() -> None:
     """By hand: the best anchor is at 84 degrees, cosine .10; with 150 the sum is at 117, cosine -.45: larger."""
     pool, target = (
         np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
@@ -206,7 +206,7 @@ def test_past_all_neighbours_the_walk_goes_by_core_knowledge() -> None:
     assert said(pool, target, 4)["gradient_walk"].values["by_core_knowledge"] == 0
 
 
-def test_conflicts_stop_the_walk_and_what_is_said_names_them() -> None:
+def test_conflicts_stop_the_walk_and_are_reported() -> None:
     pool = np.array([[1, 0], [-1, 0], [-1, 0], [0, 0]], dtype=np.float32)
     target = np.array([[1, 0]], dtype=np.float32)
     found = said(pool, target, 4)

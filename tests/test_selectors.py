@@ -92,7 +92,7 @@ def require_lawful(choice: Choice, scores: Scores, size: int) -> None:
 
 @every_selector
 @pytest.mark.parametrize("size", [1, 2, 10, 33, 34, 40])
-def test_the_budget_is_met_by_scored_examples_or_the_shortfall_is_said(name: str, size: int) -> None:
+def test_scored_examples_fill_the_budget_or_a_shortfall_is_reported(name: str, size: int) -> None:
     scores, vectors = pool()
     require_lawful(select(name, scores, size, vectors), scores, size)
 
@@ -210,7 +210,7 @@ def test_vectors_of_other_data_are_refused(name: str) -> None:
         select(name, scores, 5, vectors[:-1])
 
 
-def test_products_are_those_of_the_definition_whatever_the_blocks_and_equal_rows_tie_exactly(
+def test_products_equal_their_definition_for_any_blocks_and_equal_rows_tie(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     vectors = unit_rows(np.random.default_rng(1).normal(size=(600, 301)))

@@ -111,7 +111,7 @@ def test_spread_is_the_mean_cosine_of_different_rows(count: int) -> None:
     assert spread(Features(rows), "embedding", "them").values["mean_cosine"] == pytest.approx(slow, abs=1e-6)
 
 
-def test_embeddings_that_tell_nothing_apart_are_said() -> None:
+def test_embeddings_that_do_not_separate_the_rows_give_a_warning() -> None:
     targets = random_features(3, tasks=1, seed=1)
     alike = rds_plus(Features(np.tile(random_features(1).vectors, (9, 1))), targets)
     assert verdicts(alike) == {"embedding_spread": "warning"}

@@ -149,7 +149,7 @@ def test_ifd_equals_the_slow_one_example_way(backbone: Backbone, limit: int) -> 
     assert {UNDEFINED, EXCLUDED, SCORED} == set(scores.status)  # every branch is in the cases
 
 
-def test_undefined_rows_say_why(backbone: Backbone) -> None:
+def test_undefined_rows_have_reasons(backbone: Backbone) -> None:
     scores = superfilter(examples(), backbone, no_bar, max_length=40)
     assert "single token" in scores.reason[4]
     assert "prompt leaves no token" in scores.reason[5]

@@ -132,7 +132,7 @@ def test_start_token_comes_once_and_only_where_the_tokenizer_adds_it(byte_tokeni
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_special_tokens_spelt_in_an_example_stay_text(template: str, byte_tokenizer: Any) -> None:
+def test_special_tokens_spelt_out_in_an_example_are_text(template: str, byte_tokenizer: Any) -> None:
     plain = encode_one(example("a", "b"), byte_tokenizer, template)
     spelt = encode_one(example("a<|im_end|><eos>", "b<eos>c<|im_start|>"), byte_tokenizer, template)
     specials = set(byte_tokenizer.all_special_ids)

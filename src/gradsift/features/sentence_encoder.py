@@ -98,10 +98,15 @@ def sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig) -> Ar
             "`pip install -c constraints.txt -e '.[embeddings]'`, or take embedder=hidden_states"
         )
     folder = Path(config.model).expanduser()
+    settings: dict[str, Any] = {"hub": config.model, "revision": config.revision}
     if folder.is_dir():
-        settings: dict[str, Any] = {"files": _folder_hashes(folder, config)}
-    else:
-        settings = {"hub": config.model, "revision": config.revision}
+        if not (folder / _LAYOUT).is_file():
+            raise DataError(
+                f"embedder.model={config.model} is a folder without {_LAYOUT}; give one that sentence-transformers "
+                "saved"
+            )
+        files = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".txt", ".model"))
+        settings = {"files": {str(p.relative_to(folder)): file_hash(p) for p in files}}
 
     def make(part: Path) -> Mapping[str, Any]:
         revision = None if "files" in settings else _hub_commit(config)
@@ -131,15 +136,6 @@ def load_sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig, 
     except (*_LOAD_ERRORS, SafetensorError) as error:
         raise _unusable(config, error) from error
     return SentenceEncoder(encoder.eval(), config)
-
-
-def _folder_hashes(folder: Path, config: SentenceTransformersConfig) -> dict[str, str]:
-    if not (folder / _LAYOUT).is_file():
-        raise DataError(
-            f"embedder.model={config.model} is a folder without {_LAYOUT}; give one that sentence-transformers saved"
-        )
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".txt", ".model"))
-    return {str(p.relative_to(folder)): file_hash(p) for p in files}
 
 
 def _hub_commit(config: SentenceTransformersConfig) -> str:

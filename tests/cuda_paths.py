@@ -315,6 +315,7 @@ def on_fake_cuda(kit: Kit) -> Iterator[None]:
     with (
         mock.patch.object(head, "_is_last_step", lambda causal, embedding: plain_head),
         mock.patch.object(torch.Tensor, "pin_memory", lambda self: self),
+        mock.patch.object(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**33)),
         Tracing(allow_non_fake_inputs=True),
     ):
         for module in kit.adapted.modules():

@@ -10,23 +10,29 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import SMOKE
 from cuda_paths import BROKEN, MODELS, PATHS, SETTINGS, kit, norms_pass, training_step
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.cpp_extension import include_paths
-from transformers import DynamicCache
+from transformers import AutoConfig, DynamicCache
 
+from gradsift import sweep
 from gradsift.config import ComputeConfig
-from gradsift.data.batching import collate
+from gradsift.data.batching import capped_batches, collate
 from gradsift.evaluation.generation import generate_answers, left_padded
 from gradsift.gradients.per_sample import gradient_pass
+from gradsift.journal import Journal
 from gradsift.proxy.collection import collect_norms
 from gradsift.scoring import spans
-from gradsift.training.device import without_host_reads
+from gradsift.training import numerics
+from gradsift.training.device import numbers_at_once, without_host_reads
 from gradsift.training.finetuning import fit
 from gradsift.training.head import OutputHead
 from gradsift.training.modules import Optimization, ProxyMember, ResponseLosses
@@ -266,3 +272,151 @@ def test_the_recorder_sees_a_move_to_the_cpu() -> None:
     with moves(made.adapted) as seen:
         torch.nn.Sequential(made.adapted).cpu()
     assert seen == ["cpu"]
+
+
+# ------------------------------------------------------------------------------- options that are for GPUs
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch finds one CUDA device, which multiplies bfloat16."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+
+
+@pytest.fixture
+def torch_settings() -> Iterator[None]:
+    """Torch's own settings again afterwards."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("torch_settings")
+def test_precision_auto_is_float32_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = ComputeConfig(device="cpu", precision="auto")
+    numerics.set_kernels(compute)
+    assert numerics.dtype_of(compute) == torch.float32
+    assert "products" not in numerics.numerics_of(kit("gpt2", "float32").adapted.get_base_model())
+
+
+@pytest.mark.usefixtures("torch_settings", "a_gpu")
+def test_precision_auto_is_bfloat16_with_tf32_on_a_gpu_and_in_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = ComputeConfig(precision="auto")
+    numerics.set_kernels(compute)
+    assert numerics.dtype_of(compute) == torch.bfloat16
+    assert torch.get_float32_matmul_precision() == "high"
+    config = AutoConfig.for_model("llama", **MODELS["llama"])
+    described = numerics.expected_numerics(config, compute, trust_remote_code=False)
+    assert described["precision"] == "bfloat16"
+    assert described["products"] == "tf32"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    assert numerics.dtype_of(compute) == torch.float32
+    numerics.set_kernels(ComputeConfig())
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.usefixtures("torch_settings")
+def test_deterministic_kernels_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    numerics.set_kernels(ComputeConfig(device="cpu", deterministic=True))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    training_step(kit("gpt2", "float32"))
+
+
+def test_chunks_follow_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert numbers_at_once(torch.device("cpu"), 1000) == 1000
+    assert 4 * numbers_at_once(torch.device("cuda"), 1000) == 80 * 2**30 // 128
+
+
+def test_compute_tokens_bounds_a_pass_over_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model_of("gpt2")
+    plain, widths = spans._batch_losses, []
+
+    def noted(backbone: Any, head: Any, batch: Any) -> Any:
+        widths.append(len(batch) * max(len(example.input_ids) for example in batch))
+        return plain(backbone, head, batch)
+
+    monkeypatch.setattr(spans, "_batch_losses", noted)
+    for tokens, most in ((None, 512), (14, 14)):
+        widths.clear()
+        backbone = replace(made.backbone, tokens=tokens)
+        spans.span_losses(backbone, made.encoded, lambda done: None, Journal())
+        assert max(widths) <= most
+        assert len(widths) == (1 if tokens is None else 3)
+
+
+def test_prompts_are_batched_by_number_and_by_tokens() -> None:
+    lengths = [5, 9, 7, 2]
+    assert capped_batches(lengths, 3, None) == [[1, 2, 0], [3]]
+    assert capped_batches(lengths, 3, 18) == [[1, 2], [0, 3]]
+    assert capped_batches(lengths, 1, 18) == [[1], [2], [0], [3]]
+    assert capped_batches([], 3, 18) == []
+
+
+# ----------------------------------------------------------------------------- the GPUs of jobs on one machine
+
+
+@pytest.mark.parametrize(
+    ("number", "devices", "expected"), [(1, 1, "3"), (2, 1, "5"), (3, 1, "3"), (1, 2, "3,5"), (1, 4, "3,5")]
+)
+def test_a_job_has_gpus_by_its_number(
+    monkeypatch: pytest.MonkeyPatch, number: int, devices: int, expected: str
+) -> None:
+    monkeypatch.setenv(sweep.GPUS, "3,5")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of submitit's local executor: no GPU at all
+    sweep.take_gpus(number, devices)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+
+
+def test_a_worker_that_has_used_a_gpu_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(sweep.GPUS, "0,1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    sweep.take_gpus(1, 1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_a_single_run_keeps_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(sweep.GPUS, "0,1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    sweep.take_gpus(None, 1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+SCORER = """
+import os
+
+
+def whose_gpu(count):
+    with open("gpus.txt", "a") as stream:
+        stream.write(os.environ.get("CUDA_VISIBLE_DEVICES", "all") + chr(10))
+    return range(count)
+"""
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
+        pytest.param(("hydra/launcher=submitit_local",), marks=pytest.mark.slow),
+    ],
+    ids=["joblib", "submitit_local"],
+)
+def test_jobs_on_one_machine_have_a_gpu_each(gradsift, monkeypatch: pytest.MonkeyPatch, launcher: Any) -> None:
+    """The machine is said to have two; the jobs themselves run on the CPU."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    source = str(HERE.parent / "src")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([source, os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setattr(sweep, "_visible_gpus", lambda: "0,1")
+    folder = gradsift.folder
+    (folder / "conf/scorer").mkdir(parents=True)
+    (folder / "my_gpus.py").write_text(SCORER)
+    (folder / "conf/scorer/whose_gpu.yaml").write_text("_target_: my_gpus.whose_gpu\nname: whose_gpu\n")
+    options = (*SMOKE, "scorer=whose_gpu", "stop_after=scores", "data.seed=0,1")
+    assert gradsift("-m", *options, *launcher) == 0
+    assert sorted((folder / "gpus.txt").read_text().split()) == ["0", "1"]

@@ -33,7 +33,7 @@ from gradsift.errors import ConfigError, GradsiftError
 from gradsift.execution import Job, execute
 from gradsift.launch import is_launched, leads, on_all_ranks
 from gradsift.run_folder import CONFIG_FILE
-from gradsift.sweep import HOME, Sweep, begin, fix_place
+from gradsift.sweep import HOME, Sweep, begin, fix_place, take_gpus
 from gradsift.user_conf import conf_folder
 
 # an environment variable, so that it reaches jobs in other processes; 1: show tracebacks
@@ -169,6 +169,7 @@ def attempt(load: Callable[[], Config], job: Job) -> float | None:
     try:
         try:
             config = load()
+            take_gpus(job.number, config.compute.devices)
             _is_first = leads(config.compute)
         finally:
             if _is_first:

@@ -30,6 +30,7 @@ from gradsift.runtime import Display, Runtime
 from gradsift.scoring.stage import score
 from gradsift.training.backbones import quieten
 from gradsift.training.device import device_of
+from gradsift.training.numerics import dtype_of, set_kernels
 from gradsift.training.parallel import join
 from gradsift.training.shared_store import RunEnded, SharedStore
 from gradsift.training.threads import set_threads, threads_in_words
@@ -121,6 +122,7 @@ def prepare(config: Config) -> None:
     """Set up torch and transformers for this process."""
     quieten()
     set_threads(config.compute)
+    set_kernels(config.compute)
     device_of(config.compute)  # raises if the device does not exist
     join(config.compute)
 
@@ -133,6 +135,7 @@ def settings_of(config: Config) -> list[tuple[str, Any]]:
     snapshots = ",".join(map(str, proxy.snapshots))
     members = f"{proxy.members} members by {proxy.ensemble}"
     general = [*config.benchmark.general, *(f"lm_eval/{task}" for task in config.benchmark.lm_eval_tasks)]
+    precision = str(dtype_of(config.compute)).removeprefix("torch.")
     settings = [
         ("data", f"{data.name}{rows}" + (f", at most {data.limit:,}" if data.limit else "")),
         ("scorer", config.scorer_name),
@@ -142,7 +145,7 @@ def settings_of(config: Config) -> list[tuple[str, Any]]:
         ("benchmark", ", ".join(config.benchmark.sets)),
         *([("forgetting", ", ".join(general))] if general else []),
         ("judge", config.judge.name),
-        ("compute", f"{device_of(config.compute)}, {config.compute.precision}, {threads_in_words(config.compute)}"),
+        ("compute", f"{device_of(config.compute)}, {precision}, {threads_in_words(config.compute)}"),
         ("artifacts", config.artifacts),
     ]
     return [*settings, ("stop after", config.stop_after)] if config.stop_after else settings

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -28,7 +29,9 @@ from gradsift.config import Config, load_config
 from gradsift.errors import ConfigError, GradsiftError
 
 HOME = "GRADSIFT_HOME"  # environment variable of a job: the folder in which its sweep was started
+GPUS = "GRADSIFT_GPUS"  # environment variable of a job: the GPUs of its sweep, which the jobs share by number
 MOST_JOBS = 10_000  # in one sweep
+_ONE_MACHINE = ("JoblibLauncher", "LocalLauncher")  # of Hydra: jobs in processes of their own, side by side
 _GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _EXTRAS = {  # plugin of Hydra: the optional extra that installs it
     "hydra_joblib_launcher": "launchers",
@@ -87,6 +90,31 @@ def fix_place(composed: DictConfig) -> None:
         f"hydra.sweep.dir={_quoted(folder)}",
         f"+hydra.job.env_set.{HOME}={_quoted(Path.cwd())}",
     ]
+    if str(composed.hydra.launcher._target_).endswith(_ONE_MACHINE) and (gpus := _visible_gpus()):
+        composed.hydra.overrides.hydra.append(f"+hydra.job.env_set.{GPUS}='{gpus}'")
+
+
+def _visible_gpus() -> str:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; empty if there is none."""
+    import torch
+
+    numbers = ",".join(map(str, range(torch.cuda.device_count())))
+    return os.environ.get("CUDA_VISIBLE_DEVICES", numbers) if numbers else ""
+
+
+def take_gpus(number: int | None, devices: int) -> None:
+    """Leave job `number`, counted from 1, `devices` GPUs of its sweep; more jobs than GPUs share them.
+
+    A worker that has used a GPU already keeps it, because CUDA reads the variable once per process.
+    """
+    if number is None or not (listed := os.environ.get(GPUS)):
+        return
+    import torch
+
+    if not torch.cuda.is_initialized():
+        gpus, first = listed.split(","), (number - 1) * devices
+        own = [gpus[(first + place) % len(gpus)] for place in range(min(devices, len(gpus)))]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
 
 
 def _quoted(path: Path) -> str:

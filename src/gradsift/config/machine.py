@@ -33,13 +33,15 @@ class ComputeConfig(Group, option="compute"):
     """The machine."""
 
     device: str = option("auto", choices=("auto", "cpu", "cuda"))  # auto: cuda where there is one, else cpu
-    # bfloat16: frozen weights and products; LoRA weights, norms and the residual stream stay float32
-    precision: str = option("float32", choices=("float32", "bfloat16"))
+    # bfloat16: frozen weights and products; LoRA weights, norms and the residual stream stay float32. auto: on a GPU
+    # bfloat16, and TF32 for float32 products; on a CPU float32
+    precision: str = option("float32", choices=("float32", "bfloat16", "auto"))
     # auto: compiled kernels for bfloat16 models on a CPU; off: torch's own (docs/cpu.md)
     kernels: str = option("auto", choices=("auto", "off"))
     tokens: int | None = option(None, least=1)  # padded tokens that pass through a model at once; null: chosen for it
     checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third more time
     threads: Any = "auto"  # of each process: a number; auto: the free cores; null: torch's own choice
+    deterministic: bool = False  # only kernels that repeat their results bit by bit; an operation without one fails
     save_every: float = option(60.0, least=0)  # seconds of work that a killed process may lose; 0: save each step
     # ddp: `devices` processes share a training or a collection, each with the whole model; fsdp: for the target each
     # holds a part of its frozen weights

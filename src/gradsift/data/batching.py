@@ -5,6 +5,7 @@ Shape letters: B examples of a batch, T tokens, P predicted tokens of a batch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TypeVar
@@ -117,6 +118,12 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
             widest = lengths[position]
         batches[-1].append(position)
     return batches
+
+
+def capped_batches(lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> list[list[int]]:
+    """Positions in batches of similar length, longest first, of at most `batch_size` each and `max_tokens` tokens."""
+    batches = length_batches(lengths, sys.maxsize if max_tokens is None else max_tokens)
+    return [batch[start : start + batch_size] for batch in batches for start in range(0, len(batch), batch_size)]
 
 
 def spread_out(batches: Sequence[T]) -> list[T]:

@@ -29,6 +29,7 @@ def generate_answers(
     *,
     max_new_tokens: int,
     batch_size: int,
+    max_tokens: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
     journal: Journal | None = None,
 ) -> list[str]:
@@ -41,7 +42,8 @@ def generate_answers(
     Args:
         model: a causal LM on its device, with or without LoRA adapters; its mode is restored.
         prompts: N lists of token ids.
-        batch_size: prompts per batch; answers do not depend on it.
+        batch_size: prompts per batch at most; answers do not depend on it.
+        max_tokens: padded tokens per batch at most, with those of the answers.
         progress: called after each batch with the number of new answers.
         journal: keeps the answers of each batch.
 
@@ -49,6 +51,7 @@ def generate_answers(
         ConfigError: `max_new_tokens` leaves no room for a prompt in the model's context.
         DataError: a prompt has no token.
     """
+    from gradsift.data.batching import capped_batches
     from gradsift.journal import Journal
     from gradsift.training.lora import evaluating
 
@@ -66,7 +69,7 @@ def generate_answers(
         return _continuations(backbone, tokenizer, batch, greedy, ends)
 
     # the longest first: a batch that does not fit into memory fails at once
-    order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
+    lengths = [min(len(prompt), room or len(prompt)) + max_new_tokens for prompt in prompts]
     answers = [""] * len(prompts)
     kept = journal or Journal()
     # generate() fills unset options from the model's own configuration, which may have a repetition penalty (no longer
@@ -74,8 +77,7 @@ def generate_answers(
     own, backbone.generation_config = backbone.generation_config, greedy
     try:
         with evaluating(model):
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
+            for rows in capped_batches(lengths, batch_size, max_tokens):
                 for n, text in zip(rows, kept.once(rows, functools.partial(answer, rows)), strict=True):
                     answers[n] = text
                 progress(len(rows))

@@ -26,6 +26,7 @@ from gradsift.manifests import file_hash
 from gradsift.names import slug_of_path
 from gradsift.runtime import Advance, Runtime
 from gradsift.training.device import device_of
+from gradsift.training.numerics import dtype_of
 
 VERSION = 1
 _LAYOUT = "modules.json"  # part of every saved sentence encoder
@@ -114,24 +115,22 @@ def sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig) -> Ar
 
     slug = slug_of_path(config.model)
     pin = runtime.store.obtain("sentence_encoder", slug, settings, [], make, version=VERSION, light=True)
-    return replace(pin, numerics={"precision": runtime.compute.precision})
+    return replace(pin, numerics={"precision": str(dtype_of(runtime.compute)).removeprefix("torch.")})
 
 
 def load_sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig, pin: Artifact) -> SentenceEncoder:
     """Return the model that `sentence_encoder` pinned."""
-    import torch
     from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
 
     folder = Path(config.model).expanduser()
-    dtype = torch.bfloat16 if runtime.compute.precision == "bfloat16" else torch.float32
     try:
         encoder = SentenceTransformer(
             str(folder) if folder.is_dir() else config.model,
             device=str(device_of(runtime.compute)),
             revision=pin.info["revision"],
             trust_remote_code=False,
-            model_kwargs={"use_safetensors": True, "dtype": dtype},
+            model_kwargs={"use_safetensors": True, "dtype": dtype_of(runtime.compute)},
         )
     except (*_LOAD_ERRORS, SafetensorError) as error:
         raise _unusable(config, error) from error

@@ -39,13 +39,13 @@ from gradsift.journal import Journal
 from gradsift.proxy.epochs import ProxyInputs, adapter
 from gradsift.runtime import Advance, Runtime
 from gradsift.training import lora
-from gradsift.training.device import TokenBudget, device_of
+from gradsift.training.device import TokenBudget, device_of, numbers_at_once
 from gradsift.training.finetuning import require_finite
 from gradsift.training.head import OutputHead
 
 VERSION = 1
 STATISTICS_FILE = "embedding_gradients.parquet"
-_CHUNK = 2**18  # entries of the head's gradient at a time, 1 MB in float32: they stay in a core's cache
+_CHUNK = 2**18  # entries of the head's gradient at a time on a CPU, 1 MB in float32: they stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def head_statistics(output: nn.Linear, hidden: torch.Tensor, targets: torch.Tens
         errors.scatter_add_(1, targets[:, None], errors.new_full((len(targets), 1), -1.0))
         hidden = hidden.float() / len(hidden)
         extremes, squares = [], errors.new_zeros((), dtype=torch.float64)
-        for chunk in errors.split(max(1, _CHUNK // hidden.shape[1]), dim=1):
+        for chunk in errors.split(max(1, numbers_at_once(hidden.device, _CHUNK) // hidden.shape[1]), dim=1):
             gradient = chunk.t() @ hidden
             extremes.append(torch.stack(gradient.aminmax()))
             squares += torch.linalg.vector_norm(gradient).double().square()

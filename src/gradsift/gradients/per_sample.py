@@ -23,9 +23,10 @@ from gradsift.errors import DataError
 from gradsift.gradients.norms import PerSampleNorms, attached
 from gradsift.gradients.probes import GradientProbe
 from gradsift.training import lora
+from gradsift.training.device import numbers_at_once
 from gradsift.training.modules import ResponseLosses
 
-_BATCH_BYTES = 128 * 2**20  # of gradients that one backward pass may leave, beside what the token budget allows
+_BATCH_BYTES = 128 * 2**20  # of gradients that one backward pass on a CPU may leave
 _IGNORED = -100  # transformers' label of a token without a loss
 
 
@@ -116,8 +117,9 @@ class GradientPass:
     model's own parameters; each parameter row by row.
     """
 
-    def __init__(self, size: int, work: Callable[[Sequence[Encoded]], torch.Tensor]) -> None:
+    def __init__(self, size: int, device: torch.device, work: Callable[[Sequence[Encoded]], torch.Tensor]) -> None:
         self.size = size  # P
+        self._device = device
         self._work = work
 
     def __call__(self, examples: Sequence[Encoded]) -> torch.Tensor:
@@ -126,7 +128,7 @@ class GradientPass:
 
     def parts(self, examples: Sequence[Encoded]) -> Iterator[tuple[Sequence[Encoded], torch.Tensor]]:
         """Yield examples and their gradients in parts that memory holds; one example at a time where P is huge."""
-        size = max(1, _BATCH_BYTES // (4 * self.size))
+        size = max(1, numbers_at_once(self._device, _BATCH_BYTES // 4) // self.size)
         for start in range(0, len(examples), size):
             yield examples[start : start + size], self._work(examples[start : start + size])
 
@@ -158,7 +160,8 @@ def gradient_pass(adapted: Any, parameters: str, pad_id: int, padding_side: str 
                 probe.forget()
                 return torch.cat(parts, 1)
 
-            yield GradientPass(sum(p.numel() for p in lora.trainable_parameters(adapted).values()), work)
+            size = sum(p.numel() for p in lora.trainable_parameters(adapted).values())
+            yield GradientPass(size, device, work)
 
 
 def _full_pass(adapted: Any, pad_id: int, padding_side: str) -> GradientPass:
@@ -176,4 +179,4 @@ def _full_pass(adapted: Any, pad_id: int, padding_side: str) -> GradientPass:
     def work(examples: Sequence[Encoded]) -> torch.Tensor:
         return torch.stack([one(example) for example in examples])
 
-    return GradientPass(sum(parameter.numel() for parameter in parameters), work)
+    return GradientPass(sum(parameter.numel() for parameter in parameters), parameters[0].device, work)

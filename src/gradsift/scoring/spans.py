@@ -59,7 +59,8 @@ def span_losses(backbone: Backbone, spans: Sequence[Encoded], advance: Advance, 
     groups = list(equal.values())
     advance(len(spans) - sum(map(len, groups)))
     head = OutputHead.of(backbone.model)
-    budget = TokenBudget(_BATCH_TOKENS[backbone.model.device.type] * min(2, tokens_factor(backbone.model)))
+    usual = _BATCH_TOKENS[backbone.model.device.type] * min(2, tokens_factor(backbone.model))
+    budget = TokenBudget(backbone.tokens or usual)
     lengths = [len(spans[group[0]].input_ids) for group in groups]
     advance_by_tokens = weighed(advance, sum(map(len, groups)), sum(lengths))
     for batch in spread_out(length_batches(lengths, budget.tokens)):

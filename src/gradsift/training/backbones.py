@@ -40,6 +40,7 @@ class Backbone:
 
     model: Any
     tokenizer: Any
+    tokens: int | None = None  # compute.tokens
 
     @property
     def context(self) -> int:
@@ -88,7 +89,7 @@ def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfi
         )
     if compute.checkpointing:
         checkpoint_blocks(model)
-    return Backbone(model.eval(), tokenizer)
+    return Backbone(model.eval(), tokenizer, compute.tokens)
 
 
 def load_shown(runtime: Runtime, artifact: Artifact, config: ModelConfig) -> Backbone:

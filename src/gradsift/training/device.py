@@ -115,6 +115,16 @@ class TokenBudget:
         )
 
 
+def numbers_at_once(device: torch.device, on_cpu: int) -> int:
+    """Return how many numbers a temporary tensor may have: `on_cpu` there, for its caches; a 128th of a GPU's memory.
+
+    Results do not depend on it.
+    """
+    if device.type != "cuda":
+        return on_cpu
+    return int(torch.cuda.get_device_properties(device).total_memory) // 128 // 4
+
+
 def tokens_factor(model: Any) -> int:
     """Return how many times more tokens than usual suit a pass through `model` on a CPU: its own attribute, or 1.
 
@@ -177,3 +187,8 @@ def device_of(compute: ComputeConfig) -> torch.device:
             "as many, or compute.device=cpu"
         )
     return torch.device("cuda")
+
+
+def has_bfloat16() -> bool:
+    """Return whether the GPU multiplies bfloat16 itself."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))

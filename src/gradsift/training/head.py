@@ -16,10 +16,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from gradsift.training.device import without_host_reads
+from gradsift.training.device import numbers_at_once, without_host_reads
 from gradsift.training.lora import evaluating
 
-_CHUNK_LOGITS = 2**23  # logits of a chunk, 32 MB in float32; no result depends on it
+_CHUNK_LOGITS = 2**23  # logits of a chunk on a CPU, 32 MB in float32
 _MULTIPLE = 64  # of the vocabulary in bfloat16: other widths (50,257) run at half speed on AMX
 
 
@@ -83,7 +83,9 @@ class OutputHead:
 
     def chunk(self, count: int) -> int:
         """Return how many of `count` places have their logits made at once."""
-        return max(1, _CHUNK_LOGITS // len(self.weight)) if self.own is None else self.own.chunk(count)
+        if self.own is not None:
+            return self.own.chunk(count)
+        return max(1, numbers_at_once(self.weight.device, _CHUNK_LOGITS) // len(self.weight))
 
     def buffers(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return buffers for logits of `count` places: (count, padded V) like the weight, (count, V) float32."""

@@ -1,6 +1,7 @@
 """How a model computes, besides its weights and inputs, and how a loaded model is set up for it.
 
     precision   of weights and products: float32 or bfloat16
+    products    tf32 if float32 products are rounded to it (compute.precision=auto on CUDA)
     residual    of the residual stream between blocks: float32 or bfloat16 (`gradsift.training.residual`)
     attention   transformers' name of the implementation
     kernels     version of the compiled CPU kernels that the model uses, or off (`gradsift.cpu`)
@@ -11,18 +12,30 @@ of the numerics. So these values are part of a model's identity, and of everythi
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 
 from gradsift.config import ComputeConfig
-from gradsift.training.device import device_of
+from gradsift.training.device import device_of, has_bfloat16
 from gradsift.training.residual import residual_in_float32, residual_precision
 
 
 def dtype_of(compute: ComputeConfig) -> torch.dtype:
-    """Return the precision in which models are loaded."""
+    """Return the precision in which models are loaded; auto is bfloat16 on a GPU that has it, else float32."""
+    if compute.precision == "auto":
+        return torch.bfloat16 if device_of(compute).type == "cuda" and has_bfloat16() else torch.float32
     return torch.bfloat16 if compute.precision == "bfloat16" else torch.float32
+
+
+def set_kernels(compute: ComputeConfig) -> None:
+    """Choose torch's kernels in this process: TF32 for float32 products, and deterministic ones."""
+    tf32 = compute.precision == "auto" and device_of(compute).type == "cuda"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    if compute.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a process first uses cuBLAS
+        torch.use_deterministic_algorithms(True)
 
 
 def prepare(model: Any, compute: ComputeConfig) -> None:
@@ -44,8 +57,10 @@ def prepare(model: Any, compute: ComputeConfig) -> None:
 
 def numerics_of(model: Any) -> dict[str, str]:
     """Return the numerics of a prepared model, read from the model itself."""
+    tf32 = torch.get_float32_matmul_precision() != "highest"
     return {
         "precision": str(model.dtype).removeprefix("torch."),
+        **({"products": "tf32"} if tf32 else {}),
         "residual": residual_precision(model),
         "attention": str(model.config._attn_implementation),
         "kernels": getattr(model, "kernels_version", "off"),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 import torch
 
 from gradsift.cost import passed
+from gradsift.data.batching import capped_batches
 from gradsift.errors import ConfigError
 from gradsift.evaluation.generation import left_padded
 from gradsift.evaluation.judges import Combine, JudgeRequest, Pair, RatingRequest, Reply, content_hash
@@ -68,6 +69,7 @@ class LocalJudge:
         name: str,
         max_length: int,
         batch_size: int,
+        max_tokens: int | None = None,
         template: Literal["auto", "chat", "plain"] = "auto",
         journal: Journal | None = None,
     ) -> None:
@@ -76,6 +78,7 @@ class LocalJudge:
         Args:
             name: identifies the weights in `prompt_hash`.
             max_length: tokens of a prompt, cut to the model's context.
+            batch_size, max_tokens: prompts and padded tokens per batch, at most.
             template: "auto" uses the tokenizer's chat template if it has one.
             journal: keeps the scores of each batch.
 
@@ -88,6 +91,7 @@ class LocalJudge:
         context = getattr(model.config, "max_position_embeddings", None)
         self._max_length = min(max_length, context) if isinstance(context, int) else max_length
         self._batch_size = batch_size
+        self._max_tokens = max_tokens
         self._journal = journal or Journal()
         chat = bool(tokenizer.chat_template) if template == "auto" else template == "chat"
         if chat:
@@ -169,9 +173,8 @@ class LocalJudge:
             log_p = torch.log_softmax(out.logits[:, -1].float(), dim=-1).cpu()
             return [log_p[:, list(ids)].logsumexp(dim=-1).tolist() for ids in choices]
 
-        longest_first = sorted(asked, key=lambda pair: -len(pair[1]))
-        for start in range(0, len(asked), self._batch_size):
-            batch = longest_first[start : start + self._batch_size]
+        for places in capped_batches([len(tokens) for _, tokens in asked], self._batch_size, self._max_tokens):
+            batch = [asked[place] for place in places]
             prompts = [tokens for _, tokens in batch]
             columns = self._journal.once(content_hash(prompts), functools.partial(scores, prompts))
             yield from zip((request for request, _ in batch), zip(*columns, strict=True), strict=True)

@@ -82,6 +82,7 @@ def generate(
                 prompts,
                 max_new_tokens=config.max_new_tokens,
                 batch_size=config.batch_size,
+                max_tokens=runtime.compute.tokens,
                 progress=advance,
                 journal=runtime.journal(folder),
             )

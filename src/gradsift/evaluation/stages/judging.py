@@ -155,6 +155,7 @@ def _client(
             name=f"local:{model.path.name}",
             max_length=min(config.max_length, loaded.context),
             batch_size=config.batch_size,
+            max_tokens=runtime.compute.tokens,
             journal=journal,
         )
     if config.name == "verifier":

@@ -1,6 +1,6 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-smollm2 setup-ray setup-bench run report human-eval test slow lint types check docs bench soak portable clean
+.PHONY: help setup setup-smollm2 setup-ray setup-bench run report human-eval test slow lint types check docs bench gpu-check soak portable clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -70,6 +70,9 @@ setup-bench: setup ## install the rivals that the benchmarks run beside ours
 bench: setup-bench ## side-by-side speed comparisons (about 10 minutes)
 	$(BIN)/python -m benchmarks.engine $(BENCH)
 	$(BIN)/python -m benchmarks.ifd $(BENCH_IFD)
+
+gpu-check: setup ## what a GPU has to prove, and how fast it is (GPU="--smallest" rehearses it on a CPU)
+	$(BIN)/python -m benchmarks.gpu $(GPU)
 
 soak: setup ## kill a small sweep twenty times and compare every byte with an undisturbed one; SOAK="--kills 100 --fork"
 	$(BIN)/python -m benchmarks.soak $(SOAK)

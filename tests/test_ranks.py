@@ -51,7 +51,7 @@ from gradsift.training import lora, parallel
 from gradsift.training.backbones import load_backbone
 from gradsift.training.curves import read_curve
 from gradsift.training.device import TokenBudget
-from gradsift.training.modules import Optimization
+from gradsift.training.modules import Optimization, ProxyMember
 from gradsift.training.shared_store import RunEnded, SharedStore
 from gradsift.training.target import batch_plan, train_target
 
@@ -106,6 +106,24 @@ def on_a_rank(compute: ComputeConfig, folder: Path, store: Path, backbones: Path
     with counting() as tokens, tempfile.TemporaryDirectory() as scratch:
         infos = everything(run, Path(scratch) if parallel.rank() else folder, *arguments(backbones))
     return infos, tokens() if parallel.size() == 1 else parallel.total(tokens())
+
+
+def on_two_ranks(folder: Path, backbones: Path) -> None:
+    """Do everything, walk through stages, and note both; then rank 1 dies."""
+    infos = on_a_rank(DDP, folder / "two", folder / "store", backbones)
+    if parallel.rank() == 0:
+        (folder / "infos.json").write_text(json.dumps(infos))
+    walks(folder, "rank 1 dies")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks did in one run that rank 1's death ends."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "two").mkdir()
+    with pytest.raises(GradsiftError, match="rank 1 exited with code 3 and without an error message"):
+        on_all_ranks(DDP, on_two_ranks, folder, backbones)
+    return folder
 
 
 def arguments(backbones: Path) -> tuple[Any, Any]:
@@ -171,14 +189,11 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def test_two_processes_find_what_one_finds(backbones: Path, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    infos, counts = [], []
-    for folder, compute in ((one, ComputeConfig(device="cpu", threads=1)), (two, DDP)):
-        folder.mkdir()
-        info, tokens = on_all_ranks(compute, on_a_rank, compute, folder, tmp_path / "store", backbones)
-        infos.append(info)
-        counts.append(tokens)
+def test_two_processes_find_what_one_finds(backbones: Path, two_ranks: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", two_ranks / "two"
+    one.mkdir()
+    of_one = on_a_rank(ComputeConfig(device="cpu", threads=1), one, tmp_path / "store", backbones)
+    infos, counts = zip(of_one, json.loads((two_ranks / "infos.json").read_text()), strict=True)
     assert [info.pop("ranks") for info in infos] == [1, 2]
     assert infos[1].pop("in parts") > 0.9
     assert 0 < infos[1].pop("fsdp tokens") < infos[0]["finetune"]["tokens"]  # rank 0 has a part of them
@@ -266,13 +281,21 @@ def walks(folder: Path, end: str) -> None:
     parallel.gather({"rows": torch.zeros(1)}, 2)  # waits for rank 1
 
 
-def test_rank_0_decides_makes_and_writes_and_a_rank_that_dies_ends_the_run(tmp_path: Path) -> None:
+def test_rank_0_decides_makes_and_writes_and_the_others_follow(two_ranks: Path) -> None:
     """A divided stage is made by both ranks, the other one in a copy of the folder; any other by rank 0 alone."""
-    with pytest.raises(GradsiftError, match="rank 1 exited with code 3 and without an error message"):
-        on_all_ranks(DDP, walks, tmp_path, "rank 1 dies")
-    first, second = (json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1))
+    first, second = (json.loads((two_ranks / f"rank{rank}").read_text()) for rank in (0, 1))
     assert first == [[[2, True, True], 1], 21, second[2], second[2]]
     assert second == [[[2, True, False]], 21, second[2], second[2]]
+
+
+def test_a_step_of_several_ranks_that_runs_out_of_memory_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(tokens: int) -> dict[str, torch.Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    module = ProxyMember(torch.nn.Linear(2, 2), Optimization(1e-3, 0.0, "constant", 0, 1), TokenBudget(64), 0)
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    with pytest.raises(GradsiftError, match=r"memory ran out with 64 tokens at once.*compute.tokens"):
+        module._run(fails, [3])
 
 
 @pytest.mark.slow

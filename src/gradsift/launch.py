@@ -86,10 +86,10 @@ def on_all_ranks(compute: ComputeConfig, function: Callable[..., T], *arguments:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # failures are reported here
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice on unused parameters, from every rank
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with tempfile.TemporaryDirectory(prefix="gradsift-ranks-") as logs:
+        logging.disable(logging.CRITICAL)  # torch logs what is reported below; the ranks log for themselves
         try:
             values: dict[int, T] = elastic_launch(_launch_config(compute, logs), _rank)(function, arguments)
         except SignalException as error:
@@ -104,6 +104,7 @@ def on_all_ranks(compute: ComputeConfig, function: Callable[..., T], *arguments:
                 f"({str(error).splitlines()[0]}); MASTER_ADDR has to be the first machine and MASTER_PORT free there"
             ) from error
         finally:
+            logging.disable(logging.NOTSET)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return values.get(node_of(compute) * compute.devices)

@@ -140,7 +140,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 def tiny(name: str, settings: dict[str, Any]) -> Any:
-    """A model whose attention and experts are products that float64 has too."""
+    """Return a model whose attention and experts also work in float64."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, vocab_size=VOCABULARY, **settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
@@ -148,13 +148,13 @@ def tiny(name: str, settings: dict[str, Any]) -> Any:
 
 
 def adapted(model: Any, targets: list[str]) -> Any:
-    """With B away from zero, as after some training: at B = 0 the gradient of A vanishes."""
-    found = lora.add_adapter(model, LoraConfig(rank=3, targets=targets), seed=1).eval()
+    """Return a model whose B is not zero, as after some training: at B = 0 the gradient of A vanishes."""
+    computed = lora.add_adapter(model, LoraConfig(rank=3, targets=targets), seed=1).eval()
     torch.manual_seed(2)
-    for name, parameter in lora.trainable_parameters(found).items():
+    for name, parameter in lora.trainable_parameters(computed).items():
         if "lora_B" in name:
             parameter.data.normal_(std=0.3)
-    return found
+    return computed
 
 
 def test_there_are_families_enough() -> None:

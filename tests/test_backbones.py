@@ -1,4 +1,4 @@
-"""Laws of the backbones: made once by their seed, pinned by their content, and refused in one line."""
+"""Laws of the backbones: made once per seed, pinned by their content, and refused in one line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def runtime(store: Path) -> Runtime:
 
 @pytest.fixture
 def folder(tmp_path: Path, byte_tokenizer: Any) -> Path:
-    """A GPT-2 of random weights with a tokenizer, as `save_pretrained` leaves it."""
+    """Return a folder with a random GPT-2 and a tokenizer, written by `save_pretrained`."""
     path = tmp_path / "models" / "Tiny"
     tiny_model("gpt2").save_pretrained(path)
     byte_tokenizer.save_pretrained(path)
@@ -43,7 +43,7 @@ def folder(tmp_path: Path, byte_tokenizer: Any) -> Path:
 
 
 def pin(store: Path, path: Path | str) -> Artifact:
-    """The pin as another process would make it."""
+    """Return the pin as another process would make it."""
     return backbone(runtime(store), ModelConfig(path=str(path)))
 
 
@@ -82,7 +82,7 @@ def test_nano_is_trained_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_a_loaded_backbone_is_frozen_and_in_evaluation_mode(precision: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """In bfloat16 it keeps the residual stream, and so its layer norms, in float32."""
+    """In bfloat16 the residual stream, and so the layer norms, stay float32."""
     compute = ComputeConfig(device="cpu", precision=precision)
     made = backbone(replace(runtime(tmp_path), compute=compute), nano())
     loaded = load_backbone(made, nano(), compute)
@@ -161,7 +161,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
 
 
 def refusal(folder: Path, tmp_path: Path) -> str:
-    """The error of a folder that cannot be loaded; one line."""
+    """Return the error, one line, of a folder that cannot be loaded."""
     with pytest.raises(GradsiftError) as caught:
         load_backbone(pin(tmp_path, folder), ModelConfig(path=str(folder)), CPU)
     assert "\n" not in str(caught.value)
@@ -193,7 +193,7 @@ def test_a_config_of_no_known_model_is_refused(folder: Path, tmp_path: Path) -> 
 
 
 class Loader:
-    """Stands for `AutoModelForCausalLM` and `AutoTokenizer`; keeps what it was asked for."""
+    """Replaces `AutoModelForCausalLM` and `AutoTokenizer` and records its arguments."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []

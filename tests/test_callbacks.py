@@ -83,8 +83,8 @@ def require_loop(table: dict[str, np.ndarray], expected: np.ndarray, epochs: int
     assert sorted(table["example_id"].tolist()) == sorted(IDS * epochs)
     place = {number: place for place, number in enumerate(IDS)}
     order = [place[number] for number in table["example_id"].tolist()]
-    found = np.stack([table[name] for name in ("norm_A", "norm_B", "norm")], 1)
-    assert_close_by_norm(found, expected[order], k=2048, dim=(), dtype=torch.float32)
+    computed = np.stack([table[name] for name in ("norm_A", "norm_B", "norm")], 1)
+    assert_close_by_norm(computed, expected[order], k=2048, dim=(), dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------- functions
@@ -95,8 +95,8 @@ def test_the_functions_give_the_gradients_and_norms_of_the_loop_and_leave_the_mo
     gradients, norms = loop(model, rows)
     kinds = [type(module) for module in model.modules()]
     assert_close_by_norm(per_sample_norms(model, rows, tokens=20), norms[:, 2], k=2048, dim=(), dtype=torch.float32)
-    found = per_sample_gradients(model, rows, tokens=20)
-    assert_close_by_norm(found, gradients, k=2048)
+    computed = per_sample_gradients(model, rows, tokens=20)
+    assert_close_by_norm(computed, gradients, k=2048)
     left_padded = [
         {
             "input_ids": torch.tensor([0, 0, *row["input_ids"]]),
@@ -105,7 +105,7 @@ def test_the_functions_give_the_gradients_and_norms_of_the_loop_and_leave_the_mo
         }
         for row in rows
     ]
-    assert torch.equal(per_sample_gradients(model, left_padded, tokens=20), found)
+    assert torch.equal(per_sample_gradients(model, left_padded, tokens=20), computed)
     assert [type(module) for module in model.modules()] == kinds
     assert all(module.training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())

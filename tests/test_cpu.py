@@ -61,7 +61,7 @@ BOTH = pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids
 
 
 def test_ci_compiles_the_kernels() -> None:
-    """Elsewhere they may be missing, and then their laws are skipped; not here."""
+    """In CI the kernels must be available; elsewhere their laws may be skipped."""
     if "CI" not in os.environ:
         pytest.skip("this law is for CI")
     assert available()
@@ -75,12 +75,12 @@ def normal(*shape: int, precision: torch.dtype = torch.float32, scale: float = 1
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(precision)
 
 
-def near(found: torch.Tensor, expected: torch.Tensor, *, slack: float = 1) -> None:
-    """To a few ulps in float32; in bfloat16 to its rounding, as all between is float32."""
-    fine = found.dtype == torch.float32
+def near(computed: torch.Tensor, expected: torch.Tensor, *, slack: float = 1) -> None:
+    """Compare to a few ulps in float32, and to one rounding in bfloat16, as intermediate values are float32."""
+    fine = computed.dtype == torch.float32
     rtol, atol = (1e-6, 1e-6) if fine else (2**-8, 1e-5)
     torch.testing.assert_close(
-        found.double(), expected.double(), rtol=rtol * slack, atol=atol * slack, equal_nan=True, check_dtype=False
+        computed.double(), expected.double(), rtol=rtol * slack, atol=atol * slack, equal_nan=True, check_dtype=False
     )
 
 
@@ -131,8 +131,8 @@ def test_gelu_and_its_slope(shape: tuple[int, ...], precision: torch.dtype) -> N
     exact = x.double().requires_grad_()
     expected = F.gelu(exact, approximate="tanh")
     (slope,) = torch.autograd.grad(expected.sum(), exact)
-    for found, twin in zip(ops().gelu(x), (expected, slope), strict=True):
-        near(found, twin)
+    for computed, twin in zip(ops().gelu(x), (expected, slope), strict=True):
+        near(computed, twin)
 
 
 @compiled
@@ -211,8 +211,8 @@ def test_products_with_packed_weights(rows: int, bias: bool, threads: int) -> No
     near(ops().product_times(backprops, layer.backward_weight, factor), product * factor.double(), slack=3)
     inner = (x.double() @ weight.double() + offset).bfloat16()
     y, slope = ops().product_gelu(x, layer.forward_weight, vector, 48)
-    for found, twin in zip((y, slope), ops().gelu(inner), strict=True):
-        near(found, twin, slack=8)  # of a product whose last bit may be another
+    for computed, twin in zip((y, slope), ops().gelu(inner), strict=True):
+        near(computed, twin, slack=8)  # of a product whose last bit may be another
 
 
 @has_products
@@ -252,8 +252,8 @@ def test_cross_entropy_and_its_gradient(
     exact.requires_grad_()
     expected = F.cross_entropy(exact, targets, reduction="none")
     (gradient,) = torch.autograd.grad(expected.sum(), exact)
-    found = ops().cross_entropy_(logits, targets, chosen, vocabulary, wants_gradient)
-    near(found, expected, slack=2)
+    computed = ops().cross_entropy_(logits, targets, chosen, vocabulary, wants_gradient)
+    near(computed, expected, slack=2)
     if wants_gradient:
         near(logits[:, :vocabulary], gradient)
         assert not logits[:, vocabulary:].any()
@@ -281,10 +281,10 @@ def test_cross_entropy_of_extreme_logits(precision: torch.dtype) -> None:
     logits = logits.to(precision)
     chosen = torch.tensor([own for _, own, _ in rows])
     expected = torch.tensor([float(loss) for _, _, loss in rows])
-    found = ops().cross_entropy_(logits, torch.full((len(rows),), 17), chosen, 20, True)
+    computed = ops().cross_entropy_(logits, torch.full((len(rows),), 17), chosen, 20, True)
     # 1e4 is 9,984 in bfloat16
     torch.testing.assert_close(
-        found, expected, rtol=1e-6 if precision == torch.float32 else 2e-3, atol=1e-6, equal_nan=True
+        computed, expected, rtol=1e-6 if precision == torch.float32 else 2e-3, atol=1e-6, equal_nan=True
     )
     lost = expected.isnan()
     assert logits[lost].isnan().any(1).all()
@@ -304,7 +304,7 @@ def test_a_target_outside_the_vocabulary_is_refused(target: int) -> None:
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T, H, E) and the logarithms of the sums, (B, H, T)."""
+    """Return the attention (B, T, H, E) and the logarithms of its sums, (B, H, T)."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     later = torch.ones(q.shape[2], q.shape[2]).triu(1).bool()
     scores = (q @ k.transpose(2, 3) * scale).masked_fill(later, -INF)
@@ -312,14 +312,14 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -
 
 
 def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (B, H, T, E) by the angles (T, E) of its tokens, one pair (i, i + E / 2) at a time."""
+    """Rotate x (B, H, T, E) by the angles (T, E) of its tokens, one pair (i, i + E / 2) at a time."""
     half = x.shape[-1] // 2
-    found = torch.empty_like(x)
+    computed = torch.empty_like(x)
     for i in range(half):
         a, b = x[..., i], x[..., i + half]
-        found[..., i] = a * cos[:, i] - b * sin[:, i]
-        found[..., i + half] = b * cos[:, i + half] + a * sin[:, i + half]
-    return found
+        computed[..., i] = a * cos[:, i] - b * sin[:, i]
+        computed[..., i + half] = b * cos[:, i + half] + a * sin[:, i + half]
+    return computed
 
 
 def attends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *angles: torch.Tensor, slack: float = 4) -> None:
@@ -332,9 +332,9 @@ def attends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *angles: torch.Te
     near(lse, log_sums, slack=4)
     backprops = normal(*out.shape, seed=9, precision=q.dtype)
     gradients = torch.autograd.grad(expected, exact, backprops.double())
-    found = ops().attend_backward(backprops, q, k, v, out, lse, scale, *angles)
+    computed = ops().attend_backward(backprops, q, k, v, out, lse, scale, *angles)
     rtol = 1e-6 if q.dtype == torch.float32 else 4e-3  # `out`, which the backward pass reads, is rounded too
-    for to_x, twin in zip(found, gradients, strict=True):
+    for to_x, twin in zip(computed, gradients, strict=True):
         assert to_x.shape == twin.shape
         assert to_x.dtype == q.dtype
         assert (to_x.double() - twin).norm() <= rtol * twin.norm() + 1e-5
@@ -380,11 +380,11 @@ def test_attention_of_parts_of_other_tensors(precision: torch.dtype) -> None:
     joined = torch.cat([x.transpose(1, 2) for x in (q, k, v)], 3)  # (B, T, H, 3 E), as GPT-2 has them
     parts = [x.transpose(1, 2) for x in joined.split(32, 3)]
     assert not any(x.is_contiguous() for x in parts)
-    for found, expected in zip(ops().attend(*parts, 0.2), (out, lse), strict=True):
-        assert torch.equal(found, expected)
+    for computed, expected in zip(ops().attend(*parts, 0.2), (out, lse), strict=True):
+        assert torch.equal(computed, expected)
     expected = ops().attend_backward(out, q, k, v, out, lse, 0.2)
-    for found, twin in zip(ops().attend_backward(out, *parts, out, lse, 0.2), expected, strict=True):
-        assert torch.equal(found, twin)
+    for computed, twin in zip(ops().attend_backward(out, *parts, out, lse, 0.2), expected, strict=True):
+        assert torch.equal(computed, twin)
     same = k[:, :1].expand(-1, 4, -1, -1)  # of stride 0
     assert torch.equal(ops().attend(q, same, v, 0.2)[0], ops().attend(q, same.contiguous(), v, 0.2)[0])
 
@@ -450,8 +450,8 @@ def test_any_number_of_threads_gives_the_same_bits_but_for_products(precision: t
     expected = everything()
     for threads in (2, 3, 7):
         torch.set_num_threads(threads)
-        for found, twin in zip(everything(), expected, strict=True):
-            assert torch.equal(found, twin)
+        for computed, twin in zip(everything(), expected, strict=True):
+            assert torch.equal(computed, twin)
 
 
 @has_products
@@ -538,7 +538,7 @@ def wrong_products() -> Iterator[tuple[str, Any]]:
 
 
 def accepted(calls: Iterator[tuple[str, Any]]) -> list[str]:
-    """The calls that raise nothing."""
+    """Return the calls that raise nothing."""
     names = []
     for name, call in calls:
         try:
@@ -565,7 +565,7 @@ def test_wrong_products_raise_and_read_nothing() -> None:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Nothing is known of the compiler yet; an empty cache folder. None of these tests may load what it compiles."""
+    """Forget the compiler and use an empty cache folder; these tests must not load what they compile."""
     available.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
@@ -686,7 +686,7 @@ def test_of_two_processes_one_compiles(fresh: Path) -> None:
 
 
 class EmulatedProducts:
-    """The kernels with torch's products in place of oneDNN's, so that all other laws run on any processor."""
+    """Replace oneDNN's products by torch's, so that the other laws run on any processor."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.ops.gradsift, name)
@@ -733,7 +733,7 @@ KNOWN = ["gpt2", *LLAMA_LIKE]
 
 
 def exact_model(architecture: str, width: int = WIDTH, **options: Any) -> Any:
-    """Two blocks, in float32, of numbers that bfloat16 has; its biases are not zero."""
+    """Return a float32 model of two blocks whose weights are bfloat16 numbers, with nonzero biases."""
     torch.manual_seed(0)
     if architecture == "gpt2":
         shape = {"n_positions": 64, "n_embd": width, "n_layer": 2, "n_head": 4}
@@ -751,7 +751,7 @@ def exact_model(architecture: str, width: int = WIDTH, **options: Any) -> Any:
 
 
 def in_bfloat16(model: Any) -> Any:
-    """A copy; buffers, such as the frequencies of rotary positions, stay."""
+    """Return a copy in bfloat16; buffers, such as rotary frequencies, keep their precision."""
     half = copy.deepcopy(model, {id(p): nn.Parameter(p.bfloat16(), requires_grad=False) for p in model.parameters()})
     assert residual_in_float32(half)
     half.set_attn_implementation("eager")
@@ -759,7 +759,7 @@ def in_bfloat16(model: Any) -> Any:
 
 
 def models(architecture: str, **options: Any) -> tuple[Any, Any, Any]:
-    """The same one in float32, in bfloat16, and there fused."""
+    """Return one model in float32, in bfloat16, and in bfloat16 with fused blocks."""
     exact = exact_model(architecture, **options)
     quick = in_bfloat16(exact)
     assert accelerate(quick)
@@ -767,17 +767,17 @@ def models(architecture: str, **options: Any) -> tuple[Any, Any, Any]:
 
 
 def adapted(model: Any, targets: list[str], scale: float = 0.02) -> Any:
-    """With B away from zero, where the gradient of A vanishes."""
-    found = lora.add_adapter(model, LoraConfig(rank=4, targets=targets), seed=1)
+    """Add an adapter whose B is not zero, where the gradient of A would vanish."""
+    with_adapter = lora.add_adapter(model, LoraConfig(rank=4, targets=targets), seed=1)
     torch.manual_seed(2)
-    for name, parameter in lora.trainable_parameters(found).items():
+    for name, parameter in lora.trainable_parameters(with_adapter).items():
         if "lora_B" in name:
             parameter.data.normal_(std=scale)
-    return found.eval()
+    return with_adapter.eval()
 
 
 def examples() -> list[Encoded]:
-    """Rows of 2 to 50 tokens."""
+    """Return rows of 2 to 50 tokens."""
     draws = np.random.default_rng(3)
     sizes = enumerate((2, 5, 16, 17, 33, 50))
     return [
@@ -805,9 +805,9 @@ def ids_of(examples: int, tokens: int) -> torch.Tensor:
     return torch.randint(VOCABULARY, (examples, tokens), generator=torch.Generator().manual_seed(4))
 
 
-def error(found: Any, expected: Any) -> float:
-    found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
-    return float((found - expected).norm() / expected.norm())
+def error(computed: Any, expected: Any) -> float:
+    computed, expected = torch.as_tensor(computed).double(), torch.as_tensor(expected).double()
+    return float((computed - expected).norm() / expected.norm())
 
 
 CASES = [(targets, "right") for targets in ("attention", "gate", "down", "all")] + [("all", "left")]
@@ -826,9 +826,9 @@ def test_losses_and_norms_are_as_near_to_float32s_as_without(architecture: str, 
         "all": ["all-linear"],
     }[targets]
     exact, plain, quick = (losses_and_norms(adapted(model, named), side) for model in models(architecture))
-    for expected, without, found in zip(exact, plain, quick, strict=True):
-        assert error(found, expected) < 2e-3
-        assert error(found, expected) < 1.5 * error(without, expected) + 1e-4
+    for expected, without, computed in zip(exact, plain, quick, strict=True):
+        assert error(computed, expected) < 2e-3
+        assert error(computed, expected) < 1.5 * error(without, expected) + 1e-4
 
 
 @compiled
@@ -870,15 +870,15 @@ def test_logits_of_any_shape(architecture: str, rows: int, tokens: int) -> None:
 
 
 def token_by_token(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Logits of the places from 12 on, each from a cache of what is before it."""
-    found, cache = [], None
+    """Return the logits of the places from 12 on, each computed with a cache of the places before it."""
+    computed, cache = [], None
     for end in range(12, ids.shape[1]):
         options = {"attention_mask": mask[:, :end], "past_key_values": cache, "use_cache": True}
         with torch.no_grad():
             output = model(input_ids=ids[:, 0 if cache is None else end - 1 : end], **options)
         cache = output.past_key_values
-        found.append(output.logits[:, -1].float())
-    return torch.stack(found, 1)
+        computed.append(output.logits[:, -1].float())
+    return torch.stack(computed, 1)
 
 
 @compiled
@@ -890,8 +890,8 @@ def test_a_cache_and_padding_on_the_left(architecture: str, padded: bool) -> Non
     ids, mask = ids_of(3, 20), torch.ones(3, 20, dtype=torch.int64)
     if padded:
         mask[0, :7] = mask[1, :1] = 0
-    expected, without, found = (token_by_token(model, ids, mask) for model in (exact, plain, quick))
-    assert error(found, expected) < 1.5 * error(without, expected) + 1e-3
+    expected, without, computed = (token_by_token(model, ids, mask) for model in (exact, plain, quick))
+    assert error(computed, expected) < 1.5 * error(without, expected) + 1e-3
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     text = quick.generate(ids, attention_mask=mask, **options)
     assert text.shape == (3, 26)
@@ -922,11 +922,11 @@ def test_an_adapter_comes_and_goes_and_leaves_no_trace(architecture: str) -> Non
     ids = ids_of(2, 9)
     before = logits(quick, ids)
     for _ in range(2):
-        found = adapted(quick, ["all-linear"])
-        assert not torch.equal(logits(found, ids), before)
-        with found.disable_adapter():
-            assert error(logits(found, ids), before) < 0.01  # an adapted MLP is not fused
-        quick = lora.remove_adapter(found)
+        with_adapter = adapted(quick, ["all-linear"])
+        assert not torch.equal(logits(with_adapter, ids), before)
+        with with_adapter.disable_adapter():
+            assert error(logits(with_adapter, ids), before) < 0.01  # an adapted MLP is not fused
+        quick = lora.remove_adapter(with_adapter)
         assert torch.equal(logits(quick, ids), before)
 
 
@@ -937,33 +937,33 @@ def test_a_merged_adapter_is_in_the_weights_that_are_used(architecture: str) -> 
     _, plain, quick = models(architecture)
     ids = ids_of(2, 9)
     without = logits(plain, ids)
-    found, expected = adapted(quick, ["all-linear"], 0.2), adapted(plain, ["all-linear"], 0.2)
-    before = logits(found, ids)
+    with_adapter, expected = adapted(quick, ["all-linear"], 0.2), adapted(plain, ["all-linear"], 0.2)
+    before = logits(with_adapter, ids)
     assert error(without, before) > 0.1  # or nothing below would say much
-    copied = copy.deepcopy(found).merge_and_unload()
+    copied = copy.deepcopy(with_adapter).merge_and_unload()
     assert error(logits(copied, ids), logits(copy.deepcopy(expected).merge_and_unload(), ids)) < 0.03
     assert error(logits(copied, ids), before) < 0.03
-    assert torch.equal(logits(found, ids), before)  # the copy's weights are its own
-    found.merge_adapter()
-    assert error(logits(found, ids), before) < 0.03
-    found.unmerge_adapter()
-    assert error(logits(found, ids), before) < 0.03
-    assert error(logits(found.unload(), ids), without) < 0.03
+    assert torch.equal(logits(with_adapter, ids), before)  # the copy's weights are its own
+    with_adapter.merge_adapter()
+    assert error(logits(with_adapter, ids), before) < 0.03
+    with_adapter.unmerge_adapter()
+    assert error(logits(with_adapter, ids), before) < 0.03
+    assert error(logits(with_adapter.unload(), ids), without) < 0.03
 
 
 @compiled
 @pytest.mark.usefixtures("products_everywhere")
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2"])
 def test_gradients_of_all_weights(architecture: str) -> None:
-    found = []
+    computed = []
     ids = ids_of(1, 9)
     for model in models(architecture):
         each = adapted(model, ["all-linear"])
         before = logits(each, ids)
         with gradient_pass(each, "full", 0) as gradients:
-            found.append(gradients(examples()[:3]))
+            computed.append(gradients(examples()[:3]))
         assert torch.equal(logits(each, ids), before)
-    exact, plain, quick = found
+    exact, plain, quick = computed
     assert exact.shape == quick.shape
     assert (exact.norm(dim=1) > 0).all()
     assert error(quick, exact) < 1.2 * error(plain, exact) + 1e-3
@@ -1002,10 +1002,10 @@ def test_the_gradient_of_the_inputs(architecture: str) -> None:
 @pytest.mark.usefixtures("products_everywhere")
 def test_two_threads_change_the_last_digits_at_most() -> None:
     _, _, quick = models("llama")
-    found = adapted(quick, ["all-linear"])
-    one = losses_and_norms(found)
+    computed = adapted(quick, ["all-linear"])
+    one = losses_and_norms(computed)
     torch.set_num_threads(2)
-    for losses, expected in zip(losses_and_norms(found), one, strict=True):
+    for losses, expected in zip(losses_and_norms(computed), one, strict=True):
         assert error(losses, expected) < 2e-3
 
 
@@ -1021,8 +1021,8 @@ def test_what_is_not_a_number_reaches_the_loss(architecture: str, where: str) ->
         if parameter_name.endswith(names):
             parameter.data[..., 0] = float("nan")
     assert accelerate(half)
-    found = adapted(half, ["all-linear"])
-    losses = ResponseLosses(found)(collate(examples(), 0))
+    computed = adapted(half, ["all-linear"])
+    losses = ResponseLosses(computed)(collate(examples(), 0))
     assert losses.isnan().all()
 
 

@@ -1,4 +1,4 @@
-"""Laws of the gradients of embedding and head: they are autograd's, one example at a time, each use by itself."""
+"""Laws of the gradients of embedding and head: they equal autograd's for single examples and separate tensors."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ CPU = torch.device("cpu")
 CASES = [("gpt2", True), ("gpt2", False), ("llama", True), ("llama", False)]
 
 
-def found(adapted: Any, examples: list[Encoded], tokens: int = 4096) -> np.ndarray:
+def computed(adapted: Any, examples: list[Encoded], tokens: int = 4096) -> np.ndarray:
     return collect_statistics(adapted, examples, TokenBudget(tokens), 0, CPU)
 
 
 def whole_gradients(adapted: Any, examples: list[Encoded]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The obvious way in float64: each example alone, two tensors for the two uses, and their V x D gradients."""
+    """Return the statistics in float64: each example alone, with two tensors for the two uses, and V x D gradients."""
     exact = exact_copy(adapted)
     causal = exact.get_base_model()
     embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
@@ -71,7 +71,7 @@ def expected(adapted: Any, examples: list[Encoded]) -> np.ndarray:
     return np.array([of_all_entries(first) + of_all_entries(second) for first, second in pairs])
 
 
-def agree(found: np.ndarray, exact: np.ndarray) -> None:
+def agree(computed: np.ndarray, exact: np.ndarray) -> None:
     """The largest and the smallest entry of a gradient relative to both together, and so its mean and its deviation.
 
     In the mean nearly everything cancels, so that it is known to roundings of the deviation. A normalisation layer
@@ -79,7 +79,7 @@ def agree(found: np.ndarray, exact: np.ndarray) -> None:
     """
     assert (exact[:, [0, 3, 4, 7]] > 1e-4).all()  # or the comparison would be of noise
     for use, k in ((slice(0, 4), 16384), (slice(4, 8), 512)):
-        pairs = (values[:, use].reshape(-1, 2) for values in (found, exact))
+        pairs = (values[:, use].reshape(-1, 2) for values in (computed, exact))
         assert_close_by_norm(*pairs, k, dim=-1, dtype=torch.float32)
 
 
@@ -87,7 +87,7 @@ def agree(found: np.ndarray, exact: np.ndarray) -> None:
 def test_statistics_are_those_of_autograds_matrices(architecture: str, tied: bool) -> None:
     adapted, examples = adapted_model(architecture, ["all-linear"], tied), ragged_examples(9)
     assert len(COLUMNS) == 8
-    agree(found(adapted, examples), expected(adapted, examples))
+    agree(computed(adapted, examples), expected(adapted, examples))
 
 
 def test_a_pass_that_was_cut_short_takes_what_its_journal_holds(
@@ -98,7 +98,7 @@ def test_a_pass_that_was_cut_short_takes_what_its_journal_holds(
     def taken() -> np.ndarray:
         return collect_statistics(adapted, examples, TokenBudget(30), 0, CPU, journal=Journal(tmp_path))
 
-    whole, plain, left = found(adapted, examples, 30), UseOfEmbedding.statistics, [2]
+    whole, plain, left = computed(adapted, examples, 30), UseOfEmbedding.statistics, [2]
 
     def counted(uses: UseOfEmbedding, *given: Any) -> Any:
         left[0] -= 1
@@ -113,7 +113,7 @@ def test_a_pass_that_was_cut_short_takes_what_its_journal_holds(
     np.testing.assert_allclose(taken(), whole, rtol=1e-6, atol=1e-12)
     batches = 100 - left[0]
     left[0] = 100
-    found(adapted, examples, 30)
+    computed(adapted, examples, 30)
     assert batches == 100 - left[0] - 1
 
 
@@ -125,9 +125,9 @@ def test_neither_batches_nor_chunks_of_the_vocabulary_change_anything(
     adapted, examples = adapted_model("gpt2", ["c_attn"]), ragged_examples(9)
     whole = expected(adapted, examples)
     monkeypatch.setattr(embedding_head, "_CHUNK", chunk)
-    agree(found(adapted, examples, tokens), whole)
+    agree(computed(adapted, examples, tokens), whole)
     order = [4, 0, 8, 2, 1, 7, 3, 6, 5]
-    agree(found(adapted, [examples[i] for i in order], tokens), whole[order])
+    agree(computed(adapted, [examples[i] for i in order], tokens), whole[order])
 
 
 @pytest.mark.parametrize(("vocabulary", "rows_of_zeros"), [(31, True), (30, False)])
@@ -140,7 +140,7 @@ def test_the_zeros_of_absent_tokens_count_where_there_are_any(vocabulary: int, r
 
 
 def test_the_embeddings_statistics_by_hand() -> None:
-    """Tokens 5, 7, 5 of a vocabulary of 8 and padding: row 5 is the sum of two places, seven rows less one are zero."""
+    """Tokens 5, 7, 5 of a vocabulary of 8, and padding: row 5 is the sum of two places, six rows are zero."""
     examples = [
         Encoded(0, 10, np.array([5, 7, 5], dtype=np.int32), np.array([False, True, True])),
         Encoded(1, 11, np.array([1, 2], dtype=np.int32), np.array([False, True])),
@@ -171,17 +171,17 @@ def test_of_a_tied_tensor_both_uses_are_counted() -> None:
 
 def test_the_heads_mean_is_zero_and_so_is_autograds_but_for_rounding() -> None:
     adapted, examples = adapted_model("llama", ["all-linear"], tied=False), ragged_examples(5)
-    assert (found(adapted, examples)[:, 6] == 0).all()
+    assert (computed(adapted, examples)[:, 6] == 0).all()
     assert np.abs(expected(adapted, examples)[:, 6]).max() < 1e-15
 
 
 def test_bfloat16_statistics_are_float32s_to_bfloat16s_digits() -> None:
     examples, half = ragged_examples(9), adapted_model("llama", ["all-linear"])
-    exact = found(adapted_model("llama", ["all-linear"]), examples)
+    exact = computed(adapted_model("llama", ["all-linear"]), examples)
     half.get_base_model().to(torch.bfloat16)
     for parameter in lora.trainable_parameters(half).values():
         parameter.data = parameter.data.float()
-    rough = found(half, examples)
+    rough = computed(half, examples)
     spread = np.median(np.abs(rough[:, [3, 7]] / exact[:, [3, 7]] - 1))
     assert 1e-5 < spread < 0.03
 
@@ -191,7 +191,7 @@ def test_dropout_is_off_and_nothing_is_left_behind() -> None:
     for parameter in lora.trainable_parameters(adapted).values():
         parameter.data.normal_(std=0.3)
     examples = ragged_examples(5)
-    assert np.array_equal(found(adapted, examples), found(adapted, examples))
+    assert np.array_equal(computed(adapted, examples), computed(adapted, examples))
     assert all(layer.lora_dropout.training for _, layer in lora.lora_layers(adapted))
     assert all(parameter.grad is None for parameter in adapted.parameters())
     assert not adapted.get_base_model().get_input_embeddings()._forward_hooks
@@ -214,7 +214,7 @@ def test_memory_that_runs_out_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_model_that_caps_its_logits_is_refused() -> None:
     with pytest.raises(GradsiftError, match="Gemma2ForCausalLM scales or caps"):
-        found(capped_model(), ragged_examples(2))
+        computed(capped_model(), ragged_examples(2))
 
 
 def test_a_gradient_that_is_no_number_names_its_row() -> None:
@@ -225,7 +225,7 @@ def test_a_gradient_that_is_no_number_names_its_row() -> None:
     adapted.get_base_model().transformer.wpe.weight.data[max(lengths) - 1 :] = torch.nan
     examples[longest].is_response[-1] = True
     with pytest.raises(GradsiftError, match=f"gradient of row {10 + longest} is not finite"):
-        found(adapted, examples, tokens=1)  # padding would meet the NaN too
+        computed(adapted, examples, tokens=1)  # padding would meet the NaN too
 
 
 # -------------------------------------------------------------------------------------------- stage

@@ -1,4 +1,4 @@
-"""Laws of the gradient engine: the fast layer is peft's, the fast head is the model's, memory changes no result."""
+"""Laws of the gradient engine: fast layers equal peft's, the fast head equals the model's, memory changes no result."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def gradients(adapted: Any, examples: list[Encoded]) -> dict[str, torch.Tensor]:
 
 
 def exact_gradients(exact: Any, examples: list[Encoded]) -> dict[str, torch.Tensor]:
-    """As `gradients`, by all logits of an `exact_copy`: the definition, computed the obvious way."""
+    """Return the same as `gradients`, from all logits of an `exact_copy`."""
     torch.manual_seed(7)
     batch = collate(examples, 0)
     logits = exact(**batch.model_inputs()).logits.flatten(0, 1)[batch.places]
@@ -73,13 +73,13 @@ def test_an_adapted_layer_computes_what_pefts_does(architecture: str, targets: l
     expected = exact_gradients(slow, ragged_examples())
     if norms:
         with PerSampleNorms(fast):
-            found = gradients(fast, ragged_examples())
+            computed = gradients(fast, ragged_examples())
     else:
-        found = gradients(fast, ragged_examples())
-    assert found.keys() == expected.keys()
+        computed = gradients(fast, ragged_examples())
+    assert computed.keys() == expected.keys()
     for name, gradient in expected.items():
         # a normalisation layer that meets an almost constant vector multiplies what was rounded before it
-        assert_close_by_norm(found[name], gradient, k=2048)
+        assert_close_by_norm(computed[name], gradient, k=2048)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -91,10 +91,10 @@ def test_dropout_drops_what_pefts_does(architecture: str) -> None:
             if "lora_B" in name:
                 parameter.data.normal_(std=0.3)
     expected = exact_gradients(exact_copy(slow), ragged_examples())
-    found = gradients(fast, ragged_examples())
+    computed = gradients(fast, ragged_examples())
     without = gradients(fast.eval(), ragged_examples())
     for name, gradient in expected.items():
-        assert_close_by_norm(found[name], gradient, k=2048)
+        assert_close_by_norm(computed[name], gradient, k=2048)
     assert any((without[name] - gradient).abs().max() > 1e-3 for name, gradient in expected.items())
 
 
@@ -156,12 +156,12 @@ def test_the_heads_losses_and_their_gradient_are_those_of_all_logits(
     targets = torch.randint(VOCABULARY, (12,))
     hidden = torch.randn(12, 16, requires_grad=True)
     weights = torch.rand(12)
-    found = head.token_losses(hidden, targets)
-    (gradient,) = torch.autograd.grad((found * weights).sum(), hidden)
+    computed = head.token_losses(hidden, targets)
+    (gradient,) = torch.autograd.grad((computed * weights).sum(), hidden)
     exact = hidden.detach().double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(exact @ head.weight.double().t(), targets, reduction="none")
     (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), exact)
-    assert_close_by_norm(found, expected, k=32, dim=())
+    assert_close_by_norm(computed, expected, k=32, dim=())
     assert_close_by_norm(gradient, expected_gradient, k=32, dim=-1)
 
 
@@ -172,19 +172,19 @@ def test_a_head_in_bfloat16_predicts_no_word_of_its_padding() -> None:
     assert len(head.weight) == 64 > VOCABULARY
     hidden = (torch.randn(9, 16) - 3).to(torch.bfloat16).requires_grad_()
     targets = torch.randint(VOCABULARY, (9,))
-    found = head.token_losses(hidden, targets)
-    found.sum().backward()
+    computed = head.token_losses(hidden, targets)
+    computed.sum().backward()
     exact = hidden.detach().double().requires_grad_()
     weight = head.weight[:VOCABULARY].double()
     expected = torch.nn.functional.cross_entropy(exact @ weight.t(), targets, reduction="none")
     expected.sum().backward()
-    assert_close_by_norm(found, expected, k=4, dim=(), dtype=torch.bfloat16)
+    assert_close_by_norm(computed, expected, k=4, dim=(), dtype=torch.bfloat16)
     assert_close_by_norm(hidden.grad, exact.grad, k=8, dim=-1)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_bfloat16_head_rounds_what_logits_differ_by_and_not_what_they_are(bias: bool) -> None:
-    """Likely words have logits of about 40, which bfloat16 has in steps of .25."""
+    """Likely words have logits of about 40, where bfloat16 has steps of .25."""
     torch.manual_seed(0)
     embedding = torch.nn.Linear(32, 61, bias=bias).requires_grad_(False)
     embedding.weight.mul_(0.5)
@@ -195,16 +195,16 @@ def test_a_bfloat16_head_rounds_what_logits_differ_by_and_not_what_they_are(bias
     hidden[:, 0] = 8
     hidden = hidden.to(torch.bfloat16).requires_grad_()
     targets = torch.randint(61, (50,))
-    found = head.token_losses(hidden, targets)
-    found.sum().backward()
+    computed = head.token_losses(hidden, targets)
+    computed.sum().backward()
     exact = hidden.detach().double().requires_grad_()
     logits = embedding.double()(exact)
     assert 35 < logits.min() < logits.max() < 50
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     expected.sum().backward()
     rounded = torch.nn.functional.cross_entropy(logits.to(torch.bfloat16).double(), targets, reduction="none")
-    assert (found - expected).norm() < 0.1 * (rounded - expected).norm()
-    assert_close_by_norm(found, expected, k=1, dtype=torch.bfloat16)
+    assert (computed - expected).norm() < 0.1 * (rounded - expected).norm()
+    assert_close_by_norm(computed, expected, k=1, dtype=torch.bfloat16)
     assert_close_by_norm(hidden.grad, exact.grad, k=8)
 
 
@@ -222,7 +222,7 @@ def test_a_head_may_be_used_without_and_then_with_gradients() -> None:
 
 
 def capped_model() -> Any:
-    """Gemma 2 caps its logits, so nothing may be taken from below its head."""
+    """Gemma 2 caps its logits, so its head cannot be applied separately."""
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = Gemma2Config(
@@ -288,7 +288,7 @@ def test_most_bfloat16_norms_are_float32s_to_bfloat16s_digits(architecture: str)
 
 
 def failing_above(tokens: int, error: Exception) -> type[ResponseLosses]:
-    """`ResponseLosses` on a device that holds no batch of more than `tokens`."""
+    """Return a `ResponseLosses` that fails with `error` for batches of more than `tokens`."""
 
     class Small(ResponseLosses):
         def __call__(self, batch: Any) -> torch.Tensor:
@@ -336,7 +336,7 @@ def test_out_of_memory_halves_the_budget_says_so_and_changes_no_result(
 
 
 def test_dropout_after_out_of_memory_is_that_of_the_smaller_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the attempts that failed had drawn."""
+    """Random numbers of failed attempts have no influence."""
     adapters, tokens = [], 4096
     for losses in (failing_above(30, OUT_OF_MEMORY[0]), ResponseLosses):
         monkeypatch.setattr(modules, "ResponseLosses", losses)
@@ -352,8 +352,8 @@ def test_out_of_memory_in_a_collection_pass_changes_no_norm(monkeypatch: pytest.
     encoded, adapted, said = ragged_examples(9), adapted_model("llama", ["all-linear"]), []
     monkeypatch.setattr(modules, "ResponseLosses", failing_above(30, OUT_OF_MEMORY[0]))
     budget = TokenBudget(1000, said.append)
-    found = collect_norms(adapted, encoded, budget, 0, ComputeConfig(device="cpu"))
-    assert_norms_close(np.stack([found[name] for name in COLUMNS], 1), loop_norms(adapted, encoded))
+    computed = collect_norms(adapted, encoded, budget, 0, ComputeConfig(device="cpu"))
+    assert_norms_close(np.stack([computed[name] for name in COLUMNS], 1), loop_norms(adapted, encoded))
     assert said
     assert budget.tokens <= 30
 

@@ -1,4 +1,4 @@
-"""Laws of the ensembles: what members share and what they differ by, exact norms under masks, nothing done twice."""
+"""Laws of the ensembles: what members share and how they differ, exact norms under masks, no repeated work."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def inputs(encoded: list[Encoded]) -> ProxyInputs:
 def trained(
     store: Path, settings: ProxyConfig, encoded: list[Encoded] | None = None
 ) -> tuple[list[list[Artifact]], Runtime]:
-    """The adapters as [adapter][epoch - 1]."""
+    """Return the adapters as [adapter][epoch - 1]."""
     run = runtime(store)
     return train_adapters(run, settings, *parents(run), lambda: inputs(encoded or ragged_examples(10))), run
 
@@ -64,7 +64,7 @@ def trained(
 def ensemble(
     store: Path, settings: ProxyConfig, encoded: list[Encoded] | None = None
 ) -> tuple[dict[int, list[list[Artifact]]], Runtime]:
-    """The norms after each epoch, as {epoch: [member][shard]}."""
+    """Return the norms after each epoch, as {epoch: [member][shard]}."""
     adapters, run = trained(store, settings, encoded)
     examples = encoded or ragged_examples(10)
     return {
@@ -77,12 +77,12 @@ def made(run: Runtime) -> Counter[str]:
 
 
 def norms_of(members: list[list[Artifact]]) -> np.ndarray:
-    """norm_B of the members, (M, N)."""
+    """Return the members' norm_B, (M, N)."""
     return np.stack([read_norms(shards)["norm_B"] for shards in members])
 
 
-def flat(found: dict[int, list[list[Artifact]]]) -> list[Artifact]:
-    return [shard for members in found.values() for shards in members for shard in shards]
+def flat(computed: dict[int, list[list[Artifact]]]) -> list[Artifact]:
+    return [shard for members in computed.values() for shards in members for shard in shards]
 
 
 # ------------------------------------------------------------------------------------------ every kind
@@ -98,10 +98,10 @@ def test_members_differ_and_fewer_of_them_are_the_first_of_more(mode: str, tmp_p
         assert norms.shape == (5, 10)
         assert (norms.var(0) > 1e-8).all()
     for scope in ("all", "scaled"):
-        found = compute_statistics(five[1], five[2], scope, 11)
-        assert np.isnan(found.V_t[10])  # the pool's last example was not encoded
-        assert (found.V_t[:10] > 0).all()
-        assert (found.G_s[:10] > 0).all()
+        computed = compute_statistics(five[1], five[2], scope, 11)
+        assert np.isnan(computed.V_t[10])  # the pool's last example was not encoded
+        assert (computed.V_t[:10] > 0).all()
+        assert (computed.G_s[:10] > 0).all()
     three, again = ensemble(tmp_path, config(mode, members=3))
     assert not made(again)
     assert [a.path for a in flat(three)] == [a.path for a in flat({epoch: five[epoch][:3] for epoch in (1, 2)})]
@@ -115,8 +115,8 @@ def test_equal_commands_give_equal_bytes_and_other_seeds_do_not(mode: str, tmp_p
         assert left.file("gradient_norms.parquet").read_bytes() == right.file("gradient_norms.parquet").read_bytes()
     other = runtime(tmp_path / "c", seed=1)
     adapters = train_adapters(other, config(mode, members=2), *parents(other), lambda: inputs(ragged_examples(10)))
-    found = ensemble_norms(other, config(mode, members=2), adapters, lambda: inputs(ragged_examples(10)), 2)
-    assert not np.allclose(norms_of(first[2]), norms_of(found), rtol=1e-3)
+    computed = ensemble_norms(other, config(mode, members=2), adapters, lambda: inputs(ragged_examples(10)), 2)
+    assert not np.allclose(norms_of(first[2]), norms_of(computed), rtol=1e-3)
 
 
 @pytest.mark.parametrize("mode", NEW)
@@ -136,9 +136,9 @@ def test_an_interrupted_ensemble_goes_on_where_it_stopped(mode: str, tmp_path: P
         patch.setattr("gradsift.proxy.collection.collect_norms", stops)
         with pytest.raises(KeyboardInterrupt):
             ensemble(tmp_path / "stopped", settings)
-    found, run = ensemble(tmp_path / "stopped", settings)
+    computed, run = ensemble(tmp_path / "stopped", settings)
     assert made(run) == {"norms": 1}  # the fourth of them
-    for left, right in zip(flat(found), flat(whole), strict=True):
+    for left, right in zip(flat(computed), flat(whole), strict=True):
         assert left.file("gradient_norms.parquet").read_bytes() == right.file("gradient_norms.parquet").read_bytes()
 
 
@@ -173,7 +173,7 @@ def test_a_member_whose_adapter_is_damaged_is_trained_again(tmp_path: Path) -> N
 
 
 def test_what_the_weights_of_lora_seeds_depend_on(tmp_path: Path) -> None:
-    """On none of the shards of a collection, which is another stage."""
+    """A member's identity does not depend on the shards of a collection, which is another stage."""
     settings = member_settings(config("lora_seeds", shards=3, shard=1), runtime(tmp_path), member=1, epoch=2)
     assert settings == {
         "member": 1,
@@ -202,7 +202,7 @@ def test_what_the_weights_of_lora_seeds_depend_on(tmp_path: Path) -> None:
     [("lora_seeds", [[2], [4, 3, 5], [0, 6, 1]]), ("bootstrap", [[3], [0, 4, 6], [2, 6, 1]])],
 )
 def test_a_seed_gives_the_order_that_it_has_always_given(mode: str, batches: list[list[int]]) -> None:
-    """Another name of the random stream would give other members under the identity of those in the stores."""
+    """Renaming a random stream would change members without changing their identity."""
     assert epoch_plan(config(mode, batch_size=3), [3, 9, 4, 7, 5, 8, 6], seed=0, member=1, epoch=2) == batches
 
 
@@ -250,7 +250,7 @@ def test_bootstrap_members_start_from_one_adapter_and_others_do_not(tmp_path: Pa
 
 
 class FixedMask(nn.Module):
-    """Multiplies by the factors that one example's tokens were multiplied by."""
+    """Multiplies by the recorded dropout factors of one example's tokens."""
 
     def __init__(self, factors: torch.Tensor) -> None:
         super().__init__()
@@ -270,7 +270,7 @@ def dropping_model(architecture: str, dropout: float) -> Any:
 
 
 def under_masks(adapted: Any, examples: list[Encoded], seed: int, tokens: int = 4096) -> np.ndarray:
-    """norm_A, norm_B, loss, (N, 3), as the members of mc_dropout have them."""
+    """Return norm_A, norm_B and loss, (N, 3), of a member of mc_dropout."""
     columns = collect_norms(adapted, examples, TokenBudget(tokens), 0, CPU, masks=seed)
     return np.stack([columns[name] for name in COLUMNS], 1)
 
@@ -287,7 +287,7 @@ def test_norms_under_dropout_are_those_of_one_example_under_the_same_masks(archi
             factors[name] = (dropped / given[0]).detach().nan_to_num(1.0).gt(0.5).double() / 0.6
 
         hooks.append(layer.lora_dropout["default"].register_forward_hook(note))
-    found = under_masks(adapted, examples, seed=5)
+    computed = under_masks(adapted, examples, seed=5)
     for hook in hooks:
         hook.remove()
     assert any((mask == 0).float().mean().sub(0.4).abs() < 0.1 for mask in factors.values())
@@ -298,7 +298,7 @@ def test_norms_under_dropout_are_those_of_one_example_under_the_same_masks(archi
         for name, layer in lora.lora_layers(adapted):
             layer.lora_dropout["default"] = FixedMask(factors[name][place : place + 1])
         expected[row] = loop_norms(adapted, [examples[row]])[0]
-    assert_norms_close(found, expected)
+    assert_norms_close(computed, expected)
 
 
 def test_a_pass_under_masks_leaves_the_mode_and_a_pass_without_them_drops_nothing() -> None:
@@ -355,8 +355,8 @@ def test_a_pass_under_masks_that_was_cut_short_draws_on_as_one_that_was_not(tmp_
         collect_norms(adapted, examples, TokenBudget(30), 0, CPU, stops, **options)
     torch.manual_seed(99)
     options = {"masks": 3, "journal": Journal(tmp_path)}
-    found = collect_norms(adapted, examples, TokenBudget(30), 0, CPU, **options)
-    assert np.array_equal(np.stack([found[name] for name in COLUMNS], 1), whole)
+    computed = collect_norms(adapted, examples, TokenBudget(30), 0, CPU, **options)
+    assert np.array_equal(np.stack([computed[name] for name in COLUMNS], 1), whole)
 
 
 # -------------------------------------------------------------------------------------------- config

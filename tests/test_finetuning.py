@@ -1,4 +1,4 @@
-"""Laws of the one training loop: continued = uninterrupted, fast losses and norms = slow loops, a stop is a stop."""
+"""Laws of the training loop: a resumed training equals an uninterrupted one, and losses and norms equal slow loops."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def weights_of(adapted: Any) -> dict[str, torch.Tensor]:
 
 
 def multi_turn_examples() -> list[Encoded]:
-    """Prompt and response in turns, of different lengths; one begins with a response after a single token."""
+    """Return examples of alternating prompts and responses; one has its first response after a single token."""
     masks = ["0011", "00110001101", "0100111", "01", "000000000001"]
     rng = np.random.default_rng(11)
     return [
@@ -85,7 +85,7 @@ def multi_turn_examples() -> list[Encoded]:
 
 
 def slow_token_losses(exact: Any, example: Encoded) -> torch.Tensor:
-    """(n,) float64, token by token: each response token is predicted from the tokens before it and nothing else."""
+    """Return token losses (n,) float64: each response token is predicted from the tokens before it only."""
     losses = []
     for position in range(1, len(example.input_ids)):
         if example.is_response[position]:
@@ -96,7 +96,7 @@ def slow_token_losses(exact: Any, example: Encoded) -> torch.Tensor:
 
 
 def slow_losses(model: Any, examples: Sequence[Encoded]) -> np.ndarray:
-    """(N,) float64, each example's mean over its response tokens."""
+    """Return losses (N,) float64, each the mean over the example's response tokens."""
     exact = exact_copy(model)
     with torch.no_grad():
         return np.array([float(slow_token_losses(exact, example).mean()) for example in examples])
@@ -155,7 +155,7 @@ def test_the_schedules_are_those_of_transformers(schedule: str, warmup: int) -> 
 
 
 class Rates(L.Callback):
-    """Notes the learning rate that each optimiser step takes."""
+    """Records the learning rate of each optimiser step."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -182,7 +182,7 @@ def test_training_follows_the_factor_by_optimiser_step_from_its_first_step(token
 
 
 def test_a_step_by_token_is_one_step_on_the_mean_over_its_tokens() -> None:
-    """In batches of an example each, clipped; the twin has every token of the step in one float64 mean."""
+    """Batches of one example, clipped, against one float64 mean over all tokens of the step."""
     encoded, limit = ragged_examples(6), 0.5
     adapted, twin = (adapted_model("gpt2", ["all-linear"]) for _ in range(2))
     rate = optimization(loss="token", max_grad_norm=limit, weight_decay=0.0)
@@ -195,8 +195,8 @@ def test_a_step_by_token_is_one_step_on_the_mean_over_its_tokens() -> None:
     tokens.mean().backward()
     expected = torch.cat([gradient.flatten() for gradient in gradients_of(twin).values()])
     assert expected.norm() > 2 * limit
-    found = torch.cat([gradient.flatten() for gradient in gradients[0].values()])
-    assert_close_by_norm(found, expected * (limit / expected.norm()), 100)
+    computed = torch.cat([gradient.flatten() for gradient in gradients[0].values()])
+    assert_close_by_norm(computed, expected * (limit / expected.norm()), 100)
 
 
 def gradients_of(adapted: Any) -> dict[str, torch.Tensor]:
@@ -229,7 +229,7 @@ def member_epoch(
     advance: Callable[[int], None] = lambda done: None,
     compute: ComputeConfig = CPU,
 ) -> dict[str, Any]:
-    """Train member 1 for one epoch in `folder`, from what `previous` holds."""
+    """Train member 1 for one epoch in `folder`, from the state in `previous`."""
     folder.mkdir(exist_ok=True)
     tokenizer: Any = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 0})()
     before = Artifact("member", previous, "fingerprint", {}) if previous else None
@@ -288,7 +288,7 @@ def test_members_differ_and_leave_the_backbone_as_it_was(tmp_path: Path) -> None
 
 
 def exact_steps(adapted: Any, encoded: Sequence[Encoded], plan: Sequence[Sequence[int]], rate: Optimization) -> Any:
-    """Yields a float64 copy before each step and after the last: all examples of a step at once, torch's own AdamW."""
+    """Yield a float64 copy before each step and after the last, trained on whole steps with torch's AdamW."""
     exact = exact_copy(adapted)
     optimizer = torch.optim.AdamW(lora.trainable_parameters(exact).values(), weight_decay=rate.weight_decay)
     for step, rows in enumerate(plan):
@@ -315,7 +315,7 @@ def test_a_snapshot_of_untrained_weights_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 30, 4096])
 def test_a_step_in_several_batches_equals_the_step_in_one(tokens: int) -> None:
-    """By each matrix: Adam divides by a gradient's size, so it multiplies the rounding of a tiny one."""
+    """Compare each matrix by its norm: Adam divides by a gradient's size, which amplifies rounding."""
     encoded, plan = ragged_examples(16), [list(range(8)), list(range(8, 16))]
     adapted = adapted_model("gpt2", ["all-linear"])
     before = weights_of(adapted)
@@ -356,8 +356,8 @@ def test_norms_during_training_are_those_of_each_steps_weights(architecture: str
     steps = exact_steps(adapted_model(architecture, ["all-linear"]), encoded, plan, rate)
     for rows, exact in zip(plan, steps, strict=False):
         expected[rows] = loop_norms(exact, [encoded[row] for row in rows])
-    found = np.stack([norms.records.columns(encoded)[name] for name in COLUMNS], 1)
-    assert_norms_close(found, expected)
+    computed = np.stack([norms.records.columns(encoded)[name] for name in COLUMNS], 1)
+    assert_norms_close(computed, expected)
     final = loop_norms(next(steps), encoded)
     assert np.abs(final / expected - 1).max() > 0.01  # or the weights hardly moved, and nothing was tested
 
@@ -366,14 +366,14 @@ def test_norms_during_training_are_those_of_each_steps_weights(architecture: str
 @pytest.mark.parametrize("tokens", [1, 13, 30, 61, 4096])
 def test_norms_of_a_collection_pass_are_those_of_the_loop(architecture: str, tokens: int) -> None:
     encoded, adapted = ragged_examples(9), adapted_model(architecture, ["all-linear"])
-    found = collected(adapted, encoded, tokens)
-    assert found.dtype == np.float32
-    assert_norms_close(found, loop_norms(adapted, encoded))
+    computed = collected(adapted, encoded, tokens)
+    assert computed.dtype == np.float32
+    assert_norms_close(computed, loop_norms(adapted, encoded))
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_norms_of_a_loaded_model_are_those_of_plain_transformers_and_peft(architecture: str, backbones: Path) -> None:
-    """With nothing of the engine in the twin: neither its layers, nor its attention, head, GELU and losses."""
+    """The reference uses no part of the engine: not its layers, attention, head, GELU or losses."""
     run, config = runtime(backbones), ModelConfig(kind="nano", nano=NanoConfig(architecture=architecture, steps=20))
     made, encoded = backbone(run, config), ragged_examples(9)
     adapted = lora.add_adapter(load_backbone(made, config, CPU).model, LoraConfig(rank=3), seed=1)
@@ -391,8 +391,8 @@ def test_norms_of_a_loaded_model_are_those_of_plain_transformers_and_peft(archit
 
 
 def collected(adapted: Any, encoded: Sequence[Encoded], tokens: int = 4096) -> np.ndarray:
-    found = collect_norms(adapted, encoded, TokenBudget(tokens), 0, CPU)
-    return np.stack([found[name] for name in COLUMNS], 1)
+    computed = collect_norms(adapted, encoded, TokenBudget(tokens), 0, CPU)
+    return np.stack([computed[name] for name in COLUMNS], 1)
 
 
 def test_what_is_collected_stands_in_the_examples_order_whatever_the_batches() -> None:
@@ -485,22 +485,22 @@ def test_bfloat16_runs_on_the_cpu_and_its_norms_are_finite_float32(collect: str)
     train(adapted, encoded, [[0, 1, 2], [3, 4, 5]], callbacks=[norms], compute=compute)
     assert {value.dtype for value in weights_of(adapted).values()} == {torch.float32}
     table = norms.records.columns(encoded)
-    found = np.stack([table[name] for name in COLUMNS], 1)
+    computed = np.stack([table[name] for name in COLUMNS], 1)
     if collect == "epoch_end":
-        found = collected(adapted, encoded)
-    assert found.dtype == np.float32
-    assert np.isfinite(found).all()
-    assert (found[:, 1:] > 0).all()
+        computed = collected(adapted, encoded)
+    assert computed.dtype == np.float32
+    assert np.isfinite(computed).all()
+    assert (computed[:, 1:] > 0).all()
     if collect == "epoch_end":  # and they are norms, to roundings of bfloat16
         exact = loop_norms(adapted.float().eval(), encoded)
-        assert_close_by_norm(found[:, 1], exact[:, 1], k=16, dtype=torch.bfloat16)
+        assert_close_by_norm(computed[:, 1], exact[:, 1], k=16, dtype=torch.bfloat16)
 
 
 # ------------------------------------------------------------------------------------------- stops
 
 
 def poisoned(row: int, value: float) -> Any:
-    """`ResponseLosses` with another value for one row."""
+    """Return a `ResponseLosses` with `value` for one row."""
 
     class Poisoned(ResponseLosses):
         def __call__(self, batch: Any) -> torch.Tensor:
@@ -552,7 +552,7 @@ def test_a_loss_that_is_not_finite_names_the_row_of_the_source(
 
 
 class CtrlC(L.Callback):
-    """What Ctrl-C does, in the middle of the training."""
+    """Raises what Ctrl-C raises, during a training."""
 
     def __init__(self, real_signal: bool) -> None:
         self._real_signal = real_signal
@@ -565,7 +565,7 @@ class CtrlC(L.Callback):
 
 @pytest.fixture
 def python_handler() -> Iterator[None]:
-    """Python's own handler of Ctrl-C, which a shell's background jobs start without."""
+    """Install Python's own handler of Ctrl-C, which a shell's background jobs lack."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

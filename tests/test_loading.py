@@ -1,4 +1,4 @@
-"""Laws of loading: all weights of a model come from its files, and whatever is wrong with these is said by name."""
+"""Laws of loading: all weights of a model come from its files, and errors name what is wrong with them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture
 def save(tmp_path: Path, byte_tokenizer: Any) -> Callable[..., Path]:
-    """Saves a model with a tokenizer; `weights` and `settings` change its tensors and its config."""
+    """Save a model with a tokenizer; `weights` and `settings` change its tensors and its config."""
 
     def saved(
         model: Any, weights: Callable[[Tensors], Tensors] | None = None, settings: dict[str, Any] | None = None
@@ -50,7 +50,7 @@ def load(folder: Path) -> Any:
 
 
 def refusal(folder: Path) -> str:
-    """The error in one line, without the folder's name."""
+    """Return the error in one line, without the folder's name."""
     with pytest.raises(DataError) as caught:
         load(folder)
     message = str(caught.value)
@@ -110,7 +110,7 @@ def test_a_head_of_another_task_is_left_alone(name: str, save: Callable[..., Pat
 
 
 def test_masks_and_frequencies_of_old_files_are_left_alone(save: Callable[..., Path]) -> None:
-    """GPT-2's files on the hub have masks, and names without a prefix; Llama's old ones have rotary frequencies."""
+    """GPT-2's files on the hub have masks and names without a prefix; old files of Llama have rotary frequencies."""
     gpt2, mask = tiny_model("gpt2"), torch.ones(1, 1, 32, 32).tril()
 
     def as_on_the_hub(tensors: Tensors) -> Tensors:
@@ -195,7 +195,7 @@ def test_a_broken_tokenizer_is_refused(file: str, text: str, save: Callable[...,
 
 @pytest.mark.parametrize("tokenizer_class", [None, "LlamaTokenizer"])
 def test_a_folder_without_a_tokenizer_is_refused(tokenizer_class: str | None, save: Callable[..., Path]) -> None:
-    """transformers makes an empty one, of which every text has no token, or unknown ones."""
+    """transformers makes an empty tokenizer, which gives no tokens or only unknown ones."""
     folder = save(tiny_model("gpt2"))
     (folder / "tokenizer.json").unlink()
     if tokenizer_class is None:

@@ -1,4 +1,4 @@
-"""Laws of the per-sample gradient norms: they equal the one-example autograd loop in float64, however batched."""
+"""Laws of per-sample gradient norms: they equal a float64 autograd loop over single examples, for any batches."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def tiny_model(architecture: str, tied: bool = True) -> torch.nn.Module:
 def adapted_model(
     architecture: str, targets: list[str], tied: bool = True, rank: int = 3, alpha: float = 16.0
 ) -> torch.nn.Module:
-    """With B away from zero, as after some training: at B = 0 the gradient of A vanishes."""
+    """Return a model whose B is not zero, as after some training: at B = 0 the gradient of A vanishes."""
     config = LoraConfig(rank=rank, alpha=alpha, targets=targets)
     adapted = lora.add_adapter(tiny_model(architecture, tied), config, seed=1)
     torch.manual_seed(2)
@@ -79,7 +79,7 @@ def ragged_examples(count: int = 7, seed: int = 3) -> list[Encoded]:
 
 
 def loop_norms(adapted: torch.nn.Module, examples: list[Encoded]) -> np.ndarray:
-    """(N, 3) norms of A and of B, and losses, in float64: one example, one backward pass, peft's own layers."""
+    """Return norms of A and B, and losses, (N, 3) float64: one backward pass per example through peft's own layers."""
     exact = exact_copy(adapted)
     parameters = lora.trainable_parameters(exact)
     norms = []
@@ -95,15 +95,15 @@ def loop_norms(adapted: torch.nn.Module, examples: list[Encoded]) -> np.ndarray:
     return np.array(norms)
 
 
-def assert_norms_close(found: np.ndarray, exact: np.ndarray) -> None:
-    """Each norm and each loss relative to itself.
+def assert_norms_close(computed: np.ndarray, exact: np.ndarray) -> None:
+    """Compare each norm and each loss relative to itself.
 
     Most norms are off by less than 10 roundings. Where a normalisation layer meets an almost constant vector, it
     divides by a small deviation and multiplies their roundings by some hundred. Losses are hardly touched.
     """
     assert (exact > 1e-3).all()  # or the comparison would be of noise
-    assert_close_by_norm(found[:, :2], exact[:, :2], k=2048, dim=())
-    assert_close_by_norm(found[:, 2], exact[:, 2], k=128, dim=())
+    assert_close_by_norm(computed[:, :2], exact[:, :2], k=2048, dim=())
+    assert_close_by_norm(computed[:, 2], exact[:, 2], k=128, dim=())
 
 
 def batch_norms(

@@ -32,7 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def rows() -> list[Encoded]:
-    """Responses of 1 to 12 tokens after prompts of 1 to 6."""
+    """Return examples with responses of 1 to 12 tokens after prompts of 1 to 6."""
     rng = np.random.default_rng(3)
     made = []
     for row in range(STEPS * BATCH):
@@ -43,7 +43,7 @@ def rows() -> list[Encoded]:
 
 
 def twin(adapted: Any) -> Any:
-    """The plain model with peft's own adapter, in which A and B are those of `adapted`; evaluation mode, no dropout."""
+    """Return the model with peft's own adapter and the weights of `adapted`, in evaluation mode, without dropout."""
     names = {name.rsplit(".", 1)[-1] for name, _ in lora.lora_layers(adapted)}
     theirs = peft.LoraConfig(r=4, lora_alpha=16, target_modules=list(names))
     model = peft.get_peft_model(tiny_model("llama"), theirs)
@@ -101,7 +101,7 @@ def fresh() -> Any:
 
 
 def trained(recipe: dict[str, Any], loss: str = "token") -> dict[str, torch.Tensor]:
-    """The weights after our training of ten steps."""
+    """Return the weights after ten steps of our training."""
     adapted = fresh()
     rate = optimization(**recipe, loss=loss, learning_rate=RATE, total_steps=STEPS)
     plan = [list(range(step * BATCH, step * BATCH + BATCH)) for step in range(STEPS)]
@@ -109,10 +109,12 @@ def trained(recipe: dict[str, Any], loss: str = "token") -> dict[str, torch.Tens
     return weights_of(adapted)
 
 
-def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Relative by norm, over what was learnt: B starts at 0."""
-    assert found.keys() == expected.keys()
-    ours, theirs = (torch.cat([w[name].flatten() for name in found if "lora_B" in name]) for w in (found, expected))
+def distance(computed: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Return the distance of the B matrices, relative by norm; B starts at 0."""
+    assert computed.keys() == expected.keys()
+    ours, theirs = (
+        torch.cat([w[name].flatten() for name in computed if "lora_B" in name]) for w in (computed, expected)
+    )
     return float((ours - theirs).norm() / theirs.norm())
 
 

@@ -1,4 +1,4 @@
-"""Laws of per-sample gradients: they equal the one-example autograd loop, Adam's formula and a dense projection."""
+"""Laws of per-sample gradients: they equal an autograd loop, Adam's formula and a dense projection."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 
 def example_loss(model: torch.nn.Module, example: Encoded) -> torch.Tensor:
-    """Mean negative log-likelihood of the response tokens, from the definition."""
+    """Return the mean negative log-likelihood of the response tokens, by definition."""
     ids = torch.tensor(example.input_ids, dtype=torch.long)[None]
     log_probabilities = torch.log_softmax(model(input_ids=ids).logits[0, :-1], -1)
     chosen = log_probabilities[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
@@ -31,7 +31,7 @@ def example_loss(model: torch.nn.Module, example: Encoded) -> torch.Tensor:
 
 
 def loop_gradients(model: torch.nn.Module, examples: list[Encoded]) -> np.ndarray:
-    """(B, P) float64: one example, one backward pass, the trainable parameters in their order."""
+    """Return gradients (B, P) float64, by one backward pass per example, in the order of the trainable parameters."""
     exact = exact_copy(model)
     parameters = list(lora.trainable_parameters(exact).values())
     rows = [torch.autograd.grad(example_loss(exact, example), parameters) for example in examples]
@@ -43,10 +43,10 @@ def batched(adapted: torch.nn.Module, examples: list[Encoded], size: int, side: 
         return np.concatenate([gradients(examples[i : i + size]).numpy() for i in range(0, len(examples), size)])
 
 
-def assert_rows_close(found: np.ndarray, exact: np.ndarray, k: float = 2048) -> None:
-    """Relative to each row's length: as many roundings as `assert_norms_close` allows its length."""
-    assert found.dtype == np.float32
-    assert_close_by_norm(found, exact, k, dim=-1)
+def assert_rows_close(computed: np.ndarray, exact: np.ndarray, k: float = 2048) -> None:
+    """Compare rows relative to their length, to as many roundings as `assert_norms_close` allows."""
+    assert computed.dtype == np.float32
+    assert_close_by_norm(computed, exact, k, dim=-1)
 
 
 # --------------------------------------------------------------------------------------- gradients
@@ -66,8 +66,8 @@ def test_gradients_equal_the_one_example_loop(architecture: str, side: str, size
 def test_their_lengths_are_the_norms_of_the_engine(architecture: str, targets: list[str]) -> None:
     adapted, examples = adapted_model(architecture, targets), ragged_examples()
     exact = np.linalg.norm(loop_norms(adapted, examples)[:, :2], axis=1)
-    for found in (batched(adapted, examples, 7), batch_norms(adapted, examples, 7)[:, :2]):
-        assert_close_by_norm(np.linalg.norm(found, axis=1), exact, k=2048, dim=())
+    for computed in (batched(adapted, examples, 7), batch_norms(adapted, examples, 7)[:, :2]):
+        assert_close_by_norm(np.linalg.norm(computed, axis=1), exact, k=2048, dim=())
 
 
 def test_dropout_is_off_and_nothing_is_left_behind() -> None:
@@ -90,20 +90,20 @@ def test_full_gradients_are_those_of_the_merged_models_weights(architecture: str
     adapted, examples = adapted_model(architecture, ["all-linear"], tied), ragged_examples(3)
     before = [parameter.detach().clone() for parameter in adapted.parameters()]
     with gradient_pass(adapted, "full", 0) as gradients:
-        found = gradients(examples).numpy()
+        computed = gradients(examples).numpy()
     assert all(torch.equal(old, new) for old, new in zip(before, adapted.parameters(), strict=True))
     merged = adapted.merge_and_unload().requires_grad_(True)
-    assert gradients.size == found.shape[1] == merged.num_parameters()
-    assert_rows_close(found, loop_gradients(merged, examples))
+    assert gradients.size == computed.shape[1] == merged.num_parameters()
+    assert_rows_close(computed, loop_gradients(merged, examples))
 
 
 def test_a_weight_that_no_loss_depends_on_has_a_gradient_of_zero() -> None:
     adapted, examples = adapted_model("gpt2", ["all-linear"]), ragged_examples(2)
     adapted.get_base_model().register_parameter("spare", torch.nn.Parameter(torch.ones(5)))
     with gradient_pass(adapted, "full", 0) as gradients:
-        found = gradients(examples).numpy()
-    assert gradients.size == found.shape[1]
-    assert not found[:, :5].any()  # the model's own parameter comes before those of its layers
+        computed = gradients(examples).numpy()
+    assert gradients.size == computed.shape[1]
+    assert not computed[:, :5].any()  # the model's own parameter comes before those of its layers
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -116,8 +116,8 @@ def test_an_adapter_of_a_tied_head_is_not_merged_into_the_embedding(architecture
         pass
     adapted = adapted_model(architecture, ["lm_head"], tied=False)
     with gradient_pass(adapted, "full", 0) as gradients:
-        found = gradients(examples).numpy()
-    assert_rows_close(found, loop_gradients(adapted.merge_and_unload().requires_grad_(True), examples))
+        computed = gradients(examples).numpy()
+    assert_rows_close(computed, loop_gradients(adapted.merge_and_unload().requires_grad_(True), examples))
 
 
 def test_a_model_without_adapters_has_no_lora_gradients() -> None:
@@ -129,7 +129,7 @@ def test_a_model_without_adapters_has_no_lora_gradients() -> None:
 
 
 def trained_state(adapted: torch.nn.Module, path: Path) -> None:
-    """Two steps of AdamW, and its state as a checkpoint keeps it."""
+    """Take two steps of AdamW and write its state as a checkpoint does."""
     parameters = lora.trainable_parameters(adapted)
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
     for example in ragged_examples(2, seed=9):
@@ -175,7 +175,7 @@ def test_a_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
 
 
 def whole(projection: Projection, tile: int) -> torch.Tensor:
-    """(S, D): a tile's signs in one strip."""
+    """Return a tile's signs in one strip, (S, D)."""
     ((_, signs),) = projection.signs(tile, torch.device("cpu"), projection.dimensions)
     return signs
 
@@ -209,7 +209,7 @@ def test_a_gpu_spells_out_the_same_signs_from_their_bits() -> None:
 
 
 def test_the_matrix_is_the_one_that_stored_features_were_made_with() -> None:
-    """A change of these needs a higher VERSION of the features stage."""
+    """If these values change, the VERSION of the features stage has to be raised."""
     signs = whole(Projection(1024, 70, seed=5), 3)
     words = np.random.PCG64([5, 3]).random_raw(2 * 1024).reshape(1024, 2)
     for row, column in ((0, 0), (0, 69), (1, 7), (1023, 64)):
@@ -239,7 +239,7 @@ def test_how_many_rows_are_projected_at_once_changes_nothing() -> None:
 
 
 def test_inner_products_survive_within_the_bound() -> None:
-    """200 pairs of all cosines: errors of the promised size, none beyond five of them, no bias."""
+    """200 pairs of all cosines: errors have the stated deviation, none exceeds five of them, and there is no bias."""
     size, dimensions, pairs = 4000, 512, 200
     rng = np.random.default_rng(0)
     x = rng.standard_normal((pairs, size))

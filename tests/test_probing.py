@@ -1,4 +1,4 @@
-"""Laws of the trial: an adapter that cannot train is refused before anything does, and a good one leaves no trace."""
+"""Laws of the trial: an adapter that cannot train is refused before any training, and a good one leaves no trace."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 
 class Doubled(nn.Linear):
-    """A linear layer by its class, and another function."""
+    """A subclass of a linear layer that computes another function."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(input)
 
 
 class Renamed(nn.Linear):
-    """A subclass that computes what its parent does."""
+    """A subclass that computes the same as its parent."""
 
 
 def with_layer(kind: type[nn.Linear]) -> Any:
@@ -86,7 +86,7 @@ def test_a_subclass_that_computes_the_same_is_plain_unless_something_is_hooked_t
 
 @pytest.mark.parametrize("norms", [True, False])
 def test_a_layer_that_is_computed_wrongly_is_named(norms: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were a class taken for plain that is not, the fresh adapter would change the layer's outputs."""
+    """If a class were wrongly taken for plain, the fresh adapter would change the layer's outputs."""
     monkeypatch.setattr(adapted_module, "is_plain", lambda layer: True)
     message = refusal(with_layer(Doubled), ["up_proj"], norms=norms)
     assert "model.layers.1.mlp.up_proj gives other outputs with a fresh adapter" in message
@@ -107,7 +107,7 @@ def test_logits_that_a_fresh_adapter_changes_are_refused(monkeypatch: pytest.Mon
 
 
 def test_a_model_that_looks_ahead_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are padded without a mask, which only a causal model does not see."""
+    """Rows are padded without a mask, which is invisible to causal models only."""
     model: Any = tiny_model("llama")
     inner = model.model.layers[0].forward
     mixed = lambda hidden, **kwargs: inner(hidden, **kwargs) + hidden.mean(1, keepdim=True)  # noqa: E731
@@ -168,7 +168,7 @@ def test_a_finished_run_loads_no_model(gradsift: Any, monkeypatch: pytest.Monkey
 
 
 class Saved:
-    """Counts the numbers that a forward pass keeps for the backward pass."""
+    """Count the numbers that a forward pass keeps for the backward pass."""
 
     numbers = 0
 

@@ -1,4 +1,4 @@
-"""Laws of several ranks: two real processes find what one finds, count every row once, and fail as one."""
+"""Laws of several ranks: two processes give the results of one, count every row once, and fail together."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def everything(
     target: tuple[TargetConfig, Artifact, list[Example]],
     proxy: tuple[ProxyConfig, ProxyInputs],
 ) -> dict[str, Any]:
-    """A finetune, two epochs of a member with the norms of its steps, and a collection pass."""
+    """Run a finetune, two epochs of a member with the norms of its steps, and a collection pass."""
     config, made, chosen = target
     settings, inputs = proxy
     infos: dict[str, Any] = {"ranks": parallel.size()}
@@ -109,7 +109,7 @@ def on_a_rank(compute: ComputeConfig, folder: Path, store: Path, backbones: Path
 
 
 def on_two_ranks(folder: Path, backbones: Path) -> None:
-    """Do everything, walk through stages, and note both; then rank 1 dies."""
+    """Run `on_a_rank` and `walks` and write their results; then rank 1 dies."""
     infos = on_a_rank(DDP, folder / "two", folder / "store", backbones)
     if parallel.rank() == 0:
         (folder / "infos.json").write_text(json.dumps(infos))
@@ -118,7 +118,7 @@ def on_two_ranks(folder: Path, backbones: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks did in one run that rank 1's death ends."""
+    """Return the folder with the results of two ranks, whose run ends when rank 1 dies."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "two").mkdir()
     with pytest.raises(GradsiftError, match="rank 1 exited with code 3 and without an error message"):
@@ -142,7 +142,7 @@ def arguments(backbones: Path) -> tuple[Any, Any]:
 
 
 class Exact:
-    """What a training comes to in float64: all examples of a step at once, and each alone for its norms and loss."""
+    """A training in float64: whole steps at once, and each example alone for its norms and loss."""
 
     def __init__(self, adapted: Any, encoded: Sequence[Encoded], plan: list[list[int]], config: Any) -> None:
         self.adapted = adapted
@@ -161,7 +161,7 @@ class Exact:
                 self.losses.append(np.average(self.norms[-1][plan[step], 2], weights=weights))
 
     def require(self, folder: Path, step: int) -> None:
-        """That the adapter in `folder` is the one after so many steps."""
+        """Assert that the adapter in `folder` is the one after `step` steps."""
         lora.load_adapter(self.adapted, folder)
         for name, value in weights_of(self.adapted).items():
             assert_close_by_norm(value, self.weights[step][name], k=1024)
@@ -175,7 +175,7 @@ def exact_target(run: Runtime, config: TargetConfig, made: Artifact, chosen: lis
 
 
 def plans_of(run: Runtime, config: ProxyConfig, inputs: ProxyInputs) -> list[list[list[int]]]:
-    """Of the two epochs of member 0."""
+    """Return the batches of the two epochs of member 0."""
     lengths = [len(example.input_ids) for example in inputs.encoded]
     return [epoch_plan(config, lengths, run.seed, 0, epoch) for epoch in (1, 2)]
 
@@ -185,8 +185,8 @@ def exact_member(run: Runtime, config: ProxyConfig, inputs: ProxyInputs) -> Exac
     return Exact(adapted, inputs.encoded, [*chain.from_iterable(plans_of(run, config, inputs))], config)
 
 
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+def relative(computed: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(computed - expected) / np.linalg.norm(expected))
 
 
 def test_two_processes_find_what_one_finds(backbones: Path, two_ranks: Path, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_two_processes_find_what_one_finds(backbones: Path, two_ranks: Path, tmp
 def require_exact(
     folder: Path, info: dict[str, Any], tuned: Exact, member: Exact, plans: list[list[list[int]]]
 ) -> None:
-    """That weights, norms and losses of a folder of `everything` are those of a training in float64."""
+    """Assert that weights, norms and losses in a folder of `everything` are those of a training in float64."""
     steps = len(plans[0])
     tuned.require(folder / "adapter", step=len(tuned.losses))
     for epoch, plan in enumerate(plans):
@@ -235,18 +235,18 @@ def require_exact(
         require_norms(folder / f"e{epoch + 1}", info[f"e{epoch + 1}"], during)
     require_norms(folder / "norms", info["norms"], member.norms[-1])
     curves = [read_curve(folder / part) for part in (".", "e1", "e2")]
-    found = [[entry["loss"] for entry in curve] for curve in (curves[0], [*curves[1], *curves[2]])]
-    for losses, exact in zip(found, (tuned.losses, member.losses), strict=True):
+    computed = [[entry["loss"] for entry in curve] for curve in (curves[0], [*curves[1], *curves[2]])]
+    for losses, exact in zip(computed, (tuned.losses, member.losses), strict=True):
         assert_close_by_norm(np.array(losses), np.array(exact), k=128, dim=(), dtype=torch.float32)
 
 
 def require_norms(folder: Path, info: dict[str, Any], exact: np.ndarray) -> None:
     table = read_norms([Artifact("norms", folder, "", {"info": info})])
     assert table["row"].tolist() == list(range(7))
-    found = np.stack([table[name] for name in COLUMNS], 1)
+    computed = np.stack([table[name] for name in COLUMNS], 1)
     known = exact > 1e-3  # before the first step B is zero, and so is the gradient of A
-    assert (found[~known] == 0).all()
-    assert_close_by_norm(found[known], exact[known], k=2048, dim=(), dtype=torch.float32)
+    assert (computed[~known] == 0).all()
+    assert_close_by_norm(computed[known], exact[known], k=2048, dim=(), dtype=torch.float32)
 
 
 def walks(folder: Path, end: str) -> None:
@@ -349,7 +349,7 @@ def test_a_sweep_on_two_ranks_finds_the_work_of_one_and_the_other_way_round(grad
 
 
 def require_made_once(gradsift) -> None:
-    """That one run was written, which made the statistics, and that one process finds them."""
+    """Assert that one run was written, that it made the statistics, and that a single process reuses them."""
     (run,) = gradsift.runs()
     made = [stage["name"] for stage in run["stages"] if not stage["reused"]]
     assert made.count("member") == made.count("norms") == 2
@@ -365,7 +365,7 @@ def free_port() -> str:
 
 @pytest.mark.slow
 def test_two_machines_share_the_work_and_the_first_one_writes(gradsift, tmp_path: Path) -> None:
-    """Two processes on this one, as `srun` would start them: the same command, another NODE_RANK."""
+    """Two processes on this machine, as `srun` would start them: the same command, another NODE_RANK."""
     options = ["compute=ddp", "compute.devices=1", "compute.num_nodes=2"]
     command = [sys.executable, str(REPOSITORY / "run.py"), *STATISTICS, *options]
     machines = []

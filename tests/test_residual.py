@@ -1,4 +1,4 @@
-"""Laws of the float32 residual stream: it is nearer to float32 than bfloat16 alone, and changes nothing else."""
+"""Laws of the float32 residual stream: results are closer to float32 than with bfloat16 alone; nothing else changes."""
 
 from __future__ import annotations
 
@@ -58,18 +58,18 @@ def model_of(architecture: str, layers: int = 2, width: int = 32) -> Any:
 
 
 def adapted(model: Any, *targets: str) -> Any:
-    """With B away from zero, where the gradient of A vanishes."""
-    found = lora.add_adapter(model, LoraConfig(rank=3, targets=list(targets) or ["all-linear"]), seed=1)
+    """Add an adapter whose B is not zero, where the gradient of A would vanish."""
+    computed = lora.add_adapter(model, LoraConfig(rank=3, targets=list(targets) or ["all-linear"]), seed=1)
     torch.manual_seed(2)
-    for name, parameter in lora.trainable_parameters(found).items():
+    for name, parameter in lora.trainable_parameters(computed).items():
         if "lora_B" in name:
             parameter.data.normal_(std=0.02)
-    return found.eval()
+    return computed.eval()
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_gradients_of_a_deep_model_are_nearer_to_exact_ones(architecture: str) -> None:
-    """At the same weights, so that what is left is the rounding between them: without the sums', a third less."""
+    """At equal weights only rounding differs: without that of the sums, the error is a third smaller."""
     examples, eps = ragged_examples(16), torch.finfo(torch.bfloat16).eps
     same = exact_copy(adapted(model_of(architecture, 16).to(torch.bfloat16).float()))
     exact = torch.cat([gradient.flatten() for gradient in exact_gradients(same, examples).values()])
@@ -78,9 +78,9 @@ def test_gradients_of_a_deep_model_are_nearer_to_exact_ones(architecture: str) -
         half = model_of(architecture, 16).to(torch.bfloat16)
         if keeps_stream:
             assert residual_in_float32(half)
-        found = adapted(half)
-        ResponseLosses(found)(collate(examples, 0)).mean().backward()
-        gradients = torch.cat([p.grad.flatten() for p in lora.trainable_parameters(found).values()])
+        computed = adapted(half)
+        ResponseLosses(computed)(collate(examples, 0)).mean().backward()
+        gradients = torch.cat([p.grad.flatten() for p in lora.trainable_parameters(computed).values()])
         errors.append(float((gradients.double() - exact).norm() / exact.norm()))
     assert errors[1] < errors[0] < 16 * eps
     assert errors[1] > eps / 16  # the products are still bfloat16
@@ -90,7 +90,7 @@ def test_gradients_of_a_deep_model_are_nearer_to_exact_ones(architecture: str) -
 def test_the_stream_is_float32_both_ways_and_all_products_are_bfloat16(architecture: str) -> None:
     model = model_of(architecture).to(torch.bfloat16)
     assert residual_in_float32(model)
-    found = adapted(model)
+    computed = adapted(model)
     seen: dict[str, set[torch.dtype]] = {"stream": set(), "its gradient": set(), "products": set()}
 
     def stream(block: nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -106,9 +106,9 @@ def test_the_stream_is_float32_both_ways_and_all_products_are_bfloat16(architect
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and "lora_" not in name:
             module.register_forward_hook(product)
-    norms = batch_norms(found, ragged_examples(), 7)
+    norms = batch_norms(computed, ragged_examples(), 7)
     assert np.isfinite(norms).all()
-    found(input_ids=torch.arange(6)[None])  # through the model's own head too
+    computed(input_ids=torch.arange(6)[None])  # through the model's own head too
     assert seen == {"stream": {torch.float32}, "its gradient": {torch.float32}, "products": {torch.bfloat16}}
 
 
@@ -123,10 +123,10 @@ def test_the_head_is_still_had_by_itself(architecture: str) -> None:
 def test_nothing_is_passed_backwards_below_the_first_adapter() -> None:
     model = model_of("llama", layers=3).to(torch.bfloat16)
     assert residual_in_float32(model)
-    found, needs = adapted(model, "layers.1.self_attn.q_proj"), []
+    computed, needs = adapted(model, "layers.1.self_attn.q_proj"), []
     for block in model.model.layers:
         block.register_forward_hook(lambda block, inputs, output: needs.append(output.requires_grad))
-    found(input_ids=torch.arange(6)[None])
+    computed(input_ids=torch.arange(6)[None])
     assert needs == [False, True, True]
 
 
@@ -139,8 +139,8 @@ def test_answers_are_those_of_a_pass_without_cache(architecture: str) -> None:
         start = model(input_ids=ids[:, :4], use_cache=True)
         rest = model(input_ids=ids[:, 4:], past_key_values=start.past_key_values, use_cache=True).logits
         exact = exact_copy(model_of(architecture).to(torch.bfloat16).float())(input_ids=ids).logits
-    for found in (whole[:, 4:], rest):
-        assert_close_by_norm(found, exact[:, 4:], k=16, dim=-1, dtype=torch.bfloat16)
+    for computed in (whole[:, 4:], rest):
+        assert_close_by_norm(computed, exact[:, 4:], k=16, dim=-1, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])

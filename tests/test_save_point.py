@@ -1,4 +1,4 @@
-"""Laws of the saved point: what goes on from it ends as what was never stopped, and no row is repeated or left out."""
+"""Laws of the save point: a resumed training ends like an uninterrupted one, and repeats or omits no row."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ PLAN = [[4, 0, 7], [1, 8], [2, 3, 5, 6], [9, 4], [0, 2, 8], [6]]  # steps of dif
 
 
 class Killed(Exception):
-    """Stands for kill -9: nothing after it happens."""
+    """Simulates kill -9: nothing after it runs."""
 
 
 class KillAfter(L.Callback):
-    """Notes the rows of each step, and dies after a number of them: before the step is saved, or after."""
+    """Records the rows of each step, and dies after a number of steps, before or after the step is saved."""
 
     def __init__(self, steps: int | None = None) -> None:
         self._steps = steps
@@ -94,7 +94,7 @@ def test_a_training_that_was_killed_ends_as_one_that_was_not(stops: list[int], d
 
 
 def test_dropout_masks_are_those_of_the_seed(tmp_path: Path) -> None:
-    """The twin of the law above: with masks of another seed, the adapter would be another one."""
+    """The counterpart of the law above: masks of another seed give another adapter."""
     encoded = ragged_examples(10)
     whole, _ = train(tmp_path / "whole", KillAfter(), encoded, 0.4)
     with pytest.raises(Killed):
@@ -168,7 +168,7 @@ FILES = ["adapter_model.safetensors", "optimizer.safetensors", "curve.jsonl"]
 
 
 def dies_after(calls: int) -> Callable[[int], None]:
-    """A progress bar that kills the process at its n-th advance: in the middle of a step's end."""
+    """A progress bar that kills the process at its n-th advance, during the end of a step."""
     left = [calls]
 
     def advance(done: int) -> None:

@@ -1,4 +1,4 @@
-"""Laws of sharded collection: all shards are the whole table, each row once; what is missing is named."""
+"""Laws of sharded collection: the shards together have each row once, and errors name what is missing."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def test_statistics_of_shards_are_those_of_the_whole(mode: str, tmp_path: Path) 
                 assert_norms_close(np.stack([table[name] for name in COLUMNS], 1), exact)
         late.append(np.hypot(exact[:, 0], exact[:, 1]))
     for norms in (parts, whole):
-        found = compute_statistics(norms[1], norms[2], "all", 11).G_t
-        assert_close_by_norm(found[:10], np.mean(late, 0), k=2048, dim=(), dtype=torch.float32)
-        assert np.isnan(found[10])
+        computed = compute_statistics(norms[1], norms[2], "all", 11).G_t
+        assert_close_by_norm(computed[:10], np.mean(late, 0), k=2048, dim=(), dtype=torch.float32)
+        assert np.isnan(computed[10])
 
 
 def test_more_shards_than_rows_leave_some_empty_and_nothing_lost(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def shards(tmp_path: Path) -> list[Artifact]:
 
 
 def altered(shard: Artifact, folder: Path, rows: Any) -> Artifact:
-    """The shard with the rows that `rows` makes of its table."""
+    """Return the shard with its table changed by `rows`."""
     folder.mkdir()
     pq.write_table(rows(pq.read_table(shard.file(NORMS_FILE))), folder / NORMS_FILE)
     return replace(shard, path=folder)

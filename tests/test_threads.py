@@ -1,4 +1,4 @@
-"""Laws of `compute.threads=auto`: it takes the cores that are free, and an explicit number wins."""
+"""Laws of `compute.threads=auto`: it takes the free cores, and an explicit number takes precedence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gradsift.training.threads import threads_of
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A machine of so many cores, of which so many are busy and so many are allowed to this process."""
+    """Simulate a machine with a number of cores, some busy, some allowed to this process."""
 
     def describe(cores: int, busy: float, allowed: int) -> None:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -68,7 +68,7 @@ def test_what_is_no_number_of_threads_is_refused(value: object) -> None:
 
 
 def test_a_busy_machine_leaves_one_thread() -> None:
-    """With as many spinning processes as cores: a real measurement, in a process of its own."""
+    """Measure in a process of its own while as many processes as cores spin."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     code = "from gradsift.config import ComputeConfig; from gradsift.training.threads import threads_of; "
     code += "import sys; sys.stdin.readline(); print(threads_of(ComputeConfig()))"

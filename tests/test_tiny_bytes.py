@@ -1,4 +1,4 @@
-"""Laws of the random byte-level model: any text comes back as it was, whatever its tokens spell; drawn by its seed."""
+"""Laws of the random byte-level model: it restores any text, and its seed determines its weights."""
 
 from __future__ import annotations
 

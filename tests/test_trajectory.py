@@ -1,4 +1,4 @@
-"""Laws of the noted trajectories: training is left as it is, any epoch's points are there, and a resume loses none."""
+"""Laws of the trajectories: they do not change the training, every epoch has its points, a resume loses none."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 
 class Blind(L.Callback):
-    """Stands where the trajectory is noted, and does nothing."""
+    """Replaces the trajectory's callback and does nothing."""
 
     def __init__(self, *arguments: Any) -> None:
         pass
@@ -40,7 +40,7 @@ def adapted() -> Any:
 
 
 def move(model: nn.Module, step: int) -> None:
-    """What an optimiser step might do, from the step's number alone."""
+    """Change the adapter as a function of the step's number."""
     generator = torch.Generator().manual_seed(step)
     for _, layer in lora.lora_layers(model):
         for factor in (layer.lora_A, layer.lora_B):
@@ -49,7 +49,7 @@ def move(model: nn.Module, step: int) -> None:
 
 
 def noted(steps: int, first_step: int = 0, stop_at: int | None = None) -> tuple[list[int], torch.Tensor]:
-    """Steps and points of a training of so many steps; at `stop_at` it goes on in another callback with the state."""
+    """Return steps and points of a training; at `stop_at` another callback continues with the state."""
     model = adapted()
     trajectory = Trajectory(model, first_step, steps)
     trajectory.on_train_start(None, None)
@@ -69,7 +69,7 @@ def noted(steps: int, first_step: int = 0, stop_at: int | None = None) -> tuple[
 def test_training_is_the_same_whether_its_trajectory_is_noted_or_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With dropout, whose masks would change if a number were drawn from the training's stream."""
+    """With dropout, whose masks would change if the callback used the training's random stream."""
     settings = config("mc_dropout")
     ((*epochs,),), _ = trained(tmp_path / "noted", settings)
     monkeypatch.setattr("gradsift.proxy.ensemble.Trajectory", Blind)
@@ -105,7 +105,7 @@ def test_a_training_that_goes_on_from_a_saved_state_notes_the_same(stop_at: int)
 
 
 def test_distances_between_updates_are_kept() -> None:
-    """The mean over pairs of updates, which are never formed by the callback, within what 64 dimensions keep."""
+    """Mean over pairs of updates, which the callback never forms, within the error of 64 dimensions."""
     model = adapted()
     exact, projected = [], []
     for step in range(1, 13):
@@ -127,7 +127,7 @@ def test_distances_between_updates_are_kept() -> None:
 def test_a_member_that_was_interrupted_has_the_trajectory_of_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second step of the first epoch raises once; the same command goes on after the first."""
+    """The second step of the first epoch fails once; the same command continues after the first."""
     settings = config("lora_seeds", members=1, batch_size=2)
     (whole,), _ = trained(tmp_path / "whole", settings)
     seen, steps = Trajectory.on_train_batch_end, iter(range(100))

@@ -9,10 +9,10 @@ A stage asks the runtime for the journal of the artifact that it makes:
 `once` returns the kept result if the interrupted run asked for the same key at the same place; otherwise it calls the
 function and keeps what that returns. A pass that asks in the same order therefore continues with the same batches and
 gives the same bytes. From the first key that differs (after a change of the token budget, say) everything is computed
-again. A pass whose results arrive in any order uses `entries` and `append` instead.
+again.
 
 The file is `unfinished/journal.jsonl` in the artifact's folder: one result per line, as a checksum and JSON, which
-restores every float32 and float64 exactly. A line that was cut or changed is dropped and its result computed again.
+restores every float32 and float64 exactly. A line that was cut or changed is dropped with those after it.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Journal:
         self._path = None if folder is None else folder / UNFINISHED / JOURNAL_FILE
         self._save_every = save_every
         self._saved_at = time.monotonic()
-        self._kept = deque([] if self._path is None else _read(self._path, say))  # lines that `once` has not come to
-        self._end = 0  # bytes of the lines that it has
+        self._kept = deque([] if self._path is None else _read(self._path, say))  # lines that `once` has yet to return
+        self._end = 0  # bytes of the lines that it has returned
         self._waiting: list[Any] = []  # keys and results to be written
 
     def once(self, key: Any, make: Callable[[], T], intact: Callable[[T], bool] = lambda value: True) -> T:
@@ -62,7 +62,7 @@ class Journal:
                 has changed.
         """
         if self._path is not None and self._kept:
-            kept_key, value = _parse(self._kept[0])
+            kept_key, value = json.loads(_text(self._kept[0]), object_hook=_tensor_from_json)
             if kept_key == key and intact(value):
                 self._end += len(self._kept.popleft())
                 kept: T = value
@@ -70,63 +70,42 @@ class Journal:
             self._kept.clear()
             os.truncate(self._path, self._end)
         made = make()
-        self.append(key, made)
+        if self._path is not None:
+            self._waiting.append([key, made])
+            if not _on_gpu(made) or time.monotonic() - self._saved_at >= self._save_every:
+                self._write(self._path)
         return made
 
-    def entries(self) -> list[tuple[Any, Any]]:
-        """Return key and result of every line that an interrupted run has left, in the order of writing."""
-        return [_parse(line) for line in self._kept]
-
-    def append(self, key: Any, value: Any) -> None:
-        """Keep a result, and write it now unless it is on a GPU and was computed within `save_every`."""
-        if self._path is None:
-            return
-        self._waiting.append([key, value])
-        if _on_gpu(value) and time.monotonic() - self._saved_at < self._save_every:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as stream:
-            for each in self._waiting:  # ASCII escapes: a model's answer may contain half a surrogate pair
-                stream.write(sealed(json.dumps(each, default=_tensor_to_json)))
+    def _write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as stream:
+            for entry in self._waiting:  # ASCII escapes: a model's answer may contain half a surrogate pair
+                text = json.dumps(entry, default=_tensor_to_json).encode("ascii")
+                stream.write(_checksum(text) + b" " + text + b"\n")
         self._waiting.clear()
         self._saved_at = time.monotonic()
 
 
 def _read(path: Path, say: Callable[[str], None]) -> list[bytes]:
-    """Return the intact lines of a journal, and remove all others from the file."""
+    """Return the lines of a journal up to the first damaged one, and cut the file there."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    damaged = [number for number, line in enumerate(lines, start=1) if unsealed(line) is None]
-    if damaged:
-        for number in damaged:
-            name = f"{path.parents[1].name}/{UNFINISHED}/{path.name}"
-            say(f"  line {number} of {name} is cut or damaged; its result is computed again")
-        lines = [line for number, line in enumerate(lines, start=1) if number not in damaged]
-        fresh = path.with_suffix(".new")
-        fresh.write_bytes(b"".join(lines))
-        fresh.replace(path)
-    return lines
+    intact: list[bytes] = []
+    for line in lines:
+        if line != _checksum(_text(line)) + b" " + _text(line) + b"\n":
+            place = f"line {len(intact) + 1} of {path.parents[1].name}/{UNFINISHED}/{path.name}"
+            say(f"  {place} is cut or damaged; its result, and those after it, are computed again")
+            os.truncate(path, sum(map(len, intact)))
+            break
+        intact.append(line)
+    return intact
 
 
-def _parse(line: bytes) -> tuple[Any, Any]:
-    """Return key and result of an intact line."""
-    key, value = json.loads(line[_DIGITS + 1 :], object_hook=_tensor_from_json)
-    return key, value
+def _text(line: bytes) -> bytes:
+    return line[_DIGITS + 1 : -1]
 
 
-def sealed(text: str) -> bytes:
-    """Return a line that holds ASCII text without line ends, after its checksum."""
-    return f"{_checksum(text.encode('ascii'))} {text}\n".encode("ascii")
-
-
-def unsealed(line: bytes) -> bytes | None:
-    """Return the text of a line that `sealed` made, or None if the line was cut or changed."""
-    checksum, text = line[:_DIGITS], line[_DIGITS + 1 : -1]
-    intact = line == checksum + b" " + text + b"\n" and checksum == _checksum(text).encode("ascii")
-    return text if intact else None
-
-
-def _checksum(text: bytes) -> str:
-    return hashlib.sha256(text).hexdigest()[:_DIGITS]
+def _checksum(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest()[:_DIGITS].encode("ascii")
 
 
 def _on_gpu(value: Any) -> bool:
@@ -136,7 +115,7 @@ def _on_gpu(value: Any) -> bool:
 
 
 def _tensor_to_json(value: Any) -> dict[str, Any]:
-    import torch  # here: judging keeps a journal without it
+    import torch  # here: judging needs a journal without torch
 
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"a {type(value).__name__} cannot be kept in a journal")

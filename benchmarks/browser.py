@@ -1,4 +1,4 @@
-"""How long the report's data browser takes to answer at full size, in a real browser.
+"""Measure how long the report's data browser takes to answer at full size, in a real browser.
 
     python -m benchmarks.browser [--rows 52002] [--methods 6] [--rounds 5]
 
@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from gradsift.data.examples import Example
-from gradsift.report.browser import Pool, Ranking, Selection, pack
+from gradsift.report.browser import STATUSES, Pool, pack
 from gradsift.report.material import Material, Run
 from gradsift.report.page import render
-from gradsift.scoring.scores import EXCLUDED, Scores
-from gradsift.selection.choice import best_first
+from gradsift.report.paper_tables import TABLES
+from gradsift.scoring.scores import EXCLUDED
 
 QUERIES = ("e", "the", "capital", "of the", "zq", "zqxw no such word", "\u00fc", "ba be bi")
 CHOICES = (("sort", "row"), ("sort", "part-0"), ("sort", "apart"), ("kept", "kept"), ("label", "1"), ("run", "3"))
@@ -37,7 +37,7 @@ _TIMED = """async (text) => {
   field.dispatchEvent(new Event("input"));
   const handled = performance.now();
   await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
-  return [handled - begin, performance.now() - begin, document.getElementById("found").textContent];
+  return [handled - begin, performance.now() - begin, document.getElementById("matches").textContent];
 }"""
 _CHOSEN = """async ([id, value]) => {
   const field = document.getElementById(id);
@@ -49,7 +49,7 @@ _CHOSEN = """async ([id, value]) => {
 
 
 def made_up(rows: int, methods: int, seed: int = 0) -> Pool:
-    """A pool of random words: prompts of about 60 characters, every third with an input, responses of about 270."""
+    """Return a pool of random words: prompts of about 60 characters, a third with an input, responses of about 270."""
     rng = np.random.default_rng(seed)
     letters = np.array([a + b for a in "bdfgklmnprstvz" for b in "aeiou"])
     words = np.array(["".join(rng.choice(letters, rng.integers(1, 4))) for _ in range(5000)] + ["the", "of", "capital"])
@@ -65,40 +65,52 @@ def made_up(rows: int, methods: int, seed: int = 0) -> Pool:
     quality = rng.choice(["clean", "wrong_answer", "truncated"], rows, p=[0.7, 0.2, 0.1]).tolist()
     pool = Pool("made up", examples, quality, None)
     for number in range(methods):
-        pool.rankings.append(_ranking(f"method_{number}", rng, rows))
+        pool.methods.append(_method(f"method_{number}", rng, rows))
         for alpha in (0.05, 0.1):
             pool.selections.append(_selection(pool, number, alpha))
     return pool
 
 
-def _ranking(name: str, rng: np.random.Generator, rows: int) -> Ranking:
-    scores = Scores(rng.normal(size=rows), {})
-    scores.mark(rng.random(rows) < 0.05, EXCLUDED, "made up")
+def _method(name: str, rng: np.random.Generator, rows: int) -> dict[str, Any]:
+    score = rng.normal(size=rows).astype(np.float32)
+    excluded = rng.random(rows) < 0.05
+    ordered = np.flatnonzero(~excluded)[np.argsort(-score[~excluded], kind="stable")]
     rank = np.zeros(rows, np.uint32)
-    ordered = best_first(scores)
     rank[ordered] = np.arange(1, len(ordered) + 1)
-    return Ranking(name, scores, rank, {part: rng.gamma(2, size=rows) for part in ("G_s", "G_t", "V_t", "loss_t")})
+    return {
+        "name": name,
+        "scored": len(ordered),
+        "reasons": ["", "made up"],
+        "score": score,
+        "rank": rank,
+        "status": (excluded * STATUSES.index(EXCLUDED)).astype(np.uint8),
+        "reason": excluded.astype(np.uint16),
+        "parts": [[part, rng.gamma(2, size=rows).astype(np.float32)] for part in ("G_s", "G_t", "V_t", "loss_t")],
+    }
 
 
-def _selection(pool: Pool, ranking: int, alpha: float) -> Selection:
+def _selection(pool: Pool, method: int, alpha: float) -> dict[str, Any]:
     size = int(alpha * len(pool.examples))
-    rank = pool.rankings[ranking].rank
+    share = f"{100 * alpha:g} %"
+    rank = pool.methods[method]["rank"]
     place = np.where(rank <= size, rank, 0).astype(np.uint32)
-    name = f"{pool.rankings[ranking].name} at {100 * alpha:g} %"
-    return Selection(name, ranking, f"{100 * alpha:g} %", size, "topk", False, place, size)
+    about = {"budget": size, "size": size, "selector": "topk", "everything": False, "place": place}
+    return {"name": f"{pool.methods[method]['name']} at {share}", "method": method, "share": share, **about}
 
 
 def page_of(pool: Pool, path: Path) -> float:
-    """Write a page about the pool; seconds that packing and writing took."""
+    """Write a page about the pool; return the seconds that packing and writing took."""
     record = {"status": "stopped", "scorer": "method_0", "alpha": 0.1, "stages": [], "overrides": []}
     material = Material(path.parent, [Run(path.parent, record, {}, "method_0", [])], False)
     begin = time.perf_counter()
-    path.write_text(render(material, [], {"pws": "made up", "ablations": "made up"}, [pack(pool)]), encoding="utf-8")
+    tables = [(name, None, "made up") for name in TABLES]
+    values = {"figures": [], "tables": tables, "work_file": None, "pools": [pack(pool)], "left_out": []}
+    path.write_text(render(material, values), encoding="utf-8")
     return time.perf_counter() - begin
 
 
 def measure(path: Path, rounds: int) -> dict[str, Any]:
-    """Milliseconds of opening the page and of each query, sort and filter."""
+    """Return the milliseconds of opening the page and of each query, sort and filter."""
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -110,26 +122,26 @@ def measure(path: Path, rounds: int) -> dict[str, Any]:
         begin = time.perf_counter()
         page.goto(path.as_uri())
         page.wait_for_selector(".example", state="attached", timeout=60_000)
-        found: dict[str, Any] = {"open": round(1000 * (time.perf_counter() - begin))}
+        times_of: dict[str, Any] = {"open": round(1000 * (time.perf_counter() - begin))}
         queries: dict[str, list[list[Any]]] = {query: [] for query in QUERIES}
         for _ in range(rounds):
-            page.evaluate("location.reload()")  # what was found before is not kept
+            page.evaluate("location.reload()")  # forgets the hits of earlier queries
             page.wait_for_selector(".example", state="attached", timeout=60_000)
             page.wait_for_timeout(300)
             for query in QUERIES:
                 queries[query].append(page.evaluate(_TIMED, query))
-        found["queries"] = {
+        times_of["queries"] = {
             query: {
                 "script": _spread([timed[0] for timed in times]),
                 "shown": _spread([timed[1] for timed in times]),
-                "found": times[0][2],
+                "matches": times[0][2],
             }
             for query, times in queries.items()
         }
         page.evaluate(_TIMED, "")
-        found["choices"] = {" ".join(one): round(page.evaluate(_CHOSEN, list(one)), 1) for one in CHOICES}
+        times_of["choices"] = {" ".join(one): round(page.evaluate(_CHOSEN, list(one)), 1) for one in CHOICES}
         browser.close()
-    return found
+    return times_of
 
 
 def _spread(times: list[float]) -> list[float]:
@@ -145,8 +157,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.html"
         seconds = page_of(made_up(options.rows, options.methods), path)
-        found = {"rows": options.rows, "seconds to write": round(seconds, 1), "megabytes": path.stat().st_size / 1e6}
-        print(json.dumps(found | measure(path, options.rounds), indent=1, ensure_ascii=False))
+        about = {"rows": options.rows, "seconds to write": round(seconds, 1), "megabytes": path.stat().st_size / 1e6}
+        print(json.dumps(about | measure(path, options.rounds), indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

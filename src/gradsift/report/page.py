@@ -81,7 +81,7 @@ def write_report(
         "left_out": left_out,
     }
     part = require_no_link(to / f".{REPORT_FILE}.part")
-    part.write_text(_render(material, values), encoding="utf-8")
+    part.write_text(render(material, values), encoding="utf-8")
     part.rename(to / REPORT_FILE)
     absent = [("figure", *item) for item in no_figure.items()] + [("table", *item) for item in no_table.items()]
     if broken := [f"the {kind} {name}, which {why}" for kind, name, why in absent if why.startswith(BROKEN)]:
@@ -116,7 +116,7 @@ def _packed(material: Material) -> tuple[list[Packed], list[str]]:
 # ------------------------------------------------------------------------------------------- the page
 
 
-def _render(material: Material, values: Mapping[str, Any]) -> str:
+def render(material: Material, values: Mapping[str, Any]) -> str:
     """Return the page as HTML; `values` are those of the template that need files or a store."""
     style, script = (
         resources.files("gradsift.report").joinpath("templates", name).read_text(encoding="utf-8")

@@ -56,7 +56,8 @@ from gradsift.scoring.spans import span_losses
 from gradsift.training import head, lora, numerics
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget
-from gradsift.training.modules import Optimization, ProxyMember, ResponseLosses, Step
+from gradsift.training.head import ResponseLosses
+from gradsift.training.modules import Optimization, ProxyMember, Step
 from gradsift.training.tiny_bytes import bytes_tokenizer
 
 CUDA = torch.device("cuda")

@@ -45,8 +45,7 @@ from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.gradients.per_sample import gradient_pass
 from gradsift.training import lora
-from gradsift.training.head import OutputHead
-from gradsift.training.modules import ResponseLosses
+from gradsift.training.head import OutputHead, ResponseLosses
 from gradsift.training.numerics import expected_numerics, numerics_of, prepare
 from gradsift.training.residual import residual_in_float32
 

@@ -34,8 +34,8 @@ from gradsift.scoring import spans
 from gradsift.training import numerics
 from gradsift.training.device import numbers_at_once, without_host_reads
 from gradsift.training.finetuning import fit
-from gradsift.training.head import OutputHead
-from gradsift.training.modules import Optimization, ProxyMember, ResponseLosses
+from gradsift.training.head import OutputHead, ResponseLosses
+from gradsift.training.modules import Optimization, ProxyMember
 from gradsift.training.tiny_bytes import bytes_tokenizer
 
 HERE = Path(__file__).parent

@@ -36,8 +36,7 @@ from gradsift.training import head as head_module
 from gradsift.training import lora, modules
 from gradsift.training.adapted import AdaptedLinear
 from gradsift.training.device import TokenBudget, is_out_of_memory
-from gradsift.training.head import OutputHead, token_losses
-from gradsift.training.modules import ResponseLosses
+from gradsift.training.head import OutputHead, ResponseLosses, token_losses
 from gradsift.training.numerics import prepare
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]

@@ -40,7 +40,8 @@ from gradsift.training import lora, modules
 from gradsift.training.backbones import Backbone, backbone, load_backbone
 from gradsift.training.device import TokenBudget
 from gradsift.training.finetuning import fit
-from gradsift.training.modules import Optimization, ProxyMember, ResponseLosses
+from gradsift.training.head import ResponseLosses
+from gradsift.training.modules import Optimization, ProxyMember
 from gradsift.training.target import batch_plan, load_tuned, train_target
 
 CPU = ComputeConfig(device="cpu")

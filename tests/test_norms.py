@@ -17,7 +17,7 @@ from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.gradients.norms import PerSampleNorms
 from gradsift.training import lora
-from gradsift.training.modules import ResponseLosses
+from gradsift.training.head import ResponseLosses
 
 pytestmark = pytest.mark.numerics
 

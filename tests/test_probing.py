@@ -19,7 +19,7 @@ from gradsift.training import adapted as adapted_module
 from gradsift.training import lora
 from gradsift.training.adapted import AdaptedLinear
 from gradsift.training.checkpointing import checkpoint_blocks
-from gradsift.training.modules import ResponseLosses
+from gradsift.training.head import ResponseLosses
 from gradsift.training.probing import require_adaptable
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]

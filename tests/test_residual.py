@@ -28,8 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from gradsift.config import LoraConfig
 from gradsift.data.batching import collate
 from gradsift.training import lora
-from gradsift.training.head import OutputHead
-from gradsift.training.modules import ResponseLosses
+from gradsift.training.head import OutputHead, ResponseLosses
 from gradsift.training.residual import residual_in_float32, residual_precision
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]

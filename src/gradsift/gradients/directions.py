@@ -30,7 +30,7 @@ from gradsift.proxy.epochs import ProxyInputs, adapter
 from gradsift.runtime import Advance, Runtime
 from gradsift.training import lora
 from gradsift.training.finetuning import require_finite
-from gradsift.training.modules import ResponseLosses
+from gradsift.training.head import ResponseLosses
 
 VERSION = 2
 DIRECTIONS_FILE = "directions.parquet"

@@ -24,7 +24,7 @@ from gradsift.gradients.norms import PerSampleNorms, attached
 from gradsift.gradients.probes import GradientProbe
 from gradsift.training import lora
 from gradsift.training.device import numbers_at_once
-from gradsift.training.modules import ResponseLosses
+from gradsift.training.head import ResponseLosses
 
 _BATCH_BYTES = 128 * 2**20  # of gradients that one backward pass on a CPU may leave
 _IGNORED = -100  # transformers' label of a token without a loss

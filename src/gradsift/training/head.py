@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gradsift.data.batching import Batch
 from gradsift.training.device import numbers_at_once, without_host_reads
 from gradsift.training.lora import evaluating
 
@@ -188,6 +189,23 @@ def token_losses(
     with without_host_reads():
         logits = model(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, places)
     return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+class ResponseLosses:
+    """Mean negative log-likelihood of each example's response tokens, in nats, float32.
+
+    Each example is averaged over its own tokens, so its loss does not depend on the batch.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._head = OutputHead.of(model)
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Return the losses (B,)."""
+        of_tokens = token_losses(self._model, self._head, batch.model_inputs(), batch.places, batch.targets)
+        spread = of_tokens.new_zeros(batch.input_ids.numel()).scatter(0, batch.places, of_tokens)
+        return spread.view_as(batch.input_ids).sum(1) / batch.counts
 
 
 @torch.no_grad()

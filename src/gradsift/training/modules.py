@@ -20,14 +20,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from gradsift.cost import passed
-from gradsift.data.batching import Batch, by_length, collate
+from gradsift.data.batching import by_length, collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.journal import Journal
 from gradsift.runtime import derive_seed
 from gradsift.training import lora, parallel
 from gradsift.training.device import TokenBudget, is_out_of_memory
-from gradsift.training.head import OutputHead, token_losses
+from gradsift.training.head import ResponseLosses
 
 if TYPE_CHECKING:
     from gradsift.gradients.norms import PerSampleNorms
@@ -66,23 +66,6 @@ class Optimization:
     def mean_rate(self, first: int, last: int) -> float:
         """Return the mean learning rate over the steps from `first` to before `last`."""
         return self.learning_rate * sum(self.factor(step) for step in range(first, last)) / (last - first)
-
-
-class ResponseLosses:
-    """Mean negative log-likelihood of each example's response tokens, in nats, float32.
-
-    Each example is averaged over its own tokens, so its loss does not depend on the batch.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._head = OutputHead.of(model)
-
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """Return the losses (B,)."""
-        of_tokens = token_losses(self._model, self._head, batch.model_inputs(), batch.places, batch.targets)
-        spread = of_tokens.new_zeros(batch.input_ids.numel()).scatter(0, batch.places, of_tokens)
-        return spread.view_as(batch.input_ids).sum(1) / batch.counts
 
 
 class Step:

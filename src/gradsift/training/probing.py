@@ -24,7 +24,7 @@ from gradsift.gradients.norms import PerSampleNorms
 from gradsift.training import lora
 from gradsift.training.adapted import AdaptedLinear, layer_path
 from gradsift.training.device import is_out_of_memory
-from gradsift.training.modules import ResponseLosses
+from gradsift.training.head import ResponseLosses
 
 _LENGTHS = (7, 5)  # tokens of the two rows
 # what torch, transformers or peft raise where a model and an adapter do not fit each other

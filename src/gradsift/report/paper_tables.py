@@ -111,7 +111,7 @@ def pws_table(material: Material) -> Table:
     ]
     bold = frozenset((places.index(place), 1 + columns.index(column)) for place, column in best)
     averaged = any(row["runs"] > 1 for row in cells.values())
-    note = "Means over seeds, with the least and the most." if averaged else "With bootstrap intervals over the items."
+    note = "Means over seeds, with the least and the most." if averaged else "With confidence intervals over the items."
     note += " Bold: the best of a row at its alpha."
     with suppress(Missing):  # no cell to count
         note += f" {count(cells)}."

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +33,7 @@ from gradsift.gradients.per_sample import gradient_pass
 from gradsift.journal import Journal
 from gradsift.proxy.collection import collect_norms
 from gradsift.scoring import spans
-from gradsift.training import numerics
+from gradsift.training import backbones, numerics
 from gradsift.training.device import numbers_at_once, without_host_reads
 from gradsift.training.finetuning import fit
 from gradsift.training.head import OutputHead, ResponseLosses
@@ -272,6 +274,28 @@ def test_the_recorder_sees_a_move_to_the_cpu() -> None:
     with moves(made.adapted) as seen:
         torch.nn.Sequential(made.adapted).cpu()
     assert seen == ["cpu"]
+
+
+def test_the_proxy_and_the_tuned_target_leave_the_memory_to_the_next_model(gradsift, monkeypatch) -> None:
+    """Both stay on their device to their end; a reference that outlives them would keep a GPU half full."""
+    models: list[tuple[str, weakref.ref[Any]]] = []
+    alive: list[list[str]] = []
+    load = backbones.load_backbone
+
+    def noted(artifact: Any, config: Any, compute: Any) -> Any:
+        alive.append([name for name, model in models if model() is not None])
+        loaded = load(artifact, config, compute)
+        models.append((config.nano.architecture, weakref.ref(loaded.model)))
+        return loaded
+
+    monkeypatch.setattr(backbones, "load_backbone", noted)
+    gc.disable()
+    try:
+        assert gradsift(*SMOKE, "stop_after=generate") == 0
+    finally:
+        gc.enable()
+    # the target for a trial of its adapter, and the proxy beside it; then the finetune, the held-out loss, the answers
+    assert alive == [[], ["llama"], [], [], []]
 
 
 # ------------------------------------------------------------------------------- options that are for GPUs

@@ -341,6 +341,8 @@ class Line:
         """Finetune the target on a selection, or on the examples at the given positions of the pool."""
         if self.keeps_all:
             selection = self.everything()
+        for name in ("proxy_backbone", "proxy_inputs"):  # the target needs the memory; nothing scores after this
+            self.__dict__.pop(name, None)
 
         def positions() -> np.ndarray:
             return positions_of(selection) if isinstance(selection, Artifact) else selection

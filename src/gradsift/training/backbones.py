@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import logging
@@ -93,7 +94,13 @@ def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfi
 
 
 def load_shown(runtime: Runtime, artifact: Artifact, config: ModelConfig) -> Backbone:
-    """Load a backbone and show that it takes a while: a minute for 7 billion parameters."""
+    """Load a backbone and show that it takes a while: a minute for 7 billion parameters.
+
+    Before that the memory of earlier models is freed, which Lightning's reference cycles hold on their device.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     with runtime.display.task(f"load {artifact.path.name.rsplit('-', 1)[0]}", None):
         return load_backbone(artifact, config, runtime.compute)
 

@@ -350,6 +350,26 @@ def test_deterministic_kernels_are_asked_for(monkeypatch: pytest.MonkeyPatch) ->
     training_step(kit("gpt2", "float32"))
 
 
+# operations that `torch.use_deterministic_algorithms` refuses on CUDA, of those that a language model might use
+NOT_DETERMINISTIC = {"bincount", "histc", "kthvalue", "median", "put", "put_", "nll_loss2d_forward", "scatter_reduce"}
+
+
+@pytest.mark.parametrize("path", [training_step, norms_pass])
+def test_trainings_and_norms_use_operations_that_have_deterministic_kernels(path: Any) -> None:
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func.overloadpacket.__name__
+            # a cumulative sum is refused for numbers with a fraction alone
+            used.add("cumsum of floats" if name == "cumsum" and args[0].is_floating_point() else name)
+            return func(*args, **(kwargs or {}))
+
+    used: set[str] = set()
+    with Operations():
+        path(kit("llama", "bfloat16"))
+    assert "bmm" in used
+    assert not used & (NOT_DETERMINISTIC | {"cumsum of floats"})
+
+
 def test_chunks_follow_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = SimpleNamespace(total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)

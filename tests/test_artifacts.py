@@ -246,7 +246,7 @@ def test_a_kill_between_manifest_and_rename_costs_no_kept_work(tmp_path: Path) -
         store = Store(tmp_path, say=lambda line: None)
         again = store.obtain("stage", "slug", {}, [], make, version=1)
         assert MANIFEST not in again.manifest["files"]
-    assert len(made) == 2  # the last call found it whole
+    assert len(made) == 2  # the last call found the artifact
 
 
 def _count_runs(root: str, log: str) -> None:
@@ -346,9 +346,9 @@ def test_work_continues_from_unfinished_which_the_artifact_does_not_contain(tmp_
 
 def test_another_config_never_continues_from_this_ones_state(tmp_path: Path) -> None:
     def make(folder: Path) -> dict:
-        found = list((folder / UNFINISHED).glob("point"))
+        resumed = list((folder / UNFINISHED).glob("point"))
         (folder / UNFINISHED / "point").write_text("")
-        if not found:
+        if not resumed:
             raise ValueError("interrupted")
         return {}
 
@@ -364,9 +364,9 @@ def test_continuing_with_other_code_is_reported(tmp_path: Path, monkeypatch: pyt
     said: list[str] = []
 
     def make(folder: Path) -> dict:
-        found = (folder / UNFINISHED / "point").exists()
+        resumed = (folder / UNFINISHED / "point").exists()
         (folder / UNFINISHED / "point").write_text("")
-        if not found:
+        if not resumed:
             raise ValueError("interrupted")
         return {}
 

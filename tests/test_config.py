@@ -370,8 +370,8 @@ STANDARD = {"selector": "topk", "target_set": "none", "embedder": "hidden_states
 def test_a_method_is_the_recipe_of_its_paper(method: str) -> None:
     config = composed(f"method={method}")
     for option, value in (STANDARD | RECIPES[method]).items():
-        found = functools.reduce(getattr, option.split("."), config)
-        assert getattr(found, "name", found) == value, option
+        chosen = functools.reduce(getattr, option.split("."), config)
+        assert getattr(chosen, "name", chosen) == value, option
 
 
 def test_the_budget_of_cherry_is_a_share_of_the_scored_rows() -> None:

@@ -292,8 +292,8 @@ def test_artifacts_made_from_other_tokens_are_not_used(
     units = []
     for encoding in (tokens.ENCODING, tokens.ENCODING + 1):
         monkeypatch.setattr(tokens, "ENCODING", encoding)
-        found = units_of(config, tmp_path / "store")
-        units.append({unit for unit in found if Path(unit).parent.name in ENCODING_STAGES[line]})
+        asked_for = units_of(config, tmp_path / "store")
+        units.append({unit for unit in asked_for if Path(unit).parent.name in ENCODING_STAGES[line]})
     assert {Path(unit).parent.name for unit in units[0]} == ENCODING_STAGES[line]
     assert not units[0] & units[1]
 

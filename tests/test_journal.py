@@ -59,48 +59,48 @@ def test_kept_results_are_returned_in_their_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", VALUES, ids=range(len(VALUES)))
 def test_values_come_back_as_they_were(value: Any, tmp_path: Path) -> None:
     Journal(tmp_path).once("key", lambda: [value])
-    (found,) = Journal(tmp_path).once("key", lambda: pytest.fail("made again"))
+    (restored,) = Journal(tmp_path).once("key", lambda: pytest.fail("made again"))
     if isinstance(value, torch.Tensor):
-        assert found.dtype == value.dtype
-        assert found.numpy().tobytes() == value.numpy().tobytes()
+        assert restored.dtype == value.dtype
+        assert restored.numpy().tobytes() == value.numpy().tobytes()
     else:
-        assert found == value
+        assert restored == value
 
 
 def test_from_the_first_key_that_differs_all_is_computed_again(tmp_path: Path) -> None:
     asked(tmp_path, ["a", "b", "c"])
-    found, made = asked(tmp_path, ["a", "B", "c"])
+    values, made = asked(tmp_path, ["a", "B", "c"])
     assert made == ["B", "c"]
-    assert asked(tmp_path, ["a", "B", "c"]) == (found, [])
+    assert asked(tmp_path, ["a", "B", "c"]) == (values, [])
 
 
 def test_a_line_that_was_cut_is_computed_again(tmp_path: Path) -> None:
-    whole, _ = asked(tmp_path, ["a", "b"])
+    first, _ = asked(tmp_path, ["a", "b"])
     content = lines(tmp_path).read_bytes()
     second = content.index(b"\n") + 1
     for cut in range(len(content)):
         lines(tmp_path).write_bytes(content[:cut])
-        found, made = asked(tmp_path, ["a", "b"])
+        values, made = asked(tmp_path, ["a", "b"])
         assert made == (["a", "b"] if cut < second else ["b"])
-        assert asked(tmp_path, ["a", "b"]) == (found, [])
-        assert found[0] == whole[0] or cut < second
+        assert asked(tmp_path, ["a", "b"]) == (values, [])
+        assert values[0] == first[0] or cut < second
     lines(tmp_path).write_bytes(content[:second] + b"\0" * 20)  # what a machine that went down may leave
     assert asked(tmp_path, ["a", "b"])[1] == ["b"]
 
 
 def test_a_line_that_was_changed_is_reported_and_computed_again(tmp_path: Path) -> None:
     """Holds for every byte of the line: one changed digit of a loss would be another loss."""
-    whole, _ = asked(tmp_path, ["a", "b", "c"])
+    first, _ = asked(tmp_path, ["a", "b", "c"])
     content = lines(tmp_path).read_bytes()
     second, third = content.index(b"\n") + 1, content.rindex(b"\n", 0, -1) + 1
     for place in range(second, third):
         lines(tmp_path).write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
         said: list[str] = []
-        found, made = asked(tmp_path, ["a", "b", "c"], said.append)
-        assert (found[0], made) == (whole[0], ["b", "c"])
+        values, made = asked(tmp_path, ["a", "b", "c"], said.append)
+        assert (values[0], made) == (first[0], ["b", "c"])
         (line,) = said
         assert f"line 2 of {tmp_path.name}/unfinished/journal.jsonl is cut or damaged" in line
-        assert asked(tmp_path, ["a", "b", "c"], said.append) == (found, [])
+        assert asked(tmp_path, ["a", "b", "c"], said.append) == (values, [])
         assert len(said) == 1
 
 
@@ -157,18 +157,18 @@ def test_a_pass_continues_with_the_remaining_groups(tmp_path: Path) -> None:
         passed.extend(rows.tolist())
         return rows, rows / 3
 
-    def found(folder: Path | None) -> list[list[Any]]:
+    def passed_with(folder: Path | None) -> list[list[Any]]:
         passes = TokenBudget(16).passes(examples, work, Journal(folder))
         return [[[part.tolist() for part in parts] for parts in results] for results in passes]
 
     with pytest.raises(Stop):
-        found(tmp_path)
+        passed_with(tmp_path)
     before = list(passed)
     left[0] = -1
-    resumed = found(tmp_path)
+    resumed = passed_with(tmp_path)
     assert sorted(passed) == list(range(20))
     assert 0 < len(before) < 20
-    assert resumed == found(None)
+    assert resumed == passed_with(None)
 
 
 def test_answers_are_generated_once_each(tmp_path: Path, monkeypatch: Any) -> None:

@@ -137,8 +137,8 @@ def test_an_estimate_uses_only_units_of_the_same_method(tmp_path: Path) -> None:
     (tmp_path / "score" / "broken").mkdir()
     (tmp_path / "score" / "broken" / "manifest.json").write_text("{")
     wanted = {"size": 20, "models": [], "config": {"name": "gsnr", "eps": 2}}
-    found = Earlier(tmp_path).estimate(Artifact("score", tmp_path, "f", wanted))
-    assert (found["seconds"], found["bytes"]) == (16.0, 207)
+    estimate = Earlier(tmp_path).estimate(Artifact("score", tmp_path, "f", wanted))
+    assert (estimate["seconds"], estimate["bytes"]) == (16.0, 207)
     none = Earlier(tmp_path).estimate(Artifact("score", tmp_path, "f", {**wanted, "models": ["gpt2"]}))
     assert none == {"calls": 0}
 

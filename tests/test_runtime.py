@@ -47,7 +47,7 @@ def test_without_a_terminal_progress_is_a_line_every_half_minute(clock: list[flo
 def test_resumed_work_does_not_count_for_the_remaining_time(clock: list[float]) -> None:
     shown, stream = display(terminal=False)
     with shown.task("norms", 10_000) as advance:
-        advance(9_000)  # found, not made
+        advance(9_000)  # from the interrupted run
         for _ in range(90):
             clock[0] += 1
             advance(1)

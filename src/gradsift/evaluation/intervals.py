@@ -110,19 +110,33 @@ def score_interval(win: float, lose: float, size: float, critical: float) -> tup
 
 
 def p_value(outcomes: np.ndarray) -> float:
-    """Return the two-sided p-value of the score test that the mean outcome is 0 (McNemar's test with one seed).
+    """Return the two-sided p-value of the hypothesis that the mean outcome is 0.
+
+    With one seed this is the score test (McNemar's). With several it is the larger of that test with the two-way variance
+    and the t test over the seeds: the first alone rejects too often if few seeds differ little by chance.
 
     Args:
         outcomes: (S, N) of -1, 0 and 1.
     """
     from scipy import stats
 
-    size, freedom = independent_items(np.asarray(outcomes, dtype=float))
+    outcomes = np.asarray(outcomes, dtype=float)
+    size, freedom = independent_items(outcomes)
     decided = float((outcomes != 0).mean())
     if decided == 0:
         return 1.0
     statistic = abs(float(outcomes.mean())) / math.sqrt(decided / size)
-    return float(2 * stats.t.sf(statistic, freedom))
+    return max(float(2 * stats.t.sf(statistic, freedom)), _seeds_p_value(outcomes))
+
+
+def _seeds_p_value(values: np.ndarray) -> float:
+    """Return the p-value of the t test that the means (S,) of the seeds have mean 0; 0 if it cannot tell."""
+    from scipy import stats
+
+    means = values.mean(1)
+    if len(means) == 1 or np.ptp(means) < 1e-12:
+        return 0.0
+    return float(2 * stats.t.sf(abs(means.mean()) / (means.std(ddof=1) / math.sqrt(len(means))), len(means) - 1))
 
 
 @dataclass(frozen=True)
@@ -140,7 +154,8 @@ def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) 
 
     The interval is made from the two models' own score intervals and the correlation of their means (MOVER; Zou and
     Donner, Statistics in Medicine 27, 2008), so it has a width even if all items have the same difference. The p-value
-    is that of the exact sign-flip test over items with one seed, and of the t test with the two-way variance otherwise.
+    is that of the exact sign-flip test over items with one seed; with several it is the larger one of the t test with the
+    two-way variance and the t test over the seeds.
 
     Args:
         first: (S, N) of -1, 0 and 1.
@@ -164,7 +179,8 @@ def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) 
     if len(gap) == 1 or variance == 0:
         probability = _sign_flip_p_value(gap.mean(0))
     else:
-        probability = float(2 * stats.t.sf(abs(mean) / math.sqrt(variance), freedom))
+        of_items = float(2 * stats.t.sf(abs(mean) / math.sqrt(variance), freedom))
+        probability = max(of_items, _seeds_p_value(gap))
     return Difference(mean, max(-2.0, low), min(2.0, high), probability)
 
 

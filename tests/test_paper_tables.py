@@ -6,11 +6,13 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from gradsift.evaluation.intervals import mean_interval, p_value
 from gradsift.report.figures import write_tables
 from gradsift.report.material import Material, Missing, Run
-from gradsift.report.paper_tables import ablation_table, cells_of, count, pws_table
+from gradsift.report.paper_tables import ablation_table, cells_of, count, is_distinguishable, pws_table
 from gradsift.report.run_tables import method_name
 from gradsift.report.table import Table
 
@@ -56,10 +58,31 @@ def test_rows_are_places_and_columns_alphas_and_methods() -> None:
     assert table.best == {(0, 2)}  # a lone method at its alpha is not the best of anything
 
 
-def test_seeds_share_a_cell_with_their_mean_least_and_most() -> None:
-    pair = [run("gsnr", pws, seed=seed, variant="one") for seed, pws in enumerate((1.0, 1.2))]
+def judged(scorer: str, letters: str, alpha: float = 0.1, **changes: Any) -> Run:
+    """Return a finished run whose items have the outcomes `letters` (w, t, l or i)."""
+    pws = (letters.count("w") - letters.count("l")) / (len(letters) - letters.count("i")) + 1
+    return run(scorer, pws, alpha, outcomes={"vicuna": {"items": "hash", "outcomes": letters}}, **changes)
+
+
+def test_seeds_share_a_cell_with_an_interval_over_seeds_and_items() -> None:
+    letters = ("wwwwwttlli", "wwwwttttll")
+    pair = [judged("gsnr", each, seed=seed, variant="one") for seed, each in enumerate(letters)]
     (row,) = cells_of(sweep(*pair)).values()
-    assert (row["pws"], row["pws_low"], row["pws_high"], row["runs"]) == (pytest.approx(1.1), 1.0, 1.2, 2)
+    assert (row["pws"], row["runs"]) == (pytest.approx((1 + 3 / 9 + 1.2) / 2), 2)
+    # the item that is invalid with one seed is left out with both
+    outcomes = np.array([[1] * 5 + [0] * 2 + [-1] * 2, [1] * 4 + [0] * 4 + [-1]])
+    low, high = mean_interval(outcomes)
+    assert (row["pws_low"], row["pws_high"]) == (low + 1, high + 1)
+    assert row["p_value"] == p_value(outcomes)
+
+
+def test_seeds_without_outcomes_or_with_other_items_have_no_interval() -> None:
+    plain = [run("gsnr", pws, seed=seed, variant="one") for seed, pws in enumerate((1.0, 1.2))]
+    others = [judged("gsnr", "wwl", variant="one"), judged("gsnr", "wwl", seed=1, variant="one")]
+    others[1].record["outcomes"]["vicuna"]["items"] = "other"
+    for pair in (plain, others):
+        (row,) = cells_of(sweep(*pair)).values()
+        assert row["pws"] is not None and row["pws_low"] is row["pws_high"] is row["p_value"] is None
 
 
 def test_ties_are_both_best_and_the_full_data_run_is_in_no_cell() -> None:
@@ -73,28 +96,40 @@ def test_pooled_figures_are_no_cell_of_their_own() -> None:
     assert [place[2] for place, _ in cells_of(sweep(two))] == ["vicuna", "wizardlm"]
 
 
-def test_cells_won_and_lost_beyond_the_interval_are_counted() -> None:
-    def cell(alpha: float, ours: float, random: float, superfilter: float) -> list[Run]:
-        values = {"gsnr": ours, "random": random, "superfilter": superfilter, "gsnr_raw_drop": 2.0, "full": 1.0}
-        return [run(scorer, pws, alpha) for scorer, pws in values.items()]
+def test_cells_are_counted_by_paired_tests_and_ties_are_ties() -> None:
+    def cell(alpha: float, ours: str, random: str, superfilter: str) -> list[Run]:
+        values = {"gsnr": ours, "random": random, "superfilter": superfilter, "gsnr_raw_drop": "w" * 40}
+        return [judged(scorer, letters, alpha) for scorer, letters in values.items()]
 
     won = count(
         cells_of(
             sweep(
-                *cell(0.05, 1.3, 1.0, 1.1),  # won, and 1.2 > 1.1: beyond
-                *cell(0.1, 1.0, 1.0, 0.9),  # matched
-                *cell(0.15, 0.95, 1.0, 0.9),  # lost, within
-                *cell(0.2, 0.8, 1.0, 0.7),  # lost, and 0.9 < 1.0: beyond
-                run("random", 1.0, 0.3),  # nothing of ours beside it
+                *cell(0.05, "w" * 40, "l" * 40, "t" * 40),  # better than both
+                *cell(0.1, "t" * 40, "t" * 40, "l" * 40),  # equal to the best
+                *cell(0.15, "w" * 21 + "l" * 19, "w" * 20 + "l" * 20, "l" * 40),  # higher, but by one item
+                *cell(0.2, "l" * 40, "t" * 40, "l" * 40),  # worse than one of the two
+                run("random", 1.0, 0.3),  # without the method
             )
         )
     )
-    assert (won.cells, won.matches_or_beats, won.beyond, won.lost_beyond) == (4, 2, 1, 1)
+    assert (won.cells, won.higher, won.tied, won.better, won.worse) == (4, 2, 1, 1, 1)
     assert won.baselines == ("random", "superfilter")  # neither an ablation nor the full-data run is a baseline
-    assert str(won) == (
-        "gsnr matches or beats random, superfilter in 2 of 4 cells (1 of them beyond its interval; of the 2 lost, 1 "
-        "beyond it)"
-    )
+    assert "better in 1, worse in 1 and not distinguishable in 2" in str(won)
+
+
+def test_cells_without_outcomes_of_the_items_are_not_distinguishable() -> None:
+    won = count(cells_of(sweep(run("gsnr", 1.9), run("random", 0.1))))
+    assert (won.cells, won.higher, won.better) == (1, 1, 0)
+
+
+def test_the_best_of_24_equal_cells_is_rarely_called_better_than_the_full_data() -> None:
+    rng = np.random.default_rng(0)
+    claims = 0
+    for _ in range(60):
+        drawn = ["".join(rng.choice(list("wtl"), size=80, p=[0.3, 0.4, 0.3])) for _ in range(24)]
+        cells = cells_of(sweep(*(judged(f"s{number}", letters) for number, letters in enumerate(drawn))))
+        claims += any(is_distinguishable(cells).values())
+    assert claims <= 6
 
 
 def test_ablations_stand_beside_the_score_with_their_difference() -> None:

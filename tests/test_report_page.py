@@ -259,7 +259,7 @@ def test_the_head_and_the_failures_are_told(sweep: Made, opened: Any) -> None:
     assert "6 runs: 3 methods, 2 budgets, 1 seed" in head
     assert "superfilter at 25 %" in head
     assert "1.230 [1.100, 1.400]" in head
-    assert "gsnr matches or beats superfilter in 0 of 2 cells" in head
+    assert "not distinguishable in 2" in head
     assert "4 of 6" in head
     assert "1 did not, 1 stopped as asked" in head
     assert "1 of 6 runs did not finish" in head

@@ -112,8 +112,8 @@ def score_interval(win: float, lose: float, size: float, critical: float) -> tup
 def p_value(outcomes: np.ndarray) -> float:
     """Return the two-sided p-value of the hypothesis that the mean outcome is 0.
 
-    With one seed this is the score test (McNemar's). With several it is the larger of that test with the two-way variance
-    and the t test over the seeds: the first alone rejects too often if few seeds differ little by chance.
+    With one seed this is the score test (McNemar's). With several it is the larger p-value of two tests: that test with
+    the two-way variance, and the t test over the seeds. The first alone rejects too often if few seeds agree by chance.
 
     Args:
         outcomes: (S, N) of -1, 0 and 1.
@@ -154,8 +154,8 @@ def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) 
 
     The interval is made from the two models' own score intervals and the correlation of their means (MOVER; Zou and
     Donner, Statistics in Medicine 27, 2008), so it has a width even if all items have the same difference. The p-value
-    is that of the exact sign-flip test over items with one seed; with several it is the larger one of the t test with the
-    two-way variance and the t test over the seeds.
+    is that of the exact sign-flip test over items with one seed; with several it is the larger one of two t tests, with
+    the two-way variance and over the seeds.
 
     Args:
         first: (S, N) of -1, 0 and 1.

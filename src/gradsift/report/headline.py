@@ -9,8 +9,8 @@ from gradsift.cost import duration
 from gradsift.diagnostics import DIAGNOSTICS_FILE, read_diagnostics
 from gradsift.report.material import FAILED, Material, Missing, Run
 from gradsift.report.notes import remarks_of_all, warnings_of
-from gradsift.report.paper_tables import cells_of, count
-from gradsift.report.run_tables import flat_rows, pws_text
+from gradsift.report.paper_tables import LEVEL, cells_of, count, is_distinguishable
+from gradsift.report.run_tables import UNTUNED, Row, all_rows, flat_rows, over_seeds, pws_text
 from gradsift.report.table import counted
 
 
@@ -72,19 +72,38 @@ def _best(material: Material) -> tuple[list[str], list[Tile]]:
     except Missing as reason:
         return [f"There is no PWS to compare: {reason}."], []
     (place, (alpha, method)), best = max(cells.items(), key=lambda cell: float(cell[1]["pws"]))
-    side = "above" if best["pws"] > 1 else "below" if best["pws"] < 1 else "equal to"
+    differs = is_distinguishable(cells)[place, (alpha, method)]
+    side = "not distinguishable from" if not differs else "above" if best["pws"] > 1 else "below"
     where = f" on {' / '.join(place)}" if len({place for place, _ in cells}) > 1 else ""
+    tests = f" (Holm's correction over {counted(len(cells), 'cell')})" if len(cells) > 1 else ""
     verdicts = [
-        f"The best cell is {method} at {100 * alpha:g} % of the rows{where}: PWS {pws_text(best)}, {side} the model "
-        "tuned on all rows (1)."
+        f"The highest PWS is that of {method} at {100 * alpha:g} % of the rows{where}: {pws_text(best)}, {side} the "
+        f"model tuned on all rows (1){tests}."
     ]
-    tiles = [Tile("best PWS", f"{best['pws']:.3f}", f"{method} at {100 * alpha:g} %")]
+    tiles = [
+        Tile("highest PWS", f"{best['pws']:.3f}", f"{method} at {100 * alpha:g} %"),
+        *_accuracy_tile(material, best),
+    ]
     try:
         won = count(cells)
     except Missing as reason:
         return [*verdicts, f"Cells are not counted: {reason}."], tiles
-    tiles.append(Tile("matches or beats", f"{won.matches_or_beats} of {won.cells}", "cells, against the baselines"))
+    tiles.append(Tile("better than every baseline", f"{won.better} of {won.cells}", f"cells; worse in {won.worse}"))
     return [*verdicts, f"{won}."], tiles
+
+
+def _accuracy_tile(material: Material, best: Row) -> list[Tile]:
+    """Return the accuracy of a cell beside those of the full data and of no finetuning, if the sweep measured them."""
+    rows = over_seeds(all_rows([run.record for run in material.finished]))
+    beside = {"full data": "full", "no finetuning": UNTUNED}
+    known = {
+        name: next((row["accuracy"] for row in rows if row["scorer"] == scorer and row["accuracy"] is not None), None)
+        for name, scorer in beside.items()
+    }
+    if best["accuracy"] is None:
+        return []
+    note = ", ".join(f"{name} {value:.3f}" for name, value in known.items() if value is not None)
+    return [Tile("its accuracy", f"{best['accuracy']:.3f}", note)]
 
 
 def _of_run(run: Run) -> tuple[str, list[str], list[Tile]]:
@@ -99,7 +118,9 @@ def _of_run(run: Run) -> tuple[str, list[str], list[Tile]]:
     elif record.get("pws") is not None:
         row = flat_rows(record)[-1]
         outcomes = f"{row['win']} wins, {row['tie']} ties and {row['lose']} losses"
-        verdicts.append(f"PWS {pws_text(row)} against the model tuned on all rows (1): {outcomes}.")
+        distinct = row["p_value"] is not None and row["p_value"] < LEVEL
+        verdict = "" if distinct else "; not distinguishable from 1"
+        verdicts.append(f"PWS {pws_text(row)} against the model tuned on all rows (1): {outcomes}{verdict}.")
         tiles.append(Tile("PWS", f"{row['pws']:.3f}", f"{row['win']} / {row['tie']} / {row['lose']}"))
     selection, accuracy = record.get("selection") or {}, record.get("accuracy") or {}
     if "rows" in selection:

@@ -1,7 +1,8 @@
 """The paper's tables for a sweep: PWS by dataset, target and benchmark, and the ablations.
 
-They are Tables 1 and 2 of GRADFILTERING (arXiv 2601.13697). A cell "matches or beats" if its PWS is at least
-that of every baseline in the cell; how many of them differ by more than the interval is counted beside it.
+They are Tables 1 and 2 of GRADFILTERING (arXiv 2601.13697). The paper counts the cells in which its PWS is at least
+that of every baseline. Beside that count stand the ties and the significant differences: the method is compared with
+every baseline on the same items and seeds, and Holm's correction covers all comparisons of the table.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+import numpy as np
+
+from gradsift.evaluation.intervals import Difference, difference, holm
 from gradsift.report.material import Material, Missing
-from gradsift.report.run_tables import Row, flat_rows, method_name, over_seeds, pws_text
+from gradsift.report.run_tables import OUTCOMES, Row, flat_rows, method_name, outcome_matrix, over_seeds, pws_text
 from gradsift.report.table import Table
 
 METHOD = "gsnr"
+LEVEL = 0.05  # probability of one or more false claims in a table
 ABLATIONS = ("gsnr_raw_drop", "gsnr_normalized_drop", "gsnr_variance_normalized")  # #1, #2 and #3 of the paper
 _NO_BASELINES = (METHOD, *ABLATIONS, "gsnr_direction", "full")
 Place = tuple[str, str, str]  # dataset, target, benchmark
@@ -24,19 +29,21 @@ Cells = dict[tuple[Place, Column], Row]
 
 @dataclass(frozen=True)
 class Count:
-    """In how many cells the method is at least as good as every baseline in the cell."""
+    """How the method compares with the baselines in each cell."""
 
     cells: int
-    matches_or_beats: int
-    beyond: int  # of these: cells where its whole interval is above the best baseline
-    lost_beyond: int  # of the others: cells where its whole interval is below the best baseline
+    higher: int  # cells where its PWS is above that of every baseline
+    tied: int  # cells where its PWS equals the best baseline's
+    better: int  # cells where it is significantly better than every baseline
+    worse: int  # cells where it is significantly worse than some baseline
     baselines: tuple[str, ...]
 
     def __str__(self) -> str:
-        lost = self.cells - self.matches_or_beats
+        undecided = self.cells - self.better - self.worse
         return (
-            f"{METHOD} matches or beats {', '.join(self.baselines)} in {self.matches_or_beats} of {self.cells} cells "
-            f"({self.beyond} of them beyond its interval; of the {lost} lost, {self.lost_beyond} beyond it)"
+            f"The PWS of {METHOD} is higher than that of {', '.join(self.baselines)} in {self.higher} of {self.cells} "
+            f"cells and equal to the best in {self.tied}. Tested on the same items, it is better in {self.better}, "
+            f"worse in {self.worse} and not distinguishable in {undecided} (level {LEVEL:g}, Holm's correction)"
         )
 
 
@@ -66,29 +73,47 @@ def _by_scorer(cells: Cells) -> dict[tuple[Place, float], dict[str, Row]]:
 
 
 def count(cells: Cells) -> Count:
-    """Count the cells that the method wins (the paper's "19 of 24").
+    """Compare the method with the baselines in every cell (the paper's "19 of 24").
 
     Raises:
         Missing: no cell has both the method and a baseline.
     """
-    pairs = []  # the method's row, and the best PWS among the baselines
-    baselines: dict[str, None] = {}
+    groups = []  # the method's row, and those of the baselines
     for group in _by_scorer(cells).values():
-        others = {name: row["pws"] for name, row in group.items() if name not in _NO_BASELINES}
-        if METHOD in group and others:
-            pairs.append((group[METHOD], max(others.values())))
-            baselines |= dict.fromkeys(others)
-    if not pairs:
+        baselines = {name: row for name, row in group.items() if name not in _NO_BASELINES}
+        if METHOD in group and baselines:
+            groups.append((group[METHOD], baselines))
+    if not groups:
         raise Missing(f"no cell has both {METHOD} and a baseline such as random or superfilter")
-    won = [(row, best) for row, best in pairs if row["pws"] >= best]
-    lost = [(row, best) for row, best in pairs if row["pws"] < best]
-    return Count(
-        len(pairs),
-        len(won),
-        sum(row["pws_low"] is not None and row["pws_low"] > best for row, best in won),
-        sum(row["pws_high"] is not None and row["pws_high"] < best for row, best in lost),
-        tuple(baselines),
+    differences = [compared(row, other) for row, baselines in groups for other in baselines.values()]
+    adjusted = holm([1.0 if each is None else each.p_value for each in differences])
+    # 1 or -1 where the method is significantly better or worse, else 0
+    signs = iter(
+        [
+            0 if each is None or value >= LEVEL else int(np.sign(each.difference))
+            for each, value in zip(differences, adjusted, strict=True)
+        ]
     )
+    by_cell = [[next(signs) for _ in baselines] for _, baselines in groups]
+    better, worse = sum(min(each) > 0 for each in by_cell), sum(min(each) < 0 for each in by_cell)
+    leads = [row["pws"] - max(other["pws"] for other in baselines.values()) for row, baselines in groups]
+    names = dict.fromkeys(name for _, baselines in groups for name in baselines)
+    return Count(len(groups), sum(d > 0 for d in leads), sum(d == 0 for d in leads), better, worse, tuple(names))
+
+
+def compared(first: Row, second: Row) -> Difference | None:
+    """Return the paired difference of two cells; None if they did not judge the same items with the same seeds."""
+    ours, theirs = (each if isinstance(each, list) else [each] for each in (first[OUTCOMES], second[OUTCOMES]))
+    if None in ours or None in theirs or [items for items, _ in ours] != [items for items, _ in theirs]:
+        return None
+    matrix = outcome_matrix([letters for _, letters in (*ours, *theirs)])
+    return difference(matrix[: len(ours)], matrix[len(ours) :]) if matrix.size else None
+
+
+def is_distinguishable(cells: Cells) -> dict[tuple[Place, Column], bool]:
+    """Return for each cell whether its PWS differs significantly from 1, with Holm's correction over the cells."""
+    adjusted = holm([1.0 if row["p_value"] is None else row["p_value"] for row in cells.values()])
+    return {key: value < LEVEL for key, value in zip(cells, adjusted, strict=True)}
 
 
 def pws_table(material: Material) -> Table:
@@ -105,14 +130,15 @@ def pws_table(material: Material) -> Table:
     header = ["dataset / target / benchmark", *(f"{alpha:g}: {method}" for alpha, method in columns)]
     records = [
         {"dataset": place[0], "target": place[1], "benchmark": place[2], "alpha": column[0], "method": column[1]}
-        | {name: row[name] for name in ("pws", "pws_low", "pws_high", "win", "tie", "lose", "invalid")}
+        | {name: row[name] for name in ("pws", "pws_low", "pws_high", "p_value", "win", "tie", "lose", "invalid")}
         | {"runs": row["runs"], "best": (place, column) in best}
         for (place, column), row in cells.items()
     ]
     bold = frozenset((places.index(place), 1 + columns.index(column)) for place, column in best)
     averaged = any(row["runs"] > 1 for row in cells.values())
-    note = "Means over seeds, with the least and the most." if averaged else "With confidence intervals over the items."
-    note += " Bold: the best of a row at its alpha."
+    note = (
+        f"{'Means over seeds, with' if averaged else 'With'} 95 % intervals. Bold: the highest of a row at its alpha."
+    )
     with suppress(Missing):  # no cell to count
         note += f" {count(cells)}."
     return Table("PWS against the model tuned on all rows (1 is parity)", header, rows, bold, note, records)

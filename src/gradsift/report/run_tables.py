@@ -7,10 +7,14 @@ some of the runs have are shown in the column `settings`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from gradsift.cost import WORK_COLUMNS, work_of
+from gradsift.evaluation.intervals import mean_interval, p_value
 from gradsift.report.table import Table, cell_text, fixed
 
 Run = Mapping[str, Any]  # the content of a `run.json`
@@ -22,6 +26,7 @@ SEEDS = ("data_seed", "seed")
 SEED_KEYS = ("seed", "data.seed", "data.corruption.seed", "scorer.seed", "selector.seed")
 COUNTS = ("win", "tie", "lose", "invalid")
 MEASURES = ("rows", "pws", "accuracy", "heldout_loss", "spoilt_share", "families")
+OUTCOMES = "outcomes"  # of a row: (hash of the items, a letter per item), or a list of these for several seeds
 UNTUNED = "(no finetuning)"
 TITLE = "PWS against the model tuned on all rows"
 _OWN_COLUMN = ("scorer", "alpha", "data", "proxy", "target", "judge", "proxy.members", "proxy.snapshots")
@@ -57,9 +62,13 @@ def method_name(scorer: str, settings: str | None) -> str:
 def flat_rows(run: Run) -> list[Row]:
     """Return the rows of one run as plain values, the pooled one last; None where the run lacks a figure."""
     cells: dict[str, Mapping[str, Any]] = dict(run.get("benchmarks") or {})
+    outcomes = {name: (each["items"], each["outcomes"]) for name, each in (run.get("outcomes") or {}).items()}
     if len(cells) != 1:
         name = "pooled" if cells else "+".join(run.get("benchmark_sets") or [])
         cells[name] = run.get("pooled") or {"pws": run.get("pws")}
+        if outcomes:
+            items, letters = zip(*(outcomes[each] for each in sorted(outcomes)), strict=True)
+            outcomes[name] = " ".join(items), "".join(letters)
     selection, accuracy = run.get("selection") or {}, run.get("accuracy") or {}
     by_benchmark = accuracy.get("benchmarks") or {}
     return [
@@ -70,6 +79,8 @@ def flat_rows(run: Run) -> list[Row]:
             "benchmark": benchmark,
             "rows": selection.get("rows"),
             **{name: cell.get(name) for name in ("pws", "pws_low", "pws_high", *COUNTS)},
+            "p_value": parity_p_value([outcomes[benchmark]]) if benchmark in outcomes else None,
+            OUTCOMES: outcomes.get(benchmark),
             "accuracy": by_benchmark.get(benchmark, accuracy.get("model")),
             "heldout_loss": (run.get("heldout_loss") or {}).get("model"),
             "spoilt_share": selection.get("spoilt_share"),
@@ -100,7 +111,7 @@ def all_rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def over_seeds(rows: Iterable[Row]) -> list[Row]:
-    """Average rows that differ in seeds alone; outcomes are summed, `pws_low` and `pws_high` are least and most."""
+    """Average rows that differ in seeds alone; outcomes are summed, and the interval of PWS is over seeds and items."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["variant"], *(row[name] for name in SETTINGS)), []).append(row)
@@ -114,8 +125,32 @@ def _mean_row(group: Sequence[Row]) -> Row:
         # a mean over some of the runs must not be compared with means over all of them
         complete = len(values) == len(group)
         mean[name] = None if not complete else sum(values) if name in COUNTS else sum(values) / len(values)
-    known = [row["pws"] for row in group if row["pws"] is not None]
-    return mean | {"pws_low": min(known, default=None), "pws_high": max(known, default=None)}
+    mean |= {"pws_low": None, "pws_high": None, "p_value": None, OUTCOMES: None}
+    outcomes = [row[OUTCOMES] for row in group]
+    if mean["pws"] is not None and all(outcomes) and len({items for items, _ in outcomes}) == 1:
+        matrix = outcome_matrix([letters for _, letters in outcomes])
+        if matrix.size:
+            low, high = mean_interval(matrix)
+            mean |= {"pws_low": low + 1, "pws_high": high + 1, "p_value": parity_p_value(outcomes)}
+            mean[OUTCOMES] = [row[OUTCOMES] for row in group]
+    return mean
+
+
+def parity_p_value(outcomes: Sequence[tuple[str, str]]) -> float | None:
+    """Return the p-value of a PWS of 1, from the outcomes of the same items with each seed; None if none is valid."""
+    matrix = outcome_matrix([letters for _, letters in outcomes])
+    return p_value(matrix) if matrix.size else None
+
+
+def outcome_matrix(letters: Sequence[str]) -> np.ndarray:
+    """Return the outcomes (S, N) as 1, 0 and -1, over the items that are valid with every seed.
+
+    Args:
+        letters: for each seed a letter per item, in the same order: w, t, l, or i (invalid).
+    """
+    values = {"w": 1.0, "t": 0.0, "l": -1.0, "i": math.nan}
+    matrix = np.array([[values[letter] for letter in each] for each in letters])
+    return matrix[:, ~np.isnan(matrix).any(0)]
 
 
 def pws_text(row: Row) -> str:
@@ -148,7 +183,7 @@ def results_table(runs: Sequence[Run]) -> Table:
     if len(benchmarks) == 1:
         title += f", benchmark {benchmarks.pop()}"
     if (most := max(row["runs"] for row in rows)) > 1:
-        title += f"; means of {most} seeds, PWS with least and most"
+        title += f"; means of {most} seeds, PWS with 95 % intervals"
     varied = [n for n in SETTINGS if n in ("scorer", "alpha") or len({row[n] for row in rows} - {None}) > 1]
     columns = {
         **{name: [cell_text(row[name]) for row in rows] for name in varied},
@@ -161,7 +196,11 @@ def results_table(runs: Sequence[Run]) -> Table:
         "families": [fixed(row["families"], 1) for row in rows],
     }
     columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
-    return Table(title, list(columns), list(zip(*columns.values(), strict=True)), records=records)
+    return Table(title, list(columns), list(zip(*columns.values(), strict=True)), records=_without_outcomes(records))
+
+
+def _without_outcomes(rows: Sequence[Row]) -> list[Row]:
+    return [{name: value for name, value in row.items() if name != OUTCOMES} for row in rows]
 
 
 def work_table(runs: Sequence[Run]) -> Table:

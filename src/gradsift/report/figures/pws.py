@@ -41,8 +41,14 @@ def _draw_place(axes: Axes, cells: Mapping[Column, Row], methods: Sequence[str],
         rows = {place + shift: cells[alpha, m] for place, m in enumerate(methods) if (alpha, m) in cells}
         values = [row["pws"] for row in rows.values()]
         ends = [
-            [max(0.0, row["pws"] - (row["pws_low"] or row["pws"])) for row in rows.values()],
-            [max(0.0, (row["pws_high"] or row["pws"]) - row["pws"]) for row in rows.values()],
+            [
+                max(0.0, row["pws"] - (row["pws"] if row["pws_low"] is None else row["pws_low"]))
+                for row in rows.values()
+            ],
+            [
+                max(0.0, (row["pws"] if row["pws_high"] is None else row["pws_high"]) - row["pws"])
+                for row in rows.values()
+            ],
         ]
         options: Style = {"color": look.colour, "marker": look.marker, "label": f"alpha {alpha:g}"}
         axes.errorbar(values, list(rows), xerr=ends, ls="none", ms=5, capsize=2, **options)

@@ -67,6 +67,7 @@ def test_what_is_no_number_of_threads_is_refused(value: object) -> None:
         ComputeConfig(threads=value)
 
 
+@pytest.mark.slow
 def test_a_busy_machine_leaves_one_thread() -> None:
     """Measure in a process of its own while as many processes as cores spin."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}

@@ -63,10 +63,10 @@ class ComputeConfig(Group, option="compute"):
 
     @property
     def ranks(self) -> int:
-        """Processes that share a training or a collection."""
+        """The number of processes that share a training or a collection."""
         return self.devices * self.num_nodes
 
     @property
     def mask_batches(self) -> Any:
-        """What dropout masks depend on, for the settings of a stage: they are drawn batch by batch, rank by rank."""
+        """The settings that dropout masks depend on: they are drawn batch by batch, and rank by rank."""
         return self.tokens if self.ranks == 1 else {"tokens": self.tokens, "ranks": self.ranks}

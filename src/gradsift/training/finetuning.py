@@ -34,18 +34,17 @@ def fit(
     callbacks: Sequence[L.Callback] = (),
     folder: Path | None = None,
 ) -> int:
-    """Train over the steps of `plan` (positions in `encoded`) in the order given.
+    """Train over the steps of `plan` (positions in `encoded`), in their order.
 
     Args:
-        folder: of the artifact in the making: where an interrupted training left the point that this one goes on
-            from, and where this one leaves its own.
+        folder: of the artifact in the making: an interrupted training left its save point there, from which this one
+            continues and where it saves its own.
 
     Returns:
-        The number of optimiser steps that this process took; `module.curve` has them all.
+        The number of optimiser steps that this process took; `module.curve` has all.
 
     Raises:
-        GradsiftError: a loss that is not finite, named by its rows; weights that are not; memory does not hold a
-            single example.
+        GradsiftError: a loss or the weights are not finite, or memory does not hold a single example; names the rows.
     """
     callbacks = [StopAtNonFinite(encoded), *callbacks]
     if folder is not None:
@@ -69,7 +68,7 @@ def fit(
 
 
 def step_counts(module: AdapterModule, taken: int) -> dict[str, int]:
-    """For a stage's counts: all steps of the training, and those of them that interrupted processes took."""
+    """Return all steps of the training, and those of them that interrupted runs had taken, for a stage's counts."""
     return {"optimizer_steps": len(module.curve), "resumed_steps": len(module.curve) - taken}
 
 
@@ -145,7 +144,7 @@ class ShowProgress(L.Callback):
 
 
 class StopAtNonFinite(L.Callback):
-    """Ends the training at a NaN or infinite loss or norm; looks every 16 steps, so as not to wait for the device."""
+    """Stops the training at a NaN or infinite loss or norm; checks every 16 steps, to not wait for the device."""
 
     def __init__(self, encoded: Sequence[Encoded]) -> None:
         self._encoded = encoded
@@ -160,7 +159,7 @@ class StopAtNonFinite(L.Callback):
         self._check()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep; but a point is not saved that nothing could go on from."""
+        """Return nothing, but check first: a point with a NaN must not be saved."""
         self._check()
         return {}
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -25,6 +26,8 @@ class Endpoint:
     def __init__(self) -> None:
         self.behave: Callable[[str, int], Answer] = lambda text, attempt: (200, "8 7\nFine.", {})
         self.bodies: list[dict[str, Any]] = []
+        self.headers: list[Message] = []
+        self.paths: list[str] = []
         self.keys: set[str | None] = set()
         self.most = 0  # requests at a time
         self.answered = 0  # replies that were sent whole
@@ -39,6 +42,8 @@ class Endpoint:
         text = body["messages"][-1]["content"]
         with self._lock:
             self.bodies.append(body)
+            self.headers.append(handler.headers)
+            self.paths.append(handler.path)
             self.keys.add(handler.headers["Authorization"])
             self._tries[text] = attempt = self._tries.get(text, 0) + 1
             self._busy += 1

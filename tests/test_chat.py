@@ -242,7 +242,7 @@ STORM = {"retry-after-ms": "20"}
         (429, "slow down", {}),
         (500, "oops", {}),
         (503, "busy", NOW),
-        (200, b"<html>bad gateway</html>", {"Content-Type": "text/html"}),
+        (502, b"<html>bad gateway</html>", {"Content-Type": "text/html"}),
         (200, b'{"choices": [{"mess', {}),
         (200, "7", {"lacking": "9"}),
         (200, b"", {}),
@@ -257,7 +257,7 @@ def test_what_passes_is_tried_again(endpoint: Endpoint, client: Client, first: A
 
 
 @pytest.mark.parametrize(
-    "lasting", [(500, "down", NOW), (200, b"<html>login</html>", {}), (200, "7", {"lacking": "9"})]
+    "lasting", [(500, "down", NOW), (200, b'{"choices": [{"mess', {}), (200, "7", {"lacking": "9"})]
 )
 def test_one_request_that_fails_for_good_ends_in_an_error_once_all_others_are_in(
     endpoint: Endpoint, client: Client, lasting: Any
@@ -335,6 +335,11 @@ def test_fewer_prompts_than_give_up_that_are_all_refused_are_no_answers_either(
         ((402, "pay first", {}), "no credit left"),
         ((429, "quota", {"code": "insufficient_quota"}), "no credit left"),
         ((418, "teapot", {}), r"judge\.base_url"),
+        ((404, b"<html>nothing here</html>", {"Content-Type": "text/html"}), r"judge\.base_url"),
+        ((200, b"<html>log in</html>", {"Content-Type": "text/html"}), r"text/html.*judge\.base_url.*login"),
+        ((200, b"\n<!DOCTYPE html>", {}), r"judge\.base_url.*login"),
+        ((200, b"data: {}", {"Content-Type": "text/event-stream"}), r"text/event-stream.*judge\.base_url"),
+        ((200, b'{"choices": [], "choices": []}', {}), "'choices' stands twice"),
         ((429, "later", {"Retry-After": "3600"}), r"asks to wait 3,\d00 s, longer than judge\.max_wait=2"),
     ],
 )

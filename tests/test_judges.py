@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -35,11 +36,11 @@ from gradsift.errors import ConfigError
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.chat import ChatClient
 from gradsift.evaluation.generation import OUTPUTS_FILE, model_outputs, write_model_outputs
-from gradsift.evaluation.judges import JudgeError, JudgeRequest, RatingRequest, Reply, local, openai
+from gradsift.evaluation.judges import JudgeError, JudgeRequest, RatingRequest, Reply, Unreadable, local, openai
 from gradsift.evaluation.judges import rating as rating_module
 from gradsift.evaluation.judges.local import LocalJudge
 from gradsift.evaluation.judges.openai import OpenaiJudge, render_prompt
-from gradsift.evaluation.judges.parsing import UNREAD, parse_grade, parse_scores
+from gradsift.evaluation.judges.parsing import parse_grade, parse_scores
 from gradsift.evaluation.judges.rating import SCALES, render_rating
 from gradsift.evaluation.judges.verifier import VerifierJudge
 from gradsift.evaluation.judges.wording import judge_wording, rating_wording
@@ -344,7 +345,23 @@ def test_a_question_shows_what_it_is_about_and_nothing_can_end_its_own_place() -
         ("8,5 7,5", None, None),
         ("8/5 7/5", None, None),
         ("8 9 7", None, None),
-        ("Here you go\n8 9", None, None),
+        ("Here you go\n8 9", None, (8, 9)),
+        ("Let me see.\n\n**Scores: 8 9**\nBoth are fine.", None, (8, 9)),
+        ("Sure:\nAnswer 1: 8\nAnswer 2: 7\nBecause.", None, (8, 7)),
+        ("```\n8 9\n```", None, (8, 9)),
+        ('```json\n{"answer_1": 8, "answer_2": 7.5}\n```', None, (8, 7.5)),
+        ('My verdict:\n{"Assistant B": "3/10", "assistant_a": 4}', None, (4, 3)),
+        ('{"reason": "x", "scores": {"1": 8, "2": 7}}', None, (8, 7)),
+        ('I use {braces}. {"score_1": 2, "score_2": 0}', None, (2, 0)),
+        ('{"reason": "8 7"}', None, None),
+        ("Both are good, but [[A]] is better.", None, (1, 0)),
+        ("[[B]]", None, (0, 1)),
+        ("My final verdict is tie: [[C]]", None, (0, 0)),
+        ("My final verdict is: [[A>>B]]", None, (3, 0)),
+        ("[[B>A]]", None, (0, 1)),
+        ("[[A=B]]", None, (0, 0)),
+        ("[[D]]", None, None),
+        ("1. The first has 8 7 of them.\n2. No.", None, None),
         ("Both have 2 flaws and 3 merits.", None, None),
         ("I cannot judge this.", None, None),
         ("八 九", None, None),
@@ -360,24 +377,58 @@ def test_what_is_read_strictly_and_tolerantly(text: str, strict: Any, tolerant: 
 
 
 @pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"answer_1": 8, "answer_1": 9, "answer_2": 7}', "'answer_1' stands twice"),
+        ('{"answer_1": NaN, "answer_2": 7}', "NaN and no number"),
+        ('{"answer_1": [8], "answer_2": 7}', r"\[8\] and no number"),
+        ('{"answer_1": 8, "answer_2": 11}', "11 and no number"),
+        ('{"answer_1": true, "answer_2": 1}', "true and no number"),
+        ('{"answer_1": null, "answer_2": 1}', "null and no number"),
+        ('{"answer_1": 8}', "one score for each answer"),
+        ('{"answer_1": 8, "A": 8, "answer_2": 1}', "one score for each answer"),
+        ('{"scores": [8, 7]}', "a list"),
+        ("[8, 7]", "a list"),
+        ("First I thought:\n8 7\nBut no:\n7 8", "two different verdicts"),
+        ("[[A]] or [[B]]?", "two different verdicts"),
+        ('{"answer_1": 8, "answer_2": 7} or {"answer_1": 7, "answer_2": 8}', "two different verdicts"),
+    ],
+)
+def test_scores_that_are_not_certain_are_none_and_say_why(text: str, reason: str) -> None:
+    with pytest.raises(Unreadable, match=reason):
+        parse_scores(text)
+    assert parse_scores(text, "strict") is None
+    assert parse_scores(text, "legacy") is None
+
+
+def test_a_reply_of_braces_alone_takes_no_time() -> None:
+    started = time.monotonic()
+    for text in ("{" * 100_000, '{"a":' * 100_000, "[[" * 100_000):
+        with contextlib.suppress(Unreadable):
+            assert parse_scores(text) is None
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
     ("text", "scores"),
     [
         ("8 9\nBecause.", (8, 9)),
         ("8,9", (8, 9)),
         ("9 8.5", (9, 8.5)),
         ("11 -5", (11, -5)),  # whatever the scale
-        ("8, 9", UNREAD),  # two spaces once the comma is one
-        ("8 9 ", UNREAD),
-        ("\n8 9", UNREAD),
-        ("8/10 7/10", UNREAD),
-        ("8", UNREAD),
-        ("", UNREAD),
-        ("Both are good", UNREAD),
+        ("8, 9", None),  # two spaces once the comma is one
+        ("8 9 ", None),
+        ("\n8 9", None),
+        ("8/10 7/10", None),
+        ("8", None),
+        ("", None),
+        ("Both are good", None),
+        ("nan nan", None),
+        ("inf 3", None),
     ],
 )
-def test_the_published_parser_takes_two_floats_on_the_first_line_or_makes_a_tie(text: str, scores: Any) -> None:
+def test_the_published_parser_takes_two_floats_on_the_first_line_and_makes_no_number(text: str, scores: Any) -> None:
     assert parse_scores(text, "legacy") == scores
-    assert UNREAD[0] == UNREAD[1]
 
 
 @pytest.mark.parametrize(
@@ -480,7 +531,7 @@ def test_an_unreadable_reply_is_asked_for_once_more(endpoint: Endpoint, openai_j
         ("Both are nice!", "stop", "no two scores"),
         ("I'm sorry, but I can't help with that.", "stop", "no two scores"),
         ("Die erste Antwort ist deutlich besser als die zweite.", "stop", "no two scores"),
-        ("第一个回答更好。\n8 6", "stop", "no two scores"),
+        ("第一个回答更好。八比六。", "stop", "no two scores"),
         ("The first answer is", "length", "no two scores.*cut at judge.max_tokens=256"),
         ("", "length", "the reply is empty, cut at judge.max_tokens=256"),
         ("", "stop", "the reply is empty"),
@@ -498,12 +549,14 @@ def test_a_reply_without_scores_is_invalid_with_a_reason_and_its_text_is_kept(
     assert len(endpoint.bodies) == 2
 
 
-def test_the_published_parser_asks_once_and_says_where_it_made_a_tie(endpoint: Endpoint, openai_judge: Any) -> None:
+def test_the_published_parser_asks_once_and_an_unreadable_reply_is_no_tie(
+    endpoint: Endpoint, openai_judge: Any
+) -> None:
     endpoint.behave = lambda text, attempt: (200, "8, 9" if "odd" in text else "8 9", {})
     odd, even = ask("1", first="odd"), ask("2", first="even")
     replies = dict(openai_judge(parse="legacy").judge([odd, even]))
     assert replies[even] == Reply("8 9", (8, 9))
-    assert replies[odd].value == (-1, -1) and "a tie" in str(replies[odd].reason)
+    assert replies[odd].value is None and "judge.parse=legacy" in str(replies[odd].reason)
     assert len(endpoint.bodies) == 2
 
 
@@ -517,7 +570,7 @@ ENDS = {  # what an endpoint may begin to do in the middle, and what is said the
     "429": ((429, "slow down", {"Retry-After": "0"}), "slow down"),
     "a long wait": ((429, "slow down", {"Retry-After": "3600"}), "judge.max_wait"),
     "a wrong key": ((401, "who are you?", {}), "JUDGE_KEY"),
-    "no JSON": ((200, b"<html>log in</html>", {"Content-Type": "text/html"}), "not a complete chat completion"),
+    "a login page": ((200, b"<html>log in</html>", {"Content-Type": "text/html"}), "text/html.*a login"),
     "a truncated body": ((200, "8 7", {"lacking": "50"}), "complete message body"),
     "a truncated JSON": ((200, b'{"choices": [{"mess', {}), "not a complete chat completion"),
     "refusing it all": ((400, "no such parameter", {}), "no such parameter"),

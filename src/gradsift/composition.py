@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gradsift import config as config_module
 from gradsift.config import SCHEMAS, Config, load_config, register_schemas
+from gradsift.config.checks import require_no_typed_secret
 from gradsift.errors import ConfigError
 from gradsift.user_conf import conf_folder
 
@@ -56,12 +57,13 @@ def require_readable(arguments: Sequence[str], conf: Path) -> None:
         conf: the folder whose subfolders are the config groups.
 
     Raises:
-        ConfigError: a group is set to null, or a number is longer than Python reads.
+        ConfigError: a group is set to null, a number is longer than Python reads, or a secret is typed out.
     """
     for argument in arguments:
         key, sign, value = argument.partition("=")
         if not sign or argument.startswith("-"):
             continue
+        require_no_typed_secret(key.lstrip("+~"), value)
         group = key.lstrip("+~").split("@")[0]
         if (longest := max((len(digits) for digits in re.findall(r"\d+", value)), default=0)) > _MOST_DIGITS:
             raise ConfigError(f"{key} is given a number of {longest:,} digits; give one that fits into 64 bits")

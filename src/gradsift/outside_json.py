@@ -43,6 +43,17 @@ def loads_all(text: str) -> list[Any]:
     return values
 
 
+def loads_first(text: str) -> tuple[Any, int]:
+    """Return the value at the beginning of `text` and the number of its characters, whatever follows it.
+
+    Raises:
+        json.JSONDecodeError: see `loads`.
+        RepeatedKeyError: an object has a key twice.
+    """
+    with _one_kind_of_error(text):
+        return _DECODER.raw_decode(text)
+
+
 def _skip_blank(text: str, start: int) -> int:
     while start < len(text) and text[start] in BLANK:
         start += 1

@@ -10,11 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Mapping
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from gradsift.config.bounds import require_bound
 from gradsift.errors import ConfigError
+
+FROM_ENVIRONMENT = "env:"  # begins a value that is read from an environment variable when it is needed
+_SECRET_NAME = re.compile(
+    r"auth|key|token|secret|passw|cookie|session|credential|signature|^(sig|code)$", re.IGNORECASE
+)
 
 
 def option(
@@ -85,6 +92,38 @@ def in_range(
     limits = {"of at least": least, "above": above, "up to": most, "below": below}
     wanted = " and ".join(f"{words} {limit:,g}" for words, limit in limits.items() if math.isfinite(limit))
     raise ConfigError(f"{option}={value} is out of range; give a finite number {wanted}")
+
+
+def require_secrets_elsewhere(option: str, values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a value that is a secret by its name, unless it names an environment variable (`env:NAME`).
+
+    The config is written to the run's folder and sent to the tracker.
+    """
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise ConfigError(f"{option}.{name} is no text; give it in quotes: '{option}={{{name}: \"...\"}}'")
+        if value.startswith(FROM_ENVIRONMENT):
+            if not re.fullmatch(r"[A-Za-z_]\w*", value.removeprefix(FROM_ENVIRONMENT)):
+                raise ConfigError(f"{option}.{name} names no environment variable; give env:NAME")
+        elif _SECRET_NAME.search(name):
+            raise ConfigError(
+                f"{option}.{name} is a secret by its name, and the config is written to the run's folder; put the "
+                f"value into an environment variable and give its name: {option}.{name}=env:NAME"
+            )
+        elif not value.isprintable():
+            raise ConfigError(f"{option}.{name} holds a character that cannot be sent; give printable text")
+
+
+def require_no_typed_secret(option: str, value: str) -> None:
+    """Raise ConfigError if an override holds a secret; Hydra writes overrides to the run's folder as they are typed."""
+    if not re.match(r"judge\.extra_(headers|query)\b", option):
+        return
+    group, name, *key = option.split(".", 2)
+    in_braces = re.findall(r"([\w-]+)['\"]?\s*:\s*['\"]?([^,}'\"]*)", value)
+    values = {key[0]: value} if key else dict(in_braces)
+    # an interpolation is refused when its value is known
+    typed = {header: each for header, each in values.items() if not each.startswith("${")}
+    require_secrets_elsewhere(f"{group}.{name}", typed)
 
 
 def endpoint_address(option: str, url: str, api_key_env: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from gradsift.config.checks import Group, endpoint_address, one_of, option
+from gradsift.config.checks import Group, endpoint_address, one_of, option, require_secrets_elsewhere
 from gradsift.config.data import EMBEDDED, TERSE
 from gradsift.config.models import ModelConfig
 from gradsift.errors import ConfigError
@@ -117,6 +117,17 @@ class BenchmarkConfig(Group, option="benchmark"):
         return "exact" if entry is None else str(entry.match)
 
 
+# parameters that have an option of their own
+_RESERVED = {
+    "messages": "which the judge's prompt makes; leave it out",
+    "model": "which has an option of its own: judge.model",
+    "stream": "and replies are read whole; leave it out",
+    "n": "and one reply per request is read; leave it out",
+    "max_tokens": "which has options of its own: judge.max_tokens and judge.token_parameter",
+    "max_completion_tokens": "which has options of its own: judge.max_tokens and judge.token_parameter",
+}
+
+
 @dataclass
 class JudgeConfig(Group, option="judge"):
     """A judge gives each answer of a pair a score. Every pair is judged in both orders."""
@@ -149,6 +160,14 @@ class EndpointJudgeConfig(JudgeConfig):
     retries: int = option(5, least=0)  # of a failed request, with exponential backoff or the endpoint's Retry-After
     max_wait: float = option(120.0, least=0, most=_WEEK)  # seconds; a longer Retry-After ends the run
     give_up: int = option(10, least=1)  # this many failed requests in a row end the run
+    # this many unreadable replies in a row, without a readable one, end the run; null: never
+    give_up_unreadable: int | None = option(10, least=1)
+    token_parameter: str = option("max_tokens", choices=("max_tokens", "max_completion_tokens"))  # name of the limit
+    system_role: bool = True  # false: the system text is put in front of the user's
+    # mappings; of type Any, since Hydra adds no keys to an option whose type is a mapping
+    extra_body: Any = None  # parameters of each request; null leaves one out
+    extra_headers: Any = None  # env:NAME is the value of an environment variable
+    extra_query: Any = None  # of the address, such as Azure's api-version
     concurrency: int = option(4, least=1)  # requests at a time
     dry_run: bool = False  # print what would be sent and what it would cost, and stop there
     price_input: float | None = option(None, least=0)  # USD per million prompt tokens; null: unknown
@@ -160,6 +179,14 @@ class EndpointJudgeConfig(JudgeConfig):
         super().__post_init__()
         if self.base_url:
             endpoint_address("judge.base_url", self.base_url, self.api_key_env)
+        for name in ("extra_body", "extra_headers", "extra_query"):
+            value = getattr(self, name) or {}
+            if not isinstance(value, dict):
+                raise ConfigError(f"judge.{name}={value!r} is no mapping; give it as in judge.{name}={{NAME: VALUE}}")
+            if name != "extra_body":
+                require_secrets_elsewhere(f"judge.{name}", value)
+        if reserved := [name for name in _RESERVED if name in (self.extra_body or {})]:
+            raise ConfigError(f"judge.extra_body holds {reserved[0]}, {_RESERVED[reserved[0]]}")
         if (self.price_input is None) != (self.price_output is None):
             raise ConfigError("give both judge.price_input and judge.price_output, or neither")
         if self.max_usd is not None and self.price_input is None:
@@ -174,9 +201,9 @@ class OpenaiJudgeConfig(EndpointJudgeConfig):
     """The paper's 1-10 protocol on any OpenAI-compatible endpoint."""
 
     model: str = "gpt-4o"  # name of the model at the endpoint
-    temperature: float = option(0.0, least=0)  # of the sampling
+    temperature: float | None = option(0.0, least=0)  # of the sampling; null: not sent
     max_tokens: int = option(256, least=1)  # of a reply
-    # how scores are read; legacy: the published rule, which counts an unreadable reply as a tie
+    # how scores are read; legacy: the published rule, except that an unreadable reply is invalid and no tie
     parse: str = option("tolerant", choices=("strict", "tolerant", "legacy"))
 
 

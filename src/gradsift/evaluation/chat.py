@@ -18,21 +18,26 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic
-from urllib.parse import urlsplit
 
-from gradsift.config.checks import endpoint_address
-from gradsift.data.download import LOOPBACK
-from gradsift.errors import ConfigError
-from gradsift.evaluation.chat_protocol import GO_ON, Failure, Messages, failure_of_status, read_completion
-from gradsift.evaluation.judges import DryRun, JudgeError, Reply, Value, content_hash
+from gradsift.evaluation.chat_protocol import (
+    GO_ON,
+    Failure,
+    Messages,
+    UnreadReplies,
+    after_thinking,
+    failure_of_status,
+    read_completion,
+    without_system,
+)
+from gradsift.evaluation.endpoint import Endpoint
+from gradsift.evaluation.judges import DryRun, JudgeError, Reply, Unreadable, Value, content_hash
 from gradsift.evaluation.replies import CapReached, Completion, Replies, Terms, Usage
 
 if TYPE_CHECKING:
@@ -42,7 +47,6 @@ _FIRST_DELAY, _LONGEST_DELAY = 0.5, 8.0  # seconds before a retry, if the endpoi
 _POLL = 0.05  # seconds between looks at the stop signal and at requests of other processes
 _BYTES_PER_TOKEN = 4  # rule of thumb for English text; about right for other scripts in UTF-8 too
 _TOKENS_PER_MESSAGE = 4
-_SHORTEST_SECRET = 8  # characters; no real key has fewer
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,19 @@ class ChatClient:
         replies: Replies,
         base_url: str | None = None,
         api_key_env: str = "OPENAI_API_KEY",
-        temperature: float = 0.0,
+        temperature: float | None = 0.0,
         max_tokens: int = 256,
+        token_parameter: str = "max_tokens",  # noqa: S107 - the name of a parameter
+        system_role: bool = True,
+        extra_body: Mapping[str, Any] | None = None,
+        extra_headers: Mapping[str, str] | None = None,
+        extra_query: Mapping[str, str] | None = None,
         parameters: Mapping[str, Any] | None = None,
         timeout: float = 60.0,
         retries: int = 5,
         max_wait: float = 120.0,
         give_up: int = 10,
+        give_up_unreadable: int | None = 10,
         concurrency: int = 4,
         terms: Terms | None = None,
         say: Callable[[str], None] = lambda text: None,
@@ -85,28 +95,33 @@ class ChatClient:
 
         Args: as in `OpenaiJudgeConfig`, and
             replies: where replies are stored.
-            parameters: further parameters of each request.
+            parameters: further parameters of each request; `extra_body` takes precedence.
             say: called with the plan before the first request.
 
         Raises:
             ConfigError: the variable named by `api_key_env` holds no usable key (endpoints on this machine and dry
                 runs need none), or OPENAI_BASE_URL is not an address.
         """
-        self.parameters: dict[str, Any] = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
-        self.parameters |= parameters or {}
+        body = {"model": model, "temperature": temperature, token_parameter: max_tokens}
+        body |= {**(parameters or {}), **(extra_body or {})}
+        self.parameters: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
+        self._terms = terms or Terms()
+        needs_key = not self._terms.dry_run
+        self._endpoint = Endpoint(base_url, api_key_env, extra_headers, extra_query, needs_key=needs_key)
+        # all that a reply depends on beside the address and the messages
+        self.identity = {
+            **self.parameters,
+            **self._endpoint.settings,
+            **({} if system_role else {"system_role": False}),
+        }
+        self._system_role = system_role
+        self._max_tokens = max_tokens
         self.name = f"openai/{model}"
         self._replies = replies
-        self._api_key_env = api_key_env
         self._timeout, self._retries, self._max_wait = timeout, retries, max_wait
-        self._give_up, self._concurrency = give_up, concurrency
-        self._terms = terms or Terms()
+        self._give_up, self._give_up_unreadable, self._concurrency = give_up, give_up_unreadable, concurrency
         self._say = say
         self._paused_until = 0.0  # every request waits for this moment (time.monotonic): the endpoint asked for it
-        address = base_url or os.environ.get("OPENAI_BASE_URL")
-        if address:
-            endpoint_address("judge.base_url" if base_url else "OPENAI_BASE_URL", address, api_key_env)
-        self._base_url = address.rstrip("/") if address else None  # the same endpoint with and without the slash
-        self._key = _api_key(api_key_env, self._base_url, needed=not self._terms.dry_run)
 
     def spent(self, scope: str) -> dict[str, float | int | None]:
         """Return what the requests of `scope` have cost so far, in all processes, as JSON values."""
@@ -127,15 +142,17 @@ class ChatClient:
         The plan is printed before the first request; a dry run ends there.
 
         Args:
-            read: returns the value in a reply to the prompt at a position, or None: the prompt is then sent again.
+            read: returns the value in a reply to the prompt at a position, without the thinking before it. For None or
+                `Unreadable` the prompt is sent again.
             scope: name under which the spending is counted; the caps hold for it over all processes.
-            unread: reason given for a reply that cannot be read.
+            unread: reason given where `read` returns None.
             tries: how often a prompt is sent until a reply can be read.
 
         Raises:
             JudgeError: requests failed (see the top of this module); all answers that arrived were yielded before.
             DryRun: always raised in dry-run mode, after printing the plan.
         """
+        prompts = prompts if self._system_role else [without_system(messages) for messages in prompts]
         job = _Job(prompts, read, scope, unread, tries)
         same: dict[str, list[int]] = {}
         for position, messages in enumerate(prompts):
@@ -154,17 +171,24 @@ class ChatClient:
             self._say(f"  {self.name}: {plan}")
         if self._terms.dry_run:
             raise DryRun(plan)
-        for positions, answer in itertools.chain(answered, self._send_all(job, missing, works=bool(answered))):
+        unread_replies = UnreadReplies[Value](self._give_up_unreadable)
+        for positions, answer in answered:
+            unread_replies.add(answer, tries)
+            yield from ((position, answer) for position in positions)
+        if missing and (problem := unread_replies.problem()):
+            raise JudgeError(f"{self.name}: {problem}")
+        for positions, answer in self._send_all(job, missing, unread_replies, works=bool(answered)):
             yield from ((position, answer) for position in positions)
 
     def _send_all(
-        self, job: _Job[Value], groups: Sequence[list[int]], works: bool
+        self, job: _Job[Value], groups: Sequence[list[int]], unread: UnreadReplies[Value], works: bool
     ) -> Iterator[tuple[list[int], Reply[Value]]]:
         """Yield groups of equal prompts with their answer, in the order of arrival, and refused prompts at the end.
 
         If the endpoint has answered no prompt, refusals are an error: one wrong option may make it refuse all prompts.
 
         Args:
+            unread: the unreadable replies so far.
             works: whether the endpoint has answered such requests before.
         """
         stop, arrived = threading.Event(), SimpleQueue[tuple[int, Reply[Value] | Exception] | None]()
@@ -181,6 +205,9 @@ class ChatClient:
                 if isinstance(outcome, Reply):
                     streak, works = 0, True
                     left.discard(number)
+                    unread.add(outcome, job.tries)
+                    if problem is None and (problem := unread.problem()):
+                        stop.set()
                     yield groups[number], outcome
                 elif isinstance(outcome, Failure) and outcome.kind != "final":
                     streak += 1
@@ -233,10 +260,7 @@ class ChatClient:
                     arrived.put((number, error))
 
         async def work_all() -> None:
-            import openai
-
-            key = self._key or "none"
-            async with openai.AsyncOpenAI(api_key=key, base_url=self._base_url, timeout=None, max_retries=0) as client:
+            async with self._endpoint.client() as client:
                 await asyncio.gather(*(work(client) for _ in range(min(self._concurrency, len(groups)))))
 
         try:
@@ -248,26 +272,32 @@ class ChatClient:
 
     def _stored_answer(self, job: _Job[Value], position: int) -> Reply[Value] | int:
         """Return the answer to a prompt if the stored replies suffice for one, else the number of the next try."""
-        completion = Completion("")
+        completion, problem = Completion(""), job.unread
         for attempt in range(1, job.tries + 1):
             stored = self._replies.find(self._key_of(job.prompts[position], attempt))
             if stored is None:
                 return attempt
-            completion = stored
-            value = job.read(position, completion)
+            completion, problem = stored, job.unread
+            try:
+                value = job.read(position, replace(completion, text=after_thinking(completion.text)))
+            except Unreadable as error:
+                value, problem = None, str(error)
             if value is not None:
                 return Reply(completion.text, value)
-        problem = job.unread if completion.text.strip() else "the reply is empty"
-        cut = f", cut at judge.max_tokens={self.parameters['max_tokens']}" if completion.finish == "length" else ""
+        problem = problem if completion.text.strip() else "the reply is empty"
+        ends = {
+            "length": f", cut at judge.max_tokens={self._max_tokens}",
+            "content_filter": ", cut by a content filter",
+        }
         asked = f" (asked {'twice' if job.tries == 2 else f'{job.tries} times'})" if job.tries > 1 else ""
-        return Reply(completion.text, None, f"{problem}{cut}{asked}")
+        return Reply(completion.text, None, f"{problem}{ends.get(completion.finish or '', '')}{asked}")
 
     async def _fetch(
         self, client: AsyncOpenAI, job: _Job[Value], messages: Messages, attempt: int, stop: threading.Event
     ) -> None:
         """Send a prompt, with retries, until its reply is stored."""
         key = self._key_of(messages, attempt)
-        estimate = Usage(estimated_tokens(messages), self.parameters["max_tokens"], estimated_calls=1)
+        estimate = Usage(estimated_tokens(messages), self._max_tokens, estimated_calls=1)
         for retry in itertools.count():
             await _sleep(self._paused_until - time.monotonic(), stop)
             while (claim := self._replies.claim(key, job.scope, estimate, self._terms)) == "wait":
@@ -309,21 +339,24 @@ class ChatClient:
                 response = await create(messages=list(messages), model=self.parameters["model"], extra_body=body_of)
         # `from None`: the original errors may quote the key
         except openai.APIStatusError as error:
-            raise failure_of_status(error, self._scrub, self._api_key_env, self.parameters["model"]) from None
+            model = self.parameters["model"]
+            raise failure_of_status(error, self._endpoint.scrub, self._endpoint.api_key_env, model) from None
         except (openai.APITimeoutError, TimeoutError):
             remedy = f"raise judge.timeout={self._timeout:g} seconds; {GO_ON}"
             raise Failure("passing", "the request timed out", remedy, charged=True) from None
         except openai.APIConnectionError as error:
             reached = "Connect" not in type(error.__cause__).__name__
             remedy = f"check the network and judge.base_url; {GO_ON}"
-            message = self._scrub(f"{error} ({error.__cause__})")
+            message = self._endpoint.scrub(f"{error} ({error.__cause__})")
             raise Failure("passing", message, remedy, charged=reached) from None
-        return read_completion(response.content, self._scrub, logprobs=bool(self.parameters.get("logprobs")))
+        kind = response.headers.get("content-type", "")
+        logprobs = bool(self.parameters.get("logprobs"))
+        return read_completion(response.content, self._endpoint.scrub, kind, logprobs=logprobs)
 
     def _plan(self, prompts: Sequence[Messages]) -> tuple[str, str]:
         """Return the number of requests and their largest cost, as text; second requests are not included."""
         prompt_tokens = sum(map(estimated_tokens, prompts))
-        reply_tokens = len(prompts) * self.parameters["max_tokens"]
+        reply_tokens = len(prompts) * self._max_tokens
         usd = self._terms.usd(prompt_tokens, reply_tokens)
         price = "price unknown (judge.price_input and judge.price_output are not set)"
         price = price if usd is None else f"at most about {usd:.4g} USD"
@@ -344,11 +377,7 @@ class ChatClient:
 
     def _key_of(self, messages: Messages, attempt: int) -> str:
         """Hash all that a reply depends on; the address too: two endpoints may have different models of one name."""
-        return content_hash("chat", self._base_url, self.parameters, [dict(m) for m in messages], attempt)
-
-    def _scrub(self, text: str) -> str:
-        """Remove the key from a text: some endpoints quote it. Placeholders like "1" or "none" are not secret."""
-        return text.replace(self._key, "***") if self._key and len(self._key) >= _SHORTEST_SECRET else text
+        return content_hash("chat", self._endpoint.address, self.identity, [dict(m) for m in messages], attempt)
 
 
 async def _sleep(seconds: float, stop: threading.Event) -> None:
@@ -367,15 +396,3 @@ def estimated_tokens(messages: Messages) -> int:
 
 def _tokens_of(text: str) -> int:
     return math.ceil(len(text.encode("utf-8", "replace")) / _BYTES_PER_TOKEN)
-
-
-def _api_key(variable: str, base_url: str | None, needed: bool) -> str | None:
-    key = os.environ.get(variable, "").strip()
-    if key and not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"the environment variable {variable} holds characters that no API key has")
-    if not key and needed and (base_url is None or urlsplit(base_url).hostname not in LOOPBACK):
-        raise ConfigError(
-            f"the judge needs an API key in the environment variable {variable} (judge.api_key_env); "
-            "set it, or give a judge.base_url on this machine"
-        )
-    return key or None

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any, Literal
+from typing import Any, Generic, Literal
 
 from gradsift import outside_json
+from gradsift.evaluation.judges import Reply, Unreadable, Value
 from gradsift.evaluation.replies import Completion, Usage
 
 GO_ON = "the replies so far are kept: give the same command again to go on"
 _NO_CREDIT = "insufficient_quota"  # OpenAI's code for an empty account, sent as HTTP 429
+
+_MOST_SHOWN = 300  # characters of an unreadable reply in an error
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -41,23 +46,52 @@ class Failure(Exception):
         self.advice = f"{message}; {remedy}"
 
 
+@dataclass
+class UnreadReplies(Generic[Value]):
+    """The unreadable replies since the last readable one; `most` (None: no limit) end the asking."""
+
+    most: int | None
+    count: int = 0
+    first: Reply[Value] | None = None
+
+    def add(self, answer: Reply[Value], replies: int) -> None:
+        if answer.value is not None:
+            self.count, self.first = 0, None
+        else:
+            self.count, self.first = self.count + replies, self.first or answer
+
+    def problem(self) -> str | None:
+        """Return why the asking ends, with the first of the replies; None if it goes on."""
+        if self.most is None or self.count < self.most or self.first is None:
+            return None
+        text = self.first.text
+        shown = repr(text[:_MOST_SHOWN]) + (" ..." if len(text) > _MOST_SHOWN else "")
+        return (
+            f"gave up after {self.count} unreadable replies in a row (judge.give_up_unreadable={self.most}); the first "
+            f"one: {shown} ({self.first.reason}); check judge.model, judge.max_tokens and judge.parse, then give the "
+            "same command again: the replies so far are kept, and judge.give_up_unreadable=null counts such replies as "
+            "invalid and goes on"
+        )
+
+
 def read_completion(
-    body: bytes, scrub: Callable[[str], str], *, logprobs: bool = False
+    body: bytes, scrub: Callable[[str], str], content_type: str = "application/json", *, logprobs: bool = False
 ) -> tuple[Completion, Usage | None]:
     """Read the first choice of a response, and the tokens that it reports. The text is empty if the model wrote none.
 
     Args:
-        scrub: removes the key from a text.
+        scrub: removes the secrets from a text.
+        content_type: as the endpoint states it.
 
     Raises:
-        Failure: the body is not a chat completion.
+        Failure: the body is not a chat completion. A page, or an object with a key twice, would come again.
     """
     try:
-        content = outside_json.loads(body)
+        (content,) = outside_json.loads_all(body.decode("utf-8"))
         choice = content["choices"][0] if content["choices"] else {"message": {}}
         message, finish = choice["message"], choice.get("finish_reason")
         # a refusal has a field of its own, and so have a function's arguments
-        text = message.get("content") or message.get("refusal") or ""
+        text = _text_of(message.get("content")) or message.get("refusal") or ""
         if calls := message.get("tool_calls"):
             text = calls[0]["function"]["arguments"]
         if not isinstance(text, str):
@@ -68,12 +102,53 @@ def read_completion(
             for token in tokens or []
         ]
         usage = content.get("usage")
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         shown = scrub(body[:200].decode("utf-8", "replace"))
         message = f"the endpoint's reply is not a complete chat completion: {shown!r}"
+        if isinstance(error, outside_json.RepeatedKeyError):
+            raise Failure("final", f"{message} ({error})", f"check judge.base_url; {GO_ON}", charged=True) from None
+        if body.lstrip().startswith(b"<") or "json" not in content_type.lower():
+            message = f"the endpoint sends {content_type or 'no content type'} and no chat completion: {shown!r}"
+            remedy = f"check judge.base_url, and whether the address asks for a login; {GO_ON}"
+            raise Failure("final", message, remedy, charged=True) from None
         raise Failure("passing", message, f"check judge.base_url; {GO_ON}", charged=True) from None
     finish = finish if isinstance(finish, str) else None
     return Completion(scrub(text), finish, kept or None), _reported(usage)
+
+
+def _text_of(content: Any) -> Any:
+    """Return the text of a message; of a list of parts, that of its text parts."""
+    if not isinstance(content, list):
+        return content
+    return "".join(part["text"] for part in content if part["type"] in ("text", "output_text"))
+
+
+_THINKING = re.compile(r"\s*<(think|thinking|thought|reasoning)>(.*?)(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+# where the prompt's template holds the opening tag, the reply begins in the thinking
+_REST_OF_THINKING = re.compile(r".*?^\s*</(think|thinking|thought|reasoning)>[^\S\n]*$", re.DOTALL | re.MULTILINE)
+
+
+def after_thinking(text: str) -> str:
+    """Return a reply without the block `<think>...</think>` at its beginning.
+
+    Raises:
+        Unreadable: the block does not end: the reply was cut while thinking.
+    """
+    match = _THINKING.match(text)
+    if match is None:
+        match = _REST_OF_THINKING.match(text)
+    elif not match[3]:
+        raise Unreadable("the reply ends while thinking, before any score")
+    return text[match.end() :] if match else text
+
+
+def without_system(messages: Messages) -> Messages:
+    """Return the messages with the text of the system's in front of the first that follows it."""
+    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
+    others = [dict(message) for message in messages if message["role"] != "system"]
+    if system and others:
+        others[0]["content"] = f"{system}\n\n{others[0]['content']}"
+    return others or [{"role": "user", "content": system}]
 
 
 def _logprob(token: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +170,10 @@ def failure_of_status(error: Any, scrub: Callable[[str], str], api_key_env: str,
     message = " ".join(scrub(str(error)).split())[:300]
     if status in (400, 413, 422):
         shown = f" ({scrub(code)[:60]})" if code else ""
-        remedy = f"check judge.model, judge.max_tokens and what the endpoint accepts; {GO_ON}"
+        remedy = (
+            "check judge.model, judge.max_tokens and what the endpoint accepts (judge.token_parameter, "
+            f"judge.temperature=null, judge.system_role=false, judge.extra_body); {GO_ON}"
+        )
         return Failure("refused", message, remedy, reason=f"the endpoint refuses it, HTTP {status}{shown}")
     if code == _NO_CREDIT or status == 402:
         return Failure("final", f"the account has no credit left: {message}", GO_ON)

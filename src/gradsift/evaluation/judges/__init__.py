@@ -25,6 +25,10 @@ class JudgeError(GradsiftError):
     """A judge could not be asked. Missing replies never become scores."""
 
 
+class Unreadable(ValueError):
+    """A reply cannot be read; the message is the reason that is recorded."""
+
+
 class DryRun(GradsiftError):
     """Ends a dry run after it has printed what it would send."""
 

@@ -64,7 +64,7 @@ class AlpacaEvalJudge:
     def prompt_hash(self, request: JudgeRequest) -> str:
         """Hash messages, model, parameters and parser, but not the endpoint's address."""
         reading = [self._annotator.parser, self._annotator.parser_options, self._annotator.reads_choice]
-        return content_hash("alpaca_eval", self._chat.parameters, reading, render(self._annotator, request))
+        return content_hash("alpaca_eval", self._chat.identity, reading, render(self._annotator, request))
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
         """Yield replies in order of arrival, then those to equal answers, which need no request."""
@@ -121,17 +121,7 @@ def preference(parser: Parser, completion: Completion, *, reads_choice: bool) ->
         shown |= {"logprobs": {"content": completion.logprobs}} if completion.logprobs else {}
     try:
         preferences = list(parser(shown))
-    # the errors of alpaca_eval's parsers for replies that they do not expect
-    except (
-        AssertionError,
-        AttributeError,
-        LookupError,
-        MemoryError,
-        RecursionError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-    ):
+    except _ERRORS:
         return None
     if len(preferences) != 1 or isinstance(preferences[0], bool) or not isinstance(preferences[0], Real):
         return None

@@ -7,11 +7,10 @@ relevance, accuracy and level of detail; temperature 0; the scores on the first 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from gradsift.evaluation.chat import ChatClient
 from gradsift.evaluation.judges import Combine, JudgeRequest, Pair, RatingRequest, Reply, content_hash
-from gradsift.evaluation.judges.parsing import UNREAD, Parse, parse_grade, parse_scores
+from gradsift.evaluation.judges.parsing import Parse, parse_grade, parse_scores
 from gradsift.evaluation.judges.rating import SCALES, in_blocks, render_rating
 from gradsift.evaluation.replies import Completion
 
@@ -39,7 +38,7 @@ class OpenaiJudge:
     """Asks a chat model for two scores of a pair, or for one grade of an example.
 
     A reply without them is requested once more, then recorded as invalid. With `parse="legacy"` the published rule
-    reads the first reply, and one that it cannot read is a tie of its order.
+    reads the first reply, and one that it cannot read is invalid at once.
     """
 
     combine: Combine = "signs"
@@ -54,7 +53,7 @@ class OpenaiJudge:
 
     def prompt_hash(self, request: JudgeRequest) -> str:
         """Hash the messages, the model, its parameters and the parser, but not the endpoint's address."""
-        return content_hash("openai", self._chat.parameters, self._parse, render_prompt(request))
+        return content_hash("openai", self._chat.identity, self._parse, render_prompt(request))
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
         """Yield replies in order of arrival (see `ChatClient.ask`)."""
@@ -64,9 +63,8 @@ class OpenaiJudge:
         def scores(position: int, completion: Completion) -> Pair | None:
             return parse_scores(completion.text, self._parse)
 
-        for position, reply in self._chat.ask(prompts, scores, scope=self._scope, unread=unread):
-            if reply.value == UNREAD:
-                reply = replace(reply, reason="not read by the published parser, which makes it a tie")
+        tries = 1 if self._parse == "legacy" else 2
+        for position, reply in self._chat.ask(prompts, scores, scope=self._scope, unread=unread, tries=tries):
             yield requests[position], reply
 
     def cost(self) -> dict[str, float | int | None]:
@@ -78,7 +76,7 @@ class OpenaiJudge:
         prompts = [render_rating(request) for request in requests]
         # the same examples in another order belong to the same stage, whose spending goes on
         asked = sorted({content_hash(prompt) for prompt in prompts})
-        self._rating_scope = f"rate-{content_hash(self._chat.parameters, asked)[:12]}"
+        self._rating_scope = f"rate-{content_hash(self._chat.identity, asked)[:12]}"
 
         def grade(position: int, completion: Completion) -> float | None:
             scale = SCALES[requests[position].question]

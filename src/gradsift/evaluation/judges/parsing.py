@@ -1,68 +1,165 @@
 """Scores from a judge's reply.
 
 `strict`    the first line that is not blank is two numbers and nothing else
-`tolerant`  also halves, commas, "8/10 7/10", emphasis and labels ("Answer 1: 8, Answer 2: 7") on that line; labels
-            may extend over the first two lines
+`tolerant`  also halves, commas, "8/10 7/10", emphasis and labels ("Answer 1: 8, Answer 2: 7"), which may extend over
+            two lines; code fences are ignored. Where the first line is something else, the scores are the only such
+            line of the reply, or its only JSON object ({"answer_1": 8, "answer_2": 7}), or its only verdict ([[A]])
 `legacy`    the rule of the published evaluation scripts of Cherry and Superfiltering, with its errors
 
-Scores are between 0 and 10; judges give 0 to empty answers. A reply that the first two rules cannot read has no
-scores. No rule looks for numbers further down: "both have 2 flaws and 3 merits" is not a grade.
+Scores are between 0 and 10; judges give 0 to empty answers. A verdict for one answer is the scores 1 and 0. A reply
+that a rule cannot read has no scores, and so has one that holds two different readings. No rule looks for numbers
+within a sentence: "both have 2 flaws and 3 merits" is not a grade.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
-from gradsift.evaluation.judges import Pair
+from gradsift import outside_json
+from gradsift.evaluation.judges import Pair, Unreadable
 
 Parse = Literal["strict", "tolerant", "legacy"]
 
 _LONGEST = 120  # characters of a line of scores; limits the time of a pattern
-
-UNREAD: Pair = (-1.0, -1.0)  # the published scripts' scores of an unreadable reply
+_MOST_BRACES = 100  # places in a reply at which a JSON object may begin
 
 _NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
 _STRICT = re.compile(rf"\s*{_NUMBER}\s+{_NUMBER}\s*")
 _GRADE = rf"{_NUMBER}(?:\s*/\s*10|\s+out\s+of\s+10)?"
-_OPEN, _CLOSE = r"[\s*_`(\[]*", r"[\s*_`)\].]*"
+_OPEN, _CLOSE = r"[\s*_`(]*", r"[\s*_`).]*"
 _BETWEEN = r"(?:\s*[,;|]\s*|\s+(?:and\s+)?|[\s*_`]+)"
 _HEADING = r"(?:(?:scores?|grades?|ratings?)\s*[:=]\s*)?"
 _PLAIN = re.compile(rf"{_OPEN}{_HEADING}{_OPEN}{_GRADE}{_BETWEEN}{_GRADE}{_CLOSE}", re.IGNORECASE)
-_LABEL = r"(?:the\s+)?(?:answer|assistant|response|model|ai|score|grade|rating)\s*#?([12AB])[\s*_`]*[:=\-][\s*_`]*"
+_NAME = r"(?:the\s+)?(?:answer|assistant|response|model|ai|score|grade|rating)"
+_LABEL = rf"{_NAME}\s*#?([12AB])[\s*_`]*[:=\-][\s*_`]*"
 _LABELLED = re.compile(
-    rf"{_OPEN}{_HEADING}{_LABEL}{_GRADE}[\s*_`)\].]*[,;|]?(?:\s+and)?[\s*_`(\[]*{_LABEL}{_GRADE}{_CLOSE}", re.IGNORECASE
+    rf"{_OPEN}{_HEADING}{_LABEL}{_GRADE}[\s*_`).]*[,;|]?(?:\s+and)?[\s*_`(]*{_LABEL}{_GRADE}{_CLOSE}", re.IGNORECASE
+)
+_KEY = re.compile(rf"(?:{_NAME}[\s_#-]*)?([12AB])(?:[\s_-]*(?:score|grade|rating))?", re.IGNORECASE)
+_SCORES_KEY = re.compile(r"(?:scores?|grades?|ratings?)", re.IGNORECASE)
+_FENCE = re.compile(r"^\s*```[\w-]*\s*$", re.MULTILINE)
+_VERDICT = re.compile(r"\[\[\s*(A>>B|A>B|A=B|B=A|B>A|B>>A|A<B|A<<B|[ABC])\s*\]\]")
+# scores of a verdict; a strong one counts as three, as in Arena-Hard
+_VERDICTS: Mapping[str, Pair] = (
+    dict.fromkeys(("A", "A>B"), (1, 0))
+    | {"A>>B": (3, 0)}
+    | dict.fromkeys(("B", "B>A", "A<B"), (0, 1))
+    | dict.fromkeys(("B>>A", "A<<B"), (0, 3))
+    | dict.fromkeys(("C", "A=B", "B=A"), (0, 0))
 )
 
 
 def parse_scores(text: str, how: Parse = "tolerant") -> Pair | None:
-    """Return the two scores of a reply in the order shown, or None if the rule does not find them."""
+    """Return the two scores of a reply in the order shown, or None if the rule does not find them.
+
+    Raises:
+        Unreadable: there are scores, but not two numbers that are certain; says why.
+    """
     if how == "legacy":
         return parse_legacy(text)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines or len(lines[0]) > _LONGEST:
+    lines = [line.strip() for line in (text if how == "strict" else _FENCE.sub("", text)).splitlines() if line.strip()]
+    if not lines:
         return None
     if how == "strict":
-        return _in_range(_STRICT.fullmatch(lines[0]))
-    if match := _PLAIN.fullmatch(lines[0]):
+        return _in_range(_STRICT.fullmatch(lines[0])) if len(lines[0]) <= _LONGEST else None
+    if (first := _scores_at(lines, 0)) is not None:
+        return first
+    body = "\n".join(lines)
+    readings = [_scores_at(lines, number) for number in range(1, len(lines))]
+    readings += [*map(_from_object, _objects(body)), *(_VERDICTS[verdict] for verdict in _VERDICT.findall(body))]
+    distinct = {reading for reading in readings if reading is not None}
+    if len(distinct) > 1:
+        raise Unreadable("the reply holds two different verdicts")
+    if not distinct and re.match(r"\[[^\[]", body):
+        raise Unreadable("the scores are a list, which does not say whose they are")
+    return distinct.pop() if distinct else None
+
+
+def _scores_at(lines: list[str], number: int) -> Pair | None:
+    """Return the scores on one line, or labelled ones on this and the next line."""
+    if len(lines[number]) > _LONGEST:
+        return None
+    if match := _PLAIN.fullmatch(lines[number]):
         return _in_range(match)
-    for shown in (lines[0], "\n".join(lines[:2])[: 2 * _LONGEST]):
+    for shown in (lines[number], "\n".join(lines[number : number + 2])[: 2 * _LONGEST]):
         if match := _LABELLED.fullmatch(shown):
             return _labelled(match)
     return None
 
 
-def parse_legacy(text: str) -> Pair:
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects in a text.
+
+    Raises:
+        Unreadable: an object has a key twice.
+    """
+    start = text.find("{")
+    for _ in range(_MOST_BRACES):
+        if start < 0:
+            return
+        end = start + 1
+        try:
+            content, length = outside_json.loads_first(text[start:])
+            end = start + length
+            yield content
+        except outside_json.RepeatedKeyError as error:
+            raise Unreadable(f"the JSON of the reply cannot be trusted: {error}") from None
+        except json.JSONDecodeError:
+            pass
+        start = text.find("{", end)
+
+
+def _from_object(content: Mapping[str, Any]) -> Pair | None:
+    """Return the scores in a JSON object; None if it holds none.
+
+    Raises:
+        Unreadable: a score is no number from 0 to 10, or it is not clear whose it is.
+    """
+    nested = [value for key, value in content.items() if _SCORES_KEY.fullmatch(key)]
+    if len(nested) == 1 and isinstance(nested[0], list):
+        raise Unreadable("the scores in the reply's JSON are a list, which does not say whose they are")
+    if len(nested) == 1 and isinstance(nested[0], dict):
+        content = nested[0]
+    scores: dict[str, list[Any]] = {"1": [], "2": []}
+    for key, value in content.items():
+        if match := _KEY.fullmatch(key.strip()):
+            scores[{"A": "1", "B": "2"}.get(match[1].upper(), match[1])].append(value)
+    if not any(scores.values()):
+        return None
+    if [len(values) for values in scores.values()] != [1, 1]:
+        raise Unreadable("the JSON of the reply does not hold one score for each answer")
+    return _number(scores["1"][0]), _number(scores["2"][0])
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str) and re.fullmatch(_GRADE, value.strip()):
+        value = float(re.match(_NUMBER, value.strip())[1])  # type: ignore[index]  # _GRADE begins with a number
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or not 0 <= value <= 10
+    ):
+        raise Unreadable(f"a score in the reply's JSON is {json.dumps(value)[:40]} and no number from 0 to 10")
+    return float(value)
+
+
+def parse_legacy(text: str) -> Pair | None:
     """Apply the published rule: the first line, commas made spaces, split at single spaces, two floats.
 
-    An unreadable reply scores (-1, -1), a tie of its order. So "8, 9", a trailing space and a leading empty line are
-    ties, and numbers of any scale are accepted.
+    Numbers of any scale are accepted; "8, 9", a trailing space and a leading empty line are not. The published scripts
+    score what they cannot read with (-1, -1), a tie; here it is None.
     """
     fields = text.split("\n")[0].replace(",", " ").split(" ")
     try:
-        return (float(fields[0]), float(fields[1])) if len(fields) == 2 else UNREAD
+        first, second = map(float, fields)
     except ValueError:
-        return UNREAD
+        return None
+    return (first, second) if math.isfinite(first) and math.isfinite(second) else None
 
 
 def parse_grade(text: str, low: int, high: int, how: Parse = "tolerant") -> float | None:

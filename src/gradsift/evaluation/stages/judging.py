@@ -45,7 +45,9 @@ if TYPE_CHECKING:
 VERSION = 3
 PWS_VERSION = 4
 REPLIES_FILE = "judge_cache.sqlite"  # in the store, for all runs
-_CLIENT_OPTIONS = ("api_key_env", "timeout", "retries", "max_wait", "give_up", "concurrency")
+_CLIENT_OPTIONS = ("api_key_env", "timeout", "retries", "max_wait", "give_up", "give_up_unreadable", "concurrency")
+# options of a request, which belong to a judgment
+_REQUEST_OPTIONS = ("token_parameter", "system_role", "extra_body", "extra_headers", "extra_query")
 _SPENDING_OPTIONS = ("dry_run", "price_input", "price_output", "max_usd", "max_calls")
 # options that change neither a reply nor its meaning
 _NOT_JUDGMENT = ("confidence", "batch_size", *_CLIENT_OPTIONS, *_SPENDING_OPTIONS)
@@ -169,7 +171,8 @@ def _chat(
     runtime: Runtime, config: EndpointJudgeConfig, prices: tuple[float | None, float | None], **request: Any
 ) -> ChatClient:
     """Return a client that shares the store's replies: no run pays for the same reply again."""
-    options = {"base_url": config.base_url, **request, **{name: getattr(config, name) for name in _CLIENT_OPTIONS}}
+    options = {name: getattr(config, name) for name in (*_CLIENT_OPTIONS, *_REQUEST_OPTIONS)}
+    options = {"base_url": config.base_url, **options, **request}
     say = runtime.display.say
     terms = Terms(*prices, config.max_usd, config.max_calls, config.dry_run)
     return ChatClient(replies=Replies(runtime.store.root / REPLIES_FILE, say), terms=terms, say=say, **options)

@@ -10,14 +10,20 @@ from typing import Any
 import pytest
 from endpoint import Answer, Endpoint
 
+from gradsift.artifacts import Artifact, Store
 from gradsift.composition import compose_config
-from gradsift.config import OpenaiJudgeConfig, dump_config, restore_config
+from gradsift.config import BenchmarkConfig, ComputeConfig, OpenaiJudgeConfig, dump_config, restore_config
+from gradsift.diagnostics import read_diagnostics
 from gradsift.errors import ConfigError
+from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.chat import ChatClient
 from gradsift.evaluation.chat_protocol import after_thinking
+from gradsift.evaluation.generation import OUTPUTS_FILE, model_outputs, write_model_outputs
 from gradsift.evaluation.judges import JudgeError, JudgeRequest, Reply, Unreadable
 from gradsift.evaluation.judges.openai import OpenaiJudge
 from gradsift.evaluation.replies import Replies
+from gradsift.evaluation.stages.judging import judge, pws
+from gradsift.runtime import Display, Runtime
 
 SECRET = "sk-azure-0123456789"
 
@@ -36,6 +42,30 @@ def judged(endpoint: Endpoint, tmp_path: Path) -> Callable[..., list[Reply[Any]]
         return [reply for _, reply in OpenaiJudge(chat, parse=parse).judge(requests(count))]
 
     return ask
+
+
+@pytest.fixture
+def judge_stage(endpoint: Endpoint, tmp_path: Path) -> Callable[..., Artifact]:
+    """Run the stages `judge` and `pws` on some items; return the artifact of `pws`."""
+    runtime = Runtime(Store(tmp_path / "store", say=lambda text: None), ComputeConfig(), Display(), seed=0)
+
+    def run(count: int, **options: Any) -> Artifact:
+        items = [Item("set", str(n), f"question {n}", "", None) for n in range(count)]
+
+        def answers(who: str) -> Artifact:
+            def make(folder: Path) -> dict[str, Any]:
+                rows = model_outputs(items, [f"{who} {n}" for n in range(count)], who)
+                write_model_outputs(folder / OUTPUTS_FILE, rows)
+                return {"rows": count}
+
+            return runtime.store.obtain("generate", who, {"of": who, "count": count}, [], make, version=1)
+
+        config = OpenaiJudgeConfig(name="openai", base_url=endpoint.address, **options)
+        both = answers("ours"), answers("theirs")
+        judged = judge(runtime, config, BenchmarkConfig(sets=["verifiable"]), *both)
+        return pws(runtime, config, judged, *both)
+
+    return run
 
 
 # ------------------------------------------------------------------------------------- what is sent
@@ -230,3 +260,23 @@ def test_other_options_read_the_replies_that_are_kept(endpoint: Endpoint, judged
     paid = len(endpoint.bodies)
     assert [reply.value for reply in judged(10)] == [(8, 7)] * 10
     assert len(endpoint.bodies) <= paid + 5
+
+
+def test_a_stage_without_a_readable_reply_ends_in_an_error_with_the_first_of_them(
+    endpoint: Endpoint, judge_stage: Callable[..., Artifact]
+) -> None:
+    endpoint.behave = lambda prompt, attempt: (200, "Beide sind gut.", {})
+    with pytest.raises(JudgeError, match=r"none of its 4 replies can be read.*: 'Beide sind gut\.'.*parse"):
+        judge_stage(2)
+
+
+def test_the_share_of_invalid_judgments_is_a_diagnostic(
+    endpoint: Endpoint, judge_stage: Callable[..., Artifact]
+) -> None:
+    endpoint.behave = lambda prompt, attempt: (200, "Hm." if "ours 1" in prompt else "8 7", {})
+    found = read_diagnostics(judge_stage(4).path)["invalid_judgments"]
+    assert found["verdict"] == "warning"
+    assert found["values"] == {"invalid_share": 0.25, "invalid": 2, "judgments": 8}
+    assert "25.0% of the judgments are invalid, most of them because no two scores" in found["message"]
+    endpoint.behave = lambda prompt, attempt: (200, "8 7", {})
+    assert read_diagnostics(judge_stage(3, model="n").path)["invalid_judgments"]["verdict"] == "ok"

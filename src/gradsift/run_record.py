@@ -16,7 +16,7 @@ from gradsift.config import ProxyConfig
 from gradsift.cost import work_of
 from gradsift.data.load import SPOILT, Labels, labels_of
 from gradsift.data.verifiable import effective_families
-from gradsift.diagnostics import read_diagnostics
+from gradsift.diagnostics import DIAGNOSTICS_FILE, read_diagnostics
 from gradsift.evaluation.stages.forgetting import General, forgetting_of
 from gradsift.evaluation.stages.judging import pws_of
 from gradsift.evaluation.stages.losses import heldout_loss_of
@@ -142,6 +142,8 @@ class RunRecord:
         of_pws = ("pooled", "benchmarks", "outcomes", "position_bias", "length_bias", "length_controlled")
         self.values |= {name: summary[name] for name in of_pws if name in summary}
         self.values["judging"] = {key: artifact.info[key] for key in ("invalid", "cost") if key in artifact.info}
+        if (pws.path / DIAGNOSTICS_FILE).exists():
+            self._diagnosed(pws)
         self.files["judgments"] = str(artifact.file("judgments.jsonl"))
 
     def reference(self, heldout_loss: Artifact | None, metrics: Artifact | None) -> None:

@@ -80,7 +80,7 @@ def export(files: PairFiles, folder: Path) -> list[Path]:
             part.write_bytes(content)
             part.replace(path)
         elif path.read_bytes() != content:
-            raise DataError(f"{path} is there with other content; name another folder with --to, or delete the file")
+            raise DataError(f"{path} is there with other content; name another folder with --to")
     return list(contents)
 
 

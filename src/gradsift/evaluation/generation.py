@@ -198,7 +198,7 @@ def read_model_outputs(path: Path) -> list[ModelOutput]:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); generate the answers first") from error
     except ValueError as error:  # broken JSON or broken UTF-8
-        raise DataError(f"{path} is not whole JSON ({error}); delete it and generate the answers again") from error
+        raise DataError(f"{path} is not whole JSON ({error}); generate the answers again") from error
     if not isinstance(loaded, list) or not loaded:
         raise DataError(f"{path} holds no list of answers; it must be in alpaca_eval's model_outputs shape")
     rows: dict[tuple[str, str], ModelOutput] = {}

@@ -9,16 +9,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gradsift import outside_json
+from gradsift.diagnostics import Diagnostic
 from gradsift.errors import DataError
 from gradsift.evaluation.generation import ModelOutput, check_pairs, item_key
 from gradsift.evaluation.judges import Judge, JudgeError, JudgeRequest, Order, Pair, Reply
 
+_INVALID_LIMIT = 0.05  # share of invalid judgments above which a warning is given
 ORDERS: tuple[Order, Order] = ("forward", "reverse")
 
 
@@ -124,6 +127,21 @@ def _judgment(judge: Judge, request: JudgeRequest, reply: Reply[Pair]) -> Judgme
     )
 
 
+def invalid_share(judgments: Sequence[Judgment]) -> Diagnostic:
+    """Return the diagnostic of the share of judgments without scores; their items are in no PWS."""
+    reasons = Counter(judgment.reason for judgment in judgments if not judgment.valid)
+    invalid = reasons.total()
+    share = invalid / len(judgments) if judgments else 0.0
+    most = f", most of them because {reasons.most_common(1)[0][0]}" if reasons else ""
+    return Diagnostic.judged(
+        "invalid_judgments",
+        share > _INVALID_LIMIT,
+        {"invalid_share": share, "invalid": invalid, "judgments": len(judgments)},
+        f"{share:.1%} of the judgments are invalid{most}",
+        "the replies in judgments.jsonl, judge.parse and judge.max_tokens",
+    )
+
+
 def read_judgments(path: Path) -> list[Judgment]:
     """Read `judgments.jsonl`, in the order of the file.
 
@@ -146,8 +164,7 @@ def read_judgments(path: Path) -> list[Judgment]:
             if number == unfinished:
                 break
             raise DataError(
-                f"{path}, line {number} is not a judgment ({error}); correct or delete the line to have its pair "
-                "judged again"
+                f"{path}, line {number} is not a judgment ({error}); correct the line, or judge the answers again"
             ) from error
     return judgments
 

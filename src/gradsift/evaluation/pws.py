@@ -162,7 +162,7 @@ def read_pws(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); run the judge stage first") from error
     except ValueError as error:
-        raise DataError(f"{path} is not complete JSON ({error}); delete it and run the judge stage again") from error
+        raise DataError(f"{path} is not complete JSON ({error}); move it away and go on") from error
     if not isinstance(summary, dict) or "pooled" not in summary or "benchmarks" not in summary:
         raise DataError(f"{path} is not a pws.json: it lacks `benchmarks` or `pooled`")
     return summary

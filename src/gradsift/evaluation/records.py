@@ -106,7 +106,7 @@ def _pair(value: Any, place: str) -> tuple[float, float] | None:
     try:
         first, second = map(float, outside_json.loads(value) if isinstance(value, str) else value)
     except (ValueError, TypeError, OverflowError) as error:
-        raise DataError(f"{place}: {value!r} is not a pair of scores ({error}); correct or delete the row") from error
+        raise DataError(f"{place}: {value!r} is not a pair of scores ({error}); correct the row") from error
     return None if first < 0 or second < 0 or not np.isfinite([first, second]).all() else (first, second)
 
 
@@ -117,12 +117,12 @@ def _annotations(path: Path, rows: Sequence[Any], model: str | None) -> Records:
     for number, row in enumerate(rows, start=1):
         place = f"{path}, row {number}"
         if not isinstance(row, dict) or "preference" not in row:
-            raise DataError(f"{place}: `preference` is missing; correct or delete the row")
+            raise DataError(f"{place}: `preference` is missing; correct the row")
         preference = row["preference"]
         valid = isinstance(preference, int | float) and not isinstance(preference, bool)
         valid = valid and -np.inf < preference < np.inf
         if valid and preference != 0 and not 1 <= preference <= 2:
-            raise DataError(f"{place}: preference={preference} is neither from 1 to 2 nor 0; correct or delete the row")
+            raise DataError(f"{place}: preference={preference} is neither from 1 to 2 nor 0; correct the row")
         benchmark = str(row.get("dataset") or "annotations")  # not the file's name: the other order has another
         item = str(row.get("instruction", number))
         repeats[benchmark, item] = repeat = repeats.get((benchmark, item), 0) + 1

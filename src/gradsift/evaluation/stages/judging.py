@@ -18,18 +18,19 @@ from gradsift.config import (
     OpenaiJudgeConfig,
 )
 from gradsift.data.verifiable import answers_match
+from gradsift.diagnostics import write_diagnostics
 from gradsift.errors import ConfigError
 from gradsift.evaluation.bias import length_bias, length_controlled, position_bias
 from gradsift.evaluation.chat import ChatClient
 from gradsift.evaluation.generation import OUTPUTS_FILE, read_model_outputs
-from gradsift.evaluation.judges import Rater
+from gradsift.evaluation.judges import JudgeError, Rater
 from gradsift.evaluation.judges.alpaca_eval import AlpacaEvalJudge
 from gradsift.evaluation.judges.annotators import read_annotator
 from gradsift.evaluation.judges.openai import OpenaiJudge
 from gradsift.evaluation.judges.parsing import Parse
 from gradsift.evaluation.judges.verifier import VerifierJudge
 from gradsift.evaluation.judges.wording import judge_wording, rating_wording
-from gradsift.evaluation.judgments import judge_pairs, read_judgments
+from gradsift.evaluation.judgments import invalid_share, judge_pairs, read_judgments
 from gradsift.evaluation.matching import MATCHERS
 from gradsift.evaluation.pws import outcome_strings, outcomes_of, read_pws, summarise, write_pws
 from gradsift.evaluation.replies import Replies, Terms
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from gradsift.evaluation.judges.local import LocalJudge
 
 VERSION = 3
-PWS_VERSION = 4
+PWS_VERSION = 5
 REPLIES_FILE = "judge_cache.sqlite"  # in the store, for all runs
 _CLIENT_OPTIONS = ("api_key_env", "timeout", "retries", "max_wait", "give_up", "give_up_unreadable", "concurrency")
 # options of a request, which belong to a judgment
@@ -76,6 +77,12 @@ def judge(
             judgments = judge_pairs(client, rows, reference_rows, folder / "judgments.jsonl", advance)
         invalid = sum(not judgment.valid for judgment in judgments)
         cost = client.cost() if isinstance(client, OpenaiJudge | AlpacaEvalJudge) else {}
+        if cost and invalid == len(judgments):
+            first = judgments[0]
+            raise JudgeError(
+                f"{client.name}: none of its {invalid} replies can be read; the first one: {first.reply[:300]!r} "
+                f"({first.reason}); check judge.model, judge.max_tokens and judge.parse, and go on"
+            )
         return {"rows": len(judgments), "invalid": invalid, "combine": client.combine, "cost": cost}
 
     settings = judge_settings(runtime, config, judge_wording(config.name))
@@ -200,6 +207,7 @@ def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifa
         if config.name != "verifier":  # which does not prefer a length: its outcome is fixed by the answer
             summary["length_bias"] = length_bias(judgments, combine, both)
             summary["length_controlled"] = length_controlled(outcomes, both)
+            write_diagnostics(folder, [invalid_share(judgments)])
         write_pws(folder / "pws.json", summary)
         return {"rows": len(judgments)}
 

@@ -2,8 +2,8 @@
 
 The recorded table is `conf/experiment/world.recorded.json`, beside the experiment and in the installed package: the
 figures of every scorer for each data seed, a hash of the settings, and the machine. Any sweep with exactly these
-settings is compared with it. Two means agree if they differ by at most two standard errors of their difference,
-estimated from the spread over the seeds on both sides.
+settings is compared with it. Two means agree unless a t test over the seeds tells them apart, at a level that is
+divided by the number of figures (Bonferroni).
 
 To print the record of a finished sweep, for `world.recorded.json`:
 
@@ -33,6 +33,7 @@ _NAMES = {
     "spoilt_share": "spoilt share",
     "families": "families",
 }
+_LEVEL = 0.05  # probability that a table of another machine is called different by chance
 _DIGITS = 6  # decimals of a recorded figure
 _IRRELEVANT = ("artifacts", "report", "tracker")  # options that no result depends on; of `compute` only the precision
 Figures = Mapping[str, Mapping[str, Sequence[float | None]]]  # scorer -> measure -> a value for each data seed
@@ -50,16 +51,17 @@ def compared(files: Sequence[Path], runs: Sequence[Run]) -> list[str]:
     if _jobs(runs) != recorded["jobs"] or _settings(files) != recorded["settings"]:
         return []
     here = _figures(runs)
+    count = sum(len(measures) for measures in recorded["figures"].values())
     cells = {
-        f"{scorer}, {_NAMES[name]}": _difference(here.get(scorer, {}).get(name, []), expected)
+        f"{scorer}, {_NAMES[name]}": _difference(here.get(scorer, {}).get(name, []), expected, count)
         for scorer, measures in recorded["figures"].items()
         for name, expected in measures.items()
     }
     if differences := [f"{cell}: {difference}" for cell, difference in cells.items() if difference is not None]:
         return [f"differs from the recorded table ({recorded['machine']}): {line}" for line in differences]
     return [
-        f"agrees with the recorded table ({recorded['machine']}): every figure of every scorer is within the spread "
-        "over the seeds (two standard errors)"
+        f"agrees with the recorded table ({recorded['machine']}): no figure differs by more than the seeds explain (t "
+        f"tests, level {_LEVEL:g} for all {count} together)"
     ]
 
 
@@ -87,8 +89,10 @@ def _figures(runs: Sequence[Run]) -> Figures:
     return figures
 
 
-def _difference(values: Sequence[float | None], expected: Sequence[float | None]) -> str | None:
-    """Return how the values of one cell differ from the recorded ones; None if they agree."""
+def _difference(values: Sequence[float | None], expected: Sequence[float | None], cells: int) -> str | None:
+    """Return how the values of one of `cells` cells differ from the recorded ones; None if they agree."""
+    from scipy import stats
+
     known, recorded = ([value for value in each if value is not None] for each in (values, expected))
     if not recorded:
         return None  # such as the PWS of the full data, which is 1 by definition
@@ -96,10 +100,10 @@ def _difference(values: Sequence[float | None], expected: Sequence[float | None]
     if len(known) != len(recorded):
         return f"{len(recorded) - len(known)} of {len(recorded)} values are missing here, recorded {mean:.3f}"
     error = math.sqrt(sum(statistics.variance(each) / len(each) for each in (known, recorded)))
-    allowed = 2 * error + 10**-_DIGITS  # recorded values are rounded
-    if abs(statistics.fmean(known) - mean) <= allowed:
+    allowed = error * float(stats.t.ppf(1 - _LEVEL / (2 * cells), len(known) + len(recorded) - 2))
+    if abs(statistics.fmean(known) - mean) <= allowed + 10**-_DIGITS:  # recorded values are rounded
         return None
-    return f"{statistics.fmean(known):.3f} here, {mean:.3f} recorded, two standard errors are {2 * error:.3f}"
+    return f"{statistics.fmean(known):.3f} here, {mean:.3f} recorded; the seeds explain {allowed:.3f}"
 
 
 def record(folder: Path, machine: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The tables of a run or a sweep, made from `run.json` files alone: results and work.
 
 A row of results is one run and benchmark, plus the pooled figure if there are several benchmarks. On the terminal, runs
-whose configs differ in nothing but a seed share a line: their mean, with the least and the most. Overrides that only
-some of the runs have are shown in the column `settings`.
+whose configs differ in nothing but a seed share a line: their mean, with an interval over seeds and items. The column
+`settings` shows overrides that only some of the runs have.
 """
 
 from __future__ import annotations

@@ -114,6 +114,37 @@ def test_reviews_by_hand(tmp_path: Path) -> None:
     assert result["length_bias"]["longer_share"] == 0.5
 
 
+def queries(folder: Path, *pairs: tuple[Any, Any], **changed: Any) -> Path:
+    """Rows of (eval_QUERY0, eval_QUERY1), both [model, reference]."""
+    path = folder / "koala_test" / "ours" / "rd_0_vs_chat.jsonl"
+    path.parent.mkdir(parents=True)
+    names = {"assistant1_QUERY0": "ours", "assistant2_QUERY0": "chat"}
+    names |= {"assistant1_QUERY1": "chat", "assistant2_QUERY1": "ours"}
+    rows = [
+        {"question_id": f"koala_{n}", **names, "eval_QUERY0": a, "eval_QUERY1": b} for n, (a, b) in enumerate(pairs)
+    ]
+    rows[-1] |= changed
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_two_query_reviews_hold_the_models_score_first_in_both_orders(tmp_path: Path) -> None:
+    file = queries(tmp_path, ([9.0, 8.0], [9, 7]), ([4, 8], [4, 7]), ([8, 9], [9, 8]), ([-1, -1], [9, 8]))
+    records = read_records(file)
+    assert records.model == "ours"
+    result = describe(records, 0.95)
+    cell = result["benchmarks"]["koala_test"]
+    assert [cell[kind] for kind in ("win", "tie", "lose", "invalid")] == [1, 1, 1, 1]
+    assert result["position_bias"]["to_second"] == 1  # the reference in the first query, the model in the second
+    assert result["orders"] == ["forward", "reverse"] and "one_order" not in result
+
+
+def test_two_query_reviews_of_other_assistants_in_between_are_refused(tmp_path: Path) -> None:
+    file = queries(tmp_path, ([9, 8], [9, 7]), ([9, 8], [9, 7]), assistant2_QUERY1="theirs")
+    with pytest.raises(DataError, match=r"row 2: the assistants are not \('ours', 'chat'\)"):
+        read_records(file)
+
+
 def test_annotations_of_both_orders_are_one_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     forward = annotations(tmp_path, 1, 2, 1, 1.5, 0, None)
     reverse = annotations(tmp_path, 2, 1, 1, 1.5, 1, 1, swapped=True, name="swapped.json")
@@ -127,8 +158,11 @@ def test_annotations_of_both_orders_are_one_record(tmp_path: Path, capsys: pytes
 def test_annotations_of_one_order_have_a_win_rate_and_no_pws(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = printed(capsys, annotations(tmp_path, 1, 2, 2, 1.5, 0, None))
-    assert result["pooled"]["pws"] is None
+    assert main([annotations(tmp_path, 1, 2, 2, 1.5, 0, None)]) == 0
+    out, err = capsys.readouterr()
+    assert "note: all judgments have one order (reverse); PWS needs both" in err
+    result = json.loads(out)
+    assert result["pooled"]["pws"] is None and result["orders"] == ["reverse"]
     found = result["one_order"]
     assert [found[kind] for kind in ("n", "win", "tie", "lose", "invalid")] == [5, 2, 2, 1, 1]
     assert found["win_rate"] == pytest.approx(60)
@@ -159,13 +193,18 @@ def test_our_own_judgments_are_read_and_log_probabilities_are_summed(tmp_path: P
         read_all([tmp_path / "j.jsonl", grades])
 
 
+ONE = json.dumps(vars(Judgment("b", "1", "forward", "h", "j", "r", 2, 1, True, None))) + "\n"
+
+
 @pytest.mark.parametrize(
     ("records", "labels", "message"),
     [
-        (b"", b'{"item_id": "1", "label": "win"}', "no item has both"),
-        (b"", b'{"item_id": "\xff", "label": "win"}', "line 1"),
+        (b"", b"", "judgments.jsonl is empty"),
+        (b" \n", b"", "judgments.jsonl is empty"),
+        (ONE.encode(), b'{"item_id": "2", "label": "win"}', "no item has both"),
+        (ONE.encode(), b'{"item_id": "\xff", "label": "win"}', "line 1"),
         (
-            b"",
+            ONE.encode(),
             b'{"item_id": 1, "label": "win"}\n{"item_id": 1, "label": "tie"}',
             "line 2: a second, different label",
         ),
@@ -294,7 +333,14 @@ JUDGMENT = (
     [
         ("a.json", "{", "cannot be read as JSON"),
         ("a.json", "[1, 2]", "of no known kind"),
-        ("a.json", '{"data": [{"scores": [1, 2]}]}', r"a.json, row 1: `scores` or `scores_reverse` is missing"),
+        (
+            "a.json",
+            '{"data": [{"scores": [1, 2]}]}',
+            r"a.json, row 1: `scores_reverse` is missing, so .* one order",
+        ),
+        ("a.json", '{"data": [{}]}', r"a.json, row 1: `scores` is missing"),
+        ("a.jsonl", '{"eval_QUERY0": [1, 2]}', r"row 1: `eval_QUERY1` is missing, so the row holds one order"),
+        ("a.jsonl", '{"eval_QUERY0": [1, 2]}\n{', r"a.jsonl, line 2 is not JSON"),
         ("a.json", '{"data": [{"scores": "[1]", "scores_reverse": "[1, 2]"}]}', r"row 1: '\[1\]' is not a pair"),
         ("a.json", '[{"preference": 1}, {"preference": 7}]', r"row 2: preference=7 is neither"),
         ("a.json", '[{"generator_2": "m", "preference": 1}, {"generator_2": "n", "preference": 1}]', r"row 2: neither"),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradsift.composition import compose_config
-from gradsift.config import Config
+from gradsift.config import Config, LocalJudgeConfig
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.export import export
 from gradsift.evaluation.generation import OUTPUTS_FILE, ModelOutput, read_pair, write_model_outputs
@@ -49,10 +49,12 @@ def compare(config: Config, model: Path, reference: Path) -> dict[str, Any]:
     from gradsift.artifacts import Store
     from gradsift.evaluation.judges import DryRun
     from gradsift.evaluation.stages.judging import check_judge, judge, pws, pws_of
-    from gradsift.pipeline import prepare
     from gradsift.runtime import Display, Runtime
 
-    prepare(config)
+    if isinstance(config.judge, LocalJudgeConfig):  # importing torch takes seconds, and no other judge needs it
+        from gradsift.pipeline import prepare
+
+        prepare(config)
     display = Display(Console(stderr=True, highlight=False))
     runtime = Runtime(Store(Path(config.artifacts), display.say), config.compute, display, config.seed)
     check_judge(runtime, config.judge)

@@ -1,16 +1,19 @@
 """Score existing judge records: `python -m gradsift.evaluation.records FILE...` prints JSON.
 
-Three kinds of file are recognised by their content:
+Four kinds of file are recognised by their content:
 
     judgments.jsonl       our own: one judgment per line, both orders
     two-order reviews     an object with `data`: rows of Answer1, Answer2, `scores` [first, second] and
                           `scores_reverse` as shown, i.e. [Answer2, Answer1]; Answer1 is the model, Answer2 the
                           reference (the format of Cherry_LLM's and Superfiltering's files)
+    two-query reviews     DiverseEvol's: JSON lines of `eval_QUERY0` and `eval_QUERY1`, both [model, reference], with
+                          `assistant1_QUERY0` as the model, which is shown second in the other query
     annotations.json      alpaca_eval's: rows of output_1, output_2 and `preference` from 1 (output_1) to 2 (output_2),
                           1.5 or 0 for a draw; output_2 is the model. One order per file; a second file in which the
                           outputs are swapped is the other order
 
-PWS needs both orders. For a file with one order, the win rate and the PWS of that order are under `one_order`.
+PWS needs both orders. For judgments in one order, `orders` says so, the win rate and the PWS of that order are under
+`one_order`, and there is no PWS.
 """
 
 from __future__ import annotations
@@ -64,7 +67,11 @@ def read_records(path: Path, model: str | None = None) -> Records:
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist; name a file of judge records")
+    if not path.read_bytes().strip():
+        raise DataError(f"{path} is empty; name a file with judge records")
     if path.suffix == ".jsonl":
+        if (rows := _lines(path)) is not None:
+            return _queries(path, rows)
         judgments = read_judgments(path)
         # see judges.Judge.combine: log-probabilities are summed over the orders, grades vote by their signs
         summed = bool(judgments) and all(judgment.judge.startswith("local:") for judgment in judgments)
@@ -78,8 +85,8 @@ def read_records(path: Path, model: str | None = None) -> Records:
     if isinstance(content, list) and content and isinstance(content[0], dict) and "preference" in content[0]:
         return _annotations(path, content, model)
     raise DataError(
-        f"{path} is of no known kind: it must be a judgments.jsonl, an object with `data` (two-order reviews) or a "
-        "list of rows with `preference` (alpaca_eval's annotations)"
+        f"{path} is of no known kind: it must be a judgments.jsonl, an object with `data` (two-order reviews), JSON "
+        "lines with `eval_QUERY0` (DiverseEvol's) or a list of rows with `preference` (alpaca_eval's annotations)"
     )
 
 
@@ -89,8 +96,7 @@ def _reviews(path: Path, content: Mapping[str, Any]) -> Records:
     records = Records([])
     for number, row in enumerate(content["data"], start=1):
         place = f"{path}, row {number}"
-        if not isinstance(row, dict) or not {"scores", "scores_reverse"} <= row.keys():
-            raise DataError(f"{place}: `scores` or `scores_reverse` is missing; a review has both orders")
+        _require_orders(row, "scores", "scores_reverse", place)
         forward, reverse = _pair(row["scores"], place), _pair(row["scores_reverse"], place)
         records.add(benchmark, str(number), "forward", str(row.get("review", "")), forward)
         swapped = None if reverse is None else (reverse[1], reverse[0])
@@ -99,6 +105,55 @@ def _reviews(path: Path, content: Mapping[str, Any]) -> Records:
         if isinstance(answers[0], str) and isinstance(answers[1], str):
             records.lengths[benchmark, str(number)] = (len(answers[0]), len(answers[1]))
     return records
+
+
+def _lines(path: Path) -> list[Any] | None:
+    """Return the rows of a file of DiverseEvol's; None if its first line is something else.
+
+    Raises:
+        DataError: a line is broken.
+    """
+    rows: list[Any] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = outside_json.loads(line)
+        except ValueError as error:
+            if not rows:
+                return None
+            raise DataError(f"{path}, line {number} is not JSON ({error}); correct the line") from error
+        if not rows and not (isinstance(row, dict) and "eval_QUERY0" in row):
+            return None
+        rows.append(row)
+    return rows
+
+
+def _queries(path: Path, rows: Sequence[Any]) -> Records:
+    benchmark = path.parent.parent.name or path.stem  # BENCHMARK/MODEL/rd_0_vs_chat.jsonl
+    shown = [_shown(rows[0], 0), _shown(rows[0], 0)[::-1]]
+    records = Records([], model=str(shown[0][0]))
+    for number, row in enumerate(rows, start=1):
+        place = f"{path}, row {number}"
+        _require_orders(row, "eval_QUERY0", "eval_QUERY1", place)
+        if [_shown(row, 0), _shown(row, 1)] != shown:
+            raise DataError(f"{place}: the assistants are not {shown[0]}, and {shown[1]} in the second query")
+        item = str(row.get("question_id", number))
+        for order, query in zip(get_args(Order), (0, 1), strict=True):
+            scores = _pair(row[f"eval_QUERY{query}"], place)
+            records.add(benchmark, item, order, str(row.get(f"response_QUERY{query}", "")), scores)
+    return records
+
+
+def _shown(row: Any, query: int) -> tuple[Any, Any]:
+    return row.get(f"assistant1_QUERY{query}"), row.get(f"assistant2_QUERY{query}")
+
+
+def _require_orders(row: Any, forward: str, reverse: str, place: str) -> None:
+    if not isinstance(row, dict) or forward not in row:
+        raise DataError(f"{place}: `{forward}` is missing; correct the row")
+    if reverse not in row:
+        raise DataError(f"{place}: `{reverse}` is missing, so the row holds one order alone, and PWS needs both")
 
 
 def _pair(value: Any, place: str) -> tuple[float, float] | None:
@@ -171,7 +226,9 @@ def describe(records: Records, confidence: float) -> dict[str, Any]:
     summary["length_bias"] = length_bias(records.judgments, records.combine, records.lengths)
     outcomes = outcomes_of(records.judgments, records.combine)
     summary["length_controlled"] = length_controlled(outcomes, records.lengths)
-    if len({judgment.order for judgment in records.judgments}) == 1:
+    orders = sorted({judgment.order for judgment in records.judgments})
+    summary["orders"] = orders
+    if len(orders) == 1:
         summary["one_order"] = _one_order(records.judgments)
     return summary
 
@@ -233,7 +290,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         require_confidence(options.confidence)
-        print(json.dumps(_result(options), indent=1, allow_nan=False))
+        result = _result(options)
+        if "one_order" in result:
+            order = result["orders"][0]
+            print(f"note: all judgments have one order ({order}); PWS needs both, see `one_order`", file=sys.stderr)
+        print(json.dumps(result, indent=1, allow_nan=False))
     except (GradsiftError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -37,8 +37,6 @@ from gradsift.evaluation.replies import Replies, Terms
 from gradsift.journal import Journal
 from gradsift.runtime import Runtime
 from gradsift.sources import Source
-from gradsift.training.backbones import backbone, load_shown
-from gradsift.training.device import device_of
 
 if TYPE_CHECKING:
     from gradsift.evaluation.judges.local import LocalJudge
@@ -56,9 +54,7 @@ _NOT_JUDGMENT = ("confidence", "batch_size", *_CLIENT_OPTIONS, *_SPENDING_OPTION
 
 def check_judge(runtime: Runtime, config: JudgeConfig) -> None:
     """Refuse a judge that could not be asked later: a missing key, a model that cannot be loaded."""
-    if isinstance(config, LocalJudgeConfig):
-        backbone(runtime, config.model)
-    else:
+    if not judge_models(runtime, config):
         _client(runtime, config, [])
 
 
@@ -93,7 +89,11 @@ def judge(
 
 def judge_models(runtime: Runtime, config: JudgeConfig) -> list[Artifact]:
     """Return the judge's model, if it runs on this machine."""
-    return [backbone(runtime, config.model)] if isinstance(config, LocalJudgeConfig) else []
+    if not isinstance(config, LocalJudgeConfig):
+        return []
+    from gradsift.training.backbones import backbone  # here: no other judge needs torch
+
+    return [backbone(runtime, config.model)]
 
 
 def judge_settings(runtime: Runtime, config: JudgeConfig, wording: str | None) -> dict[str, Any]:
@@ -155,6 +155,8 @@ def _client(
         return AlpacaEvalJudge(chat, annotator, scope=scope)
     if isinstance(config, LocalJudgeConfig):
         from gradsift.evaluation.judges.local import LocalJudge
+        from gradsift.training.backbones import load_shown
+        from gradsift.training.device import device_of
 
         (model,) = models
         loaded = load_shown(runtime, model, config.model)

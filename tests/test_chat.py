@@ -335,6 +335,7 @@ def test_fewer_prompts_than_give_up_that_are_all_refused_are_no_answers_either(
         ((402, "pay first", {}), "no credit left"),
         ((429, "quota", {"code": "insufficient_quota"}), "no credit left"),
         ((418, "teapot", {}), r"judge\.base_url"),
+        ((302, b"", {"Location": "/login"}), r"HTTP 302.*judge\.base_url"),
         ((404, b"<html>nothing here</html>", {"Content-Type": "text/html"}), r"judge\.base_url"),
         ((200, b"<html>log in</html>", {"Content-Type": "text/html"}), r"text/html.*judge\.base_url.*login"),
         ((200, b"\n<!DOCTYPE html>", {}), r"judge\.base_url.*login"),

@@ -629,7 +629,7 @@ def test_importing_the_judges_loads_neither_client_nor_torch() -> None:
         "import sys, gradsift.evaluation.judges.openai, gradsift.evaluation.judges.verifier, "
         "gradsift.evaluation.chat, "
         "gradsift.evaluation.pws, gradsift.evaluation.benchmarks; "
-        "print({'torch', 'transformers', 'openai'} & set(sys.modules))"
+        "print({'torch', 'transformers', 'httpx2', 'openai'} & set(sys.modules))"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)

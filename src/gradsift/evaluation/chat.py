@@ -4,13 +4,14 @@ A request can fail in three ways (`Failure.kind`):
 
     refused   HTTP 400, 413, 422 (content filter, context too long): this prompt has no reply and would not get one
               tomorrow; the other prompts go on
-    passing   network errors, timeouts, HTTP 408, 409, 429, 5xx, a body that is not a chat completion: retried up to
-              `retries` times; then the other prompts go on, and `ask` ends in an error. The same command continues
-    final     a wrong key, an unknown model, no credit, a Retry-After that is too long: no further request is sent.
-              `give_up` failed prompts in a row and a reached spending cap end the stage in the same way
+    passing   network errors, timeouts, HTTP 408, 409, 429, 5xx, a body that is cut off: retried up to `retries`
+              times; then the other prompts go on, and `ask` ends in an error. The same command continues
+    final     a wrong key, an unknown model, no credit, a page instead of a reply, a Retry-After that is too long: no
+              further request is sent. `give_up` failed prompts in a row, `give_up_unreadable` unreadable replies in a
+              row and a reached spending cap end the stage in the same way
 
-The requests run in the event loop of one background thread. The openai client's own retries are switched off: each
-try has to fit below the spending caps, and Retry-After is obeyed up to `judge.max_wait`, not only up to a minute.
+The requests run in the event loop of one background thread. Each try has to fit below the spending caps, and
+Retry-After is obeyed up to `judge.max_wait`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from gradsift.evaluation.judges import DryRun, JudgeError, Reply, Unreadable, Va
 from gradsift.evaluation.replies import CapReached, Completion, Replies, Terms, Usage
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+    from httpx2 import AsyncClient
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 8.0  # seconds before a retry, if the endpoint names no time
 _POLL = 0.05  # seconds between looks at the stop signal and at requests of other processes
@@ -246,7 +247,7 @@ class ChatClient:
         """Put the number of each group with its answer or exception into `arrived`, and None at the end."""
         numbers = iter(range(len(groups)))
 
-        async def work(client: AsyncOpenAI) -> None:
+        async def work(client: AsyncClient) -> None:
             for number in numbers:
                 try:
                     while isinstance(answer := self._stored_answer(job, groups[number][0]), int):
@@ -293,7 +294,7 @@ class ChatClient:
         return Reply(completion.text, None, f"{problem}{ends.get(completion.finish or '', '')}{asked}")
 
     async def _fetch(
-        self, client: AsyncOpenAI, job: _Job[Value], messages: Messages, attempt: int, stop: threading.Event
+        self, client: AsyncClient, job: _Job[Value], messages: Messages, attempt: int, stop: threading.Event
     ) -> None:
         """Send a prompt, with retries, until its reply is stored."""
         key = self._key_of(messages, attempt)
@@ -327,28 +328,24 @@ class ChatClient:
             else:
                 await _sleep(min(_LONGEST_DELAY, _FIRST_DELAY * 2**retry) * random.uniform(0.5, 1.0), stop)
 
-    async def _request(self, client: AsyncOpenAI, messages: Messages) -> tuple[Completion, Usage | None]:
+    async def _request(self, client: AsyncClient, messages: Messages) -> tuple[Completion, Usage | None]:
         """Return a reply and the tokens that the endpoint reports. The timeout covers headers and body together."""
-        import openai
+        import httpx2 as httpx
 
-        body_of = {name: value for name, value in self.parameters.items() if name != "model"}
-        create: Any = client.chat.completions.with_raw_response.create
         try:
             async with asyncio.timeout(self._timeout):
-                # as an extra body: endpoints have parameters that the client does not know
-                response = await create(messages=list(messages), model=self.parameters["model"], extra_body=body_of)
+                response = await client.post(self._endpoint.url, json={"messages": list(messages), **self.parameters})
         # `from None`: the original errors may quote the key
-        except openai.APIStatusError as error:
-            model = self.parameters["model"]
-            raise failure_of_status(error, self._endpoint.scrub, self._endpoint.api_key_env, model) from None
-        except (openai.APITimeoutError, TimeoutError):
+        except (httpx.TimeoutException, TimeoutError):
             remedy = f"raise judge.timeout={self._timeout:g} seconds; {GO_ON}"
             raise Failure("passing", "the request timed out", remedy, charged=True) from None
-        except openai.APIConnectionError as error:
-            reached = "Connect" not in type(error.__cause__).__name__
+        except httpx.RequestError as error:
             remedy = f"check the network and judge.base_url; {GO_ON}"
-            message = self._endpoint.scrub(f"{error} ({error.__cause__})")
-            raise Failure("passing", message, remedy, charged=reached) from None
+            message = self._endpoint.scrub(f"no reply arrived ({type(error).__name__}: {error})")
+            raise Failure("passing", message, remedy, charged=not isinstance(error, httpx.ConnectError)) from None
+        if not response.is_success:
+            model, scrub = self.parameters["model"], self._endpoint.scrub
+            raise failure_of_status(response, scrub, self._endpoint.api_key_env, model)
         kind = response.headers.get("content-type", "")
         logprobs = bool(self.parameters.get("logprobs"))
         return read_completion(response.content, self._endpoint.scrub, kind, logprobs=logprobs)

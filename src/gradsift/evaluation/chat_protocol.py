@@ -6,13 +6,17 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any, Generic, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal
 
 from gradsift import outside_json
 from gradsift.evaluation.judges import Reply, Unreadable, Value
 from gradsift.evaluation.replies import Completion, Usage
+
+if TYPE_CHECKING:
+    from httpx2 import Response
 
 GO_ON = "the replies so far are kept: give the same command again to go on"
 _NO_CREDIT = "insufficient_quota"  # OpenAI's code for an empty account, sent as HTTP 429
@@ -164,10 +168,16 @@ def _reported(usage: Any) -> Usage | None:
     return Usage(prompt, completion)
 
 
-def failure_of_status(error: Any, scrub: Callable[[str], str], api_key_env: str, model: str) -> Failure:
-    """Return the failure that an HTTP error status (an `openai.APIStatusError`) means."""
-    status, code = int(error.status_code), str(error.code or error.type or "")
-    message = " ".join(scrub(str(error)).split())[:300]
+def failure_of_status(response: Response, scrub: Callable[[str], str], api_key_env: str, model: str) -> Failure:
+    """Return the failure that a response with an HTTP error status means."""
+    status, error = response.status_code, dict[str, Any]()
+    with suppress(ValueError):
+        content = outside_json.loads(response.content)
+        described = content.get("error", content) if isinstance(content, dict) else {}
+        error = described if isinstance(described, dict) else {"message": described}
+    code = str(error.get("code") or error.get("type") or "")
+    words = scrub(str(error.get("message") or response.text)).split()
+    message = f"HTTP {status}: {' '.join(words)}"[:300]
     if status in (400, 413, 422):
         shown = f" ({scrub(code)[:60]})" if code else ""
         remedy = (
@@ -178,7 +188,7 @@ def failure_of_status(error: Any, scrub: Callable[[str], str], api_key_env: str,
     if code == _NO_CREDIT or status == 402:
         return Failure("final", f"the account has no credit left: {message}", GO_ON)
     if status in (408, 409, 429) or status >= 500:
-        return Failure("passing", message, GO_ON, wait=retry_after(error.response.headers))
+        return Failure("passing", message, GO_ON, wait=retry_after(response.headers))
     if status in (401, 403):
         return Failure("final", message, f"check the key in the environment variable {api_key_env}; {GO_ON}")
     return Failure("final", message, f"check judge.model={model} and judge.base_url; {GO_ON}")

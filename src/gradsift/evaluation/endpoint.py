@@ -12,8 +12,9 @@ from gradsift.data.download import LOOPBACK
 from gradsift.errors import ConfigError
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+    from httpx2 import AsyncClient
 
+_DEFAULT = "https://api.openai.com/v1"
 _SHORTEST_SECRET = 8  # characters; no real key has fewer
 
 
@@ -21,7 +22,7 @@ class Endpoint:
     """An endpoint that speaks OpenAI's chat protocol.
 
     Attributes:
-        address: its base URL; None: the client's own default.
+        address: its base URL; None: OpenAI's.
         settings: headers and query as configured, without the values of environment variables; part of a reply's hash.
     """
 
@@ -71,18 +72,22 @@ class Endpoint:
         self._secrets.append(secret)
         return secret
 
-    def client(self) -> AsyncOpenAI:
-        """Return a client without timeout and retries of its own."""
-        import openai
+    def client(self) -> AsyncClient:
+        """Return a client without a timeout and a limit of its own."""
+        import httpx2 as httpx
 
-        return openai.AsyncOpenAI(
-            api_key=self._key or "none",
-            base_url=self.address,
+        return httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {self._key or 'none'}", **self._headers},
+            params=self._query,
             timeout=None,
-            max_retries=0,
-            default_headers=self._headers,
-            default_query=self._query,
+            limits=httpx.Limits(),  # none: `judge.concurrency` limits the requests
+            follow_redirects=False,  # a redirect leads to a login page, or takes the headers to another address
         )
+
+    @property
+    def url(self) -> str:
+        """The address to which requests are posted."""
+        return f"{self.address or _DEFAULT}/chat/completions"
 
     def scrub(self, text: str) -> str:
         """Remove the secrets from a text: some endpoints quote them. Placeholders like "1" or "none" are not secret."""

@@ -8,6 +8,7 @@ import pytest
 
 from gradsift.data.examples import Example, Turn
 from gradsift.data.templates import prompt_segments, render
+from gradsift.data.turns import Unusable
 from gradsift.data.verifiable import plain_prompt
 from gradsift.errors import ConfigError, DataError
 
@@ -98,18 +99,18 @@ def test_chat_without_a_chat_template_is_refused(byte_tokenizer: Any) -> None:
 
 def test_chat_template_that_rewrites_earlier_turns_is_refused(byte_tokenizer: Any) -> None:
     byte_tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ConfigError, match="changes earlier turns"):
+    with pytest.raises(Unusable, match="changes earlier turns"):
         render(example("a"), "chat", byte_tokenizer)
 
 
 def test_chat_template_that_refuses_a_role_is_reported(byte_tokenizer: Any) -> None:
     byte_tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(ConfigError, match="no system role"):
+    with pytest.raises(Unusable, match="no system role"):
         render(example("a", history=TALK), "chat", byte_tokenizer)
 
 
 def test_unknown_template_and_broken_history_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"template='vicuna'.*alpaca, chat, plain"):
+    with pytest.raises(ConfigError, match=r"template='vicuna'.*alpaca, chat, plain or a FILE"):
         render_prompt("a", "", "vicuna")
     with pytest.raises(DataError, match="alternate"):
         render(example("a", history=(Turn("user", "x"),)), "plain")

@@ -79,6 +79,14 @@ class LoraConfig(Group, option="lora"):
         return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "targets": list(self.targets)} | later
 
 
+def _check_template(option: str, template: str) -> None:
+    if template not in TEMPLATES and not template.endswith(".jinja"):
+        raise ConfigError(
+            f"{option}={template!r} is not known; choose one of: {', '.join(TEMPLATES)}, or name the file of a chat "
+            "template, as in FILE.jinja"
+        )
+
+
 def warmup_fits(option: str, warmup: int, steps: int) -> int:
     """Return the number of warm-up steps, which must leave some of `steps`: the learning rate starts at 0.
 
@@ -100,7 +108,7 @@ class ProxyConfig(Group, option="proxy"):
     name: str = MISSING
     model: ModelConfig = MISSING
     lora: LoraConfig = field(default_factory=LoraConfig)
-    template: str = option("alpaca", choices=TEMPLATES)  # chat: the tokenizer's own template
+    template: str = "alpaca"  # or plain; chat: the tokenizer's own template; FILE.jinja: a chat template of your own
     max_length: int = option(1024, least=2)  # tokens, prompt and response together; the prompt is cut first
     members: int = option(5, least=1)  # M of the paper
     # what members differ by: lora_seeds (initial A and data order), bootstrap (a resample of the data and its order),
@@ -125,6 +133,7 @@ class ProxyConfig(Group, option="proxy"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_template("proxy.template", self.template)
         self._check_ensemble()
         self._check_shards()
         early_late = self.snapshots
@@ -181,7 +190,7 @@ class TargetConfig(Group, option="target"):
     name: str = MISSING
     model: ModelConfig = MISSING
     lora: LoraConfig = field(default_factory=LoraConfig)
-    template: str = option("alpaca", choices=TEMPLATES)  # as proxy.template
+    template: str = "alpaca"  # as proxy.template
     max_length: int = option(1024, least=2)  # tokens, prompt and response together; the prompt is cut first
     epochs: int | None = option(None, least=1)  # give either epochs or steps
     steps: int | None = option(None, least=1)  # optimiser steps, the same for every selection: equal compute
@@ -200,6 +209,7 @@ class TargetConfig(Group, option="target"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_template("target.template", self.template)
         if (self.epochs is None) == (self.steps is None):
             raise ConfigError("give either target.epochs or target.steps, and leave the other empty (null)")
         if self.warmup_steps and self.warmup_ratio:

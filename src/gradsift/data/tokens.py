@@ -8,12 +8,15 @@ itself.
 
 The tokenizer's start token comes first if the tokenizer adds one by itself (Llama) and the chat template does not. Its
 end token comes last and belongs to the response, unless the chat template has closed the turn already. A special token
-that is spelt out in an example's text is text.
+that is spelt out in an example's text is text. A conversation that the chat template cannot show is left out, with its
+reason.
 """
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,16 +25,20 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gradsift.data.examples import Example
-from gradsift.data.templates import Segment, prompt_segments, render
+from gradsift.data.chat_templates import Segment, file_text, is_chat
+from gradsift.data.examples import Example, Rejected
+from gradsift.data.templates import prompt_segments, render
 from gradsift.data.truncation import Part, shorten, tokens_in, truncate
+from gradsift.data.turns import Unusable
 from gradsift.errors import ConfigError, DataError
 
 ENCODING = 2  # raised when the same text gets other tokens, or another boundary between prompt and response
+_CHAT_ENCODING = 3  # the same for chat templates alone
 _CHUNK = 1000  # texts tokenised in one call, which bounds the memory of a tokenizer's own records
 _CHUNK_CHARACTERS = 2_000_000  # the same for long texts: the records take about 200 bytes per character
 _MOST_UNKNOWN = 0.5  # share of unknown tokens above which the tokenizer cannot be meant for the data
 
+_REMEDY = "choose template=alpaca, or a chat template of your own, as in template=FILE.jinja"
 _Texts = TypeVar("_Texts")
 
 
@@ -63,16 +70,30 @@ class EncodeReport:
     truncated_prompts      number of examples that lost prompt tokens
     truncated_responses    number of examples that lost response tokens
     rows_without_response  positions of examples whose response has no token; they are not encoded
+    refused                by position, the examples that the chat template cannot show; they are not encoded
     """
 
     truncated_prompts: int
     truncated_responses: int
     rows_without_response: list[int]
+    refused: dict[int, Rejected]
 
 
 def encoding_settings(template: str, max_length: int) -> dict[str, Any]:
     """Return what an example's tokens depend on besides the tokenizer, for the settings of a stage."""
-    return {"template": template, "max_length": max_length, "encoding": ENCODING}
+    return {"template": template_identity(template), "max_length": max_length, "encoding": ENCODING}
+
+
+def template_identity(template: str) -> str:
+    """Return what stands for a template in the settings of a stage: its name, or the hash of its file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if not is_chat(template):
+        return template
+    name = template if template == "chat" else hashlib.sha256(file_text(template).encode()).hexdigest()
+    return f"{name} {_CHAT_ENCODING}"
 
 
 def encode(
@@ -85,12 +106,12 @@ def encode(
     """Tokenise examples, in their order; see `gradsift.data.truncation` for those longer than `max_length`.
 
     Args:
-        template: alpaca, chat or plain.
+        template: alpaca, chat, plain or the file of a chat template.
         max_length: tokens, prompt and response together; at least 2.
         progress: called with the number of examples that were just done.
 
     Raises:
-        ConfigError: `max_length` or the template cannot be used.
+        ConfigError: `max_length` or the template cannot be used, or the template cannot show a single example.
         DataError: more than half of the tokens are unknown to the tokenizer.
     """
     if max_length < 2:
@@ -103,13 +124,16 @@ def encode(
     start, special = _start(tokenizer), set(tokenizer.all_special_ids)
     encoded: list[Encoded] = []
     without_response: list[int] = []
+    refused: dict[int, Rejected] = {}
     cut_prompts = cut_responses = 0
     cut = partial(shorten, count_tokens=partial(_count, tokenizer=tokenizer), max_length=max_length)
-    for row, parts in enumerate(_tokenised(examples, tokenizer, template, progress, cut)):
+    for row, parts in enumerate(_tokenised(examples, tokenizer, template, progress, cut, refused)):
+        if row in refused:
+            continue
         if not tokens_in(parts, True):
             without_response.append(row)
             continue
-        closed = template == "chat" and not special.isdisjoint(parts[-1][0][-1:])
+        closed = is_chat(template) and not special.isdisjoint(parts[-1][0][-1:])
         complete = _with_start(parts if closed else [*parts, ([tokenizer.eos_token_id], True)], start)
         kept = truncate(complete, max_length)
         ids = np.fromiter(chain.from_iterable(ids for ids, _ in kept), dtype=np.int32)
@@ -121,7 +145,7 @@ def encode(
         encoded.append(Encoded(row, examples[row].row_index, ids, is_response))
         cut_prompts += tokens_in(kept, False) < tokens_in(complete, False)
         cut_responses += tokens_in(kept, True) < tokens_in(complete, True)
-    return encoded, EncodeReport(cut_prompts, cut_responses, without_response)
+    return encoded, EncodeReport(cut_prompts, cut_responses, without_response, refused)
 
 
 def encode_prompts(
@@ -136,7 +160,8 @@ def encode_prompts(
     A prompt longer than `max_length` loses tokens from the left, except the start token if there is one.
 
     Returns:
-        The ids (T,) int32 of each prompt, and the number of prompts that were cut.
+        The ids (T,) int32 of each prompt, empty if the chat template cannot show it, and the number of prompts that
+        were cut.
 
     Raises:
         ConfigError: the template cannot be used.
@@ -144,6 +169,7 @@ def encode_prompts(
     """
     start = _start(tokenizer)
     prompts: list[np.ndarray] = []
+    refused: dict[int, Rejected] = {}
     cut = 0
 
     def without_last_response(segments: list[Segment]) -> list[Segment]:
@@ -151,7 +177,10 @@ def encode_prompts(
             segments.pop()
         return shorten(segments, partial(_count, tokenizer=tokenizer), max_length, keep_ends=True)
 
-    for parts in _tokenised(examples, tokenizer, template, progress, without_last_response):
+    for row, parts in enumerate(_tokenised(examples, tokenizer, template, progress, without_last_response, refused)):
+        if row in refused:
+            prompts.append(np.array([], dtype=np.int32))
+            continue
         (first, _), *rest = _with_start(parts, start)
         ids = list(chain.from_iterable(part for part, _ in rest))
         excess = max(0, len(first) + len(ids) - max_length)
@@ -164,9 +193,12 @@ def encode_prompt(instruction: str, input: str, tokenizer: Any, template: str) -
     """Return the token ids that a response is generated after: those of the prompt in `encode`, not cut.
 
     Raises:
-        ConfigError: the template cannot be used.
+        ConfigError: the template cannot be used, or cannot show this prompt.
     """
-    segments = prompt_segments(instruction, input, template, tokenizer)
+    try:
+        segments = prompt_segments(instruction, input, template, tokenizer)
+    except Unusable as reason:
+        raise ConfigError(f"template={template}: {reason}; {_REMEDY}") from reason
     parts = [(ids, False) for ids in _ids(segments, tokenizer)]
     return list(chain.from_iterable(ids for ids, _ in _with_start(parts, _start(tokenizer))))
 
@@ -200,17 +232,37 @@ def _tokenised(
     template: str,
     progress: Callable[[int], None],
     cut: Callable[[list[Segment]], list[Segment]],
+    refused: dict[int, Rejected],
 ) -> Iterator[list[Part]]:
-    """Yield the parts of each example; `cut` shortens its segments before they are tokenised."""
-    as_one_text = template != "chat" and tokenizer.is_fast
+    """Yield the parts of each example, none for one that the template cannot show.
+
+    Args:
+        cut: shortens the segments of an example before they are tokenised.
+        refused: receives by position the examples that the template cannot show.
+    """
+    as_one_text = not is_chat(template) and tokenizer.is_fast
     total = unknown = 0
-    segments_of = (cut(render(example, template, tokenizer)) for example in examples)
+
+    def segments(row: int) -> list[Segment]:
+        try:
+            return cut(render(examples[row], template, tokenizer))
+        except Unusable as reason:
+            refused[row] = Rejected(examples[row].row_index, str(reason), None)
+            return []
+
+    segments_of = map(segments, range(len(examples)))
     for rendered in chunks(segments_of, lambda segments: sum(len(segment.text) for segment in segments)):
         for parts in (_as_one_text if as_one_text else _apart)(rendered, tokenizer):
             total += sum(len(ids) for ids, _ in parts)
             unknown += sum(ids.count(tokenizer.unk_token_id) for ids, _ in parts)
             yield parts
         progress(len(rendered))
+    if refused and len(refused) == len(examples):
+        reason, count = Counter(row.reason for row in refused.values()).most_common(1)[0]
+        raise ConfigError(
+            f"template={template} can show none of the {len(examples):,} conversations: {reason} ({count:,} rows); "
+            f"{_REMEDY}"
+        )
     if unknown > _MOST_UNKNOWN * total:
         raise DataError(
             f"{unknown / total:.0%} of the data's tokens are unknown to the tokenizer {tokenizer.name_or_path!r}: it "

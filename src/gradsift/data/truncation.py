@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import chain, groupby
 
-from gradsift.data.templates import Segment
+from gradsift.data.chat_templates import Segment
 
 Part = tuple[list[int], bool]  # token ids, is_response
 _WINDOW = 20_000, 64  # characters, and characters per token of the limit: shorter texts are not cut

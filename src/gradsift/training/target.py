@@ -155,6 +155,14 @@ def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str) ->
             f"  {len(report.rows_without_response):,} of {rows:,} rows have no response token for the {group}'s "
             "tokenizer and are left out"
         )
+    by_reason: dict[str, list[int]] = {}
+    for rejected in report.refused.values():
+        by_reason.setdefault(rejected.reason, []).append(rejected.row)
+    for reason, sources in by_reason.items():
+        runtime.display.say(
+            f"  {len(sources):,} of {rows:,} rows are left out, because {group}.template cannot show them: {reason} "
+            f"(rows {', '.join(map(str, sources[:10]))}{', ...' if len(sources) > 10 else ''})"
+        )
 
 
 def load_tuned(runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None) -> Backbone:

@@ -15,7 +15,7 @@ from gradsift.config import EMBEDDED, TERSE, BenchmarkConfig, TargetConfig
 from gradsift.data import verifiable
 from gradsift.data.download import fetch_url
 from gradsift.data.load import benchmark_rows
-from gradsift.data.tokens import encode_prompt
+from gradsift.data.tokens import encode_prompt, template_identity
 from gradsift.data.verifiable import FAMILIES
 from gradsift.evaluation.benchmarks import Item, load_benchmark
 from gradsift.evaluation.generation import OUTPUTS_FILE, generate_answers, model_outputs, write_model_outputs
@@ -66,7 +66,7 @@ def generate(
     settings = {
         "items": items_hash(items),
         "max_new_tokens": config.max_new_tokens,
-        "template": target_config.template,
+        "template": template_identity(target_config.template),
     }
     generator = tuned.path.name if tuned else f"{target_config.name}-untuned"
 

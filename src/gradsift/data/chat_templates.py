@@ -1,0 +1,277 @@
+"""Chat templates: the text of a conversation, and which parts of it are responses.
+
+The template renders the whole conversation once, with private-use characters around each turn's text, so that every
+turn has a known place even if the template treats earlier turns differently from the last one (Qwen3, gpt-oss).
+
+- A response is what the model has to generate: an assistant's text with the marker that ends the turn, without the
+  white space after that marker. What the generation prompt supplies, such as a header or an empty think block, is
+  prompt. If the template has `{% generation %}` marks, a response lies within them.
+- The prompt of the last response must be the generation prompt of the same conversation, token by token.
+- A turn whose text the template leaves out or changes makes the conversation unusable.
+
+Templates with a variable `enable_thinking` get true if a turn of the assistant has a `</think>`, otherwise false.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradsift.data.examples import Turn
+from gradsift.data.turns import Unusable
+from gradsift.errors import ConfigError
+
+FILE_SUFFIX = ".jinja"
+_PRIVATE_USE = range(0xF0000, 0xFFFFE)
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+# a template is a program over data that its author did not foresee, and Jinja passes on what its expressions raise
+_RAISED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of text that is prompt or response as a whole.
+
+    is_response  carries loss
+    is_markup    comes from a chat template and may spell special tokens; in other text "</s>" is text like any other,
+                 so that no example can end a turn or start another one
+    """
+
+    text: str
+    is_response: bool
+    is_markup: bool = False
+
+
+def is_chat(template: str) -> bool:
+    """Return whether a template is the tokenizer's own chat template, or the file of another one."""
+    return template == "chat" or template.endswith(FILE_SUFFIX)
+
+
+def template_of(template: str, tokenizer: Any) -> str:
+    """Return the Jinja text of a chat template.
+
+    Raises:
+        ConfigError: the file cannot be read, or the tokenizer has no chat template.
+    """
+    if template != "chat":
+        return file_text(template)
+    if not getattr(tokenizer, "chat_template", None):
+        name = getattr(tokenizer, "name_or_path", None) or "given"
+        raise ConfigError(
+            f"template=chat needs a tokenizer with a chat template, which the tokenizer {name!r} has not; choose "
+            "template=alpaca, template=plain, or a template of your own, as in template=FILE.jinja"
+        )
+    try:
+        text: str = tokenizer.get_chat_template()
+    except ValueError as error:  # several named templates, none of them the default
+        raise ConfigError(f"template=chat: {error}; give the template as a file, as in template=FILE.jinja") from error
+    return text
+
+
+def file_text(path: str) -> str:
+    """Return the text of a template's file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"template={path} cannot be read ({error}); name a file with a Jinja chat template"
+        ) from error
+
+
+def chat_segments(turns: Sequence[Turn], tokenizer: Any, template: str) -> list[Segment]:
+    """Return the text of a conversation; if it ends with the user's turn, the text that a response is generated after.
+
+    Args:
+        turns: a system turn or none, then user and assistant in turn.
+        template: the Jinja text.
+
+    Raises:
+        Unusable: the template cannot show this conversation.
+        ConfigError: the template is no valid Jinja.
+    """
+    chat = _Chat(turns, tokenizer, template)
+    if turns[-1].role == "user":
+        return chat.segments(chat.rendered(len(turns), generate=True)[0], [])
+    text, spans = chat.rendered(len(turns), generate=False)
+    for number in range(len(turns)):
+        chat.require_shown(text, number)
+    replies = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+    places = {number: chat.response(text, spans, number) for number in replies}
+    return chat.segments(text, [places[number] for number in replies if turns[number].is_trained])
+
+
+class _Chat:
+    """A conversation with marks around its turns' texts, and stand-ins for the control tokens that they spell."""
+
+    def __init__(self, turns: Sequence[Turn], tokenizer: Any, template: str) -> None:
+        self._turns, self._tokenizer, self._template = turns, tokenizer, template
+        said = "\n".join(turn.content for turn in turns)
+        unused = (character for character in map(chr, _PRIVATE_USE) if character not in said)
+        self._control = _control_tokens(tokenizer, template)
+        self._stand_ins = dict(zip([token for token in self._control if token in said], unused, strict=False))
+        self._marks = [(next(unused), next(unused)) for _ in turns]
+        self._texts = [self._with_stand_ins(turn) for turn in turns]
+        self._thinks = any(turn.role == "assistant" and "</think>" in turn.content for turn in turns)
+
+    def _with_stand_ins(self, turn: Turn) -> str:
+        text = turn.content
+        for token, stand_in in self._stand_ins.items():
+            if self._control[token] or turn.role != "assistant":  # an answer may have a think block
+                text = text.replace(token, stand_in)
+        return text
+
+    def rendered(self, count: int, *, generate: bool) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of the first `count` turns, and the places of what stands in `{% generation %}` marks."""
+        messages: list[dict[str, Any]] = []
+        for number, turn in enumerate(self._turns[:count]):
+            text, core = self._texts[number], self._texts[number].strip()
+            if turn.role != "system" and core:  # the marks are within white space, which many templates strip
+                text = text.replace(core, core.join(self._marks[number]), 1)
+            messages.append({"role": turn.role, "content": text})
+        options = {**self._tokenizer.special_tokens_map, "enable_thinking": self._thinks}
+        return _rendered(self._template, messages, generate=generate, **options)
+
+    def require_shown(self, text: str, number: int) -> None:
+        """Raise Unusable unless the template shows the text of a turn unchanged, white space aside."""
+        turn, core = self._turns[number], self._texts[number].strip()
+        start, end = self._marks[number]
+        shown = text
+        if turn.role == "system":
+            if not core:
+                return
+        elif f"{start}{core}{end}" in text:
+            return
+        else:  # the template takes a think block apart
+            begin = text.find(self._marks[number - 1][1]) if number else 0
+            shown = text[begin : text.find(end) + 1]
+        if _squeezed(core) not in _squeezed(shown) or (turn.role != "system" and end not in text):
+            raise Unusable(f"the chat template leaves out or changes the text of turn {number + 1} (the {turn.role}'s)")
+
+    def response(self, text: str, spans: list[tuple[int, int]], number: int) -> tuple[int, int]:
+        """Return the start and the end of a response in the text of the whole conversation.
+
+        Raises:
+            Unusable: the generation prompt is not what comes before the response.
+        """
+        asked, (start_mark, end_mark) = self._marks[number - 1][1], self._marks[number]
+        prompt, _ = self.rendered(number, generate=True)
+        supplied = prompt[prompt.find(asked) + 1 :]
+        begin, end = text.index(asked) + 1, text.index(end_mark)
+        first = text.find(start_mark, begin, end)
+        before = text[begin : end if first < 0 else first]
+        shared = next((n for n, pair in enumerate(zip(before, supplied, strict=False)) if len(set(pair)) > 1), None)
+        start = begin + (min(len(before), len(supplied)) if shared is None else shared)
+        is_last = number == len(self._turns) - 1
+        if start - begin < len(supplied) and (is_last or text[start : begin + len(before)].strip()):
+            raise Unusable(
+                f"the chat template's generation prompt ends with {supplied[-80:]!r}, which does not come before the "
+                "response of a whole conversation"
+            )
+        if is_last and not text.startswith(prompt):
+            raise Unusable("the chat template changes earlier turns when the response is added")
+        if not _GENERATION.search(self._template):
+            return start, self._end(text, end)
+        for span_start, span_end in spans:
+            if span_start <= end < span_end:
+                return max(start, span_start), span_start + len(text[span_start:span_end].rstrip())
+        raise Unusable(f"the chat template has no generation marks around turn {number + 1}")
+
+    def _end(self, text: str, end_mark: int) -> int:
+        """Return the end of a response, after the marker that ends the turn if there is one."""
+        closing = text[text.index(self._marks[-1][1]) + 1 :].strip()  # of the last turn
+        if closing.startswith(tuple(self._control)):  # some write an end of the text, too, on the next line
+            closing = closing.split()[0]
+        after = text[end_mark + 1 :]
+        for marker in (closing, *self._control):
+            if marker and after.lstrip().startswith(marker):
+                return end_mark + 1 + after.index(marker) + len(marker)
+        return end_mark + 1
+
+    def segments(self, text: str, responses: Sequence[tuple[int, int]]) -> list[Segment]:
+        """Return the segments up to the end of the last response, without marks and stand-ins."""
+        segments: list[Segment] = []
+        done = 0
+        for start, end in responses:
+            segments += self._split(text[done:start], is_response=False)
+            segments += self._split(text[start:end], is_response=True)
+            done = end
+        return segments if responses else self._split(text, is_response=False)
+
+    def _split(self, text: str, *, is_response: bool) -> list[Segment]:
+        """Return one markup segment, or several if stand-ins have to become text again."""
+        text = text.translate({ord(mark): None for marks in self._marks for mark in marks})
+        tokens = {stand_in: token for token, stand_in in self._stand_ins.items()}
+        segments = []
+        for piece in re.split(f"([{''.join(tokens)}])", text) if tokens else [text]:
+            token = tokens.get(piece)
+            if token is None:
+                segments.append(Segment(piece, is_response, is_markup=True))
+            elif self._control[token]:
+                segments.append(Segment(token, is_response))
+            else:  # only special tokens can be switched off, others are taken apart
+                segments += [Segment(token[:1], is_response), Segment(token[1:], is_response)]
+        return [segment for segment in segments if segment.text]
+
+
+def _squeezed(text: str) -> str:
+    """Return the text without white space."""
+    return "".join(text.split())
+
+
+@functools.lru_cache(maxsize=4)  # slow, and needed for every example
+def _control_tokens(tokenizer: Any, template: str) -> dict[str, bool]:
+    """Return the tokens that steer a model, and whether each is special: special tokens, and others in the template."""
+    added = {token.content: bool(token.special) for token in tokenizer.added_tokens_decoder.values()}
+    control = [token for token, special in added.items() if special or (token.strip() and token in template)]
+    return {token: added[token] for token in sorted(control, key=len, reverse=True)}  # one may be part of another
+
+
+def _rendered(
+    template: str, messages: list[dict[str, Any]], *, generate: bool, **options: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    if _takes_parts(template):
+        messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    try:
+        return _render(template, messages, generate=generate, **options)
+    except Unusable as error:
+        raise Unusable(f"the chat template refuses the conversation ({str(error)[:200]})") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _takes_parts(template: str) -> bool:
+    """Return whether a template shows a content only as a list of parts, as those of vision models do."""
+    shown = []
+    for content in ("probe", [{"type": "text", "text": "probe"}]):
+        try:
+            message = {"role": "user", "content": content}
+            shown.append("probe" in _render(template, [message], generate=False, bos_token="", eos_token="")[0])
+        except Unusable:
+            shown.append(False)
+    return shown == [False, True]
+
+
+def _render(
+    template: str, messages: list[dict[str, Any]], *, generate: bool, **options: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    from jinja2.exceptions import TemplateError, TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    options |= {"add_generation_prompt": generate, "return_assistant_tokens_mask": bool(_GENERATION.search(template))}
+    try:
+        rendered: Any = render_jinja_template(conversations=[messages], chat_template=template, **options)
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"the chat template is no valid Jinja: {error}; mend it, or choose template=alpaca"
+        ) from error
+    except (TemplateError, *_RAISED) as error:
+        raise Unusable(str(error) or type(error).__name__) from error
+    texts, spans = rendered
+    return texts[0], spans[0] if spans else []

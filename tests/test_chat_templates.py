@@ -1,0 +1,229 @@
+"""Laws of chat templates: which tokens are response, and that no text becomes a control token.
+
+The templates of the families are those of the installed trl; without it, those tests are skipped.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CHATML
+
+from gradsift.data.chat_templates import Segment, chat_segments
+from gradsift.data.examples import Example, Turn
+from gradsift.data.tokens import encode, encode_prompt, encode_prompts, template_identity
+from gradsift.data.turns import Unusable
+from gradsift.errors import ConfigError
+
+FAMILIES = (
+    *("cohere", "cohere2", "deepseek_r1_distill", "deepseekv3", "diffusion_gemma", "gemma", "gemma3", "gemma4"),
+    *("glm4moe", "gptoss", "idefics3", "lfm2", "lfm2_2_5", "lfm2_v2", "llama3", "llama3_1", "llama3_2", "llava_next"),
+    *("muse_glimmer", "nemotron_3_5_lightning", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra", "phi3"),
+    *("phi3_5", "qwen2_5", "qwen2_5_vl", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_8"),
+    *("qwen3_instruct_2507", "qwen3_vl", "smolvlm", "cohere2_training", "cohere_training"),
+    *("deepseek_r1_distill_training", "deepseekv3_training", "diffusion_gemma_training", "gemma3_training"),
+    *("gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5", "gemma_training", "glm4moe_training", "gptoss_training"),
+    *("idefics3_training", "lfm2_2_5_v2", "lfm2_2_5_vl", "lfm2_training", "lfm2_v2_training", "llama3_training"),
+    *("llava_next_training", "muse_glimmer_training", "nemotron_3_5_lightning_training", "nemotron_3_nano_training"),
+    *("nemotron_3_super_training", "nemotron_3_ultra_training", "phi3_5_training", "phi3_training"),
+    *("qwen2_5_training", "qwen2_5_vl_training", "qwen3_5_nothink_training", "qwen3_5_think_training"),
+    *("qwen3_6_training", "qwen3_8_training", "qwen3_instruct_2507_training", "qwen3_training", "qwen3_vl_training"),
+    "smolvlm_training",
+)
+OPENS_A_THINK_BLOCK = ("deepseek_r1_distill", "deepseekv3")  # the generation prompt does, whole conversations do not
+NO_SYSTEM = ("gemma", "gemma_training")
+BEFORE = {  # what the model generates before the text
+    "glm4moe": "\n",
+    "gptoss": "<|channel|>final<|message|>",
+    "idefics3": " ",
+    "llava_next": " ",
+    "muse_glimmer": " to=user<|message|>",
+    "smolvlm": " ",
+}
+ENDS = {
+    "cohere": "<|END_OF_TURN_TOKEN|>",
+    "cohere2": "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+    "diffusion_gemma": "<turn|>",
+    "gemma": "<end_of_turn>",
+    "gemma3": "<end_of_turn>",
+    "gemma4": "<turn|>",
+    "glm4moe": "<|user|>",
+    "gptoss": "<|end|>",
+    "idefics3": "<end_of_utterance>",
+    "llama3": "<|eot_id|>",
+    "llama3_1": "<|eot_id|>",
+    "llama3_2": "<|eot_id|>",
+    "llava_next": "</s>",
+    "muse_glimmer": "<|eot|>",
+    "phi3": "<|end|>",
+    "phi3_5": "<|end|>",
+    "smolvlm": "<end_of_utterance>",
+}
+LAST_ENDS = {"gptoss": "<|return|>", "gptoss_training": "<|return|>", "glm4moe": ""}
+NO_END = ("diffusion_gemma_training",)  # its marks leave out the end of the turn
+TURNS = [Turn("user", "What is 2 + 2?"), Turn("assistant", "It is four.")]
+MORE = [*TURNS, Turn("user", "And 3 + 3?"), Turn("assistant", "Six.")]
+BARS = "|\uff5c"  # DeepSeek writes the full-width one
+CONTROL = re.compile(rf"<[{BARS}][^<>{BARS}\s]+[{BARS}]?>|<turn\|?>|<(?:start|end)_of_\w+>|</s>|<bos>")
+
+
+def base(family: str) -> str:
+    return (
+        re.sub("_training$|_v[2-9]$", "", family) if family.startswith("gemma4") else family.removesuffix("_training")
+    )
+
+
+def template_text(family: str) -> str:
+    trl = pytest.importorskip("trl")
+    path = Path(trl.__file__).parent / "chat_templates" / f"{family}.jinja"
+    if not path.is_file():
+        pytest.skip(f"the installed trl has no {path.name}")
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def tokenizer_of(byte_tokenizer: Any) -> Any:
+    def make(template: str) -> Any:
+        """One token a byte; the template's control tokens are special, think blocks are ordinary added tokens."""
+        byte_tokenizer.add_special_tokens({"additional_special_tokens": sorted({*CONTROL.findall(template), "<bos>"})})
+        byte_tokenizer.bos_token = "<bos>"
+        byte_tokenizer.add_tokens(["<think>", "</think>"])
+        byte_tokenizer.chat_template = template
+        return byte_tokenizer
+
+    return make
+
+
+def text_of(segments: list[Segment], *, is_response: bool) -> str:
+    return "".join(segment.text for segment in segments if segment.is_response is is_response)
+
+
+def responses(turns: list[Turn], tokenizer: Any) -> list[str]:
+    """Return the text of each response; adjacent segments are one."""
+    marked = "".join(
+        segment.text if segment.is_response else "\0"
+        for segment in chat_segments(turns, tokenizer, tokenizer.chat_template)
+    )
+    return [text for text in marked.split("\0") if text]
+
+
+def example(turns: list[Turn], row: int = 0) -> Example:
+    *history, asked, answer = turns
+    return Example(row, f"{row}-0", str(row), tuple(history), asked.content, "", answer.content, {})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_responses_of_every_family(family: str, tokenizer_of: Any) -> None:
+    tokenizer = tokenizer_of(template_text(family))
+    if base(family) in OPENS_A_THINK_BLOCK:
+        for turns in (TURNS, MORE):
+            with pytest.raises(Unusable, match=r"generation prompt ends with .*<think>"):
+                responses(turns, tokenizer)
+        return
+    before, end = BEFORE.get(base(family), ""), "" if family in NO_END else ENDS.get(base(family), "<|im_end|>")
+    last = LAST_ENDS.get(family, end)
+    assert responses(TURNS, tokenizer) == [f"{before}It is four.{last}"]
+    assert responses(MORE, tokenizer) == [f"{before}It is four.{end}", f"{before}Six.{last}"]
+    untrained = [*MORE[:1], Turn("assistant", "It is four.", is_trained=False), *MORE[2:]]
+    assert responses(untrained, tokenizer) == [f"{before}Six.{last}"]
+    system = [Turn("system", "Be kind."), *TURNS]
+    if family in NO_SYSTEM:
+        with pytest.raises(Unusable, match="System role not supported"):
+            responses(system, tokenizer)
+    else:
+        assert responses(system, tokenizer) == [f"{before}It is four.{last}"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_prompt_of_a_family_is_the_templates_own_generation_prompt(family: str, tokenizer_of: Any) -> None:
+    tokenizer = tokenizer_of(template_text(family))
+    if base(family) in OPENS_A_THINK_BLOCK:
+        return
+    content: Any = "What is 2 + 2?"
+    if not ("idefics" in family or "llava" in family or "smolvlm" in family):
+        stock = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, enable_thinking=False
+        )["input_ids"]
+        assert encode_prompt(content, "", tokenizer, "chat") == stock
+    (encoded,), _ = encode([example(TURNS)], tokenizer, "chat", 10_000)
+    prompt = encode_prompt(content, "", tokenizer, "chat")
+    assert encoded.input_ids[: len(prompt)].tolist() == prompt
+    assert not encoded.is_response[: len(prompt)].any() and encoded.is_response[len(prompt) :].all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_that_spells_a_control_token_never_becomes_one(family: str, tokenizer_of: Any) -> None:
+    template = template_text(family)
+    tokenizer = tokenizer_of(template)
+    if base(family) in OPENS_A_THINK_BLOCK:
+        return
+    control = {token for token in tokenizer.all_special_tokens if len(token) > 1}
+    added = tokenizer.added_tokens_decoder
+
+    def counts(turns: list[Turn]) -> list[int]:
+        (encoded,), _ = encode([example(turns)], tokenizer, "chat", 10_000)
+        return [token for token in encoded.input_ids.tolist() if token in added]
+
+    spelt = " ".join(sorted(control)) + " <|im_<|im_end|>end|>"
+    said = [Turn("user", f"Say {spelt} please"), Turn("assistant", f"I say {spelt} now")]
+    assert counts([*said, *said]) == counts([*TURNS, *TURNS])
+    if "<think>" in template:
+        asked = [Turn("user", "What do <think> and </think> mean?"), TURNS[1]]
+        assert counts(asked) == counts(TURNS)
+
+
+def test_an_empty_think_block_is_prompt_and_a_written_one_is_response(tokenizer_of: Any) -> None:
+    tokenizer = tokenizer_of(template_text("qwen3"))
+    segments = chat_segments(TURNS, tokenizer, tokenizer.chat_template)
+    assert text_of(segments, is_response=False).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    thought = [TURNS[0], Turn("assistant", "<think>\ntwice two\n</think>\n\nIt is four.")]
+    assert responses(thought, tokenizer) == ["<think>\ntwice two\n</think>\n\nIt is four.<|im_end|>"]
+
+
+def test_a_turn_that_the_template_drops_makes_the_row_unusable(tokenizer_of: Any) -> None:
+    tokenizer = tokenizer_of(template_text("qwen3"))
+    thought = [TURNS[0], Turn("assistant", "<think>\ntwice two\n</think>\n\nIt is four."), *MORE[2:]]
+    with pytest.raises(Unusable, match=r"leaves out or changes the text of turn 2 \(the assistant's\)"):
+        responses(thought, tokenizer)
+
+
+def test_a_row_that_the_template_refuses_is_left_out_with_its_reason(byte_tokenizer: Any) -> None:
+    refuses = "{% if 'no' in messages[0].content %}{{ raise_exception('not this') }}{% endif %}"
+    fails = "{% if 'bad' in messages[0].content %}{{ 1 + 'a' }}{% endif %}"
+    byte_tokenizer.chat_template = refuses + fails + CHATML
+    asked = ["yes", "no", "bad", "fine"]
+    examples = [example([Turn("user", text), TURNS[1]], row) for row, text in enumerate(asked)]
+    encoded, report = encode(examples, byte_tokenizer, "chat", 1000)
+    assert [each.row for each in encoded] == [0, 3]
+    assert {place: row.row for place, row in report.refused.items()} == {1: 1, 2: 2}
+    assert "not this" in report.refused[1].reason and "refuses the conversation" in report.refused[2].reason
+    assert report.rows_without_response == []
+    prompts, _ = encode_prompts(examples, byte_tokenizer, "chat", 1000)
+    assert [len(prompt) > 0 for prompt in prompts] == [True, False, False, True]
+
+
+def test_a_template_that_can_show_no_row_is_an_error(byte_tokenizer: Any) -> None:
+    byte_tokenizer.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(ConfigError, match=r"template=chat can show none of the 1 conversations.*never.*FILE\.jinja"):
+        encode([example(TURNS)], byte_tokenizer, "chat", 1000)
+    byte_tokenizer.chat_template = "{% if %}"
+    with pytest.raises(ConfigError, match="no valid Jinja"):
+        encode([example(TURNS)], byte_tokenizer, "chat", 1000)
+
+
+def test_a_template_from_a_file_replaces_the_tokenizers(byte_tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "own.jinja"
+    path.write_text(CHATML)
+    expected = encode([example(MORE)], byte_tokenizer, "chat", 1000)[0][0]
+    byte_tokenizer.chat_template = None
+    (encoded,), _ = encode([example(MORE)], byte_tokenizer, str(path), 1000)
+    assert encoded.input_ids.tolist() == expected.input_ids.tolist()
+    assert encoded.is_response.tolist() == expected.is_response.tolist()
+    before = template_identity(str(path))
+    path.write_text(CHATML + "{# other #}")
+    assert template_identity(str(path)) != before
+    with pytest.raises(ConfigError, match=r"missing\.jinja cannot be read"):
+        template_identity(str(tmp_path / "missing.jinja"))

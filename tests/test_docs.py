@@ -115,7 +115,7 @@ def test_every_option_says_what_it_means(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {option for option, _, _, meaning, _ in rows if not meaning} == set()
     page = tables.options_page()
     assert "| `proxy.members` | `int` | `5` | M of the paper | at least 1 |" in page
-    assert "| `data.path` | `str` | required |" in page
+    assert "| `data.path` | `Any` | required |" in page
     files = [path for group in SCHEMAS for path in (conf_folder() / group).glob("*.yaml") if path.stem != "catalog"]
     described = [path.stem for path in files if path.parent.name == "benchmark" or "/schema/" in path.read_text()]
     assert [choice for choice in described if f"={choice}" not in page] == []

@@ -393,7 +393,7 @@ def test_hub_failures_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (OfflineModeIsEnabled("offline"), ConnectionError("no route")):
         assert "cannot be reached" in hub_failure(monkeypatch, error)
     assert "Unknown split" in hub_failure(monkeypatch, ValueError('Unknown split "train".'))
-    assert "scripts" in hub_failure(monkeypatch, RuntimeError("Dataset scripts are no longer supported"))
+    assert "a script" in hub_failure(monkeypatch, RuntimeError("Dataset scripts are no longer supported"))
 
 
 def test_hub_rows_are_numbered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
 from gradsift.config.checks import Group, option
 from gradsift.errors import ConfigError
+from gradsift.names import LONGEST_NAME, slug
 
 EMBEDDED = "verifiable"  # the name of the embedded data and of its benchmark
 TERSE = "verifiable_terse"  # its skills in the form in which the nano models learnt them, to measure forgetting
@@ -68,22 +70,36 @@ class DataConfig(Group, option="data"):
 
 @dataclass
 class JsonDataConfig(DataConfig):
-    """A local file: .json, .jsonl, .csv, .tsv (each also with .gz) or .parquet."""
+    """Local files: .json, .jsonl, .csv, .tsv (each also with .gz or .zst), .parquet or .arrow."""
 
-    path: str = MISSING  # the file's path
+    # a file, a list of files, a pattern as in 'folder/*.jsonl', a folder of shards or of save_to_disk, - for JSON rows
+    # on standard input
+    path: Any = MISSING
     format: str = option("auto", choices=DATA_FORMATS)  # auto: decided by the columns of the first row that fits one
     fields: FieldsConfig = field(default_factory=FieldsConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        paths = self.path if isinstance(self.path, list) else [self.path]
+        if not paths or not all(isinstance(path, str) and path for path in paths):
+            raise ConfigError(f"data.path={self.path!r} names no file; give a path, or a list as in data.path=[A,B]")
 
 
 @dataclass
 class HubDataConfig(DataConfig):
     """A dataset of the Hugging Face hub."""
 
+    name: str = ""  # empty: the id and the subset
     id: str = MISSING  # OWNER/NAME on the hub
+    subset: str | None = None  # the hub's name of a part of the dataset; null: the only one
     revision: str | None = None  # a commit; null: the current one at first use, from then on the same in this store
     split: str = "train"  # of the dataset
     format: str = option("auto", choices=DATA_FORMATS)  # auto: decided by the columns of the first row that fits one
     fields: FieldsConfig = field(default_factory=FieldsConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.name = self.name or slug("-".join(filter(None, (self.id, self.subset))))[:LONGEST_NAME]
 
 
 @dataclass

@@ -20,11 +20,17 @@ from typing import Any
 from gradsift import outside_json
 from gradsift.data.columns import KNOWN, folded, listed
 from gradsift.data.examples import SourceRow, json_type
-from gradsift.data.tables import AGAIN, csv_rows, parquet_rows
+from gradsift.data.tables import AGAIN, column_rows, csv_rows
 from gradsift.errors import DataError
 
 _TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
-SUFFIXES = (*_TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in _TEXT_SUFFIXES), ".parquet")
+_PACKED = (".gz", ".zst")
+_COLUMN_KINDS = ("parquet", "arrow")
+SUFFIXES = (
+    *_TEXT_SUFFIXES,
+    *(suffix + packed for packed in _PACKED for suffix in _TEXT_SUFFIXES),
+    *(f".{kind}" for kind in _COLUMN_KINDS),
+)
 _WIDE_ENCODINGS = (  # UTF-32 first: its byte order mark begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -34,13 +40,14 @@ _WIDE_ENCODINGS = (  # UTF-32 first: its byte order mark begins with UTF-16's
 
 
 def read_rows(path: Path, *, group: str = "data", holder: str | None = None) -> Iterator[SourceRow]:
-    """Yield the rows of a .json, .jsonl, .csv, .tsv (each also with .gz) or .parquet file, in order.
+    """Yield the rows of a .json, .jsonl, .csv, .tsv (each also with .gz or .zst), .parquet or .arrow file, in order.
 
     .json     an array of objects; an object with one such array, {"data": [...]}, among other values; or JSON lines,
               which many files of that name are
     .jsonl    one object per line; several objects on a line are several rows, empty lines are skipped
     .csv      column names in the first line, which determines the delimiter; every cell is text
-    .parquet  columns of any type
+    .parquet, .arrow
+              columns of any type
 
     Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark.
 
@@ -54,12 +61,12 @@ def read_rows(path: Path, *, group: str = "data", holder: str | None = None) -> 
     """
     kind = file_kind(path, group)
     with _reading(path):
-        if kind == "parquet":
-            yield from parquet_rows(path)
+        if kind in _COLUMN_KINDS:
+            yield from column_rows(path, kind)
             return
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty; fetch or write it again")
-        with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as opened:
+        with _opened(path) as opened:
             stream = _as_utf8(path, opened)
             if kind == "jsonl":
                 rows = _unwrapped(path, _json_lines(path, stream))
@@ -74,7 +81,7 @@ def read_rows(path: Path, *, group: str = "data", holder: str | None = None) -> 
 
 
 def file_kind(path: Path, group: str = "data") -> str:
-    """Return json, jsonl, csv, tsv or parquet, by the file's name.
+    """Return json, jsonl, csv, tsv, parquet or arrow, by the file's name.
 
     Raises:
         DataError: there is no regular file of that name, or its type is unknown.
@@ -91,8 +98,25 @@ def file_kind(path: Path, group: str = "data") -> str:
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
         raise DataError(f"{group}.path={path} is of no known type; its name must end in one of: {', '.join(SUFFIXES)}")
-    kind = name.removesuffix(".gz").rsplit(".", 1)[1]
+    kind = _without_packing(name).rsplit(".", 1)[1]
     return "jsonl" if kind == "ndjson" else kind
+
+
+def _without_packing(name: str) -> str:
+    return name.removesuffix(".gz").removesuffix(".zst")
+
+
+def _opened(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    """Return the file's bytes as a stream, unpacked."""
+    name = path.name.lower()
+    if name.endswith(".gz"):
+        return gzip.open(path, "rb")
+    if name.endswith(".zst"):
+        import pyarrow as pa
+
+        unpacked: Any = pa.input_stream(str(path), compression="zstd")
+        return io.BufferedReader(unpacked)
+    return path.open("rb")
 
 
 def hash_of(path: Path) -> str:
@@ -115,6 +139,8 @@ def _reading(path: Path) -> Iterator[None]:
     except (EOFError, zlib.error) as error:
         raise DataError(f"{path} is broken gzip ({error}); {AGAIN}") from error
     except OSError as error:
+        if error.errno is None and path.name.lower().endswith(".zst"):
+            raise DataError(f"{path} is broken zstd ({error}); {AGAIN}") from error
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
@@ -168,7 +194,7 @@ def _values(path: Path, text: str, line: int) -> list[Any]:
 
 
 def _remedy(path: Path, text: str, error: json.JSONDecodeError) -> str:
-    is_array = path.name.lower().removesuffix(".gz").endswith(".json")
+    is_array = _without_packing(path.name.lower()).endswith(".json")
     rest = text[error.pos :].lstrip(outside_json.BLANK)
     before = text[: error.pos].rstrip(outside_json.BLANK)
     if not rest or error.msg.startswith("Unterminated"):

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from gradsift.data.examples import SourceRow
 from gradsift.errors import DataError
 
+_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
-def load_hub(id: str, revision: str | None, split: str) -> Iterator[SourceRow]:
+
+def load_hub(id: str, revision: str | None, split: str, subset: str | None = None) -> Iterator[SourceRow]:
     """Return the rows of a hub dataset, loaded with `datasets`; from the local cache if HF_HUB_OFFLINE=1.
 
     Code that comes with a dataset is never run.
 
     Raises:
-        DataError: the dataset, revision or split does not exist, is gated, or cannot be reached.
+        DataError: the dataset, subset, revision or split does not exist, is gated, or cannot be reached; or the dataset
+            has several subsets, which the message lists, and none is named.
     """
     if Path(id).exists():  # `datasets` would load this instead
         raise DataError(
             f"data.id={id} is a file or folder here; take data=json data.path=FILE, or another folder to run in"
         )
+    if not _ID.fullmatch(id):
+        raise DataError(f"data.id={id} is no name of a hub dataset; give it as OWNER/NAME")
     import datasets
-    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    http_error: type[Exception] = HfHubHTTPError.__bases__[0]  # httpx's, or that of httpx2 in later versions
     datasets.disable_progress_bars()
     try:
-        dataset = datasets.load_dataset(id, revision=revision, split=split)
+        dataset = datasets.load_dataset(id, subset, revision=revision, split=split)
     except DatasetNotFoundError as error:
         if "gated" in str(error).lower():
             raise DataError(
@@ -39,17 +46,30 @@ def load_hub(id: str, revision: str | None, split: str) -> Iterator[SourceRow]:
         ) from error
     except HFValidationError as error:
         raise DataError(f"data.id={id} is no name of a hub dataset; give it as OWNER/NAME") from error
-    except (OfflineModeIsEnabled, ConnectionError, HfHubHTTPError, OSError) as error:
+    except DataFilesNotFoundError as error:
+        raise DataError(f"data.id={id} holds no files of rows that can be read; check the name") from error
+    except (OfflineModeIsEnabled, http_error, OSError) as error:
         raise DataError(
             f"data.id={id} is not in the local cache and the hub cannot be reached ({_first_line(error)}); connect "
             "once (with HF_HUB_OFFLINE unset), or take data=json data.path=FILE"
         ) from error
-    except (DatasetsError, ValueError, RuntimeError) as error:  # an unknown split or configuration, or a script
-        raise DataError(
-            f"data.id={id}, data.split={split}: {_first_line(error)}; check them, or take data=json data.path=FILE"
-        ) from error
+    except (DatasetsError, ValueError, RuntimeError) as error:  # an unknown split or subset, or a script
+        raise DataError(f"data.id={id}: {_advice(str(error), split, subset)}") from error
     return (SourceRow(row, content) for row, content in enumerate(dataset))
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _advice(message: str, split: str, subset: str | None) -> str:
+    names = re.search(r"(?:available configs|Available): \[([^]]*)\]", message)
+    if names:
+        problem = f"it has no subset {subset!r}" if subset else "it has several subsets"
+        return f"{problem}; give data.subset=NAME, one of: {names[1].replace(chr(39), '')[:1000]}"
+    if "script" in message:
+        return (
+            "its rows are made by a script, which is not run; give data.revision=refs/convert/parquet if the hub has "
+            "converted it, or take data=json data.path=FILE"
+        )
+    return f"data.split={split}: {' '.join(message.split())[:300]}; check it, or take data=json data.path=FILE"

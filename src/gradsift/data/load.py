@@ -23,7 +23,7 @@ from gradsift.config import (
     JsonDataConfig,
     VerifiableDataConfig,
 )
-from gradsift.data import corruption, dedup, files, formats, hub, verifiable
+from gradsift.data import corruption, dedup, files, formats, hub, paths, verifiable
 from gradsift.data.examples import Example, Rejected, draw, read_examples, write_examples, write_rejected
 from gradsift.errors import ConfigError, DataError
 from gradsift.manifests import file_hash
@@ -69,6 +69,8 @@ def _settings(config: DataConfig) -> dict[str, Any]:
         settings["corruption_version"] = corruption.VERSION
     else:
         del settings["corruption"]
+    if settings.get("subset") is None:
+        settings.pop("subset", None)
     if settings.get("delayed") == 0:
         del settings["delayed"]
     return settings
@@ -78,14 +80,17 @@ def _load_rows(runtime: Runtime, config: DataConfig) -> Artifact:
     assert isinstance(config, JsonDataConfig | HubDataConfig)  # noqa: S101 - for the type checker
     settings = _settings(config)
     if isinstance(config, JsonDataConfig):
-        path = Path(config.path).expanduser()
-        settings |= {"path": None, "kind": files.file_kind(path), "sha256": files.hash_of(path)}
+        sources = paths.files_of(config.path, runtime.store.root / "downloads")
+        kinds, hashes = [files.file_kind(file) for file in sources], [files.hash_of(file) for file in sources]
+        one = len(sources) == 1
+        settings |= {"path": None, "kind": kinds[0] if one else kinds, "sha256": hashes[0] if one else hashes}
 
     def make(folder: Path) -> Mapping[str, Any]:
         if isinstance(config, JsonDataConfig):
-            rows, name = files.read_rows(path), config.path
+            name = config.path if isinstance(config.path, str) else ", ".join(config.path)
+            rows = paths.read_files(sources)
         else:
-            rows, name = hub.load_hub(config.id, config.revision, config.split), config.id
+            rows, name = hub.load_hub(config.id, config.revision, config.split, config.subset), config.id
         examples, rejected = formats.parse_rows(rows, config.format, config.fields, source=name)
         kept, repeated = _without_duplicates(runtime, config, examples)
         rejected = sorted([*rejected, *repeated], key=lambda row: row.row)

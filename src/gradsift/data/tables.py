@@ -1,4 +1,4 @@
-"""Tables to rows: CSV with any delimiter, and parquet."""
+"""Tables to rows: CSV with any delimiter, parquet and Arrow."""
 
 from __future__ import annotations
 
@@ -84,34 +84,59 @@ def _has_blanks_before_quotes(text: str, delimiter: str) -> bool:
     return bool(cells) and all(cell.startswith(" ") for cell in cells) and f'{delimiter} "' in text
 
 
-# ------------------------------------------------------------------------------------------ parquet
+# ---------------------------------------------------------------------------------- parquet and Arrow
 
 
-def parquet_rows(path: Path) -> Iterator[SourceRow]:
-    """Yield the rows of a parquet file.
+def column_rows(path: Path, kind: str) -> Iterator[SourceRow]:
+    """Yield the rows of a file that stores columns.
+
+    Args:
+        kind: parquet or arrow; an Arrow file has the stream format, as `datasets` writes it, or the file format.
 
     Raises:
         DataError: the file is empty or broken, or a text in it is not UTF-8; names row and column.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; fetch or write it again")
+    index = 0
     try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if len(set(names)) < len(names):
-                raise DataError(f"{path}: column names must differ, but are {listed(names)}; rename some")
-            if file.metadata.num_rows == 0:
-                raise DataError(f"{path} is empty: it holds no row; fetch or write it again")
-            index = 0
-            for batch in file.iter_batches(use_threads=False):
-                for row in _values(path, batch, index):
-                    yield SourceRow(index, row)
-                    index += 1
+        for batch in _batches(path, kind):
+            for row in _values(path, batch, index):
+                yield SourceRow(index, row)
+                index += 1
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no whole parquet file ({str(error).splitlines()[0][:120]}); {AGAIN}") from error
+        raise DataError(f"{path} is no whole {kind} file ({str(error).splitlines()[0][:120]}); {AGAIN}") from error
+    if index == 0:
+        raise DataError(f"{path} is empty: it holds no row; fetch or write it again")
+
+
+def _batches(path: Path, kind: str) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if kind == "parquet":
+        with pq.ParquetFile(path) as file:
+            _require_different(path, file.schema_arrow.names)
+            yield from file.iter_batches(use_threads=False)
+        return
+    with pa.memory_map(str(path)) as source:
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        if is_file:
+            with pa.ipc.open_file(source) as reader:
+                _require_different(path, reader.schema.names)
+                yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            with pa.ipc.open_stream(source) as reader:
+                _require_different(path, reader.schema.names)
+                yield from reader
+
+
+def _require_different(path: Path, names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise DataError(f"{path}: column names must differ, but are {listed(names)}; rename some")
 
 
 def _values(path: Path, batch: Any, first: int) -> Sequence[dict[str, Any]]:

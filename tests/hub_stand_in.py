@@ -1,0 +1,110 @@
+"""A stand-in for the Hugging Face hub on this machine: dataset repositories from folders, one of them gated.
+
+`serving(folder)` serves each folder `OWNER/NAME` of `folder` at one revision. A repository with a file `.gated` answers
+as a gated one does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REVISIONS = ("main", COMMIT)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    root: Path
+
+    def log_message(self, *arguments: Any) -> None:
+        """Print nothing."""
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_POST(self) -> None:
+        self._answer(parse_qs(self.rfile.read(int(self.headers["Content-Length"] or 0)).decode()))
+
+    def _answer(self, form: dict[str, list[str]] | None = None) -> None:
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        kind, *parts = parts[1:] if parts[0] == "api" else parts
+        folder = self.root.joinpath(*parts[:2])
+        action, revision, *rest = [*parts[2:], "", ""]
+        if kind != "datasets" or not folder.is_dir():
+            self._send(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        elif action and revision not in REVISIONS:
+            self._send(404, {"error": f"Invalid rev id: {revision}"}, {"X-Error-Code": "RevisionNotFound"})
+        elif action == "resolve" and (folder / ".gated").exists():
+            self._send(403, {"error": "Access to it is restricted"}, {"X-Error-Code": "GatedRepo"})
+        elif action == "resolve":
+            self._send_file(folder / Path(*filter(None, rest)))
+        elif action == "tree":
+            under = folder.joinpath(*filter(None, rest))
+            if not under.is_dir():
+                self._send(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
+            elif "recursive=true" in self.path.lower():
+                self._send(200, [each for each in self._entries(folder) if under in (folder / each["path"]).parents])
+            else:
+                self._send(200, [_entry(path, folder) for path in sorted(under.iterdir()) if path.name != ".gated"])
+        elif action == "paths-info":
+            wanted = (form or {}).get("paths", [])
+            self._send(200, [each for each in self._entries(folder) if each["path"] in wanted])
+        else:
+            files = [{"rfilename": each["path"]} for each in self._entries(folder)]
+            about = {"id": "/".join(parts[:2]), "sha": COMMIT, "siblings": files, "private": False, "tags": []}
+            self._send(200, about | {"gated": "auto" if (folder / ".gated").exists() else False})
+
+    def _entries(self, folder: Path) -> list[dict[str, Any]]:
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".gated")
+        return [_entry(path, folder) for path in files]
+
+    def _send_file(self, path: Path) -> None:
+        if not path.is_file():
+            self._send(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
+            return
+        content = path.read_bytes()
+        etag = hashlib.sha256(content).hexdigest()
+        self._send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
+
+    def _send(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def _entry(path: Path, folder: Path) -> dict[str, Any]:
+    name = path.relative_to(folder).as_posix()
+    content = path.read_bytes() if path.is_file() else name.encode()
+    kind = "file" if path.is_file() else "directory"
+    oid = hashlib.sha1(content).hexdigest()  # noqa: S324 - as Git names contents
+    return {"type": kind, "path": name, "size": len(content), "oid": oid}
+
+
+@contextmanager
+def serving(root: Path) -> Iterator[str]:
+    """Serve the repositories below `root`; yields the address for HF_ENDPOINT."""
+    handler = type("Handler", (_Handler,), {"root": root})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

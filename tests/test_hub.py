@@ -1,0 +1,132 @@
+"""Laws of `data=hub`, against a stand-in of the hub on this machine.
+
+The libraries read the hub's address when they are imported, so the loading runs in a process of its own: one for all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import made_once
+from hub_stand_in import COMMIT, serving
+
+from gradsift.composition import compose_config
+from gradsift.config import HubDataConfig
+
+LOAD = """
+import json, sys
+from gradsift.data.hub import load_hub
+from gradsift.errors import DataError
+for line in sys.stdin:
+    id, revision, split, subset = json.loads(line)
+    try:
+        answer = [row.content for row in load_hub(id, revision, split, subset)]
+    except DataError as error:
+        answer = str(error)
+    print(json.dumps(answer), flush=True)
+"""
+CARD = """---
+configs:
+- config_name: rivers
+  data_files: rivers/*.jsonl
+- config_name: hills
+  data_files:
+  - split: train
+    path: hills/train.jsonl
+  - split: test
+    path: hills/test.jsonl
+---
+"""
+RIVERS = [{"instruction": "Name a river.", "output": f"River {number}."} for number in range(4)]
+HILLS = [{"instruction": "Name a hill.", "output": "The Brocken."}]
+ASKED = {
+    "one subset": ("owner/one", None, "train", None),
+    "a revision": ("owner/one", COMMIT, "train", None),
+    "another revision": ("owner/one", "v9", "train", None),
+    "several subsets": ("owner/several", None, "train", None),
+    "rivers": ("owner/several", None, "train", "rivers"),
+    "hills": ("owner/several", None, "test", "hills"),
+    "no such subset": ("owner/several", None, "train", "lakes"),
+    "no such split": ("owner/several", None, "dev", "hills"),
+    "gated": ("owner/gated", None, "train", None),
+    "missing": ("owner/missing", None, "train", None),
+    "script": ("owner/script", None, "train", None),
+    "no name": ("a/b/c", None, "train", None),
+}
+
+
+def written(path: Path, rows: list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="session")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Rows or the error's message for each of `ASKED`."""
+
+    def make(folder: Path) -> None:
+        root = folder / "hub"
+        written(root / "owner/one/data.jsonl", RIVERS)
+        written(root / "owner/gated/data.jsonl", RIVERS)
+        (root / "owner/gated/.gated").touch()
+        written(root / "owner/several/rivers/0.jsonl", RIVERS[:2])
+        written(root / "owner/several/rivers/1.jsonl", RIVERS[2:])
+        written(root / "owner/several/hills/train.jsonl", RIVERS)
+        written(root / "owner/several/hills/test.jsonl", HILLS)
+        (root / "owner/several/README.md").write_text(CARD)
+        (root / "owner/script").mkdir()
+        (root / "owner/script/script.py").write_text("raise SystemExit")
+        with serving(root) as address:
+            network = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache")}
+            code = subprocess.run(
+                [sys.executable, "-c", LOAD],
+                input="".join(json.dumps(asked) + "\n" for asked in ASKED.values()),
+                env={**os.environ, **network, "PYTHONPATH": os.pathsep.join(sys.path), "no_proxy": "127.0.0.1"},
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        assert code.returncode == 0, code.stderr[-3000:]
+        (folder / "answers").write_text(code.stdout)
+
+    lines = (made_once(tmp_path_factory, "hub", make) / "answers").read_text().splitlines()
+    return dict(zip(ASKED, map(json.loads, lines), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows"), {"one subset": RIVERS, "a revision": RIVERS, "rivers": RIVERS, "hills": HILLS}.items()
+)
+def test_the_rows_of_a_dataset_or_of_a_subset(asked: str, rows: list[object], answers: dict[str, object]) -> None:
+    assert answers[asked] == rows
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    {
+        "several subsets": "several subsets; give data.subset=NAME, one of: rivers, hills",
+        "no such subset": "no subset 'lakes'; give data.subset=NAME, one of: rivers, hills",
+        "no such split": "data.split=dev",
+        "another revision": "at data.revision=v9 is no dataset",
+        "gated": "is gated: accept its terms",
+        "missing": "is no dataset of the hub",
+        "script": "made by a script, which is not run; give data.revision=refs/convert/parquet",
+        "no name": "give it as OWNER/NAME",
+    }.items(),
+)
+def test_what_cannot_be_loaded_has_a_remedy(asked: str, words: str, answers: dict[str, object]) -> None:
+    assert isinstance(answers[asked], str)
+    assert words in str(answers[asked])
+
+
+def test_a_dataset_is_named_after_its_id_and_subset() -> None:
+    assert HubDataConfig(id="owner/several", subset="hills").name == "owner_several-hills"
+    assert HubDataConfig(id="owner/one", name="mine").name == "mine"
+    options = ("scorer=random", "stop_after=selection", "proxy=smollm2")
+    assert compose_config(["data=hub", "data.id=owner/one", *options]).data.name == "owner_one"
+    assert compose_config(["data=alpaca", *options]).data.name == "alpaca"

@@ -266,6 +266,14 @@ def test_alpaca_evals_own_file_has_805_instructions(catalog: Any) -> None:
     assert len(load_benchmark("alpaca_eval", spec)) == 805
 
 
+def test_arena_hard_is_the_content_of_its_turn(catalog: Any, tmp_path: Path) -> None:
+    row = {"question_id": "96d2", "category": "arena-hard-v0.1", "cluster": "c", "turns": [{"content": "Go."}]}
+    file = write_jsonl(tmp_path / "question.jsonl", row)
+    assert load_benchmark("arena_hard", replace(catalog["arena_hard"], path=str(file))) == [
+        Item("arena_hard", "96d2", "Go.", "", None)
+    ]
+
+
 def test_mt_bench_is_its_first_turns(catalog: Any, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "question.jsonl", {"question_id": 81, "category": "writing", "turns": ["Go.", "On."]})
     assert load_benchmark("mt_bench", replace(catalog["mt_bench"], path=str(file))) == [

@@ -40,7 +40,9 @@ def _rows() -> list[list[str]]:
     for number in range(max(len(OF_GROUP[group]) for group in together)):
         row = [f"{group}={OF_GROUP[group][number % len(OF_GROUP[group])]}" for group in together]
         rows.append([*(choice for choice in row if choice != "selector=round_robin"), *needed])
-    rows += [[f"target={target}", f"judge={OF_GROUP['judge'][n % 4]}"] for n, target in enumerate(OF_GROUP["target"])]
+    targets, judges = OF_GROUP["target"], OF_GROUP["judge"]
+    for number in range(max(len(targets), len(judges))):
+        rows.append([f"target={targets[number % len(targets)]}", f"judge={judges[number % len(judges)]}"])
     rows += [[f"target_set={name}"] for name in OF_GROUP["target_set"] if name != "json"]
     rows += [["target_set=json", "target_set.path=x.json"], ["data=json", "data.path=x.json", *FOREIGN]]
     rows += [[f"data={name}", *FOREIGN] for name in OF_GROUP["data"] if name not in ("json", "verifiable")]
@@ -320,7 +322,7 @@ def test_a_selector_that_the_run_does_not_reach_needs_no_target_set(ends: list[s
     [
         (
             ["judge=local", "judge.dry_run=true"],
-            "the judge that is chosen; it is one of judge=alpaca_eval, judge=openai",
+            "the judge that is chosen; it is one of judge=alpaca_eval, judge=five_point",
         ),
         (["target_set.path=x"], "target_set.path is no option of the target_set that is chosen; it is one of"),
         (["judge=local", "judge.modle=x"], "judge.modle is no option of the judge that is chosen; did you mean model?"),

@@ -21,8 +21,9 @@ from gradsift.evaluation.chat_protocol import after_thinking
 from gradsift.evaluation.generation import OUTPUTS_FILE, model_outputs, write_model_outputs
 from gradsift.evaluation.judges import JudgeError, JudgeRequest, Reply, Unreadable
 from gradsift.evaluation.judges.openai import OpenaiJudge
+from gradsift.evaluation.judges.parsing import parse_scores
 from gradsift.evaluation.replies import Replies
-from gradsift.evaluation.stages.judging import judge, pws
+from gradsift.evaluation.stages.judging import judge, judge_settings, pws, pws_of
 from gradsift.runtime import Display, Runtime
 
 SECRET = "sk-azure-0123456789"
@@ -49,7 +50,7 @@ def judge_stage(endpoint: Endpoint, tmp_path: Path) -> Callable[..., Artifact]:
     """Run the stages `judge` and `pws` on some items; return the artifact of `pws`."""
     runtime = Runtime(Store(tmp_path / "store", say=lambda text: None), ComputeConfig(), Display(), seed=0)
 
-    def run(count: int, **options: Any) -> Artifact:
+    def run(count: int, protocol: str = "openai", **options: Any) -> Artifact:
         items = [Item("set", str(n), f"question {n}", "", None) for n in range(count)]
 
         def answers(who: str) -> Artifact:
@@ -60,7 +61,8 @@ def judge_stage(endpoint: Endpoint, tmp_path: Path) -> Callable[..., Artifact]:
 
             return runtime.store.obtain("generate", who, {"of": who, "count": count}, [], make, version=1)
 
-        config = OpenaiJudgeConfig(name="openai", base_url=endpoint.address, **options)
+        given = [f"judge.{name}={value}" for name, value in {"base_url": endpoint.address, **options}.items()]
+        config = compose_config([f"judge={protocol}", *given]).judge
         both = answers("ours"), answers("theirs")
         judged = judge(runtime, config, BenchmarkConfig(sets=["verifiable"]), *both)
         return pws(runtime, config, judged, *both)
@@ -280,3 +282,40 @@ def test_the_share_of_invalid_judgments_is_a_diagnostic(
     assert "25.0% of the judgments are invalid, most of them because no two scores" in found["message"]
     endpoint.behave = lambda prompt, attempt: (200, "8 7", {})
     assert read_diagnostics(judge_stage(3, model="n").path)["invalid_judgments"]["verdict"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "asks_for", "forward", "reverse", "outcome"),
+    [
+        ("openai", "the two grades", "8 7", "7 8", "win"),
+        ("pairwise", "[[C]]", "A is right.\n[[A]]", "[[B]]", "win"),
+        ("pairwise", "[[C]]", "[[C]]", "[[A]]", "lose"),
+        ("five_point", "[[A>>B]]", "My own: 3.\n\n[[B>>A]]", "[[A>B]]", "lose"),
+        ("five_point", "[[A>>B]]", "[[A>>B]]", "[[A>B]]", "tie"),
+        (
+            "json",
+            '"answer_1"',
+            '{"reason": "no", "answer_1": 8, "answer_2": 7}',
+            '{"score_1": 6, "score_2": 7}',
+            "win",
+        ),
+    ],
+)
+def test_each_protocol_asks_in_its_words_and_reads_its_replies(
+    endpoint: Endpoint, judge_stage: Any, protocol: str, asks_for: str, forward: str, reverse: str, outcome: str
+) -> None:
+    endpoint.behave = lambda text, attempt: (200, forward if text.index("ours") < text.index("theirs") else reverse, {})
+    assert pws_of(judge_stage(1, protocol))["pooled"][outcome] == 1
+    assert all(asks_for in body["messages"][-1]["content"] for body in endpoint.bodies)
+
+
+@pytest.mark.parametrize(("parse", "text"), [("verdict", "8 7"), ("json", "8 7"), ("json", "[[A]]")])
+def test_a_protocols_parser_reads_no_other_form(parse: Any, text: str) -> None:
+    assert parse_scores(text, parse) is None
+
+
+def test_the_wording_of_a_protocol_is_in_the_settings(tmp_path: Path) -> None:
+    runtime = Runtime(Store(tmp_path / "store", say=lambda text: None), ComputeConfig(), Display(), seed=0)
+    configs = [OpenaiJudgeConfig(name="mine", task=task) for task in (None, "Grade.", "Grade!")]
+    settings = [json.dumps(judge_settings(runtime, config, "w"), sort_keys=True) for config in configs]
+    assert len(set(settings)) == 3

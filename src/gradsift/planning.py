@@ -150,8 +150,8 @@ def _bytes(files: Mapping[str, Mapping[str, int]], scale: float) -> float:
 
 def _calls(stage: str, config: Mapping[str, Any], size: int) -> int:
     """Return the calls to a judge behind an endpoint if no reply is cached; a pair is judged in both orders."""
-    if stage == "judge" and config.get("name") in ("openai", "alpaca_eval"):
+    if stage == "judge" and config.get("name") not in (None, "verifier", "local"):
         return 2 * size
-    if stage == "score" and config.get("rater.name") == "openai":
+    if stage == "score" and config.get("rater.name") not in (None, "verifier", "local"):
         return QUESTIONS[config["style"]] * size
     return 0

@@ -198,13 +198,15 @@ class EndpointJudgeConfig(JudgeConfig):
 
 @dataclass
 class OpenaiJudgeConfig(EndpointJudgeConfig):
-    """The paper's 1-10 protocol on any OpenAI-compatible endpoint."""
+    """A protocol (wording and parser) on any OpenAI-compatible endpoint; by default the paper's, two scores of 1-10."""
 
     model: str = "gpt-4o"  # name of the model at the endpoint
     temperature: float | None = option(0.0, least=0)  # of the sampling; null: not sent
     max_tokens: int = option(256, least=1)  # of a reply
     # how scores are read; legacy: the published rule, except that an unreadable reply is invalid and no tie
-    parse: str = option("tolerant", choices=("strict", "tolerant", "legacy"))
+    parse: str = option("tolerant", choices=("strict", "tolerant", "legacy", "verdict", "json"))
+    system: str | None = None  # the prompt's text before question and answers; null: that of the 1-10 protocol
+    task: str | None = None  # the prompt's text after them; null: that of the 1-10 protocol
 
 
 @dataclass

@@ -27,11 +27,14 @@ TASK = (
 )
 
 
-def render_prompt(request: JudgeRequest) -> list[dict[str, str]]:
+def render_prompt(request: JudgeRequest, system: str = SYSTEM, task: str = TASK) -> list[dict[str, str]]:
     """Return the messages for a pair; each part is between marker lines that no part can imitate."""
     parts = {"question": request.instruction} | ({"input": request.input} if request.input else {})
     parts |= {"answer 1": request.first, "answer 2": request.second}
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": in_blocks(parts, TASK)}]
+    return [{"role": "system", "content": system}, {"role": "user", "content": in_blocks(parts, task)}]
+
+
+_LACKING = {"verdict": "no verdict", "json": "no JSON with two scores"}
 
 
 class OpenaiJudge:
@@ -43,8 +46,21 @@ class OpenaiJudge:
 
     combine: Combine = "signs"
 
-    def __init__(self, chat: ChatClient, *, scope: str = "judge", parse: Parse = "tolerant") -> None:
-        """`scope` is the name under which the spending on pairs is counted (see `ChatClient.ask`)."""
+    def __init__(
+        self,
+        chat: ChatClient,
+        *,
+        scope: str = "judge",
+        parse: Parse = "tolerant",
+        system: str | None = None,
+        task: str | None = None,
+    ) -> None:
+        """Args:
+        scope: name under which the spending on pairs is counted (see `ChatClient.ask`).
+        parse: how scores are read.
+        system, task: wording of the prompt before and after question and answers; default: `SYSTEM`, `TASK`.
+        """
+        self._wording = system or SYSTEM, task or TASK
         self.name = chat.name
         self._chat = chat
         self._scope = scope
@@ -53,12 +69,12 @@ class OpenaiJudge:
 
     def prompt_hash(self, request: JudgeRequest) -> str:
         """Hash the messages, the model, its parameters and the parser, but not the endpoint's address."""
-        return content_hash("openai", self._chat.identity, self._parse, render_prompt(request))
+        return content_hash("openai", self._chat.identity, self._parse, render_prompt(request, *self._wording))
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
         """Yield replies in order of arrival (see `ChatClient.ask`)."""
-        prompts = [render_prompt(request) for request in requests]
-        unread = f"no two scores from 0 to 10 where judge.parse={self._parse} looks for them"
+        prompts = [render_prompt(request, *self._wording) for request in requests]
+        unread = f"{_LACKING.get(self._parse, 'no two scores from 0 to 10')} where judge.parse={self._parse} looks"
 
         def scores(position: int, completion: Completion) -> Pair | None:
             return parse_scores(completion.text, self._parse)

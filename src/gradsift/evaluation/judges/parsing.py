@@ -4,6 +4,8 @@
 `tolerant`  also halves, commas, "8/10 7/10", emphasis and labels ("Answer 1: 8, Answer 2: 7"), which may extend over
             two lines; code fences are ignored. Where the first line is something else, the scores are the only such
             line of the reply, or its only JSON object ({"answer_1": 8, "answer_2": 7}), or its only verdict ([[A]])
+`verdict`   only the verdict, anywhere: [[A]], [[B]] or [[C]] (a tie), or [[A>>B]] to [[B>>A]]
+`json`      only the JSON object
 `legacy`    the rule of the published evaluation scripts of Cherry and Superfiltering, with its errors
 
 Scores are between 0 and 10; judges give 0 to empty answers. A verdict for one answer is the scores 1 and 0. A reply
@@ -22,7 +24,7 @@ from typing import Any, Literal
 from gradsift import outside_json
 from gradsift.evaluation.judges import Pair, Unreadable
 
-Parse = Literal["strict", "tolerant", "legacy"]
+Parse = Literal["strict", "tolerant", "legacy", "verdict", "json"]
 
 _LONGEST = 120  # characters of a line of scores; limits the time of a pattern
 _MOST_BRACES = 100  # places in a reply at which a JSON object may begin
@@ -66,11 +68,16 @@ def parse_scores(text: str, how: Parse = "tolerant") -> Pair | None:
         return None
     if how == "strict":
         return _in_range(_STRICT.fullmatch(lines[0])) if len(lines[0]) <= _LONGEST else None
-    if (first := _scores_at(lines, 0)) is not None:
+    if how == "tolerant" and (first := _scores_at(lines, 0)) is not None:
         return first
     body = "\n".join(lines)
-    readings = [_scores_at(lines, number) for number in range(1, len(lines))]
-    readings += [*map(_from_object, _objects(body)), *(_VERDICTS[verdict] for verdict in _VERDICT.findall(body))]
+    readings: list[Pair | None] = []
+    if how == "tolerant":
+        readings += [_scores_at(lines, number) for number in range(1, len(lines))]
+    if how != "verdict":
+        readings += map(_from_object, _objects(body))
+    if how != "json":
+        readings += (_VERDICTS[verdict] for verdict in _VERDICT.findall(body))
     distinct = {reading for reading in readings if reading is not None}
     if len(distinct) > 1:
         raise Unreadable("the reply holds two different verdicts")

@@ -81,10 +81,15 @@ def judge(
             )
         return {"rows": len(judgments), "invalid": invalid, "combine": client.combine, "cost": cost}
 
-    settings = judge_settings(runtime, config, judge_wording(config.name))
+    settings = judge_settings(runtime, config, judge_wording(_kind(config)))
     if config.name == "verifier" and rules:
         settings["match"] = rules
     return runtime.store.obtain("judge", config.name, settings, [answers, reference, *models], make, version=VERSION)
+
+
+def _kind(config: JudgeConfig) -> str:
+    """Return whose prompts a judge sends; the protocols on an OpenAI-compatible endpoint have names of their own."""
+    return "openai" if isinstance(config, OpenaiJudgeConfig) else config.name
 
 
 def judge_models(runtime: Runtime, config: JudgeConfig) -> list[Artifact]:
@@ -119,7 +124,7 @@ def rater(runtime: Runtime, config: JudgeConfig) -> Source:
             raise ConfigError(f"judge={config.name} compares pairs and cannot rate one example; take judge=openai")
         return client
 
-    settings = judge_settings(runtime, config, rating_wording(config.name))
+    settings = judge_settings(runtime, config, rating_wording(_kind(config)))
     return Source(lambda: judge_models(runtime, config), value, settings)
 
 
@@ -136,7 +141,8 @@ def _client(
         chat = _chat(
             runtime, config, prices, model=config.model, temperature=config.temperature, max_tokens=config.max_tokens
         )
-        return OpenaiJudge(chat, scope=scope, parse=cast(Parse, config.parse))
+        parse = cast(Parse, config.parse)
+        return OpenaiJudge(chat, scope=scope, parse=parse, system=config.system, task=config.task)
     if isinstance(config, AlpacaEvalJudgeConfig):
         annotator = read_annotator(config.annotators)
         prices = config.price_input, config.price_output

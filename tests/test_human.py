@@ -52,8 +52,8 @@ def outputs(folder: Path, count: int = 6, **texts: str) -> PairFiles:
 
 
 def arguments(files: PairFiles, *more: str) -> list[str]:
-    database = files.model.parent / "votes.sqlite"
-    return ["--model", str(files.model), "--reference", str(files.reference), "--database", str(database), *more]
+    named = {"model": files.model, "reference": files.reference, "database": files.model.parent / "votes.sqlite"}
+    return [*(part for name, path in named.items() for part in (f"--{name}", str(path))), "--plain", *more]
 
 
 class Served:
@@ -269,7 +269,7 @@ def test_a_page_tells_nothing_of_the_sides_but_the_texts(tmp_path: Path, serve: 
         neutral.append((text.replace(first, "ANSWER").replace(second, "ANSWER"), headers))
         assert not re.search("secret|good.json|bad.json|win|lose|reference|model", page.text)
     assert neutral[0] == neutral[1]
-    assert set(re.findall(r'name="choice" value="(\w+)"', pages[0].text)) == {"first", "tie", "second"}
+    assert set(re.findall(r'name="choice" value="(\w+)"', pages[0].text)) == {"first", "tie", "bad", "second"}
 
 
 @pytest.mark.parametrize("count", [6, 7])
@@ -309,6 +309,69 @@ def test_hostile_broken_and_huge_texts_are_shown_as_text(tmp_path: Path, serve: 
         assert len(page.content) < 20_000
         (link,) = re.findall(r'<a href="([^"]*text=whole)">', page.text)
         assert huge in texts_of(client.get(link).text)
+
+
+def test_markdown_is_rendered_and_no_html_link_or_image_comes_of_an_answer(
+    tmp_path: Path, serve: Callable[..., Served]
+) -> None:
+    text = "# Title\n\n- **bold** `a<b`\n\n```py\nx = '<i>'\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n"
+    hostile = f"{HOSTILE}\n\n[x](javascript:alert(1)) ![y](http://evil.example/z.png) <http://evil.example> <b>no</b>"
+    files = outputs(tmp_path, 1, good=text + hostile, bad="plain <u>text</u>")
+    served = serve(*[each for each in arguments(files) if each != "--plain"])
+    with served.client("Ann") as client:
+        page = client.get(f"{served.root}/r/1/1").text
+    for part in ("<h1>Title</h1>", "<strong>bold</strong>", "a&lt;b", "<td>1</td>", "plain &lt;u&gt;text"):
+        assert part in page
+    shown = "".join(re.findall(r'<div class="markdown"[^>]*>(.*?)</div>', page, re.DOTALL))
+    assert not re.search(r"<(script|img|a|b|u|i|iframe|svg|style)\b|<[^>]*(\bon\w+=|javascript:)", shown)
+
+
+def test_both_bad_is_a_tie_that_is_counted_and_a_comment_is_kept_with_the_vote(
+    tmp_path: Path, serve: Callable[..., Served], capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = outputs(tmp_path, 2)
+    served = serve(*arguments(files))
+    with served.client("Ann") as client:
+        vote = {"choice": "bad", "comment": "<b>Neither</b> \u00e4\x00 " + "x" * 2000}
+        assert client.post(f"{served.root}/r/1/1", data=vote).status_code == 200
+        page = client.get(f"{served.root}/r/1/1").text
+        assert "&lt;b&gt;Neither" in page and "<b>Neither" not in page
+        assert re.search(r'<button id="bad"[^>]*class="chosen"', page)
+        client.post(f"{served.root}/r/1/2", data={"choice": "tie"})
+    votes = Votes(tmp_path / "votes.sqlite")
+    first, second = votes.of(votes.raters()[0])
+    assert (first.choice, first.bad, first.outcome, len(first.comment)) == ("tie", True, "tie", 1000)
+    assert (second.bad, second.comment) == (False, "")
+    found = printed(capsys, *arguments(files))
+    assert (found["raters"]["Ann"]["tie"], found["raters"]["Ann"]["both_bad"]) == (2, 1)
+    assert [(one["rater"], one["comment"][:14]) for one in found["comments"]] == [("Ann", "<b>Neither</b>")]
+
+
+def test_split_votes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = outputs(tmp_path, 2)
+    votes = Votes.create(tmp_path / "votes.sqlite", read_pairs(files), None, 0)
+    for name, choice in (("Ann", "first"), ("Bob", "tie")):
+        rater = votes.join(name)
+        for item in (1, 2):
+            votes.vote(rater, item, choice if item == 1 else "tie")  # type: ignore[arg-type]
+    assert main([*arguments(files), "--results"]) == 0
+    assert "note: 1 of 2 pairs are split" in capsys.readouterr().err
+
+
+def test_a_file_of_votes_of_the_former_format_is_read_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "votes.sqlite"
+    votes = Votes.create(path, read_pairs(outputs(tmp_path, 2)), None, 0)
+    votes.vote(votes.join("Ann"), 1, "first")
+    votes.close()
+    with sqlite3.connect(path) as connection:
+        for statement in ("DROP COLUMN bad", "DROP COLUMN comment"):
+            connection.execute(f"ALTER TABLE shown {statement}")
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    votes = Votes(path)
+    rater = votes.raters()[0]
+    assert votes.vote(rater, 2, "tie", bad=True)
+    assert [(vote.choice, vote.bad) for vote in votes.of(rater)] == [("first", False), ("tie", True)]
 
 
 def test_presentable_keeps_what_a_page_can_hold() -> None:

@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="of the draw, the order and the sides (default 0)")
     parser.add_argument("--port", type=int, default=PORT, help=f"on 127.0.0.1 (default {PORT}; 0 takes a free one)")
     parser.add_argument("--unblind", action="store_true", help="show raters who have finished which side was whose")
+    parser.add_argument("--plain", action="store_true", help="show texts as they are (default: Markdown is rendered)")
     parser.add_argument("--results", action="store_true", help="print the counts as JSON and serve nothing")
     parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals (default 0.95)")
     return parser
@@ -82,7 +83,7 @@ def _serve(options: argparse.Namespace, files: PairFiles, path: Path) -> None:
     listener = listen(options.port)
     votes = Votes.create(path, pairs, options.items, options.seed or 0) if fresh else Votes(path)
     votes.require(pairs, options.items, options.seed)
-    pages = Pages(votes, pairs, invited=_names(options.raters), unblind=options.unblind)
+    pages = Pages(votes, pairs, invited=_names(options.raters), unblind=options.unblind, plain=options.plain)
     port = listener.getsockname()[1]
     print(f"{len(votes.keys)} of {len(pairs.items)} pairs; votes are kept in {path}")
     print(f"open http://{LOOPBACK}:{port}{pages.root}/")
@@ -113,7 +114,12 @@ def _results(options: argparse.Namespace, files: PairFiles, path: Path) -> dict[
         judged = {key: outcome for key, outcome in judged.items() if key in set(votes.keys.values())}
     counted = [vote for vote in votes.all() if not names or vote.rater in names]
     about = {"model": votes.about["model"], "reference": votes.about["reference"], "items": len(votes.keys)}
-    return {**about, **describe(counted, judged, options.confidence)}
+    result = {**about, **describe(counted, judged, options.confidence)}
+    pooled = result["majority"]["pooled"]
+    if pooled["split"]:
+        split = f"{pooled['split']} of {pooled['n']} pairs are split"
+        print(f"note: {split}, so no choice has more than half of the votes; they are not in the PWS", file=sys.stderr)
+    return result
 
 
 def _names(raters: str | None) -> list[str]:

@@ -15,6 +15,8 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import uvicorn
+from markdown_it import MarkdownIt
+from markupsafe import Markup
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -28,14 +30,15 @@ from starlette.types import ASGIApp
 
 from gradsift.errors import ConfigError
 from gradsift.evaluation.human.pairs import Pairs
-from gradsift.evaluation.human.votes import NAME_LENGTH, Choice, Rater, Votes
+from gradsift.evaluation.human.votes import COMMENT_LENGTH, NAME_LENGTH, Choice, Rater, Votes
 from gradsift.evaluation.pws import summarise_outcomes
 from gradsift.pages import presentable, templates
 
 LOOPBACK = "127.0.0.1"
 CUT = 6000  # characters of a text that are shown at first
-_BODY = 4096  # bytes of a form
-_CHOICES: dict[str, Choice] = {"first": "first", "tie": "tie", "second": "second"}
+_BODY = 16_384  # bytes of a form; a character of a comment takes up to 12
+_LONGEST_MARKDOWN = 100_000  # characters; longer texts are shown as they are
+_CHOICES: dict[str, Choice] = {"first": "first", "tie": "tie", "bad": "tie", "second": "second"}
 _FILES = {"style.css": "text/css", "keys.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
@@ -50,11 +53,12 @@ _HEADERS = {
 class Pages:
     """The pages of one file of votes."""
 
-    def __init__(self, votes: Votes, pairs: Pairs, *, invited: Sequence[str], unblind: bool) -> None:
+    def __init__(self, votes: Votes, pairs: Pairs, *, invited: Sequence[str], unblind: bool, plain: bool) -> None:
         self.votes = votes
         self.pairs = pairs
         self.invited = [votes.join(name).name for name in invited]
         self.unblind = unblind
+        self.markdown = None if plain else _markdown()
         self.root = f"/{votes.about['address']}"
         self.templates = templates("gradsift.evaluation.human", "pages")
         self.templates.globals["root"] = self.root
@@ -112,18 +116,22 @@ class Pages:
             item=item,
             count=len(votes),
             rated=sum(one.choice is not None for one in votes),
-            choice=vote.choice,
-            instruction=_shown(pair.instruction, full),
-            input=_shown(pair.input, full),
-            answers=[_shown(answer, full) for answer in answers],
+            choice="bad" if vote.bad else vote.choice,
+            comment=vote.comment,
+            comment_length=COMMENT_LENGTH,
+            instruction=self._shown(pair.instruction, full),
+            input=self._shown(pair.input, full),
+            answers=[self._shown(answer, full) for answer in answers],
         )
 
     async def vote(self, request: Request) -> Response:
         rater, item = self._rater(request), self._item(request)
-        choice = _CHOICES.get((await _form(request)).get("choice", ""))
-        if choice is None:
-            raise HTTPException(400, "A vote is one of first, tie and second; go back and choose one.")
-        if not self.votes.vote(rater, item, choice):
+        form = await _form(request)
+        given = form.get("choice", "")
+        if given not in _CHOICES:
+            raise HTTPException(400, "A vote is one of first, tie, bad and second; go back and choose one.")
+        comment = presentable(form.get("comment", "").strip())
+        if not self.votes.vote(rater, item, _CHOICES[given], bad=given == "bad", comment=comment):
             return self._to(rater, None)  # the rater has finished
         return self._to(rater, self._unrated(rater, after=item))
 
@@ -153,6 +161,14 @@ class Pages:
         source = loader.get_source(self.templates, name)[0] if loader else ""
         return Response(source, media_type=_FILES[name])
 
+    def _shown(self, text: str, full: bool) -> dict[str, Any]:
+        """Return the part of a text that a page shows, as text or as HTML, and the number of hidden characters."""
+        cut = text if full else text[:CUT]
+        shown, html = presentable(cut), None
+        if self.markdown is not None and len(cut) <= _LONGEST_MARKDOWN:
+            html = Markup(self.markdown.render(shown))  # noqa: S704 - the renderer escapes HTML
+        return {"shown": shown, "html": html, "hidden": len(text) - len(cut)}
+
     def _page(self, name: str, status: int = 200, **values: Any) -> Response:
         return HTMLResponse(self.templates.get_template(name).render(values), status)
 
@@ -179,10 +195,10 @@ class Pages:
         return next((item for item in missing if item > after), missing[0] if missing else None)
 
 
-def _shown(text: str, full: bool) -> dict[str, Any]:
-    """Return the part of a text that a page shows, and the number of hidden characters."""
-    cut = text if full else text[:CUT]
-    return {"shown": presentable(cut), "hidden": len(text) - len(cut)}
+def _markdown() -> MarkdownIt:
+    """Return a renderer that escapes HTML; links and images stay text, so a page leads and asks nowhere."""
+    rules = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable("table")
+    return rules.disable(["html_block", "html_inline", "link", "image", "autolink", "reference"])
 
 
 async def _form(request: Request) -> dict[str, str]:

@@ -27,10 +27,11 @@ def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) 
         confidence: coverage of the intervals, between 0 and 1.
 
     Returns:
-        JSON values. `raters`: n, win, tie, lose, PWS with interval, and `position`, by name. `majority`: the same per
-        benchmark and pooled; `split` counts the items without a majority, which are not in the PWS. `agreement`:
-        Cohen's kappa of each two raters, and Fleiss' kappa over the items that all of them rated. `judge`: its counts
-        on the voted items and its agreement with the majority and each rater; None without a judge.
+        JSON values. `raters`: n, win, tie, lose, PWS with interval, `both_bad` (some of the ties) and `position`, by
+        name. `majority`: the same per benchmark and pooled; `split` counts the items without a majority, which are not
+        in the PWS. `agreement`: Cohen's kappa of each two raters, and Fleiss' kappa over the items that all of them
+        rated. `judge`: its counts on the voted items and its agreement with the majority and each rater; None without
+        a judge. `comments`: those of the raters.
     """
     by_rater: dict[str, list[Vote]] = {}
     for vote in votes:
@@ -41,7 +42,7 @@ def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) 
     for rater, cast in by_rater.items():
         cell = summarise_outcomes(outcomes[rater], confidence)["pooled"]
         del cell["invalid"]  # a vote is always valid
-        raters[rater] = {**cell, "position": position(cast)}
+        raters[rater] = {**cell, "both_bad": sum(vote.bad for vote in cast), "position": position(cast)}
     decided = majority(outcomes.values())
     summary = summarise_outcomes(decided, confidence)
     for cell in (summary["pooled"], *summary["benchmarks"].values()):
@@ -71,6 +72,12 @@ def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) 
             },
         },
         "judge": against_judge,
+        "comments": [
+            {"rater": vote.rater, "benchmark": vote.key[0], "item_id": vote.key[1], "comment": vote.comment}
+            for cast in by_rater.values()
+            for vote in cast
+            if vote.comment
+        ],
     }
 
 

@@ -21,7 +21,14 @@ Choice = Literal["first", "tie", "second"]
 NAME_LENGTH = 60  # characters of a rater's name
 
 _APPLICATION = 0x67736865  # "gshe": distinguishes our file from other SQLite files
-_FORMAT = 1
+_FORMAT = 2
+COMMENT_LENGTH = 1000  # characters of a comment
+# of a file of format 1, which had neither
+_UPGRADE = (
+    "ALTER TABLE shown ADD COLUMN bad INTEGER NOT NULL DEFAULT 0 CHECK (bad IN (0, 1))",
+    "ALTER TABLE shown ADD COLUMN comment TEXT NOT NULL DEFAULT ''",
+    "PRAGMA user_version = 2",
+)
 _SCHEMA = f"""
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE items (item INTEGER PRIMARY KEY, benchmark TEXT NOT NULL, item_id TEXT NOT NULL) STRICT;
@@ -32,6 +39,7 @@ CREATE TABLE shown (
     rater INTEGER NOT NULL REFERENCES raters, item INTEGER NOT NULL REFERENCES items,
     model_first INTEGER NOT NULL CHECK (model_first IN (0, 1)),
     choice TEXT CHECK (choice IN ('first', 'tie', 'second')), voted TEXT,
+    bad INTEGER NOT NULL DEFAULT 0 CHECK (bad IN (0, 1)), comment TEXT NOT NULL DEFAULT '',
     PRIMARY KEY (rater, item)
 ) STRICT;
 PRAGMA application_id = {_APPLICATION};
@@ -50,13 +58,15 @@ class Rater:
 
 @dataclass(frozen=True)
 class Vote:
-    """One item as one rater saw it; `choice` is None before the vote."""
+    """One item as one rater saw it; `choice` is None before the vote. `bad` marks a tie of two bad answers."""
 
     rater: str
     item: int  # position in the sequence, from 1
     key: Key
     model_first: bool
     choice: Choice | None
+    bad: bool = False
+    comment: str = ""
 
     @property
     def outcome(self) -> Outcome:
@@ -87,6 +97,11 @@ class Votes:
             )
         except sqlite3.Error as error:
             raise DataError(f"{path} cannot be opened as a file of votes ({error}); name another --database") from error
+        if header == (_APPLICATION, 1):
+            with _transaction(self._connection):
+                for statement in _UPGRADE:
+                    self._connection.execute(statement)
+            header = _APPLICATION, _FORMAT
         if header != (_APPLICATION, _FORMAT):
             self.close()
             raise DataError(f"{path} is another kind of database, or of another version; name another --database")
@@ -180,12 +195,17 @@ class Votes:
         rows = self._connection.execute("SELECT rater, name, finished IS NOT NULL FROM raters ORDER BY rater")
         return [Rater(number, name, bool(finished)) for number, name, finished in rows]
 
-    def vote(self, rater: Rater, item: int, choice: Choice) -> bool:
-        """Store a vote, replacing an earlier one; return False, and store nothing, if the rater has finished."""
+    def vote(self, rater: Rater, item: int, choice: Choice, *, bad: bool = False, comment: str = "") -> bool:
+        """Store a vote, replacing an earlier one; return False, and store nothing, if the rater has finished.
+
+        Args:
+            bad: whether both answers are bad; the choice is then a tie.
+            comment: shortened to `COMMENT_LENGTH` characters.
+        """
         cursor = self._connection.execute(
-            "UPDATE shown SET choice = ?, voted = ? WHERE rater = ? AND item = ? "
+            "UPDATE shown SET choice = ?, bad = ?, comment = ?, voted = ? WHERE rater = ? AND item = ? "
             "AND (SELECT finished FROM raters WHERE raters.rater = shown.rater) IS NULL",
-            (choice, _now(), rater.number, item),
+            (choice, bad, comment[:COMMENT_LENGTH], _now(), rater.number, item),
         )
         return cursor.rowcount == 1
 
@@ -207,9 +227,12 @@ class Votes:
         return self._read("WHERE choice IS NOT NULL")
 
     def _read(self, condition: str, *values: int) -> list[Vote]:
-        query = "SELECT name, item, model_first, choice FROM shown JOIN raters USING (rater) "
+        query = "SELECT name, item, model_first, choice, bad, comment FROM shown JOIN raters USING (rater) "
         rows = self._connection.execute(f"{query} {condition} ORDER BY rater, item", values)
-        return [Vote(name, item, self.keys[item], bool(first), choice) for name, item, first, choice in rows]
+        return [
+            Vote(name, item, self.keys[item], bool(first), choice, bool(bad), comment)
+            for name, item, first, choice, bad, comment in rows
+        ]
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -29,6 +29,7 @@ from gradsift.line import Line
 from gradsift.proxy.epochs import adapter
 from gradsift.runtime import Display, Runtime
 from gradsift.scoring.less import less
+from gradsift.scoring.scores import NO_RESPONSE
 from gradsift.training import lora
 from gradsift.training.device import TokenBudget
 
@@ -269,7 +270,7 @@ def test_an_example_without_a_response_has_a_row_of_zeros_and_no_score(line: Lin
     assert np.flatnonzero(~features.has_direction()).tolist() == [4, 39]
     scores = less(features, read_features(line.target_gradients))
     assert scores.status[[4, 39]].tolist() == ["undefined"] * 2
-    assert set(scores.reason[[4, 39]]) == {"no response token is left within the maximal length"}
+    assert set(scores.reason[[4, 39]]) == {NO_RESPONSE}
     assert np.isfinite(np.delete(scores.score, [4, 39])).all()
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from gradsift.config.checks import Group, option
 from gradsift.errors import ConfigError
@@ -68,6 +69,13 @@ class DataConfig(Group, option="data"):
     corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
 
 
+def check_paths(option: str, value: Any) -> None:
+    """Raise ConfigError unless the value is a path or a list of paths."""
+    paths = value if isinstance(value, list) else [value]
+    if not paths or not all(isinstance(path, str) and path for path in paths):
+        raise ConfigError(f"{option}={value!r} names no file; give a path, or a list as in {option}=[A,B]")
+
+
 @dataclass
 class JsonDataConfig(DataConfig):
     """Local files: .json, .jsonl, .csv, .tsv (each also with .gz or .zst), .parquet or .arrow."""
@@ -80,9 +88,7 @@ class JsonDataConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        paths = self.path if isinstance(self.path, list) else [self.path]
-        if not paths or not all(isinstance(path, str) and path for path in paths):
-            raise ConfigError(f"data.path={self.path!r} names no file; give a path, or a list as in data.path=[A,B]")
+        check_paths("data.path", self.path)
 
 
 @dataclass
@@ -100,6 +106,68 @@ class HubDataConfig(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.name = self.name or slug("-".join(filter(None, (self.id, self.subset))))[:LONGEST_NAME]
+
+
+@dataclass
+class SourceConfig(Group, option="data.sources.NAME"):
+    """One source of a mixture: local files, or a dataset of the hub."""
+
+    path: Any = None  # as data.path of data=json; give either path or id
+    id: str | None = None  # as data.id of data=hub
+    subset: str | None = None  # as data.subset of data=hub
+    revision: str | None = None  # as data.revision of data=hub
+    split: str = "train"  # of the hub's dataset
+    weight: float | None = option(None, above=0)  # its share of the mixture, relative to the others'; null: all rows
+    format: str = option("auto", choices=DATA_FORMATS)  # as data.format
+    fields: FieldsConfig = field(default_factory=FieldsConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.path is None:
+            if not self.id:
+                raise ConfigError(
+                    "data.sources: a source has neither path nor id; give one, as in {code: {path: FILE}}"
+                )
+            return
+        if self.id:
+            raise ConfigError(f"a source of data.sources has path={self.path} and id={self.id}; give one of the two")
+        check_paths("data.sources.NAME.path", self.path)
+
+
+def _source(name: Any, entry: Any) -> SourceConfig:
+    """Return a source from its options, which OmegaConf checks."""
+    if isinstance(entry, SourceConfig):
+        return entry
+    try:
+        source: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), entry))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"data.sources.{name}: {reason}; give a source as in {{path: FILE}} or {{id: ID}}") from error
+    assert isinstance(source, SourceConfig)  # noqa: S101 - for the type checker
+    return source
+
+
+@dataclass
+class MixtureDataConfig(DataConfig):
+    """Several sources as one dataset, each with all of its rows or with a share."""
+
+    # name: its options, as in 'data.sources={code: {path: code.jsonl, weight: 1}, chat: {id: OWNER/NAME, weight: 3}}'
+    sources: Any = MISSING
+    source_column: str = "source"  # the column of the result that holds the name of each row's source
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.sources, dict) or not self.sources:
+            raise ConfigError(
+                f"data.sources={self.sources!r} names no sources; give them as in "
+                "'data.sources={code: {path: FILE}, chat: {id: OWNER/NAME}}'"
+            )
+        self.sources = {str(name): _source(name, entry) for name, entry in self.sources.items()}
+        unweighted = [name for name, source in self.sources.items() if source.weight is None]
+        if unweighted and len(unweighted) < len(self.sources):
+            raise ConfigError(
+                f"data.sources.{unweighted[0]}.weight is not set, but others are; give every source a weight, or none"
+            )
 
 
 @dataclass

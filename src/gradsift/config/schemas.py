@@ -17,6 +17,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "data": {
         "json": data.JsonDataConfig,
         "hub": data.HubDataConfig,
+        "mixture": data.MixtureDataConfig,
         "verifiable": data.VerifiableDataConfig,
     },
     "target_set": {

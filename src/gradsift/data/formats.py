@@ -46,6 +46,7 @@ def parse_rows(
     fields: FieldsConfig,
     source: str = "the data",
     group: str = "data",
+    occurrences: Counter[str] | None = None,
 ) -> tuple[list[Example], list[Rejected]]:
     """Turn rows into examples.
 
@@ -65,6 +66,7 @@ def parse_rows(
         rows: rows of a reader, or pairs of position and columns.
         source: name of the data in errors.
         group: group of the options that describe the data, for errors.
+        occurrences: how often each content hash has occurred in other sources; is counted up.
 
     Raises:
         DataError: there is no row, no format fits, two columns could be one field, or not a single row can be used;
@@ -79,7 +81,7 @@ def parse_rows(
     shape = recognise(source_rows, format, fields, source, group)
     examples: list[Example] = []
     rejected: list[Rejected] = []
-    occurrences: Counter[str] = Counter()
+    occurrences = Counter() if occurrences is None else occurrences
     for row, content, line in source_rows:
         try:
             original = _original(content)

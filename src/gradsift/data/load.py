@@ -21,10 +21,12 @@ from gradsift.config import (
     FieldsConfig,
     HubDataConfig,
     JsonDataConfig,
+    MixtureDataConfig,
     VerifiableDataConfig,
 )
-from gradsift.data import corruption, dedup, files, formats, hub, paths, verifiable
+from gradsift.data import corruption, dedup, formats, verifiable
 from gradsift.data.examples import Example, Rejected, draw, read_examples, write_examples, write_rejected
+from gradsift.data.mixture import parse_mixture, row_source, weighted
 from gradsift.errors import ConfigError, DataError
 from gradsift.manifests import file_hash
 from gradsift.runtime import Runtime
@@ -77,25 +79,28 @@ def _settings(config: DataConfig) -> dict[str, Any]:
 
 
 def _load_rows(runtime: Runtime, config: DataConfig) -> Artifact:
-    assert isinstance(config, JsonDataConfig | HubDataConfig)  # noqa: S101 - for the type checker
-    settings = _settings(config)
-    if isinstance(config, JsonDataConfig):
-        sources = paths.files_of(config.path, runtime.store.root / "downloads")
-        kinds, hashes = [files.file_kind(file) for file in sources], [files.hash_of(file) for file in sources]
-        one = len(sources) == 1
-        settings |= {"path": None, "kind": kinds[0] if one else kinds, "sha256": hashes[0] if one else hashes}
+    assert isinstance(config, JsonDataConfig | HubDataConfig | MixtureDataConfig)  # noqa: S101 - for the type checker
+    settings, downloads = _settings(config), runtime.store.root / "downloads"
+    if isinstance(config, MixtureDataConfig):
+        sources = {name: row_source(entry, downloads) for name, entry in config.sources.items()}
+        for name, each in sources.items():
+            settings["sources"][name] |= each.settings
+    else:
+        source = row_source(config, downloads)
+        settings |= source.settings
 
     def make(folder: Path) -> Mapping[str, Any]:
-        if isinstance(config, JsonDataConfig):
-            name = config.path if isinstance(config.path, str) else ", ".join(config.path)
-            rows = paths.read_files(sources)
+        if isinstance(config, MixtureDataConfig):
+            examples, rejected = parse_mixture(config, sources)
         else:
-            rows, name = hub.load_hub(config.id, config.revision, config.split, config.subset), config.id
-        examples, rejected = formats.parse_rows(rows, config.format, config.fields, source=name)
+            examples, rejected = formats.parse_rows(source.read(), config.format, config.fields, source=source.name)
         kept, repeated = _without_duplicates(runtime, config, examples)
         rejected = sorted([*rejected, *repeated], key=lambda row: row.row)
-        pool, heldout = draw(kept, config.limit, config.holdout, config.seed)
+        chosen = weighted(config, kept) if isinstance(config, MixtureDataConfig) else kept
+        pool, heldout = draw(chosen, config.limit, config.holdout, config.seed)
         counts: dict[str, Any] = {"accepted": len(kept), "heldout": len(heldout), "rejected": len(rejected)}
+        if isinstance(config, MixtureDataConfig):
+            counts["sources"] = dict(Counter(example.original[config.source_column] for example in pool))
         if config.corruption.share:
             next_row = 1 + max([*(example.row_index for example in kept), *(row.row for row in rejected)])
             clean, before = Labels(["clean"] * len(pool), None), pool

@@ -18,7 +18,7 @@ SCORED = "scored"
 UNDEFINED = "undefined"  # the method defines no score for this example
 EXCLUDED = "excluded"  # the method drops this example
 
-NO_RESPONSE = "no response token is left within the maximal length"
+NO_RESPONSE = "no response token is left within the maximal length, or the template cannot show the row"
 
 
 @dataclass

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainingArguments
 from gradsift import GradientNormCallback, GradientNormTrainerCallback, per_sample_gradients, per_sample_norms
 from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.gradients.norms import PerSampleNorms
+from gradsift.gradients.records import NormRecords
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
@@ -111,6 +112,16 @@ def test_the_functions_give_the_gradients_and_norms_of_the_loop_and_leave_the_mo
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_"])
+def test_adapters_that_do_not_train_have_gradients_too(frozen: str) -> None:
+    """peft freezes the adapters of a model that it loads, unless it is told that they train."""
+    model, rows = their_model(), dataset()[:3]
+    expected = per_sample_gradients(model, rows)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and frozen not in name)
+    assert torch.equal(per_sample_gradients(model, rows), expected)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -180,6 +191,35 @@ def test_in_a_lightning_trainer(reduction: str, accumulate: int, epochs: int) ->
     require_loop(table, norms, epochs)
     assert table["epoch"].tolist() == [epoch for epoch in range(epochs) for _ in IDS]
     assert all(type(module).__name__ != "AdaptedLinear" for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+@pytest.mark.filterwarnings("ignore:.*eval mode.*")
+@pytest.mark.parametrize("kind", [int, str])
+def test_a_checkpoint_of_lightning_keeps_what_was_collected(kind: type, tmp_path: Path) -> None:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        ids = [kind(row["example_id"]) for row in rows]
+        return padded(rows) | {"example_id": torch.tensor(ids) if kind is int else ids}
+
+    loader = DataLoader(dataset(), batch_size=BATCH, collate_fn=collate)  # type: ignore[arg-type]
+    path = tmp_path / "epoch.ckpt"
+    for epochs in (1, 2):
+        callback = GradientNormCallback()
+        trainer = lightning_trainer(callback, max_epochs=epochs)
+        trainer.fit(TheirModule(their_model(), "mean"), loader, ckpt_path=str(path) if path.exists() else None)
+        trainer.save_checkpoint(path)
+    table = callback.table()
+    assert table["example_id"].tolist() == [*map(kind, IDS)] * 2
+    assert table["epoch"].tolist() == [0] * len(IDS) + [1] * len(IDS)
+
+
+def test_ids_that_float64_rounds_are_refused() -> None:
+    records, norms = NormRecords(), torch.ones(1)
+    records.add(torch.tensor([2**53 - 1]), 0, norms, norms)
+    assert records.table()["example_id"].tolist() == [2**53 - 1]
+    records.add(torch.tensor([2**53 + 1]), 0, norms, norms)
+    with pytest.raises(GradsiftError, match="give smaller numbers, or strings"):
+        records.table()
 
 
 def test_a_batch_without_ids_and_an_unknown_reduction_are_refused() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 from multiprocessing import get_context
@@ -42,7 +44,7 @@ from gradsift.data.tokens import Encoded, encode
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.records import COLUMNS
-from gradsift.launch import node_of, on_all_ranks
+from gradsift.launch import _rank, node_of, on_all_ranks
 from gradsift.proxy.collection import collect_rows
 from gradsift.proxy.ensemble import epoch_plan, member_settings, train_member_epoch
 from gradsift.proxy.epochs import OPTIMIZER_FILE, ProxyInputs
@@ -296,6 +298,40 @@ def test_a_step_of_several_ranks_that_runs_out_of_memory_names_the_remedy(monkey
     monkeypatch.setattr(parallel, "size", lambda: 2)
     with pytest.raises(GradsiftError, match=r"memory ran out with 64 tokens at once.*compute.tokens"):
         module._run(fails, [3])
+
+
+def test_the_signals_are_handled_as_before_the_ranks(two_ranks: Path) -> None:
+    """Otherwise the next job of a sweep would take the closing of its terminal for an exception, and go on."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)]
+    assert not [handler for handler in handlers if "torch" in getattr(handler, "__module__", "")]
+
+
+def test_ranks_may_be_started_outside_of_the_main_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *what: lambda *given: {0: "value"})
+    with ThreadPoolExecutor() as threads:
+        assert threads.submit(on_all_ranks, DDP, pytest.fail).result() == "value"
+
+
+def test_a_rank_that_is_told_to_end_twice_closes_its_run() -> None:
+    """A batch system signals the rank, and so does the launcher, which it signals too."""
+    closed = []
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            closed.append("run.json")
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(GradsiftError, match="the run was told to end"):
+            _rank(work, ())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert closed
 
 
 @pytest.mark.slow

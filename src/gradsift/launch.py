@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _NODE_NUMBERS = ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
+_TORCHS_SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
 LOST = "connection to the other ranks was lost"  # the start of the message of a rank that did not fail by itself
 
 
@@ -87,7 +89,8 @@ def on_all_ranks(compute: ComputeConfig, function: Callable[..., T], *arguments:
     from torch.distributed.launcher.api import elastic_launch
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice on unused parameters, from every rank
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    is_main = threading.current_thread() is threading.main_thread()  # elsewhere torch leaves the signals alone
+    handlers = {number: signal.getsignal(number) for number in _TORCHS_SIGNALS} if is_main else {}
     with tempfile.TemporaryDirectory(prefix="gradsift-ranks-") as logs:
         logging.disable(logging.CRITICAL)  # torch logs what is reported below; the ranks log for themselves
         try:
@@ -136,7 +139,8 @@ def _rank(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
     from torch.distributed import DistError
 
     def stop(number: int, frame: Any) -> None:
-        raise GradsiftError(LOST)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the closing of run.json short
+        raise GradsiftError(f"{LOST} (SIGTERM: another rank failed, or the run was told to end)")
 
     signal.signal(signal.SIGTERM, stop)  # sent when another rank failed: run.json and the tracker are closed first
     try:

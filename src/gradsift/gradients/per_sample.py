@@ -21,7 +21,7 @@ from gradsift.data.batching import by_length, collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import DataError
 from gradsift.gradients.norms import PerSampleNorms, attached
-from gradsift.gradients.probes import GradientProbe
+from gradsift.gradients.probes import ADAPTER, GradientProbe
 from gradsift.training import lora
 from gradsift.training.device import numbers_at_once
 from gradsift.training.head import ResponseLosses
@@ -113,7 +113,7 @@ def _pad_id(model: Any) -> int:
 class GradientPass:
     """Gradients of each example's mean response loss at fixed weights, dropout off, as float32 rows.
 
-    Columns are the parameters in a fixed order: for `lora` that of `trainable_parameters`, for `full` that of the
+    Columns are the parameters in a fixed order: for `lora` the A and B of each adapted layer, for `full` that of the
     model's own parameters; each parameter row by row.
     """
 
@@ -138,7 +138,7 @@ def gradient_pass(adapted: Any, parameters: str, pad_id: int, padding_side: str 
     """Yield a `GradientPass` through an adapted model, which is left as it was.
 
     Args:
-        parameters: `lora` (the trainable LoRA factors) or `full` (all weights of the backbone with the adapter merged
+        parameters: `lora` (the LoRA factors) or `full` (all weights of the backbone with the adapter merged
             into a copy of it: one backward pass per example, and P as large as the model).
 
     Raises:
@@ -160,7 +160,9 @@ def gradient_pass(adapted: Any, parameters: str, pad_id: int, padding_side: str 
                 probe.forget()
                 return torch.cat(parts, 1)
 
-            size = sum(p.numel() for p in lora.trainable_parameters(adapted).values())
+            # whether they train or not: peft freezes the adapters of a model that it loads
+            factors = [factor[ADAPTER].weight for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+            size = sum(factor.numel() for factor in factors)
             yield GradientPass(size, device, work)
 
 

@@ -14,13 +14,14 @@ from gradsift.training import parallel
 from gradsift.training.finetuning import require_finite
 
 COLUMNS = ("norm_A", "norm_B", "loss")
+_LARGEST_ID = 2**53  # whole numbers up to here are exact in float64
 
 
 class NormRecords:
     """Norms and losses of examples, batch by batch.
 
     They lie in one tensor on the device that grows: thousands of small tensors, each kept among the large ones of its
-    step, would fragment the memory (gigabytes on a CPU). float64 holds ids up to 2^53 exactly.
+    step, would fragment the memory (gigabytes on a CPU).
     """
 
     def __init__(self) -> None:
@@ -49,18 +50,14 @@ class NormRecords:
         self._values[:, self._count : self._count + count] = torch.stack([column.double() for column in columns])
         self._count += count
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return what was added so far, for `load_state_dict` in another process; ids that are strings are refused.
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was added so far (a tensor, and a list of ids that are strings), for `load_state_dict`."""
+        values = {"values": self._values[:, : self._count].clone()}
+        return {**values, "names": list(self._names)} if self._names else values
 
-        Raises:
-            GradsiftError: the ids are strings.
-        """
-        if self._names:
-            raise GradsiftError("gradient norms can be saved only with ids that are whole numbers")
-        return {"values": self._values[:, : self._count]}
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._values, self._count = state["values"].clone(), state["values"].shape[1]
+        self._names = {name: number for number, name in enumerate(state.get("names", ()))}
 
     def table(self) -> dict[str, np.ndarray]:
         """Return columns of one entry per example and epoch, in the order in which they came.
@@ -68,8 +65,13 @@ class NormRecords:
         Returns:
             example_id, epoch (int64), norm_A, norm_B and norm (float32): the L2 norms of the gradient with respect to
             all A, to all B, and to both.
+
+        Raises:
+            GradsiftError: an id is too large to be kept exactly.
         """
         ids, epochs, norm_a, norm_b, _ = self._values[:, : self._count].cpu().numpy()
+        if (np.abs(ids) >= _LARGEST_ID).any():
+            raise GradsiftError("ids of examples from 2^53 on are rounded; give smaller numbers, or strings")
         names = np.array(list(self._names))
         return {
             "example_id": names[ids.astype(np.int64)] if self._names else ids.astype(np.int64),

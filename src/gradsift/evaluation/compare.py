@@ -36,8 +36,8 @@ def compare(config: Config, model: Path, reference: Path) -> dict[str, Any]:
     """Judge the answers of `model` against those of `reference` in both orders.
 
     Returns:
-        The result of the stage `pws` (see `pws_of`), with `model` and `reference` (generators), `judge`, `cost` and
-        `files`; `{"dry_run": plan}` for a dry run.
+        The result of the stage `pws` (see `pws_of`), with `model` and `reference` (generators), `judge`, `cost`,
+        `diagnostics` and `files`; `{"dry_run": plan}` for a dry run.
 
     Raises:
         DataError: a file is missing or broken, or the two are not answers to the same items; names the rows.
@@ -47,8 +47,10 @@ def compare(config: Config, model: Path, reference: Path) -> dict[str, Any]:
     from rich.console import Console
 
     from gradsift.artifacts import Store
+    from gradsift.diagnostics import DIAGNOSTICS_FILE, read_diagnostics
     from gradsift.evaluation.judges import DryRun
     from gradsift.evaluation.stages.judging import check_judge, judge, pws, pws_of
+    from gradsift.report.notes import warnings_of
     from gradsift.runtime import Display, Runtime
 
     if isinstance(config.judge, LocalJudgeConfig):  # importing torch takes seconds, and no other judge needs it
@@ -65,11 +67,16 @@ def compare(config: Config, model: Path, reference: Path) -> dict[str, Any]:
         judged = judge(runtime, config.judge, benchmark, answers, reference_answers)
     except DryRun as plan:
         return {"dry_run": str(plan)}
+    summary = pws(runtime, config.judge, judged, answers, reference_answers)
+    diagnostics = read_diagnostics(summary.path) if (summary.path / DIAGNOSTICS_FILE).exists() else {}
+    for name, message in warnings_of(diagnostics).items():
+        display.say(f"warning: {name}: {message}")
     return {
         "model": pair[0][0]["generator"],
         "reference": pair[1][0]["generator"],
         "judge": config.judge.name,
-        **pws_of(pws(runtime, config.judge, judged, answers, reference_answers)),
+        **pws_of(summary),
+        "diagnostics": diagnostics,
         "cost": judged.info["cost"],
         "files": {
             "model": str(answers.file(OUTPUTS_FILE)),

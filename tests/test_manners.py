@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -319,3 +322,29 @@ def test_the_wording_of_a_protocol_is_in_the_settings(tmp_path: Path) -> None:
     configs = [OpenaiJudgeConfig(name="mine", task=task) for task in (None, "Grade.", "Grade!")]
     settings = [json.dumps(judge_settings(runtime, config, "w"), sort_keys=True) for config in configs]
     assert len(set(settings)) == 3
+
+
+COMPARE = """
+import sys
+from gradsift.evaluation.compare import main
+status = main(sys.argv[1:])
+print({"torch", "transformers", "openai"} & set(sys.modules), file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def test_compare_asks_an_endpoint_without_loading_torch_and_warns_of_invalid_judgments(
+    endpoint: Endpoint, tmp_path: Path
+) -> None:
+    endpoint.behave = lambda text, attempt: (200, "Hm." if "question 1" in text else "8 7", {})
+    items = [Item("set", str(n), f"question {n}", "", None) for n in range(4)]
+    for who in ("a", "b"):
+        write_model_outputs(tmp_path / f"{who}.json", model_outputs(items, [f"{who} {n}" for n in range(4)], who))
+    options = ["judge=openai", f"judge.base_url={endpoint.address}", f"artifacts={tmp_path / 'store'}"]
+    command = [sys.executable, "-c", COMPARE, str(tmp_path / "a.json"), str(tmp_path / "b.json"), *options]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    assert "warning: invalid_judgments: 25.0% of the judgments are invalid" in done.stderr.replace("\n", " ")
+    assert done.stderr.splitlines()[-1] == "set()"
+    result = json.loads(done.stdout)
+    assert result["pooled"]["invalid"] == 1 and result["diagnostics"]["invalid_judgments"]["verdict"] == "warning"

@@ -76,6 +76,9 @@ PLAIN: dict[str, dict[str, Any]] = {
     "keys without a say": {
         "messages": [USER | {"name": "Ada", "tool_calls": None}, REPLY | {"weight": 1, "refusal": ""}]
     },
+    "desired": {"prompt": ASK, "completion": SAY, "label": True},
+    "a label of another kind": {"prompt": ASK, "completion": SAY, "label": False, "topic": "rivers"},
+    "a label that is a number": {"prompt": ASK, "completion": SAY, "label": 0},
     "empty tools, system and history": {"messages": [USER, REPLY], "tools": "[]", "system": "", "history": []},
     "no earlier exchanges": {"instruction": ASK, "output": SAY, "history": None, "system": None, "tools": []},
     "configured names first": {"instruction": ASK, "output": SAY, "response": "other", "prompt": "other"},
@@ -199,6 +202,8 @@ UNSHOWN: dict[str, tuple[dict[str, Any], str]] = {
         "part 1 of 'content' of turn 1 holds image",
     ),
     "images": ({"messages": [USER, REPLY], "images": ["x.png"]}, "column 'images' holds images"),
+    "undesired": ({"prompt": ASK, "completion": SAY, "label": False}, "column 'label' is false.*undesired"),
+    "undesired turns": ({"messages": [USER, REPLY], "kto_tag": False}, "column 'kto_tag' is false.*undesired"),
     "null content": ({"messages": [USER, {"role": "assistant", "content": None}]}, "'content' of turn 2 is null"),
     "no turn trained": ({"messages": [USER, REPLY | {"weight": 0}]}, "all have weight 0"),
     "other weights": ({"messages": [USER, REPLY | {"weight": 0.5}]}, "turn 2 has the weight '0.5'; known: 0"),
@@ -434,7 +439,7 @@ def test_what_is_not_trained_is_part_of_the_identity_and_of_the_file(tmp_path: P
 # -------------------------------------------------------------------------------------- nothing is lost
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
-COLUMNS = "instruction,Input, output,response,context,prompt,chosen,rejected,messages,system,history,tools,note,ä"
+COLUMNS = "instruction,Input, output,response,context,prompt,chosen,rejected,messages,system,history,tools,label,note,ä"
 NAMES = st.sampled_from(COLUMNS.split(","))
 TURN = st.dictionaries(st.sampled_from(["role", "content", "from", "value", "weight", "tool_calls", "x"]), TEXT)
 VALUE = st.one_of(

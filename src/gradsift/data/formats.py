@@ -85,6 +85,7 @@ def parse_rows(
     for row, content, line in source_rows:
         try:
             original = _original(content)
+            _require_desired(original)
             parsed = _PARSERS[shape.format](original, shape.names)
             examples.append(make_example(row, *parsed, original=original, occurrences=occurrences))
         except Unusable as reason:
@@ -124,6 +125,14 @@ def _original(content: Any) -> dict[str, Any]:
                 "the other columns alone"
             )
     return original
+
+
+def _require_desired(row: Mapping[str, Any]) -> None:
+    """Raise Unusable for a response that is marked as undesired, as in data for KTO of LLaMA-Factory or TRL."""
+    by_name = {folded(name): value for name, value in row.items()}
+    mark = "label" if by_name.keys() == {"prompt", "completion", "label"} else "kto_tag"
+    if by_name.get(mark) is False:
+        raise Unusable(f"column {mark!r} is false, which marks the response as undesired")
 
 
 # ------------------------------------------------------------------------------- prompt and response

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,4 +29,5 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return options_page()
     if page.file.src_uri.startswith("experiments/"):
         return markdown.replace("../docs/", "")
+    markdown = re.sub(r"\[(`[^`]+`)\]\(\.\./\.\./(?:src|conf)[^)]*\)", r"\1", markdown)  # the site has no source files
     return markdown.replace("](../experiments/", "](experiments/")

@@ -326,7 +326,10 @@ def test_a_selector_that_the_run_does_not_reach_needs_no_target_set(ends: list[s
             "the judge that is chosen; it is one of judge=alpaca_eval, judge=five_point",
         ),
         (["target_set.path=x"], "target_set.path is no option of the target_set that is chosen; it is one of"),
-        (["judge=local", "judge.modle=x"], "judge.modle is no option of the judge that is chosen; did you mean model?"),
+        (
+            ["judge=local", "judge.modle=x"],
+            "judge.modle is no option of the judge that is chosen; did you mean judge.model?",
+        ),
         (["judge.foo.bar=1"], "judge.foo is no option of the judge that is chosen; known: name, confidence"),
         (["proxy.lora.zzz=1"], "proxy.lora.zzz is no option of the proxy.lora that is chosen; known: rank"),
         (["nosuch=1"], "nosuch is no option; known: data, target_set"),

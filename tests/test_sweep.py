@@ -32,8 +32,8 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
 @pytest.mark.parametrize(
     ("overrides", "messages"),
     [
-        (["scorer=gsnr,nosuch"], ["job 2 of 2 (", "scorer=nosuch", "Available options", "late_loss"]),
-        (["proxy.memberz=3,4"], ["job 1 of 2 (", "and 1 more: ", "did you mean members?"]),
+        (["scorer=gsnr,nosuch"], ["job 2 of 2 (", "scorer=nosuch", "the choices are: ", "late_loss"]),
+        (["proxy.memberz=3,4"], ["job 1 of 2 (", "and 1 more: ", "did you mean proxy.members?"]),
         (
             ["alpha=0.1,2", "proxy.members=3,x", "target.epochs=null,2"],
             [

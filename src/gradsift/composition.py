@@ -82,6 +82,11 @@ def in_one_line(error: Exception) -> str:
     text = " ".join(part.strip() for part in kept.splitlines() if part.strip() and "To append" not in part)
     if match := re.search(r"Could not override '([\w.]+)'\. Key '(\w+)' not in '(\w+)'", text):
         return _unknown_option(*match.groups())
+    if match := re.search(r"Could not find '([\w/]+)/([^'/]+)' Available options in '\1': (.+)", text):
+        group, name, choices = match[1], match[2], match[3].split()
+        close = difflib.get_close_matches(name, choices, n=1)
+        meant = f"did you mean {close[0]}? The" if close else "the"
+        return f"{group}={name} does not exist; {meant} choices are: {', '.join(choices)}"
     return text
 
 
@@ -92,7 +97,7 @@ def _unknown_option(option: str, key: str, schema: str) -> str:
     text = f"{'.'.join(parts)} is no option" + (f" of the {place} that is chosen" if place else "")
     known = _options_of(getattr(config_module, schema, None))
     if close := difflib.get_close_matches(key, known, n=1):
-        return f"{text}; did you mean {close[0]}?"
+        return f"{text}; did you mean {'.'.join([*parts[:-1], close[0]])}?"
     having = []
     for file in sorted((conf_folder() / group).glob("*.yaml")) if len(parts) == 2 else ():
         match = re.search(r"/schema/\w+@_here_: (\w+)", file.read_text(encoding="utf-8"))

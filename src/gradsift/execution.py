@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from gradsift.config import Config, dump_config
+from gradsift.config.data import JsonDataConfig
+from gradsift.data.files import file_kind
 from gradsift.launch import LOST, leads
 from gradsift.run_folder import CONFIG_FILE, RUN_FILE
 from gradsift.tracking import group_of
@@ -56,6 +58,8 @@ def execute(config: Config, job: Job) -> float | None:
     Returns:
         The value of `config.objective`, for a search, or None if the run has none.
     """
+    if isinstance(config.data, JsonDataConfig):  # a wrong path fails before the slow imports
+        file_kind(Path(config.data.path).expanduser())
     from gradsift.pipeline import follow, plan, prepare, run, settings_of
 
     if not leads(config.compute):

@@ -128,7 +128,7 @@ def prepare(config: Config) -> None:
 
 
 def settings_of(config: Config) -> list[tuple[str, Any]]:
-    """Return the main settings of a run as names and values, to be shown before it starts."""
+    """Return the main settings of a run as names and values, to be shown before it starts; only those that it uses."""
     proxy, target, data = config.proxy, config.target, config.data
     rows = f", {data.size:,} rows" if isinstance(data, VerifiableDataConfig) else ""
     length = f"{target.steps} steps" if target.steps else f"{target.epochs} epochs"
@@ -141,10 +141,10 @@ def settings_of(config: Config) -> list[tuple[str, Any]]:
         ("scorer", config.scorer_name),
         ("proxy", f"{proxy.name}, {members}, snapshots {snapshots}, collect={proxy.collect}"),
         ("selection", "all rows" if config.scorer_name == "full" else f"{config.alpha:g} of the rows"),
-        ("target", f"{target.name}, LoRA rank {target.lora.rank}, {length}"),
-        ("benchmark", ", ".join(config.benchmark.sets)),
-        *([("forgetting", ", ".join(general))] if general else []),
-        ("judge", config.judge.name),
+        *([("target", f"{target.name}, LoRA rank {target.lora.rank}, {length}")] if config.reaches("finetune") else []),
+        *([("benchmark", ", ".join(config.benchmark.sets))] if config.reaches("generate") else []),
+        *([("forgetting", ", ".join(general))] if general and config.reaches("generate") else []),
+        *([("judge", config.judge.name)] if config.reaches("judge") or config.has_rater else []),
         ("compute", f"{device_of(config.compute)}, {precision}, {threads_in_words(config.compute)}"),
         ("artifacts", config.artifacts),
     ]

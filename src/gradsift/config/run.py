@@ -83,7 +83,7 @@ class Config(Group):
         self._check_target_set()
         if self.audit.enabled:
             self._check_audit()
-        if self.reaches("scores") and "rater" in (self._asked(self.scorer) or ()):
+        if self.has_rater:
             self.check_rater()
         if self.reaches("judge") and self.scorer_name != "full":  # full against itself needs no judge
             self._check_judge()
@@ -99,6 +99,11 @@ class Config(Group):
         """The name of the selector, also of a user's own."""
         name = self.selector.get("name", "unnamed") if isinstance(self.selector, dict) else self.selector.name
         return str(name)
+
+    @property
+    def has_rater(self) -> bool:
+        """Whether the judge grades single examples for the scorer; False for a user's own scorer."""
+        return self.reaches("scores") and "rater" in (self._asked(self.scorer) or ())
 
     def reaches(self, stage: str) -> bool:
         """Return whether a run with this config comes as far as `stage`."""
@@ -211,7 +216,7 @@ class Config(Group):
         if isinstance(self.target_set, VerifiableTargetSetConfig):
             foreign.append("target_set=verifiable (choose target_set=json target_set.path=FILE)")
         if self.proxy.model.kind == "nano" and self._needs_proxy:
-            foreign.append("proxy=nano (choose proxy=smollm2 or proxy=gpt2)")
+            foreign.append("proxy=nano (choose proxy=smollm2 or proxy=gpt2, or to test a setup proxy=tiny_bytes)")
         if self.reaches("finetune") and self.target.model.kind == "nano":
             foreign.append("target=nano (choose target=smollm2 or target=llama2_7b, or stop_after=selection)")
         if self.reaches("generate") and EMBEDDED in self.benchmark.sets:

@@ -218,10 +218,7 @@ class ChatClient:
                         failed.append(outcome)
                     if streak >= self._give_up and problem is None:
                         stop.set()
-                        problem = (
-                            f"gave up after {streak} requests in a row that failed for good (judge.give_up="
-                            f"{self._give_up}, judge.retries={self._retries}), the last one: {outcome.advice}"
-                        )
+                        problem = self._gave_up_message(streak, outcome)
                 else:
                     problem = problem or outcome
         finally:
@@ -360,6 +357,12 @@ class ChatClient:
         return f"{len(prompts):,} requests to send", (
             f"about {prompt_tokens:,} prompt tokens (estimate: {_BYTES_PER_TOKEN} bytes per token) and at most "
             f"{reply_tokens:,} reply tokens; {price}"
+        )
+
+    def _gave_up_message(self, streak: int, last: Failure) -> str:
+        return (
+            f"gave up after {streak} requests in a row that failed for good (judge.give_up={self._give_up}, "
+            f"judge.retries={self._retries}), the last one: {last.advice}"
         )
 
     def _cap_message(self, reached: CapReached, job: _Job[Value], left: Sequence[list[int]]) -> str:

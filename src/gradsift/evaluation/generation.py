@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -72,18 +73,26 @@ def generate_answers(
     lengths = [min(len(prompt), room or len(prompt)) + max_new_tokens for prompt in prompts]
     answers = [""] * len(prompts)
     kept = journal or Journal()
-    # generate() fills unset options from the model's own configuration, which may have a repetition penalty (no longer
-    # greedy) or a temperature (a warning): ours takes its place
-    own, backbone.generation_config = backbone.generation_config, greedy
+    with evaluating(model), _generation_config(backbone, greedy):
+        for rows in capped_batches(lengths, batch_size, max_tokens):
+            for n, text in zip(rows, kept.once(rows, functools.partial(answer, rows)), strict=True):
+                answers[n] = text
+            progress(len(rows))
+    return answers
+
+
+@contextmanager
+def _generation_config(backbone: Any, config: GenerationConfig) -> Iterator[None]:
+    """Replace a model's own generation config within the block.
+
+    generate() fills unset options from it, and it may have a repetition penalty (no longer greedy) or a temperature
+    (a warning).
+    """
+    own, backbone.generation_config = backbone.generation_config, config
     try:
-        with evaluating(model):
-            for rows in capped_batches(lengths, batch_size, max_tokens):
-                for n, text in zip(rows, kept.once(rows, functools.partial(answer, rows)), strict=True):
-                    answers[n] = text
-                progress(len(rows))
+        yield
     finally:
         backbone.generation_config = own
-    return answers
 
 
 def _continuations(

@@ -235,8 +235,8 @@ def drop_sign(statistics: Statistics) -> Diagnostic:
         {"negative_share": negative, "mean_drop": mean, "mean_early_norm": float(early.mean())},
         f"the gradient norm rose between the snapshots for {negative:.0%} of the rows (mean drop {mean:.3g} of "
         f"{early.mean():.3g})",
-        "the number of steps before the first snapshot (B starts at zero, and A's gradient grows with B) and "
-        "proxy.learning_rate; where the norm rises a high V_t raises the score",
+        "proxy.learning_rate and the number of steps before the first snapshot; where the norm rises, a high V_t "
+        "raises the score",
     )
 
 

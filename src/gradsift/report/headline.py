@@ -78,7 +78,7 @@ def _best(material: Material) -> tuple[list[str], list[Tile]]:
     tests = f" (Holm's correction over {counted(len(cells), 'cell')})" if len(cells) > 1 else ""
     verdicts = [
         f"The highest PWS is that of {method} at {100 * alpha:g} % of the rows{where}: {pws_text(best)}, {side} the "
-        f"model tuned on all rows (1){tests}."
+        f"model tuned on all rows{tests}."
     ]
     tiles = [
         Tile("highest PWS", f"{best['pws']:.3f}", f"{method} at {100 * alpha:g} %"),
@@ -120,7 +120,7 @@ def _of_run(run: Run) -> tuple[str, list[str], list[Tile]]:
         outcomes = f"{row['win']} wins, {row['tie']} ties and {row['lose']} losses"
         distinct = row["p_value"] is not None and row["p_value"] < LEVEL
         verdict = "" if distinct else "; not distinguishable from 1"
-        verdicts.append(f"PWS {pws_text(row)} against the model tuned on all rows (1): {outcomes}{verdict}.")
+        verdicts.append(f"PWS {pws_text(row)} against the model tuned on all rows: {outcomes}{verdict}.")
         tiles.append(Tile("PWS", f"{row['pws']:.3f}", f"{row['win']} / {row['tie']} / {row['lose']}"))
     selection, accuracy = record.get("selection") or {}, record.get("accuracy") or {}
     if "rows" in selection:

@@ -129,7 +129,7 @@ def selected_drop_sign(drop: np.ndarray, positions: np.ndarray) -> Diagnostic:
         negative > MOST_NEGATIVE_DROPS or mean < 0,
         {"negative_share": negative, "mean_drop": mean},
         f"the gradient norm rose between the snapshots for {negative:.0%} of the selected rows (mean drop {mean:.3g})",
-        "V_t, which where the norm rises raises the score, and the number of steps before the first snapshot",
+        "the number of steps before the first snapshot; where the norm rises, a high V_t raises the score",
     )
 
 

@@ -38,8 +38,8 @@ _BANDS = 20  # of the ranking, in `score_length`
 
 @report_figure("Score distributions")
 def score_distributions(material: Material) -> Figure:
-    """All scored rows in grey, the selected ones in colour. The axis is linear around zero and logarithmic far from it.
-    Shows at most eight methods."""
+    """All scored rows in grey, the selected ones in colour, each method on a scale of its own: linear around zero and
+    logarithmic far from it. Shows at most eight methods."""
     scored = [run for run in reached(material, "select") if SCORED in material.scores(run).status]
     if not scored:
         raise Missing("no run has a scored row")
@@ -66,7 +66,8 @@ def score_distributions(material: Material) -> Figure:
             panel.locator_params(axis="x", nbins=4)
     for panel in axes[len(shown) :]:
         panel.set_visible(False)
-    figure.supxlabel("score (each method's own scale)", fontsize=9)
+    for panel in axes[max(0, len(shown) - columns) : len(shown)]:  # a label of the figure would meet the legend
+        panel.set_xlabel("score")
     figure.supylabel("rows", fontsize=9)
     return figure
 
@@ -140,8 +141,8 @@ def _lengths_by_rank(material: Material, run: Run) -> np.ndarray:
 
 @report_figure("Variance of the norms and loss")
 def variance_and_loss(material: Material) -> Figure:
-    """Left, each row's variance over members against its late loss. Right, each selection's mean variance against the
-    held-out loss of the target tuned on it."""
+    """Left, each row's variance over members against its late loss. Right, if several selections were tested, the
+    mean variance of each against the held-out loss of the target tuned on it."""
     run = representative(material, "statistics")
     values = material.statistics(run)
     points = selections_by_variance(material, values.V_t, run)

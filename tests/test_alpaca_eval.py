@@ -331,6 +331,7 @@ def test_both_orders_are_asked_and_make_one_outcome(endpoint: Endpoint, judge: A
         ("chatgpt", body("")),
         ("alpaca_eval_gpt4_turbo_fn", body("", call='{"ordered_models": []}')),
         ("alpaca_eval_gpt4_turbo_fn", body("", call="{")),
+        ("alpaca_eval_gpt4_turbo_fn", body("", call='{"ordered_models": [], "ordered_models": [{"model": "m"}]}')),
         ("lmsys_gpt4", body("Assistant 1 is better.")),
     ],
 )

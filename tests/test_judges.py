@@ -446,11 +446,21 @@ def test_the_published_parser_takes_two_floats_on_the_first_line_and_makes_no_nu
         ("4/10", None, None),
         ("four", None, None),
         ("It is a 4", None, None),
+        ("Let me see.\n4", None, 4),
+        ("```\n4\n```", None, 4),
+        ('{"reason": "x", "grade": 4}', None, 4),
+        ("4\nThe second part is a\n3", 4, 4),
         ("", None, None),
     ],
 )
 def test_a_grade_is_one_number_on_its_scale(text: str, strict: Any, tolerant: Any) -> None:
     assert (parse_grade(text, 0, 5, "strict"), parse_grade(text, 0, 5, "tolerant")) == (strict, tolerant)
+
+
+@pytest.mark.parametrize("text", ["Hm:\n3\nor\n4", '{"grade": 3, "grade": 4}', '{"grade": NaN}', '{"score": [4]}'])
+def test_a_grade_that_is_not_certain_is_none_and_says_why(text: str) -> None:
+    with pytest.raises(Unreadable):
+        parse_grade(text, 0, 5)
 
 
 @pytest.mark.skipif("GRADSIFT_DATA" not in os.environ, reason="GRADSIFT_DATA is not set")

@@ -21,7 +21,7 @@ from typing import Any
 from gradsift.evaluation.chat import ChatClient
 from gradsift.evaluation.judges import Combine, JudgeRequest, Pair, Reply, content_hash
 from gradsift.evaluation.judges.annotators import SLOT, Annotator
-from gradsift.evaluation.judges.parsing import parse_scores
+from gradsift.evaluation.judges.parsing import json_objects, parse_scores
 from gradsift.evaluation.replies import Completion
 
 NAMES = "alpaca_eval/"  # prefix of such a judge's name in records
@@ -74,6 +74,8 @@ class AlpacaEvalJudge:
         unread = f"{self._annotator.parser} finds no preference in it{needs}"
 
         def read(position: int, completion: Completion) -> Pair | None:
+            if self._annotator.parser == "json_parser":  # which would take the last of two equal keys
+                list(json_objects(completion.text))
             p = preference(parser, completion, reads_choice=self._annotator.reads_choice)
             return None if p is None else (2 - p, p - 1)
 

@@ -63,7 +63,7 @@ def parse_scores(text: str, how: Parse = "tolerant") -> Pair | None:
     """
     if how == "legacy":
         return parse_legacy(text)
-    lines = [line.strip() for line in (text if how == "strict" else _FENCE.sub("", text)).splitlines() if line.strip()]
+    lines = [line.strip() for line in _without_fences(text, how).splitlines() if line.strip()]
     if not lines:
         return None
     if how == "strict":
@@ -75,7 +75,7 @@ def parse_scores(text: str, how: Parse = "tolerant") -> Pair | None:
     if how == "tolerant":
         readings += [_scores_at(lines, number) for number in range(1, len(lines))]
     if how != "verdict":
-        readings += map(_from_object, _objects(body))
+        readings += map(_from_object, json_objects(body))
     if how != "json":
         readings += (_VERDICTS[verdict] for verdict in _VERDICT.findall(body))
     distinct = {reading for reading in readings if reading is not None}
@@ -98,7 +98,7 @@ def _scores_at(lines: list[str], number: int) -> Pair | None:
     return None
 
 
-def _objects(text: str) -> Iterator[dict[str, Any]]:
+def json_objects(text: str) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects in a text.
 
     Raises:
@@ -172,14 +172,27 @@ def parse_legacy(text: str) -> Pair | None:
 def parse_grade(text: str, low: int, high: int, how: Parse = "tolerant") -> float | None:
     """Return the grade from `low` to `high` on the first line that is not blank, or None.
 
-    Unless `strict`, emphasis, a label ("Grade: 4"), "4/5" and "4 out of 5" are accepted.
+    Unless `strict`, emphasis, a label ("Grade: 4"), "4/5" and "4 out of 5" are accepted, and so is a grade that is the
+    only such line of the reply, or stands in its JSON object ({"grade": 4}).
+
+    Raises:
+        Unreadable: the reply holds two different grades, or an object has a key twice.
     """
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "")[:_LONGEST]
+    lines = [line.strip()[:_LONGEST] for line in _without_fences(text, how).splitlines() if line.strip()]
     tolerant = rf"{_OPEN}{_HEADING}{_OPEN}{_NUMBER}(?:\s*/\s*{high}|\s+out\s+of\s+{high})?{_CLOSE}"
-    pattern = rf"\s*{_NUMBER}\s*" if how == "strict" else tolerant
-    match = re.fullmatch(pattern, line, re.IGNORECASE)
-    grade = float(match[1]) if match else None
-    return grade if grade is not None and low <= grade <= high else None
+    pattern = re.compile(rf"\s*{_NUMBER}\s*" if how == "strict" else tolerant, re.IGNORECASE)
+    matches = [pattern.fullmatch(line) for line in (lines[:1] if how == "strict" else lines)]
+    grades = [float(match[1]) for match in matches if match]
+    if how != "strict" and not (matches and matches[0]):
+        values = [value for each in json_objects(text) for key, value in each.items() if _SCORES_KEY.fullmatch(key)]
+        grades += map(_number, values)
+        if len(set(grades)) > 1:
+            raise Unreadable("the reply holds two different grades")
+    return grades[0] if grades and low <= grades[0] <= high else None
+
+
+def _without_fences(text: str, how: Parse) -> str:
+    return text if how == "strict" else _FENCE.sub("", text)
 
 
 def _in_range(match: re.Match[str] | None) -> Pair | None:

@@ -73,7 +73,7 @@ class Artifact:
 
     @property
     def identity(self) -> str:
-        """What the fingerprints of children hash: fingerprint, hash of content from outside, a model's numerics."""
+        """The part that fingerprints of later stages contain: fingerprint, outside content, numerics."""
         content = "" if self.planned else self.info.get("content", "")
         numerics = "".join(f":{name}={value}" for name, value in sorted(self.numerics.items()))
         return f"{self.fingerprint}:{content}{numerics}"
@@ -101,7 +101,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What one run did about one unit of work (an entry of `stages` in `run.json`)."""
+    """One unit of work in one run: made or reused (an entry of `stages` in `run.json`)."""
 
     name: str
     artifact: str

@@ -2,9 +2,9 @@
 
 Forward tokens are the real tokens (no padding) that pass forward through a model on this machine. Each pass counts a
 token once, whether a backward pass follows or not, so an epoch of training counts every example once and the
-collection of norms after it counts them again. In generation a prompt counts its tokens, and an answer the tokens that
-are fed back. A batch that is repeated because memory ran out counts once. The tokens of a judge behind an endpoint are
-not counted.
+collection of norms after it counts them again. Generation counts the tokens of the prompt and those tokens of the
+answer that the model reads again. A batch that is repeated because memory ran out counts once. The tokens of a judge
+behind an endpoint are not counted.
 
 Only tokens processed by the finishing process are counted.
 """

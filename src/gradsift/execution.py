@@ -39,7 +39,10 @@ class Job:
             (self.folder / name).unlink(missing_ok=True)
 
     def failed(self, error: str) -> None:
-        """Write `run.json` if the run failed before it could, or the reason if it only knew that a rank was lost."""
+        """Write `run.json` for a run that failed before it wrote one.
+
+        If `run.json` only says that a rank was lost, replace its error by the rank's own.
+        """
         path = self.folder / RUN_FILE
         content = {"status": "failed", "overrides": self.overrides, "stages": [], "pws": None, "error": error}
         if path.exists():

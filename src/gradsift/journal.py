@@ -58,7 +58,7 @@ class Journal:
         Args:
             key: JSON value that tells what is computed at this place of the pass.
             make: returns the result, a JSON value that may contain tensors. Restored tensors are on the CPU.
-            intact: returns False if a kept result cannot be used any more, as the checksum of a block of a file that
+            intact: returns False if a kept result can no longer be used, for example because a file that it describes
                 has changed.
         """
         if self._path is not None and self._kept:

@@ -3,10 +3,10 @@
 An artifact is found by its fingerprint, so a plan knows what exists without computing anything. Light stages (reading
 the data, pinning a model) are made in a temporary folder, because everything after them depends on their content. Of
 the heavy stages only a finetune depends on content: on which examples were selected. Until the selection exists, the
-finetune and what follows it have `certain=False`: at most they are to be made, because another selection of the same
+finetune and what follows it have `certain=False`: they may not have to be made, because another selection of the same
 examples may have led to the same finetune.
 
-Estimates come from the manifests of similar units in the store. Where there are none the estimate is None, never 0.
+Estimates come from the manifests of similar units in the store. Without such units the estimate is None, never 0.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _temporary_folder() -> Path:
 
 
 class Earlier:
-    """What earlier units of work took, from the manifests of a store."""
+    """The time and disk that earlier units of work needed, read from the manifests of a store."""
 
     def __init__(self, store: Path) -> None:
         self._store = store
@@ -122,7 +122,7 @@ class Earlier:
         return estimate
 
     def _read(self, stage: str) -> list[Mapping[str, Any]]:
-        """Return the manifests of a stage; nothing can be learnt from one that is damaged."""
+        """Return the manifests of a stage. Skips damaged ones."""
         manifests: list[Mapping[str, Any]] = []
         for file in sorted((self._store / stage).glob(f"*/{MANIFEST}")):
             try:

@@ -142,7 +142,7 @@ def unseen(description: str, total: int | None) -> Iterator[Advance]:
 
 @dataclass
 class Runtime:
-    """What a run passes to each of its stages."""
+    """The objects that a run passes to each of its stages."""
 
     store: Store
     compute: ComputeConfig

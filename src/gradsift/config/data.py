@@ -57,7 +57,7 @@ class CorruptionConfig(Group, option="data.corruption"):
 
 @dataclass
 class DataConfig(Group, option="data"):
-    """What every dataset has."""
+    """Options of every dataset."""
 
     name: str = MISSING
     limit: int | None = option(None, least=1)  # at most this many rows, drawn with `seed` in the order of the file

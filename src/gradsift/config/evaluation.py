@@ -152,7 +152,7 @@ class LocalJudgeConfig(JudgeConfig):
 
 @dataclass
 class EndpointJudgeConfig(JudgeConfig):
-    """How a judge behind an OpenAI-compatible endpoint is reached and paid."""
+    """Options of a judge behind an OpenAI-compatible endpoint: address, requests, prices and caps."""
 
     base_url: str | None = None  # null: the client's own default
     api_key_env: str = "OPENAI_API_KEY"  # name of the variable; the key itself never enters the config
@@ -235,7 +235,7 @@ class AlpacaEvalJudgeConfig(EndpointJudgeConfig):
 
 @dataclass
 class AuditConfig(Group, option="audit"):
-    """How well the scorer keeps known corruption out (see gradsift.selection.audit)."""
+    """Options of the noise audit: how well a scorer keeps known corruption out (gradsift.selection.audit)."""
 
     enabled: bool = False  # compare the scores with known corruption
     alphas: list[float] = option([0.05, 0.1, 0.15], above=0, most=1)  # shares that are selected for the audit alone

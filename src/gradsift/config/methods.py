@@ -144,7 +144,7 @@ class SelectorConfig(Group, option="selector"):
 
 @dataclass
 class FacilityLocationConfig(SelectorConfig):
-    """Of the best by score, those that together are most similar to all of them (Superfiltering.D)."""
+    """Among the best by score, keep those that together are most similar to all of them (Superfiltering.D)."""
 
     # exp_distance: exp(-distance / dimensions), as in the published code
     similarity: str = option("exp_distance", choices=("exp_distance", "cosine"))

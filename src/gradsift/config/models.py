@@ -71,7 +71,7 @@ class LoraConfig(Group, option="lora"):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a result depends on, for the settings of a stage.
+        """The options that a result depends on, as part of the settings of a stage.
 
         Options that were added later are left out while they are off, so that earlier results keep their fingerprint.
         """

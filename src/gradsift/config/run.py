@@ -127,7 +127,7 @@ class Config(Group):
 
     @property
     def _selects(self) -> bool:
-        """Whether the run comes to a selector; scorer=full selects everything."""
+        """Whether the run uses a selector; scorer=full needs none."""
         return self.reaches("selection") and self.scorer_name != "full"
 
     @property

@@ -132,7 +132,7 @@ class PackedHead:
         return _pack(torch.cat([weight, ones], 1)), _pack(weight.t()), len(weight)
 
     def chunk(self, count: int) -> int:
-        """Return how many of `count` places have their logits made at once: equal pieces, in multiples of BLOCK."""
+        """Return the number of places, of `count`, whose logits are computed at once; a multiple of BLOCK."""
         most = max(BLOCK, _CHUNK_LOGITS // self._weights[2] // BLOCK * BLOCK)
         each = -(-count // max(1, -(-count // most)))
         return max(BLOCK, -(-each // BLOCK) * BLOCK)

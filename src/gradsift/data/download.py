@@ -45,7 +45,7 @@ def fetch_url(url: str, folder: Path) -> Path:
 
 
 def _file_name(url: str) -> str:
-    """Return a short hash and the URL's last part, made safe: two sets may both be called test.jsonl."""
+    """Return a safe file name: a hash, as two sets may both be called test.jsonl, and the last part of the URL."""
     last = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
     return f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{slug(last or 'download')[-80:]}"
 

@@ -28,7 +28,7 @@ class SourceRow(NamedTuple):
     """A row of a data source.
 
     row      position among the rows, from 0
-    content  the columns; another JSON value if the source has one in place of a row
+    content  the columns as a dict; the value itself if the source has another JSON value where a row should be
     line     line in the file, from 1, if the format has lines
     """
 

@@ -80,12 +80,12 @@ class EncodeReport:
 
 
 def encoding_settings(template: str, max_length: int) -> dict[str, Any]:
-    """Return what an example's tokens depend on besides the tokenizer, for the settings of a stage."""
+    """Return the settings that an example's tokens depend on besides the tokenizer, as part of a stage's settings."""
     return {"template": template_identity(template), "max_length": max_length, "encoding": ENCODING}
 
 
 def template_identity(template: str) -> str:
-    """Return what stands for a template in the settings of a stage: its name, or the hash of its file.
+    """Return a template as it appears in the settings of a stage: its name, or the hash of its file.
 
     Raises:
         ConfigError: the file cannot be read.

@@ -52,7 +52,7 @@ class Failure(Exception):
 
 @dataclass
 class UnreadReplies(Generic[Value]):
-    """The unreadable replies since the last readable one; `most` (None: no limit) end the asking."""
+    """Counts the unreadable replies since the last readable one. After `most` of them no more prompts are sent."""
 
     most: int | None
     count: int = 0

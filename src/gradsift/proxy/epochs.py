@@ -31,7 +31,7 @@ class ProxyInputs(NamedTuple):
 
 
 class EpochStart(NamedTuple):
-    """Where an epoch starts."""
+    """The state from which an epoch starts."""
 
     first_step: int  # optimiser steps of earlier epochs
     dropout_seed: int

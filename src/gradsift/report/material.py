@@ -168,7 +168,7 @@ class Material:
 
     @cached_property
     def gaps(self) -> list[str]:
-        """What a report lacks, and why, apart from the runs that did not finish."""
+        """The parts that a report lacks, with the reason, apart from runs that did not finish."""
         gaps = [f"{run.name}: {run.outcome}" for run in self.runs if run.status == "stopped"]
         for run in self.runs:
             if run.lost:

@@ -29,7 +29,7 @@ Cells = dict[tuple[Place, Column], Row]
 
 @dataclass(frozen=True)
 class Count:
-    """How the method compares with the baselines in each cell."""
+    """Counts of cells by how the method compares with the baselines."""
 
     cells: int
     higher: int  # cells where its PWS is above that of every baseline
@@ -145,7 +145,7 @@ def pws_table(material: Material) -> Table:
 
 
 def _is_best(cells: Cells, place: Place, column: Column) -> bool:
-    """Whether no other cell of the row at this alpha is better; a method without others beside it is not the best."""
+    """Return whether a cell has the highest PWS of its row at this alpha; False if the row has no other method."""
     beside = [row["pws"] for (where, (alpha, _)), row in cells.items() if where == place and alpha == column[0]]
     return len(beside) > 1 and cells[place, column]["pws"] == max(beside)
 

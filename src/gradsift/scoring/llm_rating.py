@@ -3,10 +3,10 @@
     alpagasus   score = one grade, 0-5, for accuracy and helpfulness
     deita       score = complexity of the instruction, 1-6, x quality of the response, 1-6, asked separately
 
-The questions are in our own words (`gradsift.evaluation.judges.rating`). Two readings where the sources differ from
-this framework: AlpaGasus keeps everything from 4.5 up, here the budget decides (grades are coarse, and ties keep the
-order of the rows); DEITA finetunes scorers and takes their expected grade, here the configured judge is asked. Of a
-conversation the last exchange is rated, with the earlier turns shown. An example without a valid grade is `undefined`.
+The questions are in our own words (`gradsift.evaluation.judges.rating`). This differs from the sources in two points.
+AlpaGasus keeps everything from 4.5 up; here the budget decides (grades are coarse, and ties keep the order of the
+rows). DEITA finetunes scorers and takes their expected grade; here the configured judge is asked. In a conversation
+the last exchange is rated, and the judge sees the earlier turns. An example without a valid grade is `undefined`.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ scored. For conversations, where the source is silent, the prompt is all that co
 
 `fidelity=original` gives every row the IFD that the published code gives it, including its errors:
 
-    a text that its model cannot process     IFD 0: ranked last, but like any other row. That is a text without a
+    a text that its model cannot process     the IFD is 0, so it ranks last. That is a text without a
                                              token, or with more than the backbone's context if max_length is larger
-    an answer of one token                   IFD NaN, so it is never selected; `undefined` here in both modes
-    a perplexity that float32 cannot hold    infinite: IFD 0, at least 1 or NaN, depending on which of the two it is
+    an answer of one token                   the IFD is NaN, so it is never selected; `undefined` here in both modes
+    a perplexity that float32 cannot hold    infinite, so the IFD is 0, at least 1 or NaN, depending on which it is
     a tokenizer that puts BOS before a text  BOS counts as a token (GPT-2's puts none)
 
 `fixed` never turns a failure into a number, cuts to the context, and computes in float64. The published budget, a share

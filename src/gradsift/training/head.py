@@ -28,7 +28,7 @@ class FrozenHead(Protocol):
     """A faster way to the losses of an output embedding, in its attribute `frozen_head`."""
 
     def chunk(self, count: int) -> int:
-        """Return how many of `count` places have their logits made at once."""
+        """Return the number of places, of `count`, whose logits are computed at once."""
 
     def losses(self, hidden: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
         """Return the cross entropy (P,) float32 of `targets` (P,) after `hidden` (P, D); fill `gradient` (P, D)."""
@@ -83,7 +83,7 @@ class OutputHead:
         return losses
 
     def chunk(self, count: int) -> int:
-        """Return how many of `count` places have their logits made at once."""
+        """Return the number of places, of `count`, whose logits are computed at once."""
         if self.own is not None:
             return self.own.chunk(count)
         return max(1, numbers_at_once(self.weight.device, _CHUNK_LOGITS) // len(self.weight))

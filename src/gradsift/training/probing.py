@@ -40,7 +40,7 @@ def require_adaptable(model: Any, config: LoraConfig, option: str, *, norms: boo
         norms: whether per-sample gradients are needed, as for the proxy.
 
     Raises:
-        ConfigError: names the layer, the reason, and targets that were tried and work.
+        ConfigError: a layer cannot be used; names the layer, the reason, and targets that were tried and work.
     """
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     rng = np.random.default_rng(0)
@@ -165,7 +165,7 @@ def _compared(adapted: Any, *, all_take_part: bool) -> Iterator[None]:
 
 
 def _require_equal(computed: torch.Tensor, expected: torch.Tensor, failure: str) -> None:
-    """Raise unless both are equal to half of the precision's digits, relative and by norm."""
+    """Raise if the relative norm of the difference is above the square root of the dtype's eps."""
     error = torch.linalg.vector_norm((computed - expected).double()) / torch.linalg.vector_norm(expected.double())
     if not float(error) <= torch.finfo(expected.dtype).eps ** 0.5:
         raise GradsiftError(f"{failure} (relative difference {float(error):.1e})")

@@ -51,7 +51,7 @@ _HEADERS = {
 
 
 class Pages:
-    """The pages of one file of votes."""
+    """Serves the pages on which people vote, and stores the votes in one file."""
 
     def __init__(self, votes: Votes, pairs: Pairs, *, invited: Sequence[str], unblind: bool, plain: bool) -> None:
         self.votes = votes

@@ -54,7 +54,7 @@ def heldout_loss(
 
 
 def heldout_loss_of(made: Artifact | None) -> float | None:
-    """Return the loss in the artifact of `heldout_loss`."""
+    """Return the loss that `heldout_loss` stored in its artifact; None without an artifact."""
     return None if made is None else float(made.info["heldout_loss"])
 
 

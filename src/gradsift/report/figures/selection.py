@@ -21,7 +21,7 @@ _MOST_NUMBERED = 12  # methods up to which a number fits into each cell
 def overlaps(material: Material) -> Records:
     """Return the Jaccard of every two methods at one alpha, averaged over the datasets and seeds that both have.
 
-    It is NaN if no dataset and seed has both.
+    The value is NaN if no dataset and seed has both methods.
     """
     runs = reached(material, "select")
     alpha = middle_alpha(runs)

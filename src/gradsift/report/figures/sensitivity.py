@@ -140,7 +140,7 @@ def ensemble_size(material: Material) -> Figure:
 
 
 def eps_curves(material: Material) -> Records:
-    """Return for each of EPS the Spearman and Jaccard of the score with that under the run's own eps."""
+    """Return how far the score with each eps of EPS agrees (Spearman, Jaccard) with the score with the run's eps."""
     run = representative(material, "statistics")
     values = material.statistics(run)
     scores = {float(value): gsnr(values, eps=float(value)) for value in EPS}

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from conftest import CHATML
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gradsift.data.chat_templates import Segment, chat_segments
 from gradsift.data.examples import Example, Turn
@@ -183,6 +185,22 @@ def test_an_empty_think_block_is_prompt_and_a_written_one_is_response(tokenizer_
     assert responses(thought, tokenizer) == ["<think>\ntwice two\n</think>\n\nIt is four.<|im_end|>"]
 
 
+@pytest.mark.parametrize("family", ["nemotron_3_nano", "qwen3_5_think", "qwen3_6_training"])
+def test_a_think_block_that_the_prompt_opens_is_closed_by_the_response(family: str, tokenizer_of: Any) -> None:
+    tokenizer = tokenizer_of(template_text(family))
+    thought = [TURNS[0], Turn("assistant", "<think>\ntwice two\n</think>\n\nIt is four.")]
+    segments = chat_segments(thought, tokenizer, tokenizer.chat_template)
+    assert text_of(segments, is_response=False).endswith("<|im_start|>assistant\n<think>\n")
+    assert responses(thought, tokenizer) == ["twice two\n</think>\n\nIt is four.<|im_end|>"]
+
+
+def test_a_second_think_block_makes_the_row_unusable(tokenizer_of: Any) -> None:
+    tokenizer = tokenizer_of(template_text("qwen3_8"))
+    thought = [TURNS[0], Turn("assistant", "<think>\ntwice two\n</think>\n\nIt is four.")]
+    with pytest.raises(Unusable, match="adds a think block to that of turn 2"):
+        responses(thought, tokenizer)
+
+
 def test_a_turn_that_the_template_drops_makes_the_row_unusable(tokenizer_of: Any) -> None:
     tokenizer = tokenizer_of(template_text("qwen3"))
     thought = [TURNS[0], Turn("assistant", "<think>\ntwice two\n</think>\n\nIt is four."), *MORE[2:]]
@@ -227,3 +245,32 @@ def test_a_template_from_a_file_replaces_the_tokenizers(byte_tokenizer: Any, tmp
     assert template_identity(str(path)) != before
     with pytest.raises(ConfigError, match=r"missing\.jinja cannot be read"):
         template_identity(str(tmp_path / "missing.jinja"))
+
+
+PIECES = st.sampled_from(["a", " ", "\n", "<think>", "</think>", "<|im_end|>", "<|im_", "end|>", "\U000f0000"])
+SAID = st.lists(PIECES, min_size=1, max_size=6).map("".join).filter(str.strip)
+TALKS = st.tuples(st.none() | SAID, st.lists(st.tuples(SAID, SAID, st.booleans()), min_size=1, max_size=3))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gptoss_training", "llama3"])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(talk=TALKS)
+def test_a_conversation_is_shown_whole_or_not_at_all(family: str, talk: Any, tokenizer_of: Any) -> None:
+    system, exchanges = talk
+    turns = [] if system is None else [Turn("system", system)]
+    for number, (asked, answer, trained) in enumerate(exchanges, start=1):
+        turns += [Turn("user", asked), Turn("assistant", answer, trained or number == len(exchanges))]
+    tokenizer = tokenizer_of(template_text(family))
+    try:
+        shown = responses(turns, tokenizer)
+    except Unusable:
+        return
+    trained_texts = [turn.content for turn in turns if turn.role == "assistant" and turn.is_trained]
+    for response, text in zip(shown, trained_texts, strict=True):
+        assert "".join(text.split()) in "".join(response.split())
+    whole = "".join(segment.text for segment in chat_segments(turns, tokenizer, tokenizer.chat_template))
+    assert all("".join(turn.content.split()) in "".join(whole.split()) for turn in turns)
+    (encoded,), _ = encode([example(turns)], tokenizer, "chat", 10_000)
+    (prompt,), _ = encode_prompts([example(turns)], tokenizer, "chat", 10_000)
+    assert encoded.input_ids[: len(prompt)].tolist() == prompt.tolist()
+    assert encoded.is_response[len(prompt) :].all()

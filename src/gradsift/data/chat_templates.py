@@ -27,6 +27,7 @@ from gradsift.errors import ConfigError
 
 FILE_SUFFIX = ".jinja"
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
+_THOUGHT = "</think>"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # a template is a program over data that its author did not foresee, and Jinja passes on what its expressions raise
 _RAISED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -119,7 +120,7 @@ class _Chat:
         self._stand_ins = dict(zip([token for token in self._control if token in said], unused, strict=False))
         self._marks = [(next(unused), next(unused)) for _ in turns]
         self._texts = [self._with_stand_ins(turn) for turn in turns]
-        self._thinks = any(turn.role == "assistant" and "</think>" in turn.content for turn in turns)
+        self._thinks = any(turn.role == "assistant" and _THOUGHT in turn.content for turn in turns)
 
     def _with_stand_ins(self, turn: Turn) -> str:
         text = turn.content
@@ -132,28 +133,34 @@ class _Chat:
         """Return the text of the first `count` turns, and the places of what stands in `{% generation %}` marks."""
         messages: list[dict[str, Any]] = []
         for number, turn in enumerate(self._turns[:count]):
-            text, core = self._texts[number], self._texts[number].strip()
-            if turn.role != "system" and core:  # the marks are within white space, which many templates strip
-                text = text.replace(core, core.join(self._marks[number]), 1)
+            text, core = self._texts[number], self._core(number)
+            if turn.role != "system" and core:
+                place = text.rindex(core)
+                text = text[:place] + core.join(self._marks[number]) + text[place + len(core) :]
             messages.append({"role": turn.role, "content": text})
         options = {**self._tokenizer.special_tokens_map, "enable_thinking": self._thinks}
         return _rendered(self._template, messages, generate=generate, **options)
 
+    def _core(self, number: int) -> str:
+        """Return what is marked of a turn: not the white space around it, which many templates strip, nor thoughts."""
+        text = self._texts[number].strip()
+        answer = text.rpartition(_THOUGHT)[2].strip() if self._turns[number].role == "assistant" else text
+        return answer or text
+
     def require_shown(self, text: str, number: int) -> None:
         """Raise Unusable unless the template shows the text of a turn unchanged, white space aside."""
-        turn, core = self._turns[number], self._texts[number].strip()
+        turn, said = self._turns[number], _squeezed(self._texts[number])
         start, end = self._marks[number]
-        shown = text
+        marked = f"{start}{self._core(number)}{end}"
         if turn.role == "system":
-            if not core:
-                return
-        elif f"{start}{core}{end}" in text:
-            return
-        else:  # the template takes a think block apart
-            begin = text.find(self._marks[number - 1][1]) if number else 0
-            shown = text[begin : text.find(end) + 1]
-        if _squeezed(core) not in _squeezed(shown) or (turn.role != "system" and end not in text):
+            shown = _squeezed(text)
+        else:
+            begin = max(0, text.find(self._marks[number - 1][1]) if number else 0)  # a system turn has no marks
+            shown = _squeezed(text[begin : text.find(end)].replace(start, ""))
+        if said not in shown or (turn.role != "system" and marked not in text):
             raise Unusable(f"the chat template leaves out or changes the text of turn {number + 1} (the {turn.role}'s)")
+        if turn.role == "assistant" and _THOUGHT in said and shown.count(_THOUGHT) > said.count(_THOUGHT):
+            raise Unusable(f"the chat template adds a think block to that of turn {number + 1}")
 
     def response(self, text: str, spans: list[tuple[int, int]], number: int) -> tuple[int, int]:
         """Return the start and the end of a response in the text of the whole conversation.
@@ -164,15 +171,14 @@ class _Chat:
         asked, (start_mark, end_mark) = self._marks[number - 1][1], self._marks[number]
         prompt, _ = self.rendered(number, generate=True)
         supplied = prompt[prompt.find(asked) + 1 :]
-        begin, end = text.index(asked) + 1, text.index(end_mark)
-        first = text.find(start_mark, begin, end)
-        before = text[begin : end if first < 0 else first]
+        begin, end = text.index(asked) + 1, text.index(end_mark, text.index(asked))
+        before = text[begin : text.index(start_mark, begin)]
         shared = next((n for n, pair in enumerate(zip(before, supplied, strict=False)) if len(set(pair)) > 1), None)
         start = begin + (min(len(before), len(supplied)) if shared is None else shared)
         is_last = number == len(self._turns) - 1
         if start - begin < len(supplied) and (is_last or text[start : begin + len(before)].strip()):
             raise Unusable(
-                f"the chat template's generation prompt ends with {supplied[-80:]!r}, which does not come before the "
+                f"the chat template's generation prompt ends with {supplied.strip()[-80:]!r}, which is not before the "
                 "response of a whole conversation"
             )
         if is_last and not text.startswith(prompt):

@@ -33,7 +33,7 @@ from gradsift.data.turns import Unusable
 from gradsift.errors import ConfigError, DataError
 
 ENCODING = 2  # raised when the same text gets other tokens, or another boundary between prompt and response
-_CHAT_ENCODING = 3  # the same for chat templates alone
+_CHAT_ENCODING = 4  # the same for chat templates alone
 _CHUNK = 1000  # texts tokenised in one call, which bounds the memory of a tokenizer's own records
 _CHUNK_CHARACTERS = 2_000_000  # the same for long texts: the records take about 200 bytes per character
 _MOST_UNKNOWN = 0.5  # share of unknown tokens above which the tokenizer cannot be meant for the data

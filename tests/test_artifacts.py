@@ -466,3 +466,15 @@ def test_between_stages_only_errors_that_name_the_store_are_its_own(tmp_path: Pa
         (tmp_path / "stage" / "scores.parquet").read_bytes()
     with pytest.raises(PermissionError), guarded(tmp_path, "the run", nameless=False):
         raise PermissionError(errno.EACCES, "a socket's")
+
+
+@pytest.mark.parametrize(("number", "name"), [(errno.EACCES, "artifacts/x"), (errno.ENOENT, "artifacts/x")])
+def test_a_store_is_known_by_relative_and_absolute_names(
+    number: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for store, named in ((Path("artifacts"), tmp_path / name), (tmp_path / "artifacts", Path(name))):
+        with pytest.raises(GradsiftError, match="the run could not keep"), guarded(store, "the run"):
+            raise OSError(number, "no", str(named))
+        with pytest.raises(OSError, match="raw"), guarded(store, "the run"):  # of a file beside the store
+            raise OSError(number, "no", str(named.parent.with_name("artifacts_raw") / "x"))

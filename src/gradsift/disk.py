@@ -55,10 +55,9 @@ def _concerns(store: Path, error: OSError | SafetensorError, nameless: bool) -> 
     """Return whether an error concerns the store and not a file that a stage reads elsewhere."""
     if isinstance(error, SafetensorError):
         return nameless
-    if error.errno in _GONE:
-        return str(store) in str(error)
-    if error.errno not in (*_NOT_WRITABLE, *_NO_LOCKS):
+    if error.errno not in (*_NOT_WRITABLE, *_NO_LOCKS, *_GONE):
         return False
     if error.filename is None:
-        return nameless
-    return Path(os.fsdecode(error.filename)).is_relative_to(store)
+        return str(store) in str(error) if error.errno in _GONE else nameless
+    # both absolute: libraries resolve the names that they are given
+    return Path(os.fsdecode(error.filename)).absolute().is_relative_to(store.absolute())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,6 +74,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
             return
         content = path.read_bytes()
+        if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or ""):
+            start, end = int(part[1]), min(int(part[2] or len(content)), len(content) - 1)
+            place = {"Content-Range": f"bytes {start}-{end}/{len(content)}"}
+            self._send(206, content[start : end + 1], place)
+            return
         etag = hashlib.sha256(content).hexdigest()
         self._send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
 

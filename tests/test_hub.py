@@ -17,15 +17,16 @@ from hub_stand_in import COMMIT, serving
 
 from gradsift.composition import compose_config
 from gradsift.config import HubDataConfig
+from gradsift.errors import ConfigError
 
 LOAD = """
 import json, sys
 from gradsift.data.hub import load_hub
 from gradsift.errors import DataError
 for line in sys.stdin:
-    id, revision, split, subset = json.loads(line)
+    asked = json.loads(line)
     try:
-        answer = [row.content for row in load_hub(id, revision, split, subset)]
+        answer = [row.content for row in load_hub(*asked)]
     except DataError as error:
         answer = str(error)
     print(json.dumps(answer), flush=True)
@@ -56,6 +57,9 @@ ASKED = {
     "gated": ("owner/gated", None, "train", None),
     "missing": ("owner/missing", None, "train", None),
     "script": ("owner/script", None, "train", None),
+    "the first rows": ("owner/several", None, "train", "rivers", 3),
+    "more than there are": ("owner/several", None, "test", "hills", 9),
+    "streamed without a subset": ("owner/several", None, "train", None, 3),
     "no name": ("a/b/c", None, "train", None),
 }
 
@@ -100,7 +104,15 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("asked", "rows"), {"one subset": RIVERS, "a revision": RIVERS, "rivers": RIVERS, "hills": HILLS}.items()
+    ("asked", "rows"),
+    {
+        "one subset": RIVERS,
+        "a revision": RIVERS,
+        "rivers": RIVERS,
+        "hills": HILLS,
+        "the first rows": RIVERS[:3],
+        "more than there are": HILLS,
+    }.items(),
 )
 def test_the_rows_of_a_dataset_or_of_a_subset(asked: str, rows: list[object], answers: dict[str, object]) -> None:
     assert answers[asked] == rows
@@ -110,6 +122,7 @@ def test_the_rows_of_a_dataset_or_of_a_subset(asked: str, rows: list[object], an
     ("asked", "words"),
     {
         "several subsets": "several subsets; give data.subset=NAME, one of: rivers, hills",
+        "streamed without a subset": "several subsets; give data.subset=NAME, one of: rivers, hills",
         "no such subset": "no subset 'lakes'; give data.subset=NAME, one of: rivers, hills",
         "no such split": "data.split=dev",
         "another revision": "at data.revision=v9 is no dataset",
@@ -122,6 +135,11 @@ def test_the_rows_of_a_dataset_or_of_a_subset(asked: str, rows: list[object], an
 def test_what_cannot_be_loaded_has_a_remedy(asked: str, words: str, answers: dict[str, object]) -> None:
     assert isinstance(answers[asked], str)
     assert words in str(answers[asked])
+
+
+def test_streaming_needs_a_limit() -> None:
+    with pytest.raises(ConfigError, match=r"data\.streaming=true needs .*data\.limit=10000"):
+        HubDataConfig(id="owner/one", streaming=True)
 
 
 def test_a_dataset_is_named_after_its_id_and_subset() -> None:

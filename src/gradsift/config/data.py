@@ -103,8 +103,12 @@ class HubDataConfig(DataConfig):
     format: str = option("auto", choices=DATA_FORMATS)  # auto: decided by the columns of the first row that fits one
     fields: FieldsConfig = field(default_factory=FieldsConfig)
 
+    streaming: bool = False  # read the first `limit` and `holdout` rows alone, for datasets that do not fit on the disk
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.streaming and self.limit is None:
+            raise ConfigError("data.streaming=true needs the number of rows to read, as in data.limit=10000")
         self.name = self.name or slug("-".join(filter(None, (self.id, self.subset))))[:LONGEST_NAME]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from gradsift.data.examples import SourceRow
@@ -12,10 +13,15 @@ from gradsift.errors import DataError
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def load_hub(id: str, revision: str | None, split: str, subset: str | None = None) -> Iterator[SourceRow]:
+def load_hub(
+    id: str, revision: str | None, split: str, subset: str | None = None, first: int | None = None
+) -> Iterator[SourceRow]:
     """Return the rows of a hub dataset, loaded with `datasets`; from the local cache if HF_HUB_OFFLINE=1.
 
     Code that comes with a dataset is never run.
+
+    Args:
+        first: read this many rows from the start without downloading the others.
 
     Raises:
         DataError: the dataset, subset, revision or split does not exist, is gated, or cannot be reached; or the dataset
@@ -34,7 +40,8 @@ def load_hub(id: str, revision: str | None, split: str, subset: str | None = Non
     http_error: type[Exception] = HfHubHTTPError.__bases__[0]  # httpx's, or that of httpx2 in later versions
     datasets.disable_progress_bars()
     try:
-        dataset = datasets.load_dataset(id, subset, revision=revision, split=split)
+        dataset = datasets.load_dataset(id, subset, revision=revision, split=split, streaming=first is not None)
+        rows = dataset if first is None else list(islice(dataset, first))
     except DatasetNotFoundError as error:
         if "gated" in str(error).lower():
             raise DataError(
@@ -55,7 +62,7 @@ def load_hub(id: str, revision: str | None, split: str, subset: str | None = Non
         ) from error
     except (DatasetsError, ValueError, RuntimeError) as error:  # an unknown split or subset, or a script
         raise DataError(f"data.id={id}: {_advice(str(error), split, subset)}") from error
-    return (SourceRow(row, content) for row, content in enumerate(dataset))
+    return (SourceRow(row, content) for row, content in enumerate(rows))
 
 
 def _first_line(error: BaseException) -> str:

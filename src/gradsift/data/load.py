@@ -71,8 +71,9 @@ def _settings(config: DataConfig) -> dict[str, Any]:
         settings["corruption_version"] = corruption.VERSION
     else:
         del settings["corruption"]
-    if settings.get("subset") is None:
-        settings.pop("subset", None)
+    for later in ("subset", "streaming"):
+        if not settings.get(later):
+            settings.pop(later, None)
     if settings.get("delayed") == 0:
         del settings["delayed"]
     return settings

@@ -44,7 +44,10 @@ def row_source(config: JsonDataConfig | HubDataConfig | SourceConfig, downloads:
     if path is None:
         assert not isinstance(config, JsonDataConfig)  # noqa: S101 - for the type checker
         id, revision, split, subset = config.id or "", config.revision, config.split, config.subset
-        return RowSource(id, {}, lambda: hub.load_hub(id, revision, split, subset))
+        first = None
+        if isinstance(config, HubDataConfig) and config.streaming:
+            first = (config.limit or 0) + config.holdout
+        return RowSource(id, {}, lambda: hub.load_hub(id, revision, split, subset, first))
     named = paths.files_of(path, downloads)
     kinds, hashes = [files.file_kind(file) for file in named], [files.hash_of(file) for file in named]
     one = len(named) == 1

@@ -348,3 +348,13 @@ def test_compare_asks_an_endpoint_without_loading_torch_and_warns_of_invalid_jud
     assert done.stderr.splitlines()[-1] == "set()"
     result = json.loads(done.stdout)
     assert result["pooled"]["invalid"] == 1 and result["diagnostics"]["invalid_judgments"]["verdict"] == "warning"
+
+
+@pytest.mark.parametrize("value", ["'${oc.env:AZURE_KEY}'", SECRET])
+def test_a_secret_that_is_refused_stands_in_no_file_of_the_run(
+    value: str, gradsift: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AZURE_KEY", SECRET)
+    assert gradsift("judge=openai", f"judge.extra_headers={{api-key: {value}}}") == 2
+    assert "env:NAME" in capsys.readouterr().err
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()] == []

@@ -24,7 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gradsift.composition import in_one_line, require_readable
@@ -123,7 +123,9 @@ def _job(composed: DictConfig) -> float | None:
     if home := os.environ.get(HOME):  # a launcher's worker may have started in another folder
         os.chdir(home)
     settings = HydraConfig.get()
-    job = Job(_relative(Path(settings.runtime.output_dir)), [str(override) for override in settings.overrides.task])
+    # as they were typed: an interpolation such as ${oc.env:NAME} may hold a secret
+    overrides: Any = OmegaConf.to_container(settings.overrides.task, resolve=False)
+    job = Job(_relative(Path(settings.runtime.output_dir)), [str(override) for override in overrides])
     if settings.mode == RunMode.MULTIRUN:
         jobs = _sweep.jobs if _sweep is not None else None
         job = replace(job, sweep=Path(settings.sweep.dir), number=int(settings.job.num) + 1, jobs=jobs)

@@ -85,7 +85,7 @@ def select(
 ) -> Selection:
     """Select the rows of an instruction dataset that are worth training on.
 
-    Does what the command line does with the same options and shares its store: what is finished there is found, a
+    Does what the command line does with the same options and shares its store: finished work there is reused, a
     call that was interrupted continues, and a second call with the same rows and options computes nothing. It leaves
     the caller's number of torch threads and Hydra's state as they were; transformers' progress bars stay off.
 

@@ -1,4 +1,4 @@
-"""JSON from outside. Everything that is wrong with it raises one kind of error."""
+"""Reads JSON that other programs wrote. Every fault in it raises the same kind of error."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def option(
     most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """Return a dataclass field with a checked value. Of a list every item is checked; None is not checked.
+    """Return a dataclass field with a checked value. Every item of a list is checked; None is not checked.
 
     Args:
         default: the default value.

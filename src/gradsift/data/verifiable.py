@@ -4,9 +4,9 @@ Thirteen families of small tasks (copy, sort, add, look up ...) over a closed vo
 words separated by single spaces, so a word-level tokenizer loses nothing. Part of the rows is spoilt on purpose and
 every row has a label, so a selection method can be judged against the truth instead of against another method.
 
-Labels say what a row teaches. Of two contradictory twins (one prompt, two answers) the one with the wrong answer is
-`contradictory` and spoilt; the other has the right answer and is `clean`, though no method can tell them apart without
-knowing the task. Duplicates repeat clean rows: they are redundant, not spoilt, and have their own labels.
+Labels say what a row teaches. Contradictory twins have one prompt and two answers. The one with the wrong answer
+is `contradictory` and spoilt; the other has the right answer and is `clean`, though no method can tell them apart
+without knowing the task. Duplicates repeat clean rows: they are redundant, not spoilt, and have their own labels.
 
 With `delayed` there are two more families, about operations with names that mean nothing before training: a `named`
 row shows what one name does, and a `chained` row applies two names one after the other, so it can only be learnt after

@@ -44,7 +44,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Embedder:
-    """An embedder as it is configured."""
+    """An embedder with its settings and its model."""
 
     name: str
     settings: Mapping[str, Any]  # what its vectors depend on besides the model; JSON values

@@ -32,10 +32,10 @@ _END, _FIELD = "\x1e", "\x1f"  # no presentable text holds them
 class Pool:
     """The examples of one dataset and seed, with the scores and selections of all runs.
 
-    `methods` and `selections` are as the page's script reads them, with arrays (N,) for columns. Of a method: `rank`
-    counts from 1 by falling score, ties by row order, 0 without a score; `parts` are the numbers that its score is made
-    of, and the statistics of the ensemble. Of a selection: `method` is an index into `methods`; `place` counts from 1
-    in the order of the selection, 0 if not selected; `everything` marks the full-data run.
+    `methods` and `selections` have the form that the page's script reads, with arrays (N,) for columns. In a method,
+    `rank` counts from 1 by falling score (ties by row order) and is 0 without a score; `parts` are the numbers that its
+    score is made of, and the statistics of the ensemble. In a selection, `method` is an index into `methods`; `place`
+    counts from 1 in the order of the selection and is 0 if not selected; `everything` marks the full-data run.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """A figure's SVG as a part of an HTML page, in the page's colours and without styles of its own.
 
 The page's content security policy allows no `style` attribute, so the styles that matplotlib writes become attributes.
-Ids get the figure's name in front, as all figures share one document. The four neutral colours become the page's.
-Elements and attributes that no figure needs, and links to elsewhere, are left out.
+Ids get the figure's name in front, as all figures share one document. Four neutral colours become variables of the
+page's theme. Elements and attributes that no figure needs, and links to elsewhere, are left out.
 """
 
 from __future__ import annotations

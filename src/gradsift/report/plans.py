@@ -64,7 +64,7 @@ def states(runs: Sequence[Run]) -> list[list[tuple[PlannedUnit, str]]]:
 
 
 def to_do(runs: Sequence[Run]) -> list[PlannedUnit]:
-    """Return what is to be made, each unit once."""
+    """Return the units that are not done yet, each once."""
     return [unit for units in states(runs) for unit, state in units if state in (TO_DO, AT_MOST)]
 
 

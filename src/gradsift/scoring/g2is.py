@@ -5,7 +5,7 @@
 K_k are the principal components of the target gradients (see `gradsift.selection.core_knowledge`) with the sign of
 their mean's projection, and s_k the share of the variance that each explains. The paper selects by a walk and defines
 no score; this is our reading. `selector=gradient_walk` uses it to fill the budget
-when the walk ends early, and any other selector can rank by it.
+with `selector.fill=topup`, and any other selector can rank by it.
 """
 
 from __future__ import annotations

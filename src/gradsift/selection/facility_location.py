@@ -114,7 +114,7 @@ class _Cover:
         return best
 
     def _undecided(self, fresh: np.ndarray) -> np.ndarray:
-        """Return candidates whose bound exceeds every gain known (of the `fresh` ones), largest bound first."""
+        """Return the candidates whose bound exceeds the largest gain of the `fresh` ones, largest bound first."""
         gains = np.where(fresh, self.bounds, -np.inf)
         best = int(np.argmax(gains))
         places = np.arange(len(gains))

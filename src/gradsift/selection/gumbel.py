@@ -13,8 +13,8 @@ def gumbel(scores: Scores, size: int, *, temperature: float, seed: int) -> Choic
 
     z is the standardised score among the scored examples (0 if all are equal), so that a temperature means the same for
     every scorer: towards 0 the draw is the top k, towards infinity it is uniform. Adding independent Gumbel noise to
-    z / temperature and keeping the largest is that draw (Kool et al., arXiv 1903.06059). The noise belongs to ranks, so
-    the row order does not matter.
+    z / temperature and keeping the largest is that draw (Kool et al., arXiv 1903.06059). The noise is drawn by
+    rank, so the row order does not matter.
 
     Returns:
         min(size, number of scored examples) positions, in the order in which they are drawn.

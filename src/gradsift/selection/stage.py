@@ -47,7 +47,7 @@ def select(
         measures: returns measures for the diagnostics (see `diagnose_selection`), which depend only on the scores'
             inputs.
         base: what N counts: `accepted` rows, or `scored` ones.
-        corruption: kind of injected corruption by position; the selection names it for these rows.
+        corruption: kind of injected corruption by position; the selection file names it in its rows.
         embeddings: returns embeddings of the pool if the scorer or the selector uses them, to measure coverage.
     """
 

@@ -102,7 +102,10 @@ def layer_path(name: str) -> str:
 
 
 class _Map(torch.autograd.Function):
-    """The map, (B T, O), and its gradients with respect to x, A and B; a probe's gradient is what it gathers."""
+    """Computes the map, (B T, O), and its gradients with respect to x, A and B.
+
+    The "gradient" of a probe is what it reports of each example.
+    """
 
     @staticmethod
     def forward(

@@ -160,7 +160,7 @@ def without_host_reads() -> Iterator[None]:
 
 @functools.cache
 def _lookups() -> list[tuple[Any, str, Any, Any]]:
-    """Return owner, name, function and the answer that replaces it, for those that this transformers has."""
+    """Return (owner, name, function, replacement) for each function that this transformers version has."""
     from transformers import PreTrainedModel, masking_utils
 
     answers = [

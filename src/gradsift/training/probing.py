@@ -131,7 +131,7 @@ def _compared(adapted: Any, *, all_take_part: bool) -> Iterator[None]:
     """Compare each adapted layer with its base layer in the passes within, and name the layer that fails.
 
     Args:
-        all_take_part: whether an adapted layer that is never passed is an error: it has no per-sample gradient.
+        all_take_part: whether an adapted layer that the model never calls is an error; it has no per-sample gradient.
     """
     entered: list[str] = []
 

@@ -166,7 +166,7 @@ class Votes:
                 )
 
     def join(self, name: str) -> Rater:
-        """Return the rater of a name, without regard to capitals and extra spaces; a new name joins.
+        """Return the rater of a name, without regard to capitals and extra spaces. Adds a rater for a new name.
 
         A new rater sees the model first on half of the items, which depend only on the seed and the name.
 

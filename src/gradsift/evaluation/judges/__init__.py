@@ -52,9 +52,9 @@ class JudgeRequest:
 
 @dataclass(frozen=True)
 class Reply(Generic[Value]):
-    """A reply's text and the value read from it, a pair of scores or a grade; `reason` is why there is none.
+    """A reply's text and the value read from it: a pair of scores, or a grade.
 
-    Beside a value, `reason` is a remark about it.
+    Without a value, `reason` says why there is none; with one, it is a remark about the value.
     """
 
     text: str

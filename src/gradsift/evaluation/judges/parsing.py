@@ -172,8 +172,8 @@ def parse_legacy(text: str) -> Pair | None:
 def parse_grade(text: str, low: int, high: int, how: Parse = "tolerant") -> float | None:
     """Return the grade from `low` to `high` on the first line that is not blank, or None.
 
-    Unless `strict`, emphasis, a label ("Grade: 4"), "4/5" and "4 out of 5" are accepted, and so is a grade that is the
-    only such line of the reply, or stands in its JSON object ({"grade": 4}).
+    `strict` accepts a number alone. The other rules also accept emphasis, a label ("Grade: 4"), "4/5" and "4 out of 5",
+    and a grade on another line if no other line has one, or in a JSON object ({"grade": 4}).
 
     Raises:
         Unreadable: the reply holds two different grades, or an object has a key twice.

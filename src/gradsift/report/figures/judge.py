@@ -94,8 +94,8 @@ def position_bias(material: Material) -> Figure:
 
 @report_figure("Length bias of the judge")
 def length_bias(material: Material) -> Figure:
-    """How often the longer answer won, over the decided items whose answers differ in length. An interval that misses
-    the middle line is a preference."""
+    """How often the longer answer won, over the decided items whose answers differ in length. An interval that
+    misses the middle line shows a preference for one length."""
     shares = longer_shares(judged(material))
     if not shares:
         raise Missing("no decided item has answers of different lengths")

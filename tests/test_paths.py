@@ -133,7 +133,9 @@ def test_several_shards_are_one_dataset_of_a_run(gradsift: Any) -> None:
     for number in range(2):
         write(gradsift.folder / "shards" / f"{number}.jsonl", ROWS[4 * number : 4 * number + 4])
     options = ("tracker=none", "scorer=random", "stop_after=selection", "proxy=gpt2", "alpha=1.0", "report=false")
-    assert gradsift("data=json", "data.path=[shards/0.jsonl,shards/1.jsonl]", *options) == 0
-    (selection,) = gradsift.folder.glob("outputs/*/*/selection.jsonl")
-    assert len(selection.read_text(encoding="utf-8").splitlines()) == 7
+    for paths_ in ("[shards/0.jsonl,shards/1.jsonl]", "shards/*.jsonl", "shards"):
+        assert gradsift("data=json", f"data.path='{paths_}'" if "*" in paths_ else f"data.path={paths_}", *options) == 0
+    selections = list(gradsift.folder.glob("outputs/*/*/selection.jsonl"))
+    assert [len(each.read_text(encoding="utf-8").splitlines()) for each in selections] == [7, 7, 7]
+    assert len(list(gradsift.store.glob("load/json-*"))) == 1  # the same files, the same artifact
     assert gradsift("data=json", "data.path=[]", *options) == 2

@@ -13,7 +13,7 @@ import yaml
 
 from gradsift.config import Config, dump_config
 from gradsift.config.data import JsonDataConfig
-from gradsift.data.files import file_kind
+from gradsift.data.paths import require_files
 from gradsift.launch import LOST, leads
 from gradsift.run_folder import CONFIG_FILE, RUN_FILE
 from gradsift.tracking import group_of
@@ -62,7 +62,7 @@ def execute(config: Config, job: Job) -> float | None:
         The value of `config.objective`, for a search, or None if the run has none.
     """
     if isinstance(config.data, JsonDataConfig):  # a wrong path fails before the slow imports
-        file_kind(Path(config.data.path).expanduser())
+        require_files(config.data.path)
     from gradsift.pipeline import follow, plan, prepare, run, settings_of
 
     if not leads(config.compute):

@@ -39,6 +39,12 @@ def files_of(paths: str | Sequence[str], downloads: Path) -> list[Path]:
     return files
 
 
+def require_files(paths: str | Sequence[str]) -> None:
+    """Raise DataError as `files_of` does, without reading standard input."""
+    named = [paths] if isinstance(paths, str) else paths
+    files_of([path for path in named if path != STANDARD_INPUT], Path())
+
+
 def read_files(files: Sequence[Path]) -> Iterator[SourceRow]:
     """Yield the rows of several files, numbered through; lines are known if there is one file."""
     if len(files) == 1:

@@ -15,10 +15,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gradsift import artifacts
+from gradsift import artifacts, manifests
 from gradsift.artifacts import Artifact, Store, fingerprint_of
 from gradsift.disk import guarded
 from gradsift.errors import GradsiftError
@@ -138,6 +139,33 @@ def test_a_damaged_artifact_is_set_aside_and_made_again(tmp_path: Path, damage: 
     assert again.file("result.txt").read_text() == "new"
     assert not store.records[0].reused
     assert len(list(tmp_path.glob("stage/*.damaged-*"))) == 1
+
+
+@pytest.mark.parametrize("moment", ["after the files are read", "while the files are read"])
+def test_what_another_process_made_again_is_not_set_aside(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes meet one damaged artifact, and one has made it again before the other holds the lock."""
+    _, artifact = build(tmp_path, {})
+    artifact.file("result.txt").write_text("y")
+    name = "read_manifest" if moment.startswith("after") else "describe"
+    module = artifacts if moment.startswith("after") else manifests
+    plain = getattr(module, name)
+
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(module, name, plain)
+        if moment.startswith("after"):
+            seen = plain(*arguments, **options)
+            build(tmp_path, {}, text="new")
+            return seen
+        artifact.path.rename(tmp_path / "aside")
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(module, name, meanwhile)
+    store, again = build(tmp_path, {}, text="new")
+    assert again.file("result.txt").read_text() == "new"
+    assert store.records[0].reused == moment.startswith("after")
+    assert len(list(tmp_path.glob("stage/*.damaged-*"))) == moment.startswith("after")
 
 
 ENTRIES = {  # of a manifest, and what cannot stand there

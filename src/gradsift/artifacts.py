@@ -203,11 +203,11 @@ class Store:
         started = time.perf_counter()
         with guarded(self.root, f"stage {wanted.stage} ({wanted.path.name})"):
             self._require_same_folder()
-            artifact = self._whole(wanted.stage, wanted.path, wanted.fingerprint)
+            artifact = self._whole(wanted, is_locked=False)
             if artifact is None:
                 wanted.path.parent.mkdir(parents=True, exist_ok=True)
                 with locked(wanted.path, self.say, self.at_work) as holder:
-                    artifact = self._whole(wanted.stage, wanted.path, wanted.fingerprint)  # made by another process
+                    artifact = self._whole(wanted, is_locked=True)  # made by another process
                     if artifact is None:
                         with self.at_work(f"{wanted.stage} {wanted.path.name.rsplit('-', 1)[0]}"):
                             return self._make(wanted, make, holder)
@@ -263,19 +263,23 @@ class Store:
         note.write_text(made_by, encoding="utf-8")
         return part
 
-    def _whole(self, stage: str, path: Path, fingerprint: str) -> Artifact | None:
-        """Return the artifact at `path` if every file is as the manifest says; set a damaged one aside."""
+    def _whole(self, wanted: Artifact, *, is_locked: bool) -> Artifact | None:
+        """Return the artifact if every file is as the manifest says; set a damaged one aside.
+
+        Args:
+            is_locked: whether this process holds its lock. Otherwise nothing is set aside: another process may have
+                made the artifact again since its damage was seen.
+        """
+        stage, path, fingerprint = wanted.stage, wanted.path, wanted.fingerprint
         if not os.path.lexists(path):
             return None
         manifest, damage = read_manifest(path, stage=stage, fingerprint=fingerprint)
         if damage is None:
             return Artifact(stage, path, fingerprint, manifest)
-        aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
-        try:
+        if is_locked:
+            aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
             path.rename(aside)
-        except FileNotFoundError:
-            return None  # another process has just set it aside
-        self.say(f"{stage}: {path.name} is damaged ({damage}); it was set aside as {aside.name} and is made again")
+            self.say(f"{stage}: {path.name} is damaged ({damage}); it was set aside as {aside.name} and is made again")
         return None
 
     def _record(self, artifact: Artifact, *, reused: bool, seconds: float) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from gradsift.evaluation.intervals import mean_interval, p_value
 from gradsift.report.figures import write_tables
+from gradsift.report.headline import headline
 from gradsift.report.material import Material, Missing, Run
 from gradsift.report.paper_tables import ablation_table, cells_of, count, is_distinguishable, pws_table
 from gradsift.report.run_tables import method_name
@@ -163,3 +164,13 @@ def test_a_methods_name_is_short_and_holds_all_that_tells_it_apart() -> None:
     settings = "proxy.members=2 proxy.snapshots=[1,3] scorer.eps=0.1"
     assert method_name("gsnr", settings) == "gsnr M=2 [1,3] scorer.eps=0.1"
     assert method_name("random", None) == "random"
+
+
+def test_the_headline_claims_no_difference_that_is_not_there_and_says_what_is_invalid() -> None:
+    even = headline(sweep(judged("gsnr", "w" * 11 + "l" * 9), judged("random", "w" * 9 + "l" * 11)))
+    assert "not distinguishable from the model tuned on all rows" in even.verdicts[0]
+    clear = headline(sweep(judged("gsnr", "w" * 30), judged("random", "l" * 30)))
+    assert "above the model tuned on all rows" in clear.verdicts[0]
+    cell = {"pws": 1.0, "pws_low": 0.5, "pws_high": 1.5, "win": 4, "tie": 0, "lose": 4, "invalid": 2, "n": 10}
+    one = headline(Material(Path("run"), [run("gsnr", 1.0, pooled=cell, benchmarks={"vicuna": cell})], False))
+    assert "20% of its 10 items have no valid judgment" in one.verdicts[0]

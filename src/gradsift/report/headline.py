@@ -10,7 +10,7 @@ from gradsift.diagnostics import DIAGNOSTICS_FILE, read_diagnostics
 from gradsift.report.material import FAILED, Material, Missing, Run
 from gradsift.report.notes import remarks_of_all, warnings_of
 from gradsift.report.paper_tables import LEVEL, cells_of, count, is_distinguishable
-from gradsift.report.run_tables import UNTUNED, Row, all_rows, flat_rows, over_seeds, pws_text
+from gradsift.report.run_tables import COUNTS, UNTUNED, Row, all_rows, flat_rows, over_seeds, pws_text
 from gradsift.report.table import counted
 
 
@@ -78,7 +78,7 @@ def _best(material: Material) -> tuple[list[str], list[Tile]]:
     tests = f" (Holm's correction over {counted(len(cells), 'cell')})" if len(cells) > 1 else ""
     verdicts = [
         f"The highest PWS is that of {method} at {100 * alpha:g} % of the rows{where}: {pws_text(best)}, {side} the "
-        f"model tuned on all rows{tests}."
+        f"model tuned on all rows{tests}{_invalid(best)}."
     ]
     tiles = [
         Tile("highest PWS", f"{best['pws']:.3f}", f"{method} at {100 * alpha:g} %"),
@@ -90,6 +90,14 @@ def _best(material: Material) -> tuple[list[str], list[Tile]]:
         return [*verdicts, f"Cells are not counted: {reason}."], tiles
     tiles.append(Tile("better than every baseline", f"{won.better} of {won.cells}", f"cells; worse in {won.worse}"))
     return [*verdicts, f"{won}."], tiles
+
+
+def _invalid(row: Row) -> str:
+    """Return the share of a cell's items without a valid judgment, as text; empty if there is none."""
+    if not row["invalid"]:
+        return ""
+    items = sum(row[name] for name in COUNTS)
+    return f"; {row['invalid'] / items:.0%} of its {items} items have no valid judgment"
 
 
 def _accuracy_tile(material: Material, best: Row) -> list[Tile]:
@@ -117,7 +125,7 @@ def _of_run(run: Run) -> tuple[str, list[str], list[Tile]]:
         verdicts.append("This run keeps every row; its PWS is 1 by definition.")
     elif record.get("pws") is not None:
         row = flat_rows(record)[-1]
-        outcomes = f"{row['win']} wins, {row['tie']} ties and {row['lose']} losses"
+        outcomes = f"{row['win']} wins, {row['tie']} ties and {row['lose']} losses{_invalid(row)}"
         distinct = row["p_value"] is not None and row["p_value"] < LEVEL
         verdict = "" if distinct else "; not distinguishable from 1"
         verdicts.append(f"PWS {pws_text(row)} against the model tuned on all rows: {outcomes}{verdict}.")

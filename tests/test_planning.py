@@ -186,6 +186,24 @@ def test_an_artifact_that_is_only_planned_cannot_be_read(tmp_path: Path) -> None
     assert (below.size, child.size) == (4, 2)
 
 
+MACHINE = {"NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "plans"),
+    [(MACHINE, 0), (TORCHRUN, 0), ({**MACHINE, "NODE_RANK": "0"}, 1), ({**TORCHRUN, "RANK": "0"}, 1)],
+)
+def test_the_first_rank_plans_alone(environment: dict[str, str], plans: int, gradsift, monkeypatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    before = listing(gradsift.store)
+    several = ("compute=ddp", "compute.devices=1", "compute.num_nodes=2")
+    assert gradsift(*TINY, "stop_after=statistics", "scorer=late_loss", *several, "plan=true") == 0
+    assert listing(gradsift.store) == before
+    assert len(gradsift.runs()) == plans
+
+
 def test_a_plan_refuses_what_the_run_would_refuse(gradsift, capsys) -> None:
     before = listing(gradsift.store)
     assert gradsift(*TINY, "alpha=0.001", "plan=true") == 2

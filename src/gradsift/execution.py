@@ -56,7 +56,7 @@ class Job:
 def execute(config: Config, job: Job) -> float | None:
     """Run one checked config and write its folder: run.json, config.yaml, metrics.jsonl, selection.jsonl.
 
-    A rank that is not rank 0 takes part in the work and writes nothing.
+    A rank that is not rank 0 takes part in the work and writes nothing; a plan is rank 0's alone.
 
     Returns:
         The value of `config.objective`, for a search, or None if the run has none.
@@ -66,8 +66,9 @@ def execute(config: Config, job: Job) -> float | None:
     from gradsift.pipeline import follow, plan, prepare, run, settings_of
 
     if not leads(config.compute):
-        prepare(config)
-        follow(config)
+        if not config.plan:
+            prepare(config)
+            follow(config)
         return None
     from gradsift.report.terminal import RunView
 

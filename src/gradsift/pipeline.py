@@ -124,7 +124,8 @@ def prepare(config: Config) -> None:
     set_threads(config.compute)
     set_kernels(config.compute)
     device_of(config.compute)  # raises if the device does not exist
-    join(config.compute)
+    if not config.plan:
+        join(config.compute)
 
 
 def settings_of(config: Config) -> list[tuple[str, Any]]:

@@ -354,11 +354,17 @@ def test_auto_takes_the_first_row_that_has_the_columns_of_a_format() -> None:
     assert [row.row for row in rejected] == [0, 1, 3]
 
 
-def test_unknown_columns_are_listed_with_the_options_to_set() -> None:
+def test_unknown_columns_are_listed_with_the_options_to_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"q, a, .*data\.format.*data\.fields\.instruction=NAME data\.fields\.output"):
         parse({"q": "x", "a": "y"})
     with pytest.raises(DataError, match=r"none of its 1 rows.*'output' is missing.*instruction, q, a; .*data\.fields"):
         parse({"instruction": "z", "q": "x", "a": "y"}, format="alpaca")
+    for fields in (
+        FieldsConfig(output="reply"),
+        FieldsConfig(instruction="q"),
+    ):  # no substitute for a name that is given
+        with pytest.raises(DataError, match="its columns are instruction, input, output, a format needs"):
+            parse_rows(read_rows(write(tmp_path / "a.json", json.dumps(ROWS))), "auto", fields)
     with pytest.raises(DataError, match="rows are no objects"):
         parse("a", 1)
     with pytest.raises(DataError, match="is empty"):

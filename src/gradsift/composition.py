@@ -82,6 +82,8 @@ def in_one_line(error: Exception) -> str:
     text = " ".join(part.strip() for part in kept.splitlines() if part.strip() and "To append" not in part)
     if match := re.search(r"Could not override '([\w.]+)'\. Key '(\w+)' not in '(\w+)'", text):
         return _unknown_option(*match.groups())
+    if match := re.match(r"Error parsing override '([^']*)' missing EQUAL", text):
+        return f"{match[1]} has no value; give it as in {match[1]}=VALUE"
     if match := re.search(r"Could not find '([\w/]+)/([^'/]+)' Available options in '\1': (.+)", text):
         group, name, choices = match[1], match[2], match[3].split()
         close = difflib.get_close_matches(name, choices, n=1)

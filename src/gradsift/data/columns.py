@@ -1,7 +1,7 @@
 """Which columns of a dataset hold the parts of an example: they are recognised by name.
 
 A column matches a field in one of three steps: its name is the configured one; it is that name in other letter case or
-with blanks around it; it is another name in use for the field.
+with blanks around it; it is another name in use for the field, if the configured name is the default.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _NEEDED = {
 }
 _PREFERENCE = ("chosen", "rejected")
 KNOWN = frozenset({*_PROMPTS, *_RESPONSES, *_PREFERENCE, "messages", "conversations", "conversation"})
+_DEFAULTS = FieldsConfig()
 _EXACT, _FOLDED, _OTHER = _STEPS = range(3)
 
 
@@ -144,7 +145,8 @@ def _needed_columns(columns: Sequence[str], configured: str, part: str, last: in
     """Return the columns that may hold a needed field, of the first step up to `last` that has any."""
     for step in range(last + 1):
         names = _matching(columns, configured, part, step)
-        if step == _OTHER and part in ("output", "completion") and (pair := pair_of(columns)):
+        is_default = configured == getattr(_DEFAULTS, part)
+        if step == _OTHER and is_default and part in ("output", "completion") and (pair := pair_of(columns)):
             names = [*names, pair[0]]
         if names:
             return names
@@ -154,6 +156,8 @@ def _needed_columns(columns: Sequence[str], configured: str, part: str, last: in
 def _matching(columns: Iterable[str], configured: str, part: str, step: int) -> list[str]:
     if step == _EXACT:
         return [column for column in columns if column == configured]
+    if step == _OTHER and configured != getattr(_DEFAULTS, part):  # a name that the user gave has no substitute
+        return []
     wanted = (folded(configured),) if step == _FOLDED else _OTHER_NAMES[part]
     return [column for column in columns if folded(column) in wanted]
 

@@ -71,15 +71,19 @@ def _kept(run: Run) -> str:
     return f"{selection['rows']:,}" + (f" of {pool:,}" if pool else "") + f" rows{by}"
 
 
+def _passed(steps: int, tokens: int) -> str:
+    return " and ".join(f"{count:,} {name}" for count, name in ((steps, "steps"), (tokens, "tokens")) if count)
+
+
 def _cost(run: Run) -> Iterator[Line]:
     if work := run.get("work"):
         parts = [duration(run["seconds"])] if "seconds" in run else []
         if work["made"]:
-            steps, tokens = f"{work['optimizer_steps']:,} steps", f"{work['forward_tokens']:,} tokens"
-            parts.append(f"{counted(work['made'], 'unit')} made with {steps} and {tokens}")
+            passed = _passed(work["optimizer_steps"], work["forward_tokens"])
+            parts.append(f"{counted(work['made'], 'unit')} made" + (f" with {passed}" if passed else ""))
         if work["reused"]:
-            saved = f"{work['saved_steps']:,} steps and {work['saved_tokens']:,} tokens"
-            parts.append(f"{counted(work['reused'], 'unit')} reused that had taken {saved}")
+            passed = _passed(work["saved_steps"], work["saved_tokens"])
+            parts.append(f"{counted(work['reused'], 'unit')} reused" + (f" that had taken {passed}" if passed else ""))
         yield "work", ", ".join(parts)
     if peaks := run.get("memory"):
         yield "memory", "at most " + ", ".join(f"{peak:.1f} GB {_MEMORY[name]}" for name, peak in peaks.items())

@@ -359,10 +359,7 @@ def test_unknown_columns_are_listed_with_the_options_to_set(tmp_path: Path) -> N
         parse({"q": "x", "a": "y"})
     with pytest.raises(DataError, match=r"none of its 1 rows.*'output' is missing.*instruction, q, a; .*data\.fields"):
         parse({"instruction": "z", "q": "x", "a": "y"}, format="alpaca")
-    for fields in (
-        FieldsConfig(output="reply"),
-        FieldsConfig(instruction="q"),
-    ):  # no substitute for a name that is given
+    for fields in (FieldsConfig(output="reply"), FieldsConfig(instruction="q")):
         with pytest.raises(DataError, match="its columns are instruction, input, output, a format needs"):
             parse_rows(read_rows(write(tmp_path / "a.json", json.dumps(ROWS))), "auto", fields)
     with pytest.raises(DataError, match="rows are no objects"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 from gradsift.config import FieldsConfig
@@ -106,6 +107,9 @@ def recognise(rows: Sequence[SourceRow], format: str, fields: FieldsConfig, sour
         DataError: no format fits, or two columns could be the same field; names the option to set.
     """
     formats = _NEEDED if format == "auto" else {format: _NEEDED[format]}
+    given = {part for part in chain(*_NEEDED.values()) if getattr(fields, part) != getattr(_DEFAULTS, part)}
+    if format == "auto" and given:  # a name that the user gave has no substitute, and no other format has one either
+        formats = {name: needed for name, needed in _NEEDED.items() if given & set(needed)}
     headers = list(dict.fromkeys(tuple(row.content) for row in rows if isinstance(row.content, dict)))
     for step in _STEPS:
         for columns in headers:
@@ -113,7 +117,7 @@ def recognise(rows: Sequence[SourceRow], format: str, fields: FieldsConfig, sour
                 shape = _fitting(columns, name, needed, fields, step, source, group)
                 if shape:
                     return shape
-            if step == _OTHER and format == "auto" and (chosen := _chosen_turns(columns, rows)):
+            if step == _OTHER and format == "auto" and not given and (chosen := _chosen_turns(columns, rows)):
                 return Shape("messages", Names(replace(fields, messages=chosen), (chosen,)))
     if format != "auto":  # each row is rejected for the column that it lacks
         return Shape(format, Names(fields, tuple(getattr(fields, part) for part in _NEEDED[format])))

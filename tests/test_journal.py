@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -108,6 +109,15 @@ def test_a_line_without_a_checksum_is_computed_again(tmp_path: Path) -> None:
     asked(tmp_path, ["a"])
     lines(tmp_path).write_text('["a", "found"]\n')
     assert asked(tmp_path, ["a"])[1] == ["a"]
+
+
+def test_a_judgment_that_an_earlier_version_kept_is_computed_again(tmp_path: Path) -> None:
+    asked(tmp_path, ["a"])
+    text = b'{"benchmark": "x", "item_id": "1", "valid": true}'
+    lines(tmp_path).write_bytes(hashlib.sha256(text).hexdigest()[:16].encode() + b" " + text + b"\n")
+    values, made = asked(tmp_path, ["a", "b"])
+    assert made == ["a", "b"]
+    assert asked(tmp_path, ["a", "b"]) == (values, [])
 
 
 def test_a_result_that_is_not_intact_any_more_is_computed_again(tmp_path: Path) -> None:

@@ -62,10 +62,11 @@ class Journal:
                 has changed.
         """
         if self._path is not None and self._kept:
-            kept_key, value = json.loads(_text(self._kept[0]), object_hook=_tensor_from_json)
-            if kept_key == key and intact(value):
+            entry = json.loads(_text(self._kept[0]), object_hook=_tensor_from_json)
+            # a list: earlier versions kept a judge's judgments here, which are objects
+            if isinstance(entry, list) and entry[0] == key and intact(entry[1]):
                 self._end += len(self._kept.popleft())
-                kept: T = value
+                kept: T = entry[1]
                 return kept
             self._kept.clear()
             os.truncate(self._path, self._end)

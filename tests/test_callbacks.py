@@ -217,7 +217,7 @@ def test_ids_that_float64_rounds_are_refused() -> None:
     records, norms = NormRecords(), torch.ones(1)
     records.add(torch.tensor([2**53 - 1]), 0, norms, norms)
     assert records.table()["example_id"].tolist() == [2**53 - 1]
-    records.add(torch.tensor([2**53 + 1]), 0, norms, norms)
+    records.add([2**53 + 1], 0, norms, norms)  # a list of numbers is no list of strings
     with pytest.raises(GradsiftError, match="give smaller numbers, or strings"):
         records.table()
 

@@ -41,8 +41,8 @@ class GradientNormCallback(L.Callback):
     def __init__(self, example_id: str = "example_id", reduction: str = "mean") -> None:
         """
         Args:
-            example_id: key (or attribute) of a batch under which it has the ids of its B examples: a tensor of whole
-                numbers, or a list of strings.
+            example_id: key (or attribute) of a batch under which it has the ids of its B examples: whole numbers (a
+                tensor or a list), or a list of strings.
             reduction: how the loss of a batch is made from those of its examples: their `mean`, their `sum`, or
                 `token_mean`, the mean over all labelled tokens of the batch (`labels`, -100 elsewhere), as transformers
                 computes it.
@@ -241,8 +241,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         norm_a, norm_b = self._norms.take()
         _require_as_many(self._ids, norm_a)
         scale = 1 / (self._token_weight * _labelled(self._labels).to(norm_a))
-        ids = torch.tensor(self._ids) if all(isinstance(each, int) for each in self._ids) else self._ids
-        self.records.add(ids, int(state.epoch or 0), norm_a * scale, norm_b * scale)
+        self.records.add(self._ids, int(state.epoch or 0), norm_a * scale, norm_b * scale)
         self._ids = None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,9 @@ class NormRecords:
         losses: torch.Tensor | None = None,
     ) -> None:
         """Add a batch: B ids (whole numbers or strings), and (B,) each of norms and losses."""
-        if not isinstance(ids, torch.Tensor):
+        if not isinstance(ids, torch.Tensor) and all(isinstance(each, Integral) for each in ids):
+            ids = torch.tensor([int(each) for each in ids])
+        elif not isinstance(ids, torch.Tensor):
             ids = torch.tensor([self._names.setdefault(str(name), len(self._names)) for name in ids])
         count = len(ids)
         if self._count + count > self._values.shape[1]:

@@ -33,6 +33,12 @@ class Job:
     number: int | None = None  # in the sweep, from 1
     jobs: Sequence[Sequence[str]] | None = None  # overrides of all jobs of the sweep, if they are known
 
+    @property
+    def differences(self) -> list[str]:
+        """The overrides that not all jobs of the sweep have; all overrides if there are none."""
+        shared = set(self.jobs[0]).intersection(*self.jobs) if self.jobs else set()
+        return [override for override in self.overrides if override not in shared] or self.overrides
+
     def clear(self) -> None:
         """Delete what an earlier run in the same folder wrote."""
         for name in _WRITTEN:
@@ -73,8 +79,7 @@ def execute(config: Config, job: Job) -> float | None:
     from gradsift.report.terminal import RunView
 
     view = RunView(job.number, total=len(job.jobs) if job.jobs else None)
-    shared = set(job.jobs[0]).intersection(*job.jobs) if job.jobs else set()
-    view.starting([override for override in job.overrides if override not in shared] or job.overrides)
+    view.starting(job.differences)
     from gradsift.artifacts import Store
     from gradsift.disk import guarded
     from gradsift.evaluation.judges import DryRun

@@ -7,6 +7,7 @@ examples; every other stage is the work of rank 0 alone (`gradsift.training.shar
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,6 +30,8 @@ _alone = False  # whether rank 0 makes a stage by itself
 def join(compute: ComputeConfig) -> None:
     """Join the group of all ranks, once per process; Lightning picks the backend (nccl or gloo) and the device."""
     if is_launched() and compute.ranks > 1 and not distributed.is_initialized():
+        for package in ("fabric", "pytorch"):  # which log several lines about the group
+            logging.getLogger(f"lightning.{package}").setLevel(logging.WARNING)
         strategy = DDPStrategy(timeout=timedelta(hours=12))  # ranks may wait long for the slowest share of a pass
         accelerator = "gpu" if device_of(compute).type == "cuda" else "cpu"
         Fabric(

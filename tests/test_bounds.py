@@ -28,6 +28,7 @@ UNBOUNDED = {  # whole numbers that cost nothing however large they are
     "neighbours": "more than there are is refused, or all",
     "max_calls": "a cap",
     "give_up": "a cap",
+    "give_up_unreadable": "a cap",
 }
 
 

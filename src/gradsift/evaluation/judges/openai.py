@@ -27,11 +27,18 @@ TASK = (
 )
 
 
-def render_prompt(request: JudgeRequest, system: str = SYSTEM, task: str = TASK) -> list[dict[str, str]]:
-    """Return the messages for a pair; each part is between marker lines that no part can imitate."""
+def render_prompt(request: JudgeRequest, system: str | None = None, task: str | None = None) -> list[dict[str, str]]:
+    """Return the messages for a pair; each part is between marker lines that no part can imitate.
+
+    Args:
+        system, task: wording before and after question and answers; default: `SYSTEM`, `TASK`.
+    """
     parts = {"question": request.instruction} | ({"input": request.input} if request.input else {})
     parts |= {"answer 1": request.first, "answer 2": request.second}
-    return [{"role": "system", "content": system}, {"role": "user", "content": in_blocks(parts, task)}]
+    return [
+        {"role": "system", "content": system or SYSTEM},
+        {"role": "user", "content": in_blocks(parts, task or TASK)},
+    ]
 
 
 _LACKING = {"verdict": "no verdict", "json": "no JSON with two scores"}

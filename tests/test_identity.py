@@ -316,13 +316,18 @@ def child_of(store: Store, model: Artifact) -> Artifact:
     return store.obtain("member", "m0-e1", {"seed": 0}, [model], make, version=1)
 
 
-def test_artifacts_of_other_numerics_are_not_used(tmp_path: Path) -> None:
-    store = Store(tmp_path, lambda line: None)
+def test_artifacts_of_other_numerics_are_named_and_not_used(tmp_path: Path) -> None:
+    lines: list[str] = []
+    store = Store(tmp_path, lines.append)
     half = backbone(runtime_with(store, precision="bfloat16"), NANO)
     other = dataclasses.replace(half, numerics=half.numerics | {"kernels": "0123456789ab"})  # of another machine
     first, second = child_of(store, other), child_of(store, half)
     assert first.fingerprint != second.fingerprint
-    assert child_of(store, half).fingerprint == second.fingerprint
+    (line,) = [line for line in lines if "is not used" in line]
+    assert first.path.name in line
+    assert "kernels=0123456789ab (here kernels=off)" in line  # nano models are too small for the kernels of any machine
+    assert child_of(store, half).fingerprint == second.fingerprint  # reused without another line
+    assert len([line for line in lines if "is not used" in line]) == 1
 
 
 def test_artifacts_computed_from_a_model_record_its_numerics(tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ class Store:
     at_work: Callable[[str], AbstractContextManager[Any]] = nullcontext  # entered while a unit is waited for or made
     records: list[StageRecord] = field(default_factory=list)
     other_code: set[str] = field(default_factory=set)  # versions of the code that made what this run reused
+    other_numerics: set[str] = field(default_factory=set)  # differences that were named before
     _inode: int | None = None  # of the root, once it exists
 
     def obtain(
@@ -209,10 +210,31 @@ class Store:
                 with locked(wanted.path, self.say, self.at_work) as holder:
                     artifact = self._whole(wanted, is_locked=True)  # made by another process
                     if artifact is None:
+                        self._name_other_numerics(wanted)
                         with self.at_work(f"{wanted.stage} {wanted.path.name.rsplit('-', 1)[0]}"):
                             return self._make(wanted, make, holder)
         self._record(artifact, reused=True, seconds=time.perf_counter() - started)
         return artifact
+
+    def _name_other_numerics(self, wanted: Artifact) -> None:
+        """Name the artifacts that differ from `wanted` only in the numerics of the models that they were computed with.
+
+        Artifacts of later stages have other parents as well, so only the first stage after a model is named.
+        """
+        own = wanted.manifest["numerics"]
+        if not own:
+            return
+        same = [name for name in wanted.manifest if name not in ("fingerprint", "numerics")]
+        for path in sorted(wanted.path.parent.glob(f"{wanted.path.name.rsplit('-', 1)[0]}-*/{MANIFEST}")):
+            manifest, damage = read_manifest(path.parent)
+            other = manifest.get("numerics")
+            if damage or other == own or any(manifest.get(name) != wanted.manifest[name] for name in same):
+                continue
+            difference = _difference(other, own)
+            if difference not in self.other_numerics:
+                self.other_numerics.add(difference)
+                name = f"{wanted.stage}/{path.parent.name}"
+                self.say(f"  {name} is not used, because it was computed with {difference}")
 
     def _make(self, wanted: Artifact, make: Make, holder: Holder) -> Artifact:
         part = self._part(wanted.path)
@@ -298,6 +320,18 @@ class Store:
 
     def records_as_dicts(self) -> list[dict[str, Any]]:
         return [asdict(record) for record in self.records]
+
+
+def _difference(others: Any, own: Mapping[str, Mapping[str, str]]) -> str:
+    """Return how the numerics of an artifact in the store differ from this run's: 'kernels=off (here kernels=3fa9)'."""
+    others = others if isinstance(others, Mapping) else {}
+    parts = []
+    for model, values in own.items():
+        theirs = others.get(model) or {}
+        for name, value in values.items():
+            if (other := theirs.get(name, "unknown")) != value:
+                parts.append(f"{name}={other} (here {name}={value})")
+    return ", ".join(parts) or "models that are not known"
 
 
 def fingerprint_of(stage: str, version: int, config: Mapping[str, Any], parents: Sequence[Artifact]) -> str:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from exactness import assert_close_by_norm
+from padding import padded
 from test_norms import VOCABULARY, tiny_model
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -49,17 +50,6 @@ def dataset() -> list[dict[str, Any]]:
         labels = np.where(np.arange(prompt + response) >= prompt, ids, -100)
         rows.append({"input_ids": ids.tolist(), "labels": labels.tolist(), "example_id": number})
     return rows
-
-
-def padded(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    longest = max(len(example["input_ids"]) for example in examples)
-    fill = {"input_ids": 0, "labels": -100}
-    batch = {
-        name: torch.tensor([example[name] + [pad] * (longest - len(example[name])) for example in examples])
-        for name, pad in fill.items()
-    }
-    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-    return batch | {"attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
 
 
 def loop(model: Any, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, np.ndarray]:

@@ -13,6 +13,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from padding import padded
 from test_finetuning import optimization, train, weights_of
 from test_norms import VOCABULARY, tiny_model
 from transformers import Trainer, TrainingArguments
@@ -61,17 +62,6 @@ def dataset() -> list[dict[str, list[int]]]:
         }
         for example in rows()
     ]
-
-
-def padded(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    longest = max(len(example["input_ids"]) for example in examples)
-    fill = {"input_ids": 0, "labels": -100}
-    batch = {
-        name: torch.tensor([example[name] + [pad] * (longest - len(example[name])) for example in examples])
-        for name, pad in fill.items()
-    }
-    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-    return batch | {"attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
 
 
 def arguments(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,50 +23,24 @@ Outcomes = Mapping[tuple[str, str], Outcome]  # by (benchmark, item)
 SIGNS: Mapping[Outcome, int] = {"win": 1, "tie": 0, "lose": -1}
 
 
-@dataclass(frozen=True)
-class PwsEstimate:
-    """The outcomes of some items, and their PWS with its interval; None where no item is valid."""
-
-    win: int
-    tie: int
-    lose: int
-    invalid: int
-    value: float | None = None
-    interval: tuple[float, float] | None = None
-
-    @property
-    def n(self) -> int:
-        """The number of items, including invalid ones."""
-        return self.win + self.tie + self.lose + self.invalid
-
-    @classmethod
-    def of_cell(cls, cell: Mapping[str, Any]) -> PwsEstimate:
-        """Return the estimate in a cell of `pws.json`, or in a row of a table with the same columns."""
-        win, tie, lose, invalid = (int(cell.get(name) or 0) for name in ("win", "tie", "lose", "invalid"))
-        low, high = cell.get("pws_low"), cell.get("pws_high")
-        interval = None if low is None or high is None else (float(low), float(high))
-        return cls(win, tie, lose, invalid, cell.get("pws"), interval)
-
-    def cell(self) -> dict[str, Any]:
-        """Return the estimate as a cell of `pws.json`."""
-        low, high = self.interval or (None, None)
-        counts = {"n": self.n, "win": self.win, "tie": self.tie, "lose": self.lose, "invalid": self.invalid}
-        return {**counts, "pws": self.value, "pws_low": low, "pws_high": high}
-
-
-def estimate(outcomes: Iterable[Outcome], confidence: float) -> PwsEstimate:
-    """Return the PWS of some items with its score interval (see `gradsift.evaluation.intervals`).
+def estimate(outcomes: Iterable[Outcome], confidence: float) -> dict[str, Any]:
+    """Return the PWS of some items with its score interval, as a cell of `pws.json`.
 
     Args:
         confidence: coverage of the interval, between 0 and 1.
+
+    Returns:
+        `{"n", "win", "tie", "lose", "invalid", "pws", "pws_low", "pws_high"}`; n includes invalid items, and the last
+        three are None if no item is valid.
     """
     outcomes = list(outcomes)
-    win, tie, lose, invalid = (outcomes.count(kind) for kind in ("win", "tie", "lose", "invalid"))
-    valid = win + tie + lose
-    if valid == 0:
-        return PwsEstimate(win, tie, lose, invalid)
-    low, high = mean_interval(np.repeat([1, 0, -1], [win, tie, lose])[None], confidence)
-    return PwsEstimate(win, tie, lose, invalid, (win - lose) / valid + 1, (low + 1, high + 1))
+    counts = {kind: outcomes.count(kind) for kind in ("win", "tie", "lose", "invalid")}
+    win, tie, lose, _ = counts.values()
+    cell: dict[str, Any] = {"n": len(outcomes), **counts, "pws": None, "pws_low": None, "pws_high": None}
+    if valid := win + tie + lose:
+        low, high = mean_interval(np.repeat([1, 0, -1], [win, tie, lose])[None], confidence)
+        cell |= {"pws": (win - lose) / valid + 1, "pws_low": low + 1, "pws_high": high + 1}
+    return cell
 
 
 def outcome(forward: Judgment | None, reverse: Judgment | None, combine: Combine) -> Outcome:
@@ -121,13 +94,13 @@ def summarise_outcomes(outcomes: Outcomes, confidence: float) -> dict[str, Any]:
     """Return outcomes and PWS for each benchmark, and pooled over all items.
 
     Returns:
-        `{"confidence", "benchmarks": {name: cell}, "pooled": cell}`, cells as in `PwsEstimate.cell`.
+        `{"confidence", "benchmarks": {name: cell}, "pooled": cell}`, cells as in `estimate`.
     """
     by_benchmark: dict[str, list[Outcome]] = {}
     for (benchmark, _), each in sorted(outcomes.items()):
         by_benchmark.setdefault(benchmark, []).append(each)
-    cells = {name: estimate(each, confidence).cell() for name, each in by_benchmark.items()}
-    return {"confidence": confidence, "benchmarks": cells, "pooled": estimate(outcomes.values(), confidence).cell()}
+    cells = {name: estimate(each, confidence) for name, each in by_benchmark.items()}
+    return {"confidence": confidence, "benchmarks": cells, "pooled": estimate(outcomes.values(), confidence)}
 
 
 def outcome_strings(outcomes: Outcomes) -> dict[str, dict[str, str]]:

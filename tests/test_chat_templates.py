@@ -6,6 +6,7 @@ The templates of the families are those of the installed trl; without it, those 
 from __future__ import annotations
 
 import re
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 from conftest import CHATML
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers.utils import chat_template_utils
 
-from gradsift.data.chat_templates import Segment, chat_segments
+from gradsift.data.chat_templates import DATE, Segment, chat_segments
 from gradsift.data.examples import Example, Turn
 from gradsift.data.tokens import encode, encode_prompt, encode_prompts, template_identity
 from gradsift.data.turns import Unusable
@@ -36,6 +38,7 @@ FAMILIES = (
     "smolvlm_training",
 )
 OPENS_A_THINK_BLOCK = ("deepseek_r1_distill", "deepseekv3")  # the generation prompt does, whole conversations do not
+LAST_BEFORE = dict.fromkeys(OPENS_A_THINK_BLOCK, "\n</think>\n\n")  # closes that block before the last answer
 NO_SYSTEM = ("gemma", "gemma_training")
 BEFORE = {  # what the model generates before the text
     "glm4moe": "\n",
@@ -46,6 +49,7 @@ BEFORE = {  # what the model generates before the text
     "smolvlm": " ",
 }
 ENDS = {
+    **dict.fromkeys(OPENS_A_THINK_BLOCK, "<\uff5cend\u2581of\u2581sentence\uff5c>"),
     "cohere": "<|END_OF_TURN_TOKEN|>",
     "cohere2": "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
     "diffusion_gemma": "<turn|>",
@@ -68,6 +72,7 @@ LAST_ENDS = {"gptoss": "<|return|>", "gptoss_training": "<|return|>", "glm4moe":
 NO_END = ("diffusion_gemma_training",)  # its marks leave out the end of the turn
 TURNS = [Turn("user", "What is 2 + 2?"), Turn("assistant", "It is four.")]
 MORE = [*TURNS, Turn("user", "And 3 + 3?"), Turn("assistant", "Six.")]
+TURN = {"role": "user", "content": "hi"}
 BARS = "|\uff5c"  # DeepSeek writes the full-width one
 CONTROL = re.compile(rf"<[{BARS}][^<>{BARS}\s]+[{BARS}]?>|<turn\|?>|<(?:start|end)_of_\w+>|</s>|<bos>")
 
@@ -99,6 +104,14 @@ def tokenizer_of(byte_tokenizer: Any) -> Any:
     return make
 
 
+class Clock:
+    """Stands in for the clock of transformers."""
+
+    @staticmethod
+    def now() -> date:
+        return DATE
+
+
 def text_of(segments: list[Segment], *, is_response: bool) -> str:
     return "".join(segment.text for segment in segments if segment.is_response is is_response)
 
@@ -120,30 +133,26 @@ def example(turns: list[Turn], row: int = 0) -> Example:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_responses_of_every_family(family: str, tokenizer_of: Any) -> None:
     tokenizer = tokenizer_of(template_text(family))
-    if base(family) in OPENS_A_THINK_BLOCK:
-        for turns in (TURNS, MORE):
-            with pytest.raises(Unusable, match=r"generation prompt ends with .*<think>"):
-                responses(turns, tokenizer)
-        return
     before, end = BEFORE.get(base(family), ""), "" if family in NO_END else ENDS.get(base(family), "<|im_end|>")
-    last = LAST_ENDS.get(family, end)
-    assert responses(TURNS, tokenizer) == [f"{before}It is four.{last}"]
-    assert responses(MORE, tokenizer) == [f"{before}It is four.{end}", f"{before}Six.{last}"]
+    last_before, last = LAST_BEFORE.get(base(family), before), LAST_ENDS.get(family, end)
+    assert responses(TURNS, tokenizer) == [f"{last_before}It is four.{last}"]
+    assert responses(MORE, tokenizer) == [f"{before}It is four.{end}", f"{last_before}Six.{last}"]
     untrained = [*MORE[:1], Turn("assistant", "It is four.", is_trained=False), *MORE[2:]]
-    assert responses(untrained, tokenizer) == [f"{before}Six.{last}"]
+    assert responses(untrained, tokenizer) == [f"{last_before}Six.{last}"]
     system = [Turn("system", "Be kind."), *TURNS]
     if family in NO_SYSTEM:
         with pytest.raises(Unusable, match="System role not supported"):
             responses(system, tokenizer)
     else:
-        assert responses(system, tokenizer) == [f"{before}It is four.{last}"]
+        assert responses(system, tokenizer) == [f"{last_before}It is four.{last}"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_prompt_of_a_family_is_the_templates_own_generation_prompt(family: str, tokenizer_of: Any) -> None:
+def test_the_prompt_of_a_family_is_the_templates_own_generation_prompt(
+    family: str, tokenizer_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = tokenizer_of(template_text(family))
-    if base(family) in OPENS_A_THINK_BLOCK:
-        return
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
     content: Any = "What is 2 + 2?"
     if not ("idefics" in family or "llava" in family or "smolvlm" in family):
         stock = tokenizer.apply_chat_template(
@@ -160,8 +169,6 @@ def test_the_prompt_of_a_family_is_the_templates_own_generation_prompt(family: s
 def test_text_that_spells_a_control_token_never_becomes_one(family: str, tokenizer_of: Any) -> None:
     template = template_text(family)
     tokenizer = tokenizer_of(template)
-    if base(family) in OPENS_A_THINK_BLOCK:
-        return
     control = {token for token in tokenizer.all_special_tokens if len(token) > 1}
     added = tokenizer.added_tokens_decoder
 
@@ -185,13 +192,62 @@ def test_an_empty_think_block_is_prompt_and_a_written_one_is_response(tokenizer_
     assert responses(thought, tokenizer) == ["<think>\ntwice two\n</think>\n\nIt is four.<|im_end|>"]
 
 
-@pytest.mark.parametrize("family", ["nemotron_3_nano", "qwen3_5_think", "qwen3_6_training"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("nemotron_3_nano", "qwen3_5_think", "qwen3_6_training"),
+        *("deepseek_r1_distill", "deepseek_r1_distill_training", "deepseekv3", "deepseekv3_training"),
+    ],
+)
 def test_a_think_block_that_the_prompt_opens_is_closed_by_the_response(family: str, tokenizer_of: Any) -> None:
     tokenizer = tokenizer_of(template_text(family))
     thought = [TURNS[0], Turn("assistant", "<think>\ntwice two\n</think>\n\nIt is four.")]
     segments = chat_segments(thought, tokenizer, tokenizer.chat_template)
-    assert text_of(segments, is_response=False).endswith("<|im_start|>assistant\n<think>\n")
-    assert responses(thought, tokenizer) == ["twice two\n</think>\n\nIt is four.<|im_end|>"]
+    assert re.search("assistant[\n\uff5c>]*<think>\n$", text_of(segments, is_response=False).casefold())
+    end = ENDS.get(base(family), "<|im_end|>")
+    assert responses(thought, tokenizer) == [f"twice two\n</think>\n\nIt is four.{end}"]
+
+
+@pytest.mark.parametrize("said", ["twice two</think>Four.", "<think>twice two</think>Four."])
+@pytest.mark.parametrize("family", ["deepseek_r1_distill", "deepseekv3_training"])
+def test_thoughts_that_the_template_would_drop_are_in_the_last_response(
+    family: str, said: str, tokenizer_of: Any
+) -> None:
+    tokenizer = tokenizer_of(template_text(family))
+    expected = f"twice two</think>Four.{ENDS[base(family)]}"
+    assert responses([TURNS[0], Turn("assistant", said)], tokenizer) == [expected]
+    assert responses([*TURNS, TURNS[0], Turn("assistant", said)], tokenizer)[1:] == [expected]
+    if family == "deepseek_r1_distill":  # and of an earlier turn they would be lost
+        with pytest.raises(Unusable, match=r"leaves out or changes the text of turn 2"):
+            responses([TURNS[0], Turn("assistant", said), *TURNS], tokenizer)
+
+
+@pytest.mark.parametrize("family", ["gptoss", "llama3_2", "muse_glimmer_training"])
+def test_tokens_do_not_depend_on_the_day(family: str, tokenizer_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = template_text(family)
+    assert "strftime_now" in template
+
+    class Tomorrow:
+        def now(self) -> Any:
+            return datetime.now() + timedelta(days=1)
+
+    tokenizer = tokenizer_of(template)
+    shown = encode_prompt("hi", "", tokenizer, "chat")
+    stock = tokenizer.apply_chat_template([TURN], add_generation_prompt=True)["input_ids"]
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow())
+    assert tokenizer.apply_chat_template([TURN], add_generation_prompt=True)["input_ids"] != stock
+    assert encode_prompt("hi", "", tokenizer, "chat") == shown
+    assert str(DATE.year) in tokenizer.decode(shown)
+    assert template_identity("chat").endswith(str(DATE))
+
+
+def test_a_date_leaves_the_rest_of_a_template_as_it_is(byte_tokenizer: Any) -> None:
+    codes = "%d %b %Y, %B %A %Y-%m-%d %y %H:%M:%S %-d %j %p %I %F"
+    for start in ("", "\n", "  {% if true %} {% endif %}"):
+        byte_tokenizer.chat_template = f"{start}{{{{ messages[0].content }}}}{{{{ strftime_now('{codes}') }}}}"
+        (segment,) = chat_segments(TURNS[:1], byte_tokenizer, byte_tokenizer.chat_template)
+        plain = byte_tokenizer.chat_template.replace(f"strftime_now('{codes}')", repr(DATE.strftime(codes)))
+        assert [segment] == chat_segments(TURNS[:1], byte_tokenizer, plain)
 
 
 def test_a_second_think_block_makes_the_row_unusable(tokenizer_of: Any) -> None:

@@ -6,14 +6,18 @@ turn has a known place even if the template treats earlier turns differently fro
 - A response is what the model has to generate: an assistant's text with the marker that ends the turn, without the
   white space after that marker. What the generation prompt supplies, such as a header or an empty think block, is
   prompt. If the template has `{% generation %}` marks, a response lies within them.
-- The prompt of the last response must be the generation prompt of the same conversation, token by token.
+- The prompt of the last response must be the generation prompt of the same conversation, token by token. If that prompt
+  opens a think block which the template does not show in conversations (DeepSeek-R1), the last response closes it: with
+  the thoughts of the row, or with none.
 - A turn whose text the template leaves out or changes makes the conversation unusable.
 
-Templates with a variable `enable_thinking` get true if a turn of the assistant has a `</think>`, otherwise false.
+Templates with a variable `enable_thinking` get true if a turn of the assistant has a `</think>`, otherwise false. A
+template that asks for today's date gets `DATE`, so that tokens do not depend on the day.
 """
 
 from __future__ import annotations
 
+import datetime
 import functools
 import re
 from collections.abc import Sequence
@@ -26,8 +30,9 @@ from gradsift.data.turns import Unusable
 from gradsift.errors import ConfigError
 
 FILE_SUFFIX = ".jinja"
+DATE = datetime.date(2024, 7, 26)  # the one that Llama 3's templates write where no date is known
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
-_THOUGHT = "</think>"
+_THINK, _THOUGHT = "<think>", "</think>"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # a template is a program over data that its author did not foresee, and Jinja passes on what its expressions raise
 _RAISED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -101,7 +106,7 @@ def chat_segments(turns: Sequence[Turn], tokenizer: Any, template: str) -> list[
     chat = _Chat(turns, tokenizer, template)
     if turns[-1].role == "user":
         return chat.segments(chat.rendered(len(turns), generate=True)[0], [])
-    text, spans = chat.rendered(len(turns), generate=False)
+    text, spans = chat.whole()
     for number in range(len(turns)):
         chat.require_shown(text, number)
     replies = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
@@ -114,6 +119,7 @@ class _Chat:
 
     def __init__(self, turns: Sequence[Turn], tokenizer: Any, template: str) -> None:
         self._turns, self._tokenizer, self._template = turns, tokenizer, template
+        self._prompts: dict[int, str] = {}
         said = "\n".join(turn.content for turn in turns)
         unused = (character for character in map(chr, _PRIVATE_USE) if character not in said)
         self._control = _control_tokens(tokenizer, template)
@@ -129,17 +135,43 @@ class _Chat:
                 text = text.replace(token, stand_in)
         return text
 
+    def whole(self) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of the conversation, and the places of what stands in `{% generation %}` marks.
+
+        The last response follows the generation prompt, even if that opens a think block and the template shows none.
+        """
+        text, spans = self.rendered(len(self._turns), generate=False)
+        prompt, end_mark = self._prompt(len(self._turns) - 1), self._marks[-1][1]
+        before, _, opened = prompt.rpartition(_THINK)
+        opens_alone = before and not opened.strip() and text.startswith(before) and not text.startswith(prompt)
+        if not opens_alone or end_mark not in text:
+            return text, spans
+        answer = self._marked(len(self._turns) - 1).lstrip()
+        thought = answer.removeprefix(_THINK).lstrip("\n") if _THOUGHT in answer else f"\n{_THOUGHT}\n\n{answer}"
+        end, longer = text.index(end_mark), prompt + thought[: thought.index(end_mark)]
+        spans = [(start, stop + len(longer) - end) if start <= end < stop else (start, stop) for start, stop in spans]
+        return longer + text[end:], spans
+
+    def _prompt(self, number: int) -> str:
+        """Return the generation prompt of the response at turn `number`."""
+        if number not in self._prompts:
+            self._prompts[number], _ = self.rendered(number, generate=True)
+        return self._prompts[number]
+
     def rendered(self, count: int, *, generate: bool) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text of the first `count` turns, and the places of what stands in `{% generation %}` marks."""
-        messages: list[dict[str, Any]] = []
-        for number, turn in enumerate(self._turns[:count]):
-            text, core = self._texts[number], self._core(number)
-            if turn.role != "system" and core:
-                place = text.rindex(core)
-                text = text[:place] + core.join(self._marks[number]) + text[place + len(core) :]
-            messages.append({"role": turn.role, "content": text})
+        """Return the text of the first `count` turns as the template shows them, and the places of what it marks."""
+        turns = enumerate(self._turns[:count])
+        messages = [{"role": turn.role, "content": self._marked(number)} for number, turn in turns]
         options = {**self._tokenizer.special_tokens_map, "enable_thinking": self._thinks}
         return _rendered(self._template, messages, generate=generate, **options)
+
+    def _marked(self, number: int) -> str:
+        """Return the text of a turn with its marks; a system turn has none."""
+        text, core = self._texts[number], self._core(number)
+        if self._turns[number].role == "system" or not core:
+            return text
+        place = text.rindex(core)
+        return text[:place] + core.join(self._marks[number]) + text[place + len(core) :]
 
     def _core(self, number: int) -> str:
         """Return what is marked of a turn: not the white space around it, which many templates strip, nor thoughts."""
@@ -169,7 +201,7 @@ class _Chat:
             Unusable: the generation prompt is not what comes before the response.
         """
         asked, (start_mark, end_mark) = self._marks[number - 1][1], self._marks[number]
-        prompt, _ = self.rendered(number, generate=True)
+        prompt = self._prompt(number)
         supplied = prompt[prompt.find(asked) + 1 :]
         begin, end = text.index(asked) + 1, text.index(end_mark, text.index(asked))
         before = text[begin : text.index(start_mark, begin)]
@@ -270,6 +302,7 @@ def _render(
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    template = _with_date(template)
     options |= {"add_generation_prompt": generate, "return_assistant_tokens_mask": bool(_GENERATION.search(template))}
     try:
         rendered: Any = render_jinja_template(conversations=[messages], chat_template=template, **options)
@@ -281,3 +314,12 @@ def _render(
         raise Unusable(str(error) or type(error).__name__) from error
     texts, spans = rendered
     return texts[0], spans[0] if spans else []
+
+
+@functools.lru_cache(maxsize=4)
+def _with_date(template: str) -> str:
+    """Return a template whose `strftime_now` gives `DATE`; transformers passes no functions to a template."""
+    if "strftime_now" not in template:
+        return template
+    codes = "".join(f"|replace('%{code}', '{DATE.strftime('%' + code)}')" for code in (*"aAbBdejmyYHIMSpxXcF", "-d"))
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{codes} }}}}{{%- endmacro %}}\n{template}"  # Jinja drops \n

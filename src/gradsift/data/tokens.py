@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gradsift.data.chat_templates import Segment, file_text, is_chat
+from gradsift.data.chat_templates import DATE, Segment, file_text, is_chat
 from gradsift.data.examples import Example, Rejected
 from gradsift.data.templates import prompt_segments, render
 from gradsift.data.truncation import Part, shorten, tokens_in, truncate
@@ -33,7 +33,7 @@ from gradsift.data.turns import Unusable
 from gradsift.errors import ConfigError, DataError
 
 ENCODING = 2  # raised when the same text gets other tokens, or another boundary between prompt and response
-_CHAT_ENCODING = 4  # the same for chat templates alone
+_CHAT_ENCODING = 5  # the same for chat templates alone
 _CHUNK = 1000  # texts tokenised in one call, which bounds the memory of a tokenizer's own records
 _CHUNK_CHARACTERS = 2_000_000  # the same for long texts: the records take about 200 bytes per character
 _MOST_UNKNOWN = 0.5  # share of unknown tokens above which the tokenizer cannot be meant for the data
@@ -93,7 +93,7 @@ def template_identity(template: str) -> str:
     if not is_chat(template):
         return template
     name = template if template == "chat" else hashlib.sha256(file_text(template).encode()).hexdigest()
-    return f"{name} {_CHAT_ENCODING}"
+    return f"{name} {_CHAT_ENCODING} {DATE}"
 
 
 def encode(

@@ -18,7 +18,7 @@ import pytest
 from conftest import SMOKE
 
 _FORKS = multiprocessing.get_context("forkserver")  # torch is loaded once, and every process is a real one
-_FORKS.set_forkserver_preload(["gradsift.cli", "gradsift.pipeline", "gradsift.report.terminal"])
+_FORKS.set_forkserver_preload(["gradsift.cli", "gradsift.pipeline", "gradsift.report.terminal", "lightning"])
 SCORES = (*SMOKE, "stop_after=scores", "data.seed=1")
 
 

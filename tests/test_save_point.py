@@ -28,7 +28,7 @@ from gradsift.config import ComputeConfig, LoraConfig
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.manifests import UNFINISHED
-from gradsift.training import lora, modules, target
+from gradsift.training import finetuning, lora, modules
 from gradsift.training.backbones import load_backbone
 from gradsift.training.device import TokenBudget
 from gradsift.training.finetuning import fit
@@ -208,7 +208,7 @@ def test_a_finetune_goes_on_within_its_steps(tmp_path: Path, backbones: Path, mo
 
     whole = tune(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(target, "ShowProgress", lambda advance: KillAfter(4))
+        patch.setattr(finetuning, "ShowProgress", lambda advance: KillAfter(4))
         with pytest.raises(Killed):
             tune(tmp_path / "killed")
     killed = tune(tmp_path / "killed")

@@ -38,7 +38,7 @@ from gradsift.proxy.epochs import OPTIMIZER_FILE, ProxyInputs, adapter
 from gradsift.runtime import Advance, Runtime
 from gradsift.training import lora
 from gradsift.training.device import device_of
-from gradsift.training.finetuning import require_finite
+from gradsift.training.head import require_finite
 
 VERSION = 1
 _BLOCK_BYTES = 2 * 2**30  # of gradients that are projected together: each block draws all signs of the projection

@@ -21,8 +21,7 @@ from gradsift.data.tokens import encoding_settings
 from gradsift.errors import GradsiftError
 from gradsift.proxy.epochs import EpochStart, ProxyInputs, adapter, train_epoch
 from gradsift.runtime import Runtime, derive_seed
-from gradsift.training.finetuning import ShowProgress
-from gradsift.training.modules import Optimization
+from gradsift.training.optimization import Optimization
 
 VERSION = 3
 
@@ -99,6 +98,8 @@ def _train(
     epoch: int,
     previous: Artifact | None,
 ) -> dict[str, Any]:
+    from gradsift.training.finetuning import ShowProgress
+
     seed = runtime.seed if config.seed is None else config.seed
     drawn = set(draw_rows(config, rows, seed).tolist())
     inputs = inputs._replace(encoded=[example for example in inputs.encoded if example.row in drawn])

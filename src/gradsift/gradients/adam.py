@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gradsift.errors import GradsiftError
-from gradsift.training.modules import BETAS
+from gradsift.training.optimization import BETAS
 
 EPS = 1e-8
 

@@ -29,8 +29,7 @@ from gradsift.journal import Journal
 from gradsift.proxy.epochs import ProxyInputs, adapter
 from gradsift.runtime import Advance, Runtime
 from gradsift.training import lora
-from gradsift.training.finetuning import require_finite
-from gradsift.training.head import ResponseLosses
+from gradsift.training.head import ResponseLosses, require_finite
 
 VERSION = 2
 DIRECTIONS_FILE = "directions.parquet"

@@ -40,8 +40,7 @@ from gradsift.proxy.epochs import ProxyInputs, adapter
 from gradsift.runtime import Advance, Runtime
 from gradsift.training import lora
 from gradsift.training.device import TokenBudget, device_of, numbers_at_once
-from gradsift.training.finetuning import require_finite
-from gradsift.training.head import OutputHead
+from gradsift.training.head import OutputHead, require_finite
 
 VERSION = 1
 STATISTICS_FILE = "embedding_gradients.parquet"

@@ -12,7 +12,7 @@ import torch
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.training import parallel
-from gradsift.training.finetuning import require_finite
+from gradsift.training.head import require_finite
 
 COLUMNS = ("norm_A", "norm_B", "loss")
 _LARGEST_ID = 2**53  # whole numbers up to here are exact in float64

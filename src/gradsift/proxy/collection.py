@@ -11,22 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils.data import DataLoader
 
 from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, ProxyConfig
 from gradsift.data.batching import by_length, shard_of, spread_out
 from gradsift.data.tokens import Encoded
-from gradsift.gradients.callback import GradientNormCallback
 from gradsift.gradients.norms_table import write_norms
 from gradsift.journal import Journal
 from gradsift.proxy.epochs import ProxyInputs, adapter
 from gradsift.runtime import Advance, Runtime, derive_seed, weighed
 from gradsift.training import lora, parallel
 from gradsift.training.device import TokenBudget, device_of
-from gradsift.training.finetuning import keyboard_interrupts, quiet_trainer
-from gradsift.training.modules import Optimization, ProxyMember, Step
+from gradsift.training.optimization import Optimization
 
 VERSION = 2
 
@@ -106,6 +103,11 @@ def collect_norms(
     Returns:
         norm_A, norm_B and loss, (N,) float32 each, in the order of `encoded`.
     """
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    from gradsift.gradients.callback import GradientNormCallback
+    from gradsift.training.finetuning import keyboard_interrupts, quiet_trainer
+    from gradsift.training.modules import ProxyMember, Step
 
     def tokens(examples: Sequence[Encoded]) -> int:
         return sum(len(example.input_ids) for example in examples)

@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 
 from gradsift.artifacts import Artifact
@@ -29,14 +28,11 @@ from gradsift.config import ProxyConfig
 from gradsift.data.batching import epoch_batches
 from gradsift.data.tokens import encoding_settings
 from gradsift.errors import GradsiftError
-from gradsift.gradients.callback import GradientNormCallback
 from gradsift.gradients.norms_table import write_norms
 from gradsift.proxy.collection import collect, is_collected
 from gradsift.proxy.epochs import EpochStart, ProxyInputs, adapter, train_epoch
-from gradsift.proxy.trajectory import Trajectory
 from gradsift.runtime import Runtime, derive_seed
-from gradsift.training.finetuning import ShowProgress
-from gradsift.training.modules import Optimization
+from gradsift.training.optimization import Optimization
 
 VERSION = 6
 
@@ -175,6 +171,10 @@ def train_member_epoch(
     Raises:
         GradsiftError: the learning rate is 0 throughout the epoch.
     """
+    from gradsift.gradients.callback import GradientNormCallback
+    from gradsift.proxy.trajectory import Trajectory
+    from gradsift.training.finetuning import ShowProgress
+
     member, epoch = settings["member"], settings["epoch"]
     plan = epoch_plan(config, [len(example.input_ids) for example in inputs.encoded], runtime.seed, member, epoch)
     optimization = Optimization(
@@ -196,7 +196,7 @@ def train_member_epoch(
     norms = GradientNormCallback() if config.collect == "during_training" else None
     with adapter(inputs.backbone, config.lora, lora_seed, runtime.compute) as adapted:
         trajectory = Trajectory(adapted, start.first_step, len(plan))
-        callbacks: list[L.Callback] = [ShowProgress(advance), trajectory, *([norms] if norms else [])]
+        callbacks = [ShowProgress(advance), trajectory, *([norms] if norms else [])]
         info = train_epoch(adapted, inputs, optimization, plan, start, folder, runtime.compute, callbacks)
         trajectory.write(folder)
     if norms is not None:

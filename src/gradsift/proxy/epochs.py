@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import lightning as L
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, LoraConfig
@@ -16,8 +14,10 @@ from gradsift.training import lora
 from gradsift.training.backbones import Backbone
 from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
-from gradsift.training.finetuning import fit, step_counts
-from gradsift.training.modules import Optimization, ProxyMember
+from gradsift.training.optimization import Optimization
+
+if TYPE_CHECKING:
+    from lightning import Callback
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 
@@ -56,20 +56,26 @@ def train_epoch(
     start: EpochStart,
     folder: Path,
     compute: ComputeConfig,
-    callbacks: Sequence[L.Callback],
+    callbacks: Sequence[Callback],
 ) -> dict[str, Any]:
     """Train over the steps of `plan` (positions in `inputs.encoded`); write adapter, optimiser state and curve.
 
     Returns:
         optimizer_steps, resumed_steps, rows, and the sizes of the adapter's factors.
     """
+    # here, as in every function that trains: Lightning takes seconds to import, and most runs reuse their trainings
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    from gradsift.training.finetuning import fit, step_counts
+    from gradsift.training.modules import ProxyMember
+
     backbone, encoded, budget = inputs
     module = ProxyMember(adapted, optimization, budget, backbone.pad_id, start.first_step, start.dropout_seed)
     if start.previous is not None:
         lora.load_adapter(adapted, start.previous.path)
         module.restore_from = start.previous.file(OPTIMIZER_FILE)
     # the next epoch continues from the optimiser's state
-    keeper = L.pytorch.callbacks.LambdaCallback(
+    keeper = LambdaCallback(
         on_train_end=lambda trainer, member: lora.save_optimizer(
             trainer.optimizers[0], lora.trainable_parameters(member.model), folder / OPTIMIZER_FILE
         )

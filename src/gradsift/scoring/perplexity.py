@@ -19,8 +19,7 @@ from gradsift.journal import Journal
 from gradsift.proxy.epochs import ProxyInputs
 from gradsift.runtime import Task
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
-from gradsift.training.finetuning import require_finite
-from gradsift.training.head import ResponseLosses
+from gradsift.training.head import ResponseLosses, require_finite
 
 
 def perplexity(proxy_inputs: ProxyInputs, count: int, task: Task, journal: Journal, *, prefer: str) -> Scores:

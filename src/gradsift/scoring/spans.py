@@ -16,8 +16,7 @@ from gradsift.journal import Journal
 from gradsift.runtime import Advance, weighed
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget, tokens_factor
-from gradsift.training.finetuning import require_finite
-from gradsift.training.head import OutputHead, token_losses
+from gradsift.training.head import OutputHead, require_finite, token_losses
 
 _BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # padded; no result depends on it. 512 fit in a CPU's caches
 

@@ -21,6 +21,7 @@ from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.training import lora, parallel
 from gradsift.training.device import device_of
+from gradsift.training.head import require_finite
 from gradsift.training.modules import AdapterModule, Step, TargetFinetuning
 from gradsift.training.save_point import SavePoint
 
@@ -169,21 +170,3 @@ class StopAtNonFinite(L.Callback):
             for name in names.keys() & outputs.keys():
                 require_finite(names[name], outputs["rows"], outputs[name], self._encoded)
         self._recent.clear()
-
-
-def require_finite(quantity: str, rows: torch.Tensor, values: torch.Tensor, encoded: Sequence[Encoded]) -> None:
-    """Raise a `GradsiftError` that names the examples whose value is NaN or infinite by their row in the data's source.
-
-    Args:
-        quantity: name of the values in the message.
-        rows: (B,) int64, `Encoded.row` of the values.
-        values: (B,)
-        encoded: examples that include all of `rows`.
-    """
-    bad = ~torch.isfinite(values)
-    if bool(bad.any()):
-        row_index = {example.row: example.row_index for example in encoded}
-        named = ", ".join(str(row_index[row]) for row in rows[bad][:8].tolist())
-        raise GradsiftError(
-            f"the {quantity} of row {named} is not finite; lower the learning rate, or take compute.precision=float32"
-        )

@@ -8,7 +8,7 @@ Shape letters: B examples of a batch, T tokens, D hidden size, P predicted place
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from gradsift.data.batching import Batch
+from gradsift.data.tokens import Encoded
+from gradsift.errors import GradsiftError
 from gradsift.training.device import numbers_at_once, without_host_reads
 from gradsift.training.lora import evaluating
 
@@ -222,3 +224,21 @@ def _is_last_step(causal: Any, embedding: nn.Linear) -> bool:
             return False  # the model casts before its head
         shortcut = embedding(hidden)
     return torch.equal(logits, shortcut.to(logits.dtype))
+
+
+def require_finite(quantity: str, rows: torch.Tensor, values: torch.Tensor, encoded: Sequence[Encoded]) -> None:
+    """Raise a `GradsiftError` that names the examples whose value is NaN or infinite by their row in the data's source.
+
+    Args:
+        quantity: name of the values in the message.
+        rows: (B,) int64, `Encoded.row` of the values.
+        values: (B,)
+        encoded: examples that include all of `rows`.
+    """
+    bad = ~torch.isfinite(values)
+    if bool(bad.any()):
+        row_index = {example.row: example.row_index for example in encoded}
+        named = ", ".join(str(row_index[row]) for row in rows[bad][:8].tolist())
+        raise GradsiftError(
+            f"the {quantity} of row {named} is not finite; lower the learning rate, or take compute.precision=float32"
+        )

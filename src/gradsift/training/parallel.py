@@ -14,8 +14,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import distributed
 
 from gradsift.config import ComputeConfig
@@ -30,6 +28,9 @@ _alone = False  # whether rank 0 makes a stage by itself
 def join(compute: ComputeConfig) -> None:
     """Join the group of all ranks, once per process; Lightning picks the backend (nccl or gloo) and the device."""
     if is_launched() and compute.ranks > 1 and not distributed.is_initialized():
+        from lightning.fabric import Fabric
+        from lightning.fabric.strategies.ddp import DDPStrategy
+
         for package in ("fabric", "pytorch"):  # which log several lines about the group
             logging.getLogger(f"lightning.{package}").setLevel(logging.WARNING)
         strategy = DDPStrategy(timeout=timedelta(hours=12))  # ranks may wait long for the slowest share of a pass

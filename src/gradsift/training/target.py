@@ -22,8 +22,7 @@ from gradsift.training import lora, parallel
 from gradsift.training.backbones import Backbone, load_shown
 from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
-from gradsift.training.finetuning import ShowProgress, fit, step_counts
-from gradsift.training.modules import Optimization, TargetFinetuning
+from gradsift.training.optimization import Optimization
 from gradsift.training.probing import require_adaptable
 
 VERSION = 4
@@ -107,6 +106,9 @@ def train_target(
     Raises:
         GradsiftError: no example has a response token for the target's tokenizer.
     """
+    from gradsift.training.finetuning import ShowProgress, fit, step_counts
+    from gradsift.training.modules import TargetFinetuning
+
     limit = min(config.max_length, backbone.context)
     with runtime.display.task("tokenise for the target", len(chosen)) as advance:
         encoded, report = encode(chosen, backbone.tokenizer, config.template, limit, advance)

@@ -21,8 +21,7 @@ from gradsift.evaluation.stages.answers import items_hash, slug_of
 from gradsift.runtime import Runtime
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget, device_of
-from gradsift.training.finetuning import require_finite
-from gradsift.training.head import ResponseLosses
+from gradsift.training.head import ResponseLosses, require_finite
 from gradsift.training.target import load_tuned
 
 VERSION = 3

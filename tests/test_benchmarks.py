@@ -274,10 +274,11 @@ def test_arena_hard_is_the_content_of_its_turn(catalog: Any, tmp_path: Path) -> 
     ]
 
 
-def test_mt_bench_is_its_first_turns(catalog: Any, tmp_path: Path) -> None:
+def test_mt_bench_has_its_second_turns_behind_the_first(catalog: Any, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "question.jsonl", {"question_id": 81, "category": "writing", "turns": ["Go.", "On."]})
     assert load_benchmark("mt_bench", replace(catalog["mt_bench"], path=str(file))) == [
-        Item("mt_bench", "81", "Go.", "", None)
+        Item("mt_bench", "81", "Go.", "", None),
+        Item("mt_bench_turn_2", "81", "On.", "", None, after="mt_bench"),
     ]
 
 

@@ -27,6 +27,7 @@ class BenchmarkSetConfig:
     rows: str | None = None  # key that holds the rows in a JSON file that has other keys too
     instruction: str = "instruction"
     input: str | None = None
+    second_turn: str | None = None  # a question that is asked after the answer to the first
     reference: str | None = None  # the reference answer, for judge=verifier, accuracy and the metrics
     reference_after: str | None = None  # text in that field after which the reference answer stands, as ####
     match: str = "exact"  # how an answer is compared with the reference (see gradsift.evaluation.matching)

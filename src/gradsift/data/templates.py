@@ -12,6 +12,7 @@ FILE.jinja
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,22 +52,30 @@ def render(example: Example, template: str, tokenizer: Any = None) -> list[Segme
         raise DataError(
             f"row {example.row_index}: the turns before the last exchange do not alternate between user and assistant"
         )
-    exchanges = [
-        _Exchange(user.content, "", reply.content, reply.is_trained)
-        for user, reply in zip(turns[::2], turns[1::2], strict=True)
-    ]
-    exchanges.append(_Exchange(example.instruction, example.input, example.output))
+    exchanges = [*_exchanges(turns), _Exchange(example.instruction, example.input, example.output)]
     return _render(system, exchanges, template, tokenizer)
 
 
-def prompt_segments(instruction: str, input: str, template: str, tokenizer: Any = None) -> list[Segment]:
-    """Return the part of `render` before the response, which a response is generated after; without a history.
+def prompt_segments(
+    instruction: str, input: str, template: str, tokenizer: Any = None, history: Sequence[Turn] = ()
+) -> list[Segment]:
+    """Return the part of `render` before the response, which a response is generated after.
+
+    Args:
+        history: the turns before, user and assistant in turn.
 
     Raises:
         ConfigError: an unknown template, or a tokenizer without a chat template.
         Unusable: the chat template cannot show this prompt.
     """
-    return _render(None, [_Exchange(instruction, input, None)], template, tokenizer)
+    return _render(None, [*_exchanges(history), _Exchange(instruction, input, None)], template, tokenizer)
+
+
+def _exchanges(turns: Sequence[Turn]) -> list[_Exchange]:
+    return [
+        _Exchange(user.content, "", reply.content, reply.is_trained)
+        for user, reply in zip(turns[::2], turns[1::2], strict=True)
+    ]
 
 
 def _render(system: str | None, exchanges: list[_Exchange], template: str, tokenizer: Any) -> list[Segment]:

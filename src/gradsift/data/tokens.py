@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gradsift.data.chat_templates import DATE, Segment, file_text, is_chat
-from gradsift.data.examples import Example, Rejected
+from gradsift.data.examples import Example, Rejected, Turn
 from gradsift.data.templates import prompt_segments, render
 from gradsift.data.truncation import Part, shorten, tokens_in, truncate
 from gradsift.data.turns import Unusable
@@ -189,14 +189,19 @@ def encode_prompts(
     return prompts, cut
 
 
-def encode_prompt(instruction: str, input: str, tokenizer: Any, template: str) -> list[int]:
+def encode_prompt(
+    instruction: str, input: str, tokenizer: Any, template: str, history: Sequence[Turn] = ()
+) -> list[int]:
     """Return the token ids that a response is generated after: those of the prompt in `encode`, not cut.
+
+    Args:
+        history: the turns before, user and assistant in turn.
 
     Raises:
         ConfigError: the template cannot be used, or cannot show this prompt.
     """
     try:
-        segments = prompt_segments(instruction, input, template, tokenizer)
+        segments = prompt_segments(instruction, input, template, tokenizer, history)
     except Unusable as reason:
         raise ConfigError(f"template={template}: {reason}; {_REMEDY}") from reason
     parts = [(ids, False) for ids in _ids(segments, tokenizer)]

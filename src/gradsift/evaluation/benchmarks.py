@@ -20,13 +20,18 @@ from gradsift.evaluation.matching import has_number
 
 @dataclass(frozen=True)
 class Item:
-    """One question of one benchmark. `input` is empty where the set has none."""
+    """One question of one benchmark. `input` is empty where the set has none.
+
+    A question that is asked later in a conversation names in `after` the benchmark of the question before it, which has
+    the same id.
+    """
 
     benchmark: str
     item_id: str
     instruction: str
     input: str
     reference: str | None
+    after: str | None = None
 
 
 def load_benchmark(
@@ -38,9 +43,11 @@ def load_benchmark(
 ) -> list[Item]:
     """Read the items of one benchmark, in the order of its file.
 
+    The second turns are a benchmark of their own, `<name>_turn_2`, behind the first ones.
+
     Args:
         name: key of the set in `benchmark.catalog`.
-        limit: number of items to read; None reads all.
+        limit: number of rows to read; None reads all.
         fetch: downloads `spec.url` to a local file (see `fetch_url`); None forbids downloads.
         folder: local copies of the files that would be downloaded, `benchmark.folder`.
 
@@ -52,6 +59,7 @@ def load_benchmark(
     file = _locate(name, spec, fetch, folder)
     key = f"benchmark.catalog.{name}"
     items: list[Item] = []
+    second: list[Item] = []
     first_row: dict[str, int] = {}
     for number, row in enumerate(_read_rows(file, key, spec.rows)[:limit], start=1):
         part = _RowReader(row, file, number, key)
@@ -65,7 +73,10 @@ def load_benchmark(
         instruction = part.text("instruction", spec.instruction, filled=True)
         input_text = "" if spec.input is None else part.text("input", spec.input)
         items.append(Item(name, item_id, instruction, input_text, _reference(part, spec)))
-    return items
+        if spec.second_turn is not None:
+            question = part.text("second_turn", spec.second_turn, filled=True)
+            second.append(Item(f"{name}_turn_2", item_id, question, "", None, after=name))
+    return [*items, *second]
 
 
 def _reference(part: _RowReader, spec: BenchmarkSetConfig) -> str | None:

@@ -20,13 +20,20 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.errors import DataError, GradsiftError
-from gradsift.evaluation.generation import OUTPUTS_FILE, ModelOutput, item_key, read_pair
+from gradsift.evaluation.generation import (
+    OUTPUTS_FILE,
+    ModelOutput,
+    item_key,
+    read_pair,
+    without_turns,
+)
 from gradsift.evaluation.human.pairs import PairFiles, files_of_run
 from gradsift.evaluation.judges import Combine, Order
-from gradsift.evaluation.judges.alpaca_eval import NAMES, with_input
+from gradsift.evaluation.judges.alpaca_eval import NAMES
 from gradsift.evaluation.judgments import ORDERS, Judgment
 from gradsift.evaluation.pws import in_both_orders, outcome
 from gradsift.evaluation.records import read_records
+from gradsift.evaluation.turns import with_input
 from gradsift.names import require_no_link, slug
 
 ANNOTATIONS_FILE = "annotations.json"
@@ -40,7 +47,7 @@ def export(files: PairFiles, folder: Path) -> list[Path]:
         DataError: a file is missing or broken, the two models have the same name, the judgments are about other items,
             or a file exists already with other content.
     """
-    pair = read_pair(files.model, files.reference)
+    pair = [without_turns(rows) for rows in read_pair(files.model, files.reference)]
     model, reference = (rows[0]["generator"] for rows in pair)
     remedy = "give the rows of one file another `generator`"
     if model == reference:
@@ -56,7 +63,7 @@ def export(files: PairFiles, folder: Path) -> list[Path]:
     contents: dict[Path, list[dict[str, Any]]] = {
         # alpaca_eval joins models by the instruction and shows no `input`
         folder / slug(name) / OUTPUTS_FILE: [
-            {key: value for key, value in row.items() if key != "input"}
+            {key: value for key, value in row.items() if key not in ("input", "after")}
             | {"instruction": with_input(row["instruction"], row["input"])}
             for row in rows
         ]

@@ -7,12 +7,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from gradsift import outside_json
 from gradsift.cost import passed
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.benchmarks import Item
+from gradsift.evaluation.turns import two_turns, with_input
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from gradsift.journal import Journal
 
 OUTPUTS_FILE = "model_outputs.json"
+_SHARED = ("instruction", "input", "reference", "after")  # equal in two models' answers to the same item
 
 
 def generate_answers(
@@ -170,11 +172,12 @@ class ModelOutput(TypedDict):
     item_id: str
     input: str
     reference: str | None
+    after: NotRequired[str]  # dataset of the question before this one, in a conversation
 
 
 def model_outputs(items: Sequence[Item], answers: Sequence[str], generator: str) -> list[ModelOutput]:
     """Return the answers of `generator`, one row per item."""
-    return [
+    rows = [
         ModelOutput(
             instruction=item.instruction,
             output=answer,
@@ -187,6 +190,10 @@ def model_outputs(items: Sequence[Item], answers: Sequence[str], generator: str)
         )
         for item, answer in zip(items, answers, strict=True)
     ]
+    for item, row in zip(items, rows, strict=True):
+        if item.after is not None:
+            row["after"] = item.after
+    return rows
 
 
 def write_model_outputs(path: Path, rows: Sequence[ModelOutput]) -> None:
@@ -199,8 +206,8 @@ def read_model_outputs(path: Path) -> list[ModelOutput]:
     """Read a `model_outputs.json`, ours or alpaca_eval's (which has no ids: the row number is used).
 
     Raises:
-        DataError: the file is missing or broken, a row lacks instruction or output, or two rows of a dataset have the
-            same id.
+        DataError: the file is missing or broken, a row lacks instruction or output, two rows of a dataset have the same
+            id, or a question of a conversation lacks the one before it.
     """
     try:
         loaded = outside_json.loads(path.read_text(encoding="utf-8"))
@@ -216,6 +223,10 @@ def read_model_outputs(path: Path) -> list[ModelOutput]:
         if item_key(row) in rows:
             raise DataError(f"{path}, row {number}: item {'/'.join(item_key(row))} is there twice")
         rows[item_key(row)] = row
+    for row in rows.values():
+        if "after" in row and "after" in rows.get((row["after"], row["item_id"]), {"after": None}):
+            before = f"{row['after']}/{row['item_id']}"
+            raise DataError(f"{path}: {'/'.join(item_key(row))} needs {before} as the first turn before it")
     return list(rows.values())
 
 
@@ -230,7 +241,7 @@ def _read_row(row: Any, number: int, path: Path) -> ModelOutput:
         return value
 
     item_id = row.get("item_id", number)
-    return ModelOutput(
+    read = ModelOutput(
         instruction=text("instruction"),
         output=text("output"),
         generator=text("generator", path.stem),
@@ -240,11 +251,32 @@ def _read_row(row: Any, number: int, path: Path) -> ModelOutput:
         input=text("input", ""),
         reference=None if row.get("reference") is None else text("reference"),
     )
+    if row.get("after") is not None:
+        read["after"] = text("after")
+    return read
 
 
 def item_key(row: ModelOutput) -> tuple[str, str]:
     """Return benchmark and id, which identify an item across files."""
     return row["dataset"], row["item_id"]
+
+
+def first_turns(rows: Sequence[ModelOutput]) -> dict[tuple[str, str], ModelOutput]:
+    """Return the row before each second turn of a conversation, by the key of the second turn."""
+    by_key = {item_key(row): row for row in rows}
+    return {key: by_key[row["after"], row["item_id"]] for key, row in by_key.items() if "after" in row}
+
+
+def without_turns(rows: Sequence[ModelOutput]) -> list[ModelOutput]:
+    """Return the rows, each second turn with the whole conversation in its instruction and its output."""
+    first = first_turns(rows)
+    single: list[ModelOutput] = []
+    for row in rows:
+        if before := first.get(item_key(row)):
+            instruction = two_turns(*(with_input(turn["instruction"], turn["input"]) for turn in (before, row)))
+            row = {**row, "instruction": instruction, "input": "", "output": two_turns(before["output"], row["output"])}
+        single.append(row)
+    return single
 
 
 def check_pairs(rows: Sequence[ModelOutput], reference_rows: Sequence[ModelOutput]) -> None:
@@ -258,7 +290,7 @@ def check_pairs(rows: Sequence[ModelOutput], reference_rows: Sequence[ModelOutpu
     problems += [f"{'/'.join(key)} (only in the reference model's)" for key in of_reference if key not in of_model]
     for key in of_model.keys() & of_reference.keys():
         mine, other = dict(of_model[key]), dict(of_reference[key])
-        if differing := [part for part in ("instruction", "input", "reference") if mine[part] != other[part]]:
+        if differing := [part for part in _SHARED if mine.get(part) != other.get(part)]:
             problems.append(f"{'/'.join(key)} (other {', '.join(differing)})")
     if len(of_model) < len(rows) or len(of_reference) < len(reference_rows):
         problems.append("an item that is there twice")

@@ -18,8 +18,9 @@ from typing import Any
 from gradsift import outside_json
 from gradsift.diagnostics import Diagnostic
 from gradsift.errors import DataError
-from gradsift.evaluation.generation import ModelOutput, check_pairs, item_key
+from gradsift.evaluation.generation import ModelOutput, check_pairs, first_turns, item_key
 from gradsift.evaluation.judges import Judge, JudgeError, JudgeRequest, Order, Pair, Reply
+from gradsift.evaluation.turns import with_input
 
 _INVALID_LIMIT = 0.05  # share of invalid judgments above which a warning is given
 ORDERS: tuple[Order, Order] = ("forward", "reverse")
@@ -85,11 +86,17 @@ def judge_pairs(
 def _requests(rows: Sequence[ModelOutput], reference_rows: Sequence[ModelOutput]) -> list[JudgeRequest]:
     """Return both orders of each item, one after the other."""
     reference_outputs = {item_key(row): row["output"] for row in reference_rows}
+    before = first_turns(rows)
     requests = []
     for row in rows:
         answers = row["output"], reference_outputs[item_key(row)]
+        turn = before.get(item_key(row))
         for order in ORDERS:
             first, second = answers if order == "forward" else answers[::-1]
+            earlier = None
+            if turn is not None:
+                both = turn["output"], reference_outputs[item_key(turn)]
+                earlier = with_input(turn["instruction"], turn["input"]), *(both if order == "forward" else both[::-1])
             requests.append(
                 JudgeRequest(
                     item_id=row["item_id"],
@@ -100,6 +107,7 @@ def _requests(rows: Sequence[ModelOutput], reference_rows: Sequence[ModelOutput]
                     first=first,
                     second=second,
                     reference=row["reference"],
+                    earlier=earlier,
                 )
             )
     return requests

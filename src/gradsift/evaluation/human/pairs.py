@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.errors import DataError
-from gradsift.evaluation.generation import OUTPUTS_FILE, item_key, read_pair
+from gradsift.evaluation.generation import OUTPUTS_FILE, item_key, read_pair, without_turns
 from gradsift.evaluation.judges import Combine
 from gradsift.manifests import MANIFEST, content_hash
 
@@ -52,7 +52,7 @@ def read_pairs(files: PairFiles) -> Pairs:
     Raises:
         DataError: a file is missing or broken, the two do not answer the same items, or an id is not Unicode text.
     """
-    rows, reference_rows = read_pair(files.model, files.reference)
+    rows, reference_rows = map(without_turns, read_pair(files.model, files.reference))
     outputs = {item_key(row): row["output"] for row in reference_rows}
     items = {
         item_key(row): Pair(row["instruction"], row["input"], row["output"], outputs[item_key(row)]) for row in rows

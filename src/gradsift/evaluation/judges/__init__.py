@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Literal, Protocol, TypeVar
 
 from gradsift.data.examples import Turn
 from gradsift.errors import GradsiftError
+from gradsift.evaluation.turns import two_turns, with_input
 
 Order = Literal["forward", "reverse"]
 Combine = Literal["signs", "sum"]
@@ -37,7 +38,8 @@ class DryRun(GradsiftError):
 class JudgeRequest:
     """A pair of answers in the order shown: `first` is the model's answer if `order` is "forward".
 
-    `reference` is the benchmark's own correct answer, if it has one.
+    `reference` is the benchmark's own correct answer, if it has one. In the second turn of a conversation, `earlier` is
+    the first turn: the question, and the answers in the order shown.
     """
 
     item_id: str
@@ -48,6 +50,22 @@ class JudgeRequest:
     first: str
     second: str
     reference: str | None
+    earlier: tuple[str, str, str] | None = None
+
+
+def in_one_turn(request: JudgeRequest) -> JudgeRequest:
+    """Return a second turn with the whole conversation in its question and answers; other requests as they are."""
+    if request.earlier is None:
+        return request
+    question, first, second = request.earlier
+    return replace(
+        request,
+        instruction=two_turns(question, with_input(request.instruction, request.input)),
+        input="",
+        first=two_turns(first, request.first),
+        second=two_turns(second, request.second),
+        earlier=None,
+    )
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from numbers import Real
 from typing import Any
 
 from gradsift.evaluation.chat import ChatClient
-from gradsift.evaluation.judges import Combine, JudgeRequest, Pair, Reply, content_hash
+from gradsift.evaluation.judges import Combine, JudgeRequest, Pair, Reply, content_hash, in_one_turn
 from gradsift.evaluation.judges.annotators import SLOT, Annotator
 from gradsift.evaluation.judges.parsing import json_objects, parse_scores
 from gradsift.evaluation.replies import Completion
+from gradsift.evaluation.turns import with_input
 
 NAMES = "alpaca_eval/"  # prefix of such a judge's name in records
 EQUAL = "both answers are the same text, a draw without asking (as in alpaca_eval)"
@@ -68,7 +69,8 @@ class AlpacaEvalJudge:
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
         """Yield replies in order of arrival, then those to equal answers, which need no request."""
-        asked = [request for request in requests if request.first != request.second]
+        shown = {request: in_one_turn(request) for request in requests}
+        asked = [request for request, pair in shown.items() if pair.first != pair.second]
         parser = parser_of(self._annotator)
         needs = " and needs the endpoint's log-probabilities" if self._annotator.parser == "logprob_parser" else ""
         unread = f"{self._annotator.parser} finds no preference in it{needs}"
@@ -82,7 +84,7 @@ class AlpacaEvalJudge:
         prompts = [render(self._annotator, request) for request in asked]
         for position, reply in self._chat.ask(prompts, read, scope=self._scope, unread=unread):
             yield asked[position], reply
-        yield from ((r, Reply("", (0.5, 0.5), EQUAL)) for r in requests if r.first == r.second)
+        yield from ((r, Reply("", (0.5, 0.5), EQUAL)) for r, pair in shown.items() if pair.first == pair.second)
 
     def cost(self) -> dict[str, float | int | None]:
         """Return what the pairs have cost so far, in earlier processes too (see `ChatClient.spent`)."""
@@ -94,6 +96,7 @@ def render(annotator: Annotator, request: JudgeRequest) -> list[dict[str, str]]:
 
     Without a slot for the input, the input follows the instruction after an empty line.
     """
+    request = in_one_turn(request)
     has_slot = any("{input}" in text for _, text in annotator.messages)
     parts = {
         "instruction": request.instruction if has_slot else with_input(request.instruction, request.input),
@@ -105,11 +108,6 @@ def render(annotator: Annotator, request: JudgeRequest) -> list[dict[str, str]]:
         {"role": role, "content": SLOT.sub(lambda slot: parts[slot[1]], text).strip()}
         for role, text in annotator.messages
     ]
-
-
-def with_input(instruction: str, input: str) -> str:
-    """Return instruction and input as one text, as alpaca_eval has no field for the input."""
-    return f"{instruction}\n\n{input}" if input else instruction
 
 
 def preference(parser: Parser, completion: Completion, *, reads_choice: bool) -> float | None:

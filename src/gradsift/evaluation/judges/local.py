@@ -18,7 +18,7 @@ from gradsift.cost import passed
 from gradsift.data.batching import capped_batches
 from gradsift.errors import ConfigError
 from gradsift.evaluation.generation import left_padded
-from gradsift.evaluation.judges import Combine, JudgeRequest, Pair, RatingRequest, Reply, content_hash
+from gradsift.evaluation.judges import Combine, JudgeRequest, Pair, RatingRequest, Reply, content_hash, in_one_turn
 from gradsift.evaluation.judges.rating import SCALES
 from gradsift.journal import Journal
 from gradsift.training.device import without_host_reads
@@ -233,6 +233,7 @@ class LocalJudge:
 
 def render_pair(request: JudgeRequest) -> tuple[str, str, str, str, str, str]:
     """Return the pieces of a pair's prompt, which are tokenised separately; the answers are the third and fifth."""
+    request = in_one_turn(request)
     opening = OPENING + request.instruction + (INPUT + request.input if request.input else "")
     return opening, ANSWER_A, request.first, ANSWER_B, request.second, QUESTION
 

@@ -26,18 +26,32 @@ TASK = (
     "answer 2. From the second line on, explain your grades briefly."
 )
 
+CONVERSATION = (
+    "This is a conversation of two turns. Judge the answers to the second question; those to the first are their "
+    "context, and each second answer continues the first of the same number."
+)
+
 
 def render_prompt(request: JudgeRequest, system: str | None = None, task: str | None = None) -> list[dict[str, str]]:
     """Return the messages for a pair; each part is between marker lines that no part can imitate.
+
+    In the second turn of a conversation, both turns are shown and the second is graded (MT-bench, arXiv 2306.05685).
 
     Args:
         system, task: wording before and after question and answers; default: `SYSTEM`, `TASK`.
     """
     parts = {"question": request.instruction} | ({"input": request.input} if request.input else {})
-    parts |= {"answer 1": request.first, "answer 2": request.second}
+    answers = {"answer 1": request.first, "answer 2": request.second}
+    task = task or TASK
+    if request.earlier is not None:
+        question, first, second = request.earlier
+        before = {"first question": question, "answer 1 to it": first, "answer 2 to it": second}
+        parts = before | {f"second {name}": text for name, text in parts.items()}
+        answers = {f"{name} to the second question": text for name, text in answers.items()}
+        task = f"{CONVERSATION}\n{task}"
     return [
         {"role": "system", "content": system or SYSTEM},
-        {"role": "user", "content": in_blocks(parts, task or TASK)},
+        {"role": "user", "content": in_blocks(parts | answers, task)},
     ]
 
 

@@ -13,7 +13,11 @@ from gradsift.evaluation.judges.openai import render_prompt
 from gradsift.evaluation.judges.rating import SCALES, render_rating
 
 _INPUTS = ("", "I")  # prompts without and with an input differ
-_PAIRS = [JudgeRequest("1", "b", "forward", "Q", text, "A", "B", None) for text in _INPUTS]
+_PAIRS = [
+    JudgeRequest("1", "b", "forward", "Q", text, "A", "B", None, earlier)
+    for text in _INPUTS
+    for earlier in (None, ("P", "C", "D"))
+]
 _HISTORIES = ((), (Turn("user", "U"), Turn("assistant", "V")))
 _EXAMPLES = [
     RatingRequest(0, question, history, "Q", text, "A")

@@ -14,11 +14,18 @@ from gradsift.artifacts import Artifact
 from gradsift.config import EMBEDDED, TERSE, BenchmarkConfig, TargetConfig
 from gradsift.data import verifiable
 from gradsift.data.download import fetch_url
+from gradsift.data.examples import Turn
 from gradsift.data.load import benchmark_rows
 from gradsift.data.tokens import encode_prompt, template_identity
 from gradsift.data.verifiable import FAMILIES
 from gradsift.evaluation.benchmarks import Item, load_benchmark
-from gradsift.evaluation.generation import OUTPUTS_FILE, generate_answers, model_outputs, write_model_outputs
+from gradsift.evaluation.generation import (
+    OUTPUTS_FILE,
+    generate_answers,
+    model_outputs,
+    write_model_outputs,
+)
+from gradsift.evaluation.turns import with_input
 from gradsift.runtime import Runtime
 from gradsift.training.target import load_tuned
 
@@ -72,29 +79,47 @@ def generate(
 
     def make(folder: Path) -> Mapping[str, Any]:
         tuned_model = load_tuned(runtime, target_config, target, tuned)
-        prompts = [
-            encode_prompt(item.instruction, item.input, tuned_model.tokenizer, target_config.template) for item in items
-        ]
+        answers: dict[Item, str] = {}
+        journal = runtime.journal(folder)
         with runtime.display.task(f"answer {len(items)} questions", len(items)) as advance:
-            answers = generate_answers(
-                tuned_model.model,
-                tuned_model.tokenizer,
-                prompts,
-                max_new_tokens=config.max_new_tokens,
-                batch_size=config.batch_size,
-                max_tokens=runtime.compute.tokens,
-                progress=advance,
-                journal=runtime.journal(folder),
-            )
-        write_model_outputs(folder / OUTPUTS_FILE, model_outputs(items, answers, generator))
+            for turn in (1, 2):
+                if not (asked := [item for item in items if (item.after is None) == (turn == 1)]):
+                    continue
+                given = generate_answers(
+                    tuned_model.model,
+                    tuned_model.tokenizer,
+                    _prompts(asked, answers, tuned_model.tokenizer, target_config.template),
+                    max_new_tokens=config.max_new_tokens,
+                    batch_size=config.batch_size,
+                    max_tokens=runtime.compute.tokens,
+                    progress=advance,
+                    journal=journal,
+                )
+                answers |= zip(asked, given, strict=True)
+        rows = model_outputs(items, [answers[item] for item in items], generator)
+        write_model_outputs(folder / OUTPUTS_FILE, rows)
         return {"rows": len(items)}
 
     parents, slug = [target, *([tuned] if tuned else [])], slug_of(target_config, tuned)
     return runtime.store.obtain("generate", slug, settings, parents, make, version=VERSION, size=len(items))
 
 
+def _prompts(items: Sequence[Item], answers: Mapping[Item, str], tokenizer: Any, template: str) -> list[list[int]]:
+    """Return the tokens of each prompt; that of a second turn begins with the first question and its own answer."""
+    first = {(item.benchmark, item.item_id): (item, answer) for item, answer in answers.items()}
+    prompts = []
+    for item in items:
+        history: tuple[Turn, ...] = ()
+        if item.after is not None:
+            before, answer = first[item.after, item.item_id]
+            history = Turn("user", with_input(before.instruction, before.input)), Turn("assistant", answer)
+        prompts.append(encode_prompt(item.instruction, item.input, tokenizer, template, history))
+    return prompts
+
+
 def items_hash(items: Sequence[Item]) -> str:
-    questions = json.dumps([asdict(item) for item in items], sort_keys=True)
+    known = [{name: value for name, value in asdict(item).items() if name != "after" or value} for item in items]
+    questions = json.dumps(known, sort_keys=True)
     return hashlib.sha256(questions.encode()).hexdigest()
 
 

@@ -14,6 +14,7 @@ from gradsift.artifacts import Artifact
 from gradsift.config import CorruptionConfig, MixtureDataConfig, SourceConfig
 from gradsift.data.load import heldout_of, load, pool_of
 from gradsift.errors import ConfigError, DataError
+from gradsift.report.notes import remarks
 
 RIVERS = [{"instruction": f"Name river {number}.", "output": f"River {number}."} for number in range(30)]
 TALKS = [
@@ -114,12 +115,17 @@ def test_a_mixture_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     assert {(example.original["source"], example.original["from_file"]) for example in pool} == {("x", "c")}
 
 
-def test_a_run_of_a_mixture(gradsift: Any) -> None:
+def test_a_run_with_quotas_counts_the_selected_rows_of_each_source(gradsift: Any) -> None:
     written(gradsift.folder / "rivers.jsonl", RIVERS)
     written(gradsift.folder / "talks.jsonl", TALKS)
-    sources = "data.sources={rivers: {path: rivers.jsonl, weight: 1}, talks: {path: talks.jsonl, weight: 1}}"
-    options = ("tracker=none", "scorer=random", "stop_after=selection", "proxy=gpt2", "alpha=1.0", "report=false")
-    assert gradsift("data=mixture", sources, *options) == 0
-    (selection,) = gradsift.folder.glob("outputs/*/*/selection.jsonl")
-    rows = [json.loads(line) for line in selection.read_text(encoding="utf-8").splitlines()]
-    assert Counter(row["source"] for row in rows) == {"rivers": 10, "talks": 10}
+    sources = "data.sources={rivers: {path: rivers.jsonl, weight: 3}, talks: {path: talks.jsonl, weight: 1}}"
+    shares = ("selector=quotas", "selector.shares={rivers: 1, talks: 4}", "alpha=0.25")
+    options = ("tracker=none", "scorer=length", "stop_after=selection", "proxy=gpt2", "report=false")
+    assert gradsift("data=mixture", sources, *shares, *options) == 0
+    (folder,) = gradsift.folder.glob("outputs/*/*/run.json")
+    run = json.loads(folder.read_text(encoding="utf-8"))
+    assert run["selection"]["sources"] == {"rivers": 2, "talks": 8}
+    lines = folder.with_name("selection.jsonl").read_text(encoding="utf-8").splitlines()
+    assert Counter(json.loads(line)["source"] for line in lines) == {"rivers": 2, "talks": 8}
+    assert run["diagnostics"]["quotas"]["verdict"] == "ok"
+    assert "selected rows by source: rivers 2 of 30, talks 8 of 10" in remarks(run)

@@ -10,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from gradsift.config import load_config, register_schemas
+from gradsift.data.examples import Example
 from gradsift.errors import GradsiftError
 from gradsift.features import products
 from gradsift.features.vectors import Features, unit_rows
@@ -20,6 +21,7 @@ from gradsift.selection.clusters import clusters
 from gradsift.selection.facility_location import facility_location
 from gradsift.selection.gradient_walk import gradient_walk
 from gradsift.selection.gumbel import gumbel
+from gradsift.selection.quotas import quotas
 from gradsift.selection.repr_filter import repr_filter
 from gradsift.selection.round_robin import round_robin, round_robin_queries
 from gradsift.selection.topk import topk
@@ -31,6 +33,17 @@ pytestmark = pytest.mark.numerics
 WALK = {"explained": 0.5, "keep": 0.8, "fill": "strict", "graph": True, "neighbours": None}
 QUERIES = 5
 
+
+def examples_of(scores: Scores) -> list[Example]:
+    """Return examples of two sources."""
+    sources = ["ab"[int(value > 0)] for value in scores.parts["task:b"]]
+    return [Example(row, str(row), "", (), "", "", "", {"source": name}) for row, name in enumerate(sources)]
+
+
+def by_source(scores: Scores, size: int, **constants: Any) -> Choice:
+    return quotas(scores, size, examples_of(scores), column="source", **constants)
+
+
 # name: the selector, how many sets of vectors it takes, its constants
 SELECTORS: dict[str, tuple[Callable[..., Choice], int, dict[str, Any]]] = {
     "topk": (topk, 0, {}),
@@ -39,6 +52,8 @@ SELECTORS: dict[str, tuple[Callable[..., Choice], int, dict[str, Any]]] = {
     "repr_filter": (repr_filter, 1, {"threshold": 0.9}),
     "clusters": (clusters, 1, {"clusters": 4, "allocation": "proportional", "seed": 0}),
     "clusters_equal": (clusters, 1, {"clusters": 4, "allocation": "equal", "seed": 0}),
+    "quotas": (by_source, 0, {"shares": None}),
+    "quotas_given": (by_source, 0, {"shares": {"a": 1, "b": 3}}),
     "gumbel": (gumbel, 0, {"temperature": 1.0, "seed": 3}),
     "round_robin": (round_robin, 0, {}),
     "round_robin_queries": (round_robin_queries, 2, {"fidelity": "original"}),
@@ -240,5 +255,6 @@ def test_every_selectors_yaml_gives_its_function_all_that_it_takes(choice: str) 
     values |= {name: Features(vectors[:3], ("a", "a", "b")) for name in ("target_embeddings", "target_gradients")}
     sources = {name: Source(list, lambda value=value: value) for name, value in values.items()}  # type: ignore[misc]
     sources["task"] = Source(list, lambda: unseen)
+    sources["examples"] = Source(list, lambda: examples_of(scores))
     selector = method("selector", config.selector, tuple(sources), leading=("scores", "size"))
     require_lawful(selector(scores, 4, sources=sources), scores, 4)

@@ -76,6 +76,9 @@ class RunRecord:
         labels = labels_of(loaded)
         if labels is not None:
             info |= composition(labels, positions_of(artifact).tolist())
+        if column := loaded.manifest["config"].get("source_column"):
+            with artifact.file(SELECTION_FILE).open(encoding="utf-8") as lines:
+                info["sources"] = dict(Counter(json.loads(line)[column] for line in lines))
         self.values["selection"] = info
         self._diagnosed(artifact)
         shutil.copyfile(artifact.file(SELECTION_FILE), self.folder / SELECTION_FILE)

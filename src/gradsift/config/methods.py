@@ -169,6 +169,28 @@ class ClustersConfig(SelectorConfig):
 
 
 @dataclass
+class QuotasConfig(SelectorConfig):
+    """The highest scores of every group of rows, whose shares of the selection are given."""
+
+    column: str = "source"  # column of the data that names a row's group; data=mixture writes `source`
+    # weight of each group, as in 'selector.shares={code: 1, chat: 3}'; null: the share that it has in the pool
+    shares: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shares is None:
+            return
+        numbers = isinstance(self.shares, dict) and all(isinstance(each, int | float) for each in self.shares.values())
+        if not numbers or not any(self.shares.values()):
+            raise ConfigError(
+                f"selector.shares={self.shares!r} gives no group a weight above 0; give weights as in "
+                "'selector.shares={code: 1, chat: 3}'"
+            )
+        for name, share in self.shares.items():
+            in_range(f"selector.shares.{name}", share, least=0)
+
+
+@dataclass
 class GumbelConfig(SelectorConfig):
     """A random draw without replacement that favours high scores."""
 

@@ -51,6 +51,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "facility_location": methods.FacilityLocationConfig,
         "repr_filter": methods.ReprFilterConfig,
         "clusters": methods.ClustersConfig,
+        "quotas": methods.QuotasConfig,
         "gumbel": methods.GumbelConfig,
         "round_robin_queries": methods.RoundRobinQueriesConfig,
         "gradient_walk": methods.GradientWalkConfig,

@@ -25,6 +25,10 @@ def remarks(run: Run) -> list[str]:
     for reason, count in run.get("scores", {}).get("reasons", {}).items():
         lines.append(f"{count:,} rows have no score or are dropped by the method: {reason}")
     selection = run.get("selection", {})
+    if sources := selection.get("sources"):
+        pool = run["data"]["sources"]
+        counts = ", ".join(f"{name} {sources.get(name, 0):,} of {rows:,}" for name, rows in pool.items())
+        lines.append(f"selected rows by source: {counts}")
     if shortfall := selection.get("shortfall"):
         scored = run.get("scores", {}).get("statuses", {}).get("scored")
         early = scored is not None and selection["rows"] < scored

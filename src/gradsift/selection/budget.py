@@ -34,6 +34,18 @@ def proportional_shares(size: int, weights: np.ndarray) -> np.ndarray:
     return shares
 
 
+def capped_shares(size: int, weights: np.ndarray, capacities: np.ndarray) -> np.ndarray:
+    """Divide `size` as `proportional_shares` does, but give none more than its capacity (C,): (C,) int64.
+
+    What a group cannot take goes to the others in proportion to their weights. The shares add up to `size`, or to the
+    capacities of all groups with a weight if that is less.
+    """
+    shares: np.ndarray = np.minimum(proportional_shares(size, weights), capacities)
+    while (left := size - int(shares.sum())) and (room := np.flatnonzero((shares < capacities) & (weights > 0))).size:
+        shares[room] += np.minimum(proportional_shares(left, weights[room]), (capacities - shares)[room])
+    return shares
+
+
 def equal_shares(size: int, capacities: np.ndarray) -> np.ndarray:
     """Divide `size` as equally as `capacities` (C,) allow: (C,) int64, the remainder to the first.
 

@@ -51,6 +51,20 @@ def best_by_direction(scores: Scores, features: Features) -> tuple[np.ndarray, n
     return ranked[directed], ranked[~directed]
 
 
+def rank_within(groups: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return for each candidate (n,) how many members of its group precede it.
+
+    Args:
+        groups: (n,) from 0.
+        sizes: number of members of each group.
+    """
+    order = np.argsort(groups, kind="stable")
+    starts = np.cumsum(sizes) - sizes
+    ranks = np.empty(len(groups), dtype=np.int64)
+    ranks[order] = np.arange(len(groups)) - starts[groups[order]]
+    return ranks
+
+
 def shortfall(selected: int, size: int, candidates: int, reason: str) -> list[Diagnostic]:
     """Return a warning if a method selected fewer than `size` although there were more candidates."""
     if selected >= min(size, candidates):

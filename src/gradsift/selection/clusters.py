@@ -12,7 +12,7 @@ from gradsift.features.products import blocks
 from gradsift.features.vectors import Features
 from gradsift.scoring.scores import Scores
 from gradsift.selection.budget import equal_shares, proportional_shares
-from gradsift.selection.choice import Choice, best_by_direction
+from gradsift.selection.choice import Choice, best_by_direction, rank_within
 
 
 def clusters(scores: Scores, size: int, embeddings: Features, *, clusters: int, allocation: str, seed: int) -> Choice:
@@ -35,7 +35,7 @@ def clusters(scores: Scores, size: int, embeddings: Features, *, clusters: int, 
     sizes = np.bincount(labels)
     within = min(size, len(directed))
     shares = proportional_shares(within, sizes) if allocation == "proportional" else equal_shares(within, sizes)
-    taken = _rank_in_cluster(labels, sizes) < shares[labels]
+    taken = rank_within(labels, sizes) < shares[labels]
     return Choice(np.concatenate([directed[taken], undirected[: size - within]]), [_diagnostic(sizes, clusters)])
 
 
@@ -65,15 +65,6 @@ def _by_first_seen(labels: np.ndarray) -> np.ndarray:
     order = np.empty(len(first), dtype=np.int64)
     order[np.argsort(first)] = np.arange(len(first))
     return order[inverse]
-
-
-def _rank_in_cluster(labels: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Return for each example (n,) how many members of its cluster precede it."""
-    order = np.argsort(labels, kind="stable")
-    starts = np.cumsum(sizes) - sizes
-    ranks = np.empty(len(labels), dtype=np.int64)
-    ranks[order] = np.arange(len(labels)) - starts[labels[order]]
-    return ranks
 
 
 def _diagnostic(sizes: np.ndarray, asked: int) -> Diagnostic:

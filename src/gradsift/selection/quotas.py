@@ -1,0 +1,78 @@
+"""The highest scores of every group of rows, such as the sources of a mixture: a column names each row's group.
+
+Shape letters: N examples of the pool, G groups.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gradsift.data.examples import Example
+from gradsift.diagnostics import Diagnostic
+from gradsift.errors import ConfigError
+from gradsift.scoring.scores import Scores
+from gradsift.selection.budget import capped_shares, proportional_shares
+from gradsift.selection.choice import Choice, best_first, rank_within, shortfall
+
+
+def quotas(
+    scores: Scores, size: int, examples: Sequence[Example], *, column: str, shares: Mapping[Any, float] | None
+) -> Choice:
+    """Select the best of each group, so that the groups have given shares of the selection.
+
+    What a group cannot fill goes to the others, in proportion to their shares, with a warning.
+
+    Args:
+        column: column of the data that names a row's group; another value than text counts as its JSON text.
+        shares: weight of each group, at least 0; None: those that the groups have in the pool.
+
+    Raises:
+        ConfigError: no row has the column, or `shares` does not name the groups that the data has.
+    """
+    if not any(column in example.original for example in examples):
+        raise ConfigError(
+            f"selector.column={column} is no column of the data; it has {', '.join(examples[0].original)[:500]}"
+        )
+    names, groups = np.unique([_name(example.original.get(column)) for example in examples], return_inverse=True)
+    weights = _weights(names.tolist(), shares) if shares else np.bincount(groups).astype(float)
+    ranked = best_first(scores)
+    sizes = np.bincount(groups[ranked], minlength=len(names))
+    taken = capped_shares(size, weights, sizes)
+    wanted = proportional_shares(size, weights)
+    positions = ranked[rank_within(groups[ranked], sizes) < taken[groups[ranked]]]
+    reason = "selector.shares gives the other rows no share; give their groups a weight above 0"
+    return Choice(
+        positions,
+        [_diagnostic(names.tolist(), wanted, taken), *shortfall(len(positions), size, len(ranked), reason)],
+    )
+
+
+def _name(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _weights(names: Sequence[str], shares: Mapping[Any, float]) -> np.ndarray:
+    """Return the weights (G,) of the groups."""
+    shares = {_name(name): share for name, share in shares.items()}  # YAML has numbers as names, too
+    for name in shares:
+        if name not in names:
+            raise ConfigError(f"selector.shares names {name!r}, but the groups are: {', '.join(names)[:500]}")
+    if missing := [name for name in names if name not in shares]:
+        raise ConfigError(
+            f"selector.shares does not name {', '.join(missing)[:500]}; give every group a weight, 0 to leave it out"
+        )
+    return np.array([shares[name] for name in names], dtype=float)
+
+
+def _diagnostic(names: Sequence[str], wanted: np.ndarray, taken: np.ndarray) -> Diagnostic:
+    lacking = {name: int(n) for name, n in zip(names, wanted - taken, strict=True) if n > 0}
+    values: dict[str, float | None] = {"lacking": sum(lacking.values())}
+    values |= {f"rows of {name}": int(count) for name, count in zip(names[:100], taken, strict=False)}
+    rows = ", ".join(f"{count:,} of {name}" for name, count in zip(names[:10], taken.tolist(), strict=False))
+    more = f", and {len(names) - 10} more groups" if len(names) > 10 else ""
+    short = "".join(f"; {name} has {count:,} rows with a score too few" for name, count in list(lacking.items())[:10])
+    return Diagnostic.judged("quotas", bool(lacking), values, f"selected {rows}{more}{short}", "selector.shares")

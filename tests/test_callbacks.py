@@ -17,7 +17,7 @@ from exactness import assert_close_by_norm
 from padding import padded
 from test_norms import VOCABULARY, tiny_model
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gradsift import GradientNormCallback, GradientNormTrainerCallback, per_sample_gradients, per_sample_norms
 from gradsift.errors import ConfigError, DataError, GradsiftError
@@ -258,6 +258,33 @@ def test_in_transformers_trainer(checkpointing: bool, tmp_path: Path) -> None:
     Trainer(model, settings, data_collator=padded, train_dataset=dataset(), callbacks=[callback]).train()
     require_loop(callback.table(), norms)
     assert model(**padded(dataset()[:1])).loss.requires_grad  # and no hook is left
+
+
+def test_after_an_exception_in_the_trainer_the_model_is_as_before(tmp_path: Path) -> None:
+    class Fails(TrainerCallback):
+        def on_step_end(self, *given: Any, **named: Any) -> None:
+            raise ValueError("the disk is full")
+
+    model, callback = their_model(), GradientNormTrainerCallback()
+    _, norms = loop(model, dataset())
+    kinds = [type(module) for module in model.modules()]
+    settings, rows = TrainingArguments(**arguments(tmp_path)), dataset()
+    trainer = Trainer(model, settings, data_collator=padded, train_dataset=rows, callbacks=[callback, Fails()])
+    with pytest.raises(ValueError, match="disk is full"):
+        trainer.train()
+    assert [type(module) for module in model.modules()] != kinds
+    model(**padded(dataset()[:1]))
+    assert [type(module) for module in model.modules()] == kinds
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+    with pytest.raises(ValueError, match="disk is full"):
+        trainer.train()
+    trainer.remove_callback(Fails)  # and a training that follows at once
+    callback.records = NormRecords()
+    trainer.train()
+    require_loop(callback.table(), norms)
+    assert [type(module) for module in model.modules()] == kinds
+    assert not model._forward_hooks and not model._forward_pre_hooks
 
 
 def test_an_id_column_that_the_trainer_drops_is_missed_with_the_remedy(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 `GradientNormCallback` works in any Lightning `Trainer`, `GradientNormTrainerCallback` in transformers' `Trainer` and in
 TRL's `SFTTrainer`. The norms come from the training's own backward passes, at the weights of each step, and no pass is
-added. Both attach their probes when the training starts and remove them when it ends.
+added. Both attach their probes when the training starts and remove them when it ends. transformers reports no
+exception to its callbacks: after one, the next forward pass of the model removes the probes.
 
 The norm that they report is that of the gradient of one example's own loss, whatever the trainer divides the loss of a
 batch by: |grad L_i|, where L_i is the mean over the example's labelled tokens (transformers, TRL, and Lightning with
@@ -11,7 +12,9 @@ batch by: |grad L_i|, where L_i is the mean over the example's labelled tokens (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
@@ -156,8 +159,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         """
         self._example_id = example_id
         self._norms: PerSampleNorms | None = None
-        self._hooks: list[Any] = []
-        self._restore: Callable[[], None] = lambda: None
+        self._attached = ExitStack()  # of the hooks, the probes and the collator
         self._ids: Any = None
         self._labels: torch.Tensor | None = None
         self._divided_by: torch.Tensor | float | None = None  # the loss that the model itself returns
@@ -171,13 +173,13 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1 or args.n_gpu > 1:
             raise GradsiftError("GradientNormTrainerCallback works in one process with one device")
+        self._detach()  # from a training that failed: `auto_find_batch_size` starts again after an error
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         loader = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
-        self._norms = PerSampleNorms(model).__enter__()
-        self._hooks = [
-            model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self._after_forward),
-        ]
+        self._norms = self._attached.enter_context(PerSampleNorms(model))
+        before = model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
+        self._attached.callback(before.remove)
+        self._attached.callback(model.register_forward_hook(self._after_forward).remove)
         collate = loader.collate_fn
 
         def collate_with_ids(examples: Any) -> Any:
@@ -190,7 +192,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
             return {**collate(bare), self._example_id: [each[self._example_id] for each in examples]}
 
         loader.collate_fn = collate_with_ids
-        self._restore = lambda: setattr(loader, "collate_fn", collate)
+        self._attached.callback(setattr, loader, "collate_fn", collate)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._collect(state)
@@ -199,14 +201,16 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._collect(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._restore()
-        if self._norms is not None:
-            self._norms.__exit__(None, None, None)
+        self._detach()
+
+    def _detach(self) -> None:
+        self._attached.close()
         self._norms = None
 
     def _before_forward(self, model: Any, positional: Any, named: dict[str, Any]) -> Any:
+        if not _is_training():
+            self._detach()
+            return positional, named
         ids = named.pop(self._example_id, None)
         if torch.is_grad_enabled() and self._norms is not None:
             self._norms.forget()
@@ -243,6 +247,16 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         scale = 1 / (self._token_weight * _labelled(self._labels).to(norm_a))
         self.records.add(self._ids, int(state.epoch or 0), norm_a * scale, norm_b * scale)
         self._ids = None
+
+
+def _is_training() -> bool:
+    """Return whether a `Trainer.train` is running: callbacks are not told of the exception that ends one."""
+    from transformers import Trainer  # takes a second; whoever calls this has imported it
+
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not Trainer.train.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _entry(batch: Any, name: str, purpose: str) -> Any:

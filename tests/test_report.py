@@ -291,19 +291,19 @@ def test_remarks_by_hand() -> None:
     assert [line.split(" ", 1)[0] for line in lines[:3]] == ["1,234", "7", "2,000"]
     assert lines[1].endswith(": one token")
     assert "1,500 rows short" in lines[3]
-    assert "plumbing check" in lines[4]
+    assert "checks that the pipeline runs" in lines[4]
     assert len(lines) == 5
 
 
 @pytest.mark.parametrize(("scorer", "remarked"), [("gsnr", True), ("superfilter", True), ("random", False)])
 def test_scores_of_random_weights_are_called_plumbing(scorer: str, remarked: bool) -> None:
     lines = remarks(run(proxy="tiny_bytes", scorer=scorer, scores={"rows": 9}, status="stopped"))
-    assert any("plumbing check" in line for line in lines) is remarked
+    assert any("checks that the pipeline runs" in line for line in lines) is remarked
     assert remarks(run(proxy="tiny_bytes", scorer=scorer, status="failed")) == []  # before there was a score
 
 
 @pytest.mark.parametrize(
-    ("judge", "word"), [("local", "plumbing check"), ("verifier", "upper bound"), ("openai", None)]
+    ("judge", "word"), [("local", "checks that the pipeline runs"), ("verifier", "upper bound"), ("openai", None)]
 )
 def test_what_a_raters_scores_are_worth_is_said(judge: str, word: str | None) -> None:
     lines = remarks(run(scorer="llm_rating", judge=judge, scores={"rows": 9}, status="stopped"))

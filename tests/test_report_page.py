@@ -10,7 +10,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from rich.console import Console
 from gradsift.artifacts import Artifact, Store
 from gradsift.data.examples import Example, Turn, make_example, write_examples
 from gradsift.data.load import EXAMPLES_FILE, LABELS_FILE, Labels
-from gradsift.gradients.statistics import STATISTICS_FILE, Statistics, write_statistics
+from gradsift.gradients.statistics import STATISTICS_FILE, Statistics
 from gradsift.pages import portable, presentable
 from gradsift.report import automatic
 from gradsift.report import page as page_module
@@ -165,7 +165,8 @@ class Made:
 
 def _statistics(part: Path) -> dict[str, Any]:
     rng = np.random.default_rng(1)
-    write_statistics(part / STATISTICS_FILE, Statistics(*(rng.gamma(2, size=ROWS) for _ in range(6))))
+    columns = {field.name: rng.gamma(2, size=ROWS) for field in fields(Statistics)}
+    pq.write_table(pa.table(columns), part / STATISTICS_FILE)
     return {"rows": ROWS}
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gradsift.sources import Method
 
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
-_KEYWORDS = ("null", "true", "false", "nan", "inf")  # which Hydra reads as other things than text
+_KEYWORDS = ("null", "true", "false", "nan", "inf")  # words that Hydra does not read as text
 _FIXED = {  # options that `select` sets itself, and what to do instead
     "data": "the rows are the first argument",
     "data__path": "the rows are the first argument",

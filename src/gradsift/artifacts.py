@@ -150,8 +150,8 @@ class Store:
                 in `unfinished/` there, which is deleted afterwards.
             version: raised in code whenever the stage's result changes.
             size: number of examples that the work passes over, if it differs from the parents'.
-            light: the work takes seconds and no model, so a plan does it too, in a temporary folder.
-            exact: False if `config` only stands for content that a plan cannot know.
+            light: the work takes seconds and needs no model, so a plan does it too, in a temporary folder.
+            exact: False if `config` holds a placeholder for content that does not exist yet, as in a plan.
             divided: `make` divides its work over the ranks of a run (see gradsift.training.shared_store).
 
         Raises:

@@ -17,28 +17,24 @@ from contextlib import contextmanager
 from typing import Any
 
 WORK_COLUMNS = ("made", "reused", "seconds", "optimizer_steps", "forward_tokens", "saved_steps", "saved_tokens")
-_open: list[int] = []  # counts of the units of work in progress in this process, the innermost last
+_open: list[list[int]] = []  # the count of each unit of work in progress in this process, the innermost last
 
 
 def passed(tokens: int) -> None:
     """Count tokens that have just passed through a model, for the innermost unit of work in progress."""
     if _open:
-        _open[-1] += tokens
+        _open[-1][0] += tokens
 
 
 @contextmanager
 def counting() -> Iterator[Callable[[], int]]:
     """Count the forward tokens of one unit of work; yield a function that returns the count, also afterwards."""
-    _open.append(0)
-    place, total = len(_open) - 1, 0
-
-    def tokens() -> int:
-        return _open[place] if len(_open) > place else total
-
+    count = [0]
+    _open.append(count)
     try:
-        yield tokens
+        yield lambda: count[0]
     finally:
-        total = _open.pop()
+        _open.pop()
 
 
 def duration(seconds: float) -> str:
@@ -49,7 +45,7 @@ def duration(seconds: float) -> str:
 
 
 def peak_resident_gb() -> float | None:
-    """Return the peak resident memory of this process so far in GB (10^9 bytes), or None if the system does not tell.
+    """Return the peak resident memory of this process so far in GB (10^9 bytes), or None if it is not known.
 
     Linux includes the memory that the parent process held when it started this one (a notebook, say).
     """

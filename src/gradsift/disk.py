@@ -59,5 +59,5 @@ def _concerns(store: Path, error: OSError | SafetensorError, nameless: bool) -> 
         return False
     if error.filename is None:
         return str(store) in str(error) if error.errno in _GONE else nameless
-    # both absolute: libraries resolve the names that they are given
+    # both made absolute, because libraries may resolve the paths that they are given
     return Path(os.fsdecode(error.filename)).absolute().is_relative_to(store.absolute())

@@ -56,7 +56,7 @@ class Journal:
         """Return the kept result for `key`, or compute and keep it.
 
         Args:
-            key: JSON value that tells what is computed at this place of the pass.
+            key: JSON value that identifies what is computed at this place of the pass.
             make: returns the result, a JSON value that may contain tensors. Restored tensors are on the CPU.
             intact: returns False if a kept result can no longer be used, for example because a file that it describes
                 has changed.

@@ -146,7 +146,7 @@ def _rank(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
     try:
         return function(*arguments)
     except GradsiftError as error:
-        raise GradsiftError(str(error)) from error  # whatever its class, the launcher reads the name and the message
+        raise GradsiftError(str(error)) from error  # of this class, not a subclass: the launcher compares the name
     except RuntimeError as error:
         if isinstance(error, DistError) or "onnection closed by peer" in str(error):  # the latter is gloo's
             raise GradsiftError(f"{LOST} ({str(error).splitlines()[0]})") from error

@@ -24,17 +24,15 @@ _PATIENCE = 3.0  # seconds before a wait for another process is reported
 _POLL = 0.5  # seconds between attempts after that, so that a hundred waiting jobs do not load a file server
 
 
-def _own_name() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
-
-
 @dataclass(frozen=True)
 class Holder:
     """The process that holds a lock; it writes its name into the lock file."""
 
     file: Path
     unit: str
-    name: str = field(default_factory=_own_name)
+    name: str = field(
+        default_factory=lambda: f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
+    )
 
     def sign(self) -> None:
         self.file.write_text(self.name, encoding="utf-8")

@@ -11,7 +11,7 @@ from pathlib import Path
 from gradsift.errors import ConfigError, GradsiftError
 
 LONGEST_NAME = 64  # characters of a name in a config
-LONGEST_SLUG = 200  # bytes of a slug, which may join several names; file systems allow 255 with what is added
+LONGEST_SLUG = 200  # bytes of a slug, which may join several names; with a fingerprint it has to fit into 255
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 

@@ -16,7 +16,7 @@ import functools
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,6 @@ class Planner(Store):
 
     def has(self, *unit: Any, **options: Any) -> bool:
         return Store(self.store).has(*unit, **options)
-
-    def units_as_dicts(self) -> list[dict[str, Any]]:
-        return [asdict(unit) for unit in self.units.values()]
 
     def _provide(self, wanted: Artifact, make: Make, *, light: bool, exact: bool, divided: bool) -> Artifact:
         """Return the artifact if it exists or is light, and otherwise one that is only planned."""

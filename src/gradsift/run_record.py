@@ -135,7 +135,7 @@ class RunRecord:
         self.values["pws_by_definition"] = True
 
     def dry_run(self, message: str) -> None:
-        """End the run after a dry run of the judge; `message` tells what would have been sent."""
+        """End the run after a dry run of the judge; `message` says what would have been sent."""
         self.values["dry_run"] = message
         self.ends_early = True
 

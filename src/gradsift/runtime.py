@@ -82,7 +82,7 @@ class Display:
             done += more
             now = time.monotonic()
             if told < done < total and now - last >= _LOG_EVERY:
-                eta = (now - last) / (done - told) * (total - done)  # not from the start: resumed work took no time
+                eta = (now - last) / (done - told) * (total - done)  # not since the start: resumed work took none
                 last, told = now, done
                 self.say(f"  {description}: {done:,} of {total:,}, about {eta / 60:.0f} min left")
 
@@ -90,7 +90,7 @@ class Display:
 
 
 def weighed(advance: Advance, units: int, weight: int) -> Advance:
-    """Return a function that takes weights, `weight` in all, and tells `advance` the part of `units` that they make.
+    """Return a function that takes the weight of finished work and advances a bar of `units` by the same share.
 
     Batches hold similar numbers of tokens and take similar time, whether they have few long examples or many short
     ones, so progress is measured in tokens and shown in examples.

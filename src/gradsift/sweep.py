@@ -103,7 +103,7 @@ def _visible_gpus() -> str:
 
 
 def take_gpus(number: int | None, devices: int) -> None:
-    """Leave job `number`, counted from 1, `devices` GPUs of its sweep; more jobs than GPUs share them.
+    """Give job `number`, counted from 1, `devices` of its sweep's GPUs; if there are too few, jobs share them.
 
     A worker that has used a GPU already keeps it, because CUDA reads the variable once per process.
     """

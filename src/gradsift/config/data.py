@@ -181,7 +181,8 @@ class VerifiableDataConfig(DataConfig):
     size: int = option(2000, least=1)  # rows
     spoilt: float = option(0.5, least=0, below=1)  # share of the rows that are spoilt, over four kinds
     duplicates: float = option(0.06, least=0, below=1)  # share of the rows that are exact or near duplicates
-    delayed: float = option(0.0, least=0, most=0.5)  # share of tasks that can be learnt only after half as many others
+    # share of tasks that combine two named operations; half as many more show what a single name does
+    delayed: float = option(0.0, least=0, most=0.5)
     benchmark_items: int = option(390, least=1)  # held-out questions
 
     def __post_init__(self) -> None:

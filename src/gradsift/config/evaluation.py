@@ -94,7 +94,7 @@ class BenchmarkConfig(Group, option="benchmark"):
     def _check_references(self) -> None:
         if both := [name for name in self.general if name in self.sets]:
             raise ConfigError(
-                f"benchmark.general={both} stands in benchmark.sets too, where the untouched target answers it anyway; "
+                f"benchmark.general={both} is in benchmark.sets too, which the untouched target answers anyway; "
                 "name it in one of them"
             )
         if bare := self.without_reference(self.general):

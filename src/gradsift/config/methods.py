@@ -216,4 +216,4 @@ class GradientWalkConfig(SelectorConfig):
     # where the walks stop early, strict leaves a shortfall and topup adds the highest scores
     fill: str = option("strict", choices=("strict", "topup"))
     graph: bool = True  # false: the ablation with components alone
-    neighbours: int | None = option(None, least=1)  # nearest examples that a walk considers; null: all
+    neighbours: int | None = option(None, least=1)  # a step looks at this many nearest examples; null: at all

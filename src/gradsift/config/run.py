@@ -200,7 +200,7 @@ class Config(Group):
 
     def _check_embedded_parts(self) -> None:
         """Check that the nano models and the embedded benchmark meet only the embedded world's data."""
-        # a user's own set may keep to the embedded world's words; published sets, which have a URL, do not
+        # a user's own set may use the embedded world's words alone; published sets, which have a URL, use others
         asked = [*self.benchmark.sets, *self.benchmark.general]
         embedded_sets = [name for name in asked if name in (EMBEDDED, TERSE)]
         foreign_sets = [name for name in asked if name not in embedded_sets and self.benchmark.catalog[name].url]

@@ -28,7 +28,7 @@ DUPLICATES = ("exact_duplicate", "near_duplicate")
 QUALITIES = ("clean", *SPOILT, *DUPLICATES)
 
 NUMBERS = tuple(str(n) for n in range(40))
-# Without the syllables that are English words, which instructions and answers may use.
+# Syllables that are English words are left out, because instructions and answers may use them.
 SYLLABLES = tuple(c + v for c in "bdfklnpr" for v in "aeiou" if c + v not in ("be", "do", "no"))
 CAPITALS = tuple(syllable.upper() for syllable in SYLLABLES)
 MARK = ";"  # separates the words asked about from the list

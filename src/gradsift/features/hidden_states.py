@@ -55,7 +55,7 @@ class HiddenStates:
             ]
             return [prompt for prompt in prompts if len(prompt.input_ids)], cut
         encoded, report = encode(examples, tokenizer, self._template, limit, advance)
-        # not the sum: an example that loses response tokens has lost all of its prompt before
+        # not the sum: a prompt is cut before its response, so most cut responses have a cut prompt
         return encoded, max(report.truncated_prompts, report.truncated_responses)
 
     @torch.inference_mode()

@@ -1,6 +1,6 @@
 """Diagnostics of the proxy ensemble: whether it is what the score assumes.
 
-GRADFILTERING (arXiv 2601.13697) takes the members for samples of a posterior, and a falling gradient norm for learning.
+GRADFILTERING (arXiv 2601.13697) treats the members as samples from a posterior and a falling gradient norm as learning.
 Its failure signatures are a collapsed ensemble (V_t near 0) and a proxy that does not learn (scores near 0). A rising
 norm, and an eps larger than what it is added to, change the ranking as well.
 
@@ -84,8 +84,8 @@ def diagnose_ensemble(
 def adapter_spread(adapters: Sequence[Mapping[str, np.ndarray]]) -> Diagnostic:
     """Judge the mean distance of two members' updates B A, relative to the mean norm of an update, over all layers.
 
-    The factors themselves do not tell: A is drawn anew for each member and stays near its draw, and B is relative to
-    A's basis, so both have a spread of sqrt(2) even if all members compute the same function.
+    The factors themselves say nothing about it: A is drawn anew for each member and stays near its draw, and B is
+    relative to A's basis, so both have a spread of sqrt(2) even if all members compute the same function.
 
     Args:
         adapters: each member's `lora_A` (R, I) and `lora_B` (O, R) weights, by peft's names.

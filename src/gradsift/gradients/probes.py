@@ -141,7 +141,7 @@ class GradientProbe:
         self._passes = Passes()
 
     def of(self, layer: Any, activations: torch.Tensor) -> torch.Tensor:
-        """Return the probe, (B, P_l) float32 without memory of its own, for `layer`, which sees `activations`.
+        """Return the probe of the pass in which `layer` sees `activations`: a zero, expanded to (B, P_l) float32.
 
         Raises:
             GradsiftError: see `Passes.note`.

@@ -112,7 +112,8 @@ def statistics(
             )
 
     def make(folder: Path) -> Mapping[str, Any]:
-        write_statistics(folder / STATISTICS_FILE, compute_statistics(early, late, scope, count))
+        values = compute_statistics(early, late, scope, count)
+        pq.write_table(pa.table(asdict(values)), folder / STATISTICS_FILE)
         return {"rows": count}
 
     slug = f"M{len(early)}-s{snapshots[0]}-t{snapshots[1]}"
@@ -134,10 +135,6 @@ def compute_statistics(
         columns[f"G_{suffix}"], columns[f"V_{suffix}"] = mean_and_variance(norms)
         columns[f"loss_{suffix}"] = mean_loss(members, count)
     return Statistics(**columns)
-
-
-def write_statistics(path: Path, values: Statistics) -> None:
-    pq.write_table(pa.table(asdict(values)), path)
 
 
 def read_statistics(artifact: Artifact) -> Statistics:

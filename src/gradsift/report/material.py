@@ -19,7 +19,7 @@ import numpy as np
 
 from gradsift.artifacts import Artifact
 from gradsift.data.examples import Example
-from gradsift.data.load import EXAMPLES_FILE, Labels, labels_of, pool_of
+from gradsift.data.load import Labels, labels_of, pool_of
 from gradsift.errors import DataError, GradsiftError
 from gradsift.gradients.statistics import Statistics, read_statistics
 from gradsift.manifests import MANIFEST
@@ -186,10 +186,6 @@ class Material:
     def examples(self, run: Run) -> list[Example]:
         """Return the pool, N examples."""
         return self._read(pool_of, run.one("load"))
-
-    def examples_file(self, run: Run) -> Path:
-        """Return the file of the pool, for code that reads it block by block."""
-        return run.one("load").file(EXAMPLES_FILE)
 
     def labels(self, run: Run) -> Labels | None:
         """Return the quality and family of each example; None for data without labels."""

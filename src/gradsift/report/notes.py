@@ -11,7 +11,7 @@ from gradsift.report.run_tables import SEEDS, SETTINGS, Row, Run, flat_rows, wit
 from gradsift.report.table import cell_text
 
 _RATERS = {
-    "local": "judge=local rated with a small model: a plumbing check, its scores say nothing about the rows",
+    "local": "judge=local with a small model only checks that the pipeline runs: its ratings mean nothing",
     "verifier": "judge=verifier rated as an oracle that knows the embedded world's right answers: an upper bound",
 }
 _BASELINES = ("random", "full")  # scorers that need no model
@@ -35,13 +35,15 @@ def remarks(run: Run) -> list[str]:
         why = "the selector stopped early" if early else "no more rows have a score"
         lines.append(f"the selection is {shortfall:,} rows short of its budget: {why}")
     if run.get("proxy") == "tiny_bytes" and "scores" in run and run.get("scorer") not in _BASELINES:
-        lines.append("proxy=tiny_bytes has random weights: its scores are a plumbing check, not a measure of the rows")
+        lines.append(
+            "proxy=tiny_bytes has random weights and only checks that the pipeline runs; its scores mean nothing"
+        )
     if run.get("dry_run"):
         lines.append("judge.dry_run=true: nothing was sent; the same command without it continues from here")
     if run.get("scorer") == "llm_rating" and "scores" in run and run.get("judge") in _RATERS:
         lines.append(_RATERS[run["judge"]])
     if run.get("judge") == "local" and run.get("status") == "finished":
-        lines.append("judge=local with a small model is a plumbing check: its PWS says nothing about quality")
+        lines.append("judge=local with a small model only checks that the pipeline runs: its PWS means nothing")
     return lines
 
 

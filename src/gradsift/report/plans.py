@@ -9,6 +9,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def write_plan(folder: Path, about: Mapping[str, Any], planner: Planner, ends: s
         **about,
         "stages": [],
         "pws": None,
-        "plan": planner.units_as_dicts(),
+        "plan": [asdict(unit) for unit in planner.units.values()],
         "plan_ends": ends,
         "free_bytes": shutil.disk_usage(place).free,
     }

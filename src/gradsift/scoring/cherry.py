@@ -13,8 +13,9 @@ as it is, so name a model trained that way if you want this step.
 `fidelity=original` measures the answer after the cut to L - p + 4 tokens, including "### Response:". The rule "prompt
 and answer longer than L" then depends on the number of tokens of that line: with LLaMA's tokenizer no row is ever too
 long, and the two losses of a long answer are means over different tokens. `fixed` measures it before the cut, as the
-rule says. Not reproduced, since they belong to the selection: of equal scores the published code prefers the last
-one, and a share of less than one row selects all.
+rule says. Two rules of the published code are not
+reproduced, because they belong to the selection: of equal scores it prefers the last one, and a share of less than one
+row selects all.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def cherry_spans(
     Args:
         measure_cut: measure the answer after it was cut.
     """
-    prompts = [cherry_prompt(example) for example in examples]
+    # with "### Response:" at the end
+    prompts = ["".join(segment.text for segment in render(example, "alpaca")[:-1]) for example in examples]
     alone = [_RESPONSE + example.output for example in examples]
     together = [prompt + example.output for prompt, example in zip(prompts, examples, strict=True)]
     (line,) = token_ids(backbone.tokenizer, [_RESPONSE], special=True)
@@ -96,8 +98,3 @@ def cherry_spans(
         spans[0].append(cut if measure_cut else span(row, example, direct, len(line)))
         spans[1].append(span(row, example, text[:limit], len(prompt)))
     return *spans, np.array(too_long, dtype=bool)
-
-
-def cherry_prompt(example: Example) -> str:
-    """Return the Alpaca prompt, including "### Response:"."""
-    return "".join(segment.text for segment in render(example, "alpaca")[:-1])

@@ -190,13 +190,14 @@ def to_unit(values: np.ndarray, rows: np.ndarray, scale: str) -> np.ndarray:
     rank    the share of the others that are lower, counting equal ones half
     minmax  the distance from the lowest value over the range
     """
+    from scipy.stats import rankdata
+
     scaled = np.full(len(values), np.nan)
     known = values[rows]
     if not known.size or np.ptp(known) == 0:
         scaled[rows] = 0.5
     elif scale == "rank":
-        _, inverse, counts = np.unique(known, return_inverse=True, return_counts=True)
-        scaled[rows] = (np.cumsum(counts) - (counts + 1) / 2)[inverse] / (len(known) - 1)
+        scaled[rows] = (rankdata(known) - 1) / (len(known) - 1)
     else:
         scaled[rows] = (known - known.min()) / np.ptp(known)
     return scaled

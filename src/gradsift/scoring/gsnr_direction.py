@@ -48,8 +48,9 @@ def gsnr_direction(statistics: Statistics, directions: np.ndarray, *, weigh: str
 
 def shares_not_above(values: np.ndarray) -> np.ndarray:
     """Return for each value (N,) the share of the finite values that are at most this one; NaN if it is not finite."""
-    finite = np.isfinite(values)
-    ordered = np.sort(values[finite])
+    from scipy.stats import rankdata
+
     shares = np.full(len(values), np.nan)
-    shares[finite] = np.searchsorted(ordered, values[finite], side="right") / max(1, len(ordered))
+    finite = np.isfinite(values)
+    shares[finite] = rankdata(values[finite], method="max") / max(1, finite.sum())
     return shares

@@ -24,7 +24,7 @@ from gradsift.scoring.scores import SCORED, Scores
 
 AUDIT_FILE = "audit.json"
 CLEAN = "clean"
-GROUPS = {"defining": DEFINING, "delayed": DELAYED}  # families of `data.delayed` by the name that reports give them
+GROUPS = {"defining": DEFINING, "delayed": DELAYED}  # families of `data.delayed`, by their names in reports
 
 
 def audit(

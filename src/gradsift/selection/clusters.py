@@ -27,11 +27,15 @@ def clusters(scores: Scores, size: int, embeddings: Features, *, clusters: int, 
             fill goes to the others).
         seed: of k-means.
     """
+    from sklearn.cluster import MiniBatchKMeans
+
     directed, undirected = best_by_direction(scores, embeddings)
     count = _different(embeddings, directed, clusters)
     if not count:
         return Choice(undirected[:size], [_diagnostic(np.zeros(0, dtype=np.int64), clusters)])
-    labels = _by_first_seen(_kmeans(embeddings.vectors[directed], count, seed))
+    # minibatches need no further copy of the pool's vectors, which may be many gigabytes
+    kmeans = MiniBatchKMeans(count, batch_size=4096, n_init=3, random_state=seed)
+    labels = _by_first_seen(kmeans.fit_predict(embeddings.vectors[directed]))  # some of the clusters may be empty
     sizes = np.bincount(labels)
     within = min(size, len(directed))
     shares = proportional_shares(within, sizes) if allocation == "proportional" else equal_shares(within, sizes)
@@ -48,15 +52,6 @@ def _different(features: Features, positions: np.ndarray, most: int) -> int:
             if len(seen) == most:
                 return most
     return len(seen)
-
-
-def _kmeans(vectors: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Return the cluster (n,) of each of `vectors` (n, D) float32; some of the `count` clusters may be empty."""
-    from sklearn.cluster import MiniBatchKMeans
-
-    # minibatches need no further copy of the pool's vectors, which may be many gigabytes
-    labels: np.ndarray = MiniBatchKMeans(count, batch_size=4096, n_init=3, random_state=seed).fit_predict(vectors)
-    return labels
 
 
 def _by_first_seen(labels: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from gradsift.features.products import blocks, products
 from gradsift.features.vectors import Features
 
 _NO_VARIANCE = 1e-9  # of the mean squared length: smaller variance is float32's rounding
-_NO_PROJECTION = 1e-9  # of the mean on a component: a smaller projection has no sign
+_NO_PROJECTION = 1e-9  # of the mean on a component: the sign of a smaller projection is rounding
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from gradsift.selection.choice import Choice, best_by_direction, shortfall
 from gradsift.selection.core_knowledge import CoreKnowledge, core_knowledge
 
 _ROUNDING = 1e-9  # by which a cosine may fall short in (ii)
-_MOST_CONFLICTS = 0.5  # share of pairs of target gradients: above it more of them contradict each other than agree
+_MOST_CONFLICTS = 0.5  # share of the pairs of target gradients that conflict: above it, most of them do
 _WHY_STRICT = (
     "no further example agrees with those selected and with the core knowledge; take selector.fill=topup to fill the "
     "rest by score, or lower selector.keep or alpha"

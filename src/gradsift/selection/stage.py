@@ -121,7 +121,7 @@ def _json_line(row: Mapping[str, Any]) -> str:
     text = json.dumps(row, ensure_ascii=False, default=str)
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # only escapes can hold half a surrogate pair
+    except UnicodeEncodeError:  # UTF-8 cannot encode half a surrogate pair; an escape can
         return json.dumps(row, default=str)
     return text
 

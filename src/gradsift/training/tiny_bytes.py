@@ -1,6 +1,6 @@
 """A byte-level GPT-2 with random weights, to run real data through all stages without a pretrained model.
 
-It tests memory and plumbing; its scores say nothing about the data.
+It tests memory and the pipeline; its scores say nothing about the data.
 """
 
 import torch

@@ -51,7 +51,7 @@ def judge_outcomes(material: Material) -> Figure:
     """Items on which the tuned target beat, tied with or lost to the one tuned on all rows, over both orders and all
     seeds."""
     groups = judged(material)
-    figure, (axes,) = _rows_panel(groups)
+    figure, axes = _rows_panel(groups)
     items = np.array([total(runs, "pooled", "n") for runs in groups.values()])
     start = np.zeros(len(groups))
     for name, colour in _OUTCOMES.items():
@@ -79,7 +79,7 @@ def position_bias(material: Material) -> Figure:
     if not groups:
         raise Missing("no item has a valid judgment in both orders")
     items = np.array([total(runs, "position_bias", "items") for runs in groups.values()])
-    figure, (axes,) = _rows_panel(groups, items)
+    figure, axes = _rows_panel(groups, items)
     for number, (sign, place) in enumerate(((-1, "first"), (1, "second"))):
         shares = sign * np.array([total(runs, "position_bias", f"to_{place}") for runs in groups.values()]) / items
         options: Style = {"color": style.COLOURS[number], "hatch": style.HATCHES[number], **style.BAR}
@@ -99,7 +99,7 @@ def length_bias(material: Material) -> Figure:
     shares = longer_shares(judged(material))
     if not shares:
         raise Missing("no decided item has answers of different lengths")
-    figure, (axes,) = _rows_panel(shares, [items for _, items in shares.values()])
+    figure, axes = _rows_panel(shares, [items for _, items in shares.values()])
     for place, (share, items) in enumerate(shares.values()):
         low, high = wilson(share, items)
         ends = [[share - low], [high - share]]
@@ -109,14 +109,14 @@ def length_bias(material: Material) -> Figure:
     return figure
 
 
-def _rows_panel(names: Mapping[str, Any], items: Sequence[int] | np.ndarray = ()) -> tuple[Figure, list[Axes]]:
+def _rows_panel(names: Mapping[str, Any], items: Sequence[int] | np.ndarray = ()) -> tuple[Figure, Axes]:
     """Return a panel with a row for each name, and the number of items beside it if given."""
     figure, (axes,) = style.panels(width=7.2, height=1.1 + 0.3 * len(names))
     style.name_rows(axes, list(names))
     style.in_percent(axes.xaxis)
     for place, count in enumerate(items):
         axes.text(1.02, place, f"n={count}", va="center", color=style.FAINT, transform=axes.get_yaxis_transform())
-    return figure, [axes]
+    return figure, axes
 
 
 def wilson(share: float, items: int) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -15,11 +16,12 @@ from gradsift.report.paper_tables import Column, cells_of
 from gradsift.report.run_tables import Row
 
 _MOST_PANELS = 4
+_ENDS = ("pws_low", "pws_high")  # of the interval, None where there is none
 
 
 @report_figure("PWS of every method")
 def pws(material: Material) -> Figure:
-    """Dots are PWS with their intervals. Right of the dashed line, the selection did better than all rows."""
+    """Dots are PWS with their intervals. Those right of the dashed line did better than all rows."""
     cells = cells_of(material)
     places = list(dict.fromkeys(place for place, _ in cells))[:_MOST_PANELS]
     methods = list(dict.fromkeys(method for _, (_, method) in cells))[:MOST_ROWS]
@@ -40,16 +42,8 @@ def _draw_place(axes: Axes, cells: Mapping[Column, Row], methods: Sequence[str],
         shift = (number - (len(alphas) - 1) / 2) * 0.7 / max(1, len(alphas))
         rows = {place + shift: cells[alpha, m] for place, m in enumerate(methods) if (alpha, m) in cells}
         values = [row["pws"] for row in rows.values()]
-        ends = [
-            [
-                max(0.0, row["pws"] - (row["pws"] if row["pws_low"] is None else row["pws_low"]))
-                for row in rows.values()
-            ],
-            [
-                max(0.0, (row["pws"] if row["pws_high"] is None else row["pws_high"]) - row["pws"])
-                for row in rows.values()
-            ],
-        ]
+        low, high = ([row["pws"] if row[end] is None else row[end] for row in rows.values()] for end in _ENDS)
+        ends = np.maximum([np.subtract(values, low), np.subtract(high, values)], 0)
         options: Style = {"color": look.colour, "marker": look.marker, "label": f"alpha {alpha:g}"}
         axes.errorbar(values, list(rows), xerr=ends, ls="none", ms=5, capsize=2, **options)
     axes.axvline(1, color=style.INK, **style.DASHED)

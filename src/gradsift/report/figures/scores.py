@@ -11,6 +11,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import AsinhLocator, NullLocator
 
+from gradsift.data.load import EXAMPLES_FILE
 from gradsift.report.figures import style
 from gradsift.report.figures.groups import (
     MOST_LINES,
@@ -86,7 +87,7 @@ def _bins(values: np.ndarray) -> tuple[list[float], float | None]:
 
 @report_figure("Early against late gradient norms")
 def early_late_norms(material: Material) -> Figure:
-    """A row below the dashed diagonal lost gradient norm between the snapshots, which the score takes for learning."""
+    """A row below the dashed diagonal lost gradient norm between the snapshots, which the score treats as learning."""
     run = representative(material, "statistics")
     values = material.statistics(run)
     figure, (axes,) = style.panels(width=4.8, height=4.0)
@@ -135,7 +136,7 @@ def _lengths_by_rank(material: Material, run: Run) -> np.ndarray:
     order = best_first(material.scores(run))
     if len(order) < _BANDS:
         raise Missing(f"{run.name}: {len(order)} scored rows are too few for {_BANDS} bands")
-    response = lengths(material.examples_file(run))["response_characters"]
+    response = lengths(run.one("load").file(EXAMPLES_FILE))["response_characters"]
     return np.array([np.median(response[band]) for band in np.array_split(order, _BANDS)])
 
 

@@ -67,7 +67,7 @@ def settings_grid(material: Material) -> Records:
         if len(known) == len(groups):
             return _settings_records(scorer, measure, known)
     largest = max(groups)
-    beside = {(run.data, run.record["seed"]): run for run in groups[largest]}  # what the others are compared with
+    beside = {(run.data, run.record["seed"]): run for run in groups[largest]}  # that the others are compared with
     overlaps = {}
     for setting, runs in groups.items():
         pairs = [(run, other) for run in runs if (other := beside.get((run.data, run.record["seed"])))]
@@ -113,7 +113,7 @@ def members_and_snapshots(material: Material) -> Figure:
 
 
 def size_curves(material: Material) -> Records:
-    """Return for m from 2 to M the Spearman and Jaccard of the score by the first m members with that by all.
+    """Compare the score by the first m members, m from 2 to M, with the score by all M (Spearman, Jaccard).
 
     Raises:
         Missing: there are fewer than three members.
@@ -200,7 +200,7 @@ def limits(correlation: np.ndarray) -> tuple[float, float]:
 
 
 def seed_agreement(material: Material) -> Records:
-    """Return by method the Spearman and Jaccard of any two runs on one dataset that differ in the seed.
+    """Compare each pair of runs of a method on one dataset with different seeds (Spearman, Jaccard).
 
     Raises:
         Missing: there are no two such runs.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Cli
 from test_load import runtime
 
 from gradsift.artifacts import Artifact
@@ -115,14 +116,18 @@ def test_a_mixture_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     assert {(example.original["source"], example.original["from_file"]) for example in pool} == {("x", "c")}
 
 
-def test_a_run_with_quotas_counts_the_selected_rows_of_each_source(gradsift: Any) -> None:
-    written(gradsift.folder / "rivers.jsonl", RIVERS)
-    written(gradsift.folder / "talks.jsonl", TALKS)
+def test_a_run_with_quotas_counts_the_selected_rows_of_each_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    gradsift = Cli(tmp_path, monkeypatch)
+    written(tmp_path / "rivers.jsonl", RIVERS)
+    written(tmp_path / "talks.jsonl", TALKS)
     sources = "data.sources={rivers: {path: rivers.jsonl, weight: 3}, talks: {path: talks.jsonl, weight: 1}}"
     shares = ("selector=quotas", "selector.shares={rivers: 1, talks: 4}", "alpha=0.25")
     options = ("tracker=none", "scorer=random", "stop_after=selection", "proxy=gpt2", "report=false")
     assert gradsift("data=mixture", sources, *shares, *options) == 0
-    (folder,) = gradsift.folder.glob("outputs/*/*/run.json")
+    (folder,) = tmp_path.glob("outputs/*/*/run.json")
     run = json.loads(folder.read_text(encoding="utf-8"))
     assert run["selection"]["sources"] == {"rivers": 2, "talks": 8}
     lines = folder.with_name("selection.jsonl").read_text(encoding="utf-8").splitlines()

@@ -17,10 +17,12 @@ import numpy as np
 
 from gradsift.artifacts import Artifact
 from gradsift.config import Config, SentenceTransformersConfig
+from gradsift.data.chat_templates import is_chat
 from gradsift.data.examples import Example
 from gradsift.data.load import corruption_of, labels_of, load, pool_of
+from gradsift.data.refused import refused_rows
 from gradsift.data.target_set import load_target_set, target_set_of
-from gradsift.data.tokens import encode, encoding_settings
+from gradsift.data.tokens import EncodeReport, encode, encoding_settings
 from gradsift.diagnostics import Diagnostic
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.stages.answers import benchmark_items, generate
@@ -54,6 +56,9 @@ from gradsift.training.backbones import Backbone, backbone, load_shown
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.probing import require_adaptable
 from gradsift.training.target import finetune, say_report
+
+# sources that are computed from the pool in tokens of the proxy's template
+_READ_TOKENS = ("statistics", "late_losses", "directions", "embedding_gradients", "gradients", "proxy_inputs")
 
 
 class Line:
@@ -93,16 +98,31 @@ class Line:
     @functools.cached_property
     def proxy_inputs(self) -> ProxyInputs:
         """The proxy and the tokens of the pool."""
-        return self._encoded(self.pool, "the proxy")
+        inputs, self._report = self._encoded(self.pool, "the proxy")
+        return inputs
 
-    def _encoded(self, examples: list[Example], purpose: str) -> ProxyInputs:
+    @functools.cached_property
+    def refused(self) -> Artifact | None:
+        """The rows of the pool that the proxy's chat template cannot show; None if the run shows it no row."""
+        proxy, asked = self.config.proxy, {*self.scorer.asked, *self.selector.asked}
+        if not is_chat(proxy.template) or asked.isdisjoint(_READ_TOKENS):
+            return None
+
+        def report() -> EncodeReport:
+            _ = self.proxy_inputs
+            return self._report
+
+        slug, settings = f"{proxy.name}-{self.config.data.name}", encoding_settings(proxy.template, proxy.max_length)
+        return refused_rows(self.runtime, slug, settings, self.proxy, self.loaded, report)
+
+    def _encoded(self, examples: list[Example], purpose: str) -> tuple[ProxyInputs, EncodeReport]:
         model, proxy = self.proxy_backbone, self.config.proxy
         limit = min(proxy.max_length, model.context)
         with self.runtime.display.task(f"tokenise for {purpose}", len(examples)) as advance:
             encoded, report = encode(examples, model.tokenizer, proxy.template, limit, advance)
         say_report(self.runtime, report, len(examples), "proxy")
         tokens = TokenBudget.of(model.model, self.config.compute.tokens, self.runtime.display.say)
-        return ProxyInputs(model, encoded, tokens)
+        return ProxyInputs(model, encoded, tokens), report
 
     def _inputs_to_train(self, option: str = "proxy.lora") -> ProxyInputs:
         """Return `proxy_inputs` once the adapters have been tried on their models.
@@ -222,7 +242,7 @@ class Line:
     def _target_inputs(self) -> FeatureInputs:
         rows = target_set_of(self.target_set)
         ids = [example.example_id for example in rows.examples]
-        return FeatureInputs(self._encoded(rows.examples, "the target set"), ids, rows.tasks)
+        return FeatureInputs(self._encoded(rows.examples, "the target set")[0], ids, rows.tasks)
 
     @functools.cached_property
     def gradients(self) -> Artifact:

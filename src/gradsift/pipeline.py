@@ -52,6 +52,7 @@ def run(config: Config, runtime: Runtime, record: RunRecord) -> None:
         return
     scored = score(runtime, line.scorer, line.loaded, line.sources, line.diagnose)
     record.scored(scored)
+    record.refused("proxy", line.refused)
     if line.has_norms:
         record.ensemble(line.adapters)
     if config.stop_after == "scores":

@@ -15,6 +15,7 @@ from gradsift.artifacts import Artifact, Store
 from gradsift.config import ProxyConfig
 from gradsift.cost import work_of
 from gradsift.data.load import SPOILT, Labels, labels_of
+from gradsift.data.refused import REFUSED_FILE
 from gradsift.data.verifiable import effective_families
 from gradsift.diagnostics import DIAGNOSTICS_FILE, read_diagnostics
 from gradsift.evaluation.stages.forgetting import General, forgetting_of
@@ -71,6 +72,13 @@ class RunRecord:
         self.tracker.artifact(artifact, SCORES_FILE)
         self._diagnosed(artifact)
 
+    def refused(self, group: str, artifact: Artifact | None) -> None:
+        """Record the rows that the template of `group` cannot show."""
+        if artifact is None or not artifact.info.get("refused"):
+            return
+        self.values.setdefault("refused", {})[group] = artifact.info["refused"]
+        self.files[f"rows that {group}.template cannot show"] = str(artifact.file(REFUSED_FILE))
+
     def selected(self, artifact: Artifact, loaded: Artifact) -> None:
         info = {k: v for k, v in artifact.info.items() if k not in _COUNTS}
         labels = labels_of(loaded)
@@ -100,6 +108,9 @@ class RunRecord:
 
     def finetuned(self, artifact: Artifact, heldout_loss: Artifact | None) -> None:
         self.values["heldout_loss"] = {"model": heldout_loss_of(heldout_loss)}
+        if heldout_loss and (left_out := heldout_loss.info.get("left_out")):
+            self.values["heldout_left_out"] = left_out
+        self.refused("target", artifact)
         self.files["adapter"] = str(artifact.file("adapter"))
         curve = read_curve(artifact.path)
         self.tracker.curve("finetune", curve)

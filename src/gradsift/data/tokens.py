@@ -252,7 +252,7 @@ def _tokenised(
         try:
             return cut(render(examples[row], template, tokenizer))
         except Unusable as reason:
-            refused[row] = Rejected(examples[row].row_index, str(reason), None)
+            refused[row] = Rejected(examples[row].row_index, str(reason), None, examples[row].original)
             return []
 
     segments_of = map(segments, range(len(examples)))

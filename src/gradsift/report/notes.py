@@ -22,6 +22,10 @@ def remarks(run: Run) -> list[str]:
     lines = []
     if rejected := run.get("data", {}).get("rejected"):
         lines.append(f"{rejected:,} rows of the data were rejected; the reasons are in rejected.jsonl")
+    for group, count in run.get("refused", {}).items():
+        lines.append(f"{group}.template cannot show {count:,} rows; the reasons are in the {group}'s refused.jsonl")
+    if left_out := run.get("heldout_left_out"):
+        lines.append(f"{left_out:,} held-out rows have no loss: target.template cannot show them, or no token is left")
     for reason, count in run.get("scores", {}).get("reasons", {}).items():
         lines.append(f"{count:,} rows have no score or are dropped by the method: {reason}")
     selection = run.get("selection", {})

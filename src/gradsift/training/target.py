@@ -14,7 +14,8 @@ import numpy as np
 from gradsift.artifacts import Artifact, NotMade
 from gradsift.config import TargetConfig
 from gradsift.data.batching import epoch_batches
-from gradsift.data.examples import Example
+from gradsift.data.examples import Example, write_rejected
+from gradsift.data.refused import REFUSED_FILE
 from gradsift.data.tokens import EncodeReport, encode, encoding_settings
 from gradsift.errors import GradsiftError
 from gradsift.runtime import Runtime, derive_seed
@@ -113,6 +114,7 @@ def train_target(
     with runtime.display.task("tokenise for the target", len(chosen)) as advance:
         encoded, report = encode(chosen, backbone.tokenizer, config.template, limit, advance)
     say_report(runtime, report, len(chosen), "target")
+    write_rejected(folder / REFUSED_FILE, list(report.refused.values()))
     if not encoded:
         raise GradsiftError(
             "no selected example has a response token for the target's tokenizer; look at the selection"
@@ -142,19 +144,25 @@ def train_target(
         steps = fit(module, encoded, plan, compute=runtime.compute, callbacks=[bar], folder=folder)
     lora.save_adapter(adapted, folder / "adapter")
     write_curve(folder, module.curve)
-    return {**step_counts(module, steps), "rows": len(encoded), "tokens": sum(int(e["tokens"]) for e in module.curve)}
+    counts = {"rows": len(encoded), "refused": len(report.refused)}
+    return {**step_counts(module, steps), **counts, "tokens": sum(int(e["tokens"]) for e in module.curve)}
 
 
-def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str) -> None:
-    """Print what the tokenizer cut or could not use, if anything."""
+def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str, what: str = "rows") -> None:
+    """Print what the tokenizer cut or could not use, if anything.
+
+    Args:
+        group: proxy or target, whose options decide it.
+        what: the kind of rows.
+    """
     if report.truncated_prompts or report.truncated_responses:
         runtime.display.say(
-            f"  of {rows:,} rows {report.truncated_prompts:,} prompts and {report.truncated_responses:,} responses "
+            f"  of {rows:,} {what} {report.truncated_prompts:,} prompts and {report.truncated_responses:,} responses "
             f"were cut to {group}.max_length"
         )
     if report.rows_without_response:
         runtime.display.say(
-            f"  {len(report.rows_without_response):,} of {rows:,} rows have no response token for the {group}'s "
+            f"  {len(report.rows_without_response):,} of {rows:,} {what} have no response token for the {group}'s "
             "tokenizer and are left out"
         )
     by_reason: dict[str, list[int]] = {}
@@ -162,7 +170,7 @@ def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str) ->
         by_reason.setdefault(rejected.reason, []).append(rejected.row)
     for reason, sources in by_reason.items():
         runtime.display.say(
-            f"  {len(sources):,} of {rows:,} rows are left out, because {group}.template cannot show them: {reason} "
+            f"  {len(sources):,} of {rows:,} {what} are left out, because {group}.template cannot show them: {reason} "
             f"(rows {', '.join(map(str, sources[:10]))}{', ...' if len(sources) > 10 else ''})"
         )
 

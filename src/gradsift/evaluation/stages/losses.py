@@ -22,7 +22,7 @@ from gradsift.runtime import Runtime
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.head import ResponseLosses, require_finite
-from gradsift.training.target import load_tuned
+from gradsift.training.target import load_tuned, say_report
 
 VERSION = 3
 
@@ -38,12 +38,13 @@ def heldout_loss(
     def make(folder: Path) -> Mapping[str, Any]:
         model = load_tuned(runtime, config, target, tuned)
         total, count = 0.0, 0
-        for _, losses in _losses(runtime, config, model, heldout_of(loaded), folder, "held-out loss"):
+        heldout = heldout_of(loaded)
+        for _, losses in _losses(runtime, config, model, heldout, folder, "held-out loss", "held-out rows"):
             total += float(losses.sum())
             count += len(losses)
         if not count:
             raise GradsiftError("no held-out example has a response token for the target; take data.holdout=0")
-        loss = {"heldout_loss": total / count, "rows": count}
+        loss = {"heldout_loss": total / count, "rows": count, "left_out": len(heldout) - count}
         (folder / "heldout.json").write_text(json.dumps(loss), encoding="utf-8")
         return loss
 
@@ -76,22 +77,36 @@ def reference_losses(
         ]
         model = load_tuned(runtime, config, target, tuned)
         by_set: dict[str, list[float]] = {}
-        for rows, losses in _losses(runtime, config, model, examples, folder, "loss of the reference answers"):
+        purpose, what = "loss of the reference answers", "reference answers"
+        for rows, losses in _losses(runtime, config, model, examples, folder, purpose, what):
             for row, loss in zip(rows.tolist(), losses.tolist(), strict=True):
                 by_set.setdefault(known[row].benchmark, []).append(loss)
-        return {"rows": len(known), "losses": {name: sum(losses) / len(losses) for name, losses in by_set.items()}}
+        means = {name: sum(losses) / len(losses) for name, losses in by_set.items()}
+        return {"rows": len(known), "losses": means, "left_out": len(known) - sum(map(len, by_set.values()))}
 
     parents, slug = [target, *([tuned] if tuned else [])], slug_of(config, tuned)
     return runtime.store.obtain("reference_loss", slug, settings, parents, make, version=VERSION, size=len(known))
 
 
 def _losses(
-    runtime: Runtime, config: TargetConfig, model: Backbone, examples: Sequence[Example], folder: Path, purpose: str
+    runtime: Runtime,
+    config: TargetConfig,
+    model: Backbone,
+    examples: Sequence[Example],
+    folder: Path,
+    purpose: str,
+    what: str,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return positions in `examples` and the mean NLL of a response token by batch, without examples that have none."""
+    """Return positions in `examples` and the mean NLL of a response token by batch; say which examples have none.
+
+    Args:
+        purpose: of the pass, for the progress bar and errors.
+        what: the kind of examples, for the message.
+    """
     limit = min(config.max_length, model.context)
     with runtime.display.task("tokenise for the target", len(examples)) as advance:
-        encoded, _ = encode(examples, model.tokenizer, config.template, limit, advance)
+        encoded, report = encode(examples, model.tokenizer, config.template, limit, advance)
+    say_report(runtime, report, len(examples), "target", what)
     device = device_of(runtime.compute)
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     with runtime.display.task(purpose, len(encoded)) as advance, torch.inference_mode():

@@ -1,0 +1,39 @@
+"""The rows that a chat template cannot show, in a file of their own: a result of tokenising the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gradsift.artifacts import Artifact
+from gradsift.data.examples import write_rejected
+from gradsift.data.tokens import EncodeReport
+from gradsift.runtime import Runtime
+
+VERSION = 1
+REFUSED_FILE = "refused.jsonl"
+
+
+def refused_rows(
+    runtime: Runtime,
+    slug: str,
+    settings: Mapping[str, Any],
+    model: Artifact,
+    loaded: Artifact,
+    report: Callable[[], EncodeReport],
+) -> Artifact:
+    """Write the rows of the pool that the template cannot show, with their reasons, as `write_rejected` does.
+
+    Args:
+        settings: those of the encoding.
+        model: the model whose tokenizer is used.
+        report: tokenises the pool, or returns the report if that is done.
+    """
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        refused = report().refused
+        write_rejected(folder / REFUSED_FILE, list(refused.values()))
+        return {"refused": len(refused)}
+
+    return runtime.store.obtain("refused", slug, settings, [model, loaded], make, version=VERSION)

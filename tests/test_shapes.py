@@ -9,9 +9,11 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,6 +24,8 @@ from gradsift.data.files import read_rows
 from gradsift.data.formats import parse_rows
 from gradsift.data.tokens import encode
 from gradsift.errors import DataError
+from gradsift.scoring.scores import Scores
+from gradsift.selection.stage import write_selection
 
 ASK, SAY = "Name a river.", "The Oder is one."
 USER, REPLY = {"role": "user", "content": ASK}, {"role": "assistant", "content": SAY}
@@ -241,6 +245,17 @@ def test_what_a_template_cannot_show_rejects_the_row(row: dict[str, Any], reason
         parse(row)
 
 
+def test_rows_of_another_shape_in_one_file_are_rejected_with_the_remedy() -> None:
+    mixed = [ROW, {"messages": [USER, REPLY]}, {"conversations": [HUMAN, GPT]}, {"note": "x"}, ROW]
+    examples, rejected = parse(*mixed)
+    assert [example.row_index for example in examples] == [0, 4]
+    assert [row.row for row in rejected] == [1, 2, 3]
+    for row, column in zip(rejected, ("messages", "conversations"), strict=False):
+        assert f"'instruction' is missing: the row has another shape ('{column}')" in row.reason
+        assert "data=mixture" in row.reason
+    assert rejected[2].reason == "field 'instruction' is missing"
+
+
 def test_a_rejected_row_is_kept_whole_and_the_others_go_on(tmp_path: Path) -> None:
     row, _ = UNSHOWN["tool_calls"]
     ((example,), rejected) = parse(row, {"messages": [USER, REPLY]})
@@ -438,6 +453,17 @@ def test_what_is_not_trained_is_part_of_the_identity_and_of_the_file(tmp_path: P
 
 # -------------------------------------------------------------------------------------- nothing is lost
 
+BASES: list[dict[str, Any]] = [  # usable rows, one of which has the columns of every shape that is rejected
+    {"messages": [USER, REPLY]},
+    {"conversations": [HUMAN, GPT]},
+    {"prompt": ASK, "completion": SAY},
+    {"prompt": ASK, "response": SAY},
+    {"instruction": ASK, "output": SAY},
+    {"prompt": ASK, "chosen": SAY, "rejected": "No."},
+    {"instruction": ASK, "chosen": SAY, "rejected": "No."},
+    {"messages": [USER, REPLY], "chosen": [USER, REPLY], "rejected": [USER]},
+]
+SHAPES = [*PLAIN.items(), *((name, row) for group in (LONGER, UNSHOWN) for name, (row, _) in group.items())]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 COLUMNS = "instruction,Input, output,response,context,prompt,chosen,rejected,messages,system,history,tools,label,note,ä"
 NAMES = st.sampled_from(COLUMNS.split(","))
@@ -461,16 +487,52 @@ def strings_in(value: Any) -> Iterator[str]:
 
 
 def kept(path: Path, folder: Path) -> dict[int, Any]:
-    """Return what is kept of each row: the example's original columns, or the content in rejected.jsonl."""
+    """Return what is kept of each row: its columns in a selection of all examples, or the content in rejected.jsonl."""
     examples, rejected = parse_rows(read_rows(path), "auto", FieldsConfig())
     write_examples(folder / "examples.parquet", examples)
     write_rejected(folder / "rejected.jsonl", rejected)
-    rows = {example.row_index: example.original for example in read_examples(folder / "examples.parquet")}
+    everything = np.arange(len(examples))
+    write_selection(folder / "selection.jsonl", everything, Scores(everything * 1.0), folder / "examples.parquet")
+    rows = {}
+    for line in (folder / "selection.jsonl").read_bytes().decode().split("\n")[:-1]:
+        row = json.loads(line)
+        rows[row.pop("gradsift")["row_index"]] = row
     for line in (folder / "rejected.jsonl").read_text().splitlines():
         row = json.loads(line)
         rows[row["row"]] = row["content"]
     assert len(rows) == len(examples) + len(rejected)
     return rows
+
+
+def with_texts(value: Any, texts: Iterator[str], key: str = "") -> Any:
+    """Return a row with other texts; names of roles and kinds, and turns as JSON text, stay."""
+    if isinstance(value, dict):
+        return {name: with_texts(item, texts, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [with_texts(item, texts, key) for item in value]
+    is_structure = key in ("role", "from", "type") or (isinstance(value, str) and value[:1] in ("[", "{"))
+    return value if is_structure or not isinstance(value, str) else next(texts)
+
+
+@pytest.mark.parametrize(("name", "row"), SHAPES, ids=[name for name, _ in SHAPES])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(TEXT, min_size=1, max_size=12))
+def test_every_string_of_every_shape_is_in_the_selection_or_among_the_rejected_rows(
+    name: str, row: dict[str, Any], texts: list[str], tmp_path: Path
+) -> None:
+    base = next(base for base in [row, *BASES] if _is_usable(base, row))
+    rows = [base, with_texts(row, cycle(texts)), row]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    result = kept(tmp_path / "a.jsonl", tmp_path)
+    assert result == dict(enumerate(rows))
+
+
+def _is_usable(base: dict[str, Any], row: dict[str, Any]) -> bool:
+    try:
+        examples, _ = parse(base, row)
+    except DataError:
+        return False
+    return examples[0].row_index == 0
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

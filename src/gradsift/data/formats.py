@@ -12,7 +12,7 @@ from typing import Any
 
 from gradsift import outside_json
 from gradsift.config import DATA_FORMATS, FieldsConfig
-from gradsift.data.columns import Names, columns_of, folded, pair_of, recognise
+from gradsift.data.columns import Names, Shape, columns_of, folded, pair_of, recognise
 from gradsift.data.examples import Example, Rejected, SourceRow, Turn, json_type, json_value, make_example
 from gradsift.data.turns import (
     Conversation,
@@ -86,6 +86,8 @@ def parse_rows(
         try:
             original = _original(content)
             _require_desired(original)
+            if format == "auto":
+                _require_shape(original, shape, group)
             parsed = _PARSERS[shape.format](original, shape.names)
             examples.append(make_example(row, *parsed, original=original, occurrences=occurrences))
         except Unusable as reason:
@@ -125,6 +127,22 @@ def _original(content: Any) -> dict[str, Any]:
                 "the other columns alone"
             )
     return original
+
+
+def _require_shape(row: Mapping[str, Any], shape: Shape, group: str) -> None:
+    """Raise Unusable for a row that lacks a column of the data's shape and has those of another."""
+    missing = [name for name in shape.names.needed if name not in row]
+    if not missing:
+        return
+    try:
+        other = recognise([SourceRow(0, row)], "auto", FieldsConfig(), "", group)
+    except DataError:
+        return  # the parser names the column
+    columns = ", ".join(map(repr, other.names.needed))
+    raise Unusable(
+        f"field {missing[0]!r} is missing: the row has another shape ({columns}) than the first rows; write the "
+        "rows of each shape to a file of their own, and join the files with data=mixture"
+    )
 
 
 def _require_desired(row: Mapping[str, Any]) -> None:

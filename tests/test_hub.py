@@ -9,15 +9,21 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import made_once
 from hub_stand_in import COMMIT, serving
+from test_load import runtime
 
 from gradsift.composition import compose_config
 from gradsift.config import HubDataConfig
-from gradsift.errors import ConfigError
+from gradsift.data.examples import SourceRow
+from gradsift.data.hub import load_hub
+from gradsift.data.load import load
+from gradsift.errors import ConfigError, DataError
 
 LOAD = """
 import json, sys
@@ -135,6 +141,26 @@ def test_the_rows_of_a_dataset_or_of_a_subset(asked: str, rows: list[object], an
 def test_what_cannot_be_loaded_has_a_remedy(asked: str, words: str, answers: dict[str, object]) -> None:
     assert isinstance(answers[asked], str)
     assert words in str(answers[asked])
+
+
+def test_a_dataset_that_is_not_here_while_the_hub_cannot_be_reached() -> None:
+    with pytest.raises(DataError, match=r"not in the local cache and the hub cannot be reached.*data=json"):
+        load_hub("owner/elsewhere", None, "train")
+
+
+def test_streaming_reads_as_many_rows_as_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def first_rows(*arguments: Any) -> Iterator[SourceRow]:
+        asked.append(arguments)
+        return (SourceRow(row, {"instruction": str(row), "output": "x"}) for row in range(arguments[-1]))
+
+    monkeypatch.setattr("gradsift.data.hub.load_hub", first_rows)
+    options = {"id": "owner/one", "streaming": True, "limit": 3}
+    artifact = load(runtime(tmp_path), HubDataConfig(**options, holdout=2))
+    assert asked == [("owner/one", None, "train", None, 5)]
+    assert (artifact.info["rows"], artifact.info["heldout"]) == (3, 2)
+    assert load(runtime(tmp_path), HubDataConfig(**options)).fingerprint != artifact.fingerprint
 
 
 def test_streaming_needs_a_limit() -> None:

@@ -11,6 +11,7 @@ Qwen3-0.6B and Llama-2-7B; the ranking check uses SmolLM2 if it is installed (`m
   memory       a pass that does not fit into memory is repeated with fewer tokens and gives the same norms
   large        a LoRA step of a 7B model: seconds, peak memory, share of the card's peak
   throughput   examples per second: ours with and without norms, the loop, Opacus, transformers' Trainer
+  together     members side by side against the same members alone: seconds, and their weights
   answers      tokens per second of greedy answers
 
 A law that does not hold, or a check that raises an error, ends the program with exit code 1. Without a GPU the same
@@ -36,10 +37,12 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from benchmarks.engine import away_from_zero, labels_of, mean_losses
+from benchmarks.together import members_of
 from benchmarks.workload import alpaca_rows
 from gradsift import gsnr
 from gradsift.config import ComputeConfig, FieldsConfig, LoraConfig
@@ -381,8 +384,27 @@ def peak(setting: Setting) -> float:
     return 2 * size**3 / setting.seconds(lambda: left @ right)
 
 
+def together(setting: Setting) -> Iterator[Row]:
+    """Train members alone and side by side."""
+    count, steps = (2, 2) if setting.is_smallest else (5, 50)
+    members = members_of("nano" if setting.is_smallest else "gpt2", count, steps, setting.compute)
+    members.train(together=True, steps=1)
+    weights, seconds = [], []
+    for side_by_side in (False, True):
+        taken, folders, _owner = members.train(side_by_side, steps)
+        seconds.append(taken)
+        weights.append([load_file(folder / lora.ADAPTER_FILE) for folder in folders])
+    error = max(
+        float(torch.linalg.vector_norm(two[name] - one[name]) / torch.linalg.vector_norm(one[name]).clamp(min=1e-6))
+        for one, two in zip(*weights, strict=True)
+        for name in one
+    )
+    yield Row("together", f"{count} members: times as fast as alone", seconds[0] / seconds[1])
+    yield Row("together", "largest relative difference of a weight matrix", error, "< 1e-3", error < 1e-3)
+
+
 CHECKS: dict[str, Callable[[Setting], Iterator[Row]]] = {
-    check.__name__: check for check in (exactness, ranking, line, memory, large, throughput, answers)
+    check.__name__: check for check in (exactness, ranking, line, memory, large, throughput, together, answers)
 }
 
 

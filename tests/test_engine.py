@@ -334,17 +334,18 @@ def test_out_of_memory_halves_the_budget_says_so_and_changes_no_result(
     assert "the batch is repeated with" in said[0]
 
 
-def test_dropout_after_out_of_memory_is_that_of_the_smaller_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random numbers of failed attempts have no influence."""
-    adapters, tokens = [], 4096
-    for losses in (failing_above(30, OUT_OF_MEMORY[0]), ResponseLosses):
+def test_dropout_is_the_same_after_memory_ran_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's masks do not depend on the batch, so those of a step that was repeated in smaller ones are the same."""
+    adapters, budgets = [], []
+    for losses in (ResponseLosses, failing_above(30, OUT_OF_MEMORY[0])):
         monkeypatch.setattr(modules, "ResponseLosses", losses)
         adapted = lora.add_adapter(tiny_model("gpt2"), LoraConfig(rank=3, dropout=0.4), seed=1)
-        _, module = train(adapted, ragged_examples(8), [list(range(8))], tokens=tokens, say=lambda line: None)
-        tokens = module.budget.tokens
+        _, module = train(adapted, ragged_examples(8), [list(range(8))], say=lambda line: None)
+        budgets.append(module.budget.tokens)
         adapters.append(weights_of(adapted))
-    assert tokens <= 30
-    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+    assert budgets[0] == 4096 and budgets[1] <= 30
+    for name, value in adapters[0].items():
+        assert_close_by_norm(adapters[1][name], value, k=1024)
 
 
 def test_out_of_memory_in_a_collection_pass_changes_no_norm(monkeypatch: pytest.MonkeyPatch) -> None:

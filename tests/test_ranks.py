@@ -46,7 +46,7 @@ from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.records import COLUMNS
 from gradsift.launch import _rank, node_of, on_all_ranks
 from gradsift.proxy.collection import collect_rows
-from gradsift.proxy.ensemble import epoch_plan, member_settings, train_member_epoch
+from gradsift.proxy.ensemble import epoch_plan, member_settings, train_member_epoch, train_members_epoch
 from gradsift.proxy.epochs import OPTIMIZER_FILE, ProxyInputs
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora, parallel
@@ -69,7 +69,10 @@ def everything(
     target: tuple[TargetConfig, Artifact, list[Example]],
     proxy: tuple[ProxyConfig, ProxyInputs],
 ) -> dict[str, Any]:
-    """Run a finetune, two epochs of a member with the norms of its steps, and a collection pass."""
+    """Run a finetune, two epochs of a member with the norms of its steps, and a collection pass.
+
+    The second epoch is trained side by side with the first one of another member.
+    """
     config, made, chosen = target
     settings, inputs = proxy
     infos: dict[str, Any] = {"ranks": parallel.size()}
@@ -83,19 +86,18 @@ def everything(
         infos["fsdp tokens"] = tokens()
         parts = [parameter for parameter in backbone.model.parameters() if isinstance(parameter, DTensor)]
         infos["in parts"] = sum(2 * part.to_local().numel() == part.numel() for part in parts) / len(parts)
-    before = None
-    for epoch in (1, 2):
-        part = folder / f"e{epoch}"
+    parts = {name: folder / name for name in ("e1", "e2", "other", "norms")}
+    for part in parts.values():
         part.mkdir()
-        info = train_member_epoch(
-            run, settings, inputs, member_settings(settings, run, 0, epoch), before, part, lambda done: None
-        )
-        before = Artifact("member", part, "fingerprint", {"info": info})
-        infos[part.name] = info
-    part = folder / "norms"
-    part.mkdir()
+    epochs = {"e1": (0, 1), "e2": (0, 2), "other": (1, 1)}
+    given = {name: member_settings(settings, run, *epoch) for name, epoch in epochs.items()}
+    infos["e1"] = train_member_epoch(run, settings, inputs, given["e1"], None, parts["e1"], lambda done: None)
+    first = Artifact("member", parts["e1"], "fingerprint", {"info": infos["e1"]})
+    units = [(given["e2"], first, parts["e2"]), (given["other"], None, parts["other"])]
+    infos["e2"], infos["other"] = train_members_epoch(run, settings, inputs, units, lambda done: None)
+    second = Artifact("member", parts["e2"], "fingerprint", {"info": infos["e2"]})
     passed = replace(settings, collect="epoch_end")
-    infos["norms"] = collect_rows(run, part, passed, inputs, 0, 2, before, 0)
+    infos["norms"] = collect_rows(run, parts["norms"], passed, inputs, 0, 2, second, 0)
     return infos
 
 

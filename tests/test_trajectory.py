@@ -72,7 +72,7 @@ def test_training_is_the_same_whether_its_trajectory_is_noted_or_not(
     """With dropout, whose masks would change if the callback used the training's random stream."""
     settings = config("mc_dropout")
     ((*epochs,),), _ = trained(tmp_path / "noted", settings)
-    monkeypatch.setattr("gradsift.proxy.trajectory.Trajectory", Blind)
+    monkeypatch.setattr("gradsift.proxy.together.Trajectory", Blind)
     ((*blind,),), _ = trained(tmp_path / "blind", settings)
     for one, other in zip(epochs, blind, strict=True):
         names = set(one.manifest["files"]) - {TRAJECTORY_FILE}

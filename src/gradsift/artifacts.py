@@ -147,7 +147,8 @@ class Store:
             config: everything that changes the result besides the parents; JSON values.
             make: fills the folder that it is called with and returns its counts, among them `optimizer_steps` and
                 `resumed_steps`, those of them that an interrupted run had taken. It may continue from what it finds
-                in `unfinished/` there, which is deleted afterwards.
+                in `unfinished/` there, which is deleted afterwards. If it makes several units at once, it returns the
+                `seconds` and `forward_tokens` of this one too.
             version: raised in code whenever the stage's result changes.
             size: number of examples that the work passes over, if it differs from the parents'.
             light: the work takes seconds and needs no model, so a plan does it too, in a temporary folder.
@@ -242,8 +243,8 @@ class Store:
         with counting() as tokens:
             info = dict(make(part))
         if tokens():
-            info["forward_tokens"] = tokens()
-        seconds = time.perf_counter() - started
+            info.setdefault("forward_tokens", tokens())
+        seconds = info.pop("seconds", time.perf_counter() - started)
         manifest = {
             **wanted.manifest,
             "info": info,

@@ -68,5 +68,8 @@ class ComputeConfig(Group, option="compute"):
 
     @property
     def mask_batches(self) -> Any:
-        """The settings that dropout masks depend on: they are drawn batch by batch, and rank by rank."""
+        """The settings that dropout masks depend on in layers that do not see the rows of a batch one by one (experts).
+
+        There they are drawn batch by batch, and rank by rank.
+        """
         return self.tokens if self.ranks == 1 else {"tokens": self.tokens, "ranks": self.ranks}

@@ -75,7 +75,9 @@ class LoraConfig(Group, option="lora"):
 
         Options that were added later are left out while they are off, so that earlier results keep their fingerprint.
         """
-        later = {"use_rslora": True} if self.use_rslora else {}
+        later: dict[str, Any] = {"use_rslora": True} if self.use_rslora else {}
+        if self.dropout:
+            later["masks"] = "by_row"  # how they are drawn
         return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "targets": list(self.targets)} | later
 
 
@@ -111,6 +113,7 @@ class ProxyConfig(Group, option="proxy"):
     template: str = "alpaca"  # or plain; chat: the tokenizer's own template; FILE.jinja: a chat template of your own
     max_length: int = option(1024, least=2)  # tokens, prompt and response together; the prompt is cut first
     members: int = option(5, least=1)  # M of the paper
+    together: int = option(1, least=1)  # members that train side by side, in one pass over the frozen weights
     # what members differ by: lora_seeds (initial A and data order), bootstrap (a resample of the data and its order),
     # mc_dropout (the dropout masks, with one trained adapter for all)
     ensemble: str = option("lora_seeds", choices=("lora_seeds", "bootstrap", "mc_dropout"))

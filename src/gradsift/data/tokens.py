@@ -50,12 +50,14 @@ class Encoded:
     row_index    the example's row in the data's source, for messages
     input_ids    (T,) int32
     is_response  (T,) bool; the first token never is, so every response token has one before it
+    lane         the adapter that it passes through, where several train side by side
     """
 
     row: int
     row_index: int
     input_ids: np.ndarray
     is_response: np.ndarray
+    lane: int = 0
 
     @property
     def scored(self) -> int:

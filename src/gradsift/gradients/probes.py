@@ -110,8 +110,9 @@ class NormProbe:
     @staticmethod
     def gather(parts_a: torch.Tensor, parts_b: torch.Tensor, scale: float) -> torch.Tensor:
         """Return the squared norms (2, B) of a layer's gradients of A and of B."""
-        norms = [torch.linalg.vector_norm(part, dim=(1, 2), dtype=torch.float32) for part in (parts_a, parts_b)]
-        return torch.stack(norms).mul_(scale).square_()
+        dtype = torch.promote_types(parts_a.dtype, torch.float32)
+        norms = [torch.linalg.vector_norm(part, dim=(1, 2), dtype=dtype) for part in (parts_a, parts_b)]
+        return torch.stack(norms).mul_(scale).square_().to(torch.float32)
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
         """Run the backward pass of `loss` down to the probe and return the squared norms (2, B); no `.grad` changes.

@@ -69,7 +69,7 @@ def collect_rows(
     encoded = shard_of(inputs.encoded, shard, config.shards)
     masks = None
     if config.ensemble == "mc_dropout":
-        masks = _mask_seed(runtime, config, member, epoch, shard)
+        masks = _mask_seed(runtime, member, epoch)
     with (
         adapter(inputs.backbone, config.lora, 0, runtime.compute) as adapted,
         runtime.display.task(label, len(encoded)) as advance,
@@ -97,7 +97,7 @@ def collect_norms(
     Args:
         progress: called with the number of examples just done, estimated from their tokens.
         masks: leave the adapters' dropout as it is, on after `lora.add_adapter`; an example's norm is then that of its
-            gradient under the masks that its batch draws with this seed. Without, dropout is off.
+            gradient under the masks that it draws with this seed. Without, dropout is off.
         journal: keeps the norms batch by batch.
 
     Returns:
@@ -135,12 +135,11 @@ def _identity(
     runtime: Runtime, config: ProxyConfig, member: int, epoch: int, weights: Artifact, shard: int
 ) -> dict[str, Any]:
     settings: dict[str, Any] = {"shard": shard, "shards": config.shards}
-    if config.ensemble == "mc_dropout":  # masks are drawn batch by batch
-        settings |= {"masks_of": member, "seed": runtime.seed, "tokens": runtime.compute.mask_batches}
+    if config.ensemble == "mc_dropout":
+        settings |= {"masks_of": member, "seed": runtime.seed}
     slug = f"m{member}-e{epoch}" + (f"-s{shard}of{config.shards}" if config.shards > 1 else "")
     return {"stage": "norms", "slug": slug, "config": settings, "parents": [weights], "version": VERSION}
 
 
-def _mask_seed(runtime: Runtime, config: ProxyConfig, member: int, epoch: int, shard: int) -> int:
-    parts = (runtime.seed, "mc_dropout", member, epoch)
-    return derive_seed(*parts) if config.shards == 1 else derive_seed(*parts, shard, config.shards)
+def _mask_seed(runtime: Runtime, member: int, epoch: int) -> int:
+    return derive_seed(runtime.seed, "mc_dropout", member, epoch)

@@ -11,15 +11,19 @@ That is `lora_seeds`. The two other ensembles are the ablations that the paper a
     mc_dropout  one adapter is trained, with dropout (member 0 of `lora_seeds`); member m is a pass over its weights
                 after an epoch under dropout masks of its own
 
+With `proxy.together=K`, K members train side by side (`gradsift.proxy.together`); which members those are is in no
+fingerprint, because it changes their weights by rounding alone.
+
 Norms come from a pass over the examples after an epoch (`gradsift.proxy.collection`), for the epochs that a stage asks
 for. With `proxy.collect=during_training` they come from the training steps.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,11 +32,14 @@ from gradsift.config import ProxyConfig
 from gradsift.data.batching import epoch_batches
 from gradsift.data.tokens import encoding_settings
 from gradsift.errors import GradsiftError
-from gradsift.gradients.norms_table import write_norms
 from gradsift.proxy.collection import collect, is_collected
 from gradsift.proxy.epochs import EpochStart, ProxyInputs, adapter, train_epoch
 from gradsift.runtime import Runtime, derive_seed
+from gradsift.training.lanes import lanes
 from gradsift.training.optimization import Optimization
+
+if TYPE_CHECKING:
+    from gradsift.proxy.together import MemberEpoch
 
 VERSION = 6
 
@@ -95,11 +102,11 @@ def train_adapters(
     Jobs of different shards begin with different members, so that they train in parallel.
     """
     count = 1 if config.ensemble == "mc_dropout" else config.members
-    first = config.shard or 0
-    trained = {
-        member: train_adapter(runtime, config, proxy, examples, load, member, config.total_epochs)
-        for member in ((first + place) % count for place in range(count))
-    }
+    groups = [range(count)[first : first + config.together] for first in range(0, count, config.together)]
+    begin = (config.shard or 0) % len(groups)
+    trained: dict[int, list[Artifact]] = {}
+    for group in groups[begin:] + groups[:begin]:
+        trained |= _train_group(runtime, config, proxy, examples, load, group, config.total_epochs)
     return [trained[member] for member in range(count)]
 
 
@@ -113,22 +120,76 @@ def train_adapter(
     epochs: int,
 ) -> list[Artifact]:
     """Return one member's weights after each of its first `epochs` epochs; for `during_training` with their norms."""
-    chain: list[Artifact] = []
+    return _train_group(runtime, config, proxy, examples, load, [member], epochs)[member]
+
+
+def _train_group(
+    runtime: Runtime,
+    config: ProxyConfig,
+    proxy: Artifact,
+    examples: Artifact,
+    load: Callable[[], ProxyInputs],
+    members: Sequence[int],
+    epochs: int,
+) -> dict[int, list[Artifact]]:
+    """Return the weights of `members` after each epoch; those that have to be trained are trained side by side."""
+    chains: dict[int, list[Artifact]] = {member: [] for member in members}
     for epoch in range(1, epochs + 1):
-        previous = chain[-1] if chain else None
-        settings = member_settings(config, runtime, member, epoch)
-        label = f"proxy member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
+        previous = {member: chain[-1] if chain else None for member, chain in chains.items()}
+        settings = {member: member_settings(config, runtime, member, epoch) for member in members}
 
         def make(
-            folder: Path, label: str = label, previous: Artifact | None = previous, settings: Any = settings
-        ) -> Mapping[str, Any]:
-            inputs = load()
-            with runtime.display.task(label, len(inputs.encoded)) as advance:
-                return train_member_epoch(runtime, config, inputs, settings, previous, folder, advance)
+            folders: Mapping[int, Path], epoch: int = epoch, previous: Any = previous, settings: Any = settings
+        ) -> dict[int, Mapping[str, Any]]:
+            inputs, started = load(), time.perf_counter()
+            numbers = ", ".join(str(member + 1) for member in folders)
+            label = f"proxy member {numbers}/{config.members}, epoch {epoch}/{config.total_epochs}"
+            with runtime.display.task(label, len(folders) * len(inputs.encoded)) as advance:
+                if len(folders) == 1:
+                    ((member, folder),) = folders.items()
+                    one = (settings[member], previous[member], folder, advance)
+                    return {member: train_member_epoch(runtime, config, inputs, *one)}
+                units = [(settings[member], previous[member], folder) for member, folder in folders.items()]
+                infos = train_members_epoch(runtime, config, inputs, units, advance)
+            seconds = (time.perf_counter() - started) / len(folders)
+            return {member: {**info, "seconds": seconds} for member, info in zip(folders, infos, strict=True)}
 
-        unit = ("member", f"m{member}-e{epoch}", settings, [previous] if previous else [proxy, examples], make)
-        chain.append(runtime.store.obtain(*unit, version=VERSION, divided=True))
-    return chain
+        units = {
+            member: (f"m{member}-e{epoch}", settings[member], [last] if last else [proxy, examples])
+            for member, last in previous.items()
+        }
+        for member, made in _obtain_all(runtime, units, make).items():
+            chains[member].append(made)
+    return chains
+
+
+def _obtain_all(
+    runtime: Runtime,
+    units: Mapping[int, tuple[str, Mapping[str, Any], Sequence[Artifact]]],
+    make: Callable[[Mapping[int, Path]], Mapping[int, Mapping[str, Any]]],
+) -> dict[int, Artifact]:
+    """Return the artifacts of `units` (slug, config, parents); those that do not exist are made by one call of `make`.
+
+    Their folders are opened one within another, in ascending order: of two jobs that make the same units, one waits.
+    """
+    folders: dict[int, Path] = {}
+    infos: dict[int, Mapping[str, Any]] = {}
+
+    def obtain(member: int) -> Artifact:
+        def make_with_later_ones(folder: Path) -> Mapping[str, Any]:
+            folders[member] = folder
+            for other in units:
+                if other > member and other not in folders:
+                    obtain(other)
+            if not infos:
+                infos.update(make(folders))
+            return infos[member]
+
+        slug, config, parents = units[member]
+        make_all = make_with_later_ones
+        return runtime.store.obtain("member", slug, config, parents, make_all, version=VERSION, divided=True)
+
+    return {member: obtain(member) for member in units}
 
 
 def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: int) -> dict[str, Any]:
@@ -149,7 +210,7 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
         "weight_decay": config.weight_decay,
         "batch_size": config.batch_size,
         "batching": config.batching,
-        "tokens": runtime.compute.mask_batches if config.lora.dropout else None,
+        "tokens": None,  # once the batches that masks depended on; here, earlier members keep their fingerprint
     }
 
 
@@ -171,9 +232,44 @@ def train_member_epoch(
     Raises:
         GradsiftError: the learning rate is 0 throughout the epoch.
     """
-    from gradsift.gradients.callback import GradientNormCallback
-    from gradsift.proxy.trajectory import Trajectory
-    from gradsift.training.finetuning import ShowProgress
+    one = _member_epoch(runtime, config, inputs, settings, previous, folder)
+    with adapter(inputs.backbone, config.lora, one.lora_seed, runtime.compute) as adapted:
+        callbacks = one.callbacks(adapted, advance)
+        options = (one.optimization, one.plan, one.start, folder, runtime.compute, callbacks)
+        info = train_epoch(adapted, inputs, *options)
+    return info | one.write(inputs)
+
+
+def train_members_epoch(
+    runtime: Runtime,
+    config: ProxyConfig,
+    inputs: ProxyInputs,
+    units: Sequence[tuple[Mapping[str, Any], Artifact | None, Path]],
+    advance: Callable[[int], None],
+) -> list[dict[str, Any]]:
+    """Train several members for one epoch side by side, as `train_member_epoch` does with one.
+
+    Args:
+        units: settings, epoch before and folder of each member.
+    """
+    from gradsift.proxy.together import train_together
+
+    epochs = [_member_epoch(runtime, config, inputs, *unit) for unit in units]
+    with lanes(inputs.backbone.model, config.lora, [one.lora_seed for one in epochs]) as made:
+        infos = train_together(made, inputs, epochs, runtime.compute, advance)
+    return [info | one.write(inputs) for info, one in zip(infos, epochs, strict=True)]
+
+
+def _member_epoch(
+    runtime: Runtime,
+    config: ProxyConfig,
+    inputs: ProxyInputs,
+    settings: Mapping[str, Any],
+    previous: Artifact | None,
+    folder: Path,
+) -> MemberEpoch:
+    # here, as in every function that trains: Lightning takes seconds to import, and most runs reuse their trainings
+    from gradsift.proxy.together import MemberEpoch
 
     member, epoch = settings["member"], settings["epoch"]
     plan = epoch_plan(config, [len(example.input_ids) for example in inputs.encoded], runtime.seed, member, epoch)
@@ -193,16 +289,7 @@ def train_member_epoch(
         )
     start = EpochStart(start_step, derive_seed(runtime.seed, "dropout", member, epoch), previous)
     lora_seed = derive_seed(runtime.seed, "lora", 0 if config.ensemble == "bootstrap" else member)
-    norms = GradientNormCallback() if config.collect == "during_training" else None
-    with adapter(inputs.backbone, config.lora, lora_seed, runtime.compute) as adapted:
-        trajectory = Trajectory(adapted, start.first_step, len(plan))
-        callbacks = [ShowProgress(advance), trajectory, *([norms] if norms else [])]
-        info = train_epoch(adapted, inputs, optimization, plan, start, folder, runtime.compute, callbacks)
-        trajectory.write(folder)
-    if norms is not None:
-        info |= write_norms(folder, norms.records.columns(inputs.encoded), inputs.encoded, shard=0, shards=1)
-        info["all_rows"] = len(inputs.encoded)
-    return info
+    return MemberEpoch(plan, optimization, start, lora_seed, folder, config.collect == "during_training")
 
 
 def epoch_plan(config: ProxyConfig, lengths: Sequence[int], seed: int, member: int, epoch: int) -> list[list[int]]:

@@ -19,6 +19,8 @@ from gradsift.training.optimization import Optimization
 if TYPE_CHECKING:
     from lightning import Callback
 
+    from gradsift.training.modules import ProxyMember
+
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 
@@ -64,23 +66,40 @@ def train_epoch(
         optimizer_steps, resumed_steps, rows, and the sizes of the adapter's factors.
     """
     # here, as in every function that trains: Lightning takes seconds to import, and most runs reuse their trainings
-    from lightning.pytorch.callbacks import LambdaCallback
+    from gradsift.training.finetuning import fit
 
-    from gradsift.training.finetuning import fit, step_counts
+    module = start_epoch(adapted, inputs, optimization, start)
+    callbacks = [*callbacks, optimizer_keeper(folder)]
+    steps = fit(module, inputs.encoded, plan, compute=compute, callbacks=callbacks, folder=folder)
+    return write_epoch(module, inputs, steps, folder)
+
+
+def start_epoch(adapted: Any, inputs: ProxyInputs, optimization: Optimization, start: EpochStart) -> ProxyMember:
+    """Return the module of an epoch, with the weights and the optimiser's state of the epoch before."""
     from gradsift.training.modules import ProxyMember
 
-    backbone, encoded, budget = inputs
-    module = ProxyMember(adapted, optimization, budget, backbone.pad_id, start.first_step, start.dropout_seed)
+    pad_id = inputs.backbone.pad_id
+    module = ProxyMember(adapted, optimization, inputs.budget, pad_id, start.first_step, start.dropout_seed)
     if start.previous is not None:
         lora.load_adapter(adapted, start.previous.path)
         module.restore_from = start.previous.file(OPTIMIZER_FILE)
-    # the next epoch continues from the optimiser's state
-    keeper = LambdaCallback(
-        on_train_end=lambda trainer, member: lora.save_optimizer(
-            trainer.optimizers[0], lora.trainable_parameters(member.model), folder / OPTIMIZER_FILE
-        )
-    )
-    steps = fit(module, encoded, plan, compute=compute, callbacks=[*callbacks, keeper], folder=folder)
-    lora.save_adapter(adapted, folder)
+    return module
+
+
+def optimizer_keeper(folder: Path) -> Callback:
+    """Return a callback that writes the optimiser's state, from which the next epoch continues."""
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    def save(trainer: Any, module: Any) -> None:
+        lora.save_optimizer(module.optimizer, lora.trainable_parameters(module.model), folder / OPTIMIZER_FILE)
+
+    return LambdaCallback(on_train_end=save)
+
+
+def write_epoch(module: ProxyMember, inputs: ProxyInputs, steps: int, folder: Path) -> dict[str, Any]:
+    """Write adapter and curve after `steps` steps of this process, and return the counts of `train_epoch`."""
+    from gradsift.training.finetuning import step_counts
+
+    lora.save_adapter(module.model, folder)
     write_curve(folder, module.curve)
-    return {**step_counts(module, steps), "rows": len(encoded), **lora.factor_sizes(adapted)}
+    return {**step_counts(module, steps), "rows": len(inputs.encoded), **lora.factor_sizes(module.model)}

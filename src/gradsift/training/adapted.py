@@ -7,12 +7,14 @@ each. Here the matrix product itself adds the adapter's product, in the precisio
 pass knows that W is frozen. A and B stay float32 parameters; the examples' gradients are summed in float32, whether or
 not a probe (`gradsift.gradients.probes`) asks for them one by one, so a training does not depend on it.
 
-Shape letters: B examples of a batch, T tokens, I inputs and O outputs of a layer, R rank.
+Several adapters may pass through W at once (`gradsift.training.lanes`): each row of a batch then has its own A and B.
+
+Shape letters: M adapters, B examples of a batch, T tokens, I inputs and O outputs of a layer, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradsift.gradients.probes import ADAPTER, GradientProbe, NormProbe, per_sample_parts
 from gradsift.training.frozen import FrozenProducts, forget_products, frozen_products, trains
+from gradsift.training.masks import PassedRows
 
 _PEFT_PREFIX = "base_model.model."  # of module names in a model with adapters
 # Forward passes that are W x + b and nothing else. Falcon's class has one of its own, which differs in rounding alone.
@@ -34,6 +37,7 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
     """peft's adapted layer with the forward pass of this module; weights, names and files are peft's."""
 
     probe: NormProbe | GradientProbe | None = None  # set while norms or gradients are gathered
+    lanes: tuple[PassedRows, Sequence[nn.Linear]] | None = None  # several adapters: their A, then their B
     path: str  # the layer's name in the model without adapters
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -44,12 +48,14 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
         drops = isinstance(dropout, nn.Dropout) and dropout.training
         probe = self.probe if torch.is_grad_enabled() else None
         taken = (probe.of(self, x), probe.gather) if probe is not None else (None, None)
-        factors = (self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight)
+        rows, factors = None, [self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight]
+        if self.lanes is not None and self.lanes[0].lanes is not None:
+            rows, factors = self.lanes[0], [factor.weight for factor in self.lanes[1]]
         if torch.is_autocast_enabled(x.device.type):  # a trainer's; the map has its own precision, that of W
             x = x.to(base.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
             y: torch.Tensor = _Map.apply(  # type: ignore[no-untyped-call]
-                x, dropout(x) if drops else None, frozen_products(base), *factors, self.scaling[ADAPTER], *taken
+                x, dropout(x) if drops else None, frozen_products(base), self.scaling[ADAPTER], *taken, rows, *factors
             )
         return y.view(*x.shape[:-1], -1)  # here: autograd forbids to change a view made in `_Map` (Falcon adds to it)
 
@@ -113,40 +119,67 @@ class _Map(torch.autograd.Function):
         x: torch.Tensor,  # (..., I)
         dropped: torch.Tensor | None,  # (..., I), the adapter's inputs, where dropout is on
         layer: FrozenProducts,
-        factor_a: torch.Tensor,  # (R, I)
-        factor_b: torch.Tensor,  # (O, R)
         scale: float,
         probe: torch.Tensor | None,  # (2, B) or (B, P_l)
         gather: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None,  # from the parts, like the probe
+        rows: PassedRows | None,  # of several adapters
+        *factors: torch.Tensor,  # A (R, I) and B (O, R), or M of each
     ) -> torch.Tensor:
         inputs = x.reshape(-1, x.shape[-1])
         y = layer.outputs(inputs)
-        a, b = factor_a.to(x.dtype), factor_b.to(x.dtype)
+        count = len(factors) // 2
+        a, b = (_of_rows(each, rows, x.dtype) for each in (factors[:count], factors[count:]))
         seen = inputs if dropped is None else dropped.reshape(-1, x.shape[-1])
-        inner = seen @ a.t()  # (B T, R)
-        y.addmm_(inner, b.t(), alpha=scale)
+        inner = _product(seen, a.mT)  # (B T, R)
+        _add_product(y, inner, b.mT, scale)
         ctx.save_for_backward(x if dropped is None else dropped, inner, a, b)
         ctx.layer, ctx.scale, ctx.has_dropout, ctx.gather = layer, scale, dropped is not None, gather
+        ctx.counts, ctx.dtype = None if rows is None else rows.counts, factors[0].dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         seen, inner, a, b = ctx.saved_tensors
-        backprops = gradients[0].reshape(-1, b.shape[0])  # (B T, O)
-        inner_backprops = backprops @ b  # (B T, R), without the scale
+        backprops = gradients[0].reshape(-1, b.shape[-2])  # (B T, O)
+        inner_backprops = _product(backprops, b)  # (B T, R), without the scale
         to_x = to_dropped = None
         if ctx.needs_input_grad[0]:
             to_x = ctx.layer.to_inputs(backprops)
             if not ctx.has_dropout:
-                to_x.addmm_(inner_backprops, a, alpha=ctx.scale)
+                _add_product(to_x, inner_backprops, a, ctx.scale)
             to_x = to_x.view_as(seen)
         if ctx.has_dropout and ctx.needs_input_grad[1]:
-            to_dropped = (inner_backprops @ a).mul_(ctx.scale).view_as(seen)
+            to_dropped = _product(inner_backprops, a).mul_(ctx.scale).view_as(seen)
         examples = len(seen) if seen.dim() == 3 else 1
         parts_a = per_sample_parts(inner_backprops, seen, examples)  # (B, R, I)
         parts_b = per_sample_parts(inner, backprops, examples)  # (B, R, O)
         gathered = None if ctx.gather is None else ctx.gather(parts_a, parts_b, ctx.scale)
-        to_a = parts_a.sum(0, dtype=torch.float32).mul_(ctx.scale)
-        to_b = parts_b.sum(0, dtype=torch.float32).mul_(ctx.scale).t()
-        return to_x, to_dropped, None, to_a, to_b, None, gathered, None
+        to_a, to_b = (
+            [part.sum(0, dtype=ctx.dtype).mul_(ctx.scale) for part in parts.split(ctx.counts or [examples])]
+            for parts in (parts_a, parts_b)
+        )
+        return to_x, to_dropped, None, None, gathered, None, None, *to_a, *(each.t() for each in to_b)
+
+
+def _of_rows(factors: Sequence[torch.Tensor], rows: PassedRows | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return the factor of all rows, (., .), or that of each row, (B, ., .)."""
+    if rows is None or rows.lanes is None:
+        return factors[0].to(dtype)
+    return torch.stack([factor.to(dtype) for factor in factors]).index_select(0, rows.lanes)
+
+
+def _product(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return x (B T, K) times a factor (K, N), or times that of each row (B, K, N)."""
+    if factor.dim() == 2:
+        return x @ factor
+    return torch.bmm(x.view(len(factor), -1, x.shape[-1]), factor).flatten(0, 1)
+
+
+def _add_product(total: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, scale: float) -> None:
+    """Add the `_product`, times `scale`, to `total` (B T, N)."""
+    if factor.dim() == 2:
+        total.addmm_(x, factor, alpha=scale)
+    else:
+        shape = (len(factor), -1)
+        total.view(*shape, total.shape[-1]).baddbmm_(x.view(*shape, x.shape[-1]), factor, alpha=scale)

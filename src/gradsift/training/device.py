@@ -27,7 +27,7 @@ _CPU_ACTIVATION = 393_216  # numbers in a (tokens, hidden size) activation that 
 class TokenBudget:
     """Padded tokens that pass through a model at once; halved whenever memory runs out.
 
-    No result depends on it beyond rounding, unless lora.dropout is on: masks are drawn batch by batch.
+    No result depends on it beyond rounding.
     """
 
     def __init__(self, tokens: int, say: Callable[[str], None] = print) -> None:

@@ -47,25 +47,48 @@ def fit(
     Raises:
         GradsiftError: a loss or the weights are not finite, or memory does not hold a single example; names the rows.
     """
+    callbacks = with_save_point(module, encoded, plan, callbacks, compute, folder)
+    done = len(module.curve)
+    loader: Any = DataLoader(encoded, batch_sampler=plan[done:], collate_fn=Step)  # type: ignore[arg-type]
+    train(module, loader, compute, callbacks)
+    require_finite_weights(module)
+    return len(module.curve) - done
+
+
+def with_save_point(
+    module: AdapterModule,
+    encoded: Sequence[Encoded],
+    plan: Sequence[Sequence[int]],
+    callbacks: Sequence[L.Callback],
+    compute: ComputeConfig,
+    folder: Path | None,
+) -> list[L.Callback]:
+    """Restore `module` from the save point in `folder`, and return all callbacks of its training."""
     callbacks = [StopAtNonFinite(encoded), *callbacks]
     if folder is not None:
         point = SavePoint(folder, compute.save_every, len(plan), callbacks)
         point.restore(module)
         callbacks.append(point)
+    return callbacks
+
+
+def train(module: AdapterModule, loader: Any, compute: ComputeConfig, callbacks: Sequence[L.Callback]) -> None:
+    """Train over the steps of `loader`."""
     trainer = quiet_trainer(compute, strategy_of(compute, module), callbacks)
-    left = plan[len(module.curve) :]
-    loader: Any = DataLoader(encoded, batch_sampler=left, collate_fn=Step)  # type: ignore[arg-type]
     with keyboard_interrupts():
         trainer.fit(module, loader)
+    if trainer.strategy.root_device.type == "cuda":
+        gc.collect()  # Lightning's reference cycles would keep the model on the device
+        torch.cuda.empty_cache()
+
+
+def require_finite_weights(module: AdapterModule) -> None:
+    """Raise a `GradsiftError` if a trained weight is not finite."""
     if not all(bool(p.isfinite().all()) for p in lora.trainable_parameters(module.model).values()):
         raise GradsiftError(
             "the adapter's weights are not finite after the last step, though all losses were; lower the learning "
             "rate, or take compute.precision=float32"
         )
-    if trainer.strategy.root_device.type == "cuda":
-        gc.collect()  # Lightning's reference cycles would keep the model on the device
-        torch.cuda.empty_cache()
-    return int(trainer.global_step)
 
 
 def step_counts(module: AdapterModule, taken: int) -> dict[str, int]:

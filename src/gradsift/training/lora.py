@@ -20,6 +20,7 @@ from gradsift.config import LoraConfig
 from gradsift.errors import ConfigError
 from gradsift.gradients.probes import ADAPTER
 from gradsift.training.adapted import fuse
+from gradsift.training.masks import drop_by_row
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -29,7 +30,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
     """Freeze `model` and add a fresh adapter: A is drawn with `seed`, B starts at zero.
 
     Returns:
-        The model as a `peft.PeftModel`; its LoRA parameters are float32 and the only ones that train.
+        The model as a `peft.PeftModel`; its LoRA parameters are float32 and the only ones that train. Its attribute
+        `passed_rows` takes what its layers have to know of a batch (`gradsift.training.masks.PassedRows`).
 
     Raises:
         ConfigError: `config.targets` names no linear layer of this model, or one that peft refuses. The model then
@@ -70,6 +72,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
             )
     # The frozen backbone stays in evaluation mode while its adapters train: its own dropout (GPT-2 has some) would make
     # norms noisy, and the next member would inherit a training mode.
+    adapted.passed_rows = drop_by_row(lora_layers(adapted), ADAPTER)
     adapted.eval()
     for _, layer in lora_layers(adapted):
         layer.lora_dropout.train()

@@ -6,7 +6,7 @@ Shape letters: N examples of a step, B of a batch, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from gradsift.runtime import derive_seed
 from gradsift.training import lora, parallel
 from gradsift.training.device import TokenBudget, is_out_of_memory
 from gradsift.training.head import ResponseLosses
+from gradsift.training.masks import PassedRows
 from gradsift.training.optimization import BETAS, Optimization
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class AdapterModule(L.LightningModule):
     passes its share of the step, and the strategy averages the ranks' gradients in the step's last backward pass.
     """
 
+    has_lanes = False  # whether the rows of a step belong to several adapters
+
     def __init__(
         self,
         model: nn.Module,
@@ -59,11 +62,13 @@ class AdapterModule(L.LightningModule):
     ) -> None:
         """
         Args:
+            model: with an adapter of `lora.add_adapter`.
             first_step: optimiser steps that earlier epochs took.
         """
         super().__init__()
         self.automatic_optimization = False
         self.model = model
+        self.passed_rows: PassedRows = model.passed_rows  # type: ignore[assignment]
         self.optimization = optimization
         self.budget = budget
         self.pad_id = pad_id
@@ -92,16 +97,25 @@ class AdapterModule(L.LightningModule):
     def on_fit_start(self) -> None:
         self._losses = ResponseLosses(self.model)  # the model is on the device, and sharded, only by now
 
-    def training_step(self, step: Step, step_index: int) -> dict[str, torch.Tensor]:
+    def training_step(self, step: Step, step_index: int) -> dict[str, Any]:
+        outputs = self.pass_step(step)
+        self.update(step, outputs)
+        return outputs
+
+    def pass_step(self, step: Step) -> dict[str, torch.Tensor]:
+        """Accumulate the gradient of a step's loss, and return what `_backward` does, of all ranks."""
         mine = parallel.share(step.examples)
         lengths = [len(example.input_ids) for example in mine]
         outputs = self._run(lambda tokens: self._backward(mine, step.examples, tokens), lengths)
         self._reduce_gradients()
-        outputs = parallel.gather(outputs, len(step.examples))
+        return parallel.gather(outputs, len(step.examples))
+
+    def update(self, step: Step, outputs: Mapping[str, torch.Tensor]) -> None:
+        """Change the parameters by their gradient, and note the loss of the step."""
         if self.optimization.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(lora.trainable_parameters(self.model).values(), self.optimization.max_grad_norm)
-        self.optimizers().step()  # type: ignore[union-attr]
-        self.lr_schedulers().step()  # type: ignore[union-attr]
+        self.optimizer.step()
+        self.scheduler.step()
         done = len(self.curve)
         if done >= len(self._step_losses):  # one tensor that grows: many small ones would fragment the memory
             larger = torch.zeros(2 * done + 64, device=self.device)
@@ -111,7 +125,6 @@ class AdapterModule(L.LightningModule):
         self._step_losses[done] = losses.mean() if counts is None else (losses * counts).sum() / counts.sum()
         tokens = sum(len(example.input_ids) for example in step.examples)
         self.curve.append({"loss": math.nan, "tokens": tokens})
-        return outputs
 
     def on_train_end(self) -> None:
         for entry, loss in zip(self.curve, self._step_losses.tolist(), strict=False):
@@ -142,36 +155,59 @@ class AdapterModule(L.LightningModule):
 
         Returns:
             rows, losses, counts (of response tokens, for `loss=token`), norm_A and norm_B (where they are wanted),
-            (n,) each, for the examples of this rank.
+            lanes (where several adapters train), (n,) each, for the examples of this rank.
         """
-        # masks depend on the step and the rank alone, so neither a resumed training nor a repeated step needs the
-        # random state of the steps before
+        # of layers that draw masks batch by batch; they depend on the step and the rank alone, so neither a resumed
+        # training nor a repeated step needs the random state of the steps before
         torch.manual_seed(derive_seed(self.dropout_seed, len(self.curve), parallel.rank()))
-        self.optimizers().zero_grad()  # type: ignore[union-attr]
+        self.forget_gradients()
         if self.gradient_norms is not None:
             self.gradient_norms.forget()
         by_token = self.optimization.loss == "token"
         names = ["rows", "losses", *(["counts"] if by_token else [])]
         names += ["norm_A", "norm_B"] if self.gradient_norms is not None else []
-        divisor = sum(example.scored for example in examples) if by_token else len(examples)
-        parts: list[tuple[torch.Tensor, ...]] = []
+        names += ["lanes"] if self.has_lanes else []
+        parts: list[tuple[Any, ...]] = []
         batches = by_length(mine, tokens)
         passes = self._passes(len(batches))
         for number in range(passes):
             is_own = number < len(batches)
             shortest = [min(examples, key=lambda example: len(example.input_ids))]
-            batch = collate(batches[number] if is_own else shortest, self.pad_id).to(self.device)
+            rows = self._announced(batches[number] if is_own else shortest)
+            divisor = self._divisor(rows, examples)
+            batch = collate(rows, self.pad_id).to(self.device)
             losses = self._losses(batch)
             weight = parallel.size() if is_own else 0  # the strategy divides the ranks' sum by their number
             with self._last_synchronises(is_last=number == passes - 1):
-                self.manual_backward((losses * batch.counts if by_token else losses).sum() * weight / divisor)
+                self.manual_backward(_total(losses * batch.counts if by_token else losses, weight, divisor))
             if is_own:
                 norms = self.gradient_norms.take(divisor / parallel.size()) if self.gradient_norms is not None else ()
-                parts.append((batch.rows, losses.detach(), *([batch.counts] if by_token else []), *norms))
+                lanes = [self.passed_rows.lanes] if self.has_lanes else []
+                parts.append((batch.rows, losses.detach(), *([batch.counts] if by_token else []), *norms, *lanes))
         if not parts:  # more ranks than examples
             none = torch.empty(0, device=self.device)
-            return {name: none.long() if name == "rows" else none for name in names}
+            return {name: none.long() if name in ("rows", "lanes") else none for name in names}
         return {name: torch.cat(values) for name, values in zip(names, zip(*parts, strict=True), strict=True)}
+
+    def forget_gradients(self) -> None:
+        self.optimizer.zero_grad()
+
+    def _announced(self, examples: Sequence[Encoded]) -> Sequence[Encoded]:
+        """Tell the adapted layers of the rows that pass next, and return them in the order of the batch."""
+        self._give_masks(map(self.mask_key, examples))
+        return examples
+
+    def mask_key(self, example: Encoded) -> int:
+        """Return the key of an example's dropout masks in the next step."""
+        return derive_seed(self.dropout_seed, len(self.curve), example.row)
+
+    def _give_masks(self, keys: Iterable[int]) -> None:
+        if self.passed_rows.drops:
+            self.passed_rows.keys = torch.tensor(list(keys), device=self.device)
+
+    def _divisor(self, rows: Sequence[Encoded], examples: Sequence[Encoded]) -> float | torch.Tensor:
+        """Return what the losses of the `rows` of a pass are divided by, where a step has these `examples`."""
+        return sum(example.scored for example in examples) if self.optimization.loss == "token" else len(examples)
 
     def _passes(self, batches: int) -> int:
         """Return how many passes this rank makes; those beyond its batches weigh nothing.
@@ -200,10 +236,17 @@ class AdapterModule(L.LightningModule):
         )
         if self.restore_from is not None:
             lora.load_optimizer(optimizer, parameters, self.restore_from)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.optimization.factor(self.first_step + step)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        first = self.first_step
+        self.optimizer = optimizer
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: self.optimization.factor(first + s))
+        return {"optimizer": optimizer, "lr_scheduler": self.scheduler}
+
+
+def _total(losses: torch.Tensor, weight: int, divisor: float | torch.Tensor) -> torch.Tensor:
+    """Return the sum of the losses (B,) times `weight`, divided by one number, or each by its own, (B,)."""
+    if isinstance(divisor, torch.Tensor):
+        return (losses / divisor).sum() * weight
+    return losses.sum() * weight / divisor
 
 
 class ProxyMember(AdapterModule):
@@ -213,7 +256,7 @@ class ProxyMember(AdapterModule):
     """
 
     journal: Journal | None = None  # keeps the norms of a pass, batch by batch
-    masks: int | None = None  # seed of dropout masks that stay on: each batch draws its own
+    masks: int | None = None  # seed of dropout masks that stay on
 
     def on_validation_start(self) -> None:
         self._losses = ResponseLosses(self.model)
@@ -233,6 +276,7 @@ class ProxyMember(AdapterModule):
             raise RuntimeError("a pass over norms needs GradientNormCallback among the trainer's callbacks")
         if self.masks is not None:
             torch.manual_seed(derive_seed(self.masks, examples[0].row))
+            self._give_masks(derive_seed(self.masks, example.row) for example in examples)
         norms.forget()
         batch = collate(examples, self.pad_id).to(self.device)
         with torch.enable_grad():

@@ -82,7 +82,7 @@ class SavePoint(L.Callback):
         if not self._tensors:
             return
         parameters = lora.trainable_parameters(module.model)
-        lora.restore_optimizer(trainer.optimizers[0], parameters, _part(self._tensors, "optimizer"))
+        lora.restore_optimizer(module.optimizer, parameters, _part(self._tensors, "optimizer"))
         for key, callback in self._callbacks.items():
             state = self._states.get(key, {}) | _part(self._tensors, key)
             if state:
@@ -96,16 +96,16 @@ class SavePoint(L.Callback):
         if is_last or time.monotonic() - self._saved_at < self._wait:
             return
         started = time.monotonic()
-        self._save(trainer, module)
+        self._save(module)
         self._saved_at = time.monotonic()
         if self._every:
             self._wait = max(self._every, (self._saved_at - started) / _SHARE)
 
-    def _save(self, trainer: Any, module: Any) -> None:
+    def _save(self, module: Any) -> None:
         parameters = lora.trainable_parameters(module.model)
         losses, tokens = module.curve_so_far()
         tensors = {f"adapter:{name}": parameter.detach() for name, parameter in parameters.items()}
-        optimizer = lora.optimizer_tensors(trainer.optimizers[0], parameters)
+        optimizer = lora.optimizer_tensors(module.optimizer, parameters)
         tensors |= {f"optimizer:{name}": tensor for name, tensor in optimizer.items()}
         tensors |= {"curve:losses": losses, "curve:tokens": tokens}
         states: dict[str, dict[str, Any]] = {}

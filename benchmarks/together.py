@@ -1,0 +1,131 @@
+"""Members that train side by side (`proxy.together`) against the same members one after another.
+
+    python -m benchmarks.together [--model nano|gpt2] [--members 5] [--steps 20] [--rounds 3]
+
+Each way trains `--members` members for one epoch of `--steps` steps of 8 rows in float32; the ways take turns. The
+table gives seconds, their ratio, and the number of torch's operations that a member's step starts. On a GPU a small
+model waits for operations to be started, so there that number bounds the gain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.workload import alpaca_rows, gpt2, interleaved, spread
+from gradsift.artifacts import Store
+from gradsift.config import ComputeConfig, LoraConfig, ModelConfig, ProxyConfig
+from gradsift.data.tokens import Encoded
+from gradsift.proxy.ensemble import member_settings, train_member_epoch, train_members_epoch
+from gradsift.proxy.epochs import ProxyInputs
+from gradsift.runtime import Display, Runtime
+from gradsift.training.backbones import Backbone
+from gradsift.training.device import TokenBudget
+from gradsift.training.nano import nano_model, nano_tokenizer
+
+BATCH = 8
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that reach a device's kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+class Members:
+    """Members of one proxy, on the first rows of a list."""
+
+    def __init__(self, model: Any, rows: list[Encoded], count: int, compute: ComputeConfig) -> None:
+        self._model, self._rows, self._members, self._compute = model, rows, range(count), compute
+
+    def train(self, together: bool, steps: int) -> tuple[float, list[Path], tempfile.TemporaryDirectory[str]]:
+        """Return the seconds, and the members' folders with their owner."""
+        owner = tempfile.TemporaryDirectory(prefix="gradsift-together-")
+        display = Display(Console(file=io.StringIO()))
+        run = Runtime(Store(Path(owner.name)), self._compute, display, seed=0)
+        model = ModelConfig(kind="tiny_bytes")
+        config = ProxyConfig(name="proxy", model=model, lora=LoraConfig(), members=len(self._members))
+        tokenizer: Any = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 0})()
+        budget = TokenBudget.of(self._model, self._compute.tokens, print)
+        inputs = ProxyInputs(Backbone(self._model, tokenizer), self._rows[: BATCH * steps], budget)
+        settings = [member_settings(config, run, member, 1) for member in self._members]
+        folders = [Path(owner.name) / str(member) for member in self._members]
+        for folder in folders:
+            folder.mkdir()
+        started = time.perf_counter()
+        if together:
+            units = [(each, None, folder) for each, folder in zip(settings, folders, strict=True)]
+            train_members_epoch(run, config, inputs, units, lambda done: None)
+        else:
+            for each, folder in zip(settings, folders, strict=True):
+                train_member_epoch(run, config, inputs, each, None, folder, lambda done: None)
+        if self._compute.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started, folders, owner
+
+    def operations(self, together: bool) -> float:
+        """Return the operations of a member's step, from epochs of 2 and 6 steps."""
+        counts = []
+        for steps in (2, 6):
+            with Operations() as operations:
+                self.train(together, steps)
+            counts.append(operations.count)
+        return (counts[1] - counts[0]) / 4 / len(self._members)
+
+
+def members_of(kind: str, count: int, steps: int, compute: ComputeConfig) -> Members:
+    model: Any = gpt2(torch.float32) if kind == "gpt2" else nano_model("gpt2").requires_grad_(False).eval()
+    rows, _ = alpaca_rows(BATCH * max(steps, 6))
+    if kind == "nano":
+        vocabulary, most = len(nano_tokenizer()), model.config.n_positions
+        rows = [
+            Encoded(row.row, row.row_index, row.input_ids[:most] % vocabulary, row.is_response[:most])
+            for row in rows
+            if row.is_response[1:most].any()
+        ]
+    return Members(model.to(compute.device), rows, count, compute)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("nano", "gpt2"), default="nano")
+    parser.add_argument("--members", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    members = members_of(options.model, options.members, options.steps, ComputeConfig(device=device))
+
+    def seconds(number: int, together: bool) -> float:
+        return members.train(together, options.steps if number >= 0 else 1)[0]
+
+    ways: dict[str, Callable[[int], float]] = {
+        "alone": partial(seconds, together=False),
+        "together": partial(seconds, together=True),
+    }
+    taken = interleaved(ways, options.rounds)
+    print(f"{options.model}, {device}, {options.members} members, {options.steps} steps of {BATCH} rows, float32")
+    for name, values in taken.items():
+        print(f"  {name}: {spread(values)} s, {members.operations(name == 'together'):,.0f} operations a member's step")
+    ratios = [alone / together for alone, together in zip(taken["alone"], taken["together"], strict=True)]
+    print(f"  together is faster by {spread(ratios)}")
+
+
+if __name__ == "__main__":
+    main()

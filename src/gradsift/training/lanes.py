@@ -1,0 +1,83 @@
+"""Several adapters on one frozen model that train side by side, each with rows of its own.
+
+A batch holds rows of all adapters. They pass through the frozen weights together; only the small products with A and B
+differ from row to row (`gradsift.training.adapted`). The number of operations is so that of one training.
+
+peft's model has one adapter, under its default name. `activate` puts one of the adapters there, so that all that saves,
+loads or measures an adapter works on it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradsift.config import LoraConfig
+from gradsift.data.tokens import Encoded
+from gradsift.gradients.probes import ADAPTER
+from gradsift.training import lora
+from gradsift.training.masks import PassedRows
+
+
+class Lanes(nn.Module):
+    """M adapters of `model`, of which the first is active."""
+
+    def __init__(self, model: nn.Module, config: LoraConfig, seeds: Sequence[int]) -> None:
+        """
+        Args:
+            model: frozen and without adapters, on its device.
+            seeds: of each adapter's A, as in `lora.add_adapter`.
+        """
+        super().__init__()
+        device = next(model.parameters()).device
+        factors: list[list[tuple[nn.Module, nn.Module]]] = []  # of each adapter, in the order of the layers
+        for lane, seed in enumerate(seeds):
+            if lane:
+                lora.remove_adapter(self.adapted)
+            self.adapted: Any = lora.add_adapter(model, config, seed).to(device)
+            layers = [layer for _, layer in lora.lora_layers(self.adapted)]
+            factors.append([(layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for layer in layers])
+        self._layers = layers
+        self._factors = factors
+        self.parts = nn.ModuleList(part for pairs in factors for pair in pairs for part in pair)
+        self.rows: PassedRows = self.adapted.passed_rows
+        for place, layer in enumerate(layers):
+            pairs = [of_lane[place] for of_lane in factors]
+            layer.lanes = (self.rows, [a for a, _ in pairs] + [b for _, b in pairs])
+        self.activate(0)
+
+    def __len__(self) -> int:
+        return len(self._factors)
+
+    def activate(self, lane: int) -> None:
+        """Make an adapter the one that peft's model has."""
+        for layer, (a, b) in zip(self._layers, self._factors[lane], strict=True):
+            layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = a, b
+
+    def announce(self, examples: Sequence[Encoded]) -> list[Encoded]:
+        """Tell the layers of the rows that pass next, and return them in the order in which they have to pass."""
+        rows = sorted(examples, key=lambda example: example.lane)
+        counts = Counter(example.lane for example in rows)
+        device = next(self.parts.parameters()).device
+        self.rows.counts = [counts[lane] for lane in range(len(self))]
+        self.rows.lanes = torch.tensor([example.lane for example in rows], device=device)
+        return rows
+
+    def forget_rows(self) -> None:
+        """Let the next pass be one of the active adapter."""
+        self.rows.lanes = None
+
+
+@contextmanager
+def lanes(model: nn.Module, config: LoraConfig, seeds: Sequence[int]) -> Iterator[Lanes]:
+    """Yield the model with fresh adapters, one for each seed; they are removed afterwards."""
+    made = Lanes(model, config, seeds)
+    try:
+        yield made
+    finally:
+        lora.remove_adapter(made.adapted)

@@ -1,0 +1,62 @@
+"""Dropout masks that belong to an example, not to a batch.
+
+The mask of an example in a layer depends on the example's key, the layer and the place in the sequence. So it is the
+same whatever the batch, the padding, the rank or the device, and again when a checkpointed block is computed anew.
+
+Shape letters: B rows of a batch, T tokens, I inputs of a layer.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradsift.training.random_bits import bits, mixed
+
+
+class PassedRows:
+    """What the adapted layers of a model know of the rows that pass, beside their activations."""
+
+    def __init__(self) -> None:
+        self.drops = False  # whether layers drop inputs
+        self.keys: torch.Tensor | None = None  # (B,) int64, of the rows' dropout masks
+        self.lanes: torch.Tensor | None = None  # (B,) int64, ascending: the adapter of each row, if there are several
+        self.counts: list[int] = []  # rows of each adapter
+
+
+class RowDropout(nn.Dropout):
+    """Dropout with a mask for each row; without keys, or where dim 0 is not that of the rows, torch's own."""
+
+    def __init__(self, probability: float, rows: PassedRows, layer: str) -> None:
+        """
+        Args:
+            rows: shared by the layers of a model.
+            layer: the layer's name, by which its masks differ from those of other layers.
+        """
+        super().__init__(probability)
+        self._rows = rows
+        self._place = zlib.crc32(layer.encode())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        keys = self._rows.keys
+        if not self.training or keys is None or x.dim() != 3 or len(x) != len(keys):
+            return super().forward(x)
+        tokens = torch.arange(x.shape[1], device=x.device)
+        inputs = torch.arange(x.shape[2], device=x.device)
+        drawn = bits(mixed(keys + (self._place << 32))[:, None] + tokens, inputs)  # (B, T, I)
+        kept = (drawn >= round(self.p * 2**32) - 2**31).to(x.dtype)
+        return x * kept.mul_(1 / (1 - self.p))
+
+
+def drop_by_row(layers: Iterable[tuple[str, Any]], adapter: str) -> PassedRows:
+    """Give the adapted layers that drop inputs a `RowDropout`, and return what they share."""
+    rows = PassedRows()
+    for name, layer in layers:
+        if isinstance(dropout := layer.lora_dropout[adapter], nn.Dropout):
+            layer.lora_dropout[adapter] = RowDropout(dropout.p, rows, name)
+            rows.drops = True
+    return rows

@@ -1,0 +1,41 @@
+"""Random bits that are computed from counters: the same on every device, in any order and in any part of a tensor.
+
+A generator with a state draws other numbers where a batch is cut otherwise or a device draws in another order. Here
+each number is a function of a seed and of its place, in integer arithmetic, which wraps around and never rounds.
+
+Shape letters: N columns.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # of splitmix64
+_ODD = 0x7FEB352D  # of lowbias32 (Wellons)
+
+
+def mixed(numbers: torch.Tensor) -> torch.Tensor:
+    """Return a hash of each of `numbers`, int64: splitmix64 (Steele, Lea and Flood, 2014)."""
+    x = numbers + _GOLDEN
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _FIRST
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _SECOND
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def bits(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return random numbers (..., N) int32 of all values, one for each pair; the upper bits are the better ones.
+
+    The number is a product of a row's and a column's hash, mixed once more: five passes over the result.
+
+    Args:
+        rows: (...) int64, any numbers.
+        columns: (N,) int64, any numbers.
+    """
+    drawn = _odd(rows)[..., None] * _odd(columns)
+    drawn ^= (drawn >> 15).bitwise_and_(0x1FFFF)
+    return drawn.mul_(_ODD)
+
+
+def _odd(numbers: torch.Tensor) -> torch.Tensor:
+    """Return odd int32 hashes of `numbers`."""
+    return ((mixed(numbers) & 0xFFFFFFFF) - 2**31).to(torch.int32) | 1

@@ -39,7 +39,8 @@ class Endpoint:
 
     def handle(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-        text = body["messages"][-1]["content"]
+        is_chat = "messages" in body
+        text = body["messages"][-1]["content"] if is_chat else json.dumps(body["prompt"])
         with self._lock:
             self.bodies.append(body)
             self.headers.append(handler.headers)
@@ -53,8 +54,8 @@ class Endpoint:
         finish, code = headers.pop("finish", "stop"), headers.pop("code", None)
         blanks, lacking = int(headers.pop("blanks", "0")), int(headers.pop("lacking", "0"))
         if isinstance(content, str):
-            message = {"role": "assistant", "content": content}
-            choices = [{"index": 0, "finish_reason": finish, "message": message}]
+            said = {"message": {"role": "assistant", "content": content}} if is_chat else {"text": content}
+            choices = [{"index": 0, "finish_reason": finish, **said}]
             reply = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": choices}
             reply |= {"usage": self.usage} if self.usage else {}
             error = {"error": {"message": content, "type": "t", "code": code}}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+from gradsift.config import EndpointGeneratorConfig
 from gradsift.data.target_set import find_overlap, warn_of_leak
 from gradsift.errors import ConfigError
+from gradsift.evaluation.remote import check_generator
 from gradsift.evaluation.stages.judging import check_judge
 from gradsift.evaluation.stages.metrics import check_metrics
 from gradsift.features.warmup import warmup_rows
@@ -48,6 +50,8 @@ def check(line: Line) -> None:
         check_judge(line.runtime, config.judge)
     if config.reaches("generate"):
         check_metrics(config.benchmark)
+        if isinstance(config.generator, EndpointGeneratorConfig):
+            check_generator(config.generator)
         _ = line.items, line.general_items
         if towards_target:
             questions = {(item.instruction.strip(), item.input.strip()) for item in line.items}

@@ -388,7 +388,9 @@ class Line:
 
     def answers(self, tuned: Artifact | None) -> Artifact:
         """Answer the benchmark with a finetuned target, or with the untuned one if it is None."""
-        return generate(self.runtime, self.config.benchmark, self.config.target, self.target, tuned, self.items)
+        config = self.config
+        given = (config.benchmark, config.target, self.target, tuned, self.items, config.generator)
+        return generate(self.runtime, *given)
 
     def metrics(self, answers: Artifact) -> Artifact | None:
         return metrics(self.runtime, self.config.benchmark, answers, self.items)
@@ -401,4 +403,5 @@ class Line:
     def forgetting(self, tuned: Artifact) -> tuple[General, General]:
         """Return the results on general tasks before and after the finetune."""
         benchmark, target = self.config.benchmark, self.config.target
-        return forgetting(self.runtime, benchmark, target, self.target, tuned, self.general_items)
+        given = (benchmark, target, self.target, tuned, self.general_items, self.config.generator)
+        return forgetting(self.runtime, *given)

@@ -152,8 +152,8 @@ class LocalJudgeConfig(JudgeConfig):
 
 
 @dataclass
-class EndpointJudgeConfig(JudgeConfig):
-    """Options of a judge behind an OpenAI-compatible endpoint: address, requests, prices and caps."""
+class EndpointOptions:
+    """How requests are sent to an OpenAI-compatible endpoint, and what they may cost."""
 
     base_url: str | None = None  # null: the client's own default
     api_key_env: str = "OPENAI_API_KEY"  # name of the variable; the key itself never enters the config
@@ -161,6 +161,28 @@ class EndpointJudgeConfig(JudgeConfig):
     retries: int = option(5, least=0)  # of a failed request, with exponential backoff or the endpoint's Retry-After
     max_wait: float = option(120.0, least=0, most=_WEEK)  # seconds; a longer Retry-After ends the run
     give_up: int = option(10, least=1)  # this many failed requests in a row end the run
+    concurrency: int = option(4, least=1)  # requests at a time
+    price_input: float | None = option(None, least=0)  # USD per million prompt tokens; null: unknown
+    price_output: float | None = option(None, least=0)  # USD per million reply tokens
+    max_usd: float | None = option(None, above=0)  # spending cap of one stage over all its runs; needs both prices
+    max_calls: int | None = option(None, least=1)  # cap on the requests of one stage over all its runs
+
+    def _check_endpoint(self, group: str) -> None:
+        if self.base_url:
+            endpoint_address(f"{group}.base_url", self.base_url, self.api_key_env)
+        if (self.price_input is None) != (self.price_output is None):
+            raise ConfigError(f"give both {group}.price_input and {group}.price_output, or neither")
+        if self.max_usd is not None and self.price_input is None:
+            raise ConfigError(
+                f"{group}.max_usd={self.max_usd:g} needs {group}.price_input and {group}.price_output (USD a million "
+                f"tokens); give them, or cap the requests with {group}.max_calls"
+            )
+
+
+@dataclass
+class EndpointJudgeConfig(EndpointOptions, JudgeConfig):
+    """Options of a judge behind an OpenAI-compatible endpoint: address, requests, prices and caps."""
+
     # this many unreadable replies in a row, without a readable one, end the run; null: never
     give_up_unreadable: int | None = option(10, least=1)
     token_parameter: str = option("max_tokens", choices=("max_tokens", "max_completion_tokens"))  # name of the limit
@@ -169,17 +191,11 @@ class EndpointJudgeConfig(JudgeConfig):
     extra_body: Any = None  # parameters of each request; null leaves one out
     extra_headers: Any = None  # env:NAME is the value of an environment variable
     extra_query: Any = None  # of the address, such as Azure's api-version
-    concurrency: int = option(4, least=1)  # requests at a time
     dry_run: bool = False  # print what would be sent and what it would cost, and stop there
-    price_input: float | None = option(None, least=0)  # USD per million prompt tokens; null: unknown
-    price_output: float | None = option(None, least=0)  # USD per million reply tokens
-    max_usd: float | None = option(None, above=0)  # spending cap of one stage over all its runs; needs both prices
-    max_calls: int | None = option(None, least=1)  # cap on the requests of one stage over all its runs
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.base_url:
-            endpoint_address("judge.base_url", self.base_url, self.api_key_env)
+        self._check_endpoint("judge")
         for name in ("extra_body", "extra_headers", "extra_query"):
             value = getattr(self, name) or {}
             if not isinstance(value, dict):
@@ -188,13 +204,6 @@ class EndpointJudgeConfig(JudgeConfig):
                 require_secrets_elsewhere(f"judge.{name}", value)
         if reserved := [name for name in _RESERVED if name in (self.extra_body or {})]:
             raise ConfigError(f"judge.extra_body holds {reserved[0]}, {_RESERVED[reserved[0]]}")
-        if (self.price_input is None) != (self.price_output is None):
-            raise ConfigError("give both judge.price_input and judge.price_output, or neither")
-        if self.max_usd is not None and self.price_input is None:
-            raise ConfigError(
-                f"judge.max_usd={self.max_usd:g} needs judge.price_input and judge.price_output (USD a million "
-                "tokens); give them, or cap the requests with judge.max_calls"
-            )
 
 
 @dataclass
@@ -232,6 +241,38 @@ class AlpacaEvalJudgeConfig(EndpointJudgeConfig):
                 f"judge.annotators={self.annotators} asks {foreign}; name the environment variable that holds a key "
                 "for it with judge.api_key_env=NAME, or another endpoint with judge.base_url=URL"
             )
+
+
+@dataclass
+class GeneratorConfig(Group, option="generator"):
+    """What computes the answers: this process (`local`), or an endpoint."""
+
+    name: str = "local"
+
+
+@dataclass
+class EndpointGeneratorConfig(EndpointOptions, GeneratorConfig):
+    """An OpenAI-compatible server computes the answers. It knows a finetuned target by its artifact's name."""
+
+    model: str | None = None  # the untuned target's name there; null: target.model.path
+    # tokens: the target's prompt as token ids, for completions; chat: messages, in the server's own template
+    prompt: str = option("tokens", choices=("tokens", "chat"))
+    # a command that takes the arguments of `vllm serve`: each stage starts it on this machine, with the adapter; empty:
+    # the server at base_url is asked
+    serve: list[str] = field(default_factory=list)
+    serve_arguments: list[str] = field(default_factory=list)  # further ones of that command
+    start_timeout: float = option(1800.0, above=0, most=_WEEK)  # seconds until it answers
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_endpoint("generator")
+        if self.serve and self.base_url:
+            raise ConfigError(
+                f"generator.serve={self.serve} starts a server, and generator.base_url={self.base_url} names one; "
+                "give generator.serve=[] to ask that one"
+            )
+        if not self.serve and not self.base_url:
+            raise ConfigError(f"generator={self.name} needs the address of a server: generator.base_url=URL")
 
 
 @dataclass

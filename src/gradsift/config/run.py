@@ -18,7 +18,7 @@ from gradsift.config.data import (
     VerifiableDataConfig,
     VerifiableTargetSetConfig,
 )
-from gradsift.config.evaluation import AlpacaEvalJudgeConfig, AuditConfig, BenchmarkConfig, JudgeConfig
+from gradsift.config.evaluation import AlpacaEvalJudgeConfig, AuditConfig, BenchmarkConfig, GeneratorConfig, JudgeConfig
 from gradsift.config.machine import ComputeConfig, TrackerConfig
 from gradsift.config.methods import FacilityLocationConfig, GsnrDirectionConfig
 from gradsift.config.models import (
@@ -57,6 +57,7 @@ class Config(Group):
     target: TargetConfig = MISSING
     benchmark: BenchmarkConfig = MISSING
     judge: JudgeConfig = MISSING
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     tracker: TrackerConfig = MISSING
     compute: ComputeConfig = MISSING
     audit: AuditConfig = field(default_factory=AuditConfig)

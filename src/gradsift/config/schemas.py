@@ -57,6 +57,10 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "gradient_walk": methods.GradientWalkConfig,
     },
     "benchmark": {"benchmark": evaluation.BenchmarkConfig},
+    "generator": {
+        "local": evaluation.GeneratorConfig,
+        "endpoint": evaluation.EndpointGeneratorConfig,
+    },
     "judge": {
         "verifier": evaluation.VerifierJudgeConfig,
         "local": evaluation.LocalJudgeConfig,

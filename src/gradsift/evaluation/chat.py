@@ -1,4 +1,4 @@
-"""Prompts to any endpoint that speaks OpenAI's chat protocol; each reply is paid for once.
+"""Prompts to any endpoint that speaks OpenAI's protocol; each reply is paid for once.
 
 A request can fail in three ways (`Failure.kind`):
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import random
 import threading
 import time
@@ -27,14 +26,19 @@ from dataclasses import asdict, dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic
 
+from gradsift.errors import ConfigError
 from gradsift.evaluation.chat_protocol import (
+    BYTES_PER_TOKEN,
     GO_ON,
     Failure,
     Messages,
     UnreadReplies,
     after_thinking,
+    estimated_tokens,
     failure_of_status,
     read_completion,
+    request_of,
+    tokens_of,
     without_system,
 )
 from gradsift.evaluation.endpoint import Endpoint
@@ -46,8 +50,6 @@ if TYPE_CHECKING:
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 8.0  # seconds before a retry, if the endpoint names no time
 _POLL = 0.05  # seconds between looks at the stop signal and at requests of other processes
-_BYTES_PER_TOKEN = 4  # rule of thumb for English text; about right for other scripts in UTF-8 too
-_TOKENS_PER_MESSAGE = 4
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ class ChatClient:
         give_up_unreadable: int | None = 10,
         concurrency: int = 4,
         terms: Terms | None = None,
+        group: str = "judge",
+        known_as: str | None = None,
+        skip_thinking: bool = True,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Check the endpoint's address and key. No request is sent.
@@ -97,32 +102,40 @@ class ChatClient:
         Args: as in `OpenaiJudgeConfig`, and
             replies: where replies are stored.
             parameters: further parameters of each request; `extra_body` takes precedence.
+            group: of the config whose options errors name.
+            known_as: stands for the address in a reply's hash, where another port is the same model.
+            skip_thinking: whether `read` gets a reply without the thinking before it.
             say: called with the plan before the first request.
 
         Raises:
-            ConfigError: the variable named by `api_key_env` holds no usable key (endpoints on this machine and dry
-                runs need none), or OPENAI_BASE_URL is not an address.
+            ConfigError: `api_key_env` holds no usable key (endpoints on this machine and dry runs need none), or
+                OPENAI_BASE_URL is not an address.
         """
         body = {"model": model, "temperature": temperature, token_parameter: max_tokens}
         body |= {**(parameters or {}), **(extra_body or {})}
         self.parameters: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
         self._terms = terms or Terms()
         needs_key = not self._terms.dry_run
-        self._endpoint = Endpoint(base_url, api_key_env, extra_headers, extra_query, needs_key=needs_key)
+        self._group, self._skip_thinking = group, skip_thinking
+        try:
+            self._endpoint = Endpoint(base_url, api_key_env, extra_headers, extra_query, needs_key=needs_key)
+        except ConfigError as error:
+            raise ConfigError(self._named(str(error))) from error
+        self._known_as = known_as or self._endpoint.address
         # all that a reply depends on beside the address and the messages
-        self.identity = {
-            **self.parameters,
-            **self._endpoint.settings,
-            **({} if system_role else {"system_role": False}),
-        }
+        own = {} if system_role else {"system_role": False}
+        self.identity = {**self.parameters, **self._endpoint.settings, **own}
         self._system_role = system_role
         self._max_tokens = max_tokens
         self.name = f"openai/{model}"
         self._replies = replies
-        self._timeout, self._retries, self._max_wait = timeout, retries, max_wait
+        self._timeout, self._retries, self._max_wait, self._say = timeout, retries, max_wait, say
         self._give_up, self._give_up_unreadable, self._concurrency = give_up, give_up_unreadable, concurrency
-        self._say = say
         self._paused_until = 0.0  # every request waits for this moment (time.monotonic): the endpoint asked for it
+
+    def _named(self, text: str) -> str:
+        """Return a text with the options of the client's own group; the texts name those of the judge."""
+        return text.replace("judge.", f"{self._group}.")
 
     def spent(self, scope: str) -> dict[str, float | int | None]:
         """Return what the requests of `scope` have cost so far, in all processes, as JSON values."""
@@ -169,7 +182,7 @@ class ChatClient:
         calls, cost = self._plan([prompts[positions[0]] for positions in missing])
         plan = f"{calls}, {len(answered):,} replies found in the cache; {cost}"
         if missing or self._terms.dry_run:
-            self._say(f"  {self.name}: {plan}")
+            self._say(self._named(f"  {self.name}: {plan}"))
         if self._terms.dry_run:
             raise DryRun(plan)
         unread_replies = UnreadReplies[Value](self._give_up_unreadable)
@@ -177,7 +190,7 @@ class ChatClient:
             unread_replies.add(answer, tries)
             yield from ((position, answer) for position in positions)
         if missing and (problem := unread_replies.problem()):
-            raise JudgeError(f"{self.name}: {problem}")
+            raise JudgeError(self._named(f"{self.name}: {problem}"))
         for positions, answer in self._send_all(job, missing, unread_replies, works=bool(answered)):
             yield from ((position, answer) for position in positions)
 
@@ -232,11 +245,10 @@ class ChatClient:
             problem = f"{count}, with judge.retries={self._retries}: {failed[-1].advice}"
         if isinstance(problem, CapReached):
             problem = self._cap_message(problem, job, [groups[number] for number in left])
-        if isinstance(problem, Failure):
-            problem = problem.advice
+        problem = problem.advice if isinstance(problem, Failure) else problem
         if isinstance(problem, str):
             answered = f"{len(groups) - len(left)} of {len(groups)} requests are answered"
-            raise JudgeError(f"{self.name}: {problem} ({answered})")
+            raise JudgeError(self._named(f"{self.name}: {problem} ({answered})"))
         if problem is not None:
             raise problem
 
@@ -277,7 +289,8 @@ class ChatClient:
                 return attempt
             completion, problem = stored, job.unread
             try:
-                value = job.read(position, replace(completion, text=after_thinking(completion.text)))
+                text = after_thinking(completion.text) if self._skip_thinking else completion.text
+                value = job.read(position, replace(completion, text=text))
             except Unreadable as error:
                 value, problem = None, str(error)
             if value is not None:
@@ -304,7 +317,7 @@ class ChatClient:
                 return
             try:
                 completion, usage = await self._request(client, messages)
-                usage = usage or Usage(estimate.prompt_tokens, _tokens_of(completion.text), estimated_calls=1)
+                usage = usage or Usage(estimate.prompt_tokens, tokens_of(completion.text), estimated_calls=1)
                 self._replies.keep(key, completion, job.scope, usage)
                 return
             except BaseException as error:
@@ -331,7 +344,8 @@ class ChatClient:
 
         try:
             async with asyncio.timeout(self._timeout):
-                response = await client.post(self._endpoint.url, json={"messages": list(messages), **self.parameters})
+                path, prompt = request_of(messages)
+                response = await client.post(self._endpoint.url(path), json={**prompt, **self.parameters})
         # `from None`: the original errors may quote the key
         except (httpx.TimeoutException, TimeoutError):
             remedy = f"raise judge.timeout={self._timeout:g} seconds; {GO_ON}"
@@ -352,10 +366,10 @@ class ChatClient:
         prompt_tokens = sum(map(estimated_tokens, prompts))
         reply_tokens = len(prompts) * self._max_tokens
         usd = self._terms.usd(prompt_tokens, reply_tokens)
-        price = "price unknown (judge.price_input and judge.price_output are not set)"
-        price = price if usd is None else f"at most about {usd:.4g} USD"
+        unknown = "price unknown (judge.price_input and judge.price_output are not set)"
+        price = unknown if usd is None else f"at most about {usd:.4g} USD"
         return f"{len(prompts):,} requests to send", (
-            f"about {prompt_tokens:,} prompt tokens (estimate: {_BYTES_PER_TOKEN} bytes per token) and at most "
+            f"about {prompt_tokens:,} prompt tokens (estimate: {BYTES_PER_TOKEN} bytes per token) and at most "
             f"{reply_tokens:,} reply tokens; {price}"
         )
 
@@ -377,7 +391,7 @@ class ChatClient:
 
     def _key_of(self, messages: Messages, attempt: int) -> str:
         """Hash all that a reply depends on; the address too: two endpoints may have different models of one name."""
-        return content_hash("chat", self._endpoint.address, self.identity, [dict(m) for m in messages], attempt)
+        return content_hash("chat", self._known_as, self.identity, [dict(m) for m in messages], attempt)
 
 
 async def _sleep(seconds: float, stop: threading.Event) -> None:
@@ -387,12 +401,3 @@ async def _sleep(seconds: float, stop: threading.Event) -> None:
         await asyncio.sleep(min(left, _POLL))
     if stop.is_set():
         raise _StoppedError
-
-
-def estimated_tokens(messages: Messages) -> int:
-    """Estimate the tokens of a prompt from its bytes; exact counts would need each model's own tokenizer."""
-    return sum(_tokens_of(message["content"]) + _TOKENS_PER_MESSAGE for message in messages)
-
-
-def _tokens_of(text: str) -> int:
-    return math.ceil(len(text.encode("utf-8", "replace")) / _BYTES_PER_TOKEN)

@@ -24,6 +24,9 @@ _NO_CREDIT = "insufficient_quota"  # OpenAI's code for an empty account, sent as
 _MOST_SHOWN = 300  # characters of an unreadable reply in an error
 
 Messages = Sequence[Mapping[str, str]]
+BYTES_PER_TOKEN = 4  # rule of thumb for English text; about right for other scripts in UTF-8 too
+_TOKENS_PER_MESSAGE = 4
+_TOKENS = "tokens"  # the role of a prompt that is no conversation
 
 
 class Failure(Exception):
@@ -93,7 +96,8 @@ def read_completion(
     try:
         (content,) = outside_json.loads_all(body.decode("utf-8"))
         choice = content["choices"][0] if content["choices"] else {"message": {}}
-        message, finish = choice["message"], choice.get("finish_reason")
+        finish = choice.get("finish_reason")
+        message = choice["message"] if "message" in choice else {"content": choice["text"]}
         # a refusal has a field of its own, and so have a function's arguments
         text = _text_of(message.get("content")) or message.get("refusal") or ""
         if calls := message.get("tool_calls"):
@@ -118,6 +122,18 @@ def read_completion(
         raise Failure("passing", message, f"check judge.base_url; {GO_ON}", charged=True) from None
     finish = finish if isinstance(finish, str) else None
     return Completion(scrub(text), finish, kept or None), _reported(usage)
+
+
+def token_prompt(ids: Sequence[int]) -> Messages:
+    """Return token ids as a prompt, which the model continues as it is."""
+    return [{"role": _TOKENS, "content": " ".join(map(str, ids))}]
+
+
+def request_of(prompt: Messages) -> tuple[str, dict[str, Any]]:
+    """Return the path below the endpoint's address, and the part of the body that is the prompt."""
+    if prompt[0]["role"] == _TOKENS:
+        return "completions", {"prompt": [int(token) for token in prompt[0]["content"].split()]}
+    return "chat/completions", {"messages": list(prompt)}
 
 
 def _text_of(content: Any) -> Any:
@@ -208,3 +224,12 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     except (ValueError, TypeError):
         return None
     return max(0.0, moment.timestamp() - time.time())
+
+
+def estimated_tokens(messages: Messages) -> int:
+    """Estimate the tokens of a prompt from its bytes; exact counts would need each model's own tokenizer."""
+    return sum(tokens_of(message["content"]) + _TOKENS_PER_MESSAGE for message in messages)
+
+
+def tokens_of(text: str) -> int:
+    return math.ceil(len(text.encode("utf-8", "replace")) / BYTES_PER_TOKEN)

@@ -80,14 +80,13 @@ class Endpoint:
             headers={"Authorization": f"Bearer {self._key or 'none'}", **self._headers},
             params=self._query,
             timeout=None,
-            limits=httpx.Limits(),  # none: `judge.concurrency` limits the requests
+            limits=httpx.Limits(),  # none: the client limits the requests
             follow_redirects=False,  # a redirect leads to a login page, or takes the headers to another address
         )
 
-    @property
-    def url(self) -> str:
-        """The address to which requests are posted."""
-        return f"{self.address or _DEFAULT}/chat/completions"
+    def url(self, path: str) -> str:
+        """Return the address to which requests are posted."""
+        return f"{self.address or _DEFAULT}/{path}"
 
     def scrub(self, text: str) -> str:
         """Remove the secrets from a text: some endpoints quote them. Placeholders like "1" or "none" are not secret."""
@@ -107,7 +106,7 @@ def _api_key(variable: str, address: str | None, needed: bool) -> str | None:
     _require_sendable(variable, key)
     if not key and needed and (address is None or urlsplit(address).hostname not in LOOPBACK):
         raise ConfigError(
-            f"the judge needs an API key in the environment variable {variable} (judge.api_key_env); "
+            f"the endpoint needs an API key in the environment variable {variable} (judge.api_key_env); "
             "set it, or give a judge.base_url on this machine"
         )
     return key or None

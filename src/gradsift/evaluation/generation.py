@@ -7,10 +7,11 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 from gradsift import outside_json
 from gradsift.cost import passed
+from gradsift.data.examples import Turn
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.turns import two_turns, with_input
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
     from gradsift.journal import Journal
 
 OUTPUTS_FILE = "model_outputs.json"
+
+
+class Question(NamedTuple):
+    """An item, and the turns of the conversation before it."""
+
+    item: Item
+    history: Sequence[Turn] = ()
+
+
 _SHARED = ("instruction", "input", "reference", "after")  # equal in two models' answers to the same item
 
 
@@ -58,7 +68,7 @@ def generate_answers(
     from gradsift.journal import Journal
     from gradsift.training.lora import evaluating
 
-    room = _room(model, max_new_tokens)
+    room = room_of(model.config, max_new_tokens)
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
             raise DataError(f"prompt {number} of {len(prompts)} has no token; a model needs at least one")
@@ -115,9 +125,13 @@ def _continuations(
     return texts
 
 
-def _room(model: PreTrainedModel, max_new_tokens: int) -> int | None:
-    """Return the tokens that a prompt may have; None if the model's configuration names no limit."""
-    context = getattr(model.config, "max_position_embeddings", None)
+def room_of(config: Any, max_new_tokens: int) -> int | None:
+    """Return the tokens that a prompt may have; None if the model's configuration names no limit.
+
+    Raises:
+        ConfigError: there is no room for one.
+    """
+    context = getattr(config, "max_position_embeddings", None)
     if not isinstance(context, int):
         return None
     if max_new_tokens >= context:

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from gradsift import outside_json
 from gradsift.errors import GradsiftError
 
+REPLIES_FILE = "judge_cache.sqlite"  # in the store, for all runs
 _PATIENCE = 60.0  # seconds to wait while another process writes
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL);

@@ -93,6 +93,20 @@ def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfi
     return Backbone(model.eval(), tokenizer, compute.tokens)
 
 
+def load_description(artifact: Artifact, config: ModelConfig) -> tuple[Any, Any]:
+    """Return the tokenizer of a backbone and transformers' config, without loading its weights."""
+    source, options = _source(artifact, config)
+    name = config.path or config.kind
+    with _hub_errors(config):
+        return load_tokenizer(source, name, **options), load_config(source, name, **options)
+
+
+def source_of(artifact: Artifact, config: ModelConfig) -> tuple[str, str | None]:
+    """Return the folder or the hub id of a backbone, and of the latter the commit."""
+    source, options = _source(artifact, config)
+    return source, None if Path(source).is_dir() else options.get("revision")
+
+
 def load_shown(runtime: Runtime, artifact: Artifact, config: ModelConfig) -> Backbone:
     """Load a backbone and show that it takes a while: a minute for 7 billion parameters.
 

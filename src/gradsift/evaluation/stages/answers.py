@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gradsift.artifacts import Artifact
-from gradsift.config import EMBEDDED, TERSE, BenchmarkConfig, TargetConfig
+from gradsift.config import EMBEDDED, TERSE, BenchmarkConfig, EndpointGeneratorConfig, GeneratorConfig, TargetConfig
 from gradsift.data import verifiable
 from gradsift.data.download import fetch_url
 from gradsift.data.examples import Turn
@@ -21,12 +22,15 @@ from gradsift.data.verifiable import FAMILIES
 from gradsift.evaluation.benchmarks import Item, load_benchmark
 from gradsift.evaluation.generation import (
     OUTPUTS_FILE,
+    Question,
     generate_answers,
     model_outputs,
     write_model_outputs,
 )
+from gradsift.evaluation.remote import endpoint_answers, generator_settings
+from gradsift.evaluation.replies import REPLIES_FILE
 from gradsift.evaluation.turns import with_input
-from gradsift.runtime import Runtime
+from gradsift.runtime import Advance, Runtime
 from gradsift.training.target import load_tuned
 
 VERSION = 2
@@ -68,34 +72,36 @@ def generate(
     target: Artifact,
     tuned: Artifact | None,
     items: Sequence[Item],
+    generator_config: GeneratorConfig | None = None,
 ) -> Artifact:
-    """Generate greedy answers of the finetuned target (of the untuned one for `tuned=None`) to every item."""
+    """Generate greedy answers of the finetuned target (of the untuned one for `tuned=None`) to every item.
+
+    Args:
+        generator_config: what computes them; default: this process.
+    """
     settings = {
         "items": items_hash(items),
         "max_new_tokens": config.max_new_tokens,
         "template": template_identity(target_config.template),
     }
     generator = tuned.path.name if tuned else f"{target_config.name}-untuned"
+    remote = generator_config if isinstance(generator_config, EndpointGeneratorConfig) else None
+    if remote is not None:
+        settings["generator"] = generator_settings(remote)
 
     def make(folder: Path) -> Mapping[str, Any]:
-        tuned_model = load_tuned(runtime, target_config, target, tuned)
         answers: dict[Item, str] = {}
-        journal = runtime.journal(folder)
-        with runtime.display.task(f"answer {len(items)} questions", len(items)) as advance:
+        with ExitStack() as stack:
+            if remote is None:
+                answer = _in_this_process(runtime, config, target_config, target, tuned, folder)
+            else:
+                replies = runtime.store.root / REPLIES_FILE
+                given = (remote, target_config, target, tuned, config.max_new_tokens, replies, folder)
+                answer = stack.enter_context(endpoint_answers(runtime, *given))
+            advance = stack.enter_context(runtime.display.task(f"answer {len(items)} questions", len(items)))
             for turn in (1, 2):
-                if not (asked := [item for item in items if (item.after is None) == (turn == 1)]):
-                    continue
-                given = generate_answers(
-                    tuned_model.model,
-                    tuned_model.tokenizer,
-                    _prompts(asked, answers, tuned_model.tokenizer, target_config.template),
-                    max_new_tokens=config.max_new_tokens,
-                    batch_size=config.batch_size,
-                    max_tokens=runtime.compute.tokens,
-                    progress=advance,
-                    journal=journal,
-                )
-                answers |= zip(asked, given, strict=True)
+                if asked := [item for item in items if (item.after is None) == (turn == 1)]:
+                    answers |= zip(asked, answer(_questions(asked, answers), advance), strict=True)
         rows = model_outputs(items, [answers[item] for item in items], generator)
         write_model_outputs(folder / OUTPUTS_FILE, rows)
         return {"rows": len(items)}
@@ -104,17 +110,45 @@ def generate(
     return runtime.store.obtain("generate", slug, settings, parents, make, version=VERSION, size=len(items))
 
 
-def _prompts(items: Sequence[Item], answers: Mapping[Item, str], tokenizer: Any, template: str) -> list[list[int]]:
-    """Return the tokens of each prompt; that of a second turn begins with the first question and its own answer."""
+def _in_this_process(
+    runtime: Runtime,
+    config: BenchmarkConfig,
+    target_config: TargetConfig,
+    target: Artifact,
+    tuned: Artifact | None,
+    folder: Path,
+) -> Callable[[Sequence[Question], Advance], list[str]]:
+    loaded, journal = load_tuned(runtime, target_config, target, tuned), runtime.journal(folder)
+
+    def answer(questions: Sequence[Question], advance: Advance) -> list[str]:
+        return generate_answers(
+            loaded.model,
+            loaded.tokenizer,
+            [
+                encode_prompt(item.instruction, item.input, loaded.tokenizer, target_config.template, history)
+                for item, history in questions
+            ],
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            max_tokens=runtime.compute.tokens,
+            progress=advance,
+            journal=journal,
+        )
+
+    return answer
+
+
+def _questions(items: Sequence[Item], answers: Mapping[Item, str]) -> list[Question]:
+    """Return the items with the turns before them: before a second turn the first question and its own answer."""
     first = {(item.benchmark, item.item_id): (item, answer) for item, answer in answers.items()}
-    prompts = []
+    questions = []
     for item in items:
         history: tuple[Turn, ...] = ()
         if item.after is not None:
             before, answer = first[item.after, item.item_id]
             history = Turn("user", with_input(before.instruction, before.input)), Turn("assistant", answer)
-        prompts.append(encode_prompt(item.instruction, item.input, tokenizer, template, history))
-    return prompts
+        questions.append(Question(item, history))
+    return questions
 
 
 def items_hash(items: Sequence[Item]) -> str:

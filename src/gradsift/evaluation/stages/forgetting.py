@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gradsift.artifacts import Artifact
-from gradsift.config import BenchmarkConfig, TargetConfig
+from gradsift.config import BenchmarkConfig, GeneratorConfig, TargetConfig
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.lm_harness import evaluate_tasks
 from gradsift.evaluation.stages.answers import generate, slug_of
@@ -37,17 +37,19 @@ def forgetting(
     target: Artifact,
     tuned: Artifact,
     items: Sequence[Item],
+    generator: GeneratorConfig | None = None,
 ) -> tuple[General, General]:
     """Measure the target on general sets, before and after the finetune.
 
     Args:
         items: those of `benchmark.general`.
+        generator: what answers them (see `generate`).
     """
 
     def state(model: Artifact | None) -> General:
         measured = losses = tasks = None
         if items:
-            answers = generate(runtime, config, target_config, target, model, items)
+            answers = generate(runtime, config, target_config, target, model, items, generator)
             measured = metrics(runtime, config, answers, items)
             losses = reference_losses(runtime, target_config, target, model, items)
         if config.lm_eval_tasks:

@@ -33,7 +33,7 @@ from gradsift.evaluation.judges.wording import judge_wording, rating_wording
 from gradsift.evaluation.judgments import invalid_share, judge_pairs, read_judgments
 from gradsift.evaluation.matching import MATCHERS
 from gradsift.evaluation.pws import outcome_strings, outcomes_of, read_pws, summarise, write_pws
-from gradsift.evaluation.replies import Replies, Terms
+from gradsift.evaluation.replies import REPLIES_FILE, Replies, Terms
 from gradsift.journal import Journal
 from gradsift.runtime import Runtime
 from gradsift.sources import Source
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 VERSION = 3
 PWS_VERSION = 5
-REPLIES_FILE = "judge_cache.sqlite"  # in the store, for all runs
 _CLIENT_OPTIONS = ("api_key_env", "timeout", "retries", "max_wait", "give_up", "give_up_unreadable", "concurrency")
 # options of a request, which belong to a judgment
 _REQUEST_OPTIONS = ("token_parameter", "system_role", "extra_body", "extra_headers", "extra_query")

@@ -194,34 +194,12 @@ def test_neither_blocks_nor_the_token_budget_change_features(
     assert_rows_close(made(line, fresh, given), exact)
 
 
-def test_large_gradients_take_small_blocks_with_a_warning(
-    line: Line, exact: np.ndarray, fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_large_gradients_take_small_blocks(
+    line: Line, exact: np.ndarray, fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    capsys.readouterr()
     monkeypatch.setattr(module, "_BLOCK_BYTES", 7 * 4 * line.gradients.info["parameters"])
+    assert module.block_rows(line.gradients.info["parameters"], torch.device("cpu")) == 4
     assert_rows_close(made(line, fresh), exact)
-    assert "so only 4 are projected at once" in capsys.readouterr().out
-
-
-def test_a_long_projection_is_announced_with_a_remedy(
-    line: Line, fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    parameters = line.gradients.info["parameters"]
-    monkeypatch.setattr(Projection, "seconds", lambda self, rows, device: 90.0 * rows)  # blocks of 20: 1,800 s
-    monkeypatch.setattr(module, "_MOST_ROWS", 20)
-    capsys.readouterr()
-    made(line, fresh)
-    said = capsys.readouterr().out
-    assert f"projecting gradients of {parameters:,} numbers to 48 takes about 2.0 h" in said  # 2 blocks, 2 checkpoints
-    assert "less with a smaller features.warmup.lora.rank" in said
-
-
-def test_the_time_of_a_projection_is_that_of_all_its_tiles() -> None:
-    short, long = (
-        min(Projection(size, 64, 0).seconds(3, torch.device("cpu")) for _ in range(5)) for size in (1, 10**8)
-    )
-    assert 0 < 1000 * short < long
-    assert short < 1  # one tile takes milliseconds
 
 
 def test_row_order_changes_no_examples_features(line: Line, exact: np.ndarray, fresh: Path) -> None:

@@ -115,20 +115,19 @@ class ChatClient:
         body |= {**(parameters or {}), **(extra_body or {})}
         self.parameters: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
         self._terms = terms or Terms()
-        needs_key = not self._terms.dry_run
         self._group, self._skip_thinking = group, skip_thinking
         try:
-            self._endpoint = Endpoint(base_url, api_key_env, extra_headers, extra_query, needs_key=needs_key)
+            self._endpoint = Endpoint(
+                base_url, api_key_env, extra_headers, extra_query, needs_key=not self._terms.dry_run
+            )
         except ConfigError as error:
             raise ConfigError(self._named(str(error))) from error
         self._known_as = known_as or self._endpoint.address
         # all that a reply depends on beside the address and the messages
         own = {} if system_role else {"system_role": False}
         self.identity = {**self.parameters, **self._endpoint.settings, **own}
-        self._system_role = system_role
-        self._max_tokens = max_tokens
-        self.name = f"openai/{model}"
-        self._replies = replies
+        self._system_role, self._max_tokens = system_role, max_tokens
+        self.name, self._replies = f"openai/{model}", replies
         self._timeout, self._retries, self._max_wait, self._say = timeout, retries, max_wait, say
         self._give_up, self._give_up_unreadable, self._concurrency = give_up, give_up_unreadable, concurrency
         self._paused_until = 0.0  # every request waits for this moment (time.monotonic): the endpoint asked for it

@@ -14,7 +14,6 @@ Shape letters: N examples, C checkpoints, P parameters, D dimensions of a checkp
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ import torch
 
 from gradsift.artifacts import Artifact
 from gradsift.config import FeaturesConfig, ProxyConfig
-from gradsift.cost import duration
 from gradsift.data.tokens import Encoded, encoding_settings
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.features.vectors import FEATURES_FILE, fill_block, finish_features, open_features, unit_rows
@@ -40,11 +38,9 @@ from gradsift.training import lora
 from gradsift.training.device import device_of
 from gradsift.training.head import require_finite
 
-VERSION = 1
-_BLOCK_BYTES = 2 * 2**30  # of gradients that are projected together: each block draws all signs of the projection
+VERSION = 2
+_BLOCK_BYTES = 2 * 2**30  # of gradients that are projected together: each block draws the projection anew
 _MOST_ROWS = 512  # rows of a block, which an interrupted run may have to compute again
-_FEW_ROWS = 25  # rows of a block below which drawing the signs takes longer than multiplying with them
-_LONG = 60  # seconds of projecting that are announced
 _MOST_UNPROJECTED = 4 * 10**9  # numbers, 16 GB
 
 
@@ -148,7 +144,7 @@ def parameter_count(runtime: Runtime, config: FeaturesConfig, inputs: ProxyInput
 def block_rows(size: int, device: torch.device) -> int:
     """Return B for gradients of `size` numbers: a power of two, so that an interrupted run meets the same blocks.
 
-    A block takes a quarter of a GPU's free memory at most: the signs and the backward passes need the rest.
+    A block takes a quarter of a GPU's free memory at most: the projection and the backward passes need the rest.
     """
     free = int(torch.cuda.mem_get_info(device)[0]) // 4 if device.type == "cuda" else _BLOCK_BYTES
     fitting = max(1, free // (4 * size))
@@ -174,8 +170,6 @@ def _write(
     size = parameter_count(runtime, config, inputs)
     dimensions = config.dimensions or size
     projection = Projection(size, dimensions, config.projection_seed) if config.dimensions is not None else None
-    if projection is not None:
-        _announce_cost(runtime, projection, count, len(checkpoints))
     vectors = open_features(folder, count, len(checkpoints) * dimensions)
     journal, at_once = runtime.journal(folder), block_rows(size, device)
     label = f"gradients of {len(inputs.encoded):,} examples at {len(checkpoints)} checkpoints"
@@ -234,21 +228,3 @@ def gradient_block(
     norms = torch.linalg.vector_norm(block, dim=1).cpu()
     require_finite("gradient", torch.arange(start, stop), norms, encoded)
     return block
-
-
-def _announce_cost(runtime: Runtime, projection: Projection, rows: int, checkpoints: int) -> None:
-    """Print how long the projection takes: with adapters of a high rank it may take longer than all passes."""
-    device = device_of(runtime.compute)
-    at_once = min(block_rows(projection.size, device), rows)
-    seconds = checkpoints * math.ceil(rows / at_once) * projection.seconds(at_once, device)
-    if seconds > _LONG:
-        runtime.display.say(
-            f"  projecting gradients of {projection.size:,} numbers to {projection.dimensions:,} takes about "
-            f"{duration(seconds)} beside the backward passes; less with a smaller features.warmup.lora.rank or "
-            "features.dimensions, or features.checkpoints=last"
-        )
-    if at_once < min(_FEW_ROWS, rows):
-        runtime.display.say(
-            f"  warning: a gradient has {projection.size:,} numbers, so only {at_once} are projected at once, and "
-            "drawing the projection takes most of the time; a smaller features.warmup.lora.rank is faster"
-        )

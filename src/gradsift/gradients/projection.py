@@ -11,7 +11,7 @@ as it is for a dense matrix of signs. Chunk c holds the parameters cD to cD + D 
 every device draws the same ones, and a prefix of the parameters is projected as before.
 
 Cost. A row of P parameters is gathered, multiplied by signs and summed: 20 P bytes of memory traffic, where a dense
-matrix takes 2 P D operations. Drawing takes about 80 P bytes for all rows of a call. Llama-2-7B with rank 128 on q, k,
+matrix takes 2 P D operations. Drawing takes about 60 P bytes for all rows of a call. Llama-2-7B with rank 128 on q, k,
 v and o has P = 134 million: 2.7 GB for a row, and 0.3 GB more as its share of drawing for 32 rows. The backward pass of
 a row of 512 tokens through the frozen weights takes 2 x 6.6e9 x 512 = 6.8e12 operations. At half of an A100's bfloat16
 peak (312e12 a second; 2 TB/s) the two are 1.5 and 43 ms, a share of 4 %; on an H100 (990e12; 3.35 TB/s) they are 0.9
@@ -58,12 +58,13 @@ class Projection:
         """Return what goes to each dimension from the chunks `first` to before `first + count`.
 
         Returns:
-            The parameter's place among those of the chunks, (C, D) int64, and its sign, (C, D) float32.
+            The parameter's place among those of the chunks, (C, D) int32, and its sign, (C, D) float32.
         """
         chunks = torch.arange(first, first + count, device=device)
         dimensions = torch.arange(self.dimensions, device=device)
         seeds = mixed(mixed(torch.tensor(self.seed, device=device)) + chunks)
-        shifts = (mixed(seeds) & 0x7FFFFFFF) % self.dimensions
-        starts = torch.arange(count, device=device)[:, None] * self.dimensions
-        places = starts + (dimensions - shifts[:, None]) % self.dimensions
+        shifts = ((mixed(seeds) & 0x7FFFFFFF) % self.dimensions).int()
+        places = dimensions.int() - shifts[:, None]
+        places += (places >> 31).bitwise_and_(self.dimensions)  # D where it is negative: faster than a remainder
+        places += torch.arange(count, device=device, dtype=torch.int32)[:, None] * self.dimensions
         return places, ((bits(seeds, dimensions) >> 31) | 1).float()

@@ -125,14 +125,15 @@ def kit(kind: str, precision: str) -> Kit:
 def module_of(kit: Kit, loss: str = "example") -> ProxyMember:
     """Return our Lightning module without a trainer, which would look for a real GPU."""
     optimization = Optimization(1e-3, 0.0, "linear", 1, 4, loss=loss, max_grad_norm=1.0)
-    module = ProxyMember(kit.adapted, optimization, kit.budget, pad_id=0)
-    module._device = kit.device
-    module.trainer = SimpleNamespace(strategy=None, training=True, state=SimpleNamespace(fn="fit"))  # type: ignore[assignment]
-    made = module.configure_optimizers()
-    module.optimizers = lambda: made["optimizer"]
-    module.lr_schedulers = lambda: made["lr_scheduler"]  # type: ignore[method-assign]
-    module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, assignment]
-    module._losses = ResponseLosses(kit.adapted)
+    return without_trainer(ProxyMember(kit.adapted, optimization, kit.budget, pad_id=0), kit.device)
+
+
+def without_trainer(module: Any, device: torch.device) -> Any:
+    module._device = device
+    module.trainer = SimpleNamespace(strategy=None, training=True, state=SimpleNamespace(fn="fit"))
+    module.configure_optimizers()
+    module.manual_backward = lambda loss: loss.backward()
+    module._losses = ResponseLosses(module.model)
     return module
 
 

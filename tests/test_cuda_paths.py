@@ -20,24 +20,26 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMOKE
-from cuda_paths import BROKEN, MODELS, PATHS, SETTINGS, kit, norms_pass, training_step
+from cuda_paths import BROKEN, MODELS, PATHS, SETTINGS, kit, norms_pass, training_step, without_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.cpp_extension import include_paths
 from transformers import AutoConfig, DynamicCache
 
 from gradsift import sweep
-from gradsift.config import ComputeConfig
+from gradsift.config import ComputeConfig, LoraConfig
 from gradsift.data.batching import capped_batches, collate
 from gradsift.evaluation.generation import generate_answers, left_padded
 from gradsift.gradients.per_sample import gradient_pass
 from gradsift.journal import Journal
 from gradsift.proxy.collection import collect_norms
+from gradsift.proxy.together import Members
 from gradsift.scoring import spans
-from gradsift.training import backbones, numerics
+from gradsift.training import backbones, lora, numerics
 from gradsift.training.device import numbers_at_once, without_host_reads
 from gradsift.training.finetuning import fit
 from gradsift.training.head import OutputHead, ResponseLosses
-from gradsift.training.modules import Optimization, ProxyMember
+from gradsift.training.lanes import Lanes
+from gradsift.training.modules import Optimization, ProxyMember, Step
 from gradsift.training.tiny_bytes import bytes_tokenizer
 
 HERE = Path(__file__).parent
@@ -134,6 +136,20 @@ def test_a_training_step_reads_nothing(kind: str, monkeypatch: pytest.MonkeyPatc
     with Reads() as reads:
         training_step(made)
     assert not reads.seen
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_step_of_members_side_by_side_reads_nothing(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = kit("llama", "float32")
+    lanes = Lanes(lora.remove_adapter(made.adapted), LoraConfig(rank=2, dropout=dropout), [0, 1])
+    optimization = Optimization(1e-3, 0.0, "linear", 1, 4)
+    members = [ProxyMember(lanes.adapted, optimization, made.budget, pad_id=0) for _ in range(2)]
+    module = without_trainer(Members(lanes, members), made.device)
+    step = Step([replace(example, lane=lane) for lane in (0, 1) for example in made.encoded])
+    with Reads() as reads:
+        outputs = module.training_step(step, 0)
+    assert not reads.seen
+    assert [len(outputs[lane]["rows"]) for lane in ("0", "1")] == [3, 3]
 
 
 @pytest.mark.parametrize("kind", MODELS)

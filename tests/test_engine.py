@@ -345,7 +345,7 @@ def test_dropout_is_the_same_after_memory_ran_out(monkeypatch: pytest.MonkeyPatc
         adapters.append(weights_of(adapted))
     assert budgets[0] == 4096 and budgets[1] <= 30
     for name, value in adapters[0].items():
-        assert_close_by_norm(adapters[1][name], value, k=1024)
+        assert_close_by_norm(adapters[1][name], value.double(), k=2048)
 
 
 def test_out_of_memory_in_a_collection_pass_changes_no_norm(monkeypatch: pytest.MonkeyPatch) -> None:

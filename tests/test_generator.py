@@ -15,7 +15,7 @@ from conftest import SMOKE
 from endpoint import Endpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gradsift.config import EndpointGeneratorConfig, GeneratorConfig
+from gradsift.config import TERSE, EndpointGeneratorConfig, GeneratorConfig
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.serving import require_command, serving, vllm_arguments
 
@@ -56,8 +56,8 @@ def outputs_of(store: Path) -> list[dict[str, list[str]]]:
 
 
 def test_a_server_gives_the_answers_of_greedy_decoding(gradsift: Any, endpoint: Endpoint) -> None:
-    run = (*SMOKE, "stop_after=generate", "benchmark.limit=6")
-    assert gradsift(*run) == 0
+    run = (*SMOKE, "stop_after=generate", "benchmark.limit=6", f"benchmark.general=[{TERSE}]")
+    assert gradsift(*run) == 0  # the finetuned target answers both sets, the untuned one the general set
     local = outputs_of(gradsift.store)
     (tuned,) = gradsift.store.glob("finetune/*/adapter")
     greedy_server(gradsift.store, tuned.parent.name, endpoint)
@@ -65,6 +65,7 @@ def test_a_server_gives_the_answers_of_greedy_decoding(gradsift: Any, endpoint: 
     # one request at a time: the server reads its latest
     assert gradsift(*run, *remote, "generator.concurrency=1") == 0
     served = outputs_of(gradsift.store)[len(local) :]
+    assert len(served) == 3
     assert served == local and any(text for answers in local for texts in answers.values() for text in texts)
     assert {body["model"] for body in endpoint.bodies} == {"base", tuned.parent.name}
     assert set(endpoint.paths) == {"/v1/completions"}

@@ -3,8 +3,8 @@
     python -m benchmarks.together [--model nano|gpt2] [--members 5] [--steps 20] [--rounds 3]
 
 Each way trains `--members` members for one epoch of `--steps` steps of 8 rows in float32; the ways take turns. The
-table gives seconds, their ratio, and the number of torch's operations that a member's step starts. On a GPU a small
-model waits for operations to be started, so there that number bounds the gain.
+table gives seconds (on a CPU the processor's time of one thread), their ratio, and the number of torch's operations that
+a member's step starts. On a GPU a small model waits for operations to be started, so there that number bounds the gain.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class Members:
         folders = [Path(owner.name) / str(member) for member in self._members]
         for folder in folders:
             folder.mkdir()
-        started = time.perf_counter()
+        clock = time.perf_counter if self._compute.device == "cuda" else time.process_time
+        started = clock()
         if together:
             units = [(each, None, folder) for each, folder in zip(settings, folders, strict=True)]
             train_members_epoch(run, config, inputs, units, lambda done: None)
@@ -77,7 +78,7 @@ class Members:
                 train_member_epoch(run, config, inputs, each, None, folder, lambda done: None)
         if self._compute.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - started, folders, owner
+        return clock() - started, folders, owner
 
     def operations(self, together: bool) -> float:
         """Return the operations of a member's step, from epochs of 2 and 6 steps."""
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)  # or waiting for other threads would count
     members = members_of(options.model, options.members, options.steps, ComputeConfig(device=device))
 
     def seconds(number: int, together: bool) -> float:

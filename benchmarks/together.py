@@ -3,8 +3,8 @@
     python -m benchmarks.together [--model nano|gpt2] [--members 5] [--steps 20] [--rounds 3]
 
 Each way trains `--members` members for one epoch of `--steps` steps of 8 rows in float32; the ways take turns. The
-table gives seconds (on a CPU the processor's time of one thread), their ratio, and the number of torch's operations that
-a member's step starts. On a GPU a small model waits for operations to be started, so there that number bounds the gain.
+table gives seconds (on a CPU the processor's time of one thread), their ratio, and the number of torch's operations
+that a member's step starts. On a GPU a small model waits for operations to be started, so there it bounds the gain.
 """
 
 from __future__ import annotations

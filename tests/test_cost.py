@@ -74,6 +74,7 @@ def test_a_unit_reports_its_tokens_once(tmp_path: Path) -> None:
     [
         ((), "member finetune generate heldout"),
         (("scorer=superfilter", "stop_after=scores"), "score"),
+        (("scorer=contrast", "scorer.neighbours=20", "stop_after=scores"), "member losses"),
         pytest.param(("scorer=perplexity", "stop_after=scores"), "score", marks=pytest.mark.slow),
         pytest.param(("scorer=gsnr_direction", "stop_after=scores"), "member direction", marks=pytest.mark.slow),
         pytest.param(("method=grads", "stop_after=scores"), "member embedding_gradients", marks=pytest.mark.slow),

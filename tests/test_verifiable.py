@@ -215,9 +215,9 @@ def hash_of(value: object) -> str:
 
 def test_without_delay_worlds_vocabulary_and_pretraining_text_are_those_of_before() -> None:
     """Hashes were recorded before the option existed: stored datasets and backbones must not change."""
-    world = generate(size=1000, spoilt=0.3, duplicates=0.1, seed=7)
+    world = generate(size=1000, spoilt=0.3, duplicates=0.1, benchmark_items=390, seed=7)
     assert hash_of([world.rows, [asdict(label) for label in world.labels], world.benchmark]) == "b5c591d994252b49"
-    assert hash_of(pretraining_rows(500)) == "259c552c0b583573"
+    assert hash_of(pretraining_rows(500, instructed_share=0.01)) == "259c552c0b583573"
     assert hash_of(VOCABULARY) == "5fb7a92092967cd3"
 
 

@@ -43,6 +43,7 @@ from gradsift.gradients.ensemble_checks import diagnose_ensemble
 from gradsift.gradients.norms_table import by_example
 from gradsift.gradients.statistics import mean_loss, read_statistics, statistics
 from gradsift.journal import Journal
+from gradsift.proxy.answer_losses import answer_losses, read_answer_losses
 from gradsift.proxy.ensemble import collect_shard, ensemble_norms, train_adapter, train_adapters
 from gradsift.proxy.epochs import ProxyInputs
 from gradsift.runtime import Runtime
@@ -158,9 +159,9 @@ class Line:
         return self._norms[epoch]
 
     @property
-    def has_norms(self) -> bool:
-        """Whether the scorer asked for norms of the ensemble."""
-        return bool(self._norms)
+    def has_ensemble(self) -> bool:
+        """Whether the scorer asked for norms or losses of the ensemble."""
+        return bool(self._norms) or "answer_losses" in vars(self)
 
     def collect_shard(self) -> list[int]:
         """Collect the shard `proxy.shard` of all members, and return the shards that are still incomplete."""
@@ -179,13 +180,19 @@ class Line:
         early, late = (self.norms(epoch) for epoch in proxy.snapshots)
         return statistics(self.runtime, early, late, proxy.snapshots, proxy.norm_scope, self.rows)
 
+    @functools.cached_property
+    def answer_losses(self) -> list[Artifact]:
+        """Losses of the answers at the late snapshot: one table per adapter."""
+        load, late = self._inputs_to_train, self.config.proxy.snapshots[1] - 1
+        return [answer_losses(self.runtime, self.config.proxy.lora, epochs[late], load) for epochs in self.adapters]
+
     def late_losses(self) -> np.ndarray:
         """Return the examples' losses at the late snapshot, the mean over members, (N,) float64."""
         return mean_loss(self.late_norms, self.rows)
 
     def measures(self) -> dict[str, np.ndarray]:
         """Return what the ensemble knows of each example besides its norms; empty if the scorer did not ask for it."""
-        if not self.has_norms:
+        if not self._norms:
             return {}
         tokens = by_example(self.late_norms[0], ("n_tokens",), self.rows)["n_tokens"]  # the same for every member
         return {"late_loss": self.late_losses(), "response_tokens": tokens}
@@ -196,7 +203,7 @@ class Line:
         Args:
             asked: the names of the scorer's sources.
         """
-        if not self.has_norms:
+        if not self.has_ensemble:
             return []
         trained = [epochs[: self.config.proxy.snapshots[1]] for epochs in self.adapters]
         table = read_statistics(self.statistics) if "statistics" in asked else None
@@ -287,8 +294,12 @@ class Line:
         return {
             "count": Source(list, lambda: self.rows),
             "examples": Source(list, lambda: self.pool),
+            "labels": Source(lambda: [self.loaded], lambda: labels_of(self.loaded)),
             "statistics": Source(lambda: [self.statistics], lambda: read_statistics(self.statistics)),
             "late_losses": Source(lambda: list(chain.from_iterable(self.late_norms)), self.late_losses),
+            "answer_losses": Source(
+                lambda: self.answer_losses, lambda: read_answer_losses(self.answer_losses, self.rows)
+            ),
             "embedding_gradients": Source(
                 lambda: [self.embedding_gradients], lambda: read_embedding_gradients(self.embedding_gradients)
             ),

@@ -53,7 +53,7 @@ def run(config: Config, runtime: Runtime, record: RunRecord) -> None:
     scored = score(runtime, line.scorer, line.loaded, line.sources, line.diagnose)
     record.scored(scored)
     record.refused("proxy", line.refused)
-    if line.has_norms:
+    if line.has_ensemble:
         record.ensemble(line.adapters)
     if config.stop_after == "scores":
         return

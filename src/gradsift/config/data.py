@@ -178,12 +178,12 @@ class MixtureDataConfig(DataConfig):
 class VerifiableDataConfig(DataConfig):
     """The embedded world: generated examples with exactly checkable answers."""
 
-    size: int = option(2000, least=1)  # rows
+    size: int = option(3000, least=1)  # rows
     spoilt: float = option(0.5, least=0, below=1)  # share of the rows that are spoilt, over four kinds
     duplicates: float = option(0.06, least=0, below=1)  # share of the rows that are exact or near duplicates
     # share of tasks that combine two named operations; half as many more show what a single name does
     delayed: float = option(0.0, least=0, most=0.5)
-    benchmark_items: int = option(390, least=1)  # held-out questions
+    benchmark_items: int = option(780, least=1)  # held-out questions
 
     def __post_init__(self) -> None:
         super().__post_init__()

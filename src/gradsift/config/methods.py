@@ -37,6 +37,15 @@ class GsnrDirectionConfig(GsnrConfig):
 
 
 @dataclass
+class ContrastConfig(ScorerConfig):
+    """Contrast of an answer's loss with those of similar prompts."""
+
+    neighbours: int = option(50, least=2)  # k, the most similar other prompts
+    end_weight: float = option(0.5, least=0, most=1)  # w, of the token that ends the answer
+    caution: float = option(1.0, least=0)  # standard deviations over the members that are subtracted
+
+
+@dataclass
 class G2isConfig(ScorerConfig):
     """Agreement with the core knowledge of the target set (G2IS)."""
 

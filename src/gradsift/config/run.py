@@ -38,7 +38,7 @@ OBJECTIVES = {"pws": "judge", "accuracy": "generate", "heldout_loss": "finetune"
 SCORES_BY_TASK = ("less", "rds_plus", "sbert")  # scorers that give a score for each task of the target set
 _EMBEDDINGS = {"embeddings", "target_embeddings"}
 _OF_PROXY = {  # sources that are computed with the proxy, whatever the embedder
-    *("statistics", "late_losses", "directions", "embedding_gradients"),
+    *("statistics", "late_losses", "answer_losses", "directions", "embedding_gradients"),
     *("gradients", "target_gradients", "backbone", "proxy_inputs"),
 }
 

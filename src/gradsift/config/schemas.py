@@ -35,6 +35,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "scorer": {
         "scorer": methods.ScorerConfig,
         "gsnr": methods.GsnrConfig,
+        "contrast": methods.ContrastConfig,
         "gsnr_direction": methods.GsnrDirectionConfig,
         "g2is": methods.G2isConfig,
         "llm_rating": methods.RatingConfig,

@@ -263,10 +263,10 @@ VOCABULARY: tuple[str, ...] = (
 
 def generate(
     *,
-    size: int = 2000,
+    size: int = 3000,
     spoilt: float = 0.5,
     duplicates: float = 0.06,
-    benchmark_items: int = 390,
+    benchmark_items: int = 780,
     delayed: float = 0.0,
     seed: int = 0,
 ) -> World:
@@ -319,7 +319,7 @@ def generate(
 
 
 def pretraining_rows(
-    count: int, *, seed: int = 0, instructed_share: float = 0.01, other_share: float = 0.1
+    count: int, *, seed: int = 0, instructed_share: float = 0.006, other_share: float = 0.1
 ) -> list[tuple[str, str]]:
     """Draw (prompt, response) pairs that teach a backbone the skills but hardly the instructions.
 

@@ -36,7 +36,7 @@ def prompt_clusters(
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
-        prompts = [f"{example.instruction}\n{example.input}".strip() for example in pool()]
+        prompts = [prompt_of(example) for example in pool()]
         labels = cluster(prompts, clusters)
         (folder / CLUSTERS_FILE).write_text(json.dumps(labels.tolist()), encoding="utf-8")
         return {"rows": len(prompts)}
@@ -54,21 +54,36 @@ def clusters_of(artifact: Artifact) -> list[str]:
 def cluster(texts: Sequence[str], clusters: int) -> np.ndarray:
     """Return the cluster (N,) of each text, counted from 0."""
     from sklearn.cluster import MiniBatchKMeans
-    from sklearn.decomposition import TruncatedSVD
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.preprocessing import normalize
 
     different = len(set(texts))
     if different < clusters:
         raise ConfigError(f"audit.clusters={clusters}, but only {different} prompts differ; give at most {different}")
+    labels: np.ndarray = MiniBatchKMeans(clusters, n_init=10, random_state=0).fit_predict(prompt_vectors(texts))
+    return labels
+
+
+def prompt_of(example: Example) -> str:
+    """Return the text by which prompts are compared: instruction and input of the last exchange."""
+    return f"{example.instruction}\n{example.input}".strip()
+
+
+def prompt_vectors(texts: Sequence[str]) -> Any:
+    """Return TF-IDF vectors of the texts' words and word pairs, of length one: (N, at most 50), or sparse if few.
+
+    Raises:
+        ConfigError: no text has a word.
+    """
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.preprocessing import normalize
+
     try:
         features = TfidfVectorizer(analyzer=_words_and_pairs, sublinear_tf=True).fit_transform(texts)
     except ValueError as error:  # no prompt has a word
-        raise ConfigError(f"audit.clusters={clusters}: the prompts hold no words to cluster by ({error})") from error
+        raise ConfigError(f"the prompts hold no words to compare them by ({error})") from error
     if features.shape[1] > _DIMENSIONS and len(texts) > _DIMENSIONS:
         features = normalize(TruncatedSVD(_DIMENSIONS, random_state=0).fit_transform(features))
-    labels: np.ndarray = MiniBatchKMeans(clusters, n_init=10, random_state=0).fit_predict(features)
-    return labels
+    return features
 
 
 def _words_and_pairs(text: str) -> list[str]:

@@ -4,8 +4,12 @@ A scorer is a function. Its positional parameters name its inputs, and the pipel
 
     count        N, the number of examples
     examples     the examples, without their quality labels
+    labels       `gradsift.data.load.Labels` of generated or corrupted data, else None: for references, not for methods
     statistics   `gradsift.gradients.statistics.Statistics` of the proxy ensemble
     late_losses  (N,) mean loss of the members at the late snapshot
+    answer_losses
+                 `gradsift.proxy.answer_losses.AnswerLosses` of the members at the late snapshot; with
+                 proxy.ensemble=mc_dropout of the one adapter, without dropout
     embedding_gradients
                  `gradsift.gradients.embedding_head.EmbeddingGradients` after the first epoch of the ensemble's first
                  adapter; no other adapter is trained for it

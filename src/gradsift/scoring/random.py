@@ -1,12 +1,32 @@
-"""Uniform random scores: the baseline that every method has to beat."""
+"""Uniform random scores: the baseline that every method has to beat, and what a perfect filter would reach."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from gradsift.scoring.scores import Scores
+from gradsift.data.load import Labels
+from gradsift.errors import ConfigError
+from gradsift.scoring.scores import EXCLUDED, Scores
 
 
 def random(count: int, *, seed: int) -> Scores:
     """Return independent uniform numbers, drawn with `scorer.seed`."""
     return Scores(np.random.default_rng(seed).random(count))
+
+
+def random_clean(labels: Labels | None, count: int, *, seed: int) -> Scores:
+    """Return uniform numbers for the rows that are labelled clean; the others are excluded.
+
+    No method can know the labels: this is the reference for one that leaves out every spoilt row and copy.
+
+    Raises:
+        ConfigError: the data has no labels.
+    """
+    if labels is None:
+        raise ConfigError(
+            "scorer=random_clean needs rows with known quality; take data=verifiable, or corrupt rows with "
+            "data.corruption.share"
+        )
+    scores = random(count, seed=seed)
+    scores.mark(np.array(labels.quality) != "clean", EXCLUDED, "labelled as spoilt or as a copy")
+    return scores

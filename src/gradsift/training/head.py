@@ -205,9 +205,25 @@ class ResponseLosses:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Return the losses (B,)."""
+        return self._of_tokens(batch).sum(1) / batch.counts
+
+    def body_and_end(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean loss of the response tokens before the last, and the last one's loss, (B,) each.
+
+        A single response token gives both.
+        """
+        of_tokens = self._of_tokens(batch)
+        is_predicted = of_tokens.new_zeros(batch.input_ids.numel()).index_fill(0, batch.places, 1.0)
+        is_predicted = is_predicted.view_as(of_tokens)
+        is_last = is_predicted * (is_predicted.cumsum(1) == batch.counts[:, None])
+        end = (of_tokens * is_last).sum(1)
+        return torch.where(batch.counts > 1, (of_tokens.sum(1) - end) / (batch.counts - 1).clamp(min=1), end), end
+
+    def _of_tokens(self, batch: Batch) -> torch.Tensor:
+        """Return the loss of the token after each place, (B, T); 0 where no response token is predicted."""
         of_tokens = token_losses(self._model, self._head, batch.model_inputs(), batch.places, batch.targets)
         spread = of_tokens.new_zeros(batch.input_ids.numel()).scatter(0, batch.places, of_tokens)
-        return spread.view_as(batch.input_ids).sum(1) / batch.counts
+        return spread.view_as(batch.input_ids)
 
 
 @torch.no_grad()

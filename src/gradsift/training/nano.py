@@ -107,7 +107,7 @@ def pretrain(
     batch_size: int = 32,
     learning_rate: float = 2.5e-3,
     prompt_loss_weight: float = 0.1,
-    instructed_share: float = 0.01,
+    instructed_share: float = 0.006,
     seed: int = 0,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> float:

@@ -1,0 +1,100 @@
+"""Losses of the answers at one member's late snapshot, the end of an answer apart from the rest.
+
+    body_i  mean loss of the response tokens before the last one
+    end_i   loss of the last response token, which ends the answer (the end token, unless the answer was cut)
+
+A response of a single token has that token's loss for both. One forward pass over the pool, dropout off; no gradients.
+
+Shape letters: M members, N examples, B of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from gradsift.artifacts import Artifact
+from gradsift.config import LoraConfig
+from gradsift.data.batching import collate
+from gradsift.data.tokens import Encoded
+from gradsift.proxy.epochs import ProxyInputs, adapter
+from gradsift.runtime import Runtime
+from gradsift.training import lora
+from gradsift.training.head import ResponseLosses, require_finite
+
+VERSION = 1
+LOSSES_FILE = "answer_losses.parquet"
+
+
+@dataclass(frozen=True)
+class AnswerLosses:
+    """Losses in nats, (M, N) float64 each; NaN for an example without a response token."""
+
+    body: np.ndarray
+    end: np.ndarray
+
+
+def answer_losses(runtime: Runtime, config: LoraConfig, member: Artifact, load: Callable[[], ProxyInputs]) -> Artifact:
+    """Return the artifact of a table of row (position among the examples), body and end.
+
+    Args:
+        member: a member's epoch, with its adapter.
+        load: called only if the table has to be made.
+    """
+    slug = member.path.name.rsplit("-", 1)[0]
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        inputs = load()
+        with (
+            adapter(inputs.backbone, config, 0, runtime.compute) as adapted,
+            runtime.display.task(f"losses of {slug}", len(inputs.encoded)) as advance,
+            lora.evaluating(adapted),
+        ):
+            lora.load_adapter(adapted, member.path)
+            columns = collect_losses(adapted, inputs, advance, runtime.journal(folder))
+        pq.write_table(pa.table(columns), folder / LOSSES_FILE)
+        return {"rows": len(inputs.encoded)}
+
+    return runtime.store.obtain("losses", slug, {}, [member], make, version=VERSION)
+
+
+@torch.inference_mode()
+def collect_losses(adapted: Any, inputs: ProxyInputs, advance: Any, journal: Any) -> dict[str, np.ndarray]:
+    """Return columns row (N,) int64, body and end (N,) float32, in the order of the encoded examples.
+
+    Raises:
+        GradsiftError: a loss is not finite; names the rows.
+    """
+    losses_of = ResponseLosses(adapted)
+
+    def of_batch(examples: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        batch = collate(examples, inputs.backbone.pad_id)
+        body, end = losses_of.body_and_end(batch.to(inputs.backbone.model.device))
+        return batch.rows, body.cpu(), end.cpu()
+
+    rows, body, end = (
+        torch.cat(parts)
+        for parts in zip(
+            *(part for group in inputs.budget.passes(inputs.encoded, of_batch, journal, advance) for part in group),
+            strict=True,
+        )
+    )
+    require_finite("loss", rows, body + end, inputs.encoded)
+    return {"row": rows.numpy(), "body": body.numpy(), "end": end.numpy()}
+
+
+def read_answer_losses(members: Sequence[Artifact], count: int) -> AnswerLosses:
+    """Return the losses of all members, for `count` examples."""
+    losses = AnswerLosses(np.full((len(members), count), np.nan), np.full((len(members), count), np.nan))
+    for member, artifact in enumerate(members):
+        table = pq.read_table(artifact.file(LOSSES_FILE))
+        rows = table["row"].to_numpy()
+        losses.body[member, rows], losses.end[member, rows] = table["body"].to_numpy(), table["end"].to_numpy()
+    return losses

@@ -1,0 +1,102 @@
+"""How well the ensemble has learnt an answer, compared with the answers to similar prompts (a method of gradsift).
+
+    l_i^m  = (1 - w) body_i^m + w end_i^m          loss of the answer after training; w = end_weight
+    c_i^m  = (mean_j log l_j^m - log l_i^m) / std_j log l_j^m       j over the k nearest prompts of i
+    score_i = mean_m c_i^m - caution x std_m c_i^m                  a lower confidence bound over the members
+
+- A loss is low if an answer is right, but also if its kind of task is easy. Comparing with similar prompts removes the
+  second effect, so that no kind of task crowds out the others.
+- A wrong token within an answer raises the body, an answer that stops early raises the end. In the mean over all tokens
+  of a long answer the end is lost, so it has a weight of its own.
+- The members' standard deviation lowers the score of rows on which they disagree.
+
+Prompts are similar if their words and word pairs are (TF-IDF, reduced to at most 50 dimensions): no model of its own,
+the same neighbours for every proxy. Reasons, ablations and limits: docs/methods.md.
+
+Shape letters: M members, N examples, K neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gradsift.data.examples import Example
+from gradsift.errors import ConfigError
+from gradsift.features.prompt_clusters import prompt_of, prompt_vectors
+from gradsift.proxy.answer_losses import AnswerLosses
+from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
+
+# Added to losses before the logarithm, in nats: below, differences are rounding.
+_FLOOR = 1e-3
+# Least standard deviation of the neighbours' log losses: copies of one row agree to the last digit.
+_LEAST_DEVIATION = 0.1
+
+
+def contrast(
+    answer_losses: AnswerLosses, examples: Sequence[Example], *, neighbours: int, end_weight: float, caution: float
+) -> Scores:
+    """Return the contrast of each answer's loss with those of similar prompts.
+
+    Args:
+        answer_losses: of the late snapshot, (M, N) each.
+        neighbours: k.
+        end_weight: w, 0 to 1.
+        caution: how many standard deviations over the members are subtracted.
+
+    Raises:
+        ConfigError: there are not more than `neighbours` examples with a response.
+    """
+    losses = (1 - end_weight) * answer_losses.body + end_weight * answer_losses.end
+    known = ~np.isnan(losses[0])
+    if known.sum() <= neighbours:
+        raise ConfigError(
+            f"scorer.neighbours={neighbours} needs more than {neighbours} examples with a response, and there are "
+            f"{known.sum()}; give fewer neighbours"
+        )
+    prompts = [prompt_of(example) for example, has_loss in zip(examples, known, strict=True) if has_loss]
+    nearest = nearest_prompts(prompts, neighbours)
+    contrasts = np.full(losses.shape, np.nan)
+    contrasts[:, known] = contrast_with(np.log(losses[:, known] + _FLOOR), nearest)
+    mean, deviation = contrasts.mean(0), contrasts.std(0)
+    parts = {
+        "contrast": mean,
+        "contrast_deviation": deviation,
+        "body_loss": answer_losses.body.mean(0),
+        "end_loss": answer_losses.end.mean(0),
+    }
+    scores = Scores(mean - caution * deviation, parts)
+    scores.mark(~known, UNDEFINED, NO_RESPONSE)
+    return scores
+
+
+def contrast_with(values: np.ndarray, nearest: np.ndarray) -> np.ndarray:
+    """Return how many standard deviations each value lies below the mean of its neighbours' values.
+
+    Args:
+        values: (M, N)
+        nearest: (N, K) positions of the neighbours.
+
+    Returns:
+        (M, N) float64
+    """
+    contrasts = np.empty_like(values)
+    for member, row in enumerate(values):  # one member at a time: (N, K) numbers and not (M, N, K)
+        others = row[nearest]
+        contrasts[member] = (others.mean(1) - row) / np.maximum(others.std(1), _LEAST_DEVIATION)
+    return contrasts
+
+
+def nearest_prompts(prompts: Sequence[str], count: int) -> np.ndarray:
+    """Return the positions of the `count` most similar other prompts of each prompt, (N, count) int64.
+
+    Raises:
+        ConfigError: no prompt has a word.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    vectors = prompt_vectors(prompts)
+    search = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(vectors)  # rows have length one: cosine
+    nearest: np.ndarray = search.kneighbors(return_distance=False)  # of the fitted rows, each without itself
+    return nearest

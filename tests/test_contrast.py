@@ -1,0 +1,216 @@
+"""Laws of the contrast with similar prompts: losses of answers in two parts, neighbours, and the score."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMOKE
+from exactness import exact_copy
+from test_config import composed
+from test_gradient_features import line_of, store  # noqa: F401
+from test_norms import adapted_model, ragged_examples
+
+from gradsift.data.batching import collate
+from gradsift.data.examples import Example, make_example
+from gradsift.data.load import Labels
+from gradsift.errors import ConfigError
+from gradsift.features.prompt_clusters import prompt_vectors
+from gradsift.proxy.answer_losses import AnswerLosses, read_answer_losses
+from gradsift.scoring.contrast import contrast, contrast_with, nearest_prompts
+from gradsift.scoring.random import random, random_clean
+from gradsift.scoring.scores import EXCLUDED, NO_RESPONSE, SCORED
+from gradsift.training import lora
+from gradsift.training.head import ResponseLosses
+
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
+
+TASKS = ("sort the numbers {} please", "name the capital of {}", "translate the word {} into French")
+
+
+def pool(rows: int) -> list[Example]:
+    """Rows of three kinds in turn."""
+    return [make_example(i, (), TASKS[i % 3].format(f"w{i}"), "", f"answer {i}", {}, Counter()) for i in range(rows)]
+
+
+def losses(members: int, rows: int, seed: int = 0) -> AnswerLosses:
+    body, end = np.random.default_rng(seed).lognormal(size=(2, members, rows))
+    return AnswerLosses(body, end)
+
+
+# ------------------------------------------------------------------------------------- losses in two parts
+
+
+def token_by_token(model: torch.nn.Module, ids: np.ndarray, is_response: np.ndarray) -> tuple[float, float]:
+    """Return body and end in float64, one token after the other."""
+    logits = exact_copy(model)(input_ids=torch.tensor(ids, dtype=torch.long)[None]).logits[0]
+    each = [
+        -float(torch.log_softmax(logits[place - 1].double(), -1)[int(ids[place])])
+        for place in range(1, len(ids))
+        if is_response[place]
+    ]
+    return (sum(each[:-1]) / (len(each) - 1) if len(each) > 1 else each[0]), each[-1]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_body_and_end_are_those_of_a_loop_over_tokens(architecture: str, side: str) -> None:
+    adapted, examples = adapted_model(architecture, ["all-linear"]), ragged_examples()
+    batch = collate(examples, 0, side)
+    with torch.no_grad():
+        body, end = ResponseLosses(adapted).body_and_end(batch)
+        mean = ResponseLosses(adapted)(batch)
+    expected = np.array([token_by_token(adapted, each.input_ids, each.is_response) for each in examples])
+    np.testing.assert_allclose(body, expected[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(end, expected[:, 1], rtol=1e-5)
+    counts = batch.counts
+    np.testing.assert_allclose(torch.where(counts > 1, (body * (counts - 1) + end) / counts, end), mean, rtol=1e-5)
+
+
+def test_one_response_token_is_body_and_end() -> None:
+    adapted, examples = adapted_model("gpt2", ["all-linear"]), ragged_examples()
+    only = examples[0]
+    only.is_response[:] = False
+    only.is_response[-1] = True
+    with torch.no_grad():
+        body, end = ResponseLosses(adapted).body_and_end(collate([only, examples[1]], 0))
+    assert body[0] == end[0] > 0
+
+
+def test_the_stage_has_every_members_losses_at_the_late_snapshot(store: Path) -> None:  # noqa: F811
+    line = line_of(store, "scorer=contrast", "scorer.neighbours=5")
+    found = read_answer_losses(line.answer_losses, 40)
+    assert found.body.shape == found.end.shape == (2, 40)
+    for chain, body, end in zip(line.adapters, found.body, found.end, strict=True):
+        model = line.proxy_backbone.model
+        adapted = lora.add_adapter(model, line.config.proxy.lora, 3)
+        lora.load_adapter(adapted, chain[1].path)
+        for example in line.proxy_inputs.encoded[::9]:
+            expected = token_by_token(adapted.eval(), example.input_ids, example.is_response)
+            np.testing.assert_allclose((body[example.row], end[example.row]), expected, rtol=1e-4)
+        lora.remove_adapter(adapted)
+
+
+# ---------------------------------------------------------------------------------------------- the score
+
+
+def by_hand(found: AnswerLosses, prompts: list[str], neighbours: int, weight: float, caution: float) -> list[float]:
+    """Return the scores from the formula, with one cosine after the other."""
+    vectors = prompt_vectors(prompts)
+    vectors = np.asarray(vectors.todense() if hasattr(vectors, "todense") else vectors)
+    scores = []
+    for i, vector in enumerate(vectors):
+        order = sorted((j for j in range(len(prompts)) if j != i), key=lambda j: -float(vector @ vectors[j]))
+        each = []
+        for body, end in zip(found.body, found.end, strict=True):
+            logs = [math.log((1 - weight) * b + weight * e + 1e-3) for b, e in zip(body, end, strict=True)]
+            others = [logs[j] for j in order[:neighbours]]
+            each.append((statistics.fmean(others) - logs[i]) / max(0.1, statistics.pstdev(others)))
+        scores.append(statistics.fmean(each) - caution * statistics.pstdev(each))
+    return scores
+
+
+@pytest.mark.parametrize(("weight", "caution"), [(0.5, 1.0), (0.0, 0.0), (1.0, 2.0)])
+def test_the_score_is_the_formula(weight: float, caution: float) -> None:
+    examples, found = pool(90), losses(3, 90)
+    scores = contrast(found, examples, neighbours=7, end_weight=weight, caution=caution)
+    expected = by_hand(found, [example.instruction for example in examples], 7, weight, caution)
+    np.testing.assert_allclose(scores.score, expected, rtol=1e-9)
+    np.testing.assert_allclose(
+        scores.score, scores.parts["contrast"] - caution * scores.parts["contrast_deviation"], rtol=1e-12
+    )
+    np.testing.assert_allclose(scores.parts["end_loss"], found.end.mean(0))
+
+
+def test_neighbours_are_prompts_of_the_same_kind_and_never_the_row_itself() -> None:
+    prompts = [example.instruction for example in pool(90)]
+    nearest = nearest_prompts([*prompts, *prompts[:3]], 20)
+    kind = np.arange(93) % 3
+    assert (kind[nearest] == kind[:, None]).mean() > 0.95
+    assert not (nearest == np.arange(93)[:, None]).any()  # although three rows have a twin
+    assert 90 in nearest[0]
+
+
+def test_a_kind_of_task_that_is_easy_gains_nothing() -> None:
+    """A factor on all losses of one kind moves its late loss, not its contrast."""
+    examples, found = pool(300), losses(2, 300)
+    easy = np.where(np.arange(300) % 3 == 0, 0.05, 1.0)
+    scaled = AnswerLosses(found.body * easy, found.end * easy)
+    options = {"neighbours": 20, "end_weight": 0.5, "caution": 1.0}
+    before, after = (contrast(each, examples, **options).score for each in (found, scaled))
+    assert np.corrcoef(before, after)[0, 1] > 0.99
+    top = np.argsort(-after)[:30] % 3
+    assert np.bincount(top, minlength=3).min() >= 5
+
+
+def test_disagreement_of_the_members_lowers_a_score() -> None:
+    values = np.zeros((2, 60))
+    values[:, :30] = -1.0
+    values[0, 0], values[1, 0] = -3.0, 1.0  # row 0: the same mean as rows 1 to 29, but the members differ
+    examples = pool(60)
+    found = AnswerLosses(np.exp(values), np.exp(values))
+    scores = contrast(found, examples, neighbours=10, end_weight=0.5, caution=1.0)
+    assert scores.score[0] < scores.parts["contrast"][0] - 1
+    assert scores.score[3] == pytest.approx(scores.parts["contrast"][3], abs=0.5)
+
+
+def test_equal_neighbours_give_finite_scores() -> None:
+    flat = AnswerLosses(np.ones((2, 30)), np.ones((2, 30)))
+    flat.body[:, 4] = 2.0
+    contrasts = contrast_with(np.log(flat.body), np.array([[j for j in range(30) if j != i] for i in range(30)]))
+    assert np.isfinite(contrasts).all()
+    assert contrasts[0, 4] == pytest.approx(-math.log(2) / 0.1)
+
+
+def test_rows_without_a_response_are_undefined_and_nobodys_neighbours() -> None:
+    examples, found = pool(40), losses(2, 40)
+    found.body[:, [3, 9]] = found.end[:, [3, 9]] = np.nan
+    options = {"neighbours": 6, "end_weight": 0.5, "caution": 1.0}
+    scores = contrast(found, examples, **options)
+    assert set(scores.reason[[3, 9]]) == {NO_RESPONSE}
+    kept = [i for i in range(40) if i not in (3, 9)]
+    alone = contrast(AnswerLosses(found.body[:, kept], found.end[:, kept]), [examples[i] for i in kept], **options)
+    np.testing.assert_allclose(scores.score[kept], alone.score)
+
+
+def test_too_few_rows_name_the_option() -> None:
+    with pytest.raises(ConfigError, match=r"scorer\.neighbours=50 needs more than 50 examples .* there are 40"):
+        contrast(losses(2, 40), pool(40), neighbours=50, end_weight=0.5, caution=1.0)
+
+
+@pytest.mark.parametrize(
+    "override", ["scorer.neighbours=1", "scorer.end_weight=1.5", "scorer.caution=-1", "scorer.end_weight=nan"]
+)
+def test_constants_out_of_range_are_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match="out of range"):
+        composed("scorer=contrast", override)
+
+
+def test_a_run_trains_members_but_takes_no_norms(gradsift) -> None:
+    assert gradsift(*SMOKE, "method=contrast", "scorer.neighbours=20", "stop_after=selection") == 0
+    (run,) = gradsift.runs()
+    made = {unit["name"] for unit in run["stages"]}
+    assert "losses" in made
+    assert "norms" not in made
+    assert run["diagnostics"]["adapter_spread"]
+
+
+# ---------------------------------------------------------------------------------------------- random clean
+
+
+def test_random_clean_rows_are_the_random_rows_that_are_clean() -> None:
+    quality = ["clean", "truncated", "exact_duplicate", "clean"] * 5
+    scores = random_clean(Labels(quality, None), 20, seed=3)
+    assert [status == SCORED for status in scores.status] == [each == "clean" for each in quality]
+    assert set(scores.status) == {SCORED, EXCLUDED}
+    np.testing.assert_array_equal(scores.score, random(20, seed=3).score)
+
+
+def test_random_clean_needs_labels() -> None:
+    with pytest.raises(ConfigError, match="scorer=random_clean needs rows with known quality"):
+        random_clean(None, 3, seed=0)

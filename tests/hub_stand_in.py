@@ -1,4 +1,5 @@
-"""A stand-in for the Hugging Face hub on this machine: dataset repositories from folders, one of them gated.
+"""A stand-in for the Hugging Face hub on this machine: repositories of datasets and models from
+folders, one of them gated.
 
 `serving(folder)` serves each folder `OWNER/NAME` of `folder` at one revision. A repository with a file `.gated` answers
 as a gated one does.
@@ -38,10 +39,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, form: dict[str, list[str]] | None = None) -> None:
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
-        kind, *parts = parts[1:] if parts[0] == "api" else parts
+        parts = parts[2:] if parts[0] == "api" else parts[parts[0] == "datasets" :]  # a model has no prefix of its own
         folder = self.root.joinpath(*parts[:2])
         action, revision, *rest = [*parts[2:], "", ""]
-        if kind != "datasets" or not folder.is_dir():
+        if not folder.is_dir():
             self._send(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         elif action and revision not in REVISIONS:
             self._send(404, {"error": f"Invalid rev id: {revision}"}, {"X-Error-Code": "RevisionNotFound"})

@@ -60,10 +60,8 @@ WORK: dict[str, dict[str, Any]] = {
     | {"max_position_embeddings": 32, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "window_size": 8}
     | {"attention_types": [[["global", "local"], 1]]},
     "gpt_neox": LLAMA,
-    "gpt_oss": HEAD | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gptj": GPT2 | {"rotary_dim": 4},
     "granite": LLAMA,
-    "granitemoe": LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "helium": HEAD,
     "lfm2": LLAMA,
     "llama": LLAMA,
@@ -86,15 +84,31 @@ WORK: dict[str, dict[str, Any]] = {
     | {"d_model": 16, "ffn_dim": 24, "num_layers": 2, "attention_heads": 2, "max_position_embeddings": 32},
 }
 
+# with experts: settings, the class of the blocks of experts, and the layers that [all-linear] adapts
+ATTENTION = "k_proj, o_proj, q_proj, v_proj"
+MIXED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "gpt_oss": (HEAD | {"num_local_experts": 4, "num_experts_per_tok": 2}, "GptOssMLP", ATTENTION),
+    "granitemoe": (LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}, "GraniteMoeMoE", ATTENTION),
+    "llama4_text": (HEAD | {"intermediate_size_mlp": 24, "num_local_experts": 2}, "Llama4TextMoe", ATTENTION),
+    "mixtral": (HEAD | {"num_local_experts": 4}, "MixtralSparseMoeBlock", ATTENTION),
+    "olmoe": (LLAMA | {"num_experts": 4, "num_experts_per_tok": 2}, "OlmoeSparseMoeBlock", ATTENTION),
+    "phimoe": (LLAMA | {"num_local_experts": 4}, "PhimoeSparseMoeBlock", ATTENTION),
+    "qwen2_moe": (
+        LLAMA | EXPERTS | {"shared_expert_intermediate_size": 8, "mlp_only_layers": [1]},
+        "Qwen2MoeSparseMoeBlock",
+        ATTENTION,
+    ),
+    "qwen3_moe": (HEAD | EXPERTS | {"mlp_only_layers": [1]}, "Qwen3MoeSparseMoeBlock", ATTENTION),
+}
+
 # with [all-linear]: settings, the reason, and the targets that the message names
-ATTENTION = "k_proj,o_proj,q_proj,v_proj"
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "deepseek_v3": (
         LLAMA
         | {"num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
         | {"moe_intermediate_size": 8, "first_k_dense_replace": 1, "n_shared_experts": 1, "v_head_dim": 8}
         | {"kv_lora_rank": 4, "q_lora_rank": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
-        "model.layers.1.mlp.experts is of class DeepseekV3Experts",
+        "model.layers.0.self_attn.kv_b_proj sees inputs of shape (2, 1, 7, 4), not (batch, tokens, width)",
         "kv_a_proj_with_mqa,o_proj,q_a_proj,q_b_proj",
     ),
     "jamba": (
@@ -102,21 +116,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "model.layers.0.mamba.dt_proj takes no part in a forward pass",
         "down_proj,gate_proj,in_proj,k_proj,o_proj,out_proj,q_proj,up_proj,v_proj,x_proj",
     ),
-    "llama4_text": (
-        HEAD | {"intermediate_size_mlp": 24, "num_local_experts": 2},
-        "model.layers.0.feed_forward.router is of class Llama4Router",
-        ATTENTION,
-    ),
     "mamba": (
         STATES,
         "is refused by peft for MambaForCausalLM: [PEFT:PeftType.LORA] Module 'out_proj'",
         "in_proj,x_proj",
-    ),
-    "mixtral": (HEAD | {"num_local_experts": 4}, "model.layers.0.mlp.gate is of class MixtralTopKRouter", ATTENTION),
-    "olmoe": (
-        LLAMA | {"num_experts": 4, "num_experts_per_tok": 2},
-        "model.layers.0.mlp.gate is of class OlmoeTopKRouter",
-        ATTENTION,
     ),
     "opt": (
         SPECIAL
@@ -125,17 +128,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "model.decoder.layers.0.fc1 sees inputs of shape (14, 16), not (batch, tokens, width)",
         "k_proj,out_proj,q_proj,v_proj",
     ),
-    "phimoe": (
-        LLAMA | {"num_local_experts": 4},
-        "model.layers.0.mlp.router is of class PhimoeTopKRouter",
-        ATTENTION,
-    ),
-    "qwen2_moe": (
-        LLAMA | EXPERTS | {"shared_expert_intermediate_size": 8},
-        "model.layers.0.mlp.shared_expert.gate_proj sees inputs of shape (14, 16), not (batch, tokens, width)",
-        ATTENTION,
-    ),
-    "qwen3_moe": (HEAD | EXPERTS, "model.layers.0.mlp.experts is of class Qwen3MoeExperts", ATTENTION),
 }
 
 
@@ -158,7 +150,7 @@ def adapted(model: Any, targets: list[str]) -> Any:
 
 
 def test_there_are_families_enough() -> None:
-    assert len(WORK) + len(REFUSED) >= 45
+    assert len(WORK) + len(MIXED) + len(REFUSED) >= 45
 
 
 @pytest.mark.parametrize("name", WORK)
@@ -166,6 +158,20 @@ def test_norms_of_a_family_equal_the_loop(name: str) -> None:
     model, examples = tiny(name, WORK[name]), ragged_examples(5)
     require_adaptable(model, LoraConfig(rank=3), "proxy.lora", norms=True)
     trained = adapted(model, ["all-linear"])
+    assert_norms_close(batch_norms(trained, examples, 5), loop_norms(trained, examples))
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_experts_have_no_adapter_by_default_and_are_named(name: str) -> None:
+    settings, block, layers = MIXED[name]
+    model, examples, config = tiny(name, settings), ragged_examples(5), LoraConfig(rank=3)
+    require_adaptable(model, config, "proxy.lora", norms=True)
+    message = str(lora.left_out(model, config, "proxy.lora"))
+    assert message.startswith(f"proxy.lora.targets=[all-linear] adapts {layers}; ")
+    assert f" ({block}, " in message
+    assert lora.left_out(model, LoraConfig(targets=["q_proj"]), "proxy.lora") is None
+    trained = adapted(model, ["all-linear"])
+    assert {path.rsplit(".", 1)[-1] for path, _ in lora.lora_layers(trained)} == set(layers.split(", "))
     assert_norms_close(batch_norms(trained, examples, 5), loop_norms(trained, examples))
 
 
@@ -185,7 +191,14 @@ def test_a_family_is_refused_with_the_layer_and_the_targets_that_work(name: str)
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "mixtral", "olmoe", "opt", "qwen2_moe", "qwen3_moe"])
 def test_a_target_needs_no_examples_that_are_told_apart(name: str) -> None:
-    require_adaptable(tiny(name, REFUSED[name][0]), LoraConfig(rank=3), "target.lora", norms=False)
+    """So its experts can be adapted too, by their names."""
+    experts = ["w1", "w2", "w3"] if name == "mixtral" else ["gate_proj", "up_proj", "down_proj"]
+    targets = ["all-linear"] if name == "opt" else ["q_proj", "o_proj", *experts]
+    settings = (MIXED | REFUSED)[name][0]
+    require_adaptable(tiny(name, settings), LoraConfig(rank=3, targets=targets), "target.lora", norms=False)
+    if name != "opt":
+        with pytest.raises(ConfigError, match=r"has no per-sample gradient here|is of class|sees inputs of shape"):
+            require_adaptable(tiny(name, settings), LoraConfig(rank=3, targets=targets), "proxy.lora", norms=True)
 
 
 @pytest.mark.parametrize("name", ["llama4_text", "mamba", "phimoe"])
@@ -196,7 +209,8 @@ def test_a_target_whose_layers_take_no_adapter_is_refused(name: str) -> None:
         "phimoe": "the pass fails in or after model.layers.0.mlp.router, a PhimoeTopKRouter (AttributeError",
     }
     with pytest.raises(ConfigError) as caught:
-        require_adaptable(tiny(name, REFUSED[name][0]), LoraConfig(rank=3), "target.lora", norms=False)
+        config = LoraConfig(rank=3, targets=["all-linear" if name == "mamba" else "router"])
+        require_adaptable(tiny(name, (MIXED | REFUSED)[name][0]), config, "target.lora", norms=False)
     assert reasons[name] in str(caught.value)
     assert "targets that work: target.lora.targets=[" in str(caught.value)
 

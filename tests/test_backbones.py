@@ -108,9 +108,12 @@ def test_tiny_bytes_is_random_frozen_and_never_trained(tmp_path: Path) -> None:
     assert loaded.tokenizer.decode(loaded.tokenizer("né 🟥")["input_ids"]) == "né 🟥"
 
 
-@pytest.mark.parametrize(("pad", "eos", "expected"), [(7, 3, 7), (None, 3, 3), (0, 3, 0), (None, None, 0)])
+@pytest.mark.parametrize(
+    ("pad", "eos", "expected"), [(7, 3, 7), (None, 3, 3), (0, 3, 0), (None, None, 0), (61, 3, 3), (61, 61, 0)]
+)
 def test_any_id_will_do_for_padding(pad: int | None, eos: int | None, expected: int) -> None:
-    assert Backbone(None, SimpleNamespace(pad_token_id=pad, eos_token_id=eos)).pad_id == expected
+    tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
+    assert Backbone(tiny_model("gpt2"), tokenizer).pad_id == expected  # has embeddings of 61 tokens
 
 
 # ----------------------------------------------------------------------------------------- folders
@@ -255,6 +258,7 @@ def raising(error: Exception) -> Any:
         (errors.RepositoryNotFoundError, "neither a folder here nor a model of the hub; check the name"),
         (errors.HFValidationError, "neither a folder here nor a model of the hub; check the name"),
         (errors.RevisionNotFoundError, "has no such revision; check model.revision"),
+        (errors.RemoteEntryNotFoundError, "has no config.json on the hub, as GGUF files and adapters have none"),
         (errors.LocalEntryNotFoundError, "the hub cannot be reached"),
         (errors.OfflineModeIsEnabled, "the hub cannot be reached"),
         (errors.HfHubHTTPError, "could not be loaded (from the hub)"),
@@ -265,7 +269,7 @@ def raising(error: Exception) -> Any:
 def test_what_the_hub_says_becomes_one_line_with_the_remedy(
     kind: type[Exception], remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", raising(hub_error(kind)))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", raising(hub_error(kind)))
     with pytest.raises(DataError) as caught:
         pin(tmp_path, "owner/name")
     assert str(caught.value).startswith("model.path=owner/name ")
@@ -274,13 +278,13 @@ def test_what_the_hub_says_becomes_one_line_with_the_remedy(
 
 
 def test_an_error_without_a_text_is_mapped_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", raising(ConnectionError()))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", raising(ConnectionError()))
     with pytest.raises(DataError):
         pin(tmp_path, "owner/name")
 
 
 def test_an_error_of_another_kind_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", raising(ZeroDivisionError("a defect")))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", raising(ZeroDivisionError("a defect")))
     with pytest.raises(ZeroDivisionError):
         pin(tmp_path, "owner/name")
 
@@ -291,6 +295,7 @@ def test_a_hub_model_is_pinned_to_the_commit_of_its_first_use(
     for commit in ("c0ffee", "moved on"):
         tiny_model("gpt2").config.save_pretrained(tmp_path / "snapshots" / commit)
     commits = iter(["c0ffee", "moved on"])
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *a, **o: None)
     monkeypatch.setattr(
         "huggingface_hub.hf_hub_download", lambda *a, **o: str(tmp_path / "snapshots" / next(commits) / "config.json")
     )

@@ -48,7 +48,10 @@ def _rows() -> list[list[str]]:
     rows += [["data=hub", "data.id=a/b", *FOREIGN], ["data=mixture", "data.sources={a: {path: x.json}}", *FOREIGN]]
     own = ("json", "hub", "mixture", "verifiable")
     rows += [[f"data={name}", *FOREIGN] for name in OF_GROUP["data"] if name not in own] + [["data=verifiable"]]
-    return rows + [[f"{group}={choice}"] for group in ("method", "experiment") for choice in OF_GROUP[group]]
+    rows += [[f"{group}={choice}"] for group in ("method", "experiment") for choice in OF_GROUP[group]]
+    return [
+        [*row, *(f"{group}.model.path=a/b" for group in ("proxy", "target") if f"{group}=hf" in row)] for row in rows
+    ]
 
 
 def _is_choice(key: str) -> bool:
@@ -87,7 +90,7 @@ def test_every_yaml_composes(overrides: list[str], monkeypatch: pytest.MonkeyPat
         node = getattr(config, group, None)
         if isinstance(node, dict):  # a scorer or selector whose constants have no dataclass
             node = SimpleNamespace(**node)
-        if getattr(node, "name", None) is not None and choice != "hub":  # that is named after the dataset
+        if getattr(node, "name", None) is not None and choice not in ("hub", "hf"):  # which are named after the id
             assert node.name == choice  # the file, the choice and the name are the same word
         if group in ("scorer", "selector"):  # and so is the function, with two exceptions
             functions = {"length": "length_in_tokens", "superfilter_low": "superfilter"}

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 import gradsift.cpu
-from gradsift.config import ComputeConfig, LoraConfig
+from gradsift.config import ComputeConfig, LoraConfig, ModelConfig
 from gradsift.cpu import accelerate, blocks, products
 from gradsift.cpu import compiled as module
 from gradsift.cpu.compiled import available, kernels
@@ -1094,7 +1094,7 @@ def test_the_numerics_of_a_model_are_known_before_it_is_loaded(architecture: str
     compute = ComputeConfig(precision="bfloat16", device="cpu", kernels=kernels_option)
     half = in_bfloat16(exact_model(architecture))
     prepare(half, compute)
-    assert numerics_of(half) == expected_numerics(half.config, compute, False)
+    assert numerics_of(half) == expected_numerics(half.config, compute, ModelConfig(kind="nano"))
     assert (numerics_of(half)["kernels"] == "off") is (kernels_option == "off")
 
 
@@ -1103,11 +1103,11 @@ def test_nothing_of_the_package_is_imported_where_kernels_are_off() -> None:
 import sys
 sys.modules["gradsift.cpu"] = None  # as if the folder was not there
 import gradsift.pipeline
-from gradsift.config import ComputeConfig
+from gradsift.config import ComputeConfig, ModelConfig
 from gradsift.training.nano import nano_config
 from gradsift.training.numerics import expected_numerics
 compute = ComputeConfig(precision="bfloat16", device="cpu", kernels="off")
-print(expected_numerics(nano_config("gpt2"), compute, False)["kernels"])
+print(expected_numerics(nano_config("gpt2"), compute, ModelConfig(kind="nano"))["kernels"])
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -26,7 +26,7 @@ from torch.utils.cpp_extension import include_paths
 from transformers import AutoConfig, DynamicCache
 
 from gradsift import sweep
-from gradsift.config import ComputeConfig, LoraConfig
+from gradsift.config import ComputeConfig, LoraConfig, ModelConfig
 from gradsift.data.batching import capped_batches, collate
 from gradsift.evaluation.generation import generate_answers, left_padded
 from gradsift.gradients.per_sample import gradient_pass
@@ -348,7 +348,7 @@ def test_precision_auto_is_bfloat16_with_tf32_on_a_gpu_and_in_the_identity(monke
     assert numerics.dtype_of(compute) == torch.bfloat16
     assert torch.get_float32_matmul_precision() == "high"
     config = AutoConfig.for_model("llama", **MODELS["llama"])
-    described = numerics.expected_numerics(config, compute, trust_remote_code=False)
+    described = numerics.expected_numerics(config, compute, ModelConfig(kind="nano"))
     assert described["precision"] == "bfloat16"
     assert described["products"] == "tf32"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)

@@ -11,18 +11,7 @@ from exactness import assert_close_by_norm, exact_copy
 from test_engine import capped_model, exact_gradients
 from test_norms import VOCABULARY, batch_norms, ragged_examples, tiny_model
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.config import LoraConfig
@@ -33,12 +22,8 @@ from gradsift.training.residual import residual_in_float32, residual_precision
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
-LLAMA_LIKE = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LLAMA_LIKE = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text", "olmo2", "olmo3", "gpt_oss", "qwen3_moe"]
 KNOWN = ["gpt2", *LLAMA_LIKE]
 
 
@@ -49,10 +34,12 @@ def model_of(architecture: str, layers: int = 2, width: int = 32) -> Any:
             GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=width, n_layer=layers, n_head=2)
         )
     else:
-        config, kind = LLAMA_LIKE[architecture]
         shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "head_dim": 16}
-        heads = {"num_attention_heads": width // 16, "num_key_value_heads": 1}
-        model = kind(config(vocab_size=VOCABULARY, **shape, **heads, max_position_embeddings=32))
+        shape |= {"num_attention_heads": width // 16, "num_key_value_heads": 1, "max_position_embeddings": 32}
+        shape |= {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}  # a pad embedding would be zero
+        shape |= EXPERTS if architecture in ("gpt_oss", "qwen3_moe") else {}
+        config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, **shape)
+        model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     return model.requires_grad_(False).eval()
 
 
@@ -66,15 +53,15 @@ def adapted(model: Any, *targets: str) -> Any:
     return computed.eval()
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_gradients_of_a_deep_model_are_nearer_to_exact_ones(architecture: str) -> None:
+@pytest.mark.parametrize(("architecture", "layers"), [("gpt2", 16), ("llama", 16), ("smollm3", 16), ("olmo2", 8)])
+def test_gradients_of_a_deep_model_are_nearer_to_exact_ones(architecture: str, layers: int) -> None:
     """At equal weights only rounding differs: without that of the sums, the error is a third smaller."""
     examples, eps = ragged_examples(16), torch.finfo(torch.bfloat16).eps
-    same = exact_copy(adapted(model_of(architecture, 16).to(torch.bfloat16).float()))
+    same = exact_copy(adapted(model_of(architecture, layers).to(torch.bfloat16).float()))
     exact = torch.cat([gradient.flatten() for gradient in exact_gradients(same, examples).values()])
     errors = []
     for keeps_stream in (False, True):
-        half = model_of(architecture, 16).to(torch.bfloat16)
+        half = model_of(architecture, layers).to(torch.bfloat16)
         if keeps_stream:
             assert residual_in_float32(half)
         computed = adapted(half)
@@ -129,7 +116,7 @@ def test_nothing_is_passed_backwards_below_the_first_adapter() -> None:
     assert needs == [False, True, True]
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma3_text", "olmo3"])
 def test_answers_are_those_of_a_pass_without_cache(architecture: str) -> None:
     model, ids = model_of(architecture).to(torch.bfloat16), torch.arange(2, 9)[None]
     assert residual_in_float32(model)

@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gradsift.composition import in_one_line, require_readable
+from gradsift.composition import in_full, in_one_line, require_readable
 from gradsift.config import Config, load_config, register_schemas, restore_config
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.execution import Job, execute
@@ -49,7 +49,7 @@ def main() -> None:
     os.environ.setdefault("HYDRA_MAIN_MODULE", "gradsift.cli")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of other libraries would mix with gradsift's
-    arguments = sys.argv[1:]
+    arguments = sys.argv[1:] = in_full(sys.argv[1:])
     global _sweep
     _sweep = None
     os.environ[TRACE] = os.environ.get("HYDRA_FULL_ERROR", "0")

@@ -23,6 +23,7 @@ from gradsift.config.checks import require_no_typed_secret
 from gradsift.errors import ConfigError
 from gradsift.user_conf import conf_folder
 
+_SHORT = {"model": "model.path", "quantization": "model.quantization"}  # of proxy and target
 _MOST_DIGITS = 1000  # of a number; Python reads up to 4,300, and no option needs a hundred
 
 
@@ -34,6 +35,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: a group, an option or a value cannot be used; one line, as on the command line.
     """
+    overrides = in_full(overrides)
     require_readable(overrides, conf_folder())
     Plugins.instance()  # the first call stores the settings of the plugins, which are to stay
     store, outer = ConfigStore.instance(), GlobalHydra.instance()
@@ -48,6 +50,12 @@ def compose_config(overrides: Sequence[str]) -> Config:
     finally:
         store.repo = repo
         GlobalHydra.instance().hydra = hydra_of_caller
+
+
+def in_full(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of the command line with short options such as `proxy.model=ID` spelt in full."""
+    short = re.compile(rf"^(\+{{0,2}}(?:proxy|target)\.)({'|'.join(_SHORT)})=(?!\{{)")
+    return [short.sub(lambda match: f"{match[1]}{_SHORT[match[2]]}=", argument) for argument in arguments]
 
 
 def require_readable(arguments: Sequence[str], conf: Path) -> None:

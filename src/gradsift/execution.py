@@ -11,12 +11,14 @@ from typing import Any
 
 import yaml
 
+from gradsift.artifacts import Store
 from gradsift.config import Config, dump_config
 from gradsift.config.data import JsonDataConfig
 from gradsift.data.paths import require_files
 from gradsift.launch import LOST, leads
 from gradsift.run_folder import CONFIG_FILE, RUN_FILE
 from gradsift.tracking import group_of
+from gradsift.training.pins import require_model
 
 _WRITTEN = (RUN_FILE, "metrics.jsonl", "selection.jsonl", "audit.json", "error.txt")
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, if PyYAML was built with it
@@ -69,6 +71,8 @@ def execute(config: Config, job: Job) -> float | None:
     """
     if isinstance(config.data, JsonDataConfig):  # a wrong path fails before the slow imports
         require_files(config.data.path)
+    for model in config.models:
+        require_model(Store(Path(config.artifacts)), model)
     from gradsift.pipeline import follow, plan, prepare, run, settings_of
 
     if not leads(config.compute):
@@ -80,7 +84,6 @@ def execute(config: Config, job: Job) -> float | None:
 
     view = RunView(job.number, total=len(job.jobs) if job.jobs else None)
     view.starting(job.differences)
-    from gradsift.artifacts import Store
     from gradsift.disk import guarded
     from gradsift.evaluation.judges import DryRun
     from gradsift.report.automatic import report_at_end

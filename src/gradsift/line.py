@@ -55,6 +55,7 @@ from gradsift.selection.topk import topk
 from gradsift.sources import Method, Source, method
 from gradsift.training.backbones import Backbone, backbone, load_shown
 from gradsift.training.device import TokenBudget, device_of
+from gradsift.training.lora import left_out
 from gradsift.training.probing import require_adaptable
 from gradsift.training.target import finetune, say_report
 
@@ -121,6 +122,7 @@ class Line:
         limit = min(proxy.max_length, model.context)
         with self.runtime.display.task(f"tokenise for {purpose}", len(examples)) as advance:
             encoded, report = encode(examples, model.tokenizer, proxy.template, limit, advance)
+        model.require_embedded(encoded)
         say_report(self.runtime, report, len(examples), "proxy")
         tokens = TokenBudget.of(model.model, self.config.compute.tokens, self.runtime.display.say)
         return ProxyInputs(model, encoded, tokens), report
@@ -143,6 +145,8 @@ class Line:
             lora = config.proxy.lora if option == "proxy.lora" else config.features.warmup.lora
             norms = option == "proxy.lora" or config.features.gradient_params == "lora"
             require_adaptable(self.proxy_backbone.model, lora, option, norms=norms)
+            if remark := left_out(self.proxy_backbone.model, lora, option):
+                self.runtime.display.say(f"  {remark}")
             self._tried.add(option)
         return self.proxy_inputs
 

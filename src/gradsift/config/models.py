@@ -10,6 +10,7 @@ from omegaconf import MISSING
 
 from gradsift.config.checks import Group, one_of, option
 from gradsift.errors import ConfigError
+from gradsift.names import LONGEST_NAME, slug_of_path
 
 TEMPLATES = ("alpaca", "chat", "plain")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -41,13 +42,28 @@ class ModelConfig(Group, option="model"):
     kind: str = option("pretrained", choices=("pretrained", "nano", "smollm2", "tiny_bytes"))
     path: str | None = None  # hub id or local folder, for kind=pretrained
     revision: str | None = None  # hub commit; null: the current one at first use, from then on the same in this store
+    dtype: str = option("auto", choices=("auto", "float32", "bfloat16"))  # auto: as compute.precision
+    # frozen linear layers in 4 or 8 bits (QLoRA), with the package bitsandbytes; products are in `dtype`
+    quantization: str = option("none", choices=("none", "nf4", "int8"))
     trust_remote_code: bool = False  # run code that comes with the model
     nano: NanoConfig = field(default_factory=NanoConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kind == "pretrained" and not self.path:
-            raise ConfigError("model.path is empty; give a hub id or a folder that holds a causal language model")
+            raise ConfigError(
+                "model.path is empty; give the hub id or the folder of a causal language model, as in proxy.model=ID "
+                "or target.model=ID"
+            )
+        if self.kind != "pretrained" and self.path:
+            raise ConfigError(
+                f"model.path={self.path} is not read with model.kind={self.kind}; take proxy=hf or target=hf"
+            )
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the hub id or folder, of a length that can name a run's model."""
+        return slug_of_path(str(self.path))[:LONGEST_NAME]
 
 
 @dataclass
@@ -138,6 +154,7 @@ class ProxyConfig(Group, option="proxy"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.name = self.name or self.model.short_name
         _check_template("proxy.template", self.template)
         self._check_ensemble()
         self._check_shards()
@@ -214,6 +231,7 @@ class TargetConfig(Group, option="target"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.name = self.name or self.model.short_name
         _check_template("target.template", self.template)
         if (self.epochs is None) == (self.steps is None):
             raise ConfigError("give either target.epochs or target.steps, and leave the other empty (null)")

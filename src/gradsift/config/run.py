@@ -81,6 +81,7 @@ class Config(Group):
         self._check_turns()
         self._check_embedded_parts()
         self._check_random_weights()
+        self._check_quantization()
         self._check_target_set()
         if self.audit.enabled:
             self._check_audit()
@@ -100,6 +101,12 @@ class Config(Group):
         """The name of the selector, also of a user's own."""
         name = self.selector.get("name", "unnamed") if isinstance(self.selector, dict) else self.selector.name
         return str(name)
+
+    @property
+    def models(self) -> list[ModelConfig]:
+        """Proxy and target, if the run is sure to compute with them; a user's own scorer may not use the proxy."""
+        proxy = [self.proxy.model] if self._needs_proxy and self._asked(self.scorer) is not None else []
+        return [*proxy, *([self.target.model] if self.reaches("finetune") else [])]
 
     @property
     def has_rater(self) -> bool:
@@ -237,6 +244,18 @@ class Config(Group):
         judge = getattr(self.judge, "model", None)
         if self.reaches("judge") and isinstance(judge, ModelConfig) and judge.kind == "tiny_bytes":
             raise ConfigError("judge.model.kind=tiny_bytes has random weights and cannot judge; take another judge")
+
+    def _check_quantization(self) -> None:
+        if self.target.model.quantization != "none" and self.compute.strategy == "fsdp":
+            raise ConfigError(
+                f"target.quantization={self.target.model.quantization} does not go with compute=fsdp, which divides "
+                "float weights; take compute=ddp"
+            )
+        if self.proxy.model.quantization != "none" and self.features.gradient_params == "full":
+            raise ConfigError(
+                f"proxy.quantization={self.proxy.model.quantization} does not go with features.gradient_params=full: "
+                "quantised weights have no gradient; take features.gradient_params=lora"
+            )
 
     def _check_audit(self) -> None:
         if not self.reaches("selection"):

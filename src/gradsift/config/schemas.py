@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gradsift.config import data, evaluation, machine, methods, models
+from gradsift.config.known_models import known_choices
 from gradsift.config.run import Config
 from gradsift.errors import ConfigError
 
@@ -100,6 +101,9 @@ def register_schemas() -> None:
     for group, variants in SCHEMAS.items():
         for name, node in variants.items():
             store.store(group=f"schema/{group}", name=name, node=node)
+    for model, content in known_choices().items():
+        for group in ("proxy", "target"):
+            store.store(group=group, name=model, node=content)
 
 
 def load_config(composed: DictConfig) -> Config:

@@ -15,8 +15,9 @@ from torch import nn
 from gradsift.cpu.blocks import ATTENTION, LANES, fuse_blocks
 from gradsift.cpu.compiled import available, version
 from gradsift.cpu.products import PackedHead, pack_linear_layers
-from gradsift.training.residual import residual_precision, stream_norms
+from gradsift.training.residual import residual_precision, stream_readers
 
+_ARCHITECTURES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 _SMALLEST = 256  # width of a model; smaller models spend their time in Python
 _TOKENS_FACTOR = 3  # more tokens per pass are faster, because each pass reads all packed weights once
 
@@ -24,7 +25,7 @@ _TOKENS_FACTOR = 3  # more tokens per pass are faster, because each pass reads a
 def accelerate(model: Any) -> bool:
     """Speed up a frozen causal language model of transformers, in place.
 
-    GPT-2, Llama, Mistral, Qwen2 and Qwen3 (`residual.py`) from width 256 are supported, in bfloat16 with a float32
+    GPT-2, Llama, Mistral, Qwen2 and Qwen3 from width 256 are supported, in bfloat16 with a float32
     residual stream. In float32 at most a tenth of the time would be saved, because the products take most of it.
 
     Args:
@@ -44,14 +45,15 @@ def accelerate(model: Any) -> bool:
     pack_linear_layers(model, head)
     if type(head) is nn.Linear and head.bias is None:
         head.frozen_head = PackedHead(head.weight)
-    fuse_blocks(model, stream_norms(model))
+    fuse_blocks(model, stream_readers(model))
     return True
 
 
 def _is_supported(model: Any) -> bool:
     if model.dtype != torch.bfloat16 or model.device.type not in ("cpu", "meta"):
         return False
-    if not stream_norms(model) or residual_precision(model) != "float32" or not _fits(model.config):
+    known = stream_readers(model) and model.config.model_type in _ARCHITECTURES
+    if not known or residual_precision(model) != "float32" or not _fits(model.config):
         return False
     # without AVX-512, oneDNN has no bfloat16 products
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())

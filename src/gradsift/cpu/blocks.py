@@ -33,7 +33,7 @@ def fuse_blocks(model: nn.Module, norms: list[Any]) -> None:
     """Replace the forward passes of a frozen model's norms, MLPs and rotary attention.
 
     Args:
-        norms: the norms that read the float32 residual stream (`gradsift.training.residual.stream_norms`).
+        norms: the norms that read the float32 residual stream (`gradsift.training.residual.stream_readers`).
     """
     for norm in norms:
         _become(norm, _FusedNorm)

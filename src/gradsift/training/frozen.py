@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 
@@ -50,6 +51,25 @@ def forget_products(layer: Any) -> None:
     """Remove the copies that a layer keeps of its weight, before the weight changes (by merging, for example)."""
     layer.__dict__.pop("frozen_products", None)
     layer.__dict__.pop("frozen_head", None)  # see `gradsift.training.head`
+
+
+def product_of(x: torch.Tensor, products: FrozenProducts) -> torch.Tensor:
+    """Return the outputs (..., O) of a frozen layer for x (..., I); the backward pass goes through `to_inputs`."""
+    y: torch.Tensor = _Product.apply(x, products)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, products: FrozenProducts) -> torch.Tensor:
+        ctx.products, ctx.shape = products, x.shape
+        return products.outputs(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        backprops = gradients[0].reshape(-1, gradients[0].shape[-1])
+        return ctx.products.to_inputs(backprops).view(ctx.shape), None
 
 
 def trains(layer: Any) -> bool:

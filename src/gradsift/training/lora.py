@@ -14,6 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.config import LoraConfig
@@ -33,12 +34,16 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
         The model as a `peft.PeftModel`; its LoRA parameters are float32 and the only ones that train. Its attribute
         `passed_rows` takes what its layers have to know of a batch (`gradsift.training.masks.PassedRows`).
 
+    With `all-linear`, a model with experts has adapters on its attention and dense layers alone (see `left_out`).
+
     Raises:
         ConfigError: `config.targets` names no linear layer of this model, or one that peft refuses. The model then
             has no adapter.
     """
     names = linear_layer_names(model)
-    targets: Any = config.targets[0] if config.targets == ["all-linear"] else list(config.targets)
+    targets: Any = list(config.targets)
+    if targets == ["all-linear"]:
+        targets = _dense_layer_names(model) if expert_blocks(model) else "all-linear"
     lora = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -57,9 +62,9 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
         except ValueError as error:
             _unwrap(model)
             reason = f"names no linear layer of {type(model).__name__}"
-            if targets == "all-linear" or set(config.targets) & set(names):
+            if config.targets == ["all-linear"] or set(config.targets) & set(names):
                 reason = f"is refused by peft for {type(model).__name__}: {str(error).splitlines()[0].rstrip('.')}"
-            others = "" if targets == "all-linear" else ", or take [all-linear]"
+            others = "" if config.targets == ["all-linear"] else ", or take [all-linear]"
             raise ConfigError(
                 f"lora.targets={config.targets} {reason}; its layers are {', '.join(names)}{others}"
             ) from error
@@ -119,6 +124,48 @@ def linear_layer_names(model: nn.Module) -> list[str]:
     """Return the last parts of the names of the model's linear layers, without repeats."""
     names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
     return sorted({name.rsplit(".", 1)[-1] for name in names})
+
+
+def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the blocks of experts by name: each holds experts, whose weights are stacked in three dimensions."""
+    return {
+        name.rpartition(".")[0]: model.get_submodule(name.rpartition(".")[0])
+        for name, module in model.named_modules()
+        if not isinstance(module, _ConvNd)
+        and any(weight.dim() > 2 and len(weight) > 1 for weight in module.parameters(recurse=False))
+    }
+
+
+def _dense_layer_names(model: Any) -> list[str]:
+    """Return the last parts of the names of the linear layers outside of expert blocks, without the output head.
+
+    A name that an expert block has too is left out, because peft would find both by it; so are the names that stand for
+    stacked experts in peft.
+    """
+    blocks = tuple(f"{name}." for name in expert_blocks(model))
+    head = model.get_output_embeddings()
+    names: dict[bool, set[str]] = {True: {"gate_proj", "up_proj", "down_proj"}, False: set()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            names[name.startswith(blocks)].add(name.rsplit(".", 1)[-1])
+    return sorted(names[False] - names[True])
+
+
+def left_out(model: Any, config: LoraConfig, option: str) -> str | None:
+    """Return what `all-linear` leaves without an adapter, for the user: the experts of a model, or None without any.
+
+    Args:
+        option: the option that `config` comes from, such as `target.lora`.
+    """
+    if config.targets != ["all-linear"] or not (blocks := expert_blocks(model)):
+        return None
+    kinds = ", ".join(sorted({type(block).__name__ for block in blocks.values()}))
+    count = sum(weight.numel() for block in blocks.values() for weight in block.parameters())
+    share = count / sum(weight.numel() for weight in model.parameters())
+    return (
+        f"{option}.targets=[all-linear] adapts {', '.join(_dense_layer_names(model))}; {len(blocks):,} blocks of "
+        f"experts ({kinds}, {share:.0%} of the weights) have no adapter"
+    )
 
 
 @contextmanager

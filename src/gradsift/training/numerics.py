@@ -1,6 +1,7 @@
 """How a model computes, besides its weights and inputs, and how a loaded model is set up for it.
 
     precision   of weights and products: float32 or bfloat16
+    quantization  of frozen linear layers: nf4 or int8, if any
     products    tf32 if float32 products are rounded to it (compute.precision=auto on CUDA)
     residual    of the residual stream between blocks: float32 or bfloat16 (`gradsift.training.residual`)
     attention   transformers' name of the implementation
@@ -17,16 +18,20 @@ from typing import Any
 
 import torch
 
-from gradsift.config import ComputeConfig
+from gradsift.config import ComputeConfig, ModelConfig
 from gradsift.training.device import device_of, has_bfloat16
 from gradsift.training.residual import residual_in_float32, residual_precision
 
 
-def dtype_of(compute: ComputeConfig) -> torch.dtype:
-    """Return the precision in which models are loaded; auto is bfloat16 on a GPU that has it, else float32."""
-    if compute.precision == "auto":
+def dtype_of(compute: ComputeConfig, model: ModelConfig | None = None) -> torch.dtype:
+    """Return the precision in which a model is loaded: its own, or that of the machine.
+
+    `compute.precision=auto` is bfloat16 on a GPU that has it, else float32.
+    """
+    precision = compute.precision if model is None or model.dtype == "auto" else model.dtype
+    if precision == "auto":
         return torch.bfloat16 if device_of(compute).type == "cuda" and has_bfloat16() else torch.float32
-    return torch.bfloat16 if compute.precision == "bfloat16" else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 def set_kernels(compute: ComputeConfig) -> None:
@@ -49,7 +54,8 @@ def prepare(model: Any, compute: ComputeConfig) -> None:
     if device_of(compute).type != "cpu":
         return
     model.set_attn_implementation("eager")  # the backward pass of torch's fused attention is slow on a CPU
-    if compute.kernels == "auto" and compute.strategy != "fsdp":  # packed weights cannot be divided over ranks
+    packs = compute.strategy != "fsdp" and not is_quantized(model)  # packed weights cannot be divided over ranks
+    if compute.kernels == "auto" and packs:
         from gradsift.cpu import accelerate
 
         accelerate(model)
@@ -60,6 +66,7 @@ def numerics_of(model: Any) -> dict[str, str]:
     tf32 = torch.get_float32_matmul_precision() != "highest"
     return {
         "precision": str(model.dtype).removeprefix("torch."),
+        **({"quantization": model.quantization} if is_quantized(model) else {}),
         **({"products": "tf32"} if tf32 else {}),
         "residual": residual_precision(model),
         "attention": str(model.config._attn_implementation),
@@ -67,20 +74,30 @@ def numerics_of(model: Any) -> dict[str, str]:
     }
 
 
-def expected_numerics(config: Any, compute: ComputeConfig, trust_remote_code: bool) -> dict[str, str]:
+def expected_numerics(config: Any, compute: ComputeConfig, model_config: ModelConfig) -> dict[str, str]:
     """Return the numerics that a model will have on this machine, without loading its weights.
 
     The model is built on torch's meta device and prepared like a loaded one.
 
     Args:
         config: transformers' config of the model.
+        model_config: gradsift's.
     """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(compute), trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype_of(compute, model_config), trust_remote_code=model_config.trust_remote_code
+        )
+    if model_config.quantization != "none":
+        model.quantization = model_config.quantization
     prepare(model.requires_grad_(False), compute)
     return numerics_of(model)
+
+
+def is_quantized(model: Any) -> bool:
+    """Return whether frozen layers of a model are quantised (`gradsift.training.quantized`)."""
+    return "quantization" in vars(model)
 
 
 def _fuse_gelu(model: Any) -> None:

@@ -2,8 +2,9 @@
 
 Every block adds a small term to the stream. In bfloat16 each sum is rounded to three digits, and the roundings of all
 blocks add up in the output and in every gradient: this, and not the rounding of the weights, causes most of a gradient
-norm's error (experiments/2026-11-22-gradient-engine). Only the normalisation layers read the stream, so a float32
-stream leaves all products in bfloat16.
+norm's error (experiments/2026-11-22-gradient-engine). A few layers of a block read the stream: the norms before
+attention and MLP or, in OLMo 2 and 3, attention and MLP themselves. Norms get float32 and return bfloat16, and other
+readers get bfloat16, so a float32 stream leaves all products in bfloat16.
 """
 
 from __future__ import annotations
@@ -13,20 +14,27 @@ from typing import Any
 import torch
 from torch import nn
 
-# Models whose residual stream is read only by these norms: the names of the blocks, of a block's norms, and of the norm
-# after the last block. Models that scale the stream or its terms (Gemma, Granite) are not supported.
+# The names of the blocks, of what reads the residual stream in a block, and of the norm after the last block. Models
+# that scale the stream or its terms (Granite, Cohere) are not among them; Gemma 3 scales the embeddings alone.
 _LLAMA = ("layers", ("input_layernorm", "post_attention_layernorm"), "norm")
+_OLMO = ("layers", ("self_attn", "mlp"), "norm")
 _STREAMS = {
+    "gemma3_text": ("layers", ("input_layernorm", "pre_feedforward_layernorm"), "norm"),
     "gpt2": ("h", ("ln_1", "ln_2"), "ln_f"),
+    "gpt_oss": _LLAMA,
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "olmo2": _OLMO,
+    "olmo3": _OLMO,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen3_moe": _LLAMA,
+    "smollm3": _LLAMA,
 }
 
 
 def residual_in_float32(model: Any) -> bool:
-    """Keep the residual stream and the norms of a bfloat16 model in float32; the norms' outputs are bfloat16.
+    """Keep the residual stream of a bfloat16 model, and the norms that read it, in float32.
 
     A float32 model, and one whose blocks are not known here, stay as they are.
 
@@ -38,24 +46,27 @@ def residual_in_float32(model: Any) -> bool:
     """
     if model.dtype == torch.float32:
         return True
-    if not (norms := stream_norms(model)):
+    if not (readers := stream_readers(model)):
         return False
     blocks = getattr(model.base_model, _STREAMS[model.config.model_type][0])
     blocks[0].register_forward_pre_hook(_widen)  # every later sum has a float32 term
-    for norm in norms:
-        norm.float()
-        norm.register_forward_hook(_narrow)
+    for reader in readers:
+        if any(reader.children()):  # attention or MLP, and not a norm
+            reader.register_forward_pre_hook(_narrow_inputs, with_kwargs=True)
+        else:
+            reader.float()
+            reader.register_forward_hook(_narrow)
     return True
 
 
-def stream_norms(model: Any) -> list[Any]:
-    """Return the norms that read a model's residual stream; none for a model whose blocks are not known here."""
+def stream_readers(model: Any) -> list[Any]:
+    """Return the layers that read a model's residual stream; none for a model whose blocks are not known here."""
     kind = model.config.model_type
     if kind not in _STREAMS or not type(model).__module__.startswith("transformers.models."):
         return []  # code from outside may call its own blocks llama
     blocks, names, last = _STREAMS[kind]
-    norms = [getattr(block, name) for block in getattr(model.base_model, blocks) for name in names]
-    return [*norms, getattr(model.base_model, last)]
+    readers = [getattr(block, name) for block in getattr(model.base_model, blocks) for name in names]
+    return [*readers, getattr(model.base_model, last)]
 
 
 def residual_precision(model: nn.Module) -> str:
@@ -72,3 +83,12 @@ def _widen(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _narrow(norm: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
     return output.to(torch.bfloat16)
+
+
+def _narrow_inputs(
+    layer: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Narrow the stream, which is the first input or `hidden_states`."""
+    if inputs:
+        return (inputs[0].to(torch.bfloat16), *inputs[1:]), options
+    return inputs, options | {"hidden_states": options["hidden_states"].to(torch.bfloat16)}

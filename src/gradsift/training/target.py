@@ -113,6 +113,7 @@ def train_target(
     limit = min(config.max_length, backbone.context)
     with runtime.display.task("tokenise for the target", len(chosen)) as advance:
         encoded, report = encode(chosen, backbone.tokenizer, config.template, limit, advance)
+    backbone.require_embedded(encoded)
     say_report(runtime, report, len(chosen), "target")
     write_rejected(folder / REFUSED_FILE, list(report.refused.values()))
     if not encoded:
@@ -130,6 +131,8 @@ def train_target(
         max_grad_norm=config.max_grad_norm,
     )
     require_adaptable(backbone.model, config.lora, "target.lora", norms=False)
+    if remark := lora.left_out(backbone.model, config.lora, "target.lora"):
+        runtime.display.say(f"  {remark}")
     adapted = lora.add_adapter(backbone.model, config.lora, derive_seed(runtime.seed, "target lora"))
     sharded = runtime.compute.strategy == "fsdp" and parallel.size() > 1
     if not sharded:  # otherwise Lightning moves only this rank's part to the device

@@ -1,0 +1,167 @@
+"""What pins a pretrained model: the content of a folder, or a commit of the hub.
+
+Without torch and transformers, so that a model that is not there is reported within a second.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gradsift.artifacts import Artifact, Store
+from gradsift.config import ModelConfig
+from gradsift.errors import ConfigError, DataError
+from gradsift.manifests import file_hash
+from gradsift.names import slug_of_path
+from gradsift.outside_json import loads
+from gradsift.runtime import Display
+
+VERSION = 2  # of backbones
+_MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
+
+
+def pin(store: Store, display: Display, config: ModelConfig) -> Artifact:
+    """Return the artifact that holds a folder's hashes or the hub's commit, so that later runs use the same weights.
+
+    Raises:
+        DataError: there is no such model; names `model.path` and the remedy.
+    """
+    folder = folder_of(config)
+    settings: dict[str, Any] = _hub_settings(config)
+    if folder is not None:
+        require_config(folder, str(config.path))
+        files = sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES and p.is_file())
+        settings = {"files": {}, **_trusted(config)}
+        with display.task(f"check the files of {folder.name}", len(files)) as advance:
+            for file in files:
+                settings["files"][file.name] = file_hash(file)
+                advance(1)
+
+    def make(part: Path) -> Mapping[str, Any]:
+        pinned = settings
+        if folder is None:
+            require_on_hub(config)
+            from huggingface_hub import hf_hub_download
+
+            with hub_errors(config):
+                cached = Path(hf_hub_download(str(config.path), "config.json", revision=config.revision))
+            shutil.copyfile(cached, part / "config.json")
+            pinned = settings | {"revision": cached.parent.name}  # its folder is named by the hub's current commit
+        (part / "source.json").write_text(json.dumps(pinned, indent=1), encoding="utf-8")
+        return {"optimizer_steps": 0, "revision": pinned.get("revision"), "content": pinned.get("revision") or ""}
+
+    slug = slug_of_path(str(config.path))
+    return store.obtain("backbone", slug, settings, [], make, version=VERSION, light=True)
+
+
+def require_model(store: Store, config: ModelConfig) -> None:
+    """Refuse a pretrained model that is not there; the hub is asked only if the store has no pin of the model.
+
+    Raises:
+        ConfigError: the model is to be quantised without bitsandbytes.
+        DataError: as `pin`.
+    """
+    require_bitsandbytes(config)
+    if config.kind != "pretrained":
+        return
+    folder = folder_of(config)
+    if folder is not None:
+        require_config(folder, str(config.path))
+    elif not store.has("backbone", slug_of_path(str(config.path)), _hub_settings(config), [], version=VERSION):
+        require_on_hub(config)
+
+
+def require_bitsandbytes(config: ModelConfig) -> None:
+    if config.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"model.quantization={config.quantization} needs the package bitsandbytes; "
+            "pip install 'gradsift[quantization]'"
+        )
+
+
+def folder_of(config: ModelConfig) -> Path | None:
+    """Return the local folder that `model.path` names, or None for a hub id."""
+    folder = Path(str(config.path)).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def require_config(folder: Path, path: str) -> None:
+    """Refuse a folder without a config.json that is a JSON object; transformers would not name the file or the reason.
+
+    Raises:
+        DataError: names `model.path` as `path`.
+    """
+    if not (folder / "config.json").is_file():
+        adapter = " but with an adapter: give its base model" if (folder / "adapter_config.json").is_file() else ""
+        raise DataError(
+            f"model.path={path} is a folder without config.json{adapter or '; give one that transformers can load'}"
+        )
+    try:
+        config = loads((folder / "config.json").read_bytes())
+    except ValueError as error:
+        raise DataError(f"model.path={path}: config.json is not JSON ({str(error).splitlines()[0]})") from error
+    if not isinstance(config, dict):
+        raise DataError(
+            f"model.path={path}: config.json is not an object with the model's settings: {str(config)[:40]}"
+        )
+
+
+def require_on_hub(config: ModelConfig) -> None:
+    """Ask the hub once for a model's config.json, unless the local cache has it; the hub's client would retry for 24 s.
+
+    Raises:
+        DataError: the model is gated or not there, or the hub cannot be reached.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    path = str(config.path)
+    with hub_errors(config):
+        if not isinstance(try_to_load_from_cache(path, "config.json", revision=config.revision), str):
+            get_hf_file_metadata(hf_hub_url(path, "config.json", revision=config.revision))
+
+
+def _hub_settings(config: ModelConfig) -> dict[str, Any]:
+    return {"hub": str(config.path), "revision": config.revision, **_trusted(config)}
+
+
+def _trusted(config: ModelConfig) -> dict[str, Any]:
+    return {"trust_remote_code": True} if config.trust_remote_code else {}
+
+
+@contextmanager
+def hub_errors(config: ModelConfig) -> Iterator[None]:
+    """Turn what the hub's client raises into one line with the remedy."""
+    from huggingface_hub import errors
+    from safetensors import SafetensorError
+
+    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # httpx's, or that of httpx2 in later versions
+    name = config.path or config.kind
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise DataError(
+            f"model.path={name} is gated: accept its licence on its hub page, then log in with `hf auth login`"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise DataError(
+            f"model.path={name} is neither a folder here nor a model of the hub; check the name, or log in with "
+            "`hf auth login` if the model is private"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise DataError(f"model.path={name} has no such revision; check model.revision") from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise DataError(
+            f"model.path={name} has no config.json on the hub, as GGUF files and adapters have none; give the model "
+            "that they were made from"
+        ) from error
+    except (OSError, http_error, ValueError, SafetensorError) as error:
+        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)[:200]
+        raise DataError(
+            f"model.path={name} could not be loaded ({reason}): the hub cannot be reached and the local cache does "
+            "not have it, or it is not a whole model with safetensors and a tokenizer; give a folder that is"
+        ) from error

@@ -1,0 +1,210 @@
+"""Laws of `proxy=hf` and `target=hf`: any model by its id or folder, and the models that have a name of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import made_once
+from hub_stand_in import COMMIT, serving
+from hydra.core.config_store import ConfigStore
+from test_norms import tiny_model
+from test_tokens import example
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from gradsift.composition import compose_config, in_full
+from gradsift.config import register_schemas
+from gradsift.config.known_models import KNOWN_MODELS
+from gradsift.data.tokens import encode
+from gradsift.errors import ConfigError, DataError
+from gradsift.training.backbones import Backbone
+from gradsift.training.lora import CONFIG_FILE
+
+FOREIGN = ("data=json", "data.path=rows.jsonl", "stop_after=finetune")
+PIN = """
+import json, sys, time
+from pathlib import Path
+from gradsift.artifacts import Store
+from gradsift.config import ModelConfig
+from gradsift.errors import DataError
+from gradsift.runtime import Display
+from gradsift.training.pins import pin, require_model
+store = Store(Path("store"), say=lambda line: None)
+for line in sys.stdin:
+    path, revision = json.loads(line)
+    config, started = ModelConfig(path=path, revision=revision), time.monotonic()
+    try:
+        require_model(store, config)
+        answer = pin(store, Display(), config).info["revision"]
+        assert store.has("backbone", "tiny", {"hub": path, "revision": revision}, [], version=2)
+    except DataError as error:
+        answer = str(error)
+    print(json.dumps([answer, time.monotonic() - started]))
+assert "torch" not in sys.modules
+"""
+ASKED = {
+    "tiny": ("owner/tiny", None),
+    "a revision": ("owner/tiny", COMMIT),
+    "another revision": ("owner/tiny", "v9"),
+    "gated": ("owner/gated", None),
+    "missing": ("owner/missing", None),
+    "adapter": ("owner/adapter", None),
+    "no name": ("a/b/c", None),
+}
+
+
+# ------------------------------------------------------------------------------------------- options
+
+
+def test_a_model_is_named_by_its_id_and_has_options_beside_it() -> None:
+    proxy = ("proxy.model.revision=abc", "proxy=hf", "proxy.model=Qwen/Qwen3-0.6B", "proxy.model.dtype=bfloat16")
+    config = compose_config([*FOREIGN, *proxy, "target=hf", "target.model='/models/My Model/'"])
+    model = config.proxy.model
+    assert (model.kind, model.path) == ("pretrained", "Qwen/Qwen3-0.6B")
+    assert (model.revision, model.dtype) == ("abc", "bfloat16")
+    assert (config.proxy.name, config.target.name) == ("qwen3-0.6b", "my_model")
+    assert config.target.model.path == "/models/My Model/"
+    assert config.models == [config.proxy.model, config.target.model]
+
+
+def test_only_a_models_own_option_is_spelt_in_full() -> None:
+    asked = ["+proxy.model=a/b=c", "proxy.model={path: a/b}", "judge.model=m", "proxy.model.path=a/b", "-m"]
+    assert in_full(asked) == ["+proxy.model.path=a/b=c", *asked[1:]]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["proxy=hf"], "as in proxy.model=ID or target.model=ID"),
+        (["proxy=gpt2", "target=hf"], "as in proxy.model=ID or target.model=ID"),
+        (["proxy=smollm2", "proxy.model=a/b"], "model.path=a/b is not read with model.kind=smollm2; take proxy=hf"),
+        (["proxy=qwen3_6b"], "proxy=qwen3_6b does not exist; did you mean qwen3_0.6b?"),
+        (["proxy=hf", "proxy.model=a/b", "proxy.model.dtype=float16"], "dtype='float16' is not known; choose one of"),
+    ],
+)
+def test_what_names_no_model_is_refused(options: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose_config([*FOREIGN, *options])
+    assert words in str(caught.value)
+
+
+def test_named_models_are_hf_with_an_id_and_the_models_own_chat_template() -> None:
+    config = compose_config([*FOREIGN, "proxy=qwen3_0.6b", "target=llama3_8b", "target.model.revision=abc"])
+    assert (config.proxy.name, config.proxy.template) == ("qwen3_0.6b", "chat")
+    assert config.proxy.model.path == "Qwen/Qwen3-0.6B"
+    assert (config.target.name, config.target.template, config.target.model.revision) == ("llama3_8b", "chat", "abc")
+    register_schemas()
+    stored = ConfigStore.instance().repo
+    for name, path in KNOWN_MODELS.items():
+        for group in ("proxy", "target"):
+            node = stored[group][f"{name}.yaml"].node
+            assert (node.name, node.model.path, node.defaults[0]) == (name, path, "hf")
+
+
+# ------------------------------------------------------------------------------------ folders and hub
+
+
+def test_a_folder_that_is_no_model_is_refused_before_the_slow_imports(
+    gradsift: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradsift.pipeline", None)
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / CONFIG_FILE).write_text("{}")
+    for group, model, words in [
+        ("proxy", "adapter", "model.path=adapter is a folder without config.json but with an adapter: give its base"),
+        ("target", "./none", "model.path=./none is neither a folder here nor a model of the hub"),
+    ]:
+        others = "target=smollm2" if group == "proxy" else "proxy=smollm2"
+        options = (*FOREIGN, f"{group}=hf", f"{group}.model={model}", others, "tracker=none", "report=false")
+        assert gradsift(*options) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_run_with_a_folder_in_two_precisions(gradsift: Any, tmp_path: Path, byte_tokenizer: Any) -> None:
+    """Proxy and target of one folder: each computes in its own precision, and what it computed says so."""
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=len(byte_tokenizer), **shape, **heads)).save_pretrained(
+        tmp_path / "Tiny-1M"
+    )
+    byte_tokenizer.save_pretrained(tmp_path / "Tiny-1M")
+    rows = [{"instruction": f"Say {n}.", "output": "ab" * (n % 5 + 1)} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    proxy = ("proxy=hf", "proxy.model=Tiny-1M", "proxy.members=2", "proxy.model.dtype=bfloat16", "proxy.batch_size=4")
+    target = ("target=hf", "target.model=Tiny-1M", "target.epochs=1", "alpha=0.3")
+    quiet = ("tracker=none", "report=false", "compute.threads=1", "compute.device=cpu", "proxy.max_length=32")
+    assert gradsift(*FOREIGN, *proxy, *target, "target.max_length=32", *quiet) == 0
+    manifests = [json.loads(path.read_text()) for path in (tmp_path / "store").glob("*/*/manifest.json")]
+    named = {(each["stage"], *sorted(n["precision"] for n in each["numerics"].values())) for each in manifests}
+    assert ("member", "bfloat16") in named
+    assert ("finetune", "float32") in named
+    assert list((tmp_path / "store/finetune").glob("tiny-1m-3rows-*/adapter"))
+
+
+@pytest.fixture(scope="session")
+def pinned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, float]]:
+    """The commit or the error's message, and the seconds it took, for each of `ASKED`, and without any network."""
+
+    def make(folder: Path) -> None:
+        for name in ("tiny", "gated", "adapter"):
+            (folder / "hub/owner" / name).mkdir(parents=True)
+        (folder / "hub/owner/gated/.gated").touch()
+        (folder / "hub/owner/adapter/adapter_config.json").write_text("{}")
+        tiny_model("llama").config.save_pretrained(folder / "hub/owner/tiny")
+
+        def ask(address: str, asked: Any) -> str:
+            network = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache")}
+            code = subprocess.run(
+                [sys.executable, "-c", PIN],
+                input="".join(json.dumps(each) + "\n" for each in asked),
+                env={**os.environ, **network, "PYTHONPATH": os.pathsep.join(sys.path), "no_proxy": "127.0.0.1"},
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert code.returncode == 0, code.stderr[-3000:]
+            return code.stdout
+
+        with serving(folder / "hub") as address:
+            answers = ask(address, ASKED.values())
+        answers += ask(address, [("owner/other", None), ASKED["tiny"]])  # nobody serves there any more
+        (folder / "answers").write_text(answers)
+
+    lines = (made_once(tmp_path_factory, "model_hub", make) / "answers").read_text().splitlines()
+    names = [*ASKED, "no network", "pinned before"]
+    return dict(zip(names, map(json.loads, lines), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    {
+        "tiny": COMMIT,
+        "a revision": COMMIT,
+        "pinned before": COMMIT,
+        "another revision": "has no such revision; check model.revision",
+        "gated": "is gated: accept its licence on its hub page, then log in with `hf auth login`",
+        "missing": "neither a folder here nor a model of the hub; check the name",
+        "adapter": "has no config.json on the hub",
+        "no name": "neither a folder here nor a model of the hub; check the name",
+        "no network": "the hub cannot be reached and the local cache does not have it",
+    }.items(),
+)
+def test_a_hub_model_is_pinned_or_refused_at_once(asked: str, words: str, pinned: dict[str, Any]) -> None:
+    answer, seconds = pinned[asked]
+    assert words in answer
+    assert seconds < 10  # the hub's client would retry for 24
+
+
+def test_token_ids_that_the_model_does_not_know_are_refused(byte_tokenizer: Any) -> None:
+    examples, _ = encode([example("say", "z")], byte_tokenizer, "plain", 32)
+    with pytest.raises(
+        DataError, match=r"gives the token id 25\d, but the GPT2LMHeadModel has embeddings of 61 tokens"
+    ):
+        Backbone(tiny_model("gpt2"), byte_tokenizer).require_embedded(examples)

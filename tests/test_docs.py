@@ -14,6 +14,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from gradsift.composition import in_full
 from gradsift.config import SCHEMAS, Config, load_config, register_schemas
 from gradsift.sweep import begin, values_of
 from gradsift.user_conf import conf_folder
@@ -62,7 +63,7 @@ def composing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_docs_is_accepted(command: list[str]) -> None:
-    load_config(compose("config", overrides=_first(command)))
+    load_config(compose("config", overrides=in_full(_first(command))))
 
 
 @pytest.mark.slow

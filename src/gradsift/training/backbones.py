@@ -114,7 +114,7 @@ def load_description(artifact: Artifact, config: ModelConfig) -> tuple[Any, Any]
     """Return the tokenizer of a backbone and transformers' config, without loading its weights."""
     source, options = _source(artifact, config)
     name = config.path or config.kind
-    with _hub_errors(config):
+    with hub_errors(config):
         return load_tokenizer(source, name, **options), load_config(source, name, **options)
 
 

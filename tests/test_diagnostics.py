@@ -450,11 +450,36 @@ def test_a_subset_worse_than_random_is_a_warning_by_hand() -> None:
     runs = [run("gsnr", 0.75), run("gsnr", 1.0, seed=1), run("random", 1.25), run("random", 0.75, seed=1)]
     (diagnostic,) = against_random(runs)
     assert diagnostic.verdict == "warning"
-    assert diagnostic.values == {"difference": -0.125, "pws": 0.875, "pws_random": 1.0, "pairs": 2, "pairs_lower": 1}
+    assert diagnostic.values == {
+        "difference": -0.125,
+        "pws": 0.875,
+        "pws_random": 1.0,
+        "pairs": 2,
+        "pairs_lower": 1,
+        "p_value": None,  # the records hold no outcomes
+    }
     assert diagnostic.message.startswith("gsnr, 0.1: PWS 0.875 against 1.000 for random rows, lower in 1 of 2 pairs")
     assert "scorer=full" in diagnostic.message
     (diagnostic,) = against_random([run("late_loss", 1.0), run("random", 1.0)])
     assert diagnostic.verdict == "ok"
+
+
+def test_the_comparison_with_random_rows_is_a_paired_test_over_the_seeds() -> None:
+    def judged(scorer: str, letters: str, seed: int) -> dict[str, Any]:
+        outcomes = {"set": {"items": "x", "outcomes": letters}}
+        pws = 1 + (letters.count("w") - letters.count("l")) / len(letters)
+        return run(scorer, pws, seed=seed, benchmarks={"set": {"pws": pws}}, outcomes=outcomes)
+
+    def compared_with(ours: str, theirs: str) -> tuple[float, str]:
+        runs = [judged(*each, seed) for seed in (0, 1) for each in (("gsnr", ours), ("random", theirs))]
+        (diagnostic,) = against_random(runs)
+        assert diagnostic.verdict == "warning"
+        return diagnostic.values["p_value"], diagnostic.message
+
+    p_value, message = compared_with("l" * 30, "w" * 30)
+    assert p_value < 1e-6 and "a paired test tells them apart" in message
+    p_value, message = compared_with("w" * 14 + "l" * 16, "w" * 15 + "l" * 15)
+    assert p_value > 0.05 and "a paired test does not tell them apart" in message
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def test_a_correlation_that_is_not_defined_is_a_gap_and_a_negative_one_is_seen()
     run = Run(Path("x"), {"scorer": "gsnr", "alpha": 0.5}, {}, "gsnr", [])
     scored = {number: Scores(score) for number, score in enumerate((rising, flat, -rising))}
     records = sensitivity.agreement(run, "number", scored, Scores(rising))
-    assert records[1] == {"run": "x", "number": 1, "rank_correlation": None, "overlap": 0.0}
+    assert records[1] == {"run": "x", "seed": None, "number": 1, "rank_correlation": None, "overlap": 0.0}
     values = column(records, "rank_correlation")
     assert values[[0, 2]] == pytest.approx([1, -1]) and np.isnan(values[1])
     assert sensitivity.limits(values)[0] < -1 and sensitivity.limits(np.array([np.nan]))[0] == -0.02
@@ -327,7 +327,10 @@ def test_eps_curves_are_the_score_under_other_eps(material: Material) -> None:
     def slow(eps: float) -> np.ndarray:
         return (values["G_s"] - values["G_t"]) / (values["G_s"] + eps) / (values["V_t"] + eps)
 
-    drawn = lines_of(sensitivity.eps(material).axes[0])
+    figure = sensitivity.eps(material)
+    drawn = lines_of(figure.axes[0])
+    curves = [line for line in figure.axes[0].lines if len(line.get_xdata()) == len(sensitivity.EPS)]
+    assert len(curves) == 4  # two seeds
     grid, correlation = drawn["rank correlation of the scores"]
     assert grid[0] == pytest.approx(1e-12) and grid[-1] == pytest.approx(100)
     own, far = slow(1e-8), slow(100.0)
@@ -339,7 +342,9 @@ def test_eps_curves_are_the_score_under_other_eps(material: Material) -> None:
 
 def test_fewer_members_are_scored_from_their_norms(material: Material) -> None:
     run = run_of(material, "0-gsnr-0.1")
-    fewer, all_of_them = sensitivity.size_curves(material)
+    records = sensitivity.size_curves(material)
+    assert [record["seed"] for record in records] == [0, 0, 1, 1]
+    fewer, all_of_them = records[:2]
     assert (fewer["run"], fewer["members"], all_of_them["members"], all_of_them["overlap"]) == (run.name, 2, 3, 1)
     assert all_of_them["rank_correlation"] == pytest.approx(1)
     two = run_of(material, "4-members")  # the same run with M = 2
@@ -413,9 +418,13 @@ def test_the_members_distance_is_about_that_of_their_updates(material: Material)
 def test_collapse_counts_every_row(material: Material) -> None:
     run = run_of(material, "0-gsnr-0.1")
     values = table(run, "statistics", "statistics.parquet")
-    _, axes = ensemble.collapse(material).axes
+    _, axes = ensemble.collapse(Material(material.folder, [run], False)).axes
     assert sum(patch.get_height() for patch in axes.patches) == (values["G_t"] > 0).sum()
-    assert f"median {np.median(np.sqrt(values['V_t']) / values['G_t']):.3f}" in lines_of(axes)
+    median = f"median {np.median(np.sqrt(values['V_t']) / values['G_t']):.3f}"
+    assert median in lines_of(axes)
+    distances, spreads = ensemble.collapse(material).axes
+    assert len(distances.lines) == 2 + 2  # two seeds and two bounds
+    assert f"seed 0: {median}" in lines_of(spreads)
 
 
 def test_members_losses_are_their_curves(material: Material) -> None:
@@ -423,6 +432,13 @@ def test_members_losses_are_their_curves(material: Material) -> None:
     files = [stage_of(run, "member", place) / "curve.jsonl" for place in (0, 1)]
     losses = [json.loads(line)["loss"] for file in files for line in file.read_text().splitlines()]
     (axes,) = ensemble.member_loss(material).axes
+    other = run_of(material, "3-gsnr-0.1")
+    drawn = [(line.get_label(), line.get_ydata()) for line in axes.lines]
+    assert [label for label, _ in drawn] == ["seed 0"] * 3 + ["seed 1"] * 3
+    assert drawn[0][1] == pytest.approx(losses)
+    file = stage_of(other, "member", 0) / "curve.jsonl"
+    assert drawn[3][1][0] == pytest.approx(json.loads(file.read_text().splitlines()[0])["loss"])
+    (axes,) = ensemble.member_loss(Material(material.folder, [run], False)).axes
     assert lines_of(axes)["member 0"][1] == pytest.approx(losses)
 
 

@@ -184,10 +184,13 @@ def test_the_options_come_from_the_command_line_and_secrets_are_named_not_given(
         ("Hm, 9 9 or so.\n</think>\n8 7", (8, 7), "tolerant"),  # the template holds the opening tag
         ("8 7\nThe first answer writes </think> in its text.", (8, 7), "tolerant"),
         ("<think>x</think>[[B]]", (0, 1), "tolerant"),
+        ("Here are my grades.\n\nScores: 8 7", (8, 7), "tolerant"),
+        ('```json\n{"answer_1": 8, "answer_2": 7}\n```', (8, 7), "tolerant"),
+        ("I compared both.\n[[A]]", (1, 0), "tolerant"),
         ('<think>x</think>\n```json\n{"answer_1": 8, "answer_2": 7}\n```', (8, 7), "tolerant"),
     ],
 )
-def test_the_thinking_before_the_scores_is_skipped(
+def test_scores_are_found_behind_thinking_introductions_and_fences(
     endpoint: Endpoint, judged: Any, text: str, value: Any, parse: str
 ) -> None:
     endpoint.behave = lambda prompt, attempt: (200, text, {})
@@ -326,14 +329,24 @@ def test_the_wording_of_a_protocol_is_in_the_settings(tmp_path: Path) -> None:
 
 COMPARE = """
 import sys
+import httpx2
 from gradsift.evaluation.compare import main
-status = main(sys.argv[1:])
-print({"torch", "transformers", "openai"} & set(sys.modules), file=sys.stderr)
+
+post, heavy = httpx2.AsyncClient.post, set()
+
+async def seen(client, *given, **named):
+    heavy.update({name.partition(".")[0] for name in sys.modules} & set(sys.argv[1].split(",")))
+    return await post(client, *given, **named)
+
+httpx2.AsyncClient.post = seen
+status = main(sys.argv[2:])
+print("loaded before a request:", sorted(heavy), file=sys.stderr)
 sys.exit(status)
 """
+HEAVY = "torch,transformers,lightning,peft,datasets,pyarrow,pandas,scipy,sklearn,matplotlib,openai,alpaca_eval,nltk"
 
 
-def test_compare_asks_an_endpoint_without_loading_torch_and_warns_of_invalid_judgments(
+def test_compare_asks_an_endpoint_before_it_loads_anything_heavy_and_warns_of_invalid_judgments(
     endpoint: Endpoint, tmp_path: Path
 ) -> None:
     endpoint.behave = lambda text, attempt: (200, "Hm." if "question 1" in text else "8 7", {})
@@ -341,11 +354,11 @@ def test_compare_asks_an_endpoint_without_loading_torch_and_warns_of_invalid_jud
     for who in ("a", "b"):
         write_model_outputs(tmp_path / f"{who}.json", model_outputs(items, [f"{who} {n}" for n in range(4)], who))
     options = ["judge=openai", f"judge.base_url={endpoint.address}", f"artifacts={tmp_path / 'store'}"]
-    command = [sys.executable, "-c", COMPARE, str(tmp_path / "a.json"), str(tmp_path / "b.json"), *options]
+    command = [sys.executable, "-c", COMPARE, HEAVY, str(tmp_path / "a.json"), str(tmp_path / "b.json"), *options]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
     assert "warning: invalid_judgments: 25.0% of the judgments are invalid" in done.stderr.replace("\n", " ")
-    assert done.stderr.splitlines()[-1] == "set()"
+    assert done.stderr.splitlines()[-1] == "loaded before a request: []"
     result = json.loads(done.stdout)
     assert result["pooled"]["invalid"] == 1 and result["diagnostics"]["invalid_judgments"]["verdict"] == "warning"
 

@@ -12,10 +12,11 @@ import pytest
 from conftest import SMOKE
 
 from gradsift.config import BenchmarkConfig
+from gradsift.data.tokens import encode_prompt
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.benchmarks import Item
-from gradsift.evaluation.generation import ModelOutput, model_outputs
-from gradsift.evaluation.lm_harness import check_lm_eval, evaluate_tasks, figures
+from gradsift.evaluation.generation import ModelOutput, generate_answers, model_outputs
+from gradsift.evaluation.lm_harness import check_lm_eval, evaluate_tasks, figures, until
 from gradsift.evaluation.text_metrics import bleu, change, check_wordnet, measure, meteor, read_wordnet, rouge_l
 
 
@@ -177,7 +178,7 @@ def test_lm_evals_figure_is_that_of_a_loop_over_the_choices(task_folder: Path) -
 
     right = [log_p(question, right) > log_p(question, wrong) for question, right, wrong in CHOICES]
     check_lm_eval(["mine"], str(task_folder))
-    options: dict[str, Any] = {"folder": str(task_folder), "batch_size": 2}
+    options: dict[str, Any] = {"folder": str(task_folder), "batch_size": 2, "template": "plain", "max_new_tokens": 8}
     assert 0 < sum(right) < 3
     found = evaluate_tasks(model, tokenizer, ["mine"], limit=None, **options)
     assert found == {"mine": {"acc,none": pytest.approx(sum(right) / 3)}}
@@ -186,6 +187,39 @@ def test_lm_evals_figure_is_that_of_a_loop_over_the_choices(task_folder: Path) -
     (task_folder / "items.jsonl").unlink()
     with pytest.raises(DataError, match=r"cannot have the data of one of them.*benchmark\.lm_eval_folder"):
         evaluate_tasks(model, tokenizer, ["mine"], limit=None, **options)
+
+
+def test_a_task_that_generates_is_answered_in_the_targets_template(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is an optional extra and is not installed")
+    from gradsift.training import tiny_bytes
+
+    model, tokenizer = tiny_bytes.bytes_model(seed=0).eval(), tiny_bytes.bytes_tokenizer()
+    questions = ["Name a bird.", "Count to two.", "Say it in red."]
+    prompts = [encode_prompt(question, "", tokenizer, "alpaca") for question in questions]
+    expected = [generate_answers(model, tokenizer, [p], max_new_tokens=6, batch_size=1)[0] for p in prompts]
+    answers = ["wrong", *expected[1:]]
+    rows = [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "written",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 6},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "written.yaml").write_text(json.dumps(task))
+    options: dict[str, Any] = {"folder": str(tmp_path), "limit": None, "template": "alpaca", "max_new_tokens": 99}
+    found = evaluate_tasks(model, tokenizer, ["written"], batch_size=2, **options)
+    assert list(found["written"].values()) == [pytest.approx(2 / 3)]
+
+
+def test_an_answer_ends_at_the_first_of_a_tasks_ends() -> None:
+    assert until("a b\n\nc Q: d", ["Q:", "\n\n", ""]) == "a b"
+    assert until("a b", ["Q:"]) == "a b" == until("a b", [])
 
 
 def test_a_task_of_ones_own_is_done_before_and_after_the_finetune(gradsift, task_folder: Path) -> None:

@@ -160,6 +160,20 @@ def test_markdown_keeps_a_bar_in_a_cell_apart_from_the_tables_own() -> None:
     assert table.markdown() == "**title**\n\n| a | b |\n| --- | ---: |\n| x\\|y | **1** |\n\nnote"
 
 
+def test_latex_keeps_special_characters_apart_from_its_own() -> None:
+    header = ["a", "0.1: x_y", "0.1: z", "0.2: z"]
+    rows = [["[1] & 50 %", "1 [0.9, 1.1]", "2", r"\x{~^"]]
+    text = Table("PWS_1 #1", header, rows, frozenset({(0, 2)}), "$5 < 6").latex()
+    assert r"\caption{PWS\_1 \#1}" in text and r"\$5 \textless{} 6" in text
+    assert r" & \multicolumn{2}{c}{alpha 0.1} & \multicolumn{1}{c}{alpha 0.2} \\" in text
+    assert r"a & x\_y & z & z \\" in text
+    row = next(line for line in text.splitlines() if line.startswith("{[}1"))
+    assert row == (
+        r"{[}1{]} \& 50 \% & 1 {[}0.9, 1.1{]} & \textbf{2} & \textbackslash{}x\{\textasciitilde{}\textasciicircum{} \\"
+    )
+    assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
+
+
 def test_a_methods_name_is_short_and_holds_all_that_tells_it_apart() -> None:
     settings = "proxy.members=2 proxy.snapshots=[1,3] scorer.eps=0.1"
     assert method_name("gsnr", settings) == "gsnr M=2 [1,3] scorer.eps=0.1"

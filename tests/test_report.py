@@ -116,6 +116,8 @@ def test_a_row_by_hand() -> None:
             "pws_high": 1.65,
             "p_value": None,
             "outcomes": None,
+            "pws_length_controlled": None,
+            "confidence": 0.95,
             "win": 6,
             "tie": 2,
             "lose": 2,

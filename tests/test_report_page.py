@@ -279,6 +279,13 @@ def test_nothing_is_wider_than_the_screen(sweep: Made, browser: Any, width: int)
     page.goto((sweep.folder / "report.html").as_uri())
     page.wait_for_selector(".example", state="attached")
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    plots = "[...document.querySelectorAll('.plot')].map((one) => one.scrollWidth - one.clientWidth)"
+    assert set(page.evaluate(plots)) == {0}
+    for table in page.locator(".table").all():  # the first column stays in view
+        left = "(one) => one.querySelector('tbody th').getBoundingClientRect().left - one.getBoundingClientRect().left"
+        before = table.evaluate(left)
+        table.evaluate("(one) => one.scrollLeft = 10000")
+        assert table.evaluate(left) == pytest.approx(before, abs=1)
     page.locator(".example").first.click()
     assert page.locator("#detail").is_visible()
     assert page.evaluate("document.documentElement.scrollWidth") == width

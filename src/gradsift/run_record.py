@@ -153,7 +153,7 @@ class RunRecord:
     def judged(self, pws: Artifact, artifact: Artifact) -> None:
         summary = pws_of(pws)
         self.values["pws"] = summary["pooled"]["pws"]
-        of_pws = ("pooled", "benchmarks", "outcomes", "position_bias", "length_bias", "length_controlled")
+        of_pws = ("confidence", "pooled", "benchmarks", "outcomes", "position_bias", "length_bias", "length_controlled")
         self.values |= {name: summary[name] for name in of_pws if name in summary}
         self.values["judging"] = {key: artifact.info[key] for key in ("invalid", "cost") if key in artifact.info}
         if (pws.path / DIAGNOSTICS_FILE).exists():

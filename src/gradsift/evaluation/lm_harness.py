@@ -7,7 +7,9 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gradsift.data.tokens import encode_prompt
 from gradsift.errors import ConfigError, DataError, GradsiftError
+from gradsift.evaluation.generation import generate_answers
 
 
 def check_lm_eval(tasks: Sequence[str], folder: str | None) -> None:
@@ -33,15 +35,29 @@ def check_lm_eval(tasks: Sequence[str], folder: str | None) -> None:
 
 
 def evaluate_tasks(
-    model: Any, tokenizer: Any, tasks: Sequence[str], *, folder: str | None, limit: int | None, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    folder: str | None,
+    limit: int | None,
+    batch_size: int,
+    template: str,
+    max_new_tokens: int,
 ) -> dict[str, dict[str, float]]:
     """Return every figure that lm-eval reports for each task, with the task's own number of shots.
+
+    Tasks that generate (IFEval, GSM8K) are answered as the stage `generate` answers: greedily, each prompt as an
+    instruction in the target's template. The others compare log-probabilities of plain text.
 
     Args:
         model: a transformers model on its device, with or without LoRA layers.
         limit: number of documents per task; None uses all.
+        template: of the target.
+        max_new_tokens: tokens of an answer, if the task does not limit it to fewer.
 
     Raises:
+        ConfigError: a task needs a package that is not installed, or samples its answers.
         DataError: the data of a task is not available.
         GradsiftError: a group has no figure of its own.
     """
@@ -50,12 +66,19 @@ def evaluate_tasks(
 
     option = f"benchmark.lm_eval_tasks={list(tasks)}"
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+    for kind in ("loglikelihood", "loglikelihood_rolling"):
         setattr(wrapped, kind, functools.partial(getattr(wrapped, kind), disable_tqdm=True))
+    how: dict[str, Any] = {"template": template, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    wrapped.generate_until = functools.partial(_answers, model=model, tokenizer=tokenizer, **how)
     manager = _manager(tuple(tasks), folder)
     settings: dict[str, Any] = {"limit": limit, "bootstrap_iters": 0, "log_samples": False, "task_manager": manager}
     try:
         results = simple_evaluate(model=wrapped, tasks=list(tasks), **settings)["results"]
+    except ImportError as error:
+        raise ConfigError(
+            f"{option}: one of them needs the package {error.name}; install it, or for ifeval pip install "
+            "'lm-eval[ifeval]'"
+        ) from error
     except OSError as error:  # includes the hub's errors
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise DataError(
@@ -68,6 +91,31 @@ def evaluate_tasks(
             f"benchmark.lm_eval_tasks={bare}: lm-eval reports no figure of these groups; name their tasks"
         )
     return reported
+
+
+def _answers(
+    requests: Sequence[Any], *, model: Any, tokenizer: Any, template: str, max_new_tokens: int, batch_size: int
+) -> list[str]:
+    """Return the answers to lm-eval's requests, each of a prompt and its options, up to the first of its ends."""
+    by_limit: dict[int, list[int]] = {}
+    for place, request in enumerate(requests):
+        options = request.args[1]
+        if options.get("do_sample"):
+            raise ConfigError("a task of benchmark.lm_eval_tasks samples its answers; take one that answers greedily")
+        by_limit.setdefault(min(max_new_tokens, options.get("max_gen_toks", max_new_tokens)), []).append(place)
+    answers = [""] * len(requests)
+    for limit, places in by_limit.items():
+        prompts = [encode_prompt(requests[place].args[0], "", tokenizer, template) for place in places]
+        texts = generate_answers(model, tokenizer, prompts, max_new_tokens=limit, batch_size=batch_size)
+        for place, text in zip(places, texts, strict=True):
+            ends = requests[place].args[1].get("until") or []
+            answers[place] = until(text, [ends] if isinstance(ends, str) else ends)
+    return answers
+
+
+def until(text: str, ends: Sequence[str]) -> str:
+    """Return the text before the first of the ends."""
+    return text[: min((place for end in ends if end and (place := text.find(end)) >= 0), default=len(text))]
 
 
 @functools.cache

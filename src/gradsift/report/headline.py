@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gradsift.cost import duration
 from gradsift.diagnostics import DIAGNOSTICS_FILE, read_diagnostics
 from gradsift.report.material import FAILED, Material, Missing, Run
-from gradsift.report.notes import remarks_of_all, warnings_of
-from gradsift.report.paper_tables import LEVEL, cells_of, count, is_distinguishable
-from gradsift.report.run_tables import COUNTS, UNTUNED, Row, all_rows, flat_rows, over_seeds, pws_text
+from gradsift.report.notes import AGAINST_RANDOM, remarks_of_all, warnings_of
+from gradsift.report.paper_tables import cells_of, count, is_distinguishable
+from gradsift.report.run_tables import COUNTS, LEVEL, Row, flat_rows, pws_text
 from gradsift.report.table import counted
+
+ONE_SEED = "; with one seed, what varies from seed to seed is not in the interval"
 
 
 class Tile(NamedTuple):
@@ -78,10 +80,11 @@ def _best(material: Material) -> tuple[list[str], list[Tile]]:
     tests = f" (Holm's correction over {counted(len(cells), 'cell')})" if len(cells) > 1 else ""
     verdicts = [
         f"The highest PWS is that of {method} at {100 * alpha:g} % of the rows{where}: {pws_text(best)}, {side} the "
-        f"model tuned on all rows{tests}{_invalid(best)}."
+        f"model tuned on all rows{tests}{_invalid(best)}{ONE_SEED if best['runs'] == 1 else ''}."
     ]
     tiles = [
         Tile("highest PWS", f"{best['pws']:.3f}", f"{method} at {100 * alpha:g} %"),
+        *_length_tile(best),
         *_accuracy_tile(material, best),
     ]
     try:
@@ -100,18 +103,25 @@ def _invalid(row: Row) -> str:
     return f"; {row['invalid'] / items:.0%} of its {items} items have no valid judgment"
 
 
+def _length_tile(row: Row) -> list[Tile]:
+    """Return the length-controlled PWS; nothing for a verifier, which has none."""
+    value = row["pws_length_controlled"]
+    return [] if value is None else [Tile("length-controlled PWS", f"{value:.3f}", "at answers of equal length")]
+
+
 def _accuracy_tile(material: Material, best: Row) -> list[Tile]:
-    """Return the accuracy of a cell beside those of the full data and of no finetuning, if the sweep measured them."""
-    rows = over_seeds(all_rows([run.record for run in material.finished]))
-    beside = {"full data": "full", "no finetuning": UNTUNED}
-    known = {
-        name: next((row["accuracy"] for row in rows if row["scorer"] == scorer and row["accuracy"] is not None), None)
-        for name, scorer in beside.items()
-    }
+    """Return the accuracy of a cell beside those of the full data and of no finetuning on the same benchmark."""
     if best["accuracy"] is None:
         return []
-    note = ", ".join(f"{name} {value:.3f}" for name, value in known.items() if value is not None)
-    return [Tile("its accuracy", f"{best['accuracy']:.3f}", note)]
+    alike = ("dataset", "target", "scorer", "alpha", "members", "settings")
+    runs = [run.record for run in material.finished]
+    runs = [run for run in runs if [flat_rows(run)[0][key] for key in alike] == [best[key] for key in alike]]
+    notes = []
+    for name, key in (("full data", "reference"), ("no finetuning", "untuned")):
+        values = [(run["accuracy"].get("by_benchmark") or {}).get(key, {}).get(best["benchmark"]) for run in runs]
+        if values and None not in values:
+            notes.append(f"{name} {sum(values) / len(values):.3f}")
+    return [Tile("its accuracy", f"{best['accuracy']:.3f}", ", ".join(notes))]
 
 
 def _of_run(run: Run) -> tuple[str, list[str], list[Tile]]:
@@ -128,8 +138,9 @@ def _of_run(run: Run) -> tuple[str, list[str], list[Tile]]:
         outcomes = f"{row['win']} wins, {row['tie']} ties and {row['lose']} losses{_invalid(row)}"
         distinct = row["p_value"] is not None and row["p_value"] < LEVEL
         verdict = "" if distinct else "; not distinguishable from 1"
-        verdicts.append(f"PWS {pws_text(row)} against the model tuned on all rows: {outcomes}{verdict}.")
+        verdicts.append(f"PWS {pws_text(row)} against the model tuned on all rows: {outcomes}{verdict}{ONE_SEED}.")
         tiles.append(Tile("PWS", f"{row['pws']:.3f}", f"{row['win']} / {row['tie']} / {row['lose']}"))
+        tiles += _length_tile(row)
     selection, accuracy = record.get("selection") or {}, record.get("accuracy") or {}
     if "rows" in selection:
         rows = (record.get("data") or {}).get("rows")
@@ -159,6 +170,20 @@ def _settings(material: Material) -> str:
     return "; ".join(f"{name} {' or '.join(dict.fromkeys(map(_text, values)))}" for name, values in parts if values)
 
 
+def _below_random(found: Mapping[str, Any]) -> str:
+    """Return one warning for all methods whose PWS is below that of random rows."""
+    names = [
+        f"{name.removeprefix(AGAINST_RANDOM).strip(' ()')} ({each['values']['pws']:.3f}, random "
+        f"{each['values']['pws_random']:.3f})"
+        for name, each in found.items()
+    ]
+    apart = sum((each["values"].get("p_value") or 1.0) < LEVEL for each in found.values())
+    return (
+        f"The PWS is below that of random rows for {'; '.join(names)}. Paired tests with Holm's correction tell "
+        f"{apart} of these {len(names)} from random rows [{AGAINST_RANDOM}]"
+    )
+
+
 def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
@@ -173,7 +198,11 @@ def _notes(material: Material) -> Iterator[Note]:
         for name, message in warnings_of(run.record.get("diagnostics")).items():
             messages.setdefault(name, []).append(f"{run.name}: {message}" if material.is_sweep else message)
     if material.is_sweep and (material.folder / DIAGNOSTICS_FILE).is_file():
-        messages |= {name: [message] for name, message in warnings_of(read_diagnostics(material.folder)).items()}
+        found = read_diagnostics(material.folder)
+        below = {name: found[name] for name in warnings_of(found) if name.startswith(AGAINST_RANDOM)}
+        messages |= {name: [message] for name, message in warnings_of(found).items() if name not in below}
+        if below:
+            yield Note("warning", _below_random(below))
     for name, texts in messages.items():
         others = f" ({len(texts)} of {len(runs)} runs have this warning; this is the first)" if len(texts) > 1 else ""
         yield Note("warning", f"{texts[0]} [{name}]{others}")

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gradsift.diagnostics import Diagnostic
-from gradsift.report.run_tables import SEEDS, SETTINGS, Row, Run, flat_rows, with_settings
+from gradsift.evaluation.intervals import Difference, holm
+from gradsift.report.run_tables import LEVEL, OUTCOMES, SEEDS, SETTINGS, Row, Run, compared, flat_rows, with_settings
 from gradsift.report.table import cell_text
 
 _RATERS = {
     "local": "judge=local with a small model only checks that the pipeline runs: its ratings mean nothing",
     "verifier": "judge=verifier rated as an oracle that knows the embedded world's right answers: an upper bound",
 }
+AGAINST_RANDOM = "against_random"
 _BASELINES = ("random", "full")  # scorers that need no model
 
 
@@ -69,21 +71,33 @@ def against_random(runs: Sequence[Run]) -> list[Diagnostic]:
     """Compare each method with random selection; return a diagnostic for each scorer and setting.
 
     The pooled PWS of a run is compared with those of random selections that share its seeds and everything but the
-    scorer and the scorer's constants. A method without such a counterpart gets no diagnostic.
+    scorer and the scorer's constants. A method without such a counterpart gets no diagnostic. The p-values are those of
+    paired tests, with Holm's correction over the methods.
     """
     rows = [flat_rows(run)[-1] for run in with_settings(runs)]  # the last is the pooled one, or the only one
     rows = [row for row in rows if row["pws"] is not None and row["scorer"] != "full"]
     named = [n for n in SETTINGS if n in ("scorer", "alpha") or len({row[n] for row in rows}) > 1]
-    random: dict[tuple[Any, ...], list[float]] = {}
+    random: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["scorer"] == "random":
-            random.setdefault(_shared_with_random(row), []).append(row["pws"])
-    pairs: dict[str, list[tuple[float, float]]] = {}  # PWS of the method and of its counterpart
+            random.setdefault(_shared_with_random(row), []).append(row)
+    pairs: dict[str, list[tuple[Row, list[Row]]]] = {}  # a row of the method and its counterparts
     for row in rows:
         if row["scorer"] != "random" and (known := random.get(_shared_with_random(row))):
             name = ", ".join(cell_text(row[n]) for n in named if row[n] != "")
-            pairs.setdefault(name, []).append((row["pws"], sum(known) / len(known)))
-    return [_compared(name, values) for name, values in pairs.items()]
+            pairs.setdefault(name, []).append((row, known))
+    tests = [_paired_test(each) for each in pairs.values()]
+    adjusted = iter(holm([test.p_value for test in tests if test is not None]))
+    p_values = [None if test is None else next(adjusted) for test in tests]
+    return [_compared(name, each, p) for (name, each), p in zip(pairs.items(), p_values, strict=True)]
+
+
+def _paired_test(pairs: Sequence[tuple[Row, list[Row]]]) -> Difference | None:
+    """Return the paired difference over all seeds; None if a run has several counterparts or judged other items."""
+    if any(len(known) > 1 for _, known in pairs):
+        return None
+    ours, theirs = [row[OUTCOMES] for row, _ in pairs], [one[OUTCOMES] for _, (one,) in pairs]
+    return compared({OUTCOMES: ours}, {OUTCOMES: theirs})
 
 
 def _shared_with_random(row: Row) -> tuple[Any, ...]:
@@ -92,16 +106,18 @@ def _shared_with_random(row: Row) -> tuple[Any, ...]:
     return (*(row[name] for name in (*SETTINGS, *SEEDS) if name not in ("scorer", "settings")), settings)
 
 
-def _compared(name: str, pairs: Sequence[tuple[float, float]]) -> Diagnostic:
-    pws, pws_random = (sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))
-    lower = sum(pair[0] < pair[1] for pair in pairs)
-    values = {"difference": pws - pws_random, "pws": pws, "pws_random": pws_random}
+def _compared(name: str, pairs: Sequence[tuple[Row, list[Row]]], p_value: float | None) -> Diagnostic:
+    figures = [(row["pws"], sum(one["pws"] for one in known) / len(known)) for row, known in pairs]
+    pws, pws_random = (sum(pair[i] for pair in figures) / len(pairs) for i in (0, 1))
+    lower = sum(pair[0] < pair[1] for pair in figures)
+    values = {"difference": pws - pws_random, "pws": pws, "pws_random": pws_random, "p_value": p_value}
+    tested = "" if p_value is None else f" (a paired test {'tells' if p_value < LEVEL else 'does not tell'} them apart)"
     return Diagnostic.judged(
-        f"against_random ({name})",
+        f"{AGAINST_RANDOM} ({name})",
         pws < pws_random,
         values | {"pairs": len(pairs), "pairs_lower": lower},
         f"{name}: PWS {pws:.3f} against {pws_random:.3f} for random rows, lower in {lower} of {len(pairs)} pairs of "
-        "runs",
+        f"runs{tested}",
         "the runs' own warnings, the full-data baseline (scorer=full: near random there is little to select), "
         "and more seeds before relying on it",
     )

@@ -26,9 +26,12 @@ from gradsift.report.figures import FIGURES, Entry, write_figures, write_tables
 from gradsift.report.figures.style import Format
 from gradsift.report.headline import headline
 from gradsift.report.inline_svg import inline_svg
-from gradsift.report.material import BROKEN, Incomplete, Material, read
+from gradsift.report.judged import CUT as CUT_PAIR
+from gradsift.report.judged import judged_pairs
+from gradsift.report.material import BROKEN, Incomplete, Material, attempt, read
 from gradsift.report.paper_tables import TABLES
 from gradsift.report.run_tables import WORK_FILE, results_table, work_table
+from gradsift.report.table import groups_of
 from gradsift.run_folder import CONFIG_FILE, FIGURES_FOLDER, REPORT_FILE, RUN_FILE, TABLES_FOLDER, read_yaml
 
 _WIDE = 450  # points; two figures that are narrower stand side by side
@@ -80,10 +83,13 @@ def write_report(
         "pools": packed,
         "left_out": left_out,
     }
+    judged, no_pairs = attempt(lambda: judged_pairs(material))
+    values |= {"judged": judged or [], "no_pairs": no_pairs}
     part = require_no_link(to / f".{REPORT_FILE}.part")
     part.write_text(render(material, values), encoding="utf-8")
     part.rename(to / REPORT_FILE)
     absent = [("figure", *item) for item in no_figure.items()] + [("table", *item) for item in no_table.items()]
+    absent += [("sample", "of judged answers", no_pairs)]
     if broken := [f"the {kind} {name}, which {why}" for kind, name, why in absent if why.startswith(BROKEN)]:
         raise Incomplete(f"{to / REPORT_FILE} is written, but for {'; '.join(broken)}")
     return to / REPORT_FILE
@@ -140,6 +146,7 @@ def render(material: Material, values: Mapping[str, Any]) -> str:
         work=work_table(records),
         unfinished=[run for run in material.runs if run.status not in ("finished", "stopped")],
         cut=CUT,
+        cut_pair=CUT_PAIR,
         repeat=_commands(material),
         versions=_versions(material),
         config=_config(material),
@@ -156,22 +163,6 @@ def figures_of(figures: Sequence[Shown], modules: Sequence[str]) -> list[Shown]:
     if len(narrow) % 2:
         narrow[-1].is_wide = True
     return sorted(own, key=lambda shown: shown.svg is None)
-
-
-def groups_of(header: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Group the columns of a table that are named `ALPHA: METHOD` by alpha.
-
-    Returns:
-        The title and the methods of each group. Empty if any column but the first is named otherwise, or if no two
-        share their alpha.
-    """
-    pairs = [name.partition(": ") for name in header[1:]]
-    groups: list[tuple[str, list[str]]] = []
-    for alpha, _, name in pairs:
-        if not groups or groups[-1][0] != f"alpha {alpha}":
-            groups.append((f"alpha {alpha}", []))
-        groups[-1][1].append(name)
-    return groups if all(colon for _, colon, _ in pairs) and len(groups) < len(pairs) else []
 
 
 def _policy(style: str, script: str) -> str:

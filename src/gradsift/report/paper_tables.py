@@ -13,15 +13,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradsift.evaluation.intervals import Difference, difference, holm
+from gradsift.evaluation.intervals import holm
 from gradsift.report.material import Material, Missing
-from gradsift.report.run_tables import OUTCOMES, Row, flat_rows, method_name, outcome_matrix, over_seeds, pws_text
+from gradsift.report.run_tables import (
+    COUNTS,
+    LEVEL,
+    Row,
+    compared,
+    flat_rows,
+    intervals_text,
+    method_name,
+    over_seeds,
+    pws_text,
+)
 from gradsift.report.table import Table
 
 METHOD = "gsnr"
-LEVEL = 0.05  # probability of one or more false claims in a table
 ABLATIONS = ("gsnr_raw_drop", "gsnr_normalized_drop", "gsnr_variance_normalized")  # #1, #2 and #3 of the paper
 _NO_BASELINES = (METHOD, *ABLATIONS, "gsnr_direction", "full")
+_RECORDED = ("pws", "pws_low", "pws_high", "p_value", "pws_length_controlled", *COUNTS)
 Place = tuple[str, str, str]  # dataset, target, benchmark
 Column = tuple[float, str]  # alpha, method
 Cells = dict[tuple[Place, Column], Row]
@@ -101,15 +111,6 @@ def count(cells: Cells) -> Count:
     return Count(len(groups), sum(d > 0 for d in leads), sum(d == 0 for d in leads), better, worse, tuple(names))
 
 
-def compared(first: Row, second: Row) -> Difference | None:
-    """Return the paired difference of two cells; None if they did not judge the same items with the same seeds."""
-    ours, theirs = (each if isinstance(each, list) else [each] for each in (first[OUTCOMES], second[OUTCOMES]))
-    if None in ours or None in theirs or [items for items, _ in ours] != [items for items, _ in theirs]:
-        return None
-    matrix = outcome_matrix([letters for _, letters in (*ours, *theirs)])
-    return difference(matrix[: len(ours)], matrix[len(ours) :]) if matrix.size else None
-
-
 def is_distinguishable(cells: Cells) -> dict[tuple[Place, Column], bool]:
     """Return for each cell whether its PWS differs significantly from 1, with Holm's correction over the cells."""
     adjusted = holm([1.0 if row["p_value"] is None else row["p_value"] for row in cells.values()])
@@ -130,15 +131,15 @@ def pws_table(material: Material) -> Table:
     header = ["dataset / target / benchmark", *(f"{alpha:g}: {method}" for alpha, method in columns)]
     records = [
         {"dataset": place[0], "target": place[1], "benchmark": place[2], "alpha": column[0], "method": column[1]}
-        | {name: row[name] for name in ("pws", "pws_low", "pws_high", "p_value", "win", "tie", "lose", "invalid")}
+        | {name: row[name] for name in _RECORDED}
         | {"runs": row["runs"], "best": (place, column) in best}
         for (place, column), row in cells.items()
     ]
     bold = frozenset((places.index(place), 1 + columns.index(column)) for place, column in best)
     averaged = any(row["runs"] > 1 for row in cells.values())
-    note = (
-        f"{'Means over seeds, with' if averaged else 'With'} 95 % intervals. Bold: the highest of a row at its alpha."
-    )
+    note = f"{intervals_text(cells.values())}. Bold: the highest of a row at its alpha."
+    if averaged:
+        note = f"Means over seeds. {note}"
     with suppress(Missing):  # no cell to count
         note += f" {count(cells)}."
     return Table("PWS against the model tuned on all rows (1 is parity)", header, rows, bold, note, records)

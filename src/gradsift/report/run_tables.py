@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gradsift.cost import WORK_COLUMNS, work_of
-from gradsift.evaluation.intervals import mean_interval, p_value
+from gradsift.evaluation.intervals import Difference, difference, mean_interval, p_value
 from gradsift.report.table import Table, cell_text, fixed
 
 Run = Mapping[str, Any]  # the content of a `run.json`
@@ -25,7 +25,9 @@ SETTINGS = ("dataset", "proxy", "members", "snapshots", "target", "judge", "scor
 SEEDS = ("data_seed", "seed")
 SEED_KEYS = ("seed", "data.seed", "data.corruption.seed", "scorer.seed", "selector.seed")
 COUNTS = ("win", "tie", "lose", "invalid")
-MEASURES = ("rows", "pws", "accuracy", "heldout_loss", "spoilt_share", "families")
+MEASURES = ("rows", "pws", "pws_length_controlled", "accuracy", "heldout_loss", "spoilt_share", "families")
+DEFAULT_CONFIDENCE = 0.95  # of runs whose record does not name it
+LEVEL = 0.05  # probability of one or more false claims in a table
 OUTCOMES = "outcomes"  # of a row: (hash of the items, a letter per item), or a list of these for several seeds
 UNTUNED = "(no finetuning)"
 TITLE = "PWS against the model tuned on all rows"
@@ -63,12 +65,15 @@ def flat_rows(run: Run) -> list[Row]:
     """Return the rows of one run as plain values, the pooled one last; None where the run lacks a figure."""
     cells: dict[str, Mapping[str, Any]] = dict(run.get("benchmarks") or {})
     outcomes = {name: (each["items"], each["outcomes"]) for name, each in (run.get("outcomes") or {}).items()}
+    name = next(iter(cells), "pooled")  # of the row over all items
     if len(cells) != 1:
         name = "pooled" if cells else "+".join(run.get("benchmark_sets") or [])
         cells[name] = run.get("pooled") or {"pws": run.get("pws")}
         if outcomes:
             items, letters = zip(*(outcomes[each] for each in sorted(outcomes)), strict=True)
             outcomes[name] = " ".join(items), "".join(letters)
+    of_all = run.get("length_controlled") or {}
+    controlled = {name: each["pws"] for name, each in of_all.get("benchmarks", {}).items()} | {name: of_all.get("pws")}
     selection, accuracy = run.get("selection") or {}, run.get("accuracy") or {}
     by_benchmark = accuracy.get("benchmarks") or {}
     return [
@@ -81,6 +86,8 @@ def flat_rows(run: Run) -> list[Row]:
             **{name: cell.get(name) for name in ("pws", "pws_low", "pws_high", *COUNTS)},
             "p_value": parity_p_value([outcomes[benchmark]]) if benchmark in outcomes else None,
             OUTCOMES: outcomes.get(benchmark),
+            "pws_length_controlled": controlled.get(benchmark),
+            "confidence": run.get("confidence", DEFAULT_CONFIDENCE),
             "accuracy": by_benchmark.get(benchmark, accuracy.get("model")),
             "heldout_loss": (run.get("heldout_loss") or {}).get("model"),
             "spoilt_share": selection.get("spoilt_share"),
@@ -119,7 +126,7 @@ def over_seeds(rows: Iterable[Row]) -> list[Row]:
 
 
 def _mean_row(group: Sequence[Row]) -> Row:
-    mean: Row = {name: group[0][name] for name in SETTINGS} | {"runs": len(group)}
+    mean: Row = {name: group[0][name] for name in (*SETTINGS, "confidence")} | {"runs": len(group)}
     for name in (*MEASURES, *COUNTS):
         values = [row[name] for row in group if row[name] is not None]
         # a mean over some of the runs must not be compared with means over all of them
@@ -130,7 +137,7 @@ def _mean_row(group: Sequence[Row]) -> Row:
     if mean["pws"] is not None and all(outcomes) and len({items for items, _ in outcomes}) == 1:
         matrix = outcome_matrix([letters for _, letters in outcomes])
         if matrix.size:
-            low, high = mean_interval(matrix)
+            low, high = mean_interval(matrix, group[0]["confidence"])
             mean |= {"pws_low": low + 1, "pws_high": high + 1, "p_value": parity_p_value(outcomes)}
             mean[OUTCOMES] = [row[OUTCOMES] for row in group]
     return mean
@@ -153,6 +160,15 @@ def outcome_matrix(letters: Sequence[str]) -> np.ndarray:
     return matrix[:, ~np.isnan(matrix).any(0)]
 
 
+def compared(first: Row, second: Row) -> Difference | None:
+    """Return the paired difference of two cells; None if they did not judge the same items with the same seeds."""
+    ours, theirs = (each if isinstance(each, list) else [each] for each in (first[OUTCOMES], second[OUTCOMES]))
+    if None in ours or None in theirs or [items for items, _ in ours] != [items for items, _ in theirs]:
+        return None
+    matrix = outcome_matrix([letters for _, letters in (*ours, *theirs)])
+    return difference(matrix[: len(ours)], matrix[len(ours) :]) if matrix.size else None
+
+
 def pws_text(row: Row) -> str:
     """Return the PWS of a row with its interval, as in "1.400 [1.150, 1.650]"."""
     if row["pws"] is None:
@@ -161,6 +177,18 @@ def pws_text(row: Row) -> str:
         return "1 (itself)"
     interval = "" if row["pws_low"] is None else f" [{row['pws_low']:.3f}, {row['pws_high']:.3f}]"
     return f"{row['pws']:.3f}{interval}"
+
+
+def intervals_text(rows: Iterable[Row]) -> str:
+    """Return what the intervals of these rows are, as in "PWS with 95 % intervals over items and seeds".
+
+    In a table with several seeds, an interval of a cell that has one seed is over its items.
+    """
+    shown = [row for row in rows if row["pws_low"] is not None]
+    shares = " or ".join(f"{100 * share:g} %" for share in sorted({row["confidence"] for row in shown}))
+    several = {row["runs"] > 1 for row in shown}
+    over = "items alone" if several == {False} else "items and seeds"
+    return f"PWS with {shares} intervals over {over}"
 
 
 def outcomes_text(row: Row) -> str:
@@ -183,12 +211,15 @@ def results_table(runs: Sequence[Run]) -> Table:
     if len(benchmarks) == 1:
         title += f", benchmark {benchmarks.pop()}"
     if (most := max(row["runs"] for row in rows)) > 1:
-        title += f"; means of {most} seeds, PWS with 95 % intervals"
+        title += f"; means of {most} seeds"
+    if any(row["pws_low"] is not None for row in rows):
+        title += f"; {intervals_text(rows)}"
     varied = [n for n in SETTINGS if n in ("scorer", "alpha") or len({row[n] for row in rows} - {None}) > 1]
     columns = {
         **{name: [cell_text(row[name]) for row in rows] for name in varied},
         "rows": [cell_text(row["rows"]) for row in rows],
         "PWS": [pws_text(row) for row in rows],
+        "PWS, length-controlled": [fixed(row["pws_length_controlled"]) for row in rows],
         "win/tie/lose": [outcomes_text(row) for row in rows],
         "accuracy": [fixed(row["accuracy"]) for row in rows],
         "held-out": [fixed(row["heldout_loss"]) for row in rows],

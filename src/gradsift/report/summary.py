@@ -31,6 +31,8 @@ def summary(run: Run) -> Iterator[Line]:
         for number, row in enumerate(reversed(flat_rows(run))):  # pooled first
             where = "against the model tuned on all rows" if not number else row["benchmark"]
             pws = "no valid pair" if row["pws"] is None else pws_text(row)
+            if row["pws_length_controlled"] is not None:
+                where += f", {row['pws_length_controlled']:.3f} at equal length"
             yield "" if number else "PWS", f"{pws} {where}, win/tie/lose {outcomes_text(row)}"
     for label, key, unit in (("accuracy", "accuracy", ""), ("held-out", "heldout_loss", " nats a token")):
         values = run.get(key) or {}

@@ -1,4 +1,4 @@
-"""One table in three renderings: terminal (`console.print(table)`), HTML page, and CSV and Markdown files."""
+"""One table in several renderings: terminal (`console.print(table)`), HTML page, and files: CSV, Markdown, LaTeX."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of a formula
+_LATEX = {character: "\\" + character for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "[": "{[}",  # as the first character of a row it would be the argument of the line break before it
+    "]": "{]}",
+}
 _LONGEST_MARKDOWN = 200  # rows; longer tables are written as CSV alone
 
 
@@ -68,9 +77,33 @@ class Table:
         lines = [f"**{self.title}**", "", *map(_markdown_line, (self.header, rule, *rows))]
         return "\n".join([*lines, "", self.note] if self.note else lines)
 
+    def latex(self) -> str:
+        """Return the table as LaTeX (package booktabs), with its title as the caption and its note below it."""
+        left = self.text_columns
+        rows = [
+            [rf"\textbf{{{_latex(cell)}}}" if (i, j) in self.best else _latex(cell) for j, cell in enumerate(row)]
+            for i, row in enumerate(self.rows)
+        ]
+        lines = [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_latex(self.title)}}}",
+            rf"\begin{{tabular}}{{{''.join('l' if i in left else 'r' for i in range(len(self.header)))}}}",
+            r"\toprule",
+            *(rf"{line} \\" for line in _latex_header(self.header)),
+            r"\midrule",
+            *(" & ".join(row) + r" \\" for row in rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            *([rf"\par\smallskip{{\footnotesize {_latex(self.note)}}}"] if self.note else []),
+            r"\end{table}",
+        ]
+        return "\n".join(lines)
+
     def write(self, folder: Path, name: str) -> None:
-        """Write `<name>.csv` with the records and, unless the table is long, `<name>.md`."""
+        """Write `<name>.csv` with the records and, unless the table is long, `<name>.md` and `<name>.tex`."""
         if len(self.rows) <= _LONGEST_MARKDOWN:
+            (folder / f"{name}.tex").write_text(self.latex() + "\n", encoding="utf-8")
             (folder / f"{name}.md").write_text(self.markdown() + "\n", encoding="utf-8")
         write_records(folder / f"{name}.csv", self.records)
 
@@ -115,6 +148,37 @@ def counted(number: int, name: str) -> str:
 
 def _markdown_line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def groups_of(header: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Group the columns of a table that are named `ALPHA: METHOD` by alpha.
+
+    Returns:
+        The title and the methods of each group. Empty if any column but the first is named otherwise, or if no two
+        share their alpha.
+    """
+    pairs = [name.partition(": ") for name in header[1:]]
+    groups: list[tuple[str, list[str]]] = []
+    for alpha, _, name in pairs:
+        if not groups or groups[-1][0] != f"alpha {alpha}":
+            groups.append((f"alpha {alpha}", []))
+        groups[-1][1].append(name)
+    return groups if all(colon for _, colon, _ in pairs) and len(groups) < len(pairs) else []
+
+
+def _latex_header(header: Sequence[str]) -> list[str]:
+    """Return the lines of the heading: one, or two if the columns form groups."""
+    groups = groups_of(header)
+    if not groups:
+        return [" & ".join(map(_latex, header))]
+    above = [rf"\multicolumn{{{len(names)}}}{{c}}{{{_latex(title)}}}" for title, names in groups]
+    names = [name for _, own in groups for name in own]
+    return [" & ".join(["", *above]), " & ".join(map(_latex, [header[0], *names]))]
+
+
+def _latex(text: str) -> str:
+    """Return the text with LaTeX's special characters escaped."""
+    return "".join(_LATEX.get(character, character) for character in text)
 
 
 def _is_word(cell: str) -> bool:

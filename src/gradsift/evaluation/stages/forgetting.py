@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from gradsift.artifacts import Artifact
 from gradsift.config import BenchmarkConfig, GeneratorConfig, TargetConfig
+from gradsift.data.tokens import template_identity
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.lm_harness import evaluate_tasks
 from gradsift.evaluation.stages.answers import generate, slug_of
@@ -19,7 +20,7 @@ from gradsift.manifests import file_hash
 from gradsift.runtime import Runtime
 from gradsift.training.target import load_tuned
 
-LM_EVAL_VERSION = 1
+LM_EVAL_VERSION = 2
 
 
 class General(NamedTuple):
@@ -85,6 +86,7 @@ def _lm_eval(
     runtime: Runtime, config: BenchmarkConfig, target_config: TargetConfig, target: Artifact, tuned: Artifact | None
 ) -> Artifact:
     settings: dict[str, Any] = {"tasks": list(config.lm_eval_tasks), "limit": config.limit}
+    settings |= {"template": template_identity(target_config.template), "max_new_tokens": config.max_new_tokens}
     settings["package"] = metadata.version("lm-eval")  # tasks change from release to release
     if config.lm_eval_folder is not None:
         files = sorted(file for file in Path(config.lm_eval_folder).rglob("*") if file.is_file())
@@ -95,6 +97,7 @@ def _lm_eval(
         plain: Any = model.model
         plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain  # includes the LoRA layers
         options: dict[str, Any] = {"folder": config.lm_eval_folder, "limit": config.limit}
+        options |= {"template": target_config.template, "max_new_tokens": config.max_new_tokens}
         tasks = evaluate_tasks(plain, model.tokenizer, config.lm_eval_tasks, batch_size=config.batch_size, **options)
         return {"rows": len(tasks), "tasks": tasks}
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from gradsift.evaluation.judges.local import LocalJudge
 
 VERSION = 3
-PWS_VERSION = 5
+PWS_VERSION = 6
 _CLIENT_OPTIONS = ("api_key_env", "timeout", "retries", "max_wait", "give_up", "give_up_unreadable", "concurrency")
 # options of a request, which belong to a judgment
 _REQUEST_OPTIONS = ("token_parameter", "system_role", "extra_body", "extra_headers", "extra_query")
@@ -213,7 +213,12 @@ def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifa
         summary["outcomes"] = outcome_strings(outcomes)
         if config.name != "verifier":  # which does not prefer a length: its outcome is fixed by the answer
             summary["length_bias"] = length_bias(judgments, combine, both)
-            summary["length_controlled"] = length_controlled(outcomes, both)
+            summary["length_controlled"] = length_controlled(outcomes, both) | {
+                "benchmarks": {
+                    name: length_controlled({item: kind for item, kind in outcomes.items() if item[0] == name}, both)
+                    for name in summary["benchmarks"]
+                }
+            }
             write_diagnostics(folder, [invalid_share(judgments)])
         write_pws(folder / "pws.json", summary)
         return {"rows": len(judgments)}

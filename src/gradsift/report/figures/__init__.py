@@ -72,7 +72,7 @@ def _write(entry: Entry, material: Material, folder: Path, formats: Iterable[For
 
 
 def write_tables(material: Material, folder: Path) -> tuple[dict[str, Table], dict[str, str]]:
-    """Write each table as `<name>.csv` and, unless it is long, `<name>.md`, and remove those of an earlier report.
+    """Write each table as CSV and, unless it is long, Markdown and LaTeX, and remove those of an earlier report.
 
     Returns:
         The tables that were made, and for the others the reason why not, both by name.
@@ -81,7 +81,7 @@ def write_tables(material: Material, folder: Path) -> tuple[dict[str, Table], di
     folder.mkdir(parents=True, exist_ok=True)
     tables, reasons = {}, {}
     for name, make in makers.items():
-        for form in ("csv", "md"):
+        for form in ("csv", "md", "tex"):
             (folder / f"{name}.{form}").unlink(missing_ok=True)
         table, reason = attempt(partial(make, material))
         if table is None:

@@ -44,7 +44,7 @@ def spoilt_shares(material: Material) -> Records:
 def audit_spoilt(material: Material) -> Figure:
     """Share of corrupted rows in the selection. Below the band, which holds random draws, a method avoids them; within
     it the method does no better than chance. Shows at most eight methods."""
-    figure, (axes,) = style.panels(width=6.2, height=3.6)
+    figure, (axes,) = style.panels(width=5.2, height=3.4)
     by_method = style.grouped(spoilt_shares(material), "method")
     for (method, cells), look in zip(by_method.items(), style.looks_of(by_method).values(), strict=True):
         alphas, shares = style.column(cells, "alpha"), style.column(cells, "spoilt_share")
@@ -66,7 +66,7 @@ def audit_auroc(material: Material) -> Figure:
     by_method = audits(material, MOST_ROWS)
     kinds = list(dict.fromkeys(kind for own in by_method.values() for audit in own for kind in audit["kinds"]))
     values = np.array([[_mean_auroc(own, kind) for kind in kinds] for own in by_method.values()])
-    figure, (axes,) = style.panels(width=2.6 + 0.85 * len(kinds), height=1.4 + 0.36 * len(by_method))
+    figure, (axes,) = style.panels(width=2.2 + 0.62 * len(kinds), height=1.4 + 0.36 * len(by_method))
     texts = [[f"{value:.2f}" for value in line] for line in values]
     names = [kind.replace("_", " ") for kind in kinds]
     style.cells(axes, values, texts, rows=list(by_method), columns=names, rotation=25, diverging=True)

@@ -54,7 +54,7 @@ def curves(material: Material) -> Records:
 def convergence(material: Material) -> Figure:
     """Training loss of the target on each method's selection, smoothed. At equal tokens the lower line learns faster,
     but a low line can also mean easy rows, and noisy rows cannot be learned. Shows at most eight methods."""
-    figure, (by_step, by_token) = style.panels(2, height=3.4)
+    figure, (by_step, by_token) = style.panels(2, width=6.4, height=3.3)
     lines = style.grouped(curves(material), "method")
     for (name, steps), look in zip(lines.items(), style.looks_of(lines).values(), strict=True):
         options: Style = {"color": style.INK if name == ALL else look.colour, "linestyle": look.dash, "label": name}

@@ -48,13 +48,13 @@ def cost(material: Material) -> Figure:
     store."""
     by_stage = costs(material)
     column = {name: [cost[name] for cost in by_stage.values()] for name in _COLUMNS}
-    figure, axes = style.panels(4 if any(column["memory"]) else 3, width=8.6, height=1.3 + 0.24 * len(by_stage))
+    figure, axes = style.panels(4 if any(column["memory"]) else 3, width=7.2, height=1.3 + 0.24 * len(by_stage))
     _bars(axes[0], "seconds", column["seconds"], column["saved"])
     _bars(axes[1], "units of work", column["made"], column["reused"])
     _bars(axes[2], "tokens through a model", column["tokens"])
     axes[2].xaxis.set_major_formatter(_short)
     if any(column["memory"]):
-        _bars(axes[3], "peak memory so far (GB)", column["memory"])
+        _bars(axes[3], "peak memory (GB)", column["memory"])
     for panel in axes:
         style.name_rows(panel, list(by_stage))
         panel.locator_params(axis="x", nbins=4)

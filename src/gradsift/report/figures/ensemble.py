@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from gradsift.gradients.ensemble_checks import LEAST_ADAPTER_SPREAD, LEAST_NORM_SPREAD
 from gradsift.report.figures import style
 from gradsift.report.figures.convergence import shown_steps, smooth
-from gradsift.report.figures.groups import representative
+from gradsift.report.figures.groups import named, over_seeds_of, representative
 from gradsift.report.figures.style import Style, report_figure
 from gradsift.report.material import Material, Missing, Run
 
@@ -19,8 +19,8 @@ Trajectories = list[tuple[np.ndarray, np.ndarray]]  # of each member: steps (P,)
 
 @report_figure("Trajectories of the members (PCA)")
 def trajectories_pca(material: Material) -> Figure:
-    """All members start at the ringed point. If their lines diverge, the members differ; if they run together, the
-    ensemble is collapsing."""
+    """The members of one seed, which all start at the ringed point. If their lines diverge, the members differ; if
+    they run together, the ensemble is collapsing. The marks grow with the steps."""
     run, trajectories = _trajectories(material)
     flat, shares = principal(np.concatenate([points for _, points in trajectories]))
     first, second = (f"component {i + 1} ({share:.0%} of the variance)" for i, share in enumerate(shares))
@@ -68,7 +68,7 @@ def _draw(run: Run, trajectories: Trajectories, flat: np.ndarray, xlabel: str, y
         axes.plot(x[:1], y[:1], "o", ms=6, mfc="none", mec=style.INK)
         axes.plot(x[-1:], y[-1:], look.marker, ms=8, color=look.colour, mec=style.INK, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.set_title(f"{run.name}: {trajectories[0][0][-1]:,} steps, marks grow with them")
+    axes.set_title(f"{named(run)}: {trajectories[0][0][-1]:,} steps")
     return figure
 
 
@@ -87,56 +87,63 @@ def spread_over_steps(trajectories: Trajectories) -> tuple[np.ndarray, np.ndarra
 
 @report_figure("Collapse of the ensemble")
 def collapse(material: Material) -> Figure:
-    """An ensemble is collapsed if the members' distance or the spread of their norms is below the dashed bounds."""
-    run = representative(material, "statistics")
-    values = material.statistics(run)
-    figure, (left, right) = style.panels(2, height=3.3)
-    try:
-        trajectories = material.trajectories(run)
-    except Missing:  # the norms may still be there
-        trajectories = []
-    if len(trajectories) > 1:
-        _draw_distance(left, trajectories)
+    """An ensemble is collapsed if the members' distance or the spread of their norms is below the dashed bounds. Each
+    seed has a colour of its own."""
+    runs = over_seeds_of(material, representative(material, "statistics"))
+    figure, (left, right) = style.panels(2, width=6.4, height=3.2)
+    looks = style.looks_of(run.name for run in runs)
+    for run in runs:
+        seed = f"seed {run.record.get('seed')}: " if len(runs) > 1 else ""
+        try:
+            trajectories = material.trajectories(run)
+        except Missing:  # the norms may still be there
+            trajectories = []
+        if len(trajectories) > 1:
+            steps, spread = spread_over_steps(trajectories)
+            left.plot(steps, spread, marker="o", ms=3, color=looks[run.name].colour)
+        values = material.statistics(run)
+        moved = values.G_t > 0
+        variation = np.sqrt(values.V_t[moved]) / values.G_t[moved]
+        kind: Style = {"histtype": "step", "linewidth": 1.2} if len(runs) > 1 else {}
+        right.hist(variation, bins=40, color=looks[run.name].colour, **kind)
+        middle = float(np.median(variation))
+        ink = style.INK if len(runs) == 1 else looks[run.name].colour
+        right.axvline(middle, color=ink, linewidth=1.2, label=f"{seed}median {middle:.3f}")
+    if left.lines:
+        _draw_bounds(left)
     else:
         left.set_visible(False)
-    moved = values.G_t > 0
-    variation = np.sqrt(values.V_t[moved]) / values.G_t[moved]
-    right.hist(variation, bins=40, color=style.COLOURS[0])
-    middle = float(np.median(variation))
-    right.axvline(middle, color=style.INK, linewidth=1.2, label=f"median {middle:.3f}")
     right.axvline(
-        LEAST_NORM_SPREAD, color=style.COLOURS[1], **style.DASHED, label=f"collapsed below {LEAST_NORM_SPREAD}"
+        LEAST_NORM_SPREAD, color=style.COLOURS[1], **style.DASHED, label=f"spread below {LEAST_NORM_SPREAD}: collapsed"
     )
     right.set(xlabel="$V_t^{1/2} / G_t$ of an example", ylabel="examples", xlim=(0, None))
     right.set_title("spread of the gradient norms")
-    right.legend()
     return figure
 
 
-def _draw_distance(axes: Axes, trajectories: Trajectories) -> None:
-    steps, spread = spread_over_steps(trajectories)
-    axes.plot(steps, spread, marker="o", ms=3.5, color=style.COLOURS[0])
-    axes.axhline(
-        LEAST_ADAPTER_SPREAD, color=style.COLOURS[1], **style.DASHED, label=f"collapsed below {LEAST_ADAPTER_SPREAD}"
-    )
+def _draw_bounds(axes: Axes) -> None:
+    label = f"distance below {LEAST_ADAPTER_SPREAD}: collapsed"
+    axes.axhline(LEAST_ADAPTER_SPREAD, color=style.COLOURS[1], **style.DASHED, label=label)
     axes.axhline(2**0.5, color=style.INK, **style.DOTTED, label="unrelated members")
     axes.set(xlabel="optimiser steps", ylabel="distance / norm", ylim=(0, 1.6))
     axes.set_title("distance of two members' updates")
-    axes.legend(loc="lower right")
 
 
 @report_figure("Training of the members")
 def member_loss(material: Material) -> Figure:
     """Smoothed training loss of each member. If a line does not fall, the proxy does not learn, and its scores rank
-    noise."""
-    run = representative(material, "member")
-    curves = material.member_curves(run)
-    figure, (axes,) = style.panels(width=5.6, height=3.2)
-    looks = style.looks_of(f"member {number}" for number in range(len(curves)))
-    for (name, look), curve in zip(looks.items(), curves, strict=True):
-        loss = smooth(np.array([entry["loss"] for entry in curve]))
-        steps = shown_steps(loss)
+    noise. Of several seeds, each has a colour for all its members."""
+    runs = over_seeds_of(material, representative(material, "member"))
+    figure, (axes,) = style.panels(width=5.2, height=3.2)
+    lines = []  # the name in the legend, and the loss
+    for run in runs:
+        for number, curve in enumerate(material.member_curves(run)):
+            name = f"member {number}" if len(runs) == 1 else f"seed {run.record.get('seed')}"
+            lines.append((name, smooth(np.array([entry["loss"] for entry in curve]))))
+    looks = style.looks_of(name for name, _ in lines)
+    for name, loss in lines:
+        look, steps = looks[name], shown_steps(loss)
         axes.plot(steps + 1, loss[steps], color=look.colour, linestyle=look.dash, label=name)
     axes.set(xlabel="optimiser steps", ylabel="training loss (nats a token)")
-    axes.set_title(run.name)
+    axes.set_title(named(runs[0]) if len(runs) == 1 else f"{runs[0].method}, {len(runs)} seeds")
     return figure

@@ -73,6 +73,20 @@ def largest_ensemble(material: Material) -> Run:
     return max((run for run in runs if run.record["scorer"] == one.record["scorer"]), key=lambda r: r.record["members"])
 
 
+def over_seeds_of(material: Material, one: Run) -> list[Run]:
+    """Return the run and those that differ from it in seeds alone, one for each seed, with the same stages."""
+    same = ("scorer", "alpha", "dataset", "proxy", "members", "snapshots", "target")
+    runs = [one, *(run for run in material.runs if all(run.record.get(key) == one.record.get(key) for key in same))]
+    runs = [run for run in runs if run.method == one.method and run.artifacts.keys() >= one.artifacts.keys()]
+    by_seed = {(run.record.get("data_seed"), run.record.get("seed")): run for run in reversed(runs)}
+    return list(reversed(by_seed.values()))
+
+
+def named(run: Run) -> str:
+    """Return method, budget and seed of a run, for the title of a panel."""
+    return f"{run.method} at {100 * run.alpha:g} %, seed {run.record.get('seed')}"
+
+
 def mean(values: Sequence[float | None]) -> float | None:
     """Return the mean, or None if a value is unknown: means over different runs must not be compared."""
     known = [value for value in values if value is not None]

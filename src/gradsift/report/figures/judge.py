@@ -111,7 +111,7 @@ def length_bias(material: Material) -> Figure:
 
 def _rows_panel(names: Mapping[str, Any], items: Sequence[int] | np.ndarray = ()) -> tuple[Figure, Axes]:
     """Return a panel with a row for each name, and the number of items beside it if given."""
-    figure, (axes,) = style.panels(width=7.2, height=1.1 + 0.3 * len(names))
+    figure, (axes,) = style.panels(width=5.6, height=1.1 + 0.3 * len(names))
     style.name_rows(axes, list(names))
     style.in_percent(axes.xaxis)
     for place, count in enumerate(items):

@@ -21,18 +21,25 @@ _ENDS = ("pws_low", "pws_high")  # of the interval, None where there is none
 
 @report_figure("PWS of every method")
 def pws(material: Material) -> Figure:
-    """Dots are PWS with their intervals. Those right of the dashed line did better than all rows."""
+    """Dots are PWS with their intervals, over items and, if there are several, seeds. Those right of the dashed line did
+    better than all rows; where an interval holds the line, the two are not distinguishable."""
     cells = cells_of(material)
     places = list(dict.fromkeys(place for place, _ in cells))[:_MOST_PANELS]
     methods = list(dict.fromkeys(method for _, (_, method) in cells))[:MOST_ROWS]
     alphas = sorted({alpha for _, (alpha, _) in cells})
-    height = 1.2 + (0.12 + 0.16 * len(alphas)) * len(methods)
-    figure, axes = style.panels(len(places), width=3.4 + 2.6 * len(places), height=max(2.2, height))
+    columns, height = 1 if len(places) < 3 else 2, (0.12 + 0.16 * len(alphas)) * len(methods)
+    rows = -(-len(places) // columns)
+    size: Style = {"width": 2.6 + 2.2 * columns, "height": max(2.2, 1.2 + rows * height)}
+    figure, axes = style.panels(columns, rows, **size)
+    for panel in axes[len(places) :]:
+        panel.set_visible(False)
+    axes = axes[: len(places)]
     for panel, place in zip(axes, places, strict=True):
         _draw_place(panel, {column: row for (where, column), row in cells.items() if where == place}, methods, alphas)
         panel.set_title(" / ".join(place), fontsize=8.5)
-    for panel in axes[1:]:
-        panel.set_yticklabels([])
+    for number, panel in enumerate(axes):
+        if number % columns:
+            panel.set_yticklabels([])
     return figure
 
 

@@ -45,7 +45,7 @@ def score_distributions(material: Material) -> Figure:
     if not scored:
         raise Missing("no run has a scored row")
     shown = {name: group[0] for name, group in by_method(scored, middle_alpha(scored), MOST_LINES).items()}
-    columns = min(4, len(shown))
+    columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     figure, axes = style.panels(columns, rows, width=1.2 + 2.0 * columns, height=0.9 + 1.7 * rows)
     for panel, (name, run) in zip(axes, shown.items(), strict=False):
@@ -118,7 +118,7 @@ def score_length(material: Material) -> Figure:
     runs = reached(material, "score")
     alpha = middle_alpha(runs)
     shown = by_method(runs, alpha, MOST_LINES)
-    figure, (axes,) = style.panels(width=6.4, height=3.6)
+    figure, (axes,) = style.panels(width=5.4, height=3.4)
     for (name, group), look in zip(shown.items(), style.looks_of(shown).values(), strict=True):
         curve = np.mean([_lengths_by_rank(material, run) for run in group], axis=0)
         places = (np.arange(len(curve)) + 0.5) / len(curve)
@@ -148,7 +148,7 @@ def variance_and_loss(material: Material) -> Figure:
     values = material.statistics(run)
     points = selections_by_variance(material, values.V_t, run)
     panel_count = 2 if len(points) > 1 else 1
-    figure, axes = style.panels(panel_count, width=1.2 + 3.0 * panel_count, height=3.5)
+    figure, axes = style.panels(panel_count, width=1.0 + 2.7 * panel_count, height=3.5)
     cloud(axes[0], values.loss_t, values.V_t, _is_selected(material, run, len(values.V_t)), log=True)
     axes[0].set(xlabel="late loss (nats a token)", ylabel="variance over members, $V_t$")
     axes[0].set_title(as_text(spearman(values.loss_t, values.V_t)))

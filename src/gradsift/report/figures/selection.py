@@ -86,7 +86,7 @@ def labels(material: Material) -> Figure:
     """Share of each known quality. A useful method keeps more clean rows than the pool in the first bar."""
     records = label_shares(material)
     qualities = sorted({q for record in records for q in record} - {"method", "alpha"}, key=lambda q: (q != "clean", q))
-    figure, (axes,) = style.panels(width=7.2, height=1.3 + 0.3 * len(records))
+    figure, (axes,) = style.panels(width=5.6, height=1.3 + 0.3 * len(records))
     start = np.zeros(len(records))
     for name, look in style.looks_of(qualities).items():
         values = np.array([record.get(name, 0.0) for record in records])

@@ -21,6 +21,8 @@ from gradsift.report.figures.groups import (
     largest_ensemble,
     mean,
     middle_alpha,
+    named,
+    over_seeds_of,
     overlap_of,
     reached,
     representative,
@@ -113,12 +115,16 @@ def members_and_snapshots(material: Material) -> Figure:
 
 
 def size_curves(material: Material) -> Records:
-    """Compare the score by the first m members, m from 2 to M, with the score by all M (Spearman, Jaccard).
+    """Compare the score by the first m members, m from 2 to M, with the score by all M (Spearman, Jaccard), by seed.
 
     Raises:
         Missing: there are fewer than three members.
     """
-    run = largest_ensemble(material)
+    runs = over_seeds_of(material, largest_ensemble(material))
+    return [record for run in runs for record in _size_curve(material, run)]
+
+
+def _size_curve(material: Material, run: Run) -> Records:
     early, late = (material.norms(run, epoch) for epoch in run.record["snapshots"])
     sizes = list(range(2, len(early) + 1))
     if len(sizes) < 2:
@@ -130,32 +136,37 @@ def size_curves(material: Material) -> Records:
 
 @report_figure("Members that a ranking needs", size_curves)
 def ensemble_size(material: Material) -> Figure:
-    """G-SNR by the first members alone compared with G-SNR by all of them. Where the lines are near 1, more members
-    change little."""
+    """G-SNR by the first members alone compared with G-SNR by all of them, with a line for each seed. Where the lines
+    are near 1, more members change little."""
     records = size_curves(material)
     figure, axes = _draw_agreement(largest_ensemble(material), records, "members", marks="os")
-    sizes = [record["members"] for record in records]
+    sizes = sorted({record["members"] for record in records})
     axes.set(xlabel=f"members, of {sizes[-1]}", ylabel="agreement with all members", xticks=sizes)
     return figure
 
 
 def eps_curves(material: Material) -> Records:
-    """Return how far the score with each eps of EPS agrees (Spearman, Jaccard) with the score with the run's eps."""
-    run = representative(material, "statistics")
-    values = material.statistics(run)
-    scores = {float(value): gsnr(values, eps=float(value)) for value in EPS}
-    return agreement(run, "eps", scores, gsnr(values, eps=own_eps(run)))
+    """Return by seed how far the score with each eps of EPS agrees (Spearman, Jaccard) with that with the run's eps."""
+    records: list[Mapping[str, Any]] = []
+    for run in over_seeds_of(material, representative(material, "statistics")):
+        values = material.statistics(run)
+        scores = {float(value): gsnr(values, eps=float(value)) for value in EPS}
+        records += agreement(run, "eps", scores, gsnr(values, eps=own_eps(run)))
+    return records
 
 
 @report_figure("Sensitivity to eps", eps_curves)
 def eps(material: Material) -> Figure:
-    """The same gradient statistics scored with other values of eps. Where the lines fall, eps rather than the ensemble
-    decides the ranking."""
+    """The same gradient statistics scored with other values of eps, with a line for each seed. Where the lines fall,
+    eps rather than the ensemble decides the ranking."""
     run = representative(material, "statistics")
     figure, axes = _draw_agreement(run, eps_curves(material), "eps")
     axes.axvline(own_eps(run), color=style.INK, linewidth=1, label=f"this run: {own_eps(run):g}")
-    middle = float(np.nanmedian(material.statistics(run).V_t))
-    axes.axvline(middle, color=style.FAINT, **style.DOTTED, label=f"median $V_t$: {middle:.2g}")
+    middles = [float(np.nanmedian(material.statistics(each).V_t)) for each in over_seeds_of(material, run)]
+    label = f"median $V_t$: {' to '.join(dict.fromkeys(f'{value:.2g}' for value in (min(middles), max(middles))))}"
+    for middle in middles:
+        axes.axvline(middle, color=style.FAINT, **style.DOTTED, label=label)
+        label = "_"  # no entry of its own in the legend
     axes.set(xscale="log", xlabel="eps", ylabel=f"agreement with eps = {own_eps(run):g}")
     return figure
 
@@ -174,20 +185,28 @@ def agreement(run: Run, name: str, scores: Mapping[Any, Scores], base: Scores) -
     size = int(run.alpha * len(base.score))
     top = best_first(base)[:size].tolist()
     return [
-        {"run": run.name, name: value, "rank_correlation": spearman(each.score, base.score)}
+        {
+            "run": run.name,
+            "seed": run.record.get("seed"),
+            name: value,
+            "rank_correlation": spearman(each.score, base.score),
+        }
         | {"overlap": jaccard(top, best_first(each)[:size].tolist())}
         for value, each in scores.items()
     ]
 
 
 def _draw_agreement(run: Run, records: Records, name: str, marks: Sequence[str] = ("", "")) -> tuple[Figure, Axes]:
-    figure, (axes,) = style.panels(width=6.2, height=3.5)
-    x, correlation = style.column(records, name), style.column(records, "rank_correlation")
-    axes.plot(x, correlation, f"{marks[0]}-", color=style.COLOURS[0], label="rank correlation of the scores")
-    overlap = style.column(records, "overlap")
-    axes.plot(x, overlap, f"{marks[1]}--", color=style.COLOURS[1], label=f"overlap of the top {run.alpha:.0%}")
-    axes.set_ylim(limits(correlation))
-    axes.set_title(run.name)
+    figure, (axes,) = style.panels(width=5.2, height=3.3)
+    seeds = style.grouped(records, "run").values()
+    labels = "rank correlation of the scores", f"overlap of the top {run.alpha:.0%}"
+    for own in seeds:
+        for place, (key, label) in enumerate(zip(("rank_correlation", "overlap"), labels, strict=True)):
+            look: Style = {"color": style.COLOURS[place], "alpha": 1 if len(seeds) == 1 else 0.7, "label": label}
+            axes.plot(style.column(own, name), style.column(own, key), marks[place] + ("-", "--")[place], **look)
+        labels = "_", "_"  # one entry in the legend for all seeds
+    axes.set_ylim(limits(style.column(records, "rank_correlation")))
+    axes.set_title(named(run) if len(seeds) == 1 else f"{run.method} at {100 * run.alpha:g} %, {len(seeds)} seeds")
     return figure, axes
 
 
@@ -230,7 +249,7 @@ def seeds(material: Material) -> Figure:
     records = seed_agreement(material)
     names, alpha = list(style.grouped(records, "method")), records[0]["alpha"]
     places = np.array([names.index(record["method"]) for record in records])
-    figure, (axes,) = style.panels(width=6.6, height=1.2 + 0.36 * len(names))
+    figure, (axes,) = style.panels(width=5.6, height=1.2 + 0.36 * len(names))
     overlap = f"overlap of the selections, alpha {alpha:g}"
     labels = {"rank_correlation": "rank correlation of the scores", "overlap": overlap}
     for number, (key, label) in enumerate(labels.items()):

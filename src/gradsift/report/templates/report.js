@@ -46,6 +46,27 @@ const sections = new IntersectionObserver((entries) => {
 }, { rootMargin: "-12% 0px -70% 0px" });
 for (const section of document.querySelectorAll("main section")) sections.observe(section);
 
+// -------------------------------------------------------------------------------------- the judged answers
+
+const pairs = [...document.querySelectorAll(".pair")];
+if (pairs.length) {
+  const keys = ["method", "benchmark", "outcome"];
+  const texts = pairs.map((pair) => pair.textContent.toLowerCase());
+  const filter = () => {
+    const sought = $("pair-query").value.toLowerCase().split(/\s+/).filter(Boolean);
+    let shown = 0;
+    pairs.forEach((pair, place) => {
+      const passes = keys.every((key) => ["", pair.dataset[key]].includes($(`pair-${key}`).value));
+      pair.hidden = !(passes && sought.every((word) => texts[place].includes(word)));
+      shown += !pair.hidden;
+    });
+    $("pair-matches").textContent = `${shown} of ${pairs.length} pairs`;
+  };
+  for (const key of ["query", ...keys]) $(`pair-${key}`).addEventListener("input", filter);
+  $("pair-tools").hidden = false;
+  filter();
+}
+
 // ------------------------------------------------------------------------------------------- the examples
 // N examples of one pool. Columns are typed arrays over one unpacked buffer; the search runs over all texts as one string.
 

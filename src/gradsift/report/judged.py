@@ -1,0 +1,100 @@
+"""A sample of the judged answers for the page: question, both answers, and what the judge said in each order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+from gradsift.evaluation.generation import OUTPUTS_FILE, item_key, read_model_outputs, without_turns
+from gradsift.evaluation.judgments import ORDERS, Judgment, read_judgments
+from gradsift.evaluation.pws import in_both_orders, outcome
+from gradsift.evaluation.turns import with_input
+from gradsift.pages import presentable
+from gradsift.report.material import Material, Missing, Run
+
+MOST = 120  # pairs on a page
+CUT = 600  # characters of a text
+_FIGURES = 4  # digits of a score
+Key = tuple[str, str]  # benchmark, item
+
+
+class Words(NamedTuple):
+    """What the judge said about a pair in one order: the scores of model and reference, and its reply or the reason."""
+
+    order: str
+    scores: str
+    text: str
+
+
+class JudgedPair(NamedTuple):
+    """A question with the answers of the tuned model and of the one tuned on all rows, as text to be escaped."""
+
+    method: str
+    benchmark: str
+    outcome: str
+    question: str
+    model: str
+    reference: str
+    words: list[Words]
+
+
+def judged_pairs(material: Material, most: int = MOST) -> list[JudgedPair]:
+    """Return up to `most` judged pairs: an equal number of each method and alpha, of its first run, and of these an
+    equal number of each outcome, evenly spread over the items.
+
+    Raises:
+        Missing: no run has judgments and both models' answers in the store.
+    """
+    groups: dict[str, Run] = {}
+    for run in material.finished:
+        if run.has("judge"):
+            groups.setdefault(f"{run.method} at {100 * run.alpha:g} %", run)
+    if not groups:
+        raise Missing("no run has judgments in the store")
+    each = max(1, most // len(groups))
+    return list(chain.from_iterable(_sample(name, run, each) for name, run in groups.items()))[:most]
+
+
+def _sample(name: str, run: Run, most: int) -> Iterator[JudgedPair]:
+    judged = run.one("judge")
+    by_fingerprint = {artifact.fingerprint: artifact for artifact in run.artifacts.get("generate", [])}
+    parents = judged.manifest["parents"][:2]  # the answers, then the reference's
+    if any(parent not in by_fingerprint for parent in parents):
+        raise Missing(f"{run.name}: the judged answers are not in the store any more")
+    rows, reference_rows = (
+        {item_key(row): row for row in without_turns(read_model_outputs(by_fingerprint[parent].file(OUTPUTS_FILE)))}
+        for parent in parents
+    )
+    by_outcome: dict[str, list[Key]] = {"win": [], "lose": [], "tie": [], "invalid": []}
+    pairs = in_both_orders(read_judgments(judged.file("judgments.jsonl")))
+    for key, orders in pairs.items():
+        result = outcome(orders.get("forward"), orders.get("reverse"), judged.info["combine"])
+        by_outcome[result].append(key)
+    for kind, key in _balanced(by_outcome, most):
+        row = rows[key]
+        words = [_words(pairs[key][order]) for order in ORDERS if order in pairs[key]]
+        question, answer = with_input(row["instruction"], row["input"]), reference_rows[key]["output"]
+        yield JudgedPair(name, key[0], kind, _cut(question), _cut(row["output"]), _cut(answer), words)
+
+
+def _balanced(groups: Mapping[str, Sequence[Key]], most: int) -> list[tuple[str, Key]]:
+    """Return up to `most` keys with the names of their groups, in turn, and of each group an even share of its keys."""
+    turns = [(turn, name) for name, keys in groups.items() for turn in range(len(keys))]
+    turns = sorted(turns, key=lambda turn: turn[0])[:most]
+    sizes = Counter(name for _, name in turns)
+    return [(name, groups[name][turn * len(groups[name]) // sizes[name]]) for turn, name in turns]
+
+
+def _words(judgment: Judgment) -> Words:
+    shown = "model first" if judgment.order == "forward" else "model second"
+    if judgment.score_model is None or judgment.score_reference is None:
+        return Words(shown, "invalid", _cut(f"{judgment.reason}: {judgment.reply}"))
+    scores = " : ".join(f"{score:.{_FIGURES}g}" for score in (judgment.score_model, judgment.score_reference))
+    return Words(shown, scores, _cut(judgment.reply or judgment.reason or ""))
+
+
+def _cut(text: str) -> str:
+    text = presentable(text)
+    return text if len(text) <= CUT else f"{text[:CUT]} … ({len(text) - CUT:,} more characters)"

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gradsift.diagnostics import Diagnostic, write_diagnostics
 from gradsift.evaluation.intervals import mean_interval, p_value
 from gradsift.report.figures import write_tables
-from gradsift.report.headline import headline
+from gradsift.report.headline import ONE_SEED, headline
 from gradsift.report.material import Material, Missing, Run
 from gradsift.report.paper_tables import ablation_table, cells_of, count, is_distinguishable, pws_table
 from gradsift.report.run_tables import method_name
@@ -188,3 +189,23 @@ def test_the_headline_claims_no_difference_that_is_not_there_and_says_what_is_in
     cell = {"pws": 1.0, "pws_low": 0.5, "pws_high": 1.5, "win": 4, "tie": 0, "lose": 4, "invalid": 2, "n": 10}
     one = headline(Material(Path("run"), [run("gsnr", 1.0, pooled=cell, benchmarks={"vicuna": cell})], False))
     assert "20% of its 10 items have no valid judgment" in one.verdicts[0]
+
+
+def test_the_headline_names_the_limits_of_one_seed_and_the_baselines() -> None:
+    by_benchmark = {"model": {"vicuna": 0.5}, "reference": {"vicuna": 0.75}, "untuned": {"vicuna": 0.25}}
+    accuracy = {"model": 0.5, "by_benchmark": by_benchmark}
+    seeds = [judged("gsnr", "w" * 30, seed=seed, accuracy=accuracy) for seed in (0, 1)]
+    one, two = headline(sweep(seeds[0])), headline(sweep(*seeds))
+    assert ONE_SEED in one.verdicts[0] and ONE_SEED not in two.verdicts[0]
+    assert ("its accuracy", "0.500", "full data 0.750, no finetuning 0.250") in two.tiles
+
+
+def test_methods_below_random_rows_are_one_warning(tmp_path: Path) -> None:
+    found = [
+        Diagnostic(f"against_random (gsnr, {alpha})", "warning", {"pws": 0.75, "pws_random": 1.0, "p_value": p}, "m")
+        for alpha, p in ((0.1, 0.01), (0.2, None))
+    ]
+    write_diagnostics(tmp_path, found)
+    (note,) = headline(Material(tmp_path, [judged("gsnr", "l" * 30)], True)).notes
+    assert note.kind == "warning" and "gsnr, 0.1 (0.750, random 1.000); gsnr, 0.2 (0.750" in note.text
+    assert "tell 1 of these 2 from random rows" in note.text

@@ -142,6 +142,26 @@ def test_several_benchmarks_have_a_row_each_and_a_pooled_one() -> None:
     assert [row["pws"] for row in rows] == [1.4, 0.5, 0.95]
 
 
+def test_the_length_controlled_pws_stands_beside_the_plain_one() -> None:
+    controlled = {"pws": 0.9, "benchmarks": {"vicuna": {"pws": 0.8}, "koala": {"pws": None}}}
+    two = run({"vicuna": cell(6, 2, 2), "koala": cell(0, 5, 5)}, length_controlled=controlled)
+    assert [row["pws_length_controlled"] for row in flat_rows(two)] == [0.8, None, 0.9]
+    earlier = run(length_controlled={"pws": 0.9})  # without the benchmarks
+    assert flat_rows(earlier)[0]["pws_length_controlled"] == 0.9
+    assert [row["PWS, length-controlled"] for row in cells(two)[:3]] == ["0.800", "-", "0.900"]
+    assert "PWS, length-controlled" not in results_table([run()]).header  # a verifier has none
+
+
+def test_the_table_says_what_its_intervals_are() -> None:
+    letters = {"vicuna": {"items": "x", "outcomes": "wwwwwwttll"}}
+    one, other = (run(seed=seed, outcomes=letters, confidence=0.9) for seed in (0, 1))
+    assert "PWS with 90 % intervals over items alone" in results_table([one]).title
+    assert "means of 2 seeds; PWS with 90 % intervals over items and seeds" in results_table([one, other]).title
+    wide, narrow = (over_seeds(flat_rows(each | {"confidence": c}) * 2)[0] for each, c in ((one, 0.95), (one, 0.5)))
+    assert wide["pws_low"] < narrow["pws_low"] < narrow["pws_high"] < wide["pws_high"]
+    assert "interval" not in results_table([run({"vicuna": cell(0, 0, 0, invalid=3)})]).title
+
+
 def test_without_a_valid_pair_there_is_no_pws_not_even_a_pooled_one() -> None:
     rows = flat_rows(run({"vicuna": cell(6, 2, 2), "koala": cell(0, 0, 0, invalid=10)}))
     assert [row["pws"] for row in rows] == [1.4, None, 1.4]
@@ -228,7 +248,8 @@ def test_the_full_data_model_at_two_alphas_is_not_two_seeds() -> None:
 def test_the_table_shows_every_run_and_leaves_out_empty_columns() -> None:
     runs = [run(), full(), run(scorer="random")]
     text = text_of(results_table(runs))
-    assert text.splitlines()[0].rstrip() == f"{TITLE}, benchmark vicuna"
+    title = f"{TITLE}, benchmark vicuna; PWS with 95 % intervals over items alone"
+    assert text.splitlines()[0].rstrip() == title
     shown = cells(*runs)
     assert [row["scorer"] for row in shown] == ["gsnr", "full", "random", UNTUNED]
     assert [row["alpha"] for row in shown] == ["0.1", "all", "0.1", "-"]

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -54,15 +55,21 @@ class Members:
     def __init__(self, model: Any, rows: list[Encoded], count: int, compute: ComputeConfig) -> None:
         self._model, self._rows, self._members, self._compute = model, rows, range(count), compute
 
-    def train(self, together: bool, steps: int) -> tuple[float, list[Path], tempfile.TemporaryDirectory[str]]:
-        """Return the seconds, and the members' folders with their owner."""
+    def train(
+        self, together: bool, steps: int, tokens: int | None = None
+    ) -> tuple[float, list[Path], tempfile.TemporaryDirectory[str]]:
+        """Return the seconds, and the members' folders with their owner.
+
+        Args:
+            tokens: that pass at once; default: what suits the device.
+        """
         owner = tempfile.TemporaryDirectory(prefix="gradsift-together-")
         display = Display(Console(file=io.StringIO()))
         run = Runtime(Store(Path(owner.name)), self._compute, display, seed=0)
         model = ModelConfig(kind="tiny_bytes")
         config = ProxyConfig(name="proxy", model=model, lora=LoraConfig(), members=len(self._members))
         tokenizer: Any = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 0})()
-        budget = TokenBudget.of(self._model, self._compute.tokens, print)
+        budget = TokenBudget.of(self._model, tokens, print)
         inputs = ProxyInputs(Backbone(self._model, tokenizer), self._rows[: BATCH * steps], budget)
         settings = [member_settings(config, run, member, 1) for member in self._members]
         folders = [Path(owner.name) / str(member) for member in self._members]
@@ -81,11 +88,15 @@ class Members:
         return clock() - started, folders, owner
 
     def operations(self, together: bool) -> float:
-        """Return the operations of a member's step, from epochs of 2 and 6 steps."""
+        """Return the operations of a member's step, from epochs of 2 and 6 steps.
+
+        As on a GPU, AdamW changes lists of tensors in one operation, and a step passes in one batch.
+        """
         counts = []
         for steps in (2, 6):
-            with Operations() as operations:
-                self.train(together, steps)
+            adamw = partial(torch.optim.AdamW, foreach=True)
+            with mock.patch.object(torch.optim, "AdamW", adamw), Operations() as operations:
+                self.train(together, steps, tokens=16384)
             counts.append(operations.count)
         return (counts[1] - counts[0]) / 4 / len(self._members)
 

@@ -8,11 +8,12 @@ Qwen3-0.6B and Llama-2-7B; the ranking check uses SmolLM2 if it is installed (`m
   exactness    per-sample norms against one backward pass per example: float32, and bfloat16
   ranking      G-SNR of bfloat16 against float32 at equal weights: the bar for compute.precision=auto
   line         a small experiment from its rows to the pairwise winning score, also with compute=fsdp on one rank
+  divided      a model loaded in parts (compute=fsdp) in a group of one rank: losses and gradients of the whole one
   memory       a pass that does not fit into memory is repeated with fewer tokens and gives the same norms
-  large        a LoRA step of a 7B model: seconds, peak memory, share of the card's peak
+  large        a LoRA step of a 7B model: seconds, share of the card's peak, peak memory and what arithmetic says of it
   throughput   examples per second: ours with and without norms, the loop, Opacus, transformers' Trainer
   together     members side by side against the same members alone: seconds, and their weights
-  answers      tokens per second of greedy answers
+  answers      greedy answers per second
 
 A law that does not hold, or a check that raises an error, ends the program with exit code 1. Without a GPU the same
 checks run on the CPU with `--smallest`: a rehearsal of this program, whose numbers say nothing about a GPU.
@@ -56,7 +57,11 @@ from gradsift.proxy.collection import collect_norms
 from gradsift.training import lora
 from gradsift.training.checkpointing import checkpoint_blocks
 from gradsift.training.device import TokenBudget
+from gradsift.training.divided import in_parts, is_divided
 from gradsift.training.finetuning import fit
+from gradsift.training.head import ResponseLosses
+from gradsift.training.loading import load_model
+from gradsift.training.memory import adapted_names, token_bytes
 from gradsift.training.modules import Optimization, ProxyMember
 from gradsift.training.nano import nano_model, nano_tokenizer, pretrain
 from gradsift.training.numerics import prepare
@@ -260,6 +265,31 @@ def line(setting: Setting) -> Iterator[Row]:
             yield Row("line", f"{name}: seconds from rows to PWS", seconds, "finished", True)
 
 
+def divided(setting: Setting) -> Iterator[Row]:
+    found: list[list[torch.Tensor]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model_of(setting, "qwen3", "bfloat16").save_pretrained(folder)
+        backend = "nccl" if setting.device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, init_method=f"file://{folder}/group", rank=0, world_size=1)
+        try:
+            for in_a_group in (False, True):
+                with in_parts(setting.compute, in_a_group) as options:
+                    model = load_model(folder, "qwen3", dtype=torch.bfloat16, **options)
+                assert is_divided(model) == in_a_group  # noqa: S101
+                prepare(model.requires_grad_(False), setting.compute)
+                adapted = adapted_of(model, setting.device)
+                batch = collate(setting.rows(8, model.config.vocab_size), 0).to(setting.device)
+                losses = ResponseLosses(adapted)(batch)
+                losses.sum().backward()
+                gradients = [each.grad.flatten() for each in lora.trainable_parameters(adapted).values()]
+                found.append([losses.detach(), torch.cat(gradients)])
+        finally:
+            torch.distributed.destroy_process_group()
+    for name, whole, parts in zip(("losses", "gradients"), *found, strict=True):
+        off = float((parts - whole).norm() / whole.norm())
+        yield Row("divided", f"relative difference of the {name}", off, "< 0.01", off < 0.01)
+
+
 def memory(setting: Setting) -> Iterator[Row]:
     if setting.device.type != "cuda":
         yield Row("memory", "halving of the token budget", "not run: it needs a GPU")
@@ -297,6 +327,9 @@ def large(setting: Setting) -> Iterator[Row]:
     yield Row("large", "share of the peak of matrix products", operations / seconds / peak(setting))
     if setting.device.type == "cuda":
         yield Row("large", "peak memory, GB", torch.cuda.max_memory_allocated() / 1e9)
+    each = token_bytes(model.config, 2, adapted_names(adapted), checkpointed=True) or 0
+    held = sum(part.numel() * part.element_size() * (4 if part.requires_grad else 1) for part in adapted.parameters())
+    yield Row("large", "memory of 2,048 tokens at once by arithmetic, GB", (held + 2048 * each) / 1e9)
 
 
 def throughput(setting: Setting) -> Iterator[Row]:
@@ -373,7 +406,7 @@ def answers(setting: Setting) -> Iterator[Row]:
     seconds = setting.seconds(
         lambda: made.append(generate_answers(model, bytes_tokenizer(), prompts, max_new_tokens=new, batch_size=64))
     )
-    yield Row("answers", f"seconds for {len(prompts)} prompts, at most {new} tokens each", seconds)
+    yield Row("answers", f"answers per second: {len(prompts)} prompts, {new} tokens each", len(prompts) / seconds)
     yield Row("answers", "two runs give the same answers", float(made[0] == made[1]), "1", made[0] == made[1])
 
 
@@ -404,7 +437,7 @@ def together(setting: Setting) -> Iterator[Row]:
 
 
 CHECKS: dict[str, Callable[[Setting], Iterator[Row]]] = {
-    check.__name__: check for check in (exactness, ranking, line, memory, large, throughput, together, answers)
+    check.__name__: check for check in (exactness, ranking, line, divided, memory, large, throughput, together, answers)
 }
 
 

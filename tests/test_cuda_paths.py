@@ -298,9 +298,9 @@ def test_the_proxy_and_the_tuned_target_leave_the_memory_to_the_next_model(grads
     alive: list[list[str]] = []
     load = backbones.load_backbone
 
-    def noted(artifact: Any, config: Any, compute: Any) -> Any:
+    def noted(artifact: Any, config: Any, compute: Any, **options: Any) -> Any:
         alive.append([name for name, model in models if model() is not None])
-        loaded = load(artifact, config, compute)
+        loaded = load(artifact, config, compute, **options)
         models.append((config.nano.architecture, weakref.ref(loaded.model)))
         return loaded
 
@@ -335,7 +335,7 @@ def torch_settings() -> Iterator[None]:
 
 @pytest.mark.usefixtures("torch_settings")
 def test_precision_auto_is_float32_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    compute = ComputeConfig(device="cpu", precision="auto")
+    compute = ComputeConfig(device="cpu")
     numerics.set_kernels(compute)
     assert numerics.dtype_of(compute) == torch.float32
     assert "products" not in numerics.numerics_of(kit("gpt2", "float32").adapted.get_base_model())
@@ -343,7 +343,7 @@ def test_precision_auto_is_float32_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("torch_settings", "a_gpu")
 def test_precision_auto_is_bfloat16_with_tf32_on_a_gpu_and_in_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    compute = ComputeConfig(precision="auto")
+    compute = ComputeConfig()  # the default
     numerics.set_kernels(compute)
     assert numerics.dtype_of(compute) == torch.bfloat16
     assert torch.get_float32_matmul_precision() == "high"
@@ -353,7 +353,7 @@ def test_precision_auto_is_bfloat16_with_tf32_on_a_gpu_and_in_the_identity(monke
     assert described["products"] == "tf32"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     assert numerics.dtype_of(compute) == torch.float32
-    numerics.set_kernels(ComputeConfig())
+    numerics.set_kernels(ComputeConfig(precision="float32"))
     assert torch.get_float32_matmul_precision() == "highest"
 
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 from conftest import SMOKE
+from transformers import LlamaConfig
 
 from gradsift.artifacts import Artifact, NotMade, Store
 from gradsift.cost import duration
 from gradsift.manifests import write_manifest
 from gradsift.planning import DONE, TO_DO, Earlier, Planner
 from gradsift.report.plans import AT_MOST, SHARED, plan_lines, states, to_do, volume
+from gradsift.training.nano import nano_tokenizer
 
 TINY = (*SMOKE, "data.size=60", "data.benchmark_items=13", "target.steps=2")
 
@@ -247,3 +249,45 @@ def test_durations_are_readable(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(("size", "text"), [(5, "5 B"), (12_300, "12 kB"), (4_000_000, "4 MB"), (2.5e9, "2.5 GB")])
 def test_volumes_are_readable(size: float, text: str) -> None:
     assert volume(size) == text
+
+
+@pytest.mark.parametrize("compute", ["default", "fsdp"])
+def test_a_plan_with_a_large_target_tells_memory_and_hours_by_arithmetic(
+    gradsift, tmp_path: Path, capsys, compute: str
+) -> None:
+    """LLaMA-2-7B, from its config alone: the published number of parameters, and of an adapter of rank 8."""
+    folder = tmp_path / "llama2"
+    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(folder)  # whose defaults are LLaMA-2-7B's
+    nano_tokenizer().save_pretrained(folder)
+    target = ["target=llama2_7b", f"target.model.path={folder}", "target.lora.rank=8"]
+    options = [f"compute={compute}", "compute.device=cpu", "data.size=60", "data.benchmark_items=13"]
+    (run,) = planned(
+        gradsift,
+        *SMOKE,
+        "target.steps=null",
+        *target,
+        *options,
+        "target.lora.targets=[q_proj,v_proj]",
+    )
+    told = run["forecast"]
+    assert told["parameters"] == 6_738_415_616
+    assert told["adapter"] == 16 * 4_194_304
+    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    rest = 2 * 32000 * 4096 + 4096
+    assert told["weights"] == 2 * (32 * layer + rest if compute == "default" else 16 * layer + 2 * layer + rest)
+    assert told["per_token"] == 32 * (8 * 4096 + 2 * (5 * 4096 + 3 * 11008))
+    assert told["per_token_checkpointed"] == 32 * 4 * 4096 + told["per_token"] // 32
+    assert told["rows"] == [6, 60]
+    assert [hours * 3600 * 1e14 for hours in told["hours"]] == pytest.approx(
+        [4 * told["parameters"] * tokens for tokens in told["tokens"]]
+    )
+    assert 10 * told["tokens"][0] == pytest.approx(told["tokens"][1], rel=1e-3)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "llama2_7b: 6.7 billion parameters, bfloat16" in text
+    assert "with 4,096 tokens" in text
+    assert "which is an assumption" in text
+
+
+def test_a_plan_with_a_small_target_has_no_forecast(gradsift) -> None:
+    (run,) = planned(gradsift, *TINY)
+    assert run["forecast"] is None

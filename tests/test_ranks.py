@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import gc
 import json
 import os
 import signal
@@ -9,8 +12,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
@@ -35,13 +39,16 @@ from test_finetuning import (
 )
 from test_norms import loop_norms
 from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradsift.artifacts import Artifact
-from gradsift.config import ComputeConfig, LoraConfig, ProxyConfig, TargetConfig
+from gradsift.config import ComputeConfig, LoraConfig, ModelConfig, NanoConfig, ProxyConfig, TargetConfig
 from gradsift.cost import counting, passed
 from gradsift.data.examples import Example
-from gradsift.data.tokens import Encoded, encode
+from gradsift.data.tokens import Encoded, encode, encode_prompt
 from gradsift.errors import ConfigError, GradsiftError
+from gradsift.evaluation.generation import generate_answers
+from gradsift.evaluation.stages.losses import _losses
 from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.records import COLUMNS
 from gradsift.launch import _rank, node_of, on_all_ranks
@@ -50,16 +57,20 @@ from gradsift.proxy.ensemble import epoch_plan, member_settings, train_member_ep
 from gradsift.proxy.epochs import OPTIMIZER_FILE, ProxyInputs
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora, parallel
+from gradsift.training.backbones import backbone as nano_backbone
 from gradsift.training.backbones import load_backbone
 from gradsift.training.curves import read_curve
 from gradsift.training.device import TokenBudget
-from gradsift.training.modules import Optimization, ProxyMember
+from gradsift.training.divided import in_parts
+from gradsift.training.loading import load_model
+from gradsift.training.modules import Optimization
 from gradsift.training.shared_store import RunEnded, SharedStore
-from gradsift.training.target import batch_plan, train_target
+from gradsift.training.target import batch_plan, load_target, load_tuned, train_target
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 REPOSITORY = Path(__file__).parents[1]
+ROUNDED: dict[str, Any] = {"precision": "bfloat16", "kernels": "off"}
 DDP = ComputeConfig(device="cpu", threads=1, strategy="ddp", devices=2)
 
 
@@ -68,6 +79,7 @@ def everything(
     folder: Path,
     target: tuple[TargetConfig, Artifact, list[Example]],
     proxy: tuple[ProxyConfig, ProxyInputs],
+    other: tuple[TargetConfig, Artifact, list[Example]],
 ) -> dict[str, Any]:
     """Run a finetune, two epochs of a member with the norms of its steps, and a collection pass.
 
@@ -76,16 +88,13 @@ def everything(
     config, made, chosen = target
     settings, inputs = proxy
     infos: dict[str, Any] = {"ranks": parallel.size()}
-    infos["finetune"] = train_target(run, config, load_backbone(made, config.model, run.compute), chosen, folder)
-    if parallel.size() > 1:  # with the target's frozen weights in parts
-        (folder / "fsdp").mkdir()
-        sharded = Runtime(run.store, replace(run.compute, strategy="fsdp"), run.display, run.seed)
-        backbone = load_backbone(made, config.model, run.compute)
-        with counting() as tokens:
-            infos["fsdp"] = train_target(sharded, config, backbone, chosen, folder / "fsdp")
-        infos["fsdp tokens"] = tokens()
-        parts = [parameter for parameter in backbone.model.parameters() if isinstance(parameter, DTensor)]
-        infos["in parts"] = sum(2 * part.to_local().numel() == part.numel() for part in parts) / len(parts)
+    infos["finetune"] = train_target(run, config, load_target(run, config, made), chosen, folder)
+    tested = results_of_target(run, target, folder)
+    if parallel.size() > 1:
+        divided = replace(run, compute=replace(run.compute, strategy="fsdp"))
+        infos["fsdp"] = divided_target(divided, target, folder / "fsdp") | {"ddp": tested}
+        rounded = replace(run, compute=replace(divided.compute, **ROUNDED, checkpointing=True))
+        infos["fsdp"]["gpt2"] = divided_target(rounded, other, folder / "gpt2")["tested"]
     parts = {name: folder / name for name in ("e1", "e2", "other", "norms")}
     for part in parts.values():
         part.mkdir()
@@ -101,6 +110,33 @@ def everything(
     return infos
 
 
+def results_of_target(
+    run: Runtime, target: tuple[TargetConfig, Artifact, list[Example]], folder: Path
+) -> dict[str, Any]:
+    """Return losses and answers of the target with the adapter in `folder`, and the forward tokens of this rank."""
+    config, made, chosen = target
+    tuned = load_tuned(run, config, made, Artifact("finetune", folder, "fingerprint", {}))
+    with counting() as tokens, tempfile.TemporaryDirectory() as journal:
+        parts = _losses(run, config, tuned, chosen, Path(journal), "held-out loss")
+        prompts = [encode_prompt(each.instruction, each.input[:9], tuned.tokenizer, "plain") for each in chosen]
+        answers = generate_answers(tuned.model, tuned.tokenizer, prompts, max_new_tokens=9, batch_size=2)
+    losses = {int(row): float(loss) for part in parts for row, loss in zip(*part, strict=True)}
+    return {"losses": [losses[row] for row in range(len(chosen))], "answers": answers, "tokens": tokens()}
+
+
+def divided_target(run: Runtime, target: tuple[TargetConfig, Artifact, list[Example]], folder: Path) -> dict[str, Any]:
+    """Train and test the target with its layers divided over two ranks; returns what both find, and what they hold."""
+    folder.mkdir()
+    config, made, chosen = target
+    loaded = load_target(run, config, made)
+    with counting() as tokens:
+        info = train_target(run, config, loaded, chosen, folder)
+    layers = [part for name, part in loaded.model.named_parameters() if "layers" in name and "lora" not in name]
+    halves = [isinstance(part, DTensor) and 2 * part.to_local().numel() == part.numel() for part in layers]
+    tested = results_of_target(run, target, folder)
+    return {"finetune": info, "in parts": all(halves), "tokens": tokens(), "tested": tested}
+
+
 def on_a_rank(compute: ComputeConfig, folder: Path, store: Path, backbones: Path) -> tuple[dict[str, Any], int]:
     """Do everything on this rank; returns what its stages counted, and the forward tokens of all ranks."""
     torch.set_num_threads(1)
@@ -112,9 +148,46 @@ def on_a_rank(compute: ComputeConfig, folder: Path, store: Path, backbones: Path
     return infos, tokens() if parallel.size() == 1 else parallel.total(tokens())
 
 
+def peak_while(load: Callable[[], Any]) -> int:
+    """Return by how many bytes the memory that no file backs grows at most while `load` is called (Linux)."""
+
+    def anonymous() -> int:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        return 1024 * int(line.split()[1])
+
+    def watch() -> None:
+        while not ended.wait(0.001):
+            seen.append(anonymous())
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise memory that was freed before would be used again
+    seen, ended = [anonymous()], threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    loaded = load()
+    seen.append(anonymous())
+    del loaded
+    ended.set()
+    watcher.join()
+    return max(seen) - seen[0]
+
+
+def peaks_of_loading(source: Path) -> list[int]:
+    """Return the peaks of loading a model in parts, and whole."""
+    compute = replace(DDP, strategy="fsdp")
+
+    def load(*, in_halves: bool) -> Any:
+        with in_parts(compute, in_halves) as options:
+            return load_model(str(source), "large", dtype=torch.float32, **options)
+
+    return [peak_while(functools.partial(load, in_halves=in_halves)) for in_halves in (True, False)]
+
+
 def on_two_ranks(folder: Path, backbones: Path) -> None:
     """Run `on_a_rank` and `walks` and write their results; then rank 1 dies."""
     infos = on_a_rank(DDP, folder / "two", folder / "store", backbones)
+    peaks = peaks_of_loading(folder / "large") if sys.platform == "linux" else []
+    (folder / f"peaks{parallel.rank()}.json").write_text(json.dumps(peaks))
     if parallel.rank() == 0:
         (folder / "infos.json").write_text(json.dumps(infos))
     walks(folder, "rank 1 dies")
@@ -125,12 +198,16 @@ def two_ranks(backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """Return the folder with the results of two ranks, whose run ends when rank 1 dies."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "two").mkdir()
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "large")  # 39 MB
     with pytest.raises(GradsiftError, match="rank 1 exited with code 3 and without an error message"):
         on_all_ranks(DDP, on_two_ranks, folder, backbones)
     return folder
 
 
-def arguments(backbones: Path) -> tuple[Any, Any]:
+def arguments(backbones: Path) -> tuple[Any, Any, Any]:
     run, model, made = nano_target(backbones)
     examples = nano_examples()
     # 7 rows in steps of 3, 3 and 1: ranks have unequal parts, and in the last step one of them has none
@@ -142,7 +219,10 @@ def arguments(backbones: Path) -> tuple[Any, Any]:
     proxy = proxy_config(model=model, template="plain", batch_size=3, collect="during_training", learning_rate=1e-3)
     backbone = load_backbone(made, model, run.compute)
     encoded, _ = encode(chosen, backbone.tokenizer, "plain", 64)
-    return (config, made, chosen), (proxy, ProxyInputs(backbone, encoded, TokenBudget(64)))
+    of_gpt2 = replace(config, model=ModelConfig(kind="nano", nano=NanoConfig(architecture="gpt2", steps=20)))
+    rounded = replace(run, compute=replace(run.compute, **ROUNDED))
+    other = (of_gpt2, nano_backbone(rounded, of_gpt2.model), chosen)
+    return (config, made, chosen), (proxy, ProxyInputs(backbone, encoded, TokenBudget(64))), other
 
 
 class Exact:
@@ -199,10 +279,10 @@ def test_two_processes_find_what_one_finds(backbones: Path, two_ranks: Path, tmp
     of_one = on_a_rank(ComputeConfig(device="cpu", threads=1), one, tmp_path / "store", backbones)
     infos, counts = zip(of_one, json.loads((two_ranks / "infos.json").read_text()), strict=True)
     assert [info.pop("ranks") for info in infos] == [1, 2]
-    assert infos[1].pop("in parts") > 0.9
-    assert 0 < infos[1].pop("fsdp tokens") < infos[0]["finetune"]["tokens"]  # rank 0 has a part of them
-    (two / "fsdp").rename(tmp_path / "fsdp")
-    assert infos[1].pop("fsdp") == infos[0]["finetune"]
+    for name in ("fsdp", "gpt2"):
+        (two / name).rename(tmp_path / name)
+    divided = infos[1].pop("fsdp")
+    assert divided["finetune"] == infos[0]["finetune"]
     assert counts[0] == counts[1] > 0  # without what two ranks did besides
     rounding = 2 * 1024 * torch.finfo(torch.float32).eps  # between two that are each so near to what is exact
     for name, info in infos[0].items():
@@ -217,12 +297,35 @@ def test_two_processes_find_what_one_finds(backbones: Path, two_ranks: Path, tmp
     for part in (".", "e1", "e2"):
         curves = [read_curve(folder / part) for folder in (one, two)]
         assert [entry["tokens"] for entry in curves[0]] == [entry["tokens"] for entry in curves[1]]
-    target, proxy = arguments(backbones)
+    target, proxy, other = arguments(backbones)
     run = runtime(tmp_path / "store")
     tuned, member, plans = exact_target(run, *target), exact_member(run, *proxy), plans_of(run, *proxy)
     for folder, info in zip((one, two), infos, strict=True):
         require_exact(folder, info, tuned, member, plans)
     tuned.require(tmp_path / "fsdp" / "adapter", step=len(tuned.losses))
+    require_equal(divided["ddp"], results_of_target(run, target, two), relative=1e-6)
+    require_equal(divided["tested"], results_of_target(run, target, tmp_path / "fsdp"), relative=1e-6)
+    rounded = replace(run, compute=replace(run.compute, **ROUNDED))
+    require_equal(divided["gpt2"], results_of_target(rounded, other, tmp_path / "gpt2"), relative=1e-6)
+    assert len({len(answer) for answer in divided["tested"]["answers"]}) > 1  # so one rank had to wait for the other
+    assert divided["in parts"]
+    assert 0 < divided["tokens"] < divided["finetune"]["tokens"]  # rank 0 has a part of them
+
+
+def require_equal(of_two: dict[str, Any], of_one: dict[str, Any], relative: float) -> None:
+    """Assert that two ranks found the losses and answers of one process, and that each passed a part of the tokens."""
+    assert of_two["losses"] == pytest.approx(of_one["losses"], rel=relative)
+    assert of_two["answers"] == of_one["answers"]
+    assert 0 < of_two["tokens"] < of_one["tokens"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_no_rank_holds_a_divided_model_whole(two_ranks: Path) -> None:
+    """The file is bfloat16 and the model float32, so what is loaded is not a view of the file."""
+    for rank in (0, 1):
+        in_halves, whole = json.loads((two_ranks / f"peaks{rank}.json").read_text())
+        assert in_halves < 0.7 * whole
+        assert whole > 75e6
 
 
 def require_exact(
@@ -296,10 +399,9 @@ def test_a_step_of_several_ranks_that_runs_out_of_memory_names_the_remedy(monkey
     def fails(tokens: int) -> dict[str, torch.Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    module = ProxyMember(torch.nn.Linear(2, 2), Optimization(1e-3, 0.0, "constant", 0, 1), TokenBudget(64), 0)
     monkeypatch.setattr(parallel, "size", lambda: 2)
     with pytest.raises(GradsiftError, match=r"memory ran out with 64 tokens at once.*compute.tokens"):
-        module._run(fails, [3])
+        parallel.run(TokenBudget(64), fails, [3])
 
 
 def test_the_signals_are_handled_as_before_the_ranks(two_ranks: Path) -> None:

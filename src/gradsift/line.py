@@ -57,7 +57,7 @@ from gradsift.training.backbones import Backbone, backbone, load_shown
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.lora import left_out
 from gradsift.training.probing import require_adaptable
-from gradsift.training.target import finetune, say_report
+from gradsift.training.target import finetune, load_target, say_report
 
 # sources that are computed from the pool in tokens of the proxy's template
 _READ_TOKENS = ("statistics", "late_losses", "directions", "embedding_gradients", "gradients", "proxy_inputs")
@@ -139,7 +139,7 @@ class Line:
         config = self.config
         if config.reaches("finetune") and not self._tried:
             same = self.target.identity == self.proxy.identity
-            loaded = self.proxy_backbone if same else load_shown(self.runtime, self.target, config.target.model)
+            loaded = self.proxy_backbone if same else load_target(self.runtime, config.target, self.target)
             require_adaptable(loaded.model, config.target.lora, "target.lora", norms=False)
         if option not in self._tried:
             lora = config.proxy.lora if option == "proxy.lora" else config.features.warmup.lora

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from gradsift.config import Config, VerifiableDataConfig
 from gradsift.disk import guarded
 from gradsift.early_checks import check
 from gradsift.evaluation.stages.judging import judge, pws
+from gradsift.forecast import forecast
 from gradsift.line import Line
 from gradsift.planning import Planner
 from gradsift.report.plans import write_plan
@@ -96,13 +98,15 @@ class _NoRecord:
 def plan(config: Config, display: Display, folder: Path, about: Mapping[str, Any]) -> None:
     """Walk through the stages without making anything, and write to `run.json` what is done and what is to do."""
     planner = Planner(Path(config.artifacts), display.say)
+    runtime = Runtime(planner, config.compute, display, config.seed)
     ends = None
     try:
         with guarded(planner.store, "the plan", nameless=False):
-            walk(config, Runtime(planner, config.compute, display, config.seed))
+            walk(config, runtime)
     except NotMade as missing:
         ends = str(missing)
-    write_plan(folder, about, planner, ends)
+    finetunes = forecast(Line(config, runtime)) if config.reaches("finetune") else None
+    write_plan(folder, about, planner, ends, None if finetunes is None else asdict(finetunes))
 
 
 def walk(config: Config, runtime: Runtime) -> None:

@@ -35,11 +35,13 @@ class ComputeConfig(Group, option="compute"):
     device: str = option("auto", choices=("auto", "cpu", "cuda"))  # auto: cuda where there is one, else cpu
     # bfloat16: frozen weights and products; LoRA weights, norms and the residual stream stay float32. auto: on a GPU
     # bfloat16, and TF32 for float32 products; on a CPU float32
-    precision: str = option("float32", choices=("float32", "bfloat16", "auto"))
+    precision: str = option("auto", choices=("auto", "float32", "bfloat16"))
     # auto: compiled kernels for bfloat16 models on a CPU; off: torch's own (docs/cpu.md)
     kernels: str = option("auto", choices=("auto", "off"))
     tokens: int | None = option(None, least=1)  # padded tokens that pass through a model at once; null: chosen for it
-    checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third more time
+    # compute activations again in the backward pass: less memory, a third more time. null: on a GPU whose memory would
+    # hold the activations of fewer than 4,096 tokens
+    checkpointing: bool | None = None
     threads: Any = "auto"  # of each process: a number; auto: the free cores; null: torch's own choice
     deterministic: bool = False  # only kernels that repeat their results bit by bit; an operation without one fails
     save_every: float = option(60.0, least=0)  # seconds of work that a killed process may lose; 0: save each step

@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
@@ -50,7 +51,8 @@ def generate_answers(
 
     Prompts are sorted by length, padded on the left and masked by the attention mask (never by the pad id, which may
     be the end token). A prompt that leaves no room for `max_new_tokens` in the model's context loses tokens on its
-    left. An answer ends before the first end token; special tokens and surrounding white space are removed.
+    left. An answer ends before the first end token; special tokens and surrounding white space are removed. Each rank
+    of a run answers its part of the batches and returns all answers.
 
     Args:
         model: a causal LM on its device, with or without LoRA adapters; its mode is restored.
@@ -66,6 +68,7 @@ def generate_answers(
     """
     from gradsift.data.batching import capped_batches
     from gradsift.journal import Journal
+    from gradsift.training import parallel
     from gradsift.training.lora import evaluating
 
     room = room_of(model.config, max_new_tokens)
@@ -86,8 +89,11 @@ def generate_answers(
     answers = [""] * len(prompts)
     kept = journal or Journal()
     with evaluating(model), _generation_config(backbone, greedy):
-        for rows in capped_batches(lengths, batch_size, max_tokens):
-            for n, text in zip(rows, kept.once(rows, functools.partial(answer, rows)), strict=True):
+        for batches in parallel.rounds(capped_batches(lengths, batch_size, max_tokens)):
+            rows = list(chain.from_iterable(batches))
+            for n, text in zip(
+                rows, kept.once(rows, functools.partial(parallel.together, batches, answer)), strict=True
+            ):
                 answers[n] = text
             progress(len(rows))
     return answers

@@ -26,11 +26,14 @@ Run = Mapping[str, Any]
 PlannedUnit = Mapping[str, Any]  # the fields of gradsift.planning.Unit
 
 
-def write_plan(folder: Path, about: Mapping[str, Any], planner: Planner, ends: str | None) -> None:
+def write_plan(
+    folder: Path, about: Mapping[str, Any], planner: Planner, ends: str | None, finetunes: Mapping[str, Any] | None
+) -> None:
     """Write `run.json` of a run that was only planned.
 
     Args:
         ends: why the plan stops before the end of the pipeline, or None.
+        finetunes: the fields of `gradsift.forecast.Forecast`, if there is one.
     """
     place = next(parent for parent in (planner.store.absolute(), *planner.store.absolute().parents) if parent.is_dir())
     content = {
@@ -40,6 +43,7 @@ def write_plan(folder: Path, about: Mapping[str, Any], planner: Planner, ends: s
         "pws": None,
         "plan": [asdict(unit) for unit in planner.units.values()],
         "plan_ends": ends,
+        "forecast": finetunes,
         "free_bytes": shutil.disk_usage(place).free,
     }
     (folder / RUN_FILE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -149,5 +153,30 @@ def plan_lines(runs: Sequence[Run]) -> list[str]:
     needed, free = sum(unit["bytes"] or 0 for unit in units), min(run["free_bytes"] for run in runs)
     if needed > free:
         lines.append(f"warning: only {volume(free)} are free on the disk; give another folder with artifacts=DIR")
+    lines += dict.fromkeys(line for run in runs if run.get("forecast") for line in forecast_lines(run["forecast"]))
     lines += dict.fromkeys(f"the plan ends early: {run['plan_ends']}" for run in runs if run["plan_ends"])
     return [*lines, "nothing was made; the same command without plan=true makes it"]
+
+
+def forecast_lines(forecast: Mapping[str, Any]) -> list[str]:
+    """Return the forecast of a target's finetunes in words: the memory of a GPU, and GPU hours."""
+    sizes = [forecast[name] for name in ("weights", "adapter", "per_token", "per_token_checkpointed")]
+    parts = f", divided over {forecast['ranks']} GPUs" if forecast["ranks"] > 1 else ""
+    about = (
+        f"{forecast['target']}: {forecast['parameters'] / 1e9:.1f} billion parameters, {forecast['precision']}{parts}"
+    )
+    held = f"a GPU holds {volume(sizes[0])} of weights and {volume(sizes[1])} of adapter and optimizer"
+    kept = "; what it keeps of a token is not known for this kind of model"
+    if None not in sizes:
+        each, less = (f"{size / 1e6:.1f} MB" for size in sizes[2:])
+        sums = [volume(sizes[0] + sizes[1] + 4096 * size) for size in sizes[2:]]
+        kept = (
+            f", and {each} of each token that passes ({less} with compute.checkpointing=true): with 4,096 tokens "
+            f"at once {sums[0]} ({sums[1]}), besides buffers"
+        )
+    works = [
+        f"{hours:.2g} GPU hours on {rows:,} rows ({tokens:,} tokens)"
+        for rows, tokens, hours in zip(forecast["rows"], forecast["tokens"], forecast["hours"], strict=True)
+    ]
+    rate = "if a GPU does 1e14 operations per second, which is an assumption"
+    return [f"{about}; {held}{kept}", f"finetunes of {forecast['target']}: {', '.join(works)}, {rate}"]

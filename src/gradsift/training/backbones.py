@@ -20,7 +20,10 @@ from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.runtime import Runtime
 from gradsift.training.checkpointing import checkpoint_blocks
+from gradsift.training.device import device_of
+from gradsift.training.divided import in_parts
 from gradsift.training.loading import load_config, load_model, load_tokenizer, readable
+from gradsift.training.memory import needs_checkpointing
 from gradsift.training.numerics import dtype_of, expected_numerics, numerics_of, prepare
 from gradsift.training.pins import VERSION, folder_of, hub_errors, pin, require_bitsandbytes
 from gradsift.training.quantized import load_options, make_plain, quantized_share
@@ -78,14 +81,19 @@ def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
     else:
         made = {"nano": _nano, "smollm2": _smollm2, "tiny_bytes": _tiny_bytes}[config.kind](runtime, config)
     require_bitsandbytes(config)
-    described = _config_of(made, config)
+    described = config_of(made, config)
     with readable(f"model.path={config.path or config.kind}: the model", "config.json"):
         numerics = expected_numerics(described, runtime.compute, config)
     return replace(made, numerics=numerics)
 
 
-def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfig) -> Backbone:
+def load_backbone(
+    artifact: Artifact, config: ModelConfig, compute: ComputeConfig, *, divided: bool = False
+) -> Backbone:
     """Load the model of an artifact of `backbone`; safetensors only.
+
+    Args:
+        divided: load the layers divided over the ranks, on their devices (`gradsift.training.divided`).
 
     Raises:
         DataError: files are missing or broken, or weights do not fit the config; names `model.path`.
@@ -93,10 +101,10 @@ def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfi
     """
     source, options = _source(artifact, config)
     name = config.path or config.kind
-    with hub_errors(config):
+    with hub_errors(config), in_parts(compute, divided) as parts:
         tokenizer = load_tokenizer(source, name, **options)
         quantized = load_options(config.quantization, dtype_of(compute, config))
-        model = load_model(source, name, dtype=dtype_of(compute, config), **options, **quantized)
+        model = load_model(source, name, dtype=dtype_of(compute, config), **options, **quantized, **parts)
     if quantized:
         make_plain(model, config.quantization)
     prepare(model.requires_grad_(False), compute)
@@ -105,7 +113,7 @@ def load_backbone(artifact: Artifact, config: ModelConfig, compute: ComputeConfi
             f"{artifact.path.name} computes with {numerics_of(model)}, but its results would be stored as computed "
             f"with {dict(artifact.numerics)}; this is a defect of gradsift, please report it"
         )
-    if compute.checkpointing:
+    if compute.checkpointing or (compute.checkpointing is None and _lacks_memory(model, compute)):
         checkpoint_blocks(model)
     return Backbone(model.eval(), tokenizer, compute.tokens)
 
@@ -124,7 +132,14 @@ def source_of(artifact: Artifact, config: ModelConfig) -> tuple[str, str | None]
     return source, None if Path(source).is_dir() else options.get("revision")
 
 
-def load_shown(runtime: Runtime, artifact: Artifact, config: ModelConfig) -> Backbone:
+def _lacks_memory(model: Any, compute: ComputeConfig) -> bool:
+    """Return whether a training of `model` on this machine's GPU, if it has one, needs activation checkpointing."""
+    if device_of(compute).type != "cuda":
+        return False
+    return needs_checkpointing(model, torch.cuda.get_device_properties("cuda").total_memory)
+
+
+def load_shown(runtime: Runtime, artifact: Artifact, config: ModelConfig, *, divided: bool = False) -> Backbone:
     """Load a backbone and show that it takes a while: a minute for 7 billion parameters.
 
     Before that the memory of earlier models is freed, which Lightning's reference cycles hold on their device.
@@ -134,7 +149,7 @@ def load_shown(runtime: Runtime, artifact: Artifact, config: ModelConfig) -> Bac
         torch.cuda.empty_cache()
     name = artifact.path.name.rsplit("-", 1)[0]
     with runtime.display.task(f"load {name}", None):
-        loaded = load_backbone(artifact, config, runtime.compute)
+        loaded = load_backbone(artifact, config, runtime.compute, divided=divided)
     if config.quantization != "none":
         share = quantized_share(loaded.model)
         runtime.display.say(
@@ -165,7 +180,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # from peft's own call
 
 
-def _config_of(artifact: Artifact, config: ModelConfig) -> Any:
+def config_of(artifact: Artifact, config: ModelConfig) -> Any:
     """Return transformers' config of a backbone, also of one that does not exist yet (in a plan)."""
     if config.kind == "nano":
         from gradsift.training.nano import nano_config

@@ -36,6 +36,11 @@ def checkpoint_blocks(model: nn.Module) -> None:
             block.__class__ = _with_checkpoint(kind)
 
 
+def is_checkpointed(model: nn.Module) -> bool:
+    """Return whether `checkpoint_blocks` has changed the model."""
+    return any(isinstance(module, _Checkpointed) for module in model.modules())
+
+
 class _Checkpointed:
     """A block whose forward pass is checkpointed wherever gradients are wanted."""
 

@@ -16,11 +16,14 @@ from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.journal import Journal
 from gradsift.runtime import Advance, weighed
+from gradsift.training.checkpointing import is_checkpointed
+from gradsift.training.memory import fitting_tokens
 
 T = TypeVar("T")
-_GPU_TOKENS = 16384
+_GPU_TOKENS = 16384  # at most: more make a GPU no faster
 # torch's messages where it has no exception class: on a CPU under Linux, elsewhere, and from inside cuBLAS
 _SIGNS = ("allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
+_halved: dict[Any, int] = {}  # by kind of pass: later stages and jobs of this process start with it
 _CPU_ACTIVATION = 393_216  # numbers in a (tokens, hidden size) activation that still fit a CPU core's cache
 
 
@@ -30,19 +33,29 @@ class TokenBudget:
     No result depends on it beyond rounding.
     """
 
-    def __init__(self, tokens: int, say: Callable[[str], None] = print) -> None:
+    def __init__(self, tokens: int, say: Callable[[str], None] = print, kind: Any = None) -> None:
+        """
+        Args:
+            kind: of pass, whose next budget (from `of`) starts with what this one was halved to; None: of none.
+        """
         self.tokens = tokens
         self.say = say
+        self._kind = kind
 
     @classmethod
     def of(cls, model: Any, tokens: int | None, say: Callable[[str], None]) -> TokenBudget:
         """Return the budget that the config asks for, or one that suits the model and its device."""
-        if tokens is None:
-            parameter = next(model.parameters())
-            hidden = int(getattr(model.config, "hidden_size", None) or parameter.shape[-1])
-            most = _CPU_ACTIVATION * tokens_factor(model)
-            tokens = _GPU_TOKENS if parameter.device.type == "cuda" else max(256, most // hidden)
-        return cls(tokens, say)
+        if tokens is not None:
+            return cls(tokens, say)
+        parameter = next(model.parameters())
+        hidden = int(getattr(model.config, "hidden_size", None) or parameter.shape[-1])
+        if parameter.device.type != "cuda":
+            return cls(max(256, _CPU_ACTIVATION * tokens_factor(model) // hidden), say)
+        memory = torch.cuda.get_device_properties(parameter.device).total_memory
+        fitting = fitting_tokens(model, memory, checkpointed=is_checkpointed(model))
+        kind = (type(model).__name__, hidden, fitting)
+        most = _GPU_TOKENS if fitting is None else max(256, min(_GPU_TOKENS, fitting))
+        return cls(min(most, _halved.get(kind, most)), say, kind)
 
     def run(self, work: Callable[[int], T], lengths: Sequence[int]) -> T:
         """Return `work(tokens)`; it is repeated with half the tokens each time that memory runs out.
@@ -107,6 +120,8 @@ class TokenBudget:
                 "model or compute.precision=bfloat16"
             )
         self.tokens = max(used // 2, longest)
+        if self._kind is not None:
+            _halved[self._kind] = self.tokens
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.say(

@@ -139,10 +139,10 @@ def quiet_trainer(compute: ComputeConfig, strategy: Strategy | str, callbacks: S
 
 
 def strategy_of(compute: ComputeConfig, module: AdapterModule) -> Strategy | str:
-    """Return Lightning's strategy for a training: one process, DDP, or FSDP2 for a sharded target."""
+    """Return Lightning's strategy for a training: one process, DDP, or FSDP2 for a divided target."""
     if parallel.size() == 1:
         return "auto"
-    if isinstance(module, TargetFinetuning) and module.is_sharded:
+    if isinstance(module, TargetFinetuning) and module.is_divided:
         return ModelParallelStrategy(data_parallel_size=parallel.size(), tensor_parallel_size=1)
     # a layer may take no part in a pass (experts); every rank has loaded the same weights, so none are broadcast
     return DDPStrategy(find_unused_parameters=True, init_sync=False)

@@ -6,7 +6,7 @@ Shape letters: N examples of a step, B of a batch, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +15,14 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
-from gradsift.cost import passed
 from gradsift.data.batching import by_length, collate
 from gradsift.data.tokens import Encoded
-from gradsift.errors import GradsiftError
 from gradsift.journal import Journal
 from gradsift.runtime import derive_seed
 from gradsift.training import lora, parallel
-from gradsift.training.device import TokenBudget, is_out_of_memory
+from gradsift.training.device import TokenBudget
+from gradsift.training.divided import is_divided
 from gradsift.training.head import ResponseLosses
 from gradsift.training.masks import PassedRows
 from gradsift.training.optimization import BETAS, Optimization
@@ -95,7 +92,7 @@ class AdapterModule(L.LightningModule):
         return self
 
     def on_fit_start(self) -> None:
-        self._losses = ResponseLosses(self.model)  # the model is on the device, and sharded, only by now
+        self._losses = ResponseLosses(self.model)  # the model is on the device only by now
 
     def training_step(self, step: Step, step_index: int) -> dict[str, Any]:
         outputs = self.pass_step(step)
@@ -106,7 +103,7 @@ class AdapterModule(L.LightningModule):
         """Accumulate the gradient of a step's loss, and return what `_backward` does, of all ranks."""
         mine = parallel.share(step.examples)
         lengths = [len(example.input_ids) for example in mine]
-        outputs = self._run(lambda tokens: self._backward(mine, step.examples, tokens), lengths)
+        outputs = parallel.run(self.budget, lambda tokens: self._backward(mine, step.examples, tokens), lengths)
         self._reduce_gradients()
         return parallel.gather(outputs, len(step.examples))
 
@@ -129,22 +126,6 @@ class AdapterModule(L.LightningModule):
     def on_train_end(self) -> None:
         for entry, loss in zip(self.curve, self._step_losses.tolist(), strict=False):
             entry["loss"] = loss
-
-    def _run(self, work: Callable[[int], dict[str, torch.Tensor]], lengths: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Call `work` with the token budget; one process may repeat it with fewer tokens, several may not."""
-        if parallel.size() == 1:
-            return self.budget.run(work, lengths)
-        try:
-            outputs = work(self.budget.tokens)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise GradsiftError(
-                f"rank {parallel.rank()}: memory ran out with {self.budget.tokens:,} tokens at once, and ranks that "
-                "share a step cannot repeat it with fewer; give fewer with compute.tokens"
-            ) from error
-        passed(sum(lengths))
-        return outputs
 
     def _backward(self, mine: Sequence[Encoded], examples: Sequence[Encoded], tokens: int) -> dict[str, torch.Tensor]:
         """Accumulate the gradient of a step's loss.
@@ -285,45 +266,22 @@ class ProxyMember(AdapterModule):
 
 
 class TargetFinetuning(AdapterModule):
-    """The finetune of the target; `sharded=True` divides its frozen weights over the ranks (FSDP2).
+    """The finetune of the target, whose layers may be divided over the ranks (`gradsift.training.divided`)."""
 
-    A layer's weights are whole only while it is passed through. The adapter stays whole on every rank, and so do
-    embeddings and head.
-    """
-
-    def __init__(self, *arguments: Any, sharded: bool = False, **options: Any) -> None:
+    def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.is_sharded = sharded
+        self.is_divided = is_divided(self.model)
 
     def configure_model(self) -> None:
-        """Shard the layers, once; Lightning's `ModelParallelStrategy` has made the device mesh.
-
-        Raises:
-            GradsiftError: the model does not say which of its modules are its layers.
-        """
-        if not self.is_sharded:
-            return
-        causal: Any = self.model.get_base_model()  # type: ignore[operator]
-        names = set(causal._no_split_modules or ())
-        layers = [module for module in causal.modules() if type(module).__name__ in names]
-        if not layers:
-            raise GradsiftError(
-                f"compute.strategy=fsdp cannot tell the layers of {type(causal).__name__}; take compute.strategy=ddp"
-            )
-        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
-        adapter = set(lora.trainable_parameters(self.model).values())
-        for layer in layers:
-            fully_shard(layer, mesh=mesh, ignored_params=adapter)
-        rest = {parameter for parameter in self.model.parameters() if not isinstance(parameter, DTensor)}
-        fully_shard(causal.base_model, mesh=mesh, ignored_params=rest)  # lets layers fetch each other's weights ahead
+        """Do nothing: the model was divided as it was loaded. Lightning requires this method of a divided model."""
 
     def _passes(self, batches: int) -> int:
-        """Return the largest of the ranks' numbers of batches: each pass through sharded weights needs all ranks."""
-        return parallel.largest(batches, self.device) if self.is_sharded else super()._passes(batches)
+        """Return the largest of the ranks' numbers of batches: each pass through divided weights needs all ranks."""
+        return parallel.largest(batches, self.device) if self.is_divided else super()._passes(batches)
 
     def _reduce_gradients(self) -> None:
         """Average the gradients of the adapter, which FSDP does not know; a missing gradient is zero."""
-        if not self.is_sharded:
+        if not self.is_divided:
             return
         parameters = list(lora.trainable_parameters(self.model).values())
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

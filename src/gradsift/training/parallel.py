@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
 from gradsift.config import ComputeConfig
-from gradsift.data.batching import shard_of
+from gradsift.cost import counting, passed
+from gradsift.data.batching import by_length, shard_of, spread_out
 from gradsift.data.tokens import Encoded
+from gradsift.errors import GradsiftError
+from gradsift.journal import Journal
 from gradsift.launch import is_launched
-from gradsift.training.device import device_of
+from gradsift.runtime import Advance, weighed
+from gradsift.training.device import TokenBudget, device_of, is_out_of_memory
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 _alone = False  # whether rank 0 makes a stage by itself
 
@@ -82,6 +90,85 @@ def gather(columns: Mapping[str, torch.Tensor], total: int) -> dict[str, torch.T
     distributed.all_gather(parts, padded)
     joined = torch.cat([part[:, :count] for part, count in zip(parts, counts, strict=True)], 1)
     return {name: values.to(column.dtype) for (name, column), values in zip(columns.items(), joined, strict=True)}
+
+
+def run(budget: TokenBudget, work: Callable[[int], T], lengths: Sequence[int]) -> T:
+    """Do as `budget.run`, but where ranks pass in step nothing is repeated with fewer tokens.
+
+    Raises:
+        GradsiftError: memory ran out on one of several ranks.
+    """
+    if size() == 1:
+        return budget.run(work, lengths)
+    try:
+        result = work(budget.tokens)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise GradsiftError(
+            f"rank {rank()}: memory ran out with {budget.tokens:,} tokens at once, and ranks that share a step cannot "
+            "repeat it with fewer; give fewer with compute.tokens"
+        ) from error
+    passed(sum(lengths))
+    return result
+
+
+def rounds(batches: Sequence[S]) -> Iterator[Sequence[S]]:
+    """Yield the batches in order, as many at a time as there are ranks."""
+    for start in range(0, len(batches), size()):
+        yield batches[start : start + size()]
+
+
+def together(batches: Sequence[S], work: Callable[[S], list[T]]) -> list[T]:
+    """Return the results of `work` for all batches of a round, on every rank; each rank does one of the batches.
+
+    A rank that is left without a batch repeats the last one and counts nothing: in a divided model
+    (`gradsift.training.divided`) no rank can pass without the others.
+
+    Args:
+        work: its results are pickled for the other ranks; tensors in it are on the CPU.
+    """
+    if size() == 1:
+        return list(chain.from_iterable(map(work, batches)))
+    if rank() < len(batches):
+        mine = work(batches[rank()])
+    else:
+        with counting():
+            mine = work(batches[-1])
+    results: list[Any] = [None] * size()
+    distributed.all_gather_object(results, mine, group=_control())
+    return list(chain.from_iterable(results[: len(batches)]))
+
+
+def passes(
+    budget: TokenBudget,
+    examples: Sequence[Encoded],
+    work: Callable[[list[Encoded]], T],
+    journal: Journal,
+    advance: Advance,
+    *,
+    in_step: bool,
+) -> Iterator[list[T]]:
+    """Do as `budget.passes`, each rank with its part of the groups; every rank has all results.
+
+    Args:
+        work: see `together`.
+        in_step: whether the ranks must make the same passes, because they share a divided model.
+    """
+    if size() == 1:
+        yield from budget.passes(examples, work, journal, advance)
+        return
+
+    def results_of(group: list[Encoded]) -> list[T]:
+        if not in_step:
+            return budget.group(group, work)
+        return [run(budget, lambda tokens: work(group), [len(example.input_ids) for example in group])]
+
+    advance_by_tokens = weighed(advance, len(examples), sum(len(example.input_ids) for example in examples))
+    for groups in rounds(spread_out(by_length(examples, budget.tokens))):
+        encoded = list(chain.from_iterable(groups))
+        yield journal.once([each.row for each in encoded], functools.partial(together, groups, results_of))
+        advance_by_tokens(sum(len(each.input_ids) for each in encoded))
 
 
 def largest(count: int, device: torch.device) -> int:

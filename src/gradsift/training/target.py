@@ -19,10 +19,11 @@ from gradsift.data.refused import REFUSED_FILE
 from gradsift.data.tokens import EncodeReport, encode, encoding_settings
 from gradsift.errors import GradsiftError
 from gradsift.runtime import Runtime, derive_seed
-from gradsift.training import lora, parallel
+from gradsift.training import lora
 from gradsift.training.backbones import Backbone, load_shown
 from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
+from gradsift.training.divided import divides
 from gradsift.training.optimization import Optimization
 from gradsift.training.probing import require_adaptable
 
@@ -59,7 +60,7 @@ def finetune(
         settings["examples"] = hashlib.sha256("\n".join(each.example_id for each in chosen).encode()).hexdigest()
 
     def make(folder: Path) -> Mapping[str, Any]:
-        return train_target(runtime, config, load_shown(runtime, target, config.model), chosen, folder)
+        return train_target(runtime, config, load_target(runtime, config, target), chosen, folder)
 
     passed_over = rows * config.epochs if config.epochs else (config.steps or 0) * min(config.batch_size, rows)
     unit = ("finetune", f"{config.name}-{rows}rows", settings, [target, loaded], make)
@@ -134,14 +135,10 @@ def train_target(
     if remark := lora.left_out(backbone.model, config.lora, "target.lora"):
         runtime.display.say(f"  {remark}")
     adapted = lora.add_adapter(backbone.model, config.lora, derive_seed(runtime.seed, "target lora"))
-    sharded = runtime.compute.strategy == "fsdp" and parallel.size() > 1
-    if not sharded:  # otherwise Lightning moves only this rank's part to the device
-        adapted.to(device_of(runtime.compute))
+    adapted.to(device_of(runtime.compute))
     budget = TokenBudget.of(backbone.model, runtime.compute.tokens, runtime.display.say)
     dropout_seed = derive_seed(runtime.seed, "target dropout")
-    module = TargetFinetuning(
-        adapted, optimization, budget, backbone.pad_id, dropout_seed=dropout_seed, sharded=sharded
-    )
+    module = TargetFinetuning(adapted, optimization, budget, backbone.pad_id, dropout_seed=dropout_seed)
     with runtime.display.task(f"finetune {config.name} on {len(chosen):,} rows", sum(map(len, plan))) as advance:
         bar = ShowProgress(advance)
         steps = fit(module, encoded, plan, compute=runtime.compute, callbacks=[bar], folder=folder)
@@ -178,9 +175,14 @@ def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str, wh
         )
 
 
+def load_target(runtime: Runtime, config: TargetConfig, target: Artifact) -> Backbone:
+    """Load the target; with compute=fsdp and in a stage that all ranks make, divided over them."""
+    return load_shown(runtime, target, config.model, divided=divides(runtime.compute))
+
+
 def load_tuned(runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None) -> Backbone:
     """Return the target on the device, with the adapter of `tuned` or, for None, as it was before any finetuning."""
-    backbone = load_shown(runtime, target, config.model)
+    backbone = load_target(runtime, config, target)
     model: Any = backbone.model
     if tuned is not None:
         model = lora.add_adapter(model, config.lora, seed=0)

@@ -107,7 +107,8 @@ def generate(
         return {"rows": len(items)}
 
     parents, slug = [target, *([tuned] if tuned else [])], slug_of(target_config, tuned)
-    return runtime.store.obtain("generate", slug, settings, parents, make, version=VERSION, size=len(items))
+    unit = ("generate", slug, settings, parents, make)
+    return runtime.store.obtain(*unit, version=VERSION, size=len(items), divided=remote is None)
 
 
 def _in_this_process(

@@ -18,6 +18,7 @@ from gradsift.evaluation.stages.metrics import metrics, metrics_of
 from gradsift.evaluation.text_metrics import change
 from gradsift.manifests import file_hash
 from gradsift.runtime import Runtime
+from gradsift.training.divided import divides
 from gradsift.training.target import load_tuned
 
 LM_EVAL_VERSION = 2
@@ -102,4 +103,6 @@ def _lm_eval(
         return {"rows": len(tasks), "tasks": tasks}
 
     parents, slug = [target, *([tuned] if tuned else [])], slug_of(target_config, tuned)
-    return runtime.store.obtain("lm_eval", slug, settings, parents, make, version=LM_EVAL_VERSION)
+    # in a divided model each rank passes everything: lm-eval knows of no other rank, and no rank can pass alone
+    unit = ("lm_eval", slug, settings, parents, make)
+    return runtime.store.obtain(*unit, version=LM_EVAL_VERSION, divided=divides(runtime.compute))

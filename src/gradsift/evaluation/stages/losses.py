@@ -19,8 +19,10 @@ from gradsift.errors import GradsiftError
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.stages.answers import items_hash, slug_of
 from gradsift.runtime import Runtime
+from gradsift.training import parallel
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget, device_of
+from gradsift.training.divided import is_divided
 from gradsift.training.head import ResponseLosses, require_finite
 from gradsift.training.target import load_tuned, say_report
 
@@ -50,7 +52,7 @@ def heldout_loss(
 
     parents, slug = [target, loaded, *([tuned] if tuned else [])], slug_of(config, tuned)
     size = int(loaded.info["heldout"])
-    return runtime.store.obtain("heldout", slug, settings, parents, make, version=VERSION, size=size)
+    return runtime.store.obtain("heldout", slug, settings, parents, make, version=VERSION, size=size, divided=True)
 
 
 def heldout_loss_of(made: Artifact | None) -> float | None:
@@ -85,7 +87,8 @@ def reference_losses(
         return {"rows": len(known), "losses": means, "left_out": len(known) - sum(map(len, by_set.values()))}
 
     parents, slug = [target, *([tuned] if tuned else [])], slug_of(config, tuned)
-    return runtime.store.obtain("reference_loss", slug, settings, parents, make, version=VERSION, size=len(known))
+    unit = ("reference_loss", slug, settings, parents, make)
+    return runtime.store.obtain(*unit, version=VERSION, size=len(known), divided=True)
 
 
 def _losses(
@@ -109,15 +112,19 @@ def _losses(
     say_report(runtime, report, len(examples), "target", what)
     device = device_of(runtime.compute)
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with runtime.display.task(purpose, len(encoded)) as advance, torch.inference_mode():
+    in_step = is_divided(model.model)  # its layers could not be used outside of inference mode afterwards
+    no_gradients = torch.no_grad() if in_step else torch.inference_mode()
+    with runtime.display.task(purpose, len(encoded)) as advance, no_gradients:
         response_losses = ResponseLosses(model.model)
         budget = TokenBudget.of(model.model, runtime.compute.tokens, runtime.display.say)
 
         def losses_of(batch_examples: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
             batch = collate(batch_examples, model.pad_id).to(device)
-            return batch.rows, response_losses(batch)
+            place = "cpu" if parallel.size() > 1 else device  # where other ranks can read them
+            return batch.rows.to(place), response_losses(batch).to(place)
 
-        for results in budget.passes(encoded, losses_of, runtime.journal(folder), advance):
+        journal = runtime.journal(folder)
+        for results in parallel.passes(budget, encoded, losses_of, journal, advance, in_step=in_step):
             for rows, losses in ((rows.cpu(), losses.cpu()) for rows, losses in results):
                 require_finite(purpose, rows, losses, encoded)
                 kept.append((rows, losses))

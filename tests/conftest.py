@@ -171,6 +171,34 @@ def gradsift(tmp_path: Path, backbones: Path, monkeypatch: pytest.MonkeyPatch) -
     return Cli(tmp_path, monkeypatch)
 
 
+@pytest.fixture(scope="session")
+def smoke_store(tmp_path_factory: pytest.TempPathFactory, backbones: Path) -> Path:
+    """A store with the finished smoke runs of gsnr and of random. Tests must not write to it."""
+
+    def make(folder: Path) -> None:
+        import torch
+
+        shutil.copytree(backbones, folder / "store")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.chdir(folder)
+            monkeypatch.setenv("GRADSIFT_ARTIFACTS", str(folder / "store"))
+            assert Cli(folder, monkeypatch)("-m", *SMOKE, "scorer=gsnr,random") == 0
+        torch.set_num_threads(threads)
+
+    return made_once(tmp_path_factory, "smoke", make) / "store"
+
+
+@pytest.fixture
+def after_smoke(tmp_path: Path, smoke_store: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command line in an empty folder, with a store of its own in which the smoke run is done."""
+    shutil.copytree(smoke_store, tmp_path / "store")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADSIFT_ARTIFACTS", str(tmp_path / "store"))
+    return Cli(tmp_path, monkeypatch)
+
+
 JOBS = {  # of `report_sweep`: what each adds to the smoke run
     "0-gsnr-0.1": ("scorer=gsnr", "seed=0"),
     "1-raw_drop-0.1": ("scorer=gsnr_raw_drop", "seed=0"),

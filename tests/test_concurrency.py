@@ -19,7 +19,7 @@ from conftest import SMOKE
 
 _FORKS = multiprocessing.get_context("forkserver")  # torch is loaded once, and every process is a real one
 _FORKS.set_forkserver_preload(["gradsift.cli", "gradsift.pipeline", "gradsift.report.terminal", "lightning"])
-SCORES = (*SMOKE, "stop_after=scores", "data.seed=1")
+SCORES = (*SMOKE, "stop_after=scores", "data.seed=1", "data.size=60")
 
 
 def _command(folder: str, store: str, log: str, arguments: tuple[str, ...]) -> None:

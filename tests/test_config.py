@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -455,27 +456,38 @@ def test_a_foreign_dump_is_refused() -> None:
         restore_config({"schemas": {"data": "nowhere"}, "values": {}})
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code"),
-    [(["--help"], 0), (["alpha=2"], 2), (["proxy.memberz=1"], 2), (["scorer=nowhere"], 2), (["alpha=abc"], 2)],
-)
-def test_help_and_config_errors_import_nothing_heavy(arguments: list[str], code: int, tmp_path: Path) -> None:
-    program = (
-        "import sys, atexit\n"
-        "atexit.register(lambda: print('HEAVY', sorted({'torch', 'transformers', 'lightning', 'wandb', 'pyarrow'}"
-        " & set(sys.modules))))\n"
-        f"sys.argv = ['run.py', *{arguments!r}]\n"
-        "from gradsift.cli import main\n"
-        "main()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == code, done.stderr
-    assert "HEAVY []" in done.stdout
-    assert "Traceback" not in done.stderr
-    if code == 2:
-        assert done.stderr.startswith("error: ")
-        assert done.stderr.count("\n") == 1
-        assert arguments[0].split("=")[0].rpartition(".")[2] in done.stderr
+HELP_AND_ERRORS = """
+import contextlib, io, json, sys
+from gradsift import cli
+from hydra.core.global_hydra import GlobalHydra
+for arguments in json.loads(sys.argv[1]):
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    cli._failed = False
+    GlobalHydra.instance().clear()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        sys.argv = ["run.py", *arguments]
+        try:
+            cli.main()
+        except SystemExit as ending:
+            code = ending.code
+    print(json.dumps([code, err.getvalue()]))
+print(sorted({"torch", "transformers", "lightning", "wandb", "pyarrow"} & set(sys.modules)))
+"""
+
+
+def test_help_and_config_errors_import_nothing_heavy(tmp_path: Path) -> None:
+    wrong = ["alpha=2", "proxy.memberz=1", "scorer=nowhere", "alpha=abc"]
+    commands = json.dumps([["--help"], *([override] for override in wrong)])
+    program = [sys.executable, "-c", HELP_AND_ERRORS, commands]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, check=True)
+    *endings, heavy = done.stdout.splitlines()
+    assert heavy == "[]"
+    (code, error), *others = map(json.loads, endings)
+    assert (code, error) == (0, "")
+    for override, (code, error) in zip(wrong, others, strict=True):
+        assert code == 2
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert override.split("=")[0].rpartition(".")[2] in error
 
 
 def test_the_console_script_and_the_wheel_carry_the_configuration() -> None:

@@ -20,6 +20,8 @@ from gradsift.report.run_tables import WORK_FILE, work_table
 from gradsift.training.device import TokenBudget
 from gradsift.training.nano import CONTEXT
 
+SMALL_FEATURES = ("target_set=verifiable", "target_set.limit=2", "features.warmup.epochs=2", "features.dimensions=32")
+
 
 def counts(run: dict[str, Any], name: str) -> list[int]:
     return [stage["forward_tokens"] for stage in run["stages"] if stage["name"] == name and not stage["reused"]]
@@ -78,7 +80,7 @@ def test_a_unit_reports_its_tokens_once(tmp_path: Path) -> None:
         pytest.param(("scorer=perplexity", "stop_after=scores"), "score", marks=pytest.mark.slow),
         pytest.param(("scorer=gsnr_direction", "stop_after=scores"), "member direction", marks=pytest.mark.slow),
         pytest.param(("method=grads", "stop_after=scores"), "member embedding_gradients", marks=pytest.mark.slow),
-        (("method=less", "target_set=verifiable", "stop_after=scores"), "warmup features"),
+        (("method=less", *SMALL_FEATURES, "stop_after=scores"), "warmup features"),
         (("method=rds_plus", "target_set=verifiable", "stop_after=scores"), "embeddings"),
         pytest.param(
             ("proxy.ensemble=mc_dropout", "proxy.lora.dropout=0.1", "stop_after=scores"),
@@ -98,6 +100,7 @@ def test_reported_tokens_are_those_the_models_see(
         "data.size=40",
         "compute.tokens=1",
         "benchmark.batch_size=1",
+        "benchmark.limit=4",
         "data.benchmark_items=13",
         "target.batch_size=4",
     )

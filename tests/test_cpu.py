@@ -46,6 +46,7 @@ from gradsift.errors import GradsiftError
 from gradsift.gradients.per_sample import gradient_pass
 from gradsift.training import lora
 from gradsift.training.head import OutputHead, ResponseLosses
+from gradsift.training.nano import nano_config
 from gradsift.training.numerics import expected_numerics, numerics_of, prepare
 from gradsift.training.residual import residual_in_float32
 
@@ -1098,20 +1099,11 @@ def test_the_numerics_of_a_model_are_known_before_it_is_loaded(architecture: str
     assert (numerics_of(half)["kernels"] == "off") is (kernels_option == "off")
 
 
-def test_nothing_of_the_package_is_imported_where_kernels_are_off() -> None:
-    script = """
-import sys
-sys.modules["gradsift.cpu"] = None  # as if the folder was not there
-import gradsift.pipeline
-from gradsift.config import ComputeConfig, ModelConfig
-from gradsift.training.nano import nano_config
-from gradsift.training.numerics import expected_numerics
-compute = ComputeConfig(precision="bfloat16", device="cpu", kernels="off")
-print(expected_numerics(nano_config("gpt2"), compute, ModelConfig(kind="nano"))["kernels"])
-"""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "off"
+def test_nothing_of_the_package_is_imported_where_kernels_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`test_imports` has the law for the modules that every run loads."""
+    monkeypatch.setitem(sys.modules, "gradsift.cpu", None)  # as if the folder was not there
+    compute = ComputeConfig(precision="bfloat16", device="cpu", kernels="off")
+    assert expected_numerics(nano_config("gpt2"), compute, ModelConfig(kind="nano"))["kernels"] == "off"
 
 
 def test_another_source_or_flag_is_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -459,11 +459,12 @@ def whose_gpu(count):
 """
 
 
+@pytest.mark.slow  # each job is a process that imports torch; the tests above have the law without a launcher
 @pytest.mark.parametrize(
     "launcher",
     [
         ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
-        pytest.param(("hydra/launcher=submitit_local",), marks=pytest.mark.slow),
+        ("hydra/launcher=submitit_local",),
     ],
     ids=["joblib", "submitit_local"],
 )

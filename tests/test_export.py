@@ -177,7 +177,7 @@ def test_a_name_is_one_part_of_a_path() -> None:
 
 
 def test_a_run_that_alpaca_evals_annotator_judged_is_exported(
-    gradsift: Any, endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+    after_smoke: Any, endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     endpoint.behave = lambda text, attempt: (
         200,
@@ -185,19 +185,19 @@ def test_a_run_that_alpaca_evals_annotator_judged_is_exported(
         {},
     )
     options = ("judge=alpaca_eval", "judge.annotators=alpaca_eval_gpt4", f"judge.base_url={endpoint.address}")
-    assert gradsift(*SMOKE, "scorer=random", *options) == 0
-    (run,) = gradsift.folder.glob("outputs/*/*")
-    assert gradsift.runs()[0]["judging"]["cost"]["calls"] == len(endpoint.bodies) > 0
+    assert after_smoke(*SMOKE, "scorer=random", *options) == 0
+    (run,) = after_smoke.folder.glob("outputs/*/*")
+    assert after_smoke.runs()[0]["judging"]["cost"]["calls"] == len(endpoint.bodies) > 0
     capsys.readouterr()
     assert export_module.main([str(run), "--to", "published"]) == 0
     printed = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert len(printed) == 5 and all(path.is_file() for path in printed)
     verdicts = json.loads(next(path for path in printed if path.name == "annotations.json").read_text())
-    counts = gradsift.runs()[0]["pooled"]
+    counts = after_smoke.runs()[0]["pooled"]
     assert [sum(row["preference"] == p for row in verdicts) for p in (2, 1.5, 1)] == [
         counts[kind] for kind in ("win", "tie", "lose")
     ]
-    assert export_module.main([str(gradsift.folder), "--to", "published"]) == 2
+    assert export_module.main([str(after_smoke.folder), "--to", "published"]) == 2
     assert "cannot be read as a run's" in capsys.readouterr().err
 
 

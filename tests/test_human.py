@@ -580,13 +580,15 @@ def test_a_run_names_its_answers_and_its_judge(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_run_whose_judge_never_finished_has_its_answers_all_the_same(
-    gradsift: Any, endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+    after_smoke: Any, endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A whole run with questions about forgetting, which two models answer too: before and after the finetune."""
     endpoint.behave = lambda text, attempt: (401, "no such key", {})
     judge = ("judge=openai", f"judge.base_url={endpoint.address}", "judge.model=m")
-    assert gradsift(*SMOKE, "scorer=random", "benchmark.general=[verifiable_terse]", "benchmark.limit=5", *judge) == 2
-    (run,) = gradsift.folder.glob("outputs/*/*")
+    assert (
+        after_smoke(*SMOKE, "scorer=random", "benchmark.general=[verifiable_terse]", "benchmark.limit=5", *judge) == 2
+    )
+    (run,) = after_smoke.folder.glob("outputs/*/*")
     assert json.loads((run / "run.json").read_text())["status"] == "failed"
     files = files_of_run(run)
     assert files.judgments is None

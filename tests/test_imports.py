@@ -35,8 +35,8 @@ def test_no_module_imports_itself_through_others() -> None:
     TopologicalSorter({name_of(file): imported_by(file, modules) for file in files}).prepare()  # raises CycleError
 
 
-def test_a_run_that_trains_nothing_imports_no_lightning() -> None:
-    """Lightning takes seconds to import: no module that `gradsift.pipeline` loads imports it outside a function."""
+def test_every_run_loads_neither_lightning_nor_the_kernels() -> None:
+    """Lightning takes seconds to import, and the kernels are optional: both are imported within functions alone."""
     files = {name_of(file): file for file in (SRC / "gradsift").rglob("*.py")}
     loaded, left = set(), {"gradsift.pipeline"}
     while left:
@@ -49,3 +49,4 @@ def test_a_run_that_trains_nothing_imports_no_lightning() -> None:
             assert not any(root.split(".")[0] == "lightning" for root in roots), name
         left |= imported_from(module, set(files)) - loaded
     assert "gradsift.training.target" in loaded
+    assert not any(name.startswith("gradsift.cpu") for name in loaded)

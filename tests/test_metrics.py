@@ -222,16 +222,16 @@ def test_an_answer_ends_at_the_first_of_a_tasks_ends() -> None:
     assert until("a b", ["Q:"]) == "a b" == until("a b", [])
 
 
-def test_a_task_of_ones_own_is_done_before_and_after_the_finetune(gradsift, task_folder: Path) -> None:
+def test_a_task_of_ones_own_is_done_before_and_after_the_finetune(after_smoke, task_folder: Path) -> None:
     smoke = ("experiment=smoke", "tracker=none", "compute.threads=1", "scorer=random", "stop_after=generate")
     asked = ("benchmark.limit=3", "benchmark.lm_eval_tasks=[mine]", f"benchmark.lm_eval_folder={task_folder}")
-    assert gradsift(*smoke, *asked) == 0
-    assert set(gradsift.runs()[0]["forgetting"]["lm_eval/mine"]["before"]) == {"acc,none"}
-    assert gradsift(*smoke, *asked) == 0
-    assert all(stage["reused"] for stage in gradsift.runs()[1]["stages"])
+    assert after_smoke(*smoke, *asked) == 0
+    assert set(after_smoke.runs()[0]["forgetting"]["lm_eval/mine"]["before"]) == {"acc,none"}
+    assert after_smoke(*smoke, *asked) == 0
+    assert all(stage["reused"] for stage in after_smoke.runs()[1]["stages"])
     (task_folder / "items.jsonl").write_text((task_folder / "items.jsonl").read_text() + "\n")
-    assert gradsift(*smoke, *asked) == 0
-    done = [stage["name"] for stage in gradsift.runs()[2]["stages"] if not stage["reused"]]
+    assert after_smoke(*smoke, *asked) == 0
+    done = [stage["name"] for stage in after_smoke.runs()[2]["stages"] if not stage["reused"]]
     assert done == ["lm_eval", "lm_eval"]
 
 
@@ -245,11 +245,11 @@ def test_what_is_no_task_of_lm_eval_is_refused(task_folder: Path) -> None:
 # ------------------------------------------------------------------------------------------- the line
 
 
-def test_metrics_and_forgetting_end_in_run_json_and_are_not_made_twice(gradsift, wordnet_dir: Path) -> None:
+def test_metrics_and_forgetting_end_in_run_json_and_are_not_made_twice(after_smoke, wordnet_dir: Path) -> None:
     smoke = (*SMOKE, "scorer=random")
     asked = ("benchmark.general=[verifiable_terse]", f"benchmark.wordnet_dir={wordnet_dir}", "benchmark.limit=18")
-    assert gradsift(*smoke, *asked) == 0
-    (run,) = gradsift.runs()
+    assert after_smoke(*smoke, *asked) == 0
+    (run,) = after_smoke.runs()
     for model in ("model", "reference", "untuned"):
         metrics = run["metrics"][model]
         assert metrics["pooled"]["accuracy"] == run["accuracy"][model]
@@ -262,8 +262,8 @@ def test_metrics_and_forgetting_end_in_run_json_and_are_not_made_twice(gradsift,
     assert forgotten["before"]["loss"] > 0
     assert forgotten["change"]["loss"] == forgotten["after"]["loss"] - forgotten["before"]["loss"] != 0
 
-    assert gradsift(*smoke, *asked) == 0
-    again = gradsift.runs()[-1]
+    assert after_smoke(*smoke, *asked) == 0
+    again = after_smoke.runs()[-1]
     assert all(stage["reused"] for stage in again["stages"])
     assert (again["metrics"], again["forgetting"]) == (run["metrics"], run["forgetting"])
 

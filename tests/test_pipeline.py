@@ -109,10 +109,10 @@ LAST_STAGES = {
 }
 
 
-def test_stop_after_ends_the_line(gradsift) -> None:
+def test_stop_after_ends_the_line(after_smoke) -> None:
     for stage, last in LAST_STAGES.items():
-        assert gradsift(*SMOKE, f"stop_after={stage}") == 0
-        run = gradsift.runs()[-1]
+        assert after_smoke(*SMOKE, f"stop_after={stage}") == 0
+        run = after_smoke.runs()[-1]
         assert run["status"] == "stopped"
         assert run["stages"][-1]["name"] == last
         assert run["pws"] is None
@@ -125,18 +125,18 @@ def test_nothing_is_computed_that_the_scorer_does_not_ask_for(gradsift) -> None:
     assert {stage["name"] for stage in gradsift.runs()[-1]["stages"]} == {"load", "backbone", "score", "select"}
 
 
-def test_full_is_the_reference_and_needs_no_judge(gradsift) -> None:
-    assert gradsift(*SMOKE, "scorer=full", "alpha=0.05") == 0
-    (run,) = gradsift.runs()
+def test_full_is_the_reference_and_needs_no_judge(after_smoke) -> None:
+    assert after_smoke(*SMOKE, "scorer=full", "alpha=0.05") == 0
+    (run,) = after_smoke.runs()
     assert run["pws"] == 1.0
     assert run["selection"]["rows"] == 120  # alpha is ignored
-    assert "judge" not in names(run, reused=False)
+    assert "judge" not in {stage["name"] for stage in run["stages"]}
 
 
-def test_full_runs_without_the_judges_key(gradsift, monkeypatch) -> None:
+def test_full_runs_without_the_judges_key(after_smoke, monkeypatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert gradsift(*SMOKE, "scorer=full", "judge=openai", "stop_after=judge") == 0
-    assert gradsift.runs()[0]["pws"] == 1.0
+    assert after_smoke(*SMOKE, "scorer=full", "judge=openai", "stop_after=judge") == 0
+    assert after_smoke.runs()[0]["pws"] == 1.0
 
 
 def test_an_empty_budget_is_no_error_in_a_run_that_ends_before_the_selection(gradsift) -> None:
@@ -190,10 +190,10 @@ def test_during_training_collects_every_example_without_a_second_pass(gradsift) 
         assert min(table["norm_B"].to_pylist()) > 0
 
 
-def test_where_norms_are_taken_changes_no_training(gradsift) -> None:
+def test_where_norms_are_taken_changes_no_training(after_smoke) -> None:
     for collect in ("epoch_end", "during_training"):
-        assert gradsift(*SMOKE, f"proxy.collect={collect}", "stop_after=scores") == 0
-    adapters = [path.read_bytes() for path in gradsift.store.glob("member/m1-e2-*/adapter_model.safetensors")]
+        assert after_smoke(*SMOKE, f"proxy.collect={collect}", "stop_after=scores") == 0
+    adapters = [path.read_bytes() for path in after_smoke.store.glob("member/m1-e2-*/adapter_model.safetensors")]
     assert len(adapters) == 2
     assert adapters[0] == adapters[1]
 
@@ -212,17 +212,17 @@ def test_a_changed_file_never_reuses_an_old_result(gradsift) -> None:
         assert f'"output": "{change}"' in latest.read_text()
 
 
-def test_a_replayed_run_repeats_itself_from_its_own_folder(gradsift) -> None:
+def test_a_replayed_run_repeats_itself_from_its_own_folder(after_smoke) -> None:
     # what YAML reads as something else unless it is quoted
     texts = ("tracker.group='1e5'", "tracker.project='yes: é'", "target.learning_rate=1e-6")
-    assert gradsift(*SMOKE, "alpha=0.15", "scorer=late_loss", *texts) == 0
-    (folder,) = gradsift.folder.glob("outputs/*/*")
-    assert gradsift("--replay", str(folder)) == 0
-    (again,) = set(gradsift.folder.glob("outputs/*/*")) - {folder}
+    assert after_smoke(*SMOKE, "alpha=0.15", "scorer=late_loss", *texts) == 0
+    (folder,) = after_smoke.folder.glob("outputs/*/*")
+    assert after_smoke("--replay", str(folder)) == 0
+    (again,) = set(after_smoke.folder.glob("outputs/*/*")) - {folder}
     assert (again / "config.yaml").read_bytes() == (folder / "config.yaml").read_bytes()
     dumped = yaml.safe_load((again / "config.yaml").read_text())["values"]
     assert (dumped["tracker"]["group"], dumped["tracker"]["project"]) == ("1e5", "yes: é")
-    first, second = gradsift.runs()
+    first, second = after_smoke.runs()
     assert trained(second) == 0
     assert (second["scorer"], second["alpha"], second["pws"]) == ("late_loss", 0.15, first["pws"])
 
@@ -303,15 +303,15 @@ def test_a_judge_without_a_key_is_refused_before_any_training(gradsift, capsys, 
     assert {stage["name"] for stage in gradsift.runs()[0]["stages"]} == {"load"}
 
 
-def test_a_users_benchmark_is_added_on_the_command_line(gradsift) -> None:
-    questions = gradsift.folder / "questions.json"
+def test_a_users_benchmark_is_added_on_the_command_line(after_smoke) -> None:
+    questions = after_smoke.folder / "questions.json"
     questions.write_text(
         json.dumps([{"question": "copy : ba", "answer": "ba"}, {"question": "add : 1 2", "answer": "3"}])
     )
     entry = f"{{path: {questions}, instruction: question, reference: answer}}"
     own = (f"+benchmark.catalog.mine={entry}", "benchmark.sets=[verifiable,mine]")
-    assert gradsift(*SMOKE, *own) == 0
-    (run,) = gradsift.runs()
+    assert after_smoke(*SMOKE, *own) == 0
+    (run,) = after_smoke.runs()
     assert set(run["benchmarks"]) == {"verifiable", "mine"}
     assert run["pooled"]["n"] == 26 + 2
 

@@ -114,26 +114,26 @@ def test_shards_of_different_tables_do_not_merge(shards: list[Artifact], tmp_pat
         read_norms([*shards, shards[0]])
 
 
-def test_jobs_of_one_shard_each_leave_a_whole_that_the_next_run_merges(gradsift, capsys) -> None:
+def test_jobs_of_one_shard_each_leave_a_whole_that_the_next_run_merges(after_smoke, capsys) -> None:
     smoke = (*SMOKE, "proxy.shards=2")
-    assert gradsift(*smoke, "proxy.shard=1", "stop_after=statistics") == 0
-    first = gradsift.runs()[-1]
+    assert after_smoke(*smoke, "proxy.shard=1", "stop_after=statistics") == 0
+    first = after_smoke.runs()[-1]
     assert (first["status"], first["shards"]) == ("stopped", {"collected": 1, "of": 2, "missing": [0]})
     assert [stage["name"] for stage in first["stages"]].count("member") == 4
     assert [stage["name"] for stage in first["stages"]].count("norms") == 4
     assert "still missing: 0;" in capsys.readouterr().out
 
-    assert gradsift(*smoke, "scorer=gsnr", "stop_after=scores") == 0  # makes the missing shard itself
-    run = gradsift.runs()[-1]
+    assert after_smoke(*smoke, "scorer=gsnr", "stop_after=scores") == 0  # makes the missing shard itself
+    run = after_smoke.runs()[-1]
     made_now = [stage["name"] for stage in run["stages"] if not stage["reused"]]
     assert made_now == ["norms"] * 4 + ["statistics", "score"]
 
-    assert gradsift(*smoke, "proxy.shard=0", "stop_after=statistics") == 0
-    assert gradsift.runs()[-1]["shards"]["missing"] == []
+    assert after_smoke(*smoke, "proxy.shard=0", "stop_after=statistics") == 0
+    assert after_smoke.runs()[-1]["shards"]["missing"] == []
     assert "none is missing" in capsys.readouterr().out
 
-    assert gradsift(*SMOKE, "stop_after=scores") == 0  # in one piece
-    scores = [pq.read_table(path) for path in sorted(gradsift.store.glob("score/*/scores.parquet"))]
+    assert after_smoke(*SMOKE, "stop_after=scores") == 0  # in one piece
+    scores = [pq.read_table(path) for path in sorted(after_smoke.store.glob("score/gsnr-*/scores.parquet"))]
     assert len(scores) == 2
     one, two = ({name: scores[i][name].to_numpy() for name in ("G_s", "G_t", "V_t")} for i in range(2))
     bound = 2 * 2048 * np.finfo(np.float32).eps  # each is within half of it of the exact norms: see above

@@ -189,7 +189,7 @@ class Store:
         return fingerprint, self.root / stage / f"{safe_slug(slug)}-{fingerprint}"
 
     def _require_same_folder(self) -> None:
-        """Raise if a mount vanished: below it lies another folder, mostly empty, where no work may begin anew."""
+        """Raise if a mount vanished: the folder below it is another one, mostly empty, and no work may start there."""
         if self._inode is None:
             self.root.mkdir(parents=True, exist_ok=True)
         inode = self.root.stat().st_ino  # not the device's number: automounters change it

@@ -36,7 +36,7 @@ def code_hash(function: Callable[..., Any]) -> str:
 
 
 def _described(value: Any, name: str, seen: set[int]) -> Iterator[str]:
-    """Yield texts that stand for a value which the function reads under `name`."""
+    """Yield texts that identify a value that the function reads under `name`."""
     if isinstance(value, _PLAIN):
         yield f"{type(value).__name__} {value!r}"
     elif isinstance(value, np.ndarray) and value.dtype != object:

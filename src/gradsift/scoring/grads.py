@@ -1,4 +1,4 @@
-"""GrADS (arXiv 2511.08620): representative, diverse and non-redundant examples. No public code exists; our reading.
+"""GrADS (arXiv 2511.08620): representative, diverse and non-redundant examples. No code is public; this is our reading.
 
     score_i = w_g R_i + w_d C_i + w_s (1 - S_i)
 

@@ -148,7 +148,7 @@ def looks_of(names: Iterable[str]) -> dict[str, Look]:
     """Return a look for each name, by the order of the names."""
     looks = {}
     for place, name in enumerate(dict.fromkeys(names)):
-        # one further with each round of the colours, so that a colour returns with another marker
+        # shifted by one in each round of the colours, so that a colour comes back with another marker
         other = place + place // len(COLOURS)
         marker, dash, hatch = (group[other % len(group)] for group in (MARKERS, DASHES, HATCHES))
         looks[name] = Look(COLOURS[place % len(COLOURS)], marker, dash, hatch)

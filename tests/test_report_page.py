@@ -600,6 +600,21 @@ def test_a_pool_without_labels_or_texts_to_sort_by_is_packed(sweep: Made) -> Non
 # -------------------------------------------------------------------------------------- when it is written
 
 
+FEW = [entry for entry in FIGURES if entry.name in ("pws", "eps", "score_distributions", "labels", "cost")]
+
+
+def draw(entries: Sequence[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("gradsift.report.figures", "gradsift.report.page"):
+        monkeypatch.setattr(f"{module}.FIGURES", entries)
+
+
+@pytest.fixture
+def few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have five figures: enough for what is not about figures."""
+    draw(FEW, monkeypatch)
+
+
+@pytest.mark.usefixtures("few_figures")
 def test_the_command_writes_it_elsewhere_and_refuses_in_one_line(
     sweep: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -618,6 +633,7 @@ def test_the_command_writes_it_elsewhere_and_refuses_in_one_line(
         assert words in error
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_without_the_store_the_report_says_what_is_gone(tmp_path: Path) -> None:
     jobs = made(tmp_path)
     jobs.job(0, "gsnr", 0.1)
@@ -628,6 +644,7 @@ def test_without_the_store_the_report_says_what_is_gone(tmp_path: Path) -> None:
     assert "1.200" in page
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_a_sweep_ends_with_its_report_unless_told_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jobs = made(tmp_path)
     job = jobs.job(0, "gsnr", 0.1)
@@ -666,9 +683,7 @@ def test_a_figure_with_a_defect_is_told_and_the_page_stands(
 
     jobs = made(tmp_path)
     jobs.job(0, "gsnr", 0.1)
-    entries = [replace(entry, draw=wraps(entry.draw)(broken)) if entry.name == "eps" else entry for entry in FIGURES]
-    for module in ("gradsift.report.figures", "gradsift.report.page"):
-        monkeypatch.setattr(f"{module}.FIGURES", entries)
+    draw([replace(one, draw=wraps(one.draw)(broken)) if one.name == "eps" else one for one in FEW], monkeypatch)
     assert main([str(jobs.folder), "--format", "svg"]) == 2
     told = "is written, but for the figure eps, which failed with ZeroDivisionError: by <nothing>"
     assert told in capsys.readouterr().err
@@ -677,10 +692,11 @@ def test_a_figure_with_a_defect_is_told_and_the_page_stands(
     assert page.count("<svg") > 3 and 'id="repeat"' in page
     with Console(record=True, width=400) as console:
         automatic.report_at_end(jobs.folder, Display(console))
-    (line,) = console.export_text().splitlines()
+    line = console.export_text().splitlines()[0]  # a second one if it took long
     assert line == f"report: {jobs.folder / 'report.html'} {told}"
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_a_run_ends_with_its_report(gradsift: Any, capsys: pytest.CaptureFixture[str]) -> None:
     options = [option for option in SMOKE if option != "report=false"]
     assert gradsift(*options, "scorer=random", "stop_after=selection") == 0
@@ -705,6 +721,7 @@ def test_a_report_that_fails_leaves_the_run_as_it_is(
     assert [run["status"] for run in gradsift.runs()] == ["stopped"]
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_a_run_that_fails_on_the_way_still_ends_with_its_report(
     gradsift: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from gradsift.data.batching import collate, length_batches, spread_out
+from gradsift.data.batching import collate
 from gradsift.data.examples import Example
 from gradsift.data.tokens import Encoded, chunks, start_of
 from gradsift.journal import Journal
-from gradsift.runtime import Advance, weighed
+from gradsift.runtime import Advance
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget, tokens_factor
 from gradsift.training.head import OutputHead, require_finite, token_losses
@@ -56,27 +56,21 @@ def span_losses(backbone: Backbone, spans: Sequence[Encoded], advance: Advance, 
         if one.scored:
             equal.setdefault((one.input_ids.tobytes(), one.is_response.tobytes()), []).append(index)
     groups = list(equal.values())
-    advance(len(spans) - sum(map(len, groups)))
+    different = [replace(spans[group[0]], row=place) for place, group in enumerate(groups)]
+    advance(len(spans) - len(different))
     head = OutputHead.of(backbone.model)
     usual = _BATCH_TOKENS[backbone.model.device.type] * min(2, tokens_factor(backbone.model))
-    budget = TokenBudget(backbone.tokens or usual)
-    lengths = [len(spans[group[0]].input_ids) for group in groups]
-    advance_by_tokens = weighed(advance, sum(map(len, groups)), sum(lengths))
-    for batch in spread_out(length_batches(lengths, budget.tokens)):
 
-        def means_of(tokens: int, batch: Sequence[int] = batch) -> list[float]:
-            means: list[float] = []
-            for part in length_batches([lengths[position] for position in batch], tokens):  # keeps the order
-                means += _batch_losses(backbone, head, [spans[groups[batch[index]][0]] for index in part]).tolist()
-            return means
+    def means_of(batch: list[Encoded]) -> list[list[Any]]:
+        return [[one.row for one in batch], _batch_losses(backbone, head, batch).tolist()]
 
-        work = functools.partial(budget.run, means_of, [lengths[position] for position in batch])
-        for position, mean in zip(batch, journal.once(batch, work), strict=True):
-            losses[groups[position]] = mean
-        indices = [index for position in batch for index in groups[position]]
-        rows = torch.tensor([spans[index].row for index in indices])
-        require_finite("loss", rows, torch.from_numpy(losses[indices]), spans)
-        advance_by_tokens(sum(lengths[position] for position in batch))
+    for batches in TokenBudget(backbone.tokens or usual).passes(different, means_of, journal, advance):
+        for places, means in batches:
+            for place, mean in zip(places, means, strict=True):
+                losses[groups[place]] = mean
+            indices = [index for place in places for index in groups[place]]
+            rows = torch.tensor([spans[index].row for index in indices])
+            require_finite("loss", rows, torch.from_numpy(losses[indices]), spans)
     return losses
 
 

@@ -20,7 +20,7 @@ from exactness import assert_close_by_norm
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
-from scipy.stats import binomtest, spearmanr
+from scipy.stats import spearmanr
 
 from gradsift.errors import DataError
 from gradsift.report.figures import (
@@ -281,12 +281,6 @@ def test_no_two_of_many_methods_look_alike() -> None:
 def test_members_are_left_out_of_the_largest_ensemble(material: Material) -> None:
     runs = [run_of(material, "4-members"), run_of(material, "0-gsnr-0.1")]
     assert largest_ensemble(Material(material.folder, runs, True)) is runs[1]
-
-
-@pytest.mark.parametrize(("wins", "items"), [(0, 3), (3, 3), (7, 12), (1, 400)])
-def test_the_interval_of_a_share_is_wilsons(wins: int, items: int) -> None:
-    by_scipy = binomtest(wins, items).proportion_ci(method="wilson")
-    assert judge.wilson(wins / items, items) == pytest.approx((by_scipy.low, by_scipy.high), abs=1e-4)
 
 
 def test_bins_hold_scores_of_any_scale() -> None:

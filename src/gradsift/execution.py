@@ -95,7 +95,8 @@ def execute(config: Config, job: Job) -> float | None:
     prepare(config)
     view.settings(settings_of(config))
     about = _about(config, job.overrides)
-    _write_config(config, job.folder)
+    dumped = yaml.dump(dump_config(config), Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
+    (job.folder / CONFIG_FILE).write_text(dumped, encoding="utf-8")
     if config.plan:
         plan(config, view.display, job.folder, about)
         view.planned(job.folder, in_sweep=job.sweep is not None)
@@ -122,11 +123,6 @@ def execute(config: Config, job: Job) -> float | None:
     report = report_at_end(job.folder, view.display) if reports else None
     view.finished(job.folder, report, in_sweep=job.sweep is not None)
     return record.value_of(config.objective)
-
-
-def _write_config(config: Config, folder: Path) -> None:
-    dumped = yaml.dump(dump_config(config), Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
-    (folder / CONFIG_FILE).write_text(dumped, encoding="utf-8")
 
 
 def _about(config: Config, overrides: list[str]) -> dict[str, Any]:

@@ -242,7 +242,6 @@ _NAMED = _Family("named", lambda rng: _draw_operated([rng.choice(list(OPERATIONS
 _CHAINED = _Family("chained", lambda rng: _draw_operated(rng.sample(list(OPERATIONS), 2), rng), _operate)
 DEFINING = _NAMED.name  # the family whose rows show what a name does
 DELAYED = _CHAINED.name  # the family whose rows can only be learnt after the names
-MOST_DELAYED = 0.5  # three quarters of the tasks are then about names
 
 FAMILIES = tuple(family.name for family in _FAMILIES)
 _BY_NAME = {family.name: family for family in (*_FAMILIES, _NAMED, _CHAINED)}
@@ -286,7 +285,7 @@ def generate(
     Raises:
         ConfigError: arguments that no world can satisfy.
     """
-    _refuse_impossible(size, spoilt, duplicates, benchmark_items, delayed)
+    _refuse_impossible(size, spoilt, duplicates, benchmark_items)
     n_spoilt, n_duplicates = round(size * spoilt), round(size * duplicates)
     counts = _divide(n_spoilt, SPOILT) | _divide(n_duplicates, DUPLICATES)
     counts["clean"] = size - n_spoilt - n_duplicates
@@ -330,10 +329,9 @@ def pretraining_rows(
         instructed_share: share of pairs worded as in the dataset, exact up to rounding.
         other_share: share of pairs that ask for skills outside the dataset, exact up to rounding.
     """
-    if min(instructed_share, other_share) < 0 or instructed_share + other_share > 1:
+    if instructed_share + other_share > 1:
         raise ConfigError(
-            f"instructed_share={instructed_share}, other_share={other_share}: shares are at least 0 and together at "
-            "most 1; lower one of them"
+            f"instructed_share={instructed_share}, other_share={other_share}: together they are at most 1; lower one"
         )
     rng = random.Random(f"verifiable pretraining {seed}")
     n_instructed, n_other = round(count * instructed_share), round(count * other_share)
@@ -471,21 +469,13 @@ def effective_families(families: Sequence[str]) -> float:
     return math.exp(-sum(share * math.log(share) for share in shares)) if shares else 0.0
 
 
-def _refuse_impossible(size: int, spoilt: float, duplicates: float, benchmark_items: int, delayed: float) -> None:
-    if size < 1:
-        raise ConfigError(f"size={size}: a dataset has at least one row; raise size")
-    if benchmark_items < 0:
-        raise ConfigError(f"benchmark_items={benchmark_items}: cannot be negative; use 0 for no benchmark")
+def _refuse_impossible(size: int, spoilt: float, duplicates: float, benchmark_items: int) -> None:
+    """Raise for values that do not go together; the config has checked each by itself."""
     if size + benchmark_items > MAX_TASKS:
         raise ConfigError(
             f"size={size}, benchmark_items={benchmark_items}: this world has {MAX_TASKS} tasks for both together; "
             "lower one of them"
         )
-    for name, share in (("spoilt", spoilt), ("duplicates", duplicates)):
-        if not 0 <= share <= 1:
-            raise ConfigError(f"{name}={share}: a share lies between 0 and 1; 0 means none")
-    if not 0 <= delayed <= MOST_DELAYED:
-        raise ConfigError(f"delayed={delayed}: this share lies between 0 and {MOST_DELAYED}; 0 means none")
     n_spoilt, n_duplicates = round(size * spoilt), round(size * duplicates)
     clean = size - n_spoilt - n_duplicates
     twins = _divide(n_spoilt, SPOILT)["contradictory"]

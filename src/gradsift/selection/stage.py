@@ -100,7 +100,8 @@ def write_selection(
             own |= {name: row[name] for name in ("example_id", "row_index")}
             if corruption and position in corruption:
                 own["corruption"] = corruption[position]
-            line = _json_line({**json.loads(row["original"]), "gradsift": own}).encode("utf-8") + b"\n"
+            text = json.dumps({**json.loads(row["original"]), "gradsift": own}, ensure_ascii=False, default=str)
+            line = text.encode("utf-8", "backslashreplace") + b"\n"  # JSON's escape of half a surrogate pair
             begins[rank - 1], sizes[rank - 1] = lines.tell(), len(line)
             lines.write(line)
         for begin, size in zip(begins.tolist(), sizes.tolist(), strict=True):
@@ -115,15 +116,6 @@ def _rows(examples: Path, ranks: np.ndarray) -> Iterator[tuple[int, dict[str, An
         chosen = np.flatnonzero(ranks[start : start + block.num_rows])
         yield from zip((start + chosen).tolist(), block.take(pa.array(chosen)).to_pylist(), strict=True)
         start += block.num_rows
-
-
-def _json_line(row: Mapping[str, Any]) -> str:
-    text = json.dumps(row, ensure_ascii=False, default=str)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # UTF-8 cannot encode half a surrogate pair; an escape can
-        return json.dumps(row, default=str)
-    return text
 
 
 def positions_of(selection: Artifact) -> np.ndarray:

@@ -17,11 +17,9 @@ _SMOOTHED = 0.05  # share of the steps that a running mean spans
 
 def smooth(values: np.ndarray, share: float = _SMOOTHED) -> np.ndarray:
     """Return the running mean over `share` of the values, over fewer where it would reach beyond an end."""
-    half = int(len(values) * share / 2)
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    first = np.maximum(np.arange(len(values)) - half, 0)
-    last = np.minimum(np.arange(len(values)) + half + 1, len(values))
-    mean: np.ndarray = (total[last] - total[first]) / (last - first)
+    window = np.ones(2 * int(len(values) * share / 2) + 1)
+    sums, counts = (np.convolve(each, window, mode="same") for each in (values, np.ones(len(values))))
+    mean: np.ndarray = sums / counts
     return mean
 
 

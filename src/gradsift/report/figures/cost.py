@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from gradsift.report.figures import style
 from gradsift.report.figures.style import Style, report_figure
@@ -52,7 +53,7 @@ def cost(material: Material) -> Figure:
     _bars(axes[0], "seconds", column["seconds"], column["saved"])
     _bars(axes[1], "units of work", column["made"], column["reused"])
     _bars(axes[2], "tokens through a model", column["tokens"])
-    axes[2].xaxis.set_major_formatter(_short)
+    axes[2].xaxis.set_major_formatter(EngFormatter(sep=""))
     if any(column["memory"]):
         _bars(axes[3], "peak memory (GB)", column["memory"])
     for panel in axes:
@@ -69,10 +70,3 @@ def _bars(axes: Axes, title: str, made: Sequence[float], reused: Sequence[float]
         options: Style = {"color": style.NEUTRAL, "hatch": style.HATCHES[1], "label": "reused: not done again"}
         axes.barh(range(len(made)), reused, left=made, **options, **style.BAR)
     axes.set_title(title, fontsize=8.5)
-
-
-def _short(value: float, _: object) -> str:
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:g}{name}"
-    return f"{value:g}"

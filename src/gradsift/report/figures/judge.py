@@ -96,13 +96,15 @@ def position_bias(material: Material) -> Figure:
 def length_bias(material: Material) -> Figure:
     """How often the longer answer won, over the decided items whose answers differ in length. An interval that
     misses the middle line shows a preference for one length."""
+    from scipy.stats import binomtest
+
     shares = longer_shares(judged(material))
     if not shares:
         raise Missing("no decided item has answers of different lengths")
     figure, axes = _rows_panel(shares, [items for _, items in shares.values()])
     for place, (share, items) in enumerate(shares.values()):
-        low, high = wilson(share, items)
-        ends = [[share - low], [high - share]]
+        interval = binomtest(round(share * items), items).proportion_ci(0.95, "wilson")  # has a width even for 0 and 1
+        ends = [[share - interval.low], [interval.high - share]]
         axes.errorbar(share, place, xerr=ends, fmt="o", ms=6, color=style.COLOURS[0], capsize=3)
     axes.axvline(0.5, color=style.INK, **style.DASHED)
     axes.set(xlim=(0, 1), xlabel="share of the decided items that\nthe longer answer won (95 % interval)")
@@ -117,13 +119,6 @@ def _rows_panel(names: Mapping[str, Any], items: Sequence[int] | np.ndarray = ()
     for place, count in enumerate(items):
         axes.text(1.02, place, f"n={count}", va="center", color=style.FAINT, transform=axes.get_yaxis_transform())
     return figure, axes
-
-
-def wilson(share: float, items: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share, which has a width even for few items and for shares of 0 and 1."""
-    z = 1.96**2 / items
-    half = (z * share * (1 - share) + z * z / 4) ** 0.5
-    return max(0.0, (share + z / 2 - half) / (1 + z)), min(1.0, (share + z / 2 + half) / (1 + z))
 
 
 def longer_shares(groups: Mapping[str, Sequence[Run]]) -> dict[str, tuple[float, int]]:

@@ -82,5 +82,5 @@ def _one_kind_of_error(text: str | bytes) -> Iterator[None]:
     except RecursionError:
         reason = "nested too deep"
     except ValueError as error:
-        reason = str(error).split(";")[0]  # after it comes advice to programmers
+        reason = str(error).split(";")[0]  # what follows the semicolon is advice to programmers
     raise json.JSONDecodeError(reason, text if isinstance(text, str) else "", 0)

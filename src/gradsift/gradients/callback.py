@@ -159,7 +159,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         """
         self._example_id = example_id
         self._norms: PerSampleNorms | None = None
-        self._attached = ExitStack()  # of the hooks, the probes and the collator
+        self._attached = ExitStack()  # closing it removes the hooks, the probes and the collator
         self._ids: Any = None
         self._labels: torch.Tensor | None = None
         self._divided_by: torch.Tensor | float | None = None  # the loss that the model itself returns

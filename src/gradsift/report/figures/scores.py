@@ -67,7 +67,7 @@ def score_distributions(material: Material) -> Figure:
             panel.locator_params(axis="x", nbins=4)
     for panel in axes[len(shown) :]:
         panel.set_visible(False)
-    for panel in axes[max(0, len(shown) - columns) : len(shown)]:  # a label of the figure would meet the legend
+    for panel in axes[max(0, len(shown) - columns) : len(shown)]:  # a label of the figure would overlap the legend
         panel.set_xlabel("score")
     figure.supylabel("rows", fontsize=9)
     return figure

@@ -74,7 +74,7 @@ def test_a_unit_reports_its_tokens_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "stages"),
     [
-        ((), "member finetune generate heldout"),
+        (("scorer=late_loss", "proxy.members=1"), "member finetune generate heldout"),
         (("scorer=superfilter", "stop_after=scores"), "score"),
         (("scorer=contrast", "scorer.neighbours=20", "stop_after=scores"), "member losses"),
         pytest.param(("scorer=perplexity", "stop_after=scores"), "score", marks=pytest.mark.slow),

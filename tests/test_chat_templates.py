@@ -303,6 +303,18 @@ def test_a_template_from_a_file_replaces_the_tokenizers(byte_tokenizer: Any, tmp
         template_identity(str(tmp_path / "missing.jinja"))
 
 
+@pytest.mark.parametrize(
+    "unsafe", ["''.__class__.__mro__[1].__subclasses__()", "messages.append(1)", "cycler.__init__.__globals__.os"]
+)
+def test_a_template_from_a_file_runs_in_a_sandbox(unsafe: str, byte_tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "unsafe.jinja"
+    path.write_text(CHATML + f"{{% if 'try' in messages[0].content %}}{{{{ {unsafe} }}}}{{% endif %}}")
+    examples = [example([Turn("user", text), TURNS[1]], row) for row, text in enumerate(("try", "fine"))]
+    encoded, report = encode(examples, byte_tokenizer, str(path), 1000)
+    assert [each.row for each in encoded] == [1]
+    assert "is unsafe" in report.refused[0].reason
+
+
 PIECES = st.sampled_from(["a", " ", "\n", "<think>", "</think>", "<|im_end|>", "<|im_", "end|>", "\U000f0000"])
 SAID = st.lists(PIECES, min_size=1, max_size=6).map("".join).filter(str.strip)
 TALKS = st.tuples(st.none() | SAID, st.lists(st.tuples(SAID, SAID, st.booleans()), min_size=1, max_size=3))

@@ -66,7 +66,6 @@ ASKED = {
     "the first rows": ("owner/several", None, "train", "rivers", 3),
     "more than there are": ("owner/several", None, "test", "hills", 9),
     "streamed without a subset": ("owner/several", None, "train", None, 3),
-    "no name": ("a/b/c", None, "train", None),
 }
 
 
@@ -135,7 +134,6 @@ def test_the_rows_of_a_dataset_or_of_a_subset(asked: str, rows: list[object], an
         "gated": "is gated: accept its terms",
         "missing": "is no dataset of the hub",
         "script": "made by a script, which is not run; give data.revision=refs/convert/parquet",
-        "no name": "give it as OWNER/NAME",
     }.items(),
 )
 def test_what_cannot_be_loaded_has_a_remedy(asked: str, words: str, answers: dict[str, object]) -> None:
@@ -161,6 +159,12 @@ def test_streaming_reads_as_many_rows_as_are_drawn(tmp_path: Path, monkeypatch: 
     assert asked == [("owner/one", None, "train", None, 5)]
     assert (artifact.info["rows"], artifact.info["heldout"]) == (3, 2)
     assert load(runtime(tmp_path), HubDataConfig(**options)).fingerprint != artifact.fingerprint
+
+
+@pytest.mark.parametrize("id", ["a/b/c", "https://hub/owner/one", "owner/on e", ""])
+def test_what_is_no_name_of_a_dataset_is_refused_before_the_run(id: str) -> None:
+    with pytest.raises(ConfigError, match="is no name of a hub dataset; give it as OWNER/NAME"):
+        HubDataConfig(id=id)
 
 
 def test_streaming_needs_a_limit() -> None:

@@ -107,6 +107,11 @@ def test_a_mixture_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         MixtureDataConfig(name="mixture", sources={"a": {"pth": "x"}})
     with pytest.raises(ConfigError, match="neither path nor id"):
         SourceConfig()
+    missing = {"a": SourceConfig(path=str(tmp_path / "missing.jsonl"))}
+    with pytest.raises(DataError, match=r"data\.sources\.a\.path=.*missing\.jsonl does not exist"):
+        mixed(tmp_path, sources=missing)
+    with pytest.raises(ConfigError, match=r"data\.sources\.NAME\.id=a/b/c is no name of a hub dataset"):
+        SourceConfig(id="a/b/c")
     with pytest.raises(ConfigError, match="give one of the two"):
         SourceConfig(path="a", id="b")
     taken = SourceConfig(path=written(tmp_path / "c.jsonl", [row | {"source": "x"} for row in RIVERS]))

@@ -13,7 +13,8 @@ import yaml
 
 from gradsift.artifacts import Store
 from gradsift.config import Config, dump_config
-from gradsift.config.data import JsonDataConfig
+from gradsift.config.data import JsonDataConfig, MixtureDataConfig
+from gradsift.data.chat_templates import file_text, is_chat
 from gradsift.data.paths import require_files
 from gradsift.launch import LOST, leads
 from gradsift.run_folder import CONFIG_FILE, RUN_FILE
@@ -69,10 +70,7 @@ def execute(config: Config, job: Job) -> float | None:
     Returns:
         The value of `config.objective`, for a search, or None if the run has none.
     """
-    if isinstance(config.data, JsonDataConfig):  # a wrong path fails before the slow imports
-        require_files(config.data.path)
-    for model in config.models:
-        require_model(Store(Path(config.artifacts)), model)
+    _require_files(config)
     from gradsift.pipeline import follow, plan, prepare, run, settings_of
 
     if not leads(config.compute):
@@ -123,6 +121,22 @@ def execute(config: Config, job: Job) -> float | None:
     report = report_at_end(job.folder, view.display) if reports else None
     view.finished(job.folder, report, in_sweep=job.sweep is not None)
     return record.value_of(config.objective)
+
+
+def _require_files(config: Config) -> None:
+    """Raise now if a file or a model is missing that an option names: the imports that follow are slow."""
+    data = config.data
+    if isinstance(data, JsonDataConfig):
+        require_files(data.path)
+    if isinstance(data, MixtureDataConfig):
+        for name, source in data.sources.items():
+            if source.path is not None:
+                require_files(source.path, f"data.sources.{name}")
+    for template in (config.proxy.template, config.target.template):
+        if is_chat(template) and template != "chat":
+            file_text(template)
+    for model in config.models:
+        require_model(Store(Path(config.artifacts)), model)
 
 
 def _about(config: Config, overrides: list[str]) -> dict[str, Any]:

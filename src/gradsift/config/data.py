@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +77,14 @@ def check_paths(option: str, value: Any) -> None:
         raise ConfigError(f"{option}={value!r} names no file; give a path, or a list as in {option}=[A,B]")
 
 
+def check_id(option: str, id: str) -> None:
+    """Raise ConfigError unless a text can name a dataset of the hub."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", id):
+        raise ConfigError(
+            f"{option}={id} is no name of a hub dataset; give it as OWNER/NAME, or take data=json data.path=FILE"
+        )
+
+
 @dataclass
 class JsonDataConfig(DataConfig):
     """Local files: .json, .jsonl, .csv, .tsv (each also with .gz or .zst), .parquet or .arrow."""
@@ -107,6 +116,7 @@ class HubDataConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_id("data.id", self.id)
         if self.streaming and self.limit is None:
             raise ConfigError("data.streaming=true needs the number of rows to read, as in data.limit=10000")
         self.name = self.name or slug("-".join(filter(None, (self.id, self.subset))))[:LONGEST_NAME]
@@ -132,6 +142,7 @@ class SourceConfig(Group, option="data.sources.NAME"):
                 raise ConfigError(
                     "data.sources: a source has neither path nor id; give one, as in {code: {path: FILE}}"
                 )
+            check_id("data.sources.NAME.id", self.id)
             return
         if self.id:
             raise ConfigError(f"a source of data.sources has path={self.path} and id={self.id}; give one of the two")

@@ -10,8 +10,6 @@ from pathlib import Path
 from gradsift.data.examples import SourceRow
 from gradsift.errors import DataError
 
-_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
 
 def load_hub(
     id: str, revision: str | None, split: str, subset: str | None = None, first: int | None = None
@@ -31,8 +29,6 @@ def load_hub(
         raise DataError(
             f"data.id={id} is a file or folder here; take data=json data.path=FILE, or another folder to run in"
         )
-    if not _ID.fullmatch(id):
-        raise DataError(f"data.id={id} is no name of a hub dataset; give it as OWNER/NAME")
     import datasets
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled

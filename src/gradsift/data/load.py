@@ -83,7 +83,7 @@ def _load_rows(runtime: Runtime, config: DataConfig) -> Artifact:
     assert isinstance(config, JsonDataConfig | HubDataConfig | MixtureDataConfig)  # noqa: S101 - for the type checker
     settings, downloads = _settings(config), runtime.store.root / "downloads"
     if isinstance(config, MixtureDataConfig):
-        sources = {name: row_source(entry, downloads) for name, entry in config.sources.items()}
+        sources = {name: row_source(entry, downloads, f"data.sources.{name}") for name, entry in config.sources.items()}
         for name, each in sources.items():
             settings["sources"][name] |= each.settings
     else:

@@ -31,11 +31,14 @@ class RowSource(NamedTuple):
     read: Callable[[], Iterator[SourceRow]]
 
 
-def row_source(config: JsonDataConfig | HubDataConfig | SourceConfig, downloads: Path) -> RowSource:
+def row_source(
+    config: JsonDataConfig | HubDataConfig | SourceConfig, downloads: Path, group: str = "data"
+) -> RowSource:
     """Return the source that a config names.
 
     Args:
         downloads: a folder for a copy of standard input.
+        group: group of the options that name the source, for errors.
 
     Raises:
         DataError: a file is missing or of an unknown type.
@@ -48,7 +51,7 @@ def row_source(config: JsonDataConfig | HubDataConfig | SourceConfig, downloads:
         if isinstance(config, HubDataConfig) and config.streaming:
             first = (config.limit or 0) + config.holdout
         return RowSource(id, {}, lambda: hub.load_hub(id, revision, split, subset, first))
-    named = paths.files_of(path, downloads)
+    named = paths.files_of(path, downloads, group)
     kinds, hashes = [files.file_kind(file) for file in named], [files.hash_of(file) for file in named]
     one = len(named) == 1
     settings = {"path": None, "kind": kinds[0] if one else kinds, "sha256": hashes[0] if one else hashes}

@@ -17,7 +17,7 @@ STANDARD_INPUT = "-"
 _PATTERN_CHARACTERS = "*?["
 
 
-def files_of(paths: str | Sequence[str], downloads: Path) -> list[Path]:
+def files_of(paths: str | Sequence[str], downloads: Path, group: str = "data") -> list[Path]:
     """Return the files that `data.path` names, in the order of their rows.
 
     A folder is one that `datasets.save_to_disk` wrote, or has shards of one type, in the order of their names.
@@ -25,24 +25,25 @@ def files_of(paths: str | Sequence[str], downloads: Path) -> list[Path]:
     Args:
         paths: one or several of: a file, a folder, a pattern as in `folder/*.jsonl`, `-` for standard input.
         downloads: a folder for a copy of standard input.
+        group: group of the option that names them, for errors.
 
     Raises:
         DataError: there is no such file, a type is unknown, or a folder holds several types.
     """
     files: list[Path] = []
     for path in [paths] if isinstance(paths, str) else paths:
-        files += _files_of(path, downloads)
+        files += _files_of(path, downloads, group)
     for file in files:
-        file_kind(file)  # raises if its type is unknown
+        file_kind(file, group)  # raises if its type is unknown
     if repeated := next((file for place, file in enumerate(files) if file in files[:place]), None):
-        raise DataError(f"data.path names {repeated} twice; name each file once")
+        raise DataError(f"{group}.path names {repeated} twice; name each file once")
     return files
 
 
-def require_files(paths: str | Sequence[str]) -> None:
+def require_files(paths: str | Sequence[str], group: str = "data") -> None:
     """Raise DataError as `files_of` does, without reading standard input."""
     named = [paths] if isinstance(paths, str) else paths
-    files_of([path for path in named if path != STANDARD_INPUT], Path())
+    files_of([path for path in named if path != STANDARD_INPUT], Path(), group)
 
 
 def read_files(files: Sequence[Path]) -> Iterator[SourceRow]:
@@ -57,25 +58,25 @@ def read_files(files: Sequence[Path]) -> Iterator[SourceRow]:
             number += 1
 
 
-def _files_of(path: str, downloads: Path) -> list[Path]:
+def _files_of(path: str, downloads: Path, group: str) -> list[Path]:
     if path == STANDARD_INPUT:
         return [_copy_of_standard_input(downloads)]
     place = Path(path).expanduser()
     if place.is_dir():
-        return _files_in(place)
+        return _files_in(place, group)
     if place.exists() or not any(character in path for character in _PATTERN_CHARACTERS):
         return [place]
     root = place.anchor or "."
     files = sorted(file for file in Path(root).glob(str(place.relative_to(place.anchor))) if file.is_file())
     if not files:
-        raise DataError(f"data.path={path}: no file has such a name; check the pattern (now in {Path.cwd()})")
+        raise DataError(f"{group}.path={path}: no file has such a name; check the pattern (now in {Path.cwd()})")
     return files
 
 
-def _files_in(folder: Path) -> list[Path]:
+def _files_in(folder: Path, group: str) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(each.name for each in folder.iterdir() if (each / "state.json").is_file()))
-        raise DataError(f"data.path={folder} holds several splits; name the folder of one: {splits}")
+        raise DataError(f"{group}.path={folder} holds several splits; name the folder of one: {splits}")
     if (folder / "state.json").is_file():
         return _saved_files(folder)
     files = sorted(
@@ -87,8 +88,8 @@ def _files_in(folder: Path) -> list[Path]:
     if len(kinds) != 1:
         content = f"files of the types {', '.join(kinds)}" if kinds else "no file of a known type"
         raise DataError(
-            f"data.path={folder} is a folder with {content}; give a pattern for the files that hold the rows, as in "
-            f"data.path='{folder}/*.{kinds[0] if kinds else 'jsonl'}'"
+            f"{group}.path={folder} is a folder with {content}; give a pattern for the files that hold the rows, as in "
+            f"{group}.path='{folder}/*.{kinds[0] if kinds else 'jsonl'}'"
         )
     return files
 

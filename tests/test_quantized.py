@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from exactness import assert_close_by_norm
+from safetensors.torch import load_file, save_file
 from test_backbones import pin, runtime
 from test_norms import assert_norms_close, batch_norms, loop_norms, ragged_examples
 from torch import nn
@@ -54,20 +55,20 @@ def loaded(folder: Path, kind: str, dtype: str = "float32") -> Any:
 
 
 def test_the_short_option_is_the_models() -> None:
-    options = ["data=json", "data.path=x.json", "proxy=gpt2", "target=llama2_7b", "stop_after=finetune"]
+    options = ["data=json", "data.path=x.json", "proxy=gpt2", "target=llama2_7b", "benchmark=vicuna"]
+    options += ["judge=openai", "judge.model=m"]
     config = compose_config([*options, "target.quantization=nf4", "proxy.quantization=int8"])
     assert (config.target.model.quantization, config.proxy.model.quantization) == KINDS
+    full = ["features.gradient_params=full", "features.adam=false"]
     for wrong, words in [
         (["target.quantization=nf4", "compute=fsdp"], "target.quantization=nf4 does not go with compute=fsdp"),
-        (
-            ["proxy.quantization=nf4", "features.gradient_params=full", "features.adam=false"],
-            "quantised weights have no gradient",
-        ),
+        (["target.quantization=nf4", "generator=vllm"], "target.quantization=nf4 does not go with generator=vllm"),
+        (["proxy.quantization=nf4", *full], "quantised weights have no gradient"),
         (["proxy.quantization=fp4"], "quantization='fp4' is not known; choose one of: none, nf4, int8"),
     ]:
         with pytest.raises(ConfigError) as caught:
             compose_config([*options, *wrong])
-        assert words in str(caught.value)
+        assert words in str(caught.value), str(caught.value)
 
 
 def test_without_the_package_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +159,36 @@ def test_quantisation_is_part_of_the_identity_and_is_told(folder: Path, tmp_path
     assert any("of the weights are nf4" in line for line in said)
     with pytest.raises(GradsiftError, match="this is a defect of gradsift"):
         load_backbone(plain, config, CPU)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_experts_of_gpt_oss_are_restored_from_mxfp4(dtype: str, tmp_path: Path, byte_tokenizer: Any) -> None:
+    """A code is a half of 0, 1, 2, 3, 4, 6, 8 or 12 with its sign in the fourth bit, times 2^(scale - 127)."""
+    torch.manual_seed(0)
+    shape = SHAPE | HEADS | {"intermediate_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", vocab_size=264, **shape))
+    model.save_pretrained(tmp_path / "Tiny")
+    byte_tokenizer.save_pretrained(tmp_path / "Tiny")
+    weights = load_file(tmp_path / "Tiny/model.safetensors")
+    packed, name = {}, "model.layers.0.mlp.experts.down_proj"
+    for key in [key for key in weights if key.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = weights.pop(key).shape
+        packed[f"{key}_blocks"] = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        packed[f"{key}_scales"] = torch.full((experts, outputs, inputs // 32), 122, dtype=torch.uint8)
+    save_file(weights | packed, tmp_path / "Tiny/model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((tmp_path / "Tiny/config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "Tiny/config.json").write_text(json.dumps(settings))
+    restored = loaded(tmp_path / "Tiny", "none", dtype).get_parameter(name)  # (experts, inputs, outputs)
+    halves = torch.tensor([0.0, 1, 2, 3, 4, 6, 8, 12])
+    codes = packed[f"{name}_blocks"].flatten(2).long()
+    codes = torch.stack([codes % 16, codes // 16], -1).flatten(2)
+    expected = halves[codes % 8] / 2 * (1 - codes // 8 * 2) * 2.0**-5
+    assert restored.dtype == getattr(torch, dtype)
+    assert torch.equal(restored.float(), expected.transpose(1, 2))
+    if importlib.util.find_spec("bitsandbytes"):
+        with pytest.raises(ConfigError, match=r"quantised already \(mxfp4\); leave it out"):
+            loaded(tmp_path / "Tiny", "nf4")
 
 
 @installed

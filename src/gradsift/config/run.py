@@ -251,6 +251,11 @@ class Config(Group):
                 f"target.quantization={self.target.model.quantization} does not go with compute=fsdp, which divides "
                 "float weights; take compute=ddp"
             )
+        if self.target.model.quantization != "none" and self.generator.name != "local" and self.reaches("generate"):
+            raise ConfigError(
+                f"target.quantization={self.target.model.quantization} does not go with generator={self.generator.name}"
+                ", which answers with the weights of the model's files; take generator=local"
+            )
         if self.proxy.model.quantization != "none" and self.features.gradient_params == "full":
             raise ConfigError(
                 f"proxy.quantization={self.proxy.model.quantization} does not go with features.gradient_params=full: "

@@ -100,12 +100,12 @@ def load_backbone(
         GradsiftError: the model has other numerics than `artifact`.
     """
     source, options = _source(artifact, config)
-    name = config.path or config.kind
+    name, dtype = config.path or config.kind, dtype_of(compute, config)
+    stored = load_options(_config_of(artifact, config), config.quantization, dtype)
     with hub_errors(config), in_parts(compute, divided) as parts:
         tokenizer = load_tokenizer(source, name, **options)
-        quantized = load_options(config.quantization, dtype_of(compute, config))
-        model = load_model(source, name, dtype=dtype_of(compute, config), **options, **quantized, **parts)
-    if quantized:
+        model = load_model(source, name, dtype=dtype, **options, **stored, **parts)
+    if config.quantization != "none":
         make_plain(model, config.quantization)
     prepare(model.requires_grad_(False), compute)
     if artifact.numerics and numerics_of(model) != artifact.numerics:
@@ -153,7 +153,7 @@ def load_shown(runtime: Runtime, artifact: Artifact, config: ModelConfig, *, div
     if config.quantization != "none":
         share = quantized_share(loaded.model)
         runtime.display.say(
-            f"  {name}: {share:.0%} of the weights are {config.quantization}; the others stay as they are"
+            f"  {name}: {share:.0%} of the weights are {config.quantization}; not experts, embeddings and output head"
         )
     if residual_precision(loaded.model) == "bfloat16":
         runtime.display.say(

@@ -18,15 +18,29 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from gradsift.errors import ConfigError
 from gradsift.training.frozen import product_of
 
 
-def load_options(quantization: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the options with which transformers quantises a model while it loads it."""
-    from transformers import BitsAndBytesConfig
+def load_options(described: Any, quantization: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the options with which transformers quantises a model while it loads it, or restores gpt-oss's weights.
 
-    if quantization == "none":
-        return {}
+    Args:
+        described: transformers' config of the model.
+
+    Raises:
+        ConfigError: the files hold quantised weights already.
+    """
+    from transformers import BitsAndBytesConfig, Mxfp4Config
+
+    stored = dict(getattr(described, "quantization_config", None) or {}).get("quant_method")
+    if quantization == "none":  # no gradient passes through the kernels for mxfp4
+        return {"quantization_config": Mxfp4Config(dequantize=True)} if stored == "mxfp4" else {}
+    if stored:
+        raise ConfigError(
+            f"model.quantization={quantization}: the files of this model hold weights that are quantised already "
+            f"({stored}); leave it out, or give the original model"
+        )
     if quantization == "int8":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}

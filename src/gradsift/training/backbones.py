@@ -101,7 +101,7 @@ def load_backbone(
     """
     source, options = _source(artifact, config)
     name, dtype = config.path or config.kind, dtype_of(compute, config)
-    stored = load_options(_config_of(artifact, config), config.quantization, dtype)
+    stored = load_options(config_of(artifact, config), config.quantization, dtype)
     with hub_errors(config), in_parts(compute, divided) as parts:
         tokenizer = load_tokenizer(source, name, **options)
         model = load_model(source, name, dtype=dtype, **options, **stored, **parts)

@@ -343,7 +343,9 @@ status = main(sys.argv[2:])
 print("loaded before a request:", sorted(heavy), file=sys.stderr)
 sys.exit(status)
 """
-HEAVY = "torch,transformers,lightning,peft,datasets,pyarrow,pandas,scipy,sklearn,matplotlib,openai,alpaca_eval,nltk"
+HEAVY = (
+    "numpy,torch,transformers,lightning,peft,datasets,pyarrow,pandas,scipy,sklearn,matplotlib,openai,alpaca_eval,nltk"
+)
 
 
 def test_compare_asks_an_endpoint_before_it_loads_anything_heavy_and_warns_of_invalid_judgments(

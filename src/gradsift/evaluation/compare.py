@@ -20,9 +20,7 @@ from typing import TYPE_CHECKING, Any
 from gradsift.composition import compose_config
 from gradsift.config import Config, LocalJudgeConfig
 from gradsift.errors import ConfigError, GradsiftError
-from gradsift.evaluation.export import export
 from gradsift.evaluation.generation import OUTPUTS_FILE, ModelOutput, read_pair, write_model_outputs
-from gradsift.evaluation.human.pairs import PairFiles
 from gradsift.names import slug
 
 if TYPE_CHECKING:
@@ -50,7 +48,6 @@ def compare(config: Config, model: Path, reference: Path) -> dict[str, Any]:
     from gradsift.diagnostics import DIAGNOSTICS_FILE, read_diagnostics
     from gradsift.evaluation.judges import DryRun
     from gradsift.evaluation.stages.judging import check_judge, judge, pws, pws_of
-    from gradsift.report.notes import warnings_of
     from gradsift.runtime import Display, Runtime
 
     if isinstance(config.judge, LocalJudgeConfig):  # importing torch takes seconds, and no other judge needs it
@@ -68,6 +65,8 @@ def compare(config: Config, model: Path, reference: Path) -> dict[str, Any]:
     except DryRun as plan:
         return {"dry_run": str(plan)}
     summary = pws(runtime, config.judge, judged, answers, reference_answers)
+    from gradsift.report.notes import warnings_of
+
     diagnostics = read_diagnostics(summary.path) if (summary.path / DIAGNOSTICS_FILE).exists() else {}
     for name, message in warnings_of(diagnostics).items():
         display.say(f"warning: {name}: {message}")
@@ -120,6 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = compare(_config(options.options), options.model, options.reference)
         if options.to is not None and "files" in result:
+            from gradsift.evaluation.export import export
+            from gradsift.evaluation.human.pairs import PairFiles
+
             files = {name: Path(path) for name, path in result["files"].items()}
             export(PairFiles(**files, combine=result["combine"]), options.to)
         print(json.dumps(result, indent=1, allow_nan=False))

@@ -20,7 +20,6 @@ from gradsift.config import (
 from gradsift.data.verifiable import answers_match
 from gradsift.diagnostics import write_diagnostics
 from gradsift.errors import ConfigError
-from gradsift.evaluation.bias import length_bias, length_controlled, position_bias
 from gradsift.evaluation.chat import ChatClient
 from gradsift.evaluation.generation import OUTPUTS_FILE, read_model_outputs
 from gradsift.evaluation.judges import JudgeError, Rater
@@ -32,7 +31,6 @@ from gradsift.evaluation.judges.verifier import VerifierJudge
 from gradsift.evaluation.judges.wording import judge_wording, rating_wording
 from gradsift.evaluation.judgments import invalid_share, judge_pairs, read_judgments
 from gradsift.evaluation.matching import MATCHERS
-from gradsift.evaluation.pws import outcome_strings, outcomes_of, read_pws, summarise, write_pws
 from gradsift.evaluation.replies import REPLIES_FILE, Replies, Terms
 from gradsift.journal import Journal
 from gradsift.runtime import Runtime
@@ -198,6 +196,10 @@ def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifa
     Args:
         judged: judgments of `answers` against `reference`.
     """
+    # here: the first request is sent before numpy is imported
+    from gradsift.evaluation.bias import length_bias, length_controlled, position_bias
+    from gradsift.evaluation.pws import outcome_strings, outcomes_of, summarise, write_pws
+
     settings = {"confidence": config.confidence}
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -228,4 +230,6 @@ def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifa
 
 def pws_of(made: Artifact) -> dict[str, Any]:
     """Return the contents of the artifact of `pws`."""
+    from gradsift.evaluation.pws import read_pws
+
     return read_pws(made.file("pws.json"))

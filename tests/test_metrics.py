@@ -217,6 +217,17 @@ def test_a_task_that_generates_is_answered_in_the_targets_template(tmp_path: Pat
     assert list(found["written"].values()) == [pytest.approx(2 / 3)]
 
 
+def test_a_task_that_needs_a_missing_package_names_it(task_folder: Path) -> None:
+    from gradsift.training import tiny_bytes
+
+    (task_folder / "utils.py").write_text("import no_such_package\n")
+    task = task_folder / "mine.yaml"
+    task.write_text(task.read_text().removesuffix("}") + ', "process_results": !function utils.f}')
+    options: dict[str, Any] = {"folder": str(task_folder), "batch_size": 2, "template": "plain", "max_new_tokens": 8}
+    with pytest.raises(ConfigError, match=r"needs the package no_such_package.*pip install -e '\.\[lm-eval\]'"):
+        evaluate_tasks(tiny_bytes.bytes_model(seed=0), tiny_bytes.bytes_tokenizer(), ["mine"], limit=1, **options)
+
+
 def test_an_answer_ends_at_the_first_of_a_tasks_ends() -> None:
     assert until("a b\n\nc Q: d", ["Q:", "\n\n", ""]) == "a b"
     assert until("a b", ["Q:"]) == "a b" == until("a b", [])

@@ -76,8 +76,8 @@ def evaluate_tasks(
         results = simple_evaluate(model=wrapped, tasks=list(tasks), **settings)["results"]
     except ImportError as error:
         raise ConfigError(
-            f"{option}: one of them needs the package {error.name}; install it, or for ifeval pip install "
-            "'lm-eval[ifeval]'"
+            f"{option}: one of them needs the package {error.name}; install it (those of ifeval come with "
+            "pip install -e '.[lm-eval]')"
         ) from error
     except OSError as error:  # includes the hub's errors
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -2,11 +2,12 @@
 folders, one of them gated.
 
 `serving(folder)` serves each folder `OWNER/NAME` of `folder` at one revision. A repository with a file `.gated` answers
-as a gated one does.
+as a gated one does. A client with the token `TOKEN` may make dataset repositories there and commit small files.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -20,6 +21,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REVISIONS = ("main", COMMIT)
+TOKEN = "hf_of_the_stand_in"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -35,9 +37,43 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def do_POST(self) -> None:
-        self._answer(parse_qs(self.rfile.read(int(self.headers["Content-Length"] or 0)).decode()))
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode()
+        *_, action, last = ["", *urlsplit(self.path).path.split("/")]
+        if action in ("preupload", "commit") or last == "create":
+            self._write(action, body)
+        else:
+            self._answer(parse_qs(body))
+
+    def _write(self, action: str, body: str) -> None:
+        """Answer a request that makes a repository or commits to one."""
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            self._send(401, {"error": "Invalid credentials in Authorization header"})
+            return
+        lines = [json.loads(line) for line in body.splitlines()]
+        if action == "repos":
+            asked = lines[0]
+            folder = self.root / asked.get("organization", "owner") / asked["name"]
+            address = {"url": f"http://{self.headers['Host']}/datasets/{folder.parent.name}/{folder.name}"}
+            if folder.is_dir():
+                self._send(409, {"error": "You already created this dataset repo"} | address)
+                return
+            folder.mkdir(parents=True)
+            folder.with_suffix(".made").write_text(json.dumps(asked))
+            self._send(200, address)
+        elif action == "preupload":
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            self._send(200, {"files": [{"path": each["path"], **modes} for each in lines[0]["files"]]})
+        else:
+            folder = self.root.joinpath(*urlsplit(self.path).path.split("/")[3:5])
+            for file in (line["value"] for line in lines if line["key"] == "file"):
+                (folder / file["path"]).write_bytes(base64.b64decode(file["content"]))
+            self._send(200, {"commitUrl": f"http://{self.headers['Host']}/commit/{COMMIT}", "commitOid": COMMIT})
 
     def _answer(self, form: dict[str, list[str]] | None = None) -> None:
+        if self.path == "/api/whoami-v2":
+            known = self.headers["Authorization"] == f"Bearer {TOKEN}"
+            self._send(200 if known else 401, {"name": "owner"} if known else {"error": "Invalid user token."})
+            return
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         parts = parts[2:] if parts[0] == "api" else parts[parts[0] == "datasets" :]  # a model has no prefix of its own
         folder = self.root.joinpath(*parts[:2])

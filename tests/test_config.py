@@ -49,6 +49,7 @@ def _rows() -> list[list[str]]:
     rows += [["data=hub", "data.id=a/b", *FOREIGN], ["data=mixture", "data.sources={a: {path: x.json}}", *FOREIGN]]
     rows += [[f"generator={name}"] for name in OF_GROUP["generator"] if name != "openai"]
     rows += [["generator=openai", "generator.base_url=http://127.0.0.1:8000/v1"]]
+    rows += [[f"export={name}"] for name in OF_GROUP["export"]]
     own = ("json", "hub", "mixture", "verifiable")
     rows += [[f"data={name}", *FOREIGN] for name in OF_GROUP["data"] if name not in own] + [["data=verifiable"]]
     rows += [[f"{group}={choice}"] for group in ("method", "experiment") for choice in OF_GROUP[group]]

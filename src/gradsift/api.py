@@ -37,6 +37,7 @@ _FIXED = {  # options that `select` sets itself, and what to do instead
     "plan": "a plan is made by the command line alone",
     "experiment": "give its options one by one",
     "hydra": "there is no Hydra application here",
+    "export": "select() returns the rows; the command line writes them for other tools",
 }
 
 
@@ -130,7 +131,7 @@ def select(
 
 def _config(path: Path, method: Sequence[str], options: Mapping[str, Any]) -> Config:
     for name in options:
-        if remedy := _FIXED.get("hydra" if name.startswith("hydra") else name):
+        if remedy := _FIXED.get(next((group for group in ("hydra", "export") if name.startswith(group)), name)):
             raise ConfigError(f"{name} is no option of select(): {remedy}")
     fixed = ["data=json", f"data.path={_spelt('rows', path)}", "stop_after=selection", "tracker=none"]
     config = compose_config([*fixed, *method, *_overrides(options)])

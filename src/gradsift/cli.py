@@ -58,6 +58,10 @@ def main() -> None:
             print((conf_folder() / "help.txt").read_text(encoding="utf-8"), end="")
         elif arguments[:1] == ["--replay"]:
             replay(arguments[1:])
+        elif arguments[:1] == ["scores"]:
+            from gradsift.report.scores import main as write_scores
+
+            sys.exit(write_scores(arguments[1:]))
         else:
             require_readable(arguments, conf_folder())
             if is_launched() and os.environ["RANK"] != "0":  # Hydra makes a folder for every rank that torchrun starts

@@ -119,6 +119,10 @@ def execute(config: Config, job: Job) -> float | None:
             raise
         record.finish("stopped" if config.stop_after or record.ends_early else "finished")
     report = report_at_end(job.folder, view.display) if reports else None
+    if config.export.push_to_hub is not None:
+        from gradsift.hub_push import push
+
+        view.display.say(f"the selection is at {push(config, job.folder)}")
     view.finished(job.folder, report, in_sweep=job.sweep is not None)
     return record.value_of(config.objective)
 
@@ -137,6 +141,14 @@ def _require_files(config: Config) -> None:
             file_text(template)
     for model in config.models:
         require_model(Store(Path(config.artifacts)), model)
+    if data.scores is not None:
+        from gradsift.scoring.published import require_scores
+
+        require_scores(Path(data.scores))
+    if config.export.push_to_hub is not None and not config.plan and leads(config.compute):
+        from gradsift.hub_push import require_access
+
+        require_access(config.export.push_to_hub)
 
 
 def _about(config: Config, overrides: list[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from gradsift.artifacts import Artifact
 from gradsift.config import Config, SentenceTransformersConfig
 from gradsift.data.chat_templates import is_chat
 from gradsift.data.examples import Example
-from gradsift.data.load import corruption_of, labels_of, load, pool_of
+from gradsift.data.load import PUBLISHED_FILE, corruption_of, labels_of, load, pool_of
 from gradsift.data.refused import refused_rows
 from gradsift.data.target_set import load_target_set, target_set_of
 from gradsift.data.tokens import EncodeReport, encode, encoding_settings
@@ -47,15 +48,19 @@ from gradsift.proxy.answer_losses import answer_losses, read_answer_losses
 from gradsift.proxy.ensemble import collect_shard, ensemble_norms, train_adapter, train_adapters
 from gradsift.proxy.epochs import ProxyInputs
 from gradsift.runtime import Runtime
+from gradsift.scoring.scores import read_scores
 from gradsift.scoring.stage import scores_of
 from gradsift.selection.audit import audit
 from gradsift.selection.budget import budget
 from gradsift.selection.stage import positions_of, select
 from gradsift.selection.topk import topk
+from gradsift.selection.trainers import FOLDER as EXPORT_FOLDER
+from gradsift.selection.trainers import export
 from gradsift.sources import Method, Source, method
 from gradsift.training.backbones import Backbone, backbone, load_shown
 from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.lora import left_out
+from gradsift.training.merging import write_merged
 from gradsift.training.probing import require_adaptable
 from gradsift.training.target import finetune, load_target, say_report
 
@@ -317,6 +322,7 @@ class Line:
                 lambda: [self.target_embeddings], lambda: read_features(self.target_embeddings)
             ),
             "rater": rater(self.runtime, self.config.judge),
+            "published_scores": Source(list, lambda: read_scores(self.loaded.file(PUBLISHED_FILE))),
             "task": Source(list, lambda: self.runtime.display.task),
             "journal": Source(list, Journal),  # replaced by the score stage, whose journal keeps results
         }
@@ -384,6 +390,25 @@ class Line:
 
         rows = self.budget if isinstance(selection, Artifact) else len(selection)
         return finetune(self.runtime, self.config.target, self.target, self.loaded, self.pool, positions, rows)
+
+    def export(self, selection: Artifact, run: Path) -> dict[str, str]:
+        """Write the selection for other trainers into the run's folder, and return what was written, by name."""
+        config, target = self.config.export, self.config.target
+        if not config.formats:
+            return {}
+        model = target.model.path if target.model.kind == "pretrained" else None
+        if model is None and self.config.reaches("finetune"):
+            model = str(self.target.path.absolute())
+        elif model is not None and Path(model).expanduser().is_dir():
+            model = str(Path(model).expanduser().absolute())
+        return export(config, target, model, [self.pool[position] for position in positions_of(selection)], run)
+
+    def merge(self, tuned: Artifact, run: Path) -> dict[str, str]:
+        """Write the finetuned target as one model into the run's folder, and return its folder, by name."""
+        folder = run / EXPORT_FOLDER / "merged"
+        with self.runtime.display.task("merge the adapter into the target", None):
+            write_merged(self.target, tuned, self.config.target, self.config.compute, folder)
+        return {"merged target": str(folder)}
 
     def heldout_loss(self, tuned: Artifact | None) -> Artifact | None:
         return heldout_loss(self.runtime, self.config.target, self.target, tuned, self.loaded)

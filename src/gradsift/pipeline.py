@@ -13,6 +13,7 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,12 +62,15 @@ def run(config: Config, runtime: Runtime, record: RunRecord) -> None:
         return
     selection = line.select(scored)
     record.selected(selection, line.loaded)
+    record.exported(partial(line.export, selection))
     if config.audit.enabled:
         record.audited(line.audit(scored))
     if config.stop_after == "selection":
         return
     tuned = line.finetune(selection)
     record.finetuned(tuned, line.heldout_loss(tuned))
+    if config.export.merged:
+        record.exported(partial(line.merge, tuned))
     if config.stop_after == "finetune":
         return
     answers = line.answers(tuned)
@@ -141,6 +145,8 @@ def settings_of(config: Config) -> list[tuple[str, Any]]:
     snapshots = ",".join(map(str, proxy.snapshots))
     members = f"{proxy.members} members by {proxy.ensemble}"
     general = [*config.benchmark.general, *(f"lm_eval/{task}" for task in config.benchmark.lm_eval_tasks)]
+    exports = [*config.export.formats, *(["merged"] if config.export.merged else [])]
+    exports += [f"to the hub as {config.export.push_to_hub}"] if config.export.push_to_hub else []
     precision = str(dtype_of(config.compute)).removeprefix("torch.")
     settings = [
         ("data", f"{data.name}{rows}" + (f", at most {data.limit:,}" if data.limit else "")),
@@ -150,6 +156,7 @@ def settings_of(config: Config) -> list[tuple[str, Any]]:
         *([("target", f"{target.name}, LoRA rank {target.lora.rank}, {length}")] if config.reaches("finetune") else []),
         *([("benchmark", ", ".join(config.benchmark.sets))] if config.reaches("generate") else []),
         *([("forgetting", ", ".join(general))] if general and config.reaches("generate") else []),
+        *([("export", ", ".join(exports))] if exports else []),
         *([("judge", config.judge.name)] if config.reaches("judge") or config.has_rater else []),
         ("compute", f"{device_of(config.compute)}, {precision}, {threads_in_words(config.compute)}"),
         ("artifacts", config.artifacts),

@@ -93,6 +93,10 @@ class RunRecord:
         self.files["selection"] = str(self.folder / SELECTION_FILE)
         self.tracker.artifact(artifact, SELECTION_FILE)
 
+    def exported(self, write: Callable[[Path], dict[str, str]]) -> None:
+        """Let `write` write files for other tools into the run's folder; it returns their names and paths."""
+        self.files |= write(self.folder)
+
     def audited(self, compute: Callable[[], dict[str, Any]]) -> None:
         """Write `audit.json`; `run.json` gets the same without the selected positions."""
         audit = compute()

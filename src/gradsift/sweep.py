@@ -209,6 +209,7 @@ def _errors(
     from gradsift.runtime import Display
 
     errors: dict[str, list[Job]] = {}
+    pushed: dict[str, Job] = {}
     before = HydraConfig.instance().cfg
     with Display().task(f"check {len(jobs):,} jobs", len(jobs)) as advance:
         for job in jobs:
@@ -216,6 +217,7 @@ def _errors(
                 config = _load(composed, job)
                 if searches:
                     config.check_objective()
+                _require_own_dataset(config, job, pushed)
             except GradsiftError as error:
                 errors.setdefault(str(error), []).append(job)
             except (HydraException, OmegaConfBaseException) as error:
@@ -223,6 +225,16 @@ def _errors(
             advance(1)
     HydraConfig.instance().cfg = before
     return errors
+
+
+def _require_own_dataset(config: Config, job: Job, pushed: dict[str, Job]) -> None:
+    """Raise ConfigError if another job sends its selection to the same dataset of the hub; `pushed` is added to."""
+    dataset = config.export.push_to_hub
+    if dataset is not None and pushed.setdefault(dataset, job) != job:
+        raise ConfigError(
+            f"export.push_to_hub={dataset} is the dataset of another job too, whose selection would be replaced; give "
+            "each its own, as in 'export.push_to_hub=OWNER/NAME-${alpha}-${seed}'"
+        )
 
 
 def _load(composed: DictConfig, job: Job) -> Config:

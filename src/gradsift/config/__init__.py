@@ -7,6 +7,7 @@ converts the result. Below `pipeline.py` and `line.py` nothing reads a whole `Co
 
 from gradsift.config.data import *
 from gradsift.config.evaluation import *
+from gradsift.config.export import *
 from gradsift.config.machine import *
 from gradsift.config.methods import *
 from gradsift.config.models import *

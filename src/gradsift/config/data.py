@@ -68,6 +68,15 @@ class DataConfig(Group, option="data"):
     dedup: str = option("none", choices=("none", "exact", "near"))
     dedup_threshold: float = option(0.8, least=0.5, most=1)  # Jaccard similarity of word triples for near duplicates
     corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
+    # a file of `gradsift scores`, whose scores replace the scorer's; rows without one are rejected
+    scores: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scores is not None and self.corruption.share:
+            raise ConfigError(
+                "data.scores knows no score of a corrupted text; leave out data.corruption.share, or data.scores"
+            )
 
 
 def check_paths(option: str, value: Any) -> None:

@@ -22,6 +22,14 @@ class ScorerConfig(Group, option="scorer"):
 
 
 @dataclass
+class PublishedConfig(ScorerConfig):
+    """Scores of `data.scores`, which sets it."""
+
+    _target_: str = "gradsift.scoring.published.published"
+    name: str = "published"
+
+
+@dataclass
 class GsnrConfig(ScorerConfig):
     """The Gradient Signal-to-Noise Ratio and its ablations."""
 

@@ -19,8 +19,9 @@ from gradsift.config.data import (
     VerifiableTargetSetConfig,
 )
 from gradsift.config.evaluation import AlpacaEvalJudgeConfig, AuditConfig, BenchmarkConfig, GeneratorConfig, JudgeConfig
+from gradsift.config.export import ExportConfig
 from gradsift.config.machine import ComputeConfig, TrackerConfig
-from gradsift.config.methods import FacilityLocationConfig, GsnrDirectionConfig
+from gradsift.config.methods import FacilityLocationConfig, GsnrDirectionConfig, PublishedConfig
 from gradsift.config.models import (
     EmbedderConfig,
     FeaturesConfig,
@@ -60,6 +61,7 @@ class Config(Group):
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     tracker: TrackerConfig = MISSING
     compute: ComputeConfig = MISSING
+    export: ExportConfig = field(default_factory=ExportConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
     alpha: float = option(0.1, above=0, most=1)  # share of the rows that is selected
     # the rows of which alpha is a share: all accepted rows, or those that were scored
@@ -75,6 +77,8 @@ class Config(Group):
         super().__post_init__()
         if self.stop_after is not None and self.stop_after not in STAGES:
             raise ConfigError(f"stop_after={self.stop_after!r} is not known; choose one of: {', '.join(STAGES)}")
+        if self.data.scores is not None:
+            self.scorer = PublishedConfig()
         self._check_names()
         self._check_ensemble()
         self._check_candidates()
@@ -83,6 +87,7 @@ class Config(Group):
         self._check_random_weights()
         self._check_quantization()
         self._check_target_set()
+        self._check_export()
         if self.audit.enabled:
             self._check_audit()
         if self.has_rater:
@@ -182,6 +187,18 @@ class Config(Group):
         for name, method in methods.items():
             if any(source.startswith("target_") for source in self._asked(method) or ()):
                 raise ConfigError(NO_TARGET_SET.format(method=name))
+
+    def _check_export(self) -> None:
+        if (self.export.formats or self.export.push_to_hub) and not self.reaches("selection"):
+            raise ConfigError(
+                f"export is of the selection, but stop_after={self.stop_after}; take stop_after=selection or a later "
+                "stage"
+            )
+        if self.export.merged and not self.reaches("finetune"):
+            raise ConfigError(
+                f"export.merged=true writes the finetuned target, but stop_after={self.stop_after}; take "
+                "stop_after=finetune or a later stage"
+            )
 
     def _check_candidates(self) -> None:
         if not isinstance(self.selector, FacilityLocationConfig) or not self.reaches("selection"):

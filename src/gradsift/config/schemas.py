@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gradsift.config import data, evaluation, machine, methods, models
+from gradsift.config import data, evaluation, export, machine, methods, models
 from gradsift.config.known_models import known_choices
 from gradsift.config.run import Config
 from gradsift.errors import ConfigError
@@ -35,6 +35,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     },
     "scorer": {
         "scorer": methods.ScorerConfig,
+        "published": methods.PublishedConfig,
         "gsnr": methods.GsnrConfig,
         "contrast": methods.ContrastConfig,
         "gsnr_direction": methods.GsnrDirectionConfig,
@@ -71,6 +72,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     },
     "tracker": {"tracker": machine.TrackerConfig},
     "compute": {"compute": machine.ComputeConfig},
+    "export": {"export": export.ExportConfig},
     "model": {"model": models.ModelConfig},
 }
 

@@ -30,10 +30,13 @@ from gradsift.data.mixture import parse_mixture, row_source, weighted
 from gradsift.errors import ConfigError, DataError
 from gradsift.manifests import file_hash
 from gradsift.runtime import Runtime
+from gradsift.scoring.published import Published
+from gradsift.scoring.scores import write_scores
 
 VERSION = 2
 EXAMPLES_FILE = "examples.parquet"
 HELDOUT_FILE = "heldout.parquet"
+PUBLISHED_FILE = "published.parquet"  # scores of the examples that `data.scores` gives
 LABELS_FILE = "labels.parquet"  # separate from the examples, so that no scorer reads it
 BENCHMARK_FILE = "benchmark.json"
 SPOILT = (*verifiable.SPOILT, "garbled")  # qualities of examples that teach something wrong
@@ -71,7 +74,9 @@ def _settings(config: DataConfig) -> dict[str, Any]:
         settings["corruption_version"] = corruption.VERSION
     else:
         del settings["corruption"]
-    for later in ("subset", "streaming"):
+    if config.scores is not None:
+        settings["scores"] = file_hash(Path(config.scores))
+    for later in ("subset", "streaming", "scores"):
         if not settings.get(later):
             settings.pop(later, None)
     if settings.get("delayed") == 0:
@@ -96,10 +101,12 @@ def _load_rows(runtime: Runtime, config: DataConfig) -> Artifact:
         else:
             examples, rejected = formats.parse_rows(source.read(), config.format, config.fields, source=source.name)
         kept, repeated = _without_duplicates(runtime, config, examples)
-        rejected = sorted([*rejected, *repeated], key=lambda row: row.row)
+        published, kept, unscored = _with_scores(config, kept)
+        rejected = sorted([*rejected, *repeated, *unscored], key=lambda row: row.row)
         chosen = weighted(config, kept) if isinstance(config, MixtureDataConfig) else kept
         pool, heldout = draw(chosen, config.limit, config.holdout, config.seed)
         counts: dict[str, Any] = {"accepted": len(kept), "heldout": len(heldout), "rejected": len(rejected)}
+        counts |= _write_published(runtime, folder, published, kept, pool, len(unscored))
         if isinstance(config, MixtureDataConfig):
             counts["sources"] = dict(Counter(example.original[config.source_column] for example in pool))
         if config.corruption.share:
@@ -136,6 +143,34 @@ def _without_duplicates(
     return kept, repeated
 
 
+def _with_scores(config: DataConfig, examples: list[Example]) -> tuple[Published | None, list[Example], list[Rejected]]:
+    """Return the scores of `data.scores`, the examples that have one, and the others as rejected rows."""
+    if config.scores is None:
+        return None, examples, []
+    published = Published(Path(config.scores))
+    return published, *published.divide(examples)
+
+
+def _write_published(
+    runtime: Runtime,
+    folder: Path,
+    published: Published | None,
+    kept: Sequence[Example],
+    pool: Sequence[Example],
+    unscored: int,
+) -> dict[str, int]:
+    """Write the pool's published scores, and return the number of rows and of scores that have no counterpart."""
+    if published is None:
+        return {}
+    write_scores(folder / PUBLISHED_FILE, published.of(pool), [[example.example_id for example in pool]])
+    counts = {"rows_without_score": unscored, "unused_scores": published.unused(kept)}
+    runtime.display.say(
+        f"  {published.path.name} has scores for {len(kept):,} of {len(kept) + unscored:,} rows; the other "
+        f"{unscored:,} are rejected; {counts['unused_scores']:,} of its scores are of texts that are not in the data"
+    )
+    return counts
+
+
 def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
     def make(folder: Path) -> Mapping[str, Any]:
         world = verifiable.generate(
@@ -150,10 +185,13 @@ def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
         if rejected:
             raise DataError(f"the embedded world made an unusable row {rejected[0].row}: {rejected[0].reason}")
         kept, repeated = _without_duplicates(runtime, config, examples)
+        published, kept, unscored = _with_scores(config, kept)
+        rejected = sorted([*repeated, *unscored], key=lambda row: row.row)
         pool, _ = draw(kept, config.limit, 0, config.seed)
         known = [world.labels[example.row_index] for example in pool]
         labels = Labels(_without_lone_copies(pool, known), [label.family for label in known])
-        counts: dict[str, Any] = {"accepted": len(kept), "heldout": len(world.benchmark), "rejected": len(repeated)}
+        counts: dict[str, Any] = {"accepted": len(kept), "heldout": len(world.benchmark), "rejected": len(rejected)}
+        counts |= _write_published(runtime, folder, published, kept, pool, len(unscored))
         if config.corruption.share:
             changes = corruption.changes_of_text(pool) | _world_changes(world)
             pool, labels = _corrupt(config.corruption, pool, labels, changes, len(world.rows))
@@ -163,7 +201,7 @@ def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
         held = [{**item, "output": item["reference"]} for item in world.benchmark]
         write_examples(folder / HELDOUT_FILE, formats.parse_rows(enumerate(held), "alpaca", FieldsConfig())[0])
         _write_labels(folder, labels)
-        write_rejected(folder / "rejected.jsonl", repeated)
+        write_rejected(folder / "rejected.jsonl", rejected)
         (folder / BENCHMARK_FILE).write_text(json.dumps(world.benchmark, indent=1), encoding="utf-8")
         return counts | {"rows": len(pool)}
 

@@ -35,7 +35,12 @@ _NAMES = {
 }
 _LEVEL = 0.05  # probability that a table of another machine is called different by chance
 _DIGITS = 6  # decimals of a recorded figure
-_IRRELEVANT = ("artifacts", "report", "tracker")  # options that no result depends on; of `compute` only the precision
+_IRRELEVANT = (
+    "export",
+    "artifacts",
+    "report",
+    "tracker",
+)  # options that no result depends on; of `compute` only the precision
 Figures = Mapping[str, Mapping[str, Sequence[float | None]]]  # scorer -> measure -> a value for each data seed
 
 

@@ -23,6 +23,8 @@ A scorer is a function. Its positional parameters name its inputs, and the pipel
                  `gradsift.features.vectors.Features` of the examples and of the target set's rows (with their tasks),
                  computed by the run's embedder
     rater        `gradsift.evaluation.judges.Rater`: the run's judge, which can grade single examples
+    published_scores
+                 `gradsift.scoring.scores.Scores` that `data.scores` gives
     task         a progress bar: `with task(description, total) as advance`
     journal      `gradsift.journal.Journal`: keeps results for a resumed run
 

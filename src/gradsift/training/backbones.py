@@ -139,6 +139,15 @@ def _lacks_memory(model: Any, compute: ComputeConfig) -> bool:
     return needs_checkpointing(model, torch.cuda.get_device_properties("cuda").total_memory)
 
 
+def load_plain(artifact: Artifact, config: ModelConfig, compute: ComputeConfig) -> tuple[Any, Any]:
+    """Load model and tokenizer as transformers makes them, not quantized; errors as `load_backbone`."""
+    source, options = _source(artifact, config)
+    name = config.path or config.kind
+    with hub_errors(config):
+        model = load_model(source, name, dtype=dtype_of(compute, config), **options)
+        return model, load_tokenizer(source, name, **options)
+
+
 def load_shown(runtime: Runtime, artifact: Artifact, config: ModelConfig, *, divided: bool = False) -> Backbone:
     """Load a backbone and show that it takes a while: a minute for 7 billion parameters.
 

@@ -1,0 +1,188 @@
+"""`export.push_to_hub=ID`: the selection as a dataset of the Hugging Face hub, with a card.
+
+Nothing is sent without that option. The token is read from HF_TOKEN when it is needed and is written nowhere. What goes
+out is `selection.jsonl` and the card; the run's config, which may name folders of this machine, stays here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from gradsift import __version__
+from gradsift.config import Config, HubDataConfig, SourceConfig
+from gradsift.errors import ConfigError, GradsiftError
+from gradsift.run_folder import RUN_FILE
+from gradsift.selection.stage import SELECTION_FILE
+
+TOKEN = "HF_TOKEN"  # noqa: S105 - the name of the environment variable
+
+
+def require_access(dataset: str) -> None:
+    """Ask the hub whether the token is valid, before the work begins.
+
+    Raises:
+        ConfigError: there is no token.
+        GradsiftError: the hub cannot be reached, or refuses the token.
+    """
+    if not os.environ.get(TOKEN):
+        raise ConfigError(
+            f"export.push_to_hub={dataset} needs a token with write access; put one into the environment variable "
+            f"{TOKEN}"
+        )
+    with _failures(dataset, "nothing was started"):
+        _api().whoami()
+
+
+def push(config: Config, run: Path) -> str:
+    """Send the selection of a run and its card in one commit, and return the address of the dataset.
+
+    A dataset that does not exist is made; of one that exists, these two files are replaced.
+
+    Raises:
+        GradsiftError: the hub cannot be reached or refuses it; the run itself is done.
+    """
+    dataset = str(config.export.push_to_hub)
+    record = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+    files: dict[str, Path | bytes] = {SELECTION_FILE: run / SELECTION_FILE}
+    files["README.md"] = card(config, record).encode("utf-8")
+    with _failures(dataset, "the run is finished, and the same command sends it again"):
+        api = _api()
+        made = api.create_repo(dataset, repo_type="dataset", private=config.export.private, exist_ok=True)
+        api.create_commit(
+            dataset,
+            [CommitOperationAdd(name, content) for name, content in files.items()],
+            commit_message=f"Selection by {record['name']}",
+            repo_type="dataset",
+        )
+    return str(made)
+
+
+def _api() -> HfApi:
+    return HfApi(token=os.environ.get(TOKEN), library_name="gradsift", library_version=__version__)
+
+
+@contextmanager
+def _failures(dataset: str, state: str) -> Iterator[None]:
+    """Turn the errors of the hub's client into one line."""
+    import httpx2
+
+    name = f"export.push_to_hub={dataset}"
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise GradsiftError(f"{name}: HF_HUB_OFFLINE is set; unset it; {state}") from error
+    except HFValidationError as error:
+        raise ConfigError(f"{name} is no dataset of the hub ({str(error).splitlines()[0]}); give OWNER/NAME") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = f"the hub answers with status {status}"
+        if status in (401, 403):
+            reason = f"the hub refuses the token in {TOKEN} (status {status}); give one that may write to {dataset}"
+        raise GradsiftError(f"{name}: {reason}; {state}") from error
+    except (httpx2.HTTPError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise GradsiftError(f"{name}: the hub cannot be reached ({reason[:200]}); {state}") from error
+
+
+# -------------------------------------------------------------------------------------------- the card
+
+
+def card(config: Config, record: Mapping[str, Any]) -> str:
+    """Return the dataset card: how the rows were selected, the figures of the run, and what they do not show.
+
+    Args:
+        record: the content of `run.json`.
+    """
+    files = [{"split": "train", "path": SELECTION_FILE}]
+    head = {"configs": [{"config_name": "default", "data_files": files}], "tags": ["gradsift", "data-selection"]}
+    selected, rows = record["selection"]["rows"], record["data"]["rows"]
+    title = str(config.export.push_to_hub).split("/")[1]
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {title}",
+        f"{selected:,} of {rows:,} rows of {_source(config)}, selected with gradsift {__version__}. Every row is as it "
+        "was in the source; the column `gradsift` holds its rank (1 is best), its score, its id and its row there.",
+        f"```python\ndatasets.load_dataset({str(config.export.push_to_hub)!r}, split='train')\n```",
+        "## Method",
+        _table(_method(config, record)),
+        "## Figures",
+        _table(_figures(record)),
+        "## Limits",
+        _limits(config, record),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _source(config: Config) -> str:
+    """Return the data without the paths of this machine."""
+    data = config.data
+    if isinstance(data, HubDataConfig):
+        subset = f", subset {data.subset}" if data.subset else ""
+        return f"`{data.id}`{subset}, split {data.split}" + (f", revision {data.revision}" if data.revision else "")
+    sources: Mapping[str, SourceConfig] = getattr(data, "sources", {})
+    if sources:
+        return "a mixture of " + ", ".join(f"`{source.id or name}`" for name, source in sources.items())
+    return f"`{data.name}`"
+
+
+def _method(config: Config, record: Mapping[str, Any]) -> dict[str, Any]:
+    model = config.proxy.model
+    public = model.path if model.kind == "pretrained" and not Path(str(model.path)).expanduser().exists() else None
+    return {
+        "scorer": config.scorer_name,
+        "selector": config.selector_name,
+        "alpha": f"{config.alpha:g} of the {config.budget_base} rows",
+        "seed": f"{config.seed} (data: {config.data.seed})",
+        "proxy": f"{public or config.proxy.name}, {config.proxy.members} members, epochs {config.proxy.snapshots}",
+        "embedder": config.embedder.name,
+        "rows rejected as unusable": f"{record['data']['rejected']:,}",
+        "rows without a score": f"{record['scores']['rows'] - record['scores']['statuses'].get('scored', 0):,}",
+        "missing from the budget": f"{record['selection']['shortfall']:,}",
+    }
+
+
+def _figures(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the run measured of the finetuned target; the stages that it did not reach are named as such."""
+    pooled, losses = record.get("pooled") or {}, record.get("heldout_loss") or {}
+    accuracy = record.get("accuracy") or {}
+    figures: dict[str, Any] = {}
+    if pooled.get("pws") is not None:
+        interval = f"{pooled['pws_low']:.3f} to {pooled['pws_high']:.3f}"
+        figures["PWS against the target on all rows (1 is equal)"] = f"{pooled['pws']:.3f}, interval {interval}"
+        figures |= {"items judged": pooled["n"], "target": record["target"], "judge": record["judge"]}
+    for name, values in (("held-out loss", losses), ("accuracy", accuracy)):
+        for model in ("model", "reference", "untuned"):
+            if values.get(model) is not None:
+                figures[f"{name}, {_MODELS[model]}"] = f"{values[model]:.4f}"
+    return figures or {"evaluation": "none: the run ended before it"}
+
+
+_MODELS = {"model": "on the selection", "reference": "on all rows", "untuned": "before finetuning"}
+
+
+def _limits(config: Config, record: Mapping[str, Any]) -> str:
+    points = [
+        "The licence, the errors and the personal data of the source are those of the source; look there before use.",
+        "Scores depend on the proxy, its training and the seed. Another model or seed selects other rows.",
+    ]
+    if config.scorer_name == "published":
+        points[1] = "The scores were published by others; nothing was computed for them here."
+    if not record.get("pooled"):
+        points.append("Nothing here shows that training on these rows is better than on random ones.")
+    diagnostics = record.get("diagnostics") or {}
+    points += [str(each["message"]) for each in diagnostics.values() if each["verdict"] == "warning"]
+    return "\n".join(f"- {' '.join(point.split())}" for point in points)
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = [f"| {name} | {str(value).replace('|', '/')} |" for name, value in values.items()]
+    return "\n".join(["| | |", "|---|---|", *rows])

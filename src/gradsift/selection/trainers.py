@@ -1,0 +1,332 @@
+"""The selection for other trainers: rows and a config for TRL, LLaMA-Factory and axolotl, a folder for each.
+
+Each config repeats the finetune of the run: the model, the adapter, the optimiser and the length. Only responses carry
+loss, as they do here. A reply that is not trained (weight 0) is context in axolotl's rows; the other two cannot say so,
+and get a row for each reply that is trained, with what came before it as the prompt.
+
+With a text template (alpaca, plain) the prompts for TRL and axolotl are written out, so that these train on the same
+text. LLaMA-Factory writes its own prompts in any case.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gradsift.config import ExportConfig, TargetConfig
+from gradsift.data.chat_templates import is_chat
+from gradsift.data.columns import pair_of
+from gradsift.data.examples import Example, Turn
+from gradsift.data.templates import render
+from gradsift.data.turns import Unusable, turns_of
+
+FOLDER = "export"  # in the folder of the run
+NO_MODEL = "MODEL"  # stands in the configs of a run without a target
+_OUTPUT = "output"
+Row = dict[str, Any]
+
+
+def export(
+    config: ExportConfig, target: TargetConfig, model: str | None, examples: Sequence[Example], run: Path
+) -> dict[str, str]:
+    """Write the formats of `config` below the run's folder, and return what was written, by name.
+
+    Args:
+        model: hub id or folder of the target; None for a run that has none, whose configs leave it to be set.
+        examples: the selection, best first.
+    """
+    written = {}
+    for name in config.formats:
+        folder = run / FOLDER / name
+        folder.mkdir(parents=True, exist_ok=True)
+        _FORMATS[name](folder, target, model or NO_MODEL, examples)
+        written[f"for {name}"] = str(folder)
+    return written
+
+
+# -------------------------------------------------------------------------------------------- rows
+
+
+def turns(example: Example) -> list[Turn]:
+    """Return the whole conversation; an input follows its instruction after a line break."""
+    prompt = example.instruction + ("\n" + example.input if example.input else "")
+    return [*example.history, Turn("user", prompt), Turn("assistant", example.output)]
+
+
+def _message(turn: Turn) -> dict[str, str]:
+    return {"role": turn.role, "content": turn.content}
+
+
+def _trained(example: Example) -> list[int]:
+    """Return the places of the replies that carry loss."""
+    return [place for place, turn in enumerate(turns(example)) if turn.role == "assistant" and turn.is_trained]
+
+
+def _has_context_replies(examples: Iterable[Example]) -> bool:
+    return any(turn.role == "assistant" and not turn.is_trained for each in examples for turn in each.history)
+
+
+def _messages(examples: Iterable[Example], *, by_reply: bool, marks: bool = False) -> Iterator[Row]:
+    """Yield conversations.
+
+    Args:
+        by_reply: a row for each reply that is trained, which ends there.
+        marks: say of each turn whether it is trained.
+    """
+    for example in examples:
+        whole = turns(example)
+        for end in _trained(example) if by_reply else [len(whole) - 1]:
+            said = [
+                _message(turn) | ({"train": turn.role == "assistant" and turn.is_trained} if marks else {})
+                for turn in whole[: end + 1]
+            ]
+            yield {"messages": said, "example_id": example.example_id}
+
+
+def _replies(examples: Iterable[Example], template: str) -> Iterator[Row]:
+    """Yield prompt and completion of each reply that is trained: turns, or text in a text template."""
+    for example in examples:
+        if is_chat(template):
+            whole = [_message(turn) for turn in turns(example)]
+            pairs: list[tuple[Any, Any]] = [(whole[:place], [whole[place]]) for place in _trained(example)]
+        else:
+            parts = render(example, template)
+            texts = [part.text for part in parts]
+            pairs = [("".join(texts[:n]), part.text) for n, part in enumerate(parts) if part.is_response]
+        for prompt, completion in pairs:
+            yield {"prompt": prompt, "completion": completion, "example_id": example.example_id}
+
+
+def _preferences(examples: Iterable[Example]) -> Iterator[tuple[Example, Turn]]:
+    """Yield the examples with a rejected reply to the same prompt, and that reply."""
+    for example in examples:
+        pair = pair_of(example.original)
+        if pair is None:
+            continue
+        reply = example.original[pair[1]]
+        try:
+            whole = [Turn("assistant", reply)] if isinstance(reply, str) else turns_of(_as_list(reply))
+        except Unusable:
+            continue
+        answer, prompt = ([turn for turn in part if turn.role != "system"] for part in (whole, turns(example)[:-1]))
+        if (
+            answer
+            and answer[-1].role == "assistant"
+            and [_message(turn) for turn in answer[:-1]]
+            in (
+                [],
+                [_message(turn) for turn in prompt],
+            )
+        ):
+            yield example, answer[-1]
+
+
+def _as_list(reply: Any) -> list[Any]:
+    return reply if isinstance(reply, list) else [reply]
+
+
+def _pairs(examples: Iterable[Example]) -> Iterator[Row]:
+    """Yield the turns of the prompt, and the chosen and the rejected reply as a turn each."""
+    for example, rejected in _preferences(examples):
+        *prompt, chosen = (_message(turn) for turn in turns(example))
+        row = {"messages": prompt, "chosen": chosen, "rejected": _message(rejected)}
+        yield row | {"example_id": example.example_id}
+
+
+def _pairs_for_trl(examples: Iterable[Example], template: str) -> Iterator[Row]:
+    """Yield prompt, chosen and rejected as `_replies` does."""
+    for example, rejected in _preferences(examples):
+        if is_chat(template):
+            *prompt, chosen = (_message(turn) for turn in turns(example))
+            row: Row = {"prompt": prompt, "chosen": [chosen], "rejected": [_message(rejected)]}
+        else:
+            *before, last = (part.text for part in render(example, template))
+            row = {"prompt": "".join(before), "chosen": last, "rejected": rejected.content}
+        yield row | {"example_id": example.example_id}
+
+
+# ----------------------------------------------------------------------------------------- configs
+
+
+def _trl(folder: Path, target: TargetConfig, model: str, examples: Sequence[Example]) -> None:
+    chat = is_chat(target.template)
+    several = any(len(_trained(example)) > 1 for example in examples)
+    if chat and several and not _has_context_replies(examples):
+        rows, loss = _messages(examples, by_reply=False), {"assistant_only_loss": True}
+    else:
+        rows, loss = _replies(examples, target.template), {"completion_only_loss": True}
+    _write_rows(folder / "train.jsonl", rows)
+    schedule = {"max_steps": target.steps} if target.steps else {"num_train_epochs": target.epochs}
+    adapter = {
+        "use_peft": True,
+        "lora_r": target.lora.rank,
+        "lora_alpha": _whole(target.lora.alpha),
+        "lora_dropout": target.lora.dropout,
+        "lora_target_modules": _one_or_list(target.lora.targets),
+        "use_rslora": target.lora.use_rslora,
+    }
+    common = {
+        "output_dir": _OUTPUT,
+        "max_length": target.max_length,
+        "per_device_train_batch_size": target.batch_size,
+        "learning_rate": target.learning_rate,
+        "lr_scheduler_type": _scheduler(target),
+        "warmup_steps": target.warmup_steps or target.warmup_ratio,
+        "weight_decay": target.weight_decay,
+        "max_grad_norm": target.max_grad_norm or 0.0,
+        "report_to": "none",
+    }
+    template = {} if target.template in ("chat", "alpaca", "plain") else {"chat_template_path": target.template}
+
+    def config(file: str) -> dict[str, Any]:
+        data = [{"path": "json", "data_files": file, "split": "train"}]
+        return {"model_name_or_path": model, "datasets": data} | _revision(target) | schedule | common | adapter
+
+    run = f"cd {folder.name} && trl sft --config sft.yaml"
+    _write_yaml(folder / "sft.yaml", run, config("train.jsonl") | loss | template)
+    if _write_rows(folder / "pairs.jsonl", _pairs_for_trl(examples, target.template)):
+        run = f"cd {folder.name} && trl dpo --config dpo.yaml"
+        _write_yaml(folder / "dpo.yaml", run, config("pairs.jsonl"))
+
+
+def _llama_factory(folder: Path, target: TargetConfig, model: str, examples: Sequence[Example]) -> None:
+    by_reply = _has_context_replies(examples)
+    _write_rows(folder / "train.jsonl", _messages(examples, by_reply=by_reply))
+    tags = {"role_tag": "role", "content_tag": "content"}
+    tags |= {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
+    info: dict[str, Any] = {
+        "gradsift": {
+            "file_name": "train.jsonl",
+            "formatting": "sharegpt",
+            "columns": {"messages": "messages"},
+            "tags": tags,
+        }
+    }
+    # without a name of a template LLaMA-Factory reads the tokenizer's own
+    template = {} if is_chat(target.template) else {"template": "alpaca"}
+    config = {
+        "model_name_or_path": model,
+        **_revision(target),
+        "do_train": True,
+        "finetuning_type": "lora",
+        "lora_rank": target.lora.rank,
+        "lora_alpha": _whole(target.lora.alpha),
+        "lora_dropout": target.lora.dropout,
+        "lora_target": "all" if target.lora.targets == ["all-linear"] else ",".join(target.lora.targets),
+        "use_rslora": target.lora.use_rslora,
+        "dataset_dir": ".",
+        **template,
+        "cutoff_len": target.max_length,
+        "output_dir": _OUTPUT,
+        "per_device_train_batch_size": target.batch_size,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": target.learning_rate,
+        **({"max_steps": target.steps} if target.steps else {"num_train_epochs": float(target.epochs or 1)}),
+        "lr_scheduler_type": _scheduler(target),
+        **({"warmup_ratio": target.warmup_ratio} if target.warmup_ratio else {"warmup_steps": target.warmup_steps}),
+        "weight_decay": target.weight_decay,
+        "max_grad_norm": target.max_grad_norm or 0.0,
+        "report_to": "none",
+    }
+    run = f"cd {folder.name} && llamafactory-cli train"
+    own = {"stage": "sft", "dataset": "gradsift"} | ({"mask_history": True} if by_reply else {})
+    _write_yaml(folder / "sft.yaml", f"{run} sft.yaml", config | own)
+    if _write_rows(folder / "pairs.jsonl", _pairs(examples)):
+        columns = {name: name for name in ("messages", "chosen", "rejected")}
+        entry = {"file_name": "pairs.jsonl", "formatting": "sharegpt", "ranking": True}
+        info["gradsift_pairs"] = entry | {"columns": columns, "tags": tags}
+        _write_yaml(folder / "dpo.yaml", f"{run} dpo.yaml", config | {"stage": "dpo", "dataset": "gradsift_pairs"})
+    (folder / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+
+
+def _axolotl(folder: Path, target: TargetConfig, model: str, examples: Sequence[Example]) -> None:
+    source: dict[str, Any] = {"path": "train.jsonl", "ds_type": "json", "split": "train"}
+    chat: dict[str, Any] = {}
+    if is_chat(target.template):
+        chat = {"chat_template": "tokenizer_default"}
+        if target.template != "chat":
+            chat = {"chat_template": "jinja", "chat_template_jinja": target.template}
+        source |= {"type": "chat_template", "field_messages": "messages", "roles_to_train": ["assistant"]}
+        source |= {"train_on_eos": "turn"}
+        marks = _has_context_replies(examples)
+        source |= {"message_field_training": "train"} if marks else {}
+        rows = _messages(examples, by_reply=False, marks=marks)
+    else:
+        whole = {"format": "{instruction}", "no_input_format": "{instruction}", "system_prompt": ""}
+        source |= {"type": {"field_instruction": "prompt", "field_output": "completion", **whole}}
+        rows = _replies(examples, target.template)
+    _write_rows(folder / "train.jsonl", rows)
+    layers = target.lora.targets
+    config = {
+        "base_model": model,
+        **_revision(target, "revision_of_model"),
+        **chat,
+        "adapter": "lora",
+        "lora_r": target.lora.rank,
+        "lora_alpha": _whole(target.lora.alpha),
+        "lora_dropout": target.lora.dropout,
+        **({"lora_target_linear": True} if layers == ["all-linear"] else {"lora_target_modules": list(layers)}),
+        "peft_use_rslora": target.lora.use_rslora,
+        "sequence_len": target.max_length,
+        "val_set_size": 0,
+        "output_dir": _OUTPUT,
+        "micro_batch_size": target.batch_size,
+        "gradient_accumulation_steps": 1,
+        **({"max_steps": target.steps} if target.steps else {"num_epochs": target.epochs}),
+        "optimizer": "adamw_torch",
+        "learning_rate": target.learning_rate,
+        "lr_scheduler": _scheduler(target),
+        **({"warmup_ratio": target.warmup_ratio} if target.warmup_ratio else {"warmup_steps": target.warmup_steps}),
+        "weight_decay": target.weight_decay,
+        "max_grad_norm": target.max_grad_norm or 0.0,
+    }
+    run = f"cd {folder.name} && axolotl train"
+    _write_yaml(folder / "sft.yaml", f"{run} sft.yaml", config | {"datasets": [source]})
+    if _write_rows(folder / "pairs.jsonl", _pairs(examples)):
+        pairs = {"path": "pairs.jsonl", "ds_type": "json", "split": "train", "type": "chat_template.default"}
+        _write_yaml(folder / "dpo.yaml", f"{run} dpo.yaml", config | {"rl": "dpo", "datasets": [pairs]})
+
+
+_FORMATS: Mapping[str, Callable[[Path, TargetConfig, str, Sequence[Example]], None]] = {
+    "trl": _trl,
+    "llama_factory": _llama_factory,
+    "axolotl": _axolotl,
+}
+
+
+def _revision(target: TargetConfig, name: str = "model_revision") -> dict[str, str]:
+    return {name: target.model.revision} if target.model.revision else {}
+
+
+def _scheduler(target: TargetConfig) -> str:
+    """Return the schedule as transformers names it."""
+    warms_up = target.warmup_steps or target.warmup_ratio
+    return "constant_with_warmup" if target.schedule == "constant" and warms_up else target.schedule
+
+
+def _whole(number: float) -> float:
+    return int(number) if number == int(number) else number
+
+
+def _one_or_list(names: Sequence[str]) -> str | list[str]:
+    return names[0] if len(names) == 1 else list(names)
+
+
+def _write_yaml(path: Path, command: str, config: Mapping[str, Any]) -> None:
+    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    path.write_text(f"# {command}\n{text}", encoding="utf-8")
+
+
+def _write_rows(path: Path, rows: Iterable[Row]) -> int:
+    """Write rows as JSON lines, and return their number; no row, no file."""
+    number = 0
+    with path.open("w", encoding="ascii") as stream:
+        for number, row in enumerate(rows, start=1):  # noqa: B007 - the count
+            stream.write(json.dumps(row, allow_nan=False) + "\n")
+    if not number:
+        path.unlink()
+    return number

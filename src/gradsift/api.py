@@ -95,7 +95,8 @@ def select(
         method: A recipe (`gradfiltering`, `superfiltering`, ...), a scorer (`late_loss`, ...), or a function of your
             own, whose parameters name what it asks for (see `gradsift.scoring`).
         alpha: Share of the rows that is kept, above 0 and up to 1.
-        proxy: The small model that is trained and asked: `gpt2`, `smollm2` or `tiny_bytes` (random weights).
+        proxy: The small model that is trained and asked: `gpt2`, `smollm2`, `hf` with `proxy__model="ID_OR_FOLDER"`, or
+            `tiny_bytes` (random weights).
         artifacts: Folder of finished work; by default `$GRADSIFT_ARTIFACTS` or `./artifacts`.
         progress: Whether to show progress on stderr.
         **options: Any other option of the command line, with `__` where that has a dot: `proxy__members=3`,

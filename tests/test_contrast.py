@@ -22,7 +22,7 @@ from gradsift.data.load import Labels
 from gradsift.errors import ConfigError
 from gradsift.features.prompt_clusters import prompt_vectors
 from gradsift.proxy.answer_losses import AnswerLosses, read_answer_losses
-from gradsift.scoring.contrast import contrast, contrast_with, nearest_prompts
+from gradsift.scoring.contrast import contrast, contrast_with, nearest_prompts, saturated
 from gradsift.scoring.random import random, random_clean
 from gradsift.scoring.scores import EXCLUDED, NO_RESPONSE, SCORED
 from gradsift.training import lora
@@ -30,6 +30,7 @@ from gradsift.training.head import ResponseLosses
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
+RANKED = {"saturation": 0.0, "seed": 0}  # the score is the bound
 TASKS = ("sort the numbers {} please", "name the capital of {}", "translate the word {} into French")
 
 
@@ -118,12 +119,10 @@ def by_hand(found: AnswerLosses, prompts: list[str], neighbours: int, weight: fl
 @pytest.mark.parametrize(("weight", "caution"), [(0.5, 1.0), (0.0, 0.0), (1.0, 2.0)])
 def test_the_score_is_the_formula(weight: float, caution: float) -> None:
     examples, found = pool(90), losses(3, 90)
-    scores = contrast(found, examples, neighbours=7, end_weight=weight, caution=caution)
+    scores = contrast(found, examples, neighbours=7, end_weight=weight, caution=caution, **RANKED)
     expected = by_hand(found, [example.instruction for example in examples], 7, weight, caution)
     np.testing.assert_allclose(scores.score, expected, rtol=1e-9)
-    np.testing.assert_allclose(
-        scores.score, scores.parts["contrast"] - caution * scores.parts["contrast_deviation"], rtol=1e-12
-    )
+    np.testing.assert_array_equal(scores.score, scores.parts["bound"])
     np.testing.assert_allclose(scores.parts["end_loss"], found.end.mean(0))
 
 
@@ -141,11 +140,24 @@ def test_a_kind_of_task_that_is_easy_gains_nothing() -> None:
     examples, found = pool(300), losses(2, 300)
     easy = np.where(np.arange(300) % 3 == 0, 0.05, 1.0)
     scaled = AnswerLosses(found.body * easy, found.end * easy)
-    options = {"neighbours": 20, "end_weight": 0.5, "caution": 1.0}
+    options = {"neighbours": 20, "end_weight": 0.5, "caution": 1.0, **RANKED}
     before, after = (contrast(each, examples, **options).score for each in (found, scaled))
     assert np.corrcoef(before, after)[0, 1] > 0.99
     top = np.argsort(-after)[:30] % 3
     assert np.bincount(top, minlength=3).min() >= 5
+
+
+def test_the_best_fifth_is_drawn_at_random_and_stays_above_the_rest() -> None:
+    bound = np.array([np.nan, *np.random.default_rng(5).normal(size=50)])
+    drawn = saturated(bound, 0.2, seed=1)
+    best = np.argsort(-bound[1:])[:10] + 1
+    others = np.setdiff1d(np.arange(1, 51), best)
+    np.testing.assert_array_equal(drawn[others], bound[others])
+    assert drawn[best].min() >= bound[best].min() > bound[others].max()
+    assert np.isnan(drawn[0])
+    assert list(np.argsort(-drawn[best])) != list(range(10))
+    assert (drawn[best] != saturated(bound, 0.2, seed=2)[best]).all()
+    np.testing.assert_array_equal(saturated(bound, 0.0, seed=1), bound)
 
 
 def test_disagreement_of_the_members_lowers_a_score() -> None:
@@ -154,7 +166,7 @@ def test_disagreement_of_the_members_lowers_a_score() -> None:
     values[0, 0], values[1, 0] = -3.0, 1.0  # row 0: the same mean as rows 1 to 29, but the members differ
     examples = pool(60)
     found = AnswerLosses(np.exp(values), np.exp(values))
-    scores = contrast(found, examples, neighbours=10, end_weight=0.5, caution=1.0)
+    scores = contrast(found, examples, neighbours=10, end_weight=0.5, caution=1.0, **RANKED)
     assert scores.score[0] < scores.parts["contrast"][0] - 1
     assert scores.score[3] == pytest.approx(scores.parts["contrast"][3], abs=0.5)
 
@@ -170,7 +182,7 @@ def test_equal_neighbours_give_finite_scores() -> None:
 def test_rows_without_a_response_are_undefined_and_nobodys_neighbours() -> None:
     examples, found = pool(40), losses(2, 40)
     found.body[:, [3, 9]] = found.end[:, [3, 9]] = np.nan
-    options = {"neighbours": 6, "end_weight": 0.5, "caution": 1.0}
+    options = {"neighbours": 6, "end_weight": 0.5, "caution": 1.0, **RANKED}
     scores = contrast(found, examples, **options)
     assert set(scores.reason[[3, 9]]) == {NO_RESPONSE}
     kept = [i for i in range(40) if i not in (3, 9)]
@@ -180,7 +192,7 @@ def test_rows_without_a_response_are_undefined_and_nobodys_neighbours() -> None:
 
 def test_too_few_rows_name_the_option() -> None:
     with pytest.raises(ConfigError, match=r"scorer\.neighbours=50 needs more than 50 examples .* there are 40"):
-        contrast(losses(2, 40), pool(40), neighbours=50, end_weight=0.5, caution=1.0)
+        contrast(losses(2, 40), pool(40), neighbours=50, end_weight=0.5, caution=1.0, **RANKED)
 
 
 @pytest.mark.parametrize(

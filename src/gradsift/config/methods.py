@@ -51,6 +51,8 @@ class ContrastConfig(ScorerConfig):
     neighbours: int = option(50, least=2)  # k, the most similar other prompts
     end_weight: float = option(0.5, least=0, most=1)  # w, of the token that ends the answer
     caution: float = option(1.0, least=0)  # standard deviations over the members that are subtracted
+    saturation: float = option(0.2, least=0, most=1)  # best share of the rows, among which rows are drawn at random
+    seed: int = option(0, least=0)  # draws them
 
 
 @dataclass

@@ -2,13 +2,16 @@
 
     l_i^m  = (1 - w) body_i^m + w end_i^m          loss of the answer after training; w = end_weight
     c_i^m  = (mean_j log l_j^m - log l_i^m) / std_j log l_j^m       j over the k nearest prompts of i
-    score_i = mean_m c_i^m - caution x std_m c_i^m                  a lower confidence bound over the members
+    b_i = mean_m c_i^m - caution x std_m c_i^m      a lower confidence bound over the members
+    score_i = b_i below the best fifth; there, numbers drawn at random
 
 - A loss is low if an answer is right, but also if its kind of task is easy. Comparing with similar prompts removes the
   second effect, so that no kind of task crowds out the others.
 - A wrong token within an answer raises the body, an answer that stops early raises the end. In the mean over all tokens
   of a long answer the end is lost, so it has a weight of its own.
 - The members' standard deviation lowers the score of rows on which they disagree.
+- Within the best fifth (`saturation`) a higher bound means a more typical row and not a cleaner one. A target learns
+  more from rows drawn there at random.
 
 Prompts are similar if their words and word pairs are (TF-IDF, reduced to at most 50 dimensions): no model of its own,
 the same neighbours for every proxy. Reasons, ablations and limits: docs/methods.md.
@@ -35,7 +38,14 @@ _LEAST_DEVIATION = 0.1
 
 
 def contrast(
-    answer_losses: AnswerLosses, examples: Sequence[Example], *, neighbours: int, end_weight: float, caution: float
+    answer_losses: AnswerLosses,
+    examples: Sequence[Example],
+    *,
+    neighbours: int,
+    end_weight: float,
+    caution: float,
+    saturation: float,
+    seed: int,
 ) -> Scores:
     """Return the contrast of each answer's loss with those of similar prompts.
 
@@ -44,6 +54,7 @@ def contrast(
         neighbours: k.
         end_weight: w, 0 to 1.
         caution: how many standard deviations over the members are subtracted.
+        saturation: share of the examples, those with the highest bounds, whose scores are drawn with `seed`.
 
     Raises:
         ConfigError: there are not more than `neighbours` examples with a response.
@@ -60,15 +71,26 @@ def contrast(
     contrasts = np.full(losses.shape, np.nan)
     contrasts[:, known] = contrast_with(np.log(losses[:, known] + _FLOOR), nearest)
     mean, deviation = contrasts.mean(0), contrasts.std(0)
+    bound = mean - caution * deviation
     parts = {
+        "bound": bound,
         "contrast": mean,
         "contrast_deviation": deviation,
         "body_loss": answer_losses.body.mean(0),
         "end_loss": answer_losses.end.mean(0),
     }
-    scores = Scores(mean - caution * deviation, parts)
+    scores = Scores(saturated(bound, saturation, seed), parts)
     scores.mark(~known, UNDEFINED, NO_RESPONSE)
     return scores
+
+
+def saturated(bound: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Return the bounds (N,), the highest `share` of them replaced by random numbers above all others."""
+    values = bound.copy()
+    best = np.argsort(-bound, kind="stable")[: round(share * np.isfinite(bound).sum())]  # NaN comes last
+    if len(best):
+        values[best] = bound[best].min() + np.random.default_rng(seed).random(len(best))
+    return values
 
 
 def contrast_with(values: np.ndarray, nearest: np.ndarray) -> np.ndarray:

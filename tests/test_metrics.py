@@ -161,7 +161,7 @@ def task_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_lm_evals_figure_is_that_of_a_loop_over_the_choices(task_folder: Path) -> None:
+def test_lm_evals_figure_is_that_of_a_loop_over_the_choices(task_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from gradsift.training import tiny_bytes
@@ -184,6 +184,9 @@ def test_lm_evals_figure_is_that_of_a_loop_over_the_choices(task_folder: Path) -
     assert found == {"mine": {"acc,none": pytest.approx(sum(right) / 3)}}
     found = evaluate_tasks(model, tokenizer, ["mine"], limit=1, **options)
     assert found == {"mine": {"acc,none": float(right[0])}}
+    monkeypatch.setenv("LOCAL_RANK", "1")  # a rank that passes a divided model with others
+    assert evaluate_tasks(model, tokenizer, ["mine"], limit=1, **options) == {}
+    monkeypatch.delenv("LOCAL_RANK")
     (task_folder / "items.jsonl").unlink()
     with pytest.raises(DataError, match=r"cannot have the data of one of them.*benchmark\.lm_eval_folder"):
         evaluate_tasks(model, tokenizer, ["mine"], limit=None, **options)

@@ -47,6 +47,8 @@ def evaluate_tasks(
 ) -> dict[str, dict[str, float]]:
     """Return every figure that lm-eval reports for each task, with the task's own number of shots.
 
+    Where ranks pass a divided model together, lm-eval reports on the first rank of each machine alone.
+
     Tasks that generate (IFEval, GSM8K) are answered as the stage `generate` answers: greedily, each prompt as an
     instruction in the target's template. The others compare log-probabilities of plain text.
 
@@ -73,7 +75,7 @@ def evaluate_tasks(
     manager = _manager(tuple(tasks), folder)
     settings: dict[str, Any] = {"limit": limit, "bootstrap_iters": 0, "log_samples": False, "task_manager": manager}
     try:
-        results = simple_evaluate(model=wrapped, tasks=list(tasks), **settings)["results"]
+        found = simple_evaluate(model=wrapped, tasks=list(tasks), **settings)
     except ImportError as error:
         raise ConfigError(
             f"{option}: one of them needs the package {error.name}; install it (those of ifeval come with "
@@ -85,7 +87,9 @@ def evaluate_tasks(
             f"{option}: lm-eval cannot have the data of one of them ({reason}); that of its own tasks is on the hub: "
             "run where it can be reached, or give benchmark.lm_eval_folder"
         ) from error
-    reported = {task: figures(results[task]) for task in tasks}
+    if found is None:  # on all ranks of a machine but its first, which pass the requests too if the model is divided
+        return {}
+    reported = {task: figures(found["results"][task]) for task in tasks}
     if bare := [task for task, values in reported.items() if not values]:
         raise GradsiftError(
             f"benchmark.lm_eval_tasks={bare}: lm-eval reports no figure of these groups; name their tasks"

@@ -117,7 +117,7 @@ def results_of_target(
     config, made, chosen = target
     tuned = load_tuned(run, config, made, Artifact("finetune", folder, "fingerprint", {}))
     with counting() as tokens, tempfile.TemporaryDirectory() as journal:
-        parts = _losses(run, config, tuned, chosen, Path(journal), "held-out loss")
+        parts = _losses(run, config, tuned, chosen, Path(journal), "held-out loss", "rows")
         prompts = [encode_prompt(each.instruction, each.input[:9], tuned.tokenizer, "plain") for each in chosen]
         answers = generate_answers(tuned.model, tuned.tokenizer, prompts, max_new_tokens=9, batch_size=2)
     losses = {int(row): float(loss) for part in parts for row, loss in zip(*part, strict=True)}

@@ -67,7 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
             folder = self.root.joinpath(*urlsplit(self.path).path.split("/")[3:5])
             for file in (line["value"] for line in lines if line["key"] == "file"):
                 (folder / file["path"]).write_bytes(base64.b64decode(file["content"]))
-            self._send(200, {"commitUrl": f"http://{self.headers['Host']}/commit/{COMMIT}", "commitOid": COMMIT})
+            address = f"http://{self.headers['Host']}/datasets/{folder.parent.name}/{folder.name}/commit/{COMMIT}"
+            self._send(200, {"commitUrl": address, "commitOid": COMMIT})
 
     def _answer(self, form: dict[str, list[str]] | None = None) -> None:
         if self.path == "/api/whoami-v2":

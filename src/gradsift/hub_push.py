@@ -142,8 +142,9 @@ def _method(config: Config, record: Mapping[str, Any]) -> dict[str, Any]:
         "selector": config.selector_name,
         "alpha": f"{config.alpha:g} of the {config.budget_base} rows",
         "seed": f"{config.seed} (data: {config.data.seed})",
-        "proxy": f"{public or config.proxy.name}, {config.proxy.members} members, epochs {config.proxy.snapshots}",
-        "embedder": config.embedder.name,
+        "proxy (of methods that use one)": f"{public or config.proxy.name}, {config.proxy.members} members, "
+        f"epochs {config.proxy.snapshots}",
+        "embedder (of methods that use one)": config.embedder.name,
         "rows rejected as unusable": f"{record['data']['rejected']:,}",
         "rows without a score": f"{record['scores']['rows'] - record['scores']['statuses'].get('scored', 0):,}",
         "missing from the budget": f"{record['selection']['shortfall']:,}",
@@ -172,7 +173,7 @@ _MODELS = {"model": "on the selection", "reference": "on all rows", "untuned": "
 def _limits(config: Config, record: Mapping[str, Any]) -> str:
     points = [
         "The licence, the errors and the personal data of the source are those of the source; look there before use.",
-        "Scores depend on the proxy, its training and the seed. Another model or seed selects other rows.",
+        "Scores depend on the method, its models and the seed. Others select other rows.",
     ]
     if config.scorer_name == "published":
         points[1] = "The scores were published by others; nothing was computed for them here."

@@ -137,14 +137,14 @@ def _train_group(
     for epoch in range(1, epochs + 1):
         previous = {member: chain[-1] if chain else None for member, chain in chains.items()}
         settings = {member: member_settings(config, runtime, member, epoch) for member in members}
+        place = f"/{config.members}, epoch {epoch}/{config.total_epochs}"
 
         def make(
-            folders: Mapping[int, Path], epoch: int = epoch, previous: Any = previous, settings: Any = settings
+            folders: Mapping[int, Path], place: str = place, previous: Any = previous, settings: Any = settings
         ) -> dict[int, Mapping[str, Any]]:
             inputs, started = load(), time.perf_counter()
             numbers = ", ".join(str(member + 1) for member in folders)
-            label = f"proxy member {numbers}/{config.members}, epoch {epoch}/{config.total_epochs}"
-            with runtime.display.task(label, len(folders) * len(inputs.encoded)) as advance:
+            with runtime.display.task(f"proxy member {numbers}{place}", len(folders) * len(inputs.encoded)) as advance:
                 if len(folders) == 1:
                     ((member, folder),) = folders.items()
                     one = (settings[member], previous[member], folder, advance)

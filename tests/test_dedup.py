@@ -230,7 +230,7 @@ def test_a_holdout_that_duplicates_leave_nothing_for_is_refused(tmp_path: Path) 
 def test_without_dedup_the_artifact_is_the_one_from_before_there_was_any(tmp_path: Path) -> None:
     artifact = loaded(tmp_path, ROWS)
     settings = asdict(JsonDataConfig(name="json"))
-    del settings["dedup"], settings["dedup_threshold"], settings["corruption"]
+    del settings["dedup"], settings["dedup_threshold"], settings["corruption"], settings["scores"]
     settings |= {"path": None, "kind": file_kind(tmp_path / "rows.json"), "sha256": hash_of(tmp_path / "rows.json")}
     assert artifact.fingerprint == fingerprint_of("load", VERSION, settings, [])
     assert loaded(tmp_path, dedup_threshold=0.9).path == artifact.path

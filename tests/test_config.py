@@ -193,7 +193,7 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["benchmark.sets=[verifiable,verifiable]"], "names a set twice"),
         (["benchmark.general=[bbh_navigate,bbh_navigate]"], "names a set twice"),
         (["benchmark.general=[nowhere]"], "benchmark.general names 'nowhere', which"),
-        (["benchmark.general=[verifiable]"], "stands in benchmark.sets too"),
+        (["benchmark.general=[verifiable]"], "is in benchmark.sets too"),
         (["benchmark.general=[vicuna]"], "benchmark.general=['vicuna'] has no reference answers"),
         (["benchmark.general=[bbh_navigate]"], "cannot answer ['bbh_navigate']"),
         (["benchmark.lm_eval_tasks=[arc_easy]"], "cannot answer ['arc_easy']"),

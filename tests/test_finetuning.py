@@ -161,8 +161,9 @@ class Rates(L.Callback):
     def __init__(self) -> None:
         self.seen: list[float] = []
 
-    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-        self.seen.append(optimizer.param_groups[0]["lr"])
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        (optimizer,) = trainer.optimizers
+        optimizer.register_step_pre_hook(lambda stepped, *given: self.seen.append(stepped.param_groups[0]["lr"]))
 
 
 @pytest.mark.parametrize("tokens", [4096, 1])

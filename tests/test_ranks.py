@@ -307,7 +307,6 @@ def test_two_processes_find_what_one_finds(backbones: Path, two_ranks: Path, tmp
     require_equal(divided["tested"], results_of_target(run, target, tmp_path / "fsdp"), relative=1e-6)
     rounded = replace(run, compute=replace(run.compute, **ROUNDED))
     require_equal(divided["gpt2"], results_of_target(rounded, other, tmp_path / "gpt2"), relative=1e-6)
-    assert len({len(answer) for answer in divided["tested"]["answers"]}) > 1  # so one rank had to wait for the other
     assert divided["in parts"]
     assert 0 < divided["tokens"] < divided["finetune"]["tokens"]  # rank 0 has a part of them
 

@@ -204,6 +204,7 @@ def test_a_finetune_goes_on_within_its_steps(tmp_path: Path, backbones: Path, mo
     config = target_config(steps=7, lora=LoraConfig(dropout=0.1))
 
     def tune(folder: Path) -> dict[str, Any]:
+        folder.mkdir(exist_ok=True)
         return train_target(run, config, load_backbone(made, model, EVERY_STEP), nano_examples(), folder)
 
     whole = tune(tmp_path / "whole")

@@ -120,6 +120,6 @@ def test_what_cannot_be_sent_is_refused_at_once(
         ("-m", "seed=1,2", "export.push_to_hub=a/b"): "export.push_to_hub=a/b is the dataset of another job too",
     }
     for options, words in cases.items():
-        assert gradsift("tracker=none", *options) == 2
+        assert gradsift(*options, "tracker=none") == 2
         assert words in capsys.readouterr().err
     assert not (gradsift.store / "load").exists()

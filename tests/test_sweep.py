@@ -98,10 +98,10 @@ def test_the_command_line_wins_over_the_experiments_own_sweep(hydra_ready) -> No
     composed.hydra.job.config_name = "config"
     composed.hydra.overrides.task = ["experiment=world", "data.seed=7"]
     jobs = sweep.jobs_of(composed, searches=False)
-    assert len(jobs) == 4
+    assert len(jobs) == 6
     assert set(jobs) == {
         ("data.seed=7", f"scorer={scorer}", "alpha=0.1", "experiment=world")
-        for scorer in ("gsnr", "late_loss", "random", "full")
+        for scorer in ("contrast", "gsnr", "late_loss", "random", "random_clean", "full")
     }
 
 

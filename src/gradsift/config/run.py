@@ -160,7 +160,7 @@ class Config(Group):
         """Check the names that become parts of paths, in the store or in a sweep's folder."""
         require_name("scorer.name", self.scorer_name)
         require_name("selector.name", self.selector_name)
-        for group in ("data", "target_set", "proxy", "embedder", "features", "target", "judge"):
+        for group in ("data", "target_set", "proxy", "embedder", "features", "target", "generator", "judge"):
             require_name(f"{group}.name", getattr(self, group).name)
         for name in self.benchmark.catalog:
             require_name("benchmark.catalog", name)

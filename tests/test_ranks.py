@@ -7,6 +7,7 @@ import functools
 import gc
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,7 +32,6 @@ from safetensors.numpy import load_file
 from test_finetuning import (
     exact_steps,
     nano_examples,
-    nano_target,
     proxy_config,
     runtime,
     target_config,
@@ -194,7 +194,16 @@ def on_two_ranks(folder: Path, backbones: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def own_backbones(backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a store with the nano backbones of the tests and `LLAMA`."""
+    store = tmp_path_factory.mktemp("backbones") / "store"
+    shutil.copytree(backbones, store)
+    nano_backbone(runtime(store), LLAMA)
+    return store
+
+
+@pytest.fixture(scope="module")
+def two_ranks(own_backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder with the results of two ranks, whose run ends when rank 1 dies."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "two").mkdir()
@@ -203,18 +212,29 @@ def two_ranks(backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "large")  # 39 MB
     with pytest.raises(GradsiftError, match="rank 1 exited with code 3 and without an error message"):
-        on_all_ranks(DDP, on_two_ranks, folder, backbones)
+        on_all_ranks(DDP, on_two_ranks, folder, own_backbones)
     return folder
 
 
+# after so few steps the default backbone answers nothing, and answers of one length show no rank that waits
+LLAMA = ModelConfig(kind="nano", nano=NanoConfig(architecture="llama", steps=20, instructed_share=0.01))
+
+
 def arguments(backbones: Path) -> tuple[Any, Any, Any]:
-    run, model, made = nano_target(backbones)
+    run, model = runtime(backbones), LLAMA
+    made = nano_backbone(run, model)
     examples = nano_examples()
     # 7 rows in steps of 3, 3 and 1: ranks have unequal parts, and in the last step one of them has none
     chosen = [replace(example, row_index=40 + place) for place, example in enumerate([*examples, *examples[:2]])]
     # Adam divides by a gradient's size, so what rounding does to a tiny one grows with the learning rate
     config = target_config(
-        epochs=2, batch_size=3, lora=LoraConfig(rank=2), learning_rate=1e-3, loss="token", max_grad_norm=0.1
+        model=model,
+        epochs=2,
+        batch_size=3,
+        lora=LoraConfig(rank=2),
+        learning_rate=1e-3,
+        loss="token",
+        max_grad_norm=0.1,
     )
     proxy = proxy_config(model=model, template="plain", batch_size=3, collect="during_training", learning_rate=1e-3)
     backbone = load_backbone(made, model, run.compute)
@@ -273,10 +293,10 @@ def relative(computed: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(computed - expected) / np.linalg.norm(expected))
 
 
-def test_two_processes_find_what_one_finds(backbones: Path, two_ranks: Path, tmp_path: Path) -> None:
+def test_two_processes_find_what_one_finds(own_backbones: Path, two_ranks: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", two_ranks / "two"
     one.mkdir()
-    of_one = on_a_rank(ComputeConfig(device="cpu", threads=1), one, tmp_path / "store", backbones)
+    of_one = on_a_rank(ComputeConfig(device="cpu", threads=1), one, tmp_path / "store", own_backbones)
     infos, counts = zip(of_one, json.loads((two_ranks / "infos.json").read_text()), strict=True)
     assert [info.pop("ranks") for info in infos] == [1, 2]
     for name in ("fsdp", "gpt2"):
@@ -297,7 +317,7 @@ def test_two_processes_find_what_one_finds(backbones: Path, two_ranks: Path, tmp
     for part in (".", "e1", "e2"):
         curves = [read_curve(folder / part) for folder in (one, two)]
         assert [entry["tokens"] for entry in curves[0]] == [entry["tokens"] for entry in curves[1]]
-    target, proxy, other = arguments(backbones)
+    target, proxy, other = arguments(own_backbones)
     run = runtime(tmp_path / "store")
     tuned, member, plans = exact_target(run, *target), exact_member(run, *proxy), plans_of(run, *proxy)
     for folder, info in zip((one, two), infos, strict=True):
@@ -307,6 +327,7 @@ def test_two_processes_find_what_one_finds(backbones: Path, two_ranks: Path, tmp
     require_equal(divided["tested"], results_of_target(run, target, tmp_path / "fsdp"), relative=1e-6)
     rounded = replace(run, compute=replace(run.compute, **ROUNDED))
     require_equal(divided["gpt2"], results_of_target(rounded, other, tmp_path / "gpt2"), relative=1e-6)
+    assert len({len(answer) for answer in divided["tested"]["answers"]}) > 1  # so one rank had to wait for the other
     assert divided["in parts"]
     assert 0 < divided["tokens"] < divided["finetune"]["tokens"]  # rank 0 has a part of them
 

@@ -71,6 +71,7 @@ pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 REPOSITORY = Path(__file__).parents[1]
 ROUNDED: dict[str, Any] = {"precision": "bfloat16", "kernels": "off"}
+_MMAP_THRESHOLD = -3  # a parameter of glibc's mallopt
 DDP = ComputeConfig(device="cpu", threads=1, strategy="ddp", devices=2)
 
 
@@ -160,7 +161,9 @@ def peak_while(load: Callable[[], Any]) -> int:
             seen.append(anonymous())
 
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # otherwise memory that was freed before would be used again
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_THRESHOLD, 2**16)  # larger blocks are mapped anew and given back when they are freed
+    libc.malloc_trim(0)
     seen, ended = [anonymous()], threading.Event()
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,30 @@ class Cli:
         return [json.loads(file.read_text()) for file in sorted(files, key=lambda file: file.stat().st_mtime_ns)]
 
 
+def cli_in(folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Return the command line in `folder`, with a copy of `store`."""
+    shutil.copytree(store, folder / "store")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("GRADSIFT_ARTIFACTS", str(folder / "store"))
+    return Cli(folder, monkeypatch)
+
+
+@contextmanager
+def cli_on_one_thread(folder: Path, store: Path) -> Iterator[Cli]:
+    """As `cli_in`, for the fixtures of a session: models so small gain nothing from two threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield cli_in(folder, store, monkeypatch)
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def gradsift(tmp_path: Path, backbones: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The command line in an empty folder, with a store of its own that already has the nano backbones."""
-    shutil.copytree(backbones, tmp_path / "store")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GRADSIFT_ARTIFACTS", str(tmp_path / "store"))
-    return Cli(tmp_path, monkeypatch)
+    return cli_in(tmp_path, backbones, monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -176,16 +194,8 @@ def smoke_store(tmp_path_factory: pytest.TempPathFactory, backbones: Path) -> Pa
     """A store with the finished smoke runs of gsnr and of random. Tests must not write to it."""
 
     def make(folder: Path) -> None:
-        import torch
-
-        shutil.copytree(backbones, folder / "store")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.chdir(folder)
-            monkeypatch.setenv("GRADSIFT_ARTIFACTS", str(folder / "store"))
-            assert Cli(folder, monkeypatch)("-m", *SMOKE, "scorer=gsnr,random") == 0
-        torch.set_num_threads(threads)
+        with cli_on_one_thread(folder, backbones) as run:
+            assert run("-m", *SMOKE, "scorer=gsnr,random") == 0
 
     return made_once(tmp_path_factory, "smoke", make) / "store"
 
@@ -193,10 +203,7 @@ def smoke_store(tmp_path_factory: pytest.TempPathFactory, backbones: Path) -> Pa
 @pytest.fixture
 def after_smoke(tmp_path: Path, smoke_store: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The command line in an empty folder, with a store of its own in which the smoke run is done."""
-    shutil.copytree(smoke_store, tmp_path / "store")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GRADSIFT_ARTIFACTS", str(tmp_path / "store"))
-    return Cli(tmp_path, monkeypatch)
+    return cli_in(tmp_path, smoke_store, monkeypatch)
 
 
 JOBS = {  # of `report_sweep`: what each adds to the smoke run
@@ -214,20 +221,11 @@ def report_sweep(tmp_path_factory: pytest.TempPathFactory, backbones: Path) -> P
     """The folder of a sweep, one of whose jobs failed, with its store beside it. Tests must not write to it."""
 
     def make(folder: Path) -> None:
-        import torch
-
-        shutil.copytree(backbones, folder / "store")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.chdir(folder)
-            monkeypatch.setenv("GRADSIFT_ARTIFACTS", str(folder / "store"))
-            run = Cli(folder, monkeypatch)
+        with cli_on_one_thread(folder, backbones) as run:
             for name, overrides in JOBS.items():
                 audit = ("proxy.members=3", "audit.enabled=true", "audit.alphas=[0.1,0.2]")
                 code = run(*SMOKE, *audit, *overrides, f"hydra.run.dir=sweep/{name}")
                 assert code == (2 if name == "5-failed" else 0)
-        torch.set_num_threads(threads)
 
     return made_once(tmp_path_factory, "report", make) / "sweep"
 

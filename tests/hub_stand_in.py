@@ -10,9 +10,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -152,3 +155,26 @@ def serving(root: Path) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def printed_by_client(code: str, address: str, folder: Path, asked: Iterable[Any] = (), *arguments: str) -> str:
+    """Return what Python code prints in a process whose hub is at `address`, run in `folder`.
+
+    The libraries read the hub's address when they are imported, hence the process.
+
+    Args:
+        asked: given to its standard input, one JSON value a line.
+    """
+    network = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache")}
+    own = {"PYTHONPATH": os.pathsep.join(sys.path), "no_proxy": "127.0.0.1", "GRADSIFT_ARTIFACTS": "store"}
+    client = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        input="".join(json.dumps(each) + "\n" for each in asked),
+        env={**os.environ, **network, **own},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert client.returncode == 0, (client.stdout + client.stderr)[-3000:]
+    return client.stdout

@@ -94,7 +94,7 @@ def test_reported_tokens_are_those_the_models_see(
 ) -> None:
     """Batches have one example, so that there is no padding."""
     monkeypatch.setattr("gradsift.scoring.spans._BATCH_TOKENS", {"cpu": 1})
-    for module in ("gradsift.line", "gradsift.training.target"):  # a trial's tokens are no work on the data
+    for module in ("gradsift.inputs", "gradsift.training.target"):  # a trial's tokens are no work on the data
         monkeypatch.setattr(f"{module}.require_adaptable", lambda *given, **options: None)
     small = (
         "data.size=40",

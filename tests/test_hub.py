@@ -6,16 +6,13 @@ The libraries read the hub's address when they are imported, so the loading runs
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import made_once
-from hub_stand_in import COMMIT, serving
+from hub_stand_in import COMMIT, printed_by_client, serving
 from test_load import runtime
 
 from gradsift.composition import compose_config
@@ -91,18 +88,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         (root / "owner/script").mkdir()
         (root / "owner/script/script.py").write_text("raise SystemExit")
         with serving(root) as address:
-            network = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache")}
-            code = subprocess.run(
-                [sys.executable, "-c", LOAD],
-                input="".join(json.dumps(asked) + "\n" for asked in ASKED.values()),
-                env={**os.environ, **network, "PYTHONPATH": os.pathsep.join(sys.path), "no_proxy": "127.0.0.1"},
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        assert code.returncode == 0, code.stderr[-3000:]
-        (folder / "answers").write_text(code.stdout)
+            (folder / "answers").write_text(printed_by_client(LOAD, address, folder, ASKED.values()))
 
     lines = (made_once(tmp_path_factory, "hub", make) / "answers").read_text().splitlines()
     return dict(zip(ASKED, map(json.loads, lines), strict=True))

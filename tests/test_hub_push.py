@@ -6,16 +6,13 @@ The client reads the hub's address when it is imported, so a process of its own 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from conftest import Cli, made_once
-from hub_stand_in import TOKEN, serving
+from hub_stand_in import TOKEN, printed_by_client, serving
 
 ROWS = [{"instruction": f"Name river {n}.", "output": f"River {n}.", "tag": {"n": n}} for n in range(20)]
 PUSH = """
@@ -51,18 +48,8 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "hub").mkdir()
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         with serving(folder / "hub") as address:
-            network = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache")}
-            own = {"PYTHONPATH": os.pathsep.join(sys.path), "no_proxy": "127.0.0.1", "GRADSIFT_ARTIFACTS": "store"}
-            code = subprocess.run(
-                [sys.executable, "-c", PUSH, TOKEN],
-                env={**os.environ, **network, **own},
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        assert code.returncode == 0, (code.stdout + code.stderr)[-3000:]
-        (folder / "printed").write_text(code.stdout)
+            printed = printed_by_client(PUSH, address, folder, (), TOKEN)
+        (folder / "printed").write_text(printed)
 
     return made_once(tmp_path_factory, "pushed", make)
 

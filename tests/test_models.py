@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import made_once
-from hub_stand_in import COMMIT, serving
+from hub_stand_in import COMMIT, printed_by_client, serving
 from hydra.core.config_store import ConfigStore
 from test_norms import tiny_model
 from test_tokens import example
@@ -158,23 +156,10 @@ def pinned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, flo
         (folder / "hub/owner/adapter/adapter_config.json").write_text("{}")
         tiny_model("llama").config.save_pretrained(folder / "hub/owner/tiny")
 
-        def ask(address: str, asked: Any) -> str:
-            network = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache")}
-            code = subprocess.run(
-                [sys.executable, "-c", PIN],
-                input="".join(json.dumps(each) + "\n" for each in asked),
-                env={**os.environ, **network, "PYTHONPATH": os.pathsep.join(sys.path), "no_proxy": "127.0.0.1"},
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert code.returncode == 0, code.stderr[-3000:]
-            return code.stdout
-
         with serving(folder / "hub") as address:
-            answers = ask(address, ASKED.values())
-        answers += ask(address, [("owner/other", None), ASKED["tiny"]])  # nobody serves there any more
+            answers = printed_by_client(PIN, address, folder, ASKED.values())
+        gone = [("owner/other", None), ASKED["tiny"]]  # nobody serves there any more
+        answers += printed_by_client(PIN, address, folder, gone)
         (folder / "answers").write_text(answers)
 
     lines = (made_once(tmp_path_factory, "model_hub", make) / "answers").read_text().splitlines()

@@ -26,6 +26,7 @@ class Source:
     artifacts: Callable[[], Sequence[Artifact]]
     value: Callable[[], Any]
     settings: Mapping[str, Any] = field(default_factory=dict)  # options of the run that it comes from; JSON values
+    reads_tokens: bool = False  # whether it is computed from the pool in tokens of the proxy's template
 
 
 @dataclass(frozen=True)

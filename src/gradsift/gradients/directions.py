@@ -10,12 +10,10 @@ Shape letters: N examples, B of a batch, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -26,7 +24,7 @@ from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.gradients.per_sample import gradient_pass
 from gradsift.journal import Journal
-from gradsift.proxy.epochs import ProxyInputs, adapter
+from gradsift.proxy.epochs import ProxyInputs, member_table
 from gradsift.runtime import Advance, Runtime
 from gradsift.training import lora
 from gradsift.training.head import ResponseLosses, require_finite
@@ -42,21 +40,12 @@ def directions(runtime: Runtime, config: LoraConfig, member: Artifact, load: Cal
         member: a member's epoch, with its adapter.
         load: called only if the table has to be made.
     """
-    slug = member.path.name.rsplit("-", 1)[0]
 
-    def make(folder: Path) -> Mapping[str, Any]:
-        inputs = load()
-        with (
-            adapter(inputs.backbone, config, 0, runtime.compute) as adapted,
-            runtime.display.task(f"directions of {slug}", 2 * len(inputs.encoded)) as advance,
-        ):
-            lora.load_adapter(adapted, member.path)
-            mean = mean_gradient(adapted, inputs, advance)
-            columns = cosines(adapted, inputs, mean, advance, runtime.journal(folder))
-        pq.write_table(pa.table(columns), folder / DIRECTIONS_FILE)
-        return {"rows": len(inputs.encoded)}
+    def columns(adapted: Any, inputs: ProxyInputs, advance: Advance, journal: Journal) -> dict[str, np.ndarray]:
+        return cosines(adapted, inputs, mean_gradient(adapted, inputs, advance), advance, journal)
 
-    return runtime.store.obtain("direction", slug, {}, [member], make, version=VERSION)
+    table = (DIRECTIONS_FILE, config, member, load, columns)
+    return member_table(runtime, "direction", *table, passes=2, version=VERSION)
 
 
 def mean_gradient(adapted: Any, inputs: ProxyInputs, advance: Advance = lambda done: None) -> torch.Tensor:

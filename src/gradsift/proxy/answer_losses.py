@@ -10,13 +10,11 @@ Shape letters: M members, N examples, B of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -24,8 +22,9 @@ from gradsift.artifacts import Artifact
 from gradsift.config import LoraConfig
 from gradsift.data.batching import collate
 from gradsift.data.tokens import Encoded
-from gradsift.proxy.epochs import ProxyInputs, adapter
-from gradsift.runtime import Runtime
+from gradsift.journal import Journal
+from gradsift.proxy.epochs import ProxyInputs, member_table
+from gradsift.runtime import Advance, Runtime
 from gradsift.training import lora
 from gradsift.training.head import ResponseLosses, require_finite
 
@@ -48,46 +47,33 @@ def answer_losses(runtime: Runtime, config: LoraConfig, member: Artifact, load: 
         member: a member's epoch, with its adapter.
         load: called only if the table has to be made.
     """
-    slug = member.path.name.rsplit("-", 1)[0]
-
-    def make(folder: Path) -> Mapping[str, Any]:
-        inputs = load()
-        with (
-            adapter(inputs.backbone, config, 0, runtime.compute) as adapted,
-            runtime.display.task(f"losses of {slug}", len(inputs.encoded)) as advance,
-            lora.evaluating(adapted),
-        ):
-            lora.load_adapter(adapted, member.path)
-            columns = collect_losses(adapted, inputs, advance, runtime.journal(folder))
-        pq.write_table(pa.table(columns), folder / LOSSES_FILE)
-        return {"rows": len(inputs.encoded)}
-
-    return runtime.store.obtain("losses", slug, {}, [member], make, version=VERSION)
+    table = (LOSSES_FILE, config, member, load, collect_losses)
+    return member_table(runtime, "losses", *table, passes=1, version=VERSION)
 
 
 @torch.inference_mode()
-def collect_losses(adapted: Any, inputs: ProxyInputs, advance: Any, journal: Any) -> dict[str, np.ndarray]:
+def collect_losses(adapted: Any, inputs: ProxyInputs, advance: Advance, journal: Journal) -> dict[str, np.ndarray]:
     """Return columns row (N,) int64, body and end (N,) float32, in the order of the encoded examples.
 
     Raises:
         GradsiftError: a loss is not finite; names the rows.
     """
     losses_of = ResponseLosses(adapted)
+    rows = np.array([example.row for example in inputs.encoded], dtype=np.int64)
+    places = {int(row): place for place, row in enumerate(rows)}
+    losses = np.empty((2, len(rows)), dtype=np.float32)
 
-    def of_batch(examples: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def of_batch(examples: list[Encoded]) -> tuple[list[int], torch.Tensor]:
         batch = collate(examples, inputs.backbone.pad_id)
-        body, end = losses_of.body_and_end(batch.to(inputs.backbone.model.device))
-        return batch.rows, body.cpu(), end.cpu()
+        parts = losses_of.body_and_end(batch.to(inputs.backbone.model.device))
+        return [places[example.row] for example in examples], torch.stack(parts).cpu()
 
-    rows, body, end = (
-        torch.cat(parts)
-        for parts in zip(
-            *(part for group in inputs.budget.passes(inputs.encoded, of_batch, journal, advance) for part in group),
-            strict=True,
-        )
-    )
-    require_finite("loss", rows, body + end, inputs.encoded)
-    return {"row": rows.numpy(), "body": body.numpy(), "end": end.numpy()}
+    with lora.evaluating(adapted):
+        for batches in inputs.budget.passes(inputs.encoded, of_batch, journal, advance):
+            for where, values in batches:
+                losses[:, where] = values.numpy()
+    require_finite("loss", torch.from_numpy(rows), torch.from_numpy(losses.sum(0)), inputs.encoded)
+    return {"row": rows, "body": losses[0], "end": losses[1]}
 
 
 def read_answer_losses(members: Sequence[Artifact], count: int) -> AnswerLosses:

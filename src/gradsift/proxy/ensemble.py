@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from gradsift.proxy.together import MemberEpoch
 
 VERSION = 6
+Unit = tuple[Mapping[str, Any], Artifact | None, Path]  # a member's settings, its epoch before, its folder
 
 
 def ensemble_norms(
@@ -232,7 +233,7 @@ def train_member_epoch(
     Raises:
         GradsiftError: the learning rate is 0 throughout the epoch.
     """
-    one = _member_epoch(runtime, config, inputs, settings, previous, folder)
+    one = _member_epoch(runtime, config, inputs, (settings, previous, folder))
     with adapter(inputs.backbone, config.lora, one.lora_seed, runtime.compute) as adapted:
         callbacks = one.callbacks(adapted, advance)
         options = (one.optimization, one.plan, one.start, folder, runtime.compute, callbacks)
@@ -244,33 +245,23 @@ def train_members_epoch(
     runtime: Runtime,
     config: ProxyConfig,
     inputs: ProxyInputs,
-    units: Sequence[tuple[Mapping[str, Any], Artifact | None, Path]],
+    units: Sequence[Unit],
     advance: Callable[[int], None],
 ) -> list[dict[str, Any]]:
-    """Train several members for one epoch side by side, as `train_member_epoch` does with one.
-
-    Args:
-        units: settings, epoch before and folder of each member.
-    """
+    """Train several members for one epoch side by side, as `train_member_epoch` does with one."""
     from gradsift.proxy.together import train_together
 
-    epochs = [_member_epoch(runtime, config, inputs, *unit) for unit in units]
+    epochs = [_member_epoch(runtime, config, inputs, unit) for unit in units]
     with lanes(inputs.backbone.model, config.lora, [one.lora_seed for one in epochs]) as made:
         infos = train_together(made, inputs, epochs, runtime.compute, advance)
     return [info | one.write(inputs) for info, one in zip(infos, epochs, strict=True)]
 
 
-def _member_epoch(
-    runtime: Runtime,
-    config: ProxyConfig,
-    inputs: ProxyInputs,
-    settings: Mapping[str, Any],
-    previous: Artifact | None,
-    folder: Path,
-) -> MemberEpoch:
+def _member_epoch(runtime: Runtime, config: ProxyConfig, inputs: ProxyInputs, unit: Unit) -> MemberEpoch:
     # here, as in every function that trains: Lightning takes seconds to import, and most runs reuse their trainings
     from gradsift.proxy.together import MemberEpoch
 
+    settings, previous, folder = unit
     member, epoch = settings["member"], settings["epoch"]
     plan = epoch_plan(config, [len(example.input_ids) for example in inputs.encoded], runtime.seed, member, epoch)
     optimization = Optimization(

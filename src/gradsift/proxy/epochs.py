@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, LoraConfig
 from gradsift.data.tokens import Encoded
+from gradsift.journal import Journal
+from gradsift.runtime import Advance, Runtime
 from gradsift.training import lora
 from gradsift.training.backbones import Backbone
 from gradsift.training.curves import write_curve
@@ -38,6 +44,43 @@ class EpochStart(NamedTuple):
     first_step: int  # optimiser steps of earlier epochs
     dropout_seed: int
     previous: Artifact | None  # the epoch before
+
+
+def member_table(
+    runtime: Runtime,
+    stage: str,
+    file: str,
+    config: LoraConfig,
+    member: Artifact,
+    load: Callable[[], ProxyInputs],
+    columns: Callable[[Any, ProxyInputs, Advance, Journal], Mapping[str, np.ndarray]],
+    *,
+    passes: int,
+    version: int,
+) -> Artifact:
+    """Return the artifact of a table, `file`, that passes over the examples give at a member's weights.
+
+    Args:
+        stage: names the artifact and the progress bar.
+        member: a member's epoch, with its adapter.
+        load: called only if the table has to be made.
+        columns: computes the table from the adapted model, its inputs, a progress function and a journal.
+        passes: how many times `columns` passes over the examples.
+    """
+    slug = member.path.name.rsplit("-", 1)[0]
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        inputs = load()
+        with (
+            adapter(inputs.backbone, config, 0, runtime.compute) as adapted,
+            runtime.display.task(f"{stage} of {slug}", passes * len(inputs.encoded)) as advance,
+        ):
+            lora.load_adapter(adapted, member.path)
+            table = columns(adapted, inputs, advance, runtime.journal(folder))
+        pq.write_table(pa.table(table), folder / file)
+        return {"rows": len(inputs.encoded)}
+
+    return runtime.store.obtain(stage, slug, {}, [member], make, version=version)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,9 +120,13 @@ def by_hand(found: AnswerLosses, prompts: list[str], neighbours: int, weight: fl
 @pytest.mark.parametrize(("weight", "caution"), [(0.5, 1.0), (0.0, 0.0), (1.0, 2.0)])
 def test_the_score_is_the_formula(weight: float, caution: float) -> None:
     examples, found = pool(90), losses(3, 90)
+    examples[7] = replace(
+        examples[7], instruction="??!"
+    )  # no word: equally far from all others, so any are its neighbours
     scores = contrast(found, examples, neighbours=7, end_weight=weight, caution=caution, **RANKED)
     expected = by_hand(found, [example.instruction for example in examples], 7, weight, caution)
-    np.testing.assert_allclose(scores.score, expected, rtol=1e-9)
+    np.testing.assert_allclose(np.delete(scores.score, 7), np.delete(expected, 7), rtol=1e-9)
+    assert np.isfinite(scores.score[7])
     np.testing.assert_array_equal(scores.score, scores.parts["bound"])
     np.testing.assert_allclose(scores.parts["end_loss"], found.end.mean(0))
 
@@ -133,6 +138,13 @@ def test_neighbours_are_prompts_of_the_same_kind_and_never_the_row_itself() -> N
     assert (kind[nearest] == kind[:, None]).mean() > 0.95
     assert not (nearest == np.arange(93)[:, None]).any()  # although three rows have a twin
     assert 90 in nearest[0]
+
+
+def test_prompts_without_a_word_are_near_to_each_other_alone() -> None:
+    prompts = [example.instruction for example in pool(90)] + ["??", "...", "!"]
+    nearest = nearest_prompts(prompts, 2)
+    assert sorted(nearest[90]) == [91, 92]
+    assert not (nearest[:90] >= 90).any()
 
 
 def test_a_kind_of_task_that_is_easy_gains_nothing() -> None:
@@ -210,6 +222,17 @@ def test_a_run_trains_members_but_takes_no_norms(gradsift) -> None:
     assert "losses" in made
     assert "norms" not in made
     assert run["diagnostics"]["adapter_spread"]
+
+
+def test_what_the_rows_do_not_allow_is_refused_before_anything_is_trained(gradsift, capsys) -> None:
+    for options, words in (
+        (("scorer=contrast",), "scorer.neighbours=200 needs more than 200 examples"),
+        (("selector=quotas", "selector.column=kind"), "selector.column=kind is no column of the data"),
+    ):
+        neighbours = ("scorer.neighbours=200",) if "scorer=contrast" in options else ()
+        assert gradsift(*SMOKE, *options, *neighbours, "stop_after=selection") == 2
+        assert words in capsys.readouterr().err
+    assert not (gradsift.store / "member").exists()
 
 
 # ---------------------------------------------------------------------------------------------- random clean

@@ -62,7 +62,8 @@ def answers(pushed: Path) -> dict[str, Any]:
 def test_the_selection_can_be_loaded_from_the_hub_in_one_line(pushed: Path) -> None:
     selection = [json.loads(line) for line in (pushed / "second" / "selection.jsonl").read_text().splitlines()]
     assert answers(pushed)["rows"] == selection
-    assert [{name: value for name, value in row.items() if name != "gradsift"} for row in selection] != []
+    own = [{name: value for name, value in row.items() if name != "gradsift"} for row in selection]
+    assert own == [ROWS[row["gradsift"]["row_index"]] for row in selection] != []
 
 
 def test_a_new_dataset_is_private_and_a_second_run_replaces_its_files(pushed: Path) -> None:

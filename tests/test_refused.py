@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from conftest import CHATML, Cli
+from test_gradient_features import line_of, store  # noqa: F401
 
+from gradsift.config.run import OF_PROXY
 from gradsift.report.notes import remarks
 
 ASKED = [f"{'odd' if number % 2 else 'even'} {number}" for number in range(16)]
@@ -64,3 +66,9 @@ def test_refused_rows_are_listed_in_the_pool_the_selection_and_the_held_out_rows
         assert len(rows) == pool and all("odd" in ASKED[row["row"]] for row in rows)
         assert all(row["content"] == ROWS[row["row"]] and "no odd ones" in row["reason"] for row in rows)
         assert f"proxy.template cannot show {pool:,} rows" in " ".join(remarks(run))
+
+
+def test_every_source_of_the_proxy_says_that_it_reads_the_pools_tokens(store: Path) -> None:  # noqa: F811
+    line = line_of(store)
+    reading = {name for name, source in line.sources.items() if source.reads_tokens}
+    assert reading == OF_PROXY - {"backbone", "target_gradients"}  # the model alone; the target set's tokens

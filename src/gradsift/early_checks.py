@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from gradsift.config import EndpointGeneratorConfig
+from gradsift.config import ContrastConfig, EndpointGeneratorConfig, QuotasConfig
+from gradsift.data.load import labels_of
 from gradsift.data.target_set import find_overlap, warn_of_leak
 from gradsift.errors import ConfigError
 from gradsift.evaluation.remote import check_generator
@@ -12,7 +13,10 @@ from gradsift.evaluation.stages.judging import check_judge
 from gradsift.evaluation.stages.metrics import check_metrics
 from gradsift.features.warmup import warmup_rows
 from gradsift.line import Line
+from gradsift.scoring.contrast import require_neighbours
+from gradsift.scoring.random import require_labels
 from gradsift.selection.budget import budget
+from gradsift.selection.quotas import groups_of
 from gradsift.training.target import planned_steps
 
 
@@ -32,6 +36,8 @@ def check(line: Line) -> None:
             budget(alpha, line.rows)
     if config.audit.enabled:
         _ = line.clusters
+    if methods:
+        _check_rows(line, asked)
     if asked & {"gradients", "target_gradients"}:
         if config.features.name == "nano" and config.proxy.model.kind != "nano":
             raise ConfigError(
@@ -59,3 +65,14 @@ def check(line: Line) -> None:
     if config.reaches("finetune"):
         config.target.warmup_of(planned_steps(config.target, line.budget))
         _ = line.target
+
+
+def _check_rows(line: Line, asked: set[str]) -> None:
+    """Raise if the rows are not those that the scorer or the selector needs."""
+    config = line.config
+    if isinstance(config.scorer, ContrastConfig):
+        require_neighbours(line.rows, config.scorer.neighbours)
+    if "labels" in asked:
+        require_labels(labels_of(line.loaded))
+    if isinstance(config.selector, QuotasConfig) and config.reaches("selection"):
+        groups_of(line.pool, config.selector.column, config.selector.shares)

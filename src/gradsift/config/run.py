@@ -37,8 +37,9 @@ from gradsift.signatures import asked_by
 STAGES = ("load", "statistics", "scores", "selection", "finetune", "generate", "judge")
 OBJECTIVES = {"pws": "judge", "accuracy": "generate", "heldout_loss": "finetune"}  # and the stage that gives each
 SCORES_BY_TASK = ("less", "rds_plus", "sbert")  # scorers that give a score for each task of the target set
+BASELINES = ("full", "random", "random_clean")  # scorers that data.scores leaves as they are
 _EMBEDDINGS = {"embeddings", "target_embeddings"}
-_OF_PROXY = {  # sources that are computed with the proxy, whatever the embedder
+OF_PROXY = {  # sources that are computed with the proxy, whatever the embedder
     *("statistics", "late_losses", "answer_losses", "directions", "embedding_gradients"),
     *("gradients", "target_gradients", "backbone", "proxy_inputs"),
 }
@@ -77,7 +78,7 @@ class Config(Group):
         super().__post_init__()
         if self.stop_after is not None and self.stop_after not in STAGES:
             raise ConfigError(f"stop_after={self.stop_after!r} is not known; choose one of: {', '.join(STAGES)}")
-        if self.data.scores is not None:
+        if self.data.scores is not None and self.scorer_name not in BASELINES:
             self.scorer = PublishedConfig()
         self._check_names()
         self._check_ensemble()
@@ -148,7 +149,7 @@ class Config(Group):
         """Whether the run computes anything with the proxy. A user's own scorer is assumed to, a selector not to."""
         if not self.reaches("scores"):
             return self.stop_after == "statistics"
-        with_proxy = set(_OF_PROXY)
+        with_proxy = set(OF_PROXY)
         if not isinstance(self.embedder, SentenceTransformersConfig):
             with_proxy |= _EMBEDDINGS
         scorer, selector = self._asked(self.scorer), self._asked(self.selector)

@@ -101,11 +101,12 @@ def _load_rows(runtime: Runtime, config: DataConfig) -> Artifact:
         else:
             examples, rejected = formats.parse_rows(source.read(), config.format, config.fields, source=source.name)
         kept, repeated = _without_duplicates(runtime, config, examples)
-        published, kept, unscored = _with_scores(config, kept)
-        rejected = sorted([*rejected, *repeated, *unscored], key=lambda row: row.row)
         chosen = weighted(config, kept) if isinstance(config, MixtureDataConfig) else kept
         pool, heldout = draw(chosen, config.limit, config.holdout, config.seed)
-        counts: dict[str, Any] = {"accepted": len(kept), "heldout": len(heldout), "rejected": len(rejected)}
+        published, pool, unscored = _with_scores(config, pool)  # after the draw: the same rows are held out
+        rejected = sorted([*rejected, *repeated, *unscored], key=lambda row: row.row)
+        accepted = len(kept) - len(unscored)
+        counts: dict[str, Any] = {"accepted": accepted, "heldout": len(heldout), "rejected": len(rejected)}
         counts |= _write_published(runtime, folder, published, kept, pool, len(unscored))
         if isinstance(config, MixtureDataConfig):
             counts["sources"] = dict(Counter(example.original[config.source_column] for example in pool))
@@ -155,17 +156,21 @@ def _write_published(
     runtime: Runtime,
     folder: Path,
     published: Published | None,
-    kept: Sequence[Example],
+    examples: Sequence[Example],
     pool: Sequence[Example],
     unscored: int,
 ) -> dict[str, int]:
-    """Write the pool's published scores, and return the number of rows and of scores that have no counterpart."""
+    """Write the pool's published scores, and return the number of rows and of scores that have no counterpart.
+
+    Args:
+        examples: all of the data, also those that are held out.
+    """
     if published is None:
         return {}
     write_scores(folder / PUBLISHED_FILE, published.of(pool), [[example.example_id for example in pool]])
-    counts = {"rows_without_score": unscored, "unused_scores": published.unused(kept)}
+    counts = {"rows_without_score": unscored, "unused_scores": published.unused(examples)}
     runtime.display.say(
-        f"  {published.path.name} has scores for {len(kept):,} of {len(kept) + unscored:,} rows; the other "
+        f"  {published.path.name} has scores for {len(pool):,} of {len(pool) + unscored:,} rows; the other "
         f"{unscored:,} are rejected; {counts['unused_scores']:,} of its scores are of texts that are not in the data"
     )
     return counts
@@ -185,12 +190,13 @@ def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
         if rejected:
             raise DataError(f"the embedded world made an unusable row {rejected[0].row}: {rejected[0].reason}")
         kept, repeated = _without_duplicates(runtime, config, examples)
-        published, kept, unscored = _with_scores(config, kept)
-        rejected = sorted([*repeated, *unscored], key=lambda row: row.row)
         pool, _ = draw(kept, config.limit, 0, config.seed)
+        published, pool, unscored = _with_scores(config, pool)
+        rejected = sorted([*repeated, *unscored], key=lambda row: row.row)
         known = [world.labels[example.row_index] for example in pool]
         labels = Labels(_without_lone_copies(pool, known), [label.family for label in known])
-        counts: dict[str, Any] = {"accepted": len(kept), "heldout": len(world.benchmark), "rejected": len(rejected)}
+        accepted = len(kept) - len(unscored)
+        counts: dict[str, Any] = {"accepted": accepted, "heldout": len(world.benchmark), "rejected": len(rejected)}
         counts |= _write_published(runtime, folder, published, kept, pool, len(unscored))
         if config.corruption.share:
             changes = corruption.changes_of_text(pool) | _world_changes(world)

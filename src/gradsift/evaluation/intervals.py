@@ -6,7 +6,9 @@ not reject, with the variance that holds if t is true. Unlike a percentile boots
 the same outcome, and it stays within [-1, 1].
 
 Runs with different seeds answer the same items, so their outcomes are not independent. The variance of the mean is that
-of a two-way random effects model, and the interval uses the number of independent items that has the same variance.
+of a two-way random effects model, and the interval uses the number of independent items that has the same variance. In
+the embedded world, each data seed has questions of its own under the same item ids; pairing them at random leaves the
+expected variance as it is.
 `benchmarks/interval_coverage.py` measures the coverage.
 
 Shape letters: S seeds, N items.

@@ -107,8 +107,8 @@ def outcome_strings(outcomes: Outcomes) -> dict[str, dict[str, str]]:
     """Return the outcomes of each benchmark as one letter per item (w, t, l, i), in the order of the item ids.
 
     Returns:
-        `{benchmark: {"items": hash of the item ids, "outcomes": letters}}`. Two runs with the same hash judged the
-        same items, so their letters can be compared one by one.
+        `{benchmark: {"items": hash of the item ids, "outcomes": letters}}`. Two runs with the same hash, on one
+        data set, judged the same items, so their letters can be compared one by one.
     """
     by_benchmark: dict[str, dict[str, str]] = {}
     for (benchmark, item), kind in sorted(outcomes.items()):

@@ -100,10 +100,9 @@ def _answers(port: int) -> bool:
 
 def _end(server: subprocess.Popen[bytes]) -> None:
     """End a server and the processes that it started, which share its session."""
+    # SIGKILL even if the server has ended: its children may outlive it
     for signum, wait in ((signal.SIGTERM, _PATIENCE), (signal.SIGKILL, None)):
         with suppress(ProcessLookupError):
             os.killpg(server.pid, signum)
         with suppress(subprocess.TimeoutExpired):
             server.wait(wait)
-            if signum == signal.SIGTERM:
-                continue  # its children may outlive it

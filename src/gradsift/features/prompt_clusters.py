@@ -21,7 +21,7 @@ from gradsift.data.examples import Example
 from gradsift.errors import ConfigError
 from gradsift.runtime import Runtime
 
-VERSION = 1
+VERSION = 2
 CLUSTERS_FILE = "clusters.json"
 _DIMENSIONS = 50
 
@@ -68,11 +68,14 @@ def prompt_of(example: Example) -> str:
 
 
 def prompt_vectors(texts: Sequence[str]) -> Any:
-    """Return TF-IDF vectors of the texts' words and word pairs, of length one: (N, at most 50), or sparse if few.
+    """Return TF-IDF vectors of the texts' words and word pairs, of length one: (N, at most 51), or sparse if few.
+
+    Texts without a word share a direction of their own: a vector of zeros would be near to all others.
 
     Raises:
         ConfigError: no text has a word.
     """
+    from scipy.sparse import hstack, issparse
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import normalize
@@ -83,6 +86,10 @@ def prompt_vectors(texts: Sequence[str]) -> Any:
         raise ConfigError(f"the prompts hold no words to compare them by ({error})") from error
     if features.shape[1] > _DIMENSIONS and len(texts) > _DIMENSIONS:
         features = normalize(TruncatedSVD(_DIMENSIONS, random_state=0).fit_transform(features))
+    wordless = np.asarray(abs(features).sum(1)).reshape(-1, 1) == 0
+    if wordless.any():
+        stack = hstack if issparse(features) else np.hstack
+        features = stack([features, wordless.astype(float)])
     return features
 
 

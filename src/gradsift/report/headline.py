@@ -118,7 +118,8 @@ def _accuracy_tile(material: Material, best: Row) -> list[Tile]:
     runs = [run for run in runs if [flat_rows(run)[0][key] for key in alike] == [best[key] for key in alike]]
     notes = []
     for name, key in (("full data", "reference"), ("no finetuning", "untuned")):
-        values = [(run["accuracy"].get("by_benchmark") or {}).get(key, {}).get(best["benchmark"]) for run in runs]
+        by_benchmark = [(run["accuracy"].get("by_benchmark") or {}).get(key, {}) for run in runs]
+        values = [each[best["benchmark"]] for each in by_benchmark if best["benchmark"] in each]
         if values and None not in values:
             notes.append(f"{name} {sum(values) / len(values):.3f}")
     return [Tile("its accuracy", f"{best['accuracy']:.3f}", ", ".join(notes))]
@@ -177,7 +178,8 @@ def _below_random(found: Mapping[str, Any]) -> str:
         f"{each['values']['pws_random']:.3f})"
         for name, each in found.items()
     ]
-    apart = sum((each["values"].get("p_value") or 1.0) < LEVEL for each in found.values())
+    p_values = [each["values"].get("p_value") for each in found.values()]
+    apart = sum(p is not None and p < LEVEL for p in p_values)
     return (
         f"The PWS is below that of random rows for {'; '.join(names)}. Paired tests with Holm's correction tell "
         f"{apart} of these {len(names)} from random rows [{AGAINST_RANDOM}]"

@@ -137,9 +137,8 @@ def pws_table(material: Material) -> Table:
     ]
     bold = frozenset((places.index(place), 1 + columns.index(column)) for place, column in best)
     averaged = any(row["runs"] > 1 for row in cells.values())
-    note = f"{intervals_text(cells.values())}. Bold: the highest of a row at its alpha."
-    if averaged:
-        note = f"Means over seeds. {note}"
+    sentences = ["Means over seeds" if averaged else "", intervals_text(cells.values())]
+    note = ". ".join([*filter(None, sentences), "Bold: the highest of a row at its alpha."])
     with suppress(Missing):  # no cell to count
         note += f" {count(cells)}."
     return Table("PWS against the model tuned on all rows (1 is parity)", header, rows, bold, note, records)

@@ -163,7 +163,7 @@ def outcome_matrix(letters: Sequence[str]) -> np.ndarray:
 def compared(first: Row, second: Row) -> Difference | None:
     """Return the paired difference of two cells; None if they did not judge the same items with the same seeds."""
     ours, theirs = (each if isinstance(each, list) else [each] for each in (first[OUTCOMES], second[OUTCOMES]))
-    if None in ours or None in theirs or [items for items, _ in ours] != [items for items, _ in theirs]:
+    if None in ours or None in theirs or len({items for items, _ in (*ours, *theirs)}) > 1:
         return None
     matrix = outcome_matrix([letters for _, letters in (*ours, *theirs)])
     return difference(matrix[: len(ours)], matrix[len(ours) :]) if matrix.size else None
@@ -180,11 +180,13 @@ def pws_text(row: Row) -> str:
 
 
 def intervals_text(rows: Iterable[Row]) -> str:
-    """Return what the intervals of these rows are, as in "PWS with 95 % intervals over items and seeds".
+    """Return what the intervals of these rows are, as in "PWS with 95 % intervals over items and seeds"; empty if none.
 
     In a table with several seeds, an interval of a cell that has one seed is over its items.
     """
     shown = [row for row in rows if row["pws_low"] is not None]
+    if not shown:
+        return ""
     shares = " or ".join(f"{100 * share:g} %" for share in sorted({row["confidence"] for row in shown}))
     several = {row["runs"] > 1 for row in shown}
     over = "items alone" if several == {False} else "items and seeds"

@@ -61,11 +61,7 @@ def contrast(
     """
     losses = (1 - end_weight) * answer_losses.body + end_weight * answer_losses.end
     known = ~np.isnan(losses[0])
-    if known.sum() <= neighbours:
-        raise ConfigError(
-            f"scorer.neighbours={neighbours} needs more than {neighbours} examples with a response, and there are "
-            f"{known.sum()}; give fewer neighbours"
-        )
+    require_neighbours(int(known.sum()), neighbours)
     prompts = [prompt_of(example) for example, has_loss in zip(examples, known, strict=True) if has_loss]
     nearest = nearest_prompts(prompts, neighbours)
     contrasts = np.full(losses.shape, np.nan)
@@ -82,6 +78,15 @@ def contrast(
     scores = Scores(saturated(bound, saturation, seed), parts)
     scores.mark(~known, UNDEFINED, NO_RESPONSE)
     return scores
+
+
+def require_neighbours(count: int, neighbours: int) -> None:
+    """Raise a `ConfigError` unless each of `count` examples has as many others."""
+    if count <= neighbours:
+        raise ConfigError(
+            f"scorer.neighbours={neighbours} needs more than {neighbours} examples with a response, and there are "
+            f"{count}; give fewer neighbours"
+        )
 
 
 def saturated(bound: np.ndarray, share: float, seed: int) -> np.ndarray:

@@ -22,11 +22,17 @@ def random_clean(labels: Labels | None, count: int, *, seed: int) -> Scores:
     Raises:
         ConfigError: the data has no labels.
     """
+    known = require_labels(labels)
+    scores = random(count, seed=seed)
+    scores.mark(np.array(known.quality) != "clean", EXCLUDED, "labelled as spoilt or as a copy")
+    return scores
+
+
+def require_labels(labels: Labels | None) -> Labels:
+    """Return the labels, or raise a `ConfigError` if the data has none."""
     if labels is None:
         raise ConfigError(
             "scorer=random_clean needs rows with known quality; take data=verifiable, or corrupt rows with "
             "data.corruption.share"
         )
-    scores = random(count, seed=seed)
-    scores.mark(np.array(labels.quality) != "clean", EXCLUDED, "labelled as spoilt or as a copy")
-    return scores
+    return labels

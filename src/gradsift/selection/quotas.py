@@ -33,12 +33,7 @@ def quotas(
     Raises:
         ConfigError: no row has the column, or `shares` does not name the groups that the data has.
     """
-    if not any(column in example.original for example in examples):
-        raise ConfigError(
-            f"selector.column={column} is no column of the data; it has {', '.join(examples[0].original)[:500]}"
-        )
-    names, groups = np.unique([_name(example.original.get(column)) for example in examples], return_inverse=True)
-    weights = _weights(names.tolist(), shares) if shares else np.bincount(groups).astype(float)
+    names, groups, weights = groups_of(examples, column, shares)
     ranked = best_first(scores)
     sizes = np.bincount(groups[ranked], minlength=len(names))
     taken = capped_shares(size, weights, sizes)
@@ -47,8 +42,28 @@ def quotas(
     reason = "selector.shares gives the other rows no share; give their groups a weight above 0"
     return Choice(
         positions,
-        [_diagnostic(names.tolist(), wanted, taken), *shortfall(len(positions), size, len(ranked), reason)],
+        [
+            _diagnostic(names, wanted, taken, "selector.shares" if shares else f"the rows without a score of {column}"),
+            *shortfall(len(positions), size, len(ranked), reason),
+        ],
     )
+
+
+def groups_of(
+    examples: Sequence[Example], column: str, shares: Mapping[Any, float] | None
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return the names of the groups (G,), the group of each example (N,) as a position among them, and weights (G,).
+
+    Raises:
+        ConfigError: see `quotas`.
+    """
+    if not any(column in example.original for example in examples):
+        raise ConfigError(
+            f"selector.column={column} is no column of the data; it has {', '.join(examples[0].original)[:500]}"
+        )
+    names, groups = np.unique([_name(example.original.get(column)) for example in examples], return_inverse=True)
+    weights = _weights(names.tolist(), shares) if shares else np.bincount(groups).astype(float)
+    return names.tolist(), groups, weights
 
 
 def _name(value: object) -> str:
@@ -68,11 +83,11 @@ def _weights(names: Sequence[str], shares: Mapping[Any, float]) -> np.ndarray:
     return np.array([shares[name] for name in names], dtype=float)
 
 
-def _diagnostic(names: Sequence[str], wanted: np.ndarray, taken: np.ndarray) -> Diagnostic:
+def _diagnostic(names: Sequence[str], wanted: np.ndarray, taken: np.ndarray, remedy: str) -> Diagnostic:
     lacking = {name: int(n) for name, n in zip(names, wanted - taken, strict=True) if n > 0}
     values: dict[str, float | None] = {"lacking": sum(lacking.values())}
     values |= {f"rows of {name}": int(count) for name, count in zip(names[:100], taken, strict=False)}
     rows = ", ".join(f"{count:,} of {name}" for name, count in zip(names[:10], taken.tolist(), strict=False))
     more = f", and {len(names) - 10} more groups" if len(names) > 10 else ""
     short = "".join(f"; {name} has {count:,} rows with a score too few" for name, count in list(lacking.items())[:10])
-    return Diagnostic.judged("quotas", bool(lacking), values, f"selected {rows}{more}{short}", "selector.shares")
+    return Diagnostic.judged("quotas", bool(lacking), values, f"selected {rows}{more}{short}", remedy)

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from gradsift.config import ExportConfig, TargetConfig
-from gradsift.data.chat_templates import is_chat
+from gradsift.data.chat_templates import file_text, is_chat
 from gradsift.data.columns import pair_of
 from gradsift.data.examples import Example, Turn
 from gradsift.data.templates import render
@@ -180,7 +180,8 @@ def _trl(folder: Path, target: TargetConfig, model: str, examples: Sequence[Exam
         "max_grad_norm": target.max_grad_norm or 0.0,
         "report_to": "none",
     }
-    template = {} if target.template in ("chat", "alpaca", "plain") else {"chat_template_path": target.template}
+    own = _own_template(folder, target)
+    template = {"chat_template_path": own} if own else {}
 
     def config(file: str) -> dict[str, Any]:
         data = [{"path": "json", "data_files": file, "split": "train"}]
@@ -190,7 +191,15 @@ def _trl(folder: Path, target: TargetConfig, model: str, examples: Sequence[Exam
     _write_yaml(folder / "sft.yaml", run, config("train.jsonl") | loss | template)
     if _write_rows(folder / "pairs.jsonl", _pairs_for_trl(examples, target.template)):
         run = f"cd {folder.name} && trl dpo --config dpo.yaml"
-        _write_yaml(folder / "dpo.yaml", run, config("pairs.jsonl"))
+        _write_yaml(folder / "dpo.yaml", run, config("pairs.jsonl") | template)
+
+
+def _own_template(folder: Path, target: TargetConfig) -> str | None:
+    """Copy the user's chat template beside the rows and return the copy's name; None if the target has none."""
+    if not is_chat(target.template) or target.template == "chat":
+        return None
+    (folder / "template.jinja").write_text(file_text(target.template), encoding="utf-8")
+    return "template.jinja"
 
 
 def _llama_factory(folder: Path, target: TargetConfig, model: str, examples: Sequence[Example]) -> None:
@@ -233,6 +242,8 @@ def _llama_factory(folder: Path, target: TargetConfig, model: str, examples: Seq
         "report_to": "none",
     }
     run = f"cd {folder.name} && llamafactory-cli train"
+    if is_chat(target.template) and target.template != "chat":
+        run = f"the tokenizer's own chat template, not {target.template}, is used here: {run}"
     own = {"stage": "sft", "dataset": "gradsift"} | ({"mask_history": True} if by_reply else {})
     _write_yaml(folder / "sft.yaml", f"{run} sft.yaml", config | own)
     if _write_rows(folder / "pairs.jsonl", _pairs(examples)):
@@ -248,8 +259,8 @@ def _axolotl(folder: Path, target: TargetConfig, model: str, examples: Sequence[
     chat: dict[str, Any] = {}
     if is_chat(target.template):
         chat = {"chat_template": "tokenizer_default"}
-        if target.template != "chat":
-            chat = {"chat_template": "jinja", "chat_template_jinja": target.template}
+        if own := _own_template(folder, target):
+            chat = {"chat_template": "jinja", "chat_template_jinja": own}
         source |= {"type": "chat_template", "field_messages": "messages", "roles_to_train": ["assistant"]}
         source |= {"train_on_eos": "turn"}
         marks = _has_context_replies(examples)

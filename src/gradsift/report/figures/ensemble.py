@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from gradsift.gradients.ensemble_checks import LEAST_ADAPTER_SPREAD, LEAST_NORM_SPREAD
 from gradsift.report.figures import style
 from gradsift.report.figures.convergence import shown_steps, smooth
-from gradsift.report.figures.groups import named, over_seeds_of, representative
+from gradsift.report.figures.groups import named, over_seeds_of, representative, seed_of
 from gradsift.report.figures.style import Style, report_figure
 from gradsift.report.material import Material, Missing, Run
 
@@ -93,7 +93,7 @@ def collapse(material: Material) -> Figure:
     figure, (left, right) = style.panels(2, width=6.4, height=3.2)
     looks = style.looks_of(run.name for run in runs)
     for run in runs:
-        seed = f"seed {run.record.get('seed')}: " if len(runs) > 1 else ""
+        seed = f"{seed_of(run)}: " if len(runs) > 1 else ""
         try:
             trajectories = material.trajectories(run)
         except Missing:  # the norms may still be there
@@ -138,7 +138,7 @@ def member_loss(material: Material) -> Figure:
     lines = []  # the name in the legend, and the loss
     for run in runs:
         for number, curve in enumerate(material.member_curves(run)):
-            name = f"member {number}" if len(runs) == 1 else f"seed {run.record.get('seed')}"
+            name = f"member {number}" if len(runs) == 1 else seed_of(run)
             lines.append((name, smooth(np.array([entry["loss"] for entry in curve]))))
     looks = style.looks_of(name for name, _ in lines)
     for name, loss in lines:

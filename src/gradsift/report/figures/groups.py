@@ -82,9 +82,15 @@ def over_seeds_of(material: Material, one: Run) -> list[Run]:
     return list(reversed(by_seed.values()))
 
 
+def seed_of(run: Run) -> str:
+    """Return the seed of a run, and that of its data unless it is 0, as in "seed 1, data 2"."""
+    data = run.record.get("data_seed")
+    return f"seed {run.record.get('seed')}" + (f", data {data}" if data else "")
+
+
 def named(run: Run) -> str:
-    """Return method, budget and seed of a run, for the title of a panel."""
-    return f"{run.method} at {100 * run.alpha:g} %, seed {run.record.get('seed')}"
+    """Return method, budget and seeds of a run, for the title of a panel."""
+    return f"{run.method} at {100 * run.alpha:g} %, {seed_of(run)}"
 
 
 def mean(values: Sequence[float | None]) -> float | None:

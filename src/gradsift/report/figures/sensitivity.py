@@ -188,6 +188,7 @@ def agreement(run: Run, name: str, scores: Mapping[Any, Scores], base: Scores) -
         {
             "run": run.name,
             "seed": run.record.get("seed"),
+            "data_seed": run.record.get("data_seed"),
             name: value,
             "rank_correlation": spearman(each.score, base.score),
         }

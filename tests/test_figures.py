@@ -229,7 +229,8 @@ def test_a_correlation_that_is_not_defined_is_a_gap_and_a_negative_one_is_seen()
     run = Run(Path("x"), {"scorer": "gsnr", "alpha": 0.5}, {}, "gsnr", [])
     scored = {number: Scores(score) for number, score in enumerate((rising, flat, -rising))}
     records = sensitivity.agreement(run, "number", scored, Scores(rising))
-    assert records[1] == {"run": "x", "seed": None, "number": 1, "rank_correlation": None, "overlap": 0.0}
+    expected = {"run": "x", "data_seed": None, "seed": None, "number": 1, "rank_correlation": None, "overlap": 0.0}
+    assert records[1] == expected
     values = column(records, "rank_correlation")
     assert values[[0, 2]] == pytest.approx([1, -1]) and np.isnan(values[1])
     assert sensitivity.limits(values)[0] < -1 and sensitivity.limits(np.array([np.nan]))[0] == -0.02

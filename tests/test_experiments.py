@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from conftest import SMOKE
 
-from experiments import heldout_variance, precision, walk_optimum
+from experiments import heldout_variance, norm_tables, precision, walk_optimum
+from experiments.composed import line_of
 from experiments.heldout_variance import over_members
 from experiments.walk_optimum import best_set, compared
 from gradsift.features.vectors import Features, unit_rows
+from gradsift.gradients.statistics import read_statistics
+from gradsift.scoring.gsnr import gsnr
 from gradsift.selection.core_knowledge import core_knowledge
 
 
@@ -85,3 +88,21 @@ def test_precision_compares_the_members_own_norms_with_those_in_bfloat16(gradsif
     assert "120 rows, 2 members: a norm is off by 0." in said
     correlation = float(said.split("| G-SNR | ")[1].split()[0])
     assert 0.9 < correlation < 1  # rounded, or it would be 1
+
+
+def test_scores_of_a_norm_table_are_those_of_the_store(gradsift, tmp_path, monkeypatch, capsys) -> None:
+    file, overrides = tmp_path / "norms.npz", ["scorer=gsnr", *SMOKE]
+    monkeypatch.setattr(sys, "argv", ["norm_tables", "write", str(file), *overrides])
+    norm_tables.main()
+    monkeypatch.setattr(sys, "argv", ["norm_tables", "read", str(file)])
+    norm_tables.main()
+    assert "| gsnr, eps 1e-08 | 2 | " in capsys.readouterr().out
+    line = line_of(overrides)
+    with np.load(file, allow_pickle=False) as stored:
+        scores = dict(norm_tables.scores_of(dict(stored), members=2))
+    statistics = read_statistics(line.statistics)
+    np.testing.assert_allclose(scores["gsnr, eps 0.01"], gsnr(statistics, eps=0.01).score, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(scores["late norm, lowest first"], -statistics.G_t, rtol=1e-6)
+    quality = np.array(["clean", "wrong_answer", "clean", "clean", "wrong_answer"] * 4)
+    best_spoilt = norm_tables.row_of("spoilt first", 2, (quality != "clean") * 1.0, quality)
+    assert best_spoilt == "| spoilt first | 2 | 1.000 / 1.000 / 1.000 | 0.000 |"

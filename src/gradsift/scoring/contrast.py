@@ -32,7 +32,7 @@ from gradsift.proxy.answer_losses import AnswerLosses
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
 # Added to losses before the logarithm, in nats: below, differences are rounding.
-_FLOOR = 1e-3
+FLOOR = 1e-3
 # Least standard deviation of the neighbours' log losses: copies of one row agree to the last digit.
 _LEAST_DEVIATION = 0.1
 
@@ -65,7 +65,7 @@ def contrast(
     prompts = [prompt_of(example) for example, has_loss in zip(examples, known, strict=True) if has_loss]
     nearest = nearest_prompts(prompts, neighbours)
     contrasts = np.full(losses.shape, np.nan)
-    contrasts[:, known] = contrast_with(np.log(losses[:, known] + _FLOOR), nearest)
+    contrasts[:, known] = contrast_with(np.log(losses[:, known] + FLOOR), nearest)
     mean, deviation = contrasts.mean(0), contrasts.std(0)
     bound = mean - caution * deviation
     parts = {

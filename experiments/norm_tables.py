@@ -1,0 +1,120 @@
+"""Norms and losses of an ensemble as one small file, from which every score is computed again in seconds.
+
+    python -m experiments.norm_tables write FILE.npz OVERRIDE ...     from the store; what is missing there is made
+    python -m experiments.norm_tables read FILE.npz                   scores of subsets of the members, for several eps
+
+The file has no text of the data: gradient norms at both snapshots, losses of the answers' bodies and ends at the late
+one, the contrast of each member with similar prompts, and the labels. `read` prints Markdown: the spoilt share of the
+selection, and AUROC of clean against spoilt rows.
+
+Shape letters: M members, N examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from experiments.composed import line_of
+from gradsift.data.load import SPOILT, labels_of
+from gradsift.features.prompt_clusters import prompt_of
+from gradsift.gradients.norms_table import by_example
+from gradsift.gradients.statistics import norm_of
+from gradsift.line import Line
+from gradsift.proxy.answer_losses import read_answer_losses
+from gradsift.scoring.contrast import FLOOR, contrast_with, nearest_prompts, saturated
+from gradsift.scoring.gsnr import ratio
+from gradsift.selection.audit import CLEAN, auroc
+from gradsift.selection.budget import budget
+
+ALPHAS = (0.05, 0.1, 0.15)
+EPS = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_NEIGHBOURS, _END_WEIGHT = 50, 0.5
+
+
+def norms_at(line: Line, epoch: int) -> np.ndarray:
+    """Return the members' norms after an epoch in the scope of the run, (M, N) float64."""
+    members = []
+    for shards in line.norms(epoch):
+        columns = by_example(shards, ("norm_A", "norm_B"), line.rows)
+        sizes = (shards[0].info["size_A"], shards[0].info["size_B"])
+        members.append(norm_of(columns, line.config.proxy.norm_scope, *sizes))
+    return np.stack(members)
+
+
+def table_of(line: Line) -> dict[str, np.ndarray]:
+    """Return the columns of the file: (M, N) float32, and the quality of each example, (N,) strings."""
+    labels = labels_of(line.loaded)
+    if labels is None:
+        raise SystemExit("the data has no labels; corrupt some rows with data.corruption.share")
+    early, late = (norms_at(line, epoch) for epoch in line.config.proxy.snapshots)
+    losses = read_answer_losses(line.answer_losses, line.rows)
+    mixed = (1 - _END_WEIGHT) * losses.body + _END_WEIGHT * losses.end
+    known = ~np.isnan(mixed[0])
+    prompts = [prompt_of(example) for example, has_loss in zip(line.pool, known, strict=True) if has_loss]
+    contrasts = np.full(mixed.shape, np.nan)
+    contrasts[:, known] = contrast_with(np.log(mixed[:, known] + FLOOR), nearest_prompts(prompts, _NEIGHBOURS))
+    values = {"early": early, "late": late, "body": losses.body, "end": losses.end, "contrast": contrasts}
+    columns = {name: value.astype(np.float32) for name, value in values.items()}
+    return {**columns, "quality": np.array(labels.quality)}
+
+
+def scores_of(table: dict[str, np.ndarray], members: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the name and the values (N,) of each score of the first `members` members."""
+    early, late, contrasts = (table[name][:members].astype(np.float64) for name in ("early", "late", "contrast"))
+    G_s, G_t, V_t = early.mean(0), late.mean(0), late.var(0)
+    for eps in EPS:
+        yield f"gsnr, eps {eps:g}", ratio(G_s, G_t, V_t, eps)
+    yield "gsnr_raw_drop", G_s - G_t
+    yield "gsnr_normalized_drop", (G_s - G_t) / G_s
+    yield "late norm, lowest first", -G_t
+    yield "V_t, lowest first", -V_t
+    for caution in (0, 1, 2):
+        yield f"contrast, caution {caution}, not saturated", contrasts.mean(0) - caution * contrasts.std(0)
+    bound = contrasts.mean(0) - contrasts.std(0)
+    yield "contrast", saturated(bound, 0.2, seed=0)
+
+
+def row_of(name: str, members: int, scores: np.ndarray, quality: np.ndarray) -> str:
+    """Return a line of the Markdown table."""
+    spoilt = np.isin(quality, SPOILT)
+    ranked = np.where(np.isnan(scores), -np.inf, scores)
+    order = np.argsort(-ranked, kind="stable")
+    shares = [f"{spoilt[order[: budget(alpha, len(quality))]].mean():.3f}" for alpha in ALPHAS]
+    area = auroc(ranked[quality == CLEAN], ranked[spoilt])
+    return f"| {name} | {members} | {' / '.join(shares)} | {'-' if area is None else f'{area:.3f}'} |"
+
+
+def read(file: Path) -> None:
+    with np.load(file, allow_pickle=False) as stored:
+        table = dict(stored)
+    count = len(table["early"])
+    spoilt = np.isin(table["quality"], SPOILT).mean()
+    print(f"{len(table['quality']):,} rows, spoilt share {spoilt:.3f}, {count} members\n")
+    print(
+        f"| score | members | spoilt at {' / '.join(f'{alpha:.0%}' for alpha in ALPHAS)} | AUROC |\n|---|---|---|---|"
+    )
+    for members in range(2, count + 1):
+        for name, scores in scores_of(table, members):
+            print(row_of(name, members, scores, table["quality"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("write", "read"))
+    parser.add_argument("file", type=Path)
+    parser.add_argument("overrides", nargs="*", help="as for run.py; for write")
+    options = parser.parse_args()
+    if options.action == "write":
+        np.savez_compressed(options.file, **table_of(line_of(options.overrides)))
+        print(f"{options.file}: {options.file.stat().st_size:,} bytes", file=sys.stderr)
+    else:
+        read(options.file)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,8 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
+from gradsift.config import FieldsConfig
 from gradsift.data.chat_templates import DATE, Segment, chat_segments
 from gradsift.data.examples import Example, Turn
+from gradsift.data.formats import parse_rows
 from gradsift.data.tokens import encode, encode_prompt, encode_prompts, template_identity
 from gradsift.data.turns import Unusable
 from gradsift.errors import ConfigError
@@ -206,6 +208,49 @@ def test_a_think_block_that_the_prompt_opens_is_closed_by_the_response(family: s
     assert re.search("assistant[\n\uff5c>]*<think>\n$", text_of(segments, is_response=False).casefold())
     end = ENDS.get(base(family), "<|im_end|>")
     assert responses(thought, tokenizer) == [f"twice two\n</think>\n\nIt is four.{end}"]
+
+
+IN_A_THINK_BLOCK = (
+    *("glm4moe", "lfm2_2_5_v2", "lfm2_2_5_vl", "nemotron_3_5_lightning", "nemotron_3_nano", "nemotron_3_super"),
+    *("nemotron_3_ultra", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_training"),
+)
+BLANKS_AS_WRITTEN = ("lfm2", "nemotron")  # within a text, these templates leave white space as it is
+IN_ANOTHER_NOTATION = ("diffusion_gemma", "gemma4", "gemma4_v5", "gptoss", "gptoss_training", "muse_glimmer")
+
+
+def with_reasoning(**reply: str) -> tuple[list[dict[str, str]], list[Turn]]:
+    """Return messages as a dataset has them, and the turns that are read from them."""
+    messages = [
+        {"role": "user", "content": "What is 2 + 2?"},
+        {"role": "assistant", "content": "It is four.", **reply},
+    ]
+    ((read,), rejected) = parse_rows([(0, {"messages": messages})], "auto", FieldsConfig())
+    assert not rejected
+    return messages, [*read.history, Turn("user", read.instruction), Turn("assistant", read.output)]
+
+
+@pytest.mark.parametrize("family", IN_A_THINK_BLOCK)
+def test_reasoning_apart_from_an_answer_is_shown_as_the_template_itself_shows_it(
+    family: str, tokenizer_of: Any
+) -> None:
+    tokenizer = tokenizer_of(template_text(family))
+    messages, turns = with_reasoning(reasoning_content="twice two")
+    stock = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=True)
+    segments = chat_segments(turns, tokenizer, tokenizer.chat_template)
+    shown = "".join(segment.text for segment in segments)
+    if family.startswith(BLANKS_AS_WRITTEN):
+        shown, stock = ("".join(text.split()) for text in (shown, stock))
+    assert shown == stock.rstrip("\n")
+    assert "twice two" in text_of(segments, is_response=True)
+
+
+@pytest.mark.parametrize("family", IN_ANOTHER_NOTATION)
+def test_a_think_block_is_refused_where_reasoning_has_another_notation(family: str, tokenizer_of: Any) -> None:
+    tokenizer = tokenizer_of(template_text(family))
+    _, turns = with_reasoning(thinking="twice two")
+    with pytest.raises(Unusable, match="shows reasoning in a notation of its own"):
+        responses(turns, tokenizer)
+    assert responses(TURNS, tokenizer)
 
 
 @pytest.mark.parametrize("said", ["twice two</think>Four.", "<think>twice two</think>Four."])

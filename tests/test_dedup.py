@@ -24,7 +24,7 @@ from gradsift.data.dedup import bands_of, deduplicated, jaccard, near_duplicates
 from gradsift.data.examples import Example, Turn
 from gradsift.data.files import file_kind, hash_of, read_rows
 from gradsift.data.formats import parse_rows
-from gradsift.data.load import VERSION, heldout_of, labels_of, load, pool_of
+from gradsift.data.load import ROWS_VERSION, heldout_of, labels_of, load, pool_of
 from gradsift.data.verifiable import generate, question_of
 from gradsift.errors import ConfigError
 from gradsift.runtime import Display, Runtime
@@ -232,7 +232,7 @@ def test_without_dedup_the_artifact_is_the_one_from_before_there_was_any(tmp_pat
     settings = asdict(JsonDataConfig(name="json"))
     del settings["dedup"], settings["dedup_threshold"], settings["corruption"], settings["scores"]
     settings |= {"path": None, "kind": file_kind(tmp_path / "rows.json"), "sha256": hash_of(tmp_path / "rows.json")}
-    assert artifact.fingerprint == fingerprint_of("load", VERSION, settings, [])
+    assert artifact.fingerprint == fingerprint_of("load", ROWS_VERSION, settings, [])
     assert loaded(tmp_path, dedup_threshold=0.9).path == artifact.path
     assert rejected_of(artifact) == [(1, "field 'output' is empty")]
 

@@ -178,7 +178,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_embedding(backbone: Backb
 def read(backbone: Backbone, text: str, rows: Sequence[Example], template: str = "plain", **options: Any) -> list[str]:
     config = HiddenStatesConfig(name="x", text=text, **options)
     embedder = hidden_states_embedder(config, template, None, lambda: backbone)  # type: ignore[arg-type]
-    texts, _ = embedder.load().read(rows, lambda done: None)
+    texts, _, _ = embedder.load().read(rows, lambda done: None)
     decoded = {text.row: backbone.tokenizer.decode(text.input_ids) for text in texts}
     return [decoded.get(row, "") for row in range(len(rows))]
 
@@ -396,7 +396,8 @@ def test_max_length_only_shortens_and_the_prompt_leaves_the_response_out(runtime
     lengths = [len(text.input_ids) for text in sentences(runtime, saved).read(examples(), lambda done: None)[0]]
     assert max(lengths) == 24
     shorter = sentences(runtime, saved, max_length=8, text="prompt")
-    texts, cut = shorter.read(examples()[:2], lambda done: None)
+    texts, cut, refused = shorter.read(examples()[:2], lambda done: None)
+    assert not refused
     assert shorter._contents == {0: "name a colour\n", 1: "add\n3 4\n"}
     assert ([len(text.input_ids) for text in texts], cut) == ([8, 8], 1)
     whole = shorter.embed(texts[:1])

@@ -131,6 +131,28 @@ def local_judge(architecture: str = "gpt2", **options: Any) -> LocalJudge:
     return LocalJudge(tiny_model(architecture), character_tokenizer(chat), **options)
 
 
+def test_a_local_judges_template_gets_the_same_date_every_day() -> None:
+    """The template asks for today's date; what comes before and after the question is that of `chat_segments`."""
+    tokenizer = character_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHAT
+    judge = LocalJudge(tiny_model(), tokenizer, name="n", max_length=900, batch_size=1)
+    shown = judge._prompt(ask("1", "a", "b"))
+    assert shown is not None
+    text = tokenizer.decode(shown.tokens)
+    assert text.startswith("26 Jul 2024<turn>user\nTwo answers") and text.endswith("<end><turn>assistant\n")
+
+
+def test_a_local_judge_whose_template_refuses_a_user_is_refused() -> None:
+    tokenizer = character_tokenizer(chat=True)
+    for template, words in {
+        "{{ raise_exception('no user') }}": "refuses the conversation .no user.; choose another model",
+        "nothing": "does not show a user's message once; choose another",
+    }.items():
+        tokenizer.chat_template = template
+        with pytest.raises(ConfigError, match=f"judge.model: .*{words}"):
+            LocalJudge(tiny_model(), tokenizer, name="n", max_length=900, batch_size=1)
+
+
 RAGGED = [ask(str(n), "word " * n, "other " * (7 - n), instruction="Say it. " * (1 + n % 3)) for n in range(8)]
 
 

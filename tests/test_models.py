@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import made_once
 from hub_stand_in import COMMIT, printed_by_client, serving
 from hydra.core.config_store import ConfigStore
@@ -16,12 +18,13 @@ from test_tokens import example
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from gradsift.composition import compose_config, in_full
-from gradsift.config import register_schemas
+from gradsift.config import ModelConfig, register_schemas
 from gradsift.config.known_models import KNOWN_MODELS
 from gradsift.data.tokens import encode
 from gradsift.errors import ConfigError, DataError
 from gradsift.training.backbones import Backbone
 from gradsift.training.lora import CONFIG_FILE
+from gradsift.training.pins import require_known
 
 FOREIGN = ("data=json", "data.path=rows.jsonl", "stop_after=finetune")
 PIN = """
@@ -45,6 +48,7 @@ for line in sys.stdin:
     print(json.dumps([answer, time.monotonic() - started]))
 assert "torch" not in sys.modules
 """
+OWN_CODE = {"model_type": "mine", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}}
 ASKED = {
     "tiny": ("owner/tiny", None),
     "a revision": ("owner/tiny", COMMIT),
@@ -52,6 +56,7 @@ ASKED = {
     "gated": ("owner/gated", None),
     "missing": ("owner/missing", None),
     "adapter": ("owner/adapter", None),
+    "own code": ("owner/own", None),
     "no name": ("a/b/c", None),
 }
 
@@ -73,6 +78,57 @@ def test_a_model_is_named_by_its_id_and_has_options_beside_it() -> None:
 def test_only_a_models_own_option_is_spelt_in_full() -> None:
     asked = ["+proxy.model=a/b=c", "proxy.model={path: a/b}", "judge.model=m", "proxy.model.path=a/b", "-m"]
     assert in_full(asked) == ["+proxy.model.path=a/b=c", *asked[1:]]
+
+
+BOTH = ("proxy=hf", "proxy.model=a/b", "target=hf", "target.model=a/b")
+
+
+@pytest.mark.parametrize(
+    ("option", "template"),
+    [
+        ("template.file=own.jinja", "own.jinja"),
+        ("template.file='my own.jinja'", "my own.jinja"),
+        ("template=chat", "chat"),
+    ],
+)
+def test_one_option_is_the_template_of_proxy_and_target(option: str, template: str) -> None:
+    config = compose_config([option, *FOREIGN, *BOTH])
+    assert (config.proxy.template, config.target.template) == (template, template)
+    named = compose_config([*FOREIGN, "proxy=qwen3_0.6b", "target=llama3_8b", option])
+    assert (named.proxy.template, named.target.template) == (template, template)
+
+
+@pytest.mark.parametrize("other", ["proxy.template=chat", "++target.template=chat", "template=chat"])
+def test_two_templates_for_one_model_are_refused(other: str, gradsift: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*FOREIGN, *BOTH, other, "template.file=own.jinja"]
+    words = r"is the template of proxy and target, which \S+ sets too; give one"
+    with pytest.raises(ConfigError, match=words):
+        compose_config(options)
+    assert gradsift(*options) == 2
+    error = capsys.readouterr().err
+    assert re.search(words, error) and "Traceback" not in error
+
+
+def test_a_template_that_does_not_exist_is_named(gradsift: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for option, words in {
+        "template=vicuna": "proxy.template='vicuna' is not known; choose one of: alpaca, chat, plain, or name the file",
+        "template.file=own.txt": "or name the file of a chat template, as in FILE.jinja",
+        "template.file=own.jinja": "template=own.jinja cannot be read",
+    }.items():
+        Path("rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+        assert gradsift(*FOREIGN, *BOTH, option) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_sweep_over_templates_has_a_job_for_each(gradsift: Any) -> None:
+    Path("rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    quiet = ("tracker=none", "report=false", "proxy=tiny_bytes", "target=smollm2", "stop_after=load")
+    assert gradsift("-m", *FOREIGN[:2], *quiet, "template=alpaca,plain", "hydra.sweep.dir=sweep") == 0
+    configs = [yaml.safe_load(path.read_text())["values"] for path in sorted(Path("sweep").glob("*/config.yaml"))]
+    assert [(each["proxy"]["template"], each["target"]["template"]) for each in configs] == [
+        ("alpaca", "alpaca"),
+        ("plain", "plain"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +170,11 @@ def test_a_folder_that_is_no_model_is_refused_before_the_slow_imports(
     (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / CONFIG_FILE).write_text("{}")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/config.json").write_text(json.dumps(OWN_CODE))
     for group, model, words in [
+        ("proxy", "own", 'needs the code that comes with it, as transformers has no model_type="mine"'),
+        ("target", "own", "model.trust_remote_code=true runs the code, if you trust it"),
         ("proxy", "adapter", "model.path=adapter is a folder without config.json but with an adapter: give its base"),
         ("target", "./none", "model.path=./none is neither a folder here nor a model of the hub"),
     ]:
@@ -145,15 +205,33 @@ def test_a_run_with_a_folder_in_two_precisions(gradsift: Any, tmp_path: Path, by
     assert list((tmp_path / "store/finetune").glob("tiny-1m-3rows-*/adapter"))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "phi3"},  # transformers has this architecture, too
+        {"auto_map": {"AutoModelForSequenceClassification": "m.M"}},  # for another task
+        {"auto_map": None},
+        {"auto_map": "m.M"},
+    ],
+)
+def test_code_that_is_not_needed_is_no_reason_to_refuse_a_model(changes: dict[str, Any]) -> None:
+    require_known(ModelConfig(path="own"), OWN_CODE | changes)
+    require_known(ModelConfig(path="own", trust_remote_code=True), OWN_CODE)
+    for kind in ("mine", "ph", None, 7):  # a part of a known name is none
+        with pytest.raises(DataError, match=f'no model_type="{kind}"'):
+            require_known(ModelConfig(path="own"), OWN_CODE | {"model_type": kind})
+
+
 @pytest.fixture(scope="session")
 def pinned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, float]]:
     """The commit or the error's message, and the seconds it took, for each of `ASKED`, and without any network."""
 
     def make(folder: Path) -> None:
-        for name in ("tiny", "gated", "adapter"):
+        for name in ("tiny", "gated", "adapter", "own"):
             (folder / "hub/owner" / name).mkdir(parents=True)
         (folder / "hub/owner/gated/.gated").touch()
         (folder / "hub/owner/adapter/adapter_config.json").write_text("{}")
+        (folder / "hub/owner/own/config.json").write_text(json.dumps(OWN_CODE))
         tiny_model("llama").config.save_pretrained(folder / "hub/owner/tiny")
 
         with serving(folder / "hub") as address:
@@ -177,6 +255,7 @@ def pinned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, flo
         "gated": "is gated: accept its licence on its hub page, then log in with `hf auth login`",
         "missing": "neither a folder here nor a model of the hub; check the name",
         "adapter": "has no config.json on the hub",
+        "own code": "model.path=owner/own needs the code that comes with it",
         "no name": "neither a folder here nor a model of the hub; check the name",
         "no network": "the hub cannot be reached and the local cache does not have it",
     }.items(),

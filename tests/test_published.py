@@ -93,6 +93,26 @@ def test_rows_without_a_score_are_rejected_with_the_reason_and_counted(
     assert selected(folder)[0]["question"] == ROWS[best["row_index"]]["instruction"]
 
 
+@pytest.mark.parametrize("draw", [("data.holdout=12",), ("data.limit=15",), ("data.limit=15", "data.holdout=12")])
+def test_published_scores_are_joined_after_the_draw(draw: tuple[str, ...], scored: Path, gradsift: Cli) -> None:
+    """The rows that are drawn are those of a run without the file, and each has its own score of the file."""
+    assert gradsift("scores", str(scored), "--out", "scores.jsonl") == 0
+    published = [json.loads(line) for line in Path("scores.jsonl").read_text().splitlines()]
+    drawn = {}
+    for name, options in {"scorer": ("scorer=random",), "file": ("data.scores=scores.jsonl",)}.items():
+        assert gradsift("data=json", "data.path=rows.jsonl", *options, *draw, *FOREIGN, "alpha=1") == 0
+        folder, run = last_run(gradsift)
+        rows = selected(folder)
+        drawn[name] = {row["gradsift"]["row_index"] for row in rows}
+        assert len(rows) == run["data"]["rows"] < len(ROWS)
+        if name == "file":
+            assert run["data"]["unused_scores"] == 0  # rows that are not drawn are in the data as well
+            own = {row["row_index"]: row["score"] for row in published}
+            assert [row["gradsift"]["score"] for row in rows] == [own[row["gradsift"]["row_index"]] for row in rows]
+            assert [row["gradsift"]["score"] for row in rows] == sorted(map(own.get, drawn[name]), reverse=True)
+    assert drawn["file"] == drawn["scorer"]
+
+
 def test_equal_texts_take_the_scores_of_their_occurrences(gradsift: Cli) -> None:
     row = {"instruction": "Again?", "output": "Again."}
     data = written(gradsift.folder / "rows.jsonl", [row] * 3)

@@ -142,6 +142,20 @@ LONGER: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
         {"system": "Be brief.", "prompt": [*FIRST, USER], "chosen": [REPLY], "rejected": [REPLY]},
         ((SYSTEM, *EARLIER), ASK, "", SAY),
     ),
+    "reasoning": (
+        {"messages": [USER, REPLY | {"reasoning_content": "Let me think."}]},
+        ((), ASK, "", f"<think>\nLet me think.\n</think>\n\n{SAY}"),
+    ),
+    "reasoning under two names, before text parts": (
+        {
+            "conversations": [
+                HUMAN,
+                GPT | {"value": [{"type": "text", "text": SAY}], "reasoning": "Hm.", "thinking": "Hm."},
+            ]
+        },
+        ((), ASK, "", f"<think>\nHm.\n</think>\n\n{SAY}"),
+    ),
+    "empty reasoning": ({"messages": [USER, REPLY | {"reasoning_content": "", "thinking": None}]}, ((), ASK, "", SAY)),
     "weight 0": (
         {"messages": [FIRST[0], FIRST[1] | {"weight": 0}, USER, REPLY | {"weight": 1}]},
         ((EARLIER[0], Turn("assistant", "Hello!", is_trained=False)), ASK, "", SAY),
@@ -185,9 +199,25 @@ UNSHOWN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "tools": ({"messages": [USER, REPLY], "tools": [CALL]}, "column 'tools' holds tools.*delete the column"),
     "tools as text": ({"conversations": [HUMAN, GPT], "tools": '[{"name": "f"}]'}, "column 'tools' holds tools"),
-    "reasoning": (
-        {"messages": [USER, REPLY | {"reasoning_content": "Let me think."}]},
-        "turn 2 holds reasoning apart from the answer.*delete the key",
+    "reasoning of a user": (
+        {"messages": [USER | {"reasoning": "Let me think."}, REPLY]},
+        r"turn 1 holds reasoning \('reasoning'\), but is the user's",
+    ),
+    "two kinds of reasoning": (
+        {"messages": [USER, REPLY | {"reasoning": "a", "thinking": "b"}]},
+        "turn 2 holds different reasoning in 'reasoning' and 'thinking'",
+    ),
+    "reasoning that is no text": (
+        {"messages": [USER, REPLY | {"reasoning_content": ["a"]}]},
+        "'reasoning_content' of turn 2 is a list, not text",
+    ),
+    "reasoning beside a think block": (
+        {"messages": [USER, REPLY | {"thinking": "a", "content": "<think>b</think>c"}]},
+        "turn 2 holds reasoning in 'thinking', and a think block beside it",
+    ),
+    "reasoning that ends its block": (
+        {"messages": [USER, REPLY | {"thinking": "a</think>b"}]},
+        "turn 2 holds reasoning in 'thinking', and a think block beside it",
     ),
     "reasoning in a column": (
         {"prompt": ASK, "response": SAY, "reasoning_content": "Let me think."},

@@ -93,6 +93,12 @@ def model(byte_tokenizer: Any, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+def own_template(folder: Path) -> str:
+    """Return the path of a chat template that is not the model's."""
+    (folder / "own.jinja").write_text(MARKED.replace("'<|im_start|>' + m['role']", "'[' + m['role'] + ']'"))
+    return str(folder / "own.jinja")
+
+
 # --------------------------------------------------------------------------------------------- rows
 
 
@@ -121,6 +127,20 @@ def test_a_reply_that_is_not_trained_is_context_for_every_tool(tmp_path: Path) -
     assert yaml.safe_load((folder / "llama_factory" / "sft.yaml").read_text())["mask_history"] is True
     turns = rows_of(folder / "axolotl" / "train.jsonl")[0]["messages"]
     assert [turn["train"] for turn in turns] == [False, False, False, False, True]
+
+
+def test_a_template_of_the_users_own_goes_along(tmp_path: Path) -> None:
+    template = own_template(tmp_path)
+    folder = exported(tmp_path, "pairs", template)
+    named = {"trl": "chat_template_path", "axolotl": "chat_template_jinja"}
+    for tool, key in named.items():
+        for file in ("sft.yaml", "dpo.yaml"):
+            config = yaml.safe_load((folder / tool / file).read_text())
+            assert (folder / tool / config[key]).read_text() == Path(template).read_text()
+    for file in ("sft.yaml", "dpo.yaml"):
+        text = (folder / "llama_factory" / file).read_text()
+        assert f"the tokenizer's own chat template, not {template}, is used here" in text.splitlines()[0]
+        assert "template" not in yaml.safe_load(text)
 
 
 def test_a_run_without_a_target_leaves_the_model_to_be_named(tmp_path: Path) -> None:
@@ -167,8 +187,16 @@ def trained_texts(labels: list[list[int]], tokenizer: Any) -> list[str]:
     return [text for text in texts if text.strip()]
 
 
+CASES = [
+    *((shape, "chat") for shape in SHAPES),
+    ("single", "alpaca"),
+    ("single", "own.jinja"),
+    ("several", "own.jinja"),
+]
+
+
 @pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed; `make setup` installs it")
-@pytest.mark.parametrize(("shape", "template"), [*((shape, "chat") for shape in SHAPES), ("single", "alpaca")])
+@pytest.mark.parametrize(("shape", "template"), CASES)
 def test_trl_takes_a_step_on_the_responses(
     shape: str, template: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +206,7 @@ def test_trl_takes_a_step_on_the_responses(
     trainers: list[Any] = []
     train = trl.SFTTrainer.train
     monkeypatch.setattr(trl.SFTTrainer, "train", lambda self, **given: (trainers.append(self), train(self, **given)))
+    template = own_template(tmp_path) if template == "own.jinja" else template
     monkeypatch.chdir(exported(tmp_path, shape, template, str(model)) / "trl")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     here = ["--config", "sft.yaml", "--use_cpu", "true", "--bf16", "false", "--disable_tqdm", "true"]
@@ -186,6 +215,8 @@ def test_trl_takes_a_step_on_the_responses(
     assert trainer.state.global_step == 1
     labels = [trainer.data_collator([row])["labels"][0].tolist() for row in trainer.train_dataset]
     assert trained_texts(labels, trainer.processing_class) == TRAINED[shape]
+    shown = [trainer.processing_class.decode(row["input_ids"]) for row in trainer.train_dataset]
+    assert all(("[user]" in text) is template.endswith(".jinja") for text in shown)
 
 
 def run_in(variable: str, arguments: list[str], folder: Path, cache: Path) -> str:
@@ -224,10 +255,12 @@ def test_llama_factory_takes_a_step(shape: str, config: str, model: Path, tmp_pa
     [
         *((shape, "chat", "sft.yaml") for shape in SHAPES),
         ("single", "alpaca", "sft.yaml"),
+        ("several", "own.jinja", "sft.yaml"),
         ("pairs", "chat", "dpo.yaml"),
     ],
 )
 def test_axolotl_takes_a_step(shape: str, template: str, config: str, model: Path, tmp_path: Path) -> None:
+    template = own_template(tmp_path) if template == "own.jinja" else template
     folder = exported(tmp_path, shape, template, str(model)) / "axolotl"
     arguments = ["-m", "axolotl.cli.train", config, "--max_steps", "1"]
     run_in("GRADSIFT_TEST_AXOLOTL", arguments, folder, tmp_path / "cache")

@@ -49,11 +49,11 @@ def main() -> None:
     os.environ.setdefault("HYDRA_MAIN_MODULE", "gradsift.cli")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of other libraries would mix with gradsift's
-    arguments = sys.argv[1:] = in_full(sys.argv[1:])
     global _sweep
     _sweep = None
     os.environ[TRACE] = os.environ.get("HYDRA_FULL_ERROR", "0")
     try:
+        arguments = sys.argv[1:] = in_full(sys.argv[1:])
         if arguments in (["--help"], ["-h"]):
             print((conf_folder() / "help.txt").read_text(encoding="utf-8"), end="")
         elif arguments[:1] == ["--replay"]:

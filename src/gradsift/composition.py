@@ -24,6 +24,8 @@ from gradsift.errors import ConfigError
 from gradsift.user_conf import conf_folder
 
 _SHORT = {"model": "model.path", "quantization": "model.quantization"}  # of proxy and target
+_TEMPLATES = ("proxy.template", "target.template")
+_TEMPLATE_OF_BOTH = ("template", "template.file")
 _MOST_DIGITS = 1000  # of a number; Python reads up to 4,300, and no option needs a hundred
 
 
@@ -53,9 +55,26 @@ def compose_config(overrides: Sequence[str]) -> Config:
 
 
 def in_full(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments of the command line with short options such as `proxy.model=ID` spelt in full."""
+    """Return the arguments of the command line with short options such as `proxy.model=ID` spelt in full.
+
+    `template=NAME` and `template.file=FILE.jinja` are the template of proxy and target.
+
+    Raises:
+        ConfigError: a template for both, and one for proxy or target.
+    """
     short = re.compile(rf"^(\+{{0,2}}(?:proxy|target)\.)({'|'.join(_SHORT)})=(?!\{{)")
-    return [short.sub(lambda match: f"{match[1]}{_SHORT[match[2]]}=", argument) for argument in arguments]
+    spelt: list[str] = []
+    for argument in arguments:
+        option, sign, value = argument.partition("=")
+        if not sign or option not in _TEMPLATE_OF_BOTH:
+            spelt.append(short.sub(lambda match: f"{match[1]}{_SHORT[match[2]]}=", argument))
+            continue
+        for other in arguments:
+            if other != argument and other.lstrip("+").startswith((*_TEMPLATES, *_TEMPLATE_OF_BOTH)):
+                raise ConfigError(f"{argument} is the template of proxy and target, which {other} sets too; give one")
+        # a reference, so that a sweep over templates has the same one in both
+        spelt += [f"{_TEMPLATES[0]}={value}", f"{_TEMPLATES[1]}=${{{_TEMPLATES[0]}}}"]
+    return spelt
 
 
 def require_readable(arguments: Sequence[str], conf: Path) -> None:

@@ -58,10 +58,14 @@ class Line(Inputs):
 
     @functools.cached_property
     def refused(self) -> Artifact | None:
-        """The rows of the pool that the proxy's chat template cannot show; None if the run shows it no row."""
-        proxy, asked = self.config.proxy, (*self.scorer.asked, *self.selector.asked)
-        if not is_chat(proxy.template) or not any(self.sources[name].reads_tokens for name in asked):
+        """What lists the rows of the pool that the proxy's chat template cannot show; None if it is shown none."""
+        proxy, asked = self.config.proxy, set(self.scorer.asked)
+        if self.config.reaches("selection"):
+            asked |= set(self.selector.asked)
+        if not is_chat(proxy.template):
             return None
+        if not any(self.sources[name].reads_tokens for name in asked):
+            return self.embeddings if "embeddings" in asked else None
 
         def report() -> EncodeReport:
             _ = self.proxy_inputs

@@ -110,9 +110,15 @@ class Config(Group):
 
     @property
     def models(self) -> list[ModelConfig]:
-        """Proxy and target, if the run is sure to compute with them; a user's own scorer may not use the proxy."""
-        proxy = [self.proxy.model] if self._needs_proxy and self._asked(self.scorer) is not None else []
-        return [*proxy, *([self.target.model] if self.reaches("finetune") else [])]
+        """Proxy, target and local judge, as far as the run is sure to compute with them.
+
+        A user's own scorer may not use the proxy.
+        """
+        models = [self.proxy.model] if self._needs_proxy and self._asked(self.scorer) is not None else []
+        models += [self.target.model] if self.reaches("finetune") else []
+        judge = getattr(self.judge, "model", None)
+        judges = self.has_rater or (self.reaches("judge") and self.scorer_name != "full")
+        return [*models, judge] if judges and isinstance(judge, ModelConfig) else models
 
     @property
     def has_rater(self) -> bool:

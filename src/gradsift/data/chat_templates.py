@@ -9,6 +9,7 @@ turn has a known place even if the template treats earlier turns differently fro
 - The prompt of the last response must be the generation prompt of the same conversation, token by token. If that prompt
   opens a think block which the template does not show in conversations (DeepSeek-R1), the last response closes it: with
   the thoughts of the row, or with none.
+- A think block is refused where the template has another notation for reasoning (gpt-oss, Gemma 4).
 - A turn whose text the template leaves out or changes makes the conversation unusable.
 
 Templates with a variable `enable_thinking` get true if a turn of the assistant has a `</think>`, otherwise false. A
@@ -33,6 +34,7 @@ FILE_SUFFIX = ".jinja"
 DATE = datetime.date(2024, 7, 26)  # the one that Llama 3's templates write where no date is known
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 _THINK, _THOUGHT = "<think>", "</think>"
+_REASONS_APART = re.compile(r"\breasoning_content\b|\bmessage\.thinking\b")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # a template is a program over data that its author did not foresee, and Jinja passes on what its expressions raise
 _RAISED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -104,6 +106,8 @@ def chat_segments(turns: Sequence[Turn], tokenizer: Any, template: str) -> list[
         ConfigError: the template is no valid Jinja.
     """
     chat = _Chat(turns, tokenizer, template)
+    if chat.thinks and _THINK not in template and _REASONS_APART.search(template):
+        raise Unusable("the chat template shows reasoning in a notation of its own, and none in a think block")
     if turns[-1].role == "user":
         return chat.segments(chat.rendered(len(turns), generate=True)[0], [])
     text, spans = chat.whole()
@@ -126,7 +130,7 @@ class _Chat:
         self._stand_ins = dict(zip([token for token in self._control if token in said], unused, strict=False))
         self._marks = [(next(unused), next(unused)) for _ in turns]
         self._texts = [self._with_stand_ins(turn) for turn in turns]
-        self._thinks = any(turn.role == "assistant" and _THOUGHT in turn.content for turn in turns)
+        self.thinks = any(turn.role == "assistant" and _THOUGHT in turn.content for turn in turns)
 
     def _with_stand_ins(self, turn: Turn) -> str:
         text = turn.content
@@ -162,7 +166,7 @@ class _Chat:
         """Return the text of the first `count` turns as the template shows them, and the places of what it marks."""
         turns = enumerate(self._turns[:count])
         messages = [{"role": turn.role, "content": self._marked(number)} for number, turn in turns]
-        options = {**self._tokenizer.special_tokens_map, "enable_thinking": self._thinks}
+        options = {**self._tokenizer.special_tokens_map, "enable_thinking": self.thinks}
         return _rendered(self._template, messages, generate=generate, **options)
 
     def _marked(self, number: int) -> str:

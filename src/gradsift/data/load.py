@@ -33,7 +33,8 @@ from gradsift.runtime import Runtime
 from gradsift.scoring.published import Published
 from gradsift.scoring.scores import write_scores
 
-VERSION = 2
+VERSION = 2  # of the embedded world
+ROWS_VERSION = 3  # of other data
 EXAMPLES_FILE = "examples.parquet"
 HELDOUT_FILE = "heldout.parquet"
 PUBLISHED_FILE = "published.parquet"  # scores of the examples that `data.scores` gives
@@ -125,7 +126,7 @@ def _load_rows(runtime: Runtime, config: DataConfig) -> Artifact:
         # a hub dataset may change under its name, so later stages depend on the content that was read
         return counts | {"rows": len(pool), "content": file_hash(folder / EXAMPLES_FILE)}
 
-    return runtime.store.obtain("load", config.name, settings, [], make, version=VERSION, light=True)
+    return runtime.store.obtain("load", config.name, settings, [], make, version=ROWS_VERSION, light=True)
 
 
 def _without_duplicates(

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gradsift.artifacts import Artifact
-from gradsift.data.examples import write_rejected
+from gradsift.data.examples import Rejected, write_rejected
 from gradsift.data.tokens import EncodeReport
 from gradsift.runtime import Runtime
 
 VERSION = 1
 REFUSED_FILE = "refused.jsonl"
+
+
+def say_refused(runtime: Runtime, refused: Iterable[Rejected], rows: int, group: str, what: str = "rows") -> None:
+    """Print which of `rows` rows the chat template of `group` cannot show, a line for each reason.
+
+    Args:
+        group: proxy or target.
+        what: the kind of rows.
+    """
+    by_reason: dict[str, list[int]] = {}
+    for rejected in refused:
+        by_reason.setdefault(rejected.reason, []).append(rejected.row)
+    for reason, sources in by_reason.items():
+        runtime.display.say(
+            f"  {len(sources):,} of {rows:,} {what} are left out, because {group}.template cannot show them: {reason} "
+            f"(rows {', '.join(map(str, sources[:10]))}{', ...' if len(sources) > 10 else ''})"
+        )
 
 
 def refused_rows(

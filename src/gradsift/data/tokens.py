@@ -156,10 +156,14 @@ def encode_prompts(
     template: str,
     max_length: int,
     progress: Callable[[int], None] = lambda done: None,
+    refused: dict[int, Rejected] | None = None,
 ) -> tuple[list[np.ndarray], int]:
     """Tokenise all that comes before each example's last response.
 
     A prompt longer than `max_length` loses tokens from the left, except the start token if there is one.
+
+    Args:
+        refused: receives by position the examples that the chat template cannot show.
 
     Returns:
         The ids (T,) int32 of each prompt, empty if the chat template cannot show it, and the number of prompts that
@@ -171,7 +175,7 @@ def encode_prompts(
     """
     start = _start(tokenizer)
     prompts: list[np.ndarray] = []
-    refused: dict[int, Rejected] = {}
+    refused = {} if refused is None else refused
     cut = 0
 
     def without_last_response(segments: list[Segment]) -> list[Segment]:

@@ -1,6 +1,7 @@
 """Conversations: lists of turns in the forms that datasets hold, to turns of system, user and assistant.
 
-A row is rejected if it holds what a text template cannot show: tool calls, reasoning apart from the answer, images.
+Reasoning that stands apart from an answer becomes a think block before it. A row is rejected if it holds what a text
+template cannot show: tool calls, images.
 """
 
 from __future__ import annotations
@@ -30,9 +31,6 @@ _UNSHOWN = {  # keys of a turn that change its meaning
     "tool_calls": "tool calls",
     "function_call": "a function call",
     "tools": "tools",
-    "reasoning_content": "reasoning apart from the answer",
-    "reasoning": "reasoning apart from the answer",
-    "thinking": "reasoning apart from the answer",
     "refusal": "a refusal apart from the answer",
     "image": "an image",
     "images": "images",
@@ -41,6 +39,7 @@ _UNSHOWN = {  # keys of a turn that change its meaning
     "video": "a video",
     "videos": "videos",
 }
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # names of an assistant's reasoning apart from the answer
 _WEIGHTS = ("weight", "loss", "train")  # 0 or false: the turn is context only
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _PART_KEYS = ("type", "text", "annotations", "cache_control")
@@ -210,7 +209,30 @@ def _turn(entry: Any, number: int) -> Turn:
     if isinstance(parts := entry.get(content_key), list):
         content = {content_key: "".join(_part(part, f"part {place} of {name}") for place, part in enumerate(parts, 1))}
     read = text_of if role == "system" else filled_text_of
-    return Turn(role, read(content, content_key, name), _is_trained(entry, role, number))
+    text = _with_reasoning(entry, role, read(content, content_key, name), number)
+    return Turn(role, text, _is_trained(entry, role, number))
+
+
+def _with_reasoning(entry: Mapping[str, Any], role: str, text: str, number: int) -> str:
+    """Return a turn's text after its reasoning, as a think block: there chat templates of reasoning models look for it.
+
+    Raises:
+        Unusable: the turn is not the assistant's, or it would have two think blocks or one that ends early.
+    """
+    keys = [key for key in _REASONING if not is_empty(entry.get(key))]
+    if not keys:
+        return text
+    reasoning = {filled_text_of(entry, key, f"{key!r} of turn {number}") for key in keys}
+    if role != "assistant":
+        raise Unusable(f"turn {number} holds reasoning ({keys[0]!r}), but is the {role}'s")
+    if len(reasoning) > 1:
+        raise Unusable(f"turn {number} holds different reasoning in {' and '.join(map(repr, keys))}; delete one")
+    (thoughts,) = reasoning
+    if any(tag in said for said in (text, thoughts) for tag in ("<think>", "</think>")):
+        raise Unusable(
+            f"turn {number} holds reasoning in {keys[0]!r}, and a think block beside it; keep one of the two"
+        )
+    return f"<think>\n{thoughts}\n</think>\n\n{text}"
 
 
 def _keys_of(entry: Mapping[str, Any], number: int) -> tuple[str, str]:

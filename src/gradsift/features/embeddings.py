@@ -16,14 +16,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from gradsift.artifacts import Artifact
-from gradsift.data.examples import Example
+from gradsift.data.examples import Example, Rejected, write_rejected
+from gradsift.data.refused import REFUSED_FILE, say_refused
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.features.vectors import fill_block, finish_features, open_features, unit_rows
 from gradsift.runtime import Advance, Runtime
 from gradsift.training.device import TokenBudget
 
-VERSION = 1
+VERSION = 2
 _BLOCK = 4096  # texts between two entries of the journal
 
 
@@ -33,8 +34,8 @@ class Encoder(Protocol):
     model: Any  # its transformer, for the token budget
     dimensions: int
 
-    def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int]:
-        """Return the tokens of each example that has a text, and how many were cut to the maximal length."""
+    def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int, list[Rejected]]:
+        """Return the tokens of each example that has a text, how many were cut, and those a template cannot show."""
         ...
 
     def embed(self, texts: Sequence[Encoded]) -> np.ndarray:
@@ -58,7 +59,9 @@ def embed(
     source: Artifact,
     rows: Callable[[], tuple[Sequence[Example], Sequence[str]]],
 ) -> Artifact:
-    """Embed examples; see `gradsift.features.vectors.read_features`. An empty text has a row of zeros.
+    """Embed examples; see `gradsift.features.vectors.read_features`.
+
+    A text that is empty, or that the proxy's chat template cannot show, has a row of zeros.
 
     Args:
         source: the artifact that the examples come from.
@@ -71,17 +74,21 @@ def embed(
     def make(folder: Path) -> Mapping[str, Any]:
         (examples, tasks), encoder = rows(), embedder.load()
         with runtime.display.task("read texts", len(examples)) as advance:
-            texts, cut = encoder.read(examples, advance)
+            texts, cut, refused = encoder.read(examples, advance)
         if cut:
             runtime.display.say(
                 f"  {cut:,} of {len(examples):,} texts were cut to embedder.max_length or the model's own limit"
             )
+        if refused:
+            say_refused(runtime, refused, len(examples), "proxy", "texts")
+            write_rejected(folder / REFUSED_FILE, refused)
         vectors = open_features(folder, len(examples), encoder.dimensions)
         vectors[np.setdiff1d(np.arange(len(examples)), [text.row for text in texts])] = 0
         _fill(runtime, folder, encoder, texts, vectors)
         finish_features(folder, vectors, [example.example_id for example in examples], tasks)
         empty = len(examples) - len(texts)
-        return {"rows": len(examples), "dimensions": encoder.dimensions, "empty": empty, "cut": cut}
+        counts = {"empty": empty, "cut": cut, "refused": len(refused)}
+        return {"rows": len(examples), "dimensions": encoder.dimensions, **counts}
 
     settings = dict(embedder.settings)
     slug, parents = f"{embedder.name}-{source.stage}", [embedder.model, source]

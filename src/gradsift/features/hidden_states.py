@@ -19,7 +19,7 @@ import torch
 from gradsift.artifacts import Artifact
 from gradsift.config import EmbedderConfig, HiddenStatesConfig
 from gradsift.data.batching import Batch, collate
-from gradsift.data.examples import Example
+from gradsift.data.examples import Example, Rejected
 from gradsift.data.tokens import Encoded, encode, encode_prompts, encoding_settings
 from gradsift.errors import ConfigError
 from gradsift.features.embeddings import Embedder
@@ -41,22 +41,23 @@ class HiddenStates:
             )
         self.dimensions = int(self.model.config.get_text_config().hidden_size)
 
-    def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int]:
-        """Return the tokens of each example, as the proxy is trained on them, and how many examples were cut.
+    def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int, list[Rejected]]:
+        """Return the tokens of each example, as the proxy is trained on them, how many were cut, and the refused ones.
 
         An example without a response token is left out, unless only prompts are read.
         """
         tokenizer, limit = self._backbone.tokenizer, min(self._config.max_length, self._backbone.context)
         if self._config.text == "prompt":
-            ids, cut = encode_prompts(examples, tokenizer, self._template, limit, advance)
+            refused: dict[int, Rejected] = {}
+            ids, cut = encode_prompts(examples, tokenizer, self._template, limit, advance, refused)
             prompts = [
                 Encoded(row, example.row_index, each, np.zeros(len(each), dtype=bool))
                 for row, (example, each) in enumerate(zip(examples, ids, strict=True))
             ]
-            return [prompt for prompt in prompts if len(prompt.input_ids)], cut
+            return [prompt for prompt in prompts if len(prompt.input_ids)], cut, list(refused.values())
         encoded, report = encode(examples, tokenizer, self._template, limit, advance)
         # not the sum: a prompt is cut before its response, so most cut responses have a cut prompt
-        return encoded, max(report.truncated_prompts, report.truncated_responses)
+        return encoded, max(report.truncated_prompts, report.truncated_responses), list(report.refused.values())
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[Encoded]) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 
 from gradsift.artifacts import Artifact
 from gradsift.config import SentenceTransformersConfig
-from gradsift.data.examples import Example
+from gradsift.data.examples import Example, Rejected
 from gradsift.data.templates import render
 from gradsift.data.tokens import Encoded, chunks, start_of
 from gradsift.errors import ConfigError, DataError
@@ -44,8 +44,11 @@ class SentenceEncoder:
         self.model = encoder[0].auto_model
         self.dimensions = int(encoder.get_embedding_dimension())
 
-    def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int]:
-        """Return the tokens of each example that has a text, and how many texts are longer than the model reads."""
+    def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int, list[Rejected]]:
+        """Return the tokens of each example that has a text, and how many texts are longer than the model reads.
+
+        No example is refused, because no chat template is used.
+        """
         limit, tokenizer = self._encoder.max_seq_length, self._encoder.tokenizer
         texts, cut, row = [], 0, 0
         for contents in chunks((start_of(text_of(each, self._text), tokenizer, limit) for each in examples), len):
@@ -59,7 +62,7 @@ class SentenceEncoder:
                 cut += len(ids) > limit
                 row += 1
             advance(len(contents))
-        return texts, cut
+        return texts, cut, []
 
     def embed(self, texts: Sequence[Encoded]) -> np.ndarray:
         """Return vectors (B, D) float32, of any length."""

@@ -22,6 +22,8 @@ from gradsift.outside_json import loads
 from gradsift.runtime import Display
 
 VERSION = 2  # of backbones
+_ARCHITECTURES = ("auto_mappings.py", "configuration_auto.py")  # of transformers 5 and 4
+_OWN_CODE = ("AutoConfig", "AutoModelForCausalLM")
 _MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 
 
@@ -34,7 +36,7 @@ def pin(store: Store, display: Display, config: ModelConfig) -> Artifact:
     folder = folder_of(config)
     settings: dict[str, Any] = _hub_settings(config)
     if folder is not None:
-        require_config(folder, str(config.path))
+        require_known(config, require_config(folder, str(config.path)))
         files = sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES and p.is_file())
         settings = {"files": {}, **_trusted(config)}
         with display.task(f"check the files of {folder.name}", len(files)) as advance:
@@ -45,11 +47,7 @@ def pin(store: Store, display: Display, config: ModelConfig) -> Artifact:
     def make(part: Path) -> Mapping[str, Any]:
         pinned = settings
         if folder is None:
-            require_on_hub(config)
-            from huggingface_hub import hf_hub_download
-
-            with hub_errors(config):
-                cached = Path(hf_hub_download(str(config.path), "config.json", revision=config.revision))
+            cached = config_on_hub(config)
             shutil.copyfile(cached, part / "config.json")
             pinned = settings | {"revision": cached.parent.name}  # its folder is named by the hub's current commit
         (part / "source.json").write_text(json.dumps(pinned, indent=1), encoding="utf-8")
@@ -71,9 +69,9 @@ def require_model(store: Store, config: ModelConfig) -> None:
         return
     folder = folder_of(config)
     if folder is not None:
-        require_config(folder, str(config.path))
+        require_known(config, require_config(folder, str(config.path)))
     elif not store.has("backbone", slug_of_path(str(config.path)), _hub_settings(config), [], version=VERSION):
-        require_on_hub(config)
+        config_on_hub(config)
 
 
 def require_bitsandbytes(config: ModelConfig) -> None:
@@ -90,8 +88,34 @@ def folder_of(config: ModelConfig) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def require_config(folder: Path, path: str) -> None:
-    """Refuse a folder without a config.json that is a JSON object; transformers would not name the file or the reason.
+def require_known(config: ModelConfig, described: Mapping[str, Any]) -> None:
+    """Refuse a model that only code of its own can load, unless that may run.
+
+    A model may come with code although transformers has its architecture, too; that code is not needed. Which
+    architectures transformers has is read from its files, as its import would take seconds.
+
+    Args:
+        described: the model's config.json.
+
+    Raises:
+        DataError: names `model.path` and the remedy.
+    """
+    own = described.get("auto_map")
+    package = importlib.util.find_spec("transformers")
+    if config.trust_remote_code or not isinstance(own, dict) or package is None or package.origin is None:
+        return
+    lists = [Path(package.origin).parent / "models/auto" / name for name in _ARCHITECTURES]
+    kind = f'"{described.get("model_type")}"'
+    if own.keys().isdisjoint(_OWN_CODE) or any(kind in each.read_text("utf-8") for each in lists if each.is_file()):
+        return
+    raise DataError(
+        f"model.path={config.path} needs the code that comes with it, as transformers has no model_type={kind}; "
+        "model.trust_remote_code=true runs the code, if you trust it"
+    )
+
+
+def require_config(folder: Path, path: str) -> dict[str, Any]:
+    """Return a folder's config.json, which must be a JSON object; transformers would not name the file or the reason.
 
     Raises:
         DataError: names `model.path` as `path`.
@@ -109,20 +133,26 @@ def require_config(folder: Path, path: str) -> None:
         raise DataError(
             f"model.path={path}: config.json is not an object with the model's settings: {str(config)[:40]}"
         )
+    return config
 
 
-def require_on_hub(config: ModelConfig) -> None:
-    """Ask the hub once for a model's config.json, unless the local cache has it; the hub's client would retry for 24 s.
+def config_on_hub(config: ModelConfig) -> Path:
+    """Return a checked config.json of the hub; it is in a folder that is named by its commit.
+
+    The hub is asked once, unless the local cache has the file; the hub's client would retry for 24 s.
 
     Raises:
-        DataError: the model is gated or not there, or the hub cannot be reached.
+        DataError: the model is gated or not there, needs code that may not run, or the hub cannot be reached.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     path = str(config.path)
     with hub_errors(config):
         if not isinstance(try_to_load_from_cache(path, "config.json", revision=config.revision), str):
             get_hf_file_metadata(hf_hub_url(path, "config.json", revision=config.revision))
+        file = Path(hf_hub_download(path, "config.json", revision=config.revision))
+    require_known(config, require_config(file.parent, path))
+    return file
 
 
 def _hub_settings(config: ModelConfig) -> dict[str, Any]:

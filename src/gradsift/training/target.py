@@ -15,7 +15,7 @@ from gradsift.artifacts import Artifact, NotMade
 from gradsift.config import TargetConfig
 from gradsift.data.batching import epoch_batches
 from gradsift.data.examples import Example, write_rejected
-from gradsift.data.refused import REFUSED_FILE
+from gradsift.data.refused import REFUSED_FILE, say_refused
 from gradsift.data.tokens import EncodeReport, encode, encoding_settings
 from gradsift.errors import GradsiftError
 from gradsift.runtime import Runtime, derive_seed
@@ -165,14 +165,7 @@ def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str, wh
             f"  {len(report.rows_without_response):,} of {rows:,} {what} have no response token for the {group}'s "
             "tokenizer and are left out"
         )
-    by_reason: dict[str, list[int]] = {}
-    for rejected in report.refused.values():
-        by_reason.setdefault(rejected.reason, []).append(rejected.row)
-    for reason, sources in by_reason.items():
-        runtime.display.say(
-            f"  {len(sources):,} of {rows:,} {what} are left out, because {group}.template cannot show them: {reason} "
-            f"(rows {', '.join(map(str, sources[:10]))}{', ...' if len(sources) > 10 else ''})"
-        )
+    say_refused(runtime, report.refused.values(), rows, group, what)
 
 
 def load_target(runtime: Runtime, config: TargetConfig, target: Artifact) -> Backbone:

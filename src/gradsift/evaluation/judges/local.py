@@ -16,6 +16,9 @@ import torch
 
 from gradsift.cost import passed
 from gradsift.data.batching import capped_batches
+from gradsift.data.chat_templates import chat_segments, template_of
+from gradsift.data.examples import Turn
+from gradsift.data.turns import Unusable
 from gradsift.errors import ConfigError
 from gradsift.evaluation.generation import left_padded
 from gradsift.evaluation.judges import Combine, JudgeRequest, Pair, RatingRequest, Reply, content_hash, in_one_turn
@@ -212,11 +215,13 @@ class LocalJudge:
 
     def _chat_frame(self) -> tuple[list[int], list[int]]:
         """Return the tokens of the chat template before and after a user's message, up to the start of the answer."""
-        text: str = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": SLOT}], tokenize=False, add_generation_prompt=True
-        )
+        try:
+            asked = chat_segments([Turn("user", SLOT)], self._tokenizer, template_of("chat", self._tokenizer))
+        except Unusable as reason:
+            raise ConfigError(f"judge.model: {reason}; choose another model") from reason
+        text = "".join(segment.text for segment in asked)
         if text.count(SLOT) != 1:
-            raise ConfigError("judge.model: its chat template does not show a user's message once; use template=plain")
+            raise ConfigError("judge.model: its chat template does not show a user's message once; choose another")
         head, tail = text.split(SLOT)
         return self._encode(head, markup=True), self._encode(tail, markup=True)
 

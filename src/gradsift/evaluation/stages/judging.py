@@ -17,6 +17,7 @@ from gradsift.config import (
     LocalJudgeConfig,
     OpenaiJudgeConfig,
 )
+from gradsift.data.tokens import template_identity
 from gradsift.data.verifiable import answers_match
 from gradsift.diagnostics import write_diagnostics
 from gradsift.errors import ConfigError
@@ -109,6 +110,7 @@ def judge_settings(runtime: Runtime, config: JudgeConfig, wording: str | None) -
         settings["base_url"] = config.base_url or annotator.base_url or os.environ.get("OPENAI_BASE_URL")
     if isinstance(config, LocalJudgeConfig):
         settings["model"] = None  # represented by the parent artifact
+        settings["chat"] = template_identity("chat")  # how its own template is read, and the date that it writes
     return settings if wording is None else {**settings, "wording": wording}
 
 

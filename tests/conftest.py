@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from browsing import browser  # noqa: F401 - a fixture
+from composing import compose_from_memory
 from endpoint import Endpoint, serving
 from filelock import FileLock
 
@@ -32,6 +33,7 @@ collect_ignore = []
 if os.environ.get("GRADSIFT_KERNELS") == "off":  # as on a machine without a compiler, for subprocesses too
     os.environ["CXX"] = "no-compiler"
     collect_ignore = ["test_cpu.py"]
+compose_from_memory()
 SMOKE = ("experiment=smoke", "tracker=none", "compute.threads=1", "report=false")
 
 CHATML = (

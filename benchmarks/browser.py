@@ -105,7 +105,7 @@ def page_of(pool: Pool, path: Path) -> float:
     begin = time.perf_counter()
     tables = [(name, None, "made up") for name in TABLES]
     values = {"figures": [], "tables": tables, "work_file": None, "pools": [pack(pool)], "left_out": []}
-    values |= {"judged": [], "no_pairs": "nothing was judged"}
+    values |= {"judged": [], "no_pairs": ["nothing was judged"]}
     path.write_text(render(material, values), encoding="utf-8")
     return time.perf_counter() - begin
 

@@ -16,7 +16,7 @@ from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.generation import OUTPUTS_FILE, model_outputs, write_model_outputs
 from gradsift.evaluation.judgments import ORDERS, Judgment
 from gradsift.report.judged import CUT, judged_pairs
-from gradsift.report.material import Material, Missing, Run, read
+from gradsift.report.material import BROKEN, Material, Run, read
 from gradsift.report.page import render
 from gradsift.report.paper_tables import TABLES
 
@@ -70,7 +70,8 @@ def judged(tmp_path: Path) -> Material:
 
 
 def test_methods_and_outcomes_are_sampled_equally_and_texts_are_cut(judged: Material) -> None:
-    pairs = judged_pairs(judged, 24)
+    pairs, reasons = judged_pairs(judged, 24)
+    assert reasons == []
     counts = Counter((pair.method, pair.outcome) for pair in pairs)
     one = {"win": 5, "lose": 4, "tie": 2, "invalid": 1}
     assert counts == {(f"{method} at 10 %", kind): n for method in ("gsnr", "random") for kind, n in one.items()}
@@ -85,16 +86,45 @@ def test_methods_and_outcomes_are_sampled_equally_and_texts_are_cut(judged: Mate
     assert second.order == "model second" and second.text.endswith("reverse")
     invalid = next(pair for pair in pairs if pair.outcome == "invalid")
     assert invalid.words[0].scores == "invalid" and invalid.words[0].text.startswith("no two scores: ")
-    assert len(judged_pairs(judged, 120)) == 2 * len(ITEMS)
+    assert len(judged_pairs(judged, 120)[0]) == 2 * len(ITEMS)
+
+
+def without(run: Run, stage: str) -> Run:
+    """Return the run as if its artifacts of a stage had never been recorded."""
+    stages = [each for each in run.record["stages"] if each["name"] != stage]
+    return dataclasses.replace(run, record={**run.record, "stages": stages})
 
 
 def test_without_judgments_or_answers_it_says_why(judged: Material) -> None:
-    run = judged.runs[0]
-    for stage, words in (("judge", "no run has judgments"), ("generate", "the judged answers are not in the store")):
-        stages = [each for each in run.record["stages"] if each["name"] != stage]
-        without = dataclasses.replace(run, record={**run.record, "stages": stages})
-        with pytest.raises(Missing, match=words):
-            judged_pairs(Material(judged.folder, [without], True))
+    for stage, words in (("judge", "no run has judgments"), ("generate", "0: the judged answers are not in the store")):
+        pairs, (reason,) = judged_pairs(Material(judged.folder, [without(judged.runs[0], stage)], True))
+        assert pairs == [] and reason.startswith(words)
+
+
+def test_a_run_whose_answers_are_lost_hides_no_other(judged: Material) -> None:
+    first, second, random = judged.runs
+    pairs, (reason,) = judged_pairs(Material(judged.folder, [without(first, "generate"), random], True), 24)
+    assert reason == "0: the judged answers are not in the store any more"
+    assert [pair.method for pair in pairs] == ["random at 10 %"] * 12
+    pairs, (reason,) = judged_pairs(Material(judged.folder, [without(first, "generate"), second], True), 24)
+    assert reason.startswith("0: ") and {pair.method for pair in pairs} == {"gsnr at 10 %"}  # another seed stands in
+
+
+def test_a_broken_file_of_judgments_hides_no_other_run_and_is_named(judged: Material, tmp_path: Path) -> None:
+    store = Store(tmp_path / "other", say=lambda text: None)
+    store.records.clear()
+    parents = [answers(store, "ours"), answers(store, "theirs")]
+
+    def make(folder: Path) -> dict[str, Any]:
+        (folder / "judgments.jsonl").write_text("{}\n")
+        return {"rows": 1, "combine": "signs"}
+
+    store.obtain("judge", "m", {}, parents, make, version=1)
+    first, _, random = judged.runs
+    broken = dataclasses.replace(first, record={**first.record, "stages": store.records_as_dicts()})
+    pairs, (reason,) = judged_pairs(Material(judged.folder, [broken, random], True))
+    assert reason.startswith(BROKEN) and "line 1 is not a judgment" in reason
+    assert {pair.method for pair in pairs} == {"random at 10 %"}
 
 
 @NEEDS_CHROMIUM
@@ -102,13 +132,14 @@ def test_the_page_shows_them_as_text_and_filters_them(judged: Material, browser:
     tables = [(name, None, "none") for name in TABLES]
     values = {"figures": [], "tables": tables, "work_file": None, "pools": [], "left_out": []}
     page_file = tmp_path / "report.html"
-    values |= {"judged": judged_pairs(judged, 24), "no_pairs": ""}
+    values["judged"], values["no_pairs"] = judged_pairs(judged, 24)[0], ["a run: lost <b>answers</b>"]
     page_file.write_text(render(read(judged.folder), values), encoding="utf-8")
     watched = Watched(browser, viewport={"width": 390, "height": 800})
     page = watched.page
     page.goto(page_file.as_uri())
     assert page.evaluate("window.stolen") is None and HOSTILE in page.inner_text("#pairs")
     assert page.inner_text("#pair-matches") == "24 of 24 pairs"
+    assert "Not shown: a run: lost <b>answers</b>." in page.inner_text("#judge")
     page.select_option("#pair-outcome", "lose")
     assert page.inner_text("#pair-matches") == "8 of 24 pairs"
     page.select_option("#pair-method", "random at 10 %")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from gradsift.evaluation.generation import OUTPUTS_FILE, item_key, read_model_outputs, without_turns
@@ -12,7 +12,7 @@ from gradsift.evaluation.judgments import ORDERS, Judgment, read_judgments
 from gradsift.evaluation.pws import in_both_orders, outcome
 from gradsift.evaluation.turns import with_input
 from gradsift.pages import presentable
-from gradsift.report.material import Material, Missing, Run
+from gradsift.report.material import Material, Missing, Run, attempt
 
 MOST = 120  # pairs on a page
 CUT = 600  # characters of a text
@@ -40,24 +40,33 @@ class JudgedPair(NamedTuple):
     words: list[Words]
 
 
-def judged_pairs(material: Material, most: int = MOST) -> list[JudgedPair]:
-    """Return up to `most` judged pairs: an equal number of each method and alpha, of its first run, and of these an
-    equal number of each outcome, evenly spread over the items.
+def judged_pairs(material: Material, most: int = MOST) -> tuple[list[JudgedPair], list[str]]:
+    """Return up to `most` judged pairs: an equal number of each method and alpha, of its first run with answers, and of
+    these an equal number of each outcome, evenly spread over the items.
 
-    Raises:
-        Missing: no run has judgments and both models' answers in the store.
+    Returns:
+        The pairs, and the reasons why runs are not shown (see `attempt`).
     """
-    groups: dict[str, Run] = {}
+    groups: dict[str, list[Run]] = {}
     for run in material.finished:
         if run.has("judge"):
-            groups.setdefault(f"{run.method} at {100 * run.alpha:g} %", run)
+            groups.setdefault(f"{run.method} at {100 * run.alpha:g} %", []).append(run)
     if not groups:
-        raise Missing("no run has judgments in the store")
+        return [], ["no run has judgments in the store"]
     each = max(1, most // len(groups))
-    return list(chain.from_iterable(_sample(name, run, each) for name, run in groups.items()))[:most]
+    pairs: list[JudgedPair] = []
+    reasons: list[str] = []
+    for name, runs in groups.items():
+        for run in runs:
+            sample, reason = attempt(partial(_sample, name, run, each))
+            if sample is not None:
+                pairs += sample
+                break
+            reasons.append(reason)
+    return pairs[:most], reasons
 
 
-def _sample(name: str, run: Run, most: int) -> Iterator[JudgedPair]:
+def _sample(name: str, run: Run, most: int) -> list[JudgedPair]:
     judged = run.one("judge")
     by_fingerprint = {artifact.fingerprint: artifact for artifact in run.artifacts.get("generate", [])}
     parents = judged.manifest["parents"][:2]  # the answers, then the reference's
@@ -72,11 +81,13 @@ def _sample(name: str, run: Run, most: int) -> Iterator[JudgedPair]:
     for key, orders in pairs.items():
         result = outcome(orders.get("forward"), orders.get("reverse"), judged.info["combine"])
         by_outcome[result].append(key)
+    sample = []
     for kind, key in _balanced(by_outcome, most):
         row = rows[key]
         words = [_words(pairs[key][order]) for order in ORDERS if order in pairs[key]]
         question, answer = with_input(row["instruction"], row["input"]), reference_rows[key]["output"]
-        yield JudgedPair(name, key[0], kind, _cut(question), _cut(row["output"]), _cut(answer), words)
+        sample.append(JudgedPair(name, key[0], kind, _cut(question), _cut(row["output"]), _cut(answer), words))
+    return sample
 
 
 def _balanced(groups: Mapping[str, Sequence[Key]], most: int) -> list[tuple[str, Key]]:

@@ -28,7 +28,7 @@ from gradsift.report.headline import headline
 from gradsift.report.inline_svg import inline_svg
 from gradsift.report.judged import CUT as CUT_PAIR
 from gradsift.report.judged import judged_pairs
-from gradsift.report.material import BROKEN, Incomplete, Material, attempt, read
+from gradsift.report.material import BROKEN, Incomplete, Material, read
 from gradsift.report.paper_tables import TABLES
 from gradsift.report.run_tables import WORK_FILE, results_table, work_table
 from gradsift.report.table import groups_of
@@ -76,20 +76,19 @@ def write_report(
     tables, no_table = write_tables(material, to / TABLES_FOLDER)
     figures = [_shown(entry, to, no_figure.get(entry.name), wanted) for entry in FIGURES]
     packed, left_out = _packed(material)
-    values = {
+    values: dict[str, Any] = {
         "figures": figures,
         "tables": [(name, tables.get(name), no_table.get(name)) for name in TABLES],
         "work_file": WORK_FILE if (to / WORK_FILE).is_file() else None,
         "pools": packed,
         "left_out": left_out,
     }
-    judged, no_pairs = attempt(lambda: judged_pairs(material))
-    values |= {"judged": judged or [], "no_pairs": no_pairs}
+    values["judged"], values["no_pairs"] = judged_pairs(material)
     part = require_no_link(to / f".{REPORT_FILE}.part")
     part.write_text(render(material, values), encoding="utf-8")
     part.rename(to / REPORT_FILE)
     absent = [("figure", *item) for item in no_figure.items()] + [("table", *item) for item in no_table.items()]
-    absent += [("sample", "of judged answers", no_pairs)]
+    absent += [("sample", "of judged answers", reason) for reason in values["no_pairs"]]
     if broken := [f"the {kind} {name}, which {why}" for kind, name, why in absent if why.startswith(BROKEN)]:
         raise Incomplete(f"{to / REPORT_FILE} is written, but for {'; '.join(broken)}")
     return to / REPORT_FILE

@@ -1,4 +1,4 @@
-"""Measure the coverage of the interval of PWS, and how often a sweep of equal cells claims a difference.
+"""Measure the coverage of the intervals of PWS and of differences, and how often equal cells or models are told apart.
 
     python -m benchmarks.interval_coverage [--draws 2000]
 
@@ -13,7 +13,7 @@ import argparse
 import numpy as np
 from scipy import stats
 
-from gradsift.evaluation.intervals import holm, mean_interval, p_value
+from gradsift.evaluation.intervals import difference, holm, mean_interval, p_value
 
 SHARES = ((0.9, 0.08, 0.02), (0.98, 0.01, 0.01), (0.3, 0.4, 0.3), (0.1, 0.8, 0.1), (0.05, 0.9, 0.05))
 DESIGNS = ((1, 0.0, 0.0), (3, 0.0, 0.0), (3, 2.0, 0.0), (3, 1.0, 0.3), (5, 1.0, 0.3))  # seeds, item, seed effects
@@ -32,7 +32,7 @@ def draw(
 
 
 def main() -> None:
-    """Print one table of coverages and one of false claims."""
+    """Print tables of the coverage of PWS, of false claims in sweeps, and of differences between equal models."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--draws", type=int, default=2000, help="simulated sweeps or cells per figure (default 2000)")
     draws = parser.parse_args().draws
@@ -52,6 +52,16 @@ def main() -> None:
         values = [[p_value(draw(rng, SHARES[2], design, 80)) for _ in range(24)] for _ in range(draws // 4)]
         plain, corrected = (np.mean([min(rule(row)) < 0.05 for row in values]) for rule in (list, holm))
         print(f"{design!s:>16}  without correction {plain:.3f}  with Holm's {corrected:.3f}")
+    print("\ntwo equal models: coverage of the interval of their difference, and how often they are told apart")
+    for items in (20, 80):
+        for shares in SHARES:
+            cells = []
+            for seeds, *effects in DESIGNS:
+                both = [draw(rng, shares, (2 * seeds, *effects), items) for _ in range(draws)]
+                found = [difference(outcomes[:seeds], outcomes[seeds:]) for outcomes in both]
+                covered = np.mean([each.low <= 0 <= each.high for each in found])
+                cells.append(f"{covered:.3f} {np.mean([each.p_value < 0.05 for each in found]):.3f}")
+            print(f"{items:5d}  {'/'.join(map(str, shares)):18}  " + "  ".join(f"{cell:>14}" for cell in cells))
 
 
 if __name__ == "__main__":

@@ -114,8 +114,9 @@ def score_interval(win: float, lose: float, size: float, critical: float) -> tup
 def p_value(outcomes: np.ndarray) -> float:
     """Return the two-sided p-value of the hypothesis that the mean outcome is 0.
 
-    With one seed this is the score test (McNemar's). With several it is the larger p-value of two tests: that test with
-    the two-way variance, and the t test over the seeds. The first alone rejects too often if few seeds agree by chance.
+    With one seed this is the exact sign test of the items that are no ties, whose level holds for any number of items.
+    With several it is the larger p-value of two tests: the score test (McNemar's) with the two-way variance, and the t
+    test over the seeds. The first alone rejects too often if few seeds agree by chance.
 
     Args:
         outcomes: (S, N) of -1, 0 and 1.
@@ -123,10 +124,12 @@ def p_value(outcomes: np.ndarray) -> float:
     from scipy import stats
 
     outcomes = np.asarray(outcomes, dtype=float)
-    size, freedom = independent_items(outcomes)
     decided = float((outcomes != 0).mean())
     if decided == 0:
         return 1.0
+    if len(outcomes) == 1:
+        return float(stats.binomtest(int((outcomes > 0).sum()), int((outcomes != 0).sum())).pvalue)
+    size, freedom = independent_items(outcomes)
     statistic = abs(float(outcomes.mean())) / math.sqrt(decided / size)
     return max(float(2 * stats.t.sf(statistic, freedom)), _seeds_p_value(outcomes))
 
@@ -155,7 +158,7 @@ def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) 
     """Compare two models that met the same reference on the same items, with the same seeds.
 
     The interval is made from the two models' own score intervals and the correlation of their means (MOVER; Zou and
-    Donner, Statistics in Medicine 27, 2008), so it has a width even if all items have the same difference. The p-value
+    Donner, Statistics in Medicine 27, 2008), and has a width even if all items have the same difference. The p-value
     is that of the exact sign-flip test over items with one seed; with several it is the larger one of two t tests, with
     the two-way variance and over the seeds.
 
@@ -176,8 +179,10 @@ def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) 
     (low_1, high_1), (low_2, high_2) = mean_interval(first, confidence), mean_interval(second, confidence)
     below, above = float(first.mean()) - low_1, high_1 - float(first.mean())
     below_2, above_2 = float(second.mean()) - low_2, high_2 - float(second.mean())
-    low = mean - math.sqrt(max(0.0, below**2 - 2 * correlation * below * above_2 + above_2**2))
-    high = mean + math.sqrt(max(0.0, above**2 - 2 * correlation * above * below_2 + below_2**2))
+    # at least as wide as for items that are all ties: models that do not differ here may differ on other items
+    least = mean_interval(np.zeros_like(gap), confidence)[1]
+    low = mean - max(least, math.sqrt(max(0.0, below**2 - 2 * correlation * below * above_2 + above_2**2)))
+    high = mean + max(least, math.sqrt(max(0.0, above**2 - 2 * correlation * above * below_2 + below_2**2)))
     if len(gap) == 1 or variance == 0:
         probability = _sign_flip_p_value(gap.mean(0))
     else:

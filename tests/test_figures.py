@@ -437,6 +437,25 @@ def test_members_losses_are_their_curves(material: Material) -> None:
     assert lines_of(axes)["member 0"][1] == pytest.approx(losses)
 
 
+def test_runs_that_differ_in_the_data_seed_alone_are_seeds_of_one_cell(material: Material) -> None:
+    first, other = (run_of(material, name) for name in ("0-gsnr-0.1", "3-gsnr-0.1"))
+    other = replace(other, record={**other.record, "seed": 0, "data_seed": 1})
+    both = Material(material.folder, [first, other], True)
+    _, spreads = ensemble.collapse(both).axes
+    names = [name.split(":")[0] for name in lines_of(spreads) if "median" in name]
+    assert names == ["seed 0", "seed 0, data 1"]
+    (axes,) = ensemble.member_loss(both).axes
+    assert [line.get_label() for line in axes.lines] == ["seed 0"] * 3 + ["seed 0, data 1"] * 3
+    assert axes.get_title(loc="left") == f"{first.method}, 2 seeds"
+    records = sensitivity.size_curves(both)
+    assert [(record["seed"], record["data_seed"]) for record in records] == [(0, 0)] * 2 + [(0, 1)] * 2
+    assert len({record["run"] for record in sensitivity.eps_curves(both)}) == 2
+    (axes,) = pws.pws(both).axes
+    (dots,) = axes.containers
+    assert dots.lines[0].get_xdata() == pytest.approx([np.mean([run.record["pws"] for run in (first, other)])])
+    assert list(judge.judged(both)) == [f"{first.method}, 0.1"]
+
+
 # ------------------------------------------------------------------------- judge, audit and cost
 
 

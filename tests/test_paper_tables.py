@@ -15,7 +15,7 @@ from gradsift.report.figures import write_tables
 from gradsift.report.headline import ONE_SEED, headline
 from gradsift.report.material import Material, Missing, Run
 from gradsift.report.paper_tables import ablation_table, cells_of, count, is_distinguishable, pws_table
-from gradsift.report.run_tables import method_name
+from gradsift.report.run_tables import method_name, results_table
 from gradsift.report.table import Table
 
 
@@ -76,6 +76,23 @@ def test_seeds_share_a_cell_with_an_interval_over_seeds_and_items() -> None:
     low, high = mean_interval(outcomes)
     assert (row["pws_low"], row["pws_high"]) == (low + 1, high + 1)
     assert row["p_value"] == p_value(outcomes)
+
+
+def test_data_seeds_are_seeds_of_one_cell() -> None:
+    runs = [
+        judged(scorer, letters, data_seed=data_seed, overrides=[f"data.seed={data_seed}"])
+        for scorer, both in {"gsnr": ("wwwwwttlll", "wwwwttttll"), "random": ("wtttttttll", "wwttttttll")}.items()
+        for data_seed, letters in enumerate(both)
+    ]
+    material = sweep(*runs)
+    assert {method: row["runs"] for (_, (_, method)), row in cells_of(material).items()} == {"gsnr": 2, "random": 2}
+    table = pws_table(material)
+    assert table.header[1:] == ["0.1: gsnr", "0.1: random"] and table.rows[0][1].startswith("1.200 [")
+    assert count(cells_of(material)).cells == 1
+    head = headline(material)
+    assert head.title == "4 runs: 2 methods, 1 budget, 2 seeds" and ONE_SEED not in head.verdicts[0]
+    results = results_table([run.record for run in runs])
+    assert [row[0] for row in results.rows] == ["gsnr", "random"] and "means of 2 seeds" in results.title
 
 
 def test_seeds_without_outcomes_or_with_other_items_have_no_interval() -> None:

@@ -12,13 +12,11 @@ Tracing needs a CUDA device guard, which a CPU build of torch lacks. LIBRARY hol
 from __future__ import annotations
 
 import ctypes
-import functools
 import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -42,7 +40,6 @@ from gradsift.data.tokens import Encoded
 from gradsift.evaluation.generation import generate_answers
 from gradsift.evaluation.judges.local import LocalJudge
 from gradsift.evaluation.stages import losses as heldout
-from gradsift.features.gradients import gradient_block
 from gradsift.features.hidden_states import HiddenStates
 from gradsift.gradients.adam import AdamState
 from gradsift.gradients.directions import cosines, mean_gradient
@@ -52,9 +49,7 @@ from gradsift.gradients.per_sample import gradient_pass
 from gradsift.gradients.projection import Projection
 from gradsift.gradients.records import NormRecords
 from gradsift.journal import Journal
-from gradsift.proxy.answer_losses import collect_losses
 from gradsift.proxy.epochs import ProxyInputs
-from gradsift.proxy.together import Members
 from gradsift.runtime import unseen
 from gradsift.scoring.perplexity import response_losses
 from gradsift.scoring.spans import span_losses
@@ -62,7 +57,6 @@ from gradsift.training import head, lora, numerics
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget
 from gradsift.training.head import ResponseLosses
-from gradsift.training.lanes import Lanes
 from gradsift.training.modules import Optimization, ProxyMember, Step
 from gradsift.training.tiny_bytes import bytes_tokenizer
 
@@ -85,10 +79,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3_text": LLAMA
     | {"num_hidden_layers": 2, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
 }
-SETTINGS = [("gpt2", "float32"), *((kind, "bfloat16") for kind in MODELS)]
-
-
-TARGETS = {"gpt2": ["c_attn"], "others": ["q_proj", "v_proj"]}
+# not llama: qwen3 has the same layers and two norms more
+SETTINGS = [("gpt2", "float32"), *((kind, "bfloat16") for kind in MODELS if kind != "llama")]
 
 
 class Kit(NamedTuple):
@@ -97,7 +89,6 @@ class Kit(NamedTuple):
     adapted: Any
     encoded: list[Encoded]
     budget: TokenBudget
-    lanes: Any = None  # of members that train side by side
 
     @property
     def backbone(self) -> Backbone:
@@ -112,29 +103,21 @@ class Kit(NamedTuple):
         return next(self.adapted.parameters()).device  # type: ignore[no-any-return]
 
 
-def kit(kind: str, precision: str, dropout: float = 0.0) -> Kit:
+def kit(kind: str, precision: str) -> Kit:
     """Return a model on the CPU; `prepare` sets it up as for CUDA: no compiled kernels, torch's fused attention."""
     config = AutoConfig.for_model(kind, **MODELS[kind], pad_token_id=0, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, precision)).eval()
     with mock.patch.object(numerics, "device_of", lambda compute: CUDA):
         numerics.prepare(model.requires_grad_(False), ComputeConfig(precision=precision))
-    targets = TARGETS["gpt2" if kind == "gpt2" else "others"]
-    adapted = lora.add_adapter(model, LoraConfig(rank=2, alpha=4, dropout=dropout, targets=targets), seed=0)
+    targets = ["c_attn"] if kind == "gpt2" else ["q_proj", "v_proj"]
+    adapted = lora.add_adapter(model, LoraConfig(rank=2, alpha=4, dropout=0.0, targets=targets), seed=0)
     rng = np.random.default_rng(0)
     encoded = [
         Encoded(row, row, rng.integers(3, 250, size=length).astype(np.int32), np.arange(length) >= 3)
         for row, length in enumerate((12, 7, 9))
     ]
     return Kit(adapted, encoded, TokenBudget(24))  # two batches
-
-
-def kit_of_members(kind: str, precision: str) -> Kit:
-    """Return a kit whose model has two adapters, which drop some of their inputs."""
-    made = kit(kind, precision)
-    targets = TARGETS["gpt2" if kind == "gpt2" else "others"]
-    lanes = Lanes(lora.remove_adapter(made.adapted), LoraConfig(rank=2, dropout=0.1, targets=targets), [0, 1])
-    return made._replace(adapted=lanes.adapted, lanes=lanes)
 
 
 # ---------------------------------------------------------------------------------------------- paths
@@ -167,21 +150,6 @@ def token_loss_step(kit: Kit) -> None:
     module_of(kit, loss="token").training_step(Step(kit.encoded), 0)
 
 
-def members_side_by_side(kit: Kit) -> None:
-    """A step of two members, in one pass over the frozen weights."""
-    members = [ProxyMember(kit.adapted, Optimization(1e-3, 0.0, "linear", 1, 4), kit.budget, 0) for _ in range(2)]
-    module = without_trainer(Members(kit.lanes, members), kit.device)
-    module.training_step(Step([replace(example, lane=lane) for lane in (0, 1) for example in kit.encoded]), 0)
-
-
-def norms_under_masks(kit: Kit) -> None:
-    """A member of mc_dropout: norms with dropout on."""
-    module = module_of(kit)
-    module.masks = 7
-    with PerSampleNorms(kit.adapted) as module.gradient_norms:
-        module.validation_step(Step(kit.encoded), 0)
-
-
 def norms_pass(kit: Kit) -> NormRecords:
     module, records = module_of(kit), NormRecords()
     with PerSampleNorms(kit.adapted) as module.gradient_norms:
@@ -202,10 +170,6 @@ def perplexity(kit: Kit) -> None:
     response_losses(kit.inputs, len(kit.encoded), unseen, Journal())
 
 
-def answer_losses(kit: Kit) -> None:
-    collect_losses(kit.adapted, kit.inputs, lambda done: None, Journal())
-
-
 def hidden_states(kit: Kit) -> None:
     model = kit.adapted.get_base_model()
     config = HiddenStatesConfig(name="hidden_states", pooling="weighted_mean", text="prompt", max_length=32)
@@ -224,12 +188,6 @@ def gradient_features(kit: Kit) -> None:
         moments = torch.ones(gradients.size, device=kit.device)
         adjusted = AdamState(moments, moments).adjust(rows)
         Projection(gradients.size, 32, seed=0)(adjusted).cpu()
-
-
-def full_gradients(kit: Kit) -> None:
-    """Gradients of all weights, of the backbone with the adapter merged into a copy."""
-    with gradient_pass(kit.adapted, "full", 0) as gradients:
-        gradient_block(kit.inputs, gradients, None, 0, len(kit.encoded), lambda done: None)
 
 
 def directions(kit: Kit) -> None:
@@ -264,17 +222,11 @@ def local_judge(kit: Kit) -> None:
 PATHS: dict[str, Callable[[Kit], Any]] = {
     path.__name__: path
     for path in (
-        *(training_step, token_loss_step, members_side_by_side, norms_table, norms_under_masks, spans_pass, perplexity),
-        *(answer_losses, hidden_states, embedding_and_head, gradient_features, full_gradients, directions),
-        *(heldout_losses, decode, local_judge),
+        *(training_step, token_loss_step, norms_table, spans_pass, perplexity, hidden_states, embedding_and_head),
+        *(gradient_features, directions, heldout_losses, decode, local_judge),
     )
 }
 
-
-KITS: dict[str, Callable[[str, str], Kit]] = {
-    "members_side_by_side": kit_of_members,
-    "norms_under_masks": functools.partial(kit, dropout=0.1),
-}
 
 # -------------------------------------------------------------------------------- paths that are broken
 
@@ -369,7 +321,7 @@ def on_fake_cuda(kit: Kit) -> Iterator[None]:
         mock.patch.object(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**33)),
         Tracing(allow_non_fake_inputs=True),
     ):
-        for module in (kit.lanes or kit.adapted).modules():
+        for module in kit.adapted.modules():
             for tensors in (module._parameters, module._buffers):
                 tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
         yield
@@ -377,7 +329,7 @@ def on_fake_cuda(kit: Kit) -> Iterator[None]:
 
 def trace(path: Callable[[Kit], Any], kind: str, precision: str) -> str:
     """Return why a path fails on CUDA, or nothing."""
-    made = KITS.get(path.__name__, kit)(kind, precision)
+    made = kit(kind, precision)
     try:
         with on_fake_cuda(made):
             path(made)

@@ -89,7 +89,7 @@ def judge(endpoint: Endpoint, tmp_path: Path) -> Callable[..., AlpacaEvalJudge]:
             "model": annotator.model,
             "temperature": annotator.temperature,
             "max_tokens": annotator.max_tokens,
-            "parameters": annotator.parameters,
+            "extra_body": annotator.parameters,
         }
         return AlpacaEvalJudge(ChatClient(replies=replies, **{**defaults, **request, **options}), annotator)
 

@@ -461,6 +461,11 @@ def test_the_environments_address_is_held_to_the_same_rules(client: Client, monk
     assert "secret" not in str(error.value)  # it would have stood in the judgments' manifest
 
 
+def test_a_query_in_the_address_is_refused_with_the_option_that_takes_it() -> None:
+    with pytest.raises(ConfigError, match=r"judge\.base_url holds .* a query.*judge\.extra_query=\{NAME: VALUE\}"):
+        OpenaiJudgeConfig(name="openai", base_url="https://host/v1?api-version=1")
+
+
 def test_a_slash_behind_the_address_pays_nothing_anew(endpoint: Endpoint, client: Client) -> None:
     endpoint.behave = lambda text, attempt: (200, "1", {})
     asked(client(), ["a"])

@@ -35,6 +35,7 @@ from gradsift.data.examples import Turn
 from gradsift.errors import ConfigError
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.chat import ChatClient
+from gradsift.evaluation.chat_protocol import after_thinking
 from gradsift.evaluation.generation import OUTPUTS_FILE, model_outputs, write_model_outputs
 from gradsift.evaluation.judges import JudgeError, JudgeRequest, RatingRequest, Reply, Unreadable, local, openai
 from gradsift.evaluation.judges import rating as rating_module
@@ -350,6 +351,10 @@ def test_a_question_shows_what_it_is_about_and_nothing_can_end_its_own_place() -
         ("**8 9**", None, (8, 9)),
         ("**8** **9**", None, (8, 9)),
         ("Scores: 8 9", None, (8, 9)),
+        ("Here are my two scores: 8 9", None, (8, 9)),
+        ("**Final scores**: 8 9", None, (8, 9)),
+        ("The grades are: Answer 1: 8, Answer 2: 9", None, (8, 9)),
+        ("Scores of A: 8 9", None, None),
         ("8 9.", None, (8, 9)),
         ("Answer 1: 8, Answer 2: 7", None, (8, 7)),
         ("Answer 1: 8, answer 2: 7\nAnswer 2 is short.", None, (8, 7)),
@@ -423,12 +428,36 @@ def test_scores_that_are_not_certain_are_none_and_say_why(text: str, reason: str
     assert parse_scores(text, "legacy") is None
 
 
-def test_a_reply_of_braces_alone_takes_no_time() -> None:
+def test_a_reply_of_one_character_alone_takes_no_time() -> None:
     started = time.monotonic()
-    for text in ("{" * 100_000, '{"a":' * 100_000, "[[" * 100_000):
+    for text in ("{" * 100_000, '{"a":' * 100_000, "[[" * 100_000, "\n" * 100_000, "x\n\n" * 30_000, "8 " * 50_000):
         with contextlib.suppress(Unreadable):
-            assert parse_scores(text) is None
+            assert parse_scores(after_thinking(text)) is None
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("text", "cut", "whole"),
+    [
+        ("8 9\nBecause it", (8, 9), (8, 9)),
+        ("Scores: 8 9\nThe first", (8, 9), (8, 9)),
+        ('```json\n{"answer_1": 8, "answer_2": 9}\n```\nThe', (8, 9), (8, 9)),
+        ("[[A]]\nThe first", (1, 0), (1, 0)),
+        ("Let me see.\n8 9\nOr rather", None, (8, 9)),
+        ("I lean to [[A]], but then", None, (1, 0)),
+        ('Perhaps {"answer_1": 8, "answer_2": 9}, or', None, (8, 9)),
+    ],
+)
+def test_of_a_reply_that_is_cut_only_the_beginning_counts(text: str, cut: Any, whole: Any) -> None:
+    assert (parse_scores(text, cut=True), parse_scores(text)) == (cut, whole)
+
+
+@pytest.mark.parametrize(
+    ("text", "cut", "whole"),
+    [("4\nBecause", 4, 4), ('{"grade": 4}\nThe', 4, 4), ("Hm.\n4\nOr", None, 4), ('Hm: {"grade": 4}, or', None, 4)],
+)
+def test_of_a_rating_that_is_cut_only_the_beginning_counts(text: str, cut: Any, whole: Any) -> None:
+    assert (parse_grade(text, 0, 5, cut=True), parse_grade(text, 0, 5)) == (cut, whole)
 
 
 @pytest.mark.parametrize(
@@ -463,6 +492,7 @@ def test_the_published_parser_takes_two_floats_on_the_first_line_and_makes_no_nu
         ("**Grade: 4**", None, 4),
         ("4 out of 5", None, 4),
         ("Score: 3.", None, 3),
+        ("My overall grade is: 3", None, 3),
         ("6", None, None),
         ("4 5", None, None),
         ("4/10", None, None),

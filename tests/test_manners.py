@@ -202,6 +202,9 @@ def test_thinking_that_does_not_end_holds_no_scores(endpoint: Endpoint, judged: 
     (reply,) = judged()
     assert reply.value is None
     assert reply.reason == "the reply ends while thinking, before any score, cut at judge.max_tokens=256 (asked twice)"
+    endpoint.behave = lambda prompt, attempt: (200, "Hm.\n8 7\nOr rather", {"finish": "length"})  # without the tag
+    (reply,) = judged(model="n")
+    assert reply.value is None and "cut at judge.max_tokens=256" in str(reply.reason)
     with pytest.raises(Unreadable):
         after_thinking("<think>")
     assert after_thinking("8 7") == "8 7"

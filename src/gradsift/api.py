@@ -165,7 +165,7 @@ def _selected(
     store = Store(Path(config.artifacts), display.say, view.stage_done, view.at_work)
     threads = torch.get_num_threads()
     try:
-        prepare(config)
+        prepare(config.compute, joins=not config.plan)
         with guarded(store.root, "the selection", nameless=False):
             line = Line(config, Runtime(store, config.compute, display, config.seed))
             if function is not None:

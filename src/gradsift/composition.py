@@ -18,8 +18,9 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from gradsift import config as config_module
-from gradsift.config import SCHEMAS, Config, load_config, register_schemas
+from gradsift.config import SCHEMAS, CompareConfig, Config, load_root, register_schemas
 from gradsift.config.checks import require_no_typed_secret
+from gradsift.config.schemas import COMPARED, Root
 from gradsift.errors import ConfigError
 from gradsift.user_conf import conf_folder
 
@@ -37,6 +38,11 @@ def compose_config(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: a group, an option or a value cannot be used; one line, as on the command line.
     """
+    return compose_root("config", Config, overrides)
+
+
+def compose_root(file: str, kind: type[Root], overrides: Sequence[str]) -> Root:
+    """Return the config that `conf/<file>.yaml` describes, with these overrides (see `compose_config`)."""
     overrides = in_full(overrides)
     require_readable(overrides, conf_folder())
     Plugins.instance()  # the first call stores the settings of the plugins, which are to stay
@@ -44,9 +50,9 @@ def compose_config(overrides: Sequence[str]) -> Config:
     repo, hydra_of_caller = copy.deepcopy(store.repo), outer.hydra
     outer.clear()
     try:
-        register_schemas()
+        register_schemas(COMPARED if kind is CompareConfig else tuple(SCHEMAS))
         with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            return load_config(hydra.compose("config", overrides=list(overrides)))
+            return load_root(hydra.compose(file, overrides=list(overrides)), kind, file)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(in_one_line(error)) from None  # Hydra's own trace does not help the caller
     finally:

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -20,6 +20,9 @@ from gradsift.launch import LOST, leads
 from gradsift.run_folder import CONFIG_FILE, RUN_FILE
 from gradsift.tracking import group_of
 from gradsift.training.pins import require_model
+
+if TYPE_CHECKING:
+    from gradsift.report.terminal import RunView
 
 _WRITTEN = (RUN_FILE, "metrics.jsonl", "selection.jsonl", "audit.json", "error.txt")
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, if PyYAML was built with it
@@ -75,7 +78,7 @@ def execute(config: Config, job: Job) -> float | None:
 
     if not leads(config.compute):
         if not config.plan:
-            prepare(config)
+            prepare(config.compute)
             follow(config)
         return None
     from gradsift.report.terminal import RunView
@@ -88,19 +91,16 @@ def execute(config: Config, job: Job) -> float | None:
     from gradsift.run_record import RunRecord
     from gradsift.runtime import Runtime
     from gradsift.tracking import Tracker
-    from gradsift.training.shared_store import SharedStore
 
-    prepare(config)
+    prepare(config.compute, joins=not config.plan)
     view.settings(settings_of(config))
     about = _about(config, job.overrides)
-    dumped = yaml.dump(dump_config(config), Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
-    (job.folder / CONFIG_FILE).write_text(dumped, encoding="utf-8")
+    _write_config(config, job.folder / CONFIG_FILE)
     if config.plan:
         plan(config, view.display, job.folder, about)
         view.planned(job.folder, in_sweep=job.sweep is not None)
         return None
-    kind = SharedStore if config.compute.ranks > 1 else Store
-    store = kind(Path(config.artifacts), view.display.say, view.stage_done, view.at_work)
+    store = _store(config, view)
     reports = config.report and job.sweep is None
     with Tracker(config.tracker, job.folder, group_of(job.sweep) if job.sweep else None, about) as tracker:
         record = RunRecord(job.folder, tracker, store, about)
@@ -125,6 +125,19 @@ def execute(config: Config, job: Job) -> float | None:
         view.display.say(f"the selection is at {push(config, job.folder)}")
     view.finished(job.folder, report, in_sweep=job.sweep is not None)
     return record.value_of(config.objective)
+
+
+def _write_config(config: Config, path: Path) -> None:
+    dumped = yaml.dump(dump_config(config), Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
+    path.write_text(dumped, encoding="utf-8")
+
+
+def _store(config: Config, view: RunView) -> Store:
+    """Return the store, which tells the view of each stage."""
+    from gradsift.training.shared_store import SharedStore
+
+    kind = SharedStore if config.compute.ranks > 1 else Store
+    return kind(Path(config.artifacts), view.display.say, view.stage_done, view.at_work)
 
 
 def _require_files(config: Config) -> None:

@@ -20,7 +20,7 @@ from typing import Any, cast
 from rich.console import Console
 
 from gradsift.artifacts import NotMade
-from gradsift.config import Config, VerifiableDataConfig
+from gradsift.config import ComputeConfig, Config, VerifiableDataConfig
 from gradsift.disk import guarded
 from gradsift.early_checks import check
 from gradsift.evaluation.stages.judging import judge, pws
@@ -33,7 +33,7 @@ from gradsift.runtime import Display, Runtime
 from gradsift.scoring.stage import score
 from gradsift.training.backbones import quieten
 from gradsift.training.device import device_of
-from gradsift.training.numerics import dtype_of, rounds_to_tf32, set_kernels
+from gradsift.training.numerics import dtype_of, set_kernels
 from gradsift.training.parallel import join
 from gradsift.training.shared_store import RunEnded, SharedStore
 from gradsift.training.threads import set_threads, threads_in_words
@@ -127,14 +127,14 @@ def follow(config: Config) -> None:
             walk(config, Runtime(store, config.compute, display, config.seed))
 
 
-def prepare(config: Config) -> None:
-    """Set up torch and transformers for this process."""
+def prepare(compute: ComputeConfig, *, joins: bool = True) -> None:
+    """Set up torch and transformers for this process; it joins the other ranks, unless it computes nothing."""
     quieten()
-    set_threads(config.compute)
-    set_kernels(config.compute)
-    device_of(config.compute)  # raises if the device does not exist
-    if not config.plan:
-        join(config.compute)
+    set_threads(compute)
+    set_kernels(compute)
+    device_of(compute)  # raises if the device does not exist
+    if joins:
+        join(compute)
 
 
 def settings_of(config: Config) -> list[tuple[str, Any]]:
@@ -148,7 +148,6 @@ def settings_of(config: Config) -> list[tuple[str, Any]]:
     exports = [*config.export.formats, *(["merged"] if config.export.merged else [])]
     exports += [f"to the hub as {config.export.push_to_hub}"] if config.export.push_to_hub else []
     precision = str(dtype_of(config.compute)).removeprefix("torch.")
-    precision += " (TF32 for what stays float32)" if rounds_to_tf32(config.compute) else ""
     settings = [
         ("data", f"{data.name}{rows}" + (f", at most {data.limit:,}" if data.limit else "")),
         ("scorer", config.scorer_name),

@@ -129,9 +129,10 @@ def require_no_typed_secret(option: str, value: str) -> None:
 def endpoint_address(option: str, url: str, api_key_env: str) -> None:
     """Raise ConfigError for an address that cannot be used, or that holds a secret: manifests contain addresses."""
     if "@" in url or "?" in url:
+        query = ", and other parameters into judge.extra_query={NAME: VALUE}" if option.startswith("judge.") else ""
         raise ConfigError(
             f"{option} holds a user name, a password or a query, which would be written to the run's folder; "
-            f"put the key into the environment variable {api_key_env}"
+            f"put the key into the environment variable {api_key_env}" + query
         )
     try:
         parts = urlsplit(url)

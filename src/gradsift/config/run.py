@@ -18,7 +18,14 @@ from gradsift.config.data import (
     VerifiableDataConfig,
     VerifiableTargetSetConfig,
 )
-from gradsift.config.evaluation import AlpacaEvalJudgeConfig, AuditConfig, BenchmarkConfig, GeneratorConfig, JudgeConfig
+from gradsift.config.evaluation import (
+    AlpacaEvalJudgeConfig,
+    AuditConfig,
+    BenchmarkConfig,
+    GeneratorConfig,
+    JudgeConfig,
+    require_trained,
+)
 from gradsift.config.export import ExportConfig
 from gradsift.config.machine import ComputeConfig, TrackerConfig
 from gradsift.config.methods import FacilityLocationConfig, GsnrDirectionConfig, PublishedConfig
@@ -265,22 +272,21 @@ class Config(Group):
                 "target.model.kind=tiny_bytes has random weights, so no answer of it means anything; "
                 "take another target, or stop_after=selection"
             )
-        judge = getattr(self.judge, "model", None)
-        if self.reaches("judge") and isinstance(judge, ModelConfig) and judge.kind == "tiny_bytes":
-            raise ConfigError("judge.model.kind=tiny_bytes has random weights and cannot judge; take another judge")
+        if self.reaches("judge"):
+            require_trained(self.judge)
 
     def _check_quantization(self) -> None:
-        target = f"target.quantization={self.target.model.quantization} does not go with "
-        of_target = self.target.model.quantization != "none" and self.reaches("finetune")
-        if of_target and self.compute.strategy == "fsdp":
-            raise ConfigError(f"{target}compute=fsdp, which divides float weights; take compute=ddp")
-        if of_target and self.generator.name != "local" and self.reaches("generate"):
+        if self.target.model.quantization != "none" and self.compute.strategy == "fsdp":
             raise ConfigError(
-                f"{target}generator={self.generator.name}, which answers with the weights of the model's files; take "
-                "generator=local"
+                f"target.quantization={self.target.model.quantization} does not go with compute=fsdp, which divides "
+                "float weights; take compute=ddp"
             )
-        of_proxy = self.proxy.model.quantization != "none" and self._needs_proxy
-        if of_proxy and self.features.gradient_params == "full":
+        if self.target.model.quantization != "none" and self.generator.name != "local" and self.reaches("generate"):
+            raise ConfigError(
+                f"target.quantization={self.target.model.quantization} does not go with generator={self.generator.name}"
+                ", which answers with the weights of the model's files; take generator=local"
+            )
+        if self.proxy.model.quantization != "none" and self.features.gradient_params == "full":
             raise ConfigError(
                 f"proxy.quantization={self.proxy.model.quantization} does not go with features.gradient_params=full: "
                 "quantised weights have no gradient; take features.gradient_params=lora"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from collections.abc import Collection
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -76,16 +77,18 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"model": models.ModelConfig},
 }
 
+COMPARED = ("benchmark", "judge", "compute", "model")  # the groups of a `CompareConfig`
+
 REPLACED = {  # settings of Hydra's plugins that those in `conf/hydra/` replace
     "launcher": ("joblib", "submitit_local", "submitit_slurm", "ray"),
     "sweeper": ("optuna",),
 }
 
 
-def register_schemas() -> None:
+def register_schemas(groups: Collection[str] = tuple(SCHEMAS)) -> None:
     """Register the dataclasses with Hydra as `schema/<group>/<variant>`, and remove what `conf/hydra/` replaces.
 
-    From here on Hydra also searches the user's `./conf`.
+    `COMPARED` suffices to compose a `CompareConfig`. From here on Hydra also searches the user's `./conf`.
     """
     from hydra.core.config_store import ConfigStore
     from hydra.core.plugins import Plugins
@@ -99,17 +102,31 @@ def register_schemas() -> None:
     for group, choices in REPLACED.items():
         for choice in choices:  # Hydra accepts a choice from one source only
             store.repo["hydra"].get(group, {}).pop(f"{choice}.yaml", None)
-    store.store(name="schema", node=Config)
-    for group, variants in SCHEMAS.items():
-        for name, node in variants.items():
+    store.store(name="compare_schema", node=evaluation.CompareConfig)
+    for group in groups:
+        for name, node in SCHEMAS[group].items():
             store.store(group=f"schema/{group}", name=name, node=node)
+    if groups == COMPARED:
+        return
+    store.store(name="schema", node=Config)
     for model, content in known_choices().items():
         for group in ("proxy", "target"):
             store.store(group=group, name=model, node=content)
 
 
+Root = TypeVar("Root", Config, evaluation.CompareConfig)
+
+
 def load_config(composed: DictConfig) -> Config:
+    """Return `load_root` of a run's config."""
+    return load_root(composed, Config, "config")
+
+
+def load_root(composed: DictConfig, kind: type[Root], file: str) -> Root:
     """Convert a composed config into checked dataclasses.
+
+    Args:
+        file: from which it is composed, for errors.
 
     Raises:
         ConfigError: an option is missing, unknown or has a value that cannot be used.
@@ -124,8 +141,8 @@ def load_config(composed: DictConfig) -> Config:
         if match := re.search(r"Environment variable '(\w+)' not found", reason):
             reason = f"the environment variable {match[1]} is not set; the YAML file's header says to what"
         raise ConfigError(reason) from error
-    if not isinstance(config, Config):
-        raise ConfigError("the config was not composed from conf/config.yaml: its first default must be `schema`")
+    if not isinstance(config, kind):
+        raise ConfigError(f"the config was not composed from conf/{file}.yaml: its first default must be its schema")
     _require_known("", config)
     return config
 

@@ -85,7 +85,6 @@ def parse_rows(
     for row, content, line in source_rows:
         try:
             original = _original(content)
-            _require_desired(original)
             if format == "auto":
                 _require_shape(original, shape, group)
             parsed = _PARSERS[shape.format](original, shape.names)
@@ -107,7 +106,8 @@ def _original(content: Any) -> dict[str, Any]:
     """Return the columns as JSON values.
 
     Raises:
-        Unusable: the row is not an object, or a column holds what JSON or a text template cannot show.
+        Unusable: the row is not an object, a column holds what JSON or a text template cannot show, or one marks the
+            response as undesired.
     """
     if not isinstance(content, dict):
         raise Unusable(f"the row is {json_type(content)}, not an object")
@@ -126,6 +126,7 @@ def _original(content: Any) -> dict[str, Any]:
                 f"column {name!r} holds {meaning}, which a text template cannot show; delete the column to train on "
                 "the other columns alone"
             )
+    _require_desired(original)
     return original
 
 

@@ -43,7 +43,7 @@ from gradsift.evaluation.chat_protocol import (
 )
 from gradsift.evaluation.endpoint import Endpoint
 from gradsift.evaluation.judges import DryRun, JudgeError, Reply, Unreadable, Value, content_hash
-from gradsift.evaluation.replies import CapReached, Completion, Replies, Terms, Usage
+from gradsift.evaluation.replies import CUT, CapReached, Completion, Replies, Terms, Usage
 
 if TYPE_CHECKING:
     from httpx2 import AsyncClient
@@ -84,7 +84,6 @@ class ChatClient:
         extra_body: Mapping[str, Any] | None = None,
         extra_headers: Mapping[str, str] | None = None,
         extra_query: Mapping[str, str] | None = None,
-        parameters: Mapping[str, Any] | None = None,
         timeout: float = 60.0,
         retries: int = 5,
         max_wait: float = 120.0,
@@ -101,7 +100,6 @@ class ChatClient:
 
         Args: as in `OpenaiJudgeConfig`, and
             replies: where replies are stored.
-            parameters: further parameters of each request; `extra_body` takes precedence.
             group: of the config whose options errors name.
             known_as: stands for the address in a reply's hash, where another port is the same model.
             skip_thinking: whether `read` gets a reply without the thinking before it.
@@ -111,8 +109,7 @@ class ChatClient:
             ConfigError: `api_key_env` holds no usable key (endpoints on this machine and dry runs need none), or
                 OPENAI_BASE_URL is not an address.
         """
-        body = {"model": model, "temperature": temperature, token_parameter: max_tokens}
-        body |= {**(parameters or {}), **(extra_body or {})}
+        body = {"model": model, "temperature": temperature, token_parameter: max_tokens, **(extra_body or {})}
         self.parameters: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
         self._terms = terms or Terms()
         self._group, self._skip_thinking = group, skip_thinking
@@ -296,7 +293,7 @@ class ChatClient:
                 return Reply(completion.text, value)
         problem = problem if completion.text.strip() else "the reply is empty"
         ends = {
-            "length": f", cut at judge.max_tokens={self._max_tokens}",
+            CUT: f", cut at judge.max_tokens={self._max_tokens}",
             "content_filter": ", cut by a content filter",
         }
         asked = f" (asked {'twice' if job.tries == 2 else f'{job.tries} times'})" if job.tries > 1 else ""

@@ -145,7 +145,7 @@ def _text_of(content: Any) -> Any:
 
 _THINKING = re.compile(r"\s*<(think|thinking|thought|reasoning)>(.*?)(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 # where the prompt's template holds the opening tag, the reply begins in the thinking
-_REST_OF_THINKING = re.compile(r".*?^\s*</(think|thinking|thought|reasoning)>[^\S\n]*$", re.DOTALL | re.MULTILINE)
+_REST_OF_THINKING = re.compile(r".*?^[^\S\n]*</(think|thinking|thought|reasoning)>[^\S\n]*$", re.DOTALL | re.MULTILINE)
 
 
 def after_thinking(text: str) -> str:

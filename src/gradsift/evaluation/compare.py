@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradsift.composition import compose_config
-from gradsift.config import Config, LocalJudgeConfig
+from gradsift.composition import compose_root
+from gradsift.config import CompareConfig, LocalJudgeConfig
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.generation import OUTPUTS_FILE, ModelOutput, read_pair, write_model_outputs
 from gradsift.names import slug
@@ -30,7 +30,7 @@ VERSION = 1
 _OPTIONS = re.compile(r"\+?\+?(judge(\..+)?|compute(\..+)?|benchmark\.catalog\..+|artifacts)=.*", re.DOTALL)
 
 
-def compare(config: Config, model: Path, reference: Path) -> dict[str, Any]:
+def compare(config: CompareConfig, model: Path, reference: Path) -> dict[str, Any]:
     """Judge the answers of `model` against those of `reference` in both orders.
 
     Returns:
@@ -53,9 +53,9 @@ def compare(config: Config, model: Path, reference: Path) -> dict[str, Any]:
     if isinstance(config.judge, LocalJudgeConfig):  # importing torch takes seconds, and no other judge needs it
         from gradsift.pipeline import prepare
 
-        prepare(config)
+        prepare(config.compute)
     display = Display(Console(stderr=True, highlight=False))
-    runtime = Runtime(Store(Path(config.artifacts), display.say), config.compute, display, config.seed)
+    runtime = Runtime(Store(Path(config.artifacts), display.say), config.compute, display, seed=0)
     check_judge(runtime, config.judge)
     answers, reference_answers = (_imported(runtime.store, rows) for rows in pair)
     known = [name for name in dict.fromkeys(row["dataset"] for row in pair[0]) if name in config.benchmark.catalog]
@@ -97,15 +97,19 @@ def _imported(store: Store, rows: Sequence[ModelOutput]) -> Artifact:
     return store.obtain("imported", slug(rows[0]["generator"]), settings, [], make, version=VERSION)
 
 
-def _config(options: Sequence[str]) -> Config:
-    """Return the default run's config with these options; only its judge matters."""
+def _config(options: Sequence[str]) -> CompareConfig:
     for option in options:
         if not _OPTIONS.fullmatch(option):
             raise ConfigError(
                 f"{option!r} is not an option here; options are judge=NAME, judge.KEY=VALUE, compute.KEY=VALUE, "
                 "benchmark.catalog.SET.KEY=VALUE and artifacts=DIR"
             )
-    return compose_config(options)
+    of_benchmark = [option for option in options if option.lstrip("+").startswith("benchmark.")]
+    if not of_benchmark:
+        config = compose_root("compare", CompareConfig, options)
+        if config.judge.name != "verifier":  # which alone compares with reference answers, by each set's own rule
+            return config
+    return compose_root("compare", CompareConfig, ["benchmark=verifiable", *options])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

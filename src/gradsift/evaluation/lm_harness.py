@@ -44,7 +44,6 @@ def evaluate_tasks(
     batch_size: int,
     template: str,
     max_new_tokens: int,
-    max_tokens: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """Return every figure that lm-eval reports for each task, with the task's own number of shots.
 
@@ -58,7 +57,6 @@ def evaluate_tasks(
         limit: number of documents per task; None uses all.
         template: of the target.
         max_new_tokens: tokens of an answer, if the task does not limit it to fewer.
-        max_tokens: padded tokens of a batch of answers at most; the others' batches are lm-eval's own.
 
     Raises:
         ConfigError: a task needs a package that is not installed, or samples its answers.
@@ -72,13 +70,11 @@ def evaluate_tasks(
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     for kind in ("loglikelihood", "loglikelihood_rolling"):
         setattr(wrapped, kind, functools.partial(getattr(wrapped, kind), disable_tqdm=True))
-    how: dict[str, Any] = {"template": template, "max_new_tokens": max_new_tokens}
-    how["batches"] = {"batch_size": batch_size, "max_tokens": max_tokens}
+    how: dict[str, Any] = {"template": template, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     wrapped.generate_until = functools.partial(_answers, model=model, tokenizer=tokenizer, **how)
-    manager = _manager(tuple(tasks), folder)
-    settings: dict[str, Any] = {"limit": limit, "bootstrap_iters": 0, "log_samples": False, "task_manager": manager}
+    settings: dict[str, Any] = {"tasks": list(tasks), "limit": limit, "bootstrap_iters": 0, "log_samples": False}
     try:
-        found = simple_evaluate(model=wrapped, tasks=list(tasks), **settings)
+        found = simple_evaluate(model=wrapped, task_manager=_manager(tuple(tasks), folder), **settings)
     except ImportError as error:
         raise ConfigError(
             f"{option}: one of them needs the package {error.name}; install it (those of ifeval come with "
@@ -101,13 +97,7 @@ def evaluate_tasks(
 
 
 def _answers(
-    requests: Sequence[Any],
-    *,
-    model: Any,
-    tokenizer: Any,
-    template: str,
-    max_new_tokens: int,
-    batches: Mapping[str, Any],
+    requests: Sequence[Any], *, model: Any, tokenizer: Any, template: str, max_new_tokens: int, batch_size: int
 ) -> list[str]:
     """Return the answers to lm-eval's requests, each of a prompt and its options, up to the first of its ends."""
     by_limit: dict[int, list[int]] = {}
@@ -119,7 +109,7 @@ def _answers(
     answers = [""] * len(requests)
     for limit, places in by_limit.items():
         prompts = [encode_prompt(requests[place].args[0], "", tokenizer, template) for place in places]
-        texts = generate_answers(model, tokenizer, prompts, max_new_tokens=limit, **batches)
+        texts = generate_answers(model, tokenizer, prompts, max_new_tokens=limit, batch_size=batch_size)
         for place, text in zip(places, texts, strict=True):
             ends = requests[place].args[1].get("until") or []
             answers[place] = until(text, [ends] if isinstance(ends, str) else ends)

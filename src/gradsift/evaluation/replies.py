@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from gradsift import outside_json
 from gradsift.errors import GradsiftError
 
+CUT = "length"  # why a reply ended that reached the limit of its tokens
 REPLIES_FILE = "judge_cache.sqlite"  # in the store, for all runs
 _PATIENCE = 60.0  # seconds to wait while another process writes
 _SCHEMA = """
@@ -43,7 +44,7 @@ CREATE TABLE IF NOT EXISTS pending (
 
 @dataclass(frozen=True)
 class Completion:
-    """A reply: its text, why it ended ("stop", "length" ...) and, if requested, log-probabilities token by token."""
+    """A reply: its text, why it ended ("stop", CUT ...) and, if requested, log-probabilities token by token."""
 
     text: str
     finish: str | None = None

@@ -12,7 +12,7 @@ from gradsift.evaluation.chat import ChatClient
 from gradsift.evaluation.judges import Combine, JudgeRequest, Pair, RatingRequest, Reply, content_hash
 from gradsift.evaluation.judges.parsing import Parse, parse_grade, parse_scores
 from gradsift.evaluation.judges.rating import SCALES, in_blocks, render_rating
-from gradsift.evaluation.replies import Completion
+from gradsift.evaluation.replies import CUT, Completion
 
 SYSTEM = (
     "You compare the answers of two AI assistants to a user's question and grade each of them. "
@@ -98,7 +98,7 @@ class OpenaiJudge:
         unread = f"{_LACKING.get(self._parse, 'no two scores from 0 to 10')} where judge.parse={self._parse} looks"
 
         def scores(position: int, completion: Completion) -> Pair | None:
-            return parse_scores(completion.text, self._parse)
+            return parse_scores(completion.text, self._parse, cut=completion.finish == CUT)
 
         tries = 1 if self._parse == "legacy" else 2
         for position, reply in self._chat.ask(prompts, scores, scope=self._scope, unread=unread, tries=tries):
@@ -117,7 +117,7 @@ class OpenaiJudge:
 
         def grade(position: int, completion: Completion) -> float | None:
             scale = SCALES[requests[position].question]
-            return parse_grade(completion.text, scale.low, scale.high, self._parse)
+            return parse_grade(completion.text, scale.low, scale.high, self._parse, cut=completion.finish == CUT)
 
         unread = "no grade of its scale on the first line of the reply"
         for position, reply in self._chat.ask(prompts, grade, scope=self._rating_scope, unread=unread):

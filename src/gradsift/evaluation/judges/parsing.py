@@ -1,9 +1,10 @@
 """Scores from a judge's reply.
 
 `strict`    the first line that is not blank is two numbers and nothing else
-`tolerant`  also halves, commas, "8/10 7/10", emphasis and labels ("Answer 1: 8, Answer 2: 7"), which may extend over
-            two lines; code fences are ignored. Where the first line is something else, the scores are the only such
-            line of the reply, or its only JSON object ({"answer_1": 8, "answer_2": 7}), or its only verdict ([[A]])
+`tolerant`  also halves, commas, "8/10 7/10", emphasis, headings ("My scores: 8 7") and labels ("Answer 1: 8, Answer 2:
+            7"), which may extend over two lines; code fences are ignored. Where the first line is something else, the
+            scores are the only such line of the reply, or its only JSON object ({"answer_1": 8, "answer_2": 7}), or its
+            only verdict ([[A]])
 `verdict`   only the verdict, anywhere: [[A]], [[B]] or [[C]] (a tie), or [[A>>B]] to [[B>>A]]
 `json`      only the JSON object
 `legacy`    the rule of the published evaluation scripts of Cherry and Superfiltering, with its errors
@@ -34,7 +35,8 @@ _STRICT = re.compile(rf"\s*{_NUMBER}\s+{_NUMBER}\s*")
 _GRADE = rf"{_NUMBER}(?:\s*/\s*10|\s+out\s+of\s+10)?"
 _OPEN, _CLOSE = r"[\s*_`(]*", r"[\s*_`).]*"
 _BETWEEN = r"(?:\s*[,;|]\s*|\s+(?:and\s+)?|[\s*_`]+)"
-_HEADING = r"(?:(?:scores?|grades?|ratings?)\s*[:=]\s*)?"
+_INTRODUCTION = r"(?:(?:here|these|are|is|my|the|two|both|final|overall|so)\s+)*"  # as in "Here are my"
+_HEADING = rf"(?:{_INTRODUCTION}(?:scores?|grades?|ratings?)(?:\s+(?:are|is))?[\s*_`]*[:=]\s*)?"
 _PLAIN = re.compile(rf"{_OPEN}{_HEADING}{_OPEN}{_GRADE}{_BETWEEN}{_GRADE}{_CLOSE}", re.IGNORECASE)
 _NAME = r"(?:the\s+)?(?:answer|assistant|response|model|ai|score|grade|rating)"
 _LABEL = rf"{_NAME}\s*#?([12AB])[\s*_`]*[:=\-][\s*_`]*"
@@ -43,7 +45,7 @@ _LABELLED = re.compile(
 )
 _KEY = re.compile(rf"(?:{_NAME}[\s_#-]*)?([12AB])(?:[\s_-]*(?:score|grade|rating))?", re.IGNORECASE)
 _SCORES_KEY = re.compile(r"(?:scores?|grades?|ratings?)", re.IGNORECASE)
-_FENCE = re.compile(r"^\s*```[\w-]*\s*$", re.MULTILINE)
+_FENCE = re.compile(r"^[^\S\n]*```[\w-]*[^\S\n]*$", re.MULTILINE)
 _VERDICT = re.compile(r"\[\[\s*(A>>B|A>B|A=B|B=A|B>A|B>>A|A<B|A<<B|[ABC])\s*\]\]")
 # scores of a verdict; a strong one counts as three, as in Arena-Hard
 _VERDICTS: Mapping[str, Pair] = (
@@ -55,8 +57,12 @@ _VERDICTS: Mapping[str, Pair] = (
 )
 
 
-def parse_scores(text: str, how: Parse = "tolerant") -> Pair | None:
+def parse_scores(text: str, how: Parse = "tolerant", *, cut: bool = False) -> Pair | None:
     """Return the two scores of a reply in the order shown, or None if the rule does not find them.
+
+    Args:
+        cut: whether the reply ends at the limit of its tokens. Then scores must be at its beginning: further down they
+            may be a draft, since some servers send a model's thinking without a tag.
 
     Raises:
         Unreadable: there are scores, but not two numbers that are certain; says why.
@@ -71,6 +77,8 @@ def parse_scores(text: str, how: Parse = "tolerant") -> Pair | None:
     if how == "tolerant" and (first := _scores_at(lines, 0)) is not None:
         return first
     body = "\n".join(lines)
+    if cut and not body.startswith(("{", "[[")):
+        return None
     readings: list[Pair | None] = []
     if how == "tolerant":
         readings += [_scores_at(lines, number) for number in range(1, len(lines))]
@@ -169,16 +177,19 @@ def parse_legacy(text: str) -> Pair | None:
     return (first, second) if math.isfinite(first) and math.isfinite(second) else None
 
 
-def parse_grade(text: str, low: int, high: int, how: Parse = "tolerant") -> float | None:
+def parse_grade(text: str, low: int, high: int, how: Parse = "tolerant", *, cut: bool = False) -> float | None:
     """Return the grade from `low` to `high` on the first line that is not blank, or None.
 
     `strict` accepts a number alone. The other rules also accept emphasis, a label ("Grade: 4"), "4/5" and "4 out of 5",
-    and a grade on another line if no other line has one, or in a JSON object ({"grade": 4}).
+    and a grade on another line if no other line has one, or in a JSON object ({"grade": 4}). Of a reply that is `cut`
+    only the beginning counts (see `parse_scores`).
 
     Raises:
         Unreadable: the reply holds two different grades, or an object has a key twice.
     """
     lines = [line.strip()[:_LONGEST] for line in _without_fences(text, how).splitlines() if line.strip()]
+    if cut and lines and not lines[0].startswith("{"):
+        text, lines = "", lines[:1]
     tolerant = rf"{_OPEN}{_HEADING}{_OPEN}{_NUMBER}(?:\s*/\s*{high}|\s+out\s+of\s+{high})?{_CLOSE}"
     pattern = re.compile(rf"\s*{_NUMBER}\s*" if how == "strict" else tolerant, re.IGNORECASE)
     matches = [pattern.fullmatch(line) for line in (lines[:1] if how == "strict" else lines)]

@@ -17,7 +17,6 @@ from gradsift.config import (
     LocalJudgeConfig,
     OpenaiJudgeConfig,
 )
-from gradsift.data.tokens import template_identity
 from gradsift.data.verifiable import answers_match
 from gradsift.diagnostics import write_diagnostics
 from gradsift.errors import ConfigError
@@ -40,7 +39,7 @@ from gradsift.sources import Source
 if TYPE_CHECKING:
     from gradsift.evaluation.judges.local import LocalJudge
 
-VERSION = 3
+VERSION = 4
 PWS_VERSION = 6
 _CLIENT_OPTIONS = ("api_key_env", "timeout", "retries", "max_wait", "give_up", "give_up_unreadable", "concurrency")
 # options of a request, which belong to a judgment
@@ -109,6 +108,8 @@ def judge_settings(runtime: Runtime, config: JudgeConfig, wording: str | None) -
         settings["annotators"] = {"name": annotator.name, "content": annotator.content}
         settings["base_url"] = config.base_url or annotator.base_url or os.environ.get("OPENAI_BASE_URL")
     if isinstance(config, LocalJudgeConfig):
+        from gradsift.data.tokens import template_identity  # here: the first request is sent before numpy is imported
+
         settings["model"] = None  # represented by the parent artifact
         settings["chat"] = template_identity("chat")  # how its own template is read, and the date that it writes
     return settings if wording is None else {**settings, "wording": wording}
@@ -154,7 +155,7 @@ def _client(
             model=config.model or annotator.model,
             temperature=annotator.temperature,
             max_tokens=config.max_tokens or annotator.max_tokens,
-            parameters=annotator.parameters,
+            extra_body={**annotator.parameters, **(config.extra_body or {})},
             base_url=config.base_url or annotator.base_url,
         )
         return AlpacaEvalJudge(chat, annotator, scope=scope)

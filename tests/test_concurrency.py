@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -14,34 +13,20 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from conftest import SMOKE
 
-_FORKS = multiprocessing.get_context("forkserver")  # torch is loaded once, and every process is a real one
-_FORKS.set_forkserver_preload(["gradsift.cli", "gradsift.pipeline", "gradsift.report.terminal", "lightning"])
 SCORES = (*SMOKE, "stop_after=scores", "data.seed=1", "data.size=60")
-
-
-def _command(folder: str, store: str, log: str, arguments: tuple[str, ...]) -> None:
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    os.chdir(folder)
-    os.environ["GRADSIFT_ARTIFACTS"] = store
-    sys.argv = ["run.py", *arguments]
-    from gradsift.cli import main
-
-    main()
 
 
 def begin(gradsift: Any, name: str, *arguments: str) -> BaseProcess:
     """Start the command line in a new process and folder; its output goes to `NAME.log`."""
     folder = gradsift.folder / name
     folder.mkdir()
-    given = (str(folder), str(gradsift.store), str(gradsift.folder / f"{name}.log"), arguments)
-    process = _FORKS.Process(target=_command, args=given, name=name)
-    process.start()
-    return process
+    environment = {"GRADSIFT_ARTIFACTS": str(gradsift.store)}
+    log = gradsift.folder / f"{name}.log"
+    return forked.begin(folder, *arguments, environment=environment, log=log, name=name)
 
 
 def ended_well(gradsift: Any, *processes: BaseProcess) -> None:

@@ -56,7 +56,7 @@ def outputs_of(store: Path) -> list[dict[str, list[str]]]:
 
 
 def test_a_server_gives_the_answers_of_greedy_decoding(gradsift: Any, endpoint: Endpoint) -> None:
-    run = (*SMOKE, "stop_after=generate", "benchmark.limit=6", f"benchmark.general=[{TERSE}]")
+    run = (*SMOKE, "scorer=random", "stop_after=generate", "benchmark.limit=6", f"benchmark.general=[{TERSE}]")
     assert gradsift(*run) == 0  # the finetuned target answers both sets, the untuned one the general set
     local = outputs_of(gradsift.store)
     (tuned,) = gradsift.store.glob("finetune/*/adapter")
@@ -77,7 +77,7 @@ def test_a_server_gives_the_answers_of_greedy_decoding(gradsift: Any, endpoint: 
 def test_a_server_that_does_not_know_the_adapter_is_told_apart(gradsift: Any, endpoint: Endpoint, capfd: Any) -> None:
     endpoint.behave = lambda text, attempt: (404, "no such model", {})
     remote = ("generator=openai", f"generator.base_url={endpoint.address}", "generator.prompt=chat")
-    assert gradsift(*SMOKE, "stop_after=generate", "benchmark.limit=2", *remote) == 2
+    assert gradsift(*SMOKE, "scorer=random", "stop_after=generate", "benchmark.limit=2", *remote) == 2
     message = capfd.readouterr().err
     assert "check generator.model=" in message and "the LoRA adapter in" in message and "judge." not in message
     assert set(endpoint.paths) == {"/v1/chat/completions"}
@@ -85,7 +85,7 @@ def test_a_server_that_does_not_know_the_adapter_is_told_apart(gradsift: Any, en
 
 def test_a_started_server_gets_vllms_arguments(gradsift: Any) -> None:
     serve = f"generator.serve=[{','.join(STAND_IN)}]"
-    run = (*SMOKE, "stop_after=generate", "benchmark.limit=1", "generator=vllm", serve)
+    run = (*SMOKE, "scorer=random", "stop_after=generate", "benchmark.limit=1", "generator=vllm", serve)
     assert gradsift(*run, "generator.serve_arguments=[--seed,'3']") == 0
     said = [json.loads(texts[0]) for answers in outputs_of(gradsift.store) for texts in answers.values()]
     (base,) = gradsift.store.glob("backbone/nano-llama-*")

@@ -153,15 +153,15 @@ def test_a_wrong_adapter_of_proxy_or_target_is_refused_before_anything_trains(
     assert not any(stage["optimizer_steps"] for stage in gradsift.runs()[-1]["stages"] if not stage["reused"])
 
 
-def test_a_finished_run_loads_no_model(gradsift: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_loads_no_model(after_smoke: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     short = (*SMOKE, "stop_after=finetune")
-    assert gradsift(*short) == 0
+    assert after_smoke(*short) == 0
 
     def fail(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("gradsift.training.backbones.load_backbone", fail)
-    assert gradsift(*short) == 0
+    assert after_smoke(*short) == 0
 
 
 # ------------------------------------------------------------------------------------- checkpointing

@@ -10,7 +10,10 @@ from conftest import SMOKE
 from benchmarks.soak import Forked, soak
 from gradsift.manifests import UNFINISHED
 
-ONE_RUN = (*SMOKE, "proxy.batch_size=4", "proxy.lora.dropout=0.1", "target.steps=20", "target.lora.dropout=0.1")
+ONE_RUN = (
+    *(*SMOKE, "data.size=60", "proxy.batch_size=4", "proxy.lora.dropout=0.1"),
+    *("target.steps=8", "target.lora.dropout=0.1"),
+)
 
 
 def test_three_kills_within_epochs_change_no_byte(tmp_path: Path) -> None:

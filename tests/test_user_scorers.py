@@ -47,8 +47,7 @@ def stages(file: Path) -> dict[str, Any]:
 def test_an_empty_folder_with_the_two_files_runs_and_sweeps(gradsift) -> None:
     folder = gradsift.folder
     write_example(folder)
-    done = run(folder, *OPTIONS)
-    assert done.returncode == 0, done.stderr
+    assert gradsift(*OPTIONS) == 0
     (first,) = folder.glob("outputs/*/*/run.json")
     made = stages(first)["score"]
     assert not made["reused"]

@@ -260,7 +260,7 @@ def _plain(path: Path) -> str:
 
 
 def _points(store: Path) -> dict[str, int]:
-    """What each of them has saved: steps of a training, lines of a journal."""
+    """What each of them has saved: steps of a training, lines of a journal; and the replies of the judge."""
     from gradsift.training.save_point import steps_saved
 
     found = {}
@@ -270,6 +270,9 @@ def _points(store: Path) -> dict[str, int]:
             found[f"{part.parent.name}/{_plain(part)}"] = steps_saved(part) or journal.read_bytes().count(b"\n")
         except (FileNotFoundError, RuntimeError):  # it was finished meanwhile, or has saved nothing yet
             continue
+    if (replies := store / REPLIES_FILE).is_file():
+        with suppress(sqlite3.OperationalError), closing(sqlite3.connect(replies)) as saved:  # it is being made
+            (found["judge/replies"],) = saved.execute("SELECT count(*) FROM replies").fetchone()
     return found
 
 

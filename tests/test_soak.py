@@ -16,9 +16,10 @@ ONE_RUN = (
 )
 
 
-def test_three_kills_within_epochs_change_no_byte(tmp_path: Path) -> None:
+def test_three_kills_within_epochs_and_the_judging_change_no_byte(tmp_path: Path) -> None:
     outcome = soak(tmp_path, 3, 0, ONE_RUN, ("member", "member", "judge"), Forked)
     assert len(outcome.hits) == 3  # whether two of them hit one epoch depends on the machine's load
+    assert outcome.hits[2].at["judge/replies"] > 0
     assert outcome.differing == []
     assert outcome.files > 20
     assert not list(tmp_path.rglob(UNFINISHED))

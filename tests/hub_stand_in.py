@@ -84,6 +84,11 @@ class _Handler(BaseHTTPRequestHandler):
         action, revision, *rest = [*parts[2:], "", ""]
         if not folder.is_dir():
             self._send(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        elif action == "auth-check":
+            if (folder / ".gated").exists():
+                self._send(403, {"error": "Access to it is restricted"}, {"X-Error-Code": "GatedRepo"})
+            else:
+                self._send(200, {})
         elif action and revision not in REVISIONS:
             self._send(404, {"error": f"Invalid rev id: {revision}"}, {"X-Error-Code": "RevisionNotFound"})
         elif action == "resolve" and (folder / ".gated").exists():

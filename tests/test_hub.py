@@ -19,7 +19,7 @@ from gradsift.composition import compose_config
 from gradsift.config import HubDataConfig
 from gradsift.data.examples import SourceRow
 from gradsift.data.hub import load_hub
-from gradsift.data.load import load
+from gradsift.data.load import load, require_dataset
 from gradsift.errors import ConfigError, DataError
 
 LOAD = """
@@ -33,6 +33,19 @@ for line in sys.stdin:
     except DataError as error:
         answer = str(error)
     print(json.dumps(answer), flush=True)
+"""
+EARLY = """
+import json, sys
+sys.modules["gradsift.pipeline"] = None  # a run that comes this far fails: it imports torch and all else
+sys.stderr = sys.stdout
+from gradsift import cli
+for line in sys.stdin:
+    sys.argv = ["run.py", "data=hub", *json.loads(line)]
+    try:
+        cli.main()
+    except SystemExit:
+        pass
+    assert "torch" not in sys.modules and "datasets" not in sys.modules
 """
 CARD = """---
 configs:
@@ -145,6 +158,57 @@ def test_streaming_reads_as_many_rows_as_are_drawn(tmp_path: Path, monkeypatch: 
     assert asked == [("owner/one", None, "train", None, 5)]
     assert (artifact.info["rows"], artifact.info["heldout"]) == (3, 2)
     assert load(runtime(tmp_path), HubDataConfig(**options)).fingerprint != artifact.fingerprint
+
+
+def test_a_dataset_that_cannot_be_read_is_refused_before_the_slow_imports(tmp_path: Path) -> None:
+    written(tmp_path / "hub/owner/one/data.jsonl", RIVERS)
+    written(tmp_path / "hub/owner/gated/data.jsonl", RIVERS)
+    (tmp_path / "hub/owner/gated/.gated").touch()
+    options = ["proxy=tiny_bytes", "target=smollm2", "stop_after=selection", "tracker=none", "report=false"]
+    words = {
+        "owner/missing": "error: data.id=owner/missing is no dataset of the hub",
+        "owner/gated": "error: data.id=owner/gated is gated: accept its terms",
+        "owner/one data.revision=v9": "error: data.id=owner/one at data.revision=v9 is no dataset",
+        "owner/one": "gradsift.pipeline",
+    }
+    with serving(tmp_path / "hub") as address:
+        asked = [[*f"data.id={each}".split(), *options] for each in words]
+        lines = printed_by_client(EARLY, address, tmp_path, asked).splitlines()
+    for line, expected in zip(lines, words.values(), strict=True):
+        assert expected in line
+
+
+REQUIRE = """
+import sys
+from gradsift.data.hub import require_dataset
+from gradsift.errors import DataError
+try:
+    print(require_dataset(sys.argv[1], None))
+except DataError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("cached", ["hub/datasets--owner--one", "datasets/owner___one_in_another_case"])
+def test_without_a_network_only_what_may_be_cached_goes_on(cached: str, tmp_path: Path) -> None:
+    with serving(tmp_path) as address:
+        pass  # nobody serves there any more
+    gone = "data.id=owner/one is not in the local cache and the hub cannot be reached"
+    assert printed_by_client(REQUIRE, address, tmp_path, (), "owner/one").startswith(gone)
+    (tmp_path / "cache" / cached).mkdir(parents=True)
+    assert printed_by_client(REQUIRE, address, tmp_path, (), "owner/one") == "None\n"
+    assert "cannot be reached" in printed_by_client(REQUIRE, address, tmp_path, (), "other/one")
+
+
+def test_rows_that_are_in_the_store_need_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dataset may be gone from the hub by now."""
+    monkeypatch.setattr("gradsift.data.hub.load_hub", lambda *given: iter([SourceRow(0, RIVERS[0])]))
+    monkeypatch.setattr("gradsift.data.hub.require_dataset", lambda *given: pytest.fail("asked the hub"))
+    made, config = runtime(tmp_path), HubDataConfig(id="owner/one")
+    with pytest.raises(pytest.fail.Exception):
+        require_dataset(made.store, config)
+    load(made, config)
+    require_dataset(made.store, config)
 
 
 @pytest.mark.parametrize("id", ["a/b/c", "https://hub/owner/one", "owner/on e", ""])

@@ -13,7 +13,7 @@ import yaml
 
 from gradsift.artifacts import Store
 from gradsift.config import Config, dump_config
-from gradsift.config.data import JsonDataConfig, MixtureDataConfig
+from gradsift.config.data import HubDataConfig, JsonDataConfig, MixtureDataConfig
 from gradsift.data.chat_templates import file_text, is_chat
 from gradsift.data.paths import require_files
 from gradsift.launch import LOST, leads
@@ -145,6 +145,10 @@ def _require_files(config: Config) -> None:
     data = config.data
     if isinstance(data, JsonDataConfig):
         require_files(data.path)
+    if isinstance(data, HubDataConfig):
+        from gradsift.data.load import require_dataset
+
+        require_dataset(Store(Path(config.artifacts)), data)
     if isinstance(data, MixtureDataConfig):
         for name, source in data.sources.items():
             if source.path is not None:

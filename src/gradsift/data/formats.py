@@ -27,7 +27,7 @@ from gradsift.data.turns import (
 )
 from gradsift.errors import ConfigError, DataError
 
-_UNSHOWN = {  # columns that change the meaning of a row, and that no template here can show
+_UNSHOWN = {  # columns that change the meaning of a row, and for which an example has no place
     "tools": "tools",
     "functions": "tools",
     "reasoning_content": "reasoning apart from the answer",
@@ -123,8 +123,7 @@ def _original(content: Any) -> dict[str, Any]:
         meaning = _UNSHOWN.get(folded(name))
         if meaning and not is_empty(value):
             raise Unusable(
-                f"column {name!r} holds {meaning}, which a text template cannot show; delete the column to train on "
-                "the other columns alone"
+                f"column {name!r} holds {meaning}, which would be lost; delete the column to train on the others alone"
             )
     _require_desired(original)
     return original

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -9,6 +10,34 @@ from pathlib import Path
 
 from gradsift.data.examples import SourceRow
 from gradsift.errors import DataError
+
+_PATIENCE = 10.0  # seconds for an answer of the hub before a run
+
+
+def require_dataset(id: str, revision: str | None) -> None:
+    """Ask the hub whether a dataset can be read, before the slow imports; not if HF_HUB_OFFLINE=1.
+
+    Raises:
+        DataError: the dataset or the revision does not exist, or is gated; or the hub cannot be reached, and the local
+            cache has nothing of the dataset.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if constants.HF_HUB_OFFLINE or Path(id).exists():
+        return
+    http_error: type[Exception] = HfHubHTTPError.__bases__[0]
+    api = HfApi()
+    try:
+        if api.dataset_info(id, revision=revision, timeout=_PATIENCE).gated:
+            api.auth_check(id, repo_type="dataset")
+    except GatedRepoError as error:
+        raise _gated(id) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise _missing(id, revision) from error
+    except (http_error, OSError) as error:
+        if not _may_be_cached(id):
+            raise _unreachable(id, error) from error
 
 
 def load_hub(
@@ -39,26 +68,44 @@ def load_hub(
         dataset = datasets.load_dataset(id, subset, revision=revision, split=split, streaming=first is not None)
         rows = dataset if first is None else list(islice(dataset, first))
     except DatasetNotFoundError as error:
-        if "gated" in str(error).lower():
-            raise DataError(
-                f"data.id={id} is gated: accept its terms on its hub page, then log in with `hf auth login`"
-            ) from error
-        at = f" at data.revision={revision}" if revision else ""
-        raise DataError(
-            f"data.id={id}{at} is no dataset of the hub (or a private one: log in with `hf auth login`); check the name"
-        ) from error
+        raise (_gated(id) if "gated" in str(error).lower() else _missing(id, revision)) from error
     except HFValidationError as error:
         raise DataError(f"data.id={id} is no name of a hub dataset; give it as OWNER/NAME") from error
     except DataFilesNotFoundError as error:
         raise DataError(f"data.id={id} holds no files of rows that can be read; check the name") from error
     except (OfflineModeIsEnabled, http_error, OSError) as error:
-        raise DataError(
-            f"data.id={id} is not in the local cache and the hub cannot be reached ({_first_line(error)}); connect "
-            "once (with HF_HUB_OFFLINE unset), or take data=json data.path=FILE"
-        ) from error
+        raise _unreachable(id, error) from error
     except (DatasetsError, ValueError, RuntimeError) as error:  # an unknown split or subset, or a script
         raise DataError(f"data.id={id}: {_advice(str(error), split, subset)}") from error
     return (SourceRow(row, content) for row, content in enumerate(rows))
+
+
+def _gated(id: str) -> DataError:
+    return DataError(f"data.id={id} is gated: accept its terms on its hub page, then log in with `hf auth login`")
+
+
+def _missing(id: str, revision: str | None) -> DataError:
+    at = f" at data.revision={revision}" if revision else ""
+    return DataError(
+        f"data.id={id}{at} is no dataset of the hub (or a private one: log in with `hf auth login`); check the name"
+    )
+
+
+def _unreachable(id: str, error: Exception) -> DataError:
+    return DataError(
+        f"data.id={id} is not in the local cache and the hub cannot be reached ({_first_line(error)}); connect once "
+        "(with HF_HUB_OFFLINE unset), or take data=json data.path=FILE"
+    )
+
+
+def _may_be_cached(id: str) -> bool:
+    """Return whether the caches of huggingface_hub and datasets have anything of a dataset, or of its owner's."""
+    from huggingface_hub import constants
+
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets"))
+    owner, _, name = id.rpartition("/")
+    pattern = f"{owner}___*" if owner else f"{name.lower()}*"  # datasets writes a name in another case
+    return Path(constants.HF_HUB_CACHE, f"datasets--{id.replace('/', '--')}").is_dir() or any(prepared.glob(pattern))
 
 
 def _first_line(error: BaseException) -> str:

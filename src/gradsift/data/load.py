@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gradsift.artifacts import Artifact
+from gradsift.artifacts import Artifact, Store
 from gradsift.config import (
     COPIES,
     CorruptionConfig,
@@ -24,7 +24,7 @@ from gradsift.config import (
     MixtureDataConfig,
     VerifiableDataConfig,
 )
-from gradsift.data import corruption, dedup, formats, verifiable
+from gradsift.data import corruption, dedup, formats, hub, verifiable
 from gradsift.data.examples import Example, Rejected, draw, read_examples, write_examples, write_rejected
 from gradsift.data.mixture import parse_mixture, row_source, weighted
 from gradsift.errors import ConfigError, DataError
@@ -58,6 +58,12 @@ def load(runtime: Runtime, config: DataConfig) -> Artifact:
     if isinstance(config, VerifiableDataConfig):
         return _load_world(runtime, config)
     return _load_rows(runtime, config)
+
+
+def require_dataset(store: Store, config: HubDataConfig) -> None:
+    """Refuse a dataset of the hub that cannot be read, unless the store has its rows; see `hub.require_dataset`."""
+    if not store.has("load", config.name, _settings(config), [], version=ROWS_VERSION):
+        hub.require_dataset(config.id, config.revision)
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:

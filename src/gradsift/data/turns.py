@@ -1,7 +1,7 @@
 """Conversations: lists of turns in the forms that datasets hold, to turns of system, user and assistant.
 
-Reasoning that stands apart from an answer becomes a think block before it. A row is rejected if it holds what a text
-template cannot show: tool calls, images.
+Reasoning that stands apart from an answer becomes a think block before it. A row is rejected if it holds what an
+example has no place for: tool calls, images.
 """
 
 from __future__ import annotations
@@ -197,11 +197,10 @@ def _turn(entry: Any, number: int) -> Turn:
     for key, meaning in _UNSHOWN.items():
         if not is_empty(entry.get(key)):
             raise Unusable(
-                f"turn {number} holds {meaning} ({key!r}), which a text template cannot show; delete the key to train "
-                "without it"
+                f"turn {number} holds {meaning} ({key!r}), which would be lost; delete the key to train without it"
             )
     if role_name in _TOOL_ROLES:
-        raise Unusable(f"turn {number} has the role {role_name!r}; a text template cannot show a tool's turns")
+        raise Unusable(f"turn {number} has the role {role_name!r}; a tool's turns would be lost")
     if role_name not in ROLES:
         raise Unusable(f"turn {number} has the role {role_name[:40]!r}; known: {', '.join(ROLES)}")
     role, name = ROLES[role_name], f"{content_key!r} of turn {number}"

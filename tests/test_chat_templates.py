@@ -253,6 +253,13 @@ def test_a_think_block_is_refused_where_reasoning_has_another_notation(family: s
     assert responses(TURNS, tokenizer)
 
 
+@pytest.mark.parametrize("family", ["llama3", "qwen3_instruct_2507_training"])
+def test_a_template_without_reasoning_shows_a_think_block_as_text(family: str, tokenizer_of: Any) -> None:
+    tokenizer = tokenizer_of(template_text(family))  # the second one names `reasoning_content` in a comment
+    _, turns = with_reasoning(reasoning="twice two")
+    assert responses(turns, tokenizer)[0].startswith("<think>\ntwice two\n</think>\n\nIt is four.")
+
+
 @pytest.mark.parametrize("said", ["twice two</think>Four.", "<think>twice two</think>Four."])
 @pytest.mark.parametrize("family", ["deepseek_r1_distill", "deepseekv3_training"])
 def test_thoughts_that_the_template_would_drop_are_in_the_last_response(

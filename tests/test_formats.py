@@ -319,7 +319,7 @@ def test_prompt_and_completion_as_text() -> None:
         ("a", "is a text, not a list of turns"),
         ([], "no turn is the assistant's"),
         (turns(("user", "a")), "no turn is the assistant's"),
-        (turns(("tool", "a"), ("assistant", "b")), "turn 1 has the role 'tool'; a text template cannot show"),
+        (turns(("tool", "a"), ("assistant", "b")), "turn 1 has the role 'tool'; a tool's turns would be lost"),
         (
             turns(("narrator", "a"), ("assistant", "b")),
             "turn 1 has the role 'narrator'; known: system, developer, user",

@@ -95,7 +95,8 @@ def model(byte_tokenizer: Any, tmp_path: Path) -> Path:
 
 def own_template(folder: Path) -> str:
     """Return the path of a chat template that is not the model's."""
-    (folder / "own.jinja").write_text(MARKED.replace("'<|im_start|>' + m['role']", "'[' + m['role'] + ']'"))
+    text = MARKED.replace("'<|im_start|>' + m['role']", "'[' + m['role'] + ']'")
+    (folder / "own.jinja").write_text(text.replace("<|im_start|>assistant", "[assistant]"))
     return str(folder / "own.jinja")
 
 

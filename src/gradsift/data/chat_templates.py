@@ -34,7 +34,7 @@ FILE_SUFFIX = ".jinja"
 DATE = datetime.date(2024, 7, 26)  # the one that Llama 3's templates write where no date is known
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 _THINK, _THOUGHT = "<think>", "</think>"
-_REASONS_APART = re.compile(r"\breasoning_content\b|\bmessage\.thinking\b")
+_REASONS_APART = re.compile(r"\w(?:\.|\.get\(['\"]|\[['\"])(?:reasoning_content|thinking)\b")  # a key of a message
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # a template is a program over data that its author did not foresee, and Jinja passes on what its expressions raise
 _RAISED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)

@@ -106,7 +106,7 @@ def _original(content: Any) -> dict[str, Any]:
     """Return the columns as JSON values.
 
     Raises:
-        Unusable: the row is not an object, a column holds what JSON or a text template cannot show, or one marks the
+        Unusable: the row is not an object, a column holds what JSON cannot hold or what would be lost, or one marks the
             response as undesired.
     """
     if not isinstance(content, dict):

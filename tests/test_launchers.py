@@ -22,7 +22,7 @@ def _needs(plugin: str) -> pytest.MarkDecorator:
 
 
 LAUNCHERS = [
-    pytest.param(JOBLIB, id="joblib", marks=_needs("joblib")),
+    pytest.param(JOBLIB, id="joblib", marks=[_needs("joblib"), pytest.mark.slow]),  # CI runs it too
     pytest.param(SUBMITIT, id="submitit_local", marks=[_needs("submitit"), pytest.mark.slow]),
     pytest.param(RAY, id="ray", marks=[_needs("ray"), pytest.mark.slow]),
 ]

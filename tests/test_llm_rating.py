@@ -150,20 +150,20 @@ def test_a_cap_ends_the_run_cleanly_and_the_same_command_goes_on(gradsift, endpo
     assert len(endpoint.bodies) == len({body["messages"][1]["content"] for body in endpoint.bodies})
 
 
-def test_pairs_are_judged_within_the_cap_and_the_cost_is_in_the_run(gradsift, endpoint: Endpoint, capsys) -> None:
+def test_pairs_are_judged_within_the_cap_and_the_cost_is_in_the_run(after_smoke, endpoint: Endpoint, capsys) -> None:
     endpoint.behave = lambda text, attempt: (200, "8 7\nFine.", {})
     endpoint.usage = {"prompt_tokens": 100, "completion_tokens": 10}
     run = (*SMOKE, "scorer=random", *at(endpoint, "judge.price_input=1", "judge.price_output=10"))
-    assert gradsift(*run, "judge.dry_run=true") == 0
-    (dry,) = gradsift.runs()
+    assert after_smoke(*run, "judge.dry_run=true") == 0
+    (dry,) = after_smoke.runs()
     assert (dry["status"], dry["pws"]) == ("stopped", None)
     assert dry["accuracy"]["model"] is not None  # as far as the answers
     prompts = int(dry["dry_run"].split()[0])
     assert endpoint.bodies == [] and 0 < prompts <= 52
-    assert gradsift(*run, "judge.max_calls=10") == 2
+    assert after_smoke(*run, "judge.max_calls=10") == 2
     assert "judge.max_calls=10 is reached" in capsys.readouterr().err
-    assert gradsift(*run) == 0
-    finished = gradsift.runs()[-1]
+    assert after_smoke(*run) == 0
+    finished = after_smoke.runs()[-1]
     assert len(endpoint.bodies) == prompts
     assert finished["pooled"]["n"] == 26 and finished["pooled"]["invalid"] == 0
     assert finished["judging"] == {
@@ -176,8 +176,8 @@ def test_pairs_are_judged_within_the_cap_and_the_cost_is_in_the_run(gradsift, en
             "usd": pytest.approx(prompts * 200e-6),
         },
     }
-    assert gradsift(*run, "judge.dry_run=true") == 0  # judged before: there is nothing to plan
-    assert gradsift.runs()[-1]["status"] == "finished"
+    assert after_smoke(*run, "judge.dry_run=true") == 0  # judged before: there is nothing to plan
+    assert after_smoke.runs()[-1]["status"] == "finished"
 
 
 def test_the_score_table_holds_the_grades(gradsift) -> None:

@@ -23,6 +23,7 @@ from gradsift.training.finetuning import ShowProgress
 from gradsift.training.modules import TargetFinetuning
 
 REPOSITORY = Path(__file__).parents[1]
+SMALLER = (*SMOKE, "data.size=60", "data.benchmark_items=13")
 
 
 def trained(run: dict[str, Any]) -> int:
@@ -59,16 +60,16 @@ def test_a_run_ends_with_a_pws_and_a_second_run_computes_nothing(gradsift, capsy
 
 
 def test_a_sweep_trains_one_ensemble_and_one_reference(gradsift, capsys) -> None:
-    arguments = ("-m", *SMOKE, "alpha=0.05,0.1", "scorer=gsnr,random")
+    arguments = ("-m", *SMALLER, "alpha=0.05,0.1", "scorer=gsnr,random")
     assert gradsift(*arguments) == 0
     runs = gradsift.runs()
     assert len(runs) == 4
     done = [stage for run in runs for stage in run["stages"] if not stage["reused"]]
     assert [stage["name"] for stage in done].count("member") == 4
     tuned = {stage["artifact"] for run in runs for stage in run["stages"] if stage["name"] == "finetune"}
-    assert len([path for path in tuned if "-120rows-" in path]) == 1
+    assert len([path for path in tuned if "-60rows-" in path]) == 1
     assert len({stage["fingerprint"] for stage in done}) == len(done)  # nothing was made twice
-    assert {run["selection"]["rows"] for run in runs} == {6, 12}
+    assert {run["selection"]["rows"] for run in runs} == {3, 6}
     assert "results.csv" in capsys.readouterr().out
 
     assert gradsift(*arguments) == 0
@@ -76,7 +77,7 @@ def test_a_sweep_trains_one_ensemble_and_one_reference(gradsift, capsys) -> None
 
 
 def test_members_and_epochs_are_shared_between_ensembles_and_snapshots(gradsift) -> None:
-    smoke = (*SMOKE, "stop_after=scores")
+    smoke = (*SMALLER, "stop_after=scores")
     assert gradsift(*smoke, "proxy.members=2", "proxy.snapshots=[1,2]") == 0
     assert gradsift(*smoke, "proxy.members=3", "proxy.snapshots=[1,2]") == 0
     assert names(gradsift.runs()[-1], reused=False).count("member") == 2  # the third member alone
@@ -88,7 +89,7 @@ def test_members_and_epochs_are_shared_between_ensembles_and_snapshots(gradsift)
 
 
 def test_an_epoch_that_no_snapshot_needs_is_trained_and_not_collected(gradsift) -> None:
-    smoke = (*SMOKE, "stop_after=scores", "proxy.members=2")
+    smoke = (*SMALLER, "stop_after=scores", "proxy.members=2")
     assert gradsift(*smoke, "proxy.snapshots=[1,3]") == 0
     made = names(gradsift.runs()[-1], reused=False)
     assert (made.count("member"), made.count("norms")) == (6, 4)
@@ -370,7 +371,7 @@ def test_an_edited_users_scorer_is_computed_again(gradsift) -> None:
 
 
 def test_a_sweep_given_again_runs_only_its_failed_job(gradsift, monkeypatch) -> None:
-    arguments = ("-m", *SMOKE, "alpha=0.1,0.2", "compute.save_every=0")
+    arguments = ("-m", *SMALLER, "alpha=0.1,0.2", "compute.save_every=0")
     tunes = count()
 
     class BreaksDown(ShowProgress):

@@ -44,7 +44,25 @@ def stages(file: Path) -> dict[str, Any]:
     return {stage["name"]: stage for stage in json.loads(file.read_text())["stages"]}
 
 
-def test_an_empty_folder_with_the_two_files_runs_and_sweeps(gradsift) -> None:
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param((), id="one process"),
+        pytest.param(
+            ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
+            id="joblib",
+            marks=[
+                pytest.mark.slow,  # CI runs it too
+                pytest.mark.skipif(
+                    importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is None,
+                    reason="joblib's launcher is not installed (an optional extra)",
+                ),
+            ],
+        ),
+    ],
+)
+def test_an_empty_folder_with_the_two_files_runs_and_sweeps(gradsift, launcher: tuple[str, ...]) -> None:
+    """The sweep is a command of its own, as a user gives it."""
     folder = gradsift.folder
     write_example(folder)
     assert gradsift(*OPTIONS) == 0
@@ -52,8 +70,6 @@ def test_an_empty_folder_with_the_two_files_runs_and_sweeps(gradsift) -> None:
     made = stages(first)["score"]
     assert not made["reused"]
 
-    has_joblib = importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher")
-    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if has_joblib else []
     done = run(folder, "-m", *OPTIONS, "scorer.most=400,5", *launcher)
     assert done.returncode == 0, done.stderr
     same, other = (stages(file)["score"] for file in sorted(folder.glob("multirun/*/*/*/run.json")))

@@ -50,6 +50,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return len(os.sched_getaffinity(0)) + 1
 
 
+# They take longest and wait for processes: begun last, they would leave the other workers idle. The first two share one
+# server of forks, so they are best run by one worker.
+FIRST = ["test_concurrency.py", "test_soak.py", "test_ranks.py", "test_cuda_paths.py", "test_figures.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Spare the garbage collector what stays for the whole session: the modules and the tests."""
     gc.collect()

@@ -24,7 +24,7 @@ from gradsift.data.tokens import encode
 from gradsift.errors import ConfigError, DataError
 from gradsift.training.backbones import Backbone
 from gradsift.training.lora import CONFIG_FILE
-from gradsift.training.pins import require_known
+from gradsift.training.pins import require_chat_template, require_known
 
 FOREIGN = ("data=json", "data.path=rows.jsonl", "stop_after=finetune")
 PIN = """
@@ -220,6 +220,36 @@ def test_code_that_is_not_needed_is_no_reason_to_refuse_a_model(changes: dict[st
     for kind in ("mine", "ph", None, 7):  # a part of a known name is none
         with pytest.raises(DataError, match=f'no model_type="{kind}"'):
             require_known(ModelConfig(path="own"), OWN_CODE | {"model_type": kind})
+
+
+@pytest.mark.parametrize("file", [None, "tokenizer_config.json", "chat_template.jinja", "chat_template.json"])
+def test_a_tokenizer_without_a_chat_template_is_refused_before_any_work(file: str | None, tmp_path: Path) -> None:
+    config = ModelConfig(path=str(tmp_path))
+    require_chat_template(config, "target.template")  # a model without these settings is refused when it is loaded
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    if file is None:
+        with pytest.raises(ConfigError, match=r"target\.template=chat needs .*; choose target\.template=alpaca"):
+            require_chat_template(config, "target.template")
+        return
+    (tmp_path / file).write_text('{"chat_template": "{{ messages }}"}')
+    require_chat_template(config, "target.template")
+
+
+def test_a_targets_chat_template_is_missed_before_the_proxy_is_trained(
+    gradsift: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradsift.pipeline", None)
+    Path("rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "base/tokenizer_config.json").write_text("{}")
+    options = ("proxy=smollm2", "target=hf", "target.model=base", "target.template=chat", "tracker=none")
+    assert gradsift(*FOREIGN, *options) == 2
+    assert "target.template=chat needs a tokenizer with a chat template, which that of base" in capsys.readouterr().err
+    assert gradsift("proxy.template=chat", "tracker=none") == 2
+    assert "proxy.template=chat needs a tokenizer with a chat template, which that of nano" in capsys.readouterr().err
+    assert gradsift(*FOREIGN[:2], *options, "stop_after=selection", "report=false") == 2  # no target is needed
+    assert "target.template" not in capsys.readouterr().err
 
 
 @pytest.fixture(scope="session")

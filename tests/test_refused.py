@@ -39,6 +39,7 @@ def folder(tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch)
     byte_tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADSIFT_ARTIFACTS", str(tmp_path / "store"))
     return tmp_path
 
 

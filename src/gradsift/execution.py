@@ -19,7 +19,7 @@ from gradsift.data.paths import require_files
 from gradsift.launch import LOST, leads
 from gradsift.run_folder import CONFIG_FILE, RUN_FILE
 from gradsift.tracking import group_of
-from gradsift.training.pins import require_model
+from gradsift.training.pins import require_chat_template, require_model
 
 if TYPE_CHECKING:
     from gradsift.report.terminal import RunView
@@ -158,6 +158,9 @@ def _require_files(config: Config) -> None:
             file_text(template)
     for model in config.models:
         require_model(Store(Path(config.artifacts)), model)
+    for name, group in {"proxy": config.proxy, "target": config.target}.items():
+        if group.template == "chat" and any(group.model is model for model in config.models):
+            require_chat_template(group.model, f"{name}.template")
     if data.scores is not None:
         from gradsift.scoring.published import require_scores
 

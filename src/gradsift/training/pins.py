@@ -9,7 +9,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from gradsift.outside_json import loads
 from gradsift.runtime import Display
 
 VERSION = 2  # of backbones
+_TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 _ARCHITECTURES = ("auto_mappings.py", "configuration_auto.py")  # of transformers 5 and 4
 _OWN_CODE = ("AutoConfig", "AutoModelForCausalLM")
 _MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
@@ -72,6 +73,38 @@ def require_model(store: Store, config: ModelConfig) -> None:
         require_known(config, require_config(folder, str(config.path)))
     elif not store.has("backbone", slug_of_path(str(config.path)), _hub_settings(config), [], version=VERSION):
         config_on_hub(config)
+
+
+def require_chat_template(config: ModelConfig, option: str) -> None:
+    """Refuse `template=chat` for a tokenizer without a chat template, as far as its files are on this machine.
+
+    Args:
+        option: the one that is set to chat.
+
+    Raises:
+        ConfigError: the tokenizer has none.
+    """
+    if config.kind == "smollm2":
+        return
+    if config.kind == "pretrained":
+        settings, *templates = (_file_here(config, name) for name in _TEMPLATE_FILES)
+        if settings is None or any(templates) or '"chat_template' in settings.read_text("utf-8", errors="replace"):
+            return
+    raise ConfigError(
+        f"{option}=chat needs a tokenizer with a chat template, which that of {config.path or config.kind} has not; "
+        f"choose {option}=alpaca, {option}=plain, or a template of your own, as in {option}=FILE.jinja"
+    )
+
+
+def _file_here(config: ModelConfig, name: str) -> Path | None:
+    """Return a file or folder of a model that is on this machine."""
+    folder = folder_of(config)
+    if folder is not None:
+        return folder / name if (folder / name).exists() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(str(config.path), name, revision=config.revision)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def require_bitsandbytes(config: ModelConfig) -> None:
@@ -145,12 +178,16 @@ def config_on_hub(config: ModelConfig) -> Path:
         DataError: the model is gated or not there, needs code that may not run, or the hub cannot be reached.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
 
     path = str(config.path)
     with hub_errors(config):
         if not isinstance(try_to_load_from_cache(path, "config.json", revision=config.revision), str):
             get_hf_file_metadata(hf_hub_url(path, "config.json", revision=config.revision))
         file = Path(hf_hub_download(path, "config.json", revision=config.revision))
+        for name in _TEMPLATE_FILES:  # for `require_chat_template`
+            with suppress(EntryNotFoundError):
+                hf_hub_download(path, name, revision=config.revision)
     require_known(config, require_config(file.parent, path))
     return file
 

@@ -158,9 +158,13 @@ def _require_files(config: Config) -> None:
             file_text(template)
     for model in config.models:
         require_model(Store(Path(config.artifacts)), model)
-    for name, group in {"proxy": config.proxy, "target": config.target}.items():
-        if group.template == "chat" and any(group.model is model for model in config.models):
-            require_chat_template(group.model, f"{name}.template")
+    shown = {
+        "proxy": (config.proxy.model, config.proxy.template),
+        "target": (config.target.model, config.target.template),
+    }
+    for name, (model, template) in shown.items():
+        if template == "chat" and any(model is used for used in config.models):
+            require_chat_template(model, f"{name}.template")
     if data.scores is not None:
         from gradsift.scoring.published import require_scores
 

@@ -1,6 +1,6 @@
 """Measure the coverage of the intervals of PWS and of differences, and how often equal cells or models are told apart.
 
-    python -m benchmarks.interval_coverage [--draws 2000]
+    python -m benchmarks.interval_coverage [--draws 1000]
 
 Outcomes are drawn from a normal variable per seed and item, cut at the shares of win, tie and lose. Items and seeds
 have effects of their own, given as standard deviations relative to that of the rest.
@@ -31,13 +31,8 @@ def draw(
     return np.where(normal < lose, -1, np.where(normal > tie, 1, 0))
 
 
-def main() -> None:
-    """Print tables of the coverage of PWS, of false claims in sweeps, and of differences between equal models."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--draws", type=int, default=2000, help="simulated sweeps or cells per figure (default 2000)")
-    draws = parser.parse_args().draws
-    rng = np.random.default_rng(0)
-    print("coverage of the 95 % interval; columns: seeds, effect of items, effect of seeds")
+def coverage(draws: int, rng: np.random.Generator) -> None:
+    print("coverage of the 95 % interval of PWS; columns: seeds, effect of items, effect of seeds")
     print("items  win/tie/lose        " + "  ".join(f"{design!s:>14}" for design in DESIGNS))
     for items in (20, 30, 80):
         for shares in SHARES:
@@ -47,12 +42,18 @@ def main() -> None:
                 intervals = [mean_interval(draw(rng, shares, design, items)) for _ in range(draws)]
                 cells.append(np.mean([low <= truth <= high for low, high in intervals]))
             print(f"{items:5d}  {'/'.join(map(str, shares)):18}  " + "  ".join(f"{cell:14.3f}" for cell in cells))
-    print("\nsweeps of 24 equal cells, 80 items, in which some cell is called different from 1 at level .05")
+
+
+def sweeps(draws: int, rng: np.random.Generator) -> None:
+    print("sweeps of 24 equal cells, 80 items, in which some cell is called different from 1 at level .05")
     for design in DESIGNS:
-        values = [[p_value(draw(rng, SHARES[2], design, 80)) for _ in range(24)] for _ in range(draws // 4)]
+        values = [[p_value(draw(rng, SHARES[2], design, 80)) for _ in range(24)] for _ in range(draws)]
         plain, corrected = (np.mean([min(rule(row)) < 0.05 for row in values]) for rule in (list, holm))
         print(f"{design!s:>16}  without correction {plain:.3f}  with Holm's {corrected:.3f}")
-    print("\ntwo equal models: coverage of the interval of their difference, and how often they are told apart")
+
+
+def differences(draws: int, rng: np.random.Generator) -> None:
+    print("two equal models: coverage of the interval of their difference, and how often they are told apart")
     for items in (20, 80):
         for shares in SHARES:
             cells = []
@@ -62,6 +63,15 @@ def main() -> None:
                 covered = np.mean([each.low <= 0 <= each.high for each in found])
                 cells.append(f"{covered:.3f} {np.mean([each.p_value < 0.05 for each in found]):.3f}")
             print(f"{items:5d}  {'/'.join(map(str, shares)):18}  " + "  ".join(f"{cell:>14}" for cell in cells))
+
+
+def main() -> None:
+    """Print a table each of the coverage of PWS, of false claims in sweeps, and of differences between equal models."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--draws", type=int, default=1000, help="simulated cells, sweeps or pairs per figure")
+    draws = parser.parse_args().draws
+    for table in (coverage, sweeps, differences):
+        table(draws, np.random.default_rng(0))
 
 
 if __name__ == "__main__":

@@ -179,8 +179,10 @@ def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) 
     (low_1, high_1), (low_2, high_2) = mean_interval(first, confidence), mean_interval(second, confidence)
     below, above = float(first.mean()) - low_1, high_1 - float(first.mean())
     below_2, above_2 = float(second.mean()) - low_2, high_2 - float(second.mean())
-    # at least as wide as for items that are all ties: models that do not differ here may differ on other items
-    least = mean_interval(np.zeros_like(gap), confidence)[1]
+    # at least as wide as the t interval, since the correlation is an estimate, and as wide as for items that are all
+    # ties: models that do not differ here may differ on other items
+    of_gaps = float(stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(variance)
+    least = max(of_gaps, mean_interval(np.zeros_like(gap), confidence)[1])
     low = mean - max(least, math.sqrt(max(0.0, below**2 - 2 * correlation * below * above_2 + above_2**2)))
     high = mean + max(least, math.sqrt(max(0.0, above**2 - 2 * correlation * above * below_2 + below_2**2)))
     if len(gap) == 1 or variance == 0:

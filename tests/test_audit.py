@@ -294,6 +294,15 @@ def test_a_method_that_failed_on_one_dataset_is_named_with_it_and_in_no_mean(tmp
     ]
 
 
+def test_a_run_whose_audit_is_lost_is_named_and_hides_no_other(tmp_path: Path) -> None:
+    jobs = [audited(tmp_path, number, [f"scorer={name}"], spoilt=[0.1, 0.1]) for number, name in enumerate("ab")]
+    (jobs[1][0].parent / "audit.json").unlink()
+    audit = sweep_audit(jobs)
+    assert audit is not None and column(audit, "spoilt at 5 %")["a"] == "0.10"
+    (lost,) = audit.failed
+    assert (lost["method"], lost["error"]) == ("b", "audit.json is not in the run's folder any more")
+
+
 def test_a_sweep_without_an_audit_has_none(tmp_path: Path) -> None:
     assert sweep_audit([(tmp_path / "run.json", {"status": "finished", "overrides": []})]) is None
     assert audit_tables(SweepAudit([], []), brief=True) == []

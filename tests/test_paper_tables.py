@@ -203,9 +203,12 @@ def test_the_headline_claims_no_difference_that_is_not_there_and_says_what_is_in
     assert "not distinguishable from the model tuned on all rows" in even.verdicts[0]
     clear = headline(sweep(judged("gsnr", "w" * 30), judged("random", "l" * 30)))
     assert "above the model tuned on all rows" in clear.verdicts[0]
+    assert not any("no valid judgment" in verdict for verdict in clear.verdicts)
     cell = {"pws": 1.0, "pws_low": 0.5, "pws_high": 1.5, "win": 4, "tie": 0, "lose": 4, "invalid": 2, "n": 10}
     one = headline(Material(Path("run"), [run("gsnr", 1.0, pooled=cell, benchmarks={"vicuna": cell})], False))
     assert "20% of its 10 items have no valid judgment" in one.verdicts[0]
+    some = headline(sweep(run("gsnr", 1.2), run("random", 1.0, pooled=cell, benchmarks={"vicuna": cell})))
+    assert "Of the 20 items in all cells 2 (10.0%) have no valid judgment." in some.verdicts
 
 
 def test_the_headline_names_the_limits_of_one_seed_and_the_baselines() -> None:
@@ -215,6 +218,14 @@ def test_the_headline_names_the_limits_of_one_seed_and_the_baselines() -> None:
     one, two = headline(sweep(seeds[0])), headline(sweep(*seeds))
     assert ONE_SEED in one.verdicts[0] and ONE_SEED not in two.verdicts[0]
     assert ("its accuracy", "0.500", "full data 0.750, no finetuning 0.250") in two.tiles
+    # without reference answers there is no accuracy
+    losses = {"model": 1.5, "reference": 1.25, "untuned": 2.0}
+    seeds = [judged("gsnr", "w" * 30, seed=seed, heldout_loss=losses) for seed in (0, 1)]
+    tile = ("held-out loss", "1.500", "full data 1.250, no finetuning 2.000")
+    assert ("its " + tile[0], *tile[1:]) in headline(sweep(*seeds)).tiles
+    assert tile in headline(Material(Path("run"), seeds[:1], False)).tiles
+    seeds[1].record["heldout_loss"].pop("untuned")
+    assert ("its held-out loss", "1.500", "full data 1.250") in headline(sweep(*seeds)).tiles
 
 
 def test_methods_below_random_rows_are_one_warning(tmp_path: Path) -> None:

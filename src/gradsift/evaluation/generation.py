@@ -91,9 +91,8 @@ def generate_answers(
     with evaluating(model), _generation_config(backbone, greedy):
         for batches in parallel.rounds(capped_batches(lengths, batch_size, max_tokens)):
             rows = list(chain.from_iterable(batches))
-            for n, text in zip(
-                rows, kept.once(rows, functools.partial(parallel.together, batches, answer)), strict=True
-            ):
+            texts = kept.once(rows, functools.partial(parallel.together, batches, answer))
+            for n, text in zip(rows, texts, strict=True):
                 answers[n] = text
             progress(len(rows))
     return answers

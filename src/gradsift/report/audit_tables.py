@@ -61,7 +61,9 @@ def sweep_audit(jobs: Sequence[tuple[Path, Run]]) -> SweepAudit | None:
         seeds = [override for override in own if override.split("=", 1)[0] in SEED_KEYS]
         about = {"options": data_run["settings"], "seeds": seeds}
         name = method_name(run.get("scorer") or given.get("scorer", "?"), run["settings"])
-        if "audit" in run:
+        if "audit" in run and not (path.parent / AUDIT_FILE).is_file():
+            failed.append({"method": name, **about, "error": f"{AUDIT_FILE} is not in the run's folder any more"})
+        elif "audit" in run:
             figures = json.loads((path.parent / AUDIT_FILE).read_text(encoding="utf-8"))
             key = (figures["data"], *seeds)
             dataset = datasets.setdefault(key, {"data": figures["data"], **about, "methods": {}})

@@ -82,10 +82,15 @@ def _best(material: Material) -> tuple[list[str], list[Tile]]:
         f"The highest PWS is that of {method} at {100 * alpha:g} % of the rows{where}: {pws_text(best)}, {side} the "
         f"model tuned on all rows{tests}{_invalid(best)}{ONE_SEED if best['runs'] == 1 else ''}."
     ]
+    if invalid := sum(row["invalid"] or 0 for row in cells.values()):
+        items = sum(row[name] or 0 for row in cells.values() for name in COUNTS)
+        verdicts.append(
+            f"Of the {items:,} items in all cells {invalid:,} ({invalid / items:.1%}) have no valid judgment."
+        )
     tiles = [
         Tile("highest PWS", f"{best['pws']:.3f}", f"{method} at {100 * alpha:g} %"),
         *_length_tile(best),
-        *_accuracy_tile(material, best),
+        *_baselines_tile(material, best),
     ]
     try:
         won = count(cells)
@@ -109,20 +114,28 @@ def _length_tile(row: Row) -> list[Tile]:
     return [] if value is None else [Tile("length-controlled PWS", f"{value:.3f}", "at answers of equal length")]
 
 
-def _accuracy_tile(material: Material, best: Row) -> list[Tile]:
-    """Return the accuracy of a cell beside those of the full data and of no finetuning on the same benchmark."""
-    if best["accuracy"] is None:
-        return []
+def _baselines_tile(material: Material, best: Row) -> list[Tile]:
+    """Return the accuracy of a cell, or its held-out loss if the benchmark has no references, beside the baselines."""
     alike = ("dataset", "target", "scorer", "alpha", "members", "settings")
     runs = [run.record for run in material.finished]
     runs = [run for run in runs if [flat_rows(run)[0][key] for key in alike] == [best[key] for key in alike]]
+    if best["accuracy"] is None:
+        return _measured_tile(
+            "its held-out loss", best["heldout_loss"], [run.get("heldout_loss") or {} for run in runs]
+        )
+    by_benchmark = [run["accuracy"].get("by_benchmark") or {} for run in runs]
+    own = [{kind: values.get(best["benchmark"]) for kind, values in each.items()} for each in by_benchmark]
+    return _measured_tile("its accuracy", best["accuracy"], own)
+
+
+def _measured_tile(name: str, value: float | None, measured: Sequence[Mapping[str, float | None]]) -> list[Tile]:
+    """Return a figure beside the means of those of the full data and of no finetuning; nothing for None."""
     notes = []
-    for name, key in (("full data", "reference"), ("no finetuning", "untuned")):
-        by_benchmark = [(run["accuracy"].get("by_benchmark") or {}).get(key, {}) for run in runs]
-        values = [each[best["benchmark"]] for each in by_benchmark if best["benchmark"] in each]
-        if values and None not in values:
-            notes.append(f"{name} {sum(values) / len(values):.3f}")
-    return [Tile("its accuracy", f"{best['accuracy']:.3f}", ", ".join(notes))]
+    for baseline, key in (("full data", "reference"), ("no finetuning", "untuned")):
+        values = [figure for each in measured if (figure := each.get(key)) is not None]
+        if values and len(values) == len(measured):
+            notes.append(f"{baseline} {sum(values) / len(values):.3f}")
+    return [] if value is None else [Tile(name, f"{value:.3f}", ", ".join(notes))]
 
 
 def _of_run(run: Run) -> tuple[str, list[str], list[Tile]]:
@@ -146,10 +159,10 @@ def _of_run(run: Run) -> tuple[str, list[str], list[Tile]]:
     if "rows" in selection:
         rows = (record.get("data") or {}).get("rows")
         tiles.append(Tile("rows kept", f"{selection['rows']:,}", f"of {rows:,}" if rows else ""))
-    if accuracy.get("model") is not None:
-        others = {"full data": accuracy.get("reference"), "before": accuracy.get("untuned")}
-        note = ", ".join(f"{key} {value:.3f}" for key, value in others.items() if value is not None)
-        tiles.append(Tile("accuracy", f"{accuracy['model']:.3f}", note))
+    losses = record.get("heldout_loss") or {}
+    tiles += _measured_tile("accuracy", accuracy.get("model"), [accuracy]) or _measured_tile(
+        "held-out loss", losses.get("model"), [losses]
+    )
     if selection.get("spoilt_share") is not None:
         note = f"of all rows {selection['spoilt_share_pool']:.0%}"
         tiles.append(Tile("spoilt rows kept", f"{selection['spoilt_share']:.0%}", note))

@@ -74,7 +74,8 @@ def judge(
             first = judgments[0]
             raise JudgeError(
                 f"{client.name}: none of its {invalid} replies can be read; the first one: {first.reply[:300]!r} "
-                f"({first.reason}); check judge.model, judge.max_tokens and judge.parse, and go on"
+                f"({first.reason}); check judge.model, judge.max_tokens and judge.parse, then give the same command "
+                "again: the replies so far are kept"
             )
         return {"rows": len(judgments), "invalid": invalid, "combine": client.combine, "cost": cost}
 

@@ -48,8 +48,8 @@ def _records(material: Material) -> Records:
 
 @report_figure("Wins, ties and losses", _records)
 def judge_outcomes(material: Material) -> Figure:
-    """Items on which the tuned target beat, tied with or lost to the one tuned on all rows, over both orders and all
-    seeds."""
+    """Items on which the tuned target beat, tied with or lost to the one tuned on all rows, in both orders together.
+    The items of all runs of a method and budget are counted, whatever their seed, data and target."""
     groups = judged(material)
     figure, axes = _rows_panel(groups)
     items = np.array([total(runs, "pooled", "n") for runs in groups.values()])

@@ -11,7 +11,8 @@ Qwen3-0.6B and Llama-2-7B; the ranking check uses SmolLM2 if it is installed (`m
   divided      a model loaded in parts (compute=fsdp) in a group of one rank: losses and gradients of the whole one
   memory       a pass that does not fit into memory is repeated with fewer tokens and gives the same norms
   large        a LoRA step of a 7B model: seconds, share of the card's peak, peak memory and what arithmetic says of it
-  throughput   examples per second: ours with and without norms, the loop, Opacus, transformers' Trainer
+  throughput   examples per second: ours with and without norms, the loop, transformers' Trainer, and where they are
+               installed Opacus and bergson's collector
   together     members side by side against the same members alone: seconds, and their weights
   answers      greedy answers per second
 
@@ -346,8 +347,9 @@ def throughput(setting: Setting) -> Iterator[Row]:
     ways |= rivals(setting, rows)
     for name, rate in ways.items():
         yield Row("throughput", f"{name}: examples per second", rate)
-    if importlib.util.find_spec("opacus") is None:
-        yield Row("throughput", "Opacus", "not run: not installed (make setup-bench)")
+    for package, command in (("opacus", "make setup-bench"), ("bergson", "pip install bergson")):
+        if importlib.util.find_spec(package) is None:
+            yield Row("throughput", package.capitalize(), f"not run: not installed ({command})")
 
 
 def train(setting: Setting, adapted: Any, rows: Sequence[Encoded], norms: bool = False, tokens: int = 16384) -> None:
@@ -360,7 +362,7 @@ def train(setting: Setting, adapted: Any, rows: Sequence[Encoded], norms: bool =
 
 
 def rivals(setting: Setting, rows: Sequence[Encoded]) -> dict[str, float]:
-    """Return examples per second of transformers' Trainer and of Opacus, if it is installed; float32, batches of 8."""
+    """Return examples per second of transformers' Trainer, and of what is installed; float32, batches of 8."""
     config = peft.LoraConfig(r=8, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
     few = sorted(rows, key=lambda row: len(row.input_ids))
     batches = [few[start : start + 8] for start in range(0, len(few), 8)]
@@ -394,7 +396,38 @@ def rivals(setting: Setting, rows: Sequence[Encoded]) -> dict[str, float]:
                 sampled.zero_grad(set_to_none=True)
 
         ways["Opacus, float32, per-sample gradients"] = len(few) / setting.seconds(opacus)
+    if importlib.util.find_spec("bergson") is not None:
+        collect = functools.partial(bergson_gradients, setting, fresh().eval(), batches)
+        ways["bergson, float32, per-sample gradients"] = len(few) / setting.seconds(collect)
     return ways
+
+
+def bergson_gradients(
+    setting: Setting, model: Any, batches: Sequence[Sequence[Encoded]], keep: Callable[[Any], None] = lambda kept: None
+) -> None:
+    """Collect the per-sample gradients of LoRA factors with bergson's hooks.
+
+    Args:
+        keep: called with each batch's gradients by the name of the factor's layer, (B, numbers) each on the CPU.
+    """
+    from bergson.collector.gradient_collectors import GradientCollector
+    from bergson.config import IndexConfig
+
+    factors = {name for name, _ in model.named_modules() if name.endswith((".lora_A.default", ".lora_B.default"))}
+    rows = range(sum(map(len, batches)))  # of which it asks for their number alone
+    config = IndexConfig(run_path="gpu-check")  # where nothing is written
+    collector = GradientCollector(model=model, data=rows, cfg=config, target_modules=factors, skip_index=True)
+    first = 0
+    for part in batches:
+        batch = collate(part, 0).to(setting.device)
+        with collector.with_batch(None):
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            losses = mean_losses(logits, batch)
+            losses.sum().backward()
+        keep(collector.mod_grads)
+        collector.process_batch(list(range(first, first + len(part))), losses=losses)
+        first += len(part)
+        model.zero_grad(set_to_none=True)
 
 
 def answers(setting: Setting) -> Iterator[Row]:

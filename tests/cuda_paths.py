@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ from gradsift.data.tokens import Encoded
 from gradsift.evaluation.generation import generate_answers
 from gradsift.evaluation.judges.local import LocalJudge
 from gradsift.evaluation.stages import losses as heldout
+from gradsift.features.gradients import gradient_block
 from gradsift.features.hidden_states import HiddenStates
 from gradsift.gradients.adam import AdamState
 from gradsift.gradients.directions import cosines, mean_gradient
@@ -49,7 +51,9 @@ from gradsift.gradients.per_sample import gradient_pass
 from gradsift.gradients.projection import Projection
 from gradsift.gradients.records import NormRecords
 from gradsift.journal import Journal
+from gradsift.proxy.answer_losses import collect_losses
 from gradsift.proxy.epochs import ProxyInputs
+from gradsift.proxy.together import Members
 from gradsift.runtime import unseen
 from gradsift.scoring.perplexity import response_losses
 from gradsift.scoring.spans import span_losses
@@ -57,6 +61,7 @@ from gradsift.training import head, lora, numerics
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget
 from gradsift.training.head import ResponseLosses
+from gradsift.training.lanes import Lanes
 from gradsift.training.modules import Optimization, ProxyMember, Step
 from gradsift.training.tiny_bytes import bytes_tokenizer
 
@@ -79,8 +84,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3_text": LLAMA
     | {"num_hidden_layers": 2, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
 }
-# not llama: qwen3 has the same layers and two norms more
-SETTINGS = [("gpt2", "float32"), *((kind, "bfloat16") for kind in MODELS if kind != "llama")]
+SETTINGS = [("gpt2", "float32"), *((kind, "bfloat16") for kind in MODELS)]
+
+
+TARGETS = {"gpt2": ["c_attn"], "others": ["q_proj", "v_proj"]}
 
 
 class Kit(NamedTuple):
@@ -110,7 +117,7 @@ def kit(kind: str, precision: str) -> Kit:
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, precision)).eval()
     with mock.patch.object(numerics, "device_of", lambda compute: CUDA):
         numerics.prepare(model.requires_grad_(False), ComputeConfig(precision=precision))
-    targets = ["c_attn"] if kind == "gpt2" else ["q_proj", "v_proj"]
+    targets = TARGETS["gpt2" if kind == "gpt2" else "others"]
     adapted = lora.add_adapter(model, LoraConfig(rank=2, alpha=4, dropout=0.0, targets=targets), seed=0)
     rng = np.random.default_rng(0)
     encoded = [
@@ -118,6 +125,10 @@ def kit(kind: str, precision: str) -> Kit:
         for row, length in enumerate((12, 7, 9))
     ]
     return Kit(adapted, encoded, TokenBudget(24))  # two batches
+
+
+def targets_of(kit: Kit) -> list[str]:
+    return TARGETS["gpt2" if kit.adapted.config.model_type == "gpt2" else "others"]
 
 
 # ---------------------------------------------------------------------------------------------- paths
@@ -150,6 +161,24 @@ def token_loss_step(kit: Kit) -> None:
     module_of(kit, loss="token").training_step(Step(kit.encoded), 0)
 
 
+def members_side_by_side(kit: Kit) -> None:
+    """A step of two members that drop inputs of their adapters, in one pass over the frozen weights."""
+    lanes = Lanes(lora.remove_adapter(kit.adapted), LoraConfig(rank=2, dropout=0.1, targets=targets_of(kit)), [0, 1])
+    members = [ProxyMember(lanes.adapted, Optimization(1e-3, 0.0, "linear", 1, 4), kit.budget, 0) for _ in range(2)]
+    module = without_trainer(Members(lanes, members), kit.device)
+    module.training_step(Step([replace(example, lane=lane) for lane in (0, 1) for example in kit.encoded]), 0)
+
+
+def norms_under_masks(kit: Kit) -> None:
+    """A member of mc_dropout: norms with dropout on."""
+    model = lora.remove_adapter(kit.adapted)
+    config = LoraConfig(rank=2, dropout=0.1, targets=targets_of(kit))
+    module = module_of(kit._replace(adapted=lora.add_adapter(model, config, seed=0).to(kit.device)))
+    module.masks = 7
+    with PerSampleNorms(module.model) as module.gradient_norms:
+        module.validation_step(Step(kit.encoded), 0)
+
+
 def norms_pass(kit: Kit) -> NormRecords:
     module, records = module_of(kit), NormRecords()
     with PerSampleNorms(kit.adapted) as module.gradient_norms:
@@ -170,6 +199,10 @@ def perplexity(kit: Kit) -> None:
     response_losses(kit.inputs, len(kit.encoded), unseen, Journal())
 
 
+def answer_losses(kit: Kit) -> None:
+    collect_losses(kit.adapted, kit.inputs, unseen, Journal())
+
+
 def hidden_states(kit: Kit) -> None:
     model = kit.adapted.get_base_model()
     config = HiddenStatesConfig(name="hidden_states", pooling="weighted_mean", text="prompt", max_length=32)
@@ -188,6 +221,12 @@ def gradient_features(kit: Kit) -> None:
         moments = torch.ones(gradients.size, device=kit.device)
         adjusted = AdamState(moments, moments).adjust(rows)
         Projection(gradients.size, 32, seed=0)(adjusted).cpu()
+
+
+def full_gradients(kit: Kit) -> None:
+    """Gradients of all weights, of the backbone with the adapter merged into a copy."""
+    with gradient_pass(kit.adapted, "full", 0) as gradients:
+        gradient_block(kit.inputs, gradients, None, 0, len(kit.encoded), unseen)
 
 
 def directions(kit: Kit) -> None:
@@ -222,8 +261,9 @@ def local_judge(kit: Kit) -> None:
 PATHS: dict[str, Callable[[Kit], Any]] = {
     path.__name__: path
     for path in (
-        *(training_step, token_loss_step, norms_table, spans_pass, perplexity, hidden_states, embedding_and_head),
-        *(gradient_features, directions, heldout_losses, decode, local_judge),
+        *(training_step, token_loss_step, members_side_by_side, norms_table, norms_under_masks, spans_pass, perplexity),
+        *(answer_losses, hidden_states, embedding_and_head, gradient_features, full_gradients, directions),
+        *(heldout_losses, decode, local_judge),
     )
 }
 

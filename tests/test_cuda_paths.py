@@ -26,11 +26,13 @@ from torch.utils.cpp_extension import include_paths
 from transformers import AutoConfig, DynamicCache
 
 from gradsift import sweep
+from gradsift.composition import compose_config
 from gradsift.config import ComputeConfig, LoraConfig, ModelConfig
 from gradsift.data.batching import capped_batches, collate
 from gradsift.evaluation.generation import generate_answers, left_padded
 from gradsift.gradients.per_sample import gradient_pass
 from gradsift.journal import Journal
+from gradsift.pipeline import settings_of
 from gradsift.proxy.collection import collect_norms
 from gradsift.proxy.together import Members
 from gradsift.scoring import spans
@@ -351,10 +353,14 @@ def test_precision_auto_is_bfloat16_with_tf32_on_a_gpu_and_in_the_identity(monke
     described = numerics.expected_numerics(config, compute, ModelConfig(kind="nano"))
     assert described["precision"] == "bfloat16"
     assert described["products"] == "tf32"
+    shown = dict(settings_of(compose_config(["experiment=smoke"])))["compute"]
+    assert shown.startswith("cuda, bfloat16 (TF32 for what stays float32)")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     assert numerics.dtype_of(compute) == torch.float32
     numerics.set_kernels(ComputeConfig(precision="float32"))
     assert torch.get_float32_matmul_precision() == "highest"
+    shown = dict(settings_of(compose_config(["experiment=smoke", "compute.precision=float32"])))["compute"]
+    assert shown.startswith("cuda, float32, ")
 
 
 @pytest.mark.usefixtures("torch_settings")

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import SMOKE
 from scipy.stats import spearmanr
+from transformers import GPT2Model, LlamaModel
 
 from gradsift.config.run import SCORES_BY_TASK
 from gradsift.scoring.scores import SCORED
@@ -88,7 +90,11 @@ def test_batches_and_padding_change_no_scorers_ranking(gradsift, monkeypatch: py
     monkeypatch.setenv("GRADSIFT_ARTIFACTS", str(gradsift.folder / "other"))
     monkeypatch.setattr("gradsift.scoring.spans._BATCH_TOKENS", {"cpu": 64})  # these are theirs alone
     smallest += ("compute.tokens=64",)
+    shapes = noted_shapes(monkeypatch)
     assert gradsift("-m", *smallest, others) == gradsift(*smallest, "scorer=grads", "scorer.scale=minmax") == 0
+    assert gradsift(*SMOKE, "compute.tokens=64", "scorer=random", "benchmark.general=[verifiable_terse]") == 0
+    assert {name for name, _ in shapes} == {"GPT2Model", "LlamaModel"}
+    assert not [shape for _, shape in shapes if shape[0] > 1 and shape.numel() > 64]  # one long row passes alone
     for scorer in scorers:
         one, other = (_scores(gradsift.folder / store, scorer) for store in ("store", "other"))
         assert one["status"].to_pylist() == other["status"].to_pylist()
@@ -98,6 +104,19 @@ def test_batches_and_padding_change_no_scorers_ranking(gradsift, monkeypatch: py
         np.testing.assert_allclose(again[known], found[known], rtol=1e-2, atol=1e-4 * spread, err_msg=scorer)
         if spread:
             assert spearmanr(found[known], again[known]).statistic > 0.9999, scorer
+
+
+def noted_shapes(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, torch.Size]]:
+    """Return the model and the shape of its token ids in every pass from here on."""
+    shapes: set[tuple[str, torch.Size]] = set()
+    for kind in (GPT2Model, LlamaModel):
+
+        def forward(self: Any, input_ids: Any = None, *given: Any, _plain: Any = kind.forward, **options: Any) -> Any:
+            shapes.add((type(self).__name__, input_ids.shape))
+            return _plain(self, input_ids, *given, **options)
+
+        monkeypatch.setattr(kind, "forward", forward)
+    return shapes
 
 
 def _scores(store: Path, scorer: str) -> Any:

@@ -7,10 +7,14 @@ import socket
 import sys
 from pathlib import Path
 
+import numpy as np
+import peft
 import pytest
 import torch
 
 from benchmarks import gpu
+from gradsift.config import ComputeConfig
+from gradsift.training.adapted import AdaptedLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -49,11 +53,31 @@ def test_a_rehearsal_runs_and_claims_nothing(monkeypatch: pytest.MonkeyPatch, tm
     assert all(row["holds"] for row in laws)
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_bergsons_gradients_have_the_norms_of_the_loop() -> None:
+    """So its row of the throughput is the rate of the same work."""
+    pytest.importorskip("bergson", reason="bergson is not installed")
+    setting = gpu.Setting(ComputeConfig(device="cpu"), torch.device("cpu"), is_smallest=True)
+    adapted, rows = gpu.adapted_of(gpu.model_of(setting, "gpt2", "float32"), setting.device), setting.rows(8, 512)
+    for layer in (layer for layer in adapted.modules() if isinstance(layer, AdaptedLinear)):
+        layer.__class__ = peft.tuners.lora.Linear
+    norms: list[torch.Tensor] = []
+
+    def keep(kept: dict[str, torch.Tensor]) -> None:
+        parts = {factor: [each for name, each in kept.items() if factor in name] for factor in ("lora_A", "lora_B")}
+        norms.append(torch.stack([torch.cat(each, 1).norm(dim=1) for each in parts.values()], 1))
+
+    gpu.bergson_gradients(setting, adapted, [rows[:3], rows[3:]], keep)
+    np.testing.assert_allclose(torch.cat(norms).numpy(), gpu.loop_norms(adapted, rows), rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_a_rehearsal_of_the_whole_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     code, written = check(monkeypatch, tmp_path, "--smallest")
     assert code == 0
     assert {row["check"] for row in written["rows"]} == set(gpu.CHECKS)
+    ways = {row["name"].split(",")[0].split(":")[0] for row in written["rows"] if row["check"] == "throughput"}
+    assert {each.lower() for each in ways} >= {"ours", "loop", "transformers' trainer", "opacus", "bergson"}
 
 
 @pytest.mark.parametrize("broken", ["law", "error"])

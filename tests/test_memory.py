@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,11 @@ from unittest import mock
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gradsift.config import ComputeConfig, LoraConfig
+from gradsift.forecast import operations
 from gradsift.training import backbones, device, lora, numerics
 from gradsift.training.checkpointing import checkpoint_blocks
 from gradsift.training.device import TokenBudget, without_host_reads
@@ -30,6 +33,7 @@ CASES = {
     "mistral": ("mistral", GROUPED, NARROW),
     "qwen2": ("qwen2", GROUPED, ["up_proj"]),
     "qwen3": ("qwen3", GROUPED, NARROW),
+    "smollm3": ("smollm3", GROUPED | {"no_rope_layer_interval": 2, "pad_token_id": None}, ["down_proj"]),
     "gpt2": ("gpt2", GPT2, ["c_attn"]),
     "gpt2, all layers": ("gpt2", GPT2, ["all-linear"]),
 }
@@ -105,10 +109,44 @@ def test_with_checkpointing_a_block_keeps_the_stream_alone() -> None:
     assert per_token[0] == block + 4 * 4096
 
 
-def test_a_model_that_is_not_known_has_no_arithmetic() -> None:
-    config = AutoConfig.for_model("gemma3_text")
+@pytest.mark.usefixtures("on_meta")
+@pytest.mark.parametrize("case", ["7B", "13B"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_operations_of_a_plan_are_those_of_a_trace(case: str, checkpointed: bool) -> None:
+    """Two blocks more take as many more as the arithmetic says, to 2 % (products of attention and of the adapter).
+
+    With checkpointing torch does not compute a block's last product again, as nothing reads it: up to 8 % less.
+    """
+    counts, sizes = [], []
+    for layers in (1, 3):
+        model = built(case, layers, checkpointed=checkpointed)
+        ids = torch.zeros(1, 128, dtype=torch.long, device="meta")
+        with FlopCounterMode(display=False) as counter, without_host_reads():
+            model.get_base_model().base_model(input_ids=ids, use_cache=False)[0].sum().backward()
+        counts.append(counter.get_total_flops())
+        sizes.append(sum(each.numel() for each in model.parameters() if not each.requires_grad))
+    expected = operations(sizes[1] - sizes[0], checkpointed=checkpointed)
+    assert (0.92 if checkpointed else 0.98) * expected < (counts[1] - counts[0]) / 128 < 1.02 * expected
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "gemma3", "mamba"])
+def test_a_model_that_is_not_known_has_no_arithmetic(kind: str) -> None:
+    """Its config need not have the names that others have: gemma3's has parts, and a mamba has no heads."""
+    config = AutoConfig.for_model(kind)
     assert token_bytes(config, 2, NARROW, checkpointed=False) is None
     assert token_bytes(config, 2, NARROW, checkpointed=True) is None
+
+
+@pytest.mark.parametrize("case", ["7B", "7B, all layers", "qwen2", "gpt2, all layers"])
+def test_a_budget_from_before_the_adapter_fits_after_it(case: str) -> None:
+    """The proxy's budget, and whether the target is checkpointed, are decided as soon as the weights are loaded."""
+    adapted = built(case, 2)
+    bare = copy.deepcopy(adapted).unload()
+    for checkpointed in (False, True):
+        before = fitting_tokens(bare, 20 * 2**30, checkpointed=checkpointed) or 0
+        bytes_after = token_bytes(adapted.config, 2, adapted_names(adapted), checkpointed=checkpointed) or 0
+        held = sum(each.numel() * each.element_size() for each in bare.parameters())
+        assert 0 < held + before * bytes_after <= 0.8 * 20 * 2**30
 
 
 @pytest.mark.parametrize(("memory", "case", "layers", "wanted"), [(80, "7B", 32, False), (24, "7B", 32, True)])

@@ -249,6 +249,42 @@ def test_a_task_of_ones_own_is_done_before_and_after_the_finetune(after_smoke, t
     assert done == ["lm_eval", "lm_eval"]
 
 
+@pytest.mark.slow
+def test_two_ranks_with_a_divided_target_report_what_one_process_reports(gradsift, task_folder: Path) -> None:
+    rolling = {
+        "task": "text",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(task_folder / "items.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{question}} {{right}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
+    written = {name: rolling[name] for name in ("dataset_path", "dataset_kwargs", "test_split")} | {
+        "task": "written",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{right}}",
+        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 6},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    for task in (rolling, written):
+        (task_folder / f"{task['task']}.yaml").write_text(json.dumps(task))
+    smoke = ("experiment=smoke", "tracker=none", "compute.threads=1", "scorer=random", "stop_after=generate")
+    asked = ("benchmark.lm_eval_tasks=[mine,text,written]", f"benchmark.lm_eval_folder={task_folder}")
+    found = []
+    for store, compute in (("one", ()), ("two", ("compute=fsdp", "compute.devices=2", "compute.device=cpu"))):
+        assert gradsift(*smoke, *asked, f"artifacts={store}", *compute) == 0
+        reported = gradsift.runs()[-1]["forgetting"]
+        found.append({task: reported[f"lm_eval/{task}"] for task in ("mine", "text", "written")})
+    for task, values in found[0].items():
+        for state in ("before", "after"):
+            assert found[1][task][state] == pytest.approx(values[state], rel=1e-5)
+    losses = [found[0]["text"][state]["bits_per_byte,none"] for state in ("before", "after")]
+    assert losses[0] != losses[1]  # the adapter takes part
+
+
 @pytest.mark.slow  # lm-eval looks through its 14,000 files
 def test_what_is_no_task_of_lm_eval_is_refused(task_folder: Path) -> None:
     for name in ("no_such_task", "mine_and_others"):  # a tag, which has no figures

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from exactness import assert_close_by_norm, exact_copy
 from test_norms import adapted_model, batch_norms, loop_norms, ragged_examples, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gradsift.config import LoraConfig
 from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.gradients import per_sample
+from gradsift.gradients import projection as projections
 from gradsift.gradients.adam import AdamState
 from gradsift.gradients.per_sample import gradient_pass
 from gradsift.gradients.projection import Projection
@@ -235,6 +239,38 @@ def test_how_many_rows_are_projected_at_once_changes_nothing() -> None:
     exact = rows.double() @ matrix_of(projection)
     for at_once in (1, 2, 9):
         assert_close_by_norm(torch.cat([projection(part) for part in rows.split(at_once)]), exact, k=64, dim=-1)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operations read and write, each once; views move none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)]
+            self.bytes += sum(each.nbytes for each in tensors)
+        return result
+
+
+@pytest.mark.parametrize(("rate", "bandwidth"), [(312e12, 2.0e12), (990e12, 3.35e12)], ids=["A100", "H100"])
+def test_a_projection_moves_so_few_bytes_that_it_takes_a_tenth_of_a_backward_pass_at_most(
+    rate: float, bandwidth: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 7B, rank 128 and 8,192 dimensions: bytes counted here at a smaller size, and the cards' published figures."""
+    rows, dimensions = 32, 8192
+    size = dimensions * 16
+    gradients = torch.randn(rows, size)
+    monkeypatch.setattr(projections, "numbers_at_once", lambda device, on_cpu: rows * size)  # a GPU takes more
+    with Traffic() as traffic:
+        Projection(size, dimensions, seed=0)(gradients)
+    a_number = traffic.bytes / (rows * size)  # of a row, drawing included
+    numbers = 32 * 4 * 2 * 4096 * 128  # A and B on q, k, v and o of 32 layers
+    products = 2 * 6.6e9 * 512  # backward to the inputs of the frozen layers, for 512 tokens
+    assert a_number * numbers / bandwidth < 0.1 * products / (rate / 2)
 
 
 def test_inner_products_survive_within_the_bound() -> None:

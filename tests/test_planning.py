@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 from conftest import SMOKE
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, MixtralConfig
 
 from gradsift.artifacts import Artifact, NotMade, Store
 from gradsift.cost import duration
+from gradsift.errors import ConfigError
+from gradsift.forecast import active_parameters, held_weights
 from gradsift.manifests import write_manifest
 from gradsift.planning import DONE, TO_DO, Earlier, Planner
-from gradsift.report.plans import AT_MOST, SHARED, plan_lines, states, to_do, volume
+from gradsift.report.plans import AT_MOST, SHARED, forecast_lines, plan_lines, states, to_do, volume
 from gradsift.training.nano import nano_tokenizer
 
 TINY = (*SMOKE, "data.size=60", "data.benchmark_items=13", "target.steps=2")
@@ -270,7 +272,7 @@ def test_a_plan_with_a_large_target_tells_memory_and_hours_by_arithmetic(
         "target.lora.targets=[q_proj,v_proj]",
     )
     told = run["forecast"]
-    assert told["parameters"] == 6_738_415_616
+    assert told["parameters"] == told["active"] == 6_738_415_616
     assert told["adapter"] == 16 * 4_194_304
     layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
     rest = 2 * 32000 * 4096 + 4096
@@ -286,6 +288,29 @@ def test_a_plan_with_a_large_target_tells_memory_and_hours_by_arithmetic(
     assert "llama2_7b: 6.7 billion parameters, bfloat16" in text
     assert "with 4,096 tokens" in text
     assert "which is an assumption" in text
+
+
+def test_a_token_passes_through_the_chosen_experts_alone() -> None:
+    """A model with no other experts has as many weights, but for the rows of its router."""
+    shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 2}
+    many, few = (AutoModelForCausalLM.from_config(MixtralConfig(**shape, num_local_experts=n)) for n in (8, 2))
+    assert active_parameters(many) == few.num_parameters() + 2 * (8 - 2) * 16
+    assert active_parameters(few) == few.num_parameters() < many.num_parameters()
+    plain = {"target": "t", "precision": "bfloat16", "ranks": 1, "weights": 1, "adapter": 1, "per_token": None}
+    plain |= {"per_token_checkpointed": None, "rows": [1], "tokens": [1], "hours": [1.0]}
+    lines = forecast_lines(plain | {"parameters": 46_702_792_704, "active": 12_879_425_536})
+    assert lines[0].startswith("t: 46.7 billion parameters (12.9 for a token), bfloat16")
+
+
+def test_the_layers_of_a_model_that_does_not_name_them_are_needed_to_divide_it_alone() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=1, vocab_size=64))
+    model._no_split_modules = None
+    weights, linear = model.num_parameters(), 12 * 16 * 16
+    assert held_weights(model, 2, "none", parts=1) == 2 * weights
+    assert held_weights(model, 2, "int8", parts=1) == 2 * weights - linear
+    with pytest.raises(ConfigError, match=r"compute\.strategy=fsdp cannot tell the layers"):
+        held_weights(model, 2, "none", parts=2)
 
 
 def test_a_plan_with_a_small_target_has_no_forecast(gradsift) -> None:

@@ -20,11 +20,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gradsift.artifacts import Artifact
 from gradsift.composition import compose_config
-from gradsift.config import ComputeConfig, LoraConfig, ModelConfig
+from gradsift.config import ComputeConfig, LoraConfig, ModelConfig, TargetConfig
 from gradsift.errors import ConfigError, GradsiftError
+from gradsift.forecast import held_weights
 from gradsift.training import lora
-from gradsift.training.backbones import backbone, load_backbone, load_shown
+from gradsift.training.backbones import backbone, load_backbone, load_plain, load_shown
+from gradsift.training.merging import can_merge, write_merged
 from gradsift.training.probing import require_adaptable
 from gradsift.training.quantized import QuantizedLinear
 
@@ -71,6 +74,17 @@ def test_the_short_option_is_the_models() -> None:
         assert words in str(caught.value), str(caught.value)
 
 
+def test_options_of_a_model_that_the_run_never_loads_are_not_refused() -> None:
+    data = ["data=json", "data.path=x.json", "proxy=gpt2", "target=llama2_7b"]
+    target = ["target.quantization=nf4", "compute=fsdp", "stop_after=selection"]
+    assert compose_config([*data, *target]).target.model.quantization == "nf4"
+    full = ["proxy.quantization=nf4", "features.gradient_params=full", "features.adam=false", "scorer=random"]
+    assert compose_config([*data, *full, "stop_after=finetune"]).proxy.model.quantization == "nf4"
+    for stage, wrong in (("finetune", target[:2]), ("statistics", full[:3])):
+        with pytest.raises(ConfigError, match="does not go with"):
+            compose_config([*data, *wrong, f"stop_after={stage}"])
+
+
 def test_without_the_package_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
@@ -99,6 +113,17 @@ def test_the_layers_are_quantised_and_linear(kind: str, folder: Path) -> None:
         assert_close_by_norm(x.grad, sent.double() @ weight.double(), k=64)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     model.to("cpu")  # transformers refuses this for models that it quantised
+
+
+@installed
+@pytest.mark.parametrize("kind", [*KINDS, "none"])
+def test_a_forecast_counts_the_bytes_of_the_loaded_weights(kind: str, folder: Path) -> None:
+    model, plain = loaded(folder, kind), AutoModelForCausalLM.from_pretrained(folder)
+    tensors = [*model.parameters(), *(each.scale for each in model.modules() if isinstance(each, QuantizedLinear))]
+    held = sum(each.numel() * each.element_size() for each in tensors)
+    rows = sum(each.scale.numel() for each in model.modules() if isinstance(each, QuantizedLinear))
+    scales = 4 * rows if kind == "int8" else 0  # of whole rows, which the forecast leaves out
+    assert held_weights(plain, 4, kind, parts=1) == held - scales
 
 
 @installed
@@ -141,6 +166,7 @@ def test_norms_of_a_quantised_model_equal_the_loop(kind: str, dtype: str, folder
 @installed
 def test_quantised_weights_cannot_be_merged(folder: Path) -> None:
     adapted = lora.add_adapter(loaded(folder, "nf4"), LoraConfig(rank=3), seed=1)
+    assert not can_merge(adapted)  # so answers pass through both
     with pytest.raises(ConfigError, match="an adapter cannot be merged into a quantised model"):
         adapted.merge_and_unload()
 
@@ -186,6 +212,13 @@ def test_the_experts_of_gpt_oss_are_restored_from_mxfp4(dtype: str, tmp_path: Pa
     expected = halves[codes % 8] / 2 * (1 - codes // 8 * 2) * 2.0**-5
     assert restored.dtype == getattr(torch, dtype)
     assert torch.equal(restored.float(), expected.transpose(1, 2))
+    config = TargetConfig(name="t", model=ModelConfig(path=str(tmp_path / "Tiny"), dtype=dtype), steps=1)
+    config.lora = LoraConfig(rank=2, targets=["q_proj"])
+    target = backbone(runtime(tmp_path / "store"), config.model)
+    adapted = lora.add_adapter(load_plain(target, config.model, CPU)[0], config.lora, seed=0)
+    lora.save_adapter(adapted, tmp_path / "adapter")
+    write_merged(target, Artifact("finetune", tmp_path, "x", {}), config, CPU, tmp_path / "merged")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_parameter(name), restored)
     if importlib.util.find_spec("bitsandbytes"):
         with pytest.raises(ConfigError, match=r"quantised already \(mxfp4\); leave it out"):
             loaded(tmp_path / "Tiny", "nf4")

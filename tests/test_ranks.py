@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import gc
@@ -63,6 +64,7 @@ from gradsift.training.curves import read_curve
 from gradsift.training.device import TokenBudget
 from gradsift.training.divided import in_parts
 from gradsift.training.loading import load_model
+from gradsift.training.merging import load_to_answer
 from gradsift.training.modules import Optimization
 from gradsift.training.shared_store import RunEnded, SharedStore
 from gradsift.training.target import batch_plan, load_target, load_tuned, train_target
@@ -114,13 +116,19 @@ def everything(
 def results_of_target(
     run: Runtime, target: tuple[TargetConfig, Artifact, list[Example]], folder: Path
 ) -> dict[str, Any]:
-    """Return losses and answers of the target with the adapter in `folder`, and the forward tokens of this rank."""
+    """Return losses and answers of the target with the adapter in `folder`, and the forward tokens of this rank.
+
+    The ranks begin with unequal token budgets, as after memory ran out on one of them.
+    """
     config, made, chosen = target
-    tuned = load_tuned(run, config, made, Artifact("finetune", folder, "fingerprint", {}))
+    run = replace(run, compute=replace(run.compute, tokens=(48, 128)[parallel.rank()]))
+    given = (run, config, made, Artifact("finetune", folder, "fingerprint", {}))
+    tuned = load_tuned(*given)
     with counting() as tokens, tempfile.TemporaryDirectory() as journal:
         parts = _losses(run, config, tuned, chosen, Path(journal), "held-out loss", "rows")
+        to_answer = load_to_answer(*given)
         prompts = [encode_prompt(each.instruction, each.input[:9], tuned.tokenizer, "plain") for each in chosen]
-        answers = generate_answers(tuned.model, tuned.tokenizer, prompts, max_new_tokens=9, batch_size=2)
+        answers = generate_answers(to_answer.model, tuned.tokenizer, prompts, max_new_tokens=9, batch_size=2)
     losses = {int(row): float(loss) for part in parts for row, loss in zip(*part, strict=True)}
     return {"losses": [losses[row] for row in range(len(chosen))], "answers": answers, "tokens": tokens()}
 
@@ -135,7 +143,7 @@ def divided_target(run: Runtime, target: tuple[TargetConfig, Artifact, list[Exam
     layers = [part for name, part in loaded.model.named_parameters() if "layers" in name and "lora" not in name]
     halves = [isinstance(part, DTensor) and 2 * part.to_local().numel() == part.numel() for part in layers]
     tested = results_of_target(run, target, folder)
-    return {"finetune": info, "in parts": all(halves), "tokens": tokens(), "tested": tested}
+    return {"finetune": info, "in parts": bool(halves) and all(halves), "tokens": tokens(), "tested": tested}
 
 
 def on_a_rank(compute: ComputeConfig, folder: Path, store: Path, backbones: Path) -> tuple[dict[str, Any], int]:
@@ -281,15 +289,20 @@ def exact_target(run: Runtime, config: TargetConfig, made: Artifact, chosen: lis
     return Exact(adapted, encoded, batch_plan([len(each.input_ids) for each in encoded], config, run.seed), config)
 
 
-def plans_of(run: Runtime, config: ProxyConfig, inputs: ProxyInputs) -> list[list[list[int]]]:
-    """Return the batches of the two epochs of member 0."""
-    lengths = [len(example.input_ids) for example in inputs.encoded]
-    return [epoch_plan(config, lengths, run.seed, 0, epoch) for epoch in (1, 2)]
+class ExactMember:
+    """A member of the proxy in float64, and the folders of its epochs."""
 
-
-def exact_member(run: Runtime, config: ProxyConfig, inputs: ProxyInputs) -> Exact:
-    adapted = lora.add_adapter(inputs.backbone.model, config.lora, derive_seed(run.seed, "lora", 0))
-    return Exact(adapted, inputs.encoded, [*chain.from_iterable(plans_of(run, config, inputs))], config)
+    def __init__(
+        self, run: Runtime, proxy: tuple[ProxyConfig, ProxyInputs], member: int, folders: Sequence[str]
+    ) -> None:
+        config, inputs = proxy
+        lengths = [len(example.input_ids) for example in inputs.encoded]
+        epochs = range(1, len(folders) + 1)
+        self.folders = folders
+        self.plans = [epoch_plan(config, lengths, run.seed, member, epoch) for epoch in epochs]  # the batches of each
+        model = copy.deepcopy(inputs.backbone.model)
+        adapted = lora.add_adapter(model, config.lora, derive_seed(run.seed, "lora", member))
+        self.exact = Exact(adapted, inputs.encoded, [*chain.from_iterable(self.plans)], config)
 
 
 def relative(computed: np.ndarray, expected: np.ndarray) -> float:
@@ -317,14 +330,15 @@ def test_two_processes_find_what_one_finds(own_backbones: Path, two_ranks: Path,
     states = [load_file(folder / "e2" / OPTIMIZER_FILE) for folder in (one, two)]
     assert states[0].keys() == states[1].keys()
     assert all(relative(states[1][key], states[0][key]) <= rounding for key in states[0])
-    for part in (".", "e1", "e2"):
+    for part in (".", "e1", "e2", "other"):
         curves = [read_curve(folder / part) for folder in (one, two)]
         assert [entry["tokens"] for entry in curves[0]] == [entry["tokens"] for entry in curves[1]]
     target, proxy, other = arguments(own_backbones)
     run = runtime(tmp_path / "store")
-    tuned, member, plans = exact_target(run, *target), exact_member(run, *proxy), plans_of(run, *proxy)
+    tuned = exact_target(run, *target)
+    members = [ExactMember(run, proxy, 0, ["e1", "e2"]), ExactMember(run, proxy, 1, ["other"])]
     for folder, info in zip((one, two), infos, strict=True):
-        require_exact(folder, info, tuned, member, plans)
+        require_exact(folder, info, tuned, members)
     tuned.require(tmp_path / "fsdp" / "adapter", step=len(tuned.losses))
     require_equal(divided["ddp"], results_of_target(run, target, two), relative=1e-6)
     require_equal(divided["tested"], results_of_target(run, target, tmp_path / "fsdp"), relative=1e-6)
@@ -351,23 +365,25 @@ def test_no_rank_holds_a_divided_model_whole(two_ranks: Path) -> None:
         assert whole > 75e6
 
 
-def require_exact(
-    folder: Path, info: dict[str, Any], tuned: Exact, member: Exact, plans: list[list[list[int]]]
-) -> None:
+def require_exact(folder: Path, info: dict[str, Any], tuned: Exact, members: Sequence[ExactMember]) -> None:
     """Assert that weights, norms and losses in a folder of `everything` are those of a training in float64."""
-    steps = len(plans[0])
     tuned.require(folder / "adapter", step=len(tuned.losses))
-    for epoch, plan in enumerate(plans):
-        member.require(folder / f"e{epoch + 1}", step=steps * (epoch + 1))
-        during = np.empty_like(member.norms[0])
-        for step, rows in enumerate(plan, start=steps * epoch):
-            during[rows] = member.norms[step][rows]
-        require_norms(folder / f"e{epoch + 1}", info[f"e{epoch + 1}"], during)
-    require_norms(folder / "norms", info["norms"], member.norms[-1])
-    curves = [read_curve(folder / part) for part in (".", "e1", "e2")]
-    computed = [[entry["loss"] for entry in curve] for curve in (curves[0], [*curves[1], *curves[2]])]
-    for losses, exact in zip(computed, (tuned.losses, member.losses), strict=True):
-        assert_close_by_norm(np.array(losses), np.array(exact), k=128, dim=(), dtype=torch.float32)
+    require_losses([folder], tuned)
+    for member in members:
+        exact, steps = member.exact, len(member.plans[0])
+        for epoch, (part, plan) in enumerate(zip(member.folders, member.plans, strict=True)):
+            exact.require(folder / part, step=steps * (epoch + 1))
+            during = np.empty_like(exact.norms[0])
+            for step, rows in enumerate(plan, start=steps * epoch):
+                during[rows] = exact.norms[step][rows]
+            require_norms(folder / part, info[part], during)
+        require_losses([folder / part for part in member.folders], exact)
+    require_norms(folder / "norms", info["norms"], members[0].exact.norms[-1])
+
+
+def require_losses(folders: Sequence[Path], exact: Exact) -> None:
+    losses = [entry["loss"] for folder in folders for entry in read_curve(folder)]
+    assert_close_by_norm(np.array(losses), np.array(exact.losses), k=128, dim=(), dtype=torch.float32)
 
 
 def require_norms(folder: Path, info: dict[str, Any], exact: np.ndarray) -> None:

@@ -55,7 +55,7 @@ def test_a_second_turn_is_asked_after_the_models_own_first_answer(
 
     monkeypatch.setattr(answers_module, "generate_answers", answered)
     tuned = SimpleNamespace(model=None, tokenizer=byte_tokenizer)
-    monkeypatch.setattr(answers_module, "load_tuned", lambda *given: tuned)
+    monkeypatch.setattr(answers_module, "load_to_answer", lambda *given: tuned)
     runtime = Runtime(Store(tmp_path / "store", say=lambda text: None), ComputeConfig(), Display(), seed=0)
     target = runtime.store.obtain("backbone", "t", {}, [], lambda folder: {"rows": 0}, version=1)
     config = TargetConfig(name="t", template=template, steps=1)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from gradsift.config import ComputeConfig
 from gradsift.data.tokens import encode
@@ -27,6 +30,7 @@ class Forecast:
 
     target: str
     parameters: int
+    active: int  # parameters that a token passes through: of a mixture of experts, those of the chosen experts
     precision: str
     ranks: int  # that the layers are divided over
     weights: int  # frozen, with two layers gathered whole where they are divided
@@ -57,15 +61,7 @@ def forecast(line: Line) -> Forecast | None:
     if parameters < LARGE:
         return None
     parts, quantized = _parts(compute), config.model.quantization in _QUANTIZED
-    layers = (
-        [sum(each.numel() for each in layer.parameters()) for layer in layers_of(model)]
-        if parts > 1 or quantized
-        else []
-    )
-    inside: int = sum(layers)
-    weights = number * (parameters - inside)
-    weights += round(_QUANTIZED.get(config.model.quantization, number) * (inside // parts))
-    weights += 2 * number * max(layers) if parts > 1 else 0  # two layers are whole while they are passed through
+    weights, active = held_weights(model, number, config.model.quantization, parts), active_parameters(model)
     adapted = lora.add_adapter(model.requires_grad_(False), config.lora, seed=0)
     trained = sum(each.numel() for each in lora.trainable_parameters(adapted).values())
     names = adapted_names(adapted)
@@ -77,11 +73,11 @@ def forecast(line: Line) -> Forecast | None:
         (config.steps or 0) * config.batch_size if config.steps else count * (config.epochs or 0) for count in rows
     ]
     tokens = [round(count * length) for count in passed]
-    # forward, and backward to the inputs alone; with checkpointing forward once more
-    operations = (6 if compute.checkpointing else 4) * parameters
+    each = operations(active, checkpointed=bool(compute.checkpointing))
     return Forecast(
         target=config.name,
         parameters=parameters,
+        active=active,
         precision=" and ".join(
             [{4: "float32", 2: "bfloat16"}[number], *([config.model.quantization] if quantized else [])]
         ),
@@ -92,8 +88,47 @@ def forecast(line: Line) -> Forecast | None:
         per_token_checkpointed=token_bytes(described, number, names, checkpointed=True),
         rows=rows,
         tokens=tokens,
-        hours=[count * operations / OPERATIONS / 3600 for count in tokens],
+        hours=[count * each / OPERATIONS / 3600 for count in tokens],
     )
+
+
+def held_weights(model: Any, number: int, quantization: str, parts: int) -> int:
+    """Return the bytes that a GPU holds of a model's weights.
+
+    Args:
+        model: a causal language model without adapters, on any device.
+        number: bytes of a number that is not quantised.
+        parts: ranks that the layers are divided over; 1 with quantised weights.
+    """
+    total = sum(each.numel() for each in model.parameters())
+    if quantization in _QUANTIZED:  # of linear layers alone: not of experts, embeddings, norms and the output head
+        head = model.get_output_embeddings()
+        linear = [each for each in model.modules() if type(each) in (nn.Linear, Conv1D) and each is not head]
+        inside = sum(each.weight.numel() for each in linear)
+        return number * (total - inside) + round(_QUANTIZED[quantization] * inside)
+    if parts == 1:
+        return number * total
+    layers = [sum(each.numel() for each in layer.parameters()) for layer in layers_of(model)]
+    # two layers are whole while they are passed through
+    return number * (total - sum(layers) + sum(layers) // parts + 2 * max(layers))
+
+
+def operations(parameters: int, *, checkpointed: bool) -> int:
+    """Return the operations of a finetune for each token that passes through `parameters` (see `active_parameters`).
+
+    A product takes two for each weight, forward and backward to its inputs; with checkpointing forward once more.
+    """
+    return (6 if checkpointed else 4) * parameters
+
+
+def active_parameters(model: Any) -> int:
+    """Return how many parameters a token passes through; all, unless the config says how many experts it has."""
+    total = sum(each.numel() for each in model.parameters())
+    chosen = getattr(model.config, "num_experts_per_tok", None)
+    if chosen is None:
+        return total
+    experts = [each for block in lora.expert_blocks(model).values() for each in block.parameters() if each.dim() > 2]
+    return total - sum(each.numel() - each.numel() // len(each) * min(chosen, len(each)) for each in experts)
 
 
 def _parts(compute: ComputeConfig) -> int:

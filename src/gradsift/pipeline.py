@@ -33,7 +33,7 @@ from gradsift.runtime import Display, Runtime
 from gradsift.scoring.stage import score
 from gradsift.training.backbones import quieten
 from gradsift.training.device import device_of
-from gradsift.training.numerics import dtype_of, set_kernels
+from gradsift.training.numerics import dtype_of, rounds_to_tf32, set_kernels
 from gradsift.training.parallel import join
 from gradsift.training.shared_store import RunEnded, SharedStore
 from gradsift.training.threads import set_threads, threads_in_words
@@ -148,6 +148,7 @@ def settings_of(config: Config) -> list[tuple[str, Any]]:
     exports = [*config.export.formats, *(["merged"] if config.export.merged else [])]
     exports += [f"to the hub as {config.export.push_to_hub}"] if config.export.push_to_hub else []
     precision = str(dtype_of(config.compute)).removeprefix("torch.")
+    precision += " (TF32 for what stays float32)" if rounds_to_tf32(config.compute) else ""
     settings = [
         ("data", f"{data.name}{rows}" + (f", at most {data.limit:,}" if data.limit else "")),
         ("scorer", config.scorer_name),

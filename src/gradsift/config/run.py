@@ -276,17 +276,17 @@ class Config(Group):
             require_trained(self.judge)
 
     def _check_quantization(self) -> None:
-        if self.target.model.quantization != "none" and self.compute.strategy == "fsdp":
+        target = f"target.quantization={self.target.model.quantization} does not go with "
+        of_target = self.target.model.quantization != "none" and self.reaches("finetune")
+        if of_target and self.compute.strategy == "fsdp":
+            raise ConfigError(f"{target}compute=fsdp, which divides float weights; take compute=ddp")
+        if of_target and self.generator.name != "local" and self.reaches("generate"):
             raise ConfigError(
-                f"target.quantization={self.target.model.quantization} does not go with compute=fsdp, which divides "
-                "float weights; take compute=ddp"
+                f"{target}generator={self.generator.name}, which answers with the weights of the model's files; take "
+                "generator=local"
             )
-        if self.target.model.quantization != "none" and self.generator.name != "local" and self.reaches("generate"):
-            raise ConfigError(
-                f"target.quantization={self.target.model.quantization} does not go with generator={self.generator.name}"
-                ", which answers with the weights of the model's files; take generator=local"
-            )
-        if self.proxy.model.quantization != "none" and self.features.gradient_params == "full":
+        of_proxy = self.proxy.model.quantization != "none" and self._needs_proxy
+        if of_proxy and self.features.gradient_params == "full":
             raise ConfigError(
                 f"proxy.quantization={self.proxy.model.quantization} does not go with features.gradient_params=full: "
                 "quantised weights have no gradient; take features.gradient_params=lora"

@@ -75,7 +75,7 @@ def generate_answers(
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
             raise DataError(f"prompt {number} of {len(prompts)} has no token; a model needs at least one")
-    # LoRA layers are inside the backbone, so its own generate() includes them
+    # LoRA layers, if any, are inside the backbone, so its own generate() includes them
     backbone: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     ends = _end_tokens(model, tokenizer)
     greedy = _greedy(tokenizer, ends, max_new_tokens)

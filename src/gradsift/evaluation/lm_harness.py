@@ -44,6 +44,7 @@ def evaluate_tasks(
     batch_size: int,
     template: str,
     max_new_tokens: int,
+    max_tokens: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """Return every figure that lm-eval reports for each task, with the task's own number of shots.
 
@@ -57,6 +58,7 @@ def evaluate_tasks(
         limit: number of documents per task; None uses all.
         template: of the target.
         max_new_tokens: tokens of an answer, if the task does not limit it to fewer.
+        max_tokens: padded tokens of a batch of answers at most; the others' batches are lm-eval's own.
 
     Raises:
         ConfigError: a task needs a package that is not installed, or samples its answers.
@@ -70,7 +72,8 @@ def evaluate_tasks(
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     for kind in ("loglikelihood", "loglikelihood_rolling"):
         setattr(wrapped, kind, functools.partial(getattr(wrapped, kind), disable_tqdm=True))
-    how: dict[str, Any] = {"template": template, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    how: dict[str, Any] = {"template": template, "max_new_tokens": max_new_tokens}
+    how["batches"] = {"batch_size": batch_size, "max_tokens": max_tokens}
     wrapped.generate_until = functools.partial(_answers, model=model, tokenizer=tokenizer, **how)
     settings: dict[str, Any] = {"tasks": list(tasks), "limit": limit, "bootstrap_iters": 0, "log_samples": False}
     try:
@@ -97,7 +100,13 @@ def evaluate_tasks(
 
 
 def _answers(
-    requests: Sequence[Any], *, model: Any, tokenizer: Any, template: str, max_new_tokens: int, batch_size: int
+    requests: Sequence[Any],
+    *,
+    model: Any,
+    tokenizer: Any,
+    template: str,
+    max_new_tokens: int,
+    batches: Mapping[str, Any],
 ) -> list[str]:
     """Return the answers to lm-eval's requests, each of a prompt and its options, up to the first of its ends."""
     by_limit: dict[int, list[int]] = {}
@@ -109,7 +118,7 @@ def _answers(
     answers = [""] * len(requests)
     for limit, places in by_limit.items():
         prompts = [encode_prompt(requests[place].args[0], "", tokenizer, template) for place in places]
-        texts = generate_answers(model, tokenizer, prompts, max_new_tokens=limit, batch_size=batch_size)
+        texts = generate_answers(model, tokenizer, prompts, max_new_tokens=limit, **batches)
         for place, text in zip(places, texts, strict=True):
             ends = requests[place].args[1].get("until") or []
             answers[place] = until(text, [ends] if isinstance(ends, str) else ends)

@@ -26,7 +26,7 @@ from gradsift.manifests import file_hash
 from gradsift.names import slug_of_path
 from gradsift.runtime import Advance, Runtime
 from gradsift.training.device import device_of
-from gradsift.training.numerics import dtype_of
+from gradsift.training.numerics import dtype_of, rounds_to_tf32
 
 VERSION = 1
 _LAYOUT = "modules.json"  # part of every saved sentence encoder
@@ -118,7 +118,8 @@ def sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig) -> Ar
 
     slug = slug_of_path(config.model)
     pin = runtime.store.obtain("sentence_encoder", slug, settings, [], make, version=VERSION, light=True)
-    return replace(pin, numerics={"precision": str(dtype_of(runtime.compute)).removeprefix("torch.")})
+    numerics = {"precision": str(dtype_of(runtime.compute)).removeprefix("torch.")}
+    return replace(pin, numerics=numerics | ({"products": "tf32"} if rounds_to_tf32(runtime.compute) else {}))
 
 
 def load_sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig, pin: Artifact) -> SentenceEncoder:

@@ -48,7 +48,8 @@ class Projection:
         at_once = max(1, numbers_at_once(gradients.device, _NUMBERS) // max(1, rows * width))
         for first in range(0, -(-self.size // width), at_once):
             columns = gradients[:, first * width : (first + at_once) * width]
-            columns = F.pad(columns, (0, -columns.shape[1] % width))  # of the last chunk
+            if lacking := -columns.shape[1] % width:  # in the last chunk; padding copies
+                columns = F.pad(columns, (0, lacking))
             places, signs = self.drawn(first, columns.shape[1] // width, gradients.device)
             picked = columns.index_select(1, places.flatten()).view(rows, -1, width)
             projected += picked.mul_(signs).sum(1)

@@ -162,9 +162,9 @@ def forecast_lines(forecast: Mapping[str, Any]) -> list[str]:
     """Return the forecast of a target's finetunes in words: the memory of a GPU, and GPU hours."""
     sizes = [forecast[name] for name in ("weights", "adapter", "per_token", "per_token_checkpointed")]
     parts = f", divided over {forecast['ranks']} GPUs" if forecast["ranks"] > 1 else ""
-    about = (
-        f"{forecast['target']}: {forecast['parameters'] / 1e9:.1f} billion parameters, {forecast['precision']}{parts}"
-    )
+    passed = "" if forecast["active"] == forecast["parameters"] else f" ({forecast['active'] / 1e9:.1f} for a token)"
+    about = f"{forecast['target']}: {forecast['parameters'] / 1e9:.1f} billion parameters{passed}"
+    about += f", {forecast['precision']}{parts}"
     held = f"a GPU holds {volume(sizes[0])} of weights and {volume(sizes[1])} of adapter and optimizer"
     kept = "; what it keeps of a token is not known for this kind of model"
     if None not in sizes:

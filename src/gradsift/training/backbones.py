@@ -142,9 +142,10 @@ def _lacks_memory(model: Any, compute: ComputeConfig) -> bool:
 def load_plain(artifact: Artifact, config: ModelConfig, compute: ComputeConfig) -> tuple[Any, Any]:
     """Load model and tokenizer as transformers makes them, not quantized; errors as `load_backbone`."""
     source, options = _source(artifact, config)
-    name = config.path or config.kind
+    name, dtype = config.path or config.kind, dtype_of(compute, config)
+    stored = load_options(config_of(artifact, config), "none", dtype)
     with hub_errors(config):
-        model = load_model(source, name, dtype=dtype_of(compute, config), **options)
+        model = load_model(source, name, dtype=dtype, **options, **stored)
         return model, load_tokenizer(source, name, **options)
 
 

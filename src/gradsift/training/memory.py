@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-_GATED = ("llama", "mistral", "qwen2", "qwen3")  # model types whose kept activations are known, besides gpt2
+_GATED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # model types whose kept activations are known, besides gpt2
 _STREAM = 4  # bytes of a number in the residual stream, which is float32 (`gradsift.training.residual`)
 # what layers with an adapter read: the hidden states of attention or of the MLP, or the MLP's own
 _READ_IN_ATTENTION = {"q_proj", "k_proj", "v_proj", "c_attn"}
@@ -36,9 +36,10 @@ def token_bytes(config: Any, number: int, adapted: Collection[str], *, checkpoin
 
 
 def _block_bytes(config: Any, number: int, adapted: Collection[str]) -> int | None:
-    kind, hidden, heads = str(config.model_type), int(config.hidden_size), int(config.num_attention_heads)
+    kind = str(config.model_type)
     if kind not in (*_GATED, "gpt2"):
         return None
+    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)  # which other models may not have
     size = int(getattr(config, "head_dim", None) or hidden // heads)
     queries, keys = heads * size, int(getattr(config, "num_key_value_heads", None) or heads) * size
     mlp = int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden)
@@ -59,14 +60,14 @@ def fitting_tokens(model: Any, memory: int, *, checkpointed: bool) -> int | None
     """Return how many tokens can pass at once through a training on a GPU with `memory` bytes.
 
     Args:
-        model: a causal language model with or without adapters.
+        model: a causal language model; without an adapter yet, it is taken to get one on all layers, and the adapter's
+            own size, which is not known, is left out.
 
     Returns:
         The number, which may be negative; None for a model type that is not known here.
     """
-    each = token_bytes(
-        model.config, next(model.parameters()).element_size(), adapted_names(model), checkpointed=checkpointed
-    )
+    adapted = adapted_names(model) or _READ_IN_ATTENTION | _READ_IN_MLP | _READ_WIDE
+    each = token_bytes(model.config, next(model.parameters()).element_size(), adapted, checkpointed=checkpointed)
     if each is None:
         return None
     held = 0

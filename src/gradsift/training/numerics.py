@@ -34,10 +34,14 @@ def dtype_of(compute: ComputeConfig, model: ModelConfig | None = None) -> torch.
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
+def rounds_to_tf32(compute: ComputeConfig) -> bool:
+    """Return whether float32 products are rounded to TF32 on this machine: with compute.precision=auto on a GPU."""
+    return compute.precision == "auto" and device_of(compute).type == "cuda"
+
+
 def set_kernels(compute: ComputeConfig) -> None:
     """Choose torch's kernels in this process: TF32 for float32 products, and deterministic ones."""
-    tf32 = compute.precision == "auto" and device_of(compute).type == "cuda"
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.set_float32_matmul_precision("high" if rounds_to_tf32(compute) else "highest")
     if compute.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a process first uses cuBLAS
         torch.use_deterministic_algorithms(True)

@@ -164,6 +164,7 @@ def passes(
             return budget.group(group, work)
         return [run(budget, lambda tokens: work(group), [len(example.input_ids) for example in group])]
 
+    budget.tokens = smallest(budget.tokens)  # after an earlier pass one rank may have fewer, but all cut equal groups
     advance_by_tokens = weighed(advance, len(examples), sum(len(example.input_ids) for example in examples))
     for groups in rounds(spread_out(by_length(examples, budget.tokens))):
         encoded = list(chain.from_iterable(groups))
@@ -175,6 +176,13 @@ def largest(count: int, device: torch.device) -> int:
     """Return the largest of the ranks' counts."""
     counts = torch.tensor(count, device=device)
     distributed.all_reduce(counts, op=distributed.ReduceOp.MAX)
+    return int(counts)
+
+
+def smallest(count: int) -> int:
+    """Return the smallest of the ranks' counts."""
+    counts = torch.tensor(count)
+    distributed.all_reduce(counts, op=distributed.ReduceOp.MIN, group=_control())
     return int(counts)
 
 

@@ -31,7 +31,7 @@ from gradsift.evaluation.remote import endpoint_answers, generator_settings
 from gradsift.evaluation.replies import REPLIES_FILE
 from gradsift.evaluation.turns import with_input
 from gradsift.runtime import Advance, Runtime
-from gradsift.training.target import load_tuned
+from gradsift.training.merging import load_to_answer
 
 VERSION = 2
 TERSE_ITEMS = 360  # twenty of each skill
@@ -119,7 +119,7 @@ def _in_this_process(
     tuned: Artifact | None,
     folder: Path,
 ) -> Callable[[Sequence[Question], Advance], list[str]]:
-    loaded, journal = load_tuned(runtime, target_config, target, tuned), runtime.journal(folder)
+    loaded, journal = load_to_answer(runtime, target_config, target, tuned), runtime.journal(folder)
 
     def answer(questions: Sequence[Question], advance: Advance) -> list[str]:
         return generate_answers(

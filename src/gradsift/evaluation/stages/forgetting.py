@@ -19,7 +19,7 @@ from gradsift.evaluation.text_metrics import change
 from gradsift.manifests import file_hash
 from gradsift.runtime import Runtime
 from gradsift.training.divided import divides
-from gradsift.training.target import load_tuned
+from gradsift.training.merging import load_to_answer
 
 LM_EVAL_VERSION = 2
 
@@ -94,11 +94,12 @@ def _lm_eval(
         settings["folder"] = {str(file.relative_to(config.lm_eval_folder)): file_hash(file) for file in files}
 
     def make(folder: Path) -> Mapping[str, Any]:
-        model = load_tuned(runtime, target_config, target, tuned)
+        model = load_to_answer(runtime, target_config, target, tuned)
         plain: Any = model.model
         plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain  # includes the LoRA layers
         options: dict[str, Any] = {"folder": config.lm_eval_folder, "limit": config.limit}
         options |= {"template": target_config.template, "max_new_tokens": config.max_new_tokens}
+        options["max_tokens"] = runtime.compute.tokens
         tasks = evaluate_tasks(plain, model.tokenizer, config.lm_eval_tasks, batch_size=config.batch_size, **options)
         return {"rows": len(tasks), "tasks": tasks}
 

@@ -12,6 +12,7 @@ Tracing needs a CUDA device guard, which a CPU build of torch lacks. LIBRARY hol
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import sys
 import traceback
@@ -96,6 +97,7 @@ class Kit(NamedTuple):
     adapted: Any
     encoded: list[Encoded]
     budget: TokenBudget
+    lanes: Any = None  # of members that train side by side
 
     @property
     def backbone(self) -> Backbone:
@@ -110,7 +112,7 @@ class Kit(NamedTuple):
         return next(self.adapted.parameters()).device  # type: ignore[no-any-return]
 
 
-def kit(kind: str, precision: str) -> Kit:
+def kit(kind: str, precision: str, dropout: float = 0.0) -> Kit:
     """Return a model on the CPU; `prepare` sets it up as for CUDA: no compiled kernels, torch's fused attention."""
     config = AutoConfig.for_model(kind, **MODELS[kind], pad_token_id=0, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
@@ -118,7 +120,7 @@ def kit(kind: str, precision: str) -> Kit:
     with mock.patch.object(numerics, "device_of", lambda compute: CUDA):
         numerics.prepare(model.requires_grad_(False), ComputeConfig(precision=precision))
     targets = TARGETS["gpt2" if kind == "gpt2" else "others"]
-    adapted = lora.add_adapter(model, LoraConfig(rank=2, alpha=4, dropout=0.0, targets=targets), seed=0)
+    adapted = lora.add_adapter(model, LoraConfig(rank=2, alpha=4, dropout=dropout, targets=targets), seed=0)
     rng = np.random.default_rng(0)
     encoded = [
         Encoded(row, row, rng.integers(3, 250, size=length).astype(np.int32), np.arange(length) >= 3)
@@ -127,8 +129,12 @@ def kit(kind: str, precision: str) -> Kit:
     return Kit(adapted, encoded, TokenBudget(24))  # two batches
 
 
-def targets_of(kit: Kit) -> list[str]:
-    return TARGETS["gpt2" if kit.adapted.config.model_type == "gpt2" else "others"]
+def kit_of_members(kind: str, precision: str) -> Kit:
+    """Return a kit whose model has two adapters, which drop some of their inputs."""
+    made = kit(kind, precision)
+    targets = TARGETS["gpt2" if kind == "gpt2" else "others"]
+    lanes = Lanes(lora.remove_adapter(made.adapted), LoraConfig(rank=2, dropout=0.1, targets=targets), [0, 1])
+    return made._replace(adapted=lanes.adapted, lanes=lanes)
 
 
 # ---------------------------------------------------------------------------------------------- paths
@@ -162,20 +168,17 @@ def token_loss_step(kit: Kit) -> None:
 
 
 def members_side_by_side(kit: Kit) -> None:
-    """A step of two members that drop inputs of their adapters, in one pass over the frozen weights."""
-    lanes = Lanes(lora.remove_adapter(kit.adapted), LoraConfig(rank=2, dropout=0.1, targets=targets_of(kit)), [0, 1])
-    members = [ProxyMember(lanes.adapted, Optimization(1e-3, 0.0, "linear", 1, 4), kit.budget, 0) for _ in range(2)]
-    module = without_trainer(Members(lanes, members), kit.device)
+    """A step of two members, in one pass over the frozen weights."""
+    members = [ProxyMember(kit.adapted, Optimization(1e-3, 0.0, "linear", 1, 4), kit.budget, 0) for _ in range(2)]
+    module = without_trainer(Members(kit.lanes, members), kit.device)
     module.training_step(Step([replace(example, lane=lane) for lane in (0, 1) for example in kit.encoded]), 0)
 
 
 def norms_under_masks(kit: Kit) -> None:
     """A member of mc_dropout: norms with dropout on."""
-    model = lora.remove_adapter(kit.adapted)
-    config = LoraConfig(rank=2, dropout=0.1, targets=targets_of(kit))
-    module = module_of(kit._replace(adapted=lora.add_adapter(model, config, seed=0).to(kit.device)))
+    module = module_of(kit)
     module.masks = 7
-    with PerSampleNorms(module.model) as module.gradient_norms:
+    with PerSampleNorms(kit.adapted) as module.gradient_norms:
         module.validation_step(Step(kit.encoded), 0)
 
 
@@ -200,7 +203,7 @@ def perplexity(kit: Kit) -> None:
 
 
 def answer_losses(kit: Kit) -> None:
-    collect_losses(kit.adapted, kit.inputs, unseen, Journal())
+    collect_losses(kit.adapted, kit.inputs, lambda done: None, Journal())
 
 
 def hidden_states(kit: Kit) -> None:
@@ -226,7 +229,7 @@ def gradient_features(kit: Kit) -> None:
 def full_gradients(kit: Kit) -> None:
     """Gradients of all weights, of the backbone with the adapter merged into a copy."""
     with gradient_pass(kit.adapted, "full", 0) as gradients:
-        gradient_block(kit.inputs, gradients, None, 0, len(kit.encoded), unseen)
+        gradient_block(kit.inputs, gradients, None, 0, len(kit.encoded), lambda done: None)
 
 
 def directions(kit: Kit) -> None:
@@ -267,6 +270,11 @@ PATHS: dict[str, Callable[[Kit], Any]] = {
     )
 }
 
+
+KITS: dict[str, Callable[[str, str], Kit]] = {
+    "members_side_by_side": kit_of_members,
+    "norms_under_masks": functools.partial(kit, dropout=0.1),
+}
 
 # -------------------------------------------------------------------------------- paths that are broken
 
@@ -361,7 +369,7 @@ def on_fake_cuda(kit: Kit) -> Iterator[None]:
         mock.patch.object(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**33)),
         Tracing(allow_non_fake_inputs=True),
     ):
-        for module in kit.adapted.modules():
+        for module in (kit.lanes or kit.adapted).modules():
             for tensors in (module._parameters, module._buffers):
                 tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
         yield
@@ -369,7 +377,7 @@ def on_fake_cuda(kit: Kit) -> Iterator[None]:
 
 def trace(path: Callable[[Kit], Any], kind: str, precision: str) -> str:
     """Return why a path fails on CUDA, or nothing."""
-    made = kit(kind, precision)
+    made = KITS.get(path.__name__, kit)(kind, precision)
     try:
         with on_fake_cuda(made):
             path(made)

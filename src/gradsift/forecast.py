@@ -100,15 +100,15 @@ def held_weights(model: Any, number: int, quantization: str, parts: int) -> int:
         number: bytes of a number that is not quantised.
         parts: ranks that the layers are divided over; 1 with quantised weights.
     """
-    total = sum(each.numel() for each in model.parameters())
+    total: int = sum(each.numel() for each in model.parameters())
     if quantization in _QUANTIZED:  # of linear layers alone: not of experts, embeddings, norms and the output head
         head = model.get_output_embeddings()
         linear = [each for each in model.modules() if type(each) in (nn.Linear, Conv1D) and each is not head]
-        inside = sum(each.weight.numel() for each in linear)
+        inside: int = sum(each.weight.numel() for each in linear)
         return number * (total - inside) + round(_QUANTIZED[quantization] * inside)
     if parts == 1:
         return number * total
-    layers = [sum(each.numel() for each in layer.parameters()) for layer in layers_of(model)]
+    layers: list[int] = [sum(each.numel() for each in layer.parameters()) for layer in layers_of(model)]
     # two layers are whole while they are passed through
     return number * (total - sum(layers) + sum(layers) // parts + 2 * max(layers))
 
@@ -123,12 +123,13 @@ def operations(parameters: int, *, checkpointed: bool) -> int:
 
 def active_parameters(model: Any) -> int:
     """Return how many parameters a token passes through; all, unless the config says how many experts it has."""
-    total = sum(each.numel() for each in model.parameters())
+    total: int = sum(each.numel() for each in model.parameters())
     chosen = getattr(model.config, "num_experts_per_tok", None)
     if chosen is None:
         return total
     experts = [each for block in lora.expert_blocks(model).values() for each in block.parameters() if each.dim() > 2]
-    return total - sum(each.numel() - each.numel() // len(each) * min(chosen, len(each)) for each in experts)
+    idle: int = sum(each.numel() - each.numel() // len(each) * min(chosen, len(each)) for each in experts)
+    return total - idle
 
 
 def _parts(compute: ComputeConfig) -> int:

@@ -6,6 +6,7 @@ Slow (three minutes where nothing else runs): 151 selections, and every score a 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ def test_batches_and_padding_change_no_scorers_ranking(gradsift, monkeypatch: py
     others = f"scorer={','.join(name for name in scorers if name != 'grads')}"
     assert gradsift("-m", *smallest, others) == gradsift(*smallest, "scorer=grads", "scorer.scale=minmax") == 0
     monkeypatch.setenv("GRADSIFT_ARTIFACTS", str(gradsift.folder / "other"))
+    shutil.copytree(gradsift.store / "backbone", gradsift.folder / "other/backbone")  # whose batches are their own
     monkeypatch.setattr("gradsift.scoring.spans._BATCH_TOKENS", {"cpu": 64})  # these are theirs alone
     smallest += ("compute.tokens=64",)
     shapes = noted_shapes(monkeypatch)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import SMOKE
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from gradsift.artifacts import Artifact, NotMade, Store
 from gradsift.cost import duration
@@ -301,6 +302,18 @@ def test_a_token_passes_through_the_chosen_experts_alone() -> None:
     plain |= {"per_token_checkpointed": None, "rows": [1], "tokens": [1], "hours": [1.0]}
     lines = forecast_lines(plain | {"parameters": 46_702_792_704, "active": 12_879_425_536})
     assert lines[0].startswith("t: 46.7 billion parameters (12.9 for a token), bfloat16")
+
+
+def test_70_billion_weights_in_nf4_leave_half_of_an_80_gb_card() -> None:
+    """LLaMA-2-70B from its published shape; embeddings and head are bfloat16."""
+    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=8))
+    assert model.num_parameters() == 68_976_648_192
+    layer = 2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672
+    expected = 80 * layer * 9 // 16 + 2 * (2 * 32000 * 8192 + 161 * 8192)
+    assert held_weights(model, 2, "nf4", parts=1) == expected < 40e9
+    assert held_weights(model, 2, "none", parts=1) > 80e9
 
 
 def test_the_layers_of_a_model_that_does_not_name_them_are_needed_to_divide_it_alone() -> None:

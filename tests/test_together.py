@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from exactness import assert_close_by_norm
 from safetensors.numpy import load_file
 from test_ensembles import config, inputs, parents
 from test_finetuning import runtime
@@ -31,15 +33,19 @@ pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 
 def trained(
-    store: Path, settings: ProxyConfig, encoded: list[Encoded] | None = None, **compute: Any
+    store: Path,
+    settings: ProxyConfig,
+    encoded: list[Encoded] | None = None,
+    dtype: torch.dtype = torch.float64,
+    **compute: Any,
 ) -> tuple[list[list[Artifact]], list[str]]:
-    """Return the adapters in float64, as [adapter][epoch - 1], and the names of the members' epochs that were made."""
+    """Return the adapters, as [adapter][epoch - 1], and the names of the members' epochs that were made."""
     run = replace(runtime(store), compute=ComputeConfig(device="cpu", **compute))
     roots = parents(run)
 
     def load() -> ProxyInputs:
         given = inputs(encoded or ragged_examples(10))
-        given.backbone.model.double()
+        given.backbone.model.to(dtype)
         return given._replace(budget=TokenBudget(run.compute.tokens or 4096))
 
     adapters = train_adapters(run, settings, *roots, load)
@@ -86,6 +92,20 @@ def test_members_side_by_side_are_members_alone(mode: str, dropout: float, colle
     assert units == ["m0-e1", "m0-e2", "m1-e1", "m1-e2", "m2-e1", "m2-e2"]
     for one, other in zip(chain.from_iterable(alone), chain.from_iterable(together), strict=True):
         require_equal(other, one)
+
+
+def test_in_float32_both_are_as_near_to_the_same_training_in_float64(tmp_path: Path) -> None:
+    """Adam divides by a gradient's size, so the rounding of a tiny gradient is more than that of a weight."""
+    settings = replace(config("lora_seeds", members=3), lora=LoraConfig(rank=2, dropout=0.4))
+    exact, _ = trained(tmp_path / "exact", settings)
+    alone, _ = trained(tmp_path / "alone", settings, dtype=torch.float32)
+    together, _ = trained(tmp_path / "together", replace(settings, together=3), tokens=40, dtype=torch.float32)
+    chains = (chain.from_iterable(adapters) for adapters in (exact, alone, together))
+    for epochs in zip(*chains, strict=True):
+        expected, *computed = (load_file(each.file(lora.ADAPTER_FILE)) for each in epochs)
+        for weights in computed:
+            for name, value in expected.items():
+                assert_close_by_norm(weights[name], value.astype(np.float64), k=256, dtype=torch.float32)
 
 
 class Stopped(Exception):

@@ -296,9 +296,11 @@ def test_a_hub_model_is_pinned_to_the_commit_of_its_first_use(
         tiny_model("gpt2").config.save_pretrained(tmp_path / "snapshots" / commit)
     commits = iter(["c0ffee", "moved on"])
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *a, **o: None)
-    monkeypatch.setattr(
-        "huggingface_hub.hf_hub_download", lambda *a, **o: str(tmp_path / "snapshots" / next(commits) / "config.json")
-    )
+
+    def download(path: str, name: str, **options: Any) -> str:
+        return str(tmp_path / "snapshots" / next(commits) / name) if name == "config.json" else name
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     first, second = (pin(tmp_path, "owner/name") for _ in range(2))
     assert first.info["revision"] == second.info["revision"] == "c0ffee"
     load_backbone(first, ModelConfig(path="owner/name"), CPU)

@@ -184,10 +184,10 @@ def config_on_hub(config: ModelConfig) -> Path:
     with hub_errors(config):
         if not isinstance(try_to_load_from_cache(path, "config.json", revision=config.revision), str):
             get_hf_file_metadata(hf_hub_url(path, "config.json", revision=config.revision))
+            for name in _TEMPLATE_FILES:  # for `require_chat_template`
+                with suppress(EntryNotFoundError):
+                    hf_hub_download(path, name, revision=config.revision)
         file = Path(hf_hub_download(path, "config.json", revision=config.revision))
-        for name in _TEMPLATE_FILES:  # for `require_chat_template`
-            with suppress(EntryNotFoundError):
-                hf_hub_download(path, name, revision=config.revision)
     require_known(config, require_config(file.parent, path))
     return file
 

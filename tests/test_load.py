@@ -195,6 +195,16 @@ def test_a_column_that_utf_8_cannot_hold_comes_through(gradsift) -> None:
     assert {row["raw"] for row in select_all(gradsift, rows)} == {"cut \ud83d", ""}
 
 
+def test_datasets_reads_the_selection_in_one_line(gradsift, tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": f"{n}", "meta": {"id": n}} for n in range(4)]
+    selected = select_all(gradsift, rows)
+    (file,) = gradsift.folder.glob("outputs/*/*/selection.jsonl")
+    read = load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+    assert read.to_list() == selected and len(selected) == 4
+
+
 # ----------------------------------------------------------------------------------------- the world
 
 

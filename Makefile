@@ -36,7 +36,7 @@ human-eval: setup ## blinded pairs of RUN=outputs/DATE/TIME for people to judge;
 	@test -n "$(RUN)" || { echo "name the folder of a finished run, as in: make human-eval RUN=outputs/DATE/TIME"; exit 1; }
 	@$(BIN)/python -m gradsift.evaluation.human "$(RUN)" $(HUMAN)
 
-test: setup ## the tests, on all cores (6 to 8 minutes on two)
+test: setup ## the tests, on all cores (about 6 minutes on two)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Other processors on this one: kernels off, two threads, and the instruction sets of other machines.

@@ -15,6 +15,6 @@ from gradsift.runtime import Display, Runtime
 def line_of(overrides: Sequence[str]) -> Line:
     """Its artifacts are found in the store, or made when they are asked for."""
     config = compose_config(overrides)
-    prepare(config)
+    prepare(config.compute)
     display = Display()
     return Line(config, Runtime(Store(Path(config.artifacts), display.say), config.compute, display, config.seed))

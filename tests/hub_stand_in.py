@@ -29,12 +29,16 @@ TOKEN = "hf_of_the_stand_in"
 
 class _Handler(BaseHTTPRequestHandler):
     root: Path
+    page: str | None
 
     def log_message(self, *arguments: Any) -> None:
         """Print nothing."""
 
     def do_GET(self) -> None:
-        self._answer()
+        if self.page is not None:
+            self._send(200, self.page.encode())
+        else:
+            self._answer()
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -148,9 +152,13 @@ def _entry(path: Path, folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def serving(root: Path) -> Iterator[str]:
-    """Serve the repositories below `root`; yields the address for HF_ENDPOINT."""
-    handler = type("Handler", (_Handler,), {"root": root})
+def serving(root: Path, page: str | None = None) -> Iterator[str]:
+    """Serve the repositories below `root`; yields the address for HF_ENDPOINT.
+
+    Args:
+        page: the answer to all that is read, instead.
+    """
+    handler = type("Handler", (_Handler,), {"root": root, "page": page})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

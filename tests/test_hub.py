@@ -16,10 +16,12 @@ from hub_stand_in import COMMIT, printed_by_client, serving
 from test_load import runtime
 
 from gradsift.composition import compose_config
-from gradsift.config import HubDataConfig
+from gradsift.config import HubDataConfig, SourceConfig
+from gradsift.data import hub
 from gradsift.data.examples import SourceRow
 from gradsift.data.hub import load_hub
 from gradsift.data.load import load, require_dataset
+from gradsift.data.mixture import row_source
 from gradsift.errors import ConfigError, DataError
 
 LOAD = """
@@ -76,6 +78,9 @@ ASKED = {
     "the first rows": ("owner/several", None, "train", "rivers", 3),
     "more than there are": ("owner/several", None, "test", "hills", 9),
     "streamed without a subset": ("owner/several", None, "train", None, 3),
+    "a source": ("owner/several", None, "train", None, None, "data.sources.a"),
+    "a split of a source": ("owner/several", None, "dev", "hills", None, "data.sources.a"),
+    "a missing source": ("owner/missing", "v9", "train", None, None, "data.sources.a"),
 }
 
 
@@ -130,6 +135,9 @@ def test_the_rows_of_a_dataset_or_of_a_subset(asked: str, rows: list[object], an
         "no such subset": "no subset 'lakes'; give data.subset=NAME, one of: rivers, hills",
         "no such split": "data.split=dev",
         "another revision": "at data.revision=v9 is no dataset",
+        "a source": "data.sources.a.id=owner/several: it has several subsets; give data.sources.a.subset=NAME, one",
+        "a split of a source": "check it, or give its rows with data.sources.a.path=FILE",
+        "a missing source": "data.sources.a.id=owner/missing at data.sources.a.revision=v9 is no dataset",
         "gated": "is gated: accept its terms",
         "missing": "is no dataset of the hub",
         "script": "made by a script, which is not run; give data.revision=refs/convert/parquet",
@@ -150,12 +158,12 @@ def test_streaming_reads_as_many_rows_as_are_drawn(tmp_path: Path, monkeypatch: 
 
     def first_rows(*arguments: Any) -> Iterator[SourceRow]:
         asked.append(arguments)
-        return (SourceRow(row, {"instruction": str(row), "output": "x"}) for row in range(arguments[-1]))
+        return (SourceRow(row, {"instruction": str(row), "output": "x"}) for row in range(arguments[4]))
 
     monkeypatch.setattr("gradsift.data.hub.load_hub", first_rows)
     options = {"id": "owner/one", "streaming": True, "limit": 3}
     artifact = load(runtime(tmp_path), HubDataConfig(**options, holdout=2))
-    assert asked == [("owner/one", None, "train", None, 5)]
+    assert asked == [("owner/one", None, "train", None, 5, "data")]
     assert (artifact.info["rows"], artifact.info["heldout"]) == (3, 2)
     assert load(runtime(tmp_path), HubDataConfig(**options)).fingerprint != artifact.fingerprint
 
@@ -168,6 +176,8 @@ def test_a_dataset_that_cannot_be_read_is_refused_before_the_slow_imports(tmp_pa
     words = {
         "owner/missing": "error: data.id=owner/missing is no dataset of the hub",
         "owner/gated": "error: data.id=owner/gated is gated: accept its terms",
+        "owner/two--one": "error: data.id=owner/two--one is no name of a hub dataset; give it as OWNER/NAME",
+        "owner/missing data.scores=none.csv": "error: data.scores=none.csv is no file",
         "owner/one data.revision=v9": "error: data.id=owner/one at data.revision=v9 is no dataset",
         "owner/one": "gradsift.pipeline",
     }
@@ -198,6 +208,31 @@ def test_without_a_network_only_what_may_be_cached_goes_on(cached: str, tmp_path
     (tmp_path / "cache" / cached).mkdir(parents=True)
     assert printed_by_client(REQUIRE, address, tmp_path, (), "owner/one") == "None\n"
     assert "cannot be reached" in printed_by_client(REQUIRE, address, tmp_path, (), "other/one")
+
+
+def test_offline_a_dataset_that_is_nowhere_or_a_folder_here_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HF_HUB_OFFLINE=1: see conftest."""
+    with pytest.raises(DataError, match=r"data\.id=elsewhere is not in the local cache and the hub cannot be"):
+        hub.require_dataset("elsewhere", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    for refuse in (lambda: hub.require_dataset("elsewhere", None), lambda: load_hub("elsewhere", None, "train")):
+        with pytest.raises(DataError, match=r"data\.id=elsewhere is a file or folder here; take data=json"):
+            refuse()
+    source = row_source(SourceConfig(id="elsewhere"), tmp_path, "data.sources.a")
+    with pytest.raises(
+        DataError, match=r"data\.sources\.a\.id=elsewhere is a .*; give its rows with data\.sources\.a\.path="
+    ):
+        source.read()
+
+
+def test_a_page_instead_of_an_answer_is_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
+    """As from a network that wants a login first."""
+    with serving(tmp_path, page="<html>Log in.</html>") as address:
+        printed = printed_by_client(REQUIRE, address, tmp_path, (), "owner/one")
+    assert printed.startswith("data.id=owner/one is not in the local cache and the hub cannot be reached")
 
 
 def test_rows_that_are_in_the_store_need_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,6 +252,51 @@ def test_a_targets_chat_template_is_missed_before_the_proxy_is_trained(
     assert "target.template" not in capsys.readouterr().err
 
 
+CHAT = """
+from pathlib import Path
+from gradsift.artifacts import Store
+from gradsift.config import ModelConfig
+from gradsift.errors import ConfigError
+from gradsift.training.pins import require_chat_template, require_model
+for name in ("owner/base", "owner/chat"):
+    config = ModelConfig(path=name)
+    require_model(Store(Path("store")), config)
+    try:
+        require_chat_template(config, "proxy.template")
+        print("usable")
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def test_a_hub_models_chat_template_is_looked_for_before_any_work(tmp_path: Path) -> None:
+    for name in ("base", "chat"):
+        folder = tmp_path / "hub/owner" / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text('{"model_type": "gpt2"}')
+        (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    with serving(tmp_path / "hub") as address:
+        base, chat = printed_by_client(CHAT, address, tmp_path).splitlines()
+    assert base.startswith("proxy.template=chat needs a tokenizer with a chat template, which that of owner/base has")
+    assert chat == "usable"
+
+
+@pytest.mark.parametrize(
+    ("options", "is_used"),
+    [
+        (("scorer=random",), True),
+        (("scorer=random", "stop_after=generate"), False),
+        (("scorer=full",), False),
+        (("scorer=llm_rating", "stop_after=selection", "report=false"), True),
+    ],
+)
+def test_a_local_judge_is_among_the_models_of_a_run_that_judges(options: tuple[str, ...], is_used: bool) -> None:
+    others = ("proxy=gpt2", "target=llama2_7b", "benchmark=vicuna", "judge=local")
+    config = compose_config([*FOREIGN[:2], *others, *options])
+    assert (config.models[-1:] == [config.judge.model]) is is_used
+
+
 @pytest.fixture(scope="session")
 def pinned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, float]]:
     """The commit or the error's message, and the seconds it took, for each of `ASKED`, and without any network."""

@@ -145,10 +145,6 @@ def _require_files(config: Config) -> None:
     data = config.data
     if isinstance(data, JsonDataConfig):
         require_files(data.path)
-    if isinstance(data, HubDataConfig):
-        from gradsift.data.load import require_dataset
-
-        require_dataset(Store(Path(config.artifacts)), data)
     if isinstance(data, MixtureDataConfig):
         for name, source in data.sources.items():
             if source.path is not None:
@@ -169,6 +165,10 @@ def _require_files(config: Config) -> None:
         from gradsift.scoring.published import require_scores
 
         require_scores(Path(data.scores))
+    if isinstance(data, HubDataConfig):  # after all that needs no network
+        from gradsift.data.load import require_dataset
+
+        require_dataset(Store(Path(config.artifacts)), data)
     if config.export.push_to_hub is not None and not config.plan and leads(config.compute):
         from gradsift.hub_push import require_access
 

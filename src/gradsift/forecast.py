@@ -122,7 +122,7 @@ def operations(parameters: int, *, checkpointed: bool) -> int:
 
 
 def active_parameters(model: Any) -> int:
-    """Return how many parameters a token passes through; all, unless the config says how many experts it has."""
+    """Return how many parameters a token passes through; all, unless the config says how many experts it chooses."""
     total: int = sum(each.numel() for each in model.parameters())
     chosen = getattr(model.config, "num_experts_per_tok", None)
     if chosen is None:

@@ -15,17 +15,23 @@ _PATIENCE = 10.0  # seconds for an answer of the hub before a run
 
 
 def require_dataset(id: str, revision: str | None) -> None:
-    """Ask the hub whether a dataset can be read, before the slow imports; not if HF_HUB_OFFLINE=1.
+    """Ask the hub whether a dataset can be read, before the slow imports.
 
     Raises:
-        DataError: the dataset or the revision does not exist, or is gated; or the hub cannot be reached, and the local
-            cache has nothing of the dataset.
+        DataError: the dataset or the revision does not exist, or is gated; or the hub cannot be reached (it never is if
+            HF_HUB_OFFLINE=1), and the local cache has nothing of the dataset; or a file or folder has the name.
     """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
-    if constants.HF_HUB_OFFLINE or Path(id).exists():
-        return
+    if Path(id).exists():
+        raise _shadowed(id)
     http_error: type[Exception] = HfHubHTTPError.__bases__[0]
     api = HfApi()
     try:
@@ -35,13 +41,20 @@ def require_dataset(id: str, revision: str | None) -> None:
         raise _gated(id) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise _missing(id, revision) from error
-    except (http_error, OSError) as error:
+    except HFValidationError as error:
+        raise _unnamed(id) from error
+    except (http_error, OSError, ValueError) as error:  # ValueError: a page instead of the hub's JSON
         if not _may_be_cached(id):
             raise _unreachable(id, error) from error
 
 
 def load_hub(
-    id: str, revision: str | None, split: str, subset: str | None = None, first: int | None = None
+    id: str,
+    revision: str | None,
+    split: str,
+    subset: str | None = None,
+    first: int | None = None,
+    group: str = "data",
 ) -> Iterator[SourceRow]:
     """Return the rows of a hub dataset, loaded with `datasets`; from the local cache if HF_HUB_OFFLINE=1.
 
@@ -49,15 +62,14 @@ def load_hub(
 
     Args:
         first: read this many rows from the start without downloading the others.
+        group: group of the options that name the dataset, for errors.
 
     Raises:
         DataError: the dataset, subset, revision or split does not exist, is gated, or cannot be reached; or the dataset
             has several subsets, which the message lists, and none is named.
     """
     if Path(id).exists():  # `datasets` would load this instead
-        raise DataError(
-            f"data.id={id} is a file or folder here; take data=json data.path=FILE, or another folder to run in"
-        )
+        raise _shadowed(id, group)
     import datasets
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -68,34 +80,49 @@ def load_hub(
         dataset = datasets.load_dataset(id, subset, revision=revision, split=split, streaming=first is not None)
         rows = dataset if first is None else list(islice(dataset, first))
     except DatasetNotFoundError as error:
-        raise (_gated(id) if "gated" in str(error).lower() else _missing(id, revision)) from error
+        gated = "gated" in str(error).lower()
+        raise (_gated(id, group) if gated else _missing(id, revision, group)) from error
     except HFValidationError as error:
-        raise DataError(f"data.id={id} is no name of a hub dataset; give it as OWNER/NAME") from error
+        raise _unnamed(id, group) from error
     except DataFilesNotFoundError as error:
-        raise DataError(f"data.id={id} holds no files of rows that can be read; check the name") from error
+        raise DataError(f"{group}.id={id} holds no files of rows that can be read; check the name") from error
     except (OfflineModeIsEnabled, http_error, OSError) as error:
-        raise _unreachable(id, error) from error
+        raise _unreachable(id, error, group) from error
     except (DatasetsError, ValueError, RuntimeError) as error:  # an unknown split or subset, or a script
-        raise DataError(f"data.id={id}: {_advice(str(error), split, subset)}") from error
+        raise DataError(f"{group}.id={id}: {_advice(str(error), split, subset, group)}") from error
     return (SourceRow(row, content) for row, content in enumerate(rows))
 
 
-def _gated(id: str) -> DataError:
-    return DataError(f"data.id={id} is gated: accept its terms on its hub page, then log in with `hf auth login`")
-
-
-def _missing(id: str, revision: str | None) -> DataError:
-    at = f" at data.revision={revision}" if revision else ""
+def _shadowed(id: str, group: str = "data") -> DataError:
     return DataError(
-        f"data.id={id}{at} is no dataset of the hub (or a private one: log in with `hf auth login`); check the name"
+        f"{group}.id={id} is a file or folder here; {_files_instead(group)}, or take another folder to run in"
     )
 
 
-def _unreachable(id: str, error: Exception) -> DataError:
+def _unnamed(id: str, group: str = "data") -> DataError:
+    return DataError(f"{group}.id={id} is no name of a hub dataset; give it as OWNER/NAME")
+
+
+def _gated(id: str, group: str = "data") -> DataError:
+    return DataError(f"{group}.id={id} is gated: accept its terms on its hub page, then log in with `hf auth login`")
+
+
+def _missing(id: str, revision: str | None, group: str = "data") -> DataError:
+    at = f" at {group}.revision={revision}" if revision else ""
     return DataError(
-        f"data.id={id} is not in the local cache and the hub cannot be reached ({_first_line(error)}); connect once "
-        "(with HF_HUB_OFFLINE unset), or take data=json data.path=FILE"
+        f"{group}.id={id}{at} is no dataset of the hub (or a private one: log in with `hf auth login`); check the name"
     )
+
+
+def _unreachable(id: str, error: Exception, group: str = "data") -> DataError:
+    return DataError(
+        f"{group}.id={id} is not in the local cache and the hub cannot be reached ({_first_line(error)}); connect once "
+        f"(with HF_HUB_OFFLINE unset), or {_files_instead(group)}"
+    )
+
+
+def _files_instead(group: str) -> str:
+    return "take data=json data.path=FILE" if group == "data" else f"give its rows with {group}.path=FILE"
 
 
 def _may_be_cached(id: str) -> bool:
@@ -112,14 +139,14 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def _advice(message: str, split: str, subset: str | None) -> str:
+def _advice(message: str, split: str, subset: str | None, group: str) -> str:
     names = re.search(r"(?:available configs|Available): \[([^]]*)\]", message)
     if names:
         problem = f"it has no subset {subset!r}" if subset else "it has several subsets"
-        return f"{problem}; give data.subset=NAME, one of: {names[1].replace(chr(39), '')[:1000]}"
+        return f"{problem}; give {group}.subset=NAME, one of: {names[1].replace(chr(39), '')[:1000]}"
     if "script" in message:
         return (
-            "its rows are made by a script, which is not run; give data.revision=refs/convert/parquet if the hub has "
-            "converted it, or take data=json data.path=FILE"
+            f"its rows are made by a script, which is not run; give {group}.revision=refs/convert/parquet if the hub "
+            f"has converted it, or {_files_instead(group)}"
         )
-    return f"data.split={split}: {' '.join(message.split())[:300]}; check it, or take data=json data.path=FILE"
+    return f"{group}.split={split}: {' '.join(message.split())[:300]}; check it, or {_files_instead(group)}"

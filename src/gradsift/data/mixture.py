@@ -50,7 +50,7 @@ def row_source(
         first = None
         if isinstance(config, HubDataConfig) and config.streaming:
             first = (config.limit or 0) + config.holdout
-        return RowSource(id, {}, lambda: hub.load_hub(id, revision, split, subset, first))
+        return RowSource(id, {}, lambda: hub.load_hub(id, revision, split, subset, first, group))
     named = paths.files_of(path, downloads, group)
     kinds, hashes = [files.file_kind(file) for file in named], [files.hash_of(file) for file in named]
     one = len(named) == 1

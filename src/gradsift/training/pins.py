@@ -97,7 +97,7 @@ def require_chat_template(config: ModelConfig, option: str) -> None:
 
 
 def _file_here(config: ModelConfig, name: str) -> Path | None:
-    """Return a file or folder of a model that is on this machine."""
+    """Return a file of a model if it is on this machine."""
     folder = folder_of(config)
     if folder is not None:
         return folder / name if (folder / name).exists() else None
@@ -172,7 +172,7 @@ def require_config(folder: Path, path: str) -> dict[str, Any]:
 def config_on_hub(config: ModelConfig) -> Path:
     """Return a checked config.json of the hub; it is in a folder that is named by its commit.
 
-    The hub is asked once, unless the local cache has the file; the hub's client would retry for 24 s.
+    Unless the local cache has the file, the hub is asked for it once before the download, which would retry for 24 s.
 
     Raises:
         DataError: the model is gated or not there, needs code that may not run, or the hub cannot be reached.

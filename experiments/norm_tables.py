@@ -1,11 +1,11 @@
-"""Norms and losses of an ensemble as one small file, from which every score is computed again in seconds.
+"""Norms and losses of an ensemble as one small file, from which their scores are computed again in seconds.
 
     python -m experiments.norm_tables write FILE.npz OVERRIDE ...     from the store; what is missing there is made
     python -m experiments.norm_tables read FILE.npz                   scores of subsets of the members, for several eps
 
 The file has no text of the data: gradient norms at both snapshots, losses of the answers' bodies and ends at the late
-one, the contrast of each member with similar prompts, and the labels. `read` prints Markdown: the spoilt share of the
-selection, and AUROC of clean against spoilt rows.
+one, the contrast of each member with similar prompts (with the default options), and the labels. `read` prints
+Markdown: the spoilt share of the selection, and AUROC of clean against spoilt rows.
 
 Shape letters: M members, N examples.
 """

@@ -7,7 +7,7 @@ values given on the command line are set by Hydra itself each time. `test_compos
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,21 @@ def _stamp(file: Path) -> tuple[str, int, int]:
 
 
 def _sources(repo: Any) -> tuple[Any, ...]:
-    """Return the searched places with the state of their files."""
+    """Return the searched places with the state of their files, and what is in Hydra's store."""
     places = []
     for source in repo.get_sources():
         files = sorted(Path(source.path).glob("**/*.yaml")) if source.scheme() == "file" else []
         places.append((source.scheme(), source.path, *map(_stamp, files)))
-    return tuple(places)
+    return *places, *_stored(ConfigStore.instance().repo)
+
+
+def _stored(nodes: dict[str, Any], group: str = "") -> Iterator[tuple[str, str | None, Any]]:
+    """Yield the place, the package and the type of everything in Hydra's store."""
+    for name, node in nodes.items():
+        if isinstance(node, dict):
+            yield from _stored(node, f"{group}{name}/")
+        else:
+            yield f"{group}{name}", node.package, OmegaConf.get_type(node.node)
 
 
 def _create_defaults_list(

@@ -101,13 +101,15 @@ def ask(instruction: str = "Say it.", first: str = "good", second: str = "bad", 
     return JudgeRequest(instruction=instruction, first=first, second=second, **fields)
 
 
-def body(text: str, logprobs: list[dict[str, float]] | None = None, call: str | None = None) -> bytes:
+def body(
+    text: str, logprobs: list[dict[str, float]] | None = None, call: str | None = None, finish: str = "length"
+) -> bytes:
     """A whole chat completion; `logprobs` by place, the most likely token first."""
     message: dict[str, Any] = {"role": "assistant", "content": text}
     if call is not None:
         function = {"name": "f", "arguments": call}
         message |= {"content": None, "tool_calls": [{"id": "c", "type": "function", "function": function}]}
-    choice: dict[str, Any] = {"index": 0, "finish_reason": "length", "message": message}
+    choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "message": message}
     if logprobs is not None:
         tops = [[{"token": t, "logprob": p, "bytes": [0]} for t, p in place.items()] for place in logprobs]
         choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top} for top in tops], "refusal": None}
@@ -333,6 +335,7 @@ def test_both_orders_are_asked_and_make_one_outcome(endpoint: Endpoint, judge: A
         ("alpaca_eval_gpt4_turbo_fn", body("", call="{")),
         ("alpaca_eval_gpt4_turbo_fn", body("", call='{"ordered_models": [], "ordered_models": [{"model": "m"}]}')),
         ("lmsys_gpt4", body("Assistant 1 is better.")),
+        ("lmsys_gpt4", body("Let me see.\n8 7\nOr rather")),  # cut within its thinking
     ],
 )
 def test_what_cannot_be_read_is_asked_again_and_then_invalid_never_a_tie(
@@ -352,7 +355,7 @@ def test_what_cannot_be_read_is_asked_again_and_then_invalid_never_a_tie(
 def test_an_annotator_of_two_scores_reads_draws_commas_and_fractions(
     text: str, scores: Any, endpoint: Endpoint, judge: Any
 ) -> None:
-    endpoint.behave = lambda prompt, attempt: (200, body(text), {})
+    endpoint.behave = lambda prompt, attempt: (200, body(text, finish="stop"), {})
     ((_, answer),) = judge("lmsys_gpt4").judge([ask()])
     assert answer == Reply(text, scores)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from composing import _composed, compose_from_memory, compose_plainly
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from gradsift.config import register_schemas
+from gradsift.config.machine import TrackerConfig
 from gradsift.user_conf import conf_folder
 
 
@@ -79,3 +82,15 @@ def test_a_changed_config_is_not_changed_in_memory_and_a_changed_file_is_read(
     mine.unlink()
     with pytest.raises(HydraException, match="mine"):
         from_memory("experiment=mine")
+
+
+def test_another_schema_in_the_store_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass
+    class Other(TrackerConfig):
+        added: int = 5
+
+    assert "added" not in from_memory().tracker
+    schemas = ConfigStore.instance().repo["schema"]["tracker"]
+    other = dataclasses.replace(schemas["tracker.yaml"], node=OmegaConf.structured(Other))
+    monkeypatch.setitem(schemas, "tracker.yaml", other)
+    assert from_memory().tracker.added == 5

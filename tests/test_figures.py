@@ -530,6 +530,13 @@ def test_gaps_name_the_jobs_that_failed_and_why(material: Material) -> None:
     assert run_of(material, "5-failed").outcome.startswith("it failed: alpha=0.001 ")
 
 
+def test_gaps_name_a_lost_audit(material: Material, tmp_path: Path) -> None:
+    run = run_of(material, "0-gsnr-0.1")
+    run = replace(run, folder=tmp_path / run.name, record={**run.record, "audit": {}})
+    (gap,) = Material(tmp_path, [run], True).gaps
+    assert gap == "0-gsnr-0.1: audit.json is not in the run's folder any more"
+
+
 def test_a_store_that_moved_is_found_where_it_is_said_to_be(
     report_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

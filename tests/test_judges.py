@@ -47,6 +47,7 @@ from gradsift.evaluation.judges.verifier import VerifierJudge
 from gradsift.evaluation.judges.wording import judge_wording, rating_wording
 from gradsift.evaluation.judgments import judge_pairs
 from gradsift.evaluation.replies import Replies
+from gradsift.evaluation.stages import judging
 from gradsift.evaluation.stages.judging import judge, judge_settings, rater
 from gradsift.journal import Journal
 from gradsift.runtime import Display, Runtime
@@ -446,15 +447,43 @@ def test_a_reply_of_one_character_alone_takes_no_time() -> None:
         ("Let me see.\n8 9\nOr rather", None, (8, 9)),
         ("I lean to [[A]], but then", None, (1, 0)),
         ('Perhaps {"answer_1": 8, "answer_2": 9}, or', None, (8, 9)),
+        ('{"draft": {"answer_1": 8, "answer_2": 9}, "critique": "But', None, (8, 9)),
+        ('{"plan": "x"}\n8 9\nOr rather', None, (8, 9)),
+        ('{"reason": "I lean to [[A]], but then', None, (1, 0)),
+        ("[[thinking]] I lean to [[A]], but then", None, (1, 0)),
+        ("8 1", None, (8, 1)),  # of 8 10
+        ("Answer 1: 8\nAnswer 2: 7.", None, (8, 7)),
+        ("8 0", None, (8, 0)),
+        ("8 10", (8, 10), (8, 10)),
+        ("8 9\n", (8, 9), (8, 9)),
+        ("8 9\nOf the 3", (8, 9), (8, 9)),
+        ("[[A]], since of the 3", (1, 0), (1, 0)),
     ],
 )
 def test_of_a_reply_that_is_cut_only_the_beginning_counts(text: str, cut: Any, whole: Any) -> None:
     assert (parse_scores(text, cut=True), parse_scores(text)) == (cut, whole)
 
 
+def test_the_other_rules_read_the_beginning_of_a_cut_reply_too() -> None:
+    assert parse_scores("8 1", "strict", cut=True) is None
+    assert parse_scores("8 1\nB", "strict", cut=True) == (8, 1)
+    assert parse_scores('{"reason": "first [[A]], then', "verdict", cut=True) is None
+    assert parse_scores('{"draft": {"answer_1": 8, "answer_2": 9}, "then', "json", cut=True) is None
+    assert parse_scores('[[A]], or {"answer_1": 8, "answer_2": 9}, or', "json", cut=True) is None
+    with pytest.raises(Unreadable, match="stands twice"):
+        parse_scores('{"answer_1": 8, "answer_1": 9, "answer_2": 7} so', cut=True)
+
+
 @pytest.mark.parametrize(
     ("text", "cut", "whole"),
-    [("4\nBecause", 4, 4), ('{"grade": 4}\nThe', 4, 4), ("Hm.\n4\nOr", None, 4), ('Hm: {"grade": 4}, or', None, 4)],
+    [
+        ("4\nBecause", 4, 4),
+        ('{"grade": 4}\nThe', 4, 4),
+        ('```json\n{"grade": 4}\n```\nThe', 4, 4),
+        ("Hm.\n4\nOr", None, 4),
+        ('Hm: {"grade": 4}, or', None, 4),
+        ('{"plan": "x"}\n4\nOr', None, 4),
+    ],
 )
 def test_of_a_rating_that_is_cut_only_the_beginning_counts(text: str, cut: Any, whole: Any) -> None:
     assert (parse_grade(text, 0, 5, cut=True), parse_grade(text, 0, 5)) == (cut, whole)
@@ -783,3 +812,5 @@ def test_judgments_of_another_wording_are_not_taken_for_these(
     monkeypatch.setattr(openai, "TASK", openai.TASK + " Be brief.")
     assert judged() != first and len(endpoint.bodies) == 4
     assert rater(runtime, config).settings == rate  # which asks other questions
+    monkeypatch.setattr(judging, "VERSION", judging.VERSION + 1)  # another rule of reading
+    assert rater(runtime, config).settings != rate and judged() != first

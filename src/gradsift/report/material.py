@@ -28,6 +28,7 @@ from gradsift.report.run_tables import method_name, with_settings
 from gradsift.run_folder import RUN_FILE, config_values, is_run, job_folders, read_yaml
 from gradsift.scoring.scores import Scores
 from gradsift.scoring.stage import scores_of
+from gradsift.selection.audit import AUDIT_FILE
 from gradsift.selection.stage import positions_of
 from gradsift.training.curves import TRAJECTORY_FILE, read_curve, read_trajectory
 
@@ -174,6 +175,8 @@ class Material:
             if run.lost:
                 more = f" and {len(run.lost) - 1} more" if len(run.lost) > 1 else ""
                 gaps.append(f"{run.name}: {run.lost[0]}{more} are not in the store any more")
+            if run.record.get("audit") is not None and not (run.folder / AUDIT_FILE).is_file():
+                gaps.append(f"{run.name}: {AUDIT_FILE} is not in the run's folder any more")
         return gaps
 
     def _read(self, reader: Callable[[Any], T], artifact: Artifact, *, by_path: bool = False) -> T:

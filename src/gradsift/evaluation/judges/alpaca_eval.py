@@ -22,7 +22,7 @@ from gradsift.evaluation.chat import ChatClient
 from gradsift.evaluation.judges import Combine, JudgeRequest, Pair, Reply, content_hash, in_one_turn
 from gradsift.evaluation.judges.annotators import SLOT, Annotator
 from gradsift.evaluation.judges.parsing import json_objects, parse_scores
-from gradsift.evaluation.replies import Completion
+from gradsift.evaluation.replies import CUT, Completion
 from gradsift.evaluation.turns import with_input
 
 NAMES = "alpaca_eval/"  # prefix of such a judge's name in records
@@ -116,6 +116,8 @@ def preference(parser: Parser, completion: Completion, *, reads_choice: bool) ->
     alpaca_eval's older value for a draw, 0, becomes 1.5.
     """
     shown: Any = completion.text
+    if parser is _from_two_scores:
+        parser = partial(_from_two_scores, cut=completion.finish == CUT)
     if reads_choice:
         shown = {"text": completion.text, "message": {"content": completion.text}}
         shown |= {"logprobs": {"content": completion.logprobs}} if completion.logprobs else {}
@@ -140,8 +142,8 @@ def parser_of(annotator: Annotator) -> Parser:
     return partial(getattr(_parsers(), annotator.parser), **copy.deepcopy(dict(annotator.parser_options)))
 
 
-def _from_two_scores(text: str) -> list[float]:
-    scores = parse_scores(text)
+def _from_two_scores(text: str, *, cut: bool = False) -> list[float]:
+    scores = parse_scores(text, cut=cut)
     if scores is None:
         return []
     return [1.5 if scores[0] == scores[1] else 1.0 if scores[0] > scores[1] else 2.0]

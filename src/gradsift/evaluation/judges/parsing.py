@@ -46,6 +46,7 @@ _LABELLED = re.compile(
 _KEY = re.compile(rf"(?:{_NAME}[\s_#-]*)?([12AB])(?:[\s_-]*(?:score|grade|rating))?", re.IGNORECASE)
 _SCORES_KEY = re.compile(r"(?:scores?|grades?|ratings?)", re.IGNORECASE)
 _FENCE = re.compile(r"^[^\S\n]*```[\w-]*[^\S\n]*$", re.MULTILINE)
+_UNFINISHED = re.compile(r"([1-9.]|(?<!1)0)\Z")  # of what ends so, digits may be missing; of 10, none
 _VERDICT = re.compile(r"\[\[\s*(A>>B|A>B|A=B|B=A|B>A|B>>A|A<B|A<<B|[ABC])\s*\]\]")
 # scores of a verdict; a strong one counts as three, as in Arena-Hard
 _VERDICTS: Mapping[str, Pair] = (
@@ -62,7 +63,8 @@ def parse_scores(text: str, how: Parse = "tolerant", *, cut: bool = False) -> Pa
 
     Args:
         cut: whether the reply ends at the limit of its tokens. Then scores must be at its beginning: further down they
-            may be a draft, since some servers send a model's thinking without a tag.
+            may be a draft, since some servers send a model's thinking without a tag. A number that ends such a reply is
+            no score: an 8 may be the beginning of 8.5, and a 1 that of 10.
 
     Raises:
         Unreadable: there are scores, but not two numbers that are certain; says why.
@@ -72,13 +74,15 @@ def parse_scores(text: str, how: Parse = "tolerant", *, cut: bool = False) -> Pa
     lines = [line.strip() for line in _without_fences(text, how).splitlines() if line.strip()]
     if not lines:
         return None
+    body = "\n".join(lines)
+    if cut and _UNFINISHED.search(text):
+        lines[-1] = ""
     if how == "strict":
         return _in_range(_STRICT.fullmatch(lines[0])) if len(lines[0]) <= _LONGEST else None
     if how == "tolerant" and (first := _scores_at(lines, 0)) is not None:
         return first
-    body = "\n".join(lines)
-    if cut and not body.startswith(("{", "[[")):
-        return None
+    if cut and (how == "json" or not _VERDICT.match(body)):
+        body, lines = _object_at_beginning(body), []
     readings: list[Pair | None] = []
     if how == "tolerant":
         readings += [_scores_at(lines, number) for number in range(1, len(lines))]
@@ -126,6 +130,16 @@ def json_objects(text: str) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError:
             pass
         start = text.find("{", end)
+
+
+def _object_at_beginning(text: str) -> str:
+    """Return the JSON object that a text begins with; empty if there is none that ends."""
+    try:
+        return text[: outside_json.loads_first(text)[1]] if text.startswith("{") else ""
+    except json.JSONDecodeError:
+        return ""
+    except outside_json.RepeatedKeyError as error:
+        raise Unreadable(f"the JSON of the reply cannot be trusted: {error}") from None
 
 
 def _from_object(content: Mapping[str, Any]) -> Pair | None:
@@ -187,9 +201,10 @@ def parse_grade(text: str, low: int, high: int, how: Parse = "tolerant", *, cut:
     Raises:
         Unreadable: the reply holds two different grades, or an object has a key twice.
     """
-    lines = [line.strip()[:_LONGEST] for line in _without_fences(text, how).splitlines() if line.strip()]
-    if cut and lines and not lines[0].startswith("{"):
-        text, lines = "", lines[:1]
+    text = _without_fences(text, how)
+    lines = [line.strip()[:_LONGEST] for line in text.splitlines() if line.strip()]
+    if cut:
+        text, lines = _object_at_beginning(text.lstrip()), lines[:1]
     tolerant = rf"{_OPEN}{_HEADING}{_OPEN}{_NUMBER}(?:\s*/\s*{high}|\s+out\s+of\s+{high})?{_CLOSE}"
     pattern = re.compile(rf"\s*{_NUMBER}\s*" if how == "strict" else tolerant, re.IGNORECASE)
     matches = [pattern.fullmatch(line) for line in (lines[:1] if how == "strict" else lines)]

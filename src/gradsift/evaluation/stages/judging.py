@@ -39,7 +39,7 @@ from gradsift.sources import Source
 if TYPE_CHECKING:
     from gradsift.evaluation.judges.local import LocalJudge
 
-VERSION = 4
+VERSION = 5  # of what a judge's replies are read as, in ratings too
 PWS_VERSION = 6
 _CLIENT_OPTIONS = ("api_key_env", "timeout", "retries", "max_wait", "give_up", "give_up_unreadable", "concurrency")
 # options of a request, which belong to a judgment
@@ -125,7 +125,7 @@ def rater(runtime: Runtime, config: JudgeConfig) -> Source:
             raise ConfigError(f"judge={config.name} compares pairs and cannot rate one example; take judge=openai")
         return client
 
-    settings = judge_settings(runtime, config, rating_wording(_kind(config)))
+    settings = {**judge_settings(runtime, config, rating_wording(_kind(config))), "version": VERSION}
     return Source(lambda: judge_models(runtime, config), value, settings)
 
 

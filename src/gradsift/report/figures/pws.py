@@ -22,8 +22,9 @@ _ENDS = ("pws_low", "pws_high")  # of the interval, None where there is none
 @report_figure("PWS of every method")
 def pws(material: Material) -> Figure:
     """Dots are PWS with their intervals, over items and, if there are several, seeds. Those right of the dashed line
-    did better than all rows; where an interval holds the line, the two are not distinguishable. Shows at most four
-    datasets, targets and benchmarks; the table has all of them."""
+    are above the model tuned on all rows; where an interval holds the line, the two are not distinguishable, and of
+    many intervals some miss it by chance. Shows at most four datasets, targets and benchmarks; the table has all of
+    them."""
     cells = cells_of(material)
     places = list(dict.fromkeys(place for place, _ in cells))[:_MOST_PANELS]
     methods = list(dict.fromkeys(method for _, (_, method) in cells))[:MOST_ROWS]

@@ -134,3 +134,7 @@ def test_an_adapter_stays_apart_where_the_sum_would_be_rounded_or_another_functi
     assert can_merge(adapted("llama", torch.float32, ["lm_head"]))
     assert not can_merge(adapted("gpt2", torch.float32, ["lm_head"]))  # it is the embedding too
     assert not can_merge(tiny_model("llama"))
+    shared = tiny_model("llama")
+    first, second = (layer.self_attn for layer in shared.model.layers[:2])
+    first.q_proj.weight = second.q_proj.weight  # it would get the adapters of both
+    assert not can_merge(lora.add_adapter(shared, LoraConfig(rank=2, targets=["q_proj"]), seed=0))

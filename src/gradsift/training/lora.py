@@ -104,18 +104,13 @@ def require_mergeable(adapted: Any) -> None:
     Raises:
         ConfigError: the adapter is on such a head.
     """
-    if adapts_tied_head(adapted):
+    causal = adapted.get_base_model()
+    head = causal.get_output_embeddings()
+    if isinstance(head, LoraLayer) and head.get_base_layer().weight is causal.get_input_embeddings().weight:
         raise ConfigError(
             "an adapter of the output head cannot be merged into the model, whose head is its input embedding too; "
             "leave the head out of lora.targets, or take features.gradient_params=lora"
         )
-
-
-def adapts_tied_head(adapted: Any) -> bool:
-    """Return whether the adapter is on an output head that is the input embedding too."""
-    causal = adapted.get_base_model()
-    head = causal.get_output_embeddings()
-    return isinstance(head, LoraLayer) and head.get_base_layer().weight is causal.get_input_embeddings().weight
 
 
 def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,14 @@ def can_merge(model: Any) -> bool:
     """Return whether the merged model computes the same, up to the rounding of float32, and can be made in place.
 
     In bfloat16, or with TF32 products, the sum of weight and adapter would be rounded to three digits, which loses a
-    part of the adapter. Quantised and divided weights cannot be changed, and of experts or of a head that is the
-    embedding too the sum would be another function.
+    part of the adapter. Quantised and divided weights cannot be changed, and of experts or of a weight that two layers
+    share, such as a head that is the embedding too, the sum would be another function.
     """
     if not isinstance(model, peft.PeftModel) or is_divided(model) or torch.get_float32_matmul_precision() != "highest":
         return False
     layers = [layer for _, layer in lora.lora_layers(model)]
-    in_float32 = all(type(each) is AdaptedLinear and each.weight.dtype == torch.float32 for each in layers)
-    return in_float32 and not lora.adapts_tied_head(model)
+    places = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    return all(
+        type(each) is AdaptedLinear and each.weight.dtype == torch.float32 and places[id(each.weight)] == 1
+        for each in layers
+    )

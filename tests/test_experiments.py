@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import SMOKE
 
-from experiments import heldout_variance, norm_tables, precision, walk_optimum
+from experiments import audit_table, heldout_variance, norm_tables, precision, walk_optimum
 from experiments.composed import line_of
 from experiments.heldout_variance import over_members
 from experiments.walk_optimum import best_set, compared
@@ -106,3 +108,26 @@ def test_scores_of_a_norm_table_are_those_of_the_store(gradsift, tmp_path, monke
     quality = np.array(["clean", "wrong_answer", "clean", "clean", "wrong_answer"] * 4)
     best_spoilt = norm_tables.row_of("spoilt first", 2, (quality != "clean") * 1.0, quality)
     assert best_spoilt == "| spoilt first | 2 | 1.000 / 1.000 / 1.000 | 0.000 |"
+
+
+def test_the_audits_of_a_sweep_are_averaged_over_its_seeds(tmp_path: Path, monkeypatch, capsys) -> None:
+    for number, (members, seed, spoilt) in enumerate([("3", 0, 0.1), ("5", 0, 0.2), ("3", 1, 0.3)]):
+        run = tmp_path / f"{number}-gsnr-0.1"
+        run.mkdir()
+        overrides = [f"data.seed={seed}", f"proxy.members={members}"]
+        (run / "run.json").write_text(json.dumps({"scorer": "gsnr", "overrides": overrides}))
+        selections = [{"alpha": alpha, "spoilt": spoilt + alpha, "families": 10.0 + seed} for alpha in (0.05, 0.1)]
+        kinds = {"truncated": {"rows": 9, "auroc": 0.5 + spoilt}}
+        audit = {"selections": selections, "auroc_spoilt": 0.5 + seed / 10, "kinds": kinds}
+        (run / "audit.json").write_text(json.dumps(audit))
+    monkeypatch.setattr(sys, "argv", ["audit_table", str(tmp_path), "proxy.members"])
+    audit_table.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "| scorer | proxy.members | runs | spoilt at 5% / 10% | families | AUROC | truncated |",
+        "|---|---|---|---|---|---|---|",
+        "| gsnr | 3 | 2 | 0.250 / 0.300 | 10.5 | 0.550 | 0.70 |",
+        "| gsnr | 5 | 1 | 0.250 / 0.300 | 10.0 | 0.500 | 0.70 |",
+    ]
+    monkeypatch.setattr(sys, "argv", ["audit_table", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="no run with an audit"):
+        audit_table.main()

@@ -47,7 +47,8 @@ CHATML = (
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One worker more than cores, because tests wait: for servers, processes, locks and the browser."""
-    return len(os.sched_getaffinity(0)) + 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS lacks it
+    return cores + 1
 
 
 # They take longest and wait for processes: begun last, they would leave the other workers idle. The first two share one

@@ -21,12 +21,11 @@ import numpy as np
 
 from experiments.composed import line_of
 from gradsift.data.load import SPOILT, labels_of
-from gradsift.features.prompt_clusters import prompt_of
 from gradsift.gradients.norms_table import by_example
 from gradsift.gradients.statistics import norm_of
 from gradsift.line import Line
 from gradsift.proxy.answer_losses import read_answer_losses
-from gradsift.scoring.contrast import FLOOR, contrast_with, nearest_prompts, saturated
+from gradsift.scoring.contrast import member_contrasts, saturated
 from gradsift.scoring.gsnr import ratio
 from gradsift.selection.audit import CLEAN, auroc
 from gradsift.selection.budget import budget
@@ -53,11 +52,7 @@ def table_of(line: Line) -> dict[str, np.ndarray]:
         raise SystemExit("the data has no labels; corrupt some rows with data.corruption.share")
     early, late = (norms_at(line, epoch) for epoch in line.config.proxy.snapshots)
     losses = read_answer_losses(line.answer_losses, line.rows)
-    mixed = (1 - _END_WEIGHT) * losses.body + _END_WEIGHT * losses.end
-    known = ~np.isnan(mixed[0])
-    prompts = [prompt_of(example) for example, has_loss in zip(line.pool, known, strict=True) if has_loss]
-    contrasts = np.full(mixed.shape, np.nan)
-    contrasts[:, known] = contrast_with(np.log(mixed[:, known] + FLOOR), nearest_prompts(prompts, _NEIGHBOURS))
+    contrasts = member_contrasts(losses, line.pool, _NEIGHBOURS, _END_WEIGHT)
     values = {"early": early, "late": late, "body": losses.body, "end": losses.end, "contrast": contrasts}
     columns = {name: value.astype(np.float32) for name, value in values.items()}
     return {**columns, "quality": np.array(labels.quality)}

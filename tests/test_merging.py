@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradsift.artifacts import Artifact, Store
 from gradsift.config import ComputeConfig, LoraConfig, ModelConfig, TargetConfig
+from gradsift.errors import ConfigError
 from gradsift.evaluation.generation import generate_answers
 from gradsift.manifests import file_hash
 from gradsift.runtime import Display, Runtime
@@ -132,9 +133,15 @@ def test_an_adapter_stays_apart_where_the_sum_would_be_rounded_or_another_functi
         assert not can_merge(plain)
     assert not can_merge(adapted("llama", torch.bfloat16, ["all-linear"]))
     assert can_merge(adapted("llama", torch.float32, ["lm_head"]))
-    assert not can_merge(adapted("gpt2", torch.float32, ["lm_head"]))  # it is the embedding too
+    tied = adapted("gpt2", torch.float32, ["lm_head"])  # the head is the embedding too
+    assert not can_merge(tied)
+    with pytest.raises(ConfigError, match=r"another module uses too \(.*lm_head\); leave these"):
+        lora.require_mergeable(tied)
     assert not can_merge(tiny_model("llama"))
     shared = tiny_model("llama")
     first, second = (layer.self_attn for layer in shared.model.layers[:2])
     first.q_proj.weight = second.q_proj.weight  # it would get the adapters of both
-    assert not can_merge(lora.add_adapter(shared, LoraConfig(rank=2, targets=["q_proj"]), seed=0))
+    twice = lora.add_adapter(shared, LoraConfig(rank=2, targets=["q_proj"]), seed=0)
+    assert not can_merge(twice)
+    with pytest.raises(ConfigError, match=r"layers.0.self_attn.q_proj.*layers.1.self_attn.q_proj"):
+        lora.require_mergeable(twice)

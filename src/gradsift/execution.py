@@ -14,7 +14,7 @@ import yaml
 from gradsift.artifacts import Store
 from gradsift.config import Config, dump_config
 from gradsift.config.data import HubDataConfig, JsonDataConfig, MixtureDataConfig
-from gradsift.data.chat_templates import file_text, is_chat
+from gradsift.data.chat_templates import file_text, is_file
 from gradsift.data.paths import require_files
 from gradsift.launch import LOST, leads
 from gradsift.run_folder import CONFIG_FILE, RUN_FILE
@@ -150,7 +150,7 @@ def _require_files(config: Config) -> None:
             if source.path is not None:
                 require_files(source.path, f"data.sources.{name}")
     for template in (config.proxy.template, config.target.template):
-        if is_chat(template) and template != "chat":
+        if is_file(template):
             file_text(template)
     for model in config.models:
         require_model(Store(Path(config.artifacts)), model)
@@ -165,7 +165,7 @@ def _require_files(config: Config) -> None:
         from gradsift.scoring.published import require_scores
 
         require_scores(Path(data.scores))
-    if isinstance(data, HubDataConfig):  # after all that needs no network
+    if isinstance(data, HubDataConfig) and leads(config.compute):  # after all that needs no network
         from gradsift.data.load import require_dataset
 
         require_dataset(Store(Path(config.artifacts)), data)

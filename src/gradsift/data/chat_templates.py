@@ -56,7 +56,12 @@ class Segment:
 
 def is_chat(template: str) -> bool:
     """Return whether a template is the tokenizer's own chat template, or the file of another one."""
-    return template == "chat" or template.endswith(FILE_SUFFIX)
+    return template == "chat" or is_file(template)
+
+
+def is_file(template: str) -> bool:
+    """Return whether a template is the file of a chat template."""
+    return template.endswith(FILE_SUFFIX)
 
 
 def template_of(template: str, tokenizer: Any) -> str:

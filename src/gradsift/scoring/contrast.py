@@ -32,7 +32,7 @@ from gradsift.proxy.answer_losses import AnswerLosses
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
 # Added to losses before the logarithm, in nats: below, differences are rounding.
-FLOOR = 1e-3
+_FLOOR = 1e-3
 # Least standard deviation of the neighbours' log losses: copies of one row agree to the last digit.
 _LEAST_DEVIATION = 0.1
 
@@ -59,13 +59,7 @@ def contrast(
     Raises:
         ConfigError: there are not more than `neighbours` examples with a response.
     """
-    losses = (1 - end_weight) * answer_losses.body + end_weight * answer_losses.end
-    known = ~np.isnan(losses[0])
-    require_neighbours(int(known.sum()), neighbours)
-    prompts = [prompt_of(example) for example, has_loss in zip(examples, known, strict=True) if has_loss]
-    nearest = nearest_prompts(prompts, neighbours)
-    contrasts = np.full(losses.shape, np.nan)
-    contrasts[:, known] = contrast_with(np.log(losses[:, known] + FLOOR), nearest)
+    contrasts = member_contrasts(answer_losses, examples, neighbours, end_weight)
     mean, deviation = contrasts.mean(0), contrasts.std(0)
     bound = mean - caution * deviation
     parts = {
@@ -76,8 +70,21 @@ def contrast(
         "end_loss": answer_losses.end.mean(0),
     }
     scores = Scores(saturated(bound, saturation, seed), parts)
-    scores.mark(~known, UNDEFINED, NO_RESPONSE)
+    scores.mark(np.isnan(bound), UNDEFINED, NO_RESPONSE)
     return scores
+
+
+def member_contrasts(
+    answer_losses: AnswerLosses, examples: Sequence[Example], neighbours: int, end_weight: float
+) -> np.ndarray:
+    """Return the contrast of each answer for each member, (M, N); NaN without a response. See `contrast`."""
+    losses = (1 - end_weight) * answer_losses.body + end_weight * answer_losses.end
+    known = ~np.isnan(losses[0])
+    require_neighbours(int(known.sum()), neighbours)
+    prompts = [prompt_of(example) for example, has_loss in zip(examples, known, strict=True) if has_loss]
+    contrasts = np.full(losses.shape, np.nan)
+    contrasts[:, known] = contrast_with(np.log(losses[:, known] + _FLOOR), nearest_prompts(prompts, neighbours))
+    return contrasts
 
 
 def require_neighbours(count: int, neighbours: int) -> None:

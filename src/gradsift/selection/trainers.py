@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from gradsift.config import ExportConfig, TargetConfig
-from gradsift.data.chat_templates import file_text, is_chat
+from gradsift.data.chat_templates import file_text, is_chat, is_file
 from gradsift.data.columns import pair_of
 from gradsift.data.examples import Example, Turn
 from gradsift.data.templates import render
@@ -196,7 +196,7 @@ def _trl(folder: Path, target: TargetConfig, model: str, examples: Sequence[Exam
 
 def _own_template(folder: Path, target: TargetConfig) -> str | None:
     """Copy the user's chat template beside the rows and return the copy's name; None if the target has none."""
-    if not is_chat(target.template) or target.template == "chat":
+    if not is_file(target.template):
         return None
     (folder / "template.jinja").write_text(file_text(target.template), encoding="utf-8")
     return "template.jinja"
@@ -242,7 +242,7 @@ def _llama_factory(folder: Path, target: TargetConfig, model: str, examples: Seq
         "report_to": "none",
     }
     run = f"cd {folder.name} && llamafactory-cli train"
-    if is_chat(target.template) and target.template != "chat":
+    if is_file(target.template):
         run = f"the tokenizer's own chat template, not {target.template}, is used here: {run}"
     own = {"stage": "sft", "dataset": "gradsift"} | ({"mask_history": True} if by_reply else {})
     _write_yaml(folder / "sft.yaml", f"{run} sft.yaml", config | own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,18 +100,23 @@ def remove_adapter(adapted: Any) -> nn.Module:
 
 
 def require_mergeable(adapted: Any) -> None:
-    """Refuse an adapter on a head that is also the input embedding: merged, it would change the model's inputs.
+    """Refuse an adapter on a weight that two modules share: merged, it would change what the other computes.
 
     Raises:
-        ConfigError: the adapter is on such a head.
+        ConfigError: the adapter is on such a weight, as on an output head that is also the input embedding.
     """
-    causal = adapted.get_base_model()
-    head = causal.get_output_embeddings()
-    if isinstance(head, LoraLayer) and head.get_base_layer().weight is causal.get_input_embeddings().weight:
+    if shared := shared_layers(adapted):
         raise ConfigError(
-            "an adapter of the output head cannot be merged into the model, whose head is its input embedding too; "
-            "leave the head out of lora.targets, or take features.gradient_params=lora"
+            f"an adapter cannot be merged into a weight that another module uses too ({', '.join(shared[:3])}); leave "
+            "these layers out of lora.targets, or take features.gradient_params=lora"
         )
+
+
+def shared_layers(adapted: Any) -> list[str]:
+    """Return the names of the adapted layers whose weight another module uses too."""
+    uses = Counter(id(weight) for _, weight in adapted.named_parameters(remove_duplicate=False))
+    layers = [(name, layer.get_base_layer()) for name, layer in lora_layers(adapted)]
+    return [name for name, base in layers if uses[id(getattr(base, "weight", None))] > 1]
 
 
 def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:

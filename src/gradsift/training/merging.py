@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, TargetConfig
-from gradsift.data.chat_templates import file_text, is_chat
+from gradsift.data.chat_templates import file_text, is_file
 from gradsift.runtime import Runtime
 from gradsift.training import lora
 from gradsift.training.adapted import AdaptedLinear
@@ -39,7 +38,7 @@ def write_merged(target: Artifact, tuned: Artifact, config: TargetConfig, comput
     # under the names of the files; weights that were restored while they were loaded have none there
     original = not load_options(config_of(target, config.model), "none", model.dtype)
     adapted.merge_and_unload().save_pretrained(folder, safe_serialization=True, save_original_format=original)
-    if is_chat(config.template) and config.template != "chat":
+    if is_file(config.template):
         tokenizer.chat_template = file_text(config.template)
     tokenizer.save_pretrained(folder)
 
@@ -64,8 +63,5 @@ def can_merge(model: Any) -> bool:
     if not isinstance(model, peft.PeftModel) or is_divided(model) or torch.get_float32_matmul_precision() != "highest":
         return False
     layers = [layer for _, layer in lora.lora_layers(model)]
-    places = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
-    return all(
-        type(each) is AdaptedLinear and each.weight.dtype == torch.float32 and places[id(each.weight)] == 1
-        for each in layers
-    )
+    in_float32 = all(type(each) is AdaptedLinear and each.weight.dtype == torch.float32 for each in layers)
+    return in_float32 and not lora.shared_layers(model)

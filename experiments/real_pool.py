@@ -1,0 +1,59 @@
+"""A pool of real rows of which some are known to be bad: Alpaca rows, and those that human cleaners edited or removed.
+
+    python -m experiments.real_pool FILE.jsonl [--rows 1200]        needs GRADSIFT_DATA
+
+Writes `--rows` random rows of alpaca_5000.json and the bad rows of alpaca_cleaning_diff.jsonl as they were before
+cleaning. The column `cleaning` holds the cleaners' label of a bad row, and is empty for all others; gradsift does not read
+it. A bad row whose answer is empty is left out, because loading would reject it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+from pathlib import Path
+
+BAD = ("output_edited", "removed_or_rewritten", "input_and_output_edited")
+PARTS = ("instruction", "input", "output")
+
+
+def bad_rows(folder: Path) -> list[dict[str, str]]:
+    """Rows as they were before the cleaners edited their answer or removed them."""
+    changes = [json.loads(line) for line in (folder / "alpaca_cleaning_diff.jsonl").read_text().splitlines()]
+    return [
+        {part: change["original"][part] for part in PARTS} | {"cleaning": change["label"]}
+        for change in changes
+        if change["label"] in BAD and change["original"]["output"].strip()
+    ]
+
+
+def pool(folder: Path, count: int, seed: int = 0) -> list[dict[str, str]]:
+    """`count` random Alpaca rows that are not among the bad rows, and all bad rows, in random order."""
+    bad = bad_rows(folder)
+    known = {tuple(row[part] for part in PARTS) for row in bad}
+    rows = json.loads((folder / "alpaca_5000.json").read_text())
+    plain = [
+        {part: row[part] for part in PARTS} | {"cleaning": ""}
+        for row in rows
+        if tuple(row[part] for part in PARTS) not in known
+    ]
+    draw = random.Random(seed)
+    mixed = draw.sample(plain, count) + bad
+    draw.shuffle(mixed)
+    return mixed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--rows", type=int, default=1200)
+    arguments = parser.parse_args()
+    rows = pool(Path(os.environ["GRADSIFT_DATA"]) / "instruct", arguments.rows)
+    arguments.file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{len(rows)} rows, {sum(bool(row['cleaning']) for row in rows)} of them bad: {arguments.file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -43,11 +43,16 @@ def members_of(line: Line) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     sizes = [(shards[0].info["size_A"], shards[0].info["size_B"]) for shards in members]
     norms = np.stack([norm_of(table, proxy.norm_scope, *size) for table, size in zip(tables, sizes, strict=True)])
     losses = np.stack([table["loss"] for table in tables])
+    return norms, losses, left_out_rows(line.config.seed, losses)
+
+
+def left_out_rows(seed: int, losses: np.ndarray) -> np.ndarray:
+    """Return whether a bootstrap member's resample lacks a row, (M, N) bool; losses (M, N) are NaN where no row is."""
     trained = np.flatnonzero(~np.isnan(losses[0]))  # rows with a response token, of which the resamples are drawn
     left_out = np.zeros(losses.shape, dtype=bool)
-    for member in range(len(members)):
-        left_out[member, np.delete(trained, resample(line.config.seed, member, len(trained)))] = True
-    return norms, losses, left_out
+    for member in range(len(losses)):
+        left_out[member, np.delete(trained, resample(seed, member, len(trained)))] = True
+    return left_out
 
 
 def main() -> None:

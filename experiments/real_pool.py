@@ -3,8 +3,8 @@
     python -m experiments.real_pool FILE.jsonl [--rows 1200]        needs GRADSIFT_DATA
 
 Writes `--rows` random rows of alpaca_5000.json and the bad rows of alpaca_cleaning_diff.jsonl as they were before
-cleaning. The column `cleaning` holds the cleaners' label of a bad row, and is empty for all others; gradsift does not read
-it. A bad row whose answer is empty is left out, because loading would reject it.
+cleaning. The column `cleaning`, which no scorer reads, holds the cleaners' label of a bad row and is empty for all
+others. A bad row whose answer is empty is left out, because loading would reject it.
 """
 
 from __future__ import annotations

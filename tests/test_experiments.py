@@ -12,13 +12,24 @@ import numpy as np
 import pytest
 from conftest import SMOKE
 
-from experiments import audit_table, heldout_variance, norm_tables, precision, walk_optimum
+from experiments import (
+    audit_table,
+    contrast_variants,
+    heldout_variance,
+    norm_tables,
+    precision,
+    real_pool,
+    walk_optimum,
+)
 from experiments.composed import line_of
 from experiments.heldout_variance import over_members
 from experiments.walk_optimum import best_set, compared
 from gradsift.features.vectors import Features, unit_rows
 from gradsift.gradients.statistics import read_statistics
+from gradsift.proxy.answer_losses import read_answer_losses
 from gradsift.scoring.gsnr import gsnr
+from gradsift.scoring.scores import read_scores
+from gradsift.scoring.stage import SCORES_FILE, score
 from gradsift.selection.core_knowledge import core_knowledge
 
 
@@ -62,6 +73,7 @@ def test_the_walk_is_never_above_the_optimum_and_reaches_it_where_nothing_confli
     ("script", "options", "said"),
     [
         (heldout_variance.main, ("proxy.members=4",), "| members that left the row out | "),
+        (contrast_variants.main, ("proxy.members=4", "proxy.ensemble=bootstrap"), "| held out | "),
         (walk_optimum.main, ("--rows=20", "--draws=2", "features.dimensions=32", "target_set.limit=3"), "| 1 | 2 | "),
     ],
 )
@@ -131,3 +143,27 @@ def test_the_audits_of_a_sweep_are_averaged_over_its_seeds(tmp_path: Path, monke
     monkeypatch.setattr(sys, "argv", ["audit_table", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="no run with an audit"):
         audit_table.main()
+
+
+def test_the_variants_begin_with_the_contrast_as_it_ships(gradsift) -> None:
+    overrides = ["scorer=contrast", "scorer.neighbours=50", *SMOKE]
+    line = line_of(overrides)
+    shipped = read_scores(score(line.runtime, line.scorer, line.loaded, line.sources, line.diagnose).file(SCORES_FILE))
+    losses = read_answer_losses(line.answer_losses, line.rows)
+    scores = dict(contrast_variants.variants(losses, line.pool, np.zeros(line.rows)))
+    np.testing.assert_allclose(scores["contrast (ships)"], shipped.score, rtol=1e-6)
+    np.testing.assert_allclose(scores["contrast, not saturated"], shipped.parts["bound"], rtol=1e-6)
+
+
+def test_the_pool_of_real_rows_has_every_bad_row_once_as_it_was_before_cleaning(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Question {i}", "input": "", "output": f"Answer {i}"} for i in range(20)]
+    labels = ["output_edited", "removed_or_rewritten", "input_edited", "output_edited"]
+    originals = [rows[3], {**rows[3], "output": "N/A"}, rows[4], {**rows[5], "output": " "}]
+    changes = [{"label": label, "original": row} for label, row in zip(labels, originals, strict=True)]
+    (tmp_path / "alpaca_5000.json").write_text(json.dumps(rows))
+    (tmp_path / "alpaca_cleaning_diff.jsonl").write_text("".join(json.dumps(change) + "\n" for change in changes))
+    pool = real_pool.pool(tmp_path, 19)  # all rows but the third, which the cleaners edited
+    bad = sorted((row["output"], row["cleaning"]) for row in pool if row["cleaning"])
+    assert bad == [("Answer 3", "output_edited"), ("N/A", "removed_or_rewritten")]
+    plain = sorted(row["output"] for row in pool if not row["cleaning"])
+    assert plain == sorted(row["output"] for row in rows if row is not rows[3])

@@ -1,0 +1,166 @@
+"""What the parts of the contrast do: its variants on the members' losses of one run, and with IFD beside them.
+
+    python -m experiments.contrast_variants OVERRIDE ...          as for run.py; what the store lacks is made
+
+Prints Markdown, a row for each variant: spoilt share of the selection at 5, 10 and 15 %, AUROC of clean rows against
+spoilt ones and against each kind, and the median words of the selected tenth's answers. For rows with a column
+`cleaning` (see `experiments.real_pool`) also AUROC of the other clean rows against those that it labels. Only
+`contrast (ships)` draws its best fifth at random. With proxy.ensemble=bootstrap, `held out` uses for each row the
+members that did not train on it.
+
+Shape letters: M members, N examples, K neighbours.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from scipy.stats import rankdata
+
+from experiments.composed import line_of
+from experiments.heldout_variance import left_out_rows, over_members
+from gradsift.data.examples import Example
+from gradsift.data.load import SPOILT, labels_of
+from gradsift.features.prompt_clusters import prompt_of, prompt_vectors
+from gradsift.proxy.answer_losses import AnswerLosses, read_answer_losses
+from gradsift.scoring.contrast import contrast_with, nearest_prompts, saturated
+from gradsift.scoring.scores import SCORED
+from gradsift.scoring.stage import score, scores_of
+from gradsift.selection.audit import CLEAN, auroc
+from gradsift.selection.budget import budget
+
+ALPHAS = (0.05, 0.1, 0.15)
+K = 50
+_FLOOR = 1e-3
+
+
+def nearest_lengths(examples: Sequence[Example], count: int) -> np.ndarray:
+    """Return the positions of the `count` other answers that are nearest in length (log words), (N, count)."""
+    return nearest(np.log1p([[len(example.output.split())] for example in examples]), count)
+
+
+def nearest_both(examples: Sequence[Example], count: int) -> np.ndarray:
+    """Return the `count` examples nearest in prompt and answer length together, (N, count).
+
+    A factor of two in length counts as much as half of the distance between unrelated prompts.
+    """
+    lengths = np.log2(1 + np.array([[len(example.output.split())] for example in examples]))
+    return nearest(np.hstack([prompt_vectors([prompt_of(example) for example in examples]), 0.7 * lengths]), count)
+
+
+def nearest(points: np.ndarray, count: int) -> np.ndarray:
+    """Return the positions of the `count` nearest other points, (N, count)."""
+    from sklearn.neighbors import NearestNeighbors
+
+    positions: np.ndarray = NearestNeighbors(n_neighbors=count).fit(points).kneighbors(return_distance=False)
+    return positions
+
+
+def contrasts_of(losses: np.ndarray, neighbours: np.ndarray | None) -> np.ndarray:
+    """Return the contrasts (M, N) of losses (M, N) with those of neighbours (N, K); with all examples if None."""
+    values = np.log(losses + _FLOOR)
+    if neighbours is None:
+        return (values.mean(1, keepdims=True) - values) / values.std(1, keepdims=True)
+    return contrast_with(values, neighbours)
+
+
+def bound(losses: np.ndarray, neighbours: np.ndarray | None, caution: float = 1.0) -> np.ndarray:
+    """Return the lower confidence bound of the contrasts (N,). Arguments as in `contrasts_of`."""
+    contrasts = contrasts_of(losses, neighbours)
+    return contrasts.mean(0) - caution * contrasts.std(0)
+
+
+def ranked(values: np.ndarray) -> np.ndarray:
+    """Return ranks between 0 and 1, the highest for the highest value; NaN ranks lowest."""
+    ranks: np.ndarray = rankdata(np.where(np.isnan(values), -np.inf, values)) / len(values)
+    return ranks
+
+
+def variants(
+    losses: AnswerLosses, examples: Sequence[Example], ifd: np.ndarray, left_out: np.ndarray | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the name and the scores (N,) of each variant.
+
+    Args:
+        losses: (M, N), without NaN.
+        ifd: (N,) mean loss of the answer with its prompt less that of the answer alone, in nats; NaN where undefined.
+        left_out: (M, N) whether a member did not train on a row; None if every member trained on all.
+    """
+
+    def mixed(end_weight: float) -> np.ndarray:
+        return (1 - end_weight) * losses.body + end_weight * losses.end
+
+    prompts = nearest_prompts([prompt_of(example) for example in examples], K)
+    lengths, both = nearest_lengths(examples, K), nearest_both(examples, K)
+    halves = bound(mixed(0.5), prompts)
+    yield "contrast (ships)", saturated(halves, 0.2, seed=0)
+    yield "contrast, not saturated", halves
+    for caution in (0.0, 2.0):
+        yield f"caution {caution:g}", bound(mixed(0.5), prompts, caution)
+    for weight in (0.0, 0.25, 0.75, 1.0):
+        yield f"end_weight {weight:g}", bound(mixed(weight), prompts)
+    yield "no neighbours", bound(mixed(0.5), None)
+    yield "neighbours in answer length", bound(mixed(0.5), lengths)
+    yield "neighbours in prompt and length", bound(mixed(0.5), both)
+    yield "neighbours in prompt and length, end_weight 0.25", bound(mixed(0.25), both)
+    yield "low IFD", -ifd
+    for weight in (0.25, 0.5):
+        base = ranked(bound(mixed(weight), prompts))
+        yield f"mean of ranks: end_weight {weight:g}, low IFD", base + ranked(-ifd)
+        yield f"lower of ranks: end_weight {weight:g}, low IFD", np.minimum(base, ranked(-ifd))
+    body, end = ranked(bound(losses.body, both)), ranked(bound(losses.end, both))
+    yield "lower of ranks: body, end", np.minimum(body, end)
+    yield "lowest of ranks: body, end, low IFD", np.minimum(np.minimum(body, end), ranked(-ifd))
+    if left_out is not None:
+        mean, variance = over_members(contrasts_of(mixed(0.5), prompts), left_out)
+        yield "held out", mean - np.sqrt(variance)
+        mean, variance = over_members(contrasts_of(mixed(0.5), prompts), ~left_out)
+        yield "trained on", mean - np.sqrt(variance)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="+", help="as for run.py")
+    overrides = parser.parse_args().overrides
+    line = line_of([*overrides, "scorer=contrast"])
+    difficulty = line_of([*overrides, "scorer=superfilter_low"])
+    labels = labels_of(line.loaded)
+    if labels is None:
+        raise SystemExit("the data has no labels; corrupt some rows with data.corruption.share")
+    losses = read_answer_losses(line.answer_losses, line.rows)
+    known = ~np.isnan(losses.body[0])
+    examples = [example for example, has_loss in zip(line.pool, known, strict=True) if has_loss]
+    scored = scores_of(score(difficulty.runtime, difficulty.scorer, line.loaded, difficulty.sources, lambda _: []))
+    ifd = np.log(np.where(scored.status == SCORED, scored.parts["ifd"], np.nan))[known]
+    quality = np.array(labels.quality)[known]
+    bootstrap = line.config.proxy.ensemble == "bootstrap"
+    left_out = left_out_rows(line.config.seed, losses.body)[:, known] if bootstrap else None
+    scores = variants(AnswerLosses(losses.body[:, known], losses.end[:, known]), examples, ifd, left_out)
+    report(scores, examples, quality)
+
+
+def report(variants: Iterator[tuple[str, np.ndarray]], examples: Sequence[Example], quality: np.ndarray) -> None:
+    """Print the table of named scores (N,); quality: (N,) strings."""
+    spoilt, words = np.isin(quality, SPOILT), np.array([len(example.output.split()) for example in examples])
+    cleaned = np.array([bool(example.original.get("cleaning")) for example in examples])
+    kinds = [kind for kind in SPOILT if (quality == kind).any()]
+    good = (quality == CLEAN) & ~cleaned
+    titles = ["variant", "spoilt at 5 / 10 / 15 %", "AUROC", *kinds, "cleaned rows", "cleaned at 10 %", "median words"]
+    print(f"{len(examples):,} rows, spoilt {spoilt.mean():.3f}, cleaned {cleaned.mean():.3f}, ", end="")
+    print(f"median words {np.median(words):g}\n\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
+    for name, values in variants:
+        scores = np.where(np.isnan(values), -np.inf, values)
+        order = np.argsort(-scores, kind="stable")
+        tops = [order[: budget(alpha, len(scores))] for alpha in ALPHAS]
+        groups = [spoilt, *(quality == kind for kind in kinds), cleaned & ~spoilt]
+        areas = [auroc(scores[good], scores[group]) for group in groups]
+        cells = [name, " / ".join(f"{spoilt[top].mean():.3f}" for top in tops)]
+        cells += ["-" if area is None else f"{area:.3f}" for area in areas]
+        cells += [f"{cleaned[tops[1]].mean():.3f}", f"{np.median(words[tops[1]]):g}"]
+        print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

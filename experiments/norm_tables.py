@@ -5,7 +5,7 @@
 
 The file has no text of the data: gradient norms at both snapshots, losses of the answers' bodies and ends at the late
 one, the contrast of each member with similar prompts (with the default options), and the labels. `read` prints
-Markdown: the spoilt share of the selection, and AUROC of clean against spoilt rows.
+Markdown: the spoilt share of the selection, and AUROC of clean rows against spoilt ones and against each kind.
 
 Shape letters: M members, N examples.
 """
@@ -68,6 +68,7 @@ def scores_of(table: dict[str, np.ndarray], members: int) -> Iterator[tuple[str,
     yield "gsnr_normalized_drop", (G_s - G_t) / G_s
     yield "late norm, lowest first", -G_t
     yield "V_t, lowest first", -V_t
+    yield "V_t / G_t^2, lowest first", -V_t / G_t**2
     for caution in (0, 1, 2):
         yield f"contrast, caution {caution}, not saturated", contrasts.mean(0) - caution * contrasts.std(0)
     bound = contrasts.mean(0) - contrasts.std(0)
@@ -80,8 +81,14 @@ def row_of(name: str, members: int, scores: np.ndarray, quality: np.ndarray) -> 
     ranked = np.where(np.isnan(scores), -np.inf, scores)
     order = np.argsort(-ranked, kind="stable")
     shares = [f"{spoilt[order[: budget(alpha, len(quality))]].mean():.3f}" for alpha in ALPHAS]
-    area = auroc(ranked[quality == CLEAN], ranked[spoilt])
-    return f"| {name} | {members} | {' / '.join(shares)} | {'-' if area is None else f'{area:.3f}'} |"
+    areas = [auroc(ranked[quality == CLEAN], ranked[group]) for group in (spoilt, *groups_of(quality).values())]
+    cells = [name, str(members), " / ".join(shares), *("-" if area is None else f"{area:.3f}" for area in areas)]
+    return f"| {' | '.join(cells)} |"
+
+
+def groups_of(quality: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the kinds of spoilt rows that there are, and which rows (N,) are of them."""
+    return {kind: quality == kind for kind in SPOILT if (quality == kind).any()}
 
 
 def read(file: Path) -> None:
@@ -90,9 +97,9 @@ def read(file: Path) -> None:
     count = len(table["early"])
     spoilt = np.isin(table["quality"], SPOILT).mean()
     print(f"{len(table['quality']):,} rows, spoilt share {spoilt:.3f}, {count} members\n")
-    print(
-        f"| score | members | spoilt at {' / '.join(f'{alpha:.0%}' for alpha in ALPHAS)} | AUROC |\n|---|---|---|---|"
-    )
+    alphas = " / ".join(f"{alpha:.0%}" for alpha in ALPHAS)
+    titles = ["score", "members", f"spoilt at {alphas}", "AUROC", *groups_of(table["quality"])]
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for members in range(2, count + 1):
         for name, scores in scores_of(table, members):
             print(row_of(name, members, scores, table["quality"]))

@@ -119,7 +119,7 @@ def test_scores_of_a_norm_table_are_those_of_the_store(gradsift, tmp_path, monke
     np.testing.assert_allclose(scores["late norm, lowest first"], -statistics.G_t, rtol=1e-6)
     quality = np.array(["clean", "wrong_answer", "clean", "clean", "wrong_answer"] * 4)
     best_spoilt = norm_tables.row_of("spoilt first", 2, (quality != "clean") * 1.0, quality)
-    assert best_spoilt == "| spoilt first | 2 | 1.000 / 1.000 / 1.000 | 0.000 |"
+    assert best_spoilt == "| spoilt first | 2 | 1.000 / 1.000 / 1.000 | 0.000 | 0.000 |"
 
 
 def test_the_audits_of_a_sweep_are_averaged_over_its_seeds(tmp_path: Path, monkeypatch, capsys) -> None:

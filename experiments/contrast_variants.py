@@ -25,14 +25,14 @@ from gradsift.data.examples import Example
 from gradsift.data.load import SPOILT, labels_of
 from gradsift.features.prompt_clusters import prompt_of, prompt_vectors
 from gradsift.proxy.answer_losses import AnswerLosses, read_answer_losses
-from gradsift.scoring.contrast import contrast_with, nearest_prompts, saturated
+from gradsift.scoring.contrast import contrast_with, nearest_prompts, relative_losses, saturated
 from gradsift.scoring.scores import SCORED
 from gradsift.scoring.stage import score, scores_of
 from gradsift.selection.audit import CLEAN, auroc
 from gradsift.selection.budget import budget
 
 ALPHAS = (0.05, 0.1, 0.15)
-K = 50
+K, END_SHARE = 50, 0.33  # the defaults
 _FLOOR = 1e-3
 
 
@@ -89,34 +89,34 @@ def variants(
         left_out: (M, N) whether a member did not train on a row; None if every member trained on all.
     """
 
-    def mixed(end_weight: float) -> np.ndarray:
-        return (1 - end_weight) * losses.body + end_weight * losses.end
+    def relative(share: float) -> np.ndarray:
+        return relative_losses(losses.body, losses.end, share)
 
     prompts = nearest_prompts([prompt_of(example) for example in examples], K)
     lengths, both = nearest_lengths(examples, K), nearest_both(examples, K)
-    halves = bound(mixed(0.5), prompts)
-    yield "contrast (ships)", saturated(halves, 0.2, seed=0)
-    yield "contrast, not saturated", halves
+    whole = relative(END_SHARE)
+    shipped = bound(whole, prompts)
+    yield "contrast (ships)", saturated(shipped, 0.2, seed=0)
+    yield "contrast, not saturated", shipped
     for caution in (0.0, 2.0):
-        yield f"caution {caution:g}", bound(mixed(0.5), prompts, caution)
-    for weight in (0.0, 0.25, 0.75, 1.0):
-        yield f"end_weight {weight:g}", bound(mixed(weight), prompts)
-    yield "no neighbours", bound(mixed(0.5), None)
-    yield "neighbours in answer length", bound(mixed(0.5), lengths)
-    yield "neighbours in prompt and length", bound(mixed(0.5), both)
-    yield "neighbours in prompt and length, end_weight 0.25", bound(mixed(0.25), both)
+        yield f"caution {caution:g}", bound(whole, prompts, caution)
+    for share in (0.0, 0.2, 0.5, 1.0):
+        yield f"end_share {share:g}", bound(relative(share), prompts)
+    for weight in (0.25, 0.5, 0.75):
+        yield f"in nats, end's weight {weight:g}", bound((1 - weight) * losses.body + weight * losses.end, prompts)
+    yield "no neighbours", bound(whole, None)
+    yield "neighbours in answer length", bound(whole, lengths)
+    yield "neighbours in prompt and length", bound(whole, both)
     yield "low IFD", -ifd
-    for weight in (0.25, 0.5):
-        base = ranked(bound(mixed(weight), prompts))
-        yield f"mean of ranks: end_weight {weight:g}, low IFD", base + ranked(-ifd)
-        yield f"lower of ranks: end_weight {weight:g}, low IFD", np.minimum(base, ranked(-ifd))
-    body, end = ranked(bound(losses.body, both)), ranked(bound(losses.end, both))
+    yield "mean of ranks: contrast, low IFD", ranked(shipped) + ranked(-ifd)
+    yield "lower of ranks: contrast, low IFD", np.minimum(ranked(shipped), ranked(-ifd))
+    body, end = ranked(bound(losses.body, prompts)), ranked(bound(losses.end, prompts))
     yield "lower of ranks: body, end", np.minimum(body, end)
     yield "lowest of ranks: body, end, low IFD", np.minimum(np.minimum(body, end), ranked(-ifd))
     if left_out is not None:
-        mean, variance = over_members(contrasts_of(mixed(0.5), prompts), left_out)
+        mean, variance = over_members(contrasts_of(whole, prompts), left_out)
         yield "held out", mean - np.sqrt(variance)
-        mean, variance = over_members(contrasts_of(mixed(0.5), prompts), ~left_out)
+        mean, variance = over_members(contrasts_of(whole, prompts), ~left_out)
         yield "trained on", mean - np.sqrt(variance)
 
 

@@ -101,7 +101,7 @@ def test_the_stage_has_every_members_losses_at_the_late_snapshot(store: Path) ->
 # ---------------------------------------------------------------------------------------------- the score
 
 
-def by_hand(found: AnswerLosses, prompts: list[str], neighbours: int, weight: float, caution: float) -> list[float]:
+def by_hand(found: AnswerLosses, prompts: list[str], neighbours: int, share: float, caution: float) -> list[float]:
     """Return the scores from the formula, with one cosine after the other."""
     vectors = prompt_vectors(prompts)
     vectors = np.asarray(vectors.todense() if hasattr(vectors, "todense") else vectors)
@@ -110,25 +110,45 @@ def by_hand(found: AnswerLosses, prompts: list[str], neighbours: int, weight: fl
         order = sorted((j for j in range(len(prompts)) if j != i), key=lambda j: -float(vector @ vectors[j]))
         each = []
         for body, end in zip(found.body, found.end, strict=True):
-            logs = [math.log((1 - weight) * b + weight * e + 1e-3) for b, e in zip(body, end, strict=True)]
+            usual_body, usual_end = statistics.fmean(body), statistics.fmean(end)
+            relative = [(b / usual_body, e / usual_end) for b, e in zip(body, end, strict=True)]
+            logs = [math.log((1 - share) * b + share * e + 1e-3) for b, e in relative]
             others = [logs[j] for j in order[:neighbours]]
             each.append((statistics.fmean(others) - logs[i]) / max(0.1, statistics.pstdev(others)))
         scores.append(statistics.fmean(each) - caution * statistics.pstdev(each))
     return scores
 
 
-@pytest.mark.parametrize(("weight", "caution"), [(0.5, 1.0), (0.0, 0.0), (1.0, 2.0)])
-def test_the_score_is_the_formula(weight: float, caution: float) -> None:
+@pytest.mark.parametrize(("share", "caution"), [(0.5, 1.0), (0.0, 0.0), (1.0, 2.0)])
+def test_the_score_is_the_formula(share: float, caution: float) -> None:
     examples, found = pool(90), losses(3, 90)
     examples[7] = replace(
         examples[7], instruction="??!"
     )  # no word: equally far from all others, so any are its neighbours
-    scores = contrast(found, examples, neighbours=7, end_weight=weight, caution=caution, **RANKED)
-    expected = by_hand(found, [example.instruction for example in examples], 7, weight, caution)
+    scores = contrast(found, examples, neighbours=7, end_share=share, caution=caution, **RANKED)
+    expected = by_hand(found, [example.instruction for example in examples], 7, share, caution)
     np.testing.assert_allclose(np.delete(scores.score, 7), np.delete(expected, 7), rtol=1e-9)
     assert np.isfinite(scores.score[7])
     np.testing.assert_array_equal(scores.score, scores.parts["bound"])
     np.testing.assert_allclose(scores.parts["end_loss"], found.end.mean(0))
+
+
+def test_the_units_of_bodies_and_ends_do_not_matter() -> None:
+    """In one dataset an end costs a tenth of a body's token, in another as much: the selection is the same."""
+    examples, in_nats = pool(90), losses(3, 90)
+    rescaled = AnswerLosses(in_nats.body * 0.2, in_nats.end * 7.0)
+    options = {"neighbours": 7, "end_share": 0.3, "caution": 1.0, **RANKED}
+    before, after = (contrast(each, examples, **options).score for each in (in_nats, rescaled))
+    np.testing.assert_allclose(after, before, rtol=1e-9)
+
+
+def test_ends_that_are_learnt_by_heart_count_for_nothing() -> None:
+    in_nats = losses(2, 90)
+    in_nats.end[:] = 0.0
+    options = {"neighbours": 7, "caution": 1.0, **RANKED}
+    with_ends = contrast(in_nats, pool(90), end_share=0.3, **options).score
+    without = contrast(in_nats, pool(90), end_share=0.0, **options).score
+    np.testing.assert_allclose(with_ends, without, atol=0.02)
 
 
 def test_neighbours_are_prompts_of_the_same_kind_and_never_the_row_itself() -> None:
@@ -152,7 +172,7 @@ def test_a_kind_of_task_that_is_easy_gains_nothing() -> None:
     examples, found = pool(300), losses(2, 300)
     easy = np.where(np.arange(300) % 3 == 0, 0.05, 1.0)
     scaled = AnswerLosses(found.body * easy, found.end * easy)
-    options = {"neighbours": 20, "end_weight": 0.5, "caution": 1.0, **RANKED}
+    options = {"neighbours": 20, "end_share": 0.5, "caution": 1.0, **RANKED}
     before, after = (contrast(each, examples, **options).score for each in (found, scaled))
     assert np.corrcoef(before, after)[0, 1] > 0.99
     top = np.argsort(-after)[:30] % 3
@@ -178,7 +198,7 @@ def test_disagreement_of_the_members_lowers_a_score() -> None:
     values[0, 0], values[1, 0] = -3.0, 1.0  # row 0: the same mean as rows 1 to 29, but the members differ
     examples = pool(60)
     found = AnswerLosses(np.exp(values), np.exp(values))
-    scores = contrast(found, examples, neighbours=10, end_weight=0.5, caution=1.0, **RANKED)
+    scores = contrast(found, examples, neighbours=10, end_share=0.5, caution=1.0, **RANKED)
     assert scores.score[0] < scores.parts["contrast"][0] - 1
     assert scores.score[3] == pytest.approx(scores.parts["contrast"][3], abs=0.5)
 
@@ -194,7 +214,7 @@ def test_equal_neighbours_give_finite_scores() -> None:
 def test_rows_without_a_response_are_undefined_and_nobodys_neighbours() -> None:
     examples, found = pool(40), losses(2, 40)
     found.body[:, [3, 9]] = found.end[:, [3, 9]] = np.nan
-    options = {"neighbours": 6, "end_weight": 0.5, "caution": 1.0, **RANKED}
+    options = {"neighbours": 6, "end_share": 0.5, "caution": 1.0, **RANKED}
     scores = contrast(found, examples, **options)
     assert set(scores.reason[[3, 9]]) == {NO_RESPONSE}
     kept = [i for i in range(40) if i not in (3, 9)]
@@ -204,11 +224,11 @@ def test_rows_without_a_response_are_undefined_and_nobodys_neighbours() -> None:
 
 def test_too_few_rows_name_the_option() -> None:
     with pytest.raises(ConfigError, match=r"scorer\.neighbours=50 needs more than 50 examples .* there are 40"):
-        contrast(losses(2, 40), pool(40), neighbours=50, end_weight=0.5, caution=1.0, **RANKED)
+        contrast(losses(2, 40), pool(40), neighbours=50, end_share=0.5, caution=1.0, **RANKED)
 
 
 @pytest.mark.parametrize(
-    "override", ["scorer.neighbours=1", "scorer.end_weight=1.5", "scorer.caution=-1", "scorer.end_weight=nan"]
+    "override", ["scorer.neighbours=1", "scorer.end_share=1.5", "scorer.caution=-1", "scorer.end_share=nan"]
 )
 def test_constants_out_of_range_are_refused(override: str) -> None:
     with pytest.raises(ConfigError, match="out of range"):

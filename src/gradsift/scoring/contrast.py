@@ -1,6 +1,6 @@
 """How well the ensemble has learnt an answer, compared with the answers to similar prompts (a method of gradsift).
 
-    l_i^m  = (1 - w) body_i^m + w end_i^m          loss of the answer after training; w = end_weight
+    l_i^m  = (1 - w) body_i^m / mean_j body_j^m + w end_i^m / mean_j end_j^m     j over all examples; w = end_share
     c_i^m  = (mean_j log l_j^m - log l_i^m) / std_j log l_j^m       j over the k nearest prompts of i
     b_i = mean_m c_i^m - caution x std_m c_i^m      a lower confidence bound over the members
     score_i = b_i below the best fifth; there, numbers drawn at random
@@ -8,7 +8,8 @@
 - A loss is low if an answer is right, but also if its kind of task is easy. Comparing with similar prompts removes the
   second effect, so that no kind of task crowds out the others.
 - A wrong token within an answer raises the body, an answer that stops early raises the end. In the mean over all tokens
-  of a long answer the end is lost, so it has a weight of its own.
+  of a long answer the end is lost, so it has a weight of its own. Both are losses after training, relative to their
+  means over the pool: how much larger a body's loss is than an end's differs from one dataset to the next.
 - The members' standard deviation lowers the score of rows on which they disagree.
 - Within the best fifth (`saturation`) a higher bound means a more typical row and not a cleaner one. A target learns
   more from rows drawn there at random.
@@ -31,7 +32,7 @@ from gradsift.features.prompt_clusters import prompt_of, prompt_vectors
 from gradsift.proxy.answer_losses import AnswerLosses
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
-# Added to losses before the logarithm, in nats: below, differences are rounding.
+# Added to relative losses before the logarithm, and the least mean in nats: below, differences are rounding.
 _FLOOR = 1e-3
 # Least standard deviation of the neighbours' log losses: copies of one row agree to the last digit.
 _LEAST_DEVIATION = 0.1
@@ -42,7 +43,7 @@ def contrast(
     examples: Sequence[Example],
     *,
     neighbours: int,
-    end_weight: float,
+    end_share: float,
     caution: float,
     saturation: float,
     seed: int,
@@ -52,14 +53,14 @@ def contrast(
     Args:
         answer_losses: of the late snapshot, (M, N) each.
         neighbours: k.
-        end_weight: w, 0 to 1.
+        end_share: w, 0 to 1.
         caution: how many standard deviations over the members are subtracted.
         saturation: share of the examples, those with the highest bounds, whose scores are drawn with `seed`.
 
     Raises:
         ConfigError: there are not more than `neighbours` examples with a response.
     """
-    contrasts = member_contrasts(answer_losses, examples, neighbours, end_weight)
+    contrasts = member_contrasts(answer_losses, examples, neighbours, end_share)
     mean, deviation = contrasts.mean(0), contrasts.std(0)
     bound = mean - caution * deviation
     parts = {
@@ -75,16 +76,25 @@ def contrast(
 
 
 def member_contrasts(
-    answer_losses: AnswerLosses, examples: Sequence[Example], neighbours: int, end_weight: float
+    answer_losses: AnswerLosses, examples: Sequence[Example], neighbours: int, end_share: float
 ) -> np.ndarray:
     """Return the contrast of each answer for each member, (M, N); NaN without a response. See `contrast`."""
-    losses = (1 - end_weight) * answer_losses.body + end_weight * answer_losses.end
-    known = ~np.isnan(losses[0])
+    known = ~np.isnan(answer_losses.body[0])
     require_neighbours(int(known.sum()), neighbours)
+    losses = relative_losses(answer_losses.body[:, known], answer_losses.end[:, known], end_share)
     prompts = [prompt_of(example) for example, has_loss in zip(examples, known, strict=True) if has_loss]
-    contrasts = np.full(losses.shape, np.nan)
-    contrasts[:, known] = contrast_with(np.log(losses[:, known] + _FLOOR), nearest_prompts(prompts, neighbours))
+    contrasts = np.full(answer_losses.body.shape, np.nan)
+    contrasts[:, known] = contrast_with(np.log(losses + _FLOOR), nearest_prompts(prompts, neighbours))
     return contrasts
+
+
+def relative_losses(body: np.ndarray, end: np.ndarray, end_share: float) -> np.ndarray:
+    """Return the losses l of `contrast`, (M, N), from those of bodies and ends in nats, (M, N) each.
+
+    A mean over the pool counts as at least a thousandth of a nat, in case a member has learnt all ends by heart.
+    """
+    body, end = (part / np.maximum(part.mean(1, keepdims=True), _FLOOR) for part in (body, end))
+    return (1 - end_share) * body + end_share * end
 
 
 def require_neighbours(count: int, neighbours: int) -> None:

@@ -1,15 +1,18 @@
 """A pool of real rows of which some are known to be bad: Alpaca rows, and those that human cleaners edited or removed.
 
-    python -m experiments.real_pool FILE.jsonl [--rows 1200]        needs GRADSIFT_DATA
+    python -m experiments.real_pool FILE.jsonl [--rows 1200] [--untouched]        needs GRADSIFT_DATA
 
 Writes `--rows` random rows of alpaca_5000.json and the bad rows of alpaca_cleaning_diff.jsonl as they were before
 cleaning. The column `cleaning`, which no scorer reads, holds the cleaners' label of a bad row and is empty for all
-others. A bad row whose answer is empty is left out, because loading would reject it.
+others. A bad row whose answer is empty is left out, because loading would reject it. With --untouched it writes random
+rows of alpaca_cleaned_51k.json.gz instead whose prompts are not in alpaca_5000.json: for a test on rows by which
+nothing was chosen.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import random
@@ -45,12 +48,22 @@ def pool(folder: Path, count: int, seed: int = 0) -> list[dict[str, str]]:
     return mixed
 
 
+def untouched(folder: Path, count: int, seed: int = 0) -> list[dict[str, str]]:
+    """`count` random rows of the cleaned pool whose prompts are not among the rows of `pool`."""
+    known = {(row["instruction"], row["input"]) for row in json.loads((folder / "alpaca_5000.json").read_text())}
+    with gzip.open(folder / "alpaca_cleaned_51k.json.gz", "rt", encoding="utf-8") as stream:
+        others = [row for row in json.load(stream) if (row["instruction"], row["input"]) not in known]
+    return [{part: row[part] for part in PARTS} | {"cleaning": ""} for row in random.Random(seed).sample(others, count)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--rows", type=int, default=1200)
+    parser.add_argument("--untouched", action="store_true")
     arguments = parser.parse_args()
-    rows = pool(Path(os.environ["GRADSIFT_DATA"]) / "instruct", arguments.rows)
+    draw = untouched if arguments.untouched else pool
+    rows = draw(Path(os.environ["GRADSIFT_DATA"]) / "instruct", arguments.rows)
     arguments.file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{len(rows)} rows, {sum(bool(row['cleaning']) for row in rows)} of them bad: {arguments.file}")
 

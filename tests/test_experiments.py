@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import sys
@@ -167,3 +168,12 @@ def test_the_pool_of_real_rows_has_every_bad_row_once_as_it_was_before_cleaning(
     assert bad == [("Answer 3", "output_edited"), ("N/A", "removed_or_rewritten")]
     plain = sorted(row["output"] for row in pool if not row["cleaning"])
     assert plain == sorted(row["output"] for row in rows if row is not rows[3])
+
+
+def test_untouched_rows_have_no_prompt_of_the_other_pool(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Question {i}", "input": "", "output": "Yes"} for i in range(20)]
+    (tmp_path / "alpaca_5000.json").write_text(json.dumps(rows[:8]))
+    with gzip.open(tmp_path / "alpaca_cleaned_51k.json.gz", "wt") as stream:
+        json.dump([{**row, "output": "No"} for row in rows], stream)
+    drawn = real_pool.untouched(tmp_path, 12)
+    assert sorted(row["instruction"] for row in drawn) == sorted(row["instruction"] for row in rows[8:])

@@ -16,6 +16,7 @@ from conftest import SMOKE
 from experiments import (
     audit_table,
     contrast_variants,
+    delayed_credit,
     heldout_variance,
     norm_tables,
     precision,
@@ -75,6 +76,7 @@ def test_the_walk_is_never_above_the_optimum_and_reaches_it_where_nothing_confli
     [
         (heldout_variance.main, ("proxy.members=4",), "| members that left the row out | "),
         (contrast_variants.main, ("proxy.members=4", "proxy.ensemble=bootstrap"), "| held out | "),
+        (delayed_credit.main, (), "| progress in the best epoch | "),
         (walk_optimum.main, ("--rows=20", "--draws=2", "features.dimensions=32", "target_set.limit=3"), "| 1 | 2 | "),
     ],
 )
@@ -168,6 +170,11 @@ def test_the_pool_of_real_rows_has_every_bad_row_once_as_it_was_before_cleaning(
     assert bad == [("Answer 3", "output_edited"), ("N/A", "removed_or_rewritten")]
     plain = sorted(row["output"] for row in pool if not row["cleaning"])
     assert plain == sorted(row["output"] for row in rows if row is not rows[3])
+
+
+def test_a_row_is_judged_by_its_best_epoch_in_units_of_that_epochs_progress() -> None:
+    losses = np.array([[4.0, 4.0, 4.0], [2.0, 4.0, 4.0], [2.0, 3.5, 4.0]])  # learnt at once, later, never
+    np.testing.assert_allclose(delayed_credit.best_epoch(losses), [2 / (2 / 3), 0.5 / (0.5 / 3), 0])
 
 
 def test_untouched_rows_have_no_prompt_of_the_other_pool(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 from gradsift.config import FieldsConfig
 from gradsift.data.examples import SourceRow
@@ -47,21 +47,16 @@ def folded(name: str) -> str:
     return name.strip().strip("\ufeff").casefold()
 
 
-class Shape(NamedTuple):
-    """A format, and the names of its columns in the data."""
-
-    format: str
-    names: Names
-
-
 @dataclass(frozen=True)
-class Names:
-    """The columns of the fields. Those that a format needs are the same for all rows, others are looked up per row.
+class Shape:
+    """A format and the columns of its fields. Needed columns are the same for all rows, others are looked up per row.
 
+    format  alpaca, messages, sharegpt or prompt_completion
     fields  the configured names, with the needed columns' names replaced by those in the data
     needed  the names of the needed columns
     """
 
+    format: str
     fields: FieldsConfig
     needed: tuple[str, ...]
     _known: dict[tuple[tuple[str, ...], str], list[str]] = field(default_factory=dict, compare=False, repr=False)
@@ -118,9 +113,9 @@ def recognise(rows: Sequence[SourceRow], format: str, fields: FieldsConfig, sour
                 if shape:
                     return shape
             if step == _OTHER and format == "auto" and not given and (chosen := _chosen_turns(columns, rows)):
-                return Shape("messages", Names(replace(fields, messages=chosen), (chosen,)))
+                return Shape("messages", replace(fields, messages=chosen), (chosen,))
     if format != "auto":  # each row is rejected for the column that it lacks
-        return Shape(format, Names(fields, tuple(getattr(fields, part) for part in _NEEDED[format])))
+        return Shape(format, fields, tuple(getattr(fields, part) for part in _NEEDED[format]))
     raise DataError(_unknown(rows, fields, source, group))
 
 
@@ -142,7 +137,7 @@ def _fitting(
             choices = " or ".join(f"{group}.fields.{part}={name}" for name in names)
             raise DataError(f"{source}: the columns {listed(names)} could each be the {part}; say which: {choices}")
     chosen = {part: names[0] for part, names in candidates.items()}
-    return Shape(format, Names(replace(fields, **chosen), tuple(chosen.values())))
+    return Shape(format, replace(fields, **chosen), tuple(chosen.values()))
 
 
 def _needed_columns(columns: Sequence[str], configured: str, part: str, last: int) -> list[str]:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 from gradsift.config import COPIES
 from gradsift.data.examples import Example, make_example
+from gradsift.data.verifiable import divided
 from gradsift.errors import ConfigError
 
 Texts = tuple[str, str, str]  # instruction, input, output
@@ -132,8 +133,7 @@ def _counts(rows: int, share: float, kinds: Sequence[str]) -> dict[str, int]:
             f"data.corruption.share={share} of {rows} rows is {total}, too few for {len(kinds)} kinds; give more rows, "
             "a larger share, or fewer data.corruption.kinds"
         )
-    part, rest = divmod(total, len(kinds))
-    return {name: part + (index < rest) for index, name in enumerate(kinds)}
+    return divided(total, kinds)
 
 
 # ---------------------------------------------------------------------------------------- the kinds

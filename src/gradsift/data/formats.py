@@ -12,7 +12,7 @@ from typing import Any
 
 from gradsift import outside_json
 from gradsift.config import DATA_FORMATS, FieldsConfig
-from gradsift.data.columns import Names, Shape, columns_of, folded, pair_of, recognise
+from gradsift.data.columns import Shape, columns_of, folded, pair_of, recognise
 from gradsift.data.examples import Example, Rejected, SourceRow, Turn, json_type, json_value, make_example
 from gradsift.data.turns import (
     Conversation,
@@ -87,7 +87,7 @@ def parse_rows(
             original = _original(content)
             if format == "auto":
                 _require_shape(original, shape, group)
-            parsed = _PARSERS[shape.format](original, shape.names)
+            parsed = _PARSERS[shape.format](original, shape)
             examples.append(make_example(row, *parsed, original=original, occurrences=occurrences))
         except Unusable as reason:
             rejected.append(Rejected(row, str(reason), line, content))
@@ -131,14 +131,14 @@ def _original(content: Any) -> dict[str, Any]:
 
 def _require_shape(row: Mapping[str, Any], shape: Shape, group: str) -> None:
     """Raise Unusable for a row that lacks a column of the data's shape and has those of another."""
-    missing = [name for name in shape.names.needed if name not in row]
+    missing = [name for name in shape.needed if name not in row]
     if not missing:
         return
     try:
         other = recognise([SourceRow(0, row)], "auto", FieldsConfig(), "", group)
     except DataError:
         return  # the parser names the column
-    columns = ", ".join(map(repr, other.names.needed))
+    columns = ", ".join(map(repr, other.needed))
     raise Unusable(
         f"field {missing[0]!r} is missing: the row has another shape ({columns}) than the first rows; write the "
         "rows of each shape to a file of their own, and join the files with data=mixture"
@@ -156,46 +156,46 @@ def _require_desired(row: Mapping[str, Any]) -> None:
 # ------------------------------------------------------------------------------- prompt and response
 
 
-def _alpaca(row: Mapping[str, Any], names: Names) -> Conversation:
-    fields = names.fields
-    column = names.optional(row, "input")
+def _alpaca(row: Mapping[str, Any], shape: Shape) -> Conversation:
+    fields = shape.fields
+    column = shape.optional(row, "input")
     input = "" if column is None or row[column] is None else text_of(row, column)
     input = input if input.strip() else ""
-    if names.prefers and isinstance(reply := _decoded(row[fields.output]), list | dict):
+    if shape.prefers and isinstance(reply := _decoded(row[fields.output]), list | dict):
         if input:
             raise Unusable(f"field {column!r} has no place beside the turns of {fields.output!r}")
         asked = _decoded(row.get(fields.instruction))
         prompt = turns_of(asked) if isinstance(asked, list) else [Turn("user", filled_text_of(row, fields.instruction))]
-        return _with_reply(_with_system(row, names, [*_history(row, names), *prompt]), reply, fields.output)
+        return _with_reply(_with_system(row, shape, [*_history(row, shape), *prompt]), reply, fields.output)
     instruction = text_of(row, fields.instruction)
     if not instruction.strip() and not input:
         raise Unusable(f"fields {fields.instruction!r} and {column or fields.input!r} are both empty")
     turns = [Turn("user", instruction), Turn("assistant", filled_text_of(row, fields.output))]
-    return conversation(_with_system(row, names, [*_history(row, names), *turns]))._replace(input=input)
+    return conversation(_with_system(row, shape, [*_history(row, shape), *turns]))._replace(input=input)
 
 
-def _prompt_completion(row: Mapping[str, Any], names: Names) -> Conversation:
-    fields = names.fields
+def _prompt_completion(row: Mapping[str, Any], shape: Shape) -> Conversation:
+    fields = shape.fields
     prompt, completion = row.get(fields.prompt), row.get(fields.completion)
     if isinstance(prompt, list) and isinstance(completion, list):
-        return conversation(_with_system(row, names, turns_of([*prompt, *completion])))
+        return conversation(_with_system(row, shape, turns_of([*prompt, *completion])))
     if isinstance(prompt, list) or isinstance(completion, list):
         raise Unusable(f"fields {fields.prompt!r} and {fields.completion!r} must both be text or both be lists")
     turns = [
         Turn("user", filled_text_of(row, fields.prompt)),
         Turn("assistant", filled_text_of(row, fields.completion)),
     ]
-    return conversation(_with_system(row, names, [*_history(row, names), *turns]))
+    return conversation(_with_system(row, shape, [*_history(row, shape), *turns]))
 
 
-def _history(row: Mapping[str, Any], names: Names) -> list[Turn]:
-    column = names.optional(row, "history")
+def _history(row: Mapping[str, Any], shape: Shape) -> list[Turn]:
+    column = shape.optional(row, "history")
     return [] if column is None else earlier_exchanges(row, column)
 
 
-def _with_system(row: Mapping[str, Any], names: Names, turns: list[Turn]) -> list[Turn]:
+def _with_system(row: Mapping[str, Any], shape: Shape, turns: list[Turn]) -> list[Turn]:
     """Return the turns after the system prompt of the row's system column, if it has one."""
-    column = names.optional(row, "system")
+    column = shape.optional(row, "system")
     if column is None or is_empty(row[column]):
         return turns
     if not isinstance(row[column], str):
@@ -213,17 +213,17 @@ def _with_system(row: Mapping[str, Any], names: Names, turns: list[Turn]) -> lis
 # ------------------------------------------------------------------- conversations and preference pairs
 
 
-def _messages(row: Mapping[str, Any], names: Names, column: str | None = None) -> Conversation:
-    column = column or names.fields.messages
-    turns = _with_system(row, names, turns_in(row, column))
+def _messages(row: Mapping[str, Any], shape: Shape, column: str | None = None) -> Conversation:
+    column = column or shape.fields.messages
+    turns = _with_system(row, shape, turns_in(row, column))
     pair = pair_of(row)
     if pair is None or column in pair or is_empty(row[pair[0]]):
         return conversation(turns)
     return _with_reply(turns, _decoded(row[pair[0]]), pair[0])
 
 
-def _sharegpt(row: Mapping[str, Any], names: Names) -> Conversation:
-    return _messages(row, names, names.fields.conversations)
+def _sharegpt(row: Mapping[str, Any], shape: Shape) -> Conversation:
+    return _messages(row, shape, shape.fields.conversations)
 
 
 def _with_reply(prompt: list[Turn], reply: Any, name: str) -> Conversation:
@@ -259,7 +259,7 @@ def _decoded(value: Any) -> Any:
     return decoded if are_turns else value
 
 
-_PARSERS: dict[str, Callable[[Mapping[str, Any], Names], Conversation]] = {
+_PARSERS: dict[str, Callable[[Mapping[str, Any], Shape], Conversation]] = {
     "alpaca": _alpaca,
     "messages": _messages,
     "sharegpt": _sharegpt,

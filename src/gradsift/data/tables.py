@@ -48,8 +48,7 @@ def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
             skipinitialspace=_has_blanks_before_quotes(text, delimiter),
         )
         header = next((cells for cells in reader if cells), [])
-        if len(set(header)) < len(header):
-            raise DataError(f"{path}: column names must differ, but are {listed(header)}; rename some")
+        _require_different(path, header)
         rows: list[SourceRow] = []
         line = reader.line_num + 1 + skipped  # where the row begins: a quoted cell can contain line breaks
         for cells in reader:

@@ -287,7 +287,7 @@ def generate(
     """
     _refuse_impossible(size, spoilt, duplicates, benchmark_items)
     n_spoilt, n_duplicates = round(size * spoilt), round(size * duplicates)
-    counts = _divide(n_spoilt, SPOILT) | _divide(n_duplicates, DUPLICATES)
+    counts = divided(n_spoilt, SPOILT) | divided(n_duplicates, DUPLICATES)
     counts["clean"] = size - n_spoilt - n_duplicates
 
     rng = random.Random(f"verifiable rows {seed}")
@@ -478,7 +478,7 @@ def _refuse_impossible(size: int, spoilt: float, duplicates: float, benchmark_it
         )
     n_spoilt, n_duplicates = round(size * spoilt), round(size * duplicates)
     clean = size - n_spoilt - n_duplicates
-    twins = _divide(n_spoilt, SPOILT)["contradictory"]
+    twins = divided(n_spoilt, SPOILT)["contradictory"]
     if clean < max(twins, n_duplicates):
         raise ConfigError(
             f"spoilt={spoilt}, duplicates={duplicates}: {max(clean, 0)} clean rows are left, but {twins} contradictory "
@@ -486,7 +486,7 @@ def _refuse_impossible(size: int, spoilt: float, duplicates: float, benchmark_it
         )
 
 
-def _divide(total: int, kinds: Sequence[str]) -> dict[str, int]:
+def divided(total: int, kinds: Sequence[str]) -> dict[str, int]:
     """Divide a total equally; the first kinds get the remainder."""
     part, rest = divmod(total, len(kinds))
     return {kind: part + (index < rest) for index, kind in enumerate(kinds)}

@@ -73,7 +73,7 @@ def main() -> None:
     line = line_of([*DEFAULTS, *options.overrides])
     gradients, selector = read_features(line.gradients), line.config.selector
     core = core_knowledge(read_features(line.target_gradients), selector.explained)
-    directed = np.flatnonzero(gradients.has_direction())
+    directed = np.flatnonzero(gradients.has_direction)
     rng = np.random.default_rng(0)
     print("| sub-pool | asked | walk took | could agree | walk's mean | optimum's |\n|---|---|---|---|---|---|")
     means = []

@@ -245,7 +245,7 @@ def test_an_example_without_a_response_has_a_row_of_zeros_and_no_score(line: Lin
     )
     features = read_features(artifact)
     assert features.silent == (4, 39)
-    assert np.flatnonzero(~features.has_direction()).tolist() == [4, 39]
+    assert np.flatnonzero(~features.has_direction).tolist() == [4, 39]
     scores = less(features, read_features(line.target_gradients))
     assert scores.status[[4, 39]].tolist() == ["undefined"] * 2
     assert set(scores.reason[[4, 39]]) == {NO_RESPONSE}

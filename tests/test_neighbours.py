@@ -68,12 +68,12 @@ def test_blocks_hold_every_row_once() -> None:
 def test_the_rows_with_a_direction_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     features, reads, blocks = some_features(), [], Features.blocks
     monkeypatch.setattr(Features, "blocks", lambda self: reads.append(1) or blocks(self))
-    found = features.has_direction()
+    found = features.has_direction
     assert np.flatnonzero(~found).tolist() == [4, 11]
-    assert features.has_direction() is found and len(reads) == 1
+    assert features.has_direction is found and len(reads) == 1
     with pytest.raises(ValueError, match="read-only"):  # it serves every caller
         found[0] = False
-    assert len(Features(np.zeros((0, 3), dtype=np.float32)).has_direction()) == 0
+    assert len(Features(np.zeros((0, 3), dtype=np.float32)).has_direction) == 0
 
 
 # ------------------------------------------------------------------------------------------ coverage

@@ -63,7 +63,7 @@ def nearest_cosines(features: Features, neighbours: int, advance: Advance = lamb
     Returns:
         (N,) float64; NaN for a row without direction, and if too few others have one.
     """
-    usable = features.has_direction()
+    usable = features.has_direction
     means = np.full(len(features), np.nan)
     for block in row_blocks(len(features), 4 * len(features)):
         cosines = np.asarray(features.vectors[block], dtype=np.float32) @ features.vectors.T  # (B, N)
@@ -81,7 +81,7 @@ def mean_cosines(features: Features) -> np.ndarray:
     total = np.zeros(features.vectors.shape[1])
     for _, rows in features.blocks():
         total += rows.sum(0, dtype=np.float64)
-    usable = features.has_direction()
+    usable = features.has_direction
     others = int(usable.sum()) - 1
     if others < 1:
         return np.full(len(features), np.nan)
@@ -103,5 +103,5 @@ def nearest_anchor_cosines(features: Features, anchors: np.ndarray) -> np.ndarra
     if len(chosen):
         for block in row_blocks(len(features), 4 * len(chosen)):
             largest[block] = (np.asarray(features.vectors[block], dtype=np.float32) @ chosen.T).max(1)
-    largest[~features.has_direction()] = np.nan
+    largest[~features.has_direction] = np.nan
     return largest

@@ -47,12 +47,9 @@ class Features:
         for start in range(0, len(self.vectors), size):
             yield start, np.asarray(self.vectors[start : start + size], dtype=np.float32)
 
-    def has_direction(self) -> np.ndarray:
-        """Return which rows are not all zeros, (N,) bool, read-only. The first call reads all vectors."""
-        return self._has_direction
-
     @functools.cached_property
-    def _has_direction(self) -> np.ndarray:
+    def has_direction(self) -> np.ndarray:
+        """Which rows are not all zeros, (N,) bool, read-only. The first use reads all vectors."""
         nonzero = np.zeros(len(self), dtype=bool)
         for start, rows in self.blocks():
             nonzero[start : start + len(rows)] = np.any(rows != 0, axis=1)

@@ -33,7 +33,7 @@ def mark_undirected(scores: Scores, features: Features) -> None:
     scores.diagnostics.append(spread(features, "gradient", "the data for equal rows, and features.warmup"))
     silent = np.zeros(len(features), dtype=bool)
     silent[list(features.silent)] = True
-    undirected = ~features.has_direction()
+    undirected = ~features.has_direction
     for values in (scores.score, *scores.parts.values()):
         values[undirected] = np.nan
     scores.mark(silent, UNDEFINED, NO_RESPONSE)

@@ -65,7 +65,7 @@ def grads(
     """
     of_gradients, of_content, of_similarity = weights
     has_response = np.isfinite(embedding_gradients.head_std)
-    has_direction = embeddings.has_direction()
+    has_direction = embeddings.has_direction
     if len(embeddings) != len(has_response):
         raise GradsiftError(f"there are {len(embeddings)} embeddings for {len(has_response)} examples of the pool")
     scored, factors, diagnostics = has_response.copy(), {}, []

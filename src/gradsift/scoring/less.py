@@ -38,7 +38,7 @@ def less(gradients: Features, target_gradients: Features) -> Scores:
 def task_means(target: Features) -> tuple[dict[str, np.ndarray], list[str]]:
     """Return the mean row (D,) float64 of each task over its rows with a direction, and the tasks without such rows."""
     rows: dict[str, list[int]] = {task: [] for task in target.tasks}
-    for row, directed in enumerate(target.has_direction()):
+    for row, directed in enumerate(target.has_direction):
         if directed:
             rows[target.tasks[row]].append(row)
     means = {task: target.vectors[own].mean(0, dtype=np.float64) for task, own in rows.items() if own}

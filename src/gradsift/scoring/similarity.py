@@ -50,7 +50,7 @@ def sbert(embeddings: Features, target_embeddings: Features, *, over: Over) -> S
             cosines[where, place] = inner.max(axis=1) if over == "max" else inner.mean(axis=1)
     sizes = np.array([len(positions) for positions in by_task.values()])
     score = cosines.max(axis=1) if over == "max" else cosines @ (sizes / sizes.sum())
-    blank = ~embeddings.has_direction()
+    blank = ~embeddings.has_direction
     score, cosines = (values.astype(np.float32).astype(np.float64) for values in (score, cosines))
     score[blank], cosines[blank] = np.nan, np.nan
     parts = {f"task:{task}": cosines[:, place] for place, task in enumerate(by_task)}
@@ -61,7 +61,7 @@ def sbert(embeddings: Features, target_embeddings: Features, *, over: Over) -> S
 
 def _rows_by_task(targets: Features) -> tuple[dict[str, np.ndarray], list[Diagnostic]]:
     """Return the positions of the target rows with a direction by task, and a warning if there are others."""
-    tasks, directed = np.array(targets.tasks), targets.has_direction()
+    tasks, directed = np.array(targets.tasks), targets.has_direction
     by_task = {task: np.flatnonzero((tasks == task) & directed) for task in dict.fromkeys(targets.tasks)}
     for task, positions in by_task.items():
         if not len(positions):

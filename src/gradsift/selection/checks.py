@@ -148,7 +148,7 @@ def coverage(features: Features, positions: np.ndarray, radius: float) -> Diagno
         A diagnostic whose values are the ratio of the pool's mean distance to the selection to that to the random
         one, both distances, and the share of the pool that each covers.
     """
-    usable = np.flatnonzero(features.has_direction())
+    usable = np.flatnonzero(features.has_direction)
     size = len(np.intersect1d(positions, usable))
     if not size:
         return Diagnostic.unknown("coverage", "distance_to_random", "no selected row has a vector with a direction")

@@ -47,7 +47,7 @@ def best_by_direction(scores: Scores, features: Features) -> tuple[np.ndarray, n
             "in its order"
         )
     ranked = best_first(scores)
-    directed = features.has_direction()[ranked]
+    directed = features.has_direction[ranked]
     return ranked[directed], ranked[~directed]
 
 

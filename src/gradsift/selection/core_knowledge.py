@@ -42,7 +42,7 @@ def core_knowledge(target: Features, explained: float) -> CoreKnowledge:
     Raises:
         GradsiftError: every target gradient is zero.
     """
-    rows = np.flatnonzero(target.has_direction())
+    rows = np.flatnonzero(target.has_direction)
     if not len(rows):
         raise GradsiftError("every gradient of the target set is zero; look at its rows and at the proxy's training")
     size = len(rows)

@@ -60,7 +60,7 @@ def round_robin_queries(
         GradsiftError: no query has a direction.
     """
     directed, undirected = best_by_direction(scores, embeddings)
-    queries = np.flatnonzero(target_embeddings.has_direction())
+    queries = np.flatnonzero(target_embeddings.has_direction)
     if not len(queries):
         raise GradsiftError("no example of the target set has an embedding other than zero; look at its rows")
     pool = np.sort(directed)  # in the order on disk

@@ -28,7 +28,7 @@ AWKWARD = ["", "é 🟥 👩‍👩‍👧", " a  b .\r\n\t\u00a0", "e\u0301 vs 
 def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     if request.param == "as built":
         return bytes_tokenizer()
-    bytes_model(width=8, layers=1, heads=1).save_pretrained(tmp_path)  # whose config.json names an architecture
+    bytes_model().save_pretrained(tmp_path)  # whose config.json names an architecture
     bytes_tokenizer().save_pretrained(tmp_path)
     return AutoTokenizer.from_pretrained(tmp_path)
 

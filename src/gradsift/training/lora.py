@@ -78,7 +78,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
             )
     # The frozen backbone stays in evaluation mode while its adapters train: its own dropout (GPT-2 has some) would make
     # norms noisy, and the next member would inherit a training mode.
-    adapted.passed_rows = drop_by_row(lora_layers(adapted), ADAPTER)
+    adapted.passed_rows = drop_by_row(lora_layers(adapted))
     adapted.eval()
     for _, layer in lora_layers(adapted):
         layer.lora_dropout.train()

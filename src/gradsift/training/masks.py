@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradsift.gradients.probes import ADAPTER
 from gradsift.training.random_bits import bits, mixed
 
 
@@ -52,11 +53,11 @@ class RowDropout(nn.Dropout):
         return x * kept.mul_(1 / (1 - self.p))
 
 
-def drop_by_row(layers: Iterable[tuple[str, Any]], adapter: str) -> PassedRows:
+def drop_by_row(layers: Iterable[tuple[str, Any]]) -> PassedRows:
     """Give the adapted layers that drop inputs a `RowDropout`, and return what they share."""
     rows = PassedRows()
     for name, layer in layers:
-        if isinstance(dropout := layer.lora_dropout[adapter], nn.Dropout):
-            layer.lora_dropout[adapter] = RowDropout(dropout.p, rows, name)
+        if isinstance(dropout := layer.lora_dropout[ADAPTER], nn.Dropout):
+            layer.lora_dropout[ADAPTER] = RowDropout(dropout.p, rows, name)
             rows.drops = True
     return rows

@@ -50,34 +50,21 @@ def nano_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def nano_model(
-    architecture: Architecture,
-    *,
-    width: int = 64,
-    layers: int = 3,
-    heads: int = 4,
-    initializer_range: float = 0.1,
-    seed: int = 0,
-) -> PreTrainedModel:
-    """Return a randomly initialised model of about 0.17 M parameters for `nano_tokenizer`, without dropout.
-
-    The initial weights are wide on purpose: at this width the usual 0.02 wastes most of the short training.
-    """
+def nano_model(architecture: Architecture, *, seed: int = 0) -> PreTrainedModel:
+    """Return a randomly initialised model of about 0.17 M parameters for `nano_tokenizer`, without dropout."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = nano_config(architecture, width, layers, heads, initializer_range)
+        config = nano_config(architecture)
         return GPT2LMHeadModel(config) if architecture == "gpt2" else LlamaForCausalLM(config)
 
 
-def nano_config(
-    architecture: Architecture, width: int = 64, layers: int = 3, heads: int = 4, initializer_range: float = 0.1
-) -> GPT2Config | LlamaConfig:
+def nano_config(architecture: Architecture) -> GPT2Config | LlamaConfig:
     """Return the config of `nano_model`."""
     tokenizer = nano_tokenizer()
     # the next multiple of 64 above the number of words: matrix products are faster
     shared: dict[str, Any] = {
         "vocab_size": -(-len(tokenizer) // 64) * 64,
-        "initializer_range": initializer_range,
+        "initializer_range": 0.1,  # at this width the usual 0.02 wastes most of the short training
         "tie_word_embeddings": True,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -85,14 +72,14 @@ def nano_config(
     }
     if architecture == "gpt2":
         dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        shape = {"n_positions": CONTEXT, "n_embd": width, "n_layer": layers, "n_head": heads}
+        shape = {"n_positions": CONTEXT, "n_embd": 64, "n_layer": 3, "n_head": 4}
         return GPT2Config(**shape, **dropout, **shared)
     if architecture == "llama":
         return LlamaConfig(
-            hidden_size=width,
-            intermediate_size=width * 5 // 2,  # three matrices instead of GPT-2's two: the models are of one size
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
+            hidden_size=64,
+            intermediate_size=160,  # three matrices instead of GPT-2's two: the models are of one size
+            num_hidden_layers=3,
+            num_attention_heads=4,
             max_position_embeddings=CONTEXT,
             **shared,
         )

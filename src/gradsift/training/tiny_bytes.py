@@ -30,22 +30,22 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def bytes_model(*, width: int = 128, layers: int = 4, heads: int = 4, seed: int = 0) -> GPT2LMHeadModel:
+def bytes_model(*, seed: int = 0) -> GPT2LMHeadModel:
     """Return an untrained GPT-2 of about a million parameters, drawn with `seed`, without dropout."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GPT2LMHeadModel(bytes_config(width, layers, heads))
+        return GPT2LMHeadModel(bytes_config())
 
 
-def bytes_config(width: int = 128, layers: int = 4, heads: int = 4) -> GPT2Config:
+def bytes_config() -> GPT2Config:
     """Return the config of `bytes_model`."""
     tokenizer = bytes_tokenizer()
     return GPT2Config(
         vocab_size=-(-len(tokenizer) // 64) * 64,  # a multiple of 64: matrix products are faster
         n_positions=CONTEXT,
-        n_embd=width,
-        n_layer=layers,
-        n_head=heads,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
         activation_function="gelu_pytorch_tanh",  # GPT-2's function in one kernel: a sixth less time per step
         resid_pdrop=0.0,
         embd_pdrop=0.0,

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gradsift.config import ComputeConfig
 from gradsift.data.tokens import encode
 from gradsift.line import Line
 from gradsift.training import lora
@@ -60,7 +59,8 @@ def forecast(line: Line) -> Forecast | None:
     parameters = sum(each.numel() for each in model.parameters())
     if parameters < LARGE:
         return None
-    parts, quantized = _parts(compute), config.model.quantization in _QUANTIZED
+    parts = compute.ranks if compute.strategy == "fsdp" else 1
+    quantized = config.model.quantization in _QUANTIZED
     weights, active = held_weights(model, number, config.model.quantization, parts), active_parameters(model)
     adapted = lora.add_adapter(model.requires_grad_(False), config.lora, seed=0)
     trained = sum(each.numel() for each in lora.trainable_parameters(adapted).values())
@@ -130,7 +130,3 @@ def active_parameters(model: Any) -> int:
     experts = [each for block in lora.expert_blocks(model).values() for each in block.parameters() if each.dim() > 2]
     idle: int = sum(each.numel() - each.numel() // len(each) * min(chosen, len(each)) for each in experts)
     return total - idle
-
-
-def _parts(compute: ComputeConfig) -> int:
-    return compute.ranks if compute.strategy == "fsdp" else 1

@@ -52,6 +52,10 @@ OF_PROXY = {  # sources that are computed with the proxy, whatever the embedder
 }
 
 
+def _name_of(method: Any) -> str:
+    return str(method.get("name", "unnamed") if isinstance(method, dict) else method.name)
+
+
 @dataclass
 class Config(Group):
     """Everything that a run depends on."""
@@ -106,14 +110,12 @@ class Config(Group):
     @property
     def scorer_name(self) -> str:
         """The name of the scorer, also of a user's own."""
-        name = self.scorer.get("name", "unnamed") if isinstance(self.scorer, dict) else self.scorer.name
-        return str(name)
+        return _name_of(self.scorer)
 
     @property
     def selector_name(self) -> str:
         """The name of the selector, also of a user's own."""
-        name = self.selector.get("name", "unnamed") if isinstance(self.selector, dict) else self.selector.name
-        return str(name)
+        return _name_of(self.selector)
 
     @property
     def models(self) -> list[ModelConfig]:

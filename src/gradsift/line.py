@@ -95,6 +95,7 @@ class Line(Inputs):
         """Make the audit's selections, and return a function that measures how they treat the known corruption."""
         labels, clusters = labels_of(self.loaded), self.clusters
         assert labels is not None  # noqa: S101 - the config refuses an audit of data without labels
+        # asked for here, on every rank and in a plan; only the record calls `measure`
         selections = {alpha: self.select(scored, alpha) for alpha in self.config.audit.alphas}
 
         def measure() -> dict[str, Any]:
@@ -114,6 +115,7 @@ class Line(Inputs):
     def finetune(self, selection: Artifact | np.ndarray) -> Artifact:
         """Finetune the target on a selection, or on the examples at the given positions of the pool."""
         if self.keeps_all:
+            # known without the selection's artifact, so a plan can tell whether this finetune exists
             selection = self.everything()
         for name in ("proxy_backbone", "proxy_inputs"):  # the target needs the memory; nothing scores after this
             self.__dict__.pop(name, None)

@@ -47,6 +47,7 @@ def run(config: Config, runtime: Runtime, record: RunRecord) -> None:
         return
     check(line)
     if config.stop_after == "statistics":
+        # the statistics need the norms of all shards, so a job that collects one shard ends without them
         if config.proxy.shard is None:
             _ = line.statistics
         else:
@@ -56,6 +57,7 @@ def run(config: Config, runtime: Runtime, record: RunRecord) -> None:
     scored = score(runtime, line.scorer, line.loaded, line.sources, line.diagnose)
     record.scored(scored)
     record.refused("proxy", line.refused)
+    # `line.adapters` trains what does not exist: a scorer without an ensemble must not ask for it here
     if line.has_ensemble:
         record.ensemble(line.adapters)
     if config.stop_after == "scores":
@@ -115,6 +117,7 @@ def plan(config: Config, display: Display, folder: Path, about: Mapping[str, Any
 
 def walk(config: Config, runtime: Runtime) -> None:
     """Ask the store for every unit of a run, and record nothing."""
+    # a plan and the other ranks take the stages of `run` itself: a second list of stages would drift from the first
     run(config, runtime, cast(RunRecord, _NoRecord()))
 
 
@@ -123,6 +126,8 @@ def follow(config: Config) -> None:
     with Path(os.devnull).open("w") as nowhere:
         display = Display(Console(file=nowhere))
         with contextlib.suppress(RunEnded):
+            # All ranks ask this store for the same units in the same order, and it refuses a rank that comes to another
+            # one: a collective call that only some ranks enter never returns.
             store = SharedStore(Path(config.artifacts), display.say)
             walk(config, Runtime(store, config.compute, display, config.seed))
 

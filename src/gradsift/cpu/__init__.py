@@ -39,6 +39,7 @@ def accelerate(model: Any) -> bool:
     model.kernels_version = version()
     model.tokens_factor = _TOKENS_FACTOR
     model.set_attn_implementation(ATTENTION)
+    # a model of the meta device has no weights to pack; it only has to report the numerics of a loaded one
     if model.device.type == "meta":
         return True
     head = model.get_output_embeddings()

@@ -84,6 +84,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # weight and bias are frozen (`trains`), so x alone has a gradient
         to_x = kernels().norm_backward(gradients[0].contiguous(), *ctx.saved_tensors, ctx.centred)
         return to_x, None, None, None, None
 
@@ -105,6 +106,7 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor
+        # value and derivative in one pass over x; the backward pass is a product and needs no second tanh
         y, slope = kernels().gelu(x.contiguous())
         ctx.save_for_backward(slope)
         return y
@@ -126,8 +128,8 @@ class _ProductsAroundGelu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        backprops = gradients[0].reshape(-1, ctx.second.width)
-        to_inner = kernels().product_times(backprops, ctx.second.backward_weight, ctx.saved_tensors[0])
+        backprops = gradients[0].reshape(-1, ctx.second.width)  # (M, D)
+        to_inner = kernels().product_times(backprops, ctx.second.backward_weight, ctx.saved_tensors[0])  # (M, F)
         return ctx.first.to_inputs(to_inner).view(ctx.shape), None, None
 
 
@@ -138,6 +140,7 @@ class _GatedMlp:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         if not all(type(layer) is PackedLinear and is_packed(layer) for layer in layers):
             return super().forward(x)  # type: ignore[misc, no-any-return]
+        # packed at the first pass, because only then is it known which layers are adapted
         if (both := self.__dict__.get("_both")) is None:
             weight = torch.cat([self.gate_proj.weight, self.up_proj.weight]).t()  # (D, 2 F)
             biases = [layer.bias for layer in layers[:2] if layer.bias is not None]
@@ -157,12 +160,13 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        to_inner = ctx.down.to_inputs(gradients[0].reshape(-1, ctx.down.width))
+        to_inner = ctx.down.to_inputs(gradients[0].reshape(-1, ctx.down.width))  # (M, F)
         return ctx.both.to_inputs(kernels().gated_backward(to_inner, *ctx.saved_tensors)).view(ctx.shape), None, None
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """Return None for plain causal attention: no left padding, window, cache or other mask."""
+    # a batch padded on the right has no mask (`Batch.model_inputs`), so almost every pass is plain
     plain = kwargs.get("attention_mask") is None and kwargs.get("allow_is_causal_skip", True)
     if plain and kwargs.get("local_size") is None and kwargs["q_length"] == kwargs["kv_length"]:
         return None
@@ -181,6 +185,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Return the attention's output (B, T, H, E) and no weights, as transformers' interface has it."""
+    # fewer queries than keys: a cache, as in generation; the kernel's causal mask is for equally many
     if attention_mask is not None or dropout or q.shape[2] != k.shape[2] or not module.is_causal:
         output: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -208,12 +213,12 @@ class _RotaryAttention:
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
             return output
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)  # (B, T, H, E)
         q, k, v = (
             layer(hidden_states).view(shape).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = _Attend.apply(q, k, v, self.scaling, cos[0].float(), sin[0].float())  # type: ignore[no-untyped-call]
-        return self.o_proj(out.flatten(2)), None
+        return self.o_proj(out.flatten(2)), None  # (B, T, H E) within
 
 
 class _Attend(torch.autograd.Function):
@@ -230,6 +235,7 @@ class _Attend(torch.autograd.Function):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out: torch.Tensor
         out, log_sums = kernels().attend(q, k, v, scale, cos, sin)
+        # as in FlashAttention, the (T, T) probabilities are computed again from the log sums of their rows
         ctx.save_for_backward(q, k, v, out, log_sums)
         ctx.turn = (scale, cos, sin)
         return out

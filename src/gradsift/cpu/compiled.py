@@ -55,6 +55,7 @@ def available() -> bool:
         library = folder / f"kernels-{_key(compiler)}.so"
         if not library.is_file():
             library.parent.mkdir(parents=True, exist_ok=True)
+            # looked at again under the lock: another process may have compiled meanwhile
             with FileLock(library.with_suffix(".lock"), timeout=_PATIENCE):  # one process compiles
                 if not library.is_file():
                     _compile(compiler, library)
@@ -79,6 +80,8 @@ def _key(compiler: list[str]) -> str:
     described = subprocess.run(  # noqa: S603 - the user's own compiler
         [*compiler, "--version"], capture_output=True, text=True, check=False, timeout=_PATIENCE
     ).stdout
+    # A library of another torch may not load, and one of another processor (-march=native) ends with an illegal
+    # instruction that no Python code can catch. Each gets a file of its own.
     parts = [version(), *compiler[1:], described, torch.__version__, platform.machine(), _processor()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

@@ -43,6 +43,7 @@ class PackedProducts:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.inputs, self.width = weight.shape
+        # oneDNN takes a weight as (outputs, inputs); the backward pass is the same product with the two exchanged
         self.forward_weight = _pack(weight.detach().t())
         self.backward_weight = _pack(weight.detach())
         self.bias = None if bias is None else bias.detach()
@@ -112,6 +113,7 @@ class PackedHead:
     def _weights(self) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Packed weights of both products, and the vocabulary padded to a multiple of 64: twice as fast on AMX."""
         weight = nn.functional.pad(self._plain, (0, 0, 0, -len(self._plain) % 64))
+        # one column of ones would do; a whole block of 32 keeps the alignment of the inner width
         ones = weight.new_zeros(len(weight), BLOCK)
         ones[:, 0] = 1
         return _pack(torch.cat([weight, ones], 1)), _pack(weight.t()), len(weight)
@@ -130,15 +132,17 @@ class PackedHead:
         """
         forward_weight, backward_weight, _ = self._weights
         count, width = hidden.shape
-        own = (hidden.float() * self._plain[targets].float()).sum(1)
+        own = (hidden.float() * self._plain[targets].float()).sum(1)  # (P,)
+        # rounded before it is subtracted, so that own - offset is exactly what the product leaves of the target's logit
         offset = own.to(hidden.dtype)
-        wider = hidden.new_zeros(count + -count % BLOCK, width + BLOCK)
+        wider = hidden.new_zeros(count + -count % BLOCK, width + BLOCK)  # (P rounded up, D + 32)
         wider[:count, :width] = hidden
         wider[:count, width] = -offset
-        logits = _product(wider, forward_weight)
+        logits = _product(wider, forward_weight)  # (P rounded up, padded V)
         losses: torch.Tensor = kernels().cross_entropy_(
             logits[:count], targets, own - offset.float(), len(self._plain), gradient is not None
         )
         if gradient is not None:
+            # cross_entropy_ has left softmax minus one-hot in `logits`, and zeros in the padding of the vocabulary
             gradient.copy_(_product(logits, backward_weight)[:count])
         return losses

@@ -47,12 +47,14 @@ class AdamState:
                 if moment is None or moment.shape != parameter.shape:
                     raise GradsiftError(f"{path.name} holds no Adam moments of {name}; delete {path.parent.name}")
                 parts.append(moment.flatten())
+            # the order of the parameters is also that of the columns of a `GradientPass`
             moments.append(torch.cat(parts).to(device, torch.float32))
         return cls(*moments)
 
     def adjust(self, gradients: torch.Tensor) -> torch.Tensor:
         """Return Gamma (B, P) for `gradients` (B, P) float32, which are overwritten."""
         silent = ~gradients.any(1)
+        # the denominator first, since the numerator overwrites g; a second copy of (B, P) float32 may not fit in memory
         roots = gradients.square().mul_(1 - BETAS[1]).add_(self.second, alpha=BETAS[1]).add_(EPS).sqrt_()
         adjusted = gradients.mul_(1 - BETAS[0]).add_(self.first, alpha=BETAS[0]).div_(roots)
         adjusted[silent] = 0.0

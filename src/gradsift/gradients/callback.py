@@ -91,6 +91,7 @@ class GradientNormCallback(L.Callback):
         ids = _entry(batch, self._example_id, "give each batch the ids of its examples, or name their key")
         norm_a, norm_b = self._of_batch[0]
         _require_as_many(ids, norm_a)
+        # Lightning divides the loss of each batch by accumulate_grad_batches before its backward pass
         scale = trainer.accumulate_grad_batches * self._divisors(batch, norm_a)
         self.records.add(ids, trainer.current_epoch, norm_a * scale, norm_b * scale)
 
@@ -139,6 +140,7 @@ class GradientNormCallback(L.Callback):
         """Return the number that each example's own loss is divided by in the loss of the batch, (B,)."""
         if self._reduction != "token_mean":
             return torch.full_like(norms, len(norms) if self._reduction == "mean" else 1)
+        # L = sum_i n_i L_i / sum_j n_j for n_i labelled tokens: example i's own loss is divided by sum_j n_j / n_i
         counts = _labelled(_entry(batch, "labels", "reduction='token_mean' counts them")).to(norms)
         return counts.sum() / counts
 
@@ -177,6 +179,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         loader = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
         self._norms = self._attached.enter_context(PerSampleNorms(model))
+        # first of all hooks: the ids have to leave the arguments before anything else reads them
         before = model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
         self._attached.callback(before.remove)
         self._attached.callback(model.register_forward_hook(self._after_forward).remove)
@@ -227,10 +230,13 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         if log_probs is not None and log_probs.requires_grad:
             log_probs.register_hook(self._weigh_by_log_probs)
         elif getattr(outputs, "loss", None) is not None and outputs.loss.requires_grad:
+            # The gradient that arrives at the model's loss is what the trainer multiplies that loss by, gradient
+            # accumulation included; the model itself has divided the sum over the tokens by `divided_by`.
             divided_by = labelled.sum() if self._divided_by is None else self._divided_by
             outputs.loss.register_hook(lambda gradient: setattr(self, "_token_weight", gradient / divided_by))
 
     def _weigh_by_log_probs(self, gradient: torch.Tensor) -> None:
+        # the loss is -sum_t w_t log p_t, so minus its gradient is w_t; it is zero at tokens without a label
         weights = -gradient[gradient != 0]
         if len(weights) and not torch.allclose(weights, weights[0]):
             raise GradsiftError("the tokens of a batch have unequal weights in its loss; take loss_type='nll'")
@@ -244,6 +250,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
             )
         norm_a, norm_b = self._norms.take()
         _require_as_many(self._ids, norm_a)
+        # example i adds w sum_t l_it = w n_i L_i to the loss of the step, where l_it is the loss of its token t
         scale = 1 / (self._token_weight * _labelled(self._labels).to(norm_a))
         self.records.add(self._ids, int(state.epoch or 0), norm_a * scale, norm_b * scale)
         self._ids = None

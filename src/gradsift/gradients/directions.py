@@ -56,13 +56,16 @@ def mean_gradient(adapted: Any, inputs: ProxyInputs, advance: Advance = lambda d
     """
     parameters = list(lora.trainable_parameters(adapted).values())
     losses_of = ResponseLosses(adapted)
+    # float64: after a million examples, a float32 sum may round away most digits of the next one
     total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64, device=parameters[0].device)
 
     def of_batch(batch: Sequence[Encoded]) -> torch.Tensor:
         losses = losses_of(collate(batch, inputs.backbone.pad_id).to(total.device))
+        # the sum and not the mean: a mean would weigh each example by the size of its batch
         return torch.cat([part.flatten() for part in torch.autograd.grad(losses.sum(), parameters)])
 
     with lora.evaluating(adapted), torch.enable_grad():
+        # no journal: the result of a batch is a gradient of P numbers, too much to write for each of them
         for gradients in inputs.budget.passes(inputs.encoded, of_batch, advance=advance):
             for gradient in gradients:
                 total += gradient
@@ -79,6 +82,7 @@ def cosines(
     journal: Journal | None = None,
 ) -> dict[str, np.ndarray]:
     """Return columns row (N,) int64, cosine and norm (N,) float64, in the order of the encoded examples."""
+    # divided in float64 and rounded once; g is float32, and so is its product with a unit vector
     unit = (mean / mean.norm()).float()
     rows = np.array([example.row for example in inputs.encoded], dtype=np.int64)
     places = {int(row): place for place, row in enumerate(rows)}
@@ -95,6 +99,7 @@ def cosines(
             for where, norm, dot in (part for parts in batches for part in parts):
                 norms[where], dots[where] = norm.double().cpu().numpy(), dot.double().cpu().numpy()
     require_finite("gradient", torch.from_numpy(rows), torch.from_numpy(norms), inputs.encoded)
+    # NaN for a gradient of zero: a cosine of 0 would say that it is orthogonal to the pool's
     cosine = np.divide(dots, norms, out=np.full(len(rows), np.nan), where=norms > 0)
     return {"row": rows, "cosine": cosine, "norm": norms}
 

@@ -85,7 +85,8 @@ def embedding_gradients(
             runtime.display.task("gradients of embedding and head", len(encoded)) as advance,
         ):
             lora.load_adapter(adapted, member.path)
-            table = collect_statistics(adapted, encoded, budget, backbone.pad_id, device, advance, journal)
+            table = collect_statistics(adapted, encoded, budget, backbone.pad_id, device, advance, journal)  # (n, 8)
+        # rows without a response token are not in `encoded` and stay NaN
         columns = np.full((len(COLUMNS), count), np.nan)
         columns[:, [example.row for example in encoded]] = table.T
         pq.write_table(pa.table(dict(zip(COLUMNS, columns, strict=True))), folder / STATISTICS_FILE)
@@ -172,6 +173,7 @@ class UseOfEmbedding:
         self._embedded = torch.empty(0)
 
     def _keep(self, module: nn.Module, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+        # a leaf of its own: the backward pass ends here, and the V x D gradient of the weight is never formed
         self._embedded = embedded.detach().requires_grad_()
         return self._embedded
 
@@ -185,6 +187,8 @@ class UseOfEmbedding:
         moved = batch.to(device)
         hidden = self._head.hidden_states(moved.model_inputs(), moved.places)
         owners = torch.div(moved.places, batch.input_ids.shape[1], rounding_mode="floor")  # (P,) examples
+        # L_i = (1/n_i) sum_t l_it, term by term: the backward pass of the sum over the batch then gives each example
+        # the gradient of its own mean
         losses = self._head.token_losses(hidden, moved.targets) / moved.counts[owners]
         (backprops,) = torch.autograd.grad(losses.sum(), self._embedded)
         embedding = embedding_statistics(batch, backprops, self._embedding.num_embeddings)
@@ -202,17 +206,22 @@ def embedding_statistics(batch: Batch, backprops: torch.Tensor, vocabulary: int)
         backprops: (B, T, D), of the embedded tokens, on the model's device.
     """
     examples, columns = batch.attention_mask.nonzero(as_tuple=True)  # of the real tokens
+    # One key per example and token: a token that occurs in two examples has a row in the gradient of each.
     tokens, inverse = torch.unique(examples * vocabulary + batch.input_ids[examples, columns], return_inverse=True)
     owners = torch.div(tokens, vocabulary, rounding_mode="floor")
+    # an example that uses every token of the vocabulary has no row of zeros, and only then is 0 no candidate for the
+    # extremes
     absent = torch.bincount(owners, minlength=len(batch.rows)) < vocabulary
     examples, columns, inverse, owners, absent = (
         index.to(backprops.device) for index in (examples, columns, inverse, owners, absent)
     )
     rows = torch.zeros(len(tokens), backprops.shape[2], device=backprops.device)  # (U of all examples, D)
+    # float32 also for a bfloat16 model: the row of a frequent token is a sum of many backprops
     rows.index_add_(0, inverse, backprops[examples, columns].float())
     zero = backprops.new_zeros(len(batch.rows), dtype=torch.float32)  # the rows of all other tokens
     largest = zero.where(absent, -torch.inf).scatter_reduce(0, owners, rows.amax(1), "amax")
     smallest = zero.where(absent, torch.inf).scatter_reduce(0, owners, rows.amin(1), "amin")
+    # float64: the variance is the difference of two means over V x D entries, nearly all of them zero
     total, squares = (zero.double().index_add(0, owners, part.double().sum(1)) for part in (rows, rows.square()))
     return _of_moments(largest, smallest, total, squares, vocabulary * backprops.shape[2])
 
@@ -227,11 +236,14 @@ def head_statistics(output: nn.Linear, hidden: torch.Tensor, targets: torch.Tens
     """
     with torch.no_grad():
         errors = torch.softmax(F.linear(hidden, output.weight, output.bias).float(), 1)  # (n, V)
+        # P - Y, the gradient of each place's loss with respect to its logits
         errors.scatter_add_(1, targets[:, None], errors.new_full((len(targets), 1), -1.0))
+        # the 1/n of the mean over the response tokens
         hidden = hidden.float() / len(hidden)
         extremes, squares = [], errors.new_zeros((), dtype=torch.float64)
+        # the whole (V, D) gradient of GPT-2's head would take 154 MB in float32, for each example
         for chunk in errors.split(max(1, numbers_at_once(hidden.device, _CHUNK) // hidden.shape[1]), dim=1):
-            gradient = chunk.t() @ hidden
+            gradient = chunk.t() @ hidden  # (rows of V, D)
             extremes.append(torch.stack(gradient.aminmax()))
             squares += torch.linalg.vector_norm(gradient).double().square()
         smallest, largest = torch.stack(extremes).unbind(1)
@@ -244,5 +256,6 @@ def _of_moments(
 ) -> torch.Tensor:
     """Return maximum, minimum, mean and standard deviation along a new last axis, from sums over `entries` numbers."""
     mean = total / entries
+    # the difference of equal numbers may round to just below zero
     deviation = (squares / entries - mean.square()).clamp_min(0).sqrt()
     return torch.stack([largest.double(), smallest.double(), mean, deviation], -1)

@@ -92,8 +92,8 @@ def adapter_spread(adapters: Sequence[Mapping[str, np.ndarray]]) -> Diagnostic:
     """
     if len(adapters) < 2:
         return Diagnostic.unknown("adapter_spread", "relative_distance", "one adapter has no spread")
-    products = update_products(adapters)
-    squares = np.diag(products)
+    products = update_products(adapters)  # (M, M)
+    squares = np.diag(products)  # (M,)
     norm = float(np.sqrt(squares).mean())
     if norm == 0:
         message = (
@@ -102,6 +102,8 @@ def adapter_spread(adapters: Sequence[Mapping[str, np.ndarray]]) -> Diagnostic:
         )
         return Diagnostic("adapter_spread", "warning", {"relative_distance": None}, message)
     first, second = np.triu_indices(len(adapters), k=1)
+    # |U - U'|^2 = |U|^2 + |U'|^2 - 2 <U, U'> for the updates U = B A of two members; for copies it may round to below
+    # zero
     between = squares[first] + squares[second] - 2 * products[first, second]
     spread = float(np.sqrt(np.maximum(between, 0)).mean()) / norm
     seen = f"two members' updates lie {spread:.2g} of their norm apart (unrelated ones 1.4)"
@@ -120,6 +122,7 @@ def update_products(adapters: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
     for name in adapters[0]:
         if "lora_A" not in name:
             continue
+        # float64, because the distance of two similar updates is a small difference of large products
         a = np.stack([adapter[name] for adapter in adapters]).astype(np.float64)  # (M, R, I)
         b_name = name.replace("lora_A", "lora_B")
         b = np.stack([adapter[b_name] for adapter in adapters]).astype(np.float64)  # (M, O, R)

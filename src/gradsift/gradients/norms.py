@@ -23,6 +23,7 @@ def attached(model: nn.Module, probe: NormProbe | GradientProbe) -> Iterator[lis
     Raises:
         GradsiftError: there is no adapted layer, or one whose per-sample gradient is not known; names it.
     """
+    # a model that was adapted elsewhere has peft's own layers, which know nothing of probes
     changed = fuse(model)
     try:
         layers = dict(lora_layers(model))
@@ -84,6 +85,7 @@ class PerSampleNorms:
         Returns:
             norm_A, norm_B: (B,) float32 each, over all adapted layers.
         """
+        # the sum and not the mean, which would divide every example's gradient by B
         norm_a, norm_b = self._probe.backward(losses.sum()).sqrt()
         return norm_a, norm_b
 

@@ -56,6 +56,7 @@ def per_sample_norms(model: Any, rows: Sequence[Mapping[str, Any]], *, tokens: i
         with PerSampleNorms(model) as norms:
             for batch in by_length(encoded, tokens):
                 norm_a, norm_b = norms.of(losses_of(collate(batch, _pad_id(model)).to(device)))
+                # |g_i|^2 = |grad_A L_i|^2 + |grad_B L_i|^2
                 norms_of_rows[[example.row for example in batch]] = torch.hypot(norm_a, norm_b).cpu().numpy()
     return norms_of_rows
 
@@ -156,6 +157,8 @@ def gradient_pass(adapted: Any, parameters: str, pad_id: int, padding_side: str 
             def work(examples: Sequence[Encoded]) -> torch.Tensor:
                 probe.forget()
                 losses = losses_of(collate(examples, pad_id, padding_side).to(device))
+                # examples do not see each other, so row i of the sum's gradient is the gradient of example i; (B, P_l)
+                # for each layer
                 parts = torch.autograd.grad(losses.sum(), [probe.probes[id(layer)] for layer in layers])
                 probe.forget()
                 return torch.cat(parts, 1)
@@ -175,6 +178,7 @@ def _full_pass(adapted: Any, pad_id: int, padding_side: str) -> GradientPass:
 
     def one(example: Encoded) -> torch.Tensor:
         losses = losses_of(collate([example], pad_id, padding_side).to(parameters[0].device))
+        # an expert that no token of the example reaches has no gradient, which counts as zero
         parts = torch.autograd.grad(losses.sum(), parameters, allow_unused=True, materialize_grads=True)
         return torch.cat([part.flatten().to(torch.float32) for part in parts])
 

@@ -51,7 +51,7 @@ class Projection:
             if lacking := -columns.shape[1] % width:  # in the last chunk; padding copies
                 columns = F.pad(columns, (0, lacking))
             places, signs = self.drawn(first, columns.shape[1] // width, gradients.device)
-            picked = columns.index_select(1, places.flatten()).view(rows, -1, width)
+            picked = columns.index_select(1, places.flatten()).view(rows, -1, width)  # (B, C, D)
             projected += picked.mul_(signs).sum(1)
         return projected
 
@@ -61,11 +61,15 @@ class Projection:
         Returns:
             The parameter's place among those of the chunks, (C, D) int32, and its sign, (C, D) float32.
         """
-        chunks = torch.arange(first, first + count, device=device)
+        chunks = torch.arange(first, first + count, device=device)  # (C,)
         dimensions = torch.arange(self.dimensions, device=device)
+        # The seed is hashed before the chunk is added: otherwise seed 1 would draw for chunk c what seed 0 draws for c
+        # + 1.
         seeds = mixed(mixed(torch.tensor(self.seed, device=device)) + chunks)
         shifts = ((mixed(seeds) & 0x7FFFFFFF) % self.dimensions).int()
         places = dimensions.int() - shifts[:, None]
         places += (places >> 31).bitwise_and_(self.dimensions)  # D where it is negative: faster than a remainder
         places += torch.arange(count, device=device, dtype=torch.int32)[:, None] * self.dimensions
+        # the sign comes from the top bit, the best mixed one: an arithmetic shift gives 0 or -1, and | 1 makes 1 or -1
+        # of it
         return places, ((bits(seeds, dimensions) >> 31) | 1).float()

@@ -45,6 +45,7 @@ class NormRecords:
             ids = torch.tensor([self._names.setdefault(str(name), len(self._names)) for name in ids])
         count = len(ids)
         if self._count + count > self._values.shape[1]:
+            # it doubles, so N examples are copied 2 N times at most and not once for each batch
             larger = self._values.new_empty((len(self._values), 2 * self._count + count + 64), device=norm_a.device)
             larger[:, : self._count] = self._values[:, : self._count]
             self._values = larger
@@ -55,6 +56,7 @@ class NormRecords:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was added so far (a tensor, and a list of ids that are strings), for `load_state_dict`."""
+        # a copy without the spare columns: a view would be overwritten while it waits to be saved, or saved with them
         values = {"values": self._values[:, : self._count].clone()}
         return {**values, "names": list(self._names)} if self._names else values
 

@@ -72,6 +72,7 @@ def collect_losses(adapted: Any, inputs: ProxyInputs, advance: Advance, journal:
         for batches in inputs.budget.passes(inputs.encoded, of_batch, journal, advance):
             for where, values in batches:
                 losses[:, where] = values.numpy()
+    # a sum is finite only if both losses are
     require_finite("loss", torch.from_numpy(rows), torch.from_numpy(losses.sum(0)), inputs.encoded)
     return {"row": rows, "body": losses[0], "end": losses[1]}
 

@@ -50,6 +50,7 @@ def collect(
         return collect_rows(runtime, folder, config, load(), member, epoch, weights, shard, label)
 
     identity = _identity(runtime, config, member, epoch, weights, shard)
+    # rounded up; for the estimates of plans
     size = -(-(weights.size or 0) // config.shards)
     return runtime.store.obtain(**identity, make=make, size=size, divided=True)
 
@@ -71,6 +72,7 @@ def collect_rows(
     if config.ensemble == "mc_dropout":
         masks = _mask_seed(runtime, member, epoch)
     with (
+        # the seed has no effect: the member's weights replace the draw
         adapter(inputs.backbone, config.lora, 0, runtime.compute) as adapted,
         runtime.display.task(label, len(encoded)) as advance,
     ):
@@ -113,12 +115,14 @@ def collect_norms(
         return sum(len(example.input_ids) for example in examples)
 
     mine = parallel.share(encoded)
+    # the optimiser is never made: `Trainer.validate` takes no step
     module = ProxyMember(adapted, Optimization(0.0, 0.0, "constant", 0, 1), budget, pad_id)
     module.masks, module.journal = masks, journal
     advance = weighed(lambda done: progress(done * parallel.size()), len(mine), tokens(mine))
     bar = LambdaCallback(on_validation_batch_end=lambda *values: advance(tokens(values[3].examples)))
     norms = GradientNormCallback()
     groups: Any = spread_out(by_length(mine, budget.tokens))
+    # more ranks than examples leave a rank without any; it still takes part in the gathering below
     if groups:
         loader = DataLoader(groups, batch_size=None, collate_fn=Step)
         with keyboard_interrupts():
@@ -136,6 +140,7 @@ def _identity(
 ) -> dict[str, Any]:
     settings: dict[str, Any] = {"shard": shard, "shards": config.shards}
     if config.ensemble == "mc_dropout":
+        # the members share their weights, the parent: without these entries all would have one fingerprint
         settings |= {"masks_of": member, "seed": runtime.seed}
     slug = f"m{member}-e{epoch}" + (f"-s{shard}of{config.shards}" if config.shards > 1 else "")
     return {"stage": "norms", "slug": slug, "config": settings, "parents": [weights], "version": VERSION}

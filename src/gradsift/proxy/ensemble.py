@@ -152,10 +152,12 @@ def _train_group(
                     return {member: train_member_epoch(runtime, config, inputs, *one)}
                 units = [(settings[member], previous[member], folder) for member, folder in folders.items()]
                 infos = train_members_epoch(runtime, config, inputs, units, advance)
+            # each unit's manifest has its share of the time, from which plans estimate
             seconds = (time.perf_counter() - started) / len(folders)
             return {member: {**info, "seconds": seconds} for member, info in zip(folders, infos, strict=True)}
 
         units = {
+            # the epoch before has proxy and examples among its ancestors, so its fingerprint stands for them
             member: (f"m{member}-e{epoch}", settings[member], [last] if last else [proxy, examples])
             for member, last in previous.items()
         }
@@ -178,6 +180,8 @@ def _obtain_all(
 
     def obtain(member: int) -> Artifact:
         def make_with_later_ones(folder: Path) -> Mapping[str, Any]:
+            # `obtain` holds this unit's lock while `make` runs, so all units of the group are locked before any is
+            # trained
             folders[member] = folder
             for other in units:
                 if other > member and other not in folders:
@@ -206,6 +210,7 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
         **encoding_settings(config.template, config.max_length),
         "learning_rate": config.learning_rate,
         "schedule": config.schedule,
+        # a rate that falls to zero at the end makes every epoch depend on how many there are
         "scheduled_epochs": None if config.schedule == "constant" else config.total_epochs,
         "warmup_steps": config.warmup_steps,
         "weight_decay": config.weight_decay,
@@ -271,6 +276,7 @@ def _member_epoch(runtime: Runtime, config: ProxyConfig, inputs: ProxyInputs, un
         config.warmup_steps,
         total_steps=len(plan) * (settings["scheduled_epochs"] or epoch),  # irrelevant for a constant rate
     )
+    # every epoch has ceil(N / batch_size) batches, whatever their order
     start_step = len(plan) * (epoch - 1)
     if not optimization.mean_rate(start_step, start_step + len(plan)):
         raise GradsiftError(
@@ -278,6 +284,8 @@ def _member_epoch(runtime: Runtime, config: ProxyConfig, inputs: ProxyInputs, un
             "step alone, so its snapshot would be of untrained weights; give proxy.warmup_steps=0 or a smaller "
             "proxy.batch_size"
         )
+    # A seed for each epoch: one that starts from the artifact of the epoch before needs no random state of that
+    # process.
     start = EpochStart(start_step, derive_seed(runtime.seed, "dropout", member, epoch), previous)
     lora_seed = derive_seed(runtime.seed, "lora", 0 if config.ensemble == "bootstrap" else member)
     return MemberEpoch(plan, optimization, start, lora_seed, folder, config.collect == "during_training")
@@ -289,6 +297,8 @@ def epoch_plan(config: ProxyConfig, lengths: Sequence[int], seed: int, member: i
     if config.ensemble != "bootstrap":
         return epoch_batches(lengths, config.batch_size, config.batching, order)
     draws = resample(seed, member, len(lengths))
+    # Batches are cut by the lengths of the N draws, in which an example may occur several times; positions then become
+    # examples.
     plan = epoch_batches([lengths[draw] for draw in draws], config.batch_size, config.batching, order)
     return [[draws[position] for position in batch] for batch in plan]
 

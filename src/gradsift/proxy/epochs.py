@@ -90,6 +90,7 @@ def adapter(backbone: Backbone, config: LoraConfig, seed: int, compute: ComputeC
     try:
         yield adapted.to(device_of(compute))
     finally:
+        # also after an error: all members, and the stages after them, share this backbone
         lora.remove_adapter(adapted)
 
 
@@ -125,6 +126,7 @@ def start_epoch(adapted: Any, inputs: ProxyInputs, optimization: Optimization, s
     module = ProxyMember(adapted, optimization, inputs.budget, pad_id, start.first_step, start.dropout_seed)
     if start.previous is not None:
         lora.load_adapter(adapted, start.previous.path)
+        # a path and not the state: Lightning makes the optimiser when the training starts
         module.restore_from = start.previous.file(OPTIMIZER_FILE)
     return module
 

@@ -86,6 +86,7 @@ def train_together(
         member = start_epoch(lanes.adapted, inputs, epoch.optimization, epoch.start)
         own = [*epoch.callbacks(lanes.adapted, advance), optimizer_keeper(epoch.folder)]
         callbacks.append(with_save_point(member, inputs.encoded, epoch.plan, own, compute, epoch.folder))
+        # after `with_save_point`, which has restored the member and the curve of the steps that it took
         left.append(epoch.plan[len(member.curve) :])
         members.append(member)
 
@@ -121,6 +122,8 @@ class Members(AdapterModule):
         """Return the outputs of each member that has examples in the step, by its lane as text."""
         outputs = self.pass_step(step)
         self.lanes.forget_rows()
+        # a step may take several passes, each with rows of every lane; stable, so a lane's rows stay in the order of
+        # the passes
         order = outputs["lanes"].argsort(stable=True)
         counts = [len(_part(step, lane).examples) for lane in range(len(self.lanes))]
         columns = {name: values[order].split(counts) for name, values in outputs.items()}
@@ -152,6 +155,7 @@ class Members(AdapterModule):
         return rows
 
     def _divisor(self, rows: Sequence[Encoded], examples: Sequence[Encoded]) -> torch.Tensor:
+        # each member minimises the mean over its own examples of the step, which may be fewer in its last batch
         counts = [float(sum(example.lane == lane for example in examples)) for lane in range(len(self.lanes))]
         return torch.tensor([counts[row.lane] for row in rows]).to(self.device, non_blocking=True)
 

@@ -63,6 +63,7 @@ class Trajectory(L.Callback):
         point = torch.zeros(DIMENSIONS)
         for layer, left, right in self._layers:
             a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            # u^T B A v = sum over r of (u^T B)_r (A v)_r
             outward = left.to(b) @ b  # (D, R)
             inward = right.to(a) @ a.T  # (D, R)
             point += (outward * inward).sum(1).float().cpu()
@@ -88,6 +89,7 @@ class Trajectory(L.Callback):
 
 def _signs(name: str, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return u (D, O) and v (D, I) of a layer, int8 of -1 and 1."""
+    # seeded by the layer's name: every member, and a resumed training, is projected on the same u and v
     generator = np.random.default_rng(derive_seed("trajectory", name))
     sizes = (layer.lora_B[ADAPTER].weight.shape[0], layer.lora_A[ADAPTER].weight.shape[1])
     left, right = (torch.from_numpy(generator.choice(np.array([-1, 1], np.int8), (DIMENSIONS, n))) for n in sizes)

@@ -56,6 +56,7 @@ def spread(features: Features, kind: str, check: str) -> Diagnostic:
         count += int(np.any(block != 0, axis=1).sum())
     if count < 2:
         return Diagnostic.unknown(name, value, f"fewer than two rows have a {kind} with a direction")
+    # |sum|^2 less the N squared lengths is the sum over ordered pairs of different rows
     mean = float((total @ total - count) / (count * (count - 1)))
     message = f"two rows' {kind}s have a mean cosine of {mean:.4f}"
     if mean > MOST_ALIKE:

@@ -63,6 +63,7 @@ def loss_ratios(alone: np.ndarray, together: np.ndarray, too_long: np.ndarray, l
     with np.errstate(divide="ignore", invalid="ignore"):
         ifd = together / alone
     scores = Scores(ifd, {"ifd": ifd, "loss_alone": alone, "loss_with_prompt": together})
+    # the first mark of a row stands, so the order decides which reason it has
     scores.mark(too_long, EXCLUDED, "the prompt and the response together are longer than max_length")
     scores.mark(lacks, UNDEFINED, "the prompt leaves no token of the response within max_length")
     scores.mark(alone == 0, UNDEFINED, "the response alone has a loss of 0, by which nothing can be divided")
@@ -92,6 +93,7 @@ def cherry_spans(
     too_long = []
     for row, (example, prompt, direct, text) in enumerate(zip(examples, *ids, strict=True)):
         length = min(len(prompt), limit)
+        # L - p + 4 tokens of the answer, "### Response:" included, as published
         cut = span(row, example, direct[: limit - length + _ROOM_FOR_RESPONSE], len(line))
         answer = cut.scored if measure_cut else len(direct) - len(line)
         too_long.append(length + answer > limit)

@@ -79,11 +79,14 @@ def member_contrasts(
     answer_losses: AnswerLosses, examples: Sequence[Example], neighbours: int, end_share: float
 ) -> np.ndarray:
     """Return the contrast of each answer for each member, (M, N); NaN without a response. See `contrast`."""
+    # a row without a response token has no loss under any member, so the first one tells
     known = ~np.isnan(answer_losses.body[0])
     require_neighbours(int(known.sum()), neighbours)
     losses = relative_losses(answer_losses.body[:, known], answer_losses.end[:, known], end_share)
     prompts = [prompt_of(example) for example, has_loss in zip(examples, known, strict=True) if has_loss]
     contrasts = np.full(answer_losses.body.shape, np.nan)
+    # Logarithms, because losses of easy and of hard tasks differ by factors: a difference of logarithms is a ratio,
+    # which means the same in both.
     contrasts[:, known] = contrast_with(np.log(losses + _FLOOR), nearest_prompts(prompts, neighbours))
     return contrasts
 
@@ -111,6 +114,7 @@ def saturated(bound: np.ndarray, share: float, seed: int) -> np.ndarray:
     values = bound.copy()
     best = np.argsort(-bound, kind="stable")[: round(share * np.isfinite(bound).sum())]  # NaN comes last
     if len(best):
+        # from the lowest replaced bound upwards, so no other row comes above them
         values[best] = bound[best].min() + np.random.default_rng(seed).random(len(best))
     return values
 
@@ -127,7 +131,7 @@ def contrast_with(values: np.ndarray, nearest: np.ndarray) -> np.ndarray:
     """
     contrasts = np.empty_like(values)
     for member, row in enumerate(values):  # one member at a time: (N, K) numbers and not (M, N, K)
-        others = row[nearest]
+        others = row[nearest]  # (N, K)
         contrasts[member] = (others.mean(1) - row) / np.maximum(others.std(1), _LEAST_DEVIATION)
     return contrasts
 

@@ -26,7 +26,7 @@ def g2is(gradients: Features, target_gradients: Features, *, explained: float) -
         GradsiftError: every gradient of the target set is zero.
     """
     core = core_knowledge(target_gradients, explained)
-    projections = agreement(gradients, core.directions)
+    projections = agreement(gradients, core.directions)  # (N, C)
     parts = {f"component:{k}": projections[:, k] for k in range(len(core.variances))}
     scores = Scores(projections @ core.variances / core.variances.sum(), parts)
     mark_undirected(scores, gradients)

@@ -165,6 +165,7 @@ def kernel_density(signal: np.ndarray, bandwidth: float, advance: Advance = lamb
         exponents = points[block] @ points.T  # (B, N) -|x - y|^2 / 2 = x y - |x|^2 / 2 - |y|^2 / 2
         exponents -= lengths[block, None] / 2
         exponents -= lengths / 2
+        # -|x - y|^2 / 2 is never positive, but the sum of three terms may round to above 0 where x = y
         np.minimum(exponents, 0, out=exponents)
         density[block] = np.exp(exponents, out=exponents).mean(1)
         advance(len(exponents))

@@ -21,6 +21,8 @@ from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
 def ratio(G_s: np.ndarray, G_t: np.ndarray, V_t: np.ndarray, eps: float) -> np.ndarray:
     """Return Eq. 5 for N examples: the normalised drop over the late variance; (N,) float64 in and out."""
+    # The same eps is added to a norm and to a squared norm, so what is small beside G_s may outweigh V_t; `eps_share`
+    # reports the rows in which it does.
     value: np.ndarray = (G_s - G_t) / (G_s + eps) / (V_t + eps)
     return value
 

@@ -29,8 +29,8 @@ def gsnr_direction(statistics: Statistics, directions: np.ndarray, *, weigh: str
         weigh: `none`, or `gsnr` to multiply with the rank of the G-SNR.
         eps: of the G-SNR.
     """
-    known = ~np.isnan(directions)
-    count = known.sum(0)
+    known = ~np.isnan(directions)  # (M, N)
+    count = known.sum(0)  # (N,) members with a gradient
     total = np.where(known, directions, 0.0).sum(0)
     cosine = np.divide(total, count, out=np.full(directions.shape[1], np.nan), where=count > 0)
     squares = np.where(known, directions - cosine, 0.0) ** 2

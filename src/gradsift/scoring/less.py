@@ -24,7 +24,8 @@ def less(gradients: Features, target_gradients: Features) -> Scores:
     Raises:
         GradsiftError: every gradient of the target set is zero.
     """
-    means, missing = task_means(target_gradients)
+    means, missing = task_means(target_gradients)  # (D,) each
+    # (N, tasks) from one pass over the pool: the mean over a task's rows is taken before the product, which is linear
     similarity = agreement(gradients, np.stack(list(means.values())))
     scores = Scores(similarity.max(1), {f"task:{task}": similarity[:, k] for k, task in enumerate(means)})
     if missing:

@@ -46,6 +46,7 @@ def llm_rating(
             else:
                 grades[request.question][request.position] = rating.value
             advance(1)
+    # one grade that is NaN makes the product NaN: an example needs all of them
     scores = Scores(np.prod([grades[question] for question in questions], axis=0), grades)
     for reason, positions in sorted(unrated.items()):
         scores.mark(np.isin(np.arange(len(examples)), positions), UNDEFINED, reason)

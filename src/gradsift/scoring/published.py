@@ -98,6 +98,7 @@ class Published:
         places = []
         for example in examples:
             same = self._by_hash[example.content_hash]
+            # example_id is content hash and occurrence: of n equal texts the k-th takes the k-th score
             occurrence = int(example.example_id.rsplit("-", 1)[1])
             places.append(same[min(occurrence, len(same) - 1)])
         rows = [self._rows[place] for place in places]

@@ -46,7 +46,7 @@ def sbert(embeddings: Features, target_embeddings: Features, *, over: Over) -> S
     for place, positions in enumerate(by_task.values()):
         queries = np.asarray(targets.vectors[positions], dtype=np.float64)
         for where, rows in blocks(embeddings, np.arange(len(embeddings))):
-            inner = rows @ queries.T
+            inner = rows @ queries.T  # (B, Q)
             cosines[where, place] = inner.max(axis=1) if over == "max" else inner.mean(axis=1)
     sizes = np.array([len(positions) for positions in by_task.values()])
     score = cosines.max(axis=1) if over == "max" else cosines @ (sizes / sizes.sum())

@@ -23,6 +23,7 @@ _BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # padded; no result depends on it. 
 
 def span(row: int, example: Example, ids: np.ndarray, start: int) -> Encoded:
     """Return token ids (T,) of an example at position `row`, of which those from `start` on are scored."""
+    # from 1 at least: nothing precedes the first token, so no model predicts it
     return Encoded(row, example.row_index, ids, np.arange(len(ids)) >= max(1, start))
 
 
@@ -54,6 +55,7 @@ def span_losses(backbone: Backbone, spans: Sequence[Encoded], advance: Advance, 
     equal: dict[tuple[bytes, bytes], list[int]] = {}
     for index, one in enumerate(spans):
         if one.scored:
+            # by content: in two batches of other widths, equal spans may differ in the last bit and would no longer tie
             equal.setdefault((one.input_ids.tobytes(), one.is_response.tobytes()), []).append(index)
     groups = list(equal.values())
     different = [replace(spans[group[0]], row=place) for place, group in enumerate(groups)]

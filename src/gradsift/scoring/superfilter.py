@@ -98,6 +98,7 @@ def published_scores(loss_alone: np.ndarray, loss_together: np.ndarray, fails: n
     """
     losses = np.where(fails, 0.0, [loss_alone, loss_together])
     with np.errstate(over="ignore", invalid="ignore"):
+        # the published code exponentiates in float32, where a loss above 88.7 overflows
         alone, together = np.where(fails, 0.0, np.exp(losses.astype(np.float32)).astype(float))
         ifd = np.divide(together, alone, out=np.zeros_like(alone), where=~fails[0])  # 0 instead of a division by 0
     either = fails.any(0)
@@ -135,6 +136,7 @@ def ifd_spans(
     texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     ids = (token_ids(tokenizer, each, special=special, limit=limit) for each in (prompts, answers, texts))
     for row, (example, prompt, answer, text) in enumerate(zip(examples, *ids, strict=True)):
+        # L - p + 1 tokens, of which the first is not scored: as many as the answer has after the prompt
         alone.append(span(row, example, answer[: limit - min(len(prompt), limit) + 1], 1))
         together.append(span(row, example, text[:limit], len(prompt)))
     return alone, together

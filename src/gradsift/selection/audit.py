@@ -64,6 +64,8 @@ def auroc(clean: np.ndarray, other: np.ndarray) -> float | None:
     if not len(clean) or not len(other):
         return None
     ordered = np.sort(other)
+    # The Mann-Whitney statistic over all pairs, in n log n: a clean score beats `below` others and ties with the rest
+    # of `not_above`, which the mean of the two counts half.
     below, not_above = (np.searchsorted(ordered, clean, side) for side in ("left", "right"))
     return float((below + not_above).sum() / (2 * len(clean) * len(other)))
 
@@ -72,6 +74,7 @@ def spread_of_random(share: float, rows: int, chosen: int) -> float:
     """Return the standard deviation of the spoilt share among `chosen` of `rows` drawn without replacement."""
     if rows <= 1:
         return 0.0
+    # hypergeometric: binomial times the correction for drawing without replacement
     return math.sqrt(share * (1 - share) / chosen * (rows - chosen) / (rows - 1))
 
 

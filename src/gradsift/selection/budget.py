@@ -41,6 +41,7 @@ def capped_shares(size: int, weights: np.ndarray, capacities: np.ndarray) -> np.
     capacities of all groups with a weight if that is less.
     """
     shares: np.ndarray = np.minimum(proportional_shares(size, weights), capacities)
+    # each round hands out all that is left or fills a group, so there are at most C of them
     while (left := size - int(shares.sum())) and (room := np.flatnonzero((shares < capacities) & (weights > 0))).size:
         shares[room] += np.minimum(proportional_shares(left, weights[room]), (capacities - shares)[room])
     return shares

@@ -152,6 +152,7 @@ def coverage(features: Features, positions: np.ndarray, radius: float) -> Diagno
     size = len(np.intersect1d(positions, usable))
     if not size:
         return Diagnostic.unknown("coverage", "distance_to_random", "no selected row has a vector with a direction")
+    # a fixed seed: the diagnostic is stored with the selection and must not differ from run to run
     drawn = np.random.default_rng(0).choice(usable, size, replace=False)
     to_selection, to_random = (1 - nearest_anchor_cosines(features, chosen)[usable] for chosen in (positions, drawn))
     distance, random_distance = float(to_selection.mean()), float(to_random.mean())

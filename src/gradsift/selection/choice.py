@@ -30,6 +30,7 @@ class Choice:
 def best_first(scores: Scores) -> np.ndarray:
     """Return the positions (n,) int64 of the scored examples, highest score first, ties by row order."""
     positions = np.flatnonzero(scores.status == SCORED)
+    # negated, not reversed: a reversed stable sort would put equal scores into falling row order
     return positions[np.argsort(-scores.score[positions], kind="stable")]
 
 

@@ -39,6 +39,7 @@ def clusters(scores: Scores, size: int, embeddings: Features, *, clusters: int, 
     sizes = np.bincount(labels)
     within = min(size, len(directed))
     shares = proportional_shares(within, sizes) if allocation == "proportional" else equal_shares(within, sizes)
+    # `directed` runs from the highest score down, so the first shares[c] members of cluster c are its best
     taken = rank_within(labels, sizes) < shares[labels]
     return Choice(np.concatenate([directed[taken], undirected[: size - within]]), [_diagnostic(sizes, clusters)])
 
@@ -57,6 +58,8 @@ def _different(features: Features, positions: np.ndarray, most: int) -> int:
 def _by_first_seen(labels: np.ndarray) -> np.ndarray:
     """Return the clusters renumbered without gaps in the order in which they first occur."""
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    # k-means numbers its clusters at random; by first member, ties between shares go to the cluster of the better
+    # example
     order = np.empty(len(first), dtype=np.int64)
     order[np.argsort(first)] = np.arange(len(first))
     return order[inverse]

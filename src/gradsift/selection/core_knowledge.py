@@ -46,24 +46,30 @@ def core_knowledge(target: Features, explained: float) -> CoreKnowledge:
     if not len(rows):
         raise GradsiftError("every gradient of the target set is zero; look at its rows and at the proxy's training")
     size = len(rows)
-    gram = np.empty((size, size))
+    gram = np.empty((size, size))  # (T, T), X X^T
     for where, block in blocks(target, rows):
         gram[:, where] = products(target, rows, block)
     mean = _weighted_sums(target, rows, np.full((1, size), 1 / size))[0]
     length = float(np.linalg.norm(mean))
+    # before centring: two gradients conflict if a step along one raises the loss of the other, <g, g'> < 0
     pairs = gram[np.triu_indices(size, 1)]
     conflicts = float((pairs < 0).mean()) if len(pairs) else None
+    # H X X^T H with H = I - 1 1^T / T
     centred = gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean()
     values, vectors = np.linalg.eigh(centred)
+    # eigh sorts upwards, and rounding makes some of the zero eigenvalues negative
     values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
     if values.sum() <= _NO_VARIANCE * np.trace(gram):
         return CoreKnowledge(mean[None] / length, np.ones(1), np.ones(1), conflicts, size)
     shares = values / values.sum()
+    # the shares' sum may round to just below `explained` = 1
     count = 1 + int(np.searchsorted(np.cumsum(shares), explained - 1e-9))
     count = min(count, int((shares > _NO_VARIANCE).sum()))
+    # X^T u of the uncentred X: an eigenvector u with a positive eigenvalue sums to zero, so H u = u and X^T u = (H X)^T
+    # u
     components = _weighted_sums(target, rows, vectors[:, :count].T)
     components /= np.linalg.norm(components, axis=1, keepdims=True)
-    projections = components @ mean
+    projections = components @ mean  # (C,)
     largest = components[np.arange(count), np.abs(components).argmax(1)]
     negative = np.where(np.abs(projections) > _NO_PROJECTION, projections, largest) < 0
     components *= np.where(negative, -1.0, 1.0)[:, None]

@@ -101,6 +101,8 @@ class _Cover:
 
     def pick(self) -> int:
         """Take the candidate with the largest gain; return its place among the candidates."""
+        # Lazy greedy (Minoux, 1978): f is submodular, so a gain from an earlier pick bounds the gain now. Recomputing
+        # stops when no stale bound can beat the best fresh gain.
         fresh = np.zeros(len(self.ground), dtype=bool)
         batch = _FIRST_BATCH
         while (stale := self._undecided(fresh)[:batch]).size:
@@ -109,6 +111,7 @@ class _Cover:
             batch = min(2 * batch, _LARGEST_BATCH)
         best = int(np.argmax(self.bounds))
         for where, near in self._similarities(np.array([best])):
+            # max over S, kept up to date: a gain is then one pass over the candidates and not one over S
             self.covered[where] = np.maximum(self.covered[where], near[:, 0])
         self.bounds[best] = -np.inf
         return best
@@ -118,6 +121,7 @@ class _Cover:
         gains = np.where(fresh, self.bounds, -np.inf)
         best = int(np.argmax(gains))
         places = np.arange(len(gains))
+        # an equal bound at an earlier place has to be looked at too: equal gains go to the higher score
         ahead = ~fresh & ((self.bounds > gains[best]) | ((self.bounds == gains[best]) & (places < best)))
         undecided = np.flatnonzero(ahead & (self.bounds > -np.inf))
         return undecided[np.argsort(-self.bounds[undecided], kind="stable")]
@@ -126,10 +130,11 @@ class _Cover:
         gains = np.zeros(len(columns))
         for where, near in self._similarities(columns):
             gains += np.maximum(near - self.covered[where, None], 0).sum(0)
+        # rounded, so that equal gains are equal whatever the blocks in which they were added up
         return np.round(gains, DECIMALS)
 
     def _similarities(self, columns: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        others = self.features.vectors[self.ground[columns]].astype(np.float64)
+        others = self.features.vectors[self.ground[columns]].astype(np.float64)  # (C, D)
         for where, rows in blocks(self.features, self.ground):
             near = self.similarity(rows @ others.T, self.squares[where], self.squares[columns], rows.shape[1])
             near[~self.directed[where]] = 0

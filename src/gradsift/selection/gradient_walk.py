@@ -70,6 +70,7 @@ def gradient_walk(
     """
     core = core_knowledge(target_gradients, explained)
     directed, undirected = best_by_direction(scores, gradients)
+    # in the order on disk: each step reads these rows, and ties go by row order
     pool = np.sort(directed)
     if not len(pool):
         raise GradsiftError("every gradient of the pool is zero; look at the proxy's training and at its examples")
@@ -135,14 +136,17 @@ class Walk:
             near = np.full(len(self.pool), -np.inf)  # inner products with the last example
             last = self.gradients.vectors[self.pool[[place]]]
             near[looked_at] = products(self.gradients, self.pool[looked_at], last)[:, 0]
+            # |sum + g|^2 = |sum|^2 + 2 <sum, g> + |g|^2, before `with_sum` takes in g
             square += 2 * with_sum[place] + self.squares[place]
             toward += towards[place]
             with_sum[free] += near[free]
             self.tested += int(free.sum())
             self.ruled_out += int((free & (near < 0)).sum())
+            # only the last example has to be compared: `free` already holds those that agree with all before it
             free &= near >= 0  # (i)
             near[place] = -np.inf
             passing = np.zeros(len(free), dtype=bool)  # (ii)
+            # the length of sum + g_j for each candidate j, without forming any of these sums
             length = np.sqrt(square + 2 * with_sum[free] + self.squares[free])
             passing[free] = np.abs(toward + towards[free]) / length >= keep * abs(toward) / np.sqrt(square) - _ROUNDING
             within = passing

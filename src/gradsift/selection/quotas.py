@@ -61,6 +61,7 @@ def groups_of(
         raise ConfigError(
             f"selector.column={column} is no column of the data; it has {', '.join(examples[0].original)[:500]}"
         )
+    # sorted by name, so that ties between remainders do not depend on the order of the rows
     names, groups = np.unique([_name(example.original.get(column)) for example in examples], return_inverse=True)
     weights = _weights(names.tolist(), shares) if shares else np.bincount(groups).astype(float)
     return names.tolist(), groups, weights

@@ -24,12 +24,15 @@ def repr_filter(scores: Scores, size: int, embeddings: Features, task: Task = un
     with task("filter by representation", size) as advance:
         for where, rows in blocks(embeddings, ranked):
             nearest = np.full(len(rows), -1.0)  # largest cosine of each row to a kept example
+            # all rows of a block against the rows kept before it; only within the block does one decision depend on
+            # another
             for _, others in blocks(embeddings, kept):
                 nearest = np.maximum(nearest, (others @ rows.T).max(0))
             nearest = np.round(nearest, DECIMALS)
-            cosines = np.round(rows @ rows.T, DECIMALS)
+            cosines = np.round(rows @ rows.T, DECIMALS)  # (B, B)
             added: list[int] = []
             for row in range(len(rows)):
+                # threshold=1 keeps copies too, whose cosine may come out above 1 if a row's length does
                 if len(kept) + len(added) < size and min(nearest[row], 1) <= threshold:
                     added.append(row)
                     nearest = np.maximum(nearest, cosines[row])

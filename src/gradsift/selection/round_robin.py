@@ -127,6 +127,7 @@ def _queries_rank(pool: Features, positions: np.ndarray, target: Features, queri
         while len(known) < len(positions):
             left = np.setdiff1d(positions, known, assume_unique=True)
             ((_, similarity),) = _similarities(pool, left, target, queries[query : query + 1])
+            # growing by a factor, so a query that goes through the whole pool compares itself with it a few times only
             more = _by_similarity(similarity, left)[: 3 * len(known)]
             yield from more
             known += more

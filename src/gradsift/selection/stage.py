@@ -64,6 +64,7 @@ def select(
             why = "; ".join(diagnostic.message for diagnostic in choice.diagnostics) or "it does not say why"
             raise GradsiftError(f"selector={selector.name} selected no example ({why}); choose another selector")
         write_selection(folder / SELECTION_FILE, positions, scores, examples, corruption)
+        # what later stages read; the JSON lines are for people and other trainers
         np.save(folder / "positions.npy", positions)
         diagnostics = diagnose_selection(positions, examples, measures(), scores.parts.get("drop"))
         if embeddings is not None:
@@ -90,6 +91,7 @@ def write_selection(
     file `examples` is read once, in order, and its lines are sorted in a temporary file, so that neither the pool nor
     the selection has to fit in memory.
     """
+    # the file is in the order of the selection, but the pool is read in its own order
     ranks = np.zeros(len(scores.score), dtype=np.int64)  # from 1; 0 if not selected
     ranks[positions] = np.arange(1, len(positions) + 1)
     begins, sizes = np.zeros((2, len(positions)), dtype=np.int64)  # in bytes of the temporary file, by rank

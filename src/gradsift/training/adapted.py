@@ -42,11 +42,13 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
     path: str  # the layer's name in the model without adapters
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # peft's own pass: s B A x must not be added, or is part of W already
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         base: Any = self.get_base_layer()
         dropout: Any = self.lora_dropout[ADAPTER]
         drops = isinstance(dropout, nn.Dropout) and dropout.training
+        # a pass without gradients has no backward pass, and noting it would make the next pass a second one
         probe = self.probe if torch.is_grad_enabled() else None
         taken = (probe.of(self, x), probe.gather) if probe is not None else (None, None)
         rows, factors = None, [self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight]
@@ -131,12 +133,13 @@ class _Map(torch.autograd.Function):
         rows: PassedRows | None,  # of several adapters
         *factors: torch.Tensor,  # A (R, I) and B (O, R), or M of each
     ) -> torch.Tensor:
-        inputs = x.reshape(-1, x.shape[-1])
-        y = layer.outputs(inputs)
+        inputs = x.reshape(-1, x.shape[-1])  # (B T, I)
+        y = layer.outputs(inputs)  # (B T, O)
         count = len(factors) // 2
-        a, b = (_of_rows(each, rows, x.dtype) for each in (factors[:count], factors[count:]))
-        seen = inputs if dropped is None else dropped.reshape(-1, x.shape[-1])
+        a, b = (_of_rows(each, rows, x.dtype) for each in (factors[:count], factors[count:]))  # (R, I), (O, R)
+        seen = inputs if dropped is None else dropped.reshape(-1, x.shape[-1])  # (B T, I)
         inner = _product(seen, a.mT)  # (B T, R)
+        # in place: y is new, and a product of its own would be one more (B T, O) to write and to read
         _add_product(y, inner, b.mT, scale)
         ctx.save_for_backward(x if dropped is None else dropped, inner, a, b)
         ctx.layer, ctx.scale, ctx.has_dropout, ctx.gather = layer, scale, dropped is not None, gather
@@ -151,17 +154,25 @@ class _Map(torch.autograd.Function):
         inner_backprops = _product(backprops, b)  # (B T, R), without the scale
         to_x = to_dropped = None
         if ctx.needs_input_grad[0]:
+            # d L / d x = D W^T + s (D B) A; W is frozen, so no gradient of it is formed
             to_x = ctx.layer.to_inputs(backprops)
             if not ctx.has_dropout:
                 _add_product(to_x, inner_backprops, a, ctx.scale)
             to_x = to_x.view_as(seen)
+        # With dropout W and A see different inputs: x gets W's part of the gradient, the dropped copy gets A's, and
+        # autograd carries the latter back through the mask.
         if ctx.has_dropout and ctx.needs_input_grad[1]:
             to_dropped = _product(inner_backprops, a).mul_(ctx.scale).view_as(seen)
+        # inputs of two dimensions do not tell the examples apart: only their sum is needed, since a probe refuses them
         examples = len(seen) if seen.dim() == 3 else 1
+        # grad_A L_i = s (D_i B)^T X_i and (grad_B L_i)^T = s (X_i A^T)^T D_i (`gradsift.gradients.probes`), s still
+        # missing
         parts_a = per_sample_parts(inner_backprops, seen, examples)  # (B, R, I)
         parts_b = per_sample_parts(inner, backprops, examples)  # (B, R, O)
         gathered = None if ctx.gather is None else ctx.gather(parts_a, parts_b, ctx.scale)
         to_a, to_b = (
+            # Summed over the examples in the parameters' float32, also if the activations are bfloat16. The rows of an
+            # adapter lie together, so each of several adapters gets the sum over its own.
             [part.sum(0, dtype=ctx.dtype).mul_(ctx.scale) for part in parts.split(ctx.counts or [examples])]
             for parts in (parts_a, parts_b)
         )

@@ -43,6 +43,7 @@ class OutputHead:
         self._below = below  # the model without its head
         self.vocabulary = embedding.out_features
         weight, bias = embedding.weight.detach(), None if embedding.bias is None else embedding.bias.detach()
+        # rows of zeros, so the padded logits are dropped again and their part of the gradient is zero
         if weight.dtype == torch.bfloat16 and (lacking := -self.vocabulary % _MULTIPLE):
             weight = F.pad(weight, (0, 0, 0, lacking))
             bias = None if bias is None else F.pad(bias, (0, lacking))
@@ -77,10 +78,12 @@ class OutputHead:
         """
         with without_host_reads():
             hidden: torch.Tensor = self._below(**inputs, use_cache=False)[0]
+        # Only places before a response token: a prompt is given and not learnt, so it has no loss and needs no logits.
         return hidden.flatten(0, 1).index_select(0, places)
 
     def token_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the negative log-likelihood of `targets` (P,) after `hidden` (P, D), in nats; (P,) float32."""
+        # the caller's mode is passed on: within a Function's forward, gradients are always off
         losses: torch.Tensor = _TokenLosses.apply(hidden, targets, self, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
         return losses
 
@@ -124,6 +127,8 @@ class _TokenLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
+        # The loss of a place depends on its own hidden state alone, so the gradient kept for an incoming 1 only has to
+        # be scaled, row by row.
         return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None, None
 
 
@@ -133,7 +138,7 @@ def _chunk(
     """Return the losses (P,) of a chunk; fill `gradient` (P, D), if there is one, with (softmax - one-hot) W."""
     if head.own is not None:
         return head.own.losses(hidden, targets, gradient)
-    logits, exact = head.buffers(len(hidden))
+    logits, exact = head.buffers(len(hidden))  # (P, padded V), (P, V)
     if exact.dtype == logits.dtype:
         torch.mm(hidden, head.weight.t(), out=logits)
         if head.bias is not None:
@@ -141,10 +146,11 @@ def _chunk(
         chosen = exact.gather(1, targets[:, None])
     else:
         chosen = _less_rounded(hidden, targets, head, logits, exact)
-    largest = exact.amax(1, keepdim=True)
+    largest = exact.amax(1, keepdim=True)  # (P, 1)
     total = exact.sub_(largest).exp_().sum(1, keepdim=True)
     losses = (largest + total.log() - chosen)[:, 0]
     if gradient is not None:
+        # softmax minus one-hot, the gradient with respect to the logits
         exact.div_(total).scatter_add_(1, targets[:, None], torch.full_like(total, -1.0))
         if exact.dtype != logits.dtype:
             logits[:, : head.vocabulary] = exact  # the padded columns may hold anything: their weights are zero
@@ -161,11 +167,13 @@ def _less_rounded(
     product, before rounding, leaves small numbers for the words that are as likely as the target. The target's own
     logit is not rounded.
     """
-    own = (hidden.float() * head.weight[targets].float()).sum(1, keepdim=True)
+    own = (hidden.float() * head.weight[targets].float()).sum(1, keepdim=True)  # (P, 1)
+    # rounded before it is subtracted, so that own - offset is exactly what the product leaves of the target's logit
     offset = own.to(logits.dtype)
     torch.addmm((-offset).expand_as(logits), hidden, head.weight.t(), out=logits)
     exact.copy_(logits[:, : head.vocabulary])
     chosen = own - offset.float()
+    # in the normaliser too: with the rounded logit there, a loss could be negative
     exact.scatter_(1, targets[:, None], chosen)
     if head.bias is not None:
         bias = head.bias[: head.vocabulary].float()
@@ -217,11 +225,13 @@ class ResponseLosses:
         is_predicted = is_predicted.view_as(of_tokens)
         is_last = is_predicted * (is_predicted.cumsum(1) == batch.counts[:, None])
         end = (of_tokens * is_last).sum(1)
+        # clamped, because `where` computes both branches and 0 / 0 would be NaN in the one that is not taken
         return torch.where(batch.counts > 1, (of_tokens.sum(1) - end) / (batch.counts - 1).clamp(min=1), end), end
 
     def _of_tokens(self, batch: Batch) -> torch.Tensor:
         """Return the loss of the token after each place, (B, T); 0 where no response token is predicted."""
         of_tokens = token_losses(self._model, self._head, batch.model_inputs(), batch.places, batch.targets)
+        # a scatter to different places and a sum along rows are deterministic; index_add on a GPU adds in any order
         spread = of_tokens.new_zeros(batch.input_ids.numel()).scatter(0, batch.places, of_tokens)
         return spread.view_as(batch.input_ids)
 

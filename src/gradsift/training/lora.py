@@ -44,6 +44,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
     names = linear_layer_names(model)
     targets: Any = list(config.targets)
     if targets == ["all-linear"]:
+        # an expert sees some tokens of the batch in an order of its own, which has no (B, T) to tell the examples by
         targets = _dense_layer_names(model) if expert_blocks(model) else "all-linear"
     lora = peft.LoraConfig(
         r=config.rank,
@@ -51,12 +52,14 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
         lora_dropout=config.dropout,
         use_rslora=config.use_rslora,
         target_modules=targets,
+        # GPT-2's Conv1D holds W as (I, O), the transpose of nn.Linear's (O, I); peft transposes B A when it merges
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
         # peft corrects the first itself, and the second concerns merging, which `require_mergeable` guards
         warnings.filterwarnings("ignore", "(fan_in_fan_out is set|Model has `tie_word_embeddings)", UserWarning)
+        # within fork_rng: drawing A must not move the random stream of the caller
         torch.manual_seed(seed)
         try:
             adapted = peft.get_peft_model(model, lora)
@@ -177,6 +180,8 @@ def left_out(model: Any, config: LoraConfig, option: str) -> str | None:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put all modules into evaluation mode, and back into their own mode afterwards."""
+    # Each module's own mode: dropout of the adapters trains within a backbone in evaluation mode, which neither train()
+    # nor eval() on the whole model would restore.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -237,6 +242,7 @@ def restore_optimizer(
     for key, value in tensors.items():
         kind, name = key.split(":", 1)
         parameter = parameters[name]
+        # AdamW keeps its step counter on the CPU
         optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
 
 

@@ -63,6 +63,7 @@ class AdapterModule(L.LightningModule):
             first_step: optimiser steps that earlier epochs took.
         """
         super().__init__()
+        # a step takes as many backward passes as its examples need at this token budget, and one optimiser step
         self.automatic_optimization = False
         self.model = model
         self.passed_rows: PassedRows = model.passed_rows  # type: ignore[assignment]
@@ -78,6 +79,8 @@ class AdapterModule(L.LightningModule):
 
     def resume(self, losses: torch.Tensor, tokens: Sequence[int]) -> None:
         """Continue after the steps that had these mean losses (n,) and numbers of tokens."""
+        # Masks are drawn by the length of the curve and the rate by `first_step`: with both restored, the steps that
+        # follow are those of a training that was never interrupted.
         self.first_step += len(tokens)
         self._step_losses = losses.to(self.device)
         self.curve = [{"loss": math.nan, "tokens": count} for count in tokens]
@@ -103,6 +106,8 @@ class AdapterModule(L.LightningModule):
         """Accumulate the gradient of a step's loss, and return what `_backward` does, of all ranks."""
         mine = parallel.share(step.examples)
         lengths = [len(example.input_ids) for example in mine]
+        # If memory runs out in the middle, `_backward` runs again with fewer tokens. It starts from no gradients and
+        # from the same dropout masks, so a step does not depend on how often it was tried.
         outputs = parallel.run(self.budget, lambda tokens: self._backward(mine, step.examples, tokens), lengths)
         self._reduce_gradients()
         return parallel.gather(outputs, len(step.examples))
@@ -110,6 +115,7 @@ class AdapterModule(L.LightningModule):
     def update(self, step: Step, outputs: Mapping[str, torch.Tensor]) -> None:
         """Change the parameters by their gradient, and note the loss of the step."""
         if self.optimization.max_grad_norm is not None:
+            # after all batches and ranks have added up: the bound is on the gradient of the step, not of a part
             nn.utils.clip_grad_norm_(lora.trainable_parameters(self.model).values(), self.optimization.max_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
@@ -118,12 +124,14 @@ class AdapterModule(L.LightningModule):
             larger = torch.zeros(2 * done + 64, device=self.device)
             larger[:done] = self._step_losses
             self._step_losses = larger
+        # with `loss=token` the step's loss is sum_i n_i L_i / sum_i n_i, where L_i is the mean over n_i response tokens
         losses, counts = outputs["losses"], outputs.get("counts")
         self._step_losses[done] = losses.mean() if counts is None else (losses * counts).sum() / counts.sum()
         tokens = sum(len(example.input_ids) for example in step.examples)
         self.curve.append({"loss": math.nan, "tokens": tokens})
 
     def on_train_end(self) -> None:
+        # the tensor has grown beyond the last step
         for entry, loss in zip(self.curve, self._step_losses.tolist(), strict=False):
             entry["loss"] = loss
 
@@ -153,6 +161,8 @@ class AdapterModule(L.LightningModule):
         passes = self._passes(len(batches))
         for number in range(passes):
             is_own = number < len(batches)
+            # what a rank without a batch of its own passes with weight 0, so that the other ranks' collective calls
+            # return
             shortest = [min(examples, key=lambda example: len(example.input_ids))]
             rows = self._announced(batches[number] if is_own else shortest)
             divisor = self._divisor(rows, examples)
@@ -162,6 +172,7 @@ class AdapterModule(L.LightningModule):
             with self._last_synchronises(is_last=number == passes - 1):
                 self.manual_backward(_total(losses * batch.counts if by_token else losses, weight, divisor))
             if is_own:
+                # the loss above is sum_i L_i times size / divisor, so |grad L_i| is what was seen times divisor / size
                 norms = self.gradient_norms.take(divisor / parallel.size()) if self.gradient_norms is not None else ()
                 lanes = [self.passed_rows.lanes] if self.has_lanes else []
                 parts.append((batch.rows, losses.detach(), *([batch.counts] if by_token else []), *norms, *lanes))
@@ -180,6 +191,7 @@ class AdapterModule(L.LightningModule):
 
     def mask_key(self, example: Encoded) -> int:
         """Return the key of an example's dropout masks in the next step."""
+        # of step and example alone: neither the batch, the rank nor an interruption changes an example's masks
         return derive_seed(self.dropout_seed, len(self.curve), example.row)
 
     def _give_masks(self, keys: Iterable[int]) -> None:
@@ -188,6 +200,8 @@ class AdapterModule(L.LightningModule):
 
     def _divisor(self, rows: Sequence[Encoded], examples: Sequence[Encoded]) -> float | torch.Tensor:
         """Return what the losses of the `rows` of a pass are divided by, where a step has these `examples`."""
+        # Of the whole step, not of the pass or the rank: the batches of a step are cut by length, and a mean within
+        # each would weigh an example by the batch that it falls into.
         return sum(example.scored for example in examples) if self.optimization.loss == "token" else len(examples)
 
     def _passes(self, batches: int) -> int:
@@ -217,6 +231,7 @@ class AdapterModule(L.LightningModule):
         )
         if self.restore_from is not None:
             lora.load_optimizer(optimizer, parameters, self.restore_from)
+        # LambdaLR counts from 0 in each process; the steps of earlier epochs, or of an interrupted run, come before
         first = self.first_step
         self.optimizer = optimizer
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: self.optimization.factor(first + s))
@@ -243,6 +258,7 @@ class ProxyMember(AdapterModule):
         self._losses = ResponseLosses(self.model)
 
     def on_validation_model_eval(self) -> None:
+        # Lightning would switch off the dropout by which the members of mc_dropout differ
         if self.masks is None:
             super().on_validation_model_eval()
 
@@ -256,6 +272,7 @@ class ProxyMember(AdapterModule):
         if norms is None:
             raise RuntimeError("a pass over norms needs GradientNormCallback among the trainer's callbacks")
         if self.masks is not None:
+            # of layers that draw masks batch by batch; a resumed pass draws them again from the rows alone
             torch.manual_seed(derive_seed(self.masks, examples[0].row))
             self._give_masks(derive_seed(self.masks, example.row) for example in examples)
         norms.forget()
@@ -285,6 +302,8 @@ class TargetFinetuning(AdapterModule):
             return
         parameters = list(lora.trainable_parameters(self.model).values())
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        # one message for all parameters; a rank without a gradient has to send zeros, since all ranks must send equally
+        # many
         mean: Any = self.trainer.strategy.reduce(torch.cat([part.flatten() for part in parts]), reduce_op="mean")
         for parameter, part in zip(parameters, mean.split([part.numel() for part in parts]), strict=True):
             parameter.grad = part.view_as(parameter)

@@ -110,11 +110,8 @@ def _load_rows(runtime: Runtime, config: DataConfig) -> Artifact:
         kept, repeated = _without_duplicates(runtime, config, examples)
         chosen = weighted(config, kept) if isinstance(config, MixtureDataConfig) else kept
         pool, heldout = draw(chosen, config.limit, config.holdout, config.seed)
-        published, pool, unscored = _with_scores(config, pool)  # after the draw: the same rows are held out
-        rejected = sorted([*rejected, *repeated, *unscored], key=lambda row: row.row)
-        accepted = len(kept) - len(unscored)
-        counts: dict[str, Any] = {"accepted": accepted, "heldout": len(heldout), "rejected": len(rejected)}
-        counts |= _write_published(runtime, folder, published, kept, pool, len(unscored))
+        # after the draw: the same rows are held out
+        pool, rejected, counts = _with_scores(runtime, config, folder, kept, pool, [*rejected, *repeated])
         if isinstance(config, MixtureDataConfig):
             counts["sources"] = dict(Counter(example.original[config.source_column] for example in pool))
         if config.corruption.share:
@@ -130,7 +127,8 @@ def _load_rows(runtime: Runtime, config: DataConfig) -> Artifact:
         write_examples(folder / HELDOUT_FILE, heldout)
         write_rejected(folder / "rejected.jsonl", rejected)
         # a hub dataset may change under its name, so later stages depend on the content that was read
-        return counts | {"rows": len(pool), "content": file_hash(folder / EXAMPLES_FILE)}
+        content = file_hash(folder / EXAMPLES_FILE)
+        return counts | {"rows": len(pool), "heldout": len(heldout), "content": content}
 
     return runtime.store.obtain("load", config.name, settings, [], make, version=ROWS_VERSION, light=True)
 
@@ -151,36 +149,34 @@ def _without_duplicates(
     return kept, repeated
 
 
-def _with_scores(config: DataConfig, examples: list[Example]) -> tuple[Published | None, list[Example], list[Rejected]]:
-    """Return the scores of `data.scores`, the examples that have one, and the others as rejected rows."""
-    if config.scores is None:
-        return None, examples, []
-    published = Published(Path(config.scores))
-    return published, *published.divide(examples)
-
-
-def _write_published(
+def _with_scores(
     runtime: Runtime,
+    config: DataConfig,
     folder: Path,
-    published: Published | None,
-    examples: Sequence[Example],
-    pool: Sequence[Example],
-    unscored: int,
-) -> dict[str, int]:
-    """Write the pool's published scores, and return the number of rows and of scores that have no counterpart.
+    kept: Sequence[Example],
+    pool: list[Example],
+    rejected: Sequence[Rejected],
+) -> tuple[list[Example], list[Rejected], dict[str, Any]]:
+    """Write the scores of `data.scores`; return the examples that have one, all rejected rows, and the stage's counts.
 
     Args:
-        examples: all of the data, also those that are held out.
+        kept: all of the data, also what is held out.
+        rejected: the rows that are rejected for other reasons.
     """
-    if published is None:
-        return {}
-    write_scores(folder / PUBLISHED_FILE, published.of(pool), [[example.example_id for example in pool]])
-    counts = {"rows_without_score": unscored, "unused_scores": published.unused(examples)}
-    runtime.display.say(
-        f"  {published.path.name} has scores for {len(pool):,} of {len(pool) + unscored:,} rows; the other "
-        f"{unscored:,} are rejected; {counts['unused_scores']:,} of its scores are of texts that are not in the data"
-    )
-    return counts
+    unscored: list[Rejected] = []
+    counts: dict[str, Any] = {}
+    if config.scores is not None:
+        published = Published(Path(config.scores))
+        pool, unscored = published.divide(pool)
+        write_scores(folder / PUBLISHED_FILE, published.of(pool), [[example.example_id for example in pool]])
+        counts = {"rows_without_score": len(unscored), "unused_scores": published.unused(kept)}
+        runtime.display.say(
+            f"  {published.path.name} has scores for {len(pool):,} of {len(pool) + len(unscored):,} rows; the other "
+            f"{len(unscored):,} are rejected; {counts['unused_scores']:,} of its scores are of texts that are not in "
+            "the data"
+        )
+    counts |= {"accepted": len(kept) - len(unscored), "rejected": len(rejected) + len(unscored)}
+    return pool, sorted([*rejected, *unscored], key=lambda row: row.row), counts
 
 
 def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
@@ -198,13 +194,9 @@ def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
             raise DataError(f"the embedded world made an unusable row {rejected[0].row}: {rejected[0].reason}")
         kept, repeated = _without_duplicates(runtime, config, examples)
         pool, _ = draw(kept, config.limit, 0, config.seed)
-        published, pool, unscored = _with_scores(config, pool)
-        rejected = sorted([*repeated, *unscored], key=lambda row: row.row)
+        pool, rejected, counts = _with_scores(runtime, config, folder, kept, pool, repeated)
         known = [world.labels[example.row_index] for example in pool]
         labels = Labels(_without_lone_copies(pool, known), [label.family for label in known])
-        accepted = len(kept) - len(unscored)
-        counts: dict[str, Any] = {"accepted": accepted, "heldout": len(world.benchmark), "rejected": len(rejected)}
-        counts |= _write_published(runtime, folder, published, kept, pool, len(unscored))
         if config.corruption.share:
             changes = corruption.changes_of_text(pool) | _world_changes(world)
             pool, labels = _corrupt(config.corruption, pool, labels, changes, len(world.rows))
@@ -216,7 +208,7 @@ def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
         _write_labels(folder, labels)
         write_rejected(folder / "rejected.jsonl", rejected)
         (folder / BENCHMARK_FILE).write_text(json.dumps(world.benchmark, indent=1), encoding="utf-8")
-        return counts | {"rows": len(pool)}
+        return counts | {"rows": len(pool), "heldout": len(world.benchmark)}
 
     return runtime.store.obtain(
         "load", f"{config.name}-{config.size}", _settings(config), [], make, version=VERSION, light=True

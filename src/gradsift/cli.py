@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gradsift.composition import in_full, in_one_line, require_readable
 from gradsift.config import Config, load_config, register_schemas, restore_config
-from gradsift.errors import ConfigError, GradsiftError
+from gradsift.errors import ConfigError, GradsiftError, first_line
 from gradsift.execution import Job, execute
 from gradsift.launch import is_launched, leads, on_all_ranks
 from gradsift.run_folder import CONFIG_FILE
@@ -155,7 +155,7 @@ def replay(arguments: list[str]) -> None:
         try:
             dumped = yaml.safe_load(source.read_text(encoding="utf-8"))
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{source} cannot be read ({str(error).splitlines()[0]})") from error
+            raise ConfigError(f"{source} cannot be read ({first_line(error)})") from error
         if not isinstance(dumped, dict):
             raise ConfigError(f"{source} is not the config of a run")
         return restore_config(dumped)

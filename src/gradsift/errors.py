@@ -15,3 +15,8 @@ class ConfigError(GradsiftError):
 
 class DataError(GradsiftError):
     """A file or a row cannot be read, or lacks something that it must contain."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 200 characters; the error's class if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

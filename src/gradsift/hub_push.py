@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 
 from gradsift import __version__
 from gradsift.config import Config, HubDataConfig, SourceConfig
-from gradsift.errors import ConfigError, GradsiftError
+from gradsift.errors import ConfigError, GradsiftError, first_line
 from gradsift.run_folder import RUN_FILE
 from gradsift.selection.stage import SELECTION_FILE
 
@@ -81,7 +81,7 @@ def _failures(dataset: str, state: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         raise GradsiftError(f"{name}: HF_HUB_OFFLINE is set; unset it; {state}") from error
     except HFValidationError as error:
-        raise ConfigError(f"{name} is no dataset of the hub ({str(error).splitlines()[0]}); give OWNER/NAME") from error
+        raise ConfigError(f"{name} is no dataset of the hub ({first_line(error)}); give OWNER/NAME") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         reason = f"the hub answers with status {status}"
@@ -89,8 +89,7 @@ def _failures(dataset: str, state: str) -> Iterator[None]:
             reason = f"the hub refuses the token in {TOKEN} (status {status}); give one that may write to {dataset}"
         raise GradsiftError(f"{name}: {reason}; {state}") from error
     except (httpx2.HTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise GradsiftError(f"{name}: the hub cannot be reached ({reason[:200]}); {state}") from error
+        raise GradsiftError(f"{name}: the hub cannot be reached ({first_line(error)}); {state}") from error
 
 
 # -------------------------------------------------------------------------------------------- the card

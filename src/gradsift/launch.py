@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradsift.config import ComputeConfig
-from gradsift.errors import ConfigError, GradsiftError
+from gradsift.errors import ConfigError, GradsiftError, first_line
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -104,7 +104,7 @@ def on_all_ranks(compute: ComputeConfig, function: Callable[..., T], *arguments:
         except DistError as error:
             raise GradsiftError(
                 f"the machines cannot meet at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
-                f"({str(error).splitlines()[0]}); MASTER_ADDR has to be the first machine and MASTER_PORT free there"
+                f"({first_line(error)}); MASTER_ADDR has to be the first machine and MASTER_PORT free there"
             ) from error
         finally:
             logging.disable(logging.NOTSET)
@@ -149,7 +149,7 @@ def _rank(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
         raise GradsiftError(str(error)) from error  # of this class, not a subclass: the launcher compares the name
     except RuntimeError as error:
         if isinstance(error, DistError) or "onnection closed by peer" in str(error):  # the latter is gloo's
-            raise GradsiftError(f"{LOST} ({str(error).splitlines()[0]})") from error
+            raise GradsiftError(f"{LOST} ({first_line(error)})") from error
         raise
 
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from gradsift.artifacts import Artifact
 from gradsift.config import TrackerConfig
-from gradsift.errors import ConfigError, GradsiftError
+from gradsift.errors import ConfigError, GradsiftError, first_line
 from gradsift.manifests import content_hash
 from gradsift.run_folder import CONFIG_FILE, FIGURES_FOLDER, TABLES_FOLDER, config_values
 
@@ -153,8 +153,9 @@ def _start(
     try:
         return wandb.init(**options, settings=wandb.Settings(**quiet, **private))
     except wandb.Error as error:
-        reason = str(error).splitlines()[0][:200]
-        raise GradsiftError(f"W&B did not start ({reason}); take tracker.mode=offline or tracker=none") from error
+        raise GradsiftError(
+            f"W&B did not start ({first_line(error)}); take tracker.mode=offline or tracker=none"
+        ) from error
 
 
 def _run_id(folder: Path, about: Mapping[str, Any]) -> str:

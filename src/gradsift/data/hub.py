@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from gradsift.data.examples import SourceRow
-from gradsift.errors import DataError
+from gradsift.errors import DataError, first_line
 
 _PATIENCE = 10.0  # seconds for an answer of the hub before a run
 
@@ -116,7 +116,7 @@ def _missing(id: str, revision: str | None, group: str = "data") -> DataError:
 
 def _unreachable(id: str, error: Exception, group: str = "data") -> DataError:
     return DataError(
-        f"{group}.id={id} is not in the local cache and the hub cannot be reached ({_first_line(error)}); connect once "
+        f"{group}.id={id} is not in the local cache and the hub cannot be reached ({first_line(error)}); connect once "
         f"(with HF_HUB_OFFLINE unset), or {_files_instead(group)}"
     )
 
@@ -133,10 +133,6 @@ def _may_be_cached(id: str) -> bool:
     owner, _, name = id.rpartition("/")
     pattern = f"{owner}___*" if owner else f"{name.lower()}*"  # datasets writes a name in another case
     return Path(constants.HF_HUB_CACHE, f"datasets--{id.replace('/', '--')}").is_dir() or any(prepared.glob(pattern))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _advice(message: str, split: str, subset: str | None, group: str) -> str:

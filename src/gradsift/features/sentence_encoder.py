@@ -20,7 +20,7 @@ from gradsift.config import SentenceTransformersConfig
 from gradsift.data.examples import Example, Rejected
 from gradsift.data.templates import render
 from gradsift.data.tokens import Encoded, chunks, start_of
-from gradsift.errors import ConfigError, DataError
+from gradsift.errors import ConfigError, DataError, first_line
 from gradsift.features.embeddings import Embedder
 from gradsift.manifests import file_hash
 from gradsift.names import slug_of_path
@@ -154,8 +154,7 @@ def _hub_commit(config: SentenceTransformersConfig) -> str:
 
 
 def _unusable(config: SentenceTransformersConfig, error: Exception) -> DataError:
-    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
     return DataError(
-        f"embedder.model={config.model} could not be loaded ({reason}): the hub cannot be reached and the local cache "
-        "does not have it, or it is no sentence-transformers model with safetensors; give a folder that is"
+        f"embedder.model={config.model} could not be loaded ({first_line(error)}): the hub cannot be reached and the "
+        "local cache does not have it, or it is no sentence-transformers model with safetensors; give a folder that is"
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 from gradsift.artifacts import Artifact, Store
 from gradsift.config import ModelConfig
-from gradsift.errors import ConfigError, DataError
+from gradsift.errors import ConfigError, DataError, first_line
 from gradsift.manifests import file_hash
 from gradsift.names import slug_of_path
 from gradsift.outside_json import loads
@@ -161,7 +161,7 @@ def require_config(folder: Path, path: str) -> dict[str, Any]:
     try:
         config = loads((folder / "config.json").read_bytes())
     except ValueError as error:
-        raise DataError(f"model.path={path}: config.json is not JSON ({str(error).splitlines()[0]})") from error
+        raise DataError(f"model.path={path}: config.json is not JSON ({first_line(error)})") from error
     if not isinstance(config, dict):
         raise DataError(
             f"model.path={path}: config.json is not an object with the model's settings: {str(config)[:40]}"
@@ -227,8 +227,7 @@ def hub_errors(config: ModelConfig) -> Iterator[None]:
             "that they were made from"
         ) from error
     except (OSError, http_error, ValueError, SafetensorError) as error:
-        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)[:200]
         raise DataError(
-            f"model.path={name} could not be loaded ({reason}): the hub cannot be reached and the local cache does "
-            "not have it, or it is not a whole model with safetensors and a tokenizer; give a folder that is"
+            f"model.path={name} could not be loaded ({first_line(error)}): the hub cannot be reached and the local "
+            "cache does not have it, or it is not a whole model with safetensors and a tokenizer; give a folder that is"
         ) from error

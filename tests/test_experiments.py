@@ -15,6 +15,7 @@ from conftest import SMOKE
 
 from experiments import (
     audit_table,
+    cleaned_rows,
     contrast_variants,
     delayed_credit,
     heldout_variance,
@@ -184,3 +185,12 @@ def test_untouched_rows_have_no_prompt_of_the_other_pool(tmp_path: Path) -> None
         json.dump([{**row, "output": "No"} for row in rows], stream)
     drawn = real_pool.untouched(tmp_path, 12)
     assert sorted(row["instruction"] for row in drawn) == sorted(row["instruction"] for row in rows[8:])
+
+
+def test_rows_of_the_cleaners_by_hand() -> None:
+    scores = np.array([6.0, 5.0, 4.0, 3.0, 2.0, np.nan])
+    cleaned = np.array([True, False, False, True, False, True])
+    words = np.array([1, 2, 3, 4, 5, 6])
+    line = cleaned_rows.row_of("random", scores, cleaned, ~cleaned & (words < 5), words)
+    # pairs of another row (2nd, 3rd) and a cleaners' row: 2 of 6 lose, to the first; 2 of 3 lie in the rejected half
+    assert line == "| random | 0.667 | 0.67 [0.09, 0.99] | 1.000 | 1 | -1.00 |"

@@ -68,6 +68,7 @@ class Line(Inputs):
             return self.embeddings if "embeddings" in asked else None
 
         def report() -> EncodeReport:
+            # tokenising the pool fills the report
             _ = self.proxy_inputs
             return self._report
 
@@ -164,8 +165,7 @@ class Line(Inputs):
     def answers(self, tuned: Artifact | None) -> Artifact:
         """Answer the benchmark with a finetuned target, or with the untuned one if it is None."""
         config = self.config
-        given = (config.benchmark, config.target, self.target, tuned, self.items, config.generator)
-        return generate(self.runtime, *given)
+        return generate(self.runtime, config.benchmark, config.target, self.target, tuned, self.items, config.generator)
 
     def metrics(self, answers: Artifact) -> Artifact | None:
         return metrics(self.runtime, self.config.benchmark, answers, self.items)
@@ -177,6 +177,7 @@ class Line(Inputs):
 
     def forgetting(self, tuned: Artifact) -> tuple[General, General]:
         """Return the results on general tasks before and after the finetune."""
-        benchmark, target = self.config.benchmark, self.config.target
-        given = (benchmark, target, self.target, tuned, self.general_items, self.config.generator)
-        return forgetting(self.runtime, *given)
+        config = self.config
+        return forgetting(
+            self.runtime, config.benchmark, config.target, self.target, tuned, self.general_items, config.generator
+        )

@@ -1,8 +1,8 @@
 """The operations between the matrix products of a transformer's blocks, fused for a CPU.
 
-transformers makes one pass over memory for every sum, product and cast, which takes half of a step's time. Here norms,
-MLP activations and causal attention take one pass each (`kernels.cpp`), in float32 inside. Layers that train or are
-adapted, and attention with a mask, a cache or dropout, keep transformers' code.
+transformers passes over memory once for every sum, product and cast; these passes take half of a step's time. Here
+norms, MLP activations and causal attention take one pass each (`kernels.cpp`), in float32 inside. Layers that train
+or are adapted, and attention with a mask, a cache or dropout, keep transformers' code.
 
 Shape letters: M tokens of a batch, D width, F inner width of an MLP, B examples, H heads, T tokens of an
 example, E width of a head.

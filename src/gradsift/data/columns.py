@@ -162,7 +162,7 @@ def _matching(columns: Iterable[str], configured: str, part: str, step: int) -> 
 
 
 def _chosen_turns(columns: Sequence[str], rows: Sequence[SourceRow]) -> str | None:
-    """Return the column of chosen conversations if they hold the prompt too, and no column holds it alone."""
+    """Return the column of chosen conversations if they include the prompt and no other column holds it."""
     pair = pair_of(columns)
     if pair is None:
         return None

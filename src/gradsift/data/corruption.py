@@ -140,7 +140,7 @@ def _counts(rows: int, share: float, kinds: Sequence[str]) -> dict[str, int]:
 
 
 def changes_of_text(examples: Sequence[Example]) -> dict[str, Change]:
-    """Return the function of each kind for free text; replacement answers come from `examples`."""
+    """Return the function that corrupts free text, by kind; replacement answers come from `examples`."""
     answers = sorted((example.output for example in examples), key=_words)
     lengths = [_words(answer) for answer in answers]
 

@@ -257,7 +257,7 @@ def _part(part: Any, name: str) -> str:
 
 
 def _is_trained(entry: Mapping[str, Any], role: str, number: int) -> bool:
-    """Return whether a turn carries loss: not if one of its weights is 0 or false."""
+    """Return whether a turn carries loss; it does not if one of its weights is 0 or false."""
     weights = {key: entry[key] for key in _WEIGHTS if entry.get(key) is not None}
     for key, weight in weights.items():
         if not isinstance(weight, bool | int | float) or weight not in (0, 1):

@@ -61,7 +61,7 @@ class HiddenStates:
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[Encoded]) -> np.ndarray:
-        """Return vectors (B, D) float32, of any length."""
+        """Return vectors (B, D) float32, not normalised."""
         batch = collate(texts, self._backbone.pad_id).to(self.model.device)
         vectors: np.ndarray = pooled_states(self.model, batch, self._config.pooling).cpu().numpy()
         return vectors

@@ -44,8 +44,7 @@ def directions(runtime: Runtime, config: LoraConfig, member: Artifact, load: Cal
     def columns(adapted: Any, inputs: ProxyInputs, advance: Advance, journal: Journal) -> dict[str, np.ndarray]:
         return cosines(adapted, inputs, mean_gradient(adapted, inputs, advance), advance, journal)
 
-    table = (DIRECTIONS_FILE, config, member, load, columns)
-    return member_table(runtime, "direction", *table, passes=2, version=VERSION)
+    return member_table(runtime, "direction", DIRECTIONS_FILE, config, member, load, columns, passes=2, version=VERSION)
 
 
 def mean_gradient(adapted: Any, inputs: ProxyInputs, advance: Advance = lambda done: None) -> torch.Tensor:

@@ -87,6 +87,7 @@ def _require_shards(shards: Sequence[Artifact], row_counts: Sequence[int]) -> No
     if len(numbers) > count:
         raise GradsiftError(f"{name}: its norms have {len(numbers)} shards where there are {count}")
     for artifact, number, row_count in zip(shards, numbers, row_counts, strict=True):
+        # a shard is every `count`-th row by length (`data.batching.shard_of`)
         expected = len(range(number, rows, count))
         if row_count != expected:
             raise GradsiftError(

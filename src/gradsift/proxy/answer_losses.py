@@ -47,8 +47,7 @@ def answer_losses(runtime: Runtime, config: LoraConfig, member: Artifact, load: 
         member: a member's epoch, with its adapter.
         load: called only if the table has to be made.
     """
-    table = (LOSSES_FILE, config, member, load, collect_losses)
-    return member_table(runtime, "losses", *table, passes=1, version=VERSION)
+    return member_table(runtime, "losses", LOSSES_FILE, config, member, load, collect_losses, passes=1, version=VERSION)
 
 
 @torch.inference_mode()

@@ -98,8 +98,8 @@ def collect_norms(
 
     Args:
         progress: called with the number of examples just done, estimated from their tokens.
-        masks: leave the adapters' dropout as it is, on after `lora.add_adapter`; an example's norm is then that of its
-            gradient under the masks that it draws with this seed. Without, dropout is off.
+        masks: seed of dropout masks. With a seed the adapters' dropout stays on, and an example's norm is that of its
+            gradient under its own masks; without one, dropout is off.
         journal: keeps the norms batch by batch.
 
     Returns:

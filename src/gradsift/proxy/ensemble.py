@@ -179,7 +179,7 @@ def _obtain_all(
     infos: dict[int, Mapping[str, Any]] = {}
 
     def obtain(member: int) -> Artifact:
-        def make_with_later_ones(folder: Path) -> Mapping[str, Any]:
+        def make_with_rest(folder: Path) -> Mapping[str, Any]:
             # `obtain` holds this unit's lock while `make` runs, so all units of the group are locked before any is
             # trained
             folders[member] = folder
@@ -191,8 +191,7 @@ def _obtain_all(
             return infos[member]
 
         slug, config, parents = units[member]
-        make_all = make_with_later_ones
-        return runtime.store.obtain("member", slug, config, parents, make_all, version=VERSION, divided=True)
+        return runtime.store.obtain("member", slug, config, parents, make_with_rest, version=VERSION, divided=True)
 
     return {member: obtain(member) for member in units}
 
@@ -241,8 +240,7 @@ def train_member_epoch(
     one = _member_epoch(runtime, config, inputs, (settings, previous, folder))
     with adapter(inputs.backbone, config.lora, one.lora_seed, runtime.compute) as adapted:
         callbacks = one.callbacks(adapted, advance)
-        options = (one.optimization, one.plan, one.start, folder, runtime.compute, callbacks)
-        info = train_epoch(adapted, inputs, *options)
+        info = train_epoch(adapted, inputs, one.optimization, one.plan, one.start, folder, runtime.compute, callbacks)
     return info | one.write(inputs)
 
 

@@ -4,8 +4,8 @@
 
 Superfiltering's score of the same name is a ratio of perplexities with another prompt, and ranks rows differently. Here
 the prompt is Alpaca's, "alone" means after the line "### Response:", a start token comes first if the tokenizer adds
-one by itself, and every token of the answer is scored, both times. The p tokens of the prompt are cut to L, and so are
-prompt and answer together. Highest IFD up to 1 is kept. The budget is a share of the rows that remain
+one by itself, and every token of the answer is scored, both times. A prompt of p tokens is cut to L; prompt
+and answer together are cut to L too. Highest IFD up to 1 is kept. The budget is a share of the rows that remain
 (budget_base=scored, as in method=cherry). For conversations, where the source is silent, the prompt is all that comes
 before the last response. The published model is first trained on 1,000 diverse rows; here the proxy's backbone is used
 as it is, so name a model trained that way if you want this step.

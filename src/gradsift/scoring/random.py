@@ -1,4 +1,4 @@
-"""Uniform random scores: the baseline that every method has to beat, and what a perfect filter would reach."""
+"""Uniform random scores: a baseline over all rows, and over the clean rows what a perfect filter would reach."""
 
 from __future__ import annotations
 

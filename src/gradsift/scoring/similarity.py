@@ -51,6 +51,7 @@ def sbert(embeddings: Features, target_embeddings: Features, *, over: Over) -> S
     sizes = np.array([len(positions) for positions in by_task.values()])
     score = cosines.max(axis=1) if over == "max" else cosines @ (sizes / sizes.sum())
     blank = ~embeddings.has_direction
+    # rounded to float32: products of another block size differ in the last bits of float64, and equal rows must tie
     score, cosines = (values.astype(np.float32).astype(np.float64) for values in (score, cosines))
     score[blank], cosines[blank] = np.nan, np.nan
     parts = {f"task:{task}": cosines[:, place] for place, task in enumerate(by_task)}

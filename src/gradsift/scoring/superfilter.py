@@ -58,19 +58,18 @@ def superfilter(
         fidelity: original or fixed; see above.
         keep: high (as published) or low.
     """
-    if fidelity == "original":
-        alone, together = ifd_spans(backbone.tokenizer, examples, max_length, special=True)
-    else:
-        alone, together = ifd_spans(backbone.tokenizer, examples, min(max_length, backbone.context))
+    original = fidelity == "original"
+    limit = max_length if original else min(max_length, backbone.context)
+    alone, together = ifd_spans(backbone.tokenizer, examples, limit, special=original)
     spans = [*alone, *together]
-    fails = np.array([fidelity == "original" and not 0 < len(one.input_ids) <= backbone.context for one in spans])
+    fails = np.array([original and not 0 < len(one.input_ids) <= backbone.context for one in spans])
     with task("superfilter", len(spans)) as advance:
         losses = np.full(len(spans), np.nan)
         passed = np.flatnonzero(~fails)
         losses[passed] = span_losses(backbone, [spans[i] for i in passed], advance, journal)
         advance(int(fails.sum()))
     loss_alone, loss_together = losses.reshape(2, -1)
-    if fidelity == "original":
+    if original:
         scores = published_scores(loss_alone, loss_together, fails.reshape(2, -1))
     else:
         scores = ifd_scores(loss_alone, loss_together)

@@ -48,6 +48,7 @@ def facility_location(
     Raises:
         ConfigError: fewer candidates than the budget.
     """
+    # exact decimals, as in `budget`: 0.29 of 100 candidates are 29
     count = int(Fraction(str(candidates)) * len(scores.score))
     if count < size:
         raise ConfigError(

@@ -155,6 +155,7 @@ def _pairs_for_trl(examples: Iterable[Example], template: str) -> Iterator[Row]:
 def _trl(folder: Path, target: TargetConfig, model: str, examples: Sequence[Example]) -> None:
     chat = is_chat(target.template)
     several = any(len(_trained(example)) > 1 for example in examples)
+    # a row with several trained replies: TRL finds them by the {% generation %} marks of the chat template
     if chat and several and not _has_context_replies(examples):
         rows, loss = _messages(examples, by_reply=False), {"assistant_only_loss": True}
     else:

@@ -68,6 +68,7 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
             raise ConfigError(
                 "an adapter cannot be merged into a quantised model; merge it into the model without model.quantization"
             )
+        # packed copies of the weight would go on computing as before the merge
         forget_products(self.get_base_layer())
         super().merge(*args, **kwargs)
 
@@ -77,6 +78,7 @@ def fuse(adapted: nn.Module) -> list[Any]:
     changed: list[Any] = []
     module: Any
     for name, module in adapted.named_modules():
+        # exactly peft's class: a layer that was fused before is not among those that `unfuse` gets
         if type(module) is Linear and is_plain(module.get_base_layer()) and _has_plain_adapter(module):
             module.__class__ = AdaptedLinear
             module.path = layer_path(name)

@@ -62,6 +62,8 @@ class OutputHead:
         """
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         embedding = causal.get_output_embeddings()
+        # a head that trains, or has an adapter, needs a gradient of its own, and `_TokenLosses` gives only that of its
+        # input
         if type(embedding) is not nn.Linear or embedding.weight.requires_grad or causal.base_model is causal:
             return None
         return cls(causal.base_model, embedding) if _is_last_step(causal, embedding) else None

@@ -222,6 +222,7 @@ def load_adapter(adapted: Any, folder: Path) -> None:
         ConfigError: they do not fit the model.
     """
     outcome = peft.set_peft_model_state_dict(adapted, load_file(folder / ADAPTER_FILE), adapter_name=ADAPTER)
+    # keys that are missing are no error: they are the backbone's, which the file does not have
     if outcome.unexpected_keys:
         raise ConfigError(f"the adapter in {folder.name} does not fit this model: {outcome.unexpected_keys[0]}")
 

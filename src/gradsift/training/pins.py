@@ -124,8 +124,8 @@ def folder_of(config: ModelConfig) -> Path | None:
 def require_known(config: ModelConfig, described: Mapping[str, Any]) -> None:
     """Refuse a model that only code of its own can load, unless that may run.
 
-    A model may come with code although transformers has its architecture, too; that code is not needed. Which
-    architectures transformers has is read from its files, as its import would take seconds.
+    A model may come with code of its own although transformers supports its architecture; that code is not needed.
+    Which architectures transformers has is read from its files, as its import would take seconds.
 
     Args:
         described: the model's config.json.

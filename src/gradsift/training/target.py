@@ -52,6 +52,7 @@ def finetune(
     settings = finetune_settings(runtime, config)
     chosen: list[Example] = []
     try:
+        # in the order of the pool: ranks must not enter the fingerprint
         chosen = [pool[position] for position in sorted(int(p) for p in positions())]
     except NotMade as missing:
         settings["examples"], exact = str(missing), False  # the message names the selection
@@ -178,6 +179,7 @@ def load_tuned(runtime: Runtime, config: TargetConfig, target: Artifact, tuned: 
     backbone = load_target(runtime, config, target)
     model: Any = backbone.model
     if tuned is not None:
+        # any seed: the loaded weights replace the draw
         model = lora.add_adapter(model, config.lora, seed=0)
         lora.load_adapter(model, tuned.file("adapter"))
     return Backbone(model.to(device_of(runtime.compute)).eval(), backbone.tokenizer)

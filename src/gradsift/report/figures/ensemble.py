@@ -132,7 +132,7 @@ def _draw_bounds(axes: Axes) -> None:
 @report_figure("Training of the members")
 def member_loss(material: Material) -> Figure:
     """Smoothed training loss of each member. If a line does not fall, the proxy does not learn, and its scores rank
-    noise. Of several seeds, each has a colour for all its members."""
+    noise. With several seeds, the members of one seed share a colour."""
     runs = over_seeds_of(material, representative(material, "member"))
     figure, (axes,) = style.panels(width=5.2, height=3.2)
     lines = []  # the name in the legend, and the loss

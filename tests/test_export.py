@@ -24,7 +24,7 @@ from gradsift.evaluation.generation import ModelOutput, model_outputs, write_mod
 from gradsift.evaluation.human.pairs import PairFiles
 from gradsift.evaluation.judges.alpaca_eval import NAMES
 from gradsift.evaluation.judgments import Judgment, read_judgments
-from gradsift.evaluation.pws import summarise
+from gradsift.evaluation.pws import outcomes_of, summarise
 from gradsift.evaluation.records import describe, main, read_all
 
 ITEMS = [Item("set", str(n), f"question {n}", "with this" if n == 2 else "", None) for n in range(6)]
@@ -57,7 +57,7 @@ def write_judgments(files: PairFiles, rows: list[Judgment]) -> None:
 
 
 def pooled(rows: list[Judgment]) -> dict[str, Any]:
-    return dict(summarise(rows, "signs", 0.95)["pooled"])
+    return dict(summarise(outcomes_of(rows, "signs"), 0.95)["pooled"])
 
 
 # --------------------------------------------------------------------------------------------- export

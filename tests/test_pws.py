@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gradsift.errors import DataError
 from gradsift.evaluation.judgments import Judgment
-from gradsift.evaluation.pws import outcome, outcome_strings, read_pws, summarise, write_pws
+from gradsift.evaluation.pws import outcome, outcome_strings, outcomes_of, read_pws, summarise, write_pws
 
 
 def judgment(item: str, order: str, model: float | None, reference: float | None, benchmark: str = "set") -> Judgment:
@@ -35,7 +35,7 @@ WIN, TIE, LOSE = ((9, 8), (9, 8)), ((9, 8), (8, 9)), ((8, 9), (8, 9))
 
 
 def summary(judgments: list[Judgment], combine: str = "signs", **options: float) -> dict:  # type: ignore[type-arg]
-    return summarise(judgments, combine, **{"confidence": 0.95, **options})  # type: ignore[arg-type]
+    return summarise(outcomes_of(judgments, combine), **{"confidence": 0.95, **options})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

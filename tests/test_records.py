@@ -17,6 +17,7 @@ from gradsift.errors import DataError
 from gradsift.evaluation.agreement import agreement, paired_test
 from gradsift.evaluation.bias import length_bias, length_controlled, position_bias
 from gradsift.evaluation.judgments import Judgment
+from gradsift.evaluation.pws import outcomes_of
 from gradsift.evaluation.records import describe, main, read_all, read_records
 
 NEEDS_DATA = pytest.mark.skipif("GRADSIFT_DATA" not in os.environ, reason="GRADSIFT_DATA is not set")
@@ -258,10 +259,10 @@ def test_length_bias_by_hand() -> None:
     outcomes = {"a": (9, 8), "b": (9, 8), "c": (8, 9), "d": (8, 8)}
     judgments = [judgment(n, order, *scores) for n, scores in outcomes.items() for order in ("forward", "reverse")]
     lengths = {("set", "a"): (9, 3), ("set", "b"): (3, 9), ("set", "c"): (2, 8), ("set", "d"): (1, 2)}
-    found = length_bias(judgments, "signs", lengths)
+    found = length_bias(outcomes_of(judgments, "signs"), lengths)
     assert (found["items"], found["longer_wins"]) == (3, 2)
     assert (found["mean_model"], found["mean_reference"]) == (15 / 4, 22 / 4)
-    assert length_bias(judgments, "signs", {})["longer_share"] is None
+    assert length_bias(outcomes_of(judgments, "signs"), {})["longer_share"] is None
 
 
 def test_length_control_by_hand() -> None:

@@ -28,7 +28,7 @@ from gradsift.evaluation.judges.annotators import read_annotator
 from gradsift.evaluation.judges.local import render_pair
 from gradsift.evaluation.judges.openai import CONVERSATION, OpenaiJudge
 from gradsift.evaluation.judgments import judge_pairs
-from gradsift.evaluation.pws import summarise
+from gradsift.evaluation.pws import outcomes_of, summarise
 from gradsift.evaluation.replies import Replies
 from gradsift.evaluation.stages import answers as answers_module
 from gradsift.evaluation.stages.answers import generate, items_hash
@@ -86,7 +86,9 @@ def test_the_judge_sees_both_turns_of_both_and_nothing_imitates_a_turn(endpoint:
     chat = ChatClient(replies=Replies(tmp_path / "r.sqlite"), model="m", base_url=endpoint.address)
     endpoint.behave = lambda text, attempt: (200, "8 7" if text.index("ours") < text.index("theirs") else "7 8", {})
     judgments = judge_pairs(OpenaiJudge(chat), *pair, tmp_path / "j.jsonl")  # type: ignore[arg-type]
-    assert {name: cell["win"] for name, cell in summarise(judgments, "signs", 0.95)["benchmarks"].items()} == {
+    assert {
+        name: cell["win"] for name, cell in summarise(outcomes_of(judgments, "signs"), 0.95)["benchmarks"].items()
+    } == {
         "set": 2,
         "set_turn_2": 2,
     }

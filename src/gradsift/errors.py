@@ -4,6 +4,10 @@ Each message names the option or the row, its value and the remedy. The command 
 traceback. Any other exception that reaches the command line is a defect of gradsift.
 """
 
+import functools
+import sys
+from collections.abc import Callable, Sequence
+
 
 class GradsiftError(Exception):
     """A problem that the user can correct; the message says how."""
@@ -20,3 +24,18 @@ class DataError(GradsiftError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, at most 200 characters; the error's class if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def command(run: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
+    """Return a command line's function that returns 0, or 2 after printing an expected error as one line on stderr."""
+
+    @functools.wraps(run)
+    def main(arguments: Sequence[str] | None = None) -> int:
+        try:
+            run(arguments)
+        except (GradsiftError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return 0
+
+    return main

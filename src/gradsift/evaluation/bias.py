@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from gradsift.evaluation.judges import Combine
 from gradsift.evaluation.judgments import Judgment
-from gradsift.evaluation.pws import SIGNS, Outcomes, in_both_orders, outcomes_of
+from gradsift.evaluation.pws import SIGNS, Outcomes, in_both_orders
 
 Lengths = Mapping[tuple[str, str], tuple[int, int]]  # (benchmark, item): characters of model's and reference's answer
 
@@ -51,7 +50,7 @@ def _place(judgment: Judgment) -> int | None:
     return int(np.sign(margin if judgment.order == "forward" else -margin))
 
 
-def length_bias(judgments: Iterable[Judgment], combine: Combine, lengths: Lengths) -> dict[str, Any]:
+def length_bias(outcomes: Outcomes, lengths: Lengths) -> dict[str, Any]:
     """Count how often the longer answer wins, over the decided items whose answers differ in length.
 
     Returns:
@@ -62,14 +61,14 @@ def length_bias(judgments: Iterable[Judgment], combine: Combine, lengths: Length
     """
     from scipy.stats import spearmanr
 
-    outcomes = {item: kind for item, kind in outcomes_of(judgments, combine).items() if item in lengths}
-    valid = [item for item, kind in outcomes.items() if kind != "invalid"]
+    known = {item: kind for item, kind in outcomes.items() if item in lengths}
+    valid = [item for item, kind in known.items() if kind != "invalid"]
     sign = np.array([SIGNS[outcomes[item]] for item in valid], dtype=int)
     difference = np.array([lengths[item][0] - lengths[item][1] for item in valid], dtype=int)
     counted = (sign != 0) & (difference != 0)
     longer = int((sign[counted] == np.sign(difference[counted])).sum())
     vary = len(valid) > 1 and np.ptp(sign) > 0 and np.ptp(difference) > 0
-    means = [float(np.mean([lengths[item][side] for item in outcomes])) if outcomes else None for side in (0, 1)]
+    means = [float(np.mean([lengths[item][side] for item in known])) if known else None for side in (0, 1)]
     return {
         "items": int(counted.sum()),
         "longer_wins": longer,

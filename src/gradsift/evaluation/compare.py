@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradsift.composition import compose_root
 from gradsift.config import CompareConfig, LocalJudgeConfig
-from gradsift.errors import ConfigError, GradsiftError
+from gradsift.errors import ConfigError, command
 from gradsift.evaluation.generation import OUTPUTS_FILE, ModelOutput, read_pair, write_model_outputs
 from gradsift.names import slug
 
@@ -112,8 +112,9 @@ def _config(options: Sequence[str]) -> CompareConfig:
     return compose_root("compare", CompareConfig, ["benchmark=verifiable", *options])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, or 2 after one line on stderr."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exit with 130 after an interrupt."""
     parser = argparse.ArgumentParser(prog="python -m gradsift.evaluation.compare", description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, metavar="MODEL", help="model_outputs.json of the model")
     parser.add_argument("reference", type=Path, metavar="REFERENCE", help="model_outputs.json of the reference")
@@ -129,13 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             files = {name: Path(path) for name, path in result["files"].items()}
             export(PairFiles(**files, combine=result["combine"]), options.to)
         print(json.dumps(result, indent=1, allow_nan=False))
-    except (GradsiftError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("error: interrupted; the judgments so far are kept, and the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+        sys.exit(130)
 
 
 if __name__ == "__main__":

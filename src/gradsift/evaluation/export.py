@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradsift.errors import DataError, GradsiftError
+from gradsift.errors import DataError, command
 from gradsift.evaluation.generation import (
     OUTPUTS_FILE,
     ModelOutput,
@@ -138,20 +138,16 @@ def _preference(judgment: Judgment) -> float | None:
     return 1.5 if first == second else 2.0 if second > first else 1.0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, or 2 after one line on stderr."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m gradsift.evaluation.export", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="where the files are written")
     options = parser.parse_args(arguments)
-    try:
-        written = [path for run in options.runs for path in export(files_of_run(run), options.to)]
-    except (GradsiftError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    written = [path for run in options.runs for path in export(files_of_run(run), options.to)]
     for path in dict.fromkeys(written):
         print(path)
-    return 0
 
 
 if __name__ == "__main__":

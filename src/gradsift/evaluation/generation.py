@@ -196,8 +196,9 @@ class ModelOutput(TypedDict):
 
 def model_outputs(items: Sequence[Item], answers: Sequence[str], generator: str) -> list[ModelOutput]:
     """Return the answers of `generator`, one row per item."""
-    rows = [
-        ModelOutput(
+    rows = []
+    for item, answer in zip(items, answers, strict=True):
+        row = ModelOutput(
             instruction=item.instruction,
             output=answer,
             generator=generator,
@@ -207,11 +208,9 @@ def model_outputs(items: Sequence[Item], answers: Sequence[str], generator: str)
             input=item.input,
             reference=item.reference,
         )
-        for item, answer in zip(items, answers, strict=True)
-    ]
-    for item, row in zip(items, rows, strict=True):
         if item.after is not None:
             row["after"] = item.after
+        rows.append(row)
     return rows
 
 

@@ -91,11 +91,7 @@ def evaluate_tasks(
         ) from error
     if found is None:  # on all ranks of a machine but its first, which pass the requests too if the model is divided
         return {}
-    return _reported(found["results"], tasks)
-
-
-def _reported(results: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, dict[str, float]]:
-    reported = {task: figures(results[task]) for task in tasks}
+    reported = {task: figures(found["results"][task]) for task in tasks}
     if bare := [task for task, values in reported.items() if not values]:
         raise GradsiftError(
             f"benchmark.lm_eval_tasks={bare}: lm-eval reports no figure of these groups; name their tasks"

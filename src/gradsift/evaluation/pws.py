@@ -85,12 +85,7 @@ def outcomes_of(judgments: Iterable[Judgment], combine: Combine) -> dict[tuple[s
     return {item: outcome(orders.get("forward"), orders.get("reverse"), combine) for item, orders in pairs.items()}
 
 
-def summarise(judgments: Iterable[Judgment], combine: Combine, confidence: float) -> dict[str, Any]:
-    """Return `summarise_outcomes` of judgments (at most one per item and order), with `combine`."""
-    return {"combine": combine, **summarise_outcomes(outcomes_of(judgments, combine), confidence)}
-
-
-def summarise_outcomes(outcomes: Outcomes, confidence: float) -> dict[str, Any]:
+def summarise(outcomes: Outcomes, confidence: float) -> dict[str, Any]:
     """Return outcomes and PWS for each benchmark, and pooled over all items.
 
     Returns:
@@ -120,7 +115,7 @@ def outcome_strings(outcomes: Outcomes) -> dict[str, dict[str, str]]:
 
 
 def write_pws(path: Path, summary: dict[str, Any]) -> None:
-    """Write the result of `summarise`."""
+    """Write the result of the stage `pws`."""
     path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="ascii")
 
 

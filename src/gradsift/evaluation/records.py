@@ -30,7 +30,7 @@ import numpy as np
 
 from gradsift import outside_json
 from gradsift.config.bounds import require_confidence
-from gradsift.errors import ConfigError, DataError, GradsiftError
+from gradsift.errors import ConfigError, DataError, command
 from gradsift.evaluation.agreement import agreement, paired_test
 from gradsift.evaluation.bias import length_bias, length_controlled, position_bias
 from gradsift.evaluation.judges import Combine, Order
@@ -221,14 +221,13 @@ def read_all(paths: Iterable[Path], model: str | None = None) -> Records:
 
 def describe(records: Records, confidence: float) -> dict[str, Any]:
     """Return outcomes and PWS with intervals, per benchmark and pooled, and position and length bias."""
-    summary = summarise(records.judgments, records.combine, confidence)
-    summary["position_bias"] = position_bias(records.judgments)
-    summary["length_bias"] = length_bias(records.judgments, records.combine, records.lengths)
     outcomes = outcomes_of(records.judgments, records.combine)
+    summary = {"combine": records.combine, **summarise(outcomes, confidence)}
+    summary["position_bias"] = position_bias(records.judgments)
+    summary["length_bias"] = length_bias(outcomes, records.lengths)
     summary["length_controlled"] = length_controlled(outcomes, records.lengths)
-    orders = sorted({judgment.order for judgment in records.judgments})
-    summary["orders"] = orders
-    if len(orders) == 1:
+    summary["orders"] = sorted({judgment.order for judgment in records.judgments})
+    if len(summary["orders"]) == 1:
         summary["one_order"] = _one_order(records.judgments)
     return summary
 
@@ -279,8 +278,9 @@ def read_labels(path: Path) -> Outcomes:
     return labels
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, or 2 after one line on stderr."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m gradsift.evaluation.records", description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="judge records of one model")
     parser.add_argument("--against", nargs="+", type=Path, default=[], metavar="FILE", help="those of a second model")
@@ -288,17 +288,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--labels", type=Path, help="people's outcomes, JSON lines of item_id, label, benchmark")
     parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals (default 0.95)")
     options = parser.parse_args(arguments)
-    try:
-        require_confidence(options.confidence)
-        result = _result(options)
-        if "one_order" in result:
-            order = result["orders"][0]
-            print(f"note: all judgments have one order ({order}); PWS needs both, see `one_order`", file=sys.stderr)
-        print(json.dumps(result, indent=1, allow_nan=False))
-    except (GradsiftError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    require_confidence(options.confidence)
+    result = _result(options)
+    if "one_order" in result:
+        order = result["orders"][0]
+        print(f"note: all judgments have one order ({order}); PWS needs both, see `one_order`", file=sys.stderr)
+    print(json.dumps(result, indent=1, allow_nan=False))
 
 
 def _result(options: argparse.Namespace) -> dict[str, Any]:

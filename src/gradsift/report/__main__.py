@@ -8,30 +8,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from gradsift.errors import ConfigError, GradsiftError
+from gradsift.errors import ConfigError, command
 from gradsift.report.figures.style import Format
 from gradsift.report.page import write_report
 from gradsift.run_folder import REPORT_FILE
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Return 0, or 2 after printing one line on stderr."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m gradsift.report", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run or of a sweep")
     parser.add_argument("--to", type=Path, metavar="DIR", help=f"folder to write {REPORT_FILE} to (default: RUN)")
     parser.add_argument("--format", default="png,svg", help="formats of the figures' files (default: png,svg)")
     parser.add_argument("--artifacts", type=Path, metavar="DIR", help="the store, if it has moved")
     options = parser.parse_args(arguments)
-    try:
-        known: dict[str, Format] = {form: form for form in get_args(Format)}
-        if unknown := [name for name in options.format.split(",") if name not in known]:
-            raise ConfigError(f"--format {unknown[0]!r} is not a format of figures; choose from {', '.join(known)}")
-        formats = [known[name] for name in options.format.split(",")]
-        print(f"report: {write_report(options.run, options.to, formats=formats, artifacts=options.artifacts)}")
-    except (GradsiftError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    known: dict[str, Format] = {form: form for form in get_args(Format)}
+    if unknown := [name for name in options.format.split(",") if name not in known]:
+        raise ConfigError(f"--format {unknown[0]!r} is not a format of figures; choose from {', '.join(known)}")
+    formats = [known[name] for name in options.format.split(",")]
+    print(f"report: {write_report(options.run, options.to, formats=formats, artifacts=options.artifacts)}")
 
 
 if __name__ == "__main__":

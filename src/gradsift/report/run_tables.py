@@ -229,11 +229,8 @@ def results_table(runs: Sequence[Run]) -> Table:
         "families": [fixed(row["families"], 1) for row in rows],
     }
     columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
-    return Table(title, list(columns), list(zip(*columns.values(), strict=True)), records=_without_outcomes(records))
-
-
-def _without_outcomes(rows: Sequence[Row]) -> list[Row]:
-    return [{name: value for name, value in row.items() if name != OUTCOMES} for row in rows]
+    without_outcomes = [{name: value for name, value in row.items() if name != OUTCOMES} for row in records]
+    return Table(title, list(columns), list(zip(*columns.values(), strict=True)), records=without_outcomes)
 
 
 def work_table(runs: Sequence[Run]) -> Table:

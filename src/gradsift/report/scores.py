@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 
 from gradsift.data.examples import json_value, read_blocks
 from gradsift.data.load import EXAMPLES_FILE
-from gradsift.errors import ConfigError, DataError, GradsiftError
+from gradsift.errors import ConfigError, DataError, command
 from gradsift.names import require_no_link
 from gradsift.report.material import read
 from gradsift.scoring.published import OWN
@@ -93,17 +92,13 @@ def _writer(path: Path, suffix: str) -> Iterator[Callable[[pa.Table], object]]:
             writer.close()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Return 0, or 2 after printing one line on stderr."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="gradsift scores", description="Write the scores of a run as one table.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=f"a file of type {', '.join(TYPES)}")
     parser.add_argument("--artifacts", type=Path, metavar="DIR", help="the store, if it has moved")
     options = parser.parse_args(arguments)
-    try:
-        rows = write_scores_of(options.run, options.out, options.artifacts)
-    except (GradsiftError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    rows = write_scores_of(options.run, options.out, options.artifacts)
     print(f"{rows:,} scores: {options.out}")
-    return 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.config.bounds import require_bound, require_confidence
-from gradsift.errors import ConfigError, GradsiftError
+from gradsift.errors import ConfigError, command
 from gradsift.evaluation.human.pairs import PairFiles, files_of_run, read_pairs
 from gradsift.evaluation.human.tally import describe
 from gradsift.evaluation.human.votes import Votes
@@ -24,20 +24,16 @@ DATABASE = "human_eval.sqlite"
 PORT = 8765
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, or 2 after one line on stderr."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     options = _parser().parse_args(arguments)
-    try:
-        files = _files(options)
-        path = options.database or (options.run or Path()) / DATABASE
-        if options.results:
-            print(json.dumps(_results(options, files, path), indent=1, allow_nan=False))
-        else:
-            _serve(options, files, path)
-    except (GradsiftError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    files = _files(options)
+    path = options.database or (options.run or Path()) / DATABASE
+    if options.results:
+        print(json.dumps(_results(options, files, path), indent=1, allow_nan=False))
+    else:
+        _serve(options, files, path)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -31,7 +31,7 @@ from starlette.types import ASGIApp
 from gradsift.errors import ConfigError
 from gradsift.evaluation.human.pairs import Pairs
 from gradsift.evaluation.human.votes import COMMENT_LENGTH, NAME_LENGTH, Choice, Rater, Votes
-from gradsift.evaluation.pws import summarise_outcomes
+from gradsift.evaluation.pws import summarise
 from gradsift.pages import presentable, templates
 
 LOOPBACK = "127.0.0.1"
@@ -145,7 +145,7 @@ class Pages:
                 return self._to(rater, missing)
             return self._page("done.html", here=here, rater=rater, count=len(votes))
         outcomes = {vote.key: vote.outcome for vote in votes}
-        cell = summarise_outcomes(outcomes, confidence=0.95)["pooled"]
+        cell = summarise(outcomes, confidence=0.95)["pooled"]
         names = (self.votes.about["model"], self.votes.about["reference"]) if self.unblind else None
         revealed = votes if self.unblind else []
         return self._page("counts.html", here=here, rater=rater, cell=cell, revealed=revealed, names=names)

@@ -14,7 +14,7 @@ import numpy as np
 from gradsift.evaluation.agreement import agreement
 from gradsift.evaluation.human.pairs import Key
 from gradsift.evaluation.human.votes import Vote
-from gradsift.evaluation.pws import Outcome, Outcomes, summarise_outcomes
+from gradsift.evaluation.pws import Outcome, Outcomes, summarise
 
 KINDS: tuple[Outcome, ...] = ("win", "tie", "lose")
 
@@ -40,11 +40,11 @@ def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) 
     outcomes = {rater: {vote.key: vote.outcome for vote in cast} for rater, cast in by_rater.items()}
     raters = {}
     for rater, cast in by_rater.items():
-        cell = summarise_outcomes(outcomes[rater], confidence)["pooled"]
+        cell = summarise(outcomes[rater], confidence)["pooled"]
         del cell["invalid"]  # a vote is always valid
         raters[rater] = {**cell, "both_bad": sum(vote.bad for vote in cast), "position": position(cast)}
     decided = majority(outcomes.values())
-    summary = summarise_outcomes(decided, confidence)
+    summary = summarise(decided, confidence)
     for cell in (summary["pooled"], *summary["benchmarks"].values()):
         cell["split"] = cell.pop("invalid")
     shared = [key for key in decided if all(key in each for each in outcomes.values())] if len(outcomes) > 1 else []
@@ -53,7 +53,7 @@ def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) 
     if judged is not None:
         voted = {key: judged[key] for key in decided if key in judged}
         against_judge = {
-            "pooled": summarise_outcomes(voted, confidence)["pooled"],
+            "pooled": summarise(voted, confidence)["pooled"],
             "majority": _compared(judged, decided),
             "raters": {rater: _compared(judged, each) for rater, each in outcomes.items()},
         }

@@ -6,14 +6,13 @@ text. No such oracle exists for other data, so its selection is an upper bound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from gradsift.data.verifiable import right_answer
 from gradsift.errors import ConfigError
 from gradsift.evaluation.judges import Combine, JudgeRequest, Pair, RatingRequest, Reply, content_hash
 from gradsift.evaluation.judges.rating import SCALES
-
-Match = Callable[[str, str], bool]
+from gradsift.evaluation.matching import Match
 
 
 class VerifierJudge:

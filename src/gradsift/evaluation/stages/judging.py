@@ -208,17 +208,17 @@ def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifa
 
     def make(folder: Path) -> Mapping[str, Any]:
         judgments, combine = read_judgments(judged.file("judgments.jsonl")), judged.info["combine"]
-        summary = summarise(judgments, combine, config.confidence)
+        outcomes = outcomes_of(judgments, combine)
+        summary = {"combine": combine, **summarise(outcomes, config.confidence)}
         lengths, reference_lengths = (
             {(row["dataset"], row["item_id"]): len(row["output"]) for row in read_model_outputs(a.file(OUTPUTS_FILE))}
             for a in (answers, reference)
         )
         both = {item: (length, reference_lengths[item]) for item, length in lengths.items()}
         summary["position_bias"] = position_bias(judgments)
-        outcomes = outcomes_of(judgments, combine)
         summary["outcomes"] = outcome_strings(outcomes)
         if config.name != "verifier":  # which does not prefer a length: its outcome is fixed by the answer
-            summary["length_bias"] = length_bias(judgments, combine, both)
+            summary["length_bias"] = length_bias(outcomes, both)
             summary["length_controlled"] = length_controlled(outcomes, both) | {
                 "benchmarks": {
                     name: length_controlled({item: kind for item, kind in outcomes.items() if item[0] == name}, both)

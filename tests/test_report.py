@@ -229,6 +229,13 @@ def test_a_figure_that_one_seed_lacks_has_no_mean() -> None:
     assert row["invalid"] == 10
 
 
+def test_the_model_tuned_on_all_rows_is_shown_once_in_a_sweep_over_alpha() -> None:
+    full = [run() | {"scorer": "full", "variant": f"v{alpha}", "alpha": alpha} for alpha in (0.05, 0.1)]
+    other_target = full[1] | {"variant": "v3", "target": "another"}
+    rows = over_seeds([row for one in (*full, other_target) for row in flat_rows(one)])
+    assert [(row["alpha"], row["target"]) for row in rows] == [("all", full[0]["target"]), ("all", "another")]
+
+
 def test_runs_of_one_seed_that_differ_elsewhere_are_not_averaged() -> None:
     shared = ["alpha=0.1", "judge.confidence=0.9"]
     one = run(overrides=[*shared, "seed=0"])

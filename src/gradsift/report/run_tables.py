@@ -122,7 +122,10 @@ def over_seeds(rows: Iterable[Row]) -> list[Row]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["variant"], *(row[name] for name in SETTINGS)), []).append(row)
-    return [_mean_row(group) if len(group) > 1 else group[0] | {"runs": 1} for group in groups.values()]
+    means = [_mean_row(group) if len(group) > 1 else group[0] | {"runs": 1} for group in groups.values()]
+    # The model tuned on all rows does not depend on alpha, so a sweep over alpha has it once for each.
+    shown = [{name: value for name, value in row.items() if name != "variant"} for row in means]
+    return [row for place, row in enumerate(means) if row["scorer"] != "full" or shown[place] not in shown[:place]]
 
 
 def _mean_row(group: Sequence[Row]) -> Row:

@@ -272,7 +272,7 @@ def generate(
     """Draw a dataset and its benchmark; equal arguments give equal worlds on every machine.
 
     The families of FAMILIES are equally frequent before spoiling. Only an answer of several words can be truncated, so
-    families with such answers have more rows of that kind and fewer of the others.
+    families with such answers have more truncated rows, and fewer that are spoilt in other ways.
 
     Args:
         size: number of rows, N.

@@ -60,7 +60,7 @@ def read_records(path: Path, model: str | None = None) -> Records:
     """Read the judgments of one file.
 
     Args:
-        model: generator whose wins are counted in an alpaca_eval file; default: that of the first output_2.
+        model: generator whose wins are counted in an alpaca_eval file; default: `generator_2` of the first row.
 
     Raises:
         DataError: the file is missing or of an unknown kind, or a row is broken; names file and row.
@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m gradsift.evaluation.records", description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="judge records of one model")
     parser.add_argument("--against", nargs="+", type=Path, default=[], metavar="FILE", help="those of a second model")
-    parser.add_argument("--model", help="whose wins are counted in annotations (default: that of the first output_2)")
+    parser.add_argument("--model", help="whose wins are counted in annotations (default: generator_2 of the first row)")
     parser.add_argument("--labels", type=Path, help="people's outcomes, JSON lines of item_id, label, benchmark")
     parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals (default 0.95)")
     options = parser.parse_args(arguments)

@@ -2,10 +2,11 @@
 
     score(z) = sum_k s_k <row_z, K_k> / sum_k s_k
 
-K_k are the principal components of the target gradients (see `gradsift.selection.core_knowledge`) with the sign of
-their mean's projection, and s_k the share of the variance that each explains. The paper selects by a walk and defines
-no score; this is our reading. `selector=gradient_walk` uses it to fill the budget
-with `selector.fill=topup`, and any other selector can rank by it.
+K_k is the k-th principal component of the target gradients, its sign chosen so that their mean has a positive
+projection on it; s_k is the share of the variance that it explains; row_z is the gradient of example z (see
+`gradsift.selection.core_knowledge` and `gradsift.scoring.agreement`). The paper selects by a walk and defines no score;
+this is our reading. With `selector.fill=topup`, `selector=gradient_walk` fills what its walks leave of the budget by
+this score. Any other selector can rank by it.
 """
 
 from __future__ import annotations

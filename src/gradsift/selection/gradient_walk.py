@@ -56,7 +56,7 @@ def gradient_walk(
     graph: bool,
     neighbours: int | None,
 ) -> Choice:
-    """Walk through the pool's gradients once for each component, in the order of their variance.
+    """Walk through the pool's gradients once per component, beginning with the one that explains most variance.
 
     Args:
         explained: share of the target gradients' variance that the components explain.

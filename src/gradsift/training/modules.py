@@ -103,7 +103,7 @@ class AdapterModule(L.LightningModule):
         return outputs
 
     def pass_step(self, step: Step) -> dict[str, torch.Tensor]:
-        """Accumulate the gradient of a step's loss, and return what `_backward` does, of all ranks."""
+        """Accumulate the gradient of a step's loss, and return the outputs of `_backward`, gathered from all ranks."""
         mine = parallel.share(step.examples)
         lengths = [len(example.input_ids) for example in mine]
         # If memory runs out in the middle, `_backward` runs again with fewer tokens. It starts from no gradients and
@@ -146,8 +146,8 @@ class AdapterModule(L.LightningModule):
             rows, losses, counts (of response tokens, for `loss=token`), norm_A and norm_B (where they are wanted),
             lanes (where several adapters train), (n,) each, for the examples of this rank.
         """
-        # of layers that draw masks batch by batch; they depend on the step and the rank alone, so neither a resumed
-        # training nor a repeated step needs the random state of the steps before
+        # Seeds layers that draw their dropout masks batch by batch. The seed depends on step and rank alone, so neither
+        # a resumed training nor a repeated step needs the random state of the steps before.
         torch.manual_seed(derive_seed(self.dropout_seed, len(self.curve), parallel.rank()))
         self.forget_gradients()
         if self.gradient_norms is not None:
@@ -272,7 +272,8 @@ class ProxyMember(AdapterModule):
         if norms is None:
             raise RuntimeError("a pass over norms needs GradientNormCallback among the trainer's callbacks")
         if self.masks is not None:
-            # of layers that draw masks batch by batch; a resumed pass draws them again from the rows alone
+            # Seeds layers that draw their dropout masks batch by batch. The seed depends on the first row alone, so a
+            # resumed pass draws the same masks.
             torch.manual_seed(derive_seed(self.masks, examples[0].row))
             self._give_masks(derive_seed(self.masks, example.row) for example in examples)
         norms.forget()

@@ -1,4 +1,4 @@
-"""How a model computes, besides its weights and inputs, and how a loaded model is set up for it.
+"""The numerical settings that a model computes with, and how a loaded model is given them.
 
     precision   of weights and products: float32 or bfloat16
     quantization  of frozen linear layers: nf4 or int8, if any

@@ -50,8 +50,9 @@ def curves(material: Material) -> Records:
 
 @report_figure("Convergence", curves)
 def convergence(material: Material) -> Figure:
-    """Training loss of the target on each method's selection, smoothed. At equal tokens the lower line learns faster,
-    but a low line can also mean easy rows, and noisy rows cannot be learned. Shows at most eight methods."""
+    """Training loss of the target on each method's selection, smoothed. At equal tokens the lower line learns faster.
+    But a line may also be low because its rows are easy, or high because its rows are noise, which cannot be learned.
+    Shows at most eight methods."""
     figure, (by_step, by_token) = style.panels(2, width=6.4, height=3.3)
     lines = style.grouped(curves(material), "method")
     for (name, steps), look in zip(lines.items(), style.looks_of(lines).values(), strict=True):

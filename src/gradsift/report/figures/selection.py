@@ -83,7 +83,7 @@ def label_shares(material: Material) -> Records:
 
 @report_figure("Quality of the selected rows", label_shares)
 def labels(material: Material) -> Figure:
-    """Share of each known quality. A useful method keeps more clean rows than the pool in the first bar."""
+    """Share of each known quality. The first bar is the pool; a useful method has a larger share of clean rows."""
     records = label_shares(material)
     qualities = sorted({q for record in records for q in record} - {"method", "alpha"}, key=lambda q: (q != "clean", q))
     figure, (axes,) = style.panels(width=5.6, height=1.3 + 0.3 * len(records))

@@ -50,7 +50,8 @@ def pool(folder: Path, count: int, seed: int = 0) -> list[dict[str, str]]:
 
 def untouched(folder: Path, count: int, seed: int = 0) -> list[dict[str, str]]:
     """`count` random rows of the cleaned pool whose prompts are not among the rows of `pool`."""
-    known = {(row["instruction"], row["input"]) for row in json.loads((folder / "alpaca_5000.json").read_text())}
+    used = [*json.loads((folder / "alpaca_5000.json").read_text()), *bad_rows(folder)]
+    known = {(row["instruction"], row["input"]) for row in used}
     with gzip.open(folder / "alpaca_cleaned_51k.json.gz", "rt", encoding="utf-8") as stream:
         others = [row for row in json.load(stream) if (row["instruction"], row["input"]) not in known]
     return [{part: row[part] for part in PARTS} | {"cleaning": ""} for row in random.Random(seed).sample(others, count)]

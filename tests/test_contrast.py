@@ -142,9 +142,10 @@ def test_the_units_of_bodies_and_ends_do_not_matter() -> None:
     np.testing.assert_allclose(after, before, rtol=1e-9)
 
 
-def test_ends_that_are_learnt_by_heart_count_for_nothing() -> None:
+@pytest.mark.parametrize("size", [0.0, 1e-6])
+def test_ends_that_are_learnt_by_heart_count_for_nothing(size: float) -> None:
     in_nats = losses(2, 90)
-    in_nats.end[:] = 0.0
+    in_nats.end[:] *= size
     options = {"neighbours": 7, "caution": 1.0, **RANKED}
     with_ends = contrast(in_nats, pool(90), end_share=0.3, **options).score
     without = contrast(in_nats, pool(90), end_share=0.0, **options).score

@@ -183,8 +183,10 @@ def test_untouched_rows_have_no_prompt_of_the_other_pool(tmp_path: Path) -> None
     (tmp_path / "alpaca_5000.json").write_text(json.dumps(rows[:8]))
     with gzip.open(tmp_path / "alpaca_cleaned_51k.json.gz", "wt") as stream:
         json.dump([{**row, "output": "No"} for row in rows], stream)
-    drawn = real_pool.untouched(tmp_path, 12)
-    assert sorted(row["instruction"] for row in drawn) == sorted(row["instruction"] for row in rows[8:])
+    bad = {"label": "output_edited", "original": {**rows[9], "output": "N/A"}}
+    (tmp_path / "alpaca_cleaning_diff.jsonl").write_text(json.dumps(bad) + "\n")
+    drawn = real_pool.untouched(tmp_path, 11)
+    assert sorted(row["instruction"] for row in drawn) == sorted(row["instruction"] for row in (rows[8], *rows[10:]))
 
 
 def test_rows_of_the_cleaners_by_hand() -> None:

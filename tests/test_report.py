@@ -230,10 +230,15 @@ def test_a_figure_that_one_seed_lacks_has_no_mean() -> None:
 
 
 def test_the_model_tuned_on_all_rows_is_shown_once_in_a_sweep_over_alpha() -> None:
-    full = [run() | {"scorer": "full", "variant": f"v{alpha}", "alpha": alpha} for alpha in (0.05, 0.1)]
-    other_target = full[1] | {"variant": "v3", "target": "another"}
-    rows = over_seeds([row for one in (*full, other_target) for row in flat_rows(one)])
-    assert [(row["alpha"], row["target"]) for row in rows] == [("all", full[0]["target"]), ("all", "another")]
+    def full(alpha: float, seed: int, **changes: Any) -> dict[str, Any]:
+        return run(seed=seed) | {"scorer": "full", "variant": f"v{alpha}", "alpha": alpha, **changes}
+
+    # the second seed failed at the first alpha, and the sweep was interrupted before it came to a third seed there
+    runs = [full(0.05, 0), full(0.05, 1, status="failed"), *(full(0.1, seed) for seed in range(3))]
+    another = full(0.1, 0, target="another")
+    rows = over_seeds([row for one in (*runs, another) for row in flat_rows(one)])
+    shown = [(row["alpha"], row["target"], row["runs"]) for row in rows]
+    assert shown == [("all", runs[0]["target"], 3), ("all", "another", 1)]
 
 
 def test_runs_of_one_seed_that_differ_elsewhere_are_not_averaged() -> None:

@@ -49,7 +49,7 @@ class ContrastConfig(ScorerConfig):
     """Contrast of an answer's loss with those of similar prompts."""
 
     neighbours: int = option(50, least=2)  # k, the most similar other prompts
-    end_share: float = option(0.33, least=0, most=1)  # w, of the token that ends the answer in its loss
+    end_share: float = option(0.33, least=0, most=1)  # w, share of the answer's last token in its loss
     caution: float = option(1.0, least=0)  # standard deviations over the members that are subtracted
     saturation: float = option(0.2, least=0, most=1)  # best share of the rows, among which rows are drawn at random
     seed: int = option(0, least=0)  # draws them

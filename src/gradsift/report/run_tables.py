@@ -120,12 +120,20 @@ def all_rows(runs: Sequence[Run]) -> list[Row]:
 def over_seeds(rows: Iterable[Row]) -> list[Row]:
     """Average rows that differ in seeds alone; outcomes are summed, and the interval of PWS is over seeds and items."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
+    for row in _without_repeats(rows):
         groups.setdefault((row["variant"], *(row[name] for name in SETTINGS)), []).append(row)
-    means = [_mean_row(group) if len(group) > 1 else group[0] | {"runs": 1} for group in groups.values()]
-    # The model tuned on all rows does not depend on alpha, so a sweep over alpha has it once for each.
-    shown = [{name: value for name, value in row.items() if name != "variant"} for row in means]
-    return [row for place, row in enumerate(means) if row["scorer"] != "full" or shown[place] not in shown[:place]]
+    return [_mean_row(group) if len(group) > 1 else group[0] | {"runs": 1} for group in groups.values()]
+
+
+def _without_repeats(rows: Iterable[Row]) -> list[Row]:
+    """Keep one row per seed of the model tuned on all rows, which a sweep over alpha has once for each alpha."""
+    kept: dict[Any, Row] = {}
+    for place, row in enumerate(rows):
+        is_full = row["scorer"] == "full"
+        key = tuple(row[name] for name in (*SETTINGS, *SEEDS)) if is_full else place
+        if key not in kept or kept[key]["status"] != "finished":
+            kept[key] = row | {"variant": None} if is_full else row
+    return list(kept.values())
 
 
 def _mean_row(group: Sequence[Row]) -> Row:

@@ -1,6 +1,6 @@
 """How well the ensemble has learnt an answer, compared with the answers to similar prompts (a method of gradsift).
 
-    l_i^m  = (1 - w) body_i^m / mean_j body_j^m + w end_i^m / mean_j end_j^m     j over all examples; w = end_share
+    l_i^m  = (1 - w) body_i^m / mean(body^m) + w end_i^m / mean(end^m)     means over the examples; w = end_share
     c_i^m  = (mean_j log l_j^m - log l_i^m) / std_j log l_j^m       j over the k nearest prompts of i
     b_i = mean_m c_i^m - caution x std_m c_i^m      a lower confidence bound over the members
     score_i = b_i below the best fifth; there, numbers drawn at random
@@ -11,8 +11,8 @@
   of a long answer the end is lost, so it has a weight of its own. Both are losses after training, relative to their
   means over the pool: how much larger a body's loss is than an end's differs from one dataset to the next.
 - The members' standard deviation lowers the score of rows on which they disagree.
-- Within the best fifth (`saturation`) a higher bound means a more typical row and not a cleaner one. A target learns
-  more from rows drawn there at random.
+- Within the best fifth (`saturation`) a higher bound means a more typical row, and a slightly cleaner one. A target
+  learns more from rows drawn there at random (measured in the embedded world).
 
 Prompts are similar if their words and word pairs are (TF-IDF, reduced to at most 50 dimensions): no model of its own,
 the same neighbours for every proxy. Reasons, ablations and limits: docs/methods.md.
@@ -32,8 +32,10 @@ from gradsift.features.prompt_clusters import prompt_of, prompt_vectors
 from gradsift.proxy.answer_losses import AnswerLosses
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
-# Added to relative losses before the logarithm, and the least mean in nats: below, differences are rounding.
+# Added to relative losses before the logarithm: below, differences are rounding.
 _FLOOR = 1e-3
+# Least mean over the pool, in nats: a part that a member has learnt by heart counts for nothing.
+_LEAST_MEAN = 1e-3
 # Least standard deviation of the neighbours' log losses: copies of one row agree to the last digit.
 _LEAST_DEVIATION = 0.1
 
@@ -80,7 +82,7 @@ def member_contrasts(
 ) -> np.ndarray:
     """Return the contrast of each answer for each member, (M, N); NaN without a response. See `contrast`."""
     # a row without a response token has no loss under any member, so the first one tells
-    known = ~np.isnan(answer_losses.body[0])
+    known = ~np.isnan(answer_losses.body).any(0)
     require_neighbours(int(known.sum()), neighbours)
     losses = relative_losses(answer_losses.body[:, known], answer_losses.end[:, known], end_share)
     prompts = [prompt_of(example) for example, has_loss in zip(examples, known, strict=True) if has_loss]
@@ -94,9 +96,9 @@ def member_contrasts(
 def relative_losses(body: np.ndarray, end: np.ndarray, end_share: float) -> np.ndarray:
     """Return the losses l of `contrast`, (M, N), from those of bodies and ends in nats, (M, N) each.
 
-    A mean over the pool counts as at least a thousandth of a nat, in case a member has learnt all ends by heart.
+    A mean counts as at least _LEAST_MEAN. Above it a part has its full share, however small its losses are.
     """
-    body, end = (part / np.maximum(part.mean(1, keepdims=True), _FLOOR) for part in (body, end))
+    body, end = (part / np.maximum(part.mean(1, keepdims=True), _LEAST_MEAN) for part in (body, end))
     return (1 - end_share) * body + end_share * end
 
 

@@ -95,8 +95,7 @@ def execute(config: Config, job: Job) -> float | None:
     prepare(config.compute, joins=not config.plan)
     view.settings(settings_of(config))
     about = _about(config, job.overrides)
-    dumped = yaml.dump(dump_config(config), Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
-    (job.folder / CONFIG_FILE).write_text(dumped, encoding="utf-8")
+    (job.folder / CONFIG_FILE).write_text(_as_yaml(config), encoding="utf-8")
     if config.plan:
         plan(config, view.display, job.folder, about)
         view.planned(job.folder, in_sweep=job.sweep is not None)
@@ -126,6 +125,11 @@ def execute(config: Config, job: Job) -> float | None:
         view.display.say(f"the selection is at {push(config, job.folder)}")
     view.finished(job.folder, report, in_sweep=job.sweep is not None)
     return record.value_of(config.objective)
+
+
+def _as_yaml(config: Config) -> str:
+    dumped: str = yaml.dump(dump_config(config), Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
+    return dumped
 
 
 def _store(config: Config, view: RunView) -> Store:

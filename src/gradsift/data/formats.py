@@ -53,8 +53,7 @@ def parse_rows(
     alpaca             instruction, input (may be missing or null), output; if the columns chosen and rejected replace
                        the output, chosen is the output
     messages           a list of turns: [{"role": "user", "content": text}, ...]
-    sharegpt           a list of turns in another column; in messages and sharegpt alike, the keys of a turn may be from
-                       and value instead of role and content
+    sharegpt           a list of turns in another column; there and in messages, their keys may also be from and value
     prompt_completion  prompt and completion, both text or both lists of turns
     auto               the format whose columns the data has, see `gradsift.data.columns.recognise`
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradsift.data.tokens import encode_prompt
-from gradsift.errors import ConfigError, DataError, GradsiftError
+from gradsift.errors import ConfigError, DataError, GradsiftError, first_line
 from gradsift.evaluation.generation import generate_answers
 
 
@@ -48,8 +48,6 @@ def evaluate_tasks(
 ) -> dict[str, dict[str, float]]:
     """Return every figure that lm-eval reports for each task, with the task's own number of shots.
 
-    Where ranks pass a divided model together, lm-eval reports on the first rank of each machine alone.
-
     Tasks that generate (IFEval, GSM8K) are answered as the stage `generate` answers: greedily, each prompt as an
     instruction in the target's template. The others compare log-probabilities of plain text.
 
@@ -72,8 +70,8 @@ def evaluate_tasks(
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     for kind in ("loglikelihood", "loglikelihood_rolling"):
         setattr(wrapped, kind, functools.partial(getattr(wrapped, kind), disable_tqdm=True))
-    how: dict[str, Any] = {"template": template, "max_new_tokens": max_new_tokens}
-    how["batches"] = {"batch_size": batch_size, "max_tokens": max_tokens}
+    batches = {"batch_size": batch_size, "max_tokens": max_tokens}
+    how: dict[str, Any] = {"template": template, "max_new_tokens": max_new_tokens, "batches": batches}
     wrapped.generate_until = functools.partial(_answers, model=model, tokenizer=tokenizer, **how)
     settings: dict[str, Any] = {"tasks": list(tasks), "limit": limit, "bootstrap_iters": 0, "log_samples": False}
     try:
@@ -84,10 +82,9 @@ def evaluate_tasks(
             "pip install -e '.[lm-eval]')"
         ) from error
     except OSError as error:  # includes the hub's errors
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise DataError(
-            f"{option}: lm-eval cannot have the data of one of them ({reason}); that of its own tasks is on the hub: "
-            "run where it can be reached, or give benchmark.lm_eval_folder"
+            f"{option}: lm-eval cannot have the data of one of them ({first_line(error)}); that of its own tasks "
+            "is on the hub: run where it can be reached, or give benchmark.lm_eval_folder"
         ) from error
     if found is None:  # on all ranks of a machine but its first, which pass the requests too if the model is divided
         return {}

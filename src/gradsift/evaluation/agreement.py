@@ -13,14 +13,14 @@ from gradsift.evaluation.pws import SIGNS, Outcome, Outcomes
 
 
 def agreement(outcomes: Outcomes, labels: Outcomes) -> dict[str, Any]:
-    """Return accuracy and Cohen's kappa of the judge's outcomes against people's, over the items that have both.
+    """Return accuracy and Cohen's kappa of the judge's outcomes against people's labels, over the items with both.
 
     Returns:
-        `{"items", "accuracy", "kappa", "unlabelled", "invalid"}`; kappa is None where both always give the same
-        outcome, so that chance explains everything.
+        `{"items", "accuracy", "kappa", "unlabelled", "invalid"}`; kappa is None if judge and people give one and the
+        same outcome to every item, so that chance explains everything.
 
     Raises:
-        DataError: no item has both.
+        DataError: no item has both an outcome and a label.
     """
     shared = [item for item in outcomes if item in labels and outcomes[item] != "invalid" and labels[item] != "invalid"]
     if not shared:
@@ -42,10 +42,10 @@ def paired_test(first: Outcomes, second: Outcomes, confidence: float) -> dict[st
 
     Returns:
         `{"items", "difference", "low", "high", "p_value"}`; the difference is PWS(first) - PWS(second) over the items
-        that are valid in both, with the interval and the p-value of `gradsift.evaluation.intervals.difference`.
+        that are valid for both models, with interval and p-value from `gradsift.evaluation.intervals.difference`.
 
     Raises:
-        DataError: no item is valid in both.
+        DataError: no item is valid for both models.
     """
     shared = [item for item in first if item in second and "invalid" not in (first[item], second[item])]
     if not shared:

@@ -1,7 +1,7 @@
 """Benchmark items: the questions that the finetuned models answer.
 
-Test sets name their fields differently and nest them. The (dotted) fields are configuration, so a new set needs no
-code.
+Test sets name their fields differently and nest them. The config gives the (dotted) names of a set's fields, so a new
+set needs no code.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def load_benchmark(
 ) -> list[Item]:
     """Read the items of one benchmark, in the order of its file.
 
-    The second turns are a benchmark of their own, `<name>_turn_2`, behind the first ones.
+    The second turns form a separate benchmark, `<name>_turn_2`, and come after all first turns.
 
     Args:
         name: key of the set in `benchmark.catalog`.

@@ -57,7 +57,7 @@ def length_bias(outcomes: Outcomes, lengths: Lengths) -> dict[str, Any]:
         `{"items", "longer_wins", "longer_share", "mean_model", "mean_reference", "rank_correlation"}`: the share is
         near .5 without a length preference; the means are over all items with known lengths, in characters; the
         correlation (Spearman) is between the outcome (+1, 0, -1) and the difference in length, over all valid items.
-        None where there is nothing to divide by.
+        A value is None where there is nothing to divide by.
     """
     from scipy.stats import spearmanr
 
@@ -83,12 +83,13 @@ def length_controlled(outcomes: Outcomes, lengths: Lengths) -> dict[str, Any]:
     """Estimate the PWS that the model would have if its answers were as long as the reference's.
 
     A logistic regression of the outcomes (win 1, tie 1/2, lose 0) on tanh of the standardised difference in length, as
-    in length-controlled AlpacaEval (arXiv 2404.04475), read at a difference of 0. The term for an item's difficulty is
-    left out: it needs the judgments of many models. Without a variation in length the result is the plain PWS.
+    in length-controlled AlpacaEval (arXiv 2404.04475), gives the PWS at a difference of 0. The term for an item's
+    difficulty is left out: it needs the judgments of many models. Without a variation in length the result is the plain
+    PWS.
 
     Returns:
         `{"items", "pws", "slope"}`: valid items with known lengths, the length-controlled PWS, and the coefficient of
-        the length (above 0: longer answers win). None where there is no item.
+        the length (above 0: longer answers win). PWS and slope are None if there is no such item.
     """
     items = [item for item, kind in outcomes.items() if kind != "invalid" and item in lengths]
     if not items:

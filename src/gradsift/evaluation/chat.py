@@ -100,8 +100,8 @@ class ChatClient:
 
         Args: as in `OpenaiJudgeConfig`, and
             replies: where replies are stored.
-            group: of the config whose options errors name.
-            known_as: stands for the address in a reply's hash, where another port is the same model.
+            group: the config group whose options the error messages name.
+            known_as: replaces the address in a reply's hash, for a server whose port changes but not its model.
             skip_thinking: whether `read` gets a reply without the thinking before it.
             say: called with the plan before the first request.
 
@@ -130,7 +130,7 @@ class ChatClient:
         self._paused_until = 0.0  # every request waits for this moment (time.monotonic): the endpoint asked for it
 
     def _named(self, text: str) -> str:
-        """Return a text with the options of the client's own group; the texts name those of the judge."""
+        """Return a text in which the options `judge.*` are renamed to the options of the client's own group."""
         return text.replace("judge.", f"{self._group}.")
 
     def spent(self, scope: str) -> dict[str, float | int | None]:
@@ -328,7 +328,7 @@ class ChatClient:
                     raise Failure("final", message, remedy) from None
                 if retry >= self._retries:
                     raise
-            if wait is not None:  # obeyed by all requests
+            if wait is not None:  # all requests obey it
                 self._paused_until = max(self._paused_until, time.monotonic() + wait)
                 await _sleep(wait * random.uniform(1.0, 1.1), stop)
             else:
@@ -386,7 +386,7 @@ class ChatClient:
         )
 
     def _key_of(self, messages: Messages, attempt: int) -> str:
-        """Hash all that a reply depends on; the address too: two endpoints may have different models of one name."""
+        """Hash all that a reply depends on, and the address: two endpoints may have different models of one name."""
         return content_hash("chat", self._known_as, self.identity, [dict(m) for m in messages], attempt)
 
 

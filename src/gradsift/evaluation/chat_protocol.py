@@ -68,7 +68,7 @@ class UnreadReplies(Generic[Value]):
             self.count, self.first = self.count + replies, self.first or answer
 
     def problem(self) -> str | None:
-        """Return why the asking ends, with the first of the replies; None if it goes on."""
+        """Return why no more prompts are sent, with the first unreadable reply; None while prompts may be sent."""
         if self.most is None or self.count < self.most or self.first is None:
             return None
         text = self.first.text
@@ -84,21 +84,21 @@ class UnreadReplies(Generic[Value]):
 def read_completion(
     body: bytes, scrub: Callable[[str], str], content_type: str = "application/json", *, logprobs: bool = False
 ) -> tuple[Completion, Usage | None]:
-    """Read the first choice of a response, and the tokens that it reports. The text is empty if the model wrote none.
+    """Read a response's first choice, and the tokens that the response reports. The text is empty if there is none.
 
     Args:
         scrub: removes the secrets from a text.
-        content_type: as the endpoint states it.
+        content_type: the body's type, as the endpoint states it.
 
     Raises:
-        Failure: the body is not a chat completion. A page, or an object with a key twice, would come again.
+        Failure: the body is not a chat completion; a web page, or an object with a key twice, would come again.
     """
     try:
         (content,) = outside_json.loads_all(body.decode("utf-8"))
         choice = content["choices"][0] if content["choices"] else {"message": {}}
         finish = choice.get("finish_reason")
         message = choice["message"] if "message" in choice else {"content": choice["text"]}
-        # a refusal has a field of its own, and so have a function's arguments
+        # a refusal and a function's arguments are in separate fields
         text = _text_of(message.get("content")) or message.get("refusal") or ""
         if calls := message.get("tool_calls"):
             text = calls[0]["function"]["arguments"]
@@ -137,14 +137,14 @@ def request_of(prompt: Messages) -> tuple[str, dict[str, Any]]:
 
 
 def _text_of(content: Any) -> Any:
-    """Return the text of a message; of a list of parts, that of its text parts."""
+    """Return the text of a message; if the content is a list of parts, join the texts of its text parts."""
     if not isinstance(content, list):
         return content
     return "".join(part["text"] for part in content if part["type"] in ("text", "output_text"))
 
 
 _THINKING = re.compile(r"\s*<(think|thinking|thought|reasoning)>(.*?)(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
-# where the prompt's template holds the opening tag, the reply begins in the thinking
+# if the prompt's template already holds the opening tag, the reply begins inside the thinking
 _REST_OF_THINKING = re.compile(r".*?^[^\S\n]*</(think|thinking|thought|reasoning)>[^\S\n]*$", re.DOTALL | re.MULTILINE)
 
 
@@ -163,7 +163,7 @@ def after_thinking(text: str) -> str:
 
 
 def without_system(messages: Messages) -> Messages:
-    """Return the messages with the text of the system's in front of the first that follows it."""
+    """Return the messages without system messages, whose text goes in front of the first other message."""
     system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
     others = [dict(message) for message in messages if message["role"] != "system"]
     if system and others:

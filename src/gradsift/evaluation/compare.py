@@ -1,9 +1,9 @@
 """PWS of two model_outputs.json: `python -m gradsift.evaluation.compare MODEL REFERENCE [OPTION=VALUE ...]`.
 
-The answers may come from anywhere; nothing is trained. The options are those of a run's judge: judge=NAME, judge.*,
-compute.*, benchmark.catalog.* (how answers are compared with a reference answer) and artifacts. Judgments are kept in
-the store like those of a run, so the same command continues an interrupted one. The result is printed as JSON,
-everything else on stderr.
+The answers may come from anywhere; nothing is trained. The command takes the options that configure a run's judge:
+judge=NAME, judge.*, compute.*, benchmark.catalog.* (how answers are compared with a reference answer) and artifacts.
+It keeps judgments in the store, as a run does, so the same command continues an interrupted comparison. The result is
+printed as JSON, everything else on stderr.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _OPTIONS = re.compile(r"\+?\+?(judge(\..+)?|compute(\..+)?|benchmark\.catalog\..
 
 
 def compare(config: CompareConfig, model: Path, reference: Path) -> dict[str, Any]:
-    """Judge the answers of `model` against those of `reference` in both orders.
+    """Judge the answers in the file `model` against the answers in the file `reference`, in both orders.
 
     Returns:
         The result of the stage `pws` (see `pws_of`), with `model` and `reference` (generators), `judge`, `cost`,
         `diagnostics` and `files`; `{"dry_run": plan}` for a dry run.
 
     Raises:
-        DataError: a file is missing or broken, or the two are not answers to the same items; names the rows.
+        DataError: a file is missing or broken, or the two files answer different items; the message names the rows.
         JudgeError: the judge could not be asked, or stopped early.
     """
     pair = read_pair(model, reference)
@@ -107,7 +107,7 @@ def _config(options: Sequence[str]) -> CompareConfig:
     of_benchmark = [option for option in options if option.lstrip("+").startswith("benchmark.")]
     if not of_benchmark:
         config = compose_root("compare", CompareConfig, options)
-        if config.judge.name != "verifier":  # which alone compares with reference answers, by each set's own rule
+        if config.judge.name != "verifier":  # only the verifier compares with reference answers, by each set's rule
             return config
     return compose_root("compare", CompareConfig, ["benchmark=verifiable", *options])
 

@@ -22,7 +22,7 @@ class Endpoint:
     """An endpoint that speaks OpenAI's chat protocol.
 
     Attributes:
-        address: its base URL; None: OpenAI's.
+        address: the endpoint's base URL; None means OpenAI's.
         settings: headers and query as configured, without the values of environment variables; part of a reply's hash.
     """
 
@@ -38,10 +38,11 @@ class Endpoint:
         """Check address and key, and read the environment variables.
 
         Args:
-            base_url: default: that in OPENAI_BASE_URL.
+            base_url: the endpoint's base URL; default: the value of OPENAI_BASE_URL.
             api_key_env: name of the variable that holds the key.
-            headers: sent with each request; a value `env:NAME` is that of an environment variable.
-            query: parameters added to the address, with values as those of `headers`.
+            headers: sent with each request; a value `env:NAME` stands for the value of the environment variable NAME.
+            query: parameters added to the address; a value `env:NAME` stands for the value of the environment variable
+                NAME here too.
             needs_key: whether a missing key is an error. Endpoints on this machine never need one.
 
         Raises:
@@ -51,7 +52,7 @@ class Endpoint:
         address = base_url or os.environ.get("OPENAI_BASE_URL")
         if address:
             endpoint_address("judge.base_url" if base_url else "OPENAI_BASE_URL", address, api_key_env)
-        self.address = address.rstrip("/") if address else None  # the same endpoint with and without the slash
+        self.address = address.rstrip("/") if address else None  # a slash at the end makes no other endpoint
         given = {"extra_headers": dict(headers or {}), "extra_query": dict(query or {})}
         self.settings = {name: values for name, values in given.items() if values}
         self._key = _api_key(api_key_env, self.address, needs_key)

@@ -94,7 +94,7 @@ def export(files: PairFiles, folder: Path) -> list[Path]:
 def _annotations(
     judgments: Sequence[Judgment], combine: Combine, rows: Sequence[ModelOutput], reference_rows: Sequence[ModelOutput]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of each file of annotations, by its name."""
+    """Return the rows of each file of annotations, by the file's name."""
     of_model, of_reference = ({item_key(row): row for row in each} for each in (rows, reference_rows))
     both_orders: list[dict[str, Any]] = []
     by_order: dict[Order, list[dict[str, Any]]] = {order: [] for order in ORDERS}
@@ -127,7 +127,11 @@ def _row(pair: Mapping[str, ModelOutput], order: Order, judge: str) -> dict[str,
 
 
 def _preference(judgment: Judgment) -> float | None:
-    """Return 1 (the answer shown first) to 2: an annotator's own preference, or which grade was higher."""
+    """Return a preference from 1 (the answer shown first is better) to 2 (the second is better); None if invalid.
+
+    For an annotator of alpaca_eval it is the annotator's own preference; for other judges it is 1, 1.5 or 2, by which
+    score is higher.
+    """
     if judgment.score_model is None or judgment.score_reference is None:
         return None
     first, second = judgment.score_model, judgment.score_reference

@@ -58,7 +58,7 @@ def generate_answers(
         model: a causal LM on its device, with or without LoRA adapters; its mode is restored.
         prompts: N lists of token ids.
         batch_size: prompts per batch at most; answers do not depend on it.
-        max_tokens: padded tokens per batch at most, with those of the answers.
+        max_tokens: tokens per batch at most; padding and the tokens of the answers count.
         progress: called after each batch with the number of new answers.
         journal: keeps the answers of each batch.
 
@@ -84,7 +84,7 @@ def generate_answers(
         batch = [list(prompts[n] if room is None else prompts[n][-room:]) for n in rows]
         return _continuations(backbone, tokenizer, batch, greedy, ends)
 
-    # the longest first: a batch that does not fit into memory fails at once
+    # the longest prompts come first: a batch that does not fit into memory fails at once
     lengths = [min(len(prompt), room or len(prompt)) + max_new_tokens for prompt in prompts]
     answers = [""] * len(prompts)
     kept = journal or Journal()
@@ -102,8 +102,8 @@ def generate_answers(
 def _generation_config(backbone: Any, config: GenerationConfig) -> Iterator[None]:
     """Replace a model's own generation config within the block.
 
-    generate() fills unset options from it, and it may have a repetition penalty (no longer greedy) or a temperature
-    (a warning).
+    generate() fills unset options from the model's own config, which may hold a repetition penalty (decoding would no
+    longer be greedy) or a temperature (transformers would warn).
     """
     own, backbone.generation_config = backbone.generation_config, config
     try:
@@ -134,7 +134,7 @@ def room_of(config: Any, max_new_tokens: int) -> int | None:
     """Return the tokens that a prompt may have; None if the model's configuration names no limit.
 
     Raises:
-        ConfigError: there is no room for one.
+        ConfigError: there is no room for a prompt.
     """
     context = getattr(config, "max_position_embeddings", None)
     if not isinstance(context, int):
@@ -162,7 +162,7 @@ def _greedy(tokenizer: PreTrainedTokenizerBase, ends: set[int], max_new_tokens: 
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the tokenizer's end token and those of the model's configuration (chat models may have several)."""
+    """Return the end tokens of the tokenizer and of the model's configuration (chat models may have several)."""
     named = getattr(model.generation_config, "eos_token_id", None)
     ends = set(named) if isinstance(named, list) else {named}
     return {token for token in (*ends, tokenizer.eos_token_id) if token is not None}
@@ -221,11 +221,11 @@ def write_model_outputs(path: Path, rows: Sequence[ModelOutput]) -> None:
 
 
 def read_model_outputs(path: Path) -> list[ModelOutput]:
-    """Read a `model_outputs.json`, ours or alpaca_eval's (which has no ids: the row number is used).
+    """Read a `model_outputs.json`, ours or alpaca_eval's. In alpaca_eval's, which has no ids, the row number is the id.
 
     Raises:
         DataError: the file is missing or broken, a row lacks instruction or output, two rows of a dataset have the same
-            id, or a question of a conversation lacks the one before it.
+            id, or a question of a conversation lacks the question before it.
     """
     try:
         loaded = outside_json.loads(path.read_text(encoding="utf-8"))
@@ -298,7 +298,7 @@ def without_turns(rows: Sequence[ModelOutput]) -> list[ModelOutput]:
 
 
 def check_pairs(rows: Sequence[ModelOutput], reference_rows: Sequence[ModelOutput]) -> None:
-    """Refuse answers of two models that are not to the same items, with equal instruction, input and reference answer.
+    """Refuse two models' answers unless they answer the same items, with equal instruction, input and reference answer.
 
     Raises:
         DataError: names up to five differing items and the difference.

@@ -5,8 +5,8 @@ interval of the difference of two paired proportions (Statistics in Medicine 17,
 not reject, with the variance that holds if t is true. Unlike a percentile bootstrap it has a width if every item has
 the same outcome, and it stays within [-1, 1].
 
-Runs with different seeds answer the same items, so their outcomes are not independent. The variance of the mean is that
-of a two-way random effects model, and the interval uses the number of independent items that has the same variance. In
+Runs with different seeds answer the same items, so their outcomes are not independent. A two-way random effects model
+gives the variance of the mean, and the interval uses the number of independent items whose mean has this variance. In
 the embedded world, each data seed has questions of its own under the same item ids; pairing them at random leaves the
 expected variance as it is.
 `benchmarks/interval_coverage.py` measures the coverage.
@@ -39,9 +39,9 @@ def mean_interval(outcomes: np.ndarray, confidence: float = 0.95) -> tuple[float
 
 
 def independent_items(outcomes: np.ndarray) -> tuple[float, float]:
-    """Return the number of independent items whose mean has the variance of this mean, and its degrees of freedom.
+    """Return the number of independent items whose mean varies as much as this mean, and the degrees of freedom.
 
-    With one seed these are N and infinity.
+    With one seed the two values are N and infinity.
 
     Args:
         outcomes: (S, N) of -1, 0 and 1.
@@ -57,8 +57,9 @@ def independent_items(outcomes: np.ndarray) -> tuple[float, float]:
 def variance_of_mean(values: np.ndarray) -> tuple[float, float]:
     """Return the variance of the mean over seeds and items, and its degrees of freedom (Satterthwaite).
 
-    With mean squares of items (MS_i), seeds (MS_s) and the rest (MS_e), the variance of the mean in a two-way random
-    effects model is (MS_i + MS_s - MS_e) / (S N), and at least the largest of the three over S N.
+    With mean squares of items (MS_i), seeds (MS_s) and the residual (MS_e), the variance of the mean in a two-way
+    random effects model is (MS_i + MS_s - MS_e) / (S N). The largest of the three mean squares, divided by S N, is
+    returned if it is larger.
 
     Args:
         values: (S, N), any values.
@@ -114,9 +115,9 @@ def score_interval(win: float, lose: float, size: float, critical: float) -> tup
 def p_value(outcomes: np.ndarray) -> float:
     """Return the two-sided p-value of the hypothesis that the mean outcome is 0.
 
-    With one seed this is the exact sign test of the items that are no ties, whose level holds for any number of items.
-    With several it is the larger p-value of two tests: the score test (McNemar's) with the two-way variance, and the t
-    test over the seeds. The first alone rejects too often if few seeds agree by chance.
+    With one seed it is from the exact sign test of the items that are no ties, whose level holds for any number of
+    items. With several seeds it is the larger p-value of two tests: the score test (McNemar's) with the two-way
+    variance, and the t test over the seeds. The score test alone rejects too often if few seeds agree by chance.
 
     Args:
         outcomes: (S, N) of -1, 0 and 1.
@@ -135,7 +136,7 @@ def p_value(outcomes: np.ndarray) -> float:
 
 
 def _seeds_p_value(values: np.ndarray) -> float:
-    """Return the p-value of the t test that the means (S,) of the seeds have mean 0; 0 if it cannot tell."""
+    """Return the p-value of the t test that the means (S,) of the seeds have mean 0; 0 if the test is not defined."""
     from scipy import stats
 
     means = values.mean(1)
@@ -158,9 +159,9 @@ def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) 
     """Compare two models that met the same reference on the same items, with the same seeds.
 
     The interval is made from the two models' own score intervals and the correlation of their means (MOVER; Zou and
-    Donner, Statistics in Medicine 27, 2008), and has a width even if all items have the same difference. The p-value
-    is that of the exact sign-flip test over items with one seed; with several it is the larger one of two t tests, with
-    the two-way variance and over the seeds.
+    Donner, Statistics in Medicine 27, 2008), and has a width even if all items have the same difference. With one seed
+    the p-value is from the exact sign-flip test over items. With several seeds it is the larger p-value of two t tests:
+    one with the two-way variance, and one over the seeds.
 
     Args:
         first: (S, N) of -1, 0 and 1.
@@ -179,8 +180,8 @@ def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) 
     (low_1, high_1), (low_2, high_2) = mean_interval(first, confidence), mean_interval(second, confidence)
     below, above = float(first.mean()) - low_1, high_1 - float(first.mean())
     below_2, above_2 = float(second.mean()) - low_2, high_2 - float(second.mean())
-    # at least as wide as the t interval, since the correlation is an estimate, and as wide as for items that are all
-    # ties: models that do not differ here may differ on other items
+    # the interval is at least as wide as the t interval, since the correlation is an estimate, and at least as wide as
+    # the interval of items that are all ties: models that do not differ here may differ on other items
     of_gaps = float(stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(variance)
     least = max(of_gaps, mean_interval(np.zeros_like(gap), confidence)[1])
     low = mean - max(least, math.sqrt(max(0.0, below**2 - 2 * correlation * below * above_2 + above_2**2)))
@@ -208,7 +209,8 @@ def _sign_flip_p_value(gaps: np.ndarray) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return Holm's adjusted p-values, in the order given.
 
-    Rejecting those below a level keeps the probability of any false rejection below that level.
+    Rejecting the hypotheses with an adjusted p-value below a level keeps the probability of any false rejection below
+    that level.
     """
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted = [1.0] * len(p_values)

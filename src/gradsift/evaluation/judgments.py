@@ -30,8 +30,8 @@ ORDERS: tuple[Order, Order] = ("forward", "reverse")
 class Judgment:
     """One reply of a judge about one pair in one order: a line of `judgments.jsonl`.
 
-    The scores belong to the model and to the reference model, whichever was shown first. Where `valid` is false both
-    are None and `reason` is why; beside scores, `reason` is a remark about them.
+    The scores belong to the model and to the reference model, whichever was shown first. Where `valid` is false, both
+    scores are None and `reason` says why; where `valid` is true, `reason` is a remark about the scores.
     """
 
     benchmark: str
@@ -156,7 +156,7 @@ def read_judgments(path: Path) -> list[Judgment]:
     A broken last line without a line end is skipped: earlier versions left one when they were killed.
 
     Raises:
-        DataError: the file is missing, or a line is broken; names the line.
+        DataError: the file is missing, or a line is broken; the message names the line.
     """
     try:
         lines = path.read_bytes().split(b"\n")

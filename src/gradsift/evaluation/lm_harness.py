@@ -16,7 +16,7 @@ def check_lm_eval(tasks: Sequence[str], folder: str | None) -> None:
     """Refuse tasks that cannot be run.
 
     Args:
-        folder: YAML files of further tasks.
+        folder: a folder with YAML files of further tasks.
 
     Raises:
         ConfigError: lm-eval is not installed, or does not know a task.
@@ -49,14 +49,14 @@ def evaluate_tasks(
     """Return every figure that lm-eval reports for each task, with the task's own number of shots.
 
     Tasks that generate (IFEval, GSM8K) are answered as the stage `generate` answers: greedily, each prompt as an
-    instruction in the target's template. The others compare log-probabilities of plain text.
+    instruction in the target's template. All other tasks compare log-probabilities of plain text.
 
     Args:
         model: a transformers model on its device, with or without LoRA layers.
         limit: number of documents per task; None uses all.
-        template: of the target.
+        template: the target's prompt template.
         max_new_tokens: tokens of an answer, if the task does not limit it to fewer.
-        max_tokens: padded tokens of a batch of answers at most; the others' batches are lm-eval's own.
+        max_tokens: padded tokens of a batch of answers at most; lm-eval itself forms the batches of all other tasks.
 
     Raises:
         ConfigError: a task needs a package that is not installed, or samples its answers.
@@ -105,7 +105,7 @@ def _answers(
     max_new_tokens: int,
     batches: Mapping[str, Any],
 ) -> list[str]:
-    """Return the answers to lm-eval's requests, each of a prompt and its options, up to the first of its ends."""
+    """Answer lm-eval's requests (a prompt and its options); cut each answer before the first end in its options."""
     by_limit: dict[int, list[int]] = {}
     for place, request in enumerate(requests):
         options = request.args[1]
@@ -123,13 +123,16 @@ def _answers(
 
 
 def until(text: str, ends: Sequence[str]) -> str:
-    """Return the text before the first of the ends."""
+    """Return the part of `text` before the place where any of `ends` first occurs."""
     return text[: min((place for end in ends if end and (place := text.find(end)) >= 0), default=len(text))]
 
 
 @functools.cache
 def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
-    """Return lm-eval's index of tasks, of the folder alone if it has them all: the package's takes ten seconds."""
+    """Return lm-eval's index of tasks.
+
+    If the folder has all `tasks`, only the folder is indexed: indexing the package's tasks takes ten seconds.
+    """
     from lm_eval.tasks import TaskManager
 
     if folder is not None:

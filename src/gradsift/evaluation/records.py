@@ -2,15 +2,15 @@
 
 Four kinds of file are recognised by their content:
 
-    judgments.jsonl       our own: one judgment per line, both orders
+    judgments.jsonl       our own format: one judgment per line, both orders
     two-order reviews     an object with `data`: rows of Answer1, Answer2, `scores` [first, second] and
                           `scores_reverse` as shown, i.e. [Answer2, Answer1]; Answer1 is the model, Answer2 the
                           reference (the format of Cherry_LLM's and Superfiltering's files)
-    two-query reviews     DiverseEvol's: JSON lines of `eval_QUERY0` and `eval_QUERY1`, both [model, reference], with
-                          `assistant1_QUERY0` as the model, which is shown second in the other query
-    annotations.json      alpaca_eval's: rows of output_1, output_2 and `preference` from 1 (output_1) to 2 (output_2),
-                          1.5 or 0 for a draw; output_2 is the model. One order per file; a second file in which the
-                          outputs are swapped is the other order
+    two-query reviews     DiverseEvol's format: JSON lines of `eval_QUERY0` and `eval_QUERY1`, both [model, reference];
+                          `assistant1_QUERY0` is the model, and QUERY1 shows the model second
+    annotations.json      alpaca_eval's format: rows of output_1, output_2 and `preference` from 1 (output_1) to 2
+                          (output_2), 1.5 or 0 for a draw; output_2 is the model. A file holds one order; a second file
+                          in which the outputs are swapped holds the other order
 
 PWS needs both orders. For judgments in one order, `orders` says so, the win rate and the PWS of that order are under
 `one_order`, and there is no PWS.
@@ -45,10 +45,10 @@ class Records:
     judgments: list[Judgment]
     lengths: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)  # characters: model, reference
     combine: Combine = "signs"
-    model: str | None = None  # if the file names it
+    model: str | None = None  # the model's name, if the file has it
 
     def add(self, benchmark: str, item: str, order: Order, reply: str, scores: tuple[float, float] | None) -> None:
-        """Add a judgment; `scores` are those of the model and the reference."""
+        """Add a judgment; `scores` are the model's score and the reference's, None for an invalid judgment."""
         model, reference = scores or (None, None)
         reason = None if scores else "the record holds no scores"
         self.judgments.append(
@@ -178,7 +178,7 @@ def _annotations(path: Path, rows: Sequence[Any], model: str | None) -> Records:
         valid = valid and -np.inf < preference < np.inf
         if valid and preference != 0 and not 1 <= preference <= 2:
             raise DataError(f"{place}: preference={preference} is neither from 1 to 2 nor 0; correct the row")
-        benchmark = str(row.get("dataset") or "annotations")  # not the file's name: the other order has another
+        benchmark = str(row.get("dataset") or "annotations")  # the files of the two orders have different names
         item = str(row.get("instruction", number))
         repeats[benchmark, item] = repeat = repeats.get((benchmark, item), 0) + 1
         item = item if repeat == 1 else f"{item} ({repeat})"
@@ -198,7 +198,7 @@ def _annotations(path: Path, rows: Sequence[Any], model: str | None) -> Records:
 
 
 def read_all(paths: Iterable[Path], model: str | None = None) -> Records:
-    """Read several files as one: different benchmarks, or the two orders of the same items.
+    """Read several files as one. They hold different benchmarks, or the two orders of the same items.
 
     Raises:
         DataError: two files judge one item in one order, or their orders combine differently.
@@ -257,7 +257,7 @@ def read_labels(path: Path) -> Outcomes:
     """Read people's outcomes: JSON lines of `item_id`, `label` and, for several benchmarks, `benchmark`.
 
     Raises:
-        DataError: a line has another form; names it.
+        DataError: a line has another form; the message names the line.
     """
     labels: dict[tuple[str, str], Outcome] = {}
     for number, content in enumerate(path.read_bytes().split(b"\n"), start=1):

@@ -39,7 +39,7 @@ def check_generator(config: EndpointGeneratorConfig) -> None:
 
 
 def generator_settings(config: EndpointGeneratorConfig) -> dict[str, Any]:
-    """Return what answers depend on besides the target: its server computes with numerics of its own."""
+    """Return the settings that answers depend on besides the target: each server computes with its own numerics."""
     own = {name: getattr(config, name) for name in ("name", "base_url", "model", "prompt")}
     return own | {"serve": [*config.serve, *config.serve_arguments]}
 
@@ -58,8 +58,8 @@ def endpoint_answers(
     """Yield a function that answers questions; a server that is to be started runs until the end of the block.
 
     Args:
-        replies: file of the replies.
-        folder: of the artifact in the making.
+        replies: file in which replies are stored.
+        folder: folder of the artifact in the making.
     """
     model = config.model or str(target_config.model.path or target.path)
     name, where = model, ""

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from gradsift import outside_json
 from gradsift.errors import GradsiftError
 
-CUT = "length"  # why a reply ended that reached the limit of its tokens
+CUT = "length"  # the `finish_reason` of a reply that reached the limit of its tokens
 REPLIES_FILE = "judge_cache.sqlite"  # in the store, for all runs
 _PATIENCE = 60.0  # seconds to wait while another process writes
 _SCHEMA = """
@@ -58,7 +58,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     calls: int = 1
-    estimated_calls: int = 0  # those whose tokens are estimates: the endpoint reported none
+    estimated_calls: int = 0  # calls whose tokens are estimates, because the endpoint reported none
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -86,7 +86,7 @@ class Terms:
         return (prompt_tokens * self.price_input + completion_tokens * self.price_output) / 1e6
 
     def exceeded(self, total: Usage) -> str | None:
-        """Return the cap that spending `total` would break, as it is set; None if it fits."""
+        """Return the cap that spending `total` would break, as in "judge.max_usd=5"; None if it breaks none."""
         if self.max_calls is not None and total.calls > self.max_calls:
             return f"judge.max_calls={self.max_calls}"
         usd = self.usd(total.prompt_tokens, total.completion_tokens)
@@ -96,7 +96,7 @@ class Terms:
 
 
 class CapReached(Exception):
-    """The next request may cost more than a cap allows; `option` is the cap as it is set."""
+    """The next request may cost more than a cap allows; `option` is the cap, as in "judge.max_usd=5"."""
 
     def __init__(self, option: str) -> None:
         super().__init__(option)
@@ -185,7 +185,7 @@ class Replies:
             self._settle(key, scope, usage)
 
     def release(self, key: str, scope: str, usage: Usage | None) -> None:
-        """Replace the reservation, if there still is one, with the maximum possible charge; None: nothing."""
+        """Replace the reservation, if there still is one, with `usage`, the most that may be charged; None: nothing."""
         with self._writing():
             reserved = "SELECT 1 FROM pending WHERE key = ? AND owner = ?"
             if self._connection.execute(reserved, (key, self._owner)).fetchone():

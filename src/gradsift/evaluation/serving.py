@@ -15,10 +15,10 @@ from pathlib import Path
 
 from gradsift.errors import ConfigError, GradsiftError
 
-_POLL = 0.5  # seconds between looks whether it answers
-_PATIENCE = 30.0  # seconds in which it may end by itself
-_MOST_SHOWN = 2000  # characters of its output in an error
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM allows for --max-lora-rank
+_POLL = 0.5  # seconds between looks whether the server answers
+_PATIENCE = 30.0  # seconds in which the server may end by itself
+_MOST_SHOWN = 2000  # characters of the server's output in an error
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM allows for --max-lora-rank
 
 
 def vllm_arguments(
@@ -28,11 +28,11 @@ def vllm_arguments(
 
     Args:
         model: hub id, or a folder.
-        name: of the model without an adapter, in requests.
-        adapters: folders in peft's format, by their name in requests.
-        rank: of the adapters.
+        name: requests for the model without an adapter use this name.
+        adapters: folders in peft's format, by the names that requests use.
+        rank: the adapters' LoRA rank.
     """
-    # its defaults would come from the model's own generation config, such as a repetition penalty
+    # otherwise vLLM takes defaults, such as a repetition penalty, from the model's own generation config
     arguments = [model, "--served-model-name", name, "--dtype", dtype, "--generation-config", "vllm"]
     arguments += ["--revision", revision] if revision else []
     if adapters:
@@ -60,7 +60,8 @@ def serving(command: Sequence[str], log: Path, timeout: float) -> Iterator[str]:
         log: file for its output.
 
     Raises:
-        GradsiftError: it ends, or does not answer within `timeout` seconds; quotes the end of its output.
+        GradsiftError: the server ends, or does not answer within `timeout` seconds; the message quotes the end of its
+            output.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -108,7 +108,7 @@ def bleu_signature() -> str:
     from sacrebleu.metrics import BLEU
 
     metric = BLEU()
-    metric.corpus_score(["a"], [["a"]])  # it knows the number of references only after a first corpus
+    metric.corpus_score(["a"], [["a"]])  # sacrebleu knows the number of references only after a first corpus
     return str(metric.get_signature())
 
 
@@ -153,12 +153,12 @@ def read_wordnet(folder: Path) -> Synonyms:
 
     nltk.data.path.append(str(folder))  # nltk reads no files outside these folders
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about the missing other languages
+        warnings.simplefilter("ignore", UserWarning)  # nltk warns that the files of other languages are missing
         return Reader(str(folder), None)
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
-    """Return after - before of each metric that both have. Below zero is forgotten, except for losses."""
+    """Return after - before of each metric that both have. Below zero, or for a loss above zero, is forgetting."""
     changes = {}
     for name, value in before.items():
         if name != "items" and all(isinstance(one, int | float) for one in (value, after.get(name))):

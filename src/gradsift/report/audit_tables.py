@@ -1,8 +1,8 @@
 """The noise audit of a sweep: every method side by side, on the terminal and in audit.json, audit.csv and audit.md.
 
-Methods are compared on the same corrupted dataset. Over datasets that differ by seeds alone their means are shown, and
-the CSV has each of them. If the sweep varies an option of the data, each value gets its own tables. A method that did
-not finish on one of the datasets is left out of the means.
+Methods are compared on the same corrupted dataset. If datasets differ by seeds alone, the tables show each method's
+means over the datasets, and the CSV has lines for each dataset. If the sweep varies an option of the data, each value
+of the option gets its own tables. A method that did not finish on one of the datasets is left out of the means.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Verdict = Mapping[str, list[str]]  # alphas (as text) by outcome
 ALL_ROWS = "(all rows)"
 FAILED = "failed"
 CLEANER, DIRTIER, TOO_FEW, AS_CHANCE = "cleaner", "dirtier", "too few rows", "no different"
-# keys of overrides that do not name a method: the scorer is named anyway, and the others change no audit
+# keys of overrides that do not name a method: the scorer is named anyway, and alpha and target change no audit
 _TOLD_APART = ("scorer", "alpha", "target")
 _SPREADS = 2  # standard deviations of a random draw within which a spoilt share counts as chance
 _READING = (
@@ -96,7 +96,10 @@ def _overlap(methods: Mapping[str, Figures]) -> dict[str, dict[str, dict[str, fl
 
 
 def mean_of(values: Sequence[Any]) -> Any:
-    """Average equal structures number by number; None where one of them lacks the number, and texts from the first."""
+    """Average structures of one form, number by number.
+
+    A number is None if any structure has None there; texts come from the first structure.
+    """
     first = values[0]
     if isinstance(first, Mapping):
         shared = [key for key in first if all(key in value for value in values)]
@@ -115,7 +118,7 @@ def audit_tables(audit: SweepAudit, *, brief: bool) -> list[Table]:
     """Return the tables of an audit.
 
     Args:
-        brief: as on the terminal, with the overlap at the middle alpha only; `audit.md` has it at every alpha.
+        brief: whether to show the overlap at the middle alpha only (terminal) or at every alpha (`audit.md`).
     """
     groups = dict.fromkeys(dataset["options"] for dataset in audit.datasets)
     return [table for options in groups for table in _tables_of(audit, options, brief)]
@@ -159,7 +162,7 @@ def _verdict(figures: Figures, datasets: int) -> Verdict:
 
     Args:
         datasets: number of different datasets that the figures are means over. The mean of several random draws varies
-            less than one draw, but not if the corrupted rows are the same.
+            less than one draw, but not if all datasets have the same corrupted rows.
     """
     verdict: dict[str, list[str]] = {CLEANER: [], DIRTIER: [], TOO_FEW: []}
     for cell in figures["selections"]:
@@ -174,7 +177,7 @@ def _verdict(figures: Figures, datasets: int) -> Verdict:
 
 
 def _verdict_text(verdict: Verdict, alphas: Sequence[str]) -> str:
-    """Return, for example, "cleaner", "dirtier at 5 %" or "no different"; the alphas only if they are not all."""
+    """Return, for example, "cleaner" (at all alphas), "dirtier at 5 %" (at this alpha alone) or "no different"."""
     parts = [
         word if verdict[word] == alphas else f"{word} at {', '.join(verdict[word])}"
         for word in (CLEANER, DIRTIER)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def report_at_end(folder: Path, display: Display) -> Path | None:
-    """Write `report.html` and its files into the folder, and log them to W&B if the runs are.
+    """Write `report.html` and its files into the folder, and log them to W&B if the runs are logged there.
 
     Returns:
         The path of the page; None if it could not be written, after printing the reason.

@@ -3,7 +3,7 @@
 A pool is packed into one sequence of bytes, compressed and written as base64, with a JSON description beside it. The
 page reads the columns as typed arrays and searches the texts as one string, so 52,000 examples answer at once.
 
-Shape letters: N examples of the pool, n of them that the page holds.
+Shape letters: N examples of the pool, n examples that the page holds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED
 from gradsift.selection.choice import best_first
 
 CUT = 400  # characters of a text that the page holds
-MOST = 100_000  # examples that one page holds; of larger pools the selected ones and an even share of the others
+MOST = 100_000  # examples that one page holds (see `held`)
 STATUSES = (SCORED, UNDEFINED, EXCLUDED)
 _END, _FIELD = "\x1e", "\x1f"  # no presentable text holds them
 
@@ -139,7 +139,7 @@ def _selection(material: Material, run: Run, pool: Pool, method: int) -> dict[st
 
 
 class _Columns:
-    """Columns one after the other, each at a multiple of four bytes; equal ones are stored once."""
+    """Columns one after the other, each at a multiple of four bytes; equal columns are stored once."""
 
     def __init__(self, rows: np.ndarray) -> None:
         """
@@ -201,13 +201,16 @@ def pack(pool: Pool, most: int = MOST) -> Packed:
 
 
 def held(pool: Pool, most: int) -> np.ndarray:
-    """Return the positions (n,) that the page holds: all, or the selected ones and an even share of the others."""
+    """Return the positions (n,) of the examples that the page holds.
+
+    A pool of more than `most` examples is reduced to the selected examples and an even share of the other examples.
+    """
     count = len(pool.examples)
     if count <= most:
         return np.arange(count)
     places = np.array([selection["place"] for selection in pool.selections])
     selected = (places > 0).any(axis=0)
-    if selected.sum() > most:  # the first of each selection
+    if selected.sum() > most:  # keep the first examples of each selection
         selected = ((places > 0) & (places <= most // len(places))).any(axis=0)
     room = most - int(selected.sum())
     others = np.flatnonzero(~selected)
@@ -216,7 +219,7 @@ def held(pool: Pool, most: int) -> np.ndarray:
 
 
 def _fields(example: Example) -> tuple[str, str, str, str]:
-    """Return prompt, input, response, and the turns before them."""
+    """Return prompt, input, response, and the turns before the prompt."""
     before = "\n".join(f"{turn.role}: {turn.content}" for turn in example.history)
     return example.instruction, example.input, example.output, before
 

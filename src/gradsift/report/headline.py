@@ -47,7 +47,7 @@ def headline(material: Material) -> Headline:
 
 def _of_sweep(material: Material) -> tuple[str, list[str], list[Tile]]:
     runs = material.runs
-    known = [run for run in runs if "variant" in run.record]  # the others failed before they recorded their settings
+    known = [run for run in runs if "variant" in run.record]  # other runs failed before they recorded their settings
     parts = [
         counted(len({run.method for run in known}), "method"),
         counted(len({run.alpha for run in known if run.record["scorer"] != "full"}), "budget"),
@@ -109,13 +109,13 @@ def _invalid(row: Row) -> str:
 
 
 def _length_tile(row: Row) -> list[Tile]:
-    """Return the length-controlled PWS; nothing for a verifier, which has none."""
+    """Return a tile with the length-controlled PWS; no tile for a verifier, which has no such PWS."""
     value = row["pws_length_controlled"]
     return [] if value is None else [Tile("length-controlled PWS", f"{value:.3f}", "at answers of equal length")]
 
 
 def _baselines_tile(material: Material, best: Row) -> list[Tile]:
-    """Return the accuracy of a cell, or its held-out loss if the benchmark has no references, beside the baselines."""
+    """Return a tile with a cell's accuracy (or held-out loss, if there are no references) beside the baselines'."""
     alike = ("dataset", "target", "scorer", "alpha", "members", "settings")
     runs = [run.record for run in material.finished]
     runs = [run for run in runs if [flat_rows(run)[0][key] for key in alike] == [best[key] for key in alike]]
@@ -129,7 +129,7 @@ def _baselines_tile(material: Material, best: Row) -> list[Tile]:
 
 
 def _measured_tile(name: str, value: float | None, measured: Sequence[Mapping[str, float | None]]) -> list[Tile]:
-    """Return a figure beside the means of those of the full data and of no finetuning; nothing for None."""
+    """Return a tile with `value` beside the mean values of full-data and untuned targets; no tile for None."""
     notes = []
     for baseline, key in (("full data", "reference"), ("no finetuning", "untuned")):
         values = [figure for each in measured if (figure := each.get(key)) is not None]
@@ -185,7 +185,7 @@ def _settings(material: Material) -> str:
 
 
 def _below_random(found: Mapping[str, Any]) -> str:
-    """Return one warning for all methods whose PWS is below that of random rows."""
+    """Return one warning for all methods whose PWS is below the PWS of random rows."""
     names = [
         f"{name.removeprefix(AGAINST_RANDOM).strip(' ()')} ({each['values']['pws']:.3f}, random "
         f"{each['values']['pws_random']:.3f})"

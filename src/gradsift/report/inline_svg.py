@@ -25,7 +25,7 @@ def inline_svg(text: str, name: str, label: str) -> Markup:
     """Return the `<svg>` element of a file that matplotlib wrote.
 
     Args:
-        name: of the figure; prefix of its ids.
+        name: name of the figure; ids begin with it.
         label: text for screen readers.
     """
     shown = _element(ElementTree.fromstring(text), name)  # noqa: S314 - written by matplotlib a moment ago

@@ -41,8 +41,10 @@ class JudgedPair(NamedTuple):
 
 
 def judged_pairs(material: Material, most: int = MOST) -> tuple[list[JudgedPair], list[str]]:
-    """Return up to `most` judged pairs: an equal number of each method and alpha, of its first run with answers, and of
-    these an equal number of each outcome, evenly spread over the items.
+    """Return up to `most` judged pairs.
+
+    Every method and alpha gets an equal number of pairs, from its first run whose answers are in the store. Among these
+    pairs every outcome gets an equal number, evenly spread over the items.
 
     Returns:
         The pairs, and the reasons why runs are not shown (see `attempt`).
@@ -69,7 +71,7 @@ def judged_pairs(material: Material, most: int = MOST) -> tuple[list[JudgedPair]
 def _sample(name: str, run: Run, most: int) -> list[JudgedPair]:
     judged = run.one("judge")
     by_fingerprint = {artifact.fingerprint: artifact for artifact in run.artifacts.get("generate", [])}
-    parents = judged.manifest["parents"][:2]  # the answers, then the reference's
+    parents = judged.manifest["parents"][:2]  # the model's answers, then the reference's
     if any(parent not in by_fingerprint for parent in parents):
         raise Missing(f"{run.name}: the judged answers are not in the store any more")
     rows, reference_rows = (
@@ -91,7 +93,7 @@ def _sample(name: str, run: Run, most: int) -> list[JudgedPair]:
 
 
 def _balanced(groups: Mapping[str, Sequence[Key]], most: int) -> list[tuple[str, Key]]:
-    """Return up to `most` keys with the names of their groups, in turn, and of each group an even share of its keys."""
+    """Return up to `most` keys with their groups' names; groups take turns, and a group's keys are evenly spread."""
     turns = [(turn, name) for name, keys in groups.items() for turn in range(len(keys))]
     turns = sorted(turns, key=lambda turn: turn[0])[:most]
     sizes = Counter(name for _, name in turns)

@@ -34,7 +34,7 @@ from gradsift.training.curves import TRAJECTORY_FILE, read_curve, read_trajector
 
 BROKEN = "failed with"  # begins the reason why something is absent, if it is an error
 FAILED = ("failed", "interrupted", "unfinished")  # statuses of runs that did not get as far as they were asked to
-# keys of overrides that do not name a method: the scorer is named anyway, the others distinguish datasets and cells
+# keys of overrides that do not name a method: the scorer is named anyway, other keys distinguish datasets and cells
 _TOLD_APART = ("scorer", "alpha", "data", "target", "judge")
 T = TypeVar("T")
 Curve = list[dict[str, float]]  # one entry a step: batch, loss (nats a token), tokens
@@ -138,7 +138,7 @@ class Run:
         return bool(self.artifacts.get(stage))
 
     def one(self, stage: str, place: int = 0) -> Artifact:
-        """Return an artifact of a stage; `place` counts those of the stage from 0.
+        """Return an artifact of a stage; `place` counts the stage's artifacts from 0.
 
         Raises:
             Missing: there is none; the message says why.
@@ -275,7 +275,7 @@ def read(folder: Path, artifacts: Path | None = None) -> Material:
 
 
 def _named(records: Sequence[dict[str, Any]]) -> list[Mapping[str, Any]]:
-    """Add `settings` to the records; failed runs do not count in what the others have in common."""
+    """Add `settings` to the records: overrides not shared by all failed runs, or by all other runs, respectively."""
     named: list[Mapping[str, Any]] = list(records)
     for failed in (True, False):
         places = [i for i, record in enumerate(records) if (record["status"] in FAILED) is failed]

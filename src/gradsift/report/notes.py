@@ -62,7 +62,7 @@ def remarks_of_all(runs: Iterable[Run]) -> list[str]:
 def warnings_of(diagnostics: Mapping[str, Mapping[str, Any]] | None) -> dict[str, str]:
     """Return the messages of the diagnostics that warn, by name.
 
-    They keep the order of the stages, ensemble before selection, as the first may be the cause of the others.
+    The messages keep the order of the stages, ensemble before selection, as the first may cause the later ones.
     """
     return {name: d["message"] for name, d in (diagnostics or {}).items() if d["verdict"] == "warning"}
 
@@ -70,11 +70,11 @@ def warnings_of(diagnostics: Mapping[str, Mapping[str, Any]] | None) -> dict[str
 def against_random(runs: Sequence[Run]) -> list[Diagnostic]:
     """Compare each method with random selection; return a diagnostic for each scorer and setting.
 
-    The pooled PWS of a run is compared with those of random selections that share its seeds and everything but the
-    scorer and the scorer's constants. A method without such a counterpart gets no diagnostic. The p-values are those of
-    paired tests, with Holm's correction over the methods.
+    The pooled PWS of a run is compared with the pooled PWS of random selections whose seeds and settings are equal to
+    the run's, apart from the scorer and the scorer's constants. A method without such a counterpart gets no diagnostic.
+    The p-values come from paired tests, with Holm's correction over the methods.
     """
-    rows = [flat_rows(run)[-1] for run in with_settings(runs)]  # the last is the pooled one, or the only one
+    rows = [flat_rows(run)[-1] for run in with_settings(runs)]  # the last row is the pooled row, or the only row
     rows = [row for row in rows if row["pws"] is not None and row["scorer"] != "full"]
     named = [n for n in SETTINGS if n in ("scorer", "alpha") or len({row[n] for row in rows}) > 1]
     random: dict[tuple[Any, ...], list[Row]] = {}

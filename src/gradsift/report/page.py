@@ -59,7 +59,7 @@ def write_report(
 
     Args:
         to: the folder to write to; by default `folder` itself.
-        formats: of the figures' files. SVG is always written, as the page contains it.
+        formats: formats of the figures' files. SVG is always written, as the page contains it.
         artifacts: the store, if it is neither at the paths in `run.json` nor where the config says.
 
     Returns:
@@ -105,7 +105,7 @@ def _shown(entry: Entry, to: Path, reason: str | None, formats: Iterable[Format]
 
 
 def _packed(material: Material) -> tuple[list[Packed], list[str]]:
-    """Return the pools that fit into one page, and the names of the others."""
+    """Return the pools that fit into one page, and the names of the pools that do not."""
     packed: list[Packed] = []
     left_out: list[str] = []
     room = MOST
@@ -122,7 +122,7 @@ def _packed(material: Material) -> tuple[list[Packed], list[str]]:
 
 
 def render(material: Material, values: Mapping[str, Any]) -> str:
-    """Return the page as HTML; `values` are those of the template that need files or a store."""
+    """Return the page as HTML; `values` are the template's values that are made from files or a store."""
     style, script = (
         resources.files("gradsift.report").joinpath("templates", name).read_text(encoding="utf-8")
         for name in ("report.css", "report.js")
@@ -165,7 +165,7 @@ def figures_of(figures: Sequence[Shown], modules: Sequence[str]) -> list[Shown]:
 
 
 def _policy(style: str, script: str) -> str:
-    """Return a content security policy that allows these two and images inside figures, and nothing else."""
+    """Return a content security policy that allows this style, this script and images inside figures alone."""
     style_hash, script_hash = (
         base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii") for text in (style, script)
     )
@@ -188,7 +188,7 @@ def _commands(material: Material) -> list[str]:
         return [command(overrides[0]), f"python run.py --replay {shlex.quote(str(material.folder))}"]
     try:
         return [command(["-m", *read_yaml(material.folder / "multirun.yaml")["hydra"]["overrides"]["task"]])]
-    except (KeyError, TypeError):  # Hydra left no such file, or another one
+    except (KeyError, TypeError):  # Hydra left no such file, or a file of another form
         return [command(own) for own in overrides]
 
 

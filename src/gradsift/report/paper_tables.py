@@ -1,8 +1,8 @@
 """The paper's tables for a sweep: PWS by dataset, target and benchmark, and the ablations.
 
-They are Tables 1 and 2 of GRADFILTERING (arXiv 2601.13697). The paper counts the cells in which its PWS is at least
-that of every baseline. Beside that count stand the ties and the significant differences: the method is compared with
-every baseline on the same items and seeds, and Holm's correction covers all comparisons of the table.
+They are Tables 1 and 2 of GRADFILTERING (arXiv 2601.13697). The paper counts the cells in which the PWS of its method
+is at least the PWS of every baseline. Beside that count stand the ties and the significant differences: the method is
+compared with every baseline on the same items and seeds, and Holm's correction covers all comparisons of the table.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Count:
     """Counts of cells by how the method compares with the baselines."""
 
     cells: int
-    higher: int  # cells where its PWS is above that of every baseline
-    tied: int  # cells where its PWS equals the best baseline's
-    better: int  # cells where it is significantly better than every baseline
-    worse: int  # cells where it is significantly worse than some baseline
+    higher: int  # cells where the method's PWS is above every baseline's
+    tied: int  # cells where the method's PWS equals the best baseline's
+    better: int  # cells where the method is significantly better than every baseline
+    worse: int  # cells where the method is significantly worse than some baseline
     baselines: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ def cells_of(material: Material) -> Cells:
 
 
 def _by_scorer(cells: Cells) -> dict[tuple[Place, float], dict[str, Row]]:
-    """Return the rows of each place and alpha by scorer; of a scorer with several settings the first."""
+    """Return the rows of each place and alpha by scorer; a scorer with several settings has its first row."""
     groups: dict[tuple[Place, float], dict[str, Row]] = {}
     for (place, (alpha, _)), row in cells.items():
         groups.setdefault((place, alpha), {}).setdefault(row["scorer"], row)
@@ -88,7 +88,7 @@ def count(cells: Cells) -> Count:
     Raises:
         Missing: no cell has both the method and a baseline.
     """
-    groups = []  # the method's row, and those of the baselines
+    groups = []  # the method's row, and the baselines' rows by name
     for group in _by_scorer(cells).values():
         baselines = {name: row for name, row in group.items() if name not in _NO_BASELINES}
         if METHOD in group and baselines:

@@ -1,6 +1,6 @@
 """What `plan=true` shows, from `run.json` files alone: what is done, what is to do, and what it will take.
 
-A unit that several runs of a sweep ask for is made by the first of them and `shared` by the others.
+If several runs of a sweep ask for a unit, the first of these runs makes it, and it is `shared` in the later runs.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def states(runs: Sequence[Run]) -> list[list[tuple[PlannedUnit, str]]]:
     """Return each run's units with their state: DONE, TO_DO, AT_MOST or SHARED.
 
     Args:
-        runs: in the order of their jobs.
+        runs: the runs, in the order of their jobs.
     """
     promised: set[str] = set()
 

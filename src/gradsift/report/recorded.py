@@ -40,7 +40,7 @@ _IRRELEVANT = (
     "artifacts",
     "report",
     "tracker",
-)  # options that no result depends on; of `compute` only the precision
+)  # options that no result depends on, apart from `compute.precision`
 Figures = Mapping[str, Mapping[str, Sequence[float | None]]]  # scorer -> measure -> a value for each data seed
 
 
@@ -49,7 +49,7 @@ def compared(files: Sequence[Path], runs: Sequence[Run]) -> list[str]:
 
     Args:
         files: the `run.json` of each job, with its config beside it.
-        runs: their contents.
+        runs: the contents of these files.
     """
     recorded = json.loads((conf_folder() / RECORDED_FILE).read_text(encoding="utf-8"))
     # the hash reads every job's config, so compare the jobs first
@@ -75,7 +75,7 @@ def _jobs(runs: Sequence[Run]) -> list[str]:
 
 
 def _settings(files: Sequence[Path]) -> str:
-    """Return a hash of the options of all jobs that results depend on."""
+    """Return a hash of all jobs' options, apart from options that no result depends on."""
     hashes = []
     for file in files:
         if not (values := config_values(file.parent)):
@@ -100,7 +100,7 @@ def _difference(values: Sequence[float | None], expected: Sequence[float | None]
 
     known, recorded = ([value for value in each if value is not None] for each in (values, expected))
     if not recorded:
-        return None  # such as the PWS of the full data, which is 1 by definition
+        return None  # nothing is recorded, as for the PWS of the full data, which is 1 by definition
     mean = statistics.fmean(recorded)
     if len(known) != len(recorded):
         return f"{len(recorded) - len(known)} of {len(recorded)} values are missing here, recorded {mean:.3f}"

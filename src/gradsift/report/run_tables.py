@@ -1,8 +1,8 @@
 """The tables of a run or a sweep, made from `run.json` files alone: results and work.
 
-A row of results is one run and benchmark, plus the pooled figure if there are several benchmarks. On the terminal, runs
-whose configs differ in nothing but a seed share a line: their mean, with an interval over seeds and items. The column
-`settings` shows overrides that only some of the runs have.
+A row of results is one run and benchmark; a run with several benchmarks has a pooled row too. On the terminal, runs
+whose configs differ in nothing but a seed share a line, which shows the mean of the runs with an interval over seeds
+and items. The column `settings` shows overrides that only some of the runs have.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SEEDS = ("data_seed", "seed")
 SEED_KEYS = ("seed", "data.seed", "data.corruption.seed", "scorer.seed", "selector.seed")
 COUNTS = ("win", "tie", "lose", "invalid")
 MEASURES = ("rows", "pws", "pws_length_controlled", "accuracy", "heldout_loss", "spoilt_share", "families")
-DEFAULT_CONFIDENCE = 0.95  # of runs whose record does not name it
+DEFAULT_CONFIDENCE = 0.95  # assumed for runs whose record names no confidence
 LEVEL = 0.05  # probability of one or more false claims in a table
-OUTCOMES = "outcomes"  # of a row: (hash of the items, a letter per item), or a list of these for several seeds
+OUTCOMES = "outcomes"  # a row has here (hash of the items, a letter per item), or a list of these for several seeds
 UNTUNED = "(no finetuning)"
 TITLE = "PWS against the model tuned on all rows"
 _OWN_COLUMN = ("scorer", "alpha", "data", "proxy", "target", "judge", "proxy.members", "proxy.snapshots")
@@ -65,7 +65,7 @@ def flat_rows(run: Run) -> list[Row]:
     """Return the rows of one run as plain values, the pooled one last; None where the run lacks a figure."""
     cells: dict[str, Mapping[str, Any]] = dict(run.get("benchmarks") or {})
     outcomes = {name: (each["items"], each["outcomes"]) for name, each in (run.get("outcomes") or {}).items()}
-    name = next(iter(cells), "pooled")  # of the row over all items
+    name = next(iter(cells), "pooled")  # the name of the row over all items
     if len(cells) != 1:
         name = "pooled" if cells else "+".join(run.get("benchmark_sets") or [])
         cells[name] = run.get("pooled") or {"pws": run.get("pws")}
@@ -100,7 +100,7 @@ def flat_rows(run: Run) -> list[Row]:
 
 
 def untuned_rows(runs: Iterable[Run]) -> list[Row]:
-    """Return a row of the target before finetuning for each dataset, target and seed, to compare the others with."""
+    """Return a row for each dataset, target and seed: the target before finetuning, to compare other rows with."""
     rows: dict[tuple[Any, ...], Row] = {}
     for run in runs:
         accuracy, loss = ((run.get(name) or {}).get("untuned") for name in ("accuracy", "heldout_loss"))
@@ -113,7 +113,7 @@ def untuned_rows(runs: Iterable[Run]) -> list[Row]:
 
 
 def all_rows(runs: Sequence[Run]) -> list[Row]:
-    """Return every row of every run, and those of the untuned targets last."""
+    """Return every row of every run, and last the rows of the untuned targets."""
     return [row for run in runs for row in flat_rows(run)] + untuned_rows(runs)
 
 

@@ -36,7 +36,7 @@ def write_scores_of(run: Path, out: Path, artifacts: Path | None = None) -> int:
         The number of rows.
 
     Raises:
-        GradsiftError: the type is unknown, `run` is a sweep, or its scores are not in the store; says why.
+        GradsiftError: the type is unknown, `run` is a sweep, or its scores are not in the store.
     """
     if out.suffix not in TYPES:
         raise ConfigError(f"--out {out} is of no known type; let its name end in one of: {', '.join(TYPES)}")

@@ -33,12 +33,12 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     best: frozenset[tuple[int, int]] = frozenset()  # (row, column) of cells to show in bold
-    note: str = ""  # how to read it
+    note: str = ""  # how to read the table
     records: Sequence[Mapping[str, Any]] = ()  # plain values: one mapping for each line of the CSV file
 
     @property
     def text_columns(self) -> set[int]:
-        """The columns to align left: the first, and all that hold words and no figure."""
+        """The columns to align left: the first column, and all columns that hold words and no figure."""
         columns = enumerate(zip(*self.rows, strict=True))
         return {0} | {i for i, cells in columns if any(map(_is_word, cells)) and not any(map(_is_figure, cells))}
 
@@ -155,7 +155,7 @@ def groups_of(header: Sequence[str]) -> list[tuple[str, list[str]]]:
 
     Returns:
         The title and the methods of each group. Empty if any column but the first is named otherwise, or if no two
-        share their alpha.
+        columns share an alpha.
     """
     pairs = [name.partition(": ") for name in header[1:]]
     groups: list[tuple[str, list[str]]] = []

@@ -26,9 +26,9 @@ from gradsift.run_folder import RUN_FILE, job_number, read_yaml
 from gradsift.runtime import Display
 
 RESULTS_FILE = "results.csv"
-_FIRST = ("report", "run", "selection")  # of the files that a run wrote: those that a user opens first
+_FIRST = ("report", "run", "selection")  # among the files that a run wrote, a user opens these first
 _LONG = 10.0  # seconds from which on a unit has a line of its own in a sweep
-_MOST_WARNINGS = 3  # of a sweep's own, printed in full
+_MOST_WARNINGS = 3  # number of a sweep's own warnings that are printed in full
 
 
 class RunView:

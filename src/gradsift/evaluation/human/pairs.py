@@ -50,7 +50,7 @@ def read_pairs(files: PairFiles) -> Pairs:
     """Read both models' answers.
 
     Raises:
-        DataError: a file is missing or broken, the two do not answer the same items, or an id is not Unicode text.
+        DataError: a file is missing or broken, the models answer different items, or an id is not Unicode text.
     """
     rows, reference_rows = map(without_turns, read_pair(files.model, files.reference))
     outputs = {item_key(row): row["output"] for row in reference_rows}
@@ -91,16 +91,17 @@ def files_of_run(folder: Path) -> PairFiles:
     if judged:
         about = manifest(judged[-1])
         answers = {stage["fingerprint"]: Path(stage["artifact"]) / OUTPUTS_FILE for stage in generated}
-        parents = about["parents"][:2]  # the answers, then the reference's
+        parents = about["parents"][:2]  # the model's answers, then the reference's
         if missing := [parent for parent in parents if parent not in answers]:
             raise DataError(
                 f"{folder}: run.json does not name the judged answers {', '.join(missing)}; give its command again"
             )
         model, reference = (answers[parent] for parent in parents)
         return PairFiles(model, reference, Path(judged[-1]) / "judgments.jsonl", about["info"]["combine"])
-    # the judge has not finished: the answers of the first two finetunes (selection, all rows) to the same items
+    # the judge has not finished, so take the answers that the first two finetunes (on the selection, on all rows) gave
+    # to the same items
     tuned = [stage["fingerprint"] for stage in stages if stage["name"] == "finetune"][:2]
-    by_items: dict[str, dict[str, Path]] = {}  # hash of the items: finetune, answers
+    by_items: dict[str, dict[str, Path]] = {}  # by hash of the items: {finetune: file of answers}
     for stage in generated:
         about = manifest(stage["artifact"])
         answers = by_items.setdefault(str(about["config"].get("items")), {})

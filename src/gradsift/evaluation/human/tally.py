@@ -28,10 +28,10 @@ def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) 
 
     Returns:
         JSON values. `raters`: n, win, tie, lose, PWS with interval, `both_bad` (some of the ties) and `position`, by
-        name. `majority`: the same per benchmark and pooled; `split` counts the items without a majority, which are not
-        in the PWS. `agreement`: Cohen's kappa of each two raters, and Fleiss' kappa over the items that all of them
-        rated. `judge`: its counts on the voted items and its agreement with the majority and each rater; None without
-        a judge. `comments`: those of the raters.
+        name. `majority`: counts and PWS per benchmark and pooled; `split` counts the items without a majority, which
+        are not in the PWS. `agreement`: Cohen's kappa of each two raters, and Fleiss' kappa over the items that all
+        raters rated. `judge`: the LLM judge's counts on the voted items and its agreement with the majority and each
+        rater; None without a judge. `comments`: the raters' comments.
     """
     by_rater: dict[str, list[Vote]] = {}
     for vote in votes:

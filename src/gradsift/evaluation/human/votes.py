@@ -23,7 +23,7 @@ NAME_LENGTH = 60  # characters of a rater's name
 _APPLICATION = 0x67736865  # "gshe": distinguishes our file from other SQLite files
 _FORMAT = 2
 COMMENT_LENGTH = 1000  # characters of a comment
-# of a file of format 1, which had neither
+# adds the two columns that a file of format 1 lacks
 _UPGRADE = (
     "ALTER TABLE shown ADD COLUMN bad INTEGER NOT NULL DEFAULT 0 CHECK (bad IN (0, 1))",
     "ALTER TABLE shown ADD COLUMN comment TEXT NOT NULL DEFAULT ''",
@@ -148,10 +148,10 @@ class Votes:
         self._connection.close()
 
     def require(self, pairs: Pairs, items: int | None = None, seed: int | None = None) -> None:
-        """Refuse pairs, or options of the draw, that differ from those of the file.
+        """Refuse pairs, or options of the draw, that differ from what the file records.
 
         Raises:
-            ConfigError, DataError: names the difference.
+            ConfigError, DataError: something differs; the message says what.
         """
         if self.about["content"] != pairs.content:
             raise DataError(

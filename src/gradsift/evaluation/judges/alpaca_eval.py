@@ -25,7 +25,7 @@ from gradsift.evaluation.judges.parsing import json_objects, parse_scores
 from gradsift.evaluation.replies import CUT, Completion
 from gradsift.evaluation.turns import with_input
 
-NAMES = "alpaca_eval/"  # prefix of such a judge's name in records
+NAMES = "alpaca_eval/"  # in records, the names of these judges begin with it
 EQUAL = "both answers are the same text, a draw without asking (as in alpaca_eval)"
 
 Parser = Callable[[Any], Any]
@@ -54,7 +54,7 @@ class AlpacaEvalJudge:
 
     def __init__(self, chat: ChatClient, annotator: Annotator, *, scope: str = "judge") -> None:
         """Args:
-        chat: has the annotator's model and parameters.
+        chat: a client with the annotator's model and parameters.
         scope: name under which the spending is counted.
         """
         self.name = f"{NAMES}{annotator.name}/{chat.parameters['model']}"
@@ -68,7 +68,7 @@ class AlpacaEvalJudge:
         return content_hash("alpaca_eval", self._chat.identity, reading, render(self._annotator, request))
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
-        """Yield replies in order of arrival, then those to equal answers, which need no request."""
+        """Yield replies in order of arrival, then replies about pairs of equal answers, which need no request."""
         shown = {request: in_one_turn(request) for request in requests}
         asked = [request for request, pair in shown.items() if pair.first != pair.second]
         parser = parser_of(self._annotator)
@@ -76,7 +76,7 @@ class AlpacaEvalJudge:
         unread = f"{self._annotator.parser} finds no preference in it{needs}"
 
         def read(position: int, completion: Completion) -> Pair | None:
-            if self._annotator.parser == "json_parser":  # which would take the last of two equal keys
+            if self._annotator.parser == "json_parser":  # json_parser would take the last of two equal keys
                 list(json_objects(completion.text))
             p = preference(parser, completion, reads_choice=self._annotator.reads_choice)
             return None if p is None else (2 - p, p - 1)
@@ -134,7 +134,7 @@ def preference(parser: Parser, completion: Completion, *, reads_choice: bool) ->
 def parser_of(annotator: Annotator) -> Parser:
     """Return the function from a reply to the list of its preferences.
 
-    Our own replaces `lmsys_parser`, which reads neither "8, 7" nor "8/10 7/10".
+    A parser of our own replaces `lmsys_parser`, which reads neither "8, 7" nor "8/10 7/10".
     """
     if annotator.parser == "lmsys_parser":
         return _from_two_scores
@@ -159,7 +159,7 @@ def _parsers() -> Any:
     level = root.level
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it uses a deprecated part of setuptools
+            warnings.simplefilter("ignore")  # alpaca_eval uses a deprecated part of setuptools
             from alpaca_eval import completion_parsers
     finally:
         root.setLevel(level)

@@ -36,7 +36,7 @@ _CLIENT_OPTIONS = (
     *("is_skip_multi_tokens_to_avoid", "num_procs", "batch_size", "price_per_token", "client_kwargs"),
     *("client_config_path", "sleep_time", "n_retries"),
 )
-_READING_ALONE = ("ChainOfThoughtProcessor", "JsonKeysToColumnProcessor")  # add columns and change no preference
+_READING_ALONE = ("ChainOfThoughtProcessor", "JsonKeysToColumnProcessor")  # they add columns, change no preference
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Annotator:
     """A prompt, the parameters of its requests and the parser of its replies.
 
     `messages` are pairs of role and text with slots. `parameters` belong to each request, beside the model,
-    `max_tokens` and `temperature`. `price` is that of the file, in USD per million tokens.
+    `max_tokens` and `temperature`. `price` is the price in the file, in USD per million tokens.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Annotator:
 
     @property
     def content(self) -> str:
-        """A hash of all that requests and their reading depend on."""
+        """A hash of all that requests, and the reading of their replies, depend on."""
         return content_hash({key: value for key, value in asdict(self).items() if key != "price"})
 
 
@@ -79,7 +79,7 @@ def read_annotator(name_or_path: str) -> Annotator:
 
     Raises:
         ConfigError: there is no such annotator, it cannot be asked in both orders through a chat endpoint, or its file
-            is broken; says which and what to do.
+            is broken; the message says which of these, and what to do.
     """
     folders, path = shipped(), Path(name_or_path).expanduser()
     if name_or_path in folders:
@@ -124,7 +124,7 @@ def _annotator(name_or_path: str, file: Path) -> Annotator:
         name=name,
         messages=_messages(where, file, entry.get("prompt_template")),
         model=model,
-        # alpaca_eval's own defaults
+        # defaults are alpaca_eval's own
         max_tokens=int(_number(where, "max_tokens", options.get("max_tokens", 2048))),
         temperature=_number(where, "temperature", options.get("temperature", 0.7)),
         parameters={"top_p": 1.0} | {k: v for k, v in options.items() if k not in _CLIENT_OPTIONS},

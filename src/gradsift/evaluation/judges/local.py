@@ -57,7 +57,7 @@ class LocalJudge:
     """Shows a pair to a causal LM and compares the log-probabilities (nats) of A and B as the next token.
 
     Small models prefer one letter whatever is shown, by about the same amount for each pair, so the orders combine by
-    "sum". The parts of a prompt are tokenised separately, and answers without special tokens: no answer can end the
+    "sum". The parts of a prompt are tokenised separately, the answers without special tokens: no answer can end the
     user's turn. Answers that do not fit into `max_length` are cut to the same number of tokens. Answers that are equal
     after that get equal scores without a forward pass, whose rounding would otherwise decide.
     """
@@ -114,7 +114,7 @@ class LocalJudge:
         return content_hash("local", self.name, prompt.tokens if prompt else None)
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
-        """Yield requests that need no forward pass, then the others batch by batch, the longest prompts first."""
+        """Yield replies that need no forward pass, then the other replies by batch, the longest prompts first."""
         asked: list[tuple[JudgeRequest, list[int]]] = []
         for request in requests:
             prompt = self._prompt(request)

@@ -1,7 +1,8 @@
 """The LLM judge: two scores of 1-10 per pair, from any endpoint that speaks OpenAI's chat protocol.
 
-The protocol is that of Cherry and Superfiltering, which the paper uses (arXiv 2601.13697, section 4): helpfulness,
-relevance, accuracy and level of detail; temperature 0; the scores on the first line. The wording is our own.
+The judge follows the protocol of Cherry and Superfiltering, which the paper uses (arXiv 2601.13697, section 4): it
+grades helpfulness, relevance, accuracy and level of detail, at temperature 0, and writes the scores on the first line.
+The wording of the prompt is our own.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ _LACKING = {"verdict": "no verdict", "json": "no JSON with two scores"}
 class OpenaiJudge:
     """Asks a chat model for two scores of a pair, or for one grade of an example.
 
-    A reply without them is requested once more, then recorded as invalid. With `parse="legacy"` the published rule
-    reads the first reply, and one that it cannot read is invalid at once.
+    A reply without scores or grade is requested once more, then recorded as invalid. With `parse="legacy"` the
+    published rule reads the first reply, and a reply that it cannot read is invalid at once.
     """
 
     combine: Combine = "signs"

@@ -46,9 +46,9 @@ _LABELLED = re.compile(
 _KEY = re.compile(rf"(?:{_NAME}[\s_#-]*)?([12AB])(?:[\s_-]*(?:score|grade|rating))?", re.IGNORECASE)
 _SCORES_KEY = re.compile(r"(?:scores?|grades?|ratings?)", re.IGNORECASE)
 _FENCE = re.compile(r"^[^\S\n]*```[\w-]*[^\S\n]*$", re.MULTILINE)
-_UNFINISHED = re.compile(r"([1-9.]|(?<!1)0)\Z")  # of what ends so, digits may be missing; of 10, none
+_UNFINISHED = re.compile(r"([1-9.]|(?<!1)0)\Z")  # a number with this end may lack digits; 10 is complete
 _VERDICT = re.compile(r"\[\[\s*(A>>B|A>B|A=B|B=A|B>A|B>>A|A<B|A<<B|[ABC])\s*\]\]")
-# scores of a verdict; a strong one counts as three, as in Arena-Hard
+# the scores that a verdict stands for; a strong verdict (>>) counts as three, as in Arena-Hard
 _VERDICTS: Mapping[str, Pair] = (
     dict.fromkeys(("A", "A>B"), (1, 0))
     | {"A>>B": (3, 0)}
@@ -64,10 +64,10 @@ def parse_scores(text: str, how: Parse = "tolerant", *, cut: bool = False) -> Pa
     Args:
         cut: whether the reply ends at the limit of its tokens. Then scores must be at its beginning: further down they
             may be a draft, since some servers send a model's thinking without a tag. A number that ends such a reply is
-            no score: an 8 may be the beginning of 8.5, and a 1 that of 10.
+            no score: an 8 may be the beginning of 8.5, and a 1 may be the beginning of 10.
 
     Raises:
-        Unreadable: there are scores, but not two numbers that are certain; says why.
+        Unreadable: there are scores, but not two numbers that are certain; the message says why.
     """
     if how == "legacy":
         return parse_legacy(text)
@@ -146,7 +146,7 @@ def _from_object(content: Mapping[str, Any]) -> Pair | None:
     """Return the scores in a JSON object; None if it holds none.
 
     Raises:
-        Unreadable: a score is no number from 0 to 10, or it is not clear whose it is.
+        Unreadable: a score is no number from 0 to 10, or it is not clear which answer a score belongs to.
     """
     nested = [value for key, value in content.items() if _SCORES_KEY.fullmatch(key)]
     if len(nested) == 1 and isinstance(nested[0], list):

@@ -40,7 +40,7 @@ def judge_wording(judge: str) -> str | None:
 
 
 def rating_wording(judge: str) -> str | None:
-    """Return the hash of a judge's prompts about single examples; None if it has none."""
+    """Return the hash of a judge's prompts about single examples; None if the judge has no such prompts."""
     prompts: list[Any] = []
     if judge == "openai":
         prompts = [[render_rating(request) for request in _EXAMPLES]]

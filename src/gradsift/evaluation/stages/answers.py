@@ -77,7 +77,7 @@ def generate(
     """Generate greedy answers of the finetuned target (of the untuned one for `tuned=None`) to every item.
 
     Args:
-        generator_config: what computes them; default: this process.
+        generator_config: what computes the answers; default: this process.
     """
     settings = {
         "items": items_hash(items),
@@ -140,7 +140,7 @@ def _in_this_process(
 
 
 def _questions(items: Sequence[Item], answers: Mapping[Item, str]) -> list[Question]:
-    """Return the items with the turns before them: before a second turn the first question and its own answer."""
+    """Return the items with the turns before them: a second turn has the first question and the answer to it."""
     first = {(item.benchmark, item.item_id): (item, answer) for item, answer in answers.items()}
     questions = []
     for item in items:

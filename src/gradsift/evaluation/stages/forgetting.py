@@ -44,8 +44,8 @@ def forgetting(
     """Measure the target on general sets, before and after the finetune.
 
     Args:
-        items: those of `benchmark.general`.
-        generator: what answers them (see `generate`).
+        items: the items of the sets in `benchmark.general`.
+        generator: what computes the answers (see `generate`).
     """
 
     def state(model: Artifact | None) -> General:
@@ -96,7 +96,7 @@ def _lm_eval(
     def make(folder: Path) -> Mapping[str, Any]:
         model = load_to_answer(runtime, target_config, target, tuned)
         plain: Any = model.model
-        plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain  # includes the LoRA layers
+        plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain  # it includes the LoRA layers
         options: dict[str, Any] = {"folder": config.lm_eval_folder, "limit": config.limit}
         options |= {"template": target_config.template, "max_new_tokens": config.max_new_tokens}
         options["max_tokens"] = runtime.compute.tokens

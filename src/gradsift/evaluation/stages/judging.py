@@ -39,10 +39,10 @@ from gradsift.sources import Source
 if TYPE_CHECKING:
     from gradsift.evaluation.judges.local import LocalJudge
 
-VERSION = 5  # of what a judge's replies are read as, in ratings too
+VERSION = 5  # version of the rules by which a judge's replies, ratings included, are read
 PWS_VERSION = 6
 _CLIENT_OPTIONS = ("api_key_env", "timeout", "retries", "max_wait", "give_up", "give_up_unreadable", "concurrency")
-# options of a request, which belong to a judgment
+# options of a request; a judgment depends on them
 _REQUEST_OPTIONS = ("token_parameter", "system_role", "extra_body", "extra_headers", "extra_query")
 _SPENDING_OPTIONS = ("dry_run", "price_input", "price_output", "max_usd", "max_calls")
 # options that change neither a reply nor its meaning
@@ -104,7 +104,7 @@ def judge_settings(runtime: Runtime, config: JudgeConfig, wording: str | None) -
     settings = {k: v for k, v in asdict(config).items() if k not in _NOT_JUDGMENT}
     if isinstance(config, EndpointJudgeConfig):  # two endpoints may have different models of one name
         settings["base_url"] = config.base_url or os.environ.get("OPENAI_BASE_URL")
-    if isinstance(config, AlpacaEvalJudgeConfig):  # by the files' contents, wherever they are
+    if isinstance(config, AlpacaEvalJudgeConfig):  # the contents of the annotator's files count, not the files' place
         annotator = read_annotator(config.annotators)
         settings["annotators"] = {"name": annotator.name, "content": annotator.content}
         settings["base_url"] = config.base_url or annotator.base_url or os.environ.get("OPENAI_BASE_URL")
@@ -112,7 +112,7 @@ def judge_settings(runtime: Runtime, config: JudgeConfig, wording: str | None) -
         from gradsift.data.tokens import template_identity  # here: the first request is sent before numpy is imported
 
         settings["model"] = None  # represented by the parent artifact
-        settings["chat"] = template_identity("chat")  # how its own template is read, and the date that it writes
+        settings["chat"] = template_identity("chat")  # how the model's template is read, and the date that it writes
     return settings if wording is None else {**settings, "wording": wording}
 
 
@@ -147,7 +147,7 @@ def _client(
     if isinstance(config, AlpacaEvalJudgeConfig):
         annotator = read_annotator(config.annotators)
         prices = config.price_input, config.price_output
-        if config.model is None and config.price_input is None:  # the file's price is that of its own model
+        if config.model is None and config.price_input is None:  # the annotator's file gives the price of its own model
             prices = annotator.price, annotator.price
         chat = _chat(
             runtime,
@@ -217,7 +217,7 @@ def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifa
         both = {item: (length, reference_lengths[item]) for item, length in lengths.items()}
         summary["position_bias"] = position_bias(judgments)
         summary["outcomes"] = outcome_strings(outcomes)
-        if config.name != "verifier":  # which does not prefer a length: its outcome is fixed by the answer
+        if config.name != "verifier":  # the verifier prefers no length: the answer alone fixes its outcome
             summary["length_bias"] = length_bias(outcomes, both)
             summary["length_controlled"] = length_controlled(outcomes, both) | {
                 "benchmarks": {

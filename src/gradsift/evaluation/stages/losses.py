@@ -65,7 +65,7 @@ def reference_losses(
 ) -> Artifact:
     """Compute the mean over a benchmark's items of the mean NLL of a token of the reference answer, in nats.
 
-    The artifact's `info["losses"]` has them by benchmark, without benchmarks whose references have no token.
+    The artifact's `info["losses"]` has the losses by benchmark, without benchmarks whose references have no token.
     """
     known = [item for item in items if item.reference is not None]
     settings = {"items": items_hash(known), **encoding_settings(config.template, config.max_length)}
@@ -103,8 +103,8 @@ def _losses(
     """Return positions in `examples` and the mean NLL of a response token by batch; say which examples have none.
 
     Args:
-        purpose: of the pass, for the progress bar and errors.
-        what: the kind of examples, for the message.
+        purpose: what the pass is for, as the progress bar and errors say it.
+        what: the kind of examples, as the message says it.
     """
     limit = min(config.max_length, model.context)
     with runtime.display.task("tokenise for the target", len(examples)) as advance:
@@ -112,7 +112,7 @@ def _losses(
     say_report(runtime, report, len(examples), "target", what)
     device = device_of(runtime.compute)
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    in_step = is_divided(model.model)  # its layers could not be used outside of inference mode afterwards
+    in_step = is_divided(model.model)  # after inference mode, a divided layer could not be used outside of it
     no_gradients = torch.no_grad() if in_step else torch.inference_mode()
     with runtime.display.task(purpose, len(encoded)) as advance, no_gradients:
         response_losses = ResponseLosses(model.model)
@@ -120,7 +120,7 @@ def _losses(
 
         def losses_of(batch_examples: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
             batch = collate(batch_examples, model.pad_id).to(device)
-            place = "cpu" if parallel.size() > 1 else device  # where other ranks can read them
+            place = "cpu" if parallel.size() > 1 else device  # other ranks can read the losses only from the CPU
             return batch.rows.to(place), response_losses(batch).to(place)
 
         journal = runtime.journal(folder)

@@ -35,7 +35,7 @@ def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact, items:
     """Compute accuracy, ROUGE-L, BLEU and METEOR per benchmark and pooled (see `gradsift.evaluation.text_metrics`).
 
     Args:
-        answers: those of `generate` to the items.
+        answers: the answers of the stage `generate` to these items.
 
     Returns:
         An artifact for `metrics_of`; None if no item has a reference answer.

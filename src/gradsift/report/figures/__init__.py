@@ -49,7 +49,7 @@ FIGURES: tuple[Entry, ...] = (
 
 
 def write_figures(material: Material, folder: Path, formats: Iterable[Format] = ("png", "svg")) -> dict[str, str]:
-    """Write each figure as `<name>.<format>`, and remove those of an earlier report.
+    """Write each figure as `<name>.<format>`, and remove the figures of an earlier report.
 
     Returns:
         By name, the reasons why figures could not be drawn.
@@ -72,10 +72,10 @@ def _write(entry: Entry, material: Material, folder: Path, formats: Iterable[For
 
 
 def write_tables(material: Material, folder: Path) -> tuple[dict[str, Table], dict[str, str]]:
-    """Write each table as CSV and, unless it is long, Markdown and LaTeX, and remove those of an earlier report.
+    """Write each table as CSV and, unless it is long, Markdown and LaTeX; remove the tables of an earlier report.
 
     Returns:
-        The tables that were made, and for the others the reason why not, both by name.
+        By name, the tables that were made, and the reasons why tables could not be made.
     """
     makers = TABLES | {figure.name: figure.table for figure in FIGURES if figure.records is not None}
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,12 +11,12 @@ from gradsift.report.figures.style import Records, Style, report_figure
 from gradsift.report.material import Curve, Material
 
 ALL = "all rows"
-_MOST_POINTS = 400  # of a line
+_MOST_POINTS = 400  # points of a line
 _SMOOTHED = 0.05  # share of the steps that a running mean spans
 
 
 def smooth(values: np.ndarray, share: float = _SMOOTHED) -> np.ndarray:
-    """Return the running mean over `share` of the values, over fewer where it would reach beyond an end."""
+    """Return the running mean; its window holds `share` of the values, and fewer values near the ends."""
     window = np.ones(2 * int(len(values) * share / 2) + 1)
     sums, counts = (np.convolve(each, window, mode="same") for each in (values, np.ones(len(values))))
     mean: np.ndarray = sums / counts

@@ -20,7 +20,8 @@ def costs(material: Material) -> dict[str, dict[str, float]]:
 
     Returns:
         made, reused: units of work.
-        seconds: spent on the units made; saved: what the reused ones took when they were made, for each reuse.
+        seconds: time spent on the units made.
+        saved: seconds that the reused units took when they were made, counted at each reuse.
         tokens: forward tokens of the units made.
         memory: GB, highest peak of the process at the end of a unit made; 0 if unknown.
     """

@@ -14,7 +14,7 @@ from gradsift.report.figures.style import Style, report_figure
 from gradsift.report.material import Material, Missing, Run
 
 _BOUND: Style = {"color": style.COLOURS[1], **style.DASHED}
-Trajectories = list[tuple[np.ndarray, np.ndarray]]  # of each member: steps (P,) and points (P, D)
+Trajectories = list[tuple[np.ndarray, np.ndarray]]  # for each member: steps (P,) and points (P, D)
 
 
 @report_figure("Trajectories of the members (PCA)")
@@ -135,7 +135,7 @@ def member_loss(material: Material) -> Figure:
     noise. With several seeds, the members of one seed share a colour."""
     runs = over_seeds_of(material, representative(material, "member"))
     figure, (axes,) = style.panels(width=5.2, height=3.2)
-    lines = []  # the name in the legend, and the loss
+    lines = []  # each line's name in the legend, and its losses
     for run in runs:
         for number, curve in enumerate(material.member_curves(run)):
             name = f"member {number}" if len(runs) == 1 else seed_of(run)

@@ -74,7 +74,7 @@ def largest_ensemble(material: Material) -> Run:
 
 
 def over_seeds_of(material: Material, one: Run) -> list[Run]:
-    """Return the run and those that differ from it in seeds alone, one for each seed, with the same stages."""
+    """Return `one` and the runs with the same stages that differ from it in seeds alone, one run for each seed."""
     same = ("scorer", "alpha", "dataset", "proxy", "members", "snapshots", "target")
     runs = [one, *(run for run in material.runs if all(run.record.get(key) == one.record.get(key) for key in same))]
     runs = [run for run in runs if run.method == one.method and run.artifacts.keys() >= one.artifacts.keys()]
@@ -83,7 +83,7 @@ def over_seeds_of(material: Material, one: Run) -> list[Run]:
 
 
 def seed_of(run: Run) -> str:
-    """Return the seed of a run, and that of its data unless it is 0, as in "seed 1, data 2"."""
+    """Return the seed of a run, and the seed of its data unless that is 0, as in "seed 1, data 2"."""
     data = run.record.get("data_seed")
     return f"seed {run.record.get('seed')}" + (f", data {data}" if data else "")
 

@@ -16,7 +16,7 @@ from gradsift.report.paper_tables import Column, cells_of
 from gradsift.report.run_tables import Row
 
 _MOST_PANELS = 4
-_ENDS = ("pws_low", "pws_high")  # of the interval, None where there is none
+_ENDS = ("pws_low", "pws_high")  # keys of a row for the ends of the interval; the values may be None
 
 
 @report_figure("PWS of every method")

@@ -29,12 +29,12 @@ from gradsift.scoring.scores import SCORED
 from gradsift.selection.checks import lengths
 from gradsift.selection.choice import best_first
 
-MOST_POINTS = 1500  # of a cloud, and then hexagons
+MOST_POINTS = 1500  # points of a cloud; more examples are drawn as hexagons
 _CLOUD = "#7d8296"
 _GREYS = LinearSegmentedColormap.from_list("counts", ["#c9ccd6", "#4a5068"])  # visible on white and on black
 _BINS = 40
 _WIDE = 20  # interquartile ranges from which on a range of scores needs an asinh scale
-_BANDS = 20  # of the ranking, in `score_length`
+_BANDS = 20  # number of bands of the ranking in `score_length`
 
 
 @report_figure("Score distributions")

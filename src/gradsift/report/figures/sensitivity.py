@@ -69,7 +69,7 @@ def settings_grid(material: Material) -> Records:
         if len(known) == len(groups):
             return _settings_records(scorer, measure, known)
     largest = max(groups)
-    beside = {(run.data, run.record["seed"]): run for run in groups[largest]}  # that the others are compared with
+    beside = {(run.data, run.record["seed"]): run for run in groups[largest]}  # all runs are compared with these
     overlaps = {}
     for setting, runs in groups.items():
         pairs = [(run, other) for run in runs if (other := beside.get((run.data, run.record["seed"])))]
@@ -146,7 +146,7 @@ def ensemble_size(material: Material) -> Figure:
 
 
 def eps_curves(material: Material) -> Records:
-    """Return by seed how far the score with each eps of EPS agrees (Spearman, Jaccard) with that with the run's eps."""
+    """Compare the score at each eps of EPS with the score at the run's own eps (Spearman, Jaccard), by seed."""
     records: list[Mapping[str, Any]] = []
     for run in over_seeds_of(material, representative(material, "statistics")):
         values = material.statistics(run)
@@ -177,10 +177,10 @@ def own_eps(run: Run) -> float:
 
 
 def agreement(run: Run, name: str, scores: Mapping[Any, Scores], base: Scores) -> Records:
-    """Return the Spearman (None where not defined) of each of the scores with `base`, and the Jaccard of their top.
+    """Compare each of `scores` with `base`: Spearman (None where not defined), and Jaccard of the top share alpha.
 
     Args:
-        name: of what varies; `scores` has its values as keys.
+        name: name of the setting that varies; the keys of `scores` are its values.
     """
     size = int(run.alpha * len(base.score))
     top = best_first(base)[:size].tolist()
@@ -223,7 +223,7 @@ def seed_agreement(material: Material) -> Records:
     """Compare each pair of runs of a method on one dataset with different seeds (Spearman, Jaccard).
 
     Raises:
-        Missing: there are no two such runs.
+        Missing: no method has two such runs.
     """
     runs = reached(material, "select")
     alpha = middle_alpha(runs)

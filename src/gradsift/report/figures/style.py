@@ -41,7 +41,7 @@ SEQUENTIAL = "cividis"  # made for colour-blind readers
 DIVERGING = LinearSegmentedColormap.from_list("diverging", [COLOURS[1], "#f4f2ee", COLOURS[0]])
 NEUTRAL = "#a9adbb"  # fill for all rows, ties and reused work; visible on white and on black
 
-BAR: Style = {"edgecolor": INK, "height": 0.72}  # of every horizontal bar
+BAR: Style = {"edgecolor": INK, "height": 0.72}  # style of every horizontal bar
 DASHED: Style = {"linewidth": 1, "linestyle": (0, (4, 2))}  # lines to compare with
 DOTTED: Style = {"linewidth": 1, "linestyle": (0, (1, 1.5))}
 
@@ -89,7 +89,7 @@ def styled() -> Any:
 class Entry:
     """A figure of the report. Call it with the material to draw it; it raises `Missing` if the files do not suffice.
 
-    The name of the drawing function is that of the figure's files, and its docstring is the caption.
+    The figure's files have the name of the drawing function, and the function's docstring is the caption.
     """
 
     title: str
@@ -207,7 +207,7 @@ def cells(
 
     Args:
         shades: (rows, columns) from 0 to 1; NaN cells stay empty.
-        rotation: of the columns' names, in degrees.
+        rotation: angle of the columns' names, in degrees.
     """
     axes.imshow(shades, cmap=DIVERGING if diverging else SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
     for row, column in np.ndindex(*shades.shape):

@@ -86,9 +86,9 @@ def select(
 ) -> Selection:
     """Select the rows of an instruction dataset that are worth training on.
 
-    Does what the command line does with the same options and shares its store: finished work there is reused, a
-    call that was interrupted continues, and a second call with the same rows and options computes nothing. It leaves
-    the caller's number of torch threads and Hydra's state as they were; transformers' progress bars stay off.
+    The call computes what the command line computes with the same options, and shares its store: finished work there is
+    reused, a call that was interrupted continues, and a second call with the same rows and options computes nothing. It
+    leaves the caller's number of torch threads and Hydra's state as they were; transformers' progress bars stay off.
 
     Args:
         rows: Dicts, a `datasets.Dataset`, or the path of a file (.json, .jsonl, .csv, .tsv, .parquet).
@@ -174,7 +174,7 @@ def _selected(
             scored = score(line.runtime, line.scorer, line.loaded, line.sources, line.diagnose)
             return _read(rows, line, scored, line.select(scored))
     finally:
-        torch.set_num_threads(threads)  # of the caller's process
+        torch.set_num_threads(threads)  # the number that the caller had
 
 
 def _scorer(function: Any, constants: Mapping[str, Any], known: Sequence[str]) -> Method:
@@ -316,7 +316,7 @@ def _spelt(name: str, value: Any) -> str:
         text = str(value)
         if _WORD.fullmatch(text) and text.lower() not in _KEYWORDS:
             return text
-        # of backslashes those are doubled that stand before a quote or the end, as Hydra reads them
+        # Hydra reads a backslash before a quote or before the end as an escape, so these backslashes are doubled
         return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
     if isinstance(value, list | tuple):
         return "[" + ",".join(_spelt(name, item) for item in value) + "]"
@@ -338,7 +338,7 @@ def gsnr(early: Any, late: Any, eps: float = 1e-8) -> np.ndarray:
 
     Args:
         early: (M, N) per-sample gradient norms of M >= 2 members at the early snapshot, not negative.
-        late: (M, N) the same at the late snapshot.
+        late: (M, N) the norms of the same members and examples at the late snapshot.
         eps: Above 0, in units of the norm in the first factor and of its square in the second. The paper gives none.
 
     Returns:

@@ -49,7 +49,7 @@ class Artifact:
     path: Path
     fingerprint: str
     manifest: Mapping[str, Any]
-    # of a model: how this process computes with it (see gradsift.training.numerics)
+    # for a model's artifact: how this process computes with it (see gradsift.training.numerics)
     numerics: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     planned: bool = field(default=False, kw_only=True)  # named by a plan; it has no content
 
@@ -124,7 +124,7 @@ class Store:
     at_work: Callable[[str], AbstractContextManager[Any]] = nullcontext  # entered while a unit is waited for or made
     records: list[StageRecord] = field(default_factory=list)
     other_code: set[str] = field(default_factory=set)  # versions of the code that made what this run reused
-    other_numerics: set[str] = field(default_factory=set)  # differences that were named before
+    other_numerics: set[str] = field(default_factory=set)  # differences that a message has already named
     _inode: int | None = None  # of the root, once it exists
 
     def obtain(
@@ -146,9 +146,9 @@ class Store:
         Args:
             config: everything that changes the result besides the parents; JSON values.
             make: fills the folder that it is called with and returns its counts, among them `optimizer_steps` and
-                `resumed_steps`, those of them that an interrupted run had taken. It may continue from what it finds
-                in `unfinished/` there, which is deleted afterwards. If it makes several units at once, it returns the
-                `seconds` and `forward_tokens` of this one too.
+                `resumed_steps`, the number of these steps that an interrupted run had taken. It may continue from what
+                it finds in `unfinished/` there, which is deleted afterwards. If it makes several units at once, it
+                returns the `seconds` and `forward_tokens` of this one too.
             version: raised in code whenever the stage's result changes.
             size: number of examples that the work passes over, if it differs from the parents'.
             light: the work takes seconds and needs no model, so a plan does it too, in a temporary folder.

@@ -66,7 +66,7 @@ def in_full(arguments: Sequence[str]) -> list[str]:
     `template=NAME` and `template.file=FILE.jinja` are the template of proxy and target.
 
     Raises:
-        ConfigError: a template for both, and one for proxy or target.
+        ConfigError: the arguments give a template for both, and another one for the proxy or the target.
     """
     short = re.compile(rf"^(\+{{0,2}}(?:proxy|target)\.)({'|'.join(_SHORT)})=(?!\{{)")
     spelt: list[str] = []
@@ -78,7 +78,7 @@ def in_full(arguments: Sequence[str]) -> list[str]:
         for other in arguments:
             if other != argument and other.lstrip("+").startswith((*_TEMPLATES, *_TEMPLATE_OF_BOTH)):
                 raise ConfigError(f"{argument} is the template of proxy and target, which {other} sets too; give one")
-        # a reference, so that a sweep over templates has the same one in both
+        # the target refers to the proxy's template, so each job of a sweep over templates uses one template for both
         spelt += [f"{_TEMPLATES[0]}={value}", f"{_TEMPLATES[1]}=${{{_TEMPLATES[0]}}}"]
     return spelt
 

@@ -1,8 +1,8 @@
 """The type `Diagnostic`, and the file `diagnostics.json` beside the artifact that it describes.
 
-Diagnostics detect the failure signatures of GRADFILTERING (arXiv 2601.13697) and change no result. Those of the
-ensemble are in `gradients/ensemble_checks.py`, those of the selection in `selection/checks.py`, and the comparison
-with random selection, which needs several runs, in `report/notes.py`.
+Diagnostics detect the failure signatures of GRADFILTERING (arXiv 2601.13697) and change no result. Diagnostics of the
+ensemble are in `gradients/ensemble_checks.py`, diagnostics of the selection in `selection/checks.py`, and the
+comparison with random selection, which needs several runs, in `report/notes.py`.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def check(line: Line) -> None:
 
 
 def _check_rows(line: Line, asked: set[str]) -> None:
-    """Raise if the rows are not those that the scorer or the selector needs."""
+    """Raise if the rows lack something that the scorer or the selector needs."""
     config = line.config
     if isinstance(config.scorer, ContrastConfig):
         require_neighbours(line.rows, config.scorer.neighbours)

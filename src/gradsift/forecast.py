@@ -17,8 +17,8 @@ from gradsift.training.backbones import config_of, load_description
 from gradsift.training.divided import layers_of
 from gradsift.training.memory import adapted_names, token_bytes
 
-OPERATIONS = 1e14  # per second and GPU, of the forecast: an assumption, a third of an A100's peak in bfloat16
-LARGE = 10**9  # parameters of the targets that have a forecast
+OPERATIONS = 1e14  # operations of a GPU per second: an assumption, a third of an A100's peak in bfloat16
+LARGE = 10**9  # parameters; a smaller target has no forecast
 _QUANTIZED = {"nf4": 9 / 16, "int8": 1}  # bytes of a number in a layer, with its scale
 _SAMPLE = 256  # rows whose tokens are counted
 
@@ -29,16 +29,16 @@ class Forecast:
 
     target: str
     parameters: int
-    active: int  # parameters that a token passes through: of a mixture of experts, those of the chosen experts
+    active: int  # parameters that a token passes through; of the experts only the chosen ones count
     precision: str
-    ranks: int  # that the layers are divided over
-    weights: int  # frozen, with two layers gathered whole where they are divided
-    adapter: int  # with its gradients and the optimizer's state
+    ranks: int  # ranks over which the layers are divided
+    weights: int  # frozen weights; where layers are divided, two layers are gathered whole
+    adapter: int  # the adapter, its gradients and the optimizer's state
     per_token: int | None  # kept for each token that passes at once; None: not known for this kind of model
     per_token_checkpointed: int | None
-    rows: Sequence[int]  # of each finetune: on the selection, and on all rows for the reference
-    tokens: Sequence[int]  # that pass in each finetune
-    hours: Sequence[float]  # that each finetune takes on one GPU
+    rows: Sequence[int]  # rows of each finetune: on the selection, and on all rows for the reference
+    tokens: Sequence[int]  # tokens that pass in each finetune
+    hours: Sequence[float]  # hours that each finetune takes on one GPU
 
 
 def forecast(line: Line) -> Forecast | None:

@@ -88,7 +88,7 @@ def _of_function(function: FunctionType, seen: set[int]) -> Iterator[str]:
             if not isinstance(constant, CodeType):
                 yield from _described(constant, "a constant", seen)
         for name in dict.fromkeys(i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"):
-            if name in function.__globals__:  # the others are Python's own
+            if name in function.__globals__:  # all other names are Python's own
                 yield name
                 yield from _described(function.__globals__[name], f"the global name {name!r}", seen)
 

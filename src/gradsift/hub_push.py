@@ -45,7 +45,7 @@ def require_access(dataset: str) -> None:
 def push(config: Config, run: Path) -> str:
     """Send the selection of a run and its card in one commit, and return the address of the dataset.
 
-    A dataset that does not exist is made; of one that exists, these two files are replaced.
+    A dataset that does not exist is created; in an existing one, these two files are replaced.
 
     Raises:
         GradsiftError: the hub cannot be reached or refuses it; the run itself is done.

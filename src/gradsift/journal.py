@@ -7,12 +7,12 @@ A stage asks the runtime for the journal of the artifact that it makes:
         losses = journal.once(batch.rows, lambda: losses_of(batch))
 
 `once` returns the kept result if the interrupted run asked for the same key at the same place; otherwise it calls the
-function and keeps what that returns. A pass that asks in the same order therefore continues with the same batches and
+function and keeps its result. A pass that asks in the same order therefore continues with the same batches and
 gives the same bytes. From the first key that differs (after a change of the token budget, say) everything is computed
 again.
 
 The file is `unfinished/journal.jsonl` in the artifact's folder: one result per line, as a checksum and JSON, which
-restores every float32 and float64 exactly. A line that was cut or changed is dropped with those after it.
+restores every float32 and float64 exactly. A line that was cut or changed is dropped, with all lines after it.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def on_all_ranks(compute: ComputeConfig, function: Callable[..., T], *arguments:
         function: a module's function; it and the arguments are pickled for the ranks.
 
     Raises:
-        GradsiftError: a rank failed; the message is that of the rank that failed first.
+        GradsiftError: a rank failed; the error has the message of the rank that failed first.
         ConfigError: torchrun started another number of processes.
     """
     if is_launched():
@@ -148,7 +148,7 @@ def _rank(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
     except GradsiftError as error:
         raise GradsiftError(str(error)) from error  # of this class, not a subclass: the launcher compares the name
     except RuntimeError as error:
-        if isinstance(error, DistError) or "onnection closed by peer" in str(error):  # the latter is gloo's
+        if isinstance(error, DistError) or "onnection closed by peer" in str(error):  # gloo's message
             raise GradsiftError(f"{LOST} ({first_line(error)})") from error
         raise
 

@@ -2,9 +2,9 @@
 
 An artifact is found by its fingerprint, so a plan knows what exists without computing anything. Light stages (reading
 the data, pinning a model) are made in a temporary folder, because everything after them depends on their content. Of
-the heavy stages only a finetune depends on content: on which examples were selected. Until the selection exists, the
-finetune and what follows it have `certain=False`: they may not have to be made, because another selection of the same
-examples may have led to the same finetune.
+the heavy stages only a finetune depends on content, namely on which examples were selected. Until the selection exists,
+the finetune and what follows it have `certain=False`: they may not have to be made, because another selection of the
+same examples may have led to the same finetune.
 
 Estimates come from the manifests of similar units in the store. Without such units the estimate is None, never 0.
 """

@@ -98,7 +98,7 @@ class RunRecord:
         self.files |= write(self.folder)
 
     def audited(self, compute: Callable[[], dict[str, Any]]) -> None:
-        """Write `audit.json`; `run.json` gets the same without the selected positions."""
+        """Write `audit.json`; `run.json` gets its content without the selected positions."""
         audit = compute()
         (self.folder / AUDIT_FILE).write_text(json.dumps(audit, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         selections = [{k: v for k, v in cell.items() if k != "positions"} for cell in audit["selections"]]
@@ -190,7 +190,7 @@ class RunRecord:
 
         Args:
             status: finished, stopped, failed or interrupted.
-            error: its message, for the last two.
+            error: the message of the error, if the run failed or was interrupted.
         """
         memory, stages = peak_memory(), self.store.records_as_dicts()
         content = {

@@ -31,7 +31,7 @@ from gradsift.errors import ConfigError, GradsiftError
 HOME = "GRADSIFT_HOME"  # environment variable of a job: the folder in which its sweep was started
 GPUS = "GRADSIFT_GPUS"  # environment variable of a job: the GPUs of its sweep, which the jobs share by number
 MOST_JOBS = 10_000  # in one sweep
-_ONE_MACHINE = ("JoblibLauncher", "LocalLauncher")  # of Hydra: jobs in processes of their own, side by side
+_ONE_MACHINE = ("JoblibLauncher", "LocalLauncher")  # launchers that run jobs side by side in processes
 _GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _EXTRAS = {  # plugin of Hydra: the optional extra that installs it
     "hydra_joblib_launcher": "launchers",
@@ -82,7 +82,8 @@ def fix_place(composed: DictConfig) -> None:
     """Make every job write below the folder where the sweep was started.
 
     A launcher's worker may start in another folder. It composes its job again from the overrides and sets the job's
-    environment variables, so the absolute folder of the sweep is added to the first and `HOME` to the second.
+    environment variables, so the absolute folder of the sweep is added to the overrides and `HOME` to the environment
+    variables.
     """
     folder = Path(composed.hydra.sweep.dir).absolute()
     composed.hydra.sweep.dir = str(folder)
@@ -152,7 +153,7 @@ def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
     overrides = parser.parse_overrides(lines)
     _require_few(overrides, searches)
     choices = {}
-    for override in overrides:  # of two for one option the last wins: the command line's
+    for override in overrides:  # if two overrides set one option, the last wins: the command line's
         key = override.get_key_element()
         choices[key] = [f"{key}={value}" for value in values_of(override)]
     if not searches:

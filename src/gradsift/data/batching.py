@@ -107,8 +107,8 @@ def collate(examples: Sequence[Encoded], pad_id: int, padding_side: str = "right
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Return positions in batches of similar length, with at most `max_tokens` tokens each, padding included.
 
-    For passes whose result does not depend on the order. The longest come first, so that memory runs out at once if it
-    does. An example longer than `max_tokens` is a batch of its own.
+    This suits passes whose result does not depend on the order. The longest examples come first, so that memory, if it
+    runs out, runs out at once. An example longer than `max_tokens` is a batch of its own.
     """
     batches: list[list[int]] = []
     widest = 0

@@ -44,9 +44,9 @@ _RAISED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 class Segment:
     """A piece of text that is prompt or response as a whole.
 
-    is_response  carries loss
-    is_markup    comes from a chat template and may spell special tokens; in other text "</s>" is text like any other,
-                 so that no example can end a turn or start another one
+    is_response  whether the piece carries loss
+    is_markup    whether it comes from a chat template and may spell special tokens; in other text "</s>" is text like
+                 any other, so that no example can end a turn or start another one
     """
 
     text: str
@@ -294,7 +294,7 @@ def _rendered(
 
 @functools.lru_cache(maxsize=4)
 def _takes_parts(template: str) -> bool:
-    """Return whether a template shows a content only as a list of parts, as those of vision models do."""
+    """Return whether a template shows a content only as a list of parts, as the templates of vision models do."""
     shown = []
     for content in ("probe", [{"type": "text", "text": "probe"}]):
         try:

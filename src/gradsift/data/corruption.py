@@ -114,7 +114,7 @@ def corrupt(
     return result
 
 
-# an answer of one word cannot be truncated, but changed in any other way
+# an answer of one word cannot be truncated, but it can be changed in every other way
 _MOST_RESTRICTED_FIRST = (
     "truncated",
     "garbled",

@@ -12,7 +12,7 @@ from typing import Any
 
 from gradsift.data.examples import Example, Rejected
 
-VERSION = 1  # of the near duplicates: raised whenever other rows are dropped
+VERSION = 1  # raised whenever the search for near duplicates drops other rows
 _SHINGLE = 3  # words
 _HASHES = 128  # of a MinHash signature
 _MISS = 1e-3  # largest probability to miss a pair whose similarity is the threshold
@@ -59,7 +59,7 @@ def near_duplicates(
 
     Candidates come from locality-sensitive hashing of MinHash signatures (Leskovec et al., Mining of Massive Datasets,
     chapter 3) and are then compared exactly, so every dropped row is as similar as the threshold. A pair at the
-    threshold is missed with a probability of at most 1 in 1,000, a more similar one with less.
+    threshold is missed with a probability of at most 1 in 1,000, a more similar pair with a smaller probability.
 
     Args:
         positions: positions to compare, ascending.

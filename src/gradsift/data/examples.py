@@ -289,10 +289,11 @@ def draw(
 ) -> tuple[list[Example], list[Example]]:
     """Draw a seeded sample of the examples, and others that are held out; both in the order of the source.
 
-    `holdout` examples are drawn first, so they are the same for every `limit`; then at most `limit` of the others,
-    where a smaller sample is part of a larger one. Held-out examples and pool never share a prompt (history,
-    instruction and input), and so no content hash either: examples with equal prompts are held out together. A group
-    of equal prompts is only cut if `holdout` cannot be reached otherwise; its other examples are then in neither.
+    `holdout` examples are drawn first, so they are the same for every `limit`; then at most `limit` of the remaining
+    examples; a smaller sample is part of a larger one. Held-out examples and pool never share a prompt (history,
+    instruction and input), and so no content hash either: examples with equal prompts are held out together. A group of
+    equal prompts is only cut if `holdout` cannot be reached otherwise; its other examples are then neither held out nor
+    in the pool.
 
     Returns:
         pool, held-out examples

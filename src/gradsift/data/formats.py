@@ -53,7 +53,7 @@ def parse_rows(
     alpaca             instruction, input (may be missing or null), output; if the columns chosen and rejected replace
                        the output, chosen is the output
     messages           a list of turns: [{"role": "user", "content": text}, ...]
-    sharegpt           a list of turns in another column; there and in messages, their keys may also be from and value
+    sharegpt           a list of turns in another column; in both formats, a turn's keys may also be from and value
     prompt_completion  prompt and completion, both text or both lists of turns
     auto               the format whose columns the data has, see `gradsift.data.columns.recognise`
 
@@ -130,7 +130,7 @@ def _original(content: Any) -> dict[str, Any]:
 
 
 def _require_shape(row: Mapping[str, Any], shape: Shape, group: str) -> None:
-    """Raise Unusable for a row that lacks a column of the data's shape and has those of another."""
+    """Raise Unusable for a row that lacks a column of the data's shape and has the columns of another shape."""
     missing = [name for name in shape.needed if name not in row]
     if not missing:
         return

@@ -74,7 +74,7 @@ def load_hub(
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    http_error: type[Exception] = HfHubHTTPError.__bases__[0]  # httpx's, or that of httpx2 in later versions
+    http_error: type[Exception] = HfHubHTTPError.__bases__[0]  # a class of httpx, or of httpx2 in later versions
     datasets.disable_progress_bars()
     try:
         dataset = datasets.load_dataset(id, subset, revision=revision, split=split, streaming=first is not None)

@@ -33,8 +33,8 @@ from gradsift.runtime import Runtime
 from gradsift.scoring.published import Published
 from gradsift.scoring.scores import write_scores
 
-VERSION = 2  # of the embedded world
-ROWS_VERSION = 3  # of other data
+VERSION = 2  # version of the stage for the embedded world
+ROWS_VERSION = 3  # version of the stage for other data
 EXAMPLES_FILE = "examples.parquet"
 HELDOUT_FILE = "heldout.parquet"
 PUBLISHED_FILE = "published.parquet"  # scores of the examples that `data.scores` gives
@@ -160,7 +160,7 @@ def _with_scores(
     """Write the scores of `data.scores`; return the examples that have one, all rejected rows, and the stage's counts.
 
     Args:
-        kept: all of the data, also what is held out.
+        kept: all examples of the data, the held-out ones included.
         rejected: the rows that are rejected for other reasons.
     """
     unscored: list[Rejected] = []

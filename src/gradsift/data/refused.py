@@ -43,9 +43,9 @@ def refused_rows(
     """Write the rows of the pool that the template cannot show, with their reasons, as `write_rejected` does.
 
     Args:
-        settings: those of the encoding.
+        settings: the settings of the encoding.
         model: the model whose tokenizer is used.
-        report: tokenises the pool, or returns the report if that is done.
+        report: returns the report of tokenising the pool, after tokenising it if that is still to be done.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from gradsift.data.examples import SourceRow
 from gradsift.errors import DataError
 
 AGAIN = "the file seems to be half-written; fetch or write it again"
-_DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}  # of equally frequent ones the first
+_DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}  # of equally frequent delimiters the first wins
 
 
 # ---------------------------------------------------------------------------------------------- CSV

@@ -1,7 +1,7 @@
 """The target set: examples of what the finetuned model should be good at, each belonging to one task.
 
 Methods such as LESS, G2IS, RDS+ and similarity of Sentence-BERT embeddings select towards it. Its rows are read like
-those of the data, but a row that cannot be used is an error, since a target set is small.
+the rows of the data, but a row that cannot be used is an error, since a target set is small.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EXAMPLES_FILE = "examples.parquet"
 TASKS_FILE = "tasks.json"
 OVERLAP_FILE = "overlap.jsonl"
 OVERLAP_VERSION = 2
-_ALIKE = 0.8  # Jaccard similarity of similar prompts, the same as of near duplicates
+_ALIKE = 0.8  # Jaccard similarity from which prompts count as similar, as for near duplicates
 _NAMED = 5  # rows that a warning names; the file lists all
 
 

@@ -59,10 +59,10 @@ def render(example: Example, template: str, tokenizer: Any = None) -> list[Segme
 def prompt_segments(
     instruction: str, input: str, template: str, tokenizer: Any = None, history: Sequence[Turn] = ()
 ) -> list[Segment]:
-    """Return the part of `render` before the response, which a response is generated after.
+    """Return the part of `render` before the response: the text after which a response is generated.
 
     Args:
-        history: the turns before, user and assistant in turn.
+        history: the earlier turns, user and assistant alternating.
 
     Raises:
         ConfigError: an unknown template, or a tokenizer without a chat template.

@@ -33,9 +33,9 @@ from gradsift.data.turns import Unusable
 from gradsift.errors import ConfigError, DataError
 
 ENCODING = 2  # raised when the same text gets other tokens, or another boundary between prompt and response
-_CHAT_ENCODING = 5  # the same for chat templates alone
+_CHAT_ENCODING = 5  # raised when this changes for chat templates alone
 _CHUNK = 1000  # texts tokenised in one call, which bounds the memory of a tokenizer's own records
-_CHUNK_CHARACTERS = 2_000_000  # the same for long texts: the records take about 200 bytes per character
+_CHUNK_CHARACTERS = 2_000_000  # characters tokenised in one call: the records take about 200 bytes per character
 _MOST_UNKNOWN = 0.5  # share of unknown tokens above which the tokenizer cannot be meant for the data
 
 _REMEDY = "choose template=alpaca, or a chat template of your own, as in template=FILE.jinja"
@@ -179,7 +179,7 @@ def encode_prompts(
     cut = 0
 
     def without_last_response(segments: list[Segment]) -> list[Segment]:
-        while segments and segments[-1].is_response:  # before tokenising: the two may share a token
+        while segments and segments[-1].is_response:  # before tokenising: prompt and response may share a token
             segments.pop()
         return shorten(segments, partial(_count, tokenizer=tokenizer), max_length, keep_ends=True)
 
@@ -198,10 +198,10 @@ def encode_prompts(
 def encode_prompt(
     instruction: str, input: str, tokenizer: Any, template: str, history: Sequence[Turn] = ()
 ) -> list[int]:
-    """Return the token ids that a response is generated after: those of the prompt in `encode`, not cut.
+    """Return the token ids after which a response is generated: the prompt's ids in `encode`, not cut.
 
     Args:
-        history: the turns before, user and assistant in turn.
+        history: the earlier turns, user and assistant alternating.
 
     Raises:
         ConfigError: the template cannot be used, or cannot show this prompt.

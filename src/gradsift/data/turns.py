@@ -84,7 +84,7 @@ def text_of(row: Mapping[str, Any], key: str, name: str | None = None) -> str:
 
 
 def filled_text_of(row: Mapping[str, Any], key: str, name: str | None = None) -> str:
-    """Return a value as `text_of` does, which must hold more than white space."""
+    """Return a value that must be text (see `text_of`) and hold more than white space."""
     value = text_of(row, key, name)
     if not value.strip():
         raise Unusable(f"{name or f'field {key!r}'} is empty")

@@ -173,7 +173,7 @@ def _operate(arguments: str) -> str:
     return " ".join(words)
 
 
-# The instructions of each family. Those with {} hold the arguments, and the row's input is then empty.
+# The instructions of each family. An instruction with {} holds the arguments, and the row's input is then empty.
 _WORDINGS = {
     "count": "how many words are in the list / count the following words / give the length of the list / how many "
     "words are there in {}",
@@ -236,8 +236,8 @@ _OTHER_FAMILIES = (
     _Family("falling", _draw_numbers, lambda text: " ".join(sorted(text.split(), key=int, reverse=True))),
 )
 
-# No pretraining text is drawn from these, and their wordings use words of the others, so a world with them has the
-# vocabulary, and uses the backbones, of one without.
+# No pretraining text is drawn from the delayed families, and their wordings use words of the other families, so a
+# world with delayed families has the vocabulary, and uses the backbones, of a world without them.
 _NAMED = _Family("named", lambda rng: _draw_operated([rng.choice(list(OPERATIONS))], rng), _operate)
 _CHAINED = _Family("chained", lambda rng: _draw_operated(rng.sample(list(OPERATIONS), 2), rng), _operate)
 DEFINING = _NAMED.name  # the family whose rows show what a name does
@@ -450,7 +450,7 @@ def _reworded(task: _Task, rng: random.Random) -> _Task:
 
 def right_answer(instruction: str, input: str) -> str:
     """Return the right answer to a prompt of any family; raise ConfigError for an unknown prompt."""
-    for family in _BY_NAME:  # those of `delayed` too
+    for family in _BY_NAME:  # the families of `delayed` included
         try:
             return solve(family, instruction, input)
         except ConfigError:  # another family's wording
@@ -512,7 +512,7 @@ def _draw_unseen(family: _Family, seen: set[tuple[str, str]], rng: random.Random
 
 
 def _families_in_turn(delayed: float) -> Iterator[_Family]:
-    """Yield the families over and over, those about names evenly spread; two in three of these are chained."""
+    """Yield the families over and over, families about names evenly spread; two in three of the latter are chained."""
     plain, about_names = itertools.cycle(_FAMILIES), itertools.cycle((_CHAINED, _NAMED, _CHAINED))
     share = Fraction(str(delayed)) * Fraction(3, 2)
     for index in itertools.count():

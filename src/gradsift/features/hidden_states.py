@@ -73,7 +73,7 @@ def hidden_states_embedder(
     """Return the embedder of this config.
 
     Args:
-        template: the proxy's.
+        template: the proxy's template.
 
     Raises:
         ConfigError: the config belongs to another embedder.

@@ -61,7 +61,7 @@ def nearest_cosines(features: Features, neighbours: int, advance: Advance = lamb
     """Return the mean cosine of each example to the `neighbours` others that are most similar to it.
 
     Returns:
-        (N,) float64; NaN for a row without direction, and if too few others have one.
+        (N,) float64; NaN for a row without direction, and for all rows if too few have one.
     """
     usable = features.has_direction
     means = np.full(len(features), np.nan)
@@ -92,7 +92,7 @@ def mean_cosines(features: Features) -> np.ndarray:
 
 
 def nearest_anchor_cosines(features: Features, anchors: np.ndarray) -> np.ndarray:
-    """Return the largest cosine of each example to those at the positions `anchors` (K,), possibly itself.
+    """Return the largest cosine of each example to the examples at the positions `anchors` (K,), possibly itself.
 
     Returns:
         (N,) float64; NaN for a row without direction.

@@ -128,7 +128,7 @@ def read_features(artifact: Artifact) -> Features:
     """Return the features of an artifact; the vectors stay on disk until they are used.
 
     Raises:
-        GradsiftError: the number of vectors is not that of the ids.
+        GradsiftError: the numbers of vectors and of ids differ.
     """
     vectors = np.load(artifact.file(FEATURES_FILE), mmap_mode="r", allow_pickle=False)
     names = json.loads(artifact.file(IDS_FILE).read_text(encoding="utf-8"))

@@ -36,7 +36,7 @@ class AdamState:
         """Return the moments that `lora.save_optimizer` wrote for these parameters.
 
         Raises:
-            GradsiftError: the file lacks those of a parameter.
+            GradsiftError: the file lacks the moments of a parameter.
         """
         tensors = load_file(path)
         moments = []

@@ -5,7 +5,7 @@ TRL's `SFTTrainer`. The norms come from the training's own backward passes, at t
 added. Both attach their probes when the training starts and remove them when it ends. transformers reports no
 exception to its callbacks: after one, the next forward pass of the model removes the probes.
 
-The norm that they report is that of the gradient of one example's own loss, whatever the trainer divides the loss of a
+They report the norm of the gradient of one example's own loss, whatever the trainer divides the loss of a
 batch by: |grad L_i|, where L_i is the mean over the example's labelled tokens (transformers, TRL, and Lightning with
 `reduction="token_mean"`), or the loss of the example that the module averages or sums over the batch.
 """
@@ -46,7 +46,7 @@ class GradientNormCallback(L.Callback):
         Args:
             example_id: key (or attribute) of a batch under which it has the ids of its B examples: whole numbers (a
                 tensor or a list), or a list of strings.
-            reduction: how the loss of a batch is made from those of its examples: their `mean`, their `sum`, or
+            reduction: how the loss of a batch is made from the losses of its examples: their `mean`, their `sum`, or
                 `token_mean`, the mean over all labelled tokens of the batch (`labels`, -100 elsewhere), as transformers
                 computes it.
         """

@@ -8,12 +8,12 @@ and neither matrix is ever whole in memory:
     head       (P - Y)^T H / n over the n response places: P predicted probabilities, Y one-hot targets,
                H last hidden states; computed for a chunk of the vocabulary at a time
 
-The mean for the head is 0 by definition, because the probabilities and the target of a place both sum to one. That for
-the embedding is 0 up to rounding if all of its readers subtract a mean first (GPT-2's LayerNorm). If one tensor is both
-embedding and head (GPT-2), the two are kept apart; the tensor's gradient is their sum.
+The mean for the head is 0 by definition, because the probabilities and the target of a place both sum to one. The mean
+for the embedding is 0 up to rounding if all of its readers subtract a mean first (GPT-2's LayerNorm). If one tensor is
+both embedding and head (GPT-2), the two are kept apart; the tensor's gradient is their sum.
 
 Shape letters: B examples of a batch, T tokens, U different tokens of each example, P predicted places of the
-batch, n those of one example, D hidden size, V vocabulary, N examples.
+batch, n predicted places of one example, D hidden size, V vocabulary, N examples.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def embedding_gradients(
 
     Args:
         member: an epoch of `gradsift.proxy.ensemble.train_adapter`.
-        config: of its adapter.
+        config: the config of its adapter.
         load: called only if the statistics have to be made.
         count: N.
     """
@@ -182,7 +182,7 @@ class UseOfEmbedding:
 
         Args:
             batch: on the CPU, where its sizes can be read without waiting for the device.
-            device: the model's.
+            device: the model's device.
         """
         moved = batch.to(device)
         hidden = self._head.hidden_states(moved.model_inputs(), moved.places)

@@ -27,16 +27,17 @@ from gradsift.training.curves import read_curve
 # and 1.3 (SmolLM2, M = 3).
 LEAST_ADAPTER_SPREAD = 0.3
 # Median of sqrt(V_t) / G_t. Measured: 0.10-0.11 (nano), 0.03 (SmolLM2). Members that never learned have 0.02, from the
-# draw of A alone (smoke run), so members below are copies of each other.
+# draw of A alone (smoke run), so members below the bound are copies.
 LEAST_NORM_SPREAD = 0.01
 # Relative fall of the loss between the snapshots, over the same examples, so without sampling noise. Measured:
 # 0.06-0.11; a learning rate too small by orders of magnitude gives 1e-5 and less.
 LEAST_FALL_BETWEEN_SNAPSHOTS = 0.001
 # Relative fall from the first to the last tenth of the batches, which hold different examples. Measured: 0.3.
 LEAST_FALL_FROM_START = 0.01
-# Batches in such a tenth, of all members: fewer differ by more than they learn (5 % between two in the smoke run).
+# Least number of batches in such a tenth, over all members: with fewer, the tenths differ by more than the members
+# learn (5 % between two in the smoke run).
 LEAST_BATCHES = 10
-# Share of examples whose norm rises: above, the training regime decides more than the examples.
+# Share of examples whose norm rises: above this, the training regime decides more than the examples.
 MOST_NEGATIVE_DROPS = 0.5
 # Relative error of a norm in float32; tests find 1e-6 for most. A smaller change has no reliable sign.
 FLOAT32_ERROR = 1e-5

@@ -114,8 +114,8 @@ def _pad_id(model: Any) -> int:
 class GradientPass:
     """Gradients of each example's mean response loss at fixed weights, dropout off, as float32 rows.
 
-    Columns are the parameters in a fixed order: for `lora` the A and B of each adapted layer, for `full` that of the
-    model's own parameters; each parameter row by row.
+    Columns are the parameters in a fixed order: for `lora` the A and B of each adapted layer, for `full` the model's
+    own parameters in their order; each parameter row by row.
     """
 
     def __init__(self, size: int, device: torch.device, work: Callable[[Sequence[Encoded]], torch.Tensor]) -> None:

@@ -34,8 +34,8 @@ def per_sample_parts(left: torch.Tensor, right: torch.Tensor, examples: int) -> 
     """Return the products left_i^T right_i of each example's tokens, (B, R, K).
 
     Args:
-        left: (B T, R), D_i B for the gradient of A, X_i A^T for that of B.
-        right: (B T, K), X_i for the gradient of A, D_i for that of B.
+        left: (B T, R), D_i B for the gradient of A, X_i A^T for the gradient of B.
+        right: (B T, K), X_i for the gradient of A, D_i for the gradient of B.
         examples: B.
     """
     left = left.reshape(examples, -1, left.shape[-1])
@@ -44,8 +44,8 @@ def per_sample_parts(left: torch.Tensor, right: torch.Tensor, examples: int) -> 
 
 
 def is_recomputing() -> bool:
-    """Return whether this forward pass runs within a backward pass: that of a checkpointed block, once more."""
-    return torch._C._current_graph_task_id() != -1  # torch.utils.checkpoint asks the same
+    """Return whether this forward pass runs within a backward pass, to compute a checkpointed block again."""
+    return torch._C._current_graph_task_id() != -1  # torch.utils.checkpoint makes this test too
 
 
 class Passes:
@@ -164,7 +164,7 @@ class GradientProbe:
 
     @staticmethod
     def gather(parts_a: torch.Tensor, parts_b: torch.Tensor, scale: float) -> torch.Tensor:
-        """Return a layer's gradients (B, P_l): that of A (R, I) row by row, then that of B (O, R)."""
+        """Return a layer's gradients (B, P_l): the gradient of A (R, I) row by row, then the gradient of B (O, R)."""
         # parts_b is (B, R, O), the transpose of peft's B
         parts = [parts_a.flatten(1), parts_b.transpose(1, 2).flatten(1)]
         return torch.cat(parts, 1).to(torch.float32).mul_(scale)

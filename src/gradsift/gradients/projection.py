@@ -59,7 +59,7 @@ class Projection:
         """Return what goes to each dimension from the chunks `first` to before `first + count`.
 
         Returns:
-            The parameter's place among those of the chunks, (C, D) int32, and its sign, (C, D) float32.
+            The place of the parameter among the chunks' parameters, (C, D) int32, and its sign, (C, D) float32.
         """
         chunks = torch.arange(first, first + count, device=device)  # (C,)
         dimensions = torch.arange(self.dimensions, device=device)

@@ -107,7 +107,7 @@ class NormRecords:
         return columns
 
     def of_all_ranks(self, total: int, device: torch.device) -> NormRecords:
-        """Return the records of all ranks, each of which has those of its share of `total` examples."""
+        """Return the records of all ranks; each rank has the records of its share of `total` examples."""
         if parallel.size() == 1:
             return self
         ids, epochs, *values = self._values[:, : self._count].to(device)

@@ -33,16 +33,16 @@ class Statistics:
     G_s: np.ndarray  # mean norm at the early snapshot
     G_t: np.ndarray  # mean norm at the late snapshot
     V_s: np.ndarray  # variance of the norm over members, early; norm squared
-    V_t: np.ndarray  # the same, late
+    V_t: np.ndarray  # variance of the norm over members, late; norm squared
     loss_s: np.ndarray  # mean loss over members, early; nats a response token
-    loss_t: np.ndarray  # the same, late
+    loss_t: np.ndarray  # mean loss over members, late; nats a response token
 
 
 def norm_of(columns: Mapping[str, np.ndarray], scope: str, size_a: float, size_b: float) -> np.ndarray:
     """Return the L2 norm over the LoRA factors in scope: `all`, `A`, `B` or `scaled`; (N,) float64.
 
-    The gradient of A is proportional to B and that of B to A, so a norm grows while B grows from zero, whatever the
-    example does. `scaled` divides each factor's norm by the other factor's size.
+    The gradient of A is proportional to B and the gradient of B to A, so a norm grows while B grows from zero, whatever
+    the example does. `scaled` divides each factor's norm by the other factor's size.
 
     Args:
         columns: norm_A and norm_B, (N,).

@@ -1,7 +1,8 @@
 """Gradient norms at fixed weights: a pass over all examples, or a shard of them, after an epoch.
 
-The unit of work is (member, epoch, shard). Weights are those of the member after the epoch, dropout off: the paper's
-g_i^(m,e). A member of mc_dropout is such a pass over shared weights, under dropout masks of its own.
+The unit of work is (member, epoch, shard). The pass uses the member's weights after the epoch, with dropout off, so it
+measures the paper's g_i^(m,e). A member of mc_dropout is such a pass over shared weights, under dropout masks of its
+own.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def collect(
     weights: Artifact,
     shard: int,
 ) -> Artifact:
-    """Return the norms and losses of one shard's examples at `weights`, those of `member` after `epoch`.
+    """Return the norms and losses of one shard's examples at `weights`, the weights of `member` after `epoch`.
 
     Args:
         load: called only if the shard has to be collected.

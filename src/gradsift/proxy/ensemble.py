@@ -11,8 +11,8 @@ That is `lora_seeds`. The two other ensembles are the ablations that the paper a
     mc_dropout  one adapter is trained, with dropout (member 0 of `lora_seeds`); member m is a pass over its weights
                 after an epoch under dropout masks of its own
 
-With `proxy.together=K`, K members train side by side (`gradsift.proxy.together`); which members those are is in no
-fingerprint, because it changes their weights by rounding alone.
+With `proxy.together=K`, K members train side by side (`gradsift.proxy.together`); no fingerprint contains which members
+these are, because that changes their weights by rounding alone.
 
 Norms come from a pass over the examples after an epoch (`gradsift.proxy.collection`), for the epochs that a stage asks
 for. With `proxy.collect=during_training` they come from the training steps.
@@ -133,7 +133,7 @@ def _train_group(
     members: Sequence[int],
     epochs: int,
 ) -> dict[int, list[Artifact]]:
-    """Return the weights of `members` after each epoch; those that have to be trained are trained side by side."""
+    """Return the weights of `members` after each epoch; members still to be trained are trained side by side."""
     chains: dict[int, list[Artifact]] = {member: [] for member in members}
     for epoch in range(1, epochs + 1):
         previous = {member: chain[-1] if chain else None for member, chain in chains.items()}
@@ -215,7 +215,7 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
         "weight_decay": config.weight_decay,
         "batch_size": config.batch_size,
         "batching": config.batching,
-        "tokens": None,  # once the batches that masks depended on; here, earlier members keep their fingerprint
+        "tokens": None,  # masks once depended on this; the entry keeps the fingerprints of earlier members
     }
 
 
@@ -282,8 +282,8 @@ def _member_epoch(runtime: Runtime, config: ProxyConfig, inputs: ProxyInputs, un
             "step alone, so its snapshot would be of untrained weights; give proxy.warmup_steps=0 or a smaller "
             "proxy.batch_size"
         )
-    # A seed for each epoch: one that starts from the artifact of the epoch before needs no random state of that
-    # process.
+    # Each epoch has its own seed, so an epoch that starts from the artifact of the epoch before needs no random state
+    # of the process that trained it.
     start = EpochStart(start_step, derive_seed(runtime.seed, "dropout", member, epoch), previous)
     lora_seed = derive_seed(runtime.seed, "lora", 0 if config.ensemble == "bootstrap" else member)
     return MemberEpoch(plan, optimization, start, lora_seed, folder, config.collect == "during_training")

@@ -1,8 +1,8 @@
 """An epoch of several members in one pass over the frozen weights (`proxy.together`).
 
 Each member keeps its own rows and their order, dropout masks, optimiser, learning rate, save point and files, so that
-its artifact is that of a member trained alone, up to rounding. A step of the trainer is one step of every member that
-has steps left: members that were interrupted at different places continue from there.
+its artifact equals the artifact of a member trained alone, up to rounding. A step of the trainer is one step of every
+member that has steps left: members that were interrupted at different places continue from there.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class MemberEpoch:
         return [ShowProgress(advance), self._trajectory, *([self._norms] if self._norms else [])]
 
     def write(self, inputs: ProxyInputs) -> dict[str, Any]:
-        """Write what the callbacks noted, and return its part of the artifact's info."""
+        """Write what the callbacks noted, and return what the member adds to the artifact's info."""
         if self._trajectory is not None:
             self._trajectory.write(self.folder)
         if self._norms is None:
@@ -72,7 +72,7 @@ class MemberEpoch:
 def train_together(
     lanes: Lanes, inputs: ProxyInputs, epochs: Sequence[MemberEpoch], compute: ComputeConfig, advance: Advance
 ) -> list[dict[str, Any]]:
-    """Train members over an epoch each, and write what `train_epoch` writes into their folders.
+    """Train each member over an epoch, and write into its folder what `train_epoch` writes.
 
     Args:
         lanes: a fresh adapter for each of `epochs`.

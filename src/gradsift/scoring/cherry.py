@@ -34,7 +34,7 @@ from gradsift.scoring.spans import span, span_losses, token_ids
 from gradsift.training.backbones import Backbone
 
 _RESPONSE = "### Response:"
-_ROOM_FOR_RESPONSE = 4  # tokens that the published code assumes for that line
+_ROOM_FOR_RESPONSE = 4  # tokens that the published code assumes for the line "### Response:"
 
 
 def cherry(

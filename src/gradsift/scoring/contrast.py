@@ -14,8 +14,8 @@
 - Within the best fifth (`saturation`) a higher bound means a more typical row, and a slightly cleaner one. A target
   learns more from rows drawn there at random (measured in the embedded world).
 
-Prompts are similar if their words and word pairs are (TF-IDF, reduced to at most 50 dimensions): no model of its own,
-the same neighbours for every proxy. Reasons, ablations and limits: docs/methods.md.
+Prompts are similar if their words and word pairs are (TF-IDF, reduced to at most 50 dimensions): this needs no model
+and gives the same neighbours for every proxy. Reasons, ablations and limits: docs/methods.md.
 
 Shape letters: M members, N examples, K neighbours.
 """
@@ -50,7 +50,7 @@ def contrast(
     saturation: float,
     seed: int,
 ) -> Scores:
-    """Return the contrast of each answer's loss with those of similar prompts.
+    """Return the contrast of each answer's loss with the losses of answers to similar prompts.
 
     Args:
         answer_losses: of the late snapshot, (M, N) each.
@@ -94,7 +94,7 @@ def member_contrasts(
 
 
 def relative_losses(body: np.ndarray, end: np.ndarray, end_share: float) -> np.ndarray:
-    """Return the losses l of `contrast`, (M, N), from those of bodies and ends in nats, (M, N) each.
+    """Return the losses l of `contrast`, (M, N), from the losses of bodies and ends in nats, (M, N) each.
 
     A mean counts as at least _LEAST_MEAN. Above it a part has its full share, however small its losses are.
     """
@@ -103,7 +103,7 @@ def relative_losses(body: np.ndarray, end: np.ndarray, end_share: float) -> np.n
 
 
 def require_neighbours(count: int, neighbours: int) -> None:
-    """Raise a `ConfigError` unless each of `count` examples has as many others."""
+    """Raise a `ConfigError` unless each of `count` examples has `neighbours` others."""
     if count <= neighbours:
         raise ConfigError(
             f"scorer.neighbours={neighbours} needs more than {neighbours} examples with a response, and there are "

@@ -2,7 +2,7 @@
 
     score_i = w_g R_i + w_d C_i + w_s (1 - S_i)
 
-R  representativeness: Gaussian kernel density of the example's gradient signal among those of the pool. The signal
+R  representativeness: Gaussian kernel density of the example's gradient signal among the pool's signals. The signal
    consists of statistics of its gradients of input embedding and LM head after one preliminary epoch.
 C  content diversity: how far the example is from the rest of the pool.
 S  redundancy: mean cosine to its nearest neighbours in the embedding space.
@@ -188,7 +188,7 @@ def word_rarity(examples: Sequence[Example]) -> np.ndarray:
 def to_unit(values: np.ndarray, rows: np.ndarray, scale: str) -> np.ndarray:
     """Return values (N,) scaled to 0..1 over `rows` (N,) bool, NaN elsewhere; .5 if all are equal.
 
-    rank    the share of the others that are lower, counting equal ones half
+    rank    the share of the other values that are lower; equal values count half
     minmax  the distance from the lowest value over the range
     """
     from scipy.stats import rankdata

@@ -4,9 +4,9 @@
     score_i = rank_i x (1/M) sum_m cos(g_i^m, g^m)      weigh=gsnr
 
 g^m is the mean gradient of the pool at member m's late snapshot, and rank_i the share of examples whose G-SNR (Eq. 5)
-is at most that of i. A product with the G-SNR itself would be positive where both factors are negative, and its largest
-values would be those of a tiny variance. With the rank, agreement and disagreement count more where the ensemble is
-certain.
+is at most the G-SNR of i. A product with the G-SNR itself would be positive where both factors are negative, and its
+largest values would come from tiny variances. With the rank, agreement and disagreement count more where the
+ensemble is certain.
 
 Shape letters: M members, N examples.
 """

@@ -31,7 +31,7 @@ def perplexity(proxy_inputs: ProxyInputs, count: int, task: Task, journal: Journ
     losses = response_losses(proxy_inputs, count, task, journal)
     with np.errstate(over="ignore"):  # infinite beyond e^709; the score uses the losses
         parts = {"perplexity": np.exp(losses), "loss": losses}
-    # of the losses and not of the perplexities: the same order, and finite where exp overflows
+    # the score uses losses, not perplexities: their order is the same, and they are finite where exp overflows
     scores = Scores({"low": -losses, "high": losses, "middle": -from_median(losses)}[prefer], parts)
     scores.mark(np.isnan(losses), UNDEFINED, NO_RESPONSE)
     return scores

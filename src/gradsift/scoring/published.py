@@ -1,4 +1,4 @@
-"""Published scores: those of a file that `gradsift scores RUN --out FILE` wrote, joined to the data by text.
+"""Published scores: the scores in a file that `gradsift scores RUN --out FILE` wrote, joined to the data by text.
 
     id         content hash and occurrence number of the example in the data that was scored
     row_index  its row there
@@ -62,10 +62,10 @@ class Published:
             self._by_hash.setdefault(row["text_hash"], []).append(place)
 
     def divide(self, examples: Sequence[Example]) -> tuple[list[Example], list[Rejected]]:
-        """Return the examples that have a score in the file, and the others as rejected rows.
+        """Return the examples that have a score in the file, and the other examples as rejected rows.
 
         Raises:
-            DataError: no example has one.
+            DataError: no example has a score.
         """
         kept = [example for example in examples if example.content_hash in self._by_hash]
         if not kept:
@@ -93,7 +93,7 @@ class Published:
     def of(self, examples: Sequence[Example]) -> Scores:
         """Return the scores of examples of `divide`, in their order.
 
-        Of equal texts each has the score of its occurrence, and the last one's if the file has fewer.
+        The k-th of several equal texts has the k-th score of that text, or the last one if the file has fewer.
         """
         places = []
         for example in examples:
@@ -113,7 +113,7 @@ class Published:
 
 
 def _checked(path: Path, number: int, row: Any) -> dict[str, Any]:
-    """Return a row with a hash, a score, a status, a reason and those of its other columns that are numbers."""
+    """Return a row with a hash, a score, a status, a reason and the other columns that hold numbers."""
     place = f"data.scores={path}, row {number}"
     if not isinstance(row, dict) or not isinstance(row.get("text_hash"), str) or not row["text_hash"]:
         raise DataError(f"{place}: text_hash is no text; write the file again with `gradsift scores`")

@@ -15,7 +15,7 @@ def random(count: int, *, seed: int) -> Scores:
 
 
 def random_clean(labels: Labels | None, count: int, *, seed: int) -> Scores:
-    """Return uniform numbers for the rows that are labelled clean; the others are excluded.
+    """Return uniform numbers for the rows that are labelled clean; the other rows are excluded.
 
     No method can know the labels: this is the reference for one that leaves out every spoilt row and copy.
 

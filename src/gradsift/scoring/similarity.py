@@ -34,7 +34,7 @@ def rds_plus(embeddings: Features, target_embeddings: Features) -> Scores:
 
 
 def sbert(embeddings: Features, target_embeddings: Features, *, over: Over) -> Scores:
-    """Return the mean or largest cosine to the target rows; the part `task:<name>` has that to the rows of each task.
+    """Return the mean or largest cosine to the target rows; the part `task:<name>` counts the rows of each task alone.
 
     Args:
         over: mean counts each target row once, so a larger task weighs more. It ranks like the cosine to the rows'

@@ -2,8 +2,8 @@
 
     IFD(x, y) = exp(mean loss of y after the prompt x) / exp(mean loss of y alone)
 
-Highest IFD below 1 is kept; `keep=low` keeps the lowest, which ranks clean rows higher in noisy data. The details are
-those of the published procedure: the prompt is `instruction` and `input`, a line each, whatever template the training
+Highest IFD below 1 is kept; `keep=low` keeps the lowest, which ranks clean rows higher in noisy data. The details
+follow the published procedure: the prompt is `instruction` and `input`, a line each, whatever template the training
 uses; neither BOS nor EOS; the p tokens of the prompt are cut to L; the answer alone is cut to L - p + 1 tokens and its
 first token is not scored; prompt and answer together are cut to L, and only the tokens after those of the prompt are
 scored. For conversations, where the source is silent, the prompt is all that comes before the last response.

@@ -4,9 +4,9 @@ A selector is a function. Its first two parameters are `scores` and `size`, the 
 as a scorer's do (see `gradsift.scoring`), and nothing else is computed:
 
     embeddings         `gradsift.features.vectors.Features` of the pool, computed by the run's embedder
-    target_embeddings  the same of the target set, with each row's task
+    target_embeddings  `Features` of the target set, computed by the same embedder, with each row's task
     gradients          projected per-sample gradients of the pool
-    target_gradients   the same of the target set, with each row's task
+    target_gradients   projected per-sample gradients of the target set, with each row's task
     task               a progress bar, as for a scorer
 
 Its keyword-only parameters are its constants, set in `conf/selector/<name>.yaml`. It returns a `Choice`: only examples

@@ -1,6 +1,6 @@
 """The noise audit of one scorer: does its score keep known corruption out of the selection?
 
-It uses labels that no scorer sees: those of the embedded world, and those of `data.corruption` on a user's own data.
+It uses labels that no scorer sees: the labels of the embedded world, and of `data.corruption` on a user's own data.
 It reports three kinds of figure, because each alone misleads: the spoilt share of the selection at the budgets that
 matter (a score may sort the whole pool well and still spoil its head), the AUROC of each kind of corruption (the head
 may be clean by luck), and the number of families kept (a score may select clean rows of few kinds).
@@ -105,7 +105,7 @@ def _selection(alpha: float, positions: np.ndarray, labels: Labels, families: Se
 
 
 def _groups_in(labels: Labels) -> dict[str, str]:
-    """Return those of GROUPS that the data has."""
+    """Return the groups of GROUPS that the data has."""
     return {name: family for name, family in GROUPS.items() if family in (labels.family or [])}
 
 

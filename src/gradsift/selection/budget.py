@@ -37,8 +37,8 @@ def proportional_shares(size: int, weights: np.ndarray) -> np.ndarray:
 def capped_shares(size: int, weights: np.ndarray, capacities: np.ndarray) -> np.ndarray:
     """Divide `size` as `proportional_shares` does, but give none more than its capacity (C,): (C,) int64.
 
-    What a group cannot take goes to the others in proportion to their weights. The shares add up to `size`, or to the
-    capacities of all groups with a weight if that is less.
+    What a group cannot take goes to the other groups in proportion to their weights. The shares add up to `size`, or to
+    the capacities of all groups with a weight if that is less.
     """
     shares: np.ndarray = np.minimum(proportional_shares(size, weights), capacities)
     # each round hands out all that is left or fills a group, so there are at most C of them

@@ -20,14 +20,14 @@ from gradsift.diagnostics import Diagnostic
 from gradsift.features.products import nearest_anchor_cosines
 from gradsift.features.vectors import Features
 
-# Mean over the selection divided by that over the pool. A score that only preferred short answers had 0.44; the late
-# loss itself has 0.2 in the embedded world (experiments/LOG.md), G-SNR 0.6-0.7.
+# Mean over the selection divided by the mean over the pool. A score that only preferred short answers had 0.44; the
+# late loss itself has 0.2 in the embedded world (experiments/LOG.md), G-SNR 0.6-0.7.
 LEAST_OF_POOL = 0.5
 # Standard errors of a random draw of k examples: a few rows may be below half the pool's mean by chance.
 LEAST_STANDARD_ERRORS = 3.0
 # Lower than the limit for the whole pool, since the sign matters most among the selected examples.
 MOST_NEGATIVE_DROPS = 0.1
-# Mean distance of the pool to the selection divided by that to a random one of the same size. Over 5,000 Alpaca rows
+# Mean distance of the pool to the selection divided by that to a random selection of that size. Over 5,000 Alpaca rows
 # (tf-idf in 128 dimensions, 5 and 10 %) random draws differ by 1 %; the shortest answers give 1.27, the longest 1.07
 # to 1.12.
 MOST_OF_RANDOM_DISTANCE = 1.15
@@ -156,7 +156,7 @@ def coverage(features: Features, positions: np.ndarray, radius: float) -> Diagno
     drawn = np.random.default_rng(0).choice(usable, size, replace=False)
     to_selection, to_random = (1 - nearest_anchor_cosines(features, chosen)[usable] for chosen in (positions, drawn))
     distance, random_distance = float(to_selection.mean()), float(to_random.mean())
-    # an example's own cosine, and that of its copy, is 1 up to rounding
+    # the cosine of an example with itself, or with its copy, is 1 up to rounding
     covered, covered_randomly = (float((d <= radius + 1e-6).mean()) for d in (to_selection, to_random))
     ratio = distance / random_distance if random_distance > 1e-6 else 1.0
     return Diagnostic.judged(

@@ -37,10 +37,10 @@ def best_first(scores: Scores) -> np.ndarray:
 def best_by_direction(scores: Scores, features: Features) -> tuple[np.ndarray, np.ndarray]:
     """Return `best_first` in two parts: the examples whose vectors have a direction, and those whose vectors are zeros.
 
-    The latter are neither similar nor dissimilar to anything, so methods that compare vectors take them last.
+    Vectors of zeros are neither similar nor dissimilar to anything, so methods that compare vectors take them last.
 
     Raises:
-        GradsiftError: `features` are of another number of examples.
+        GradsiftError: `features` hold another number of examples.
     """
     if len(features) != len(scores.score):
         raise GradsiftError(

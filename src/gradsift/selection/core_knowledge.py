@@ -35,9 +35,9 @@ class CoreKnowledge:
 def core_knowledge(target: Features, explained: float) -> CoreKnowledge:
     """Return the fewest components that explain `explained` of the variance.
 
-    Our reading: gradients of zero are left out; the sign of a component, which PCA leaves open, is that of the mean
-    target gradient's projection on it (or if that is 0, of its largest entry); a single gradient, or several without
-    variance, have one component, their mean direction. Tasks are not distinguished.
+    Our reading: gradients of zero are left out; the sign of a component, which PCA leaves open, is the sign of the mean
+    target gradient's projection on it (or, if the projection is 0, of the component's largest entry); a single
+    gradient, or several without variance, have one component, their mean direction. Tasks are not distinguished.
 
     Raises:
         GradsiftError: every target gradient is zero.

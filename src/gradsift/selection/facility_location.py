@@ -39,7 +39,7 @@ def facility_location(
 ) -> Choice:
     """Maximise f greedily over the best candidates by score; return them in the order in which they are picked.
 
-    Gains never grow, so an old gain is an upper bound, and only those are recomputed that may be the largest.
+    Gains never grow, so an old gain is an upper bound, and only the gains that may be the largest are recomputed.
 
     Args:
         similarity: `exp_distance`, exp(-||x - y|| / D), or `cosine`.

@@ -109,7 +109,7 @@ class Walk:
     unused: np.ndarray  # (n,) bool
     by_core: int = 0  # steps that no neighbour could take
     tested: int = 0  # examples that (i) was applied to
-    ruled_out: int = 0  # those of them that it ruled out
+    ruled_out: int = 0  # examples among these that (i) ruled out
 
     def nearest(self, index: int, share: int, advance: Advance) -> list[int]:
         """Take the unused examples with the largest <g, K> (the ablation without a graph); return their places."""

@@ -24,11 +24,11 @@ def quotas(
 ) -> Choice:
     """Select the best of each group, so that the groups have given shares of the selection.
 
-    What a group cannot fill goes to the others, in proportion to their shares, with a warning.
+    What a group cannot fill goes to the other groups, in proportion to their shares, with a warning.
 
     Args:
         column: column of the data that names a row's group; another value than text counts as its JSON text.
-        shares: weight of each group, at least 0; None: those that the groups have in the pool.
+        shares: weight of each group, at least 0; None: the shares that the groups have in the pool.
 
     Raises:
         ConfigError: no row has the column, or `shares` does not name the groups that the data has.

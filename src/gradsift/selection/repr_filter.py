@@ -15,7 +15,7 @@ from gradsift.selection.choice import Choice, best_by_direction, shortfall
 
 
 def repr_filter(scores: Scores, size: int, embeddings: Features, task: Task = unseen, *, threshold: float) -> Choice:
-    """By descending score, keep the next example if its largest cosine to those kept is at most `threshold`.
+    """By descending score, keep the next example if its largest cosine to the kept examples is at most `threshold`.
 
     An example without direction has cosine 0 to everything and is looked at last.
     """

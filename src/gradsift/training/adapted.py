@@ -29,7 +29,8 @@ from gradsift.training.frozen import FrozenProducts, forget_products, frozen_pro
 from gradsift.training.masks import PassedRows
 
 _PEFT_PREFIX = "base_model.model."  # of module names in a model with adapters
-# Forward passes that are W x + b and nothing else. Falcon's class has one of its own, which differs in rounding alone.
+# Forward passes that are W x + b and nothing else. Falcon's class has its own pass, which
+# differs in rounding alone.
 _PLAIN = (nn.Linear.forward, Conv1D.forward)
 _FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"
 
@@ -42,7 +43,7 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
     path: str  # the layer's name in the model without adapters
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # peft's own pass: s B A x must not be added, or is part of W already
+        # peft's own pass, because s B A x must not be added or is part of W already
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         base: Any = self.get_base_layer()
@@ -54,7 +55,7 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
         rows, factors = None, [self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight]
         if self.lanes is not None and self.lanes[0].lanes is not None:
             rows, factors = self.lanes[0], [factor.weight for factor in self.lanes[1]]
-        # a trainer's autocast; the map has its own precision, that of W
+        # a trainer's autocast does not apply: the map computes in the precision of W
         if torch.is_autocast_enabled(x.device.type) and base.weight.is_floating_point():
             x = x.to(base.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -165,7 +166,7 @@ class _Map(torch.autograd.Function):
         # autograd carries the latter back through the mask.
         if ctx.has_dropout and ctx.needs_input_grad[1]:
             to_dropped = _product(inner_backprops, a).mul_(ctx.scale).view_as(seen)
-        # inputs of two dimensions do not tell the examples apart: only their sum is needed, since a probe refuses them
+        # inputs of two dimensions do not tell the examples apart; a probe refuses them, so only the sum is needed
         examples = len(seen) if seen.dim() == 3 else 1
         # grad_A L_i = s (D_i B)^T X_i and (grad_B L_i)^T = s (X_i A^T)^T D_i (`gradsift.gradients.probes`), s still
         # missing
@@ -182,14 +183,14 @@ class _Map(torch.autograd.Function):
 
 
 def _of_rows(factors: Sequence[torch.Tensor], rows: PassedRows | None, dtype: torch.dtype) -> torch.Tensor:
-    """Return the factor of all rows, (., .), or that of each row, (B, ., .)."""
+    """Return the factor of all rows, (., .), or the factor of each row, (B, ., .)."""
     if rows is None or rows.lanes is None:
         return factors[0].to(dtype)
     return torch.stack([factor.to(dtype) for factor in factors]).index_select(0, rows.lanes)
 
 
 def _product(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Return x (B T, K) times a factor (K, N), or times that of each row (B, K, N)."""
+    """Return x (B T, K) times a factor (K, N), or times the factor of each row (B, K, N)."""
     if factor.dim() == 2:
         return x @ factor
     return torch.bmm(x.view(len(factor), -1, x.shape[-1]), factor).flatten(0, 1)

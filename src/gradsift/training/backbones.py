@@ -73,8 +73,8 @@ class Backbone:
 def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
     """Return the artifact of a backbone: its weights, or the pin to a model of the hub or of a folder.
 
-    It carries the numerics of the model in this process, which so become part of the identity of everything that is
-    computed from it.
+    The artifact carries the numerics of the model in this process, which thereby become part of the identity of
+    everything that is computed from it.
     """
     if config.kind == "pretrained":
         made = pin(runtime.store, runtime.display, config)
@@ -127,7 +127,7 @@ def load_description(artifact: Artifact, config: ModelConfig) -> tuple[Any, Any]
 
 
 def source_of(artifact: Artifact, config: ModelConfig) -> tuple[str, str | None]:
-    """Return the folder or the hub id of a backbone, and of the latter the commit."""
+    """Return the folder of a backbone, or its hub id and commit."""
     source, options = _source(artifact, config)
     return source, None if Path(source).is_dir() else options.get("revision")
 

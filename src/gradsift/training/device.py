@@ -23,7 +23,7 @@ T = TypeVar("T")
 _GPU_TOKENS = 16384  # at most: more make a GPU no faster
 # torch's messages where it has no exception class: on a CPU under Linux, elsewhere, and from inside cuBLAS
 _SIGNS = ("allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
-_halved: dict[Any, int] = {}  # by kind of pass: later stages and jobs of this process start with it
+_halved: dict[Any, int] = {}  # halved budgets by kind of pass: later stages and jobs of this process start with them
 _CPU_ACTIVATION = 393_216  # numbers in a (tokens, hidden size) activation that still fit a CPU core's cache
 
 
@@ -36,7 +36,8 @@ class TokenBudget:
     def __init__(self, tokens: int, say: Callable[[str], None] = print, kind: Any = None) -> None:
         """
         Args:
-            kind: of pass, whose next budget (from `of`) starts with what this one was halved to; None: of none.
+            kind: the kind of pass; its next budget (from `of`) starts with what this one was halved to. None: no budget
+                does.
         """
         self.tokens = tokens
         self.say = say
@@ -131,7 +132,8 @@ class TokenBudget:
 
 
 def numbers_at_once(device: torch.device, on_cpu: int) -> int:
-    """Return how many numbers a temporary tensor may have: `on_cpu` there, for its caches; a 128th of a GPU's memory.
+    """Return how many numbers a temporary tensor may have: on a CPU `on_cpu`, for its caches; on a GPU a 128th of its
+    memory.
 
     Results do not depend on it.
     """

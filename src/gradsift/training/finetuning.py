@@ -38,8 +38,8 @@ def fit(
     """Train over the steps of `plan` (positions in `encoded`), in their order.
 
     Args:
-        folder: of the artifact in the making: an interrupted training left its save point there, from which this one
-            continues and where it saves its own.
+        folder: the folder of the artifact in the making. The training continues from the save point that an interrupted
+            one left there, and saves its own there.
 
     Returns:
         The number of optimiser steps that this process took; `module.curve` has all.
@@ -92,7 +92,7 @@ def require_finite_weights(module: AdapterModule) -> None:
 
 
 def step_counts(module: AdapterModule, taken: int) -> dict[str, int]:
-    """Return all steps of the training, and those of them that interrupted runs had taken, for a stage's counts."""
+    """Return the steps of the training, and how many of them interrupted runs had taken, as a stage's counts."""
     return {"optimizer_steps": len(module.curve), "resumed_steps": len(module.curve) - taken}
 
 

@@ -62,8 +62,8 @@ class OutputHead:
         """
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         embedding = causal.get_output_embeddings()
-        # a head that trains, or has an adapter, needs a gradient of its own, and `_TokenLosses` gives only that of its
-        # input
+        # a head that trains, or has an adapter, needs a gradient of its own, and `_TokenLosses` gives only the
+        # gradient of its input
         if type(embedding) is not nn.Linear or embedding.weight.requires_grad or causal.base_model is causal:
             return None
         return cls(causal.base_model, embedding) if _is_last_step(causal, embedding) else None
@@ -72,7 +72,7 @@ class OutputHead:
         """Return the last hidden states at `places`.
 
         Args:
-            inputs: of the model's forward, (B, T) each.
+            inputs: the arguments of the model's forward, (B, T) each.
             places: (P,) int64 into the B x T tokens, on the model's device.
 
         Returns:
@@ -194,7 +194,7 @@ def token_losses(
     """Return the negative log-likelihood of `targets` (P,) after the tokens at `places` (P,), in nats; (P,) float32.
 
     Args:
-        head: of the model, or None to compute all of its logits.
+        head: the model's head, or None to compute all of its logits.
     """
     if head is not None:
         return head.token_losses(head.hidden_states(inputs, places), targets)

@@ -1,10 +1,11 @@
 """Several adapters on one frozen model that train side by side, each with rows of its own.
 
 A batch holds rows of all adapters. They pass through the frozen weights together; only the small products with A and B
-differ from row to row (`gradsift.training.adapted`). The number of operations is so that of one training.
+differ from row to row (`gradsift.training.adapted`). So a batch takes as many operations as in the training of one
+adapter.
 
-peft's model has one adapter, under its default name. `activate` puts one of the adapters there, so that all that saves,
-loads or measures an adapter works on it.
+peft's model has one adapter, under its default name. `activate` puts one of the adapters there, so that every function
+that saves, loads or measures an adapter works on that one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Lanes(nn.Module):
         """
         Args:
             model: frozen and without adapters, on its device.
-            seeds: of each adapter's A, as in `lora.add_adapter`.
+            seeds: the seed of each adapter's A, as in `lora.add_adapter`.
         """
         super().__init__()
         device = next(model.parameters()).device
@@ -69,7 +70,7 @@ class Lanes(nn.Module):
         return rows
 
     def forget_rows(self) -> None:
-        """Let the next pass be one of the active adapter."""
+        """Let the next pass go through the active adapter alone."""
         self.rows.lanes = None
 
 

@@ -1,7 +1,8 @@
 """Dropout masks that belong to an example, not to a batch.
 
-The mask of an example in a layer depends on the example's key, the layer and the place in the sequence. So it is the
-same whatever the batch, the padding, the rank or the device, and again when a checkpointed block is computed anew.
+The mask of an example in a layer depends on the example's key, the layer and the place in the sequence. So the mask
+does not depend on the batch, the padding, the rank or the device, and a checkpointed block that is computed again has
+the same mask.
 
 Shape letters: B rows of a batch, T tokens, I inputs of a layer.
 """
@@ -24,19 +25,19 @@ class PassedRows:
 
     def __init__(self) -> None:
         self.drops = False  # whether layers drop inputs
-        self.keys: torch.Tensor | None = None  # (B,) int64, of the rows' dropout masks
+        self.keys: torch.Tensor | None = None  # (B,) int64, the keys of the rows' dropout masks
         self.lanes: torch.Tensor | None = None  # (B,) int64, ascending: the adapter of each row, if there are several
         self.counts: list[int] = []  # rows of each adapter
 
 
 class RowDropout(nn.Dropout):
-    """Dropout with a mask for each row; without keys, or where dim 0 is not that of the rows, torch's own."""
+    """Dropout with a mask for each row; torch's own dropout without keys, or where dim 0 does not count the rows."""
 
     def __init__(self, probability: float, rows: PassedRows, layer: str) -> None:
         """
         Args:
             rows: shared by the layers of a model.
-            layer: the layer's name, by which its masks differ from those of other layers.
+            layer: the layer's name, by which its masks differ from the masks of other layers.
         """
         super().__init__(probability)
         self._rows = rows

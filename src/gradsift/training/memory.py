@@ -39,7 +39,7 @@ def _block_bytes(config: Any, number: int, adapted: Collection[str]) -> int | No
     kind = str(config.model_type)
     if kind not in (*_GATED, "gpt2"):
         return None
-    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)  # which other models may not have
+    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)  # other models may lack these
     size = int(getattr(config, "head_dim", None) or hidden // heads)
     queries, keys = heads * size, int(getattr(config, "num_key_value_heads", None) or heads) * size
     mlp = int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden)

@@ -191,7 +191,7 @@ class AdapterModule(L.LightningModule):
 
     def mask_key(self, example: Encoded) -> int:
         """Return the key of an example's dropout masks in the next step."""
-        # of step and example alone: neither the batch, the rank nor an interruption changes an example's masks
+        # step and example alone make the key: neither the batch, the rank nor an interruption changes the masks
         return derive_seed(self.dropout_seed, len(self.curve), example.row)
 
     def _give_masks(self, keys: Iterable[int]) -> None:
@@ -200,8 +200,8 @@ class AdapterModule(L.LightningModule):
 
     def _divisor(self, rows: Sequence[Encoded], examples: Sequence[Encoded]) -> float | torch.Tensor:
         """Return what the losses of the `rows` of a pass are divided by, where a step has these `examples`."""
-        # Of the whole step, not of the pass or the rank: the batches of a step are cut by length, and a mean within
-        # each would weigh an example by the batch that it falls into.
+        # The number is for the whole step, not for the pass or the rank: the batches of a step are cut by length, and a
+        # mean within each would weigh an example by the batch that it falls into.
         return sum(example.scored for example in examples) if self.optimization.loss == "token" else len(examples)
 
     def _passes(self, batches: int) -> int:
@@ -239,7 +239,7 @@ class AdapterModule(L.LightningModule):
 
 
 def _total(losses: torch.Tensor, weight: int, divisor: float | torch.Tensor) -> torch.Tensor:
-    """Return the sum of the losses (B,) times `weight`, divided by one number, or each by its own, (B,)."""
+    """Return the sum of the losses (B,) times `weight`, divided by one number, or each loss by its own, (B,)."""
     if isinstance(divisor, torch.Tensor):
         return (losses / divisor).sum() * weight
     return losses.sum() * weight / divisor

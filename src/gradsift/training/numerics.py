@@ -24,7 +24,7 @@ from gradsift.training.residual import residual_in_float32, residual_precision
 
 
 def dtype_of(compute: ComputeConfig, model: ModelConfig | None = None) -> torch.dtype:
-    """Return the precision in which a model is loaded: its own, or that of the machine.
+    """Return the precision in which a model is loaded: the model's own, or the machine's.
 
     `compute.precision=auto` is bfloat16 on a GPU that has it, else float32.
     """
@@ -85,7 +85,7 @@ def expected_numerics(config: Any, compute: ComputeConfig, model_config: ModelCo
 
     Args:
         config: transformers' config of the model.
-        model_config: gradsift's.
+        model_config: gradsift's config of the model.
     """
     from transformers import AutoModelForCausalLM
 

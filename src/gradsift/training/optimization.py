@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-BETAS = (0.9, 0.999)  # of AdamW everywhere: its saved state does not tell them
+BETAS = (0.9, 0.999)  # AdamW's betas in every training: its saved state does not hold them
 
 
 @dataclass(frozen=True)

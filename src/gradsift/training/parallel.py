@@ -93,7 +93,7 @@ def gather(columns: Mapping[str, torch.Tensor], total: int) -> dict[str, torch.T
 
 
 def run(budget: TokenBudget, work: Callable[[int], T], lengths: Sequence[int]) -> T:
-    """Do as `budget.run`, but where ranks pass in step nothing is repeated with fewer tokens.
+    """Return `work(tokens)` as `budget.run` does, but repeat nothing where the ranks pass in step.
 
     Raises:
         GradsiftError: memory ran out on one of several ranks.
@@ -149,7 +149,7 @@ def passes(
     *,
     in_step: bool,
 ) -> Iterator[list[T]]:
-    """Do as `budget.passes`, each rank with its part of the groups; every rank has all results.
+    """Yield what `budget.passes` yields: each rank passes its part of the groups, and every rank gets all results.
 
     Args:
         work: see `together`.

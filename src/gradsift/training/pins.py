@@ -79,10 +79,10 @@ def require_chat_template(config: ModelConfig, option: str) -> None:
     """Refuse `template=chat` for a tokenizer without a chat template, as far as its files are on this machine.
 
     Args:
-        option: the one that is set to chat.
+        option: the option that is set to chat.
 
     Raises:
-        ConfigError: the tokenizer has none.
+        ConfigError: the tokenizer has no chat template.
     """
     if config.kind == "smollm2":
         return
@@ -206,7 +206,7 @@ def hub_errors(config: ModelConfig) -> Iterator[None]:
     from huggingface_hub import errors
     from safetensors import SafetensorError
 
-    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # httpx's, or that of httpx2 in later versions
+    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # a class of httpx, or of httpx2 in later versions
     name = config.path or config.kind
     try:
         yield

@@ -61,7 +61,7 @@ def require_adaptable(model: Any, config: LoraConfig, option: str, *, norms: boo
     failure = _failure(model, config, rows, logits, norms)
     if failure is None:
         return
-    if isinstance(failure, ConfigError):  # of `add_adapter`
+    if isinstance(failure, ConfigError):  # raised by `add_adapter`
         reason = str(failure).removeprefix(f"lora.targets={config.targets} ")
     else:
         reason = f"cannot be used with {type(model).__name__}: {_first_line(failure)}"
@@ -90,7 +90,7 @@ def _failure(
     """Return what goes wrong with an adapter on this model, or None.
 
     Args:
-        logits: (B, T, V), of the rows by the model without an adapter.
+        logits: (B, T, V), what the model without an adapter gives for the rows.
     """
     try:
         adapted = lora.add_adapter(model, config, seed=0)

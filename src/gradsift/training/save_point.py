@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 POINT_FILE = "training.safetensors"
 _FORMAT = 4  # raised when the file changes: older ones are ignored
-_SHARE = 0.01  # of the time that saving may take, whatever `compute.save_every` asks for
+_SHARE = 0.01  # share of the time that saving may take, whatever `compute.save_every` asks for
 
 
 class SavePoint(L.Callback):
@@ -43,10 +43,10 @@ class SavePoint(L.Callback):
     def __init__(self, folder: Path, every: float, steps: int, callbacks: Sequence[L.Callback]) -> None:
         """
         Args:
-            folder: of the artifact in the making.
+            folder: the folder of the artifact in the making.
             every: seconds between two points; 0 for one after each step.
-            steps: of the whole training.
-            callbacks: whose `state_dict` (tensors and numbers) is saved and restored.
+            steps: the number of steps of the whole training.
+            callbacks: the callbacks whose `state_dict` (tensors and numbers) is saved and restored.
         """
         self._path = folder / UNFINISHED / POINT_FILE
         self._every = every

@@ -24,8 +24,8 @@ class RunEnded(Exception):
 class SharedStore(Store):
     """A store whose `obtain` is called by all ranks with the same arguments.
 
-    Rank 0 finds or makes the artifact and writes it. A stage with `divided=True` is made by all ranks at once, the
-    others in a scratch copy of rank 0's folder; they wait while rank 0 makes any other stage by itself.
+    Rank 0 finds or makes the artifact and writes it. A stage with `divided=True` is made by all ranks at once; ranks
+    other than 0 work in a scratch copy of rank 0's folder. They wait while rank 0 makes any other stage by itself.
     """
 
     def _provide(self, wanted: Artifact, make: Make, *, light: bool, exact: bool, divided: bool) -> Artifact:

@@ -52,7 +52,7 @@ def finetune(
     settings = finetune_settings(runtime, config)
     chosen: list[Example] = []
     try:
-        # in the order of the pool: ranks must not enter the fingerprint
+        # in the order of the pool: an example's rank in the selection must not enter the fingerprint
         chosen = [pool[position] for position in sorted(int(p) for p in positions())]
     except NotMade as missing:
         settings["examples"], exact = str(missing), False  # the message names the selection

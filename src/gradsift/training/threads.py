@@ -24,7 +24,7 @@ _MEASURED_FOR = 0.25  # seconds
 def busy_cores() -> float:
     """Return how many cores of this machine other work keeps busy, measured once per process.
 
-    All jobs of a sweep in one process so have the same number of threads, and the same digits.
+    So all jobs of a sweep in one process have the same number of threads, and the same digits in their results.
     """
     return float(psutil.cpu_percent(interval=_MEASURED_FOR)) / 100 * (os.cpu_count() or 1)
 

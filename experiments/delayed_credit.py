@@ -21,10 +21,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from experiments.composed import line_of
+from experiments.norm_tables import norms_at
 from gradsift.data.load import SPOILT, labels_of
 from gradsift.data.verifiable import DEFINING, DELAYED
 from gradsift.gradients.norms_table import by_example
-from gradsift.gradients.statistics import norm_of
 from gradsift.line import Line
 from gradsift.proxy.answer_losses import read_answer_losses
 from gradsift.scoring.contrast import contrast
@@ -38,15 +38,9 @@ DEFAULTS = ("data.delayed=0.2", "proxy.snapshots=[1,4]", "scorer=gsnr", "stop_af
 
 def norms_and_losses(line: Line) -> tuple[np.ndarray, np.ndarray]:
     """Return the members' norms (E, M, N) and losses (E, M, N) after each epoch."""
-    norms, losses = [], []
-    for epoch in range(1, EPOCHS + 1):
-        members = line.norms(epoch)
-        tables = [by_example(shards, ("norm_A", "norm_B", "loss"), line.rows) for shards in members]
-        sizes = [(shards[0].info["size_A"], shards[0].info["size_B"]) for shards in members]
-        scope = line.config.proxy.norm_scope
-        norms.append([norm_of(table, scope, *size) for table, size in zip(tables, sizes, strict=True)])
-        losses.append([table["loss"] for table in tables])
-    return np.array(norms), np.array(losses)
+    epochs = range(1, EPOCHS + 1)
+    losses = [[by_example(shards, ("loss",), line.rows)["loss"] for shards in line.norms(epoch)] for epoch in epochs]
+    return np.array([norms_at(line, epoch) for epoch in epochs]), np.array(losses)
 
 
 def best_epoch(losses: np.ndarray) -> np.ndarray:

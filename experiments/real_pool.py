@@ -5,8 +5,8 @@
 Writes `--rows` random rows of alpaca_5000.json and the bad rows of alpaca_cleaning_diff.jsonl as they were before
 cleaning. The column `cleaning`, which no scorer reads, holds the cleaners' label of a bad row and is empty for all
 others. A bad row whose answer is empty is left out, because loading would reject it. With --untouched it writes random
-rows of alpaca_cleaned_51k.json.gz instead whose prompts are not in alpaca_5000.json: for a test on rows by which
-nothing was chosen.
+rows of alpaca_cleaned_51k.json.gz instead whose prompts are neither in alpaca_5000.json nor among the bad rows:
+for a test on rows by which nothing was chosen.
 """
 
 from __future__ import annotations

@@ -234,11 +234,12 @@ def test_the_model_tuned_on_all_rows_is_shown_once_in_a_sweep_over_alpha() -> No
         return run(seed=seed) | {"scorer": "full", "variant": f"v{alpha}", "alpha": alpha, **changes}
 
     # the second seed failed at the first alpha, and the sweep was interrupted before it came to a third seed there
-    runs = [full(0.05, 0), full(0.05, 1, status="failed"), *(full(0.1, seed) for seed in range(3))]
+    runs = [full(0.05, 0), full(0.05, 1, status="failed", accuracy={}), *(full(0.1, seed) for seed in range(3))]
     another = full(0.1, 0, target="another")
     rows = over_seeds([row for one in (*runs, another) for row in flat_rows(one)])
     shown = [(row["alpha"], row["target"], row["runs"]) for row in rows]
     assert shown == [("all", runs[0]["target"], 3), ("all", "another", 1)]
+    assert rows[0]["accuracy"] is not None  # the failed run gave way to the finished one
 
 
 def test_runs_of_one_seed_that_differ_elsewhere_are_not_averaged() -> None:

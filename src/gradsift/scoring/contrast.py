@@ -81,7 +81,7 @@ def member_contrasts(
     answer_losses: AnswerLosses, examples: Sequence[Example], neighbours: int, end_share: float
 ) -> np.ndarray:
     """Return the contrast of each answer for each member, (M, N); NaN without a response. See `contrast`."""
-    # a row without a response token has no loss under any member, so the first one tells
+    # a row without a response token has no loss under any member
     known = ~np.isnan(answer_losses.body).any(0)
     require_neighbours(int(known.sum()), neighbours)
     losses = relative_losses(answer_losses.body[:, known], answer_losses.end[:, known], end_share)

@@ -1,6 +1,6 @@
 """A pool of real rows of which some are known to be bad: Alpaca rows, and those that human cleaners edited or removed.
 
-    python -m experiments.real_pool FILE.jsonl [--rows 1200] [--untouched]        needs GRADSIFT_DATA
+    python -m experiments.real_pool FILE.jsonl [--rows 1200] [--untouched] [--seed 0]        needs GRADSIFT_DATA
 
 Writes `--rows` random rows of alpaca_5000.json and the bad rows of alpaca_cleaning_diff.jsonl as they were before
 cleaning. The column `cleaning`, which no scorer reads, holds the cleaners' label of a bad row and is empty for all
@@ -62,9 +62,10 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--rows", type=int, default=1200)
     parser.add_argument("--untouched", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
     arguments = parser.parse_args()
     draw = untouched if arguments.untouched else pool
-    rows = draw(Path(os.environ["GRADSIFT_DATA"]) / "instruct", arguments.rows)
+    rows = draw(Path(os.environ["GRADSIFT_DATA"]) / "instruct", arguments.rows, arguments.seed)
     arguments.file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{len(rows)} rows, {sum(bool(row['cleaning']) for row in rows)} of them bad: {arguments.file}")
 

@@ -228,9 +228,22 @@ def test_rslora_scales_by_the_root_of_the_rank() -> None:
         assert all(isinstance(layer, AdaptedLinear) and layer.scaling["default"] == scale for layer in layers)
 
 
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_a_is_drawn_as_init_says_and_b_starts_at_zero(init: str) -> None:
+    adapted = lora.add_adapter(tiny_model("gpt2"), LoraConfig(rank=4, init=init), seed=0)
+    for _, layer in lora.lora_layers(adapted):
+        factor = layer.lora_A["default"].weight
+        inputs = factor.shape[1]
+        deviation = {"kaiming": (3 * inputs) ** -0.5, "gaussian": 1 / 4}[init]
+        assert factor.std().item() == pytest.approx(deviation, rel=0.2)  # of 4 x inputs draws
+        assert (init == "gaussian") == (factor.abs().max().item() > inputs**-0.5)
+        assert not layer.lora_B["default"].weight.any()
+
+
 def test_an_option_that_came_later_renames_no_finished_work() -> None:
     assert LoraConfig().settings == {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ["all-linear"]}
     assert LoraConfig(use_rslora=True).settings == LoraConfig().settings | {"use_rslora": True}
+    assert LoraConfig(init="gaussian").settings == LoraConfig().settings | {"init": "gaussian"}
 
 
 def test_dora_is_refused_by_name() -> None:

@@ -74,6 +74,9 @@ class LoraConfig(Group, option="lora"):
     alpha: float = option(16.0, above=0)  # the adapter's output is scaled by alpha / rank
     dropout: float = option(0.0, least=0, below=1)  # of the adapter's input while it is trained
     targets: list[str] = field(default_factory=lambda: ["all-linear"])  # names of the adapted linear layers
+    # how A is drawn: kaiming, uniform up to 1 / sqrt(inputs); gaussian, with standard deviation 1 / rank. Exported
+    # training configs leave it to the trainer
+    init: str = option("kaiming", choices=("kaiming", "gaussian"))
     use_rslora: bool = False  # scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023)
     use_dora: bool = False  # refused: per-sample norms are those of A and B alone
 
@@ -94,6 +97,8 @@ class LoraConfig(Group, option="lora"):
         Options that were added later are left out while they are off, so that earlier results keep their fingerprint.
         """
         later: dict[str, Any] = {"use_rslora": True} if self.use_rslora else {}
+        if self.init != "kaiming":
+            later["init"] = self.init
         if self.dropout:
             later["masks"] = "by_row"  # how they are drawn
         return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "targets": list(self.targets)} | later

@@ -50,6 +50,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
+        init_lora_weights="gaussian" if config.init == "gaussian" else True,
         use_rslora=config.use_rslora,
         target_modules=targets,
         # GPT-2's Conv1D holds W as (I, O), the transpose of nn.Linear's (O, I); peft transposes B A when it merges

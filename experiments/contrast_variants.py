@@ -25,14 +25,14 @@ from gradsift.data.examples import Example
 from gradsift.data.load import SPOILT, labels_of
 from gradsift.features.prompt_clusters import prompt_of, prompt_vectors
 from gradsift.proxy.answer_losses import AnswerLosses, read_answer_losses
-from gradsift.scoring.contrast import contrast_with, nearest_prompts, relative_losses, saturated
+from gradsift.scoring.contrast import contrast_with, lacking_gain, nearest_prompts, relative_losses, saturated
 from gradsift.scoring.scores import SCORED
 from gradsift.scoring.stage import score, scores_of
 from gradsift.selection.audit import CLEAN, auroc
 from gradsift.selection.budget import budget
 
 ALPHAS = (0.05, 0.1, 0.15)
-K, END_SHARE = 50, 0.33  # the defaults
+K, END_SHARE, PROMPT_WEIGHT = 50, 0.33, 4.0  # the defaults
 _FLOOR = 1e-3
 
 
@@ -66,10 +66,10 @@ def contrasts_of(losses: np.ndarray, neighbours: np.ndarray | None) -> np.ndarra
     return contrast_with(values, neighbours)
 
 
-def bound(losses: np.ndarray, neighbours: np.ndarray | None, caution: float = 1.0) -> np.ndarray:
-    """Return the lower confidence bound of the contrasts (N,). Arguments as in `contrasts_of`."""
-    contrasts = contrasts_of(losses, neighbours)
-    return contrasts.mean(0) - caution * contrasts.std(0)
+def bound(contrasts: np.ndarray, caution: float = 1.0) -> np.ndarray:
+    """Return the lower confidence bound (N,) of contrasts (M, N)."""
+    lower: np.ndarray = contrasts.mean(0) - caution * contrasts.std(0)
+    return lower
 
 
 def ranked(values: np.ndarray) -> np.ndarray:
@@ -89,35 +89,33 @@ def variants(
         left_out: (M, N) whether a member did not train on a row; None if every member trained on all.
     """
 
-    def relative(share: float) -> np.ndarray:
-        return relative_losses(losses.body, losses.end, share)
+    lacking = lacking_gain(losses.body, losses.other)
+
+    def contrasts(share: float, neighbours: np.ndarray | None, weight: float = PROMPT_WEIGHT) -> np.ndarray:
+        return contrasts_of(relative_losses(losses.body, losses.end, share), neighbours) + weight * lacking
 
     prompts = nearest_prompts([prompt_of(example) for example in examples], K)
-    lengths, both = nearest_lengths(examples, K), nearest_both(examples, K)
-    whole = relative(END_SHARE)
-    shipped = bound(whole, prompts)
+    whole = contrasts(END_SHARE, prompts)
+    shipped = bound(whole)
     yield "contrast (ships)", saturated(shipped, 0.2, seed=0)
     yield "contrast, not saturated", shipped
+    for weight in (0.0, 1.0, 2.0, 8.0):
+        yield f"prompt_weight {weight:g}", bound(contrasts(END_SHARE, prompts, weight))
+    yield "gain of the own prompt alone", -np.log(losses.body / losses.other.mean(0)).mean(0)
     for caution in (0.0, 2.0):
-        yield f"caution {caution:g}", bound(whole, prompts, caution)
+        yield f"caution {caution:g}", bound(whole, caution)
     for share in (0.0, 0.2, 0.5, 1.0):
-        yield f"end_share {share:g}", bound(relative(share), prompts)
-    for weight in (0.25, 0.5, 0.75):
-        yield f"in nats, end's weight {weight:g}", bound((1 - weight) * losses.body + weight * losses.end, prompts)
-    yield "no neighbours", bound(whole, None)
-    yield "neighbours in answer length", bound(whole, lengths)
-    yield "neighbours in prompt and length", bound(whole, both)
+        yield f"end_share {share:g}", bound(contrasts(share, prompts))
+    yield "no neighbours", bound(contrasts(END_SHARE, None))
+    yield "neighbours in answer length", bound(contrasts(END_SHARE, nearest_lengths(examples, K)))
+    yield "neighbours in prompt and length", bound(contrasts(END_SHARE, nearest_both(examples, K)))
     yield "low IFD", -ifd
     yield "mean of ranks: contrast, low IFD", ranked(shipped) + ranked(-ifd)
     yield "lower of ranks: contrast, low IFD", np.minimum(ranked(shipped), ranked(-ifd))
-    body, end = ranked(bound(losses.body, prompts)), ranked(bound(losses.end, prompts))
-    yield "lower of ranks: body, end", np.minimum(body, end)
-    yield "lowest of ranks: body, end, low IFD", np.minimum(np.minimum(body, end), ranked(-ifd))
     if left_out is not None:
-        mean, variance = over_members(contrasts_of(whole, prompts), left_out)
-        yield "held out", mean - np.sqrt(variance)
-        mean, variance = over_members(contrasts_of(whole, prompts), ~left_out)
-        yield "trained on", mean - np.sqrt(variance)
+        for name, members in (("held out", left_out), ("trained on", ~left_out)):
+            mean, variance = over_members(whole, members)
+            yield name, mean - np.sqrt(variance)
 
 
 def main() -> None:
@@ -137,7 +135,8 @@ def main() -> None:
     quality = np.array(labels.quality)[known]
     bootstrap = line.config.proxy.ensemble == "bootstrap"
     left_out = left_out_rows(line.config.seed, losses.body)[:, known] if bootstrap else None
-    scores = variants(AnswerLosses(losses.body[:, known], losses.end[:, known]), examples, ifd, left_out)
+    parts = AnswerLosses(*(part[:, known] for part in (losses.body, losses.end, losses.other)))
+    scores = variants(parts, examples, ifd, left_out)
     report(scores, examples, quality)
 
 

@@ -32,7 +32,7 @@ from gradsift.selection.budget import budget
 
 ALPHAS = (0.05, 0.1, 0.15)
 EPS = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-_NEIGHBOURS, _END_SHARE = 50, 0.33
+_NEIGHBOURS, _END_SHARE, _PROMPT_WEIGHT = 50, 0.33, 4.0  # the defaults
 
 
 def norms_at(line: Line, epoch: int) -> np.ndarray:
@@ -52,7 +52,7 @@ def table_of(line: Line) -> dict[str, np.ndarray]:
         raise SystemExit("the data has no labels; corrupt some rows with data.corruption.share")
     early, late = (norms_at(line, epoch) for epoch in line.config.proxy.snapshots)
     losses = read_answer_losses(line.answer_losses, line.rows)
-    contrasts = member_contrasts(losses, line.pool, _NEIGHBOURS, _END_SHARE)
+    contrasts = member_contrasts(losses, line.pool, _NEIGHBOURS, _END_SHARE, _PROMPT_WEIGHT)
     values = {"early": early, "late": late, "body": losses.body, "end": losses.end, "contrast": contrasts}
     columns = {name: value.astype(np.float32) for name, value in values.items()}
     return {**columns, "quality": np.array(labels.quality)}

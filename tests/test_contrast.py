@@ -20,9 +20,11 @@ from test_norms import adapted_model, ragged_examples
 from gradsift.data.batching import collate
 from gradsift.data.examples import Example, make_example
 from gradsift.data.load import Labels
+from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError
 from gradsift.features.prompt_clusters import prompt_vectors
-from gradsift.proxy.answer_losses import AnswerLosses, read_answer_losses
+from gradsift.proxy.answer_losses import AnswerLosses, read_answer_losses, with_other_prompts
+from gradsift.runtime import derive_seed
 from gradsift.scoring.contrast import contrast, contrast_with, nearest_prompts, saturated
 from gradsift.scoring.random import random, random_clean
 from gradsift.scoring.scores import EXCLUDED, NO_RESPONSE, SCORED
@@ -41,8 +43,7 @@ def pool(rows: int) -> list[Example]:
 
 
 def losses(members: int, rows: int, seed: int = 0) -> AnswerLosses:
-    body, end = np.random.default_rng(seed).lognormal(size=(2, members, rows))
-    return AnswerLosses(body, end)
+    return AnswerLosses(*np.random.default_rng(seed).lognormal(size=(3, members, rows)))
 
 
 # ------------------------------------------------------------------------------------- losses in two parts
@@ -87,57 +88,130 @@ def test_one_response_token_is_body_and_end() -> None:
 def test_the_stage_has_every_members_losses_at_the_late_snapshot(store: Path) -> None:  # noqa: F811
     line = line_of(store, "scorer=contrast", "scorer.neighbours=5")
     found = read_answer_losses(line.answer_losses, 40)
-    assert found.body.shape == found.end.shape == (2, 40)
-    for chain, body, end in zip(line.adapters, found.body, found.end, strict=True):
+    assert found.body.shape == found.end.shape == found.other.shape == (2, 40)
+    texts = line.proxy_inputs.encoded
+    for index, (chain, body, end, other) in enumerate(zip(line.adapters, *vars(found).values(), strict=True)):
         model = line.proxy_backbone.model
         adapted = lora.add_adapter(model, line.config.proxy.lora, 3)
         lora.load_adapter(adapted, chain[1].path)
-        for example in line.proxy_inputs.encoded[::9]:
+        others = with_other_prompts(texts, derive_seed(line.config.seed, "other prompts", index))
+        for example, swapped in list(zip(texts, others, strict=True))[::9]:
             expected = token_by_token(adapted.eval(), example.input_ids, example.is_response)
             np.testing.assert_allclose((body[example.row], end[example.row]), expected, rtol=1e-4)
+            expected = token_by_token(adapted, swapped.input_ids, swapped.is_response)
+            np.testing.assert_allclose(other[example.row], expected[0], rtol=1e-4)
         lora.remove_adapter(adapted)
+
+
+def test_every_example_gets_the_prompt_of_another_one() -> None:
+    examples = [
+        Encoded(i, i, np.array([100 + i] * (1 + i % 3) + [200 + i] * 4), np.array([False] * (1 + i % 3) + [True] * 4))
+        for i in range(12)
+    ]
+    swapped = with_other_prompts(examples, seed=1)
+    givers = []
+    for example, text in zip(examples, swapped, strict=True):
+        length = int(text.is_response.argmax())
+        assert list(text.input_ids[length:]) == [200 + example.row] * 4
+        assert text.is_response[length:].all()
+        assert text.row == example.row
+        givers.append(int(text.input_ids[0]) - 100)
+        assert list(text.input_ids[:length]) == [100 + givers[-1]] * (1 + givers[-1] % 3)
+    assert sorted(givers) == list(range(12))
+    assert all(giver != row for row, giver in enumerate(givers))
+    again = [int(text.input_ids[0]) - 100 for text in with_other_prompts(examples, seed=2)]
+    assert again != givers
+
+
+def test_a_prompt_is_cut_at_its_start_where_the_text_would_be_too_long() -> None:
+    prompt = Encoded(0, 0, np.array([1, 2, 3, 4, 5, 6]), np.array([False] * 5 + [True]))
+    answer = Encoded(1, 1, np.array([7, 8, 8, 8, 8]), np.array([False] + [True] * 4))
+    _, swapped = with_other_prompts([prompt, answer], seed=0)
+    assert list(swapped.input_ids) == [4, 5, 8, 8, 8, 8]  # six tokens, as the longest example has
+
+
+def test_a_conversation_keeps_its_later_turns() -> None:
+    turns = Encoded(0, 0, np.array([1, 2, 3, 4, 5]), np.array([False, True, True, False, True]))
+    other = Encoded(1, 1, np.array([7, 7, 8]), np.array([False, False, True]))
+    swapped = with_other_prompts([turns, other], seed=0)[0]
+    assert list(swapped.input_ids) == [7, 2, 3, 4, 5]
+    assert list(swapped.is_response) == [False, True, True, False, True]
 
 
 # ---------------------------------------------------------------------------------------------- the score
 
 
-def by_hand(found: AnswerLosses, prompts: list[str], neighbours: int, share: float, caution: float) -> list[float]:
+def by_hand(
+    found: AnswerLosses, prompts: list[str], neighbours: int, share: float, weight: float, caution: float
+) -> list[float]:
     """Return the scores from the formula, with one cosine after the other."""
     vectors = prompt_vectors(prompts)
     vectors = np.asarray(vectors.todense() if hasattr(vectors, "todense") else vectors)
+    gains = []  # [member][row]
+    for body in found.body:
+        other = [statistics.fmean(losses) for losses in found.other.T]
+        logs = [math.log((o + 1e-3) / (b + 1e-3)) for b, o in zip(body, other, strict=True)]
+        gains.append([(g - statistics.fmean(logs)) / max(0.1, statistics.pstdev(logs)) for g in logs])
     scores = []
     for i, vector in enumerate(vectors):
         order = sorted((j for j in range(len(prompts)) if j != i), key=lambda j: -float(vector @ vectors[j]))
         each = []
-        for body, end in zip(found.body, found.end, strict=True):
+        for body, end, gain in zip(found.body, found.end, gains, strict=True):
             usual_body, usual_end = statistics.fmean(body), statistics.fmean(end)
             relative = [(b / usual_body, e / usual_end) for b, e in zip(body, end, strict=True)]
             logs = [math.log((1 - share) * b + share * e + 1e-3) for b, e in relative]
             others = [logs[j] for j in order[:neighbours]]
             each.append((statistics.fmean(others) - logs[i]) / max(0.1, statistics.pstdev(others)))
+            each[-1] += weight * min(0.0, gain[i] + 0.5)
         scores.append(statistics.fmean(each) - caution * statistics.pstdev(each))
     return scores
 
 
-@pytest.mark.parametrize(("share", "caution"), [(0.5, 1.0), (0.0, 0.0), (1.0, 2.0)])
-def test_the_score_is_the_formula(share: float, caution: float) -> None:
+@pytest.mark.parametrize(("share", "weight", "caution"), [(0.5, 0.0, 1.0), (0.0, 4.0, 0.0), (1.0, 1.5, 2.0)])
+def test_the_score_is_the_formula(share: float, weight: float, caution: float) -> None:
     examples, found = pool(90), losses(3, 90)
     examples[7] = replace(
         examples[7], instruction="??!"
     )  # no word: equally far from all others, so any are its neighbours
-    scores = contrast(found, examples, neighbours=7, end_share=share, caution=caution, **RANKED)
-    expected = by_hand(found, [example.instruction for example in examples], 7, share, caution)
+    options = {"neighbours": 7, "end_share": share, "prompt_weight": weight, "caution": caution, **RANKED}
+    scores = contrast(found, examples, **options)
+    expected = by_hand(found, [example.instruction for example in examples], 7, share, weight, caution)
     np.testing.assert_allclose(np.delete(scores.score, 7), np.delete(expected, 7), rtol=1e-9)
     assert np.isfinite(scores.score[7])
     np.testing.assert_array_equal(scores.score, scores.parts["bound"])
     np.testing.assert_allclose(scores.parts["end_loss"], found.end.mean(0))
+    np.testing.assert_allclose(scores.parts["other_loss"], found.other.mean(0))
+
+
+def test_an_answer_that_any_prompt_makes_as_likely_falls_below_the_others() -> None:
+    examples, found = pool(300), losses(3, 300)
+    found.other[:] = found.body * np.random.default_rng(1).uniform(2, 4, 300)
+    found.other[:, :20] = found.body[:, :20] * 1.01
+    options = {"neighbours": 20, "end_share": 0.33, "caution": 1.0, **RANKED}
+    without, score = (contrast(found, examples, prompt_weight=weight, **options).score for weight in (0.0, 4.0))
+    assert np.median(without[:20]) > np.quantile(without, 0.3)
+    assert score[:20].max() < np.quantile(score, 0.2)
+    # a prompt that helps more than usual does not raise a score
+    found.other[:, 40:60] *= 10
+    usual = contrast(found, examples, prompt_weight=0.0, **options).score
+    assert (contrast(found, examples, prompt_weight=4.0, **options).score[40:60] <= usual[40:60] + 1e-12).all()
+
+
+def test_answers_that_no_prompt_makes_likelier_are_compared_by_their_losses_alone() -> None:
+    """Without instructions in the data no answer depends on its prompt, and rounding must not decide."""
+    examples, found = pool(90), losses(2, 90)
+    found.other[:] = found.body * (1 + 1e-4 * np.random.default_rng(2).normal(size=found.body.shape))
+    found.body[:] = found.other.mean(0)
+    options = {"neighbours": 7, "end_share": 0.33, "caution": 1.0, **RANKED}
+    without, score = (contrast(found, examples, prompt_weight=weight, **options).score for weight in (0.0, 4.0))
+    np.testing.assert_allclose(score, without, atol=0.1)
 
 
 def test_the_units_of_bodies_and_ends_do_not_matter() -> None:
     """In one dataset an end costs a tenth of a body's token, in another as much: the selection is the same."""
     examples, in_nats = pool(90), losses(3, 90)
-    rescaled = AnswerLosses(in_nats.body * 0.2, in_nats.end * 7.0)
-    options = {"neighbours": 7, "end_share": 0.3, "caution": 1.0, **RANKED}
+    rescaled = AnswerLosses(in_nats.body * 0.2, in_nats.end * 7.0, in_nats.other * 0.2)
+    options = {"neighbours": 7, "end_share": 0.3, "prompt_weight": 0.0, "caution": 1.0, **RANKED}
     before, after = (contrast(each, examples, **options).score for each in (in_nats, rescaled))
     np.testing.assert_allclose(after, before, rtol=1e-9)
 
@@ -146,7 +220,7 @@ def test_the_units_of_bodies_and_ends_do_not_matter() -> None:
 def test_ends_that_are_learnt_by_heart_count_for_nothing(size: float) -> None:
     in_nats = losses(2, 90)
     in_nats.end[:] *= size
-    options = {"neighbours": 7, "caution": 1.0, **RANKED}
+    options = {"neighbours": 7, "prompt_weight": 0.0, "caution": 1.0, **RANKED}
     with_ends = contrast(in_nats, pool(90), end_share=0.3, **options).score
     without = contrast(in_nats, pool(90), end_share=0.0, **options).score
     np.testing.assert_allclose(with_ends, without, atol=0.02)
@@ -172,8 +246,8 @@ def test_a_kind_of_task_that_is_easy_gains_nothing() -> None:
     """A factor on all losses of one kind moves its late loss, not its contrast."""
     examples, found = pool(300), losses(2, 300)
     easy = np.where(np.arange(300) % 3 == 0, 0.05, 1.0)
-    scaled = AnswerLosses(found.body * easy, found.end * easy)
-    options = {"neighbours": 20, "end_share": 0.5, "caution": 1.0, **RANKED}
+    scaled = AnswerLosses(found.body * easy, found.end * easy, found.other)
+    options = {"neighbours": 20, "end_share": 0.5, "prompt_weight": 0.0, "caution": 1.0, **RANKED}
     before, after = (contrast(each, examples, **options).score for each in (found, scaled))
     assert np.corrcoef(before, after)[0, 1] > 0.99
     top = np.argsort(-after)[:30] % 3
@@ -198,14 +272,14 @@ def test_disagreement_of_the_members_lowers_a_score() -> None:
     values[:, :30] = -1.0
     values[0, 0], values[1, 0] = -3.0, 1.0  # row 0: the same mean as rows 1 to 29, but the members differ
     examples = pool(60)
-    found = AnswerLosses(np.exp(values), np.exp(values))
-    scores = contrast(found, examples, neighbours=10, end_share=0.5, caution=1.0, **RANKED)
+    found = AnswerLosses(*[np.exp(values)] * 3)
+    scores = contrast(found, examples, neighbours=10, end_share=0.5, prompt_weight=4.0, caution=1.0, **RANKED)
     assert scores.score[0] < scores.parts["contrast"][0] - 1
     assert scores.score[3] == pytest.approx(scores.parts["contrast"][3], abs=0.5)
 
 
 def test_equal_neighbours_give_finite_scores() -> None:
-    flat = AnswerLosses(np.ones((2, 30)), np.ones((2, 30)))
+    flat = AnswerLosses(*np.ones((3, 2, 30)))
     flat.body[:, 4] = 2.0
     contrasts = contrast_with(np.log(flat.body), np.array([[j for j in range(30) if j != i] for i in range(30)]))
     assert np.isfinite(contrasts).all()
@@ -214,22 +288,31 @@ def test_equal_neighbours_give_finite_scores() -> None:
 
 def test_rows_without_a_response_are_undefined_and_nobodys_neighbours() -> None:
     examples, found = pool(40), losses(2, 40)
-    found.body[:, [3, 9]] = found.end[:, [3, 9]] = np.nan
-    options = {"neighbours": 6, "end_share": 0.5, "caution": 1.0, **RANKED}
+    found.body[:, [3, 9]] = found.end[:, [3, 9]] = found.other[:, [3, 9]] = np.nan
+    options = {"neighbours": 6, "end_share": 0.5, "prompt_weight": 0.0, "caution": 1.0, **RANKED}
     scores = contrast(found, examples, **options)
     assert set(scores.reason[[3, 9]]) == {NO_RESPONSE}
     kept = [i for i in range(40) if i not in (3, 9)]
-    alone = contrast(AnswerLosses(found.body[:, kept], found.end[:, kept]), [examples[i] for i in kept], **options)
+    alone = contrast(
+        AnswerLosses(*(part[:, kept] for part in vars(found).values())), [examples[i] for i in kept], **options
+    )
     np.testing.assert_allclose(scores.score[kept], alone.score)
 
 
 def test_too_few_rows_name_the_option() -> None:
     with pytest.raises(ConfigError, match=r"scorer\.neighbours=50 needs more than 50 examples .* there are 40"):
-        contrast(losses(2, 40), pool(40), neighbours=50, end_share=0.5, caution=1.0, **RANKED)
+        contrast(losses(2, 40), pool(40), neighbours=50, end_share=0.5, prompt_weight=4.0, caution=1.0, **RANKED)
 
 
 @pytest.mark.parametrize(
-    "override", ["scorer.neighbours=1", "scorer.end_share=1.5", "scorer.caution=-1", "scorer.end_share=nan"]
+    "override",
+    [
+        "scorer.neighbours=1",
+        "scorer.end_share=1.5",
+        "scorer.caution=-1",
+        "scorer.end_share=nan",
+        "scorer.prompt_weight=-1",
+    ],
 )
 def test_constants_out_of_range_are_refused(override: str) -> None:
     with pytest.raises(ConfigError, match="out of range"):

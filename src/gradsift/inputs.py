@@ -157,7 +157,8 @@ class Inputs:
     def answer_losses(self) -> list[Artifact]:
         """Losses of the answers at the late snapshot: one table per adapter."""
         load, late = self._inputs_to_train, self.config.proxy.snapshots[1] - 1
-        return [answer_losses(self.runtime, self.config.proxy.lora, epochs[late], load) for epochs in self.adapters]
+        lora = self.config.proxy.lora
+        return [answer_losses(self.runtime, lora, epochs[late], i, load) for i, epochs in enumerate(self.adapters)]
 
     def late_losses(self) -> np.ndarray:
         """Return the examples' losses at the late snapshot, the mean over members, (N,) float64."""

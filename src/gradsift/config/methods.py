@@ -50,6 +50,8 @@ class ContrastConfig(ScorerConfig):
 
     neighbours: int = option(50, least=2)  # k, the most similar other prompts
     end_share: float = option(0.33, least=0, most=1)  # w, share of the answer's last token in its loss
+    # v, how much an answer loses if its own prompt makes it hardly likelier than another example's prompt does
+    prompt_weight: float = option(4.0, least=0)
     caution: float = option(1.0, least=0)  # standard deviations over the members that are subtracted
     saturation: float = option(0.2, least=0, most=1)  # best share of the rows, among which rows are drawn at random
     seed: int = option(0, least=0)  # draws them

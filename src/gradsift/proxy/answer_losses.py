@@ -1,9 +1,11 @@
 """Losses of the answers at one member's late snapshot, the end of an answer apart from the rest.
 
-    body_i  mean loss of the response tokens before the last one
-    end_i   loss of the last response token, which ends the answer (the end token, unless the answer was cut)
+    body_i   mean loss of the response tokens before the last one
+    end_i    loss of the last response token, which ends the answer (the end token, unless the answer was cut)
+    other_i  body_i after the prompt of another example, which each member draws at random
 
-A response of a single token has that token's loss for both. One forward pass over the pool, dropout off; no gradients.
+A response of a single token has that token's loss for `body` and `end`. Two forward passes over the pool, dropout off;
+no gradients. In a conversation, all tokens before the first response token are replaced by those of the other example.
 
 Shape letters: M members, N examples, B of a batch.
 """
@@ -11,7 +13,8 @@ Shape letters: M members, N examples, B of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,11 +27,11 @@ from gradsift.data.batching import collate
 from gradsift.data.tokens import Encoded
 from gradsift.journal import Journal
 from gradsift.proxy.epochs import ProxyInputs, member_table
-from gradsift.runtime import Advance, Runtime
+from gradsift.runtime import Advance, Runtime, derive_seed
 from gradsift.training import lora
 from gradsift.training.head import ResponseLosses, require_finite
 
-VERSION = 1
+VERSION = 2
 LOSSES_FILE = "answer_losses.parquet"
 
 
@@ -38,49 +41,89 @@ class AnswerLosses:
 
     body: np.ndarray
     end: np.ndarray
+    other: np.ndarray
 
 
-def answer_losses(runtime: Runtime, config: LoraConfig, member: Artifact, load: Callable[[], ProxyInputs]) -> Artifact:
-    """Return the artifact of a table of row (position among the examples), body and end.
+def answer_losses(
+    runtime: Runtime, config: LoraConfig, member: Artifact, index: int, load: Callable[[], ProxyInputs]
+) -> Artifact:
+    """Return the artifact of a table of row (position among the examples), body, end and other.
 
     Args:
         member: a member's epoch, with its adapter.
+        index: of the member; the other prompts are drawn with this number and the run's seed.
         load: called only if the table has to be made.
     """
-    return member_table(runtime, "losses", LOSSES_FILE, config, member, load, collect_losses, passes=1, version=VERSION)
+    collect = partial(collect_losses, seed=derive_seed(runtime.seed, "other prompts", index))
+    return member_table(runtime, "losses", LOSSES_FILE, config, member, load, collect, passes=2, version=VERSION)
 
 
 @torch.inference_mode()
-def collect_losses(adapted: Any, inputs: ProxyInputs, advance: Advance, journal: Journal) -> dict[str, np.ndarray]:
-    """Return columns row (N,) int64, body and end (N,) float32, in the order of the encoded examples.
+def collect_losses(
+    adapted: Any, inputs: ProxyInputs, advance: Advance, journal: Journal, *, seed: int
+) -> dict[str, np.ndarray]:
+    """Return columns row (N,) int64, body, end and other (N,) float32, in the order of the encoded examples.
+
+    Args:
+        seed: of the other prompts.
 
     Raises:
         GradsiftError: a loss is not finite; names the rows.
     """
     losses_of = ResponseLosses(adapted)
-    rows = np.array([example.row for example in inputs.encoded], dtype=np.int64)
-    places = {int(row): place for place, row in enumerate(rows)}
-    losses = np.empty((2, len(rows)), dtype=np.float32)
+    count = len(inputs.encoded)
+    texts = [*inputs.encoded, *with_other_prompts(inputs.encoded, seed)]
+    losses = np.empty((2, 2 * count), dtype=np.float32)  # body and end; own prompts first
 
     def of_batch(examples: list[Encoded]) -> tuple[list[int], torch.Tensor]:
         batch = collate(examples, inputs.backbone.pad_id)
         parts = losses_of.body_and_end(batch.to(inputs.backbone.model.device))
-        return [places[example.row] for example in examples], torch.stack(parts).cpu()
+        return [example.row for example in examples], torch.stack(parts).cpu()
 
+    placed = [replace(text, row=place) for place, text in enumerate(texts)]
     with lora.evaluating(adapted):
-        for batches in inputs.budget.passes(inputs.encoded, of_batch, journal, advance):
+        for batches in inputs.budget.passes(placed, of_batch, journal, advance):
             for where, values in batches:
                 losses[:, where] = values.numpy()
-    # a sum is finite only if both losses are
-    require_finite("loss", torch.from_numpy(rows), torch.from_numpy(losses.sum(0)), inputs.encoded)
-    return {"row": rows, "body": losses[0], "end": losses[1]}
+    rows = np.array([example.row for example in inputs.encoded], dtype=np.int64)
+    own, other = losses[:, :count], losses[0, count:]
+    # a sum is finite only if all losses are
+    require_finite("loss", torch.from_numpy(rows), torch.from_numpy(own.sum(0) + other), inputs.encoded)
+    return {"row": rows, "body": own[0], "end": own[1], "other": other}
+
+
+def with_other_prompts(examples: Sequence[Encoded], seed: int) -> list[Encoded]:
+    """Return each example with the tokens before its response replaced by those of another example.
+
+    Each example's prompt is used once. A prompt is cut at its start if the text would be longer than the longest
+    example's.
+    """
+    limit = max(len(example.input_ids) for example in examples)
+    order = np.random.default_rng(seed).permutation(len(examples))
+    texts: list[Encoded | None] = [None] * len(examples)
+    # each example takes the prompt of the next one in a random circle, so no example keeps its own
+    for place, giver in zip(order, np.roll(order, -1), strict=True):
+        texts[place] = _after_prompt(examples[place], examples[giver], limit)
+    return [text for text in texts if text is not None]
+
+
+def _after_prompt(example: Encoded, giver: Encoded, limit: int) -> Encoded:
+    start, length = int(example.is_response.argmax()), int(giver.is_response.argmax())
+    room = max(1, limit - (len(example.input_ids) - start))
+    prompt = giver.input_ids[max(0, length - room) : length]
+    return replace(
+        example,
+        input_ids=np.concatenate([prompt, example.input_ids[start:]]),
+        is_response=np.concatenate([np.zeros(len(prompt), dtype=bool), example.is_response[start:]]),
+    )
 
 
 def read_answer_losses(members: Sequence[Artifact], count: int) -> AnswerLosses:
     """Return the losses of all members, for `count` examples."""
-    losses = AnswerLosses(np.full((len(members), count), np.nan), np.full((len(members), count), np.nan))
+    losses = AnswerLosses(*(np.full((len(members), count), np.nan) for _ in range(3)))
     for member, artifact in enumerate(members):
         table = pq.read_table(artifact.file(LOSSES_FILE))
         rows = table["row"].to_numpy()
-        losses.body[member, rows], losses.end[member, rows] = table["body"].to_numpy(), table["end"].to_numpy()
+        for name, column in vars(losses).items():
+            column[member, rows] = table[name].to_numpy()
     return losses

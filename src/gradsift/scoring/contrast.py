@@ -2,7 +2,10 @@
 
     l_i^m  = (1 - w) body_i^m / mean(body^m) + w end_i^m / mean(end^m)     means over the examples; w = end_share
     c_i^m  = (mean_j log l_j^m - log l_i^m) / std_j log l_j^m       j over the k nearest prompts of i
-    b_i = mean_m c_i^m - caution x std_m c_i^m      a lower confidence bound over the members
+    g_i^m  = log(mean_m' other_i^m' / body_i^m)                     what the example's own prompt is good for
+    z_i^m  = (g_i^m - mean(g^m)) / std(g^m)                         over the examples
+    d_i^m  = c_i^m + v min(0, z_i^m + 1/2)                          v = prompt_weight
+    b_i = mean_m d_i^m - caution x std_m d_i^m      a lower confidence bound over the members
     score_i = b_i below the best fifth; there, numbers drawn at random
 
 - A loss is low if an answer is right, but also if its kind of task is easy. Comparing with similar prompts removes the
@@ -10,6 +13,9 @@
 - A wrong token within an answer raises the body, an answer that stops early raises the end. In the mean over all tokens
   of a long answer the end is lost, so it has a weight of its own. Both are losses after training, relative to their
   means over the pool: how much larger a body's loss is than an end's differs from one dataset to the next.
+- An answer to another question can be fluent, hence have a low loss. Its own prompt does not make it likelier than the
+  prompt of another example does, so g is near zero. Only answers whose g is clearly below the mean lose by it: above,
+  a larger g means a longer quotation of the prompt, and not a better answer.
 - The members' standard deviation lowers the score of rows on which they disagree.
 - Within the best fifth (`saturation`) a higher bound means a more typical row, and a slightly cleaner one. A target
   learns more from rows drawn there at random (measured in the embedded world).
@@ -36,8 +42,11 @@ from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 _FLOOR = 1e-3
 # Least mean over the pool, in nats: a part that a member has learnt by heart counts for nothing.
 _LEAST_MEAN = 1e-3
-# Least standard deviation of the neighbours' log losses: copies of one row agree to the last digit.
+# Least standard deviation of the neighbours' log losses: copies of one row agree to the last digit. Also that of the
+# prompts' gains, which are all near 0 if no answer depends on its prompt.
 _LEAST_DEVIATION = 0.1
+# Standard deviations below the mean from which a gain counts: a quarter of the pool's rows or so.
+_USUAL_GAIN = 0.5
 
 
 def contrast(
@@ -46,6 +55,7 @@ def contrast(
     *,
     neighbours: int,
     end_share: float,
+    prompt_weight: float,
     caution: float,
     saturation: float,
     seed: int,
@@ -56,13 +66,14 @@ def contrast(
         answer_losses: of the late snapshot, (M, N) each.
         neighbours: k.
         end_share: w, 0 to 1.
+        prompt_weight: v, 0 or more.
         caution: how many standard deviations over the members are subtracted.
         saturation: share of the examples, those with the highest bounds, whose scores are drawn with `seed`.
 
     Raises:
         ConfigError: there are not more than `neighbours` examples with a response.
     """
-    contrasts = member_contrasts(answer_losses, examples, neighbours, end_share)
+    contrasts = member_contrasts(answer_losses, examples, neighbours, end_share, prompt_weight)
     mean, deviation = contrasts.mean(0), contrasts.std(0)
     bound = mean - caution * deviation
     parts = {
@@ -71,6 +82,7 @@ def contrast(
         "contrast_deviation": deviation,
         "body_loss": answer_losses.body.mean(0),
         "end_loss": answer_losses.end.mean(0),
+        "other_loss": answer_losses.other.mean(0),
     }
     scores = Scores(saturated(bound, saturation, seed), parts)
     scores.mark(np.isnan(bound), UNDEFINED, NO_RESPONSE)
@@ -78,19 +90,36 @@ def contrast(
 
 
 def member_contrasts(
-    answer_losses: AnswerLosses, examples: Sequence[Example], neighbours: int, end_share: float
+    answer_losses: AnswerLosses,
+    examples: Sequence[Example],
+    neighbours: int,
+    end_share: float,
+    prompt_weight: float,
 ) -> np.ndarray:
-    """Return the contrast of each answer for each member, (M, N); NaN without a response. See `contrast`."""
+    """Return d of each answer for each member, (M, N); NaN without a response. See `contrast`."""
     # a row without a response token has no loss under any member
     known = ~np.isnan(answer_losses.body).any(0)
     require_neighbours(int(known.sum()), neighbours)
-    losses = relative_losses(answer_losses.body[:, known], answer_losses.end[:, known], end_share)
+    body, end, other = (part[:, known] for part in (answer_losses.body, answer_losses.end, answer_losses.other))
     prompts = [prompt_of(example) for example, has_loss in zip(examples, known, strict=True) if has_loss]
     contrasts = np.full(answer_losses.body.shape, np.nan)
     # Logarithms, because losses of easy and of hard tasks differ by factors: a difference of logarithms is a ratio,
     # which means the same in both.
-    contrasts[:, known] = contrast_with(np.log(losses + _FLOOR), nearest_prompts(prompts, neighbours))
+    logs = np.log(relative_losses(body, end, end_share) + _FLOOR)
+    contrasts[:, known] = contrast_with(logs, nearest_prompts(prompts, neighbours))
+    contrasts[:, known] += prompt_weight * lacking_gain(body, other)
     return contrasts
+
+
+def lacking_gain(body: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return min(0, z + 1/2) of `contrast`, (M, N), from losses with the own and with another prompt, (M, N) each.
+
+    The losses with another prompt are averaged over the members, each of which has drawn another one.
+    """
+    gain = np.log((other.mean(0) + _FLOOR) / (body + _FLOOR))
+    deviation = np.maximum(gain.std(1, keepdims=True), _LEAST_DEVIATION)
+    lacking: np.ndarray = np.minimum(0, (gain - gain.mean(1, keepdims=True)) / deviation + _USUAL_GAIN)
+    return lacking
 
 
 def relative_losses(body: np.ndarray, end: np.ndarray, end_share: float) -> np.ndarray:

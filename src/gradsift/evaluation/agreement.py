@@ -1,4 +1,4 @@
-"""How far a judge's outcomes agree with people's, and whether two models differ against one reference."""
+"""Agreement of a judge's outcomes with people's labels, and a test of two models judged against the same reference."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from gradsift.evaluation.pws import SIGNS, Outcome, Outcomes
 
 
 def agreement(outcomes: Outcomes, labels: Outcomes) -> dict[str, Any]:
-    """Return accuracy and Cohen's kappa of the judge's outcomes against people's labels, over the items with both.
+    """Return accuracy and Cohen's kappa of the judge's outcomes against people's labels.
 
     Returns:
-        `{"items", "accuracy", "kappa", "unlabelled", "invalid"}`; kappa is None if judge and people give one and the
-        same outcome to every item, so that chance explains everything.
+        `{"items", "accuracy", "kappa", "unlabelled", "invalid"}`. `items` counts the items with a valid outcome and a
+        valid label, which are compared. `unlabelled` counts the items without a label, and `invalid` the judge's
+        invalid outcomes. `kappa` is None, because its denominator is 0, if judge and people give the same single
+        outcome to all items.
 
     Raises:
-        DataError: no item has both an outcome and a label.
+        DataError: no item has both a valid outcome and a valid label.
     """
     shared = [item for item in outcomes if item in labels and outcomes[item] != "invalid" and labels[item] != "invalid"]
     if not shared:
@@ -38,7 +40,7 @@ def agreement(outcomes: Outcomes, labels: Outcomes) -> dict[str, Any]:
 
 
 def paired_test(first: Outcomes, second: Outcomes, confidence: float) -> dict[str, Any]:
-    """Test whether two models that met the same reference on the same items differ in PWS.
+    """Test whether two models that were judged against the same reference differ in PWS.
 
     Returns:
         `{"items", "difference", "low", "high", "p_value"}`; the difference is PWS(first) - PWS(second) over the items

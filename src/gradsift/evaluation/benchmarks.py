@@ -1,7 +1,7 @@
 """Benchmark items: the questions that the finetuned models answer.
 
-Test sets name their fields differently and nest them. The config gives the (dotted) names of a set's fields, so a new
-set needs no code.
+Test sets have fields of different names, some of them nested. The config gives the names of a set's fields, dotted for
+nested fields, so a new set needs no code.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from gradsift.evaluation.matching import has_number
 class Item:
     """One question of one benchmark. `input` is empty where the set has none.
 
-    A question that is asked later in a conversation names in `after` the benchmark of the question before it, which has
-    the same id.
+    For the second turn of a conversation, `after` is the benchmark of the first turn, which has the same id. For other
+    questions it is None.
     """
 
     benchmark: str
@@ -43,13 +43,13 @@ def load_benchmark(
 ) -> list[Item]:
     """Read the items of one benchmark, in the order of its file.
 
-    The second turns form a separate benchmark, `<name>_turn_2`, and come after all first turns.
+    If the set has conversations, their second turns form a benchmark of their own, `<name>_turn_2`, and come last.
 
     Args:
         name: key of the set in `benchmark.catalog`.
         limit: number of rows to read; None reads all.
         fetch: downloads `spec.url` to a local file (see `fetch_url`); None forbids downloads.
-        folder: local copies of the files that would be downloaded, `benchmark.folder`.
+        folder: folder with local copies of the files that would be downloaded (`benchmark.folder`).
 
     Raises:
         ConfigError: the set has neither path nor url.
@@ -80,7 +80,7 @@ def load_benchmark(
 
 
 def _reference(part: _RowReader, spec: BenchmarkSetConfig) -> str | None:
-    """Return the reference answer: the text after the last `reference_after`, or the whole field."""
+    """Return the reference answer: its field, or the part after the last `reference_after`; None without a field."""
     if spec.reference is None:
         return None
     text = part.text("reference", spec.reference, numbers=True, filled=True)

@@ -14,13 +14,14 @@ Lengths = Mapping[tuple[str, str], tuple[int, int]]  # (benchmark, item): charac
 
 
 def position_bias(judgments: Iterable[Judgment]) -> dict[str, Any]:
-    """Count how often the judgment follows the position, over the items that are valid in both orders.
+    """Measure how much the judge prefers a position, over the items that are valid in both orders.
 
     Returns:
-        `{"items", "flips", "flip_share", "to_first", "to_second", "first_share"}`. A flip is an item whose two orders
-        have opposite winners; `to_first` and `to_second` are the flips in which the first or the second position won
-        twice. `first_share` is the share of judgments for the first position among those that are not ties, near .5
-        without a preference. Shares are None where there is nothing to divide by.
+        `{"items", "flips", "flip_share", "to_first", "to_second", "first_share"}`. A flip is an item that the
+        model wins in one order and the reference in the other, so that the same position wins twice. `to_first` counts
+        the flips in which that is the first position, `to_second` those in which it is the second. `first_share` is the
+        share of the judgments without a tie in which the first position wins; without a preference it is near .5.
+        `flip_share` is None if no item is counted, and `first_share` if no judgment has a winner.
     """
     items = to_first = to_second = firsts = decided = 0
     for orders in in_both_orders(judgments).values():
@@ -51,13 +52,14 @@ def _place(judgment: Judgment) -> int | None:
 
 
 def length_bias(outcomes: Outcomes, lengths: Lengths) -> dict[str, Any]:
-    """Count how often the longer answer wins, over the decided items whose answers differ in length.
+    """Count how often the longer answer wins, over the valid items without a tie whose answers differ in length.
 
     Returns:
-        `{"items", "longer_wins", "longer_share", "mean_model", "mean_reference", "rank_correlation"}`: the share is
-        near .5 without a length preference; the means are over all items with known lengths, in characters; the
-        correlation (Spearman) is between the outcome (+1, 0, -1) and the difference in length, over all valid items.
-        A value is None where there is nothing to divide by.
+        `{"items", "longer_wins", "longer_share", "mean_model", "mean_reference", "rank_correlation"}`. Without a
+        length preference the share is near .5; it is None if no item is counted. The means are the lengths in
+        characters over all items with known lengths, None if there are none. The correlation (Spearman) is between the
+        outcome (+1, 0, -1) and the difference in length over the valid items. It is None if there are fewer than two,
+        or if the outcome or the difference is the same in all of them.
     """
     from scipy.stats import spearmanr
 
@@ -84,12 +86,12 @@ def length_controlled(outcomes: Outcomes, lengths: Lengths) -> dict[str, Any]:
 
     A logistic regression of the outcomes (win 1, tie 1/2, lose 0) on tanh of the standardised difference in length, as
     in length-controlled AlpacaEval (arXiv 2404.04475), gives the PWS at a difference of 0. The term for an item's
-    difficulty is left out: it needs the judgments of many models. Without a variation in length the result is the plain
-    PWS.
+    difficulty is left out, because it needs the judgments of many models. If the difference in length is the same for
+    all items, the result is the plain PWS.
 
     Returns:
-        `{"items", "pws", "slope"}`: valid items with known lengths, the length-controlled PWS, and the coefficient of
-        the length (above 0: longer answers win). PWS and slope are None if there is no such item.
+        `{"items", "pws", "slope"}`: the number of valid items with known lengths, the length-controlled PWS, and the
+        coefficient of the length (above 0 if longer answers win). PWS and slope are None if there is no such item.
     """
     items = [item for item, kind in outcomes.items() if kind != "invalid" and item in lengths]
     if not items:

@@ -1,17 +1,18 @@
-"""Prompts to any endpoint that speaks OpenAI's protocol; each reply is paid for once.
+"""Send prompts to any endpoint that speaks OpenAI's protocol. Replies are stored, so each is paid for once.
 
 A request can fail in three ways (`Failure.kind`):
 
-    refused   HTTP 400, 413, 422 (content filter, context too long): this prompt has no reply and would not get one
-              tomorrow; the other prompts go on
-    passing   network errors, timeouts, HTTP 408, 409, 429, 5xx, a body that is cut off: retried up to `retries`
-              times; then the other prompts go on, and `ask` ends in an error. The same command continues
-    final     a wrong key, an unknown model, no credit, a page instead of a reply, a Retry-After that is too long: no
-              further request is sent. `give_up` failed prompts in a row, `give_up_unreadable` unreadable replies in a
-              row and a reached spending cap end the stage in the same way
+    refused   HTTP 400, 413, 422 (content filter, context too long): this prompt gets no reply, however often it is
+              sent; the other prompts are still sent
+    passing   network errors, timeouts, HTTP 408, 409, 429, 5xx, a body that is cut off: the request is retried up to
+              `retries` times. If it still fails, the other prompts are still sent, and then `ask` raises JudgeError.
+              The same command continues
+    final     a wrong key, an unknown model, no credit, a web page as reply, a Retry-After that is too long: no
+              further request is sent, and `ask` raises JudgeError. The same happens after `give_up` failed prompts in
+              a row, after `give_up_unreadable` unreadable replies in a row, and when a spending cap is reached
 
-The requests run in the event loop of one background thread. Each try has to fit below the spending caps, and
-Retry-After is obeyed up to `judge.max_wait`.
+The requests run in the event loop of one background thread. A request is sent only if its largest cost fits below the
+spending caps. A Retry-After header is obeyed if it asks for at most `judge.max_wait` seconds.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ if TYPE_CHECKING:
     from httpx2 import AsyncClient
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 8.0  # seconds before a retry, if the endpoint names no time
-_POLL = 0.05  # seconds between looks at the stop signal and at requests of other processes
+_POLL = 0.05  # seconds between checks of the stop signal and of other processes' requests
 
 
 @dataclass(frozen=True)
 class _Job(Generic[Value]):
-    """The arguments of one `ask`."""
+    """The arguments of one call of `ChatClient.ask`."""
 
     prompts: Sequence[Messages]
     read: Callable[[int, Completion], Value | None]
@@ -64,7 +65,7 @@ class _Job(Generic[Value]):
 
 
 class _StoppedError(Exception):
-    """The asking has ended: no further request may be sent."""
+    """Ends a waiting request, because no further request may be sent."""
 
 
 class ChatClient:
@@ -101,13 +102,14 @@ class ChatClient:
         Args: as in `OpenaiJudgeConfig`, and
             replies: where replies are stored.
             group: the config group whose options the error messages name.
-            known_as: replaces the address in a reply's hash, for a server whose port changes but not its model.
-            skip_thinking: whether `read` gets a reply without the thinking before it.
-            say: called with the plan before the first request.
+            known_as: replaces the address in the hash under which a reply is stored, for a server whose port changes
+                while its model stays the same.
+            skip_thinking: whether `read` gets a reply without the thinking at its beginning (see `after_thinking`).
+            say: called before the first request with the number of requests and their largest cost.
 
         Raises:
-            ConfigError: `api_key_env` holds no usable key (endpoints on this machine and dry runs need none), or
-                OPENAI_BASE_URL is not an address.
+            ConfigError: the variable `api_key_env` holds no usable key (endpoints on this machine and dry runs need
+                none), another environment variable is missing, or OPENAI_BASE_URL is not an address.
         """
         body = {"model": model, "temperature": temperature, token_parameter: max_tokens, **(extra_body or {})}
         self.parameters: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
@@ -149,18 +151,18 @@ class ChatClient:
     ) -> Iterator[tuple[int, Reply[Value]]]:
         """Yield the position of each prompt with its answer, in the order of arrival. Equal prompts are sent once.
 
-        The plan is printed before the first request; a dry run ends there.
+        The number of requests and their largest cost are printed first. A dry run sends nothing.
 
         Args:
-            read: returns the value in a reply to the prompt at a position, without the thinking before it. For None or
-                `Unreadable` the prompt is sent again.
-            scope: name under which the spending is counted; the caps hold for it over all processes.
-            unread: reason given where `read` returns None.
-            tries: how often a prompt is sent until a reply can be read.
+            read: called with the position of a prompt and a reply to it; returns the value in the reply. If it returns
+                None or raises `Unreadable`, the prompt is sent again, up to `tries` times in all.
+            scope: name under which the spending is counted. The caps apply to the sum over all processes that use it.
+            unread: reason recorded for a reply from which `read` returns None.
+            tries: how many times a prompt is sent at most, if its replies cannot be read.
 
         Raises:
             JudgeError: requests failed (see the top of this module); all answers that arrived were yielded before.
-            DryRun: always raised in dry-run mode, after printing the plan.
+            DryRun: always raised in dry-run mode, after printing what would be sent.
         """
         prompts = prompts if self._system_role else [without_system(messages) for messages in prompts]
         job = _Job(prompts, read, scope, unread, tries)
@@ -195,11 +197,11 @@ class ChatClient:
     ) -> Iterator[tuple[list[int], Reply[Value]]]:
         """Yield groups of equal prompts with their answer, in the order of arrival, and refused prompts at the end.
 
-        If the endpoint has answered no prompt, refusals are an error: one wrong option may make it refuse all prompts.
+        If the endpoint has answered no prompt, refusals raise JudgeError: a wrong option may make it refuse all.
 
         Args:
             unread: the unreadable replies so far.
-            works: whether the endpoint has answered such requests before.
+            works: whether stored replies show that the endpoint answers such prompts.
         """
         stop, arrived = threading.Event(), SimpleQueue[tuple[int, Reply[Value] | Exception] | None]()
         # a daemon: Ctrl-C must not wait for requests that hang
@@ -249,7 +251,7 @@ class ChatClient:
             raise problem
 
     def _run(self, job: _Job[Value], groups: Sequence[list[int]], arrived: SimpleQueue[Any], stop: Any) -> None:
-        """Put the number of each group with its answer or exception into `arrived`, and None at the end."""
+        """Send the prompts. Put each group's number with its answer or exception into `arrived`, then None."""
         numbers = iter(range(len(groups)))
 
         async def work(client: AsyncClient) -> None:
@@ -277,7 +279,7 @@ class ChatClient:
             arrived.put(None)
 
     def _stored_answer(self, job: _Job[Value], position: int) -> Reply[Value] | int:
-        """Return the answer to a prompt if the stored replies suffice for one, else the number of the next try."""
+        """Return the answer if a stored reply can be read or all tries are used, else the number of the next try."""
         completion, problem = Completion(""), job.unread
         for attempt in range(1, job.tries + 1):
             stored = self._replies.find(self._key_of(job.prompts[position], attempt))
@@ -328,14 +330,14 @@ class ChatClient:
                     raise Failure("final", message, remedy) from None
                 if retry >= self._retries:
                     raise
-            if wait is not None:  # all requests obey it
+            if wait is not None:  # all requests wait that long
                 self._paused_until = max(self._paused_until, time.monotonic() + wait)
                 await _sleep(wait * random.uniform(1.0, 1.1), stop)
             else:
                 await _sleep(min(_LONGEST_DELAY, _FIRST_DELAY * 2**retry) * random.uniform(0.5, 1.0), stop)
 
     async def _request(self, client: AsyncClient, messages: Messages) -> tuple[Completion, Usage | None]:
-        """Return a reply and the tokens that the endpoint reports. The timeout covers headers and body together."""
+        """Return a reply and its tokens (None if not reported). The timeout covers headers and body together."""
         import httpx2 as httpx
 
         try:
@@ -358,7 +360,7 @@ class ChatClient:
         return read_completion(response.content, self._endpoint.scrub, kind, logprobs=logprobs)
 
     def _plan(self, prompts: Sequence[Messages]) -> tuple[str, str]:
-        """Return the number of requests and their largest cost, as text; second requests are not included."""
+        """Return as text the number of requests and their largest cost, without repeated tries."""
         prompt_tokens = sum(map(estimated_tokens, prompts))
         reply_tokens = len(prompts) * self._max_tokens
         usd = self._terms.usd(prompt_tokens, reply_tokens)
@@ -386,12 +388,12 @@ class ChatClient:
         )
 
     def _key_of(self, messages: Messages, attempt: int) -> str:
-        """Hash all that a reply depends on, and the address: two endpoints may have different models of one name."""
+        """Hash all that a reply depends on, and the address: two endpoints may use one name for different models."""
         return content_hash("chat", self._known_as, self.identity, [dict(m) for m in messages], attempt)
 
 
 async def _sleep(seconds: float, stop: threading.Event) -> None:
-    """Wait; raise _StoppedError as soon as no further request may be sent."""
+    """Wait for `seconds`; raise _StoppedError as soon as `stop` is set."""
     end = time.monotonic() + seconds
     while not stop.is_set() and (left := end - time.monotonic()) > 0:
         await asyncio.sleep(min(left, _POLL))

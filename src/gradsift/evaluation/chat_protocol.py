@@ -1,4 +1,4 @@
-"""What an endpoint that speaks OpenAI's chat protocol sends back: replies, and errors."""
+"""OpenAI's chat protocol: the form of requests, and how replies and errors are read."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ _MOST_SHOWN = 300  # characters of an unreadable reply in an error
 Messages = Sequence[Mapping[str, str]]
 BYTES_PER_TOKEN = 4  # rule of thumb for English text; about right for other scripts in UTF-8 too
 _TOKENS_PER_MESSAGE = 4
-_TOKENS = "tokens"  # the role of a prompt that is no conversation
+_TOKENS = "tokens"  # the role that marks a prompt of token ids
 
 
 class Failure(Exception):
-    """Why a prompt has no reply (see `gradsift.evaluation.chat`).
+    """Why a prompt has no reply.
 
     Attributes:
-        reason: recorded for a refused prompt.
+        kind: see `gradsift.evaluation.chat`.
+        reason: for a refused prompt, the reason that is recorded.
         charged: whether the endpoint may charge for the request.
-        wait: seconds that the endpoint asks to wait.
+        wait: seconds that the endpoint asks to wait; None if it names no time.
+        advice: what happened and what to do, for the error message.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Failure(Exception):
 
 @dataclass
 class UnreadReplies(Generic[Value]):
-    """Counts the unreadable replies since the last readable one. After `most` of them no more prompts are sent."""
+    """Counts the unreadable replies since the last readable one. After `most` (None: never) sending ends."""
 
     most: int | None
     count: int = 0
@@ -68,7 +70,7 @@ class UnreadReplies(Generic[Value]):
             self.count, self.first = self.count + replies, self.first or answer
 
     def problem(self) -> str | None:
-        """Return why no more prompts are sent, with the first unreadable reply; None while prompts may be sent."""
+        """Return an error message with the first unreadable reply if the limit is reached, else None."""
         if self.most is None or self.count < self.most or self.first is None:
             return None
         text = self.first.text
@@ -84,14 +86,17 @@ class UnreadReplies(Generic[Value]):
 def read_completion(
     body: bytes, scrub: Callable[[str], str], content_type: str = "application/json", *, logprobs: bool = False
 ) -> tuple[Completion, Usage | None]:
-    """Read a response's first choice, and the tokens that the response reports. The text is empty if there is none.
+    """Return a response's first choice, and the tokens that the response reports (None if it reports none).
+
+    If the response has no choice, or its choice no text, the text is empty.
 
     Args:
         scrub: removes the secrets from a text.
         content_type: the body's type, as the endpoint states it.
 
     Raises:
-        Failure: the body is not a chat completion; a web page, or an object with a key twice, would come again.
+        Failure: the body is not a chat completion. The failure is final for a web page, another content type than JSON
+            or an object with a repeated key, because a retry would return the same; else it is passing.
     """
     try:
         (content,) = outside_json.loads_all(body.decode("utf-8"))
@@ -125,7 +130,7 @@ def read_completion(
 
 
 def token_prompt(ids: Sequence[int]) -> Messages:
-    """Return token ids as a prompt, which the model continues as it is."""
+    """Return a prompt of token ids, which the model continues without a chat template."""
     return [{"role": _TOKENS, "content": " ".join(map(str, ids))}]
 
 
@@ -152,7 +157,7 @@ def after_thinking(text: str) -> str:
     """Return a reply without the block `<think>...</think>` at its beginning.
 
     Raises:
-        Unreadable: the block does not end: the reply was cut while thinking.
+        Unreadable: the block does not end, because the reply was cut while thinking.
     """
     match = _THINKING.match(text)
     if match is None:
@@ -185,7 +190,7 @@ def _reported(usage: Any) -> Usage | None:
 
 
 def failure_of_status(response: Response, scrub: Callable[[str], str], api_key_env: str, model: str) -> Failure:
-    """Return the failure that a response with an HTTP error status means."""
+    """Return the `Failure` for a response with an HTTP error status."""
     status, error = response.status_code, dict[str, Any]()
     with suppress(ValueError):
         content = outside_json.loads(response.content)
@@ -211,7 +216,7 @@ def failure_of_status(response: Response, scrub: Callable[[str], str], api_key_e
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that a response asks to wait: `retry-after-ms`, or `retry-after` in seconds or as a date."""
+    """Return the seconds to wait by `retry-after-ms` or `retry-after` (seconds or a date); None without them."""
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         try:
             seconds = float(headers.get(name, "")) / unit

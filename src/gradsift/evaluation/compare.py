@@ -1,9 +1,9 @@
-"""PWS of two model_outputs.json: `python -m gradsift.evaluation.compare MODEL REFERENCE [OPTION=VALUE ...]`.
+"""Compute a PWS from two files: `python -m gradsift.evaluation.compare MODEL REFERENCE [OPTION=VALUE ...]`.
 
-The answers may come from anywhere; nothing is trained. The command takes the options that configure a run's judge:
-judge=NAME, judge.*, compute.*, benchmark.catalog.* (how answers are compared with a reference answer) and artifacts.
-It keeps judgments in the store, as a run does, so the same command continues an interrupted comparison. The result is
-printed as JSON, everything else on stderr.
+MODEL and REFERENCE are model_outputs.json files with the answers of two models, from any source; nothing is trained.
+The command takes the options that configure a run's judge: judge=NAME, judge.*, compute.*, benchmark.catalog.* (how
+answers are compared with a reference answer) and artifacts. Judgments are kept in the store, as in a run, so the same
+command continues an interrupted comparison. The result is printed as JSON on stdout; all messages go to stderr.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def compare(config: CompareConfig, model: Path, reference: Path) -> dict[str, An
     """Judge the answers in the file `model` against the answers in the file `reference`, in both orders.
 
     Returns:
-        The result of the stage `pws` (see `pws_of`), with `model` and `reference` (generators), `judge`, `cost`,
+        The result of the stage `pws` (see `pws_of`), with `model` and `reference` (their names), `judge`, `cost`,
         `diagnostics` and `files`; `{"dry_run": plan}` for a dry run.
 
     Raises:
         DataError: a file is missing or broken, or the two files answer different items; the message names the rows.
-        JudgeError: the judge could not be asked, or stopped early.
+        JudgeError: requests to the judge failed, or judging ended early, as at a spending cap.
     """
     pair = read_pair(model, reference)
     from rich.console import Console
@@ -86,7 +86,7 @@ def compare(config: CompareConfig, model: Path, reference: Path) -> dict[str, An
 
 
 def _imported(store: Store, rows: Sequence[ModelOutput]) -> Artifact:
-    """Return answers from a file as an artifact, which stages accept as a parent."""
+    """Store answers from a file as an artifact, which stages accept as input, and return it."""
     from gradsift.manifests import content_hash
 
     def make(folder: Path) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Where chat requests are sent: address, key, headers and query of an endpoint; its secrets stay out of all texts."""
+"""Address, key, headers and query of a chat endpoint. Its secrets are removed from messages and replies."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Endpoint:
 
         Args:
             base_url: the endpoint's base URL; default: the value of OPENAI_BASE_URL.
-            api_key_env: name of the variable that holds the key.
+            api_key_env: name of the environment variable that holds the key.
             headers: sent with each request; a value `env:NAME` stands for the value of the environment variable NAME.
-            query: parameters added to the address; a value `env:NAME` stands for the value of the environment variable
-                NAME here too.
-            needs_key: whether a missing key is an error. Endpoints on this machine never need one.
+            query: parameters added to the address; values `env:NAME` as in `headers`.
+            needs_key: whether a missing key, or another missing variable, is an error. Endpoints on this machine never
+                need a key.
 
         Raises:
             ConfigError: a variable is missing or holds no usable value, or OPENAI_BASE_URL is not an address.
@@ -52,7 +52,7 @@ class Endpoint:
         address = base_url or os.environ.get("OPENAI_BASE_URL")
         if address:
             endpoint_address("judge.base_url" if base_url else "OPENAI_BASE_URL", address, api_key_env)
-        self.address = address.rstrip("/") if address else None  # a slash at the end makes no other endpoint
+        self.address = address.rstrip("/") if address else None  # a slash at the end does not change the endpoint
         given = {"extra_headers": dict(headers or {}), "extra_query": dict(query or {})}
         self.settings = {name: values for name, values in given.items() if values}
         self._key = _api_key(api_key_env, self.address, needs_key)
@@ -74,23 +74,23 @@ class Endpoint:
         return secret
 
     def client(self) -> AsyncClient:
-        """Return a client without a timeout and a limit of its own."""
+        """Return an HTTP client for the endpoint. `ChatClient` limits the time and the number of its requests."""
         import httpx2 as httpx
 
         return httpx.AsyncClient(
             headers={"Authorization": f"Bearer {self._key or 'none'}", **self._headers},
             params=self._query,
             timeout=None,
-            limits=httpx.Limits(),  # none: the client limits the requests
+            limits=httpx.Limits(),  # no limits here
             follow_redirects=False,  # a redirect leads to a login page, or takes the headers to another address
         )
 
     def url(self, path: str) -> str:
-        """Return the address to which requests are posted."""
+        """Return the URL of `path` at the endpoint."""
         return f"{self.address or _DEFAULT}/{path}"
 
     def scrub(self, text: str) -> str:
-        """Remove the secrets from a text: some endpoints quote them. Placeholders like "1" or "none" are not secret."""
+        """Return a text with the secrets, which some endpoints quote, as `***`; short values such as "none" stay."""
         for secret in self._secrets:
             if len(secret) >= _SHORTEST_SECRET:
                 text = text.replace(secret, "***")

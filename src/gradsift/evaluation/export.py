@@ -6,8 +6,9 @@
     FOLDER/GENERATOR/JUDGE/annotations_reverse.json
 
 In annotations.json output_2 is the model and `preference` is 2 for a win, 1 for a loss, 1.5 for a tie and null for an
-invalid item, so alpaca_eval's `get_winrate` counts what PWS counts, and its win rate is 50 PWS. The files of one order
-hold an alpaca_eval annotator's own preferences between 1 and 2.
+invalid item, so alpaca_eval's `get_winrate` counts the same outcomes as PWS, and its win rate (in percent) is 50 x PWS.
+In the files of one order, `preference` is the annotator's own, between 1 and 2, if the judge is one of alpaca_eval's
+annotators; for other judges it is 1, 1.5 or 2.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ _PREFERENCES = {"win": 2.0, "tie": 1.5, "lose": 1.0, "invalid": None}
 
 
 def export(files: PairFiles, folder: Path) -> list[Path]:
-    """Write the answers of two models, and their judgments if there are any; return the files.
+    """Write the answers of two models, and their judgments if there are any; return the paths of the files.
 
     Raises:
-        DataError: a file is missing or broken, the two models have the same name, the judgments are about other items,
-            or a file exists already with other content.
+        DataError: a file is missing or broken, the two models have the same name or folder, the judgments are by
+            several judges or about other items, or a file exists already with other content.
     """
     pair = [without_turns(rows) for rows in read_pair(files.model, files.reference)]
     model, reference = (rows[0]["generator"] for rows in pair)
@@ -61,7 +62,7 @@ def export(files: PairFiles, folder: Path) -> list[Path]:
             f"would replace the other's; {remedy}"
         )
     contents: dict[Path, list[dict[str, Any]]] = {
-        # alpaca_eval joins models by the instruction and shows no `input`
+        # alpaca_eval matches models' rows by instruction and does not show `input`
         folder / slug(name) / OUTPUTS_FILE: [
             {key: value for key, value in row.items() if key not in ("input", "after")}
             | {"instruction": with_input(row["instruction"], row["input"])}
@@ -129,8 +130,8 @@ def _row(pair: Mapping[str, ModelOutput], order: Order, judge: str) -> dict[str,
 def _preference(judgment: Judgment) -> float | None:
     """Return a preference from 1 (the answer shown first is better) to 2 (the second is better); None if invalid.
 
-    For an annotator of alpaca_eval it is the annotator's own preference; for other judges it is 1, 1.5 or 2, by which
-    score is higher.
+    For an annotator of alpaca_eval it is the annotator's own preference. For other judges it is 1, 1.5 or 2, depending
+    on which score is higher.
     """
     if judgment.score_model is None or judgment.score_reference is None:
         return None

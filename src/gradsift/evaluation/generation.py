@@ -33,7 +33,7 @@ class Question(NamedTuple):
     history: Sequence[Turn] = ()
 
 
-_SHARED = ("instruction", "input", "reference", "after")  # equal in two models' answers to the same item
+_SHARED = ("instruction", "input", "reference", "after")  # these must be equal in two models' answers
 
 
 def generate_answers(
@@ -50,15 +50,15 @@ def generate_answers(
     """Return greedy continuations of tokenised prompts, in the order of the prompts.
 
     Prompts are sorted by length, padded on the left and masked by the attention mask (never by the pad id, which may
-    be the end token). A prompt that leaves no room for `max_new_tokens` in the model's context loses tokens on its
-    left. An answer ends before the first end token; special tokens and surrounding white space are removed. Each rank
-    of a run answers its part of the batches and returns all answers.
+    be the end token). A prompt that leaves no room for `max_new_tokens` in the model's context is cut on its left.
+    An answer ends before the first end token; special tokens and surrounding white space are removed. Each rank of a
+    run answers its part of the batches and returns all answers.
 
     Args:
-        model: a causal LM on its device, with or without LoRA adapters; its mode is restored.
+        model: a causal LM on its device, with or without LoRA adapters; its training mode is restored.
         prompts: N lists of token ids.
         batch_size: prompts per batch at most; answers do not depend on it.
-        max_tokens: tokens per batch at most; padding and the tokens of the answers count.
+        max_tokens: tokens per batch at most, including padding and the tokens of the answers.
         progress: called after each batch with the number of new answers.
         journal: keeps the answers of each batch.
 
@@ -131,7 +131,7 @@ def _continuations(
 
 
 def room_of(config: Any, max_new_tokens: int) -> int | None:
-    """Return the tokens that a prompt may have; None if the model's configuration names no limit.
+    """Return the largest number of tokens of a prompt; None if the model's configuration names no limit.
 
     Raises:
         ConfigError: there is no room for a prompt.
@@ -171,7 +171,7 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
 def left_padded(
     batch: Sequence[Sequence[int]], pad: int, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and attention mask, (B, T) int64, of sequences that end in the last column."""
+    """Return token ids and attention mask, (B, T) int64, of sequences padded on the left with `pad`."""
     import torch
 
     width = max(len(row) for row in batch)
@@ -191,7 +191,7 @@ class ModelOutput(TypedDict):
     item_id: str
     input: str
     reference: str | None
-    after: NotRequired[str]  # dataset of the question before this one, in a conversation
+    after: NotRequired[str]  # for the second turn of a conversation: dataset of the first turn
 
 
 def model_outputs(items: Sequence[Item], answers: Sequence[str], generator: str) -> list[ModelOutput]:
@@ -225,7 +225,7 @@ def read_model_outputs(path: Path) -> list[ModelOutput]:
 
     Raises:
         DataError: the file is missing or broken, a row lacks instruction or output, two rows of a dataset have the same
-            id, or a question of a conversation lacks the question before it.
+            id, or the second turn of a conversation lacks its first turn.
     """
     try:
         loaded = outside_json.loads(path.read_text(encoding="utf-8"))
@@ -280,13 +280,13 @@ def item_key(row: ModelOutput) -> tuple[str, str]:
 
 
 def first_turns(rows: Sequence[ModelOutput]) -> dict[tuple[str, str], ModelOutput]:
-    """Return the row before each second turn of a conversation, by the key of the second turn."""
+    """Return the first turn's row of each conversation, by the key of its second turn."""
     by_key = {item_key(row): row for row in rows}
     return {key: by_key[row["after"], row["item_id"]] for key, row in by_key.items() if "after" in row}
 
 
 def without_turns(rows: Sequence[ModelOutput]) -> list[ModelOutput]:
-    """Return the rows, each second turn with the whole conversation in its instruction and its output."""
+    """Return the rows; the instruction and the output of a second turn then hold both turns."""
     first = first_turns(rows)
     single: list[ModelOutput] = []
     for row in rows:
@@ -298,10 +298,10 @@ def without_turns(rows: Sequence[ModelOutput]) -> list[ModelOutput]:
 
 
 def check_pairs(rows: Sequence[ModelOutput], reference_rows: Sequence[ModelOutput]) -> None:
-    """Refuse two models' answers unless they answer the same items, with equal instruction, input and reference answer.
+    """Raise an error unless two models answered the same items, with equal instructions, inputs and references.
 
     Raises:
-        DataError: names up to five differing items and the difference.
+        DataError: the items differ; the message names up to five of them and what differs.
     """
     of_model, of_reference = ({item_key(row): row for row in each} for each in (rows, reference_rows))
     problems = [f"{'/'.join(key)} (only in the model's)" for key in of_model if key not in of_reference]

@@ -1,14 +1,14 @@
 """Confidence intervals of the pairwise winning score, for one model tuned with one seed or with several.
 
 An item's outcome is win (+1), tie (0) or lose (-1), and PWS - 1 is the mean outcome. The interval is Tango's score
-interval of the difference of two paired proportions (Statistics in Medicine 17, 1998): the values t that the data do
-not reject, with the variance that holds if t is true. Unlike a percentile bootstrap it has a width if every item has
-the same outcome, and it stays within [-1, 1].
+interval of the difference of two paired proportions (Statistics in Medicine 17, 1998). It contains the values t that a
+test of "the mean is t" does not reject; the test uses the variance under this hypothesis. Unlike the interval of a
+percentile bootstrap, it has a width above 0 even if every item has the same outcome. It stays within [-1, 1].
 
 Runs with different seeds answer the same items, so their outcomes are not independent. A two-way random effects model
 gives the variance of the mean, and the interval uses the number of independent items whose mean has this variance. In
-the embedded world, each data seed has questions of its own under the same item ids; pairing them at random leaves the
-expected variance as it is.
+the embedded world (the generated task of `data=verifiable`), each data seed has its own questions under the same item
+ids, so the model pairs unrelated questions; this does not change the expected variance.
 `benchmarks/interval_coverage.py` measures the coverage.
 
 Shape letters: S seeds, N items.
@@ -39,9 +39,9 @@ def mean_interval(outcomes: np.ndarray, confidence: float = 0.95) -> tuple[float
 
 
 def independent_items(outcomes: np.ndarray) -> tuple[float, float]:
-    """Return the number of independent items whose mean varies as much as this mean, and the degrees of freedom.
+    """Return the number of independent items whose mean has the variance of this mean, and its degrees of freedom.
 
-    With one seed the two values are N and infinity.
+    With one seed, or if the variance is 0, the two values are N and infinity. The number is at most S N.
 
     Args:
         outcomes: (S, N) of -1, 0 and 1.
@@ -58,8 +58,8 @@ def variance_of_mean(values: np.ndarray) -> tuple[float, float]:
     """Return the variance of the mean over seeds and items, and its degrees of freedom (Satterthwaite).
 
     With mean squares of items (MS_i), seeds (MS_s) and the residual (MS_e), the variance of the mean in a two-way
-    random effects model is (MS_i + MS_s - MS_e) / (S N). The largest of the three mean squares, divided by S N, is
-    returned if it is larger.
+    random effects model is (MS_i + MS_s - MS_e) / (S N). If the largest of the three mean squares, divided
+    by S N, is larger than this, it is returned instead.
 
     Args:
         values: (S, N), any values.
@@ -115,9 +115,10 @@ def score_interval(win: float, lose: float, size: float, critical: float) -> tup
 def p_value(outcomes: np.ndarray) -> float:
     """Return the two-sided p-value of the hypothesis that the mean outcome is 0.
 
-    With one seed it is from the exact sign test of the items that are no ties, whose level holds for any number of
-    items. With several seeds it is the larger p-value of two tests: the score test (McNemar's) with the two-way
-    variance, and the t test over the seeds. The score test alone rejects too often if few seeds agree by chance.
+    For one seed it is that of the exact sign test on the items that are not ties, whose level holds for any number of
+    items. For several seeds it is the larger p-value of two tests: the score test (McNemar's) with the two-way
+    variance, and the t test over the seeds' means. The score test alone rejects too often if there are few seeds and
+    they agree by chance. If all outcomes are ties, the p-value is 1.
 
     Args:
         outcomes: (S, N) of -1, 0 and 1.
@@ -136,7 +137,7 @@ def p_value(outcomes: np.ndarray) -> float:
 
 
 def _seeds_p_value(values: np.ndarray) -> float:
-    """Return the p-value of the t test that the means (S,) of the seeds have mean 0; 0 if the test is not defined."""
+    """Return the p-value of the t test that the seeds' means (S,) have mean 0; 0 for one seed or equal means."""
     from scipy import stats
 
     means = values.mean(1)
@@ -147,7 +148,7 @@ def _seeds_p_value(values: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of two mean outcomes over the same items and seeds."""
+    """The difference of two mean outcomes over the same items and seeds, with interval and p-value."""
 
     difference: float
     low: float
@@ -156,12 +157,12 @@ class Difference:
 
 
 def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) -> Difference:
-    """Compare two models that met the same reference on the same items, with the same seeds.
+    """Compare two models that were judged against the same reference on the same items, with the same seeds.
 
-    The interval is made from the two models' own score intervals and the correlation of their means (MOVER; Zou and
-    Donner, Statistics in Medicine 27, 2008), and has a width even if all items have the same difference. With one seed
-    the p-value is from the exact sign-flip test over items. With several seeds it is the larger p-value of two t tests:
-    one with the two-way variance, and one over the seeds.
+    The interval combines the score intervals of the two models with the correlation of their means (MOVER; Zou and
+    Donner, Statistics in Medicine 27, 2008). Its width is above 0 even if all items have the same difference. For one
+    seed, or if the variance of the difference is 0, the p-value is that of the exact sign-flip test over items.
+    Otherwise it is the larger p-value of two t tests: one with the two-way variance, and one over the seeds' means.
 
     Args:
         first: (S, N) of -1, 0 and 1.
@@ -195,7 +196,7 @@ def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) 
 
 
 def _sign_flip_p_value(gaps: np.ndarray) -> float:
-    """Return the share of all 2^N choices of signs whose sum is at least as far from 0 as the sum of `gaps` (N,)."""
+    """Return the share of the 2^N sign choices for `gaps` (N,) with a sum at least as far from 0 as the actual sum."""
     from scipy import stats
 
     sums, shares = np.zeros(1), np.ones(1)

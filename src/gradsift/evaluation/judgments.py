@@ -1,7 +1,7 @@
 """Judgments of pairs of answers in both orders, and their file `judgments.jsonl`.
 
-Judging is resumed below this module: replies of endpoints are stored as they arrive (`gradsift.evaluation.replies`),
-a local model's scores are in the pass's journal, and the verifier takes no time.
+After an interruption `judge_pairs` judges all pairs again, but the judges keep what costs money or time: an endpoint's
+replies are stored as they arrive (`gradsift.evaluation.replies`), and a local model's scores are kept in the journal.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ ORDERS: tuple[Order, Order] = ("forward", "reverse")
 class Judgment:
     """One reply of a judge about one pair in one order: a line of `judgments.jsonl`.
 
-    The scores belong to the model and to the reference model, whichever was shown first. Where `valid` is false, both
-    scores are None and `reason` says why; where `valid` is true, `reason` is a remark about the scores.
+    In both orders `score_model` is the model's score and `score_reference` the reference model's. If `valid` is false,
+    both are None and `reason` says why. If `valid` is true, `reason` is a remark about the scores, or None.
     """
 
     benchmark: str
@@ -53,10 +53,10 @@ def judge_pairs(
     path: Path,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Judgment]:
-    """Have each pair of answers judged in both orders, and write the judgments.
+    """Judge each pair of answers in both orders; write the judgments to a file and return them.
 
     Args:
-        path: `judgments.jsonl`, written in the order that is returned: equal judgments give equal bytes, whatever the
+        path: the file `judgments.jsonl`. Its lines have the order of the result, so its bytes do not depend on the
             order in which the replies arrive.
         progress: called with 1 for each judgment.
 
@@ -84,7 +84,7 @@ def judge_pairs(
 
 
 def _requests(rows: Sequence[ModelOutput], reference_rows: Sequence[ModelOutput]) -> list[JudgeRequest]:
-    """Return both orders of each item, one after the other."""
+    """Return two requests per item, forward then reverse, in the order of `rows`."""
     reference_outputs = {item_key(row): row["output"] for row in reference_rows}
     before = first_turns(rows)
     requests = []
@@ -136,7 +136,10 @@ def _judgment(judge: Judge, request: JudgeRequest, reply: Reply[Pair]) -> Judgme
 
 
 def invalid_share(judgments: Sequence[Judgment]) -> Diagnostic:
-    """Return the diagnostic of the share of judgments without scores; their items are in no PWS."""
+    """Return the diagnostic `invalid_judgments`: the share of judgments without scores.
+
+    An item with such a judgment is not counted in the PWS.
+    """
     reasons = Counter(judgment.reason for judgment in judgments if not judgment.valid)
     invalid = reasons.total()
     share = invalid / len(judgments) if judgments else 0.0
@@ -153,7 +156,7 @@ def invalid_share(judgments: Sequence[Judgment]) -> Diagnostic:
 def read_judgments(path: Path) -> list[Judgment]:
     """Read `judgments.jsonl`, in the order of the file.
 
-    A broken last line without a line end is skipped: earlier versions left one when they were killed.
+    A broken last line without a line end is skipped, because earlier versions of gradsift left such a line when killed.
 
     Raises:
         DataError: the file is missing, or a line is broken; the message names the line.
@@ -162,7 +165,7 @@ def read_judgments(path: Path) -> list[Judgment]:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); judge the answers first") from error
-    unfinished = len(lines) if lines[-1] else None  # the number of a last line without an end
+    unfinished = len(lines) if lines[-1] else None  # the number of the last line, if it has no line end
     judgments = []
     for number, line in enumerate(lines if unfinished else lines[:-1], start=1):
         try:

@@ -46,7 +46,7 @@ def evaluate_tasks(
     max_new_tokens: int,
     max_tokens: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Return every figure that lm-eval reports for each task, with the task's own number of shots.
+    """Return every figure that lm-eval reports for each task, with the task's own number of few-shot examples.
 
     Tasks that generate (IFEval, GSM8K) are answered as the stage `generate` answers: greedily, each prompt as an
     instruction in the target's template. All other tasks compare log-probabilities of plain text.
@@ -55,13 +55,16 @@ def evaluate_tasks(
         model: a transformers model on its device, with or without LoRA layers.
         limit: number of documents per task; None uses all.
         template: the target's prompt template.
-        max_new_tokens: tokens of an answer, if the task does not limit it to fewer.
-        max_tokens: padded tokens of a batch of answers at most; lm-eval itself forms the batches of all other tasks.
+        max_new_tokens: tokens of an answer at most; a task may set a lower limit.
+        max_tokens: padded tokens per batch of generated answers at most. For other tasks lm-eval forms the batches.
+
+    Returns:
+        `{task: {figure: value}}`; empty on all ranks of a machine but its first.
 
     Raises:
         ConfigError: a task needs a package that is not installed, or samples its answers.
         DataError: the data of a task is not available.
-        GradsiftError: a group has no figure of its own.
+        GradsiftError: lm-eval reports no figures for a group of tasks.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -86,7 +89,7 @@ def evaluate_tasks(
             f"{option}: lm-eval cannot have the data of one of them ({first_line(error)}); that of its own tasks "
             "is on the hub: run where it can be reached, or give benchmark.lm_eval_folder"
         ) from error
-    if found is None:  # on all ranks of a machine but its first, which pass the requests too if the model is divided
+    if found is None:  # on all ranks of a machine but its first, though in a divided model all ranks work
         return {}
     reported = {task: figures(found["results"][task]) for task in tasks}
     if bare := [task for task, values in reported.items() if not values]:
@@ -105,7 +108,7 @@ def _answers(
     max_new_tokens: int,
     batches: Mapping[str, Any],
 ) -> list[str]:
-    """Answer lm-eval's requests (a prompt and its options); cut each answer before the first end in its options."""
+    """Answer lm-eval's requests (a prompt and its options); cut each answer before its first stop string."""
     by_limit: dict[int, list[int]] = {}
     for place, request in enumerate(requests):
         options = request.args[1]
@@ -123,7 +126,7 @@ def _answers(
 
 
 def until(text: str, ends: Sequence[str]) -> str:
-    """Return the part of `text` before the place where any of `ends` first occurs."""
+    """Return `text` up to the first occurrence of any of `ends`; all of it if none occurs."""
     return text[: min((place for end in ends if end and (place := text.find(end)) >= 0), default=len(text))]
 
 
@@ -131,7 +134,7 @@ def until(text: str, ends: Sequence[str]) -> str:
 def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
     """Return lm-eval's index of tasks.
 
-    If the folder has all `tasks`, only the folder is indexed: indexing the package's tasks takes ten seconds.
+    If the folder has all `tasks`, only the folder is indexed, because indexing the package's tasks takes ten seconds.
     """
     from lm_eval.tasks import TaskManager
 
@@ -143,12 +146,12 @@ def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
 
 
 def _known(manager: Any) -> set[str]:
-    """Return tasks and groups, but not tags, which have no figures."""
+    """Return the names of tasks and groups, but not of tags, for which lm-eval reports no figures."""
     return {*manager.all_subtasks, *manager.all_groups}
 
 
 def figures(reported: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers in lm-eval's report of one task (`acc,none`), without standard errors and labels."""
+    """Return the numbers in lm-eval's report of one task (keys like `acc,none`), without standard errors and labels."""
     return {
         name: float(value)
         for name, value in reported.items()

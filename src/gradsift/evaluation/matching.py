@@ -1,11 +1,11 @@
-"""Whether an answer is right, compared with the benchmark's reference answer.
+"""Rules that decide whether an answer is right, given the benchmark's reference answer.
 
 exact   the same words in the same order (the rule of the embedded world)
-number  GSM8K and similar sets: the answer's last number, or the first one after its last `####`
+number  GSM8K and similar sets: the same number, which is the first after the last `####` or else the last of the text
 choice  BIG-Bench Hard: an option letter, a closed word (yes, no, true, ...) or free words in the final statement
 
-The benchmarks define what is right, not how a free answer is read; how is our reading, and the tests show it case by
-case. No rule looks at the reference to decide which part of the answer counts.
+The benchmarks define which answers are right, but not how to extract an answer from free text. The rules for this are
+our own, and the tests show them case by case. No rule uses the reference to decide which part of the answer counts.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _NUMBER = re.compile(
 )
 _ANSWER_IS = re.compile(r"\banswer\s*(?:is\b|:)\s*:?", re.IGNORECASE)
 _CLOSED = ("yes", "no", "true", "false", "valid", "invalid")
-_EDGES = " \t\"'.,;:!?\u201c\u201d\u2018\u2019"  # around a statement; not brackets, which are answers to some tasks
+_EDGES = " \t\"'.,;:!?\u201c\u201d\u2018\u2019"  # removed around a statement; not brackets: some tasks ask for them
 _LETTER = re.compile(r"\(([A-Z])\)")
 _BARE_LETTER = re.compile(r"(?:option\s+)?\(?([A-Z])(?:[).:,]|$)", re.IGNORECASE)
 
 
 def numbers_match(answer: str, reference: str) -> bool:
-    """Return whether answer and reference have the same number, as decimals: 12, 12.0 and $12 are equal.
+    """Return whether answer and reference have equal numbers (see `last_number`): 12, 12.0 and $12 are equal.
 
     Raises:
         ValueError: the reference has no number (`load_benchmark` refuses such rows).
@@ -62,12 +62,14 @@ def last_number(text: str) -> Decimal | None:
 def choices_match(answer: str, reference: str) -> bool:
     """Return whether the answer's final statement agrees with the reference.
 
-    - The statement: what follows the last "answer is" or "answer:" on its line (or the next line that is not blank);
-      without these words the first line that is not blank. Bold and code marks are dropped.
-    - A reference like (B): the statement begins with that letter, alone, in brackets or before one of `).:,`; or else
-      it has one bracketed letter and no other.
-    - yes, no, true, false, valid, invalid: the statement's first word, or else its last one, unless "not" precedes.
-    - Anything else: the same words in the same order, without regard to case, commas and surrounding marks.
+    - The statement is the rest of the line after the last "answer is" or "answer:" or, if that is blank, the next line
+      that is not. Without these words it is the first line that is not blank. Bold and code marks are removed.
+    - For a reference like (B), the letter at the statement's beginning counts, if it is alone, in brackets or before
+      one of `).:,`. Otherwise the statement's bracketed letter counts, if it has only one.
+    - For yes, no, true, false, valid and invalid, the statement's first word counts or, if it is none of these words,
+      its last word, unless "not" precedes it.
+    - For any other reference, the statement must have the same words in the same order. Case, commas and surrounding
+      punctuation are ignored.
     """
     statement, wanted = final_statement(answer), reference.strip()
     if letter := _LETTER.fullmatch(wanted):

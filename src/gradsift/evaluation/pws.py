@@ -1,7 +1,7 @@
 """The pairwise winning score (PWS) of a model against a reference model, with its uncertainty.
 
-PWS = (win - lose) / (win + tie + lose) + 1: 1 is parity, 2 wins every item, 0 loses every item (arXiv 2601.13697,
-section 4, after Superfiltering).
+PWS = (win - lose) / (win + tie + lose) + 1 (arXiv 2601.13697, section 4, after Superfiltering). It is 1 at parity, 2 if
+the model wins every item, and 0 if it loses every item.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def estimate(outcomes: Iterable[Outcome], confidence: float) -> dict[str, Any]:
 def outcome(forward: Judgment | None, reverse: Judgment | None, combine: Combine) -> Outcome:
     """Return the outcome of one item for the model, from its judgments in the two orders.
 
-    "signs": sign(s1 + s2), where s in {+1, 0, -1} is the sign of an order's score difference. "sum": the sign of the
-    sum of the two differences. An item without a valid judgment in both orders is "invalid": one order alone would
-    include the judge's position bias.
+    "signs" gives sign(s1 + s2), where s in {+1, 0, -1} is the sign of an order's score difference. "sum" gives the sign
+    of the sum of the two differences. An item without a valid judgment in both orders is "invalid", because one order
+    alone would include the judge's position bias.
     """
     margins = []
     for judgment in (forward, reverse):
@@ -65,7 +65,7 @@ def in_both_orders(judgments: Iterable[Judgment]) -> dict[tuple[str, str], dict[
     """Return the judgments of each (benchmark, item) by order, sorted by benchmark and item.
 
     Raises:
-        DataError: an item has two judgments in one order, so they belong to different prompts.
+        DataError: an item has two judgments in the same order, as in the records of two runs.
     """
     pairs: dict[tuple[str, str], dict[Order, Judgment]] = {}
     for judgment in judgments:
@@ -102,8 +102,8 @@ def outcome_strings(outcomes: Outcomes) -> dict[str, dict[str, str]]:
     """Return the outcomes of each benchmark as one letter per item (w, t, l, i), in the order of the item ids.
 
     Returns:
-        `{benchmark: {"items": hash of the item ids, "outcomes": letters}}`. Two runs with the same hash, on one
-        data set, judged the same items, so their letters can be compared one by one.
+        `{benchmark: {"items": hash of the item ids, "outcomes": letters}}`. If two runs on the same
+        data set have the same hash, they judged the same items, and their letters can be compared item by item.
     """
     by_benchmark: dict[str, dict[str, str]] = {}
     for (benchmark, item), kind in sorted(outcomes.items()):

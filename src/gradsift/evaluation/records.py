@@ -3,17 +3,18 @@
 Four kinds of file are recognised by their content:
 
     judgments.jsonl       our own format: one judgment per line, both orders
-    two-order reviews     an object with `data`: rows of Answer1, Answer2, `scores` [first, second] and
-                          `scores_reverse` as shown, i.e. [Answer2, Answer1]; Answer1 is the model, Answer2 the
-                          reference (the format of Cherry_LLM's and Superfiltering's files)
-    two-query reviews     DiverseEvol's format: JSON lines of `eval_QUERY0` and `eval_QUERY1`, both [model, reference];
-                          `assistant1_QUERY0` is the model, and QUERY1 shows the model second
-    annotations.json      alpaca_eval's format: rows of output_1, output_2 and `preference` from 1 (output_1) to 2
-                          (output_2), 1.5 or 0 for a draw; output_2 is the model. A file holds one order; a second file
-                          in which the outputs are swapped holds the other order
+    two-order reviews     the format of Cherry_LLM's and Superfiltering's files: an object whose `data` is a list of
+                          rows. Answer1 is the model's answer, Answer2 the reference's. `scores` are those of [Answer1,
+                          Answer2]; `scores_reverse` are those of [Answer2, Answer1], shown in this order
+    two-query reviews     DiverseEvol's format: JSON lines with the scores `eval_QUERY0` and `eval_QUERY1`. Both are
+                          [model, reference], but only QUERY0 shows the model first; its name is `assistant1_QUERY0`
+    annotations.json      alpaca_eval's format: rows with output_1, output_2 and `preference`, from 1 (output_1 is
+                          better) to 2 (output_2 is better), with 1.5 or 0 for a draw. The model is by default
+                          `generator_2` of the first row. A file holds one order; a second file, in which the outputs
+                          are swapped, holds the other order
 
-PWS needs both orders. For judgments in one order, `orders` says so, the win rate and the PWS of that order are under
-`one_order`, and there is no PWS.
+PWS needs both orders. If all judgments have the same order, the result names it in `orders` and has this order's win
+rate and PWS in `one_order`; the PWS of all cells is None.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def read_records(path: Path, model: str | None = None) -> Records:
         model: generator whose wins are counted in an alpaca_eval file; default: `generator_2` of the first row.
 
     Raises:
-        DataError: the file is missing or of an unknown kind, or a row is broken; names file and row.
+        DataError: the file is missing or of an unknown kind, or a row is broken; the message names file and row.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist; name a file of judge records")
@@ -73,7 +74,7 @@ def read_records(path: Path, model: str | None = None) -> Records:
         if (rows := _lines(path)) is not None:
             return _queries(path, rows)
         judgments = read_judgments(path)
-        # see judges.Judge.combine: log-probabilities are summed over the orders, grades vote by their signs
+        # see judges.Judge.combine: log-probabilities are summed over the orders, grades count by sign
         summed = bool(judgments) and all(judgment.judge.startswith("local:") for judgment in judgments)
         return Records(judgments, combine="sum" if summed else "signs")
     try:
@@ -108,7 +109,7 @@ def _reviews(path: Path, content: Mapping[str, Any]) -> Records:
 
 
 def _lines(path: Path) -> list[Any] | None:
-    """Return the rows of a file of DiverseEvol's; None if its first line is something else.
+    """Return the rows of a file in DiverseEvol's format; None if its first line has another form.
 
     Raises:
         DataError: a line is broken.
@@ -157,7 +158,7 @@ def _require_orders(row: Any, forward: str, reverse: str, place: str) -> None:
 
 
 def _pair(value: Any, place: str) -> tuple[float, float] | None:
-    """Read two scores, which the published files hold as text; [-1, -1] marks a reply without scores."""
+    """Return two scores, given as a list or as text; None if one is negative (-1 means no score) or infinite."""
     try:
         first, second = map(float, outside_json.loads(value) if isinstance(value, str) else value)
     except (ValueError, TypeError, OverflowError) as error:
@@ -186,7 +187,7 @@ def _annotations(path: Path, rows: Sequence[Any], model: str | None) -> Records:
         if model not in generators:
             raise DataError(f"{place}: neither output is by {model!r}, but by {generators[0]} and {generators[1]}")
         order: Order = "reverse" if generators[1] == model else "forward"
-        share = (0.5 if preference == 0 else float(preference) - 1) if valid else None  # of output_2
+        share = (0.5 if preference == 0 else float(preference) - 1) if valid else None  # output_2's
         shares = None if share is None else (share, 1 - share)
         lengths = [len(text) for text in (row.get("output_2"), row.get("output_1")) if isinstance(text, str)]
         if order == "forward":
@@ -198,15 +199,16 @@ def _annotations(path: Path, rows: Sequence[Any], model: str | None) -> Records:
 
 
 def read_all(paths: Iterable[Path], model: str | None = None) -> Records:
-    """Read several files as one. They hold different benchmarks, or the two orders of the same items.
+    """Read several files, of different benchmarks or of the two orders of the same items, into one `Records`.
 
     Raises:
-        DataError: two files judge one item in one order, or their orders combine differently.
+        ConfigError: no file is given.
+        DataError: some files hold log-probabilities and others grades, or a file cannot be read (see `read_records`).
     """
     merged: Records | None = None
     for path in paths:
         records = read_records(path, model)
-        model = model or records.model  # a file with the outputs swapped is about the same model
+        model = model or records.model  # the file with the outputs swapped has the same model
         if merged is None:
             merged = records
         elif merged.combine != records.combine:
@@ -220,7 +222,11 @@ def read_all(paths: Iterable[Path], model: str | None = None) -> Records:
 
 
 def describe(records: Records, confidence: float) -> dict[str, Any]:
-    """Return outcomes and PWS with intervals, per benchmark and pooled, and position and length bias."""
+    """Return outcomes and PWS with intervals, per benchmark and pooled, and position and length bias.
+
+    Raises:
+        DataError: an item has two judgments in the same order.
+    """
     outcomes = outcomes_of(records.judgments, records.combine)
     summary = {"combine": records.combine, **summarise(outcomes, confidence)}
     summary["position_bias"] = position_bias(records.judgments)
@@ -233,13 +239,13 @@ def describe(records: Records, confidence: float) -> dict[str, Any]:
 
 
 def _one_order(judgments: Sequence[Judgment]) -> dict[str, Any]:
-    """Return alpaca_eval's figures: the win rate in percent (a draw is half a win) and its standard error."""
+    """Return counts, PWS and alpaca_eval's figures: win rate in percent (a draw is half a win), standard error."""
     pairs = [(j.score_model, j.score_reference) for j in judgments]
     scores = np.array([(a, b) for a, b in pairs if a is not None and b is not None], dtype=float).reshape(-1, 2)
     if not scores.size:
         return {"n": 0, "win_rate": None, "standard_error": None, "pws": None}
     margins = scores[:, 0] - scores[:, 1]
-    # a preference is divided between the two answers; of other grades only the sign counts
+    # scores that sum to 1 are a preference's shares; of other scores only the sign of the difference counts
     shares = np.where(np.isclose(scores.sum(axis=1), 1), scores[:, 0], (np.sign(margins) + 1) / 2)
     return {
         "n": len(shares),
@@ -257,7 +263,7 @@ def read_labels(path: Path) -> Outcomes:
     """Read people's outcomes: JSON lines of `item_id`, `label` and, for several benchmarks, `benchmark`.
 
     Raises:
-        DataError: a line has another form; the message names the line.
+        DataError: a line has another form, or an item two different labels; the message names the line.
     """
     labels: dict[tuple[str, str], Outcome] = {}
     for number, content in enumerate(path.read_bytes().split(b"\n"), start=1):

@@ -1,7 +1,8 @@
 """Answers from an OpenAI-compatible server that serves the target (`generator=openai`, `generator=vllm`).
 
-The server decodes greedily. It gets the target's own prompt as token ids, or with `generator.prompt=chat` messages that
-it puts into a template itself. A finetuned target is a LoRA adapter that the server knows by its artifact's name.
+The server decodes greedily. It gets prompts in the target's template as token ids or, with `generator.prompt=chat`,
+messages that it renders with its own chat template. A finetuned target is a LoRA adapter, which the server must know by
+the name of its artifact's folder.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ _CLIENT_OPTIONS = ("api_key_env", "timeout", "retries", "max_wait", "give_up", "
 
 
 def check_generator(config: EndpointGeneratorConfig) -> None:
-    """Refuse a server that could not be asked later: a missing key or program."""
+    """Raise ConfigError if the server's program or the endpoint's key is missing, so that a run fails early."""
     require_command(config.serve)
     if not config.serve:
         Endpoint(config.base_url, config.api_key_env)
 
 
 def generator_settings(config: EndpointGeneratorConfig) -> dict[str, Any]:
-    """Return the settings that answers depend on besides the target: each server computes with its own numerics."""
+    """Return the settings, besides the target, that answers depend on. They name the server, since numerics differ."""
     own = {name: getattr(config, name) for name in ("name", "base_url", "model", "prompt")}
     return own | {"serve": [*config.serve, *config.serve_arguments]}
 
@@ -55,11 +56,11 @@ def endpoint_answers(
     replies: Path,
     folder: Path,
 ) -> Iterator[Callable[[Sequence[Question], Advance], list[str]]]:
-    """Yield a function that answers questions; a server that is to be started runs until the end of the block.
+    """Yield a function that answers questions. A server that `generator.serve` starts runs until the end of the block.
 
     Args:
         replies: file in which replies are stored.
-        folder: folder of the artifact in the making.
+        folder: folder of the artifact that is being made.
     """
     model = config.model or str(target_config.model.path or target.path)
     name, where = model, ""
@@ -120,7 +121,8 @@ def answers_of(client: ChatClient, prompts: Sequence[Messages], scope: str, adva
     """Return the replies to the prompts, without surrounding white space.
 
     Raises:
-        GradsiftError: the server refuses a prompt; JudgeError: requests failed.
+        GradsiftError: the server refuses a prompt.
+        JudgeError: requests failed.
     """
     answers = [""] * len(prompts)
     refused: list[str] = []

@@ -1,11 +1,12 @@
 """Replies of chat endpoints and their cost, in one SQLite file that all runs and processes share.
 
-A reply is stored under a hash of everything it depends on, before anything reads it: a killed process loses no reply
-that it had received. A request is entered as pending before it is sent. This reserves its cost, so that several
+A reply is stored under a hash of everything that it depends on, and before it is parsed, so a killed process loses no
+reply that it had received. A request is entered as pending before it is sent. This reserves its cost, so that several
 processes stay below one cap together, and stops other processes from sending the same request.
 
-Each process holds a file lock for as long as it lives. When the lock of a pending request's owner is free, the owner
-has died and the endpoint may have charged for the request: it counts as sent, at its estimated cost.
+Each process holds a file lock for as long as it lives. If the lock of the process that owns a pending request is
+free, this process has died, and the endpoint may have charged for the request. The request then counts as sent, at its
+estimated cost.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Terms:
-    """Prices in USD per million tokens (None: unknown) and caps on the spending of one scope."""
+    """Prices in USD per million tokens (None: unknown), and caps on the cost of one scope (see `Replies.claim`)."""
 
     price_input: float | None = None
     price_output: float | None = None
@@ -86,7 +87,7 @@ class Terms:
         return (prompt_tokens * self.price_input + completion_tokens * self.price_output) / 1e6
 
     def exceeded(self, total: Usage) -> str | None:
-        """Return the cap that spending `total` would break, as in "judge.max_usd=5"; None if it breaks none."""
+        """Return the cap that spending `total` would exceed, as in "judge.max_usd=5"; None if there is no such cap."""
         if self.max_calls is not None and total.calls > self.max_calls:
             return f"judge.max_calls={self.max_calls}"
         usd = self.usd(total.prompt_tokens, total.completion_tokens)
@@ -104,13 +105,13 @@ class CapReached(Exception):
 
 
 class Replies:
-    """The file of replies. Threads and processes may share it, but not over a network file system (SQLite's WAL)."""
+    """The file of replies, which threads and processes may share; SQLite's WAL mode forbids network file systems."""
 
     def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
         """Open the file at `path`, creating it if needed.
 
         Args:
-            path: files of earlier versions are read too.
+            path: the file, which may be from an earlier version of gradsift.
             say: called with a message about each reply that cannot be read.
 
         Raises:
@@ -149,12 +150,14 @@ class Replies:
         """Reserve a request before it is sent.
 
         Args:
-            estimate: the most that the request may cost.
-            terms: the caps on the scope's spending.
+            scope: name under which the request's cost is counted, such as a stage's.
+            estimate: the most tokens that the request may use.
+            terms: the caps on the scope's cost.
 
         Returns:
             "send": the caller must send the request, then call `keep` or `release`. "wait": call again later, because
-            the same request is pending elsewhere, or because pending requests may cost less than estimated.
+            the same request is pending elsewhere, or because this one may fit below the cap when pending requests,
+            which count at their estimated cost, have ended.
             "stored": the reply is stored.
 
         Raises:
@@ -185,7 +188,11 @@ class Replies:
             self._settle(key, scope, usage)
 
     def release(self, key: str, scope: str, usage: Usage | None) -> None:
-        """Replace the reservation, if there still is one, with `usage`, the most that may be charged; None: nothing."""
+        """End a failed request's reservation, if this process still holds it.
+
+        Args:
+            usage: the most that the endpoint may charge for the request, which is counted as sent; None counts nothing.
+        """
         with self._writing():
             reserved = "SELECT 1 FROM pending WHERE key = ? AND owner = ?"
             if self._connection.execute(reserved, (key, self._owner)).fetchone():
@@ -229,10 +236,10 @@ class Replies:
 
     @contextmanager
     def _writing(self, durable: bool = False) -> Iterator[None]:
-        """Hold the only write transaction of all threads and processes; commit it unless the block raises.
+        """Run the block in a write transaction, of which only one can be open; commit unless the block raises.
 
         Args:
-            durable: whether the commit must survive a power cut, which needs a disk flush. Each commit survives a kill.
+            durable: whether the commit must survive a power cut, which needs a disk flush. It always survives a kill.
         """
         with self._mutex, self._named_errors(), self._connection:
             self._connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")

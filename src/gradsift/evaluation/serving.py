@@ -15,8 +15,8 @@ from pathlib import Path
 
 from gradsift.errors import ConfigError, GradsiftError
 
-_POLL = 0.5  # seconds between looks whether the server answers
-_PATIENCE = 30.0  # seconds in which the server may end by itself
+_POLL = 0.5  # seconds between checks whether the server answers
+_PATIENCE = 30.0  # seconds between SIGTERM and SIGKILL
 _MOST_SHOWN = 2000  # characters of the server's output in an error
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM allows for --max-lora-rank
 
@@ -28,7 +28,7 @@ def vllm_arguments(
 
     Args:
         model: hub id, or a folder.
-        name: requests for the model without an adapter use this name.
+        name: the name that requests for the model without an adapter use.
         adapters: folders in peft's format, by the names that requests use.
         rank: the adapters' LoRA rank.
     """
@@ -43,7 +43,7 @@ def vllm_arguments(
 
 
 def require_command(command: Sequence[str]) -> None:
-    """Raise ConfigError unless the program exists."""
+    """Raise ConfigError unless the command is empty or its program exists."""
     if command and shutil.which(command[0]) is None:
         raise ConfigError(
             f"generator.serve=[{','.join(command)}]: there is no program {command[0]} here; install it, name another, "
@@ -53,7 +53,7 @@ def require_command(command: Sequence[str]) -> None:
 
 @contextmanager
 def serving(command: Sequence[str], log: Path, timeout: float) -> Iterator[str]:
-    """Start a server and yield its base URL when it answers; end it with all its processes at the end of the block.
+    """Start a server and yield its base URL when it answers; after the block, end the server and all its processes.
 
     Args:
         command: program and arguments; host and port are added.

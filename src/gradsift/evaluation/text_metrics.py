@@ -5,7 +5,7 @@ rouge_l   mean F-measure of the longest common subsequence of words, 0 to 1 (Lin
           case, only ASCII letters and digits, no stemming
 bleu      corpus BLEU, 0 to 100 (Papineni et al., 2002; Post, 2018); package sacrebleu with its defaults
 meteor    mean METEOR, 0 to 1 (Lavie and Agarwal, 2007); package nltk with its constants, words split as for BLEU.
-          It needs WordNet's files, in which nltk looks up stems: a word that stemming changes has no synonyms
+          It needs WordNet's files. nltk looks up stems in them, so a word that stemming changes has no synonyms
 
 A metric that cannot be computed is None with a reason, never 0.
 """
@@ -43,9 +43,9 @@ def measure(
     """Compute all metrics of one model's answers, over the items with a reference answer.
 
     Args:
-        match_of: returns the rule of a benchmark's accuracy.
+        match_of: returns the rule (a key of `MATCHERS`) by which a benchmark's answers are compared.
         wordnet: result of `read_wordnet`; None omits METEOR.
-        progress: called with the number of rows measured; each row counts twice, for its benchmark and for the pool.
+        progress: called with the number of rows measured; each row counts twice, for its benchmark and for `pooled`.
 
     Returns:
         `{"benchmarks": {name: metrics}, "pooled": metrics, "bleu_signature": ...}` with metrics
@@ -96,7 +96,7 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float | None:
 
 
 def bleu(answers: Sequence[str], references: Sequence[str]) -> float | None:
-    """Return corpus BLEU; None if no answer has four tokens, because BLEU would be 0 for every such corpus."""
+    """Return corpus BLEU; None if no answer has at least four tokens, because BLEU would be 0 for every such corpus."""
     from sacrebleu.metrics import BLEU
 
     score = BLEU().corpus_score(list(answers), [list(references)])
@@ -126,7 +126,7 @@ def meteor(answers: Sequence[str], references: Sequence[str], wordnet: Synonyms)
 
 
 def check_wordnet(folder: str | None) -> Path | None:
-    """Return the path of `benchmark.wordnet_dir`.
+    """Return the folder `benchmark.wordnet_dir` as a path; None if it is not set.
 
     Raises:
         ConfigError: the folder lacks one of the files that METEOR reads.
@@ -158,7 +158,7 @@ def read_wordnet(folder: Path) -> Synonyms:
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
-    """Return after - before of each metric that both have. Below zero, or for a loss above zero, is forgetting."""
+    """Return after - before for each metric that both have. A drop, or for a loss a rise, means forgetting."""
     changes = {}
     for name, value in before.items():
         if name != "items" and all(isinstance(one, int | float) for one in (value, after.get(name))):

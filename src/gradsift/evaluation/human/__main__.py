@@ -92,7 +92,7 @@ def _serve(options: argparse.Namespace, files: PairFiles, path: Path) -> None:
 
 def _results(options: argparse.Namespace, files: PairFiles, path: Path) -> dict[str, Any]:
     votes = Votes(path)
-    if files.model.is_file() and files.reference.is_file():  # the votes may outlive the store
+    if files.model.is_file() and files.reference.is_file():  # the store may be deleted before the votes
         votes.require(read_pairs(files))
     else:
         print("the answers are gone; whether the votes are about them was not checked", file=sys.stderr)

@@ -65,10 +65,10 @@ def read_pairs(files: PairFiles) -> Pairs:
 
 
 def files_of_run(folder: Path) -> PairFiles:
-    """Return the answers of a run's two models, and its judgments if the judge has finished.
+    """Return the files of the answers of a run's two models, and of its judgments if the judge has finished.
 
     Raises:
-        DataError: `folder` is not a run's, the run has no answers of two models, or its artifacts are gone.
+        DataError: `folder` is not the folder of a run, the run has no answers of two models, or its artifacts are gone.
     """
 
     def read(path: Path, remedy: str, pick: Callable[[Any], Any]) -> Any:

@@ -1,8 +1,9 @@
-"""The pages for raters: plain forms without scripts, served on loopback only.
+"""The pages for raters: plain forms, which work without scripts too, served on loopback only.
 
 Protection: the address holds a random secret, so neither another user of the machine nor another page in the rater's
-browser can guess it; the Host header must name this machine; a form must come from a page of the same origin; every
-text is escaped, and a strict content security policy stands behind that. Which side is whose never leaves the server.
+browser can guess it. The Host header must name this machine, and a form must come from a page of the same origin. Every
+text is escaped, and a strict content security policy is sent as well. Which answer is the model's is shown only with
+`--unblind`, to raters who have finished.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from gradsift.pages import presentable, templates
 
 LOOPBACK = "127.0.0.1"
 CUT = 6000  # characters of a text that are shown at first
-_BODY = 16_384  # bytes of a form; a character of a comment takes up to 12
+_BODY = 16_384  # bytes of a form at most; a character of a comment takes up to 12
 _LONGEST_MARKDOWN = 100_000  # characters; longer texts are shown as they are
 _CHOICES: dict[str, Choice] = {"first": "first", "tie": "tie", "bad": "tie", "second": "second"}
 _FILES = {"style.css": "text/css", "keys.js": "text/javascript", "icon.svg": "image/svg+xml"}
@@ -173,7 +174,7 @@ class Pages:
         return HTMLResponse(self.templates.get_template(name).render(values), status)
 
     def _to(self, rater: Rater, item: int | None) -> Response:
-        """Redirect to an item, or to the end."""
+        """Redirect to `item` or, if that is None, to the last page."""
         return RedirectResponse(f"{self.root}/r/{rater.number}/{'done' if item is None else item}", 303)
 
     def _rater(self, request: Request) -> Rater:
@@ -190,19 +191,19 @@ class Pages:
         return item
 
     def _unrated(self, rater: Rater, after: int) -> int | None:
-        """Return the next item without a vote, first among those after `after`; None if every item has a vote."""
+        """Return the first item without a vote, if possible one after `after`; None if every item has a vote."""
         missing = [vote.item for vote in self.votes.of(rater) if vote.choice is None]
         return next((item for item in missing if item > after), missing[0] if missing else None)
 
 
 def _markdown() -> MarkdownIt:
-    """Return a renderer that escapes HTML; links and images stay text, so a page leads and asks nowhere."""
+    """Return a renderer that escapes HTML. Links and images stay text, so a page loads and opens nothing elsewhere."""
     rules = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable("table")
     return rules.disable(["html_block", "html_inline", "link", "image", "autolink", "reference"])
 
 
 async def _form(request: Request) -> dict[str, str]:
-    """Return the last value of each field."""
+    """Return the fields of a form; of a repeated field, the last value."""
     fields = parse_qs((await request.body()).decode("utf-8", "replace"))
     return {name: values[-1] for name, values in fields.items()}
 
@@ -246,7 +247,7 @@ def listen(port: int) -> socket.socket:
 
 
 def serve(app: ASGIApp, listener: socket.socket) -> None:
-    """Answer until Ctrl-C."""
+    """Answer requests until Ctrl-C."""
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=2
     )

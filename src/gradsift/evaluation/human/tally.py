@@ -27,11 +27,11 @@ def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) 
         confidence: coverage of the intervals, between 0 and 1.
 
     Returns:
-        JSON values. `raters`: n, win, tie, lose, PWS with interval, `both_bad` (some of the ties) and `position`, by
-        name. `majority`: counts and PWS per benchmark and pooled; `split` counts the items without a majority, which
-        are not in the PWS. `agreement`: Cohen's kappa of each two raters, and Fleiss' kappa over the items that all
-        raters rated. `judge`: the LLM judge's counts on the voted items and its agreement with the majority and each
-        rater; None without a judge. `comments`: the raters' comments.
+        JSON values. `raters`: for each name n, win, tie, lose, PWS with interval, `both_bad` (ties of two bad answers)
+        and `position`. `majority`: counts and PWS per benchmark and pooled; `split` counts the items without a
+        majority, which the PWS leaves out. `agreement`: Cohen's kappa of each pair of raters, and Fleiss' kappa over
+        the items that all raters rated. `judge`: the LLM judge's counts on the voted items, and its agreement with the
+        majority and with each rater; None without a judge. `comments`: the raters' comments.
     """
     by_rater: dict[str, list[Vote]] = {}
     for vote in votes:
@@ -101,7 +101,7 @@ def fleiss_kappa(counts: np.ndarray) -> float | None:
 
     Returns:
         (P - Pe) / (1 - Pe) with P the mean over items of (sum_j n_ij^2 - n) / (n (n - 1)) and Pe the sum of the squared
-        shares of the categories; None if all votes are the same, so that chance explains everything.
+        shares of the categories; None if all votes are the same, because the denominator is then 0.
     """
     raters = counts[0].sum()
     observed = (((counts**2).sum(1) - raters) / (raters * (raters - 1))).mean()
@@ -111,7 +111,7 @@ def fleiss_kappa(counts: np.ndarray) -> float | None:
 
 
 def position(votes: Sequence[Vote]) -> dict[str, Any]:
-    """Return how one rater's votes follow the position; `p_value` is of the two-sided sign test of no preference."""
+    """Count one rater's votes by position; `p_value` is that of the two-sided sign test of no preference."""
     from scipy.stats import binomtest
 
     first, tie, second = (sum(vote.choice == choice for vote in votes) for choice in ("first", "tie", "second"))
@@ -126,7 +126,7 @@ def position(votes: Sequence[Vote]) -> dict[str, Any]:
 
 
 def _compared(first: Outcomes, second: Outcomes) -> dict[str, Any]:
-    """Return accuracy and Cohen's kappa over the items that both decided."""
+    """Return accuracy and Cohen's kappa over the items that are valid in both; both None if there is no such item."""
     if not any("invalid" not in (first[key], second.get(key, "invalid")) for key in first):
         return {"items": 0, "accuracy": None, "kappa": None}
     compared = agreement(first, second)

@@ -49,7 +49,7 @@ PRAGMA user_version = {_FORMAT};
 
 @dataclass(frozen=True)
 class Rater:
-    """A rater; one who has finished can no longer vote, and may see the counts."""
+    """A rater. After finishing, a rater can no longer vote, and may see the counts."""
 
     number: int
     name: str
@@ -112,7 +112,7 @@ class Votes:
 
     @classmethod
     def create(cls, path: Path, pairs: Pairs, items: int | None, seed: int) -> Votes:
-        """Draw `items` pairs (None: all) in random order into a new file; an existing file is opened instead.
+        """Create a file with `items` pairs (None: all) in random order; if the file already exists, open it.
 
         Raises:
             ConfigError: there are fewer pairs than `items`.
@@ -166,9 +166,9 @@ class Votes:
                 )
 
     def join(self, name: str) -> Rater:
-        """Return the rater of a name, without regard to capitals and extra spaces. Adds a rater for a new name.
+        """Return the rater with this name, ignoring case and extra spaces; for a new name, add a rater.
 
-        A new rater sees the model first on half of the items, which depend only on the seed and the name.
+        For half of the items, a new rater sees the model's answer first. Only the seed and the name determine which.
 
         Raises:
             ConfigError: the name is empty, too long or not printable.
@@ -210,7 +210,7 @@ class Votes:
         return cursor.rowcount == 1
 
     def finish(self, rater: Rater) -> bool:
-        """Close the votes of a rater; return False if one is missing."""
+        """Close a rater's votes and return True; if a vote is missing, return False."""
         self._connection.execute(
             "UPDATE raters SET finished = ? WHERE rater = ? AND finished IS NULL "
             "AND NOT EXISTS (SELECT 1 FROM shown WHERE shown.rater = raters.rater AND choice IS NULL)",
@@ -219,7 +219,7 @@ class Votes:
         return any(each.number == rater.number and each.finished for each in self.raters())
 
     def of(self, rater: Rater) -> list[Vote]:
-        """Return one entry per item, in the order shown."""
+        """Return a rater's entries, one per item, in the order shown."""
         return self._read("WHERE rater = ?", rater.number)
 
     def all(self) -> list[Vote]:

@@ -1,7 +1,7 @@
 """Judges score two answers to one question; raters grade one example. The openai, local and verifier judges do both.
 
-A judge sees a pair in the order in which it is shown. It does not know which model wrote which answer.
-`gradsift.evaluation.judgments` asks for both orders.
+A judge is shown two answers in one order, without the names of the models that wrote them.
+`gradsift.evaluation.judgments` sends each pair in both orders.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Value = TypeVar("Value")
 
 
 class JudgeError(GradsiftError):
-    """A judge could not be asked. Missing replies never become scores."""
+    """Requests to a judge failed. A missing reply never becomes a score."""
 
 
 class Unreadable(ValueError):
@@ -54,7 +54,7 @@ class JudgeRequest:
 
 
 def in_one_turn(request: JudgeRequest) -> JudgeRequest:
-    """Return a second turn with the whole conversation in its question and answers; other requests as they are."""
+    """Return the request with both turns in its question and answers; without an earlier turn, return it unchanged."""
     if request.earlier is None:
         return request
     question, first, second = request.earlier
@@ -72,7 +72,7 @@ def in_one_turn(request: JudgeRequest) -> JudgeRequest:
 class Reply(Generic[Value]):
     """A reply's text and the value read from it: a pair of scores, or a grade.
 
-    Without a value, `reason` says why there is none; with one, it is a remark about the value.
+    If `value` is None, `reason` says why. Otherwise `reason` is a remark about the value, or None.
     """
 
     text: str
@@ -83,11 +83,12 @@ class Reply(Generic[Value]):
 class Judge(Protocol):
     """The interface of a judge.
 
-    `name` identifies the judge in records. `combine` is how the two orders of an item make one outcome:
+    `name` identifies the judge in records. `combine` says how an item's scores in both orders become one outcome:
 
     - "signs": sign(s1 + s2), where s is the sign of an order's score difference (arXiv 2601.13697, section 4).
-    - "sum": the sign of the sum of the two score differences. It cancels a preference for one position that is the
-      same for all pairs; in small models this preference is larger than all else and would make every vote a tie.
+    - "sum": the sign of the sum of the two score differences. This cancels a preference for a position that is the
+      same for all pairs. In small models this preference exceeds all differences between answers, so that "signs" would
+      give ties only.
     """
 
     @property
@@ -97,7 +98,7 @@ class Judge(Protocol):
     def combine(self) -> Combine: ...
 
     def prompt_hash(self, request: JudgeRequest) -> str:
-        """Hash everything that the reply depends on: prompt, model and parameters."""
+        """Return a hash of everything that the reply depends on: prompt, model and parameters."""
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
         """Yield one reply for each request, in order of arrival.
@@ -137,7 +138,7 @@ class Rater(Protocol):
         """
 
     def rating_cost(self) -> dict[str, float | int | None]:
-        """Return requests, tokens and USD of the last `rate` (None: unknown); empty if it costs nothing."""
+        """Return requests, tokens and USD (None: price unknown) of the last `rate`; empty if ratings cost nothing."""
 
 
 def content_hash(*parts: object) -> str:

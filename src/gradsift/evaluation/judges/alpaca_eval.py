@@ -1,9 +1,9 @@
-"""The judge alpaca_eval: its annotators' prompts, parameters and parsers, in both orders, through our own client.
+"""The judge alpaca_eval: prompts, parameters and parsers of the package's annotators, asked in both orders.
 
-alpaca_eval's PairwiseAnnotator shows each pair in one order, which it draws by the instruction and does not record,
-keeps its replies under a key that has neither model nor prompt, and drops replies that it cannot read. Therefore only
-its annotators are used; requests go through `gradsift.evaluation.chat`. The tests compare requests and preferences
-with PairwiseAnnotator's own.
+alpaca_eval's PairwiseAnnotator shows each pair in one order, which depends on the instruction and is not recorded. It
+caches replies under a key without model and prompt, and drops replies that it cannot read. Therefore only the package's
+annotators are used, and requests are sent by `gradsift.evaluation.chat`. The tests compare requests and preferences
+with those of PairwiseAnnotator.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAMES = "alpaca_eval/"  # in records, the names of these judges begin with it
 EQUAL = "both answers are the same text, a draw without asking (as in alpaca_eval)"
 
 Parser = Callable[[Any], Any]
-# the errors of alpaca_eval's parsers for replies that they do not expect
+# errors that alpaca_eval's parsers raise for unexpected replies
 _ERRORS = (
     AssertionError,
     AttributeError,
@@ -46,8 +46,8 @@ class AlpacaEvalJudge:
     """Asks one of alpaca_eval's annotators which answer is better.
 
     A preference p is between 1 (the first answer) and 2 (the second); the scores of first and second are 2 - p and
-    p - 1. A weighted annotator's p is 1 + the probability of the second answer; as with every judge that grades, each
-    order votes by the side of 1.5 on which p is (`combine="signs"`).
+    p - 1. For a weighted annotator p is 1 + the probability that the second answer is better. As for every judge that
+    grades, only the sign of the score difference counts in each order (`combine="signs"`).
     """
 
     combine: Combine = "signs"
@@ -87,14 +87,14 @@ class AlpacaEvalJudge:
         yield from ((r, Reply("", (0.5, 0.5), EQUAL)) for r, pair in shown.items() if pair.first == pair.second)
 
     def cost(self) -> dict[str, float | int | None]:
-        """Return what the pairs have cost so far, in earlier processes too (see `ChatClient.spent`)."""
+        """Return what the pairs have cost so far, including earlier processes (see `ChatClient.spent`)."""
         return self._chat.spent(self._scope)
 
 
 def render(annotator: Annotator, request: JudgeRequest) -> list[dict[str, str]]:
     """Return the messages for a pair. All slots are filled at once, so a slot's name in an answer stays text.
 
-    Without a slot for the input, the input follows the instruction after an empty line.
+    If the prompt has no slot for the input, the input is appended to the instruction after an empty line.
     """
     request = in_one_turn(request)
     has_slot = any("{input}" in text for _, text in annotator.messages)
@@ -111,7 +111,7 @@ def render(annotator: Annotator, request: JudgeRequest) -> list[dict[str, str]]:
 
 
 def preference(parser: Parser, completion: Completion, *, reads_choice: bool) -> float | None:
-    """Return the parser's preference, from 1 to 2, in a reply; None unless there is exactly one.
+    """Return the preference, from 1 to 2, that the parser finds in a reply; None unless it finds exactly one.
 
     alpaca_eval's older value for a draw, 0, becomes 1.5.
     """
@@ -132,7 +132,7 @@ def preference(parser: Parser, completion: Completion, *, reads_choice: bool) ->
 
 
 def parser_of(annotator: Annotator) -> Parser:
-    """Return the function from a reply to the list of its preferences.
+    """Return a function that reads the list of preferences from a reply.
 
     A parser of our own replaces `lmsys_parser`, which reads neither "8, 7" nor "8/10 7/10".
     """
@@ -152,8 +152,8 @@ def _from_two_scores(text: str, *, cut: bool = False) -> list[float]:
 def _parsers() -> Any:
     """Import alpaca_eval's parsers, and undo what importing the package does to this process.
 
-    It sets the root logger to INFO and loads a `.env` file into the environment, which may hold an address or a key of
-    another project. Its parsers log replies that they cannot read; we count each of these with its reason.
+    The import sets the root logger to INFO and loads a `.env` file into the environment, which may hold an address or a
+    key of another project. The parsers' log is switched off: unreadable replies are recorded with a reason elsewhere.
     """
     root, environment = logging.getLogger(), set(os.environ)
     level = root.level

@@ -2,7 +2,8 @@
 
 An annotator is a folder with `configs.yaml`: a prompt with slots, a model with its parameters, and the parser that
 finds a preference in a reply. Annotators that cannot be asked in both orders through a chat endpoint are refused:
-prompts of completion models, several pairs in one prompt, pools of annotators that share the work by lot.
+those with a prompt for completion models or with several pairs in one prompt, and pools of annotators, each of which
+gets a random part of the questions.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _CLIENT_OPTIONS = (
     *("is_skip_multi_tokens_to_avoid", "num_procs", "batch_size", "price_per_token", "client_kwargs"),
     *("client_config_path", "sleep_time", "n_retries"),
 )
-_READING_ALONE = ("ChainOfThoughtProcessor", "JsonKeysToColumnProcessor")  # they add columns, change no preference
+_READING_ALONE = ("ChainOfThoughtProcessor", "JsonKeysToColumnProcessor")  # add columns, change no preference
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Annotator:
     """A prompt, the parameters of its requests and the parser of its replies.
 
     `messages` are pairs of role and text with slots. `parameters` belong to each request, beside the model,
-    `max_tokens` and `temperature`. `price` is the price in the file, in USD per million tokens.
+    `max_tokens` and `temperature`. `price` is the price in the file, in USD per million tokens, or None.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Annotator:
 
     @property
     def content(self) -> str:
-        """A hash of all that requests, and the reading of their replies, depend on."""
+        """The hash of everything that the requests, and the preferences read from the replies, depend on."""
         return content_hash({key: value for key, value in asdict(self).items() if key != "price"})
 
 
@@ -75,7 +76,7 @@ def shipped() -> dict[str, Path]:
 
 
 def read_annotator(name_or_path: str) -> Annotator:
-    """Read an annotator by its name in alpaca_eval, or from a folder with `configs.yaml` or such a file.
+    """Read an annotator, given by its name in alpaca_eval, a folder with `configs.yaml`, or such a file.
 
     Raises:
         ConfigError: there is no such annotator, it cannot be asked in both orders through a chat endpoint, or its file

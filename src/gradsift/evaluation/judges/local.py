@@ -1,8 +1,8 @@
-"""The local judge: log P("A") against log P("B") under a model on this machine; as a rater, the expected digit.
+"""The local judge: log P("A") against log P("B") under a model on this machine; as a rater, the expected grade.
 
-For small models it only checks that the pipeline runs: SmolLM2-135M-Instruct prefers A in both orders on all 100
-pairs of LLMBar-Natural. Summed over the orders it agrees with the human label on 55 of them (chat template) or 50
-(plain), which is chance.
+With a small model it serves only to check that the pipeline runs: SmolLM2-135M-Instruct prefers A in both orders on all
+100 pairs of LLMBar-Natural. With the scores summed over the orders, it agrees with the human label on 55 of the pairs
+(chat template) or 50 (plain), which is chance.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class _Prompt(NamedTuple):
 class LocalJudge:
     """Shows a pair to a causal LM and compares the log-probabilities (nats) of A and B as the next token.
 
-    Small models prefer one letter whatever is shown, by about the same amount for each pair, so the orders combine by
-    "sum". The parts of a prompt are tokenised separately, the answers without special tokens: no answer can end the
-    user's turn. Answers that do not fit into `max_length` are cut to the same number of tokens. Answers that are equal
-    after that get equal scores without a forward pass, whose rounding would otherwise decide.
+    Small models prefer one letter whatever is shown, by about the same amount for each pair, so the orders are combined
+    by "sum". The parts of a prompt are tokenised separately and without special tokens, so no answer can end the user's
+    turn. If the answers do not fit into `max_length`, both are cut to the same limit. Answers that are then equal get
+    equal scores without a forward pass, in which rounding would decide.
     """
 
     combine: Combine = "sum"
@@ -80,13 +80,13 @@ class LocalJudge:
 
         Args:
             name: identifies the weights in `prompt_hash`.
-            max_length: tokens of a prompt, cut to the model's context.
+            max_length: tokens of a prompt at most; the model's context is a further limit.
             batch_size, max_tokens: prompts and padded tokens per batch, at most.
             template: "auto" uses the tokenizer's chat template if it has one.
             journal: keeps the scores of each batch.
 
         Raises:
-            ConfigError: the tokenizer has no single tokens for A and B.
+            ConfigError: the tokenizer has no single tokens for A and B, or its chat template cannot be used.
         """
         self.name = name
         self._model = model.eval()
@@ -130,9 +130,9 @@ class LocalJudge:
             yield request, Reply(text, (a, b)) if finite else Reply(text, None, "a log-probability is not finite")
 
     def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Reply[float]]]:
-        """Yield the expected grade under the next-token probabilities of the scale's digits.
+        """Yield the mean of the scale's grades, weighted by the next-token probabilities of their digits.
 
-        A response that does not fit into `max_length` is cut. No small model finds good data in this way.
+        A response that does not fit into `max_length` is cut. Small models do not find good data in this way.
 
         Raises:
             ConfigError: the tokenizer has no single tokens for the digits.
@@ -162,7 +162,7 @@ class LocalJudge:
     def _log_probabilities(
         self, asked: Sequence[tuple[Request, list[int]]], choices: Sequence[Sequence[int]]
     ) -> Iterator[tuple[Request, tuple[float, ...]]]:
-        """Yield each request with log P of each choice as the next token, summed over the choice's spellings."""
+        """Yield each request with log P of each choice as the next token; P is summed over the choice's spellings."""
 
         def scores(prompts: list[list[int]]) -> list[list[float]]:
             tokens, mask = left_padded(prompts, 0, self._model.device)
@@ -183,7 +183,7 @@ class LocalJudge:
             yield from zip((request for request, _ in batch), zip(*columns, strict=True), strict=True)
 
     def _prompt(self, request: JudgeRequest) -> _Prompt | None:
-        """Return at most `max_length` tokens; None if the question leaves no room for the answers."""
+        """Return a pair's prompt, at most `max_length` tokens; None if the question leaves no room for answers."""
         opening, before_a, first, between, second, question = map(self._encode, render_pair(request))
         start = [*self._head, *opening, *before_a]
         end = [*question, *self._tail]
@@ -191,13 +191,13 @@ class LocalJudge:
         if len(first) + len(second) > room:
             if room < 2:
                 return None
-            # the longer answer gets what the shorter one leaves, in both orders
+            # the longer answer gets the room that the shorter one leaves, in both orders
             share = max(room // 2, room - min(len(first), len(second)))
             first, second = first[:share], second[:share]
         return _Prompt([*start, *first, *between, *second, *end], equal=first == second)
 
     def _rated_prompt(self, request: RatingRequest) -> list[int] | None:
-        """Return at most `max_length` tokens; None if the question leaves no room for the response."""
+        """Return a rating prompt, at most `max_length` tokens; None if the question leaves no room for a response."""
         opening, heading, response, ending = map(self._encode, render_rated(request))
         start = [*self._head, *opening, *heading]
         end = [*ending, *self._rated_tail]
@@ -207,7 +207,7 @@ class LocalJudge:
         return [*start, *response[:room], *end]
 
     def _encode(self, text: str, *, markup: bool = False) -> list[int]:
-        """Return the token ids of a text; only with `markup` may it contain special tokens."""
+        """Return the token ids of a text. Special tokens in it are recognised only with `markup`."""
         if not text:
             return []
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, split_special_tokens=not markup)["input_ids"]
@@ -244,7 +244,7 @@ def render_pair(request: JudgeRequest) -> tuple[str, str, str, str, str, str]:
 
 
 def render_rated(request: RatingRequest) -> tuple[str, str, str, str]:
-    """Return the pieces of an example's prompt; the response is the third, and empty where it is not shown."""
+    """Return the pieces of an example's prompt; the response is the third, empty if it is not shown."""
     scale = SCALES[request.question]
     turns = "".join(f"\n\nEarlier turn, {turn.role}:\n{turn.content}" for turn in request.history)
     shown_input = INPUT + request.input if request.input else ""

@@ -62,8 +62,8 @@ _LACKING = {"verdict": "no verdict", "json": "no JSON with two scores"}
 class OpenaiJudge:
     """Asks a chat model for two scores of a pair, or for one grade of an example.
 
-    A reply without scores or grade is requested once more, then recorded as invalid. With `parse="legacy"` the
-    published rule reads the first reply, and a reply that it cannot read is invalid at once.
+    If no scores or grade can be read from a reply, the prompt is sent once more; a second such reply is invalid. With
+    `parse="legacy"` a pair is sent only once; a reply that the published rule cannot read is invalid.
     """
 
     combine: Combine = "signs"
@@ -106,13 +106,13 @@ class OpenaiJudge:
             yield requests[position], reply
 
     def cost(self) -> dict[str, float | int | None]:
-        """Return what the pairs have cost so far, in earlier processes too (see `ChatClient.spent`)."""
+        """Return what the pairs have cost so far, including earlier processes (see `ChatClient.spent`)."""
         return self._chat.spent(self._scope)
 
     def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Reply[float]]]:
         """Yield ratings in order of arrival (see `ChatClient.ask`)."""
         prompts = [render_rating(request) for request in requests]
-        # the same examples in another order belong to the same stage, whose spending goes on
+        # sorted: the cost of the same examples in another order is counted under the same name
         asked = sorted({content_hash(prompt) for prompt in prompts})
         self._rating_scope = f"rate-{content_hash(self._chat.identity, asked)[:12]}"
 
@@ -125,5 +125,5 @@ class OpenaiJudge:
             yield requests[position], reply
 
     def rating_cost(self) -> dict[str, float | int | None]:
-        """Return what the last `rate` has cost, in earlier processes too."""
+        """Return what the last `rate` has cost, including earlier processes; empty before the first."""
         return self._chat.spent(self._rating_scope) if self._rating_scope else {}

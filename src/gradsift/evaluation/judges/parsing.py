@@ -1,17 +1,16 @@
 """Scores from a judge's reply.
 
-`strict`    the first line that is not blank is two numbers and nothing else
-`tolerant`  also halves, commas, "8/10 7/10", emphasis, headings ("My scores: 8 7") and labels ("Answer 1: 8, Answer 2:
-            7"), which may extend over two lines; code fences are ignored. Where the first line is something else, the
-            scores are the only such line of the reply, or its only JSON object ({"answer_1": 8, "answer_2": 7}), or its
-            only verdict ([[A]])
-`verdict`   only the verdict, anywhere: [[A]], [[B]] or [[C]] (a tie), or [[A>>B]] to [[B>>A]]
-`json`      only the JSON object
+`strict`    the first line that is not blank is two numbers (8.5 is one) and nothing else
+`tolerant`  also commas, "8/10 7/10", emphasis, headings ("My scores: 8 7") and labels ("Answer 1: 8, Answer 2: 7"),
+            which may extend over two lines; code fences are ignored. If the first line has no scores, another line, a
+            JSON object ({"answer_1": 8, "answer_2": 7}) or a verdict ([[A]]) in the reply is read
+`verdict`   only a verdict, anywhere in the reply: [[A]], [[B]] or [[C]] (a tie), or one from [[A>>B]] to [[B>>A]]
+`json`      only a JSON object, anywhere in the reply
 `legacy`    the rule of the published evaluation scripts of Cherry and Superfiltering, with its errors
 
-Scores are between 0 and 10; judges give 0 to empty answers. A verdict for one answer is the scores 1 and 0. A reply
-that a rule cannot read has no scores, and so has one that holds two different readings. No rule looks for numbers
-within a sentence: "both have 2 flaws and 3 merits" is not a grade.
+Scores are between 0 and 10 (with `legacy`, any numbers); judges give 0 to empty answers. A verdict for one answer means
+the scores 1 and 0, with >> the scores 3 and 0. A reply has no scores if the rule cannot read it, or if it has two
+readings that differ. No rule looks for numbers within a sentence: "both have 2 flaws and 3 merits" is not a grade.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from gradsift.evaluation.judges import Pair, Unreadable
 
 Parse = Literal["strict", "tolerant", "legacy", "verdict", "json"]
 
-_LONGEST = 120  # characters of a line of scores; limits the time of a pattern
-_MOST_BRACES = 100  # places in a reply at which a JSON object may begin
+_LONGEST = 120  # characters of a line of scores at most; limits the time for a pattern
+_MOST_BRACES = 100  # opening braces at which a JSON object is looked for, at most
 
 _NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
 _STRICT = re.compile(rf"\s*{_NUMBER}\s+{_NUMBER}\s*")
@@ -62,12 +61,12 @@ def parse_scores(text: str, how: Parse = "tolerant", *, cut: bool = False) -> Pa
     """Return the two scores of a reply in the order shown, or None if the rule does not find them.
 
     Args:
-        cut: whether the reply ends at the limit of its tokens. Then scores must be at its beginning: further down they
-            may be a draft, since some servers send a model's thinking without a tag. A number that ends such a reply is
-            no score: an 8 may be the beginning of 8.5, and a 1 may be the beginning of 10.
+        cut: whether the reply was cut at its limit of tokens. Scores then count only at its beginning: further down
+            they may be a draft, since some servers send a model's thinking without a tag. A number at the very end does
+            not count: an 8 may be the beginning of 8.5, and a 1 the beginning of 10.
 
     Raises:
-        Unreadable: there are scores, but not two numbers that are certain; the message says why.
+        Unreadable: the reply holds scores that are ambiguous or not from 0 to 10; the message says why.
     """
     if how == "legacy":
         return parse_legacy(text)
@@ -99,7 +98,7 @@ def parse_scores(text: str, how: Parse = "tolerant", *, cut: bool = False) -> Pa
 
 
 def _scores_at(lines: list[str], number: int) -> Pair | None:
-    """Return the scores on one line, or labelled ones on this and the next line."""
+    """Return the scores on line `number`, or labelled scores on this and the next line; None without scores."""
     if len(lines[number]) > _LONGEST:
         return None
     if match := _PLAIN.fullmatch(lines[number]):
@@ -133,7 +132,7 @@ def json_objects(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _object_at_beginning(text: str) -> str:
-    """Return the JSON object that a text begins with; empty if there is none that ends."""
+    """Return the JSON object at the beginning of a text; empty if there is none, or if it is incomplete."""
     try:
         return text[: outside_json.loads_first(text)[1]] if text.startswith("{") else ""
     except json.JSONDecodeError:
@@ -178,10 +177,10 @@ def _number(value: Any) -> float:
 
 
 def parse_legacy(text: str) -> Pair | None:
-    """Apply the published rule: the first line, commas made spaces, split at single spaces, two floats.
+    """Apply the published rule: in the first line, replace commas by spaces, split at single spaces, read two floats.
 
     Numbers of any scale are accepted; "8, 9", a trailing space and a leading empty line are not. The published scripts
-    score what they cannot read with (-1, -1), a tie; here it is None.
+    give a reply that they cannot read the scores (-1, -1), which is a tie; this function returns None.
     """
     fields = text.split("\n")[0].replace(",", " ").split(" ")
     try:
@@ -192,11 +191,11 @@ def parse_legacy(text: str) -> Pair | None:
 
 
 def parse_grade(text: str, low: int, high: int, how: Parse = "tolerant", *, cut: bool = False) -> float | None:
-    """Return the grade from `low` to `high` on the first line that is not blank, or None.
+    """Return the grade on the first line that is not blank; None if there is none from `low` to `high`.
 
-    `strict` accepts a number alone. The other rules also accept emphasis, a label ("Grade: 4"), "4/5" and "4 out of 5",
-    and a grade on another line if no other line has one, or in a JSON object ({"grade": 4}). Of a reply that is `cut`
-    only the beginning counts (see `parse_scores`).
+    `strict` accepts only a number. The other rules also accept emphasis, a label ("Grade: 4"), "4/5" and "4 out of 5".
+    If the first line has no grade, they accept one on another line or in a JSON object ({"grade": 4}). Of a reply that
+    was `cut` only the beginning counts (see `parse_scores`).
 
     Raises:
         Unreadable: the reply holds two different grades, or an object has a key twice.
@@ -229,7 +228,7 @@ def _in_range(match: re.Match[str] | None) -> Pair | None:
 
 
 def _labelled(match: re.Match[str]) -> Pair | None:
-    """Return scores by their labels, in either order; two labels of the same answer are not scores."""
+    """Return the scores in the order of the answers; None if both labels name the same answer, or if one exceeds 10."""
     places = [{"1": 0, "A": 0, "2": 1, "B": 1}[match[group].upper()] for group in (1, 3)]
     scores = [float(match[group]) for group in (2, 4)]
     if places[0] == places[1] or max(scores) > 10:

@@ -73,8 +73,8 @@ def render_rating(request: RatingRequest) -> list[dict[str, str]]:
 def in_blocks(parts: Mapping[str, str], task: str) -> str:
     """Return each part between marker lines that no part can imitate, then the task.
 
-    The text is assembled in one pass, so a slot's name in a part stays text; the markers' rulers are longer than any
-    run of `=` in the parts, so no part can end itself.
+    The rulers of `=` in the marker lines are longer than any run of `=` in the parts, so no part can contain a marker
+    line. A slot such as `{input}` in a part stays text.
     """
     longest = max((len(run) for text in parts.values() for run in re.findall("=+", text)), default=0)
     ruler = "=" * max(5, longest + 1)

@@ -1,7 +1,7 @@
 """The verifier grades answers against the benchmark's reference answer, without a model.
 
-As a rater it is an oracle: it computes the right response to an example of the embedded world from the example's
-text. No such oracle exists for other data, so its selection is an upper bound.
+As a rater it is an oracle: it computes the right response to an example of the embedded world (`data=verifiable`) from
+the example's text. No such oracle exists for other data, so a selection by its grades is an upper bound.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class VerifierJudge:
         """Args:
         matches: (answer, reference answer) -> whether the answer is right.
         name: identifies `matches` and `by_benchmark` in `prompt_hash`.
-        by_benchmark: replaces `matches` for some benchmarks.
+        by_benchmark: rules that replace `matches` for some benchmarks, by name.
         """
         self.name = name
         self._matches = matches
@@ -35,7 +35,7 @@ class VerifierJudge:
         return content_hash(self.name, request.first, request.second, request.reference)
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
-        """Grade each pair, in order.
+        """Yield the scores of each pair, in the order of the requests.
 
         Raises:
             ConfigError: an item has no reference answer; then nothing is graded.
@@ -54,10 +54,10 @@ class VerifierJudge:
             yield request, Reply(f"{first} {second}", (float(first), float(second)))
 
     def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Reply[float]]]:
-        """Grade each example: the scale's highest grade if its response is right, else the lowest.
+        """Yield the grade of each example: the scale's highest grade if its response is right, else the lowest.
 
         The grade of `complexity`, which the embedded world does not define, is the number of words of the right
-        response, within the scale.
+        response, limited to the scale.
 
         Raises:
             ConfigError: an instruction is not one of the embedded world.

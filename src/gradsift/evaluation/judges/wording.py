@@ -1,6 +1,6 @@
-"""The wording of the judges' prompts as a hash: replies to differently worded prompts are never mixed.
+"""Hashes of the wording of the judges' prompts, so that replies to differently worded prompts are never mixed.
 
-The hash covers complete prompts about made-up texts, rendered as the judges do it, so every word of them is included.
+A hash covers complete prompts about made-up texts, rendered by the judges' own functions, so it includes every word.
 """
 
 from __future__ import annotations

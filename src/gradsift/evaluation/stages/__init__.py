@@ -1,1 +1,1 @@
-"""The stages behind the finetune, one module each: answers, their metrics, losses, forgetting, judgments and PWS."""
+"""The stages after the finetune: answers, their metrics, losses, forgetting, and judgments with the PWS."""

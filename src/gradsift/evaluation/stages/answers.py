@@ -40,7 +40,7 @@ TERSE_ITEMS = 360  # twenty of each skill
 def benchmark_items(
     runtime: Runtime, config: BenchmarkConfig, names: Sequence[str], loaded: Artifact, seed: int
 ) -> list[Item]:
-    """Return the items of the sets `names`, in that order; `seed` draws the embedded world's terse set."""
+    """Return the items of the sets `names`, in that order. The embedded world's terse set is drawn with `seed`."""
     fetch = functools.partial(fetch_url, folder=runtime.store.root / "downloads")
     folder = None if config.folder is None else Path(config.folder).expanduser()
     items: list[Item] = []
@@ -55,7 +55,7 @@ def benchmark_items(
 
 
 def embedded_items(loaded: Artifact) -> list[Item]:
-    """Return the benchmark of the embedded world; each family of `data.delayed` is a benchmark of its own."""
+    """Return the items of the embedded world's benchmark. Families added by `data.delayed` are separate benchmarks."""
     rows = benchmark_rows(loaded)
     names = [EMBEDDED if row["family"] in FAMILIES else f"{EMBEDDED}_{row['family']}" for row in rows]
     return [_item(name, row) for name, row in zip(names, rows, strict=True)]
@@ -74,7 +74,7 @@ def generate(
     items: Sequence[Item],
     generator_config: GeneratorConfig | None = None,
 ) -> Artifact:
-    """Generate greedy answers of the finetuned target (of the untuned one for `tuned=None`) to every item.
+    """Generate greedy answers to every item, of the finetuned target or, if `tuned` is None, of the untuned target.
 
     Args:
         generator_config: what computes the answers; default: this process.
@@ -140,7 +140,7 @@ def _in_this_process(
 
 
 def _questions(items: Sequence[Item], answers: Mapping[Item, str]) -> list[Question]:
-    """Return the items with the turns before them: a second turn has the first question and the answer to it."""
+    """Return the items as questions. The history of a second turn is the first question and the answer to it."""
     first = {(item.benchmark, item.item_id): (item, answer) for item, answer in answers.items()}
     questions = []
     for item in items:

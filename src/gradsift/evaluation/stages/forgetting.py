@@ -25,7 +25,7 @@ LM_EVAL_VERSION = 2
 
 
 class General(NamedTuple):
-    """A model's results on general sets and tasks; None where they were not asked for."""
+    """A model's results on general sets and lm-eval's tasks; a result that the config does not ask for is None."""
 
     metrics: Artifact | None
     losses: Artifact | None
@@ -41,7 +41,7 @@ def forgetting(
     items: Sequence[Item],
     generator: GeneratorConfig | None = None,
 ) -> tuple[General, General]:
-    """Measure the target on general sets, before and after the finetune.
+    """Measure the target on general sets and lm-eval's tasks, before and after the finetune.
 
     Args:
         items: the items of the sets in `benchmark.general`.
@@ -65,8 +65,8 @@ def forgetting_of(states: tuple[General, General]) -> dict[str, Any]:
     """Return the results of `forgetting`.
 
     Returns:
-        `{set: {"before", "after", "change"}}`, each with the metrics and with `loss`, the mean NLL of a token of the
-        reference answer (nats), where available; a task of lm-eval is the set `lm_eval/<task>`.
+        `{set: {"before", "after", "change"}}`. Each of the three has the metrics and, where available, `loss`: the mean
+        NLL of a token of the reference answer (nats). A task of lm-eval is the set `lm_eval/<task>`.
     """
 
     def values_of(state: General) -> dict[str, dict[str, Any]]:
@@ -104,6 +104,6 @@ def _lm_eval(
         return {"rows": len(tasks), "tasks": tasks}
 
     parents, slug = [target, *([tuned] if tuned else [])], slug_of(target_config, tuned)
-    # in a divided model each rank passes everything: lm-eval knows of no other rank, and no rank can pass alone
+    # in a divided model every rank runs all requests: a forward pass needs all ranks, and lm-eval knows only one
     unit = ("lm_eval", slug, settings, parents, make)
     return runtime.store.obtain(*unit, version=LM_EVAL_VERSION, divided=divides(runtime.compute))

@@ -50,7 +50,7 @@ _NOT_JUDGMENT = ("confidence", "batch_size", *_CLIENT_OPTIONS, *_SPENDING_OPTION
 
 
 def check_judge(runtime: Runtime, config: JudgeConfig) -> None:
-    """Refuse a judge that could not be asked later: a missing key, a model that cannot be loaded."""
+    """Raise an error early if the judge cannot be used: its key is missing, or its model cannot be obtained."""
     if not judge_models(runtime, config):
         _client(runtime, config, [])
 
@@ -86,12 +86,12 @@ def judge(
 
 
 def _kind(config: JudgeConfig) -> str:
-    """Return whose prompts a judge sends; the protocols on an OpenAI-compatible endpoint have names of their own."""
+    """Return the kind of judge whose prompts are sent: "openai" for all its protocols, else the judge's name."""
     return "openai" if isinstance(config, OpenaiJudgeConfig) else config.name
 
 
 def judge_models(runtime: Runtime, config: JudgeConfig) -> list[Artifact]:
-    """Return the judge's model, if it runs on this machine."""
+    """Return the artifact of the judge's model if it runs on this machine, else an empty list."""
     if not isinstance(config, LocalJudgeConfig):
         return []
     from gradsift.training.backbones import backbone  # here: no other judge needs torch
@@ -100,19 +100,19 @@ def judge_models(runtime: Runtime, config: JudgeConfig) -> list[Artifact]:
 
 
 def judge_settings(runtime: Runtime, config: JudgeConfig, wording: str | None) -> dict[str, Any]:
-    """Return what the judge's replies depend on, apart from what it is shown and its model's weights."""
+    """Return the settings that a judge's replies depend on, besides the texts shown and a local model's weights."""
     settings = {k: v for k, v in asdict(config).items() if k not in _NOT_JUDGMENT}
-    if isinstance(config, EndpointJudgeConfig):  # two endpoints may have different models of one name
+    if isinstance(config, EndpointJudgeConfig):  # two endpoints may use one name for different models
         settings["base_url"] = config.base_url or os.environ.get("OPENAI_BASE_URL")
-    if isinstance(config, AlpacaEvalJudgeConfig):  # the contents of the annotator's files count, not the files' place
+    if isinstance(config, AlpacaEvalJudgeConfig):  # the contents of the annotator's files count, not their location
         annotator = read_annotator(config.annotators)
         settings["annotators"] = {"name": annotator.name, "content": annotator.content}
         settings["base_url"] = config.base_url or annotator.base_url or os.environ.get("OPENAI_BASE_URL")
     if isinstance(config, LocalJudgeConfig):
-        from gradsift.data.tokens import template_identity  # here: the first request is sent before numpy is imported
+        from gradsift.data.tokens import template_identity  # here: other judges need not wait for numpy
 
         settings["model"] = None  # represented by the parent artifact
-        settings["chat"] = template_identity("chat")  # how the model's template is read, and the date that it writes
+        settings["chat"] = template_identity("chat")  # the version of the encoding, and the date in prompts
     return settings if wording is None else {**settings, "wording": wording}
 
 
@@ -186,7 +186,7 @@ def _client(
 def _chat(
     runtime: Runtime, config: EndpointJudgeConfig, prices: tuple[float | None, float | None], **request: Any
 ) -> ChatClient:
-    """Return a client that shares the store's replies: no run pays for the same reply again."""
+    """Return a client that uses the replies in the store, so that no run pays for the same reply again."""
     options = {name: getattr(config, name) for name in (*_CLIENT_OPTIONS, *_REQUEST_OPTIONS)}
     options = {"base_url": config.base_url, **options, **request}
     say = runtime.display.say
@@ -200,7 +200,7 @@ def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifa
     Args:
         judged: judgments of `answers` against `reference`.
     """
-    # here: the first request is sent before numpy is imported
+    # imported here, so that the first request to a judge need not wait for numpy
     from gradsift.evaluation.bias import length_bias, length_controlled, position_bias
     from gradsift.evaluation.pws import outcome_strings, outcomes_of, summarise, write_pws
 

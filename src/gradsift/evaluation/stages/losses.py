@@ -32,7 +32,7 @@ VERSION = 3
 def heldout_loss(
     runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, loaded: Artifact
 ) -> Artifact | None:
-    """Compute the mean over held-out examples of the mean NLL of a response token, in nats; None without examples."""
+    """Compute the mean over held-out examples of the mean NLL per response token (nats); None without examples."""
     if not loaded.info["heldout"]:
         return None
     settings = encoding_settings(config.template, config.max_length)
@@ -63,9 +63,9 @@ def heldout_loss_of(made: Artifact | None) -> float | None:
 def reference_losses(
     runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, items: Sequence[Item]
 ) -> Artifact:
-    """Compute the mean over a benchmark's items of the mean NLL of a token of the reference answer, in nats.
+    """Compute for each benchmark the mean over its items of the mean NLL per token of the reference answer (nats).
 
-    The artifact's `info["losses"]` has the losses by benchmark, without benchmarks whose references have no token.
+    The artifact's `info["losses"]` has the losses by benchmark; benchmarks whose references have no token are omitted.
     """
     known = [item for item in items if item.reference is not None]
     settings = {"items": items_hash(known), **encoding_settings(config.template, config.max_length)}
@@ -100,11 +100,11 @@ def _losses(
     purpose: str,
     what: str,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return positions in `examples` and the mean NLL of a response token by batch; say which examples have none.
+    """Return for each batch the positions in `examples` and the mean NLLs per response token; print what is left out.
 
     Args:
-        purpose: what the pass is for, as the progress bar and errors say it.
-        what: the kind of examples, as the message says it.
+        purpose: name of the pass in the progress bar and in errors.
+        what: name of the examples in messages.
     """
     limit = min(config.max_length, model.context)
     with runtime.display.task("tokenise for the target", len(examples)) as advance:
@@ -112,7 +112,7 @@ def _losses(
     say_report(runtime, report, len(examples), "target", what)
     device = device_of(runtime.compute)
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    in_step = is_divided(model.model)  # after inference mode, a divided layer could not be used outside of it
+    in_step = is_divided(model.model)  # a divided layer used in inference mode cannot be used outside of it
     no_gradients = torch.no_grad() if in_step else torch.inference_mode()
     with runtime.display.task(purpose, len(encoded)) as advance, no_gradients:
         response_losses = ResponseLosses(model.model)

@@ -1,7 +1,7 @@
 "use strict";
-// Keys for what the page's own buttons and links do; without this file they are clicked.
+// Keyboard shortcuts for the page's buttons and links; without this file they can still be clicked.
 const targets = { 1: "first", ArrowLeft: "first", 0: "tie", t: "tie", x: "bad", 2: "second", ArrowRight: "second", b: "back" };
-let left = false; // one key a page: the second of two quick ones is not meant for the next pair
+let left = false; // one key per page: a quick second press must not vote on the next pair
 addEventListener("pageshow", () => { left = false; });
 addEventListener("keydown", (event) => {
   if (left || event.repeat || event.ctrlKey || event.altKey || event.metaKey || event.target.matches?.("input, textarea, summary")) return;

@@ -1,8 +1,9 @@
 """The configuration: one dataclass per group, checked before anything heavy is imported.
 
-Each option has its default, type, range and meaning here, and nowhere else; the files in `conf/` name a variant and
-state what differs. Hydra checks names and types while it composes. The dataclasses check values when `load_config`
-converts the result. Below `pipeline.py` and `line.py` nothing reads a whole `Config`.
+The default, type, range and meaning of each option are stated here only. A file in `conf/` names a variant and states
+the values that differ from the defaults. Hydra checks names and types while it composes a config. The dataclasses check
+values when `load_config` converts the composed config. Only modules at the top of the package read a whole `Config`;
+the modules in its folders get the groups that they need.
 """
 
 from gradsift.config.data import *

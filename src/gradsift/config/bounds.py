@@ -1,7 +1,7 @@
-"""The largest value of each whole number in the config. Only a typing error goes beyond it, and would fill the memory.
+"""The largest value allowed for each integer option. A larger value is a typing error, and could exhaust the memory.
 
-Each bound is far above what was ever published or can be computed. None depends on the machine, because the jobs of a
-sweep may run on another machine than the one that checks them.
+Each bound is far above what was ever published or can be computed. No bound depends on the machine, because the jobs of
+a sweep may run on another machine than the one that checks the config.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _SEED = (2**32 - 1, "the largest seed that numpy and scikit-learn take")
 _TEXT = (2**24, "more than the context of any model")
 _BATCH = (2**16, "more than any training or generation takes at once")
 _EPOCHS = (10_000, "which nobody could train")
-MOST: dict[str, tuple[int, str]] = {  # by the option's name, or by the last part of it
+MOST: dict[str, tuple[int, str]] = {  # full name of an option, or its last part: bound, reason in errors
     "seed": _SEED,
     "projection_seed": _SEED,
     "max_length": _TEXT,
@@ -43,7 +43,7 @@ _OTHERS = (10**12, "more than any data has")
 
 
 def require_bound(option: str, value: int) -> None:
-    """Raise ConfigError for a whole number above the bound of the option."""
+    """Raise ConfigError if `value` is above the bound of the option."""
     most, why = MOST.get(option) or MOST.get(option.rpartition(".")[2], _OTHERS)
     if value > most:
         digits = round(value.bit_length() * 0.30103)  # log10(2); Python does not print a number of thousands of digits

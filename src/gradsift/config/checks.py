@@ -1,9 +1,9 @@
-"""Options that state their range or choices, and checks of single values.
+"""Dataclass fields that state their range or choices, and checks of single values.
 
     members: int = option(5, least=1)
     collect: str = option("epoch_end", choices=("epoch_end", "during_training"))
 
-The checks run when an instance of the group is made. Errors name the option, the value and the remedy.
+The checks run when an instance of the dataclass is created. Errors name the option, the value and the remedy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from gradsift.config.bounds import require_bound
 from gradsift.errors import ConfigError
 
-FROM_ENVIRONMENT = "env:"  # begins a value that is read from an environment variable when it is needed
+FROM_ENVIRONMENT = "env:"  # prefix of a value that names an environment variable, which is read when needed
 _SECRET_NAME = re.compile(
     r"auth|key|token|secret|passw|cookie|session|credential|signature|^(sig|code)$", re.IGNORECASE
 )
@@ -33,7 +33,9 @@ def option(
     most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """Return a dataclass field with a checked value. Every item of a list is checked; None is not checked.
+    """Return a dataclass field whose value is checked.
+
+    In a list, every item is checked. None passes, unless there are `choices`.
 
     Args:
         default: the default value.
@@ -51,9 +53,9 @@ def option(
 
 
 class Group:
-    """Base of the config groups. Checks the fields made with `option`, and the bounds of all whole numbers."""
+    """Base class of the config groups. It checks the fields made with `option`, and the bounds of all integers."""
 
-    _option: ClassVar[str] = ""  # where the group stands in the config, for errors
+    _option: ClassVar[str] = ""  # path of the group in the config, for errors
 
     def __init_subclass__(cls, option: str | None = None) -> None:
         if option is not None:
@@ -95,9 +97,10 @@ def in_range(
 
 
 def require_secrets_elsewhere(option: str, values: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a value that is a secret by its name, unless it names an environment variable (`env:NAME`).
+    """Raise ConfigError if a value's name suggests a secret, and the value does not have the form `env:NAME`.
 
-    The config is written to the run's folder and sent to the tracker.
+    `env:NAME` stands for the value of an environment variable. A secret itself would be written, with the config, to
+    the run's folder and to the tracker. A value that is not printable text is refused too.
     """
     for name, value in values.items():
         if not isinstance(value, str):
@@ -121,13 +124,13 @@ def require_no_typed_secret(option: str, value: str) -> None:
     group, name, *key = option.split(".", 2)
     in_braces = re.findall(r"([\w-]+)['\"]?\s*:\s*['\"]?([^,}'\"]*)", value)
     values = {key[0]: value} if key else dict(in_braces)
-    # an interpolation is refused when its value is known
+    # an interpolation (${...}) is checked later, when its value is known
     typed = {header: each for header, each in values.items() if not each.startswith("${")}
     require_secrets_elsewhere(f"{group}.{name}", typed)
 
 
 def endpoint_address(option: str, url: str, api_key_env: str) -> None:
-    """Raise ConfigError for an address that cannot be used, or that holds a secret: manifests contain addresses."""
+    """Raise ConfigError if an address cannot be used or may hold a secret: addresses are written to manifests."""
     if "@" in url or "?" in url:
         query = ", and other parameters into judge.extra_query={NAME: VALUE}" if option.startswith("judge.") else ""
         raise ConfigError(

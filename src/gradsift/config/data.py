@@ -13,8 +13,8 @@ from gradsift.config.checks import Group, option
 from gradsift.errors import ConfigError
 from gradsift.names import LONGEST_NAME, slug
 
-EMBEDDED = "verifiable"  # the name of the embedded data and of its benchmark
-TERSE = "verifiable_terse"  # its skills in the form in which the nano models learnt them, to measure forgetting
+EMBEDDED = "verifiable"  # name of the dataset and of the benchmark of the embedded world, a generated toy task
+TERSE = "verifiable_terse"  # benchmark: its skills as the nano models were pretrained on them, to measure forgetting
 COPIES = ("exact_duplicate", "near_duplicate")
 CORRUPTIONS = ("wrong_answer", "mismatched_answer", "truncated", "garbled", *COPIES)
 DATA_FORMATS = ("auto", "alpaca", "messages", "sharegpt", "prompt_completion")
@@ -26,26 +26,28 @@ NO_TARGET_SET = (
 
 @dataclass
 class FieldsConfig:
-    """Names of the columns that hold the parts of an example. Other common names are recognised (docs/data.md)."""
+    """Names of the columns that hold the parts of an example. Other common names are recognised too (docs/data.md)."""
 
     instruction: str = "instruction"  # column of the prompt
-    input: str | None = "input"  # may be missing from the data; null: no column
+    input: str | None = "input"  # column of a further text of the prompt; may be missing; null: no column
     output: str = "output"  # column of the response
-    messages: str = "messages"  # [{"role": ..., "content": ...}, ...]
-    conversations: str = "conversations"  # ShareGPT: [{"from": ..., "value": ...}, ...]
+    messages: str = "messages"  # column of the turns: [{"role": ..., "content": ...}, ...]
+    conversations: str = "conversations"  # column of the turns in ShareGPT data: [{"from": ..., "value": ...}, ...]
     prompt: str = "prompt"  # column of a prompt that is a text or a list of turns
     completion: str = "completion"  # column of the response to `prompt`
-    system: str | None = "system"  # the system prompt; may be missing from the data; null: no column
-    history: str | None = "history"  # earlier exchanges [[user, assistant], ...]; may be missing; null: no column
+    system: str | None = "system"  # column of the system prompt; may be missing; null: no column
+    # column of earlier exchanges [[user, assistant], ...]; may be missing; null: no column
+    history: str | None = "history"
 
 
 @dataclass
 class CorruptionConfig(Group, option="data.corruption"):
-    """Known corruption that is injected to audit scorers. Labels say which rows; scorers do not see them."""
+    """Corruption of a share of the rows, to audit scorers. Labels name the corrupted rows; scorers do not see them."""
 
-    share: float = option(0.0, least=0, below=1)  # of the rows after `limit`, equal for each kind; copies are added
+    # share of the rows (after `limit`) that is corrupted, divided equally among the kinds; copies are added to the rows
+    share: float = option(0.0, least=0, below=1)
     kinds: list[str] = option(list(CORRUPTIONS), choices=CORRUPTIONS)  # kinds of corruption, each named once
-    seed: int = option(0, least=0)  # draws the corrupted rows
+    seed: int = option(0, least=0)  # seed of the corruption
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,14 +63,17 @@ class DataConfig(Group, option="data"):
     """Options of every dataset."""
 
     name: str = MISSING
-    limit: int | None = option(None, least=1)  # at most this many rows, drawn with `seed` in the order of the file
+    limit: int | None = option(None, least=1)  # at most this many rows, drawn with `seed`, in the order of the file
     holdout: int = option(0, least=0)  # rows set aside before selection, for the held-out loss
-    seed: int = option(0, least=0)  # sampling for `limit` and `holdout`; the embedded world's content
-    # exact: drop rows with equal texts; near: also rows that share most of their words. The first row is kept
+    # seed of the draws for `limit` and `holdout`, of a mixture's sample, and of the embedded world
+    seed: int = option(0, least=0)
+    # exact: of rows with equal texts keep the first; near: also of rows that share most of their words
     dedup: str = option("none", choices=("none", "exact", "near"))
-    dedup_threshold: float = option(0.8, least=0.5, most=1)  # Jaccard similarity of word triples for near duplicates
+    # for dedup=near: Jaccard similarity of two rows' word triples from which the rows are near duplicates
+    dedup_threshold: float = option(0.8, least=0.5, most=1)
     corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
-    # a file of `gradsift scores`, whose scores replace the scorer's; rows without one are rejected
+    # file written by `gradsift scores`. Its scores replace the scorer's (not those of full, random and random_clean);
+    # rows without a score are rejected
     scores: str | None = None
 
     def __post_init__(self) -> None:
@@ -98,10 +103,10 @@ def check_id(option: str, id: str) -> None:
 class JsonDataConfig(DataConfig):
     """Local files: .json, .jsonl, .csv, .tsv (each also with .gz or .zst), .parquet or .arrow."""
 
-    # a file, a list of files, a pattern as in 'folder/*.jsonl', a folder of shards or of save_to_disk, - for JSON rows
-    # on standard input
+    # a file, a list of files, a pattern as in 'folder/*.jsonl', a folder of shards, a folder written by
+    # `datasets.save_to_disk`, or `-` for JSON rows from standard input
     path: Any = MISSING
-    format: str = option("auto", choices=DATA_FORMATS)  # auto: decided by the columns of the first row that fits one
+    format: str = option("auto", choices=DATA_FORMATS)  # auto: the first row whose columns fit a format decides
     fields: FieldsConfig = field(default_factory=FieldsConfig)
 
     def __post_init__(self) -> None:
@@ -113,15 +118,15 @@ class JsonDataConfig(DataConfig):
 class HubDataConfig(DataConfig):
     """A dataset of the Hugging Face hub."""
 
-    name: str = ""  # empty: the id and the subset
+    name: str = ""  # empty: made of the id and the subset
     id: str = MISSING  # OWNER/NAME on the hub
-    subset: str | None = None  # the hub's name of a part of the dataset; null: the only one
-    revision: str | None = None  # a commit; null: the current one at first use, from then on the same in this store
-    split: str = "train"  # of the dataset
-    format: str = option("auto", choices=DATA_FORMATS)  # auto: decided by the columns of the first row that fits one
+    subset: str | None = None  # name of a part (config) of the dataset on the hub; null: it has only one
+    revision: str | None = None  # hub commit; null: the current one at first use, which this store then keeps
+    split: str = "train"  # split of the dataset
+    format: str = option("auto", choices=DATA_FORMATS)  # auto: the first row whose columns fit a format decides
     fields: FieldsConfig = field(default_factory=FieldsConfig)
 
-    streaming: bool = False  # read the first `limit` and `holdout` rows alone, for datasets that do not fit on the disk
+    streaming: bool = False  # read only the first `limit` + `holdout` rows, for datasets that do not fit on the disk
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,8 +144,8 @@ class SourceConfig(Group, option="data.sources.NAME"):
     id: str | None = None  # as data.id of data=hub
     subset: str | None = None  # as data.subset of data=hub
     revision: str | None = None  # as data.revision of data=hub
-    split: str = "train"  # of the hub's dataset
-    weight: float | None = option(None, above=0)  # its share of the mixture, relative to the others'; null: all rows
+    split: str = "train"  # split of the hub's dataset
+    weight: float | None = option(None, above=0)  # relative share of the mixture; null: all rows of the source
     format: str = option("auto", choices=DATA_FORMATS)  # as data.format
     fields: FieldsConfig = field(default_factory=FieldsConfig)
 
@@ -159,7 +164,7 @@ class SourceConfig(Group, option="data.sources.NAME"):
 
 
 def _source(name: Any, entry: Any) -> SourceConfig:
-    """Return a source from its options, which OmegaConf checks."""
+    """Return the source that `entry` describes; OmegaConf checks the names and types of its options."""
     if isinstance(entry, SourceConfig):
         return entry
     try:
@@ -173,11 +178,12 @@ def _source(name: Any, entry: Any) -> SourceConfig:
 
 @dataclass
 class MixtureDataConfig(DataConfig):
-    """Several sources as one dataset, each with all of its rows or with a share."""
+    """Several sources as one dataset: all of their rows, or a sample in which their shares follow their weights."""
 
-    # name: its options, as in 'data.sources={code: {path: code.jsonl, weight: 1}, chat: {id: OWNER/NAME, weight: 3}}'
+    # the options of each source by its name, as in
+    # 'data.sources={code: {path: code.jsonl, weight: 1}, chat: {id: OWNER/NAME, weight: 3}}'
     sources: Any = MISSING
-    source_column: str = "source"  # the column of the result that holds the name of each row's source
+    source_column: str = "source"  # name of an added column, which holds the name of each row's source
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,11 +205,11 @@ class VerifiableDataConfig(DataConfig):
     """The embedded world: generated examples with exactly checkable answers."""
 
     size: int = option(3000, least=1)  # rows
-    spoilt: float = option(0.5, least=0, below=1)  # share of the rows that are spoilt, over four kinds
+    spoilt: float = option(0.5, least=0, below=1)  # share of the rows that are spoilt, divided equally among four kinds
     duplicates: float = option(0.06, least=0, below=1)  # share of the rows that are exact or near duplicates
-    # share of tasks that combine two named operations; half as many more show what a single name does
+    # share of the tasks that chain two named operations; half as many further tasks show what a single name does
     delayed: float = option(0.0, least=0, most=0.5)
-    benchmark_items: int = option(780, least=1)  # held-out questions
+    benchmark_items: int = option(780, least=1)  # number of held-out questions
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -215,11 +221,11 @@ class VerifiableDataConfig(DataConfig):
 
 @dataclass
 class TargetSetConfig(Group, option="target_set"):
-    """Examples of what the finetuned model should be good at, in tasks, for the methods that select towards them."""
+    """Examples of what the finetuned model should be good at, grouped into tasks. Some methods select towards them."""
 
     name: str = MISSING
-    limit: int | None = option(None, least=1)  # at most this many rows per task, drawn with `seed` in their order
-    seed: int = option(0, least=0)  # draws the rows of `limit`
+    limit: int | None = option(None, least=1)  # at most this many rows per task, drawn with `seed`
+    seed: int = option(0, least=0)  # seed of the draw for `limit`
 
 
 @dataclass
@@ -227,9 +233,9 @@ class FilesTargetSetConfig(TargetSetConfig):
     """Target rows from files: one file per task, or one file whose column names each row's task."""
 
     path: str | None = None  # a local file, or a folder that holds the files of `urls`; used instead of `urls`
-    urls: dict[str, str] = field(default_factory=dict)  # task: address of its file, downloaded once at run time
-    task: str | None = None  # column that names a row's task; null: a file is one task
-    rows: str | None = None  # key that holds the rows in a .json file that has other keys too
+    urls: dict[str, str] = field(default_factory=dict)  # address of each task's file; downloaded once, at run time
+    task: str | None = None  # column that names a row's task; null: each file is one task
+    rows: str | None = None  # key of the rows in a .json file whose object has several keys
     format: str = option("auto", choices=DATA_FORMATS)  # as data.format
     fields: FieldsConfig = field(default_factory=FieldsConfig)
 
@@ -241,9 +247,9 @@ class FilesTargetSetConfig(TargetSetConfig):
 
 @dataclass
 class VerifiableTargetSetConfig(TargetSetConfig):
-    """Right answers of the embedded world, to questions that are neither in its dataset nor in its benchmark."""
+    """Questions of the embedded world with right answers. None of them is in its dataset or benchmark."""
 
-    tasks: list[str] = field(default_factory=lambda: ["sort", "reverse"])  # families of the embedded world
+    tasks: list[str] = field(default_factory=lambda: ["sort", "reverse"])  # families (kinds of task) of the world
     limit: int | None = option(20, least=1)  # rows per task
 
     def __post_init__(self) -> None:

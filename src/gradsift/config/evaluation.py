@@ -1,4 +1,4 @@
-"""Benchmarks, judges and the audit."""
+"""Benchmarks, answers, judges and the audit."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from gradsift.config.models import ModelConfig
 from gradsift.errors import ConfigError
 
 MATCHES = ("exact", "number", "choice")
-_WEEK = 604_800  # seconds; Python raises OverflowError for waits of centuries
+_WEEK = 604_800  # seconds, the longest wait that can be set; Python cannot wait for centuries
 
 
 @dataclass
 class BenchmarkSetConfig:
-    """One benchmark: where its questions are and which (dotted) fields hold the parts."""
+    """One benchmark: where its questions are, and which fields (`a.b` for a field b in a) hold their parts."""
 
     path: str | None = None  # a local JSON or JSONL file; used instead of `url`
     url: str | None = None  # downloaded once at run time
-    id: str | None = None  # null: the row number
-    rows: str | None = None  # key that holds the rows in a JSON file that has other keys too
+    id: str | None = None  # field of the item's id; null: the row number is the id
+    rows: str | None = None  # key of the rows in a JSON file whose object has several keys
     instruction: str = "instruction"
     input: str | None = None
-    second_turn: str | None = None  # a question that is asked after the answer to the first
-    reference: str | None = None  # the reference answer, for judge=verifier, accuracy and the metrics
-    reference_after: str | None = None  # text in that field after which the reference answer stands, as ####
+    second_turn: str | None = None  # field of a question that is asked after the answer to the first
+    reference: str | None = None  # field of the reference answer, for judge=verifier, accuracy, metrics
+    reference_after: str | None = None  # the reference answer begins after this text in its field, as ####
     match: str = "exact"  # how an answer is compared with the reference (see gradsift.evaluation.matching)
-    file: str | None = None  # its place below `benchmark.folder`; null: the last part of `url`
+    file: str | None = None  # path of its copy below `benchmark.folder`; null: the last part of `url`
 
 
 def _benchmark_set(name: str, entry: Any) -> BenchmarkSetConfig:
@@ -59,17 +59,18 @@ class BenchmarkConfig(Group, option="benchmark"):
     """Which questions the finetuned models answer, and how."""
 
     sets: list[str] = field(default_factory=list)  # names of sets in the catalogue
-    general: list[str] = field(default_factory=list)  # sets answered before and after the finetune: forgetting
-    catalog: dict[str, Any] = field(default_factory=dict)  # name: BenchmarkSetConfig, or its fields
-    upstream: str | None = None  # base addresses that the catalog's entries may refer to
+    # sets answered before and after the finetune, to measure forgetting
+    general: list[str] = field(default_factory=list)
+    catalog: dict[str, Any] = field(default_factory=dict)  # the fields of each set (as BenchmarkSetConfig) by its name
+    upstream: str | None = None  # base address that the catalogue's entries may refer to
     upstream_bbh: str | None = None  # address of BIG-Bench-Hard's files, which the catalogue refers to
-    folder: str | None = None  # local copies, each at its set's `file`; used instead of every `url`
-    limit: int | None = option(None, least=1)  # the first items of each set
+    folder: str | None = None  # folder of local copies, each at its set's `file`; replaces every `url`
+    limit: int | None = option(None, least=1)  # number of items of each set, the first ones; null: all
     max_new_tokens: int = option(512, least=1)  # tokens of an answer
     batch_size: int = option(16, least=1)  # answers that are generated together
-    wordnet_dir: str | None = None  # folder with WordNet 3.x's own files, for METEOR; null: no METEOR
+    wordnet_dir: str | None = None  # folder with the files of WordNet 3.x, for METEOR; null: no METEOR
     lm_eval_tasks: list[str] = field(default_factory=list)  # tasks of lm-eval, answered before and after the finetune
-    lm_eval_folder: str | None = None  # YAML files of further tasks for lm-eval, with their data
+    lm_eval_folder: str | None = None  # folder with YAML files of further lm-eval tasks, and their data
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,7 +120,7 @@ class BenchmarkConfig(Group, option="benchmark"):
         return "exact" if entry is None else str(entry.match)
 
 
-# parameters that have an option of their own
+# parameters that judge.extra_body must not hold, and why
 _RESERVED = {
     "messages": "which the judge's prompt makes; leave it out",
     "model": "which has an option of its own: judge.model",
@@ -135,7 +136,7 @@ class JudgeConfig(Group, option="judge"):
     """A judge gives each answer of a pair a score. Every pair is judged in both orders."""
 
     name: str = MISSING
-    confidence: float = option(0.95, above=0, below=1)  # coverage of the interval of PWS
+    confidence: float = option(0.95, above=0, below=1)  # coverage of the confidence interval of PWS
 
 
 @dataclass
@@ -145,7 +146,7 @@ class VerifierJudgeConfig(JudgeConfig):
 
 @dataclass
 class LocalJudgeConfig(JudgeConfig):
-    """Compares the log-probability of A and B under a local model. With a small model it only tests the setup."""
+    """Compares the log-probabilities of A and B under a local model. A small model only serves to test the setup."""
 
     model: ModelConfig = MISSING
     max_length: int = option(2048, least=16)  # tokens of question and answers; longer answers are cut
@@ -156,17 +157,17 @@ class LocalJudgeConfig(JudgeConfig):
 class EndpointOptions:
     """How requests are sent to an OpenAI-compatible endpoint, and what they may cost."""
 
-    base_url: str | None = None  # null: the client's own default
-    api_key_env: str = "OPENAI_API_KEY"  # name of the variable; the key itself never enters the config
+    base_url: str | None = None  # null: OPENAI_BASE_URL, or else the default of the OpenAI client
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; the key is never in the config
     timeout: float = option(60.0, above=0, most=_WEEK)  # seconds per request
-    retries: int = option(5, least=0)  # of a failed request, with exponential backoff or the endpoint's Retry-After
-    max_wait: float = option(120.0, least=0, most=_WEEK)  # seconds; a longer Retry-After ends the run
+    retries: int = option(5, least=0)  # retries of a failed request, after a backoff or the endpoint's Retry-After
+    max_wait: float = option(120.0, least=0, most=_WEEK)  # longest wait in seconds; a longer Retry-After ends the run
     give_up: int = option(10, least=1)  # this many failed requests in a row end the run
     concurrency: int = option(4, least=1)  # requests at a time
     price_input: float | None = option(None, least=0)  # USD per million prompt tokens; null: unknown
-    price_output: float | None = option(None, least=0)  # USD per million reply tokens
-    max_usd: float | None = option(None, above=0)  # spending cap of one stage over all its runs; needs both prices
-    max_calls: int | None = option(None, least=1)  # cap on the requests of one stage over all its runs
+    price_output: float | None = option(None, least=0)  # USD per million reply tokens; null: unknown
+    max_usd: float | None = option(None, above=0)  # cap on a stage's cost, resumed runs included; needs both prices
+    max_calls: int | None = option(None, least=1)  # cap on a stage's requests, resumed runs included
 
     def _check_endpoint(self, group: str) -> None:
         if self.base_url:
@@ -186,12 +187,14 @@ class EndpointJudgeConfig(EndpointOptions, JudgeConfig):
 
     # this many unreadable replies in a row, without a readable one, end the run; null: never
     give_up_unreadable: int | None = option(10, least=1)
-    token_parameter: str = option("max_tokens", choices=("max_tokens", "max_completion_tokens"))  # name of the limit
-    system_role: bool = True  # false: the system text is put in front of the user's
-    # mappings; of type Any, since Hydra adds no keys to an option whose type is a mapping
-    extra_body: Any = None  # parameters of each request; null leaves one out
-    extra_headers: Any = None  # env:NAME is the value of an environment variable
-    extra_query: Any = None  # of the address, such as Azure's api-version
+    # name of the parameter of a request that limits the tokens of the reply
+    token_parameter: str = option("max_tokens", choices=("max_tokens", "max_completion_tokens"))
+    system_role: bool = True  # false: no system message; its text is put in front of the user's
+    # mapping of parameters that are added to each request; the value null leaves a parameter out (the type is Any,
+    # since Hydra adds no keys to an option whose type is a mapping)
+    extra_body: Any = None
+    extra_headers: Any = None  # mapping of HTTP headers; env:NAME is the value of an environment variable
+    extra_query: Any = None  # mapping of the address's query parameters, such as Azure's api-version
     dry_run: bool = False  # print what would be sent and what it would cost, and stop there
 
     def __post_init__(self) -> None:
@@ -209,28 +212,28 @@ class EndpointJudgeConfig(EndpointOptions, JudgeConfig):
 
 @dataclass
 class OpenaiJudgeConfig(EndpointJudgeConfig):
-    """A protocol (wording and parser) on any OpenAI-compatible endpoint; by default the paper's, two scores of 1-10."""
+    """A protocol (prompt and parser) at an OpenAI-compatible endpoint. The default is the paper's: scores of 1-10."""
 
     model: str = "gpt-4o"  # name of the model at the endpoint
-    temperature: float | None = option(0.0, least=0)  # of the sampling; null: not sent
-    max_tokens: int = option(256, least=1)  # of a reply
-    # how scores are read; legacy: the published rule, except that an unreadable reply is invalid and no tie
+    temperature: float | None = option(0.0, least=0)  # sampling temperature; null: not sent
+    max_tokens: int = option(256, least=1)  # most tokens of a reply
+    # how scores are read; legacy: the published rule, except that an unreadable reply is invalid, not a tie
     parse: str = option("tolerant", choices=("strict", "tolerant", "legacy", "verdict", "json"))
-    system: str | None = None  # the prompt's text before question and answers; null: that of the 1-10 protocol
-    task: str | None = None  # the prompt's text after them; null: that of the 1-10 protocol
+    system: str | None = None  # text before question and answers; null: the text of the 1-10 protocol
+    task: str | None = None  # text after question and answers; null: the text of the 1-10 protocol
 
 
 @dataclass
 class AlpacaEvalJudgeConfig(EndpointJudgeConfig):
     """One of alpaca_eval's annotators, asked in both orders."""
 
-    annotators: str = "weighted_alpaca_eval_gpt4_turbo"  # one of the package's, or a folder or file of your own
-    model: str | None = None  # null: the annotator's own
-    max_tokens: int | None = option(None, least=1)  # null: the annotator's own
+    annotators: str = "weighted_alpaca_eval_gpt4_turbo"  # name in the package, or your own folder or file
+    model: str | None = None  # name of the model at the endpoint; null: the annotator's own
+    max_tokens: int | None = option(None, least=1)  # most tokens of a reply; null: the annotator's own
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # here: only this judge reads files that the config names
+        # imported here, since only this judge reads files that the config names
         from gradsift.evaluation.judges.annotators import read_annotator
 
         foreign = read_annotator(self.annotators).base_url
@@ -252,7 +255,7 @@ def require_trained(judge: JudgeConfig) -> None:
 
 @dataclass
 class CompareConfig(Group):
-    """The options of `gradsift.evaluation.compare`, composed alone: those of a whole run take .3 s more."""
+    """The options of `gradsift.evaluation.compare`. Composing all options of a run instead would take .3 s more."""
 
     benchmark: BenchmarkConfig = field(default_factory=lambda: BenchmarkConfig(sets=[EMBEDDED]))
     judge: JudgeConfig = MISSING
@@ -273,16 +276,17 @@ class GeneratorConfig(Group, option="generator"):
 
 @dataclass
 class EndpointGeneratorConfig(EndpointOptions, GeneratorConfig):
-    """An OpenAI-compatible server computes the answers. It knows a finetuned target by its artifact's name."""
+    """An OpenAI-compatible server computes the answers. It serves a finetuned target under its artifact's name."""
 
-    model: str | None = None  # the untuned target's name there; null: target.model.path
-    # tokens: the target's prompt as token ids, for completions; chat: messages, in the server's own template
+    model: str | None = None  # the server's name for the untuned target; null: target.model.path
+    # tokens: sends token ids, encoded with the target's template, to the completions API; chat: sends messages, and the
+    # server applies its own template
     prompt: str = option("tokens", choices=("tokens", "chat"))
-    # a command that takes the arguments of `vllm serve`: each stage starts it on this machine, with the adapter; empty:
-    # the server at base_url is asked
+    # command that starts a server and takes the arguments of `vllm serve`. Each stage runs it on this machine, with the
+    # adapter. Empty: the server at base_url is asked
     serve: list[str] = field(default_factory=list)
-    serve_arguments: list[str] = field(default_factory=list)  # further ones of that command
-    start_timeout: float = option(1800.0, above=0, most=_WEEK)  # seconds until it answers
+    serve_arguments: list[str] = field(default_factory=list)  # further arguments of `serve`
+    start_timeout: float = option(1800.0, above=0, most=_WEEK)  # seconds until the started server must answer
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -298,11 +302,11 @@ class EndpointGeneratorConfig(EndpointOptions, GeneratorConfig):
 
 @dataclass
 class AuditConfig(Group, option="audit"):
-    """Options of the noise audit: how well a scorer keeps known corruption out (gradsift.selection.audit)."""
+    """The noise audit: how well a scorer keeps known corruption out of the selection (gradsift.selection.audit)."""
 
     enabled: bool = False  # compare the scores with known corruption
-    alphas: list[float] = option([0.05, 0.1, 0.15], above=0, most=1)  # shares that are selected for the audit alone
-    clusters: int = option(30, least=2)  # of the prompts, if the data does not name task families
+    alphas: list[float] = option([0.05, 0.1, 0.15], above=0, most=1)  # shares of the rows, selected for the audit only
+    clusters: int = option(30, least=2)  # clusters of the prompts, if the data names no task families
 
     def __post_init__(self) -> None:
         super().__post_init__()

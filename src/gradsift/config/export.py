@@ -13,16 +13,16 @@ _ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass
 class ExportConfig(Group, option="export"):
-    """The selection for other trainers and for the hub, and the target as one model."""
+    """Writes the selection for other trainers or to the hub, and the target with its adapter as one model."""
 
-    trl: bool = False  # rows and configs for TRL in the run's folder `export/trl`; export=[trl,...] sets it
+    trl: bool = False  # write rows and configs for TRL to `export/trl` in the run's folder; export=[trl,...] sets this
     llama_factory: bool = False  # the same for LLaMA-Factory
     axolotl: bool = False  # the same for axolotl
-    merged: bool = False  # write the target and its adapter as one model to `export/merged` (safetensors, tokenizer)
-    # OWNER/NAME of a dataset of the hub: the selection goes there with a card at the end of the run. The token is read
-    # from HF_TOKEN
+    merged: bool = False  # write target and adapter as one model (safetensors, tokenizer) to `export/merged`
+    # OWNER/NAME of a dataset of the hub, to which the selection is pushed with a dataset card at the end of the run.
+    # The token is read from HF_TOKEN
     push_to_hub: str | None = None
-    private: bool = True  # a dataset that the push makes is seen by its owner alone
+    private: bool = True  # if the push creates the dataset, only its owner can see it
 
     def __post_init__(self) -> None:
         super().__post_init__()

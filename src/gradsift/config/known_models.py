@@ -1,6 +1,7 @@
-"""Models with a name of their own: `proxy=NAME` and `target=NAME` are `hf` with this id and the model's chat template.
+"""Short names of models: `proxy=NAME` and `target=NAME` stand for `hf` with the id below and the model's chat template.
 
-Any other model of the hub, such as the base model of one of these: `target=hf target.model=Qwen/Qwen3-0.6B-Base`.
+Any other model of the hub, such as the base model of one of these, is given as `target=hf target.model=ID`, for example
+with the id Qwen/Qwen3-0.6B-Base.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ KNOWN_MODELS = {
     "qwen3_0.6b": "Qwen/Qwen3-0.6B",
     "qwen3_1.7b": "Qwen/Qwen3-1.7B",
     "qwen3_8b": "Qwen/Qwen3-8B",
-    "llama3_1b": "meta-llama/Llama-3.2-1B-Instruct",  # gated, as all of Meta's and Google's
+    "llama3_1b": "meta-llama/Llama-3.2-1B-Instruct",  # gated, like all models of Meta and Google
     "llama3_8b": "meta-llama/Llama-3.1-8B-Instruct",
     "gemma3_270m": "google/gemma-3-270m-it",
     "gemma3_1b": "google/gemma-3-1b-it",
@@ -25,7 +26,7 @@ KNOWN_MODELS = {
 
 
 def known_choices() -> dict[str, dict[str, Any]]:
-    """Return the content of `proxy/NAME.yaml` and `target/NAME.yaml` for each name."""
+    """Return by name what a file `proxy/NAME.yaml` or `target/NAME.yaml` would contain."""
     return {
         name: {"defaults": ["hf", "_self_"], "name": name, "model": {"path": path}, "template": "chat"}
         for name, path in KNOWN_MODELS.items()

@@ -1,4 +1,4 @@
-"""Tracking and the machine."""
+"""The tracker of metrics, and the machine that computes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gradsift.errors import ConfigError
 
 @dataclass
 class TrackerConfig(Group, option="tracker"):
-    """Where metrics go besides the run folder."""
+    """Where metrics are sent, besides being written to the run's folder."""
 
     name: str = option(MISSING, choices=("wandb", "none"))
     mode: str = option("offline", choices=("offline", "online"))  # offline runs are sent later with `wandb sync`
-    project: str = "gradsift"  # of W&B
-    entity: str | None = None  # user or team of W&B; null: the account's default
-    group: str | None = None  # null: the sweep's day and time
-    artifacts: bool = False  # also log scores and selection as W&B artifacts, copied into the run's folder
+    project: str = "gradsift"  # W&B project
+    entity: str | None = None  # W&B user or team; null: the account's default
+    group: str | None = None  # W&B group; null: the sweep's day and time
+    artifacts: bool = False  # also log scores and selection as W&B artifacts; copies are in the run's folder
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -30,23 +30,24 @@ class TrackerConfig(Group, option="tracker"):
 
 @dataclass
 class ComputeConfig(Group, option="compute"):
-    """The machine."""
+    """The machine: device, precision, memory, and processes that share the work."""
 
-    device: str = option("auto", choices=("auto", "cpu", "cuda"))  # auto: cuda where there is one, else cpu
-    # bfloat16: frozen weights and products; LoRA weights, norms and the residual stream stay float32. auto: on a GPU
-    # bfloat16, and TF32 for float32 products; on a CPU float32
+    device: str = option("auto", choices=("auto", "cpu", "cuda"))  # auto: cuda if there is a GPU, else cpu
+    # bfloat16: frozen weights and matrix products are bfloat16; LoRA weights, layer norms, gradient norms and the
+    # residual stream stay in float32. auto: bfloat16 on a GPU, where float32 products use TF32; float32 on a CPU
     precision: str = option("auto", choices=("auto", "float32", "bfloat16"))
-    # auto: compiled kernels for bfloat16 models on a CPU; off: torch's own (docs/cpu.md)
+    # auto: gradsift's compiled kernels for bfloat16 models on a CPU; off: torch's kernels (docs/cpu.md)
     kernels: str = option("auto", choices=("auto", "off"))
-    tokens: int | None = option(None, least=1)  # padded tokens that pass through a model at once; null: chosen for it
-    # compute activations again in the backward pass: less memory, a third more time. null: on a GPU whose memory would
-    # hold the activations of fewer than 4,096 tokens
+    # tokens, padding included, that pass through a model at once; null: chosen for each model
+    tokens: int | None = option(None, least=1)
+    # compute activations again in the backward pass: takes less memory and a third more time. null: only on a GPU whose
+    # memory would hold the activations of fewer than 4,096 tokens
     checkpointing: bool | None = None
-    threads: Any = "auto"  # of each process: a number; auto: the free cores; null: torch's own choice
-    deterministic: bool = False  # only kernels that repeat their results bit by bit; an operation without one fails
+    threads: Any = "auto"  # CPU threads of a process: a number; auto: the free cores; null: torch's default
+    deterministic: bool = False  # use only kernels with reproducible bits; an operation without one fails
     save_every: float = option(60.0, least=0)  # seconds of work that a killed process may lose; 0: save each step
-    # ddp: `devices` processes share a training or a collection, each with the whole model; fsdp: for the target each
-    # holds a part of its frozen weights
+    # ddp: the processes share a training, or a collection of gradient norms, each with the whole model. fsdp: as ddp,
+    # but each process holds only a part of the target's frozen weights
     strategy: str = option("single", choices=("single", "ddp", "fsdp"))
     # processes per machine, each with its own GPU or on the CPU; more than one with ddp and fsdp
     devices: int = option(1, least=1)
@@ -70,8 +71,8 @@ class ComputeConfig(Group, option="compute"):
 
     @property
     def mask_batches(self) -> Any:
-        """The settings that dropout masks depend on in layers that do not see the rows of a batch one by one (experts).
+        """The settings that dropout masks depend on in layers whose input is not divided by row (experts).
 
-        There they are drawn batch by batch, and rank by rank.
+        In these layers masks are drawn for each batch and rank, not for each row.
         """
         return self.tokens if self.ranks == 1 else {"tokens": self.tokens, "ranks": self.ranks}

@@ -23,7 +23,7 @@ class ScorerConfig(Group, option="scorer"):
 
 @dataclass
 class PublishedConfig(ScorerConfig):
-    """Scores of `data.scores`, which sets it."""
+    """The scores of the file `data.scores`; this scorer is chosen by setting that option."""
 
     _target_: str = "gradsift.scoring.published.published"
     name: str = "published"
@@ -33,33 +33,33 @@ class PublishedConfig(ScorerConfig):
 class GsnrConfig(ScorerConfig):
     """The Gradient Signal-to-Noise Ratio and its ablations."""
 
-    eps: float = option(1e-8, above=0)  # the paper gives none; added to V_t, so its unit is the norm's squared
+    eps: float = option(1e-8, above=0)  # added to V_t, in units of a squared norm; the paper gives no value
 
 
 @dataclass
 class GsnrDirectionConfig(GsnrConfig):
     """Cosine between an example's gradient and the mean gradient of the pool, alone or combined with G-SNR."""
 
-    # gsnr: the cosine times the rank of the example's G-SNR among all examples, as a share
+    # gsnr: multiply the cosine by the share of examples whose G-SNR is not above the example's
     weigh: str = option("none", choices=("none", "gsnr"))
 
 
 @dataclass
 class ContrastConfig(ScorerConfig):
-    """Contrast of an answer's loss with those of similar prompts."""
+    """Contrast of an answer's loss with the losses of answers to similar prompts."""
 
-    neighbours: int = option(50, least=2)  # k, the most similar other prompts
-    end_share: float = option(0.33, least=0, most=1)  # w, share of the answer's last token in its loss
+    neighbours: int = option(50, least=2)  # k, number of most similar other prompts
+    end_share: float = option(0.33, least=0, most=1)  # w, weight of an answer's last token in its loss
     # v, how much an answer loses if its own prompt makes it hardly likelier than another example's prompt does
     prompt_weight: float = option(4.0, least=0)
-    caution: float = option(1.0, least=0)  # standard deviations over the members that are subtracted
-    saturation: float = option(0.2, least=0, most=1)  # best share of the rows, among which rows are drawn at random
-    seed: int = option(0, least=0)  # draws them
+    caution: float = option(1.0, least=0)  # how many standard deviations over the members are subtracted
+    saturation: float = option(0.2, least=0, most=1)  # share of the rows, the best ones, whose scores are random
+    seed: int = option(0, least=0)  # seed of the random scores
 
 
 @dataclass
 class G2isConfig(ScorerConfig):
-    """Agreement with the core knowledge of the target set (G2IS)."""
+    """Agreement of gradients with principal components of the target set's gradients, its core knowledge (G2IS)."""
 
     explained: float = option(0.5, above=0, most=1)  # share of the target gradients' variance in the components
 
@@ -68,7 +68,7 @@ class G2isConfig(ScorerConfig):
 class RandomScorerConfig(ScorerConfig):
     """Uniform random scores."""
 
-    seed: int = option(0, least=0)  # draws the scores
+    seed: int = option(0, least=0)  # seed of the scores
 
 
 @dataclass
@@ -77,7 +77,7 @@ class SuperfilterConfig(ScorerConfig):
 
     max_length: int = option(1024, least=2)  # tokens; L of the published code
     fidelity: str = option("fixed", choices=FIDELITIES)  # original: with the errors of the published code
-    # high: as published; low: ranks clean rows higher in noisy data
+    # high: high difficulty first, as published; low: low difficulty first, which ranks clean rows higher in noisy data
     keep: str = option("high", choices=("high", "low"))
 
     def __post_init__(self) -> None:
@@ -93,12 +93,12 @@ class SuperfilterConfig(ScorerConfig):
 class GradsConfig(ScorerConfig):
     """Representativeness, diversity and redundancy (GrADS). The paper gives none of these values."""
 
-    weights: list[float] = option([1.0, 1.0, 1.0], least=0)  # w_g, w_d, w_s; 0 leaves a component out
-    # of the gradients of embedding and head: their eight statistics, their two norms, or one norm over both
+    weights: list[float] = option([1.0, 1.0, 1.0], least=0)  # w_g, w_d, w_s; weight 0 leaves a factor out
+    # signal from the gradients of embedding and head: four statistics of each, the norm of each, or one norm of both
     combine: str = option("statistics", choices=("statistics", "norms", "norm"))
-    bandwidth: Any = "scott"  # of the kernel density: a number of standard deviations of the signal, or scott
-    region: str = option("high", choices=("high", "low"))  # the density that counts as representative
-    # spread: one minus the mean cosine to the pool; words: rarity of the words
+    bandwidth: Any = "scott"  # kernel width: a number of standard deviations of the signal, or scott (Scott's rule)
+    region: str = option("high", choices=("high", "low"))  # whether high or low density counts as representative
+    # spread: one minus the mean cosine to the pool's embeddings; words: rarity of the example's words
     diversity: str = option("spread", choices=("spread", "words"))
     neighbours: int = option(1, least=1)  # redundancy is the mean cosine to this many most similar examples
     scale: str = option("rank", choices=("rank", "minmax"))  # how each factor is mapped to 0..1
@@ -121,14 +121,15 @@ class CherryConfig(ScorerConfig):
     """Instruction-following difficulty as a ratio of losses (Cherry)."""
 
     max_length: int = option(512, least=2)  # tokens; L of the published command
-    fidelity: str = option("fixed", choices=FIDELITIES)  # original: measures a response after it was cut
+    # original: checks whether a row is too long after its response was cut, as the published code does
+    fidelity: str = option("fixed", choices=FIDELITIES)
 
 
 @dataclass
 class PerplexityConfig(ScorerConfig):
     """Perplexity of the response under the proxy's backbone, without training."""
 
-    prefer: str = option("low", choices=("low", "high", "middle"))  # middle: closest to the median in the ranking
+    prefer: str = option("low", choices=("low", "high", "middle"))  # middle: nearest to the median rank
 
 
 @dataclass
@@ -136,20 +137,20 @@ class LengthConfig(ScorerConfig):
     """Length of a part of the example."""
 
     unit: str = option("tokens", choices=("tokens", "characters"))  # tokens of the proxy; characters need no model
-    part: str = option("response", choices=("response", "prompt", "both"))  # of the example that is measured
+    part: str = option("response", choices=("response", "prompt", "both"))  # part that is measured
     prefer: str = option("long", choices=("long", "short"))  # which examples score high
 
 
 @dataclass
 class SbertConfig(ScorerConfig):
-    """Similarity to a target set."""
+    """Cosine of an example's embedding to the embeddings of a target set."""
 
-    over: str = option("mean", choices=("mean", "max"))  # which of the cosines to the target rows
+    over: str = option("mean", choices=("mean", "max"))  # mean or largest cosine to the target rows
 
 
 @dataclass
 class RatingConfig(ScorerConfig):
-    """Grades of each example by the run's judge (AlpaGasus, DEITA)."""
+    """Grades that the run's judge gives to each example (AlpaGasus, DEITA)."""
 
     # alpagasus: accuracy 0-5; deita: complexity 1-6 times quality 1-6
     style: str = option("alpagasus", choices=("alpagasus", "deita"))
@@ -157,7 +158,7 @@ class RatingConfig(ScorerConfig):
 
 @dataclass
 class SelectorConfig(Group, option="selector"):
-    """A selector: `_target_` names a function of scores, budget and what it asks for (see gradsift.selection)."""
+    """A selector: `_target_` names a function of scores, budget and further inputs (see gradsift.selection)."""
 
     _target_: str = MISSING
     name: str = MISSING
@@ -165,36 +166,36 @@ class SelectorConfig(Group, option="selector"):
 
 @dataclass
 class FacilityLocationConfig(SelectorConfig):
-    """Among the best by score, keep those that together are most similar to all of them (Superfiltering.D)."""
+    """Selects, of the candidates with the highest scores, a subset that represents them all (Superfiltering.D)."""
 
-    # exp_distance: exp(-distance / dimensions), as in the published code
+    # similarity of two embeddings; exp_distance: exp(-distance / dimensions), as in the published code
     similarity: str = option("exp_distance", choices=("exp_distance", "cosine"))
-    candidates: float = option(0.2, above=0, most=1)  # share of the pool, the best by score; at least alpha
+    candidates: float = option(0.2, above=0, most=1)  # share of the pool with the highest scores; at least alpha
 
 
 @dataclass
 class ReprFilterConfig(SelectorConfig):
-    """The best that are not too similar to each other (DEITA)."""
+    """Selects the highest scores, but no example that is too similar to one selected before (DEITA)."""
 
     threshold: float = option(0.9, least=-1, most=1)  # largest cosine to an example selected before
 
 
 @dataclass
 class ClustersConfig(SelectorConfig):
-    """The best of every k-means cluster of the embeddings."""
+    """Selects the highest scores of every k-means cluster of the embeddings."""
 
     clusters: int = option(100, least=1)  # k of k-means
-    # proportional: to the size of a cluster; equal: as equal as the sizes allow
+    # how many examples a cluster gives: proportional to its size, or as equal as the sizes allow
     allocation: str = option("proportional", choices=("proportional", "equal"))
-    seed: int = option(0, least=0)  # of k-means
+    seed: int = option(0, least=0)  # seed of k-means
 
 
 @dataclass
 class QuotasConfig(SelectorConfig):
-    """The highest scores of every group of rows, whose shares of the selection are given."""
+    """Selects the highest scores of every group of rows. Each group has a given share of the selection."""
 
     column: str = "source"  # column of the data that names a row's group; data=mixture writes `source`
-    # weight of each group, as in 'selector.shares={code: 1, chat: 3}'; null: the share that it has in the pool
+    # weight of each group, as in 'selector.shares={code: 1, chat: 3}'; null: each group has its share in the pool
     shares: Any = None
 
     def __post_init__(self) -> None:
@@ -215,26 +216,27 @@ class QuotasConfig(SelectorConfig):
 class GumbelConfig(SelectorConfig):
     """A random draw without replacement that favours high scores."""
 
-    temperature: float = option(1.0, above=0)  # standard deviations of the score that multiply the odds by e
-    seed: int = option(0, least=0)  # draws the noise
+    temperature: float = option(1.0, above=0)  # a score this many standard deviations higher has e times the odds
+    seed: int = option(0, least=0)  # seed of the noise
 
 
 @dataclass
 class RoundRobinQueriesConfig(SelectorConfig):
-    """The target rows take turns and pick by cosine (RDS+)."""
+    """Selects for each target row in turn the pool row with the largest cosine of the embeddings (RDS+)."""
 
-    # original: a target row whose pick is already taken loses its turn, as in the published scripts; fixed: it picks
-    # the next free row
+    # what happens if the pool row that is next for a target row is selected already. original: nothing is selected in
+    # this turn, as in the published scripts; fixed: the next pool row that is not selected yet
     fidelity: str = option("original", choices=FIDELITIES)
 
 
 @dataclass
 class GradientWalkConfig(SelectorConfig):
-    """Walks through gradients that agree with each other and with the target set's (G2IS)."""
+    """Selects examples one by one, so that their gradients agree with each other and with the target set's (G2IS)."""
 
     explained: float = option(0.5, above=0, most=1)  # share of the target gradients' variance in the components
-    keep: float = option(0.8, least=0, most=1)  # share of its cosine to a component that the sum must keep at each step
-    # where the walks stop early, strict leaves a shortfall and topup adds the highest scores
+    # when an example is added, the sum of gradients must keep this share of its cosine to the component
+    keep: float = option(0.8, least=0, most=1)
+    # if the walks end before the budget is filled: strict selects fewer examples; topup adds the highest scores
     fill: str = option("strict", choices=("strict", "topup"))
-    graph: bool = True  # false: the ablation with components alone
-    neighbours: int | None = option(None, least=1)  # a step looks at this many nearest examples; null: at all
+    graph: bool = True  # false: an ablation without walks, by the components alone
+    neighbours: int | None = option(None, least=1)  # nearest examples that a step considers; null: all

@@ -20,32 +20,32 @@ POOLINGS = ("mean", "weighted_mean", "last")
 
 @dataclass
 class NanoConfig(Group, option="model.nano"):
-    """Pretraining of a nano backbone on the skills of the embedded world in another surface form."""
+    """Pretraining of a nano backbone on the skills of the embedded world, with prompts that are worded differently."""
 
-    architecture: str = option("gpt2", choices=("gpt2", "llama"))  # of the pretrained model
+    architecture: str = option("gpt2", choices=("gpt2", "llama"))  # architecture of the backbone
     steps: int = option(2400, least=1)  # optimiser steps
     batch_size: int = option(32, least=1)  # rows per optimiser step
-    learning_rate: float = option(2.5e-3, above=0)  # of AdamW
+    learning_rate: float = option(2.5e-3, above=0)  # AdamW's learning rate
     prompt_loss_weight: float = option(0.1, least=0)  # weight of the prompt's tokens in the loss
-    # rows that already are in the instructed form; 0.006 gives a backbone that follows about a quarter of the
-    # instructions, so that a finetune has something to teach
+    # share of the rows that are worded as in the embedded world's data; 0.006 gives a backbone that follows about a
+    # quarter of the instructions, so that a finetune has something to teach
     instructed_share: float = option(0.006, least=0, below=1)
-    seed: int = option(0, least=0)  # of weights and rows
+    seed: int = option(0, least=0)  # seed of weights and rows
 
 
 @dataclass
 class ModelConfig(Group, option="model"):
     """A causal language model: its backbone, without adapters."""
 
-    # pretrained: hub id or folder; nano: pretrained here; smollm2: from its package; tiny_bytes: random weights, to try
-    # a setup
+    # pretrained: from the hub or a folder; nano: pretrained by gradsift; smollm2: from the package that holds it;
+    # tiny_bytes: random weights, to try out a setup
     kind: str = option("pretrained", choices=("pretrained", "nano", "smollm2", "tiny_bytes"))
     path: str | None = None  # hub id or local folder, for kind=pretrained
-    revision: str | None = None  # hub commit; null: the current one at first use, from then on the same in this store
+    revision: str | None = None  # hub commit; null: the current one at first use, which this store then keeps
     dtype: str = option("auto", choices=("auto", "float32", "bfloat16"))  # auto: as compute.precision
-    # frozen linear layers in 4 or 8 bits (QLoRA), with the package bitsandbytes; products are in `dtype`
+    # hold frozen linear layers in 4 or 8 bits (QLoRA), with the package bitsandbytes; products are computed in `dtype`
     quantization: str = option("none", choices=("none", "nf4", "int8"))
-    trust_remote_code: bool = False  # run code that comes with the model
+    trust_remote_code: bool = False  # run code from the model's files
     nano: NanoConfig = field(default_factory=NanoConfig)
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class ModelConfig(Group, option="model"):
 
     @property
     def short_name(self) -> str:
-        """The last part of the hub id or folder, of a length that can name a run's model."""
+        """The last part of the hub id or folder, cut to the longest name that a model of a run may have."""
         return slug_of_path(str(self.path))[:LONGEST_NAME]
 
 
@@ -70,15 +70,15 @@ class ModelConfig(Group, option="model"):
 class LoraConfig(Group, option="lora"):
     """Low-rank adapters (Hu et al., 2021)."""
 
-    rank: int = option(8, least=1)  # of A and B
+    rank: int = option(8, least=1)  # rank of A and B
     alpha: float = option(16.0, above=0)  # the adapter's output is scaled by alpha / rank
-    dropout: float = option(0.0, least=0, below=1)  # of the adapter's input while it is trained
+    dropout: float = option(0.0, least=0, below=1)  # dropout probability of the adapter's input in training
     targets: list[str] = field(default_factory=lambda: ["all-linear"])  # names of the adapted linear layers
-    # how A is drawn: kaiming, uniform up to 1 / sqrt(inputs); gaussian, with standard deviation 1 / rank. Exported
-    # training configs leave it to the trainer
+    # how A is drawn. kaiming: uniform within 1 / sqrt(inputs) of 0; gaussian: normal with standard deviation 1 / rank.
+    # Exported training configs do not set it
     init: str = option("kaiming", choices=("kaiming", "gaussian"))
     use_rslora: bool = False  # scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023)
-    use_dora: bool = False  # refused: per-sample norms are those of A and B alone
+    use_dora: bool = False  # true is refused: per-sample norms cover A and B only
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,7 +100,7 @@ class LoraConfig(Group, option="lora"):
         if self.init != "kaiming":
             later["init"] = self.init
         if self.dropout:
-            later["masks"] = "by_row"  # how they are drawn
+            later["masks"] = "by_row"  # how dropout masks are drawn
         return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "targets": list(self.targets)} | later
 
 
@@ -113,10 +113,10 @@ def _check_template(option: str, template: str) -> None:
 
 
 def warmup_fits(option: str, warmup: int, steps: int) -> int:
-    """Return the number of warm-up steps, which must leave some of `steps`: the learning rate starts at 0.
+    """Return `warmup`, after checking that it is below `steps`: in the warm-up the learning rate rises from 0.
 
     Raises:
-        ConfigError: the warm-up takes all steps.
+        ConfigError: the warm-up takes all steps, so that the learning rate would never reach its full value.
     """
     if 0 < steps <= warmup:
         raise ConfigError(
@@ -133,28 +133,28 @@ class ProxyConfig(Group, option="proxy"):
     name: str = MISSING
     model: ModelConfig = MISSING
     lora: LoraConfig = field(default_factory=LoraConfig)
-    template: str = "alpaca"  # or plain; chat: the tokenizer's own template; FILE.jinja: a chat template of your own
+    template: str = "alpaca"  # alpaca or plain; chat: the tokenizer's chat template; FILE.jinja: your own chat template
     max_length: int = option(1024, least=2)  # tokens, prompt and response together; the prompt is cut first
     members: int = option(5, least=1)  # M of the paper
     together: int = option(1, least=1)  # members that train side by side, in one pass over the frozen weights
-    # what members differ by: lora_seeds (initial A and data order), bootstrap (a resample of the data and its order),
-    # mc_dropout (the dropout masks, with one trained adapter for all)
+    # how members differ: lora_seeds (initial A and data order), bootstrap (resample and order of the data), mc_dropout
+    # (dropout masks; all members share one trained adapter)
     ensemble: str = option("lora_seeds", choices=("lora_seeds", "bootstrap", "mc_dropout"))
     snapshots: list[int] = field(default_factory=lambda: [1, 2])  # epochs s (early) and t (late)
-    epochs: int | None = None  # null: the last snapshot
-    # where per-sample gradients are taken: in a pass after the epoch, or in the training steps' own backward
+    epochs: int | None = None  # number of epochs; null: up to the late snapshot
+    # when per-sample gradients are computed: in a pass after the epoch, or in the backward passes of the training
     collect: str = option("epoch_end", choices=("epoch_end", "during_training"))
-    shards: int = option(1, least=1)  # parts of the rows, each collected by its own job if `shard` is set
-    shard: int | None = None  # the one shard, counted from 0, that this run collects; null: all
-    # LoRA factors in the norm; scaled: both, each divided by the size of the other factor
+    shards: int = option(1, least=1)  # parts of the rows; with `shard`, a job collects one part
+    shard: int | None = None  # the shard, counted from 0, that this run collects; null: all shards
+    # LoRA factors whose gradients are in the norm. scaled: both, each divided by the Frobenius norm of the other factor
     norm_scope: str = option("all", choices=("all", "A", "B", "scaled"))
-    learning_rate: float = option(5e-5, above=0)  # of AdamW; the default is the paper's
-    # constant keeps an epoch's result independent of the number of epochs
+    learning_rate: float = option(5e-5, above=0)  # AdamW's learning rate; the default is the paper's
+    # schedule of the learning rate; with constant, the result of an epoch does not depend on the number of epochs
     schedule: str = option("constant", choices=SCHEDULES)
     warmup_steps: int = option(0, least=0)  # optimiser steps in which the learning rate rises from 0
-    weight_decay: float = option(0.0, least=0)  # of AdamW
+    weight_decay: float = option(0.0, least=0)  # AdamW's weight decay
     batch_size: int = option(8, least=1)  # examples per optimiser step
-    # bucketed: examples of similar length share a batch; random: they do not
+    # bucketed: a batch holds examples of similar length; random: batches do not depend on length
     batching: str = option("bucketed", choices=BATCHINGS)
 
     def __post_init__(self) -> None:
@@ -211,7 +211,8 @@ class ProxyConfig(Group, option="proxy"):
 class TargetConfig(Group, option="target"):
     """The model that is finetuned on the selection.
 
-    Defaults of `loss`, `max_grad_norm` and `schedule`, as AdamW's betas and eps, are those of transformers' Trainer.
+    The defaults of `loss`, `max_grad_norm` and `schedule`, and AdamW's betas and eps, are those of transformers'
+    Trainer.
     """
 
     name: str = MISSING
@@ -221,17 +222,18 @@ class TargetConfig(Group, option="target"):
     max_length: int = option(1024, least=2)  # tokens, prompt and response together; the prompt is cut first
     epochs: int | None = option(None, least=1)  # give either epochs or steps
     steps: int | None = option(None, least=1)  # optimiser steps, the same for every selection: equal compute
-    # token: the mean over all response tokens of an optimiser step; example: the mean of its examples' means, which
-    # gives the tokens of a short response more weight
+    # token: mean loss over all response tokens of an optimiser step; example: mean loss of each example,
+    # averaged over the step's examples, so that the tokens of a short response have more weight
     loss: str = option("token", choices=("token", "example"))
     max_grad_norm: float | None = option(1.0, above=0)  # longer gradients are scaled to this L2 norm; null: no clipping
     learning_rate: float = option(2e-4, above=0)  # QLoRA's (Dettmers et al., 2023) for 7B and 13B; the paper gives none
     schedule: str = option("linear", choices=SCHEDULES)  # after the warm-up; linear and cosine end at 0
     warmup_steps: int = option(0, least=0)  # optimiser steps in which the learning rate rises from 0
-    warmup_ratio: float = option(0.0, least=0, below=1)  # instead: as a share of the optimiser steps, rounded up
-    weight_decay: float = option(0.0, least=0)  # of AdamW
+    warmup_ratio: float = option(0.0, least=0, below=1)  # `warmup_steps` as a share of the steps, rounded up
+    weight_decay: float = option(0.0, least=0)  # AdamW's weight decay
     batch_size: int = option(16, least=1)  # examples per optimiser step
-    # steps of examples of one length would be biased; within a step, batches are of similar length in any case
+    # bucketed: all examples of an optimiser step are of similar length, which biases the step. Within a step, examples
+    # of similar length pass through the model together in any case
     batching: str = option("random", choices=BATCHINGS)
 
     def __post_init__(self) -> None:
@@ -269,19 +271,21 @@ class EmbedderConfig(Group, option="embedder"):
 class HiddenStatesConfig(EmbedderConfig):
     """Last hidden states of the proxy's backbone, pooled over the tokens."""
 
-    # prompt_and_response, prompt: in the proxy's template; instruction_input_output: one per line, without a template
+    # what is embedded. prompt_and_response, prompt: in the proxy's template; instruction_input_output: one per line,
+    # without a template
     text: str = option("prompt_and_response", choices=("prompt_and_response", "prompt", "instruction_input_output"))
-    # weighted_mean: token t of 1..T has weight t; last: the last token alone
+    # weighted_mean: token t of 1..T has weight t; last: only the last token
     pooling: str = option("mean", choices=POOLINGS)
 
 
 @dataclass
 class SentenceTransformersConfig(EmbedderConfig):
-    """A model of the package sentence-transformers, which pools by itself."""
+    """A model of the package sentence-transformers, which pools the tokens itself."""
 
-    text: str = "instruction_input_output"  # or prompt: without the response; both without a template
+    # instruction_input_output, or prompt, which leaves out the response; neither uses a template
+    text: str = "instruction_input_output"
     model: str = MISSING  # hub id, or a folder that sentence-transformers saved
-    revision: str | None = None  # hub commit; null: the current one at first use, from then on the same in this store
+    revision: str | None = None  # hub commit; null: the current one at first use, which this store then keeps
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -297,14 +301,14 @@ class SentenceTransformersConfig(EmbedderConfig):
 class WarmupConfig(Group, option="features.warmup"):
     """Training of the proxy's backbone on a few random rows before gradients are taken (LESS)."""
 
-    share: float | None = option(0.05, above=0, most=1)  # of the rows; give either share or rows
-    rows: int | None = option(None, least=1)  # all rows if the data has fewer
-    epochs: int = option(4, least=1)  # each ends in a checkpoint
-    learning_rate: float = option(2e-5, above=0)  # of AdamW
-    schedule: str = option("linear", choices=SCHEDULES)  # of the learning rate, after the warm-up steps
+    share: float | None = option(0.05, above=0, most=1)  # share of the rows; give either share or rows
+    rows: int | None = option(None, least=1)  # number of rows; all if the data has fewer
+    epochs: int = option(4, least=1)  # number of epochs; each ends in a checkpoint
+    learning_rate: float = option(2e-5, above=0)  # AdamW's learning rate
+    schedule: str = option("linear", choices=SCHEDULES)  # of the learning rate after the warm-up steps
     warmup_ratio: float = option(0.03, least=0, below=1)  # share of the steps in which the learning rate rises from 0
     batch_size: int = option(32, least=1)  # examples per optimiser step
-    # attention layers of Llama and of GPT-2; a name that the model does not have is ignored
+    # the targets are attention layers of Llama and of GPT-2; a name that the model does not have is ignored
     lora: LoraConfig = field(
         default_factory=lambda: LoraConfig(
             rank=128,
@@ -313,7 +317,7 @@ class WarmupConfig(Group, option="features.warmup"):
             targets=["q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "attn.c_proj"],
         )
     )
-    seed: int | None = option(None, least=0)  # of rows, order and initial A; null: the run's seed
+    seed: int | None = option(None, least=0)  # seed of rows, order and initial A; null: the run's seed
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -323,10 +327,10 @@ class WarmupConfig(Group, option="features.warmup"):
             )
 
     def warmup_of(self, steps: int) -> int:
-        """Return the number of steps in which the learning rate rises, of `steps` optimiser steps.
+        """Return the number of warm-up steps in a training of `steps` optimiser steps.
 
         Raises:
-            ConfigError: these are all steps.
+            ConfigError: the warm-up takes all steps.
         """
         name = f"features.warmup.warmup_ratio={self.warmup_ratio}"
         return warmup_fits(name, math.ceil(self.warmup_ratio * steps), steps)
@@ -340,12 +344,12 @@ class FeaturesConfig(Group, option="features"):
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     # all: one checkpoint after each epoch of the warm-up, weighted by its learning rate; last: the last one
     checkpoints: str = option("all", choices=("all", "last"))
-    dimensions: int | None = option(8192, least=1)  # of the random projection at each checkpoint; null: no projection
-    projection_seed: int = option(0, least=0)  # draws the random projection
-    # full: of all weights of the model, one example at a time
+    dimensions: int | None = option(8192, least=1)  # size of a checkpoint's random projection; null: no projection
+    projection_seed: int = option(0, least=0)  # seed of the random projection
+    # weights whose gradients are taken. lora: the adapter's; full: all of the model's, one example at a time
     gradient_params: str = option("lora", choices=("lora", "full"))
-    adam: bool = True  # the pool's gradients as a step of Adam would use them; those of the target set stay plain
-    normalise: bool = True  # cosines between gradients; false: inner products, so that long gradients count more
+    adam: bool = True  # turn the pool's gradients into Adam's updates; those of the target set stay plain
+    normalise: bool = True  # compare by cosine; false: by inner product, where larger norms count more
 
     def __post_init__(self) -> None:
         super().__post_init__()

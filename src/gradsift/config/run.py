@@ -42,11 +42,11 @@ from gradsift.names import require_name
 from gradsift.signatures import asked_by
 
 STAGES = ("load", "statistics", "scores", "selection", "finetune", "generate", "judge")
-OBJECTIVES = {"pws": "judge", "accuracy": "generate", "heldout_loss": "finetune"}  # and the stage that gives each
+OBJECTIVES = {"pws": "judge", "accuracy": "generate", "heldout_loss": "finetune"}  # and the stage that computes each
 SCORES_BY_TASK = ("less", "rds_plus", "sbert")  # scorers that give a score for each task of the target set
-BASELINES = ("full", "random", "random_clean")  # scorers that data.scores leaves as they are
+BASELINES = ("full", "random", "random_clean")  # scorers that data.scores does not replace
 _EMBEDDINGS = {"embeddings", "target_embeddings"}
-OF_PROXY = {  # sources that are computed with the proxy, whatever the embedder
+OF_PROXY = {  # sources (inputs of scorers and selectors) that are computed with the proxy, whatever the embedder
     *("statistics", "late_losses", "answer_losses", "directions", "embedding_gradients"),
     *("gradients", "target_gradients", "backbone", "proxy_inputs"),
 }
@@ -78,9 +78,9 @@ class Config(Group):
     alpha: float = option(0.1, above=0, most=1)  # share of the rows that is selected
     # the rows of which alpha is a share: all accepted rows, or those that were scored
     budget_base: str = option("accepted", choices=("accepted", "scored"))
-    seed: int = option(0, least=0)  # of the proxy ensemble and of the target
+    seed: int = option(0, least=0)  # seed of the proxy ensemble and of the target
     stop_after: str | None = None  # the stage after which the run ends; null: the last one
-    plan: bool = False  # show what is done and what is to do, and do nothing
+    plan: bool = False  # only show which stages are done and which are still to do
     objective: str = option("pws", choices=tuple(OBJECTIVES))  # what a search optimises (hydra/sweeper=optuna)
     artifacts: str = "artifacts"  # folder of finished work, shared by all runs
     report: bool = True  # write report.html at the end of a run, or one for all jobs of a sweep
@@ -104,24 +104,24 @@ class Config(Group):
             self._check_audit()
         if self.has_rater:
             self.check_rater()
-        if self.reaches("judge") and self.scorer_name != "full":  # full against itself needs no judge
+        if self.reaches("judge") and self.scorer_name != "full":  # full would be compared with itself
             self._check_judge()
 
     @property
     def scorer_name(self) -> str:
-        """The name of the scorer, also of a user's own."""
+        """The name of the scorer, which may be a user's own."""
         return _name_of(self.scorer)
 
     @property
     def selector_name(self) -> str:
-        """The name of the selector, also of a user's own."""
+        """The name of the selector, which may be a user's own."""
         return _name_of(self.selector)
 
     @property
     def models(self) -> list[ModelConfig]:
-        """Proxy, target and local judge, as far as the run is sure to compute with them.
+        """The models that the run is sure to compute with: proxy, target and local judge, as far as they are needed.
 
-        A user's own scorer may not use the proxy.
+        With a user's own scorer the proxy is left out, because that scorer may not need it.
         """
         models = [self.proxy.model] if self._needs_proxy and self._asked(self.scorer) is not None else []
         models += [self.target.model] if self.reaches("finetune") else []
@@ -135,11 +135,11 @@ class Config(Group):
         return self.reaches("scores") and "rater" in (self._asked(self.scorer) or ())
 
     def reaches(self, stage: str) -> bool:
-        """Return whether a run with this config comes as far as `stage`."""
+        """Return whether a run with this config includes `stage`."""
         return self.stop_after is None or STAGES.index(stage) <= STAGES.index(self.stop_after)
 
     def check_objective(self) -> None:
-        """Raise ConfigError for a search whose objective is never computed."""
+        """Raise ConfigError for a search with plan=true, or whose objective is never computed."""
         if self.plan:
             raise ConfigError("plan=true shows no search, whose jobs follow from results; plan one job, or a sweep")
         if not self.reaches(OBJECTIVES[self.objective]):
@@ -150,7 +150,7 @@ class Config(Group):
 
     @staticmethod
     def _asked(method: Any) -> frozenset[str] | None:
-        """Return what a scorer or selector asks for; None for a user's own, which only the run looks at."""
+        """Return the inputs that a scorer or selector asks for; None for a user's own, which the run reads later."""
         target = method.get("_target_", "") if isinstance(method, dict) else method._target_
         return asked_by(str(target))
 
@@ -161,7 +161,7 @@ class Config(Group):
 
     @property
     def _needs_proxy(self) -> bool:
-        """Whether the run computes anything with the proxy. A user's own scorer is assumed to, a selector not to."""
+        """Whether the run uses the proxy. A user's own scorer is assumed to use it, a user's own selector is not."""
         if not self.reaches("scores"):
             return self.stop_after == "statistics"
         with_proxy = set(OF_PROXY)
@@ -231,7 +231,7 @@ class Config(Group):
             )
 
     def _check_turns(self) -> None:
-        """Check that a scorer of gradsift gives round_robin scores by task; the selector itself checks a user's own."""
+        """Check that round_robin gets scores by task; the scores of a user's own scorer are checked by the selector."""
         known = self._asked(self.scorer) is not None
         if self._selects and self.selector_name == "round_robin" and known and self.scorer_name not in SCORES_BY_TASK:
             raise ConfigError(
@@ -240,8 +240,8 @@ class Config(Group):
             )
 
     def _check_embedded_parts(self) -> None:
-        """Check that the nano models and the embedded benchmark meet only the embedded world's data."""
-        # a user's own set may use the embedded world's words alone; published sets, which have a URL, use others
+        """Check that the embedded world's models, target set and benchmarks are used with its data only."""
+        # a user's own set may hold only the embedded world's words; published sets, which have a URL, hold others
         asked = [*self.benchmark.sets, *self.benchmark.general]
         embedded_sets = [name for name in asked if name in (EMBEDDED, TERSE)]
         foreign_sets = [name for name in asked if name not in embedded_sets and self.benchmark.catalog[name].url]
@@ -268,7 +268,7 @@ class Config(Group):
             raise ConfigError(f"data={self.data.name} does not go with the embedded world's {'; '.join(foreign)}")
 
     def _check_random_weights(self) -> None:
-        """Check that a model with random weights only scores: its answers and judgments mean nothing."""
+        """Check that a model with random weights is used for scoring only: its answers and judgments mean nothing."""
         if self.reaches("finetune") and self.target.model.kind == "tiny_bytes":
             raise ConfigError(
                 "target.model.kind=tiny_bytes has random weights, so no answer of it means anything; "

@@ -1,4 +1,4 @@
-"""The interface to Hydra: the schemas of each group, and checked configs from composed ones."""
+"""The interface to Hydra: the schemas of each group, and the conversion of composed configs into checked ones."""
 
 from __future__ import annotations
 
@@ -79,16 +79,16 @@ SCHEMAS: dict[str, dict[str, type]] = {
 
 COMPARED = ("benchmark", "judge", "compute", "model")  # the groups of a `CompareConfig`
 
-REPLACED = {  # settings of Hydra's plugins that those in `conf/hydra/` replace
+REPLACED = {  # settings of Hydra's plugins that files in `conf/hydra/` replace
     "launcher": ("joblib", "submitit_local", "submitit_slurm", "ray"),
     "sweeper": ("optuna",),
 }
 
 
 def register_schemas(groups: Collection[str] = tuple(SCHEMAS)) -> None:
-    """Register the dataclasses with Hydra as `schema/<group>/<variant>`, and remove what `conf/hydra/` replaces.
+    """Register the dataclasses with Hydra as `schema/<group>/<variant>`, and remove the settings in `REPLACED`.
 
-    `COMPARED` suffices to compose a `CompareConfig`. From here on Hydra also searches the user's `./conf`.
+    The groups `COMPARED` are enough for a `CompareConfig`. After this call Hydra also searches the user's `./conf`.
     """
     from hydra.core.config_store import ConfigStore
     from hydra.core.plugins import Plugins
@@ -118,7 +118,7 @@ Root = TypeVar("Root", Config, evaluation.CompareConfig)
 
 
 def load_config(composed: DictConfig) -> Config:
-    """Return `load_root` of a run's config."""
+    """Convert the composed config of a run into a checked `Config`; see `load_root`."""
     return load_root(composed, Config, "config")
 
 
@@ -126,7 +126,8 @@ def load_root(composed: DictConfig, kind: type[Root], file: str) -> Root:
     """Convert a composed config into checked dataclasses.
 
     Args:
-        file: from which it is composed, for errors.
+        kind: the dataclass of the whole config.
+        file: name, without .yaml, of the file in `conf/` from which the config is composed, for errors.
 
     Raises:
         ConfigError: an option is missing, unknown or has a value that cannot be used.
@@ -148,7 +149,7 @@ def load_root(composed: DictConfig, kind: type[Root], file: str) -> Root:
 
 
 def _require_known(option: str, value: Any) -> None:
-    """Raise ConfigError for options added with `+` or `++`, which OmegaConf sets as attributes that nothing reads."""
+    """Raise ConfigError for unknown options added with `+` or `++`, which would be attributes that nothing reads."""
     if not dataclasses.is_dataclass(value):
         return
     known = [field.name for field in dataclasses.fields(value)]
@@ -173,7 +174,7 @@ def restore_config(dumped: dict[str, Any]) -> Config:
     """Return the config that `dump_config` described, checked again.
 
     Raises:
-        ConfigError: `dumped` is no such description, or a version with other options wrote it.
+        ConfigError: `dumped` does not describe a config, or was written by a version with other options.
     """
     if not all(isinstance(dumped.get(part), dict) for part in ("schemas", "values")):
         raise ConfigError("this run's config has no readable schemas and values; give another run, or its options")

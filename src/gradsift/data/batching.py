@@ -17,23 +17,23 @@ from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError
 
 T = TypeVar("T")
-_STRETCH = 50  # batches whose examples are sorted by length together, at most
+_STRETCH = 50  # at most this many batches' examples are sorted by length together
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Padded examples, and the places where a response token is predicted.
 
-    Only `attention_mask` tells what is padding: the pad id may be a real token too. Places index the flattened B x T
-    tokens, and are computed here, on the CPU, so that no device has to be waited for.
+    Only `attention_mask` shows which tokens are padding, since the pad id may also be a real token. Places are indices
+    into the flattened B x T tokens. They are computed on the CPU, so that no step has to wait for a device.
 
     input_ids       (B, T) int64
     attention_mask  (B, T) int64, 1 at real tokens
-    position_ids    (B, T) int64, counted over real tokens, so that the padding side changes nothing
+    position_ids    (B, T) int64, positions among the real tokens, which do not depend on the padding side
     places          (P,) int64, tokens whose successor is a response token
     targets         (P,) int64, the response token that follows each place
     counts          (B,) float32, number of response tokens that are predicted in each example
-    rows            (B,) int64, `Encoded.row`
+    rows            (B,) int64, `Encoded.row` of each example
     padding_side    right or left
     """
 
@@ -57,8 +57,8 @@ class Batch:
     def model_inputs(self) -> dict[str, torch.Tensor]:
         """Return the arguments for a causal language model.
 
-        Padding on the right comes after all predicted tokens, so causal attention never sees it: neither mask nor
-        positions are needed, and attention can use its fast implementations.
+        Padding on the right comes after all predicted tokens, so with causal attention none of them attends to it. Then
+        neither mask nor positions are needed, and attention can use its fast implementations.
         """
         inputs = {"input_ids": self.input_ids}
         if self.padding_side == "left":
@@ -67,12 +67,12 @@ class Batch:
 
 
 def collate(examples: Sequence[Encoded], pad_id: int, padding_side: str = "right") -> Batch:
-    """Pad examples to the length of the longest.
+    """Return a batch of the examples, padded to the length of the longest.
 
     An example's first token is never predicted, even if it is marked as response: nothing precedes it.
 
     Raises:
-        ConfigError: no example, or a padding side that is neither left nor right.
+        ConfigError: there is no example, or the padding side is neither left nor right.
     """
     if padding_side not in ("left", "right"):
         raise ConfigError(f"padding_side={padding_side!r} is not known; choose left or right")
@@ -107,8 +107,8 @@ def collate(examples: Sequence[Encoded], pad_id: int, padding_side: str = "right
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Return positions in batches of similar length, with at most `max_tokens` tokens each, padding included.
 
-    This suits passes whose result does not depend on the order. The longest examples come first, so that memory, if it
-    runs out, runs out at once. An example longer than `max_tokens` is a batch of its own.
+    Use it for passes whose result does not depend on the order. The longest examples come first, so that a lack of
+    memory shows in the first batch. An example longer than `max_tokens` is a batch of its own.
     """
     batches: list[list[int]] = []
     widest = 0
@@ -121,7 +121,10 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def capped_batches(lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> list[list[int]]:
-    """Positions in batches of similar length, longest first, of at most `batch_size` each and `max_tokens` tokens."""
+    """Return the batches of `length_batches`, cut into batches of at most `batch_size` positions.
+
+    If `max_tokens` is None, the number of tokens is not limited.
+    """
     batches = length_batches(lengths, sys.maxsize if max_tokens is None else max_tokens)
     return [batch[start : start + batch_size] for batch in batches for start in range(0, len(batch), batch_size)]
 
@@ -129,15 +132,18 @@ def capped_batches(lengths: Sequence[int], batch_size: int, max_tokens: int | No
 def spread_out(batches: Sequence[T]) -> list[T]:
     """Return the first batch, then the others in a fixed random order.
 
-    Each part of a pass then takes similar time, so the remaining time can be estimated, and the longest examples, which
-    need the most memory, still come first.
+    Batches are then not sorted by length, so that the remaining time of a pass can be estimated from its first part.
+    The batch of the longest examples, which needs the most memory, still comes first.
     """
     order = np.random.default_rng(0).permutation(max(0, len(batches) - 1)) + 1
     return [*batches[:1], *(batches[place] for place in order)]
 
 
 def shard_of(examples: Sequence[Encoded], shard: int, shards: int) -> list[Encoded]:
-    """Return every `shards`-th example by length, from the `shard`-th on, in order: all shards take similar time."""
+    """Return one of `shards` parts of the examples, in their order. All parts take similar time.
+
+    The examples are sorted by falling length; the part has those at positions `shard`, `shard` + `shards`, ...
+    """
     by_falling_length = sorted(range(len(examples)), key=lambda position: -len(examples[position].input_ids))
     return [examples[position] for position in sorted(by_falling_length[shard::shards])]
 
@@ -152,13 +158,14 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, batching: str, seed: 
     """Return the batches of one epoch: every position exactly once, in an order drawn with `seed`.
 
     random    a permutation, cut into batches
-    bucketed  a permutation, sorted by length within stretches of up to 50 batches (at least four stretches if there
-              are enough examples, so that batches differ between epochs), cut into batches, which are then shuffled
+    bucketed  a permutation, divided into stretches of up to 50 batches. Each stretch is sorted by length and cut into
+              batches, and all batches are shuffled. If there are enough examples, there are at least four stretches, so
+              that batches differ between epochs
 
-    A last batch that is smaller is kept.
+    A smaller last batch is kept.
 
     Raises:
-        ConfigError: an unknown `batching`, or a batch size below 1.
+        ConfigError: `batching` is unknown, or the batch size is below 1.
     """
     if batching not in ("bucketed", "random"):
         raise ConfigError(f"batching={batching!r} is not known; choose bucketed or random")

@@ -1,19 +1,19 @@
 """Chat templates: the text of a conversation, and which parts of it are responses.
 
-The template renders the whole conversation once, with private-use characters around each turn's text, so that every
-turn has a known place even if the template treats earlier turns differently from the last one (Qwen3, gpt-oss).
+The template renders the whole conversation once, with marks (private-use characters) around each turn's text. So the
+place of every turn is known, even if the template treats earlier turns differently from the last one (Qwen3, gpt-oss).
 
 - A response is what the model has to generate: an assistant's text with the marker that ends the turn, without the
-  white space after that marker. What the generation prompt supplies, such as a header or an empty think block, is
+  white space after that marker. The text of the generation prompt, such as a header or an empty think block, counts as
   prompt. If the template has `{% generation %}` marks, a response lies within them.
-- The prompt of the last response must be the generation prompt of the same conversation, token by token. If that prompt
-  opens a think block which the template does not show in conversations (DeepSeek-R1), the last response closes it: with
-  the thoughts of the row, or with none.
-- A think block is refused where the template has another notation for reasoning (gpt-oss, Gemma 4).
-- A turn whose text the template leaves out or changes makes the conversation unusable.
+- The text before the last response must be the generation prompt of the same conversation, character by character. If
+  this prompt opens a think block that the template does not show in conversations (DeepSeek-R1), the last response
+  closes the block, after the thoughts in the row or, if there are none, without thoughts.
+- A row with a think block is refused if the template has another notation for reasoning (gpt-oss, Gemma 4).
+- A conversation is refused (`Unusable`) if the template leaves out or changes the text of a turn.
 
-Templates with a variable `enable_thinking` get true if a turn of the assistant has a `</think>`, otherwise false. A
-template that asks for today's date gets `DATE`, so that tokens do not depend on the day.
+The variable `enable_thinking` of a template is true if an assistant turn has a `</think>`, otherwise false. A template
+that asks for today's date gets `DATE`, so that tokens do not depend on the day.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from gradsift.data.turns import Unusable
 from gradsift.errors import ConfigError
 
 FILE_SUFFIX = ".jinja"
-DATE = datetime.date(2024, 7, 26)  # the one that Llama 3's templates write where no date is known
+DATE = datetime.date(2024, 7, 26)  # the date that Llama 3's templates write if no date is known
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 _THINK, _THOUGHT = "<think>", "</think>"
 _REASONS_APART = re.compile(r"\w(?:\.|\.get\(['\"]|\[['\"])(?:reasoning_content|thinking)\b")  # a key of a message
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-# a template is a program over data that its author did not foresee, and Jinja passes on what its expressions raise
+# exceptions that a template may raise on data that its author did not foresee; Jinja does not catch them
 _RAISED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of text that is prompt or response as a whole.
+    """A piece of text that is either all prompt or all response.
 
     is_response  whether the piece carries loss
-    is_markup    whether it comes from a chat template and may spell special tokens; in other text "</s>" is text like
-                 any other, so that no example can end a turn or start another one
+    is_markup    whether the piece comes from a chat template, so that special tokens in it are tokenised as such. In
+                 other pieces "</s>" is plain text, so that no example can end a turn or start another one
     """
 
     text: str
@@ -55,12 +55,12 @@ class Segment:
 
 
 def is_chat(template: str) -> bool:
-    """Return whether a template is the tokenizer's own chat template, or the file of another one."""
+    """Return whether `template` is `chat` (the tokenizer's own chat template) or the file of a chat template."""
     return template == "chat" or is_file(template)
 
 
 def is_file(template: str) -> bool:
-    """Return whether a template is the file of a chat template."""
+    """Return whether `template` names a file with a chat template."""
     return template.endswith(FILE_SUFFIX)
 
 
@@ -86,7 +86,7 @@ def template_of(template: str, tokenizer: Any) -> str:
 
 
 def file_text(path: str) -> str:
-    """Return the text of a template's file.
+    """Return the content of a template's file.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -100,15 +100,17 @@ def file_text(path: str) -> str:
 
 
 def chat_segments(turns: Sequence[Turn], tokenizer: Any, template: str) -> list[Segment]:
-    """Return the text of a conversation; if it ends with the user's turn, the text that a response is generated after.
+    """Return the text of a conversation as segments.
+
+    If the conversation ends with the user's turn, return its generation prompt, after which a response is generated.
 
     Args:
-        turns: a system turn or none, then user and assistant in turn.
-        template: the Jinja text.
+        turns: a system turn or none, then user and assistant turns that alternate.
+        template: the Jinja text of the template.
 
     Raises:
-        Unusable: the template cannot show this conversation.
-        ConfigError: the template is no valid Jinja.
+        Unusable: the template cannot render this conversation.
+        ConfigError: the template is not valid Jinja.
     """
     chat = _Chat(turns, tokenizer, template)
     if chat.thinks and _THINK not in template and _REASONS_APART.search(template):
@@ -124,7 +126,7 @@ def chat_segments(turns: Sequence[Turn], tokenizer: Any, template: str) -> list[
 
 
 class _Chat:
-    """A conversation with marks around its turns' texts, and stand-ins for the control tokens that they spell."""
+    """A conversation with marks around the texts of its turns, and stand-ins for control tokens in these texts."""
 
     def __init__(self, turns: Sequence[Turn], tokenizer: Any, template: str) -> None:
         self._turns, self._tokenizer, self._template = turns, tokenizer, template
@@ -140,14 +142,14 @@ class _Chat:
     def _with_stand_ins(self, turn: Turn) -> str:
         text = turn.content
         for token, stand_in in self._stand_ins.items():
-            if self._control[token] or turn.role != "assistant":  # an answer may have a think block
+            if self._control[token] or turn.role != "assistant":  # the assistant's text may hold tags of a think block
                 text = text.replace(token, stand_in)
         return text
 
     def whole(self) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text of the conversation, and the places of what stands in `{% generation %}` marks.
+        """Return the text of the conversation, and the (start, end) of each part in `{% generation %}` marks.
 
-        The last response follows the generation prompt, even if that opens a think block and the template shows none.
+        If the generation prompt opens a think block that the template does not show, it precedes the last response.
         """
         text, spans = self.rendered(len(self._turns), generate=False)
         prompt, end_mark = self._prompt(len(self._turns) - 1), self._marks[-1][1]
@@ -162,20 +164,20 @@ class _Chat:
         return longer + text[end:], spans
 
     def _prompt(self, number: int) -> str:
-        """Return the generation prompt of the response at turn `number`."""
+        """Return the generation prompt for the response that is turn `number`."""
         if number not in self._prompts:
             self._prompts[number], _ = self.rendered(number, generate=True)
         return self._prompts[number]
 
     def rendered(self, count: int, *, generate: bool) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text of the first `count` turns as the template shows them, and the places of what it marks."""
+        """Render the first `count` turns; return the text, and the (start, end) of each part in generation marks."""
         turns = enumerate(self._turns[:count])
         messages = [{"role": turn.role, "content": self._marked(number)} for number, turn in turns]
         options = {**self._tokenizer.special_tokens_map, "enable_thinking": self.thinks}
         return _rendered(self._template, messages, generate=generate, **options)
 
     def _marked(self, number: int) -> str:
-        """Return the text of a turn with its marks; a system turn has none."""
+        """Return the text of a turn with marks around its core; a system turn has no marks."""
         text, core = self._texts[number], self._core(number)
         if self._turns[number].role == "system" or not core:
             return text
@@ -183,13 +185,13 @@ class _Chat:
         return text[:place] + core.join(self._marks[number]) + text[place + len(core) :]
 
     def _core(self, number: int) -> str:
-        """Return what is marked of a turn: not the white space around it, which many templates strip, nor thoughts."""
+        """Return the part of a turn that is marked: no thoughts, no outer white space, which templates may strip."""
         text = self._texts[number].strip()
         answer = text.rpartition(_THOUGHT)[2].strip() if self._turns[number].role == "assistant" else text
         return answer or text
 
     def require_shown(self, text: str, number: int) -> None:
-        """Raise Unusable unless the template shows the text of a turn unchanged, white space aside."""
+        """Raise Unusable if the template changes a turn's text (apart from white space) or adds a think block."""
         turn, said = self._turns[number], _squeezed(self._texts[number])
         start, end = self._marks[number]
         marked = f"{start}{self._core(number)}{end}"
@@ -207,7 +209,8 @@ class _Chat:
         """Return the start and the end of a response in the text of the whole conversation.
 
         Raises:
-            Unusable: the generation prompt is not what comes before the response.
+            Unusable: the text before the response is not the generation prompt, or no generation marks hold the
+                response.
         """
         asked, (start_mark, end_mark) = self._marks[number - 1][1], self._marks[number]
         prompt = self._prompt(number)
@@ -234,7 +237,7 @@ class _Chat:
     def _end(self, text: str, end_mark: int) -> int:
         """Return the end of a response, after the marker that ends the turn if there is one."""
         closing = text[text.index(self._marks[-1][1]) + 1 :].strip()  # of the last turn
-        if closing.startswith(tuple(self._control)):  # some write an end of the text, too, on the next line
+        if closing.startswith(tuple(self._control)):  # some templates write an end-of-text token on the next line
             closing = closing.split()[0]
         after = text[end_mark + 1 :]
         for marker in (closing, *self._control):
@@ -253,7 +256,7 @@ class _Chat:
         return segments if responses else self._split(text, is_response=False)
 
     def _split(self, text: str, *, is_response: bool) -> list[Segment]:
-        """Return one markup segment, or several if stand-ins have to become text again."""
+        """Return the text as markup segments, in which plain-text segments replace the stand-ins."""
         text = text.translate({ord(mark): None for marks in self._marks for mark in marks})
         tokens = {stand_in: token for token, stand_in in self._stand_ins.items()}
         segments = []
@@ -263,7 +266,7 @@ class _Chat:
                 segments.append(Segment(piece, is_response, is_markup=True))
             elif self._control[token]:
                 segments.append(Segment(token, is_response))
-            else:  # only special tokens can be switched off, others are taken apart
+            else:  # the tokenizer splits only special tokens (`split_special_tokens`), so others are divided here
                 segments += [Segment(token[:1], is_response), Segment(token[1:], is_response)]
         return [segment for segment in segments if segment.text]
 
@@ -273,12 +276,12 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-@functools.lru_cache(maxsize=4)  # slow, and needed for every example
+@functools.lru_cache(maxsize=4)  # slow, and called for every example
 def _control_tokens(tokenizer: Any, template: str) -> dict[str, bool]:
-    """Return the tokens that steer a model, and whether each is special: special tokens, and others in the template."""
+    """Return the control tokens (special tokens, and added tokens in the template), and whether each is special."""
     added = {token.content: bool(token.special) for token in tokenizer.added_tokens_decoder.values()}
     control = [token for token, special in added.items() if special or (token.strip() and token in template)]
-    return {token: added[token] for token in sorted(control, key=len, reverse=True)}  # one may be part of another
+    return {token: added[token] for token in sorted(control, key=len, reverse=True)}  # a token may be part of another
 
 
 def _rendered(
@@ -294,7 +297,7 @@ def _rendered(
 
 @functools.lru_cache(maxsize=4)
 def _takes_parts(template: str) -> bool:
-    """Return whether a template shows a content only as a list of parts, as the templates of vision models do."""
+    """Return whether a template needs a message's content as a list of parts, as the templates of vision models do."""
     shown = []
     for content in ("probe", [{"type": "text", "text": "probe"}]):
         try:
@@ -327,7 +330,7 @@ def _render(
 
 @functools.lru_cache(maxsize=4)
 def _with_date(template: str) -> str:
-    """Return a template whose `strftime_now` gives `DATE`; transformers passes no functions to a template."""
+    """Return the template, with a macro that makes `strftime_now` give `DATE`; transformers accepts no functions."""
     if "strftime_now" not in template:
         return template
     codes = "".join(f"|replace('%{code}', '{DATE.strftime('%' + code)}')" for code in (*"aAbBdejmyYHIMSpxXcF", "-d"))

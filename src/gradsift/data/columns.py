@@ -1,7 +1,8 @@
 """Which columns of a dataset hold the parts of an example: they are recognised by name.
 
-A column matches a field in one of three steps: its name is the configured one; it is that name in other letter case or
-with blanks around it; it is another name in use for the field, if the configured name is the default.
+A column can match a field in three steps. First, its name is the configured name. Second, its name differs from that
+name only in letter case or surrounding blanks. Third, if the configured name is the default, its name is another common
+name of the field.
 """
 
 from __future__ import annotations
@@ -52,8 +53,10 @@ class Shape:
     """A format and the columns of its fields. Needed columns are the same for all rows, others are looked up per row.
 
     format  alpaca, messages, sharegpt or prompt_completion
-    fields  the configured names, with the needed columns' names replaced by those in the data
-    needed  the names of the needed columns
+    fields  the configured column names; for the columns that the format needs, the names found in the data
+    needed  the names, as in the data, of the columns that the format needs
+
+    If the format was given and no columns fit it, `needed` has the configured names.
     """
 
     format: str
@@ -63,11 +66,14 @@ class Shape:
 
     @property
     def prefers(self) -> bool:
-        """Whether the response is the chosen one of two."""
+        """Whether the response is the chosen one of a preference pair."""
         return any(folded(name) == "chosen" for name in self.needed)
 
     def optional(self, row: Mapping[str, Any], part: str) -> str | None:
-        """Return the column of `row` that holds input, system or history: the first matching one that is not blank."""
+        """Return the column of `row` for `part` (input, system or history): the first matching one that is not blank.
+
+        If all matching columns are blank, return the first of them; if none matches, None.
+        """
         configured = getattr(self.fields, part)
         key = (tuple(row), part)
         if key not in self._known:
@@ -83,7 +89,7 @@ def _is_blank(value: Any) -> bool:
 
 
 def pair_of(row: Iterable[str]) -> tuple[str, str] | None:
-    """Return the columns of the chosen and the rejected response, if a row has both."""
+    """Return the columns of the chosen and the rejected response; None if the row does not have both."""
     chosen, rejected = ([column for column in row if folded(column) == wanted] for wanted in _PREFERENCE)
     return (chosen[0], rejected[0]) if chosen and rejected else None
 
@@ -91,7 +97,7 @@ def pair_of(row: Iterable[str]) -> tuple[str, str] | None:
 def recognise(rows: Sequence[SourceRow], format: str, fields: FieldsConfig, source: str, group: str) -> Shape:
     """Return the shape of a dataset.
 
-    At each of the three steps (see above), the first row that has all columns of a format decides.
+    The three steps (see the module) are tried in turn. At each, the first row with all columns of a format decides.
 
     Args:
         format: auto, or the only format to look for.
@@ -99,11 +105,11 @@ def recognise(rows: Sequence[SourceRow], format: str, fields: FieldsConfig, sour
         group: group of the options that describe the data, for errors.
 
     Raises:
-        DataError: no format fits, or two columns could be the same field; names the option to set.
+        DataError: no format fits, or two columns could be the same field. The message names the option to set.
     """
     formats = _NEEDED if format == "auto" else {format: _NEEDED[format]}
     given = {part for part in chain(*_NEEDED.values()) if getattr(fields, part) != getattr(_DEFAULTS, part)}
-    if format == "auto" and given:  # a name that the user gave has no substitute, and no other format has one either
+    if format == "auto" and given:  # only formats with a column that the user named
         formats = {name: needed for name, needed in _NEEDED.items() if given & set(needed)}
     headers = list(dict.fromkeys(tuple(row.content) for row in rows if isinstance(row.content, dict)))
     for step in _STEPS:
@@ -128,7 +134,7 @@ def _fitting(
     source: str,
     group: str,
 ) -> Shape | None:
-    """Return the shape if all needed fields match a column at one of the steps up to `last`."""
+    """Return the shape if each needed field matches a column at one of the steps up to `last`, otherwise None."""
     candidates = {part: _needed_columns(columns, getattr(fields, part), part, last) for part in needed}
     if not all(candidates.values()):
         return None
@@ -141,7 +147,7 @@ def _fitting(
 
 
 def _needed_columns(columns: Sequence[str], configured: str, part: str, last: int) -> list[str]:
-    """Return the columns that may hold a needed field, of the first step up to `last` that has any."""
+    """Return the columns that match a needed field at the first step with a match; none if no step up to `last` has."""
     for step in range(last + 1):
         names = _matching(columns, configured, part, step)
         is_default = configured == getattr(_DEFAULTS, part)
@@ -155,14 +161,14 @@ def _needed_columns(columns: Sequence[str], configured: str, part: str, last: in
 def _matching(columns: Iterable[str], configured: str, part: str, step: int) -> list[str]:
     if step == _EXACT:
         return [column for column in columns if column == configured]
-    if step == _OTHER and configured != getattr(_DEFAULTS, part):  # a name that the user gave has no substitute
+    if step == _OTHER and configured != getattr(_DEFAULTS, part):  # a name that the user gave has no substitutes
         return []
     wanted = (folded(configured),) if step == _FOLDED else _OTHER_NAMES[part]
     return [column for column in columns if folded(column) in wanted]
 
 
 def _chosen_turns(columns: Sequence[str], rows: Sequence[SourceRow]) -> str | None:
-    """Return the column of chosen conversations if they include the prompt and no other column holds it."""
+    """Return the column `chosen` of preference pairs if it holds turns (which include the prompt), else None."""
     pair = pair_of(columns)
     if pair is None:
         return None
@@ -188,7 +194,7 @@ def _unknown(rows: Sequence[SourceRow], fields: FieldsConfig, source: str, group
 
 
 def _advice(rows: Sequence[SourceRow], group: str) -> str | None:
-    """Return the remedy for shapes that people often have."""
+    """Return advice on rows in a common layout that `format=auto` does not recognise; None for any other layout."""
     remedy = 'write each conversation as one row {"messages": [...]}'
     if _are_turns(rows[0].content):
         return f"the rows are lists of turns: {remedy}"
@@ -222,12 +228,12 @@ def _are_turns(value: Any) -> bool:
 
 
 def columns_of(rows: Iterable[SourceRow]) -> str:
-    """Return the names of all columns, for messages."""
+    """Return the names of all columns of the rows, as text for messages."""
     names = dict.fromkeys(name for row in rows if isinstance(row.content, dict) for name in row.content)
     return listed(names) if names else "none (the rows are no objects)"
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Return names for messages: at most twenty, each cut to forty characters."""
+    """Return names as text for messages: at most twenty names, each cut to forty characters."""
     shown = [str(name)[:40] for name in names]
     return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")

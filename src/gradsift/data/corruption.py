@@ -1,20 +1,22 @@
-"""Known corruption of a share of a dataset, on which scorers can be audited (see `selection/audit.py`).
+"""Corruption of a known share of a dataset, to audit scorers with (see `selection/audit.py`).
 
 There are six kinds. Four change an example's answer in place:
 
-    wrong_answer       replaces every number and negates every sentence with a verb to negate; an answer with neither
-                       is replaced with another example's answer of similar length
-    mismatched_answer  another example's answer
-    truncated          the answer up to a random word
-    garbled            the answer's words in random order, and each word's letters too
+    wrong_answer       changes every number, reverses a verdict (yes, no, true, false) at the start, and negates every
+                       English sentence with a verb such as `is` or `can`; an answer with none of these is replaced
+                       with another example's answer of similar length
+    mismatched_answer  replaces the answer with another example's
+    truncated          cuts the answer after a random word
+    garbled            puts the words of the answer, and the letters of each word, in random order
 
-Two append copies after the last example, which are redundant rather than spoilt:
+Two kinds append copies after the last example. The copies are redundant rather than spoilt:
 
-    exact_duplicate    the example again
-    near_duplicate     the example again, with a tenth of the words of its instruction left out, repeated or swapped
+    exact_duplicate    the same example
+    near_duplicate     the example, with a tenth of the words of its instruction left out, repeated or swapped
 
-`original` keeps the source's columns unchanged, so a selection written from a corrupted dataset marks these rows. The
-embedded world has its own wrong and garbled answers and rewordings, within its vocabulary, passed as `changes`.
+A changed example keeps the unchanged columns of its source in `original`, so the file of a selection names the kind of
+corruption in these rows. For the embedded world, the caller of `corrupt` passes other functions in `changes`, which
+make wrong answers, garbled answers and rewordings within the world's vocabulary.
 """
 
 from __future__ import annotations
@@ -32,14 +34,14 @@ from gradsift.data.verifiable import divided
 from gradsift.errors import ConfigError
 
 Texts = tuple[str, str, str]  # instruction, input, output
-Change = Callable[[Example, random.Random], Texts | None]  # None: the example cannot be changed in this way
+Change = Callable[[Example, random.Random], Texts | None]  # returns None if it cannot change the example
 
 _TRIES = 20  # draws for a text that differs from the original
-_NEIGHBOURS = 10  # next shorter, and next longer, answers to choose from
-_EACH_WORDS = 10  # words of an instruction per edit
+_NEIGHBOURS = 10  # this many next shorter answers, and next longer ones, to choose from
+_EACH_WORDS = 10  # one edit for this many words of an instruction
 VERSION = 1  # raised whenever the same options give another result
-# Numbers that number the lines of a list stay. Python converts at most 4,300 digits to an integer, so a longer number
-# is changed in pieces.
+# Numbers that begin the items of a list stay. Python converts at most 4,300 digits to an integer, so a longer number is
+# changed in pieces.
 _NUMBER = re.compile(r"(?m)^(?P<place>\s*\d+[.):])(?=\s+\S)|(?P<number>\d{1,1000})")
 _SENTENCE = re.compile(r"[^.!?\n]+")
 _VERB = re.compile(
@@ -52,7 +54,7 @@ _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 
 @dataclass(frozen=True)
 class Corrupted:
-    """A corrupted dataset: N + D examples, the D copies last."""
+    """A corrupted dataset: the N examples, some of them changed, and then D copies."""
 
     examples: list[Example]
     kind: list[str | None]  # kind of corruption; None if the example is unchanged
@@ -69,21 +71,23 @@ def corrupt(
     next_row: int,
     sound: Sequence[int] | None = None,
 ) -> Corrupted:
-    """Corrupt round(share x N) of N examples, equally many (up to one) of each kind; no example is used twice.
+    """Corrupt or copy round(share x N) of N examples, each at most once.
+
+    The kinds get equal numbers of examples, or numbers that differ by one.
 
     Args:
         changes: the function of each kind (see `changes_of_text`).
         next_row: the first `row_index` that no row of the source has; copies are numbered from there.
-        sound: positions that may be corrupted or copied; None: all.
+        sound: positions that may be corrupted or copied; None for all positions.
 
     Raises:
-        ConfigError: too few examples for each kind, or too few that can be changed.
+        ConfigError: round(share x N) is below the number of kinds, or too few examples can be changed.
     """
     order = list(range(len(examples))) if sound is None else list(sound)
     counts = _counts(len(examples), share, kinds)
     rng = random.Random(f"corruption {seed}")
     rng.shuffle(order)
-    occurrences: Counter[str] = Counter()  # for each content hash the first occurrence number that no example has
+    occurrences: Counter[str] = Counter()  # content hash: first occurrence number that is free
     for example in examples:
         number = int(example.example_id.rpartition("-")[2])
         occurrences[example.content_hash] = max(occurrences[example.content_hash], number + 1)
@@ -114,7 +118,7 @@ def corrupt(
     return result
 
 
-# an answer of one word cannot be truncated, but it can be changed in every other way
+# kinds that apply to fewer examples come first; for example, an answer of one word cannot be truncated
 _MOST_RESTRICTED_FIRST = (
     "truncated",
     "garbled",
@@ -126,7 +130,7 @@ _MOST_RESTRICTED_FIRST = (
 
 
 def _counts(rows: int, share: float, kinds: Sequence[str]) -> dict[str, int]:
-    """Divide round(share x rows) equally among the kinds; the first ones get the remainder."""
+    """Return the rows of each kind: round(share x rows) divided equally, the remainder among the first kinds."""
     total = round(share * rows)
     if total < len(kinds):
         raise ConfigError(
@@ -140,7 +144,7 @@ def _counts(rows: int, share: float, kinds: Sequence[str]) -> dict[str, int]:
 
 
 def changes_of_text(examples: Sequence[Example]) -> dict[str, Change]:
-    """Return the function that corrupts free text, by kind; replacement answers come from `examples`."""
+    """Return, for each kind, the function that corrupts free text. Replacement answers are taken from `examples`."""
     answers = sorted((example.output for example in examples), key=_words)
     lengths = [_words(answer) for answer in answers]
 
@@ -172,13 +176,20 @@ def changes_of_text(examples: Sequence[Example]) -> dict[str, Change]:
 
 
 def stand_ins(examples: Sequence[Example], kind: Sequence[str | None]) -> int:
-    """Return how many wrong answers are another example's answer, because their own could not be contradicted."""
+    """Return how many examples of kind `wrong_answer` got another example's answer.
+
+    For these, `contradicted` found nothing to change in the original answer.
+
+    Args:
+        examples: the examples before the corruption.
+        kind: the kind of each example after the corruption.
+    """
     wrong = [example for example, name in zip(examples, kind, strict=False) if name == "wrong_answer"]
     return sum(contradicted(example.output, random.Random(0)) is None for example in wrong)
 
 
 def of_output(change: Callable[[str, random.Random], str | None]) -> Change:
-    """Return a change that replaces the answer only."""
+    """Return a `Change` that applies `change` to the answer only."""
 
     def changed(example: Example, rng: random.Random) -> Texts | None:
         output = change(example.output, rng)
@@ -192,9 +203,9 @@ def _words(text: str) -> int:
 
 
 def contradicted(answer: str, rng: random.Random) -> str | None:
-    """Return the answer with other numbers, the opposite verdict and negated sentences; None if it has none of these.
+    """Return the answer with other numbers, the opposite verdict and negated sentences; None if nothing changes.
 
-    Negation is for English only: the first `is`, `can`, `will` or similar verb of a sentence gains or loses a `not`.
+    Only English sentences are negated: the first verb such as `is`, `can` or `will` gains or loses a `not`.
     """
 
     def other_number(match: re.Match[str]) -> str:
@@ -227,13 +238,13 @@ def _negated(match: re.Match[str]) -> str:
 
 
 def truncated(answer: str, rng: random.Random) -> str | None:
-    """Return the answer up to the end of a random word that is not the last; None if it has a single word."""
+    """Return the answer up to the end of a random word that is not the last; None if there are fewer than two words."""
     ends = [match.end() for match in re.finditer(r"\S+", answer)]
     return answer[: rng.choice(ends[:-1])] if len(ends) > 1 else None
 
 
 def garbled(answer: str, rng: random.Random) -> str | None:
-    """Return the words in random order, each with its letters in random order; None if that changes nothing."""
+    """Return the words in random order, each with its letters in random order; None if no try changes the answer."""
     words = answer.split()
     for _ in range(_TRIES):
         text = " ".join("".join(rng.sample(word, len(word))) for word in rng.sample(words, len(words)))
@@ -243,7 +254,7 @@ def garbled(answer: str, rng: random.Random) -> str | None:
 
 
 def edited(instruction: str, rng: random.Random) -> str | None:
-    """Return the instruction with a tenth of its words (at least one) left out, repeated or swapped; None if empty."""
+    """Return the instruction with a tenth of its words, at least one, left out, repeated or swapped; None if empty."""
     words = re.findall(r"\S+\s*", instruction)
     if not words:
         return None
@@ -262,5 +273,5 @@ def edited(instruction: str, rng: random.Random) -> str | None:
 
 
 def _with_word_of(piece: str, other: str) -> str:
-    """Return `other`'s word with the white space that follows `piece`'s word."""
+    """Return the word of `other` with the white space that follows the word of `piece`."""
     return other.rstrip() + piece[len(piece.rstrip()) :]

@@ -1,7 +1,7 @@
 """Repeated examples: equal texts, and texts that share most of their words.
 
-The first row is kept. A near duplicate is compared with kept rows only, so of a chain in which each row resembles the
-next one, several may be kept.
+Of repeated examples the first row is kept. To find near duplicates, a row is compared with kept rows only. So of a
+chain in which each row resembles the next row, several rows may be kept.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 from gradsift.data.examples import Example, Rejected
 
-VERSION = 1  # raised whenever the search for near duplicates drops other rows
-_SHINGLE = 3  # words
-_HASHES = 128  # of a MinHash signature
-_MISS = 1e-3  # largest probability to miss a pair whose similarity is the threshold
-# a character of a script without spaces, a run of other word characters, or a sign: 3 + 4 and 3 - 4 differ
+VERSION = 1  # raised whenever a change of the search changes which near duplicates are dropped
+_SHINGLE = 3  # words of a shingle
+_HASHES = 128  # hash values of a MinHash signature
+_MISS = 1e-3  # largest probability of missing a pair whose similarity is the threshold
+# a character of a script without spaces, a run of other word characters, or a sign, so that 3 + 4 and 3 - 4 differ
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
 
 Shingles = frozenset[tuple[str, ...]]
@@ -25,11 +25,12 @@ Shingles = frozenset[tuple[str, ...]]
 def deduplicated(
     examples: Sequence[Example], dedup: str, threshold: float, progress: Callable[[int], None] = lambda done: None
 ) -> tuple[list[Example], list[Rejected]]:
-    """Return the examples without repetitions, and the rows that were dropped, whose reasons name the repeated row.
+    """Return the examples without repetitions, and the dropped rows, whose `reason` names the row that they repeat.
 
     Args:
-        dedup: exact (history, instruction, input and output are equal) or near (most of their words; includes exact).
-        threshold: Jaccard similarity of near duplicates.
+        dedup: exact (drops rows with equal history, instruction, input and output) or near (also drops rows that share
+            most of their words).
+        threshold: Jaccard similarity from which rows are near duplicates.
         progress: called with the number of examples that were just compared.
     """
     first: dict[str, int] = {}  # by content hash
@@ -55,17 +56,18 @@ def near_duplicates(
     threshold: float,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[int, tuple[int, float]]:
-    """Find the positions whose example is similar to one kept before it.
+    """Find the examples that are similar to an example before them that is kept.
 
     Candidates come from locality-sensitive hashing of MinHash signatures (Leskovec et al., Mining of Massive Datasets,
-    chapter 3) and are then compared exactly, so every dropped row is as similar as the threshold. A pair at the
-    threshold is missed with a probability of at most 1 in 1,000, a more similar pair with a smaller probability.
+    chapter 3). They are then compared exactly, so the similarity of every pair that is returned is at least the
+    threshold. A pair at the threshold is missed with a probability of at most 1 in 1,000, a more similar pair with a
+    smaller probability.
 
     Args:
         positions: positions to compare, ascending.
 
     Returns:
-        For each near duplicate the position of the kept example, and their Jaccard similarity.
+        For the position of each near duplicate, the position of the kept example and the pair's Jaccard similarity.
     """
     from datasketch import MinHash, MinHashLSH
 
@@ -86,7 +88,7 @@ def near_duplicates(
 
 
 def bands_of(threshold: float) -> tuple[int, int]:
-    """Return the number of bands and the hashes per band: the longest bands that miss no more pairs than allowed.
+    """Return the number of bands and of hashes per band: the longest bands with a probability of a miss up to `_MISS`.
 
     A pair of similarity s agrees in a whole band of r hashes with probability s^r, and in none of b bands with
     probability (1 - s^r)^b.
@@ -97,17 +99,17 @@ def bands_of(threshold: float) -> tuple[int, int]:
 
 
 def shingles(example: Example) -> Shingles:
-    """Return the shingles of history, instruction, input and output."""
+    """Return the shingles of an example's history, instruction, input and output."""
     return shingles_of([*prompt_texts(example), example.output])
 
 
 def prompt_texts(example: Example) -> list[str]:
-    """Return history, instruction and input."""
+    """Return the texts of an example's prompt: history, instruction and input."""
     return [*(turn.content for turn in example.history), example.instruction, example.input]
 
 
 def shingles_of(texts: Sequence[str]) -> Shingles:
-    """Return every three consecutive words; all words if there are fewer."""
+    """Return the shingles of texts: every three consecutive words, or one shingle of all words if there are fewer."""
     words = _WORD.findall("\n".join(texts))
     if len(words) < _SHINGLE:
         return frozenset([tuple(words)])
@@ -115,6 +117,6 @@ def shingles_of(texts: Sequence[str]) -> Shingles:
 
 
 def jaccard(first: Shingles, second: Shingles) -> float:
-    """Return the number of shared shingles over the number of all shingles of both."""
+    """Return the Jaccard similarity: the number of shared shingles over the number of different shingles in both."""
     shared = len(first & second)
     return shared / (len(first) + len(second) - shared)

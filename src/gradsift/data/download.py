@@ -1,4 +1,4 @@
-"""Files that are downloaded at run time, once."""
+"""Download of files at run time; a file that was downloaded before is used again."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from urllib.parse import unquote, urlsplit
 from gradsift.errors import DataError
 from gradsift.names import require_no_link, slug
 
-DOWNLOAD_LIMIT = 200 * 2**20  # bytes; the largest set in use is below 2 MB
+DOWNLOAD_LIMIT = 200 * 2**20  # bytes; the largest file in use is below 2 MB
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def fetch_url(url: str, folder: Path) -> Path:
-    """Download `url` into `folder` unless the file is there already, and return its path.
+    """Download `url` into `folder` unless the file is there already, and return the file's path.
 
-    Only https is used, except for addresses of this machine. The file gets its name when the download is complete.
+    Only https is allowed, except for addresses of this machine. The file gets its name when the download is complete.
 
     Raises:
-        DataError: no https, no network, an HTTP error, or more than `DOWNLOAD_LIMIT` bytes. The message names the path
-            at which to put the file by hand.
+        DataError: the address is not https, there is no network, an HTTP error occurs, or the file has more than
+            `DOWNLOAD_LIMIT` bytes. The message names the path to which the user can copy the file.
     """
     target = folder / _file_name(url)
     if target.is_file():
@@ -45,7 +45,7 @@ def fetch_url(url: str, folder: Path) -> Path:
 
 
 def _file_name(url: str) -> str:
-    """Return a safe file name: a hash, as two sets may both be called test.jsonl, and the last part of the URL."""
+    """Return a safe file name: the URL's hash (two files may both be called test.jsonl) and the URL's last part."""
     last = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
     return f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{slug(last or 'download')[-80:]}"
 
@@ -57,7 +57,7 @@ def _check_scheme(url: str) -> None:
 
 
 class _SameRulesRedirect(urllib.request.HTTPRedirectHandler):
-    """Applies the same check to redirects."""
+    """Applies `_check_scheme` to redirects too."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str

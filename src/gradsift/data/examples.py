@@ -1,4 +1,4 @@
-"""Examples and their ids, rejected rows, the files that hold both, and seeded samples."""
+"""Examples and their ids, rejected rows, the files that hold them, and seeded samples."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from gradsift.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_BLOCK = 2**15  # rows read at once: about 50 MB of text
+_BLOCK = 2**15  # rows read at once, about 50 MB of text
 
 
 class SourceRow(NamedTuple):
     """A row of a data source.
 
     row      position among the rows, from 0
-    content  the columns as a dict; the value itself if the source has another JSON value where a row should be
+    content  the columns as a dict; if the source has another JSON value in place of an object, that value
     line     line in the file, from 1, if the format has lines
     """
 
@@ -42,7 +42,8 @@ class Turn:
     """One message of a conversation.
 
     role        system, user or assistant
-    is_trained  whether an assistant turn carries loss; has no meaning for the other roles
+    content     the text
+    is_trained  whether an assistant turn carries loss; not used for other roles
     """
 
     role: str
@@ -54,10 +55,11 @@ class Turn:
 class Example:
     """One row that can be trained on.
 
-    row_index     position in the source, from 0; rejected rows leave gaps
+    row_index     position in the source, from 0; positions of rejected rows are not used
     example_id    content hash and occurrence number; unique
     content_hash  hash of history, instruction, input and output; equal for exact duplicates
-    history       turns before the last exchange; its assistant turns carry loss too, unless they are not trained
+    history       turns before the last exchange; an assistant turn in it carries loss too, unless its `is_trained` is
+                  False
     instruction, input, output
                   the last exchange; input is "" if there is none
     original      every column of the source row, as JSON values
@@ -90,7 +92,7 @@ class Rejected:
 
 
 def content_hash(history: Sequence[Turn], instruction: str, input: str, output: str) -> str:
-    """Return 16 hex digits of SHA-256 over the fields, as JSON so that no two divisions of a text are equal."""
+    """Return 16 hex digits of SHA-256 over the fields as JSON; the same text divided differently gets another hash."""
     turns = [[turn.role, turn.content] + ([] if turn.is_trained else ["not trained"]) for turn in history]
     fields = [turns, instruction, input, output]
     return hashlib.sha256(json.dumps(fields).encode("ascii")).hexdigest()[:16]
@@ -108,7 +110,7 @@ def make_example(
     """Return an example with its ids.
 
     Args:
-        occurrences: how often each content hash has occurred in the dataset so far; is counted up.
+        occurrences: how often each content hash has occurred in the dataset so far; the example is counted in.
     """
     digest = content_hash(history, instruction, input, output)
     example_id = f"{digest}-{occurrences[digest]}"
@@ -120,14 +122,14 @@ def make_example(
 
 
 def json_value(value: Any) -> Any:
-    """Return the value of a column as a JSON value, so that any row can be written as JSON and read back the same.
+    """Return the value of a column as a JSON value, so that a row can be written as JSON and read back unchanged.
 
-    JSON values are returned as they are. NaN becomes null, its meaning in data frames; infinities become the text
-    "Infinity" or "-Infinity"; dates and times their ISO text; decimals and UUIDs their text; bytes base64 text; tuples
-    lists.
+    JSON values are returned as they are. NaN becomes null, which is its meaning in data frames. Infinities become the
+    text "Infinity" or "-Infinity", dates and times their ISO text, durations, decimals and UUIDs their `str`, bytes
+    base64 text, and tuples lists.
 
     Raises:
-        TypeError: a value of another type, such as an image.
+        TypeError: the value, or a value in it, has another type, such as an image.
     """
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -149,7 +151,7 @@ def json_value(value: Any) -> Any:
 
 
 def json_type(value: Any) -> str:
-    """Return the JSON type of a value with its article, for messages."""
+    """Return the JSON type of a value with an article (`a list`), for messages."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -166,12 +168,12 @@ _TEXTS = ("example_id", "content_hash", "instruction", "input", "output")
 
 
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
-    """Write examples as parquet; `read_examples` returns equal ones.
+    """Write examples to a parquet file; `read_examples` returns equal examples.
 
-    The original row is kept as JSON text, so that columns of any type fit and rows need not agree on types.
+    `original` is written as JSON text, so that rows may have columns of any types, also different types.
 
     Raises:
-        DataError: an original holds a value that is not JSON (see `json_value`), or a text holds half a surrogate pair.
+        DataError: `original` holds a value that is not JSON (see `json_value`), or a text holds half a surrogate pair.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -179,7 +181,7 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
     originals = []
     for example in examples:
         try:
-            # ASCII escapes: other columns may hold half a surrogate pair, which UTF-8 cannot
+            # ASCII escapes: other columns may hold half a surrogate pair, which UTF-8 cannot encode
             originals.append(json.dumps(example.original, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise DataError(
@@ -221,7 +223,10 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def read_blocks(path: Path, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Yield the columns that `write_examples` wrote, or those named, block by block: the table need not fit in memory.
+    """Yield the table that `write_examples` wrote, block by block, so that it need not fit in memory.
+
+    Args:
+        names: the columns to read; None for all.
 
     Raises:
         DataError: see `read_examples`.
@@ -233,7 +238,7 @@ def read_blocks(path: Path, names: Sequence[str] | None = None) -> Iterator[pa.R
 
 
 def read_column(path: Path, name: str) -> pa.ChunkedArray:
-    """Return one column of all rows; see `read_blocks`."""
+    """Return one column of the table that `write_examples` wrote."""
     import pyarrow.parquet as pq
 
     with _reading(path), pq.ParquetFile(path) as file:
@@ -257,7 +262,7 @@ def _reading(path: Path) -> Iterator[None]:
 def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
     """Write one JSON object per rejected row: row, reason, line, content.
 
-    A column whose value JSON cannot hold is replaced with a text that says so.
+    A value that JSON cannot hold is replaced with a text that states why.
     """
     with path.open("w", encoding="ascii") as stream:
         for row in rejected:
@@ -287,23 +292,26 @@ def _kept_value(value: Any) -> Any:
 def draw(
     examples: Sequence[Example], limit: int | None, holdout: int, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Draw a seeded sample of the examples, and others that are held out; both in the order of the source.
+    """Draw a seeded sample of the examples (the pool), and `holdout` other examples; both in the order of the source.
 
-    `holdout` examples are drawn first, so they are the same for every `limit`; then at most `limit` of the remaining
-    examples; a smaller sample is part of a larger one. Held-out examples and pool never share a prompt (history,
-    instruction and input), and so no content hash either: examples with equal prompts are held out together. A group of
-    equal prompts is only cut if `holdout` cannot be reached otherwise; its other examples are then neither held out nor
-    in the pool.
+    The held-out examples are drawn first, so they are the same for every `limit`. Then at most `limit` of the remaining
+    examples are drawn; a pool with a smaller `limit` is part of a pool with a larger one. Held-out examples and pool
+    never share a prompt (history, instruction and input), and so no content hash either, because examples with equal
+    prompts are held out together. A group of equal prompts is divided only if `holdout` cannot be reached otherwise.
+    Then its other examples are neither held out nor in the pool.
+
+    Args:
+        limit: largest size of the pool; None for no limit.
 
     Returns:
-        pool, held-out examples
+        The pool and the held-out examples.
 
     Raises:
-        ConfigError: `holdout` leaves no example for the pool.
+        ConfigError: there are fewer than `holdout` examples, or none is left for the pool.
     """
     import numpy as np
 
-    # two streams: the held-out rows must not depend on the limit, nor the order of the pool on `holdout`
+    # two random streams: held-out rows must not depend on `limit`, nor the order of the pool's draw on `holdout`
     held_rng, pool_rng = (np.random.default_rng([seed, stream]) for stream in (0, 1))
     priority = pool_rng.permutation(len(examples))
     held, barred = (
@@ -320,7 +328,7 @@ def draw(
 
 
 def _hold_out(examples: Sequence[Example], holdout: int, order: list[int]) -> tuple[list[int], set[int]]:
-    """Return the positions held out, and all positions that share a prompt with them.
+    """Return the held-out positions, and the positions of all examples whose prompt is held out.
 
     Args:
         order: a random order of all positions.

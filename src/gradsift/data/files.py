@@ -1,6 +1,7 @@
-"""Files to rows.
+"""Reads the rows of data files.
 
-A file that is not of the type its name says raises a `DataError` that names the place; nothing is guessed or skipped.
+A file whose content is not of the type that its name states raises a `DataError`, which names the place. No content is
+guessed, and no broken row is skipped.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ _WIDE_ENCODINGS = (  # UTF-32 first: its byte order mark begins with UTF-16's
 def read_rows(path: Path, *, group: str = "data", holder: str | None = None) -> Iterator[SourceRow]:
     """Yield the rows of a .json, .jsonl, .csv, .tsv (each also with .gz or .zst), .parquet or .arrow file, in order.
 
-    .json     an array of objects; an object with one such array, {"data": [...]}, among other values; or JSON lines,
-              which many files of that name are
+    .json     an array of objects; an object in which one value is such an array, as {"data": [...]}; or JSON lines,
+              since many files with JSON lines are named .json
     .jsonl    one object per line; several objects on a line are several rows, empty lines are skipped
-    .csv      column names in the first line, which determines the delimiter; every cell is text
+    .csv, .tsv
+              the first line has the column names and determines the delimiter; every cell is text
     .parquet, .arrow
               columns of any type
 
@@ -53,11 +55,11 @@ def read_rows(path: Path, *, group: str = "data", holder: str | None = None) -> 
 
     Args:
         group: group of the options that name the file, for errors.
-        holder: key of the array if a .json file's object holds several.
+        holder: key of the array of rows, if a .json file's object has several arrays.
 
     Raises:
         DataError: the file is missing, a folder, not a regular file, empty, incomplete, of an unknown type, in another
-            encoding or broken; names the file, the line if there is one, and the remedy.
+            encoding or broken. The message names the file, the line if there is one, and the remedy.
     """
     kind = file_kind(path, group)
     with _reading(path):
@@ -84,7 +86,7 @@ def file_kind(path: Path, group: str = "data") -> str:
     """Return json, jsonl, csv, tsv, parquet or arrow, by the file's name.
 
     Raises:
-        DataError: there is no regular file of that name, or its type is unknown.
+        DataError: `path` is not a regular file, or its type is unknown.
     """
     if path.is_dir():
         raise DataError(f"{group}.path={path} is a folder; name one file in it")
@@ -107,7 +109,7 @@ def _without_packing(name: str) -> str:
 
 
 def _opened(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    """Return the file's bytes as a stream, unpacked."""
+    """Return a stream of the file's bytes, unpacked if it is a .gz or .zst file."""
     name = path.name.lower()
     if name.endswith(".gz"):
         return gzip.open(path, "rb")
@@ -131,7 +133,7 @@ def hash_of(path: Path) -> str:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn the exceptions of a broken file into a `DataError`."""
+    """Turn the exceptions that a broken or unreadable file raises into a `DataError`."""
     try:
         yield
     except gzip.BadGzipFile as error:
@@ -148,7 +150,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _as_utf8(path: Path, stream: gzip.GzipFile | io.BufferedReader) -> gzip.GzipFile | io.BufferedReader | io.BytesIO:
-    """Return the stream, or its text as UTF-8 if a byte order mark says that it is UTF-16 or UTF-32."""
+    """Return the stream, or a stream of its text in UTF-8 if a byte order mark shows that it is UTF-16 or UTF-32."""
     start = stream.peek(4)[:4]
     encoding = next((name for mark, name in _WIDE_ENCODINGS if start.startswith(mark)), None)
     if encoding is None:
@@ -164,7 +166,7 @@ def _as_utf8(path: Path, stream: gzip.GzipFile | io.BufferedReader) -> gzip.Gzip
 
 
 def _decoded(path: Path, data: bytes, line: int) -> str:
-    """Return the text of `data`, which begins at line `line` of the file."""
+    """Return the text of UTF-8 bytes `data`, which begin at line `line` of the file."""
     if line == 1 and data[:2] == b"\x1f\x8b":
         raise DataError(f"{path} is gzip; name it {path.name}.gz")
     if line == 1 and b"\0" in data[:4]:
@@ -223,7 +225,7 @@ def _json_rows(path: Path, text: str, holder: str | None) -> Iterator[SourceRow]
     if holder is None and _is_json_lines(text):
         return _unwrapped(path, _json_lines(path, io.BytesIO(text.encode("utf-8"))))
     values = _values(path, text, 1)
-    if all(isinstance(value, list) for value in values):  # several arrays if files were joined
+    if all(isinstance(value, list) for value in values):  # several arrays, if files were concatenated
         return _numbered(chain.from_iterable(values))
     if all(isinstance(value, dict) for value in values) and len(values) > 1:
         return _numbered(values)
@@ -240,7 +242,7 @@ def _json_rows(path: Path, text: str, holder: str | None) -> Iterator[SourceRow]
 
 
 def _is_json_lines(text: str) -> bool:
-    """Return whether the first line that is not empty holds complete objects."""
+    """Return whether the first line that is not empty consists of complete JSON objects."""
     first = text.lstrip(outside_json.BLANK).partition("\n")[0]
     if not first.startswith("{"):
         return False
@@ -249,12 +251,12 @@ def _is_json_lines(text: str) -> bool:
     except json.JSONDecodeError:
         return False
     except outside_json.RepeatedKeyError:
-        return True  # reported as an error of that line
+        return True  # `_json_lines` reports the error
     return True
 
 
 def _unwrapped(path: Path, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
-    """Yield the rows, or if the only one is an object that holds the rows, as {"data": [...]}, the rows in it."""
+    """Return the rows; if the only row is an object that holds the rows, as {"data": [...]}, return the rows in it."""
     first, second = next(rows, None), next(rows, None)
     if first is not None and second is None and isinstance(first.content, dict):
         inner = _rows_in(path, first.content)
@@ -264,7 +266,11 @@ def _unwrapped(path: Path, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
 
 
 def _rows_in(path: Path, content: dict[str, Any]) -> list[Any] | None:
-    """Return the rows in an object's only list of objects, the object if it is a row itself, or None."""
+    """Return the rows of a file that holds one object.
+
+    If the object has a column of a known format, it is the only row. Otherwise the rows are its only list of objects,
+    or None if it has no such list.
+    """
     if not KNOWN.isdisjoint(map(folded, content)):
         return [content]
     if len(content) == 1 and next(iter(content.values())) == []:
@@ -279,7 +285,7 @@ def _rows_in(path: Path, content: dict[str, Any]) -> list[Any] | None:
 
 
 def _are_rows(value: Any) -> bool:
-    """Return whether a value is a list of objects other than turns of a conversation."""
+    """Return whether a value is a list of objects that are not the turns of a conversation."""
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
         return False
     return not any({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys() for item in value)

@@ -1,6 +1,6 @@
-"""Rows to examples: one parser for each format that datasets have.
+"""Parses rows into examples, with one parser for each format of datasets.
 
-A row that cannot be trained on becomes `Rejected`, with a reason, and the others go on.
+A row that cannot be trained on becomes a `Rejected` with the reason; the other rows are still parsed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gradsift.data.turns import (
 )
 from gradsift.errors import ConfigError, DataError
 
-_UNSHOWN = {  # columns that change the meaning of a row, and for which an example has no place
+_UNSHOWN = {  # columns that change the meaning of a row and that an example cannot hold, and what they hold
     "tools": "tools",
     "functions": "tools",
     "reasoning_content": "reasoning apart from the answer",
@@ -48,30 +48,31 @@ def parse_rows(
     group: str = "data",
     occurrences: Counter[str] | None = None,
 ) -> tuple[list[Example], list[Rejected]]:
-    """Turn rows into examples.
+    """Return the examples of rows, and the rows that are rejected.
 
-    alpaca             instruction, input (may be missing or null), output; if the columns chosen and rejected replace
-                       the output, chosen is the output
+    alpaca             instruction, input (may be missing or null), output. If the data has columns chosen and rejected
+                       in place of output, chosen is the output
     messages           a list of turns: [{"role": "user", "content": text}, ...]
-    sharegpt           a list of turns in another column; in both formats, a turn's keys may also be from and value
+    sharegpt           a list of turns in the column conversations
     prompt_completion  prompt and completion, both text or both lists of turns
     auto               the format whose columns the data has, see `gradsift.data.columns.recognise`
 
-    Texts are kept as they are; an input of white space only counts as none. A conversation is a system prompt, then
-    user and assistant in turn; turns after the last assistant turn that is trained teach nothing and are left out. A
-    column `system` is the system prompt, a column `history` holds earlier exchanges. Every column stays in
-    `Example.original`, as JSON values.
+    Texts are kept as they are; an input of white space only counts as no input. The keys of a turn are role and content
+    or from and value. A conversation is a system prompt, if any, and then user and assistant turns that alternate.
+    Turns after the last assistant turn that is trained are left out, because they carry no loss. A column `system`
+    holds the system prompt, and a column `history` holds earlier exchanges. All columns are kept in `Example.original`,
+    as JSON values.
 
     Args:
         rows: rows of a reader, or pairs of position and columns.
         source: name of the data in errors.
         group: group of the options that describe the data, for errors.
-        occurrences: how often each content hash has occurred in other sources; is counted up.
+        occurrences: how often each content hash has occurred in other sources; the examples are counted in.
 
     Raises:
-        DataError: there is no row, no format fits, two columns could be one field, or not a single row can be used;
-            lists the columns.
-        ConfigError: an unknown format.
+        DataError: there is no row, no format fits, two columns could be the same field, or no row can be used. The
+            message lists the columns.
+        ConfigError: the format is unknown.
     """
     if format not in DATA_FORMATS:
         raise ConfigError(f"{group}.format={format!r} is not known; choose one of: {', '.join(DATA_FORMATS)}")
@@ -106,8 +107,8 @@ def _original(content: Any) -> dict[str, Any]:
     """Return the columns as JSON values.
 
     Raises:
-        Unusable: the row is not an object, a column holds what JSON cannot hold or what would be lost, or one marks the
-            response as undesired.
+        Unusable: the row is not an object, a column holds content that JSON or an example cannot hold, or a column
+            marks the response as undesired.
     """
     if not isinstance(content, dict):
         raise Unusable(f"the row is {json_type(content)}, not an object")
@@ -130,7 +131,7 @@ def _original(content: Any) -> dict[str, Any]:
 
 
 def _require_shape(row: Mapping[str, Any], shape: Shape, group: str) -> None:
-    """Raise Unusable for a row that lacks a column of the data's shape and has the columns of another shape."""
+    """Raise Unusable if a row lacks a needed column of `shape` and has the columns of another shape."""
     missing = [name for name in shape.needed if name not in row]
     if not missing:
         return
@@ -146,7 +147,7 @@ def _require_shape(row: Mapping[str, Any], shape: Shape, group: str) -> None:
 
 
 def _require_desired(row: Mapping[str, Any]) -> None:
-    """Raise Unusable for a response that is marked as undesired, as in data for KTO of LLaMA-Factory or TRL."""
+    """Raise Unusable if a column marks the response as undesired, as in LLaMA-Factory's or TRL's data for KTO."""
     by_name = {folded(name): value for name, value in row.items()}
     mark = "label" if by_name.keys() == {"prompt", "completion", "label"} else "kto_tag"
     if by_name.get(mark) is False:
@@ -194,7 +195,7 @@ def _history(row: Mapping[str, Any], shape: Shape) -> list[Turn]:
 
 
 def _with_system(row: Mapping[str, Any], shape: Shape, turns: list[Turn]) -> list[Turn]:
-    """Return the turns after the system prompt of the row's system column, if it has one."""
+    """Return the turns, preceded by the system prompt in the row's system column if there is one."""
     column = shape.optional(row, "system")
     if column is None or is_empty(row[column]):
         return turns
@@ -227,11 +228,11 @@ def _sharegpt(row: Mapping[str, Any], shape: Shape) -> Conversation:
 
 
 def _with_reply(prompt: list[Turn], reply: Any, name: str) -> Conversation:
-    """Return the conversation of the prompt's turns and the chosen reply.
+    """Return the conversation that consists of the prompt's turns and the chosen reply.
 
     Args:
-        reply: text, a turn, or a list of turns, which may repeat the prompt.
-        name: the reply's column, for reasons.
+        reply: a text, a turn, or a list of turns, which may repeat the prompt.
+        name: the reply's column, for the reasons of rejections.
     """
     if isinstance(reply, str):
         answer = [Turn("assistant", filled_text_of({name: reply}, name))]
@@ -248,7 +249,7 @@ def _with_reply(prompt: list[Turn], reply: Any, name: str) -> Conversation:
 
 
 def _decoded(value: Any) -> Any:
-    """Return the list if a value is JSON text of a list of turns, otherwise the value."""
+    """Return the list of turns if `value` is its JSON text, otherwise `value`."""
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return value
     try:

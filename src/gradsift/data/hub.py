@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub to rows."""
+"""Reads the rows of datasets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from gradsift.data.examples import SourceRow
 from gradsift.errors import DataError, first_line
 
-_PATIENCE = 10.0  # seconds for an answer of the hub before a run
+_PATIENCE = 10.0  # seconds in which the hub must answer the check before a run
 
 
 def require_dataset(id: str, revision: str | None) -> None:
-    """Ask the hub whether a dataset can be read, before the slow imports.
+    """Ask the hub whether a dataset can be read, as a check before the slow imports of a run.
 
     Raises:
-        DataError: the dataset or the revision does not exist, or is gated; or the hub cannot be reached (it never is if
-            HF_HUB_OFFLINE=1), and the local cache has nothing of the dataset; or a file or folder has the name.
+        DataError: the dataset or the revision does not exist or is gated; or the hub cannot be reached (always so with
+            HF_HUB_OFFLINE=1) and the local cache has nothing of the dataset; or a local file or folder is named `id`.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
@@ -43,7 +43,7 @@ def require_dataset(id: str, revision: str | None) -> None:
         raise _missing(id, revision) from error
     except HFValidationError as error:
         raise _unnamed(id) from error
-    except (http_error, OSError, ValueError) as error:  # ValueError: a page instead of the hub's JSON
+    except (http_error, OSError, ValueError) as error:  # ValueError: the reply is a web page, not the hub's JSON
         if not _may_be_cached(id):
             raise _unreachable(id, error) from error
 
@@ -56,19 +56,19 @@ def load_hub(
     first: int | None = None,
     group: str = "data",
 ) -> Iterator[SourceRow]:
-    """Return the rows of a hub dataset, loaded with `datasets`; from the local cache if HF_HUB_OFFLINE=1.
+    """Return the rows of a hub dataset, loaded with `datasets` (from the local cache if HF_HUB_OFFLINE=1).
 
     Code that comes with a dataset is never run.
 
     Args:
-        first: read this many rows from the start without downloading the others.
+        first: read only this many rows from the start, without downloading the others; None for all rows.
         group: group of the options that name the dataset, for errors.
 
     Raises:
         DataError: the dataset, subset, revision or split does not exist, is gated, or cannot be reached; or the dataset
-            has several subsets, which the message lists, and none is named.
+            has several subsets (the message lists them) and `subset` is None; or a local file or folder is named `id`.
     """
-    if Path(id).exists():  # `datasets` would load this instead
+    if Path(id).exists():  # `datasets` would load the local files instead
         raise _shadowed(id, group)
     import datasets
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
@@ -126,7 +126,7 @@ def _files_instead(group: str) -> str:
 
 
 def _may_be_cached(id: str) -> bool:
-    """Return whether the caches of huggingface_hub and datasets have anything of a dataset, or of its owner's."""
+    """Return whether the caches of huggingface_hub or datasets may hold a dataset (or another one of its owner)."""
     from huggingface_hub import constants
 
     prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets"))

@@ -1,4 +1,4 @@
-"""The load stage: rows of any source to examples with ids; what is not kept is listed as rejected."""
+"""The load stage: makes examples with ids from the rows of any source, and lists the rows that it rejects."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ VERSION = 2  # version of the stage for the embedded world
 ROWS_VERSION = 3  # version of the stage for other data
 EXAMPLES_FILE = "examples.parquet"
 HELDOUT_FILE = "heldout.parquet"
-PUBLISHED_FILE = "published.parquet"  # scores of the examples that `data.scores` gives
-LABELS_FILE = "labels.parquet"  # separate from the examples, so that no scorer reads it
+PUBLISHED_FILE = "published.parquet"  # the examples' scores from the file `data.scores`
+LABELS_FILE = "labels.parquet"  # separate from the examples, so that no scorer reads the labels
 BENCHMARK_FILE = "benchmark.json"
-SPOILT = (*verifiable.SPOILT, "garbled")  # qualities of examples that teach something wrong
+SPOILT = (*verifiable.SPOILT, "garbled")  # values of `Labels.quality` for examples that teach something wrong
 
 
 @dataclass(frozen=True)
@@ -48,26 +48,26 @@ class Labels:
     """Labels of each example of a generated or corrupted dataset, in the order of the examples."""
 
     quality: list[str]  # "clean", one of SPOILT, or a kind of duplicate
-    family: list[str] | None  # kind of task; known in the embedded world only
+    family: list[str] | None  # kind of task of each example; None outside the embedded world
     corruption: list[str | None] | None = None  # kind of injected corruption; None if the example is unchanged
     origin: list[int | None] | None = None  # position of the example that an injected copy repeats
 
 
 def load(runtime: Runtime, config: DataConfig) -> Artifact:
-    """Read and check the examples, give them ids, drop duplicates if `config.dedup` says so, and hold examples out."""
+    """Read and check the examples, give them ids, drop duplicates if `config.dedup` is set, and hold examples out."""
     if isinstance(config, VerifiableDataConfig):
         return _load_world(runtime, config)
     return _load_rows(runtime, config)
 
 
 def require_dataset(store: Store, config: HubDataConfig) -> None:
-    """Refuse a dataset of the hub that cannot be read, unless the store has its rows; see `hub.require_dataset`."""
+    """Raise DataError if a hub dataset cannot be read and the store does not have its rows (`hub.require_dataset`)."""
     if not store.has("load", config.name, _settings(config), [], version=ROWS_VERSION):
         hub.require_dataset(config.id, config.revision)
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
-    """Return the options that change the result, without those that are off: older artifacts keep their fingerprint."""
+    """Return the options that change the result, without those that are off, so that old fingerprints stay valid."""
     settings = asdict(config)
     if config.dedup != "near":
         del settings["dedup_threshold"]
@@ -76,7 +76,7 @@ def _settings(config: DataConfig) -> dict[str, Any]:
     if config.dedup == "none":
         del settings["dedup"]
     if isinstance(config, VerifiableDataConfig) and (config.dedup != "none" or config.limit):
-        settings["labels_version"] = 2  # copies whose original is not in the pool are labelled clean
+        settings["labels_version"] = 2  # since version 2, copies whose original is not in the pool are clean
     if config.corruption.share:
         settings["corruption_version"] = corruption.VERSION
     else:
@@ -110,7 +110,7 @@ def _load_rows(runtime: Runtime, config: DataConfig) -> Artifact:
         kept, repeated = _without_duplicates(runtime, config, examples)
         chosen = weighted(config, kept) if isinstance(config, MixtureDataConfig) else kept
         pool, heldout = draw(chosen, config.limit, config.holdout, config.seed)
-        # after the draw: the same rows are held out
+        # after the draw, so that the same rows are held out with and without scores
         pool, rejected, counts = _with_scores(runtime, config, folder, kept, pool, [*rejected, *repeated])
         if isinstance(config, MixtureDataConfig):
             counts["sources"] = dict(Counter(example.original[config.source_column] for example in pool))
@@ -126,7 +126,7 @@ def _load_rows(runtime: Runtime, config: DataConfig) -> Artifact:
         write_examples(folder / EXAMPLES_FILE, pool)
         write_examples(folder / HELDOUT_FILE, heldout)
         write_rejected(folder / "rejected.jsonl", rejected)
-        # a hub dataset may change under its name, so later stages depend on the content that was read
+        # a hub dataset may change without a new name, so later stages depend on the content that was read
         content = file_hash(folder / EXAMPLES_FILE)
         return counts | {"rows": len(pool), "heldout": len(heldout), "content": content}
 
@@ -157,10 +157,12 @@ def _with_scores(
     pool: list[Example],
     rejected: Sequence[Rejected],
 ) -> tuple[list[Example], list[Rejected], dict[str, Any]]:
-    """Write the scores of `data.scores`; return the examples that have one, all rejected rows, and the stage's counts.
+    """Write the scores of `data.scores`; return the examples with a score, all rejected rows, and the stage's counts.
+
+    Without `data.scores` no scores are written, and all examples of the pool are returned.
 
     Args:
-        kept: all examples of the data, the held-out ones included.
+        kept: all accepted examples of the data, held-out examples included.
         rejected: the rows that are rejected for other reasons.
     """
     unscored: list[Rejected] = []
@@ -216,7 +218,7 @@ def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
 
 
 def _without_lone_copies(pool: Sequence[Example], known: Sequence[verifiable.Label]) -> list[str]:
-    """Return the quality of each example; a copy is clean if the row it repeats is not in the pool."""
+    """Return the quality of each example; a copy is clean if the row that it repeats is not in the pool."""
     questions = [
         verifiable.question_of(label.family, example.instruction, example.input)
         for example, label in zip(pool, known, strict=True)
@@ -227,12 +229,12 @@ def _without_lone_copies(pool: Sequence[Example], known: Sequence[verifiable.Lab
         alone = label.quality in COPIES and question not in asked
         quality.append("clean" if alone else label.quality)
         if alone:
-            asked.add(question)  # a second copy repeats this one
+            asked.add(question)  # a second copy of the same row repeats this copy
     return quality
 
 
 def _world_changes(world: verifiable.World) -> dict[str, corruption.Change]:
-    """Return the kinds of corruption that must use the embedded world's own vocabulary."""
+    """Return the functions of the kinds of corruption that must keep to the embedded world's vocabulary."""
 
     def reworded(example: Example, rng: random.Random) -> corruption.Texts:
         family = world.labels[example.row_index].family
@@ -252,7 +254,7 @@ def _corrupt(
     changes: Mapping[str, corruption.Change],
     next_row: int,
 ) -> tuple[list[Example], Labels]:
-    """Corrupt a share of the pool; examples that are spoilt or duplicates already stay as they are."""
+    """Corrupt a share of the pool, and label the result. Only examples labelled clean are corrupted or copied."""
     made = corruption.corrupt(
         pool,
         changes,
@@ -269,7 +271,7 @@ def _corrupt(
 
 
 def _write_labels(folder: Path, labels: Labels) -> None:
-    """Write a column for each kind of label."""
+    """Write a table with one column for each field of `labels` that is not None."""
     columns = {name: values for name, values in vars(labels).items() if values is not None}
     types = {"origin": pa.int64()}
     arrays = {name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()}
@@ -282,7 +284,7 @@ def pool_of(loaded: Artifact) -> list[Example]:
 
 
 def heldout_of(loaded: Artifact) -> list[Example]:
-    """Return the examples held out for the held-out loss; may be empty."""
+    """Return the examples that were held out for the held-out loss; may be empty."""
     return read_examples(loaded.file(HELDOUT_FILE))
 
 
@@ -293,7 +295,7 @@ def benchmark_rows(loaded: Artifact) -> list[dict[str, str]]:
 
 
 def labels_of(loaded: Artifact) -> Labels | None:
-    """Return the labels of the examples if there are any; for reports only."""
+    """Return the labels of the examples, or None if the data has no labels. Use them for reports only."""
     path = loaded.file(LABELS_FILE)
     if not path.is_file():
         return None
@@ -302,7 +304,7 @@ def labels_of(loaded: Artifact) -> Labels | None:
 
 
 def corruption_of(loaded: Artifact) -> dict[int, str]:
-    """Return the kind of corruption at each corrupted position; empty if nothing was injected."""
+    """Return the kind of corruption for the position of each corrupted example; empty if nothing was injected."""
     labels = labels_of(loaded)
     kinds = labels.corruption if labels else None
     return {position: kind for position, kind in enumerate(kinds or ()) if kind}

@@ -1,4 +1,4 @@
-"""Where rows come from: local files, the hub, or a mixture of several sources with weights."""
+"""Sources of rows: local files, hub datasets, and mixtures of several sources with weights."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from gradsift.selection.budget import proportional_shares
 class RowSource(NamedTuple):
     """A source of rows.
 
-    name      of the data, for errors
-    settings  what its rows depend on, beside the options that name it
-    read      returns the rows
+    name      name of the data in errors
+    settings  what the rows depend on besides the options that name the source, such as the hash of a file
+    read      function that returns the rows
     """
 
     name: str
@@ -34,10 +34,10 @@ class RowSource(NamedTuple):
 def row_source(
     config: JsonDataConfig | HubDataConfig | SourceConfig, downloads: Path, group: str = "data"
 ) -> RowSource:
-    """Return the source that a config names.
+    """Return the source that a config describes.
 
     Args:
-        downloads: a folder for a copy of standard input.
+        downloads: the folder for a copy of standard input.
         group: group of the options that name the source, for errors.
 
     Raises:
@@ -59,10 +59,12 @@ def row_source(
 
 
 def parse_mixture(config: MixtureDataConfig, sources: Mapping[str, RowSource]) -> tuple[list[Example], list[Rejected]]:
-    """Return the examples of all sources, numbered through, with the name of the source in a column of the original.
+    """Return the examples and the rejected rows of all sources.
+
+    Rows are numbered over all sources. The column `config.source_column` of `original` holds the name of the source.
 
     Raises:
-        DataError: a source has the column already, or cannot be read (see `parse_rows`).
+        DataError: a source already has this column, or cannot be read (see `parse_rows`).
     """
     examples: list[Example] = []
     rejected: list[Rejected] = []
@@ -85,9 +87,10 @@ def parse_mixture(config: MixtureDataConfig, sources: Mapping[str, RowSource]) -
 
 
 def weighted(config: MixtureDataConfig, examples: Sequence[Example]) -> list[Example]:
-    """Return a seeded sample in which the sources have the shares of their weights; all examples without weights.
+    """Return a seeded sample in which each source's share is proportional to its weight.
 
-    With `limit` the sample has that many examples, and those to hold out; otherwise it is the largest possible one.
+    If the sources have no weights, return all examples. With `config.limit` the sample has `limit` + `holdout`
+    examples, otherwise it is as large as possible.
 
     Raises:
         ConfigError: a source has too few examples for its share.

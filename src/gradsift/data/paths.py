@@ -20,15 +20,16 @@ _PATTERN_CHARACTERS = "*?["
 def files_of(paths: str | Sequence[str], downloads: Path, group: str = "data") -> list[Path]:
     """Return the files that `data.path` names, in the order of their rows.
 
-    A folder is one that `datasets.save_to_disk` wrote, or has shards of one type, in the order of their names.
+    A folder must be written by `datasets.save_to_disk`, or hold shards of one type, which are read in the order of
+    their names.
 
     Args:
         paths: one or several of: a file, a folder, a pattern as in `folder/*.jsonl`, `-` for standard input.
-        downloads: a folder for a copy of standard input.
-        group: group of the option that names them, for errors.
+        downloads: the folder for a copy of standard input.
+        group: group of the option that names the files, for errors.
 
     Raises:
-        DataError: there is no such file, a type is unknown, or a folder holds several types.
+        DataError: a file does not exist, is of an unknown type or is named twice, or a folder holds several types.
     """
     files: list[Path] = []
     for path in [paths] if isinstance(paths, str) else paths:
@@ -41,13 +42,13 @@ def files_of(paths: str | Sequence[str], downloads: Path, group: str = "data") -
 
 
 def require_files(paths: str | Sequence[str], group: str = "data") -> None:
-    """Raise DataError as `files_of` does, without reading standard input."""
+    """Raise DataError if `files_of` would, without reading standard input."""
     named = [paths] if isinstance(paths, str) else paths
     files_of([path for path in named if path != STANDARD_INPUT], Path(), group)
 
 
 def read_files(files: Sequence[Path]) -> Iterator[SourceRow]:
-    """Yield the rows of several files, numbered through; lines are known if there is one file."""
+    """Yield the rows of files, numbered over all files. `SourceRow.line` is set only if there is one file."""
     if len(files) == 1:
         yield from read_rows(files[0])
         return
@@ -95,7 +96,7 @@ def _files_in(folder: Path, group: str) -> list[Path]:
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that `datasets.save_to_disk` wrote."""
+    """Return the data files in a folder that `datasets.save_to_disk` wrote."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         names = [each["filename"] for each in state["_data_files"]]
@@ -118,6 +119,6 @@ def _copy_of_standard_input(downloads: Path) -> Path:
     return copy
 
 
-@functools.cache  # it can be read once, and every job of a sweep in this process needs it
+@functools.cache  # standard input can be read only once, and every job of a sweep in this process needs it
 def _standard_input() -> bytes:
     return sys.stdin.buffer.read()

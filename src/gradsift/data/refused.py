@@ -1,4 +1,4 @@
-"""The rows that a chat template cannot show, in a file of their own: a result of tokenising the pool."""
+"""The rows of the pool that a chat template cannot render, printed and written to a file of their own."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ REFUSED_FILE = "refused.jsonl"
 
 
 def say_refused(runtime: Runtime, refused: Iterable[Rejected], rows: int, group: str, what: str = "rows") -> None:
-    """Print which of `rows` rows the chat template of `group` cannot show, a line for each reason.
+    """Print which rows the chat template of `group` cannot render, with a line for each reason.
 
     Args:
+        refused: the rows that cannot be rendered.
+        rows: the number of all rows.
         group: proxy or target.
-        what: the kind of rows.
+        what: name of the rows in the message.
     """
     by_reason: dict[str, list[int]] = {}
     for rejected in refused:
@@ -40,12 +42,12 @@ def refused_rows(
     loaded: Artifact,
     report: Callable[[], EncodeReport],
 ) -> Artifact:
-    """Write the rows of the pool that the template cannot show, with their reasons, as `write_rejected` does.
+    """Write the rows of the pool that the template cannot render, with the reasons, in the format of `write_rejected`.
 
     Args:
         settings: the settings of the encoding.
         model: the model whose tokenizer is used.
-        report: returns the report of tokenising the pool, after tokenising it if that is still to be done.
+        report: returns the report of tokenising the pool; tokenises the pool first if that is not done yet.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Tables to rows: CSV with any delimiter, parquet and Arrow."""
+"""Reads the rows of tables: CSV with any delimiter, parquet and Arrow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradsift.data.examples import SourceRow
 from gradsift.errors import DataError
 
 AGAIN = "the file seems to be half-written; fetch or write it again"
-_DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}  # of equally frequent delimiters the first wins
+_DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}  # if delimiters are equally frequent, the first is used
 
 
 # ---------------------------------------------------------------------------------------------- CSV
@@ -24,16 +24,16 @@ _DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}  # of equally frequent delimiters
 def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
     """Return the rows of a table whose first line names the columns.
 
-    The delimiter is the most frequent of comma, semicolon, tab and bar in that line, outside of quotes; a first line
-    `sep=;`, which spreadsheets write, names it. A line that repeats the column names, as in concatenated files, is
-    skipped.
+    The delimiter is the one of comma, semicolon, tab and bar that is most frequent in that line, outside of quotes. A
+    line `sep=;` before it, as spreadsheets write, sets the delimiter instead. A line that repeats the column names, as
+    in concatenated files, is skipped.
 
     Args:
         text: the file's text, without a byte order mark.
         kind: csv or tsv.
 
     Raises:
-        DataError: broken quotes, a row of another length, or a repeated column name.
+        DataError: the quotes are broken, a row has another number of cells, or a column name is repeated.
     """
     skipped = 0
     if named := re.match(r'"?sep=(.)"?\r?\n', text):
@@ -50,7 +50,7 @@ def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
         header = next((cells for cells in reader if cells), [])
         _require_different(path, header)
         rows: list[SourceRow] = []
-        line = reader.line_num + 1 + skipped  # where the row begins: a quoted cell can contain line breaks
+        line = reader.line_num + 1 + skipped  # where the next row begins; a quoted cell can contain line breaks
         for cells in reader:
             if cells and len(cells) != len(header):
                 raise DataError(
@@ -69,15 +69,15 @@ def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
 
 
 def _first_line(text: str) -> str:
-    """Return the line of the column names, without the text inside quotes."""
+    """Return the first line that is not blank (the column names), without the text inside quotes."""
     first = re.search(r"[^\r\n]*\S[^\r\n]*", text)
     return re.sub(r'"[^"]*"', '""', first[0]) if first else ""
 
 
 def _has_blanks_before_quotes(text: str, delimiter: str) -> bool:
-    """Return whether a blank follows every delimiter of the first line, and a quote follows some of these blanks.
+    """Return whether a blank follows every delimiter of the first line, and a quote follows such a blank in any line.
 
-    Such a quote opens a cell; without skipping the blank it would be part of the text.
+    Such a quote opens a cell. If the blank were not skipped, the quote would be read as part of the cell's text.
     """
     cells = _first_line(text).split(delimiter)[1:]
     return bool(cells) and all(cell.startswith(" ") for cell in cells) and f'{delimiter} "' in text
@@ -93,7 +93,8 @@ def column_rows(path: Path, kind: str) -> Iterator[SourceRow]:
         kind: parquet or arrow; an Arrow file has the stream format, as `datasets` writes it, or the file format.
 
     Raises:
-        DataError: the file is empty or broken, or a text in it is not UTF-8; names row and column.
+        DataError: the file is empty or broken, or a value cannot be read, such as a text that is not UTF-8. The message
+            then names row and column.
     """
     import pyarrow as pa
 
@@ -139,7 +140,7 @@ def _require_different(path: Path, names: Sequence[str]) -> None:
 
 
 def _values(path: Path, batch: Any, first: int) -> Sequence[dict[str, Any]]:
-    """Return the rows of a batch that starts at row `first`."""
+    """Return the rows of a batch; `first` is the number of its first row in the file, for errors."""
     try:
         rows: list[dict[str, Any]] = batch.to_pylist()
     except (ValueError, OverflowError) as error:  # text that is not UTF-8, or a date outside of Python's range

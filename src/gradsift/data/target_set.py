@@ -1,7 +1,7 @@
-"""The target set: examples of what the finetuned model should be good at, each belonging to one task.
+"""The target set: examples of what the finetuned model should be good at, each of which belongs to one task.
 
-Methods such as LESS, G2IS, RDS+ and similarity of Sentence-BERT embeddings select towards it. Its rows are read like
-the rows of the data, but a row that cannot be used is an error, since a target set is small.
+LESS, G2IS, RDS+ and other methods select examples of the pool towards the target set. Its rows are read like the rows
+of the data, but a row that cannot be used raises an error instead of being rejected, since a target set is small.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ EXAMPLES_FILE = "examples.parquet"
 TASKS_FILE = "tasks.json"
 OVERLAP_FILE = "overlap.jsonl"
 OVERLAP_VERSION = 2
-_ALIKE = 0.8  # Jaccard similarity from which prompts count as similar, as for near duplicates
-_NAMED = 5  # rows that a warning names; the file lists all
+_ALIKE = 0.8  # Jaccard similarity from which prompts are similar, as for near duplicates
+_NAMED = 5  # rows that the warning names at most; the file lists all
 
 
 @dataclass(frozen=True)
 class TargetSet:
-    """Q examples and the task of each; the rows of a task are adjacent."""
+    """Q examples and the task of each; the examples of a task are adjacent."""
 
     examples: list[Example]
     tasks: list[str]
@@ -52,8 +52,8 @@ def load_target_set(runtime: Runtime, config: TargetSetConfig, loaded: Artifact)
     """Read the target rows, at most `config.limit` of each task.
 
     Raises:
-        ConfigError: there is no target set, or no such task.
-        DataError: a file is missing, empty or of another schema, or a row cannot be used; names it.
+        ConfigError: there is no target set, or the embedded world has no such task.
+        DataError: a file is missing, empty or of another schema, or a row cannot be used. The message names it.
     """
     if isinstance(config, FilesTargetSetConfig):
         return _load_files(runtime, config)
@@ -146,9 +146,9 @@ def target_set_of(artifact: Artifact) -> TargetSet:
 
 
 def find_overlap(runtime: Runtime, target_set: Artifact, loaded: Artifact) -> Artifact:
-    """Find rows of the target set whose prompt or a similar one is in the pool; list them in `overlap.jsonl`.
+    """Find target rows whose prompt is equal or similar to a prompt in the pool, and list them in `overlap.jsonl`.
 
-    Selecting towards rows of the pool makes a selection look better than it is, so a warning is printed.
+    If there are any, print a warning: a selection towards rows of the pool looks better than it is.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -177,10 +177,13 @@ def find_overlap(runtime: Runtime, target_set: Artifact, loaded: Artifact) -> Ar
 def overlap(
     targets: Sequence[Example], pool: Sequence[Example], alike: float = _ALIKE
 ) -> list[tuple[int, Example, str]]:
-    """Return the position of a target row, an example of the pool with a similar prompt, and what they share.
+    """Return all pairs of a target row and an example of the pool with similar prompts, in the order of the targets.
 
     Prompts are similar if the Jaccard similarity of their word triples, ignoring case, is at least `alike`. All pairs
     that share a triple are compared.
+
+    Returns:
+        (position of the target row, example, what they share: `prompt and response`, `prompt` or `similar prompt`)
     """
     own = [_prompt_shingles(target) for target in targets]
     holders: dict[tuple[str, ...], list[int]] = {}
@@ -198,10 +201,10 @@ def overlap(
 
 
 def warn_of_leak(runtime: Runtime, target_set: Artifact, asked: Set[tuple[str, str]]) -> None:
-    """Warn about target rows that the run's benchmark asks.
+    """Print a warning if target rows are questions of the run's benchmark.
 
     Args:
-        asked: instruction and input of each question.
+        asked: instruction and input of each question of the benchmark.
     """
     targets = target_set_of(target_set).examples
     if leaked := sum((target.instruction.strip(), target.input.strip()) in asked for target in targets):

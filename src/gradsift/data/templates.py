@@ -1,13 +1,13 @@
 """Prompt templates: how an example becomes text, and which part of the text is response.
 
-alpaca  The prompt published with Stanford Alpaca, with and without input. As in its training code, the prompt ends
-        with "### Response:" and the response follows without a line break. A system prompt replaces the introduction;
-        a further exchange begins with "\\n\\n### Instruction:\\n".
-plain   Instruction and input, a line each, then the response. Turns of a history are lines as well.
+alpaca  The prompt published with Stanford Alpaca, in its forms with and without input. As in Alpaca's training code,
+        the prompt ends with "### Response:", and the response follows without a line break. A system prompt replaces
+        the introduction. A further exchange begins with "\\n\\n### Instruction:\\n".
+plain   Instruction and input on a line each, then the response. Turns of a history are on lines as well.
 chat    The tokenizer's own chat template (see `gradsift.data.chat_templates`). An input follows its instruction after a
         line break.
 FILE.jinja
-        A chat template of the user's own, in place of the tokenizer's.
+        A chat template in a file of the user, used in place of the tokenizer's.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ ALPACA_INTRODUCTION_WITH_INPUT = f"{_TASK}, paired with an input that provides f
 class _Exchange:
     instruction: str
     input: str
-    output: str | None  # None: still to be generated
-    is_trained: bool = True  # whether the output is response, which carries loss
+    output: str | None  # None if it is still to be generated
+    is_trained: bool = True  # whether the output carries loss
 
 
 def render(example: Example, template: str, tokenizer: Any = None) -> list[Segment]:
-    """Return the text of an example; every assistant turn that is trained is a response segment.
+    """Return the text of an example as segments; every assistant turn that is trained is a response segment.
 
     Args:
         template: alpaca, chat, plain or the file of a chat template.
         tokenizer: needed for chat templates only.
 
     Raises:
-        ConfigError: an unknown template, or a tokenizer without a chat template.
-        Unusable: the chat template cannot show this conversation.
+        ConfigError: the template is unknown, or the tokenizer has no chat template.
+        Unusable: the chat template cannot render this conversation.
         DataError: the turns of the history do not alternate between user and assistant.
     """
     turns = list(example.history)
@@ -59,14 +59,14 @@ def render(example: Example, template: str, tokenizer: Any = None) -> list[Segme
 def prompt_segments(
     instruction: str, input: str, template: str, tokenizer: Any = None, history: Sequence[Turn] = ()
 ) -> list[Segment]:
-    """Return the part of `render` before the response: the text after which a response is generated.
+    """Return the segments of a prompt, after which a response is generated: what `render` puts before the response.
 
     Args:
         history: the earlier turns, user and assistant alternating.
 
     Raises:
-        ConfigError: an unknown template, or a tokenizer without a chat template.
-        Unusable: the chat template cannot show this prompt.
+        ConfigError: the template is unknown, or the tokenizer has no chat template.
+        Unusable: the chat template cannot render this prompt.
     """
     return _render(None, [*_exchanges(history), _Exchange(instruction, input, None)], template, tokenizer)
 

@@ -1,15 +1,15 @@
 """Tokens of examples and prompts, and which of them are response.
 
-A text template (alpaca, plain) is tokenised as one text, as Alpaca's and TRL's code do. A token that holds both the
-end of a prompt and the start of its response is prompt: generation starts after the whole prompt, where no such token
-can occur. A token that holds the end of a response and the start of the next prompt is prompt, too. With a tokenizer
-without offsets (a slow one), and with a chat template, whose turns end at special tokens, each part is tokenised by
-itself.
+With a text template (alpaca, plain), prompts and responses of an example are tokenised as one text, as in Alpaca's and
+TRL's code. A token that holds both the end of a prompt and the start of its response is prompt, because generation
+starts after the whole prompt and so cannot produce this token. A token that holds the end of a response and the start
+of the next prompt is prompt too. Prompts and responses are tokenised separately if the tokenizer gives no offsets (a
+slow tokenizer), or with a chat template, whose turns end at special tokens.
 
-The tokenizer's start token comes first if the tokenizer adds one by itself (Llama) and the chat template does not. Its
-end token comes last and belongs to the response, unless the chat template has closed the turn already. A special token
-that is spelt out in an example's text is text. A conversation that the chat template cannot show is left out, with its
-reason.
+The tokenizer's start token comes first if the tokenizer adds one by itself (Llama) and the chat template does not. The
+tokenizer's end token comes last and belongs to the response, unless the text of the chat template ends with a special
+token. If an example's text spells out a special token, it is tokenised as plain text. A conversation that the chat
+template cannot render is left out, and the reason is reported.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from gradsift.data.truncation import Part, shorten, tokens_in, truncate
 from gradsift.data.turns import Unusable
 from gradsift.errors import ConfigError, DataError
 
-ENCODING = 2  # raised when the same text gets other tokens, or another boundary between prompt and response
-_CHAT_ENCODING = 5  # raised when this changes for chat templates alone
-_CHUNK = 1000  # texts tokenised in one call, which bounds the memory of a tokenizer's own records
+ENCODING = 2  # raised when the same text gets other tokens, or another boundary of prompt and response
+_CHAT_ENCODING = 5  # raised when this changes for chat templates only
+_CHUNK = 1000  # texts tokenised in one call, to bound the memory of the tokenizer's own records
 _CHUNK_CHARACTERS = 2_000_000  # characters tokenised in one call: the records take about 200 bytes per character
 _MOST_UNKNOWN = 0.5  # share of unknown tokens above which the tokenizer cannot be meant for the data
 
@@ -49,8 +49,8 @@ class Encoded:
     row          position in the list of examples that was encoded
     row_index    the example's row in the data's source, for messages
     input_ids    (T,) int32
-    is_response  (T,) bool; the first token never is, so every response token has one before it
-    lane         the adapter that it passes through, where several train side by side
+    is_response  (T,) bool; False for the first token, so that every response token has a token before it
+    lane         number of the adapter that the example passes through, if several adapters train side by side
     """
 
     row: int
@@ -61,18 +61,19 @@ class Encoded:
 
     @property
     def scored(self) -> int:
-        """The number of tokens with a loss: response tokens, without a first one, which nothing predicts."""
+        """The number of tokens with a loss: all response tokens, except a first token, which has no context."""
         return int(self.is_response[1:].sum())
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeReport:
-    """What was cut or left out.
+    """What `encode` cut or left out.
 
     truncated_prompts      number of examples that lost prompt tokens
     truncated_responses    number of examples that lost response tokens
     rows_without_response  positions of examples whose response has no token; they are not encoded
-    refused                by position, the examples that the chat template cannot show; they are not encoded
+    refused                maps the position of each example that the chat template cannot render to its `Rejected`,
+                           which has the reason; these examples are not encoded
     """
 
     truncated_prompts: int
@@ -82,12 +83,14 @@ class EncodeReport:
 
 
 def encoding_settings(template: str, max_length: int) -> dict[str, Any]:
-    """Return the settings that an example's tokens depend on besides the tokenizer, as part of a stage's settings."""
+    """Return what an example's tokens depend on besides the tokenizer, as part of a stage's settings."""
     return {"template": template_identity(template), "max_length": max_length, "encoding": ENCODING}
 
 
 def template_identity(template: str) -> str:
-    """Return a template as it appears in the settings of a stage: its name, or the hash of its file.
+    """Return what identifies a template in the settings of a stage: its name, or the hash of its file.
+
+    For chat templates, the version of the encoding and `DATE` are added.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -105,7 +108,7 @@ def encode(
     max_length: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[Encoded], EncodeReport]:
-    """Tokenise examples, in their order; see `gradsift.data.truncation` for those longer than `max_length`.
+    """Tokenise examples, in their order, and truncate them to `max_length` tokens (see `gradsift.data.truncation`).
 
     Args:
         template: alpaca, chat, plain or the file of a chat template.
@@ -113,7 +116,7 @@ def encode(
         progress: called with the number of examples that were just done.
 
     Raises:
-        ConfigError: `max_length` or the template cannot be used, or the template cannot show a single example.
+        ConfigError: `max_length`, tokenizer or template cannot be used, or the template can render no example.
         DataError: more than half of the tokens are unknown to the tokenizer.
     """
     if max_length < 2:
@@ -140,7 +143,7 @@ def encode(
         kept = truncate(complete, max_length)
         ids = np.fromiter(chain.from_iterable(ids for ids, _ in kept), dtype=np.int32)
         is_response = np.repeat([response for _, response in kept], [len(ids) for ids, _ in kept])
-        is_response[0] = False  # true only if the prompt has no token at all
+        is_response[0] = False  # True only if the prompt has no token
         if not is_response.any():
             without_response.append(row)
             continue
@@ -158,16 +161,16 @@ def encode_prompts(
     progress: Callable[[int], None] = lambda done: None,
     refused: dict[int, Rejected] | None = None,
 ) -> tuple[list[np.ndarray], int]:
-    """Tokenise all that comes before each example's last response.
+    """Tokenise the text before the last response of each example.
 
     A prompt longer than `max_length` loses tokens from the left, except the start token if there is one.
 
     Args:
-        refused: receives by position the examples that the chat template cannot show.
+        refused: gets an entry (position: `Rejected`) for each example that the chat template cannot render.
 
     Returns:
-        The ids (T,) int32 of each prompt, empty if the chat template cannot show it, and the number of prompts that
-        were cut.
+        The ids (T,) int32 of each prompt, which are empty if the chat template cannot render the example, and the
+        number of prompts that were cut.
 
     Raises:
         ConfigError: the template cannot be used.
@@ -198,13 +201,13 @@ def encode_prompts(
 def encode_prompt(
     instruction: str, input: str, tokenizer: Any, template: str, history: Sequence[Turn] = ()
 ) -> list[int]:
-    """Return the token ids after which a response is generated: the prompt's ids in `encode`, not cut.
+    """Return the token ids of a prompt, after which a response is generated. They are as in `encode`, but not cut.
 
     Args:
         history: the earlier turns, user and assistant alternating.
 
     Raises:
-        ConfigError: the template cannot be used, or cannot show this prompt.
+        ConfigError: the template cannot be used, or cannot render this prompt.
     """
     try:
         segments = prompt_segments(instruction, input, template, tokenizer, history)
@@ -215,13 +218,13 @@ def encode_prompt(
 
 
 def start_of(text: str, tokenizer: Any, max_length: int) -> str:
-    """Return the text, or if it is much longer than `max_length` tokens, a start with slightly more tokens."""
+    """Return the text; if it is much longer than `max_length` tokens, only a start of slightly more tokens."""
     (segment,) = shorten([Segment(text, is_response=True)], partial(_count, tokenizer=tokenizer), max_length)
     return segment.text
 
 
 def chunks(texts: Iterable[_Texts], characters_of: Callable[[_Texts], int]) -> Iterator[list[_Texts]]:
-    """Yield lists of texts to tokenise in one call, which keep a tokenizer's own records small."""
+    """Yield lists of texts, each to tokenise in one call. Short lists bound the memory of the tokenizer's records."""
     chunk: list[_Texts] = []
     characters = 0
     for text in texts:
@@ -245,11 +248,11 @@ def _tokenised(
     cut: Callable[[list[Segment]], list[Segment]],
     refused: dict[int, Rejected],
 ) -> Iterator[list[Part]]:
-    """Yield the parts of each example, none for one that the template cannot show.
+    """Yield the parts of each example; an empty list if the template cannot render the example.
 
     Args:
         cut: shortens the segments of an example before they are tokenised.
-        refused: receives by position the examples that the template cannot show.
+        refused: gets an entry (position: `Rejected`) for each example that the template cannot render.
     """
     as_one_text = not is_chat(template) and tokenizer.is_fast
     total = unknown = 0
@@ -295,11 +298,11 @@ def _as_one_text(rendered: Sequence[list[Segment]], tokenizer: Any) -> Iterator[
 
 
 def _divided(segments: Sequence[Segment], ids: list[int], offsets: Sequence[tuple[int, int]]) -> list[Part]:
-    """Divide the tokens of one text among its segments; a token across a boundary goes to the side that is prompt.
+    """Divide the tokens of one text among its segments; a token that spans prompt and response goes to the prompt.
 
     Args:
-        offsets: first character, and the one after the last, of each token. Byte-level tokenizers may leave out blanks
-            at the ends, which moves no token over a boundary: no template's prompt ends with a blank.
+        offsets: (first character, character after the last) of each token. Byte-level tokenizers may leave out blanks
+            at the ends of a token. This moves no token over a boundary, because no template's prompt ends with a blank.
     """
     parts: list[Part] = []
     done = boundary = 0
@@ -317,7 +320,7 @@ def _divided(segments: Sequence[Segment], ids: list[int], offsets: Sequence[tupl
 
 
 def _ids(segments: Sequence[Segment], tokenizer: Any) -> list[list[int]]:
-    """Return the token ids of each segment, tokenised by itself; only markup may hold special tokens."""
+    """Return the token ids of each segment, tokenised separately. Only markup segments may hold special tokens."""
     ids: list[list[int]] = [[] for _ in segments]
     for is_markup in (False, True):
         places = [place for place, segment in enumerate(segments) if segment.is_markup is is_markup]
@@ -339,19 +342,19 @@ def _call(tokenizer: Any, texts: list[str], **options: bool) -> Any:
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # no warning about the model's length, since `truncate` takes care of it
+        verbose=False,  # no warning about texts that are too long for the model: `truncate` cuts them
         **options,
     )
 
 
 def _start(tokenizer: Any) -> list[int]:
-    """Return the start token, if the tokenizer has one and adds it to a text by itself."""
+    """Return a list with the start token if the tokenizer adds it to a text by itself, otherwise an empty list."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def _with_start(parts: list[Part], start: list[int]) -> list[Part]:
-    """Return the parts after the start token, which a chat template may have written already."""
+    """Return the parts after a part with `start`; a start token that the chat template has written is moved there."""
     if parts and start and parts[0][0][:1] == start:
         return [(start, False), (parts[0][0][1:], parts[0][1]), *parts[1:]]
     return [(start, False), *parts]

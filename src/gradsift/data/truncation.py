@@ -1,10 +1,10 @@
-"""Truncation to a number of tokens: of an encoded example, and of long texts before they are tokenised.
+"""Truncation of encoded examples to a number of tokens, and of long texts before they are tokenised.
 
-Prompt tokens go first, from the left; at least one token of context stays, and it is the start token if there is one.
-Response tokens go only if they do not fit by themselves: a conversation then loses its earliest exchanges as a whole,
-a single response loses its end.
+Prompt tokens are cut first, from the left. At least one token of context is kept: the start token if there is one.
+Response tokens are cut only if they do not fit without the prompt. Then a conversation loses whole exchanges, the
+earliest first, and a single response loses its end.
 
-Tokenising 100 MB of text takes 20 GB of memory, so `shorten` drops most of what would be cut off anyway.
+Tokenising 100 MB of text takes 20 GB of memory. So `shorten` drops most of the text that `truncate` would cut off.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from itertools import chain, groupby
 from gradsift.data.chat_templates import Segment
 
 Part = tuple[list[int], bool]  # token ids, is_response
-_WINDOW = 20_000, 64  # characters, and characters per token of the limit: shorter texts are not cut
-_MARGIN = 64  # tokens kept beyond the limit, so that the cut in a text does not change the tokens within it
+_WINDOW = 20_000, 64  # a text of up to this many characters, or this many per token of the limit, is not cut
+_MARGIN = 64  # tokens kept beyond the limit, so that the cut in the text changes no token within the limit
 
 
 def truncate(parts: Sequence[Part], max_length: int) -> list[Part]:
     """Return the parts cut to `max_length` tokens.
 
     Args:
-        parts: the first one holds the start token, or nothing.
+        parts: the parts of an example; the first part holds the start token, or nothing.
     """
     start, *rest = parts
-    rest = [  # adjacent parts of one kind are joined, so that a prompt of several parts is cut as one
+    rest = [  # adjacent parts of one kind are joined, so that a prompt of several parts is cut as a whole
         (list(chain.from_iterable(ids for ids, _ in run)), is_response)
         for is_response, run in groupby(rest, key=lambda part: part[1])
     ]
@@ -40,7 +40,7 @@ def truncate(parts: Sequence[Part], max_length: int) -> list[Part]:
         room -= len(ids) if is_response else 0
         room = max(room, 0)
     excess = len(start[0]) + sum(len(ids) for ids, _ in fitting) - max_length
-    must_stay = 0 if start[0] else 1  # the first context token, which the next one is predicted from
+    must_stay = 0 if start[0] else 1  # the first token, from which the next token is predicted
     kept = [start]
     for ids, is_response in fitting:
         if not is_response and excess > 0 and ids:
@@ -52,12 +52,12 @@ def truncate(parts: Sequence[Part], max_length: int) -> list[Part]:
 
 
 def tokens_in(parts: Iterable[Part], is_response: bool) -> int:
-    """Return the number of tokens in parts of one kind."""
+    """Return the number of tokens in the parts that are response, or in those that are not."""
     return sum(len(ids) for ids, response in parts if response is is_response)
 
 
 def _after_first_exchange(parts: list[Part]) -> list[Part]:
-    """Return what follows the first prompt and its response; empty if nothing does."""
+    """Return the parts after the first prompt and its response; an empty list if there are none."""
     kinds = [is_response for _, is_response in parts]
     first_response = kinds.index(True)
     return parts[kinds.index(False, first_response) :] if False in kinds[first_response:] else []
@@ -70,16 +70,16 @@ def shorten(
     *,
     keep_ends: bool = False,
 ) -> list[Segment]:
-    """Return the segments without most of what truncation to `max_length` tokens removes.
+    """Return the segments without most of the text that `truncate` to `max_length` tokens would remove.
 
-    Truncation cuts prompts on the left, responses on the right, and the earliest exchanges, of which at most
-    `max_length` can stay. So a prompt keeps its end and the last response its start, each with slightly more than
-    `max_length` tokens. An earlier response that is cut here is removed as a whole by truncation; it keeps its end
-    because a token may reach from there into the next prompt, which therefore keeps its start too.
+    `truncate` cuts prompts on the left, responses on the right, and the earliest exchanges; at most `max_length`
+    exchanges can stay. So a prompt keeps its end and the last response its start, each with slightly more than
+    `max_length` tokens. An earlier response that is cut here will be removed as a whole by `truncate`. It keeps its
+    end, and the next prompt its start, because one token may hold the end of the response and the prompt's start.
 
     Args:
         count_tokens: returns the number of tokens of segments.
-        keep_ends: keep the end of the last response, because it is context.
+        keep_ends: keep the end of the last response instead of its start, because it is context.
     """
     window = max(_WINDOW[0], _WINDOW[1] * max_length)
     if sum(len(segment.text) for segment in segments) <= window:

@@ -1,7 +1,7 @@
-"""Conversations: lists of turns in the forms that datasets hold, to turns of system, user and assistant.
+"""Parses the lists of turns in datasets, which have several forms, into turns of system, user and assistant.
 
-Reasoning that stands apart from an answer becomes a think block before it. A row is rejected if it holds what an
-example has no place for: tool calls, images.
+Reasoning in a key of its own becomes a think block before the answer. A row is rejected if it holds content that an
+example cannot hold, such as tool calls or images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROLES = {
 }
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _KEYS = (("role", "content"), ("from", "value"))
-_UNSHOWN = {  # keys of a turn that change its meaning
+_UNSHOWN = {  # keys of a turn that change its meaning, and what they hold
     "tool_calls": "tool calls",
     "function_call": "a function call",
     "tools": "tools",
@@ -39,14 +39,14 @@ _UNSHOWN = {  # keys of a turn that change its meaning
     "video": "a video",
     "videos": "videos",
 }
-_REASONING = ("reasoning_content", "reasoning", "thinking")  # names of an assistant's reasoning apart from the answer
-_WEIGHTS = ("weight", "loss", "train")  # 0 or false: the turn is context only
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of an assistant's reasoning
+_WEIGHTS = ("weight", "loss", "train")  # with the value 0 or false, a turn is context only
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _PART_KEYS = ("type", "text", "annotations", "cache_control")
 
 
 class Unusable(Exception):
-    """Why a row cannot be trained on; becomes a `Rejected`."""
+    """A row cannot be trained on; the message is the reason in its `Rejected`."""
 
 
 class Conversation(NamedTuple):
@@ -62,13 +62,13 @@ class Conversation(NamedTuple):
 
 
 def text_of(row: Mapping[str, Any], key: str, name: str | None = None) -> str:
-    """Return a value that must be text.
+    """Return the value of `key`, which must be text.
 
     Args:
-        name: the value's name in reasons; by default `field 'key'`.
+        name: the value's name in the reason; by default `field 'key'`.
 
     Raises:
-        Unusable: it is missing, is not text, or holds something that is not a character.
+        Unusable: the value is missing, is not text, or holds a NUL or half a surrogate pair.
     """
     name = name or f"field {key!r}"
     if key not in row:
@@ -84,7 +84,7 @@ def text_of(row: Mapping[str, Any], key: str, name: str | None = None) -> str:
 
 
 def filled_text_of(row: Mapping[str, Any], key: str, name: str | None = None) -> str:
-    """Return a value that must be text (see `text_of`) and hold more than white space."""
+    """Return the value of `key`, which must be text (see `text_of`) and not only white space."""
     value = text_of(row, key, name)
     if not value.strip():
         raise Unusable(f"{name or f'field {key!r}'} is empty")
@@ -104,11 +104,11 @@ def is_empty(value: Any) -> bool:
 def turns_in(row: Mapping[str, Any], name: str) -> list[Turn]:
     """Return the turns in a column that holds a list of turns, or JSON text of one.
 
-    A list of texts alternates between user and assistant. An object of lists of equal length is a list of objects
+    In a list of texts, user and assistant alternate. An object of lists of equal length is read as a list of objects
     that is stored by columns.
 
     Raises:
-        Unusable: the column holds something else, or a turn that cannot be shown as text.
+        Unusable: the column is missing or holds something else, or a turn cannot be written as text.
     """
     if name not in row:
         raise Unusable(f"field {name!r} is missing")
@@ -123,7 +123,7 @@ def turns_in(row: Mapping[str, Any], name: str) -> list[Turn]:
 
 
 def turns_of(entries: Sequence[Any]) -> list[Turn]:
-    """Return turns from objects with role and content (or from and value), or from texts, which alternate."""
+    """Return the turns in objects with role and content (or from and value), or in texts, which alternate in role."""
     if entries and all(isinstance(entry, str) for entry in entries):
         texts = {f"turn {number}": entry for number, entry in enumerate(entries, start=1)}
         roles = ("user", "assistant")
@@ -132,7 +132,7 @@ def turns_of(entries: Sequence[Any]) -> list[Turn]:
 
 
 def earlier_exchanges(row: Mapping[str, Any], name: str) -> list[Turn]:
-    """Return the turns of a column of earlier exchanges: pairs of user's and assistant's texts, or a list of turns."""
+    """Return the turns in a column of earlier exchanges: pairs of user's and assistant's text, or a list of turns."""
     value = _decoded(row[name], name)
     if is_empty(value):
         return []
@@ -149,12 +149,12 @@ def earlier_exchanges(row: Mapping[str, Any], name: str) -> list[Turn]:
 
 
 def conversation(turns: list[Turn]) -> Conversation:
-    """Return the parts of an example: the last exchange that is trained, and what comes before it.
+    """Return the parts of an example: the last exchange that is trained, and the turns before it.
 
-    Turns after the last assistant turn that is trained teach nothing and are left out.
+    Turns after the last assistant turn that is trained are left out, because they carry no loss.
 
     Raises:
-        Unusable: no assistant turn is trained, or user and assistant do not alternate.
+        Unusable: no assistant turn is trained, or user and assistant turns do not alternate.
     """
     replies = [turn for turn in turns if turn.role == "assistant"]
     if replies and not any(turn.is_trained for turn in replies):
@@ -177,7 +177,7 @@ def conversation(turns: list[Turn]) -> Conversation:
 
 
 def _decoded(value: Any, name: str) -> Any:
-    """Return a value, or the list that it holds as JSON text."""
+    """Return the list that `value` holds as JSON text, or `value` if it is not text that begins with a bracket."""
     if not isinstance(value, str) or not value.lstrip(outside_json.BLANK).startswith("["):
         return value
     try:
@@ -213,10 +213,12 @@ def _turn(entry: Any, number: int) -> Turn:
 
 
 def _with_reasoning(entry: Mapping[str, Any], role: str, text: str, number: int) -> str:
-    """Return a turn's text after its reasoning, as a think block: there chat templates of reasoning models look for it.
+    """Return the text of a turn, preceded by its reasoning, if any, as a think block.
+
+    Chat templates of reasoning models expect the reasoning there.
 
     Raises:
-        Unusable: the turn is not the assistant's, or it would have two think blocks or one that ends early.
+        Unusable: a turn with reasoning is not the assistant's, has two different ones, or already has a think block.
     """
     keys = [key for key in _REASONING if not is_empty(entry.get(key))]
     if not keys:
@@ -235,7 +237,7 @@ def _with_reasoning(entry: Mapping[str, Any], role: str, text: str, number: int)
 
 
 def _keys_of(entry: Mapping[str, Any], number: int) -> tuple[str, str]:
-    """Return the keys of a turn's role and content."""
+    """Return the keys under which a turn has its role and content."""
     complete = [keys for keys in _KEYS if all(entry.get(key) is not None for key in keys)]
     if len(complete) == 2 and entry["content"] != entry["value"]:
         raise Unusable(f"turn {number} has both 'content' and 'value', and they differ")
@@ -243,7 +245,7 @@ def _keys_of(entry: Mapping[str, Any], number: int) -> tuple[str, str]:
 
 
 def _part(part: Any, name: str) -> str:
-    """Return the text of one part of a content that is a list."""
+    """Return the text of one part of a turn whose content is a list of parts."""
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
@@ -257,7 +259,7 @@ def _part(part: Any, name: str) -> str:
 
 
 def _is_trained(entry: Mapping[str, Any], role: str, number: int) -> bool:
-    """Return whether a turn carries loss; it does not if one of its weights is 0 or false."""
+    """Return whether a turn may carry loss: False if a weight of an assistant turn is 0 or false, otherwise True."""
     weights = {key: entry[key] for key in _WEIGHTS if entry.get(key) is not None}
     for key, weight in weights.items():
         if not isinstance(weight, bool | int | float) or weight not in (0, 1):

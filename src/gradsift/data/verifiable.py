@@ -1,16 +1,17 @@
 """The embedded world: seeded instruction examples whose answers can be checked exactly.
 
-Thirteen families of small tasks (copy, sort, add, look up ...) over a closed vocabulary of about 240 words. Text is
-words separated by single spaces, so a word-level tokenizer loses nothing. Part of the rows is spoilt on purpose and
-every row has a label, so a selection method can be judged against the truth instead of against another method.
+There are thirteen families of small tasks (copy, sort, add, look up ...) over a closed vocabulary of about 240 words.
+Texts are words separated by single spaces, so a word-level tokenizer loses nothing. Part of the rows is spoilt on
+purpose. Every row has a label, so a selection method can be compared with the truth instead of with another method.
 
-Labels say what a row teaches. Contradictory twins have one prompt and two answers. The one with the wrong answer
-is `contradictory` and spoilt; the other has the right answer and is `clean`, though no method can tell them apart
-without knowing the task. Duplicates repeat clean rows: they are redundant, not spoilt, and have their own labels.
+A label states what training on the row teaches. Contradictory twins are two rows with the same prompt and different
+answers. The row with the wrong answer is labelled `contradictory` and is spoilt. The row with the right answer is
+labelled `clean`, though no method can distinguish the two without knowing the task. Duplicates repeat clean rows. They
+are redundant, not spoilt, and have labels of their own.
 
-With `delayed` there are two more families, about operations with names that mean nothing before training: a `named`
-row shows what one name does, and a `chained` row applies two names one after the other, so it can only be learnt after
-the names (delayed credit, an open question of GRADFILTERING).
+With `delayed` there are two more families, about operations whose names have no meaning before training. A `named` row
+shows what one name does, and a `chained` row applies two names one after the other. So `chained` rows can only be
+learnt after the names (delayed credit, an open question of GRADFILTERING).
 """
 
 import itertools
@@ -31,14 +32,14 @@ NUMBERS = tuple(str(n) for n in range(40))
 # Syllables that are English words are left out, because instructions and answers may use them.
 SYLLABLES = tuple(c + v for c in "bdfklnpr" for v in "aeiou" if c + v not in ("be", "do", "no"))
 CAPITALS = tuple(syllable.upper() for syllable in SYLLABLES)
-MARK = ";"  # separates the words asked about from the list
+MARK = ";"  # separates the words that a question is about from the list of words
 
-MAX_TASKS = 4_800  # `add` has 400 different sums and every 13th task is one
+MAX_TASKS = 4_800  # below 13 x 400: `add` has 400 different questions, and every 13th task is of this family
 
 
 @dataclass(frozen=True)
 class Label:
-    """The label of a row: `quality` is one of QUALITIES, `family` the name of its kind of task."""
+    """The label of a row: `quality` is one of QUALITIES, and `family` is the name of its kind of task."""
 
     quality: str
     family: str
@@ -51,9 +52,10 @@ class Label:
 
 @dataclass(frozen=True)
 class World:
-    """A generated dataset: `rows` in Alpaca's format, `labels` in the same order, and a benchmark of right answers.
+    """A generated dataset: `rows` in Alpaca's format, `labels` in the same order, and a benchmark with right answers.
 
-    A row holds instruction, input, output; a benchmark item holds item_id, instruction, input, reference, family.
+    The keys of a row are instruction, input and output; those of a benchmark item are item_id, instruction, input,
+    reference and family.
     """
 
     rows: list[dict[str, str]]
@@ -63,7 +65,7 @@ class World:
 
 @dataclass(frozen=True)
 class _Family:
-    """A kind of task: how its arguments are drawn and solved."""
+    """A kind of task: `draw` draws the arguments of a task, and `solve` returns the right answer to them."""
 
     name: str
     draw: Callable[[random.Random], str]
@@ -71,12 +73,12 @@ class _Family:
 
     @property
     def operator(self) -> str:
-        """The family's one-word name in the pretraining text."""
+        """The word that names the family in the pretraining text."""
         return f"#{self.name}"
 
     @property
     def wordings(self) -> tuple[str, ...]:
-        """The instructions that ask for it."""
+        """The instructions that ask for a task of the family."""
         return tuple(_WORDINGS[self.name].split(" / "))
 
 
@@ -92,7 +94,7 @@ class _Task:
 
 
 def _sampled(words: Sequence[str], low: int, high: int) -> Callable[[random.Random], str]:
-    """Return a function that draws `low` to `high` different words."""
+    """Return a function that draws `low` to `high` different ones of `words`."""
     return lambda rng: " ".join(rng.sample(words, rng.randint(low, high)))
 
 
@@ -120,7 +122,7 @@ def _draw_table(rng: random.Random) -> str:
 
 
 def _asked_and_list(arguments: str) -> tuple[list[str], list[str]]:
-    """Return the words before and after the mark."""
+    """Return the words before `MARK`, which the question is about, and the words after it."""
     asked, words = arguments.split(f" {MARK} ")
     return asked.split(), words.split()
 
@@ -150,8 +152,8 @@ def _swap_ends(arguments: str) -> str:
     return " ".join([last, *middle, first])
 
 
-# The operations of the delayed families by name. The names are in the vocabulary, but only `named` rows give them a
-# meaning, not the pretraining text.
+# The operations of the delayed families by name. The names are in the vocabulary, but only `named` rows show what they
+# mean; the pretraining text does not.
 OPERATIONS: dict[str, Callable[[list[str]], list[str]]] = {
     "BA": lambda words: words[::-1],
     "DI": lambda words: [words[-1], *words[1:-1], words[0]],
@@ -166,7 +168,7 @@ def _draw_operated(names: Sequence[str], rng: random.Random) -> str:
 
 
 def _operate(arguments: str) -> str:
-    """Apply the operations named before the mark, from left to right, to the words after it."""
+    """Apply the operations named before `MARK`, from left to right, to the words after it; return the result."""
     names, words = _asked_and_list(arguments)
     for name in names:
         words = OPERATIONS[name](words)
@@ -207,8 +209,8 @@ _WORDINGS = {
     "list by one capital word and by another / write the list as told by two capital words in a row",
 }
 
-# Families with one-word answers alternate with families of longer ones: tasks are dealt out in this order, so any few
-# in a row hold enough answers that can be truncated.
+# Families with one-word answers alternate with families with longer answers. Tasks are drawn in this order, so a few
+# successive tasks have enough answers that can be truncated.
 _FAMILIES = (
     _Family("count", _sampled(SYLLABLES, 2, 6), lambda text: str(len(text.split()))),
     _Family("copy", _draw_words, lambda text: text),
@@ -227,7 +229,7 @@ _FAMILIES = (
     _Family("look_up", _draw_table, _look_up),
 )
 
-# Skills of the pretraining text that no instruction asks for.
+# Skills in the pretraining text that no instruction of the dataset asks for.
 _OTHER_FAMILIES = (
     _Family("second", _draw_words, lambda text: text.split()[1]),
     _Family("rest", _draw_words, lambda text: " ".join(text.split()[1:])),
@@ -236,8 +238,8 @@ _OTHER_FAMILIES = (
     _Family("falling", _draw_numbers, lambda text: " ".join(sorted(text.split(), key=int, reverse=True))),
 )
 
-# No pretraining text is drawn from the delayed families, and their wordings use words of the other families, so a
-# world with delayed families has the vocabulary, and uses the backbones, of a world without them.
+# The pretraining text has no tasks of the delayed families, and their wordings use only words of the other families. So
+# a world with delayed families has the same vocabulary, and uses the same backbones, as a world without them.
 _NAMED = _Family("named", lambda rng: _draw_operated([rng.choice(list(OPERATIONS))], rng), _operate)
 _CHAINED = _Family("chained", lambda rng: _draw_operated(rng.sample(list(OPERATIONS), 2), rng), _operate)
 DEFINING = _NAMED.name  # the family whose rows show what a name does
@@ -271,19 +273,19 @@ def generate(
 ) -> World:
     """Draw a dataset and its benchmark; equal arguments give equal worlds on every machine.
 
-    The families of FAMILIES are equally frequent before spoiling. Only an answer of several words can be truncated, so
-    families with such answers have more truncated rows, and fewer that are spoilt in other ways.
+    The families in FAMILIES are equally frequent before rows are spoilt. Only an answer of several words can be
+    truncated, so families with such answers have more truncated rows, and fewer rows that are spoilt in other ways.
 
     Args:
         size: number of rows, N.
         spoilt: share of rows with a wrong answer, divided equally (up to one row) among the kinds in SPOILT.
         duplicates: share of rows that repeat a clean row, half of them word for word, half with another wording.
-        benchmark_items: number of questions with right answers; none asks for the same family and arguments as a row.
-        delayed: share of the tasks, in rows and benchmark, that chain two named operations; half as many more show what
-            one name does. 0 gives the same bytes as a world without the option.
+        benchmark_items: number of questions with right answers; none has the same family and arguments as a row.
+        delayed: share of the tasks, in rows and benchmark, that chain two named operations; half as many further tasks
+            show what one name does. With 0, the world is byte for byte that of versions without this option.
 
     Raises:
-        ConfigError: arguments that no world can satisfy.
+        ConfigError: no world can have these sizes and shares.
     """
     _refuse_impossible(size, spoilt, duplicates, benchmark_items)
     n_spoilt, n_duplicates = round(size * spoilt), round(size * duplicates)
@@ -320,13 +322,14 @@ def generate(
 def pretraining_rows(
     count: int, *, seed: int = 0, instructed_share: float = 0.006, other_share: float = 0.1
 ) -> list[tuple[str, str]]:
-    """Draw (prompt, response) pairs that teach a backbone the skills but hardly the instructions.
+    """Draw (prompt, response) pairs that teach a backbone the skills, but hardly the instructions.
 
-    Prompts name the skill by its operator ("#sort\\n7 3 9\\n"), repeated up to seven times: a wording is as long, and
-    a model with absolute positions knows a skill only at the positions where it saw the arguments.
+    A prompt names the skill by its operator ("#sort\\n7 3 9\\n"), which is repeated up to seven times. So the arguments
+    stand at the same positions as after an instruction: a model with absolute positions learns a skill only for the
+    positions at which it saw the arguments.
 
     Args:
-        instructed_share: share of pairs worded as in the dataset, exact up to rounding.
+        instructed_share: share of pairs that are worded as in the dataset, exact up to rounding.
         other_share: share of pairs that ask for skills outside the dataset, exact up to rounding.
     """
     if instructed_share + other_share > 1:
@@ -348,10 +351,10 @@ def pretraining_rows(
 
 
 def terse_rows(count: int, *, seed: int = 0) -> list[dict[str, str]]:
-    """Draw questions in the form of the pretraining text, of all its skills in turn.
+    """Draw questions in the form of the pretraining text, from all of its skills in turn.
 
-    A backbone can answer them before any finetune, and may forget them in a finetune on instructions. No two rows ask
-    for the same skill and arguments. The keys are those of a benchmark item.
+    A backbone can answer these questions before a finetune, and may forget how to in a finetune on instructions. No two
+    rows ask for the same skill and arguments. A row has the keys of a benchmark item.
     """
     rng = random.Random(f"verifiable terse {seed}")
     families = itertools.cycle((*_FAMILIES, *_OTHER_FAMILIES))
@@ -362,7 +365,7 @@ def terse_rows(count: int, *, seed: int = 0) -> list[dict[str, str]]:
         rows.append(
             {
                 "item_id": f"terse-{index:04d}",
-                "instruction": " ".join([family.operator] * rng.randint(1, 7)),  # as often as in `pretraining_rows`
+                "instruction": " ".join([family.operator] * rng.randint(1, 7)),  # repeated as in `pretraining_rows`
                 "input": arguments,
                 "reference": family.solve(arguments),
                 "family": family.name,
@@ -375,7 +378,7 @@ def further_rows(family: str, count: int, taken: Set[tuple[str, str]], seed: int
     """Draw clean rows of one family whose (instruction, input) is not in `taken`.
 
     Raises:
-        ConfigError: an unknown family, or one with too few questions left.
+        ConfigError: the family is unknown, or has fewer than `count` questions that are not taken.
     """
     if family not in _BY_NAME:
         raise ConfigError(f"family={family!r} is not in this world; one of {', '.join(FAMILIES)}")
@@ -391,7 +394,7 @@ def further_rows(family: str, count: int, taken: Set[tuple[str, str]], seed: int
 
 
 def plain_prompt(instruction: str, input: str) -> str:
-    """Return the prompt text of the `plain` template: instruction and input, if there is one, on a line each."""
+    """Return the prompt in the `plain` template: the instruction and, if there is one, the input, on a line each."""
     return instruction + "\n" + (input + "\n" if input else "")
 
 
@@ -401,12 +404,12 @@ def solve(family: str, instruction: str, input: str) -> str:
 
 
 def reworded(family: str, instruction: str, input: str, rng: random.Random) -> tuple[str, str]:
-    """Return instruction and input of the same question in another wording; raise ConfigError for an unknown prompt."""
+    """Return instruction and input of a question in another wording; raise ConfigError for an unknown prompt."""
     return _asked(_reworded(_task_of(family, instruction, input), rng))
 
 
 def wrong_answer(answer: str, rng: random.Random) -> str:
-    """Return a wrong answer with as many words as the right one, of the same kind."""
+    """Return a wrong answer with as many words of the same kind (number, syllable, ...) as the right `answer`."""
     right = answer.split()
     if right[0] in ("yes", "no"):
         return "no" if right[0] == "yes" else "yes"
@@ -418,7 +421,7 @@ def wrong_answer(answer: str, rng: random.Random) -> str:
 
 
 def garbled(answer: str, rng: random.Random) -> str:
-    """Return as many random words of the vocabulary as the answer has words."""
+    """Return as many random words of the vocabulary as the answer has words; never the answer itself."""
     while True:
         words = " ".join(rng.choice(VOCABULARY) for _ in answer.split())
         if words != answer:
@@ -426,7 +429,7 @@ def garbled(answer: str, rng: random.Random) -> str:
 
 
 def question_of(family: str, instruction: str, input: str) -> tuple[str, str]:
-    """Return family and arguments of a prompt of this world, which are the same for every wording of a question."""
+    """Return family and arguments of a prompt of this world; they are the same for every wording of a question."""
     task = _task_of(family, instruction, input)
     return task.family.name, task.arguments
 
@@ -453,24 +456,24 @@ def right_answer(instruction: str, input: str) -> str:
     for family in _BY_NAME:  # the families of `delayed` included
         try:
             return solve(family, instruction, input)
-        except ConfigError:  # another family's wording
+        except ConfigError:  # the instruction is no wording of this family
             continue
     raise ConfigError(f"instruction={instruction!r} is no wording of this world; pass an unchanged row of it")
 
 
 def answers_match(output: str, reference: str) -> bool:
-    """Return whether two answers are the same words in the same order, ignoring white space."""
+    """Return whether two answers have the same words in the same order, ignoring white space."""
     return output.split() == reference.split()
 
 
 def effective_families(families: Sequence[str]) -> float:
-    """Return the effective number of families: exp of the entropy of their shares, 0 for none."""
+    """Return the effective number of families: exp of the entropy of their shares, or 0 if `families` is empty."""
     shares = [count / len(families) for count in Counter(families).values()]
     return math.exp(-sum(share * math.log(share) for share in shares)) if shares else 0.0
 
 
 def _refuse_impossible(size: int, spoilt: float, duplicates: float, benchmark_items: int) -> None:
-    """Raise for values that do not go together; the config has checked each by itself."""
+    """Raise ConfigError for values that do not go together; the config has checked each value separately."""
     if size + benchmark_items > MAX_TASKS:
         raise ConfigError(
             f"size={size}, benchmark_items={benchmark_items}: this world has {MAX_TASKS} tasks for both together; "
@@ -487,13 +490,13 @@ def _refuse_impossible(size: int, spoilt: float, duplicates: float, benchmark_it
 
 
 def divided(total: int, kinds: Sequence[str]) -> dict[str, int]:
-    """Divide a total equally; the first kinds get the remainder."""
+    """Return an equal part of `total` for each kind; the first kinds get the remainder."""
     part, rest = divmod(total, len(kinds))
     return {kind: part + (index < rest) for index, kind in enumerate(kinds)}
 
 
 def _draw_tasks(count: int, delayed: float, rng: random.Random) -> list[_Task]:
-    """Draw tasks of all families in turn, no two with the same family and arguments."""
+    """Draw tasks from all families in turn, no two with the same family and arguments."""
     tasks: list[_Task] = []
     seen: set[tuple[str, str]] = set()
     for family in itertools.islice(_families_in_turn(delayed), count):
@@ -503,7 +506,7 @@ def _draw_tasks(count: int, delayed: float, rng: random.Random) -> list[_Task]:
 
 
 def _draw_unseen(family: _Family, seen: set[tuple[str, str]], rng: random.Random) -> str:
-    """Draw arguments that are not in `seen`, and add them."""
+    """Draw arguments of a family that are not in `seen`, add them to `seen`, and return them."""
     arguments = family.draw(rng)
     while (family.name, arguments) in seen:
         arguments = family.draw(rng)
@@ -512,7 +515,10 @@ def _draw_unseen(family: _Family, seen: set[tuple[str, str]], rng: random.Random
 
 
 def _families_in_turn(delayed: float) -> Iterator[_Family]:
-    """Yield the families over and over, families about names evenly spread; two in three of the latter are chained."""
+    """Yield the families in an endless cycle.
+
+    The families about names (`named`, `chained`) are evenly spread over it; two of three are `chained`.
+    """
     plain, about_names = itertools.cycle(_FAMILIES), itertools.cycle((_CHAINED, _NAMED, _CHAINED))
     share = Fraction(str(delayed)) * Fraction(3, 2)
     for index in itertools.count():
@@ -520,7 +526,7 @@ def _families_in_turn(delayed: float) -> Iterator[_Family]:
 
 
 def _asked(task: _Task) -> tuple[str, str]:
-    """Return instruction and input of a task."""
+    """Return instruction and input of a task's prompt."""
     if "{}" in task.wording:
         return task.wording.replace("{}", task.arguments), ""
     return task.wording, task.arguments
@@ -534,9 +540,9 @@ def _row(task: _Task, output: str) -> dict[str, str]:
 def _spoil(
     to_spoil: Sequence[_Task], answers: Sequence[str], counts: dict[str, int], rng: random.Random
 ) -> list[tuple[_Task, str, str]]:
-    """Return tasks with a truncated or wrong answer, or another task's (one of `answers`), and its kind."""
+    """Return (task, spoilt answer, kind): the answer is truncated, wrong, or another task's (one of `answers`)."""
     order = rng.sample(to_spoil, len(to_spoil))
-    order.sort(key=lambda task: " " not in task.answer)  # stable: answers that can be truncated come first
+    order.sort(key=lambda task: " " not in task.answer)  # answers that can be truncated come first; the sort is stable
     others = order[counts["truncated"] :]
     rng.shuffle(others)
     rows = []

@@ -1,8 +1,8 @@
-"""Compiled kernels for frozen bfloat16 models on a CPU: an optional part behind one function.
+"""Compiled kernels for frozen bfloat16 models on a CPU: an optional package with one function, `accelerate`.
 
-`accelerate` replaces forward passes of a model in place: the same function in fewer passes over memory. Nothing else in
-gradsift depends on this package. With `compute.kernels=off`, without a C++ compiler, or on a processor without bfloat16
-products, models run on torch's own kernels (docs/cpu.md).
+It replaces the forward passes of a model's layers in place; the new ones compute the same function with fewer passes
+over memory. Nothing else in gradsift depends on this package. With `compute.kernels=off`, without a C++ compiler, or on
+a processor without bfloat16 products, models run on torch's own kernels (docs/cpu.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gradsift.cpu.products import PackedHead, pack_linear_layers
 from gradsift.training.residual import residual_precision, stream_readers
 
 _ARCHITECTURES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-_SMALLEST = 256  # width of a model; smaller models spend their time in Python
+_SMALLEST = 256  # least width of a model; smaller models spend their time in Python
 _TOKENS_FACTOR = 3  # more tokens per pass are faster, because each pass reads all packed weights once
 
 
@@ -26,10 +26,11 @@ def accelerate(model: Any) -> bool:
     """Speed up a frozen causal language model of transformers, in place.
 
     GPT-2, Llama, Mistral, Qwen2 and Qwen3 from width 256 are supported, in bfloat16 with a float32
-    residual stream. In float32 at most a tenth of the time would be saved, because the products take most of it.
+    residual stream. In float32 at most a tenth of the time would be saved, because the products take most of the time.
 
     Args:
-        model: on the CPU, or on the meta device, where only the attributes that it would report are set.
+        model: on the CPU. On the meta device its layers stay as they are, and only its attributes are set, from which
+            `gradsift.training.numerics` reads the numerics.
 
     Returns:
         Whether the model was changed. If so, `model.kernels_version` is the version of the kernels.

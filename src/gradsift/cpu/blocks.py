@@ -1,8 +1,8 @@
 """The operations between the matrix products of a transformer's blocks, fused for a CPU.
 
 transformers passes over memory once for every sum, product and cast; these passes take half of a step's time. Here
-norms, MLP activations and causal attention take one pass each (`kernels.cpp`), in float32 inside. Layers that train
-or are adapted, and attention with a mask, a cache or dropout, keep transformers' code.
+norms, MLP activations and causal attention take one pass each (`kernels.cpp`), with float32 arithmetic. Layers that
+train or are adapted, and attention with a mask, a cache or dropout, use transformers' code.
 
 Shape letters: M tokens of a batch, D width, F inner width of an MLP, B examples, H heads, T tokens of an
 example, E width of a head.
@@ -26,7 +26,7 @@ from gradsift.cpu.products import PackedConv1D, PackedLinear, PackedProducts, is
 from gradsift.training.frozen import trains
 
 ATTENTION = "gradsift_cpu"  # name of the fused attention in transformers' registry
-LANES = 16  # numbers that a kernel processes at once; widths must be multiples of it
+LANES = 16  # numbers that a kernel processes at once; all widths must be multiples of this
 
 
 def fuse_blocks(model: nn.Module, norms: list[Any]) -> None:
@@ -44,12 +44,13 @@ def fuse_blocks(model: nn.Module, norms: list[Any]) -> None:
         elif isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
             _become(module, _GatedMlp)
         elif hasattr(module, "q_proj") and not (hasattr(module, "q_norm") or module.head_dim % (2 * LANES)):
-            # Qwen3 normalises queries and keys before it rotates them; a head's two halves rotate into each other
+            # Not for Qwen3, which normalises queries and keys before it rotates them. The kernel rotates a head's two
+            # halves into each other, so the width of a half must be a multiple of LANES.
             _become(module, _RotaryAttention)
 
 
 def _become(module: Any, mixin: type) -> None:
-    """Put the forward pass of `mixin` before that of the module's class."""
+    """Change a module's class to a subclass that has the forward pass of `mixin`."""
     if not isinstance(module, mixin):
         module.__class__ = _with(mixin, module.__class__)
 
@@ -134,7 +135,7 @@ class _ProductsAroundGelu(torch.autograd.Function):
 
 
 class _GatedMlp:
-    """Llama's MLP, silu(gate x) * up x, with gate and up as one product. Unchanged if one of its layers is adapted."""
+    """Llama's MLP, silu(gate x) * up x, with gate and up as one product; transformers' code if a layer is adapted."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
@@ -165,7 +166,7 @@ class _Gated(torch.autograd.Function):
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Return None for plain causal attention: no left padding, window, cache or other mask."""
+    """Return None for plain causal attention (no left padding, window, cache or other mask), else a mask for SDPA."""
     # a batch padded on the right has no mask (`Batch.model_inputs`), so almost every pass is plain
     plain = kwargs.get("attention_mask") is None and kwargs.get("allow_is_causal_skip", True)
     if plain and kwargs.get("local_size") is None and kwargs["q_length"] == kwargs["kv_length"]:
@@ -177,15 +178,15 @@ def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 def _attention(
     module: Any,
     q: torch.Tensor,  # (B, H, T, E)
-    k: torch.Tensor,  # of as many heads or fewer
+    k: torch.Tensor,  # k and v may have fewer heads than q
     v: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return the attention's output (B, T, H, E) and no weights, as transformers' interface has it."""
-    # fewer queries than keys: a cache, as in generation; the kernel's causal mask is for equally many
+    """Return the attention's output (B, T, H, E), and None for its weights, as transformers' interface requires."""
+    # with a cache, as in generation, there are fewer queries than keys; the kernel needs equally many
     if attention_mask is not None or dropout or q.shape[2] != k.shape[2] or not module.is_causal:
         output: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -235,7 +236,7 @@ class _Attend(torch.autograd.Function):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out: torch.Tensor
         out, log_sums = kernels().attend(q, k, v, scale, cos, sin)
-        # as in FlashAttention, the (T, T) probabilities are computed again from the log sums of their rows
+        # as in FlashAttention, the backward pass recomputes the (T, T) probabilities from the log sums of their rows
         ctx.save_for_backward(q, k, v, out, log_sums)
         ctx.turn = (scale, cos, sin)
         return out

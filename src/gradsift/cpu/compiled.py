@@ -21,7 +21,7 @@ from gradsift.errors import GradsiftError
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC"]
 _SLOWER = "bfloat16 models run on torch's own, slower kernels"
-_PATIENCE = 300.0  # seconds for the compiler, and for another process that compiles; 20 are usual
+_PATIENCE = 300.0  # seconds to wait for the compiler, or for another process that compiles; 20 are usual
 _LOG = logging.getLogger(__name__)
 
 
@@ -29,7 +29,7 @@ def kernels() -> Any:
     """Return the compiled functions, `torch.ops.gradsift`.
 
     Raises:
-        GradsiftError: they cannot be compiled here.
+        GradsiftError: the functions cannot be compiled here.
     """
     if not available():
         raise GradsiftError("kernels.cpp cannot be compiled here; call `available` before using the kernels")
@@ -37,16 +37,16 @@ def kernels() -> Any:
 
 
 def version() -> str:
-    """Return 12 hex digits over the source and the flags, which the results of the kernels depend on."""
+    """Return a hash (12 hex digits) of the source and the compiler's flags, on which the kernels' results depend."""
     text = "\n".join([_SOURCE.read_text(encoding="utf-8"), *_FLAGS])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @functools.cache
 def available() -> bool:
-    """Return whether the kernels are compiled, or can be compiled now; if not, one warning gives the reason."""
+    """Load the kernels, compiling them if needed, and return whether this worked; otherwise a warning says why."""
     name = os.environ.get("CXX") or "c++"
-    compiler = name.split()  # it may have options, or stand behind ccache
+    compiler = name.split()  # the name may have options, or begin with ccache
     if shutil.which(compiler[0]) is None:
         _LOG.warning(f"no C++ compiler {name} was found (CXX names another): {_SLOWER}")
         return False
@@ -55,7 +55,7 @@ def available() -> bool:
         library = folder / f"kernels-{_key(compiler)}.so"
         if not library.is_file():
             library.parent.mkdir(parents=True, exist_ok=True)
-            # looked at again under the lock: another process may have compiled meanwhile
+            # checked again under the lock: another process may have compiled meanwhile
             with FileLock(library.with_suffix(".lock"), timeout=_PATIENCE):  # one process compiles
                 if not library.is_file():
                     _compile(compiler, library)
@@ -76,25 +76,25 @@ def _reason(error: Exception) -> str:
 
 
 def _key(compiler: list[str]) -> str:
-    """Return 16 hex digits over source, flags, compiler, torch and processor."""
+    """Return a hash (16 hex digits) of source, flags, compiler, torch's version and processor."""
     described = subprocess.run(  # noqa: S603 - the user's own compiler
         [*compiler, "--version"], capture_output=True, text=True, check=False, timeout=_PATIENCE
     ).stdout
-    # A library of another torch may not load, and one of another processor (-march=native) ends with an illegal
-    # instruction that no Python code can catch. Each gets a file of its own.
+    # A library for another torch may not load, and a library for another processor (-march=native) ends the process
+    # with an illegal instruction, which Python cannot catch. So each combination has its own file.
     parts = [version(), *compiler[1:], described, torch.__version__, platform.machine(), _processor()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _processor() -> str:
-    """Return the processor's instruction sets; different machines may share a home folder."""
+    """Return the processor's instruction sets, which may differ between machines that share a home folder."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
 
 
 def _compile(compiler: list[str], library: Path) -> None:
-    """Compile into a folder beside `library` and rename it, so that the file is complete or absent."""
+    """Compile into a temporary folder, then rename the file to `library`, so that this file is complete or absent."""
     root = Path(torch.__file__).parent
     _LOG.warning("compiling kernels.cpp for this processor (once, about 20 s)")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:

@@ -1,8 +1,8 @@
-"""Matrix products of frozen bfloat16 weights on a CPU, packed once in oneDNN's order.
+"""Matrix products of frozen bfloat16 weights on a CPU, packed once into oneDNN's memory layout.
 
-Without packing, oneDNN reorders a weight in every call, a third of the product's time, and compiles a product for every
-new number of rows. `PackedProducts` packs once, rounds the number of rows up to multiples of 32 (`kernels.cpp`), and
-keeps two copies of a weight, one per product.
+Without packing, oneDNN reorders a weight in every call, which takes a third of the product's time. It also compiles a
+product for every new number of rows. `PackedProducts` packs a weight once, in two copies, one for each product
+(`FrozenProducts`), and rounds the number of rows up to a multiple of 32 (`kernels.cpp`).
 
 Shape letters: M tokens of a batch, I inputs of a layer, O its outputs, P predicted places, D width, V vocabulary.
 """
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from gradsift.cpu.compiled import kernels
 from gradsift.training.frozen import product_of, trains
 
-BLOCK = 32  # rows: oneDNN compiles a product anew for every number of rows
+BLOCK = 32  # rows are padded to a multiple, as oneDNN compiles a product for each number of rows
 _CHUNK_LOGITS = 2**24  # bfloat16 logits of a chunk, 32 MB; no result depends on it
 
 
@@ -34,7 +34,7 @@ def _product(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
 
 
 class PackedProducts:
-    """`gradsift.training.frozen.FrozenProducts` by oneDNN from packed weights.
+    """`gradsift.training.frozen.FrozenProducts` of a layer, computed by oneDNN from packed weights.
 
     Args:
         weight: (I, O) bfloat16.
@@ -70,15 +70,15 @@ class _PackedForward:
 
 
 class PackedLinear(_PackedForward, nn.Linear):
-    """torch's layer."""
+    """`nn.Linear` with packed weights."""
 
 
 class PackedConv1D(_PackedForward, Conv1D):  # type: ignore[misc]
-    """GPT-2's layer, whose weight is (I, O)."""
+    """GPT-2's `Conv1D`, whose weight is (I, O), with packed weights."""
 
 
 def pack_linear_layers(model: nn.Module, but: nn.Module | None) -> None:
-    """Pack the frozen weights of all linear layers of a bfloat16 model `but` one."""
+    """Pack the frozen weights of all linear layers of a bfloat16 model, except the layer `but`."""
     kinds = {nn.Linear: PackedLinear, Conv1D: PackedConv1D}
     for module in model.modules():
         if (kind := kinds.get(type(module))) and module is not but:
@@ -96,8 +96,8 @@ def is_packed(layer: Any) -> bool:
 class PackedHead:
     """`gradsift.training.head.FrozenHead` of an output embedding without bias, packed at first use.
 
-    One more column of the weight, which is one everywhere, subtracts the offset of a place's logits (see `head.py`)
-    within the product, before rounding.
+    The weight gets one more column, of ones, and each hidden state one more number, the negative offset of its logits
+    (see `_less_rounded` in `head.py`). So the product subtracts the offset before the logits are rounded.
 
     Args:
         weight: (V, D) bfloat16.
@@ -111,7 +111,7 @@ class PackedHead:
 
     @functools.cached_property
     def _weights(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Packed weights of both products, and the vocabulary padded to a multiple of 64: twice as fast on AMX."""
+        """Packed weights of both products, and the vocabulary padded to a multiple of 64 (twice as fast on AMX)."""
         weight = nn.functional.pad(self._plain, (0, 0, 0, -len(self._plain) % 64))
         # one column of ones would do; a whole block of 32 keeps the alignment of the inner width
         ones = weight.new_zeros(len(weight), BLOCK)
@@ -119,13 +119,13 @@ class PackedHead:
         return _pack(torch.cat([weight, ones], 1)), _pack(weight.t()), len(weight)
 
     def chunk(self, count: int) -> int:
-        """Return the number of places, of `count`, whose logits are computed at once; a multiple of BLOCK."""
+        """Return how many places have their logits computed at once, of `count` in all; a multiple of BLOCK."""
         most = max(BLOCK, _CHUNK_LOGITS // self._weights[2] // BLOCK * BLOCK)
         each = -(-count // max(1, -(-count // most)))
         return max(BLOCK, -(-each // BLOCK) * BLOCK)
 
     def losses(self, hidden: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
-        """Return the cross entropy (P,) float32 of `targets` (P,) after `hidden` (P, D).
+        """Return the cross entropy (P,) float32 of `targets` (P,) given `hidden` (P, D).
 
         Args:
             gradient: (P, D), filled with the gradients with respect to `hidden`; None to skip them.

@@ -1,1 +1,1 @@
-"""Backbones, adapters, and the one loop that finetunes proxy and target."""
+"""Backbones, adapters, and the training loop that proxy and target share."""

@@ -1,13 +1,13 @@
-"""A frozen linear layer with its LoRA adapter as one differentiable map.
+"""A frozen linear layer with its LoRA adapter as one autograd function.
 
     y = W x + b + s B A x,   s = alpha / rank
 
-peft computes the adapter beside the layer, in float32, with a cast, an addition and a product of the layer's full width
-each. Here the matrix product itself adds the adapter's product, in the precision of the activations, and the backward
-pass knows that W is frozen. A and B stay float32 parameters; the examples' gradients are summed in float32, whether or
-not a probe (`gradsift.gradients.probes`) asks for them one by one, so a training does not depend on it.
+peft computes s B A x separately, in float32, with a cast, a scaling and an addition, each a pass over the layer's full
+width. Here the adapter's matrix product adds its result to W x + b, in the precision of the activations, and the
+backward pass computes no gradient of W. A and B stay float32 parameters. The examples' gradients are summed in float32,
+whether or not a probe (`gradsift.gradients.probes`) reads them one by one, so a probe does not change a training.
 
-Several adapters may pass through W at once (`gradsift.training.lanes`): each row of a batch then has its own A and B.
+Rows of several adapters may pass through W in one batch (`gradsift.training.lanes`), each with its adapter's A and B.
 
 Shape letters: M adapters, B examples of a batch, T tokens, I inputs and O outputs of a layer, R rank.
 """
@@ -29,8 +29,8 @@ from gradsift.training.frozen import FrozenProducts, forget_products, frozen_pro
 from gradsift.training.masks import PassedRows
 
 _PEFT_PREFIX = "base_model.model."  # of module names in a model with adapters
-# Forward passes that are W x + b and nothing else. Falcon's class has its own pass, which
-# differs in rounding alone.
+# Forward passes that are W x + b and nothing else. Falcon's class has its own forward pass, which differs only in
+# rounding.
 _PLAIN = (nn.Linear.forward, Conv1D.forward)
 _FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"
 
@@ -39,7 +39,7 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
     """peft's adapted layer with the forward pass of this module; weights, names and files are peft's."""
 
     probe: NormProbe | GradientProbe | None = None  # set while norms or gradients are gathered
-    lanes: tuple[PassedRows, Sequence[nn.Linear]] | None = None  # several adapters: their A, then their B
+    lanes: tuple[PassedRows, Sequence[nn.Linear]] | None = None  # of several adapters, all A and then all B
     path: str  # the layer's name in the model without adapters
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -49,7 +49,7 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
         base: Any = self.get_base_layer()
         dropout: Any = self.lora_dropout[ADAPTER]
         drops = isinstance(dropout, nn.Dropout) and dropout.training
-        # a pass without gradients has no backward pass, and noting it would make the next pass a second one
+        # a pass without gradients has no backward pass; had the probe noted it, the next one would be a second pass
         probe = self.probe if torch.is_grad_enabled() else None
         taken = (probe.of(self, x), probe.gather) if probe is not None else (None, None)
         rows, factors = None, [self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight]
@@ -62,7 +62,7 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
             y: torch.Tensor = _Map.apply(  # type: ignore[no-untyped-call]
                 x, dropout(x) if drops else None, frozen_products(base), self.scaling[ADAPTER], *taken, rows, *factors
             )
-        return y.view(*x.shape[:-1], -1)  # here: autograd forbids to change a view made in `_Map` (Falcon adds to it)
+        return y.view(*x.shape[:-1], -1)  # here, as autograd forbids to change a view made in `_Map` (Falcon does)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         if not self.get_base_layer().weight.is_floating_point():
@@ -75,11 +75,11 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
 
 
 def fuse(adapted: nn.Module) -> list[Any]:
-    """Give the plain adapted layers of a model the forward pass of `AdaptedLinear`; return those that were changed."""
+    """Give the plain adapted layers of a model the forward pass of `AdaptedLinear`, and return the changed layers."""
     changed: list[Any] = []
     module: Any
     for name, module in adapted.named_modules():
-        # exactly peft's class: a layer that was fused before is not among those that `unfuse` gets
+        # exactly peft's class, so that a layer fused earlier is not returned and `unfuse` does not change it
         if type(module) is Linear and is_plain(module.get_base_layer()) and _has_plain_adapter(module):
             module.__class__ = AdaptedLinear
             module.path = layer_path(name)
@@ -88,7 +88,7 @@ def fuse(adapted: nn.Module) -> list[Any]:
 
 
 def unfuse(layers: list[Any]) -> None:
-    """Give the layers that `fuse` changed peft's forward pass back."""
+    """Restore peft's forward pass in the layers that `fuse` returned."""
     for layer in layers:
         layer.__class__ = Linear
         del layer.path
@@ -97,7 +97,7 @@ def unfuse(layers: list[Any]) -> None:
 def is_plain(layer: Any) -> bool:
     """Return whether a layer computes W x + b and nothing else, so that `_Map` may take its place.
 
-    A subclass of `nn.Linear` with a forward pass of its own may do anything (Llama 4's router), and so may hooks.
+    A subclass of `nn.Linear` with its own forward pass may compute more (Llama 4's router does), and so may hooks.
     """
     kind = type(layer)
     if "frozen_products" in vars(layer):  # its own products are those of W x + b (`frozen.py`)
@@ -108,7 +108,10 @@ def is_plain(layer: Any) -> bool:
 
 
 def _has_plain_adapter(layer: Any) -> bool:
-    """Return whether one adapter of peft's default name adds s B A x to a frozen layer: no DoRA, no trainable bias."""
+    """Return whether the only active adapter is a plain LoRA with peft's default name on a frozen base layer.
+
+    Plain means that it adds s B A x, with no variant such as DoRA and no bias of its own.
+    """
     variants = layer.lora_variant or layer.lora_bias.get(ADAPTER) or trains(layer.get_base_layer())
     return list(layer.active_adapters) == [ADAPTER] and not variants
 
@@ -119,9 +122,9 @@ def layer_path(name: str) -> str:
 
 
 class _Map(torch.autograd.Function):
-    """Computes the map, (B T, O), and its gradients with respect to x, A and B.
+    """Computes y = W x + b + s B A x, (B T, O), and its gradients with respect to x, A and B.
 
-    The "gradient" of a probe is what it reports of each example.
+    The "gradient" of the probe is what it reports on each example (`gradsift.gradients.probes`).
     """
 
     @staticmethod
@@ -132,9 +135,9 @@ class _Map(torch.autograd.Function):
         layer: FrozenProducts,
         scale: float,
         probe: torch.Tensor | None,  # (2, B) or (B, P_l)
-        gather: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None,  # from the parts, like the probe
-        rows: PassedRows | None,  # of several adapters
-        *factors: torch.Tensor,  # A (R, I) and B (O, R), or M of each
+        gather: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None,  # `gather` of the probe
+        rows: PassedRows | None,  # with several adapters
+        *factors: torch.Tensor,  # A (R, I) and B (O, R), or M times A and M times B
     ) -> torch.Tensor:
         inputs = x.reshape(-1, x.shape[-1])  # (B T, I)
         y = layer.outputs(inputs)  # (B T, O)
@@ -142,7 +145,7 @@ class _Map(torch.autograd.Function):
         a, b = (_of_rows(each, rows, x.dtype) for each in (factors[:count], factors[count:]))  # (R, I), (O, R)
         seen = inputs if dropped is None else dropped.reshape(-1, x.shape[-1])  # (B T, I)
         inner = _product(seen, a.mT)  # (B T, R)
-        # in place: y is new, and a product of its own would be one more (B T, O) to write and to read
+        # in place: a separate product would be one more (B T, O) tensor to write and to read
         _add_product(y, inner, b.mT, scale)
         ctx.save_for_backward(x if dropped is None else dropped, inner, a, b)
         ctx.layer, ctx.scale, ctx.has_dropout, ctx.gather = layer, scale, dropped is not None, gather
@@ -166,16 +169,16 @@ class _Map(torch.autograd.Function):
         # autograd carries the latter back through the mask.
         if ctx.has_dropout and ctx.needs_input_grad[1]:
             to_dropped = _product(inner_backprops, a).mul_(ctx.scale).view_as(seen)
-        # inputs of two dimensions do not tell the examples apart; a probe refuses them, so only the sum is needed
+        # two-dimensional inputs do not separate the examples; a probe refuses them, so only the sum is needed
         examples = len(seen) if seen.dim() == 3 else 1
-        # grad_A L_i = s (D_i B)^T X_i and (grad_B L_i)^T = s (X_i A^T)^T D_i (`gradsift.gradients.probes`), s still
-        # missing
+        # grad_A L_i = s (D_i B)^T X_i and (grad_B L_i)^T = s (X_i A^T)^T D_i (`gradsift.gradients.probes`); the factor
+        # s is applied below
         parts_a = per_sample_parts(inner_backprops, seen, examples)  # (B, R, I)
         parts_b = per_sample_parts(inner, backprops, examples)  # (B, R, O)
         gathered = None if ctx.gather is None else ctx.gather(parts_a, parts_b, ctx.scale)
         to_a, to_b = (
-            # Summed over the examples in the parameters' float32, also if the activations are bfloat16. The rows of an
-            # adapter lie together, so each of several adapters gets the sum over its own.
+            # Summed over the examples in float32, the parameters' dtype, even if the activations are bfloat16. The rows
+            # of an adapter are consecutive, so each of several adapters gets the sum over its own rows.
             [part.sum(0, dtype=ctx.dtype).mul_(ctx.scale) for part in parts.split(ctx.counts or [examples])]
             for parts in (parts_a, parts_b)
         )
@@ -183,21 +186,21 @@ class _Map(torch.autograd.Function):
 
 
 def _of_rows(factors: Sequence[torch.Tensor], rows: PassedRows | None, dtype: torch.dtype) -> torch.Tensor:
-    """Return the factor of all rows, (., .), or the factor of each row, (B, ., .)."""
+    """Return the factor that all rows share, (., .), or with several adapters the factor of each row, (B, ., .)."""
     if rows is None or rows.lanes is None:
         return factors[0].to(dtype)
     return torch.stack([factor.to(dtype) for factor in factors]).index_select(0, rows.lanes)
 
 
 def _product(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Return x (B T, K) times a factor (K, N), or times the factor of each row (B, K, N)."""
+    """Return x (B T, K) times one factor (K, N), or each row's tokens times the row's own factor, of (B, K, N)."""
     if factor.dim() == 2:
         return x @ factor
     return torch.bmm(x.view(len(factor), -1, x.shape[-1]), factor).flatten(0, 1)
 
 
 def _add_product(total: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, scale: float) -> None:
-    """Add the `_product`, times `scale`, to `total` (B T, N)."""
+    """Add `scale` times the `_product` of `x` and `factor` to `total` (B T, N), in place."""
     if factor.dim() == 2:
         total.addmm_(x, factor, alpha=scale)
     else:

@@ -1,4 +1,8 @@
-"""Backbones as artifacts: trained here (nano), random (tiny_bytes), converted from a package (smollm2), or pinned."""
+"""Backbones as artifacts, by `model.kind`.
+
+nano is trained here, tiny_bytes is random, and smollm2 is converted from a package. For pretrained, a model of the hub
+or in a folder, the artifact is only a pin (`gradsift.training.pins`).
+"""
 
 from __future__ import annotations
 
@@ -43,13 +47,16 @@ class Backbone:
 
     @property
     def context(self) -> int:
-        """The most tokens that the model can take."""
+        """The largest number of tokens that the model can take."""
         config = self.model.config
         return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 0) or 10**9)
 
     @property
     def pad_id(self) -> int:
-        """An id for padding; any that the model has an embedding of, because padding has no loss."""
+        """The token id for padding: the pad or eos id of the tokenizer if the model has an embedding of it, else 0.
+
+        Any embedded id would do, because padding has no loss.
+        """
         known = self.model.get_input_embeddings().num_embeddings
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((int(each) for each in ids if each is not None and each < known), 0)
@@ -58,7 +65,7 @@ class Backbone:
         """Refuse token ids that the model has no embedding of.
 
         Raises:
-            DataError: names the largest id.
+            DataError: there is such an id; names the largest one.
         """
         known = self.model.get_input_embeddings().num_embeddings
         largest = max((int(example.input_ids.max()) for example in examples), default=0)
@@ -71,10 +78,10 @@ class Backbone:
 
 
 def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
-    """Return the artifact of a backbone: its weights, or the pin to a model of the hub or of a folder.
+    """Return the artifact of a backbone: its weights or, for a pretrained model, its pin.
 
-    The artifact carries the numerics of the model in this process, which thereby become part of the identity of
-    everything that is computed from it.
+    The artifact carries the numerics that the model has in this process. So they are part of the identity of everything
+    that is computed from the model.
     """
     if config.kind == "pretrained":
         made = pin(runtime.store, runtime.display, config)
@@ -90,10 +97,10 @@ def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
 def load_backbone(
     artifact: Artifact, config: ModelConfig, compute: ComputeConfig, *, divided: bool = False
 ) -> Backbone:
-    """Load the model of an artifact of `backbone`; safetensors only.
+    """Load model and tokenizer of an artifact from `backbone`; weights are read from safetensors files only.
 
     Args:
-        divided: load the layers divided over the ranks, on their devices (`gradsift.training.divided`).
+        divided: whether each rank loads only its part of the layers, on its device (`gradsift.training.divided`).
 
     Raises:
         DataError: files are missing or broken, or weights do not fit the config; names `model.path`.
@@ -119,7 +126,7 @@ def load_backbone(
 
 
 def load_description(artifact: Artifact, config: ModelConfig) -> tuple[Any, Any]:
-    """Return the tokenizer of a backbone and transformers' config, without loading its weights."""
+    """Return the tokenizer and the transformers config of a backbone, without loading its weights."""
     source, options = _source(artifact, config)
     name = config.path or config.kind
     with hub_errors(config):
@@ -127,20 +134,20 @@ def load_description(artifact: Artifact, config: ModelConfig) -> tuple[Any, Any]
 
 
 def source_of(artifact: Artifact, config: ModelConfig) -> tuple[str, str | None]:
-    """Return the folder of a backbone, or its hub id and commit."""
+    """Return (folder, None) for a backbone in a folder, or (id, commit) for a model of the hub."""
     source, options = _source(artifact, config)
     return source, None if Path(source).is_dir() else options.get("revision")
 
 
 def _lacks_memory(model: Any, compute: ComputeConfig) -> bool:
-    """Return whether a training of `model` on this machine's GPU, if it has one, needs activation checkpointing."""
+    """Return whether training `model` on this machine's GPU needs activation checkpointing; False without a GPU."""
     if device_of(compute).type != "cuda":
         return False
     return needs_checkpointing(model, torch.cuda.get_device_properties("cuda").total_memory)
 
 
 def load_plain(artifact: Artifact, config: ModelConfig, compute: ComputeConfig) -> tuple[Any, Any]:
-    """Load model and tokenizer as transformers makes them, not quantized; errors as `load_backbone`."""
+    """Load model and tokenizer as transformers does, not quantised; DataError as in `load_backbone`."""
     source, options = _source(artifact, config)
     name, dtype = config.path or config.kind, dtype_of(compute, config)
     stored = load_options(config_of(artifact, config), "none", dtype)
@@ -150,9 +157,9 @@ def load_plain(artifact: Artifact, config: ModelConfig, compute: ComputeConfig) 
 
 
 def load_shown(runtime: Runtime, artifact: Artifact, config: ModelConfig, *, divided: bool = False) -> Backbone:
-    """Load a backbone and show that it takes a while: a minute for 7 billion parameters.
+    """Load a backbone and show a progress message, as this takes a while: a minute for 7 billion parameters.
 
-    Before that the memory of earlier models is freed, which Lightning's reference cycles hold on their device.
+    First the memory of earlier models is freed, which Lightning's reference cycles keep on the device.
     """
     gc.collect()
     if torch.cuda.is_available():
@@ -179,14 +186,14 @@ def quieten() -> None:
 
     def applies(record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        # rows padded on the right need no mask; `load_model` refuses weights that do not fit and names them, except
-        # those that were not converted
+        # The table of weights is needed only for weights that were not converted: `load_model` itself names all others
+        # that do not fit. A mask is not needed for rows padded on the right.
         is_table = "LOAD REPORT" in message and "CONVERSION" not in message
         return not is_table and "passing in an `attention_mask`" not in message
 
-    transformers.utils.logging.disable_progress_bar()  # of the hub's client too
+    transformers.utils.logging.disable_progress_bar()  # those of the hub's client too
     logging.getLogger("transformers.modeling_utils").addFilter(applies)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells which optional kernels it has not found
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it lists optional kernels that it has not found
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # from peft's own call
 
 
@@ -210,7 +217,7 @@ def config_of(artifact: Artifact, config: ModelConfig) -> Any:
 
 
 def _source(artifact: Artifact, config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """Return what transformers loads, and its options; code from outside runs only if the config allows it."""
+    """Return the folder or hub id, and the options for transformers; outside code runs only if the config allows it."""
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.kind != "pretrained":
         return str(artifact.path), options

@@ -1,4 +1,4 @@
-"""Activation checkpointing: a block keeps only its inputs, and its backward pass computes the rest once more.
+"""Activation checkpointing: a block keeps only its inputs, and its backward pass recomputes its activations.
 
 transformers' own `gradient_checkpointing_enable` works in training mode only, while the frozen backbone stays in
 evaluation mode here. So torch's `checkpoint` (`use_reentrant=False`) wraps the blocks that transformers marks as
@@ -22,7 +22,7 @@ def checkpoint_blocks(model: nn.Module) -> None:
     """Make the blocks of a causal language model compute their activations again in the backward pass.
 
     Raises:
-        ConfigError: transformers marks no module of this model as such a block.
+        ConfigError: no module of this model is a `GradientCheckpointingLayer`.
     """
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
@@ -53,4 +53,4 @@ class _Checkpointed:
 
 @functools.cache
 def _with_checkpoint(kind: Any) -> type:
-    return type(kind.__name__, (_Checkpointed, kind), {})  # the same name: `TargetFinetuning` finds layers by it
+    return type(kind.__name__, (_Checkpointed, kind), {})  # the same name: `divided.layers_of` finds layers by it

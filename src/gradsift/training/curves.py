@@ -1,4 +1,4 @@
-"""Training curves: `curve.jsonl`, one line per batch, and the `trajectory.safetensors` of a proxy's adapter."""
+"""Files of a training: `curve.jsonl`, one line per batch, and `trajectory.safetensors` of a proxy's adapter."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def read_curve(folder: Path) -> list[dict[str, float]]:
 
 
 def read_trajectory(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return optimiser steps (P,) since the adapter was fresh, and points (P, D); see `gradsift.proxy.trajectory`."""
+    """Return a trajectory: optimiser steps (P,) since the start, and points (P, D); see `gradsift.proxy.trajectory`."""
     tensors = load_file(folder / TRAJECTORY_FILE)
     return tensors["steps"], tensors["points"]

@@ -1,4 +1,4 @@
-"""The device, and how many tokens pass through a model at once: fewer when memory runs out."""
+"""The device, and how many tokens pass through a model at once: half as many whenever memory runs out."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from gradsift.training.memory import fitting_tokens
 
 T = TypeVar("T")
 _GPU_TOKENS = 16384  # at most: more make a GPU no faster
-# torch's messages where it has no exception class: on a CPU under Linux, elsewhere, and from inside cuBLAS
+# torch's messages where it has no class for this error: on a CPU under Linux, under other systems, and from cuBLAS
 _SIGNS = ("allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
 _halved: dict[Any, int] = {}  # halved budgets by kind of pass: later stages and jobs of this process start with them
 _CPU_ACTIVATION = 393_216  # numbers in a (tokens, hidden size) activation that still fit a CPU core's cache
 
 
 class TokenBudget:
-    """Padded tokens that pass through a model at once; halved whenever memory runs out.
+    """The number of padded tokens that pass through a model at once; it is halved whenever memory runs out.
 
-    No result depends on it beyond rounding.
+    It changes results by rounding only.
     """
 
     def __init__(self, tokens: int, say: Callable[[str], None] = print, kind: Any = None) -> None:
         """
         Args:
-            kind: the kind of pass; its next budget (from `of`) starts with what this one was halved to. None: no budget
-                does.
+            kind: the kind of pass. After a halving, `of` starts later budgets of the same kind with the halved number;
+                with None it does not.
         """
         self.tokens = tokens
         self.say = say
@@ -45,7 +45,7 @@ class TokenBudget:
 
     @classmethod
     def of(cls, model: Any, tokens: int | None, say: Callable[[str], None]) -> TokenBudget:
-        """Return the budget that the config asks for, or one that suits the model and its device."""
+        """Return a budget of `tokens` or, if this is None, of a number that suits the model and its device."""
         if tokens is not None:
             return cls(tokens, say)
         parameter = next(model.parameters())
@@ -59,11 +59,12 @@ class TokenBudget:
         return cls(min(most, _halved.get(kind, most)), say, kind)
 
     def run(self, work: Callable[[int], T], lengths: Sequence[int]) -> T:
-        """Return `work(tokens)`; it is repeated with half the tokens each time that memory runs out.
+        """Return `work(tokens)`, called again with half the tokens each time that memory runs out.
 
         Args:
-            work: leaves nothing behind when it fails.
-            lengths: tokens of the examples that it passes through the model, for the count of forward tokens.
+            work: must leave no partial result behind when memory runs out.
+            lengths: numbers of tokens of the examples that `work` passes through the model; their sum is counted as
+                forward tokens (`gradsift.cost`).
 
         Raises:
             GradsiftError: memory does not hold a single example.
@@ -77,7 +78,7 @@ class TokenBudget:
             else:
                 passed(sum(lengths))
                 return result
-            self._halve(lengths)  # outside of the handler, where the exception no longer holds the failed pass
+            self._halve(lengths)  # outside of the handler, where the exception no longer keeps the failed pass alive
 
     def passes(
         self,
@@ -86,7 +87,7 @@ class TokenBudget:
         journal: Journal | None = None,
         advance: Advance = lambda done: None,
     ) -> Iterator[list[T]]:
-        """Yield what `work` makes of the examples, for one group of similar length after another; see `group`.
+        """Yield the result of `group` for one group of examples of similar length after another.
 
         Args:
             advance: called with the number of examples just done, estimated from their tokens.
@@ -99,7 +100,7 @@ class TokenBudget:
     def group(
         self, examples: Sequence[Encoded], work: Callable[[list[Encoded]], T], journal: Journal | None = None
     ) -> list[T]:
-        """Return what `work` makes of the examples: of all at once, or of smaller batches if memory runs out.
+        """Return the results of `work`: one for all examples or, if memory runs out, one for each smaller batch.
 
         Args:
             journal: keeps the results, so that an interrupted pass continues after its last group.
@@ -132,10 +133,9 @@ class TokenBudget:
 
 
 def numbers_at_once(device: torch.device, on_cpu: int) -> int:
-    """Return how many numbers a temporary tensor may have: on a CPU `on_cpu`, for its caches; on a GPU a 128th of its
-    memory.
+    """Return how many numbers a temporary tensor may have: on a CPU `on_cpu`, on a GPU (float32) a 128th of its memory.
 
-    Results do not depend on it.
+    Callers choose `on_cpu` so that the tensor fits into a cache. Results do not depend on the number.
     """
     if device.type != "cuda":
         return on_cpu
@@ -143,15 +143,16 @@ def numbers_at_once(device: torch.device, on_cpu: int) -> int:
 
 
 def tokens_factor(model: Any) -> int:
-    """Return how many times more tokens than usual suit a pass through `model` on a CPU: its own attribute, or 1.
+    """Return the factor on the usual number of tokens of a pass on a CPU: the model's attribute `tokens_factor`, or 1.
 
-    Packed weights set it: each pass reads all of them once, whatever the number of tokens.
+    Models with packed weights have the attribute (`gradsift.cpu`): each pass reads all weights once, so more tokens per
+    pass save time.
     """
     return int(getattr(model, "tokens_factor", 1))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation failed; torch has a class for it on GPUs only."""
+    """Return whether an allocation failed, by the error's class or (torch has a class only on GPUs) by its message."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     message = str(error).lower()
@@ -160,10 +161,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def without_host_reads() -> Iterator[None]:
-    """Keep transformers from looking at token ids and masks in a forward pass, which makes the host wait for the GPU.
+    """Turn off checks by transformers that read token ids or masks, for which the host would wait for the GPU.
 
-    It looks for several examples in one row, for padding without a mask, and whether a mask hides anything. Here rows
-    hold one example each, padding is on the right or has a mask, and every mask is used.
+    In a forward pass transformers checks whether a row holds several examples, whether there is padding without a mask,
+    and whether the mask hides any token. Here each row holds one example, padding is on the right or has a mask, and
+    every mask is used.
     """
     lookups = _lookups()
     try:
@@ -177,7 +179,7 @@ def without_host_reads() -> Iterator[None]:
 
 @functools.cache
 def _lookups() -> list[tuple[Any, str, Any, Any]]:
-    """Return (owner, name, function, replacement) for each function that this transformers version has."""
+    """Return (owner, name, function, replacement) for each of the checks that this transformers version has."""
     from transformers import PreTrainedModel, masking_utils
 
     answers = [
@@ -207,5 +209,5 @@ def device_of(compute: ComputeConfig) -> torch.device:
 
 
 def has_bfloat16() -> bool:
-    """Return whether the GPU multiplies bfloat16 itself."""
+    """Return whether the GPU has bfloat16 products in hardware, not only emulated."""
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -1,7 +1,8 @@
 """A model whose layers are divided over the ranks (FSDP2), for a target that one GPU cannot hold.
 
-A rank holds a part of every weight of every layer. A layer is whole only while it is passed through, so every rank must
-make the same passes. Embeddings, head and last norm are whole on every rank, and so are the adapters that are added.
+A rank holds a part of every weight of every layer. The parts of a layer are gathered from all ranks only while the
+layer computes, so every rank must make the same passes. Embeddings, head, last norm and adapters are whole on every
+rank.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from gradsift.training import parallel
 from gradsift.training.device import device_of
 
 _MARK = "_is_fsdp_managed_module"  # makes transformers' `generate` go on until the answers of all ranks have ended
-_HOOK = "maybe_distribute_model"  # what `from_pretrained` calls between building a model on `meta` and reading files
+_HOOK = "maybe_distribute_model"  # `from_pretrained` calls it between building a model on `meta` and reading files
 
 
 def divides(compute: ComputeConfig) -> bool:
-    """Return whether the target is divided over the ranks that share the work at hand."""
+    """Return whether the target is divided over the ranks that share the current work."""
     return compute.strategy == "fsdp" and parallel.size() > 1
 
 
@@ -38,7 +39,7 @@ def layers_of(model: Any) -> list[Any]:
     """Return the layers of a causal language model of transformers.
 
     Raises:
-        ConfigError: the model does not say which of its modules they are.
+        ConfigError: the model does not say which of its modules are layers (`_no_split_modules`).
     """
     names = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
@@ -51,9 +52,10 @@ def layers_of(model: Any) -> list[Any]:
 
 @contextmanager
 def in_parts(compute: ComputeConfig, wanted: bool) -> Iterator[dict[str, Any]]:
-    """Make transformers divide the models that it loads, if that is wanted; yield the options for `from_pretrained`.
+    """Make transformers divide the models that it loads in this context; yield the options for `from_pretrained`.
 
-    transformers builds the model without memory (on `meta`) and reads of each divided weight only this rank's part.
+    transformers builds the model without memory (on `meta`), and of each divided weight it reads only this rank's part.
+    If not `wanted`, nothing changes and there are no options.
 
     Raises:
         GradsiftError: this version of transformers cannot do that.
@@ -90,7 +92,7 @@ def in_parts(compute: ComputeConfig, wanted: bool) -> Iterator[dict[str, Any]]:
 
 def _divide(model: Any, device: torch.device) -> None:
     """Divide the layers of a causal language model on `meta`."""
-    # here: they take half a second, and most runs divide nothing
+    # imported here, because this takes half a second and most runs divide nothing
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -102,5 +104,5 @@ def _divide(model: Any, device: torch.device) -> None:
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     rest = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
-    fully_shard(model.base_model, mesh=mesh, ignored_params=rest)  # lets layers fetch each other's weights ahead
+    fully_shard(model.base_model, mesh=mesh, ignored_params=rest)  # lets FSDP fetch the next layer's weights ahead
     setattr(model, _MARK, True)

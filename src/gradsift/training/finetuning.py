@@ -1,4 +1,4 @@
-"""Runs a training with Lightning's `Trainer`, and the callbacks that every training has."""
+"""Training with Lightning's `Trainer`, and the callbacks of every training."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ def fit(
     callbacks: Sequence[L.Callback] = (),
     folder: Path | None = None,
 ) -> int:
-    """Train over the steps of `plan` (positions in `encoded`), in their order.
+    """Take an optimiser step for each batch of `plan` (positions in `encoded`), in order.
 
     Args:
-        folder: the folder of the artifact in the making. The training continues from the save point that an interrupted
-            one left there, and saves its own there.
+        folder: the folder of the artifact in the making. Save points are written there, and the training continues from
+            the save point that an interrupted run left there. With None there are no save points.
 
     Returns:
-        The number of optimiser steps that this process took; `module.curve` has all.
+        The number of optimiser steps that this process took; `module.curve` also has those of interrupted runs.
 
     Raises:
-        GradsiftError: a loss or the weights are not finite, or memory does not hold a single example; names the rows.
+        GradsiftError: a loss or gradient norm is not finite (the message names the rows), a weight is not finite, or
+            memory does not hold a single example.
     """
     callbacks = with_save_point(module, encoded, plan, callbacks, compute, folder)
     done = len(module.curve)
@@ -63,7 +64,7 @@ def with_save_point(
     compute: ComputeConfig,
     folder: Path | None,
 ) -> list[L.Callback]:
-    """Restore `module` from the save point in `folder`, and return all callbacks of its training."""
+    """Restore `module` from the save point in `folder`, if there is one, and return all callbacks of its training."""
     callbacks = [StopAtNonFinite(encoded), *callbacks]
     if folder is not None:
         point = SavePoint(folder, compute.save_every, len(plan), callbacks)
@@ -73,7 +74,7 @@ def with_save_point(
 
 
 def train(module: AdapterModule, loader: Any, compute: ComputeConfig, callbacks: Sequence[L.Callback]) -> None:
-    """Train over the steps of `loader`."""
+    """Train `module` on the steps that `loader` yields."""
     trainer = quiet_trainer(compute, strategy_of(compute, module), callbacks)
     with keyboard_interrupts():
         trainer.fit(module, loader)
@@ -92,13 +93,13 @@ def require_finite_weights(module: AdapterModule) -> None:
 
 
 def step_counts(module: AdapterModule, taken: int) -> dict[str, int]:
-    """Return the steps of the training, and how many of them interrupted runs had taken, as a stage's counts."""
+    """Return a stage's counts: all steps of the training, and those of interrupted runs (all but the `taken` ones)."""
     return {"optimizer_steps": len(module.curve), "resumed_steps": len(module.curve) - taken}
 
 
 @contextmanager
 def keyboard_interrupts() -> Iterator[None]:
-    """Let Ctrl-C end a trainer's run as a KeyboardInterrupt: Lightning exits and leaves the signal ignored."""
+    """Raise KeyboardInterrupt on Ctrl-C, where Lightning would raise SystemExit and leave the signal ignored."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -108,7 +109,7 @@ def keyboard_interrupts() -> Iterator[None]:
 
 
 def quiet_trainer(compute: ComputeConfig, strategy: Strategy | str, callbacks: Sequence[L.Callback]) -> L.Trainer:
-    """Return a trainer for one pass over a loader that writes, logs and prints nothing by itself."""
+    """Return a trainer for one pass over a loader; the trainer itself writes, logs and prints nothing."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     # a loader over tokens in memory needs no workers; the frozen backbone is in evaluation mode on purpose
     for message in (
@@ -126,8 +127,8 @@ def quiet_trainer(compute: ComputeConfig, strategy: Strategy | str, callbacks: S
         devices=compute.devices if shared else own_device,
         num_nodes=compute.num_nodes if shared else 1,
         use_distributed_sampler=False,  # the modules divide each step over the ranks
-        inference_mode=False,  # a pass at fixed weights takes gradients too
-        precision="32-true",  # frozen weights have had their precision since they were loaded; nothing is cast
+        inference_mode=False,  # a validation pass computes gradients too
+        precision="32-true",  # frozen weights were loaded in their precision; nothing is cast
         max_epochs=1,
         callbacks=list(callbacks),
         logger=False,
@@ -168,7 +169,7 @@ class ShowProgress(L.Callback):
 
 
 class StopAtNonFinite(L.Callback):
-    """Stops the training at a NaN or infinite loss or norm; checks every 16 steps, to not wait for the device."""
+    """Stops a training at a NaN or infinite loss or norm. It checks every 16 steps, as a check waits for the device."""
 
     def __init__(self, encoded: Sequence[Encoded]) -> None:
         self._encoded = encoded
@@ -183,7 +184,7 @@ class StopAtNonFinite(L.Callback):
         self._check()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing, but check first: a point with a NaN must not be saved."""
+        """Return no state, but check the recent losses and norms first: no save point may contain a NaN."""
         self._check()
         return {}
 

@@ -1,7 +1,7 @@
 """The two matrix products of a frozen linear layer: y = x W + b, and the gradient with respect to x.
 
-A layer may have faster products in its attribute `frozen_products`, valid as long as its weight does not change;
-otherwise torch's products are used.
+A layer may have faster products in its attribute `frozen_products`, which are valid as long as its weight does not
+change. Without this attribute torch's products are used.
 
 Shape letters: M tokens of a batch, I inputs of a layer, O its outputs.
 """
@@ -54,7 +54,7 @@ def forget_products(layer: Any) -> None:
 
 
 def product_of(x: torch.Tensor, products: FrozenProducts) -> torch.Tensor:
-    """Return the outputs (..., O) of a frozen layer for x (..., I); the backward pass goes through `to_inputs`."""
+    """Return the outputs (..., O) of a frozen layer for x (..., I); the backward pass uses `to_inputs`."""
     y: torch.Tensor = _Product.apply(x, products)  # type: ignore[no-untyped-call]
     return y
 

@@ -1,9 +1,10 @@
 """Token losses of a causal language model without its (B, T, V) logits.
 
-The output head is applied to the hidden states of the predicted places only, a chunk at a time. The gradient with
-respect to the hidden states is computed from a chunk's logits right away, so logits are computed once and never kept.
+The output head is applied only to the hidden states of tokens whose successor is a response token (the places), a
+chunk at a time. The gradient with respect to the hidden states is computed from a chunk's logits right away, so logits
+are computed once and never kept.
 
-Shape letters: B examples of a batch, T tokens, D hidden size, P predicted places of the batch, V vocabulary.
+Shape letters: B examples of a batch, T tokens, D hidden size, P places of the batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,27 +24,31 @@ from gradsift.training.device import numbers_at_once, without_host_reads
 from gradsift.training.lora import evaluating
 
 _CHUNK_LOGITS = 2**23  # logits of a chunk on a CPU, 32 MB in float32
-_MULTIPLE = 64  # of the vocabulary in bfloat16: other widths (50,257) run at half speed on AMX
+_MULTIPLE = 64  # a bfloat16 vocabulary is padded to a multiple: other widths (50,257) run at half speed on AMX
 
 
 class FrozenHead(Protocol):
-    """A faster way to the losses of an output embedding, in its attribute `frozen_head`."""
+    """A faster computation of the losses, which an output embedding may have as its attribute `frozen_head`."""
 
     def chunk(self, count: int) -> int:
-        """Return the number of places, of `count`, whose logits are computed at once."""
+        """Return the number of places whose logits are computed at once, if there are `count` places in all."""
 
     def losses(self, hidden: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
-        """Return the cross entropy (P,) float32 of `targets` (P,) after `hidden` (P, D); fill `gradient` (P, D)."""
+        """Return the cross entropy (P,) float32 of `targets` (P,) given `hidden` (P, D).
+
+        Args:
+            gradient: (P, D), filled with the gradients with respect to `hidden`; None to skip them.
+        """
 
 
 class OutputHead:
-    """The output embedding of a model whose logits are its product with the last hidden states, and nothing else."""
+    """The output embedding of a model whose logits are exactly the embedding applied to the last hidden states."""
 
     def __init__(self, below: nn.Module, embedding: nn.Linear) -> None:
         self._below = below  # the model without its head
         self.vocabulary = embedding.out_features
         weight, bias = embedding.weight.detach(), None if embedding.bias is None else embedding.bias.detach()
-        # rows of zeros, so the padded logits are dropped again and their part of the gradient is zero
+        # padded with rows of zeros: their logits are dropped, and they add nothing to the gradient
         if weight.dtype == torch.bfloat16 and (lacking := -self.vocabulary % _MULTIPLE):
             weight = F.pad(weight, (0, 0, 0, lacking))
             bias = None if bias is None else F.pad(bias, (0, lacking))
@@ -55,15 +60,16 @@ class OutputHead:
 
     @classmethod
     def of(cls, model: Any) -> OutputHead | None:
-        """Return the head of a causal language model, adapted or not; None if its logits are computed otherwise.
+        """Return the output head of a causal language model with or without adapters.
 
-        Some models scale or cap the head's output (Gemma, Cohere, Granite). Instead of a list of them, a short random
-        batch is passed through both ways, and the logits must be equal bit for bit.
+        Return None if the head trains or has an adapter, or if the logits differ from its output: some models scale
+        or cap this output (Gemma, Cohere, Granite). Instead of keeping a list of such models, the logits of a short
+        random batch are computed in both ways, and must be equal bit for bit.
         """
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         embedding = causal.get_output_embeddings()
-        # a head that trains, or has an adapter, needs a gradient of its own, and `_TokenLosses` gives only the
-        # gradient of its input
+        # a head that trains, or has an adapter, needs a gradient of its own, and `_TokenLosses` computes only the
+        # gradient with respect to the head's input
         if type(embedding) is not nn.Linear or embedding.weight.requires_grad or causal.base_model is causal:
             return None
         return cls(causal.base_model, embedding) if _is_last_step(causal, embedding) else None
@@ -73,33 +79,33 @@ class OutputHead:
 
         Args:
             inputs: the arguments of the model's forward, (B, T) each.
-            places: (P,) int64 into the B x T tokens, on the model's device.
+            places: (P,) int64, indices into the flattened B x T tokens, on the model's device.
 
         Returns:
             (P, D)
         """
         with without_host_reads():
             hidden: torch.Tensor = self._below(**inputs, use_cache=False)[0]
-        # Only places before a response token: a prompt is given and not learnt, so it has no loss and needs no logits.
+        # only places before a response token: prompt tokens have no loss, so they need no logits
         return hidden.flatten(0, 1).index_select(0, places)
 
     def token_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the negative log-likelihood of `targets` (P,) after `hidden` (P, D), in nats; (P,) float32."""
-        # the caller's mode is passed on: within a Function's forward, gradients are always off
+        """Return the negative log-likelihood (P,) float32, in nats, of `targets` (P,) given `hidden` (P, D)."""
+        # the gradient mode is an argument, because gradients are always off within a Function's forward
         losses: torch.Tensor = _TokenLosses.apply(hidden, targets, self, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
         return losses
 
     def chunk(self, count: int) -> int:
-        """Return the number of places, of `count`, whose logits are computed at once."""
+        """Return the number of places whose logits are computed at once, if there are `count` places in all."""
         if self.own is not None:
             return self.own.chunk(count)
         return max(1, numbers_at_once(self.weight.device, _CHUNK_LOGITS) // len(self.weight))
 
     def buffers(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return buffers for logits of `count` places: (count, padded V) like the weight, (count, V) float32."""
+        """Return buffers for logits of `count` places: (count, padded V) in the weight's dtype, (count, V) float32."""
         shape = (count, len(self.weight))
         if self._logits.numel() < count * shape[1]:
-            with torch.inference_mode(False):  # a tensor of inference mode could not be used in training afterwards
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training
                 self._logits = self.weight.new_empty(count * shape[1])
                 if self.weight.dtype != torch.float32:
                     self._exact = self.weight.new_empty(count * self.vocabulary, dtype=torch.float32)
@@ -110,7 +116,7 @@ class OutputHead:
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Cross entropy of each place; the gradient of the hidden states is computed in the forward pass."""
+    """Cross entropy of each place; its gradient with respect to the hidden states is computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -129,15 +135,15 @@ class _TokenLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        # The loss of a place depends on its own hidden state alone, so the gradient kept for an incoming 1 only has to
-        # be scaled, row by row.
+        # The loss of a place depends only on its own hidden state, so the kept gradient of each loss only has to be
+        # multiplied by the incoming gradient, row by row.
         return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None, None
 
 
 def _chunk(
     hidden: torch.Tensor, targets: torch.Tensor, head: OutputHead, gradient: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the losses (P,) of a chunk; fill `gradient` (P, D), if there is one, with (softmax - one-hot) W."""
+    """Return the losses (P,) of a chunk; fill `gradient` (P, D), unless it is None, with (softmax - one-hot) W."""
     if head.own is not None:
         return head.own.losses(hidden, targets, gradient)
     logits, exact = head.buffers(len(hidden))  # (P, padded V), (P, V)
@@ -163,19 +169,20 @@ def _chunk(
 def _less_rounded(
     hidden: torch.Tensor, targets: torch.Tensor, head: OutputHead, logits: torch.Tensor, exact: torch.Tensor
 ) -> torch.Tensor:
-    """Fill `exact` with the logits minus one number per place, and return the targets' logits, (P, 1) float32.
+    """Fill `exact` with the logits minus an offset per place, and return its entries for the targets, (P, 1) float32.
 
-    A logit of 20 in bfloat16 has an error of up to .06, and so has the loss. Subtracting the target's logit within the
-    product, before rounding, leaves small numbers for the words that are as likely as the target. The target's own
-    logit is not rounded.
+    A logit of 20 in bfloat16 has an error of up to .06, and so would the loss. So the offset, the target's logit in
+    bfloat16, is subtracted within the product, before rounding: the logits of tokens about as likely as the target
+    become small numbers with small errors. The target's own logit is computed in float32. An offset does not change
+    the loss.
     """
     own = (hidden.float() * head.weight[targets].float()).sum(1, keepdim=True)  # (P, 1)
-    # rounded before it is subtracted, so that own - offset is exactly what the product leaves of the target's logit
+    # rounded before it is subtracted, so that own - offset is exactly the target's logit minus the offset
     offset = own.to(logits.dtype)
     torch.addmm((-offset).expand_as(logits), hidden, head.weight.t(), out=logits)
     exact.copy_(logits[:, : head.vocabulary])
     chosen = own - offset.float()
-    # in the normaliser too: with the rounded logit there, a loss could be negative
+    # the normaliser uses this value too: with the rounded logit there, a loss could be negative
     exact.scatter_(1, targets[:, None], chosen)
     if head.bias is not None:
         bias = head.bias[: head.vocabulary].float()
@@ -191,10 +198,10 @@ def token_losses(
     places: torch.Tensor,
     targets: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the negative log-likelihood of `targets` (P,) after the tokens at `places` (P,), in nats; (P,) float32.
+    """Return the negative log-likelihood (P,) float32, in nats, of `targets` (P,) after the tokens at `places` (P,).
 
     Args:
-        head: the model's head, or None to compute all of its logits.
+        head: the model's head, or None to compute the logits of all tokens with the model itself.
     """
     if head is not None:
         return head.token_losses(head.hidden_states(inputs, places), targets)
@@ -206,7 +213,7 @@ def token_losses(
 class ResponseLosses:
     """Mean negative log-likelihood of each example's response tokens, in nats, float32.
 
-    Each example is averaged over its own tokens, so its loss does not depend on the batch.
+    The mean is over an example's own tokens, so its loss does not depend on the other examples of the batch.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -218,9 +225,9 @@ class ResponseLosses:
         return self._of_tokens(batch).sum(1) / batch.counts
 
     def body_and_end(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean loss of the response tokens before the last, and the last one's loss, (B,) each.
+        """Return the mean loss of all response tokens but the last, and the loss of the last one, (B,) each.
 
-        A single response token gives both.
+        If an example has a single response token, both values are the loss of that token.
         """
         of_tokens = self._of_tokens(batch)
         is_predicted = of_tokens.new_zeros(batch.input_ids.numel()).index_fill(0, batch.places, 1.0)
@@ -231,7 +238,7 @@ class ResponseLosses:
         return torch.where(batch.counts > 1, (of_tokens.sum(1) - end) / (batch.counts - 1).clamp(min=1), end), end
 
     def _of_tokens(self, batch: Batch) -> torch.Tensor:
-        """Return the loss of the token after each place, (B, T); 0 where no response token is predicted."""
+        """Return a tensor (B, T) with the loss of the next token at each place, and 0 elsewhere."""
         of_tokens = token_losses(self._model, self._head, batch.model_inputs(), batch.places, batch.targets)
         # a scatter to different places and a sum along rows are deterministic; index_add on a GPU adds in any order
         spread = of_tokens.new_zeros(batch.input_ids.numel()).scatter(0, batch.places, of_tokens)
@@ -240,26 +247,26 @@ class ResponseLosses:
 
 @torch.no_grad()
 def _is_last_step(causal: Any, embedding: nn.Linear) -> bool:
-    """Return whether the model's logits are `embedding` of the last hidden states, bit for bit."""
+    """Return whether the model's logits equal `embedding` applied to the last hidden states, bit for bit."""
     vocabulary = causal.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (2, 7), generator=torch.Generator().manual_seed(0)).to(embedding.weight.device)
     # without a mask, transformers would warn of a pad id among them
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    with evaluating(causal):  # each pass would draw its own dropout mask
+    with evaluating(causal):  # with dropout on, each pass would draw another mask
         logits = causal(**inputs, use_cache=False).logits
         hidden = causal.base_model(**inputs, use_cache=False)[0]
         if hidden.dtype != embedding.weight.dtype:
-            return False  # the model casts before its head
+            return False  # the model casts the hidden states before its head
         shortcut = embedding(hidden)
     return torch.equal(logits, shortcut.to(logits.dtype))
 
 
 def require_finite(quantity: str, rows: torch.Tensor, values: torch.Tensor, encoded: Sequence[Encoded]) -> None:
-    """Raise a `GradsiftError` that names the examples whose value is NaN or infinite by their row in the data's source.
+    """Raise a `GradsiftError` if a value is NaN or infinite; it names the examples by their row in the data's source.
 
     Args:
         quantity: name of the values in the message.
-        rows: (B,) int64, `Encoded.row` of the values.
+        rows: (B,) int64, `Encoded.row` of each value's example.
         values: (B,)
         encoded: examples that include all of `rows`.
     """

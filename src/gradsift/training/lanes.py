@@ -1,11 +1,11 @@
-"""Several adapters on one frozen model that train side by side, each with rows of its own.
+"""Several adapters (lanes) on one frozen model that train side by side, each on its own rows.
 
 A batch holds rows of all adapters. They pass through the frozen weights together; only the small products with A and B
 differ from row to row (`gradsift.training.adapted`). So a batch takes as many operations as in the training of one
 adapter.
 
-peft's model has one adapter, under its default name. `activate` puts one of the adapters there, so that every function
-that saves, loads or measures an adapter works on that one.
+peft's model holds one adapter, under its default name. `activate` makes a lane's adapter this one, so that every
+function that saves, loads or measures an adapter works on the adapter of that lane.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gradsift.training.masks import PassedRows
 
 
 class Lanes(nn.Module):
-    """M adapters of `model`, of which the first is active."""
+    """M adapters of `model`; at first, adapter 0 is active."""
 
     def __init__(self, model: nn.Module, config: LoraConfig, seeds: Sequence[int]) -> None:
         """
@@ -36,7 +36,7 @@ class Lanes(nn.Module):
         """
         super().__init__()
         device = next(model.parameters()).device
-        factors: list[list[tuple[nn.Module, nn.Module]]] = []  # of each adapter, in the order of the layers
+        factors: list[list[tuple[nn.Module, nn.Module]]] = []  # for each adapter, (A, B) of each layer
         for lane, seed in enumerate(seeds):
             if lane:
                 lora.remove_adapter(self.adapted)
@@ -56,12 +56,12 @@ class Lanes(nn.Module):
         return len(self._factors)
 
     def activate(self, lane: int) -> None:
-        """Make an adapter the one that peft's model has."""
+        """Make the adapter of a lane the one that peft's model holds."""
         for layer, (a, b) in zip(self._layers, self._factors[lane], strict=True):
             layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = a, b
 
     def announce(self, examples: Sequence[Encoded]) -> list[Encoded]:
-        """Tell the layers of the rows that pass next, and return them in the order in which they have to pass."""
+        """Tell the layers which rows the next batch has, and return the rows in its order: sorted by adapter."""
         rows = sorted(examples, key=lambda example: example.lane)
         counts = Counter(example.lane for example in rows)
         device = next(self.parts.parameters()).device
@@ -70,13 +70,13 @@ class Lanes(nn.Module):
         return rows
 
     def forget_rows(self) -> None:
-        """Let the next pass go through the active adapter alone."""
+        """Let all rows of later passes go through the active adapter."""
         self.rows.lanes = None
 
 
 @contextmanager
 def lanes(model: nn.Module, config: LoraConfig, seeds: Sequence[int]) -> Iterator[Lanes]:
-    """Yield the model with fresh adapters, one for each seed; they are removed afterwards."""
+    """Yield the `Lanes` of `model` with a fresh adapter for each seed; the adapters are removed afterwards."""
     made = Lanes(model, config, seeds)
     try:
         yield made

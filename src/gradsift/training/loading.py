@@ -1,7 +1,7 @@
 """Loading a causal language model and its tokenizer, with every weight from the files.
 
-transformers fills missing weights with random numbers and ignores weights that it has no place for, and prints a table.
-Here both are errors, because results would come from another model than the one that was named.
+transformers fills missing weights with random numbers, ignores weights that have no place in the model, and only prints
+a table about both. Here both are errors, because the results would not be those of the named model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHOWN = 3  # names of weights in a message
 
 
 def load_config(source: str, name: str, **options: Any) -> Any:
-    """Return the config of a model in a folder or of the hub; `name` is the model's, for errors.
+    """Return the config of a model in a folder or on the hub; `name` stands for the model in error messages.
 
     Raises:
         DataError: config.json is broken, or describes no model that transformers has.
@@ -40,17 +40,17 @@ def load_config(source: str, name: str, **options: Any) -> Any:
 
 
 def load_tokenizer(source: str, name: str, **options: Any) -> Any:
-    """Return the tokenizer of a folder or of a model of the hub; `name` is the model's, for errors.
+    """Return the tokenizer of a model in a folder or on the hub; `name` stands for the model in error messages.
 
     Raises:
-        DataError: its files are missing or broken.
+        DataError: files of the tokenizer are missing or broken.
     """
     from transformers import AutoTokenizer
 
     with readable(f"model.path={name}: its tokenizer", "config.json, tokenizer.json and tokenizer_config.json"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         known, special = set(tokenizer.get_vocab().values()), set(tokenizer.all_special_ids)
-    if not known - special:  # transformers makes an empty one where the files are missing
+    if not known - special:  # transformers makes an empty tokenizer if the files are missing
         raise DataError(
             f"model.path={name} has no tokenizer: its vocabulary holds nothing but special tokens; add the model's "
             "tokenizer.json and tokenizer_config.json"
@@ -59,10 +59,10 @@ def load_tokenizer(source: str, name: str, **options: Any) -> Any:
 
 
 def load_model(source: str, name: str, **options: Any) -> Any:
-    """Return the model of a folder or of the hub, from safetensors files only; `name` is the model's, for errors.
+    """Return a model in a folder or on the hub, from safetensors files only; `name` stands for it in error messages.
 
     Raises:
-        DataError: files are broken, or weights are missing, left over or of another shape; names some of them.
+        DataError: files are broken, or weights are missing, left over or of another shape; names some of these weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -79,10 +79,10 @@ def load_model(source: str, name: str, **options: Any) -> Any:
 
 
 def misfits(model: Any, info: Mapping[str, Collection[Any]]) -> list[str]:
-    """Return the differences between a model and the weights in its files, if any.
+    """Return a phrase for each kind of difference between a model and the weights in its files.
 
     Args:
-        info: transformers' loading info; weights that are tied to another one are not among its missing ones.
+        info: transformers' loading info; its missing weights do not include weights that are tied to another weight.
     """
     unexpected = [name for name in info["unexpected_keys"] if _belongs(name, model) and not _COMPUTED.search(name)]
     shapes = [f"{name} is {list(there)}, not {list(wanted)}" for name, there, wanted in info["mismatched_keys"]]
@@ -108,7 +108,7 @@ def _some(names: Collection[str]) -> str:
 
 @contextmanager
 def readable(subject: str, files: str) -> Iterator[None]:
-    """Turn the exceptions of broken files into a `DataError`; `OSError` comes from the hub (see `backbones`)."""
+    """Turn exceptions that broken files cause into a `DataError`; `pins.hub_errors` handles `OSError`."""
     try:
         yield
     except Exception as error:

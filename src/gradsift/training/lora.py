@@ -33,18 +33,18 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
 
     Returns:
         The model as a `peft.PeftModel`; its LoRA parameters are float32 and the only ones that train. Its attribute
-        `passed_rows` takes what its layers have to know of a batch (`gradsift.training.masks.PassedRows`).
+        `passed_rows` (`gradsift.training.masks.PassedRows`) tells its layers about the rows of a batch.
 
-    With `all-linear`, a model with experts has adapters on its attention and dense layers alone (see `left_out`).
+    With `all-linear`, a model with experts gets adapters only on its attention and dense layers (see `left_out`).
 
     Raises:
-        ConfigError: `config.targets` names no linear layer of this model, or one that peft refuses. The model then
-            has no adapter.
+        ConfigError: `config.targets` names no linear layer of this model, a layer that is not linear, or one that peft
+            refuses. The model is then left without an adapter.
     """
     names = linear_layer_names(model)
     targets: Any = list(config.targets)
     if targets == ["all-linear"]:
-        # an expert sees some tokens of the batch in an order of its own, which has no (B, T) to tell the examples by
+        # an expert sees some of the batch's tokens in an order of its own, so examples cannot be told apart there
         targets = _dense_layer_names(model) if expert_blocks(model) else "all-linear"
     lora = peft.LoraConfig(
         r=config.rank,
@@ -58,9 +58,9 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
-        # peft corrects the first itself, and the second concerns merging, which `require_mergeable` guards
+        # peft corrects fan_in_fan_out itself; tied embeddings matter only in merging, where `require_mergeable` checks
         warnings.filterwarnings("ignore", "(fan_in_fan_out is set|Model has `tie_word_embeddings)", UserWarning)
-        # within fork_rng: drawing A must not move the random stream of the caller
+        # within fork_rng, as drawing A must not change the caller's random state
         torch.manual_seed(seed)
         try:
             adapted = peft.get_peft_model(model, lora)
@@ -104,10 +104,10 @@ def remove_adapter(adapted: Any) -> nn.Module:
 
 
 def require_mergeable(adapted: Any) -> None:
-    """Refuse an adapter on a weight that two modules share: merged, it would change what the other computes.
+    """Refuse an adapter on a weight that two modules share, as merging it would change the other module too.
 
     Raises:
-        ConfigError: the adapter is on such a weight, as on an output head that is also the input embedding.
+        ConfigError: the adapter is on such a weight, for example an output head that is also the input embedding.
     """
     if shared := shared_layers(adapted):
         raise ConfigError(
@@ -124,7 +124,7 @@ def shared_layers(adapted: Any) -> list[str]:
 
 
 def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield names and adapted layers, in the order of the model's modules."""
+    """Yield (name, layer) for each adapted layer, in the order of the model's modules."""
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
@@ -137,7 +137,7 @@ def linear_layer_names(model: nn.Module) -> list[str]:
 
 
 def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the blocks of experts by name: each holds experts, whose weights are stacked in three dimensions."""
+    """Return, by name, the blocks that contain experts: the parents of modules with three-dimensional weights."""
     return {
         name.rpartition(".")[0]: model.get_submodule(name.rpartition(".")[0])
         for name, module in model.named_modules()
@@ -149,8 +149,8 @@ def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def _dense_layer_names(model: Any) -> list[str]:
     """Return the last parts of the names of the linear layers outside of expert blocks, without the output head.
 
-    A name that an expert block has too is left out, because peft would find both by it; so are the names that stand for
-    stacked experts in peft.
+    A name that also occurs in an expert block is left out, because peft would adapt the layers in both places. The
+    names by which peft adapts stacked experts are left out too.
     """
     blocks = tuple(f"{name}." for name in expert_blocks(model))
     head = model.get_output_embeddings()
@@ -162,7 +162,7 @@ def _dense_layer_names(model: Any) -> list[str]:
 
 
 def left_out(model: Any, config: LoraConfig, option: str) -> str | None:
-    """Return what `all-linear` leaves without an adapter, for the user: the experts of a model, or None without any.
+    """Return a message that names the experts that `all-linear` leaves without an adapter, or None if it leaves none.
 
     Args:
         option: the option that `config` comes from, such as `target.lora`.
@@ -180,9 +180,9 @@ def left_out(model: Any, config: LoraConfig, option: str) -> str | None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put all modules into evaluation mode, and back into their own mode afterwards."""
-    # Each module's own mode: dropout of the adapters trains within a backbone in evaluation mode, which neither train()
-    # nor eval() on the whole model would restore.
+    """Put all modules into evaluation mode, and restore the mode of each module afterwards."""
+    # The modes are restored module by module: the adapters' dropout is in training mode and the backbone in evaluation
+    # mode, which neither train() nor eval() on the whole model would restore.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -197,7 +197,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def factor_sizes(adapted: nn.Module) -> dict[str, float]:
-    """Return the Frobenius norms of the active adapter's factors over all layers, as `size_A` and `size_B`."""
+    """Return the Frobenius norms of the active adapter's A and of its B over all layers, as `size_A` and `size_B`."""
     squares = {"A": 0.0, "B": 0.0}
     for _, layer in lora_layers(adapted):
         squares["A"] += float(layer.lora_A[ADAPTER].weight.detach().square().sum())
@@ -207,11 +207,11 @@ def factor_sizes(adapted: nn.Module) -> dict[str, float]:
 
 def save_adapter(adapted: Any, folder: Path) -> None:
     """Write the adapter in peft's own format (safetensors)."""
-    # by default, peft adds the whole matrix of a head that has an adapter
+    # by default, peft also writes the whole weight of an output head that has an adapter
     adapted.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    if isinstance(config["target_modules"], list):  # a set, whose order differs from process to process
+    if isinstance(config["target_modules"], list):  # made from a set, whose order differs between processes
         config["target_modules"].sort()
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
@@ -220,16 +220,16 @@ def load_adapter(adapted: Any, folder: Path) -> None:
     """Load the weights that `save_adapter` wrote into the active adapter.
 
     Raises:
-        ConfigError: they do not fit the model.
+        ConfigError: the weights do not fit the model.
     """
     outcome = peft.set_peft_model_state_dict(adapted, load_file(folder / ADAPTER_FILE), adapter_name=ADAPTER)
-    # keys that are missing are no error: they are the backbone's, which the file does not have
+    # missing keys are no error: they are those of the backbone, which the file does not contain
     if outcome.unexpected_keys:
         raise ConfigError(f"the adapter in {folder.name} does not fit this model: {outcome.unexpected_keys[0]}")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Return the optimiser's state by `<kind>:<parameter>`."""
+    """Return the optimiser's state on the CPU; the keys are `<kind>:<parameter>`, where exp_avg is one of the kinds."""
     return {
         f"{kind}:{name}": torch.as_tensor(value).detach().cpu().contiguous()
         for name, parameter in parameters.items()
@@ -240,7 +240,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Restore the state of `optimizer_tensors`, on each parameter's device."""
+    """Restore a state that `optimizer_tensors` returned, on each parameter's device."""
     for key, value in tensors.items():
         kind, name = key.split(":", 1)
         parameter = parameters[name]

@@ -21,7 +21,7 @@ from gradsift.training.random_bits import bits, mixed
 
 
 class PassedRows:
-    """What the adapted layers of a model know of the rows that pass, beside their activations."""
+    """What the adapted layers of a model are told about the rows of a batch, besides the activations."""
 
     def __init__(self) -> None:
         self.drops = False  # whether layers drop inputs
@@ -31,12 +31,12 @@ class PassedRows:
 
 
 class RowDropout(nn.Dropout):
-    """Dropout with a mask for each row; torch's own dropout without keys, or where dim 0 does not count the rows."""
+    """Dropout with a mask for each row; torch's own dropout unless the input is (B, T, I) and there are B keys."""
 
     def __init__(self, probability: float, rows: PassedRows, layer: str) -> None:
         """
         Args:
-            rows: shared by the layers of a model.
+            rows: the `PassedRows` that all layers of a model share.
             layer: the layer's name, by which its masks differ from the masks of other layers.
         """
         super().__init__(probability)
@@ -55,7 +55,7 @@ class RowDropout(nn.Dropout):
 
 
 def drop_by_row(layers: Iterable[tuple[str, Any]]) -> PassedRows:
-    """Give the adapted layers that drop inputs a `RowDropout`, and return what they share."""
+    """Replace the dropout of the adapted layers by `RowDropout`, and return the `PassedRows` that they share."""
     rows = PassedRows()
     for name, layer in layers:
         if isinstance(dropout := layer.lora_dropout[ADAPTER], nn.Dropout):

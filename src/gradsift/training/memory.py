@@ -1,9 +1,9 @@
-"""The memory of a LoRA training on one GPU, by arithmetic; `tests/test_memory.py` compares it with a trace.
+"""The memory of a LoRA training on one GPU, by arithmetic; `tests/test_memory.py` compares it with what autograd keeps.
 
-The forward pass keeps what the backward pass reads. In a frozen block that is little: the residual stream before each
-norm, the queries, keys, values and outputs of attention (a fused kernel keeps no scores), three tensors of the MLP
-(GPT-2: one), and the inputs of the layers that have an adapter. With activation checkpointing it is the residual stream
-before each block, and all of this for one block.
+The forward pass keeps the tensors that the backward pass reads. In a frozen block these are the residual stream before
+each norm, the queries, keys, values and outputs of attention (a fused kernel keeps no scores), three tensors of the MLP
+(GPT-2: one), and the inputs of the layers that have an adapter. With activation checkpointing only the residual stream
+before each block is kept, and these tensors for one block at a time.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from typing import Any
 
 _GATED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # model types whose kept activations are known, besides gpt2
 _STREAM = 4  # bytes of a number in the residual stream, which is float32 (`gradsift.training.residual`)
-# what layers with an adapter read: the hidden states of attention or of the MLP, or the MLP's own
+# layers by the inputs that are kept if they have an adapter: the hidden states of attention, the hidden states of the
+# MLP, or the MLP's inner activations
 _READ_IN_ATTENTION = {"q_proj", "k_proj", "v_proj", "c_attn"}
 _READ_IN_MLP = {"gate_proj", "up_proj", "c_fc"}
 _READ_WIDE = {"down_proj", "c_proj"}
 _SHARE = 0.8  # of a GPU's memory; the rest is for chunks of logits and gradients, buffers and fragments
-_ROOM = 4096  # tokens at once that keep a GPU busy: with fewer, recomputing activations costs less than it gains
+_ROOM = 4096  # tokens at once that keep a GPU busy: if fewer fit, recomputing activations costs less time than it saves
 
 
 def token_bytes(config: Any, number: int, adapted: Collection[str], *, checkpointed: bool) -> int | None:
-    """Return the bytes that a training keeps for each token; None for a model type that is not known here.
+    """Return the number of bytes that a training keeps for each token; None for a model type that is not known here.
 
     Args:
         config: transformers' config of the model.
@@ -60,11 +61,11 @@ def fitting_tokens(model: Any, memory: int, *, checkpointed: bool) -> int | None
     """Return how many tokens can pass at once through a training on a GPU with `memory` bytes.
 
     Args:
-        model: a causal language model; without an adapter yet, it is taken to get one on all layers, and the adapter's
-            own size, which is not known, is left out.
+        model: a causal language model. If it has no adapter yet, adapters on all layers are assumed, but their own
+            size, which is not known, is not counted.
 
     Returns:
-        The number, which may be negative; None for a model type that is not known here.
+        The number, negative if the weights alone do not fit; None for a model type that is not known here.
     """
     adapted = adapted_names(model) or _READ_IN_ATTENTION | _READ_IN_MLP | _READ_WIDE
     each = token_bytes(model.config, next(model.parameters()).element_size(), adapted, checkpointed=checkpointed)
@@ -79,6 +80,6 @@ def fitting_tokens(model: Any, memory: int, *, checkpointed: bool) -> int | None
 
 
 def needs_checkpointing(model: Any, memory: int) -> bool:
-    """Return whether a GPU with `memory` bytes would be kept busy only if activations are computed again."""
+    """Return whether under 4,096 tokens fit into `memory` bytes without checkpointing; False if it is not known."""
     tokens = fitting_tokens(model, memory, checkpointed=False)
     return tokens is not None and tokens < _ROOM

@@ -1,4 +1,4 @@
-"""The target and its adapter as one model: for tools that know no adapters, and for answers in fewer operations."""
+"""The target with its adapter merged: for tools that load no adapters, and to generate with fewer operations."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from gradsift.training.target import load_tuned
 
 
 def write_merged(target: Artifact, tuned: Artifact, config: TargetConfig, compute: ComputeConfig, folder: Path) -> None:
-    """Write the merged model (safetensors, in `compute.precision`) and its tokenizer.
+    """Write the merged model (safetensors, in the precision of `numerics.dtype_of`) and its tokenizer.
 
-    A chat template of the user's own becomes the tokenizer's.
+    If `config.template` is a file of a chat template, the tokenizer gets this template.
 
     Raises:
-        ConfigError: the adapter is on a head that is the input embedding too.
+        ConfigError: the adapter is on a weight that two modules share, such as a head that is also the embedding.
     """
     model, tokenizer = load_plain(target, config.model, compute)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)  # refused where it matters
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)  # see `require_mergeable`
         adapted = peft.PeftModel.from_pretrained(model, tuned.file("adapter"))
     lora.require_mergeable(adapted)
-    # under the names of the files; weights that were restored while they were loaded have none there
+    # weights are saved under their names in the original files, unless they were dequantised while loading
     original = not load_options(config_of(target, config.model), "none", model.dtype)
     adapted.merge_and_unload().save_pretrained(folder, safe_serialization=True, save_original_format=original)
     if is_file(config.template):
@@ -44,9 +44,9 @@ def write_merged(target: Artifact, tuned: Artifact, config: TargetConfig, comput
 
 
 def load_to_answer(runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None) -> Backbone:
-    """Load what `load_tuned` loads, with the adapter merged into the weights if only rounding differs (`can_merge`).
+    """Load the target as `load_tuned` does, and merge the adapter into the weights if `can_merge`.
 
-    The weights belong to the caller alone: every stage loads its own.
+    The merge changes the weights in place, but no other stage uses them: every stage loads its own.
     """
     loaded = load_tuned(runtime, config, target, tuned)
     model: Any = loaded.model
@@ -54,11 +54,11 @@ def load_to_answer(runtime: Runtime, config: TargetConfig, target: Artifact, tun
 
 
 def can_merge(model: Any) -> bool:
-    """Return whether the merged model computes the same, up to the rounding of float32, and can be made in place.
+    """Return whether a model's adapter can be merged in place so that results change only by float32 rounding.
 
     In bfloat16, or with TF32 products, the sum of weight and adapter would be rounded to three digits, which loses a
-    part of the adapter. Quantised and divided weights cannot be changed, and of experts or of a weight that two layers
-    share, such as a head that is the embedding too, the sum would be another function.
+    part of the adapter. Quantised and divided weights cannot be changed. Merged into experts, or into a weight that two
+    layers share (such as a head that is also the embedding), the adapter would give another function.
     """
     if not isinstance(model, peft.PeftModel) or is_divided(model) or torch.get_float32_matmul_precision() != "highest":
         return False

@@ -1,6 +1,6 @@
-"""The Lightning modules: `ProxyMember` for the ensemble and `TargetFinetuning` for the target, on one base.
+"""The Lightning modules: `ProxyMember` for the ensemble, `TargetFinetuning` for the target, and their base class.
 
-Shape letters: N examples of a step, B of a batch, T tokens.
+Shape letters: N examples of a step, B examples of a batch, T tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Step:
-    """The examples of one optimiser step. Lightning passes it on unchanged; the module makes batches of it."""
+    """The examples of one optimiser step. Lightning hands a `Step` unchanged to the module, which forms batches."""
 
     def __init__(self, examples: Sequence[Encoded]) -> None:
         self.examples = examples
@@ -42,8 +42,9 @@ class AdapterModule(L.LightningModule):
     """Trains the trainable parameters of `model` on the mean loss of each step's examples or response tokens.
 
     The examples of a step pass through the model in batches of similar length, as large as the token budget allows, and
-    the gradients of the batches add up: neither memory nor speed depends on the size of a step. On several ranks each
-    passes its share of the step, and the strategy averages the ranks' gradients in the step's last backward pass.
+    the gradients of the batches are added up. So neither the memory nor the time per token depends on the number of
+    examples in a step. With several ranks each rank passes its share of the step through the model, and the ranks'
+    gradients are averaged: by DDP in the step's last backward pass, or by `_reduce_gradients` (divided models).
     """
 
     has_lanes = False  # whether the rows of a step belong to several adapters
@@ -59,8 +60,8 @@ class AdapterModule(L.LightningModule):
     ) -> None:
         """
         Args:
-            model: with an adapter of `lora.add_adapter`.
-            first_step: optimiser steps that earlier epochs took.
+            model: a model with an adapter, as returned by `lora.add_adapter`.
+            first_step: number of optimiser steps that earlier epochs took.
         """
         super().__init__()
         # a step takes as many backward passes as its examples need at this token budget, and one optimiser step
@@ -74,28 +75,28 @@ class AdapterModule(L.LightningModule):
         self.dropout_seed = dropout_seed
         self.restore_from: Path | None = None  # the optimiser state of an earlier epoch
         self.gradient_norms: PerSampleNorms | None = None  # set by `GradientNormCallback`
-        self.curve: list[dict[str, float]] = []  # one entry per step; the losses are filled in when `fit` has ended
-        self._step_losses = torch.zeros(0)  # on the device: reading one there would wait for it in every step
+        self.curve: list[dict[str, float]] = []  # one entry per step; `on_train_end` fills in the losses
+        self._step_losses = torch.zeros(0)  # on the device: reading a loss would make the host wait in every step
 
     def resume(self, losses: torch.Tensor, tokens: Sequence[int]) -> None:
-        """Continue after the steps that had these mean losses (n,) and numbers of tokens."""
-        # Masks are drawn by the length of the curve and the rate by `first_step`: with both restored, the steps that
-        # follow are those of a training that was never interrupted.
+        """Continue after the n steps of an interrupted run, which had these mean losses (n,) and numbers of tokens."""
+        # A step's dropout masks depend on the length of the curve, and its learning rate on `first_step`. With both
+        # restored, the remaining steps are those of an uninterrupted training.
         self.first_step += len(tokens)
         self._step_losses = losses.to(self.device)
         self.curve = [{"loss": math.nan, "tokens": count} for count in tokens]
 
     def curve_so_far(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean losses (n,) and tokens (n,) of the steps taken."""
+        """Return the mean losses (n,) and the numbers of tokens (n,) of the n steps taken."""
         tokens = torch.tensor([int(entry["tokens"]) for entry in self.curve])
         return self._step_losses[: len(tokens)], tokens
 
     def cpu(self) -> AdapterModule:
-        """Stay on the device: Lightning's teardown calls this, but later stages use the same backbone there."""
+        """Leave the module on its device: Lightning's teardown calls this, but later stages use the same backbone."""
         return self
 
     def on_fit_start(self) -> None:
-        self._losses = ResponseLosses(self.model)  # the model is on the device only by now
+        self._losses = ResponseLosses(self.model)  # only now is the model on the device
 
     def training_step(self, step: Step, step_index: int) -> dict[str, Any]:
         outputs = self.pass_step(step)
@@ -106,16 +107,16 @@ class AdapterModule(L.LightningModule):
         """Accumulate the gradient of a step's loss, and return the outputs of `_backward`, gathered from all ranks."""
         mine = parallel.share(step.examples)
         lengths = [len(example.input_ids) for example in mine]
-        # If memory runs out in the middle, `_backward` runs again with fewer tokens. It starts from no gradients and
-        # from the same dropout masks, so a step does not depend on how often it was tried.
+        # If memory runs out in the middle, `_backward` runs again with fewer tokens. Each attempt starts without
+        # gradients and with the same dropout masks, so the step does not depend on the number of attempts.
         outputs = parallel.run(self.budget, lambda tokens: self._backward(mine, step.examples, tokens), lengths)
         self._reduce_gradients()
         return parallel.gather(outputs, len(step.examples))
 
     def update(self, step: Step, outputs: Mapping[str, torch.Tensor]) -> None:
-        """Change the parameters by their gradient, and note the loss of the step."""
+        """Take an optimiser step with the accumulated gradient, and record the step's loss and number of tokens."""
         if self.optimization.max_grad_norm is not None:
-            # after all batches and ranks have added up: the bound is on the gradient of the step, not of a part
+            # after the gradients of all batches and ranks are summed: the bound is on the gradient of the whole step
             nn.utils.clip_grad_norm_(lora.trainable_parameters(self.model).values(), self.optimization.max_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
@@ -131,7 +132,7 @@ class AdapterModule(L.LightningModule):
         self.curve.append({"loss": math.nan, "tokens": tokens})
 
     def on_train_end(self) -> None:
-        # the tensor has grown beyond the last step
+        # the tensor may be longer than the curve
         for entry, loss in zip(self.curve, self._step_losses.tolist(), strict=False):
             entry["loss"] = loss
 
@@ -143,8 +144,8 @@ class AdapterModule(L.LightningModule):
             examples: all N examples of the step.
 
         Returns:
-            rows, losses, counts (of response tokens, for `loss=token`), norm_A and norm_B (where they are wanted),
-            lanes (where several adapters train), (n,) each, for the examples of this rank.
+            rows, losses, counts (numbers of response tokens, only with `loss=token`), norm_A and norm_B (only if
+            `gradient_norms` is set), lanes (only if several adapters train): (n,) each, for this rank's n examples.
         """
         # Seeds layers that draw their dropout masks batch by batch. The seed depends on step and rank alone, so neither
         # a resumed training nor a repeated step needs the random state of the steps before.
@@ -161,18 +162,18 @@ class AdapterModule(L.LightningModule):
         passes = self._passes(len(batches))
         for number in range(passes):
             is_own = number < len(batches)
-            # what a rank without a batch of its own passes with weight 0, so that the other ranks' collective calls
-            # return
+            # A rank without a batch of its own passes the shortest example with weight 0, so that the other ranks'
+            # collective calls return.
             shortest = [min(examples, key=lambda example: len(example.input_ids))]
             rows = self._announced(batches[number] if is_own else shortest)
             divisor = self._divisor(rows, examples)
             batch = collate(rows, self.pad_id).to(self.device)
             losses = self._losses(batch)
-            weight = parallel.size() if is_own else 0  # the strategy divides the ranks' sum by their number
+            weight = parallel.size() if is_own else 0  # the strategy divides the sum over the ranks by their number
             with self._last_synchronises(is_last=number == passes - 1):
                 self.manual_backward(_total(losses * batch.counts if by_token else losses, weight, divisor))
             if is_own:
-                # the loss above is sum_i L_i times size / divisor, so |grad L_i| is what was seen times divisor / size
+                # the loss above is sum_i L_i size / divisor, so |grad L_i| is the measured norm times divisor / size
                 norms = self.gradient_norms.take(divisor / parallel.size()) if self.gradient_norms is not None else ()
                 lanes = [self.passed_rows.lanes] if self.has_lanes else []
                 parts.append((batch.rows, losses.detach(), *([batch.counts] if by_token else []), *norms, *lanes))
@@ -185,13 +186,13 @@ class AdapterModule(L.LightningModule):
         self.optimizer.zero_grad()
 
     def _announced(self, examples: Sequence[Encoded]) -> Sequence[Encoded]:
-        """Tell the adapted layers of the rows that pass next, and return them in the order of the batch."""
+        """Tell the adapted layers which examples the next batch has, and return these in the order of the batch."""
         self._give_masks(map(self.mask_key, examples))
         return examples
 
     def mask_key(self, example: Encoded) -> int:
         """Return the key of an example's dropout masks in the next step."""
-        # step and example alone make the key: neither the batch, the rank nor an interruption changes the masks
+        # the key depends only on step and example, so the masks do not depend on batch, rank or interruptions
         return derive_seed(self.dropout_seed, len(self.curve), example.row)
 
     def _give_masks(self, keys: Iterable[int]) -> None:
@@ -199,27 +200,27 @@ class AdapterModule(L.LightningModule):
             self.passed_rows.keys = torch.tensor(list(keys), device=self.device)
 
     def _divisor(self, rows: Sequence[Encoded], examples: Sequence[Encoded]) -> float | torch.Tensor:
-        """Return what the losses of the `rows` of a pass are divided by, where a step has these `examples`."""
-        # The number is for the whole step, not for the pass or the rank: the batches of a step are cut by length, and a
-        # mean within each would weigh an example by the batch that it falls into.
+        """Return the divisor of the losses of one pass over `rows`, which are a part of the step's `examples`."""
+        # The divisor counts the examples or response tokens of the whole step, not of the pass or the rank: batches
+        # differ in size, and with a mean over each batch an example's weight would depend on its batch.
         return sum(example.scored for example in examples) if self.optimization.loss == "token" else len(examples)
 
     def _passes(self, batches: int) -> int:
-        """Return how many passes this rank makes; those beyond its batches weigh nothing.
+        """Return the number of passes of this rank; passes beyond its number of `batches` have weight 0.
 
-        Every rank makes at least one, which synchronises the gradients.
+        Each of several ranks makes at least one pass, because the last pass synchronises the gradients.
         """
         return batches if parallel.size() == 1 else max(1, batches)
 
     def _last_synchronises(self, *, is_last: bool) -> Any:
-        """Return the context of a backward pass: DDP reduces the gradients in the last one of a step alone."""
+        """Return the context of a backward pass: DDP averages the ranks' gradients in it only if `is_last`."""
         strategy = self.trainer.strategy
         if is_last or not isinstance(strategy, ParallelStrategy):
             return nullcontext()
         return strategy.block_backward_sync()
 
     def _reduce_gradients(self) -> None:
-        """Average the ranks' gradients where the strategy has not done so in the backward pass."""
+        """Average the ranks' gradients where the strategy does not do so in the backward pass; by default it does."""
 
     def configure_optimizers(self) -> Any:
         parameters = lora.trainable_parameters(self.model)
@@ -231,7 +232,7 @@ class AdapterModule(L.LightningModule):
         )
         if self.restore_from is not None:
             lora.load_optimizer(optimizer, parameters, self.restore_from)
-        # LambdaLR counts from 0 in each process; the steps of earlier epochs, or of an interrupted run, come before
+        # LambdaLR counts from 0 in each process, so the steps of earlier epochs and interrupted runs are added
         first = self.first_step
         self.optimizer = optimizer
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: self.optimization.factor(first + s))
@@ -239,7 +240,7 @@ class AdapterModule(L.LightningModule):
 
 
 def _total(losses: torch.Tensor, weight: int, divisor: float | torch.Tensor) -> torch.Tensor:
-    """Return the sum of the losses (B,) times `weight`, divided by one number, or each loss by its own, (B,)."""
+    """Return `weight` times the sum of the losses (B,), divided by `divisor`: one number, or one per loss (B,)."""
     if isinstance(divisor, torch.Tensor):
         return (losses / divisor).sum() * weight
     return losses.sum() * weight / divisor
@@ -248,11 +249,12 @@ def _total(losses: torch.Tensor, weight: int, divisor: float | torch.Tensor) -> 
 class ProxyMember(AdapterModule):
     """One member of the proxy ensemble for one epoch (or the adapter of a warm-up).
 
-    `Trainer.validate` passes examples at fixed weights, dropout off, for their gradient norms: g_i^(m,e) of the paper.
+    `Trainer.validate` computes the examples' gradient norms, |g_i^(m,e)| in GRADFILTERING, at fixed weights. Dropout is
+    off in these passes unless `masks` is set.
     """
 
     journal: Journal | None = None  # keeps the norms of a pass, batch by batch
-    masks: int | None = None  # seed of dropout masks that stay on
+    masks: int | None = None  # seed of the dropout masks of a pass for norms; None: no dropout
 
     def on_validation_start(self) -> None:
         self._losses = ResponseLosses(self.model)
@@ -272,8 +274,8 @@ class ProxyMember(AdapterModule):
         if norms is None:
             raise RuntimeError("a pass over norms needs GradientNormCallback among the trainer's callbacks")
         if self.masks is not None:
-            # Seeds layers that draw their dropout masks batch by batch. The seed depends on the first row alone, so a
-            # resumed pass draws the same masks.
+            # Seeds layers that draw their dropout masks batch by batch. The seed depends only on the batch's first row,
+            # so a resumed pass draws the same masks.
             torch.manual_seed(derive_seed(self.masks, examples[0].row))
             self._give_masks(derive_seed(self.masks, example.row) for example in examples)
         norms.forget()
@@ -291,20 +293,23 @@ class TargetFinetuning(AdapterModule):
         self.is_divided = is_divided(self.model)
 
     def configure_model(self) -> None:
-        """Do nothing: the model was divided as it was loaded. Lightning requires this method of a divided model."""
+        """Do nothing: the model was divided when it was loaded, but Lightning requires this method."""
 
     def _passes(self, batches: int) -> int:
-        """Return the largest of the ranks' numbers of batches: each pass through divided weights needs all ranks."""
+        """Return, for a divided model, the largest number of batches of any rank: each pass needs all ranks."""
         return parallel.largest(batches, self.device) if self.is_divided else super()._passes(batches)
 
     def _reduce_gradients(self) -> None:
-        """Average the gradients of the adapter, which FSDP does not know; a missing gradient is zero."""
+        """Average the adapter's gradients if the model is divided, because FSDP averages only those of divided weights.
+
+        A missing gradient counts as zero.
+        """
         if not self.is_divided:
             return
         parameters = list(lora.trainable_parameters(self.model).values())
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        # one message for all parameters; a rank without a gradient has to send zeros, since all ranks must send equally
-        # many
+        # one message for all parameters; a rank without a gradient sends zeros, since all ranks must send equally many
+        # numbers
         mean: Any = self.trainer.strategy.reduce(torch.cat([part.flatten() for part in parts]), reduce_op="mean")
         for parameter, part in zip(parameters, mean.split([part.numel() for part in parts]), strict=True):
             parameter.grad = part.view_as(parameter)

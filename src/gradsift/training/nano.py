@@ -1,5 +1,7 @@
 """The built-in backbones: tiny language models of the embedded world, pretrained in about half a minute.
 
+The embedded world is the generated task of `data=verifiable` (`gradsift.data.verifiable`).
+
 Shape letters: B batch, T tokens, V vocabulary.
 """
 
@@ -33,7 +35,7 @@ def nano_tokenizer() -> PreTrainedTokenizerFast:
     """Return the word-level tokenizer of the embedded world: one token per word, and one for the end of a line.
 
     `<eos>` is also the first token (bos) for models that need one. `<pad>` is a token of its own, so that padding is
-    never taken for the end of an answer. Other words become `<unk>`.
+    never taken for the end of an answer. Words outside the vocabulary become `<unk>`.
     """
     words = (_PAD, _EOS, _UNK, _NEWLINE, *VOCABULARY)
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=_UNK))
@@ -77,7 +79,7 @@ def nano_config(architecture: Architecture) -> GPT2Config | LlamaConfig:
     if architecture == "llama":
         return LlamaConfig(
             hidden_size=64,
-            intermediate_size=160,  # three matrices instead of GPT-2's two: the models are of one size
+            intermediate_size=160,  # three matrices where GPT-2 has two, so that both models have about the same size
             num_hidden_layers=3,
             num_attention_heads=4,
             max_position_embeddings=CONTEXT,
@@ -101,8 +103,9 @@ def pretrain(
     """Train all weights of a nano model, in place, on the embedded world's pretraining text.
 
     Every step has new rows. The learning rate (AdamW, no weight decay) warms up over a twentieth of the steps and falls
-    linearly to a tenth. The loss is the weighted mean negative log-likelihood over tokens: response tokens and the eos
-    weigh 1, prompt tokens `prompt_loss_weight`. Equal arguments and thread counts give equal weights.
+    linearly to a tenth of its peak. The loss is the weighted mean negative log-likelihood over tokens: response tokens
+    and the eos have weight 1, prompt tokens `prompt_loss_weight`. The same arguments and number of threads give the
+    same model weights.
 
     Args:
         progress: called after every step with step, steps and the loss of the batch.
@@ -150,8 +153,8 @@ def _encode(tokenizer: PreTrainedTokenizerFast, rows: list[tuple[str, str]]) -> 
 def _pad(batch: list[tuple[list[int], list[int]]], prompt_loss_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids (B, T), padded on the right, and their loss weights (B, T), 0 for padding.
 
-    Causal attention never looks to the right, so no mask is needed. Padding is the eos, because transformers warns of a
-    pad token without a mask.
+    Causal attention never looks to the right, so no mask is needed. Rows are padded with the eos, because transformers
+    warns of a pad token without a mask.
     """
     longest = max(len(prompt) + len(response) for prompt, response in batch)
     tokens_BT = torch.full((len(batch), longest), batch[0][1][-1])

@@ -1,14 +1,15 @@
 """The numerical settings that a model computes with, and how a loaded model is given them.
 
-    precision   of weights and products: float32 or bfloat16
-    quantization  of frozen linear layers: nf4 or int8, if any
-    products    tf32 if float32 products are rounded to it (compute.precision=auto on CUDA)
-    residual    of the residual stream between blocks: float32 or bfloat16 (`gradsift.training.residual`)
-    attention   transformers' name of the implementation
-    kernels     version of the compiled CPU kernels that the model uses, or off (`gradsift.cpu`)
+    precision     dtype of weights and products: float32 or bfloat16
+    quantization  format of frozen linear layers, if they are quantised: nf4 or int8
+    products      tf32 if float32 products are rounded to TF32 (compute.precision=auto on CUDA)
+    residual      dtype of the residual stream between blocks: float32 or bfloat16 (`gradsift.training.residual`)
+    attention     transformers' name of the implementation
+    kernels       version of the compiled CPU kernels that the model uses, or off (`gradsift.cpu`)
 
-Results of different numerics must not be mixed in one ensemble, because its variance V_t would measure the difference
-of the numerics. So these values are part of a model's identity, and of everything that is computed from the model.
+Results of different numerics must not be mixed in one ensemble: the variance V_t over its members would then include
+the difference between the numerics. So these values are part of the identity of a model and of everything that is
+computed from it.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from gradsift.training.residual import residual_in_float32, residual_precision
 
 
 def dtype_of(compute: ComputeConfig, model: ModelConfig | None = None) -> torch.dtype:
-    """Return the precision in which a model is loaded: the model's own, or the machine's.
+    """Return the dtype in which a model is loaded: `model.dtype` or, if this is auto, `compute.precision`.
 
-    `compute.precision=auto` is bfloat16 on a GPU that has it, else float32.
+    `compute.precision=auto` is bfloat16 on a GPU that has bfloat16 products, else float32.
     """
     precision = compute.precision if model is None or model.dtype == "auto" else model.dtype
     if precision == "auto":
@@ -40,7 +41,7 @@ def rounds_to_tf32(compute: ComputeConfig) -> bool:
 
 
 def set_kernels(compute: ComputeConfig) -> None:
-    """Choose torch's kernels in this process: TF32 for float32 products, and deterministic ones."""
+    """Set whether torch rounds float32 products to TF32 and uses deterministic kernels only, in this process."""
     torch.set_float32_matmul_precision("high" if rounds_to_tf32(compute) else "highest")
     if compute.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a process first uses cuBLAS
@@ -51,7 +52,7 @@ def prepare(model: Any, compute: ComputeConfig) -> None:
     """Set up residual stream, activation, attention and CPU kernels of a model that was just loaded.
 
     Args:
-        model: a causal language model of transformers without adapters, frozen afterwards.
+        model: a frozen causal language model of transformers, without adapters.
     """
     residual_in_float32(model)
     _fuse_gelu(model)
@@ -105,7 +106,7 @@ def is_quantized(model: Any) -> bool:
 
 
 def _fuse_gelu(model: Any) -> None:
-    """Compute GPT-2's tanh GELU in one kernel; transformers makes eight passes over the widest activation."""
+    """Let torch compute GPT-2's tanh GELU in one kernel; transformers makes eight passes over the widest activation."""
     from transformers.activations import GELUTanh, NewGELUActivation
 
     for module in model.modules():

@@ -1,19 +1,22 @@
-"""The optimiser of every training: AdamW, its learning rate, and the loss of a step."""
+"""How adapters are trained (proxy members, warm-ups and targets).
+
+AdamW's settings, the learning-rate schedule, and how the loss of an optimiser step is averaged.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-BETAS = (0.9, 0.999)  # AdamW's betas in every training: its saved state does not hold them
+BETAS = (0.9, 0.999)  # AdamW's betas for all adapters; constants, because its saved state does not hold them
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW, its learning rate over `total_steps` optimiser steps, and the loss of a step.
+    """The settings of AdamW, of its learning rate over `total_steps` optimiser steps, and of the loss of a step.
 
-    The schedules and `loss="token"` are those of transformers' Trainer. The defaults are the proxy's: it minimises the
-    loss whose per-sample gradients are taken, and does not clip (GRADFILTERING, section 3).
+    The schedules and `loss="token"` are those of transformers' Trainer. The defaults are those of the proxy, which
+    minimises the loss whose per-sample gradients are measured, and does not clip gradients (GRADFILTERING, section 3).
     """
 
     learning_rate: float
@@ -21,13 +24,14 @@ class Optimization:
     schedule: str  # constant, linear or cosine (both to zero at total_steps)
     warmup_steps: int
     total_steps: int
-    loss: str = "example"  # mean of the examples' means; token: mean over the response tokens of the step
-    max_grad_norm: float | None = None  # L2, over all parameters, of a step's gradient
+    loss: str = "example"  # example: mean of the examples' mean losses; token: mean over the step's response tokens
+    max_grad_norm: float | None = None  # bound on the L2 norm of a step's gradient over all parameters; None: no bound
 
     def factor(self, step: int) -> float:
-        """Return the fraction of the learning rate at `step`, counted from 0, with w warm-up steps of T in all.
+        """Return the fraction of the learning rate at `step`, counted from 0.
 
-        Warm-up: step / w. Then, with p = (step - w) / (T - w): 1 (constant), 1 - p (linear), (1 + cos(pi p)) / 2.
+        With w warm-up steps of T steps in all, the fraction is step / w during the warm-up. After it, with
+        p = (step - w) / (T - w), it is 1 (constant), 1 - p (linear) or (1 + cos(pi p)) / 2 (cosine).
         """
         if step < self.warmup_steps:
             return step / self.warmup_steps
@@ -37,5 +41,5 @@ class Optimization:
         return 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
     def mean_rate(self, first: int, last: int) -> float:
-        """Return the mean learning rate over the steps from `first` to before `last`."""
+        """Return the mean learning rate over the steps from `first` to `last` - 1."""
         return self.learning_rate * sum(self.factor(step) for step in range(first, last)) / (last - first)

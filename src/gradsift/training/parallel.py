@@ -1,7 +1,7 @@
-"""The ranks of a run: who this process is, what is its share, and how results come together.
+"""The ranks of a run: the number of this process, its share of the work, and how results are gathered.
 
-All ranks walk the same line of stages (`gradsift.launch`). A stage that divides its work gives each rank a share of the
-examples; every other stage is the work of rank 0 alone (`gradsift.training.shared_store`).
+All ranks go through the same sequence of stages (`gradsift.launch`). A stage that divides its work gives each rank a
+share of the examples; every other stage is made by rank 0 alone (`gradsift.training.shared_store`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ _alone = False  # whether rank 0 makes a stage by itself
 
 
 def join(compute: ComputeConfig) -> None:
-    """Join the group of all ranks, once per process; Lightning picks the backend (nccl or gloo) and the device."""
+    """Join the process group of all ranks, once, if the run has several ranks.
+
+    Lightning chooses the backend (nccl or gloo) and the device.
+    """
     if is_launched() and compute.ranks > 1 and not distributed.is_initialized():
         from lightning.fabric import Fabric
         from lightning.fabric.strategies.ddp import DDPStrategy
@@ -49,18 +52,18 @@ def join(compute: ComputeConfig) -> None:
 
 
 def rank() -> int:
-    """Return the number of this process among those that share the work at hand; 0 where it works alone."""
+    """Return the number of this process among the processes that share the current work; 0 if it works alone."""
     return distributed.get_rank() if distributed.is_initialized() and not _alone else 0
 
 
 def size() -> int:
-    """Return how many processes share the work at hand."""
+    """Return how many processes share the current work; 1 if this process works alone."""
     return distributed.get_world_size() if distributed.is_initialized() and not _alone else 1
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Let this process work by itself: within, `size()` is 1 and nothing is divided or gathered."""
+    """Let this process work by itself: in this context `size()` is 1 and nothing is divided or gathered."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -93,7 +96,9 @@ def gather(columns: Mapping[str, torch.Tensor], total: int) -> dict[str, torch.T
 
 
 def run(budget: TokenBudget, work: Callable[[int], T], lengths: Sequence[int]) -> T:
-    """Return `work(tokens)` as `budget.run` does, but repeat nothing where the ranks pass in step.
+    """Return `work(tokens)`: with one rank as `budget.run` does, with several ranks without a second attempt.
+
+    Several ranks have to make the same passes, so one of them cannot repeat its work with fewer tokens.
 
     Raises:
         GradsiftError: memory ran out on one of several ranks.
@@ -114,7 +119,7 @@ def run(budget: TokenBudget, work: Callable[[int], T], lengths: Sequence[int]) -
 
 
 def rounds(batches: Sequence[S]) -> Iterator[Sequence[S]]:
-    """Yield the batches in order, as many at a time as there are ranks."""
+    """Yield rounds: the batches in order, as many at a time as there are ranks; the last round may have fewer."""
     for start in range(0, len(batches), size()):
         yield batches[start : start + size()]
 
@@ -122,11 +127,11 @@ def rounds(batches: Sequence[S]) -> Iterator[Sequence[S]]:
 def together(batches: Sequence[S], work: Callable[[S], list[T]]) -> list[T]:
     """Return the results of `work` for all batches of a round, on every rank; each rank does one of the batches.
 
-    A rank that is left without a batch repeats the last one and counts nothing: in a divided model
-    (`gradsift.training.divided`) no rank can pass without the others.
+    A rank without a batch passes the last batch too, without counting its tokens, because in a divided model
+    (`gradsift.training.divided`) every pass needs all ranks.
 
     Args:
-        work: its results are pickled for the other ranks; tensors in it are on the CPU.
+        work: its results are pickled for the other ranks, so tensors in them must be on the CPU.
     """
     if size() == 1:
         return list(chain.from_iterable(map(work, batches)))
@@ -149,7 +154,10 @@ def passes(
     *,
     in_step: bool,
 ) -> Iterator[list[T]]:
-    """Yield what `budget.passes` yields: each rank passes its part of the groups, and every rank gets all results.
+    """Yield what `budget.passes` yields, with the work divided over the ranks.
+
+    Each rank calls `work` on its part of the groups, and the results are gathered, so that every rank yields all of
+    them.
 
     Args:
         work: see `together`.
@@ -164,7 +172,8 @@ def passes(
             return budget.group(group, work)
         return [run(budget, lambda tokens: work(group), [len(example.input_ids) for example in group])]
 
-    budget.tokens = smallest(budget.tokens)  # after an earlier pass one rank may have fewer, but all cut equal groups
+    # an earlier pass may have halved the budget of one rank, and all ranks must form the same groups
+    budget.tokens = smallest(budget.tokens)
     advance_by_tokens = weighed(advance, len(examples), sum(len(example.input_ids) for example in examples))
     for groups in rounds(spread_out(by_length(examples, budget.tokens))):
         encoded = list(chain.from_iterable(groups))
@@ -188,7 +197,7 @@ def smallest(count: int) -> int:
 
 @functools.cache
 def _control() -> Any:
-    """Return a group for messages on the CPU, in which a rank may wait for another for as long as it takes."""
+    """Return a process group for messages on the CPU, in which a rank may wait a year for another one."""
     return distributed.new_group(backend="gloo", timeout=timedelta(days=365))
 
 

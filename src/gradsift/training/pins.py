@@ -1,6 +1,6 @@
-"""What pins a pretrained model: the content of a folder, or a commit of the hub.
+"""Pins of pretrained models: the hashes of the files in a folder, or a commit of the hub.
 
-Without torch and transformers, so that a model that is not there is reported within a second.
+This module imports neither torch nor transformers, so that a missing model is reported within a second.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from gradsift.names import slug_of_path
 from gradsift.outside_json import loads
 from gradsift.runtime import Display
 
-VERSION = 2  # of backbones
+VERSION = 2  # of the backbone stage
 _TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")
-_ARCHITECTURES = ("auto_mappings.py", "configuration_auto.py")  # of transformers 5 and 4
+_ARCHITECTURES = ("auto_mappings.py", "configuration_auto.py")  # lists of architectures in transformers 5 and 4
 _OWN_CODE = ("AutoConfig", "AutoModelForCausalLM")
 _MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 
@@ -50,7 +50,7 @@ def pin(store: Store, display: Display, config: ModelConfig) -> Artifact:
         if folder is None:
             cached = config_on_hub(config)
             shutil.copyfile(cached, part / "config.json")
-            pinned = settings | {"revision": cached.parent.name}  # its folder is named by the hub's current commit
+            pinned = settings | {"revision": cached.parent.name}  # the name of its folder is the hub's current commit
         (part / "source.json").write_text(json.dumps(pinned, indent=1), encoding="utf-8")
         return {"optimizer_steps": 0, "revision": pinned.get("revision"), "content": pinned.get("revision") or ""}
 
@@ -59,7 +59,7 @@ def pin(store: Store, display: Display, config: ModelConfig) -> Artifact:
 
 
 def require_model(store: Store, config: ModelConfig) -> None:
-    """Refuse a pretrained model that is not there; the hub is asked only if the store has no pin of the model.
+    """Refuse a pretrained model that does not exist; the hub is asked only if the store has no pin of the model.
 
     Raises:
         ConfigError: the model is to be quantised without bitsandbytes.
@@ -76,10 +76,10 @@ def require_model(store: Store, config: ModelConfig) -> None:
 
 
 def require_chat_template(config: ModelConfig, option: str) -> None:
-    """Refuse `template=chat` for a tokenizer without a chat template, as far as its files are on this machine.
+    """Refuse `template=chat` for a tokenizer without a chat template; do nothing if its files are not on this machine.
 
     Args:
-        option: the option that is set to chat.
+        option: the name of the option that is set to chat, for the message.
 
     Raises:
         ConfigError: the tokenizer has no chat template.
@@ -97,7 +97,7 @@ def require_chat_template(config: ModelConfig, option: str) -> None:
 
 
 def _file_here(config: ModelConfig, name: str) -> Path | None:
-    """Return a file of a model if it is on this machine."""
+    """Return the path of one of a model's files, or None if the file is not on this machine."""
     folder = folder_of(config)
     if folder is not None:
         return folder / name if (folder / name).exists() else None
@@ -122,10 +122,10 @@ def folder_of(config: ModelConfig) -> Path | None:
 
 
 def require_known(config: ModelConfig, described: Mapping[str, Any]) -> None:
-    """Refuse a model that only code of its own can load, unless that may run.
+    """Refuse a model that needs the code in its own repository, unless `model.trust_remote_code` allows this code.
 
-    A model may come with code of its own although transformers supports its architecture; that code is not needed.
-    Which architectures transformers has is read from its files, as its import would take seconds.
+    A model may come with code although transformers supports its architecture; then the code is not needed. The list of
+    architectures is read from the files of transformers, because importing it would take seconds.
 
     Args:
         described: the model's config.json.
@@ -148,10 +148,12 @@ def require_known(config: ModelConfig, described: Mapping[str, Any]) -> None:
 
 
 def require_config(folder: Path, path: str) -> dict[str, Any]:
-    """Return a folder's config.json, which must be a JSON object; transformers would not name the file or the reason.
+    """Return the content of a folder's config.json, which must be a JSON object.
+
+    The errors of transformers would not name the file or the reason.
 
     Raises:
-        DataError: names `model.path` as `path`.
+        DataError: there is no such file, or it is not a JSON object; the message gives `path` as `model.path`.
     """
     if not (folder / "config.json").is_file():
         adapter = " but with an adapter: give its base model" if (folder / "adapter_config.json").is_file() else ""
@@ -170,12 +172,12 @@ def require_config(folder: Path, path: str) -> dict[str, Any]:
 
 
 def config_on_hub(config: ModelConfig) -> Path:
-    """Return a checked config.json of the hub; it is in a folder that is named by its commit.
+    """Return the path of a model's config.json from the hub, after `require_known`; the commit names its folder.
 
-    Unless the local cache has the file, the hub is asked for it once before the download, which would retry for 24 s.
+    If the local cache lacks the file, the hub is asked once whether the file exists: a download would retry for 24 s.
 
     Raises:
-        DataError: the model is gated or not there, needs code that may not run, or the hub cannot be reached.
+        DataError: the model is gated or does not exist, needs code that may not run, or the hub cannot be reached.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
@@ -184,7 +186,7 @@ def config_on_hub(config: ModelConfig) -> Path:
     with hub_errors(config):
         if not isinstance(try_to_load_from_cache(path, "config.json", revision=config.revision), str):
             get_hf_file_metadata(hf_hub_url(path, "config.json", revision=config.revision))
-            for name in _TEMPLATE_FILES:  # for `require_chat_template`
+            for name in _TEMPLATE_FILES:  # read by `require_chat_template`
                 with suppress(EntryNotFoundError):
                     hf_hub_download(path, name, revision=config.revision)
         file = Path(hf_hub_download(path, "config.json", revision=config.revision))
@@ -202,7 +204,7 @@ def _trusted(config: ModelConfig) -> dict[str, Any]:
 
 @contextmanager
 def hub_errors(config: ModelConfig) -> Iterator[None]:
-    """Turn what the hub's client raises into one line with the remedy."""
+    """Turn exceptions of the hub's client, and of broken files, into a `DataError` of one line with the remedy."""
     from huggingface_hub import errors
     from safetensors import SafetensorError
 

@@ -1,9 +1,9 @@
 """A trial of an adapter on a model, before hours of training depend on it.
 
 Two short rows of random tokens pass forward and backward through the adapted model, first together and then the shorter
-one alone. A fresh adapter adds zero (its B is zero), so each layer and the logits must be what they are without it;
-otherwise a layer is computed wrongly. A row must have the same loss alone and beside another one. The model is left as
-it was, and no random state is used.
+one alone. A fresh adapter adds zero (its B is zero), so the outputs of each layer and the logits must be those of the
+model without it; otherwise a layer is computed wrongly. A row must have the same loss alone and beside another row. The
+model and the global random state are left as they were.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ERRORS = (GradsiftError, RuntimeError, AttributeError, TypeError, ValueError, L
 
 
 def require_adaptable(model: Any, config: LoraConfig, option: str, *, norms: bool) -> None:
-    """Refuse an adapter that cannot train on this model, or whose per-sample gradients are not known.
+    """Refuse an adapter that cannot train on this model or, if `norms`, whose per-sample gradients cannot be computed.
 
     Args:
         model: a frozen causal language model without adapters; the trial runs on its device.
@@ -40,7 +40,8 @@ def require_adaptable(model: Any, config: LoraConfig, option: str, *, norms: boo
         norms: whether per-sample gradients are needed, as for the proxy.
 
     Raises:
-        ConfigError: a layer cannot be used; names the layer, the reason, and targets that were tried and work.
+        ConfigError: the model itself fails, or a layer cannot be used. For a layer, the message names it, the reason,
+            and targets that were tried and work.
     """
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     rng = np.random.default_rng(0)
@@ -87,10 +88,10 @@ def _logits(model: Any, rows: Sequence[Encoded]) -> torch.Tensor:
 def _failure(
     model: Any, config: LoraConfig, rows: Sequence[Encoded], logits: torch.Tensor, norms: bool
 ) -> Exception | None:
-    """Return what goes wrong with an adapter on this model, or None.
+    """Return the exception that an adapter on this model causes, or None if it works.
 
     Args:
-        logits: (B, T, V), what the model without an adapter gives for the rows.
+        logits: (B, T, V), the logits of `rows` from the model without an adapter.
     """
     try:
         adapted = lora.add_adapter(model, config, seed=0)
@@ -116,7 +117,7 @@ def _failure(
 
 
 def _losses(adapted: Any, rows: Sequence[Encoded], norms: bool) -> torch.Tensor:
-    """Return the losses (B,), after a backward pass from them."""
+    """Run a forward and a backward pass, and return the losses (B,)."""
     with torch.enable_grad(), PerSampleNorms(adapted) if norms else nullcontext() as probe:
         losses = ResponseLosses(adapted)(collate(rows, 0).to(next(adapted.parameters()).device))
         if probe is None:
@@ -128,10 +129,10 @@ def _losses(adapted: Any, rows: Sequence[Encoded], norms: bool) -> torch.Tensor:
 
 @contextmanager
 def _compared(adapted: Any, *, all_take_part: bool) -> Iterator[None]:
-    """Compare each adapted layer with its base layer in the passes within, and name the layer that fails.
+    """Compare each adapted layer's outputs with its base layer's in all passes within; an error names the layer.
 
     Args:
-        all_take_part: whether an adapted layer that the model never calls is an error; it has no per-sample gradient.
+        all_take_part: whether an adapted layer that is never called is an error, because it has no per-sample gradient.
     """
     entered: list[str] = []
 
@@ -165,7 +166,7 @@ def _compared(adapted: Any, *, all_take_part: bool) -> Iterator[None]:
 
 
 def _require_equal(computed: torch.Tensor, expected: torch.Tensor, failure: str) -> None:
-    """Raise if the relative norm of the difference is above the square root of the dtype's eps."""
+    """Raise a `GradsiftError` if |computed - expected| / |expected| (L2) exceeds the square root of the dtype's eps."""
     error = torch.linalg.vector_norm((computed - expected).double()) / torch.linalg.vector_norm(expected.double())
     if not float(error) <= torch.finfo(expected.dtype).eps ** 0.5:
         raise GradsiftError(f"{failure} (relative difference {float(error):.1e})")

@@ -1,10 +1,12 @@
 """Frozen linear layers in 4 or 8 bits, as in QLoRA (Dettmers et al., 2023): a quarter or half of bfloat16's memory.
 
-transformers and bitsandbytes quantise the weights while they load. Then each layer becomes a `QuantizedLinear`, which
-restores its weight for each product, in the forward and in the backward pass, and rounds no activation:
+transformers and bitsandbytes quantise the weights of a model while it is loaded. Then each layer becomes a
+`QuantizedLinear`, which restores its weight for each product, in the forward and in the backward pass, and rounds no
+activation:
 
-    nf4     blocks of 64 weights: 16 levels of a normal distribution, times the block's largest absolute value (float32)
-    int8    rows: whole numbers up to 127, times a 127th of the row's largest absolute value
+    nf4     a weight is one of 16 quantiles of a normal distribution, scaled to [-1, 1], times the largest absolute
+            value (float32) in its block of 64 weights
+    int8    a weight is a whole number from -127 to 127, times a 127th of its row's largest absolute value
 
 So a layer is linear, an example's gradient does not depend on its batch, and adapters and gradient norms are computed
 as with any frozen layer (`gradsift.training.adapted`).
@@ -23,13 +25,13 @@ from gradsift.training.frozen import product_of
 
 
 def load_options(described: Any, quantization: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the options with which transformers quantises a model while it loads it, or restores gpt-oss's weights.
+    """Return the options with which transformers quantises a model while loading, or restores gpt-oss's mxfp4 weights.
 
     Args:
         described: transformers' config of the model.
 
     Raises:
-        ConfigError: the files hold quantised weights already.
+        ConfigError: the model is to be quantised, but its files hold quantised weights already.
     """
     from transformers import BitsAndBytesConfig, Mxfp4Config
 
@@ -48,7 +50,7 @@ def load_options(described: Any, quantization: str, dtype: torch.dtype) -> dict[
 
 
 def make_plain(model: Any, quantization: str) -> None:
-    """Replace the layers of bitsandbytes in a model that was just loaded by `QuantizedLinear`."""
+    """Replace each bitsandbytes layer of a model that was just loaded with a `QuantizedLinear`."""
     import bitsandbytes
 
     for name, layer in list(model.named_modules()):
@@ -58,7 +60,7 @@ def make_plain(model: Any, quantization: str) -> None:
         elif isinstance(layer, bitsandbytes.nn.Linear8bitLt):
             model.set_submodule(name, QuantizedLinear(layer, layer.weight.data, layer.weight.SCB / 127))
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "hf_quantizer", "quantization_method"):
-        if name in vars(model):  # transformers would refuse to move the model, which is an ordinary one now
+        if name in vars(model):  # with these, transformers would refuse to move the model
             delattr(model, name)
     del model.config.quantization_config
     model.quantization = quantization
@@ -70,8 +72,8 @@ class QuantizedLinear(nn.Linear):
     Args:
         layer: the layer of bitsandbytes.
         weight: (O I / 2, 1) uint8, two nf4 numbers in each, or (O, I) int8.
-        scale: float32; (O I / block,) of nf4, (O,) of int8.
-        block: weights of nf4 that share a scale.
+        scale: float32; (O I / block,) for nf4, (O,) for int8.
+        block: number of nf4 weights that share a scale.
     """
 
     scale: torch.Tensor

@@ -1,7 +1,7 @@
 """Random bits that are computed from counters: the same on every device, in any order and in any part of a tensor.
 
-A generator with a state draws other numbers where a batch is cut otherwise or a device draws in another order. Here
-each number is a function of a seed and of its place, in integer arithmetic, which wraps around and never rounds.
+The numbers of a generator with a state depend on how a batch is divided and on the order in which a device draws. Here
+each number is a function of a seed and of its position, in integer arithmetic, which wraps around and never rounds.
 
 Shape letters: N columns.
 """
@@ -23,9 +23,10 @@ def mixed(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def bits(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Return random numbers (..., N) int32 of all values, one for each pair; the upper bits are the better ones.
+    """Return random numbers (..., N) over the whole range of int32, one for each pair of a row and a column.
 
-    The number is a product of a row's and a column's hash, mixed once more: five passes over the result.
+    The upper bits are more random than the lower ones. A number is the product of its row's and its column's hash,
+    mixed once more, which takes five passes over the result.
 
     Args:
         rows: (...) int64, any numbers.

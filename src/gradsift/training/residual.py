@@ -1,10 +1,10 @@
 """A residual stream in float32 between blocks in bfloat16.
 
 Every block adds a small term to the stream. In bfloat16 each sum is rounded to three digits, and the roundings of all
-blocks add up in the output and in every gradient: this, and not the rounding of the weights, causes most of a gradient
+blocks add up in the output and in every gradient. These, and not the roundings of the weights, cause most of a gradient
 norm's error (experiments/2026-11-22-gradient-engine). A few layers of a block read the stream: the norms before
 attention and MLP or, in OLMo 2 and 3, attention and MLP themselves. Norms get float32 and return bfloat16, and other
-readers get bfloat16, so a float32 stream leaves all products in bfloat16.
+readers get bfloat16, so all products are in bfloat16 although the stream is float32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 # The names of the blocks, of what reads the residual stream in a block, and of the norm after the last block. Models
-# that scale the stream or its terms (Granite, Cohere) are not among them; Gemma 3 scales the embeddings alone.
+# that scale the stream or its terms (Granite, Cohere) are not among them; Gemma 3 scales only the embeddings.
 _LLAMA = ("layers", ("input_layernorm", "post_attention_layernorm"), "norm")
 _OLMO = ("layers", ("self_attn", "mlp"), "norm")
 _STREAMS = {
@@ -36,7 +36,7 @@ _STREAMS = {
 def residual_in_float32(model: Any) -> bool:
     """Keep the residual stream of a bfloat16 model, and the norms that read it, in float32.
 
-    A float32 model, and one whose blocks are not known here, stay as they are.
+    A float32 model and a model whose blocks are not known here are not changed.
 
     Args:
         model: a causal language model of transformers, without adapters.
@@ -60,10 +60,10 @@ def residual_in_float32(model: Any) -> bool:
 
 
 def stream_readers(model: Any) -> list[Any]:
-    """Return the layers that read a model's residual stream; none for a model whose blocks are not known here."""
+    """Return the layers that read a model's residual stream; an empty list if its blocks are not known here."""
     kind = model.config.model_type
     if kind not in _STREAMS or not type(model).__module__.startswith("transformers.models."):
-        return []  # code from outside may call its own blocks llama
+        return []  # outside code may use model_type=llama for other blocks
     blocks, names, last = _STREAMS[kind]
     readers = [getattr(block, name) for block in getattr(model.base_model, blocks) for name in names]
     return [*readers, getattr(model.base_model, last)]
@@ -88,7 +88,7 @@ def _narrow(norm: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> t
 def _narrow_inputs(
     layer: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Narrow the stream, which is the first input or `hidden_states`."""
+    """Convert the stream, which is the first input or `hidden_states`, to bfloat16."""
     if inputs:
         return (inputs[0].to(torch.bfloat16), *inputs[1:]), options
     return inputs, options | {"hidden_states": options["hidden_states"].to(torch.bfloat16)}

@@ -1,11 +1,11 @@
-"""Resuming a training within an epoch, from a point that is saved as it goes.
+"""Save points, from which a training that was interrupted within an epoch continues.
 
-The batches of a training are known before it starts, so a point is the number of steps taken and all that they changed:
-adapter, optimiser state, curve, token budget and the state of the callbacks. (Dropout masks are seeded by the step.) A
-resumed training takes the remaining steps and ends with the same bytes.
+The batches of a training are known before it starts, so a save point holds the number of steps taken and everything
+that they changed: adapter, optimiser state, curve, token budget and the state of the callbacks. (Dropout masks are
+seeded by the step.) A resumed training takes the remaining steps and ends with the same bytes.
 
-A point is one safetensors file with a checksum, written beside the last one and renamed, so a kill at any moment leaves
-one of the two. A damaged point is dropped, and the training starts again.
+A save point is one safetensors file with a checksum. A new one is written beside the old one and then renamed, so a
+kill at any moment leaves one of the two. A damaged save point is ignored, and the training starts again.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
     from gradsift.training.modules import AdapterModule
 
 POINT_FILE = "training.safetensors"
-_FORMAT = 4  # raised when the file changes: older ones are ignored
+_FORMAT = 4  # raised when the content of the file changes: files of other formats are ignored
 _SHARE = 0.01  # share of the time that saving may take, whatever `compute.save_every` asks for
 
 
 class SavePoint(L.Callback):
     """Saves the state of a training, and restores it into a fresh one.
 
-    It is the last of the callbacks, so that the others have seen a step before it is saved.
+    It must be the last callback, so that all other callbacks have processed a step before their state is saved.
     """
 
     def __init__(self, folder: Path, every: float, steps: int, callbacks: Sequence[L.Callback]) -> None:
         """
         Args:
             folder: the folder of the artifact in the making.
-            every: seconds between two points; 0 for one after each step.
+            every: seconds between two save points; 0 for one after each step.
             steps: the number of steps of the whole training.
             callbacks: the callbacks whose `state_dict` (tensors and numbers) is saved and restored.
         """
@@ -58,9 +58,9 @@ class SavePoint(L.Callback):
         self._states: dict[str, dict[str, Any]] = {}  # numbers of the callbacks, still to be restored
 
     def restore(self, module: AdapterModule) -> None:
-        """Restore adapter, curve and token budget of a fresh `module`, if there is a point.
+        """Restore adapter, curve and token budget of a fresh `module` from the save point, if there is an intact one.
 
-        The optimiser and the callbacks follow when the training starts.
+        The states of the optimiser and of the callbacks are restored when the training starts.
         """
         if not self._path.exists():
             return
@@ -92,7 +92,8 @@ class SavePoint(L.Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
         if not trainer.is_global_zero:
             return
-        is_last = len(module.curve) == self._steps  # a training without steps left would not end like one with them
+        # no save point after the last step: a training that resumed with no step left would not end in the usual way
+        is_last = len(module.curve) == self._steps
         if is_last or time.monotonic() - self._saved_at < self._wait:
             return
         started = time.monotonic()
@@ -120,7 +121,7 @@ class SavePoint(L.Callback):
 
 
 def steps_saved(folder: Path) -> int:
-    """Return the steps of the point in the folder of an artifact in the making; 0 without one."""
+    """Return the number of steps of the save point in the folder of an artifact in the making; 0 if there is none."""
     point = _read(folder / UNFINISHED / POINT_FILE)
     return 0 if point is None else int(point[1]["steps"])
 
@@ -138,14 +139,14 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, 
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Return the tensors and the rest of a point; None if there is none that this code can resume from."""
+    """Return a save point's tensors and its other values; None if it is missing, damaged or of another format."""
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, UnicodeDecodeError):  # truncated when a machine went down, or changed
+    except (SafetensorError, UnicodeDecodeError):  # the file was truncated when a machine went down, or edited
         return None
     text = metadata.get("about", "{}")
     if metadata.get("checksum") != _checksum(tensors, text):
@@ -155,7 +156,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor], about: str) -> str:
-    """Return the SHA-256 over names, types, shapes and bytes."""
+    """Return the SHA-256 of `about` and of the names, dtypes, shapes and bytes of the tensors."""
     digest = hashlib.sha256(about.encode("utf-8"))
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
@@ -164,5 +165,5 @@ def _checksum(tensors: Mapping[str, torch.Tensor], about: str) -> str:
 
 
 def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Return the tensors named `<prefix>:<name>`, by name."""
+    """Return the tensors whose key is `<prefix>:<name>`, by `<name>`."""
     return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}:")}

@@ -1,4 +1,4 @@
-"""The store of a run on several ranks: rank 0 decides what is made, and the others follow it."""
+"""The store of a run on several ranks: rank 0 decides what is made, and the other ranks follow."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _MAKE, _DONE, _ENDED = "make", "done", "ended"  # rank 0's messages
 
 
 class RunEnded(Exception):
-    """Rank 0 has stopped walking the line of stages; it reports the reason itself."""
+    """Raised on the other ranks when rank 0 stops before the last stage; rank 0 itself reports the reason."""
 
 
 class SharedStore(Store):
     """A store whose `obtain` is called by all ranks with the same arguments.
 
-    Rank 0 finds or makes the artifact and writes it. A stage with `divided=True` is made by all ranks at once; ranks
-    other than 0 work in a scratch copy of rank 0's folder. They wait while rank 0 makes any other stage by itself.
+    Rank 0 finds or makes the artifact and writes it. A stage with `divided=True` is made by all ranks together; ranks
+    other than 0 work in a scratch copy of rank 0's folder. Rank 0 makes any other stage alone, while the others wait.
     """
 
     def _provide(self, wanted: Artifact, make: Make, *, light: bool, exact: bool, divided: bool) -> Artifact:
@@ -52,7 +52,7 @@ class SharedStore(Store):
         try:
             artifact = super()._provide(wanted, make_here, **options)
         except Exception:
-            if not divided:  # in a divided stage the others do not listen; their launcher ends them
+            if not divided:  # in a divided stage the other ranks wait for no message; the launcher ends them
                 parallel.broadcast((_ENDED, wanted.fingerprint, ""))
             raise
         parallel.broadcast((_DONE, wanted.fingerprint, ""))
@@ -60,7 +60,7 @@ class SharedStore(Store):
 
 
 def _follow(wanted: Artifact, make: Make) -> Artifact:
-    """Do what rank 0 says until it has the artifact."""
+    """Follow the messages of rank 0 until it has the artifact, and return the artifact."""
     while True:
         order, fingerprint, folder = parallel.broadcast(None)
         if order == _ENDED:

@@ -1,4 +1,4 @@
-"""The finetune stage: LoRA on the target, on the examples that were selected."""
+"""The finetune stage: the target is finetuned with LoRA on the selected examples."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def finetune(
     positions: Callable[[], np.ndarray],
     rows: int,
 ) -> Artifact:
-    """Finetune the target on selected examples.
+    """Return the artifact of the target finetuned on selected examples.
 
-    The result depends on which examples they are and not on how they were selected, so selections that agree share
-    one finetune.
+    It depends on the set of examples, not on how they were selected, so selections of the same examples share one
+    finetune.
 
     Args:
         positions: returns the positions of the examples in the pool; raises `NotMade` in a plan whose selection does
@@ -69,7 +69,7 @@ def finetune(
 
 
 def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:
-    """Return what a finetune depends on besides its examples."""
+    """Return the settings that a finetune depends on, besides its examples and parents."""
     return asdict(config) | {
         **encoding_settings(config.template, config.max_length),
         "lora": config.lora.settings,
@@ -81,12 +81,12 @@ def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:
 
 
 def planned_steps(config: TargetConfig, rows: int) -> int:
-    """Return the optimiser steps of a finetune on `rows` examples."""
+    """Return the number of optimiser steps of a finetune on `rows` examples."""
     return config.steps if config.steps is not None else (config.epochs or 0) * math.ceil(rows / config.batch_size)
 
 
 def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[list[int]]:
-    """Return the batches of the whole training: `epochs` passes, or passes until there are `steps` batches.
+    """Return the batches (positions) of the whole training: those of `epochs` passes, or the first `steps` batches.
 
     Raises:
         GradsiftError: there is no example.
@@ -104,7 +104,7 @@ def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[
 def train_target(
     runtime: Runtime, config: TargetConfig, backbone: Backbone, chosen: Sequence[Example], folder: Path
 ) -> dict[str, Any]:
-    """Finetune, and write `adapter/` in peft's format and the training curve.
+    """Finetune the target; write the curve, the refused rows and `adapter/` (peft's format), and return the counts.
 
     Raises:
         GradsiftError: no example has a response token for the target's tokenizer.
@@ -150,11 +150,11 @@ def train_target(
 
 
 def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str, what: str = "rows") -> None:
-    """Print what the tokenizer cut or could not use, if anything.
+    """Print how many rows were cut and how many could not be used, if there are any.
 
     Args:
-        group: proxy or target, whose options decide it.
-        what: the kind of rows.
+        group: `proxy` or `target`, whose tokenizer and options were used.
+        what: the kind of rows, for the message.
     """
     if report.truncated_prompts or report.truncated_responses:
         runtime.display.say(
@@ -170,16 +170,16 @@ def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str, wh
 
 
 def load_target(runtime: Runtime, config: TargetConfig, target: Artifact) -> Backbone:
-    """Load the target; with compute=fsdp and in a stage that all ranks make, divided over them."""
+    """Load the target; with compute=fsdp, in a stage that all ranks make together, its layers are divided over them."""
     return load_shown(runtime, target, config.model, divided=divides(runtime.compute))
 
 
 def load_tuned(runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None) -> Backbone:
-    """Return the target on the device, with the adapter of `tuned` or, for None, as it was before any finetuning."""
+    """Return the target on the device, with the adapter of `tuned`, or without an adapter if `tuned` is None."""
     backbone = load_target(runtime, config, target)
     model: Any = backbone.model
     if tuned is not None:
-        # any seed: the loaded weights replace the draw
+        # the seed does not matter: the loaded weights replace the drawn ones
         model = lora.add_adapter(model, config.lora, seed=0)
         lora.load_adapter(model, tuned.file("adapter"))
     return Backbone(model.to(device_of(runtime.compute)).eval(), backbone.tokenizer)

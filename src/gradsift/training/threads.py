@@ -1,7 +1,7 @@
 """How many threads torch's kernels use on the CPU.
 
-Kernels wait for each other by spinning: on a machine that is busy with other work, one thread too many makes a step
-take many times longer. So `compute.threads=auto` takes the cores that are free.
+The threads of a kernel wait for each other by spinning: on a machine that is busy with other work, one thread too many
+makes a step take many times longer. So `compute.threads=auto` uses the cores that are free.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MEASURED_FOR = 0.25  # seconds
 def busy_cores() -> float:
     """Return how many cores of this machine other work keeps busy, measured once per process.
 
-    So all jobs of a sweep in one process have the same number of threads, and the same digits in their results.
+    So all jobs of a sweep in one process use the same number of threads, on which the last digits of results depend.
     """
     return float(psutil.cpu_percent(interval=_MEASURED_FOR)) / 100 * (os.cpu_count() or 1)
 
@@ -32,8 +32,9 @@ def busy_cores() -> float:
 def threads_of(compute: ComputeConfig) -> int:
     """Return the number of threads that `compute.threads` asks for.
 
-    `auto` is the smallest of torch's own choice (which follows OMP_NUM_THREADS), the cores that affinity and cgroup
-    allow, and the free cores, divided by the ranks on a CPU; at least 1. OMP_NUM_THREADS itself is taken as it is.
+    `auto` is the smallest of torch's own choice, the cores that affinity and cgroup allow, and the free cores, divided
+    by the ranks that run on this CPU; at least 1. For None, and for `auto` if OMP_NUM_THREADS is set, the number is
+    torch's own choice, which follows OMP_NUM_THREADS.
     """
     if compute.threads is None or (compute.threads == "auto" and "OMP_NUM_THREADS" in os.environ):
         return _TORCH_THREADS

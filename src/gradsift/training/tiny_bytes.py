@@ -1,6 +1,6 @@
 """A byte-level GPT-2 with random weights, to run real data through all stages without a pretrained model.
 
-It tests memory and the pipeline; its scores say nothing about the data.
+It is meant for tests of memory and of the pipeline; its scores say nothing about the data.
 """
 
 import torch
@@ -14,7 +14,7 @@ _PAD, _EOS = "<pad>", "<eos>"
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of one token per byte of UTF-8, which restores any text, with `<eos>` and `<pad>`."""
+    """Return a tokenizer with one token per byte of UTF-8, which can decode any text, and with `<eos>` and `<pad>`."""
     alphabet = sorted(ByteLevel.alphabet())  # 256 printable characters, one for each byte
     tokenizer = Tokenizer(BPE({character: index for index, character in enumerate(alphabet)}, merges=[]))
     # without merges, splitting into words changes no token, and skipping it halves the time

@@ -1,4 +1,4 @@
-"""The command line: write the report of a run's or a sweep's folder, from its files and the store alone."""
+"""Write the report of a run or a sweep, from the files in its folder and the store alone."""
 
 from __future__ import annotations
 

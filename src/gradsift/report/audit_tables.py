@@ -24,7 +24,7 @@ Verdict = Mapping[str, list[str]]  # alphas (as text) by outcome
 ALL_ROWS = "(all rows)"
 FAILED = "failed"
 CLEANER, DIRTIER, TOO_FEW, AS_CHANCE = "cleaner", "dirtier", "too few rows", "no different"
-# keys of overrides that do not name a method: the scorer is named anyway, and alpha and target change no audit
+# keys of overrides that are left out of a method's name: the scorer is in it anyway; alpha and target change no audit
 _TOLD_APART = ("scorer", "alpha", "target")
 _SPREADS = 2  # standard deviations of a random draw within which a spoilt share counts as chance
 _READING = (
@@ -48,7 +48,7 @@ class SweepAudit:
 
 
 def sweep_audit(jobs: Sequence[tuple[Path, Run]]) -> SweepAudit | None:
-    """Collect the audits of jobs, given as the path of each `run.json` and its content. None if there is no audit."""
+    """Return the audits of jobs (pairs of a `run.json`'s path and its content); None if no job was audited."""
     datasets: dict[tuple[str, ...], dict[str, Any]] = {}
     failed: list[dict[str, Any]] = []
     overrides = [run.get("overrides") or [] for _, run in jobs]
@@ -96,9 +96,10 @@ def _overlap(methods: Mapping[str, Figures]) -> dict[str, dict[str, dict[str, fl
 
 
 def mean_of(values: Sequence[Any]) -> Any:
-    """Average structures of one form, number by number.
+    """Return the average of nested structures, number by number.
 
-    A number is None if any structure has None there; texts come from the first structure.
+    A number is None if any structure has None there. Texts come from the first structure, and keys that a structure
+    lacks are left out.
     """
     first = values[0]
     if isinstance(first, Mapping):
@@ -125,7 +126,10 @@ def audit_tables(audit: SweepAudit, *, brief: bool) -> list[Table]:
 
 
 def _tables_of(audit: SweepAudit, options: str, brief: bool) -> list[Table]:
-    """Return the tables of the datasets with these data options; they differ by seeds alone."""
+    """Return the tables of the datasets with these data options, which differ only by seeds.
+
+    The list is empty if no method was audited on all of them.
+    """
     datasets = [dataset for dataset in audit.datasets if dataset["options"] == options]
     failed = [failure["method"] for failure in audit.failed if failure["options"] == options]
     names = dict.fromkeys(name for dataset in datasets for name in dataset["methods"])
@@ -158,11 +162,13 @@ def _tables_of(audit: SweepAudit, options: str, brief: bool) -> list[Table]:
 
 
 def _verdict(figures: Figures, datasets: int) -> Verdict:
-    """Return the alphas at which a selection is cleaner or dirtier than chance, or too small to be either.
+    """Return the alphas at which a selection is cleaner or dirtier than chance, or has too few rows to be cleaner.
+
+    It has too few rows if even a selection without a spoilt row would be within chance.
 
     Args:
         datasets: number of different datasets that the figures are means over. The mean of several random draws varies
-            less than one draw, but not if all datasets have the same corrupted rows.
+            less than one draw, but only if the datasets have different corrupted rows.
     """
     verdict: dict[str, list[str]] = {CLEANER: [], DIRTIER: [], TOO_FEW: []}
     for cell in figures["selections"]:
@@ -177,7 +183,7 @@ def _verdict(figures: Figures, datasets: int) -> Verdict:
 
 
 def _verdict_text(verdict: Verdict, alphas: Sequence[str]) -> str:
-    """Return, for example, "cleaner" (at all alphas), "dirtier at 5 %" (at this alpha alone) or "no different"."""
+    """Return a verdict as text, such as "cleaner" (at all alphas), "dirtier at 5 %" (only there) or "no different"."""
     parts = [
         word if verdict[word] == alphas else f"{word} at {', '.join(verdict[word])}"
         for word in (CLEANER, DIRTIER)
@@ -250,7 +256,7 @@ def _kinds_table(methods: Mapping[str, Figures]) -> Table:
 
 
 def _groups_table(methods: Mapping[str, Figures]) -> list[Table]:
-    """Return the table of the delayed families, if the data has them."""
+    """Return a list with the table of the groups of `selection.audit.GROUPS`; empty if the data has none."""
     base = next(iter(methods.values()))
     header, pool = ["method"], [ALL_ROWS]
     for name, group in base["groups"].items():
@@ -275,7 +281,7 @@ def _alpha(cell: Figures) -> str:
 
 
 def write_audit(folder: Path, audit: SweepAudit) -> None:
-    """Write audit.json (all but the positions), audit.csv (a line a method, dataset and alpha) and audit.md."""
+    """Write audit.json (without the selected positions), audit.csv (a line per method, dataset, alpha) and audit.md."""
     content = {"datasets": audit.datasets, "failed": audit.failed}
     (folder / AUDIT_FILE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     rows = [row for dataset in audit.datasets for row in _flat(dataset)]

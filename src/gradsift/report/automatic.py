@@ -18,7 +18,7 @@ def report_at_end(folder: Path, display: Display) -> Path | None:
     """Write `report.html` and its files into the folder, and log them to W&B if the runs are logged there.
 
     Returns:
-        The path of the page; None if it could not be written, after printing the reason.
+        The path of the page; None if it could not be written, in which case the reason is printed.
     """
     try:
         from gradsift.report.material import Incomplete
@@ -49,6 +49,6 @@ def _reason(error: Exception) -> str:
 
 
 def wanted_by_jobs(folder: Path) -> bool:
-    """Whether a sweep's jobs were run with `report=true`; False if no job got as far as writing its config."""
+    """Return whether all jobs of a sweep had `report=true`; False if no job got as far as writing its config."""
     paths = list(folder.glob(f"*/{CONFIG_FILE}"))
     return bool(paths) and all(config_values(path.parent).get("report", True) for path in paths)

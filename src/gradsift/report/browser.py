@@ -1,7 +1,7 @@
-"""The data that the report's browser holds: the examples of a pool, with the scores and selections of every method.
+"""The data of the report's example browser: the examples of a pool, with the scores and selections of every method.
 
 A pool is packed into one sequence of bytes, compressed and written as base64, with a JSON description beside it. The
-page reads the columns as typed arrays and searches the texts as one string, so 52,000 examples answer at once.
+page reads the columns as typed arrays and searches the texts as one string, so that it is fast with 52,000 examples.
 
 Shape letters: N examples of the pool, n examples that the page holds.
 """
@@ -25,7 +25,7 @@ from gradsift.selection.choice import best_first
 CUT = 400  # characters of a text that the page holds
 MOST = 100_000  # examples that one page holds (see `held`)
 STATUSES = (SCORED, UNDEFINED, EXCLUDED)
-_END, _FIELD = "\x1e", "\x1f"  # no presentable text holds them
+_END, _FIELD = "\x1e", "\x1f"  # separators, which no presentable text contains
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +33,10 @@ class Pool:
     """The examples of one dataset and seed, with the scores and selections of all runs.
 
     `methods` and `selections` have the form that the page's script reads, with arrays (N,) for columns. In a method,
-    `rank` counts from 1 by falling score (ties by row order) and is 0 without a score; `parts` are the numbers that its
-    score is made of, and the statistics of the ensemble. In a selection, `method` is an index into `methods`; `place`
-    counts from 1 in the order of the selection and is 0 if not selected; `everything` marks the full-data run.
+    `rank` is 1 for the highest score (equal scores in row order) and 0 without a score; `parts` are the numbers from
+    which the score is computed, and the statistics of the ensemble. In a selection, `method` is an index into
+    `methods`; `place` counts from 1 in the order of the selection and is 0 for examples that are not selected;
+    `everything` is True for the full-data run.
     """
 
     name: str
@@ -47,16 +48,16 @@ class Pool:
 
 
 class Packed(NamedTuple):
-    """A pool as the page holds it."""
+    """A pool in the form that is written into the page."""
 
     name: str
     rows: int
-    about: dict[str, Any]  # JSON: names, and where each column begins
+    about: dict[str, Any]  # for JSON: names, and the type and offset of each column
     data: str  # base64 of gzip
 
 
 def pools(material: Material) -> list[Pool]:
-    """Return the pools that any run selected from; a run without scores or a selection has nothing to show."""
+    """Return the pools of all runs that have data, scores and a selection in the store; other runs are left out."""
     groups: dict[str, list[Run]] = {}
     for run in material.runs:
         if run.data is not None and run.has("load") and run.has("score") and run.has("select"):
@@ -86,7 +87,7 @@ def _pool(material: Material, runs: Sequence[Run]) -> Pool:
 
 
 def _unused(name: str, seed: Any, names: Sequence[str]) -> str:
-    """Return `name`, with the seed or a number if another method has it already."""
+    """Return `name`, with the seed or a number added if it is one of `names` already."""
     candidates = [name] if seed is None else [name, f"{name}, seed {seed}"]
     candidates += [f"{name} ({number})" for number in range(2, len(names) + 3)]
     return next(candidate for candidate in candidates if candidate not in names)
@@ -151,7 +152,7 @@ class _Columns:
         self._places: dict[tuple[str, bytes], int] = {}
 
     def described(self, value: Any) -> Any:
-        """Store the arrays (N,) in `value` and return it with `[type, offset]` in their place.
+        """Store all arrays (N,) in the nested `value`; return `value` with `[type, offset]` in place of each array.
 
         Types are f4, u4, u2 and u1, little-endian.
         """
@@ -171,7 +172,7 @@ class _Columns:
 
 
 def pack(pool: Pool, most: int = MOST) -> Packed:
-    """Pack at most `most` examples of a pool: columns first, then the texts; scores as 32-bit floats."""
+    """Return at most `most` examples of a pool in packed form: columns (scores as 32-bit floats), then texts."""
     rows = held(pool, most)
     columns = _Columns(rows)
     count = len(pool.examples)
@@ -201,9 +202,10 @@ def pack(pool: Pool, most: int = MOST) -> Packed:
 
 
 def held(pool: Pool, most: int) -> np.ndarray:
-    """Return the positions (n,) of the examples that the page holds.
+    """Return the positions (n,) of the examples that the page holds, ascending.
 
-    A pool of more than `most` examples is reduced to the selected examples and an even share of the other examples.
+    Of a pool of more than `most` examples these are the selected ones (if they alone are more than `most`, the first of
+    each selection), and evenly spaced other examples up to `most`.
     """
     count = len(pool.examples)
     if count <= most:
@@ -225,6 +227,6 @@ def _fields(example: Example) -> tuple[str, str, str, str]:
 
 
 def _coded(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Return the different names, sorted, and the index of each row's name."""
+    """Return the different names, sorted, and for each row the index of its name (uint16)."""
     known, codes = np.unique(np.array(names, dtype=object), return_inverse=True)
     return known.tolist(), codes.astype(np.uint16)

@@ -1,4 +1,4 @@
-"""The head of the report: what was asked, what came out, and the warnings."""
+"""The head of the report: the settings, the main results, and the warnings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ONE_SEED = "; with one seed, what varies from seed to seed is not in the interva
 
 
 class Tile(NamedTuple):
-    """One figure of the headline."""
+    """A number in the head of the report, with its name."""
 
     name: str
     value: str
@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 
 
 class Note(NamedTuple):
-    """A remark; `kind` is warning, failed or remark."""
+    """A note in the head of the report; `kind` is warning, failed or remark."""
 
     kind: str
     text: str
@@ -40,7 +40,7 @@ class Headline(NamedTuple):
 
 
 def headline(material: Material) -> Headline:
-    """Return the head of a report, from the `run.json` of its runs."""
+    """Return the head of a report, from the `run.json` of its runs and the `diagnostics.json` of a sweep."""
     title, verdicts, tiles = _of_sweep(material) if material.is_sweep else _of_run(material.runs[0])
     return Headline(title, _settings(material), verdicts, tiles, list(_notes(material)))
 
@@ -68,7 +68,10 @@ def _of_sweep(material: Material) -> tuple[str, list[str], list[Tile]]:
 
 
 def _best(material: Material) -> tuple[list[str], list[Tile]]:
-    """Return sentences and tiles on the best cell and on how many cells the method wins."""
+    """Return sentences and tiles on the cell with the highest PWS, and on the comparison of G-SNR with the baselines.
+
+    If there is no PWS, the only sentence says why.
+    """
     try:
         cells = cells_of(material)
     except Missing as reason:
@@ -109,13 +112,16 @@ def _invalid(row: Row) -> str:
 
 
 def _length_tile(row: Row) -> list[Tile]:
-    """Return a tile with the length-controlled PWS; no tile for a verifier, which has no such PWS."""
+    """Return a list with a tile of the length-controlled PWS; empty if there is none, as for a verifier."""
     value = row["pws_length_controlled"]
     return [] if value is None else [Tile("length-controlled PWS", f"{value:.3f}", "at answers of equal length")]
 
 
 def _baselines_tile(material: Material, best: Row) -> list[Tile]:
-    """Return a tile with a cell's accuracy (or held-out loss, if there are no references) beside the baselines'."""
+    """Return a tile with a cell's accuracy and the accuracies of the full-data and the untuned target.
+
+    The held-out losses are shown instead if the cell has no accuracy, as its benchmark has no reference answers.
+    """
     alike = ("dataset", "target", "scorer", "alpha", "members", "settings")
     runs = [run.record for run in material.finished]
     runs = [run for run in runs if [flat_rows(run)[0][key] for key in alike] == [best[key] for key in alike]]
@@ -129,7 +135,10 @@ def _baselines_tile(material: Material, best: Row) -> list[Tile]:
 
 
 def _measured_tile(name: str, value: float | None, measured: Sequence[Mapping[str, float | None]]) -> list[Tile]:
-    """Return a tile with `value` beside the mean values of full-data and untuned targets; no tile for None."""
+    """Return a list with a tile of `value` and the mean values of full-data and untuned targets; empty for None.
+
+    A mean is left out if a run lacks the value.
+    """
     notes = []
     for baseline, key in (("full data", "reference"), ("no finetuning", "untuned")):
         values = [figure for each in measured if (figure := each.get(key)) is not None]
@@ -174,7 +183,7 @@ def _of_run(run: Run) -> tuple[str, list[str], list[Tile]]:
 
 
 def _settings(material: Material) -> str:
-    """Return the main settings, each with its different values."""
+    """Return the main settings as text, each with all values that it has in the runs."""
     names = {"dataset": "data", "benchmark_sets": "benchmark"}
     parts = []
     for key in ("dataset", "proxy", "members", "snapshots", "target", "benchmark_sets", "judge"):
@@ -185,7 +194,11 @@ def _settings(material: Material) -> str:
 
 
 def _below_random(found: Mapping[str, Any]) -> str:
-    """Return one warning for all methods whose PWS is below the PWS of random rows."""
+    """Return the text of one warning about all methods whose PWS is below the PWS of random rows.
+
+    Args:
+        found: the diagnostics of these methods, by name.
+    """
     names = [
         f"{name.removeprefix(AGAINST_RANDOM).strip(' ()')} ({each['values']['pws']:.3f}, random "
         f"{each['values']['pws_random']:.3f})"

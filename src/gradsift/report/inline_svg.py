@@ -1,8 +1,9 @@
 """A figure's SVG as a part of an HTML page, in the page's colours and without styles of its own.
 
 The page's content security policy allows no `style` attribute, so the styles that matplotlib writes become attributes.
-Ids get the figure's name in front, as all figures share one document. Four neutral colours become variables of the
-page's theme. Elements and attributes that no figure needs, and links to elsewhere, are left out.
+The figure's name is put before every id, as all figures share one document. The four neutral colours of
+`figures.style` become variables of the page's theme. Elements and attributes that no figure needs, and links to other
+documents, are left out.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ _LOCAL = re.compile(r"url\(#([^)]+)\)")
 
 
 def inline_svg(text: str, name: str, label: str) -> Markup:
-    """Return the `<svg>` element of a file that matplotlib wrote.
+    """Return the `<svg>` element for the page.
 
     Args:
+        text: content of an SVG file that matplotlib wrote.
         name: name of the figure; ids begin with it.
         label: text for screen readers.
     """
@@ -57,7 +59,7 @@ def _element(source: ElementTree.Element, name: str) -> ElementTree.Element:
 
 
 def _declarations(style: str) -> list[tuple[str, str]]:
-    """Return the declarations of a `style` attribute as SVG attributes."""
+    """Return the declarations of a `style` attribute as SVG attributes (name, value)."""
     attributes = []
     for declaration in style.split(";"):
         key, _, value = (part.strip() for part in declaration.partition(":"))

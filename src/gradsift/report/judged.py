@@ -16,12 +16,15 @@ from gradsift.report.material import Material, Missing, Run, attempt
 
 MOST = 120  # pairs on a page
 CUT = 600  # characters of a text
-_FIGURES = 4  # digits of a score
+_FIGURES = 4  # significant digits of a score
 Key = tuple[str, str]  # benchmark, item
 
 
 class Words(NamedTuple):
-    """What the judge said about a pair in one order: the scores of model and reference, and its reply or the reason."""
+    """What the judge said about a pair in one order: the scores of model and reference, and the judge's reply.
+
+    For an invalid judgment `scores` is "invalid", and `text` is the reason and the reply.
+    """
 
     order: str
     scores: str
@@ -29,7 +32,10 @@ class Words(NamedTuple):
 
 
 class JudgedPair(NamedTuple):
-    """A question with the answers of the tuned model and of the one tuned on all rows, as text to be escaped."""
+    """A question with the answers of the model tuned on a selection and of the model tuned on all rows.
+
+    The texts are not escaped yet.
+    """
 
     method: str
     benchmark: str
@@ -43,8 +49,9 @@ class JudgedPair(NamedTuple):
 def judged_pairs(material: Material, most: int = MOST) -> tuple[list[JudgedPair], list[str]]:
     """Return up to `most` judged pairs.
 
-    Every method and alpha gets an equal number of pairs, from its first run whose answers are in the store. Among these
-    pairs every outcome gets an equal number, evenly spread over the items.
+    Every combination of method and alpha gets at most the same number of pairs, from its first run whose answers are in
+    the store. Of these pairs, each outcome gets the same number, as far as there are enough items with this outcome;
+    the items are evenly spaced over all items with the outcome.
 
     Returns:
         The pairs, and the reasons why runs are not shown (see `attempt`).
@@ -93,7 +100,10 @@ def _sample(name: str, run: Run, most: int) -> list[JudgedPair]:
 
 
 def _balanced(groups: Mapping[str, Sequence[Key]], most: int) -> list[tuple[str, Key]]:
-    """Return up to `most` keys with their groups' names; groups take turns, and a group's keys are evenly spread."""
+    """Return up to `most` pairs of a group's name and a key, one of each group in turn.
+
+    The keys taken from a group are evenly spaced over its sequence.
+    """
     turns = [(turn, name) for name, keys in groups.items() for turn in range(len(keys))]
     turns = sorted(turns, key=lambda turn: turn[0])[:most]
     sizes = Counter(name for _, name in turns)

@@ -1,8 +1,8 @@
 """The material of a report: the folder of a run or a sweep, and the artifacts that its runs name.
 
-Everything is read from files: `run.json`, `config.yaml`, `metrics.jsonl` and artifacts. No model is loaded and nothing
-is recomputed, so a report can be made wherever the folder and the store were copied to. What is absent is reported
-(`Material.gaps`, `Missing`) and never guessed.
+Everything is read from files: `run.json`, `config.yaml` and other files of the folder, and artifacts. No model is
+loaded and no stage is run again, so a report can be made wherever the folder and the store were copied to. What is
+absent is reported (`Material.gaps`, `Missing`) and never guessed.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from gradsift.selection.audit import AUDIT_FILE
 from gradsift.selection.stage import positions_of
 from gradsift.training.curves import TRAJECTORY_FILE, read_curve, read_trajectory
 
-BROKEN = "failed with"  # begins the reason why something is absent, if it is an error
+BROKEN = "failed with"  # how the reason begins if something is absent because of an error
 FAILED = ("failed", "interrupted", "unfinished")  # statuses of runs that did not get as far as they were asked to
-# keys of overrides that do not name a method: the scorer is named anyway, other keys distinguish datasets and cells
+# keys of overrides that are left out of a method's name: the scorer is in it anyway; the others name datasets and cells
 _TOLD_APART = ("scorer", "alpha", "data", "target", "judge")
 T = TypeVar("T")
-Curve = list[dict[str, float]]  # one entry a step: batch, loss (nats a token), tokens
+Curve = list[dict[str, float]]  # one entry for each batch: batch, loss (nats a token), tokens
 
 
 class Missing(GradsiftError):
@@ -45,14 +45,14 @@ class Missing(GradsiftError):
 
 
 class Incomplete(GradsiftError):
-    """Raised after writing a report in which something is absent because of an error; the message names all of it."""
+    """Raised after a report was written in which parts are absent because of errors; the message names these parts."""
 
 
 def attempt(make: Callable[[], T]) -> tuple[T | None, str]:
-    """Call `make`, so that an error in one figure or table does not affect the others.
+    """Call `make` and catch its errors, so that an error in one figure or table does not affect the others.
 
     Returns:
-        The value, or None and the reason; the reason begins with BROKEN for errors other than `Missing`.
+        The value and "", or None and the reason; the reason begins with BROKEN for errors other than `Missing`.
     """
     try:
         return make(), ""
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """finished, stopped, failed, interrupted, or unfinished (killed, or still at work)."""
+        """One of finished, stopped (as asked), failed, interrupted, or unfinished (killed, or still at work)."""
         return str(self.record["status"])
 
     @property
@@ -88,17 +88,17 @@ class Run:
 
     @property
     def alpha(self) -> float:
-        """The selected share of the rows; 1 for the full-data run, which ignores the option."""
+        """The selected share of the rows; 1 for the full-data run, which ignores the option `alpha`."""
         return 1.0 if self.is_full else float(self.record["alpha"])
 
     @property
     def data(self) -> str | None:
-        """Fingerprint of the data; runs that share it number their examples in the same way."""
+        """Fingerprint of the data, None if none was loaded. Equal fingerprints mean equal examples at all positions."""
         return next((stage["fingerprint"] for stage in self.record["stages"] if stage["name"] == "load"), None)
 
     @property
     def outcome(self) -> str:
-        """How the run ended, in words."""
+        """Why a stage is absent, in words: the run was stopped or failed, or its scorer does not need the stage."""
         if self.status == "stopped":
             after = self.config.get("stop_after")
             return f"it was stopped after {after}" if after else "it was stopped early"
@@ -138,10 +138,10 @@ class Run:
         return bool(self.artifacts.get(stage))
 
     def one(self, stage: str, place: int = 0) -> Artifact:
-        """Return an artifact of a stage; `place` counts the stage's artifacts from 0.
+        """Return the artifact of a stage with the index `place`.
 
         Raises:
-            Missing: there is none; the message says why.
+            Missing: there is no such artifact; the message says why.
         """
         artifacts = self.artifacts.get(stage, [])
         if place < len(artifacts):
@@ -169,7 +169,7 @@ class Material:
 
     @cached_property
     def gaps(self) -> list[str]:
-        """The parts that a report lacks, with the reason, apart from runs that did not finish."""
+        """What is absent and why, for stopped runs, lost artifacts and lost audit files; failed runs are left out."""
         gaps = [f"{run.name}: {run.outcome}" for run in self.runs if run.status == "stopped"]
         for run in self.runs:
             if run.lost:
@@ -187,7 +187,7 @@ class Material:
         return value
 
     def examples(self, run: Run) -> list[Example]:
-        """Return the pool, N examples."""
+        """Return the N examples of the run's pool."""
         return self._read(pool_of, run.one("load"))
 
     def labels(self, run: Run) -> Labels | None:
@@ -205,7 +205,7 @@ class Material:
         return self._read(read_statistics, run.one("statistics"))
 
     def curve(self, run: Run, *, reference: bool = False) -> Curve:
-        """Return the target's training curve, on the run's selection or on all rows (`reference`)."""
+        """Return the training curve of the target on the run's selection or, if `reference`, on all rows."""
         return self._read(read_curve, run.one("finetune", int(reference)), by_path=True)
 
     def members(self, run: Run) -> list[list[Artifact]]:
@@ -225,7 +225,7 @@ class Material:
         ]
 
     def norms(self, run: Run, epoch: int) -> list[list[Artifact]]:
-        """Return the members' gradient norms after an epoch, as [member][shard]."""
+        """Return the artifacts of the members' gradient norms after an epoch, as [member][shard]."""
         if (run.config.get("proxy") or {}).get("collect") == "during_training":
             return [[epochs[epoch - 1]] for epochs in self.members(run)]
         run.one("norms")
@@ -239,7 +239,7 @@ class Material:
         return [own for _, own in sorted(shards.items())]
 
     def trajectories(self, run: Run) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return for each adapter the optimiser steps (P,) and its points (P, D) over all epochs."""
+        """Return for each adapter the optimiser steps (P,) and points (P, D) of `gradsift.proxy.trajectory`."""
         trajectories = []
         for epochs in self.members(run):
             if not all(artifact.file(TRAJECTORY_FILE).is_file() for artifact in epochs):
@@ -275,7 +275,7 @@ def read(folder: Path, artifacts: Path | None = None) -> Material:
 
 
 def _named(records: Sequence[dict[str, Any]]) -> list[Mapping[str, Any]]:
-    """Add `settings` to the records: overrides not shared by all failed runs, or by all other runs, respectively."""
+    """Return the records with `settings` (see `with_settings`), computed for failed runs and all others separately."""
     named: list[Mapping[str, Any]] = list(records)
     for failed in (True, False):
         places = [i for i, record in enumerate(records) if (record["status"] in FAILED) is failed]
@@ -285,7 +285,7 @@ def _named(records: Sequence[dict[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    """Read `run.json`; complete the record of a run that failed before it could write its settings."""
+    """Return the content of `run.json`; if the run failed before it wrote settings, they come from its overrides."""
     path = folder / RUN_FILE
     if path.is_file():
         try:

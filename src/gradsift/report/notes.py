@@ -54,7 +54,7 @@ def remarks(run: Run) -> list[str]:
 
 
 def remarks_of_all(runs: Iterable[Run]) -> list[str]:
-    """Return the remarks on several runs, each once, with the number of runs it applies to."""
+    """Return the remarks on several runs, each once, with the number of runs to which it applies."""
     counts = Counter(line for run in runs for line in remarks(run))
     return [line + (f" ({times} runs)" if times > 1 else "") for line, times in counts.items()]
 
@@ -62,7 +62,7 @@ def remarks_of_all(runs: Iterable[Run]) -> list[str]:
 def warnings_of(diagnostics: Mapping[str, Mapping[str, Any]] | None) -> dict[str, str]:
     """Return the messages of the diagnostics that warn, by name.
 
-    The messages keep the order of the stages, ensemble before selection, as the first may cause the later ones.
+    They are in the order of the stages: those on the ensemble first, as they may explain those on the selection.
     """
     return {name: d["message"] for name, d in (diagnostics or {}).items() if d["verdict"] == "warning"}
 
@@ -70,9 +70,9 @@ def warnings_of(diagnostics: Mapping[str, Mapping[str, Any]] | None) -> dict[str
 def against_random(runs: Sequence[Run]) -> list[Diagnostic]:
     """Compare each method with random selection; return a diagnostic for each scorer and setting.
 
-    The pooled PWS of a run is compared with the pooled PWS of random selections whose seeds and settings are equal to
-    the run's, apart from the scorer and the scorer's constants. A method without such a counterpart gets no diagnostic.
-    The p-values come from paired tests, with Holm's correction over the methods.
+    The pooled PWS of a run is compared with that of random selections (its counterparts) whose seeds and settings equal
+    the run's, apart from the scorer and its constants. A method without counterparts gets no diagnostic. The p-values
+    come from paired tests, with Holm's correction over the methods.
     """
     rows = [flat_rows(run)[-1] for run in with_settings(runs)]  # the last row is the pooled row, or the only row
     rows = [row for row in rows if row["pws"] is not None and row["scorer"] != "full"]
@@ -93,7 +93,7 @@ def against_random(runs: Sequence[Run]) -> list[Diagnostic]:
 
 
 def _paired_test(pairs: Sequence[tuple[Row, list[Row]]]) -> Difference | None:
-    """Return the paired difference over all seeds; None if a run has several counterparts or judged other items."""
+    """Return the paired difference over all seeds; None if a run has several counterparts or judged items differ."""
     if any(len(known) > 1 for _, known in pairs):
         return None
     ours, theirs = [row[OUTCOMES] for row, _ in pairs], [one[OUTCOMES] for _, (one,) in pairs]
@@ -101,7 +101,7 @@ def _paired_test(pairs: Sequence[tuple[Row, list[Row]]]) -> Difference | None:
 
 
 def _shared_with_random(row: Row) -> tuple[Any, ...]:
-    """Return what a run must share with a random selection to be compared with it."""
+    """Return the values that must be equal in a run and a random selection for the two to be compared."""
     settings = tuple(o for o in row["settings"].split(" ") if not o.startswith(("scorer.", "method=")))
     return (*(row[name] for name in (*SETTINGS, *SEEDS) if name not in ("scorer", "settings")), settings)
 

@@ -1,7 +1,7 @@
-"""`report.html`: one page that holds everything it shows, with its figures and tables beside it as files.
+"""`report.html`: one self-contained page. Its figures and tables are also written as files, in folders beside it.
 
-The page opens from disk, makes no request, and runs one script of this package, which its content security policy
-allows by hash. Texts of the data are escaped, or stored as JSON and base64 that the script shows as text.
+The page can be opened from disk and makes no request. It runs one script of this package, which its content security
+policy allows by hash. Texts of the data are escaped, or stored as JSON and base64, which the script shows as text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from gradsift.report.run_tables import WORK_FILE, results_table, work_table
 from gradsift.report.table import groups_of
 from gradsift.run_folder import CONFIG_FILE, FIGURES_FOLDER, REPORT_FILE, RUN_FILE, TABLES_FOLDER, read_yaml
 
-_WIDE = 450  # points; two figures that are narrower stand side by side
+_WIDE = 450  # points; two figures up to this width stand side by side
 
 
 @dataclass
@@ -66,8 +66,8 @@ def write_report(
         The path of the page.
 
     Raises:
-        DataError: there is no run in the folder, or a file of it is broken.
-        Incomplete: the page is written, but an error prevented some figure or table.
+        DataError: there is no run in the folder, or a `run.json` is broken.
+        Incomplete: the page is written, but errors prevented some of its parts.
     """
     material = read(folder, artifacts)
     to = folder if to is None else to
@@ -105,7 +105,7 @@ def _shown(entry: Entry, to: Path, reason: str | None, formats: Iterable[Format]
 
 
 def _packed(material: Material) -> tuple[list[Packed], list[str]]:
-    """Return the pools that fit into one page, and the names of the pools that do not."""
+    """Return the pools that fit into one page (always the first one), and the names of the pools that do not."""
     packed: list[Packed] = []
     left_out: list[str] = []
     room = MOST
@@ -122,7 +122,11 @@ def _packed(material: Material) -> tuple[list[Packed], list[str]]:
 
 
 def render(material: Material, values: Mapping[str, Any]) -> str:
-    """Return the page as HTML; `values` are the template's values that are made from files or a store."""
+    """Return the page as HTML.
+
+    Args:
+        values: the template's values that were made from artifacts or from the report's other files.
+    """
     style, script = (
         resources.files("gradsift.report").joinpath("templates", name).read_text(encoding="utf-8")
         for name in ("report.css", "report.js")
@@ -155,7 +159,7 @@ def render(material: Material, values: Mapping[str, Any]) -> str:
 def figures_of(figures: Sequence[Shown], modules: Sequence[str]) -> list[Shown]:
     """Return the figures that these modules draw, those without a picture last.
 
-    Widens the last narrow figure if it would stand alone in its row.
+    The last narrow figure is made wide if it would stand alone in its row.
     """
     own = [shown for module in modules for shown in figures if shown.entry.module == module]
     narrow = [shown for shown in own if shown.svg is not None and not shown.is_wide]
@@ -165,7 +169,7 @@ def figures_of(figures: Sequence[Shown], modules: Sequence[str]) -> list[Shown]:
 
 
 def _policy(style: str, script: str) -> str:
-    """Return a content security policy that allows this style, this script and images inside figures alone."""
+    """Return a content security policy that allows only this style, this script and images inside figures."""
     style_hash, script_hash = (
         base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii") for text in (style, script)
     )
@@ -193,7 +197,7 @@ def _commands(material: Material) -> list[str]:
 
 
 def _versions(material: Material) -> dict[str, str]:
-    """Return the commit and packages that made the last artifact of the last run that has one."""
+    """Return the commit and package versions recorded in the last artifact of the last run that has artifacts."""
     artifacts = [artifact for run in material.runs for group in run.artifacts.values() for artifact in group]
     manifest = artifacts[-1].manifest if artifacts else {}
     commit = {"commit": manifest["git_sha"]} if manifest.get("git_sha") else {}
@@ -201,7 +205,7 @@ def _versions(material: Material) -> dict[str, str]:
 
 
 def _config(material: Material) -> str:
-    """Return the config of the first run that has one as YAML, without the folder of the store."""
+    """Return as YAML the config of the first run that has a config, without the store's folder; "" if none has."""
     for run in material.runs:
         if run.config:
             values = {key: value for key, value in run.config.items() if key != "artifacts"}

@@ -1,8 +1,9 @@
 """The paper's tables for a sweep: PWS by dataset, target and benchmark, and the ablations.
 
 They are Tables 1 and 2 of GRADFILTERING (arXiv 2601.13697). The paper counts the cells in which the PWS of its method
-is at least the PWS of every baseline. Beside that count stand the ties and the significant differences: the method is
-compared with every baseline on the same items and seeds, and Holm's correction covers all comparisons of the table.
+(G-SNR) is at least the PWS of every baseline. Here ties are counted separately, and significant differences are counted
+too: the method is compared with every baseline on the same items and seeds, with Holm's correction over all comparisons
+of the table.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Cells = dict[tuple[Place, Column], Row]
 
 @dataclass(frozen=True)
 class Count:
-    """Counts of cells by how the method compares with the baselines."""
+    """Numbers of cells by how the method (G-SNR) compares with the baselines."""
 
     cells: int
     higher: int  # cells where the method's PWS is above every baseline's
@@ -58,7 +59,9 @@ class Count:
 
 
 def cells_of(material: Material) -> Cells:
-    """Return the PWS of each place and column, averaged over runs that differ by seeds alone. Omits pooled figures.
+    """Return a row with the PWS of each place and column, averaged over runs that differ only by seeds.
+
+    The pooled rows and the full-data runs are left out.
 
     Raises:
         Missing: no run has a PWS.
@@ -75,7 +78,7 @@ def cells_of(material: Material) -> Cells:
 
 
 def _by_scorer(cells: Cells) -> dict[tuple[Place, float], dict[str, Row]]:
-    """Return the rows of each place and alpha by scorer; a scorer with several settings has its first row."""
+    """Return the rows of each place and alpha by scorer; of a scorer with several settings only the first row."""
     groups: dict[tuple[Place, float], dict[str, Row]] = {}
     for (place, (alpha, _)), row in cells.items():
         groups.setdefault((place, alpha), {}).setdefault(row["scorer"], row)
@@ -83,7 +86,7 @@ def _by_scorer(cells: Cells) -> dict[tuple[Place, float], dict[str, Row]]:
 
 
 def count(cells: Cells) -> Count:
-    """Compare the method with the baselines in every cell (the paper's "19 of 24").
+    """Compare G-SNR with the baselines in every cell and count the results (the paper's "19 of 24").
 
     Raises:
         Missing: no cell has both the method and a baseline.
@@ -118,7 +121,10 @@ def is_distinguishable(cells: Cells) -> dict[tuple[Place, Column], bool]:
 
 
 def pws_table(material: Material) -> Table:
-    """Return the PWS with a row for each place and a column for each alpha and method; the best of an alpha is bold."""
+    """Return the table of PWS: a row for each place, a column for each alpha and method.
+
+    In each row the highest PWS at an alpha is bold.
+    """
     cells = cells_of(material)
     places = list(dict.fromkeys(place for place, _ in cells))
     methods = list(dict.fromkeys(method for _, (_, method) in cells))
@@ -151,7 +157,7 @@ def _is_best(cells: Cells, place: Place, column: Column) -> bool:
 
 
 def ablation_table(material: Material) -> Table:
-    """Return the PWS of the score and of its ablations, with the differences from the score."""
+    """Return the table of the PWS of G-SNR and of its ablations, with their differences from G-SNR."""
     groups = {
         key: group
         for key, group in _by_scorer(cells_of(material)).items()

@@ -1,6 +1,6 @@
-"""What `plan=true` shows, from `run.json` files alone: what is done, what is to do, and what it will take.
+"""The output of `plan=true`, from `run.json` files alone: the units of work done and to do, and their estimated cost.
 
-If several runs of a sweep ask for a unit, the first of these runs makes it, and it is `shared` in the later runs.
+If several runs of a sweep need the same unit, it is to do in the first of these runs and `shared` in the later ones.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ def write_plan(
 def states(runs: Sequence[Run]) -> list[list[tuple[PlannedUnit, str]]]:
     """Return each run's units with their state: DONE, TO_DO, AT_MOST or SHARED.
 
+    AT_MOST is a unit that may not have to be made, since selections that turn out equal share one finetune.
+
     Args:
         runs: the runs, in the order of their jobs.
     """
@@ -97,7 +99,10 @@ def jobs_table(runs: Sequence[Run]) -> Table:
 
 
 def stages_table(runs: Sequence[Run]) -> Table:
-    """Return a table with a row for each stage of a sweep, each unit counted once, and a row for all of them."""
+    """Return a table with a row for each stage of a sweep and a row for all stages.
+
+    A unit that several runs need counts once as done or to do, and once for each later run as shared.
+    """
     rows = []
     pairs = [pair for units in states(runs) for pair in units]
     for name in (*dict.fromkeys(unit["name"] for unit, _ in pairs), None):
@@ -111,7 +116,7 @@ def stages_table(runs: Sequence[Run]) -> Table:
 
 
 def _estimates(units: Sequence[PlannedUnit]) -> tuple[str, str, str]:
-    """Return time, disk and judge calls of what is to do, with `?` for what is unknown."""
+    """Return the total time, disk space and judge calls of units as text, with `?` for unknown estimates."""
 
     def total(values: Sequence[float | None], show: Callable[[float], str]) -> str:
         known = [value for value in values if value is not None]

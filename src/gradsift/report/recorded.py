@@ -1,8 +1,8 @@
 """Checks whether a sweep of `experiment=world` reproduces the table that was recorded for it.
 
-The recorded table is `conf/experiment/world.recorded.json`, beside the experiment and in the installed package: the
+The recorded table is `conf/experiment/world.recorded.json`, which is also part of the installed package. It has the
 figures of every scorer for each data seed, a hash of the settings, and the machine. Any sweep with exactly these
-settings is compared with it. Two means agree unless a t test over the seeds tells them apart, at a level that is
+settings is compared with it. Two means agree unless a t test over the seeds finds a difference, at a level that is
 divided by the number of figures (Bonferroni).
 
 To print the record of a finished sweep, for `world.recorded.json`:
@@ -33,26 +33,26 @@ _NAMES = {
     "spoilt_share": "spoilt share",
     "families": "families",
 }
-_LEVEL = 0.05  # probability that a table of another machine is called different by chance
+_LEVEL = 0.05  # probability that an equivalent table made on another machine is reported as different
 _DIGITS = 6  # decimals of a recorded figure
 _IRRELEVANT = (
     "export",
     "artifacts",
     "report",
     "tracker",
-)  # options that no result depends on, apart from `compute.precision`
+)  # options that no result depends on; of `compute`, only `precision` counts
 Figures = Mapping[str, Mapping[str, Sequence[float | None]]]  # scorer -> measure -> a value for each data seed
 
 
 def compared(files: Sequence[Path], runs: Sequence[Run]) -> list[str]:
-    """Return lines on how the sweep agrees with the recorded table; none if its settings are not the recorded ones.
+    """Return lines on how the sweep agrees with the recorded table; empty if its settings are not the recorded ones.
 
     Args:
         files: the `run.json` of each job, with its config beside it.
         runs: the contents of these files.
     """
     recorded = json.loads((conf_folder() / RECORDED_FILE).read_text(encoding="utf-8"))
-    # the hash reads every job's config, so compare the jobs first
+    # compare the jobs first, as the hash needs the config of every job to be read
     if _jobs(runs) != recorded["jobs"] or _settings(files) != recorded["settings"]:
         return []
     here = _figures(runs)
@@ -75,7 +75,7 @@ def _jobs(runs: Sequence[Run]) -> list[str]:
 
 
 def _settings(files: Sequence[Path]) -> str:
-    """Return a hash of all jobs' options, apart from options that no result depends on."""
+    """Return a hash of all jobs' options that results depend on; a text that is no hash if a job has no config."""
     hashes = []
     for file in files:
         if not (values := config_values(file.parent)):
@@ -86,7 +86,7 @@ def _settings(files: Sequence[Path]) -> str:
 
 
 def _figures(runs: Sequence[Run]) -> Figures:
-    """Return the figures of each scorer in the order of the data seeds; None where a run lacks one."""
+    """Return the figures of each scorer in the order of the data seeds; None where a run lacks the figure."""
     figures: dict[str, dict[str, list[float | None]]] = {}
     for row in sorted(all_rows(runs), key=lambda row: row["data_seed"]):
         for name in _NAMES:
@@ -95,7 +95,13 @@ def _figures(runs: Sequence[Run]) -> Figures:
 
 
 def _difference(values: Sequence[float | None], expected: Sequence[float | None], cells: int) -> str | None:
-    """Return how the values of one of `cells` cells differ from the recorded ones; None if they agree."""
+    """Return how the values of a cell differ from the recorded ones, as text; None if they agree.
+
+    They agree if a t test finds no difference. A cell without recorded values agrees with any; missing values differ.
+
+    Args:
+        cells: number of cells that are tested, for the Bonferroni correction.
+    """
     from scipy import stats
 
     known, recorded = ([value for value in each if value is not None] for each in (values, expected))

@@ -1,8 +1,8 @@
 """The tables of a run or a sweep, made from `run.json` files alone: results and work.
 
-A row of results is one run and benchmark; a run with several benchmarks has a pooled row too. On the terminal, runs
-whose configs differ in nothing but a seed share a line, which shows the mean of the runs with an interval over seeds
-and items. The column `settings` shows overrides that only some of the runs have.
+A row of results is for one run and one benchmark; a run with several benchmarks also has a pooled row. On the terminal,
+runs whose configs differ only in seeds share a line, which shows the mean of the runs with an interval over seeds and
+items. The column `settings` shows overrides that only some of the runs have.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COUNTS = ("win", "tie", "lose", "invalid")
 MEASURES = ("rows", "pws", "pws_length_controlled", "accuracy", "heldout_loss", "spoilt_share", "families")
 DEFAULT_CONFIDENCE = 0.95  # assumed for runs whose record names no confidence
 LEVEL = 0.05  # probability of one or more false claims in a table
-OUTCOMES = "outcomes"  # a row has here (hash of the items, a letter per item), or a list of these for several seeds
+OUTCOMES = "outcomes"  # of a row: (hash of the items, a letter for each item), or a list of these, one for each seed
 UNTUNED = "(no finetuning)"
 TITLE = "PWS against the model tuned on all rows"
 _OWN_COLUMN = ("scorer", "alpha", "data", "proxy", "target", "judge", "proxy.members", "proxy.snapshots")
@@ -62,7 +62,10 @@ def method_name(scorer: str, settings: str | None) -> str:
 
 
 def flat_rows(run: Run) -> list[Row]:
-    """Return the rows of one run as plain values, the pooled one last; None where the run lacks a figure."""
+    """Return the rows of one run as plain values; figures that the run lacks are None.
+
+    There is a row for each benchmark and, unless there is exactly one benchmark, the row over all items last.
+    """
     cells: dict[str, Mapping[str, Any]] = dict(run.get("benchmarks") or {})
     outcomes = {name: (each["items"], each["outcomes"]) for name, each in (run.get("outcomes") or {}).items()}
     name = next(iter(cells), "pooled")  # the name of the row over all items
@@ -118,7 +121,7 @@ def all_rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def over_seeds(rows: Iterable[Row]) -> list[Row]:
-    """Average rows that differ in seeds alone; outcomes are summed, and the interval of PWS is over seeds and items."""
+    """Average rows that differ only in seeds; counts are summed, and the interval of PWS is over seeds and items."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in _without_repeats(rows):
         groups.setdefault((row["variant"], *(row[name] for name in SETTINGS)), []).append(row)
@@ -126,7 +129,10 @@ def over_seeds(rows: Iterable[Row]) -> list[Row]:
 
 
 def _without_repeats(rows: Iterable[Row]) -> list[Row]:
-    """Keep one row per seed of the model tuned on all rows, which a sweep over alpha has once for each alpha."""
+    """Return the rows with one row for each seed and setting of the full-data run.
+
+    A sweep over alpha repeats this run for each alpha; a finished one is kept if there is any.
+    """
     kept: dict[Any, Row] = {}
     for place, row in enumerate(rows):
         is_full = row["scorer"] == "full"
@@ -155,7 +161,11 @@ def _mean_row(group: Sequence[Row]) -> Row:
 
 
 def parity_p_value(outcomes: Sequence[tuple[str, str]]) -> float | None:
-    """Return the p-value of a PWS of 1, from the outcomes of the same items with each seed; None if none is valid."""
+    """Return the p-value of the hypothesis that the PWS is 1; None if no item is valid with every seed.
+
+    Args:
+        outcomes: the outcomes of the same items with each seed (see OUTCOMES).
+    """
     matrix = outcome_matrix([letters for _, letters in outcomes])
     return p_value(matrix) if matrix.size else None
 
@@ -172,7 +182,10 @@ def outcome_matrix(letters: Sequence[str]) -> np.ndarray:
 
 
 def compared(first: Row, second: Row) -> Difference | None:
-    """Return the paired difference of two cells; None if they did not judge the same items with the same seeds."""
+    """Return the paired difference of two cells with the same seeds, in the same order.
+
+    The result is None if outcomes are unknown, if the items differ, or if no item is valid with every seed of both.
+    """
     ours, theirs = (each if isinstance(each, list) else [each] for each in (first[OUTCOMES], second[OUTCOMES]))
     if None in ours or None in theirs or len({items for items, _ in (*ours, *theirs)}) > 1:
         return None
@@ -191,9 +204,9 @@ def pws_text(row: Row) -> str:
 
 
 def intervals_text(rows: Iterable[Row]) -> str:
-    """Return what the intervals of these rows are, as in "PWS with 95 % intervals over items and seeds"; empty if none.
+    """Return a description of the rows' intervals, as in "PWS with 95 % intervals over items and seeds"; "" if none.
 
-    In a table with several seeds, an interval of a cell that has one seed is over its items.
+    In a table with several seeds, the interval of a cell with one seed is over its items alone.
     """
     shown = [row for row in rows if row["pws_low"] is not None]
     if not shown:
@@ -216,7 +229,7 @@ def outcomes_text(row: Row) -> str:
 
 
 def results_table(runs: Sequence[Run]) -> Table:
-    """Return the PWS table. It leaves out empty columns and settings that do not vary; its records are `all_rows`."""
+    """Return the PWS table, without empty columns and settings that do not vary; its records are from `all_rows`."""
     records = all_rows(with_settings(runs))
     rows = over_seeds(records)
     title = TITLE

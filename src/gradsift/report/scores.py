@@ -1,4 +1,4 @@
-"""`gradsift scores RUN --out FILE`: the scores of a run as one table that can be published and joined by others."""
+"""`gradsift scores RUN --out FILE`: write the scores of a run as one table, which others can join to their data."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ def write_scores_of(run: Path, out: Path, artifacts: Path | None = None) -> int:
 
     Args:
         run: the folder of a run that has scores.
-        out: the file, of the type that its name says; a file of that name is replaced.
+        out: the file to write; the end of its name (one of TYPES) decides the format. An existing file is replaced.
         artifacts: the store, if it has moved.
 
     Returns:
         The number of rows.
 
     Raises:
-        GradsiftError: the type is unknown, `run` is a sweep, or its scores are not in the store.
+        GradsiftError: the type is unknown, the folder of `out` does not exist, `run` is a sweep, its data or scores are
+            not in the store, or a part of the score has the name of another column.
     """
     if out.suffix not in TYPES:
         raise ConfigError(f"--out {out} is of no known type; let its name end in one of: {', '.join(TYPES)}")
@@ -73,7 +74,7 @@ def _joined(texts: pa.Table, scores: pa.Table) -> pa.Table:
 
 @contextmanager
 def _writer(path: Path, suffix: str) -> Iterator[Callable[[pa.Table], object]]:
-    """Yield a function that appends a table to the file."""
+    """Yield a function that appends a table to the file, in the format that `suffix` names."""
     if suffix == ".jsonl":
         with path.open("w", encoding="ascii") as stream:
             yield lambda table: stream.writelines(json.dumps(json_value(row)) + "\n" for row in table.to_pylist())

@@ -12,11 +12,11 @@ from gradsift.report.table import counted
 Line = tuple[str, str]  # label and text
 
 _MEMORY = {"process_peak_resident_gb": "resident", "process_peak_cuda_gb": "on the GPU"}
-_LONGEST_WARNING = 240  # characters; the report and run.json have all of it
+_LONGEST_WARNING = 240  # characters of a message; the report and run.json have the whole message
 
 
 def summary(run: Run) -> Iterator[Line]:
-    """Yield the selection, the results, the cost and the warnings of a run. Omits fields that the run lacks."""
+    """Yield lines on the selection, the results, the cost and the warnings of a run, as far as it has them."""
     if text := _kept(run):
         selection = run["selection"]
         for key, form in (("spoilt_share", "{:.0%} of them spoilt"), ("families", "{:.1f} families")):
@@ -65,7 +65,7 @@ def one_line(run: Run) -> str:
 
 
 def _kept(run: Run) -> str:
-    """Return how many rows were selected, as in "200 of 2,000 rows by gsnr"; empty if nothing was."""
+    """Return how many rows were selected, as in "200 of 2,000 rows by gsnr"; "" if there is no selection."""
     if "rows" not in (selection := run.get("selection") or {}):
         return ""
     pool = (run.get("data") or {}).get("rows")

@@ -1,4 +1,4 @@
-"""One table in several renderings: terminal (`console.print(table)`), HTML page, and files: CSV, Markdown, LaTeX."""
+"""Tables for the terminal (`console.print(table)`), for the HTML page, and for CSV, Markdown and LaTeX files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Table:
 
     @property
     def text_columns(self) -> set[int]:
-        """The columns to align left: the first column, and all columns that hold words and no figure."""
+        """The columns to align left: the first column, and all columns that contain words and no numbers."""
         columns = enumerate(zip(*self.rows, strict=True))
         return {0} | {i for i, cells in columns if any(map(_is_word, cells)) and not any(map(_is_figure, cells))}
 
@@ -57,7 +57,10 @@ class Table:
         return shown
 
     def fitted(self, console: Console) -> tuple[Table, list[str]]:
-        """Return the table without the last columns that do not fit the console's width, and their headings."""
+        """Return the table without those last columns that do not fit the console's width, and the omitted headings.
+
+        The first three columns are always kept.
+        """
         from rich.measure import Measurement
 
         options = console.options.update(max_width=10_000)
@@ -109,7 +112,7 @@ class Table:
 
 
 def table_of_records(title: str, records: Sequence[Mapping[str, Any]], note: str = "") -> Table:
-    """Return the table that shows the records as they are, floats with four digits."""
+    """Return the table that shows the records as they are, floats with four significant digits."""
     header = list(dict.fromkeys(key for record in records for key in record))
     rows = [[cell_text(record.get(key), 4) for key in header] for record in records]
     return Table(title, header, rows, note=note, records=records)
@@ -130,7 +133,7 @@ def plain_cell(value: Any) -> Any:
 
 
 def cell_text(value: Any, digits: int = 6) -> str:
-    """Return a value as a cell shows it: floats with so many significant digits, None and "" as "-"."""
+    """Return a value as the text of a cell: floats with `digits` significant digits, None and "" as "-"."""
     if value is None or value == "":
         return "-"
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
@@ -142,7 +145,7 @@ def fixed(value: float | None, decimals: int = 3) -> str:
 
 
 def counted(number: int, name: str) -> str:
-    """Return "1 run" or "2 runs"."""
+    """Return the number with its noun, such as "1 run" or "2 runs"."""
     return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
@@ -151,7 +154,7 @@ def _markdown_line(cells: Sequence[str]) -> str:
 
 
 def groups_of(header: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Group the columns of a table that are named `ALPHA: METHOD` by alpha.
+    """Group a table's columns, if they are named `ALPHA: METHOD`, by alpha.
 
     Returns:
         The title and the methods of each group. Empty if any column but the first is named otherwise, or if no two

@@ -26,8 +26,8 @@ from gradsift.run_folder import RUN_FILE, job_number, read_yaml
 from gradsift.runtime import Display
 
 RESULTS_FILE = "results.csv"
-_FIRST = ("report", "run", "selection")  # among the files that a run wrote, a user opens these first
-_LONG = 10.0  # seconds from which on a unit has a line of its own in a sweep
+_FIRST = ("report", "run", "selection")  # the files of a run that are listed first
+_LONG = 10.0  # seconds; in a sweep, only units that took at least this long have a line of their own
 _MOST_WARNINGS = 3  # number of a sweep's own warnings that are printed in full
 
 
@@ -40,7 +40,7 @@ class RunView:
     def __init__(self, number: int | None = None, display: Display | None = None, *, total: int | None = None) -> None:
         """
         Args:
-            number: of the run in its sweep, counted from 1; None for a single run.
+            number: number of the run in its sweep, counted from 1; None for a single run.
             total: number of runs in the sweep, if known.
         """
         self.display = display or Display()
@@ -48,7 +48,7 @@ class RunView:
         self._of = "of the sweep" if total is None else f"of {total:,}"
 
     def starting(self, overrides: Sequence[str]) -> None:
-        """Print the heading of a run of a sweep."""
+        """Print the heading of the run, if it belongs to a sweep."""
         if self._number is not None:
             self.display.say(f"run {self._number:,} {self._of}: {' '.join(overrides)}")
 
@@ -58,7 +58,7 @@ class RunView:
             self._pairs([(name, str(value)) for name, value in settings])
 
     def at_work(self, unit: str) -> AbstractContextManager[Any]:
-        """Show the name of a unit on a terminal while it is made."""
+        """Return a context that shows the name of a unit while it is made, if the output is a terminal."""
         return self.display.task(unit, None) if self.display.console.is_terminal else nullcontext()
 
     def stage_done(self, record: StageRecord) -> None:
@@ -68,7 +68,7 @@ class RunView:
         self.display.say(f"  {record.name:<10} {Path(record.artifact).name}  {record.seconds:.1f} s{steps}")
 
     def planned(self, folder: Path, *, in_sweep: bool) -> None:
-        """Print the plan of a run; in a sweep only its totals, as the sweep ends with tables of all runs."""
+        """Print the plan of a run; in a sweep only its totals, as tables of all runs are printed at the end."""
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         if in_sweep:
             self.display.say(f"  {plan_lines([run])[0]}")
@@ -78,10 +78,10 @@ class RunView:
             self.display.say(f"  {line}")
 
     def finished(self, folder: Path, report: Path | None, *, in_sweep: bool) -> None:
-        """Print the figures of this run and the paths of the files that it wrote.
+        """Print the figures of this run and the paths of the files that it wrote; in a sweep, only one line.
 
         Args:
-            report: its path, if one was written.
+            report: the path of the report; None if none was written.
         """
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         if in_sweep:
@@ -117,7 +117,7 @@ def sweep_finished(folder: Path, jobs: Sequence[Sequence[str]] | None = None) ->
         jobs: the overrides of every job, if they were known beforehand.
 
     Returns:
-        False if a job failed or left no `run.json`.
+        False if a job failed or left no `run.json`, else True.
     """
     display = Display()
     files = sorted(folder.glob(f"*/{RUN_FILE}"), key=lambda file: job_number(file.parent))
@@ -152,7 +152,7 @@ def sweep_finished(folder: Path, jobs: Sequence[Sequence[str]] | None = None) ->
 
 
 def _print_results(folder: Path, runs: Sequence[dict[str, Any]], display: Display) -> dict[str, Path]:
-    """Print and write the results of the finished runs, and how they compare with random rows."""
+    """Print and write the results of the finished runs and their comparison with random rows; return the file."""
     finished = [run for run in runs if run["status"] == "finished"]
     if not finished:
         return {}
@@ -178,7 +178,7 @@ def _print_and_write(table: Table, display: Display, file: Path) -> None:
 
 
 def _print_audit(jobs: Sequence[tuple[Path, Mapping[str, Any]]], display: Display, folder: Path | None = None) -> bool:
-    """Print the tables of a noise audit and write its files to `folder`. Returns False if no job was audited."""
+    """Print the tables of a noise audit and write its files to `folder`, if given; return whether a job was audited."""
     audit = sweep_audit(jobs)
     if audit is None:
         return False

@@ -1,9 +1,11 @@
 """The noise audit of one scorer: does its score keep known corruption out of the selection?
 
-It uses labels that no scorer sees: the labels of the embedded world, and of `data.corruption` on a user's own data.
-It reports three kinds of figure, because each alone misleads: the spoilt share of the selection at the budgets that
-matter (a score may sort the whole pool well and still spoil its head), the AUROC of each kind of corruption (the head
-may be clean by luck), and the number of families kept (a score may select clean rows of few kinds).
+The audit uses labels that methods do not see: those of the embedded world (the generated toy task of `data=verifiable`)
+or of `data.corruption` on a user's own data. It reports three measures, because each alone can mislead:
+
+    spoilt share  of the selection at each alpha: a score may rank the whole pool well and still put spoilt rows first
+    AUROC         of clean rows against each kind of corruption: a small selection may be clean by luck
+    families      effective number of families (kinds of task) selected: clean rows may all be of a few families
 
 Shape letters: N examples of the pool, k selected ones.
 """
@@ -30,7 +32,7 @@ GROUPS = {"defining": DEFINING, "delayed": DELAYED}  # families of `data.delayed
 def audit(
     scores: Scores, labels: Labels, families: Sequence[str], chosen: Mapping[float, np.ndarray]
 ) -> dict[str, Any]:
-    """Return all figures of one scorer as JSON values; None where a figure is not defined.
+    """Return the audit of one scorer as JSON values; a measure that is not defined is None.
 
     Args:
         families: (N,) kind of task of each example, from the labels or from clusters.
@@ -64,14 +66,18 @@ def auroc(clean: np.ndarray, other: np.ndarray) -> float | None:
     if not len(clean) or not len(other):
         return None
     ordered = np.sort(other)
-    # The Mann-Whitney statistic over all pairs, in n log n: a clean score beats `below` others and ties with the rest
-    # of `not_above`, which the mean of the two counts half.
+    # The Mann-Whitney statistic over all pairs, in O(n log n): a clean score is above `below` other scores and equal to
+    # `not_above` - `below` of them, so (`below` + `not_above`) / 2 counts a tie half.
     below, not_above = (np.searchsorted(ordered, clean, side) for side in ("left", "right"))
     return float((below + not_above).sum() / (2 * len(clean) * len(other)))
 
 
 def spread_of_random(share: float, rows: int, chosen: int) -> float:
-    """Return the standard deviation of the spoilt share among `chosen` of `rows` drawn without replacement."""
+    """Return the standard deviation of the spoilt share in a random draw of `chosen` of `rows`, without replacement.
+
+    Args:
+        share: spoilt share of all `rows`.
+    """
     if rows <= 1:
         return 0.0
     # hypergeometric: binomial times the correction for drawing without replacement
@@ -105,12 +111,15 @@ def _selection(alpha: float, positions: np.ndarray, labels: Labels, families: Se
 
 
 def _groups_in(labels: Labels) -> dict[str, str]:
-    """Return the groups of GROUPS that the data has."""
+    """Return those GROUPS whose family occurs in the data."""
     return {name: family for name, family in GROUPS.items() if family in (labels.family or [])}
 
 
 def _groups(ranked: np.ndarray, labels: Labels) -> dict[str, Any]:
-    """Return how clean examples of the delayed families rank among the other clean ones (above 0.5: preferred)."""
+    """Return for each group in the data the number, share and AUROC of its clean examples.
+
+    The AUROC is against the clean examples of no group; above 0.5 the score prefers the group.
+    """
     clean, family = np.array(labels.quality) == CLEAN, np.array(labels.family or [])
     groups = {}
     for name, its_family in _groups_in(labels).items():

@@ -1,4 +1,4 @@
-"""The number of examples to keep, and its division among clusters or components (C)."""
+"""The number of examples to keep, and its division among C clusters, components or groups."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from gradsift.errors import ConfigError
 
 
 def budget(alpha: float, count: int) -> int:
-    """Return floor(alpha x count), exact for alpha as the decimal number that it is written as (0.29 of 100 is 29).
+    """Return floor(alpha x count) without rounding error: alpha is read as a decimal number (0.29 of 100 is 29).
 
     Raises:
-        ConfigError: the budget is empty.
+        ConfigError: the result is 0.
     """
     size = int(Fraction(str(alpha)) * count)
     if size == 0:
@@ -26,31 +26,37 @@ def budget(alpha: float, count: int) -> int:
 
 
 def proportional_shares(size: int, weights: np.ndarray) -> np.ndarray:
-    """Divide `size` in proportion to `weights` (C,) >= 0: (C,) int64, by largest remainder, ties to the first."""
+    """Return whole shares (C,) int64 of `size` in proportion to `weights` (C,), which are not negative.
+
+    The shares add up to `size`. They are rounded with the largest-remainder method; of equal remainders the first one
+    is rounded up first.
+    """
     quotas = size * weights / weights.sum()
     shares: np.ndarray = np.floor(quotas).astype(np.int64)
-    remainders = np.round(quotas - shares, 9)  # the remainder of 2.9999999999, a rounded 3, is 1 and the largest
+    # a quota of 3 may be computed as 2.9999999999: its rounded remainder is 1, the largest, so it is rounded up
+    remainders = np.round(quotas - shares, 9)
     shares[np.argsort(-remainders, kind="stable")[: size - shares.sum()]] += 1
     return shares
 
 
 def capped_shares(size: int, weights: np.ndarray, capacities: np.ndarray) -> np.ndarray:
-    """Divide `size` as `proportional_shares` does, but give none more than its capacity (C,): (C,) int64.
+    """Return shares (C,) int64 of `size` as `proportional_shares` does, but none above its capacity (C,).
 
-    What a group cannot take goes to the other groups in proportion to their weights. The shares add up to `size`, or to
-    the capacities of all groups with a weight if that is less.
+    What exceeds a group's capacity goes to the other groups in proportion to their weights. The shares add up to `size`
+    or, if that is less, to the sum of the capacities of all groups whose weight is not 0.
     """
     shares: np.ndarray = np.minimum(proportional_shares(size, weights), capacities)
-    # each round hands out all that is left or fills a group, so there are at most C of them
+    # each round hands out all that is left or fills a group, so there are at most C rounds
     while (left := size - int(shares.sum())) and (room := np.flatnonzero((shares < capacities) & (weights > 0))).size:
         shares[room] += np.minimum(proportional_shares(left, weights[room]), (capacities - shares)[room])
     return shares
 
 
 def equal_shares(size: int, capacities: np.ndarray) -> np.ndarray:
-    """Divide `size` as equally as `capacities` (C,) allow: (C,) int64, the remainder to the first.
+    """Return whole shares (C,) int64 of `size`, as equal as `capacities` (C,) allow.
 
-    The shares add up to `size`, or to the sum of the capacities if that is smaller.
+    A remainder that cannot be divided equally goes to the first groups, 1 each. The shares add up to `size`, or to the
+    sum of the capacities if that is smaller.
     """
     shares = np.zeros(len(capacities), dtype=np.int64)
     while (left := size - int(shares.sum())) and (room := np.flatnonzero(shares < capacities)).size:

@@ -1,7 +1,7 @@
-"""Checks of a selection against the pool: lengths, losses, drops of the norm, and coverage.
+"""Diagnostics that compare a selection with the pool: lengths, loss, drop of the gradient norm, and coverage.
 
-A failure signature of GRADFILTERING (arXiv 2601.13697) is a selection of trivially easy examples: rows that the proxy
-had fitted anyway, or that are merely short. Rows without a value (NaN) are left out.
+A known failure of GRADFILTERING (arXiv 2601.13697) is to select trivially easy examples: rows that the proxy had fitted
+anyway, or that are merely short. A check leaves out rows whose value is NaN.
 
 Shape letters: N examples of the pool, k selected ones.
 """
@@ -20,18 +20,20 @@ from gradsift.diagnostics import Diagnostic
 from gradsift.features.products import nearest_anchor_cosines
 from gradsift.features.vectors import Features
 
-# Mean over the selection divided by the mean over the pool. A score that only preferred short answers had 0.44; the
-# late loss itself has 0.2 in the embedded world (experiments/LOG.md), G-SNR 0.6-0.7.
+# Smallest ratio of the selection's mean to the pool's mean without a warning. Measured: 0.44 for a score that only
+# preferred short answers, 0.2 for the late loss itself in the embedded world (experiments/LOG.md), 0.6-0.7 for G-SNR.
 LEAST_OF_POOL = 0.5
-# Standard errors of a random draw of k examples: a few rows may be below half the pool's mean by chance.
+# A warning also needs this distance from the pool's mean, in standard errors of the mean of k random examples: a few
+# rows may be below half the pool's mean by chance.
 LEAST_STANDARD_ERRORS = 3.0
-# Lower than the limit for the whole pool, since the sign matters most among the selected examples.
+# Largest share of selected examples whose norm rose. It is lower than the limit for the whole pool
+# (`ensemble_checks`), since the sign matters most among the selected examples.
 MOST_NEGATIVE_DROPS = 0.1
-# Mean distance of the pool to the selection divided by that to a random selection of that size. Over 5,000 Alpaca rows
-# (tf-idf in 128 dimensions, 5 and 10 %) random draws differ by 1 %; the shortest answers give 1.27, the longest 1.07
-# to 1.12.
+# Largest ratio of the pool's mean distance to the selection to its mean distance to a random selection of that size. On
+# 5,000 Alpaca rows (tf-idf in 128 dimensions, 5 and 10 %) random draws differ by 1 %; the shortest answers give 1.27,
+# the longest 1.07 to 1.12.
 MOST_OF_RANDOM_DISTANCE = 1.15
-COVERED_WITHIN = 0.1  # one minus cosine: DEITA's bound for rows that say the same
+COVERED_WITHIN = 0.1  # one minus cosine, up to which DEITA takes two rows for similar
 
 _MEANING = {
     "late_loss": "late loss, in nats a token,",
@@ -48,11 +50,12 @@ def diagnose_selection(
     """Return the diagnostics of a selection.
 
     Args:
-        positions: (k,) of the selected examples.
+        positions: (k,) positions of the selected examples.
         pool: the file of the N examples.
-        measures: measures from the ensemble, (N,) each: `late_loss`, `response_tokens` (which replace the response's
-            characters); may be empty.
-        drop: (N,) G_s - G_t, if the score is computed from it.
+        measures: `late_loss` and `response_tokens` from the ensemble, (N,) each; may be empty. If the numbers of
+            response tokens are known, the numbers of response characters are not checked.
+        drop: (N,) G_s - G_t, the fall of the mean gradient norm between the snapshots; None if the score has no such
+            part.
     """
     compared = {**lengths(pool), **measures}
     if "response_tokens" in measures:
@@ -62,10 +65,13 @@ def diagnose_selection(
 
 
 def lengths(pool: Path) -> dict[str, np.ndarray]:
-    """Return the characters of the responses (every assistant turn) and of all other text; (N,) float64 each.
+    """Return the numbers of characters of responses (trained assistant turns) and of all other text, and the ratios.
 
     Args:
         pool: the file of the N examples, read block by block.
+
+    Returns:
+        response_characters, prompt_characters, response_to_prompt (NaN if there is no other text); (N,) float64 each.
     """
     blocks = [_lengths(block) for block in read_blocks(pool, ("instruction", "input", "output", "history"))]
     response, prompt = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
@@ -74,7 +80,7 @@ def lengths(pool: Path) -> dict[str, np.ndarray]:
 
 
 def _lengths(block: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Return the characters of the responses and of the prompts."""
+    """Return the numbers of characters of the responses and of all other text, for the rows of a block."""
 
     def characters(texts: pa.Array) -> np.ndarray:
         counts: np.ndarray = pc.utf8_length(texts).to_numpy(zero_copy_only=False).astype(float)
@@ -93,17 +99,17 @@ def _lengths(block: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def against_pool(measure: str, values: np.ndarray, positions: np.ndarray) -> Diagnostic:
-    """Compare the mean of a measure over the selection with its mean over the pool; warn if it is far lower.
+    """Compare the mean of a measure over the selection with the mean over the pool; warn if the first is far lower.
 
     Args:
-        values: (N,), NaN if the example has none.
+        values: (N,) the measure of each example, NaN if it has none.
     """
     name = f"selection_{measure}"
     known, chosen = values[np.isfinite(values)], values[positions][np.isfinite(values[positions])]
     if not chosen.size or not known.mean() > 0:
         return Diagnostic.unknown(name, "ratio", f"the {_MEANING[measure]} is not known of the selected rows")
     pool, selection = float(known.mean()), float(chosen.mean())
-    # standard error of the mean of as many draws without replacement
+    # standard error of the mean of as many random examples, drawn without replacement
     error = float(known.std() * np.sqrt((1 - chosen.size / known.size) / chosen.size))
     return Diagnostic.judged(
         name,
@@ -115,7 +121,7 @@ def against_pool(measure: str, values: np.ndarray, positions: np.ndarray) -> Dia
 
 
 def selected_drop_sign(drop: np.ndarray, positions: np.ndarray) -> Diagnostic:
-    """Check the share of selected examples whose gradient norm rose, and the mean of their G_s - G_t.
+    """Check the drop G_s - G_t of the selected examples: the share below 0 (the gradient norm rose), and the mean.
 
     Args:
         drop: (N,) G_s - G_t, NaN where undefined.
@@ -136,17 +142,17 @@ def selected_drop_sign(drop: np.ndarray, positions: np.ndarray) -> Diagnostic:
 def coverage(features: Features, positions: np.ndarray, radius: float) -> Diagnostic:
     """Check how well the selection covers the pool, compared with a random selection of the same size.
 
-    Distance is one minus the cosine to the nearest selected example; a selected one has distance 0. Examples without
-    direction are left out.
+    An example's distance to a selection is one minus its cosine to the nearest selected example; a selected example has
+    distance 0. Examples whose vectors are zeros are left out.
 
     Args:
-        features: of the pool.
-        positions: (k,) of the selected examples.
+        features: vectors of the pool.
+        positions: (k,) positions of the selected examples.
         radius: distance within which an example counts as covered.
 
     Returns:
-        A diagnostic whose values are the ratio of the pool's mean distance to the selection to that to the random
-        one, both distances, and the share of the pool that each covers.
+        A diagnostic with the pool's mean distance to the selection, its mean distance to the random selection, the
+        ratio of the first to the second, and the share of the pool that each of the two selections covers.
     """
     usable = np.flatnonzero(features.has_direction)
     size = len(np.intersect1d(positions, usable))

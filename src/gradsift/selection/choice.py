@@ -1,4 +1,4 @@
-"""What a selector returns, and which examples it may choose, in which order.
+"""The type `Choice`, which a selector returns, and helpers that order the examples that it may choose.
 
 Shape letters: N examples of the pool, n candidates, k selected ones.
 """
@@ -20,7 +20,8 @@ from gradsift.scoring.scores import SCORED, Scores
 class Choice:
     """The selected positions of the pool, best first, and the selector's diagnostics.
 
-    The select stage reports a shortfall if there are fewer than the budget; see `shortfall` for its reason.
+    If there are fewer positions than the budget, the select stage reports a shortfall; the selector can give its reason
+    in a diagnostic (see `shortfall`).
     """
 
     positions: np.ndarray  # (k,) int64, unique, of examples that are `scored`
@@ -28,7 +29,7 @@ class Choice:
 
 
 def best_first(scores: Scores) -> np.ndarray:
-    """Return the positions (n,) int64 of the scored examples, highest score first, ties by row order."""
+    """Return the positions (n,) int64 of the scored examples, highest score first, equal scores in row order."""
     positions = np.flatnonzero(scores.status == SCORED)
     # negated, not reversed: a reversed stable sort would put equal scores into falling row order
     return positions[np.argsort(-scores.score[positions], kind="stable")]
@@ -37,10 +38,10 @@ def best_first(scores: Scores) -> np.ndarray:
 def best_by_direction(scores: Scores, features: Features) -> tuple[np.ndarray, np.ndarray]:
     """Return `best_first` in two parts: the examples whose vectors have a direction, and those whose vectors are zeros.
 
-    Vectors of zeros are neither similar nor dissimilar to anything, so methods that compare vectors take them last.
+    A vector of zeros has no cosine to another one, so methods that compare vectors select its example last.
 
     Raises:
-        GradsiftError: `features` hold another number of examples.
+        GradsiftError: `features` and `scores` have different numbers of examples.
     """
     if len(features) != len(scores.score):
         raise GradsiftError(
@@ -56,7 +57,7 @@ def rank_within(groups: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Return for each candidate (n,) how many members of its group precede it.
 
     Args:
-        groups: (n,) from 0.
+        groups: (n,) group of each candidate, numbered from 0.
         sizes: number of members of each group.
     """
     order = np.argsort(groups, kind="stable")
@@ -67,7 +68,12 @@ def rank_within(groups: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def shortfall(selected: int, size: int, candidates: int, reason: str) -> list[Diagnostic]:
-    """Return a warning if a method selected fewer than `size` although there were more candidates."""
+    """Return a list with a warning if fewer than `size` were selected and candidates were left, else an empty list.
+
+    Args:
+        selected, candidates: numbers of examples.
+        reason: why the method stopped; the end of the warning.
+    """
     if selected >= min(size, candidates):
         return []
     values: dict[str, float | None] = {"missing": size - selected, "budget": size}

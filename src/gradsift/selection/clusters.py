@@ -1,4 +1,4 @@
-"""The best of every cluster: k-means on the embeddings, the budget divided among clusters, the score within.
+"""The highest scores of every k-means cluster of the embeddings, with the budget divided among the clusters.
 
 Shape letters: n candidates, D features, C clusters.
 """
@@ -16,16 +16,18 @@ from gradsift.selection.choice import Choice, best_by_direction, rank_within
 
 
 def clusters(scores: Scores, size: int, embeddings: Features, *, clusters: int, allocation: str, seed: int) -> Choice:
-    """Select from k-means clusters, best score first.
+    """Select the highest scores of each k-means cluster.
 
-    Clusters are ordered by their best example, so that neither labels nor row order matter. Examples without direction
-    belong to no cluster and are taken only if the clusters do not fill the budget.
+    Clusters are numbered in the order of their best examples, so that neither the numbers from k-means nor the row
+    order matter. Examples whose embedding is zero belong to no cluster and are taken only if the clusters do not fill
+    the budget.
 
     Args:
-        clusters: number of clusters; at most the number of different embeddings, with a warning.
+        clusters: number of clusters. If fewer are found, because there are fewer different embeddings or k-means leaves
+            some clusters empty, a diagnostic warns.
         allocation: `proportional` to the clusters' sizes (largest remainder), or `equal` (what a small cluster cannot
-            fill goes to the others).
-        seed: of k-means.
+            fill goes to the other clusters).
+        seed: seed of k-means.
     """
     from sklearn.cluster import MiniBatchKMeans
 
@@ -45,10 +47,10 @@ def clusters(scores: Scores, size: int, embeddings: Features, *, clusters: int, 
 
 
 def _different(features: Features, positions: np.ndarray, most: int) -> int:
-    """Return the number of different vectors, counted up to `most`, which bounds the memory."""
+    """Return the number of different vectors at `positions`, or `most` if there are more, to bound the memory."""
     seen: set[bytes] = set()
     for _, rows in blocks(features, positions):
-        for row in rows + 0.0:  # -0.0 is 0.0
+        for row in rows + 0.0:  # makes -0.0 the same as 0.0
             seen.add(row.tobytes())
             if len(seen) == most:
                 return most
@@ -56,10 +58,10 @@ def _different(features: Features, positions: np.ndarray, most: int) -> int:
 
 
 def _by_first_seen(labels: np.ndarray) -> np.ndarray:
-    """Return the clusters renumbered without gaps in the order in which they first occur."""
+    """Return the labels (n,) with the clusters renumbered, without gaps, in the order in which they first occur."""
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    # k-means numbers its clusters at random; by first member, ties between shares go to the cluster of the better
-    # example
+    # k-means numbers its clusters at random; numbered by first member, of two clusters with equal remainders the one
+    # with the better example gets the additional row
     order = np.empty(len(first), dtype=np.int64)
     order[np.argsort(first)] = np.arange(len(first))
     return order[inverse]

@@ -1,8 +1,9 @@
 """Core knowledge: the directions along which the gradients of a target set vary most (G2IS, arXiv 2502.11062).
 
-    K_c = X^T u_c / |X^T u_c|        for the leading eigenvectors u_c of the centred H X X^T H
+    K_c = X^T u_c / |X^T u_c|        for the leading eigenvectors u_c of H X X^T H, with H = I - 1 1^T / T
 
-These are the principal components of X, computed from its inner products, since T is small compared to D.
+The rows of X (T, D) are the target gradients, which H centres. The K_c are the principal components of X, computed from
+inner products, since T is small compared to D.
 
 Shape letters: T target gradients, D features, C components.
 """
@@ -17,8 +18,8 @@ from gradsift.errors import GradsiftError
 from gradsift.features.products import blocks, products
 from gradsift.features.vectors import Features
 
-_NO_VARIANCE = 1e-9  # of the mean squared length: smaller variance is float32's rounding
-_NO_PROJECTION = 1e-9  # of the mean on a component: the sign of a smaller projection is rounding
+_NO_VARIANCE = 1e-9  # share of the mean squared length; variance below it is float32's rounding
+_NO_PROJECTION = 1e-9  # projection of the mean on a component; below it the sign is rounding
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,19 @@ class CoreKnowledge:
     """Components by descending variance, and figures about the target gradients."""
 
     directions: np.ndarray  # (C, D) float64, length 1
-    variances: np.ndarray  # (C,) share of the variance; [1] if the mean replaces the components
-    cosines: np.ndarray  # (C,) of each component with the mean target gradient, at least 0
-    conflicts: float | None  # share of pairs of target gradients with a negative inner product; None without a pair
-    used: int  # T, target gradients with a direction
+    variances: np.ndarray  # (C,) share of the variance of each component; [1] if the mean replaces the components
+    cosines: np.ndarray  # (C,) cosine of each component with the mean target gradient, at least 0
+    conflicts: float | None  # share of pairs of target gradients with a negative inner product; None if T is 1
+    used: int  # T, the number of target gradients that are not zero
 
 
 def core_knowledge(target: Features, explained: float) -> CoreKnowledge:
-    """Return the fewest components that explain `explained` of the variance.
+    """Return the leading principal components, as few as explain the share `explained` of the variance.
 
-    Our reading: gradients of zero are left out; the sign of a component, which PCA leaves open, is the sign of the mean
-    target gradient's projection on it (or, if the projection is 0, of the component's largest entry); a single
-    gradient, or several without variance, have one component, their mean direction. Tasks are not distinguished.
+    Our reading: gradients of zero are left out. The sign of a component, which PCA leaves open, is chosen so that its
+    inner product with the mean target gradient is positive, or, if that product is 0, its entry with the largest
+    absolute value. A single gradient, or several without variance, give one component, their mean direction. Tasks of
+    the target set are not distinguished.
 
     Raises:
         GradsiftError: every target gradient is zero.
@@ -57,16 +59,16 @@ def core_knowledge(target: Features, explained: float) -> CoreKnowledge:
     # H X X^T H with H = I - 1 1^T / T
     centred = gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean()
     values, vectors = np.linalg.eigh(centred)
-    # eigh sorts upwards, and rounding makes some of the zero eigenvalues negative
+    # eigh returns ascending eigenvalues, and rounding makes some that are zero negative
     values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
     if values.sum() <= _NO_VARIANCE * np.trace(gram):
         return CoreKnowledge(mean[None] / length, np.ones(1), np.ones(1), conflicts, size)
     shares = values / values.sum()
-    # the shares' sum may round to just below `explained` = 1
+    # `explained` may be 1, and the sum of all shares may be rounded to just below 1
     count = 1 + int(np.searchsorted(np.cumsum(shares), explained - 1e-9))
     count = min(count, int((shares > _NO_VARIANCE).sum()))
-    # X^T u of the uncentred X: an eigenvector u with a positive eigenvalue sums to zero, so H u = u and X^T u = (H X)^T
-    # u
+    # X need not be centred here: an eigenvector u with a positive eigenvalue sums to zero, so H u = u and
+    # X^T u = (H X)^T u
     components = _weighted_sums(target, rows, vectors[:, :count].T)
     components /= np.linalg.norm(components, axis=1, keepdims=True)
     projections = components @ mean  # (C,)

@@ -2,11 +2,13 @@
 
     f(S) = sum over candidates i of max over j in S of sim(i, j)
 
-f is monotone and submodular, so taking the largest gain each time reaches at least 1 - 1/e of the best f of any subset
-of that size. Superfiltering.D admits the best 20 % by score and keeps 2 % of the pool.
+The subset is built greedily: each step adds the candidate with the largest gain in f. As f is monotone and submodular,
+the result has at least 1 - 1/e of the largest f of any subset of that size. Superfiltering.D takes the best 20 % of the
+pool by score as candidates, and selects 2 % of the pool.
 
-Our reading: f of the empty set is 0, so a negative cosine counts as 0; an example without direction is similar to
-nothing, not even itself; equal gains go to the higher score, then by row order.
+Our reading: f of the empty set is 0, so a negative cosine counts as 0. An example whose vector is zero has similarity 0
+to every example, itself included. Of candidates with equal gains, the one with the higher score is taken, and of those
+with equal scores the first in row order.
 
 Shape letters: n candidates, D features, B rows of a block, C columns whose gain is computed together.
 """
@@ -26,10 +28,10 @@ from gradsift.runtime import Task, unseen
 from gradsift.scoring.scores import Scores
 from gradsift.selection.choice import Choice, best_by_direction
 
-# (B, C) >= 0 from inner products (B, C), squared lengths of the rows (B,) and of the columns (C,), and D
+# returns (B, C) >= 0, given inner products (B, C), squared lengths of the rows (B,) and of the columns (C,), and D
 Similarity = Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]
 
-_FIRST_BATCH = 16  # gains computed together; doubled until the largest is known
+_FIRST_BATCH = 16  # number of gains computed together at first; doubled until the largest gain is known
 _LARGEST_BATCH = 512
 _SAME = 1e-12  # squared distance of equal unit vectors, up to float64's rounding
 
@@ -37,16 +39,17 @@ _SAME = 1e-12  # squared distance of equal unit vectors, up to float64's roundin
 def facility_location(
     scores: Scores, size: int, embeddings: Features, task: Task = unseen, *, similarity: str, candidates: float
 ) -> Choice:
-    """Maximise f greedily over the best candidates by score; return them in the order in which they are picked.
+    """Select greedily the candidates that maximise f, in the order in which they are picked.
 
-    Gains never grow, so an old gain is an upper bound, and only the gains that may be the largest are recomputed.
+    A candidate's gain never grows while others are picked, so its last computed gain is an upper bound. Only gains that
+    may be the largest are recomputed.
 
     Args:
         similarity: `exp_distance`, exp(-||x - y|| / D), or `cosine`.
-        candidates: share of the pool, by score, that is admitted.
+        candidates: share of the pool whose examples are candidates; those with the highest scores.
 
     Raises:
-        ConfigError: fewer candidates than the budget.
+        ConfigError: there are fewer candidates than the budget.
     """
     # exact decimals, as in `budget`: 0.29 of 100 candidates are 29
     count = int(Fraction(str(candidates)) * len(scores.score))
@@ -89,7 +92,7 @@ SIMILARITIES: dict[str, Similarity] = {"exp_distance": exp_distance, "cosine": c
 
 
 class _Cover:
-    """The candidates, how well the picks cover each, and upper bounds of the gains of further picks."""
+    """The candidates, each one's largest similarity to a pick, and upper bounds of their gains."""
 
     def __init__(self, features: Features, ground: np.ndarray, similarity: Similarity) -> None:
         self.features = features
@@ -101,7 +104,7 @@ class _Cover:
         self.bounds = np.full(len(ground), np.inf)  # each candidate's gain when last computed; -inf after it is picked
 
     def pick(self) -> int:
-        """Take the candidate with the largest gain; return its place among the candidates."""
+        """Pick the candidate with the largest gain; return its index among the candidates."""
         # Lazy greedy (Minoux, 1978): f is submodular, so a gain from an earlier pick bounds the gain now. Recomputing
         # stops when no stale bound can beat the best fresh gain.
         fresh = np.zeros(len(self.ground), dtype=bool)
@@ -112,17 +115,21 @@ class _Cover:
             batch = min(2 * batch, _LARGEST_BATCH)
         best = int(np.argmax(self.bounds))
         for where, near in self._similarities(np.array([best])):
-            # max over S, kept up to date: a gain is then one pass over the candidates and not one over S
+            # keep the maximum over S up to date: a gain then needs one pass over the candidates and none over S
             self.covered[where] = np.maximum(self.covered[where], near[:, 0])
         self.bounds[best] = -np.inf
         return best
 
     def _undecided(self, fresh: np.ndarray) -> np.ndarray:
-        """Return the candidates whose bound exceeds the largest gain of the `fresh` ones, largest bound first."""
+        """Return the candidates that may exceed the largest gain of the `fresh` ones, largest bound first.
+
+        Args:
+            fresh: (n,) bool, the candidates whose gain has been computed for this pick.
+        """
         gains = np.where(fresh, self.bounds, -np.inf)
         best = int(np.argmax(gains))
         places = np.arange(len(gains))
-        # an equal bound at an earlier place has to be looked at too: equal gains go to the higher score
+        # a candidate with an equal bound and a higher score has to be computed too: of equal gains it would be taken
         ahead = ~fresh & ((self.bounds > gains[best]) | ((self.bounds == gains[best]) & (places < best)))
         undecided = np.flatnonzero(ahead & (self.bounds > -np.inf))
         return undecided[np.argsort(-self.bounds[undecided], kind="stable")]
@@ -131,7 +138,7 @@ class _Cover:
         gains = np.zeros(len(columns))
         for where, near in self._similarities(columns):
             gains += np.maximum(near - self.covered[where, None], 0).sum(0)
-        # rounded, so that equal gains are equal whatever the blocks in which they were added up
+        # rounded, so that equal gains compare as equal, whatever the blocks in which they were added up
         return np.round(gains, DECIMALS)
 
     def _similarities(self, columns: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:

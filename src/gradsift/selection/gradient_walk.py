@@ -1,20 +1,22 @@
 """The gradient walk of G2IS (arXiv 2502.11062): examples that agree with each other and with the target.
 
-For each component K of the core knowledge, with a budget in proportion to its variance (largest remainder):
+Each component K of the core knowledge gets a budget in proportion to its variance (largest remainder) and takes, with
+g the gradients of the examples:
 
-    anchor   the unused example with the largest <g, K>
-    then     from the last example, by descending <g_j, g_last>, the first unused j with
+    first    the anchor: the unused example with the largest <g, K>
+    then     of the last example's neighbours, by descending <g_j, g_last>, the first unused j with
              (i)  <g_j, g_i> >= 0 for every i that this component has taken
-             (ii) |cos(sum + g_j, K)| >= keep |cos(sum, K)|
-    else     of all unused examples that pass (i) and (ii), the one with the largest <g, K>
-    else     the component stops.
+             (ii) |cos(sum + g_j, K)| >= keep |cos(sum, K)|, where sum is the sum of the gradients g_i
+    if none  of all unused examples that pass (i) and (ii), the one with the largest <g, K>
 
-Our reading, where the paper is silent: (i) and the sum start anew with each component; an example with a gradient of
-zero is never taken; a neighbour is one of the `neighbours` examples with the largest inner product, used or not; tasks
-of the target set are not distinguished (see `gradsift.selection.core_knowledge`).
+A component stops when its budget is spent or no example passes (i) and (ii).
 
-An example that (i) has ruled out stays ruled out within the component, so it is not looked at again. A step costs one
-pass over the remaining gradients.
+Our reading, where the paper is silent: (i) and the sum start anew with each component. An example with a gradient of
+zero is never taken. The neighbours are the `neighbours` examples with the largest inner product, used or not. Tasks of
+the target set are not distinguished (see `gradsift.selection.core_knowledge`).
+
+An example that (i) has ruled out stays ruled out within the component, so it is not tested again. A step costs one pass
+over the remaining gradients.
 
 Shape letters: n candidates, D features, C components.
 """
@@ -35,8 +37,8 @@ from gradsift.selection.budget import proportional_shares
 from gradsift.selection.choice import Choice, best_by_direction, shortfall
 from gradsift.selection.core_knowledge import CoreKnowledge, core_knowledge
 
-_ROUNDING = 1e-9  # by which a cosine may fall short in (ii)
-_MOST_CONFLICTS = 0.5  # share of the pairs of target gradients that conflict: above it, most of them do
+_ROUNDING = 1e-9  # tolerance of (ii)
+_MOST_CONFLICTS = 0.5  # largest share of conflicting pairs of target gradients without a warning
 _WHY_STRICT = (
     "no further example agrees with those selected and with the core knowledge; take selector.fill=topup to fill the "
     "rest by score, or lower selector.keep or alpha"
@@ -56,21 +58,23 @@ def gradient_walk(
     graph: bool,
     neighbours: int | None,
 ) -> Choice:
-    """Walk through the pool's gradients once per component, beginning with the one that explains most variance.
+    """Select examples with one walk per component, beginning with the component that explains most variance.
 
     Args:
         explained: share of the target gradients' variance that the components explain.
-        keep: share of its cosine with K that the sum must keep when an example is added.
-        fill: what happens if the walks stop before the budget: `strict` leaves it, `topup` adds the highest scores.
-        graph: False is the paper's ablation without a graph: each component takes the largest <g, K>.
-        neighbours: how many of the last example's neighbours are looked at; None: all.
+        keep: share of the sum's cosine with K that must remain when an example is added.
+        fill: what happens if the walks stop before the budget: `strict` selects fewer examples, `topup` adds those with
+            the highest scores.
+        graph: False for the paper's ablation without a graph, in which each component takes the examples with the
+            largest <g, K>.
+        neighbours: number of examples that are the last example's neighbours; None: all.
 
     Raises:
-        GradsiftError: all gradients, of the target set or of the examples that are scored, are zero.
+        GradsiftError: all gradients of the target set, or all gradients of the scored examples, are zero.
     """
     core = core_knowledge(target_gradients, explained)
     directed, undirected = best_by_direction(scores, gradients)
-    # in the order on disk: each step reads these rows, and ties go by row order
+    # in row order: each step reads these rows from disk, and of equal values the first is taken
     pool = np.sort(directed)
     if not len(pool):
         raise GradsiftError("every gradient of the pool is zero; look at the proxy's training and at its examples")
@@ -100,28 +104,28 @@ def gradient_walk(
 
 @dataclass
 class Walk:
-    """The candidates' gradients, which of them are unused, and counts for the diagnostics."""
+    """The candidates' gradients, which candidates are unused, and counts for the diagnostics."""
 
     gradients: Features
     pool: np.ndarray  # (n,) positions, ascending
     towards: np.ndarray  # (n, C) <g, K>
     squares: np.ndarray  # (n,) |g|^2
     unused: np.ndarray  # (n,) bool
-    by_core: int = 0  # steps that no neighbour could take
-    tested: int = 0  # examples that (i) was applied to
-    ruled_out: int = 0  # examples among these that (i) ruled out
+    by_core: int = 0  # examples taken by <g, K>, because no neighbour passed (i) and (ii)
+    tested: int = 0  # number of tests of an example with (i)
+    ruled_out: int = 0  # number of these tests that ruled the example out
 
     def nearest(self, index: int, share: int, advance: Advance) -> list[int]:
-        """Take the unused examples with the largest <g, K> (the ablation without a graph); return their places."""
+        """Take up to `share` unused examples with the largest <g, K> (for `graph=False`); return indices in `pool`."""
         taken = _largest(np.where(self.unused, self.towards[:, index], -np.inf), min(share, int(self.unused.sum())))
         self.unused[taken] = False
         advance(len(taken))
         return taken
 
     def component(self, index: int, share: int, keep: float, neighbours: int | None, advance: Advance) -> list[int]:
-        """Walk for one component; return the places in `pool` that it takes, at most `share`, in order."""
+        """Walk for one component; return the indices in `pool` of the examples taken, at most `share`, in order."""
         towards = self.towards[:, index]
-        free = self.unused.copy()  # unused, and ruled out by (i) for none of the taken examples
+        free = self.unused.copy()  # unused, and not ruled out by (i)
         with_sum = np.zeros(len(towards))  # <sum, g> where `free`; the sum itself is never computed
         square = toward = 0.0  # |sum|^2 and <sum, K>
         taken: list[int] = []
@@ -142,7 +146,7 @@ class Walk:
             with_sum[free] += near[free]
             self.tested += int(free.sum())
             self.ruled_out += int((free & (near < 0)).sum())
-            # only the last example has to be compared: `free` already holds those that agree with all before it
+            # compare with the last example alone: all `free` examples agree with the examples taken before it
             free &= near >= 0  # (i)
             near[place] = -np.inf
             passing = np.zeros(len(free), dtype=bool)  # (ii)
@@ -161,12 +165,12 @@ class Walk:
 
 
 def _first_largest(values: np.ndarray, where: np.ndarray) -> int | None:
-    """Return the place of the largest of `values` (n,) in `where` (n,) bool, ties by row order; None if empty."""
+    """Return the first index of the largest of `values` (n,) where the mask `where` (n,) is True; None if all False."""
     return int(np.argmax(np.where(where, values, -np.inf))) if where.any() else None
 
 
 def _largest(values: np.ndarray, count: int) -> list[int]:
-    """Return the places of the `count` largest values, ties by row order."""
+    """Return the indices of the `count` largest values, largest first, equal values in their order."""
     largest: list[int] = np.argsort(-values, kind="stable")[:count].tolist()
     return largest
 
@@ -194,10 +198,10 @@ def _core_diagnostic(core: CoreKnowledge, explained: float) -> Diagnostic:
 
 
 def _walk_diagnostic(walk: Walk, rows: list[list[int]], shares: np.ndarray) -> Diagnostic:
-    """Report how far the walks went."""
+    """Report how many examples the walks took; warn if one stopped early or turned away from its component."""
     counts = [len(taken) for taken in rows]
     early = int(sum(count < share for count, share in zip(counts, shares, strict=True)))
-    # (ii) compares absolute cosines, so a sum with a small cosine may change to the other side
+    # (ii) compares absolute values, so a small cosine of the sum with K may change its sign
     away = int(sum(walk.towards[taken, index].sum() < 0 for index, taken in enumerate(rows)))
     values: dict[str, float | None] = {
         "stopped_early": early,

@@ -22,12 +22,13 @@ from gradsift.selection.choice import Choice, best_first, rank_within, shortfall
 def quotas(
     scores: Scores, size: int, examples: Sequence[Example], *, column: str, shares: Mapping[Any, float] | None
 ) -> Choice:
-    """Select the best of each group, so that the groups have given shares of the selection.
+    """Select the highest scores of each group, so that the groups have given shares of the selection.
 
-    What a group cannot fill goes to the other groups, in proportion to their shares, with a warning.
+    If a group has fewer scored rows than its share, the rest goes to the other groups in proportion to their shares,
+    with a warning.
 
     Args:
-        column: column of the data that names a row's group; another value than text counts as its JSON text.
+        column: column of the data that names a row's group; a value that is not text is written as JSON.
         shares: weight of each group, at least 0; None: the shares that the groups have in the pool.
 
     Raises:
@@ -52,7 +53,7 @@ def quotas(
 def groups_of(
     examples: Sequence[Example], column: str, shares: Mapping[Any, float] | None
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Return the names of the groups (G,), the group of each example (N,) as a position among them, and weights (G,).
+    """Return the names of the groups (G,), the index of each example's group (N,), and the groups' weights (G,).
 
     Raises:
         ConfigError: see `quotas`.
@@ -72,8 +73,8 @@ def _name(value: object) -> str:
 
 
 def _weights(names: Sequence[str], shares: Mapping[Any, float]) -> np.ndarray:
-    """Return the weights (G,) of the groups."""
-    shares = {_name(name): share for name, share in shares.items()}  # YAML has numbers as names, too
+    """Return the weights (G,) of the groups in the order of `names`."""
+    shares = {_name(name): share for name, share in shares.items()}  # names in YAML may be numbers
     for name in shares:
         if name not in names:
             raise ConfigError(f"selector.shares names {name!r}, but the groups are: {', '.join(names)[:500]}")

@@ -15,24 +15,24 @@ from gradsift.selection.choice import Choice, best_by_direction, shortfall
 
 
 def repr_filter(scores: Scores, size: int, embeddings: Features, task: Task = unseen, *, threshold: float) -> Choice:
-    """By descending score, keep the next example if its largest cosine to the kept examples is at most `threshold`.
+    """Go through the examples by descending score; keep each one whose largest cosine to a kept one is <= `threshold`.
 
-    An example without direction has cosine 0 to everything and is looked at last.
+    An example whose vector is zero has cosine 0 to all others, and comes last. The filter stops when `size` are kept.
     """
     ranked = np.concatenate(best_by_direction(scores, embeddings))
     kept = np.empty(0, dtype=np.int64)
     with task("filter by representation", size) as advance:
         for where, rows in blocks(embeddings, ranked):
             nearest = np.full(len(rows), -1.0)  # largest cosine of each row to a kept example
-            # all rows of a block against the rows kept before it; only within the block does one decision depend on
-            # another
+            # compare all rows of a block with the rows kept before it together: only within the block does one decision
+            # depend on another
             for _, others in blocks(embeddings, kept):
                 nearest = np.maximum(nearest, (others @ rows.T).max(0))
             nearest = np.round(nearest, DECIMALS)
             cosines = np.round(rows @ rows.T, DECIMALS)  # (B, B)
             added: list[int] = []
             for row in range(len(rows)):
-                # threshold=1 keeps copies too, whose cosine may come out above 1 if a row's length does
+                # at most 1, so that threshold=1 keeps copies too: their cosine may be above 1 if a row's length is
                 if len(kept) + len(added) < size and min(nearest[row], 1) <= threshold:
                     added.append(row)
                     nearest = np.maximum(nearest, cosines[row])

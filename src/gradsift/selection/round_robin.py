@@ -1,4 +1,6 @@
-"""Round robin: tasks or queries take turns; each picks its best remaining example, or in RDS+ the next of its ranking.
+"""Round robin: for each task or query in turn, select its best remaining example, or in RDS+ the next of its ranking.
+
+A query is a row of the target set. Its ranking is the pool by descending similarity to it.
 
 Shape letters: N examples, n candidates, D features.
 """
@@ -17,12 +19,12 @@ from gradsift.scoring.scores import Scores
 from gradsift.selection.choice import Choice, best_by_direction, best_first
 
 TASK_PART = "task:"  # prefix of the score table's parts that are scores for one task
-_AT_ONCE = 128  # queries compared with the pool in one pass
-_FIRST_PICKS = 64  # rows that a query ranks at first
+_AT_ONCE = 128  # number of queries compared with the pool in one pass
+_FIRST_PICKS = 64  # length of the first part of a query's ranking
 
 
 def round_robin(scores: Scores, size: int) -> Choice:
-    """Let the tasks of the score table take turns, in the order of its columns.
+    """Select the best remaining example for each task of the score table in turn, in the order of its columns.
 
     Raises:
         ConfigError: the scorer gives no scores per task.
@@ -46,18 +48,20 @@ def round_robin(scores: Scores, size: int) -> Choice:
 def round_robin_queries(
     scores: Scores, size: int, embeddings: Features, target_embeddings: Features, *, fidelity: str
 ) -> Choice:
-    """Let the queries of the target set take turns and pick their best row by cosine (RDS+, arXiv 2503.01807).
+    """Select an example for each query of the target set in turn, by the cosine of embeddings (RDS+, arXiv 2503.01807).
 
-    With several tasks, the tasks take turns in the order in which they occur, and a row's similarity to a task is the
-    largest cosine to its queries. Only the status of the scores matters. Rows without direction come last; queries
-    without direction take no turn (our reading).
+    If the target set has several tasks, the turns are those of the tasks, in the order in which they occur, and an
+    example's similarity to a task is its largest cosine to the task's queries. Examples whose embedding is zero come
+    last, by score; for all others only the status of the scores matters. Queries whose embedding is zero are left out
+    (our reading).
 
     Args:
-        fidelity: original, as in the published scripts: a turn is the next row of the query's (or task's) own ranking,
-            and is lost if that row is taken already; fixed: it is the best remaining row, so that all get equally many.
+        fidelity: `original`, as in the published scripts: a turn takes the next row of the query's (or task's) own
+            ranking, and selects nothing if that row has been taken already. `fixed`: a turn takes the best remaining
+            row, so that all queries (or tasks) get equally many.
 
     Raises:
-        GradsiftError: no query has a direction.
+        GradsiftError: the embeddings of all queries are zero.
     """
     directed, undirected = best_by_direction(scores, embeddings)
     queries = np.flatnonzero(target_embeddings.has_direction)
@@ -76,11 +80,12 @@ def round_robin_queries(
 
 
 def _take_turns(rankings: Sequence[Iterator[int]], size: int, count: int, *, loses_turns: bool = False) -> np.ndarray:
-    """Return the positions (size,) int64 that the rankings give in turn, none twice.
+    """Return positions (size,) int64 from the rankings in turn, none twice.
 
     Args:
-        rankings: rankings of the same positions, which are below `count` and at least `size` in number.
-        loses_turns: a ranking whose next position is taken loses its turn.
+        rankings: iterators over the same positions, at least `size` of them and all below `count`, in different orders.
+        loses_turns: whether a ranking whose next position is already taken loses its turn; if not, it goes on to the
+            first that is not taken.
     """
     chosen: list[int] = []
     taken = np.zeros(count, dtype=bool)
@@ -95,7 +100,7 @@ def _take_turns(rankings: Sequence[Iterator[int]], size: int, count: int, *, los
 
 
 def _by_similarity(similarity: np.ndarray, positions: np.ndarray) -> list[int]:
-    """Return `positions` (n,) by descending `similarity` (n,), ties by row order."""
+    """Return `positions` (n,) by descending `similarity` (n,), equal ones in row order."""
     ordered: list[int] = positions[np.lexsort((positions, -similarity))].tolist()
     return ordered
 
@@ -103,7 +108,10 @@ def _by_similarity(similarity: np.ndarray, positions: np.ndarray) -> list[int]:
 def _similarities(
     pool: Features, positions: np.ndarray, target: Features, queries: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield each query's place in `queries` and its cosines (n,) to `positions`, many per pass over the pool."""
+    """Yield each query's index in `queries` and its cosines (n,) to the rows at `positions`.
+
+    One pass over the pool computes the cosines of up to _AT_ONCE queries.
+    """
     for start in range(0, len(queries), _AT_ONCE):
         cosines = products(pool, positions, target.vectors[queries[start : start + _AT_ONCE]])
         yield from enumerate(cosines.T, start)
@@ -112,7 +120,7 @@ def _similarities(
 def _tasks_rank(
     pool: Features, positions: np.ndarray, target: Features, queries: np.ndarray, tasks: Sequence[str]
 ) -> list[Iterator[int]]:
-    """Return for each task, in the order in which they occur, `positions` by their largest cosine to its queries."""
+    """Return for each task, in order of occurrence, the ranking of `positions` by largest cosine to its queries."""
     best = {task: np.full(len(positions), -np.inf) for task in tasks}
     for place, similarity in _similarities(pool, positions, target, queries):
         best[tasks[place]] = np.maximum(best[tasks[place]], similarity)
@@ -120,14 +128,15 @@ def _tasks_rank(
 
 
 def _queries_rank(pool: Features, positions: np.ndarray, target: Features, queries: np.ndarray) -> list[Iterator[int]]:
-    """Return for each query `positions` by cosine; a query ranks few at first, and more when it has used them up."""
+    """Return for each query the ranking of `positions` by cosine, computed in parts and only as far as it is used."""
 
     def ranking(query: int, known: list[int]) -> Iterator[int]:
         yield from known
         while len(known) < len(positions):
             left = np.setdiff1d(positions, known, assume_unique=True)
             ((_, similarity),) = _similarities(pool, left, target, queries[query : query + 1])
-            # growing by a factor, so a query that goes through the whole pool compares itself with it a few times only
+            # the parts grow by a factor, so that even a query that uses the whole pool is compared with it a few times
+            # only
             more = _by_similarity(similarity, left)[: 3 * len(known)]
             yield from more
             known += more

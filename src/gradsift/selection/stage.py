@@ -1,4 +1,4 @@
-"""The select stage: choose exactly the budget's number of examples and write their original rows."""
+"""The select stage: choose as many examples as the budget, and write their original rows."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def select(
     corruption: Mapping[int, str],
     embeddings: Callable[[], Features] | None = None,
 ) -> Artifact:
-    """Keep floor(alpha x N) examples; if fewer have a score, the missing ones are a reported shortfall.
+    """Select floor(alpha x N) examples; if the selector returns fewer, the number missing is recorded as `shortfall`.
 
     Args:
-        measures: returns measures for the diagnostics (see `diagnose_selection`), which depend only on the scores'
-            inputs.
-        base: what N counts: `accepted` rows, or `scored` ones.
-        corruption: kind of injected corruption by position; the selection file names it in its rows.
-        embeddings: returns embeddings of the pool if the scorer or the selector uses them, to measure coverage.
+        measures: returns the measures for `diagnose_selection`, which must depend on nothing but the scores' inputs.
+        base: what N counts: `accepted` rows, or `scored` rows.
+        corruption: kind of injected corruption by position, written into the rows of the selection file.
+        embeddings: returns the pool's embeddings, to measure coverage; None if neither the scorer nor the selector uses
+            them.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -64,7 +64,7 @@ def select(
             why = "; ".join(diagnostic.message for diagnostic in choice.diagnostics) or "it does not say why"
             raise GradsiftError(f"selector={selector.name} selected no example ({why}); choose another selector")
         write_selection(folder / SELECTION_FILE, positions, scores, examples, corruption)
-        # what later stages read; the JSON lines are for people and other trainers
+        # later stages read this file; the JSON lines are for people and other trainers
         np.save(folder / "positions.npy", positions)
         diagnostics = diagnose_selection(positions, examples, measures(), scores.parts.get("drop"))
         if embeddings is not None:
@@ -87,11 +87,11 @@ def write_selection(
 ) -> None:
     """Write one line per example, best first: the original row, and under `gradsift` its rank, score and ids.
 
-    The original row is the source's, even if the example was corrupted for an audit; `corruption` names the kind. The
-    file `examples` is read once, in order, and its lines are sorted in a temporary file, so that neither the pool nor
-    the selection has to fit in memory.
+    The original row is that of the source, even if the example was corrupted for an audit; its kind of corruption is
+    then added. The file `examples` is read once, in order. Lines are kept in a temporary file until they are written in
+    order of rank, so that neither the pool nor the selection has to fit in memory.
     """
-    # the file is in the order of the selection, but the pool is read in its own order
+    # lines are written in the order of the selection, but the pool is read in its own order
     ranks = np.zeros(len(scores.score), dtype=np.int64)  # from 1; 0 if not selected
     ranks[positions] = np.arange(1, len(positions) + 1)
     begins, sizes = np.zeros((2, len(positions)), dtype=np.int64)  # in bytes of the temporary file, by rank
@@ -103,7 +103,7 @@ def write_selection(
             if corruption and position in corruption:
                 own["corruption"] = corruption[position]
             text = json.dumps({**json.loads(row["original"]), "gradsift": own}, ensure_ascii=False, default=str)
-            line = text.encode("utf-8", "backslashreplace") + b"\n"  # JSON's escape of half a surrogate pair
+            line = text.encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate as JSON's escape
             begins[rank - 1], sizes[rank - 1] = lines.tell(), len(line)
             lines.write(line)
         for begin, size in zip(begins.tolist(), sizes.tolist(), strict=True):
@@ -112,7 +112,7 @@ def write_selection(
 
 
 def _rows(examples: Path, ranks: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield position and columns of each example that has a rank, in the order of the file."""
+    """Yield the position and the columns of each example whose rank is not 0, in the order of the file."""
     start = 0
     for block in read_blocks(examples, ("row_index", "example_id", "original")):
         chosen = np.flatnonzero(ranks[start : start + block.num_rows])

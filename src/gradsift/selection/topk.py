@@ -7,5 +7,5 @@ from gradsift.selection.choice import Choice, best_first
 
 
 def topk(scores: Scores, size: int) -> Choice:
-    """Return the `size` highest scores, best first, ties by row order; fewer if fewer examples are scored."""
+    """Select the `size` examples with the highest scores (fewer if fewer are scored), equal scores in row order."""
     return Choice(best_first(scores)[:size])

@@ -1,11 +1,12 @@
-"""The selection for other trainers: rows and a config for TRL, LLaMA-Factory and axolotl, a folder for each.
+"""Export of the selection for other trainers: a folder with rows and a config for each of TRL, LLaMA-Factory, axolotl.
 
-Each config repeats the finetune of the run: the model, the adapter, the optimiser and the length. Only responses carry
-loss, as they do here. A reply that is not trained (weight 0) is context in axolotl's rows; the other two cannot say so,
-and get a row for each reply that is trained, with what came before it as the prompt.
+Each config repeats the finetune of the run: the model, the adapter, the optimiser and the maximal length. Only
+responses carry loss, as in the run. A reply that is not trained (weight 0) is marked as context in axolotl's rows. TRL
+and LLaMA-Factory have no such mark: if there is such a reply, they get a row for each reply that is trained, with the
+turns before it as the prompt.
 
-With a text template (alpaca, plain) the prompts for TRL and axolotl are written out, so that these train on the same
-text. LLaMA-Factory writes its own prompts in any case.
+With a text template (alpaca, plain) the rows for TRL and axolotl contain the rendered prompts, so that these two train
+on the same text. LLaMA-Factory always renders the prompts itself.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from gradsift.data.templates import render
 from gradsift.data.turns import Unusable, turns_of
 
 FOLDER = "export"  # in the folder of the run
-NO_MODEL = "MODEL"  # stands in the configs of a run without a target
+NO_MODEL = "MODEL"  # placeholder in the configs of a run without a target
 _OUTPUT = "output"
 Row = dict[str, Any]
 
@@ -33,10 +34,10 @@ Row = dict[str, Any]
 def export(
     config: ExportConfig, target: TargetConfig, model: str | None, examples: Sequence[Example], run: Path
 ) -> dict[str, str]:
-    """Write the formats of `config` below the run's folder, and return what was written, by name.
+    """Write the formats of `config` below the run's folder, and return the folders written, by name.
 
     Args:
-        model: hub id or folder of the target; None for a run that has none, whose configs leave it to be set.
+        model: hub id or folder of the target; None for a run without a target, whose configs then contain NO_MODEL.
         examples: the selection, best first.
     """
     written = {}
@@ -52,7 +53,7 @@ def export(
 
 
 def turns(example: Example) -> list[Turn]:
-    """Return the whole conversation; an input follows its instruction after a line break."""
+    """Return all turns of the conversation; the input, if any, follows the instruction after a line break."""
     prompt = example.instruction + ("\n" + example.input if example.input else "")
     return [*example.history, Turn("user", prompt), Turn("assistant", example.output)]
 
@@ -62,7 +63,7 @@ def _message(turn: Turn) -> dict[str, str]:
 
 
 def _trained(example: Example) -> list[int]:
-    """Return the places of the replies that carry loss."""
+    """Return the indices, among the example's turns, of the replies that carry loss."""
     return [place for place, turn in enumerate(turns(example)) if turn.role == "assistant" and turn.is_trained]
 
 
@@ -71,11 +72,11 @@ def _has_context_replies(examples: Iterable[Example]) -> bool:
 
 
 def _messages(examples: Iterable[Example], *, by_reply: bool, marks: bool = False) -> Iterator[Row]:
-    """Yield conversations.
+    """Yield rows with the messages of a conversation.
 
     Args:
-        by_reply: a row for each reply that is trained, which ends there.
-        marks: say of each turn whether it is trained.
+        by_reply: whether to yield a row for each reply that is trained, which ends with it, or one for each example.
+        marks: whether each message says if it is trained.
     """
     for example in examples:
         whole = turns(example)
@@ -88,7 +89,7 @@ def _messages(examples: Iterable[Example], *, by_reply: bool, marks: bool = Fals
 
 
 def _replies(examples: Iterable[Example], template: str) -> Iterator[Row]:
-    """Yield prompt and completion of each reply that is trained: turns, or text in a text template."""
+    """Yield prompt and completion of each reply that is trained: messages, or text if `template` is a text template."""
     for example in examples:
         if is_chat(template):
             whole = [_message(turn) for turn in turns(example)]
@@ -102,7 +103,7 @@ def _replies(examples: Iterable[Example], template: str) -> Iterator[Row]:
 
 
 def _preferences(examples: Iterable[Example]) -> Iterator[tuple[Example, Turn]]:
-    """Yield the examples with a rejected reply to the same prompt, and that reply."""
+    """Yield each example that has a rejected reply to the same prompt, with that reply."""
     for example in examples:
         pair = pair_of(example.original)
         if pair is None:
@@ -130,7 +131,7 @@ def _as_list(reply: Any) -> list[Any]:
 
 
 def _pairs(examples: Iterable[Example]) -> Iterator[Row]:
-    """Yield the turns of the prompt, and the chosen and the rejected reply as a turn each."""
+    """Yield rows for LLaMA-Factory and axolotl: the messages of the prompt, the chosen and the rejected reply."""
     for example, rejected in _preferences(examples):
         *prompt, chosen = (_message(turn) for turn in turns(example))
         row = {"messages": prompt, "chosen": chosen, "rejected": _message(rejected)}
@@ -138,7 +139,7 @@ def _pairs(examples: Iterable[Example]) -> Iterator[Row]:
 
 
 def _pairs_for_trl(examples: Iterable[Example], template: str) -> Iterator[Row]:
-    """Yield prompt, chosen and rejected as `_replies` does."""
+    """Yield rows for TRL: prompt, chosen and rejected reply, as messages or as text (see `_replies`)."""
     for example, rejected in _preferences(examples):
         if is_chat(template):
             *prompt, chosen = (_message(turn) for turn in turns(example))
@@ -155,7 +156,7 @@ def _pairs_for_trl(examples: Iterable[Example], template: str) -> Iterator[Row]:
 def _trl(folder: Path, target: TargetConfig, model: str, examples: Sequence[Example]) -> None:
     chat = is_chat(target.template)
     several = any(len(_trained(example)) > 1 for example in examples)
-    # a row with several trained replies: TRL finds them by the {% generation %} marks of the chat template
+    # in a row with several trained replies, TRL finds them by the {% generation %} marks of the chat template
     if chat and several and not _has_context_replies(examples):
         rows, loss = _messages(examples, by_reply=False), {"assistant_only_loss": True}
     else:
@@ -216,7 +217,7 @@ def _llama_factory(folder: Path, target: TargetConfig, model: str, examples: Seq
             "tags": tags,
         }
     }
-    # without a name of a template LLaMA-Factory reads the tokenizer's own
+    # if the config names no template, LLaMA-Factory uses the tokenizer's chat template
     template = {} if is_chat(target.template) else {"template": "alpaca"}
     config = {
         "model_name_or_path": model,
@@ -315,7 +316,7 @@ def _revision(target: TargetConfig, name: str = "model_revision") -> dict[str, s
 
 
 def _scheduler(target: TargetConfig) -> str:
-    """Return the schedule as transformers names it."""
+    """Return transformers' name of the learning-rate schedule."""
     warms_up = target.warmup_steps or target.warmup_ratio
     return "constant_with_warmup" if target.schedule == "constant" and warms_up else target.schedule
 
@@ -334,7 +335,7 @@ def _write_yaml(path: Path, command: str, config: Mapping[str, Any]) -> None:
 
 
 def _write_rows(path: Path, rows: Iterable[Row]) -> int:
-    """Write rows as JSON lines, and return their number; no row, no file."""
+    """Write rows as JSON lines and return their number; if there are none, no file is written."""
     number = 0
     with path.open("w", encoding="ascii") as stream:
         for number, row in enumerate(rows, start=1):  # noqa: B007 - the count

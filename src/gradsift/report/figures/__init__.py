@@ -1,4 +1,4 @@
-"""Every figure of the report; call one with the material of a run or a sweep to get a matplotlib `Figure`.
+"""All figures of the report. Call a figure with the material of a run or a sweep to get a matplotlib `Figure`.
 
 In a notebook:
 
@@ -52,7 +52,7 @@ def write_figures(material: Material, folder: Path, formats: Iterable[Format] = 
     """Write each figure as `<name>.<format>`, and remove the figures of an earlier report.
 
     Returns:
-        By name, the reasons why figures could not be drawn.
+        The reasons why figures could not be drawn, by the figures' names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     reasons = {}
@@ -75,7 +75,7 @@ def write_tables(material: Material, folder: Path) -> tuple[dict[str, Table], di
     """Write each table as CSV and, unless it is long, Markdown and LaTeX; remove the tables of an earlier report.
 
     Returns:
-        By name, the tables that were made, and the reasons why tables could not be made.
+        The tables that were made, and the reasons why tables could not be made, both by name.
     """
     makers = TABLES | {figure.name: figure.table for figure in FIGURES if figure.records is not None}
     folder.mkdir(parents=True, exist_ok=True)

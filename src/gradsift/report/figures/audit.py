@@ -1,4 +1,4 @@
-"""The noise audit: known corruption in the selections, and how well the scores tell it apart."""
+"""The noise audit: known corruption in the selections, and how well the scores separate it from clean rows."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def spoilt_shares(material: Material) -> Records:
 
 @report_figure("Noise audit: spoilt rows selected", spoilt_shares)
 def audit_spoilt(material: Material) -> Figure:
-    """Share of corrupted rows in the selection. Below the band, which holds random draws, a method avoids them; within
-    it the method does no better than chance. Shows at most eight methods."""
+    """Share of corrupted rows in each selection. The band shows random draws (two standard deviations). A method below
+    the band avoids corrupted rows; within the band it does no better than chance. Shows at most eight methods."""
     figure, (axes,) = style.panels(width=5.2, height=3.4)
     by_method = style.grouped(spoilt_shares(material), "method")
     for (method, cells), look in zip(by_method.items(), style.looks_of(by_method).values(), strict=True):
@@ -61,8 +61,8 @@ def audit_spoilt(material: Material) -> Figure:
 
 @report_figure("Noise audit: how well the scores tell it apart")
 def audit_auroc(material: Material) -> Figure:
-    """AUROC of clean rows against each kind of corruption. At 1 all clean rows rank first, at 0.5 the score cannot tell
-    them apart, and below 0.5 it prefers the corrupted rows."""
+    """AUROC of clean rows against each kind of corruption. At 1 all clean rows rank first, at 0.5 the score cannot
+    distinguish clean from corrupted rows, and below 0.5 it prefers the corrupted rows."""
     by_method = audits(material, MOST_ROWS)
     kinds = list(dict.fromkeys(kind for own in by_method.values() for audit in own for kind in audit["kinds"]))
     values = np.array([[_mean_auroc(own, kind) for kind in kinds] for own in by_method.values()])

@@ -1,4 +1,4 @@
-"""Does a selection train the target faster? The training loss, selection by selection (the paper's Fig. 3)."""
+"""The target's training loss on each selection, which shows if a selection trains it faster (the paper's Fig. 3)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gradsift.report.figures.style import Records, Style, report_figure
 from gradsift.report.material import Curve, Material
 
 ALL = "all rows"
-_MOST_POINTS = 400  # points of a line
+_MOST_POINTS = 400  # number of points drawn of a line
 _SMOOTHED = 0.05  # share of the steps that a running mean spans
 
 
@@ -24,12 +24,15 @@ def smooth(values: np.ndarray, share: float = _SMOOTHED) -> np.ndarray:
 
 
 def shown_steps(loss: np.ndarray) -> np.ndarray:
-    """Return the indices of the steps that a line draws."""
+    """Return the indices of the steps to draw: all, or _MOST_POINTS at even distances."""
     return np.unique(np.linspace(0, len(loss) - 1, min(_MOST_POINTS, len(loss))).astype(int))
 
 
 def curves(material: Material) -> Records:
-    """Return the curve of each method at one alpha and of all rows, step by step, as means over the runs (seeds)."""
+    """Return tokens and smoothed loss at each step, for each method at the middle alpha and for all rows.
+
+    The values are means over the runs (seeds).
+    """
     runs = reached(material, "finetune", but_full=False)
     groups: dict[str, list[Curve]] = {}
     for method, group in by_method(runs, middle_alpha(runs), MOST_LINES).items():
@@ -50,9 +53,9 @@ def curves(material: Material) -> Records:
 
 @report_figure("Convergence", curves)
 def convergence(material: Material) -> Figure:
-    """Training loss of the target on each method's selection, smoothed. At equal tokens the lower line learns faster.
-    But a line may also be low because its rows are easy, or high because its rows are noise, which cannot be learned.
-    Shows at most eight methods."""
+    """Training loss of the target on each method's selection, smoothed. At equal tokens, a lower line means that the
+    target learns faster. But a line may also be low because its rows are easy, or high because its rows are noise,
+    which cannot be learned. Shows at most eight methods."""
     figure, (by_step, by_token) = style.panels(2, width=6.4, height=3.3)
     lines = style.grouped(curves(material), "method")
     for (name, steps), look in zip(lines.items(), style.looks_of(lines).values(), strict=True):

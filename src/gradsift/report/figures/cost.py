@@ -1,4 +1,4 @@
-"""What the work took: time, tokens and memory by stage, and what was reused."""
+"""The cost of each stage (time, units of work, tokens, memory), and the work that was reused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do the members diverge? The trajectories of their adapters (the paper's Fig. 1), and signs of a collapse."""
+"""The trajectories of the members' adapters (the paper's Fig. 1), and signs that the ensemble has collapsed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ Trajectories = list[tuple[np.ndarray, np.ndarray]]  # for each member: steps (P,
 
 @report_figure("Trajectories of the members (PCA)")
 def trajectories_pca(material: Material) -> Figure:
-    """The members of one seed, which all start at the ringed point. If their lines diverge, the members differ; if
-    they run together, the ensemble is collapsing. The marks grow with the steps."""
+    """The updates of the members of one seed while they train, projected on two principal components. All members start
+    at the ringed point, and later steps have larger marks. If the lines diverge, the members differ; if they run
+    together, the ensemble is collapsing."""
     run, trajectories = _trajectories(material)
     flat, shares = principal(np.concatenate([points for _, points in trajectories]))
     first, second = (f"component {i + 1} ({share:.0%} of the variance)" for i, share in enumerate(shares))
@@ -29,7 +30,8 @@ def trajectories_pca(material: Material) -> Figure:
 
 @report_figure("Trajectories of the members (t-SNE)")
 def trajectories_tsne(material: Material) -> Figure:
-    """The same points as the paper draws them. t-SNE keeps neighbours; distances between groups mean nothing."""
+    """The points of the PCA figure, projected with t-SNE as in the paper's figure. t-SNE keeps neighbours together; the
+    distances between groups mean nothing."""
     from sklearn.manifold import TSNE
 
     run, trajectories = _trajectories(material)
@@ -40,7 +42,7 @@ def trajectories_tsne(material: Material) -> Figure:
 
 
 def principal(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the coordinates (P, 2) in the two principal directions, and the share of the variance of each."""
+    """Return the coordinates (P, 2) of `points` (P, D) on two principal components, and their variance shares."""
     centred = points.astype(np.float64) - points.mean(0, dtype=np.float64)
     left, size, _ = np.linalg.svd(centred, full_matrices=False)
     flat = left[:, :2] * size[:2]
@@ -57,7 +59,7 @@ def _trajectories(material: Material) -> tuple[Run, Trajectories]:
 
 
 def _draw(run: Run, trajectories: Trajectories, flat: np.ndarray, xlabel: str, ylabel: str) -> Figure:
-    """Draw each member's line through its part of `flat`, all points (M P, 2) in the plane."""
+    """Draw a line for each member through its points; `flat` (M P, 2) holds those of all members, one after another."""
     figure, (axes,) = style.panels(width=5.2, height=4.2)
     looks = style.looks_of(f"member {number}" for number in range(len(trajectories)))
     ends = np.cumsum([len(steps) for steps, _ in trajectories])
@@ -73,7 +75,7 @@ def _draw(run: Run, trajectories: Trajectories, flat: np.ndarray, xlabel: str, y
 
 
 def spread_over_steps(trajectories: Trajectories) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps (P,) and the mean distance of two members' updates over the mean norm of an update.
+    """Return the steps (P,) and, at each step, the mean distance of two members' updates over an update's mean norm.
 
     The ratio is NaN where no member has moved yet.
     """
@@ -87,8 +89,8 @@ def spread_over_steps(trajectories: Trajectories) -> tuple[np.ndarray, np.ndarra
 
 @report_figure("Collapse of the ensemble")
 def collapse(material: Material) -> Figure:
-    """An ensemble is collapsed if the members' distance or the spread of their norms is below the dashed bounds. Each
-    seed has a colour of its own."""
+    """An ensemble has collapsed if the distance of its members, or the median spread of their gradient norms, is below
+    the dashed bound. Each seed has its own colour."""
     runs = over_seeds_of(material, representative(material, "statistics"))
     figure, (left, right) = style.panels(2, width=6.4, height=3.2)
     looks = style.looks_of(run.name for run in runs)
@@ -131,7 +133,7 @@ def _draw_bounds(axes: Axes) -> None:
 
 @report_figure("Training of the members")
 def member_loss(material: Material) -> Figure:
-    """Smoothed training loss of each member. If a line does not fall, the proxy does not learn, and its scores rank
+    """Smoothed training loss of each member. If a line does not fall, the proxy does not learn, and scores from it are
     noise. With several seeds, the members of one seed share a colour."""
     runs = over_seeds_of(material, representative(material, "member"))
     figure, (axes,) = style.panels(width=5.2, height=3.2)

@@ -1,4 +1,4 @@
-"""Which runs a figure shows, and how two of them agree."""
+"""Choice of the runs that a figure shows, and measures of how far two runs agree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_ROWS = 24  # methods in a figure of bars or cells
 
 
 def middle_alpha(runs: Sequence[Run]) -> float:
-    """Return the alpha at which to compare methods: the middle one, or the lower of the two in the middle."""
+    """Return the middle alpha of the runs, or the lower of two in the middle; 1 if there are only full-data runs."""
     alphas = sorted({run.alpha for run in runs if run.alpha < 1})
     return alphas[(len(alphas) - 1) // 2] if alphas else 1.0
 
@@ -45,10 +45,10 @@ def among(scorers: Mapping[str, str], most: int) -> set[str]:
 
 
 def reached(material: Material, stage: str, but_full: bool = True) -> list[Run]:
-    """Return the runs that have an artifact of the stage.
+    """Return the runs that have an artifact of the stage, without the full-data run if `but_full`.
 
     Raises:
-        Missing: there is none; the message says how the first run ended.
+        Missing: there is no such run; the message says why the first run has no artifact.
     """
     wanted = [run for run in material.runs if not (but_full and run.is_full)]
     if not wanted:
@@ -60,21 +60,21 @@ def reached(material: Material, stage: str, but_full: bool = True) -> list[Run]:
 
 
 def representative(material: Material, stage: str, scorer: str = "gsnr") -> Run:
-    """Return the run whose examples are shown: at the middle alpha, of `scorer` if there is one."""
+    """Return the run for a figure that shows only one: the first at the middle alpha, if possible with `scorer`."""
     runs = reached(material, stage)
     at_alpha = [run for run in runs if run.alpha == middle_alpha(runs)]
     return next((run for run in at_alpha if run.record["scorer"] == scorer), at_alpha[0])
 
 
 def largest_ensemble(material: Material) -> Run:
-    """Return the first run with the largest ensemble among those comparable to the representative run."""
+    """Return the first run with the most members among the runs with the representative run's scorer and alpha."""
     one = representative(material, "statistics")
     runs = [run for run in reached(material, "statistics") if run.alpha == one.alpha]
     return max((run for run in runs if run.record["scorer"] == one.record["scorer"]), key=lambda r: r.record["members"])
 
 
 def over_seeds_of(material: Material, one: Run) -> list[Run]:
-    """Return `one` and the runs with the same stages that differ from it in seeds alone, one run for each seed."""
+    """Return `one` and the runs that differ from it only in seeds and have all its stages, one run for each seed."""
     same = ("scorer", "alpha", "dataset", "proxy", "members", "snapshots", "target")
     runs = [one, *(run for run in material.runs if all(run.record.get(key) == one.record.get(key) for key in same))]
     runs = [run for run in runs if run.method == one.method and run.artifacts.keys() >= one.artifacts.keys()]
@@ -105,7 +105,7 @@ def heldout_loss(run: Run) -> float | None:
 
 
 def overlap_of(material: Material, one: Run, other: Run) -> float:
-    """Return the Jaccard of two selections from the same data."""
+    """Return the Jaccard index of two selections from the same data."""
     return jaccard(material.selected(one).tolist(), material.selected(other).tolist())
 
 

@@ -1,4 +1,4 @@
-"""The outcomes of the judge, and its biases."""
+"""The outcomes of the judge (wins, ties, losses), and its position and length bias."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def judged(material: Material) -> dict[str, list[Run]]:
 
 
 def total(runs: Sequence[Run], part: str, name: str) -> int:
-    """Return a count of `run.json`, summed over runs."""
+    """Return the count `name` in the part `part` of `run.json`, summed over the runs."""
     return sum(int((run.record.get(part) or {}).get(name) or 0) for run in runs)
 
 
@@ -48,8 +48,9 @@ def _records(material: Material) -> Records:
 
 @report_figure("Wins, ties and losses", _records)
 def judge_outcomes(material: Material) -> Figure:
-    """Items on which the tuned target beat, tied with or lost to the one tuned on all rows, in both orders together.
-    The items of all runs of a method and budget are counted, whatever their seed, data and target."""
+    """Items on which the target tuned on the selection won, tied or lost against the target tuned on all rows; both
+    orders together give one outcome. The items of all runs of a method and alpha are counted, whatever their seed, data
+    and target."""
     groups = judged(material)
     figure, axes = _rows_panel(groups)
     items = np.array([total(runs, "pooled", "n") for runs in groups.values()])
@@ -73,8 +74,8 @@ def judge_outcomes(material: Material) -> Figure:
 
 @report_figure("Position bias of the judge")
 def position_bias(material: Material) -> Figure:
-    """Items whose winner changed with the order in which the answers were shown. Long bars mean that the judge prefers
-    a position."""
+    """Share of the items whose winner changed with the order in which the answers were shown. Long bars mean that the
+    judge prefers a position."""
     groups = {name: runs for name, runs in judged(material).items() if total(runs, "position_bias", "items")}
     if not groups:
         raise Missing("no item has a valid judgment in both orders")
@@ -94,8 +95,8 @@ def position_bias(material: Material) -> Figure:
 
 @report_figure("Length bias of the judge")
 def length_bias(material: Material) -> Figure:
-    """How often the longer answer won, over the decided items whose answers differ in length. An interval that
-    misses the middle line shows a preference for one length."""
+    """Share of items that the longer answer won, of the items with a winner and answers of different length. If an
+    interval does not contain the middle line, the judge prefers longer or shorter answers."""
     from scipy.stats import binomtest
 
     shares = longer_shares(judged(material))
@@ -112,7 +113,7 @@ def length_bias(material: Material) -> Figure:
 
 
 def _rows_panel(names: Mapping[str, Any], items: Sequence[int] | np.ndarray = ()) -> tuple[Figure, Axes]:
-    """Return a panel with a row for each name, and the number of items beside it if given."""
+    """Return a panel with a row for each name; if `items` is given, the row's number of items is written beside it."""
     figure, (axes,) = style.panels(width=5.6, height=1.1 + 0.3 * len(names))
     style.name_rows(axes, list(names))
     style.in_percent(axes.xaxis)
@@ -122,7 +123,10 @@ def _rows_panel(names: Mapping[str, Any], items: Sequence[int] | np.ndarray = ()
 
 
 def longer_shares(groups: Mapping[str, Sequence[Run]]) -> dict[str, tuple[float, int]]:
-    """Return by method and alpha how often the longer answer won, and over how many items of all seeds."""
+    """Return by method and alpha the share of items that the longer answer won, and the number of items of all seeds.
+
+    The items are those with a winner and answers of different length; a group without such items is left out.
+    """
     shares = {}
     for name, runs in groups.items():
         if items := total(runs, "length_bias", "items"):

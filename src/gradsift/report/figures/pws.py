@@ -21,10 +21,10 @@ _ENDS = ("pws_low", "pws_high")  # keys of a row for the ends of the interval; t
 
 @report_figure("PWS of every method")
 def pws(material: Material) -> Figure:
-    """Dots are PWS with their intervals, over items and, if there are several, seeds. Those right of the dashed line
-    are above the model tuned on all rows; where an interval holds the line, the two are not distinguishable, and of
-    many intervals some miss it by chance. Shows at most four datasets, targets and benchmarks; the table has all of
-    them."""
+    """Each mark is a PWS with its interval over items and, if there are several, seeds. A mark right of the dashed line
+    means that the model is better than the model tuned on all rows. If an interval contains the line, the two are not
+    distinguishable; of many intervals some miss the line by chance. Shows at most four combinations of dataset, target
+    and benchmark; the table has all of them."""
     cells = cells_of(material)
     places = list(dict.fromkeys(place for place, _ in cells))[:_MOST_PANELS]
     methods = list(dict.fromkeys(method for _, (_, method) in cells))[:MOST_ROWS]
@@ -46,7 +46,7 @@ def pws(material: Material) -> Figure:
 
 
 def _draw_place(axes: Axes, cells: Mapping[Column, Row], methods: Sequence[str], alphas: Sequence[float]) -> None:
-    """Draw the PWS of one dataset, target and benchmark, the alphas of a method below each other."""
+    """Draw the PWS of one dataset, target and benchmark, with the alphas of a method one below the other."""
     for number, (alpha, look) in enumerate(zip(alphas, style.looks_of(map(str, alphas)).values(), strict=True)):
         shift = (number - (len(alphas) - 1) / 2) * 0.7 / max(1, len(alphas))
         rows = {place + shift: cells[alpha, m] for place, m in enumerate(methods) if (alpha, m) in cells}

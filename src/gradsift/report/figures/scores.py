@@ -29,18 +29,18 @@ from gradsift.scoring.scores import SCORED
 from gradsift.selection.checks import lengths
 from gradsift.selection.choice import best_first
 
-MOST_POINTS = 1500  # points of a cloud; more examples are drawn as hexagons
+MOST_POINTS = 1500  # points of a scatter plot; more examples are drawn as hexagons
 _CLOUD = "#7d8296"
 _GREYS = LinearSegmentedColormap.from_list("counts", ["#c9ccd6", "#4a5068"])  # visible on white and on black
 _BINS = 40
-_WIDE = 20  # interquartile ranges from which on a range of scores needs an asinh scale
+_WIDE = 20  # range of the scores, in interquartile ranges, from which on the axis has an asinh scale
 _BANDS = 20  # number of bands of the ranking in `score_length`
 
 
 @report_figure("Score distributions")
 def score_distributions(material: Material) -> Figure:
-    """All scored rows in grey, the selected ones in colour, each method on a scale of its own: linear around zero and
-    logarithmic far from it. Shows at most eight methods."""
+    """All scored rows in grey, the selected ones in colour. Each method has its own scale; if the scores have a wide
+    range, it is linear around zero and logarithmic far from zero. Shows at most eight methods."""
     scored = [run for run in reached(material, "select") if SCORED in material.scores(run).status]
     if not scored:
         raise Missing("no run has a scored row")
@@ -74,7 +74,7 @@ def score_distributions(material: Material) -> Figure:
 
 
 def _bins(values: np.ndarray) -> tuple[list[float], float | None]:
-    """Return the edges of the bins, and the linear width of the asinh scale if the scores span decades, else None."""
+    """Return the edges of the bins, and the linear width of the asinh scale, or None for a linear scale."""
     low, high = np.quantile(values, [0.25, 0.75])
     width = float(high - low)
     if width <= 0 or np.ptp(values) < _WIDE * width:
@@ -87,7 +87,8 @@ def _bins(values: np.ndarray) -> tuple[list[float], float | None]:
 
 @report_figure("Early against late gradient norms")
 def early_late_norms(material: Material) -> Figure:
-    """A row below the dashed diagonal lost gradient norm between the snapshots, which the score treats as learning."""
+    """Below the dashed diagonal are the rows whose gradient norm fell between the snapshots, which G-SNR treats as
+    learning."""
     run = representative(material, "statistics")
     values = material.statistics(run)
     figure, (axes,) = style.panels(width=4.8, height=4.0)
@@ -113,8 +114,8 @@ def _is_selected(material: Material, run: Run, count: int) -> np.ndarray | None:
 
 @report_figure("Score against response length")
 def score_length(material: Material) -> Figure:
-    """Median response length along each ranking, best rows left, in bands of equal size. A line that rises or falls
-    from the left edge selects by length. Shows at most eight methods."""
+    """Median response length in bands of equal size along each ranking, with the best rows at the left. A method whose
+    line rises or falls from the left edge selects by length. Shows at most eight methods."""
     runs = reached(material, "score")
     alpha = middle_alpha(runs)
     shown = by_method(runs, alpha, MOST_LINES)
@@ -142,8 +143,8 @@ def _lengths_by_rank(material: Material, run: Run) -> np.ndarray:
 
 @report_figure("Variance of the norms and loss")
 def variance_and_loss(material: Material) -> Figure:
-    """Left, each row's variance over members against its late loss. Right, if several selections were tested, the
-    mean variance of each against the held-out loss of the target tuned on it."""
+    """Left: each row's variance of the gradient norm over members against its late loss. Right, if there are several
+    selections with a held-out loss: each one's mean variance against the held-out loss of the target tuned on it."""
     run = representative(material, "statistics")
     values = material.statistics(run)
     points = selections_by_variance(material, values.V_t, run)
@@ -168,7 +169,7 @@ def _draw_selections(axes: Axes, points: Sequence[tuple[str, float, float]]) -> 
 
 
 def selections_by_variance(material: Material, variance: np.ndarray, of: Run) -> list[tuple[str, float, float]]:
-    """Return for each run that selected from the data of `of`: its method, mean V_t of its selection, held-out loss.
+    """Return (method, mean V_t of the selection, held-out loss) for each run on the data of `of` that has these values.
 
     Args:
         variance: (N,) V_t of the examples under the ensemble of `of`.
@@ -187,7 +188,7 @@ def cloud(axes: Axes, x: np.ndarray, y: np.ndarray, marked: np.ndarray | None = 
     """Draw all examples in grey, and the marked ones on top in colour.
 
     Args:
-        x, y: (N,) values. Examples that are not finite, or not positive if `log`, are left out.
+        x, y: (N,) values. Examples with a value that is not finite, or not positive if `log`, are left out.
         marked: (N,) bool.
     """
     usable = np.isfinite(x) & np.isfinite(y) & ((x > 0) & (y > 0) if log else True)
@@ -207,7 +208,7 @@ def cloud(axes: Axes, x: np.ndarray, y: np.ndarray, marked: np.ndarray | None = 
 
 
 def thinned(values: np.ndarray, most: int) -> np.ndarray:
-    """Return at most `most` of the values, in their order; the draw is seeded."""
+    """Return at most `most` of the values in their order, drawn at random with a fixed seed."""
     if len(values) <= most:
         return values
     kept = np.random.default_rng(0).choice(len(values), most, replace=False)

@@ -15,11 +15,11 @@ from gradsift.report.figures.groups import MOST_ROWS, by_method, middle_alpha, r
 from gradsift.report.figures.style import Records, Style, report_figure
 from gradsift.report.material import Material, Missing
 
-_MOST_NUMBERED = 12  # methods up to which a number fits into each cell
+_MOST_NUMBERED = 12  # number of methods up to which a number fits into each cell
 
 
 def overlaps(material: Material) -> Records:
-    """Return the Jaccard of every two methods at one alpha, averaged over the datasets and seeds that both have.
+    """Return the Jaccard index of each pair of methods at the middle alpha, averaged over datasets and seeds.
 
     The value is NaN if no dataset and seed has both methods.
     """
@@ -45,7 +45,8 @@ def overlaps(material: Material) -> Records:
 
 @report_figure("Overlap of the selections", overlaps)
 def overlap(material: Material) -> Figure:
-    """Share of rows that two methods have in common (Jaccard; 1 means the same selection)."""
+    """Number of rows that both methods select, divided by the number that one of them or both select (Jaccard; 1
+    means the same selection)."""
     records = overlaps(material)
     names = list(dict.fromkeys(name for record in records for name in (record["method"], record["other"])))
     values = np.eye(len(names))
@@ -60,7 +61,7 @@ def overlap(material: Material) -> Figure:
 
 
 def label_shares(material: Material) -> Records:
-    """Return the shares of each quality in the pool ("all rows") and in each method's selections at one alpha.
+    """Return the share of each quality in the pool ("all rows") and in each method's selections at the middle alpha.
 
     Raises:
         Missing: the data has no labels.
@@ -83,7 +84,8 @@ def label_shares(material: Material) -> Records:
 
 @report_figure("Quality of the selected rows", label_shares)
 def labels(material: Material) -> Figure:
-    """Share of each known quality. The first bar is the pool; a useful method has a larger share of clean rows."""
+    """Share of the rows with each quality label. The first bar is the pool; a useful method selects a larger share of
+    clean rows."""
     records = label_shares(material)
     qualities = sorted({q for record in records for q in record} - {"method", "alpha"}, key=lambda q: (q != "clean", q))
     figure, (axes,) = style.panels(width=5.6, height=1.3 + 0.3 * len(records))

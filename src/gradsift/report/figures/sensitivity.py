@@ -1,4 +1,4 @@
-"""How sensitive the result is to what the paper leaves open: M, the snapshots, eps and the seed."""
+"""How sensitive the result is to what the paper leaves open: the number of members M, the snapshots, eps, the seed."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ EPS = np.logspace(-12, 2, 57)
 def settings_grid(material: Material) -> Records:
     """Return a measure for each number of members and pair of snapshots of one scorer, averaged over the runs.
 
-    The measure is the PWS, or else the held-out loss, or else the overlap with the selection of the largest setting.
+    The measure is the PWS if all settings have one, or else the held-out loss, or else the overlap (Jaccard) with the
+    selection of the setting with most members and the latest snapshots.
 
     Raises:
-        Missing: M and the snapshots do not vary in the runs of any one scorer.
+        Missing: no scorer has runs with different M or snapshots.
     """
     by_scorer: dict[str, list[Run]] = {}
     for run in material.runs:
@@ -69,7 +70,7 @@ def settings_grid(material: Material) -> Records:
         if len(known) == len(groups):
             return _settings_records(scorer, measure, known)
     largest = max(groups)
-    beside = {(run.data, run.record["seed"]): run for run in groups[largest]}  # all runs are compared with these
+    beside = {(run.data, run.record["seed"]): run for run in groups[largest]}  # runs with which all others are compared
     overlaps = {}
     for setting, runs in groups.items():
         pairs = [(run, other) for run in runs if (other := beside.get((run.data, run.record["seed"])))]
@@ -115,7 +116,7 @@ def members_and_snapshots(material: Material) -> Figure:
 
 
 def size_curves(material: Material) -> Records:
-    """Compare the score by the first m members, m from 2 to M, with the score by all M (Spearman, Jaccard), by seed.
+    """Compare G-SNR from the first m members, m from 2 to M, with G-SNR from all M (Spearman, Jaccard), for each seed.
 
     Raises:
         Missing: there are fewer than three members.
@@ -136,8 +137,8 @@ def _size_curve(material: Material, run: Run) -> Records:
 
 @report_figure("Members that a ranking needs", size_curves)
 def ensemble_size(material: Material) -> Figure:
-    """G-SNR by the first members alone compared with G-SNR by all of them, with a line for each seed. Where the lines
-    are near 1, more members change little."""
+    """Agreement of G-SNR from only the first members with G-SNR from all members, with a line for each seed. Where the
+    lines are near 1, more members change little."""
     records = size_curves(material)
     figure, axes = _draw_agreement(largest_ensemble(material), records, "members", marks="os")
     sizes = sorted({record["members"] for record in records})
@@ -146,7 +147,7 @@ def ensemble_size(material: Material) -> Figure:
 
 
 def eps_curves(material: Material) -> Records:
-    """Compare the score at each eps of EPS with the score at the run's own eps (Spearman, Jaccard), by seed."""
+    """Compare G-SNR with each eps of EPS to G-SNR with the run's own eps (Spearman, Jaccard), for each seed."""
     records: list[Mapping[str, Any]] = []
     for run in over_seeds_of(material, representative(material, "statistics")):
         values = material.statistics(run)
@@ -157,8 +158,8 @@ def eps_curves(material: Material) -> Records:
 
 @report_figure("Sensitivity to eps", eps_curves)
 def eps(material: Material) -> Figure:
-    """The same gradient statistics scored with other values of eps, with a line for each seed. Where the lines fall,
-    eps rather than the ensemble decides the ranking."""
+    """Agreement of G-SNR at other values of eps with G-SNR at this run's eps, from the same gradient statistics. Each
+    seed has its own line. Where the lines fall, eps rather than the ensemble decides the ranking."""
     run = representative(material, "statistics")
     figure, axes = _draw_agreement(run, eps_curves(material), "eps")
     axes.axvline(own_eps(run), color=style.INK, linewidth=1, label=f"this run: {own_eps(run):g}")
@@ -177,7 +178,7 @@ def own_eps(run: Run) -> float:
 
 
 def agreement(run: Run, name: str, scores: Mapping[Any, Scores], base: Scores) -> Records:
-    """Compare each of `scores` with `base`: Spearman (None where not defined), and Jaccard of the top share alpha.
+    """Compare each of `scores` with `base`: Spearman (None where not defined), and Jaccard of the top `run.alpha`.
 
     Args:
         name: name of the setting that varies; the keys of `scores` are its values.
@@ -212,7 +213,7 @@ def _draw_agreement(run: Run, records: Records, name: str, marks: Sequence[str] 
 
 
 def limits(correlation: np.ndarray) -> tuple[float, float]:
-    """Return the limits of an axis that shows these correlations and shares."""
+    """Return the limits of an axis for these rank correlations, which may be negative, and for overlaps (0 to 1)."""
     return float(np.fmin.reduce(correlation, initial=0.0)) - 0.02, 1.03
 
 
@@ -220,7 +221,7 @@ def limits(correlation: np.ndarray) -> tuple[float, float]:
 
 
 def seed_agreement(material: Material) -> Records:
-    """Compare each pair of runs of a method on one dataset with different seeds (Spearman, Jaccard).
+    """Compare pairs of runs of a method at the middle alpha, on the same data with different seeds (Spearman, Jaccard).
 
     Raises:
         Missing: no method has two such runs.
@@ -245,8 +246,8 @@ def seed_agreement(material: Material) -> Records:
 
 @report_figure("Stability across seeds", seed_agreement)
 def seeds(material: Material) -> Figure:
-    """Each mark compares two seeds of one method on the same data. A method whose marks are near chance selects by
-    luck. Random selection draws by scorer.seed, so it does not change with seed."""
+    """Each mark compares two seeds of one method on the same data. A method whose overlap is near chance selects by
+    luck. Random selection depends on scorer.seed and not on seed, so it is the same for both seeds."""
     records = seed_agreement(material)
     names, alpha = list(style.grouped(records, "method")), records[0]["alpha"]
     places = np.array([names.index(record["method"]) for record in records])

@@ -1,7 +1,8 @@
 """What all figures share: how they are declared, their colours and markers, and parts that several of them draw.
 
-Everything neutral is drawn in one of INK, FAINT, RULE and PAPER, and nothing else is: the page replaces these four in
-an SVG to suit a dark background. Text inside coloured cells is ON_LIGHT or ON_DARK, which are never replaced.
+Neutral elements (text, axes, grids, background) are drawn in INK, FAINT, RULE or PAPER, and nothing else is drawn in
+these four colours, since the page replaces them in an SVG to suit a dark background. Text inside coloured cells is
+ON_LIGHT or ON_DARK, which are never replaced.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ON_LIGHT, ON_DARK = "#000000", "#ffffff"
 # Okabe and Ito's palette without its yellow, which is too light for lines, and its black, which is INK
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#6a51a3")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-HATCHES = ("", "//", "\\\\", "xx", "--", "||", "++", "/")  # lines only: an SVG draws each dot as a circle of its own
+HATCHES = ("", "//", "\\\\", "xx", "--", "||", "++", "/")  # no dots: an SVG draws each dot as a separate circle
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 SEQUENTIAL = "cividis"  # made for colour-blind readers
 DIVERGING = LinearSegmentedColormap.from_list("diverging", [COLOURS[1], "#f4f2ee", COLOURS[0]])
@@ -145,7 +146,7 @@ class Look:
 
 
 def looks_of(names: Iterable[str]) -> dict[str, Look]:
-    """Return a look for each name, by the order of the names."""
+    """Return a look for each name, which depends only on the name's place in the order."""
     looks = {}
     for place, name in enumerate(dict.fromkeys(names)):
         # shifted by one in each round of the colours, so that a colour comes back with another marker
@@ -156,7 +157,10 @@ def looks_of(names: Iterable[str]) -> dict[str, Look]:
 
 
 def add_legend(figure: Figure) -> None:
-    """Put the legend of all panels without one below the figure, in as many columns as fit, without shrinking them."""
+    """Put one legend below the figure for all panels without a legend, in as many columns as fit.
+
+    If the legend has more than two lines, the figure grows, so that the panels do not shrink.
+    """
     entries: dict[str, Any] = {}
     for panel in figure.axes:
         if panel.get_legend() is None:
@@ -178,7 +182,7 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def in_percent(*axes: Axis) -> None:
-    """Label the ticks of an axis of shares in percent, without a sign."""
+    """Label the ticks of axes that show shares in percent, without a minus sign."""
     for axis in axes:
         axis.set_major_formatter(lambda value, _: f"{abs(value):.0%}")
 

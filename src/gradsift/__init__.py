@@ -1,6 +1,6 @@
-"""gradsift selects the part of an instruction dataset that is worth training on, and measures what the choice is worth.
+"""gradsift selects the part of an instruction dataset that is worth training on, and evaluates the selection.
 
-The names below are imported when they are first used: `import gradsift` alone loads no torch.
+The names in `__all__` are imported on first use, so `import gradsift` alone does not load torch.
 """
 
 from importlib import import_module, metadata

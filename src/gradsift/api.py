@@ -1,4 +1,4 @@
-"""The Python API: select rows without the command line. Its names are exported from `gradsift` itself."""
+"""The Python API: row selection without the command line. Import `select`, `Selection` and `gsnr` from `gradsift`."""
 
 from __future__ import annotations
 
@@ -43,16 +43,17 @@ _FIXED = {  # options that `select` sets itself, and what to do instead
 
 @dataclass(frozen=True, repr=False)
 class Selection:
-    """The rows that `select` kept, and why.
+    """The result of `select`: the kept rows, and the scores and diagnostics of the run.
 
     Attributes:
         kept: The K selected rows with their original columns, best first.
         indices: (K,) int64, the positions of `kept` in the rows that were given.
-        scores: One row for each accepted row: `row_index`, `example_id`, `score` (higher is better), every part of
-            the score, `status` (`scored`, `undefined` or `excluded`), `reason`, and whether it was `selected`.
+        scores: One row for each row that was not rejected: `row_index`, `example_id`, `score` (higher is better), a
+            column for each part of the score, `status` (`scored`, `undefined` or `excluded`), `reason`, and `selected`.
         rejected: The rows that cannot be used: `row_index`, `reason`, and the row as JSON in `content`.
-        diagnostics: What the run noticed, by name: `verdict` (`ok`, `warning`, `unknown`), `values`, `message`.
-        stages: What was done for each unit of work, as in `run.json`: `name`, `artifact`, `reused`, `seconds`, ...
+        diagnostics: The run's diagnostics by name, each with `verdict` (`ok`, `warning`, `unknown`), `values` and
+            `message`.
+        stages: One entry for each unit of work, as in `run.json`: `name`, `artifact`, `reused`, `seconds`, ...
     """
 
     kept: Dataset
@@ -64,7 +65,7 @@ class Selection:
 
     @property
     def warnings(self) -> list[str]:
-        """The messages of the diagnostics that warn."""
+        """The messages of the diagnostics whose verdict is `warning`."""
         return [entry["message"] for entry in self.diagnostics.values() if entry["verdict"] == "warning"]
 
     def __repr__(self) -> str:
@@ -86,24 +87,25 @@ def select(
 ) -> Selection:
     """Select the rows of an instruction dataset that are worth training on.
 
-    The call computes what the command line computes with the same options, and shares its store: finished work there is
-    reused, a call that was interrupted continues, and a second call with the same rows and options computes nothing. It
-    leaves the caller's number of torch threads and Hydra's state as they were; transformers' progress bars stay off.
+    The call computes what the command line computes with the same options, and uses the same store. Finished work in
+    the store is reused, and an interrupted call continues when it is repeated. A second call with the same rows and
+    options computes nothing. Afterwards, the number of torch threads and Hydra's state are as before the call, but
+    transformers' progress bars stay switched off.
 
     Args:
         rows: Dicts, a `datasets.Dataset`, or the path of a file (.json, .jsonl, .csv, .tsv, .parquet).
         method: A recipe (`gradfiltering`, `superfiltering`, ...), a scorer (`late_loss`, ...), or a function of your
-            own, whose parameters name what it asks for (see `gradsift.scoring`).
+            own, whose positional parameters name its inputs (see `gradsift.scoring`).
         alpha: Share of the rows that is kept, above 0 and up to 1.
-        proxy: The small model that is trained and asked: `gpt2`, `smollm2`, `hf` with `proxy__model="ID_OR_FOLDER"`, or
+        proxy: The small model that scores the rows: `gpt2`, `smollm2`, `hf` with `proxy__model="ID_OR_FOLDER"`, or
             `tiny_bytes` (random weights).
-        artifacts: Folder of finished work; by default `$GRADSIFT_ARTIFACTS` or `./artifacts`.
+        artifacts: The store, a folder of finished work; by default `$GRADSIFT_ARTIFACTS` or `./artifacts`.
         progress: Whether to show progress on stderr.
-        **options: Any other option of the command line, with `__` where that has a dot: `proxy__members=3`,
+        **options: Any other option of the command line, with `__` in place of a dot: `proxy__members=3`,
             `proxy__snapshots=[1, 2]`, `scorer__eps=1e-6`, `data__limit=1000`, `selector="repr_filter"`, `seed=1`.
 
     Returns:
-        The kept rows, the scores of all rows, the rejected rows and the diagnostics.
+        The kept rows, the scores of all rows that were not rejected, the rejected rows and the diagnostics.
 
     Raises:
         ConfigError: an option or its value cannot be used.
@@ -178,7 +180,7 @@ def _selected(
 
 
 def _scorer(function: Any, constants: Mapping[str, Any], known: Sequence[str]) -> Method:
-    """Return the caller's function as a scorer whose code and constants are part of the identity of its scores."""
+    """Return the caller's function as a scorer. The fingerprint of its scores contains its code and its constants."""
     from gradsift.function_code import code_hash
     from gradsift.sources import method_of
 
@@ -188,7 +190,7 @@ def _scorer(function: Any, constants: Mapping[str, Any], known: Sequence[str]) -
 
 
 def _read(rows: Any, line: Line, scored: Artifact, selected: Artifact) -> Selection:
-    """Read what the stages wrote."""
+    """Return the `Selection`, read from the artifacts of the scores and of the selection."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Dataset
@@ -245,7 +247,10 @@ def _dataset(rows: list[dict[str, Any]]) -> Dataset:
 
 
 def _written(rows: Any, path: Path) -> Path:
-    """Write rows from memory as JSON lines, so that equal rows have one identity whatever held them."""
+    """Write rows from memory to `path` as JSON lines, and return `path`.
+
+    Equal rows give the same file, and so the same fingerprint, whether they are dicts or a `datasets.Dataset`.
+    """
     from datasets import Dataset
 
     from gradsift.data.examples import json_value
@@ -276,7 +281,7 @@ def _written(rows: Any, path: Path) -> Path:
 
 
 def _chosen(method: str) -> list[str]:
-    """Return the override for a recipe or a scorer by its name; a recipe of that name goes first."""
+    """Return the override that chooses the recipe `method`, or the scorer of that name if there is no such recipe."""
     folders = (conf_folder(), Path("conf"))
     names = {
         group: {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
@@ -293,7 +298,7 @@ def _chosen(method: str) -> list[str]:
 
 
 def _own(function: Any) -> list[str]:
-    """Return the overrides for a scorer that is a function of the caller's."""
+    """Return the overrides that replace the configured scorer by the caller's function."""
     if not inspect.isfunction(function) or function.__name__ == "<lambda>":
         raise ConfigError(f"method={function!r} is no function with a name; define one with def, and pass that")
     name = _spelt("method", function.__name__)
@@ -305,7 +310,7 @@ def _overrides(options: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _spelt(name: str, value: Any) -> str:
-    """Return a Python value as the command line writes it."""
+    """Return a Python value in the syntax of the command line; `name` is the option, for the error message."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool):
@@ -334,19 +339,20 @@ def gsnr(early: Any, late: Any, eps: float = 1e-8) -> np.ndarray:
         GSNR_i = (G_i^s - G_i^t) / (G_i^s + eps)  x  1 / (V_i^t + eps)
 
     G^s and G^t are the means over the members of the early and the late norms, V^t is the population variance of the
-    late norms over the members. A row whose norm rises has a negative ratio, which grows with the variance.
+    late norms over the members. If an example's norm rises, its ratio is negative, and nearer to 0 for a larger V^t.
 
     Args:
         early: (M, N) per-sample gradient norms of M >= 2 members at the early snapshot, not negative.
         late: (M, N) the norms of the same members and examples at the late snapshot.
-        eps: Above 0, in units of the norm in the first factor and of its square in the second. The paper gives none.
+        eps: Above 0. It is added to a norm in the first factor and to a squared norm in the second. The paper gives no
+            value.
 
     Returns:
         (N,) float64, higher is better.
 
     Raises:
         ConfigError: the shapes differ or are not (M, N), or `eps` is not above 0.
-        DataError: a norm is negative or not finite; names the first one.
+        DataError: a norm is negative or not finite; the message names the first such norm.
 
     Examples:
         >>> import gradsift

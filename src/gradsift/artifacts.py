@@ -1,9 +1,10 @@
 """The store of finished work: an artifact is found by a fingerprint of everything that determines its content.
 
 An artifact is a folder `<store>/<stage>/<slug>-<fingerprint>/`. The fingerprint hashes the stage's name and version,
-the config that the stage reads, and the identities of the parents; nothing else. A stage works in a folder that ends
-in `.part`. `manifest.json`, with the size and hash of every file, is written last, and then the folder is renamed.
-So an artifact is complete or absent, a repeated command finds its work, and a changed input never meets an old result.
+the config that the stage reads, and the identities of the parents (the artifacts that the stage reads); nothing else.
+A stage works in a folder whose name ends in `.part`. `manifest.json`, with the size and hash of every file, is written
+last, and then the folder is renamed. So an artifact is either complete or absent. A repeated command finds the same
+artifacts, and a changed input gives another fingerprint, so it never gets the result of the old input.
 
 While a stage works, `unfinished/` in that folder holds what an interrupted run continues from: the save point of a
 training (`gradsift.training.save_point`) or the results of a pass (`gradsift.journal`).
@@ -38,7 +39,7 @@ _MODEL_STAGES = ("backbone", "sentence_encoder")
 
 
 class NotMade(GradsiftError):
-    """Raised in a plan that reads the content of an artifact which does not exist yet."""
+    """Raised if a plan reads the content of an artifact that does not exist yet."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Artifact:
     manifest: Mapping[str, Any]
     # for a model's artifact: how this process computes with it (see gradsift.training.numerics)
     numerics: Mapping[str, str] = field(default_factory=dict, kw_only=True)
-    planned: bool = field(default=False, kw_only=True)  # named by a plan; it has no content
+    planned: bool = field(default=False, kw_only=True)  # True if a plan has named it and it is not made yet
 
     def file(self, name: str) -> Path:
         """Return the path of one of the artifact's files.
@@ -65,7 +66,11 @@ class Artifact:
 
     @property
     def info(self) -> Mapping[str, Any]:
-        """What the stage reported: rows, optimizer_steps and other counts."""
+        """What the stage reported: rows, optimizer_steps and other counts.
+
+        Raises:
+            NotMade: the artifact is only planned.
+        """
         if self.planned:
             raise NotMade(f"{self.stage}/{self.path.name} is not made yet")
         info: Mapping[str, Any] = self.manifest["info"]
@@ -73,26 +78,29 @@ class Artifact:
 
     @property
     def identity(self) -> str:
-        """The part that fingerprints of later stages contain: fingerprint, outside content, numerics."""
+        """What the fingerprints of later stages contain of this artifact.
+
+        It consists of the fingerprint, the hash or revision of data or models from outside, and the numerics.
+        """
         content = "" if self.planned else self.info.get("content", "")
         numerics = "".join(f":{name}={value}" for name, value in sorted(self.numerics.items()))
         return f"{self.fingerprint}:{content}{numerics}"
 
     @property
     def size(self) -> int | None:
-        """Number of examples that the stage passed over, or None if unknown."""
+        """Number of examples that the stage processed, or None if it is not known."""
         size: int | None = self.manifest.get("size") or (None if self.planned else self.info.get("rows"))
         return size
 
     @property
     def models(self) -> Sequence[str]:
-        """Names of the models that examples passed through, here and in the parents."""
+        """Names of the models that processed examples in this stage or in the stages before it."""
         models: Sequence[str] = self.manifest.get("models", ())
         return models
 
     @property
     def computed_by(self) -> Mapping[str, Mapping[str, str]]:
-        """Numerics of the models that the values were computed with, by the model's folder in the store."""
+        """Numerics of the models with which the values were computed, by the name of the model's folder."""
         if self.numerics:
             return {self.path.name: self.numerics}
         computed_by: Mapping[str, Mapping[str, str]] = self.manifest.get("numerics", {})
@@ -121,7 +129,7 @@ class Store:
     root: Path
     say: Callable[[str], None] = print
     done: Callable[[StageRecord], None] = lambda record: None  # called for every unit, reused or made
-    at_work: Callable[[str], AbstractContextManager[Any]] = nullcontext  # entered while a unit is waited for or made
+    at_work: Callable[[str], AbstractContextManager[Any]] = nullcontext  # entered while a unit is made or waited for
     records: list[StageRecord] = field(default_factory=list)
     other_code: set[str] = field(default_factory=set)  # versions of the code that made what this run reused
     other_numerics: set[str] = field(default_factory=set)  # differences that a message has already named
@@ -145,18 +153,18 @@ class Store:
 
         Args:
             config: everything that changes the result besides the parents; JSON values.
-            make: fills the folder that it is called with and returns its counts, among them `optimizer_steps` and
-                `resumed_steps`, the number of these steps that an interrupted run had taken. It may continue from what
-                it finds in `unfinished/` there, which is deleted afterwards. If it makes several units at once, it
-                returns the `seconds` and `forward_tokens` of this one too.
-            version: raised in code whenever the stage's result changes.
-            size: number of examples that the work passes over, if it differs from the parents'.
-            light: the work takes seconds and needs no model, so a plan does it too, in a temporary folder.
+            make: writes the files into the folder that it is called with, and returns counts, among them
+                `optimizer_steps` and `resumed_steps`, the number of these steps that an interrupted run had taken. It
+                may continue from what it finds in the folder's `unfinished/`, which is deleted afterwards. If it makes
+                several units at once, it also returns the `seconds` and `forward_tokens` of this unit.
+            version: version of the stage's code, increased whenever the stage's result changes.
+            size: number of examples that the stage processes, if it differs from the parents'.
+            light: True if the work takes seconds and needs no model, so that a plan does it, in a temporary folder.
             exact: False if `config` holds a placeholder for content that does not exist yet, as in a plan.
-            divided: `make` divides its work over the ranks of a run (see gradsift.training.shared_store).
+            divided: True if `make` divides its work over the ranks of a run (see gradsift.training.shared_store).
 
         Raises:
-            GradsiftError: the store cannot be written; names the unit, the folder and the remedy.
+            GradsiftError: the store cannot be read or written; the message names the unit, the folder and the remedy.
         """
         fingerprint, path = self.place(stage, slug, config, parents, version)
         numerics = {name: dict(values) for parent in parents for name, values in parent.computed_by.items()}
@@ -184,12 +192,12 @@ class Store:
     def place(
         self, stage: str, slug: str, config: Mapping[str, Any], parents: Sequence[Artifact], version: int
     ) -> tuple[str, Path]:
-        """Return the fingerprint and the folder of a unit."""
+        """Return the fingerprint of a unit and the folder of its artifact."""
         fingerprint = fingerprint_of(stage, version, config, parents)
         return fingerprint, self.root / stage / f"{safe_slug(slug)}-{fingerprint}"
 
     def _require_same_folder(self) -> None:
-        """Raise if a mount vanished: the folder below it is another one, mostly empty, and no work may start there."""
+        """Raise GradsiftError if `root` is another folder than when the run began, as after its disk was unmounted."""
         if self._inode is None:
             self.root.mkdir(parents=True, exist_ok=True)
         inode = self.root.stat().st_ino  # not the device's number: automounters change it
@@ -201,7 +209,7 @@ class Store:
         self._inode = inode
 
     def _provide(self, wanted: Artifact, make: Make, *, light: bool, exact: bool, divided: bool) -> Artifact:
-        """Find or make an artifact; the last three options matter to other stores only (see `obtain`)."""
+        """Find or make an artifact. Only subclasses use `light`, `exact` and `divided` (see `obtain`)."""
         started = time.perf_counter()
         with guarded(self.root, f"stage {wanted.stage} ({wanted.path.name})"):
             self._require_same_folder()
@@ -209,7 +217,7 @@ class Store:
             if artifact is None:
                 wanted.path.parent.mkdir(parents=True, exist_ok=True)
                 with locked(wanted.path, self.say, self.at_work) as holder:
-                    artifact = self._whole(wanted, is_locked=True)  # made by another process
+                    artifact = self._whole(wanted, is_locked=True)  # another process may have made it
                     if artifact is None:
                         self._name_other_numerics(wanted)
                         with self.at_work(f"{wanted.stage} {wanted.path.name.rsplit('-', 1)[0]}"):
@@ -218,9 +226,10 @@ class Store:
         return artifact
 
     def _name_other_numerics(self, wanted: Artifact) -> None:
-        """Name the artifacts that differ from `wanted` only in the numerics of the models that they were computed with.
+        """Print why artifacts that differ from `wanted` only in their models' numerics are not used.
 
-        Artifacts of later stages have other parents as well, so only the first stage after a model is named.
+        Each difference is printed once. Artifacts of later stages differ in their parents as well, so only artifacts of
+        the first stage after a model are named.
         """
         own = wanted.manifest["numerics"]
         if not own:
@@ -265,7 +274,7 @@ class Store:
         return artifact
 
     def _part(self, path: Path) -> Path:
-        """Return the folder to work in, with what an interrupted run left there to continue from."""
+        """Return the folder in which the stage works, empty except for an interrupted run's `unfinished/`."""
         part = require_no_link(path.with_name(path.name + ".part"))
         unfinished = part / UNFINISHED
         for entry in part.rglob("*"):
@@ -287,11 +296,11 @@ class Store:
         return part
 
     def _whole(self, wanted: Artifact, *, is_locked: bool) -> Artifact | None:
-        """Return the artifact if every file is as the manifest says; set a damaged one aside.
+        """Return the artifact if every file is as the manifest says; None if it is missing or damaged.
 
         Args:
-            is_locked: whether this process holds its lock. Otherwise nothing is set aside: another process may have
-                made the artifact again since its damage was seen.
+            is_locked: whether this process holds the artifact's lock. Only then a damaged artifact is renamed; without
+                the lock, another process may have made it again since the damage was seen.
         """
         stage, path, fingerprint = wanted.stage, wanted.path, wanted.fingerprint
         if not os.path.lexists(path):
@@ -324,7 +333,7 @@ class Store:
 
 
 def _difference(others: Any, own: Mapping[str, Mapping[str, str]]) -> str:
-    """Return how the numerics of an artifact in the store differ from this run's: 'kernels=off (here kernels=3fa9)'."""
+    """Return how an artifact's numerics differ from this run's, as in 'kernels=off (here kernels=3fa9)'."""
     others = others if isinstance(others, Mapping) else {}
     parts = []
     for model, values in own.items():
@@ -336,7 +345,7 @@ def _difference(others: Any, own: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def fingerprint_of(stage: str, version: int, config: Mapping[str, Any], parents: Sequence[Artifact]) -> str:
-    """Return 12 hex digits over everything that changes the result."""
+    """Return the fingerprint: 12 hex digits of the hash of everything that changes the result."""
     identity = {"stage": stage, "version": version, "config": config, "parents": [p.identity for p in parents]}
     return content_hash(identity)[:12]
 
@@ -344,5 +353,5 @@ def fingerprint_of(stage: str, version: int, config: Mapping[str, Any], parents:
 def _clear(folder: Path) -> None:
     try:
         shutil.rmtree(folder)
-    except OSError as error:  # it names the file without its folder
+    except OSError as error:  # the error names the file without its folder
         raise OSError(error.errno, error.strerror, str(folder)) from error

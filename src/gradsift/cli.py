@@ -1,7 +1,7 @@
 """The command line: `python run.py`, or `gradsift` if it is installed.
 
 Hydra composes the config, `load_config` checks it, and only then is anything heavy imported. An error that the user
-can correct ends as one line and exit code 2. In a sweep the other jobs go on.
+can correct is printed as one line, and the exit code is 2. In a sweep, the other jobs still run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from gradsift.run_folder import CONFIG_FILE
 from gradsift.sweep import HOME, Sweep, begin, fix_place, take_gpus
 from gradsift.user_conf import conf_folder
 
-# an environment variable, so that it reaches jobs in other processes; 1: show tracebacks
+# an environment variable, because jobs in other processes inherit it; with 1, tracebacks are shown
 TRACE = "GRADSIFT_TRACE"
 _KEPT = "what is finished is kept, and the same command continues from there"
 _failed = False  # whether any job of this process failed
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def _compose_and_run() -> None:
-    """Let Hydra run one job, or a sweep, and summarise the sweep even if its launcher gave up."""
+    """Let Hydra run one job or a sweep, and print the sweep's summary even if its launcher raised an error."""
     register_schemas()
     try:
         with _hydra_raises():
@@ -123,11 +123,11 @@ def _hydra_raises() -> Iterator[None]:
 
 
 def _job(composed: DictConfig) -> float | None:
-    """Run one job of Hydra."""
+    """Run the job whose config Hydra has composed, and return the value of `attempt`."""
     if home := os.environ.get(HOME):  # a launcher's worker may have started in another folder
         os.chdir(home)
     settings = HydraConfig.get()
-    # as they were typed: an interpolation such as ${oc.env:NAME} may hold a secret
+    # not resolved, because an interpolation such as ${oc.env:NAME} may refer to a secret
     overrides: Any = OmegaConf.to_container(settings.overrides.task, resolve=False)
     job = Job(_relative(Path(settings.runtime.output_dir)), [str(override) for override in overrides])
     if settings.mode == RunMode.MULTIRUN:
@@ -137,12 +137,12 @@ def _job(composed: DictConfig) -> float | None:
 
 
 def _relative(folder: Path) -> Path:
-    """Return the folder relative to the working directory if it is inside: short, and without a machine's paths."""
+    """Return the path relative to the working directory if it is inside, for messages that are short and portable."""
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def replay(arguments: list[str]) -> None:
-    """Run again with the config in a run's folder: `--replay RUN`."""
+    """Repeat a run with the config in its folder (`--replay RUN`); the repetition has a folder of its own."""
     if len(arguments) != 1:
         _fail("--replay takes one run folder, as in: python run.py --replay outputs/DATE/TIME")
         return
@@ -166,10 +166,10 @@ def replay(arguments: list[str]) -> None:
 
 
 def attempt(load: Callable[[], Config], job: Job) -> float | None:
-    """Run one job. Print a failure as one line, write it to `run.json`, and remember it for the exit code.
+    """Run one job. Print an error as one line, write it to `run.json`, and remember it for the exit code.
 
     Returns:
-        The value of `objective`, for a search, or None if there is none: a failure never becomes a number.
+        The value of `objective`, for a search, or None if the job failed or its run has no such value.
     """
     global _is_first
     try:
@@ -214,7 +214,7 @@ def _fail(message: str) -> None:
 
 
 class SweepCheck(Callback):
-    """Refuses a sweep with a job that cannot run, before anything is written (see conf/config.yaml)."""
+    """Exits before a sweep writes anything if one of its jobs cannot run; registered in conf/config.yaml."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global _sweep
@@ -225,6 +225,6 @@ class SweepCheck(Callback):
             for problem in problems.splitlines():
                 _fail(problem)
             _print_error("no job was started")
-            raise SystemExit(2) from error  # Hydra turns any exception here into a warning, and starts the sweep
+            raise SystemExit(2) from error  # Hydra would turn an `Exception` into a warning and start the sweep
         fix_place(config)
         _sweep = sweep

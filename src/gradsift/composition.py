@@ -1,4 +1,4 @@
-"""Composition of a config from overrides such as `alpha=0.2`, with Hydra's errors as one line and a remedy."""
+"""Composition of a config from overrides such as `alpha=0.2`; Hydra's errors become one line with a remedy."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from gradsift.config.schemas import COMPARED, Root
 from gradsift.errors import ConfigError
 from gradsift.user_conf import conf_folder
 
-_SHORT = {"model": "model.path", "quantization": "model.quantization"}  # of proxy and target
+_SHORT = {"model": "model.path", "quantization": "model.quantization"}  # short options of proxy and target
 _TEMPLATES = ("proxy.template", "target.template")
 _TEMPLATE_OF_BOTH = ("template", "template.file")
-_MOST_DIGITS = 1000  # of a number; Python reads up to 4,300, and no option needs a hundred
+_MOST_DIGITS = 1000  # that a number may have; Python reads up to 4,300, and no option needs a hundred
 
 
 def compose_config(overrides: Sequence[str]) -> Config:
     """Return the config of a run with these overrides, for callers in Python.
 
-    Works inside another program's Hydra application too, and leaves its settings as they were.
+    The function also works inside another program's Hydra application, whose settings it restores.
 
     Raises:
         ConfigError: a group, an option or a value cannot be used; one line, as on the command line.
@@ -45,7 +45,7 @@ def compose_root(file: str, kind: type[Root], overrides: Sequence[str]) -> Root:
     """Return the config that `conf/<file>.yaml` describes, with these overrides (see `compose_config`)."""
     overrides = in_full(overrides)
     require_readable(overrides, conf_folder())
-    Plugins.instance()  # the first call stores the settings of the plugins, which are to stay
+    Plugins.instance()  # before the copy below: the first call stores the settings of the plugins, which must remain
     store, outer = ConfigStore.instance(), GlobalHydra.instance()
     repo, hydra_of_caller = copy.deepcopy(store.repo), outer.hydra
     outer.clear()
@@ -63,7 +63,7 @@ def compose_root(file: str, kind: type[Root], overrides: Sequence[str]) -> Root:
 def in_full(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of the command line with short options such as `proxy.model=ID` spelt in full.
 
-    `template=NAME` and `template.file=FILE.jinja` are the template of proxy and target.
+    `template=NAME` and `template.file=FILE.jinja` set the template of both the proxy and the target.
 
     Raises:
         ConfigError: the arguments give a template for both, and another one for the proxy or the target.
@@ -84,13 +84,13 @@ def in_full(arguments: Sequence[str]) -> list[str]:
 
 
 def require_readable(arguments: Sequence[str], conf: Path) -> None:
-    """Check the overrides among the arguments of the command line for what Hydra ends with a traceback.
+    """Refuse overrides on the command line that would make Hydra end with a traceback, or that contain a secret.
 
     Args:
         conf: the folder whose subfolders are the config groups.
 
     Raises:
-        ConfigError: a group is set to null, a number is longer than Python reads, or a secret is typed out.
+        ConfigError: a group is set to null, a number has more than 1,000 digits, or a secret is typed out.
     """
     for argument in arguments:
         key, sign, value = argument.partition("=")
@@ -109,7 +109,10 @@ def require_readable(arguments: Sequence[str], conf: Path) -> None:
 
 
 def in_one_line(error: Exception) -> str:
-    """Return the message of a Hydra or OmegaConf error without the search path, and with the likeliest spelling."""
+    """Return the message of a Hydra or OmegaConf error as one line, without the search path.
+
+    For an unknown choice or option, the line names the most similar name or the known ones.
+    """
     message = f"{error}\n{error.__cause__ or ''}"
     kept = message.split("Config search path:")[0].split("full_key:")[0]
     text = " ".join(part.strip() for part in kept.splitlines() if part.strip() and "To append" not in part)
@@ -129,7 +132,7 @@ def in_one_line(error: Exception) -> str:
 
 
 def _unknown_option(option: str, key: str, schema: str) -> str:
-    """Return that an option does not exist, with the likeliest spelling or the choices of the group that have it."""
+    """Return the message for an unknown option: it names a similar one, the choices that have it, or the known ones."""
     parts = option.split(".")[: option.split(".").index(key) + 1]
     group, place = parts[0], ".".join(parts[:-1])
     text = f"{'.'.join(parts)} is no option" + (f" of the {place} that is chosen" if place else "")

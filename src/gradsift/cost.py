@@ -2,11 +2,11 @@
 
 Forward tokens are the real tokens (no padding) that pass forward through a model on this machine. Each pass counts a
 token once, whether a backward pass follows or not, so an epoch of training counts every example once and the
-collection of norms after it counts them again. Generation counts the tokens of the prompt and those tokens of the
-answer that the model reads again. A batch that is repeated because memory ran out counts once. The tokens of a judge
+collection of norms after it counts them again. Generation counts the tokens of the prompt and the generated tokens
+that are fed back into the model. A batch that is repeated because memory ran out counts once. The tokens of a judge
 behind an endpoint are not counted.
 
-Only tokens processed by the finishing process are counted.
+If a unit of work was interrupted, only the tokens of the process that finished it are counted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def passed(tokens: int) -> None:
 
 @contextmanager
 def counting() -> Iterator[Callable[[], int]]:
-    """Count the forward tokens of one unit of work; yield a function that returns the count, also afterwards."""
+    """Count the forward tokens of one unit of work; yield a function that returns them, also after the block."""
     count = [0]
     _open.append(count)
     try:
@@ -47,7 +47,7 @@ def duration(seconds: float) -> str:
 def peak_resident_gb() -> float | None:
     """Return the peak resident memory of this process so far in GB (10^9 bytes), or None if it is not known.
 
-    Linux includes the memory that the parent process held when it started this one (a notebook, say).
+    On Linux the peak includes the memory that the parent process (a notebook, say) held when it started this process.
     """
     if sys.platform == "win32":
         return None
@@ -62,9 +62,9 @@ def work_of(stages: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
     Returns:
         made, reused: units of work. A unit reused by several runs counts once for each.
-        seconds: spent, including the look-ups of finished work.
-        optimizer_steps, forward_tokens: of the units made.
-        saved_steps, saved_tokens: what the reused units took when they were made, for each reuse.
+        seconds: time spent, including the look-ups of finished work.
+        optimizer_steps, forward_tokens: steps and tokens of the units made.
+        saved_steps, saved_tokens: steps and tokens that the reused units took when made, counted for each reuse.
     """
     total: dict[str, float] = dict.fromkeys(WORK_COLUMNS, 0)
     for stage in stages:

@@ -31,12 +31,12 @@ class Diagnostic:
 
     @classmethod
     def judged(cls, name: str, bad: bool, values: Mapping[str, float | None], observed: str, check: str) -> Diagnostic:
-        """Return a warning that says what to check if `bad`, otherwise a diagnostic that is ok."""
+        """Return a diagnostic with the verdict `ok`; if `bad`, with `warning` and a message that says what to check."""
         return cls(name, "warning", values, f"{observed}; check {check}") if bad else cls(name, "ok", values, observed)
 
     @classmethod
     def unknown(cls, name: str, value: str, reason: str) -> Diagnostic:
-        """Return a diagnostic without a verdict, as the value is not defined here."""
+        """Return a diagnostic with the verdict `unknown`, because `value` is not defined for this run."""
         return cls(name, "unknown", {value: None}, reason)
 
     def as_json(self) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class Diagnostic:
 
 
 def write_diagnostics(folder: Path, diagnostics: Sequence[Diagnostic]) -> None:
-    """Write verdict, values and message by name.
+    """Write the verdict, values and message of each diagnostic, by name, to `diagnostics.json`.
 
     Raises:
         GradsiftError: two diagnostics have the same name.

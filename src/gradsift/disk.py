@@ -22,11 +22,13 @@ _NOT_WRITABLE = (
 
 @contextmanager
 def guarded(store: Path, unit: str, *, nameless: bool = True) -> Iterator[None]:
-    """Turn errors of the store's disk into one that names `unit`, the folder and the remedy; let others pass.
+    """Turn errors of the store's disk into a GradsiftError that names `unit`, the folder and the remedy.
+
+    Other errors are raised unchanged.
 
     Args:
         store: the folder of artifacts.
-        nameless: whether an error that names no file is the store's; within a stage it is.
+        nameless: whether an error that names no file counts as an error of the store, as it does within a stage.
 
     Raises:
         GradsiftError: the store cannot be read or written.

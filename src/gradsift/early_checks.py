@@ -21,7 +21,7 @@ from gradsift.training.target import planned_steps
 
 
 def check(line: Line) -> None:
-    """Raise now for what would otherwise fail after hours of training.
+    """Raise errors now that would otherwise occur after hours of training.
 
     Raises:
         GradsiftError: an option does not fit the data, a model or the machine.

@@ -27,7 +27,10 @@ def first_line(error: BaseException) -> str:
 
 
 def command(run: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
-    """Return a command line's function that returns 0, or 2 after printing an expected error as one line on stderr."""
+    """Return a main function that calls `run` and returns the exit code: 0, or 2 after printing an expected error.
+
+    Expected errors are GradsiftError and OSError; they are printed as one line on stderr.
+    """
 
     @functools.wraps(run)
     def main(arguments: Sequence[str] | None = None) -> int:

@@ -41,7 +41,7 @@ class Job:
 
     @property
     def differences(self) -> list[str]:
-        """The overrides that not all jobs of the sweep have; all overrides if there are none."""
+        """The overrides that not all jobs of the sweep share; all of the job's overrides if there are none of these."""
         shared = set(self.jobs[0]).intersection(*self.jobs) if self.jobs else set()
         return [override for override in self.overrides if override not in shared] or self.overrides
 
@@ -53,7 +53,7 @@ class Job:
     def failed(self, error: str) -> None:
         """Write `run.json` for a run that failed before it wrote one.
 
-        If `run.json` only says that a rank was lost, replace its error by the rank's own.
+        An existing `run.json` is kept, but if its error only says that another rank was lost, `error` replaces it.
         """
         path = self.folder / RUN_FILE
         content = {"status": "failed", "overrides": self.overrides, "stages": [], "pws": None, "error": error}
@@ -68,10 +68,10 @@ class Job:
 def execute(config: Config, job: Job) -> float | None:
     """Run one checked config and write its folder: run.json, config.yaml, metrics.jsonl, selection.jsonl.
 
-    A rank that is not rank 0 takes part in the work and writes nothing; a plan is rank 0's alone.
+    Ranks other than 0 take part in the work of a run, not in a plan, and write nothing to the folder.
 
     Returns:
-        The value of `config.objective`, for a search, or None if the run has none.
+        The value of `config.objective`, for a search. None for a run without such a value, a plan, and other ranks.
     """
     _require_files(config)
     from gradsift.pipeline import follow, plan, prepare, run, settings_of
@@ -110,7 +110,7 @@ def execute(config: Config, job: Job) -> float | None:
         except DryRun as ending:
             record.dry_run(str(ending))
         except BaseException as error:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave run.json and W&B half closed
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave run.json and W&B unfinished
             record.finish("failed" if isinstance(error, Exception) else "interrupted", str(error))
             if isinstance(error, Exception):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -133,7 +133,7 @@ def _as_yaml(config: Config) -> str:
 
 
 def _store(config: Config, view: RunView) -> Store:
-    """Return the store, which tells the view of each stage."""
+    """Return the store, which reports each stage to the view."""
     from gradsift.training.shared_store import SharedStore
 
     kind = SharedStore if config.compute.ranks > 1 else Store
@@ -141,7 +141,7 @@ def _store(config: Config, view: RunView) -> Store:
 
 
 def _require_files(config: Config) -> None:
-    """Raise now if a file or a model is missing that an option names: the imports that follow are slow."""
+    """Raise if a file, model or dataset that an option names is missing; called before the slow imports."""
     data = config.data
     if isinstance(data, JsonDataConfig):
         require_files(data.path)
@@ -165,7 +165,7 @@ def _require_files(config: Config) -> None:
         from gradsift.scoring.published import require_scores
 
         require_scores(Path(data.scores))
-    if isinstance(data, HubDataConfig) and leads(config.compute):  # after all that needs no network
+    if isinstance(data, HubDataConfig) and leads(config.compute):  # after the checks that need no network
         from gradsift.data.load import require_dataset
 
         require_dataset(Store(Path(config.artifacts)), data)
@@ -188,7 +188,7 @@ def _about(config: Config, overrides: list[str]) -> dict[str, Any]:
         node.pop(last, None)
     return {
         "name": name,
-        "variant": content_hash(dumped)[:12],  # the whole config without its seeds: what repeats have in common
+        "variant": content_hash(dumped)[:12],  # hash of the config without its seeds, equal for all repeats
         "overrides": overrides,
         "scorer": config.scorer_name,
         "alpha": config.alpha,

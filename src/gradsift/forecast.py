@@ -1,4 +1,4 @@
-"""What finetunes of a large target will take on GPUs, by arithmetic, for `plan=true`."""
+"""Calculation of the memory and time that finetunes of a large target take on GPUs, shown by `plan=true`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from gradsift.training.backbones import config_of, load_description
 from gradsift.training.divided import layers_of
 from gradsift.training.memory import adapted_names, token_bytes
 
-OPERATIONS = 1e14  # operations of a GPU per second: an assumption, a third of an A100's peak in bfloat16
+OPERATIONS = 1e14  # operations of a GPU per second; assumed, a third of an A100's peak in bfloat16
 LARGE = 10**9  # parameters; a smaller target has no forecast
-_QUANTIZED = {"nf4": 9 / 16, "int8": 1}  # bytes of a number in a layer, with its scale
+_QUANTIZED = {"nf4": 9 / 16, "int8": 1}  # bytes per weight of a quantised layer, with its share of a scale
 _SAMPLE = 256  # rows whose tokens are counted
 
 
@@ -29,12 +29,12 @@ class Forecast:
 
     target: str
     parameters: int
-    active: int  # parameters that a token passes through; of the experts only the chosen ones count
+    active: int  # parameters that a token passes through; of the experts only those chosen for it
     precision: str
     ranks: int  # ranks over which the layers are divided
-    weights: int  # frozen weights; where layers are divided, two layers are gathered whole
+    weights: int  # frozen weights; if the layers are divided over ranks, two layers are held whole
     adapter: int  # the adapter, its gradients and the optimizer's state
-    per_token: int | None  # kept for each token that passes at once; None: not known for this kind of model
+    per_token: int | None  # activations kept for each token of a pass; None if not known for this model type
     per_token_checkpointed: int | None
     rows: Sequence[int]  # rows of each finetune: on the selection, and on all rows for the reference
     tokens: Sequence[int]  # tokens that pass in each finetune
@@ -42,7 +42,7 @@ class Forecast:
 
 
 def forecast(line: Line) -> Forecast | None:
-    """Return what the finetunes of a run will take; None for a target that is not large.
+    """Return the forecast of a run's finetunes, or None if the target has fewer than `LARGE` parameters.
 
     The tokens of the rows are estimated from a sample of the pool.
 
@@ -97,11 +97,11 @@ def held_weights(model: Any, number: int, quantization: str, parts: int) -> int:
 
     Args:
         model: a causal language model without adapters, on any device.
-        number: bytes of a number that is not quantised.
-        parts: ranks that the layers are divided over; 1 with quantised weights.
+        number: bytes per weight that is not quantised.
+        parts: number of ranks over which the layers are divided; 1 with quantised weights.
     """
     total: int = sum(each.numel() for each in model.parameters())
-    if quantization in _QUANTIZED:  # of linear layers alone: not of experts, embeddings, norms and the output head
+    if quantization in _QUANTIZED:  # only linear layers are quantised: no experts, embeddings, norms and output head
         head = model.get_output_embeddings()
         linear = [each for each in model.modules() if type(each) in (nn.Linear, Conv1D) and each is not head]
         inside: int = sum(each.weight.numel() for each in linear)
@@ -109,20 +109,21 @@ def held_weights(model: Any, number: int, quantization: str, parts: int) -> int:
     if parts == 1:
         return number * total
     layers: list[int] = [sum(each.numel() for each in layer.parameters()) for layer in layers_of(model)]
-    # two layers are whole while they are passed through
+    # two layers at a time are held whole, while they are computed
     return number * (total - sum(layers) + sum(layers) // parts + 2 * max(layers))
 
 
 def operations(parameters: int, *, checkpointed: bool) -> int:
     """Return the operations of a finetune for each token that passes through `parameters` (see `active_parameters`).
 
-    A product takes two for each weight, forward and backward to its inputs; with checkpointing forward once more.
+    A matrix product takes two operations per weight in the forward pass, and two in the backward pass to its inputs.
+    Checkpointing repeats the forward pass.
     """
     return (6 if checkpointed else 4) * parameters
 
 
 def active_parameters(model: Any) -> int:
-    """Return how many parameters a token passes through; all, unless the config says how many experts it chooses."""
+    """Return how many parameters a token passes through: all, or of the experts only as many as the config chooses."""
     total: int = sum(each.numel() for each in model.parameters())
     chosen = getattr(model.config, "num_experts_per_tok", None)
     if chosen is None:

@@ -1,9 +1,9 @@
-"""What a function computes, as a hash: part of the identity of scores that a function passed from Python has made.
+"""The hash of a function's code, which the fingerprint of scores contains if a function passed from Python made them.
 
-A function of a notebook or a script has no file that could stand for it, and its text does not show the values that
-it reads from around it. So its bytecode is hashed, with its defaults, its closure and the global names that it reads;
-other functions of the user among these are hashed the same way. Another version of Python has other bytecode, and so
-another hash.
+A function of a notebook or a script has no module file that could be hashed, and its source text does not contain the
+values that it reads from outside. So the hash covers its bytecode, its defaults, its closure, and the names and values
+of the globals that it reads. If such a value is itself a function written by the user, it is hashed in the same way.
+Bytecode differs between versions of Python, and so does the hash.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, range, EllipsisType
 
 
 def code_hash(function: Callable[..., Any]) -> str:
-    """Return a SHA-256 that changes when what `function` computes may have changed; files that it reads are not in it.
+    """Return a SHA-256 that changes if `function` may compute something else; files that it reads are not covered.
 
     Raises:
-        ConfigError: the function reads a global name, or a variable of the function around it, whose content no hash
-            can stand for, such as a model.
+        ConfigError: the function reads a global, or a variable of an enclosing function, whose content cannot be
+            hashed, such as a model.
     """
     return hashlib.sha256("\n".join(_described(function, "the function", set())).encode()).hexdigest()
 
@@ -54,7 +54,7 @@ def _described(value: Any, name: str, seen: set[int]) -> Iterator[str]:
     elif hasattr(value, "__name__") and _is_installed(value):
         yield f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
     elif isinstance(value, FunctionType):
-        if id(value) not in seen:  # it may call itself
+        if id(value) not in seen:  # a function may call itself
             seen.add(id(value))
             yield from _of_function(value, seen)
     else:
@@ -65,7 +65,7 @@ def _described(value: Any, name: str, seen: set[int]) -> Iterator[str]:
 
 
 def _is_installed(value: Any) -> bool:
-    """Return whether a function or class comes with Python or with a package, so that its name stands for it."""
+    """Return whether a function or class belongs to Python or an installed package, so that its name identifies it."""
     if not isinstance(getattr(value, "__self__", None), ModuleType | type | None):
         return False  # a method of an object, which has a state
     module = getattr(value, "__module__", None) or "builtins"
@@ -94,7 +94,7 @@ def _of_function(function: FunctionType, seen: set[int]) -> Iterator[str]:
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """Yield the code of a function and of the functions within it."""
+    """Yield the code objects of a function and of the functions defined in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -1,7 +1,7 @@
 """`export.push_to_hub=ID`: the selection as a dataset of the Hugging Face hub, with a card.
 
-Nothing is sent without that option. The token is read from HF_TOKEN when it is needed and is written nowhere. What goes
-out is `selection.jsonl` and the card; the run's config, which may name folders of this machine, stays here.
+Nothing is sent without that option. The token is read from HF_TOKEN when it is needed and is written nowhere. Only
+`selection.jsonl` and the card are sent; the run's config, which may name folders of this machine, is not.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def push(config: Config, run: Path) -> str:
     A dataset that does not exist is created; in an existing one, these two files are replaced.
 
     Raises:
-        GradsiftError: the hub cannot be reached or refuses it; the run itself is done.
+        ConfigError: the dataset's name is not valid.
+        GradsiftError: the hub cannot be reached or refuses the token or the files. The run itself is finished by then.
     """
     dataset = str(config.export.push_to_hub)
     record = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
@@ -72,7 +73,7 @@ def _api() -> HfApi:
 
 @contextmanager
 def _failures(dataset: str, state: str) -> Iterator[None]:
-    """Turn the errors of the hub's client into one line."""
+    """Turn errors of the hub's client into a GradsiftError of one line; `state` says in it what has been done."""
     import httpx2
 
     name = f"export.push_to_hub={dataset}"
@@ -96,7 +97,7 @@ def _failures(dataset: str, state: str) -> Iterator[None]:
 
 
 def card(config: Config, record: Mapping[str, Any]) -> str:
-    """Return the dataset card: how the rows were selected, the figures of the run, and what they do not show.
+    """Return the dataset card: how the rows were selected, the results of the run, and their limits.
 
     Args:
         record: the content of `run.json`.
@@ -122,7 +123,7 @@ def card(config: Config, record: Mapping[str, Any]) -> str:
 
 
 def _source(config: Config) -> str:
-    """Return the data without the paths of this machine."""
+    """Return a description of the run's data without paths of this machine."""
     data = config.data
     if isinstance(data, HubDataConfig):
         subset = f", subset {data.subset}" if data.subset else ""
@@ -151,7 +152,7 @@ def _method(config: Config, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _figures(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the run measured of the finetuned target; the stages that it did not reach are named as such."""
+    """Return the finetuned target's results by name, or an entry that says that the run ended before the evaluation."""
     pooled, losses = record.get("pooled") or {}, record.get("heldout_loss") or {}
     accuracy = record.get("accuracy") or {}
     figures: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""What a scorer or a selector can ask for, and how a run makes it: the pool, the proxy and its ensemble, vectors.
+"""The inputs that a scorer or a selector can ask for: the pool, the proxy and its ensemble, gradients and embeddings.
 
-Most inputs are cached properties: one is made when something first asks for it, so nothing is computed or loaded that
-the chosen scorer and selector do not need.
+Most inputs are cached properties, which are made on first use. So nothing is computed or loaded that the chosen scorer
+and selector do not need.
 
 Shape letters: M members, N examples.
 """
@@ -55,7 +55,7 @@ class Inputs:
         self.runtime = runtime
         self.keeps_all = config.scorer_name == "full"
         self._norms: dict[int, list[list[Artifact]]] = {}  # by epoch
-        self._tried: set[str] = set()  # options of adapters that are known to fit their model
+        self._tried: set[str] = set()  # options of adapters that were tried on their model
         self.loaded = load(runtime, config.data)
         self.rows = int(self.loaded.info["rows"])  # N
 
@@ -78,7 +78,7 @@ class Inputs:
 
     @functools.cached_property
     def proxy_inputs(self) -> ProxyInputs:
-        """The proxy and the tokens of the pool."""
+        """The proxy's backbone, and the pool's examples as tokens."""
         inputs, self._report = self._encoded(self.pool, "the proxy")
         return inputs
 
@@ -97,13 +97,13 @@ class Inputs:
         return ProxyInputs(model, encoded, tokens), report
 
     def _inputs_to_train(self, option: str = "proxy.lora") -> ProxyInputs:
-        """Return `proxy_inputs` once the adapters have been tried on their models.
+        """Return `proxy_inputs`, after a trial of each adapter on its model.
 
-        Stages call it before they make their first artifact, so a run that finds its work done loads no model.
+        Stages call this only when they have to make an artifact, so a run whose artifacts all exist loads no model.
 
         Args:
-            option: the adapter that is about to be trained, `proxy.lora` or `features.warmup.lora`. Before the first
-                one the target's adapter is tried too, if the run comes to a finetune.
+            option: the adapter that is about to be trained, `proxy.lora` or `features.warmup.lora`. At the first call,
+                the target's adapter is tried too if the run reaches a finetune.
         """
         config = self.config
         if config.reaches("finetune") and not self._tried:
@@ -161,18 +161,18 @@ class Inputs:
         return [answer_losses(self.runtime, lora, epochs[late], i, load) for i, epochs in enumerate(self.adapters)]
 
     def late_losses(self) -> np.ndarray:
-        """Return the examples' losses at the late snapshot, the mean over members, (N,) float64."""
+        """Return each example's loss at the late snapshot, averaged over the members, (N,) float64."""
         return mean_loss(self.late_norms, self.rows)
 
     def measures(self) -> dict[str, np.ndarray]:
-        """Return what the ensemble knows of each example besides its norms; empty if the scorer did not ask for it."""
+        """Return each example's late loss and number of response tokens; empty if the scorer did not ask for norms."""
         if not self._norms:
             return {}
         tokens = by_example(self.late_norms[0], ("n_tokens",), self.rows)["n_tokens"]  # the same for every member
         return {"late_loss": self.late_losses(), "response_tokens": tokens}
 
     def diagnose(self, asked: Sequence[str]) -> list[Diagnostic]:
-        """Return diagnostics of the ensemble up to the late snapshot; none if the scorer did not ask for it.
+        """Return diagnostics of the ensemble up to the late snapshot; an empty list if `has_ensemble` is False.
 
         Args:
             asked: the names of the scorer's sources.
@@ -187,14 +187,17 @@ class Inputs:
 
     @functools.cached_property
     def directions(self) -> list[Artifact]:
-        """Cosines to the mean gradient at the late snapshot: one table per adapter."""
+        """Cosines of the examples' gradients with their mean gradient at the late snapshot: one table per adapter."""
         proxy = self.config.proxy
         late = [epochs[proxy.snapshots[1] - 1] for epochs in self.adapters]
         return [directions(self.runtime, proxy.lora, weights, self._inputs_to_train) for weights in late]
 
     @functools.cached_property
     def embedding_gradients(self) -> Artifact:
-        """Gradients of the first adapter after its first epoch; no other member and no later epoch is trained."""
+        """Statistics of the gradients of embedding and LM head, after the first epoch of the first adapter.
+
+        No other member and no later epoch is trained.
+        """
         proxy = self.config.proxy
         load = checked_inputs(self._inputs_to_train, proxy.lora, self.runtime.compute)
         first = train_adapter(self.runtime, proxy, self.proxy, self.loaded, load, 0, epochs=1)
@@ -234,7 +237,7 @@ class Inputs:
 
     @functools.cached_property
     def target_gradients(self) -> Artifact:
-        """Gradient features of the target set, without Adam: LESS compares a step of Adam with plain gradients."""
+        """Gradient features of the target set: plain gradients, with which LESS compares Adam's steps on the pool."""
         features, proxy, load = self.config.features, self.config.proxy, self._target_inputs
         rows, slug = self.target_set, f"target-{self.config.target_set.name}"
         return gradient_features(self.runtime, features, proxy, self.checkpoints, rows, load, slug=slug, adam=False)

@@ -1,4 +1,4 @@
-"""The results of a pass, kept as they are computed, so that an interrupted run continues after the last one.
+"""A journal of the results of a pass, written as they are computed, from which an interrupted run continues.
 
 A stage asks the runtime for the journal of the artifact that it makes:
 
@@ -6,10 +6,9 @@ A stage asks the runtime for the journal of the artifact that it makes:
     for batch in batches:
         losses = journal.once(batch.rows, lambda: losses_of(batch))
 
-`once` returns the kept result if the interrupted run asked for the same key at the same place; otherwise it calls the
-function and keeps its result. A pass that asks in the same order therefore continues with the same batches and
-gives the same bytes. From the first key that differs (after a change of the token budget, say) everything is computed
-again.
+If the n-th call of `once` has the same key as in the interrupted run, it returns the kept result; otherwise it calls
+the function and keeps the result. So a pass that asks in the same order continues with the same batches and gives the
+same bytes. From the first key that differs (after a change of the token budget, say) everything is computed again.
 
 The file is `unfinished/journal.jsonl` in the artifact's folder: one result per line, as a checksum and JSON, which
 restores every float32 and float64 exactly. A line that was cut or changed is dropped, with all lines after it.
@@ -34,7 +33,7 @@ _DIGITS = 16  # hex digits of SHA-256 before each line
 
 
 class Journal:
-    """The results of one artifact in the making; without a folder nothing is kept."""
+    """Keeps the results of one artifact while it is made; without a folder, nothing is kept."""
 
     def __init__(
         self, folder: Path | None = None, save_every: float = 0.0, say: Callable[[str], None] = lambda line: None
@@ -42,14 +41,14 @@ class Journal:
         """
         Args:
             folder: the artifact's folder.
-            save_every: seconds that results on a GPU may wait to be written: fetching one waits for the GPU.
+            save_every: seconds for which results on a GPU may stay unwritten, as copying them waits for the GPU.
             say: called with a message for every line that is dropped.
         """
         self._path = None if folder is None else folder / UNFINISHED / JOURNAL_FILE
         self._save_every = save_every
         self._saved_at = time.monotonic()
         self._kept = deque([] if self._path is None else _read(self._path, say))  # lines that `once` has yet to return
-        self._end = 0  # bytes of the lines that it has returned
+        self._end = 0  # bytes of the lines that `once` has returned
         self._waiting: list[Any] = []  # keys and results to be written
 
     def once(self, key: Any, make: Callable[[], T], intact: Callable[[T], bool] = lambda value: True) -> T:
@@ -63,7 +62,7 @@ class Journal:
         """
         if self._path is not None and self._kept:
             entry = json.loads(_text(self._kept[0]), object_hook=_tensor_from_json)
-            # a list: earlier versions kept a judge's judgments here, which are objects
+            # not a list: a judgment of earlier versions, which are JSON objects
             if isinstance(entry, list) and entry[0] == key and intact(entry[1]):
                 self._end += len(self._kept.popleft())
                 kept: T = entry[1]

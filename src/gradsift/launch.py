@@ -1,8 +1,8 @@
-"""Starts the processes (ranks) of one run where `compute.devices` or `compute.num_nodes` is more than 1.
+"""Starts the processes (ranks) of one run if `compute.devices` or `compute.num_nodes` is more than 1.
 
-Every rank runs the same function: `torchrun` may start the ranks, or this module does, with torchrun's own library.
-On several machines the same command starts on each of them, and `NODE_RANK`, `MASTER_ADDR` and `MASTER_PORT` (or Slurm)
-tell which machine is which.
+Every rank runs the same function. Either `torchrun` starts the ranks, or this module does, with torchrun's library. For
+several machines, start the same command on each of them. `NODE_RANK` (or Slurm's `SLURM_NODEID`) is the machine's
+number, and `MASTER_ADDR` and `MASTER_PORT` are the address of the first machine.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def is_launched() -> bool:
 
 
 def leads(compute: ComputeConfig) -> bool:
-    """Return whether this process is rank 0, or the launcher of rank 0: the one that writes the run's folder."""
+    """Return whether this process is rank 0 or its launcher; no other process writes the run's folder."""
     return os.environ["RANK"] == "0" if is_launched() else node_of(compute) == 0
 
 
 def node_of(compute: ComputeConfig) -> int:
-    """Return the number of this machine, from 0, which the launcher has set in the environment.
+    """Return the number of this machine, from 0; with several machines, it is read from the environment.
 
     Raises:
         ConfigError: `compute.num_nodes` is more than 1 and the environment lacks the number or the first machine's
@@ -65,10 +65,10 @@ def node_of(compute: ComputeConfig) -> int:
 def on_all_ranks(compute: ComputeConfig, function: Callable[..., T], *arguments: Any) -> T | None:
     """Call `function(*arguments)` in `compute.ranks` processes, and return the value of this machine's first rank.
 
-    A process that torchrun started is a rank already, and calls the function itself.
+    A process that torchrun started is a rank already; it calls the function itself and returns its own value.
 
     Args:
-        function: a module's function; it and the arguments are pickled for the ranks.
+        function: defined at the top level of a module, because it and the arguments are pickled for the ranks.
 
     Raises:
         GradsiftError: a rank failed; the error has the message of the rank that failed first.
@@ -88,11 +88,11 @@ def on_all_ranks(compute: ComputeConfig, function: Callable[..., T], *arguments:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice on unused parameters, from every rank
-    is_main = threading.current_thread() is threading.main_thread()  # elsewhere torch leaves the signals alone
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every rank prints DDP's advice on unused parameters
+    is_main = threading.current_thread() is threading.main_thread()  # in other threads torch does not handle signals
     handlers = {number: signal.getsignal(number) for number in _TORCHS_SIGNALS} if is_main else {}
     with tempfile.TemporaryDirectory(prefix="gradsift-ranks-") as logs:
-        logging.disable(logging.CRITICAL)  # torch logs what is reported below; the ranks log for themselves
+        logging.disable(logging.CRITICAL)  # what torch would log is reported below
         try:
             values: dict[int, T] = elastic_launch(_launch_config(compute, logs), _rank)(function, arguments)
         except SignalException as error:
@@ -135,7 +135,11 @@ def _launch_config(compute: ComputeConfig, logs: str) -> LaunchConfig:
 
 
 def _rank(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
-    """Run in each process: call the function, and tell a rank's own failure from the loss of another rank."""
+    """Call the function in the process of one rank.
+
+    Raises:
+        GradsiftError: the function raised it, or another rank was lost (the message then begins with `LOST`).
+    """
     from torch.distributed import DistError
 
     def stop(number: int, frame: Any) -> None:
@@ -154,7 +158,7 @@ def _rank(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
 
 
 def _failure(error: ChildFailedError) -> Exception:
-    """Return what the first rank to fail raised: a `GradsiftError`, or a `RuntimeError` for a defect."""
+    """Return the error of the first rank that failed by itself: a `GradsiftError`, or a `RuntimeError` for a defect."""
     texts = {rank: _text(failure) for rank, failure in error.failures.items()}
     own = [rank for rank, text in texts.items() if LOST not in (text or "")]
     rank = min(own or texts, key=lambda rank: error.failures[rank].timestamp)
@@ -173,6 +177,6 @@ def _failure(error: ChildFailedError) -> Exception:
 
 
 def _text(failure: ProcessFailure) -> str | None:
-    """Return "<exception's class>: <message>", or None where the process left no error message."""
+    """Return "<exception's class>: <message>", or None if the process left no error message."""
     message = failure.error_file_data.get("message") if failure.error_file_data else None
     return str(message["message"]) if isinstance(message, dict) else None

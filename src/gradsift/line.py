@@ -1,6 +1,6 @@
 """The stages of one run, bound to its config. `pipeline.run` calls them in order.
 
-A stage runs when a later one first asks for its result; what scorers and selectors ask for is in `gradsift.inputs`.
+The inputs that scorers and selectors ask for are in `gradsift.inputs`; each is made on first use.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Line(Inputs):
 
     @functools.cached_property
     def refused(self) -> Artifact | None:
-        """What lists the rows of the pool that the proxy's chat template cannot show; None if it is shown none."""
+        """Lists the pool's rows that the proxy's chat template cannot render; None if no row is rendered with it."""
         proxy, asked = self.config.proxy, set(self.scorer.asked)
         if self.config.reaches("selection"):
             asked |= set(self.selector.asked)
@@ -76,7 +76,7 @@ class Line(Inputs):
         return refused_rows(self.runtime, slug, settings, self.proxy, self.loaded, report)
 
     def select(self, scored: Artifact, alpha: float | None = None) -> Artifact:
-        """Select the share `alpha` of the examples; the config's share if it is None."""
+        """Return the selection of the share `alpha` of the examples; if `alpha` is None, of the config's share."""
         alpha, base = (1.0 if self.keeps_all else alpha or self.config.alpha), self.config.budget_base
         data, sources, measures = self.loaded, self.sources, self.measures
         compared = "embeddings" in (*self.scorer.asked, *self.selector.asked)
@@ -86,17 +86,17 @@ class Line(Inputs):
 
     @functools.cached_property
     def clusters(self) -> Artifact | None:
-        """Clusters of the prompts, which stand for task families in an audit if the data does not name any."""
+        """Clusters of the prompts, which an audit uses as task families; None if the data's labels name families."""
         labels = labels_of(self.loaded)
         if labels and labels.family:
             return None
         return prompt_clusters(self.runtime, self.loaded, lambda: self.pool, self.config.audit.clusters)
 
     def audit(self, scored: Artifact) -> Callable[[], dict[str, Any]]:
-        """Make the audit's selections, and return a function that measures how they treat the known corruption."""
+        """Make the audit's selections, and return a function that evaluates them against the known corruption."""
         labels, clusters = labels_of(self.loaded), self.clusters
         assert labels is not None  # noqa: S101 - the config refuses an audit of data without labels
-        # asked for here, on every rank and in a plan; only the record calls `measure`
+        # made here, because all ranks and plans must ask for them; only the record calls `measure`
         selections = {alpha: self.select(scored, alpha) for alpha in self.config.audit.alphas}
 
         def measure() -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Line(Inputs):
         return finetune(self.runtime, self.config.target, self.target, self.loaded, self.pool, positions, rows)
 
     def export(self, selection: Artifact, run: Path) -> dict[str, str]:
-        """Write the selection for other trainers into the run's folder, and return what was written, by name."""
+        """Write the selection for other trainers into the run's folder, and return the written paths by name."""
         config, target = self.config.export, self.config.target
         if not config.formats:
             return {}
@@ -140,7 +140,7 @@ class Line(Inputs):
         return export(config, target, model, [self.pool[position] for position in positions_of(selection)], run)
 
     def merge(self, tuned: Artifact, run: Path) -> dict[str, str]:
-        """Write the finetuned target as one model into the run's folder, and return its folder, by name."""
+        """Write the finetuned target as one model into the run's folder, and return the model's folder by name."""
         folder = run / EXPORT_FOLDER / "merged"
         with self.runtime.display.task("merge the adapter into the target", None):
             write_merged(self.target, tuned, self.config.target, self.config.compute, folder)
@@ -156,14 +156,14 @@ class Line(Inputs):
 
     @functools.cached_property
     def general_items(self) -> list[Item]:
-        """Questions that the target answers before and after the finetune."""
+        """Questions that the target answers before and after the finetune, to measure forgetting."""
         return self._items_of(self.config.benchmark.general)
 
     def _items_of(self, names: Sequence[str]) -> list[Item]:
         return benchmark_items(self.runtime, self.config.benchmark, names, self.loaded, self.config.data.seed)
 
     def answers(self, tuned: Artifact | None) -> Artifact:
-        """Answer the benchmark with a finetuned target, or with the untuned one if it is None."""
+        """Answer the benchmark with the finetuned target, or with the untuned target if `tuned` is None."""
         config = self.config
         return generate(self.runtime, config.benchmark, config.target, self.target, tuned, self.items, config.generator)
 

@@ -1,7 +1,8 @@
 """Locks on units of work, so that one process at a time makes an artifact.
 
 They are locks of the file system, which the kernel frees when the holder dies. A file system without such locks is
-refused: a plain lock file would outlive a holder that died on another machine, and only clocks could tell.
+refused, because a plain lock file would remain after its holder died on another machine, and only its age would show
+that.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Holder:
         self.file.write_text(self.name, encoding="utf-8")
 
     def last(self) -> str:
-        """Return the process that signed last, for messages."""
+        """Return the name of the process that signed the lock file last, or "not named"; for messages."""
         try:
             return self.file.read_text(encoding="utf-8", errors="replace").split(",")[0] or "not named"
         except OSError:
@@ -48,12 +49,12 @@ class Holder:
         """Check that no other process has begun the same unit, as happens if the locks of a file system do not work.
 
         Raises:
-            GradsiftError: another process has signed since.
+            GradsiftError: another process has signed the lock file since this one did.
         """
         try:
             signed = self.file.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
-            return  # somebody deleted it, but no other process works on the unit
+            return  # somebody deleted the file, but no other process works on the unit
         if signed != self.name:
             raise GradsiftError(
                 f"{self.unit} was taken over by {self.last()} while this process made it, so the locks of "
@@ -70,7 +71,7 @@ def locked(
 
     Args:
         say: called with a message if this process waits for another.
-        at_work: entered while it waits.
+        at_work: context that is entered while this process waits.
 
     Raises:
         GradsiftError: the lock file is a link.

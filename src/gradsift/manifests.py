@@ -1,4 +1,4 @@
-"""Manifests: how an artifact was made and which files it has, with checksums of the files and of itself."""
+"""Manifests: how an artifact was made, which files it has, and checksums of these files and of the manifest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from gradsift import outside_json
 
 MANIFEST = "manifest.json"
-UNFINISHED = "unfinished"  # folder with what an interrupted run continues from; a finished artifact has none
+UNFINISHED = "unfinished"  # folder with what an interrupted run continues from; absent in a finished artifact
 _CHECKSUM = "checksum"  # key of the hash of everything else in the manifest; earlier versions wrote none
 _HASH_LIMIT = 256 * 2**20  # bytes; of larger files only the size is checked
 _TYPES: dict[str, Any] = {  # of a manifest's entries
@@ -26,7 +26,7 @@ _TYPES: dict[str, Any] = {  # of a manifest's entries
     "models": list,
     "numerics": dict,
 }
-_LATER = ("size", "models", "numerics")  # earlier versions wrote none
+_LATER = ("size", "models", "numerics")  # entries that earlier versions did not write
 _COUNTS = ("rows", "optimizer_steps", "resumed_steps", "forward_tokens")  # entries of `info` that must be counts
 
 
@@ -45,7 +45,7 @@ def parse_manifest(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no JSON object, or does not match its checksum.
+        ValueError: the file is no JSON object, or does not match its checksum.
     """
     manifest = outside_json.loads(path.read_bytes())
     if not isinstance(manifest, dict):
@@ -61,10 +61,12 @@ def _checksum(plain: Mapping[str, Any]) -> str:
 
 
 def read_manifest(path: Path, **request: str) -> tuple[dict[str, Any], str | None]:
-    """Return the manifest of the artifact at `path` and its damage, which is None if every file is as described.
+    """Return the manifest of the artifact at `path` and a message about its damage, None if all files are as described.
+
+    A manifest that is missing or cannot be read is returned as {}.
 
     Args:
-        request: the values that the manifest must have for `stage` and `fingerprint`.
+        request: the values that the manifest must have, such as `stage` and `fingerprint`.
     """
     try:
         manifest = parse_manifest(path / MANIFEST)
@@ -79,7 +81,7 @@ def read_manifest(path: Path, **request: str) -> tuple[dict[str, Any], str | Non
 
 
 def _misfit(manifest: Mapping[str, Any], request: Mapping[str, str]) -> str | None:
-    """Return what a manifest lacks, or a value that is impossible; None if it is sound."""
+    """Return a message about an entry that is missing or has an impossible value; None if all entries are valid."""
     for key, kind in _TYPES.items():
         if (key in manifest or key not in _LATER) and not isinstance(manifest.get(key, ...), kind):
             return f"{MANIFEST} has no readable {key}"
@@ -94,7 +96,7 @@ def _misfit(manifest: Mapping[str, Any], request: Mapping[str, str]) -> str | No
 
 
 def _changed(path: Path, files: Mapping[str, Any]) -> str | None:
-    """Return which file differs from its description; None if none does."""
+    """Return a message that names a file that differs from its description; None if all files match."""
     if not files and (present := files_of(path)):
         return f"{MANIFEST} names no file, and there is {present[0]}"
     for name, described in files.items():
@@ -112,7 +114,7 @@ def files_of(folder: Path) -> list[str]:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return a file's size, and its hash unless it is very large."""
+    """Return a file's size and its SHA-256, which is None for a file larger than `_HASH_LIMIT`."""
     size = path.stat().st_size
     return {"bytes": size, "sha256": file_hash(path) if size <= _HASH_LIMIT else None}
 
@@ -124,7 +126,7 @@ def content_hash(content: Mapping[str, Any]) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file. A process reads it once, unless its size or time of change differs."""
+    """Return the SHA-256 of a file; a process computes it again only if the file's inode, size or time has changed."""
     status = path.stat()
     return _hash_of(path.absolute(), status.st_ino, status.st_mtime_ns, status.st_size)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from gradsift.errors import ConfigError, GradsiftError
 
 LONGEST_NAME = 64  # characters of a name in a config
-LONGEST_SLUG = 200  # bytes of a slug, which may join several names; with a fingerprint it has to fit into 255
+LONGEST_SLUG = 200  # bytes of a slug, which may join several names; slug and fingerprint must fit into 255
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -46,10 +46,10 @@ def slug_of_path(path: str) -> str:
 
 
 def require_no_link(path: Path) -> Path:
-    """Return the path, which is about to be written to.
+    """Return `path`, to which something is about to be written.
 
     Raises:
-        GradsiftError: it is a symbolic link, so the content would be written elsewhere.
+        GradsiftError: `path` is a symbolic link, so the content would be written elsewhere.
     """
     if path.is_symlink():
         raise GradsiftError(

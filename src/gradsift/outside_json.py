@@ -1,4 +1,4 @@
-"""Reads JSON that other programs wrote. Every fault in it raises the same kind of error."""
+"""Reads JSON that other programs wrote. Every fault in the JSON raises a subclass of ValueError."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def loads(text: str | bytes) -> Any:
     """Return the value in `text`.
 
     Raises:
-        json.JSONDecodeError: the JSON is invalid, or Python does not read it (nested about a thousand deep, or a number
-            of thousands of digits), for which `json.loads` raises other errors.
-        UnicodeDecodeError: the bytes are no text.
+        json.JSONDecodeError: the JSON is invalid, or Python cannot read it (a nesting of about a thousand levels, or a
+            number of thousands of digits); `json.loads` raises other errors for the latter.
+        UnicodeDecodeError: the bytes are not encoded text.
     """
     with _one_kind_of_error(text):
         return json.loads(text)
@@ -44,7 +44,7 @@ def loads_all(text: str) -> list[Any]:
 
 
 def loads_first(text: str) -> tuple[Any, int]:
-    """Return the value at the beginning of `text` and the number of its characters, whatever follows it.
+    """Return the value at the beginning of `text`, and its length in characters; the rest of `text` is ignored.
 
     Raises:
         json.JSONDecodeError: see `loads`.

@@ -1,4 +1,4 @@
-"""HTML pages: templates that escape every value, and texts that a page can hold."""
+"""Helpers for HTML pages: templates that escape every value, and functions that clean texts."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def templates(package: str, folder: str) -> Environment:
 
 
 def presentable(text: str) -> str:
-    """Replace control characters and lone surrogates, which no page can hold, by U+FFFD."""
+    """Return `text` with U+FFFD for control characters and lone surrogates, and with newlines for carriage returns."""
     valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return _CONTROL.sub("\ufffd", valid.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def portable(text: str) -> str:
-    """Cut absolute paths in `text` to their last name, as their folders describe the machine and not the run."""
+    """Return `text` with absolute paths cut to their last part, because their folders say nothing about the run."""
     return _PATH.sub("\u2026/", text)

@@ -3,7 +3,7 @@
     examples -> proxy ensemble -> gradient statistics -> scores -> selection
              -> finetune -> answers -> judgments in both orders -> PWS
 
-Every line of `run` is a stage. A stage finds its artifact in the store or makes it. Nothing is computed that the
+`run` calls the stages in this order. A stage finds its artifact in the store or makes it. Nothing is computed that the
 chosen scorer does not ask for.
 """
 
@@ -40,7 +40,7 @@ from gradsift.training.threads import set_threads, threads_in_words
 
 
 def run(config: Config, runtime: Runtime, record: RunRecord) -> None:
-    """One run: fill `record` as the stages finish, and end early at `stop_after`."""
+    """Run the stages up to `config.stop_after`, and add the results of each to `record`."""
     line = Line(config, runtime)
     record.loaded(line.loaded)
     if config.stop_after == "load":
@@ -57,7 +57,7 @@ def run(config: Config, runtime: Runtime, record: RunRecord) -> None:
     scored = score(runtime, line.scorer, line.loaded, line.sources, line.diagnose)
     record.scored(scored)
     record.refused("proxy", line.refused)
-    # `line.adapters` trains what does not exist: a scorer without an ensemble must not ask for it here
+    # `line.adapters` would train an ensemble that the scorer did not ask for
     if line.has_ensemble:
         record.ensemble(line.adapters)
     if config.stop_after == "scores":
@@ -102,7 +102,7 @@ class _NoRecord:
 
 
 def plan(config: Config, display: Display, folder: Path, about: Mapping[str, Any]) -> None:
-    """Walk through the stages without making anything, and write to `run.json` what is done and what is to do."""
+    """Walk through the stages without making anything in the store; list done and missing units in `run.json`."""
     planner = Planner(Path(config.artifacts), display.say)
     runtime = Runtime(planner, config.compute, display, config.seed)
     ends = None
@@ -117,7 +117,7 @@ def plan(config: Config, display: Display, folder: Path, about: Mapping[str, Any
 
 def walk(config: Config, runtime: Runtime) -> None:
     """Ask the store for every unit of a run, and record nothing."""
-    # a plan and the other ranks take the stages of `run` itself: a second list of stages would drift from the first
+    # calls `run`, because a second list of the stages could come to differ from that in `run`
     run(config, runtime, cast(RunRecord, _NoRecord()))
 
 
@@ -126,14 +126,14 @@ def follow(config: Config) -> None:
     with Path(os.devnull).open("w") as nowhere:
         display = Display(Console(file=nowhere))
         with contextlib.suppress(RunEnded):
-            # All ranks ask this store for the same units in the same order, and it refuses a rank that comes to another
-            # one: a collective call that only some ranks enter never returns.
+            # All ranks must ask this store for the same units in the same order. If a rank asks for another unit, the
+            # store raises an error, because a collective call that only some ranks enter never returns.
             store = SharedStore(Path(config.artifacts), display.say)
             walk(config, Runtime(store, config.compute, display, config.seed))
 
 
 def prepare(compute: ComputeConfig, *, joins: bool = True) -> None:
-    """Set up torch and transformers for this process; it joins the other ranks, unless it computes nothing."""
+    """Set up torch and transformers for this process, and let it join the other ranks if `joins` (False for a plan)."""
     quieten()
     set_threads(compute)
     set_kernels(compute)
@@ -143,7 +143,7 @@ def prepare(compute: ComputeConfig, *, joins: bool = True) -> None:
 
 
 def settings_of(config: Config) -> list[tuple[str, Any]]:
-    """Return the main settings of a run as names and values, to be shown before it starts; only those that it uses."""
+    """Return names and values of a run's main settings, to show at its start, without stages that it does not reach."""
     proxy, target, data = config.proxy, config.target, config.data
     rows = f", {data.size:,} rows" if isinstance(data, VerifiableDataConfig) else ""
     length = f"{target.steps} steps" if target.steps else f"{target.epochs} epochs"

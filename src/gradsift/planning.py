@@ -1,10 +1,10 @@
-"""Plan of a run: the pipeline is walked as usual, over a store that makes nothing.
+"""Plan of a run: the pipeline runs as usual, but with a store that looks units up instead of making them.
 
 An artifact is found by its fingerprint, so a plan knows what exists without computing anything. Light stages (reading
-the data, pinning a model) are made in a temporary folder, because everything after them depends on their content. Of
-the heavy stages only a finetune depends on content, namely on which examples were selected. Until the selection exists,
-the finetune and what follows it have `certain=False`: they may not have to be made, because another selection of the
-same examples may have led to the same finetune.
+the data, pinning a model) are made in a temporary folder, because the fingerprints of all later stages contain their
+content. Of the heavy stages only the selection's content enters a fingerprint: that of the finetune contains which
+examples were selected. Until the selection exists, the finetune and the units after it have `certain=False`. They may
+exist already, because another selection of the same examples leads to the same finetune.
 
 Estimates come from the manifests of similar units in the store. Without such units the estimate is None, never 0.
 """
@@ -36,11 +36,11 @@ class Unit:
     artifact: str  # folder in the store
     fingerprint: str
     state: str  # done or to do
-    certain: bool  # False: at most this is to be made
+    certain: bool  # False: the unit may turn out to exist
     seconds: float | None = None
     bytes: int | None = None
     peak_gb: float | None = None  # resident memory of the process
-    calls: int = 0  # to a judge behind an endpoint, at most
+    calls: int = 0  # most calls to a judge behind an endpoint
 
 
 class Planner(Store):
@@ -61,7 +61,7 @@ class Planner(Store):
         return Store(self.store).has(*unit, **options)
 
     def _provide(self, wanted: Artifact, make: Make, *, light: bool, exact: bool, divided: bool) -> Artifact:
-        """Return the artifact if it exists or is light, and otherwise one that is only planned."""
+        """Return the artifact if it exists or is light (it is then made), and otherwise a planned one without files."""
         unit = replace(wanted, path=self.store / wanted.stage / wanted.path.name)
         manifest, damage = read_manifest(unit.path, stage=unit.stage, fingerprint=unit.fingerprint)
         if damage is None:
@@ -89,7 +89,7 @@ def _temporary_folder() -> Path:
 
 
 class Earlier:
-    """The time and disk that earlier units of work needed, read from the manifests of a store."""
+    """The time, disk and memory that earlier units of work needed, read from the manifests of a store."""
 
     def __init__(self, store: Path) -> None:
         self._store = store
@@ -98,8 +98,8 @@ class Earlier:
     def estimate(self, unit: Artifact) -> dict[str, Any]:
         """Return seconds, bytes, peak memory and judge calls of a unit that is to be made, as far as they are known.
 
-        They are medians over the units of the same stage, method and models that share most settings with it, scaled
-        by the number of examples.
+        All but the calls are medians over the earlier units of the same stage, method and models that share the most
+        settings with this unit. Time and the sizes of tables are scaled by the number of examples.
         """
         size, models, config = unit.size or 0, list(unit.models), unit.manifest["config"]
         estimate: dict[str, Any] = {"calls": _calls(unit.stage, config, size)}
@@ -132,7 +132,7 @@ class Earlier:
 
 
 def _method(config: Mapping[str, Any]) -> Any:
-    """Return the name of the scorer, selector or judge; the cost of one says nothing about another's."""
+    """Return the name of the scorer, selector or judge: only units with the same name are compared."""
     return config.get("name") or (config.get("selector") or {}).get("name")
 
 
@@ -146,7 +146,7 @@ def _bytes(files: Mapping[str, Mapping[str, int]], scale: float) -> float:
 
 
 def _calls(stage: str, config: Mapping[str, Any], size: int) -> int:
-    """Return the calls to a judge behind an endpoint if no reply is cached; a pair is judged in both orders."""
+    """Return how many calls go to a judge behind an endpoint if no reply is cached; a pair is judged in both orders."""
     if stage == "judge" and config.get("name") not in (None, "verifier", "local"):
         return 2 * size
     if stage == "score" and config.get("rater.name") not in (None, "verifier", "local"):

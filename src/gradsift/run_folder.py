@@ -15,7 +15,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the content of a YAML file; None if there is no file, or it was cut off."""
+    """Return the content of a YAML file; None if the file is missing or invalid, for example cut off."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)  # noqa: S506 - a safe loader
     except (OSError, yaml.YAMLError):
@@ -23,14 +23,14 @@ def read_yaml(path: Path) -> Any:
 
 
 def config_values(folder: Path) -> dict[str, Any]:
-    """Return the values of a run's `config.yaml`; empty if there is no such file, or it was cut off."""
+    """Return the values of a run's `config.yaml`; empty if the file is missing or invalid."""
     content = read_yaml(folder / CONFIG_FILE)
     values = content.get("values") if isinstance(content, dict) else None
     return values if isinstance(values, dict) else {}
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run was begun in the folder, even if it was killed before it could write a `run.json`."""
+    """Return whether a run was begun in the folder, even if it was killed before it could write a `run.json`."""
     return any((folder / name).exists() for name in (RUN_FILE, CONFIG_FILE, ".hydra"))
 
 

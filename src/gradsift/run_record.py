@@ -54,7 +54,7 @@ class RunRecord:
             self.files["rejected rows"] = str(artifact.file("rejected.jsonl"))
 
     def collected(self, proxy: ProxyConfig, missing: Sequence[int]) -> None:
-        """Record that a shard of the norms is collected; `missing` are the shards that other jobs have yet to make."""
+        """Record that a shard of the norms is collected; `missing` are the shards that are still incomplete."""
         self.values["shards"] = {"collected": proxy.shard, "of": proxy.shards, "missing": list(missing)}
         rest = f"still missing: {', '.join(map(str, missing))}" if missing else "none is missing"
         self.store.say(
@@ -73,7 +73,7 @@ class RunRecord:
         self._diagnosed(artifact)
 
     def refused(self, group: str, artifact: Artifact | None) -> None:
-        """Record the rows that the template of `group` cannot show."""
+        """Record the rows that the chat template of `group` (proxy or target) cannot render."""
         if artifact is None or not artifact.info.get("refused"):
             return
         self.values.setdefault("refused", {})[group] = artifact.info["refused"]
@@ -94,7 +94,7 @@ class RunRecord:
         self.tracker.artifact(artifact, SELECTION_FILE)
 
     def exported(self, write: Callable[[Path], dict[str, str]]) -> None:
-        """Let `write` write files for other tools into the run's folder; it returns their names and paths."""
+        """Call `write` to export files for other tools to the run's folder; record the names and paths it returns."""
         self.files |= write(self.folder)
 
     def audited(self, compute: Callable[[], dict[str, Any]]) -> None:
@@ -150,7 +150,7 @@ class RunRecord:
         self.values["pws_by_definition"] = True
 
     def dry_run(self, message: str) -> None:
-        """End the run after a dry run of the judge; `message` says what would have been sent."""
+        """Record that the run ends with a dry run of the judge; `message` says what would have been sent."""
         self.values["dry_run"] = message
         self.ends_early = True
 
@@ -179,7 +179,7 @@ class RunRecord:
             self.tracker.curve(f"member_{number}", [entry | {"batch": index} for index, entry in enumerate(curve)])
 
     def value_of(self, objective: str) -> float | None:
-        """Return the pooled PWS, or the tuned target's accuracy or held-out loss; None if the run has none."""
+        """Return the pooled PWS, or the finetuned target's accuracy or held-out loss; None if it was not measured."""
         value = self.values.get(objective)
         if isinstance(value, dict):
             value = value.get("model")
@@ -213,7 +213,7 @@ class RunRecord:
 
 
 def composition(labels: Labels, positions: list[int]) -> dict[str, Any]:
-    """Return what a selection is made of, where the data has labels.
+    """Return the composition of a selection from data with labels.
 
     Args:
         positions: of the selected examples in the pool.
@@ -221,7 +221,7 @@ def composition(labels: Labels, positions: list[int]) -> dict[str, Any]:
     Returns:
         labels: share of each quality label in the selection.
         spoilt_share, spoilt_share_pool: share of corrupted examples in the selection and in the pool.
-        families, families_pool: effective number of families; only if the labels name them.
+        families, families_pool: effective number of families in each; only if the labels name families.
     """
     quality = Counter(labels.quality[position] for position in positions)
     shares = {name: quality[name] / len(positions) for name in sorted(set(labels.quality))}

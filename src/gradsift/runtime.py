@@ -49,8 +49,8 @@ class Display:
     def task(self, description: str, total: int | None) -> Iterator[Advance]:
         """Show the progress of `total` units of work. Yields a function to call with the number just done.
 
-        If the total is None the bar only moves, and without a terminal a line is printed if the work took long. Bars
-        of nested tasks stand below each other.
+        If `total` is None, the bar shows only that work goes on; without a terminal, a line is printed at the end if
+        the work took 30 seconds or more. The bars of nested tasks are shown below each other.
         """
         if not self.console.is_terminal:
             started = time.monotonic()
@@ -74,7 +74,7 @@ class Display:
                 progress.stop()  # draws the last bar once more, and erases it
 
     def _lines(self, description: str, total: int) -> Advance:
-        last, told = time.monotonic(), 0  # time of the last line, and the number that it gave
+        last, told = time.monotonic(), 0  # time of the last line, and the number done that it gave
         done = 0
 
         def advance(more: int) -> None:
@@ -82,7 +82,7 @@ class Display:
             done += more
             now = time.monotonic()
             if told < done < total and now - last >= _LOG_EVERY:
-                eta = (now - last) / (done - told) * (total - done)  # not since the start: resumed work took none
+                eta = (now - last) / (done - told) * (total - done)  # since the last line, as resumed work took no time
                 last, told = now, done
                 self.say(f"  {description}: {done:,} of {total:,}, about {eta / 60:.0f} min left")
 
@@ -90,7 +90,7 @@ class Display:
 
 
 def weighed(advance: Advance, units: int, weight: int) -> Advance:
-    """Return a function that takes the weight of finished work and advances a bar of `units` by the same share.
+    """Return a function that takes the weight of work just done and advances a bar of `units` by its share of `weight`.
 
     Batches hold similar numbers of tokens and take similar time, whether they have few long examples or many short
     ones, so progress is measured in tokens and shown in examples.
@@ -155,7 +155,7 @@ class Runtime:
 
 
 def peak_memory() -> dict[str, float]:
-    """Return the peak memory of this process so far, in GB (10^9 bytes); in a sweep over all its runs until now.
+    """Return the peak memory of this process so far, in GB (10^9 bytes), over all jobs that it has run.
 
     process_peak_resident_gb  resident memory (see `peak_resident_gb`)
     process_peak_cuda_gb      tensors on the current CUDA device, if there is one

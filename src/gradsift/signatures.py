@@ -1,4 +1,4 @@
-"""What a scorer or selector of gradsift asks for, read from its source without importing it.
+"""The inputs that a scorer or selector of gradsift asks for, read from its source text without importing it.
 
 The config is checked before anything heavy is imported, and the modules of most methods import numpy or torch.
 """
@@ -12,13 +12,13 @@ from pathlib import Path
 
 @functools.cache
 def asked_by(target: str) -> frozenset[str] | None:
-    """Return the names of the positional parameters of a function, which name what it asks for.
+    """Return the names of the positional parameters of a function, which are the inputs that it asks for.
 
     Args:
         target: the function as package.module.function.
 
     Returns:
-        None for a function that is not part of gradsift: the run itself looks at what it asks for.
+        The names; None for a function that is not part of gradsift, which the run inspects after importing it.
     """
     module, _, function = target.rpartition(".")
     package, *path = module.split(".")

@@ -1,7 +1,7 @@
 """Scorers and selectors as configured functions, and the sources that they ask for.
 
-The positional parameters of such a function name what it needs, and the pipeline computes nothing else. Its
-keyword-only parameters are constants, which come from its YAML file.
+The positional parameters of such a function name its sources, and the pipeline computes nothing else. Its keyword-only
+parameters are constants, which come from its YAML file.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from gradsift.errors import ConfigError
 
 @dataclass(frozen=True)
 class Source:
-    """Something that a scorer or selector can ask for: the artifacts it comes from, and how to read it from them."""
+    """An input that a scorer or selector can ask for: the artifacts that contain it, and how to read it from them."""
 
     artifacts: Callable[[], Sequence[Artifact]]
     value: Callable[[], Any]
-    settings: Mapping[str, Any] = field(default_factory=dict)  # options of the run that it comes from; JSON values
-    reads_tokens: bool = False  # whether it is computed from the pool in tokens of the proxy's template
+    settings: Mapping[str, Any] = field(default_factory=dict)  # options that determine the value too; JSON values
+    reads_tokens: bool = False  # whether it is computed from the pool's tokens in the proxy's template
 
 
 @dataclass(frozen=True)
 class Method:
-    """A scorer or a selector as it is configured."""
+    """A scorer or a selector with its configured constants."""
 
     name: str
     target: str  # package.module.function
@@ -41,11 +41,11 @@ class Method:
     code: str = ""  # SHA-256 of a user's own code; gradsift's own functions are versioned by hand
 
     def parents(self, sources: Mapping[str, Source]) -> list[Artifact]:
-        """Return the artifacts that the result is computed from; makes those that do not exist."""
+        """Return the artifacts that the result is computed from; artifacts that do not exist are made."""
         return [artifact for parameter in self.asked for artifact in sources[parameter].artifacts()]
 
     def settings(self, sources: Mapping[str, Source]) -> dict[str, Any]:
-        """Return what the result depends on besides its parents."""
+        """Return the settings that the result depends on besides its parents."""
         settings = {"name": self.name, "function": self.target, **self.constants}
         for parameter in self.asked:
             settings |= {f"{parameter}.{option}": value for option, value in sources[parameter].settings.items()}
@@ -61,16 +61,16 @@ _texts: dict[str, str] = {}  # source text that each module of the user was impo
 
 
 def method(kind: str, config: Any, known: Sequence[str], leading: Sequence[str] = ()) -> Method:
-    """Return the function that `config._target_` names, with its constants, checked against its signature.
+    """Return the scorer or selector whose function `config._target_` names, checked against the function's signature.
 
     Args:
         kind: `scorer` or `selector`; names the options in errors.
-        config: one of gradsift's dataclasses or a mapping of the user's own, with `_target_` and `name`.
+        config: a dataclass of gradsift or a user's mapping, with `_target_`, `name` and the constants.
         known: names of the sources.
-        leading: the first positional parameters, which are no sources.
+        leading: names of the first positional parameters, which are not sources.
 
     Raises:
-        ConfigError: no such function, a source or a constant that is not known, a constant without a value.
+        ConfigError: the function does not exist, a source or a constant is not known, or a constant has no value.
     """
     options = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
     for key in ("_target_", "name"):
@@ -95,7 +95,7 @@ def method_of(
     """Return a function as a scorer or selector, with `options` as its constants.
 
     Args:
-        target: stands for the function in the identity of its results.
+        target: name of the function in the fingerprint of its results.
         code: SHA-256 of its code; empty for a function of gradsift.
 
     Raises:
@@ -121,7 +121,7 @@ def method_of(
 
 
 def _resolve(kind: str, target: str) -> tuple[Callable[..., Any], str]:
-    """Return the function at package.module.function and the hash of its module's text, empty for gradsift's own."""
+    """Return the function `target` and the SHA-256 of its module's source text, which is empty for gradsift's own."""
     module_name, _, function_name = target.rpartition(".")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # last: a user's file never hides an installed package

@@ -1,7 +1,7 @@
 """Checks of a sweep: every job is composed and validated before the first one starts.
 
-Hydra's launchers may run jobs in other processes, on other machines and hours later. An invalid value in any of them
-is reported before anything is written.
+Hydra's launchers may run jobs in other processes, on other machines and hours later. So an invalid value in any job is
+reported before anything is written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gradsift.errors import ConfigError, GradsiftError
 HOME = "GRADSIFT_HOME"  # environment variable of a job: the folder in which its sweep was started
 GPUS = "GRADSIFT_GPUS"  # environment variable of a job: the GPUs of its sweep, which the jobs share by number
 MOST_JOBS = 10_000  # in one sweep
-_ONE_MACHINE = ("JoblibLauncher", "LocalLauncher")  # launchers that run jobs side by side in processes
+_ONE_MACHINE = ("JoblibLauncher", "LocalLauncher")  # launchers that run jobs side by side on this machine
 _GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _EXTRAS = {  # plugin of Hydra: the optional extra that installs it
     "hydra_joblib_launcher": "launchers",
@@ -82,8 +82,8 @@ def fix_place(composed: DictConfig) -> None:
     """Make every job write below the folder where the sweep was started.
 
     A launcher's worker may start in another folder. It composes its job again from the overrides and sets the job's
-    environment variables, so the absolute folder of the sweep is added to the overrides and `HOME` to the environment
-    variables.
+    environment variables. So the absolute folder of the sweep is added to the overrides, and `HOME` to the environment
+    variables. For a launcher that runs several jobs at a time on this machine, `GPUS` is added too.
     """
     folder = Path(composed.hydra.sweep.dir).absolute()
     composed.hydra.sweep.dir = str(folder)
@@ -96,7 +96,7 @@ def fix_place(composed: DictConfig) -> None:
 
 
 def _visible_gpus() -> str:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; empty if there is none."""
+    """Return the GPUs that this process may use, in the form of CUDA_VISIBLE_DEVICES; empty if there is none."""
     import torch
 
     numbers = ",".join(map(str, range(torch.cuda.device_count())))
@@ -104,9 +104,10 @@ def _visible_gpus() -> str:
 
 
 def take_gpus(number: int | None, devices: int) -> None:
-    """Give job `number`, counted from 1, `devices` of its sweep's GPUs; if there are too few, jobs share them.
+    """Set CUDA_VISIBLE_DEVICES to `devices` of the sweep's GPUs for job `number`, counted from 1.
 
-    A worker that has used a GPU already keeps it, because CUDA reads the variable once per process.
+    If there are too few GPUs, jobs share them. A worker that has already used a GPU keeps its GPUs, because CUDA reads
+    the variable once per process.
     """
     if number is None or not (listed := os.environ.get(GPUS)):
         return
@@ -143,7 +144,7 @@ def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
     """Return the jobs of a grid, or for a search one job for each listed value and each end of an interval.
 
     Raises:
-        ConfigError: there are more than `MOST_JOBS`; they are counted before any is listed.
+        ConfigError: there are more than `MOST_JOBS` jobs, which are counted before any is listed.
     """
     # not resolved: an override may contain `${hydra:job.num}`, which only a job has
     params: Any = OmegaConf.to_container(composed.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=False)
@@ -193,7 +194,7 @@ def _count(override: Override) -> int:
 
 
 def values_of(override: Override) -> Iterator[str]:
-    """Yield the values that an override names, or the ends of its interval, as they are written."""
+    """Yield as text the values that an override names, or the two ends of its interval."""
     value: Any = override.value()
     if isinstance(value, IntervalSweep):
         yield from (str(value.start), str(value.end))
@@ -206,7 +207,7 @@ def values_of(override: Override) -> Iterator[str]:
 def _errors(
     composed: DictConfig, jobs: Sequence[Job], searches: bool, describe: Callable[[Exception], str]
 ) -> dict[str, list[Job]]:
-    """Return the errors and, for each, the jobs that have it."""
+    """Return the jobs that cannot run, by error message."""
     from gradsift.runtime import Display
 
     errors: dict[str, list[Job]] = {}
@@ -229,7 +230,7 @@ def _errors(
 
 
 def _require_own_dataset(config: Config, job: Job, pushed: dict[str, Job]) -> None:
-    """Raise ConfigError if another job sends its selection to the same dataset of the hub; `pushed` is added to."""
+    """Raise ConfigError if a job in `pushed` sends its selection to the same dataset; add this job to `pushed`."""
     dataset = config.export.push_to_hub
     if dataset is not None and pushed.setdefault(dataset, job) != job:
         raise ConfigError(
@@ -239,7 +240,7 @@ def _require_own_dataset(config: Config, job: Job, pushed: dict[str, Job]) -> No
 
 
 def _load(composed: DictConfig, job: Job) -> Config:
-    """Return the config that a job will have, composed as Hydra does it but for the job's number."""
+    """Return the config that a job will have, composed as by Hydra, except that the job's number is 0."""
     overrides = [*composed.hydra.overrides.hydra, *job]
     config = compose(composed.hydra.job.config_name, overrides, return_hydra_config=True)
     with open_dict(config):

@@ -28,13 +28,13 @@ _FOLDERS = re.compile(r"(?:~(?=/)|(?<![\w.:/])/|\b[A-Za-z]:\\)[^'\",=\[\]{}]*[/\
 
 
 def group_of(sweep: Path) -> str:
-    """Return the W&B group of a sweep's runs: the name of its folder, after the day if the parent folder names it."""
+    """Return the W&B group of a sweep's runs: its folder's name, preceded by the parent's name if that is a date."""
     day = sweep.parent.name
     return f"{day}_{sweep.name}" if re.fullmatch(r"\d{4}-\d\d-\d\d", day) else sweep.name
 
 
 class Tracker:
-    """A context manager around one run; it finishes the W&B run even after an error."""
+    """A context manager that tracks one run; it finishes the W&B run even after an error."""
 
     def __init__(self, config: TrackerConfig, folder: Path, group: str | None, about: Mapping[str, Any]) -> None:
         """
@@ -76,7 +76,7 @@ class Tracker:
             stream.write(json.dumps(values) + "\n")
 
     def artifact(self, artifact: Artifact, file: str) -> None:
-        """Send a file of an artifact if `tracker.artifacts` asks for it; W&B stores equal files once."""
+        """Send a file of an artifact to W&B if `tracker.artifacts` is true; W&B stores equal files once."""
         if self._wandb is None or not self._config.artifacts:
             return
         import wandb
@@ -94,8 +94,11 @@ class Tracker:
 def log_report(folder: Path) -> bool:
     """Log the figures (PNG) and tables (CSV) of a report to W&B, as a run of the job type `report`.
 
-    It is a run of its own, in the sweep's group if there is one, because the runs that it shows have ended and may
-    already be uploaded. Returns False, and logs nothing, if the runs are not tracked by W&B.
+    The report is a W&B run of its own (in the sweep's group, if there is one), because the runs that it shows have
+    ended and may already be uploaded.
+
+    Returns:
+        Whether the report was logged; False if the runs are not tracked by W&B.
     """
     if not is_logged(folder):
         return False
@@ -116,7 +119,7 @@ def log_report(folder: Path) -> bool:
 
 
 def is_logged(folder: Path) -> bool:
-    """Whether the runs of a run's or a sweep's folder are tracked by W&B."""
+    """Return whether the run in `folder`, or the sweep there, is tracked by W&B."""
     return bool((_config_of(folder).get("tracker") or {}).get("name") == "wandb")
 
 
@@ -159,10 +162,10 @@ def _start(
 
 
 def _run_id(folder: Path, about: Mapping[str, Any]) -> str:
-    """Return the W&B id of a run in this folder: random at first, and stored there.
+    """Return the W&B id of a run in this folder. It is drawn at random the first time, and stored in the folder.
 
-    So no two jobs share an id, on any machine. A job that runs again in its folder (requeued by Slurm, for example)
-    replaces its earlier W&B run; the data of that run that was not uploaded is deleted.
+    So jobs never share an id, whatever machine they run on. A job that runs again in its folder (requeued by Slurm, for
+    example) replaces its earlier W&B run, whose data that is not uploaded yet is deleted.
     """
     file = folder / "wandb" / f"{content_hash(about)[:12]}.id"
     run_id = file.read_text(encoding="utf-8") if file.is_file() else ""
@@ -176,7 +179,7 @@ def _run_id(folder: Path, about: Mapping[str, Any]) -> str:
 
 
 def without_folders(value: Any) -> Any:
-    """Return the value with every absolute path cut to its last name, so that W&B gets no folders of this machine."""
+    """Return `value` with absolute paths cut to their last part, so that W&B gets no folder names of this machine."""
     if isinstance(value, str):
         return _FOLDERS.sub("", value)
     if isinstance(value, Mapping):

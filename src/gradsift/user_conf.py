@@ -16,7 +16,7 @@ def conf_folder() -> Path:
 
 
 class UserConf(SearchPathPlugin):
-    """Has Hydra search `conf/` of the working directory, after gradsift's own.
+    """Makes Hydra search `conf/` in the working directory, after gradsift's own `conf/`.
 
     The path is made absolute here, so the workers of a launcher search the folder in which the sweep was begun.
     """
@@ -31,6 +31,6 @@ class UserConf(SearchPathPlugin):
 
 
 def hidden_files(folder: Path) -> list[str]:
-    """Return the files of a user's `conf/` that a file of gradsift's own hides, as GROUP/NAME.yaml."""
+    """Return the files (GROUP/NAME.yaml) of a user's `conf/` that gradsift's files of the same names hide."""
     files = (path.relative_to(folder) for path in sorted(folder.glob("*/*.yaml")))
     return [path.as_posix() for path in files if (conf_folder() / path).is_file()]

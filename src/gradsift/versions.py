@@ -15,7 +15,7 @@ _PACKAGES = ("gradsift", "torch", "transformers", "peft", "lightning", "numpy")
 
 
 def differences(manifest: Mapping[str, Any]) -> str:
-    """Return how the code and packages that made an artifact differ from these; empty if they do not."""
+    """Return how the code and packages that made an artifact differ from the current ones; empty if they are equal."""
     differs = [] if manifest.get("code") == code_hash() else [f"commit {manifest['git_sha'] or 'unknown'}"]
     then, now = manifest.get("packages") or {}, package_versions()
     return ", ".join(differs + [f"{name} {then.get(name)}" for name in _PACKAGES if then.get(name) != now[name]])
@@ -23,7 +23,10 @@ def differences(manifest: Mapping[str, Any]) -> str:
 
 @functools.cache
 def code_hash() -> str:
-    """Return 12 hex digits over this package's source files. Unlike a commit, they tell edits and wheels apart."""
+    """Return 12 hex digits of a hash of this package's source files.
+
+    Unlike a commit, the hash also covers edits that are not committed, and is known for an installed wheel.
+    """
     folder = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in _SOURCES):

@@ -1,1 +1,1 @@
-"""The proxy ensemble: one member and epoch is one unit of work and of resume."""
+"""The proxy ensemble. Each epoch of each member is a unit of work, with an artifact of its own."""

@@ -1,11 +1,12 @@
-"""Losses of the answers at one member's late snapshot, the end of an answer apart from the rest.
+"""Losses of the responses at one member's late snapshot: the loss of the last token, and the mean of the others.
 
     body_i   mean loss of the response tokens before the last one
-    end_i    loss of the last response token, which ends the answer (the end token, unless the answer was cut)
+    end_i    loss of the last response token (the end token, unless the response was cut)
     other_i  body_i after the prompt of another example, which each member draws at random
 
-A response of a single token has that token's loss for `body` and `end`. Two forward passes over the pool, dropout off;
-no gradients. In a conversation, all tokens before the first response token are replaced by those of the other example.
+For a response of a single token, body and end are that token's loss. The losses take two forward passes over the pool,
+with dropout off and without gradients. In a conversation, the other example's prompt replaces all tokens before the
+first response token.
 
 Shape letters: M members, N examples, B of a batch.
 """
@@ -47,11 +48,11 @@ class AnswerLosses:
 def answer_losses(
     runtime: Runtime, config: LoraConfig, member: Artifact, index: int, load: Callable[[], ProxyInputs]
 ) -> Artifact:
-    """Return the artifact of a table of row (position among the examples), body, end and other.
+    """Return the artifact of a table with the columns row (position in the pool), body, end and other.
 
     Args:
-        member: a member's epoch, with its adapter.
-        index: of the member; the other prompts are drawn with this number and the run's seed.
+        member: the artifact of a member's epoch, which contains the adapter.
+        index: number of the member; the other prompts are drawn with it and the run's seed.
         load: called only if the table has to be made.
     """
     collect = partial(collect_losses, seed=derive_seed(runtime.seed, "other prompts", index))
@@ -65,10 +66,10 @@ def collect_losses(
     """Return columns row (N,) int64, body, end and other (N,) float32, in the order of the encoded examples.
 
     Args:
-        seed: of the other prompts.
+        seed: with which the other prompts are drawn.
 
     Raises:
-        GradsiftError: a loss is not finite; names the rows.
+        GradsiftError: a loss is not finite; the message names the rows.
     """
     losses_of = ResponseLosses(adapted)
     count = len(inputs.encoded)
@@ -119,7 +120,7 @@ def _after_prompt(example: Encoded, giver: Encoded, limit: int) -> Encoded:
 
 
 def read_answer_losses(members: Sequence[Artifact], count: int) -> AnswerLosses:
-    """Return the losses of all members, for `count` examples."""
+    """Return the losses of all members, for a pool of `count` examples; NaN for examples that no table has."""
     losses = AnswerLosses(*(np.full((len(members), count), np.nan) for _ in range(3)))
     for member, artifact in enumerate(members):
         table = pq.read_table(artifact.file(LOSSES_FILE))

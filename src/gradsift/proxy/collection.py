@@ -1,8 +1,8 @@
 """Gradient norms at fixed weights: a pass over all examples, or a shard of them, after an epoch.
 
 The unit of work is (member, epoch, shard). The pass uses the member's weights after the epoch, with dropout off, so it
-measures the paper's g_i^(m,e). A member of mc_dropout is such a pass over shared weights, under dropout masks of its
-own.
+measures the paper's g_i^(m,e). With `proxy.ensemble=mc_dropout`, the members share the weights of one adapter, and the
+pass of each member has dropout masks of its own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def collect(
 
     Args:
         load: called only if the shard has to be collected.
-        shard: which of `config.shards`, from 0.
+        shard: number of the shard, below `config.shards`, from 0.
     """
     label = f"norms of member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
     label += f", shard {shard} of {config.shards}" if config.shards > 1 else ""
@@ -51,7 +51,7 @@ def collect(
         return collect_rows(runtime, folder, config, load(), member, epoch, weights, shard, label)
 
     identity = _identity(runtime, config, member, epoch, weights, shard)
-    # rounded up; for the estimates of plans
+    # examples in a shard, rounded up; plans estimate the time from this
     size = -(-(weights.size or 0) // config.shards)
     return runtime.store.obtain(**identity, make=make, size=size, divided=True)
 
@@ -67,13 +67,13 @@ def collect_rows(
     shard: int,
     label: str = "norms",
 ) -> dict[str, Any]:
-    """Collect the norms of one shard at `weights` and write them."""
+    """Collect the norms of one shard at `weights`, write them to `folder` and return the artifact's counts."""
     encoded = shard_of(inputs.encoded, shard, config.shards)
     masks = None
     if config.ensemble == "mc_dropout":
         masks = _mask_seed(runtime, member, epoch)
     with (
-        # the seed has no effect: the member's weights replace the draw
+        # the seed 0 has no effect, because the member's weights replace the new adapter's
         adapter(inputs.backbone, config.lora, 0, runtime.compute) as adapted,
         runtime.display.task(label, len(encoded)) as advance,
     ):
@@ -95,12 +95,14 @@ def collect_norms(
     masks: int | None = None,
     journal: Journal | None = None,
 ) -> dict[str, np.ndarray]:
-    """Pass over all examples at fixed weights, divided over the ranks; the model is left as it was.
+    """Return the norms and losses of all examples at fixed weights; the model is left as it was.
+
+    The examples are divided over the ranks, and the results are gathered on every rank.
 
     Args:
         progress: called with the number of examples just done, estimated from their tokens.
-        masks: seed of dropout masks. With a seed the adapters' dropout stays on, and an example's norm is that of its
-            gradient under its own masks; without one, dropout is off.
+        masks: seed of dropout masks. With a seed, the adapter's dropout stays on, and each example's gradient is taken
+            under masks of its own; None turns dropout off.
         journal: keeps the norms batch by batch.
 
     Returns:
@@ -123,7 +125,7 @@ def collect_norms(
     bar = LambdaCallback(on_validation_batch_end=lambda *values: advance(tokens(values[3].examples)))
     norms = GradientNormCallback()
     groups: Any = spread_out(by_length(mine, budget.tokens))
-    # more ranks than examples leave a rank without any; it still takes part in the gathering below
+    # a rank without examples, if there are more ranks than examples, still takes part in the gathering below
     if groups:
         loader = DataLoader(groups, batch_size=None, collate_fn=Step)
         with keyboard_interrupts():
@@ -141,7 +143,7 @@ def _identity(
 ) -> dict[str, Any]:
     settings: dict[str, Any] = {"shard": shard, "shards": config.shards}
     if config.ensemble == "mc_dropout":
-        # the members share their weights, the parent: without these entries all would have one fingerprint
+        # the members share their parent, the weights, so without these entries they would share one fingerprint
         settings |= {"masks_of": member, "seed": runtime.seed}
     slug = f"m{member}-e{epoch}" + (f"-s{shard}of{config.shards}" if config.shards > 1 else "")
     return {"stage": "norms", "slug": slug, "config": settings, "parents": [weights], "version": VERSION}

@@ -2,17 +2,17 @@
 
 GRADFILTERING (arXiv 2601.13697), section 3: M adapters on one frozen backbone differ by their initial A and their data
 order, and each minimises its own loss. theta^(m,e) are member m's parameters after e epochs, and |g_i^(m,e)| is the
-norm of example i's gradient there.
+norm of example i's gradient at these parameters.
 
-That is `lora_seeds`. The two other ensembles are the ablations that the paper asks for, as we read it:
+This is `proxy.ensemble=lora_seeds`. The two other ensembles are the ablations that the paper asks for, as we read it:
 
-    bootstrap   all members start from one A; member m trains on N draws with replacement from the N examples, the same
-                in every epoch, in an order of its own
-    mc_dropout  one adapter is trained, with dropout (member 0 of `lora_seeds`); member m is a pass over its weights
-                after an epoch under dropout masks of its own
+    bootstrap   all members start from the same A; member m trains on N draws with replacement from the N examples, the
+                same draws in every epoch, in another order
+    mc_dropout  one adapter is trained, with dropout (it is member 0 of `lora_seeds`); the norms of member m come from a
+                pass with the adapter's weights after an epoch, under dropout masks of member m
 
-With `proxy.together=K`, K members train side by side (`gradsift.proxy.together`); no fingerprint contains which members
-these are, because that changes their weights by rounding alone.
+With `proxy.together=K`, K members train side by side (`gradsift.proxy.together`). This changes their weights only by
+rounding, so the fingerprints do not contain which members trained together.
 
 Norms come from a pass over the examples after an epoch (`gradsift.proxy.collection`), for the epochs that a stage asks
 for. With `proxy.collect=during_training` they come from the training steps.
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from gradsift.proxy.together import MemberEpoch
 
 VERSION = 6
-Unit = tuple[Mapping[str, Any], Artifact | None, Path]  # a member's settings, its epoch before, its folder
+Unit = tuple[Mapping[str, Any], Artifact | None, Path]  # a member's settings, its previous epoch, its folder
 
 
 def ensemble_norms(
@@ -76,7 +76,7 @@ def collect_shard(
     """Collect one shard of all members at both snapshots.
 
     Returns:
-        The shards of which a part does not exist yet.
+        The numbers of the shards that are not yet collected for all members and both snapshots.
     """
     weights_of = {epoch: _weights(config, adapters, epoch) for epoch in config.snapshots}
     members = [(member, epoch, w) for epoch, chain in weights_of.items() for member, w in enumerate(chain)]
@@ -90,7 +90,7 @@ def collect_shard(
 
 
 def _weights(config: ProxyConfig, adapters: Sequence[Sequence[Artifact]], epoch: int) -> list[Artifact]:
-    """Return each member's weights after an epoch; the members of mc_dropout share theirs."""
+    """Return each member's weights after an epoch; with mc_dropout, all members have the weights of one adapter."""
     weights = [chain[epoch - 1] for chain in adapters]
     return weights * config.members if config.ensemble == "mc_dropout" else weights
 
@@ -98,7 +98,7 @@ def _weights(config: ProxyConfig, adapters: Sequence[Sequence[Artifact]], epoch:
 def train_adapters(
     runtime: Runtime, config: ProxyConfig, proxy: Artifact, examples: Artifact, load: Callable[[], ProxyInputs]
 ) -> list[list[Artifact]]:
-    """Return the adapters of the ensemble, as [adapter][epoch - 1]: one per member, but a single one for mc_dropout.
+    """Return the adapters of the ensemble, as [adapter][epoch - 1]: one per member, or a single one for mc_dropout.
 
     Jobs of different shards begin with different members, so that they train in parallel.
     """
@@ -120,7 +120,7 @@ def train_adapter(
     member: int,
     epochs: int,
 ) -> list[Artifact]:
-    """Return one member's weights after each of its first `epochs` epochs; for `during_training` with their norms."""
+    """Return the artifacts of one member's first `epochs` epochs; with `during_training` they also contain norms."""
     return _train_group(runtime, config, proxy, examples, load, [member], epochs)[member]
 
 
@@ -133,7 +133,7 @@ def _train_group(
     members: Sequence[int],
     epochs: int,
 ) -> dict[int, list[Artifact]]:
-    """Return the weights of `members` after each epoch; members still to be trained are trained side by side."""
+    """Return the artifacts of each member's epochs; members without an artifact of an epoch train side by side."""
     chains: dict[int, list[Artifact]] = {member: [] for member in members}
     for epoch in range(1, epochs + 1):
         previous = {member: chain[-1] if chain else None for member, chain in chains.items()}
@@ -152,7 +152,7 @@ def _train_group(
                     return {member: train_member_epoch(runtime, config, inputs, *one)}
                 units = [(settings[member], previous[member], folder) for member, folder in folders.items()]
                 infos = train_members_epoch(runtime, config, inputs, units, advance)
-            # each unit's manifest has its share of the time, from which plans estimate
+            # each unit's manifest gets an equal share of the time, on which plans base their estimates
             seconds = (time.perf_counter() - started) / len(folders)
             return {member: {**info, "seconds": seconds} for member, info in zip(folders, infos, strict=True)}
 
@@ -171,9 +171,10 @@ def _obtain_all(
     units: Mapping[int, tuple[str, Mapping[str, Any], Sequence[Artifact]]],
     make: Callable[[Mapping[int, Path]], Mapping[int, Mapping[str, Any]]],
 ) -> dict[int, Artifact]:
-    """Return the artifacts of `units` (slug, config, parents); those that do not exist are made by one call of `make`.
+    """Return the artifacts of `units` (slug, config, parents); one call of `make` makes all that do not exist.
 
-    Their folders are opened one within another, in ascending order: of two jobs that make the same units, one waits.
+    The calls of `obtain`, each of which locks its unit, are nested in ascending order of the members. So if two jobs
+    make the same units, one of them waits.
     """
     folders: dict[int, Path] = {}
     infos: dict[int, Mapping[str, Any]] = {}
@@ -197,10 +198,13 @@ def _obtain_all(
 
 
 def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: int) -> dict[str, Any]:
-    """Return what a member's epoch depends on: not M, not the snapshots, and for a constant rate no later epoch."""
+    """Return the settings that determine a member's epoch.
+
+    They contain neither M nor the snapshots, and with a constant rate they do not contain the number of epochs.
+    """
     return {
         **({"ensemble": "bootstrap"} if config.ensemble == "bootstrap" else {}),
-        # the weights are the same, but the norms exist only if they were taken
+        # the weights do not depend on this, but only such an epoch has norms
         **({"collect": "during_training"} if config.collect == "during_training" else {}),
         "member": member,
         "epoch": epoch,
@@ -228,11 +232,11 @@ def train_member_epoch(
     folder: Path,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Train one member for one epoch and write it, with the norms of its steps where they are wanted.
+    """Train one member for one epoch and write it, with the norms of its steps for `proxy.collect=during_training`.
 
     Args:
         settings: from `member_settings`; they name the member and the epoch.
-        previous: the epoch before, which this one continues.
+        previous: the artifact of the epoch before, from which this epoch starts; None for the first epoch.
 
     Raises:
         GradsiftError: the learning rate is 0 throughout the epoch.
@@ -295,14 +299,17 @@ def epoch_plan(config: ProxyConfig, lengths: Sequence[int], seed: int, member: i
     if config.ensemble != "bootstrap":
         return epoch_batches(lengths, config.batch_size, config.batching, order)
     draws = resample(seed, member, len(lengths))
-    # Batches are cut by the lengths of the N draws, in which an example may occur several times; positions then become
-    # examples.
+    # Batches are made from the lengths of the N draws, among which an example may occur several times. Then the
+    # positions among the draws are replaced by those of the examples.
     plan = epoch_batches([lengths[draw] for draw in draws], config.batch_size, config.batching, order)
     return [[draws[position] for position in batch] for batch in plan]
 
 
 def resample(seed: int, member: int, count: int) -> list[int]:
-    """Return the positions of a bootstrap member, in every epoch: `count` draws with replacement from `count`."""
+    """Return the positions of the examples that a bootstrap member trains on, the same in every epoch.
+
+    They are `count` draws with replacement from range(count).
+    """
     rng = np.random.default_rng(derive_seed(seed, "bootstrap", member))
     draws: list[int] = rng.integers(count, size=count).tolist()
     return draws

@@ -43,7 +43,7 @@ class EpochStart(NamedTuple):
 
     first_step: int  # optimiser steps of earlier epochs
     dropout_seed: int
-    previous: Artifact | None  # the epoch before
+    previous: Artifact | None  # the epoch before; None for the first
 
 
 def member_table(
@@ -58,11 +58,11 @@ def member_table(
     passes: int,
     version: int,
 ) -> Artifact:
-    """Return the artifact of a table, `file`, that passes over the examples give at a member's weights.
+    """Return the artifact of the table `file`, which `columns` computes from the examples at a member's weights.
 
     Args:
         stage: names the artifact and the progress bar.
-        member: a member's epoch, with its adapter.
+        member: the artifact of a member's epoch, which contains the adapter.
         load: called only if the table has to be made.
         columns: computes the table from the adapted model, its inputs, a progress function and a journal.
         passes: how many times `columns` passes over the examples.
@@ -104,10 +104,11 @@ def train_epoch(
     compute: ComputeConfig,
     callbacks: Sequence[Callback],
 ) -> dict[str, Any]:
-    """Train over the steps of `plan` (positions in `inputs.encoded`); write adapter, optimiser state and curve.
+    """Train on the batches of `plan` (positions in `inputs.encoded`); write adapter, optimiser state and curve.
 
     Returns:
-        optimizer_steps, resumed_steps, rows, and the sizes of the adapter's factors.
+        The counts `optimizer_steps`, `resumed_steps` (steps that interrupted runs had taken) and `rows`, and the
+        Frobenius norms of the adapter's A and B over all layers, `size_A` and `size_B`.
     """
     # here, as in every function that trains: Lightning takes seconds to import, and most runs reuse their trainings
     from gradsift.training.finetuning import fit
@@ -119,20 +120,20 @@ def train_epoch(
 
 
 def start_epoch(adapted: Any, inputs: ProxyInputs, optimization: Optimization, start: EpochStart) -> ProxyMember:
-    """Return the module of an epoch, with the weights and the optimiser's state of the epoch before."""
+    """Return the module that trains an epoch, with weights and optimiser state of the epoch before if there is one."""
     from gradsift.training.modules import ProxyMember
 
     pad_id = inputs.backbone.pad_id
     module = ProxyMember(adapted, optimization, inputs.budget, pad_id, start.first_step, start.dropout_seed)
     if start.previous is not None:
         lora.load_adapter(adapted, start.previous.path)
-        # a path and not the state: Lightning makes the optimiser when the training starts
+        # a path and not the state, because Lightning makes the optimiser when the training starts
         module.restore_from = start.previous.file(OPTIMIZER_FILE)
     return module
 
 
 def optimizer_keeper(folder: Path) -> Callback:
-    """Return a callback that writes the optimiser's state, from which the next epoch continues."""
+    """Return a callback that writes the optimiser's state after the training; the next epoch continues from it."""
     from lightning.pytorch.callbacks import LambdaCallback
 
     def save(trainer: Any, module: Any) -> None:

@@ -2,7 +2,7 @@
 
 Each member keeps its own rows and their order, dropout masks, optimiser, learning rate, save point and files, so that
 its artifact equals the artifact of a member trained alone, up to rounding. A step of the trainer is one step of every
-member that has steps left: members that were interrupted at different places continue from there.
+member that has steps left, so members that were interrupted at different steps each continue from their own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gradsift.training.optimization import Optimization
 
 
 class MemberEpoch:
-    """One member's part of an epoch: its batches, where it starts, what it notes and where it is written."""
+    """One member's part in an epoch: its batches, its state at the start, its callbacks and its folder."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class MemberEpoch:
         """
         Args:
             plan: batches, as positions in the examples.
-            with_norms: whether its steps give the per-sample norms.
+            with_norms: whether the per-sample norms are recorded during the steps.
         """
         self.plan, self.optimization, self.start = plan, optimization, start
         self.lora_seed, self.folder = lora_seed, folder
@@ -59,7 +59,7 @@ class MemberEpoch:
         return [ShowProgress(advance), self._trajectory, *([self._norms] if self._norms else [])]
 
     def write(self, inputs: ProxyInputs) -> dict[str, Any]:
-        """Write what the callbacks noted, and return what the member adds to the artifact's info."""
+        """Write the recorded trajectory and norms, and return the norms' entries for the artifact's info."""
         if self._trajectory is not None:
             self._trajectory.write(self.folder)
         if self._norms is None:
@@ -78,7 +78,7 @@ def train_together(
         lanes: a fresh adapter for each of `epochs`.
 
     Returns:
-        The counts of `train_epoch`, and `forward_tokens`, of each member.
+        For each member, what `train_epoch` returns, and `forward_tokens`.
     """
     members, callbacks, left = [], [], []
     for lane, epoch in enumerate(epochs):
@@ -116,10 +116,10 @@ class Members(AdapterModule):
         super().__init__(lanes.adapted, first.optimization, first.budget, first.pad_id)
         self.lanes = lanes
         self.of_lane = members
-        self._children = nn.ModuleList(members)  # Lightning tells them their device
+        self._children = nn.ModuleList(members)  # registered, so that Lightning sets their device
 
     def training_step(self, step: Step, step_index: int) -> dict[str, Any]:
-        """Return the outputs of each member that has examples in the step, by its lane as text."""
+        """Return the outputs of each member that has examples in the step, by its lane's number as a string."""
         outputs = self.pass_step(step)
         self.lanes.forget_rows()
         # a step may take several passes, each with rows of every lane; stable, so a lane's rows stay in the order of
@@ -178,7 +178,7 @@ class _OfEachMember(L.Callback):
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         self._call("on_train_start", trainer, module)
-        # where norms are wanted, each member has put its probe in place of the one before
+        # if norms are recorded, each member's probe has replaced that of the member before
         module.gradient_norms = module.of_lane[-1].gradient_norms
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:

@@ -1,10 +1,10 @@
 """The path of an adapter while it trains, in a few dimensions: `trajectory.safetensors` beside its weights.
 
-A point is a random projection of the update B A over all layers. The factors themselves would not do: A is drawn anew
-for each member and stays near its draw, so members are far apart before they learn anything, while their updates all
-start at zero. Coordinate k is the sum over the layers of u_k^T B A v_k / sqrt(D), where u_k and v_k are vectors of
-random signs, the same for all members. Distances between updates are kept up to the error of D draws, and B A is never
-formed. (arXiv 2601.13697, Fig. 1, shows the adapters by t-SNE.)
+A point is a random projection of the update B A over all layers. The factors themselves are not projected, because A
+is drawn anew for each member and stays near its initial value: the members would be far apart before they learn
+anything, while their updates all start at zero. Coordinate k is the sum over the layers of u_k^T B A v_k / sqrt(D),
+where u_k and v_k are vectors of random signs, the same for all members. Distances between updates are preserved up to
+the error of D random projections, and B A is never formed. (arXiv 2601.13697, Fig. 1, shows the adapters by t-SNE.)
 
 Shape letters: P points, D dimensions, R rank, I inputs and O outputs of an adapted layer.
 """
@@ -29,9 +29,9 @@ POINTS = 16  # per epoch
 
 
 class Trajectory(L.Callback):
-    """Records the projected update before the first step and at even distances through an epoch.
+    """Records the projected update before the first step and at evenly spaced steps of an epoch.
 
-    It uses none of the training's random streams and changes nothing.
+    It uses none of the training's random streams and does not change the training.
     """
 
     def __init__(self, adapted: Any, first_step: int, steps: int) -> None:
@@ -83,7 +83,7 @@ class Trajectory(L.Callback):
         return {"steps": torch.tensor(self._steps, dtype=torch.int64), "points": points}
 
     def write(self, folder: Path) -> None:
-        """Write `steps` (P,), optimiser steps since the adapter was fresh, and `points` (P, D) float32."""
+        """Write `steps` (P,), optimiser steps since the first epoch began, and `points` (P, D) float32."""
         save_file(self._tensors(), folder / TRAJECTORY_FILE)
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.browser [--rows 52002] [--methods 6] [--rounds 5]
 
 A page with made-up examples of Alpaca's lengths is opened in headless chromium, and every query is typed into its
-search field. The time is from the input event to the end of the next frame, when the answer is on the screen.
-Milliseconds, the median and the largest of the rounds.
+search field. The time is from the input event to the end of the next frame, when the answer is on the screen. Prints
+the median and the largest time over the rounds, in milliseconds.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def page_of(pool: Pool, path: Path) -> float:
 
 
 def measure(path: Path, rounds: int) -> dict[str, Any]:
-    """Return the milliseconds of opening the page and of each query, sort and filter."""
+    """Return how many milliseconds it takes to open the page, and to run each query, sort and filter."""
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -1,22 +1,23 @@
-"""The gradient engine against the ways that its users have today.
+"""Compare the speed of the gradient engine with the alternatives that users have.
 
     python -m benchmarks.engine [--rounds 3] [--steps 3] [--targets c_attn]
 
-GPT-2 (124M architecture, random weights: the arithmetic is the same), LoRA of rank 8, rows with
-Alpaca's lengths (real ones where GRADSIFT_DATA is set and SmolLM2 is installed, else a shipped
-histogram). Every round takes other rows, and all ways take turns on the same rows of the round:
+The model is GPT-2 (124M architecture, random weights: the arithmetic is the same) with LoRA of rank 8.
+The rows have Alpaca's lengths: real lengths if GRADSIFT_DATA is set and SmolLM2 is installed, else
+lengths drawn from a shipped histogram. Each round has other rows, on which every way is timed:
 
-  engine       a training epoch of a member in bfloat16 with the norms taken from its own backward pass
-  step         the same with the callback off
+  engine       training steps of a member in bfloat16, with the norms from their own backward passes
+  step         the same without the callback, so without norms
   epoch_end    the extra pass of collect=epoch_end in bfloat16
-  *_float32    the same three in float32
-  loop         one example a backward pass, float32, the norms from the parameters' gradients
+  *_float32    engine, step and epoch_end in float32
+  loop         one backward pass per example, float32, the norms from the parameters' gradients
   opacus       GradSampleModule, sorted batches of 8, float32
   ghost        Opacus' fast gradient clipping (ghost norms), sorted batches of 8, float32
   vmap         torch.func: vmap(grad) over sorted batches of 8, float32
   plain_step   Lightning and peft as a user would train, random padded batches of 8, float32, no norms
 
-`bench.json` holds the ratios (median, min, max over the rounds), and the precision and `collect` they are of.
+`bench.json` holds the ratios (median, min, max over the rounds), and the precision and `collect` setting of the engine
+in these ratios.
 """
 
 from __future__ import annotations
@@ -53,14 +54,14 @@ CPU = ComputeConfig(device="cpu")
 
 
 def adapted_gpt2(precision: torch.dtype, targets: list[str]) -> Any:
-    """Our model, as `proxy=gpt2` has it on a CPU."""
+    """Return GPT-2 with an adapter, set up as with `proxy=gpt2` on a CPU."""
     model = gpt2(precision, activation="gelu_pytorch_tanh", attention="eager")
     prepare(model, CPU)
     return away_from_zero(lora.add_adapter(model, LoraConfig(targets=targets), seed=0))
 
 
 def peft_gpt2(targets: list[str]) -> Any:
-    """The model that peft and transformers give a user, float32."""
+    """Return GPT-2 with an adapter in float32, set up by peft and transformers alone."""
     config = peft.LoraConfig(
         r=8, lora_alpha=16, target_modules=targets, lora_dropout=0.0, fan_in_fan_out=True, task_type="CAUSAL_LM"
     )
@@ -69,7 +70,7 @@ def peft_gpt2(targets: list[str]) -> Any:
 
 
 def away_from_zero(adapted: Any) -> Any:
-    """B as after some training: at B = 0 the gradient of A vanishes."""
+    """Set B to small random numbers, as after some training, because at B = 0 the gradient of A is zero."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in lora.trainable_parameters(adapted).items():
         if "lora_B" in name:
@@ -78,7 +79,7 @@ def away_from_zero(adapted: Any) -> Any:
 
 
 class Clock(L.Callback):
-    """Seconds between the first and the last step of a training."""
+    """Measures the seconds from the start of a training to the end of its last step."""
 
     seconds = 0.0
 
@@ -90,7 +91,7 @@ class Clock(L.Callback):
 
 
 class Round:
-    """The rows of each round: batches of like length, as an epoch over the pool has them; of round -1 a single one."""
+    """The rows of each round, in batches of similar lengths as in an epoch over the pool; round -1 has one batch."""
 
     def __init__(self, pool: Sequence[Encoded], steps: int) -> None:
         self.pool = pool
@@ -117,7 +118,7 @@ class Round:
 
 
 def train(adapted: Any, rounds: Round, number: int, with_norms: bool) -> tuple[float, np.ndarray | None]:
-    """Seconds of a member's training steps, and their norms (N, 2) in the order of the round's rows."""
+    """Return the seconds of a member's training steps, and the norms (N, 2) of the round's rows or None."""
     clock, plan, rows = Clock(), rounds.plan(number), rounds.rows(number)
     budget = TokenBudget.of(adapted.get_base_model(), None, print)
     module = ProxyMember(adapted, Optimization(1e-12, 0.0, "constant", 0, len(plan)), budget, pad_id=0)
@@ -146,14 +147,14 @@ def epoch_end(adapted: Any, rounds: Round, number: int) -> float:
 
 
 def labels_of(batch: Batch) -> torch.Tensor:
-    """Labels as transformers takes them: -100 where nothing is to be predicted."""
+    """Return labels as transformers expects them: -100 for tokens without a loss."""
     labels = torch.full_like(batch.input_ids, -100)
     labels.view(-1)[batch.places + 1] = batch.targets
     return labels
 
 
 def loop(model: Any, rows: Sequence[Encoded]) -> tuple[float, np.ndarray]:
-    """One example, one forward and backward pass, the norms from the parameters' gradients."""
+    """Return the seconds and the norms (N, 2) of one forward and backward pass per example."""
     parameters = lora.trainable_parameters(model)
     norms = np.empty((len(rows), 2))
     started = time.perf_counter()
@@ -170,7 +171,7 @@ def loop(model: Any, rows: Sequence[Encoded]) -> tuple[float, np.ndarray]:
 
 
 def mean_losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Each example's mean loss over its response tokens, (B,), from all logits."""
+    """Return each example's mean loss over its response tokens, (B,), from the logits of all tokens."""
     labels = labels_of(batch)
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
     return losses.view(len(labels), -1).sum(1) / batch.counts
@@ -184,7 +185,7 @@ def backward_from_all_logits(module: Any, rows: Sequence[Encoded]) -> None:
 
 
 def opacus(module: Any, batches: Sequence[Sequence[Encoded]]) -> float:
-    """Per-sample gradients as Opacus leaves them on the parameters, then their norms."""
+    """Return the seconds in which Opacus computes per-sample gradients, from which norms are then computed."""
     started = time.perf_counter()
     for rows in batches:
         backward_from_all_logits(module, rows)
@@ -197,7 +198,7 @@ def opacus(module: Any, batches: Sequence[Sequence[Encoded]]) -> float:
 
 
 def ghost(module: Any, batches: Sequence[Sequence[Encoded]]) -> float:
-    """Norms by Opacus' ghost mode: per-sample gradients are never made."""
+    """Return the seconds of norms with Opacus' ghost mode, which never forms per-sample gradients."""
     started = time.perf_counter()
     for rows in batches:
         backward_from_all_logits(module, rows)
@@ -207,7 +208,7 @@ def ghost(module: Any, batches: Sequence[Sequence[Encoded]]) -> float:
 
 
 def vmap(model: Any, batches: Sequence[Sequence[Encoded]]) -> float:
-    """torch.func's per-sample gradients of the LoRA parameters."""
+    """Return the seconds of per-sample gradients of the LoRA parameters, and their norms, with torch.func."""
     adapter = {name: parameter.detach() for name, parameter in lora.trainable_parameters(model).items()}
 
     def loss(
@@ -229,14 +230,14 @@ def vmap(model: Any, batches: Sequence[Sequence[Encoded]]) -> float:
 
 
 def additive_mask(batch: Batch) -> torch.Tensor:
-    """The causal mask with the padding, (B, 1, T, T): transformers cannot make its own under vmap."""
+    """Return the causal mask with padding, (B, 1, T, T), which transformers cannot make under vmap."""
     width = batch.input_ids.shape[1]
     visible = batch.attention_mask[:, None, None, :].bool() & torch.ones(width, width, dtype=torch.bool).tril()
     return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
 
 
 class PlainModule(L.LightningModule):
-    """A causal language model finetuned as in any tutorial."""
+    """A plain Lightning module that finetunes a causal language model."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -277,9 +278,10 @@ def plain_step(module: PlainModule, batches: Sequence[Sequence[Encoded]]) -> flo
 
 
 def operations(rows: Sequence[Encoded], model: Any) -> float:
-    """Floating-point operations that both passes over the real tokens need.
+    """Return the floating-point operations that forward and backward pass need for all tokens but padding.
 
-    Frozen weights have no gradient, nor has the first adapted layer's input; of attention's square half counts.
+    Not counted are gradients of frozen weights, the gradient of the first adapted layer's input, and the masked half of
+    the attention matrix.
     """
     config = model.get_base_model().config
     width, layers = config.n_embd, config.n_layer
@@ -301,7 +303,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rounds, targets = Round(pool, options.steps), [options.targets]
     fast, exact = (adapted_gpt2(precision, targets) for precision in (torch.bfloat16, torch.float32))
     users, mapped, plain = peft_gpt2(targets), vmap_gpt2(targets), PlainModule(peft_gpt2(targets))
-    users.load_state_dict(exact.state_dict())  # or their norms could not be compared
+    users.load_state_dict(exact.state_dict())  # equal weights, so that the norms can be compared
     peaks: dict[str, list[float]] = {"bfloat16": [], "float32": []}
     errors: list[float] = []
 
@@ -377,7 +379,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def opacus_ways(rounds: Round, targets: list[str]) -> dict[str, Callable[[int], float]]:
-    """Opacus' two modes; nothing where it is not installed (`make setup-bench`)."""
+    """Return the ways of Opacus' two modes, or an empty dict if it is not installed (`make setup-bench`)."""
     try:
         from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
     except ImportError:

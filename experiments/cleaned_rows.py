@@ -1,11 +1,13 @@
-"""How scores treat rows that human cleaners edited or removed: the runs on a pool of `experiments.real_pool`.
+"""How the scores of runs on a pool of `experiments.real_pool` rank the rows that human cleaners edited or removed.
 
-    python -m experiments.cleaned_rows RUN [RUN ...]          run folders that got as far as their scores
+    python -m experiments.cleaned_rows RUN [RUN ...]          folders of runs that have computed their scores
 
-Prints Markdown, a row for each run. The cleaners' rows are compared with the other rows that were not corrupted on
-purpose: AUROC (at 1 every other row ranks above them), their recall in the half that the score rejects with the 95 %
-interval of Clopper and Pearson, and their share of the best tenth. Also the median words of the best tenth's answers,
-and Spearman's correlation of the score with the words of an answer. Rows without a score rank last.
+Prints Markdown, a row for each run. Rows that were corrupted on purpose are not counted as the cleaners' rows. AUROC
+compares the cleaners' rows with the other rows that were not corrupted (at 1 each of these ranks above every cleaners'
+row). Recall is the share of the cleaners' rows that are in the half that the score rejects, with the 95 % interval of
+Clopper and Pearson. Further columns are the share of cleaners' rows in the best tenth, the median number of words of
+the best tenth's answers, and Spearman's correlation of the score with the number of words. Rows without a score rank
+last.
 """
 
 from __future__ import annotations
@@ -27,7 +29,13 @@ TOP = 0.1
 
 
 def row_of(name: str, scores: np.ndarray, cleaned: np.ndarray, others: np.ndarray, words: np.ndarray) -> str:
-    """Return a line of the table from scores (N,), the cleaners' rows and the others (N,) bool, and words (N,)."""
+    """Return a line of the table.
+
+    Args:
+        scores: (N,), NaN for a row without a score.
+        cleaned, others: (N,) bool, the cleaners' rows and the rows that they are compared with.
+        words: (N,) number of words of each answer.
+    """
     known = ~np.isnan(scores)
     ranked = np.where(known, scores, -np.inf)
     order = np.argsort(-ranked, kind="stable")

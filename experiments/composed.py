@@ -1,4 +1,4 @@
-"""The line of a run that is given by its overrides, as `python run.py OVERRIDES` would walk it."""
+"""The line (`gradsift.line.Line`) of the run that `python run.py OVERRIDES` would start."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradsift.runtime import Display, Runtime
 
 
 def line_of(overrides: Sequence[str]) -> Line:
-    """Its artifacts are found in the store, or made when they are asked for."""
+    """Return the line of a run; each of its artifacts is found in the store, or made when it is first used."""
     config = compose_config(overrides)
     prepare(config.compute)
     display = Display()

@@ -1,12 +1,13 @@
-"""What the parts of the contrast do: its variants on the members' losses of one run, and with IFD beside them.
+"""What each part of the contrast contributes: its variants, and combinations with IFD, on the losses of one run.
 
-    python -m experiments.contrast_variants OVERRIDE ...          as for run.py; what the store lacks is made
+    python -m experiments.contrast_variants OVERRIDE ...          as for run.py; missing artifacts are made
 
-Prints Markdown, a row for each variant: spoilt share of the selection at 5, 10 and 15 %, AUROC of clean rows against
-spoilt ones and against each kind, and the median words of the selected tenth's answers. For rows with a column
-`cleaning` (see `experiments.real_pool`) also AUROC of the other clean rows against those that it labels. Only
-`contrast (ships)` draws its best fifth at random. With proxy.ensemble=bootstrap, `held out` uses for each row the
-members that did not train on it.
+Prints Markdown, a row for each variant: the spoilt share of the selection at 5, 10 and 15 %, AUROC of clean rows
+against spoilt rows and against each kind of spoilt rows, and the median number of words of the selected tenth's
+answers. If rows have a label in the column `cleaning` (see `experiments.real_pool`), also AUROC of the other clean rows
+against these rows. Only the variant `contrast (ships)` has random scores in the best fifth. With
+proxy.ensemble=bootstrap, the variant `held out` uses for each row the members that did not train on it, and `trained
+on` the members that did.
 
 Shape letters: M members, N examples, K neighbours.
 """
@@ -42,7 +43,7 @@ def nearest_lengths(examples: Sequence[Example], count: int) -> np.ndarray:
 
 
 def nearest_both(examples: Sequence[Example], count: int) -> np.ndarray:
-    """Return the `count` examples nearest in prompt and answer length together, (N, count).
+    """Return the positions of the `count` other examples nearest in prompt and answer length together, (N, count).
 
     A factor of two in length counts as much as half of the distance between unrelated prompts.
     """
@@ -59,7 +60,7 @@ def nearest(points: np.ndarray, count: int) -> np.ndarray:
 
 
 def contrasts_of(losses: np.ndarray, neighbours: np.ndarray | None) -> np.ndarray:
-    """Return the contrasts (M, N) of losses (M, N) with those of neighbours (N, K); with all examples if None."""
+    """Return the contrasts (M, N) of losses (M, N) with the losses of `neighbours` (N, K), or of all if None."""
     values = np.log(losses + _FLOOR)
     if neighbours is None:
         return (values.mean(1, keepdims=True) - values) / values.std(1, keepdims=True)
@@ -85,8 +86,9 @@ def variants(
 
     Args:
         losses: (M, N), without NaN.
-        ifd: (N,) mean loss of the answer with its prompt less that of the answer alone, in nats; NaN where undefined.
-        left_out: (M, N) whether a member did not train on a row; None if every member trained on all.
+        ifd: (N,) log IFD in nats: mean loss of the answer with its prompt minus mean loss of the answer alone; NaN
+            where undefined.
+        left_out: (M, N) bool, whether a member did not train on a row; None if every member trained on all rows.
     """
 
     lacking = lacking_gain(losses.body, losses.other)
@@ -141,7 +143,7 @@ def main() -> None:
 
 
 def report(variants: Iterator[tuple[str, np.ndarray]], examples: Sequence[Example], quality: np.ndarray) -> None:
-    """Print the table of named scores (N,); quality: (N,) strings."""
+    """Print the table of the variants (name and scores (N,) each), given the examples' quality, (N,) strings."""
     spoilt, words = np.isin(quality, SPOILT), np.array([len(example.output.split()) for example in examples])
     cleaned = np.array([bool(example.original.get("cleaning")) for example in examples])
     kinds = [kind for kind in SPOILT if (quality == kind).any()]

@@ -1,14 +1,15 @@
-"""Which scores give credit to rows that can be learnt only after others? Open question 4 of GRADFILTERING.
+"""Which scores rank rows high that can be learnt only after other rows? Open question 4 of GRADFILTERING.
 
     python -m experiments.delayed_credit [OVERRIDE ...]        the embedded world; a fifth of the tasks are delayed
 
-Compares the scores with a baseline that knows of a curriculum: a row's progress counts relative to the mean progress of
-all rows in the same epoch, and a row is judged by its best epoch, whenever that is,
+Compares the scores with a baseline that takes a curriculum into account. It divides a row's progress in an epoch by the
+mean absolute progress of all rows, and scores the row by its best epoch, be it early or late:
 
     score_i = max_e (L_i^{e-1} - L_i^e) / mean_j |L_j^{e-1} - L_j^e|        e = 2 ... E, L the members' mean loss
 
-Prints Markdown, a row for each score: AUROC of delayed and of defining clean rows against the other clean rows (above
-.5: preferred), their shares of the selected tenth, and its spoilt share.
+Delayed rows can be learnt only after the defining rows. Prints Markdown, a row for each score: AUROC of the delayed and
+of the defining clean rows against the other clean rows (above .5: the score prefers them), the shares of delayed, of
+defining and of spoilt rows in the selected tenth.
 
 Shape letters: E epochs, N examples.
 """

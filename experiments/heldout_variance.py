@@ -1,11 +1,11 @@
-"""Does V_t go with held-out loss? Asked of GRADFILTERING (arXiv 2601.13697); our reading.
+"""Is V_t correlated with the held-out loss? A question about GRADFILTERING (arXiv 2601.13697), in our reading.
 
     python -m experiments.heldout_variance [OVERRIDE ...]        the embedded world, ten bootstrap members
 
-A bootstrap member trains on a resample that leaves out about 37 % of the rows, so each row has members that
-never saw it: the mean of their losses at the late snapshot is its held-out loss. V_t and G_t are taken over
-these members alone, and over all, of which some have fitted the row. Prints Markdown: Spearman's rank
-correlation with the held-out loss, over the rows that at least two members left out.
+A bootstrap member trains on a resample that leaves out about 37 % of the rows. The held-out loss of a row is
+the mean loss, at the late snapshot, of the members that did not train on the row. V_t and G_t are computed
+over these members only, and over all members, some of which trained on the row. Prints Markdown: Spearman's
+rank correlation of V_t and of G_t with the held-out loss, over the rows that at least two members left out.
 
 Shape letters: M members, N examples.
 """
@@ -27,7 +27,10 @@ DEFAULTS = ("proxy.ensemble=bootstrap", "proxy.members=10", "scorer=gsnr", "stop
 
 
 def over_members(values: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and population variance of values (M, N) over the members `which` (M, N) bool; NaN for fewer than two."""
+    """Return mean and population variance (N,) of values (M, N) over the members in `which` (M, N) bool.
+
+    Both are NaN for a row with fewer than two such members.
+    """
     chosen = np.where(which & (which.sum(0) >= 2), values, np.nan)
     known = ~np.isnan(chosen).all(0)
     mean, variance = np.full((2, values.shape[1]), np.nan)
@@ -36,7 +39,7 @@ def over_members(values: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def members_of(line: Line) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Norms and losses at the late snapshot, (M, N) each, and whether a member left a row out, (M, N) bool."""
+    """Return norms and losses at the late snapshot, (M, N) each, and whether a member left a row out, (M, N) bool."""
     proxy, count = line.config.proxy, int(line.loaded.info["rows"])
     members = line.norms(proxy.snapshots[1])
     tables = [by_example(shards, ("norm_A", "norm_B", "loss"), count) for shards in members]
@@ -47,7 +50,11 @@ def members_of(line: Line) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def left_out_rows(seed: int, losses: np.ndarray) -> np.ndarray:
-    """Return whether a bootstrap member's resample lacks a row, (M, N) bool; losses (M, N) are NaN where no row is."""
+    """Return whether a bootstrap member's resample lacks a row, (M, N) bool.
+
+    Args:
+        losses: (M, N), NaN for a row without a response token, which is in no resample and not marked as left out.
+    """
     trained = np.flatnonzero(~np.isnan(losses[0]))  # rows with a response token, of which the resamples are drawn
     left_out = np.zeros(losses.shape, dtype=bool)
     for member in range(len(losses)):

@@ -1,11 +1,12 @@
-"""Norms and losses of an ensemble as one small file, from which their scores are computed again in seconds.
+"""Store the norms and losses of an ensemble in one small file, from which scores can be computed again in seconds.
 
-    python -m experiments.norm_tables write FILE.npz OVERRIDE ...     from the store; what is missing there is made
+    python -m experiments.norm_tables write FILE.npz OVERRIDE ...     from the store; missing artifacts are made
     python -m experiments.norm_tables read FILE.npz                   scores of subsets of the members, for several eps
 
-The file has no text of the data: gradient norms at both snapshots, losses of the answers' bodies and ends at the late
-one, the contrast of each member with similar prompts (with the default options), and the labels. `read` prints
-Markdown: the spoilt share of the selection, and AUROC of clean rows against spoilt ones and against each kind.
+The file contains the gradient norms at both snapshots, the losses of the answers' bodies and ends at the late snapshot,
+each member's contrasts (`scoring/contrast.py`, with the default options), and the labels, but no text of the data.
+`read` prints Markdown: the spoilt share of the selection, and AUROC of clean rows against spoilt rows and against each
+kind of spoilt rows.
 
 Shape letters: M members, N examples.
 """
@@ -46,7 +47,7 @@ def norms_at(line: Line, epoch: int) -> np.ndarray:
 
 
 def table_of(line: Line) -> dict[str, np.ndarray]:
-    """Return the columns of the file: (M, N) float32, and the quality of each example, (N,) strings."""
+    """Return the arrays of the file: (M, N) float32 each, and the quality of each example, (N,) strings."""
     labels = labels_of(line.loaded)
     if labels is None:
         raise SystemExit("the data has no labels; corrupt some rows with data.corruption.share")
@@ -59,7 +60,7 @@ def table_of(line: Line) -> dict[str, np.ndarray]:
 
 
 def scores_of(table: dict[str, np.ndarray], members: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the name and the values (N,) of each score of the first `members` members."""
+    """Yield the name and the values (N,) of each score, computed from the first `members` members."""
     early, late, contrasts = (table[name][:members].astype(np.float64) for name in ("early", "late", "contrast"))
     G_s, G_t, V_t = early.mean(0), late.mean(0), late.var(0)
     for eps in EPS:
@@ -87,7 +88,7 @@ def row_of(name: str, members: int, scores: np.ndarray, quality: np.ndarray) -> 
 
 
 def groups_of(quality: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the kinds of spoilt rows that there are, and which rows (N,) are of them."""
+    """Return for each kind of spoilt rows that occurs which rows are of this kind, (N,) bool."""
     return {kind: quality == kind for kind in SPOILT if (quality == kind).any()}
 
 

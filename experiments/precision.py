@@ -1,11 +1,11 @@
-"""Does G-SNR rank in bfloat16 as in float32? At equal weights: the members are trained in float32 and passed in both.
+"""Does G-SNR rank in bfloat16 as in float32? The members are trained in float32; norms are computed in both.
 
     python -m experiments.precision experiment=smollm2_alpaca scorer=gsnr        what the record was made with
     python -m experiments.precision OVERRIDE ... [--draws 4000]
 
-Prints Markdown: for G-SNR and its parts Spearman's rank correlation and the share of the top tenth that is the same,
-with the interval of 95 % of bootstrap draws of the rows, and how many of the draws reach the bar (.98 and .9); and
-what a norm is off by: all of it, and what of it differs between members, which is what enters V_t.
+Prints Markdown. For G-SNR and its parts: Spearman's rank correlation and the shared part of the top tenth, each with
+the 95 % interval over bootstrap draws of the rows and the share of draws that reach the bar (.98 and .9). For the
+norms: the relative error of bfloat16, and the part of the error that differs between members and so contributes to V_t.
 
 Shape letters: M members, N examples.
 """
@@ -36,12 +36,12 @@ BAR = (0.98, 0.9)
 
 
 def norms_in_float32(line: Line, epoch: int) -> np.ndarray:
-    """(M, N); NaN where a row has no response token."""
+    """Return the members' norms after an epoch, (M, N); NaN for a row without a response token."""
     return np.stack([norms_of(line, shards) for shards in line.norms(epoch)])
 
 
 def norms_in_bfloat16(line: Line, epoch: int) -> np.ndarray:
-    """As `norms_in_float32`, at the same adapters."""
+    """Return the same norms with the same adapters, computed in bfloat16."""
     proxy = replace(line.config.proxy, shards=1)
     compute = replace(line.runtime.compute, precision="bfloat16")
     runtime = replace(line.runtime, compute=compute)
@@ -57,19 +57,19 @@ def norms_in_bfloat16(line: Line, epoch: int) -> np.ndarray:
 
 
 def norms_of(line: Line, shards: Sequence[Artifact]) -> np.ndarray:
-    """(N,) of a member, over the factors that the run's norm_scope names."""
+    """Return a member's norms (N,) over the factors that the run's norm_scope names."""
     table = by_example(shards, ("norm_A", "norm_B"), int(line.loaded.info["rows"]))
     return norm_of(table, line.config.proxy.norm_scope, shards[0].info["size_A"], shards[0].info["size_B"])
 
 
 def parts_of(early: np.ndarray, late: np.ndarray, eps: float) -> dict[str, np.ndarray]:
-    """G-SNR (Eq. 5 of arXiv 2601.13697) and what it is made of, (N,) each, of norms (M, N)."""
+    """Return G-SNR (Eq. 5 of arXiv 2601.13697) and its parts, (N,) each, from norms (M, N) at both snapshots."""
     g_s, g_t, v_t = early.mean(0), late.mean(0), late.var(0)
     return {"G-SNR": (g_s - g_t) / (g_s + eps) / (v_t + eps), "V_t": v_t, "G_t": g_t, "drop G_s - G_t": g_s - g_t}
 
 
 def agreement(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """Spearman's rank correlation of (N,) with (N,), and the share of the one's top tenth in the other's."""
+    """Return the Spearman correlation of two scores (N,), and the share of one's top tenth that is in the other's."""
     shared = len(np.intersect1d(top(first), top(second))) / len(top(first))
     return float(spearmanr(first, second).statistic), shared
 

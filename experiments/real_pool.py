@@ -1,12 +1,12 @@
-"""A pool of real rows of which some are known to be bad: Alpaca rows, and those that human cleaners edited or removed.
+"""Write a pool of real rows, some of which are known to be bad because human cleaners edited or removed them.
 
     python -m experiments.real_pool FILE.jsonl [--rows 1200] [--untouched] [--seed 0]        needs GRADSIFT_DATA
 
 Writes `--rows` random rows of alpaca_5000.json and the bad rows of alpaca_cleaning_diff.jsonl as they were before
 cleaning. The column `cleaning`, which no scorer reads, holds the cleaners' label of a bad row and is empty for all
-others. A bad row whose answer is empty is left out, because loading would reject it. With --untouched it writes random
-rows of alpaca_cleaned_51k.json.gz instead whose prompts are neither in alpaca_5000.json nor among the bad rows:
-for a test on rows by which nothing was chosen.
+other rows. A bad row whose answer is empty is left out, because loading would reject it. With --untouched, `--rows`
+random rows of alpaca_cleaned_51k.json.gz are written instead, none of which has a prompt that is in alpaca_5000.json or
+among the bad rows. No method or constant was chosen by these rows, so they are for tests.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PARTS = ("instruction", "input", "output")
 
 
 def bad_rows(folder: Path) -> list[dict[str, str]]:
-    """Rows as they were before the cleaners edited their answer or removed them."""
+    """Return the bad rows as they were before the cleaners edited their answers or removed them."""
     changes = [json.loads(line) for line in (folder / "alpaca_cleaning_diff.jsonl").read_text().splitlines()]
     return [
         {part: change["original"][part] for part in PARTS} | {"cleaning": change["label"]}
@@ -33,7 +33,7 @@ def bad_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def pool(folder: Path, count: int, seed: int = 0) -> list[dict[str, str]]:
-    """`count` random Alpaca rows that are not among the bad rows, and all bad rows, in random order."""
+    """Return `count` random Alpaca rows that are not among the bad rows, and all bad rows, in random order."""
     bad = bad_rows(folder)
     known = {tuple(row[part] for part in PARTS) for row in bad}
     rows = json.loads((folder / "alpaca_5000.json").read_text())
@@ -49,7 +49,7 @@ def pool(folder: Path, count: int, seed: int = 0) -> list[dict[str, str]]:
 
 
 def untouched(folder: Path, count: int, seed: int = 0) -> list[dict[str, str]]:
-    """`count` random rows of the cleaned pool whose prompts are not among the rows of `pool`."""
+    """Return `count` random rows of the cleaned pool whose prompts are neither in alpaca_5000.json nor in bad rows."""
     used = [*json.loads((folder / "alpaca_5000.json").read_text()), *bad_rows(folder)]
     known = {(row["instruction"], row["input"]) for row in used}
     with gzip.open(folder / "alpaca_cleaned_51k.json.gz", "rt", encoding="utf-8") as stream:

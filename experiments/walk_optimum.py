@@ -1,16 +1,16 @@
-"""G2IS's walk against the best selection under its own constraint of agreement (arXiv 2502.11062); our reading.
+"""Compare G2IS's walk with the best set under the walk's constraint of agreement (arXiv 2502.11062), in our reading.
 
     python -m experiments.walk_optimum [--rows 60] [--draws 10] [--share 0.1] [OVERRIDE ...]
 
-Of each random sub-pool the first component K of the core knowledge takes a share of the rows twice: by the
-walk, and as the exact optimum
+From each random sub-pool of the embedded world, a share of the rows is selected for the first component K of the core
+knowledge (target_set=verifiable): once by the walk, and once as the set S that solves
 
     max  sum over S of <g, K>    so that  <g_i, g_j> >= 0 for all pairs in S
 
-found by integer programming, which is why the sub-pools are small. The walk's other test, that each step keeps the
-sum's direction, depends on an order that a set does not have; the optimum goes without it and is an upper bound.
-Prints Markdown: how many rows the walk took and how many could agree at most, and the mean <g, K> of the walk's rows
-and of the optimum with as many. The embedded world, target_set=verifiable.
+It is found by integer programming, which is why the sub-pools are small. The walk also tests that each step keeps the
+direction of the sum of gradients. A set has no order of steps, so the optimum ignores this test and is an upper bound.
+Prints Markdown: how many rows the walk selected, how many rows (up to the share) can agree at most, and the mean <g, K>
+of the walk's rows and of the best set of the same size.
 
 Shape letters: n rows of a sub-pool, D features.
 """
@@ -33,10 +33,11 @@ DEFAULTS = ("method=g2is", "stop_after=selection")
 
 
 def best_set(values: np.ndarray, conflict: np.ndarray, least: int, most: int) -> np.ndarray:
-    """Places of the set with the largest sum of `values` (n,), no two of which are in `conflict` (n, n) bool.
+    """Return the positions of the set with the largest sum of `values` (n,), in which no two rows are in conflict.
 
     Args:
-        least, most: members of the set.
+        conflict: (n, n) bool, whether two rows are in conflict.
+        least, most: bounds for the number of rows in the set.
     """
     count = len(values)
     pairs = np.argwhere(np.triu(conflict, 1))
@@ -51,7 +52,12 @@ def best_set(values: np.ndarray, conflict: np.ndarray, least: int, most: int) ->
 
 
 def compared(vectors: np.ndarray, core: CoreKnowledge, share: int, keep: float) -> tuple[int, int, float, float]:
-    """Rows that the walk takes of `vectors` (n, D), the most that agree, and mean <g, K> of walk and optimum."""
+    """Compare walk and optimum on `vectors` (n, D).
+
+    Returns:
+        The number of rows that the walk selects, the largest number that agree (at most `share`), and the mean <g, K>
+        of the walk's rows and of the optimum.
+    """
     features, pool = Features(vectors), np.arange(len(vectors))
     towards, unused = products(features, pool, core.directions), np.ones(len(pool), dtype=bool)
     walk = Walk(features, pool, towards, squared_lengths(features, pool), unused)

@@ -1,1 +1,1 @@
-"""One vector an example: projected gradients or embeddings, for the methods that compare examples with each other."""
+"""One vector per example: projected gradients or embeddings, for methods that compare examples with each other."""

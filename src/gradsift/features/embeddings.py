@@ -1,7 +1,7 @@
 """The embeddings stage: one vector of length 1 for the text of each example, computed by the run's embedder.
 
-Equal texts are embedded once, so that exact duplicates tie. An interrupted stage continues at the block of texts that
-it was computing.
+Equal texts are embedded once, so that exact duplicates have equal embeddings. An interrupted stage continues at the
+block of texts that it was computing.
 
 Shape letters: N examples, B texts of a batch, D features.
 """
@@ -35,11 +35,11 @@ class Encoder(Protocol):
     dimensions: int
 
     def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int, list[Rejected]]:
-        """Return the tokens of each example that has a text, how many were cut, and those a template cannot show."""
+        """Return the tokens of examples with a text, how many texts were cut, and examples that cannot be rendered."""
         ...
 
     def embed(self, texts: Sequence[Encoded]) -> np.ndarray:
-        """Return vectors (B, D) float32, of any length, computed in one pass."""
+        """Return vectors (B, D) float32, not necessarily of length 1, computed in one pass."""
         ...
 
 
@@ -59,9 +59,9 @@ def embed(
     source: Artifact,
     rows: Callable[[], tuple[Sequence[Example], Sequence[str]]],
 ) -> Artifact:
-    """Embed examples; see `gradsift.features.vectors.read_features`.
+    """Return the artifact of the examples' embeddings, for `gradsift.features.vectors.read_features`.
 
-    A text that is empty, or that the proxy's chat template cannot show, has a row of zeros.
+    A text that is empty, or that the proxy's chat template cannot render, has a row of zeros.
 
     Args:
         source: the artifact that the examples come from.
@@ -123,7 +123,7 @@ def _fill(runtime: Runtime, folder: Path, encoder: Encoder, texts: Sequence[Enco
 def embedded(
     encoder: Encoder, texts: Sequence[Encoded], budget: TokenBudget, advance: Advance = lambda done: None
 ) -> np.ndarray:
-    """Return the embeddings of texts at length 1, (len(texts), D) float32, computed in batches of similar lengths.
+    """Return embeddings scaled to length 1, (len(texts), D) float32, computed in batches of texts of similar lengths.
 
     Raises:
         GradsiftError: an embedding is not finite; names the rows.

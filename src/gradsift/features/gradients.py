@@ -1,13 +1,14 @@
-"""Gradients of examples as vectors whose inner products are those of LESS (arXiv 2402.04333, section 4).
+"""Gradients of examples as vectors whose inner products are LESS's similarities (arXiv 2402.04333, section 4).
 
     row_i = [ sqrt(w_1) u_i1, ..., sqrt(w_C) u_iC ],   u_ic = R Gamma_ic / |R Gamma_ic|
     <row_i, row_j> = sum_c w_c cos(R Gamma_ic, R Gamma_jc)
 
-C checkpoints of the warm-up with their mean learning rates w_c (scaled to sum 1), R the random projection, Gamma the
-gradient as Adam would transform it for the pool, and the plain gradient for the target set.
+The sum is over the C checkpoints of the warm-up. w_c is the mean learning rate of a checkpoint's epoch (scaled to sum
+1), and R is the random projection. For the pool, Gamma is Adam's update for the gradient (`gradients/adam.py`, unless
+features.adam=false); for the target set, Gamma is the gradient itself.
 
-An example without a gradient at a checkpoint has zeros there; one without any response token has a row of zeros, and
-is listed in `Features.silent`.
+If an example's gradient at a checkpoint is zero, so is that part of its row. An example without a response token has a
+row of zeros and is listed in `Features.silent`.
 
 Shape letters: N examples, C checkpoints, P parameters, D dimensions of a checkpoint, B rows of a block.
 """
@@ -39,17 +40,17 @@ from gradsift.training.device import device_of
 from gradsift.training.head import require_finite
 
 VERSION = 2
-_BLOCK_BYTES = 2 * 2**30  # of gradients that are projected together: each block draws the projection anew
+_BLOCK_BYTES = 2 * 2**30  # of gradients that are projected together: the projection is drawn again for each block
 _MOST_ROWS = 512  # rows of a block, which an interrupted run may have to compute again
 _MOST_UNPROJECTED = 4 * 10**9  # numbers, 16 GB
 
 
 @dataclass(frozen=True)
 class FeatureInputs:
-    """The examples whose gradients are wanted."""
+    """The examples whose gradients are computed."""
 
     inputs: ProxyInputs  # its `encoded` are the examples with a response token, in order
-    ids: Sequence[str]  # (N,) example_id of all
+    ids: Sequence[str]  # (N,) example_id of all examples
     tasks: Sequence[str] = ()  # (N,) the task of each row of a target set
 
 
@@ -63,18 +64,18 @@ def gradient_features(
     slug: str,
     adam: bool,
 ) -> Artifact:
-    """Return the features of `examples` (a pool or a target set) at the checkpoints of the warm-up.
+    """Return the artifact of the features of `examples` (a pool or a target set) at the checkpoints of the warm-up.
 
-    They are written block by block; an interrupted run continues after its last whole block.
+    The features are written block by block; an interrupted run continues after the last block that it finished.
 
     Args:
         chain: the checkpoints that `warm_up` returned.
-        load: called only if there is something to compute.
-        adam: transform the gradients as Adam would.
+        load: called only if the artifact has to be made.
+        adam: whether to replace the gradients by Adam's updates.
 
     Raises:
-        ConfigError: features.dimensions=null, and the gradients are too large to keep unprojected.
-        GradsiftError: the disk has no room, or a gradient is not finite; names the rows.
+        ConfigError: see `require_room`.
+        GradsiftError: the disk has no room, or a gradient is not finite (names the rows).
     """
     checkpoints = [chain[-1]] if config.checkpoints == "last" else list(chain)
     settings = {
@@ -99,14 +100,15 @@ def gradient_features(
 def require_room(
     runtime: Runtime, config: FeaturesConfig, rows: FeatureInputs, checkpoints: int, folder: Path | None = None
 ) -> None:
-    """Print the size of the features, and raise now what would otherwise fail after hours.
+    """Raise an error before the computation if the features could not be computed or stored.
 
     Args:
-        folder: the folder in which an interrupted run may have reserved the space already.
+        folder: the artifact's folder, where an interrupted run may have reserved disk space. If it is given, the size
+            of the features is printed.
 
     Raises:
-        ConfigError: features.dimensions=null, and the gradients are too large to keep unprojected; or full gradients
-            of a model that the adapter cannot be merged into.
+        ConfigError: with features.dimensions=null, the gradients are too large to be stored unprojected; or with
+            features.gradient_params=full, the adapter cannot be merged into the model.
         GradsiftError: the disk has no room.
     """
     parameters = parameter_count(runtime, config, rows.inputs)
@@ -132,7 +134,7 @@ def require_room(
 
 
 def parameter_count(runtime: Runtime, config: FeaturesConfig, inputs: ProxyInputs) -> int:
-    """Return P."""
+    """Return P, the number of parameters (`config.gradient_params`) whose gradients are computed."""
     model_size = int(inputs.backbone.model.num_parameters())  # before the adapter adds its own
     with adapter(inputs.backbone, config.warmup.lora, 0, runtime.compute) as adapted:
         if config.gradient_params == "full":
@@ -142,9 +144,10 @@ def parameter_count(runtime: Runtime, config: FeaturesConfig, inputs: ProxyInput
 
 
 def block_rows(size: int, device: torch.device) -> int:
-    """Return B for gradients of `size` numbers: a power of two, so that an interrupted run meets the same blocks.
+    """Return B for gradients of `size` numbers.
 
-    A block takes a quarter of a GPU's free memory at most: the projection and the backward passes need the rest.
+    B is a power of two, so that a resumed run usually has the same blocks although the free memory differs a little. A
+    block takes at most a quarter of a GPU's free memory; the projection and the backward passes need the rest.
     """
     free = int(torch.cuda.mem_get_info(device)[0]) // 4 if device.type == "cuda" else _BLOCK_BYTES
     fitting = max(1, free // (4 * size))
@@ -206,9 +209,9 @@ def _write(
 def gradient_block(
     inputs: ProxyInputs, gradients: GradientPass, adam: AdamState | None, start: int, stop: int, advance: Advance
 ) -> torch.Tensor:
-    """Return the gradients (B, P) float32 of the examples at positions `start` to before `stop`.
+    """Return the gradients (B, P) float32 of the examples at positions `start` to `stop - 1`.
 
-    An example without a response token has a row of zeros.
+    With `adam`, the rows are Adam's updates. An example without a response token has a row of zeros.
 
     Raises:
         GradsiftError: a gradient is not finite; names the rows.

@@ -2,7 +2,7 @@
 
     e = sum over t of w_t h_t,  with weights that sum to 1 over the T real tokens
     mean           w_t = 1 / T
-    weighted_mean  w_t = t / (1 + ... + T): later tokens have read more of the text (RDS+, arXiv 2503.01807)
+    weighted_mean  w_t = t / (1 + ... + T): later hidden states depend on more of the text (RDS+, arXiv 2503.01807)
     last           w_T = 1
 
 Shape letters: B texts of a batch, T tokens, D hidden size.
@@ -42,9 +42,10 @@ class HiddenStates:
         self.dimensions = int(self.model.config.get_text_config().hidden_size)
 
     def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int, list[Rejected]]:
-        """Return the tokens of each example, as the proxy is trained on them, how many were cut, and the refused ones.
+        """Return each example's tokens, how many examples were cut, and the examples that cannot be rendered.
 
-        An example without a response token is left out, unless only prompts are read.
+        The tokens are those of the proxy's training, or with text=prompt those of the prompts. An example without a
+        response token (with text=prompt: without a token) is left out.
         """
         tokenizer, limit = self._backbone.tokenizer, min(self._config.max_length, self._backbone.context)
         if self._config.text == "prompt":
@@ -82,7 +83,7 @@ def hidden_states_embedder(
         raise ConfigError(
             f"embedder={config.name} is not known; choose hidden_states, rds_plus or sentence_transformers"
         )
-    template = "plain" if config.text == "instruction_input_output" else template  # `plain` puts each on a line
+    template = "plain" if config.text == "instruction_input_output" else template  # `plain`: each field on a line
     settings = {"text": config.text, "pooling": config.pooling, **encoding_settings(template, config.max_length)}
     return Embedder(config.name, settings, proxy, lambda: HiddenStates(backbone(), config, template))
 

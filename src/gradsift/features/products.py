@@ -1,11 +1,12 @@
-"""Inner products with many vectors that stay on disk, block by block: no (N, N) matrix is held.
+"""Inner products of vectors that stay on disk, computed block by block, so that no (N, N) matrix is in memory.
 
 Vectors have length 1 or 0 (see `gradsift.features.vectors`), so inner products are cosines.
 
-`products` and `blocks` compute in float64, and `products` rounds to nine decimals: a product then depends neither on
-the block size nor on the row's place in a block, and equal vectors tie exactly, so that row order decides between them.
+`products` and `blocks` compute in float64, and `products` rounds to nine decimals. A product then depends neither on
+the block size nor on the row's place in a block, and equal vectors have equal products, so that the order of the rows
+decides between them.
 
-Shape letters: N examples, n rows asked for, D features, B rows of a block, C other vectors, K anchors.
+Shape letters: N examples, n requested rows, D features, B rows of a block, C other vectors, K anchors.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from gradsift.runtime import Advance
 
 DECIMALS = 9
 _BLOCK_BYTES = 8 * 2**20  # of float64: a block and its products fit in a CPU's caches
-_MOST_ROWS = 1024  # rows of a block, also of short vectors: a block is multiplied with a block
+_MOST_ROWS = 1024  # rows of a block, even if vectors are short: a block may be multiplied with another block
 _MATRIX_BYTES = 16 * 2**20  # of a matrix product; larger ones are not faster
 
 
 def blocks(features: Features, positions: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield the rows at `positions` (n,): their places in `positions`, and a block (B, D) float64."""
+    """Yield the rows at `positions` (n,) block by block: a slice of `positions`, and its rows (B, D) float64."""
     size = max(1, min(_MOST_ROWS, _BLOCK_BYTES // max(1, 8 * features.vectors.shape[1])))
     for start in range(0, len(positions), size):
         rows = positions[start : start + size]
@@ -51,17 +52,17 @@ def squared_lengths(features: Features, positions: np.ndarray) -> np.ndarray:
 
 
 def row_blocks(count: int, row_bytes: int, block_bytes: int = _MATRIX_BYTES) -> Iterator[slice]:
-    """Yield slices of `count` rows of `row_bytes` each, as many at a time as fit in `block_bytes`."""
+    """Yield slices that divide `count` rows of `row_bytes` each into blocks of at most `block_bytes` (or one row)."""
     size = max(1, block_bytes // max(1, row_bytes))
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
 
 def nearest_cosines(features: Features, neighbours: int, advance: Advance = lambda done: None) -> np.ndarray:
-    """Return the mean cosine of each example to the `neighbours` others that are most similar to it.
+    """Return the mean cosine of each example to the `neighbours` other examples that are most similar to it.
 
     Returns:
-        (N,) float64; NaN for a row without direction, and for all rows if too few have one.
+        (N,) float64; NaN for a row without direction, and for all rows if at most `neighbours` rows have a direction.
     """
     usable = features.has_direction
     means = np.full(len(features), np.nan)
@@ -77,7 +78,11 @@ def nearest_cosines(features: Features, neighbours: int, advance: Advance = lamb
 
 
 def mean_cosines(features: Features) -> np.ndarray:
-    """Return the mean cosine of each example to all others with a direction, (N,) float64; NaN without direction."""
+    """Return the mean cosine of each example to all other examples with a direction.
+
+    Returns:
+        (N,) float64; NaN for a row without direction, and for all rows if fewer than two have a direction.
+    """
     total = np.zeros(features.vectors.shape[1])
     for _, rows in features.blocks():
         total += rows.sum(0, dtype=np.float64)
@@ -92,10 +97,12 @@ def mean_cosines(features: Features) -> np.ndarray:
 
 
 def nearest_anchor_cosines(features: Features, anchors: np.ndarray) -> np.ndarray:
-    """Return the largest cosine of each example to the examples at the positions `anchors` (K,), possibly itself.
+    """Return the largest cosine of each example to the examples at the positions `anchors` (K,).
+
+    An anchor is also compared with itself.
 
     Returns:
-        (N,) float64; NaN for a row without direction.
+        (N,) float64; NaN for a row without direction, and for all rows if no anchor has a direction.
     """
     chosen = np.asarray(features.vectors[np.sort(anchors)], dtype=np.float32)
     chosen = chosen[np.any(chosen != 0, axis=1)]

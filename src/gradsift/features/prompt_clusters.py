@@ -1,8 +1,8 @@
-"""Clusters of prompts, which stand in for kinds of task where the data names none.
+"""Clusters of prompts, which are used as kinds of task if the data does not name these.
 
-TF-IDF of the words and word pairs of the prompts, reduced to at most 50 dimensions by a truncated SVD with rows scaled
-to length one, then k-means. This is cheap, seeded and needs no model, so it favours no scorer's own features. The
-clusters reflect topics and wording rather than skills: compare methods by them within one dataset only.
+The prompts' words and word pairs are weighted by TF-IDF, reduced to at most 50 dimensions by a truncated SVD, scaled to
+length one, and clustered with k-means. This is cheap and seeded. It needs no model, so it favours no scorer's features.
+The clusters reflect topics and wording rather than skills: compare methods by them within one dataset only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ _DIMENSIONS = 50
 def prompt_clusters(
     runtime: Runtime, loaded: Artifact, pool: Callable[[], Sequence[Example]], clusters: int
 ) -> Artifact:
-    """Cluster the examples by their prompts, once for a dataset, so that all methods are measured by the same clusters.
+    """Return the artifact of the clusters of the examples' prompts.
+
+    The clusters are computed once for a dataset, so that all methods are measured by the same clusters.
 
     Raises:
         ConfigError: there are fewer different prompts than clusters, or no prompt has a word.
@@ -68,9 +70,11 @@ def prompt_of(example: Example) -> str:
 
 
 def prompt_vectors(texts: Sequence[str]) -> Any:
-    """Return TF-IDF vectors of the texts' words and word pairs, of length one: (N, at most 51), or sparse if few.
+    """Return TF-IDF vectors (N, D) of the texts' words and word pairs, of length one.
 
-    Texts without a word share a direction of their own: a vector of zeros would be near to all others.
+    With more than 50 texts and more than 50 different words and pairs, the vectors are dense, reduced to 50 dimensions.
+    Otherwise they are sparse, with a dimension for each word and pair. All texts without a word get the same vector, in
+    an additional dimension, because a vector of zeros would be near to all others.
 
     Raises:
         ConfigError: no text has a word.
@@ -94,6 +98,6 @@ def prompt_vectors(texts: Sequence[str]) -> Any:
 
 
 def _words_and_pairs(text: str) -> list[str]:
-    """Return words of any length (also numbers, and runs of scripts without spaces) and pairs of neighbours."""
+    """Return words of any length (also numbers, and runs of scripts without spaces) and pairs of adjacent words."""
     words = re.findall(r"\w+", text.lower())
     return words + [f"{first} {second}" for first, second in itertools.pairwise(words)]

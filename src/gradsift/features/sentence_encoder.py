@@ -1,7 +1,7 @@
 """Embeddings from a model of the package sentence-transformers, which is an optional extra.
 
-The package pools and normalises as the model's own files say. Only the package's own modules and safetensors weights
-are loaded, never code that comes with a model.
+The package pools and normalises as the model's files configure it. Only the package's own modules and safetensors
+weights are loaded, never code that comes with a model.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ class SentenceEncoder:
         self.dimensions = int(encoder.get_embedding_dimension())
 
     def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int, list[Rejected]]:
-        """Return the tokens of each example that has a text, and how many texts are longer than the model reads.
+        """Return the tokens of each example that has a text, how many texts were cut, and an empty list.
 
-        No example is refused, because no chat template is used.
+        No example is refused, because no chat template is used. A text is cut to the smaller of `max_length` and the
+        model's own limit.
         """
         limit, tokenizer = self._encoder.max_seq_length, self._encoder.tokenizer
         texts, cut, row = [], 0, 0
@@ -65,7 +66,7 @@ class SentenceEncoder:
         return texts, cut, []
 
     def embed(self, texts: Sequence[Encoded]) -> np.ndarray:
-        """Return vectors (B, D) float32, of any length."""
+        """Return vectors (B, D) float32, not necessarily of length 1."""
         contents = [self._contents[text.row] for text in texts]
         embeddings = self._encoder.encode(
             contents, batch_size=len(contents), show_progress_bar=False, convert_to_tensor=True
@@ -75,7 +76,7 @@ class SentenceEncoder:
 
 
 def text_of(example: Example, text: str) -> str:
-    """Return earlier turns, instruction, input and (unless `text=prompt`) output, a line each."""
+    """Return earlier turns, instruction, input and (unless `text` is prompt) output, each on its own line."""
     segments = render(example, "plain")
     if text == "prompt":
         segments = segments[:-1]
@@ -90,7 +91,7 @@ def sentence_embedder(runtime: Runtime, config: SentenceTransformersConfig) -> E
 
 
 def sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig) -> Artifact:
-    """Return an artifact that pins the model, by hashes of a folder's files or by a commit of the hub.
+    """Return an artifact that pins the model: a folder by the hashes of its files, a hub model by its commit.
 
     Raises:
         ConfigError: the package is not installed.
@@ -142,7 +143,7 @@ def load_sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig, 
 
 
 def _hub_commit(config: SentenceTransformersConfig) -> str:
-    """Return the current commit of this model on the hub, or in its local cache."""
+    """Return the commit of this model on the hub, or in the local cache if the hub cannot be reached."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -1,8 +1,9 @@
 """Vectors of examples on disk, filled block by block.
 
 A feature artifact holds `features.npy`, (N, D) float32 in the order of the examples and memory-mapped when read, and
-`ids.json`, which names the rows. A row has length 1, or 0 if its example has no direction (a zero gradient, an empty
-text), or between them if the gradient is zero at some checkpoints, or any length with `features.normalise=false`.
+`ids.json`, which names the rows. A row has length 1, or length 0 if its example has no direction (a zero gradient, an
+empty text). The length is between 0 and 1 if the gradient is zero at some checkpoints only, and arbitrary with
+`features.normalise=false`.
 
 Shape letters: N examples, D features, B rows of a block.
 """
@@ -49,7 +50,7 @@ class Features:
 
     @functools.cached_property
     def has_direction(self) -> np.ndarray:
-        """Which rows are not all zeros, (N,) bool, read-only. The first use reads all vectors."""
+        """Mask (N,) bool, read-only, of the rows that are not all zeros; the first access reads all vectors."""
         nonzero = np.zeros(len(self), dtype=bool)
         for start, rows in self.blocks():
             nonzero[start : start + len(rows)] = np.any(rows != 0, axis=1)
@@ -67,7 +68,7 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
 def open_features(folder: Path, rows: int, dimensions: int) -> np.memmap:
     """Return an array (rows, dimensions) float32 on disk, to be filled with `fill_block` and then `finish_features`.
 
-    Blocks that an interrupted run filled are still there; all other numbers of a new array are zero.
+    The array of an interrupted run is opened again with the blocks that the run filled; a new array is all zeros.
 
     Args:
         folder: the folder of the artifact in the making.
@@ -88,7 +89,7 @@ def open_features(folder: Path, rows: int, dimensions: int) -> np.memmap:
 
 
 def fill_block(journal: Journal, vectors: np.ndarray, index: Any, key: Any, make: Callable[[], np.ndarray]) -> bool:
-    """Write `make()` to `vectors[index]`, unless an interrupted run has; return whether it was called.
+    """Write `make()` to `vectors[index]` unless an interrupted run has written it; return whether `make` was called.
 
     Args:
         journal: keeps a checksum of each block under `key` (a JSON value).
@@ -111,7 +112,7 @@ def fill_block(journal: Journal, vectors: np.ndarray, index: Any, key: Any, make
 def finish_features(
     folder: Path, vectors: np.memmap, ids: Sequence[str], tasks: Sequence[str] = (), silent: Sequence[int] = ()
 ) -> None:
-    """Move the filled array to its place and name its rows.
+    """Move the filled array to `FEATURES_FILE` in the artifact's folder, and write the names of its rows beside it.
 
     Args:
         vectors: the array of `open_features`.

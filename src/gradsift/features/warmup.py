@@ -1,7 +1,7 @@
 """Warm-up training on a few random rows; gradient features are computed at its checkpoints (LESS, section 4).
 
 The published LESS fixes the seed of the subset; here rows, order and initial A depend on one seed. Every epoch is an
-artifact that the next one continues from.
+artifact, from which the next epoch continues.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def warm_up(
     loaded: Artifact,
     load: Callable[[], ProxyInputs],
 ) -> list[Artifact]:
-    """Return a checkpoint (adapter and Adam's state) for each epoch; `info` has its mean `learning_rate`.
+    """Return a checkpoint (adapter and Adam's state) for each epoch; its `info` has the epoch's mean `learning_rate`.
 
     Args:
         load: called only if an epoch has to be trained.
@@ -69,10 +69,10 @@ def warm_up(
 
 
 def warmup_rows(config: WarmupConfig, rows: int) -> int:
-    """Return how many of `rows` rows are trained on; all of them if `config.rows` is larger.
+    """Return how many of `rows` rows are trained on: `config.rows`, but at most all, or the share `config.share`.
 
     Raises:
-        GradsiftError: not a single row.
+        GradsiftError: there would be no row to train on.
     """
     count = min(config.rows, rows) if config.rows is not None else math.floor((config.share or 0) * rows + 1e-9)
     if count < 1:

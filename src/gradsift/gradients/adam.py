@@ -3,7 +3,8 @@
     m' = b1 m + (1 - b1) g,   v' = b2 v + (1 - b2) g^2,   Gamma = m' / sqrt(v' + eps)
 
 m and v are the optimiser's moments at the checkpoint. As in the published code, eps is inside the root and the bias is
-not corrected. The update of an example without a gradient is zero, because m comes from the other examples.
+not corrected. An example without a gradient gets the update 0 and not b1 m / sqrt(v' + eps), because m comes from other
+examples.
 
 Shape letters: B examples, P parameters.
 """
@@ -26,7 +27,7 @@ EPS = 1e-8
 
 @dataclass(frozen=True)
 class AdamState:
-    """First and second moments (P,) float32, the parameters in the order of `trainable_parameters`."""
+    """Adam's first and second moments, (P,) float32 each, in the order of `trainable_parameters`."""
 
     first: torch.Tensor
     second: torch.Tensor
@@ -36,7 +37,7 @@ class AdamState:
         """Return the moments that `lora.save_optimizer` wrote for these parameters.
 
         Raises:
-            GradsiftError: the file lacks the moments of a parameter.
+            GradsiftError: the file has no moments for a parameter, or moments of another shape.
         """
         tensors = load_file(path)
         moments = []
@@ -47,7 +48,7 @@ class AdamState:
                 if moment is None or moment.shape != parameter.shape:
                     raise GradsiftError(f"{path.name} holds no Adam moments of {name}; delete {path.parent.name}")
                 parts.append(moment.flatten())
-            # the order of the parameters is also that of the columns of a `GradientPass`
+            # in the order of the columns of a `GradientPass`
             moments.append(torch.cat(parts).to(device, torch.float32))
         return cls(*moments)
 

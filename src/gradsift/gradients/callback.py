@@ -1,13 +1,13 @@
 """Callbacks that collect the gradient norm of every example while a model with LoRA adapters trains.
 
 `GradientNormCallback` works in any Lightning `Trainer`, `GradientNormTrainerCallback` in transformers' `Trainer` and in
-TRL's `SFTTrainer`. The norms come from the training's own backward passes, at the weights of each step, and no pass is
-added. Both attach their probes when the training starts and remove them when it ends. transformers reports no
-exception to its callbacks: after one, the next forward pass of the model removes the probes.
+TRL's `SFTTrainer`. The norms are computed in the training's own backward passes, at the weights of each step; no pass
+is added. Both callbacks attach their probes when the training starts and remove them when it ends. transformers does
+not report exceptions to its callbacks, so after an exception the model's next forward pass removes the probes.
 
-They report the norm of the gradient of one example's own loss, whatever the trainer divides the loss of a
-batch by: |grad L_i|, where L_i is the mean over the example's labelled tokens (transformers, TRL, and Lightning with
-`reduction="token_mean"`), or the loss of the example that the module averages or sums over the batch.
+The norm of an example is |grad L_i|, whatever number the trainer divides the loss of a batch by. L_i is the mean loss
+over the example's labelled tokens (transformers, TRL, and Lightning with `reduction="token_mean"`). With Lightning's
+`mean` and `sum`, L_i is the loss of the example that the module averages or sums over the batch.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ class GradientNormCallback(L.Callback):
     """Collects per-sample gradient norms in a Lightning `Trainer`.
 
     The module may use automatic optimisation, with a `training_step` that passes a batch forward once and returns its
-    loss; gradient accumulation is taken into account. Each rank of several collects the examples of its own batches.
+    loss; gradient accumulation is taken into account. In a distributed training, each rank collects the examples of its
+    own batches.
 
-    A module with an attribute `gradient_norms` takes the norms itself, as ours do (several backward passes per step):
-    the callback puts a `PerSampleNorms` there, and the module returns `rows`, `losses`, `norm_A` and `norm_B`, (B,)
-    each, from `training_step` or, in `Trainer.validate`, from `validation_step`.
+    A module with an attribute `gradient_norms` computes the norms itself, as gradsift's modules do, because their steps
+    have several backward passes. The callback sets this attribute to a `PerSampleNorms`, and the module returns `rows`,
+    `losses`, `norm_A` and `norm_B`, (B,) each, from `training_step` or, in `Trainer.validate`, from `validation_step`.
     """
 
     def __init__(self, example_id: str = "example_id", reduction: str = "mean") -> None:
         """
         Args:
-            example_id: key (or attribute) of a batch under which it has the ids of its B examples: whole numbers (a
-                tensor or a list), or a list of strings.
+            example_id: key (or attribute) of a batch that holds the ids of its B examples: whole numbers (a tensor or a
+                list), or a list of strings.
             reduction: how the loss of a batch is made from the losses of its examples: their `mean`, their `sum`, or
                 `token_mean`, the mean over all labelled tokens of the batch (`labels`, -100 elsewhere), as transformers
                 computes it.
@@ -149,9 +150,9 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
     """Collects per-sample gradient norms in transformers' `Trainer` or TRL's `SFTTrainer`, in one process.
 
     The training set needs a column with the ids of the examples (whole numbers or strings), which the trainer has to
-    keep: `TrainingArguments(remove_unused_columns=False)`. The callback hands them past the collator and takes them out
-    of the batch before the model sees it. What the trainer divides the loss by is measured in each backward pass, so
-    gradient accumulation and `num_items_in_batch` are taken into account.
+    keep: `TrainingArguments(remove_unused_columns=False)`. The callback withholds the ids from the collator, adds them
+    to the collated batch, and removes them before the model's forward pass. The number that the trainer divides the
+    loss by is measured in each backward pass, so gradient accumulation and `num_items_in_batch` are taken into account.
     """
 
     def __init__(self, example_id: str = "example_id") -> None:
@@ -164,7 +165,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._attached = ExitStack()  # closing it removes the hooks, the probes and the collator
         self._ids: Any = None
         self._labels: torch.Tensor | None = None
-        self._divided_by: torch.Tensor | float | None = None  # the loss that the model itself returns
+        self._divided_by: torch.Tensor | float | None = None  # divisor of the model's loss; None: its number of labels
         self._token_weight: torch.Tensor | None = None  # d (loss of the step) / d (negative log-likelihood of a token)
         self.records = NormRecords()
 
@@ -222,7 +223,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         return positional, named
 
     def _after_forward(self, model: Any, positional: Any, outputs: Any) -> None:
-        """Have the backward pass tell what a token's negative log-likelihood weighs in the trainer's loss."""
+        """Add a hook to the backward pass, which records the weight of a token's loss in the trainer's loss."""
         if not torch.is_grad_enabled() or self._labels is None:
             return
         labelled = self._labels[:, 1:] != _IGNORED
@@ -257,7 +258,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _is_training() -> bool:
-    """Return whether a `Trainer.train` is running: callbacks are not told of the exception that ends one."""
+    """Return whether `Trainer.train` is on the call stack; callbacks do not learn that an exception has ended it."""
     from transformers import Trainer  # takes a second; whoever calls this has imported it
 
     frame = inspect.currentframe()
@@ -267,7 +268,7 @@ def _is_training() -> bool:
 
 
 def _entry(batch: Any, name: str, purpose: str) -> Any:
-    """Return an entry or an attribute of a batch."""
+    """Return the entry or attribute `name` of a batch, or raise a `GradsiftError` that states its purpose."""
     value = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
     if value is None:
         raise GradsiftError(f"the batch has no {name!r}: {purpose}")

@@ -2,10 +2,10 @@
 
     cos_i = <g_i, g> / (|g_i| |g|),   g = (1/N) sum_i g_i
 
-over the LoRA parameters, unprojected. Descent follows -g, so an example with a positive cosine pulls in the direction
-of the pool. Two passes over the pool: one for the mean, one for the cosines.
+over the LoRA parameters, unprojected. If the cosine is positive, a small gradient step on the example alone also lowers
+the pool's mean loss. Two passes over the pool are needed: one for the mean gradient, one for the cosines.
 
-Shape letters: N examples, B of a batch, P parameters.
+Shape letters: M members, N examples, B examples of a batch, P parameters.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ DIRECTIONS_FILE = "directions.parquet"
 
 
 def directions(runtime: Runtime, config: LoraConfig, member: Artifact, load: Callable[[], ProxyInputs]) -> Artifact:
-    """Return the artifact of a table of row (position among the examples), cosine (NaN without a gradient) and norm.
+    """Return the artifact of a table with the columns row, cosine and norm.
+
+    `row` is the position among the examples; `cosine` is NaN if the gradient is zero.
 
     Args:
-        member: a member's epoch, with its adapter.
+        member: the artifact of a member's epoch, which holds the adapter.
         load: called only if the table has to be made.
     """
 
@@ -48,14 +50,14 @@ def directions(runtime: Runtime, config: LoraConfig, member: Artifact, load: Cal
 
 
 def mean_gradient(adapted: Any, inputs: ProxyInputs, advance: Advance = lambda done: None) -> torch.Tensor:
-    """Return g (P,) float64, in the order of `trainable_parameters`, dropout off.
+    """Return the mean gradient g (P,) float64, in the order of `trainable_parameters`, with dropout off.
 
     Raises:
-        GradsiftError: it is zero.
+        GradsiftError: the mean gradient is zero.
     """
     parameters = list(lora.trainable_parameters(adapted).values())
     losses_of = ResponseLosses(adapted)
-    # float64: after a million examples, a float32 sum may round away most digits of the next one
+    # float64: after a million examples, a float32 sum may round away most digits of the next gradient
     total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64, device=parameters[0].device)
 
     def of_batch(batch: Sequence[Encoded]) -> torch.Tensor:
@@ -64,7 +66,7 @@ def mean_gradient(adapted: Any, inputs: ProxyInputs, advance: Advance = lambda d
         return torch.cat([part.flatten() for part in torch.autograd.grad(losses.sum(), parameters)])
 
     with lora.evaluating(adapted), torch.enable_grad():
-        # no journal: the result of a batch is a gradient of P numbers, too much to write for each of them
+        # no journal: the result of a batch is a gradient of P numbers, too much to write for each batch
         for gradients in inputs.budget.passes(inputs.encoded, of_batch, advance=advance):
             for gradient in gradients:
                 total += gradient
@@ -81,7 +83,7 @@ def cosines(
     journal: Journal | None = None,
 ) -> dict[str, np.ndarray]:
     """Return columns row (N,) int64, cosine and norm (N,) float64, in the order of the encoded examples."""
-    # divided in float64 and rounded once; g is float32, and so is its product with a unit vector
+    # normalised in float64 and rounded once, to float32 as the examples' gradients
     unit = (mean / mean.norm()).float()
     rows = np.array([example.row for example in inputs.encoded], dtype=np.int64)
     places = {int(row): place for place, row in enumerate(rows)}
@@ -98,13 +100,13 @@ def cosines(
             for where, norm, dot in (part for parts in batches for part in parts):
                 norms[where], dots[where] = norm.double().cpu().numpy(), dot.double().cpu().numpy()
     require_finite("gradient", torch.from_numpy(rows), torch.from_numpy(norms), inputs.encoded)
-    # NaN for a gradient of zero: a cosine of 0 would say that it is orthogonal to the pool's
+    # NaN for a gradient of zero: a cosine of 0 would mean that the gradient is orthogonal to the mean gradient
     cosine = np.divide(dots, norms, out=np.full(len(rows), np.nan), where=norms > 0)
     return {"row": rows, "cosine": cosine, "norm": norms}
 
 
 def read_cosines(artifacts: Sequence[Artifact], rows: int) -> np.ndarray:
-    """Return the members' cosines, (M, N) float64; NaN for an example without a gradient."""
+    """Return the members' cosines (M, N) float64, with N = `rows`; NaN for an example without a gradient."""
     cosine = np.full((len(artifacts), rows), np.nan)
     for index, artifact in enumerate(artifacts):
         table = pq.read_table(artifact.file(DIRECTIONS_FILE))

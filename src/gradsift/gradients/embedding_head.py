@@ -1,16 +1,19 @@
 """Statistics of each example's gradient with respect to input embedding and LM head (GrADS, arXiv 2511.08620).
 
-The loss is the mean negative log-likelihood of the example's response tokens. Of its two gradients, matrices of V x D
-numbers, the maximum, minimum, mean and standard deviation over all entries are kept, zeros included. They are exact,
-and neither matrix is ever whole in memory:
+The loss is the mean negative log-likelihood of the example's response tokens. Its gradients with respect to the
+embedding and to the head are matrices of V x D numbers. Of each matrix, the maximum, minimum, mean and standard
+deviation over all entries are kept, zeros included. These statistics are exact, although no whole matrix is held in
+memory:
 
-    embedding  the row of a token is the sum of the backprops of its places; every other row is zero
+    embedding  the row of a token is the sum of the backprops at the token's places; the rows of all tokens that the
+               example does not contain are zero
     head       (P - Y)^T H / n over the n response places: P predicted probabilities, Y one-hot targets,
                H last hidden states; computed for a chunk of the vocabulary at a time
 
 The mean for the head is 0 by definition, because the probabilities and the target of a place both sum to one. The mean
-for the embedding is 0 up to rounding if all of its readers subtract a mean first (GPT-2's LayerNorm). If one tensor is
-both embedding and head (GPT-2), the two are kept apart; the tensor's gradient is their sum.
+for the embedding is 0 up to rounding if every layer that reads the embedding first subtracts a mean (GPT-2's
+LayerNorm). If one tensor is both embedding and head (GPT-2), its gradient is the sum of the two matrices, but their
+statistics are kept apart.
 
 Shape letters: B examples of a batch, T tokens, U different tokens of each example, P predicted places of the
 batch, n predicted places of one example, D hidden size, V vocabulary, N examples.
@@ -54,7 +57,7 @@ class EmbeddingGradients:
     embedding_max: np.ndarray
     embedding_min: np.ndarray
     embedding_mean: np.ndarray
-    embedding_std: np.ndarray  # divided by V x D; with the mean it gives the norm over sqrt(V x D)
+    embedding_std: np.ndarray  # population std: std^2 + mean^2 = |gradient|^2 / (V x D)
     head_max: np.ndarray
     head_min: np.ndarray
     head_mean: np.ndarray  # 0
@@ -68,10 +71,10 @@ COLUMNS = tuple(f"{use}_{name}" for use in ("embedding", "head") for name in ("m
 def embedding_gradients(
     runtime: Runtime, member: Artifact, config: LoraConfig, load: Callable[[], ProxyInputs], count: int
 ) -> Artifact:
-    """Return the artifact of the statistics at the weights of a member's epoch, dropout off.
+    """Return the artifact of the statistics at the weights of a member's epoch, with dropout off.
 
     Args:
-        member: an epoch of `gradsift.proxy.ensemble.train_adapter`.
+        member: the artifact of an epoch that `gradsift.proxy.ensemble.train_adapter` returned.
         config: the config of its adapter.
         load: called only if the statistics have to be made.
         count: N.
@@ -99,7 +102,7 @@ def embedding_gradients(
 def checked_inputs(
     load: Callable[[], ProxyInputs], config: LoraConfig, compute: ComputeConfig
 ) -> Callable[[], ProxyInputs]:
-    """Return a `load` that refuses a model without these gradients before its first member is trained."""
+    """Return a `load` that raises, before a member is trained, if the model does not allow these gradients."""
 
     def checked() -> ProxyInputs:
         inputs = load()
@@ -125,13 +128,14 @@ def collect_statistics(
     progress: Advance = lambda done: None,
     journal: Journal | None = None,
 ) -> np.ndarray:
-    """Pass over the examples at fixed weights, dropout off.
+    """Compute the statistics of all examples at fixed weights, with dropout off.
 
     Returns:
         (len(encoded), 8) float64, in the order of `encoded`; columns as `COLUMNS`.
 
     Raises:
-        GradsiftError: the model's embedding or head is not plain, or a statistic is not finite; names the rows.
+        GradsiftError: the model scales, caps or adapts its embedding or head, or a statistic is not finite (names the
+            rows).
     """
     place_of = {example.row: place for place, example in enumerate(encoded)}
     statistics = np.empty((len(encoded), len(COLUMNS)))
@@ -148,7 +152,7 @@ def collect_statistics(
 
 
 class UseOfEmbedding:
-    """Captures the outputs of a model's input embedding, as a context manager, for gradients with respect to them."""
+    """A context manager that keeps the outputs of a model's input embedding, for gradients with respect to them."""
 
     def __init__(self, adapted: Any) -> None:
         head = OutputHead.of(adapted)
@@ -173,7 +177,7 @@ class UseOfEmbedding:
         self._embedded = torch.empty(0)
 
     def _keep(self, module: nn.Module, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
-        # a leaf of its own: the backward pass ends here, and the V x D gradient of the weight is never formed
+        # a new leaf tensor: the backward pass ends here, and the V x D gradient of the weight is never formed
         self._embedded = embedded.detach().requires_grad_()
         return self._embedded
 
@@ -199,18 +203,18 @@ class UseOfEmbedding:
 
 
 def embedding_statistics(batch: Batch, backprops: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Return statistics (B, 4) float64 of each example's gradient of the input embedding.
+    """Return the statistics (B, 4) float64 of each example's gradient with respect to the input embedding.
 
     Args:
         batch: on the CPU.
-        backprops: (B, T, D), of the embedded tokens, on the model's device.
+        backprops: (B, T, D), gradients with respect to the embedded tokens, on the model's device.
     """
     examples, columns = batch.attention_mask.nonzero(as_tuple=True)  # of the real tokens
     # One key per example and token: a token that occurs in two examples has a row in the gradient of each.
     tokens, inverse = torch.unique(examples * vocabulary + batch.input_ids[examples, columns], return_inverse=True)
     owners = torch.div(tokens, vocabulary, rounding_mode="floor")
-    # an example that uses every token of the vocabulary has no row of zeros, and only then is 0 no candidate for the
-    # extremes
+    # 0 is a candidate for the extremes unless the example contains every token of the vocabulary, because then no row
+    # of its gradient is zero
     absent = torch.bincount(owners, minlength=len(batch.rows)) < vocabulary
     examples, columns, inverse, owners, absent = (
         index.to(backprops.device) for index in (examples, columns, inverse, owners, absent)
@@ -230,9 +234,9 @@ def head_statistics(output: nn.Linear, hidden: torch.Tensor, targets: torch.Tens
     """Return the statistics (4,) float64 of one example's gradient with respect to the head.
 
     Args:
-        output: the head; the logits are computed again.
+        output: the head, from which the logits are computed again.
         hidden: (n, D), last hidden states at the example's predicted places.
-        targets: (n,), the tokens that follow.
+        targets: (n,), the token that follows each place.
     """
     with torch.no_grad():
         errors = torch.softmax(F.linear(hidden, output.weight, output.bias).float(), 1)  # (n, V)
@@ -254,7 +258,11 @@ def head_statistics(output: nn.Linear, hidden: torch.Tensor, targets: torch.Tens
 def _of_moments(
     largest: torch.Tensor, smallest: torch.Tensor, total: torch.Tensor, squares: torch.Tensor, entries: int
 ) -> torch.Tensor:
-    """Return maximum, minimum, mean and standard deviation along a new last axis, from sums over `entries` numbers."""
+    """Return maximum, minimum, mean and standard deviation, stacked on a new last axis.
+
+    Args:
+        total, squares: the sums of `entries` numbers and of their squares.
+    """
     mean = total / entries
     # the difference of equal numbers may round to just below zero
     deviation = (squares / entries - mean.square()).clamp_min(0).sqrt()

@@ -1,8 +1,8 @@
-"""Diagnostics of the proxy ensemble: whether it is what the score assumes.
+"""Diagnostics that check what G-SNR assumes of the proxy ensemble.
 
 GRADFILTERING (arXiv 2601.13697) treats the members as samples from a posterior and a falling gradient norm as learning.
-Its failure signatures are a collapsed ensemble (V_t near 0) and a proxy that does not learn (scores near 0). A rising
-norm, and an eps larger than what it is added to, change the ranking as well.
+The method fails if the ensemble collapses (V_t near 0) or the proxy does not learn (scores near 0). A gradient norm
+that rises, and an eps that is larger than the number it is added to, change the ranking as well.
 
 Examples without statistics (NaN) are left out.
 
@@ -21,7 +21,7 @@ from gradsift.diagnostics import Diagnostic
 from gradsift.gradients.statistics import Statistics
 from gradsift.training.curves import read_curve
 
-# Each bound is followed by what was measured in the runs of experiments/LOG.md, in which no ensemble has collapsed.
+# The comments say what was measured in the runs of experiments/LOG.md, in which no ensemble has collapsed.
 
 # Relative distance of two members' updates: 0 for equal ones, sqrt(2) for unrelated ones. Measured: 1.1 (nano, M = 5)
 # and 1.3 (SmolLM2, M = 3).
@@ -32,10 +32,11 @@ LEAST_NORM_SPREAD = 0.01
 # Relative fall of the loss between the snapshots, over the same examples, so without sampling noise. Measured:
 # 0.06-0.11; a learning rate too small by orders of magnitude gives 1e-5 and less.
 LEAST_FALL_BETWEEN_SNAPSHOTS = 0.001
-# Relative fall from the first to the last tenth of the batches, which hold different examples. Measured: 0.3.
+# Relative fall of the loss from the first to the last tenth of the batches, which hold different examples. Measured:
+# 0.3.
 LEAST_FALL_FROM_START = 0.01
-# Least number of batches in such a tenth, over all members: with fewer, the tenths differ by more than the members
-# learn (5 % between two in the smoke run).
+# Least number of batches in such a tenth, over all members: with fewer, the losses of two tenths differ by chance more
+# than by learning (by 5 % in the smoke run).
 LEAST_BATCHES = 10
 # Share of examples whose norm rises: above this, the training regime decides more than the examples.
 MOST_NEGATIVE_DROPS = 0.5
@@ -46,11 +47,11 @@ LEAST_DROP_SIZE = 0.005
 # Share of examples in which eps outweighs V_t: they get the highest scores. 1 % of the pool is a fifth of the paper's
 # smallest budget.
 MOST_EPS_DOMINATED = 0.01
-# Median relative error of a norm in bfloat16, the part that differs between members, by the precision of the residual
-# stream (SmolLM2, 300 Alpaca rows; experiments/2026-11-22-gradient-engine).
+# Median relative error of a norm in bfloat16 (only the part that differs between members), by the precision of the
+# residual stream (SmolLM2, 300 Alpaca rows; experiments/2026-11-22-gradient-engine).
 BFLOAT16_ERROR = {"float32": 0.0029, "bfloat16": 0.0041}
-# The same error over the members' spread; its square is the share of V_t that is rounding. At .09 and .13 G-SNR agreed
-# with float32 by a Spearman correlation of .982 and .978, where .98 is wanted.
+# This error over the median of sqrt(V_t) / G_t; the square of the ratio is the share of V_t that is rounding. At ratios
+# of .09 and .13 the Spearman correlation of G-SNR with float32's was .982 and .978; at least .98 is wanted.
 MOST_ERROR_OVER_SPREAD = 0.08
 
 
@@ -60,7 +61,7 @@ def diagnose_ensemble(
     """Return all diagnostics of an ensemble.
 
     Args:
-        trained: [adapter][epoch - 1], up to the late snapshot; one adapter per member, or one that all share.
+        trained: [adapter][epoch - 1], up to the late snapshot; one adapter per member, or one that all members share.
         statistics: None if the scorer does not use them; the diagnostics that need them are left out.
         members: M.
     """
@@ -85,8 +86,9 @@ def diagnose_ensemble(
 def adapter_spread(adapters: Sequence[Mapping[str, np.ndarray]]) -> Diagnostic:
     """Judge the mean distance of two members' updates B A, relative to the mean norm of an update, over all layers.
 
-    The factors themselves say nothing about it: A is drawn anew for each member and stays near its draw, and B is
-    relative to A's basis, so both have a spread of sqrt(2) even if all members compute the same function.
+    The distances of the factors A and B themselves say nothing: A is drawn anew for each member and stays near its
+    initial value, and B is learnt for that A. So both have a relative distance of sqrt(2) even if all members compute
+    the same function.
 
     Args:
         adapters: each member's `lora_A` (R, I) and `lora_B` (O, R) weights, by peft's names.
@@ -151,10 +153,10 @@ def norm_spread(statistics: Statistics, members: int) -> Diagnostic:
 
 
 def norm_precision(error: float, statistics: Statistics) -> Diagnostic:
-    """Judge the rounding error of a norm against the spread of the members.
+    """Judge the ratio of a norm's rounding error to the members' spread, the median of sqrt(V_t) / G_t.
 
-    Rounding moves each member's norm another way, so it enters V_t; it is harmless only if the members differ by much
-    more.
+    The rounding errors of the members differ, so they are part of V_t. They are harmless only if the members' norms
+    differ by much more.
 
     Args:
         error: relative error of a norm by rounding; 0 in float32.
@@ -222,8 +224,8 @@ def _fall(name: str, before: np.ndarray, after: np.ndarray, moments: tuple[str, 
 def drop_sign(statistics: Statistics) -> Diagnostic:
     """Judge the mean of G_s - G_t and the share of examples in which it is negative.
 
-    Where it is negative, dividing by V_t favours a high variance, the opposite of what the score is for. A drop within
-    rounding has no sign; `drop_size` warns of it.
+    If the drop is negative, dividing by V_t favours a high variance, the opposite of the score's purpose. A drop within
+    rounding counts as not negative; `drop_size` warns of such drops.
     """
     early, late = _defined(statistics.G_s, statistics.G_t)
     if not early.size:
@@ -245,7 +247,7 @@ def drop_sign(statistics: Statistics) -> Diagnostic:
 
 
 def drop_size(statistics: Statistics) -> Diagnostic:
-    """Judge the median of |G_s - G_t| / G_s; if it is near zero, so are all scores."""
+    """Judge the median of |G_s - G_t| / G_s; if it is near zero, the scores are near zero too."""
     early, late = _defined(statistics.G_s, statistics.G_t)
     moved = early > 0
     if not moved.any():
@@ -261,10 +263,10 @@ def drop_size(statistics: Statistics) -> Diagnostic:
 
 
 def eps_share(eps: float, denominators: Mapping[str, np.ndarray]) -> Diagnostic:
-    """Judge the share of examples in which eps is at least as large as what it is added to.
+    """Judge the share of examples in which eps is at least as large as the number it is added to.
 
     Args:
-        denominators: what the score adds eps to, by name: G_s (norm), V_t (norm squared); (N,) each.
+        denominators: the numbers that the score adds eps to, by name: G_s (norm), V_t (norm squared); (N,) each.
     """
     defined = {name: values[np.isfinite(values)] for name, values in denominators.items()}
     if not all(values.size for values in defined.values()):
@@ -281,6 +283,6 @@ def eps_share(eps: float, denominators: Mapping[str, np.ndarray]) -> Diagnostic:
 
 
 def _defined(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the entries in which both are finite."""
+    """Return the entries of both arrays at the positions where both are finite."""
     both = np.isfinite(first) & np.isfinite(second)
     return first[both], second[both]

@@ -1,4 +1,4 @@
-"""Norms of per-sample LoRA gradients: a whole batch from one backward pass (the formula: `gradients/probes.py`)."""
+"""Norms of per-sample LoRA gradients, for a whole batch from one backward pass (formula: `gradients/probes.py`)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from gradsift.training.lora import lora_layers
 
 @contextmanager
 def attached(model: nn.Module, probe: NormProbe | GradientProbe) -> Iterator[list[AdaptedLinear]]:
-    """Attach a probe to the adapted layers of a model, in the order of its modules; the model is left as it was.
+    """Attach a probe to all adapted layers of a model and yield these layers, in the order of the model's modules.
+
+    On exit the probe is removed, and the model is as before.
 
     Raises:
-        GradsiftError: there is no adapted layer, or one whose per-sample gradient is not known; names it.
+        GradsiftError: there is no adapted layer, or one without support for per-sample gradients; names that layer.
     """
-    # a model that was adapted elsewhere has peft's own layers, which know nothing of probes
+    # a model that was not adapted by gradsift has peft's own layers, which have no probes
     changed = fuse(model)
     try:
         layers = dict(lora_layers(model))
@@ -48,7 +50,7 @@ def attached(model: nn.Module, probe: NormProbe | GradientProbe) -> Iterator[lis
 class PerSampleNorms:
     """A context manager in which every backward pass through the active adapter gives per-sample gradient norms.
 
-    It needs a sum (or mean) of losses that depend on one example each.
+    The loss of the pass must be a sum (or mean) of losses, each of which depends on one example only.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,7 +62,7 @@ class PerSampleNorms:
         self._probe = NormProbe()
         self._attached: AbstractContextManager[Any] | None = None
         with attached(model, self._probe):
-            pass  # refuses a model at once
+            pass  # raises here if the model is not supported
 
     def __enter__(self) -> PerSampleNorms:
         self._attached = attached(self._model, self._probe)
@@ -76,11 +78,11 @@ class PerSampleNorms:
         self.forget()
 
     def forget(self) -> None:
-        """Drop what an unfinished pass has gathered."""
+        """Drop the norms that an unfinished pass has gathered."""
         self._probe.take()
 
     def of(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the backward pass of the examples' losses (B,) and return their norms; no parameter's `.grad` changes.
+        """Run the backward pass of losses (B,) and return their gradients' norms; no parameter's `.grad` changes.
 
         Returns:
             norm_A, norm_B: (B,) float32 each, over all adapted layers.
@@ -90,7 +92,7 @@ class PerSampleNorms:
         return norm_a, norm_b
 
     def take(self, scale: float | torch.Tensor = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the norms of the backward pass since the last call, and start anew.
+        """Return the norms of the backward pass since the last call, and forget them.
 
         Args:
             scale: the number that one example's loss was divided by in the loss of the backward pass: 1 for a sum of

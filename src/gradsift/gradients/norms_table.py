@@ -1,4 +1,4 @@
-"""The gradient norms of a member after an epoch on disk: `gradient_norms.parquet`, one for each shard of the rows."""
+"""The gradient norms of a member after an epoch, on disk: one `gradient_norms.parquet` for each shard of the rows."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ NORMS_FILE = "gradient_norms.parquet"
 def write_norms(
     folder: Path, columns: Mapping[str, np.ndarray], encoded: Sequence[Encoded], shard: int, shards: int
 ) -> dict[str, Any]:
-    """Write columns row (position among the examples), norm_A, norm_B, loss, n_tokens (response tokens).
+    """Write a table: row (position among the examples), `columns`, and n_tokens (number of response tokens).
+
+    Args:
+        columns: norm_A, norm_B and loss, (len(encoded),) each.
 
     Returns:
-        What `read_norms` needs in the artifact's info, beside `all_rows`, the rows of all shards.
+        Entries for the artifact's info. `read_norms` also needs the entry `all_rows`, the number of rows of all shards.
     """
     table = {
         "row": np.array([example.row for example in encoded], dtype=np.int64),
@@ -41,14 +44,14 @@ def read_norms(shards: Sequence[Artifact], names: Sequence[str] | None = None) -
         names: columns to read besides `row`; None for all.
 
     Raises:
-        GradsiftError: a shard or a row is missing or repeated; names it and the command that collects it.
+        GradsiftError: a shard or a row is missing or repeated; names it and says how to collect it.
     """
     wanted = None if names is None else ["row", *names]
     tables = [pq.read_table(artifact.file(NORMS_FILE), columns=wanted) for artifact in shards]
     _require_shards(shards, [table.num_rows for table in tables])
     joined = pa.concat_tables(tables)
     rows = joined["row"].to_numpy()
-    if not (rows[1:] > rows[:-1]).all():  # shards; a copy of a table in order would double its memory
+    if not (rows[1:] > rows[:-1]).all():  # several shards; a table in order is not copied, to save memory
         joined = joined.sort_by("row")
         rows = joined["row"].to_numpy()
     if len(twice := np.unique(rows[1:][rows[1:] == rows[:-1]])):
@@ -60,10 +63,10 @@ def read_norms(shards: Sequence[Artifact], names: Sequence[str] | None = None) -
 
 
 def by_example(shards: Sequence[Artifact], names: Sequence[str], count: int) -> dict[str, np.ndarray]:
-    """Return columns of a member's norms after an epoch in the order of the `count` examples.
+    """Return the columns `names` of a member's norms after an epoch, in the order of all `count` examples.
 
     Returns:
-        (N,) float64 each; NaN for an example without a response token.
+        (count,) float64 each; NaN for an example without a response token.
     """
     table = read_norms(shards, names)
     columns = {name: np.full(count, np.nan) for name in names}
@@ -73,7 +76,7 @@ def by_example(shards: Sequence[Artifact], names: Sequence[str], count: int) -> 
 
 
 def _require_shards(shards: Sequence[Artifact], row_counts: Sequence[int]) -> None:
-    """Raise unless these are all shards of one table, each with all its rows."""
+    """Raise a `GradsiftError` unless these are all shards of one table, and each shard has all its rows."""
     name = _name(shards[0])
     count, rows = (int(shards[0].info[key]) for key in ("shards", "all_rows"))
     numbers = [int(artifact.info["shard"]) for artifact in shards]

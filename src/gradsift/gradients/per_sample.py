@@ -1,10 +1,10 @@
-"""Per-sample gradients and their norms, of a list of examples at fixed weights.
+"""Per-sample gradients and their norms, for a list of examples at fixed weights.
 
 `per_sample_norms` and `per_sample_gradients` work with any model that has LoRA adapters of peft. The stages use
-`gradient_pass`: the gradients of the LoRA parameters of a whole batch come from one backward pass, those of all
-parameters of the model from one backward pass per example (nothing cheaper is exact in every layer).
+`gradient_pass`. For the LoRA parameters, it computes the gradients of a whole batch in one backward pass. For all
+parameters of the model, it takes one backward pass per example, because no cheaper method is exact in every layer.
 
-Shape letters: N examples, B of a batch, P parameters.
+Shape letters: N examples, B examples of a batch, P parameters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gradsift.training import lora
 from gradsift.training.device import numbers_at_once
 from gradsift.training.head import ResponseLosses
 
-_BATCH_BYTES = 128 * 2**20  # of gradients that one backward pass on a CPU may leave
+_BATCH_BYTES = 128 * 2**20  # most bytes of gradients from one backward pass on a CPU
 _IGNORED = -100  # transformers' label of a token without a loss
 
 
@@ -38,8 +38,8 @@ def per_sample_norms(model: Any, rows: Sequence[Mapping[str, Any]], *, tokens: i
 
     Args:
         model: a `peft.PeftModel` with LoRA on linear layers, on any device.
-        rows: one mapping per example with `input_ids`, `labels` (-100 where a token has no loss) and, if it is padded,
-            `attention_mask`: lists or one-dimensional tensors of equal length.
+        rows: one mapping per example with `input_ids`, `labels` (-100 where a token has no loss) and, if the example is
+            padded, `attention_mask`: lists or one-dimensional tensors of equal length.
         tokens: padded tokens that pass through the model at once; the result does not depend on it beyond rounding.
 
     Returns:
@@ -47,7 +47,7 @@ def per_sample_norms(model: Any, rows: Sequence[Mapping[str, Any]], *, tokens: i
 
     Raises:
         DataError: a row cannot be used; names it.
-        GradsiftError: per-sample gradients of this model are not known; names the layer.
+        GradsiftError: a layer does not support per-sample gradients; names the layer.
     """
     encoded = encoded_rows(rows)
     norms_of_rows = np.zeros(len(encoded), dtype=np.float32)
@@ -64,8 +64,8 @@ def per_sample_norms(model: Any, rows: Sequence[Mapping[str, Any]], *, tokens: i
 def per_sample_gradients(model: Any, rows: Sequence[Mapping[str, Any]], *, tokens: int = 4096) -> torch.Tensor:
     """Return each example's gradient with respect to the LoRA parameters, (N, P) float32 on the CPU.
 
-    Arguments and errors are those of `per_sample_norms`; the columns are the LoRA parameters in the order of
-    `model.named_parameters()`, each row by row.
+    Arguments and errors are those of `per_sample_norms`. The columns are the LoRA parameters in the order of
+    `model.named_parameters()`, each flattened row by row.
     """
     encoded = encoded_rows(rows)
     with gradient_pass(model, "lora", _pad_id(model)) as gradients:
@@ -80,8 +80,8 @@ def encoded_rows(rows: Sequence[Mapping[str, Any]]) -> list[Encoded]:
     """Return the examples of `rows` without their padding.
 
     Raises:
-        DataError: names the row: no `input_ids` or `labels`, unequal lengths, labels that are not the input's own
-            tokens, or no token with a loss.
+        DataError: a row has no `input_ids` or `labels`, sequences of unequal lengths, labels that are not the input's
+            own tokens, or no token with a loss; names the row.
     """
     encoded = []
     for number, row in enumerate(rows):
@@ -112,10 +112,10 @@ def _pad_id(model: Any) -> int:
 
 
 class GradientPass:
-    """Gradients of each example's mean response loss at fixed weights, dropout off, as float32 rows.
+    """Computes the gradient of each example's mean response loss at fixed weights, dropout off, as a float32 row.
 
-    Columns are the parameters in a fixed order: for `lora` the A and B of each adapted layer, for `full` the model's
-    own parameters in their order; each parameter row by row.
+    The columns are the parameters in a fixed order, each flattened row by row: for `lora` A and B of each adapted
+    layer, for `full` the parameters of the model without adapters, in the order of `model.parameters()`.
     """
 
     def __init__(self, size: int, device: torch.device, work: Callable[[Sequence[Encoded]], torch.Tensor]) -> None:
@@ -128,7 +128,7 @@ class GradientPass:
         return torch.cat([gradients for _, gradients in self.parts(examples)])
 
     def parts(self, examples: Sequence[Encoded]) -> Iterator[tuple[Sequence[Encoded], torch.Tensor]]:
-        """Yield examples and their gradients in parts that memory holds; one example at a time where P is huge."""
+        """Yield the examples with their gradients, in parts that fit in memory: single examples if P is huge."""
         size = max(1, numbers_at_once(self._device, _BATCH_BYTES // 4) // self.size)
         for start in range(0, len(examples), size):
             yield examples[start : start + size], self._work(examples[start : start + size])
@@ -136,15 +136,15 @@ class GradientPass:
 
 @contextmanager
 def gradient_pass(adapted: Any, parameters: str, pad_id: int, padding_side: str = "right") -> Iterator[GradientPass]:
-    """Yield a `GradientPass` through an adapted model, which is left as it was.
+    """Yield a `GradientPass` through an adapted model; on exit the model is as before.
 
     Args:
-        parameters: `lora` (the LoRA factors) or `full` (all weights of the backbone with the adapter merged
-            into a copy of it: one backward pass per example, and P as large as the model).
+        parameters: `lora` (the LoRA factors) or `full` (all weights of a copy of the backbone with the adapter merged
+            into it; this takes one backward pass per example, and P is the size of the model).
 
     Raises:
-        GradsiftError: the per-sample gradients of a layer are not known, or `full` is asked of a model that the adapter
-            cannot be merged into.
+        GradsiftError: a layer does not support per-sample gradients, or `parameters` is `full` and the adapter cannot
+            be merged into the model.
     """
     with lora.evaluating(adapted), torch.enable_grad():
         if parameters == "full":
@@ -163,7 +163,7 @@ def gradient_pass(adapted: Any, parameters: str, pad_id: int, padding_side: str 
                 probe.forget()
                 return torch.cat(parts, 1)
 
-            # whether they train or not: peft freezes the adapters of a model that it loads
+            # also factors that are frozen, as peft leaves the adapters of a model that it loads
             factors = [factor[ADAPTER].weight for layer in layers for factor in (layer.lora_A, layer.lora_B)]
             size = sum(factor.numel() for factor in factors)
             yield GradientPass(size, device, work)
@@ -171,7 +171,7 @@ def gradient_pass(adapted: Any, parameters: str, pad_id: int, padding_side: str 
 
 def _full_pass(adapted: Any, pad_id: int, padding_side: str) -> GradientPass:
     lora.require_mergeable(adapted)
-    # a copy: unmerging would leave rounding errors in the backbone that others use
+    # a copy: unmerging would leave rounding errors in the backbone, which other stages use too
     model: Any = copy.deepcopy(adapted).merge_and_unload()
     parameters = list(model.requires_grad_(True).parameters())
     losses_of = ResponseLosses(model)

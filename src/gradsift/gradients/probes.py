@@ -1,19 +1,19 @@
-"""The gradient that each example of a batch gives to a LoRA layer, and its norm, from one backward pass.
+"""Per-sample gradients of a LoRA layer, and their norms, for a whole batch from one backward pass.
 
-A LoRA layer computes y = W x + b + s B A x with s = alpha / rank. Of example i, let X_i (T, I) be the layer's inputs
-(activations) and D_i (T, O) the gradients of its loss with respect to the layer's outputs (backprops). Then
+A LoRA layer computes y = W x + b + s B A x with s = alpha / rank. For example i, let X_i (T, I) be the layer's inputs
+(activations) and D_i (T, O) the gradients of L_i with respect to the layer's outputs (backprops). Then
 
     grad_A L_i = s (D_i B)^T X_i          (R, I)
     grad_B L_i = s D_i^T (X_i A^T)        (O, R)
     |g_i|^2    = sum over layers of |grad_A L_i|_F^2 + |grad_B L_i|_F^2
 
-where g_i is the gradient of GRADFILTERING (arXiv 2601.13697, section 3). The optimiser needs the sum of these products
-over the examples anyway, so each example's part costs next to nothing (`per_sample_parts`). A padded token contributes
-nothing: no loss depends on it, so its row of D_i is zero.
+where g_i is the gradient of GRADFILTERING (arXiv 2601.13697, section 3). The training needs the sum of these products
+over the examples anyway, so computing them per example costs next to nothing (`per_sample_parts`). A padded token
+contributes nothing, because no loss depends on it and its row of D_i is zero.
 
-A probe is one more input of the layer (`gradsift.training.adapted`). Its "gradient" in the backward pass is what the
-layer reports of each example: squared norms (`NormProbe`), which autograd adds up over the layers on the device, or the
-gradients themselves (`GradientProbe`).
+A probe is an additional input of the layer (`gradsift.training.adapted`). In the backward pass, the layer returns its
+results as the probe's "gradient": squared norms of each example (`NormProbe`), which autograd adds up over the layers
+on the device, or the gradients themselves (`GradientProbe`).
 
 Shape letters: B examples of a batch, T tokens, I inputs and O outputs of a layer, R rank, P_l parameters in its A and
 B.
@@ -31,7 +31,7 @@ ADAPTER = "default"  # peft's name of the active adapter
 
 
 def per_sample_parts(left: torch.Tensor, right: torch.Tensor, examples: int) -> torch.Tensor:
-    """Return the products left_i^T right_i of each example's tokens, (B, R, K).
+    """Return left_i^T right_i, a sum over tokens, for each example i, (B, R, K).
 
     Args:
         left: (B T, R), D_i B for the gradient of A, X_i A^T for the gradient of B.
@@ -44,23 +44,23 @@ def per_sample_parts(left: torch.Tensor, right: torch.Tensor, examples: int) -> 
 
 
 def is_recomputing() -> bool:
-    """Return whether this forward pass runs within a backward pass, to compute a checkpointed block again."""
+    """Return whether this forward pass runs within a backward pass, where a checkpointed block is computed again."""
     return torch._C._current_graph_task_id() != -1  # torch.utils.checkpoint makes this test too
 
 
 class Passes:
-    """Checks in each forward pass that every adapted layer sees the examples one by one, and only once."""
+    """Checks that each adapted layer is called only once per forward pass, with inputs that keep the examples apart."""
 
     def __init__(self) -> None:
-        self._layers: set[int] = set()  # ids of the layers passed so far
+        self._layers: set[int] = set()  # ids of the layers called so far
         self._examples: int | None = None
 
     def note(self, layer: object, activations: torch.Tensor) -> int:
-        """Return B, where `layer` sees `activations` (B, T, I).
+        """Note that `layer` is called with the inputs `activations` (B, T, I), and return B.
 
         Raises:
-            GradsiftError: names the layer. The examples cannot be told apart, or the layer is passed twice, so that its
-                gradient would be a sum of two.
+            GradsiftError: the examples cannot be told apart, or the layer is called twice, so that its gradient would
+                be a sum over two calls; names the layer.
         """
         name = getattr(layer, "path", "an adapted layer")
         if id(layer) in self._layers:
@@ -96,12 +96,12 @@ class NormProbe:
         self._passes = Passes()
 
     def of(self, layer: Any, activations: torch.Tensor) -> torch.Tensor:
-        """Return the probe, (2, B) float32, of the pass in which `layer` sees `activations` (B, T, I).
+        """Return the probe (2, B) float32 of the forward pass in which `layer` has the inputs `activations` (B, T, I).
 
         Raises:
             GradsiftError: see `Passes.note`.
         """
-        # a checkpointed block passes the same examples again within the backward pass; that is no second pass
+        # in the backward pass, a checkpointed block is computed again with the same examples, which does not count
         if self._probe is not None and is_recomputing():
             return self._probe
         examples = self._passes.note(layer, activations)
@@ -114,7 +114,7 @@ class NormProbe:
     @staticmethod
     def gather(parts_a: torch.Tensor, parts_b: torch.Tensor, scale: float) -> torch.Tensor:
         """Return the squared norms (2, B) of a layer's gradients of A and of B."""
-        # A norm in bfloat16 would be rounded by up to .4 %, where the members may differ by 3 % (`ensemble_checks`).
+        # A norm in bfloat16 would be rounded by up to .4 %, and the members may differ by only 3 % (`ensemble_checks`).
         # The scale s is applied here, to (2, B) numbers, and not to the (B, R, I) products.
         dtype = torch.promote_types(parts_a.dtype, torch.float32)
         norms = [torch.linalg.vector_norm(part, dim=(1, 2), dtype=dtype) for part in (parts_a, parts_b)]
@@ -124,7 +124,7 @@ class NormProbe:
         """Run the backward pass of `loss` down to the probe and return the squared norms (2, B); no `.grad` changes.
 
         Raises:
-            GradsiftError: no adapted layer was passed.
+            GradsiftError: no adapted layer was called with gradients on.
         """
         if self._probe is None:
             raise GradsiftError("no adapted layer was passed with gradients on; per-sample norms need a forward pass")
@@ -134,7 +134,7 @@ class NormProbe:
         return squares
 
     def take(self) -> torch.Tensor | None:
-        """Return the squared norms (2, B) of A and B, None if there was no backward pass, and start anew."""
+        """Return the squared norms (2, B) of A and B, or None if there was no backward pass, and forget them."""
         probe, self._probe = self._probe, None
         self._passes.forget()
         return None if probe is None else probe.grad
@@ -148,7 +148,9 @@ class GradientProbe:
         self._passes = Passes()
 
     def of(self, layer: Any, activations: torch.Tensor) -> torch.Tensor:
-        """Return the probe of the pass in which `layer` sees `activations`: a zero, expanded to (B, P_l) float32.
+        """Return the probe of the forward pass in which `layer` has the inputs `activations` (B, T, I).
+
+        The probe is a single zero, expanded to (B, P_l) float32.
 
         Raises:
             GradsiftError: see `Passes.note`.

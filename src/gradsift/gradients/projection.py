@@ -1,20 +1,21 @@
-"""A sparse random projection, which keeps inner products on average.
+"""A sparse random projection, which preserves inner products in expectation.
 
 Every parameter is added to one of the D dimensions, with a random sign (CountSketch: Charikar, Chen and Farach-Colton,
-2002; feature hashing: Weinberger et al., 2009). Two parameters meet in a dimension with probability 1/D at most, so the
-standard deviation of an inner product's error is at most
+2002; feature hashing: Weinberger et al., 2009). Two parameters go to the same dimension with probability 1/D at most,
+so the standard deviation of an inner product's error is at most
 
     sqrt((|x|^2 |y|^2 + <x, y>^2) / D)
 
-as it is for a dense matrix of signs. Chunk c holds the parameters cD to cD + D - 1; number i of them goes to dimension
-(i + b_c) mod D. The shifts b_c and the signs are functions of the seed and of the place (`training/random_bits.py`), so
-every device draws the same ones, and a prefix of the parameters is projected as before.
+The same bound holds for a dense matrix of random signs. Chunk c consists of the parameters cD to cD + D - 1, and
+parameter i of a chunk goes to dimension (i + b_c) mod D. The shifts b_c and the signs are functions of the seed and of
+the parameter's position (`training/random_bits.py`), so they are the same on every device and do not depend on P.
 
 Cost. A row of P parameters is gathered, multiplied by signs and summed: 20 P bytes of memory traffic, where a dense
-matrix takes 2 P D operations. Drawing takes about 60 P bytes for all rows of a call. Llama-2-7B with rank 128 on q, k,
-v and o has P = 134 million: 2.7 GB for a row, and 0.3 GB more as its share of drawing for 32 rows. The backward pass of
-a row of 512 tokens through the frozen weights takes 2 x 6.6e9 x 512 = 6.8e12 operations. At half of an A100's bfloat16
-peak (312e12 a second; 2 TB/s) the two are 1.5 and 43 ms, a share of 4 %; on an H100 (990e12; 3.35 TB/s) they are 0.9
+matrix takes 2 P D operations. Drawing shifts and signs takes about 60 P bytes once for all rows of a call. Llama-2-7B
+with rank 128 on q, k, v and o has P = 134 million, so a row takes 2.7 GB, and 0.3 GB more as its share of the drawing
+if a call has 32 rows. The backward pass of a row of 512 tokens through the frozen weights takes 2 x 6.6e9 x 512 =
+6.8e12 operations. With an A100's memory bandwidth (2 TB/s) and half of its bfloat16 peak (312e12 operations a second),
+the projection takes 1.5 ms and the backward pass 43 ms, a ratio of 4 %. On an H100 (3.35 TB/s, 990e12) they take 0.9 ms
 and 14 ms, 7 %.
 
 Shape letters: B rows, P parameters, D dimensions, C chunks at once.
@@ -30,12 +31,12 @@ from torch.nn import functional as F
 from gradsift.training.device import numbers_at_once
 from gradsift.training.random_bits import bits, mixed
 
-_NUMBERS = 2**20  # of a temporary tensor on a CPU
+_NUMBERS = 2**20  # most numbers of a temporary tensor on a CPU
 
 
 @dataclass(frozen=True)
 class Projection:
-    """From `size` (P) to `dimensions` (D)."""
+    """Projects gradients from `size` (P) to `dimensions` (D) numbers."""
 
     size: int
     dimensions: int
@@ -48,7 +49,7 @@ class Projection:
         at_once = max(1, numbers_at_once(gradients.device, _NUMBERS) // max(1, rows * width))
         for first in range(0, -(-self.size // width), at_once):
             columns = gradients[:, first * width : (first + at_once) * width]
-            if lacking := -columns.shape[1] % width:  # in the last chunk; padding copies
+            if lacking := -columns.shape[1] % width:  # only the last chunk is padded, because padding copies
                 columns = F.pad(columns, (0, lacking))
             places, signs = self.drawn(first, columns.shape[1] // width, gradients.device)
             picked = columns.index_select(1, places.flatten()).view(rows, -1, width)  # (B, C, D)
@@ -56,10 +57,11 @@ class Projection:
         return projected
 
     def drawn(self, first: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what goes to each dimension from the chunks `first` to before `first + count`.
+        """Return which parameter of each chunk goes to each dimension, for the chunks `first` to `first + count - 1`.
 
         Returns:
-            The place of the parameter among the chunks' parameters, (C, D) int32, and its sign, (C, D) float32.
+            The parameters' places, counted from the first one of chunk `first`, (C, D) int32, and their signs, (C, D)
+            float32.
         """
         chunks = torch.arange(first, first + count, device=device)  # (C,)
         dimensions = torch.arange(self.dimensions, device=device)
@@ -68,7 +70,7 @@ class Projection:
         seeds = mixed(mixed(torch.tensor(self.seed, device=device)) + chunks)
         shifts = ((mixed(seeds) & 0x7FFFFFFF) % self.dimensions).int()
         places = dimensions.int() - shifts[:, None]
-        places += (places >> 31).bitwise_and_(self.dimensions)  # D where it is negative: faster than a remainder
+        places += (places >> 31).bitwise_and_(self.dimensions)  # adds D to negative places; faster than a remainder
         places += torch.arange(count, device=device, dtype=torch.int32)[:, None] * self.dimensions
         # the sign comes from the top bit, the best mixed one: an arithmetic shift gives 0 or -1, and | 1 makes 1 or -1
         # of it

@@ -1,4 +1,4 @@
-"""Per-sample gradient norms in the order in which the examples came."""
+"""Per-sample gradient norms, in the order in which the examples are added."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _LARGEST_ID = 2**53  # whole numbers up to here are exact in float64
 class NormRecords:
     """Norms and losses of examples, batch by batch.
 
-    They lie in one tensor on the device that grows: thousands of small tensors, each kept among the large ones of its
-    step, would fragment the memory (gigabytes on a CPU).
+    The values are kept in one tensor on the device, which is enlarged when it is full. Thousands of small tensors, each
+    allocated among the large tensors of its step, would fragment the memory (gigabytes on a CPU).
     """
 
     def __init__(self) -> None:
         self._values = torch.empty(2 + len(COLUMNS), 0, dtype=torch.float64)  # id, epoch, norm_A, norm_B, loss
         self._count = 0
-        self._names: dict[str, int] = {}  # numbers of ids that are strings
+        self._names: dict[str, int] = {}  # the number of each id that is a string
 
     def add(
         self,
@@ -38,14 +38,14 @@ class NormRecords:
         norm_b: torch.Tensor,
         losses: torch.Tensor | None = None,
     ) -> None:
-        """Add a batch: B ids (whole numbers or strings), and (B,) each of norms and losses."""
+        """Add a batch of B examples: their ids (whole numbers or strings), and norms and losses, (B,) each."""
         if not isinstance(ids, torch.Tensor) and all(isinstance(each, Integral) for each in ids):
             ids = torch.tensor([int(each) for each in ids])
         elif not isinstance(ids, torch.Tensor):
             ids = torch.tensor([self._names.setdefault(str(name), len(self._names)) for name in ids])
         count = len(ids)
         if self._count + count > self._values.shape[1]:
-            # it doubles, so N examples are copied 2 N times at most and not once for each batch
+            # the size doubles, so N examples take 2 N copies at most; otherwise each batch would copy all of them
             larger = self._values.new_empty((len(self._values), 2 * self._count + count + 64), device=norm_a.device)
             larger[:, : self._count] = self._values[:, : self._count]
             self._values = larger
@@ -55,7 +55,7 @@ class NormRecords:
         self._count += count
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was added so far (a tensor, and a list of ids that are strings), for `load_state_dict`."""
+        """Return the records so far, for `load_state_dict`: a tensor, and a list of the ids that are strings."""
         # a copy without the spare columns: a view would be overwritten while it waits to be saved, or saved with them
         values = {"values": self._values[:, : self._count].clone()}
         return {**values, "names": list(self._names)} if self._names else values
@@ -65,7 +65,7 @@ class NormRecords:
         self._names = {name: number for number, name in enumerate(state.get("names", ()))}
 
     def table(self) -> dict[str, np.ndarray]:
-        """Return columns of one entry per example and epoch, in the order in which they came.
+        """Return columns with an entry for each example in each epoch, in the order in which they were added.
 
         Returns:
             example_id, epoch (int64), norm_A, norm_B and norm (float32): the L2 norms of the gradient with respect to
@@ -87,10 +87,10 @@ class NormRecords:
         }
 
     def columns(self, encoded: Sequence[Encoded]) -> dict[str, np.ndarray]:
-        """Return norm_A, norm_B and loss, float32, in the order of the examples whose `row` is the id.
+        """Return norm_A, norm_B and loss, float32, in the order of `encoded`; the ids must be the examples' `row`.
 
         Raises:
-            GradsiftError: a value is not finite, or an example does not have exactly one; names the rows.
+            GradsiftError: a value is not finite (names the rows), or an example does not have exactly one entry.
         """
         rows, _, *values = self._values[:, : self._count].cpu()
         places = {example.row: place for place, example in enumerate(encoded)}

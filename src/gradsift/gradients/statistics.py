@@ -1,7 +1,7 @@
-"""Mean and variance over the ensemble of the gradient norms at the two snapshots.
+"""Mean and variance of the gradient norms over the ensemble, at the two snapshots.
 
 GRADFILTERING (arXiv 2601.13697): G_i^(e) = mean over m of |g_i^(m,e)|, V_i^(e) = variance over m (divided by M).
-Members are read one at a time, and twice, so memory grows with N and not with M.
+The norms are read twice, one member at a time, so memory grows with N and not with M.
 
 Shape letters: M members, N examples.
 """
@@ -32,24 +32,25 @@ class Statistics:
 
     G_s: np.ndarray  # mean norm at the early snapshot
     G_t: np.ndarray  # mean norm at the late snapshot
-    V_s: np.ndarray  # variance of the norm over members, early; norm squared
-    V_t: np.ndarray  # variance of the norm over members, late; norm squared
-    loss_s: np.ndarray  # mean loss over members, early; nats a response token
-    loss_t: np.ndarray  # mean loss over members, late; nats a response token
+    V_s: np.ndarray  # variance of the norm over the members at the early snapshot
+    V_t: np.ndarray  # variance of the norm over the members at the late snapshot
+    loss_s: np.ndarray  # mean loss over the members at the early snapshot, in nats per response token
+    loss_t: np.ndarray  # mean loss over the members at the late snapshot, in nats per response token
 
 
 def norm_of(columns: Mapping[str, np.ndarray], scope: str, size_a: float, size_b: float) -> np.ndarray:
-    """Return the L2 norm over the LoRA factors in scope: `all`, `A`, `B` or `scaled`; (N,) float64.
+    """Return the L2 norm (N,) float64 of the gradients with respect to the LoRA factors that `scope` names.
 
-    The gradient of A is proportional to B and the gradient of B to A, so a norm grows while B grows from zero, whatever
-    the example does. `scaled` divides each factor's norm by the other factor's size.
+    The gradient of A is proportional to B and the gradient of B to A. So the norms of all examples grow while B grows
+    from zero. The scope `scaled` therefore divides norm_A by the size of B and norm_B by the size of A.
 
     Args:
         columns: norm_A and norm_B, (N,).
+        scope: `all` (both factors), `A`, `B` or `scaled` (both factors).
         size_a, size_b: Frobenius norms of the member's A and B over all layers at the epoch's end.
 
     Raises:
-        GradsiftError: `scaled` of an adapter that is still zero.
+        GradsiftError: the scope is `scaled`, and a factor of the adapter is still zero.
     """
     norm_a, norm_b = columns["norm_A"].astype(np.float64), columns["norm_B"].astype(np.float64)
     if scope == "scaled":
@@ -62,19 +63,19 @@ def norm_of(columns: Mapping[str, np.ndarray], scope: str, size_a: float, size_b
 
 
 def mean_and_variance(norms: Callable[[], Iterable[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return G and V over the members, (N,) float64 each; the variance is divided by M.
+    """Return the mean G and the variance V (divided by M) over the members, (N,) float64 each.
 
     Args:
-        norms: returns the members' norms, M times (N,), one after the other; called twice.
+        norms: called twice; returns an iterable over the members' norms, (N,) each.
     """
-    # Two passes, and not mean(x^2) - mean(x)^2: V_t is .001 to .01 of G_t^2 (`ensemble_checks`), so that difference
+    # Two passes, and not mean(x^2) - mean(x)^2: V_t is .001 to .01 of G_t^2 (`ensemble_checks`), so this difference
     # would lose two or three digits of V_t, by which Eq. 5 divides.
     mean = mean_over_members(norms())
     return mean, mean_over_members((of_member - mean) ** 2 for of_member in norms())
 
 
 def mean_over_members(values: Iterable[np.ndarray]) -> np.ndarray:
-    """Return the mean (N,) float64 of M times (N,), of which one is held at a time."""
+    """Return the mean (N,) float64 of M arrays (N,), one of which is in memory at a time."""
     members, total = 0, np.zeros(1)
     for of_member in values:
         # astype copies, so the sums never overwrite the caller's first column
@@ -84,7 +85,11 @@ def mean_over_members(values: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def mean_loss(members: Sequence[Sequence[Artifact]], count: int) -> np.ndarray:
-    """Return the mean over the members of the losses beside their norms, (N,) float64; NaN where there is none."""
+    """Return each example's mean loss over the members, (N,) float64, NaN if an example has no response token.
+
+    Args:
+        members: tables of norms, which also hold the losses, as [member][shard].
+    """
     return mean_over_members(by_example(shards, ("loss",), count)["loss"] for shards in members)
 
 
@@ -99,11 +104,11 @@ def statistics(
     """Return the artifact of the statistics at the early and the late snapshot.
 
     Args:
-        early, late: the members' norms at the snapshots, as [member][shard].
+        early, late: tables of the members' norms at the two snapshots, as [member][shard].
         count: N.
 
     Raises:
-        GradsiftError: the members' norms were computed with different numerics; names two of them.
+        GradsiftError: the members' norms were computed with different numerics; names two tables that differ.
     """
     parents = [shard for shards in (*early, *late) for shard in shards]
     for other in parents[1:]:
@@ -126,7 +131,7 @@ def statistics(
 def compute_statistics(
     early: Sequence[Sequence[Artifact]], late: Sequence[Sequence[Artifact]], scope: str, count: int
 ) -> Statistics:
-    """Return the statistics of norms that are given as [member][shard]."""
+    """Return the statistics of tables of norms, given as [member][shard]."""
     columns = {}
     for suffix, members in (("s", early), ("t", late)):
 
@@ -141,5 +146,5 @@ def compute_statistics(
 
 
 def read_statistics(artifact: Artifact) -> Statistics:
-    with pq.ParquetFile(artifact.file(STATISTICS_FILE)) as file:  # by column: a table and its copy take twice as much
+    with pq.ParquetFile(artifact.file(STATISTICS_FILE)) as file:  # by column, which needs half of a table's memory
         return Statistics(**{name: file.read([name])[name].to_numpy() for name in file.schema_arrow.names})

@@ -1,22 +1,23 @@
 """Scorers: one module per method; a higher score means keep.
 
-A scorer is a function. Its positional parameters name its inputs, and the pipeline computes nothing else:
+A scorer is a function. Its positional parameters name its inputs, and the pipeline computes only these inputs:
 
     count        N, the number of examples
     examples     the examples, without their quality labels
-    labels       `gradsift.data.load.Labels` of generated or corrupted data, else None: for references, not for methods
+    labels       `gradsift.data.load.Labels` of generated or corrupted data, else None; only for reference scorers, a
+                 method must not use the labels
     statistics   `gradsift.gradients.statistics.Statistics` of the proxy ensemble
     late_losses  (N,) mean loss of the members at the late snapshot
     answer_losses
-                 `gradsift.proxy.answer_losses.AnswerLosses` of the members at the late snapshot; with
-                 proxy.ensemble=mc_dropout of the one adapter, without dropout
+                 `gradsift.proxy.answer_losses.AnswerLosses` of the members at the late snapshot, with dropout off; for
+                 proxy.ensemble=mc_dropout, those of its single adapter
     embedding_gradients
                  `gradsift.gradients.embedding_head.EmbeddingGradients` after the first epoch of the ensemble's first
-                 adapter; no other adapter is trained for it
+                 adapter; this input does not need the other adapters to be trained
     directions   (M, N) cosines of each member's gradient of an example with its mean gradient of the pool; (1, N) for
                  proxy.ensemble=mc_dropout, whose members share their weights
     gradients, target_gradients
-                 `gradsift.features.vectors.Features` of the gradients of the pool and of the target set
+                 `gradsift.features.vectors.Features`: the gradients of the pool's and of the target set's examples
     backbone     the proxy's backbone, without adapters
     proxy_inputs the backbone, and the examples in tokens of the proxy's template
     embeddings, target_embeddings
@@ -24,11 +25,11 @@ A scorer is a function. Its positional parameters name its inputs, and the pipel
                  computed by the run's embedder
     rater        `gradsift.evaluation.judges.Rater`: the run's judge, which can grade single examples
     published_scores
-                 `gradsift.scoring.scores.Scores` that `data.scores` gives
+                 `gradsift.scoring.scores.Scores` from the file `data.scores`
     task         a progress bar: `with task(description, total) as advance`
     journal      `gradsift.journal.Journal`: keeps results for a resumed run
 
-Its keyword-only parameters are its constants, set in `conf/scorer/<name>.yaml`. It returns `Scores`, or one number per
-example. A scorer of your own is such a function in a module beside the command, and a YAML file in `./conf/scorer/`
-with its `_target_`; or a function that is passed to `gradsift.select`.
+The scorer's keyword-only parameters are its constants, set in `conf/scorer/<name>.yaml`. It returns `Scores`, or one
+number per example. To add a scorer, write such a function in a module in the working directory, and name it as
+`_target_` in a YAML file in `./conf/scorer/`; or pass the function to `gradsift.select`.
 """

@@ -41,13 +41,14 @@ def mark_undirected(scores: Scores, features: Features) -> None:
 
 
 def spread(features: Features, kind: str, check: str) -> Diagnostic:
-    """Return the mean cosine between two different rows with a direction; near 1 the vectors do not separate the rows.
+    """Return the diagnostic `<kind>_spread`: the mean cosine between two different rows that have a direction.
 
-    It follows from the length of the sum of N unit rows: |sum|^2 = N + N (N - 1) mean cosine.
+    If the mean is near 1, the vectors do not separate the rows. The mean is computed from the length of the sum of N
+    unit rows: |sum|^2 = N + N (N - 1) mean cosine.
 
     Args:
-        kind: embedding or gradient; names the diagnostic.
-        check: what to look at if the rows are alike.
+        kind: embedding or gradient.
+        check: what the user should check if the rows are alike.
     """
     name, value = f"{kind}_spread", "mean_cosine"
     total, count = np.zeros(features.vectors.shape[1]), 0

@@ -3,19 +3,20 @@
     IFD(x, y) = mean loss of y after the prompt x / mean loss of y alone
 
 Superfiltering's score of the same name is a ratio of perplexities with another prompt, and ranks rows differently. Here
-the prompt is Alpaca's, "alone" means after the line "### Response:", a start token comes first if the tokenizer adds
-one by itself, and every token of the answer is scored, both times. A prompt of p tokens is cut to L; prompt
-and answer together are cut to L too. Highest IFD up to 1 is kept. The budget is a share of the rows that remain
-(budget_base=scored, as in method=cherry). For conversations, where the source is silent, the prompt is all that comes
-before the last response. The published model is first trained on 1,000 diverse rows; here the proxy's backbone is used
-as it is, so name a model trained that way if you want this step.
+the prompt is Alpaca's, and "alone" means after the line "### Response:". A start token comes first if the tokenizer
+adds one by default. Every token of the answer is scored, in both losses. The prompt is cut to L tokens (`max_length`),
+which leaves p tokens, and prompt and answer together are cut to L too. Rows with an IFD above 1 are excluded, and the
+highest IFD of the remaining rows is selected. The budget is a share of these rows (budget_base=scored, as in
+method=cherry). The source does not treat conversations; for them the prompt is everything before the last response. The
+published model is first trained on 1,000 diverse rows. Here the proxy's backbone is used as it is; for this step, name
+a model that was trained in this way.
 
-`fidelity=original` measures the answer after the cut to L - p + 4 tokens, including "### Response:". The rule "prompt
-and answer longer than L" then depends on the number of tokens of that line: with LLaMA's tokenizer no row is ever too
-long, and the two losses of a long answer are means over different tokens. `fixed` measures it before the cut, as the
-rule says. Two rules of the published code are not
-reproduced, because they belong to the selection: of equal scores it prefers the last one, and a share of less than one
-row selects all.
+Rows whose prompt and answer together are longer than L are excluded. `fidelity=original` measures the answer after
+"### Response:" and answer were cut to L - p + 4 tokens. Whether a row is too long then depends on the number of tokens
+of this line: with LLaMA's tokenizer no row is ever too long, and the two losses of a long answer are means over
+different tokens. `fixed` measures the answer before the cut, as the rule says. Two rules of the published code are not
+reproduced, because they belong to the selection: of rows with equal scores it selects the last ones, and a share of
+less than one row selects all rows.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def cherry(
     """Return the IFD of each example under the proxy's backbone, without adapters.
 
     Args:
-        max_length: L of the published code; the model's context if that is smaller.
-        fidelity: original or fixed; see above.
+        max_length: L of the published code; the model's context if the context is smaller.
+        fidelity: original or fixed; see the module's docstring.
     """
     limit = min(max_length, backbone.context)
     alone, together, too_long = cherry_spans(examples, backbone, limit, measure_cut=fidelity == "original")
@@ -59,7 +60,11 @@ def cherry(
 
 
 def loss_ratios(alone: np.ndarray, together: np.ndarray, too_long: np.ndarray, lacks: np.ndarray) -> Scores:
-    """Return the scores from mean losses (N,) in nats; rows in `too_long` or `lacks` (N,) bool have none."""
+    """Return the scores from mean losses (N,) in nats.
+
+    Args:
+        too_long, lacks: (N,) bool, the rows that are excluded as too long, and those without a scored response token.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
         ifd = together / alone
     scores = Scores(ifd, {"ifd": ifd, "loss_alone": alone, "loss_with_prompt": together})
@@ -74,17 +79,18 @@ def loss_ratios(alone: np.ndarray, together: np.ndarray, too_long: np.ndarray, l
 def cherry_spans(
     examples: Sequence[Example], backbone: Backbone, limit: int, *, measure_cut: bool
 ) -> tuple[list[Encoded], list[Encoded], np.ndarray]:
-    """Return token spans of each answer after "### Response:" and after its prompt, and the rows that are too long.
+    """Return the spans of each answer after "### Response:" and after its prompt, and which rows are too long.
 
     Args:
-        measure_cut: measure the answer after it was cut.
+        limit: L.
+        measure_cut: measure the answer's length after it was cut (fidelity=original), not before.
     """
     # with "### Response:" at the end
     prompts = ["".join(segment.text for segment in render(example, "alpaca")[:-1]) for example in examples]
     alone = [_RESPONSE + example.output for example in examples]
     together = [prompt + example.output for prompt, example in zip(prompts, examples, strict=True)]
     (line,) = token_ids(backbone.tokenizer, [_RESPONSE], special=True)
-    limits = (limit, limit if measure_cut else None, limit)  # a response that is measured before the cut
+    limits = (limit, limit if measure_cut else None, limit)  # None: the whole response is needed to measure it
     ids = (
         token_ids(backbone.tokenizer, texts, special=True, limit=most)
         for texts, most in zip((prompts, alone, together), limits, strict=True)

@@ -2,26 +2,29 @@
 
     l_i^m  = (1 - w) body_i^m / mean(body^m) + w end_i^m / mean(end^m)     means over the examples; w = end_share
     c_i^m  = (mean_j log l_j^m - log l_i^m) / std_j log l_j^m       j over the k nearest prompts of i
-    g_i^m  = log(mean_m' other_i^m' / body_i^m)                     what the example's own prompt is good for
+    g_i^m  = log(mean_m' other_i^m' / body_i^m)                     how much less the answer costs with its own prompt
     z_i^m  = (g_i^m - mean(g^m)) / std(g^m)                         over the examples
     d_i^m  = c_i^m + v min(0, z_i^m + 1/2)                          v = prompt_weight
     b_i = mean_m d_i^m - caution x std_m d_i^m      a lower confidence bound over the members
-    score_i = b_i below the best fifth; there, numbers drawn at random
+    score_i = b_i, but random numbers above all other scores for the fifth of the rows with the highest b_i
+
+body_i is the mean loss of an answer's tokens before the last one, end_i the loss of its last token, and other_i is body_i
+after the prompt of another example (`AnswerLosses`).
 
 - A loss is low if an answer is right, but also if its kind of task is easy. Comparing with similar prompts removes the
-  second effect, so that no kind of task crowds out the others.
-- A wrong token within an answer raises the body, an answer that stops early raises the end. In the mean over all tokens
-  of a long answer the end is lost, so it has a weight of its own. Both are losses after training, relative to their
-  means over the pool: how much larger a body's loss is than an end's differs from one dataset to the next.
-- An answer to another question can be fluent, hence have a low loss. Its own prompt does not make it likelier than the
-  prompt of another example does, so g is near zero. Only answers whose g is clearly below the mean lose by it: above,
-  a larger g means a longer quotation of the prompt, and not a better answer.
-- The members' standard deviation lowers the score of rows on which they disagree.
-- Within the best fifth (`saturation`) a higher bound means a more typical row, and a slightly cleaner one. A target
-  learns more from rows drawn there at random (measured in the embedded world).
+  second effect, so that easy kinds of task do not crowd out the other kinds.
+- A wrong token within an answer raises body_i, and an answer that stops early raises end_i. In a mean over all tokens
+  of a long answer, the last token would hardly count, so it has its own weight w. Both losses are taken after training
+  and divided by their means over the pool, because the ratio of these means differs between datasets.
+- A fluent answer to another question has a low loss too, but its prompt makes it no likelier than another example's
+  prompt does: g_i is near 0. Only a g_i well below the mean lowers the score. Above it, a larger g_i does not mean a
+  better answer: g_i alone ranks truncated answers above complete ones.
+- The members' standard deviation lowers the score of rows on which the members disagree.
+- Within the best fifth (`saturation`), a row with a higher bound is more typical and slightly cleaner. A target learns
+  more if rows of this fifth are drawn at random (measured in the embedded world).
 
-Prompts are similar if their words and word pairs are (TF-IDF, reduced to at most 50 dimensions): this needs no model
-and gives the same neighbours for every proxy. Reasons, ablations and limits: docs/methods.md.
+Prompts are compared by their words and word pairs (TF-IDF, reduced to at most 50 dimensions). This needs no model and
+gives the same neighbours for every proxy. Reasons, ablations and limits: docs/methods.md.
 
 Shape letters: M members, N examples, K neighbours.
 """
@@ -63,12 +66,12 @@ def contrast(
     """Return the contrast of each answer's loss with the losses of answers to similar prompts.
 
     Args:
-        answer_losses: of the late snapshot, (M, N) each.
+        answer_losses: losses at the late snapshot, (M, N) each.
         neighbours: k.
         end_share: w, 0 to 1.
         prompt_weight: v, 0 or more.
         caution: how many standard deviations over the members are subtracted.
-        saturation: share of the examples, those with the highest bounds, whose scores are drawn with `seed`.
+        saturation: share of the examples whose scores are drawn at random with `seed`: those with the highest bounds.
 
     Raises:
         ConfigError: there are not more than `neighbours` examples with a response.
@@ -96,7 +99,7 @@ def member_contrasts(
     end_share: float,
     prompt_weight: float,
 ) -> np.ndarray:
-    """Return d of each answer for each member, (M, N); NaN without a response. See `contrast`."""
+    """Return d of each answer for each member, (M, N); NaN for an example without a response token."""
     # a row without a response token has no loss under any member
     known = ~np.isnan(answer_losses.body).any(0)
     require_neighbours(int(known.sum()), neighbours)
@@ -123,16 +126,17 @@ def lacking_gain(body: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def relative_losses(body: np.ndarray, end: np.ndarray, end_share: float) -> np.ndarray:
-    """Return the losses l of `contrast`, (M, N), from the losses of bodies and ends in nats, (M, N) each.
+    """Return the relative losses l (M, N) from the losses of bodies and ends in nats, (M, N) each.
 
-    A mean counts as at least _LEAST_MEAN. Above it a part has its full share, however small its losses are.
+    A mean over the examples counts as at least `_LEAST_MEAN`. If the mean is larger, body or end has its full weight,
+    however small its losses are.
     """
     body, end = (part / np.maximum(part.mean(1, keepdims=True), _LEAST_MEAN) for part in (body, end))
     return (1 - end_share) * body + end_share * end
 
 
 def require_neighbours(count: int, neighbours: int) -> None:
-    """Raise a `ConfigError` unless each of `count` examples has `neighbours` others."""
+    """Raise a `ConfigError` unless there are `neighbours` other examples for each of `count` examples."""
     if count <= neighbours:
         raise ConfigError(
             f"scorer.neighbours={neighbours} needs more than {neighbours} examples with a response, and there are "
@@ -141,7 +145,7 @@ def require_neighbours(count: int, neighbours: int) -> None:
 
 
 def saturated(bound: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Return the bounds (N,), the highest `share` of them replaced by random numbers above all others."""
+    """Return the bounds (N,), with the highest `share` of them replaced by random numbers above all other bounds."""
     values = bound.copy()
     best = np.argsort(-bound, kind="stable")[: round(share * np.isfinite(bound).sum())]  # NaN comes last
     if len(best):

@@ -1,4 +1,4 @@
-"""Equal scores, the full-data baseline: alpha is ignored and the whole dataset is selected."""
+"""Equal scores for the full-data baseline, which ignores alpha and selects the whole dataset."""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
     score(z) = sum_k s_k <row_z, K_k> / sum_k s_k
 
-K_k is the k-th principal component of the target gradients, its sign chosen so that their mean has a positive
-projection on it; s_k is the share of the variance that it explains; row_z is the gradient of example z (see
+K_k is the k-th principal component of the target gradients, with the sign for which the mean target gradient has a
+positive projection on K_k. s_k is the share of the variance that K_k explains. row_z is the gradient of example z (see
 `gradsift.selection.core_knowledge` and `gradsift.scoring.agreement`). The paper selects by a walk and defines no score;
-this is our reading. With `selector.fill=topup`, `selector=gradient_walk` fills what its walks leave of the budget by
-this score. Any other selector can rank by it.
+this score is our reading. With `selector.fill=topup`, `selector=gradient_walk` selects by this score if its walks do
+not use up the budget. Any other selector can rank by this score.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gradsift.selection.core_knowledge import core_knowledge
 
 
 def g2is(gradients: Features, target_gradients: Features, *, explained: float) -> Scores:
-    """Return the mean projection on the components, weighted by variance; part `component:<k>` has each projection.
+    """Return the variance-weighted mean projection on the components; each part `component:<k>` is the one on K_k.
 
     Args:
         explained: share of the target gradients' variance that the components explain.

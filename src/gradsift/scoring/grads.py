@@ -3,13 +3,14 @@
     score_i = w_g R_i + w_d C_i + w_s (1 - S_i)
 
 R  representativeness: Gaussian kernel density of the example's gradient signal among the pool's signals. The signal
-   consists of statistics of its gradients of input embedding and LM head after one preliminary epoch.
+   consists of statistics of the example's gradients with respect to input embedding and LM head, after one epoch of
+   preliminary training.
 C  content diversity: how far the example is from the rest of the pool.
 S  redundancy: mean cosine to its nearest neighbours in the embedding space.
 
-Each factor is scaled to 0..1 over the scored examples. The paper leaves open how the two gradients combine, the
-bandwidth, which density is representative, and what measures content: each is a constant of the scorer. A component
-with weight 0 is not computed.
+Each of the factors R, C and S is scaled to 0..1 over the scored examples. The paper does not say how the two gradients
+are combined, which bandwidth is used, whether a high or a low density is representative, and how content is measured.
+For each of these the scorer has a constant. A factor with weight 0 is not computed.
 
 Shape letters: N examples, F columns of the signal, B rows of a block.
 """
@@ -51,16 +52,16 @@ def grads(
     neighbours: int,
     scale: str,
 ) -> Scores:
-    """Return the weighted sum, with its factors as parts.
+    """Return the weighted sum of the factors, with the factors as parts.
 
     Args:
         weights: w_g, w_d, w_s.
         combine: see `signal_of`.
-        bandwidth: of the kernel, in standard deviations of the signal's columns, or `scott`: N^(-1 / (F + 4)).
+        bandwidth: the kernel's, in standard deviations of the signal's columns, or `scott`: N^(-1 / (F + 4)).
         region: whether `high` or `low` density is representative.
-        diversity: `spread`, one minus the mean cosine to all others; or `words`, the mean inverse document frequency
-            of the example's words.
-        neighbours: number of most similar others whose mean cosine is the redundancy.
+        diversity: `spread`, one minus the mean cosine to all other examples; or `words`, the mean inverse document
+            frequency of the example's words.
+        neighbours: number of most similar other examples over whose cosines S is the mean.
         scale: `rank` or `minmax`, see `to_unit`.
     """
     of_gradients, of_content, of_similarity = weights
@@ -103,7 +104,7 @@ def grads(
 def density_of(
     gradients: EmbeddingGradients, rows: np.ndarray, combine: str, bandwidth: str | float, task: Task
 ) -> tuple[np.ndarray, Diagnostic]:
-    """Return the density (N,) of the signal among the examples in `rows` (N,) bool, NaN elsewhere, and a diagnostic."""
+    """Return the signal's density (N,) among `rows` (N,) bool, NaN for other rows, and a diagnostic of the signal."""
     signal = signal_of(gradients, combine, rows)
     width = scott(*signal.shape) if bandwidth == "scott" else float(bandwidth)
     density = np.full(len(rows), np.nan)
@@ -128,8 +129,8 @@ def signal_of(gradients: EmbeddingGradients, combine: str, rows: np.ndarray) -> 
     norms        the two norms
     norm         the norm over both together
 
-    Columns without information are left out: constant ones, and a mean that is only the rounding error of a sum that
-    cancels (the head's always, the embedding's before a LayerNorm).
+    Columns without information are left out. These are constant columns, and means whose true value is 0, so that they
+    are only rounding errors: always the head's mean, and the embedding's mean if a LayerNorm follows the embedding.
 
     Returns:
         (rows.sum(), F) float64
@@ -153,9 +154,9 @@ def scott(count: int, columns: int) -> float:
 
 
 def kernel_density(signal: np.ndarray, bandwidth: float, advance: Advance = lambda done: None) -> np.ndarray:
-    """Return the Gaussian kernel density (N,) float64 at each point of `signal` (N, F) among all of them.
+    """Return the Gaussian kernel density (N,) float64 of all points in `signal` (N, F), at each of these points.
 
-    Exact: N^2 kernel evaluations, a block of rows at a time.
+    The density is exact: N^2 kernel evaluations, computed for a block of rows at a time.
     """
     count, columns = signal.shape
     points = signal / bandwidth
@@ -177,7 +178,10 @@ def kernel_density(signal: np.ndarray, bandwidth: float, advance: Advance = lamb
 
 
 def word_rarity(examples: Sequence[Example]) -> np.ndarray:
-    """Return the mean over an example's different words of log(N / number of examples with the word), (N,)."""
+    """Return the mean over an example's different words of log(N / number of examples with the word), (N,).
+
+    An example without words has 0.
+    """
     texts = [" ".join([*(turn.content for turn in e.history), e.instruction, e.input, e.output]) for e in examples]
     words = [sorted(set(re.findall(r"\w+", text.lower()))) for text in texts]
     holders = Counter(word for each in words for word in each)
@@ -189,7 +193,7 @@ def to_unit(values: np.ndarray, rows: np.ndarray, scale: str) -> np.ndarray:
     """Return values (N,) scaled to 0..1 over `rows` (N,) bool, NaN elsewhere; .5 if all are equal.
 
     rank    the share of the other values that are lower; equal values count half
-    minmax  the distance from the lowest value over the range
+    minmax  the distance from the lowest value, divided by the range
     """
     from scipy.stats import rankdata
 

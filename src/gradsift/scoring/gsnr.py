@@ -3,9 +3,8 @@
     GSNR_i = (G_i^s - G_i^t) / (G_i^s + eps)  x  1 / (V_i^t + eps)
 
 G^s and G^t are the ensemble's mean gradient norms at the early and the late snapshot, V^t the variance of the late
-norms over the members. The paper gives no value for eps. If the norm rises from s to t the drop is negative, and
-dividing by V^t then favours a high variance, the opposite of the score's intent; `drop` is written beside the score so
-that this can be seen.
+norms over the members. The paper gives no value for eps. If the norm rises from s to t, the drop is negative, and
+dividing by V^t then favours a high variance, the opposite of the score's intent. The part `drop` shows such examples.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
 def ratio(G_s: np.ndarray, G_t: np.ndarray, V_t: np.ndarray, eps: float) -> np.ndarray:
     """Return Eq. 5 for N examples: the normalised drop over the late variance; (N,) float64 in and out."""
-    # The same eps is added to a norm and to a squared norm, so what is small beside G_s may outweigh V_t; `eps_share`
-    # reports the rows in which it does.
+    # The same eps is added to a norm and to a squared norm, so an eps that is small beside G_s may outweigh V_t;
+    # `eps_share` reports the share of rows in which this is so.
     value: np.ndarray = (G_s - G_t) / (G_s + eps) / (V_t + eps)
     return value
 
@@ -34,7 +33,7 @@ def gsnr(statistics: Statistics, *, eps: float) -> Scores:
 
 
 def gsnr_raw_drop(statistics: Statistics, *, eps: float) -> Scores:
-    """Return ablation 1: G_s - G_t. `eps` is unused, but lets one sweep set it for all four."""
+    """Return ablation 1: G_s - G_t. `eps` is accepted but unused, so that one sweep can set it for all four scorers."""
     return _scores(statistics, statistics.G_s - statistics.G_t, eps, ())
 
 
@@ -49,7 +48,7 @@ def gsnr_variance_normalized(statistics: Statistics, *, eps: float) -> Scores:
 
 
 def _scores(statistics: Statistics, score: np.ndarray, eps: float, denominators: Sequence[str]) -> Scores:
-    """Return the score with its parts; eps was added to the parts named in `denominators`."""
+    """Return `Scores` with parts and the diagnostic `eps_share`; `denominators` are the parts that eps was added to."""
     parts = {
         "G_s": statistics.G_s,
         "G_t": statistics.G_t,

@@ -4,9 +4,9 @@
     score_i = rank_i x (1/M) sum_m cos(g_i^m, g^m)      weigh=gsnr
 
 g^m is the mean gradient of the pool at member m's late snapshot, and rank_i the share of examples whose G-SNR (Eq. 5)
-is at most the G-SNR of i. A product with the G-SNR itself would be positive where both factors are negative, and its
-largest values would come from tiny variances. With the rank, agreement and disagreement count more where the
-ensemble is certain.
+is at most the G-SNR of i. A product with the G-SNR itself would be positive if both factors are negative, and its
+largest values would come from tiny variances. With the rank, a cosine of either sign counts more if the example's G-SNR
+is high.
 
 Shape letters: M members, N examples.
 """
@@ -25,9 +25,9 @@ def gsnr_direction(statistics: Statistics, directions: np.ndarray, *, weigh: str
     """Return the mean over the members of the cosine with the pool's mean gradient.
 
     Args:
-        directions: (M, N) cosines; NaN where a member has no gradient of an example, which the mean leaves out.
+        directions: (M, N) cosines; NaN, which the mean leaves out, if a member's gradient of an example is zero.
         weigh: `none`, or `gsnr` to multiply with the rank of the G-SNR.
-        eps: of the G-SNR.
+        eps: the eps of the G-SNR.
     """
     known = ~np.isnan(directions)  # (M, N)
     count = known.sum(0)  # (N,) members with a gradient
@@ -47,7 +47,7 @@ def gsnr_direction(statistics: Statistics, directions: np.ndarray, *, weigh: str
 
 
 def shares_not_above(values: np.ndarray) -> np.ndarray:
-    """Return for each value (N,) the share of the finite values that are at most this one; NaN if it is not finite."""
+    """Return for each value (N,) the share of the finite values that are not larger; NaN if the value is not finite."""
     from scipy.stats import rankdata
 
     shares = np.full(len(values), np.nan)

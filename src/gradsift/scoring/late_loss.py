@@ -8,7 +8,10 @@ from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
 
 def late_loss(late_losses: np.ndarray) -> Scores:
-    """Return -(1/M) sum over m of example i's loss at the late snapshot, measured as `proxy.collect` says."""
+    """Return -(1/M) sum over m of each example's loss at the late snapshot.
+
+    `proxy.collect` sets whether the losses are measured during the epoch or at its end.
+    """
     scores = Scores(-late_losses)
     scores.mark(np.isnan(late_losses), UNDEFINED, NO_RESPONSE)
     return scores

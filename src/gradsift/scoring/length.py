@@ -1,7 +1,7 @@
 """Lengths of the response, the prompt or both: a cheap baseline.
 
 Long responses alone make a strong selection (Zhao et al., arXiv 2402.04833), and many scores correlate with length.
-The texts are counted without template, special tokens or truncation. `scorer.unit` chooses the function, so counting
+Lengths are measured without template, special tokens or truncation. `scorer.unit` chooses the function, so counting
 characters needs no model.
 """
 
@@ -32,13 +32,13 @@ def length_in_tokens(examples: Sequence[Example], backbone: Backbone, *, unit: s
 
 
 def length_in_characters(examples: Sequence[Example], *, unit: str, part: str, prefer: str) -> Scores:
-    """Return lengths in Unicode characters; constants as in `length_in_tokens`."""
+    """Return lengths in Unicode characters; the arguments are those of `length_in_tokens`, without the backbone."""
     counts = [sum(map(len, texts_of(example, part))) for example in examples]
     return _scores(np.array(counts, dtype=float), unit, prefer)
 
 
 def texts_of(example: Example, part: str) -> list[str]:
-    """Return the texts of a part of an example."""
+    """Return the texts of an example's response, of its prompt, or of both."""
     prompt = [*(turn.content for turn in example.history), example.instruction, example.input]
     return {"response": [example.output], "prompt": prompt, "both": [*prompt, example.output]}[part]
 

@@ -2,9 +2,9 @@
 
     score(z) = max over tasks of  mean over the task's rows z' of  sum_c w_c cos(Gamma_c(z), g_c(z'))
 
-The features are such that the inner sum is one inner product (see `gradsift.features.gradients`). Cosines are averaged,
-not gradients: a mean of inner products is the inner product with the mean row. Target rows without a gradient have no
-cosine and are left out of the mean.
+The features are such that the inner sum is one inner product of two rows (see `gradsift.features.gradients`). The mean
+is over cosines and not over gradients; it is computed as the inner product with the mean of the task's feature rows.
+Target rows without a gradient have no cosine and are left out of the mean.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
     alpagasus   score = one grade, 0-5, for accuracy and helpfulness
     deita       score = complexity of the instruction, 1-6, x quality of the response, 1-6, asked separately
 
-The questions are in our own words (`gradsift.evaluation.judges.rating`). This differs from the sources in two points.
-AlpaGasus keeps everything from 4.5 up; here the budget decides (grades are coarse, and ties keep the order of the
-rows). DEITA finetunes scorers and takes their expected grade; here the configured judge is asked. In a conversation
-the last exchange is rated, and the judge sees the earlier turns. An example without a valid grade is `undefined`.
+The questions are in our own words (`gradsift.evaluation.judges.rating`). The scorer differs from the sources in two
+points. AlpaGasus keeps all rows with a grade of at least 4.5; here the budget decides (grades are coarse, and rows with
+equal grades keep their order). DEITA finetunes scorers and takes their expected grade; here the configured judge is
+asked. In a conversation the last exchange is rated, and the judge sees the earlier turns. An example without a valid
+grade is `undefined`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ _UNRATED_LIMIT = 0.05  # share of examples without a grade above which a warning
 def llm_rating(
     examples: Sequence[Example], rater: Rater, task: Task, *, style: Literal["alpagasus", "deita"]
 ) -> Scores:
-    """Return the product of the grades of the style; one part (N,) per question, NaN where there is no grade."""
+    """Return the product of the grades for the style's questions, with the grades (N,) for each question as a part.
+
+    A grade is NaN if the judge gave no valid one.
+    """
     questions = QUESTIONS[style]
     # both questions of an example in sequence, so that an interrupted run has complete examples
     requests = [
@@ -46,7 +50,7 @@ def llm_rating(
             else:
                 grades[request.question][request.position] = rating.value
             advance(1)
-    # one grade that is NaN makes the product NaN: an example needs all of them
+    # one grade that is NaN makes the product NaN: a score needs all grades
     scores = Scores(np.prod([grades[question] for question in questions], axis=0), grades)
     for reason, positions in sorted(unrated.items()):
         scores.mark(np.isin(np.arange(len(examples)), positions), UNDEFINED, reason)

@@ -3,9 +3,9 @@
     PPL(x, y) = exp(mean loss of y's tokens after the prompt x)
 
 Prompt and response are in the proxy's template and cut as for training, with the end token; every response of a
-conversation counts. `low` prefers what the model already expects, `high` what surprises it (hard rows and noise
-alike), `middle` the rows closest to the median rank. Papers prune by perplexity in all three directions and define the
-middle as a band of percentiles; the distance in ranks is our reading.
+conversation counts. `low` prefers responses that the model expects, `high` responses that it does not expect (hard rows
+and noise alike), and `middle` the rows closest to the median rank. Papers prune by perplexity in all three directions
+and define the middle as a band of percentiles; the distance in ranks is our reading.
 """
 
 from __future__ import annotations

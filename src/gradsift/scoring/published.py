@@ -1,14 +1,14 @@
 """Published scores: the scores in a file that `gradsift scores RUN --out FILE` wrote, joined to the data by text.
 
     id         content hash and occurrence number of the example in the data that was scored
-    row_index  its row there
+    row_index  the example's row in that data
     text_hash  hash of its texts (`gradsift.data.examples.content_hash`): the only column that rows are joined by
-    score      higher = keep; empty where the scorer defines none
+    score      higher = keep; empty if the scorer defines no score
     ...        every part of the score
     status     scored, undefined or excluded
-    reason     why it is not scored
+    reason     why the example is undefined or excluded
 
-A file of another origin needs `text_hash` and `score` alone.
+A file that was made by other means needs only `text_hash` and `score`.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ class Published:
         return kept, rejected
 
     def unused(self, examples: Sequence[Example]) -> int:
-        """Return the number of scores whose text is none of the examples'."""
+        """Return the number of scores in the file that belong to none of the examples."""
         used = {example.content_hash for example in examples}
         return sum(len(places) for digest, places in self._by_hash.items() if digest not in used)
 
     def of(self, examples: Sequence[Example]) -> Scores:
-        """Return the scores of examples of `divide`, in their order.
+        """Return the scores of examples that `divide` kept, in their order.
 
         The k-th of several equal texts has the k-th score of that text, or the last one if the file has fewer.
         """
@@ -113,7 +113,7 @@ class Published:
 
 
 def _checked(path: Path, number: int, row: Any) -> dict[str, Any]:
-    """Return a row with a hash, a score, a status, a reason and the other columns that hold numbers."""
+    """Return the row's hash, score, status, reason, and other columns that hold numbers, or raise a `DataError`."""
     place = f"data.scores={path}, row {number}"
     if not isinstance(row, dict) or not isinstance(row.get("text_hash"), str) or not row["text_hash"]:
         raise DataError(f"{place}: text_hash is no text; write the file again with `gradsift scores`")

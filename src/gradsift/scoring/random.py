@@ -1,4 +1,4 @@
-"""Uniform random scores: a baseline over all rows, and over the clean rows what a perfect filter would reach."""
+"""Uniform random scores: of all rows as a baseline, and of the clean rows as a reference for a perfect filter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def random(count: int, *, seed: int) -> Scores:
 def random_clean(labels: Labels | None, count: int, *, seed: int) -> Scores:
     """Return uniform numbers for the rows that are labelled clean; the other rows are excluded.
 
-    No method can know the labels: this is the reference for one that leaves out every spoilt row and copy.
+    No method sees the labels. The scorer is a reference for a method that leaves out every spoilt row and every copy.
 
     Raises:
         ConfigError: the data has no labels.

@@ -23,7 +23,7 @@ NO_RESPONSE = "no response token is left within the maximal length, or the templ
 
 @dataclass
 class Scores:
-    """Scores of N examples, in their order. Examples that are not `scored` are never selected."""
+    """Scores of N examples, in their order. An example whose status is not `scored` is never selected."""
 
     score: np.ndarray  # (N,) float64, higher = keep; NaN where undefined
     parts: Mapping[str, np.ndarray] = field(default_factory=dict)  # (N,) each: what the score is computed from
@@ -36,16 +36,16 @@ class Scores:
         self.reason = np.full(len(self.score), _one(""), dtype=object)
 
     def mark(self, where: np.ndarray, status: str, reason: str) -> None:
-        """Set the status and reason of those examples in `where` (N,) bool that are still scored."""
+        """Set status and reason of the examples in `where` (N,) bool, but only if their status is still `scored`."""
         fresh = where & (self.status == SCORED)
         self.status[fresh] = _one(status)
         self.reason[fresh] = _one(reason)
 
     def require_finite(self, row_indices: Callable[[], Sequence[int]]) -> None:
-        """Raise a `GradsiftError` that names the examples whose score is not finite by their row in the data's source.
+        """Raise a `GradsiftError` if the score of an example with status `scored` is not finite.
 
         Args:
-            row_indices: returns `row_index` of all examples; called only for the message.
+            row_indices: returns the rows of all examples in the data's source, which the message names.
         """
         bad = (self.status == SCORED) & ~np.isfinite(self.score)
         if bad.any():
@@ -97,7 +97,7 @@ def read_scores(path: Path) -> Scores:
 
 
 def _texts(column: pa.ChunkedArray) -> np.ndarray:
-    """Return texts (N,) in which equal ones are one object: millions of rows share a few reasons."""
+    """Return the texts (N,); equal texts are one object, because millions of rows share a few reasons."""
     chunks = column.unify_dictionaries().chunks
     texts = np.array(chunks[0].dictionary.to_pylist() if chunks else [], dtype=object)
     return np.concatenate([np.empty(0, dtype=object), *(texts[chunk.indices] for chunk in chunks)])

@@ -1,7 +1,7 @@
 """Similarity to a target set: RDS+ and Sentence-BERT.
 
-Embeddings have length 1, so an inner product is a cosine. Products are computed in float64 and kept to float32's
-precision, so equal rows have equal scores.
+Embeddings have length 1, so an inner product is a cosine. Products are computed in float64 and rounded to float32, so
+that equal rows have equal scores.
 
 Shape letters: N examples, Q target rows, D features.
 """
@@ -26,7 +26,7 @@ Over = Literal["mean", "max"]
 
 
 def rds_plus(embeddings: Features, target_embeddings: Features) -> Scores:
-    """Return the largest cosine to a target row; the part `task:<name>` has the largest to the rows of each task.
+    """Return the largest cosine to a target row; the part `task:<name>` is the largest cosine to a row of that task.
 
     The selector `round_robin_queries` divides the budget among target rows or tasks.
     """
@@ -34,11 +34,11 @@ def rds_plus(embeddings: Features, target_embeddings: Features) -> Scores:
 
 
 def sbert(embeddings: Features, target_embeddings: Features, *, over: Over) -> Scores:
-    """Return the mean or largest cosine to the target rows; the part `task:<name>` counts the rows of each task alone.
+    """Return the mean or the largest cosine to the target rows; the part `task:<name>` uses only the task's rows.
 
     Args:
-        over: mean counts each target row once, so a larger task weighs more. It ranks like the cosine to the rows'
-            mean vector, which differs by a constant factor.
+        over: mean or max. The mean counts each target row once, so a task with more rows weighs more. It ranks like the
+            cosine to the mean of the target rows, because the two differ only by a constant factor.
     """
     targets = target_embeddings
     by_task, diagnostics = _rows_by_task(targets)
@@ -51,7 +51,7 @@ def sbert(embeddings: Features, target_embeddings: Features, *, over: Over) -> S
     sizes = np.array([len(positions) for positions in by_task.values()])
     score = cosines.max(axis=1) if over == "max" else cosines @ (sizes / sizes.sum())
     blank = ~embeddings.has_direction
-    # rounded to float32: products of another block size differ in the last bits of float64, and equal rows must tie
+    # rounded to float32: with other block sizes, products differ in the last bits of float64, but equal rows must tie
     score, cosines = (values.astype(np.float32).astype(np.float64) for values in (score, cosines))
     score[blank], cosines[blank] = np.nan, np.nan
     parts = {f"task:{task}": cosines[:, place] for place, task in enumerate(by_task)}
@@ -61,7 +61,11 @@ def sbert(embeddings: Features, target_embeddings: Features, *, over: Over) -> S
 
 
 def _rows_by_task(targets: Features) -> tuple[dict[str, np.ndarray], list[Diagnostic]]:
-    """Return the positions of the target rows with a direction by task, and a warning if there are others."""
+    """Return the positions of each task's target rows that have a direction, and a warning if some rows have none.
+
+    Raises:
+        GradsiftError: no row of a task has a direction.
+    """
     tasks, directed = np.array(targets.tasks), targets.has_direction
     by_task = {task: np.flatnonzero((tasks == task) & directed) for task in dict.fromkeys(targets.tasks)}
     for task, positions in by_task.items():

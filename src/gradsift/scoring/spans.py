@@ -1,4 +1,4 @@
-"""Mean losses of spans of text under a backbone: what instruction-following difficulties are computed from."""
+"""Mean losses of spans of text under a backbone, from which IFD (instruction-following difficulty) is computed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget, tokens_factor
 from gradsift.training.head import OutputHead, require_finite, token_losses
 
-_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # padded; no result depends on it. 512 fit in a CPU's caches
+_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # with padding; no effect on results. 512 fit in a CPU's caches
 
 
 def span(row: int, example: Example, ids: np.ndarray, start: int) -> Encoded:
-    """Return token ids (T,) of an example at position `row`, of which those from `start` on are scored."""
+    """Return a span: the token ids (T,) of the example at position `row`, with the ids from `start` on scored."""
     # from 1 at least: nothing precedes the first token, so no model predicts it
     return Encoded(row, example.row_index, ids, np.arange(len(ids)) >= max(1, start))
 
@@ -32,7 +32,8 @@ def token_ids(tokenizer: Any, texts: Sequence[str], *, special: bool, limit: int
 
     Args:
         special: whether the tokenizer adds its special tokens (such as a start token) as it does by default.
-        limit: number of tokens that are used; a much longer text yields only slightly more than these. None: all.
+        limit: number of tokens that the caller uses. A longer text may yield more tokens, but only slightly more. None:
+            the caller uses all tokens.
     """
     cut = texts if limit is None else (start_of(text, tokenizer, limit) for text in texts)
     for chunk in chunks(cut, len):
@@ -41,9 +42,9 @@ def token_ids(tokenizer: Any, texts: Sequence[str], *, special: bool, limit: int
 
 
 def span_losses(backbone: Backbone, spans: Sequence[Encoded], advance: Advance, journal: Journal) -> np.ndarray:
-    """Return the mean loss (nats) over each span's scored tokens, (N,) float64; NaN where a span scores none.
+    """Return the mean loss (nats) over each span's scored tokens, (N,) float64; NaN for a span without scored tokens.
 
-    Equal spans pass through the model once, so that their losses tie.
+    Of equal spans only one passes through the model, so that their losses are exactly equal.
 
     Args:
         journal: keeps the losses batch by batch.
@@ -55,7 +56,7 @@ def span_losses(backbone: Backbone, spans: Sequence[Encoded], advance: Advance, 
     equal: dict[tuple[bytes, bytes], list[int]] = {}
     for index, one in enumerate(spans):
         if one.scored:
-            # by content: in two batches of other widths, equal spans may differ in the last bit and would no longer tie
+            # by content: in batches of different widths, the losses of equal spans may differ in the last bit
             equal.setdefault((one.input_ids.tobytes(), one.is_response.tobytes()), []).append(index)
     groups = list(equal.values())
     different = [replace(spans[group[0]], row=place) for place, group in enumerate(groups)]
@@ -78,7 +79,7 @@ def span_losses(backbone: Backbone, spans: Sequence[Encoded], advance: Advance, 
 
 @torch.inference_mode()
 def _batch_losses(backbone: Backbone, head: OutputHead | None, spans: Sequence[Encoded]) -> np.ndarray:
-    """Return the mean losses (B,) of spans that score a token each, averaged in float64."""
+    """Return the mean losses (B,) of spans that each have a scored token, averaged in float64."""
     batch = collate(spans, backbone.pad_id).to(backbone.model.device)
     losses = token_losses(backbone.model, head, batch.model_inputs(), batch.places, batch.targets)
     ends = np.cumsum([one.scored for one in spans])

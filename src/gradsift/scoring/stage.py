@@ -28,11 +28,11 @@ def score(
     sources: Mapping[str, Source],
     diagnose: Callable[[Sequence[str]], Sequence[Diagnostic]],
 ) -> Artifact:
-    """Score every example of the pool.
+    """Return the artifact of the scores of all examples of the pool.
 
     Args:
-        diagnose: returns diagnostics of the scorer's inputs, given their names. They are stored with the scores, so
-            they must not depend on anything else.
+        diagnose: returns diagnostics of the scorer's inputs, given the inputs' names. The diagnostics are stored with
+            the scores, so they must depend on these inputs only.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -58,7 +58,7 @@ def score(
 
 
 def _numbers(returned: Any, scorer: str) -> np.ndarray:
-    """Return the bare numbers that a scorer may return in place of `Scores`, (N,) float64."""
+    """Return the numbers that a scorer has returned in place of `Scores`, as (N,) float64."""
     try:
         numbers = np.asarray(returned, dtype=np.float64)
     except (TypeError, ValueError):

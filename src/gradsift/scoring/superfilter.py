@@ -2,22 +2,24 @@
 
     IFD(x, y) = exp(mean loss of y after the prompt x) / exp(mean loss of y alone)
 
-Highest IFD below 1 is kept; `keep=low` keeps the lowest, which ranks clean rows higher in noisy data. The details
-follow the published procedure: the prompt is `instruction` and `input`, a line each, whatever template the training
-uses; neither BOS nor EOS; the p tokens of the prompt are cut to L; the answer alone is cut to L - p + 1 tokens and its
-first token is not scored; prompt and answer together are cut to L, and only the tokens after those of the prompt are
-scored. For conversations, where the source is silent, the prompt is all that comes before the last response.
+Rows with an IFD of at least 1 are excluded. `keep=high` selects the highest IFD of the remaining rows, `keep=low` the
+lowest, which ranks clean rows higher in noisy data. The details follow the published procedure. The prompt is
+`instruction` and `input`, a line each, whatever template the training uses, without BOS and EOS. The prompt is cut to L
+tokens, which leaves p tokens. The answer alone is cut to L - p + 1 tokens, and its first token is not scored. Prompt
+and answer together are cut to L tokens, and only the tokens after those of the prompt are scored. The source does not
+treat conversations; for them the prompt is everything before the last response.
 
-`fidelity=original` gives every row the IFD that the published code gives it, including its errors:
+`fidelity=original` gives every row the IFD that the published code gives it, including the code's errors:
 
-    a text that its model cannot process     the IFD is 0, so it ranks last. That is a text without a
-                                             token, or with more than the backbone's context if max_length is larger
+    a text that the model cannot process     the IFD is 0, so the row ranks last. Such a text has no token, or more
+                                             tokens than the backbone's context (if max_length is larger)
     an answer of one token                   the IFD is NaN, so it is never selected; `undefined` here in both modes
-    a perplexity that float32 cannot hold    infinite, so the IFD is 0, at least 1 or NaN, depending on which it is
+    a perplexity that float32 cannot hold    it counts as infinite: the IFD is 0 if it is that of the answer alone,
+                                             infinite if it is that with the prompt, NaN if both are
     a tokenizer that puts BOS before a text  BOS counts as a token (GPT-2's puts none)
 
 `fixed` never turns a failure into a number, cuts to the context, and computes in float64. The published budget, a share
-of 52,002 rows whatever the data, belongs to the selection and is not reproduced: for k of N rows give alpha=k/N.
+of 52,002 rows whatever the data, belongs to the selection and is not reproduced: to select k of N rows, give alpha=k/N.
 """
 
 from __future__ import annotations
@@ -51,11 +53,11 @@ def superfilter(
     fidelity: str,
     keep: str,
 ) -> Scores:
-    """Return the IFD of each example under the proxy's backbone, without adapters.
+    """Return the IFD (keep=low: minus the IFD) of each example under the proxy's backbone, without adapters.
 
     Args:
-        max_length: L of the published code. With `fixed` the model's context if that is smaller.
-        fidelity: original or fixed; see above.
+        max_length: L of the published code; with `fixed`, the model's context if the context is smaller.
+        fidelity: original or fixed; see the module's docstring.
         keep: high (as published) or low.
     """
     original = fidelity == "original"
@@ -79,7 +81,7 @@ def superfilter(
 
 
 def ifd_scores(loss_alone: np.ndarray, loss_together: np.ndarray) -> Scores:
-    """Return the scores from mean losses (N,) in nats; NaN where there is none."""
+    """Return the scores from mean losses (N,) in nats, which are NaN if no token is scored."""
     ifd = np.exp(loss_together) / np.exp(loss_alone)
     scores = Scores(ifd, {"ifd": ifd, "loss_alone": loss_alone, "loss_with_prompt": loss_together})
     scores.mark(np.isnan(loss_together), UNDEFINED, _NOTHING_LEFT)
@@ -93,7 +95,7 @@ def published_scores(loss_alone: np.ndarray, loss_together: np.ndarray, fails: n
 
     Args:
         loss_alone, loss_together: (N,) nats; NaN where no token is scored.
-        fails: (2, N) bool, texts (alone, together) that the model cannot process: perplexity and loss are 0 there.
+        fails: (2, N) bool, texts (alone, together) that the model cannot process; their perplexity and loss count as 0.
     """
     losses = np.where(fails, 0.0, [loss_alone, loss_together])
     with np.errstate(over="ignore", invalid="ignore"):
@@ -127,8 +129,12 @@ def ifd_spans(
 ) -> tuple[list[Encoded], list[Encoded]]:
     """Return token spans of the answers alone and of the answers after their prompts.
 
-    The published code looks for the answer's last occurrence in the text. Since the text ends with the answer, all
-    before that is the prompt, even if the prompt repeats the answer.
+    The published code looks for the answer's last occurrence in the text. Since the text ends with the answer,
+    everything before this occurrence is the prompt, even if the prompt also contains the answer.
+
+    Args:
+        limit: L.
+        special: whether the tokenizer adds its special tokens, as in `fidelity=original`.
     """
     alone, together = [], []
     prompts, answers = [ifd_prompt(example) for example in examples], [example.output for example in examples]

@@ -8,8 +8,8 @@
     b_i = mean_m d_i^m - caution x std_m d_i^m      a lower confidence bound over the members
     score_i = b_i, but random numbers above all other scores for the fifth of the rows with the highest b_i
 
-body_i is the mean loss of an answer's tokens before the last one, end_i the loss of its last token, and other_i is body_i
-after the prompt of another example (`AnswerLosses`).
+body_i is the mean loss of an answer's tokens before the last one, end_i the loss of its last token, and other_i is
+body_i after the prompt of another example (`AnswerLosses`).
 
 - A loss is low if an answer is right, but also if its kind of task is easy. Comparing with similar prompts removes the
   second effect, so that easy kinds of task do not crowd out the other kinds.

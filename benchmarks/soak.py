@@ -1,6 +1,6 @@
 """Does a sweep that is killed again and again write the same bytes as an undisturbed sweep?
 
-    python -m benchmarks.soak [--kills 20] [--seed 0] [--folder outputs/soak] [--fork]
+    python -m benchmarks.soak [--kills 20] [--seed 0] [--folder soak] [--fork]
 
 A small sweep over the embedded world (two methods, both settings of `proxy.collect`, dropout, finetuning, answers,
 judging) runs once undisturbed. Then rounds follow, each with an empty store. In a round the same command is started

@@ -50,8 +50,12 @@ def _table(prefix: str, schema: type) -> list[str]:
     return ["| option | type | default | meaning | values |", "|---|---|---|---|---|", *rows, ""]
 
 
-def options_of(prefix: str, schema: type) -> Iterator[tuple[str, ...]]:
-    """Yield option, type, default, meaning and range for each field of a dataclass and of those within it."""
+def options_of(prefix: str, schema: type, values: Any = None) -> Iterator[tuple[str, ...]]:
+    """Yield option, type, default, meaning and range for each field of a dataclass and of the dataclasses within it.
+
+    Args:
+        values: an instance that holds the defaults; None: the defaults of the fields.
+    """
     meanings = _meanings(schema)
     for field in dataclasses.fields(schema):
         if field.name in ("_target_", "name") or (prefix == "" and field.name in SCHEMAS):
@@ -59,13 +63,17 @@ def options_of(prefix: str, schema: type) -> Iterator[tuple[str, ...]]:
         option = f"{prefix}{field.name}"
         inner = getattr(sys.modules[schema.__module__], str(field.type), None)
         if dataclasses.is_dataclass(inner):
-            yield from options_of(f"{option}.", inner)  # type: ignore[arg-type]
+            # the field's own defaults: its factory may set others than the class has
+            own = None if field.default_factory is dataclasses.MISSING else field.default_factory()
+            yield from options_of(f"{option}.", inner, own)  # type: ignore[arg-type]
             continue
-        yield f"`{option}`", f"`{field.type}`", _default(field), meanings.get(field.name, ""), _limits(field)
+        yield f"`{option}`", f"`{field.type}`", _default(field, values), meanings.get(field.name, ""), _limits(field)
 
 
-def _default(field: Any) -> str:
+def _default(field: Any, values: Any) -> str:
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if values is not None:
+        value = getattr(values, field.name)
     if value is dataclasses.MISSING or value == "???":
         return "required"
     return f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"

@@ -117,6 +117,8 @@ def test_every_option_says_what_it_means(monkeypatch: pytest.MonkeyPatch) -> Non
     page = tables.options_page()
     assert "| `proxy.members` | `int` | `5` | M of the paper | at least 1 |" in page
     assert "| `data.path` | `Any` | required |" in page
+    # the warm-up's own default, not the class's
+    assert "| `features.warmup.lora.rank` | `int` | `128` | rank of A and B | at least 1 |" in page
     files = [path for group in SCHEMAS for path in (conf_folder() / group).glob("*.yaml") if path.stem != "catalog"]
     described = [path.stem for path in files if path.parent.name == "benchmark" or "/schema/" in path.read_text()]
     assert [choice for choice in described if f"={choice}" not in page] == []

@@ -95,6 +95,18 @@ def test_data_seeds_are_seeds_of_one_cell() -> None:
     assert [row[0] for row in results.rows] == ["gsnr", "random"] and "means of 2 seeds" in results.title
 
 
+@pytest.mark.parametrize("seeds", [(0,), (0, 1), (0, 1, 3)])
+def test_cells_with_other_seeds_are_not_paired(seeds: tuple[int, ...]) -> None:
+    """A job that failed leaves a cell with fewer seeds; the report is written all the same."""
+    ours = [judged("gsnr", "w" * 40, seed=seed, variant="one") for seed in (0, 1, 2)]
+    theirs = [judged("random", "l" * 40, seed=seed, variant="two") for seed in seeds]
+    won = count(cells_of(sweep(*ours, *theirs)))
+    assert (won.cells, won.higher, won.better) == (1, 1, 0)
+    headline(sweep(*ours, *theirs))
+    complete = [judged("random", "l" * 40, seed=seed, variant="two") for seed in (0, 1, 2)]
+    assert count(cells_of(sweep(*ours, *complete))).better == 1
+
+
 def test_seeds_without_outcomes_or_with_other_items_have_no_interval() -> None:
     plain = [run("gsnr", pws, seed=seed, variant="one") for seed, pws in enumerate((1.0, 1.2))]
     others = [judged("gsnr", "wwl", variant="one"), judged("gsnr", "wwl", seed=1, variant="one")]

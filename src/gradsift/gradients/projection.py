@@ -15,8 +15,8 @@ matrix takes 2 P D operations. Drawing shifts and signs takes about 60 P bytes o
 with rank 128 on q, k, v and o has P = 134 million, so a row takes 2.7 GB, and 0.3 GB more as its share of the drawing
 if a call has 32 rows. The backward pass of a row of 512 tokens through the frozen weights takes 2 x 6.6e9 x 512 =
 6.8e12 operations. With an A100's memory bandwidth (2 TB/s) and half of its bfloat16 peak (312e12 operations a second),
-the projection takes 1.5 ms and the backward pass 43 ms, a ratio of 4 %. On an H100 (3.35 TB/s, 990e12) they take 0.9 ms
-and 14 ms, 7 %.
+the projection takes 1.5 ms and the backward pass 44 ms, a ratio of 3 %. On an H100 (3.35 TB/s, 990e12) they take 0.9 ms
+and 14 ms, 6 %.
 
 Shape letters: B rows, P parameters, D dimensions, C chunks at once.
 """

@@ -125,7 +125,11 @@ def over_seeds(rows: Iterable[Row]) -> list[Row]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in _without_repeats(rows):
         groups.setdefault((row["variant"], *(row[name] for name in SETTINGS)), []).append(row)
-    return [_mean_row(group) if len(group) > 1 else group[0] | {"runs": 1} for group in groups.values()]
+    means = (_mean_row(group) if len(group) > 1 else group[0] | {"runs": 1} for group in groups.values())
+    return [
+        mean | {"seeds": [[row[name] for name in SEEDS] for row in group]}
+        for mean, group in zip(means, groups.values(), strict=True)
+    ]
 
 
 def _without_repeats(rows: Iterable[Row]) -> list[Row]:
@@ -182,10 +186,13 @@ def outcome_matrix(letters: Sequence[str]) -> np.ndarray:
 
 
 def compared(first: Row, second: Row) -> Difference | None:
-    """Return the paired difference of two cells with the same seeds, in the same order.
+    """Return the paired difference of two cells of `over_seeds`.
 
-    The result is None if outcomes are unknown, if the items differ, or if no item is valid with every seed of both.
+    The result is None if outcomes are unknown, if the cells have other seeds or items, or if no item is valid with every
+    seed of both. A job that failed leaves a cell with fewer seeds.
     """
+    if first.get("seeds") != second.get("seeds"):
+        return None
     ours, theirs = (each if isinstance(each, list) else [each] for each in (first[OUTCOMES], second[OUTCOMES]))
     if None in ours or None in theirs or len({items for items, _ in (*ours, *theirs)}) > 1:
         return None

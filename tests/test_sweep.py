@@ -141,9 +141,10 @@ def test_a_search_checks_the_ends_of_its_space_first(bare, capsys, overrides: li
     assert list(bare.folder.iterdir()) == []
 
 
-def test_jobs_write_where_the_sweep_was_started(bare, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["it's here", r"a\b", "quote\\'s", "ends in \\", "$y {z}"])
+def test_jobs_write_where_the_sweep_was_started(bare, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Holds for a folder of any name, and for workers that compose their job in another folder."""
-    place = bare.folder / "it's here"
+    place = bare.folder / name
     elsewhere = bare.folder / "elsewhere"
     place.mkdir()
     elsewhere.mkdir()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from gradsift.errors import GradsiftError
+from gradsift.errors import GradsiftError, first_line
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EHOSTDOWN, errno.ETIMEDOUT)
@@ -46,7 +46,7 @@ def guarded(store: Path, unit: str, *, nameless: bool = True) -> Iterator[None]:
             remedy = "a file or a folder of it is gone; was its disk unmounted, or did somebody delete it?"
         else:
             remedy = "give another folder with artifacts=DIR or GRADSIFT_ARTIFACTS, or free this one"
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise GradsiftError(
             f"{unit} could not keep its work in {store}: {reason}; {remedy}; "
             "finished work is kept, and the same command continues from there"

@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -120,7 +121,8 @@ def take_gpus(number: int | None, devices: int) -> None:
 
 
 def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """Return a path in quotes for Hydra, which reads a backslash as an escape only before a quote."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + (r"\'" if match[2] else ""), str(path)) + "'"
 
 
 def _require_plugins(composed: DictConfig) -> None:

@@ -10,7 +10,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gradsift.config.checks import Group, option
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, first_line
 from gradsift.names import LONGEST_NAME, slug
 
 EMBEDDED = "verifiable"  # name of the dataset and of the benchmark of the embedded world, a generated toy task
@@ -170,7 +170,7 @@ def _source(name: Any, entry: Any) -> SourceConfig:
     try:
         source: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), entry))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"data.sources.{name}: {reason}; give a source as in {{path: FILE}} or {{id: ID}}") from error
     assert isinstance(source, SourceConfig)  # noqa: S101 - for the type checker
     return source

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gradsift.config import data, evaluation, export, machine, methods, models
 from gradsift.config.known_models import known_choices
 from gradsift.config.run import Config
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, first_line
 
 SCHEMAS: dict[str, dict[str, type]] = {
     "data": {
@@ -138,7 +138,7 @@ def load_root(composed: DictConfig, kind: type[Root], file: str) -> Root:
             raise ConfigError(f"{missing[0]} is not set; give it as in {missing[0]}=VALUE")
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if match := re.search(r"Environment variable '(\w+)' not found", reason):
             reason = f"the environment variable {match[1]} is not set; the YAML file's header says to what"
         raise ConfigError(reason) from error

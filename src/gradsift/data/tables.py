@@ -12,7 +12,7 @@ from typing import Any
 
 from gradsift.data.columns import listed
 from gradsift.data.examples import SourceRow
-from gradsift.errors import DataError
+from gradsift.errors import DataError, first_line
 
 AGAIN = "the file seems to be half-written; fetch or write it again"
 _DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}  # if delimiters are equally frequent, the first is used
@@ -107,7 +107,7 @@ def column_rows(path: Path, kind: str) -> Iterator[SourceRow]:
                 yield SourceRow(index, row)
                 index += 1
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no whole {kind} file ({str(error).splitlines()[0][:120]}); {AGAIN}") from error
+        raise DataError(f"{path} is no whole {kind} file ({first_line(error)[:120]}); {AGAIN}") from error
     if index == 0:
         raise DataError(f"{path} is empty: it holds no row; fetch or write it again")
 

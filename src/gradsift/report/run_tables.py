@@ -188,8 +188,8 @@ def outcome_matrix(letters: Sequence[str]) -> np.ndarray:
 def compared(first: Row, second: Row) -> Difference | None:
     """Return the paired difference of two cells of `over_seeds`.
 
-    The result is None if outcomes are unknown, if the cells have other seeds or items, or if no item is valid with every
-    seed of both. A job that failed leaves a cell with fewer seeds.
+    The result is None if outcomes are unknown, if the cells differ in seeds or items, or if no item is valid with every
+    seed of both. A failed job leaves a cell with fewer seeds.
     """
     if first.get("seeds") != second.get("seeds"):
         return None

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.config import LoraConfig
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, first_line
 from gradsift.gradients.probes import ADAPTER
 from gradsift.training.adapted import fuse
 from gradsift.training.masks import drop_by_row
@@ -68,7 +68,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
             _unwrap(model)
             reason = f"names no linear layer of {type(model).__name__}"
             if config.targets == ["all-linear"] or set(config.targets) & set(names):
-                reason = f"is refused by peft for {type(model).__name__}: {str(error).splitlines()[0].rstrip('.')}"
+                reason = f"is refused by peft for {type(model).__name__}: {first_line(error).rstrip('.')}"
             others = "" if config.targets == ["all-linear"] else ", or take [all-linear]"
             raise ConfigError(
                 f"lora.targets={config.targets} {reason}; its layers are {', '.join(names)}{others}"

@@ -54,7 +54,7 @@ def table_of(line: Line) -> dict[str, np.ndarray]:
     early, late = (norms_at(line, epoch) for epoch in line.config.proxy.snapshots)
     losses = read_answer_losses(line.answer_losses, line.rows)
     contrasts = member_contrasts(losses, line.pool, _NEIGHBOURS, _END_SHARE, _PROMPT_WEIGHT)
-    values = {"early": early, "late": late, "body": losses.body, "end": losses.end, "contrast": contrasts}
+    values = {"early": early, "late": late, **vars(losses), "contrast": contrasts}
     columns = {name: value.astype(np.float32) for name, value in values.items()}
     return {**columns, "quality": np.array(labels.quality)}
 

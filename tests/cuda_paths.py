@@ -203,7 +203,7 @@ def perplexity(kit: Kit) -> None:
 
 
 def answer_losses(kit: Kit) -> None:
-    collect_losses(kit.adapted, kit.inputs, lambda done: None, Journal())
+    collect_losses(kit.adapted, kit.inputs, lambda done: None, Journal(), seed=0)
 
 
 def hidden_states(kit: Kit) -> None:

@@ -80,7 +80,7 @@ def load_benchmark(
 
 
 def _reference(part: _RowReader, spec: BenchmarkSetConfig) -> str | None:
-    """Return the reference answer: its field, or the part after the last `reference_after`; None without a field."""
+    """Return the text of the reference field, or its part after the last `reference_after`; None if no field is set."""
     if spec.reference is None:
         return None
     text = part.text("reference", spec.reference, numbers=True, filled=True)

@@ -19,9 +19,10 @@ def position_bias(judgments: Iterable[Judgment]) -> dict[str, Any]:
     Returns:
         `{"items", "flips", "flip_share", "to_first", "to_second", "first_share"}`. A flip is an item that the
         model wins in one order and the reference in the other, so that the same position wins twice. `to_first` counts
-        the flips in which that is the first position, `to_second` those in which it is the second. `first_share` is the
-        share of the judgments without a tie in which the first position wins; without a preference it is near .5.
-        `flip_share` is None if no item is counted, and `first_share` if no judgment has a winner.
+        the flips in which the first position wins, `to_second` the flips in which the second position wins.
+        `first_share` is the share of wins by the first position among all judgments that are not ties; without a
+        preference it is near .5. `flip_share` is None if no item is counted. `first_share` is None if no judgment has
+        a winner.
     """
     items = to_first = to_second = firsts = decided = 0
     for orders in in_both_orders(judgments).values():
@@ -56,10 +57,10 @@ def length_bias(outcomes: Outcomes, lengths: Lengths) -> dict[str, Any]:
 
     Returns:
         `{"items", "longer_wins", "longer_share", "mean_model", "mean_reference", "rank_correlation"}`. Without a
-        length preference the share is near .5; it is None if no item is counted. The means are the lengths in
-        characters over all items with known lengths, None if there are none. The correlation (Spearman) is between the
-        outcome (+1, 0, -1) and the difference in length over the valid items. It is None if there are fewer than two,
-        or if the outcome or the difference is the same in all of them.
+        length preference the share is near .5; it is None if no item is counted. The means are mean lengths in
+        characters over all items with known lengths, None without such items. The correlation (Spearman) is between
+        the outcome (+1, 0, -1) and the difference in length over the valid items. It is None if there are fewer than
+        two valid items, or if the outcome or the difference is the same in all of them.
     """
     from scipy.stats import spearmanr
 

@@ -6,13 +6,13 @@ A request can fail in three ways (`Failure.kind`):
               sent; the other prompts are still sent
     passing   network errors, timeouts, HTTP 408, 409, 429, 5xx, a body that is cut off: the request is retried up to
               `retries` times. If it still fails, the other prompts are still sent, and then `ask` raises JudgeError.
-              The same command continues
+              The same command, given again, sends only the prompts without a reply
     final     a wrong key, an unknown model, no credit, a web page as reply, a Retry-After that is too long: no
               further request is sent, and `ask` raises JudgeError. The same happens after `give_up` failed prompts in
               a row, after `give_up_unreadable` unreadable replies in a row, and when a spending cap is reached
 
-The requests run in the event loop of one background thread. A request is sent only if its largest cost fits below the
-spending caps. A Retry-After header is obeyed if it asks for at most `judge.max_wait` seconds.
+The requests run in the event loop of one background thread. A request is sent only if its largest possible cost fits
+below the spending caps. A Retry-After header is obeyed if it asks for at most `judge.max_wait` seconds.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class ChatClient:
             known_as: replaces the address in the hash under which a reply is stored, for a server whose port changes
                 while its model stays the same.
             skip_thinking: whether `read` gets a reply without the thinking at its beginning (see `after_thinking`).
-            say: called before the first request with the number of requests and their largest cost.
+            say: called before the first request with a text that gives the number of requests and their largest cost.
 
         Raises:
             ConfigError: the variable `api_key_env` holds no usable key (endpoints on this machine and dry runs need
@@ -129,7 +129,7 @@ class ChatClient:
         self.name, self._replies = f"openai/{model}", replies
         self._timeout, self._retries, self._max_wait, self._say = timeout, retries, max_wait, say
         self._give_up, self._give_up_unreadable, self._concurrency = give_up, give_up_unreadable, concurrency
-        self._paused_until = 0.0  # every request waits for this moment (time.monotonic): the endpoint asked for it
+        self._paused_until = 0.0  # time.monotonic() before which no request is sent; set if the endpoint asks to wait
 
     def _named(self, text: str) -> str:
         """Return a text in which the options `judge.*` are renamed to the options of the client's own group."""
@@ -197,9 +197,11 @@ class ChatClient:
     ) -> Iterator[tuple[list[int], Reply[Value]]]:
         """Yield groups of equal prompts with their answer, in the order of arrival, and refused prompts at the end.
 
-        If the endpoint has answered no prompt, refusals raise JudgeError: a wrong option may make it refuse all.
+        If the endpoint has answered no prompt and some are refused, JudgeError is raised, because a wrong option may be
+        the reason for all refusals.
 
         Args:
+            groups: for each distinct prompt, the positions of the prompts that are equal to it.
             unread: the unreadable replies so far.
             works: whether stored replies show that the endpoint answers such prompts.
         """
@@ -251,7 +253,10 @@ class ChatClient:
             raise problem
 
     def _run(self, job: _Job[Value], groups: Sequence[list[int]], arrived: SimpleQueue[Any], stop: Any) -> None:
-        """Send the prompts. Put each group's number with its answer or exception into `arrived`, then None."""
+        """Send one prompt for each group of equal prompts.
+
+        Put (group number, answer or exception) into `arrived` when a group ends, and a single None after all of them.
+        """
         numbers = iter(range(len(groups)))
 
         async def work(client: AsyncClient) -> None:
@@ -330,14 +335,14 @@ class ChatClient:
                     raise Failure("final", message, remedy) from None
                 if retry >= self._retries:
                     raise
-            if wait is not None:  # all requests wait that long
+            if wait is not None:  # all requests wait for this time
                 self._paused_until = max(self._paused_until, time.monotonic() + wait)
                 await _sleep(wait * random.uniform(1.0, 1.1), stop)
             else:
                 await _sleep(min(_LONGEST_DELAY, _FIRST_DELAY * 2**retry) * random.uniform(0.5, 1.0), stop)
 
     async def _request(self, client: AsyncClient, messages: Messages) -> tuple[Completion, Usage | None]:
-        """Return a reply and its tokens (None if not reported). The timeout covers headers and body together."""
+        """Return a reply and its token counts (None if not reported). The timeout covers headers and body together."""
         import httpx2 as httpx
 
         try:

@@ -57,7 +57,7 @@ class Failure(Exception):
 
 @dataclass
 class UnreadReplies(Generic[Value]):
-    """Counts the unreadable replies since the last readable one. After `most` (None: never) sending ends."""
+    """Counts the unreadable replies since the last readable one. After `most` of them (None: no limit) sending ends."""
 
     most: int | None
     count: int = 0
@@ -86,7 +86,7 @@ class UnreadReplies(Generic[Value]):
 def read_completion(
     body: bytes, scrub: Callable[[str], str], content_type: str = "application/json", *, logprobs: bool = False
 ) -> tuple[Completion, Usage | None]:
-    """Return a response's first choice, and the tokens that the response reports (None if it reports none).
+    """Return a response's first choice, and the token counts that the response reports (None if it reports none).
 
     If the response has no choice, or its choice no text, the text is empty.
 
@@ -216,7 +216,7 @@ def failure_of_status(response: Response, scrub: Callable[[str], str], api_key_e
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds to wait by `retry-after-ms` or `retry-after` (seconds or a date); None without them."""
+    """Return the seconds to wait from the header `retry-after-ms` or `retry-after` (seconds or a date), or None."""
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         try:
             seconds = float(headers.get(name, "")) / unit

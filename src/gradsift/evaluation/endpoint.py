@@ -23,7 +23,8 @@ class Endpoint:
 
     Attributes:
         address: the endpoint's base URL; None means OpenAI's.
-        settings: headers and query as configured, without the values of environment variables; part of a reply's hash.
+        settings: headers and query as configured, without the values of environment variables. They are part of the
+            hash under which a reply is stored.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Endpoint:
         return f"{self.address or _DEFAULT}/{path}"
 
     def scrub(self, text: str) -> str:
-        """Return a text with the secrets, which some endpoints quote, as `***`; short values such as "none" stay."""
+        """Return a text with `***` for each secret, as some endpoints quote them; short values like "none" are kept."""
         for secret in self._secrets:
             if len(secret) >= _SHORTEST_SECRET:
                 text = text.replace(secret, "***")

@@ -5,10 +5,10 @@
     FOLDER/GENERATOR/JUDGE/annotations_forward.json     one order per file, the outputs in the order shown
     FOLDER/GENERATOR/JUDGE/annotations_reverse.json
 
-In annotations.json output_2 is the model and `preference` is 2 for a win, 1 for a loss, 1.5 for a tie and null for an
-invalid item, so alpaca_eval's `get_winrate` counts the same outcomes as PWS, and its win rate (in percent) is 50 x PWS.
-In the files of one order, `preference` is the annotator's own, between 1 and 2, if the judge is one of alpaca_eval's
-annotators; for other judges it is 1, 1.5 or 2.
+In annotations.json output_2 is the model's answer, and `preference` is 2 for a win, 1 for a loss, 1.5 for a tie and
+null for an invalid item. So alpaca_eval's `get_winrate` counts the same outcomes as PWS, and its win rate (in percent)
+is 50 x PWS. In the files of one order, `preference` is the annotator's preference, between 1 and 2, if the judge is one
+of alpaca_eval's annotators; for other judges it is 1, 1.5 or 2.
 """
 
 from __future__ import annotations

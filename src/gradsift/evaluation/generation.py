@@ -131,7 +131,7 @@ def _continuations(
 
 
 def room_of(config: Any, max_new_tokens: int) -> int | None:
-    """Return the largest number of tokens of a prompt; None if the model's configuration names no limit.
+    """Return the largest number of tokens that a prompt may have; None if the model's configuration names no limit.
 
     Raises:
         ConfigError: there is no room for a prompt.
@@ -181,7 +181,7 @@ def left_padded(
 
 
 class ModelOutput(TypedDict):
-    """One answer: alpaca_eval's keys (`dataset` is the benchmark's name), then our own."""
+    """One answer. The keys up to `datasplit` are alpaca_eval's (`dataset` is the benchmark), the rest our own."""
 
     instruction: str
     output: str
@@ -221,7 +221,7 @@ def write_model_outputs(path: Path, rows: Sequence[ModelOutput]) -> None:
 
 
 def read_model_outputs(path: Path) -> list[ModelOutput]:
-    """Read a `model_outputs.json`, ours or alpaca_eval's. In alpaca_eval's, which has no ids, the row number is the id.
+    """Read a `model_outputs.json`. A row without an id, as in alpaca_eval's own files, gets the row number as its id.
 
     Raises:
         DataError: the file is missing or broken, a row lacks instruction or output, two rows of a dataset have the same
@@ -286,7 +286,7 @@ def first_turns(rows: Sequence[ModelOutput]) -> dict[tuple[str, str], ModelOutpu
 
 
 def without_turns(rows: Sequence[ModelOutput]) -> list[ModelOutput]:
-    """Return the rows; the instruction and the output of a second turn then hold both turns."""
+    """Return the rows, with both turns of a conversation in the instruction and the output of its second turn."""
     first = first_turns(rows)
     single: list[ModelOutput] = []
     for row in rows:

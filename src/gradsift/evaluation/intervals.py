@@ -5,11 +5,12 @@ interval of the difference of two paired proportions (Statistics in Medicine 17,
 test of "the mean is t" does not reject; the test uses the variance under this hypothesis. Unlike the interval of a
 percentile bootstrap, it has a width above 0 even if every item has the same outcome. It stays within [-1, 1].
 
-Runs with different seeds answer the same items, so their outcomes are not independent. A two-way random effects model
-gives the variance of the mean, and the interval uses the number of independent items whose mean has this variance. In
-the embedded world (the generated task of `data=verifiable`), each data seed has its own questions under the same item
-ids, so the model pairs unrelated questions; this does not change the expected variance.
-`benchmarks/interval_coverage.py` measures the coverage.
+Runs with different seeds answer the same items, so their outcomes are not independent. A two-way random effects model,
+with the factors seed and item, gives the variance of the mean. The interval is then computed for an effective number of
+items: as many independent items as would give a mean with this variance. In the embedded world (the generated task of
+`data=verifiable`), each data seed has its own questions under the same item ids. The random effects model then treats
+unrelated questions as one item, which does not change the expected variance. `benchmarks/interval_coverage.py` measures
+the coverage.
 
 Shape letters: S seeds, N items.
 """
@@ -39,9 +40,9 @@ def mean_interval(outcomes: np.ndarray, confidence: float = 0.95) -> tuple[float
 
 
 def independent_items(outcomes: np.ndarray) -> tuple[float, float]:
-    """Return the number of independent items whose mean has the variance of this mean, and its degrees of freedom.
+    """Return the effective number of items (see the module) and the degrees of freedom of the mean's variance.
 
-    With one seed, or if the variance is 0, the two values are N and infinity. The number is at most S N.
+    With one seed, or if the variance is 0, the two values are N and infinity. The effective number is at most S N.
 
     Args:
         outcomes: (S, N) of -1, 0 and 1.
@@ -115,10 +116,10 @@ def score_interval(win: float, lose: float, size: float, critical: float) -> tup
 def p_value(outcomes: np.ndarray) -> float:
     """Return the two-sided p-value of the hypothesis that the mean outcome is 0.
 
-    For one seed it is that of the exact sign test on the items that are not ties, whose level holds for any number of
-    items. For several seeds it is the larger p-value of two tests: the score test (McNemar's) with the two-way
-    variance, and the t test over the seeds' means. The score test alone rejects too often if there are few seeds and
-    they agree by chance. If all outcomes are ties, the p-value is 1.
+    For one seed, the exact sign test on the items that are not ties gives the p-value; its level holds for any number
+    of items. For several seeds it is the larger p-value of two tests: the score test (McNemar's) with the variance of
+    `variance_of_mean`, and the t test over the seeds' means. The score test alone rejects too often if there are few
+    seeds and they agree by chance. If all outcomes are ties, the p-value is 1.
 
     Args:
         outcomes: (S, N) of -1, 0 and 1.
@@ -137,7 +138,7 @@ def p_value(outcomes: np.ndarray) -> float:
 
 
 def _seeds_p_value(values: np.ndarray) -> float:
-    """Return the p-value of the t test that the seeds' means (S,) have mean 0; 0 for one seed or equal means."""
+    """Return the p-value of the t test over the seeds' means (S,); 0 if there is one seed or the means are equal."""
     from scipy import stats
 
     means = values.mean(1)
@@ -159,10 +160,11 @@ class Difference:
 def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) -> Difference:
     """Compare two models that were judged against the same reference on the same items, with the same seeds.
 
-    The interval combines the score intervals of the two models with the correlation of their means (MOVER; Zou and
-    Donner, Statistics in Medicine 27, 2008). Its width is above 0 even if all items have the same difference. For one
-    seed, or if the variance of the difference is 0, the p-value is that of the exact sign-flip test over items.
-    Otherwise it is the larger p-value of two t tests: one with the two-way variance, and one over the seeds' means.
+    The interval combines the score intervals of the two models with the correlation of their means (method of variance
+    estimates recovery, MOVER; Zou and Donner, Statistics in Medicine 27, 2008). Its width is above 0 even if all items
+    have the same difference. For one seed, or if the variance of the difference is 0, the p-value is from the exact
+    sign-flip test over items. Otherwise it is the larger p-value of two t tests: one with the variance of
+    `variance_of_mean`, and one over the seeds' means.
 
     Args:
         first: (S, N) of -1, 0 and 1.
@@ -196,7 +198,7 @@ def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) 
 
 
 def _sign_flip_p_value(gaps: np.ndarray) -> float:
-    """Return the share of the 2^N sign choices for `gaps` (N,) with a sum at least as far from 0 as the actual sum."""
+    """Return the share of the 2^N choices of signs for `gaps` (N,) whose absolute sum is at least |sum(gaps)|."""
     from scipy import stats
 
     sums, shares = np.zeros(1), np.ones(1)

@@ -1,7 +1,7 @@
 """Judgments of pairs of answers in both orders, and their file `judgments.jsonl`.
 
-After an interruption `judge_pairs` judges all pairs again, but the judges keep what costs money or time: an endpoint's
-replies are stored as they arrive (`gradsift.evaluation.replies`), and a local model's scores are kept in the journal.
+After an interruption `judge_pairs` judges all pairs again, and the judges use what they had stored: an endpoint's
+replies are stored as they arrive (`gradsift.evaluation.replies`), a local model's scores in the journal.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def invalid_share(judgments: Sequence[Judgment]) -> Diagnostic:
 def read_judgments(path: Path) -> list[Judgment]:
     """Read `judgments.jsonl`, in the order of the file.
 
-    A broken last line without a line end is skipped, because earlier versions of gradsift left such a line when killed.
+    A broken last line without a line end is skipped, because earlier versions of gradsift left one if they were killed.
 
     Raises:
         DataError: the file is missing, or a line is broken; the message names the line.

@@ -59,7 +59,7 @@ def evaluate_tasks(
         max_tokens: padded tokens per batch of generated answers at most. For other tasks lm-eval forms the batches.
 
     Returns:
-        `{task: {figure: value}}`; empty on all ranks of a machine but its first.
+        `{task: {figure: value}}`; empty on all ranks except the first of a machine.
 
     Raises:
         ConfigError: a task needs a package that is not installed, or samples its answers.
@@ -89,7 +89,7 @@ def evaluate_tasks(
             f"{option}: lm-eval cannot have the data of one of them ({first_line(error)}); that of its own tasks "
             "is on the hub: run where it can be reached, or give benchmark.lm_eval_folder"
         ) from error
-    if found is None:  # on all ranks of a machine but its first, though in a divided model all ranks work
+    if found is None:  # on all ranks except the first of a machine, even if the model is divided among them
         return {}
     reported = {task: figures(found["results"][task]) for task in tasks}
     if bare := [task for task, values in reported.items() if not values]:
@@ -126,7 +126,7 @@ def _answers(
 
 
 def until(text: str, ends: Sequence[str]) -> str:
-    """Return `text` up to the first occurrence of any of `ends`; all of it if none occurs."""
+    """Return `text` up to the first occurrence of any of `ends`, or the whole text if none of them occurs."""
     return text[: min((place for end in ends if end and (place := text.find(end)) >= 0), default=len(text))]
 
 

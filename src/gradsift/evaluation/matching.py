@@ -2,10 +2,11 @@
 
 exact   the same words in the same order (the rule of the embedded world)
 number  GSM8K and similar sets: the same number, which is the first after the last `####` or else the last of the text
-choice  BIG-Bench Hard: an option letter, a closed word (yes, no, true, ...) or free words in the final statement
+choice  BIG-Bench Hard: the same option letter, fixed word (yes, no, true, ...) or free text in the final statement
 
 The benchmarks define which answers are right, but not how to extract an answer from free text. The rules for this are
-our own, and the tests show them case by case. No rule uses the reference to decide which part of the answer counts.
+our own, and the tests show them case by case. Which part of the answer counts may depend on the reference's kind
+(letter, fixed word or free text), but not on which letter, word or text is right.
 """
 
 from __future__ import annotations
@@ -62,10 +63,11 @@ def last_number(text: str) -> Decimal | None:
 def choices_match(answer: str, reference: str) -> bool:
     """Return whether the answer's final statement agrees with the reference.
 
-    - The statement is the rest of the line after the last "answer is" or "answer:" or, if that is blank, the next line
-      that is not. Without these words it is the first line that is not blank. Bold and code marks are removed.
+    - The statement is the rest of the line after the last "answer is" or "answer:". If that is blank, it is the next
+      line that is not blank. Without these words it is the first line that is not blank. Bold and code marks are
+      removed.
     - For a reference like (B), the letter at the statement's beginning counts, if it is alone, in brackets or before
-      one of `).:,`. Otherwise the statement's bracketed letter counts, if it has only one.
+      one of `).:,`. Otherwise a letter in brackets counts, if the statement has only one such letter.
     - For yes, no, true, false, valid and invalid, the statement's first word counts or, if it is none of these words,
       its last word, unless "not" precedes it.
     - For any other reference, the statement must have the same words in the same order. Case, commas and surrounding

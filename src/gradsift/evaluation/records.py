@@ -4,10 +4,10 @@ Four kinds of file are recognised by their content:
 
     judgments.jsonl       our own format: one judgment per line, both orders
     two-order reviews     the format of Cherry_LLM's and Superfiltering's files: an object whose `data` is a list of
-                          rows. Answer1 is the model's answer, Answer2 the reference's. `scores` are those of [Answer1,
-                          Answer2]; `scores_reverse` are those of [Answer2, Answer1], shown in this order
+                          rows. Answer1 is the model's answer, Answer2 the reference's. `scores` are the scores of
+                          [Answer1, Answer2]. `scores_reverse` are the scores of [Answer2, Answer1], shown in this order
     two-query reviews     DiverseEvol's format: JSON lines with the scores `eval_QUERY0` and `eval_QUERY1`. Both are
-                          [model, reference], but only QUERY0 shows the model first; its name is `assistant1_QUERY0`
+                          [model, reference], but only QUERY0 shows the model first. `assistant1_QUERY0` names the model
     annotations.json      alpaca_eval's format: rows with output_1, output_2 and `preference`, from 1 (output_1 is
                           better) to 2 (output_2 is better), with 1.5 or 0 for a draw. The model is by default
                           `generator_2` of the first row. A file holds one order; a second file, in which the outputs
@@ -41,7 +41,7 @@ from gradsift.evaluation.pws import Outcome, Outcomes, outcomes_of, summarise
 
 @dataclass
 class Records:
-    """Judgments of any origin, with the lengths of the answers where the file has them."""
+    """Judgments of any origin, and the lengths of the answers if the file has the answers."""
 
     judgments: list[Judgment]
     lengths: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)  # characters: model, reference
@@ -158,7 +158,7 @@ def _require_orders(row: Any, forward: str, reverse: str, place: str) -> None:
 
 
 def _pair(value: Any, place: str) -> tuple[float, float] | None:
-    """Return two scores, given as a list or as text; None if one is negative (-1 means no score) or infinite."""
+    """Return two scores, given as a list or as text; None if one is negative (-1 means no score) or not finite."""
     try:
         first, second = map(float, outside_json.loads(value) if isinstance(value, str) else value)
     except (ValueError, TypeError, OverflowError) as error:
@@ -222,7 +222,7 @@ def read_all(paths: Iterable[Path], model: str | None = None) -> Records:
 
 
 def describe(records: Records, confidence: float) -> dict[str, Any]:
-    """Return outcomes and PWS with intervals, per benchmark and pooled, and position and length bias.
+    """Return counts and PWS with intervals (per benchmark and pooled), position and length bias, and the orders.
 
     Raises:
         DataError: an item has two judgments in the same order.
@@ -239,7 +239,7 @@ def describe(records: Records, confidence: float) -> dict[str, Any]:
 
 
 def _one_order(judgments: Sequence[Judgment]) -> dict[str, Any]:
-    """Return counts, PWS and alpaca_eval's figures: win rate in percent (a draw is half a win), standard error."""
+    """Return counts, PWS and alpaca_eval's win rate in percent (a draw is half a win) with its standard error."""
     pairs = [(j.score_model, j.score_reference) for j in judgments]
     scores = np.array([(a, b) for a, b in pairs if a is not None and b is not None], dtype=float).reshape(-1, 2)
     if not scores.size:
@@ -263,7 +263,7 @@ def read_labels(path: Path) -> Outcomes:
     """Read people's outcomes: JSON lines of `item_id`, `label` and, for several benchmarks, `benchmark`.
 
     Raises:
-        DataError: a line has another form, or an item two different labels; the message names the line.
+        DataError: a line has another form, or an item has two different labels; the message names the line.
     """
     labels: dict[tuple[str, str], Outcome] = {}
     for number, content in enumerate(path.read_bytes().split(b"\n"), start=1):

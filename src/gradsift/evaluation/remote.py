@@ -40,7 +40,7 @@ def check_generator(config: EndpointGeneratorConfig) -> None:
 
 
 def generator_settings(config: EndpointGeneratorConfig) -> dict[str, Any]:
-    """Return the settings, besides the target, that answers depend on. They name the server, since numerics differ."""
+    """Return the settings, besides the target, that answers depend on. They name the server, whose numerics matter."""
     own = {name: getattr(config, name) for name in ("name", "base_url", "model", "prompt")}
     return own | {"serve": [*config.serve, *config.serve_arguments]}
 

@@ -5,7 +5,7 @@ reply that it had received. A request is entered as pending before it is sent. T
 processes stay below one cap together, and stops other processes from sending the same request.
 
 Each process holds a file lock for as long as it lives. If the lock of the process that owns a pending request is
-free, this process has died, and the endpoint may have charged for the request. The request then counts as sent, at its
+free, that process has died, and the endpoint may have charged for the request. The request then counts as sent, at its
 estimated cost.
 """
 
@@ -105,7 +105,7 @@ class CapReached(Exception):
 
 
 class Replies:
-    """The file of replies, which threads and processes may share; SQLite's WAL mode forbids network file systems."""
+    """The file of replies. Threads and processes may share it, but SQLite's WAL mode needs a local file system."""
 
     def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
         """Open the file at `path`, creating it if needed.
@@ -150,15 +150,14 @@ class Replies:
         """Reserve a request before it is sent.
 
         Args:
-            scope: name under which the request's cost is counted, such as a stage's.
+            scope: name under which the request's cost is counted, such as `judge-` and the artifact's name.
             estimate: the most tokens that the request may use.
             terms: the caps on the scope's cost.
 
         Returns:
-            "send": the caller must send the request, then call `keep` or `release`. "wait": call again later, because
-            the same request is pending elsewhere, or because this one may fit below the cap when pending requests,
-            which count at their estimated cost, have ended.
-            "stored": the reply is stored.
+            "send": the caller must send the request, then call `keep` or `release`. "wait": call again later. Either
+            the same request is pending, or the request does not fit below a cap now, but may fit when the pending
+            requests, which count at their estimated cost, have ended. "stored": the reply is stored.
 
         Raises:
             CapReached: the request does not fit below a cap, and nothing is pending.
@@ -191,7 +190,7 @@ class Replies:
         """End a failed request's reservation, if this process still holds it.
 
         Args:
-            usage: the most that the endpoint may charge for the request, which is counted as sent; None counts nothing.
+            usage: the most that the endpoint may charge, which is counted as spent; None if it charges nothing.
         """
         with self._writing():
             reserved = "SELECT 1 FROM pending WHERE key = ? AND owner = ?"
@@ -239,7 +238,7 @@ class Replies:
         """Run the block in a write transaction, of which only one can be open; commit unless the block raises.
 
         Args:
-            durable: whether the commit must survive a power cut, which needs a disk flush. It always survives a kill.
+            durable: whether the commit must survive a power cut, which needs a disk flush. All commits survive a kill.
         """
         with self._mutex, self._named_errors(), self._connection:
             self._connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")

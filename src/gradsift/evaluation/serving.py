@@ -1,4 +1,4 @@
-"""A model server on this machine, for as long as a stage needs it."""
+"""Run a model server on this machine for as long as a stage needs the server."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def serving(command: Sequence[str], log: Path, timeout: float) -> Iterator[str]:
 
     Args:
         command: program and arguments; host and port are added.
-        log: file for its output.
+        log: file for the server's output.
 
     Raises:
-        GradsiftError: the server ends, or does not answer within `timeout` seconds; the message quotes the end of its
-            output.
+        GradsiftError: the server ends, or does not answer within `timeout` seconds; the message quotes the end of the
+            server's output.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

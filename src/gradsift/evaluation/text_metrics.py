@@ -4,8 +4,8 @@ accuracy  share of right answers, by the benchmark's own rule (see `gradsift.eva
 rouge_l   mean F-measure of the longest common subsequence of words, 0 to 1 (Lin, 2004); package rouge-score: lower
           case, only ASCII letters and digits, no stemming
 bleu      corpus BLEU, 0 to 100 (Papineni et al., 2002; Post, 2018); package sacrebleu with its defaults
-meteor    mean METEOR, 0 to 1 (Lavie and Agarwal, 2007); package nltk with its constants, words split as for BLEU.
-          It needs WordNet's files. nltk looks up stems in them, so a word that stemming changes has no synonyms
+meteor    mean METEOR, 0 to 1 (Lavie and Agarwal, 2007); package nltk with its defaults, words split as for BLEU.
+          It needs WordNet's files. nltk looks up a word's stem there, so a word that stemming changes has no synonyms
 
 A metric that cannot be computed is None with a reason, never 0.
 """
@@ -158,7 +158,7 @@ def read_wordnet(folder: Path) -> Synonyms:
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
-    """Return after - before for each metric that both have. A drop, or for a loss a rise, means forgetting."""
+    """Return after - before for each metric in both. A drop of a metric, or a rise of the loss, means forgetting."""
     changes = {}
     for name, value in before.items():
         if name != "items" and all(isinstance(one, int | float) for one in (value, after.get(name))):

@@ -28,7 +28,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairs:
-    """All pairs of two models, with the names of their generators; `content` is a hash of every text."""
+    """All pairs of answers by two models, and the models' names; `content` is a hash of all texts."""
 
     model: str
     reference: str
@@ -65,7 +65,7 @@ def read_pairs(files: PairFiles) -> Pairs:
 
 
 def files_of_run(folder: Path) -> PairFiles:
-    """Return the files of the answers of a run's two models, and of its judgments if the judge has finished.
+    """Return a run's files: the answers of its two models and, if the judge has finished, the judgments.
 
     Raises:
         DataError: `folder` is not the folder of a run, the run has no answers of two models, or its artifacts are gone.

@@ -197,7 +197,10 @@ class Pages:
 
 
 def _markdown() -> MarkdownIt:
-    """Return a renderer that escapes HTML. Links and images stay text, so a page loads and opens nothing elsewhere."""
+    """Return a renderer that escapes HTML and shows links and images as text.
+
+    So an answer can neither load anything from another site nor lead a rater there.
+    """
     rules = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable("table")
     return rules.disable(["html_block", "html_inline", "link", "image", "autolink", "reference"])
 

@@ -111,7 +111,7 @@ def fleiss_kappa(counts: np.ndarray) -> float | None:
 
 
 def position(votes: Sequence[Vote]) -> dict[str, Any]:
-    """Count one rater's votes by position; `p_value` is that of the two-sided sign test of no preference."""
+    """Count one rater's votes by position. `p_value` is from a two-sided sign test for a preferred position."""
     from scipy.stats import binomtest
 
     first, tie, second = (sum(vote.choice == choice for vote in votes) for choice in ("first", "tie", "second"))

@@ -79,13 +79,13 @@ class Vote:
 
 
 class Votes:
-    """The file of votes about some or all of the pairs of two models."""
+    """The file of people's votes on pairs of answers: all pairs of two models' answers, or a random sample of them."""
 
     def __init__(self, path: Path) -> None:
         """Open a file that `create` has made.
 
         Raises:
-            DataError: it is missing, broken, or not a file of votes.
+            DataError: the file is missing, broken, or not a file of votes.
         """
         if not path.is_file():
             raise DataError(f"{path} does not exist, so nobody has voted; serve the pairs first, without --results")
@@ -105,7 +105,7 @@ class Votes:
         if header != (_APPLICATION, _FORMAT):
             self.close()
             raise DataError(f"{path} is another kind of database, or of another version; name another --database")
-        self._connection.execute("PRAGMA journal_mode = WAL")  # people read while others vote
+        self._connection.execute("PRAGMA journal_mode = WAL")  # pages can be read while a vote is written
         self.about: dict[str, str] = dict(self._connection.execute("SELECT name, value FROM about"))
         rows = self._connection.execute("SELECT item, benchmark, item_id FROM items ORDER BY item")
         self.keys: dict[int, Key] = {item: (benchmark, item_id) for item, benchmark, item_id in rows}
@@ -116,7 +116,7 @@ class Votes:
 
         Raises:
             ConfigError: there are fewer pairs than `items`.
-            DataError: see `Votes`; or the file cannot be written.
+            DataError: the file cannot be written, or it already exists and is broken or not a file of votes.
         """
         keys = sorted(pairs.items)
         if items is not None and not 1 <= items <= len(keys):
@@ -168,7 +168,7 @@ class Votes:
     def join(self, name: str) -> Rater:
         """Return the rater with this name, ignoring case and extra spaces; for a new name, add a rater.
 
-        For half of the items, a new rater sees the model's answer first. Only the seed and the name determine which.
+        A new rater sees the model's answer first for half of the items, chosen at random by the seed and the name.
 
         Raises:
             ConfigError: the name is empty, too long or not printable.

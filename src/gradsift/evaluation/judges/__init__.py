@@ -23,7 +23,7 @@ Value = TypeVar("Value")
 
 
 class JudgeError(GradsiftError):
-    """Requests to a judge failed. A missing reply never becomes a score."""
+    """Requests to a judge failed. A request without a reply never gets a score."""
 
 
 class Unreadable(ValueError):
@@ -31,15 +31,15 @@ class Unreadable(ValueError):
 
 
 class DryRun(GradsiftError):
-    """Ends a dry run after it has printed what it would send."""
+    """Raised in a dry run, after the number of requests and their largest cost have been printed."""
 
 
 @dataclass(frozen=True)
 class JudgeRequest:
     """A pair of answers in the order shown: `first` is the model's answer if `order` is "forward".
 
-    `reference` is the benchmark's own correct answer, if it has one. In the second turn of a conversation, `earlier` is
-    the first turn: the question, and the answers in the order shown.
+    `reference` is the correct answer that the benchmark gives for the item, or None. In the second turn of a
+    conversation, `earlier` is the first turn: the question, and the answers in the order shown.
     """
 
     item_id: str
@@ -54,7 +54,7 @@ class JudgeRequest:
 
 
 def in_one_turn(request: JudgeRequest) -> JudgeRequest:
-    """Return the request with both turns in its question and answers; without an earlier turn, return it unchanged."""
+    """Return a request whose question and answers hold both turns; a request without an earlier turn is unchanged."""
     if request.earlier is None:
         return request
     question, first, second = request.earlier
@@ -86,9 +86,9 @@ class Judge(Protocol):
     `name` identifies the judge in records. `combine` says how an item's scores in both orders become one outcome:
 
     - "signs": sign(s1 + s2), where s is the sign of an order's score difference (arXiv 2601.13697, section 4).
-    - "sum": the sign of the sum of the two score differences. This cancels a preference for a position that is the
-      same for all pairs. In small models this preference exceeds all differences between answers, so that "signs" would
-      give ties only.
+    - "sum": the sign of the sum of the two score differences. The sum cancels a preference for a position if this
+      preference is equally strong for all pairs. In small models it is larger than all differences between answers, so
+      "signs" would give ties only.
     """
 
     @property
@@ -138,7 +138,7 @@ class Rater(Protocol):
         """
 
     def rating_cost(self) -> dict[str, float | int | None]:
-        """Return requests, tokens and USD (None: price unknown) of the last `rate`; empty if ratings cost nothing."""
+        """Return the requests, tokens and USD (None: price unknown) that the last `rate` cost; empty if it was free."""
 
 
 def content_hash(*parts: object) -> str:

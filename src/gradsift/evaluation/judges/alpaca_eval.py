@@ -1,9 +1,9 @@
-"""The judge alpaca_eval: prompts, parameters and parsers of the package's annotators, asked in both orders.
+"""The judge alpaca_eval, which asks an annotator of that package (prompt, parameters and parser) in both orders.
 
 alpaca_eval's PairwiseAnnotator shows each pair in one order, which depends on the instruction and is not recorded. It
-caches replies under a key without model and prompt, and drops replies that it cannot read. Therefore only the package's
-annotators are used, and requests are sent by `gradsift.evaluation.chat`. The tests compare requests and preferences
-with those of PairwiseAnnotator.
+caches replies under a key without model and prompt, and drops replies that it cannot read. Therefore gradsift uses the
+package's annotators without this class, and `gradsift.evaluation.chat` sends the requests. The tests compare requests
+and preferences with those of PairwiseAnnotator.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _ERRORS = (
 class AlpacaEvalJudge:
     """Asks one of alpaca_eval's annotators which answer is better.
 
-    A preference p is between 1 (the first answer) and 2 (the second); the scores of first and second are 2 - p and
-    p - 1. For a weighted annotator p is 1 + the probability that the second answer is better. As for every judge that
-    grades, only the sign of the score difference counts in each order (`combine="signs"`).
+    A preference p is between 1 (the first answer is better) and 2 (the second is better). The first answer gets the
+    score 2 - p, the second p - 1. For an annotator that reads log-probabilities, p is 1 + the probability that the
+    second answer is better. Only the sign of the score difference counts in each order (`combine="signs"`).
     """
 
     combine: Combine = "signs"
@@ -87,12 +87,12 @@ class AlpacaEvalJudge:
         yield from ((r, Reply("", (0.5, 0.5), EQUAL)) for r, pair in shown.items() if pair.first == pair.second)
 
     def cost(self) -> dict[str, float | int | None]:
-        """Return what the pairs have cost so far, including earlier processes (see `ChatClient.spent`)."""
+        """Return the cost of the pairs so far, including requests of earlier processes (see `ChatClient.spent`)."""
         return self._chat.spent(self._scope)
 
 
 def render(annotator: Annotator, request: JudgeRequest) -> list[dict[str, str]]:
-    """Return the messages for a pair. All slots are filled at once, so a slot's name in an answer stays text.
+    """Return the messages for a pair. All slots are filled at once, so text like a slot in an answer is not replaced.
 
     If the prompt has no slot for the input, the input is appended to the instruction after an empty line.
     """
@@ -138,7 +138,7 @@ def parser_of(annotator: Annotator) -> Parser:
     """
     if annotator.parser == "lmsys_parser":
         return _from_two_scores
-    # a copy: regex_parser puts compiled patterns into its options, which are hashed and must stay plain
+    # a copy: regex_parser puts compiled patterns into its options, which are hashed and must stay JSON values
     return partial(getattr(_parsers(), annotator.parser), **copy.deepcopy(dict(annotator.parser_options)))
 
 
@@ -150,10 +150,11 @@ def _from_two_scores(text: str, *, cut: bool = False) -> list[float]:
 
 
 def _parsers() -> Any:
-    """Import alpaca_eval's parsers, and undo what importing the package does to this process.
+    """Return the module of alpaca_eval's parsers, and undo the side effects of importing the package.
 
-    The import sets the root logger to INFO and loads a `.env` file into the environment, which may hold an address or a
-    key of another project. The parsers' log is switched off: unreadable replies are recorded with a reason elsewhere.
+    The import sets the root logger's level to INFO and adds the variables of a `.env` file to the environment, such as
+    another project's address or key. The parsers' log messages are switched off, because a judgment records why its
+    reply is unreadable.
     """
     root, environment = logging.getLogger(), set(os.environ)
     level = root.level

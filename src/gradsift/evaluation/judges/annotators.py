@@ -1,9 +1,9 @@
 """alpaca_eval's annotators, read from their files without importing the package.
 
 An annotator is a folder with `configs.yaml`: a prompt with slots, a model with its parameters, and the parser that
-finds a preference in a reply. Annotators that cannot be asked in both orders through a chat endpoint are refused:
-those with a prompt for completion models or with several pairs in one prompt, and pools of annotators, each of which
-gets a random part of the questions.
+finds a preference in a reply. Annotators that cannot be asked in both orders through a chat endpoint are refused. These
+are annotators with a prompt for completion models, annotators with several pairs in one prompt, and pools in which each
+annotator gets a random part of the questions.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ _READING_ALONE = ("ChainOfThoughtProcessor", "JsonKeysToColumnProcessor")  # add
 class Annotator:
     """A prompt, the parameters of its requests and the parser of its replies.
 
-    `messages` are pairs of role and text with slots. `parameters` belong to each request, beside the model,
-    `max_tokens` and `temperature`. `price` is the price in the file, in USD per million tokens, or None.
+    `messages` are pairs of role and text with slots. `parameters` are sent with each request, besides the model,
+    `max_tokens` and `temperature`. `price` is the price that the file gives, in USD per million tokens, or None.
     """
 
     name: str
@@ -76,7 +76,7 @@ def shipped() -> dict[str, Path]:
 
 
 def read_annotator(name_or_path: str) -> Annotator:
-    """Read an annotator, given by its name in alpaca_eval, a folder with `configs.yaml`, or such a file.
+    """Read an annotator, given by its name in alpaca_eval or by the path of its folder or of its `configs.yaml`.
 
     Raises:
         ConfigError: there is no such annotator, it cannot be asked in both orders through a chat endpoint, or its file
@@ -179,7 +179,7 @@ def _refuse_what_cannot_be_asked(where: str, entry: Mapping[str, Any], options: 
 
 
 def _messages(where: str, file: Path, template: Any) -> tuple[tuple[str, str], ...]:
-    """Return the prompt's messages with unfilled slots, so that markup in an answer cannot end a message."""
+    """Return the prompt's messages, split before slots are filled, so that markup in an answer cannot end a message."""
     if not isinstance(template, str):
         raise ConfigError(f"{where}: prompt_template is missing or not text; give the prompt or the path of its file")
     text = template

@@ -1,4 +1,4 @@
-"""The local judge: log P("A") against log P("B") under a model on this machine; as a rater, the expected grade.
+"""The local judge compares log P("A") and log P("B") under a model on this machine; it rates by the expected grade.
 
 With a small model it serves only to check that the pipeline runs: SmolLM2-135M-Instruct prefers A in both orders on all
 100 pairs of LLMBar-Natural. With the scores summed over the orders, it agrees with the human label on 55 of the pairs
@@ -58,8 +58,8 @@ class LocalJudge:
 
     Small models prefer one letter whatever is shown, by about the same amount for each pair, so the orders are combined
     by "sum". The parts of a prompt are tokenised separately and without special tokens, so no answer can end the user's
-    turn. If the answers do not fit into `max_length`, both are cut to the same limit. Answers that are then equal get
-    equal scores without a forward pass, in which rounding would decide.
+    turn. If the answers do not fit into `max_length`, both are cut to the same limit. Answers whose shown tokens are
+    equal get equal scores without a forward pass, whose rounding errors would decide between them.
     """
 
     combine: Combine = "sum"
@@ -132,7 +132,7 @@ class LocalJudge:
     def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Reply[float]]]:
         """Yield the mean of the scale's grades, weighted by the next-token probabilities of their digits.
 
-        A response that does not fit into `max_length` is cut. Small models do not find good data in this way.
+        A response that does not fit into `max_length` is cut. The grades of small models do not identify good data.
 
         Raises:
             ConfigError: the tokenizer has no single tokens for the digits.
@@ -166,7 +166,7 @@ class LocalJudge:
 
         def scores(prompts: list[list[int]]) -> list[list[float]]:
             tokens, mask = left_padded(prompts, 0, self._model.device)
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # forward() would count the padding
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # the default of forward() counts the padding
             with torch.no_grad(), without_host_reads():
                 # the logits of the last column only: (B, 1, vocabulary) instead of (B, T, vocabulary)
                 out = self._model(
@@ -197,7 +197,7 @@ class LocalJudge:
         return _Prompt([*start, *first, *between, *second, *end], equal=first == second)
 
     def _rated_prompt(self, request: RatingRequest) -> list[int] | None:
-        """Return a rating prompt, at most `max_length` tokens; None if the question leaves no room for a response."""
+        """Return a rating prompt, at most `max_length` tokens; None if the parts around the response are too long."""
         opening, heading, response, ending = map(self._encode, render_rated(request))
         start = [*self._head, *opening, *heading]
         end = [*ending, *self._rated_tail]
@@ -244,7 +244,7 @@ def render_pair(request: JudgeRequest) -> tuple[str, str, str, str, str, str]:
 
 
 def render_rated(request: RatingRequest) -> tuple[str, str, str, str]:
-    """Return the pieces of an example's prompt; the response is the third, empty if it is not shown."""
+    """Return the pieces of an example's prompt. The response is the third piece, which is empty if it is not shown."""
     scale = SCALES[request.question]
     turns = "".join(f"\n\nEarlier turn, {turn.role}:\n{turn.content}" for turn in request.history)
     shown_input = INPUT + request.input if request.input else ""

@@ -106,7 +106,7 @@ class OpenaiJudge:
             yield requests[position], reply
 
     def cost(self) -> dict[str, float | int | None]:
-        """Return what the pairs have cost so far, including earlier processes (see `ChatClient.spent`)."""
+        """Return the cost of the pairs so far, including requests of earlier processes (see `ChatClient.spent`)."""
         return self._chat.spent(self._scope)
 
     def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Reply[float]]]:
@@ -125,5 +125,5 @@ class OpenaiJudge:
             yield requests[position], reply
 
     def rating_cost(self) -> dict[str, float | int | None]:
-        """Return what the last `rate` has cost, including earlier processes; empty before the first."""
+        """Return the cost of the last `rate`, including requests of earlier processes; empty if there was none."""
         return self._chat.spent(self._rating_scope) if self._rating_scope else {}

@@ -1,16 +1,17 @@
-"""Scores from a judge's reply.
+"""Read scores from a judge's reply, by one of five rules (`judge.parse`).
 
-`strict`    the first line that is not blank is two numbers (8.5 is one) and nothing else
-`tolerant`  also commas, "8/10 7/10", emphasis, headings ("My scores: 8 7") and labels ("Answer 1: 8, Answer 2: 7"),
-            which may extend over two lines; code fences are ignored. If the first line has no scores, another line, a
-            JSON object ({"answer_1": 8, "answer_2": 7}) or a verdict ([[A]]) in the reply is read
+`strict`    the first line that is not blank consists of two numbers (8.5 is one number) and nothing else
+`tolerant`  as `strict`, but the line may have commas, "8/10 7/10", emphasis, headings ("My scores: 8 7") and labels
+            ("Answer 1: 8, Answer 2: 7"; these may extend over two lines). Code fences are ignored. If the first line
+            has no scores, another line, a JSON object ({"answer_1": 8, "answer_2": 7}) or a verdict ([[A]]) is read
 `verdict`   only a verdict, anywhere in the reply: [[A]], [[B]] or [[C]] (a tie), or one from [[A>>B]] to [[B>>A]]
 `json`      only a JSON object, anywhere in the reply
 `legacy`    the rule of the published evaluation scripts of Cherry and Superfiltering, with its errors
 
-Scores are between 0 and 10 (with `legacy`, any numbers); judges give 0 to empty answers. A verdict for one answer means
-the scores 1 and 0, with >> the scores 3 and 0. A reply has no scores if the rule cannot read it, or if it has two
-readings that differ. No rule looks for numbers within a sentence: "both have 2 flaws and 3 merits" is not a grade.
+Scores are between 0 and 10 (with `legacy`, any numbers); judges give 0 to empty answers. A verdict gives the better
+answer the score 1 (with >> the score 3) and the other answer 0. A reply has no scores if the rule cannot read it, or if
+it has two readings that differ. No rule looks for numbers within a sentence: "both have 2 flaws and 3 merits" has no
+scores.
 """
 
 from __future__ import annotations
@@ -194,11 +195,12 @@ def parse_grade(text: str, low: int, high: int, how: Parse = "tolerant", *, cut:
     """Return the grade on the first line that is not blank; None if there is none from `low` to `high`.
 
     `strict` accepts only a number. The other rules also accept emphasis, a label ("Grade: 4"), "4/5" and "4 out of 5".
-    If the first line has no grade, they accept one on another line or in a JSON object ({"grade": 4}). Of a reply that
-    was `cut` only the beginning counts (see `parse_scores`).
+    If the first line has no grade, they accept a grade on another line or in a JSON object ({"grade": 4}). If the reply
+    was `cut`, only its beginning counts (see `parse_scores`).
 
     Raises:
-        Unreadable: the reply holds two different grades, or an object has a key twice.
+        Unreadable: the reply holds two different grades, a JSON object has a key twice, or a grade in JSON is not a
+            number from 0 to 10.
     """
     text = _without_fences(text, how)
     lines = [line.strip()[:_LONGEST] for line in text.splitlines() if line.strip()]

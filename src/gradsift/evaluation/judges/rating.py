@@ -1,7 +1,7 @@
 """The questions to a rater about one example, each with its scale; the wording is our own.
 
 `accuracy`    0-5, one grade for accuracy and helpfulness (AlpaGasus, arXiv 2307.08701)
-`complexity`  1-6, how demanding the task is, without its response (DEITA, arXiv 2312.15685)
+`complexity`  1-6, how demanding the task is; the response is not shown (DEITA, arXiv 2312.15685)
 `quality`     1-6, how good the response is (DEITA)
 """
 
@@ -16,7 +16,7 @@ from gradsift.evaluation.judges import Question, RatingRequest
 
 @dataclass(frozen=True)
 class Scale:
-    """The grades of a question and its wording for a chat model (`task`) and for a local one (`short`)."""
+    """A question's lowest and highest grade, and its wording for a chat model (`task`) and a local model (`short`)."""
 
     low: int
     high: int
@@ -74,7 +74,7 @@ def in_blocks(parts: Mapping[str, str], task: str) -> str:
     """Return each part between marker lines that no part can imitate, then the task.
 
     The rulers of `=` in the marker lines are longer than any run of `=` in the parts, so no part can contain a marker
-    line. A slot such as `{input}` in a part stays text.
+    line. A slot such as `{input}` in a part is not filled.
     """
     longest = max((len(run) for text in parts.values() for run in re.findall("=+", text)), default=0)
     ruler = "=" * max(5, longest + 1)

@@ -74,7 +74,7 @@ def generate(
     items: Sequence[Item],
     generator_config: GeneratorConfig | None = None,
 ) -> Artifact:
-    """Generate greedy answers to every item, of the finetuned target or, if `tuned` is None, of the untuned target.
+    """Generate the finetuned target's greedy answers to every item; if `tuned` is None, the untuned target's.
 
     Args:
         generator_config: what computes the answers; default: this process.

@@ -1,4 +1,4 @@
-"""What a finetune forgets: metrics, losses and lm-eval's tasks on general sets, before and after it."""
+"""Measure what a finetune forgets: metrics and losses on general sets, and lm-eval's tasks, before and after it."""
 
 from __future__ import annotations
 
@@ -62,11 +62,12 @@ def forgetting(
 
 
 def forgetting_of(states: tuple[General, General]) -> dict[str, Any]:
-    """Return the results of `forgetting`.
+    """Return the results of `forgetting` as JSON values.
 
     Returns:
         `{set: {"before", "after", "change"}}`. Each of the three has the metrics and, where available, `loss`: the mean
-        NLL of a token of the reference answer (nats). A task of lm-eval is the set `lm_eval/<task>`.
+        over items of the mean NLL per token of the reference answer (nats). The results of a task of lm-eval are under
+        the key `lm_eval/<task>`.
     """
 
     def values_of(state: General) -> dict[str, dict[str, Any]]:
@@ -104,6 +105,6 @@ def _lm_eval(
         return {"rows": len(tasks), "tasks": tasks}
 
     parents, slug = [target, *([tuned] if tuned else [])], slug_of(target_config, tuned)
-    # in a divided model every rank runs all requests: a forward pass needs all ranks, and lm-eval knows only one
+    # in a divided model a forward pass needs all ranks, and lm-eval does not divide requests: every rank runs them all
     unit = ("lm_eval", slug, settings, parents, make)
     return runtime.store.obtain(*unit, version=LM_EVAL_VERSION, divided=divides(runtime.compute))

@@ -86,7 +86,7 @@ def judge(
 
 
 def _kind(config: JudgeConfig) -> str:
-    """Return the kind of judge whose prompts are sent: "openai" for all its protocols, else the judge's name."""
+    """Return "openai" for every judge with an `OpenaiJudgeConfig` (they share prompts), else the judge's name."""
     return "openai" if isinstance(config, OpenaiJudgeConfig) else config.name
 
 
@@ -217,7 +217,7 @@ def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifa
         both = {item: (length, reference_lengths[item]) for item, length in lengths.items()}
         summary["position_bias"] = position_bias(judgments)
         summary["outcomes"] = outcome_strings(outcomes)
-        if config.name != "verifier":  # the verifier prefers no length: the answer alone fixes its outcome
+        if config.name != "verifier":  # the verifier has no length bias: only right and wrong count
             summary["length_bias"] = length_bias(outcomes, both)
             summary["length_controlled"] = length_controlled(outcomes, both) | {
                 "benchmarks": {

@@ -164,7 +164,8 @@ def _tables_of(audit: SweepAudit, options: str, brief: bool) -> list[Table]:
 def _verdict(figures: Figures, datasets: int) -> Verdict:
     """Return the alphas at which a selection is cleaner or dirtier than chance, or has too few rows to be cleaner.
 
-    It has too few rows if even a selection without a spoilt row would be within chance.
+    Chance is the pool's spoilt share plus or minus `_SPREADS` standard deviations of a random draw. A selection has too
+    few rows if even one without a spoilt row would be within chance.
 
     Args:
         datasets: number of different datasets that the figures are means over. The mean of several random draws varies

@@ -32,7 +32,7 @@ _END, _FIELD = "\x1e", "\x1f"  # separators, which no presentable text contains
 class Pool:
     """The examples of one dataset and seed, with the scores and selections of all runs.
 
-    `methods` and `selections` have the form that the page's script reads, with arrays (N,) for columns. In a method,
+    `methods` and `selections` have the form that the page's script reads; their columns are arrays (N,). In a method,
     `rank` is 1 for the highest score (equal scores in row order) and 0 without a score; `parts` are the numbers from
     which the score is computed, and the statistics of the ensemble. In a selection, `method` is an index into
     `methods`; `place` counts from 1 in the order of the selection and is 0 for examples that are not selected;
@@ -140,7 +140,7 @@ def _selection(material: Material, run: Run, pool: Pool, method: int) -> dict[st
 
 
 class _Columns:
-    """Columns one after the other, each at a multiple of four bytes; equal columns are stored once."""
+    """The bytes of columns, each column at a multiple of four bytes; equal columns are stored once."""
 
     def __init__(self, rows: np.ndarray) -> None:
         """
@@ -204,8 +204,8 @@ def pack(pool: Pool, most: int = MOST) -> Packed:
 def held(pool: Pool, most: int) -> np.ndarray:
     """Return the positions (n,) of the examples that the page holds, ascending.
 
-    Of a pool of more than `most` examples these are the selected ones (if they alone are more than `most`, the first of
-    each selection), and evenly spaced other examples up to `most`.
+    All examples are held if there are at most `most`. Otherwise the selected examples (only the first of each selection
+    if more than `most` are selected) and evenly spaced other examples are held, `most` in all.
     """
     count = len(pool.examples)
     if count <= most:

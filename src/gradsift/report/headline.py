@@ -104,7 +104,7 @@ def _best(material: Material) -> tuple[list[str], list[Tile]]:
 
 
 def _invalid(row: Row) -> str:
-    """Return the share of a cell's items without a valid judgment, as text; empty if there is none."""
+    """Return the share of a cell's items without a valid judgment, as text; empty if all are valid."""
     if not row["invalid"]:
         return ""
     items = sum(row[name] for name in COUNTS)
@@ -118,9 +118,10 @@ def _length_tile(row: Row) -> list[Tile]:
 
 
 def _baselines_tile(material: Material, best: Row) -> list[Tile]:
-    """Return a tile with a cell's accuracy and the accuracies of the full-data and the untuned target.
+    """Return a list with a tile: a cell's accuracy and the accuracies of the full-data and the untuned target.
 
-    The held-out losses are shown instead if the cell has no accuracy, as its benchmark has no reference answers.
+    If the cell has no accuracy, since its benchmark has no reference answers, the tile shows the held-out losses. The
+    list is empty if the cell has neither.
     """
     alike = ("dataset", "target", "scorer", "alpha", "members", "settings")
     runs = [run.record for run in material.finished]
@@ -135,7 +136,7 @@ def _baselines_tile(material: Material, best: Row) -> list[Tile]:
 
 
 def _measured_tile(name: str, value: float | None, measured: Sequence[Mapping[str, float | None]]) -> list[Tile]:
-    """Return a list with a tile of `value` and the mean values of full-data and untuned targets; empty for None.
+    """Return a list with a tile: `value` and the means of full-data and untuned targets; empty if `value` is None.
 
     A mean is left out if a run lacks the value.
     """

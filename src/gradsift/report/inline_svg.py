@@ -31,7 +31,7 @@ def inline_svg(text: str, name: str, label: str) -> Markup:
         label: text for screen readers.
     """
     shown = _element(ElementTree.fromstring(text), name)  # noqa: S314 - written by matplotlib a moment ago
-    for key in ("height", "version"):  # the height follows from the width that the page has room for
+    for key in ("height", "version"):  # the browser derives the height from the width
         shown.attrib.pop(key, None)
     # the last two are what matplotlib's own style sheet sets for all elements
     shown.attrib |= {"role": "img", "aria-label": label, "stroke-linejoin": "round", "stroke-linecap": "butt"}

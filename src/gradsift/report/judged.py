@@ -49,9 +49,9 @@ class JudgedPair(NamedTuple):
 def judged_pairs(material: Material, most: int = MOST) -> tuple[list[JudgedPair], list[str]]:
     """Return up to `most` judged pairs.
 
-    Every combination of method and alpha gets at most the same number of pairs, from its first run whose answers are in
-    the store. Of these pairs, each outcome gets the same number, as far as there are enough items with this outcome;
-    the items are evenly spaced over all items with the outcome.
+    The pairs are divided equally among the combinations of method and alpha. A combination's pairs come from its first
+    run whose answers are in the store. They are divided equally among the outcomes, as far as there are enough items
+    with each outcome. The items taken are evenly spaced over all items with the outcome.
 
     Returns:
         The pairs, and the reasons why runs are not shown (see `attempt`).
@@ -100,7 +100,7 @@ def _sample(name: str, run: Run, most: int) -> list[JudgedPair]:
 
 
 def _balanced(groups: Mapping[str, Sequence[Key]], most: int) -> list[tuple[str, Key]]:
-    """Return up to `most` pairs of a group's name and a key, one of each group in turn.
+    """Return up to `most` tuples (group's name, key), taking one key of each group in turn.
 
     The keys taken from a group are evenly spaced over its sequence.
     """

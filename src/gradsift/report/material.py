@@ -1,8 +1,8 @@
 """The material of a report: the folder of a run or a sweep, and the artifacts that its runs name.
 
 Everything is read from files: `run.json`, `config.yaml` and other files of the folder, and artifacts. No model is
-loaded and no stage is run again, so a report can be made wherever the folder and the store were copied to. What is
-absent is reported (`Material.gaps`, `Missing`) and never guessed.
+loaded and no stage is run again, so a report can be made on any machine that has copies of the folder and the
+store. What is absent is reported (`Material.gaps`, `Missing`) and never guessed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from gradsift.training.curves import TRAJECTORY_FILE, read_curve, read_trajector
 
 BROKEN = "failed with"  # how the reason begins if something is absent because of an error
 FAILED = ("failed", "interrupted", "unfinished")  # statuses of runs that did not get as far as they were asked to
-# keys of overrides that are left out of a method's name: the scorer is in it anyway; the others name datasets and cells
+# keys of overrides that are left out of a method's name: the scorer is in the name anyway, and the other keys
+# distinguish datasets and cells of tables instead of methods
 _TOLD_APART = ("scorer", "alpha", "data", "target", "judge")
 T = TypeVar("T")
 Curve = list[dict[str, float]]  # one entry for each batch: batch, loss (nats a token), tokens
@@ -78,7 +79,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """One of finished, stopped (as asked), failed, interrupted, or unfinished (killed, or still at work)."""
+        """One of finished, stopped (as asked), planned, failed, interrupted, or unfinished (killed or at work)."""
         return str(self.record["status"])
 
     @property
@@ -155,7 +156,7 @@ class Run:
 class Material:
     """All runs of a folder, with readers of their artifacts that cache what they read.
 
-    Every reader raises `Missing` if the run has no such artifact.
+    Every reader raises `Missing` if the run lacks the artifact to read.
     """
 
     folder: Path

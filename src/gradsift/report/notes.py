@@ -62,7 +62,8 @@ def remarks_of_all(runs: Iterable[Run]) -> list[str]:
 def warnings_of(diagnostics: Mapping[str, Mapping[str, Any]] | None) -> dict[str, str]:
     """Return the messages of the diagnostics that warn, by name.
 
-    They are in the order of the stages: those on the ensemble first, as they may explain those on the selection.
+    They are in the order of the stages, so warnings on the ensemble come before those on the selection that they may
+    explain.
     """
     return {name: d["message"] for name, d in (diagnostics or {}).items() if d["verdict"] == "warning"}
 
@@ -93,7 +94,7 @@ def against_random(runs: Sequence[Run]) -> list[Diagnostic]:
 
 
 def _paired_test(pairs: Sequence[tuple[Row, list[Row]]]) -> Difference | None:
-    """Return the paired difference over all seeds; None if a run has several counterparts or judged items differ."""
+    """Return the paired difference over all seeds; None if a run has several counterparts or `compared` gives None."""
     if any(len(known) > 1 for _, known in pairs):
         return None
     ours, theirs = [row[OUTCOMES] for row, _ in pairs], [one[OUTCOMES] for _, (one,) in pairs]

@@ -59,9 +59,9 @@ class Count:
 
 
 def cells_of(material: Material) -> Cells:
-    """Return a row with the PWS of each place and column, averaged over runs that differ only by seeds.
+    """Return the rows by place and column (see `Place`, `Column`), averaged over runs that differ only by seeds.
 
-    The pooled rows and the full-data runs are left out.
+    Rows without a PWS, pooled rows and full-data runs are left out.
 
     Raises:
         Missing: no run has a PWS.
@@ -123,7 +123,7 @@ def is_distinguishable(cells: Cells) -> dict[tuple[Place, Column], bool]:
 def pws_table(material: Material) -> Table:
     """Return the table of PWS: a row for each place, a column for each alpha and method.
 
-    In each row the highest PWS at an alpha is bold.
+    In each row the highest PWS at each alpha is bold.
     """
     cells = cells_of(material)
     places = list(dict.fromkeys(place for place, _ in cells))

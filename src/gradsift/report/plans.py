@@ -101,7 +101,8 @@ def jobs_table(runs: Sequence[Run]) -> Table:
 def stages_table(runs: Sequence[Run]) -> Table:
     """Return a table with a row for each stage of a sweep and a row for all stages.
 
-    A unit that several runs need counts once as done or to do, and once for each later run as shared.
+    A unit that several runs need counts once if it is done. Otherwise it counts once in `to do` or `at most`, and once
+    in `shared` for each later run.
     """
     rows = []
     pairs = [pair for units in states(runs) for pair in units]
@@ -164,7 +165,7 @@ def plan_lines(runs: Sequence[Run]) -> list[str]:
 
 
 def forecast_lines(forecast: Mapping[str, Any]) -> list[str]:
-    """Return the forecast of a target's finetunes in words: the memory of a GPU, and GPU hours."""
+    """Return the forecast of a target's finetunes in words: the memory needed on each GPU, and their GPU hours."""
     sizes = [forecast[name] for name in ("weights", "adapter", "per_token", "per_token_checkpointed")]
     parts = f", divided over {forecast['ranks']} GPUs" if forecast["ranks"] > 1 else ""
     passed = "" if forecast["active"] == forecast["parameters"] else f" ({forecast['active'] / 1e9:.1f} for a token)"

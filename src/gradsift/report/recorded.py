@@ -1,4 +1,4 @@
-"""Checks whether a sweep of `experiment=world` reproduces the table that was recorded for it.
+"""Check whether a sweep of `experiment=world` reproduces the table that was recorded for it.
 
 The recorded table is `conf/experiment/world.recorded.json`, which is also part of the installed package. It has the
 figures of every scorer for each data seed, a hash of the settings, and the machine. Any sweep with exactly these
@@ -45,7 +45,7 @@ Figures = Mapping[str, Mapping[str, Sequence[float | None]]]  # scorer -> measur
 
 
 def compared(files: Sequence[Path], runs: Sequence[Run]) -> list[str]:
-    """Return lines on how the sweep agrees with the recorded table; empty if its settings are not the recorded ones.
+    """Return lines that say whether the sweep agrees with the recorded table; empty if the settings differ.
 
     Args:
         files: the `run.json` of each job, with its config beside it.
@@ -97,7 +97,7 @@ def _figures(runs: Sequence[Run]) -> Figures:
 def _difference(values: Sequence[float | None], expected: Sequence[float | None], cells: int) -> str | None:
     """Return how the values of a cell differ from the recorded ones, as text; None if they agree.
 
-    They agree if a t test finds no difference. A cell without recorded values agrees with any; missing values differ.
+    They agree if a t test finds no difference, or if no values are recorded. Missing values count as a difference.
 
     Args:
         cells: number of cells that are tested, for the Bonferroni correction.

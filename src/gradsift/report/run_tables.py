@@ -28,7 +28,7 @@ COUNTS = ("win", "tie", "lose", "invalid")
 MEASURES = ("rows", "pws", "pws_length_controlled", "accuracy", "heldout_loss", "spoilt_share", "families")
 DEFAULT_CONFIDENCE = 0.95  # assumed for runs whose record names no confidence
 LEVEL = 0.05  # probability of one or more false claims in a table
-OUTCOMES = "outcomes"  # of a row: (hash of the items, a letter for each item), or a list of these, one for each seed
+OUTCOMES = "outcomes"  # (hash of the items, a letter for each item); in a mean row a list of these, one for each seed
 UNTUNED = "(no finetuning)"
 TITLE = "PWS against the model tuned on all rows"
 _OWN_COLUMN = ("scorer", "alpha", "data", "proxy", "target", "judge", "proxy.members", "proxy.snapshots")
@@ -64,7 +64,7 @@ def method_name(scorer: str, settings: str | None) -> str:
 def flat_rows(run: Run) -> list[Row]:
     """Return the rows of one run as plain values; figures that the run lacks are None.
 
-    There is a row for each benchmark and, unless there is exactly one benchmark, the row over all items last.
+    There is a row for each benchmark. Unless there is exactly one benchmark, a row over all items follows.
     """
     cells: dict[str, Mapping[str, Any]] = dict(run.get("benchmarks") or {})
     outcomes = {name: (each["items"], each["outcomes"]) for name, each in (run.get("outcomes") or {}).items()}
@@ -133,9 +133,9 @@ def over_seeds(rows: Iterable[Row]) -> list[Row]:
 
 
 def _without_repeats(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows with one row for each seed and setting of the full-data run.
+    """Return the rows, but only one row of the full-data run for each seed and setting.
 
-    A sweep over alpha repeats this run for each alpha; a finished one is kept if there is any.
+    A sweep over alpha repeats the full-data run for each alpha. The row of a finished run is kept if there is one.
     """
     kept: dict[Any, Row] = {}
     for place, row in enumerate(rows):
@@ -175,7 +175,7 @@ def parity_p_value(outcomes: Sequence[tuple[str, str]]) -> float | None:
 
 
 def outcome_matrix(letters: Sequence[str]) -> np.ndarray:
-    """Return the outcomes (S, N) as 1, 0 and -1, over the items that are valid with every seed.
+    """Return the outcomes (seeds, items) as 1, 0 and -1, for the items that are valid with every seed.
 
     Args:
         letters: for each seed a letter per item, in the same order: w, t, l, or i (invalid).
@@ -186,10 +186,10 @@ def outcome_matrix(letters: Sequence[str]) -> np.ndarray:
 
 
 def compared(first: Row, second: Row) -> Difference | None:
-    """Return the paired difference of two cells of `over_seeds`.
+    """Return the paired difference of two rows of `over_seeds`.
 
-    The result is None if outcomes are unknown, if the cells differ in seeds or items, or if no item is valid with every
-    seed of both. A failed job leaves a cell with fewer seeds.
+    The result is None if outcomes are unknown, if the rows differ in seeds or items, or if no item is valid with every
+    seed of both. A row has fewer seeds than others if one of its jobs failed.
     """
     if first.get("seeds") != second.get("seeds"):
         return None
@@ -213,7 +213,8 @@ def pws_text(row: Row) -> str:
 def intervals_text(rows: Iterable[Row]) -> str:
     """Return a description of the rows' intervals, as in "PWS with 95 % intervals over items and seeds"; "" if none.
 
-    In a table with several seeds, the interval of a cell with one seed is over its items alone.
+    If only some of the rows have several seeds, the text names items and seeds for all rows; the interval of a row with
+    one seed is over its items alone.
     """
     shown = [row for row in rows if row["pws_low"] is not None]
     if not shown:

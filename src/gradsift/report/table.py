@@ -19,7 +19,7 @@ _LATEX = {character: "\\" + character for character in "&%$#_{}"} | {
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
-    "[": "{[}",  # as the first character of a row it would be the argument of the line break before it
+    "[": "{[}",  # at the start of a row, LaTeX would take [ for an argument of the line break before
     "]": "{]}",
 }
 _LONGEST_MARKDOWN = 200  # rows; longer tables are written as CSV alone
@@ -154,11 +154,11 @@ def _markdown_line(cells: Sequence[str]) -> str:
 
 
 def groups_of(header: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Group a table's columns, if they are named `ALPHA: METHOD`, by alpha.
+    """Group the columns of a table by alpha, if their names have the form `ALPHA: METHOD`.
 
     Returns:
-        The title and the methods of each group. Empty if any column but the first is named otherwise, or if no two
-        columns share an alpha.
+        The title and the methods of each group. Empty if any column but the first has another form of name, or if no
+        two adjacent columns share an alpha.
     """
     pairs = [name.partition(": ") for name in header[1:]]
     groups: list[tuple[str, list[str]]] = []

@@ -152,7 +152,11 @@ def sweep_finished(folder: Path, jobs: Sequence[Sequence[str]] | None = None) ->
 
 
 def _print_results(folder: Path, runs: Sequence[dict[str, Any]], display: Display) -> dict[str, Path]:
-    """Print and write the results of the finished runs and their comparison with random rows; return the file."""
+    """Print and write the results of the finished runs and their comparison with random rows.
+
+    Returns:
+        The path of the results file under the key `table`; empty if no run finished.
+    """
     finished = [run for run in runs if run["status"] == "finished"]
     if not finished:
         return {}

@@ -1,8 +1,8 @@
 """Selectors, one module per method: they choose the examples to keep, as many as the budget.
 
 A selector is a function. Its first two parameters are `scores` and `size` (the budget, a number of examples). Its other
-positional parameters name further inputs, any that a scorer can have (see `gradsift.scoring`). The pipeline computes
-only the inputs that are named. Selectors use these:
+positional parameters name further inputs. All inputs of scorers are available (see `gradsift.scoring`). The pipeline
+computes only the inputs that are named. Selectors use these:
 
     examples           the examples of the pool
     embeddings         `gradsift.features.vectors.Features` of the pool, computed by the run's embedder
@@ -13,5 +13,5 @@ only the inputs that are named. Selectors use these:
 
 The keyword-only parameters are constants, set in `conf/selector/<name>.yaml`. The function returns a `Choice` of at
 most `size` examples, all of them `scored` and each at most once. To add a selector, write such a function and a YAML
-file with its `_target_`.
+file with the function's path as `_target_`.
 """

@@ -3,9 +3,9 @@
 The audit uses labels that methods do not see: those of the embedded world (the generated toy task of `data=verifiable`)
 or of `data.corruption` on a user's own data. It reports three measures, because each alone can mislead:
 
-    spoilt share  of the selection at each alpha: a score may rank the whole pool well and still put spoilt rows first
-    AUROC         of clean rows against each kind of corruption: a small selection may be clean by luck
-    families      effective number of families (kinds of task) selected: clean rows may all be of a few families
+    spoilt share  of the selection at each alpha; needed since a high AUROC allows a few spoilt rows to rank first
+    AUROC         of clean rows against each kind of corruption; needed since a small selection may be clean by luck
+    families      effective number of families (kinds of task) selected; needed since clean rows may be of few families
 
 Shape letters: N examples of the pool, k selected ones.
 """
@@ -61,7 +61,7 @@ def auroc(clean: np.ndarray, other: np.ndarray) -> float | None:
     """Return the chance that a random clean example scores higher than a random other one; ties count half.
 
     At 1 every clean example ranks before the others, at 0.5 the score cannot tell them apart, and below 0.5 it prefers
-    the others. None if either is empty.
+    the others. The result is None if either array is empty.
     """
     if not len(clean) or not len(other):
         return None
@@ -73,7 +73,7 @@ def auroc(clean: np.ndarray, other: np.ndarray) -> float | None:
 
 
 def spread_of_random(share: float, rows: int, chosen: int) -> float:
-    """Return the standard deviation of the spoilt share in a random draw of `chosen` of `rows`, without replacement.
+    """Return the standard deviation of the spoilt share if `chosen` of `rows` are drawn at random without replacement.
 
     Args:
         share: spoilt share of all `rows`.
@@ -116,9 +116,9 @@ def _groups_in(labels: Labels) -> dict[str, str]:
 
 
 def _groups(ranked: np.ndarray, labels: Labels) -> dict[str, Any]:
-    """Return for each group in the data the number, share and AUROC of its clean examples.
+    """Return for each group in the data the number of its clean examples, their share of all examples, and their AUROC.
 
-    The AUROC is against the clean examples of no group; above 0.5 the score prefers the group.
+    The AUROC compares them with the clean examples that are in no group; above 0.5 the score prefers the group.
     """
     clean, family = np.array(labels.quality) == CLEAN, np.array(labels.family or [])
     groups = {}

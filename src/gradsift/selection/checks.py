@@ -33,7 +33,7 @@ MOST_NEGATIVE_DROPS = 0.1
 # 5,000 Alpaca rows (tf-idf in 128 dimensions, 5 and 10 %) random draws differ by 1 %; the shortest answers give 1.27,
 # the longest 1.07 to 1.12.
 MOST_OF_RANDOM_DISTANCE = 1.15
-COVERED_WITHIN = 0.1  # one minus cosine, up to which DEITA takes two rows for similar
+COVERED_WITHIN = 0.1  # one minus cosine; DEITA treats two rows as similar up to this value
 
 _MEANING = {
     "late_loss": "late loss, in nats a token,",
@@ -65,7 +65,7 @@ def diagnose_selection(
 
 
 def lengths(pool: Path) -> dict[str, np.ndarray]:
-    """Return the numbers of characters of responses (trained assistant turns) and of all other text, and the ratios.
+    """Return the numbers of characters of responses (trained assistant turns) and of all other text, and their ratio.
 
     Args:
         pool: the file of the N examples, read block by block.

@@ -1,6 +1,6 @@
-"""The type `Choice`, which a selector returns, and helpers that order the examples that it may choose.
+"""The type `Choice`, which a selector returns, and functions that several selectors use.
 
-Shape letters: N examples of the pool, n candidates, k selected ones.
+Shape letters: N examples of the pool, n candidates, k selected examples.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def best_first(scores: Scores) -> np.ndarray:
 def best_by_direction(scores: Scores, features: Features) -> tuple[np.ndarray, np.ndarray]:
     """Return `best_first` in two parts: the examples whose vectors have a direction, and those whose vectors are zeros.
 
-    A vector of zeros has no cosine to another one, so methods that compare vectors select its example last.
+    A vector of zeros has no cosine to other vectors, so methods that compare vectors select its example last.
 
     Raises:
         GradsiftError: `features` and `scores` have different numbers of examples.
@@ -54,11 +54,11 @@ def best_by_direction(scores: Scores, features: Features) -> tuple[np.ndarray, n
 
 
 def rank_within(groups: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Return for each candidate (n,) how many members of its group precede it.
+    """Return for each candidate (n,) how many candidates of the same group precede it.
 
     Args:
         groups: (n,) group of each candidate, numbered from 0.
-        sizes: number of members of each group.
+        sizes: number of candidates in each group.
     """
     order = np.argsort(groups, kind="stable")
     starts = np.cumsum(sizes) - sizes

@@ -25,8 +25,8 @@ def clusters(scores: Scores, size: int, embeddings: Features, *, clusters: int, 
     Args:
         clusters: number of clusters. If fewer are found, because there are fewer different embeddings or k-means leaves
             some clusters empty, a diagnostic warns.
-        allocation: `proportional` to the clusters' sizes (largest remainder), or `equal` (what a small cluster cannot
-            fill goes to the other clusters).
+        allocation: `proportional` to the clusters' sizes (largest remainder), or `equal` (what a small cluster lacks
+            is taken from the other clusters).
         seed: seed of k-means.
     """
     from sklearn.cluster import MiniBatchKMeans
@@ -60,8 +60,8 @@ def _different(features: Features, positions: np.ndarray, most: int) -> int:
 def _by_first_seen(labels: np.ndarray) -> np.ndarray:
     """Return the labels (n,) with the clusters renumbered, without gaps, in the order in which they first occur."""
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    # k-means numbers its clusters at random; numbered by first member, of two clusters with equal remainders the one
-    # with the better example gets the additional row
+    # k-means numbers its clusters at random. Here the cluster with the better example has the lower number, so it gets
+    # the additional row if two clusters have equal remainders.
     order = np.empty(len(first), dtype=np.int64)
     order[np.argsort(first)] = np.arange(len(first))
     return order[inverse]

@@ -37,9 +37,9 @@ def core_knowledge(target: Features, explained: float) -> CoreKnowledge:
     """Return the leading principal components, as few as explain the share `explained` of the variance.
 
     Our reading: gradients of zero are left out. The sign of a component, which PCA leaves open, is chosen so that its
-    inner product with the mean target gradient is positive, or, if that product is 0, its entry with the largest
-    absolute value. A single gradient, or several without variance, give one component, their mean direction. Tasks of
-    the target set are not distinguished.
+    inner product with the mean target gradient is positive. If that product is 0, the component's entry with the
+    largest absolute value is made positive. A single gradient, or several without variance, give one component, their
+    mean direction. Tasks of the target set are not distinguished.
 
     Raises:
         GradsiftError: every target gradient is zero.

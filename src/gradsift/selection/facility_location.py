@@ -3,8 +3,8 @@
     f(S) = sum over candidates i of max over j in S of sim(i, j)
 
 The subset is built greedily: each step adds the candidate with the largest gain in f. As f is monotone and submodular,
-the result has at least 1 - 1/e of the largest f of any subset of that size. Superfiltering.D takes the best 20 % of the
-pool by score as candidates, and selects 2 % of the pool.
+f of the result is at least 1 - 1/e times the largest f of any subset of that size. Superfiltering.D takes the best 20 %
+of the pool by score as candidates, and selects 2 % of the pool.
 
 Our reading: f of the empty set is 0, so a negative cosine counts as 0. An example whose vector is zero has similarity 0
 to every example, itself included. Of candidates with equal gains, the one with the higher score is taken, and of those
@@ -46,7 +46,7 @@ def facility_location(
 
     Args:
         similarity: `exp_distance`, exp(-||x - y|| / D), or `cosine`.
-        candidates: share of the pool whose examples are candidates; those with the highest scores.
+        candidates: share of the pool's examples that are candidates. The candidates are those with the highest scores.
 
     Raises:
         ConfigError: there are fewer candidates than the budget.
@@ -92,7 +92,7 @@ SIMILARITIES: dict[str, Similarity] = {"exp_distance": exp_distance, "cosine": c
 
 
 class _Cover:
-    """The candidates, each one's largest similarity to a pick, and upper bounds of their gains."""
+    """The candidates, their largest similarities to a picked candidate, and upper bounds of their gains."""
 
     def __init__(self, features: Features, ground: np.ndarray, similarity: Similarity) -> None:
         self.features = features
@@ -121,7 +121,7 @@ class _Cover:
         return best
 
     def _undecided(self, fresh: np.ndarray) -> np.ndarray:
-        """Return the candidates that may exceed the largest gain of the `fresh` ones, largest bound first.
+        """Return the candidates whose gain may exceed the largest gain of the `fresh` candidates, largest bound first.
 
         Args:
             fresh: (n,) bool, the candidates whose gain has been computed for this pick.
@@ -129,7 +129,7 @@ class _Cover:
         gains = np.where(fresh, self.bounds, -np.inf)
         best = int(np.argmax(gains))
         places = np.arange(len(gains))
-        # a candidate with an equal bound and a higher score has to be computed too: of equal gains it would be taken
+        # compute a candidate with an equal bound and a higher score too: it is taken if its gain equals the best
         ahead = ~fresh & ((self.bounds > gains[best]) | ((self.bounds == gains[best]) & (places < best)))
         undecided = np.flatnonzero(ahead & (self.bounds > -np.inf))
         return undecided[np.argsort(-self.bounds[undecided], kind="stable")]

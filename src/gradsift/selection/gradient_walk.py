@@ -16,7 +16,7 @@ zero is never taken. The neighbours are the `neighbours` examples with the large
 the target set are not distinguished (see `gradsift.selection.core_knowledge`).
 
 An example that (i) has ruled out stays ruled out within the component, so it is not tested again. A step costs one pass
-over the remaining gradients.
+over the gradients of the unused examples that are not ruled out or, if `neighbours` is set, of all candidates.
 
 Shape letters: n candidates, D features, C components.
 """
@@ -165,12 +165,12 @@ class Walk:
 
 
 def _first_largest(values: np.ndarray, where: np.ndarray) -> int | None:
-    """Return the first index of the largest of `values` (n,) where the mask `where` (n,) is True; None if all False."""
+    """Return the first index of the largest of `values` (n,) where `where` (n,) is True; None if it is nowhere True."""
     return int(np.argmax(np.where(where, values, -np.inf))) if where.any() else None
 
 
 def _largest(values: np.ndarray, count: int) -> list[int]:
-    """Return the indices of the `count` largest values, largest first, equal values in their order."""
+    """Return the indices of the `count` largest values, largest first, equal values by ascending index."""
     largest: list[int] = np.argsort(-values, kind="stable")[:count].tolist()
     return largest
 
@@ -198,7 +198,7 @@ def _core_diagnostic(core: CoreKnowledge, explained: float) -> Diagnostic:
 
 
 def _walk_diagnostic(walk: Walk, rows: list[list[int]], shares: np.ndarray) -> Diagnostic:
-    """Report how many examples the walks took; warn if one stopped early or turned away from its component."""
+    """Report how many examples the walks took; warn if a walk stopped early or points away from its component."""
     counts = [len(taken) for taken in rows]
     early = int(sum(count < share for count, share in zip(counts, shares, strict=True)))
     # (ii) compares absolute values, so a small cosine of the sum with K may change its sign

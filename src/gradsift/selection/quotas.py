@@ -24,8 +24,8 @@ def quotas(
 ) -> Choice:
     """Select the highest scores of each group, so that the groups have given shares of the selection.
 
-    If a group has fewer scored rows than its share, the rest goes to the other groups in proportion to their shares,
-    with a warning.
+    If a group has fewer scored rows than its share, the rest of its share goes to the other groups in proportion to
+    their shares, and a diagnostic warns.
 
     Args:
         column: column of the data that names a row's group; a value that is not text is written as JSON.

@@ -15,9 +15,9 @@ from gradsift.selection.choice import Choice, best_by_direction, shortfall
 
 
 def repr_filter(scores: Scores, size: int, embeddings: Features, task: Task = unseen, *, threshold: float) -> Choice:
-    """Go through the examples by descending score; keep each one whose largest cosine to a kept one is <= `threshold`.
+    """Go through the examples by descending score; keep an example if its cosine to all kept ones is <= `threshold`.
 
-    An example whose vector is zero has cosine 0 to all others, and comes last. The filter stops when `size` are kept.
+    Examples whose vector is zero have cosine 0 to all others and come last. The filter stops when `size` are kept.
     """
     ranked = np.concatenate(best_by_direction(scores, embeddings))
     kept = np.empty(0, dtype=np.int64)
@@ -32,7 +32,7 @@ def repr_filter(scores: Scores, size: int, embeddings: Features, task: Task = un
             cosines = np.round(rows @ rows.T, DECIMALS)  # (B, B)
             added: list[int] = []
             for row in range(len(rows)):
-                # at most 1, so that threshold=1 keeps copies too: their cosine may be above 1 if a row's length is
+                # at most 1, so that threshold=1 keeps copies too: for rows longer than 1, `nearest` may be above 1
                 if len(kept) + len(added) < size and min(nearest[row], 1) <= threshold:
                     added.append(row)
                     nearest = np.maximum(nearest, cosines[row])

@@ -1,6 +1,7 @@
-"""Round robin: for each task or query in turn, select its best remaining example, or in RDS+ the next of its ranking.
+"""Round robin: select examples for tasks, or for the queries of a target set, in turn.
 
-A query is a row of the target set. Its ranking is the pool by descending similarity to it.
+A query is a row of the target set. Its ranking lists the pool's examples by descending similarity to the query. A turn
+selects the best remaining example; in RDS+ as published, only the next one in the ranking (`round_robin_queries`).
 
 Shape letters: N examples, n candidates, D features.
 """
@@ -24,7 +25,7 @@ _FIRST_PICKS = 64  # length of the first part of a query's ranking
 
 
 def round_robin(scores: Scores, size: int) -> Choice:
-    """Select the best remaining example for each task of the score table in turn, in the order of its columns.
+    """Select the best remaining example for each task in turn, in the order of the tasks' columns in the score table.
 
     Raises:
         ConfigError: the scorer gives no scores per task.
@@ -50,15 +51,15 @@ def round_robin_queries(
 ) -> Choice:
     """Select an example for each query of the target set in turn, by the cosine of embeddings (RDS+, arXiv 2503.01807).
 
-    If the target set has several tasks, the turns are those of the tasks, in the order in which they occur, and an
-    example's similarity to a task is its largest cosine to the task's queries. Examples whose embedding is zero come
-    last, by score; for all others only the status of the scores matters. Queries whose embedding is zero are left out
-    (our reading).
+    If the target set has several tasks, each turn is a task's and not a query's. Tasks are ordered by first occurrence,
+    and an example's similarity to a task is its largest cosine to the task's queries. Examples whose embedding is zero
+    are selected last, by score. All other examples only need to be `scored`; the scores themselves are not used.
+    Queries whose embedding is zero are left out (our reading).
 
     Args:
         fidelity: `original`, as in the published scripts: a turn takes the next row of the query's (or task's) own
             ranking, and selects nothing if that row has been taken already. `fixed`: a turn takes the best remaining
-            row, so that all queries (or tasks) get equally many.
+            row, so that the numbers of rows selected for two queries (or tasks) differ by at most 1.
 
     Raises:
         GradsiftError: the embeddings of all queries are zero.
@@ -83,9 +84,10 @@ def _take_turns(rankings: Sequence[Iterator[int]], size: int, count: int, *, los
     """Return positions (size,) int64 from the rankings in turn, none twice.
 
     Args:
-        rankings: iterators over the same positions, at least `size` of them and all below `count`, in different orders.
-        loses_turns: whether a ranking whose next position is already taken loses its turn; if not, it goes on to the
-            first that is not taken.
+        rankings: iterators over the same positions in different orders. There are at least `size` positions, all below
+            `count`.
+        loses_turns: if True, a turn yields nothing if the ranking's next position is already taken; if False, it yields
+            the ranking's next position that is not taken.
     """
     chosen: list[int] = []
     taken = np.zeros(count, dtype=bool)
@@ -100,7 +102,7 @@ def _take_turns(rankings: Sequence[Iterator[int]], size: int, count: int, *, los
 
 
 def _by_similarity(similarity: np.ndarray, positions: np.ndarray) -> list[int]:
-    """Return `positions` (n,) by descending `similarity` (n,), equal ones in row order."""
+    """Return `positions` (n,) by descending `similarity` (n,), and in row order where it is equal."""
     ordered: list[int] = positions[np.lexsort((positions, -similarity))].tolist()
     return ordered
 
@@ -135,8 +137,8 @@ def _queries_rank(pool: Features, positions: np.ndarray, target: Features, queri
         while len(known) < len(positions):
             left = np.setdiff1d(positions, known, assume_unique=True)
             ((_, similarity),) = _similarities(pool, left, target, queries[query : query + 1])
-            # the parts grow by a factor, so that even a query that uses the whole pool is compared with it a few times
-            # only
+            # the parts grow geometrically, so that even a ranking that is used to its end needs only a few passes over
+            # the pool
             more = _by_similarity(similarity, left)[: 3 * len(known)]
             yield from more
             known += more

@@ -1,12 +1,12 @@
 """Export of the selection for other trainers: a folder with rows and a config for each of TRL, LLaMA-Factory, axolotl.
 
 Each config repeats the finetune of the run: the model, the adapter, the optimiser and the maximal length. Only
-responses carry loss, as in the run. A reply that is not trained (weight 0) is marked as context in axolotl's rows. TRL
-and LLaMA-Factory have no such mark: if there is such a reply, they get a row for each reply that is trained, with the
-turns before it as the prompt.
+responses carry loss, as in the run. With a chat template, a reply that is not trained (weight 0) is marked as context
+in axolotl's rows. TRL and LLaMA-Factory have no such mark: if there is such a reply, they get a row for each reply that
+is trained, with the turns before it as the prompt.
 
-With a text template (alpaca, plain) the rows for TRL and axolotl contain the rendered prompts, so that these two train
-on the same text. LLaMA-Factory always renders the prompts itself.
+With a text template (alpaca, plain), TRL and axolotl get a row for each trained reply that contains the rendered
+prompt, so that these two train on the same text. LLaMA-Factory always renders the prompts itself.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ def _messages(examples: Iterable[Example], *, by_reply: bool, marks: bool = Fals
     """Yield rows with the messages of a conversation.
 
     Args:
-        by_reply: whether to yield a row for each reply that is trained, which ends with it, or one for each example.
-        marks: whether each message says if it is trained.
+        by_reply: if True, yield a row for each trained reply, whose last message is this reply; if False, yield one row
+            for each example.
+        marks: whether to add to each message whether it is trained.
     """
     for example in examples:
         whole = turns(example)
@@ -197,7 +198,7 @@ def _trl(folder: Path, target: TargetConfig, model: str, examples: Sequence[Exam
 
 
 def _own_template(folder: Path, target: TargetConfig) -> str | None:
-    """Copy the user's chat template beside the rows and return the copy's name; None if the target has none."""
+    """Copy the user's chat template beside the rows and return the copy's name; None if the template is no file."""
     if not is_file(target.template):
         return None
     (folder / "template.jinja").write_text(file_text(target.template), encoding="utf-8")

@@ -42,8 +42,9 @@ def spoilt_shares(material: Material) -> Records:
 
 @report_figure("Noise audit: spoilt rows selected", spoilt_shares)
 def audit_spoilt(material: Material) -> Figure:
-    """Share of corrupted rows in each selection. The band shows random draws (two standard deviations). A method below
-    the band avoids corrupted rows; within the band it does no better than chance. Shows at most eight methods."""
+    """Share of corrupted rows in each selection. The band shows random draws (plus or minus two standard deviations). A
+    method below the band avoids corrupted rows; within the band it does no better than chance. Shows at most eight
+    methods."""
     figure, (axes,) = style.panels(width=5.2, height=3.4)
     by_method = style.grouped(spoilt_shares(material), "method")
     for (method, cells), look in zip(by_method.items(), style.looks_of(by_method).values(), strict=True):

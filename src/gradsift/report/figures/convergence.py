@@ -1,4 +1,4 @@
-"""The target's training loss on each selection, which shows if a selection trains it faster (the paper's Fig. 3)."""
+"""The target's training loss on each selection, to see on which one the target learns faster (the paper's Fig. 3)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gradsift.report.figures.style import Records, Style, report_figure
 from gradsift.report.material import Curve, Material
 
 ALL = "all rows"
-_MOST_POINTS = 400  # number of points drawn of a line
+_MOST_POINTS = 400  # largest number of points drawn for a line
 _SMOOTHED = 0.05  # share of the steps that a running mean spans
 
 
@@ -24,7 +24,7 @@ def smooth(values: np.ndarray, share: float = _SMOOTHED) -> np.ndarray:
 
 
 def shown_steps(loss: np.ndarray) -> np.ndarray:
-    """Return the indices of the steps to draw: all, or _MOST_POINTS at even distances."""
+    """Return the indices of the steps to draw: all, or _MOST_POINTS evenly spaced ones if there are more."""
     return np.unique(np.linspace(0, len(loss) - 1, min(_MOST_POINTS, len(loss))).astype(int))
 
 

@@ -59,7 +59,7 @@ def _trajectories(material: Material) -> tuple[Run, Trajectories]:
 
 
 def _draw(run: Run, trajectories: Trajectories, flat: np.ndarray, xlabel: str, ylabel: str) -> Figure:
-    """Draw a line for each member through its points; `flat` (M P, 2) holds those of all members, one after another."""
+    """Draw a line for each member through its points; `flat` (M P, 2) holds all points, one member after the other."""
     figure, (axes,) = style.panels(width=5.2, height=4.2)
     looks = style.looks_of(f"member {number}" for number in range(len(trajectories)))
     ends = np.cumsum([len(steps) for steps, _ in trajectories])
@@ -75,9 +75,10 @@ def _draw(run: Run, trajectories: Trajectories, flat: np.ndarray, xlabel: str, y
 
 
 def spread_over_steps(trajectories: Trajectories) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps (P,) and, at each step, the mean distance of two members' updates over an update's mean norm.
+    """Return the steps (P,) and the spread (P,) of the members' updates.
 
-    The ratio is NaN where no member has moved yet.
+    The spread is the mean distance between two members' updates divided by the mean norm of the updates; NaN where no
+    member has moved yet.
     """
     points = np.stack([points for _, points in trajectories]).astype(np.float64)  # (M, P, D)
     first, second = np.triu_indices(len(points), k=1)

@@ -60,7 +60,7 @@ def reached(material: Material, stage: str, but_full: bool = True) -> list[Run]:
 
 
 def representative(material: Material, stage: str, scorer: str = "gsnr") -> Run:
-    """Return the run for a figure that shows only one: the first at the middle alpha, if possible with `scorer`."""
+    """Return the run for a figure of a single run: the first run at the middle alpha, if possible with `scorer`."""
     runs = reached(material, stage)
     at_alpha = [run for run in runs if run.alpha == middle_alpha(runs)]
     return next((run for run in at_alpha if run.record["scorer"] == scorer), at_alpha[0])
@@ -94,7 +94,7 @@ def named(run: Run) -> str:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean, or None if a value is unknown: means over different runs must not be compared."""
+    """Return the mean; None if there is no value or one is unknown, as means over different runs cannot be compared."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
@@ -110,7 +110,7 @@ def overlap_of(material: Material, one: Run, other: Run) -> float:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Return the rank correlation over the entries that are finite in both; None where it is not defined."""
+    """Return the rank correlation over the entries finite in both; None if they are fewer than two or constant."""
     from scipy.stats import spearmanr
 
     usable = np.isfinite(x) & np.isfinite(y)

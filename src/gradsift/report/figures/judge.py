@@ -48,9 +48,9 @@ def _records(material: Material) -> Records:
 
 @report_figure("Wins, ties and losses", _records)
 def judge_outcomes(material: Material) -> Figure:
-    """Items on which the target tuned on the selection won, tied or lost against the target tuned on all rows; both
-    orders together give one outcome. The items of all runs of a method and alpha are counted, whatever their seed, data
-    and target."""
+    """Items on which the target tuned on the selection won, tied or lost against the target tuned on all rows. An item
+    is judged in both orders of the answers, which together give one outcome. The items of all runs of a method and
+    alpha are counted, whatever their seed, data and target."""
     groups = judged(material)
     figure, axes = _rows_panel(groups)
     items = np.array([total(runs, "pooled", "n") for runs in groups.values()])
@@ -95,8 +95,8 @@ def position_bias(material: Material) -> Figure:
 
 @report_figure("Length bias of the judge")
 def length_bias(material: Material) -> Figure:
-    """Share of items that the longer answer won, of the items with a winner and answers of different length. If an
-    interval does not contain the middle line, the judge prefers longer or shorter answers."""
+    """Of the items with a winner and answers of different length, the share that the longer answer won. If an interval
+    does not contain the middle line, the judge prefers longer or shorter answers."""
     from scipy.stats import binomtest
 
     shares = longer_shares(judged(material))

@@ -67,7 +67,7 @@ def score_distributions(material: Material) -> Figure:
             panel.locator_params(axis="x", nbins=4)
     for panel in axes[len(shown) :]:
         panel.set_visible(False)
-    for panel in axes[max(0, len(shown) - columns) : len(shown)]:  # a label of the figure would overlap the legend
+    for panel in axes[max(0, len(shown) - columns) : len(shown)]:  # a `figure.supxlabel` would overlap the legend
         panel.set_xlabel("score")
     figure.supylabel("rows", fontsize=9)
     return figure
@@ -143,8 +143,8 @@ def _lengths_by_rank(material: Material, run: Run) -> np.ndarray:
 
 @report_figure("Variance of the norms and loss")
 def variance_and_loss(material: Material) -> Figure:
-    """Left: each row's variance of the gradient norm over members against its late loss. Right, if there are several
-    selections with a held-out loss: each one's mean variance against the held-out loss of the target tuned on it."""
+    """Left: each row's variance of the gradient norm over members against its late loss. Right, if several selections
+    have a held-out loss: the held-out loss of the target tuned on a selection against the selection's mean variance."""
     run = representative(material, "statistics")
     values = material.statistics(run)
     points = selections_by_variance(material, values.V_t, run)

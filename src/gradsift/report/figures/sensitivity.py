@@ -42,10 +42,11 @@ EPS = np.logspace(-12, 2, 57)
 
 
 def settings_grid(material: Material) -> Records:
-    """Return a measure for each number of members and pair of snapshots of one scorer, averaged over the runs.
+    """Return a measure for each number of members and pair of snapshots of one scorer, averaged over its runs.
 
-    The measure is the PWS if all settings have one, or else the held-out loss, or else the overlap (Jaccard) with the
-    selection of the setting with most members and the latest snapshots.
+    Only runs at the middle alpha count. The measure is the PWS if all settings have one; otherwise the held-out loss if
+    all have one; otherwise the overlap (Jaccard) with the selection of the setting with most members and the latest
+    snapshots.
 
     Raises:
         Missing: no scorer has runs with different M or snapshots.

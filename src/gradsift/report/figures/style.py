@@ -157,7 +157,7 @@ def looks_of(names: Iterable[str]) -> dict[str, Look]:
 
 
 def add_legend(figure: Figure) -> None:
-    """Put one legend below the figure for all panels without a legend, in as many columns as fit.
+    """Put one legend below the figure for all panels that have no legend yet, in as many columns as fit.
 
     If the legend has more than two lines, the figure grows, so that the panels do not shrink.
     """
@@ -226,10 +226,10 @@ def cells(
 
 
 def bytes_of(figure: Figure, form: Format) -> bytes:
-    """Return the figure as a file, the same bytes each time: PNG on PAPER, SVG with a transparent background."""
+    """Return the bytes of the figure's file, the same at each call: PNG on PAPER, SVG with a transparent background."""
     stream = io.BytesIO()
     with styled():
-        if (layout := figure.get_layout_engine()) is not None:  # run it once, or the formats differ by a hair
+        if (layout := figure.get_layout_engine()) is not None:  # run it once, so that all formats have equal layouts
             layout.execute(figure)
             figure.set_layout_engine("none")
         if form == "svg":

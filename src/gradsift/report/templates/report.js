@@ -71,7 +71,7 @@ if (pairs.length) {
 // N examples of one pool. Columns are typed arrays over one unpacked buffer; the search runs over all texts as one string.
 
 const ROW = 60; // px, the height of .example
-const END = "\x1e"; // after each example's texts
+const END = "\x1e"; // between the texts of two examples
 const FIELD = "\x1f"; // between an example's fields
 const TYPES = { f4: Float32Array, u4: Uint32Array, u2: Uint16Array, u1: Uint8Array };
 const HEADS = 20; // examples in the views "Best" and "Worst"
@@ -100,7 +100,7 @@ class Pool {
     this.ends = new Uint32Array(this.count);
     let end = -1;
     for (let row = 0; row < this.count; row++) this.ends[row] = end += lowered[row].length + 1;
-    this.hits = new Map(); // word -> Uint8Array (N): 1 for the examples that hold it
+    this.hits = new Map(); // word -> Uint8Array (N): 1 for the examples that contain the word
     this.orders = new Map();
     this.numbers = this.column(about.row_index);
   }
@@ -224,7 +224,7 @@ class Browser {
   get selection() { return this.pool.about.selections[Number($("run").value)]; }
   get method() { return this.selection.method; }
 
-  // Fills the choices to sort by and to compare with for the chosen run.
+  // Fills the menus of sort keys and of methods to compare with, for the chosen run.
   describe() {
     const { methods } = this.pool.about;
     const own = methods[this.method];
@@ -287,7 +287,7 @@ class Browser {
     const hits = [];
     for (const word of [...sought].sort((one, other) => other.length - one.length)) {
       hits.push(pool.holding(word));
-      if (!hits.at(-1).includes(1)) break; // no example holds this word, so skip the others
+      if (!hits.at(-1).includes(1)) break; // no example contains this word, so skip the other words
     }
     const kept = $("kept").value;
     const place = pool.column(selection.place);

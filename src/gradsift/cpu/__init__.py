@@ -1,8 +1,8 @@
 """Compiled kernels for frozen bfloat16 models on a CPU: an optional package with one function, `accelerate`.
 
-It replaces the forward passes of a model's layers in place; the new ones compute the same function with fewer passes
-over memory. Nothing else in gradsift depends on this package. With `compute.kernels=off`, without a C++ compiler, or on
-a processor without bfloat16 products, models run on torch's own kernels (docs/cpu.md).
+It replaces the forward methods of a model's layers in place. The new methods compute the same functions, but read and
+write memory less often. Nothing else in gradsift depends on this package. With `compute.kernels=off`, without a C++
+compiler, or on a processor without bfloat16 products, models run on torch's own kernels (docs/cpu.md).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from gradsift.cpu.products import PackedHead, pack_linear_layers
 from gradsift.training.residual import residual_precision, stream_readers
 
 _ARCHITECTURES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-_SMALLEST = 256  # least width of a model; smaller models spend their time in Python
-_TOKENS_FACTOR = 3  # more tokens per pass are faster, because each pass reads all packed weights once
+_SMALLEST = 256  # least width of a model that is changed; smaller models spend most of their time in Python
+_TOKENS_FACTOR = 3  # see `tokens_factor` in `gradsift.training.device`
 
 
 def accelerate(model: Any) -> bool:
@@ -29,8 +29,8 @@ def accelerate(model: Any) -> bool:
     residual stream. In float32 at most a tenth of the time would be saved, because the products take most of the time.
 
     Args:
-        model: on the CPU. On the meta device its layers stay as they are, and only its attributes are set, from which
-            `gradsift.training.numerics` reads the numerics.
+        model: on the CPU or the meta device. On the meta device no layer is changed; only the attributes are set that
+            `gradsift.training.numerics` reads.
 
     Returns:
         Whether the model was changed. If so, `model.kernels_version` is the version of the kernels.
@@ -40,7 +40,7 @@ def accelerate(model: Any) -> bool:
     model.kernels_version = version()
     model.tokens_factor = _TOKENS_FACTOR
     model.set_attn_implementation(ATTENTION)
-    # a model of the meta device has no weights to pack; it only has to report the numerics of a loaded one
+    # a model on the meta device has no weights to pack; it only serves to predict the numerics of a loaded model
     if model.device.type == "meta":
         return True
     head = model.get_output_embeddings()

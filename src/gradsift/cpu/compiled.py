@@ -21,7 +21,7 @@ from gradsift.errors import GradsiftError
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC"]
 _SLOWER = "bfloat16 models run on torch's own, slower kernels"
-_PATIENCE = 300.0  # seconds to wait for the compiler, or for another process that compiles; 20 are usual
+_PATIENCE = 300.0  # seconds to wait for the compiler, or another process that compiles; usually 20 s suffice
 _LOG = logging.getLogger(__name__)
 
 
@@ -44,9 +44,9 @@ def version() -> str:
 
 @functools.cache
 def available() -> bool:
-    """Load the kernels, compiling them if needed, and return whether this worked; otherwise a warning says why."""
+    """Compile the kernels if needed, load them, and return whether this worked. If not, a warning gives the reason."""
     name = os.environ.get("CXX") or "c++"
-    compiler = name.split()  # the name may have options, or begin with ccache
+    compiler = name.split()  # CXX may contain options or start with ccache
     if shutil.which(compiler[0]) is None:
         _LOG.warning(f"no C++ compiler {name} was found (CXX names another): {_SLOWER}")
         return False
@@ -87,7 +87,10 @@ def _key(compiler: list[str]) -> str:
 
 
 def _processor() -> str:
-    """Return the processor's instruction sets, which may differ between machines that share a home folder."""
+    """Return the processor's instruction sets or, if they cannot be read, what `platform.processor` returns.
+
+    The instruction sets may differ between machines that share a home folder.
+    """
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from gradsift.cpu.compiled import kernels
 from gradsift.training.frozen import product_of, trains
 
-BLOCK = 32  # rows are padded to a multiple, as oneDNN compiles a product for each number of rows
+BLOCK = 32  # rows are padded to a multiple of this, as oneDNN compiles a product for each number of rows
 _CHUNK_LOGITS = 2**24  # bfloat16 logits of a chunk, 32 MB; no result depends on it
 
 
@@ -61,7 +61,7 @@ class PackedProducts:
 
 
 class _PackedForward:
-    """The forward pass of a linear layer from packed weights; torch's own if the layer trains or was merged."""
+    """The forward pass of a linear layer from packed weights, or the usual one if the layer trains or was merged."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         if not is_packed(self):
@@ -89,15 +89,16 @@ def pack_linear_layers(model: nn.Module, but: nn.Module | None) -> None:
 
 
 def is_packed(layer: Any) -> bool:
-    """Return whether the layer uses packed weights: not if it trains, is adapted, or has been merged."""
+    """Return whether the layer uses packed weights; False if it trains, has an adapter or has been merged."""
     return isinstance(layer, PackedLinear | PackedConv1D) and "frozen_products" in layer.__dict__ and not trains(layer)
 
 
 class PackedHead:
     """`gradsift.training.head.FrozenHead` of an output embedding without bias, packed at first use.
 
-    The weight gets one more column, of ones, and each hidden state one more number, the negative offset of its logits
-    (see `_less_rounded` in `head.py`). So the product subtracts the offset before the logits are rounded.
+    The weight gets an additional column of ones, and each hidden state an additional number, the negative offset of its
+    logits (see `_less_rounded` in `head.py`). So the product subtracts the offset before the logits are rounded.
+    (Further columns of zeros fill a block of 32.)
 
     Args:
         weight: (V, D) bfloat16.
@@ -113,13 +114,13 @@ class PackedHead:
     def _weights(self) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Packed weights of both products, and the vocabulary padded to a multiple of 64 (twice as fast on AMX)."""
         weight = nn.functional.pad(self._plain, (0, 0, 0, -len(self._plain) % 64))
-        # one column of ones would do; a whole block of 32 keeps the alignment of the inner width
+        # the ones need a single column; a whole block of 32 keeps the inner width a multiple of 32
         ones = weight.new_zeros(len(weight), BLOCK)
         ones[:, 0] = 1
         return _pack(torch.cat([weight, ones], 1)), _pack(weight.t()), len(weight)
 
     def chunk(self, count: int) -> int:
-        """Return how many places have their logits computed at once, of `count` in all; a multiple of BLOCK."""
+        """Return the number of places whose logits are computed at once, of `count` in all; a multiple of BLOCK."""
         most = max(BLOCK, _CHUNK_LOGITS // self._weights[2] // BLOCK * BLOCK)
         each = -(-count // max(1, -(-count // most)))
         return max(BLOCK, -(-each // BLOCK) * BLOCK)
@@ -133,7 +134,7 @@ class PackedHead:
         forward_weight, backward_weight, _ = self._weights
         count, width = hidden.shape
         own = (hidden.float() * self._plain[targets].float()).sum(1)  # (P,)
-        # rounded before it is subtracted, so that own - offset is exactly what the product leaves of the target's logit
+        # rounded before it is subtracted, so that own - offset is exactly the target's logit minus the offset
         offset = own.to(hidden.dtype)
         wider = hidden.new_zeros(count + -count % BLOCK, width + BLOCK)  # (P rounded up, D + 32)
         wider[:count, :width] = hidden

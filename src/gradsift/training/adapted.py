@@ -39,7 +39,7 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
     """peft's adapted layer with the forward pass of this module; weights, names and files are peft's."""
 
     probe: NormProbe | GradientProbe | None = None  # set while norms or gradients are gathered
-    lanes: tuple[PassedRows, Sequence[nn.Linear]] | None = None  # of several adapters, all A and then all B
+    lanes: tuple[PassedRows, Sequence[nn.Linear]] | None = None  # several adapters: rows, all A and then all B
     path: str  # the layer's name in the model without adapters
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -49,7 +49,7 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
         base: Any = self.get_base_layer()
         dropout: Any = self.lora_dropout[ADAPTER]
         drops = isinstance(dropout, nn.Dropout) and dropout.training
-        # a pass without gradients has no backward pass; had the probe noted it, the next one would be a second pass
+        # a pass without gradients has no backward pass; a probe that noted it would refuse the next pass as a second
         probe = self.probe if torch.is_grad_enabled() else None
         taken = (probe.of(self, x), probe.gather) if probe is not None else (None, None)
         rows, factors = None, [self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight]
@@ -62,14 +62,14 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
             y: torch.Tensor = _Map.apply(  # type: ignore[no-untyped-call]
                 x, dropout(x) if drops else None, frozen_products(base), self.scaling[ADAPTER], *taken, rows, *factors
             )
-        return y.view(*x.shape[:-1], -1)  # here, as autograd forbids to change a view made in `_Map` (Falcon does)
+        return y.view(*x.shape[:-1], -1)  # Falcon changes y in place: forbidden for a view made in `_Map`
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         if not self.get_base_layer().weight.is_floating_point():
             raise ConfigError(
                 "an adapter cannot be merged into a quantised model; merge it into the model without model.quantization"
             )
-        # packed copies of the weight would go on computing as before the merge
+        # packed copies would still hold the weight as it was before the merge
         forget_products(self.get_base_layer())
         super().merge(*args, **kwargs)
 
@@ -100,7 +100,7 @@ def is_plain(layer: Any) -> bool:
     A subclass of `nn.Linear` with its own forward pass may compute more (Llama 4's router does), and so may hooks.
     """
     kind = type(layer)
-    if "frozen_products" in vars(layer):  # its own products are those of W x + b (`frozen.py`)
+    if "frozen_products" in vars(layer):  # these products compute W x + b (`frozen.py`)
         return True
     if kind.forward not in _PLAIN and f"{kind.__module__}.{kind.__qualname__}" != _FALCON:
         return False
@@ -124,7 +124,7 @@ def layer_path(name: str) -> str:
 class _Map(torch.autograd.Function):
     """Computes y = W x + b + s B A x, (B T, O), and its gradients with respect to x, A and B.
 
-    The "gradient" of the probe is what it reports on each example (`gradsift.gradients.probes`).
+    The "gradient" with respect to `probe` holds what `gather` returns for each example (`gradsift.gradients.probes`).
     """
 
     @staticmethod

@@ -1,7 +1,8 @@
-"""Backbones as artifacts, by `model.kind`.
+"""Artifacts of the frozen language models (backbones), and the loading of these models.
 
-nano is trained here, tiny_bytes is random, and smollm2 is converted from a package. For pretrained, a model of the hub
-or in a folder, the artifact is only a pin (`gradsift.training.pins`).
+The artifact depends on `model.kind`. For nano it holds a model that gradsift trains, for tiny_bytes a model with random
+weights, and for smollm2 a model converted from a package. For pretrained (a model of the hub or in a folder) it holds
+only a pin (`gradsift.training.pins`).
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
 def load_backbone(
     artifact: Artifact, config: ModelConfig, compute: ComputeConfig, *, divided: bool = False
 ) -> Backbone:
-    """Load model and tokenizer of an artifact from `backbone`; weights are read from safetensors files only.
+    """Load model and tokenizer of an artifact that `backbone` returned, with weights from safetensors files only.
 
     Args:
         divided: whether each rank loads only its part of the layers, on its device (`gradsift.training.divided`).
@@ -147,7 +148,11 @@ def _lacks_memory(model: Any, compute: ComputeConfig) -> bool:
 
 
 def load_plain(artifact: Artifact, config: ModelConfig, compute: ComputeConfig) -> tuple[Any, Any]:
-    """Load model and tokenizer as transformers does, not quantised; DataError as in `load_backbone`."""
+    """Load model and tokenizer with transformers alone: not quantised, and not changed by `numerics.prepare`.
+
+    Raises:
+        DataError: see `load_backbone`.
+    """
     source, options = _source(artifact, config)
     name, dtype = config.path or config.kind, dtype_of(compute, config)
     stored = load_options(config_of(artifact, config), "none", dtype)
@@ -159,7 +164,7 @@ def load_plain(artifact: Artifact, config: ModelConfig, compute: ComputeConfig) 
 def load_shown(runtime: Runtime, artifact: Artifact, config: ModelConfig, *, divided: bool = False) -> Backbone:
     """Load a backbone and show a progress message, as this takes a while: a minute for 7 billion parameters.
 
-    First the memory of earlier models is freed, which Lightning's reference cycles keep on the device.
+    Before that, free the device memory of earlier models, which Lightning's reference cycles have kept.
     """
     gc.collect()
     if torch.cuda.is_available():
@@ -186,19 +191,19 @@ def quieten() -> None:
 
     def applies(record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        # The table of weights is needed only for weights that were not converted: `load_model` itself names all others
-        # that do not fit. A mask is not needed for rows padded on the right.
+        # The table of weights is needed only if it names weights that could not be converted: the error of `load_model`
+        # names all other weights that do not fit. A mask is not needed for rows padded on the right.
         is_table = "LOAD REPORT" in message and "CONVERSION" not in message
         return not is_table and "passing in an `attention_mask`" not in message
 
-    transformers.utils.logging.disable_progress_bar()  # those of the hub's client too
+    transformers.utils.logging.disable_progress_bar()  # the bars of the hub's client too
     logging.getLogger("transformers.modeling_utils").addFilter(applies)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it lists optional kernels that it has not found
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # from peft's own call
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its warnings list optional kernels that are missing
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # peft causes this warning
 
 
 def config_of(artifact: Artifact, config: ModelConfig) -> Any:
-    """Return transformers' config of a backbone, also of one that does not exist yet (in a plan)."""
+    """Return transformers' config of a backbone, even if its artifact does not exist yet (in a plan)."""
     if config.kind == "nano":
         from gradsift.training.nano import nano_config
 
@@ -217,7 +222,7 @@ def config_of(artifact: Artifact, config: ModelConfig) -> Any:
 
 
 def _source(artifact: Artifact, config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """Return the folder or hub id, and the options for transformers; outside code runs only if the config allows it."""
+    """Return the folder or hub id, and the options for transformers; a model's code runs only if `config` allows it."""
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.kind != "pretrained":
         return str(artifact.path), options

@@ -42,7 +42,7 @@ def is_checkpointed(model: nn.Module) -> bool:
 
 
 class _Checkpointed:
-    """A block whose forward pass is checkpointed wherever gradients are wanted."""
+    """A block whose forward pass is checkpointed if gradients are enabled."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         block = super().forward  # type: ignore[misc]

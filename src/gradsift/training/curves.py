@@ -24,6 +24,9 @@ def read_curve(folder: Path) -> list[dict[str, float]]:
 
 
 def read_trajectory(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return a trajectory: optimiser steps (P,) since the start, and points (P, D); see `gradsift.proxy.trajectory`."""
+    """Return the numbers of optimiser steps since the start (P,) and the coordinates (P, D) of a trajectory's P points.
+
+    See `gradsift.proxy.trajectory`.
+    """
     tensors = load_file(folder / TRAJECTORY_FILE)
     return tensors["steps"], tensors["points"]

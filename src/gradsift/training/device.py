@@ -1,4 +1,4 @@
-"""The device, and how many tokens pass through a model at once: half as many whenever memory runs out."""
+"""The device, and the number of tokens that pass through a model at once, halved whenever memory runs out."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from gradsift.training.checkpointing import is_checkpointed
 from gradsift.training.memory import fitting_tokens
 
 T = TypeVar("T")
-_GPU_TOKENS = 16384  # at most: more make a GPU no faster
-# torch's messages where it has no class for this error: on a CPU under Linux, under other systems, and from cuBLAS
+_GPU_TOKENS = 16384  # largest budget on a GPU: with more tokens at once it is no faster
+# Parts of torch's messages where memory runs out without an `OutOfMemoryError`: on a CPU under Linux, on a CPU under
+# other systems, and in cuBLAS.
 _SIGNS = ("allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
 _halved: dict[Any, int] = {}  # halved budgets by kind of pass: later stages and jobs of this process start with them
 _CPU_ACTIVATION = 393_216  # numbers in a (tokens, hidden size) activation that still fit a CPU core's cache
@@ -78,7 +79,7 @@ class TokenBudget:
             else:
                 passed(sum(lengths))
                 return result
-            self._halve(lengths)  # outside of the handler, where the exception no longer keeps the failed pass alive
+            self._halve(lengths)  # not in the handler, where the exception holds the failed pass's tensors
 
     def passes(
         self,
@@ -87,7 +88,7 @@ class TokenBudget:
         journal: Journal | None = None,
         advance: Advance = lambda done: None,
     ) -> Iterator[list[T]]:
-        """Yield the result of `group` for one group of examples of similar length after another.
+        """Divide the examples into groups of similar length, and yield the result of `group` for each of them.
 
         Args:
             advance: called with the number of examples just done, estimated from their tokens.
@@ -133,8 +134,9 @@ class TokenBudget:
 
 
 def numbers_at_once(device: torch.device, on_cpu: int) -> int:
-    """Return how many numbers a temporary tensor may have: on a CPU `on_cpu`, on a GPU (float32) a 128th of its memory.
+    """Return how many numbers a temporary tensor may hold.
 
+    On a CPU it is `on_cpu`. On a GPU it is the number of float32 values that fill a 128th of the GPU's memory.
     Callers choose `on_cpu` so that the tensor fits into a cache. Results do not depend on the number.
     """
     if device.type != "cuda":
@@ -143,7 +145,7 @@ def numbers_at_once(device: torch.device, on_cpu: int) -> int:
 
 
 def tokens_factor(model: Any) -> int:
-    """Return the factor on the usual number of tokens of a pass on a CPU: the model's attribute `tokens_factor`, or 1.
+    """Return the factor on the usual token budget of a CPU: the model's attribute `tokens_factor`, or 1 without it.
 
     Models with packed weights have the attribute (`gradsift.cpu`): each pass reads all weights once, so more tokens per
     pass save time.
@@ -152,7 +154,7 @@ def tokens_factor(model: Any) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation failed, by the error's class or (torch has a class only on GPUs) by its message."""
+    """Return whether an allocation failed, judged by the error's class or, where torch has no class, by its message."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     message = str(error).lower()
@@ -161,7 +163,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def without_host_reads() -> Iterator[None]:
-    """Turn off checks by transformers that read token ids or masks, for which the host would wait for the GPU.
+    """Turn off checks by transformers that read token ids or masks, because reading makes the host wait for the GPU.
 
     In a forward pass transformers checks whether a row holds several examples, whether there is padding without a mask,
     and whether the mask hides any token. Here each row holds one example, padding is on the right or has a mask, and

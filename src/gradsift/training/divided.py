@@ -58,7 +58,7 @@ def in_parts(compute: ComputeConfig, wanted: bool) -> Iterator[dict[str, Any]]:
     If not `wanted`, nothing changes and there are no options.
 
     Raises:
-        GradsiftError: this version of transformers cannot do that.
+        GradsiftError: this version of transformers cannot divide a model while loading.
     """
     if not wanted:
         yield {}
@@ -80,7 +80,7 @@ def in_parts(compute: ComputeConfig, wanted: bool) -> Iterator[dict[str, Any]]:
         _divide(model, device)
         return model
 
-    own = vars(PreTrainedModel).get(_HOOK)  # None where it is inherited
+    own = vars(PreTrainedModel).get(_HOOK)  # None if a parent class defines it
     setattr(PreTrainedModel, _HOOK, classmethod(divided))
     try:
         yield {"distributed_config": DistributedConfig(), "device_map": {"": device}}

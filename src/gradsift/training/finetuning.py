@@ -93,7 +93,7 @@ def require_finite_weights(module: AdapterModule) -> None:
 
 
 def step_counts(module: AdapterModule, taken: int) -> dict[str, int]:
-    """Return a stage's counts: all steps of the training, and those of interrupted runs (all but the `taken` ones)."""
+    """Return the number of optimiser steps, and how many of them interrupted runs took (all but `taken`)."""
     return {"optimizer_steps": len(module.curve), "resumed_steps": len(module.curve) - taken}
 
 
@@ -169,7 +169,10 @@ class ShowProgress(L.Callback):
 
 
 class StopAtNonFinite(L.Callback):
-    """Stops a training at a NaN or infinite loss or norm. It checks every 16 steps, as a check waits for the device."""
+    """Stops a training at a NaN or infinite loss or norm.
+
+    It checks every 16 steps, before each save point and at the end, because a check makes the host wait for the device.
+    """
 
     def __init__(self, encoded: Sequence[Encoded]) -> None:
         self._encoded = encoded

@@ -24,7 +24,7 @@ from gradsift.training.device import numbers_at_once, without_host_reads
 from gradsift.training.lora import evaluating
 
 _CHUNK_LOGITS = 2**23  # logits of a chunk on a CPU, 32 MB in float32
-_MULTIPLE = 64  # a bfloat16 vocabulary is padded to a multiple: other widths (50,257) run at half speed on AMX
+_MULTIPLE = 64  # a bfloat16 head's vocabulary is padded to a multiple of this; with 50,257, AMX runs at half speed
 
 
 class FrozenHead(Protocol):
@@ -62,9 +62,9 @@ class OutputHead:
     def of(cls, model: Any) -> OutputHead | None:
         """Return the output head of a causal language model with or without adapters.
 
-        Return None if the head trains or has an adapter, or if the logits differ from its output: some models scale
-        or cap this output (Gemma, Cohere, Granite). Instead of keeping a list of such models, the logits of a short
-        random batch are computed in both ways, and must be equal bit for bit.
+        Return None if the head trains or has an adapter, or if the model changes the head's output (Gemma, Cohere and
+        Granite scale or cap it). To detect such a change without a list of models, the logits of a short random batch
+        are computed by the model and by the head from the last hidden states, and must be equal bit for bit.
         """
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         embedding = causal.get_output_embeddings()
@@ -171,10 +171,10 @@ def _less_rounded(
 ) -> torch.Tensor:
     """Fill `exact` with the logits minus an offset per place, and return its entries for the targets, (P, 1) float32.
 
-    A logit of 20 in bfloat16 has an error of up to .06, and so would the loss. So the offset, the target's logit in
-    bfloat16, is subtracted within the product, before rounding: the logits of tokens about as likely as the target
-    become small numbers with small errors. The target's own logit is computed in float32. An offset does not change
-    the loss.
+    A logit of 20 in bfloat16 has an error of up to .06, and the loss would have this error too. So the offset, the
+    target's logit in bfloat16, is subtracted within the product, before rounding. The logits of tokens about as likely
+    as the target then become small numbers with small errors. The target's own logit is computed in float32. An offset
+    does not change the loss.
     """
     own = (hidden.float() * head.weight[targets].float()).sum(1, keepdim=True)  # (P, 1)
     # rounded before it is subtracted, so that own - offset is exactly the target's logit minus the offset
@@ -250,7 +250,7 @@ def _is_last_step(causal: Any, embedding: nn.Linear) -> bool:
     """Return whether the model's logits equal `embedding` applied to the last hidden states, bit for bit."""
     vocabulary = causal.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (2, 7), generator=torch.Generator().manual_seed(0)).to(embedding.weight.device)
-    # without a mask, transformers would warn of a pad id among them
+    # without a mask, transformers would warn if a random id is the pad id
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with evaluating(causal):  # with dropout on, each pass would draw another mask
         logits = causal(**inputs, use_cache=False).logits

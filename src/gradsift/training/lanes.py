@@ -4,7 +4,7 @@ A batch holds rows of all adapters. They pass through the frozen weights togethe
 differ from row to row (`gradsift.training.adapted`). So a batch takes as many operations as in the training of one
 adapter.
 
-peft's model holds one adapter, under its default name. `activate` makes a lane's adapter this one, so that every
+peft's model holds one adapter, under peft's default name. `activate` puts the adapter of a lane there, so that every
 function that saves, loads or measures an adapter works on the adapter of that lane.
 """
 
@@ -61,7 +61,7 @@ class Lanes(nn.Module):
             layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = a, b
 
     def announce(self, examples: Sequence[Encoded]) -> list[Encoded]:
-        """Tell the layers which rows the next batch has, and return the rows in its order: sorted by adapter."""
+        """Tell the layers which rows the next batch has, and return them in the batch's order, sorted by adapter."""
         rows = sorted(examples, key=lambda example: example.lane)
         counts = Counter(example.lane for example in rows)
         device = next(self.parts.parameters()).device

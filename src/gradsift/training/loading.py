@@ -18,8 +18,8 @@ from gradsift.errors import DataError
 
 # Causal masks and rotary frequencies in old files of GPT-2 and Llama models; transformers computes these constants.
 _COMPUTED = re.compile(r"(^|\.)(masked_bias|causal_mask|inv_freq|attn\.bias|attention\.bias)$")
-# Raised by transformers and safetensors for files that are broken or do not fit each other; tokenizers raises plain
-# `Exception`.
+# Raised by transformers and safetensors for files that are broken or do not fit each other. The package tokenizers
+# raises plain `Exception`.
 _ERRORS = (
     *(ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, ImportError),
     *(SafetensorError, StrictDataclassError),

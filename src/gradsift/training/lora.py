@@ -58,7 +58,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
-        # peft corrects fan_in_fan_out itself; tied embeddings matter only in merging, where `require_mergeable` checks
+        # peft corrects fan_in_fan_out itself; tied embeddings matter only in merging (`require_mergeable`)
         warnings.filterwarnings("ignore", "(fan_in_fan_out is set|Model has `tie_word_embeddings)", UserWarning)
         # within fork_rng, as drawing A must not change the caller's random state
         torch.manual_seed(seed)
@@ -217,13 +217,13 @@ def save_adapter(adapted: Any, folder: Path) -> None:
 
 
 def load_adapter(adapted: Any, folder: Path) -> None:
-    """Load the weights that `save_adapter` wrote into the active adapter.
+    """Load into the active adapter the weights that `save_adapter` wrote to `folder`.
 
     Raises:
         ConfigError: the weights do not fit the model.
     """
     outcome = peft.set_peft_model_state_dict(adapted, load_file(folder / ADAPTER_FILE), adapter_name=ADAPTER)
-    # missing keys are no error: they are those of the backbone, which the file does not contain
+    # missing keys are no error: they belong to the backbone, whose weights the file does not contain
     if outcome.unexpected_keys:
         raise ConfigError(f"the adapter in {folder.name} does not fit this model: {outcome.unexpected_keys[0]}")
 

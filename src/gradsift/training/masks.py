@@ -21,7 +21,7 @@ from gradsift.training.random_bits import bits, mixed
 
 
 class PassedRows:
-    """What the adapted layers of a model are told about the rows of a batch, besides the activations."""
+    """What the adapted layers of a model need to know about the rows of a batch, besides the activations."""
 
     def __init__(self) -> None:
         self.drops = False  # whether layers drop inputs

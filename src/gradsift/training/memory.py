@@ -13,12 +13,12 @@ from typing import Any
 
 _GATED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # model types whose kept activations are known, besides gpt2
 _STREAM = 4  # bytes of a number in the residual stream, which is float32 (`gradsift.training.residual`)
-# layers by the inputs that are kept if they have an adapter: the hidden states of attention, the hidden states of the
-# MLP, or the MLP's inner activations
+# If a layer has an adapter, its inputs are kept: the hidden states before attention or before the MLP, or
+# the MLP's inner activations. (GPT-2's attention has a c_proj too, but the outputs of attention are kept in any case.)
 _READ_IN_ATTENTION = {"q_proj", "k_proj", "v_proj", "c_attn"}
 _READ_IN_MLP = {"gate_proj", "up_proj", "c_fc"}
 _READ_WIDE = {"down_proj", "c_proj"}
-_SHARE = 0.8  # of a GPU's memory; the rest is for chunks of logits and gradients, buffers and fragments
+_SHARE = 0.8  # share of a GPU's memory to use; the rest is for chunks of logits and gradients, buffers and fragments
 _ROOM = 4096  # tokens at once that keep a GPU busy: if fewer fit, recomputing activations costs less time than it saves
 
 
@@ -80,6 +80,6 @@ def fitting_tokens(model: Any, memory: int, *, checkpointed: bool) -> int | None
 
 
 def needs_checkpointing(model: Any, memory: int) -> bool:
-    """Return whether under 4,096 tokens fit into `memory` bytes without checkpointing; False if it is not known."""
+    """Return whether under 4,096 tokens fit into `memory` bytes without checkpointing; False if unknown."""
     tokens = fitting_tokens(model, memory, checkpointed=False)
     return tokens is not None and tokens < _ROOM

@@ -1,4 +1,4 @@
-"""The target with its adapter merged: for tools that load no adapters, and to generate with fewer operations."""
+"""The target with its adapter merged into the weights: for tools without adapters, and to save operations."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write_merged(target: Artifact, tuned: Artifact, config: TargetConfig, comput
 def load_to_answer(runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None) -> Backbone:
     """Load the target as `load_tuned` does, and merge the adapter into the weights if `can_merge`.
 
-    The merge changes the weights in place, but no other stage uses them: every stage loads its own.
+    The merge changes the weights in place. No other stage is affected, because every stage loads the weights again.
     """
     loaded = load_tuned(runtime, config, target, tuned)
     model: Any = loaded.model
@@ -57,8 +57,8 @@ def can_merge(model: Any) -> bool:
     """Return whether a model's adapter can be merged in place so that results change only by float32 rounding.
 
     In bfloat16, or with TF32 products, the sum of weight and adapter would be rounded to three digits, which loses a
-    part of the adapter. Quantised and divided weights cannot be changed. Merged into experts, or into a weight that two
-    layers share (such as a head that is also the embedding), the adapter would give another function.
+    part of the adapter. Quantised and divided weights cannot be changed. If the adapter is on experts, or on a weight
+    that two layers share (such as a head that is also the embedding), the merged model would compute another function.
     """
     if not isinstance(model, peft.PeftModel) or is_divided(model) or torch.get_float32_matmul_precision() != "highest":
         return False

@@ -39,12 +39,12 @@ class Step:
 
 
 class AdapterModule(L.LightningModule):
-    """Trains the trainable parameters of `model` on the mean loss of each step's examples or response tokens.
+    """Trains the trainable parameters of `model`; a step's loss is the mean over its examples or response tokens.
 
     The examples of a step pass through the model in batches of similar length, as large as the token budget allows, and
     the gradients of the batches are added up. So neither the memory nor the time per token depends on the number of
     examples in a step. With several ranks each rank passes its share of the step through the model, and the ranks'
-    gradients are averaged: by DDP in the step's last backward pass, or by `_reduce_gradients` (divided models).
+    gradients are averaged. DDP does this in the step's last backward pass, and `_reduce_gradients` for divided models.
     """
 
     has_lanes = False  # whether the rows of a step belong to several adapters
@@ -73,7 +73,7 @@ class AdapterModule(L.LightningModule):
         self.pad_id = pad_id
         self.first_step = first_step
         self.dropout_seed = dropout_seed
-        self.restore_from: Path | None = None  # the optimiser state of an earlier epoch
+        self.restore_from: Path | None = None  # the file of the optimiser state after an earlier epoch
         self.gradient_norms: PerSampleNorms | None = None  # set by `GradientNormCallback`
         self.curve: list[dict[str, float]] = []  # one entry per step; `on_train_end` fills in the losses
         self._step_losses = torch.zeros(0)  # on the device: reading a loss would make the host wait in every step
@@ -92,7 +92,7 @@ class AdapterModule(L.LightningModule):
         return self._step_losses[: len(tokens)], tokens
 
     def cpu(self) -> AdapterModule:
-        """Leave the module on its device: Lightning's teardown calls this, but later stages use the same backbone."""
+        """Return the module without moving it: Lightning calls `cpu` at the end, but later stages use the backbone."""
         return self
 
     def on_fit_start(self) -> None:
@@ -147,8 +147,8 @@ class AdapterModule(L.LightningModule):
             rows, losses, counts (numbers of response tokens, only with `loss=token`), norm_A and norm_B (only if
             `gradient_norms` is set), lanes (only if several adapters train): (n,) each, for this rank's n examples.
         """
-        # Seeds layers that draw their dropout masks batch by batch. The seed depends on step and rank alone, so neither
-        # a resumed training nor a repeated step needs the random state of the steps before.
+        # This seed is for layers that draw their dropout masks batch by batch. It depends on step and rank alone, so
+        # neither a resumed training nor a repeated step needs the random state of the steps before.
         torch.manual_seed(derive_seed(self.dropout_seed, len(self.curve), parallel.rank()))
         self.forget_gradients()
         if self.gradient_norms is not None:
@@ -186,7 +186,7 @@ class AdapterModule(L.LightningModule):
         self.optimizer.zero_grad()
 
     def _announced(self, examples: Sequence[Encoded]) -> Sequence[Encoded]:
-        """Tell the adapted layers which examples the next batch has, and return these in the order of the batch."""
+        """Tell the adapted layers which examples the next batch has, and return them in the order of the batch."""
         self._give_masks(map(self.mask_key, examples))
         return examples
 
@@ -200,27 +200,27 @@ class AdapterModule(L.LightningModule):
             self.passed_rows.keys = torch.tensor(list(keys), device=self.device)
 
     def _divisor(self, rows: Sequence[Encoded], examples: Sequence[Encoded]) -> float | torch.Tensor:
-        """Return the divisor of the losses of one pass over `rows`, which are a part of the step's `examples`."""
+        """Return what the losses (B,) of `rows`, the examples of one pass, are divided by: a number or (B,) numbers."""
         # The divisor counts the examples or response tokens of the whole step, not of the pass or the rank: batches
         # differ in size, and with a mean over each batch an example's weight would depend on its batch.
         return sum(example.scored for example in examples) if self.optimization.loss == "token" else len(examples)
 
     def _passes(self, batches: int) -> int:
-        """Return the number of passes of this rank; passes beyond its number of `batches` have weight 0.
+        """Return how many passes this rank makes for its `batches` batches; additional passes have weight 0.
 
         Each of several ranks makes at least one pass, because the last pass synchronises the gradients.
         """
         return batches if parallel.size() == 1 else max(1, batches)
 
     def _last_synchronises(self, *, is_last: bool) -> Any:
-        """Return the context of a backward pass: DDP averages the ranks' gradients in it only if `is_last`."""
+        """Return the context for a backward pass, in which DDP averages the ranks' gradients only if `is_last`."""
         strategy = self.trainer.strategy
         if is_last or not isinstance(strategy, ParallelStrategy):
             return nullcontext()
         return strategy.block_backward_sync()
 
     def _reduce_gradients(self) -> None:
-        """Average the ranks' gradients where the strategy does not do so in the backward pass; by default it does."""
+        """Do nothing: DDP averages the ranks' gradients in the backward pass. A subclass without DDP averages here."""
 
     def configure_optimizers(self) -> Any:
         parameters = lora.trainable_parameters(self.model)
@@ -240,7 +240,7 @@ class AdapterModule(L.LightningModule):
 
 
 def _total(losses: torch.Tensor, weight: int, divisor: float | torch.Tensor) -> torch.Tensor:
-    """Return `weight` times the sum of the losses (B,), divided by `divisor`: one number, or one per loss (B,)."""
+    """Return `weight` times the sum of `losses` (B,) / `divisor`; the divisor is a number or has shape (B,)."""
     if isinstance(divisor, torch.Tensor):
         return (losses / divisor).sum() * weight
     return losses.sum() * weight / divisor
@@ -274,8 +274,8 @@ class ProxyMember(AdapterModule):
         if norms is None:
             raise RuntimeError("a pass over norms needs GradientNormCallback among the trainer's callbacks")
         if self.masks is not None:
-            # Seeds layers that draw their dropout masks batch by batch. The seed depends only on the batch's first row,
-            # so a resumed pass draws the same masks.
+            # This seed is for layers that draw their dropout masks batch by batch. It depends only on the batch's first
+            # row, so a resumed pass draws the same masks.
             torch.manual_seed(derive_seed(self.masks, examples[0].row))
             self._give_masks(derive_seed(self.masks, example.row) for example in examples)
         norms.forget()
@@ -296,11 +296,14 @@ class TargetFinetuning(AdapterModule):
         """Do nothing: the model was divided when it was loaded, but Lightning requires this method."""
 
     def _passes(self, batches: int) -> int:
-        """Return, for a divided model, the largest number of batches of any rank: each pass needs all ranks."""
+        """Return the number of passes of this rank: for a divided model, the largest number of batches of any rank.
+
+        Each pass through a divided model needs all ranks.
+        """
         return parallel.largest(batches, self.device) if self.is_divided else super()._passes(batches)
 
     def _reduce_gradients(self) -> None:
-        """Average the adapter's gradients if the model is divided, because FSDP averages only those of divided weights.
+        """Average the adapter's gradients in a divided model, as FSDP averages only the gradients of divided weights.
 
         A missing gradient counts as zero.
         """

@@ -63,7 +63,7 @@ def nano_model(architecture: Architecture, *, seed: int = 0) -> PreTrainedModel:
 def nano_config(architecture: Architecture) -> GPT2Config | LlamaConfig:
     """Return the config of `nano_model`."""
     tokenizer = nano_tokenizer()
-    # the next multiple of 64 above the number of words: matrix products are faster
+    # rounded up to a multiple of 64, for which matrix products are faster
     shared: dict[str, Any] = {
         "vocab_size": -(-len(tokenizer) // 64) * 64,
         "initializer_range": 0.1,  # at this width the usual 0.02 wastes most of the short training
@@ -79,7 +79,7 @@ def nano_config(architecture: Architecture) -> GPT2Config | LlamaConfig:
     if architecture == "llama":
         return LlamaConfig(
             hidden_size=64,
-            intermediate_size=160,  # three matrices where GPT-2 has two, so that both models have about the same size
+            intermediate_size=160,  # both models have about the same size: Llama's MLP has three matrices, GPT-2's two
             num_hidden_layers=3,
             num_attention_heads=4,
             max_position_embeddings=CONTEXT,

@@ -4,7 +4,7 @@
     quantization  format of frozen linear layers, if they are quantised: nf4 or int8
     products      tf32 if float32 products are rounded to TF32 (compute.precision=auto on CUDA)
     residual      dtype of the residual stream between blocks: float32 or bfloat16 (`gradsift.training.residual`)
-    attention     transformers' name of the implementation
+    attention     transformers' name of the attention implementation
     kernels       version of the compiled CPU kernels that the model uses, or off (`gradsift.cpu`)
 
 Results of different numerics must not be mixed in one ensemble: the variance V_t over its members would then include
@@ -25,7 +25,7 @@ from gradsift.training.residual import residual_in_float32, residual_precision
 
 
 def dtype_of(compute: ComputeConfig, model: ModelConfig | None = None) -> torch.dtype:
-    """Return the dtype in which a model is loaded: `model.dtype` or, if this is auto, `compute.precision`.
+    """Return the dtype in which a model is loaded: `model.dtype`, or `compute.precision` if that is auto.
 
     `compute.precision=auto` is bfloat16 on a GPU that has bfloat16 products, else float32.
     """

@@ -1,6 +1,6 @@
-"""How adapters are trained (proxy members, warm-ups and targets).
+"""The optimisation of adapters (proxy members, warm-ups and targets).
 
-AdamW's settings, the learning-rate schedule, and how the loss of an optimiser step is averaged.
+This module defines AdamW's settings, the learning-rate schedule, and how the loss of an optimiser step is averaged.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from gradsift.training.device import TokenBudget, device_of, is_out_of_memory
 S = TypeVar("S")
 T = TypeVar("T")
 
-_alone = False  # whether rank 0 makes a stage by itself
+_alone = False  # whether this process, rank 0, now makes a stage without the other ranks
 
 
 def join(compute: ComputeConfig) -> None:
@@ -42,7 +42,7 @@ def join(compute: ComputeConfig) -> None:
         from lightning.fabric import Fabric
         from lightning.fabric.strategies.ddp import DDPStrategy
 
-        for package in ("fabric", "pytorch"):  # which log several lines about the group
+        for package in ("fabric", "pytorch"):  # each logs several lines about the group
             logging.getLogger(f"lightning.{package}").setLevel(logging.WARNING)
         strategy = DDPStrategy(timeout=timedelta(hours=12))  # ranks may wait long for the slowest share of a pass
         accelerator = "gpu" if device_of(compute).type == "cuda" else "cpu"
@@ -96,9 +96,9 @@ def gather(columns: Mapping[str, torch.Tensor], total: int) -> dict[str, torch.T
 
 
 def run(budget: TokenBudget, work: Callable[[int], T], lengths: Sequence[int]) -> T:
-    """Return `work(tokens)`: with one rank as `budget.run` does, with several ranks without a second attempt.
+    """Return `work(tokens)`; with one rank, `budget.run` repeats it with fewer tokens if memory runs out.
 
-    Several ranks have to make the same passes, so one of them cannot repeat its work with fewer tokens.
+    Several ranks have to make the same passes, so none of them can repeat its work with fewer tokens.
 
     Raises:
         GradsiftError: memory ran out on one of several ranks.
@@ -127,7 +127,7 @@ def rounds(batches: Sequence[S]) -> Iterator[Sequence[S]]:
 def together(batches: Sequence[S], work: Callable[[S], list[T]]) -> list[T]:
     """Return the results of `work` for all batches of a round, on every rank; each rank does one of the batches.
 
-    A rank without a batch passes the last batch too, without counting its tokens, because in a divided model
+    A rank without a batch also computes the last batch, without counting its tokens, because in a divided model
     (`gradsift.training.divided`) every pass needs all ranks.
 
     Args:
@@ -197,7 +197,7 @@ def smallest(count: int) -> int:
 
 @functools.cache
 def _control() -> Any:
-    """Return a process group for messages on the CPU, in which a rank may wait a year for another one."""
+    """Return a process group for messages on the CPU, with a timeout of a year, as rank 0 may work alone for long."""
     return distributed.new_group(backend="gloo", timeout=timedelta(days=365))
 
 

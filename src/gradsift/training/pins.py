@@ -1,4 +1,4 @@
-"""Pins of pretrained models: the hashes of the files in a folder, or a commit of the hub.
+"""Pins, which identify the weights of pretrained models: the hashes of the files in a folder, or a commit of the hub.
 
 This module imports neither torch nor transformers, so that a missing model is reported within a second.
 """
@@ -29,7 +29,9 @@ _MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 
 
 def pin(store: Store, display: Display, config: ModelConfig) -> Artifact:
-    """Return the artifact that holds a folder's hashes or the hub's commit, so that later runs use the same weights.
+    """Return the artifact that holds the hashes of the model's files, or the model's commit on the hub.
+
+    Later runs load this commit. If files in a folder change, later runs get another artifact.
 
     Raises:
         DataError: there is no such model; names `model.path` and the remedy.
@@ -50,7 +52,7 @@ def pin(store: Store, display: Display, config: ModelConfig) -> Artifact:
         if folder is None:
             cached = config_on_hub(config)
             shutil.copyfile(cached, part / "config.json")
-            pinned = settings | {"revision": cached.parent.name}  # the name of its folder is the hub's current commit
+            pinned = settings | {"revision": cached.parent.name}  # the cache names folders by commit
         (part / "source.json").write_text(json.dumps(pinned, indent=1), encoding="utf-8")
         return {"optimizer_steps": 0, "revision": pinned.get("revision"), "content": pinned.get("revision") or ""}
 
@@ -131,7 +133,7 @@ def require_known(config: ModelConfig, described: Mapping[str, Any]) -> None:
         described: the model's config.json.
 
     Raises:
-        DataError: names `model.path` and the remedy.
+        DataError: the code is needed and not allowed; names `model.path` and the remedy.
     """
     own = described.get("auto_map")
     package = importlib.util.find_spec("transformers")
@@ -172,9 +174,10 @@ def require_config(folder: Path, path: str) -> dict[str, Any]:
 
 
 def config_on_hub(config: ModelConfig) -> Path:
-    """Return the path of a model's config.json from the hub, after `require_known`; the commit names its folder.
+    """Return the path of a hub model's config.json in the local cache, after a check; the commit names its folder.
 
-    If the local cache lacks the file, the hub is asked once whether the file exists: a download would retry for 24 s.
+    The check is `require_known`. If the cache lacks the file, the hub is asked once whether the file exists, because a
+    download would retry for 24 s.
 
     Raises:
         DataError: the model is gated or does not exist, needs code that may not run, or the hub cannot be reached.
@@ -204,7 +207,7 @@ def _trusted(config: ModelConfig) -> dict[str, Any]:
 
 @contextmanager
 def hub_errors(config: ModelConfig) -> Iterator[None]:
-    """Turn exceptions of the hub's client, and of broken files, into a `DataError` of one line with the remedy."""
+    """Turn exceptions from the hub's client or from broken files into a `DataError` of one line with the remedy."""
     from huggingface_hub import errors
     from safetensors import SafetensorError
 

@@ -1,9 +1,9 @@
 """A trial of an adapter on a model, before hours of training depend on it.
 
 Two short rows of random tokens pass forward and backward through the adapted model, first together and then the shorter
-one alone. A fresh adapter adds zero (its B is zero), so the outputs of each layer and the logits must be those of the
-model without it; otherwise a layer is computed wrongly. A row must have the same loss alone and beside another row. The
-model and the global random state are left as they were.
+one alone. A fresh adapter adds zero (its B is zero), so the outputs of each layer and the logits must stay the same as
+without the adapter; otherwise a layer is computed wrongly. A row must have the same loss alone and beside another row.
+The model and the global random state are left as they were.
 """
 
 from __future__ import annotations
@@ -129,10 +129,13 @@ def _losses(adapted: Any, rows: Sequence[Encoded], norms: bool) -> torch.Tensor:
 
 @contextmanager
 def _compared(adapted: Any, *, all_take_part: bool) -> Iterator[None]:
-    """Compare each adapted layer's outputs with its base layer's in all passes within; an error names the layer.
+    """In this context, compare the outputs of each adapted layer with the outputs of its base layer.
 
     Args:
         all_take_part: whether an adapted layer that is never called is an error, because it has no per-sample gradient.
+
+    Raises:
+        GradsiftError: the outputs differ, a pass fails, or a layer is never called; names the layer.
     """
     entered: list[str] = []
 

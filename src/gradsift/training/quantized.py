@@ -27,6 +27,8 @@ from gradsift.training.frozen import product_of
 def load_options(described: Any, quantization: str, dtype: torch.dtype) -> dict[str, Any]:
     """Return the options with which transformers quantises a model while loading, or restores gpt-oss's mxfp4 weights.
 
+    The options are empty if the weights are neither to be quantised nor stored in mxfp4.
+
     Args:
         described: transformers' config of the model.
 
@@ -36,7 +38,7 @@ def load_options(described: Any, quantization: str, dtype: torch.dtype) -> dict[
     from transformers import BitsAndBytesConfig, Mxfp4Config
 
     stored = dict(getattr(described, "quantization_config", None) or {}).get("quant_method")
-    if quantization == "none":  # no gradient passes through the kernels for mxfp4
+    if quantization == "none":  # the kernels for mxfp4 have no backward pass
         return {"quantization_config": Mxfp4Config(dequantize=True)} if stored == "mxfp4" else {}
     if stored:
         raise ConfigError(

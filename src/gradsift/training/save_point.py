@@ -2,7 +2,8 @@
 
 The batches of a training are known before it starts, so a save point holds the number of steps taken and everything
 that they changed: adapter, optimiser state, curve, token budget and the state of the callbacks. (Dropout masks are
-seeded by the step.) A resumed training takes the remaining steps and ends with the same bytes.
+seeded by the step.) A resumed training takes the remaining steps and ends with the same bytes as an
+uninterrupted one.
 
 A save point is one safetensors file with a checksum. A new one is written beside the old one and then renamed, so a
 kill at any moment leaves one of the two. A damaged save point is ignored, and the training starts again.

@@ -32,7 +32,7 @@ class SharedStore(Store):
         """Return the artifact, on every rank.
 
         Raises:
-            RunEnded: on the other ranks, when rank 0 stops.
+            RunEnded: rank 0 stopped; raised on the other ranks only.
             GradsiftError: the ranks disagree on what comes next or do not share one store.
         """
         options = {"light": light, "exact": exact, "divided": divided}

@@ -41,8 +41,8 @@ def finetune(
 ) -> Artifact:
     """Return the artifact of the target finetuned on selected examples.
 
-    It depends on the set of examples, not on how they were selected, so selections of the same examples share one
-    finetune.
+    The artifact depends on the set of examples, not on how they were selected, so selections of the same examples share
+    one finetune.
 
     Args:
         positions: returns the positions of the examples in the pool; raises `NotMade` in a plan whose selection does
@@ -86,7 +86,7 @@ def planned_steps(config: TargetConfig, rows: int) -> int:
 
 
 def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[list[int]]:
-    """Return the batches (positions) of the whole training: those of `epochs` passes, or the first `steps` batches.
+    """Return the batches (lists of positions) of `epochs` passes over the examples, or the first `steps` batches.
 
     Raises:
         GradsiftError: there is no example.
@@ -104,7 +104,10 @@ def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[
 def train_target(
     runtime: Runtime, config: TargetConfig, backbone: Backbone, chosen: Sequence[Example], folder: Path
 ) -> dict[str, Any]:
-    """Finetune the target; write the curve, the refused rows and `adapter/` (peft's format), and return the counts.
+    """Finetune the target, and write the training curve, the refused rows and `adapter/` (peft's format).
+
+    Returns:
+        The numbers of optimiser steps, steps of interrupted runs, rows, refused rows and tokens.
 
     Raises:
         GradsiftError: no example has a response token for the target's tokenizer.
@@ -170,7 +173,7 @@ def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str, wh
 
 
 def load_target(runtime: Runtime, config: TargetConfig, target: Artifact) -> Backbone:
-    """Load the target; with compute=fsdp, in a stage that all ranks make together, its layers are divided over them."""
+    """Load the target; with compute=fsdp, its layers are divided over the ranks if all of them make the stage."""
     return load_shown(runtime, target, config.model, divided=divides(runtime.compute))
 
 

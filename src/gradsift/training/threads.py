@@ -24,7 +24,8 @@ _MEASURED_FOR = 0.25  # seconds
 def busy_cores() -> float:
     """Return how many cores of this machine other work keeps busy, measured once per process.
 
-    So all jobs of a sweep in one process use the same number of threads, on which the last digits of results depend.
+    With a single measurement, all jobs of a sweep in one process use the same number of threads, on which the last
+    digits of results depend.
     """
     return float(psutil.cpu_percent(interval=_MEASURED_FOR)) / 100 * (os.cpu_count() or 1)
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMOKE
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments import (
     audit_table,
     cleaned_rows,
     contrast_variants,
     delayed_credit,
+    heldout_losses,
     heldout_variance,
     norm_tables,
     precision,
@@ -196,3 +198,40 @@ def test_rows_of_the_cleaners_by_hand() -> None:
     line = cleaned_rows.row_of("random", scores, cleaned, ~cleaned & (words < 5), words)
     # pairs of another row (2nd, 3rd) and a cleaners' row: 2 of 6 lose, to the first; 2 of 3 lie in the rejected half
     assert line == "| random | 0.667 | 0.67 [0.09, 0.99] | 1.000 | 1 | -1.00 |"
+
+
+def test_held_out_losses_of_tuned_targets_are_compared_row_by_row(
+    gradsift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, byte_tokenizer
+) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(byte_tokenizer), **shape)).save_pretrained(tmp_path / "tiny")
+    byte_tokenizer.save_pretrained(tmp_path / "tiny")
+    rows = [{"instruction": f"Repeat {i}", "input": "", "output": f"word {i % 7}"} for i in range(40)]
+    (tmp_path / "pool.json").write_text(json.dumps(rows))
+    data = ("data=json", "data.path=pool.json", "data.holdout=10", "proxy=tiny_bytes", "stop_after=finetune")
+    target = ("target=hf", "target.model=tiny", "target.epochs=1", "target.max_length=64", "alpha=0.2")
+    runs = [tmp_path / scorer for scorer in ("random", "length")]
+    for run in runs:
+        quiet = ("tracker=none", "report=false", "compute.threads=1", f"hydra.run.dir={run}")
+        assert gradsift(*data, *target, *quiet, f"scorer={run.name}") == 0
+    stored = [json.loads((run / "run.json").read_text())["heldout_loss"]["model"] for run in runs]
+
+    def table(*options: str) -> list[str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["heldout_losses", *map(str, runs), *options])
+        heldout_losses.main()
+        return capsys.readouterr().out.splitlines()
+
+    lines = table()
+    assert "10 rows" in lines
+    assert f"| random | {stored[0]:.3f} | - |" in lines
+    assert lines[-1].startswith(f"| length | {stored[1]:.3f} | {stored[1] - stored[0]:+.3f} [")
+    others = [*rows[:5], {"instruction": "New", "output": "word"}, {"instruction": "New ", "output": "other"}]
+    (tmp_path / "others.json").write_text(json.dumps(others))
+    assert "1 rows" in table("--rows", "others.json")
+
+
+def test_rows_that_were_trained_on_are_no_held_out_rows() -> None:
+    rows = [{"instruction": name, "input": "", "output": "x"} for name in ("a", "b ", "c", "b", "d", "e")]
+    seen = heldout_losses.unseen_rows(rows[:1], [], 9)
+    assert [example.instruction for example in heldout_losses.unseen_rows(rows, seen, 3)] == ["b ", "c", "d"]

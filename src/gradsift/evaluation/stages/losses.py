@@ -41,7 +41,7 @@ def heldout_loss(
         model = load_tuned(runtime, config, target, tuned)
         total, count = 0.0, 0
         heldout = heldout_of(loaded)
-        for _, losses in _losses(runtime, config, model, heldout, folder, "held-out loss", "held-out rows"):
+        for _, losses in example_losses(runtime, config, model, heldout, folder, "held-out loss", "held-out rows"):
             total += float(losses.sum())
             count += len(losses)
         if not count:
@@ -80,7 +80,7 @@ def reference_losses(
         model = load_tuned(runtime, config, target, tuned)
         by_set: dict[str, list[float]] = {}
         purpose, what = "loss of the reference answers", "reference answers"
-        for rows, losses in _losses(runtime, config, model, examples, folder, purpose, what):
+        for rows, losses in example_losses(runtime, config, model, examples, folder, purpose, what):
             for row, loss in zip(rows.tolist(), losses.tolist(), strict=True):
                 by_set.setdefault(known[row].benchmark, []).append(loss)
         means = {name: sum(losses) / len(losses) for name, losses in by_set.items()}
@@ -91,7 +91,7 @@ def reference_losses(
     return runtime.store.obtain(*unit, version=VERSION, size=len(known), divided=True)
 
 
-def _losses(
+def example_losses(
     runtime: Runtime,
     config: TargetConfig,
     model: Backbone,

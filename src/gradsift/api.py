@@ -190,7 +190,7 @@ def _scorer(function: Any, constants: Mapping[str, Any], known: Sequence[str]) -
 
 
 def _read(rows: Any, line: Line, scored: Artifact, selected: Artifact) -> Selection:
-    """Return the `Selection`, read from the artifacts of the scores and of the selection."""
+    """Return the `Selection` of the run, read from the artifacts of its scores and of its selection."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Dataset
@@ -338,14 +338,14 @@ def gsnr(early: Any, late: Any, eps: float = 1e-8) -> np.ndarray:
 
         GSNR_i = (G_i^s - G_i^t) / (G_i^s + eps)  x  1 / (V_i^t + eps)
 
-    G^s and G^t are the means over the members of the early and the late norms, V^t is the population variance of the
-    late norms over the members. If an example's norm rises, its ratio is negative, and nearer to 0 for a larger V^t.
+    G^s and G^t are the means, over the members, of the early and of the late norms. V^t is the population variance of
+    the late norms over the members. If an example's norm rises, its ratio is negative, and nearer to 0 the larger V^t.
 
     Args:
         early: (M, N) per-sample gradient norms of M >= 2 members at the early snapshot, not negative.
         late: (M, N) the norms of the same members and examples at the late snapshot.
-        eps: Above 0. It is added to a norm in the first factor and to a squared norm in the second. The paper gives no
-            value.
+        eps: Above 0. It is added to a mean norm in the first factor and to a variance of norms in the second. The
+            paper gives no value.
 
     Returns:
         (N,) float64, higher is better.

@@ -44,7 +44,7 @@ class NotMade(GradsiftError):
 
 @dataclass(frozen=True)
 class Artifact:
-    """One finished unit of work, or in a plan one that is still to be made."""
+    """A unit of work that is finished or, in a plan, still to be made."""
 
     stage: str
     path: Path
@@ -52,7 +52,7 @@ class Artifact:
     manifest: Mapping[str, Any]
     # for a model's artifact: how this process computes with it (see gradsift.training.numerics)
     numerics: Mapping[str, str] = field(default_factory=dict, kw_only=True)
-    planned: bool = field(default=False, kw_only=True)  # True if a plan has named it and it is not made yet
+    planned: bool = field(default=False, kw_only=True)  # True: not made yet; only a plan returns such artifacts
 
     def file(self, name: str) -> Path:
         """Return the path of one of the artifact's files.
@@ -66,7 +66,7 @@ class Artifact:
 
     @property
     def info(self) -> Mapping[str, Any]:
-        """What the stage reported: rows, optimizer_steps and other counts.
+        """The counts and other values that the stage returned, such as rows and optimizer_steps.
 
         Raises:
             NotMade: the artifact is only planned.
@@ -78,7 +78,7 @@ class Artifact:
 
     @property
     def identity(self) -> str:
-        """What the fingerprints of later stages contain of this artifact.
+        """The text that represents this artifact in the fingerprints of later stages.
 
         It consists of the fingerprint, the hash or revision of data or models from outside, and the numerics.
         """
@@ -132,7 +132,7 @@ class Store:
     at_work: Callable[[str], AbstractContextManager[Any]] = nullcontext  # entered while a unit is made or waited for
     records: list[StageRecord] = field(default_factory=list)
     other_code: set[str] = field(default_factory=set)  # versions of the code that made what this run reused
-    other_numerics: set[str] = field(default_factory=set)  # differences that a message has already named
+    other_numerics: set[str] = field(default_factory=set)  # differences in numerics that were already printed
     _inode: int | None = None  # of the root, once it exists
 
     def obtain(
@@ -299,8 +299,8 @@ class Store:
         """Return the artifact if every file is as the manifest says; None if it is missing or damaged.
 
         Args:
-            is_locked: whether this process holds the artifact's lock. Only then a damaged artifact is renamed; without
-                the lock, another process may have made it again since the damage was seen.
+            is_locked: whether this process holds the artifact's lock. Only with the lock is a damaged artifact
+                renamed; without it, another process may have repaired the artifact since the damage was seen.
         """
         stage, path, fingerprint = wanted.stage, wanted.path, wanted.fingerprint
         if not os.path.lexists(path):

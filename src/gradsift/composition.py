@@ -1,4 +1,4 @@
-"""Composition of a config from overrides such as `alpha=0.2`; Hydra's errors become one line with a remedy."""
+"""Composition of a config from overrides such as `alpha=0.2`, and one-line messages for Hydra's errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gradsift.user_conf import conf_folder
 _SHORT = {"model": "model.path", "quantization": "model.quantization"}  # short options of proxy and target
 _TEMPLATES = ("proxy.template", "target.template")
 _TEMPLATE_OF_BOTH = ("template", "template.file")
-_MOST_DIGITS = 1000  # that a number may have; Python reads up to 4,300, and no option needs a hundred
+_MOST_DIGITS = 1000  # of a number in an override; Python reads up to 4,300, and no option needs a hundred
 
 
 def compose_config(overrides: Sequence[str]) -> Config:
@@ -36,7 +36,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
     The function also works inside another program's Hydra application, whose settings it restores.
 
     Raises:
-        ConfigError: a group, an option or a value cannot be used; one line, as on the command line.
+        ConfigError: a group, an option or a value cannot be used; the message is the line that the command line prints.
     """
     return compose_root("config", Config, overrides)
 
@@ -132,7 +132,7 @@ def in_one_line(error: Exception) -> str:
 
 
 def _unknown_option(option: str, key: str, schema: str) -> str:
-    """Return the message for an unknown option: it names a similar one, the choices that have it, or the known ones."""
+    """Return the message for an unknown option; it names a similar option, choices with this option, or all options."""
     parts = option.split(".")[: option.split(".").index(key) + 1]
     group, place = parts[0], ".".join(parts[:-1])
     text = f"{'.'.join(parts)} is no option" + (f" of the {place} that is chosen" if place else "")

@@ -28,7 +28,7 @@ def passed(tokens: int) -> None:
 
 @contextmanager
 def counting() -> Iterator[Callable[[], int]]:
-    """Count the forward tokens of one unit of work; yield a function that returns them, also after the block."""
+    """Count the forward tokens of one unit of work; yield a function that returns the count, also after the block."""
     count = [0]
     _open.append(count)
     try:

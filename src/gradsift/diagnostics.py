@@ -1,4 +1,4 @@
-"""The type `Diagnostic`, and the file `diagnostics.json` beside the artifact that it describes.
+"""The type `Diagnostic`, and the file `diagnostics.json` in the folder of an artifact or of a sweep.
 
 Diagnostics detect the failure signatures of GRADFILTERING (arXiv 2601.13697) and change no result. Diagnostics of the
 ensemble are in `gradients/ensemble_checks.py`, diagnostics of the selection in `selection/checks.py`, and the
@@ -60,6 +60,6 @@ def write_diagnostics(folder: Path, diagnostics: Sequence[Diagnostic]) -> None:
 
 
 def read_diagnostics(folder: Path) -> dict[str, dict[str, Any]]:
-    """Read the file that `write_diagnostics` wrote."""
+    """Return the verdict, values and message of each diagnostic, by name, as `write_diagnostics` wrote them."""
     content: dict[str, dict[str, Any]] = json.loads((folder / DIAGNOSTICS_FILE).read_text(encoding="utf-8"))
     return content

@@ -21,7 +21,7 @@ from gradsift.training.target import planned_steps
 
 
 def check(line: Line) -> None:
-    """Raise errors now that would otherwise occur after hours of training.
+    """Raise, before any training, the errors that would otherwise occur only after hours of it.
 
     Raises:
         GradsiftError: an option does not fit the data, a model or the machine.
@@ -68,7 +68,7 @@ def check(line: Line) -> None:
 
 
 def _check_rows(line: Line, asked: set[str]) -> None:
-    """Raise if the rows lack something that the scorer or the selector needs."""
+    """Raise GradsiftError if the rows lack something that the scorer or the selector needs."""
     config = line.config
     if isinstance(config.scorer, ContrastConfig):
         require_neighbours(line.rows, config.scorer.neighbours)

@@ -35,13 +35,13 @@ class Job:
 
     folder: Path
     overrides: list[str]
-    sweep: Path | None = None  # folder of the sweep that it belongs to
-    number: int | None = None  # in the sweep, from 1
+    sweep: Path | None = None  # folder of the sweep that the run belongs to
+    number: int | None = None  # of the run in the sweep, counted from 1
     jobs: Sequence[Sequence[str]] | None = None  # overrides of all jobs of the sweep, if they are known
 
     @property
     def differences(self) -> list[str]:
-        """The overrides that not all jobs of the sweep share; all of the job's overrides if there are none of these."""
+        """The job's overrides that not all jobs of the sweep have; all of its overrides if every job has them."""
         shared = set(self.jobs[0]).intersection(*self.jobs) if self.jobs else set()
         return [override for override in self.overrides if override not in shared] or self.overrides
 
@@ -71,7 +71,8 @@ def execute(config: Config, job: Job) -> float | None:
     Ranks other than 0 take part in the work of a run, not in a plan, and write nothing to the folder.
 
     Returns:
-        The value of `config.objective`, for a search. None for a run without such a value, a plan, and other ranks.
+        The value of `config.objective`, for a search; None for a run without such a value, for a plan and on ranks
+        other than 0.
     """
     _require_files(config)
     from gradsift.pipeline import follow, plan, prepare, run, settings_of

@@ -25,17 +25,17 @@ _SAMPLE = 256  # rows whose tokens are counted
 
 @dataclass(frozen=True)
 class Forecast:
-    """The memory of one GPU in bytes, and GPU hours."""
+    """A forecast for the finetunes of a target: the memory that they need on a GPU, and the hours that each takes."""
 
     target: str
     parameters: int
-    active: int  # parameters that a token passes through; of the experts only those chosen for it
+    active: int  # parameters that a token passes through (see `active_parameters`)
     precision: str
     ranks: int  # ranks over which the layers are divided
-    weights: int  # frozen weights; if the layers are divided over ranks, two layers are held whole
-    adapter: int  # the adapter, its gradients and the optimizer's state
-    per_token: int | None  # activations kept for each token of a pass; None if not known for this model type
-    per_token_checkpointed: int | None
+    weights: int  # bytes of the frozen weights (see `held_weights`)
+    adapter: int  # bytes of the adapter, its gradients and the optimizer's state
+    per_token: int | None  # bytes of activations for each token of a pass; None if unknown for this model type
+    per_token_checkpointed: int | None  # the same with activation checkpointing
     rows: Sequence[int]  # rows of each finetune: on the selection, and on all rows for the reference
     tokens: Sequence[int]  # tokens that pass in each finetune
     hours: Sequence[float]  # hours that each finetune takes on one GPU
@@ -101,7 +101,7 @@ def held_weights(model: Any, number: int, quantization: str, parts: int) -> int:
         parts: number of ranks over which the layers are divided; 1 with quantised weights.
     """
     total: int = sum(each.numel() for each in model.parameters())
-    if quantization in _QUANTIZED:  # only linear layers are quantised: no experts, embeddings, norms and output head
+    if quantization in _QUANTIZED:  # only linear layers are quantised, not experts, embeddings, norms and output head
         head = model.get_output_embeddings()
         linear = [each for each in model.modules() if type(each) in (nn.Linear, Conv1D) and each is not head]
         inside: int = sum(each.weight.numel() for each in linear)
@@ -123,7 +123,7 @@ def operations(parameters: int, *, checkpointed: bool) -> int:
 
 
 def active_parameters(model: Any) -> int:
-    """Return how many parameters a token passes through: all, or of the experts only as many as the config chooses."""
+    """Return the number of parameters that a token passes through: all but those of the experts not chosen for it."""
     total: int = sum(each.numel() for each in model.parameters())
     chosen = getattr(model.config, "num_experts_per_tok", None)
     if chosen is None:

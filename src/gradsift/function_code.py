@@ -1,4 +1,4 @@
-"""The hash of a function's code, which the fingerprint of scores contains if a function passed from Python made them.
+"""The hash of a function's code, a part of the fingerprint of scores that a function passed from Python has computed.
 
 A function of a notebook or a script has no module file that could be hashed, and its source text does not contain the
 values that it reads from outside. So the hash covers its bytecode, its defaults, its closure, and the names and values
@@ -88,7 +88,7 @@ def _of_function(function: FunctionType, seen: set[int]) -> Iterator[str]:
             if not isinstance(constant, CodeType):
                 yield from _described(constant, "a constant", seen)
         for name in dict.fromkeys(i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"):
-            if name in function.__globals__:  # all other names are Python's own
+            if name in function.__globals__:  # all other names are builtins
                 yield name
                 yield from _described(function.__globals__[name], f"the global name {name!r}", seen)
 

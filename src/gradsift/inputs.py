@@ -55,7 +55,7 @@ class Inputs:
         self.runtime = runtime
         self.keeps_all = config.scorer_name == "full"
         self._norms: dict[int, list[list[Artifact]]] = {}  # by epoch
-        self._tried: set[str] = set()  # options of adapters that were tried on their model
+        self._tried: set[str] = set()  # names of the options whose adapters were tried on their model
         self.loaded = load(runtime, config.data)
         self.rows = int(self.loaded.info["rows"])  # N
 
@@ -237,7 +237,7 @@ class Inputs:
 
     @functools.cached_property
     def target_gradients(self) -> Artifact:
-        """Gradient features of the target set: plain gradients, with which LESS compares Adam's steps on the pool."""
+        """Gradient features of the target set, of plain gradients. LESS compares them with Adam's steps on the pool."""
         features, proxy, load = self.config.features, self.config.proxy, self._target_inputs
         rows, slug = self.target_set, f"target-{self.config.target_set.name}"
         return gradient_features(self.runtime, features, proxy, self.checkpoints, rows, load, slug=slug, adam=False)

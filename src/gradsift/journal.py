@@ -42,7 +42,7 @@ class Journal:
         Args:
             folder: the artifact's folder.
             save_every: seconds for which results on a GPU may stay unwritten, as copying them waits for the GPU.
-            say: called with a message for every line that is dropped.
+            say: called with a message if a damaged line, and all lines after it, are dropped.
         """
         self._path = None if folder is None else folder / UNFINISHED / JOURNAL_FILE
         self._save_every = save_every
@@ -62,7 +62,7 @@ class Journal:
         """
         if self._path is not None and self._kept:
             entry = json.loads(_text(self._kept[0]), object_hook=_tensor_from_json)
-            # not a list: a judgment of earlier versions, which are JSON objects
+            # earlier versions kept judgments as JSON objects; such an entry is no list, and is computed again
             if isinstance(entry, list) and entry[0] == key and intact(entry[1]):
                 self._end += len(self._kept.popleft())
                 kept: T = entry[1]
@@ -115,7 +115,7 @@ def _on_gpu(value: Any) -> bool:
 
 
 def _tensor_to_json(value: Any) -> dict[str, Any]:
-    import torch  # here: judging needs a journal without torch
+    import torch  # imported here, because judging uses a journal without torch
 
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"a {type(value).__name__} cannot be kept in a journal")

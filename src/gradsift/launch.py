@@ -2,7 +2,7 @@
 
 Every rank runs the same function. Either `torchrun` starts the ranks, or this module does, with torchrun's library. For
 several machines, start the same command on each of them. `NODE_RANK` (or Slurm's `SLURM_NODEID`) is the machine's
-number, and `MASTER_ADDR` and `MASTER_PORT` are the address of the first machine.
+number, `MASTER_ADDR` the address of the first machine, and `MASTER_PORT` a free port there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _NODE_NUMBERS = ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
 _TORCHS_SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
-LOST = "connection to the other ranks was lost"  # the start of the message of a rank that did not fail by itself
+LOST = "connection to the other ranks was lost"  # begins the message of a rank that did not fail by itself
 
 
 def is_launched() -> bool:
@@ -35,7 +35,7 @@ def is_launched() -> bool:
 
 
 def leads(compute: ComputeConfig) -> bool:
-    """Return whether this process is rank 0 or its launcher; no other process writes the run's folder."""
+    """Return whether this process is rank 0 or starts rank 0; no other process writes the run's folder."""
     return os.environ["RANK"] == "0" if is_launched() else node_of(compute) == 0
 
 
@@ -117,7 +117,7 @@ def _launch_config(compute: ComputeConfig, logs: str) -> LaunchConfig:
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
-    if compute.num_nodes == 1:  # a port that is free, on this machine
+    if compute.num_nodes == 1:  # port 0: a free port of this machine is taken
         meeting: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
     else:
         node = node_of(compute)
@@ -146,11 +146,12 @@ def _rank(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the closing of run.json short
         raise GradsiftError(f"{LOST} (SIGTERM: another rank failed, or the run was told to end)")
 
-    signal.signal(signal.SIGTERM, stop)  # sent when another rank failed: run.json and the tracker are closed first
+    # SIGTERM is sent when another rank failed; the error of `stop` lets this rank close run.json and the tracker
+    signal.signal(signal.SIGTERM, stop)
     try:
         return function(*arguments)
     except GradsiftError as error:
-        raise GradsiftError(str(error)) from error  # of this class, not a subclass: the launcher compares the name
+        raise GradsiftError(str(error)) from error  # never a subclass, because `_failure` compares the class's name
     except RuntimeError as error:
         if isinstance(error, DistError) or "onnection closed by peer" in str(error):  # gloo's message
             raise GradsiftError(f"{LOST} ({first_line(error)})") from error
@@ -158,7 +159,11 @@ def _rank(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
 
 
 def _failure(error: ChildFailedError) -> Exception:
-    """Return the error of the first rank that failed by itself: a `GradsiftError`, or a `RuntimeError` for a defect."""
+    """Return the error of the first rank that failed by itself: a `GradsiftError`, or a `RuntimeError` for a defect.
+
+    If none of this machine's ranks failed by itself, return a `GradsiftError` that says that the connection was
+    lost.
+    """
     texts = {rank: _text(failure) for rank, failure in error.failures.items()}
     own = [rank for rank, text in texts.items() if LOST not in (text or "")]
     rank = min(own or texts, key=lambda rank: error.failures[rank].timestamp)

@@ -58,7 +58,7 @@ class Line(Inputs):
 
     @functools.cached_property
     def refused(self) -> Artifact | None:
-        """Lists the pool's rows that the proxy's chat template cannot render; None if no row is rendered with it."""
+        """Artifact with the rows that the proxy's chat template cannot render; None if no row is rendered with it."""
         proxy, asked = self.config.proxy, set(self.scorer.asked)
         if self.config.reaches("selection"):
             asked |= set(self.selector.asked)
@@ -118,7 +118,7 @@ class Line(Inputs):
         if self.keeps_all:
             # known without the selection's artifact, so a plan can tell whether this finetune exists
             selection = self.everything()
-        for name in ("proxy_backbone", "proxy_inputs"):  # the target needs the memory; nothing scores after this
+        for name in ("proxy_backbone", "proxy_inputs"):  # frees memory for the target; no later stage reads these
             self.__dict__.pop(name, None)
 
         def positions() -> np.ndarray:
@@ -140,7 +140,7 @@ class Line(Inputs):
         return export(config, target, model, [self.pool[position] for position in positions_of(selection)], run)
 
     def merge(self, tuned: Artifact, run: Path) -> dict[str, str]:
-        """Write the finetuned target as one model into the run's folder, and return the model's folder by name."""
+        """Write the finetuned target as one model into the run's folder; return the model's folder as {name: path}."""
         folder = run / EXPORT_FOLDER / "merged"
         with self.runtime.display.task("merge the adapter into the target", None):
             write_merged(self.target, tuned, self.config.target, self.config.compute, folder)

@@ -1,8 +1,8 @@
 """Locks on units of work, so that one process at a time makes an artifact.
 
 They are locks of the file system, which the kernel frees when the holder dies. A file system without such locks is
-refused, because a plain lock file would remain after its holder died on another machine, and only its age would show
-that.
+refused: a plain lock file would remain after its holder died on another machine, and nothing but the file's age would
+suggest that the holder is dead.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Holder:
             return "not named"
 
     def require(self) -> None:
-        """Check that no other process has begun the same unit, as happens if the locks of a file system do not work.
+        """Check that no other process has begun the same unit, as can happen if the file system's locks do not work.
 
         Raises:
             GradsiftError: another process has signed the lock file since this one did.

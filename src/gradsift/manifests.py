@@ -61,7 +61,7 @@ def _checksum(plain: Mapping[str, Any]) -> str:
 
 
 def read_manifest(path: Path, **request: str) -> tuple[dict[str, Any], str | None]:
-    """Return the manifest of the artifact at `path` and a message about its damage, None if all files are as described.
+    """Return the manifest of the artifact at `path`, and a message about the artifact's damage (None if it is intact).
 
     A manifest that is missing or cannot be read is returned as {}.
 
@@ -126,7 +126,7 @@ def content_hash(content: Mapping[str, Any]) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file; a process computes it again only if the file's inode, size or time has changed."""
+    """Return the SHA-256 of a file; it is cached until the file's inode, size or modification time changes."""
     status = path.stat()
     return _hash_of(path.absolute(), status.st_ino, status.st_mtime_ns, status.st_size)
 

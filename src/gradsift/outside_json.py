@@ -15,11 +15,11 @@ class RepeatedKeyError(ValueError):
 
 
 def loads(text: str | bytes) -> Any:
-    """Return the value in `text`.
+    """Return the JSON value in `text`.
 
     Raises:
-        json.JSONDecodeError: the JSON is invalid, or Python cannot read it (a nesting of about a thousand levels, or a
-            number of thousands of digits); `json.loads` raises other errors for the latter.
+        json.JSONDecodeError: the JSON is invalid, or has a nesting of about a thousand levels or a number of thousands
+            of digits, which Python cannot read. (For these two, `json.loads` raises other errors.)
         UnicodeDecodeError: the bytes are not encoded text.
     """
     with _one_kind_of_error(text):
@@ -27,7 +27,7 @@ def loads(text: str | bytes) -> Any:
 
 
 def loads_all(text: str) -> list[Any]:
-    """Return the values in `text`, one after the other with nothing or `BLANK` between them.
+    """Return the JSON values in `text`, which follow each other with or without characters of `BLANK` between them.
 
     Raises:
         json.JSONDecodeError: see `loads`.
@@ -44,7 +44,7 @@ def loads_all(text: str) -> list[Any]:
 
 
 def loads_first(text: str) -> tuple[Any, int]:
-    """Return the value at the beginning of `text`, and its length in characters; the rest of `text` is ignored.
+    """Return the JSON value at the beginning of `text`, and its length in characters; the rest of `text` is ignored.
 
     Raises:
         json.JSONDecodeError: see `loads`.

@@ -1,10 +1,10 @@
-"""The whole method, in the paper's order.
+"""The stages of a run, in the order of the paper (GRADFILTERING, arXiv 2601.13697).
 
     examples -> proxy ensemble -> gradient statistics -> scores -> selection
              -> finetune -> answers -> judgments in both orders -> PWS
 
-`run` calls the stages in this order. A stage finds its artifact in the store or makes it. Nothing is computed that the
-chosen scorer does not ask for.
+`run` calls the stages in this order. A stage finds its artifact in the store or makes it. Of a scorer's inputs
+(ensemble, statistics, ...), only those that the chosen scorer asks for are computed.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def run(config: Config, runtime: Runtime, record: RunRecord) -> None:
         record.forgot(line.forgetting(tuned))
     if config.stop_after == "generate":
         return
-    if line.keeps_all:  # the full-data model against itself: PWS is 1 by definition
+    if line.keeps_all:  # the model is the full-data reference itself, so its PWS is 1 by definition
         record.is_reference()
     else:
         reference = line.finetune(line.everything())
@@ -122,7 +122,7 @@ def walk(config: Config, runtime: Runtime) -> None:
 
 
 def follow(config: Config) -> None:
-    """Walk through the stages on a rank that is not rank 0, to take part in those that divide their work."""
+    """Walk through the stages on a rank that is not rank 0, to take part in the stages that divide their work."""
     with Path(os.devnull).open("w") as nowhere:
         display = Display(Console(file=nowhere))
         with contextlib.suppress(RunEnded):
@@ -143,7 +143,7 @@ def prepare(compute: ComputeConfig, *, joins: bool = True) -> None:
 
 
 def settings_of(config: Config) -> list[tuple[str, Any]]:
-    """Return names and values of a run's main settings, to show at its start, without stages that it does not reach."""
+    """Return the names and values of the settings to show at a run's start, without those of stages not reached."""
     proxy, target, data = config.proxy, config.target, config.data
     rows = f", {data.size:,} rows" if isinstance(data, VerifiableDataConfig) else ""
     length = f"{target.steps} steps" if target.steps else f"{target.epochs} epochs"

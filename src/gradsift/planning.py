@@ -2,9 +2,9 @@
 
 An artifact is found by its fingerprint, so a plan knows what exists without computing anything. Light stages (reading
 the data, pinning a model) are made in a temporary folder, because the fingerprints of all later stages contain their
-content. Of the heavy stages only the selection's content enters a fingerprint: that of the finetune contains which
-examples were selected. Until the selection exists, the finetune and the units after it have `certain=False`. They may
-exist already, because another selection of the same examples leads to the same finetune.
+content. The selection is the only heavy stage whose content enters a fingerprint: the finetune's fingerprint contains
+which examples were selected. Until the selection exists, the finetune and the units after it have `certain=False`. They
+may exist already, because another run that selected the same examples made the same finetune.
 
 Estimates come from the manifests of similar units in the store. Without such units the estimate is None, never 0.
 """
@@ -36,11 +36,11 @@ class Unit:
     artifact: str  # folder in the store
     fingerprint: str
     state: str  # done or to do
-    certain: bool  # False: the unit may turn out to exist
+    certain: bool  # False: the unit may exist already
     seconds: float | None = None
     bytes: int | None = None
     peak_gb: float | None = None  # resident memory of the process
-    calls: int = 0  # most calls to a judge behind an endpoint
+    calls: int = 0  # to a judge behind an endpoint, if no reply is cached
 
 
 class Planner(Store):
@@ -61,7 +61,7 @@ class Planner(Store):
         return Store(self.store).has(*unit, **options)
 
     def _provide(self, wanted: Artifact, make: Make, *, light: bool, exact: bool, divided: bool) -> Artifact:
-        """Return the artifact if it exists or is light (it is then made), and otherwise a planned one without files."""
+        """Return the artifact if it exists; otherwise make it if it is light, or return a planned one without files."""
         unit = replace(wanted, path=self.store / wanted.stage / wanted.path.name)
         manifest, damage = read_manifest(unit.path, stage=unit.stage, fingerprint=unit.fingerprint)
         if damage is None:
@@ -119,7 +119,7 @@ class Earlier:
         return estimate
 
     def _read(self, stage: str) -> list[Mapping[str, Any]]:
-        """Return the manifests of a stage. Skips damaged ones."""
+        """Return the manifests of a stage, without damaged and incomplete ones."""
         manifests: list[Mapping[str, Any]] = []
         for file in sorted((self._store / stage).glob(f"*/{MANIFEST}")):
             try:
@@ -137,7 +137,7 @@ def _method(config: Mapping[str, Any]) -> Any:
 
 
 def _shared(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:
-    """Return the number of equal settings."""
+    """Return the number of settings that have the same value in both configs."""
     return sum(name in other and other[name] == value for name, value in one.items())
 
 

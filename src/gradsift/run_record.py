@@ -94,7 +94,7 @@ class RunRecord:
         self.tracker.artifact(artifact, SELECTION_FILE)
 
     def exported(self, write: Callable[[Path], dict[str, str]]) -> None:
-        """Call `write` to export files for other tools to the run's folder; record the names and paths it returns."""
+        """Call `write`, which writes files for other tools into the run's folder, and record the paths it returns."""
         self.files |= write(self.folder)
 
     def audited(self, compute: Callable[[], dict[str, Any]]) -> None:
@@ -179,7 +179,7 @@ class RunRecord:
             self.tracker.curve(f"member_{number}", [entry | {"batch": index} for index, entry in enumerate(curve)])
 
     def value_of(self, objective: str) -> float | None:
-        """Return the pooled PWS, or the finetuned target's accuracy or held-out loss; None if it was not measured."""
+        """Return the pooled PWS, or the finetuned target's accuracy or held-out loss; None if this was not measured."""
         value = self.values.get(objective)
         if isinstance(value, dict):
             value = value.get("model")
@@ -216,12 +216,13 @@ def composition(labels: Labels, positions: list[int]) -> dict[str, Any]:
     """Return the composition of a selection from data with labels.
 
     Args:
-        positions: of the selected examples in the pool.
+        positions: positions of the selected examples in the pool.
 
     Returns:
         labels: share of each quality label in the selection.
         spoilt_share, spoilt_share_pool: share of corrupted examples in the selection and in the pool.
-        families, families_pool: effective number of families in each; only if the labels name families.
+        families, families_pool: effective number of families in the selection and in the pool; only if the labels name
+            families.
     """
     quality = Counter(labels.quality[position] for position in positions)
     shares = {name: quality[name] / len(positions) for name in sorted(set(labels.quality))}

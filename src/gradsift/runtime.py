@@ -1,4 +1,4 @@
-"""What every stage gets besides its own config: the store, the machine, and a way to show progress."""
+"""What every stage gets besides its own config: the store, the compute settings, a way to show progress, the seed."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Display:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def say_path(self, name: str, path: object) -> None:
-        """Print a path on one line, however long, to be copied."""
+        """Print a path on one line, whatever its length, so that the user can copy it."""
         self.console.print(f"{name}: {path}", markup=False, soft_wrap=True)
 
     @contextmanager
     def task(self, description: str, total: int | None) -> Iterator[Advance]:
-        """Show the progress of `total` units of work. Yields a function to call with the number just done.
+        """Show the progress of `total` units of work. Yields a function to call with the number of units just done.
 
         If `total` is None, the bar shows only that work goes on; without a terminal, a line is printed at the end if
         the work took 30 seconds or more. The bars of nested tasks are shown below each other.
@@ -74,7 +74,7 @@ class Display:
                 progress.stop()  # draws the last bar once more, and erases it
 
     def _lines(self, description: str, total: int) -> Advance:
-        last, told = time.monotonic(), 0  # time of the last line, and the number done that it gave
+        last, told = time.monotonic(), 0  # time of the last line, and the number of units that it showed as done
         done = 0
 
         def advance(more: int) -> None:
@@ -90,10 +90,11 @@ class Display:
 
 
 def weighed(advance: Advance, units: int, weight: int) -> Advance:
-    """Return a function that takes the weight of work just done and advances a bar of `units` by its share of `weight`.
+    """Return a function that takes the weight of the work just done and advances a bar that counts units.
 
-    Batches hold similar numbers of tokens and take similar time, whether they have few long examples or many short
-    ones, so progress is measured in tokens and shown in examples.
+    The whole work has the total weight `weight` and the total number of units `units`; the bar advances in proportion
+    to the weight. Batches hold similar numbers of tokens and take similar time, whether they have few long examples or
+    many short ones, so progress is measured in tokens (the weight) and shown in examples (the units).
     """
     done = told = 0
 

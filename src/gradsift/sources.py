@@ -1,7 +1,7 @@
 """Scorers and selectors as configured functions, and the sources that they ask for.
 
-The positional parameters of such a function name its sources, and the pipeline computes nothing else. Its keyword-only
-parameters are constants, which come from its YAML file.
+The positional parameters of such a function name its sources, and the pipeline computes only these sources. The
+function's keyword-only parameters are constants, which come from its YAML file.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Source:
 
     artifacts: Callable[[], Sequence[Artifact]]
     value: Callable[[], Any]
-    settings: Mapping[str, Any] = field(default_factory=dict)  # options that determine the value too; JSON values
-    reads_tokens: bool = False  # whether it is computed from the pool's tokens in the proxy's template
+    settings: Mapping[str, Any] = field(default_factory=dict)  # further options that determine the value; JSON values
+    reads_tokens: bool = False  # whether the input is computed from the pool's tokens in the proxy's template
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def method_of(
 
 
 def _resolve(kind: str, target: str) -> tuple[Callable[..., Any], str]:
-    """Return the function `target` and the SHA-256 of its module's source text, which is empty for gradsift's own."""
+    """Return the function `target` and the SHA-256 of its module's source text ('' for a function of gradsift)."""
     module_name, _, function_name = target.rpartition(".")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # last: a user's file never hides an installed package

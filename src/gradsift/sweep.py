@@ -30,7 +30,7 @@ from gradsift.config import Config, load_config
 from gradsift.errors import ConfigError, GradsiftError
 
 HOME = "GRADSIFT_HOME"  # environment variable of a job: the folder in which its sweep was started
-GPUS = "GRADSIFT_GPUS"  # environment variable of a job: the GPUs of its sweep, which the jobs share by number
+GPUS = "GRADSIFT_GPUS"  # environment variable of a job: the GPUs of its sweep (see `take_gpus`)
 MOST_JOBS = 10_000  # in one sweep
 _ONE_MACHINE = ("JoblibLauncher", "LocalLauncher")  # launchers that run jobs side by side on this machine
 _GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -59,7 +59,8 @@ def begin(composed: DictConfig, describe: Callable[[Exception], str]) -> Sweep:
         describe: returns an error of Hydra or OmegaConf as one line.
 
     Raises:
-        ConfigError: one line for each different error, with the first job that has it.
+        ConfigError: some jobs cannot run; the message has a line for each different error, which names the first job
+            with this error. Or a plugin is missing, or there are too many jobs.
         HydraException: the overrides cannot be parsed.
     """
     _require_plugins(composed)
@@ -146,7 +147,7 @@ def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
     """Return the jobs of a grid, or for a search one job for each listed value and each end of an interval.
 
     Raises:
-        ConfigError: there are more than `MOST_JOBS` jobs, which are counted before any is listed.
+        ConfigError: there are more than `MOST_JOBS` jobs; their number is computed without listing them.
     """
     # not resolved: an override may contain `${hydra:job.num}`, which only a job has
     params: Any = OmegaConf.to_container(composed.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=False)
@@ -156,7 +157,7 @@ def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
     overrides = parser.parse_overrides(lines)
     _require_few(overrides, searches)
     choices = {}
-    for override in overrides:  # if two overrides set one option, the last wins: the command line's
+    for override in overrides:  # if several overrides set one option, the last counts; the command line's come last
         key = override.get_key_element()
         choices[key] = [f"{key}={value}" for value in values_of(override)]
     if not searches:
@@ -184,7 +185,7 @@ def _spelt(count: int) -> str:
 
 
 def _count(override: Override) -> int:
-    """Return the number of values that an override names; an interval has its two ends."""
+    """Return the number of values that an override names; 2 for an interval, because its two ends are checked."""
     value = override.value()
     if not isinstance(value, RangeSweep):
         return len(list(values_of(override)))

@@ -39,7 +39,7 @@ class Tracker:
     def __init__(self, config: TrackerConfig, folder: Path, group: str | None, about: Mapping[str, Any]) -> None:
         """
         Args:
-            group: W&B group, unless the config has one.
+            group: W&B group of the run if the config names none.
             about: settings that identify the run.
         """
         self._config = config
@@ -124,7 +124,7 @@ def is_logged(folder: Path) -> bool:
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
-    """Return the config of a run, or of the first job of a sweep that has one; empty if there is none."""
+    """Return the config of a run, or of a sweep's first job with a config file; an empty dict if there is no config."""
     folders = [folder, *(path.parent for path in sorted(folder.glob(f"*/{CONFIG_FILE}")))]
     return next(filter(None, map(config_values, folders)), {})
 
@@ -165,7 +165,7 @@ def _run_id(folder: Path, about: Mapping[str, Any]) -> str:
     """Return the W&B id of a run in this folder. It is drawn at random the first time, and stored in the folder.
 
     So jobs never share an id, whatever machine they run on. A job that runs again in its folder (requeued by Slurm, for
-    example) replaces its earlier W&B run, whose data that is not uploaded yet is deleted.
+    example) replaces its earlier W&B run; what that run has not uploaded yet is deleted.
     """
     file = folder / "wandb" / f"{content_hash(about)[:12]}.id"
     run_id = file.read_text(encoding="utf-8") if file.is_file() else ""

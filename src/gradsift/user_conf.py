@@ -1,4 +1,4 @@
-"""The config folders: gradsift's own `conf/`, and a `./conf` of the user beside it."""
+"""The config folders: gradsift's own `conf/`, and the user's `conf/` in the working directory."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def code_hash() -> str:
 
 @functools.cache
 def git_sha() -> str | None:
-    """Return the short commit of the checkout that the package runs from, or None for an installed wheel."""
+    """Return the short commit of the checkout that the package runs from; None without a checkout, git or a commit."""
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
         return None

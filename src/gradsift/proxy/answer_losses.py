@@ -2,13 +2,13 @@
 
     body_i   mean loss of the response tokens before the last one
     end_i    loss of the last response token (the end token, unless the response was cut)
-    other_i  body_i after the prompt of another example, which each member draws at random
+    other_i  body_i with example i's prompt replaced by another example's, drawn at random for each member
 
 For a response of a single token, body and end are that token's loss. The losses take two forward passes over the pool,
 with dropout off and without gradients. In a conversation, the other example's prompt replaces all tokens before the
 first response token.
 
-Shape letters: M members, N examples, B of a batch.
+Shape letters: M members, N examples.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def answer_losses(
 
     Args:
         member: the artifact of a member's epoch, which contains the adapter.
-        index: number of the member; the other prompts are drawn with it and the run's seed.
+        index: number of the member; the seed of the draw of other prompts is derived from it and the run's seed.
         load: called only if the table has to be made.
     """
     collect = partial(collect_losses, seed=derive_seed(runtime.seed, "other prompts", index))
@@ -66,7 +66,7 @@ def collect_losses(
     """Return columns row (N,) int64, body, end and other (N,) float32, in the order of the encoded examples.
 
     Args:
-        seed: with which the other prompts are drawn.
+        seed: seed of the draw of other prompts.
 
     Raises:
         GradsiftError: a loss is not finite; the message names the rows.
@@ -94,15 +94,15 @@ def collect_losses(
 
 
 def with_other_prompts(examples: Sequence[Encoded], seed: int) -> list[Encoded]:
-    """Return each example with the tokens before its response replaced by those of another example.
+    """Return each example with its prompt (all tokens before its response) replaced by another example's prompt.
 
-    Each example's prompt is used once. A prompt is cut at its start if the text would be longer than the longest
-    example's.
+    Each example's prompt is used once. A prompt is cut at its start if the new text would be longer than the longest
+    example.
     """
     limit = max(len(example.input_ids) for example in examples)
     order = np.random.default_rng(seed).permutation(len(examples))
     texts: list[Encoded | None] = [None] * len(examples)
-    # each example takes the prompt of the next one in a random circle, so no example keeps its own
+    # each example gets the prompt of the next example in a random cyclic order, so none keeps its own
     for place, giver in zip(order, np.roll(order, -1), strict=True):
         texts[place] = _after_prompt(examples[place], examples[giver], limit)
     return [text for text in texts if text is not None]

@@ -38,11 +38,12 @@ def collect(
     weights: Artifact,
     shard: int,
 ) -> Artifact:
-    """Return the norms and losses of one shard's examples at `weights`, the weights of `member` after `epoch`.
+    """Return the artifact with the norms and losses of one shard's examples.
 
     Args:
         load: called only if the shard has to be collected.
-        shard: number of the shard, below `config.shards`, from 0.
+        weights: the artifact with the weights of `member` after `epoch`, at which the norms are taken.
+        shard: number of the shard, from 0 to `config.shards` - 1.
     """
     label = f"norms of member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
     label += f", shard {shard} of {config.shards}" if config.shards > 1 else ""
@@ -67,7 +68,7 @@ def collect_rows(
     shard: int,
     label: str = "norms",
 ) -> dict[str, Any]:
-    """Collect the norms of one shard at `weights`, write them to `folder` and return the artifact's counts."""
+    """Collect the norms of one shard at `weights`, write them to `folder`, and return the artifact's `info`."""
     encoded = shard_of(inputs.encoded, shard, config.shards)
     masks = None
     if config.ensemble == "mc_dropout":

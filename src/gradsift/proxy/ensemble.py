@@ -1,13 +1,13 @@
 """Training of the proxy ensemble, and its per-sample gradient norms.
 
-GRADFILTERING (arXiv 2601.13697), section 3: M adapters on one frozen backbone differ by their initial A and their data
-order, and each minimises its own loss. theta^(m,e) are member m's parameters after e epochs, and |g_i^(m,e)| is the
-norm of example i's gradient at these parameters.
+GRADFILTERING (arXiv 2601.13697), section 3: M adapters on one frozen backbone differ by their initial LoRA factor A and
+their data order, and each is trained by itself. theta^(m,e) are member m's parameters after e epochs, and |g_i^(m,e)|
+is the norm of example i's gradient at these parameters.
 
 This is `proxy.ensemble=lora_seeds`. The two other ensembles are the ablations that the paper asks for, as we read it:
 
-    bootstrap   all members start from the same A; member m trains on N draws with replacement from the N examples, the
-                same draws in every epoch, in another order
+    bootstrap   all members start from the same A; member m trains on N draws with replacement from the N examples; the
+                draws are the same in every epoch, their order is not
     mc_dropout  one adapter is trained, with dropout (it is member 0 of `lora_seeds`); the norms of member m come from a
                 pass with the adapter's weights after an epoch, under dropout masks of member m
 
@@ -100,7 +100,7 @@ def train_adapters(
 ) -> list[list[Artifact]]:
     """Return the adapters of the ensemble, as [adapter][epoch - 1]: one per member, or a single one for mc_dropout.
 
-    Jobs of different shards begin with different members, so that they train in parallel.
+    Jobs of different shards begin with different members, so that parallel jobs train different members.
     """
     count = 1 if config.ensemble == "mc_dropout" else config.members
     groups = [range(count)[first : first + config.together] for first in range(0, count, config.together)]
@@ -120,7 +120,10 @@ def train_adapter(
     member: int,
     epochs: int,
 ) -> list[Artifact]:
-    """Return the artifacts of one member's first `epochs` epochs; with `during_training` they also contain norms."""
+    """Return the artifacts of one member's first `epochs` epochs.
+
+    With `proxy.collect=during_training` they also contain norms.
+    """
     return _train_group(runtime, config, proxy, examples, load, [member], epochs)[member]
 
 
@@ -173,8 +176,8 @@ def _obtain_all(
 ) -> dict[int, Artifact]:
     """Return the artifacts of `units` (slug, config, parents); one call of `make` makes all that do not exist.
 
-    The calls of `obtain`, each of which locks its unit, are nested in ascending order of the members. So if two jobs
-    make the same units, one of them waits.
+    The calls of `obtain`, each of which locks its unit, are nested in ascending order of the members. So two jobs that
+    make the same units cannot block each other: one of them waits.
     """
     folders: dict[int, Path] = {}
     infos: dict[int, Mapping[str, Any]] = {}
@@ -204,7 +207,7 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
     """
     return {
         **({"ensemble": "bootstrap"} if config.ensemble == "bootstrap" else {}),
-        # the weights do not depend on this, but only such an epoch has norms
+        # the weights do not depend on this setting, but only an epoch with it also has norms
         **({"collect": "during_training"} if config.collect == "during_training" else {}),
         "member": member,
         "epoch": epoch,
@@ -213,13 +216,13 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
         **encoding_settings(config.template, config.max_length),
         "learning_rate": config.learning_rate,
         "schedule": config.schedule,
-        # a rate that falls to zero at the end makes every epoch depend on how many there are
+        # if the rate falls to zero at the end, every epoch depends on the number of epochs
         "scheduled_epochs": None if config.schedule == "constant" else config.total_epochs,
         "warmup_steps": config.warmup_steps,
         "weight_decay": config.weight_decay,
         "batch_size": config.batch_size,
         "batching": config.batching,
-        "tokens": None,  # masks once depended on this; the entry keeps the fingerprints of earlier members
+        "tokens": None,  # in earlier versions it determined the dropout masks; kept so that fingerprints stay equal
     }
 
 
@@ -265,7 +268,7 @@ def train_members_epoch(
 
 
 def _member_epoch(runtime: Runtime, config: ProxyConfig, inputs: ProxyInputs, unit: Unit) -> MemberEpoch:
-    # here, as in every function that trains: Lightning takes seconds to import, and most runs reuse their trainings
+    # imported in the functions that train: Lightning takes seconds to import, and most runs reuse their trainings
     from gradsift.proxy.together import MemberEpoch
 
     settings, previous, folder = unit

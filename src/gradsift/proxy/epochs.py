@@ -1,4 +1,4 @@
-"""One epoch of an adapter on the proxy's backbone: shared by the ensemble and the warm-up of gradient features."""
+"""Training of an adapter on the proxy's backbone for one epoch; used for the ensemble and the warm-up of features."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ProxyInputs(NamedTuple):
 
     backbone: Backbone
     encoded: Sequence[Encoded]
-    budget: TokenBudget  # shared by all adapters: once memory ran out, all use fewer tokens
+    budget: TokenBudget  # shared by all adapters: after memory has run out, all take fewer tokens per pass
 
 
 class EpochStart(NamedTuple):
@@ -110,7 +110,7 @@ def train_epoch(
         The counts `optimizer_steps`, `resumed_steps` (steps that interrupted runs had taken) and `rows`, and the
         Frobenius norms of the adapter's A and B over all layers, `size_A` and `size_B`.
     """
-    # here, as in every function that trains: Lightning takes seconds to import, and most runs reuse their trainings
+    # imported in the functions that train: Lightning takes seconds to import, and most runs reuse their trainings
     from gradsift.training.finetuning import fit
 
     module = start_epoch(adapted, inputs, optimization, start)
@@ -143,7 +143,7 @@ def optimizer_keeper(folder: Path) -> Callback:
 
 
 def write_epoch(module: ProxyMember, inputs: ProxyInputs, steps: int, folder: Path) -> dict[str, Any]:
-    """Write adapter and curve after `steps` steps of this process, and return the counts of `train_epoch`."""
+    """Write adapter and curve after `steps` steps of this process, and return what `train_epoch` returns."""
     from gradsift.training.finetuning import step_counts
 
     lora.save_adapter(module.model, folder)

@@ -2,7 +2,7 @@
 
 Each member keeps its own rows and their order, dropout masks, optimiser, learning rate, save point and files, so that
 its artifact equals the artifact of a member trained alone, up to rounding. A step of the trainer is one step of every
-member that has steps left, so members that were interrupted at different steps each continue from their own.
+member that has steps left, so each member continues from the step at which it was interrupted.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class MemberEpoch:
         return [ShowProgress(advance), self._trajectory, *([self._norms] if self._norms else [])]
 
     def write(self, inputs: ProxyInputs) -> dict[str, Any]:
-        """Write the recorded trajectory and norms, and return the norms' entries for the artifact's info."""
+        """Write the recorded trajectory and norms; return the norms' entries for the artifact's info, or {}."""
         if self._trajectory is not None:
             self._trajectory.write(self.folder)
         if self._norms is None:
@@ -86,7 +86,7 @@ def train_together(
         member = start_epoch(lanes.adapted, inputs, epoch.optimization, epoch.start)
         own = [*epoch.callbacks(lanes.adapted, advance), optimizer_keeper(epoch.folder)]
         callbacks.append(with_save_point(member, inputs.encoded, epoch.plan, own, compute, epoch.folder))
-        # after `with_save_point`, which has restored the member and the curve of the steps that it took
+        # `with_save_point` has restored the member, and `curve` has an entry for each step that it had taken
         left.append(epoch.plan[len(member.curve) :])
         members.append(member)
 
@@ -122,8 +122,8 @@ class Members(AdapterModule):
         """Return the outputs of each member that has examples in the step, by its lane's number as a string."""
         outputs = self.pass_step(step)
         self.lanes.forget_rows()
-        # a step may take several passes, each with rows of every lane; stable, so a lane's rows stay in the order of
-        # the passes
+        # a step may take several passes, each with rows of every lane; the sort is stable, so that a lane's rows stay
+        # in the order of the passes
         order = outputs["lanes"].argsort(stable=True)
         counts = [len(_part(step, lane).examples) for lane in range(len(self.lanes))]
         columns = {name: values[order].split(counts) for name, values in outputs.items()}
@@ -155,7 +155,7 @@ class Members(AdapterModule):
         return rows
 
     def _divisor(self, rows: Sequence[Encoded], examples: Sequence[Encoded]) -> torch.Tensor:
-        # each member minimises the mean over its own examples of the step, which may be fewer in its last batch
+        # each member minimises the mean over its own examples of the step; its last batch may have fewer examples
         counts = [float(sum(example.lane == lane for example in examples)) for lane in range(len(self.lanes))]
         return torch.tensor([counts[row.lane] for row in rows]).to(self.device, non_blocking=True)
 
@@ -178,7 +178,7 @@ class _OfEachMember(L.Callback):
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         self._call("on_train_start", trainer, module)
-        # if norms are recorded, each member's probe has replaced that of the member before
+        # if norms are recorded, each member's probe has replaced the probe of the member before, so the last one counts
         module.gradient_norms = module.of_lane[-1].gradient_norms
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:

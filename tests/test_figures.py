@@ -569,6 +569,12 @@ def test_a_run_that_stopped_early_shows_what_it_has(material: Material, tmp_path
     assert reasons["judge_outcomes"] == "no run has judgments"
 
 
+def test_a_plan_has_no_report(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"status": "planned", "scorer": "gsnr", "stages": []}))
+    with pytest.raises(DataError, match="holds a plan and no results; run the same command without plan=true"):
+        read(tmp_path)
+
+
 def test_a_job_that_was_killed_is_told_and_a_folder_without_runs_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds neither run\.json nor folders of jobs"):
         read(tmp_path)

@@ -79,7 +79,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """One of finished, stopped (as asked), planned, failed, interrupted, or unfinished (killed or at work)."""
+        """One of finished, stopped (as asked), failed, interrupted, or unfinished (killed or at work)."""
         return str(self.record["status"])
 
     @property
@@ -258,7 +258,7 @@ def read(folder: Path, artifacts: Path | None = None) -> Material:
         artifacts: the store, if it is neither at the paths in `run.json` nor where the config says.
 
     Raises:
-        DataError: there is no run in the folder, or a `run.json` is broken.
+        DataError: there is no run in the folder, a run was only planned, or a `run.json` is broken.
     """
     is_sweep = not is_run(folder)
     folders = job_folders(folder) if is_sweep else [folder]
@@ -297,6 +297,8 @@ def _record(folder: Path) -> dict[str, Any]:
         overrides = read_yaml(folder / ".hydra" / "overrides.yaml")
         overrides = list(map(str, overrides)) if isinstance(overrides, list) else []
         record = {"status": "unfinished", "error": "it was killed or is still at work", "overrides": overrides}
+    if record.get("status") == "planned":
+        raise DataError(f"{folder} holds a plan and no results; run the same command without plan=true")
     options = dict(o.split("=", 1) for o in record.get("overrides") or [] if "=" in o)
     try:
         alpha: float | None = float(options.get("alpha", "0.1"))

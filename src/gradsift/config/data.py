@@ -14,7 +14,7 @@ from gradsift.errors import ConfigError, first_line
 from gradsift.names import LONGEST_NAME, slug
 
 EMBEDDED = "verifiable"  # name of the dataset and of the benchmark of the embedded world, a generated toy task
-TERSE = "verifiable_terse"  # benchmark: its skills as the nano models were pretrained on them, to measure forgetting
+TERSE = "verifiable_terse"  # benchmark: questions in the form of the nano models' pretraining, to measure forgetting
 COPIES = ("exact_duplicate", "near_duplicate")
 CORRUPTIONS = ("wrong_answer", "mismatched_answer", "truncated", "garbled", *COPIES)
 DATA_FORMATS = ("auto", "alpaca", "messages", "sharegpt", "prompt_completion")
@@ -29,7 +29,7 @@ class FieldsConfig:
     """Names of the columns that hold the parts of an example. Other common names are recognised too (docs/data.md)."""
 
     instruction: str = "instruction"  # column of the prompt
-    input: str | None = "input"  # column of a further text of the prompt; may be missing; null: no column
+    input: str | None = "input"  # column of a second text of the prompt; may be missing; null: no column
     output: str = "output"  # column of the response
     messages: str = "messages"  # column of the turns: [{"role": ..., "content": ...}, ...]
     conversations: str = "conversations"  # column of the turns in ShareGPT data: [{"from": ..., "value": ...}, ...]
@@ -67,9 +67,10 @@ class DataConfig(Group, option="data"):
     holdout: int = option(0, least=0)  # rows set aside before selection, for the held-out loss
     # seed of the draws for `limit` and `holdout`, of a mixture's sample, and of the embedded world
     seed: int = option(0, least=0)
-    # exact: of rows with equal texts keep the first; near: also of rows that share most of their words
+    # exact: drop each row whose texts equal those of an earlier row; near: also drop each row that shares most of its
+    # words with an earlier, kept row
     dedup: str = option("none", choices=("none", "exact", "near"))
-    # for dedup=near: Jaccard similarity of two rows' word triples from which the rows are near duplicates
+    # for dedup=near: rows are near duplicates if the Jaccard similarity of their word triples is at least this
     dedup_threshold: float = option(0.8, least=0.5, most=1)
     corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
     # file written by `gradsift scores`. Its scores replace the scorer's (not those of full, random and random_clean);

@@ -15,7 +15,7 @@ from gradsift.config.models import ModelConfig
 from gradsift.errors import ConfigError
 
 MATCHES = ("exact", "number", "choice")
-_WEEK = 604_800  # seconds, the longest wait that can be set; Python cannot wait for centuries
+_WEEK = 604_800  # seconds, the longest wait that can be set; much longer waits overflow Python's timers
 
 
 @dataclass
@@ -30,9 +30,9 @@ class BenchmarkSetConfig:
     input: str | None = None
     second_turn: str | None = None  # field of a question that is asked after the answer to the first
     reference: str | None = None  # field of the reference answer, for judge=verifier, accuracy, metrics
-    reference_after: str | None = None  # the reference answer begins after this text in its field, as ####
+    reference_after: str | None = None  # text after which the reference answer begins in its field, such as ####
     match: str = "exact"  # how an answer is compared with the reference (see gradsift.evaluation.matching)
-    file: str | None = None  # path of its copy below `benchmark.folder`; null: the last part of `url`
+    file: str | None = None  # path of the set's local copy in `benchmark.folder`; null: the last part of `url`
 
 
 def _benchmark_set(name: str, entry: Any) -> BenchmarkSetConfig:
@@ -65,8 +65,8 @@ class BenchmarkConfig(Group, option="benchmark"):
     upstream: str | None = None  # base address that the catalogue's entries may refer to
     upstream_bbh: str | None = None  # address of BIG-Bench-Hard's files, which the catalogue refers to
     folder: str | None = None  # folder of local copies, each at its set's `file`; replaces every `url`
-    limit: int | None = option(None, least=1)  # number of items of each set, the first ones; null: all
-    max_new_tokens: int = option(512, least=1)  # tokens of an answer
+    limit: int | None = option(None, least=1)  # take only this many items from the start of each set; null: all
+    max_new_tokens: int = option(512, least=1)  # most tokens of an answer
     batch_size: int = option(16, least=1)  # answers that are generated together
     wordnet_dir: str | None = None  # folder with the files of WordNet 3.x, for METEOR; null: no METEOR
     lm_eval_tasks: list[str] = field(default_factory=list)  # tasks of lm-eval, answered before and after the finetune
@@ -136,7 +136,8 @@ class JudgeConfig(Group, option="judge"):
     """A judge gives each answer of a pair a score. Every pair is judged in both orders."""
 
     name: str = MISSING
-    confidence: float = option(0.95, above=0, below=1)  # coverage of the confidence interval of PWS
+    # coverage of the confidence interval of the pairwise winning score (PWS)
+    confidence: float = option(0.95, above=0, below=1)
 
 
 @dataclass
@@ -166,7 +167,8 @@ class EndpointOptions:
     concurrency: int = option(4, least=1)  # requests at a time
     price_input: float | None = option(None, least=0)  # USD per million prompt tokens; null: unknown
     price_output: float | None = option(None, least=0)  # USD per million reply tokens; null: unknown
-    max_usd: float | None = option(None, above=0)  # cap on a stage's cost, resumed runs included; needs both prices
+    # cap on a stage's cost in USD, resumed runs included; needs price_input and price_output
+    max_usd: float | None = option(None, above=0)
     max_calls: int | None = option(None, least=1)  # cap on a stage's requests, resumed runs included
 
     def _check_endpoint(self, group: str) -> None:
@@ -276,14 +278,14 @@ class GeneratorConfig(Group, option="generator"):
 
 @dataclass
 class EndpointGeneratorConfig(EndpointOptions, GeneratorConfig):
-    """An OpenAI-compatible server computes the answers. It serves a finetuned target under its artifact's name."""
+    """An OpenAI-compatible server computes the answers. A finetuned target is named after its artifact there."""
 
     model: str | None = None  # the server's name for the untuned target; null: target.model.path
     # tokens: sends token ids, encoded with the target's template, to the completions API; chat: sends messages, and the
     # server applies its own template
     prompt: str = option("tokens", choices=("tokens", "chat"))
     # command that starts a server and takes the arguments of `vllm serve`. Each stage runs it on this machine, with the
-    # adapter. Empty: the server at base_url is asked
+    # adapter. Empty: the server at base_url is used
     serve: list[str] = field(default_factory=list)
     serve_arguments: list[str] = field(default_factory=list)  # further arguments of `serve`
     start_timeout: float = option(1800.0, above=0, most=_WEEK)  # seconds until the started server must answer
@@ -305,8 +307,8 @@ class AuditConfig(Group, option="audit"):
     """The noise audit: how well a scorer keeps known corruption out of the selection (gradsift.selection.audit)."""
 
     enabled: bool = False  # compare the scores with known corruption
-    alphas: list[float] = option([0.05, 0.1, 0.15], above=0, most=1)  # shares of the rows, selected for the audit only
-    clusters: int = option(30, least=2)  # clusters of the prompts, if the data names no task families
+    alphas: list[float] = option([0.05, 0.1, 0.15], above=0, most=1)  # shares of the rows that only the audit selects
+    clusters: int = option(30, least=2)  # number of prompt clusters, used as task families if the data names none
 
     def __post_init__(self) -> None:
         super().__post_init__()

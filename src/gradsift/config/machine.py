@@ -40,7 +40,7 @@ class ComputeConfig(Group, option="compute"):
     kernels: str = option("auto", choices=("auto", "off"))
     # tokens, padding included, that pass through a model at once; null: chosen for each model
     tokens: int | None = option(None, least=1)
-    # compute activations again in the backward pass: takes less memory and a third more time. null: only on a GPU whose
+    # recompute activations in the backward pass; takes less memory and a third more time. null: only on a GPU whose
     # memory would hold the activations of fewer than 4,096 tokens
     checkpointing: bool | None = None
     threads: Any = "auto"  # CPU threads of a process: a number; auto: the free cores; null: torch's default

@@ -33,7 +33,9 @@ class PublishedConfig(ScorerConfig):
 class GsnrConfig(ScorerConfig):
     """The Gradient Signal-to-Noise Ratio and its ablations."""
 
-    eps: float = option(1e-8, above=0)  # added to V_t, in units of a squared norm; the paper gives no value
+    # added to the mean early norm G_s, and to the variance V_t of the late norm over the members (in units of a norm
+    # and of its square); the paper gives no value
+    eps: float = option(1e-8, above=0)
 
 
 @dataclass
@@ -50,10 +52,11 @@ class ContrastConfig(ScorerConfig):
 
     neighbours: int = option(50, least=2)  # k, number of most similar other prompts
     end_share: float = option(0.33, least=0, most=1)  # w, weight of an answer's last token in its loss
-    # v, how much an answer loses if its own prompt makes it hardly likelier than another example's prompt does
+    # v, how much the score falls if the answer is hardly likelier after its own prompt than after another example's
     prompt_weight: float = option(4.0, least=0)
-    caution: float = option(1.0, least=0)  # how many standard deviations over the members are subtracted
-    saturation: float = option(0.2, least=0, most=1)  # share of the rows, the best ones, whose scores are random
+    caution: float = option(1.0, least=0)  # how many standard deviations over the members are subtracted from the score
+    # the best rows, up to this share of all rows, get random scores above all other scores
+    saturation: float = option(0.2, least=0, most=1)
     seed: int = option(0, least=0)  # seed of the random scores
 
 
@@ -94,7 +97,8 @@ class GradsConfig(ScorerConfig):
     """Representativeness, diversity and redundancy (GrADS). The paper gives none of these values."""
 
     weights: list[float] = option([1.0, 1.0, 1.0], least=0)  # w_g, w_d, w_s; weight 0 leaves a factor out
-    # signal from the gradients of embedding and head: four statistics of each, the norm of each, or one norm of both
+    # signal from the gradients of embedding and head. statistics: four of each gradient; norms: the norm of each; norm:
+    # one norm of both together
     combine: str = option("statistics", choices=("statistics", "norms", "norm"))
     bandwidth: Any = "scott"  # kernel width: a number of standard deviations of the signal, or scott (Scott's rule)
     region: str = option("high", choices=("high", "low"))  # whether high or low density counts as representative
@@ -121,7 +125,7 @@ class CherryConfig(ScorerConfig):
     """Instruction-following difficulty as a ratio of losses (Cherry)."""
 
     max_length: int = option(512, least=2)  # tokens; L of the published command
-    # original: checks whether a row is too long after its response was cut, as the published code does
+    # original: first cuts the response and then checks whether the row is too long, as the published code does
     fidelity: str = option("fixed", choices=FIDELITIES)
 
 

@@ -20,7 +20,7 @@ POOLINGS = ("mean", "weighted_mean", "last")
 
 @dataclass
 class NanoConfig(Group, option="model.nano"):
-    """Pretraining of a nano backbone on the skills of the embedded world, with prompts that are worded differently."""
+    """Pretraining of a nano backbone on the embedded world's skills, with prompts unlike the world's instructions."""
 
     architecture: str = option("gpt2", choices=("gpt2", "llama"))  # architecture of the backbone
     steps: int = option(2400, least=1)  # optimiser steps
@@ -113,7 +113,7 @@ def _check_template(option: str, template: str) -> None:
 
 
 def warmup_fits(option: str, warmup: int, steps: int) -> int:
-    """Return `warmup`, after checking that it is below `steps`: in the warm-up the learning rate rises from 0.
+    """Return `warmup`, the number of steps in which the learning rate rises from 0, if it is below `steps`.
 
     Raises:
         ConfigError: the warm-up takes all steps, so that the learning rate would never reach its full value.
@@ -144,7 +144,7 @@ class ProxyConfig(Group, option="proxy"):
     epochs: int | None = None  # number of epochs; null: up to the late snapshot
     # when per-sample gradients are computed: in a pass after the epoch, or in the backward passes of the training
     collect: str = option("epoch_end", choices=("epoch_end", "during_training"))
-    shards: int = option(1, least=1)  # parts of the rows; with `shard`, a job collects one part
+    shards: int = option(1, least=1)  # number of parts of the rows; with `shard`, a job collects the norms of one part
     shard: int | None = None  # the shard, counted from 0, that this run collects; null: all shards
     # LoRA factors whose gradients are in the norm. scaled: both, each divided by the Frobenius norm of the other factor
     norm_scope: str = option("all", choices=("all", "A", "B", "scaled"))
@@ -308,7 +308,7 @@ class WarmupConfig(Group, option="features.warmup"):
     schedule: str = option("linear", choices=SCHEDULES)  # of the learning rate after the warm-up steps
     warmup_ratio: float = option(0.03, least=0, below=1)  # share of the steps in which the learning rate rises from 0
     batch_size: int = option(32, least=1)  # examples per optimiser step
-    # the targets are attention layers of Llama and of GPT-2; a name that the model does not have is ignored
+    # `targets` names attention layers of Llama and of GPT-2; a name that the model does not have is ignored
     lora: LoraConfig = field(
         default_factory=lambda: LoraConfig(
             rank=128,
@@ -342,13 +342,14 @@ class FeaturesConfig(Group, option="features"):
 
     name: str = MISSING
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
-    # all: one checkpoint after each epoch of the warm-up, weighted by its learning rate; last: the last one
+    # all: one checkpoint after each epoch of the warm-up, weighted by the epoch's mean learning rate; last: only the
+    # last checkpoint
     checkpoints: str = option("all", choices=("all", "last"))
     dimensions: int | None = option(8192, least=1)  # size of a checkpoint's random projection; null: no projection
     projection_seed: int = option(0, least=0)  # seed of the random projection
     # weights whose gradients are taken. lora: the adapter's; full: all of the model's, one example at a time
     gradient_params: str = option("lora", choices=("lora", "full"))
-    adam: bool = True  # turn the pool's gradients into Adam's updates; those of the target set stay plain
+    adam: bool = True  # turn the pool's gradients into Adam's updates; the target set's gradients are used unchanged
     normalise: bool = True  # compare by cosine; false: by inner product, where larger norms count more
 
     def __post_init__(self) -> None:

@@ -82,7 +82,7 @@ class Config(Group):
     stop_after: str | None = None  # the stage after which the run ends; null: the last one
     plan: bool = False  # only show which stages are done and which are still to do
     objective: str = option("pws", choices=tuple(OBJECTIVES))  # what a search optimises (hydra/sweeper=optuna)
-    artifacts: str = "artifacts"  # folder of finished work, shared by all runs
+    artifacts: str = "artifacts"  # folder of the store, which keeps the results of stages for all runs
     report: bool = True  # write report.html at the end of a run, or one for all jobs of a sweep
 
     def __post_init__(self) -> None:
@@ -241,7 +241,7 @@ class Config(Group):
 
     def _check_embedded_parts(self) -> None:
         """Check that the embedded world's models, target set and benchmarks are used with its data only."""
-        # a user's own set may hold only the embedded world's words; published sets, which have a URL, hold others
+        # a user's own set may hold only the embedded world's words; published sets, which have a URL, hold other words
         asked = [*self.benchmark.sets, *self.benchmark.general]
         embedded_sets = [name for name in asked if name in (EMBEDDED, TERSE)]
         foreign_sets = [name for name in asked if name not in embedded_sets and self.benchmark.catalog[name].url]

@@ -17,7 +17,7 @@ from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError
 
 T = TypeVar("T")
-_STRETCH = 50  # at most this many batches' examples are sorted by length together
+_STRETCH = 50  # largest number of batches whose examples are sorted by length together
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +140,9 @@ def spread_out(batches: Sequence[T]) -> list[T]:
 
 
 def shard_of(examples: Sequence[Encoded], shard: int, shards: int) -> list[Encoded]:
-    """Return one of `shards` parts of the examples, in their order. All parts take similar time.
+    """Return part `shard` of `shards` parts of the examples, in the order of the examples. All parts take similar time.
 
-    The examples are sorted by falling length; the part has those at positions `shard`, `shard` + `shards`, ...
+    In the order of falling length, the part has the examples at positions `shard`, `shard` + `shards`, ...
     """
     by_falling_length = sorted(range(len(examples)), key=lambda position: -len(examples[position].input_ids))
     return [examples[position] for position in sorted(by_falling_length[shard::shards])]

@@ -1,14 +1,15 @@
 """Chat templates: the text of a conversation, and which parts of it are responses.
 
-The template renders the whole conversation once, with marks (private-use characters) around each turn's text. So the
-place of every turn is known, even if the template treats earlier turns differently from the last one (Qwen3, gpt-oss).
+The template renders the whole conversation, with marks (private-use characters) around the texts of user and assistant
+turns. So the place of each of these turns is known, even if the template treats earlier turns differently from the last
+turn (Qwen3, gpt-oss).
 
 - A response is what the model has to generate: an assistant's text with the marker that ends the turn, without the
   white space after that marker. The text of the generation prompt, such as a header or an empty think block, counts as
   prompt. If the template has `{% generation %}` marks, a response lies within them.
-- The text before the last response must be the generation prompt of the same conversation, character by character. If
-  this prompt opens a think block that the template does not show in conversations (DeepSeek-R1), the last response
-  closes the block, after the thoughts in the row or, if there are none, without thoughts.
+- The text before the last response must equal the generation prompt of the earlier turns, character by character. If
+  this prompt opens a think block that the template omits from whole conversations (DeepSeek-R1), the last response
+  closes the block. The row's thoughts, if there are any, come before the closing tag.
 - A row with a think block is refused if the template has another notation for reasoning (gpt-oss, Gemma 4).
 - A conversation is refused (`Unusable`) if the template leaves out or changes the text of a turn.
 
@@ -34,7 +35,7 @@ FILE_SUFFIX = ".jinja"
 DATE = datetime.date(2024, 7, 26)  # the date that Llama 3's templates write if no date is known
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 _THINK, _THOUGHT = "<think>", "</think>"
-_REASONS_APART = re.compile(r"\w(?:\.|\.get\(['\"]|\[['\"])(?:reasoning_content|thinking)\b")  # a key of a message
+_REASONS_APART = re.compile(r"\w(?:\.|\.get\(['\"]|\[['\"])(?:reasoning_content|thinking)\b")  # reads a message's key
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # exceptions that a template may raise on data that its author did not foresee; Jinja does not catch them
 _RAISED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -142,14 +143,15 @@ class _Chat:
     def _with_stand_ins(self, turn: Turn) -> str:
         text = turn.content
         for token, stand_in in self._stand_ins.items():
-            if self._control[token] or turn.role != "assistant":  # the assistant's text may hold tags of a think block
+            if self._control[token] or turn.role != "assistant":  # tags of a think block in an assistant's text stay
                 text = text.replace(token, stand_in)
         return text
 
     def whole(self) -> tuple[str, list[tuple[int, int]]]:
         """Return the text of the conversation, and the (start, end) of each part in `{% generation %}` marks.
 
-        If the generation prompt opens a think block that the template does not show, it precedes the last response.
+        If the generation prompt opens a think block that the template omits from the conversation, the returned text
+        has the whole generation prompt before the last response.
         """
         text, spans = self.rendered(len(self._turns), generate=False)
         prompt, end_mark = self._prompt(len(self._turns) - 1), self._marks[-1][1]
@@ -185,7 +187,10 @@ class _Chat:
         return text[:place] + core.join(self._marks[number]) + text[place + len(core) :]
 
     def _core(self, number: int) -> str:
-        """Return the part of a turn that is marked: no thoughts, no outer white space, which templates may strip."""
+        """Return the part of a turn's text to mark: without thoughts and outer white space, which templates may strip.
+
+        If the turn consists of thoughts only, return the whole text.
+        """
         text = self._texts[number].strip()
         answer = text.rpartition(_THOUGHT)[2].strip() if self._turns[number].role == "assistant" else text
         return answer or text
@@ -236,7 +241,7 @@ class _Chat:
 
     def _end(self, text: str, end_mark: int) -> int:
         """Return the end of a response, after the marker that ends the turn if there is one."""
-        closing = text[text.index(self._marks[-1][1]) + 1 :].strip()  # of the last turn
+        closing = text[text.index(self._marks[-1][1]) + 1 :].strip()  # what follows the last turn's text
         if closing.startswith(tuple(self._control)):  # some templates write an end-of-text token on the next line
             closing = closing.split()[0]
         after = text[end_mark + 1 :]
@@ -266,7 +271,7 @@ class _Chat:
                 segments.append(Segment(piece, is_response, is_markup=True))
             elif self._control[token]:
                 segments.append(Segment(token, is_response))
-            else:  # the tokenizer splits only special tokens (`split_special_tokens`), so others are divided here
+            else:  # the tokenizer splits only special tokens (`split_special_tokens`); others are divided here
                 segments += [Segment(token[:1], is_response), Segment(token[1:], is_response)]
         return [segment for segment in segments if segment.text]
 
@@ -330,7 +335,10 @@ def _render(
 
 @functools.lru_cache(maxsize=4)
 def _with_date(template: str) -> str:
-    """Return the template, with a macro that makes `strftime_now` give `DATE`; transformers accepts no functions."""
+    """Return the template with a macro `strftime_now` that formats `DATE`.
+
+    It is a macro because transformers passes no functions to templates.
+    """
     if "strftime_now" not in template:
         return template
     codes = "".join(f"|replace('%{code}', '{DATE.strftime('%' + code)}')" for code in (*"aAbBdejmyYHIMSpxXcF", "-d"))

@@ -1,8 +1,10 @@
-"""Which columns of a dataset hold the parts of an example: they are recognised by name.
+"""Recognises by name which columns of a dataset hold the parts of an example.
 
-A column can match a field in three steps. First, its name is the configured name. Second, its name differs from that
-name only in letter case or surrounding blanks. Third, if the configured name is the default, its name is another common
-name of the field.
+A column is matched with a field in three steps:
+
+1. The column has the configured name.
+2. The column's name differs from the configured name only in letter case or surrounding blanks.
+3. The configured name is the default, and the column has another common name of the field.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Shape:
     """A format and the columns of its fields. Needed columns are the same for all rows, others are looked up per row.
 
     format  alpaca, messages, sharegpt or prompt_completion
-    fields  the configured column names; for the columns that the format needs, the names found in the data
+    fields  the column names: as found in the data for the columns that the format needs, as configured for the others
     needed  the names, as in the data, of the columns that the format needs
 
     If the format was given and no columns fit it, `needed` has the configured names.
@@ -147,7 +149,7 @@ def _fitting(
 
 
 def _needed_columns(columns: Sequence[str], configured: str, part: str, last: int) -> list[str]:
-    """Return the columns that match a needed field at the first step with a match; none if no step up to `last` has."""
+    """Return the columns that match a needed field at the first step, up to `last`, with a match; empty if none has."""
     for step in range(last + 1):
         names = _matching(columns, configured, part, step)
         is_default = configured == getattr(_DEFAULTS, part)

@@ -14,9 +14,9 @@ Two kinds append copies after the last example. The copies are redundant rather 
     exact_duplicate    the same example
     near_duplicate     the example, with a tenth of the words of its instruction left out, repeated or swapped
 
-A changed example keeps the unchanged columns of its source in `original`, so the file of a selection names the kind of
-corruption in these rows. For the embedded world, the caller of `corrupt` passes other functions in `changes`, which
-make wrong answers, garbled answers and rewordings within the world's vocabulary.
+`original` of a changed example holds the columns from before the change. The file of a selection shows these columns,
+so it also names the kind of corruption. For the embedded world, the caller of `corrupt` passes other functions in
+`changes`, which make wrong answers, garbled answers and rewordings within the world's vocabulary.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ Texts = tuple[str, str, str]  # instruction, input, output
 Change = Callable[[Example, random.Random], Texts | None]  # returns None if it cannot change the example
 
 _TRIES = 20  # draws for a text that differs from the original
-_NEIGHBOURS = 10  # this many next shorter answers, and next longer ones, to choose from
+_NEIGHBOURS = 10  # an answer of similar length is one of this many next shorter or next longer answers
 _EACH_WORDS = 10  # one edit for this many words of an instruction
 VERSION = 1  # raised whenever the same options give another result
-# Numbers that begin the items of a list stay. Python converts at most 4,300 digits to an integer, so a longer number is
-# changed in pieces.
+# Numbers that begin the items of a list stay. Python converts at most 4,300 digits to an integer, so a number of more
+# than 1,000 digits is changed in pieces.
 _NUMBER = re.compile(r"(?m)^(?P<place>\s*\d+[.):])(?=\s+\S)|(?P<number>\d{1,1000})")
 _SENTENCE = re.compile(r"[^.!?\n]+")
 _VERB = re.compile(
@@ -130,7 +130,7 @@ _MOST_RESTRICTED_FIRST = (
 
 
 def _counts(rows: int, share: float, kinds: Sequence[str]) -> dict[str, int]:
-    """Return the rows of each kind: round(share x rows) divided equally, the remainder among the first kinds."""
+    """Return the number of rows of each kind: equal parts of round(share x rows); the first kinds get the remainder."""
     total = round(share * rows)
     if total < len(kinds):
         raise ConfigError(

@@ -56,7 +56,7 @@ def near_duplicates(
     threshold: float,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[int, tuple[int, float]]:
-    """Find the examples that are similar to an example before them that is kept.
+    """Find the examples that are similar to an earlier, kept example.
 
     Candidates come from locality-sensitive hashing of MinHash signatures (Leskovec et al., Mining of Massive Datasets,
     chapter 3). They are then compared exactly, so the similarity of every pair that is returned is at least the
@@ -88,8 +88,9 @@ def near_duplicates(
 
 
 def bands_of(threshold: float) -> tuple[int, int]:
-    """Return the number of bands and of hashes per band: the longest bands with a probability of a miss up to `_MISS`.
+    """Return the number of bands and of hashes per band.
 
+    The bands are the longest ones with which a pair at the threshold is missed with a probability of at most `_MISS`.
     A pair of similarity s agrees in a whole band of r hashes with probability s^r, and in none of b bands with
     probability (1 - s^r)^b.
     """
@@ -117,6 +118,6 @@ def shingles_of(texts: Sequence[str]) -> Shingles:
 
 
 def jaccard(first: Shingles, second: Shingles) -> float:
-    """Return the Jaccard similarity: the number of shared shingles over the number of different shingles in both."""
+    """Return the Jaccard similarity: the size of the intersection divided by the size of the union."""
     shared = len(first & second)
     return shared / (len(first) + len(second) - shared)

@@ -110,7 +110,7 @@ def make_example(
     """Return an example with its ids.
 
     Args:
-        occurrences: how often each content hash has occurred in the dataset so far; the example is counted in.
+        occurrences: how often each content hash has occurred in the dataset so far; the example is added to the counts.
     """
     digest = content_hash(history, instruction, input, output)
     example_id = f"{digest}-{occurrences[digest]}"
@@ -170,7 +170,7 @@ _TEXTS = ("example_id", "content_hash", "instruction", "input", "output")
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
     """Write examples to a parquet file; `read_examples` returns equal examples.
 
-    `original` is written as JSON text, so that rows may have columns of any types, also different types.
+    `original` is written as JSON text, so that a column may have any type, and different types in different rows.
 
     Raises:
         DataError: `original` holds a value that is not JSON (see `json_value`), or a text holds half a surrogate pair.
@@ -295,10 +295,10 @@ def draw(
     """Draw a seeded sample of the examples (the pool), and `holdout` other examples; both in the order of the source.
 
     The held-out examples are drawn first, so they are the same for every `limit`. Then at most `limit` of the remaining
-    examples are drawn; a pool with a smaller `limit` is part of a pool with a larger one. Held-out examples and pool
-    never share a prompt (history, instruction and input), and so no content hash either, because examples with equal
-    prompts are held out together. A group of equal prompts is divided only if `holdout` cannot be reached otherwise.
-    Then its other examples are neither held out nor in the pool.
+    examples are drawn; a pool with a smaller `limit` is part of a pool with a larger one. Examples with equal prompts
+    (history, instruction and input) are held out together, so held-out examples and pool share no prompt and no content
+    hash. A group of equal prompts is divided only if `holdout` cannot be reached otherwise. The rest of the group is
+    then neither held out nor in the pool.
 
     Args:
         limit: largest size of the pool; None for no limit.

@@ -1,7 +1,7 @@
 """Reads the rows of data files.
 
-A file whose content is not of the type that its name states raises a `DataError`, which names the place. No content is
-guessed, and no broken row is skipped.
+If a file's content does not fit the type that its name states, reading it raises a `DataError` that names the place.
+Broken rows are neither repaired nor skipped.
 """
 
 from __future__ import annotations
@@ -268,8 +268,8 @@ def _unwrapped(path: Path, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
 def _rows_in(path: Path, content: dict[str, Any]) -> list[Any] | None:
     """Return the rows of a file that holds one object.
 
-    If the object has a column of a known format, it is the only row. Otherwise the rows are its only list of objects,
-    or None if it has no such list.
+    If the object has a column of a known format, the object itself is the only row. Otherwise its only list of objects
+    holds the rows. Return None if it has no such list.
     """
     if not KNOWN.isdisjoint(map(folded, content)):
         return [content]

@@ -57,17 +57,17 @@ def parse_rows(
     prompt_completion  prompt and completion, both text or both lists of turns
     auto               the format whose columns the data has, see `gradsift.data.columns.recognise`
 
-    Texts are kept as they are; an input of white space only counts as no input. The keys of a turn are role and content
-    or from and value. A conversation is a system prompt, if any, and then user and assistant turns that alternate.
-    Turns after the last assistant turn that is trained are left out, because they carry no loss. A column `system`
-    holds the system prompt, and a column `history` holds earlier exchanges. All columns are kept in `Example.original`,
-    as JSON values.
+    Texts are kept as they are, except that an input of nothing but white space becomes "". The keys of a turn are role
+    and content or from and value. A conversation is a system prompt, if any, and then user and assistant turns that
+    alternate. Turns after the last assistant turn that is trained are left out, because they carry no loss. A column
+    `system` holds the system prompt, and a column `history` holds earlier exchanges. All columns are kept in
+    `Example.original`, as JSON values.
 
     Args:
         rows: rows of a reader, or pairs of position and columns.
         source: name of the data in errors.
         group: group of the options that describe the data, for errors.
-        occurrences: how often each content hash has occurred in other sources; the examples are counted in.
+        occurrences: how often each content hash has occurred in other sources; the examples are added to the counts.
 
     Raises:
         DataError: there is no row, no format fits, two columns could be the same field, or no row can be used. The

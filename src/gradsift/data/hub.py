@@ -131,7 +131,7 @@ def _may_be_cached(id: str) -> bool:
 
     prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets"))
     owner, _, name = id.rpartition("/")
-    pattern = f"{owner}___*" if owner else f"{name.lower()}*"  # datasets writes a name in another case
+    pattern = f"{owner}___*" if owner else f"{name.lower()}*"  # datasets changes the letter case of a name
     return Path(constants.HF_HUB_CACHE, f"datasets--{id.replace('/', '--')}").is_dir() or any(prepared.glob(pattern))
 
 

@@ -61,7 +61,7 @@ def load(runtime: Runtime, config: DataConfig) -> Artifact:
 
 
 def require_dataset(store: Store, config: HubDataConfig) -> None:
-    """Raise DataError if a hub dataset cannot be read and the store does not have its rows (`hub.require_dataset`)."""
+    """Raise DataError if neither store nor hub can provide the rows of a hub dataset (see `hub.require_dataset`)."""
     if not store.has("load", config.name, _settings(config), [], version=ROWS_VERSION):
         hub.require_dataset(config.id, config.revision)
 
@@ -76,7 +76,7 @@ def _settings(config: DataConfig) -> dict[str, Any]:
     if config.dedup == "none":
         del settings["dedup"]
     if isinstance(config, VerifiableDataConfig) and (config.dedup != "none" or config.limit):
-        settings["labels_version"] = 2  # since version 2, copies whose original is not in the pool are clean
+        settings["labels_version"] = 2  # since version 2, a copy without its original in the pool is labelled clean
     if config.corruption.share:
         settings["corruption_version"] = corruption.VERSION
     else:
@@ -204,7 +204,7 @@ def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
             pool, labels = _corrupt(config.corruption, pool, labels, changes, len(world.rows))
             counts["corrupted"] = dict(Counter(filter(None, labels.corruption or ())))
         write_examples(folder / EXAMPLES_FILE, pool)
-        # the benchmark's reference answers are the held-out examples: they are clean, unlike the pool
+        # the benchmark's questions and reference answers are the held-out examples: all are clean, unlike the pool
         held = [{**item, "output": item["reference"]} for item in world.benchmark]
         write_examples(folder / HELDOUT_FILE, formats.parse_rows(enumerate(held), "alpaca", FieldsConfig())[0])
         _write_labels(folder, labels)

@@ -47,7 +47,7 @@ def refused_rows(
     Args:
         settings: the settings of the encoding.
         model: the model whose tokenizer is used.
-        report: returns the report of tokenising the pool; tokenises the pool first if that is not done yet.
+        report: function that tokenises the pool, unless that was done before, and returns the report.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:

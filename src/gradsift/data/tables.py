@@ -24,9 +24,9 @@ _DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}  # if delimiters are equally freq
 def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
     """Return the rows of a table whose first line names the columns.
 
-    The delimiter is the one of comma, semicolon, tab and bar that is most frequent in that line, outside of quotes. A
-    line `sep=;` before it, as spreadsheets write, sets the delimiter instead. A line that repeats the column names, as
-    in concatenated files, is skipped.
+    The delimiter is the one of comma, semicolon, tab and bar that is most frequent in the first line, outside quotes. A
+    line `sep=;` before the column names, as spreadsheets write, sets the delimiter instead. A line that repeats the
+    column names, as in concatenated files, is skipped.
 
     Args:
         text: the file's text, without a byte order mark.

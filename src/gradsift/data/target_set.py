@@ -1,7 +1,7 @@
 """The target set: examples of what the finetuned model should be good at, each of which belongs to one task.
 
-LESS, G2IS, RDS+ and other methods select examples of the pool towards the target set. Its rows are read like the rows
-of the data, but a row that cannot be used raises an error instead of being rejected, since a target set is small.
+LESS, G2IS, RDS+ and other methods select examples of the pool towards the target set. Target rows are read like the
+rows of the data, but a row that cannot be used raises an error instead of being rejected, since a target set is small.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TASKS_FILE = "tasks.json"
 OVERLAP_FILE = "overlap.jsonl"
 OVERLAP_VERSION = 2
 _ALIKE = 0.8  # Jaccard similarity from which prompts are similar, as for near duplicates
-_NAMED = 5  # rows that the warning names at most; the file lists all
+_NAMED = 5  # largest number of rows that the warning names; the file `overlap.jsonl` lists all
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def load_target_set(runtime: Runtime, config: TargetSetConfig, loaded: Artifact)
 
     Raises:
         ConfigError: there is no target set, or the embedded world has no such task.
-        DataError: a file is missing, empty or of another schema, or a row cannot be used. The message names it.
+        DataError: a file is missing, empty or of another schema, or a row cannot be used. The message names
+            the file and, if there is one, the row.
     """
     if isinstance(config, FilesTargetSetConfig):
         return _load_files(runtime, config)
@@ -148,7 +149,7 @@ def target_set_of(artifact: Artifact) -> TargetSet:
 def find_overlap(runtime: Runtime, target_set: Artifact, loaded: Artifact) -> Artifact:
     """Find target rows whose prompt is equal or similar to a prompt in the pool, and list them in `overlap.jsonl`.
 
-    If there are any, print a warning: a selection towards rows of the pool looks better than it is.
+    If there are any, print a warning, because a selection towards rows of the pool looks better than it is.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 alpaca  The prompt published with Stanford Alpaca, in its forms with and without input. As in Alpaca's training code,
         the prompt ends with "### Response:", and the response follows without a line break. A system prompt replaces
         the introduction. A further exchange begins with "\\n\\n### Instruction:\\n".
-plain   Instruction and input on a line each, then the response. Turns of a history are on lines as well.
+plain   Instruction, input and response, each beginning a new line, as do the turns of a history.
 chat    The tokenizer's own chat template (see `gradsift.data.chat_templates`). An input follows its instruction after a
         line break.
 FILE.jinja

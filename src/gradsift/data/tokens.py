@@ -8,8 +8,8 @@ slow tokenizer), or with a chat template, whose turns end at special tokens.
 
 The tokenizer's start token comes first if the tokenizer adds one by itself (Llama) and the chat template does not. The
 tokenizer's end token comes last and belongs to the response, unless the text of the chat template ends with a special
-token. If an example's text spells out a special token, it is tokenised as plain text. A conversation that the chat
-template cannot render is left out, and the reason is reported.
+token. A special token that is spelled out in an example's text is tokenised as plain text. A conversation that the
+chat template cannot render is left out, and the reason is reported.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gradsift.data.turns import Unusable
 from gradsift.errors import ConfigError, DataError
 
 ENCODING = 2  # raised when the same text gets other tokens, or another boundary of prompt and response
-_CHAT_ENCODING = 5  # raised when this changes for chat templates only
+_CHAT_ENCODING = 5  # raised instead of ENCODING when only the encoding with chat templates changes
 _CHUNK = 1000  # texts tokenised in one call, to bound the memory of the tokenizer's own records
 _CHUNK_CHARACTERS = 2_000_000  # characters tokenised in one call: the records take about 200 bytes per character
 _MOST_UNKNOWN = 0.5  # share of unknown tokens above which the tokenizer cannot be meant for the data
@@ -169,8 +169,8 @@ def encode_prompts(
         refused: gets an entry (position: `Rejected`) for each example that the chat template cannot render.
 
     Returns:
-        The ids (T,) int32 of each prompt, which are empty if the chat template cannot render the example, and the
-        number of prompts that were cut.
+        The ids (T,) int32 of each prompt (no ids if the chat template cannot render the example), and the number of
+        prompts that were cut.
 
     Raises:
         ConfigError: the template cannot be used.
@@ -184,7 +184,7 @@ def encode_prompts(
     def without_last_response(segments: list[Segment]) -> list[Segment]:
         while segments and segments[-1].is_response:  # before tokenising: prompt and response may share a token
             segments.pop()
-        return shorten(segments, partial(_count, tokenizer=tokenizer), max_length, keep_ends=True)
+        return shorten(segments, partial(_count, tokenizer=tokenizer), max_length)
 
     for row, parts in enumerate(_tokenised(examples, tokenizer, template, progress, without_last_response, refused)):
         if row in refused:
@@ -201,7 +201,7 @@ def encode_prompts(
 def encode_prompt(
     instruction: str, input: str, tokenizer: Any, template: str, history: Sequence[Turn] = ()
 ) -> list[int]:
-    """Return the token ids of a prompt, after which a response is generated. They are as in `encode`, but not cut.
+    """Return the token ids of a prompt, after which a response is generated: as in `encode`, but not truncated.
 
     Args:
         history: the earlier turns, user and assistant alternating.
@@ -218,13 +218,16 @@ def encode_prompt(
 
 
 def start_of(text: str, tokenizer: Any, max_length: int) -> str:
-    """Return the text; if it is much longer than `max_length` tokens, only a start of slightly more tokens."""
+    """Return the text; if it is far longer than `max_length` tokens, return a start of slightly more than that."""
     (segment,) = shorten([Segment(text, is_response=True)], partial(_count, tokenizer=tokenizer), max_length)
     return segment.text
 
 
 def chunks(texts: Iterable[_Texts], characters_of: Callable[[_Texts], int]) -> Iterator[list[_Texts]]:
-    """Yield lists of texts, each to tokenise in one call. Short lists bound the memory of the tokenizer's records."""
+    """Divide texts into lists, and yield the lists. The caller tokenises one list per call.
+
+    Short lists bound the memory of the tokenizer's records.
+    """
     chunk: list[_Texts] = []
     characters = 0
     for text in texts:
@@ -301,8 +304,9 @@ def _divided(segments: Sequence[Segment], ids: list[int], offsets: Sequence[tupl
     """Divide the tokens of one text among its segments; a token that spans prompt and response goes to the prompt.
 
     Args:
-        offsets: (first character, character after the last) of each token. Byte-level tokenizers may leave out blanks
-            at the ends of a token. This moves no token over a boundary, because no template's prompt ends with a blank.
+        offsets: (first character, character after the last) of each token. A byte-level tokenizer's offsets may leave
+            out blanks at the ends of a token. This moves no token to another segment, because no template's prompt ends
+            with a blank.
     """
     parts: list[Part] = []
     done = boundary = 0
@@ -354,7 +358,7 @@ def _start(tokenizer: Any) -> list[int]:
 
 
 def _with_start(parts: list[Part], start: list[int]) -> list[Part]:
-    """Return the parts after a part with `start`; a start token that the chat template has written is moved there."""
+    """Put a part with `start` before the parts; a start token that the chat template has written is moved into it."""
     if parts and start and parts[0][0][:1] == start:
         return [(start, False), (parts[0][0][1:], parts[0][1]), *parts[1:]]
     return [(start, False), *parts]

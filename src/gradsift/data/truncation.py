@@ -1,8 +1,8 @@
 """Truncation of encoded examples to a number of tokens, and of long texts before they are tokenised.
 
 Prompt tokens are cut first, from the left. At least one token of context is kept: the start token if there is one.
-Response tokens are cut only if they do not fit without the prompt. Then a conversation loses whole exchanges, the
-earliest first, and a single response loses its end.
+Response tokens are cut only if they do not fit even without the prompt. Then a conversation loses whole exchanges, the
+earliest first. If a single response is left that does not fit, its end is cut.
 
 Tokenising 100 MB of text takes 20 GB of memory. So `shorten` drops most of the text that `truncate` would cut off.
 """
@@ -16,7 +16,7 @@ from itertools import chain, groupby
 from gradsift.data.chat_templates import Segment
 
 Part = tuple[list[int], bool]  # token ids, is_response
-_WINDOW = 20_000, 64  # a text of up to this many characters, or this many per token of the limit, is not cut
+_WINDOW = 20_000, 64  # `shorten` cuts no text of up to this many characters, or this many per token of `max_length`
 _MARGIN = 64  # tokens kept beyond the limit, so that the cut in the text changes no token within the limit
 
 
@@ -52,7 +52,7 @@ def truncate(parts: Sequence[Part], max_length: int) -> list[Part]:
 
 
 def tokens_in(parts: Iterable[Part], is_response: bool) -> int:
-    """Return the number of tokens in the parts that are response, or in those that are not."""
+    """Return the number of tokens in the response parts, or in the prompt parts if `is_response` is False."""
     return sum(len(ids) for ids, response in parts if response is is_response)
 
 
@@ -63,23 +63,16 @@ def _after_first_exchange(parts: list[Part]) -> list[Part]:
     return parts[kinds.index(False, first_response) :] if False in kinds[first_response:] else []
 
 
-def shorten(
-    segments: list[Segment],
-    count_tokens: Callable[[list[Segment]], int],
-    max_length: int,
-    *,
-    keep_ends: bool = False,
-) -> list[Segment]:
+def shorten(segments: list[Segment], count_tokens: Callable[[list[Segment]], int], max_length: int) -> list[Segment]:
     """Return the segments without most of the text that `truncate` to `max_length` tokens would remove.
 
     `truncate` cuts prompts on the left, responses on the right, and the earliest exchanges; at most `max_length`
-    exchanges can stay. So a prompt keeps its end and the last response its start, each with slightly more than
-    `max_length` tokens. An earlier response that is cut here will be removed as a whole by `truncate`. It keeps its
-    end, and the next prompt its start, because one token may hold the end of the response and the prompt's start.
+    exchanges can stay. So a prompt keeps its end, and the last response keeps its start, each with slightly more than
+    `max_length` tokens. An earlier response that is cut here will be removed as a whole by `truncate`. Such a response
+    keeps its end, and the next prompt also keeps its start, because one token may hold both.
 
     Args:
-        count_tokens: returns the number of tokens of segments.
-        keep_ends: keep the end of the last response instead of its start, because it is context.
+        count_tokens: function that returns the number of tokens in segments.
     """
     window = max(_WINDOW[0], _WINDOW[1] * max_length)
     if sum(len(segment.text) for segment in segments) <= window:
@@ -88,7 +81,7 @@ def shorten(
     runs = runs[-2 * max_length :]  # a prompt and a response per exchange
     kept: list[Segment] = []
     for number, (is_response, run) in enumerate(runs):
-        from_end = keep_ends or not is_response or number < len(runs) - 1
+        from_end = not is_response or number < len(runs) - 1
         with_start = from_end and not is_response and number > 0
         width = window
         while width * (1 + with_start) < sum(len(segment.text) for segment in run):

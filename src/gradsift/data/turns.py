@@ -123,7 +123,10 @@ def turns_in(row: Mapping[str, Any], name: str) -> list[Turn]:
 
 
 def turns_of(entries: Sequence[Any]) -> list[Turn]:
-    """Return the turns in objects with role and content (or from and value), or in texts, which alternate in role."""
+    """Return the turns in a list of objects with role and content (or from and value).
+
+    In a list of texts, user and assistant alternate.
+    """
     if entries and all(isinstance(entry, str) for entry in entries):
         texts = {f"turn {number}": entry for number, entry in enumerate(entries, start=1)}
         roles = ("user", "assistant")

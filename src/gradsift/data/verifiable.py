@@ -94,7 +94,7 @@ class _Task:
 
 
 def _sampled(words: Sequence[str], low: int, high: int) -> Callable[[random.Random], str]:
-    """Return a function that draws `low` to `high` different ones of `words`."""
+    """Return a function that draws between `low` and `high` different words of `words`."""
     return lambda rng: " ".join(rng.sample(words, rng.randint(low, high)))
 
 
@@ -209,8 +209,8 @@ _WORDINGS = {
     "list by one capital word and by another / write the list as told by two capital words in a row",
 }
 
-# Families with one-word answers alternate with families with longer answers. Tasks are drawn in this order, so a few
-# successive tasks have enough answers that can be truncated.
+# Families with one-word answers alternate with families with longer answers, and tasks are drawn in this order. So even
+# a small world has enough answers of several words, which can be truncated.
 _FAMILIES = (
     _Family("count", _sampled(SYLLABLES, 2, 6), lambda text: str(len(text.split()))),
     _Family("copy", _draw_words, lambda text: text),
@@ -282,7 +282,7 @@ def generate(
         duplicates: share of rows that repeat a clean row, half of them word for word, half with another wording.
         benchmark_items: number of questions with right answers; none has the same family and arguments as a row.
         delayed: share of the tasks, in rows and benchmark, that chain two named operations; half as many further tasks
-            show what one name does. With 0, the world is byte for byte that of versions without this option.
+            show what one name does. With 0, the world is the same, byte for byte, as in versions without this option.
 
     Raises:
         ConfigError: no world can have these sizes and shares.
@@ -293,7 +293,7 @@ def generate(
     counts["clean"] = size - n_spoilt - n_duplicates
 
     rng = random.Random(f"verifiable rows {seed}")
-    own_prompt = counts["clean"] + n_spoilt - counts["contradictory"]  # rows whose prompt no other row has
+    own_prompt = counts["clean"] + n_spoilt - counts["contradictory"]  # rows that do not repeat a clean row's task
     tasks = _draw_tasks(own_prompt + benchmark_items, delayed, rng)
     asked, tasks = tasks[:benchmark_items], tasks[benchmark_items:]
     clean, to_spoil = tasks[: counts["clean"]], tasks[counts["clean"] :]
@@ -325,8 +325,8 @@ def pretraining_rows(
     """Draw (prompt, response) pairs that teach a backbone the skills, but hardly the instructions.
 
     A prompt names the skill by its operator ("#sort\\n7 3 9\\n"), which is repeated up to seven times. So the arguments
-    stand at the same positions as after an instruction: a model with absolute positions learns a skill only for the
-    positions at which it saw the arguments.
+    stand at the same positions as after an instruction: a model with absolute position embeddings learns a skill only
+    for the positions at which it saw the arguments.
 
     Args:
         instructed_share: share of pairs that are worded as in the dataset, exact up to rounding.
@@ -353,8 +353,8 @@ def pretraining_rows(
 def terse_rows(count: int, *, seed: int = 0) -> list[dict[str, str]]:
     """Draw questions in the form of the pretraining text, from all of its skills in turn.
 
-    A backbone can answer these questions before a finetune, and may forget how to in a finetune on instructions. No two
-    rows ask for the same skill and arguments. A row has the keys of a benchmark item.
+    A backbone can answer these questions before a finetune, and may lose this ability in a finetune on instructions. No
+    two rows ask for the same skill and arguments. A row has the keys of a benchmark item.
     """
     rng = random.Random(f"verifiable terse {seed}")
     families = itertools.cycle((*_FAMILIES, *_OTHER_FAMILIES))

@@ -2,9 +2,9 @@
 
     python -m benchmarks.browser [--rows 52002] [--methods 6] [--rounds 5]
 
-A page with made-up examples of Alpaca's lengths is opened in headless chromium, and every query is typed into its
-search field. The time is from the input event to the end of the next frame, when the answer is on the screen. Prints
-the median and the largest time over the rounds, in milliseconds.
+A page with made-up examples of Alpaca's lengths is opened in headless chromium, and every query is typed into the
+page's search field. The time is from the input event to the end of the next frame, when the answer is on the screen.
+Prints the median and the largest time over the rounds, in milliseconds.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def measure(path: Path, rounds: int) -> dict[str, Any]:
         times_of: dict[str, Any] = {"open": round(1000 * (time.perf_counter() - begin))}
         queries: dict[str, list[list[Any]]] = {query: [] for query in QUERIES}
         for _ in range(rounds):
-            page.evaluate("location.reload()")  # forgets the hits of earlier queries
+            page.evaluate("location.reload()")  # the page forgets the hits of earlier queries
             page.wait_for_selector(".example", state="attached", timeout=60_000)
             page.wait_for_timeout(300)
             for query in QUERIES:

@@ -4,10 +4,10 @@
 
 The model is GPT-2 (124M architecture, random weights: the arithmetic is the same) with LoRA of rank 8.
 The rows have Alpaca's lengths: real lengths if GRADSIFT_DATA is set and SmolLM2 is installed, else
-lengths drawn from a shipped histogram. Each round has other rows, on which every way is timed:
+lengths drawn from a shipped histogram. Each round has its own rows, on which all of these ways are timed:
 
   engine       training steps of a member in bfloat16, with the norms from their own backward passes
-  step         the same without the callback, so without norms
+  step         like engine, but without the callback and so without norms
   epoch_end    the extra pass of collect=epoch_end in bfloat16
   *_float32    engine, step and epoch_end in float32
   loop         one backward pass per example, float32, the norms from the parameters' gradients
@@ -118,7 +118,7 @@ class Round:
 
 
 def train(adapted: Any, rounds: Round, number: int, with_norms: bool) -> tuple[float, np.ndarray | None]:
-    """Return the seconds of a member's training steps, and the norms (N, 2) of the round's rows or None."""
+    """Return the seconds of a member's training steps, and the round's norms (N, 2), or None without norms."""
     clock, plan, rows = Clock(), rounds.plan(number), rounds.rows(number)
     budget = TokenBudget.of(adapted.get_base_model(), None, print)
     module = ProxyMember(adapted, Optimization(1e-12, 0.0, "constant", 0, len(plan)), budget, pad_id=0)
@@ -185,7 +185,7 @@ def backward_from_all_logits(module: Any, rows: Sequence[Encoded]) -> None:
 
 
 def opacus(module: Any, batches: Sequence[Sequence[Encoded]]) -> float:
-    """Return the seconds in which Opacus computes per-sample gradients, from which norms are then computed."""
+    """Return the seconds of per-sample gradients with Opacus, and of their norms."""
     started = time.perf_counter()
     for rows in batches:
         backward_from_all_logits(module, rows)
@@ -198,7 +198,7 @@ def opacus(module: Any, batches: Sequence[Sequence[Encoded]]) -> float:
 
 
 def ghost(module: Any, batches: Sequence[Sequence[Encoded]]) -> float:
-    """Return the seconds of norms with Opacus' ghost mode, which never forms per-sample gradients."""
+    """Return the seconds of norms with Opacus' ghost mode, which does not compute per-sample gradients."""
     started = time.perf_counter()
     for rows in batches:
         backward_from_all_logits(module, rows)
@@ -208,7 +208,7 @@ def ghost(module: Any, batches: Sequence[Sequence[Encoded]]) -> float:
 
 
 def vmap(model: Any, batches: Sequence[Sequence[Encoded]]) -> float:
-    """Return the seconds of per-sample gradients of the LoRA parameters, and their norms, with torch.func."""
+    """Return the seconds of per-sample gradients of the LoRA parameters with torch.func, and of their norms."""
     adapter = {name: parameter.detach() for name, parameter in lora.trainable_parameters(model).items()}
 
     def loss(
@@ -379,7 +379,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def opacus_ways(rounds: Round, targets: list[str]) -> dict[str, Callable[[int], float]]:
-    """Return the ways of Opacus' two modes, or an empty dict if it is not installed (`make setup-bench`)."""
+    """Return the timed functions of Opacus' two modes, or an empty dict if Opacus is missing (`make setup-bench`)."""
     try:
         from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
     except ImportError:

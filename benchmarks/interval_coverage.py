@@ -1,10 +1,12 @@
-"""Measure the coverage of the intervals of PWS and of differences, and how often equal cells or models are told apart.
+"""Check the intervals and tests of the pairwise winning score (PWS) on simulated outcomes.
 
     python -m benchmarks.interval_coverage [--draws 1000]
 
-Per seed and item a normal variable is drawn and cut into win, tie and lose at the quantiles that give their shares. The
-variable is the sum of an effect of the item, an effect of the seed, and a rest with standard deviation 1. The two
-effects are given by their standard deviations.
+Measures how often the 95 % intervals of a PWS and of the difference of two models contain the true value, and how often
+the tests find a difference where there is none. For each seed and item, a normal variable is drawn and cut into win,
+tie and lose at the quantiles that give their shares. The variable is the sum of an effect of the item, an effect of the
+seed, and a rest with standard deviation 1. A design gives the number of seeds, and the
+standard deviations of the effects of items and of seeds.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def differences(draws: int, rng: np.random.Generator) -> None:
 
 
 def main() -> None:
-    """Print three tables: coverage of PWS, false claims in sweeps, and differences between equal models."""
+    """Print three tables: coverage for PWS, false positives in sweeps, and differences of equal models."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--draws", type=int, default=1000, help="simulated cells, sweeps or pairs per figure")
     draws = parser.parse_args().draws

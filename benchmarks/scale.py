@@ -194,7 +194,7 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def file_bytes(pool: Pool) -> dict[str, float]:
-    """Return the bytes per row of the pool, by stage and file; for norms, of one member at one snapshot."""
+    """Return the bytes per row of each file, by stage and file name; for norms, of one member at one snapshot."""
     total: defaultdict[str, float] = defaultdict(float)
     for path in pool.store.glob("*/*/*"):
         if path.suffix in (".parquet", ".npy", ".jsonl"):

@@ -6,10 +6,10 @@ A small sweep over the embedded world (two methods, both settings of `proxy.coll
 judging) runs once undisturbed. Then rounds follow, each with an empty store. In a round the same command is started
 again and again, and each process is killed with SIGKILL: at a random moment, or shortly after a chosen stage has saved
 its progress, so that some epochs are interrupted several times. A round ends when a process finishes without being
-killed. Then all files of both stores are compared byte for byte (of the manifests, which also contain times, only the
-counts; of the judge's cache, only the replies). New rounds start until `--kills` is reached. The judge is an endpoint
-in this process, which takes four requests at a time and replies after random delays, so that the order of replies
-differs between rounds.
+killed. Then all files of both stores are compared byte for byte. There are two exceptions: of the manifests, which also
+contain times, only the counts are compared, and of the judge's cache only the replies. New rounds start until `--kills`
+is reached. The judge is an endpoint in this process, which takes four requests at a time and replies after random
+delays, so that the order of replies differs between rounds.
 
 The undisturbed sweep saves its progress at the usual intervals, the killed ones after every step
 (`compute.save_every=0`).
@@ -235,7 +235,7 @@ def _fresh(folder: Path) -> Path:
 
 
 def kill(process: Running, store: Path, moment: str | None, chance: random.Random) -> Hit | None:
-    """Kill the process at the given moment; return None if it ended before."""
+    """Kill the process at the given moment; return None if the process ended before."""
     began = time.monotonic()
     points, parts = _points(store), _parts(store)
     while not (_parts(store) - parts if moment is None else _moved(points, _points(store), moment)):

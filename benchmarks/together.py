@@ -2,10 +2,10 @@
 
     python -m benchmarks.together [--model nano|gpt2] [--members 5] [--steps 20] [--rounds 3]
 
-Each way trains `--members` members for one epoch of `--steps` steps of 8 rows in float32; both are timed in each round.
+Both ways train `--members` members for one epoch of `--steps` steps of 8 rows in float32, and are timed in each round.
 The table gives seconds (on a CPU, processor time of one thread), their ratio, and the number of torch operations that a
-member's step starts. On a GPU, the time of a small model is spent on starting operations, so the ratio of these numbers
-bounds the gain.
+member's step starts. On a GPU, most of the time of a small model is spent on starting operations, so the ratio of the
+numbers of operations bounds the gain.
 """
 
 from __future__ import annotations

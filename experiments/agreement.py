@@ -2,11 +2,11 @@
 
     python -m experiments.agreement RUN RUN [RUN ...]
 
-RUN is the folder of a run that has computed its scores. Every run is compared with the first: Spearman's
-rank correlation of the scores over the rows that both scored, and the share of one top tenth that is also
-in the other top tenth. If the data has labels (the embedded world): AUROC of spoilt against other rows (1:
-every spoilt row ranks below every other row), and the spoilt share of the top tenth. Prints Markdown; each
-line is named by the options in which the runs differ.
+RUN is the folder of a run that has computed its scores. Every run is compared with the first one. Prints
+Markdown, a line for each run, named by the options in which the runs differ: Spearman's rank correlation
+of the scores over the rows that both runs scored, and the share of the run's top tenth that is also in the
+first run's top tenth. If the data has labels (as the embedded world has), also AUROC of spoilt against
+other rows (1: every spoilt row ranks below every other row), and the spoilt share of the top tenth.
 """
 
 from __future__ import annotations

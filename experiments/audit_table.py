@@ -1,4 +1,4 @@
-"""The audits of a sweep as one table, with the mean over its seeds.
+"""Print the audits of a sweep as one table of means over the seeds.
 
     python -m experiments.audit_table SWEEP [OPTION ...]          such as proxy.members proxy.snapshots
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-FAMILIES_AT = 1  # index, among the audit's alphas, of the one at which families are counted
+FAMILIES_AT = 1  # index, among the audit's alphas, of the alpha for which families are counted
 
 
 def audits_by_setting(sweep: Path, options: Sequence[str]) -> dict[tuple[str, ...], list[dict[str, Any]]]:

@@ -1,11 +1,11 @@
-"""How the scores of runs on a pool of `experiments.real_pool` rank the rows that human cleaners edited or removed.
+"""Measure how runs on a pool of `experiments.real_pool` rank the rows that human cleaners edited or removed.
 
     python -m experiments.cleaned_rows RUN [RUN ...]          folders of runs that have computed their scores
 
 Prints Markdown, a row for each run. Rows that were corrupted on purpose are not counted as the cleaners' rows. AUROC
-compares the cleaners' rows with the other rows that were not corrupted (at 1 each of these ranks above every cleaners'
-row). Recall is the share of the cleaners' rows that are in the half that the score rejects, with the 95 % interval of
-Clopper and Pearson. Further columns are the share of cleaners' rows in the best tenth, the median number of words of
+compares the cleaners' rows with all other uncorrupted rows (1: every other row ranks above every row of the cleaners).
+Recall is the share of the cleaners' rows that are in the half that the score rejects, with the 95 % interval of Clopper
+and Pearson. Further columns are the share of cleaners' rows in the best tenth, the median number of words of
 the best tenth's answers, and Spearman's correlation of the score with the number of words. Rows without a score rank
 last.
 """

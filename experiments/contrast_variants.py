@@ -1,13 +1,13 @@
-"""What each part of the contrast contributes: its variants, and combinations with IFD, on the losses of one run.
+"""Measure what each part of the scorer `contrast` contributes: compare variants of it, on the losses of one run.
 
     python -m experiments.contrast_variants OVERRIDE ...          as for run.py; missing artifacts are made
 
-Prints Markdown, a row for each variant: the spoilt share of the selection at 5, 10 and 15 %, AUROC of clean rows
-against spoilt rows and against each kind of spoilt rows, and the median number of words of the selected tenth's
-answers. If rows have a label in the column `cleaning` (see `experiments.real_pool`), also AUROC of the other clean rows
-against these rows. Only the variant `contrast (ships)` has random scores in the best fifth. With
-proxy.ensemble=bootstrap, the variant `held out` uses for each row the members that did not train on it, and `trained
-on` the members that did.
+Some variants combine the contrast with IFD. Prints Markdown, a row for each variant: the spoilt share of the selection
+at 5, 10 and 15 %, AUROC of clean rows against spoilt rows and against each kind of spoilt rows, and the median number
+of words of the selected tenth's answers. If rows have a label in the column `cleaning` (see `experiments.real_pool`),
+the table also has AUROC of the other clean rows against these rows, and their share of the selected tenth. Only the
+variant `contrast (ships)` has random scores in the best fifth. With proxy.ensemble=bootstrap, the variant `held out`
+uses for each row the members that did not train on it, and `trained on` the members that did.
 
 Shape letters: M members, N examples, K neighbours.
 """
@@ -33,7 +33,7 @@ from gradsift.selection.audit import CLEAN, auroc
 from gradsift.selection.budget import budget
 
 ALPHAS = (0.05, 0.1, 0.15)
-K, END_SHARE, PROMPT_WEIGHT = 50, 0.33, 4.0  # the defaults
+K, END_SHARE, PROMPT_WEIGHT = 50, 0.33, 4.0  # the defaults of the scorer
 _FLOOR = 1e-3
 
 
@@ -60,7 +60,7 @@ def nearest(points: np.ndarray, count: int) -> np.ndarray:
 
 
 def contrasts_of(losses: np.ndarray, neighbours: np.ndarray | None) -> np.ndarray:
-    """Return the contrasts (M, N) of losses (M, N) with the losses of `neighbours` (N, K), or of all if None."""
+    """Return the contrasts (M, N) of losses (M, N) with the losses of `neighbours` (N, K); None: of all examples."""
     values = np.log(losses + _FLOOR)
     if neighbours is None:
         return (values.mean(1, keepdims=True) - values) / values.std(1, keepdims=True)

@@ -1,15 +1,15 @@
-"""Which scores rank rows high that can be learnt only after other rows? Open question 4 of GRADFILTERING.
+"""Which scores rank those rows high that can be learnt only after other rows? Open question 4 of GRADFILTERING.
 
     python -m experiments.delayed_credit [OVERRIDE ...]        the embedded world; a fifth of the tasks are delayed
 
-Compares the scores with a baseline that takes a curriculum into account. It divides a row's progress in an epoch by the
-mean absolute progress of all rows, and scores the row by its best epoch, be it early or late:
+Compares the scores with a baseline that takes a curriculum into account. The baseline divides a row's progress in an
+epoch by the mean absolute progress of all rows, and scores the row by its best epoch, whether early or late:
 
     score_i = max_e (L_i^{e-1} - L_i^e) / mean_j |L_j^{e-1} - L_j^e|        e = 2 ... E, L the members' mean loss
 
 Delayed rows can be learnt only after the defining rows. Prints Markdown, a row for each score: AUROC of the delayed and
-of the defining clean rows against the other clean rows (above .5: the score prefers them), the shares of delayed, of
-defining and of spoilt rows in the selected tenth.
+of the defining clean rows against the other clean rows (above .5: the score prefers the delayed or defining rows), and
+the shares of delayed, of defining and of spoilt rows in the selected tenth.
 
 Shape letters: E epochs, N examples.
 """

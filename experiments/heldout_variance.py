@@ -4,7 +4,7 @@
 
 A bootstrap member trains on a resample that leaves out about 37 % of the rows. The held-out loss of a row is
 the mean loss, at the late snapshot, of the members that did not train on the row. V_t and G_t are computed
-over these members only, and over all members, some of which trained on the row. Prints Markdown: Spearman's
+twice: over these members only, and over all members, some of which trained on the row. Prints Markdown: Spearman's
 rank correlation of V_t and of G_t with the held-out loss, over the rows that at least two members left out.
 
 Shape letters: M members, N examples.

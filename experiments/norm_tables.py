@@ -33,7 +33,7 @@ from gradsift.selection.budget import budget
 
 ALPHAS = (0.05, 0.1, 0.15)
 EPS = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-_NEIGHBOURS, _END_SHARE, _PROMPT_WEIGHT = 50, 0.33, 4.0  # the defaults
+_NEIGHBOURS, _END_SHARE, _PROMPT_WEIGHT = 50, 0.33, 4.0  # the defaults of the scorer contrast
 
 
 def norms_at(line: Line, epoch: int) -> np.ndarray:
@@ -88,7 +88,7 @@ def row_of(name: str, members: int, scores: np.ndarray, quality: np.ndarray) -> 
 
 
 def groups_of(quality: np.ndarray) -> dict[str, np.ndarray]:
-    """Return for each kind of spoilt rows that occurs which rows are of this kind, (N,) bool."""
+    """Return a mask (N,) bool of the rows of each kind of spoilt rows that occurs."""
     return {kind: quality == kind for kind in SPOILT if (quality == kind).any()}
 
 

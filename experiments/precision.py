@@ -1,11 +1,12 @@
-"""Does G-SNR rank in bfloat16 as in float32? The members are trained in float32; norms are computed in both.
+"""Does G-SNR rank in bfloat16 as in float32? The members are trained in float32; norms are computed in both types.
 
-    python -m experiments.precision experiment=smollm2_alpaca scorer=gsnr        what the record was made with
+    python -m experiments.precision experiment=smollm2_alpaca scorer=gsnr        the command of the record
     python -m experiments.precision OVERRIDE ... [--draws 4000]
 
-Prints Markdown. For G-SNR and its parts: Spearman's rank correlation and the shared part of the top tenth, each with
-the 95 % interval over bootstrap draws of the rows and the share of draws that reach the bar (.98 and .9). For the
-norms: the relative error of bfloat16, and the part of the error that differs between members and so contributes to V_t.
+Prints Markdown. For G-SNR and its parts, it has Spearman's rank correlation and the share of the top tenth that both
+types have in common, each with the 95 % interval over bootstrap draws of the rows and the share of draws that reach the
+bar (.98 and .9). For the norms, it has the relative error of bfloat16, and the part of the error that differs between
+members and so contributes to V_t.
 
 Shape letters: M members, N examples.
 """
@@ -41,7 +42,7 @@ def norms_in_float32(line: Line, epoch: int) -> np.ndarray:
 
 
 def norms_in_bfloat16(line: Line, epoch: int) -> np.ndarray:
-    """Return the same norms with the same adapters, computed in bfloat16."""
+    """Return the norms (M, N) of the same adapters, computed in bfloat16."""
     proxy = replace(line.config.proxy, shards=1)
     compute = replace(line.runtime.compute, precision="bfloat16")
     runtime = replace(line.runtime, compute=compute)
@@ -69,7 +70,7 @@ def parts_of(early: np.ndarray, late: np.ndarray, eps: float) -> dict[str, np.nd
 
 
 def agreement(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """Return the Spearman correlation of two scores (N,), and the share of one's top tenth that is in the other's."""
+    """Return the Spearman correlation of two scores (N,), and the share of a top tenth that both have in common."""
     shared = len(np.intersect1d(top(first), top(second))) / len(top(first))
     return float(spearmanr(first, second).statistic), shared
 

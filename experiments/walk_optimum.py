@@ -7,10 +7,10 @@ knowledge (target_set=verifiable): once by the walk, and once as the set S that 
 
     max  sum over S of <g, K>    so that  <g_i, g_j> >= 0 for all pairs in S
 
-It is found by integer programming, which is why the sub-pools are small. The walk also tests that each step keeps the
+S is found by integer programming, which is why the sub-pools are small. The walk also tests that each step keeps the
 direction of the sum of gradients. A set has no order of steps, so the optimum ignores this test and is an upper bound.
-Prints Markdown: how many rows the walk selected, how many rows (up to the share) can agree at most, and the mean <g, K>
-of the walk's rows and of the best set of the same size.
+Prints Markdown: the number of rows that the walk selected, the largest number of rows (up to the share) that all agree,
+and the mean <g, K> of the walk's rows and of the best set of the same size.
 
 Shape letters: n rows of a sub-pool, D features.
 """
@@ -52,11 +52,11 @@ def best_set(values: np.ndarray, conflict: np.ndarray, least: int, most: int) ->
 
 
 def compared(vectors: np.ndarray, core: CoreKnowledge, share: int, keep: float) -> tuple[int, int, float, float]:
-    """Compare walk and optimum on `vectors` (n, D).
+    """Compare the walk with the best set on `vectors` (n, D).
 
     Returns:
-        The number of rows that the walk selects, the largest number that agree (at most `share`), and the mean <g, K>
-        of the walk's rows and of the optimum.
+        The number of rows that the walk selects, the largest number of rows that all agree (at most `share`), and the
+        mean <g, K> of the walk's rows and of the optimum.
     """
     features, pool = Features(vectors), np.arange(len(vectors))
     towards, unused = products(features, pool, core.directions), np.ones(len(pool), dtype=bool)

@@ -1,7 +1,7 @@
 """The embeddings stage: one vector of length 1 for the text of each example, computed by the run's embedder.
 
-Equal texts are embedded once, so that exact duplicates have equal embeddings. An interrupted stage continues at the
-block of texts that it was computing.
+Equal texts are embedded once, so that exact duplicates have equal embeddings. After an interruption, the stage
+continues at the block of texts that it was computing.
 
 Shape letters: N examples, B texts of a batch, D features.
 """
@@ -35,7 +35,7 @@ class Encoder(Protocol):
     dimensions: int
 
     def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int, list[Rejected]]:
-        """Return the tokens of examples with a text, how many texts were cut, and examples that cannot be rendered."""
+        """Return tokens of examples with a text, the number of cut texts, and the examples that cannot be rendered."""
         ...
 
     def embed(self, texts: Sequence[Encoded]) -> np.ndarray:
@@ -48,7 +48,7 @@ class Embedder:
     """An embedder with its settings and its model."""
 
     name: str
-    settings: Mapping[str, Any]  # what its vectors depend on besides the model; JSON values
+    settings: Mapping[str, Any]  # what the vectors depend on besides the model; JSON values
     model: Artifact
     load: Callable[[], Encoder]
 
@@ -59,16 +59,16 @@ def embed(
     source: Artifact,
     rows: Callable[[], tuple[Sequence[Example], Sequence[str]]],
 ) -> Artifact:
-    """Return the artifact of the examples' embeddings, for `gradsift.features.vectors.read_features`.
+    """Return an artifact with the examples' embeddings, which `gradsift.features.vectors.read_features` reads.
 
     A text that is empty, or that the proxy's chat template cannot render, has a row of zeros.
 
     Args:
         source: the artifact that the examples come from.
-        rows: returns the examples, and the task of each if they are a target set.
+        rows: returns the examples, and the task of each (of a target set) or an empty list (of a pool).
 
     Raises:
-        GradsiftError: an embedding is not finite; names the rows.
+        GradsiftError: an embedding is not finite; the message names the rows.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -126,7 +126,7 @@ def embedded(
     """Return embeddings scaled to length 1, (len(texts), D) float32, computed in batches of texts of similar lengths.
 
     Raises:
-        GradsiftError: an embedding is not finite; names the rows.
+        GradsiftError: an embedding is not finite; the message names the rows.
     """
     place_of = {text.row: place for place, text in enumerate(texts)}
     vectors = np.empty((len(texts), encoder.dimensions), dtype=np.float32)

@@ -3,9 +3,9 @@
     row_i = [ sqrt(w_1) u_i1, ..., sqrt(w_C) u_iC ],   u_ic = R Gamma_ic / |R Gamma_ic|
     <row_i, row_j> = sum_c w_c cos(R Gamma_ic, R Gamma_jc)
 
-The sum is over the C checkpoints of the warm-up. w_c is the mean learning rate of a checkpoint's epoch (scaled to sum
-1), and R is the random projection. For the pool, Gamma is Adam's update for the gradient (`gradients/adam.py`, unless
-features.adam=false); for the target set, Gamma is the gradient itself.
+The sum is over the C checkpoints of the warm-up. w_c is the mean learning rate of the epoch that ended at checkpoint c
+(the w_c are scaled to sum 1), and R is the random projection. For the pool, Gamma is Adam's update for the gradient
+(`gradients/adam.py`, unless features.adam=false); for the target set, Gamma is the gradient itself.
 
 If an example's gradient at a checkpoint is zero, so is that part of its row. An example without a response token has a
 row of zeros and is listed in `Features.silent`.
@@ -40,7 +40,7 @@ from gradsift.training.device import device_of
 from gradsift.training.head import require_finite
 
 VERSION = 2
-_BLOCK_BYTES = 2 * 2**30  # of gradients that are projected together: the projection is drawn again for each block
+_BLOCK_BYTES = 2 * 2**30  # of gradients that are projected together; each block draws the projection again
 _MOST_ROWS = 512  # rows of a block, which an interrupted run may have to compute again
 _MOST_UNPROJECTED = 4 * 10**9  # numbers, 16 GB
 
@@ -64,7 +64,7 @@ def gradient_features(
     slug: str,
     adam: bool,
 ) -> Artifact:
-    """Return the artifact of the features of `examples` (a pool or a target set) at the checkpoints of the warm-up.
+    """Return an artifact with the features of `examples` (a pool or a target set) at the warm-up's checkpoints.
 
     The features are written block by block; an interrupted run continues after the last block that it finished.
 
@@ -75,7 +75,7 @@ def gradient_features(
 
     Raises:
         ConfigError: see `require_room`.
-        GradsiftError: the disk has no room, or a gradient is not finite (names the rows).
+        GradsiftError: the disk has no room, or a gradient is not finite (the message names the rows).
     """
     checkpoints = [chain[-1]] if config.checkpoints == "last" else list(chain)
     settings = {
@@ -135,7 +135,7 @@ def require_room(
 
 def parameter_count(runtime: Runtime, config: FeaturesConfig, inputs: ProxyInputs) -> int:
     """Return P, the number of parameters (`config.gradient_params`) whose gradients are computed."""
-    model_size = int(inputs.backbone.model.num_parameters())  # before the adapter adds its own
+    model_size = int(inputs.backbone.model.num_parameters())  # counted before the adapter adds its parameters
     with adapter(inputs.backbone, config.warmup.lora, 0, runtime.compute) as adapted:
         if config.gradient_params == "full":
             lora.require_mergeable(adapted)
@@ -144,9 +144,9 @@ def parameter_count(runtime: Runtime, config: FeaturesConfig, inputs: ProxyInput
 
 
 def block_rows(size: int, device: torch.device) -> int:
-    """Return B for gradients of `size` numbers.
+    """Return B, the number of rows of a block, for gradients of `size` numbers each.
 
-    B is a power of two, so that a resumed run usually has the same blocks although the free memory differs a little. A
+    B is a power of two, so that a resumed run usually has the same blocks even if the free memory differs a little. A
     block takes at most a quarter of a GPU's free memory; the projection and the backward passes need the rest.
     """
     free = int(torch.cuda.mem_get_info(device)[0]) // 4 if device.type == "cuda" else _BLOCK_BYTES
@@ -214,7 +214,7 @@ def gradient_block(
     With `adam`, the rows are Adam's updates. An example without a response token has a row of zeros.
 
     Raises:
-        GradsiftError: a gradient is not finite; names the rows.
+        GradsiftError: a gradient is not finite; the message names the rows.
     """
     encoded = [example for example in inputs.encoded if start <= example.row < stop]
     device = inputs.backbone.model.device

@@ -44,8 +44,9 @@ class HiddenStates:
     def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int, list[Rejected]]:
         """Return each example's tokens, how many examples were cut, and the examples that cannot be rendered.
 
-        The tokens are those of the proxy's training, or with text=prompt those of the prompts. An example without a
-        response token (with text=prompt: without a token) is left out.
+        With text=prompt, the tokens are those of the prompt. Otherwise they are those of the whole example, in the
+        template that the encoder was made with. An example without a response token (with text=prompt: without a token)
+        is left out.
         """
         tokenizer, limit = self._backbone.tokenizer, min(self._config.max_length, self._backbone.context)
         if self._config.text == "prompt":
@@ -57,7 +58,7 @@ class HiddenStates:
             ]
             return [prompt for prompt in prompts if len(prompt.input_ids)], cut, list(refused.values())
         encoded, report = encode(examples, tokenizer, self._template, limit, advance)
-        # not the sum: a prompt is cut before its response, so most cut responses have a cut prompt
+        # not the sum, which would count most cut responses twice: a prompt is cut before its response
         return encoded, max(report.truncated_prompts, report.truncated_responses), list(report.refused.values())
 
     @torch.inference_mode()

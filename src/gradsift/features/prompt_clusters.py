@@ -1,8 +1,9 @@
-"""Clusters of prompts, which are used as kinds of task if the data does not name these.
+"""Clusters of prompts, which an audit uses as task families if the data does not name families.
 
 The prompts' words and word pairs are weighted by TF-IDF, reduced to at most 50 dimensions by a truncated SVD, scaled to
-length one, and clustered with k-means. This is cheap and seeded. It needs no model, so it favours no scorer's features.
-The clusters reflect topics and wording rather than skills: compare methods by them within one dataset only.
+length one, and clustered with k-means. This is cheap, and its seed is fixed. It needs no model, so it favours no
+scorer's features. The clusters reflect topics and wording rather than skills, so compare methods by clusters within one
+dataset only.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ _DIMENSIONS = 50
 def prompt_clusters(
     runtime: Runtime, loaded: Artifact, pool: Callable[[], Sequence[Example]], clusters: int
 ) -> Artifact:
-    """Return the artifact of the clusters of the examples' prompts.
+    """Return an artifact with the cluster of each example's prompt.
 
-    The clusters are computed once for a dataset, so that all methods are measured by the same clusters.
+    The clusters of a dataset are computed once, so all methods are measured by the same clusters.
 
     Raises:
         ConfigError: there are fewer different prompts than clusters, or no prompt has a word.

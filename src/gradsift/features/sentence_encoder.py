@@ -84,7 +84,7 @@ def text_of(example: Example, text: str) -> str:
 
 
 def sentence_embedder(runtime: Runtime, config: SentenceTransformersConfig) -> Embedder:
-    """Return the embedder of this config; its model is pinned now and loaded when first needed."""
+    """Return the embedder of this config; the model is pinned now (`sentence_encoder`) and loaded when first used."""
     pin = sentence_encoder(runtime, config)
     settings = {"text": config.text, "max_length": config.max_length}
     return Embedder(config.name, settings, pin, functools.cache(lambda: load_sentence_encoder(runtime, config, pin)))
@@ -95,7 +95,7 @@ def sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig) -> Ar
 
     Raises:
         ConfigError: the package is not installed.
-        DataError: `embedder.model` is neither a saved sentence encoder nor a model of the hub.
+        DataError: `embedder.model` is neither a folder of a saved sentence encoder nor a model of the hub.
     """
     if importlib.util.find_spec("sentence_transformers") is None:
         raise ConfigError(

@@ -2,8 +2,8 @@
 
 A feature artifact holds `features.npy`, (N, D) float32 in the order of the examples and memory-mapped when read, and
 `ids.json`, which names the rows. A row has length 1, or length 0 if its example has no direction (a zero gradient, an
-empty text). The length is between 0 and 1 if the gradient is zero at some checkpoints only, and arbitrary with
-`features.normalise=false`.
+empty text). A row of gradient features has a length between 0 and 1 if the gradient is zero at some checkpoints only,
+and any length with `features.normalise=false`.
 
 Shape letters: N examples, D features, B rows of a block.
 """
@@ -66,12 +66,12 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
 
 
 def open_features(folder: Path, rows: int, dimensions: int) -> np.memmap:
-    """Return an array (rows, dimensions) float32 on disk, to be filled with `fill_block` and then `finish_features`.
+    """Return an array (rows, dimensions) float32 on disk. Fill it with `fill_block`, then call `finish_features`.
 
     The array of an interrupted run is opened again with the blocks that the run filled; a new array is all zeros.
 
     Args:
-        folder: the folder of the artifact in the making.
+        folder: the folder of the unfinished artifact.
 
     Raises:
         OSError: the disk has no room for the array.
@@ -89,7 +89,7 @@ def open_features(folder: Path, rows: int, dimensions: int) -> np.memmap:
 
 
 def fill_block(journal: Journal, vectors: np.ndarray, index: Any, key: Any, make: Callable[[], np.ndarray]) -> bool:
-    """Write `make()` to `vectors[index]` unless an interrupted run has written it; return whether `make` was called.
+    """Write `make()` to `vectors[index]` unless an interrupted run has done so; return whether `make` was called.
 
     Args:
         journal: keeps a checksum of each block under `key` (a JSON value).

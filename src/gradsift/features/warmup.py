@@ -1,7 +1,7 @@
 """Warm-up training on a few random rows; gradient features are computed at its checkpoints (LESS, section 4).
 
-The published LESS fixes the seed of the subset; here rows, order and initial A depend on one seed. Every epoch is an
-artifact, from which the next epoch continues.
+The published code fixes the seed of the subset; here one seed determines the rows, their order and the initial A. Every
+epoch is an artifact, from which the next epoch continues.
 """
 
 from __future__ import annotations

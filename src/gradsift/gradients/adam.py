@@ -2,9 +2,9 @@
 
     m' = b1 m + (1 - b1) g,   v' = b2 v + (1 - b2) g^2,   Gamma = m' / sqrt(v' + eps)
 
-m and v are the optimiser's moments at the checkpoint. As in the published code, eps is inside the root and the bias is
-not corrected. An example without a gradient gets the update 0 and not b1 m / sqrt(v' + eps), because m comes from other
-examples.
+m and v are the optimiser's moments at the checkpoint. As in the published code, eps is inside the root and there is
+no bias correction. An example whose gradient is zero gets the update 0 and not b1 m / sqrt(v' + eps), because m comes
+from other examples.
 
 Shape letters: B examples, P parameters.
 """
@@ -27,7 +27,7 @@ EPS = 1e-8
 
 @dataclass(frozen=True)
 class AdamState:
-    """Adam's first and second moments, (P,) float32 each, in the order of `trainable_parameters`."""
+    """Adam's first and second moments, (P,) float32 each, in the order of `lora.trainable_parameters`."""
 
     first: torch.Tensor
     second: torch.Tensor

@@ -2,12 +2,13 @@
 
 `GradientNormCallback` works in any Lightning `Trainer`, `GradientNormTrainerCallback` in transformers' `Trainer` and in
 TRL's `SFTTrainer`. The norms are computed in the training's own backward passes, at the weights of each step; no pass
-is added. Both callbacks attach their probes when the training starts and remove them when it ends. transformers does
-not report exceptions to its callbacks, so after an exception the model's next forward pass removes the probes.
+is added. Both callbacks attach probes (`gradients/probes.py`) to the model when the training starts and remove them
+when it ends. transformers does not report exceptions to its callbacks, so after an exception the probes are removed by
+the model's next forward pass outside of a training.
 
 The norm of an example is |grad L_i|, whatever number the trainer divides the loss of a batch by. L_i is the mean loss
 over the example's labelled tokens (transformers, TRL, and Lightning with `reduction="token_mean"`). With Lightning's
-`mean` and `sum`, L_i is the loss of the example that the module averages or sums over the batch.
+`mean` and `sum`, L_i is the example's loss as it enters the mean or sum over the batch.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ class GradientNormCallback(L.Callback):
         self._example_id = example_id
         self._reduction = reduction
         self._norms: PerSampleNorms | None = None
-        self._of_batch: list[tuple[torch.Tensor, torch.Tensor]] = []  # norms of the current batch
+        self._of_batch: list[tuple[torch.Tensor, torch.Tensor]] = []  # one pair per backward pass of this batch
         self.records = NormRecords()
 
     def table(self) -> dict[str, np.ndarray]:
-        """Return what was collected so far; see `NormRecords.table`."""
+        """Return the ids and norms collected so far; see `NormRecords.table`."""
         return self.records.table()
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
@@ -170,15 +171,15 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self.records = NormRecords()
 
     def table(self) -> dict[str, np.ndarray]:
-        """Return what was collected so far; see `NormRecords.table`."""
+        """Return the ids and norms collected so far; see `NormRecords.table`."""
         return self.records.table()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1 or args.n_gpu > 1:
             raise GradsiftError("GradientNormTrainerCallback works in one process with one device")
-        self._detach()  # from a training that failed: `auto_find_batch_size` starts again after an error
+        self._detach()  # what a failed training has attached: `auto_find_batch_size` starts again after an error
         model, loader = kwargs["model"], kwargs["train_dataloader"]
-        loader = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+        loader = getattr(loader, "base_dataloader", loader)  # accelerate wraps the loader
         self._norms = self._attached.enter_context(PerSampleNorms(model))
         # first of all hooks: the ids have to leave the arguments before anything else reads them
         before = model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
@@ -227,7 +228,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         if not torch.is_grad_enabled() or self._labels is None:
             return
         labelled = self._labels[:, 1:] != _IGNORED
-        log_probs = getattr(outputs, "log_probs", None)  # of TRL's model, which leaves the loss to its trainer
+        log_probs = getattr(outputs, "log_probs", None)  # only of TRL's model: its trainer computes the loss
         if log_probs is not None and log_probs.requires_grad:
             log_probs.register_hook(self._weigh_by_log_probs)
         elif getattr(outputs, "loss", None) is not None and outputs.loss.requires_grad:
@@ -259,7 +260,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
 def _is_training() -> bool:
     """Return whether `Trainer.train` is on the call stack; callbacks do not learn that an exception has ended it."""
-    from transformers import Trainer  # takes a second; whoever calls this has imported it
+    from transformers import Trainer  # the import takes a second; the callers have made it already
 
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not Trainer.train.__code__:
@@ -268,7 +269,7 @@ def _is_training() -> bool:
 
 
 def _entry(batch: Any, name: str, purpose: str) -> Any:
-    """Return the entry or attribute `name` of a batch, or raise a `GradsiftError` that states its purpose."""
+    """Return the entry or attribute `name` of a batch, or raise a `GradsiftError` that states its `purpose`."""
     value = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
     if value is None:
         raise GradsiftError(f"the batch has no {name!r}: {purpose}")

@@ -2,8 +2,9 @@
 
     cos_i = <g_i, g> / (|g_i| |g|),   g = (1/N) sum_i g_i
 
-over the LoRA parameters, unprojected. If the cosine is positive, a small gradient step on the example alone also lowers
-the pool's mean loss. Two passes over the pool are needed: one for the mean gradient, one for the cosines.
+The gradients are those of the LoRA parameters, without a random projection. If the cosine is positive, a small gradient
+step on the example alone also lowers the pool's mean loss. Two passes over the pool are needed: one for the mean
+gradient, one for the cosines.
 
 Shape letters: M members, N examples, B examples of a batch, P parameters.
 """
@@ -34,7 +35,7 @@ DIRECTIONS_FILE = "directions.parquet"
 
 
 def directions(runtime: Runtime, config: LoraConfig, member: Artifact, load: Callable[[], ProxyInputs]) -> Artifact:
-    """Return the artifact of a table with the columns row, cosine and norm.
+    """Return an artifact with a table of the columns row, cosine and norm (of the example's gradient).
 
     `row` is the position among the examples; `cosine` is NaN if the gradient is zero.
 
@@ -50,7 +51,7 @@ def directions(runtime: Runtime, config: LoraConfig, member: Artifact, load: Cal
 
 
 def mean_gradient(adapted: Any, inputs: ProxyInputs, advance: Advance = lambda done: None) -> torch.Tensor:
-    """Return the mean gradient g (P,) float64, in the order of `trainable_parameters`, with dropout off.
+    """Return the mean gradient g (P,) float64, in the order of `lora.trainable_parameters`, with dropout off.
 
     Raises:
         GradsiftError: the mean gradient is zero.
@@ -62,7 +63,7 @@ def mean_gradient(adapted: Any, inputs: ProxyInputs, advance: Advance = lambda d
 
     def of_batch(batch: Sequence[Encoded]) -> torch.Tensor:
         losses = losses_of(collate(batch, inputs.backbone.pad_id).to(total.device))
-        # the sum and not the mean: a mean would weigh each example by the size of its batch
+        # the sum and not the mean: a mean would divide each gradient by the size of its batch
         return torch.cat([part.flatten() for part in torch.autograd.grad(losses.sum(), parameters)])
 
     with lora.evaluating(adapted), torch.enable_grad():
@@ -83,7 +84,7 @@ def cosines(
     journal: Journal | None = None,
 ) -> dict[str, np.ndarray]:
     """Return columns row (N,) int64, cosine and norm (N,) float64, in the order of the encoded examples."""
-    # normalised in float64 and rounded once, to float32 as the examples' gradients
+    # normalised in float64, then rounded to float32, the type of the examples' gradients
     unit = (mean / mean.norm()).float()
     rows = np.array([example.row for example in inputs.encoded], dtype=np.int64)
     places = {int(row): place for place, row in enumerate(rows)}

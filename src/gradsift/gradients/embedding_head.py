@@ -5,10 +5,10 @@ embedding and to the head are matrices of V x D numbers. Of each matrix, the max
 deviation over all entries are kept, zeros included. These statistics are exact, although no whole matrix is held in
 memory:
 
-    embedding  the row of a token is the sum of the backprops at the token's places; the rows of all tokens that the
-               example does not contain are zero
-    head       (P - Y)^T H / n over the n response places: P predicted probabilities, Y one-hot targets,
-               H last hidden states; computed for a chunk of the vocabulary at a time
+    embedding  the row of a token is the sum of the backprops (the gradients with respect to the embedded tokens) at the
+               token's places; the rows of all tokens that the example does not contain are zero
+    head       (Q - Y)^T H / n over the n response places: Q predicted probabilities, Y one-hot targets,
+               H last hidden states. The product is computed for a chunk of the vocabulary at a time
 
 The mean for the head is 0 by definition, because the probabilities and the target of a place both sum to one. The mean
 for the embedding is 0 up to rounding if every layer that reads the embedding first subtracts a mean (GPT-2's
@@ -47,7 +47,7 @@ from gradsift.training.head import OutputHead, require_finite
 
 VERSION = 1
 STATISTICS_FILE = "embedding_gradients.parquet"
-_CHUNK = 2**18  # entries of the head's gradient at a time on a CPU, 1 MB in float32: they stay in a core's cache
+_CHUNK = 2**18  # entries of the head's gradient at a time on a CPU: 1 MB in float32, which fits in a core's cache
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class EmbeddingGradients:
     embedding_std: np.ndarray  # population std: std^2 + mean^2 = |gradient|^2 / (V x D)
     head_max: np.ndarray
     head_min: np.ndarray
-    head_mean: np.ndarray  # 0
+    head_mean: np.ndarray  # 0 by definition
     head_std: np.ndarray
     entries: int  # V x D
 
@@ -71,11 +71,13 @@ COLUMNS = tuple(f"{use}_{name}" for use in ("embedding", "head") for name in ("m
 def embedding_gradients(
     runtime: Runtime, member: Artifact, config: LoraConfig, load: Callable[[], ProxyInputs], count: int
 ) -> Artifact:
-    """Return the artifact of the statistics at the weights of a member's epoch, with dropout off.
+    """Return an artifact with the gradient statistics of every example.
+
+    They are computed without dropout, with the adapter that a member had at the end of an epoch.
 
     Args:
-        member: the artifact of an epoch that `gradsift.proxy.ensemble.train_adapter` returned.
-        config: the config of its adapter.
+        member: the artifact of this epoch, from `gradsift.proxy.ensemble.train_adapter`.
+        config: the config of the member's adapter.
         load: called only if the statistics have to be made.
         count: N.
     """
@@ -102,7 +104,10 @@ def embedding_gradients(
 def checked_inputs(
     load: Callable[[], ProxyInputs], config: LoraConfig, compute: ComputeConfig
 ) -> Callable[[], ProxyInputs]:
-    """Return a `load` that raises, before a member is trained, if the model does not allow these gradients."""
+    """Return a function that calls `load` and raises an error if the model does not allow these gradients.
+
+    If the training of a member loads its inputs with this function, the error comes before the training.
+    """
 
     def checked() -> ProxyInputs:
         inputs = load()
@@ -240,7 +245,7 @@ def head_statistics(output: nn.Linear, hidden: torch.Tensor, targets: torch.Tens
     """
     with torch.no_grad():
         errors = torch.softmax(F.linear(hidden, output.weight, output.bias).float(), 1)  # (n, V)
-        # P - Y, the gradient of each place's loss with respect to its logits
+        # Q - Y, the gradient of each place's loss with respect to its logits
         errors.scatter_add_(1, targets[:, None], errors.new_full((len(targets), 1), -1.0))
         # the 1/n of the mean over the response tokens
         hidden = hidden.float() / len(hidden)

@@ -38,11 +38,12 @@ LEAST_FALL_FROM_START = 0.01
 # Least number of batches in such a tenth, over all members: with fewer, the losses of two tenths differ by chance more
 # than by learning (by 5 % in the smoke run).
 LEAST_BATCHES = 10
-# Share of examples whose norm rises: above this, the training regime decides more than the examples.
+# Share of examples whose norm rises. Above this share, the training regime affects the scores more than examples do.
 MOST_NEGATIVE_DROPS = 0.5
 # Relative error of a norm in float32; tests find 1e-6 for most. A smaller change has no reliable sign.
 FLOAT32_ERROR = 1e-5
-# Median of |G_s - G_t| / G_s. Measured: 0.08-0.16. Below, every score is near zero and noise decides the ranking.
+# Median of |G_s - G_t| / G_s. Measured: 0.08-0.16. Below this bound, every score is near zero and noise
+# decides the ranking.
 LEAST_DROP_SIZE = 0.005
 # Share of examples in which eps outweighs V_t: they get the highest scores. 1 % of the pool is a fifth of the paper's
 # smallest budget.
@@ -50,8 +51,9 @@ MOST_EPS_DOMINATED = 0.01
 # Median relative error of a norm in bfloat16 (only the part that differs between members), by the precision of the
 # residual stream (SmolLM2, 300 Alpaca rows; experiments/2026-11-22-gradient-engine).
 BFLOAT16_ERROR = {"float32": 0.0029, "bfloat16": 0.0041}
-# This error over the median of sqrt(V_t) / G_t; the square of the ratio is the share of V_t that is rounding. At ratios
-# of .09 and .13 the Spearman correlation of G-SNR with float32's was .982 and .978; at least .98 is wanted.
+# Ratio of BFLOAT16_ERROR to the median of sqrt(V_t) / G_t; its square is the share of V_t that is rounding. At ratios
+# of .09 and .13, the Spearman correlation of G-SNR in bfloat16 with G-SNR in float32 was .982 and .978; at least .98 is
+# wanted.
 MOST_ERROR_OVER_SPREAD = 0.08
 
 
@@ -61,7 +63,8 @@ def diagnose_ensemble(
     """Return all diagnostics of an ensemble.
 
     Args:
-        trained: [adapter][epoch - 1], up to the late snapshot; one adapter per member, or one that all members share.
+        trained: artifacts of the epochs up to the late snapshot, as [adapter][epoch - 1]; one adapter per member, or
+            one that all members share.
         statistics: None if the scorer does not use them; the diagnostics that need them are left out.
         members: M.
     """
@@ -69,7 +72,7 @@ def diagnose_ensemble(
 
     adapters = [load_file(chain[-1].file(ADAPTER_FILE)) for chain in trained]
     curves = [[entry["loss"] for epoch in chain for entry in read_curve(epoch.path)] for chain in trained]
-    (numerics,) = trained[0][-1].computed_by.values()  # of the proxy
+    (numerics,) = trained[0][-1].computed_by.values()  # how the proxy was computed
     error = 0.0 if numerics["precision"] == "float32" else BFLOAT16_ERROR[numerics["residual"]]
     diagnostics = [adapter_spread(adapters), loss_from_start(curves)]
     if statistics is not None:
@@ -87,8 +90,8 @@ def adapter_spread(adapters: Sequence[Mapping[str, np.ndarray]]) -> Diagnostic:
     """Judge the mean distance of two members' updates B A, relative to the mean norm of an update, over all layers.
 
     The distances of the factors A and B themselves say nothing: A is drawn anew for each member and stays near its
-    initial value, and B is learnt for that A. So both have a relative distance of sqrt(2) even if all members compute
-    the same function.
+    initial value, and B is learnt for that A. So the factors of two members have a relative distance of sqrt(2) even if
+    both members compute the same function.
 
     Args:
         adapters: each member's `lora_A` (R, I) and `lora_B` (O, R) weights, by peft's names.

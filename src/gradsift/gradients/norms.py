@@ -23,7 +23,8 @@ def attached(model: nn.Module, probe: NormProbe | GradientProbe) -> Iterator[lis
     On exit the probe is removed, and the model is as before.
 
     Raises:
-        GradsiftError: there is no adapted layer, or one without support for per-sample gradients; names that layer.
+        GradsiftError: there is no adapted layer, or one that does not support per-sample gradients (the message names
+            the layer).
     """
     # a model that was not adapted by gradsift has peft's own layers, which have no probes
     changed = fuse(model)

@@ -38,13 +38,13 @@ def write_norms(
 
 
 def read_norms(shards: Sequence[Artifact], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Return the table of a member after an epoch, from all its shards, ascending by row.
+    """Return the table of a member's norms after an epoch, from all shards of this table, ascending by row.
 
     Args:
         names: columns to read besides `row`; None for all.
 
     Raises:
-        GradsiftError: a shard or a row is missing or repeated; names it and says how to collect it.
+        GradsiftError: a shard or a row is missing or repeated; the message names it and says how to collect it.
     """
     wanted = None if names is None else ["row", *names]
     tables = [pq.read_table(artifact.file(NORMS_FILE), columns=wanted) for artifact in shards]
@@ -90,7 +90,7 @@ def _require_shards(shards: Sequence[Artifact], row_counts: Sequence[int]) -> No
     if len(numbers) > count:
         raise GradsiftError(f"{name}: its norms have {len(numbers)} shards where there are {count}")
     for artifact, number, row_count in zip(shards, numbers, row_counts, strict=True):
-        # a shard is every `count`-th row by length (`data.batching.shard_of`)
+        # of the rows sorted by length, a shard has every `count`-th one (`data.batching.shard_of`)
         expected = len(range(number, rows, count))
         if row_count != expected:
             raise GradsiftError(

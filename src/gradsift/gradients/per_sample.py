@@ -26,7 +26,7 @@ from gradsift.training import lora
 from gradsift.training.device import numbers_at_once
 from gradsift.training.head import ResponseLosses
 
-_BATCH_BYTES = 128 * 2**20  # most bytes of gradients from one backward pass on a CPU
+_BATCH_BYTES = 128 * 2**20  # upper bound for the gradients of one backward pass on a CPU
 _IGNORED = -100  # transformers' label of a token without a loss
 
 
@@ -40,14 +40,14 @@ def per_sample_norms(model: Any, rows: Sequence[Mapping[str, Any]], *, tokens: i
         model: a `peft.PeftModel` with LoRA on linear layers, on any device.
         rows: one mapping per example with `input_ids`, `labels` (-100 where a token has no loss) and, if the example is
             padded, `attention_mask`: lists or one-dimensional tensors of equal length.
-        tokens: padded tokens that pass through the model at once; the result does not depend on it beyond rounding.
+        tokens: number of tokens, padding included, of a forward pass; it affects the result by rounding only.
 
     Returns:
         (N,) float32, the L2 norm over A and B of all adapted layers.
 
     Raises:
-        DataError: a row cannot be used; names it.
-        GradsiftError: a layer does not support per-sample gradients; names the layer.
+        DataError: a row cannot be used; the message names the row.
+        GradsiftError: a layer does not support per-sample gradients; the message names the layer.
     """
     encoded = encoded_rows(rows)
     norms_of_rows = np.zeros(len(encoded), dtype=np.float32)
@@ -81,7 +81,7 @@ def encoded_rows(rows: Sequence[Mapping[str, Any]]) -> list[Encoded]:
 
     Raises:
         DataError: a row has no `input_ids` or `labels`, sequences of unequal lengths, labels that are not the input's
-            own tokens, or no token with a loss; names the row.
+            own tokens, or no token with a loss; the message names the row.
     """
     encoded = []
     for number, row in enumerate(rows):
@@ -112,10 +112,11 @@ def _pad_id(model: Any) -> int:
 
 
 class GradientPass:
-    """Computes the gradient of each example's mean response loss at fixed weights, dropout off, as a float32 row.
+    """Computes the gradient of each example's mean response loss at fixed weights, with dropout off, as a float32 row.
 
-    The columns are the parameters in a fixed order, each flattened row by row: for `lora` A and B of each adapted
-    layer, for `full` the parameters of the model without adapters, in the order of `model.parameters()`.
+    The columns are the parameters in a fixed order, each flattened row by row. With `lora` (see `gradient_pass`), they
+    are A and B of each adapted layer; with `full`, the parameters of the model with the adapter merged into it, in the
+    order of `model.parameters()`.
     """
 
     def __init__(self, size: int, device: torch.device, work: Callable[[Sequence[Encoded]], torch.Tensor]) -> None:
@@ -128,7 +129,7 @@ class GradientPass:
         return torch.cat([gradients for _, gradients in self.parts(examples)])
 
     def parts(self, examples: Sequence[Encoded]) -> Iterator[tuple[Sequence[Encoded], torch.Tensor]]:
-        """Yield the examples with their gradients, in parts that fit in memory: single examples if P is huge."""
+        """Yield the examples with their gradients, in parts that fit in memory; a part has at least one example."""
         size = max(1, numbers_at_once(self._device, _BATCH_BYTES // 4) // self.size)
         for start in range(0, len(examples), size):
             yield examples[start : start + size], self._work(examples[start : start + size])
@@ -157,8 +158,8 @@ def gradient_pass(adapted: Any, parameters: str, pad_id: int, padding_side: str 
             def work(examples: Sequence[Encoded]) -> torch.Tensor:
                 probe.forget()
                 losses = losses_of(collate(examples, pad_id, padding_side).to(device))
-                # examples do not see each other, so row i of the sum's gradient is the gradient of example i; (B, P_l)
-                # for each layer
+                # no example affects another one's loss, so row i of the sum's gradient is the gradient of example i;
+                # (B, P_l) for each layer
                 parts = torch.autograd.grad(losses.sum(), [probe.probes[id(layer)] for layer in layers])
                 probe.forget()
                 return torch.cat(parts, 1)

@@ -8,7 +8,7 @@ A LoRA layer computes y = W x + b + s B A x with s = alpha / rank. For example i
     |g_i|^2    = sum over layers of |grad_A L_i|_F^2 + |grad_B L_i|_F^2
 
 where g_i is the gradient of GRADFILTERING (arXiv 2601.13697, section 3). The training needs the sum of these products
-over the examples anyway, so computing them per example costs next to nothing (`per_sample_parts`). A padded token
+over the examples anyway, so computing them per example adds almost no cost (`per_sample_parts`). A padded token
 contributes nothing, because no loss depends on it and its row of D_i is zero.
 
 A probe is an additional input of the layer (`gradsift.training.adapted`). In the backward pass, the layer returns its
@@ -56,11 +56,11 @@ class Passes:
         self._examples: int | None = None
 
     def note(self, layer: object, activations: torch.Tensor) -> int:
-        """Note that `layer` is called with the inputs `activations` (B, T, I), and return B.
+        """Record that `layer` is called with the inputs `activations` (B, T, I), and return B.
 
         Raises:
             GradsiftError: the examples cannot be told apart, or the layer is called twice, so that its gradient would
-                be a sum over two calls; names the layer.
+                be a sum over two calls; the message names the layer.
         """
         name = getattr(layer, "path", "an adapted layer")
         if id(layer) in self._layers:
@@ -134,7 +134,7 @@ class NormProbe:
         return squares
 
     def take(self) -> torch.Tensor | None:
-        """Return the squared norms (2, B) of A and B, or None if there was no backward pass, and forget them."""
+        """Return and forget the squared norms (2, B) of the gradients of A and B; None without a backward pass."""
         probe, self._probe = self._probe, None
         self._passes.forget()
         return None if probe is None else probe.grad

@@ -12,11 +12,11 @@ the parameter's position (`training/random_bits.py`), so they are the same on ev
 
 Cost. A row of P parameters is gathered, multiplied by signs and summed: 20 P bytes of memory traffic, where a dense
 matrix takes 2 P D operations. Drawing shifts and signs takes about 60 P bytes once for all rows of a call. Llama-2-7B
-with rank 128 on q, k, v and o has P = 134 million, so a row takes 2.7 GB, and 0.3 GB more as its share of the drawing
-if a call has 32 rows. The backward pass of a row of 512 tokens through the frozen weights takes 2 x 6.6e9 x 512 =
-6.8e12 operations. With an A100's memory bandwidth (2 TB/s) and half of its bfloat16 peak (312e12 operations a second),
-the projection takes 1.5 ms and the backward pass 44 ms, a ratio of 3 %. On an H100 (3.35 TB/s, 990e12) they take 0.9 ms
-and 14 ms, 6 %.
+with rank 128 on q, k, v and o has P = 134 million, so a row takes 2.7 GB of memory traffic. In a call with 32
+rows, a row's share of the drawing adds 0.3 GB. The backward pass of a row of 512 tokens through the frozen weights
+takes 2 x 6.6e9 x 512 = 6.8e12 operations. With an A100's memory bandwidth (2 TB/s) and half of its bfloat16 peak
+(312e12 operations a second), the projection takes 1.5 ms and the backward pass 44 ms, a ratio of 3 %. On an H100 (3.35
+TB/s, 990e12 operations a second), they take 0.9 ms and 14 ms, a ratio of 6 %.
 
 Shape letters: B rows, P parameters, D dimensions, C chunks at once.
 """
@@ -57,11 +57,11 @@ class Projection:
         return projected
 
     def drawn(self, first: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which parameter of each chunk goes to each dimension, for the chunks `first` to `first + count - 1`.
+        """Return which parameter of a chunk goes to each dimension, for the chunks `first` to `first + count - 1`.
 
         Returns:
-            The parameters' places, counted from the first one of chunk `first`, (C, D) int32, and their signs, (C, D)
-            float32.
+            The parameters' places, counted from the first parameter of chunk `first`, (C, D) int32, and their signs,
+            (C, D) float32.
         """
         chunks = torch.arange(first, first + count, device=device)  # (C,)
         dimensions = torch.arange(self.dimensions, device=device)
@@ -72,6 +72,6 @@ class Projection:
         places = dimensions.int() - shifts[:, None]
         places += (places >> 31).bitwise_and_(self.dimensions)  # adds D to negative places; faster than a remainder
         places += torch.arange(count, device=device, dtype=torch.int32)[:, None] * self.dimensions
-        # the sign comes from the top bit, the best mixed one: an arithmetic shift gives 0 or -1, and | 1 makes 1 or -1
-        # of it
+        # the sign comes from the top bit, which the hash mixes best: an arithmetic shift gives 0 or -1, and | 1 turns
+        # these into 1 or -1
         return places, ((bits(seeds, dimensions) >> 31) | 1).float()

@@ -45,7 +45,7 @@ class NormRecords:
             ids = torch.tensor([self._names.setdefault(str(name), len(self._names)) for name in ids])
         count = len(ids)
         if self._count + count > self._values.shape[1]:
-            # the size doubles, so N examples take 2 N copies at most; otherwise each batch would copy all of them
+            # the size doubles, so N examples cause at most 2 N copies; otherwise each batch would copy all examples
             larger = self._values.new_empty((len(self._values), 2 * self._count + count + 64), device=norm_a.device)
             larger[:, : self._count] = self._values[:, : self._count]
             self._values = larger
@@ -56,7 +56,7 @@ class NormRecords:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the records so far, for `load_state_dict`: a tensor, and a list of the ids that are strings."""
-        # a copy without the spare columns: a view would be overwritten while it waits to be saved, or saved with them
+        # a copy without the spare columns: a view may be overwritten before it is saved, or saved with these columns
         values = {"values": self._values[:, : self._count].clone()}
         return {**values, "names": list(self._names)} if self._names else values
 
@@ -90,7 +90,8 @@ class NormRecords:
         """Return norm_A, norm_B and loss, float32, in the order of `encoded`; the ids must be the examples' `row`.
 
         Raises:
-            GradsiftError: a value is not finite (names the rows), or an example does not have exactly one entry.
+            GradsiftError: a value is not finite (the message names the rows), or an example does not have exactly one
+                entry.
         """
         rows, _, *values = self._values[:, : self._count].cpu()
         places = {example.row: place for place, example in enumerate(encoded)}

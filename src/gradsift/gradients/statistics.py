@@ -1,7 +1,7 @@
 """Mean and variance of the gradient norms over the ensemble, at the two snapshots.
 
 GRADFILTERING (arXiv 2601.13697): G_i^(e) = mean over m of |g_i^(m,e)|, V_i^(e) = variance over m (divided by M).
-The norms are read twice, one member at a time, so memory grows with N and not with M.
+The norms are read twice, one member at a time, so the memory needed grows with N and not with M.
 
 Shape letters: M members, N examples.
 """
@@ -41,8 +41,9 @@ class Statistics:
 def norm_of(columns: Mapping[str, np.ndarray], scope: str, size_a: float, size_b: float) -> np.ndarray:
     """Return the L2 norm (N,) float64 of the gradients with respect to the LoRA factors that `scope` names.
 
-    The gradient of A is proportional to B and the gradient of B to A. So the norms of all examples grow while B grows
-    from zero. The scope `scaled` therefore divides norm_A by the size of B and norm_B by the size of A.
+    The gradient of A is proportional to B and the gradient of B to A. So while B grows from zero, its growth tends to
+    raise the norms of all examples, whether or not the proxy learns them. The scope `scaled` therefore divides norm_A
+    by the size of B and norm_B by the size of A.
 
     Args:
         columns: norm_A and norm_B, (N,).
@@ -101,14 +102,14 @@ def statistics(
     scope: str,
     count: int,
 ) -> Artifact:
-    """Return the artifact of the statistics at the early and the late snapshot.
+    """Return the artifact with the statistics of all examples at the early and the late snapshot.
 
     Args:
         early, late: tables of the members' norms at the two snapshots, as [member][shard].
         count: N.
 
     Raises:
-        GradsiftError: the members' norms were computed with different numerics; names two tables that differ.
+        GradsiftError: the members' norms were computed with different numerics; the message names two such tables.
     """
     parents = [shard for shards in (*early, *late) for shard in shards]
     for other in parents[1:]:
@@ -146,5 +147,5 @@ def compute_statistics(
 
 
 def read_statistics(artifact: Artifact) -> Statistics:
-    with pq.ParquetFile(artifact.file(STATISTICS_FILE)) as file:  # by column, which needs half of a table's memory
+    with pq.ParquetFile(artifact.file(STATISTICS_FILE)) as file:  # one column at a time needs half the memory
         return Statistics(**{name: file.read([name])[name].to_numpy() for name in file.schema_arrow.names})

@@ -1,11 +1,12 @@
 """Scorers: one module per method; a higher score means keep.
 
-A scorer is a function. Its positional parameters name its inputs, and the pipeline computes only these inputs:
+A scorer is a function. Its positional parameters name its inputs, and the pipeline computes only the inputs that are
+named. These are available:
 
     count        N, the number of examples
     examples     the examples, without their quality labels
-    labels       `gradsift.data.load.Labels` of generated or corrupted data, else None; only for reference scorers, a
-                 method must not use the labels
+    labels       `gradsift.data.load.Labels` of generated or corrupted data, else None; only reference scorers may use
+                 the labels, a method must not
     statistics   `gradsift.gradients.statistics.Statistics` of the proxy ensemble
     late_losses  (N,) mean loss of the members at the late snapshot
     answer_losses
@@ -14,12 +15,12 @@ A scorer is a function. Its positional parameters name its inputs, and the pipel
     embedding_gradients
                  `gradsift.gradients.embedding_head.EmbeddingGradients` after the first epoch of the ensemble's first
                  adapter; this input does not need the other adapters to be trained
-    directions   (M, N) cosines of each member's gradient of an example with its mean gradient of the pool; (1, N) for
+    directions   (M, N) for each member, the cosine of each example's gradient with the pool's mean gradient; (1, N) for
                  proxy.ensemble=mc_dropout, whose members share their weights
     gradients, target_gradients
                  `gradsift.features.vectors.Features`: the gradients of the pool's and of the target set's examples
     backbone     the proxy's backbone, without adapters
-    proxy_inputs the backbone, and the examples in tokens of the proxy's template
+    proxy_inputs the backbone, and the examples tokenised in the proxy's template
     embeddings, target_embeddings
                  `gradsift.features.vectors.Features` of the examples and of the target set's rows (with their tasks),
                  computed by the run's embedder

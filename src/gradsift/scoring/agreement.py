@@ -1,4 +1,4 @@
-"""Inner products of gradient features with a few directions, and checks of features.
+"""Inner products of gradient features with a few directions, and a check that vectors of examples differ.
 
 Shape letters: N examples, K directions, D features.
 """
@@ -13,13 +13,13 @@ from gradsift.features.vectors import Features
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
 NO_GRADIENT = "the gradient is zero, so it has no direction"
-# Mean cosine between two rows above which a warning is given. Last hidden states always share much of their direction
-# (see docs/methods.md), so only a larger value is unusual.
+# Mean cosine between two rows above which a warning is given. The bound is near 1 because last hidden states always
+# have a high mean cosine (see docs/methods.md).
 MOST_ALIKE = 0.9999
 
 
 def agreement(features: Features, directions: np.ndarray) -> np.ndarray:
-    """Return inner products (N, K) float64 with `directions` (K, D), rounded so that equal rows get equal values."""
+    """Return the features' inner products (N, K) float64 with `directions` (K, D), rounded so that equal rows tie."""
     inner = np.empty((len(features), len(directions)))
     columns = directions.astype(np.float64).T
     for where, rows in blocks(features, np.arange(len(features))):
@@ -41,7 +41,7 @@ def mark_undirected(scores: Scores, features: Features) -> None:
 
 
 def spread(features: Features, kind: str, check: str) -> Diagnostic:
-    """Return the diagnostic `<kind>_spread`: the mean cosine between two different rows that have a direction.
+    """Return the diagnostic `<kind>_spread`: the mean cosine over all pairs of rows that have a direction.
 
     If the mean is near 1, the vectors do not separate the rows. The mean is computed from the length of the sum of N
     unit rows: |sum|^2 = N + N (N - 1) mean cosine.
@@ -57,7 +57,7 @@ def spread(features: Features, kind: str, check: str) -> Diagnostic:
         count += int(np.any(block != 0, axis=1).sum())
     if count < 2:
         return Diagnostic.unknown(name, value, f"fewer than two rows have a {kind} with a direction")
-    # |sum|^2 less the N squared lengths is the sum over ordered pairs of different rows
+    # |sum|^2 minus the N squared lengths is the sum of the cosines over all ordered pairs of different rows
     mean = float((total @ total - count) / (count * (count - 1)))
     message = f"two rows' {kind}s have a mean cosine of {mean:.4f}"
     if mean > MOST_ALIKE:

@@ -2,21 +2,23 @@
 
     IFD(x, y) = mean loss of y after the prompt x / mean loss of y alone
 
-Superfiltering's score of the same name is a ratio of perplexities with another prompt, and ranks rows differently. Here
-the prompt is Alpaca's, and "alone" means after the line "### Response:". A start token comes first if the tokenizer
-adds one by default. Every token of the answer is scored, in both losses. The prompt is cut to L tokens (`max_length`),
-which leaves p tokens, and prompt and answer together are cut to L too. Rows with an IFD above 1 are excluded, and the
-highest IFD of the remaining rows is selected. The budget is a share of these rows (budget_base=scored, as in
-method=cherry). The source does not treat conversations; for them the prompt is everything before the last response. The
-published model is first trained on 1,000 diverse rows. Here the proxy's backbone is used as it is; for this step, name
-a model that was trained in this way.
+Superfiltering has a score of the same name, but divides perplexities and uses another prompt, so it ranks rows
+differently. In Cherry, the prompt has Alpaca's template, and "alone" means after the line "### Response:". Each text
+begins with a start token if the tokenizer adds one by default. Every token of the answer is scored, in both losses. The
+prompt is cut to L tokens (`max_length`); p is its length after the cut. Prompt and answer together are cut to L tokens
+too. Rows with an IFD above 1 are excluded, and the remaining rows with the highest IFD are selected. With
+method=cherry, the budget is a share of the rows that are not excluded (budget_base=scored). The paper does not treat
+conversations; for them the prompt is everything before the last response. The paper first trains its model on 1,000
+diverse rows. gradsift skips this step and uses the proxy's backbone as it is. To include the step, train the model
+yourself and set `proxy.model.path` to the trained model.
 
-Rows whose prompt and answer together are longer than L are excluded. `fidelity=original` measures the answer after
-"### Response:" and answer were cut to L - p + 4 tokens. Whether a row is too long then depends on the number of tokens
-of this line: with LLaMA's tokenizer no row is ever too long, and the two losses of a long answer are means over
-different tokens. `fixed` measures the answer before the cut, as the rule says. Two rules of the published code are not
-reproduced, because they belong to the selection: of rows with equal scores it selects the last ones, and a share of
-less than one row selects all rows.
+Rows whose prompt and answer together are longer than L are excluded. `fidelity=original` measures the answer's length
+after the line "### Response:" and the answer were cut to L - p + 4 tokens together. A row can then be too long only if
+this line has fewer than 4 tokens, a start token included. With LLaMA's tokenizer it has at least 4, so no row is
+excluded as too long, and the two losses of a long answer are means over different tokens. `fidelity=fixed` measures the
+answer's length before the cut. Two rules of the published code are not reproduced, because they belong to the
+selection: of rows with equal scores the code selects the last ones, and for a share of less than one row it selects all
+rows.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def cherry(
     """Return the IFD of each example under the proxy's backbone, without adapters.
 
     Args:
-        max_length: L of the published code; the model's context if the context is smaller.
+        max_length: L; if the model's context is smaller, L is the context.
         fidelity: original or fixed; see the module's docstring.
     """
     limit = min(max_length, backbone.context)
@@ -60,10 +62,11 @@ def cherry(
 
 
 def loss_ratios(alone: np.ndarray, together: np.ndarray, too_long: np.ndarray, lacks: np.ndarray) -> Scores:
-    """Return the scores from mean losses (N,) in nats.
+    """Return the scores, given the mean losses (N,), in nats, of the answers alone and after their prompts.
 
     Args:
-        too_long, lacks: (N,) bool, the rows that are excluded as too long, and those without a scored response token.
+        too_long: (N,) bool, whether a row is too long and therefore excluded.
+        lacks: (N,) bool, whether a row has no scored response token.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         ifd = together / alone
@@ -79,13 +82,13 @@ def loss_ratios(alone: np.ndarray, together: np.ndarray, too_long: np.ndarray, l
 def cherry_spans(
     examples: Sequence[Example], backbone: Backbone, limit: int, *, measure_cut: bool
 ) -> tuple[list[Encoded], list[Encoded], np.ndarray]:
-    """Return the spans of each answer after "### Response:" and after its prompt, and which rows are too long.
+    """Return the spans of each answer after "### Response:" and after its prompt, and whether each row is too long.
 
     Args:
         limit: L.
-        measure_cut: measure the answer's length after it was cut (fidelity=original), not before.
+        measure_cut: whether the answer's length is measured after the cut (fidelity=original) and not before.
     """
-    # with "### Response:" at the end
+    # the prompts end with "### Response:"
     prompts = ["".join(segment.text for segment in render(example, "alpaca")[:-1]) for example in examples]
     alone = [_RESPONSE + example.output for example in examples]
     together = [prompt + example.output for prompt, example in zip(prompts, examples, strict=True)]

@@ -1,12 +1,12 @@
-"""Agreement with the core knowledge of a target set: G2IS (arXiv 2502.11062) without its graph, as a score.
+"""G2IS (arXiv 2502.11062) as a score, without its graph: agreement with the core knowledge of a target set.
 
     score(z) = sum_k s_k <row_z, K_k> / sum_k s_k
 
-K_k is the k-th principal component of the target gradients, with the sign for which the mean target gradient has a
-positive projection on K_k. s_k is the share of the variance that K_k explains. row_z is the gradient of example z (see
-`gradsift.selection.core_knowledge` and `gradsift.scoring.agreement`). The paper selects by a walk and defines no score;
-this score is our reading. With `selector.fill=topup`, `selector=gradient_walk` selects by this score if its walks do
-not use up the budget. Any other selector can rank by this score.
+The core knowledge consists of principal components of the target gradients (`gradsift.selection.core_knowledge`). K_k
+is the k-th of these components, with the sign for which the mean target gradient has a positive projection on K_k. s_k
+is the share of the variance that K_k explains. row_z is the gradient feature of example z. The paper selects by a walk
+and defines no score; this score is our reading. With `selector.fill=topup`, `selector=gradient_walk` uses this
+score to fill the part of the budget that its walks leave over. Any other selector can rank by this score.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gradsift.selection.core_knowledge import core_knowledge
 
 
 def g2is(gradients: Features, target_gradients: Features, *, explained: float) -> Scores:
-    """Return the variance-weighted mean projection on the components; each part `component:<k>` is the one on K_k.
+    """Return the variance-weighted mean projection on the components; the part `component:<k>` projects on K_k.
 
     Args:
         explained: share of the target gradients' variance that the components explain.

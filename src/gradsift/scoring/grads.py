@@ -10,7 +10,7 @@ S  redundancy: mean cosine to its nearest neighbours in the embedding space.
 
 Each of the factors R, C and S is scaled to 0..1 over the scored examples. The paper does not say how the two gradients
 are combined, which bandwidth is used, whether a high or a low density is representative, and how content is measured.
-For each of these the scorer has a constant. A factor with weight 0 is not computed.
+The scorer has a constant for each of these choices. A factor with weight 0 is not computed.
 
 Shape letters: N examples, F columns of the signal, B rows of a block.
 """
@@ -32,10 +32,10 @@ from gradsift.gradients.embedding_head import COLUMNS, EmbeddingGradients
 from gradsift.runtime import Advance, Task
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
-# |sum| over norm of all entries of a gradient: about 1 (1.2 with SmolLM2 and Alpaca rows) if they are unrelated; if
-# they cancel, rounding leaves 2e-7 in float32 and 2e-3 in bfloat16 (random GPT-2)
+# |sum of a gradient's entries| divided by the gradient's norm: about 1 (1.2 with SmolLM2 and Alpaca rows) for unrelated
+# entries. If their true sum is 0, rounding leaves 2e-7 in float32 and 2e-3 in bfloat16 (random GPT-2).
 LEAST_SUM_OVER_NORM = 0.03
-_CACHE_BYTES = 2**20  # of kernel evaluations at a time: three times as fast as blocks larger than the cache
+_CACHE_BYTES = 2**20  # of a block of kernel evaluations; three times as fast as blocks larger than the cache
 
 
 def grads(
@@ -57,11 +57,11 @@ def grads(
     Args:
         weights: w_g, w_d, w_s.
         combine: see `signal_of`.
-        bandwidth: the kernel's, in standard deviations of the signal's columns, or `scott`: N^(-1 / (F + 4)).
+        bandwidth: bandwidth of the kernel in standard deviations of the signal's columns, or `scott`: N^(-1 / (F + 4)).
         region: whether `high` or `low` density is representative.
         diversity: `spread`, one minus the mean cosine to all other examples; or `words`, the mean inverse document
             frequency of the example's words.
-        neighbours: number of most similar other examples over whose cosines S is the mean.
+        neighbours: number of nearest neighbours that S is a mean over.
         scale: `rank` or `minmax`, see `to_unit`.
     """
     of_gradients, of_content, of_similarity = weights
@@ -104,7 +104,7 @@ def grads(
 def density_of(
     gradients: EmbeddingGradients, rows: np.ndarray, combine: str, bandwidth: str | float, task: Task
 ) -> tuple[np.ndarray, Diagnostic]:
-    """Return the signal's density (N,) among `rows` (N,) bool, NaN for other rows, and a diagnostic of the signal."""
+    """Return the signal's density (N,), NaN for rows outside `rows` (N,) bool, and a diagnostic of the signal."""
     signal = signal_of(gradients, combine, rows)
     width = scott(*signal.shape) if bandwidth == "scott" else float(bandwidth)
     density = np.full(len(rows), np.nan)
@@ -125,12 +125,14 @@ def density_of(
 def signal_of(gradients: EmbeddingGradients, combine: str, rows: np.ndarray) -> np.ndarray:
     """Return the signal of the examples in `rows` (N,) bool, each column with mean 0 and variance 1.
 
+    `combine` says which columns the signal has:
+
     statistics   maximum, minimum, mean and standard deviation of both gradients
     norms        the two norms
-    norm         the norm over both together
+    norm         the norm of both gradients together
 
-    Columns without information are left out. These are constant columns, and means whose true value is 0, so that they
-    are only rounding errors: always the head's mean, and the embedding's mean if a LayerNorm follows the embedding.
+    Columns without information are left out: constant columns, and means whose true value is 0, which are only
+    rounding errors. The head's mean is always 0, and the embedding's mean is 0 if a LayerNorm follows the embedding.
 
     Returns:
         (rows.sum(), F) float64
@@ -142,7 +144,7 @@ def signal_of(gradients: EmbeddingGradients, combine: str, rows: np.ndarray) -> 
             sums = np.abs(table[f"{use}_mean"]) * gradients.entries**0.5
             if not size.size or np.median(sums) < LEAST_SUM_OVER_NORM * np.median(size):
                 del table[f"{use}_mean"]
-    else:  # norms over sqrt(V D), a factor that standardisation removes
+    else:  # norms divided by sqrt(V D), a factor that standardisation removes
         table = sizes if combine == "norms" else {"norm": np.hypot(*sizes.values())}
     columns = [(values - values.mean()) / values.std() for values in table.values() if np.ptp(values) > 0]
     return np.stack(columns, 1) if columns else np.zeros((int(rows.sum()), 0))
@@ -178,7 +180,7 @@ def kernel_density(signal: np.ndarray, bandwidth: float, advance: Advance = lamb
 
 
 def word_rarity(examples: Sequence[Example]) -> np.ndarray:
-    """Return the mean over an example's different words of log(N / number of examples with the word), (N,).
+    """Return (N,): for each example, the mean of log(N / number of examples with the word) over its different words.
 
     An example without words has 0.
     """

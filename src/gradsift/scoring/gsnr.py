@@ -4,7 +4,8 @@
 
 G^s and G^t are the ensemble's mean gradient norms at the early and the late snapshot, V^t the variance of the late
 norms over the members. The paper gives no value for eps. If the norm rises from s to t, the drop is negative, and
-dividing by V^t then favours a high variance, the opposite of the score's intent. The part `drop` shows such examples.
+dividing by V^t then favours a high variance, the opposite of the score's intent. The part `drop` is negative for such
+examples.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
 
 def ratio(G_s: np.ndarray, G_t: np.ndarray, V_t: np.ndarray, eps: float) -> np.ndarray:
-    """Return Eq. 5 for N examples: the normalised drop over the late variance; (N,) float64 in and out."""
+    """Return Eq. 5: the normalised drop divided by the late variance; arguments and result are (N,) float64."""
     # The same eps is added to a norm and to a squared norm, so an eps that is small beside G_s may outweigh V_t;
     # `eps_share` reports the share of rows in which this is so.
     value: np.ndarray = (G_s - G_t) / (G_s + eps) / (V_t + eps)
@@ -27,7 +28,7 @@ def ratio(G_s: np.ndarray, G_t: np.ndarray, V_t: np.ndarray, eps: float) -> np.n
 
 
 def gsnr(statistics: Statistics, *, eps: float) -> Scores:
-    """Return Eq. 5: the normalised drop over the late variance."""
+    """Return Eq. 5: the normalised drop divided by the late variance."""
     score = ratio(statistics.G_s, statistics.G_t, statistics.V_t, eps)
     return _scores(statistics, score, eps, ("G_s", "V_t"))
 
@@ -38,7 +39,7 @@ def gsnr_raw_drop(statistics: Statistics, *, eps: float) -> Scores:
 
 
 def gsnr_normalized_drop(statistics: Statistics, *, eps: float) -> Scores:
-    """Return ablation 2: the first factor of Eq. 5."""
+    """Return ablation 2: the first factor of Eq. 5, the normalised drop."""
     return _scores(statistics, (statistics.G_s - statistics.G_t) / (statistics.G_s + eps), eps, ("G_s",))
 
 
@@ -48,7 +49,11 @@ def gsnr_variance_normalized(statistics: Statistics, *, eps: float) -> Scores:
 
 
 def _scores(statistics: Statistics, score: np.ndarray, eps: float, denominators: Sequence[str]) -> Scores:
-    """Return `Scores` with parts and the diagnostic `eps_share`; `denominators` are the parts that eps was added to."""
+    """Return `Scores` with parts and, if eps was used, the diagnostic `eps_share`.
+
+    Args:
+        denominators: names of the parts that eps was added to.
+    """
     parts = {
         "G_s": statistics.G_s,
         "G_t": statistics.G_t,

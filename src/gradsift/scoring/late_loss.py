@@ -8,7 +8,7 @@ from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
 
 def late_loss(late_losses: np.ndarray) -> Scores:
-    """Return -(1/M) sum over m of each example's loss at the late snapshot.
+    """Return minus the mean over the members of each example's loss at the late snapshot.
 
     `proxy.collect` sets whether the losses are measured during the epoch or at its end.
     """

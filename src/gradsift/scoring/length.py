@@ -1,8 +1,8 @@
 """Lengths of the response, the prompt or both: a cheap baseline.
 
 Long responses alone make a strong selection (Zhao et al., arXiv 2402.04833), and many scores correlate with length.
-Lengths are measured without template, special tokens or truncation. `scorer.unit` chooses the function, so counting
-characters needs no model.
+Lengths are measured without template, special tokens or truncation. `scorer.unit` chooses between the two
+scorers of this module; counting characters needs no model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def length_in_tokens(examples: Sequence[Example], backbone: Backbone, *, unit: s
     """Return lengths in tokens of the proxy's tokenizer, each text tokenised by itself.
 
     Args:
-        unit: name of the column of lengths.
+        unit: name of the part that holds the lengths.
         part: response (the last one of a conversation), prompt (all before it) or both.
         prefer: long or short.
     """

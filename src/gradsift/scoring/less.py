@@ -2,9 +2,10 @@
 
     score(z) = max over tasks of  mean over the task's rows z' of  sum_c w_c cos(Gamma_c(z), g_c(z'))
 
-The features are such that the inner sum is one inner product of two rows (see `gradsift.features.gradients`). The mean
-is over cosines and not over gradients; it is computed as the inner product with the mean of the task's feature rows.
-Target rows without a gradient have no cosine and are left out of the mean.
+c runs over the checkpoints of the warm-up. The sum over c is the inner product of the feature rows of z and z'
+(`gradsift.features.gradients` explains these rows and the symbols). The mean is over cosines and not over gradients; it
+is computed as the inner product with the mean of the task's feature rows. Target rows whose gradient is zero have no
+cosine and are left out of the mean.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     PPL(x, y) = exp(mean loss of y's tokens after the prompt x)
 
 Prompt and response are in the proxy's template and cut as for training, with the end token; every response of a
-conversation counts. `low` prefers responses that the model expects, `high` responses that it does not expect (hard rows
-and noise alike), and `middle` the rows closest to the median rank. Papers prune by perplexity in all three directions
-and define the middle as a band of percentiles; the distance in ranks is our reading.
+conversation counts. `prefer=low` prefers responses that the model expects, `high` responses that it does not expect
+(hard rows and noise alike), and `middle` the rows whose rank is closest to the median. Papers prune by perplexity
+in all three directions and define the middle as a band of percentiles; the distance in ranks is our reading.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def perplexity(proxy_inputs: ProxyInputs, count: int, task: Task, journal: Journ
     """Return the perplexity under the proxy's backbone, without adapters, and a score that prefers low, high or middle.
 
     Raises:
-        GradsiftError: a loss is not finite; names the rows.
+        GradsiftError: a loss is not finite; the message names the rows.
     """
     losses = response_losses(proxy_inputs, count, task, journal)
     with np.errstate(over="ignore"):  # infinite beyond e^709; the score uses the losses
@@ -57,7 +57,10 @@ def response_losses(proxy_inputs: ProxyInputs, count: int, task: Task, journal: 
 
 
 def from_median(values: np.ndarray) -> np.ndarray:
-    """Return the distance in rank shares of each value (N,) from the median: 0 to 0.5, the same for equal values."""
+    """Return the distance of each value's rank from the median rank, divided by the number of values, (N,): 0 to 0.5.
+
+    Equal values have equal distances. NaN stays NaN.
+    """
     from scipy.stats import rankdata
 
     distances = np.full(len(values), np.nan)

@@ -1,10 +1,12 @@
-"""Published scores: the scores in a file that `gradsift scores RUN --out FILE` wrote, joined to the data by text.
+"""Published scores, read from a file that `gradsift scores RUN --out FILE` wrote and joined to the data by text.
+
+The file has the columns
 
     id         content hash and occurrence number of the example in the data that was scored
     row_index  the example's row in that data
-    text_hash  hash of its texts (`gradsift.data.examples.content_hash`): the only column that rows are joined by
+    text_hash  hash of the example's texts (`gradsift.data.examples.content_hash`); rows are joined by this column alone
     score      higher = keep; empty if the scorer defines no score
-    ...        every part of the score
+    ...        one column for each part of the score
     status     scored, undefined or excluded
     reason     why the example is undefined or excluded
 
@@ -51,7 +53,7 @@ def require_scores(path: Path) -> None:
 
 
 class Published:
-    """The scores of a file, by the hash of the scored text."""
+    """The scores of a file, looked up by the hash of an example's texts."""
 
     def __init__(self, path: Path) -> None:
         require_scores(path)
@@ -93,12 +95,12 @@ class Published:
     def of(self, examples: Sequence[Example]) -> Scores:
         """Return the scores of examples that `divide` kept, in their order.
 
-        The k-th of several equal texts has the k-th score of that text, or the last one if the file has fewer.
+        The k-th of several equal texts gets the k-th score of this text in the file, or the last if there are fewer.
         """
         places = []
         for example in examples:
             same = self._by_hash[example.content_hash]
-            # example_id is content hash and occurrence: of n equal texts the k-th takes the k-th score
+            # example_id is the content hash and the occurrence number: the k-th of n equal texts gets the k-th score
             occurrence = int(example.example_id.rsplit("-", 1)[1])
             places.append(same[min(occurrence, len(same) - 1)])
         rows = [self._rows[place] for place in places]

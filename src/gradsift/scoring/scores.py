@@ -45,7 +45,7 @@ class Scores:
         """Raise a `GradsiftError` if the score of an example with status `scored` is not finite.
 
         Args:
-            row_indices: returns the rows of all examples in the data's source, which the message names.
+            row_indices: returns the row number of each example in the data's source, for the error message.
         """
         bad = (self.status == SCORED) & ~np.isfinite(self.score)
         if bad.any():

@@ -28,7 +28,7 @@ Over = Literal["mean", "max"]
 def rds_plus(embeddings: Features, target_embeddings: Features) -> Scores:
     """Return the largest cosine to a target row; the part `task:<name>` is the largest cosine to a row of that task.
 
-    The selector `round_robin_queries` divides the budget among target rows or tasks.
+    With the selector `round_robin_queries`, the budget is divided among target rows or tasks.
     """
     return sbert(embeddings, target_embeddings, over="max")
 
@@ -37,8 +37,8 @@ def sbert(embeddings: Features, target_embeddings: Features, *, over: Over) -> S
     """Return the mean or the largest cosine to the target rows; the part `task:<name>` uses only the task's rows.
 
     Args:
-        over: mean or max. The mean counts each target row once, so a task with more rows weighs more. It ranks like the
-            cosine to the mean of the target rows, because the two differ only by a constant factor.
+        over: mean or max. The mean counts each target row once, so a task with more rows weighs more. The mean
+            ranks rows as the cosine to the mean of the target rows does, because the two differ by a constant factor.
     """
     targets = target_embeddings
     by_task, diagnostics = _rows_by_task(targets)

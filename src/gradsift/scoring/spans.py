@@ -18,7 +18,7 @@ from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget, tokens_factor
 from gradsift.training.head import OutputHead, require_finite, token_losses
 
-_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # with padding; no effect on results. 512 fit in a CPU's caches
+_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # of a batch, with padding; no effect on results. 512 fit in a CPU's caches
 
 
 def span(row: int, example: Example, ids: np.ndarray, start: int) -> Encoded:
@@ -50,7 +50,7 @@ def span_losses(backbone: Backbone, spans: Sequence[Encoded], advance: Advance, 
         journal: keeps the losses batch by batch.
 
     Raises:
-        GradsiftError: a loss is not finite; names the rows.
+        GradsiftError: a loss is not finite; the message names the rows.
     """
     losses = np.full(len(spans), np.nan)
     equal: dict[tuple[bytes, bytes], list[int]] = {}

@@ -28,7 +28,7 @@ def score(
     sources: Mapping[str, Source],
     diagnose: Callable[[Sequence[str]], Sequence[Diagnostic]],
 ) -> Artifact:
-    """Return the artifact of the scores of all examples of the pool.
+    """Return the artifact that holds the score of each example of the pool.
 
     Args:
         diagnose: returns diagnostics of the scorer's inputs, given the inputs' names. The diagnostics are stored with

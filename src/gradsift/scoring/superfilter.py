@@ -2,24 +2,27 @@
 
     IFD(x, y) = exp(mean loss of y after the prompt x) / exp(mean loss of y alone)
 
-Rows with an IFD of at least 1 are excluded. `keep=high` selects the highest IFD of the remaining rows, `keep=low` the
-lowest, which ranks clean rows higher in noisy data. The details follow the published procedure. The prompt is
-`instruction` and `input`, a line each, whatever template the training uses, without BOS and EOS. The prompt is cut to L
-tokens, which leaves p tokens. The answer alone is cut to L - p + 1 tokens, and its first token is not scored. Prompt
-and answer together are cut to L tokens, and only the tokens after those of the prompt are scored. The source does not
-treat conversations; for them the prompt is everything before the last response.
+Rows with an IFD of at least 1 are excluded. `keep=high` selects the remaining rows with the highest IFD, `keep=low`
+those with the lowest. In noisy data, `keep=low` ranks clean rows higher. The details follow the published procedure.
+The prompt is `instruction` and `input`, each on its own line, whatever template the training uses, without BOS and EOS.
+The prompt is cut to L tokens (`max_length`); p is its length after the cut. The answer alone is cut to L - p + 1
+tokens, and its first token is not scored. Prompt and answer together are cut to L tokens, and only the tokens after
+those of the prompt are scored. The paper does not treat conversations; for them the prompt is everything before the
+last response.
 
 `fidelity=original` gives every row the IFD that the published code gives it, including the code's errors:
 
-    a text that the model cannot process     the IFD is 0, so the row ranks last. Such a text has no token, or more
-                                             tokens than the backbone's context (if max_length is larger)
-    an answer of one token                   the IFD is NaN, so it is never selected; `undefined` here in both modes
-    a perplexity that float32 cannot hold    it counts as infinite: the IFD is 0 if it is that of the answer alone,
-                                             infinite if it is that with the prompt, NaN if both are
-    a tokenizer that puts BOS before a text  BOS counts as a token (GPT-2's puts none)
+    a text that the model cannot process     the IFD is 0, so with keep=high the row ranks last. Such a text has no
+                                             token, or more tokens than the backbone's context (if max_length is larger)
+    an answer of one token                   the IFD is NaN, so the row is never selected; with `original` and with
+                                             `fixed` its status is `undefined`
+    a perplexity that float32 cannot hold    counts as infinite: the IFD is 0 if only the perplexity of the answer alone
+                                             is infinite, infinite if only that with the prompt is, NaN if both are
+    a tokenizer that puts BOS before a text  BOS counts as a token (GPT-2's tokenizer adds no BOS)
 
-`fixed` never turns a failure into a number, cuts to the context, and computes in float64. The published budget, a share
-of 52,002 rows whatever the data, belongs to the selection and is not reproduced: to select k of N rows, give alpha=k/N.
+`fidelity=fixed` never turns a failure into a number, cuts texts to the model's context if that is smaller than L, and
+computes in float64. The published budget, a share of 52,002 rows whatever the data, belongs to the selection and
+is not reproduced: to select k of N rows, give alpha=k/N.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ def superfilter(
     """Return the IFD (keep=low: minus the IFD) of each example under the proxy's backbone, without adapters.
 
     Args:
-        max_length: L of the published code; with `fixed`, the model's context if the context is smaller.
+        max_length: L; with `fixed`, L is the model's context if the context is smaller.
         fidelity: original or fixed; see the module's docstring.
         keep: high (as published) or low.
     """

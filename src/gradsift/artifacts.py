@@ -159,7 +159,8 @@ class Store:
                 several units at once, it also returns the `seconds` and `forward_tokens` of this unit.
             version: version of the stage's code, increased whenever the stage's result changes.
             size: number of examples that the stage processes, if it differs from the parents'.
-            light: True if the work takes seconds and needs no model, so that a plan does it, in a temporary folder.
+            light: True if the work takes seconds and needs no model. A plan, which otherwise only looks artifacts up,
+                makes a missing light artifact in a temporary folder.
             exact: False if `config` holds a placeholder for content that does not exist yet, as in a plan.
             divided: True if `make` divides its work over the ranks of a run (see gradsift.training.shared_store).
 

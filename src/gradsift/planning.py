@@ -4,7 +4,7 @@ An artifact is found by its fingerprint, so a plan knows what exists without com
 the data, pinning a model) are made in a temporary folder, because the fingerprints of all later stages contain their
 content. The selection is the only heavy stage whose content enters a fingerprint: the finetune's fingerprint contains
 which examples were selected. Until the selection exists, the finetune and the units after it have `certain=False`. They
-may exist already, because another run that selected the same examples made the same finetune.
+may exist already: another run may have selected the same examples and made the same finetune.
 
 Estimates come from the manifests of similar units in the store. Without such units the estimate is None, never 0.
 """
@@ -132,7 +132,7 @@ class Earlier:
 
 
 def _method(config: Mapping[str, Any]) -> Any:
-    """Return the name of the scorer, selector or judge: only units with the same name are compared."""
+    """Return the name of the scorer, selector or judge; estimates come only from units with the same name."""
     return config.get("name") or (config.get("selector") or {}).get("name")
 
 

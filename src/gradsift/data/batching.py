@@ -159,8 +159,8 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, batching: str, seed: 
 
     random    a permutation, cut into batches
     bucketed  a permutation, divided into stretches of up to 50 batches. Each stretch is sorted by length and cut into
-              batches, and all batches are shuffled. If there are enough examples, there are at least four stretches, so
-              that batches differ between epochs
+              batches, and all batches are shuffled. With at least 4 x `batch_size` examples there are at least four
+              stretches: with a single stretch, every epoch would have nearly the same batches
 
     A smaller last batch is kept.
 

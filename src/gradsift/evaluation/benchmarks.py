@@ -80,7 +80,10 @@ def load_benchmark(
 
 
 def _reference(part: _RowReader, spec: BenchmarkSetConfig) -> str | None:
-    """Return the text of the reference field, or its part after the last `reference_after`; None if no field is set."""
+    """Return the text of the reference field; None if no field is set.
+
+    If `reference_after` is set, return only the text after its last occurrence.
+    """
     if spec.reference is None:
         return None
     text = part.text("reference", spec.reference, numbers=True, filled=True)

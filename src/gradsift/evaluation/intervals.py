@@ -59,8 +59,8 @@ def variance_of_mean(values: np.ndarray) -> tuple[float, float]:
     """Return the variance of the mean over seeds and items, and its degrees of freedom (Satterthwaite).
 
     With mean squares of items (MS_i), seeds (MS_s) and the residual (MS_e), the variance of the mean in a two-way
-    random effects model is (MS_i + MS_s - MS_e) / (S N). If the largest of the three mean squares, divided
-    by S N, is larger than this, it is returned instead.
+    random effects model is (MS_i + MS_s - MS_e) / (S N). The result is at least the largest of the three mean squares,
+    divided by S N.
 
     Args:
         values: (S, N), any values.
@@ -116,10 +116,10 @@ def score_interval(win: float, lose: float, size: float, critical: float) -> tup
 def p_value(outcomes: np.ndarray) -> float:
     """Return the two-sided p-value of the hypothesis that the mean outcome is 0.
 
-    For one seed, the exact sign test on the items that are not ties gives the p-value; its level holds for any number
-    of items. For several seeds it is the larger p-value of two tests: the score test (McNemar's) with the variance of
-    `variance_of_mean`, and the t test over the seeds' means. The score test alone rejects too often if there are few
-    seeds and they agree by chance. If all outcomes are ties, the p-value is 1.
+    For one seed, the exact sign test on the items that are not ties gives the p-value; this test keeps its level for
+    any number of items. For several seeds the p-value is the larger of two: the score test's (McNemar's) with the
+    variance of `variance_of_mean`, and the t test's over the seeds' means. The score test alone rejects too often if
+    there are few seeds and they agree by chance. If all outcomes are ties, the p-value is 1.
 
     Args:
         outcomes: (S, N) of -1, 0 and 1.
@@ -183,8 +183,9 @@ def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) 
     (low_1, high_1), (low_2, high_2) = mean_interval(first, confidence), mean_interval(second, confidence)
     below, above = float(first.mean()) - low_1, high_1 - float(first.mean())
     below_2, above_2 = float(second.mean()) - low_2, high_2 - float(second.mean())
-    # the interval is at least as wide as the t interval, since the correlation is an estimate, and at least as wide as
-    # the interval of items that are all ties: models that do not differ here may differ on other items
+    # The interval is never narrower than the t interval of the mean difference, since the correlation is an estimate.
+    # It is never narrower than the interval of as many items and seeds with ties only, either: models that do not
+    # differ on these items may differ on others.
     of_gaps = float(stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(variance)
     least = max(of_gaps, mean_interval(np.zeros_like(gap), confidence)[1])
     low = mean - max(least, math.sqrt(max(0.0, below**2 - 2 * correlation * below * above_2 + above_2**2)))

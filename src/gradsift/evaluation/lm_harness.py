@@ -46,7 +46,7 @@ def evaluate_tasks(
     max_new_tokens: int,
     max_tokens: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Return every figure that lm-eval reports for each task, with the task's own number of few-shot examples.
+    """Return every figure that lm-eval reports for each task; a task uses its own number of few-shot examples.
 
     Tasks that generate (IFEval, GSM8K) are answered as the stage `generate` answers: greedily, each prompt as an
     instruction in the target's template. All other tasks compare log-probabilities of plain text.
@@ -56,7 +56,7 @@ def evaluate_tasks(
         limit: number of documents per task; None uses all.
         template: the target's prompt template.
         max_new_tokens: tokens of an answer at most; a task may set a lower limit.
-        max_tokens: padded tokens per batch of generated answers at most. For other tasks lm-eval forms the batches.
+        max_tokens: tokens per batch of generated answers at most, with padding. For other tasks lm-eval forms batches.
 
     Returns:
         `{task: {figure: value}}`; empty on all ranks except the first of a machine.
@@ -146,7 +146,7 @@ def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
 
 
 def _known(manager: Any) -> set[str]:
-    """Return the names of tasks and groups, but not of tags, for which lm-eval reports no figures."""
+    """Return the names of tasks and groups; tags are left out, because lm-eval reports no figures for them."""
     return {*manager.all_subtasks, *manager.all_groups}
 
 

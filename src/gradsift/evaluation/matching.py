@@ -1,7 +1,7 @@
 """Rules that decide whether an answer is right, given the benchmark's reference answer.
 
 exact   the same words in the same order (the rule of the embedded world)
-number  GSM8K and similar sets: the same number, which is the first after the last `####` or else the last of the text
+number  GSM8K and similar sets: the same number; the first after the last `####` counts, or else the last of the text
 choice  BIG-Bench Hard: the same option letter, fixed word (yes, no, true, ...) or free text in the final statement
 
 The benchmarks define which answers are right, but not how to extract an answer from free text. The rules for this are
@@ -68,8 +68,8 @@ def choices_match(answer: str, reference: str) -> bool:
       removed.
     - For a reference like (B), the letter at the statement's beginning counts, if it is alone, in brackets or before
       one of `).:,`. Otherwise a letter in brackets counts, if the statement has only one such letter.
-    - For yes, no, true, false, valid and invalid, the statement's first word counts or, if it is none of these words,
-      its last word, unless "not" precedes it.
+    - For yes, no, true, false, valid and invalid, the statement's first word counts. If it is none of these words, the
+      last word counts, unless "not" precedes it.
     - For any other reference, the statement must have the same words in the same order. Case, commas and surrounding
       punctuation are ignored.
     """

@@ -81,7 +81,7 @@ def measure(
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float | None:
-    """Return the mean ROUGE-L F of the pairs whose reference has a word; None if no reference has one."""
+    """Return the mean ROUGE-L F of the pairs whose reference has a word; None if there is no such pair."""
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import DefaultTokenizer
 

@@ -177,7 +177,7 @@ def _obtain_all(
     """Return the artifacts of `units` (slug, config, parents); one call of `make` makes all that do not exist.
 
     The calls of `obtain`, each of which locks its unit, are nested in ascending order of the members. So two jobs that
-    make the same units cannot block each other: one of them waits.
+    make the same units cannot deadlock: one waits for the other.
     """
     folders: dict[int, Path] = {}
     infos: dict[int, Mapping[str, Any]] = {}
@@ -235,7 +235,9 @@ def train_member_epoch(
     folder: Path,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Train one member for one epoch and write it, with the norms of its steps for `proxy.collect=during_training`.
+    """Train one member for one epoch and write the files of the epoch's artifact to `folder`.
+
+    With `proxy.collect=during_training` they include the norms of the epoch's steps.
 
     Args:
         settings: from `member_settings`; they name the member and the epoch.
@@ -258,7 +260,11 @@ def train_members_epoch(
     units: Sequence[Unit],
     advance: Callable[[int], None],
 ) -> list[dict[str, Any]]:
-    """Train several members for one epoch side by side, as `train_member_epoch` does with one."""
+    """Train several members side by side for one epoch, and write files as `train_member_epoch` does.
+
+    Returns:
+        The counts for each unit's manifest, in the order of the units.
+    """
     from gradsift.proxy.together import train_together
 
     epochs = [_member_epoch(runtime, config, inputs, unit) for unit in units]

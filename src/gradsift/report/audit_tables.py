@@ -24,7 +24,7 @@ Verdict = Mapping[str, list[str]]  # alphas (as text) by outcome
 ALL_ROWS = "(all rows)"
 FAILED = "failed"
 CLEANER, DIRTIER, TOO_FEW, AS_CHANCE = "cleaner", "dirtier", "too few rows", "no different"
-# keys of overrides that are left out of a method's name: the scorer is in it anyway; alpha and target change no audit
+# keys of overrides that are left out of a method's name: the name has the scorer anyway; no audit depends on the others
 _TOLD_APART = ("scorer", "alpha", "target")
 _SPREADS = 2  # standard deviations of a random draw within which a spoilt share counts as chance
 _READING = (

@@ -152,9 +152,10 @@ class _Columns:
         self._places: dict[tuple[str, bytes], int] = {}
 
     def described(self, value: Any) -> Any:
-        """Store all arrays (N,) in the nested `value`; return `value` with `[type, offset]` in place of each array.
+        """Append to `bytes` the page's n entries of every array (N,) in the nested `value`.
 
-        Types are f4, u4, u2 and u1, little-endian.
+        Returns:
+            A copy of `value` with `[type, offset]` in place of each array. Types are f4, u4, u2 and u1, little-endian.
         """
         if isinstance(value, Mapping):
             return {key: self.described(item) for key, item in value.items()}

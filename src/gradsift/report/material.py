@@ -38,7 +38,7 @@ FAILED = ("failed", "interrupted", "unfinished")  # statuses of runs that did no
 # distinguish datasets and cells of tables instead of methods
 _TOLD_APART = ("scorer", "alpha", "data", "target", "judge")
 T = TypeVar("T")
-Curve = list[dict[str, float]]  # one entry for each batch: batch, loss (nats a token), tokens
+Curve = list[dict[str, float]]  # for each optimiser step: batch (its index), loss, tokens (see `write_curve`)
 
 
 class Missing(GradsiftError):

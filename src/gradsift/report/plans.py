@@ -85,7 +85,7 @@ def plan_table(run: Run) -> Table:
 
 
 def jobs_table(runs: Sequence[Run]) -> Table:
-    """Return a table with a row for each job of a sweep: the stages done, made by an earlier job, and to do."""
+    """Return a table with a row for each job of a sweep; it names the stages done, shared and to do."""
     rows = []
     named = with_settings(runs, told_apart=())
     for number, (run, units) in enumerate(zip(named, states(runs), strict=True), start=1):

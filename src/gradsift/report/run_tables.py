@@ -103,7 +103,7 @@ def flat_rows(run: Run) -> list[Row]:
 
 
 def untuned_rows(runs: Iterable[Run]) -> list[Row]:
-    """Return a row for each dataset, target and seed: the target before finetuning, to compare other rows with."""
+    """Return, for comparison, the results of the target before finetuning: a row for each dataset, target and seed."""
     rows: dict[tuple[Any, ...], Row] = {}
     for run in runs:
         accuracy, loss = ((run.get(name) or {}).get("untuned") for name in ("accuracy", "heldout_loss"))

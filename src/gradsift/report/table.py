@@ -57,7 +57,7 @@ class Table:
         return shown
 
     def fitted(self, console: Console) -> tuple[Table, list[str]]:
-        """Return the table without those last columns that do not fit the console's width, and the omitted headings.
+        """Return the table, reduced to the first columns that fit the console's width, and the headings left out.
 
         The first three columns are always kept.
         """

@@ -5,7 +5,8 @@
 Prompt and response are in the proxy's template and cut as for training, with the end token; every response of a
 conversation counts. `prefer=low` prefers responses that the model expects, `high` responses that it does not expect
 (hard rows and noise alike), and `middle` the rows whose rank is closest to the median. Papers prune by perplexity
-in all three directions and define the middle as a band of percentiles; the distance in ranks is our reading.
+in all three ways; the middle is then a band of percentiles. Our score for `middle` falls with the distance of a row's
+rank from the median rank, so the highest scores are such a band around the median.
 """
 
 from __future__ import annotations

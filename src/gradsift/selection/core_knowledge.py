@@ -18,8 +18,8 @@ from gradsift.errors import GradsiftError
 from gradsift.features.products import blocks, products
 from gradsift.features.vectors import Features
 
-_NO_VARIANCE = 1e-9  # share of the mean squared length; variance below it is float32's rounding
-_NO_PROJECTION = 1e-9  # projection of the mean on a component; below it the sign is rounding
+_NO_VARIANCE = 1e-9  # share of the mean squared length; a smaller variance is due to float32's rounding
+_NO_PROJECTION = 1e-9  # projection of the mean on a component; below this value the sign is due to rounding
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class CoreKnowledge:
 
 
 def core_knowledge(target: Features, explained: float) -> CoreKnowledge:
-    """Return the leading principal components, as few as explain the share `explained` of the variance.
+    """Return the fewest leading principal components that explain at least the share `explained` of the variance.
 
     Our reading: gradients of zero are left out. The sign of a component, which PCA leaves open, is chosen so that its
     inner product with the mean target gradient is positive. If that product is 0, the component's entry with the

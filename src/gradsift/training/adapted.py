@@ -49,7 +49,7 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
         base: Any = self.get_base_layer()
         dropout: Any = self.lora_dropout[ADAPTER]
         drops = isinstance(dropout, nn.Dropout) and dropout.training
-        # a pass without gradients has no backward pass; a probe that noted it would refuse the next pass as a second
+        # a pass without gradients has no backward pass; if a probe noted it, the probe would refuse the next pass
         probe = self.probe if torch.is_grad_enabled() else None
         taken = (probe.of(self, x), probe.gather) if probe is not None else (None, None)
         rows, factors = None, [self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight]

@@ -1,8 +1,8 @@
 """Artifacts of the frozen language models (backbones), and the loading of these models.
 
-The artifact depends on `model.kind`. For nano it holds a model that gradsift trains, for tiny_bytes a model with random
-weights, and for smollm2 a model converted from a package. For pretrained (a model of the hub or in a folder) it holds
-only a pin (`gradsift.training.pins`).
+What an artifact holds depends on `model.kind`: for nano a model that gradsift trains, for tiny_bytes a model with
+random weights, and for smollm2 a model converted from a package. For pretrained (a model of the hub or in a folder) it
+holds only a pin (`gradsift.training.pins`).
 """
 
 from __future__ import annotations
@@ -162,9 +162,9 @@ def load_plain(artifact: Artifact, config: ModelConfig, compute: ComputeConfig) 
 
 
 def load_shown(runtime: Runtime, artifact: Artifact, config: ModelConfig, *, divided: bool = False) -> Backbone:
-    """Load a backbone and show a progress message, as this takes a while: a minute for 7 billion parameters.
+    """Load a backbone and show a progress message, as this takes a minute for 7 billion parameters.
 
-    Before that, free the device memory of earlier models, which Lightning's reference cycles have kept.
+    Before loading, free the device memory that Lightning's reference cycles still hold for earlier models.
     """
     gc.collect()
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Files of a training: `curve.jsonl`, one line per batch, and `trajectory.safetensors` of a proxy's adapter."""
+"""Files of a training: `curve.jsonl`, a line per optimiser step, and `trajectory.safetensors` of a proxy's adapter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRAJECTORY_FILE = "trajectory.safetensors"
 
 
 def write_curve(folder: Path, curve: Sequence[Mapping[str, float]]) -> None:
-    """Write the mean loss (nats a token) and the number of tokens of each batch."""
+    """Write the loss (nats per response token) and the number of tokens, prompts included, of each optimiser step."""
     lines = (json.dumps({"batch": index, **entry}) + "\n" for index, entry in enumerate(curve))
     (folder / CURVE_FILE).write_text("".join(lines), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The device, and the number of tokens that pass through a model at once, halved whenever memory runs out."""
+"""The device, and the token budget: the largest number of tokens that pass through a model at once."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _CPU_ACTIVATION = 393_216  # numbers in a (tokens, hidden size) activation that 
 
 
 class TokenBudget:
-    """The number of padded tokens that pass through a model at once; it is halved whenever memory runs out.
+    """The largest number of tokens, padding included, that pass through a model at once.
 
-    It changes results by rounding only.
+    It is halved whenever memory runs out. The number changes results by rounding only.
     """
 
     def __init__(self, tokens: int, say: Callable[[str], None] = print, kind: Any = None) -> None:

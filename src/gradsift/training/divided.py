@@ -21,7 +21,7 @@ from gradsift.training import parallel
 from gradsift.training.device import device_of
 
 _MARK = "_is_fsdp_managed_module"  # makes transformers' `generate` go on until the answers of all ranks have ended
-_HOOK = "maybe_distribute_model"  # `from_pretrained` calls it between building a model on `meta` and reading files
+_HOOK = "maybe_distribute_model"  # called by `from_pretrained` between building a model on `meta` and reading files
 
 
 def divides(compute: ComputeConfig) -> bool:

@@ -150,7 +150,7 @@ def strategy_of(compute: ComputeConfig, module: AdapterModule) -> Strategy | str
 
 
 class ShowProgress(L.Callback):
-    """Advances a bar by the examples of each step."""
+    """Advances a progress bar by the number of examples of each step."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self._advance = advance

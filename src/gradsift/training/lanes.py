@@ -56,7 +56,7 @@ class Lanes(nn.Module):
         return len(self._factors)
 
     def activate(self, lane: int) -> None:
-        """Make the adapter of a lane the one that peft's model holds."""
+        """Put the adapter of a lane into peft's model."""
         for layer, (a, b) in zip(self._layers, self._factors[lane], strict=True):
             layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = a, b
 

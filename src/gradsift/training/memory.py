@@ -80,6 +80,6 @@ def fitting_tokens(model: Any, memory: int, *, checkpointed: bool) -> int | None
 
 
 def needs_checkpointing(model: Any, memory: int) -> bool:
-    """Return whether under 4,096 tokens fit into `memory` bytes without checkpointing; False if unknown."""
+    """Return whether fewer than 4,096 tokens fit into `memory` bytes without checkpointing; False if unknown."""
     tokens = fitting_tokens(model, memory, checkpointed=False)
     return tokens is not None and tokens < _ROOM

@@ -1,4 +1,4 @@
-"""The target with its adapter merged into the weights: for tools without adapters, and to save operations."""
+"""Merging of the target's adapter into its weights, for tools without adapters and to save operations."""
 
 from __future__ import annotations
 

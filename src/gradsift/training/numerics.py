@@ -36,7 +36,7 @@ def dtype_of(compute: ComputeConfig, model: ModelConfig | None = None) -> torch.
 
 
 def rounds_to_tf32(compute: ComputeConfig) -> bool:
-    """Return whether float32 products are rounded to TF32 on this machine: with compute.precision=auto on a GPU."""
+    """Return whether float32 products may be rounded to TF32: True with compute.precision=auto on a GPU."""
     return compute.precision == "auto" and device_of(compute).type == "cuda"
 
 

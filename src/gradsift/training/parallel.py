@@ -119,7 +119,7 @@ def run(budget: TokenBudget, work: Callable[[int], T], lengths: Sequence[int]) -
 
 
 def rounds(batches: Sequence[S]) -> Iterator[Sequence[S]]:
-    """Yield rounds: the batches in order, as many at a time as there are ranks; the last round may have fewer."""
+    """Yield the batches in order, in rounds of one batch per rank; the last round may have fewer batches."""
     for start in range(0, len(batches), size()):
         yield batches[start : start + size()]
 

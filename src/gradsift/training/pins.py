@@ -174,7 +174,7 @@ def require_config(folder: Path, path: str) -> dict[str, Any]:
 
 
 def config_on_hub(config: ModelConfig) -> Path:
-    """Return the path of a hub model's config.json in the local cache, after a check; the commit names its folder.
+    """Check a hub model; return the path of its config.json in the local cache, in a folder named after the commit.
 
     The check is `require_known`. If the cache lacks the file, the hub is asked once whether the file exists, because a
     download would retry for 24 s.

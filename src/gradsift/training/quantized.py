@@ -1,4 +1,4 @@
-"""Frozen linear layers in 4 or 8 bits, as in QLoRA (Dettmers et al., 2023): a quarter or half of bfloat16's memory.
+"""Frozen linear layers in 4 or 8 bits (QLoRA, Dettmers et al., 2023), with a quarter or half of bfloat16's memory.
 
 transformers and bitsandbytes quantise the weights of a model while it is loaded. Then each layer becomes a
 `QuantizedLinear`, which restores its weight for each product, in the forward and in the backward pass, and rounds no

@@ -1,4 +1,4 @@
-"""Random bits that are computed from counters: the same on every device, in any order and in any part of a tensor.
+"""Random bits computed from counters. They are the same on every device, in any order and in any part of a tensor.
 
 The numbers of a generator with a state depend on how a batch is divided and on the order in which a device draws. Here
 each number is a function of a seed and of its position, in integer arithmetic, which wraps around and never rounds.

@@ -2,9 +2,9 @@
 
 Every block adds a small term to the stream. In bfloat16 each sum is rounded to three digits, and the roundings of all
 blocks add up in the output and in every gradient. These, and not the roundings of the weights, cause most of a gradient
-norm's error (experiments/2026-11-22-gradient-engine). A few layers of a block read the stream: the norms before
-attention and MLP or, in OLMo 2 and 3, attention and MLP themselves. Norms get float32 and return bfloat16, and other
-readers get bfloat16, so all products are in bfloat16 although the stream is float32.
+norm's error (experiments/2026-11-22-gradient-engine). A few layers of a block read the stream: the normalisation
+layers before attention and MLP or, in OLMo 2 and 3, attention and MLP themselves. Normalisation layers get float32 and
+return bfloat16, and other readers get bfloat16, so all products are in bfloat16 although the stream is float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# The names of the blocks, of what reads the residual stream in a block, and of the norm after the last block. Models
+# The names of the blocks, of the layers that read the stream in a block, and of the norm after the last block. Models
 # that scale the stream or its terms (Granite, Cohere) are not among them; Gemma 3 scales only the embeddings.
 _LLAMA = ("layers", ("input_layernorm", "post_attention_layernorm"), "norm")
 _OLMO = ("layers", ("self_attn", "mlp"), "norm")
@@ -34,9 +34,9 @@ _STREAMS = {
 
 
 def residual_in_float32(model: Any) -> bool:
-    """Keep the residual stream of a bfloat16 model, and the norms that read it, in float32.
+    """Convert the residual stream of a bfloat16 model, and the normalisation layers that read it, to float32, in place.
 
-    A float32 model and a model whose blocks are not known here are not changed.
+    The outputs of these layers stay bfloat16. A float32 model, or one whose blocks are not known here, is not changed.
 
     Args:
         model: a causal language model of transformers, without adapters.
@@ -51,7 +51,7 @@ def residual_in_float32(model: Any) -> bool:
     blocks = getattr(model.base_model, _STREAMS[model.config.model_type][0])
     blocks[0].register_forward_pre_hook(_widen)  # every later sum has a float32 term
     for reader in readers:
-        if any(reader.children()):  # attention or MLP, and not a norm
+        if any(reader.children()):  # attention or MLP, and not a normalisation layer
             reader.register_forward_pre_hook(_narrow_inputs, with_kwargs=True)
         else:
             reader.float()

@@ -74,7 +74,7 @@ def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:
         **encoding_settings(config.template, config.max_length),
         "lora": config.lora.settings,
         "name": None,
-        "model": None,  # the parent artifact stands for it
+        "model": None,  # the parent artifact represents the model
         "seed": runtime.seed,
         "tokens": runtime.compute.mask_batches if config.lora.dropout else None,
     }
@@ -173,7 +173,7 @@ def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str, wh
 
 
 def load_target(runtime: Runtime, config: TargetConfig, target: Artifact) -> Backbone:
-    """Load the target; with compute=fsdp, its layers are divided over the ranks if all of them make the stage."""
+    """Load the target; with compute=fsdp, its layers are divided over the ranks if all ranks make the stage."""
     return load_shown(runtime, target, config.model, divided=divides(runtime.compute))
 
 

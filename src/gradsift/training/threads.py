@@ -33,9 +33,9 @@ def busy_cores() -> float:
 def threads_of(compute: ComputeConfig) -> int:
     """Return the number of threads that `compute.threads` asks for.
 
-    `auto` is the smallest of torch's own choice, the cores that affinity and cgroup allow, and the free cores, divided
-    by the ranks that run on this CPU; at least 1. For None, and for `auto` if OMP_NUM_THREADS is set, the number is
-    torch's own choice, which follows OMP_NUM_THREADS.
+    `auto` is the smallest of torch's own choice, the cores that affinity and cgroup allow, and the free cores. This
+    number is divided by the number of ranks that run on this CPU; the result is at least 1. For None, and for `auto` if
+    OMP_NUM_THREADS is set, the number is torch's own choice, which follows OMP_NUM_THREADS.
     """
     if compute.threads is None or (compute.threads == "auto" and "OMP_NUM_THREADS" in os.environ):
         return _TORCH_THREADS

@@ -191,7 +191,7 @@ class Pages:
         return item
 
     def _unrated(self, rater: Rater, after: int) -> int | None:
-        """Return the first item without a vote, if possible one after `after`; None if every item has a vote."""
+        """Return the first item after `after` without a vote, or else the first without one; None if there is none."""
         missing = [vote.item for vote in self.votes.of(rater) if vote.choice is None]
         return next((item for item in missing if item > after), missing[0] if missing else None)
 
@@ -206,7 +206,7 @@ def _markdown() -> MarkdownIt:
 
 
 async def _form(request: Request) -> dict[str, str]:
-    """Return the fields of a form; of a repeated field, the last value."""
+    """Return the fields of a form; the last value of a repeated field counts."""
     fields = parse_qs((await request.body()).decode("utf-8", "replace"))
     return {name: values[-1] for name, values in fields.items()}
 

@@ -27,7 +27,7 @@ def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) 
         confidence: coverage of the intervals, between 0 and 1.
 
     Returns:
-        JSON values. `raters`: for each name n, win, tie, lose, PWS with interval, `both_bad` (ties of two bad answers)
+        JSON values. `raters` (by name): n, win, tie, lose, PWS with interval, `both_bad` (ties of two bad answers)
         and `position`. `majority`: counts and PWS per benchmark and pooled; `split` counts the items without a
         majority, which the PWS leaves out. `agreement`: Cohen's kappa of each pair of raters, and Fleiss' kappa over
         the items that all raters rated. `judge`: the LLM judge's counts on the voted items, and its agreement with the
@@ -82,7 +82,7 @@ def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) 
 
 
 def majority(raters: Iterable[Outcomes]) -> dict[Key, Outcome]:
-    """Return for each item the outcome that more than half of its raters chose, "invalid" if there is none."""
+    """Return for each item the outcome that more than half of its raters chose, or "invalid" without a majority."""
     votes: dict[Key, list[Outcome]] = {}
     for outcomes in raters:
         for key, kind in outcomes.items():

@@ -133,7 +133,7 @@ class Votes:
             path.touch(mode=0o600)  # it holds people's names and the secret part of the address
             connection = _connect(path)
             with _transaction(connection):
-                if connection.execute("PRAGMA schema_version").fetchone() == (0,):  # no other process was faster
+                if connection.execute("PRAGMA schema_version").fetchone() == (0,):  # still an empty file
                     for statement in _SCHEMA.split(";"):
                         connection.execute(statement)
                     connection.executemany("INSERT INTO about VALUES (?, ?)", about.items())

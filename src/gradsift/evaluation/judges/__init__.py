@@ -87,8 +87,8 @@ class Judge(Protocol):
 
     - "signs": sign(s1 + s2), where s is the sign of an order's score difference (arXiv 2601.13697, section 4).
     - "sum": the sign of the sum of the two score differences. The sum cancels a preference for a position if this
-      preference is equally strong for all pairs. In small models it is larger than all differences between answers, so
-      "signs" would give ties only.
+      preference is equally strong for all pairs. In small models this preference exceeds all differences between
+      answers, so "signs" would give ties only.
     """
 
     @property

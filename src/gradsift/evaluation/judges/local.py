@@ -81,7 +81,7 @@ class LocalJudge:
         Args:
             name: identifies the weights in `prompt_hash`.
             max_length: tokens of a prompt at most; the model's context is a further limit.
-            batch_size, max_tokens: prompts and padded tokens per batch, at most.
+            batch_size, max_tokens: prompts per batch, and tokens per batch with padding, at most.
             template: "auto" uses the tokenizer's chat template if it has one.
             journal: keeps the scores of each batch.
 

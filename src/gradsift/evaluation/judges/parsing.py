@@ -3,7 +3,8 @@
 `strict`    the first line that is not blank consists of two numbers (8.5 is one number) and nothing else
 `tolerant`  as `strict`, but the line may have commas, "8/10 7/10", emphasis, headings ("My scores: 8 7") and labels
             ("Answer 1: 8, Answer 2: 7"; these may extend over two lines). Code fences are ignored. If the first line
-            has no scores, another line, a JSON object ({"answer_1": 8, "answer_2": 7}) or a verdict ([[A]]) is read
+            has no scores, they are read from another line, a JSON object ({"answer_1": 8, "answer_2": 7}) or a verdict
+            ([[A]])
 `verdict`   only a verdict, anywhere in the reply: [[A]], [[B]] or [[C]] (a tie), or one from [[A>>B]] to [[B>>A]]
 `json`      only a JSON object, anywhere in the reply
 `legacy`    the rule of the published evaluation scripts of Cherry and Superfiltering, with its errors
@@ -46,7 +47,7 @@ _LABELLED = re.compile(
 _KEY = re.compile(rf"(?:{_NAME}[\s_#-]*)?([12AB])(?:[\s_-]*(?:score|grade|rating))?", re.IGNORECASE)
 _SCORES_KEY = re.compile(r"(?:scores?|grades?|ratings?)", re.IGNORECASE)
 _FENCE = re.compile(r"^[^\S\n]*```[\w-]*[^\S\n]*$", re.MULTILINE)
-_UNFINISHED = re.compile(r"([1-9.]|(?<!1)0)\Z")  # a number with this end may lack digits; 10 is complete
+_UNFINISHED = re.compile(r"([1-9.]|(?<!1)0)\Z")  # a number with this end may lack digits; a 10 is complete
 _VERDICT = re.compile(r"\[\[\s*(A>>B|A>B|A=B|B=A|B>A|B>>A|A<B|A<<B|[ABC])\s*\]\]")
 # the scores that a verdict stands for; a strong verdict (>>) counts as three, as in Arena-Hard
 _VERDICTS: Mapping[str, Pair] = (

@@ -1,7 +1,8 @@
 """The verifier grades answers against the benchmark's reference answer, without a model.
 
 As a rater it is an oracle: it computes the right response to an example of the embedded world (`data=verifiable`) from
-the example's text. No such oracle exists for other data, so the result of a selection by its grades is an upper bound.
+the example's text. No such oracle exists for other data. A selection by the verifier's grades therefore shows what a
+rater without errors would achieve in the embedded world, not what a real rater achieves.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def _kind(config: JudgeConfig) -> str:
 
 
 def judge_models(runtime: Runtime, config: JudgeConfig) -> list[Artifact]:
-    """Return the artifact of the judge's model if it runs on this machine, else an empty list."""
+    """Return a list with the artifact of the judge's model; empty unless the model runs on this machine."""
     if not isinstance(config, LocalJudgeConfig):
         return []
     from gradsift.training.backbones import backbone  # here: no other judge needs torch

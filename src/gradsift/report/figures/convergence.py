@@ -1,4 +1,4 @@
-"""The target's training loss on each selection, to see on which one the target learns faster (the paper's Fig. 3)."""
+"""The target's training loss on each selection, to show where the target learns faster (the paper's Fig. 3)."""
 
 from __future__ import annotations
 

@@ -60,7 +60,10 @@ def reached(material: Material, stage: str, but_full: bool = True) -> list[Run]:
 
 
 def representative(material: Material, stage: str, scorer: str = "gsnr") -> Run:
-    """Return the run for a figure of a single run: the first run at the middle alpha, if possible with `scorer`."""
+    """Return the run for a figure of a single run.
+
+    It is the first run with `scorer` at the middle alpha or, without such a run, the first run at the middle alpha.
+    """
     runs = reached(material, stage)
     at_alpha = [run for run in runs if run.alpha == middle_alpha(runs)]
     return next((run for run in at_alpha if run.record["scorer"] == scorer), at_alpha[0])
@@ -94,7 +97,7 @@ def named(run: Run) -> str:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean; None if there is no value or one is unknown, as means over different runs cannot be compared."""
+    """Return the mean; None if there is no value or any is unknown, as means over different runs cannot be compared."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
@@ -110,7 +113,10 @@ def overlap_of(material: Material, one: Run, other: Run) -> float:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Return the rank correlation over the entries finite in both; None if they are fewer than two or constant."""
+    """Return the rank correlation over the entries that are finite in both arrays.
+
+    None if there are fewer than two such entries, or if one of the arrays is constant in them.
+    """
     from scipy.stats import spearmanr
 
     usable = np.isfinite(x) & np.isfinite(y)

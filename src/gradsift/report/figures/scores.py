@@ -33,14 +33,14 @@ MOST_POINTS = 1500  # points of a scatter plot; more examples are drawn as hexag
 _CLOUD = "#7d8296"
 _GREYS = LinearSegmentedColormap.from_list("counts", ["#c9ccd6", "#4a5068"])  # visible on white and on black
 _BINS = 40
-_WIDE = 20  # range of the scores, in interquartile ranges, from which on the axis has an asinh scale
+_WIDE = 20  # the axis has an asinh scale if the scores span at least this many interquartile ranges
 _BANDS = 20  # number of bands of the ranking in `score_length`
 
 
 @report_figure("Score distributions")
 def score_distributions(material: Material) -> Figure:
     """All scored rows in grey, the selected ones in colour. Each method has its own scale; if the scores have a wide
-    range, it is linear around zero and logarithmic far from zero. Shows at most eight methods."""
+    range, the scale is linear around zero and logarithmic far from zero. Shows at most eight methods."""
     scored = [run for run in reached(material, "select") if SCORED in material.scores(run).status]
     if not scored:
         raise Missing("no run has a scored row")
@@ -81,7 +81,7 @@ def _bins(values: np.ndarray) -> tuple[list[float], float | None]:
         return np.histogram_bin_edges(values, _BINS).tolist(), None
     first, last = (float(np.arcsinh(value / width)) for value in (values.min(), values.max()))
     edges = width * np.sinh(np.linspace(first, last, _BINS + 1))
-    edges[0], edges[-1] = values.min(), values.max()  # rounding may have moved them inward
+    edges[0], edges[-1] = values.min(), values.max()  # rounding may have moved the outer edges inward
     return edges.tolist(), width
 
 

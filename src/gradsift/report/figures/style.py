@@ -175,7 +175,7 @@ def add_legend(figure: Figure) -> None:
 
 
 def name_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Label the rows of a figure of horizontal bars or points, the first one on top."""
+    """Label the rows of a figure of horizontal bars or points, with the first name on top."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
@@ -188,7 +188,7 @@ def in_percent(*axes: Axis) -> None:
 
 
 def plain_log(*axes: Axis) -> None:
-    """Use plain numbers on a logarithmic axis that spans few decades; powers of ten elsewhere."""
+    """Label logarithmic axes with plain numbers if they span few decades, else with powers of ten."""
     for axis in axes:
         low, high = axis.get_view_interval()
         if high / low < 1000:
@@ -229,7 +229,7 @@ def bytes_of(figure: Figure, form: Format) -> bytes:
     """Return the bytes of the figure's file, the same at each call: PNG on PAPER, SVG with a transparent background."""
     stream = io.BytesIO()
     with styled():
-        if (layout := figure.get_layout_engine()) is not None:  # run it once, so that all formats have equal layouts
+        if (layout := figure.get_layout_engine()) is not None:  # only once, so that all formats have equal layouts
             layout.execute(figure)
             figure.set_layout_engine("none")
         if form == "svg":

@@ -7,8 +7,8 @@ f of the result is at least 1 - 1/e times the largest f of any subset of that si
 of the pool by score as candidates, and selects 2 % of the pool.
 
 Our reading: f of the empty set is 0, so a negative cosine counts as 0. An example whose vector is zero has similarity 0
-to every example, itself included. Of candidates with equal gains, the one with the higher score is taken, and of those
-with equal scores the first in row order.
+to every example, itself included. If candidates have equal gains, the one with the higher score is taken, and if
+their scores are equal too, the first in row order.
 
 Shape letters: n candidates, D features, B rows of a block, C columns whose gain is computed together.
 """

@@ -7,7 +7,7 @@ g the gradients of the examples:
     then     of the last example's neighbours, by descending <g_j, g_last>, the first unused j with
              (i)  <g_j, g_i> >= 0 for every i that this component has taken
              (ii) |cos(sum + g_j, K)| >= keep |cos(sum, K)|, where sum is the sum of the gradients g_i
-    if none  of all unused examples that pass (i) and (ii), the one with the largest <g, K>
+    if none  the unused example with the largest <g, K> among all that pass (i) and (ii)
 
 A component stops when its budget is spent or no example passes (i) and (ii).
 

@@ -81,7 +81,7 @@ def round_robin_queries(
 
 
 def _take_turns(rankings: Sequence[Iterator[int]], size: int, count: int, *, loses_turns: bool = False) -> np.ndarray:
-    """Return positions (size,) int64 from the rankings in turn, none twice.
+    """Return positions (size,) int64 from the rankings in turn, without repeats.
 
     Args:
         rankings: iterators over the same positions in different orders. There are at least `size` positions, all below

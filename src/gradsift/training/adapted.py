@@ -186,7 +186,10 @@ class _Map(torch.autograd.Function):
 
 
 def _of_rows(factors: Sequence[torch.Tensor], rows: PassedRows | None, dtype: torch.dtype) -> torch.Tensor:
-    """Return the factor that all rows share, (., .), or with several adapters the factor of each row, (B, ., .)."""
+    """Return an adapter's matrix (A or B) in `dtype`: with one adapter its two dimensions, with several (B, ., .).
+
+    With several adapters, each row's own matrix is stacked.
+    """
     if rows is None or rows.lanes is None:
         return factors[0].to(dtype)
     return torch.stack([factor.to(dtype) for factor in factors]).index_select(0, rows.lanes)

@@ -79,7 +79,7 @@ def sweep_audit(jobs: Sequence[tuple[Path, Run]]) -> SweepAudit | None:
 
 
 def jaccard(one: Sequence[int], other: Sequence[int]) -> float:
-    """Return the number of positions in both selections over the number in either; 1 if both are empty."""
+    """Return the number of positions in both selections divided by the number in at least one; 1 if both are empty."""
     union = set(one) | set(other)
     return len(set(one) & set(other)) / len(union) if union else 1.0
 
@@ -98,8 +98,8 @@ def _overlap(methods: Mapping[str, Figures]) -> dict[str, dict[str, dict[str, fl
 def mean_of(values: Sequence[Any]) -> Any:
     """Return the average of nested structures, number by number.
 
-    A number is None if any structure has None there. Texts come from the first structure, and keys that a structure
-    lacks are left out.
+    A number is None if any structure has None there. Texts come from the first structure, keys that a structure lacks
+    are left out, and lists are cut to the shortest.
     """
     first = values[0]
     if isinstance(first, Mapping):

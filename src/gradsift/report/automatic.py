@@ -49,6 +49,6 @@ def _reason(error: Exception) -> str:
 
 
 def wanted_by_jobs(folder: Path) -> bool:
-    """Return whether all jobs of a sweep had `report=true`; False if no job got as far as writing its config."""
+    """Return whether all jobs of a sweep had `report=true`; False if no job has written its config."""
     paths = list(folder.glob(f"*/{CONFIG_FILE}"))
     return bool(paths) and all(config_values(path.parent).get("report", True) for path in paths)

@@ -140,7 +140,7 @@ def _selection(material: Material, run: Run, pool: Pool, method: int) -> dict[st
 
 
 class _Columns:
-    """The bytes of columns, each column at a multiple of four bytes; equal columns are stored once."""
+    """The bytes of all columns. Each column begins at a multiple of four bytes; equal columns are stored once."""
 
     def __init__(self, rows: np.ndarray) -> None:
         """

@@ -136,9 +136,10 @@ def _baselines_tile(material: Material, best: Row) -> list[Tile]:
 
 
 def _measured_tile(name: str, value: float | None, measured: Sequence[Mapping[str, float | None]]) -> list[Tile]:
-    """Return a list with a tile: `value` and the means of full-data and untuned targets; empty if `value` is None.
+    """Return a list with a tile that shows `value`; empty if `value` is None.
 
-    A mean is left out if a run lacks the value.
+    The tile's note has the means over `measured` for the full-data target and for the untuned target. A mean is left
+    out if an entry lacks the value.
     """
     notes = []
     for baseline, key in (("full data", "reference"), ("no finetuning", "untuned")):

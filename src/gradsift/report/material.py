@@ -119,7 +119,7 @@ class Run:
 
     @cached_property
     def lost(self) -> list[str]:
-        """Names of the artifacts that `run.json` lists and that are in no store."""
+        """Names of the artifacts that `run.json` lists but that are not found at their paths or in a store."""
         known = {artifact.fingerprint for group in self.artifacts.values() for artifact in group}
         stages = [stage for stage in self.record["stages"] if stage["fingerprint"] not in known]
         return [f"{stage['name']}/{Path(stage['artifact']).name}" for stage in stages]
@@ -139,7 +139,7 @@ class Run:
         return bool(self.artifacts.get(stage))
 
     def one(self, stage: str, place: int = 0) -> Artifact:
-        """Return the artifact of a stage with the index `place`.
+        """Return the artifact with the index `place` among the run's artifacts of a stage.
 
         Raises:
             Missing: there is no such artifact; the message says why.
@@ -255,7 +255,8 @@ def read(folder: Path, artifacts: Path | None = None) -> Material:
     """Read the folder of a run or of a sweep.
 
     Args:
-        artifacts: the store, if it is neither at the paths in `run.json` nor where the config says.
+        artifacts: the store's folder, if the artifacts are neither at the paths in `run.json` nor in the store that the
+            config names.
 
     Raises:
         DataError: there is no run in the folder, a run was only planned, or a `run.json` is broken.

@@ -1,4 +1,4 @@
-"""Warnings and remarks: what a reader of a run's or a sweep's figures has to know."""
+"""Warnings and remarks: what a reader of a run's or a sweep's results has to know."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def remarks_of_all(runs: Iterable[Run]) -> list[str]:
 def warnings_of(diagnostics: Mapping[str, Mapping[str, Any]] | None) -> dict[str, str]:
     """Return the messages of the diagnostics that warn, by name.
 
-    They are in the order of the stages, so warnings on the ensemble come before those on the selection that they may
-    explain.
+    They keep the order of the stages, so a warning on the ensemble comes before the warnings on the selection that it
+    may explain.
     """
     return {name: d["message"] for name, d in (diagnostics or {}).items() if d["verdict"] == "warning"}
 
@@ -71,9 +71,9 @@ def warnings_of(diagnostics: Mapping[str, Mapping[str, Any]] | None) -> dict[str
 def against_random(runs: Sequence[Run]) -> list[Diagnostic]:
     """Compare each method with random selection; return a diagnostic for each scorer and setting.
 
-    The pooled PWS of a run is compared with that of random selections (its counterparts) whose seeds and settings equal
-    the run's, apart from the scorer and its constants. A method without counterparts gets no diagnostic. The p-values
-    come from paired tests, with Holm's correction over the methods.
+    The pooled PWS of a run is compared with the pooled PWS of its counterparts: the runs with random selection whose
+    seeds and settings equal the run's, apart from the scorer and its constants. A method without counterparts gets no
+    diagnostic. The p-values come from paired tests, with Holm's correction over the methods.
     """
     rows = [flat_rows(run)[-1] for run in with_settings(runs)]  # the last row is the pooled row, or the only row
     rows = [row for row in rows if row["pws"] is not None and row["scorer"] != "full"]

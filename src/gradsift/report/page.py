@@ -60,13 +60,14 @@ def write_report(
     Args:
         to: the folder to write to; by default `folder` itself.
         formats: formats of the figures' files. SVG is always written, as the page contains it.
-        artifacts: the store, if it is neither at the paths in `run.json` nor where the config says.
+        artifacts: the store's folder, if the artifacts are neither at the paths in `run.json` nor in the store that the
+            config names.
 
     Returns:
         The path of the page.
 
     Raises:
-        DataError: there is no run in the folder, or a `run.json` is broken.
+        DataError: there is no run in the folder, a run was only planned, or a `run.json` is broken.
         Incomplete: the page is written, but errors prevented some of its parts.
     """
     material = read(folder, artifacts)
@@ -105,7 +106,7 @@ def _shown(entry: Entry, to: Path, reason: str | None, formats: Iterable[Format]
 
 
 def _packed(material: Material) -> tuple[list[Packed], list[str]]:
-    """Return the pools that fit into one page (always the first one), and the names of the pools that do not."""
+    """Return the pools that fit into one page (always including the first), and the names of the others."""
     packed: list[Packed] = []
     left_out: list[str] = []
     room = MOST
@@ -205,7 +206,7 @@ def _versions(material: Material) -> dict[str, str]:
 
 
 def _config(material: Material) -> str:
-    """Return as YAML the config of the first run that has a config, without the store's folder; "" if none has."""
+    """Return the config of the first run that has one, as YAML and without the store's folder; "" if no run has one."""
     for run in material.runs:
         if run.config:
             values = {key: value for key, value in run.config.items() if key != "artifacts"}

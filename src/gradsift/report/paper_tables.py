@@ -78,7 +78,7 @@ def cells_of(material: Material) -> Cells:
 
 
 def _by_scorer(cells: Cells) -> dict[tuple[Place, float], dict[str, Row]]:
-    """Return the rows of each place and alpha by scorer; of a scorer with several settings only the first row."""
+    """Return the rows of each place and alpha by scorer; if a scorer has several settings, only the first is kept."""
     groups: dict[tuple[Place, float], dict[str, Row]] = {}
     for (place, (alpha, _)), row in cells.items():
         groups.setdefault((place, alpha), {}).setdefault(row["scorer"], row)
@@ -151,7 +151,7 @@ def pws_table(material: Material) -> Table:
 
 
 def _is_best(cells: Cells, place: Place, column: Column) -> bool:
-    """Return whether a cell has the highest PWS of its row at this alpha; False if the row has no other method."""
+    """Return whether a cell has the highest PWS of its row at this alpha; False if no other method has a cell there."""
     beside = [row["pws"] for (where, (alpha, _)), row in cells.items() if where == place and alpha == column[0]]
     return len(beside) > 1 and cells[place, column]["pws"] == max(beside)
 

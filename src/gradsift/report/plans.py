@@ -1,6 +1,7 @@
 """The output of `plan=true`, from `run.json` files alone: the units of work done and to do, and their estimated cost.
 
-If several runs of a sweep need the same unit, it is to do in the first of these runs and `shared` in the later ones.
+If several runs of a sweep need the same missing unit, its state is `to do` in the first of these runs and `shared` in
+the later ones.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def write_plan(
     """Write `run.json` of a run that was only planned.
 
     Args:
-        ends: why the plan stops before the end of the pipeline, or None.
+        ends: why the plan stops before the end of the pipeline; None if it reaches the end.
         finetunes: the fields of `gradsift.forecast.Forecast`, if there is one.
     """
     place = next(parent for parent in (planner.store.absolute(), *planner.store.absolute().parents) if parent.is_dir())
@@ -52,7 +53,7 @@ def write_plan(
 def states(runs: Sequence[Run]) -> list[list[tuple[PlannedUnit, str]]]:
     """Return each run's units with their state: DONE, TO_DO, AT_MOST or SHARED.
 
-    AT_MOST is a unit that may not have to be made, since selections that turn out equal share one finetune.
+    AT_MOST marks a unit that may not have to be made: if selections turn out to be equal, they share one finetune.
 
     Args:
         runs: the runs, in the order of their jobs.

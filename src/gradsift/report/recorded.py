@@ -1,9 +1,9 @@
 """Check whether a sweep of `experiment=world` reproduces the table that was recorded for it.
 
 The recorded table is `conf/experiment/world.recorded.json`, which is also part of the installed package. It has the
-figures of every scorer for each data seed, a hash of the settings, and the machine. Any sweep with exactly these
-settings is compared with it. Two means agree unless a t test over the seeds finds a difference, at a level that is
-divided by the number of figures (Bonferroni).
+figures (PWS, accuracy and others) of every scorer for each data seed, a hash of the settings, and the machine. Any
+sweep with exactly these settings is compared with it. A figure's mean agrees with the recorded mean unless a t test
+over the seeds finds a difference. The level of each test is divided by the number of figures (Bonferroni).
 
 To print the record of a finished sweep, for `world.recorded.json`:
 
@@ -45,7 +45,7 @@ Figures = Mapping[str, Mapping[str, Sequence[float | None]]]  # scorer -> measur
 
 
 def compared(files: Sequence[Path], runs: Sequence[Run]) -> list[str]:
-    """Return lines that say whether the sweep agrees with the recorded table; empty if the settings differ.
+    """Return lines that say whether the sweep agrees with the recorded table; empty if jobs or settings differ.
 
     Args:
         files: the `run.json` of each job, with its config beside it.

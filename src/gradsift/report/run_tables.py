@@ -27,8 +27,8 @@ SEED_KEYS = ("seed", "data.seed", "data.corruption.seed", "scorer.seed", "select
 COUNTS = ("win", "tie", "lose", "invalid")
 MEASURES = ("rows", "pws", "pws_length_controlled", "accuracy", "heldout_loss", "spoilt_share", "families")
 DEFAULT_CONFIDENCE = 0.95  # assumed for runs whose record names no confidence
-LEVEL = 0.05  # probability of one or more false claims in a table
-OUTCOMES = "outcomes"  # (hash of the items, a letter for each item); in a mean row a list of these, one for each seed
+LEVEL = 0.05  # significance level of all tests of a table together (family-wise error rate)
+OUTCOMES = "outcomes"  # (hash of the items, a letter for each item); in a mean row a list of such pairs
 UNTUNED = "(no finetuning)"
 TITLE = "PWS against the model tuned on all rows"
 _OWN_COLUMN = ("scorer", "alpha", "data", "proxy", "target", "judge", "proxy.members", "proxy.snapshots")
@@ -38,7 +38,7 @@ _OWN_COLUMN = ("scorer", "alpha", "data", "proxy", "target", "judge", "proxy.mem
 
 
 def with_settings(runs: Sequence[Run], told_apart: Sequence[str] = _OWN_COLUMN) -> list[Run]:
-    """Return the runs, each with `settings`: its overrides that not all runs share.
+    """Return copies of the runs with the key `settings`: the run's overrides that not all runs share, as one text.
 
     Args:
         told_apart: keys of overrides to leave out because they are shown elsewhere; seeds are left out always.
@@ -62,7 +62,7 @@ def method_name(scorer: str, settings: str | None) -> str:
 
 
 def flat_rows(run: Run) -> list[Row]:
-    """Return the rows of one run as plain values; figures that the run lacks are None.
+    """Return the rows of one run as plain values; values that the run lacks are None.
 
     There is a row for each benchmark. Unless there is exactly one benchmark, a row over all items follows.
     """
@@ -103,7 +103,7 @@ def flat_rows(run: Run) -> list[Row]:
 
 
 def untuned_rows(runs: Iterable[Run]) -> list[Row]:
-    """Return, for comparison, the results of the target before finetuning: a row for each dataset, target and seed."""
+    """Return the results of targets before finetuning: a row for each dataset, target, `settings` and pair of seeds."""
     rows: dict[tuple[Any, ...], Row] = {}
     for run in runs:
         accuracy, loss = ((run.get(name) or {}).get("untuned") for name in ("accuracy", "heldout_loss"))
@@ -121,7 +121,10 @@ def all_rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def over_seeds(rows: Iterable[Row]) -> list[Row]:
-    """Average rows that differ only in seeds; counts are summed, and the interval of PWS is over seeds and items."""
+    """Average rows that differ only in seeds; counts are summed, and the interval of PWS is over seeds and items.
+
+    Each row returned has two more keys: `runs`, the number of rows averaged, and `seeds`, their pairs of seeds.
+    """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in _without_repeats(rows):
         groups.setdefault((row["variant"], *(row[name] for name in SETTINGS)), []).append(row)
@@ -266,7 +269,7 @@ def results_table(runs: Sequence[Run]) -> Table:
 
 
 def work_table(runs: Sequence[Run]) -> Table:
-    """Return the work of the runs by stage, in order of first appearance, and of all stages together."""
+    """Return a table with the runs' work: a row for each stage in order of first appearance, and a row for all."""
     stages = [stage for run in runs for stage in run.get("stages", [])]
     names = dict.fromkeys(stage["name"] for stage in stages)
     by_stage = {name: work_of([s for s in stages if s["name"] == name]) for name in names} | {"all": work_of(stages)}

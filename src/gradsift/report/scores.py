@@ -30,7 +30,7 @@ def write_scores_of(run: Path, out: Path, artifacts: Path | None = None) -> int:
     Args:
         run: the folder of a run that has scores.
         out: the file to write; the end of its name (one of TYPES) decides the format. An existing file is replaced.
-        artifacts: the store, if it has moved.
+        artifacts: the store's folder, if it has moved.
 
     Returns:
         The number of rows.
@@ -64,7 +64,7 @@ def write_scores_of(run: Path, out: Path, artifacts: Path | None = None) -> int:
 
 
 def _joined(texts: pa.Table, scores: pa.Table) -> pa.Table:
-    """Return the rows of one block, with null for scores and parts that the scorer does not define."""
+    """Return the rows of one block, with null for each score or part that is NaN (not defined for the example)."""
     columns = {"id": texts["example_id"], "row_index": texts["row_index"], "text_hash": texts["content_hash"]}
     for name in sorted(scores.column_names, key=lambda name: name in OWN[4:]):  # status and reason last
         column = scores[name]

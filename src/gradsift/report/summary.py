@@ -1,4 +1,4 @@
-"""The figures of one run in a few lines, from its `run.json` alone."""
+"""The results of one run in a few lines, from its `run.json` alone."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def summary(run: Run) -> Iterator[Line]:
 
 
 def one_line(run: Run) -> str:
-    """Return the main figures of one run of a sweep."""
+    """Return the main results of one run of a sweep as one line of text."""
     parts = [] if run["status"] == "finished" else [str(run["status"])]
     parts += [f"PWS {pws_text(row)}" for row in flat_rows(run)[-1:] if row["pws"] is not None]
     parts += [text for text in [_kept(run)] if text]

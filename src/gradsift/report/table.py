@@ -157,8 +157,8 @@ def groups_of(header: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Group the columns of a table by alpha, if their names have the form `ALPHA: METHOD`.
 
     Returns:
-        The title and the methods of each group. Empty if any column but the first has another form of name, or if no
-        two adjacent columns share an alpha.
+        The title and the methods of each group. The list is empty if the name of any column but the first has another
+        form, or if no two adjacent columns share an alpha.
     """
     pairs = [name.partition(": ") for name in header[1:]]
     groups: list[tuple[str, list[str]]] = []

@@ -32,9 +32,10 @@ _MOST_WARNINGS = 3  # number of a sweep's own warnings that are printed in full
 
 
 class RunView:
-    """Prints a run's settings at its start, a line for every unit of work made, and its figures at the end.
+    """Prints a run's settings at its start, a line for every unit of work made, and its results at the end.
 
-    For a run of a sweep, prints a heading, the units that took long, and one line at the end.
+    For a run of a sweep, prints a heading, the units that took long, and one line of results. The settings are printed
+    only for the sweep's first run.
     """
 
     def __init__(self, number: int | None = None, display: Display | None = None, *, total: int | None = None) -> None:
@@ -78,7 +79,7 @@ class RunView:
             self.display.say(f"  {line}")
 
     def finished(self, folder: Path, report: Path | None, *, in_sweep: bool) -> None:
-        """Print the figures of this run and the paths of the files that it wrote; in a sweep, only one line.
+        """Print the results of this run and the paths of the files that it wrote; in a sweep, only one line.
 
         Args:
             report: the path of the report; None if none was written.
@@ -97,7 +98,7 @@ class RunView:
                 self.display.say_path(name, paths[name])
 
     def _pairs(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Print labels and values below each other; on a terminal a long value wraps beside its label."""
+        """Print a line for each label with its value; on a terminal a long value wraps beside its label."""
         width = max((len(name) for name, _ in pairs), default=0)
         if not self.display.console.is_terminal:
             for name, value in pairs:
@@ -114,7 +115,7 @@ def sweep_finished(folder: Path, jobs: Sequence[Sequence[str]] | None = None) ->
     """Print the tables of a sweep and write `results.csv`, `work.csv` and the report.
 
     Args:
-        jobs: the overrides of every job, if they were known beforehand.
+        jobs: the overrides of every job; None if they were not known before the sweep.
 
     Returns:
         False if a job failed or left no `run.json`, else True.
@@ -155,7 +156,7 @@ def _print_results(folder: Path, runs: Sequence[dict[str, Any]], display: Displa
     """Print and write the results of the finished runs and their comparison with random rows.
 
     Returns:
-        The path of the results file under the key `table`; empty if no run finished.
+        A dict with the path of the results file under the key `table`; an empty dict if no run finished.
     """
     finished = [run for run in runs if run["status"] == "finished"]
     if not finished:
@@ -195,7 +196,7 @@ def _print_audit(jobs: Sequence[tuple[Path, Mapping[str, Any]]], display: Displa
 
 
 def _warnings_and_notes(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the counts of the runs' warnings, the first warning in full, and the remarks."""
+    """Return lines with the number of runs for each warning, the first warning in full, and the remarks."""
     messages: dict[str, list[str]] = {}
     for run in runs:
         for name, message in warnings_of(run.get("diagnostics")).items():

@@ -1,11 +1,12 @@
 """The noise audit of one scorer: does its score keep known corruption out of the selection?
 
 The audit uses labels that methods do not see: those of the embedded world (the generated toy task of `data=verifiable`)
-or of `data.corruption` on a user's own data. It reports three measures, because each alone can mislead:
+or of `data.corruption` on a user's own data. It reports three measures, each with a reason why the others
+do not suffice:
 
-    spoilt share  of the selection at each alpha; needed since a high AUROC allows a few spoilt rows to rank first
-    AUROC         of clean rows against each kind of corruption; needed since a small selection may be clean by luck
-    families      effective number of families (kinds of task) selected; needed since clean rows may be of few families
+    spoilt share  share of spoilt rows in the selection at each alpha; with a high AUROC a few of them may rank first
+    AUROC         for clean rows against each kind of corrupted rows; a small selection may be clean by luck
+    families      effective number of families (kinds of task) in the selection; clean rows may come from few families
 
 Shape letters: N examples of the pool, k selected ones.
 """
@@ -58,10 +59,10 @@ def audit(
 
 
 def auroc(clean: np.ndarray, other: np.ndarray) -> float | None:
-    """Return the chance that a random clean example scores higher than a random other one; ties count half.
+    """Return the chance that a random entry of `clean` is above a random entry of `other`; ties count half.
 
-    At 1 every clean example ranks before the others, at 0.5 the score cannot tell them apart, and below 0.5 it prefers
-    the others. The result is None if either array is empty.
+    At 1 every clean example ranks before all others, at 0.5 the score cannot tell the two groups apart, and below 0.5
+    the score prefers the others. The result is None if either array is empty.
     """
     if not len(clean) or not len(other):
         return None
@@ -111,14 +112,15 @@ def _selection(alpha: float, positions: np.ndarray, labels: Labels, families: Se
 
 
 def _groups_in(labels: Labels) -> dict[str, str]:
-    """Return those GROUPS whose family occurs in the data."""
+    """Return the entries of GROUPS whose family occurs in the data."""
     return {name: family for name, family in GROUPS.items() if family in (labels.family or [])}
 
 
 def _groups(ranked: np.ndarray, labels: Labels) -> dict[str, Any]:
     """Return for each group in the data the number of its clean examples, their share of all examples, and their AUROC.
 
-    The AUROC compares them with the clean examples that are in no group; above 0.5 the score prefers the group.
+    The AUROC compares the group's clean examples with the clean examples in no group; above 0.5 the score prefers the
+    group.
     """
     clean, family = np.array(labels.quality) == CLEAN, np.array(labels.family or [])
     groups = {}

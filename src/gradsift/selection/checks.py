@@ -1,7 +1,7 @@
 """Diagnostics that compare a selection with the pool: lengths, loss, drop of the gradient norm, and coverage.
 
-A known failure of GRADFILTERING (arXiv 2601.13697) is to select trivially easy examples: rows that the proxy had fitted
-anyway, or that are merely short. A check leaves out rows whose value is NaN.
+A known failure of GRADFILTERING (arXiv 2601.13697) is to select trivially easy examples: rows that the proxy fits
+easily, or rows that are merely short. A check leaves out rows whose value is NaN.
 
 Shape letters: N examples of the pool, k selected ones.
 """
@@ -20,8 +20,9 @@ from gradsift.diagnostics import Diagnostic
 from gradsift.features.products import nearest_anchor_cosines
 from gradsift.features.vectors import Features
 
-# Smallest ratio of the selection's mean to the pool's mean without a warning. Measured: 0.44 for a score that only
-# preferred short answers, 0.2 for the late loss itself in the embedded world (experiments/LOG.md), 0.6-0.7 for G-SNR.
+# A warning needs a mean of the selection below this share of the pool's mean. Measured ratios of the two means: 0.44
+# for a score that only preferred short answers, 0.2 for the late loss itself in the embedded world
+# (experiments/LOG.md), 0.6-0.7 for G-SNR.
 LEAST_OF_POOL = 0.5
 # A warning also needs this distance from the pool's mean, in standard errors of the mean of k random examples: a few
 # rows may be below half the pool's mean by chance.
@@ -102,7 +103,7 @@ def against_pool(measure: str, values: np.ndarray, positions: np.ndarray) -> Dia
     """Compare the mean of a measure over the selection with the mean over the pool; warn if the first is far lower.
 
     Args:
-        values: (N,) the measure of each example, NaN if it has none.
+        values: (N,) the measure of each example, NaN if it is unknown.
     """
     name = f"selection_{measure}"
     known, chosen = values[np.isfinite(values)], values[positions][np.isfinite(values[positions])]

@@ -16,17 +16,17 @@ from gradsift.selection.choice import Choice, best_by_direction, rank_within
 
 
 def clusters(scores: Scores, size: int, embeddings: Features, *, clusters: int, allocation: str, seed: int) -> Choice:
-    """Select the highest scores of each k-means cluster.
+    """Select the examples with the highest scores in each k-means cluster.
 
     Clusters are numbered in the order of their best examples, so that neither the numbers from k-means nor the row
-    order matter. Examples whose embedding is zero belong to no cluster and are taken only if the clusters do not fill
-    the budget.
+    order affect the selection. Examples whose embedding is zero belong to no cluster and are taken only if the clusters
+    do not fill the budget.
 
     Args:
         clusters: number of clusters. If fewer are found, because there are fewer different embeddings or k-means leaves
             some clusters empty, a diagnostic warns.
-        allocation: `proportional` to the clusters' sizes (largest remainder), or `equal` (what a small cluster lacks
-            is taken from the other clusters).
+        allocation: how the budget is divided. `proportional`: in proportion to the clusters' sizes (largest remainder).
+            `equal`: equally; if a cluster is smaller than its share, the other clusters give more.
         seed: seed of k-means.
     """
     from sklearn.cluster import MiniBatchKMeans

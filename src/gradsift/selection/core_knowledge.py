@@ -24,7 +24,7 @@ _NO_PROJECTION = 1e-9  # projection of the mean on a component; below this value
 
 @dataclass(frozen=True)
 class CoreKnowledge:
-    """Components by descending variance, and figures about the target gradients."""
+    """Components by descending variance, and statistics of the target gradients."""
 
     directions: np.ndarray  # (C, D) float64, length 1
     variances: np.ndarray  # (C,) share of the variance of each component; [1] if the mean replaces the components

@@ -39,7 +39,7 @@ _SAME = 1e-12  # squared distance of equal unit vectors, up to float64's roundin
 def facility_location(
     scores: Scores, size: int, embeddings: Features, task: Task = unseen, *, similarity: str, candidates: float
 ) -> Choice:
-    """Select greedily the candidates that maximise f, in the order in which they are picked.
+    """Select candidates greedily by their gain in f; the positions are in the order in which they are picked.
 
     A candidate's gain never grows while others are picked, so its last computed gain is an upper bound. Only gains that
     may be the largest are recomputed.

@@ -4,7 +4,7 @@ Each component K of the core knowledge gets a budget in proportion to its varian
 g the gradients of the examples:
 
     first    the anchor: the unused example with the largest <g, K>
-    then     of the last example's neighbours, by descending <g_j, g_last>, the first unused j with
+    then     the first unused example j among the last example's neighbours, by descending <g_j, g_last>, with
              (i)  <g_j, g_i> >= 0 for every i that this component has taken
              (ii) |cos(sum + g_j, K)| >= keep |cos(sum, K)|, where sum is the sum of the gradients g_i
     if none  the unused example with the largest <g, K> among all that pass (i) and (ii)
@@ -165,7 +165,10 @@ class Walk:
 
 
 def _first_largest(values: np.ndarray, where: np.ndarray) -> int | None:
-    """Return the first index of the largest of `values` (n,) where `where` (n,) is True; None if it is nowhere True."""
+    """Return the index of the largest of the `values` (n,) where `where` (n,) is True; None if it is True nowhere.
+
+    If several values are the largest, their first index is returned.
+    """
     return int(np.argmax(np.where(where, values, -np.inf))) if where.any() else None
 
 

@@ -9,7 +9,7 @@ from gradsift.selection.choice import Choice, best_first
 
 
 def gumbel(scores: Scores, size: int, *, temperature: float, seed: int) -> Choice:
-    """Draw without replacement, each time with probabilities proportional to exp(z / temperature).
+    """Draw examples without replacement, each time with probabilities proportional to exp(z / temperature).
 
     z is the score, standardised over the scored examples (0 if all are equal), so that a temperature has the same
     effect for every scorer: towards 0 the draw becomes the top k, towards infinity it becomes uniform. The draw adds

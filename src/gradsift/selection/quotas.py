@@ -1,4 +1,4 @@
-"""The highest scores of every group of rows, such as the sources of a mixture: a column names each row's group.
+"""The rows with the highest scores in every group, such as a source of a mixture; a column names each row's group.
 
 Shape letters: N examples of the pool, G groups.
 """
@@ -22,7 +22,7 @@ from gradsift.selection.choice import Choice, best_first, rank_within, shortfall
 def quotas(
     scores: Scores, size: int, examples: Sequence[Example], *, column: str, shares: Mapping[Any, float] | None
 ) -> Choice:
-    """Select the highest scores of each group, so that the groups have given shares of the selection.
+    """Select the rows with the highest scores in each group, so that the groups have given shares of the selection.
 
     If a group has fewer scored rows than its share, the rest of its share goes to the other groups in proportion to
     their shares, and a diagnostic warns.

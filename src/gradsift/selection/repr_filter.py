@@ -15,24 +15,25 @@ from gradsift.selection.choice import Choice, best_by_direction, shortfall
 
 
 def repr_filter(scores: Scores, size: int, embeddings: Features, task: Task = unseen, *, threshold: float) -> Choice:
-    """Go through the examples by descending score; keep an example if its cosine to all kept ones is <= `threshold`.
+    """Go through the examples by descending score; keep an example if its cosine to each kept one is <= `threshold`.
 
-    Examples whose vector is zero have cosine 0 to all others and come last. The filter stops when `size` are kept.
+    Examples whose vector is zero have cosine 0 to all others and come last. The filter stops when it has kept `size`
+    examples.
     """
     ranked = np.concatenate(best_by_direction(scores, embeddings))
     kept = np.empty(0, dtype=np.int64)
     with task("filter by representation", size) as advance:
         for where, rows in blocks(embeddings, ranked):
             nearest = np.full(len(rows), -1.0)  # largest cosine of each row to a kept example
-            # compare all rows of a block with the rows kept before it together: only within the block does one decision
-            # depend on another
+            # compare all rows of the block at once with the rows kept before it; decisions depend on each other only
+            # within the block
             for _, others in blocks(embeddings, kept):
                 nearest = np.maximum(nearest, (others @ rows.T).max(0))
             nearest = np.round(nearest, DECIMALS)
             cosines = np.round(rows @ rows.T, DECIMALS)  # (B, B)
             added: list[int] = []
             for row in range(len(rows)):
-                # at most 1, so that threshold=1 keeps copies too: for rows longer than 1, `nearest` may be above 1
+                # capped at 1, so that threshold=1 keeps copies: by rounding, `nearest` may be above 1
                 if len(kept) + len(added) < size and min(nearest[row], 1) <= threshold:
                     added.append(row)
                     nearest = np.maximum(nearest, cosines[row])

@@ -1,7 +1,8 @@
 """Round robin: select examples for tasks, or for the queries of a target set, in turn.
 
 A query is a row of the target set. Its ranking lists the pool's examples by descending similarity to the query. A turn
-selects the best remaining example; in RDS+ as published, only the next one in the ranking (`round_robin_queries`).
+selects the best remaining example. In RDS+ as published, only the next example of the ranking is considered, and
+nothing is selected if an earlier turn selected this example (see `round_robin_queries`).
 
 Shape letters: N examples, n candidates, D features.
 """
@@ -19,9 +20,9 @@ from gradsift.features.vectors import Features
 from gradsift.scoring.scores import Scores
 from gradsift.selection.choice import Choice, best_by_direction, best_first
 
-TASK_PART = "task:"  # prefix of the score table's parts that are scores for one task
+TASK_PART = "task:"  # prefix of the names of score table columns that are scores for one task
 _AT_ONCE = 128  # number of queries compared with the pool in one pass
-_FIRST_PICKS = 64  # length of the first part of a query's ranking
+_FIRST_PICKS = 64  # number of examples at the top of each query's ranking that are computed at first
 
 
 def round_robin(scores: Scores, size: int) -> Choice:
@@ -51,10 +52,10 @@ def round_robin_queries(
 ) -> Choice:
     """Select an example for each query of the target set in turn, by the cosine of embeddings (RDS+, arXiv 2503.01807).
 
-    If the target set has several tasks, each turn is a task's and not a query's. Tasks are ordered by first occurrence,
-    and an example's similarity to a task is its largest cosine to the task's queries. Examples whose embedding is zero
-    are selected last, by score. All other examples only need to be `scored`; the scores themselves are not used.
-    Queries whose embedding is zero are left out (our reading).
+    If the target set has several tasks, an example is selected for each task in turn, not for each query. Tasks are
+    ordered by first occurrence, and an example's similarity to a task is its largest cosine to the task's queries.
+    Examples whose embedding is zero are selected last, by score. All other examples only need to be `scored`; the
+    scores themselves are not used. Queries whose embedding is zero are left out (our reading).
 
     Args:
         fidelity: `original`, as in the published scripts: a turn takes the next row of the query's (or task's) own

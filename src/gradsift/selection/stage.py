@@ -87,7 +87,7 @@ def write_selection(
 ) -> None:
     """Write one line per example, best first: the original row, and under `gradsift` its rank, score and ids.
 
-    The original row is that of the source, even if the example was corrupted for an audit; in this case the kind of
+    The original row is the row of the source, even if the example was corrupted for an audit; in this case the kind of
     corruption is added under `gradsift`. The file `examples` is read once, in order. Lines are kept in a temporary file
     until they are written in order of rank, so that neither the pool nor the selection has to fit in memory.
     """

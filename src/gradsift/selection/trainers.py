@@ -34,7 +34,7 @@ Row = dict[str, Any]
 def export(
     config: ExportConfig, target: TargetConfig, model: str | None, examples: Sequence[Example], run: Path
 ) -> dict[str, str]:
-    """Write the formats of `config` below the run's folder, and return the folders written, by name.
+    """Write the selection in each format of `config`, each in a folder below `run`; return the folders by name.
 
     Args:
         model: hub id or folder of the target; None for a run without a target, whose configs then contain NO_MODEL.
@@ -77,7 +77,7 @@ def _messages(examples: Iterable[Example], *, by_reply: bool, marks: bool = Fals
     Args:
         by_reply: if True, yield a row for each trained reply, whose last message is this reply; if False, yield one row
             for each example.
-        marks: whether to add to each message whether it is trained.
+        marks: if True, add to each message the key `train`, which is True if the message is trained.
     """
     for example in examples:
         whole = turns(example)

@@ -29,9 +29,9 @@ def shown_steps(loss: np.ndarray) -> np.ndarray:
 
 
 def curves(material: Material) -> Records:
-    """Return tokens and smoothed loss at each step, for each method at the middle alpha and for all rows.
+    """Return the tokens so far and the smoothed loss at each step, by method at the middle alpha and for all rows.
 
-    The values are means over the runs (seeds).
+    The values are means over the runs (seeds), up to the last step of the shortest curve.
     """
     runs = reached(material, "finetune", but_full=False)
     groups: dict[str, list[Curve]] = {}

@@ -23,7 +23,7 @@ def costs(material: Material) -> dict[str, dict[str, float]]:
         seconds: time spent on the units made.
         saved: seconds that the reused units took when they were made, counted at each reuse.
         tokens: forward tokens of the units made.
-        memory: GB, highest peak of the process at the end of a unit made; 0 if unknown.
+        memory: highest peak memory of the process in GB, as recorded when a unit was made; 0 if unknown.
     """
     by_stage: dict[str, dict[str, float]] = {}
     for run in material.runs:

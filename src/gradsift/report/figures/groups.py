@@ -60,7 +60,7 @@ def reached(material: Material, stage: str, but_full: bool = True) -> list[Run]:
 
 
 def representative(material: Material, stage: str, scorer: str = "gsnr") -> Run:
-    """Return the run for a figure of a single run.
+    """Return the run that is shown by a figure of a single run.
 
     It is the first run with `scorer` at the middle alpha or, without such a run, the first run at the middle alpha.
     """
@@ -103,12 +103,12 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def heldout_loss(run: Run) -> float | None:
-    """Return the held-out loss of the tuned target, if the run has it."""
+    """Return the held-out loss of the tuned target; None if the run does not have it."""
     return (run.record.get("heldout_loss") or {}).get("model")
 
 
 def overlap_of(material: Material, one: Run, other: Run) -> float:
-    """Return the Jaccard index of two selections from the same data."""
+    """Return the Jaccard index of the selections of two runs on the same data."""
     return jaccard(material.selected(one).tolist(), material.selected(other).tolist())
 
 

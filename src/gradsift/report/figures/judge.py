@@ -30,7 +30,7 @@ def judged(material: Material) -> dict[str, list[Run]]:
 
 
 def total(runs: Sequence[Run], part: str, name: str) -> int:
-    """Return the count `name` in the part `part` of `run.json`, summed over the runs."""
+    """Return the count `name` under the key `part` of `run.json`, summed over the runs."""
     return sum(int((run.record.get(part) or {}).get(name) or 0) for run in runs)
 
 
@@ -123,9 +123,9 @@ def _rows_panel(names: Mapping[str, Any], items: Sequence[int] | np.ndarray = ()
 
 
 def longer_shares(groups: Mapping[str, Sequence[Run]]) -> dict[str, tuple[float, int]]:
-    """Return by method and alpha the share of items that the longer answer won, and the number of items of all seeds.
+    """Return for each group of runs the share of items that the longer answer won, and the number of items.
 
-    The items are those with a winner and answers of different length; a group without such items is left out.
+    Items count if they have a winner and answers of different length; a group without such items is left out.
     """
     shares = {}
     for name, runs in groups.items():

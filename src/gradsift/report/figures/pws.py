@@ -23,7 +23,7 @@ _ENDS = ("pws_low", "pws_high")  # keys of a row for the ends of the interval; t
 def pws(material: Material) -> Figure:
     """Each mark is a PWS with its interval over items and, if there are several, seeds. A mark right of the dashed line
     means that the model is better than the model tuned on all rows. If an interval contains the line, the two models
-    are not distinguishable. Of many intervals, some miss the line by chance. Shows at most four combinations of
+    are not distinguishable. With many intervals, some miss the line by chance. Shows at most four combinations of
     dataset, target and benchmark; the table has all of them."""
     cells = cells_of(material)
     places = list(dict.fromkeys(place for place, _ in cells))[:_MOST_PANELS]

@@ -74,7 +74,7 @@ def score_distributions(material: Material) -> Figure:
 
 
 def _bins(values: np.ndarray) -> tuple[list[float], float | None]:
-    """Return the edges of the bins, and the linear width of the asinh scale, or None for a linear scale."""
+    """Return the edges of the bins, and the linear width of the asinh scale (None for a linear scale)."""
     low, high = np.quantile(values, [0.25, 0.75])
     width = float(high - low)
     if width <= 0 or np.ptp(values) < _WIDE * width:
@@ -87,8 +87,8 @@ def _bins(values: np.ndarray) -> tuple[list[float], float | None]:
 
 @report_figure("Early against late gradient norms")
 def early_late_norms(material: Material) -> Figure:
-    """Below the dashed diagonal are the rows whose gradient norm fell between the snapshots, which G-SNR treats as
-    learning."""
+    """The rows below the dashed diagonal are those whose gradient norm fell between the snapshots. G-SNR treats such a
+    fall as learning."""
     run = representative(material, "statistics")
     values = material.statistics(run)
     figure, (axes,) = style.panels(width=4.8, height=4.0)
@@ -170,6 +170,8 @@ def _draw_selections(axes: Axes, points: Sequence[tuple[str, float, float]]) -> 
 
 def selections_by_variance(material: Material, variance: np.ndarray, of: Run) -> list[tuple[str, float, float]]:
     """Return (method, mean V_t of the selection, held-out loss) for each run on the data of `of` that has these values.
+
+    Full-data runs are left out.
 
     Args:
         variance: (N,) V_t of the examples under the ensemble of `of`.

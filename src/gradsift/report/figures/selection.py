@@ -45,8 +45,8 @@ def overlaps(material: Material) -> Records:
 
 @report_figure("Overlap of the selections", overlaps)
 def overlap(material: Material) -> Figure:
-    """Number of rows that both methods select, divided by the number that one of them or both select (Jaccard; 1
-    means the same selection)."""
+    """Number of rows that both methods select, divided by the number of rows that at least one of them selects
+    (Jaccard; 1 means the same selection)."""
     records = overlaps(material)
     names = list(dict.fromkeys(name for record in records for name in (record["method"], record["other"])))
     values = np.eye(len(names))

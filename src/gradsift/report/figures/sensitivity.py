@@ -42,11 +42,11 @@ EPS = np.logspace(-12, 2, 57)
 
 
 def settings_grid(material: Material) -> Records:
-    """Return a measure for each number of members and pair of snapshots of one scorer, averaged over its runs.
+    """Return a value for each setting (number of members, pair of snapshots) of one scorer, averaged over its runs.
 
-    Only runs at the middle alpha count. The measure is the PWS if all settings have one; otherwise the held-out loss if
-    all have one; otherwise the overlap (Jaccard) with the selection of the setting with most members and the latest
-    snapshots.
+    The scorer is G-SNR if its runs vary in the setting, else the first scorer whose runs do. Only runs at the middle
+    alpha count. The value is the PWS if all runs have one; otherwise the held-out loss if all runs have one; otherwise
+    the overlap (Jaccard) with the selection of the setting with the most members and, of these, the latest snapshots.
 
     Raises:
         Missing: no scorer has runs with different M or snapshots.
@@ -179,7 +179,7 @@ def own_eps(run: Run) -> float:
 
 
 def agreement(run: Run, name: str, scores: Mapping[Any, Scores], base: Scores) -> Records:
-    """Compare each of `scores` with `base`: Spearman (None where not defined), and Jaccard of the top `run.alpha`.
+    """Compare each of `scores` with `base`: Spearman (None if not defined), and Jaccard of the top share `run.alpha`.
 
     Args:
         name: name of the setting that varies; the keys of `scores` are its values.

@@ -182,7 +182,7 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def in_percent(*axes: Axis) -> None:
-    """Label the ticks of axes that show shares in percent, without a minus sign."""
+    """Label the ticks of axes that show shares (0 to 1) as percentages, without a minus sign."""
     for axis in axes:
         axis.set_major_formatter(lambda value, _: f"{abs(value):.0%}")
 

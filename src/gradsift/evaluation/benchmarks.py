@@ -1,7 +1,7 @@
 """Benchmark items: the questions that the finetuned models answer.
 
-Test sets have fields of different names, some of them nested. The config gives the names of a set's fields, dotted for
-nested fields, so a new set needs no code.
+The fields of test sets have different names, and some fields are nested. The config gives the names of a set's fields,
+with dots for nested fields, so a new set needs no code.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def load_benchmark(
 def _reference(part: _RowReader, spec: BenchmarkSetConfig) -> str | None:
     """Return the text of the reference field; None if no field is set.
 
-    If `reference_after` is set, return only the text after its last occurrence.
+    If `spec.reference_after` is set, return only the text after the last occurrence of this marker.
     """
     if spec.reference is None:
         return None

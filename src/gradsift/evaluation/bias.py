@@ -53,7 +53,7 @@ def _place(judgment: Judgment) -> int | None:
 
 
 def length_bias(outcomes: Outcomes, lengths: Lengths) -> dict[str, Any]:
-    """Count how often the longer answer wins, over the valid items without a tie whose answers differ in length.
+    """Count how often the longer answer wins, over the items won or lost whose answers differ in length.
 
     Returns:
         `{"items", "longer_wins", "longer_share", "mean_model", "mean_reference", "rank_correlation"}`. Without a

@@ -11,8 +11,8 @@ A request can fail in three ways (`Failure.kind`):
               further request is sent, and `ask` raises JudgeError. The same happens after `give_up` failed prompts in
               a row, after `give_up_unreadable` unreadable replies in a row, and when a spending cap is reached
 
-The requests run in the event loop of one background thread. A request is sent only if its largest possible cost fits
-below the spending caps. A Retry-After header is obeyed if it asks for at most `judge.max_wait` seconds.
+The requests run in the event loop of one background thread. A request is sent only if the spending caps allow its
+estimated largest cost. A Retry-After header is obeyed if it asks for at most `judge.max_wait` seconds.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _Job(Generic[Value]):
 
 
 class _StoppedError(Exception):
-    """Ends a waiting request, because no further request may be sent."""
+    """Raised in a waiting request when no further request may be sent."""
 
 
 class ChatClient:
@@ -132,11 +132,11 @@ class ChatClient:
         self._paused_until = 0.0  # time.monotonic() before which no request is sent; set if the endpoint asks to wait
 
     def _named(self, text: str) -> str:
-        """Return a text in which the options `judge.*` are renamed to the options of the client's own group."""
+        """Return a text in which the names of options begin with the client's config group instead of `judge`."""
         return text.replace("judge.", f"{self._group}.")
 
     def spent(self, scope: str) -> dict[str, float | int | None]:
-        """Return what the requests of `scope` have cost so far, in all processes, as JSON values."""
+        """Return the calls, tokens and USD (None: price unknown) that all processes have spent under `scope` so far."""
         spent = self._replies.spent(scope)
         return {**asdict(spent), "usd": self._terms.usd(spent.prompt_tokens, spent.completion_tokens)}
 
@@ -149,14 +149,16 @@ class ChatClient:
         unread: str,
         tries: int = 2,
     ) -> Iterator[tuple[int, Reply[Value]]]:
-        """Yield the position of each prompt with its answer, in the order of arrival. Equal prompts are sent once.
+        """Yield each prompt's position and the `Reply` to it: stored replies first, refused prompts last.
 
-        The number of requests and their largest cost are printed first. A dry run sends nothing.
+        Other replies are yielded in the order of arrival. Equal prompts are sent once. The number of requests and
+        their largest cost are printed first. A dry run sends nothing.
 
         Args:
             read: called with the position of a prompt and a reply to it; returns the value in the reply. If it returns
                 None or raises `Unreadable`, the prompt is sent again, up to `tries` times in all.
-            scope: name under which the spending is counted. The caps apply to the sum over all processes that use it.
+            scope: name under which the spending is counted. The caps apply to the sum over all processes that use
+                this name.
             unread: reason recorded for a reply from which `read` returns None.
             tries: how many times a prompt is sent at most, if its replies cannot be read.
 
@@ -365,7 +367,7 @@ class ChatClient:
         return read_completion(response.content, self._endpoint.scrub, kind, logprobs=logprobs)
 
     def _plan(self, prompts: Sequence[Messages]) -> tuple[str, str]:
-        """Return as text the number of requests and their largest cost, without repeated tries."""
+        """Return two texts: the number of requests, and their largest cost if each prompt is sent only once."""
         prompt_tokens = sum(map(estimated_tokens, prompts))
         reply_tokens = len(prompts) * self._max_tokens
         usd = self._terms.usd(prompt_tokens, reply_tokens)
@@ -393,7 +395,10 @@ class ChatClient:
         )
 
     def _key_of(self, messages: Messages, attempt: int) -> str:
-        """Hash all that a reply depends on, and the address: two endpoints may use one name for different models."""
+        """Hash all that a reply depends on.
+
+        This includes the address, because two endpoints may use one name for different models.
+        """
         return content_hash("chat", self._known_as, self.identity, [dict(m) for m in messages], attempt)
 
 

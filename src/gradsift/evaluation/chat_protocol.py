@@ -57,7 +57,7 @@ class Failure(Exception):
 
 @dataclass
 class UnreadReplies(Generic[Value]):
-    """Counts the unreadable replies since the last readable one. After `most` of them (None: no limit) sending ends."""
+    """Counts the unreadable replies since the last readable reply; sending ends at `most` of them (None: no limit)."""
 
     most: int | None
     count: int = 0
@@ -88,15 +88,15 @@ def read_completion(
 ) -> tuple[Completion, Usage | None]:
     """Return a response's first choice, and the token counts that the response reports (None if it reports none).
 
-    If the response has no choice, or its choice no text, the text is empty.
+    If the response has no choice, or its choice has no text, the text is empty.
 
     Args:
         scrub: removes the secrets from a text.
         content_type: the body's type, as the endpoint states it.
 
     Raises:
-        Failure: the body is not a chat completion. The failure is final for a web page, another content type than JSON
-            or an object with a repeated key, because a retry would return the same; else it is passing.
+        Failure: the body is not a chat completion. The failure is final for a web page, a content type other than JSON
+            or an object with a repeated key, because a retry would return the same. Otherwise it is passing.
     """
     try:
         (content,) = outside_json.loads_all(body.decode("utf-8"))
@@ -135,7 +135,7 @@ def token_prompt(ids: Sequence[int]) -> Messages:
 
 
 def request_of(prompt: Messages) -> tuple[str, dict[str, Any]]:
-    """Return the path below the endpoint's address, and the part of the body that is the prompt."""
+    """Return a request's path below the endpoint's address, and the part of its body that holds the prompt."""
     if prompt[0]["role"] == _TOKENS:
         return "completions", {"prompt": [int(token) for token in prompt[0]["content"].split()]}
     return "chat/completions", {"messages": list(prompt)}
@@ -154,7 +154,9 @@ _REST_OF_THINKING = re.compile(r".*?^[^\S\n]*</(think|thinking|thought|reasoning
 
 
 def after_thinking(text: str) -> str:
-    """Return a reply without the block `<think>...</think>` at its beginning.
+    """Return a reply without the thinking at its beginning.
+
+    The thinking is a block such as `<think>...</think>`, or all text up to a line that is only the closing tag.
 
     Raises:
         Unreadable: the block does not end, because the reply was cut while thinking.

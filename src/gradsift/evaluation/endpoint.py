@@ -91,7 +91,10 @@ class Endpoint:
         return f"{self.address or _DEFAULT}/{path}"
 
     def scrub(self, text: str) -> str:
-        """Return a text with `***` for each secret, as some endpoints quote them; short values like "none" are kept."""
+        """Return a text with `***` in place of each secret, because some endpoints quote secrets.
+
+        Values of fewer than 8 characters, such as "none", are kept.
+        """
         for secret in self._secrets:
             if len(secret) >= _SHORTEST_SECRET:
                 text = text.replace(secret, "***")

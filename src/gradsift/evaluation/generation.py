@@ -60,7 +60,7 @@ def generate_answers(
         batch_size: prompts per batch at most; answers do not depend on it.
         max_tokens: tokens per batch at most, including padding and the tokens of the answers.
         progress: called after each batch with the number of new answers.
-        journal: keeps the answers of each batch.
+        journal: stores each batch's answers; stored answers are not generated again.
 
     Raises:
         ConfigError: `max_new_tokens` leaves no room for a prompt in the model's context.
@@ -181,7 +181,7 @@ def left_padded(
 
 
 class ModelOutput(TypedDict):
-    """One answer. The keys up to `datasplit` are alpaca_eval's (`dataset` is the benchmark), the rest our own."""
+    """One answer. The keys up to `datasplit` are alpaca_eval's (`dataset` is the benchmark), the other keys our own."""
 
     instruction: str
     output: str
@@ -286,7 +286,7 @@ def first_turns(rows: Sequence[ModelOutput]) -> dict[tuple[str, str], ModelOutpu
 
 
 def without_turns(rows: Sequence[ModelOutput]) -> list[ModelOutput]:
-    """Return the rows, with both turns of a conversation in the instruction and the output of its second turn."""
+    """Return the rows; in the row of a second turn, instruction and output hold both turns of the conversation."""
     first = first_turns(rows)
     single: list[ModelOutput] = []
     for row in rows:
@@ -301,7 +301,7 @@ def check_pairs(rows: Sequence[ModelOutput], reference_rows: Sequence[ModelOutpu
     """Raise an error unless two models answered the same items, with equal instructions, inputs and references.
 
     Raises:
-        DataError: the items differ; the message names up to five of them and what differs.
+        DataError: the items differ, or an item is there twice; the message names up to five items and what differs.
     """
     of_model, of_reference = ({item_key(row): row for row in each} for each in (rows, reference_rows))
     problems = [f"{'/'.join(key)} (only in the model's)" for key in of_model if key not in of_reference]

@@ -6,11 +6,11 @@ test of "the mean is t" does not reject; the test uses the variance under this h
 percentile bootstrap, it has a width above 0 even if every item has the same outcome. It stays within [-1, 1].
 
 Runs with different seeds answer the same items, so their outcomes are not independent. A two-way random effects model,
-with the factors seed and item, gives the variance of the mean. The interval is then computed for an effective number of
-items: as many independent items as would give a mean with this variance. In the embedded world (the generated task of
-`data=verifiable`), each data seed has its own questions under the same item ids. The random effects model then treats
-unrelated questions as one item, which does not change the expected variance. `benchmarks/interval_coverage.py` measures
-the coverage.
+with an effect of the seed and an effect of the item, gives the variance of the mean. The interval is then computed for
+an effective number of items: the number of independent items whose mean would have this variance. In the embedded world
+(the generated task of `data=verifiable`), each data seed has its own questions under the same item ids. The random
+effects model then treats unrelated questions as one item, which does not change the expected variance.
+`benchmarks/interval_coverage.py` measures the coverage.
 
 Shape letters: S seeds, N items.
 """
@@ -28,7 +28,7 @@ def mean_interval(outcomes: np.ndarray, confidence: float = 0.95) -> tuple[float
     """Return the confidence interval of the mean outcome over seeds and items.
 
     Args:
-        outcomes: (S, N) of -1, 0 and 1: the outcome of each item with each seed.
+        outcomes: (S, N) the outcome of each item with each seed: -1, 0 or 1.
         confidence: coverage, between 0 and 1.
     """
     from scipy import stats
@@ -45,7 +45,7 @@ def independent_items(outcomes: np.ndarray) -> tuple[float, float]:
     With one seed, or if the variance is 0, the two values are N and infinity. The effective number is at most S N.
 
     Args:
-        outcomes: (S, N) of -1, 0 and 1.
+        outcomes: (S, N) the outcome of each item with each seed: -1, 0 or 1.
     """
     seeds, items = outcomes.shape
     variance, freedom = variance_of_mean(outcomes)
@@ -60,10 +60,10 @@ def variance_of_mean(values: np.ndarray) -> tuple[float, float]:
 
     With mean squares of items (MS_i), seeds (MS_s) and the residual (MS_e), the variance of the mean in a two-way
     random effects model is (MS_i + MS_s - MS_e) / (S N). The result is at least the largest of the three mean squares,
-    divided by S N.
+    divided by S N. With one seed it is MS_i / N.
 
     Args:
-        values: (S, N), any values.
+        values: (S, N) a number for each item with each seed.
     """
     seeds, items = values.shape
     mean = values.mean()
@@ -117,12 +117,12 @@ def p_value(outcomes: np.ndarray) -> float:
     """Return the two-sided p-value of the hypothesis that the mean outcome is 0.
 
     For one seed, the exact sign test on the items that are not ties gives the p-value; this test keeps its level for
-    any number of items. For several seeds the p-value is the larger of two: the score test's (McNemar's) with the
-    variance of `variance_of_mean`, and the t test's over the seeds' means. The score test alone rejects too often if
-    there are few seeds and they agree by chance. If all outcomes are ties, the p-value is 1.
+    any number of items. For several seeds the result is the larger p-value of two tests: the score test (McNemar) with
+    the variance from `variance_of_mean`, and the t test over the seeds' means. The score test alone rejects too often
+    if there are few seeds and they agree by chance. If all outcomes are ties, the p-value is 1.
 
     Args:
-        outcomes: (S, N) of -1, 0 and 1.
+        outcomes: (S, N) the outcome of each item with each seed: -1, 0 or 1.
     """
     from scipy import stats
 
@@ -167,8 +167,8 @@ def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) 
     `variance_of_mean`, and one over the seeds' means.
 
     Args:
-        first: (S, N) of -1, 0 and 1.
-        second: (S, N), the same seeds and items.
+        first: (S, N) the outcomes of the first model: -1, 0 or 1.
+        second: (S, N) the outcomes of the second model, with the same seeds and items.
         confidence: coverage of the interval, between 0 and 1.
     """
     from scipy import stats
@@ -184,8 +184,8 @@ def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) 
     below, above = float(first.mean()) - low_1, high_1 - float(first.mean())
     below_2, above_2 = float(second.mean()) - low_2, high_2 - float(second.mean())
     # The interval is never narrower than the t interval of the mean difference, since the correlation is an estimate.
-    # It is never narrower than the interval of as many items and seeds with ties only, either: models that do not
-    # differ on these items may differ on others.
+    # Nor is it narrower than the interval that as many items and seeds would give if all outcomes were ties: models
+    # that do not differ on these items may differ on others.
     of_gaps = float(stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(variance)
     least = max(of_gaps, mean_interval(np.zeros_like(gap), confidence)[1])
     low = mean - max(least, math.sqrt(max(0.0, below**2 - 2 * correlation * below * above_2 + above_2**2)))
@@ -199,7 +199,7 @@ def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) 
 
 
 def _sign_flip_p_value(gaps: np.ndarray) -> float:
-    """Return the share of the 2^N choices of signs for `gaps` (N,) whose absolute sum is at least |sum(gaps)|."""
+    """Return the share of the 2^N ways to set the signs of `gaps` (N,) that give an absolute sum >= |sum(gaps)|."""
     from scipy import stats
 
     sums, shares = np.zeros(1), np.ones(1)

@@ -1,7 +1,8 @@
 """Judgments of pairs of answers in both orders, and their file `judgments.jsonl`.
 
-After an interruption `judge_pairs` judges all pairs again, and the judges use what they had stored: an endpoint's
-replies are stored as they arrive (`gradsift.evaluation.replies`), a local model's scores in the journal.
+After an interruption `judge_pairs` starts again with all pairs, but stored replies and scores are not computed again.
+Replies of endpoints are stored as they arrive (`gradsift.evaluation.replies`); scores of a local model are stored after
+each batch (`gradsift.journal`).
 """
 
 from __future__ import annotations

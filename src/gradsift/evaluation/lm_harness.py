@@ -55,8 +55,9 @@ def evaluate_tasks(
         model: a transformers model on its device, with or without LoRA layers.
         limit: number of documents per task; None uses all.
         template: the target's prompt template.
-        max_new_tokens: tokens of an answer at most; a task may set a lower limit.
-        max_tokens: tokens per batch of generated answers at most, with padding. For other tasks lm-eval forms batches.
+        max_new_tokens: the most tokens of an answer; a task may set a lower limit.
+        max_tokens: the most tokens per batch of generated answers, padding included. For other tasks lm-eval forms
+            the batches.
 
     Returns:
         `{task: {figure: value}}`; empty on all ranks except the first of a machine.

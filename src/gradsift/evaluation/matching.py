@@ -1,7 +1,8 @@
 """Rules that decide whether an answer is right, given the benchmark's reference answer.
 
 exact   the same words in the same order (the rule of the embedded world)
-number  GSM8K and similar sets: the same number; the first after the last `####` counts, or else the last of the text
+number  GSM8K and similar sets: the same number. The first number after the last `####` counts. If there is none,
+        the last number of the text counts
 choice  BIG-Bench Hard: the same option letter, fixed word (yes, no, true, ...) or free text in the final statement
 
 The benchmarks define which answers are right, but not how to extract an answer from free text. The rules for this are

@@ -89,7 +89,7 @@ def summarise(outcomes: Outcomes, confidence: float) -> dict[str, Any]:
     """Return outcomes and PWS for each benchmark, and pooled over all items.
 
     Returns:
-        `{"confidence", "benchmarks": {name: cell}, "pooled": cell}`, cells as in `estimate`.
+        `{"confidence", "benchmarks": {name: cell}, "pooled": cell}`; each cell is a result of `estimate`.
     """
     by_benchmark: dict[str, list[Outcome]] = {}
     for (benchmark, _), each in sorted(outcomes.items()):

@@ -4,17 +4,18 @@ Four kinds of file are recognised by their content:
 
     judgments.jsonl       our own format: one judgment per line, both orders
     two-order reviews     the format of Cherry_LLM's and Superfiltering's files: an object whose `data` is a list of
-                          rows. Answer1 is the model's answer, Answer2 the reference's. `scores` are the scores of
+                          rows. Answer1 is the model's answer, Answer2 the reference model's. `scores` are the scores of
                           [Answer1, Answer2]. `scores_reverse` are the scores of [Answer2, Answer1], shown in this order
     two-query reviews     DiverseEvol's format: JSON lines with the scores `eval_QUERY0` and `eval_QUERY1`. Both are
-                          [model, reference], but only QUERY0 shows the model first. `assistant1_QUERY0` names the model
+                          [model's score, reference model's score], but only in QUERY0 is the model's answer shown
+                          first. `assistant1_QUERY0` names the model
     annotations.json      alpaca_eval's format: rows with output_1, output_2 and `preference`, from 1 (output_1 is
                           better) to 2 (output_2 is better), with 1.5 or 0 for a draw. The model is by default
                           `generator_2` of the first row. A file holds one order; a second file, in which the outputs
                           are swapped, holds the other order
 
-PWS needs both orders. If all judgments have the same order, the result names it in `orders` and has this order's win
-rate and PWS in `one_order`; the PWS of all cells is None.
+PWS needs both orders. If all judgments have the same order, the result names this order in `orders`
+and has its win rate and PWS in `one_order`; `pws` is then None for each benchmark and pooled.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from gradsift.evaluation.pws import Outcome, Outcomes, outcomes_of, summarise
 
 @dataclass
 class Records:
-    """Judgments of any origin, and the lengths of the answers if the file has the answers."""
+    """Judgments from any kind of file, and the lengths of the answers if the file has the answers."""
 
     judgments: list[Judgment]
     lengths: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)  # characters: model, reference
@@ -224,6 +225,8 @@ def read_all(paths: Iterable[Path], model: str | None = None) -> Records:
 def describe(records: Records, confidence: float) -> dict[str, Any]:
     """Return counts and PWS with intervals (per benchmark and pooled), position and length bias, and the orders.
 
+    The result also has the length-controlled PWS and, if all judgments have the same order, `one_order`.
+
     Raises:
         DataError: an item has two judgments in the same order.
     """
@@ -260,7 +263,7 @@ def _one_order(judgments: Sequence[Judgment]) -> dict[str, Any]:
 
 
 def read_labels(path: Path) -> Outcomes:
-    """Read people's outcomes: JSON lines of `item_id`, `label` and, for several benchmarks, `benchmark`.
+    """Read people's outcomes: JSON lines of `item_id`, `label` and, if there are several benchmarks, `benchmark`.
 
     Raises:
         DataError: a line has another form, or an item has two different labels; the message names the line.

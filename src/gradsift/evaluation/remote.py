@@ -1,8 +1,8 @@
 """Answers from an OpenAI-compatible server that serves the target (`generator=openai`, `generator=vllm`).
 
 The server decodes greedily. It gets prompts in the target's template as token ids or, with `generator.prompt=chat`,
-messages that it renders with its own chat template. A finetuned target is a LoRA adapter, which the server must know by
-the name of its artifact's folder.
+messages that it renders with its own chat template. A finetuned target is a LoRA adapter, which the server must serve
+under the name of the finetune's artifact folder.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def check_generator(config: EndpointGeneratorConfig) -> None:
 
 
 def generator_settings(config: EndpointGeneratorConfig) -> dict[str, Any]:
-    """Return the settings, besides the target, that answers depend on. They name the server, whose numerics matter."""
+    """Return the settings, besides the target, that answers depend on.
+
+    They name the server, because different servers round differently.
+    """
     own = {name: getattr(config, name) for name in ("name", "base_url", "model", "prompt")}
     return own | {"serve": [*config.serve, *config.serve_arguments]}
 

@@ -1,8 +1,8 @@
 """Replies of chat endpoints and their cost, in one SQLite file that all runs and processes share.
 
-A reply is stored under a hash of everything that it depends on, and before it is parsed, so a killed process loses no
-reply that it had received. A request is entered as pending before it is sent. This reserves its cost, so that several
-processes stay below one cap together, and stops other processes from sending the same request.
+A reply is stored under a hash of everything that it depends on. It is stored before it is parsed, so a killed process
+loses no reply that it had received. A request is entered as pending before it is sent. This reserves its cost, so that
+several processes stay below one cap together, and stops other processes from sending the same request.
 
 Each process holds a file lock for as long as it lives. If the lock of the process that owns a pending request is
 free, that process has died, and the endpoint may have charged for the request. The request then counts as sent, at its
@@ -72,7 +72,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Terms:
-    """Prices in USD per million tokens (None: unknown), and caps on the cost of one scope (see `Replies.claim`)."""
+    """Prices in USD per million tokens (None: unknown), and caps (None: no cap) on one scope's cost (see `claim`)."""
 
     price_input: float | None = None
     price_output: float | None = None
@@ -155,9 +155,9 @@ class Replies:
             terms: the caps on the scope's cost.
 
         Returns:
-            "send": the caller must send the request, then call `keep` or `release`. "wait": call again later. Either
-            the same request is pending, or the request does not fit below a cap now, but may fit when the pending
-            requests, which count at their estimated cost, have ended. "stored": the reply is stored.
+            "send": the caller must send the request, then call `keep` or `release`. "stored": the reply is stored.
+            "wait": call again later, because the same request is pending, or because the request does not fit below a
+            cap now. Pending requests count at their estimated cost, so the request may fit later.
 
         Raises:
             CapReached: the request does not fit below a cap, and nothing is pending.

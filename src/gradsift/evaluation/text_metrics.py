@@ -81,7 +81,7 @@ def measure(
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float | None:
-    """Return the mean ROUGE-L F of the pairs whose reference has a word; None if there is no such pair."""
+    """Return the mean ROUGE-L F-measure of the pairs whose reference has a word; None if there is no such pair."""
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import DefaultTokenizer
 
@@ -158,7 +158,10 @@ def read_wordnet(folder: Path) -> Synonyms:
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
-    """Return after - before for each metric in both. A drop of a metric, or a rise of the loss, means forgetting."""
+    """Return after - before for each metric in both arguments.
+
+    A drop of a metric, or a rise of the loss, means forgetting.
+    """
     changes = {}
     for name, value in before.items():
         if name != "items" and all(isinstance(one, int | float) for one in (value, after.get(name))):

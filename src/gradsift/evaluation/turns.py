@@ -1,4 +1,4 @@
-"""Questions, and conversations of two turns, as one text."""
+"""Join an instruction and its input, or both turns of a conversation, into one text."""
 
 from __future__ import annotations
 

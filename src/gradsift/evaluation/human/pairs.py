@@ -1,4 +1,4 @@
-"""The pairs that people compare: the answers of a model and of its reference, from a run or from two files."""
+"""The pairs that people compare: the answers of a model and of a reference model, from a run or from two files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PairFiles:
-    """The files of both models' answers and, if an LLM judge has judged them, of its judgments."""
+    """The files with both models' answers and, if an LLM judge has judged these, the file with its judgments."""
 
     model: Path
     reference: Path
@@ -68,7 +68,7 @@ def files_of_run(folder: Path) -> PairFiles:
     """Return a run's files: the answers of its two models and, if the judge has finished, the judgments.
 
     Raises:
-        DataError: `folder` is not the folder of a run, the run has no answers of two models, or its artifacts are gone.
+        DataError: `folder` is not the folder of a run, the run has no answers by two models, or its artifacts are gone.
     """
 
     def read(path: Path, remedy: str, pick: Callable[[Any], Any]) -> Any:

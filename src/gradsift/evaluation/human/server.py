@@ -191,7 +191,7 @@ class Pages:
         return item
 
     def _unrated(self, rater: Rater, after: int) -> int | None:
-        """Return the first item after `after` without a vote, or else the first without one; None if there is none."""
+        """Return the first unrated item after the item `after`, else the first unrated item; None if all are rated."""
         missing = [vote.item for vote in self.votes.of(rater) if vote.choice is None]
         return next((item for item in missing if item > after), missing[0] if missing else None)
 

@@ -61,7 +61,7 @@ class Vote:
     """One item as one rater saw it; `choice` is None before the vote. `bad` marks a tie of two bad answers."""
 
     rater: str
-    item: int  # position in the sequence, from 1
+    item: int  # position in the order shown, from 1
     key: Key
     model_first: bool
     choice: Choice | None

@@ -27,7 +27,7 @@ class JudgeError(GradsiftError):
 
 
 class Unreadable(ValueError):
-    """A reply cannot be read; the message is the reason that is recorded."""
+    """Raised if a reply cannot be read; the message is the reason that is recorded."""
 
 
 class DryRun(GradsiftError):
@@ -113,7 +113,7 @@ Question = Literal["accuracy", "complexity", "quality"]
 
 @dataclass(frozen=True)
 class RatingRequest:
-    """A question about one example (see `gradsift.evaluation.judges.rating`); `position` is its row in the pool."""
+    """A question about one example (see `judges.rating`); `position` is the example's row in the pool."""
 
     position: int
     question: Question

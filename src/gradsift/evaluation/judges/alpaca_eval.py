@@ -1,4 +1,6 @@
-"""The judge alpaca_eval, which asks an annotator of that package (prompt, parameters and parser) in both orders.
+"""The judge `alpaca_eval`, which asks an annotator of the package alpaca_eval about each pair in both orders.
+
+An annotator is a prompt with parameters of the request and a parser of the reply.
 
 alpaca_eval's PairwiseAnnotator shows each pair in one order, which depends on the instruction and is not recorded. It
 caches replies under a key without model and prompt, and drops replies that it cannot read. Therefore gradsift uses the
@@ -92,7 +94,7 @@ class AlpacaEvalJudge:
 
 
 def render(annotator: Annotator, request: JudgeRequest) -> list[dict[str, str]]:
-    """Return the messages for a pair. All slots are filled at once, so text like a slot in an answer is not replaced.
+    """Return the messages for a pair. All slots are filled at once, so `{input}` in an answer is not replaced.
 
     If the prompt has no slot for the input, the input is appended to the instruction after an empty line.
     """

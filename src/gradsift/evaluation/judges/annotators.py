@@ -1,9 +1,9 @@
 """alpaca_eval's annotators, read from their files without importing the package.
 
-An annotator is a folder with `configs.yaml`: a prompt with slots, a model with its parameters, and the parser that
-finds a preference in a reply. Annotators that cannot be asked in both orders through a chat endpoint are refused. These
-are annotators with a prompt for completion models, annotators with several pairs in one prompt, and pools in which each
-annotator gets a random part of the questions.
+An annotator is a folder with a `configs.yaml`. This file names a prompt with slots such as {instruction}, a model with
+its parameters, and the parser that finds a preference in a reply. Annotators that cannot be asked in both orders
+through a chat endpoint are refused. Among these are annotators with a prompt for completion models, annotators with
+several pairs in one prompt, and pools in which each annotator gets a random part of the questions.
 """
 
 from __future__ import annotations

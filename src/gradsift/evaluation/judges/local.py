@@ -1,8 +1,8 @@
-"""The local judge compares log P("A") and log P("B") under a model on this machine; it rates by the expected grade.
+"""The local judge compares log P("A") and log P("B") under a model on this machine.
 
-With a small model it serves only to check that the pipeline runs: SmolLM2-135M-Instruct prefers A in both orders on all
-100 pairs of LLMBar-Natural. With the scores summed over the orders, it agrees with the human label on 55 of the pairs
-(chat template) or 50 (plain), which is chance.
+As a rater it gives the expected grade. With a small model it serves only to check that the pipeline runs:
+SmolLM2-135M-Instruct prefers A in both orders on all 100 pairs of LLMBar-Natural. With the scores summed over the
+orders, it agrees with the human label on 55 of the pairs (chat template) or 50 (plain), which is no better than chance.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class LocalJudge:
     Small models prefer one letter whatever is shown, by about the same amount for each pair, so the orders are combined
     by "sum". The parts of a prompt are tokenised separately and without special tokens, so no answer can end the user's
     turn. If the answers do not fit into `max_length`, both are cut to the same limit. Answers whose shown tokens are
-    equal get equal scores without a forward pass, whose rounding errors would decide between them.
+    equal get equal scores without a forward pass, because its rounding errors would decide between them.
     """
 
     combine: Combine = "sum"
@@ -80,10 +80,10 @@ class LocalJudge:
 
         Args:
             name: identifies the weights in `prompt_hash`.
-            max_length: tokens of a prompt at most; the model's context is a further limit.
-            batch_size, max_tokens: prompts per batch, and tokens per batch with padding, at most.
+            max_length: the most tokens of a prompt; the model's context is a further limit.
+            batch_size, max_tokens: the most prompts per batch, and the most tokens per batch, padding included.
             template: "auto" uses the tokenizer's chat template if it has one.
-            journal: keeps the scores of each batch.
+            journal: stores each batch's scores; stored scores are not computed again.
 
         Raises:
             ConfigError: the tokenizer has no single tokens for A and B, or its chat template cannot be used.
@@ -130,7 +130,7 @@ class LocalJudge:
             yield request, Reply(text, (a, b)) if finite else Reply(text, None, "a log-probability is not finite")
 
     def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Reply[float]]]:
-        """Yield the mean of the scale's grades, weighted by the next-token probabilities of their digits.
+        """Yield for each request the mean of the scale's grades, weighted by the next-token probabilities of digits.
 
         A response that does not fit into `max_length` is cut. The grades of small models do not identify good data.
 
@@ -244,7 +244,7 @@ def render_pair(request: JudgeRequest) -> tuple[str, str, str, str, str, str]:
 
 
 def render_rated(request: RatingRequest) -> tuple[str, str, str, str]:
-    """Return the pieces of an example's prompt. The response is the third piece, which is empty if it is not shown."""
+    """Return the pieces of an example's prompt. The third is the response, or empty if it is not shown."""
     scale = SCALES[request.question]
     turns = "".join(f"\n\nEarlier turn, {turn.role}:\n{turn.content}" for turn in request.history)
     shown_input = INPUT + request.input if request.input else ""
@@ -254,7 +254,7 @@ def render_rated(request: RatingRequest) -> tuple[str, str, str, str]:
 
 
 def _expected(grades: Sequence[int], log_p: Sequence[float]) -> Reply[float]:
-    """Return the mean of the grades, weighted by their probabilities."""
+    """Return a reply with the mean of the grades, weighted by their probabilities; no value if these are all 0."""
     weights = [math.exp(value) for value in log_p]
     text = ", ".join(f"log P({grade}) = {value:.4f}" for grade, value in zip(grades, log_p, strict=True))
     total = sum(weights)

@@ -125,5 +125,5 @@ class OpenaiJudge:
             yield requests[position], reply
 
     def rating_cost(self) -> dict[str, float | int | None]:
-        """Return the cost of the last `rate`, including requests of earlier processes; empty if there was none."""
+        """Return the cost of the last `rate`, with requests of earlier processes; empty if nothing was rated."""
         return self._chat.spent(self._rating_scope) if self._rating_scope else {}

@@ -5,14 +5,15 @@
             ("Answer 1: 8, Answer 2: 7"; these may extend over two lines). Code fences are ignored. If the first line
             has no scores, they are read from another line, a JSON object ({"answer_1": 8, "answer_2": 7}) or a verdict
             ([[A]])
-`verdict`   only a verdict, anywhere in the reply: [[A]], [[B]] or [[C]] (a tie), or one from [[A>>B]] to [[B>>A]]
+`verdict`   only a verdict, anywhere in the reply: [[A]], [[B]] or [[C]] (a tie), or a comparison such as [[A>>B]],
+            [[A>B]] or [[A=B]]
 `json`      only a JSON object, anywhere in the reply
 `legacy`    the rule of the published evaluation scripts of Cherry and Superfiltering, with its errors
 
-Scores are between 0 and 10 (with `legacy`, any numbers); judges give 0 to empty answers. A verdict gives the better
-answer the score 1 (with >> the score 3) and the other answer 0. A reply has no scores if the rule cannot read it, or if
-it has two readings that differ. No rule looks for numbers within a sentence: "both have 2 flaws and 3 merits" has no
-scores.
+Scores are between 0 and 10 (with `legacy`, any numbers); 0 is allowed because judges give it to empty answers. A
+verdict gives the better answer the score 1 (with >> the score 3) and the other answer 0; a tie gives both 0. A reply
+has no scores if the rule cannot read it, or if it has two readings that differ. No rule looks for numbers within a
+sentence: "both have 2 flaws and 3 merits" has no scores.
 """
 
 from __future__ import annotations
@@ -193,11 +194,12 @@ def parse_legacy(text: str) -> Pair | None:
 
 
 def parse_grade(text: str, low: int, high: int, how: Parse = "tolerant", *, cut: bool = False) -> float | None:
-    """Return the grade on the first line that is not blank; None if there is none from `low` to `high`.
+    """Return the grade in a reply; None if the rule finds no grade from `low` to `high`.
 
-    `strict` accepts only a number. The other rules also accept emphasis, a label ("Grade: 4"), "4/5" and "4 out of 5".
-    If the first line has no grade, they accept a grade on another line or in a JSON object ({"grade": 4}). If the reply
-    was `cut`, only its beginning counts (see `parse_scores`).
+    The first line that is not blank is read first. `strict` accepts only a number on it. The other rules also accept
+    emphasis, a label ("Grade: 4"), "4/5" and "4 out of 5". If the first line has no grade, they accept a grade on
+    another line or in a JSON object ({"grade": 4}). If the reply was `cut`, only its beginning counts (see
+    `parse_scores`).
 
     Raises:
         Unreadable: the reply holds two different grades, a JSON object has a key twice, or a grade in JSON is not a

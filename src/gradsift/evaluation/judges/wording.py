@@ -1,6 +1,7 @@
-"""Hashes of the wording of the judges' prompts, so that replies to differently worded prompts are never mixed.
+"""Hashes of the judges' prompts, so that replies to differently worded prompts are never mixed.
 
-A hash covers complete prompts about made-up texts, rendered by the judges' own functions, so it includes every word.
+A hash covers complete prompts about made-up texts, rendered by the judges' own functions, so it changes with any word
+of a prompt.
 """
 
 from __future__ import annotations

@@ -74,10 +74,10 @@ def generate(
     items: Sequence[Item],
     generator_config: GeneratorConfig | None = None,
 ) -> Artifact:
-    """Generate the finetuned target's greedy answers to every item; if `tuned` is None, the untuned target's.
+    """Generate greedy answers to every item with the finetuned target, or with the untuned target if `tuned` is None.
 
     Args:
-        generator_config: what computes the answers; default: this process.
+        generator_config: names the endpoint that computes the answers; by default this process computes them.
     """
     settings = {
         "items": items_hash(items),

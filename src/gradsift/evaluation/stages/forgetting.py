@@ -1,4 +1,4 @@
-"""Measure what a finetune forgets: metrics and losses on general sets, and lm-eval's tasks, before and after it."""
+"""Measure what a model forgets in a finetune, by its results on general sets and lm-eval's tasks before and after."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ LM_EVAL_VERSION = 2
 
 
 class General(NamedTuple):
-    """A model's results on general sets and lm-eval's tasks; a result that the config does not ask for is None."""
+    """A model's results on general sets and lm-eval's tasks. Results that the config does not ask for are None.
+
+    `metrics` is also None if no item has a reference answer.
+    """
 
     metrics: Artifact | None
     losses: Artifact | None
@@ -41,11 +44,11 @@ def forgetting(
     items: Sequence[Item],
     generator: GeneratorConfig | None = None,
 ) -> tuple[General, General]:
-    """Measure the target on general sets and lm-eval's tasks, before and after the finetune.
+    """Return the target's results on general sets and lm-eval's tasks, before and after the finetune.
 
     Args:
         items: the items of the sets in `benchmark.general`.
-        generator: what computes the answers (see `generate`).
+        generator: names the endpoint that computes the answers (see `generate`).
     """
 
     def state(model: Artifact | None) -> General:
@@ -105,6 +108,6 @@ def _lm_eval(
         return {"rows": len(tasks), "tasks": tasks}
 
     parents, slug = [target, *([tuned] if tuned else [])], slug_of(target_config, tuned)
-    # in a divided model a forward pass needs all ranks, and lm-eval does not divide requests: every rank runs them all
+    # in a divided model a forward pass needs all ranks, and lm-eval divides no requests, so every rank runs all
     unit = ("lm_eval", slug, settings, parents, make)
     return runtime.store.obtain(*unit, version=LM_EVAL_VERSION, divided=divides(runtime.compute))

@@ -50,7 +50,7 @@ _NOT_JUDGMENT = ("confidence", "batch_size", *_CLIENT_OPTIONS, *_SPENDING_OPTION
 
 
 def check_judge(runtime: Runtime, config: JudgeConfig) -> None:
-    """Raise an error early if the judge cannot be used: its key is missing, or its model cannot be obtained."""
+    """Raise an error early if the judge cannot be used, because its key is missing or its model cannot be obtained."""
     if not judge_models(runtime, config):
         _client(runtime, config, [])
 
@@ -117,7 +117,7 @@ def judge_settings(runtime: Runtime, config: JudgeConfig, wording: str | None) -
 
 
 def rater(runtime: Runtime, config: JudgeConfig) -> Source:
-    """Return the run's judge as a rater of single examples, for the scorers that need one."""
+    """Return the run's judge as a rater of single examples, for the scorers that need a rater."""
 
     def value() -> Rater:
         client = _client(runtime, config, judge_models(runtime, config))
@@ -195,7 +195,9 @@ def _chat(
 
 
 def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifact, reference: Artifact) -> Artifact:
-    """Compute outcomes and PWS with intervals, per benchmark and pooled, and the judge's position and length bias.
+    """Compute outcomes, PWS with intervals (per benchmark and pooled) and the judge's position and length bias.
+
+    The verifier has no length bias, so none is computed for it.
 
     Args:
         judged: judgments of `answers` against `reference`.

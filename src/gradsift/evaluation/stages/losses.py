@@ -32,7 +32,7 @@ VERSION = 3
 def heldout_loss(
     runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, loaded: Artifact
 ) -> Artifact | None:
-    """Compute the mean over held-out examples of the mean NLL per response token (nats); None without examples."""
+    """Compute the mean over held-out examples of the mean NLL per response token (nats); None if no row is held out."""
     if not loaded.info["heldout"]:
         return None
     settings = encoding_settings(config.template, config.max_length)
@@ -56,7 +56,7 @@ def heldout_loss(
 
 
 def heldout_loss_of(made: Artifact | None) -> float | None:
-    """Return the loss that `heldout_loss` stored in its artifact; None without an artifact."""
+    """Return the loss that `heldout_loss` stored in its artifact; None if `made` is None."""
     return None if made is None else float(made.info["heldout_loss"])
 
 
@@ -100,10 +100,12 @@ def example_losses(
     purpose: str,
     what: str,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return for each batch the positions in `examples` and the mean NLLs per response token; print what is left out.
+    """Return for each batch its examples' positions in `examples` and mean NLLs per response token (nats).
+
+    Print how many examples were cut, and how many are left out because they cannot be used.
 
     Args:
-        purpose: name of the pass in the progress bar and in errors.
+        purpose: name of this computation in the progress bar and in errors.
         what: name of the examples in messages.
     """
     limit = min(config.max_length, model.context)
@@ -112,7 +114,7 @@ def example_losses(
     say_report(runtime, report, len(examples), "target", what)
     device = device_of(runtime.compute)
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    in_step = is_divided(model.model)  # a divided layer used in inference mode cannot be used outside of it
+    in_step = is_divided(model.model)  # a divided layer that was used in inference mode fails outside it
     no_gradients = torch.no_grad() if in_step else torch.inference_mode()
     with runtime.display.task(purpose, len(encoded)) as advance, no_gradients:
         response_losses = ResponseLosses(model.model)

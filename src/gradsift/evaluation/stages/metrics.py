@@ -1,4 +1,4 @@
-"""The stage `metrics`: metrics of the answers without a judge."""
+"""The stage `metrics`: metrics of the answers that are computed without a judge."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METRICS_FILE = "metrics.json"
 
 
 def check_metrics(config: BenchmarkConfig) -> None:
-    """Raise an error early if a metric cannot be computed: files are missing, or a task is unknown."""
+    """Raise an error early if a metric cannot be computed, because files are missing or a task is unknown."""
     check_wordnet(config.wordnet_dir)
     if config.lm_eval_folder is not None and not Path(config.lm_eval_folder).is_dir():
         raise DataError(
@@ -62,5 +62,5 @@ def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact, items:
 
 
 def metrics_of(made: Artifact | None) -> dict[str, Any] | None:
-    """Return the contents of the artifact of `metrics`; None without an artifact."""
+    """Return the contents of the artifact of `metrics`; None if `made` is None."""
     return None if made is None else json.loads(made.file(METRICS_FILE).read_text(encoding="utf-8"))

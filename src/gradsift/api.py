@@ -48,7 +48,7 @@ class Selection:
     Attributes:
         kept: The K selected rows with their original columns, best first.
         indices: (K,) int64, the positions of `kept` in the rows that were given.
-        scores: One row for each row that was not rejected: `row_index`, `example_id`, `score` (higher is better), a
+        scores: One row for each input row not rejected: `row_index`, `example_id`, `score` (higher is better), a
             column for each part of the score, `status` (`scored`, `undefined` or `excluded`), `reason`, and `selected`.
         rejected: The rows that cannot be used: `row_index`, `reason`, and the row as JSON in `content`.
         diagnostics: The run's diagnostics by name, each with `verdict` (`ok`, `warning`, `unknown`), `values` and
@@ -180,7 +180,7 @@ def _selected(
 
 
 def _scorer(function: Any, constants: Mapping[str, Any], known: Sequence[str]) -> Method:
-    """Return the caller's function as a scorer. The fingerprint of its scores contains its code and its constants."""
+    """Return the caller's function as a scorer; the scores' fingerprint contains its code and its constants."""
     from gradsift.function_code import code_hash
     from gradsift.sources import method_of
 
@@ -310,7 +310,7 @@ def _overrides(options: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _spelt(name: str, value: Any) -> str:
-    """Return a Python value in the syntax of the command line; `name` is the option, for the error message."""
+    """Return a Python value in the syntax of the command line; an error message names the option `name`."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool):
@@ -338,14 +338,15 @@ def gsnr(early: Any, late: Any, eps: float = 1e-8) -> np.ndarray:
 
         GSNR_i = (G_i^s - G_i^t) / (G_i^s + eps)  x  1 / (V_i^t + eps)
 
-    G^s and G^t are the means, over the members, of the early and of the late norms. V^t is the population variance of
-    the late norms over the members. If an example's norm rises, its ratio is negative, and nearer to 0 the larger V^t.
+    G^s and G^t are the means over the members of the early norms and of the late norms. V^t is the population variance
+    of the late norms over the members. If an example's mean norm rises, its ratio is negative, and a larger V^t then
+    raises the ratio towards 0.
 
     Args:
         early: (M, N) per-sample gradient norms of M >= 2 members at the early snapshot, not negative.
         late: (M, N) the norms of the same members and examples at the late snapshot.
-        eps: Above 0. It is added to a mean norm in the first factor and to a variance of norms in the second. The
-            paper gives no value.
+        eps: Above 0; added to both denominators, to the mean norm G_i^s and to the variance V_i^t. The paper gives no
+            value.
 
     Returns:
         (N,) float64, higher is better.

@@ -4,7 +4,7 @@ An artifact is a folder `<store>/<stage>/<slug>-<fingerprint>/`. The fingerprint
 the config that the stage reads, and the identities of the parents (the artifacts that the stage reads); nothing else.
 A stage works in a folder whose name ends in `.part`. `manifest.json`, with the size and hash of every file, is written
 last, and then the folder is renamed. So an artifact is either complete or absent. A repeated command finds the same
-artifacts, and a changed input gives another fingerprint, so it never gets the result of the old input.
+artifacts. A command with a changed input has other fingerprints, so it never gets the results of the old input.
 
 While a stage works, `unfinished/` in that folder holds what an interrupted run continues from: the save point of a
 training (`gradsift.training.save_point`) or the results of a pass (`gradsift.journal`).
@@ -117,7 +117,7 @@ class StageRecord:
     reused: bool
     seconds: float  # spent by this run
     optimizer_steps: int  # taken by this run
-    forward_tokens: int  # passed by this run (see gradsift.cost)
+    forward_tokens: int  # that this run passed through models (see gradsift.cost)
     saved_steps: int = 0  # of a reused unit: optimiser steps that were taken when it was made
     saved_tokens: int = 0  # of a reused unit: forward tokens that were passed when it was made
 
@@ -153,10 +153,11 @@ class Store:
 
         Args:
             config: everything that changes the result besides the parents; JSON values.
-            make: writes the files into the folder that it is called with, and returns counts, among them
-                `optimizer_steps` and `resumed_steps`, the number of these steps that an interrupted run had taken. It
-                may continue from what it finds in the folder's `unfinished/`, which is deleted afterwards. If it makes
-                several units at once, it also returns the `seconds` and `forward_tokens` of this unit.
+            make: writes the files into the folder that it is called with, and returns the artifact's `info`. After a
+                training this has `optimizer_steps`, and `resumed_steps`, the number of these steps that interrupted
+                runs had taken. `make` may continue from what it finds in the folder's `unfinished/`, which is deleted
+                afterwards. If it makes several units at once, it also returns this unit's `seconds` and
+                `forward_tokens`.
             version: version of the stage's code, increased whenever the stage's result changes.
             size: number of examples that the stage processes, if it differs from the parents'.
             light: True if the work takes seconds and needs no model. A plan, which otherwise only looks artifacts up,
@@ -198,7 +199,7 @@ class Store:
         return fingerprint, self.root / stage / f"{safe_slug(slug)}-{fingerprint}"
 
     def _require_same_folder(self) -> None:
-        """Raise GradsiftError if `root` is another folder than when the run began, as after its disk was unmounted."""
+        """Raise GradsiftError if `root` is another folder than when the run began (after an unmount, for example)."""
         if self._inode is None:
             self.root.mkdir(parents=True, exist_ok=True)
         inode = self.root.stat().st_ino  # not the device's number: automounters change it
@@ -227,7 +228,7 @@ class Store:
         return artifact
 
     def _name_other_numerics(self, wanted: Artifact) -> None:
-        """Print why artifacts that differ from `wanted` only in their models' numerics are not used.
+        """Print why artifacts that differ from `wanted` only in how a model computes (its numerics) are not used.
 
         Each difference is printed once. Artifacts of later stages differ in their parents as well, so only artifacts of
         the first stage after a model are named.

@@ -41,7 +41,7 @@ TRACE = "GRADSIFT_TRACE"
 _KEPT = "what is finished is kept, and the same command continues from there"
 _failed = False  # whether any job of this process failed
 _sweep: Sweep | None = None  # the sweep that this process has started
-_is_first = True  # whether this process writes the folders of its runs: it is rank 0, or started rank 0
+_is_first = True  # whether this process is rank 0 or started rank 0, and so writes the folders of its runs
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
     The function also works inside another program's Hydra application, whose settings it restores.
 
     Raises:
-        ConfigError: a group, an option or a value cannot be used; the message is the line that the command line prints.
+        ConfigError: a group, an option or a value cannot be used; the command line would print the same message.
     """
     return compose_root("config", Config, overrides)
 
@@ -132,7 +132,11 @@ def in_one_line(error: Exception) -> str:
 
 
 def _unknown_option(option: str, key: str, schema: str) -> str:
-    """Return the message for an unknown option; it names a similar option, choices with this option, or all options."""
+    """Return the message for an unknown option.
+
+    It suggests a similar option. If there is none, it names the group's choices that have this option, or else the
+    known options.
+    """
     parts = option.split(".")[: option.split(".").index(key) + 1]
     group, place = parts[0], ".".join(parts[:-1])
     text = f"{'.'.join(parts)} is no option" + (f" of the {place} that is chosen" if place else "")

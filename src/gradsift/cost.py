@@ -1,10 +1,10 @@
 """The cost of work: tokens that pass through models, memory and time.
 
 Forward tokens are the real tokens (no padding) that pass forward through a model on this machine. Each pass counts a
-token once, whether a backward pass follows or not, so an epoch of training counts every example once and the
-collection of norms after it counts them again. Generation counts the tokens of the prompt and the generated tokens
-that are fed back into the model. A batch that is repeated because memory ran out counts once. The tokens of a judge
-behind an endpoint are not counted.
+token once, whether a backward pass follows or not. So an epoch of training counts the tokens of every example once, and
+the collection of norms after the epoch counts them again. Generation counts the tokens of the prompt and the generated
+tokens that are fed back into the model. A batch that is repeated because memory ran out counts once. The tokens of a
+judge behind an endpoint are not counted.
 
 If a unit of work was interrupted, only the tokens of the process that finished it are counted.
 """
@@ -58,10 +58,10 @@ def peak_resident_gb() -> float | None:
 
 
 def work_of(stages: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the total work of the `stages` of one `run.json` or of several.
+    """Return the sums over units of work, given as the entries of `stages` in one `run.json` or in several.
 
     Returns:
-        made, reused: units of work. A unit reused by several runs counts once for each.
+        made, reused: numbers of units of work. A unit that several runs reused counts once for each run.
         seconds: time spent, including the look-ups of finished work.
         optimizer_steps, forward_tokens: steps and tokens of the units made.
         saved_steps, saved_tokens: steps and tokens that the reused units took when made, counted for each reuse.

@@ -31,7 +31,7 @@ class Diagnostic:
 
     @classmethod
     def judged(cls, name: str, bad: bool, values: Mapping[str, float | None], observed: str, check: str) -> Diagnostic:
-        """Return a diagnostic with the verdict `ok`; if `bad`, with `warning` and a message that says what to check."""
+        """Return a diagnostic: if `bad`, a `warning` whose message also says what to `check`; otherwise `ok`."""
         return cls(name, "warning", values, f"{observed}; check {check}") if bad else cls(name, "ok", values, observed)
 
     @classmethod

@@ -28,7 +28,7 @@ def guarded(store: Path, unit: str, *, nameless: bool = True) -> Iterator[None]:
 
     Args:
         store: the folder of artifacts.
-        nameless: whether an error that names no file counts as an error of the store, as it does within a stage.
+        nameless: whether an error that names no file counts as an error of the store; True while a stage works.
 
     Raises:
         GradsiftError: the store cannot be read or written.

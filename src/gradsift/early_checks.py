@@ -21,7 +21,7 @@ from gradsift.training.target import planned_steps
 
 
 def check(line: Line) -> None:
-    """Raise, before any training, the errors that would otherwise occur only after hours of it.
+    """Check a run's options before any training, so that the run does not fail after hours of training.
 
     Raises:
         GradsiftError: an option does not fit the data, a model or the machine.

@@ -31,7 +31,7 @@ _SEEDS = (("seed",), ("data", "seed"), ("data", "corruption", "seed"), ("scorer"
 
 @dataclass(frozen=True)
 class Job:
-    """A run as the command line describes it."""
+    """The folder and the overrides of one run of the command line, and its place in a sweep."""
 
     folder: Path
     overrides: list[str]
@@ -53,7 +53,7 @@ class Job:
     def failed(self, error: str) -> None:
         """Write `run.json` for a run that failed before it wrote one.
 
-        An existing `run.json` is kept, but if its error only says that another rank was lost, `error` replaces it.
+        An existing `run.json` is kept. If its error only says that another rank was lost, `error` replaces that text.
         """
         path = self.folder / RUN_FILE
         content = {"status": "failed", "overrides": self.overrides, "stages": [], "pws": None, "error": error}
@@ -142,7 +142,10 @@ def _store(config: Config, view: RunView) -> Store:
 
 
 def _require_files(config: Config) -> None:
-    """Raise if a file, model or dataset that an option names is missing; called before the slow imports."""
+    """Raise if a file, model or dataset that an option names is missing, or if the token for a push is not accepted.
+
+    Called before the slow imports.
+    """
     data = config.data
     if isinstance(data, JsonDataConfig):
         require_files(data.path)

@@ -19,7 +19,7 @@ from gradsift.training.memory import adapted_names, token_bytes
 
 OPERATIONS = 1e14  # operations of a GPU per second; assumed, a third of an A100's peak in bfloat16
 LARGE = 10**9  # parameters; a smaller target has no forecast
-_QUANTIZED = {"nf4": 9 / 16, "int8": 1}  # bytes per weight of a quantised layer, with its share of a scale
+_QUANTIZED = {"nf4": 9 / 16, "int8": 1}  # bytes per weight of a quantised layer, scales of blocks included
 _SAMPLE = 256  # rows whose tokens are counted
 
 
@@ -93,7 +93,7 @@ def forecast(line: Line) -> Forecast | None:
 
 
 def held_weights(model: Any, number: int, quantization: str, parts: int) -> int:
-    """Return the bytes that a GPU holds of a model's weights.
+    """Return how many bytes of a model's weights one GPU holds.
 
     Args:
         model: a causal language model without adapters, on any device.
@@ -114,16 +114,19 @@ def held_weights(model: Any, number: int, quantization: str, parts: int) -> int:
 
 
 def operations(parameters: int, *, checkpointed: bool) -> int:
-    """Return the operations of a finetune for each token that passes through `parameters` (see `active_parameters`).
+    """Return the number of operations per token of a finetune.
 
     A matrix product takes two operations per weight in the forward pass, and two in the backward pass to its inputs.
     Checkpointing repeats the forward pass.
+
+    Args:
+        parameters: number of parameters that a token passes through (see `active_parameters`).
     """
     return (6 if checkpointed else 4) * parameters
 
 
 def active_parameters(model: Any) -> int:
-    """Return the number of parameters that a token passes through: all but those of the experts not chosen for it."""
+    """Return the number of parameters that a token passes through, without the experts that are not chosen for it."""
     total: int = sum(each.numel() for each in model.parameters())
     chosen = getattr(model.config, "num_experts_per_tok", None)
     if chosen is None:

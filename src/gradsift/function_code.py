@@ -1,4 +1,4 @@
-"""The hash of a function's code, a part of the fingerprint of scores that a function passed from Python has computed.
+"""The hash of a function's code. If `select` is called with a function, the scores' fingerprint contains this hash.
 
 A function of a notebook or a script has no module file that could be hashed, and its source text does not contain the
 values that it reads from outside. So the hash covers its bytecode, its defaults, its closure, and the names and values

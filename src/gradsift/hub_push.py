@@ -73,7 +73,7 @@ def _api() -> HfApi:
 
 @contextmanager
 def _failures(dataset: str, state: str) -> Iterator[None]:
-    """Turn errors of the hub's client into a GradsiftError of one line, which ends with `state`: what has been done."""
+    """Turn errors of the hub's client into a GradsiftError of one line that ends with `state` (what is done so far)."""
     import httpx2
 
     name = f"export.push_to_hub={dataset}"
@@ -154,7 +154,7 @@ def _method(config: Config, record: Mapping[str, Any]) -> dict[str, Any]:
 def _figures(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the run's results by name, or an entry that says that the run ended before the evaluation.
 
-    They are results of the target tuned on the selection, tuned on all rows, and before finetuning.
+    The results are of the target finetuned on the selection, finetuned on all rows, and before finetuning.
     """
     pooled, losses = record.get("pooled") or {}, record.get("heldout_loss") or {}
     accuracy = record.get("accuracy") or {}

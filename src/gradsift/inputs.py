@@ -55,7 +55,7 @@ class Inputs:
         self.runtime = runtime
         self.keeps_all = config.scorer_name == "full"
         self._norms: dict[int, list[list[Artifact]]] = {}  # by epoch
-        self._tried: set[str] = set()  # names of the options whose adapters were tried on their model
+        self._tried: set[str] = set()  # names of the options whose adapters were checked
         self.loaded = load(runtime, config.data)
         self.rows = int(self.loaded.info["rows"])  # N
 
@@ -97,13 +97,13 @@ class Inputs:
         return ProxyInputs(model, encoded, tokens), report
 
     def _inputs_to_train(self, option: str = "proxy.lora") -> ProxyInputs:
-        """Return `proxy_inputs`, after a trial of each adapter on its model.
+        """Return `proxy_inputs`, after a check that the adapter can be trained on the proxy.
 
         Stages call this only when they have to make an artifact, so a run whose artifacts all exist loads no model.
 
         Args:
-            option: the adapter that is about to be trained, `proxy.lora` or `features.warmup.lora`. At the first call,
-                the target's adapter is tried too if the run reaches a finetune.
+            option: the option with the adapter to be trained, `proxy.lora` or `features.warmup.lora`. At the first
+                call, the target's adapter is checked too if the run reaches a finetune.
         """
         config = self.config
         if config.reaches("finetune") and not self._tried:
@@ -194,9 +194,9 @@ class Inputs:
 
     @functools.cached_property
     def embedding_gradients(self) -> Artifact:
-        """Statistics of the gradients of embedding and LM head, after the first epoch of the first adapter.
+        """Statistics of the gradients of embedding and LM head at the first member's weights after its first epoch.
 
-        No other member and no later epoch is trained.
+        No other member and no later epoch is trained for them.
         """
         proxy = self.config.proxy
         load = checked_inputs(self._inputs_to_train, proxy.lora, self.runtime.compute)
@@ -209,7 +209,7 @@ class Inputs:
 
     @functools.cached_property
     def checkpoints(self) -> list[Artifact]:
-        """The checkpoints of the warm-up, one per epoch."""
+        """The checkpoints of the gradient features' warm-up (adapter and Adam's state), one per epoch."""
         features, proxy = self.config.features, self.config.proxy
 
         def load() -> ProxyInputs:
@@ -237,7 +237,7 @@ class Inputs:
 
     @functools.cached_property
     def target_gradients(self) -> Artifact:
-        """Gradient features of the target set, of plain gradients. LESS compares them with Adam's steps on the pool."""
+        """Gradient features of the target set, always of plain gradients; `features.adam` changes only the pool's."""
         features, proxy, load = self.config.features, self.config.proxy, self._target_inputs
         rows, slug = self.target_set, f"target-{self.config.target_set.name}"
         return gradient_features(self.runtime, features, proxy, self.checkpoints, rows, load, slug=slug, adam=False)
@@ -263,7 +263,7 @@ class Inputs:
 
     @functools.cached_property
     def sources(self) -> dict[str, Source]:
-        """What a scorer or a selector may ask for (see `gradsift.scoring` and `gradsift.selection`)."""
+        """The inputs that a scorer or selector may ask for, by name (see `gradsift.scoring`, `gradsift.selection`)."""
         proxy = self.config.proxy
         encoding = encoding_settings(proxy.template, proxy.max_length)
         of_tokens = functools.partial(Source, reads_tokens=True)

@@ -33,7 +33,7 @@ _DIGITS = 16  # hex digits of SHA-256 before each line
 
 
 class Journal:
-    """Keeps the results of one artifact while it is made; without a folder, nothing is kept."""
+    """Keeps the results of a pass while the pass's artifact is made; without a folder, nothing is kept."""
 
     def __init__(
         self, folder: Path | None = None, save_every: float = 0.0, say: Callable[[str], None] = lambda line: None

@@ -159,10 +159,10 @@ def _rank(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
 
 
 def _failure(error: ChildFailedError) -> Exception:
-    """Return the error of the first rank that failed by itself: a `GradsiftError`, or a `RuntimeError` for a defect.
+    """Return the error of the first rank that failed for a reason of its own, not because it lost another rank.
 
-    If none of this machine's ranks failed by itself, return a `GradsiftError` that says that the connection was
-    lost.
+    The error is a `GradsiftError`, or a `RuntimeError` for a defect. If all failed ranks of this machine lost another
+    rank, return a `GradsiftError` that says that the connection was lost.
     """
     texts = {rank: _text(failure) for rank, failure in error.failures.items()}
     own = [rank for rank, text in texts.items() if LOST not in (text or "")]

@@ -114,7 +114,7 @@ class Line(Inputs):
         return np.arange(self.rows)
 
     def finetune(self, selection: Artifact | np.ndarray) -> Artifact:
-        """Finetune the target on a selection, or on the examples at the given positions of the pool."""
+        """Return the target finetuned on a selection, or on the examples at the given positions of the pool."""
         if self.keeps_all:
             # known without the selection's artifact, so a plan can tell whether this finetune exists
             selection = self.everything()

@@ -31,7 +31,7 @@ def require_name(option: str, value: str) -> None:
 
 
 def slug(text: str) -> str:
-    """Return a text as one part of a path. A text that `require_name` accepts is returned unchanged.
+    """Turn a text into one part of a path. A text that `require_name` accepts is returned unchanged.
 
     Different texts may have the same slug, so a path needs something else that tells them apart, such as a fingerprint.
     """
@@ -46,7 +46,7 @@ def slug_of_path(path: str) -> str:
 
 
 def require_no_link(path: Path) -> Path:
-    """Return `path`, to which something is about to be written.
+    """Return `path`, after a check that it is no symbolic link; called before a write to it.
 
     Raises:
         GradsiftError: `path` is a symbolic link, so the content would be written elsewhere.

@@ -20,7 +20,7 @@ def loads(text: str | bytes) -> Any:
     Raises:
         json.JSONDecodeError: the JSON is invalid, or has a nesting of about a thousand levels or a number of thousands
             of digits, which Python cannot read. (For these two, `json.loads` raises other errors.)
-        UnicodeDecodeError: the bytes are not encoded text.
+        UnicodeDecodeError: the bytes are not valid UTF-8, UTF-16 or UTF-32.
     """
     with _one_kind_of_error(text):
         return json.loads(text)

@@ -116,7 +116,7 @@ def plan(config: Config, display: Display, folder: Path, about: Mapping[str, Any
 
 
 def walk(config: Config, runtime: Runtime) -> None:
-    """Ask the store for every unit of a run, and record nothing."""
+    """Ask the store for every unit of a run, without a record of the run."""
     # calls `run`, because a second list of the stages could come to differ from that in `run`
     run(config, runtime, cast(RunRecord, _NoRecord()))
 

@@ -61,7 +61,7 @@ class Planner(Store):
         return Store(self.store).has(*unit, **options)
 
     def _provide(self, wanted: Artifact, make: Make, *, light: bool, exact: bool, divided: bool) -> Artifact:
-        """Return the artifact if it exists; otherwise make it if it is light, or return a planned one without files."""
+        """Return the artifact if it exists; else make it if it is light, or return a planned artifact without files."""
         unit = replace(wanted, path=self.store / wanted.stage / wanted.path.name)
         manifest, damage = read_manifest(unit.path, stage=unit.stage, fingerprint=unit.fingerprint)
         if damage is None:
@@ -119,7 +119,7 @@ class Earlier:
         return estimate
 
     def _read(self, stage: str) -> list[Mapping[str, Any]]:
-        """Return the manifests of a stage, without damaged and incomplete ones."""
+        """Return the manifests of a stage's artifacts; damaged and incomplete manifests are left out."""
         manifests: list[Mapping[str, Any]] = []
         for file in sorted((self._store / stage).glob(f"*/{MANIFEST}")):
             try:
@@ -132,7 +132,7 @@ class Earlier:
 
 
 def _method(config: Mapping[str, Any]) -> Any:
-    """Return the name of the scorer, selector or judge; estimates come only from units with the same name."""
+    """Return the name of the unit's scorer, selector or judge, or None; estimates use only units with the same name."""
     return config.get("name") or (config.get("selector") or {}).get("name")
 
 

@@ -1,4 +1,4 @@
-"""`run.json`: the record of one run, filled while its stages finish and written at its end."""
+"""`run.json`: the record of one run, to which each finished stage adds its results, and which is written at the end."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class RunRecord:
         self.files |= write(self.folder)
 
     def audited(self, compute: Callable[[], dict[str, Any]]) -> None:
-        """Write `audit.json`; `run.json` gets its content without the selected positions."""
+        """Write what `compute` returns to `audit.json`, and record it without the selected positions."""
         audit = compute()
         (self.folder / AUDIT_FILE).write_text(json.dumps(audit, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         selections = [{k: v for k, v in cell.items() if k != "positions"} for cell in audit["selections"]]
@@ -179,7 +179,10 @@ class RunRecord:
             self.tracker.curve(f"member_{number}", [entry | {"batch": index} for index, entry in enumerate(curve)])
 
     def value_of(self, objective: str) -> float | None:
-        """Return the pooled PWS, or the finetuned target's accuracy or held-out loss; None if this was not measured."""
+        """Return the pooled PWS, or the finetuned target's accuracy or held-out loss, as `objective` says.
+
+        None if the run did not measure it.
+        """
         value = self.values.get(objective)
         if isinstance(value, dict):
             value = value.get("model")

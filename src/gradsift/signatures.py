@@ -18,7 +18,7 @@ def asked_by(target: str) -> frozenset[str] | None:
         target: the function as package.module.function.
 
     Returns:
-        The names; None for a function that is not part of gradsift, which the run inspects after importing it.
+        The names; None if gradsift has no such function. The run then inspects the function after importing it.
     """
     module, _, function = target.rpartition(".")
     package, *path = module.split(".")

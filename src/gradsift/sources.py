@@ -61,7 +61,7 @@ _texts: dict[str, str] = {}  # source text that each module of the user was impo
 
 
 def method(kind: str, config: Any, known: Sequence[str], leading: Sequence[str] = ()) -> Method:
-    """Return the scorer or selector whose function `config._target_` names, checked against the function's signature.
+    """Return the scorer or selector whose function `config._target_` names, after a check of the function's parameters.
 
     Args:
         kind: `scorer` or `selector`; names the options in errors.

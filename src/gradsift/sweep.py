@@ -48,11 +48,11 @@ class Sweep:
     """A sweep that has been checked."""
 
     folder: Path
-    jobs: tuple[Job, ...] | None  # in the order in which they run; None for a search, which draws its jobs
+    jobs: tuple[Job, ...] | None  # in the order in which they run; None for a search, which proposes them later
 
 
 def begin(composed: DictConfig, describe: Callable[[Exception], str]) -> Sweep:
-    """Check the sweep that Hydra is about to start.
+    """Check the sweep that Hydra is about to start, and return its folder and jobs.
 
     Args:
         composed: the sweep's config, with Hydra's own node.
@@ -108,8 +108,8 @@ def _visible_gpus() -> str:
 def take_gpus(number: int | None, devices: int) -> None:
     """Set CUDA_VISIBLE_DEVICES to `devices` of the sweep's GPUs for job `number`, counted from 1.
 
-    If there are too few GPUs, jobs share them. A worker that has already used a GPU keeps its GPUs, because CUDA reads
-    the variable once per process.
+    Without `GPUS` (see `fix_place`), nothing is set. If there are too few GPUs, jobs share them. A worker that has
+    already used a GPU keeps its GPUs, because CUDA reads the variable once per process.
     """
     if number is None or not (listed := os.environ.get(GPUS)):
         return
@@ -144,7 +144,10 @@ def _is_installed(module: str) -> bool:
 
 
 def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
-    """Return the jobs of a grid, or for a search one job for each listed value and each end of an interval.
+    """Return the jobs of a grid, or for a search the jobs to be checked.
+
+    For a search there is one job for each listed value and for each end of an interval; all other options have their
+    first value.
 
     Raises:
         ConfigError: there are more than `MOST_JOBS` jobs; their number is computed without listing them.

@@ -1,4 +1,4 @@
-"""Metrics of a run: always `metrics.jsonl` in the run folder, and Weights & Biases if the tracker asks for it."""
+"""Logs the metrics of a run to `metrics.jsonl` in its folder and, with `tracker=wandb`, to Weights & Biases (W&B)."""
 
 from __future__ import annotations
 

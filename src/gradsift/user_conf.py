@@ -10,7 +10,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 
 def conf_folder() -> Path:
-    """Return `conf/` inside an installed package, or beside `src/` in a checkout."""
+    """Return gradsift's own `conf/`: in the folder of an installed package, or beside `src/` in a checkout."""
     inside = Path(__file__).parent / "conf"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "conf"
 

@@ -1,4 +1,4 @@
-"""Losses of the responses at one member's late snapshot: the loss of the last token, and the mean of the others.
+"""Losses of the responses at one member's late snapshot: of the last token, and the mean over the tokens before it.
 
     body_i   mean loss of the response tokens before the last one
     end_i    loss of the last response token (the end token, unless the response was cut)
@@ -120,7 +120,7 @@ def _after_prompt(example: Encoded, giver: Encoded, limit: int) -> Encoded:
 
 
 def read_answer_losses(members: Sequence[Artifact], count: int) -> AnswerLosses:
-    """Return the losses of all members, for a pool of `count` examples; NaN for examples that no table has."""
+    """Return the losses of all members, for a pool of `count` examples; NaN where a member's table lacks an example."""
     losses = AnswerLosses(*(np.full((len(members), count), np.nan) for _ in range(3)))
     for member, artifact in enumerate(members):
         table = pq.read_table(artifact.file(LOSSES_FILE))

@@ -104,7 +104,7 @@ def collect_norms(
         progress: called with the number of examples just done, estimated from their tokens.
         masks: seed of dropout masks. With a seed, the adapter's dropout stays on, and each example's gradient is taken
             under masks of its own; None turns dropout off.
-        journal: keeps the norms batch by batch.
+        journal: keeps the norms of each batch, so that an interrupted pass can continue.
 
     Returns:
         norm_A, norm_B and loss, (N,) float32 each, in the order of `encoded`.

@@ -73,7 +73,7 @@ def collect_shard(
     load: Callable[[], ProxyInputs],
     shard: int,
 ) -> list[int]:
-    """Collect one shard of all members at both snapshots.
+    """Collect the norms of one shard of the examples, for all members and both snapshots.
 
     Returns:
         The numbers of the shards that are not yet collected for all members and both snapshots.
@@ -122,7 +122,7 @@ def train_adapter(
 ) -> list[Artifact]:
     """Return the artifacts of one member's first `epochs` epochs.
 
-    With `proxy.collect=during_training` they also contain norms.
+    With `proxy.collect=during_training`, these artifacts also contain norms.
     """
     return _train_group(runtime, config, proxy, examples, load, [member], epochs)[member]
 
@@ -136,7 +136,10 @@ def _train_group(
     members: Sequence[int],
     epochs: int,
 ) -> dict[int, list[Artifact]]:
-    """Return the artifacts of each member's epochs; members without an artifact of an epoch train side by side."""
+    """Return the artifacts of each member's first `epochs` epochs.
+
+    In each epoch, the members whose artifact does not exist yet train side by side.
+    """
     chains: dict[int, list[Artifact]] = {member: [] for member in members}
     for epoch in range(1, epochs + 1):
         previous = {member: chain[-1] if chain else None for member, chain in chains.items()}
@@ -203,7 +206,8 @@ def _obtain_all(
 def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: int) -> dict[str, Any]:
     """Return the settings that determine a member's epoch.
 
-    They contain neither M nor the snapshots, and with a constant rate they do not contain the number of epochs.
+    They contain neither the number of members M nor the snapshots. With a constant learning rate they do not contain
+    the number of epochs either.
     """
     return {
         **({"ensemble": "bootstrap"} if config.ensemble == "bootstrap" else {}),
@@ -235,9 +239,9 @@ def train_member_epoch(
     folder: Path,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Train one member for one epoch and write the files of the epoch's artifact to `folder`.
+    """Train one member for one epoch, write the epoch's files to `folder`, and return the artifact's `info`.
 
-    With `proxy.collect=during_training` they include the norms of the epoch's steps.
+    With `proxy.collect=during_training` the files include the norms of the epoch's steps.
 
     Args:
         settings: from `member_settings`; they name the member and the epoch.
@@ -263,7 +267,7 @@ def train_members_epoch(
     """Train several members side by side for one epoch, and write files as `train_member_epoch` does.
 
     Returns:
-        The counts for each unit's manifest, in the order of the units.
+        The `info` of each unit's artifact, in the order of the units.
     """
     from gradsift.proxy.together import train_together
 

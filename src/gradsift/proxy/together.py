@@ -1,8 +1,8 @@
-"""An epoch of several members in one pass over the frozen weights (`proxy.together`).
+"""Training of several members side by side for one epoch, in shared passes over the frozen weights (`proxy.together`).
 
 Each member keeps its own rows and their order, dropout masks, optimiser, learning rate, save point and files, so that
 its artifact equals the artifact of a member trained alone, up to rounding. A step of the trainer is one step of every
-member that has steps left, so each member continues from the step at which it was interrupted.
+member that has steps left. After an interruption, each member continues from its own last save point.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class MemberEpoch:
         return [ShowProgress(advance), self._trajectory, *([self._norms] if self._norms else [])]
 
     def write(self, inputs: ProxyInputs) -> dict[str, Any]:
-        """Write the recorded trajectory and norms; return the norms' entries for the artifact's info, or {}."""
+        """Write the trajectory and the norms; return entries for the artifact's `info`, {} if no norms are recorded."""
         if self._trajectory is not None:
             self._trajectory.write(self.folder)
         if self._norms is None:

@@ -1,8 +1,8 @@
 """Compiled kernels for frozen bfloat16 models on a CPU: an optional package with one function, `accelerate`.
 
-It replaces the forward methods of a model's layers in place. The new methods compute the same functions, but read and
-write memory less often. Nothing else in gradsift depends on this package. With `compute.kernels=off`, without a C++
-compiler, or on a processor without bfloat16 products, models run on torch's own kernels (docs/cpu.md).
+The function replaces the forward methods of a model's layers in place. The new methods compute the same functions, but
+read and write memory less often. Nothing else in gradsift depends on this package. With `compute.kernels=off`, without
+a C++ compiler, or on a processor without bfloat16 products, models run on torch's own kernels (docs/cpu.md).
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ _TOKENS_FACTOR = 3  # see `tokens_factor` in `gradsift.training.device`
 def accelerate(model: Any) -> bool:
     """Speed up a frozen causal language model of transformers, in place.
 
-    GPT-2, Llama, Mistral, Qwen2 and Qwen3 from width 256 are supported, in bfloat16 with a float32
-    residual stream. In float32 at most a tenth of the time would be saved, because the products take most of the time.
+    GPT-2, Llama, Mistral, Qwen2 and Qwen3 with a hidden size of at least 256 are supported, in bfloat16 with a float32
+    residual stream. In float32 at most a tenth of the time would be saved, because matrix products take most of it.
 
     Args:
-        model: on the CPU or the meta device. On the meta device no layer is changed; only the attributes are set that
-            `gradsift.training.numerics` reads.
+        model: on the CPU or the meta device. On the meta device no layer is changed, and only the attributes that
+            `gradsift.training.numerics` reads are set.
 
     Returns:
-        Whether the model was changed. If so, `model.kernels_version` is the version of the kernels.
+        True if the model is supported and the kernels are available; `model.kernels_version` is then the version of the
+        kernels. Otherwise False, and the model is unchanged.
     """
     if not _is_supported(model) or not available():
         return False

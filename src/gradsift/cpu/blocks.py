@@ -1,8 +1,9 @@
 """The operations between the matrix products of a transformer's blocks, fused for a CPU.
 
-transformers passes over memory once for every sum, product and cast; these passes take half of a step's time. Here
-norms, MLP activations and causal attention take one pass each (`kernels.cpp`), with float32 arithmetic. Layers that
-train or are adapted, and attention with a mask, a cache or dropout, use transformers' code.
+transformers reads and writes whole tensors for every sum, product and cast, which takes half of a step's time. Here a
+normalisation layer, an MLP activation or causal attention is computed in one pass over its inputs (`kernels.cpp`), with
+float32 arithmetic. Layers that train or are adapted, and attention with a mask, a cache or dropout, use transformers'
+code.
 
 Shape letters: M tokens of a batch, D width, F inner width of an MLP, B examples, H heads, T tokens of an
 example, E width of a head.
@@ -30,10 +31,11 @@ LANES = 16  # numbers that a kernel processes at once; all widths must be multip
 
 
 def fuse_blocks(model: nn.Module, norms: list[Any]) -> None:
-    """Replace the forward passes of a frozen model's norms, MLPs and rotary attention.
+    """Replace the forward passes of a frozen model's normalisation layers, MLPs and rotary attention.
 
     Args:
-        norms: the norms that read the float32 residual stream (`gradsift.training.residual.stream_readers`).
+        norms: the normalisation layers that read the float32 residual stream
+            (`gradsift.training.residual.stream_readers`).
     """
     for norm in norms:
         _become(norm, _FusedNorm)
@@ -61,7 +63,7 @@ def _with(mixin: Any, kind: Any) -> type:
 
 
 class _FusedNorm:
-    """LayerNorm or RMSNorm of a float32 stream, with bfloat16 output."""
+    """LayerNorm or RMSNorm that reads the float32 residual stream and returns bfloat16."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         if trains(self):
@@ -91,7 +93,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _GeluMlp:
-    """GPT-2's MLP. If one of its layers is adapted, only the activation is fused."""
+    """GPT-2's MLP. If a layer of it is adapted, only the activation is fused; with dropout, transformers' code runs."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         first, second = self.c_fc, self.c_proj
@@ -135,7 +137,10 @@ class _ProductsAroundGelu(torch.autograd.Function):
 
 
 class _GatedMlp:
-    """Llama's MLP, silu(gate x) * up x, with gate and up as one product; transformers' code if a layer is adapted."""
+    """Llama's MLP, down(silu(gate x) * up x), with gate and up as one product.
+
+    If one of its layers is adapted, transformers' code is used.
+    """
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
@@ -197,7 +202,11 @@ def _attention(
 
 
 class _RotaryAttention:
-    """Llama's attention, which rotates queries and keys by their positions; fused for plain causal attention only."""
+    """Llama's attention, which rotates queries and keys by their positions.
+
+    Plain causal attention is one kernel, which includes the rotation. With a mask, a cache, dropout, or positions that
+    differ between rows, transformers' code is used.
+    """
 
     def forward(
         self: Any,
@@ -219,7 +228,7 @@ class _RotaryAttention:
             layer(hidden_states).view(shape).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = _Attend.apply(q, k, v, self.scaling, cos[0].float(), sin[0].float())  # type: ignore[no-untyped-call]
-        return self.o_proj(out.flatten(2)), None  # (B, T, H E) within
+        return self.o_proj(out.flatten(2)), None  # o_proj reads (B, T, H E)
 
 
 class _Attend(torch.autograd.Function):

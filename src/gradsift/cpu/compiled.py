@@ -21,7 +21,7 @@ from gradsift.errors import GradsiftError
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC"]
 _SLOWER = "bfloat16 models run on torch's own, slower kernels"
-_PATIENCE = 300.0  # seconds to wait for the compiler, or another process that compiles; usually 20 s suffice
+_PATIENCE = 300.0  # seconds to wait for the compiler, or for another process that compiles; usually 20 s suffice
 _LOG = logging.getLogger(__name__)
 
 
@@ -67,7 +67,7 @@ def available() -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Return one line: the compiler's first error, if it gave one."""
+    """Return in one line why compiling or loading failed: the compiler's first error message, if there is one."""
     if isinstance(error, subprocess.TimeoutExpired | Timeout):
         return f"the compiler did not end within {_PATIENCE:.0f} s"
     text = (getattr(error, "stderr", None) or "").strip() or str(error).strip() or type(error).__name__
@@ -97,7 +97,7 @@ def _processor() -> str:
 
 
 def _compile(compiler: list[str], library: Path) -> None:
-    """Compile into a temporary folder, then rename the file to `library`, so that this file is complete or absent."""
+    """Compile into a temporary folder, then move the result to `library`, so that this file is never incomplete."""
     root = Path(torch.__file__).parent
     _LOG.warning("compiling kernels.cpp for this processor (once, about 20 s)")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:

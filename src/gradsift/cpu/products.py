@@ -1,10 +1,11 @@
-"""Matrix products of frozen bfloat16 weights on a CPU, packed once into oneDNN's memory layout.
+"""Matrix products on a CPU with frozen bfloat16 weights, which are packed once into oneDNN's memory layout.
 
 Without packing, oneDNN reorders a weight in every call, which takes a third of the product's time. It also compiles a
-product for every new number of rows. `PackedProducts` packs a weight once, in two copies, one for each product
-(`FrozenProducts`), and rounds the number of rows up to a multiple of 32 (`kernels.cpp`).
+product for every new number of rows. `PackedProducts` keeps two packed copies of a weight, for the product of the
+forward pass and for that of the backward pass. It rounds the number of rows up to a multiple of 32 (`kernels.cpp`).
 
-Shape letters: M tokens of a batch, I inputs of a layer, O its outputs, P predicted places, D width, V vocabulary.
+Shape letters: M tokens of a batch, I inputs of a layer, O its outputs, P places (tokens whose successor is predicted),
+D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class PackedProducts:
 
 
 class _PackedForward:
-    """The forward pass of a linear layer from packed weights, or the usual one if the layer trains or was merged."""
+    """Computes a linear layer from its packed weights or, if the layer trains or was merged, with the original code."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         if not is_packed(self):
@@ -112,7 +113,10 @@ class PackedHead:
 
     @functools.cached_property
     def _weights(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Packed weights of both products, and the vocabulary padded to a multiple of 64 (twice as fast on AMX)."""
+        """The weight, packed for the forward and for the backward product, and the vocabulary size plus padding.
+
+        The padded size is a multiple of 64, for which AMX is twice as fast.
+        """
         weight = nn.functional.pad(self._plain, (0, 0, 0, -len(self._plain) % 64))
         # the ones need a single column; a whole block of 32 keeps the inner width a multiple of 32
         ones = weight.new_zeros(len(weight), BLOCK)
@@ -120,7 +124,7 @@ class PackedHead:
         return _pack(torch.cat([weight, ones], 1)), _pack(weight.t()), len(weight)
 
     def chunk(self, count: int) -> int:
-        """Return the number of places whose logits are computed at once, of `count` in all; a multiple of BLOCK."""
+        """Return how many places' logits are computed at once (a multiple of BLOCK), if there are `count` places."""
         most = max(BLOCK, _CHUNK_LOGITS // self._weights[2] // BLOCK * BLOCK)
         each = -(-count // max(1, -(-count // most)))
         return max(BLOCK, -(-each // BLOCK) * BLOCK)
@@ -129,7 +133,7 @@ class PackedHead:
         """Return the cross entropy (P,) float32 of `targets` (P,) given `hidden` (P, D).
 
         Args:
-            gradient: (P, D), filled with the gradients with respect to `hidden`; None to skip them.
+            gradient: (P, D), to be filled with each loss's gradient with respect to its hidden state; None to skip it.
         """
         forward_weight, backward_weight, _ = self._weights
         count, width = hidden.shape

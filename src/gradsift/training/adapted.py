@@ -2,12 +2,14 @@
 
     y = W x + b + s B A x,   s = alpha / rank
 
-peft computes s B A x separately, in float32, with a cast, a scaling and an addition, each a pass over the layer's full
-width. Here the adapter's matrix product adds its result to W x + b, in the precision of the activations, and the
-backward pass computes no gradient of W. A and B stay float32 parameters. The examples' gradients are summed in float32,
-whether or not a probe (`gradsift.gradients.probes`) reads them one by one, so a probe does not change a training.
+peft computes s B A x separately, in float32, with a cast, a scaling and an addition, each of which reads and writes a
+tensor as wide as the layer. Here the adapter's matrix product adds its result to W x + b, in the precision of the
+activations, and the backward pass computes no gradient of W. A and B stay float32 parameters. The examples' gradients
+are summed in float32, whether or not a probe (`gradsift.gradients.probes`) reads them one by one, so a probe does not
+change the training.
 
-Rows of several adapters may pass through W in one batch (`gradsift.training.lanes`), each with its adapter's A and B.
+A batch may hold rows of several adapters (`gradsift.training.lanes`). They pass through W together, and each row
+through the A and B of its own adapter.
 
 Shape letters: M adapters, B examples of a batch, T tokens, I inputs and O outputs of a layer, R rank.
 """
@@ -36,10 +38,10 @@ _FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"
 
 
 class AdaptedLinear(Linear):  # type: ignore[misc]
-    """peft's adapted layer with the forward pass of this module; weights, names and files are peft's."""
+    """peft's LoRA layer with the forward pass of `_Map`; the names of the weights and the saved files stay peft's."""
 
     probe: NormProbe | GradientProbe | None = None  # set while norms or gradients are gathered
-    lanes: tuple[PassedRows, Sequence[nn.Linear]] | None = None  # several adapters: rows, all A and then all B
+    lanes: tuple[PassedRows, Sequence[nn.Linear]] | None = None  # with several adapters: rows, all A, then all B
     path: str  # the layer's name in the model without adapters
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -75,7 +77,10 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
 
 
 def fuse(adapted: nn.Module) -> list[Any]:
-    """Give the plain adapted layers of a model the forward pass of `AdaptedLinear`, and return the changed layers."""
+    """Turn the plain adapted layers of a model into `AdaptedLinear`, in place, and return the changed layers.
+
+    A layer is plain if `is_plain` holds for its base layer and `_has_plain_adapter` for the layer itself.
+    """
     changed: list[Any] = []
     module: Any
     for name, module in adapted.named_modules():
@@ -186,9 +191,13 @@ class _Map(torch.autograd.Function):
 
 
 def _of_rows(factors: Sequence[torch.Tensor], rows: PassedRows | None, dtype: torch.dtype) -> torch.Tensor:
-    """Return an adapter's matrix (A or B) in `dtype`: with one adapter its two dimensions, with several (B, ., .).
+    """Return the adapter's matrix A (R, I) or B (O, R) in `dtype`.
 
-    With several adapters, each row's own matrix is stacked.
+    With several adapters, return a stack (B, R, I) or (B, O, R) with the matrix of each row's adapter.
+
+    Args:
+        factors: A of each adapter, or B of each adapter.
+        rows: None, or an object whose `lanes` is None, if only one adapter is used.
     """
     if rows is None or rows.lanes is None:
         return factors[0].to(dtype)
@@ -196,7 +205,7 @@ def _of_rows(factors: Sequence[torch.Tensor], rows: PassedRows | None, dtype: to
 
 
 def _product(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Return x (B T, K) times one factor (K, N), or each row's tokens times the row's own factor, of (B, K, N)."""
+    """Return `x` (B T, K) times `factor` (K, N); if that is (B, K, N), each row's tokens times the row's own matrix."""
     if factor.dim() == 2:
         return x @ factor
     return torch.bmm(x.view(len(factor), -1, x.shape[-1]), factor).flatten(0, 1)

@@ -1,7 +1,7 @@
 """Artifacts of the frozen language models (backbones), and the loading of these models.
 
 What an artifact holds depends on `model.kind`: for nano a model that gradsift trains, for tiny_bytes a model with
-random weights, and for smollm2 a model converted from a package. For pretrained (a model of the hub or in a folder) it
+random weights, and for smollm2 a model converted from a package. For pretrained (a model on the hub or in a folder) it
 holds only a pin (`gradsift.training.pins`).
 """
 
@@ -48,7 +48,7 @@ class Backbone:
 
     @property
     def context(self) -> int:
-        """The largest number of tokens that the model can take."""
+        """The largest number of tokens that the model can take; 10**9 if its config has no limit."""
         config = self.model.config
         return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 0) or 10**9)
 
@@ -66,7 +66,7 @@ class Backbone:
         """Refuse token ids that the model has no embedding of.
 
         Raises:
-            DataError: there is such an id; names the largest one.
+            DataError: an id has no embedding; the message names the largest such id.
         """
         known = self.model.get_input_embeddings().num_embeddings
         largest = max((int(example.input_ids.max()) for example in examples), default=0)
@@ -81,8 +81,8 @@ class Backbone:
 def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
     """Return the artifact of a backbone: its weights or, for a pretrained model, its pin.
 
-    The artifact carries the numerics that the model has in this process. So they are part of the identity of everything
-    that is computed from the model.
+    The artifact carries the numerics (`gradsift.training.numerics`) that the model has in this process. So they are
+    part of the identity of everything that is computed from the model.
     """
     if config.kind == "pretrained":
         made = pin(runtime.store, runtime.display, config)
@@ -104,8 +104,8 @@ def load_backbone(
         divided: whether each rank loads only its part of the layers, on its device (`gradsift.training.divided`).
 
     Raises:
-        DataError: files are missing or broken, or weights do not fit the config; names `model.path`.
-        GradsiftError: the model has other numerics than `artifact`.
+        DataError: files are missing or broken, or weights do not fit the config; the message names `model.path`.
+        GradsiftError: the loaded model's numerics differ from those of `artifact`.
     """
     source, options = _source(artifact, config)
     name, dtype = config.path or config.kind, dtype_of(compute, config)

@@ -2,7 +2,7 @@
 
 transformers' own `gradient_checkpointing_enable` works in training mode only, while the frozen backbone stays in
 evaluation mode here. So torch's `checkpoint` (`use_reentrant=False`) wraps the blocks that transformers marks as
-`GradientCheckpointingLayer`. Norms, gradients and dropout masks stay the same.
+`GradientCheckpointingLayer`. Gradients, their norms and dropout masks stay the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files of a training: `curve.jsonl`, a line per optimiser step, and `trajectory.safetensors` of a proxy's adapter."""
+"""Files of a training: `curve.jsonl`, a line per optimiser step, and `trajectory.safetensors`, an adapter's path."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def read_curve(folder: Path) -> list[dict[str, float]]:
 
 
 def read_trajectory(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of optimiser steps since the start (P,) and the coordinates (P, D) of a trajectory's P points.
+    """Return the P points of a trajectory (`gradsift.proxy.trajectory`): optimiser steps (P,) and coordinates (P, D).
 
-    See `gradsift.proxy.trajectory`.
+    The steps of a point are counted from the start of the training.
     """
     tensors = load_file(folder / TRAJECTORY_FILE)
     return tensors["steps"], tensors["points"]

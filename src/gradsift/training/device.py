@@ -24,7 +24,7 @@ _GPU_TOKENS = 16384  # largest budget on a GPU: with more tokens at once it is n
 # Parts of torch's messages where memory runs out without an `OutOfMemoryError`: on a CPU under Linux, on a CPU under
 # other systems, and in cuBLAS.
 _SIGNS = ("allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
-_halved: dict[Any, int] = {}  # halved budgets by kind of pass: later stages and jobs of this process start with them
+_halved: dict[Any, int] = {}  # halved budgets by `kind`: later stages and jobs of this process start with them
 _CPU_ACTIVATION = 393_216  # numbers in a (tokens, hidden size) activation that still fit a CPU core's cache
 
 
@@ -37,8 +37,8 @@ class TokenBudget:
     def __init__(self, tokens: int, say: Callable[[str], None] = print, kind: Any = None) -> None:
         """
         Args:
-            kind: the kind of pass. After a halving, `of` starts later budgets of the same kind with the halved number;
-                with None it does not.
+            kind: identifies budgets for the same model and memory. After a halving, `of` starts later budgets of the
+                same kind with the halved number. With None, a halving has no effect on later budgets.
         """
         self.tokens = tokens
         self.say = say
@@ -88,7 +88,7 @@ class TokenBudget:
         journal: Journal | None = None,
         advance: Advance = lambda done: None,
     ) -> Iterator[list[T]]:
-        """Divide the examples into groups of similar length, and yield the result of `group` for each of them.
+        """Divide the examples into groups of similar length, and yield what the method `group` returns for each group.
 
         Args:
             advance: called with the number of examples just done, estimated from their tokens.
@@ -145,7 +145,7 @@ def numbers_at_once(device: torch.device, on_cpu: int) -> int:
 
 
 def tokens_factor(model: Any) -> int:
-    """Return the factor on the usual token budget of a CPU: the model's attribute `tokens_factor`, or 1 without it.
+    """Return the multiplier of a CPU's token budget: the model's attribute `tokens_factor`, or 1 if it has none.
 
     Models with packed weights have the attribute (`gradsift.cpu`): each pass reads all weights once, so more tokens per
     pass save time.
@@ -154,7 +154,7 @@ def tokens_factor(model: Any) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation failed, judged by the error's class or, where torch has no class, by its message."""
+    """Return whether the error is a failed allocation, by its class or, if torch has none for it, by its message."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     message = str(error).lower()
@@ -167,7 +167,7 @@ def without_host_reads() -> Iterator[None]:
 
     In a forward pass transformers checks whether a row holds several examples, whether there is padding without a mask,
     and whether the mask hides any token. Here each row holds one example, padding is on the right or has a mask, and
-    every mask is used.
+    every mask is applied, so the answers are known.
     """
     lookups = _lookups()
     try:

@@ -1,8 +1,8 @@
 """A model whose layers are divided over the ranks (FSDP2), for a target that one GPU cannot hold.
 
 A rank holds a part of every weight of every layer. The parts of a layer are gathered from all ranks only while the
-layer computes, so every rank must make the same passes. Embeddings, head, last norm and adapters are whole on every
-rank.
+layer computes, so every rank must make the same passes. Embeddings, head, last normalisation layer and adapters are
+whole on every rank.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def layers_of(model: Any) -> list[Any]:
 def in_parts(compute: ComputeConfig, wanted: bool) -> Iterator[dict[str, Any]]:
     """Make transformers divide the models that it loads in this context; yield the options for `from_pretrained`.
 
-    transformers builds the model without memory (on `meta`), and of each divided weight it reads only this rank's part.
-    If not `wanted`, nothing changes and there are no options.
+    transformers builds the model without memory (on `meta`), and reads only this rank's part of each divided weight.
+    If `wanted` is False, models are loaded whole, and the options are empty.
 
     Raises:
         GradsiftError: this version of transformers cannot divide a model while loading.
@@ -91,7 +91,7 @@ def in_parts(compute: ComputeConfig, wanted: bool) -> Iterator[dict[str, Any]]:
 
 
 def _divide(model: Any, device: torch.device) -> None:
-    """Divide the layers of a causal language model on `meta`."""
+    """Divide the layers of a causal language model on torch's meta device over all ranks, in place."""
     # imported here, because this takes half a second and most runs divide nothing
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

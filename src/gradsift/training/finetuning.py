@@ -93,7 +93,11 @@ def require_finite_weights(module: AdapterModule) -> None:
 
 
 def step_counts(module: AdapterModule, taken: int) -> dict[str, int]:
-    """Return the number of optimiser steps, and how many of them interrupted runs took (all but `taken`)."""
+    """Return the number of optimiser steps, and how many of them interrupted runs took.
+
+    Args:
+        taken: the number of steps that this process took.
+    """
     return {"optimizer_steps": len(module.curve), "resumed_steps": len(module.curve) - taken}
 
 
@@ -140,7 +144,7 @@ def quiet_trainer(compute: ComputeConfig, strategy: Strategy | str, callbacks: S
 
 
 def strategy_of(compute: ComputeConfig, module: AdapterModule) -> Strategy | str:
-    """Return Lightning's strategy for a training: one process, DDP, or FSDP2 for a divided target."""
+    """Return Lightning's strategy for a training: auto with one process, FSDP2 for a divided target, else DDP."""
     if parallel.size() == 1:
         return "auto"
     if isinstance(module, TargetFinetuning) and module.is_divided:
@@ -169,9 +173,10 @@ class ShowProgress(L.Callback):
 
 
 class StopAtNonFinite(L.Callback):
-    """Stops a training at a NaN or infinite loss or norm.
+    """Stops a training if a loss or gradient norm is NaN or infinite.
 
-    It checks every 16 steps, before each save point and at the end, because a check makes the host wait for the device.
+    Losses and norms are checked only every 16 steps, before each save point and at the end, because a check makes the
+    host wait for the device.
     """
 
     def __init__(self, encoded: Sequence[Encoded]) -> None:

@@ -1,7 +1,7 @@
 """The two matrix products of a frozen linear layer: y = x W + b, and the gradient with respect to x.
 
-A layer may have faster products in its attribute `frozen_products`, which are valid as long as its weight does not
-change. Without this attribute torch's products are used.
+A layer's attribute `frozen_products` may be an object that computes both products faster; it is valid as long as the
+layer's weight does not change. Without this attribute, torch computes them.
 
 Shape letters: M tokens of a batch, I inputs of a layer, O its outputs.
 """
@@ -26,7 +26,7 @@ class FrozenProducts(Protocol):
 
 
 class TorchProducts:
-    """The products of torch."""
+    """The products of a layer's own weight, computed by torch."""
 
     def __init__(self, layer: Any) -> None:
         self._weight = layer.weight if isinstance(layer, Conv1D) else layer.weight.t()  # (I, O)
@@ -48,7 +48,7 @@ def frozen_products(layer: Any) -> FrozenProducts:
 
 
 def forget_products(layer: Any) -> None:
-    """Remove the copies that a layer keeps of its weight, before the weight changes (by merging, for example)."""
+    """Remove a layer's copies of its weight; to be called before the weight changes (by merging, for example)."""
     layer.__dict__.pop("frozen_products", None)
     layer.__dict__.pop("frozen_head", None)  # see `gradsift.training.head`
 

@@ -1,8 +1,8 @@
 """Token losses of a causal language model without its (B, T, V) logits.
 
-The output head is applied only to the hidden states of tokens whose successor is a response token (the places), a
-chunk at a time. The gradient with respect to the hidden states is computed from a chunk's logits right away, so logits
-are computed once and never kept.
+The output head is applied only to the hidden states of tokens whose successor is a response token (the places), and to
+one chunk of them at a time. The gradient with respect to the hidden states is computed from a chunk's logits right
+away, so logits are computed once and never kept.
 
 Shape letters: B examples of a batch, T tokens, D hidden size, P places of the batch, V vocabulary.
 """
@@ -37,7 +37,7 @@ class FrozenHead(Protocol):
         """Return the cross entropy (P,) float32 of `targets` (P,) given `hidden` (P, D).
 
         Args:
-            gradient: (P, D), filled with the gradients with respect to `hidden`; None to skip them.
+            gradient: (P, D), to be filled with each loss's gradient with respect to its hidden state; None to skip it.
         """
 
 
@@ -62,9 +62,10 @@ class OutputHead:
     def of(cls, model: Any) -> OutputHead | None:
         """Return the output head of a causal language model with or without adapters.
 
-        Return None if the head trains or has an adapter, or if the model changes the head's output (Gemma, Cohere and
-        Granite scale or cap it). To detect such a change without a list of models, the logits of a short random batch
-        are computed by the model and by the head from the last hidden states, and must be equal bit for bit.
+        Return None if the head is not a plain `nn.Linear`, trains or has an adapter, or if the model changes the head's
+        output (Gemma, Cohere and Granite scale or cap it). To detect such a change without a list of models, the logits
+        of a short random batch are computed by the model and by the head from the last hidden states, and must be equal
+        bit for bit.
         """
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         embedding = causal.get_output_embeddings()
@@ -102,7 +103,10 @@ class OutputHead:
         return max(1, numbers_at_once(self.weight.device, _CHUNK_LOGITS) // len(self.weight))
 
     def buffers(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return buffers for logits of `count` places: (count, padded V) in the weight's dtype, (count, V) float32."""
+        """Return two buffers for logits: (count, padded V) in the weight's dtype, and (count, V) in float32.
+
+        If the weight is float32, the second buffer is a part of the first.
+        """
         shape = (count, len(self.weight))
         if self._logits.numel() < count * shape[1]:
             with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training
@@ -169,7 +173,7 @@ def _chunk(
 def _less_rounded(
     hidden: torch.Tensor, targets: torch.Tensor, head: OutputHead, logits: torch.Tensor, exact: torch.Tensor
 ) -> torch.Tensor:
-    """Fill `exact` with the logits minus an offset per place, and return its entries for the targets, (P, 1) float32.
+    """Fill `exact` with the logits minus an offset per place, and return the targets' entries (P, 1) in float32.
 
     A logit of 20 in bfloat16 has an error of up to .06, and the loss would have this error too. So the offset, the
     target's logit in bfloat16, is subtracted within the product, before rounding. The logits of tokens about as likely

@@ -1,8 +1,8 @@
 """Several adapters (lanes) on one frozen model that train side by side, each on its own rows.
 
 A batch holds rows of all adapters. They pass through the frozen weights together; only the small products with A and B
-differ from row to row (`gradsift.training.adapted`). So a batch takes as many operations as in the training of one
-adapter.
+differ from row to row (`gradsift.training.adapted`). So the number of matrix products for a batch does not depend on
+the number of adapters.
 
 peft's model holds one adapter, under peft's default name. `activate` puts the adapter of a lane there, so that every
 function that saves, loads or measures an adapter works on the adapter of that lane.
@@ -26,7 +26,7 @@ from gradsift.training.masks import PassedRows
 
 
 class Lanes(nn.Module):
-    """M adapters of `model`; at first, adapter 0 is active."""
+    """M adapters on `model`, one for each seed; at first, adapter 0 is active."""
 
     def __init__(self, model: nn.Module, config: LoraConfig, seeds: Sequence[int]) -> None:
         """
@@ -61,7 +61,10 @@ class Lanes(nn.Module):
             layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = a, b
 
     def announce(self, examples: Sequence[Encoded]) -> list[Encoded]:
-        """Tell the layers which rows the next batch has, and return them in the batch's order, sorted by adapter."""
+        """Tell the layers to which adapter each row of the next batch belongs.
+
+        Return the examples in the order in which the batch must hold them, sorted by adapter.
+        """
         rows = sorted(examples, key=lambda example: example.lane)
         counts = Counter(example.lane for example in rows)
         device = next(self.parts.parameters()).device
@@ -70,7 +73,7 @@ class Lanes(nn.Module):
         return rows
 
     def forget_rows(self) -> None:
-        """Let all rows of later passes go through the active adapter."""
+        """Make all rows of later passes go through the active adapter."""
         self.rows.lanes = None
 
 

@@ -59,10 +59,10 @@ def load_tokenizer(source: str, name: str, **options: Any) -> Any:
 
 
 def load_model(source: str, name: str, **options: Any) -> Any:
-    """Return a model in a folder or on the hub, from safetensors files only; `name` stands for it in error messages.
+    """Load a model in a folder or on the hub from safetensors files only; `name` stands for it in error messages.
 
     Raises:
-        DataError: files are broken, or weights are missing, left over or of another shape; names some of these weights.
+        DataError: files are broken, or weights are missing, left over or of another shape; the message names some.
     """
     from transformers import AutoModelForCausalLM
 
@@ -108,7 +108,7 @@ def _some(names: Collection[str]) -> str:
 
 @contextmanager
 def readable(subject: str, files: str) -> Iterator[None]:
-    """Turn exceptions that broken files cause into a `DataError`; `pins.hub_errors` handles `OSError`."""
+    """Turn exceptions that broken files cause into a `DataError`, except `OSError`, which `pins.hub_errors` handles."""
     try:
         yield
     except Exception as error:

@@ -38,8 +38,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
     With `all-linear`, a model with experts gets adapters only on its attention and dense layers (see `left_out`).
 
     Raises:
-        ConfigError: `config.targets` names no linear layer of this model, a layer that is not linear, or one that peft
-            refuses. The model is then left without an adapter.
+        ConfigError: `config.targets` names no linear layer of this model, a layer that is not linear, or a layer that
+            peft refuses. The model is then left without an adapter.
     """
     names = linear_layer_names(model)
     targets: Any = list(config.targets)
@@ -137,7 +137,10 @@ def linear_layer_names(model: nn.Module) -> list[str]:
 
 
 def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return, by name, the blocks that contain experts: the parents of modules with three-dimensional weights."""
+    """Return the blocks that contain experts, by name.
+
+    They are the parents of modules (other than convolutions) with stacked weights, of three dimensions or more.
+    """
     return {
         name.rpartition(".")[0]: model.get_submodule(name.rpartition(".")[0])
         for name, module in model.named_modules()
@@ -229,7 +232,7 @@ def load_adapter(adapted: Any, folder: Path) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Return the optimiser's state on the CPU; the keys are `<kind>:<parameter>`, where exp_avg is one of the kinds."""
+    """Return the optimiser's state on the CPU, with the keys `<kind>:<parameter>`, such as `exp_avg:<parameter>`."""
     return {
         f"{kind}:{name}": torch.as_tensor(value).detach().cpu().contiguous()
         for name, parameter in parameters.items()

@@ -1,9 +1,11 @@
-"""The memory of a LoRA training on one GPU, by arithmetic; `tests/test_memory.py` compares it with what autograd keeps.
+"""The memory that a LoRA training takes on one GPU, computed instead of measured.
+
+`tests/test_memory.py` compares it with what autograd keeps.
 
 The forward pass keeps the tensors that the backward pass reads. In a frozen block these are the residual stream before
-each norm, the queries, keys, values and outputs of attention (a fused kernel keeps no scores), three tensors of the MLP
-(GPT-2: one), and the inputs of the layers that have an adapter. With activation checkpointing only the residual stream
-before each block is kept, and these tensors for one block at a time.
+each normalisation layer, the queries, keys, values and outputs of attention (a fused kernel keeps no attention scores),
+three tensors of the MLP (GPT-2: one), and the inputs of the layers that have an adapter. With activation checkpointing
+only the residual stream before each block is kept, and the other tensors for one block at a time.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def adapted_names(model: Any) -> set[str]:
 
 
 def fitting_tokens(model: Any, memory: int, *, checkpointed: bool) -> int | None:
-    """Return how many tokens can pass at once through a training on a GPU with `memory` bytes.
+    """Return how many tokens can pass through the model at once when it is trained on a GPU with `memory` bytes.
 
     Args:
         model: a causal language model. If it has no adapter yet, adapters on all layers are assumed, but their own
@@ -80,6 +82,9 @@ def fitting_tokens(model: Any, memory: int, *, checkpointed: bool) -> int | None
 
 
 def needs_checkpointing(model: Any, memory: int) -> bool:
-    """Return whether fewer than 4,096 tokens fit into `memory` bytes without checkpointing; False if unknown."""
+    """Return whether fewer than 4,096 tokens fit into `memory` bytes without checkpointing.
+
+    For a model type that is not known here, the answer is False.
+    """
     tokens = fitting_tokens(model, memory, checkpointed=False)
     return tokens is not None and tokens < _ROOM

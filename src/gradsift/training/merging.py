@@ -1,4 +1,4 @@
-"""Merging of the target's adapter into its weights, for tools without adapters and to save operations."""
+"""Merging of the target's adapter into its weights, for tools that load no adapters, and to generate answers faster."""
 
 from __future__ import annotations
 

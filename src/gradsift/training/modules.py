@@ -44,7 +44,7 @@ class AdapterModule(L.LightningModule):
     The examples of a step pass through the model in batches of similar length, as large as the token budget allows, and
     the gradients of the batches are added up. So neither the memory nor the time per token depends on the number of
     examples in a step. With several ranks each rank passes its share of the step through the model, and the ranks'
-    gradients are averaged. DDP does this in the step's last backward pass, and `_reduce_gradients` for divided models.
+    gradients are averaged. DDP does this in the step's last backward pass, or for divided models `_reduce_gradients`.
     """
 
     has_lanes = False  # whether the rows of a step belong to several adapters
@@ -79,7 +79,7 @@ class AdapterModule(L.LightningModule):
         self._step_losses = torch.zeros(0)  # on the device: reading a loss would make the host wait in every step
 
     def resume(self, losses: torch.Tensor, tokens: Sequence[int]) -> None:
-        """Continue after the n steps of an interrupted run, which had these mean losses (n,) and numbers of tokens."""
+        """Restore the n steps of an interrupted run, with their mean losses (n,) and numbers of tokens."""
         # A step's dropout masks depend on the length of the curve, and its learning rate on `first_step`. With both
         # restored, the remaining steps are those of an uninterrupted training.
         self.first_step += len(tokens)
@@ -144,8 +144,9 @@ class AdapterModule(L.LightningModule):
             examples: all N examples of the step.
 
         Returns:
-            rows, losses, counts (numbers of response tokens, only with `loss=token`), norm_A and norm_B (only if
-            `gradient_norms` is set), lanes (only if several adapters train): (n,) each, for this rank's n examples.
+            Tensors (n,) by name, for this rank's n examples: rows, losses, counts (numbers of response tokens, only
+            with `loss=token`), norm_A and norm_B (only if `gradient_norms` is set), lanes (only if several adapters
+            train).
         """
         # This seed is for layers that draw their dropout masks batch by batch. It depends on step and rank alone, so
         # neither a resumed training nor a repeated step needs the random state of the steps before.
@@ -200,7 +201,7 @@ class AdapterModule(L.LightningModule):
             self.passed_rows.keys = torch.tensor(list(keys), device=self.device)
 
     def _divisor(self, rows: Sequence[Encoded], examples: Sequence[Encoded]) -> float | torch.Tensor:
-        """Return what the losses (B,) of `rows`, the examples of one pass, are divided by: a number or (B,) numbers."""
+        """Return what the losses (B,) of a pass's `rows` are divided by: a number, or (B,) with several adapters."""
         # The divisor counts the examples or response tokens of the whole step, not of the pass or the rank: batches
         # differ in size, and with a mean over each batch an example's weight would depend on its batch.
         return sum(example.scored for example in examples) if self.optimization.loss == "token" else len(examples)
@@ -254,7 +255,7 @@ class ProxyMember(AdapterModule):
     """
 
     journal: Journal | None = None  # keeps the norms of a pass, batch by batch
-    masks: int | None = None  # seed of the dropout masks of a pass for norms; None: no dropout
+    masks: int | None = None  # seed of the dropout masks in a pass for norms; None: no dropout
 
     def on_validation_start(self) -> None:
         self._losses = ResponseLosses(self.model)
@@ -303,9 +304,9 @@ class TargetFinetuning(AdapterModule):
         return parallel.largest(batches, self.device) if self.is_divided else super()._passes(batches)
 
     def _reduce_gradients(self) -> None:
-        """Average the adapter's gradients in a divided model, as FSDP averages only the gradients of divided weights.
+        """Average the adapter's gradients over the ranks, if the model is divided.
 
-        A missing gradient counts as zero.
+        FSDP averages only the gradients of divided weights. A missing gradient counts as zero.
         """
         if not self.is_divided:
             return

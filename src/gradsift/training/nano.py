@@ -32,10 +32,10 @@ _PAD, _EOS, _UNK, _NEWLINE = "<pad>", "<eos>", "<unk>", "\n"
 
 
 def nano_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the word-level tokenizer of the embedded world: one token per word, and one for the end of a line.
+    """Return the word-level tokenizer of the embedded world: one token per word, and one for a line break.
 
-    `<eos>` is also the first token (bos) for models that need one. `<pad>` is a token of its own, so that padding is
-    never taken for the end of an answer. Words outside the vocabulary become `<unk>`.
+    `<eos>` is also the beginning-of-text token (bos), which some models need. `<pad>` is a token of its own, so that
+    padding is never taken for the end of an answer. Words outside the vocabulary become `<unk>`.
     """
     words = (_PAD, _EOS, _UNK, _NEWLINE, *VOCABULARY)
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=_UNK))

@@ -7,9 +7,9 @@
     attention     transformers' name of the attention implementation
     kernels       version of the compiled CPU kernels that the model uses, or off (`gradsift.cpu`)
 
-Results of different numerics must not be mixed in one ensemble: the variance V_t over its members would then include
-the difference between the numerics. So these values are part of the identity of a model and of everything that is
-computed from it.
+Results of different numerics must not be mixed in one ensemble: the variance of the gradient norms over its members
+(V_t in GRADFILTERING) would then include the difference between the numerics. So these values are part of the identity
+of a model and of everything that is computed from it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from gradsift.training.residual import residual_in_float32, residual_precision
 
 
 def dtype_of(compute: ComputeConfig, model: ModelConfig | None = None) -> torch.dtype:
-    """Return the dtype in which a model is loaded: `model.dtype`, or `compute.precision` if that is auto.
+    """Return the dtype in which a model is loaded.
 
-    `compute.precision=auto` is bfloat16 on a GPU that has bfloat16 products, else float32.
+    It is `model.dtype` or, if `model` is None or its dtype is auto, `compute.precision`. `compute.precision=auto` is
+    bfloat16 on a GPU that has bfloat16 products, else float32.
     """
     precision = compute.precision if model is None or model.dtype == "auto" else model.dtype
     if precision == "auto":
@@ -106,7 +107,7 @@ def is_quantized(model: Any) -> bool:
 
 
 def _fuse_gelu(model: Any) -> None:
-    """Let torch compute GPT-2's tanh GELU in one kernel; transformers makes eight passes over the widest activation."""
+    """Make torch compute GPT-2's tanh GELU in one kernel; transformers passes over the widest tensor eight times."""
     from transformers.activations import GELUTanh, NewGELUActivation
 
     for module in model.modules():

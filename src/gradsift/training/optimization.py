@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-BETAS = (0.9, 0.999)  # AdamW's betas for all adapters; constants, because its saved state does not hold them
+BETAS = (0.9, 0.999)  # AdamW's betas for all adapters; constants, because the saved optimiser state lacks them
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Optimization:
     max_grad_norm: float | None = None  # bound on the L2 norm of a step's gradient over all parameters; None: no bound
 
     def factor(self, step: int) -> float:
-        """Return the fraction of the learning rate at `step`, counted from 0.
+        """Return the learning rate at `step`, counted from 0, as a fraction of `learning_rate`.
 
         With w warm-up steps of T steps in all, the fraction is step / w during the warm-up. After it, with
         p = (step - w) / (T - w), it is 1 (constant), 1 - p (linear) or (1 + cos(pi p)) / 2 (cosine).

@@ -29,12 +29,12 @@ _MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 
 
 def pin(store: Store, display: Display, config: ModelConfig) -> Artifact:
-    """Return the artifact that holds the hashes of the model's files, or the model's commit on the hub.
+    """Return the artifact with the hashes of the files in the model's folder, or with the model's commit on the hub.
 
-    Later runs load this commit. If files in a folder change, later runs get another artifact.
+    Later runs load the same commit. If files in a folder change, later runs get another artifact.
 
     Raises:
-        DataError: there is no such model; names `model.path` and the remedy.
+        DataError: there is no such model; the message names `model.path` and the remedy.
     """
     folder = folder_of(config)
     settings: dict[str, Any] = _hub_settings(config)
@@ -65,7 +65,7 @@ def require_model(store: Store, config: ModelConfig) -> None:
 
     Raises:
         ConfigError: the model is to be quantised without bitsandbytes.
-        DataError: as `pin`.
+        DataError: see `pin`.
     """
     require_bitsandbytes(config)
     if config.kind != "pretrained":
@@ -99,7 +99,7 @@ def require_chat_template(config: ModelConfig, option: str) -> None:
 
 
 def _file_here(config: ModelConfig, name: str) -> Path | None:
-    """Return the path of one of a model's files, or None if the file is not on this machine."""
+    """Return the path of a model's file `name`, or None if the file is not on this machine."""
     folder = folder_of(config)
     if folder is not None:
         return folder / name if (folder / name).exists() else None
@@ -133,7 +133,7 @@ def require_known(config: ModelConfig, described: Mapping[str, Any]) -> None:
         described: the model's config.json.
 
     Raises:
-        DataError: the code is needed and not allowed; names `model.path` and the remedy.
+        DataError: the code is needed and not allowed; the message names `model.path` and the remedy.
     """
     own = described.get("auto_map")
     package = importlib.util.find_spec("transformers")
@@ -176,8 +176,8 @@ def require_config(folder: Path, path: str) -> dict[str, Any]:
 def config_on_hub(config: ModelConfig) -> Path:
     """Check a hub model; return the path of its config.json in the local cache, in a folder named after the commit.
 
-    The check is `require_known`. If the cache lacks the file, the hub is asked once whether the file exists, because a
-    download would retry for 24 s.
+    The check is `require_known`. If the cache lacks the file, the hub is first asked once whether the file exists,
+    because a download would be tried again for 24 s.
 
     Raises:
         DataError: the model is gated or does not exist, needs code that may not run, or the hub cannot be reached.

@@ -40,8 +40,8 @@ def require_adaptable(model: Any, config: LoraConfig, option: str, *, norms: boo
         norms: whether per-sample gradients are needed, as for the proxy.
 
     Raises:
-        ConfigError: the model itself fails, or a layer cannot be used. For a layer, the message names it, the reason,
-            and targets that were tried and work.
+        ConfigError: the model fails without an adapter, or a layer cannot have one. In the second case the message
+            names the layer, the reason, and targets that were tried and work.
     """
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     rng = np.random.default_rng(0)

@@ -8,8 +8,8 @@ activation:
             value (float32) in its block of 64 weights
     int8    a weight is a whole number from -127 to 127, times a 127th of its row's largest absolute value
 
-So a layer is linear, an example's gradient does not depend on its batch, and adapters and gradient norms are computed
-as with any frozen layer (`gradsift.training.adapted`).
+So a quantised layer is linear, an example's gradient does not depend on its batch, and adapters and gradient norms are
+computed as with any frozen layer (`gradsift.training.adapted`).
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class QuantizedLinear(nn.Linear):
 
     Args:
         layer: the layer of bitsandbytes.
-        weight: (O I / 2, 1) uint8, two nf4 numbers in each, or (O, I) int8.
-        scale: float32; (O I / block,) for nf4, (O,) for int8.
+        weight: (O I / 2, 1) uint8 with two nf4 numbers in each byte, or (O, I) int8.
+        scale: float32, one for each block (O I / block,) with nf4, one for each row (O,) with int8.
         block: number of nf4 weights that share a scale.
     """
 

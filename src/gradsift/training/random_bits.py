@@ -1,4 +1,4 @@
-"""Random bits computed from counters. They are the same on every device, in any order and in any part of a tensor.
+"""Counter-based random bits: they depend on a seed and a position, but not on the device or the order of computation.
 
 The numbers of a generator with a state depend on how a batch is divided and on the order in which a device draws. Here
 each number is a function of a seed and of its position, in integer arithmetic, which wraps around and never rounds.
@@ -15,7 +15,7 @@ _ODD = 0x7FEB352D  # of lowbias32 (Wellons)
 
 
 def mixed(numbers: torch.Tensor) -> torch.Tensor:
-    """Return a hash of each of `numbers`, int64: splitmix64 (Steele, Lea and Flood, 2014)."""
+    """Return the splitmix64 hash (Steele, Lea and Flood, 2014) of each of `numbers`, int64."""
     x = numbers + _GOLDEN
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _FIRST
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _SECOND
@@ -26,7 +26,7 @@ def bits(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Return random numbers (..., N) over the whole range of int32, one for each pair of a row and a column.
 
     The upper bits are more random than the lower ones. A number is the product of its row's and its column's hash,
-    mixed once more, which takes five passes over the result.
+    mixed once more. Computing the numbers takes five passes over the result.
 
     Args:
         rows: (...) int64, any numbers.

@@ -1,12 +1,13 @@
 """Save points, from which a training that was interrupted within an epoch continues.
 
 The batches of a training are known before it starts, so a save point holds the number of steps taken and everything
-that they changed: adapter, optimiser state, curve, token budget and the state of the callbacks. (Dropout masks are
-seeded by the step.) A resumed training takes the remaining steps and ends with the same bytes as an
-uninterrupted one.
+that they changed: adapter, optimiser state, curve, token budget and the state of the callbacks. (Dropout masks need no
+state, because they are seeded anew in each step.) A resumed training takes the remaining steps and ends with the same
+bytes as an uninterrupted training.
 
-A save point is one safetensors file with a checksum. A new one is written beside the old one and then renamed, so a
-kill at any moment leaves one of the two. A damaged save point is ignored, and the training starts again.
+A save point is one safetensors file with a checksum. A new save point is written beside the old file and then renamed,
+so after a kill at any moment either the old or the new file is there, complete. A damaged save point is ignored, and
+the training starts again.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _SHARE = 0.01  # share of the time that saving may take, whatever `compute.save_
 
 
 class SavePoint(L.Callback):
-    """Saves the state of a training, and restores it into a fresh one.
+    """Saves the state of a training at intervals, and restores it when the training is started again.
 
     It must be the last callback, so that all other callbacks have processed a step before their state is saved.
     """
@@ -45,7 +46,7 @@ class SavePoint(L.Callback):
         """
         Args:
             folder: the folder of the artifact in the making.
-            every: seconds between two save points; 0 for one after each step.
+            every: least number of seconds between two save points; 0 for a save point after each step.
             steps: the number of steps of the whole training.
             callbacks: the callbacks whose `state_dict` (tensors and numbers) is saved and restored.
         """

@@ -25,7 +25,8 @@ class SharedStore(Store):
     """A store whose `obtain` is called by all ranks with the same arguments.
 
     Rank 0 finds or makes the artifact and writes it. A stage with `divided=True` is made by all ranks together; ranks
-    other than 0 work in a scratch copy of rank 0's folder. Rank 0 makes any other stage alone, while the others wait.
+    other than 0 work in a scratch copy of rank 0's folder. Rank 0 makes any other stage alone, while the other ranks
+    wait.
     """
 
     def _provide(self, wanted: Artifact, make: Make, *, light: bool, exact: bool, divided: bool) -> Artifact:
@@ -33,7 +34,7 @@ class SharedStore(Store):
 
         Raises:
             RunEnded: rank 0 stopped; raised on the other ranks only.
-            GradsiftError: the ranks disagree on what comes next or do not share one store.
+            GradsiftError: the ranks ask for different artifacts or do not share one store.
         """
         options = {"light": light, "exact": exact, "divided": divided}
         if parallel.size() == 1:  # rank 0, within a stage that it makes by itself
@@ -60,7 +61,7 @@ class SharedStore(Store):
 
 
 def _follow(wanted: Artifact, make: Make) -> Artifact:
-    """Follow the messages of rank 0 until it has the artifact, and return the artifact."""
+    """Do what rank 0's messages ask for until rank 0 has the artifact, and return the artifact."""
     while True:
         order, fingerprint, folder = parallel.broadcast(None)
         if order == _ENDED:
@@ -86,7 +87,7 @@ def _follow(wanted: Artifact, make: Make) -> Artifact:
 
 
 def _make_on_every_rank(make: Make, folder: Path) -> Mapping[str, Any]:
-    """Call `make`, and count the forward tokens of all ranks on rank 0."""
+    """Call `make` and return its result; on rank 0, count the forward tokens of all ranks."""
     with counting() as tokens:
         info = make(folder)
     tokens_of_all = parallel.total(tokens())

@@ -69,7 +69,7 @@ def finetune(
 
 
 def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:
-    """Return the settings that a finetune depends on, besides its examples and parents."""
+    """Return the settings that a finetune depends on, besides its examples and parent artifacts."""
     return asdict(config) | {
         **encoding_settings(config.template, config.max_length),
         "lora": config.lora.settings,

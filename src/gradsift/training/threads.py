@@ -1,7 +1,7 @@
 """How many threads torch's kernels use on the CPU.
 
-The threads of a kernel wait for each other by spinning: on a machine that is busy with other work, one thread too many
-makes a step take many times longer. So `compute.threads=auto` uses the cores that are free.
+The threads of a kernel wait for each other by spinning. On a machine that is busy with other work, a single thread more
+than there are free cores makes a step take many times longer. So `compute.threads=auto` uses the cores that are free.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MEASURED_FOR = 0.25  # seconds
 
 @functools.cache
 def busy_cores() -> float:
-    """Return how many cores of this machine other work keeps busy, measured once per process.
+    """Return how many cores of this machine are busy with other work, measured once per process.
 
     With a single measurement, all jobs of a sweep in one process use the same number of threads, on which the last
     digits of results depend.
@@ -34,8 +34,8 @@ def threads_of(compute: ComputeConfig) -> int:
     """Return the number of threads that `compute.threads` asks for.
 
     `auto` is the smallest of torch's own choice, the cores that affinity and cgroup allow, and the free cores. This
-    number is divided by the number of ranks that run on this CPU; the result is at least 1. For None, and for `auto` if
-    OMP_NUM_THREADS is set, the number is torch's own choice, which follows OMP_NUM_THREADS.
+    number is divided by the number of ranks that run on this CPU; the result is at least 1. If `compute.threads` is
+    None, or is `auto` while OMP_NUM_THREADS is set, the number is torch's own choice, which follows OMP_NUM_THREADS.
     """
     if compute.threads is None or (compute.threads == "auto" and "OMP_NUM_THREADS" in os.environ):
         return _TORCH_THREADS

@@ -1,7 +1,7 @@
-"""The largest value allowed for each integer option. A larger value is a typing error, and could exhaust the memory.
+"""The largest value allowed for each integer option. A larger value is taken for a typing error.
 
-Each bound is far above what was ever published or can be computed. No bound depends on the machine, because the jobs of
-a sweep may run on another machine than the one that checks the config.
+Each bound is far above what was ever published or can be computed; a value above it could exhaust the memory. No bound
+depends on the machine, because the jobs of a sweep may run on another machine than the one that checks the config.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def option(
 ) -> Any:
     """Return a dataclass field whose value is checked.
 
-    In a list, every item is checked. None passes, unless there are `choices`.
+    In a list, every item is checked. The value None is accepted unless there are `choices`.
 
     Args:
         default: the default value.
@@ -130,7 +130,10 @@ def require_no_typed_secret(option: str, value: str) -> None:
 
 
 def endpoint_address(option: str, url: str, api_key_env: str) -> None:
-    """Raise ConfigError if an address cannot be used or may hold a secret: addresses are written to manifests."""
+    """Raise ConfigError if an address cannot be used, or may hold a secret.
+
+    A secret in an address would be written to manifests.
+    """
     if "@" in url or "?" in url:
         query = ", and other parameters into judge.extra_query={NAME: VALUE}" if option.startswith("judge.") else ""
         raise ConfigError(

@@ -42,7 +42,7 @@ class FieldsConfig:
 
 @dataclass
 class CorruptionConfig(Group, option="data.corruption"):
-    """Corruption of a share of the rows, to audit scorers. Labels name the corrupted rows; scorers do not see them."""
+    """Corruption of a share of the rows, to audit scorers. Scorers do not see the labels that name these rows."""
 
     # share of the rows (after `limit`) that is corrupted, divided equally among the kinds; copies are added to the rows
     share: float = option(0.0, least=0, below=1)
@@ -73,8 +73,8 @@ class DataConfig(Group, option="data"):
     # for dedup=near: rows are near duplicates if the Jaccard similarity of their word triples is at least this
     dedup_threshold: float = option(0.8, least=0.5, most=1)
     corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
-    # file written by `gradsift scores`. Its scores replace the scorer's (not those of full, random and random_clean);
-    # rows without a score are rejected
+    # file written by `gradsift scores`. Its scores are used in place of the scorer (unless this is full, random or
+    # random_clean); rows without a score are rejected
     scores: str | None = None
 
     def __post_init__(self) -> None:
@@ -121,7 +121,7 @@ class HubDataConfig(DataConfig):
 
     name: str = ""  # empty: made of the id and the subset
     id: str = MISSING  # OWNER/NAME on the hub
-    subset: str | None = None  # name of a part (config) of the dataset on the hub; null: it has only one
+    subset: str | None = None  # name of a subset (config) of the dataset; null: it has only one subset
     revision: str | None = None  # hub commit; null: the current one at first use, which this store then keeps
     split: str = "train"  # split of the dataset
     format: str = option("auto", choices=DATA_FORMATS)  # auto: the first row whose columns fit a format decides
@@ -235,7 +235,7 @@ class FilesTargetSetConfig(TargetSetConfig):
 
     path: str | None = None  # a local file, or a folder that holds the files of `urls`; used instead of `urls`
     urls: dict[str, str] = field(default_factory=dict)  # address of each task's file; downloaded once, at run time
-    task: str | None = None  # column that names a row's task; null: each file is one task
+    task: str | None = None  # column that names a row's task; null: all rows of a file are one task
     rows: str | None = None  # key of the rows in a .json file whose object has several keys
     format: str = option("auto", choices=DATA_FORMATS)  # as data.format
     fields: FieldsConfig = field(default_factory=FieldsConfig)
@@ -248,7 +248,7 @@ class FilesTargetSetConfig(TargetSetConfig):
 
 @dataclass
 class VerifiableTargetSetConfig(TargetSetConfig):
-    """Questions of the embedded world with right answers. None of them is in its dataset or benchmark."""
+    """Questions of the embedded world with right answers. None of them is in the world's dataset or benchmark."""
 
     tasks: list[str] = field(default_factory=lambda: ["sort", "reverse"])  # families (kinds of task) of the world
     limit: int | None = option(20, least=1)  # rows per task

@@ -115,7 +115,7 @@ class BenchmarkConfig(Group, option="benchmark"):
         return [n for n in names if n not in (EMBEDDED, TERSE) and self.catalog[n].reference is None]
 
     def match_of(self, name: str) -> str:
-        """Return how answers to the set `name` are compared with the reference."""
+        """Return the rule by which answers to the set `name` are compared with the reference."""
         entry = self.catalog.get(name)  # None for the embedded world's sets
         return "exact" if entry is None else str(entry.match)
 
@@ -147,7 +147,7 @@ class VerifierJudgeConfig(JudgeConfig):
 
 @dataclass
 class LocalJudgeConfig(JudgeConfig):
-    """Compares the log-probabilities of A and B under a local model. A small model only serves to test the setup."""
+    """Compares a local model's log-probabilities of A and B, the answers' names. A small model only tests the setup."""
 
     model: ModelConfig = MISSING
     max_length: int = option(2048, least=16)  # tokens of question and answers; longer answers are cut
@@ -214,7 +214,7 @@ class EndpointJudgeConfig(EndpointOptions, JudgeConfig):
 
 @dataclass
 class OpenaiJudgeConfig(EndpointJudgeConfig):
-    """A protocol (prompt and parser) at an OpenAI-compatible endpoint. The default is the paper's: scores of 1-10."""
+    """A protocol (prompt and parser) at an OpenAI-compatible endpoint; the default is the paper's (scores of 1-10)."""
 
     model: str = "gpt-4o"  # name of the model at the endpoint
     temperature: float | None = option(0.0, least=0)  # sampling temperature; null: not sent
@@ -227,7 +227,7 @@ class OpenaiJudgeConfig(EndpointJudgeConfig):
 
 @dataclass
 class AlpacaEvalJudgeConfig(EndpointJudgeConfig):
-    """One of alpaca_eval's annotators, asked in both orders."""
+    """One of alpaca_eval's annotators. It judges every pair in both orders."""
 
     annotators: str = "weighted_alpaca_eval_gpt4_turbo"  # name in the package, or your own folder or file
     model: str | None = None  # name of the model at the endpoint; null: the annotator's own
@@ -257,7 +257,7 @@ def require_trained(judge: JudgeConfig) -> None:
 
 @dataclass
 class CompareConfig(Group):
-    """The options of `gradsift.evaluation.compare`. Composing all options of a run instead would take .3 s more."""
+    """The options of `gradsift.evaluation.compare`. Composing all options of a run instead would take 0.3 s more."""
 
     benchmark: BenchmarkConfig = field(default_factory=lambda: BenchmarkConfig(sets=[EMBEDDED]))
     judge: JudgeConfig = MISSING
@@ -278,7 +278,7 @@ class GeneratorConfig(Group, option="generator"):
 
 @dataclass
 class EndpointGeneratorConfig(EndpointOptions, GeneratorConfig):
-    """An OpenAI-compatible server computes the answers. A finetuned target is named after its artifact there."""
+    """An OpenAI-compatible server computes the answers. On it, a finetuned target has the name of its artifact."""
 
     model: str | None = None  # the server's name for the untuned target; null: target.model.path
     # tokens: sends token ids, encoded with the target's template, to the completions API; chat: sends messages, and the
@@ -307,7 +307,7 @@ class AuditConfig(Group, option="audit"):
     """The noise audit: how well a scorer keeps known corruption out of the selection (gradsift.selection.audit)."""
 
     enabled: bool = False  # compare the scores with known corruption
-    alphas: list[float] = option([0.05, 0.1, 0.15], above=0, most=1)  # shares of the rows that only the audit selects
+    alphas: list[float] = option([0.05, 0.1, 0.15], above=0, most=1)  # alphas of selections that only the audit makes
     clusters: int = option(30, least=2)  # number of prompt clusters, used as task families if the data names none
 
     def __post_init__(self) -> None:

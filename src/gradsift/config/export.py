@@ -16,8 +16,8 @@ class ExportConfig(Group, option="export"):
     """Writes the selection for other trainers or to the hub, and the target with its adapter as one model."""
 
     trl: bool = False  # write rows and configs for TRL to `export/trl` in the run's folder; export=[trl,...] sets this
-    llama_factory: bool = False  # the same for LLaMA-Factory
-    axolotl: bool = False  # the same for axolotl
+    llama_factory: bool = False  # as `trl`, but for LLaMA-Factory
+    axolotl: bool = False  # as `trl`, but for axolotl
     merged: bool = False  # write target and adapter as one model (safetensors, tokenizer) to `export/merged`
     # OWNER/NAME of a dataset of the hub, to which the selection is pushed with a dataset card at the end of the run.
     # The token is read from HF_TOKEN

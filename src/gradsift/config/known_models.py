@@ -26,7 +26,7 @@ KNOWN_MODELS = {
 
 
 def known_choices() -> dict[str, dict[str, Any]]:
-    """Return by name what a file `proxy/NAME.yaml` or `target/NAME.yaml` would contain."""
+    """Return, by short name, what a file `proxy/NAME.yaml` or `target/NAME.yaml` would contain."""
     return {
         name: {"defaults": ["hf", "_self_"], "name": name, "model": {"path": path}, "template": "chat"}
         for name, path in KNOWN_MODELS.items()

@@ -49,7 +49,7 @@ class ComputeConfig(Group, option="compute"):
     # ddp: the processes share a training, or a collection of gradient norms, each with the whole model. fsdp: as ddp,
     # but each process holds only a part of the target's frozen weights
     strategy: str = option("single", choices=("single", "ddp", "fsdp"))
-    # processes per machine, each with its own GPU or on the CPU; more than one with ddp and fsdp
+    # processes per machine, each on a GPU of its own or on the CPU; more than 1 only with ddp or fsdp
     devices: int = option(1, least=1)
     num_nodes: int = option(1, least=1)  # machines that share the work and the store; the same command runs on each
 
@@ -71,8 +71,8 @@ class ComputeConfig(Group, option="compute"):
 
     @property
     def mask_batches(self) -> Any:
-        """The settings that dropout masks depend on in layers whose input is not divided by row (experts).
+        """The settings that dropout masks depend on in the layers of experts.
 
-        In these layers masks are drawn for each batch and rank, not for each row.
+        The input of these layers is not divided by row, so masks are drawn for each batch and rank instead of each row.
         """
         return self.tokens if self.ranks == 1 else {"tokens": self.tokens, "ranks": self.ranks}

@@ -1,4 +1,4 @@
-"""Scorers and selectors: the constants of their formulas."""
+"""Options of the scorers and selectors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ContrastConfig(ScorerConfig):
 
 @dataclass
 class G2isConfig(ScorerConfig):
-    """Agreement of gradients with principal components of the target set's gradients, its core knowledge (G2IS)."""
+    """Agreement of gradients with the target set's core knowledge: principal components of its gradients (G2IS)."""
 
     explained: float = option(0.5, above=0, most=1)  # share of the target gradients' variance in the components
 
@@ -94,11 +94,12 @@ class SuperfilterConfig(ScorerConfig):
 
 @dataclass
 class GradsConfig(ScorerConfig):
-    """Representativeness, diversity and redundancy (GrADS). The paper gives none of these values."""
+    """Representativeness, diversity and redundancy (GrADS). The paper gives no values for these options."""
 
-    weights: list[float] = option([1.0, 1.0, 1.0], least=0)  # w_g, w_d, w_s; weight 0 leaves a factor out
-    # signal from the gradients of embedding and head. statistics: four of each gradient; norms: the norm of each; norm:
-    # one norm of both together
+    # weights w_g, w_d and w_s of representativeness, diversity and redundancy; a factor with weight 0 is left out
+    weights: list[float] = option([1.0, 1.0, 1.0], least=0)
+    # signal from the gradients of embedding and head. statistics: maximum, minimum, mean, standard deviation of each;
+    # norms: the norm of each; norm: one norm of both together
     combine: str = option("statistics", choices=("statistics", "norms", "norm"))
     bandwidth: Any = "scott"  # kernel width: a number of standard deviations of the signal, or scott (Scott's rule)
     region: str = option("high", choices=("high", "low"))  # whether high or low density counts as representative
@@ -138,7 +139,7 @@ class PerplexityConfig(ScorerConfig):
 
 @dataclass
 class LengthConfig(ScorerConfig):
-    """Length of a part of the example."""
+    """Length of the response, of the prompt, or of both."""
 
     unit: str = option("tokens", choices=("tokens", "characters"))  # tokens of the proxy; characters need no model
     part: str = option("response", choices=("response", "prompt", "both"))  # part that is measured
@@ -170,7 +171,7 @@ class SelectorConfig(Group, option="selector"):
 
 @dataclass
 class FacilityLocationConfig(SelectorConfig):
-    """Selects, of the candidates with the highest scores, a subset that represents them all (Superfiltering.D)."""
+    """Selects a subset that represents all candidates, the examples with the highest scores (Superfiltering.D)."""
 
     # similarity of two embeddings; exp_distance: exp(-distance / dimensions), as in the published code
     similarity: str = option("exp_distance", choices=("exp_distance", "cosine"))
@@ -179,14 +180,14 @@ class FacilityLocationConfig(SelectorConfig):
 
 @dataclass
 class ReprFilterConfig(SelectorConfig):
-    """Selects the highest scores, but no example that is too similar to one selected before (DEITA)."""
+    """Selects the highest scores, but skips examples that are too similar to a selected example (DEITA)."""
 
-    threshold: float = option(0.9, least=-1, most=1)  # largest cosine to an example selected before
+    threshold: float = option(0.9, least=-1, most=1)  # largest cosine to a selected example
 
 
 @dataclass
 class ClustersConfig(SelectorConfig):
-    """Selects the highest scores of every k-means cluster of the embeddings."""
+    """Selects the examples with the highest scores in each k-means cluster of the embeddings."""
 
     clusters: int = option(100, least=1)  # k of k-means
     # how many examples a cluster gives: proportional to its size, or as equal as the sizes allow
@@ -196,7 +197,7 @@ class ClustersConfig(SelectorConfig):
 
 @dataclass
 class QuotasConfig(SelectorConfig):
-    """Selects the highest scores of every group of rows. Each group has a given share of the selection."""
+    """Selects the highest scores in each group of rows. Each group has a given share of the selection."""
 
     column: str = "source"  # column of the data that names a row's group; data=mixture writes `source`
     # weight of each group, as in 'selector.shares={code: 1, chat: 3}'; null: each group has its share in the pool
@@ -220,13 +221,14 @@ class QuotasConfig(SelectorConfig):
 class GumbelConfig(SelectorConfig):
     """A random draw without replacement that favours high scores."""
 
-    temperature: float = option(1.0, above=0)  # a score this many standard deviations higher has e times the odds
+    # a row whose score is this many standard deviations higher has e times the odds of being drawn
+    temperature: float = option(1.0, above=0)
     seed: int = option(0, least=0)  # seed of the noise
 
 
 @dataclass
 class RoundRobinQueriesConfig(SelectorConfig):
-    """Selects for each target row in turn the pool row with the largest cosine of the embeddings (RDS+)."""
+    """Selects, for one target row after another, the pool row whose embedding has the largest cosine to it (RDS+)."""
 
     # what happens if the pool row that is next for a target row is selected already. original: nothing is selected in
     # this turn, as in the published scripts; fixed: the next pool row that is not selected yet
@@ -235,7 +237,7 @@ class RoundRobinQueriesConfig(SelectorConfig):
 
 @dataclass
 class GradientWalkConfig(SelectorConfig):
-    """Selects examples one by one, so that their gradients agree with each other and with the target set's (G2IS)."""
+    """Selects examples one by one, so that their gradients agree with each other and with target gradients (G2IS)."""
 
     explained: float = option(0.5, above=0, most=1)  # share of the target gradients' variance in the components
     # when an example is added, the sum of gradients must keep this share of its cosine to the component

@@ -62,7 +62,7 @@ class ModelConfig(Group, option="model"):
 
     @property
     def short_name(self) -> str:
-        """The last part of the hub id or folder, cut to the longest name that a model of a run may have."""
+        """The last part of the hub id or folder, in lower case and with at most `LONGEST_NAME` characters."""
         return slug_of_path(str(self.path))[:LONGEST_NAME]
 
 
@@ -113,10 +113,10 @@ def _check_template(option: str, template: str) -> None:
 
 
 def warmup_fits(option: str, warmup: int, steps: int) -> int:
-    """Return `warmup`, the number of steps in which the learning rate rises from 0, if it is below `steps`.
+    """Return `warmup`, the number of steps in which the learning rate rises from 0.
 
     Raises:
-        ConfigError: the warm-up takes all steps, so that the learning rate would never reach its full value.
+        ConfigError: the warm-up takes all `steps`, so that the learning rate would never reach its full value.
     """
     if 0 < steps <= warmup:
         raise ConfigError(
@@ -146,7 +146,8 @@ class ProxyConfig(Group, option="proxy"):
     collect: str = option("epoch_end", choices=("epoch_end", "during_training"))
     shards: int = option(1, least=1)  # number of parts of the rows; with `shard`, a job collects the norms of one part
     shard: int | None = None  # the shard, counted from 0, that this run collects; null: all shards
-    # LoRA factors whose gradients are in the norm. scaled: both, each divided by the Frobenius norm of the other factor
+    # LoRA matrices whose gradients are in the norm. scaled: both; each gradient's norm is divided by the Frobenius norm
+    # of the other matrix
     norm_scope: str = option("all", choices=("all", "A", "B", "scaled"))
     learning_rate: float = option(5e-5, above=0)  # AdamW's learning rate; the default is the paper's
     # schedule of the learning rate; with constant, the result of an epoch does not depend on the number of epochs

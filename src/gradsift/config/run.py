@@ -139,7 +139,7 @@ class Config(Group):
         return self.stop_after is None or STAGES.index(stage) <= STAGES.index(self.stop_after)
 
     def check_objective(self) -> None:
-        """Raise ConfigError for a search with plan=true, or whose objective is never computed."""
+        """Raise ConfigError if a search has plan=true, or if its jobs end before the objective is computed."""
         if self.plan:
             raise ConfigError("plan=true shows no search, whose jobs follow from results; plan one job, or a sweep")
         if not self.reaches(OBJECTIVES[self.objective]):
@@ -150,7 +150,7 @@ class Config(Group):
 
     @staticmethod
     def _asked(method: Any) -> frozenset[str] | None:
-        """Return the inputs that a scorer or selector asks for; None for a user's own, which the run reads later."""
+        """Return the inputs that a scorer or selector asks for; None for a user's own, which is inspected later."""
         target = method.get("_target_", "") if isinstance(method, dict) else method._target_
         return asked_by(str(target))
 
@@ -240,7 +240,7 @@ class Config(Group):
             )
 
     def _check_embedded_parts(self) -> None:
-        """Check that the embedded world's models, target set and benchmarks are used with its data only."""
+        """Check that the embedded world's models, target set and benchmarks go with the run's data and benchmark."""
         # a user's own set may hold only the embedded world's words; published sets, which have a URL, hold other words
         asked = [*self.benchmark.sets, *self.benchmark.general]
         embedded_sets = [name for name in asked if name in (EMBEDDED, TERSE)]

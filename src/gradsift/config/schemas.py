@@ -1,4 +1,4 @@
-"""The interface to Hydra: the schemas of each group, and the conversion of composed configs into checked ones."""
+"""The interface to Hydra: the schemas of each group, and the conversion of composed configs to checked dataclasses."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Batches: how examples are grouped and padded.
 
-Shape letters: B examples of a batch, T tokens, P predicted tokens of a batch.
+Shape letters: B examples in a batch, T tokens of its longest example, P predicted tokens in the batch.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Batch:
     def model_inputs(self) -> dict[str, torch.Tensor]:
         """Return the arguments for a causal language model.
 
-        Padding on the right comes after all predicted tokens, so with causal attention none of them attends to it. Then
-        neither mask nor positions are needed, and attention can use its fast implementations.
+        With causal attention, no token of an example attends to padding on its right. With right padding, mask and
+        positions are therefore left out, so that attention can use its fast implementations.
         """
         inputs = {"input_ids": self.input_ids}
         if self.padding_side == "left":
@@ -105,10 +105,10 @@ def collate(examples: Sequence[Encoded], pad_id: int, padding_side: str = "right
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Return positions in batches of similar length, with at most `max_tokens` tokens each, padding included.
+    """Return the examples' positions in batches of similar length, with at most `max_tokens` tokens, padding included.
 
-    Use it for passes whose result does not depend on the order. The longest examples come first, so that a lack of
-    memory shows in the first batch. An example longer than `max_tokens` is a batch of its own.
+    Use it only where the result does not depend on the order of the examples. The longest examples come first, so that
+    a lack of memory shows in the first batch. An example longer than `max_tokens` is a batch of its own.
     """
     batches: list[list[int]] = []
     widest = 0
@@ -132,17 +132,18 @@ def capped_batches(lengths: Sequence[int], batch_size: int, max_tokens: int | No
 def spread_out(batches: Sequence[T]) -> list[T]:
     """Return the first batch, then the others in a fixed random order.
 
-    Batches are then not sorted by length, so that the remaining time of a pass can be estimated from its first part.
-    The batch of the longest examples, which needs the most memory, still comes first.
+    Use it for batches that are sorted from the longest to the shortest examples. Their random order lets the remaining
+    time be estimated from the batches that are done. The batch that needs the most memory still comes first.
     """
     order = np.random.default_rng(0).permutation(max(0, len(batches) - 1)) + 1
     return [*batches[:1], *(batches[place] for place in order)]
 
 
 def shard_of(examples: Sequence[Encoded], shard: int, shards: int) -> list[Encoded]:
-    """Return part `shard` of `shards` parts of the examples, in the order of the examples. All parts take similar time.
+    """Divide the examples into `shards` parts that take similar time, and return the part `shard`, counted from 0.
 
-    In the order of falling length, the part has the examples at positions `shard`, `shard` + `shards`, ...
+    If the examples are sorted from the longest to the shortest, the part consists of the examples at the positions
+    `shard`, `shard` + `shards`, ... They are returned in their order in `examples`.
     """
     by_falling_length = sorted(range(len(examples)), key=lambda position: -len(examples[position].input_ids))
     return [examples[position] for position in sorted(by_falling_length[shard::shards])]
@@ -162,7 +163,7 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, batching: str, seed: 
               batches, and all batches are shuffled. With at least 4 x `batch_size` examples there are at least four
               stretches: with a single stretch, every epoch would have nearly the same batches
 
-    A smaller last batch is kept.
+    If the number of examples is not a multiple of `batch_size`, one batch is smaller.
 
     Raises:
         ConfigError: `batching` is unknown, or the batch size is below 1.

@@ -103,7 +103,8 @@ def file_text(path: str) -> str:
 def chat_segments(turns: Sequence[Turn], tokenizer: Any, template: str) -> list[Segment]:
     """Return the text of a conversation as segments.
 
-    If the conversation ends with the user's turn, return its generation prompt, after which a response is generated.
+    The text ends with the last response that is trained. If the last turn is the user's, the text ends with the
+    generation prompt instead, after which a response is to be generated.
 
     Args:
         turns: a system turn or none, then user and assistant turns that alternate.
@@ -127,7 +128,7 @@ def chat_segments(turns: Sequence[Turn], tokenizer: Any, template: str) -> list[
 
 
 class _Chat:
-    """A conversation with marks around the texts of its turns, and stand-ins for control tokens in these texts."""
+    """A conversation with marks around the texts of its turns, and stand-ins in place of control tokens in them."""
 
     def __init__(self, turns: Sequence[Turn], tokenizer: Any, template: str) -> None:
         self._turns, self._tokenizer, self._template = turns, tokenizer, template
@@ -166,7 +167,7 @@ class _Chat:
         return longer + text[end:], spans
 
     def _prompt(self, number: int) -> str:
-        """Return the generation prompt for the response that is turn `number`."""
+        """Return the text of the turns before turn `number`, a response, ending with the generation prompt."""
         if number not in self._prompts:
             self._prompts[number], _ = self.rendered(number, generate=True)
         return self._prompts[number]
@@ -179,7 +180,7 @@ class _Chat:
         return _rendered(self._template, messages, generate=generate, **options)
 
     def _marked(self, number: int) -> str:
-        """Return the text of a turn with marks around its core; a system turn has no marks."""
+        """Return the text of a turn with marks around its core. A system turn or an empty text gets no marks."""
         text, core = self._texts[number], self._core(number)
         if self._turns[number].role == "system" or not core:
             return text
@@ -187,7 +188,7 @@ class _Chat:
         return text[:place] + core.join(self._marks[number]) + text[place + len(core) :]
 
     def _core(self, number: int) -> str:
-        """Return the part of a turn's text to mark: without thoughts and outer white space, which templates may strip.
+        """Return the core of a turn's text: without thoughts and outer white space, which templates may strip.
 
         If the turn consists of thoughts only, return the whole text.
         """
@@ -214,8 +215,8 @@ class _Chat:
         """Return the start and the end of a response in the text of the whole conversation.
 
         Raises:
-            Unusable: the text before the response is not the generation prompt, or no generation marks hold the
-                response.
+            Unusable: the text before the response is not the generation prompt, or the template has generation marks,
+                but none around the response.
         """
         asked, (start_mark, end_mark) = self._marks[number - 1][1], self._marks[number]
         prompt = self._prompt(number)
@@ -261,7 +262,7 @@ class _Chat:
         return segments if responses else self._split(text, is_response=False)
 
     def _split(self, text: str, *, is_response: bool) -> list[Segment]:
-        """Return the text as markup segments, in which plain-text segments replace the stand-ins."""
+        """Return the text as markup segments. Each stand-in becomes its token again, in plain-text segments."""
         text = text.translate({ord(mark): None for marks in self._marks for mark in marks})
         tokens = {stand_in: token for token, stand_in in self._stand_ins.items()}
         segments = []
@@ -283,7 +284,7 @@ def _squeezed(text: str) -> str:
 
 @functools.lru_cache(maxsize=4)  # slow, and called for every example
 def _control_tokens(tokenizer: Any, template: str) -> dict[str, bool]:
-    """Return the control tokens (special tokens, and added tokens in the template), and whether each is special."""
+    """Return the special tokens and the added tokens that the template contains, each with whether it is special."""
     added = {token.content: bool(token.special) for token in tokenizer.added_tokens_decoder.values()}
     control = [token for token, special in added.items() if special or (token.strip() and token in template)]
     return {token: added[token] for token in sorted(control, key=len, reverse=True)}  # a token may be part of another

@@ -52,13 +52,14 @@ def folded(name: str) -> str:
 
 @dataclass(frozen=True)
 class Shape:
-    """A format and the columns of its fields. Needed columns are the same for all rows, others are looked up per row.
+    """A format and the columns of its fields. Columns that the format needs are the same for all rows.
 
     format  alpaca, messages, sharegpt or prompt_completion
     fields  the column names: as found in the data for the columns that the format needs, as configured for the others
     needed  the names, as in the data, of the columns that the format needs
 
-    If the format was given and no columns fit it, `needed` has the configured names.
+    The other columns are looked up in each row (see `optional`). If the format was given and no columns fit it,
+    `needed` has the configured names.
     """
 
     format: str
@@ -68,13 +69,13 @@ class Shape:
 
     @property
     def prefers(self) -> bool:
-        """Whether the response is the chosen one of a preference pair."""
+        """Whether the response is the chosen response of a preference pair."""
         return any(folded(name) == "chosen" for name in self.needed)
 
     def optional(self, row: Mapping[str, Any], part: str) -> str | None:
         """Return the column of `row` for `part` (input, system or history): the first matching one that is not blank.
 
-        If all matching columns are blank, return the first of them; if none matches, None.
+        If all matching columns are blank, return the first of them. If no column matches, return None.
         """
         configured = getattr(self.fields, part)
         key = (tuple(row), part)
@@ -97,9 +98,10 @@ def pair_of(row: Iterable[str]) -> tuple[str, str] | None:
 
 
 def recognise(rows: Sequence[SourceRow], format: str, fields: FieldsConfig, source: str, group: str) -> Shape:
-    """Return the shape of a dataset.
+    """Return the format of a dataset and the columns of its fields.
 
-    The three steps (see the module) are tried in turn. At each, the first row with all columns of a format decides.
+    The three steps (see the module) are tried in turn. At each step, the rows are searched for the first row
+    that has all columns of a format.
 
     Args:
         format: auto, or the only format to look for.
@@ -149,7 +151,7 @@ def _fitting(
 
 
 def _needed_columns(columns: Sequence[str], configured: str, part: str, last: int) -> list[str]:
-    """Return the columns that match a needed field at the first step, up to `last`, with a match; empty if none has."""
+    """Return the columns that match a needed field at the first step with a match; empty if none up to `last` has."""
     for step in range(last + 1):
         names = _matching(columns, configured, part, step)
         is_default = configured == getattr(_DEFAULTS, part)

@@ -14,9 +14,9 @@ Two kinds append copies after the last example. The copies are redundant rather 
     exact_duplicate    the same example
     near_duplicate     the example, with a tenth of the words of its instruction left out, repeated or swapped
 
-`original` of a changed example holds the columns from before the change. The file of a selection shows these columns,
-so it also names the kind of corruption. For the embedded world, the caller of `corrupt` passes other functions in
-`changes`, which make wrong answers, garbled answers and rewordings within the world's vocabulary.
+`original` of a changed example holds the columns from before the change. The file of a selection contains these
+columns, and names the kind of corruption beside them. For the embedded world, the caller of `corrupt` passes other
+functions in `changes`, which make wrong answers, garbled answers and rewordings within the world's vocabulary.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def truncated(answer: str, rng: random.Random) -> str | None:
 
 
 def garbled(answer: str, rng: random.Random) -> str | None:
-    """Return the words in random order, each with its letters in random order; None if no try changes the answer."""
+    """Return the words in random order, each with its letters shuffled; None if every draw equals the answer."""
     words = answer.split()
     for _ in range(_TRIES):
         text = " ".join("".join(rng.sample(word, len(word))) for word in rng.sample(words, len(words)))
@@ -254,7 +254,10 @@ def garbled(answer: str, rng: random.Random) -> str | None:
 
 
 def edited(instruction: str, rng: random.Random) -> str | None:
-    """Return the instruction with a tenth of its words, at least one, left out, repeated or swapped; None if empty."""
+    """Return the instruction with a tenth of its words, at least one, left out, repeated or swapped.
+
+    Return None if the instruction has no word.
+    """
     words = re.findall(r"\S+\s*", instruction)
     if not words:
         return None

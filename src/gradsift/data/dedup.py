@@ -1,7 +1,7 @@
-"""Repeated examples: equal texts, and texts that share most of their words.
+"""Finds repeated examples: exact duplicates have equal texts, near duplicates share most of their word triples.
 
-Of repeated examples the first row is kept. To find near duplicates, a row is compared with kept rows only. So of a
-chain in which each row resembles the next row, several rows may be kept.
+Of repeated examples the first row is kept. To find near duplicates, a row is compared with kept rows only. If row 2
+resembles rows 1 and 3, but row 1 does not resemble row 3, rows 1 and 3 are therefore both kept.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def deduplicated(
     Args:
         dedup: exact (drops rows with equal history, instruction, input and output) or near (also drops rows that share
             most of their words).
-        threshold: Jaccard similarity from which rows are near duplicates.
-        progress: called with the number of examples that were just compared.
+        threshold: smallest Jaccard similarity of the word triples of near duplicates.
+        progress: called, with `near` only, with the number of examples that were just compared.
     """
     first: dict[str, int] = {}  # by content hash
     reasons: dict[int, str] = {}  # by position
@@ -88,9 +88,9 @@ def near_duplicates(
 
 
 def bands_of(threshold: float) -> tuple[int, int]:
-    """Return the number of bands and of hashes per band.
+    """Return the number of bands of a MinHash signature, and the number of hashes per band.
 
-    The bands are the longest ones with which a pair at the threshold is missed with a probability of at most `_MISS`.
+    A band has as many hashes as possible while a pair at the threshold is missed with a probability of at most `_MISS`.
     A pair of similarity s agrees in a whole band of r hashes with probability s^r, and in none of b bands with
     probability (1 - s^r)^b.
     """

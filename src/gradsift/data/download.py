@@ -21,7 +21,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 def fetch_url(url: str, folder: Path) -> Path:
     """Download `url` into `folder` unless the file is there already, and return the file's path.
 
-    Only https is allowed, except for addresses of this machine. The file gets its name when the download is complete.
+    Only https is allowed, except for addresses of this machine. The file gets its name only when it is complete.
 
     Raises:
         DataError: the address is not https, there is no network, an HTTP error occurs, or the file has more than

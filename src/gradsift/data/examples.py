@@ -55,7 +55,7 @@ class Turn:
 class Example:
     """One row that can be trained on.
 
-    row_index     position in the source, from 0; positions of rejected rows are not used
+    row_index     position in the source, from 0; rejected rows are counted too
     example_id    content hash and occurrence number; unique
     content_hash  hash of history, instruction, input and output; equal for exact duplicates
     history       turns before the last exchange; an assistant turn in it carries loss too, unless its `is_trained` is
@@ -92,7 +92,7 @@ class Rejected:
 
 
 def content_hash(history: Sequence[Turn], instruction: str, input: str, output: str) -> str:
-    """Return 16 hex digits of SHA-256 over the fields as JSON; the same text divided differently gets another hash."""
+    """Return 16 hex digits of SHA-256 over the fields as JSON, so that moving text between fields changes the hash."""
     turns = [[turn.role, turn.content] + ([] if turn.is_trained else ["not trained"]) for turn in history]
     fields = [turns, instruction, input, output]
     return hashlib.sha256(json.dumps(fields).encode("ascii")).hexdigest()[:16]
@@ -124,9 +124,9 @@ def make_example(
 def json_value(value: Any) -> Any:
     """Return the value of a column as a JSON value, so that a row can be written as JSON and read back unchanged.
 
-    JSON values are returned as they are. NaN becomes null, which is its meaning in data frames. Infinities become the
-    text "Infinity" or "-Infinity", dates and times their ISO text, durations, decimals and UUIDs their `str`, bytes
-    base64 text, and tuples lists.
+    JSON values are returned as they are. NaN becomes null, which is its meaning in data frames, and an infinity
+    becomes the text "Infinity" or "-Infinity". Dates and times become ISO text; durations, decimals and UUIDs become
+    their `str`; bytes become base64 text; tuples become lists.
 
     Raises:
         TypeError: the value, or a value in it, has another type, such as an image.
@@ -223,7 +223,7 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def read_blocks(path: Path, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Yield the table that `write_examples` wrote, block by block, so that it need not fit in memory.
+    """Yield the table that `write_examples` wrote, block by block, so that the table need not fit in memory.
 
     Args:
         names: the columns to read; None for all.
@@ -295,7 +295,7 @@ def draw(
     """Draw a seeded sample of the examples (the pool), and `holdout` other examples; both in the order of the source.
 
     The held-out examples are drawn first, so they are the same for every `limit`. Then at most `limit` of the remaining
-    examples are drawn; a pool with a smaller `limit` is part of a pool with a larger one. Examples with equal prompts
+    examples are drawn; with the same seed, a smaller pool is part of every larger pool. Examples with equal prompts
     (history, instruction and input) are held out together, so held-out examples and pool share no prompt and no content
     hash. A group of equal prompts is divided only if `holdout` cannot be reached otherwise. The rest of the group is
     then neither held out nor in the pool.

@@ -83,7 +83,7 @@ def read_rows(path: Path, *, group: str = "data", holder: str | None = None) -> 
 
 
 def file_kind(path: Path, group: str = "data") -> str:
-    """Return json, jsonl, csv, tsv, parquet or arrow, by the file's name.
+    """Return the type that the file's name states: json, jsonl, csv, tsv, parquet or arrow.
 
     Raises:
         DataError: `path` is not a regular file, or its type is unknown.

@@ -48,7 +48,7 @@ def parse_rows(
     group: str = "data",
     occurrences: Counter[str] | None = None,
 ) -> tuple[list[Example], list[Rejected]]:
-    """Return the examples of rows, and the rows that are rejected.
+    """Return the examples of rows, and the rows that are rejected. The formats have these columns:
 
     alpaca             instruction, input (may be missing or null), output. If the data has columns chosen and rejected
                        in place of output, chosen is the output
@@ -58,13 +58,13 @@ def parse_rows(
     auto               the format whose columns the data has, see `gradsift.data.columns.recognise`
 
     Texts are kept as they are, except that an input of nothing but white space becomes "". The keys of a turn are role
-    and content or from and value. A conversation is a system prompt, if any, and then user and assistant turns that
+    and content, or from and value. A conversation is a system prompt, if any, and then user and assistant turns that
     alternate. Turns after the last assistant turn that is trained are left out, because they carry no loss. A column
     `system` holds the system prompt, and a column `history` holds earlier exchanges. All columns are kept in
     `Example.original`, as JSON values.
 
     Args:
-        rows: rows of a reader, or pairs of position and columns.
+        rows: rows of a reader, or pairs of a row's position and its columns.
         source: name of the data in errors.
         group: group of the options that describe the data, for errors.
         occurrences: how often each content hash has occurred in other sources; the examples are added to the counts.
@@ -249,7 +249,7 @@ def _with_reply(prompt: list[Turn], reply: Any, name: str) -> Conversation:
 
 
 def _decoded(value: Any) -> Any:
-    """Return the list of turns if `value` is its JSON text, otherwise `value`."""
+    """Return the list of turns that `value` holds as JSON text; `value` itself if it holds no such list."""
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return value
     try:

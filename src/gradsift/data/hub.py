@@ -126,7 +126,10 @@ def _files_instead(group: str) -> str:
 
 
 def _may_be_cached(id: str) -> bool:
-    """Return whether the caches of huggingface_hub or datasets may hold a dataset (or another one of its owner)."""
+    """Return whether the caches of huggingface_hub or datasets may hold a dataset.
+
+    The result is also True if the cache of datasets holds another dataset of the same owner.
+    """
     from huggingface_hub import constants
 
     prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets"))

@@ -54,7 +54,11 @@ class Labels:
 
 
 def load(runtime: Runtime, config: DataConfig) -> Artifact:
-    """Read and check the examples, give them ids, drop duplicates if `config.dedup` is set, and hold examples out."""
+    """Return the artifact of the load stage; make it if the store does not have it.
+
+    Rows are read and checked, and examples get ids. Then duplicates are dropped (`config.dedup`), examples are held out
+    (`config.holdout`), and a share of the other examples is corrupted (`config.corruption`).
+    """
     if isinstance(config, VerifiableDataConfig):
         return _load_world(runtime, config)
     return _load_rows(runtime, config)
@@ -67,7 +71,7 @@ def require_dataset(store: Store, config: HubDataConfig) -> None:
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
-    """Return the options that change the result, without those that are off, so that old fingerprints stay valid."""
+    """Return the options as settings; newer options are left out while off, so that earlier results stay valid."""
     settings = asdict(config)
     if config.dedup != "near":
         del settings["dedup_threshold"]
@@ -218,7 +222,7 @@ def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
 
 
 def _without_lone_copies(pool: Sequence[Example], known: Sequence[verifiable.Label]) -> list[str]:
-    """Return the quality of each example; a copy is clean if the row that it repeats is not in the pool."""
+    """Return each example's quality label, which becomes clean for a copy of a row that is not in the pool."""
     questions = [
         verifiable.question_of(label.family, example.instruction, example.input)
         for example, label in zip(pool, known, strict=True)
@@ -234,7 +238,7 @@ def _without_lone_copies(pool: Sequence[Example], known: Sequence[verifiable.Lab
 
 
 def _world_changes(world: verifiable.World) -> dict[str, corruption.Change]:
-    """Return the functions of the kinds of corruption that must keep to the embedded world's vocabulary."""
+    """Return, by kind of corruption, the functions that corrupt an example with words of the embedded world only."""
 
     def reworded(example: Example, rng: random.Random) -> corruption.Texts:
         family = world.labels[example.row_index].family
@@ -304,7 +308,7 @@ def labels_of(loaded: Artifact) -> Labels | None:
 
 
 def corruption_of(loaded: Artifact) -> dict[int, str]:
-    """Return the kind of corruption for the position of each corrupted example; empty if nothing was injected."""
+    """Return the kind of corruption of each corrupted example, by its position; empty if nothing was injected."""
     labels = labels_of(loaded)
     kinds = labels.corruption if labels else None
     return {position: kind for position, kind in enumerate(kinds or ()) if kind}

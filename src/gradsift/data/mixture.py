@@ -61,7 +61,8 @@ def row_source(
 def parse_mixture(config: MixtureDataConfig, sources: Mapping[str, RowSource]) -> tuple[list[Example], list[Rejected]]:
     """Return the examples and the rejected rows of all sources.
 
-    Rows are numbered over all sources. The column `config.source_column` of `original` holds the name of the source.
+    Rows are numbered consecutively across all sources. The column `config.source_column` of `original` holds the name
+    of the source.
 
     Raises:
         DataError: a source already has this column, or cannot be read (see `parse_rows`).

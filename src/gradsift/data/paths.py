@@ -18,7 +18,7 @@ _PATTERN_CHARACTERS = "*?["
 
 
 def files_of(paths: str | Sequence[str], downloads: Path, group: str = "data") -> list[Path]:
-    """Return the files that `data.path` names, in the order of their rows.
+    """Return the files that `data.path` names, in the order in which their rows are numbered.
 
     A folder must be written by `datasets.save_to_disk`, or hold shards of one type, which are read in the order of
     their names.
@@ -42,13 +42,13 @@ def files_of(paths: str | Sequence[str], downloads: Path, group: str = "data") -
 
 
 def require_files(paths: str | Sequence[str], group: str = "data") -> None:
-    """Raise DataError if `files_of` would, without reading standard input."""
+    """Raise the DataError that `files_of` would raise; standard input is not read."""
     named = [paths] if isinstance(paths, str) else paths
     files_of([path for path in named if path != STANDARD_INPUT], Path(), group)
 
 
 def read_files(files: Sequence[Path]) -> Iterator[SourceRow]:
-    """Yield the rows of files, numbered over all files. `SourceRow.line` is set only if there is one file."""
+    """Yield the rows of files, numbered across all files. `SourceRow.line` is set only if there is one file."""
     if len(files) == 1:
         yield from read_rows(files[0])
         return

@@ -42,7 +42,7 @@ def refused_rows(
     loaded: Artifact,
     report: Callable[[], EncodeReport],
 ) -> Artifact:
-    """Write the rows of the pool that the template cannot render, with the reasons, in the format of `write_rejected`.
+    """Return the artifact with the rows of the pool that the template cannot render, as `write_rejected` writes them.
 
     Args:
         settings: the settings of the encoding.

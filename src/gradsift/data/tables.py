@@ -24,16 +24,16 @@ _DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}  # if delimiters are equally freq
 def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
     """Return the rows of a table whose first line names the columns.
 
-    The delimiter is the one of comma, semicolon, tab and bar that is most frequent in the first line, outside quotes. A
-    line `sep=;` before the column names, as spreadsheets write, sets the delimiter instead. A line that repeats the
-    column names, as in concatenated files, is skipped.
+    The delimiter is the character among comma, semicolon, tab and bar that is most frequent in the first line outside
+    quotes. A line `sep=;` before the column names, as spreadsheets write, sets the delimiter instead. A line that
+    repeats the column names, as in concatenated files, is skipped.
 
     Args:
         text: the file's text, without a byte order mark.
         kind: csv or tsv.
 
     Raises:
-        DataError: the quotes are broken, a row has another number of cells, or a column name is repeated.
+        DataError: the quotes are broken, a row has more or fewer cells than columns, or a column name is repeated.
     """
     skipped = 0
     if named := re.match(r'"?sep=(.)"?\r?\n', text):

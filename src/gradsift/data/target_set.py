@@ -49,10 +49,10 @@ class TargetSet:
 
 
 def load_target_set(runtime: Runtime, config: TargetSetConfig, loaded: Artifact) -> Artifact:
-    """Read the target rows, at most `config.limit` of each task.
+    """Return the artifact with the target rows, at most `config.limit` of each task.
 
     Raises:
-        ConfigError: there is no target set, or the embedded world has no such task.
+        ConfigError: the config has no target set, or the embedded world lacks one of its tasks or has too few rows.
         DataError: a file is missing, empty or of another schema, or a row cannot be used. The message names
             the file and, if there is one, the row.
     """
@@ -149,7 +149,7 @@ def target_set_of(artifact: Artifact) -> TargetSet:
 def find_overlap(runtime: Runtime, target_set: Artifact, loaded: Artifact) -> Artifact:
     """Find target rows whose prompt is equal or similar to a prompt in the pool, and list them in `overlap.jsonl`.
 
-    If there are any, print a warning, because a selection towards rows of the pool looks better than it is.
+    If there are any, print a warning: a method could select these very rows, which would flatter its result.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 alpaca  The prompt published with Stanford Alpaca, in its forms with and without input. As in Alpaca's training code,
         the prompt ends with "### Response:", and the response follows without a line break. A system prompt replaces
         the introduction. A further exchange begins with "\\n\\n### Instruction:\\n".
-plain   Instruction, input and response, each beginning a new line, as do the turns of a history.
+plain   Instruction, input and response, each starting on a new line. The turns of a history start on new lines too.
 chat    The tokenizer's own chat template (see `gradsift.data.chat_templates`). An input follows its instruction after a
         line break.
 FILE.jinja
@@ -59,7 +59,7 @@ def render(example: Example, template: str, tokenizer: Any = None) -> list[Segme
 def prompt_segments(
     instruction: str, input: str, template: str, tokenizer: Any = None, history: Sequence[Turn] = ()
 ) -> list[Segment]:
-    """Return the segments of a prompt, after which a response is generated: what `render` puts before the response.
+    """Return the segments that `render` puts before the response, so that a response can be generated after them.
 
     Args:
         history: the earlier turns, user and assistant alternating.

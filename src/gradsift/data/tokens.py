@@ -1,15 +1,15 @@
-"""Tokens of examples and prompts, and which of them are response.
+"""Tokenises examples and prompts, and marks the tokens that belong to responses.
 
 With a text template (alpaca, plain), prompts and responses of an example are tokenised as one text, as in Alpaca's and
-TRL's code. A token that holds both the end of a prompt and the start of its response is prompt, because generation
-starts after the whole prompt and so cannot produce this token. A token that holds the end of a response and the start
-of the next prompt is prompt too. Prompts and responses are tokenised separately if the tokenizer gives no offsets (a
-slow tokenizer), or with a chat template, whose turns end at special tokens.
+TRL's code. A token that holds both the end of a prompt and the start of its response counts as prompt, because
+generation starts after the whole prompt and so cannot produce this token. A token that holds the end of a response and
+the start of the next prompt counts as prompt too. Prompts and responses are tokenised separately if the tokenizer gives
+no offsets (a slow tokenizer), or with a chat template, whose turns end at special tokens.
 
 The tokenizer's start token comes first if the tokenizer adds one by itself (Llama) and the chat template does not. The
-tokenizer's end token comes last and belongs to the response, unless the text of the chat template ends with a special
-token. A special token that is spelled out in an example's text is tokenised as plain text. A conversation that the
-chat template cannot render is left out, and the reason is reported.
+tokenizer's end token is added as the last token of the response, unless the text that a chat template rendered ends
+with a special token. A special token that is spelled out in an example's text is tokenised as plain text. A
+conversation that the chat template cannot render is left out, and the reason is reported.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Encoded:
 
     @property
     def scored(self) -> int:
-        """The number of tokens with a loss: all response tokens, except a first token, which has no context."""
+        """The number of response tokens that are predicted; the example's first token never is."""
         return int(self.is_response[1:].sum())
 
 
@@ -116,7 +116,7 @@ def encode(
         progress: called with the number of examples that were just done.
 
     Raises:
-        ConfigError: `max_length`, tokenizer or template cannot be used, or the template can render no example.
+        ConfigError: `max_length`, tokenizer or template cannot be used, or the template can render none of the rows.
         DataError: more than half of the tokens are unknown to the tokenizer.
     """
     if max_length < 2:
@@ -201,7 +201,7 @@ def encode_prompts(
 def encode_prompt(
     instruction: str, input: str, tokenizer: Any, template: str, history: Sequence[Turn] = ()
 ) -> list[int]:
-    """Return the token ids of a prompt, after which a response is generated: as in `encode`, but not truncated.
+    """Return the token ids of a prompt, not truncated, with the start token and the generation prompt if there are any.
 
     Args:
         history: the earlier turns, user and assistant alternating.
@@ -218,15 +218,15 @@ def encode_prompt(
 
 
 def start_of(text: str, tokenizer: Any, max_length: int) -> str:
-    """Return the text; if it is far longer than `max_length` tokens, return a start of slightly more than that."""
+    """Return the text, or only a start of at least `max_length` tokens if the text is far longer (see `shorten`)."""
     (segment,) = shorten([Segment(text, is_response=True)], partial(_count, tokenizer=tokenizer), max_length)
     return segment.text
 
 
 def chunks(texts: Iterable[_Texts], characters_of: Callable[[_Texts], int]) -> Iterator[list[_Texts]]:
-    """Divide texts into lists, and yield the lists. The caller tokenises one list per call.
+    """Yield the texts in short lists, each of which the caller passes to the tokenizer in one call.
 
-    Short lists bound the memory of the tokenizer's records.
+    Short lists bound the memory that the tokenizer takes for its own records.
     """
     chunk: list[_Texts] = []
     characters = 0
@@ -251,7 +251,7 @@ def _tokenised(
     cut: Callable[[list[Segment]], list[Segment]],
     refused: dict[int, Rejected],
 ) -> Iterator[list[Part]]:
-    """Yield the parts of each example; an empty list if the template cannot render the example.
+    """Yield the parts (token ids, is_response) of each example; no parts if the template cannot render the example.
 
     Args:
         cut: shortens the segments of an example before they are tokenised.
@@ -358,7 +358,7 @@ def _start(tokenizer: Any) -> list[int]:
 
 
 def _with_start(parts: list[Part], start: list[int]) -> list[Part]:
-    """Put a part with `start` before the parts; a start token that the chat template has written is moved into it."""
+    """Put a part with `start` before the parts. A start token that the chat template wrote is moved to this part."""
     if parts and start and parts[0][0][:1] == start:
         return [(start, False), (parts[0][0][1:], parts[0][1]), *parts[1:]]
     return [(start, False), *parts]

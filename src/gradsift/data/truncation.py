@@ -1,6 +1,7 @@
 """Truncation of encoded examples to a number of tokens, and of long texts before they are tokenised.
 
-Prompt tokens are cut first, from the left. At least one token of context is kept: the start token if there is one.
+Prompt tokens are cut first, from the left. At least one token is kept before the response: the start token or, if
+there is none, the last token of the first prompt.
 Response tokens are cut only if they do not fit even without the prompt. Then a conversation loses whole exchanges, the
 earliest first. If a single response is left that does not fit, its end is cut.
 
@@ -66,10 +67,10 @@ def _after_first_exchange(parts: list[Part]) -> list[Part]:
 def shorten(segments: list[Segment], count_tokens: Callable[[list[Segment]], int], max_length: int) -> list[Segment]:
     """Return the segments without most of the text that `truncate` to `max_length` tokens would remove.
 
-    `truncate` cuts prompts on the left, responses on the right, and the earliest exchanges; at most `max_length`
-    exchanges can stay. So a prompt keeps its end, and the last response keeps its start, each with slightly more than
-    `max_length` tokens. An earlier response that is cut here will be removed as a whole by `truncate`. Such a response
-    keeps its end, and the next prompt also keeps its start, because one token may hold both.
+    `truncate` cuts prompts on the left and responses on the right, and removes the earliest exchanges. At most
+    `max_length` exchanges can stay. So a long prompt keeps only its end, and a long last response only its start, each
+    with at least `max_length` + 64 tokens. `truncate` removes every earlier response that is cut here. Such a response
+    keeps its end, and the next prompt also keeps its start, because one token may hold characters of both.
 
     Args:
         count_tokens: function that returns the number of tokens in segments.

@@ -1,7 +1,7 @@
 """Parses the lists of turns in datasets, which have several forms, into turns of system, user and assistant.
 
-Reasoning in a key of its own becomes a think block before the answer. A row is rejected if it holds content that an
-example cannot hold, such as tool calls or images.
+Reasoning under a separate key of a turn becomes a think block before the answer. A row is rejected if it holds content
+that an example cannot hold, such as tool calls or images.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def filled_text_of(row: Mapping[str, Any], key: str, name: str | None = None) ->
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a column holds nothing: null, blank text, an empty list or object, or these as JSON text."""
+    """Return whether a column holds nothing: null, blank text, [], {}, or the JSON text of null, [] or {}."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     return value is None or value == [] or value == {}
@@ -102,13 +102,13 @@ def is_empty(value: Any) -> bool:
 
 
 def turns_in(row: Mapping[str, Any], name: str) -> list[Turn]:
-    """Return the turns in a column that holds a list of turns, or JSON text of one.
+    """Return the turns in a column that holds a list of turns, or the JSON text of such a list.
 
-    In a list of texts, user and assistant alternate. An object of lists of equal length is read as a list of objects
-    that is stored by columns.
+    In a list of texts, user and assistant alternate. An object whose values are lists of equal length is read as a list
+    of turns that is stored by columns.
 
     Raises:
-        Unusable: the column is missing or holds something else, or a turn cannot be written as text.
+        Unusable: the column is missing or holds something else, or a turn has a role or content that cannot be used.
     """
     if name not in row:
         raise Unusable(f"field {name!r} is missing")
@@ -221,7 +221,8 @@ def _with_reasoning(entry: Mapping[str, Any], role: str, text: str, number: int)
     Chat templates of reasoning models expect the reasoning there.
 
     Raises:
-        Unusable: a turn with reasoning is not the assistant's, has two different ones, or already has a think block.
+        Unusable: a turn with reasoning is not the assistant's, has different reasoning under two keys, or already has a
+            think block.
     """
     keys = [key for key in _REASONING if not is_empty(entry.get(key))]
     if not keys:

@@ -1,17 +1,18 @@
 """The embedded world: seeded instruction examples whose answers can be checked exactly.
 
 There are thirteen families of small tasks (copy, sort, add, look up ...) over a closed vocabulary of about 240 words.
-Texts are words separated by single spaces, so a word-level tokenizer loses nothing. Part of the rows is spoilt on
-purpose. Every row has a label, so a selection method can be compared with the truth instead of with another method.
+Texts are words separated by single spaces, so a word-level tokenizer loses nothing. Some of the rows are spoilt on
+purpose, which means that their answers are wrong. Every row has a label, so the rows that a method selects can be
+checked exactly.
 
-A label states what training on the row teaches. Contradictory twins are two rows with the same prompt and different
-answers. The row with the wrong answer is labelled `contradictory` and is spoilt. The row with the right answer is
-labelled `clean`, though no method can distinguish the two without knowing the task. Duplicates repeat clean rows. They
-are redundant, not spoilt, and have labels of their own.
+A label states whether the answer of the row is right and, if not, how it was spoilt. Contradictory twins are two rows
+with the same prompt and different answers. The row with the wrong answer is labelled `contradictory` and is spoilt. The
+row with the right answer is labelled `clean`, though no method can distinguish the two without knowing the task.
+Duplicates repeat clean rows. They are redundant, not spoilt, and have labels of their own.
 
 With `delayed` there are two more families, about operations whose names have no meaning before training. A `named` row
-shows what one name does, and a `chained` row applies two names one after the other. So `chained` rows can only be
-learnt after the names (delayed credit, an open question of GRADFILTERING).
+shows what one name does, and a `chained` row applies two named operations one after the other. So a model can learn
+`chained` rows only after it has learnt the names (delayed credit, an open question of GRADFILTERING).
 """
 
 import itertools
@@ -54,7 +55,7 @@ class Label:
 class World:
     """A generated dataset: `rows` in Alpaca's format, `labels` in the same order, and a benchmark with right answers.
 
-    The keys of a row are instruction, input and output; those of a benchmark item are item_id, instruction, input,
+    The keys of a row are instruction, input and output. The keys of a benchmark item are item_id, instruction, input,
     reference and family.
     """
 
@@ -65,7 +66,7 @@ class World:
 
 @dataclass(frozen=True)
 class _Family:
-    """A kind of task: `draw` draws the arguments of a task, and `solve` returns the right answer to them."""
+    """A kind of task: `draw` draws the arguments of a task, and `solve` returns the right answer for arguments."""
 
     name: str
     draw: Callable[[random.Random], str]
@@ -94,7 +95,7 @@ class _Task:
 
 
 def _sampled(words: Sequence[str], low: int, high: int) -> Callable[[random.Random], str]:
-    """Return a function that draws between `low` and `high` different words of `words`."""
+    """Return a function that draws `low` to `high` different words from `words` and joins them with spaces."""
     return lambda rng: " ".join(rng.sample(words, rng.randint(low, high)))
 
 
@@ -322,15 +323,15 @@ def generate(
 def pretraining_rows(
     count: int, *, seed: int = 0, instructed_share: float = 0.006, other_share: float = 0.1
 ) -> list[tuple[str, str]]:
-    """Draw (prompt, response) pairs that teach a backbone the skills, but hardly the instructions.
+    """Draw (prompt, response) pairs that teach a backbone to solve the tasks, but hardly to follow the instructions.
 
-    A prompt names the skill by its operator ("#sort\\n7 3 9\\n"), which is repeated up to seven times. So the arguments
-    stand at the same positions as after an instruction: a model with absolute position embeddings learns a skill only
-    for the positions at which it saw the arguments.
+    A prompt names the family by its operator ("#sort\\n7 3 9\\n"), which is repeated up to seven times. So the
+    arguments stand at the same positions as after an instruction. A model with absolute position embeddings learns a
+    task only for the positions at which it saw the arguments.
 
     Args:
-        instructed_share: share of pairs that are worded as in the dataset, exact up to rounding.
-        other_share: share of pairs that ask for skills outside the dataset, exact up to rounding.
+        instructed_share: share of the pairs that are worded as in the dataset; their number is rounded, not drawn.
+        other_share: share of the pairs of families that are not in the dataset; their number is rounded, not drawn.
     """
     if instructed_share + other_share > 1:
         raise ConfigError(
@@ -351,10 +352,10 @@ def pretraining_rows(
 
 
 def terse_rows(count: int, *, seed: int = 0) -> list[dict[str, str]]:
-    """Draw questions in the form of the pretraining text, from all of its skills in turn.
+    """Draw questions worded as in the pretraining text; its families alternate in a fixed order.
 
     A backbone can answer these questions before a finetune, and may lose this ability in a finetune on instructions. No
-    two rows ask for the same skill and arguments. A row has the keys of a benchmark item.
+    two rows have the same family and arguments. A row has the keys of a benchmark item.
     """
     rng = random.Random(f"verifiable terse {seed}")
     families = itertools.cycle((*_FAMILIES, *_OTHER_FAMILIES))
@@ -375,10 +376,10 @@ def terse_rows(count: int, *, seed: int = 0) -> list[dict[str, str]]:
 
 
 def further_rows(family: str, count: int, taken: Set[tuple[str, str]], seed: int) -> list[dict[str, str]]:
-    """Draw clean rows of one family whose (instruction, input) is not in `taken`.
+    """Draw `count` clean rows of one family. Their (instruction, input) pairs differ and are not in `taken`.
 
     Raises:
-        ConfigError: the family is unknown, or has fewer than `count` questions that are not taken.
+        ConfigError: the family is unknown, or 200 x `count` draws gave fewer than `count` such rows.
     """
     if family not in _BY_NAME:
         raise ConfigError(f"family={family!r} is not in this world; one of {', '.join(FAMILIES)}")
@@ -394,7 +395,7 @@ def further_rows(family: str, count: int, taken: Set[tuple[str, str]], seed: int
 
 
 def plain_prompt(instruction: str, input: str) -> str:
-    """Return the prompt in the `plain` template: the instruction and, if there is one, the input, on a line each."""
+    """Return the prompt in the `plain` template: a line for the instruction, and a line for an input if given."""
     return instruction + "\n" + (input + "\n" if input else "")
 
 
@@ -409,7 +410,7 @@ def reworded(family: str, instruction: str, input: str, rng: random.Random) -> t
 
 
 def wrong_answer(answer: str, rng: random.Random) -> str:
-    """Return a wrong answer with as many words of the same kind (number, syllable, ...) as the right `answer`."""
+    """Return a wrong answer with as many words as the right `answer`, of the same kind (numbers, syllables, ...)."""
     right = answer.split()
     if right[0] in ("yes", "no"):
         return "no" if right[0] == "yes" else "yes"
@@ -490,7 +491,7 @@ def _refuse_impossible(size: int, spoilt: float, duplicates: float, benchmark_it
 
 
 def divided(total: int, kinds: Sequence[str]) -> dict[str, int]:
-    """Return an equal part of `total` for each kind; the first kinds get the remainder."""
+    """Return an equal part of `total` for each kind; if there is a remainder, each of the first kinds gets one more."""
     part, rest = divmod(total, len(kinds))
     return {kind: part + (index < rest) for index, kind in enumerate(kinds)}
 
@@ -517,7 +518,7 @@ def _draw_unseen(family: _Family, seen: set[tuple[str, str]], rng: random.Random
 def _families_in_turn(delayed: float) -> Iterator[_Family]:
     """Yield the families in an endless cycle.
 
-    The families about names (`named`, `chained`) are evenly spread over it; two of three are `chained`.
+    The share 1.5 x `delayed` of the cycle, evenly spread, is `named` and `chained`; two thirds of these are `chained`.
     """
     plain, about_names = itertools.cycle(_FAMILIES), itertools.cycle((_CHAINED, _NAMED, _CHAINED))
     share = Fraction(str(delayed)) * Fraction(3, 2)
@@ -540,7 +541,10 @@ def _row(task: _Task, output: str) -> dict[str, str]:
 def _spoil(
     to_spoil: Sequence[_Task], answers: Sequence[str], counts: dict[str, int], rng: random.Random
 ) -> list[tuple[_Task, str, str]]:
-    """Return (task, spoilt answer, kind): the answer is truncated, wrong, or another task's (one of `answers`)."""
+    """Return (task, spoilt answer, kind) for each task of `to_spoil`.
+
+    The spoilt answer is the right answer truncated, a wrong answer, or another task's answer, drawn from `answers`.
+    """
     order = rng.sample(to_spoil, len(to_spoil))
     order.sort(key=lambda task: " " not in task.answer)  # answers that can be truncated come first; the sort is stable
     others = order[counts["truncated"] :]

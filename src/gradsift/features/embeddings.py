@@ -35,7 +35,7 @@ class Encoder(Protocol):
     dimensions: int
 
     def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int, list[Rejected]]:
-        """Return tokens of examples with a text, the number of cut texts, and the examples that cannot be rendered."""
+        """Return the tokens of each example with a text, the number of cut texts, and the unrenderable examples."""
         ...
 
     def embed(self, texts: Sequence[Encoded]) -> np.ndarray:
@@ -65,7 +65,7 @@ def embed(
 
     Args:
         source: the artifact that the examples come from.
-        rows: returns the examples, and the task of each (of a target set) or an empty list (of a pool).
+        rows: returns the examples and, for a target set, the task of each; for a pool, an empty list of tasks.
 
     Raises:
         GradsiftError: an embedding is not finite; the message names the rows.

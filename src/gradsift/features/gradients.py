@@ -5,10 +5,11 @@
 
 The sum is over the C checkpoints of the warm-up. w_c is the mean learning rate of the epoch that ended at checkpoint c
 (the w_c are scaled to sum 1), and R is the random projection. For the pool, Gamma is Adam's update for the gradient
-(`gradients/adam.py`, unless features.adam=false); for the target set, Gamma is the gradient itself.
+(`gradients/adam.py`, unless features.adam=false); for the target set, Gamma is the gradient itself. With
+features.normalise=false, u_ic = R Gamma_ic, and the inner products are not cosines.
 
-If an example's gradient at a checkpoint is zero, so is that part of its row. An example without a response token has a
-row of zeros and is listed in `Features.silent`.
+If an example's gradient at a checkpoint is zero, its row is zero in the columns of this checkpoint. An example
+without a response token has a row of zeros and is listed in `Features.silent`.
 
 Shape letters: N examples, C checkpoints, P parameters, D dimensions of a checkpoint, B rows of a block.
 """
@@ -134,7 +135,7 @@ def require_room(
 
 
 def parameter_count(runtime: Runtime, config: FeaturesConfig, inputs: ProxyInputs) -> int:
-    """Return P, the number of parameters (`config.gradient_params`) whose gradients are computed."""
+    """Return P, the number of parameters whose gradients are computed, as `config.gradient_params` chooses them."""
     model_size = int(inputs.backbone.model.num_parameters())  # counted before the adapter adds its parameters
     with adapter(inputs.backbone, config.warmup.lora, 0, runtime.compute) as adapted:
         if config.gradient_params == "full":
@@ -155,7 +156,7 @@ def block_rows(size: int, device: torch.device) -> int:
 
 
 def checkpoint_weights(checkpoints: Sequence[Artifact]) -> np.ndarray:
-    """Return w (C,) float64: the mean learning rates, scaled to sum 1."""
+    """Return the weights w (C,) float64 of the checkpoints: their mean learning rates, scaled to sum 1."""
     rates = np.array([checkpoint.info["learning_rate"] for checkpoint in checkpoints], dtype=np.float64)
     weights: np.ndarray = rates / rates.sum()
     return weights

@@ -72,7 +72,7 @@ class HiddenStates:
 def hidden_states_embedder(
     config: EmbedderConfig, template: str, proxy: Artifact, backbone: Callable[[], Backbone]
 ) -> Embedder:
-    """Return the embedder of this config.
+    """Return the embedder that pools hidden states of the proxy's backbone as `config` says.
 
     Args:
         template: the proxy's template.

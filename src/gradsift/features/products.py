@@ -2,9 +2,9 @@
 
 Inner products of vectors of length 1 are cosines (`gradsift.features.vectors` says which vectors have other lengths).
 
-`products` and `blocks` compute in float64, and `products` rounds to nine decimals. A product then depends neither on
-the block size nor on the row's place in a block, and equal vectors have equal products, so that their order in the
-data decides between them.
+`blocks` yields float64 rows, and `products` rounds their products to nine decimals. A product then depends neither on
+the block size nor on the row's place in a block, and equal vectors have equal products, so that a selector can
+break the tie by their order in the data.
 
 Shape letters: N examples, n requested rows, D features, B rows of a block, C other vectors, K anchors.
 """
@@ -20,7 +20,7 @@ from gradsift.runtime import Advance
 
 DECIMALS = 9
 _BLOCK_BYTES = 8 * 2**20  # of a float64 block, so that the block and its products fit in a CPU's caches
-_MOST_ROWS = 1024  # rows of a block, even if vectors are short: a block may be multiplied with another block
+_MOST_ROWS = 1024  # of a block, however short the vectors are: a block may be multiplied with another block
 _MATRIX_BYTES = 16 * 2**20  # of a matrix product; larger products are not faster
 
 
@@ -52,7 +52,7 @@ def squared_lengths(features: Features, positions: np.ndarray) -> np.ndarray:
 
 
 def row_blocks(count: int, row_bytes: int, block_bytes: int = _MATRIX_BYTES) -> Iterator[slice]:
-    """Yield slices that divide `count` rows of `row_bytes` each into blocks of at most `block_bytes`, or of one row."""
+    """Yield slices that divide `count` rows of `row_bytes` each into blocks of at most `block_bytes` or one row."""
     size = max(1, block_bytes // max(1, row_bytes))
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

@@ -1,9 +1,9 @@
 """Clusters of prompts, which an audit uses as task families if the data does not name families.
 
 The prompts' words and word pairs are weighted by TF-IDF, reduced to at most 50 dimensions by a truncated SVD, scaled to
-length one, and clustered with k-means. This is cheap, and its seed is fixed. It needs no model, so it favours no
-scorer's features. The clusters reflect topics and wording rather than skills, so compare methods by clusters within one
-dataset only.
+length one, and clustered with k-means. This is cheap, and its seed is fixed. It needs no model, so the clusters
+favour no scorer that uses a model's features; but the scorer `contrast` finds similar prompts with the same vectors.
+The clusters reflect topics and wording rather than skills, so compare methods by clusters within one dataset only.
 """
 
 from __future__ import annotations

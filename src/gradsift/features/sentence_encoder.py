@@ -1,4 +1,4 @@
-"""Embeddings from a model of the package sentence-transformers, which is an optional extra.
+"""Embeddings from a model of the package sentence-transformers, an optional dependency.
 
 The package pools and normalises as the model's files configure it. Only the package's own modules and safetensors
 weights are loaded, never code that comes with a model.

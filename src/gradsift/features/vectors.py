@@ -43,7 +43,7 @@ class Features:
         return len(self.vectors)
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the first position and the rows (B, D) of successive blocks, which fit in memory whatever N is."""
+        """Yield the vectors in blocks that fit in memory: the position of a block's first row, and its rows (B, D)."""
         size = max(1, _BLOCK_BYTES // max(1, 4 * self.vectors.shape[1]))
         for start in range(0, len(self.vectors), size):
             yield start, np.asarray(self.vectors[start : start + size], dtype=np.float32)

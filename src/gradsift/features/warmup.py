@@ -1,7 +1,7 @@
 """Warm-up training on a few random rows; gradient features are computed at its checkpoints (LESS, section 4).
 
-The published code fixes the seed of the subset; here one seed determines the rows, their order and the initial A. Every
-epoch is an artifact, from which the next epoch continues.
+The published code fixes the seed of the subset; here one seed determines the rows, their order and the initial
+LoRA weights A. Every epoch is an artifact, from which the next epoch continues.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def warm_up(
 
 
 def warmup_rows(config: WarmupConfig, rows: int) -> int:
-    """Return how many of `rows` rows are trained on: `config.rows`, but at most all, or the share `config.share`.
+    """Return the number of rows to train on: `config.rows` (at most `rows`) or, if None, `config.share` of `rows`.
 
     Raises:
         GradsiftError: there would be no row to train on.

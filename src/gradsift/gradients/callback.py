@@ -7,8 +7,8 @@ when it ends. transformers does not report exceptions to its callbacks, so after
 the model's next forward pass outside of a training.
 
 The norm of an example is |grad L_i|, whatever number the trainer divides the loss of a batch by. L_i is the mean loss
-over the example's labelled tokens (transformers, TRL, and Lightning with `reduction="token_mean"`). With Lightning's
-`mean` and `sum`, L_i is the example's loss as it enters the mean or sum over the batch.
+over the example's labelled tokens (transformers, TRL, and Lightning with `reduction="token_mean"`). With `mean` and
+`sum` as Lightning's `reduction`, L_i is the example's loss as it enters the mean or sum over the batch.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _IGNORED = -100  # transformers' label of a token without a loss
 class GradientNormCallback(L.Callback):
     """Collects per-sample gradient norms in a Lightning `Trainer`.
 
-    The module may use automatic optimisation, with a `training_step` that passes a batch forward once and returns its
-    loss; gradient accumulation is taken into account. In a distributed training, each rank collects the examples of its
-    own batches.
+    A module can use automatic optimisation. Its `training_step` must then run one forward pass of the batch and return
+    the loss of the batch; gradient accumulation is taken into account. In a distributed training, each rank
+    collects the examples of its own batches.
 
     A module with an attribute `gradient_norms` computes the norms itself, as gradsift's modules do, because their steps
     have several backward passes. The callback sets this attribute to a `PerSampleNorms`, and the module returns `rows`,
@@ -150,10 +150,11 @@ class GradientNormCallback(L.Callback):
 class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
     """Collects per-sample gradient norms in transformers' `Trainer` or TRL's `SFTTrainer`, in one process.
 
-    The training set needs a column with the ids of the examples (whole numbers or strings), which the trainer has to
-    keep: `TrainingArguments(remove_unused_columns=False)`. The callback withholds the ids from the collator, adds them
-    to the collated batch, and removes them before the model's forward pass. The number that the trainer divides the
-    loss by is measured in each backward pass, so gradient accumulation and `num_items_in_batch` are taken into account.
+    The training set needs a column with the ids of the examples (whole numbers or strings). The trainer must keep this
+    column, so set `TrainingArguments(remove_unused_columns=False)`. The callback withholds the ids from the collator,
+    adds them to the collated batch, and removes them before the model's forward pass. The number that the trainer
+    divides the loss by is measured in each backward pass, so gradient accumulation and `num_items_in_batch` are taken
+    into account.
     """
 
     def __init__(self, example_id: str = "example_id") -> None:
@@ -166,7 +167,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._attached = ExitStack()  # closing it removes the hooks, the probes and the collator
         self._ids: Any = None
         self._labels: torch.Tensor | None = None
-        self._divided_by: torch.Tensor | float | None = None  # divisor of the model's loss; None: its number of labels
+        self._divided_by: torch.Tensor | float | None = None  # divisor of the model's loss; None: number of labels
         self._token_weight: torch.Tensor | None = None  # d (loss of the step) / d (negative log-likelihood of a token)
         self.records = NormRecords()
 
@@ -177,7 +178,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1 or args.n_gpu > 1:
             raise GradsiftError("GradientNormTrainerCallback works in one process with one device")
-        self._detach()  # what a failed training has attached: `auto_find_batch_size` starts again after an error
+        self._detach()  # removes what a failed training has attached: `auto_find_batch_size` starts the training again
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         loader = getattr(loader, "base_dataloader", loader)  # accelerate wraps the loader
         self._norms = self._attached.enter_context(PerSampleNorms(model))
@@ -228,7 +229,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         if not torch.is_grad_enabled() or self._labels is None:
             return
         labelled = self._labels[:, 1:] != _IGNORED
-        log_probs = getattr(outputs, "log_probs", None)  # only of TRL's model: its trainer computes the loss
+        log_probs = getattr(outputs, "log_probs", None)  # only TRL's model has them: TRL's trainer computes the loss
         if log_probs is not None and log_probs.requires_grad:
             log_probs.register_hook(self._weigh_by_log_probs)
         elif getattr(outputs, "loss", None) is not None and outputs.loss.requires_grad:
@@ -259,7 +260,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _is_training() -> bool:
-    """Return whether `Trainer.train` is on the call stack; callbacks do not learn that an exception has ended it."""
+    """Return whether `Trainer.train` is on the call stack; a callback is not told if an exception has ended it."""
     from transformers import Trainer  # the import takes a second; the callers have made it already
 
     frame = inspect.currentframe()
@@ -269,7 +270,7 @@ def _is_training() -> bool:
 
 
 def _entry(batch: Any, name: str, purpose: str) -> Any:
-    """Return the entry or attribute `name` of a batch, or raise a `GradsiftError` that states its `purpose`."""
+    """Return the entry or attribute `name` of a batch, or raise a `GradsiftError` that ends with `purpose`."""
     value = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
     if value is None:
         raise GradsiftError(f"the batch has no {name!r}: {purpose}")
@@ -277,7 +278,7 @@ def _entry(batch: Any, name: str, purpose: str) -> Any:
 
 
 def _labelled(labels: torch.Tensor) -> torch.Tensor:
-    """Return the number of tokens with a loss of each example, (B,); the first token of a row is never predicted."""
+    """Return each example's number of tokens with a loss, (B,); the first token has none, as it is not predicted."""
     return (labels[:, 1:] != _IGNORED).sum(1)
 
 

@@ -35,7 +35,7 @@ DIRECTIONS_FILE = "directions.parquet"
 
 
 def directions(runtime: Runtime, config: LoraConfig, member: Artifact, load: Callable[[], ProxyInputs]) -> Artifact:
-    """Return an artifact with a table of the columns row, cosine and norm (of the example's gradient).
+    """Return an artifact with a table whose columns are row, cosine and norm (of the example's gradient).
 
     `row` is the position among the examples; `cosine` is NaN if the gradient is zero.
 

@@ -2,21 +2,22 @@
 
 The loss is the mean negative log-likelihood of the example's response tokens. Its gradients with respect to the
 embedding and to the head are matrices of V x D numbers. Of each matrix, the maximum, minimum, mean and standard
-deviation over all entries are kept, zeros included. These statistics are exact, although no whole matrix is held in
+deviation over all entries, zeros included, are kept. These statistics are exact, although no whole matrix is held in
 memory:
 
     embedding  the row of a token is the sum of the backprops (the gradients with respect to the embedded tokens) at the
-               token's places; the rows of all tokens that the example does not contain are zero
-    head       (Q - Y)^T H / n over the n response places: Q predicted probabilities, Y one-hot targets,
-               H last hidden states. The product is computed for a chunk of the vocabulary at a time
+               token's positions; the rows of all tokens that the example does not contain are zero
+    head       (Q - Y)^T H / n over the n places (positions whose next token is a response token): Q predicted
+               probabilities, Y one-hot targets, H last hidden states. The product is computed for a chunk of the
+               vocabulary at a time
 
 The mean for the head is 0 by definition, because the probabilities and the target of a place both sum to one. The mean
 for the embedding is 0 up to rounding if every layer that reads the embedding first subtracts a mean (GPT-2's
-LayerNorm). If one tensor is both embedding and head (GPT-2), its gradient is the sum of the two matrices, but their
-statistics are kept apart.
+LayerNorm). If one tensor is both embedding and head (GPT-2), its gradient is the sum of the two matrices, but the
+statistics are computed for each matrix alone.
 
-Shape letters: B examples of a batch, T tokens, U different tokens of each example, P predicted places of the
-batch, n predicted places of one example, D hidden size, V vocabulary, N examples.
+Shape letters: B examples of a batch, T tokens, U different tokens of each example, P places of the batch,
+n places of one example, D hidden size, V vocabulary, N examples.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ _CHUNK = 2**18  # entries of the head's gradient at a time on a CPU: 1 MB in flo
 
 @dataclass(frozen=True)
 class EmbeddingGradients:
-    """Statistics over the V x D entries of each example's two gradients, (N,) float64; NaN without a response token."""
+    """Statistics over the V x D entries of each example's gradients with respect to input embedding and LM head.
+
+    Each is (N,) float64, NaN for an example without a response token.
+    """
 
     embedding_max: np.ndarray
     embedding_min: np.ndarray
@@ -104,7 +108,7 @@ def embedding_gradients(
 def checked_inputs(
     load: Callable[[], ProxyInputs], config: LoraConfig, compute: ComputeConfig
 ) -> Callable[[], ProxyInputs]:
-    """Return a function that calls `load` and raises an error if the model does not allow these gradients.
+    """Return a function that calls `load` and raises a `GradsiftError` if the model does not allow these statistics.
 
     If the training of a member loads its inputs with this function, the error comes before the training.
     """
@@ -139,8 +143,8 @@ def collect_statistics(
         (len(encoded), 8) float64, in the order of `encoded`; columns as `COLUMNS`.
 
     Raises:
-        GradsiftError: the model scales, caps or adapts its embedding or head, or a statistic is not finite (names the
-            rows).
+        GradsiftError: the model scales, caps or adapts its embedding or head, or a statistic is not finite (the
+            message names the rows).
     """
     place_of = {example.row: place for place, example in enumerate(encoded)}
     statistics = np.empty((len(encoded), len(COLUMNS)))
@@ -187,7 +191,7 @@ class UseOfEmbedding:
         return self._embedded
 
     def statistics(self, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return rows (B,) and statistics (B, 8) float64 of a batch, on the CPU.
+        """Return row numbers (B,) and statistics (B, 8) float64 of a batch's examples, on the CPU.
 
         Args:
             batch: on the CPU, where its sizes can be read without waiting for the device.
@@ -213,6 +217,7 @@ def embedding_statistics(batch: Batch, backprops: torch.Tensor, vocabulary: int)
     Args:
         batch: on the CPU.
         backprops: (B, T, D), gradients with respect to the embedded tokens, on the model's device.
+        vocabulary: V.
     """
     examples, columns = batch.attention_mask.nonzero(as_tuple=True)  # of the real tokens
     # One key per example and token: a token that occurs in two examples has a row in the gradient of each.
@@ -240,7 +245,7 @@ def head_statistics(output: nn.Linear, hidden: torch.Tensor, targets: torch.Tens
 
     Args:
         output: the head, from which the logits are computed again.
-        hidden: (n, D), last hidden states at the example's predicted places.
+        hidden: (n, D), last hidden states at the places, the positions whose next token is a response token.
         targets: (n,), the token that follows each place.
     """
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """Diagnostics that check what G-SNR assumes of the proxy ensemble.
 
-GRADFILTERING (arXiv 2601.13697) treats the members as samples from a posterior and a falling gradient norm as learning.
-The method fails if the ensemble collapses (V_t near 0) or the proxy does not learn (scores near 0). A gradient norm
-that rises, and an eps that is larger than the number it is added to, change the ranking as well.
+GRADFILTERING (arXiv 2601.13697) treats the members as samples from a posterior, and a falling gradient norm as a sign
+of learning. The method fails if the ensemble collapses (V_t near 0) or the proxy does not learn (scores near 0). The
+ranking also changes if gradient norms rise, or if eps is larger than the number that it is added to.
 
 Examples without statistics (NaN) are left out.
 
@@ -26,8 +26,8 @@ from gradsift.training.curves import read_curve
 # Relative distance of two members' updates: 0 for equal ones, sqrt(2) for unrelated ones. Measured: 1.1 (nano, M = 5)
 # and 1.3 (SmolLM2, M = 3).
 LEAST_ADAPTER_SPREAD = 0.3
-# Median of sqrt(V_t) / G_t. Measured: 0.10-0.11 (nano), 0.03 (SmolLM2). Members that never learned have 0.02, from the
-# draw of A alone (smoke run), so members below the bound are copies.
+# Median of sqrt(V_t) / G_t. Measured: 0.10-0.11 (nano), 0.03 (SmolLM2). Members that never learned have 0.02,
+# because each draws its own A (smoke run), so members below the bound are copies.
 LEAST_NORM_SPREAD = 0.01
 # Relative fall of the loss between the snapshots, over the same examples, so without sampling noise. Measured:
 # 0.06-0.11; a learning rate too small by orders of magnitude gives 1e-5 and less.
@@ -38,15 +38,15 @@ LEAST_FALL_FROM_START = 0.01
 # Least number of batches in such a tenth, over all members: with fewer, the losses of two tenths differ by chance more
 # than by learning (by 5 % in the smoke run).
 LEAST_BATCHES = 10
-# Share of examples whose norm rises. Above this share, the training regime affects the scores more than examples do.
+# Share of examples whose norm rises. Above it, the training regime affects the scores more than the examples do.
 MOST_NEGATIVE_DROPS = 0.5
-# Relative error of a norm in float32; tests find 1e-6 for most. A smaller change has no reliable sign.
+# Relative error of a norm in float32; tests find 1e-6 for most norms. The sign of a smaller change is not reliable.
 FLOAT32_ERROR = 1e-5
 # Median of |G_s - G_t| / G_s. Measured: 0.08-0.16. Below this bound, every score is near zero and noise
 # decides the ranking.
 LEAST_DROP_SIZE = 0.005
-# Share of examples in which eps outweighs V_t: they get the highest scores. 1 % of the pool is a fifth of the paper's
-# smallest budget.
+# Share of examples in which eps outweighs V_t or G_s. Examples with a V_t below eps get the highest scores. 1 % of the
+# pool is a fifth of the paper's smallest budget.
 MOST_EPS_DOMINATED = 0.01
 # Median relative error of a norm in bfloat16 (only the part that differs between members), by the precision of the
 # residual stream (SmolLM2, 300 Alpaca rows; experiments/2026-11-22-gradient-engine).
@@ -156,13 +156,13 @@ def norm_spread(statistics: Statistics, members: int) -> Diagnostic:
 
 
 def norm_precision(error: float, statistics: Statistics) -> Diagnostic:
-    """Judge the ratio of a norm's rounding error to the members' spread, the median of sqrt(V_t) / G_t.
+    """Judge the relative rounding error of a norm, divided by the median of sqrt(V_t) / G_t over the examples.
 
-    The rounding errors of the members differ, so they are part of V_t. They are harmless only if the members' norms
-    differ by much more.
+    The rounding errors of the members differ, so they are part of V_t. They are harmless only if they are much smaller
+    than the differences between the members' norms.
 
     Args:
-        error: relative error of a norm by rounding; 0 in float32.
+        error: relative error of a norm by rounding; 0 for float32.
     """
     if not error:
         return Diagnostic("norm_precision", "ok", {"error_over_spread": 0.0}, "gradient norms were taken in float32")
@@ -225,7 +225,7 @@ def _fall(name: str, before: np.ndarray, after: np.ndarray, moments: tuple[str, 
 
 
 def drop_sign(statistics: Statistics) -> Diagnostic:
-    """Judge the mean of G_s - G_t and the share of examples in which it is negative.
+    """Judge the mean drop G_s - G_t and the share of examples whose drop is negative.
 
     If the drop is negative, dividing by V_t favours a high variance, the opposite of the score's purpose. A drop within
     rounding counts as not negative; `drop_size` warns of such drops.
@@ -266,7 +266,7 @@ def drop_size(statistics: Statistics) -> Diagnostic:
 
 
 def eps_share(eps: float, denominators: Mapping[str, np.ndarray]) -> Diagnostic:
-    """Judge the share of examples in which eps is at least as large as the number it is added to.
+    """Judge the share of examples in which eps is at least as large as the number that eps is added to.
 
     Args:
         denominators: the numbers that the score adds eps to, by name: G_s (norm), V_t (norm squared); (N,) each.

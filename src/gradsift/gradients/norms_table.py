@@ -20,13 +20,13 @@ NORMS_FILE = "gradient_norms.parquet"
 def write_norms(
     folder: Path, columns: Mapping[str, np.ndarray], encoded: Sequence[Encoded], shard: int, shards: int
 ) -> dict[str, Any]:
-    """Write a table: row (position among the examples), `columns`, and n_tokens (number of response tokens).
+    """Write a table with row (position among the examples), all of `columns`, and n_tokens (number of response tokens).
 
     Args:
         columns: norm_A, norm_B and loss, (len(encoded),) each.
 
     Returns:
-        Entries for the artifact's info. `read_norms` also needs the entry `all_rows`, the number of rows of all shards.
+        Entries for the artifact's info. The caller adds `all_rows`, the number of rows of all shards, for `read_norms`.
     """
     table = {
         "row": np.array([example.row for example in encoded], dtype=np.int64),

@@ -40,7 +40,7 @@ def per_sample_norms(model: Any, rows: Sequence[Mapping[str, Any]], *, tokens: i
         model: a `peft.PeftModel` with LoRA on linear layers, on any device.
         rows: one mapping per example with `input_ids`, `labels` (-100 where a token has no loss) and, if the example is
             padded, `attention_mask`: lists or one-dimensional tensors of equal length.
-        tokens: number of tokens, padding included, of a forward pass; it affects the result by rounding only.
+        tokens: most tokens of a forward pass, padding included; it affects the result by rounding only.
 
     Returns:
         (N,) float32, the L2 norm over A and B of all adapted layers.
@@ -129,7 +129,7 @@ class GradientPass:
         return torch.cat([gradients for _, gradients in self.parts(examples)])
 
     def parts(self, examples: Sequence[Encoded]) -> Iterator[tuple[Sequence[Encoded], torch.Tensor]]:
-        """Yield the examples with their gradients, in parts that fit in memory; a part has at least one example."""
+        """Yield parts of the examples, of at least one example each, with gradients (B, P) that fit in memory."""
         size = max(1, numbers_at_once(self._device, _BATCH_BYTES // 4) // self.size)
         for start in range(0, len(examples), size):
             yield examples[start : start + size], self._work(examples[start : start + size])
@@ -164,7 +164,7 @@ def gradient_pass(adapted: Any, parameters: str, pad_id: int, padding_side: str 
                 probe.forget()
                 return torch.cat(parts, 1)
 
-            # also factors that are frozen, as peft leaves the adapters of a model that it loads
+            # frozen factors count too: peft freezes the adapters of a model that it loads
             factors = [factor[ADAPTER].weight for layer in layers for factor in (layer.lora_A, layer.lora_B)]
             size = sum(factor.numel() for factor in factors)
             yield GradientPass(size, device, work)

@@ -8,15 +8,15 @@ A LoRA layer computes y = W x + b + s B A x with s = alpha / rank. For example i
     |g_i|^2    = sum over layers of |grad_A L_i|_F^2 + |grad_B L_i|_F^2
 
 where g_i is the gradient of GRADFILTERING (arXiv 2601.13697, section 3). The training needs the sum of these products
-over the examples anyway, so computing them per example adds almost no cost (`per_sample_parts`). A padded token
+over the examples anyway, so computing them per example adds almost no cost (`per_sample_parts`). A padding token
 contributes nothing, because no loss depends on it and its row of D_i is zero.
 
 A probe is an additional input of the layer (`gradsift.training.adapted`). In the backward pass, the layer returns its
 results as the probe's "gradient": squared norms of each example (`NormProbe`), which autograd adds up over the layers
 on the device, or the gradients themselves (`GradientProbe`).
 
-Shape letters: B examples of a batch, T tokens, I inputs and O outputs of a layer, R rank, P_l parameters in its A and
-B.
+Shape letters: B examples of a batch, T tokens, I inputs and O outputs of a layer, R rank, P_l parameters in A
+and B of layer l.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class NormProbe:
         Raises:
             GradsiftError: see `Passes.note`.
         """
-        # in the backward pass, a checkpointed block is computed again with the same examples, which does not count
+        # in the backward pass, a checkpointed block is computed again with the same examples; this is no second call
         if self._probe is not None and is_recomputing():
             return self._probe
         examples = self._passes.note(layer, activations)
@@ -134,7 +134,7 @@ class NormProbe:
         return squares
 
     def take(self) -> torch.Tensor | None:
-        """Return and forget the squared norms (2, B) of the gradients of A and B; None without a backward pass."""
+        """Return and forget the squared norms (2, B) of the gradients of A and B; None if no backward pass has run."""
         probe, self._probe = self._probe, None
         self._passes.forget()
         return None if probe is None else probe.grad

@@ -1,8 +1,8 @@
 """A sparse random projection, which preserves inner products in expectation.
 
-Every parameter is added to one of the D dimensions, with a random sign (CountSketch: Charikar, Chen and Farach-Colton,
-2002; feature hashing: Weinberger et al., 2009). Two parameters go to the same dimension with probability 1/D at most,
-so the standard deviation of an inner product's error is at most
+Every entry of a gradient is added to one of the D dimensions, with a random sign (CountSketch: Charikar, Chen and
+Farach-Colton, 2002; feature hashing: Weinberger et al., 2009). Two parameters go to the same dimension with a
+probability of at most 1/D, so the standard deviation of an inner product's error is at most
 
     sqrt((|x|^2 |y|^2 + <x, y>^2) / D)
 
@@ -10,13 +10,13 @@ The same bound holds for a dense matrix of random signs. Chunk c consists of the
 parameter i of a chunk goes to dimension (i + b_c) mod D. The shifts b_c and the signs are functions of the seed and of
 the parameter's position (`training/random_bits.py`), so they are the same on every device and do not depend on P.
 
-Cost. A row of P parameters is gathered, multiplied by signs and summed: 20 P bytes of memory traffic, where a dense
-matrix takes 2 P D operations. Drawing shifts and signs takes about 60 P bytes once for all rows of a call. Llama-2-7B
-with rank 128 on q, k, v and o has P = 134 million, so a row takes 2.7 GB of memory traffic. In a call with 32
-rows, a row's share of the drawing adds 0.3 GB. The backward pass of a row of 512 tokens through the frozen weights
-takes 2 x 6.6e9 x 512 = 6.8e12 operations. With an A100's memory bandwidth (2 TB/s) and half of its bfloat16 peak
-(312e12 operations a second), the projection takes 1.5 ms and the backward pass 44 ms, a ratio of 3 %. On an H100 (3.35
-TB/s, 990e12 operations a second), they take 0.9 ms and 14 ms, a ratio of 6 %.
+Cost. A row of P parameters is gathered, multiplied by signs and summed. This takes 20 P bytes of memory traffic; a
+product with a dense matrix would take 2 P D operations. Drawing shifts and signs takes about 60 P bytes of memory
+traffic per call, for all rows together. Llama-2-7B with rank 128 on q, k, v and o has P = 134 million, so a row takes
+2.7 GB of memory traffic. In a call with 32 rows, a row's share of the drawing adds 0.3 GB. The backward pass of a row
+of 512 tokens through the frozen weights takes 2 x 6.6e9 x 512 = 6.8e12 operations. With an A100's memory bandwidth (2
+TB/s) and half of its bfloat16 peak (312e12 operations a second), the projection takes 1.5 ms and the backward pass 44
+ms, a ratio of 3 %. On an H100 (3.35 TB/s, 990e12 operations a second), they take 0.9 ms and 14 ms, a ratio of 6 %.
 
 Shape letters: B rows, P parameters, D dimensions, C chunks at once.
 """
@@ -57,7 +57,7 @@ class Projection:
         return projected
 
     def drawn(self, first: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which parameter of a chunk goes to each dimension, for the chunks `first` to `first + count - 1`.
+        """Return the parameter that goes to each dimension and its sign, for the chunks `first` to `first + count - 1`.
 
         Returns:
             The parameters' places, counted from the first parameter of chunk `first`, (C, D) int32, and their signs,

@@ -19,7 +19,7 @@ _LARGEST_ID = 2**53  # whole numbers up to here are exact in float64
 
 
 class NormRecords:
-    """Norms and losses of examples, batch by batch.
+    """Collects norms and losses of examples, batch by batch.
 
     The values are kept in one tensor on the device, which is enlarged when it is full. Thousands of small tensors, each
     allocated among the large tensors of its step, would fragment the memory (gigabytes on a CPU).
@@ -38,7 +38,7 @@ class NormRecords:
         norm_b: torch.Tensor,
         losses: torch.Tensor | None = None,
     ) -> None:
-        """Add a batch of B examples: their ids (whole numbers or strings), and norms and losses, (B,) each."""
+        """Add a batch of B examples: ids (whole numbers or strings), norms and, if known, losses, (B,) each."""
         if not isinstance(ids, torch.Tensor) and all(isinstance(each, Integral) for each in ids):
             ids = torch.tensor([int(each) for each in ids])
         elif not isinstance(ids, torch.Tensor):
@@ -55,7 +55,7 @@ class NormRecords:
         self._count += count
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the records so far, for `load_state_dict`: a tensor, and a list of the ids that are strings."""
+        """Return the records so far, for `load_state_dict`: a tensor and, if ids are strings, a list of them."""
         # a copy without the spare columns: a view may be overwritten before it is saved, or saved with these columns
         values = {"values": self._values[:, : self._count].clone()}
         return {**values, "names": list(self._names)} if self._names else values

@@ -8,10 +8,10 @@ named. These are available:
     labels       `gradsift.data.load.Labels` of generated or corrupted data, else None; only reference scorers may use
                  the labels, a method must not
     statistics   `gradsift.gradients.statistics.Statistics` of the proxy ensemble
-    late_losses  (N,) mean loss of the members at the late snapshot
+    late_losses  (N,) mean over the members of each example's loss at the late snapshot
     answer_losses
                  `gradsift.proxy.answer_losses.AnswerLosses` of the members at the late snapshot, with dropout off; for
-                 proxy.ensemble=mc_dropout, those of its single adapter
+                 proxy.ensemble=mc_dropout, the losses of the single adapter
     embedding_gradients
                  `gradsift.gradients.embedding_head.EmbeddingGradients` after the first epoch of the ensemble's first
                  adapter; this input does not need the other adapters to be trained
@@ -27,8 +27,8 @@ named. These are available:
     rater        `gradsift.evaluation.judges.Rater`: the run's judge, which can grade single examples
     published_scores
                  `gradsift.scoring.scores.Scores` from the file `data.scores`
-    task         a progress bar: `with task(description, total) as advance`
-    journal      `gradsift.journal.Journal`: keeps results for a resumed run
+    task         shows a progress bar: `with task(description, total) as advance`
+    journal      `gradsift.journal.Journal`: keeps partial results for a resumed run
 
 The scorer's keyword-only parameters are its constants, set in `conf/scorer/<name>.yaml`. It returns `Scores`, or one
 number per example. To add a scorer, write such a function in a module in the working directory, and name it as

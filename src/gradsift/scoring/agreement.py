@@ -1,4 +1,4 @@
-"""Inner products of gradient features with a few directions, and a check that vectors of examples differ.
+"""Inner products of gradient features with a few directions, and a check that the vectors of the examples differ.
 
 Shape letters: N examples, K directions, D features.
 """
@@ -44,7 +44,7 @@ def spread(features: Features, kind: str, check: str) -> Diagnostic:
     """Return the diagnostic `<kind>_spread`: the mean cosine over all pairs of rows that have a direction.
 
     If the mean is near 1, the vectors do not separate the rows. The mean is computed from the length of the sum of N
-    unit rows: |sum|^2 = N + N (N - 1) mean cosine.
+    unit rows: |sum|^2 = N + N (N - 1) mean cosine. It is not exact for rows of other lengths (`features/vectors.py`).
 
     Args:
         kind: embedding or gradient.

@@ -6,22 +6,22 @@
     z_i^m  = (g_i^m - mean(g^m)) / std(g^m)                         over the examples
     d_i^m  = c_i^m + v min(0, z_i^m + 1/2)                          v = prompt_weight
     b_i = mean_m d_i^m - caution x std_m d_i^m      a lower confidence bound over the members
-    score_i = b_i, but random numbers above all other scores for the fifth of the rows with the highest b_i
+    score_i = b_i; for the fifth of the rows with the highest b_i, a random number above all other scores
 
-body_i is the mean loss of an answer's tokens before the last one, end_i the loss of its last token, and other_i is
-body_i after the prompt of another example (`AnswerLosses`).
+body_i is the mean loss of an answer's tokens before the last one, and end_i is the loss of its last token. other_i is
+the mean loss of the same tokens as in body_i, but after the prompt of another example (`AnswerLosses`).
 
 - A loss is low if an answer is right, but also if its kind of task is easy. Comparing with similar prompts removes the
   second effect, so that easy kinds of task do not crowd out the other kinds.
 - A wrong token within an answer raises body_i, and an answer that stops early raises end_i. In a mean over all tokens
-  of a long answer, the last token would hardly count, so it has its own weight w. Both losses are taken after training
-  and divided by their means over the pool, because the ratio of these means differs between datasets.
+  of a long answer, the last token would hardly count, so it has its own weight w. Both losses are measured at the
+  late snapshot. Each is divided by its mean over the pool, because the ratio of the two means differs between datasets.
 - A fluent answer to another question has a low loss too, but its prompt makes it no likelier than another example's
-  prompt does: g_i is near 0. Only a g_i well below the mean lowers the score. Above it, a larger g_i does not mean a
-  better answer: g_i alone ranks truncated answers above complete ones.
+  prompt does, so g_i is near 0. Only a g_i more than half a standard deviation below the mean lowers the score. Above
+  this bound, a larger g_i does not raise the score: a score of g_i alone ranks truncated answers above complete ones.
 - The members' standard deviation lowers the score of rows on which the members disagree.
 - Within the best fifth (`saturation`), a row with a higher bound is more typical and slightly cleaner. A target learns
-  more if rows of this fifth are drawn at random (measured in the embedded world).
+  more if the rows of this fifth are ranked at random (measured in the embedded world).
 
 Prompts are compared by their words and word pairs (TF-IDF, reduced to at most 50 dimensions). This needs no model and
 gives the same neighbours for every proxy. Reasons, ablations and limits: docs/methods.md.
@@ -41,14 +41,16 @@ from gradsift.features.prompt_clusters import prompt_of, prompt_vectors
 from gradsift.proxy.answer_losses import AnswerLosses
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
-# Added to relative losses before the logarithm: below, differences are rounding.
+# Added to losses before the logarithm, because differences between smaller losses are only rounding errors.
 _FLOOR = 1e-3
-# Least mean over the pool, in nats: a part that a member has learnt by heart counts for nothing.
+# Least mean over the pool, in nats, that losses are divided by. If a member has learnt all bodies (or all ends) by
+# heart, the quotients stay near 0 and have hardly any effect.
 _LEAST_MEAN = 1e-3
-# Least standard deviation of the neighbours' log losses: copies of one row agree to the last digit. Also that of the
-# prompts' gains, which are all near 0 if no answer depends on its prompt.
+# Least standard deviation that differences are divided by. The neighbours' log losses hardly differ if the neighbours
+# are copies of one row, and the gains g_i are all near 0 if no answer depends on its prompt.
 _LEAST_DEVIATION = 0.1
-# Standard deviations below the mean from which a gain counts: a quarter of the pool's rows or so.
+# A gain g_i lowers the score if it lies more than this number of standard deviations below the mean, as about a quarter
+# of the gains do.
 _USUAL_GAIN = 0.5
 
 
@@ -63,7 +65,7 @@ def contrast(
     saturation: float,
     seed: int,
 ) -> Scores:
-    """Return the contrast of each answer's loss with the losses of answers to similar prompts.
+    """Return a score of each answer's loss compared with answers to similar prompts (see the module's docstring).
 
     Args:
         answer_losses: losses at the late snapshot, (M, N) each.
@@ -71,10 +73,10 @@ def contrast(
         end_share: w, 0 to 1.
         prompt_weight: v, 0 or more.
         caution: how many standard deviations over the members are subtracted.
-        saturation: share of the examples whose scores are drawn at random with `seed`: those with the highest bounds.
+        saturation: share of the examples, those with the highest bounds, whose scores are drawn at random (`seed`).
 
     Raises:
-        ConfigError: there are not more than `neighbours` examples with a response.
+        ConfigError: at most `neighbours` examples have a response.
     """
     contrasts = member_contrasts(answer_losses, examples, neighbours, end_share, prompt_weight)
     mean, deviation = contrasts.mean(0), contrasts.std(0)
@@ -99,15 +101,15 @@ def member_contrasts(
     end_share: float,
     prompt_weight: float,
 ) -> np.ndarray:
-    """Return d of each answer for each member, (M, N); NaN for an example without a response token."""
+    """Return d (see the module's docstring) of each answer and member, (M, N); NaN without a response token."""
     # a row without a response token has no loss under any member
     known = ~np.isnan(answer_losses.body).any(0)
     require_neighbours(int(known.sum()), neighbours)
     body, end, other = (part[:, known] for part in (answer_losses.body, answer_losses.end, answer_losses.other))
     prompts = [prompt_of(example) for example, has_loss in zip(examples, known, strict=True) if has_loss]
     contrasts = np.full(answer_losses.body.shape, np.nan)
-    # Logarithms, because losses of easy and of hard tasks differ by factors: a difference of logarithms is a ratio,
-    # which means the same in both.
+    # Logarithms, because the losses of easy and of hard tasks differ in scale: a difference of logarithms is a ratio of
+    # losses, which does not depend on the scale.
     logs = np.log(relative_losses(body, end, end_share) + _FLOOR)
     contrasts[:, known] = contrast_with(logs, nearest_prompts(prompts, neighbours))
     contrasts[:, known] += prompt_weight * lacking_gain(body, other)
@@ -115,9 +117,11 @@ def member_contrasts(
 
 
 def lacking_gain(body: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return min(0, z + 1/2) of `contrast`, (M, N), from losses with the own and with another prompt, (M, N) each.
+    """Return min(0, z + 1/2) (see the module's docstring), (M, N).
 
-    The losses with another prompt are averaged over the members, each of which has drawn another one.
+    Args:
+        body: (M, N) losses of the answers after their own prompts.
+        other: (M, N) losses after other prompts, drawn for each member; they are averaged over the members.
     """
     gain = np.log((other.mean(0) + _FLOOR) / (body + _FLOOR))
     deviation = np.maximum(gain.std(1, keepdims=True), _LEAST_DEVIATION)
@@ -128,15 +132,15 @@ def lacking_gain(body: np.ndarray, other: np.ndarray) -> np.ndarray:
 def relative_losses(body: np.ndarray, end: np.ndarray, end_share: float) -> np.ndarray:
     """Return the relative losses l (M, N) from the losses of bodies and ends in nats, (M, N) each.
 
-    A mean over the examples counts as at least `_LEAST_MEAN`. If the mean is larger, body or end has its full weight,
-    however small its losses are.
+    Losses are divided by their mean over the examples, or by `_LEAST_MEAN` if the mean is smaller. In the first case,
+    bodies or ends have their full weight, however small their losses are.
     """
     body, end = (part / np.maximum(part.mean(1, keepdims=True), _LEAST_MEAN) for part in (body, end))
     return (1 - end_share) * body + end_share * end
 
 
 def require_neighbours(count: int, neighbours: int) -> None:
-    """Raise a `ConfigError` unless there are `neighbours` other examples for each of `count` examples."""
+    """Raise a `ConfigError` unless `count` is larger than `neighbours`: each example needs that many other examples."""
     if count <= neighbours:
         raise ConfigError(
             f"scorer.neighbours={neighbours} needs more than {neighbours} examples with a response, and there are "

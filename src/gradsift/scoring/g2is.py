@@ -6,7 +6,7 @@ The core knowledge consists of principal components of the target gradients (`gr
 is the k-th of these components, with the sign for which the mean target gradient has a positive projection on K_k. s_k
 is the share of the variance that K_k explains. row_z is the gradient feature of example z. The paper selects by a walk
 and defines no score; this score is our reading. With `selector.fill=topup`, `selector=gradient_walk` uses this
-score to fill the part of the budget that its walks leave over. Any other selector can rank by this score.
+score to fill the rest of the budget after its walks. Any other selector can rank by this score.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from gradsift.selection.core_knowledge import core_knowledge
 
 
 def g2is(gradients: Features, target_gradients: Features, *, explained: float) -> Scores:
-    """Return the variance-weighted mean projection on the components; the part `component:<k>` projects on K_k.
+    """Return the variance-weighted mean projection on the components; `component:<k>` is the projection on K_k.
 
     Args:
-        explained: share of the target gradients' variance that the components explain.
+        explained: least share of the target gradients' variance that the components together explain.
 
     Raises:
         GradsiftError: every gradient of the target set is zero.

@@ -1,16 +1,17 @@
-"""GrADS (arXiv 2511.08620): representative, diverse and non-redundant examples. No code is public; this is our reading.
+"""GrADS (arXiv 2511.08620): scores for representative, diverse and non-redundant examples.
 
     score_i = w_g R_i + w_d C_i + w_s (1 - S_i)
 
-R  representativeness: Gaussian kernel density of the example's gradient signal among the pool's signals. The signal
+R  representativeness: Gaussian kernel density of the pool's gradient signals at the example's signal. The signal
    consists of statistics of the example's gradients with respect to input embedding and LM head, after one epoch of
    preliminary training.
-C  content diversity: how far the example is from the rest of the pool.
-S  redundancy: mean cosine to its nearest neighbours in the embedding space.
+C  content diversity: how much the example differs from the rest of the pool, by its embedding or by its words.
+S  redundancy: mean cosine of the example's embedding to its nearest neighbours.
 
-Each of the factors R, C and S is scaled to 0..1 over the scored examples. The paper does not say how the two gradients
-are combined, which bandwidth is used, whether a high or a low density is representative, and how content is measured.
-The scorer has a constant for each of these choices. A factor with weight 0 is not computed.
+R, C and S are each scaled to 0..1 over the scored examples. Those with weight 0 are not computed. No code is published,
+and the paper does not say how the two gradients are combined, which bandwidth is used, whether a high or a low density
+is representative, and how content diversity is measured. `grads` is our reading and has a parameter for each of these
+choices.
 
 Shape letters: N examples, F columns of the signal, B rows of a block.
 """
@@ -32,10 +33,11 @@ from gradsift.gradients.embedding_head import COLUMNS, EmbeddingGradients
 from gradsift.runtime import Advance, Task
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
-# |sum of a gradient's entries| divided by the gradient's norm: about 1 (1.2 with SmolLM2 and Alpaca rows) for unrelated
-# entries. If their true sum is 0, rounding leaves 2e-7 in float32 and 2e-3 in bfloat16 (random GPT-2).
+# Bound on |sum of a gradient's entries| / |gradient|, below which the sum counts as 0. The ratio is about 1 (1.2 with
+# SmolLM2 and Alpaca rows) for unrelated entries. If the true sum is 0, rounding leaves a ratio of 2e-7 in float32 and
+# 2e-3 in bfloat16 (random GPT-2).
 LEAST_SUM_OVER_NORM = 0.03
-_CACHE_BYTES = 2**20  # of a block of kernel evaluations; three times as fast as blocks larger than the cache
+_CACHE_BYTES = 2**20  # of a block of kernel evaluations; blocks larger than the cache take three times as long
 
 
 def grads(
@@ -52,7 +54,7 @@ def grads(
     neighbours: int,
     scale: str,
 ) -> Scores:
-    """Return the weighted sum of the factors, with the factors as parts.
+    """Return each example's score (see the module's docstring); R, C and S are parts unless their weight is 0.
 
     Args:
         weights: w_g, w_d, w_s.
@@ -61,7 +63,7 @@ def grads(
         region: whether `high` or `low` density is representative.
         diversity: `spread`, one minus the mean cosine to all other examples; or `words`, the mean inverse document
             frequency of the example's words.
-        neighbours: number of nearest neighbours that S is a mean over.
+        neighbours: number of nearest neighbours over which S averages the cosine.
         scale: `rank` or `minmax`, see `to_unit`.
     """
     of_gradients, of_content, of_similarity = weights
@@ -104,7 +106,10 @@ def grads(
 def density_of(
     gradients: EmbeddingGradients, rows: np.ndarray, combine: str, bandwidth: str | float, task: Task
 ) -> tuple[np.ndarray, Diagnostic]:
-    """Return the signal's density (N,), NaN for rows outside `rows` (N,) bool, and a diagnostic of the signal."""
+    """Return the density of the signal at each example, (N,), and a diagnostic of the signal.
+
+    Only the examples in `rows` (N,) bool have a signal; the density is NaN for all others.
+    """
     signal = signal_of(gradients, combine, rows)
     width = scott(*signal.shape) if bandwidth == "scott" else float(bandwidth)
     density = np.full(len(rows), np.nan)
@@ -128,11 +133,11 @@ def signal_of(gradients: EmbeddingGradients, combine: str, rows: np.ndarray) -> 
     `combine` says which columns the signal has:
 
     statistics   maximum, minimum, mean and standard deviation of both gradients
-    norms        the two norms
+    norms        the norm of each gradient
     norm         the norm of both gradients together
 
     Columns without information are left out: constant columns, and means whose true value is 0, which are only
-    rounding errors. The head's mean is always 0, and the embedding's mean is 0 if a LayerNorm follows the embedding.
+    rounding errors. The true mean is always 0 for the head, and 0 for the embedding if a LayerNorm follows it.
 
     Returns:
         (rows.sum(), F) float64
@@ -151,14 +156,14 @@ def signal_of(gradients: EmbeddingGradients, combine: str, rows: np.ndarray) -> 
 
 
 def scott(count: int, columns: int) -> float:
-    """Return Scott's bandwidth for columns of variance 1."""
+    """Return Scott's bandwidth N^(-1 / (F + 4)) for N = `count` points in F = `columns` columns of variance 1."""
     return float(max(count, 1) ** (-1 / (columns + 4)))
 
 
 def kernel_density(signal: np.ndarray, bandwidth: float, advance: Advance = lambda done: None) -> np.ndarray:
     """Return the Gaussian kernel density (N,) float64 of all points in `signal` (N, F), at each of these points.
 
-    The density is exact: N^2 kernel evaluations, computed for a block of rows at a time.
+    The density is exact. The N^2 kernel evaluations are computed for one block of rows at a time.
     """
     count, columns = signal.shape
     points = signal / bandwidth
@@ -180,9 +185,9 @@ def kernel_density(signal: np.ndarray, bandwidth: float, advance: Advance = lamb
 
 
 def word_rarity(examples: Sequence[Example]) -> np.ndarray:
-    """Return (N,): for each example, the mean of log(N / number of examples with the word) over its different words.
+    """Return the mean inverse document frequency of each example's different words, (N,).
 
-    An example without words has 0.
+    The inverse document frequency is log(N / number of examples with the word). An example without words has 0.
     """
     texts = [" ".join([*(turn.content for turn in e.history), e.instruction, e.input, e.output]) for e in examples]
     words = [sorted(set(re.findall(r"\w+", text.lower()))) for text in texts]
@@ -192,9 +197,9 @@ def word_rarity(examples: Sequence[Example]) -> np.ndarray:
 
 
 def to_unit(values: np.ndarray, rows: np.ndarray, scale: str) -> np.ndarray:
-    """Return values (N,) scaled to 0..1 over `rows` (N,) bool, NaN elsewhere; .5 if all are equal.
+    """Return `values` (N,) scaled to 0..1 over `rows` (N,) bool, or 0.5 if they are all equal; NaN outside `rows`.
 
-    rank    the share of the other values that are lower; equal values count half
+    rank    the share of the other values that are lower; a value that is equal counts half
     minmax  the distance from the lowest value, divided by the range
     """
     from scipy.stats import rankdata

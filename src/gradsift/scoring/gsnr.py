@@ -3,9 +3,9 @@
     GSNR_i = (G_i^s - G_i^t) / (G_i^s + eps)  x  1 / (V_i^t + eps)
 
 G^s and G^t are the ensemble's mean gradient norms at the early and the late snapshot, V^t the variance of the late
-norms over the members. The paper gives no value for eps. If the norm rises from s to t, the drop is negative, and
-dividing by V^t then favours a high variance, the opposite of the score's intent. The part `drop` is negative for such
-examples.
+norms over the members. The paper gives no value for eps. If the norm rises from s to t, the drop G^s - G^t is
+negative, and dividing by V^t then favours a high variance, the opposite of the score's intent. The part `drop` is
+negative for such examples.
 """
 
 from __future__ import annotations
@@ -28,18 +28,21 @@ def ratio(G_s: np.ndarray, G_t: np.ndarray, V_t: np.ndarray, eps: float) -> np.n
 
 
 def gsnr(statistics: Statistics, *, eps: float) -> Scores:
-    """Return Eq. 5: the normalised drop divided by the late variance."""
+    """Return the G-SNR (Eq. 5): the normalised drop divided by the late variance."""
     score = ratio(statistics.G_s, statistics.G_t, statistics.V_t, eps)
     return _scores(statistics, score, eps, ("G_s", "V_t"))
 
 
 def gsnr_raw_drop(statistics: Statistics, *, eps: float) -> Scores:
-    """Return ablation 1: G_s - G_t. `eps` is accepted but unused, so that one sweep can set it for all four scorers."""
+    """Return ablation 1: G_s - G_t.
+
+    `eps` is accepted but unused, so that one sweep can set it for all four scorers of this module.
+    """
     return _scores(statistics, statistics.G_s - statistics.G_t, eps, ())
 
 
 def gsnr_normalized_drop(statistics: Statistics, *, eps: float) -> Scores:
-    """Return ablation 2: the first factor of Eq. 5, the normalised drop."""
+    """Return ablation 2: the normalised drop (G_s - G_t) / (G_s + eps), the first factor of Eq. 5."""
     return _scores(statistics, (statistics.G_s - statistics.G_t) / (statistics.G_s + eps), eps, ("G_s",))
 
 

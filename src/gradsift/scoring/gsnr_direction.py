@@ -22,12 +22,12 @@ from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
 
 def gsnr_direction(statistics: Statistics, directions: np.ndarray, *, weigh: str, eps: float) -> Scores:
-    """Return the mean over the members of the cosine with the pool's mean gradient.
+    """Return each example's mean cosine with the pool's mean gradient over the members, weighted as `weigh` says.
 
     Args:
         directions: (M, N) cosines; NaN, which the mean leaves out, if a member's gradient of an example is zero.
-        weigh: `none`, or `gsnr` to multiply with the rank of the G-SNR.
-        eps: the eps of the G-SNR.
+        weigh: `none`, or `gsnr` to multiply the mean cosine by the rank of the G-SNR.
+        eps: the eps in the denominators of the G-SNR.
     """
     known = ~np.isnan(directions)  # (M, N)
     count = known.sum(0)  # (N,) members with a gradient

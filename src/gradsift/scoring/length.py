@@ -18,12 +18,12 @@ from gradsift.training.backbones import Backbone
 
 
 def length_in_tokens(examples: Sequence[Example], backbone: Backbone, *, unit: str, part: str, prefer: str) -> Scores:
-    """Return lengths in tokens of the proxy's tokenizer, each text tokenised by itself.
+    """Score by length in tokens of the proxy's tokenizer, each text tokenised by itself.
 
     Args:
-        unit: name of the part that holds the lengths.
+        unit: name in `Scores.parts` under which the lengths are returned.
         part: response (the last one of a conversation), prompt (all before it) or both.
-        prefer: long or short.
+        prefer: long (the score is the length) or short (the score is minus the length).
     """
     texts = [texts_of(example, part) for example in examples]
     counts = [len(ids) for ids in token_ids(backbone.tokenizer, [text for row in texts for text in row], special=False)]
@@ -32,13 +32,13 @@ def length_in_tokens(examples: Sequence[Example], backbone: Backbone, *, unit: s
 
 
 def length_in_characters(examples: Sequence[Example], *, unit: str, part: str, prefer: str) -> Scores:
-    """Return lengths in Unicode characters; the arguments are those of `length_in_tokens`, without the backbone."""
+    """Score by length in Unicode characters; the arguments are as in `length_in_tokens`, without the backbone."""
     counts = [sum(map(len, texts_of(example, part))) for example in examples]
     return _scores(np.array(counts, dtype=float), unit, prefer)
 
 
 def texts_of(example: Example, part: str) -> list[str]:
-    """Return the texts of an example's response, of its prompt, or of both."""
+    """Return the texts of an example's response, of its prompt (earlier turns, instruction, input) or of both."""
     prompt = [*(turn.content for turn in example.history), example.instruction, example.input]
     return {"response": [example.output], "prompt": prompt, "both": [*prompt, example.output]}[part]
 

@@ -20,7 +20,7 @@ from gradsift.scoring.scores import Scores
 
 
 def less(gradients: Features, target_gradients: Features) -> Scores:
-    """Return the mean similarity to the most similar task; the part `task:<name>` has the similarity to each task.
+    """Return the largest of the mean similarities to the rows of each task; the part `task:<name>` is that task's mean.
 
     Raises:
         GradsiftError: every gradient of the target set is zero.
@@ -38,7 +38,7 @@ def less(gradients: Features, target_gradients: Features) -> Scores:
 
 
 def task_means(target: Features) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Return the mean row (D,) float64 of each task over its rows with a direction, and the tasks without such rows."""
+    """Return the mean (D,) float64 of each task's rows that have a direction, and the tasks without such rows."""
     rows: dict[str, list[int]] = {task: [] for task in target.tasks}
     for row, directed in enumerate(target.has_direction):
         if directed:

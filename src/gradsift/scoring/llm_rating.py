@@ -4,10 +4,10 @@
     deita       score = complexity of the instruction, 1-6, x quality of the response, 1-6, asked separately
 
 The questions are in our own words (`gradsift.evaluation.judges.rating`). The scorer differs from the sources in two
-points. AlpaGasus keeps all rows with a grade of at least 4.5; here the budget decides (grades are coarse, and rows with
-equal grades keep their order). DEITA finetunes scorers and takes their expected grade; here the configured judge is
-asked. In a conversation the last exchange is rated, and the judge sees the earlier turns. An example without a valid
-grade is `undefined`.
+points. AlpaGasus keeps all rows with a grade of at least 4.5; here the budget decides how many are kept. Grades are
+coarse, and rows with equal grades rank in their order in the data. DEITA finetunes scorers and takes their expected
+grade; here the configured judge is asked. In a conversation the last exchange is rated, and the judge sees the earlier
+turns. An example without a valid grade is `undefined`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def llm_rating(
 ) -> Scores:
     """Return the product of the grades for the style's questions, with the grades (N,) for each question as a part.
 
-    A grade is NaN if the judge gave no valid one.
+    A grade is NaN if the judge gave no valid grade.
     """
     questions = QUESTIONS[style]
     # both questions of an example in sequence, so that an interrupted run has complete examples

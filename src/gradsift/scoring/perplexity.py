@@ -24,7 +24,9 @@ from gradsift.training.head import ResponseLosses, require_finite
 
 
 def perplexity(proxy_inputs: ProxyInputs, count: int, task: Task, journal: Journal, *, prefer: str) -> Scores:
-    """Return the perplexity under the proxy's backbone, without adapters, and a score that prefers low, high or middle.
+    """Return scores that prefer low, high or middle perplexity under the proxy's backbone, without adapters.
+
+    The perplexity and the mean loss (nats) of each response are parts.
 
     Raises:
         GradsiftError: a loss is not finite; the message names the rows.

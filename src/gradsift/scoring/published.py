@@ -32,7 +32,7 @@ OWN = ("id", "row_index", "text_hash", "score", "status", "reason")  # all other
 
 
 def require_scores(path: Path) -> None:
-    """Check the name of a file of scores and the columns of its first row.
+    """Check that a file of scores exists, has a known type, and has the required columns in its first row.
 
     Raises:
         ConfigError: there is no such file, its type is unknown, or a column is missing.
@@ -95,7 +95,8 @@ class Published:
     def of(self, examples: Sequence[Example]) -> Scores:
         """Return the scores of examples that `divide` kept, in their order.
 
-        The k-th of several equal texts gets the k-th score of this text in the file, or the last if there are fewer.
+        The k-th of several equal texts gets the k-th score of this text in the file, or the last one if the file
+        has fewer.
         """
         places = []
         for example in examples:
@@ -132,7 +133,7 @@ def _checked(path: Path, number: int, row: Any) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """Return the number in a cell, NaN for an empty one, or None for anything else."""
+    """Return the number that a cell holds, NaN if the cell is empty, or None if it holds anything else."""
     if value is None or value == "":
         return math.nan
     try:
@@ -142,5 +143,5 @@ def _number(value: Any) -> float | None:
 
 
 def published(published_scores: Scores) -> Scores:
-    """Return the scores of `data.scores` as they are."""
+    """Return the scores that were read from the file `data.scores`, unchanged."""
     return published_scores

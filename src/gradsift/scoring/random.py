@@ -1,4 +1,4 @@
-"""Uniform random scores: for all rows (a baseline), or for the clean rows alone (a reference: a perfect filter)."""
+"""Uniform random scores for all rows (a baseline), or for the clean rows only (a reference with a perfect filter)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def random(count: int, *, seed: int) -> Scores:
 def random_clean(labels: Labels | None, count: int, *, seed: int) -> Scores:
     """Return uniform numbers for the rows that are labelled clean; the other rows are excluded.
 
-    Methods must not use the labels, so this is only a reference: the result of a random selection after a filter that
-    has removed every spoilt row and every copy.
+    Methods must not use the labels, so this scorer is only a reference. It shows what a random selection achieves
+    after a filter has removed every spoilt row and every copy.
 
     Raises:
         ConfigError: the data has no labels.

@@ -58,12 +58,12 @@ class Scores:
 
 
 def _one(text: str) -> np.ndarray:
-    """Return a text as an array that numpy broadcasts without copying the string for each element (55 bytes each)."""
+    """Return a text as a 0-d array: numpy fills an array with references to it, not with copies (55 bytes each)."""
     return np.array(text, dtype=object)
 
 
 def write_scores(path: Path, scores: Scores, example_ids: Iterable[Sequence[str] | pa.Array]) -> None:
-    """Write the scores in blocks of rows.
+    """Write the score table to a Parquet file, block by block.
 
     Args:
         example_ids: the ids of the N examples, in blocks.
@@ -97,7 +97,7 @@ def read_scores(path: Path) -> Scores:
 
 
 def _texts(column: pa.ChunkedArray) -> np.ndarray:
-    """Return the texts (N,); equal texts are one object, because millions of rows share a few reasons."""
+    """Return the column's texts (N,). Equal texts are one object: millions of rows have only a few reasons."""
     chunks = column.unify_dictionaries().chunks
     texts = np.array(chunks[0].dictionary.to_pylist() if chunks else [], dtype=object)
     return np.concatenate([np.empty(0, dtype=object), *(texts[chunk.indices] for chunk in chunks)])

@@ -26,7 +26,7 @@ Over = Literal["mean", "max"]
 
 
 def rds_plus(embeddings: Features, target_embeddings: Features) -> Scores:
-    """Return the largest cosine to a target row; the part `task:<name>` is the largest cosine to a row of that task.
+    """Return the largest cosine to any target row; the part `task:<name>` is the largest cosine to a row of that task.
 
     With the selector `round_robin_queries`, the budget is divided among target rows or tasks.
     """
@@ -34,11 +34,11 @@ def rds_plus(embeddings: Features, target_embeddings: Features) -> Scores:
 
 
 def sbert(embeddings: Features, target_embeddings: Features, *, over: Over) -> Scores:
-    """Return the mean or the largest cosine to the target rows; the part `task:<name>` uses only the task's rows.
+    """Return the mean or the largest cosine to the target rows; the part `task:<name>` uses only that task's rows.
 
     Args:
         over: mean or max. The mean counts each target row once, so a task with more rows weighs more. The mean
-            ranks rows as the cosine to the mean of the target rows does, because the two differ by a constant factor.
+            gives the same ranking as the cosine to the mean of the target rows: the two differ by a constant factor.
     """
     targets = target_embeddings
     by_task, diagnostics = _rows_by_task(targets)

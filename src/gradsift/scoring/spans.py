@@ -18,11 +18,11 @@ from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget, tokens_factor
 from gradsift.training.head import OutputHead, require_finite, token_losses
 
-_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # of a batch, with padding; no effect on results. 512 fit in a CPU's caches
+_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # of a batch, padding included; no effect on results. 512 fit in CPU caches
 
 
 def span(row: int, example: Example, ids: np.ndarray, start: int) -> Encoded:
-    """Return a span: the token ids (T,) of the example at position `row`, with the ids from `start` on scored."""
+    """Return the span with the token ids (T,) of the example at position `row`, scored from position `start` on."""
     # from 1 at least: nothing precedes the first token, so no model predicts it
     return Encoded(row, example.row_index, ids, np.arange(len(ids)) >= max(1, start))
 
@@ -32,8 +32,8 @@ def token_ids(tokenizer: Any, texts: Sequence[str], *, special: bool, limit: int
 
     Args:
         special: whether the tokenizer adds its special tokens (such as a start token) as it does by default.
-        limit: number of tokens that the caller uses. A longer text may yield more tokens, but only slightly more. None:
-            the caller uses all tokens.
+        limit: number of tokens that the caller uses, or None if it uses all. A text that is far longer is shortened
+            before it is tokenised, and yields slightly more than `limit` tokens.
     """
     cut = texts if limit is None else (start_of(text, tokenizer, limit) for text in texts)
     for chunk in chunks(cut, len):
@@ -44,7 +44,7 @@ def token_ids(tokenizer: Any, texts: Sequence[str], *, special: bool, limit: int
 def span_losses(backbone: Backbone, spans: Sequence[Encoded], advance: Advance, journal: Journal) -> np.ndarray:
     """Return the mean loss (nats) over each span's scored tokens, (N,) float64; NaN for a span without scored tokens.
 
-    Of equal spans only one passes through the model, so that their losses are exactly equal.
+    Only one of several equal spans passes through the model, so equal spans have exactly equal losses.
 
     Args:
         journal: keeps the losses batch by batch.
@@ -56,7 +56,7 @@ def span_losses(backbone: Backbone, spans: Sequence[Encoded], advance: Advance, 
     equal: dict[tuple[bytes, bytes], list[int]] = {}
     for index, one in enumerate(spans):
         if one.scored:
-            # by content: in batches of different widths, the losses of equal spans may differ in the last bit
+            # equal spans in batches of different widths could have losses that differ in the last bit
             equal.setdefault((one.input_ids.tobytes(), one.is_response.tobytes()), []).append(index)
     groups = list(equal.values())
     different = [replace(spans[group[0]], row=place) for place, group in enumerate(groups)]
@@ -79,7 +79,7 @@ def span_losses(backbone: Backbone, spans: Sequence[Encoded], advance: Advance, 
 
 @torch.inference_mode()
 def _batch_losses(backbone: Backbone, head: OutputHead | None, spans: Sequence[Encoded]) -> np.ndarray:
-    """Return the mean losses (B,) of spans that each have a scored token, averaged in float64."""
+    """Return the mean loss of each span, (B,), averaged in float64; every span must have a scored token."""
     batch = collate(spans, backbone.pad_id).to(backbone.model.device)
     losses = token_losses(backbone.model, head, batch.model_inputs(), batch.places, batch.targets)
     ends = np.cumsum([one.scored for one in spans])

@@ -58,7 +58,7 @@ def score(
 
 
 def _numbers(returned: Any, scorer: str) -> np.ndarray:
-    """Return the numbers that a scorer has returned in place of `Scores`, as (N,) float64."""
+    """Return the numbers that a scorer has returned instead of `Scores`, as (N,) float64."""
     try:
         numbers = np.asarray(returned, dtype=np.float64)
     except (TypeError, ValueError):

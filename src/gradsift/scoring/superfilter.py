@@ -1,28 +1,30 @@
-"""Instruction-following difficulty by a small model (Superfiltering, arXiv 2402.00530).
+"""Instruction-following difficulty (IFD) computed by a small model (Superfiltering, arXiv 2402.00530).
 
     IFD(x, y) = exp(mean loss of y after the prompt x) / exp(mean loss of y alone)
 
 Rows with an IFD of at least 1 are excluded. `keep=high` selects the remaining rows with the highest IFD, `keep=low`
-those with the lowest. In noisy data, `keep=low` ranks clean rows higher. The details follow the published procedure.
-The prompt is `instruction` and `input`, each on its own line, whatever template the training uses, without BOS and EOS.
-The prompt is cut to L tokens (`max_length`); p is its length after the cut. The answer alone is cut to L - p + 1
-tokens, and its first token is not scored. Prompt and answer together are cut to L tokens, and only the tokens after
-those of the prompt are scored. The paper does not treat conversations; for them the prompt is everything before the
-last response.
+those with the lowest. In noisy data, clean rows rank higher with `keep=low`. The details follow the published
+procedure. The prompt is `instruction` and `input`, each on its own line, whatever template the training uses, without
+BOS and EOS. The prompt is cut to L tokens (`max_length`); p is its length after the cut. The answer alone is cut to
+L - p + 1 tokens, and its first token is not scored. Prompt and answer together are cut to L tokens, and only the tokens
+after the prompt are scored. The paper does not treat conversations; for them the prompt is everything before the last
+response.
 
 `fidelity=original` gives every row the IFD that the published code gives it, including the code's errors:
 
     a text that the model cannot process     the IFD is 0, so with keep=high the row ranks last. Such a text has no
-                                             token, or more tokens than the backbone's context (if max_length is larger)
+                                             token, or more tokens than the backbone's context (possible only if
+                                             max_length is larger than the context)
     an answer of one token                   the IFD is NaN, so the row is never selected; with `original` and with
                                              `fixed` its status is `undefined`
-    a perplexity that float32 cannot hold    counts as infinite: the IFD is 0 if only the perplexity of the answer alone
-                                             is infinite, infinite if only that with the prompt is, NaN if both are
+    a perplexity that float32 cannot hold    counts as infinite. The IFD is 0 if only the perplexity of the answer alone
+                                             is infinite, infinite if only the perplexity after the prompt is
+                                             infinite, and NaN if both are
     a tokenizer that puts BOS before a text  BOS counts as a token (GPT-2's tokenizer adds no BOS)
 
-`fidelity=fixed` never turns a failure into a number, cuts texts to the model's context if that is smaller than L, and
-computes in float64. The published budget, a share of 52,002 rows whatever the data, belongs to the selection and
-is not reproduced: to select k of N rows, give alpha=k/N.
+With `fidelity=fixed`, a row whose losses are not defined is `undefined` and never gets a number. Texts are cut to the
+model's context if that is smaller than L, and the IFD is computed in float64. The published budget, a share of 52,002
+rows whatever the data, belongs to the selection and is not reproduced: to select k of N rows, give alpha=k/N.
 """
 
 from __future__ import annotations
@@ -84,7 +86,11 @@ def superfilter(
 
 
 def ifd_scores(loss_alone: np.ndarray, loss_together: np.ndarray) -> Scores:
-    """Return the scores from mean losses (N,) in nats, which are NaN if no token is scored."""
+    """Return the scores of `fidelity=fixed`.
+
+    Args:
+        loss_alone, loss_together: (N,) mean losses in nats; NaN where no token is scored.
+    """
     ifd = np.exp(loss_together) / np.exp(loss_alone)
     scores = Scores(ifd, {"ifd": ifd, "loss_alone": loss_alone, "loss_with_prompt": loss_together})
     scores.mark(np.isnan(loss_together), UNDEFINED, _NOTHING_LEFT)
@@ -94,7 +100,7 @@ def ifd_scores(loss_alone: np.ndarray, loss_together: np.ndarray) -> Scores:
 
 
 def published_scores(loss_alone: np.ndarray, loss_together: np.ndarray, fails: np.ndarray) -> Scores:
-    """Return the scores as the published code computes them.
+    """Return the scores of `fidelity=original`, as the published code computes them.
 
     Args:
         loss_alone, loss_together: (N,) nats; NaN where no token is scored.
@@ -122,7 +128,7 @@ def published_scores(loss_alone: np.ndarray, loss_together: np.ndarray, fails: n
 
 
 def ifd_prompt(example: Example) -> str:
-    """Return the prompt text of the published procedure."""
+    """Return the prompt of the published procedure: earlier turns, instruction and input, each ending in a newline."""
     history = "".join(turn.content + "\n" for turn in example.history)
     return history + example.instruction + "\n" + (example.input + "\n" if example.input else "")
 
@@ -144,7 +150,7 @@ def ifd_spans(
     texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     ids = (token_ids(tokenizer, each, special=special, limit=limit) for each in (prompts, answers, texts))
     for row, (example, prompt, answer, text) in enumerate(zip(examples, *ids, strict=True)):
-        # L - p + 1 tokens, of which the first is not scored: as many as the answer has after the prompt
+        # the first of the L - p + 1 tokens is not scored: L - p scored tokens, as for the answer after the prompt
         alone.append(span(row, example, answer[: limit - min(len(prompt), limit) + 1], 1))
         together.append(span(row, example, text[:limit], len(prompt)))
     return alone, together

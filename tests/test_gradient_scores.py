@@ -14,7 +14,7 @@ from test_config import composed
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.features.vectors import Features, unit_rows
 from gradsift.gradients.statistics import Statistics
-from gradsift.scoring.agreement import agreement
+from gradsift.scoring.agreement import agreement, spread
 from gradsift.scoring.g2is import g2is
 from gradsift.scoring.gsnr_direction import gsnr_direction, shares_not_above
 from gradsift.scoring.less import less
@@ -69,6 +69,13 @@ def test_gradients_that_do_not_separate_the_rows_give_a_warning() -> None:
     assert found["gradient_spread"] == "warning"
     found = {each.name: each.verdict for each in less(features(9), features(7, TASKS, seed=1)).diagnostics}
     assert found["gradient_spread"] == "ok"
+
+
+def test_the_lengths_of_gradients_do_not_count_as_likeness() -> None:
+    directions, lengths = features(9).vectors, np.geomspace(0.1, 100, 9, dtype=np.float32)[:, None]
+    cosines = [directions[i] @ directions[j] for i in range(9) for j in range(9) if i != j]
+    scaled = spread(Features(directions * lengths), "gradient", "")
+    assert scaled.values["mean_cosine"] == pytest.approx(np.mean(cosines), abs=1e-6)
 
 
 def test_target_rows_without_a_gradient_are_not_averaged() -> None:

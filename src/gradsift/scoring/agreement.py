@@ -9,7 +9,7 @@ import numpy as np
 
 from gradsift.diagnostics import Diagnostic
 from gradsift.features.products import DECIMALS, blocks
-from gradsift.features.vectors import Features
+from gradsift.features.vectors import Features, unit_rows
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
 NO_GRADIENT = "the gradient is zero, so it has no direction"
@@ -44,7 +44,7 @@ def spread(features: Features, kind: str, check: str) -> Diagnostic:
     """Return the diagnostic `<kind>_spread`: the mean cosine over all pairs of rows that have a direction.
 
     If the mean is near 1, the vectors do not separate the rows. The mean is computed from the length of the sum of N
-    unit rows: |sum|^2 = N + N (N - 1) mean cosine. It is not exact for rows of other lengths (`features/vectors.py`).
+    unit rows: |sum|^2 = N + N (N - 1) mean cosine. Rows of other lengths (`features.normalise=false`) are scaled first.
 
     Args:
         kind: embedding or gradient.
@@ -53,7 +53,7 @@ def spread(features: Features, kind: str, check: str) -> Diagnostic:
     name, value = f"{kind}_spread", "mean_cosine"
     total, count = np.zeros(features.vectors.shape[1]), 0
     for _, block in features.blocks():
-        total += block.sum(axis=0, dtype=np.float64)
+        total += unit_rows(block).sum(axis=0, dtype=np.float64)
         count += int(np.any(block != 0, axis=1).sum())
     if count < 2:
         return Diagnostic.unknown(name, value, f"fewer than two rows have a {kind} with a direction")

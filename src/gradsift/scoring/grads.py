@@ -76,9 +76,11 @@ def grads(
         scored &= has_direction
         count, least = int(has_direction.sum()), neighbours if of_similarity else 1
         if count <= least:
+            named = f"scorer.neighbours={least}" if of_similarity else f"scorer.diversity={diversity}"
+            remedy = "fewer neighbours or more data" if least > 1 else "more data"
             raise ConfigError(
-                f"scorer.neighbours={least}: {count} examples have an embedding with a direction, so none has as many "
-                "others; give fewer neighbours or more data"
+                f"{named}: {count} examples have an embedding with a direction, so none has {least} others; "
+                f"give {remedy}"
             )
     if of_gradients:
         density, described = density_of(embedding_gradients, scored, combine, bandwidth, task)

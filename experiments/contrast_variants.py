@@ -91,7 +91,7 @@ def variants(
         left_out: (M, N) bool, whether a member did not train on a row; None if every member trained on all rows.
     """
 
-    lacking = lacking_gain(losses.body, losses.other)
+    lacking = lacking_gain(losses.body, losses.other, [len(example.output) for example in examples])
 
     def contrasts(share: float, neighbours: np.ndarray | None, weight: float = PROMPT_WEIGHT) -> np.ndarray:
         return contrasts_of(relative_losses(losses.body, losses.end, share), neighbours) + weight * lacking

@@ -25,7 +25,7 @@ from gradsift.errors import ConfigError
 from gradsift.features.prompt_clusters import prompt_vectors
 from gradsift.proxy.answer_losses import AnswerLosses, read_answer_losses, with_other_prompts
 from gradsift.runtime import derive_seed
-from gradsift.scoring.contrast import contrast, contrast_with, nearest_prompts, saturated
+from gradsift.scoring.contrast import contrast, contrast_with, nearest_lengths, nearest_prompts, saturated
 from gradsift.scoring.random import random, random_clean
 from gradsift.scoring.scores import EXCLUDED, NO_RESPONSE, SCORED
 from gradsift.training import lora
@@ -142,16 +142,27 @@ def test_a_conversation_keeps_its_later_turns() -> None:
 
 
 def by_hand(
-    found: AnswerLosses, prompts: list[str], neighbours: int, share: float, weight: float, caution: float
+    found: AnswerLosses,
+    prompts: list[str],
+    lengths: list[int],
+    neighbours: int,
+    share: float,
+    weight: float,
+    caution: float,
 ) -> list[float]:
     """Return the scores from the formula, with one cosine after the other."""
     vectors = prompt_vectors(prompts)
     vectors = np.asarray(vectors.todense() if hasattr(vectors, "todense") else vectors)
+    by_length = sorted(range(len(prompts)), key=lambda i: (lengths[i], i))
     gains = []  # [member][row]
     for body in found.body:
         other = [statistics.fmean(losses) for losses in found.other.T]
         logs = [math.log((o + 1e-3) / (b + 1e-3)) for b, o in zip(body, other, strict=True)]
-        gains.append([(g - statistics.fmean(logs)) / max(0.1, statistics.pstdev(logs)) for g in logs])
+        gains.append([])
+        for i, log in enumerate(logs):
+            first = min(max(by_length.index(i) - 50, 0), max(len(prompts) - 101, 0))
+            like = [logs[j] for j in by_length[first : first + 101] if j != i]
+            gains[-1].append((log - statistics.fmean(like)) / max(0.1, statistics.pstdev(like)))
     scores = []
     for i, vector in enumerate(vectors):
         order = sorted((j for j in range(len(prompts)) if j != i), key=lambda j: -float(vector @ vectors[j]))
@@ -162,20 +173,24 @@ def by_hand(
             logs = [math.log((1 - share) * b + share * e + 1e-3) for b, e in relative]
             others = [logs[j] for j in order[:neighbours]]
             each.append((statistics.fmean(others) - logs[i]) / max(0.1, statistics.pstdev(others)))
-            each[-1] += weight * min(0.0, gain[i] + 0.5)
+            each[-1] += weight * min(0.0, gain[i] + 1.0)
         scores.append(statistics.fmean(each) - caution * statistics.pstdev(each))
     return scores
 
 
 @pytest.mark.parametrize(("share", "weight", "caution"), [(0.5, 0.0, 1.0), (0.0, 4.0, 0.0), (1.0, 1.5, 2.0)])
 def test_the_score_is_the_formula(share: float, weight: float, caution: float) -> None:
-    examples, found = pool(90), losses(3, 90)
+    examples, found = pool(150), losses(3, 150)
+    examples = [replace(example, output="x" * (i * 7 % 40)) for i, example in enumerate(examples)]
     examples[7] = replace(
         examples[7], instruction="??!"
     )  # no word: equally far from all others, so any are its neighbours
     options = {"neighbours": 7, "end_share": share, "prompt_weight": weight, "caution": caution, **RANKED}
     scores = contrast(found, examples, **options)
-    expected = by_hand(found, [example.instruction for example in examples], 7, share, weight, caution)
+    prompts, lengths = (
+        [f(example) for example in examples] for f in (lambda e: e.instruction, lambda e: len(e.output))
+    )
+    expected = by_hand(found, prompts, lengths, 7, share, weight, caution)
     np.testing.assert_allclose(np.delete(scores.score, 7), np.delete(expected, 7), rtol=1e-9)
     assert np.isfinite(scores.score[7])
     np.testing.assert_array_equal(scores.score, scores.parts["bound"])
@@ -186,15 +201,33 @@ def test_the_score_is_the_formula(share: float, weight: float, caution: float) -
 def test_an_answer_that_any_prompt_makes_as_likely_falls_below_the_others() -> None:
     examples, found = pool(300), losses(3, 300)
     found.other[:] = found.body * np.random.default_rng(1).uniform(2, 4, 300)
-    found.other[:, :20] = found.body[:, :20] * 1.01
+    alike, helped = np.arange(0, 300, 15), np.arange(1, 300, 15)
+    found.other[:, alike] = found.body[:, alike] * 1.01
     options = {"neighbours": 20, "end_share": 0.33, "caution": 1.0, **RANKED}
     without, score = (contrast(found, examples, prompt_weight=weight, **options).score for weight in (0.0, 4.0))
-    assert np.median(without[:20]) > np.quantile(without, 0.3)
-    assert score[:20].max() < np.quantile(score, 0.2)
+    assert np.median(without[alike]) > np.quantile(without, 0.3)
+    assert np.median(score[alike]) < np.quantile(score, 0.1)
     # a prompt that helps more than usual does not raise a score
-    found.other[:, 40:60] *= 10
+    found.other[:, helped] *= 10
     usual = contrast(found, examples, prompt_weight=0.0, **options).score
-    assert (contrast(found, examples, prompt_weight=4.0, **options).score[40:60] <= usual[40:60] + 1e-12).all()
+    assert (contrast(found, examples, prompt_weight=4.0, **options).score[helped] <= usual[helped] + 1e-12).all()
+
+
+def test_gains_are_compared_with_those_of_answers_of_like_length() -> None:
+    """A factor on the gains of long answers changes nothing."""
+    examples = [replace(example, output="x" * (5 if i < 150 else 500)) for i, example in enumerate(pool(300))]
+    found = losses(2, 300)
+    options = {"neighbours": 20, "end_share": 0.33, "prompt_weight": 4.0, "caution": 1.0, **RANKED}
+    before = contrast(found, examples, **options).score
+    found.other[:, 150:] *= 0.2
+    after = contrast(found, examples, **options).score
+    inner = np.r_[0:100, 200:300]  # all neighbours in length are of the same length
+    np.testing.assert_allclose(after[inner], before[inner], atol=0.05)
+
+
+def test_neighbours_in_length_are_the_next_in_order() -> None:
+    found = nearest_lengths([50, 10, 20, 20, 40, 30], 2)
+    assert [set(map(int, row)) for row in found] == [{4, 5}, {2, 3}, {1, 3}, {2, 5}, {5, 0}, {3, 4}]
 
 
 def test_answers_that_no_prompt_makes_likelier_are_compared_by_their_losses_alone() -> None:

@@ -3,8 +3,8 @@
     l_i^m  = (1 - w) body_i^m / mean(body^m) + w end_i^m / mean(end^m)     means over the examples; w = end_share
     c_i^m  = (mean_j log l_j^m - log l_i^m) / std_j log l_j^m       j over the k nearest prompts of i
     g_i^m  = log(mean_m' other_i^m' / body_i^m)                     how much less the answer costs with its own prompt
-    z_i^m  = (g_i^m - mean(g^m)) / std(g^m)                         over the examples
-    d_i^m  = c_i^m + v min(0, z_i^m + 1/2)                          v = prompt_weight
+    z_i^m  = (g_i^m - mean_j g_j^m) / std_j g_j^m                   j over the 100 answers nearest in length to i
+    d_i^m  = c_i^m + v min(0, z_i^m + 1)                            v = prompt_weight
     b_i = mean_m d_i^m - caution x std_m d_i^m      a lower confidence bound over the members
     score_i = b_i; for the fifth of the rows with the highest b_i, a random number above all other scores
 
@@ -17,8 +17,9 @@ the mean loss of the same tokens as in body_i, but after the prompt of another e
   of a long answer, the last token would hardly count, so it has its own weight w. Both losses are measured at the
   late snapshot. Each is divided by its mean over the pool, because the ratio of the two means differs between datasets.
 - A fluent answer to another question has a low loss too, but its prompt makes it no likelier than another example's
-  prompt does, so g_i is near 0. Only a g_i more than half a standard deviation below the mean lowers the score. Above
-  this bound, a larger g_i does not raise the score: a score of g_i alone ranks truncated answers above complete ones.
+  prompt does, so g_i is near 0. A prompt says less about each token of a long answer, so g_i is compared with the
+  answers of like length. Only a g_i more than one standard deviation below their mean lowers the score. Above this
+  bound, a larger g_i does not raise the score: a score of g_i alone ranks truncated answers above complete ones.
 - The members' standard deviation lowers the score of rows on which the members disagree.
 - Within the best fifth (`saturation`), a row with a higher bound is more typical and slightly cleaner. A target learns
   more if the rows of this fifth are ranked at random (measured in the embedded world).
@@ -49,9 +50,9 @@ _LEAST_MEAN = 1e-3
 # Least standard deviation that differences are divided by. The neighbours' log losses hardly differ if the neighbours
 # are copies of one row, and the gains g_i are all near 0 if no answer depends on its prompt.
 _LEAST_DEVIATION = 0.1
-# A gain g_i lowers the score if it lies more than this number of standard deviations below the mean, as about a quarter
-# of the gains do.
-_USUAL_GAIN = 0.5
+# A gain g_i lowers the score if it lies more than this number of standard deviations below the mean.
+_USUAL_GAIN = 1.0
+_LIKE_LENGTH = 100  # number of answers, the nearest in length, whose gains a gain is compared with
 
 
 def contrast(
@@ -112,21 +113,37 @@ def member_contrasts(
     # losses, which does not depend on the scale.
     logs = np.log(relative_losses(body, end, end_share) + _FLOOR)
     contrasts[:, known] = contrast_with(logs, nearest_prompts(prompts, neighbours))
-    contrasts[:, known] += prompt_weight * lacking_gain(body, other)
+    lengths = [len(example.output) for example, has_loss in zip(examples, known, strict=True) if has_loss]
+    contrasts[:, known] += prompt_weight * lacking_gain(body, other, lengths)
     return contrasts
 
 
-def lacking_gain(body: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return min(0, z + 1/2) (see the module's docstring), (M, N).
+def lacking_gain(body: np.ndarray, other: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+    """Return min(0, z + 1) (see the module's docstring), (M, N).
 
     Args:
         body: (M, N) losses of the answers after their own prompts.
         other: (M, N) losses after other prompts, drawn for each member; they are averaged over the members.
+        lengths: (N,) characters of the answers.
     """
     gain = np.log((other.mean(0) + _FLOOR) / (body + _FLOOR))
-    deviation = np.maximum(gain.std(1, keepdims=True), _LEAST_DEVIATION)
-    lacking: np.ndarray = np.minimum(0, (gain - gain.mean(1, keepdims=True)) / deviation + _USUAL_GAIN)
+    # `contrast_with` is positive for a value below its neighbours'
+    z = -contrast_with(gain, nearest_lengths(lengths, min(_LIKE_LENGTH, len(lengths) - 1)))
+    lacking: np.ndarray = np.minimum(0, z + _USUAL_GAIN)
     return lacking
+
+
+def nearest_lengths(lengths: Sequence[int], count: int) -> np.ndarray:
+    """Return for each example the positions of the `count` others around it in the order of lengths, (N, count) int64.
+
+    Equal lengths are in the order of their positions. At the ends, the others are the `count` shortest or longest.
+    """
+    order = np.argsort(lengths, kind="stable")
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    first = np.clip(place - count // 2, 0, len(order) - 1 - count)
+    windows = first[:, None] + np.arange(count + 1)  # each holds the example itself too
+    return order[windows[windows != place[:, None]].reshape(len(order), count)]
 
 
 def relative_losses(body: np.ndarray, end: np.ndarray, end_share: float) -> np.ndarray:

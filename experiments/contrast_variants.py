@@ -27,13 +27,14 @@ from gradsift.data.load import SPOILT, labels_of
 from gradsift.features.prompt_clusters import prompt_of, prompt_vectors
 from gradsift.proxy.answer_losses import AnswerLosses, read_answer_losses
 from gradsift.scoring.contrast import contrast_with, lacking_gain, nearest_prompts, relative_losses, saturated
+from gradsift.scoring.contrast import nearest_lengths as nearest_characters
 from gradsift.scoring.scores import SCORED
 from gradsift.scoring.stage import score, scores_of
 from gradsift.selection.audit import CLEAN, auroc
 from gradsift.selection.budget import budget
 
 ALPHAS = (0.05, 0.1, 0.15)
-K, END_SHARE, PROMPT_WEIGHT = 50, 0.33, 4.0  # the defaults of the scorer
+K, END_SHARE, PROMPT_WEIGHT, LIKE_LENGTH = 50, 0.33, 4.0, 100  # the defaults of the scorer
 _FLOOR = 1e-3
 
 
@@ -91,7 +92,8 @@ def variants(
         left_out: (M, N) bool, whether a member did not train on a row; None if every member trained on all rows.
     """
 
-    lacking = lacking_gain(losses.body, losses.other, [len(example.output) for example in examples])
+    answers = [len(example.output) for example in examples]  # in characters
+    lacking = lacking_gain(losses.body, losses.other, nearest_characters(answers, LIKE_LENGTH))
 
     def contrasts(share: float, neighbours: np.ndarray | None, weight: float = PROMPT_WEIGHT) -> np.ndarray:
         return contrasts_of(relative_losses(losses.body, losses.end, share), neighbours) + weight * lacking
@@ -103,6 +105,11 @@ def variants(
     yield "contrast, not saturated", shipped
     for weight in (0.0, 1.0, 2.0, 8.0):
         yield f"prompt_weight {weight:g}", bound(contrasts(END_SHARE, prompts, weight))
+    everything = nearest_characters(answers, len(answers))
+    yield (
+        "gains of all lengths",
+        bound(whole + PROMPT_WEIGHT * (lacking_gain(losses.body, losses.other, everything) - lacking)),
+    )
     yield "gain of the own prompt alone", -np.log(losses.body / losses.other.mean(0)).mean(0)
     for caution in (0.0, 2.0):
         yield f"caution {caution:g}", bound(whole, caution)

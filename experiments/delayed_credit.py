@@ -61,7 +61,7 @@ def scores_of(line: Line) -> Iterator[tuple[str, np.ndarray]]:
         yield f"loss drop, snapshots {early}, {late}", loss[early - 1] - loss[late - 1]
     yield "progress in the best epoch", best_epoch(loss)
     yield f"late loss, snapshot {EPOCHS}", -loss[-1]
-    options = {"neighbours": 50, "end_share": 0.33, "prompt_weight": 4.0}
+    options = {"neighbours": 50, "end_share": 0.33, "prompt_weight": 4.0, "like_length": 100}
     options |= {"caution": 1.0, "saturation": 0.0, "seed": 0}
     answers = read_answer_losses(line.answer_losses, line.rows)
     yield f"contrast, snapshot {EPOCHS}, not saturated", contrast(answers, line.pool, **options).score

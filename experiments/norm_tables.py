@@ -33,7 +33,12 @@ from gradsift.selection.budget import budget
 
 ALPHAS = (0.05, 0.1, 0.15)
 EPS = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-_NEIGHBOURS, _END_SHARE, _PROMPT_WEIGHT = 50, 0.33, 4.0  # the defaults of the scorer contrast
+_OPTIONS = {
+    "neighbours": 50,
+    "end_share": 0.33,
+    "prompt_weight": 4.0,
+    "like_length": 100,
+}  # the defaults of the scorer contrast
 
 
 def norms_at(line: Line, epoch: int) -> np.ndarray:
@@ -53,7 +58,7 @@ def table_of(line: Line) -> dict[str, np.ndarray]:
         raise SystemExit("the data has no labels; corrupt some rows with data.corruption.share")
     early, late = (norms_at(line, epoch) for epoch in line.config.proxy.snapshots)
     losses = read_answer_losses(line.answer_losses, line.rows)
-    contrasts = member_contrasts(losses, line.pool, _NEIGHBOURS, _END_SHARE, _PROMPT_WEIGHT)
+    contrasts = member_contrasts(losses, line.pool, **_OPTIONS)
     values = {"early": early, "late": late, **vars(losses), "contrast": contrasts}
     columns = {name: value.astype(np.float32) for name, value in values.items()}
     return {**columns, "quality": np.array(labels.quality)}

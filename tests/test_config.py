@@ -359,7 +359,7 @@ def test_a_run_that_ends_before_the_proxy_needs_none() -> None:
 RECIPES = {
     "gradfiltering": {"scorer": "gsnr", "scorer.eps": 1e-8, "proxy.members": 5, "proxy.snapshots": [1, 2]},
     "contrast": {"scorer": "contrast", "scorer.neighbours": 50, "scorer.end_share": 0.33, "scorer.saturation": 0.2}
-    | {"scorer.prompt_weight": 4.0},
+    | {"scorer.prompt_weight": 4.0, "scorer.like_length": 100},
     "superfiltering": {"scorer": "superfilter", "scorer.max_length": 1024, "scorer.keep": "high"},
     "superfiltering_d": {"scorer": "superfilter", "selector": "facility_location", "selector.candidates": 0.2}
     | {"scorer.keep": "high", "selector.similarity": "exp_distance"},

@@ -33,7 +33,7 @@ from gradsift.training.head import ResponseLosses
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
-RANKED = {"saturation": 0.0, "seed": 0}  # the score is the bound
+RANKED = {"like_length": 100, "saturation": 0.0, "seed": 0}  # the score is the bound
 TASKS = ("sort the numbers {} please", "name the capital of {}", "translate the word {} into French")
 
 
@@ -228,6 +228,7 @@ def test_gains_are_compared_with_those_of_answers_of_like_length() -> None:
 def test_neighbours_in_length_are_the_next_in_order() -> None:
     found = nearest_lengths([50, 10, 20, 20, 40, 30], 2)
     assert [set(map(int, row)) for row in found] == [{4, 5}, {2, 3}, {1, 3}, {2, 5}, {5, 0}, {3, 4}]
+    assert [set(map(int, row)) for row in nearest_lengths([3, 1, 2], 9)] == [{1, 2}, {0, 2}, {0, 1}]
 
 
 def test_answers_that_no_prompt_makes_likelier_are_compared_by_their_losses_alone() -> None:

@@ -3,7 +3,7 @@
     l_i^m  = (1 - w) body_i^m / mean(body^m) + w end_i^m / mean(end^m)     means over the examples; w = end_share
     c_i^m  = (mean_j log l_j^m - log l_i^m) / std_j log l_j^m       j over the k nearest prompts of i
     g_i^m  = log(mean_m' other_i^m' / body_i^m)                     how much less the answer costs with its own prompt
-    z_i^m  = (g_i^m - mean_j g_j^m) / std_j g_j^m                   j over the 100 answers nearest in length to i
+    z_i^m  = (g_i^m - mean_j g_j^m) / std_j g_j^m                   j over the like_length answers nearest in length
     d_i^m  = c_i^m + v min(0, z_i^m + 1)                            v = prompt_weight
     b_i = mean_m d_i^m - caution x std_m d_i^m      a lower confidence bound over the members
     score_i = b_i; for the fifth of the rows with the highest b_i, a random number above all other scores
@@ -52,7 +52,6 @@ _LEAST_MEAN = 1e-3
 _LEAST_DEVIATION = 0.1
 # A gain g_i lowers the score if it lies more than this number of standard deviations below the mean.
 _USUAL_GAIN = 1.0
-_LIKE_LENGTH = 100  # number of answers, the nearest in length, whose gains a gain is compared with
 
 
 def contrast(
@@ -62,6 +61,7 @@ def contrast(
     neighbours: int,
     end_share: float,
     prompt_weight: float,
+    like_length: int,
     caution: float,
     saturation: float,
     seed: int,
@@ -73,13 +73,15 @@ def contrast(
         neighbours: k.
         end_share: w, 0 to 1.
         prompt_weight: v, 0 or more.
+        like_length: number of answers, the nearest in length, whose gains a gain is compared with; all others if there
+            are fewer.
         caution: how many standard deviations over the members are subtracted.
         saturation: share of the examples, those with the highest bounds, whose scores are drawn at random (`seed`).
 
     Raises:
         ConfigError: at most `neighbours` examples have a response.
     """
-    contrasts = member_contrasts(answer_losses, examples, neighbours, end_share, prompt_weight)
+    contrasts = member_contrasts(answer_losses, examples, neighbours, end_share, prompt_weight, like_length)
     mean, deviation = contrasts.mean(0), contrasts.std(0)
     bound = mean - caution * deviation
     parts = {
@@ -101,6 +103,7 @@ def member_contrasts(
     neighbours: int,
     end_share: float,
     prompt_weight: float,
+    like_length: int,
 ) -> np.ndarray:
     """Return d (see the module's docstring) of each answer and member, (M, N); NaN without a response token."""
     # a row without a response token has no loss under any member
@@ -114,21 +117,20 @@ def member_contrasts(
     logs = np.log(relative_losses(body, end, end_share) + _FLOOR)
     contrasts[:, known] = contrast_with(logs, nearest_prompts(prompts, neighbours))
     lengths = [len(example.output) for example, has_loss in zip(examples, known, strict=True) if has_loss]
-    contrasts[:, known] += prompt_weight * lacking_gain(body, other, lengths)
+    contrasts[:, known] += prompt_weight * lacking_gain(body, other, nearest_lengths(lengths, like_length))
     return contrasts
 
 
-def lacking_gain(body: np.ndarray, other: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+def lacking_gain(body: np.ndarray, other: np.ndarray, like_length: np.ndarray) -> np.ndarray:
     """Return min(0, z + 1) (see the module's docstring), (M, N).
 
     Args:
         body: (M, N) losses of the answers after their own prompts.
         other: (M, N) losses after other prompts, drawn for each member; they are averaged over the members.
-        lengths: (N,) characters of the answers.
+        like_length: (N, K) positions of the answers that each gain is compared with.
     """
     gain = np.log((other.mean(0) + _FLOOR) / (body + _FLOOR))
-    # `contrast_with` is positive for a value below its neighbours'
-    z = -contrast_with(gain, nearest_lengths(lengths, min(_LIKE_LENGTH, len(lengths) - 1)))
+    z = -contrast_with(gain, like_length)  # `contrast_with` is positive for a value below its neighbours'
     lacking: np.ndarray = np.minimum(0, z + _USUAL_GAIN)
     return lacking
 
@@ -136,8 +138,10 @@ def lacking_gain(body: np.ndarray, other: np.ndarray, lengths: Sequence[int]) ->
 def nearest_lengths(lengths: Sequence[int], count: int) -> np.ndarray:
     """Return for each example the positions of the `count` others around it in the order of lengths, (N, count) int64.
 
-    Equal lengths are in the order of their positions. At the ends, the others are the `count` shortest or longest.
+    Equal lengths are in the order of their positions. At the ends, the others are the `count` shortest or longest. If
+    there are fewer than `count` others, all are returned.
     """
+    count = min(count, len(lengths) - 1)
     order = np.argsort(lengths, kind="stable")
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))

@@ -123,7 +123,8 @@ def variants(
     yield "lower of ranks: contrast, low IFD", np.minimum(ranked(shipped), ranked(-ifd))
     if left_out is not None:
         for name, members in (("held out", left_out), ("trained on", ~left_out)):
-            mean, variance = over_members(whole, members)
+            # without the gains, whose losses after other prompts are means over all members
+            mean, variance = over_members(whole - PROMPT_WEIGHT * lacking, members)
             yield name, mean - np.sqrt(variance)
 
 

@@ -4,12 +4,12 @@
 
 RUN is the folder of a run that has tuned its target and whose store is at hand. Without --rows the rows are those that
 the runs' `data.holdout` set aside. FILE is a JSON list of rows with `instruction`, `input` and `output`; a row whose
-prompt is in the first run's data is dropped, and so is a repeated prompt.
+prompt is in a run's data is dropped, and so is a repeated prompt.
 
 Prints Markdown: for each run the mean loss in nats per response token (the mean over rows of each row's mean), the
-difference from the first run, and the interval that contains the mean difference of 95 % of such samples of rows
-(t distribution over the rows' differences). The interval is about the rows alone: another seed of the finetune or
-another draw of the training rows would add to it.
+difference from the first run, and the 95 % confidence interval of the mean difference (t distribution over the rows'
+differences). The interval is about the rows alone: another seed of the finetune or another draw of the training rows
+would add to it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 from scipy import stats
 
 from experiments.composed import line_of
+from gradsift.artifacts import Artifact
 from gradsift.data.examples import Example, make_example
 from gradsift.data.load import heldout_of
 from gradsift.evaluation.stages.losses import example_losses
@@ -49,10 +50,22 @@ def unseen_rows(rows: Iterable[dict[str, str]], seen: Iterable[Example], limit: 
     return examples
 
 
-def losses_of(line: Line, examples: Sequence[Example]) -> np.ndarray:
-    """Return each example's mean loss under the target that the line's run has tuned, (N,); NaN without a response."""
+def require_known(run: Path, artifact: Artifact) -> None:
+    """Exit unless the run has made or reused the artifact: with other defaults or data it would be another one."""
+    stages = json.loads((run / "run.json").read_text())["stages"]
+    if artifact.fingerprint not in {stage["fingerprint"] for stage in stages}:
+        raise SystemExit(
+            f"{run} has not made {artifact.path.name}: the defaults or the data have changed since; use the commit "
+            "of the run"
+        )
+
+
+def losses_of(run: Path, line: Line, examples: Sequence[Example]) -> np.ndarray:
+    """Return each example's mean loss under the target that the run has tuned, (N,); NaN without a response."""
     scored = score(line.runtime, line.scorer, line.loaded, line.sources, line.diagnose)
+    require_known(run, scored)
     tuned = line.finetune(line.select(scored))
+    require_known(run, tuned)
     model = load_tuned(line.runtime, line.config.target, line.target, tuned)
     losses = np.full(len(examples), np.nan)
     with tempfile.TemporaryDirectory() as folder:
@@ -84,13 +97,13 @@ def main() -> None:
     first = next(iter(lines.values()))
     examples = heldout_of(first.loaded)
     if options.rows is not None:
-        seen = [*first.pool, *examples]
+        seen = [example for line in lines.values() for example in (*line.pool, *heldout_of(line.loaded))]
         examples = unseen_rows(json.loads(options.rows.read_text()), seen, options.limit)
     elif any(line.loaded.path != first.loaded.path for line in lines.values()):
         raise SystemExit("the runs have other data, hence other held-out rows; give --rows FILE.json")
     if not examples:
         raise SystemExit("there are no held-out rows; set data.holdout in the runs, or give --rows FILE.json")
-    losses = {run: losses_of(line, examples) for run, line in lines.items()}
+    losses = {run: losses_of(run, line, examples) for run, line in lines.items()}
     known = ~np.isnan(np.stack(list(losses.values()))).any(0)
     print(f"{known.sum()} rows\n\n| run | loss | less that of the first |\n|---|---|---|")
     for run, values in losses.items():

@@ -3,8 +3,9 @@
     python -m experiments.norm_tables write FILE.npz OVERRIDE ...     from the store; missing artifacts are made
     python -m experiments.norm_tables read FILE.npz                   scores of subsets of the members, for several eps
 
-The file contains the gradient norms at both snapshots, the losses of the answers' bodies and ends at the late snapshot,
-each member's contrasts (`scoring/contrast.py`, with the default options), and the labels, but no text of the data.
+The file contains the gradient norms at both snapshots, the losses of the answers at the late snapshot (bodies, ends,
+and bodies after other prompts), each member's contrasts without the term of the other prompts (`scoring/contrast.py`,
+with the default options), the lengths of the answers and the labels, but no text of the data.
 `read` prints Markdown: the spoilt share of the selection, and AUROC of clean rows against spoilt rows and against each
 kind of spoilt rows.
 
@@ -26,19 +27,14 @@ from gradsift.gradients.norms_table import by_example
 from gradsift.gradients.statistics import norm_of
 from gradsift.line import Line
 from gradsift.proxy.answer_losses import read_answer_losses
-from gradsift.scoring.contrast import member_contrasts, saturated
+from gradsift.scoring.contrast import lacking_gain, member_contrasts, nearest_lengths, saturated
 from gradsift.scoring.gsnr import ratio
 from gradsift.selection.audit import CLEAN, auroc
 from gradsift.selection.budget import budget
 
 ALPHAS = (0.05, 0.1, 0.15)
 EPS = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-_OPTIONS = {
-    "neighbours": 50,
-    "end_share": 0.33,
-    "prompt_weight": 4.0,
-    "like_length": 100,
-}  # the defaults of the scorer contrast
+_NEIGHBOURS, _END_SHARE, _PROMPT_WEIGHT, _LIKE_LENGTH = 50, 0.33, 4.0, 100  # the defaults
 
 
 def norms_at(line: Line, epoch: int) -> np.ndarray:
@@ -58,15 +54,23 @@ def table_of(line: Line) -> dict[str, np.ndarray]:
         raise SystemExit("the data has no labels; corrupt some rows with data.corruption.share")
     early, late = (norms_at(line, epoch) for epoch in line.config.proxy.snapshots)
     losses = read_answer_losses(line.answer_losses, line.rows)
-    contrasts = member_contrasts(losses, line.pool, **_OPTIONS)
+    contrasts = member_contrasts(losses, line.pool, _NEIGHBOURS, _END_SHARE, 0.0, _LIKE_LENGTH)
     values = {"early": early, "late": late, **vars(losses), "contrast": contrasts}
     columns = {name: value.astype(np.float32) for name, value in values.items()}
-    return {**columns, "quality": np.array(labels.quality)}
+    lengths = np.array([len(example.output) for example in line.pool], dtype=np.int32)
+    return {**columns, "length": lengths, "quality": np.array(labels.quality)}
 
 
 def scores_of(table: dict[str, np.ndarray], members: int) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the name and the values (N,) of each score, computed from the first `members` members."""
     early, late, contrasts = (table[name][:members].astype(np.float64) for name in ("early", "late", "contrast"))
+    if "other" in table:  # the gains depend on all members, so they are not stored
+        body, other = (table[name][:members].astype(np.float64) for name in ("body", "other"))
+        gained = np.flatnonzero(~np.isnan(body + other).any(0))
+        lacking = lacking_gain(
+            body[:, gained], other[:, gained], nearest_lengths(table["length"][gained], _LIKE_LENGTH)
+        )
+        contrasts[:, gained] += _PROMPT_WEIGHT * lacking
     G_s, G_t, V_t = early.mean(0), late.mean(0), late.var(0)
     for eps in EPS:
         yield f"gsnr, eps {eps:g}", ratio(G_s, G_t, V_t, eps)

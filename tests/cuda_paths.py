@@ -244,7 +244,7 @@ def heldout_losses(kit: Kit) -> None:
     )
     config: Any = SimpleNamespace(max_length=48, template="plain")
     with mock.patch.object(heldout, "device_of", lambda compute: kit.device):
-        heldout._losses(runtime, config, kit.backbone, rows, Path(), "loss", "rows")
+        heldout.example_losses(runtime, config, kit.backbone, rows, Path(), "loss", "rows")
 
 
 def decode(kit: Kit) -> None:

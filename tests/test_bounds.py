@@ -26,6 +26,7 @@ UNBOUNDED = {  # whole numbers that cost nothing however large they are
     "holdout": "more than there are is refused",
     "rows": "more than there are is all",
     "neighbours": "more than there are is refused, or all",
+    "like_length": "more than there are is all",
     "together": "more than there are members is all",
     "max_calls": "a cap",
     "give_up": "a cap",

@@ -23,7 +23,8 @@ from gradsift.data.load import Labels
 from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError
 from gradsift.features.prompt_clusters import prompt_vectors
-from gradsift.proxy.answer_losses import AnswerLosses, read_answer_losses, with_other_prompts
+from gradsift.journal import Journal
+from gradsift.proxy.answer_losses import AnswerLosses, collect_losses, read_answer_losses, with_other_prompts
 from gradsift.runtime import derive_seed
 from gradsift.scoring.contrast import contrast, contrast_with, nearest_lengths, nearest_prompts, saturated
 from gradsift.scoring.random import random, random_clean
@@ -130,12 +131,38 @@ def test_a_prompt_is_cut_at_its_start_where_the_text_would_be_too_long() -> None
     assert list(swapped.input_ids) == [4, 5, 8, 8, 8, 8]  # six tokens, as the longest example has
 
 
-def test_a_conversation_keeps_its_later_turns() -> None:
-    turns = Encoded(0, 0, np.array([1, 2, 3, 4, 5]), np.array([False, True, True, False, True]))
-    other = Encoded(1, 1, np.array([7, 7, 8]), np.array([False, False, True]))
-    swapped = with_other_prompts([turns, other], seed=0)[0]
-    assert list(swapped.input_ids) == [7, 2, 3, 4, 5]
-    assert list(swapped.is_response) == [False, True, True, False, True]
+def test_a_start_token_that_all_examples_have_is_not_cut() -> None:
+    prompt = Encoded(0, 0, np.array([9, 2, 3, 4, 5, 6]), np.array([False] * 5 + [True]))
+    answer = Encoded(1, 1, np.array([9, 8, 8, 8, 8]), np.array([False] + [True] * 4))
+    _, swapped = with_other_prompts([prompt, answer], seed=0)
+    assert list(swapped.input_ids) == [9, 5, 8, 8, 8, 8]
+
+
+def test_the_other_prompt_is_another_one_if_the_pool_has_one() -> None:
+    examples = [Encoded(i, i, np.array([1, i // 4, 50]), np.array([False, False, True])) for i in range(40)]
+    swapped = with_other_prompts(examples, seed=0)
+    assert all(text.input_ids[1] != example.input_ids[1] for example, text in zip(examples, swapped, strict=True))
+    alike = [Encoded(i, i, np.array([1, 2, 50 + i]), np.array([False, False, True])) for i in range(5)]
+    assert [list(text.input_ids) for text in with_other_prompts(alike, seed=0)] == [[1, 2, 50 + i] for i in range(5)]
+
+
+def test_conversations_with_several_replies_have_no_gain(store: Path) -> None:  # noqa: F811
+    line = line_of(store, "scorer=contrast", "scorer.neighbours=5")
+    inputs = line.proxy_inputs
+    texts = [replace(text, is_response=text.is_response.copy()) for text in inputs.encoded[:12]]
+    for text in texts[:3]:
+        text.is_response[1], text.is_response[2] = True, False  # a reply before the last one
+    adapted = lora.add_adapter(line.proxy_backbone.model, line.config.proxy.lora, 3)
+    columns = collect_losses(adapted, inputs._replace(encoded=texts), lambda done: None, Journal(), seed=1)
+    lora.remove_adapter(adapted)
+    assert np.isnan(columns["other"]).tolist() == [True] * 3 + [False] * 9
+    assert np.isfinite(columns["body"]).all()
+    examples, found = pool(60), losses(2, 60)
+    found.other[:, :20] = np.nan
+    options = {"neighbours": 7, "end_share": 0.33, "caution": 1.0, **RANKED}
+    without, score = (contrast(found, examples, prompt_weight=weight, **options).score for weight in (0.0, 4.0))
+    np.testing.assert_array_equal(score[:20], without[:20])
+    assert (score[20:] < without[20:]).any()
 
 
 # ---------------------------------------------------------------------------------------------- the score
@@ -234,8 +261,8 @@ def test_neighbours_in_length_are_the_next_in_order() -> None:
 def test_answers_that_no_prompt_makes_likelier_are_compared_by_their_losses_alone() -> None:
     """Without instructions in the data no answer depends on its prompt, and rounding must not decide."""
     examples, found = pool(90), losses(2, 90)
+    found.body[:] = found.body[0]
     found.other[:] = found.body * (1 + 1e-4 * np.random.default_rng(2).normal(size=found.body.shape))
-    found.body[:] = found.other.mean(0)
     options = {"neighbours": 7, "end_share": 0.33, "caution": 1.0, **RANKED}
     without, score = (contrast(found, examples, prompt_weight=weight, **options).score for weight in (0.0, 4.0))
     np.testing.assert_allclose(score, without, atol=0.1)
@@ -280,8 +307,8 @@ def test_a_kind_of_task_that_is_easy_gains_nothing() -> None:
     """A factor on all losses of one kind moves its late loss, not its contrast."""
     examples, found = pool(300), losses(2, 300)
     easy = np.where(np.arange(300) % 3 == 0, 0.05, 1.0)
-    scaled = AnswerLosses(found.body * easy, found.end * easy, found.other)
-    options = {"neighbours": 20, "end_share": 0.5, "prompt_weight": 0.0, "caution": 1.0, **RANKED}
+    scaled = AnswerLosses(found.body * easy, found.end * easy, found.other * easy)
+    options = {"neighbours": 20, "end_share": 0.5, "prompt_weight": 4.0, "caution": 1.0, **RANKED}
     before, after = (contrast(each, examples, **options).score for each in (found, scaled))
     assert np.corrcoef(before, after)[0, 1] > 0.99
     top = np.argsort(-after)[:30] % 3

@@ -49,7 +49,7 @@ from gradsift.data.examples import Example
 from gradsift.data.tokens import Encoded, encode, encode_prompt
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.generation import generate_answers
-from gradsift.evaluation.stages.losses import _losses
+from gradsift.evaluation.stages.losses import example_losses
 from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.records import COLUMNS
 from gradsift.launch import _rank, node_of, on_all_ranks
@@ -125,7 +125,7 @@ def results_of_target(
     given = (run, config, made, Artifact("finetune", folder, "fingerprint", {}))
     tuned = load_tuned(*given)
     with counting() as tokens, tempfile.TemporaryDirectory() as journal:
-        parts = _losses(run, config, tuned, chosen, Path(journal), "held-out loss", "rows")
+        parts = example_losses(run, config, tuned, chosen, Path(journal), "held-out loss", "rows")
         to_answer = load_to_answer(*given)
         prompts = [encode_prompt(each.instruction, each.input[:9], tuned.tokenizer, "plain") for each in chosen]
         answers = generate_answers(to_answer.model, tuned.tokenizer, prompts, max_new_tokens=9, batch_size=2)

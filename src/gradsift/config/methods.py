@@ -54,7 +54,7 @@ class ContrastConfig(ScorerConfig):
     end_share: float = option(0.33, least=0, most=1)  # w, weight of an answer's last token in its loss
     # v, how much the score falls if the answer is hardly likelier after its own prompt than after another example's
     prompt_weight: float = option(4.0, least=0)
-    like_length: int = option(100, least=2)  # number of answers, the nearest in length, whose gains are compared
+    like_length: int = option(100, least=2)  # number of answers of like length whose gains are compared
     caution: float = option(1.0, least=0)  # how many standard deviations over the members are subtracted from the score
     # the best rows, up to this share of all rows, get random scores above all other scores
     saturation: float = option(0.2, least=0, most=1)

@@ -5,8 +5,8 @@
     other_i  body_i with example i's prompt replaced by another example's, drawn at random for each member
 
 For a response of a single token, body and end are that token's loss. The losses take two forward passes over the pool,
-with dropout off and without gradients. In a conversation, the other example's prompt replaces all tokens before the
-first response token.
+with dropout off and without gradients. A conversation with several trained replies has no other_i (NaN): its later
+replies would keep their own prompts.
 
 Shape letters: M members, N examples.
 """
@@ -32,13 +32,17 @@ from gradsift.runtime import Advance, Runtime, derive_seed
 from gradsift.training import lora
 from gradsift.training.head import ResponseLosses, require_finite
 
-VERSION = 2
+VERSION = 3
+_TRIES = 10  # prompts that are looked at for one that differs from the example's own
 LOSSES_FILE = "answer_losses.parquet"
 
 
 @dataclass(frozen=True)
 class AnswerLosses:
-    """Losses in nats, (M, N) float64 each; NaN for an example without a response token."""
+    """Losses in nats, (M, N) float64 each; NaN for an example without a response token.
+
+    `other` is also NaN for a conversation with several trained replies.
+    """
 
     body: np.ndarray
     end: np.ndarray
@@ -73,49 +77,70 @@ def collect_losses(
     """
     losses_of = ResponseLosses(adapted)
     count = len(inputs.encoded)
-    texts = [*inputs.encoded, *with_other_prompts(inputs.encoded, seed)]
-    losses = np.empty((2, 2 * count), dtype=np.float32)  # body and end; own prompts first
+    lone = np.flatnonzero([_replies(example) == 1 for example in inputs.encoded])
+    swapped = with_other_prompts([inputs.encoded[place] for place in lone], seed) if len(lone) > 1 else []
+    losses = np.full((2, count + len(lone)), np.nan, dtype=np.float32)  # body and end; own prompts first
 
     def of_batch(examples: list[Encoded]) -> tuple[list[int], torch.Tensor]:
         batch = collate(examples, inputs.backbone.pad_id)
         parts = losses_of.body_and_end(batch.to(inputs.backbone.model.device))
         return [example.row for example in examples], torch.stack(parts).cpu()
 
-    placed = [replace(text, row=place) for place, text in enumerate(texts)]
+    placed = [replace(text, row=place) for place, text in enumerate([*inputs.encoded, *swapped])]
+    advance(2 * count - len(placed))
     with lora.evaluating(adapted):
         for batches in inputs.budget.passes(placed, of_batch, journal, advance):
             for where, values in batches:
                 losses[:, where] = values.numpy()
     rows = np.array([example.row for example in inputs.encoded], dtype=np.int64)
-    own, other = losses[:, :count], losses[0, count:]
-    # a sum is finite only if all losses are
-    require_finite("loss", torch.from_numpy(rows), torch.from_numpy(own.sum(0) + other), inputs.encoded)
+    own, other = losses[:, :count], np.full(count, np.nan, dtype=np.float32)
+    other[lone] = losses[0, count:]
+    # a sum is finite only if both losses are
+    require_finite("loss", torch.from_numpy(rows), torch.from_numpy(own.sum(0)), inputs.encoded)
+    if swapped:
+        require_finite("loss", torch.from_numpy(rows[lone]), torch.from_numpy(other[lone]), inputs.encoded)
     return {"row": rows, "body": own[0], "end": own[1], "other": other}
+
+
+def _replies(example: Encoded) -> int:
+    """Return the number of runs of response tokens."""
+    return int((np.diff(example.is_response.astype(int), prepend=0) == 1).sum())
 
 
 def with_other_prompts(examples: Sequence[Encoded], seed: int) -> list[Encoded]:
     """Return each example with its prompt (all tokens before its response) replaced by another example's prompt.
 
-    Each example's prompt is used once. A prompt is cut at its start if the new text would be longer than the longest
-    example.
+    The other prompt differs from the example's own if one of the next few in the random order does. If the new text
+    would be longer than the longest example, the prompt is cut at its start, but after a start token that all share.
     """
     limit = max(len(example.input_ids) for example in examples)
+    kept = int(len({int(example.input_ids[0]) for example in examples}) == 1)
     order = np.random.default_rng(seed).permutation(len(examples))
-    texts: list[Encoded | None] = [None] * len(examples)
-    # each example gets the prompt of the next example in a random cyclic order, so none keeps its own
-    for place, giver in zip(order, np.roll(order, -1), strict=True):
-        texts[place] = _after_prompt(examples[place], examples[giver], limit)
-    return [text for text in texts if text is not None]
+    place_in_order = np.argsort(order)
+    texts = []
+    for example, place in zip(examples, place_in_order, strict=True):
+        own = _prompt(example)
+        # in a random cyclic order, so none keeps its own
+        nearby = (_prompt(examples[order[(place + step) % len(order)]]) for step in range(1, min(_TRIES, len(order))))
+        other = next((prompt for prompt in nearby if not np.array_equal(prompt, own)), own)
+        texts.append(_after_prompt(example, other, kept, limit))
+    return texts
 
 
-def _after_prompt(example: Encoded, giver: Encoded, limit: int) -> Encoded:
-    start, length = int(example.is_response.argmax()), int(giver.is_response.argmax())
-    room = max(1, limit - (len(example.input_ids) - start))
-    prompt = giver.input_ids[max(0, length - room) : length]
+def _prompt(example: Encoded) -> np.ndarray:
+    ids: np.ndarray = example.input_ids[: int(example.is_response.argmax())]
+    return ids
+
+
+def _after_prompt(example: Encoded, prompt: np.ndarray, kept: int, limit: int) -> Encoded:
+    """Return the example's response after `prompt`, of which the first `kept` tokens are never cut."""
+    response = len(example.input_ids) - len(_prompt(example))
+    cut = max(0, min(len(prompt) + response - limit, len(prompt) - kept))
+    prompt = np.concatenate([prompt[:kept], prompt[kept + cut :]])
     return replace(
         example,
-        input_ids=np.concatenate([prompt, example.input_ids[start:]]),
-        is_response=np.concatenate([np.zeros(len(prompt), dtype=bool), example.is_response[start:]]),
+        input_ids=np.concatenate([prompt, example.input_ids[-response:]]),
+        is_response=np.concatenate([np.zeros(len(prompt), dtype=bool), example.is_response[-response:]]),
     )
 
 

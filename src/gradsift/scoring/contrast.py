@@ -3,7 +3,7 @@
     l_i^m  = (1 - w) body_i^m / mean(body^m) + w end_i^m / mean(end^m)     means over the examples; w = end_share
     c_i^m  = (mean_j log l_j^m - log l_i^m) / std_j log l_j^m       j over the k nearest prompts of i
     g_i^m  = log(mean_m' other_i^m' / body_i^m)                     how much less the answer costs with its own prompt
-    z_i^m  = (g_i^m - mean_j g_j^m) / std_j g_j^m                   j over the like_length answers nearest in length
+    z_i^m  = (g_i^m - mean_j g_j^m) / std_j g_j^m                   j over the like_length answers around i by length
     d_i^m  = c_i^m + v min(0, z_i^m + 1)                            v = prompt_weight
     b_i = mean_m d_i^m - caution x std_m d_i^m      a lower confidence bound over the members
     score_i = b_i; for the fifth of the rows with the highest b_i, a random number above all other scores
@@ -20,6 +20,7 @@ the mean loss of the same tokens as in body_i, but after the prompt of another e
   prompt does, so g_i is near 0. A prompt says less about each token of a long answer, so g_i is compared with the
   answers of like length. Only a g_i more than one standard deviation below their mean lowers the score. Above this
   bound, a larger g_i does not raise the score: a score of g_i alone ranks truncated answers above complete ones.
+  Conversations with several replies have no g_i, and d_i^m = c_i^m.
 - The members' standard deviation lowers the score of rows on which the members disagree.
 - Within the best fifth (`saturation`), a row with a higher bound is more typical and slightly cleaner. A target learns
   more if the rows of this fifth are ranked at random (measured in the embedded world).
@@ -73,8 +74,8 @@ def contrast(
         neighbours: k.
         end_share: w, 0 to 1.
         prompt_weight: v, 0 or more.
-        like_length: number of answers, the nearest in length, whose gains a gain is compared with; all others if there
-            are fewer.
+        like_length: number of answers whose gains a gain is compared with, half of them shorter and half longer; all
+            others if there are fewer.
         caution: how many standard deviations over the members are subtracted.
         saturation: share of the examples, those with the highest bounds, whose scores are drawn at random (`seed`).
 
@@ -109,15 +110,19 @@ def member_contrasts(
     # a row without a response token has no loss under any member
     known = ~np.isnan(answer_losses.body).any(0)
     require_neighbours(int(known.sum()), neighbours)
-    body, end, other = (part[:, known] for part in (answer_losses.body, answer_losses.end, answer_losses.other))
+    body, end = answer_losses.body[:, known], answer_losses.end[:, known]
     prompts = [prompt_of(example) for example, has_loss in zip(examples, known, strict=True) if has_loss]
     contrasts = np.full(answer_losses.body.shape, np.nan)
     # Logarithms, because the losses of easy and of hard tasks differ in scale: a difference of logarithms is a ratio of
     # losses, which does not depend on the scale.
     logs = np.log(relative_losses(body, end, end_share) + _FLOOR)
     contrasts[:, known] = contrast_with(logs, nearest_prompts(prompts, neighbours))
-    lengths = [len(example.output) for example, has_loss in zip(examples, known, strict=True) if has_loss]
-    contrasts[:, known] += prompt_weight * lacking_gain(body, other, nearest_lengths(lengths, like_length))
+    # conversations with several replies have no loss after another prompt, hence no gain
+    gained = np.flatnonzero(known & ~np.isnan(answer_losses.other).any(0))
+    if len(gained) > 1:
+        nearest = nearest_lengths([len(examples[i].output) for i in gained], like_length)
+        lacking = lacking_gain(answer_losses.body[:, gained], answer_losses.other[:, gained], nearest)
+        contrasts[:, gained] += prompt_weight * lacking
     return contrasts
 
 

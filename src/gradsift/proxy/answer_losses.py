@@ -77,7 +77,7 @@ def collect_losses(
     """
     losses_of = ResponseLosses(adapted)
     count = len(inputs.encoded)
-    lone = np.flatnonzero([_replies(example) == 1 for example in inputs.encoded])
+    lone = [place for place, example in enumerate(inputs.encoded) if _replies(example) == 1]
     swapped = with_other_prompts([inputs.encoded[place] for place in lone], seed) if len(lone) > 1 else []
     losses = np.full((2, count + len(lone)), np.nan, dtype=np.float32)  # body and end; own prompts first
 

@@ -118,7 +118,7 @@ def member_contrasts(
     logs = np.log(relative_losses(body, end, end_share) + _FLOOR)
     contrasts[:, known] = contrast_with(logs, nearest_prompts(prompts, neighbours))
     # conversations with several replies have no loss after another prompt, hence no gain
-    gained = np.flatnonzero(known & ~np.isnan(answer_losses.other).any(0))
+    gained = np.flatnonzero(known & ~np.isnan(answer_losses.other).any(0)).tolist()
     if len(gained) > 1:
         nearest = nearest_lengths([len(examples[i].output) for i in gained], like_length)
         lacking = lacking_gain(answer_losses.body[:, gained], answer_losses.other[:, gained], nearest)
@@ -152,7 +152,8 @@ def nearest_lengths(lengths: Sequence[int], count: int) -> np.ndarray:
     place[order] = np.arange(len(order))
     first = np.clip(place - count // 2, 0, len(order) - 1 - count)
     windows = first[:, None] + np.arange(count + 1)  # each holds the example itself too
-    return order[windows[windows != place[:, None]].reshape(len(order), count)]
+    nearest: np.ndarray = order[windows[windows != place[:, None]].reshape(len(order), count)]
+    return nearest
 
 
 def relative_losses(body: np.ndarray, end: np.ndarray, end_share: float) -> np.ndarray:

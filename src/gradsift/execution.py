@@ -71,8 +71,7 @@ def execute(config: Config, job: Job) -> float | None:
     Ranks other than 0 take part in the work of a run, not in a plan, and write nothing to the folder.
 
     Returns:
-        The value of `config.objective`, for a search; None for a run without such a value, for a plan and on ranks
-        other than 0.
+        The value of `config.objective`, for a search; None without such a value, for a plan and on other ranks.
     """
     _require_files(config)
     from gradsift.pipeline import follow, plan, prepare, run, settings_of

@@ -57,11 +57,10 @@ def parse_rows(
     prompt_completion  prompt and completion, both text or both lists of turns
     auto               the format whose columns the data has, see `gradsift.data.columns.recognise`
 
-    Texts are kept as they are, except that an input of nothing but white space becomes "". The keys of a turn are role
-    and content, or from and value. A conversation is a system prompt, if any, and then user and assistant turns that
-    alternate. Turns after the last assistant turn that is trained are left out, because they carry no loss. A column
-    `system` holds the system prompt, and a column `history` holds earlier exchanges. All columns are kept in
-    `Example.original`, as JSON values.
+    An input of nothing but white space becomes "". The keys of a turn are role and content, or from and value. A
+    conversation is a system prompt, if any, and then user and assistant turns that alternate. Turns after the last
+    assistant turn that is trained are left out, because they carry no loss. A column `system` holds the system prompt,
+    and a column `history` holds earlier exchanges. All columns are kept in `Example.original`, as JSON values.
 
     Args:
         rows: rows of a reader, or pairs of a row's position and its columns.

@@ -2,8 +2,7 @@
 
 A request can fail in three ways (`Failure.kind`):
 
-    refused   HTTP 400, 413, 422 (content filter, context too long): this prompt gets no reply, however often it is
-              sent; the other prompts are still sent
+    refused   HTTP 400, 413, 422 (content filter, context too long): this prompt gets no reply; the others are sent
     passing   network errors, timeouts, HTTP 408, 409, 429, 5xx, a body that is cut off: the request is retried up to
               `retries` times. If it still fails, the other prompts are still sent, and then `ask` raises JudgeError.
               The same command, given again, sends only the prompts without a reply
@@ -102,8 +101,7 @@ class ChatClient:
         Args: as in `OpenaiJudgeConfig`, and
             replies: where replies are stored.
             group: the config group whose options the error messages name.
-            known_as: replaces the address in the hash under which a reply is stored, for a server whose port changes
-                while its model stays the same.
+            known_as: replaces the address in the hash of a stored reply, for a server whose port changes.
             skip_thinking: whether `read` gets a reply without the thinking at its beginning (see `after_thinking`).
             say: called before the first request with a text that gives the number of requests and their largest cost.
 
@@ -115,10 +113,9 @@ class ChatClient:
         self.parameters: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
         self._terms = terms or Terms()
         self._group, self._skip_thinking = group, skip_thinking
+        needs_key = not self._terms.dry_run
         try:
-            self._endpoint = Endpoint(
-                base_url, api_key_env, extra_headers, extra_query, needs_key=not self._terms.dry_run
-            )
+            self._endpoint = Endpoint(base_url, api_key_env, extra_headers, extra_query, needs_key=needs_key)
         except ConfigError as error:
             raise ConfigError(self._named(str(error))) from error
         self._known_as = known_as or self._endpoint.address
@@ -157,10 +154,8 @@ class ChatClient:
         Args:
             read: called with the position of a prompt and a reply to it; returns the value in the reply. If it returns
                 None or raises `Unreadable`, the prompt is sent again, up to `tries` times in all.
-            scope: name under which the spending is counted. The caps apply to the sum over all processes that use
-                this name.
+            scope: name under which all processes count the spending that the caps apply to.
             unread: reason recorded for a reply from which `read` returns None.
-            tries: how many times a prompt is sent at most, if its replies cannot be read.
 
         Raises:
             JudgeError: requests failed (see the top of this module); all answers that arrived were yielded before.
@@ -199,8 +194,7 @@ class ChatClient:
     ) -> Iterator[tuple[list[int], Reply[Value]]]:
         """Yield groups of equal prompts with their answer, in the order of arrival, and refused prompts at the end.
 
-        If the endpoint has answered no prompt and some are refused, JudgeError is raised, because a wrong option may be
-        the reason for all refusals.
+        Raises JudgeError if the endpoint has only refused prompts, because a wrong option may be the reason.
 
         Args:
             groups: for each distinct prompt, the positions of the prompts that are equal to it.
@@ -255,10 +249,7 @@ class ChatClient:
             raise problem
 
     def _run(self, job: _Job[Value], groups: Sequence[list[int]], arrived: SimpleQueue[Any], stop: Any) -> None:
-        """Send one prompt for each group of equal prompts.
-
-        Put (group number, answer or exception) into `arrived` when a group ends, and a single None after all of them.
-        """
+        """Send one prompt for each group; put (group number, answer or exception) into `arrived`, and None at the end."""
         numbers = iter(range(len(groups)))
 
         async def work(client: AsyncClient) -> None:
@@ -301,10 +292,7 @@ class ChatClient:
             if value is not None:
                 return Reply(completion.text, value)
         problem = problem if completion.text.strip() else "the reply is empty"
-        ends = {
-            CUT: f", cut at judge.max_tokens={self._max_tokens}",
-            "content_filter": ", cut by a content filter",
-        }
+        ends = {CUT: f", cut at judge.max_tokens={self._max_tokens}", "content_filter": ", cut by a content filter"}
         asked = f" (asked {'twice' if job.tries == 2 else f'{job.tries} times'})" if job.tries > 1 else ""
         return Reply(completion.text, None, f"{problem}{ends.get(completion.finish or '', '')}{asked}")
 

@@ -49,23 +49,19 @@ def evaluate_tasks(
     """Return every figure that lm-eval reports for each task; a task uses its own number of few-shot examples.
 
     Tasks that generate (IFEval, GSM8K) are answered as the stage `generate` answers: greedily, each prompt as an
-    instruction in the target's template. All other tasks compare log-probabilities of plain text.
+    instruction in the target's `template`. All other tasks compare log-probabilities of plain text.
 
     Args:
-        model: a transformers model on its device, with or without LoRA layers.
         limit: number of documents per task; None uses all.
-        template: the target's prompt template.
         max_new_tokens: the most tokens of an answer; a task may set a lower limit.
-        max_tokens: the most tokens per batch of generated answers, padding included. For other tasks lm-eval forms
-            the batches.
+        max_tokens: the most tokens per batch of generated answers, padding included.
 
     Returns:
         `{task: {figure: value}}`; empty on all ranks except the first of a machine.
 
     Raises:
         ConfigError: a task needs a package that is not installed, or samples its answers.
-        DataError: the data of a task is not available.
-        GradsiftError: lm-eval reports no figures for a group of tasks.
+        DataError: the data of a task is not available, or lm-eval reports no figures (`GradsiftError`).
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

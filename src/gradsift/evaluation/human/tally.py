@@ -22,8 +22,6 @@ KINDS: tuple[Outcome, ...] = ("win", "tie", "lose")
 def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) -> dict[str, Any]:
     """Return counts and PWS of each rater and of the majority, raters' position bias, and agreement between raters.
 
-    With a judge, the result also has the judge's agreement with the raters.
-
     Args:
         judged: outcomes of an LLM judge on the same items, if there is one.
         confidence: coverage of the intervals, between 0 and 1.

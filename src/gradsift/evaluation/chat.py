@@ -249,7 +249,7 @@ class ChatClient:
             raise problem
 
     def _run(self, job: _Job[Value], groups: Sequence[list[int]], arrived: SimpleQueue[Any], stop: Any) -> None:
-        """Send one prompt for each group; put (group number, answer or exception) into `arrived`, and None at the end."""
+        """Send one prompt for each group; put (number, answer or exception) into `arrived`, and None at the end."""
         numbers = iter(range(len(groups)))
 
         async def work(client: AsyncClient) -> None:

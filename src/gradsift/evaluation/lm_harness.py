@@ -52,7 +52,6 @@ def evaluate_tasks(
     instruction in the target's `template`. All other tasks compare log-probabilities of plain text.
 
     Args:
-        limit: number of documents per task; None uses all.
         max_new_tokens: the most tokens of an answer; a task may set a lower limit.
         max_tokens: the most tokens per batch of generated answers, padding included.
 
@@ -61,7 +60,8 @@ def evaluate_tasks(
 
     Raises:
         ConfigError: a task needs a package that is not installed, or samples its answers.
-        DataError: the data of a task is not available, or lm-eval reports no figures (`GradsiftError`).
+        DataError: the data of a task is not available.
+        GradsiftError: lm-eval reports no figures for a group of tasks.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

@@ -7,7 +7,7 @@ at 5, 10 and 15 %, AUROC of clean rows against spoilt rows and against each kind
 of words of the selected tenth's answers. If rows have a label in the column `cleaning` (see `experiments.real_pool`),
 the table also has AUROC of the other clean rows against these rows, and their share of the selected tenth. Only the
 variant `contrast (ships)` has random scores in the best fifth. With proxy.ensemble=bootstrap, the variant `held out`
-uses for each row the members that did not train on it, and `trained on` the members that did.
+uses for each row the members that did not train on it, and `trained on` the members that did, both without gains.
 
 Shape letters: M members, N examples, K neighbours.
 """
@@ -26,8 +26,7 @@ from gradsift.data.examples import Example
 from gradsift.data.load import SPOILT, labels_of
 from gradsift.features.prompt_clusters import prompt_of, prompt_vectors
 from gradsift.proxy.answer_losses import AnswerLosses, read_answer_losses
-from gradsift.scoring.contrast import contrast_with, lacking_gain, nearest_prompts, relative_losses, saturated
-from gradsift.scoring.contrast import nearest_lengths as nearest_characters
+from gradsift.scoring.contrast import contrast_with, gain_term, nearest_prompts, relative_losses, saturated
 from gradsift.scoring.scores import SCORED
 from gradsift.scoring.stage import score, scores_of
 from gradsift.selection.audit import CLEAN, auroc
@@ -93,7 +92,7 @@ def variants(
     """
 
     answers = [len(example.output) for example in examples]  # in characters
-    lacking = lacking_gain(losses.body, losses.other, nearest_characters(answers, LIKE_LENGTH))
+    lacking = gain_term(losses.body, losses.other, answers, LIKE_LENGTH)
 
     def contrasts(share: float, neighbours: np.ndarray | None, weight: float = PROMPT_WEIGHT) -> np.ndarray:
         return contrasts_of(relative_losses(losses.body, losses.end, share), neighbours) + weight * lacking
@@ -105,11 +104,8 @@ def variants(
     yield "contrast, not saturated", shipped
     for weight in (0.0, 1.0, 2.0, 8.0):
         yield f"prompt_weight {weight:g}", bound(contrasts(END_SHARE, prompts, weight))
-    everything = nearest_characters(answers, len(answers))
-    yield (
-        "gains of all lengths",
-        bound(whole + PROMPT_WEIGHT * (lacking_gain(losses.body, losses.other, everything) - lacking)),
-    )
+    of_all = gain_term(losses.body, losses.other, answers, len(answers))
+    yield "gains of all lengths", bound(whole + PROMPT_WEIGHT * (of_all - lacking))
     yield "gain of the own prompt alone", -np.log(losses.body / losses.other.mean(0)).mean(0)
     for caution in (0.0, 2.0):
         yield f"caution {caution:g}", bound(whole, caution)

@@ -27,7 +27,7 @@ from gradsift.gradients.norms_table import by_example
 from gradsift.gradients.statistics import norm_of
 from gradsift.line import Line
 from gradsift.proxy.answer_losses import read_answer_losses
-from gradsift.scoring.contrast import lacking_gain, member_contrasts, nearest_lengths, saturated
+from gradsift.scoring.contrast import gain_term, member_contrasts, saturated
 from gradsift.scoring.gsnr import ratio
 from gradsift.selection.audit import CLEAN, auroc
 from gradsift.selection.budget import budget
@@ -64,13 +64,10 @@ def table_of(line: Line) -> dict[str, np.ndarray]:
 def scores_of(table: dict[str, np.ndarray], members: int) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the name and the values (N,) of each score, computed from the first `members` members."""
     early, late, contrasts = (table[name][:members].astype(np.float64) for name in ("early", "late", "contrast"))
-    if "other" in table:  # the gains depend on all members, so they are not stored
+    # the gains depend on the chosen members, so they are not stored; a file of an earlier version has no such losses
+    if "other" in table:
         body, other = (table[name][:members].astype(np.float64) for name in ("body", "other"))
-        gained = np.flatnonzero(~np.isnan(body + other).any(0))
-        lacking = lacking_gain(
-            body[:, gained], other[:, gained], nearest_lengths(table["length"][gained], _LIKE_LENGTH)
-        )
-        contrasts[:, gained] += _PROMPT_WEIGHT * lacking
+        contrasts += _PROMPT_WEIGHT * gain_term(body, other, table["length"], _LIKE_LENGTH)
     G_s, G_t, V_t = early.mean(0), late.mean(0), late.var(0)
     for eps in EPS:
         yield f"gsnr, eps {eps:g}", ratio(G_s, G_t, V_t, eps)
@@ -81,7 +78,7 @@ def scores_of(table: dict[str, np.ndarray], members: int) -> Iterator[tuple[str,
     yield "V_t / G_t^2, lowest first", -V_t / G_t**2
     for caution in (0, 1, 2):
         yield f"contrast, caution {caution}, not saturated", contrasts.mean(0) - caution * contrasts.std(0)
-    bound = contrasts.mean(0) - contrasts.std(0)
+    bound = contrasts.mean(0) - contrasts.std(0)  # without gains if the file has no losses after other prompts
     yield "contrast", saturated(bound, 0.2, seed=0)
 
 

@@ -138,12 +138,14 @@ def test_a_start_token_that_all_examples_have_is_not_cut() -> None:
     assert list(swapped.input_ids) == [9, 5, 8, 8, 8, 8]
 
 
-def test_the_other_prompt_is_another_one_if_the_pool_has_one() -> None:
+def test_the_other_prompt_differs_from_the_own_or_there_is_none() -> None:
     examples = [Encoded(i, i, np.array([1, i // 4, 50]), np.array([False, False, True])) for i in range(40)]
     swapped = with_other_prompts(examples, seed=0)
     assert all(text.input_ids[1] != example.input_ids[1] for example, text in zip(examples, swapped, strict=True))
     alike = [Encoded(i, i, np.array([1, 2, 50 + i]), np.array([False, False, True])) for i in range(5)]
-    assert [list(text.input_ids) for text in with_other_prompts(alike, seed=0)] == [[1, 2, 50 + i] for i in range(5)]
+    assert with_other_prompts(alike, seed=0) == [None] * 5
+    assert with_other_prompts(alike[:1], seed=0) == [None]
+    assert with_other_prompts([], seed=0) == []
 
 
 def test_conversations_with_several_replies_have_no_gain(store: Path) -> None:  # noqa: F811
@@ -163,6 +165,9 @@ def test_conversations_with_several_replies_have_no_gain(store: Path) -> None:  
     without, score = (contrast(found, examples, prompt_weight=weight, **options).score for weight in (0.0, 4.0))
     np.testing.assert_array_equal(score[:20], without[:20])
     assert (score[20:] < without[20:]).any()
+    found.other[:, 19:] = np.nan
+    found.other[:, :19] = found.body[:, :19]  # fewer gains than a mean can be taken of
+    np.testing.assert_array_equal(contrast(found, examples, prompt_weight=4.0, **options).score, without)
 
 
 # ---------------------------------------------------------------------------------------------- the score

@@ -248,7 +248,7 @@ class FilesTargetSetConfig(TargetSetConfig):
 
 @dataclass
 class VerifiableTargetSetConfig(TargetSetConfig):
-    """Questions of the embedded world with right answers. None of them is in the world's dataset or benchmark."""
+    """Questions from the embedded world, each with its correct answer; not in `data=verifiable` or its benchmark."""
 
     tasks: list[str] = field(default_factory=lambda: ["sort", "reverse"])  # families (kinds of task) of the world
     limit: int | None = option(20, least=1)  # rows per task

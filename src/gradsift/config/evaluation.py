@@ -278,7 +278,7 @@ class GeneratorConfig(Group, option="generator"):
 
 @dataclass
 class EndpointGeneratorConfig(EndpointOptions, GeneratorConfig):
-    """An OpenAI-compatible server computes the answers. On it, a finetuned target has the name of its artifact."""
+    """An OpenAI-compatible server computes the answers. It must serve a tuned target under its artifact's name."""
 
     model: str | None = None  # the server's name for the untuned target; null: target.model.path
     # tokens: sends token ids, encoded with the target's template, to the completions API; chat: sends messages, and the

@@ -35,7 +35,7 @@ class Encoder(Protocol):
     dimensions: int
 
     def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int, list[Rejected]]:
-        """Return the tokens of each example with a text, the number of cut texts, and the unrenderable examples."""
+        """Return the tokens of all examples with a non-empty text, the number of cut texts, and refused examples."""
         ...
 
     def embed(self, texts: Sequence[Encoded]) -> np.ndarray:

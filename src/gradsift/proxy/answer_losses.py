@@ -5,8 +5,8 @@
     other_i  body_i with example i's prompt replaced by another example's, drawn at random for each member
 
 For a response of a single token, body and end are that token's loss. The losses take two forward passes over the pool,
-with dropout off and without gradients. A conversation with several trained replies has no other_i (NaN): its later
-replies would keep their own prompts.
+with dropout off and without gradients. A conversation with several trained replies has no other_i (NaN), because its
+later replies would keep their own prompts; nor has an example if the prompts that are drawn equal its own.
 
 Shape letters: M members, N examples.
 """
@@ -41,7 +41,7 @@ LOSSES_FILE = "answer_losses.parquet"
 class AnswerLosses:
     """Losses in nats, (M, N) float64 each; NaN for an example without a response token.
 
-    `other` is also NaN for a conversation with several trained replies.
+    `other` is also NaN for a conversation with several trained replies, and where no other prompt was drawn.
     """
 
     body: np.ndarray
@@ -78,15 +78,16 @@ def collect_losses(
     losses_of = ResponseLosses(adapted)
     count = len(inputs.encoded)
     lone = [place for place, example in enumerate(inputs.encoded) if _replies(example) == 1]
-    swapped = with_other_prompts([inputs.encoded[place] for place in lone], seed) if len(lone) > 1 else []
-    losses = np.full((2, count + len(lone)), np.nan, dtype=np.float32)  # body and end; own prompts first
+    texts = with_other_prompts([inputs.encoded[place] for place in lone], seed)
+    swapped = {place: text for place, text in zip(lone, texts, strict=True) if text is not None}
+    losses = np.empty((2, count + len(swapped)), dtype=np.float32)  # body and end; own prompts first
 
     def of_batch(examples: list[Encoded]) -> tuple[list[int], torch.Tensor]:
         batch = collate(examples, inputs.backbone.pad_id)
         parts = losses_of.body_and_end(batch.to(inputs.backbone.model.device))
         return [example.row for example in examples], torch.stack(parts).cpu()
 
-    placed = [replace(text, row=place) for place, text in enumerate([*inputs.encoded, *swapped])]
+    placed = [replace(text, row=place) for place, text in enumerate([*inputs.encoded, *swapped.values()])]
     advance(2 * count - len(placed))
     with lora.evaluating(adapted):
         for batches in inputs.budget.passes(placed, of_batch, journal, advance):
@@ -94,11 +95,11 @@ def collect_losses(
                 losses[:, where] = values.numpy()
     rows = np.array([example.row for example in inputs.encoded], dtype=np.int64)
     own, other = losses[:, :count], np.full(count, np.nan, dtype=np.float32)
-    other[lone] = losses[0, count:]
-    # a sum is finite only if both losses are
-    require_finite("loss", torch.from_numpy(rows), torch.from_numpy(own.sum(0)), inputs.encoded)
-    if swapped:
-        require_finite("loss", torch.from_numpy(rows[lone]), torch.from_numpy(other[lone]), inputs.encoded)
+    other[list(swapped)] = losses[0, count:]
+    # a sum is finite only if all its losses are
+    sums = own.sum(0)
+    sums[list(swapped)] += losses[0, count:]
+    require_finite("loss", torch.from_numpy(rows), torch.from_numpy(sums), inputs.encoded)
     return {"row": rows, "body": own[0], "end": own[1], "other": other}
 
 
@@ -107,23 +108,24 @@ def _replies(example: Encoded) -> int:
     return int((np.diff(example.is_response.astype(int), prepend=0) == 1).sum())
 
 
-def with_other_prompts(examples: Sequence[Encoded], seed: int) -> list[Encoded]:
+def with_other_prompts(examples: Sequence[Encoded], seed: int) -> list[Encoded | None]:
     """Return each example with its prompt (all tokens before its response) replaced by another example's prompt.
 
-    The other prompt differs from the example's own if one of the next few in the random order does. If the new text
-    would be longer than the longest example, the prompt is cut at its start, but after a start token that all share.
+    The other prompt is the next in a random cyclic order that differs from the example's own; None if the next _TRIES
+    prompts do not differ. If the new text would be longer than the longest example, the prompt is cut at its start, but
+    after a first token that all examples share, such as a start token.
     """
-    limit = max(len(example.input_ids) for example in examples)
+    limit = max((len(example.input_ids) for example in examples), default=0)
     kept = int(len({int(example.input_ids[0]) for example in examples}) == 1)
     order = np.random.default_rng(seed).permutation(len(examples))
     place_in_order = np.argsort(order)
-    texts = []
+    texts: list[Encoded | None] = []
     for example, place in zip(examples, place_in_order, strict=True):
         own = _prompt(example)
-        # in a random cyclic order, so none keeps its own
-        nearby = (_prompt(examples[order[(place + step) % len(order)]]) for step in range(1, min(_TRIES, len(order))))
-        other = next((prompt for prompt in nearby if not np.array_equal(prompt, own)), own)
-        texts.append(_after_prompt(example, other, kept, limit))
+        following = ((place + step) % len(order) for step in range(1, min(_TRIES + 1, len(order))))
+        nearby = (_prompt(examples[order[position]]) for position in following)
+        other = next((prompt for prompt in nearby if not np.array_equal(prompt, own)), None)
+        texts.append(None if other is None else _after_prompt(example, other, kept, limit))
     return texts
 
 

@@ -20,7 +20,7 @@ the mean loss of the same tokens as in body_i, but after the prompt of another e
   prompt does, so g_i is near 0. A prompt says less about each token of a long answer, so g_i is compared with the
   answers of like length. Only a g_i more than one standard deviation below their mean lowers the score. Above this
   bound, a larger g_i does not raise the score: a score of g_i alone ranks truncated answers above complete ones.
-  Conversations with several replies have no g_i, and d_i^m = c_i^m.
+  Where other_i is unknown (see `AnswerLosses`), d_i^m = c_i^m.
 - The members' standard deviation lowers the score of rows on which the members disagree.
 - Within the best fifth (`saturation`), a row with a higher bound is more typical and slightly cleaner. A target learns
   more if the rows of this fifth are ranked at random (measured in the embedded world).
@@ -53,6 +53,7 @@ _LEAST_MEAN = 1e-3
 _LEAST_DEVIATION = 0.1
 # A gain g_i lowers the score if it lies more than this number of standard deviations below the mean.
 _USUAL_GAIN = 1.0
+_LEAST_GAINS = 20  # fewest gains from which a mean and a standard deviation are taken
 
 
 def contrast(
@@ -117,30 +118,34 @@ def member_contrasts(
     # losses, which does not depend on the scale.
     logs = np.log(relative_losses(body, end, end_share) + _FLOOR)
     contrasts[:, known] = contrast_with(logs, nearest_prompts(prompts, neighbours))
-    # conversations with several replies have no loss after another prompt, hence no gain
-    gained = np.flatnonzero(known & ~np.isnan(answer_losses.other).any(0)).tolist()
-    if len(gained) > 1:
-        nearest = nearest_lengths([len(examples[i].output) for i in gained], like_length)
-        lacking = lacking_gain(answer_losses.body[:, gained], answer_losses.other[:, gained], nearest)
-        contrasts[:, gained] += prompt_weight * lacking
+    lengths = [len(example.output) for example in examples]
+    contrasts += prompt_weight * gain_term(answer_losses.body, answer_losses.other, lengths, like_length)
     return contrasts
 
 
-def lacking_gain(body: np.ndarray, other: np.ndarray, like_length: np.ndarray) -> np.ndarray:
-    """Return min(0, z + 1) (see the module's docstring), (M, N).
+def gain_term(body: np.ndarray, other: np.ndarray, lengths: Sequence[int], like_length: int) -> np.ndarray:
+    """Return min(0, z + 1) (see the module's docstring), (M, N); 0 for an example without a loss after another prompt.
+
+    All are 0 if fewer than _LEAST_GAINS examples have such a loss, since few gains have no reliable mean.
 
     Args:
         body: (M, N) losses of the answers after their own prompts.
         other: (M, N) losses after other prompts, drawn for each member; they are averaged over the members.
-        like_length: (N, K) positions of the answers that each gain is compared with.
+        lengths: (N,) characters of the answers.
+        like_length: number of answers of like length that a gain is compared with.
     """
-    gain = np.log((other.mean(0) + _FLOOR) / (body + _FLOOR))
-    z = -contrast_with(gain, like_length)  # `contrast_with` is positive for a value below its neighbours'
-    lacking: np.ndarray = np.minimum(0, z + _USUAL_GAIN)
-    return lacking
+    term = np.zeros(body.shape)
+    gained = np.flatnonzero(~np.isnan(body + other).any(0))
+    if len(gained) < _LEAST_GAINS:
+        return term
+    gain = np.log((other[:, gained].mean(0) + _FLOOR) / (body[:, gained] + _FLOOR))
+    # `contrast_with` is positive for a value below its neighbours'
+    z = -contrast_with(gain, nearest_lengths(np.asarray(lengths)[gained], like_length))
+    term[:, gained] = np.minimum(0, z + _USUAL_GAIN)
+    return term
 
 
-def nearest_lengths(lengths: Sequence[int], count: int) -> np.ndarray:
+def nearest_lengths(lengths: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
     """Return for each example the positions of the `count` others around it in the order of lengths, (N, count) int64.
 
     Equal lengths are in the order of their positions. At the ends, the others are the `count` shortest or longest. If

@@ -36,10 +36,10 @@ class CoreKnowledge:
 def core_knowledge(target: Features, explained: float) -> CoreKnowledge:
     """Return the fewest leading principal components that explain at least the share `explained` of the variance.
 
-    Our reading: gradients of zero are left out. The sign of a component, which PCA leaves open, is chosen so that its
-    inner product with the mean target gradient is positive. If that product is 0, the component's entry with the
-    largest absolute value is made positive. A single gradient, or several without variance, give one component, their
-    mean direction. Tasks of the target set are not distinguished.
+    The rest is our choice; the G2IS paper does not mention it. Gradients of zero are left out. The sign of a component,
+    which PCA leaves open, is chosen so that its inner product with the mean target gradient is positive. If this is 0,
+    the component's entry with the largest absolute value is made positive. A single gradient, or several without
+    variance, give one component, their mean direction. Tasks of the target set are not distinguished.
 
     Raises:
         GradsiftError: every target gradient is zero.

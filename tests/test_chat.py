@@ -174,6 +174,16 @@ def test_kill_9_loses_no_reply_that_was_received(endpoint: Endpoint, client: Cli
     assert client().spent("s")["calls"] == 30
 
 
+def test_a_file_that_another_process_is_creating_is_waited_for(tmp_path: Path) -> None:
+    other = sqlite3.connect(tmp_path / "replies.sqlite", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")  # SQLite then refuses the switch to WAL at once
+    release = threading.Timer(0.3, lambda: other.execute("COMMIT"))
+    release.start()
+    Replies(tmp_path / "replies.sqlite")
+    release.join()
+    other.close()
+
+
 def test_two_processes_share_what_they_pay_for(endpoint: Endpoint, tmp_path: Path) -> None:
     def slow(text: str, attempt: int) -> Answer:
         time.sleep(0.02)

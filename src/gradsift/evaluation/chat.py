@@ -10,8 +10,8 @@ A request can fail in three ways (`Failure.kind`):
               further request is sent, and `ask` raises JudgeError. The same happens after `give_up` failed prompts in
               a row, after `give_up_unreadable` unreadable replies in a row, and when a spending cap is reached
 
-The requests run in the event loop of one background thread. A request is sent only if the spending caps allow its
-estimated largest cost. A Retry-After header is obeyed if it asks for at most `judge.max_wait` seconds.
+The requests run in the event loop of one background thread, each only if the spending caps allow its estimated largest
+cost. A Retry-After header is obeyed if it asks for at most `judge.max_wait` seconds.
 """
 
 from __future__ import annotations
@@ -106,8 +106,7 @@ class ChatClient:
             say: called before the first request with a text that gives the number of requests and their largest cost.
 
         Raises:
-            ConfigError: the variable `api_key_env` holds no usable key (endpoints on this machine and dry runs need
-                none), another environment variable is missing, or OPENAI_BASE_URL is not an address.
+            ConfigError: the key or another environment variable is missing, or OPENAI_BASE_URL is not an address.
         """
         body = {"model": model, "temperature": temperature, token_parameter: max_tokens, **(extra_body or {})}
         self.parameters: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
@@ -226,7 +225,6 @@ class ChatClient:
                     else:
                         failed.append(outcome)
                     if streak >= self._give_up and problem is None:
-                        stop.set()
                         problem = self._gave_up_message(streak, outcome)
                 else:
                     problem = problem or outcome
@@ -250,18 +248,21 @@ class ChatClient:
 
     def _run(self, job: _Job[Value], groups: Sequence[list[int]], arrived: SimpleQueue[Any], stop: Any) -> None:
         """Send one prompt for each group; put (number, answer or exception) into `arrived`, and None at the end."""
-        numbers = iter(range(len(groups)))
+        numbers, streak = iter(range(len(groups))), 0  # counted here, since the caller's thread may lag behind
 
         async def work(client: AsyncClient) -> None:
+            nonlocal streak
             for number in numbers:
                 try:
                     while isinstance(answer := self._stored_answer(job, groups[number][0]), int):
                         await self._fetch(client, job, job.prompts[groups[number][0]], answer, stop)
                     arrived.put((number, answer))
+                    streak = 0
                 except _StoppedError:
                     return
                 except Exception as error:  # noqa: BLE001 - handled in the caller's thread
-                    if not isinstance(error, Failure) or error.kind == "final":
+                    streak += 1
+                    if streak >= self._give_up or not isinstance(error, Failure) or error.kind == "final":
                         stop.set()
                     arrived.put((number, error))
 

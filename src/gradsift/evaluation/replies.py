@@ -15,6 +15,7 @@ import json
 import secrets
 import sqlite3
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -104,6 +105,22 @@ class CapReached(Exception):
         self.option = option
 
 
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Switch a database to WAL mode, waiting for other processes that open it at the same time.
+
+    SQLite fails at once, whatever the connection's timeout, if another process is about to write.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
 class Replies:
     """The file of replies. Threads and processes may share it, but SQLite's WAL mode needs a local file system."""
 
@@ -124,7 +141,7 @@ class Replies:
         with self._named_errors():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
-            self._connection.execute("PRAGMA journal_mode=WAL")
+            _use_wal(self._connection)
             self._connection.executescript(_SCHEMA)
             alive = self._lock_of(self._owner)
             alive.acquire()

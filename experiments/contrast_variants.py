@@ -85,7 +85,7 @@ def variants(
     """Yield the name and the scores (N,) of each variant.
 
     Args:
-        losses: (M, N), without NaN.
+        losses: (M, N) each; `body` and `end` without NaN.
         ifd: (N,) log IFD in nats: mean loss of the answer with its prompt minus mean loss of the answer alone; NaN
             where undefined.
         left_out: (M, N) bool, whether a member did not train on a row; None if every member trained on all rows.

@@ -54,7 +54,7 @@ def table_of(line: Line) -> dict[str, np.ndarray]:
         raise SystemExit("the data has no labels; corrupt some rows with data.corruption.share")
     early, late = (norms_at(line, epoch) for epoch in line.config.proxy.snapshots)
     losses = read_answer_losses(line.answer_losses, line.rows)
-    contrasts = member_contrasts(losses, line.pool, _NEIGHBOURS, _END_SHARE, 0.0, _LIKE_LENGTH)
+    contrasts = member_contrasts(losses, line.pool, _NEIGHBOURS, _END_SHARE)
     values = {"early": early, "late": late, **vars(losses), "contrast": contrasts}
     columns = {name: value.astype(np.float32) for name, value in values.items()}
     lengths = np.array([len(example.output) for example in line.pool], dtype=np.int32)

@@ -229,6 +229,10 @@ def test_held_out_losses_of_tuned_targets_are_compared_row_by_row(
     others = [*rows[:5], {"instruction": "New", "output": "word"}, {"instruction": "New ", "output": "other"}]
     (tmp_path / "others.json").write_text(json.dumps(others))
     assert "1 rows" in table("--rows", "others.json")
+    record = json.loads((runs[1] / "run.json").read_text())
+    (runs[1] / "run.json").write_text(json.dumps(record | {"stages": []}))
+    with pytest.raises(SystemExit, match=r"length has not made .*the defaults or the data have changed since"):
+        table()
 
 
 def test_rows_that_were_trained_on_are_no_held_out_rows() -> None:

@@ -128,10 +128,10 @@ def over_seeds(rows: Iterable[Row]) -> list[Row]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in _without_repeats(rows):
         groups.setdefault((row["variant"], *(row[name] for name in SETTINGS)), []).append(row)
-    means = (_mean_row(group) if len(group) > 1 else group[0] | {"runs": 1} for group in groups.values())
     return [
-        mean | {"seeds": [[row[name] for name in SEEDS] for row in group]}
-        for mean, group in zip(means, groups.values(), strict=True)
+        (_mean_row(group) if len(group) > 1 else group[0] | {"runs": 1})
+        | {"seeds": [[row[name] for name in SEEDS] for row in group]}
+        for group in groups.values()
     ]
 
 

@@ -83,7 +83,9 @@ def contrast(
     Raises:
         ConfigError: at most `neighbours` examples have a response.
     """
-    contrasts = member_contrasts(answer_losses, examples, neighbours, end_share, prompt_weight, like_length)
+    contrasts = member_contrasts(answer_losses, examples, neighbours, end_share)
+    lengths = [len(example.output) for example in examples]
+    contrasts += prompt_weight * gain_term(answer_losses.body, answer_losses.other, lengths, like_length)
     mean, deviation = contrasts.mean(0), contrasts.std(0)
     bound = mean - caution * deviation
     parts = {
@@ -100,14 +102,9 @@ def contrast(
 
 
 def member_contrasts(
-    answer_losses: AnswerLosses,
-    examples: Sequence[Example],
-    neighbours: int,
-    end_share: float,
-    prompt_weight: float,
-    like_length: int,
+    answer_losses: AnswerLosses, examples: Sequence[Example], neighbours: int, end_share: float
 ) -> np.ndarray:
-    """Return d (see the module's docstring) of each answer and member, (M, N); NaN without a response token."""
+    """Return c (see the module's docstring) of each answer and member, (M, N); NaN without a response token."""
     # a row without a response token has no loss under any member
     known = ~np.isnan(answer_losses.body).any(0)
     require_neighbours(int(known.sum()), neighbours)
@@ -118,8 +115,6 @@ def member_contrasts(
     # losses, which does not depend on the scale.
     logs = np.log(relative_losses(body, end, end_share) + _FLOOR)
     contrasts[:, known] = contrast_with(logs, nearest_prompts(prompts, neighbours))
-    lengths = [len(example.output) for example in examples]
-    contrasts += prompt_weight * gain_term(answer_losses.body, answer_losses.other, lengths, like_length)
     return contrasts
 
 
